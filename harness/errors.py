@@ -73,7 +73,7 @@ class Problem:
         return f"{self.where}: {self.what}" + (f"\n    hint: {self.hint}" if self.hint else "")
 
 
-def in_order(problems: Iterable[Problem]) -> list[Problem]:
+def sort_problems(problems: Iterable[Problem]) -> list[Problem]:
     """Return the problems of files in the order of their lines, each once: what many share is met in each of them."""
 
     def place(problem: Problem) -> tuple[str, int, str]:
@@ -83,7 +83,7 @@ def in_order(problems: Iterable[Problem]) -> list[Problem]:
     return sorted(set(problems), key=place)
 
 
-def wrong_use(problems: Sequence[Problem]) -> UsageError:
+def usage_error(problems: Sequence[Problem]) -> UsageError:
     """Return one error of all mistakes of a command line, each with its option and mend."""
     if len(problems) == 1:
         (one,) = problems
@@ -92,7 +92,7 @@ def wrong_use(problems: Sequence[Problem]) -> UsageError:
 
 
 @contextmanager
-def noted(problems: list[Problem]) -> Iterator[None]:
+def collect_errors(problems: list[Problem]) -> Iterator[None]:
     """Put the UsageError that ends a block among `problems`, so that what comes after it is checked too."""
     try:
         yield
@@ -151,13 +151,13 @@ class ImplementationError(HarnessError):
     exit_code = Exit.USAGE
 
 
-def closest(name: str, known: Iterable[str]) -> str:
+def closest_match(name: str, known: Iterable[str]) -> str:
     """Return the known name that is nearly this one, or an empty string."""
     return next(iter(get_close_matches(name, list(known), n=1)), "")
 
 
-def near(name: str, known: Iterable[str], otherwise: str = "known") -> str:
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "known") -> str:
     """Return "did you mean ...?", or `otherwise` and the names there are when none is close."""
     names = list(known)
-    close = closest(name, names)
+    close = closest_match(name, names)
     return f"did you mean `{close}`?" if close else f"{otherwise}: {', '.join(names) or 'none'}"

@@ -9,13 +9,13 @@ from harness.errors import UsageError
 _PACKAGE = Path(__file__).resolve().parent
 
 
-def folder(name: str) -> Path:
+def data_folder(name: str) -> Path:
     """Return the folder `suites` or `report_templates`, from a checkout or from an installed wheel."""
     packed = _PACKAGE / "_data" / name
     return packed if packed.is_dir() else _PACKAGE.parent / name
 
 
-def named(path: str) -> Path:
+def user_path(path: str) -> Path:
     """Return the path that somebody wrote, `~` resolved. Raises UsageError for what cannot be a path."""
     hint = "write ./path, /path or ~/path"
     if "\0" in path:

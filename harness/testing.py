@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from harness.conformance import parity_suite
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
-from harness.conformance.findings.summary import failure
-from harness.errors import UsageError, near
+from harness.conformance.findings.summary import describe_failure
+from harness.errors import UsageError, did_you_mean
 from harness.methods.registry import Implementation
 
 if TYPE_CHECKING:
@@ -39,35 +39,22 @@ class Conforming:
 
     def cases(self) -> Iterator[tuple[str, Callable[[], list[CheckOutcome]]]]:
         """Yield each case's name, and what tries it: every check of the suite."""
-        plan, dtypes = parity_suite.load_either(self.implementation.target), self.implementation.dtypes
-        found: Iterable[tuple[str, str, Any]]
-        if isinstance(plan, parity_suite.OperationSuite):
-            found = (
-                (parity_suite.in_words(values), dtype, values) for values, dtype in plan.calls(self.breadth, dtypes)
-            )
-        else:
-            found = ((str(case), case.dtype, case) for case in plan.cases(self.breadth, dtypes))
-        for words, dtype, case in found:
-            yield f"{words} {dtype}", partial(self._try, plan, words, dtype, case)
+        plan = parity_suite.load_plan(self.implementation.target)
+        for case in plan.cases(self.breadth, self.implementation.dtypes):
+            yield f"{case} {case.dtype}", partial(self._run, plan, case)
 
-    def _try(self, plan: parity_suite.ParityPlan, words: str, dtype: str, case: Any) -> list[CheckOutcome]:
+    def _run(
+        self, plan: parity_suite.ParitySuite, case: parity_suite.MethodCase | parity_suite.OperationCase
+    ) -> list[CheckOutcome]:
         from harness.conformance.execution import suite_run
 
-        it = self.implementation
-        if isinstance(plan, parity_suite.OperationSuite):
-            results = suite_run.one_call(it, plan, case, dtype)
-        else:
-            results = suite_run.one_case(it, plan, case)
-        return [
-            CheckOutcome(implementation=it.name, kind=it.kind, target=it.target, dtype=dtype, case=words, result=result)
-            for result in results
-        ]
+        return list(suite_run.run_case(self.implementation, plan, case))
 
 
 def verdict(tried: Iterable[CheckOutcome]) -> tuple[str, str]:
     """Return what failed, one line each, and if nothing was compared, why."""
     every = list(tried)
-    failed = [failure(one) for one in every if one.standing is CheckStatus.FAIL]
+    failed = [describe_failure(one) for one in every if one.standing is CheckStatus.FAIL]
     compared = any(one.standing is CheckStatus.PASS for one in every)
     reasons = sorted({one.result.detail for one in every})
     return "\n".join(failed), "" if failed or compared else "; ".join(reasons)
@@ -91,9 +78,9 @@ def conformance(
         raise UsageError("@conformance stands without a name", where="@conformance", hint='write @conformance("lora")')
     if not parity_suite.path_of(target).is_file():
         raise UsageError(
-            f"nothing here is called {target!r}", where="@conformance", hint=near(target, parity_suite.names())
+            f"nothing here is called {target!r}", where="@conformance", hint=did_you_mean(target, parity_suite.names())
         )
-    kind, there = parity_suite.kind_of(target), parity_suite.load_either(target).dtypes
+    kind, there = parity_suite.kind_of(target), parity_suite.load_plan(target).dtypes
 
     def wrap(function: Callable[..., Any]) -> Conforming:
         name = getattr(function, "__name__", "function").strip("<>")  # a lambda's is in brackets

@@ -1,113 +1,103 @@
-"""YAML 1.2 into plain Python data, with the line of every value and every mistake of the file at once."""
+"""Read YAML 1.2 files with the line of every value, and validate them against pydantic models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
+from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from harness.errors import Problem, SuiteError, in_order, near
+from harness.errors import Problem, SuiteError, did_you_mean, sort_problems
 
 KeyPath = tuple[str | int, ...]
-"""The way to a value, e.g. `("matrix", 0, "cells", 2, "config", "rank")`."""
+"""Keys and indices that lead to a value, e.g. `("matrix", 0, "cells", 2, "config", "rank")`."""
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 _TAG = "tag:yaml.org,2002:"
-_UNDEFINED = "!undefined alias "
 _SCALARS = {_TAG + kind for kind in ("null", "bool", "int", "float", "str")}
-# Aliases may repeat a node inside a node inside a node: a file of a few lines can stand for gigabytes.
-_MOST_NODES = 200_000
+_MAX_NODES = 200_000
+"""Nested aliases multiply: a file of a few lines can stand for gigabytes."""
+_START = "`suite: NAME`, or see suites/smoke.yaml"
+_SYNTAX_HINTS = {
+    "\\t": "indent with spaces",
+    "undefined alias": "write the value out, or define the anchor above this line",
+}
+"""Part of ruamel's message, and the hint for it."""
+_BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+_TYPE_HINTS = {
+    "int_type": "write a whole number, without quotes",
+    "int_from_float": "write a whole number",
+    "bool_type": "write true or false, without quotes",
+    "float_type": "write a number, without quotes",
+    "finite_number": "write a finite number",
+    "string_type": "write a word; put it in quotes if it looks like a number",
+    "list_type": "write a list: [a, b], or lines that start with -",
+    "dict_type": "write keys and values: {key: value}",
+    "model_type": "write keys and values: {key: value}",
+}
+"""Hint by pydantic's type of the error."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """One YAML file: its data and the line each value was written on (for a merged key, the line of its anchor).
-
-    problems: what is wrong with it as YAML. unreadable: ways of values that could not be read, in whose place is None. cut:
-    ways of what was taken out as wrong or may be meant otherwise; what lacks for it is no second mistake.
-    """
+    """A YAML file whose top level is a mapping."""
 
     path: Path
     raw: bytes
     data: dict[str, Any]
     lines: dict[KeyPath, int]
-    problems: list[Problem] = field(default_factory=list)
-    unreadable: set[KeyPath] = field(default_factory=set)
-    cut: set[KeyPath] = field(default_factory=set)
+    """Line of each value; of a merged key, the line at its anchor."""
+    problems: list[Problem]
+    """Mistakes that leave the rest of the file readable, such as a duplicate key."""
+    unreadable: set[KeyPath]
+    """Values that could not be read; `data` has None in their place."""
 
-    def at(self, way: KeyPath) -> Any:
-        """Return the value at `way`."""
+    def at(self, path: KeyPath) -> Any:
+        """Return the value at `path`."""
         data: Any = self.data
-        for part in way:
+        for part in path:
             data = data[part]
         return data
 
-    def where(self, *way: str | int) -> str:
-        """Return `file:line` of a value, or of the nearest thing around it that is in the file."""
-        while way and way not in self.lines:
-            way = way[:-1]
-        return f"{self.path}:{self.lines.get(way, 1)}"
-
-    def is_cut(self, way: KeyPath) -> bool:
-        """Say whether a value, or what it would stand in, was cut."""
-        return any(way[:length] in self.cut for length in range(len(way) + 1))
-
-    def is_emptied(self, entry: KeyPath) -> bool:
-        """Say whether an entry was cut whole, so that nothing of it is left to judge."""
-        return entry in self.cut and not self.at(entry)
-
-    def move(self, moves: Mapping[KeyPath, Mapping[str | int, str | int]]) -> None:
-        """Let lines and cuts follow what was moved in the data: within each way, from the old key or index to the new."""
-        if not moves:
-            return
-
-        def moved(way: KeyPath) -> KeyPath:
-            return tuple(moves[way[:n]].get(part, part) if way[:n] in moves else part for n, part in enumerate(way))
-
-        lines, cut = {moved(way): line for way, line in self.lines.items()}, {moved(way) for way in self.cut}
-        self.lines.clear()
-        self.lines.update(lines)
-        self.cut.clear()
-        self.cut.update(cut)
-
-
-_START = "`suite: NAME`, or see suites/smoke.yaml"
+    def where(self, *path: str | int) -> str:
+        """Return `file:line` of a value, or of the nearest enclosing value that is in the file."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return f"{self.path}:{self.lines.get(path, 1)}"
 
 
 class Written(float):
-    """A number with a fraction, and its characters as written: `0.10` says more than 0.1."""
+    """A number with a fraction, and its characters in the file: `0.10` has two digits, 0.1 has one."""
 
     text: str
 
     def __new__(cls, value: float, text: str) -> Written:
         """Return the number with its text."""
-        made = super().__new__(cls, value)
-        made.text = text
-        return made
+        number = super().__new__(cls, value)
+        number.text = text
+        return number
 
 
 def load(path: Path, *, tags: bool = False) -> Document:
-    """Read a file as `read` does; raises SuiteError with everything that is wrong with it as YAML."""
+    """Read a file that must be free of mistakes. Raises SuiteError with every mistake in its YAML."""
     document = read(path, tags=tags)
     if document.problems:
-        raise SuiteError(in_order(document.problems))
+        raise SuiteError(sort_problems(document.problems))
     return document
 
 
 def read(path: Path, *, tags: bool = False, texts: bool = False, start: str = _START) -> Document:
-    """Read a file whose top level is a mapping. Raises SuiteError if it is none; other problems stand in the Document.
+    """Read a file. Raises SuiteError if it is no YAML or no mapping; other mistakes are in `Document.problems`.
 
-    A key that is given twice counts as if the two were one: mappings and lists of mappings are put together; else the
-    first counts. So whoever checks the data finds the mistakes of both.
-
-    tags: whether values may have tags of their own, such as `!function f.g`; such a value is its text. texts: whether
-    numbers with a fraction keep their characters, as `Written`. start: how such a file begins, for a message.
+    tags: allow tags such as `!function f.g`; the value is then the text after the tag. texts: read numbers with a fraction
+    as `Written`. start: the first key of such a file, for the hint.
     """
     raw = _bytes(path)
     root = _compose(path, _decode(path, raw))
@@ -121,7 +111,33 @@ def read(path: Path, *, tags: bool = False, texts: bool = False, start: str = _S
     if not isinstance(data, dict):
         what = "the file is empty" if root is None else f"expected keys and values, got {_kind(data)}"
         raise SuiteError([*builder.problems, Problem(f"{path}:1", what, f"start with {start}")])
-    return Document(path, raw, data, builder.lines, builder.problems, builder.unreadable, builder.cut)
+    return Document(path, raw, data, builder.lines, builder.problems, builder.unreadable)
+
+
+def load_model(path: Path, model: type[_Model]) -> tuple[Document, _Model]:
+    """Read and validate a file. Raises SuiteError with every mistake in its YAML, its keys, their types and ranges."""
+    document = read(path)
+    return document, validate(document, model)
+
+
+def validate(document: Document, model: type[_Model]) -> _Model:
+    """Validate a document. Raises SuiteError with every mistake in its YAML, its keys, their types and ranges.
+
+    A validator of the model raises ValueError("MISTAKE; HINT").
+    """
+    problems = list(document.problems)
+    try:
+        keys = model.model_validate(document.data)
+    except ValidationError as error:
+        problems += _problems(error, model, document)
+    if problems:
+        raise SuiteError(sort_problems(problems))
+    return keys
+
+
+def shortened(text: str) -> str:
+    """Return a text of at most 60 characters, cut where it is longer."""
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _bytes(path: Path) -> bytes:
@@ -130,9 +146,8 @@ def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise SuiteError(
-            [Problem(f"{path}:1", f"cannot read: {error.strerror}", "name a readable YAML file")]
-        ) from error
+        what = f"cannot read: {error.strerror}"
+        raise SuiteError([Problem(f"{path}:1", what, "name a readable YAML file")]) from error
 
 
 def _decode(path: Path, raw: bytes) -> str:
@@ -145,19 +160,18 @@ def _decode(path: Path, raw: bytes) -> str:
 
 
 def _compose(path: Path, text: str) -> Node | None:
-    yaml = YAML(typ="safe", pure=True)
-    yaml.Composer = _Composer
     try:
-        return yaml.compose(text)  # type: ignore[no-any-return]
+        return YAML(typ="safe", pure=True).compose(text)  # type: ignore[no-any-return]
     except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        hint = "indent with spaces" if "\\t" in (error.problem or "") else "mend the YAML here or just above"
-        problem = Problem(f"{path}:{mark.line + 1 if mark else 1}", f"not YAML: {error.problem}", hint)
+        mark, message = error.problem_mark or error.context_mark, error.problem or ""
+        hints = (hint for part, hint in _SYNTAX_HINTS.items() if part in message)
+        hint = next(hints, "correct the YAML here or just above")
+        problem = Problem(f"{path}:{mark.line + 1 if mark else 1}", f"not YAML: {message}", hint)
     except YAMLError as error:
         line = text.count("\n", 0, getattr(error, "position", 0)) + 1
-        problem = Problem(f"{path}:{line}", f"not YAML: {getattr(error, 'reason', error)}", "take the character out")
+        problem = Problem(f"{path}:{line}", f"not YAML: {getattr(error, 'reason', error)}", "remove the character")
     except RecursionError:
-        problem = Problem(f"{path}:1", "not YAML that can be read: nested too deeply", "close a bracket")
+        problem = Problem(f"{path}:1", "not readable as YAML: nested too deeply", "close a bracket")
     raise SuiteError([problem])
 
 
@@ -165,165 +179,166 @@ def _kind(data: object) -> str:
     return {list: "a list", dict: "keys and values", type(None): "nothing"}.get(type(data), f"`{data}`")
 
 
-class _Composer(Composer):  # type: ignore[misc]
-    """Makes nodes of a file; an alias whose anchor is nowhere becomes a tag that `_Builder` finds."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """Return the next node."""
-        event = self.parser.peek_event()
-        if not isinstance(event, AliasEvent) or event.anchor in self.anchors:
-            return super().compose_node(parent, index)
-        self.parser.get_event()
-        value = near(event.anchor, self.anchors, "write the value out; anchors above it")
-        return ScalarNode(_UNDEFINED + event.anchor, value, event.start_mark, event.end_mark)
-
-
-def _undefined(alias: Node) -> tuple[str, str]:
-    name = str(alias.tag).removeprefix(_UNDEFINED)
-    return f"`*{name}` stands for nothing: no `&{name}` is above it", alias.value
-
-
 class _Builder:
-    """Turns nodes into data; collects lines and problems on the way."""
+    """Turns nodes into data, and collects lines and problems."""
 
     def __init__(self, path: Path, tags: bool, texts: bool) -> None:
         self.path, self.tags, self.texts = path, tags, texts
         self.lines: dict[KeyPath, int] = {}
         self.problems: list[Problem] = []
         self.unreadable: set[KeyPath] = set()
-        self.cut: set[KeyPath] = set()
         self._constructor = YAML(typ="safe", pure=True).constructor
         self._open: set[int] = set()
-        self._gone_through = 0
-        self._told: set[int] = set()
-        self._parts: dict[Node, set[int]] = {}
-        """Of what was put together, the nodes that it was made of: an alias may name either."""
+        self._visited = 0
 
-    def build(self, node: Node, way: KeyPath) -> Any:
-        """Return the plain value of a node; `way` is where it goes."""
+    def build(self, node: Node, path: KeyPath) -> Any:
+        """Return the plain value of the node at `path`."""
         self._count(1)
-        # The key's line stands already when this is a value; a value on the next line is less helpful.
-        self.lines.setdefault(way, node.start_mark.line + 1)
-        parts = self._parts.get(node, {id(node)})
-        if parts & self._open:
-            return self._lost(node, way, "an alias that contains itself", "write the value out")
+        # A value of a mapping has the line of its key already: the value itself may start on the next line.
+        self.lines.setdefault(path, node.start_mark.line + 1)
         if isinstance(node, ScalarNode):
-            return self._scalar(node, way)
-        self._open.update(parts)
+            return self._scalar(node, path)
+        if id(node) in self._open:
+            return self._cannot_read(node, path, "an alias that contains itself", "write the value out")
+        self._open.add(id(node))
         try:
             if isinstance(node, MappingNode):
-                return self._mapping(node, way)
-            return [self.build(item, (*way, index)) for index, item in enumerate(node.value)]
+                return self._mapping(node, path)
+            return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
         finally:
-            self._open.difference_update(parts)
+            self._open.remove(id(node))
 
     def _count(self, nodes: int) -> None:
-        """Count what is gone through; raises SuiteError where aliases make too much of it."""
-        self._gone_through += nodes
-        if self._gone_through > _MOST_NODES:
-            what = f"more than {_MOST_NODES} values once aliases are followed"
+        """Count visited nodes. Raises SuiteError where aliases make too many of them."""
+        self._visited += nodes
+        if self._visited > _MAX_NODES:
+            what = f"more than {_MAX_NODES} values once aliases are followed"
             hint = "write it without so many aliases"
             raise SuiteError([*self.problems, Problem(f"{self.path}:1", what, hint)])
 
     def _problem(self, node: Node, what: str, hint: str) -> None:
         self.problems.append(Problem(f"{self.path}:{node.start_mark.line + 1}", what, hint))
 
-    def _lost(self, node: Node, way: KeyPath, what: str, hint: str) -> None:
-        """Note a value that cannot be read."""
+    def _cannot_read(self, node: Node, path: KeyPath, what: str, hint: str) -> None:
         self._problem(node, what, hint)
-        self.unreadable.add(way)
+        self.unreadable.add(path)
 
-    def _scalar(self, node: ScalarNode, way: KeyPath) -> Any:
+    def _scalar(self, node: ScalarNode, path: KeyPath) -> Any:
         tag = str(node.tag)
-        if tag.startswith(_UNDEFINED):
-            return self._lost(node, way, *_undefined(node))
         if tag not in _SCALARS:
-            if tag != _TAG + "timestamp" and not self.tags:  # what looks like a date is text here
-                return self._lost(node, way, f"a tag, `{tag}`, which is not allowed here", "write a plain value")
+            if tag != _TAG + "timestamp" and not self.tags:  # a date is text here
+                return self._cannot_read(node, path, f"the tag `{tag}` is not allowed here", "write a plain value")
             return node.value
         try:
             value = self._constructor.construct_object(node)
-        except ValueError as error:  # Python reads no whole number of thousands of digits
-            return self._lost(node, way, f"no number that can be read: {error}", "write a number of fewer digits")
+        except ValueError as error:  # Python reads no integer of thousands of digits
+            return self._cannot_read(node, path, f"not a readable number: {error}", "write a number of fewer digits")
         except (KeyError, IndexError):
             kind = tag.removeprefix(_TAG)
-            return self._lost(node, way, f"a text that is no {kind}, after the tag `!!{kind}`", "leave the tag out")
+            return self._cannot_read(
+                node, path, f"a text that is no {kind}, after the tag `!!{kind}`", "remove the tag"
+            )
         if self.texts and isinstance(value, float):
             return Written(value, node.value)
         try:
             str(value).encode()
         except UnicodeEncodeError:  # an escape like "\ud800" could not be written to a Record
-            return self._lost(node, way, "half a character, which no file can hold", "write the character itself")
+            return self._cannot_read(node, path, "half a surrogate pair, which no file can hold", "write the character")
         return value
 
-    def _mapping(self, node: MappingNode, way: KeyPath) -> dict[str, Any]:
-        nodes: dict[str, tuple[ScalarNode, Node]] = {}
-        for key, value in self._pairs(node, way):
-            name = str(key.value)
-            first, given = nodes.setdefault(name, (key, value))
+    def _mapping(self, node: MappingNode, path: KeyPath) -> dict[str, Any]:
+        pairs: dict[str, tuple[ScalarNode, Node]] = {}
+        for key, value in self._pairs(node):
+            first, _ = pairs.setdefault(str(key.value), (key, value))
             if first is not key:
-                if id(key) not in self._told:
-                    what = f"`{name}` is given twice, first in line {first.start_mark.line + 1}"
-                    self._problem(key, what, "keep one of them")
-                nodes[name] = first, self._united(given, value, (*way, name))
-        for key, value in self._merged(node, way):
-            nodes.setdefault(str(key.value), (key, value))
+                what = f"`{key.value}` is given twice, first in line {first.start_mark.line + 1}"
+                self._problem(key, what, "keep one of them")
+        for key, value in self._merged(node):
+            pairs.setdefault(str(key.value), (key, value))
         built = {}
-        for name, (key, value) in nodes.items():
-            self.lines[(*way, name)] = key.start_mark.line + 1
-            built[name] = self.build(value, (*way, name))
+        for name, (key, value) in pairs.items():
+            self.lines[(*path, name)] = key.start_mark.line + 1
+            built[name] = self.build(value, (*path, name))
         return built
 
-    def _united(self, first: Node, second: Node, way: KeyPath) -> Node:
-        """Return what counts of two values of one key."""
-        if isinstance(first, MappingNode) and isinstance(second, MappingNode):
-            # That the key of both is there twice says it of the keys in both too.
-            # Only of their first there: a third one is a mistake of its own.
-            names = {str(key.value) for key, _ in first.value}
-            told = {str(key.value): id(key) for key, _ in reversed(second.value)}
-            self._told |= {told[name] for name in names & told.keys()}
-            return self._together(MappingNode, first, second)
-        are_lists = isinstance(first, SequenceNode) and isinstance(second, SequenceNode)
-        if are_lists and any(isinstance(item, MappingNode) for item in (*first.value, *second.value)):
-            return self._together(SequenceNode, first, second)
-        # A collection says more than a scalar, which may be null, and then nobody means it.
-        counts, other = sorted((first, second), key=lambda node: isinstance(node, ScalarNode))
-        if str(other.tag) != _TAG + "null":
-            self.cut.add(way)
-        return counts
-
-    def _together(self, kind: type[Node], first: Node, second: Node) -> Node:
-        node = kind(first.tag, [*first.value, *second.value], first.start_mark, first.end_mark)
-        self._parts[node] = {part for one in (first, second) for part in self._parts.get(one, {id(one)})}
-        return node
-
-    def _pairs(self, node: MappingNode, way: KeyPath) -> Iterator[tuple[ScalarNode, Node]]:
+    def _pairs(self, node: MappingNode) -> Iterator[tuple[ScalarNode, Node]]:
         for key, value in node.value:
             if not isinstance(key, ScalarNode):
                 self._problem(key, "a key that is not a word", "write `key: value`")
-            elif str(key.tag).startswith(_UNDEFINED):
-                self._problem(key, *_undefined(key))
-                self.cut.add(way)  # it might be any of the keys that are missing
             elif str(key.tag) != _TAG + "merge":
                 yield key, value
 
-    def _merged(
-        self, node: MappingNode, way: KeyPath, inside: tuple[int, ...] = ()
-    ) -> Iterator[tuple[ScalarNode, Node]]:
+    def _merged(self, node: MappingNode, inside: tuple[int, ...] = ()) -> Iterator[tuple[ScalarNode, Node]]:
         """Yield the pairs that `<<` brings in, nearest first."""
         if id(node) in inside:
             self._problem(node, "an alias that contains itself", "write the value out")
             return
         for key, value in node.value:
-            if isinstance(key, ScalarNode) and str(key.tag) == _TAG + "merge":
-                for source in value.value if isinstance(value, SequenceNode) else [value]:
-                    if isinstance(source, MappingNode):
-                        self._count(1 + len(source.value))
-                        yield from self._pairs(source, way)
-                        yield from self._merged(source, way, (*inside, id(node)))
-                        continue
-                    self.cut.add(way)  # it might bring any of the keys that are missing
-                    if str(source.tag).startswith(_UNDEFINED):
-                        self._problem(source, *_undefined(source))
-                    else:
-                        self._problem(key, "`<<` merges something that has no keys", "write `<<: *anchor` of a mapping")
+            if not isinstance(key, ScalarNode) or str(key.tag) != _TAG + "merge":
+                continue
+            for source in value.value if isinstance(value, SequenceNode) else [value]:
+                if isinstance(source, MappingNode):
+                    self._count(1 + len(source.value))
+                    yield from self._pairs(source)
+                    yield from self._merged(source, (*inside, id(node)))
+                else:
+                    self._problem(key, "`<<` merges a value that has no keys", "write `<<: *anchor` of a mapping")
+
+
+def _problems(error: ValidationError, model: type[BaseModel], document: Document) -> Iterator[Problem]:
+    for detail in error.errors(include_url=False):
+        path = _data_path(document.data, detail["loc"])
+        if path not in document.unreadable:  # that is a problem of the document already
+            yield Problem(document.where(*path), *_sentence(dict(detail), path, model))
+
+
+def _sentence(detail: dict[str, Any], path: KeyPath, model: type[BaseModel]) -> tuple[str, str]:
+    """Return the mistake and the hint."""
+    kind, given, limits = detail["type"], detail["input"], detail.get("ctx", {})
+    name = next((part for part in reversed(detail["loc"]) if isinstance(part, str)), "")
+    if kind == "extra_forbidden":
+        return f"unknown key `{name}`", did_you_mean(name, _known_keys(model, detail["loc"][:-1]), "keys here")
+    if kind == "missing":
+        return f"`{name}` is missing", f"add `{name}:`"
+    if kind == "value_error":
+        what, _, hint = detail["msg"].removeprefix("Value error, ").partition("; ")
+        return what, hint
+    subject = f"an entry of `{name}`" if path and isinstance(path[-1], int) else f"`{name}`"
+    what = f"{subject} is {shortened(repr(given))}"
+    if kind == "literal_error":
+        choices = re.findall(r"'([^']+)'", limits["expected"])
+        return f"{what}, which is none of {', '.join(choices)}", did_you_mean(str(given), choices, "one of")
+    if kind == "string_pattern_mismatch":
+        return what, "write letters, digits and . _ + - only"
+    for bound, words in _BOUNDS.items():
+        if bound in limits:
+            limit = limits[bound]
+            return what, f"write {words} {f'{limit:g}' if isinstance(limit, float) else limit}"
+    if kind in ("too_short", "string_too_short"):
+        return f"{subject} is empty", "give it a value, or leave it out"
+    return what, _TYPE_HINTS.get(kind, detail["msg"])
+
+
+def _known_keys(model: type[BaseModel], loc: tuple[str | int, ...]) -> list[str]:
+    for part in loc:
+        if isinstance(part, str):
+            fields = {field.alias or name: field for name, field in model.model_fields.items()}
+            model = _inner(fields[part].annotation) or model
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _inner(annotation: Any) -> type[BaseModel] | None:
+    """Return the model inside an annotation such as `list[Model] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((inner for part in get_args(annotation) if (inner := _inner(part))), None)
+
+
+def _data_path(data: Any, loc: tuple[str | int, ...]) -> KeyPath:
+    """Return pydantic's location in the data as written: a scalar that stands for a list of one has no index 0."""
+    path: KeyPath = ()
+    for part in loc:
+        if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int)):
+            data = data[part]  # type: ignore[index]
+            path = (*path, part)
+    return path

@@ -1,190 +1,21 @@
-"""A finished smoke run, and a plug-in that misbehaves: made once, shared by many tests."""
+"""Fixtures that many tests share: a sandbox for the command, and a finished smoke run."""
 
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
 from harness.records import store
+from support.sandbox import Finished, Sandbox, make_sandbox
 
-# Several workers side by side, each with a thread per core, would wait for each other in loops. Before torch is imported.
+# Several workers at once, each with a thread per core, would wait for each other in loops. Before torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-# -P: the current folder must not lend its modules to the command.
-COMMAND = (sys.executable, "-P", "-m", "harness.cli")
-# For what takes seconds; a machine that is busy with other things takes longer.
-PATIENCE_S = 120.0
-# Triton's interpreter, which the tests of this folder need, a process has from its first import or never; without it the
-# kernels would want a GPU. What they compile to is judged by test_ahead.py.
+# A process has Triton's interpreter, which the tests of this folder need, from its first import or never; without it the
+# kernels would need a GPU. tests/kernels/test_ahead.py judges what they compile to.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
-
-_PLUGIN = """
-import os
-from harness import implements
-
-def plain(model, config, generator):
-    from reference.lora import attach
-    return attach(model, config, generator)
-
-@implements("lora", name="raises")
-def raises(model, config, generator):
-    raise RuntimeError("attaching \\udcff went wrong")  # a lone surrogate, as in a file name that is no text
-
-@implements("lora", name="greedy")
-def greedy(model, config, generator):
-    # Takes memory piece by piece until the system, which is told to give 512 MiB more and nothing beyond, has no more.
-    import resource, torch
-    with open("/proc/self/statm") as pages:
-        held = int(pages.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + 2**29, resource.RLIM_INFINITY))
-    pieces = []
-    while True:
-        pieces.append(torch.ones(2**26, dtype=torch.uint8))
-
-@implements("lora", name="wrong")
-def wrong(model, config, generator):
-    adapted = plain(model, config, generator)
-    for layer in adapted.layers.values():
-        layer.scaling *= 1.01
-    return adapted
-
-@implements("lora", name="nan")
-def nan(model, config, generator):
-    import torch
-    adapted = plain(model, config, generator)
-    def after_step(step):
-        with torch.no_grad():
-            adapted.parameters()[-1].fill_(float("nan"))
-    adapted.after_step = after_step
-    return adapted
-
-BY_IMPORT = {
-    name: implements("lora", name=name, requires=[f"misbehaving_{name}"])(plain)
-    for name in ("killed", "crashes", "exits", "leaves", "starved", "missing", "hangs", "vandal")
-}
-
-def implementations():
-    return [raises, greedy, wrong, nan, *BY_IMPORT.values()]
-"""
-
-# What a Cell's start-up imports first, so that a test needs not wait for torch.
-_ON_IMPORT = {
-    "killed": "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
-    "exits": "import sys\nsys.exit('no licence for this library')",
-    "leaves": "import os\nprint('last words', flush=True)\nos._exit(7)",
-    "crashes": "import ctypes\nctypes.string_at(0)",
-    "starved": "raise MemoryError('nothing left')",
-    # Holds the interpreter, so that no thread of the worker can run, and has a child.
-    "hangs": (
-        "import ctypes, os, subprocess, sys\n"
-        "from pathlib import Path\n"
-        "here = Path(os.environ['MISBEHAVING'])\n"
-        "if not (here / 'behave').exists():\n"
-        "    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
-        "    (here / 'pids.tmp').write_text(f'{os.getpid()} {child.pid}')\n"
-        "    (here / 'pids.tmp').rename(here / 'pids')\n"
-        "    ctypes.PyDLL(None).sleep(600)"
-    ),
-    "vandal": (
-        "import os\n"
-        "from pathlib import Path\n"
-        "cells = Path(os.environ['MISBEHAVING']) / 'run' / 'cells'\n"
-        "cells.rename(cells.with_name('gone'))\n"
-        "cells.write_text('no folder')\n"
-        "os._exit(7)"
-    ),
-}
-
-# The same Cells as those of the smoke suite, so that losses can be compared.
-_SUITE = """
-suite: faults
-title: Implementations that misbehave
-about: For tests.
-matrix:
-  - model: tiny-llama
-    task: toy-sentiment
-    method: lora
-    training: {{steps: 12, batch: 8, warmup: 2, max_tokens: 24, lr: 5e-3}}
-    evaluation: {{items: 32, batch: 16}}
-    config: {{rank: 4, alpha: 8, targets: [q_proj, v_proj, down_proj]}}
-    cells:
-{cells}
-"""
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A command that has ended."""
-
-    code: int
-    out: str
-    err: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Runs the command with the plug-in installed and a cache of its own. `folder` is the test's, and where it runs."""
-
-    folder: Path
-    environment: dict[str, str]
-
-    @property
-    def run_folder(self) -> Path:
-        return self.folder / "run"
-
-    def suite(self, *cells: str) -> str:
-        """Write a suite of these Cells (YAML mappings) and return its path."""
-        path = self.folder / "faults.yaml"
-        path.write_text(_SUITE.format(cells="\n".join(f"      - {cell}" for cell in cells)), encoding="utf-8")
-        return str(path)
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [*COMMAND, *arguments], cwd=self.folder, env=self.environment, text=True, encoding="utf-8",
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_hear_ctrl_c,
-        )  # fmt: skip
-
-    def finish(self, process: subprocess.Popen[str], began: float) -> Finished:
-        out, err = process.communicate(timeout=5 * PATIENCE_S)
-        return Finished(process.returncode, out, err, time.monotonic() - began)
-
-    def command(self, *arguments: str) -> Finished:
-        began = time.monotonic()
-        return self.finish(self.start(*arguments), began)
-
-    def read(self) -> store.Run:
-        return store.read_run(self.run_folder)
-
-    def hanging(self) -> list[int]:
-        """Wait for the plug-in `hangs` to hang; return the worker's process id and that of its child."""
-        eventually((self.folder / "pids").exists, "the plug-in hangs")
-        pids = [int(pid) for pid in (self.folder / "pids").read_text().split()]
-        (self.folder / "pids").unlink()
-        return pids
-
-
-def _hear_ctrl_c() -> None:
-    """Let the command hear SIGINT even if these tests run in the background of a shell, which ignores it for them."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def eventually(happens: Callable[[], bool], what: str) -> None:
-    """Wait until `happens()`, and fail if it never does."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not happens():
-        assert time.monotonic() < deadline, f"in vain waited until {what}"
-        time.sleep(0.02)
 
 
 @pytest.fixture(scope="session")
@@ -198,43 +29,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def saved(model: Any, tokenizer: Path, folder: Path) -> Path:
-    """Save a model of transformers with a tokenizer that need not be its own."""
-    model.save_pretrained(folder)
-    for file in tokenizer.iterdir():
-        if not (folder / file.name).exists():
-            (folder / file.name).write_bytes(file.read_bytes())
-    return folder
-
-
-def gone(pid: int) -> bool:
-    """Whether the process has ended, if only its parent has yet to hear of it; it may do so while it is looked at."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
-def make_bench(folder: Path, cache: Path) -> Bench:
-    plugin = folder / "plugin"
-    facts = plugin / "misbehaving-1.0.dist-info"
-    facts.mkdir(parents=True)
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: misbehaving\nVersion: 1.0\n", encoding="utf-8")
-    points = "[harness.implementations]\nmisbehaving = misbehaving:implementations\n"
-    (facts / "entry_points.txt").write_text(points, encoding="utf-8")
-    (plugin / "misbehaving.py").write_text(_PLUGIN, encoding="utf-8")
-    for name, code in _ON_IMPORT.items():
-        (plugin / f"misbehaving_{name}.py").write_text(code + "\n", encoding="utf-8")
-    environment = {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(plugin), os.environ.get("PYTHONPATH")])),
-        "MISBEHAVING": str(folder),
-        "PEFT_HARNESS_CACHE": str(cache),
-        "NO_COLOR": "1",
-        "PYTHONIOENCODING": "utf-8",
-    }
-    return Bench(folder, {**os.environ, **environment})
-
-
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache that holds what the harness makes itself once the first run has made it."""
@@ -242,16 +36,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, cache: Path) -> Bench:
-    return make_bench(tmp_path, cache)
+def sandbox(tmp_path: Path, cache: Path) -> Sandbox:
+    return make_sandbox(tmp_path, cache)
 
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Finished, store.Run]:
     """`peft-harness run smoke`, in a folder whose files have the names of modules."""
-    bench = make_bench(tmp_path_factory.mktemp("smoke"), cache)
+    sandbox = make_sandbox(tmp_path_factory.mktemp("smoke"), cache)
     for name in ("random", "torch", "harness"):
-        (bench.folder / f"{name}.py").write_text("raise SystemExit('a file of the current folder was imported')\n")
-    finished = bench.command("run", "smoke", "--out", "run")
-    assert bench.run_folder.is_dir(), finished.err
-    return finished, bench.read()
+        (sandbox.folder / f"{name}.py").write_text("raise SystemExit('a file of the current folder was imported')\n")
+    finished = sandbox.command("run", "smoke", "--out", "run")
+    assert sandbox.run_folder.is_dir(), finished.err
+    return finished, sandbox.read()

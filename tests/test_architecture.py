@@ -14,10 +14,10 @@ from harness.conformance import checks, operations, parity_suite
 from harness.conformance.case_selection import FEW
 from harness.methods.registry import discover
 from harness.methods.spec import methods
+from support.repository import TESTS, TOP
 
-TOP = Path(__file__).resolve().parent.parent
 SOURCES = sorted(p for part in ("harness", "reference") for p in (TOP / part).rglob("*.py") if "_data" not in p.parts)
-TESTS = sorted((TOP / "tests").glob("*.py"))
+TEST_FILES = sorted(TESTS.rglob("*.py"))
 MOST_LINES = 400
 VAGUE = {"utils", "util", "common", "base", "manager", "helpers", "helper", "misc", "core"}
 # Where anything may go wrong that is not ours (a Cell, somebody else's plug-in), and where a fault of the page must not
@@ -50,7 +50,7 @@ def test_there_is_something_to_look_at() -> None:
     assert {"harness/cli/__init__.py", "harness/conformance/checks/maths.py", "reference/lora.py"} <= set(
         map(name, SOURCES)
     )
-    assert len(TESTS) > 5
+    assert len(TEST_FILES) > 5
 
 
 def test_import_contracts() -> None:
@@ -126,10 +126,10 @@ def test_every_operation_has_a_parity_suite_of_checks_that_exist(operation: str)
 
 def test_every_check_explains_itself() -> None:
     assert len(checks.every()) > 5
-    assert [n for n, check in checks.every().items() if not check.__doc__] == []
+    assert [n for n, check in checks.every().items() if not check.function.__doc__] == []
 
 
-@pytest.mark.parametrize("path", TESTS, ids=name)
+@pytest.mark.parametrize("path", TEST_FILES, ids=name)
 def test_no_tolerance_is_typed_in_a_test(path: Path) -> None:
     typed = [
         f"line {node.lineno}"
@@ -143,7 +143,7 @@ def test_no_tolerance_is_typed_in_a_test(path: Path) -> None:
     assert typed == []
 
 
-@pytest.mark.parametrize("path", TESTS, ids=name)
+@pytest.mark.parametrize("path", TEST_FILES, ids=name)
 def test_a_skip_has_a_reason_and_nothing_is_rerun(path: Path) -> None:
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("pytest.mark."):

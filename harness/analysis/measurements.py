@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from harness.analysis.statistics.intervals import Median, median_interval
-from harness.records.cost import AT_ONCE, GpuPhase
+from harness.records.cost import GpuPhase
+from harness.records.notes import concurrent_cells
 from harness.records.record import Cell, Latency, Record, TrainingMeasured
 
 STARTUP = "start-up"
@@ -65,8 +66,9 @@ def not_its_own_energy(record: Record) -> str:
     energy = record.measurements.energy if record.measurements else None
     # A Record that failed does not say who counted; on a CPU no other counter is asked.
     counter = energy.source if energy else _WHOLE_MACHINE if record.device in ("", "cpu") else ""
-    beside = next((note.partition(":")[0] for note in record.notes if AT_ONCE in note), "")
-    return f"the counter ({counter}) is the whole machine's; {beside}" if beside and counter == _WHOLE_MACHINE else ""
+    cells = concurrent_cells(record)
+    shared = cells > 1 and counter == _WHOLE_MACHINE
+    return f"the counter ({counter}) is the whole machine's; up to {cells} Cells ran at once" if shared else ""
 
 
 def training_gpu(record: Record) -> GpuPhase | None:

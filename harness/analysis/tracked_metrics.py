@@ -1,10 +1,7 @@
-"""What a history keeps of a Record: a few numbers, by name, and where it was made.
+"""Values that the history keeps of a Record, by metric, and the place where the Record was made.
 
-step_s, latency_s/<variant>/<kind>/<batch>x<tokens>   medians of raw samples; none where a check or the machine forbids it
-training_peak_B                                       the highest memory in training
-parameters, weights_B, adapter_B, ...                 counted, not measured: equal on every night unless something changed
-counted_peak_B                                        what tensors take at one time in a step: the same, but for 64 KiB
-accuracy                                              of the Cell's own seed
+The metrics are those of `metrics.METRICS` with a name in the history, and `latency_s/<variant>/<kind>/<batch>x<tokens>`,
+medians of raw samples.
 """
 
 from __future__ import annotations
@@ -14,28 +11,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Literal
 
-from harness.analysis import contention, failed_checks, measurements
-from harness.analysis.comparison.baseline_costs import ALLOCATED
-from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B
-from harness.records.cost import AT_ONCE
+from harness.analysis import contention, failed_checks, measurements, metrics
+from harness.analysis.metrics import MetricKind
+from harness.records.notes import concurrent_cells
 from harness.records.record import Record, Status
 
-STEP, PEAK, ACCURACY, PARAMETERS = "step_s", "training_peak_B", "accuracy", "parameters"
-COUNTED_PEAK = "counted_peak_B"
+STEP, PEAK = metrics.STEP.history, metrics.TRAINING_PEAK.history
 LATENCY = "latency_s"
 SENTINEL = f"{LATENCY}/base/"
-"""The bare base model, which no adapter's code touches: every Cell with latencies measures it."""
+"""Prefix of latencies of the bare base model, which no adapter's code touches. Every Cell with latencies measures it."""
 BESIDE = "beside it"
-"""The part of a place that says whether other Cells ran at the same time."""
-LEDGER = ("weights_B", "adapter_B", "gradients_B", "optimizer_B")
-COUNTED = (PARAMETERS, *LEDGER, "adapter_file_B", "model_B", COUNTED_PEAK)
-PEAK_BYTES, PEAK_SHARE = 16 * 2**20, 0.01
-"""A peak must change by more than both. Training again at another learning rate moved the resident peak of nine Cells on a
-CPU by 6.2 MiB at most."""
-
-MetricKind = Literal["timed", "counted", "peak", "score"]
+"""Key of a place that is present where other Cells ran at the same time."""
 
 
 @dataclass(frozen=True)
@@ -48,40 +35,38 @@ class TrackedMetrics:
 
 def kind(metric: str) -> MetricKind | None:
     """Return how a metric is judged, or None for a name that is no metric."""
-    if metric == STEP or metric.startswith(f"{LATENCY}/"):
+    if metric.startswith(f"{LATENCY}/"):
         return "timed"
-    if metric in COUNTED:
-        return "counted"
-    return {PEAK: "peak", ACCURACY: "score"}.get(metric)  # type: ignore[return-value]
+    declared = metrics.in_history(metric)
+    return declared.kind if declared else None
+
+
+def names() -> list[str]:
+    """Return the names of all metrics, the family of latencies as one."""
+    return [LATENCY, *(metric.history for metric in metrics.METRICS if metric.history)]
 
 
 def slack(metric: str, level: float) -> float:
-    """Return by how much a metric that is no time and no score may differ from its level without having changed."""
-    if metric == PEAK:
-        return max(PEAK_BYTES, PEAK_SHARE * level)
-    return COUNTED_PEAK_B if metric == COUNTED_PEAK else 0
+    """Return the largest difference from a level that is no change, of a metric that is neither a time nor a score."""
+    declared = metrics.in_history(metric)
+    return max(declared.slack_B, declared.slack_share * level) if declared else 0
+
+
+def got_worse(metric: str, old: float, new: float) -> bool:
+    """Return whether a change of a metric that is neither a time nor a score is a regression."""
+    declared = metrics.in_history(metric)
+    return declared.got_worse(old, new) if declared else new > old
 
 
 def kept(record: Record) -> TrackedMetrics:
-    """Return the numbers of a Record; none of one that is not ok, and no times of a Cell that waited for its CPU."""
-    m = record.measurements
-    if m is None or record.status is not Status.OK:
+    """Return the values of a Record: none of one that is not ok, no times of a Cell that waited for its CPU."""
+    if record.measurements is None or record.status is not Status.OK:
         return TrackedMetrics({})
-    values: dict[str, float] = {
-        PARAMETERS: m.parameters.trainable,
-        **{name: getattr(m.memory, name) for name in LEDGER},
-    }
-    # As allocated on a GPU it is the peak of training itself.
-    if m.memory.counted_peak_B is not None and m.memory.source != ALLOCATED:
-        values[COUNTED_PEAK] = m.memory.counted_peak_B
-    if m.checkpoint is not None:
-        values["model_B"] = m.checkpoint.model_B
-        if m.checkpoint.adapter_file_B is not None:
-            values["adapter_file_B"] = m.checkpoint.adapter_file_B
-    if (peak := measurements.training_peak(record)) is not None:
-        values[PEAK] = peak
-    if m.accuracy is not None:
-        values[ACCURACY] = _short(m.accuracy.value)
+    values: dict[str, float] = {}
+    for metric in metrics.METRICS:
+        tracked = metric.history and metric.kind != "timed" and metric.applies(record)
+        if tracked and (value := metric.read(record)) is not None:
+            values[metric.history] = _short(value) if metric.kind == "score" else value
     untimed = failed_checks.no_speed(record)
     if not untimed and (busy := contention.busy(record)):
         untimed = f"its steps waited for a CPU: {busy}"
@@ -90,11 +75,11 @@ def kept(record: Record) -> TrackedMetrics:
 
 def times(record: Record) -> dict[str, float]:
     """Return the seconds of a Record's steady step and of its latencies, by metric; none of what its check refused."""
-    m, found = record.measurements, dict[str, float]()
+    m = record.measurements
     if m is None:
-        return found
-    if m.training is not None and m.training.step_seconds:
-        found[STEP] = measurements.step_time(m.training).value
+        return {}
+    timed = (metric for metric in metrics.METRICS if metric.history and metric.kind == "timed")
+    found = {metric.history: value for metric in timed if (value := metric.read(record)) is not None}
     refused = {"merged": failed_checks.no_merged_speed(record), "multi-adapter": failed_checks.no_mixed_speed(record)}
     for one in m.latency:
         if one.seconds and not refused.get(one.variant):
@@ -118,7 +103,7 @@ def place(record: Record) -> dict[str, str]:
     """Return where a Record was made, as far as its numbers must never be compared with those of another place."""
     e = record.environment
     software = {name: e.software.get(name, "none") for name in ("torch", "triton")}
-    beside = {BESIDE: "other Cells"} if any(AT_ONCE in note for note in record.notes) else {}
+    beside = {BESIDE: "other Cells"} if concurrent_cells(record) > 1 else {}
     threads = {"threads": str(e.threads or "unknown")}
     if record.device in ("", "cpu"):
         names = {"CPU": "cpu", "architecture": "architecture", "cores": "cores"}

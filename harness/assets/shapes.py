@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness import resources, yaml_lines
-from harness.errors import UsageError, near
+from harness.errors import UsageError, did_you_mean
 
 PREFIX = "shape:"
 """How a suite writes one: `shape:llama-7b`, `shape:./config.json`."""
@@ -71,14 +71,14 @@ def unknown(address: str) -> str:
     cut = _CUT.fullmatch(address)
     if cut and (whole := presets().get(cut["name"])):
         return f"`{cut['name']}` has {blocks(whole.config)} blocks, not {cut['blocks']}; ask for as many or fewer"
-    hint = f"{near(address, [*presets()])}, NAME/2-blocks for the first two of its blocks"
+    hint = f"{did_you_mean(address, [*presets()])}, NAME/2-blocks for the first two of its blocks"
     return f"no shape is called `{address}`; {hint}, or shape:./config.json"
 
 
 def config_of(address: str) -> dict[str, Any]:
     """Return the configuration that an address stands for: of a preset, or of a file. Raises UsageError as `read` does."""
     found = preset(address)
-    return found.config if found else read(resources.named(address))
+    return found.config if found else read(resources.user_path(address))
 
 
 def read(path: Path, name: str = "") -> dict[str, Any]:

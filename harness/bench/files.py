@@ -10,7 +10,7 @@ from typing import Any
 
 from harness.bench.results import BenchRow
 from harness.errors import StoreError, UsageError
-from harness.records import store
+from harness.records import files
 from harness.records.record import Environment
 
 SCHEMA = 1
@@ -34,14 +34,14 @@ def check_writable(out: Path | None, export: Path | None) -> None:
 
 
 def _try(file: Path, where: str) -> None:
-    if why := store.unwritable(file):
+    if why := files.unwritable(file):
         raise UsageError(why, where=where, hint="name a writable path")
 
 
 def write(path: Path, document: dict[str, Any]) -> None:
     """Write a document atomically. Raises StoreError."""
     try:
-        store.write_atomic(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+        files.write_atomic(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
     except StoreError as error:
         hint = (
             "the printed table has the numbers; to save the samples, free disk space or name another path and run again"

@@ -113,13 +113,10 @@ class OperationBenchmark:
             lambda: self._drawn(size, suite_run.SEED + 1),
         )
         case = Case("call", seed=suite_run.SEED, factors=self.plan.factors())
+        runner = suite_run.CaseRunner(implementation, parity_suite.in_words(self.timed.case(size)), self.dtype)
         for name in (*CHECKS, *([GRADIENT] if self.timed.backward is not None else [])):
             if name in self.plan.checks:
-                result = suite_run.tried(name, subject, case, f"{self.operation}/{name}/{self.dtype}/call")
-                yield CheckOutcome(
-                    implementation=implementation.name, kind="operation", target=self.operation, dtype=self.dtype,
-                    case=parity_suite.in_words(self.timed.case(size)), result=result,
-                )  # fmt: skip
+                yield runner.check(name, subject, case)
 
     def _overhead(self, backward: bool) -> dict[str, float]:
         """Return the seconds of a call of tiny size, by side; without the side whose implementation does not support it."""
@@ -146,7 +143,7 @@ class OperationBenchmark:
         own = cloned(arguments)
         leaves = [
             t.requires_grad_(True)
-            for n, t in operation_call.flat(own).items()
+            for n, t in operation_call.flatten(own).items()
             if n.partition("[")[0] in self.definition.differentiable
         ]
         first = self.definition.outputs[0]

@@ -14,7 +14,7 @@ from harness.bench.results import BenchRow
 from harness.bench.sizes import BenchSize, sizes
 from harness.bench.steps import STEPS, Backbone
 from harness.conformance import parity_suite
-from harness.errors import UsageError, near
+from harness.errors import UsageError, did_you_mean
 from harness.methods.registry import DTYPES, Registry, targets
 
 OURS = "fused"
@@ -226,7 +226,7 @@ def _check_names(request: BenchRequest, registry: Registry) -> None:
     operations = sorted(name for name, kind in targets().items() if kind == "operation")
     implementations = sorted({i.name for i in registry.implementations} - {request.ours})
     unknown = [
-        f"unknown {kind} {name!r}: {near(name, known, 'there are')}"
+        f"unknown {kind} {name!r}: {did_you_mean(name, known, 'there are')}"
         for kind, given, known in (
             ("operation", request.operations, operations),
             ("implementation", request.vs, implementations),

@@ -160,15 +160,10 @@ def _galore(
     small = parity_suite.CaseShape.model_validate({"tokens": 16, "in": JUDGED_FEATURES, "out": JUDGED_FEATURES})
     weight = torch.randn(shape.features, shape.features, generator=torch.Generator().manual_seed(SEED))
     runs = [_Galore(step, it, weight.to(device, DTYPES[dtype])) for it in both]
-    parity = []
+    parity: list[CheckOutcome] = []
     for it, one in zip(both, runs, strict=True):
         of = parity_suite.MethodCase({**one.config, "rank": JUDGED_RANK}, "linear", small, dtype)  # type: ignore[arg-type]
-        parity += [
-            CheckOutcome(
-                implementation=it.name, kind="method", target=step.method, dtype=dtype, case=str(of), result=result
-            )
-            for result in suite_run.one_case(it, plan, of, device)
-        ]
+        parity += suite_run.run_case(it, plan, of, device)
     checks, outcome, because = judge_parity(parity)
     samples = None
     if outcome == "measured":

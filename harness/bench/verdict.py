@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from harness.bench.results import Outcome
-from harness.conformance.findings import defects
+from harness.conformance.findings import defects, summary
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 
 
@@ -18,7 +18,11 @@ def judge_parity(parity: Sequence[CheckOutcome]) -> tuple[list[CheckOutcome], Ou
     marked = defects.explained(parity, defects.known())[0]
     for one in marked:
         if one.standing is CheckStatus.FAIL:
-            return marked, "refused", f"no parity: {one.implementation} fails {one.result.check}: {_reason(one)}"
+            return (
+                marked,
+                "refused",
+                f"no parity: {one.implementation} fails {one.result.check}: {summary.describe(one.result)}",
+            )
     for one in marked:
         if one.standing is CheckStatus.UNSUPPORTED:
             return marked, "not-run", f"{one.implementation}: {one.result.detail}"
@@ -29,9 +33,3 @@ def judge_parity(parity: Sequence[CheckOutcome]) -> tuple[list[CheckOutcome], Ou
         if not any(one.standing is CheckStatus.PASS for one in marked if one.implementation == name):
             return marked, "refused", f"no parity: no check applies to {name}"
     return marked, "measured", ""
-
-
-def _reason(one: CheckOutcome) -> str:
-    if one.result.error is not None:
-        return f"error {one.result.error:.3g}, allowed {one.result.allowed or 0:.3g}, at {one.result.tensor}"
-    return defects.said(one.result)

@@ -18,7 +18,7 @@ from typing import Any
 from harness.bench.sizes import BenchSize
 from harness.bench.steps import STEPS, Backbone
 from harness.errors import Unsupported
-from harness.methods.registry import Implementation, discover, told
+from harness.methods.registry import Implementation, discover, format_error
 from harness.process.event_pipe import Emit, event_writer
 
 
@@ -28,7 +28,7 @@ def _report_error(emit: Emit) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        emit(failed=told(error))
+        emit(failed=format_error(error))
         raise
 
 

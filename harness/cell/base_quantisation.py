@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from harness.conformance.comparison.packed_codes import judge_in_pieces
 from harness.conformance.comparison.tolerance_policies import Judgement
@@ -31,7 +32,7 @@ class PackedBase:
 
 
 def pack(
-    model: Any,
+    model: nn.Module,
     paths: Iterable[str],
     base: Base,
     dtype: torch.dtype,
@@ -45,7 +46,7 @@ def pack(
     """
     paths = list(paths)
     for path in paths:
-        layer = model.get_submodule(path)
+        layer: Any = model.get_submodule(path)
         if kind_of(layer) != "linear":
             raise UsageError(
                 f"`targets` name {path} ({type(layer).__name__}); a base in {base.quantization} packs linear layers only",
@@ -54,14 +55,15 @@ def pack(
     weights, small = sum(parameter.numel() for parameter in model.parameters()), is_small(model)
     packs = registry.find("base", base.quantization, base.implementation)
     found, count = PackedBase(), 0
-    for here in ready or [paths]:
-        for path in (path for path in paths if path in here):
+    for filled in ready or [paths]:
+        for path in (path for path in paths if path in filled):
             layer = model.get_submodule(path)
             if small:
                 found.expected[path] = ExpectedCodes.of(layer)
             found.forms[path] = PackedLayer(*packs(model, [path], dtype)[path])
             if not small:
-                found.judged[path] = judge_in_pieces(found.forms[path], layer, model.get_submodule(path).bias)
+                packed: Any = model.get_submodule(path)
+                found.judged[path] = judge_in_pieces(found.forms[path], layer, packed.bias)
             count += layer.weight.numel()
             del layer
     found.note = (

@@ -11,9 +11,10 @@ from harness.cell.job import Emit, Job
 from harness.cell.measure.memory import PeakMeter
 from harness.cell.measure.phases import PhaseClock
 from harness.cell.outcomes import NonconformingError
+from harness.conformance.findings.summary import describe
 from harness.conformance.subject import DTYPES
 from harness.methods.registry import Registry
-from harness.records.record import Cell, CheckResult, Outcome
+from harness.records.record import Cell, CheckResult, Note, Outcome
 
 
 @dataclass
@@ -30,6 +31,7 @@ class CellRun:
     """Memory of the process before the model is loaded, in bytes."""
     checks: list[CheckResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    typed_notes: list[Note] = field(default_factory=list)
     layers: list[str] = field(default_factory=list)
     """Paths of the adapted layers."""
     adapted: Mapping[str, object] = field(default_factory=dict)
@@ -55,7 +57,4 @@ class CellRun:
         self.checks += results
         failed = next((result for result in results if result.outcome is Outcome.FAIL), None)
         if failed is not None:
-            size = (
-                f"error {failed.error:.3g}, allowed {failed.allowed:.3g}" if failed.error is not None else failed.worst
-            )
-            raise NonconformingError(f"{failed.check} failed at {failed.tensor or failed.detail}: {size}")
+            raise NonconformingError(f"{failed.check} failed: {describe(failed)}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.analysis.statistics.intervals import wilson
 from harness.assets import rows
@@ -52,8 +52,8 @@ class CellData:
         if job.model.source.kind == "encoder":
             loaded.model.config.pad_token_id = self.pad
 
-            def tokenise(some: Sequence[rows.AnyRow]) -> list[Example]:
-                return classification_examples(some, tokenizer, limit)
+            def tokenise(chosen_rows: Sequence[rows.AnyRow]) -> list[Example]:
+                return classification_examples(chosen_rows, tokenizer, limit)
 
             self._test = tokenise(test_rows)
             side, probe = "right", self._test[:_PROBED]
@@ -66,10 +66,10 @@ class CellData:
             self._scorer = CausalScorer(loaded.model, tokenizer, cell.evaluation.batch, limit, self._progress)
             encode, prompts, answers = self._scorer.encode_pair, Prompts(tokenizer, limit), task.answers
 
-            def tokenise(some: Sequence[rows.AnyRow]) -> list[Example]:
+            def tokenise(chosen_rows: Sequence[rows.AnyRow]) -> list[Example]:
                 if answers is not None:
-                    return answered_examples(some, prompts, make.pair, answers)
-                return answer_examples(some, make.prompt, make.answers, encode, limit)
+                    return answered_examples(chosen_rows, prompts, make.pair, answers)
+                return answer_examples(chosen_rows, make.prompt, make.answers, encode, limit)
 
             side, probe = "left", tokenise(test_rows[:_PROBED_CAUSAL])
             refuse_tokenless(probe, job.model.path)
@@ -82,13 +82,13 @@ class CellData:
         self.batches = [collate(group, self.pad, side).to(device) for group in chosen]
         self.probe = collate(probe, self.pad, side).to(device)
 
-    def logits(self, model: Any) -> Tensor:
+    def logits(self, model: nn.Module) -> Tensor:
         """Return the logits of a few test texts, differentiably; of a causal model only the last position's."""
         if any(self.probe.answers):
             return loop.last_logits(model, self.probe.inputs, 1)
         return model(**self.probe.inputs).logits  # type: ignore[no-any-return]
 
-    def evaluate(self, model: Any) -> Accuracy:
+    def evaluate(self, model: nn.Module) -> Accuracy:
         """Score the test items."""
         if self._lm_task is None:
             metric, scored_by = "accuracy", "harness"
@@ -106,7 +106,7 @@ class CellData:
         )  # fmt: skip
 
 
-def refuse_long(model: Any, cell: Cell, written: int = 0) -> None:
+def refuse_long(model: nn.Module, cell: Cell, written: int = 0) -> None:
     """Raise UsageError if a Cell's texts, or a prompt and an answer of `written` tokens, exceed its model's positions."""
     limit, most, virtual = cell.training.max_tokens, positions(model), virtual_tokens(cell.config)
     # From the model itself: a config does not show that RoBERTa reserves two positions for padding.

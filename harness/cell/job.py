@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, Protocol
 
 from harness.assets.table import Source
-from harness.records.cost import AT_ONCE
+from harness.records.notes import concurrency_note
 from harness.records.record import AssetUse, Cell, FrozenModel, Json
 from harness.suites.tasks import Answers
 
@@ -67,7 +67,7 @@ class Job(FrozenModel):
     @property
     def notes(self) -> list[str]:
         """Notes of the Record on the machine's load."""
-        return [f"up to {self.at_once} {AT_ONCE}: its times share the machine"] if self.at_once > 1 else []
+        return concurrency_note(self.at_once)
 
     @property
     def assets(self) -> list[AssetUse]:

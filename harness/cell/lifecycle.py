@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.cell import base_quantisation, memory_ledger, training_phase, unreferenced_method
 from harness.cell.cell_run import CellRun
@@ -25,12 +25,13 @@ from harness.cell.training.offloaded_weights import OffloadedWeights, unused
 from harness.conformance.cell_gate import parity_gate
 from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.observations import inference
+from harness.conformance.findings.summary import describe
 from harness.conformance.subject import Original, Subject, adaptable_layers, configure, initial_tensors
 from harness.methods import experts
 from harness.methods.peft_config import UNREFERENCED
 from harness.process.out_of_memory import shortage
 from harness.records.cost import Checkpoint, Energy
-from harness.records.record import Accuracy, Latency, Measurements, Outcome, Predicted
+from harness.records.record import Accuracy, Latency, Measurements, Note, NoteKind, Outcome, Predicted
 
 Predict = Callable[[Job, list[Batch]], Predicted | str]
 """Predicts the memory ledger of a Cell and the peak of a step over its batches; or returns why it cannot."""
@@ -70,7 +71,9 @@ def measure(run: CellRun, predict: Predict) -> Measurements:
         for parameter in loaded.head.values():
             parameter.requires_grad_(True)
         parameters = memory_ledger.parameters(subject.adapted, loaded.head, model)
-        run.notes += experts.notes(cell, model, parameters.total - parameters.adapter)
+        found = experts.notes(cell, model, parameters.total - parameters.adapter)
+        run.notes += found
+        run.typed_notes += [Note(kind=NoteKind.UNREACHED_EXPERTS, text=text) for text in found]
         offloaded = _offload(run, subject)
         if cell.training.steps:
             with models.checkpointing(model, cell.training.checkpointing):
@@ -192,7 +195,7 @@ def _offload(run: CellRun, subject: Subject) -> OffloadedWeights:
     try:
         return OffloadedWeights(unused(subject.method, subject.adapted, subject.bases), folder)
     except (OSError, RuntimeError) as error:
-        run.notes.append(f"weights that no product takes stayed in memory: {error}".partition("\n")[0])
+        run.notes.append(f"unused weights stayed in memory: {error}".partition("\n")[0])
         return OffloadedWeights({}, folder)
 
 
@@ -206,7 +209,7 @@ def _save(run: CellRun, subject: Subject, loaded: models.Loaded, model_B: int) -
         return checkpoint_size.measure(file, loaded.head, model_B, Path(run.job.folder), trains_base=trains_base)
 
 
-def _evaluate(run: CellRun, data: Data, model: Any) -> Accuracy | None:
+def _evaluate(run: CellRun, data: Data, model: nn.Module) -> Accuracy | None:
     with run.clock.phase("evaluate"):
         return data.evaluate(model)
 
@@ -245,7 +248,7 @@ def _latencies(
         merged = parity_gate.after_training(subject, run.cell.seed, forward)
         run.checks += merged
         refused = "; ".join(
-            f"{r.check} failed: {r.error} of {r.allowed} at {r.tensor}" if r.outcome is Outcome.FAIL else r.detail
+            f"{r.check} failed: {describe(r)}" if r.outcome is Outcome.FAIL else r.detail
             for r in merged
             if r.outcome is not Outcome.PASS
         )

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.assets import structure
 from harness.cell.data import refuse_long
@@ -62,11 +61,11 @@ class RandomData:
                 drawn.update(json.dumps(batch.labels.tolist()).encode())
         self.order_sha256 = drawn.hexdigest()
 
-    def logits(self, model: Any) -> Tensor:
+    def logits(self, model: nn.Module) -> Tensor:
         """Return the logits of two sequences, of a causal model at their last position, differentiably."""
         if self._encoder:
             return model(**self.probe.inputs).logits  # type: ignore[no-any-return]
         return loop.last_logits(model, self.probe.inputs, 1)
 
-    def evaluate(self, model: Any) -> None:
+    def evaluate(self, model: nn.Module) -> None:
         """Score nothing: the prediction of random tokens or labels means nothing."""

@@ -118,7 +118,7 @@ def train(
     run.notes += loop.notes(optimizer, samples.losses)
     if compiling:
         steps = ", ".join(map(str, compiling))
-        run.notes.append(f"steps that compiled anew: {steps}; tokens per second and joules hold that, medians do not")
+        run.notes.append(f"steps that recompiled: {steps}; tokens per second and joules include that, medians do not")
     step_peak_B = _step_peak(run, subject, parameters, data, optimizer)
     if layerwise:
         layerwise.remove()
@@ -136,7 +136,7 @@ def _step_peak(
     if run.device.type != "cpu":
         return run.clock.done[-1].peak_memory_B  # of the training: the allocator's own count
     if 2 * copied_B(subject.adapted, head) > free_B(run.device):
-        run.notes.append("memory in a step was not counted: a second copy of what it changes might not fit")
+        run.notes.append("memory in a step was not counted: a second copy of the trained tensors might not fit")
         return None
     with run.clock.phase("count"):
         try:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.conformance.subject import Subject
 from harness.methods import checksums
 from harness.records.record import Cell, CheckResult, Outcome
 
 
-def fingerprints(model: Any) -> dict[str, int]:
+def fingerprints(model: nn.Module) -> dict[str, int]:
     """Return a checksum of every frozen parameter."""
-    return checksums.of_all({name: p for name, p in model.named_parameters() if not p.requires_grad})
+    return checksums.crc32_by_name({name: p for name, p in model.named_parameters() if not p.requires_grad})
 
 
 def base_weights(subject: Subject) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from harness.claims.claim import MeasureRequest
 from harness.claims.measure import FOLDER, Measure, measures
 from harness.claims.printed_number import Dimension, exact, shortly
-from harness.errors import Problem, closest, near
+from harness.errors import Problem, closest_match, did_you_mean
 from harness.methods.spec import methods
 from harness.yaml_lines import Document, KeyPath
 
@@ -37,11 +37,13 @@ class Arguments:
             return None
         if name not in measures():
             place = (*way, "measure") if inherited else (*at, "measure")
-            self.problem(place, f"unknown measure `{name}`", near(name, measures()))
-            name = closest(name, measures())
+            self.problem(place, f"unknown measure `{name}`", did_you_mean(name, measures()))
+            name = closest_match(name, measures())
         return measures().get(name)
 
-    def request(self, measure: Measure, arguments: Mapping[str, Any], at: KeyPath, also: list[KeyPath]) -> MeasureRequest | None:
+    def request(
+        self, measure: Measure, arguments: Mapping[str, Any], at: KeyPath, also: list[KeyPath]
+    ) -> MeasureRequest | None:
         """Check the arguments of a measure. also: further places of a key, since a row inherits those of its table."""
         before = len(self.problems)
         plain = {key: value for key, value in arguments.items() if key not in measure.nested}
@@ -74,10 +76,9 @@ class Arguments:
         place = self._place(key, at, also)
         known = list(measure.arguments.model_fields)
         if detail["type"] == "extra_forbidden":
-            self.problem(place, f"`{measure.name}` has no argument `{key}`", near(key, known, "it takes"))
+            self.problem(place, f"`{measure.name}` has no argument `{key}`", did_you_mean(key, known, "it takes"))
         elif detail["type"] == "missing":
-            if not any(self.document.is_cut((*one, key)) for one in (at, *also)):
-                self.problem(place, f"`{measure.name}` needs `{key}`", f"add {key} to `with`")
+            self.problem(place, f"`{measure.name}` needs `{key}`", f"add {key} to `with`")
         else:
             what = detail["msg"].removeprefix("Value error, ")
             self.problem(
@@ -120,6 +121,6 @@ class Arguments:
         fields = methods()[method].fields if method else {}
         for key, value in config.items():
             if key not in fields:
-                self.problem((*way, key), f"{method} has no `{key}`", near(key, fields))
+                self.problem((*way, key), f"{method} has no `{key}`", did_you_mean(key, fields))
             elif wrong := fields[key].problem(value):
                 self.problem((*way, key), f"`{key}` of {method}: {wrong}", fields[key].hint)

@@ -15,9 +15,8 @@ from harness.claims.arguments import Arguments
 from harness.claims.claim import Claim, Reading, Tier
 from harness.claims.measure import Measure
 from harness.claims.printed_number import Printed, Rounding, parse
-from harness.errors import Problem, SuiteError, UsageError, in_order, near
-from harness.resources import folder
-from harness.suites import schema
+from harness.errors import Problem, SuiteError, UsageError, did_you_mean, sort_problems
+from harness.resources import data_folder
 from harness.suites.schema import Id, Keys, Word
 from harness.yaml_lines import Document, KeyPath
 
@@ -93,7 +92,7 @@ def paths(papers: Iterable[str]) -> list[Path]:
     found = []
     for paper in papers:
         if paper not in names():
-            hint = f"{near(paper, names(), 'there are')}; or use --file FILE for your own"
+            hint = f"{did_you_mean(paper, names(), 'there are')}; or use --file FILE for your own"
             raise UsageError(f"unknown paper `{paper}`", where="PAPER", hint=hint)
         files = [_folder() / f"{paper}.yaml", _folder() / f"{paper}{_MEASURED}.yaml"]
         found += [file for file in files if file.is_file()]
@@ -101,7 +100,7 @@ def paths(papers: Iterable[str]) -> list[Path]:
 
 
 def _folder() -> Path:
-    return folder("suites") / "claims"
+    return data_folder("suites") / "claims"
 
 
 def load(paths: Iterable[Path]) -> list[Claim]:
@@ -111,21 +110,23 @@ def load(paths: Iterable[Path]) -> list[Claim]:
     first: dict[str, str] = {}
     for path in paths:
         try:
-            document = yaml_lines.read(
-                path, texts=True, start="`paper: NAME`; `peft-harness explain claims` shows a file"
-            )
+            start = "`paper: NAME`; `peft-harness explain claims` shows a file"
+            document = yaml_lines.read(path, texts=True, start=start)
+            keys = yaml_lines.validate(document, FileKeys)
         except SuiteError as error:
             problems += error.problems
             continue
         reading = _Reading(document)
-        found += reading.claims()
+        found += reading.claims(keys)
         problems += reading.problems
         for where, name in reading.ids:
             if name in first:
-                problems.append(Problem(where, f"duplicate id `{name}`, first at {first[name]}", "give each claim its own id"))
+                problems.append(
+                    Problem(where, f"duplicate id `{name}`, first at {first[name]}", "give each claim its own id")
+                )
             first.setdefault(name, where)
     if problems:
-        raise SuiteError(in_order(problems), "claim file")
+        raise SuiteError(sort_problems(problems), "claim file")
     return found
 
 
@@ -138,14 +139,14 @@ class _Reading:
         self.ids: list[tuple[str, str]] = []
         self.arguments = Arguments(document, self.problems)
 
-    def claims(self) -> list[Claim]:
-        keys, problems = schema.read(self.document, FileKeys)
-        self.problems += problems
+    def claims(self, keys: FileKeys) -> list[Claim]:
         for name in ("paper", "title", "version"):
-            if not getattr(keys, name) and not self.document.is_cut((name,)):
+            if not getattr(keys, name):
                 self.problem((), f"`{name}` is missing", _MISSING[name])
-        if keys.claims is None and not self.document.is_cut(("claims",)):
-            self.problem((), "`claims` is missing", "write a list of claims; `peft-harness explain claims` shows an example")
+        if keys.claims is None:
+            self.problem(
+                (), "`claims` is missing", "write a list of claims; `peft-harness explain claims` shows an example"
+            )
         return [
             one for index, claim in enumerate(keys.claims or ()) for one in self._rows(keys, claim, ("claims", index))
         ]
@@ -154,8 +155,6 @@ class _Reading:
         self.arguments.problem(way, what, hint)
 
     def _rows(self, keys: FileKeys, table: ClaimKeys, way: KeyPath) -> Iterator[Claim]:
-        if self.document.is_emptied(way) or (table.rows is None and (*way, "rows") in self.document.cut):
-            return  # already reported
         if table.rows is None:
             found = self._claim(keys, table, table, way, way)
             if found is not None:
@@ -164,8 +163,6 @@ class _Reading:
         if table.printed:
             self.problem((*way, "printed"), "`printed` and `rows` exclude each other", "write `printed` in each row")
         for index, row in enumerate(table.rows):
-            if self.document.is_emptied((*way, "rows", index)):
-                continue
             found = self._claim(keys, table, row, way, (*way, "rows", index))
             if found is not None:
                 yield found
@@ -180,7 +177,7 @@ class _Reading:
         values["tier"], values["printed"] = table.tier, row.printed
         for name, value in (*values.items(), ("id", row.id), *([("id of the table", table.id)] if is_row else [])):
             place = at if name in ("printed", "id") else way
-            if not value and not self.document.is_cut((*place, name.partition(" ")[0])):
+            if not value:
                 self.problem(place, f"`{name}` is missing", _MISSING[name.partition(" ")[0]])
         name = f"{table.id}-{row.id}" if is_row else str(row.id)
         if row.id and table.id:
@@ -201,8 +198,7 @@ class _Reading:
         if request and (left := _PLACE.findall(sentence)):
             place = at if row.sentence else way
             self.problem(place, f"the sentence has an unknown placeholder `{left[0]}`", _FILL)
-        is_cut = any(gone[: len(at)] == at for gone in self.document.cut)
-        if len(self.problems) > before or request is None or measure is None or is_cut:
+        if len(self.problems) > before or request is None or measure is None:
             return None
         return Claim(
             id=name,
@@ -261,7 +257,7 @@ class _Reading:
     def _otherwise(
         self, other: OtherwiseKeys, name: str | None, measure: Measure | None, arguments: Mapping[str, Any], at: KeyPath
     ) -> Reading | None:
-        if not other.under and not self.document.is_cut((*at, "under")):
+        if not other.under:
             self.problem(at, "`under` is missing", "name the convention, rank or unit of this reading")
         chosen = measure
         if other.measure and (chosen := self.arguments.measure(other.measure, at, False, at)) is None:

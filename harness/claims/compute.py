@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from harness.claims.claim import MeasureRequest, Claim
+from harness.claims.claim import Claim, MeasureRequest
 from harness.claims.judge import JudgedClaim, Missing, judge, plain
 from harness.claims.measure import MeasureResult
 from harness.process.supervisor import Subprocess, python_module

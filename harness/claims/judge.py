@@ -8,7 +8,7 @@ from enum import StrEnum
 from fractions import Fraction
 from typing import Any
 
-from harness.claims.claim import MeasureRequest, Claim, Tier
+from harness.claims.claim import Claim, MeasureRequest, Tier
 from harness.claims.measure import MeasureResult
 from harness.claims.printed_number import agrees, shown, undecided
 from harness.records.base_model import FrozenModel

@@ -27,7 +27,7 @@ from harness.cli.listing import list_
 from harness.cli.plan import plan
 from harness.cli.report import report
 from harness.cli.run import run
-from harness.console import bug, fail, silence
+from harness.console import discard_stdout, report_bug, report_error
 from harness.errors import Exit, HarnessError, UsageError
 
 
@@ -37,7 +37,7 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            silence()
+            discard_stdout()
             return Exit.INFRASTRUCTURE
 
 
@@ -62,7 +62,7 @@ def commands() -> None:
 
 def launch(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    sys.excepthook = bug  # Python's own hook would exit with 1, which means a finding
+    sys.excepthook = report_bug  # Python's own hook would exit with 1, which means a finding
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an ASCII terminal must not end in a crash
@@ -72,16 +72,16 @@ def launch(argv: Sequence[str] | None = None) -> int:
         error.show()
         code = Exit.USAGE
     except click.Abort:  # Ctrl-C
-        code = fail(HarnessError("interrupted", hint="what was finished is kept"))
+        code = report_error(HarnessError("interrupted", hint="what was finished is kept"))
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx and error.ctx.parent else "peft-harness"  # e.g. `history add`
         message = " ".join(error.format_message().split())  # click puts choices on lines of their own
         where = path.removeprefix("peft-harness").strip()
-        code = fail(UsageError(message, where=where, hint=f"see `{path} --help`"))
+        code = report_error(UsageError(message, where=where, hint=f"see `{path} --help`"))
     except HarnessError as error:
-        code = fail(error)
+        code = report_error(error)
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        silence()
+        discard_stdout()
     return code

@@ -9,12 +9,12 @@ from harness import yaml_lines
 from harness.assets import shapes
 from harness.assets.table import Source, load_table
 from harness.conformance import checks
-from harness.console import aligned
+from harness.console import align_columns
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.registry import Registry, discover
 from harness.methods.spec import methods
 from harness.records.record import SCHEMA
-from harness.resources import folder
+from harness.resources import data_folder
 from harness.suites import loader, tasks
 
 ListRow = dict[str, Any]
@@ -38,7 +38,7 @@ def as_text(document: Mapping[str, Any]) -> str:
         if kind == "schema" or (kind == "broken" and not rows):
             continue
         shown = [[_shown(row[column]) for column in _COLUMNS[kind]] for row in rows]
-        blocks.append("\n".join([kind, *aligned(shown)]))
+        blocks.append("\n".join([kind, *align_columns(shown)]))
     return "\n\n".join(blocks)
 
 
@@ -96,7 +96,7 @@ def _models(_: Registry) -> list[ListRow]:
 
 
 def _tasks(_: Registry) -> list[ListRow]:
-    found = [tasks.load(name, folder("suites"), _sources()) for name in tasks.names()]
+    found = [tasks.load(name, data_folder("suites"), _sources()) for name in tasks.names()]
     return [
         {
             "name": t.name,
@@ -144,7 +144,7 @@ def _measures(_: Registry) -> list[ListRow]:
 
 
 def _sources() -> dict[str, Source]:
-    return load_table(folder("suites") / "sources.yaml")
+    return load_table(data_folder("suites") / "sources.yaml")
 
 
 _ROWS: dict[str, Callable[[Registry], list[ListRow]]] = {

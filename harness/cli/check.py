@@ -15,16 +15,18 @@ from typing import get_args
 from harness.conformance import parity_suite
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.execution import worker_processes
+from harness.conformance.execution.worker_protocol import WorkerTask
 from harness.conformance.findings import defects
 from harness.conformance.findings.defects import Defect
 from harness.conformance.findings.outcomes import CheckStatus
 from harness.conformance.findings.report import CheckReport
-from harness.conformance.parity_suite import ParityPlan, path_of
-from harness.errors import Exit, Problem, SuiteError, UsageError, near
+from harness.conformance.parity_suite import ParitySuite, path_of
+from harness.errors import Exit, Problem, SuiteError, UsageError, did_you_mean
 from harness.methods.peft_config import NO_REFERENCE, UNREFERENCED
 from harness.methods.registry import DTYPES, GROUP, Implementation, Registry, TargetKind, targets
 from harness.process.termination import handle_termination
-from harness.records import store
+from harness.records.check_id import CheckId
+from harness.records.files import unwritable
 from harness.report import check_terminal
 
 
@@ -70,7 +72,7 @@ def check(asked: CheckRequest, as_json: bool, junit: Path | None = None, html: P
 def _places(files: dict[str, Path | None]) -> None:
     """Raise UsageError for files that could not be written, before anything takes its minutes."""
     given = {option: file for option, file in files.items() if file is not None}
-    odd = {option: why for option, file in given.items() if (why := store.unwritable(file))}
+    odd = {option: why for option, file in given.items() if (why := unwritable(file))}
     if len({file.absolute() for file in given.values()}) < len(given):
         odd = {"--junit, --html": f"{given['--junit']} is to be two files at once"}
     if odd:
@@ -95,7 +97,7 @@ def judge(asked: CheckRequest) -> CheckReport:
         if interrupted:
             skipped |= {f"{name} {target}": "interrupted" for name, _, target in found.left}
     # What was left out, by the user, an interruption or for want of a module, may be just where a defect shows.
-    left_out = {target for found in findings for target in found.out}
+    left_out = {target for found in findings for target in found.not_tried}
     done = {target for task in tasks for target in task.targets} - left_out
     due = [defect for defect in known if _whole(defect, asked, registry, done)]
     marked, _ = defects.explained([one for found in findings for one in found.tried], known)
@@ -112,7 +114,8 @@ def judge(asked: CheckRequest) -> CheckReport:
 def _whole(defect: Defect, asked: CheckRequest, registry: Registry, done: set[tuple[str, TargetKind, str]]) -> bool:
     """Whether everything was tried in which a defect could show, so that one may complain if it did not."""
     by_dtype = all(
-        dtype in asked.dtypes or not any(_may_be(pattern, 2, dtype) for pattern in defect.checks) for dtype in DTYPES
+        dtype in asked.dtypes or not any(fnmatchcase(dtype, CheckId.parse(pattern).dtype) for pattern in defect.checks)
+        for dtype in DTYPES
     )
     return (by_dtype or not asked.dtypes) and all(
         (i.name, i.kind, i.target) in done
@@ -125,22 +128,17 @@ def _may_show(defect: Defect, implementation: Implementation) -> bool:
     """Whether a defect could show in this: the name of a base is not in the ids of its checks, those have the Method's."""
     if defect.target or implementation.kind == "base":
         return defect.target in ("", implementation.target)
-    return any(_may_be(pattern, 0, implementation.target) for pattern in defect.checks)
+    return any(fnmatchcase(implementation.target, CheckId.parse(pattern).target) for pattern in defect.checks)
 
 
-def _may_be(pattern: str, part: int, word: str) -> bool:
-    """Whether the part of a check's id that a pattern allows may be this word."""
-    return fnmatchcase(word, pattern.split("/")[part])
-
-
-def _read(wanted: Sequence[Implementation]) -> tuple[dict[str, ParityPlan], Sequence[Defect]]:
+def _read(wanted: Sequence[Implementation]) -> tuple[dict[str, ParitySuite], Sequence[Defect]]:
     """Read the parity suites of what is to be tried, and the known defects; raises SuiteError with every mistake in them."""
-    plans: dict[str, ParityPlan] = {}
+    plans: dict[str, ParitySuite] = {}
     known: Sequence[Defect] = ()
     problems: list[Problem] = []
-    for kind, target in sorted({(i.kind, i.target) for i in wanted if path_of(i.target).is_file()}):
+    for target in sorted({i.target for i in wanted if path_of(i.target).is_file()}):
         try:
-            plans[target] = parity_suite.load_operation(target) if kind == "operation" else parity_suite.load(target)
+            plans[target] = parity_suite.load_plan(target)
         except SuiteError as error:
             problems += error.problems
     try:
@@ -161,8 +159,8 @@ def _asked_for(implementation: Implementation, asked: CheckRequest) -> bool:
 
 
 def _tasks(
-    wanted: Sequence[Implementation], asked: CheckRequest, plans: dict[str, ParityPlan]
-) -> tuple[list[worker_processes.WorkerTask], dict[str, str]]:
+    wanted: Sequence[Implementation], asked: CheckRequest, plans: dict[str, ParitySuite]
+) -> tuple[list[WorkerTask], dict[str, str]]:
     """Group by who offers it, since each process pays for its imports once, and for those alone."""
     grouped: dict[str, list[Implementation]] = {}
     skipped = {}
@@ -175,8 +173,11 @@ def _tasks(
         else:
             grouped.setdefault(one.point, []).append(one)
     tasks = [
-        worker_processes.WorkerTask(
-            point, [(i.name, i.kind, i.target) for i in several], asked.breadth, tuple(asked.dtypes)
+        WorkerTask(
+            point=point,
+            targets=[(i.name, i.kind, i.target) for i in several],
+            breadth=asked.breadth,
+            dtypes=tuple(asked.dtypes),
         )
         for point, several in grouped.items()
     ]
@@ -184,7 +185,7 @@ def _tasks(
     return sorted(tasks, key=lambda task: -sum(_size(plans[target]) for *_, target in task.targets)), skipped
 
 
-def _no_case(one: Implementation, plan: ParityPlan, asked: CheckRequest) -> str:
+def _no_case(one: Implementation, plan: ParitySuite, asked: CheckRequest) -> str:
     """Say why no case of its parity suite is left for an implementation; nothing if one is."""
     there = [dtype for dtype in plan.dtypes if dtype in (asked.dtypes or DTYPES)]
     if set(one.dtypes) & set(there):
@@ -195,10 +196,9 @@ def _no_case(one: Implementation, plan: ParityPlan, asked: CheckRequest) -> str:
     return f"offers {', '.join(one.dtypes)}; {of_these} parity suite has cases in {', '.join(there)}"
 
 
-def _size(plan: ParityPlan) -> int:
+def _size(plan: ParitySuite) -> int:
     """Return about how many checks a suite has."""
-    cases = plan.calls(FEW) if isinstance(plan, parity_suite.OperationSuite) else plan.cases(FEW)
-    return len(list(cases)) * len(plan.checks)
+    return len(list(plan.cases(FEW))) * len(plan.checks)
 
 
 def _known_names(asked: CheckRequest, registry: Registry) -> None:
@@ -227,7 +227,7 @@ def _unknown(asked: CheckRequest, registry: Registry) -> Iterator[str]:
         for name in given:
             if name in known or (what == "implementation" and name in registry.broken):
                 continue
-            hint = near(name, known, "there are")
+            hint = did_you_mean(name, known, "there are")
             if what != "dtype" and name in kinds:
                 hint = f"that is of kind `{kinds[name]}`: {'--op' if kinds[name] == 'operation' else '--method'} {name}"
             yield f"{what} {name!r}: {hint}{yours if what == 'implementation' else ''}"

@@ -10,7 +10,7 @@ import click
 
 from harness.claims.claim import Tier
 from harness.cli import options
-from harness.console import say
+from harness.console import echo
 from harness.errors import Exit, UsageError
 
 
@@ -83,5 +83,5 @@ def claims(
             rows = compute.judged(selection.chosen(read, tiers, ids, headlines=headlines), jobs, folders)
     if page:
         claims_page.write_page(rows, software, page, headlines=headlines)
-    say(json.dumps(document.document(rows, software), indent=1) if as_json else table.as_text(rows))
+    echo(json.dumps(document.document(rows, software), indent=1) if as_json else table.as_text(rows))
     return selection.exit_of(rows, strict=strict)

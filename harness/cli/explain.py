@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from harness.console import say
+from harness.console import echo
 from harness.errors import Exit
 
 
@@ -19,5 +19,5 @@ def explain(name: str) -> Exit:
     """
     from harness.cli import topics
 
-    say(topics.explain(name))
+    echo(topics.explain(name))
     return Exit.PASS

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from harness.cli import options
-from harness.console import say
+from harness.console import echo
 from harness.errors import Exit
 
 
@@ -67,5 +67,5 @@ def fit(
     document = fitting.answer(request, counted)
     if not formulas:
         document = fit_checks.checked(request, counted, document)
-    say(json.dumps(document, indent=1) if as_json else fit_table.as_text(document))
+    echo(json.dumps(document, indent=1) if as_json else fit_table.as_text(document))
     return Exit.PASS

@@ -138,9 +138,10 @@ def gate(
     mine = {name: rest[name] for name in _options_of(ctx, form)}
     if pairs:
         from harness.regression.pairs import gate as gate_pairs
+        from harness.regression.pairs.request import PairsRequest
 
         canary = not mine.pop("no_canary")
-        request = gate_pairs.PairsRequest(*pairs, **mine, canary=canary, strict=strict, outputs=outputs)
+        request = PairsRequest(*pairs, **mine, canary=canary, strict=strict, outputs=outputs)
         return gate_pairs.gate(request, as_json)
     if run is None or baseline is None:
         raise click.UsageError("give RUN and --baseline NAME, or --pairs OLD NEW")

@@ -138,7 +138,7 @@ def settle(cell: str | None, most: int, out: Path | None, suite: Path | None, au
     """
     from harness.regression.history import verify
 
-    return verify.settle(folder, cell, most, author, out, suite)
+    return verify.verify(folder, cell, most, author, out, suite)
 
 
 @history.command()

@@ -7,7 +7,7 @@ import json
 import click
 
 from harness.cli import options
-from harness.console import say
+from harness.console import echo
 from harness.errors import Exit
 
 KINDS = ("methods", "implementations", "suites", "models", "tasks", "checks", "claims", "measures")
@@ -24,5 +24,5 @@ def list_(kinds: tuple[str, ...], as_json: bool) -> Exit:
     from harness.cli import catalog
 
     document = catalog.listing(kinds)
-    say(json.dumps(document, indent=1) if as_json else catalog.as_text(document))
+    echo(json.dumps(document, indent=1) if as_json else catalog.as_text(document))
     return Exit.PASS

@@ -7,7 +7,7 @@ import json
 import click
 
 from harness.cli import options
-from harness.console import say
+from harness.console import echo
 from harness.errors import Exit
 
 
@@ -26,9 +26,8 @@ def plan(suite: str, only: str | None, as_json: bool) -> Exit:
     from harness.suites import expand, loader, model_checks
 
     read = loader.load(suite)
-    cells = expand.expand(read)
-    cells = expand.only(cells, only) if only is not None else cells
+    cells = expand.only(read.plan, only) if only is not None else read.plan
     model_checks.refuse(read, cells)
     document = plan_table.planning(read, cells, predicted=plan_table.predictions(read, cells))
-    say(json.dumps(document, indent=1) if as_json else plan_table.as_text(document))
+    echo(json.dumps(document, indent=1) if as_json else plan_table.as_text(document))
     return Exit.PASS

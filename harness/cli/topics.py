@@ -15,13 +15,13 @@ from harness.analysis.comparison.baseline_rows import MEANING
 from harness.cli.glossary import SAME
 from harness.cli.glossary import WORDS as WORDS_OF_README
 from harness.conformance import checks
-from harness.errors import EXITS, HarnessError, UsageError, near
+from harness.errors import EXITS, HarnessError, UsageError, did_you_mean
 from harness.memory_model import activations, fit
 from harness.memory_model.ledger import PARTS
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.spec import FieldInfo, MethodInfo, methods
 from harness.records.record import Optimizer, Status, Training
-from harness.resources import folder
+from harness.resources import data_folder
 
 if TYPE_CHECKING:
     from harness.conformance.findings.defects import Defect
@@ -85,7 +85,7 @@ def explain(name: str) -> str:
             topics += read()
     found = [text() for topic, text in topics if topic.lower() == wanted]
     if not found:
-        hint = near(wanted, sorted({topic for topic, _ in topics}))
+        hint = did_you_mean(wanted, sorted({topic for topic, _ in topics}))
         if not hint.startswith("did you mean"):  # all names together would fill the screen
             hint = (
                 "`peft-harness list methods`, `list checks`, `list claims` and `list measures` show names; operations, known"
@@ -164,7 +164,9 @@ def _example(check: str) -> tuple[str, str] | None:
     """Return what to try a check on, and the command; None for a check that no parity suite names."""
     from harness import yaml_lines
 
-    for file in sorted((folder("suites") / "parity").glob("*.yaml"), key=lambda file: (file.stem != "lora", file.stem)):
+    for file in sorted(
+        (data_folder("suites") / "parity").glob("*.yaml"), key=lambda file: (file.stem != "lora", file.stem)
+    ):
         data = yaml_lines.load(file).data
         if isinstance(data, dict) and check in data.get("checks", ()):
             option = "--op" if "operation" in data else "--method"

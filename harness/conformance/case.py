@@ -1,10 +1,10 @@
-"""A Case: one seeded input for the checks of a Method."""
+"""A Case: one seeded input for the checks of a Method or an Operation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,36 +14,59 @@ from harness.conformance.tolerance_constants import NOISE_FACTOR
 if TYPE_CHECKING:
     from harness.conformance.subject import Subject
 
+_T = TypeVar("_T")
+
+
+class Attach(Protocol):
+    """Attaches the implementation again."""
+
+    def __call__(self, *, seed: int = ..., square: bool = ..., **config: Any) -> Subject:
+        """Return a freshly attached subject.
+
+        seed: of the generator that `attach` is given. square: to a model whose two layers have one shape. config: values
+        of the Method's config that differ from the case's.
+        """
+
 
 @dataclass(frozen=True)
 class Case:
-    """One seeded input for the checks.
-
-    state: `init` (as attached) or `warm` (random adapter tensors; the subject is in it already). tokens: rows of a
-    layer's input. inputs: runs the whole model on fixed inputs and returns its output; base_output: the same before
-    attaching. forward: runs a given model on those inputs, differentiably. fresh: attaches the same implementation anew,
-    to the same weights, with some values of the config changed; `seed`: by another generator; `square`: to a model whose
-    two layers are of one shape. factors: check name -> a factor on the noise floor that is
-    not the usual one.
-    """
+    """One seeded input for the checks, in one state of the subject."""
 
     state: str
+    """`init` (as attached), `warm` (random adapter tensors), `trained`, or `call` for an Operation. The subject is in it."""
     tokens: int = 16
+    """Rows of a layer's input."""
     seed: int = 0
     inputs: Callable[[], Tensor] | None = None
+    """Runs the whole model on fixed inputs and returns its output; None where only layers are run."""
     base_output: Tensor | None = None
+    """The same before attaching."""
     forward: Callable[[nn.Module], Tensor] | None = None
-    fresh: Callable[..., Subject] | None = None
+    """Runs a given model on those inputs, differentiably."""
+    fresh: Attach | None = None
+    """Attaches the implementation again, to the same weights; None where the case cannot (a Cell's own model)."""
     factors: Mapping[str, float] = field(default_factory=dict)
+    """Check name -> factor on the noise floor, where it is not the usual one."""
+    _computed: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def generator(self, salt: int = 0) -> torch.Generator:
-        """Return a fresh generator of this case."""
+        """Return a fresh generator of this case; another one for each `salt`."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + salt)
 
     def factor(self, check: str) -> float:
-        """Return how often the reference's own rounding a check allows."""
+        """Return the factor on the reference's own rounding error that a check allows."""
         return self.factors.get(check, NOISE_FACTOR)
 
-    def anew(self, **config: Any) -> Subject | None:
-        """Return a freshly attached subject, or None where the case cannot make one (a Cell's own model)."""
+    def attach_again(self, **config: Any) -> Subject | None:
+        """Return a freshly attached subject, or None where the case cannot make one; see `Attach`."""
         return None if self.fresh is None else self.fresh(**config)
+
+    def once(self, compute: Callable[[Subject, Case], _T], subject: Subject) -> _T:
+        """Return `compute(subject, self)`, computed at the first request and shared by the checks that need it.
+
+        A Case stands for one state of the subject. A copy by `dataclasses.replace` computes anew.
+        """
+        key = compute, id(subject)
+        if key not in self._computed:
+            self._computed[key] = subject, compute(subject, self)  # the subject too, so that its id stays its own
+        return cast("_T", self._computed[key][1])

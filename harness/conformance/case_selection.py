@@ -38,36 +38,36 @@ class CaseSelection:
 FEW = CaseSelection()
 
 
-def between(dice: random.Random, least: int, most: int) -> int:
+def draw_log_uniform(dice: random.Random, least: int, most: int) -> int:
     """Draw a whole number whose logarithm is uniform: small sizes are as likely as large ones."""
     return min(most, int(math.exp(dice.uniform(math.log(least), math.log(most + 1)))))
 
 
-def config(dice: random.Random, given: Mapping[str, Any], features: int) -> dict[str, Any]:
+def draw_config(dice: random.Random, given: Mapping[str, Any], features: int) -> dict[str, Any]:
     """Return a config with another rank, where it has one: from what the budget leaves (AdaLoRA) to the smaller side."""
     if "rank" not in given:
         return dict(given)
     least = int(given.get("target_rank", 1))
-    rank = between(dice, least, max(least, min(LARGEST_RANK, features)))
+    rank = draw_log_uniform(dice, least, max(least, min(LARGEST_RANK, features)))
     # LoRA's orthogonal start is there for even ranks only.
     return {**given, "rank": rank + rank % 2 if given.get("init") == "orthogonal" else rank}
 
 
-def call(dice: random.Random, given: Mapping[str, Any]) -> dict[str, Any]:
+def draw_call(dice: random.Random, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return an Operation's case with other sizes, of those that it says."""
-    return {key: _sized(dice, key, value) for key, value in given.items()}
+    return {key: _draw_size(dice, key, value) for key, value in given.items()}
 
 
-def _sized(dice: random.Random, key: str, value: Any) -> Any:
+def _draw_size(dice: random.Random, key: str, value: Any) -> Any:
     if key == "shape":
         most = LARGEST_VECTOR if len(value) == 1 else LARGEST_FEATURES // len(value)
-        return [between(dice, 1, most) for _ in value]
+        return [draw_log_uniform(dice, 1, most) for _ in value]
     if key == "rows":
-        return [between(dice, 1, int(LARGEST_TOKENS ** (1 / len(value)))) for _ in value]
+        return [draw_log_uniform(dice, 1, int(LARGEST_TOKENS ** (1 / len(value)))) for _ in value]
     if key == "sizes":
-        return [between(dice, 1, LARGEST_STATE) for _ in value]
+        return [draw_log_uniform(dice, 1, LARGEST_STATE) for _ in value]
     if key == "numel":
-        return between(dice, 1, LARGEST_VECTOR)
+        return draw_log_uniform(dice, 1, LARGEST_VECTOR)
     if key == "rank":
-        return between(dice, 1, LARGEST_RANK)
-    return between(dice, 1, LARGEST_TOKENS) if key in ("tokens", "blocks") else value
+        return draw_log_uniform(dice, 1, LARGEST_RANK)
+    return draw_log_uniform(dice, 1, LARGEST_TOKENS) if key in ("tokens", "blocks") else value

@@ -6,25 +6,21 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from harness import yaml_lines
 from harness.conformance import case_selection, checks
 from harness.conformance.case_selection import CaseSelection
-from harness.errors import Problem, SuiteError, UsageError, near
+from harness.errors import Problem, SuiteError, UsageError, did_you_mean
 from harness.methods.registry import DTYPES
 from harness.methods.spec import methods
 from harness.records.record import FrozenModel
-from harness.resources import folder
-from harness.suites import schema
+from harness.resources import data_folder
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Kind = Literal["linear", "conv1d", "embedding", "conv2d", "conv2d-dilated", "conv2d-reflect"]
-
-
-_Suite = TypeVar("_Suite", "ParitySuite", "OperationSuite")
 
 
 class CaseShape(FrozenModel):
@@ -43,7 +39,7 @@ class CaseShape(FrozenModel):
         return f"{self.tokens}x{self.inputs}x{self.outputs}"
 
 
-class Looser(FrozenModel):
+class Tolerance(FrozenModel):
     """A factor on the noise floor that is not the usual one, and why: it shows in the report."""
 
     factor: float = Field(gt=0, le=1000)
@@ -51,7 +47,7 @@ class Looser(FrozenModel):
     link: str = ""
 
 
-class ParitySuite(FrozenModel):
+class MethodSuite(FrozenModel):
     """The cases of one Method: every config x kind of layer x shape x dtype, and the checks in every state.
 
     base: the quantisation of the base weights that is judged, under the reference's adapter; empty where the Method is.
@@ -67,7 +63,7 @@ class ParitySuite(FrozenModel):
     layers: list[Kind] = Field(default=["linear"], min_length=1)
     shapes: list[CaseShape] = Field(min_length=1)
     dtypes: list[Dtype] = Field(min_length=1)
-    tolerances: dict[str, Looser] = Field(default={})
+    tolerances: dict[str, Tolerance] = Field(default={})
 
     def factors(self) -> dict[str, float]:
         """Map checks to their own factor on the noise floor."""
@@ -91,11 +87,11 @@ class ParitySuite(FrozenModel):
         dice = wanted.dice(self.base or self.method)
         for _ in range(wanted.drawn):
             sides = [
-                case_selection.between(dice, case_selection.LEAST_FEATURES, case_selection.LARGEST_FEATURES)
+                case_selection.draw_log_uniform(dice, case_selection.LEAST_FEATURES, case_selection.LARGEST_FEATURES)
                 for _ in range(2)
             ]
-            config = case_selection.config(dice, dice.choice(self.configs), min(sides))
-            tokens = case_selection.between(dice, 1, case_selection.LARGEST_TOKENS)
+            config = case_selection.draw_config(dice, dice.choice(self.configs), min(sides))
+            tokens = case_selection.draw_log_uniform(dice, 1, case_selection.LARGEST_TOKENS)
             shape = CaseShape.model_validate({"tokens": tokens, "in": sides[0], "out": sides[1]})
             kind = dice.choice([self.layers[0], dice.choice(self.layers)])  # half of them of the kind that all offer
             dtype = dice.choice(self.dtypes)
@@ -138,16 +134,17 @@ class OperationSuite(FrozenModel):
     operation: str
     follows: str = "the paper"
     checks: list[str] = Field(min_length=1)
-    cases: list[dict[str, Any]] = Field(min_length=1)
+    values: list[dict[str, Any]] = Field(min_length=1, alias="cases")
+    """What the cases say, as keyword arguments of the function that draws the Operation's arguments."""
     dtypes: list[Dtype] = Field(min_length=1)
-    tolerances: dict[str, Looser] = Field(default={})
+    tolerances: dict[str, Tolerance] = Field(default={})
 
     def factors(self) -> dict[str, float]:
         """Map checks to their own factor on the noise floor."""
         return {check: looser.factor for check, looser in self.tolerances.items()}
 
-    def calls(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[tuple[dict[str, Any], Dtype]]:
-        """Yield what each case says, and a dtype: all in every dtype that is wanted, or few; and those drawn at random.
+    def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[OperationCase]:
+        """Yield the cases: all in every dtype that is wanted, or few; and those drawn at random.
 
         The few: every case in float32, or where that is not wanted in the first dtype that is, and in the
         others another share of them each.
@@ -157,15 +154,27 @@ class OperationSuite(FrozenModel):
             return
         for dtype in there:
             every = slice(None) if wanted.full else _share(self.dtypes, there, dtype)[1]
-            yield from itertools.product(self.cases[every] or self.cases, [dtype])
+            yield from (OperationCase(values, dtype) for values in self.values[every] or self.values)
         dice = wanted.dice(self.operation)
         for _ in range(wanted.drawn):
-            values, dtype = case_selection.call(dice, dice.choice(self.cases)), dice.choice(self.dtypes)
+            values, dtype = case_selection.draw_call(dice, dice.choice(self.values)), dice.choice(self.dtypes)
             if dtype in there:
-                yield values, dtype
+                yield OperationCase(values, dtype)
 
 
-ParityPlan = ParitySuite | OperationSuite
+ParitySuite = MethodSuite | OperationSuite
+
+
+@dataclass(frozen=True)
+class OperationCase:
+    """One point of an Operation's parity suite."""
+
+    values: dict[str, Any]
+    """Keyword arguments of the function that draws the Operation's arguments."""
+    dtype: Dtype
+
+    def __str__(self) -> str:
+        return in_words(self.values)
 
 
 def _drops(config: Mapping[str, Any]) -> bool:
@@ -183,7 +192,7 @@ def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype) -> tup
 
 def path_of(name: str) -> Path:
     """Return where the parity suite of a Method or an Operation stands."""
-    return folder("suites") / "parity" / f"{name}.yaml"
+    return data_folder("suites") / "parity" / f"{name}.yaml"
 
 
 def names() -> list[str]:
@@ -193,13 +202,13 @@ def names() -> list[str]:
 
 def kind_of(name: str) -> Literal["method", "operation", "base"]:
     """Say what a parity suite is of."""
-    data = _document(name).data
+    data = yaml_lines.load(_existing(name)).data
     if isinstance(data, dict) and "operation" in data:
         return "operation"
     return "base" if isinstance(data, dict) and data.get("base") else "method"
 
 
-def load_either(name: str) -> ParityPlan:
+def load_plan(name: str) -> ParitySuite:
     """Read the parity suite of a Method, a base or an Operation. Raises as `load` does."""
     return load_operation(name) if kind_of(name) == "operation" else load(name)
 
@@ -209,15 +218,13 @@ def in_words(values: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in values.items())
 
 
-def load(method: str) -> ParitySuite:
+def load(method: str) -> MethodSuite:
     """Read the parity suite of a Method, or of a quantisation of the base.
 
     Raises UsageError if there is none, SuiteError with every mistake in it.
     """
-    document = _document(method)
-    plan, problems = _validated(document, ParitySuite)
-    if plan is None:
-        raise SuiteError(problems)
+    document, plan = yaml_lines.load_model(_existing(method), MethodSuite)
+    problems: list[Problem] = []
     if (plan.base or plan.method) != method:
         what = "base" if plan.base else "method"
         problems.append(Problem(document.where(what), f"`{what}` is not {method!r}", "it must be the file's own name"))
@@ -229,48 +236,40 @@ def load(method: str) -> ParitySuite:
 
 def load_operation(name: str) -> OperationSuite:
     """Read an Operation's parity suite. Raises UsageError if there is none, SuiteError with every mistake in it."""
-    document = _document(name)
-    plan, problems = _validated(document, OperationSuite)
-    if plan is not None:
-        problems += _of_checks(document, plan)
-    if plan is None or problems:
+    document, plan = yaml_lines.load_model(_existing(name), OperationSuite)
+    if problems := list(_of_checks(document, plan)):
         raise SuiteError(problems)
     return plan
 
 
-def _document(name: str) -> yaml_lines.Document:
+def _existing(name: str) -> Path:
     path = path_of(name)
     if not path.is_file():
         raise UsageError(f"no parity suite for {name}", where=str(path), hint="add one: which checks, cases and dtypes")
-    return yaml_lines.load(path)
+    return path
 
 
-def _validated(document: yaml_lines.Document, model: type[_Suite]) -> tuple[_Suite | None, list[Problem]]:
-    try:
-        return model.model_validate(document.data), []
-    except ValidationError as error:
-        return None, [problem for _, problem in schema.explain(error, model, document)]
-
-
-def _of_checks(document: yaml_lines.Document, plan: ParitySuite | OperationSuite) -> Iterator[Problem]:
+def _of_checks(document: yaml_lines.Document, plan: MethodSuite | OperationSuite) -> Iterator[Problem]:
     known = checks.docstrings()
     for index, name in enumerate(plan.checks):
         if name not in known:
-            yield Problem(document.where("checks", index), f"no check is called {name!r}", near(name, known, "checks"))
+            yield Problem(
+                document.where("checks", index), f"no check is called {name!r}", did_you_mean(name, known, "checks")
+            )
     for name in plan.tolerances:
         if name not in plan.checks:
             yield Problem(
                 document.where("tolerances", name), f"a tolerance for {name!r}, which is not tried here",
-                near(name, plan.checks, "checks here"),
+                did_you_mean(name, plan.checks, "checks here"),
             )  # fmt: skip
 
 
-def _of_configs(document: yaml_lines.Document, plan: ParitySuite) -> Iterator[Problem]:
+def _of_configs(document: yaml_lines.Document, plan: MethodSuite) -> Iterator[Problem]:
     fields = methods()[plan.method].fields if plan.method in methods() else {}
     for index, config in enumerate(plan.configs):
         for key, value in config.items():
             where = document.where("configs", index, key)
             if key not in fields:
-                yield Problem(where, f"{plan.method} has no knob {key!r}", near(key, fields, "knobs"))
+                yield Problem(where, f"{plan.method} has no knob {key!r}", did_you_mean(key, fields, "knobs"))
             elif problem := fields[key].problem(value):
                 yield Problem(where, f"{key} {problem}")

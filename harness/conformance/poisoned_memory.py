@@ -14,9 +14,9 @@ _SWITCH: Any = torch.utils.deterministic
 
 
 @contextmanager
-def fresh_memory() -> Iterator[None]:
+def poisoned_memory() -> Iterator[None]:
     """Let torch fill every buffer that it hands out unwritten, by its own switch for it; put the switch back after."""
-    with process_settings.kept():
+    with process_settings.restored():
         torch.use_deterministic_algorithms(True, warn_only=True)
         _SWITCH.fill_uninitialized_memory = True
         yield

@@ -57,30 +57,30 @@ else:
     )
 
 
-def now() -> dict[str, Any]:
+def snapshot() -> dict[str, Any]:
     """Read all settings."""
     return {name: read() for name, (read, _) in _SETTINGS.items()}
 
 
-def changed(before: dict[str, Any]) -> list[str]:
+def list_changes(before: dict[str, Any]) -> list[str]:
     """Say which settings are no longer what they were."""
-    return [f"{name} is {have}, was {before[name]}" for name, have in now().items() if have != before[name]]
+    return [f"{name} is {have}, was {before[name]}" for name, have in snapshot().items() if have != before[name]]
 
 
 @contextmanager
-def kept() -> Iterator[list[str]]:
+def restored() -> Iterator[list[str]]:
     """Put all settings back at the end; the list then says which were changed."""
-    before, found = now(), list[str]()
+    before, found = snapshot(), list[str]()
     try:
         yield found
     finally:
-        found += changed(before)
-        put_back(before)
+        found += list_changes(before)
+        restore(before)
 
 
-def put_back(before: dict[str, Any]) -> None:
+def restore(before: dict[str, Any]) -> None:
     """Set what is no longer what it was."""
-    for name, have in now().items():
+    for name, have in snapshot().items():
         if have != before[name]:
             _SETTINGS[name][1](before[name])
 
@@ -92,7 +92,7 @@ def seed(value: int) -> None:
         torch.cuda.manual_seed_all(value)
 
 
-def seeded(act: Callable[[], object]) -> list[str]:
+def find_seeding(act: Callable[[], object]) -> list[str]:
     """Name the sources of random numbers that `act` seeds: after it they are alike, whatever they were before.
 
     Drawing from them is everybody's right. They are put back.

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from harness.conformance import checks, faults, operations, parity_suite
-from harness.conformance.checks.unreferenced import ALONE
+from harness.conformance.checks import Reference
 from harness.conformance.execution import suite_run
-from harness.conformance.faults import Fault, Slice
+from harness.conformance.faults import Fault, FaultCase
 from harness.conformance.faults.packed import pack
 from harness.conformance.faults.patched_copy import PatchedCopy
 from harness.errors import Exit
@@ -40,7 +40,7 @@ class FaultVerdict:
     def document(self) -> dict[str, Any]:
         """Return it as JSON can hold it."""
         return {
-            "fault": self.fault.name, "of": self.fault.target, "case": str(self.fault.where),
+            "fault": self.fault.name, "of": self.fault.target, "case": str(self.fault.case),
             "expected": list(self.fault.expected), "caught": list(self.caught), "missed": list(self.missed),
         }  # fmt: skip
 
@@ -91,15 +91,21 @@ def run(planted: Iterable[Fault] | None = None) -> SelfTestReport:
 
 
 def _run(every: Sequence[Fault], complete: bool) -> SelfTestReport:
-    verdicts = [FaultVerdict(fault, _failed(_spoilt(fault), fault.where)) for fault in every]
-    cases = {(fault.target, str(fault.where)): fault for fault in every}
+    verdicts = [FaultVerdict(fault, _failed(_spoilt(fault), fault.case)) for fault in every]
+    cases = {(fault.target, str(fault.case)): fault for fault in every}
     wrong = [
-        f"{fault.target}/{check} ({fault.where})"
+        f"{fault.target}/{check} ({fault.case})"
         for fault in cases.values()
-        for check in _failed(_implementation(fault.target, PatchedCopy(_source(fault.target))), fault.where)
+        for check in _failed(_implementation(fault.target, PatchedCopy(_source(fault.target))), fault.case)
     ]
     useful = {name for verdict in verdicts for name in verdict.caught}
-    idle = [] if not complete else [name for name in checks.every() if name not in (*useful, *ALONE)]
+    idle = (
+        []
+        if not complete
+        else [
+            name for name, one in checks.every().items() if name not in useful and one.reference is not Reference.ABSENT
+        ]
+    )
     return SelfTestReport(verdicts, wrong, idle)
 
 
@@ -117,19 +123,11 @@ def check(as_json: bool) -> Exit:
     return report.exit
 
 
-def _failed(implementation: Implementation, where: Slice) -> tuple[str, ...]:
+def _failed(implementation: Implementation, where: FaultCase) -> tuple[str, ...]:
     """Return the checks that fail in the one case, in the suite's order."""
-    if implementation.kind == "operation":
-        calls = parity_suite.load_operation(implementation.target)
-        results = suite_run.one_call(implementation, calls, where.values, where.dtype)
-    else:
-        shape = parity_suite.CaseShape.model_validate(
-            {"tokens": where.tokens, "in": where.inputs, "out": where.outputs}
-        )
-        case = parity_suite.MethodCase(where.values, where.layer, shape, where.dtype)
-        results = suite_run.one_case(implementation, _plan(implementation.target), case)
-    failed = [result.check.split("/")[1] for result in results if result.outcome is Outcome.FAIL]
-    return tuple(dict.fromkeys(failed))
+    case = where.of_operation() if implementation.kind == "operation" else where.of_method()
+    outcomes = suite_run.run_case(implementation, _plan(implementation.target), case)
+    return tuple(dict.fromkeys(one.check for one in outcomes if one.result.outcome is Outcome.FAIL))
 
 
 def _spoilt(fault: Fault) -> Implementation:
@@ -140,7 +138,7 @@ def _spoilt(fault: Fault) -> Implementation:
 
 @cache
 def _plan(target: str) -> parity_suite.ParitySuite:
-    return parity_suite.load(target)
+    return parity_suite.load_plan(target)
 
 
 @cache

@@ -84,7 +84,10 @@ class Original:
         if is_small(model):
             return cls(copy.deepcopy(model))
         named = dict(model.named_parameters())
-        return cls(None, checksums.of_all({**named, **checksums.beside(named), **dict(model.named_buffers())}))
+        return cls(
+            None,
+            checksums.crc32_by_name({**named, **checksums.quantisation_state(named), **dict(model.named_buffers())}),
+        )
 
 
 @dataclass
@@ -98,35 +101,33 @@ class ReferenceLayer:
 
 @dataclass
 class Subject:
-    """An implementation attached to a model.
-
-    bases: path -> the layer under the adapter, as it stood before attaching. own: the model's parameters of before
-    attaching. original: a copy of that model. packed: path -> its 4-bit form, where quantised; expected_codes: path ->
-    what the reference quantiser makes of the original weight; judged_codes: path -> how its codes were judged as it was
-    packed, and how many were ties, where all expected codes together would be too large. beside: what the check `forward`
-    saw of the gradients, for the check `gradient` of the same case. disturbed: settings of the whole process that attaching
-    changed. twins: where the reference's layers are kept as they were built, for small models: what an SVD or a quantiser
-    makes of W stays the same.
-    """
+    """An implementation attached to a model."""
 
     method: str
     config: Any
+    """The Method's Config, or an AdapterConfig where there is no reference."""
     dtype: str
     model: nn.Module
     adapted: Adapted
     bases: dict[str, nn.Module]
+    """Path -> the layer under the adapter, as it was before attaching."""
     own: list[nn.Parameter] = field(default_factory=list)
+    """The model's parameters before attaching."""
     original: Original = field(default_factory=lambda: Original(None))
     packed: dict[str, PackedLayer] = field(default_factory=dict)
+    """Path -> 4-bit form of the base weight, where it is quantised."""
     expected_codes: dict[str, ExpectedCodes] = field(default_factory=dict)
+    """Path -> the reference quantiser's codes of the original weight."""
     judged_codes: dict[str, tuple[Judgement, int]] = field(default_factory=dict)
-    beside: tuple[object, Judgement] | None = None
+    """Path -> (judgement of its codes, number of ties), for models too large to hold all expected codes at once."""
     disturbed: list[str] = field(default_factory=list)
-    twins: dict[tuple[str, str], ReferenceLayer] | None = None
+    """Process-wide settings that attaching changed."""
+    reference_cache: dict[tuple[str, str], ReferenceLayer] | None = None
+    """(path, dtype) -> the reference's layer as built, for small models: an SVD or quantisation of W is done once."""
 
     def tensors_of(self, path: str) -> dict[str, Tensor]:
         """Map short names to the trainable tensors of the layer at `path`."""
-        return _under(path, self.adapted.tensors())
+        return _select(path, self.adapted.tensors())
 
     def state(self) -> dict[str, Tensor]:
         """Map canonical names to the Method's own frozen tensors."""
@@ -172,15 +173,15 @@ class Subject:
 
     def reference(self, path: str, dtype: str) -> ReferenceLayer:
         """Build the reference's layer on this base weight in `dtype`, in the subject's present state."""
-        if self.twins is None:
+        if self.reference_cache is None:
             twin = self._built(path, dtype)
         else:
-            if (path, dtype) not in self.twins:
-                self.twins[path, dtype] = self._built(path, dtype)
-            twin = copy.deepcopy(self.twins[path, dtype])
-        mine = self.tensors_of(path) | _under(path, self.state())
+            if (path, dtype) not in self.reference_cache:
+                self.reference_cache[path, dtype] = self._built(path, dtype)
+            twin = copy.deepcopy(self.reference_cache[path, dtype])
+        mine = self.tensors_of(path) | _select(path, self.state())
         with torch.no_grad():
-            for name, tensor in (twin.tensors | _under("layer", twin.adapted.state())).items():
+            for name, tensor in (twin.tensors | _select("layer", twin.adapted.state())).items():
                 if name in mine and mine[name].shape == tensor.shape:
                     tensor.copy_(mine[name])
         return twin
@@ -188,12 +189,12 @@ class Subject:
     def _built(self, path: str, dtype: str) -> ReferenceLayer:
         alone = nn.Sequential(OrderedDict(layer=self.dense_base(path, DTYPES[dtype])))
         replaced = all(f"{path}.{name}" in self.state() for name in methods()[self.method].spec.start_from_weight)
-        config = _quick(self.method, self.config) if replaced else self.config
+        config = _quick_start(self.method, self.config) if replaced else self.config
         adapted = attach_reference(self.method, alone, config, ("layer",), torch.Generator().manual_seed(0))
-        return ReferenceLayer(adapted.layers["layer"], _under("layer", adapted.tensors()), adapted)
+        return ReferenceLayer(adapted.layers["layer"], _select("layer", adapted.tensors()), adapted)
 
 
-def _under(path: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _select(path: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     start = f"{path}."
     return {n[len(start) :]: t for n, t in named.items() if n.startswith(start)}
 
@@ -246,7 +247,7 @@ def initial_tensors(
     Where weights of the bases themselves train (GaLore), they start as they are: those of a large model are left out, for
     want of room, and so is the whole of a start that would need a copy of them.
     """
-    started = _started(method, bases, config, generator)
+    started = _attach_to_skeleton(method, bases, config, generator)
     if started is None:
         return {}
     tensors = started.tensors()
@@ -276,16 +277,18 @@ def initial_shapes(
     method: str, bases: Mapping[str, nn.Module], config: Any, generator: torch.Generator
 ) -> dict[str, tuple[int, ...]]:
     """Return the shapes of what trains when the reference is attached to `bases`, by name; empty without an adapter."""
-    started = _started(method, bases, _quick(method, config), generator)
+    started = _attach_to_skeleton(method, bases, _quick_start(method, config), generator)
     return {name: tuple(t.shape) for name, t in started.tensors().items()} if started else {}
 
 
-def _quick(method: str, config: Any) -> Any:
+def _quick_start(method: str, config: Any) -> Any:
     """Return a config with which the reference is attached quickly; its start is not the Method's, its shapes are."""
     return replace(config, **methods()[method].spec.quick_start)
 
 
-def _started(method: str, bases: Mapping[str, nn.Module], config: Any, generator: torch.Generator) -> Adapted | None:
+def _attach_to_skeleton(
+    method: str, bases: Mapping[str, nn.Module], config: Any, generator: torch.Generator
+) -> Adapted | None:
     if not hasattr(config, "targets"):
         return None
     return attach_reference(method, skeleton(bases), config, None, generator)
@@ -313,7 +316,7 @@ def load(adapted: Adapted, values: Mapping[str, Tensor], state: Mapping[str, Ten
         frozen[name].copy_(value)
 
 
-def begin(adapted: Adapted, start: Mapping[str, Tensor]) -> None:
+def load_start(adapted: Adapted, start: Mapping[str, Tensor]) -> None:
     """Let it start from `initial_tensors`; or from its own start, where it does not show all that these belong to."""
     state = adapted.state()
     rest = {name: value for name, value in start.items() if name in state}

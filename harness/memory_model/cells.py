@@ -72,7 +72,7 @@ def predicted(
         activations_B=found.activations if trains and known else None,
         logits_B=found.logits if trains and known and (every_token or cell.evaluation.items == 0) else None,
         step_B=found.step if trains else 0,
-        untouched=experts.told(one["untouched"], counted["parameters"]) if experts.means_all(cell) else "",
+        untouched=experts.note(one["untouched"], counted["parameters"]) if experts.means_all(cell) else "",
     )
 
 

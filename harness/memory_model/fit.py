@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from harness.errors import HarnessError, Problem, UsageError, near
+from harness.errors import HarnessError, Problem, UsageError, did_you_mean
 from harness.memory_model import choices, counting_client, models, size_units
 from harness.memory_model.ledger import Ledger
 from harness.memory_model.models import ModelShape
@@ -83,7 +83,9 @@ def ask(
     problems: list[Problem] = []
 
     def known(option: str, given: Sequence[str], there: Sequence[str], what: str) -> tuple[str, ...]:
-        problems.extend(Problem(option, f"no {what} is called `{n}`", near(n, there)) for n in given if n not in there)
+        problems.extend(
+            Problem(option, f"no {what} is called `{n}`", did_you_mean(n, there)) for n in given if n not in there
+        )
         return tuple(dict.fromkeys(given))
 
     found, size = None, None
@@ -211,7 +213,7 @@ def best(
     room, known, most = asked.memory.number_B, counted["logits"] is not None, counted["positions"]
     how = (asked.checkpointing, asked.layerwise and methods()[method].spec.trains_weights)
     means_all = not asked.targets or experts.ALL_LINEAR in asked.targets
-    untouched = experts.told(of_ranks[0]["untouched"], counted["parameters"]) if means_all else ""
+    untouched = experts.note(of_ranks[0]["untouched"], counted["parameters"]) if means_all else ""
     for one in of_ranks:
         a_token = one["activations"][asked.checkpointing] + counted["logits"] if known else 0
         smallest = ledger(one, base, optimizer, counted["logits"], tokens, *how)

@@ -12,8 +12,8 @@ from typing import Any
 from harness.assets import fetch, shapes
 from harness.assets.model_folder import refuse_architecture
 from harness.assets.table import Source, load_table
-from harness.errors import UsageError, near
-from harness.resources import folder, named
+from harness.errors import UsageError, did_you_mean
+from harness.resources import data_folder, user_path
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 """How the classes of transformers end that predict the next token."""
@@ -33,17 +33,17 @@ def find(name: str) -> ModelShape:
     """Return the model that `name` stands for. Raises UsageError for a name that nobody knows, or without a config here."""
     if preset := shapes.preset(name.removeprefix(shapes.PREFIX)):
         return ModelShape(preset.name, preset.config, preset.kind, f"shape of {preset.source}")
-    table = {s.name: s for s in load_table(folder("suites") / "sources.yaml").values() if s.kind != "data"}
+    table = {s.name: s for s in load_table(data_folder("suites") / "sources.yaml").values() if s.kind != "data"}
     if name in table:
         return _of_table(table[name])
     if name.startswith((".", "/", "~")):
-        return _in_folder(name, named(name))
+        return _in_folder(name, user_path(name))
     if name.count("/") == 1:
         return _of_hub(name)
     raise UsageError(
         f"no model is named `{name}`",
         where="MODEL",
-        hint=f"{near(name, [*shapes.presets(), *table])}; or a folder (./path), or of the hub's cache, org/name",
+        hint=f"{did_you_mean(name, [*shapes.presets(), *table])}; or a folder (./path), or of the hub's cache, org/name",
     )
 
 

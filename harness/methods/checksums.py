@@ -1,4 +1,4 @@
-"""Checksums of tensors: they show that one has changed, where a copy of it would take too much memory."""
+"""Checksums of tensors, to detect changes where a copy would take too much memory."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import torch
 from torch import Tensor
 
 
-def of(tensor: Tensor) -> int:
+def crc32(tensor: Tensor) -> int:
     """Return the CRC-32 of a tensor's bytes, in the order of its elements."""
     return zlib.crc32(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
 
 
-def of_all(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return the checksum of each, by the same names."""
-    return {name: of(tensor) for name, tensor in tensors.items()}
+def crc32_by_name(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Map names to the checksums of their tensors."""
+    return {name: crc32(tensor) for name, tensor in tensors.items()}
 
 
-def beside(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what packed parameters keep beside their codes (bitsandbytes' state of a weight), each by a name of its own."""
-    held = {name: inside(getattr(parameter, "quant_state", None)) for name, parameter in named.items()}
-    return {f"{name}.{index}": tensor for name, tensors in held.items() for index, tensor in enumerate(tensors)}
+def quantisation_state(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors in the `quant_state` of packed parameters (bitsandbytes), as `<name>.<index>`."""
+    found = {name: tensors_in(getattr(parameter, "quant_state", None)) for name, parameter in named.items()}
+    return {f"{name}.{index}": tensor for name, tensors in found.items() for index, tensor in enumerate(tensors)}
 
 
-def inside(value: object, depth: int = 3) -> list[Tensor]:
-    """List the tensors that `value` is or holds: bitsandbytes' state of a weight may hold a second one."""
+def tensors_in(value: object, depth: int = 3) -> list[Tensor]:
+    """List the tensors in `value`, its items and attributes; bitsandbytes nests one quantisation state in another."""
     if isinstance(value, Tensor):
         return [value]
     parts = value if isinstance(value, list | tuple) else getattr(value, "__dict__", {}).values()
-    return [t for part in parts for t in inside(part, depth - 1)] if depth else []  # an object may hold itself
+    return [t for part in parts for t in tensors_in(part, depth - 1)] if depth else []  # an object may refer to itself

@@ -1,23 +1,24 @@
-"""Experts, whose weights are in no linear layer: neither `all-linear` nor a base in 4 bits reaches them. No torch."""
+"""Stacked weights of experts, which are no linear layers: `all-linear` and a 4-bit base do not reach them. No torch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from harness.methods.peft_config import KEY
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from harness.records.record import Cell
 
 ALL_LINEAR = "all-linear"
-UNREACHED = "are neither adapted nor packed into 4 bits"
 
 
-def untouched(model: Any) -> int:
-    """Return how many weights of experts neither train nor have an adapter of HF peft's around them.
+def untouched(model: nn.Module) -> int:
+    """Return the number of expert weights that neither train nor have one of HF peft's adapters.
 
-    Experts are modules with `Expert` in the name of their class, as the classes of transformers are called, that hold the
-    matrices of a whole block themselves. Ask it of a model as it trains.
+    Experts are modules with `Expert` in the name of their class, as in transformers, with the matrices of a whole block as
+    their own parameters. Call it for a model that is ready to train.
     """
     return sum(
         p.numel()
@@ -29,24 +30,23 @@ def untouched(model: Any) -> int:
 
 
 def means_all(cell: Cell) -> bool:
-    """Say whether a Cell names no layers: it adapts all that are linear, or packs them."""
+    """Return whether a Cell adapts or packs all linear layers rather than named ones."""
     if isinstance(keys := cell.config.get(KEY), dict):
         return keys.get("target_modules") == ALL_LINEAR
     targets = cell.config.get("targets")
     return ALL_LINEAR in targets if isinstance(targets, list) else cell.base.quantization != "none"
 
 
-def told(number: int, weights: int) -> str:
-    """Return the sentence about so many of a model's weights; none where there are none."""
+def note(number: int, weights: int) -> str:
+    """Return a note about `number` untouched weights of a model with `weights` weights; empty for 0."""
     if not number:
         return ""
     return (
         f"the experts are stacked weights and no linear layers: {number:,} of {weights:,} weights "
-        f"({number / weights:.0%}) {UNREACHED}; `method: peft` adapts them by `target_parameters`"
+        f"({number / weights:.0%}) are neither adapted nor packed into 4 bits; `method: peft` adapts them by `target_parameters`"
     )
 
 
-def notes(cell: Cell, model: Any, weights: int) -> list[str]:
-    """Return what a Record says of this, about a model as it trains. weights: of the model without its adapter."""
-    said = told(untouched(model), weights) if means_all(cell) else ""
-    return [said] if said else []
+def notes(cell: Cell, model: nn.Module, weights: int) -> list[str]:
+    """Return the Record's notes on untouched experts of a model that is ready to train; weights: without its adapter."""
+    return [text] if means_all(cell) and (text := note(untouched(model), weights)) else []

@@ -1,7 +1,7 @@
-"""`method: peft`: any method of HF peft by its adapter_config.json: a Method without a reference. No torch.
+"""`method: peft`: any method of HF peft by its adapter_config.json, without a reference. No torch.
 
-The file is read when the suite is, and its content stands in the Cell: a cell_id hashes what it says, not where it lay. What
-only peft can tell (a value that it does not take, layers that the model does not have) comes up in the worker.
+The file is read with the suite, and the Cell stores its content: a cell_id hashes the content, not the path. Only peft, in
+the worker, finds invalid values and layers that the model does not have.
 """
 
 from __future__ import annotations
@@ -16,84 +16,87 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UsageError, closest, near
+from harness.errors import UsageError, closest_match, did_you_mean
 from harness.methods import peft_schema
 from harness.methods.spec import FieldInfo, FieldProblem, MethodInfo
-from harness.resources import named
+from harness.resources import user_path
 from reference.spec import ReferenceSpec
 
 FILE = "adapter_config.json"
 KEY = "adapter_config"
 NO_REFERENCE = "no reference: not checked for parity"
 
-_REFUSED = {
-    "CPT": "its loss is also that of the examples in its prompt, which peft's own forward pass takes from labels",
-    "SHADOW": "its loss is also that of a second model, which peft's own forward pass takes from labels",
-    "XLORA": "it mixes adapters that were trained before",
+_UNSUPPORTED_TYPES = {
+    "CPT": "its loss includes the examples in its prompt, which peft's own forward pass takes from labels",
+    "SHADOW": "its loss includes that of a second model, which peft's own forward pass takes from labels",
+    "XLORA": "it mixes trained adapters",
 }
-_REFUSED_KEYS = {
-    "alora_invocation_tokens": "it acts only behind these tokens, and no text of a task need hold them",
-    "arrow_config": "it mixes adapters that were trained before",
-    "layer_replication": "it makes another model, of more layers",
+"""Unsupported values of `peft_type`, with the reason."""
+_UNSUPPORTED_KEYS = {
+    "alora_invocation_tokens": "it acts only after these tokens, which a task's texts need not contain",
+    "arrow_config": "it mixes trained adapters",
+    "layer_replication": "it makes another model, with more layers",
     "monteclora_config": "it adds a term to the loss that peft leaves to the training loop",
 }
-"""Keys of LoRA's."""
-_REFUSED_STARTS = {
-    "corda": "it wants to see texts first (peft's `preprocess_corda`)",
-    "eva": "it wants to see texts first (peft's `initialize_lora_eva_weights`)",
-    "lora_ga": "it wants to see gradients first (peft's `preprocess_loraga`)",
-    "pissa_niter": "its fast SVD draws anew when peft loads the adapter, over another residual",
+"""Unsupported keys of LoRA, with the reason."""
+_UNSUPPORTED_INITS = {
+    "corda": "it requires texts first (peft's `preprocess_corda`)",
+    "eva": "it requires texts first (peft's `initialize_lora_eva_weights`)",
+    "lora_ga": "it requires gradients first (peft's `preprocess_loraga`)",
+    "pissa_niter": "its fast SVD draws again when peft loads the adapter, and gives another residual",
 }
-"""Values of LoRA's `init_lora_weights`. peft itself would train without a word what is no EVA and no LoRA-GA."""
+"""Unsupported values of LoRA's `init_lora_weights`, with the reason. peft itself would silently train another method."""
 _VIRTUAL = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE")
-"""Types that put virtual tokens before every text."""
+"""Types with virtual tokens before every text."""
 IN_THE_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
-"""Types whose virtual tokens are keys and values of every block; of the others they are embeddings."""
-_OF_CAUSAL = dict.fromkeys(IN_THE_CACHE, "gives its tokens as a key-value cache, which no encoder has") | {
-    "ADAPTION_PROMPT": "is made for the attention of Llama, Mistral and GPT-2"
+"""Types with virtual tokens as keys and values of every block; for the others they are embeddings."""
+_CAUSAL_ONLY = dict.fromkeys(IN_THE_CACHE, "passes its tokens as a key-value cache, which no encoder has") | {
+    "ADAPTION_PROMPT": "supports the attention of Llama, Mistral and GPT-2 only"
 }
+"""Types for causal models only, with the reason."""
 _KINDS = {"CAUSAL_LM": "causal", "SEQ_CLS": "encoder"}
-"""What peft calls the tasks of the harness's two kinds of models."""
+"""Kinds of models, by peft's `task_type`."""
 _HEADS = {"classifier", "score"}
-"""What peft adds to `modules_to_save` of a classifier; the harness trains every head anyway."""
+"""Entries that peft adds to `modules_to_save` of a classifier; the harness trains every head anyway."""
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The Config of this Method: the keys of an adapter_config.json, as they are."""
+    """Config of this Method."""
 
     adapter_config: dict[str, Any]
+    """Keys of an adapter_config.json, unchanged."""
 
 
 @dataclass(frozen=True)
 class AdapterConfigField(FieldInfo):
-    """The one knob: the path of an adapter_config.json, or of its folder, or its keys themselves.
+    """The field `adapter_config`: the path of an adapter_config.json or of its folder, or its keys.
 
-    What a mend says to write can be pasted into JSON and YAML alike.
+    Hints contain text that is valid in JSON and in YAML.
     """
 
     @property
     def type_label(self) -> str:
-        """The type in the words of a suite's author."""
+        """Name of the type for authors of suites."""
         return f"the path of an {FILE}, or its keys"
 
     @property
     def shown_default(self) -> str:
-        """What a suite would write."""
+        """The default in the syntax of a suite."""
         return "none"
 
     @property
     def hint(self) -> str:
-        """What to write instead of a value that is wrong."""
+        """Hint for an invalid value."""
         return f"write `{KEY}: ./my-adapter/{FILE}`, as peft's `save_pretrained` makes it"
 
     def resolved(self, value: Any, folder: Path) -> Any:
-        """Read the file that a suite in `folder` names. Raises UsageError where it is none of keys and values."""
+        """Read the file that a suite in `folder` names. Raises UsageError for a file that is not a JSON object."""
         if not isinstance(value, str) or not value:
             return value
         hint = f"peft's `save_pretrained` writes an {FILE}"
         try:
-            path = folder / named(value)
+            path = folder / user_path(value)
             path = path / FILE if path.is_dir() else path
             found = json.loads(path.read_bytes().decode("utf-8-sig"))
         except FileNotFoundError as error:
@@ -105,25 +108,25 @@ class AdapterConfigField(FieldInfo):
         except UnicodeDecodeError as error:
             raise UsageError(f"{value} is not UTF-8: {error.reason}", hint="save the file as UTF-8") from error
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"{value} is no JSON: {error}", hint=f"mend it there; {hint}") from error
+            raise UsageError(f"{value} is no JSON: {error}", hint=f"correct it there; {hint}") from error
         if not isinstance(found, dict):
-            raise UsageError(f"{value} holds no keys and values", hint=f"name another file; {hint}")
+            raise UsageError(f"{value} is no JSON object", hint=f"name another file; {hint}")
         return found
 
     def canonical(self, value: Any) -> Any:
-        """Return the value: nothing of the file is changed."""
+        """Return the value unchanged."""
         return value
 
     def problem(self, value: Any) -> str:
-        """Say all that is wrong with the keys of a config, or return an empty string."""
+        """Return all problems of a config in one line, or an empty string."""
         return "; ".join(what for _, what, _ in self.problems(value))
 
     def is_legible(self, value: Any) -> bool:
-        """Say whether the config tells its type."""
+        """Return whether the config names its type."""
         return isinstance(value, dict) and isinstance(value.get("peft_type"), str)
 
     def problems(self, value: Any) -> Iterator[FieldProblem]:
-        """Yield all that is wrong with a config; where is one of its keys."""
+        """Yield every problem of a config, with the path of its key."""
         if not isinstance(value, dict):
             what = "is missing" if value is None else f"must be {self.type_label}, got {value!r}"
             yield (), what, self.hint
@@ -131,17 +134,17 @@ class AdapterConfigField(FieldInfo):
         yield from _unwritable(value)
         yield from _of_type(value)
         yield from _unknown(value)
-        for key in _REFUSED_KEYS:
+        for key in _UNSUPPORTED_KEYS:
             if value.get(key):
                 yield (
                     (key,),
-                    f"has {key}, which is not offered: {_REFUSED_KEYS[key]}",
+                    f"has {key}, which is not supported: {_UNSUPPORTED_KEYS[key]}",
                     f'take `{key}` out, or write "{key}": null',
                 )
         start = str(value.get("init_lora_weights")).lower()
         start = "pissa_niter" if start.startswith("pissa_niter") else start
-        if start in _REFUSED_STARTS:
-            what = f"has init_lora_weights {start}, which is not offered: {_REFUSED_STARTS[start]}"
+        if start in _UNSUPPORTED_INITS:
+            what = f"has init_lora_weights {start}, which is not supported: {_UNSUPPORTED_INITS[start]}"
             usual = '"pissa"' if start == "pissa_niter" else "true"
             yield ("init_lora_weights",), what, f'write "init_lora_weights": {usual}'
         task, saved = value.get("task_type"), value.get("modules_to_save")
@@ -157,8 +160,8 @@ class AdapterConfigField(FieldInfo):
             yield ("modules_to_save",), what, f"take {names} out of `modules_to_save`"
 
     def misfits(self, value: Any, kind: str) -> Iterator[FieldProblem]:
-        """Yield why a config is not one for a model of this kind (`causal`, `encoder`); a mend names another `model`."""
-        if kind == "encoder" and (why := _OF_CAUSAL.get(value["peft_type"])):
+        """Yield reasons why a config does not suit a model of this kind (`causal`, `encoder`)."""
+        if kind == "encoder" and (why := _CAUSAL_ONLY.get(value["peft_type"])):
             yield (
                 ("peft_type",),
                 f"has peft_type {value['peft_type']}, which {why}",
@@ -174,35 +177,35 @@ class AdapterConfigField(FieldInfo):
 
 def _of_type(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
     kind, known = value.get("peft_type"), peft_types()
-    offered = [one for one in known if one not in _REFUSED]
+    offered = [one for one in known if one not in _UNSUPPORTED_TYPES]
     if not isinstance(kind, str):
         keys = f"{', '.join(sorted(map(str, value))[:5])} ..." if value else "it is empty"
         hint = f'add it, e.g. "peft_type": "LORA", or name the {FILE} that peft wrote'
         yield (), f"has no `peft_type` ({keys}); is it an {FILE}?", hint
-    elif kind in _REFUSED:
+    elif kind in _UNSUPPORTED_TYPES:
         hint = f"write another: {', '.join(offered)}" if offered else "write another"
-        yield ("peft_type",), f"has peft_type {kind}, which is not offered: {_REFUSED[kind]}", hint
+        yield ("peft_type",), f"has peft_type {kind}, which is not supported: {_UNSUPPORTED_TYPES[kind]}", hint
     elif known and kind not in known:
         what = f"has peft_type {kind}, which the installed peft does not have"
-        yield ("peft_type",), what, near(kind.upper(), offered, "it has")
+        yield ("peft_type",), what, did_you_mean(kind.upper(), offered, "it has")
     elif kind in _VIRTUAL and not virtual_tokens({KEY: value}):
         what = f"has num_virtual_tokens {value.get('num_virtual_tokens')!r}; {kind} wants a whole number, at least 1"
         yield ("num_virtual_tokens",), what, 'write e.g. "num_virtual_tokens": 8, without quotes around the number'
 
 
 def _unknown(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
-    """Yield the keys that peft would ignore. Those of another peft that say nothing (null) are left alone."""
+    """Yield the keys that peft would ignore, except null ones, which other versions of peft write."""
     kind = value.get("peft_type")
-    known = peft_schema.keys_of(kind) if isinstance(kind, str) and kind not in _REFUSED else frozenset()
+    known = peft_schema.keys_of(kind) if isinstance(kind, str) and kind not in _UNSUPPORTED_TYPES else frozenset()
     for key in value:
         if known and key not in known and value[key] is not None:
-            close = closest(str(key), known)
+            close = closest_match(str(key), known)
             hint = f"did you mean `{close}`?" if close else f"take `{key}` out"
             yield (key,), f"has {_path((key,))}, which the installed peft's {kind} does not have and would ignore", hint
 
 
 def _unwritable(config: Any) -> Iterator[FieldProblem]:
-    """Yield what JSON can be read with and not written, by which no Cell could be named: NaN, 1e999, half a character."""
+    """Yield values that JSON can read but not write: NaN, 1e999, half a surrogate pair. A cell_id cannot hash them."""
     left: list[tuple[tuple[str | int, ...], Any]] = [((), config)]
     while left:
         where, value = left.pop()
@@ -221,7 +224,7 @@ def _path(where: tuple[str | int, ...]) -> str:
 
 
 def virtual_tokens(config: Mapping[str, Any]) -> int:
-    """Return how many tokens a Cell's config puts before every text: they take positions of the model."""
+    """Return the number of virtual tokens that a Cell's config adds before every text; they take positions of the model."""
     keys = config.get(KEY)
     count = keys.get("num_virtual_tokens") if isinstance(keys, dict) else None
     return max(count, 0) if isinstance(count, int) and not isinstance(count, bool) else 0
@@ -229,7 +232,7 @@ def virtual_tokens(config: Mapping[str, Any]) -> int:
 
 @cache
 def peft_types() -> tuple[str, ...]:
-    """Return the peft_types of the installed peft, read from its source: importing it takes seconds."""
+    """Return the peft_types of the installed peft, read from its source because its import takes seconds."""
     package = find_spec("peft")
     file = Path(package.origin).parent / "utils" / "peft_types.py" if package and package.origin else None
     if file is None or not file.is_file():
@@ -247,8 +250,8 @@ def peft_types() -> tuple[str, ...]:
 _ABOUT = (
     f"Path of an {FILE}, relative to the suite's folder, or its keys. With {', '.join(map(str.lower, _VIRTUAL))} virtual "
     "tokens precede every text and take positions of the model. Not supported: "
-    f"{', '.join(map(str.lower, _REFUSED))}; of LoRA {', '.join((*_REFUSED_KEYS, *_REFUSED_STARTS))}. Without a reference "
-    "there is no parity check, so reports show no time of such a Cell next to others."
+    f"{', '.join(map(str.lower, _UNSUPPORTED_TYPES))}; of LoRA {', '.join((*_UNSUPPORTED_KEYS, *_UNSUPPORTED_INITS))}. "
+    "Without a reference there is no parity check, so reports show no time of such a Cell next to others."
 )
 PEFT = MethodInfo(
     name="peft",
@@ -258,4 +261,4 @@ PEFT = MethodInfo(
     path=Path(__file__),
 )
 UNREFERENCED = {PEFT.name: PEFT}
-"""Methods of which the harness has no reference: nothing of them can be checked but what needs none."""
+"""Methods without a reference, by name: only checks that need none apply."""

@@ -1,4 +1,4 @@
-"""The keys of an adapter_config.json, by its `peft_type`, read from peft's source: importing it takes seconds. No torch."""
+"""Keys of an adapter_config.json by `peft_type`, read from peft's source because its import takes seconds. No torch."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class _Config:
-    """A class of configs. kind: the PeftType that it says it is, or empty."""
+    """A config class of peft."""
 
     bases: tuple[str, ...]
+    """Names of its base classes."""
     keys: frozenset[str]
+    """Its annotated fields."""
     kind: str
+    """Its PeftType, or empty."""
 
 
 def keys_of(kind: str) -> frozenset[str]:
-    """Return the keys that the installed peft knows of a `peft_type`; none where its source does not tell them."""
+    """Return the keys of a `peft_type` in the installed peft; empty if its source does not show them."""
     configs = _configs()
     name = next((name for name, config in configs.items() if config.kind == kind), "")
     return frozenset(key for config in _lineage(name, configs) for key in config.keys)

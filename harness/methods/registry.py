@@ -1,6 +1,6 @@
-"""Implementations, and the one door they come in by: the entry point group `harness.implementations`.
+"""Implementations from the entry point group `harness.implementations`, the harness's own included.
 
-Ours use the same door as yours. No torch here: an implementation imports what it needs inside its function.
+No torch here: an Implementation imports its libraries inside its function.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from harness.errors import ImplementationError, near
+from harness.errors import ImplementationError, did_you_mean
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.spec import methods
-from harness.resources import folder
+from harness.resources import data_folder
 
 GROUP = "harness.implementations"
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -35,23 +35,27 @@ _ADAPTED = (
 
 @dataclass(frozen=True)
 class Implementation:
-    """Code that claims to be a Method, an Operation or a quantisation of the base weights.
-
-    name: what suites write, e.g. `hf-peft`. target: the method (`lora`), operation (`nf4_linear`) or quantisation
-    (`nf4`) it claims to be. requires: modules that are imported at a Cell's start-up, so that no measured phase pays
-    for it; without them the Cell is skipped. distribution, version, point (its name): filled in from the entry point.
-    """
+    """Code that implements a Method, an Operation or a quantisation of the base weights."""
 
     name: str
+    """Name in suites, e.g. `hf-peft`."""
     kind: TargetKind
     target: str
+    """The Method (`lora`), Operation (`nf4_linear`) or quantisation (`nf4`) that it implements."""
     function: Callable[..., Any]
+    """The code. A Method's takes (model, config, generator) and returns an Adapted."""
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    """Supported dtypes, of `DTYPES`."""
     devices: tuple[str, ...] = ("cpu", "cuda")
+    """Supported device types."""
     requires: tuple[str, ...] = ()
+    """Modules imported at a Cell's start-up, outside every measured phase; without them the Cell is skipped."""
     distribution: str = ""
+    """Distribution of the entry point."""
     version: str = ""
+    """Version of the distribution."""
     point: str = ""
+    """Name of the entry point, as in `entry_points_by_name`."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(TargetKind):
@@ -61,7 +65,7 @@ class Implementation:
                 raise TypeError(f"{part} must be a word of letters, digits and ._+-, got {getattr(self, part)!r}")
         for part in ("dtypes", "devices", "requires"):
             several = getattr(self, part)
-            # tuple("cuda") would be four devices
+            # tuple("cuda") would give four devices
             if isinstance(several, str) or not isinstance(several, Iterable):
                 raise TypeError(f"{part} must be a list of words, got {several!r}")
             object.__setattr__(self, part, tuple(several))
@@ -71,11 +75,11 @@ class Implementation:
         if not self.dtypes:
             raise ValueError(f"dtypes is empty; there are: {', '.join(DTYPES)}")
         if odd := [one for one in self.dtypes if one not in DTYPES]:
-            hint = near(str(odd[0]).removeprefix("torch."), DTYPES, "there are")
-            raise ValueError(f"dtypes has {odd[0]!r}, but a dtype is one of our words: {hint}")
+            hint = did_you_mean(str(odd[0]).removeprefix("torch."), DTYPES, "there are")
+            raise ValueError(f"dtypes has {odd[0]!r}, which is no dtype: {hint}")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward to the function. Raises TypeError if it returns for a Method what is no Adapted."""
+        """Call the function. Raises TypeError if a Method's function does not return an Adapted."""
         returned = self.function(*args, **kwargs)
         if self.kind == "method" and (lacks := [name for name in _ADAPTED if not hasattr(returned, name)]):
             without = f"an Adapted without {', '.join(lacks)}" if len(lacks) < len(_ADAPTED) else "no Adapted"
@@ -98,9 +102,9 @@ def implements(
     devices: Iterable[str] = ("cpu", "cuda"),
     requires: Iterable[str] = (),
 ) -> Callable[[Callable[..., Any]], Implementation]:
-    """Mark a function as an Implementation of `target`. Nothing is registered: the entry point does that.
+    """Mark a function as an Implementation of `target`. Registration is left to the entry point.
 
-    kind: follows from the target, and need not be given.
+    kind: derived from `target` by default.
     """
 
     def wrap(function: Callable[..., Any]) -> Implementation:
@@ -112,29 +116,26 @@ def implements(
 
 @cache
 def targets() -> dict[str, TargetKind]:
-    """Map everything that can be implemented to its kind, by the names of files: nothing is imported or read."""
-    found: dict[str, TargetKind] = {file.stem: "base" for file in (folder("suites") / "parity").glob("*.yaml")}
+    """Map every possible target to its kind, by the names of files; Operations and bases are neither imported nor read."""
+    found: dict[str, TargetKind] = {file.stem: "base" for file in (data_folder("suites") / "parity").glob("*.yaml")}
     found |= {file.stem: "operation" for file in _OPERATIONS.glob("*.py") if not file.stem.startswith("_")}
     return found | dict.fromkeys([*methods(), *UNREFERENCED], "method")
 
 
 @dataclass(frozen=True)
 class Registry:
-    """What the installed distributions offer.
-
-    broken: entry points that could not be used, or not all of what they offer, by the names of `doors`, and why; they are
-    shown, never silently dropped.
-    """
+    """Implementations of the installed distributions."""
 
     implementations: tuple[Implementation, ...] = ()
     broken: dict[str, str] = field(default_factory=dict)
+    """Entry points that failed entirely or in part, by name as in `entry_points_by_name`, with the reason."""
 
     def names(self, kind: str, target: str) -> list[str]:
-        """List who offers `target`, sorted."""
+        """List the names of the Implementations of `target`, sorted."""
         return sorted(i.name for i in self.implementations if (i.kind, i.target) == (kind, target))
 
     def find(self, kind: str, target: str, name: str) -> Implementation:
-        """Return one Implementation; raises ImplementationError with the nearest name or the plug-in's own error."""
+        """Return one Implementation. Raises ImplementationError with the nearest name, or with the plug-in's own error."""
         for implementation in self.implementations:
             if (implementation.kind, implementation.target, implementation.name) == (kind, target, name):
                 return implementation
@@ -147,25 +148,25 @@ class Registry:
                 f"implementation `{name}` is installed but broken: {self.broken[name]}",
                 hint="install what it needs, or see `peft-harness list implementations`",
             )
-        hint = near(name, offered, f"who offers {target}")
+        hint = did_you_mean(name, offered, f"who offers {target}")
         if self.broken:
-            hint += f"; broken plug-ins: {', '.join(self.broken)} (`peft-harness list implementations` says why)"
+            hint += f"; broken plug-ins: {', '.join(self.broken)} (`peft-harness list implementations` shows why)"
         others = sorted(i.target for i in self.implementations if i.name == name)
         if others:
             return ImplementationError(f"`{name}` does not offer {target}, only {', '.join(others)}", hint=hint)
         return ImplementationError(f"no implementation `{name}` of {target}", hint=hint)
 
 
-def told(error: BaseException) -> str:
-    """Say an error of somebody else's in one line that a terminal can show, also if it cannot say itself."""
+def format_error(error: BaseException) -> str:
+    """Format a foreign exception in one printable line, even if its `__str__` raises."""
     text = " ".join("".join(traceback.format_exception_only(error)).split())
     return "".join(one if one.isprintable() else "?" for one in text)
 
 
-def doors() -> dict[str, EntryPoint]:
-    """Map the names of the group's entry points to them, ours first; none is loaded.
+def entry_points_by_name() -> dict[str, EntryPoint]:
+    """Map names to the group's entry points, the harness's own first; none is loaded.
 
-    One that has a name which is taken already is called by its distribution too, so that nobody is taken for another.
+    A repeated name gets the distribution's name appended.
     """
     found: dict[str, EntryPoint] = {}
     for point in sorted(entry_points(group=GROUP), key=_order):
@@ -177,26 +178,26 @@ def doors() -> dict[str, EntryPoint]:
 
 
 def discover(only: Collection[str] | None = None, begin: Callable[[str], None] | None = None) -> Registry:
-    """Load every entry point of the group. Ours first, so that nobody can take a name that we use.
+    """Load every entry point of the group, the harness's own first, so that no plug-in can take one of their names.
 
-    only: load those of these `doors` and no other; begin: is told of each before it is loaded.
+    only: names of the entry points to load, as in `entry_points_by_name`; begin: called with each name before loading.
     """
     found: dict[tuple[str, str, str], Implementation] = {}
     broken: dict[str, str] = {}
     there = targets()
-    for door, point in doors().items():
-        if only is not None and door not in only:
+    for name, point in entry_points_by_name().items():
+        if only is not None and name not in only:
             continue
         if begin is not None:
-            begin(door)
+            begin(name)
         reasons = []
         try:
-            # What a plug-in prints on import is talk, and stdout is data.
+            # A plug-in may print on import; stdout is for results.
             with contextlib.redirect_stdout(sys.stderr):
                 offered = list(_offered(point.load()))
-        # Anything may be wrong with somebody else's package, sys.exit on import included; it must not stop the rest.
+        # A plug-in may raise anything, SystemExit included; the others must still load.
         except (Exception, SystemExit) as error:  # noqa: BLE001
-            reasons.append(told(error))
+            reasons.append(format_error(error))
             offered = []
         for implementation in offered:
             key = (implementation.kind, implementation.target, implementation.name)
@@ -206,17 +207,17 @@ def discover(only: Collection[str] | None = None, begin: Callable[[str], None] |
                 reasons.append(f"{implementation} is offered twice, first by {found[key].distribution}")
             else:
                 distribution, version = _provider(point)
-                found[key] = replace(implementation, distribution=distribution, version=version, point=door)
+                found[key] = replace(implementation, distribution=distribution, version=version, point=name)
         if reasons:
-            broken[door] = "; ".join(reasons)
+            broken[name] = "; ".join(reasons)
     return Registry(tuple(found.values()), broken)
 
 
 def _misfit(implementation: Implementation, there: dict[str, TargetKind]) -> str:
-    """Say what is wrong with an Implementation of something that is not there, or is of another kind; nothing if nothing."""
+    """Return the problem of an Implementation with an unknown target or another kind, or an empty string."""
     target, kind = implementation.target, implementation.kind
     if target not in there:
-        return f"{implementation}: nothing here is called {target!r}; {near(target, there, 'there are')}"
+        return f"{implementation}: unknown target {target!r}; {did_you_mean(target, there, 'there are')}"
     if there[target] != kind:
         return f"{implementation}: {target} is of kind {there[target]!r}; leave `kind` out of @implements"
     return ""
@@ -241,7 +242,7 @@ def _provider(point: EntryPoint) -> tuple[str, str]:
 
 
 def _offered(loaded: object) -> Iterator[Implementation]:
-    """Yield the Implementations behind an entry point: one, several, or a function that returns either."""
+    """Yield the Implementations of an entry point: one, several, or a function that returns either."""
     if callable(loaded) and not isinstance(loaded, Implementation):
         loaded = loaded()
     several = [loaded] if isinstance(loaded, Implementation) else loaded

@@ -1,4 +1,4 @@
-"""An Adapted over somebody's layers, for whom a layer is all they have. See `harness.testing.wrap_layers`."""
+"""An Adapted made from a third party's layers. See `harness.testing.wrap_layers`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def wrap(
     names: Mapping[str, str] | None,
     update: Callable[[Any], Tensor] | None,
 ) -> AdaptedLayers:
-    """Freeze `model` and put a layer around every target. Raises Unsupported for what is no linear layer."""
+    """Freeze `model` and replace every target by `make_layer(target)`. Raises Unsupported for other than linear layers."""
     bases = targets(model, config.targets, KINDS)
     for path, base in bases.items():
         if kind_of(base) != "linear":
@@ -32,18 +32,18 @@ def wrap(
     for path, layer in layers.items():
         replace(model, path, layer.train(bases[path].training))
     wrapped = WrappedLayers(model, bases, layers, names, update)
-    if getattr(config, "init", "kaiming") != "kaiming":  # LoRA's usual start is the layers' own; they know of no other
+    if getattr(config, "init", "kaiming") != "kaiming":  # the layers draw LoRA's default start themselves, and no other
         tensors = wrapped.tensors()
         for path in bases:
-            if {f"{path}.A", f"{path}.B"} <= tensors.keys():  # otherwise `parameters` says so
-                # The layer has drawn its A from the generator that `attach` was given: so this start follows that as well.
-                generator = torch.Generator().manual_seed(checksums.of(tensors[f"{path}.A"]))
+            if {f"{path}.A", f"{path}.B"} <= tensors.keys():  # otherwise check `parameters` fails
+                # The layer drew its A from the generator of `attach`; seeded by A, this start depends on it too.
+                generator = torch.Generator().manual_seed(checksums.crc32(tensors[f"{path}.A"]))
                 write_initial_factors(config.init, tensors[f"{path}.A"], tensors[f"{path}.B"], generator)
     return wrapped
 
 
 class WrappedLayers(AdaptedLayers):
-    """A model with somebody's modules in the place of its layers; see `harness.testing.wrap_layers`."""
+    """A model with a third party's modules in place of its layers."""
 
     def __init__(
         self,
@@ -67,24 +67,24 @@ class WrappedLayers(AdaptedLayers):
         return found
 
     def state(self) -> dict[str, Tensor]:
-        """Return nothing: what a layer keeps beside its Parameters is its own affair."""
+        """Return nothing: other tensors of the layers are not compared."""
         return {}
 
     def parameters(self) -> list[nn.Parameter]:
-        """List what trains."""
+        """List the parameters that train."""
         return list(self.tensors().values())  # type: ignore[arg-type]  # the layers' Parameters, as tensors
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put a plain layer with the updated weight in the place of each."""
+        """Replace each layer by a plain one with the updated weight. Raises Unsupported without an `update` function."""
         if self.update is None:
-            raise Unsupported("these layers do not say what they add to the weight")
+            raise Unsupported("wrap_layers has no `update`, the function that returns what a layer adds to the weight")
         for path, layer in self.layers.items():
             dense = dense_copy(self.bases[path])
             dense.weight += self.update(layer).to(dense.weight.dtype)
             replace(self.model, path, dense)
 
     def detach(self) -> None:
-        """Put the base layers back."""
+        """Restore the base layers."""
         for path, base in self.bases.items():
             replace(self.model, path, base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -30,3 +31,9 @@ def mistake(problem: ValidationError | None) -> str:
     where = ".".join(map(str, found[0]["loc"]))
     more = f", and {len(found) - 1} more mistakes" if len(found) > 1 else ""
     return f"{where}: {found[0]['msg']}{more}" if where else f"{found[0]['msg']}{more}"
+
+
+def meaning(model: type[BaseModel], field: str) -> str:
+    """Return the first sentence of a field's docstring on one line, without its full stop."""
+    text = " ".join((model.model_fields[field].description or "").split())
+    return re.split(r"(?<!e\.g)\.(?: (?=[A-Z`])|$)", text, maxsplit=1)[0]

@@ -19,23 +19,26 @@ class Outcome(StrEnum):
 
 
 class CheckResult(FrozenModel):
-    """What one check found: numbers, never only a verdict."""
+    """Result of one check: numbers, never only a verdict."""
 
     check: str
-    """`method/check/dtype/state`, e.g. `lora/gradient/float32/warm`."""
+    """Identifier, `method/check/dtype/state`, e.g. `lora/gradient/float32/warm`; see `peft-harness explain CHECK`."""
     outcome: Outcome
+    """Outcome: pass, fail or skipped."""
     error: float | None = None
-    """The worst error found, in the norm that `policy` names; None if it was not finite or there is none."""
+    """Worst error, in the norm that `policy` names; None if it was not finite or there is none."""
     allowed: float | None = None
+    """Largest error that passes."""
     tensor: str = ""
-    """The tensor with the worst ratio of error to allowance."""
+    """Tensor with the worst ratio of error to allowance."""
     worst: str = ""
-    """That tensor's worst element: its index, what it was, what it should be."""
+    """Worst element of that tensor: index, value, expected value."""
     policy: str = ""
+    """Tolerance policy."""
     nonfinite: int = 0
     """Elements that are NaN or infinite where the reference is finite."""
     detail: str = ""
-    """Why it failed or was skipped, and what else a reader needs."""
+    """Reason of a failure or a skip, and other details."""
 
     @property
     def id(self) -> CheckId:

@@ -1,4 +1,4 @@
-"""What a Cell costs beside its time and its tensors, as its Record holds it: files, energy, the state of a GPU.
+"""Costs of a Cell other than time and tensors, as its Record holds them: files, energy, the state of a GPU.
 
 None always means "not measured", never 0.
 """
@@ -9,32 +9,30 @@ from typing import Literal
 
 from harness.records.base_model import Bytes, FrozenModel
 
-AT_ONCE = "Cells ran at once"
-"""Stands in the Record's note of a Cell that had others beside it on its machine."""
-
 
 class Checkpoint(FrozenModel):
-    """What a user would save. Both sizes are of safetensors."""
+    """Sizes of what a user would save, in safetensors format."""
 
     adapter_file_B: Bytes | None = None
-    """The adapter and the head in one file: all that trains, and nothing that can be made again (VeRA's projections,
-    PiSSA's residual). Written to a disk, looked at, removed. None where there is neither adapter nor head, see `because`."""
+    """Size of one file with the adapter and the head: all that trains, nothing that can be made again (VeRA's
+    projections, PiSSA's residual). The file is written, measured and removed. None where there is neither adapter
+    nor head, see `because`."""
     head_B: Bytes = 0
-    """Of that, the tensors of the head."""
+    """Part of the adapter file: the tensors of the head."""
     model_B: Bytes
-    """The tensors of the whole model, as it is saved when the adapter is merged or everything was trained: unpacked, in the
-    Cell's dtype, tied weights once. Summed over the tensors; no such file was written."""
+    """Size of the whole model as saved when merged or fully trained: unpacked, in the Cell's dtype, tied weights
+    once. Summed over the tensors; no such file is written."""
     because: str = ""
-    """Why there is no size of a file, if there is none."""
+    """Reason for no adapter file."""
 
 
 class Energy(FrozenModel):
-    """Where the joules of the phases come from."""
+    """Source of the energy of the phases."""
 
     source: str = ""
-    """`nvml` (one GPU, its memory included) or `rapl` (all CPU packages of the machine, whoever used them)."""
+    """Counter: `nvml` (one GPU, its memory included) or `rapl` (all CPU packages of the machine, all processes)."""
     because: str = ""
-    """Why there are none, if there are none."""
+    """Reason for no energy."""
 
 
 Throttle = Literal[
@@ -44,28 +42,35 @@ Throttle = Literal[
 
 
 class GpuState(FrozenModel):
-    """A GPU at one moment, by its driver. None: the driver does not say."""
+    """State of a GPU at one moment, from its driver. None: the driver does not report it."""
 
     uuid: str
+    """UUID of the GPU."""
     sm_clock_Hz: int | None = None
+    """Clock of the streaming multiprocessors."""
     memory_clock_Hz: int | None = None
+    """Clock of the memory."""
     power_W: float | None = None
+    """Power draw."""
     temperature_C: float | None = None
+    """Temperature."""
     throttle: list[Throttle] | None = None
-    """Why its clocks are lower than they could be; `idle` and an empty list are no cause for worry."""
+    """Reasons for reduced clocks; `idle` and an empty list are harmless."""
 
 
 class GpuPhase(FrozenModel):
     """A GPU during one phase. The peak of allocated bytes is the phase's `peak_memory_B`."""
 
     start: GpuState | None = None
+    """State at the start of the phase."""
     end: GpuState | None = None
+    """State at the end of the phase."""
     reserved_B: Bytes | None = None
     """Highest memory that torch's allocator held, used or not."""
     driver_B: Bytes | None = None
-    """Highest memory in use on the whole device as its driver counts: contexts, other libraries, other processes too. Looked
-    at ten times a second, so a short peak may be missed."""
+    """Highest memory in use on the whole device by its driver's count, with contexts, other libraries and other
+    processes. It is sampled ten times a second, so a short peak may be missed."""
     alloc_retries: int | None = None
-    """How often the allocator had to give back what it held and ask again."""
+    """Times that the allocator freed its cache and tried again."""
     ooms: int | None = None
-    """Allocations that failed, also those that somebody caught."""
+    """Failed allocations, also those that were caught."""

@@ -10,49 +10,63 @@ from harness.records.record import SCHEMA, Cell, Environment, FrozenModel, Secon
 
 
 class Comparison(FrozenModel):
-    """A question that the suite asks of its Records; `analysis` decides it."""
+    """A question of the suite about its Records; `analysis` decides it."""
 
     kind: Literal["better", "same-losses"]
-    """`better`: the accuracy interval of `left` lies above that of `right`. `same-losses`: every Cell of `left` follows
-    the float64 trajectory of `right` as closely as the noise floor allows."""
+    """`better`: the accuracy interval of `left` lies above that of `right`. `same-losses`: every Cell of `left`
+    follows the float64 trajectory of `right` as closely as the noise floor allows."""
     left: list[str]
-    """cell_ids."""
+    """cell_ids of the one side."""
     right: list[str]
+    """cell_ids of the other side."""
     says: str
-    """The sentence that is judged."""
+    """Sentence that is judged."""
 
 
 class Tuning(FrozenModel):
-    """A declared search: the Cells of `sweep` differ from those of `cells` in the learning rate, the seed and the test
-    items, and are not ranked; they show how much the choice of `cells` matters."""
+    """A declared search for a learning rate. The Cells of `sweep` differ from those of `cells` in the learning
+    rate, the seed and the test items, and are not ranked; they show how much the choice of `cells` matters."""
 
     entry: str
-    """The suite's id of the entry."""
+    """Id of the entry in the suite."""
     cells: list[str]
-    """cell_ids of what was tuned."""
+    """cell_ids of the tuned Cells."""
     sweep: list[str]
-    """cell_ids, a Cell per learning rate that was tried."""
+    """cell_ids of the search, one Cell per learning rate."""
 
 
 class Manifest(FrozenModel):
-    """run.json: written before anything runs. Says which Cells are expected, so that a missing one is visible."""
+    """run.json: written before anything runs. It lists the expected Cells, so that a missing one is visible."""
 
     schema_: int = Field(default=SCHEMA, alias="schema")
     run: str
+    """Id of the run."""
     suite: str
+    """Name of the suite."""
     title: str = ""
+    """Title of the suite."""
     about: str = ""
+    """Description of the suite."""
     suite_file: str
+    """Name of the suite's file."""
     suite_sha256: str
+    """Hash of the suite's file."""
     suite_text: str = ""
-    """The YAML as it was read: its file may be anywhere, and be another one later. Empty in runs from before it was kept."""
+    """The YAML as it was read: its file may be elsewhere, and change later. Empty in runs from before it was saved."""
     comparisons: list[Comparison] = Field(default=[])
+    """Questions of the suite."""
     tuning: list[Tuning] = Field(default=[])
+    """Searches for learning rates."""
     cells: list[Cell]
+    """Expected Cells."""
     environment: Environment
+    """Environment of the runner."""
     argv: list[str]
+    """Command line."""
     started: str
+    """Start in UTC, ISO 8601."""
     harness_version: str
+    """Version of peft-harness."""
 
 
 class Footer(FrozenModel):
@@ -60,18 +74,24 @@ class Footer(FrozenModel):
 
     schema_: int = Field(default=SCHEMA, alias="schema")
     run: str
+    """Id of the run."""
     ended: str
+    """End in UTC, ISO 8601."""
     how: Literal["finished", "interrupted", "failed"]
+    """How the run ended."""
     counts: dict[str, int]
-    """Records per status, of the last attempt of each Cell."""
+    """Records per status, of the last attempt at each Cell."""
     missing: list[str]
     """Expected Cells without any Record."""
     kept: int = 0
-    """Cells whose Record an earlier invocation made. The seconds below are those of the last invocation alone."""
+    """Cells with a Record of an earlier invocation. The seconds below are those of the last invocation alone."""
     seconds_total: Seconds
+    """Wall time of the last invocation."""
     seconds_in_cells: Seconds
+    """Time in which a Cell was running."""
     seconds_outside: dict[str, float]
-    """Where the rest went: `startup`, `fetch`, `scheduling`. The page is made after the footer, in about half a second."""
+    """The other time, by use: `startup`, `fetch`, `scheduling`. The page is made after the footer, in about half a
+    second."""
     sha256: dict[str, str] = Field(default={})
-    """Of run.json and of each Record, by their paths in the run's folder: what is changed afterwards is seen. Empty in runs
-    from before it was kept."""
+    """Hashes of run.json and of each Record, by path in the run's folder, so that later changes are detected.
+    Empty in runs from before hashes were saved."""

@@ -4,30 +4,42 @@ from __future__ import annotations
 
 from harness.records.base_model import Bytes, FrozenModel
 
+ALLOCATED = "cuda allocated"
+"""`Memory.source` of peaks that torch's allocator counted; these are exact."""
+
 
 class Predicted(FrozenModel):
-    """What the analytic memory model (`harness.memory_model`) says of a Cell from its model's shape alone, before it trains."""
+    """Memory that the analytic model (`harness.memory_model`) predicts from a model's shape, before the Cell trains."""
 
     weights_B: Bytes
+    """Predicted `weights_B` of the ledger."""
     adapter_B: Bytes
+    """Predicted `adapter_B`."""
     gradients_B: Bytes
+    """Predicted `gradients_B`."""
     optimizer_B: Bytes
+    """Predicted `optimizer_B`."""
     optimizer_host_B: Bytes = 0
+    """Predicted `optimizer_host_B`."""
     activations_B: Bytes | None = None
-    """Of one pass with texts as long as `max_tokens` allows; None without training, or where no formula is known."""
+    """Activations saved for the backward pass, with texts of `max_tokens`; None without training, or where no
+    formula is known."""
     logits_B: Bytes | None = None
-    """Of the same; None too where only answers have logits."""
+    """Logits and their gradient, with texts of `max_tokens`; None also where only answers have logits."""
     step_B: Bytes = 0
-    """What exists only while the optimizer steps, when activations and logits are gone: float32 gradients of its masters."""
+    """Memory that exists only during the optimizer's step, without activations and logits: float32 gradients of
+    its masters."""
     peak_B: Bytes | None = None
-    """The most that tensors take at one time in a training step on a CPU, of `counted_peak_B` to be: by a step of the Cell's
-    own loop on tensors without data (`harness/memory_model/dry_step.py`). In a Record of the very batches that were trained on,
-    in a plan of the longest texts. None without training, and where `no_peak` says why."""
+    """Predicted `counted_peak_B`: a step of the Cell's own loop on fake tensors
+    (`harness/memory_model/dry_step.py`). In a Record it is of the batches that were trained on, in a plan of the
+    longest texts. None without training, and where `no_peak` gives the reason."""
     peak_by: str = ""
-    """Whose code took that step, where the Cell's own, or that of its base, cannot do without data."""
+    """Code that took that step, where the Cell's own, or that of its base, cannot run on fake tensors."""
     no_peak: str = ""
+    """Reason for no predicted peak."""
     untouched: str = ""
-    """How many weights neither `all-linear` nor a base in 4 bits reaches, though the Cell means all: those of experts."""
+    """Number of weights that neither `all-linear` nor a base in 4 bits reaches although the Cell means all: those
+    of experts."""
 
     @property
     def passing_B(self) -> int:  # noqa: N802  # a unit, as of the fields
@@ -43,19 +55,23 @@ class Predicted(FrozenModel):
 
 
 class Memory(FrozenModel):
-    """The ledger: bytes of tensors counted one by one, and what the process took. Peaks per phase are in `phases`."""
+    """Memory ledger: bytes of tensors, counted one by one, and memory of the process. `phases` has the peaks of
+    the phases."""
 
     source: str
-    """How peaks were taken: `VmHWM`, `cuda allocated`, or `sampled`."""
+    """Source of the peaks: `VmHWM`, `cuda allocated`, or `sampled`."""
     baseline_B: Bytes
-    """Resident memory of the process after its imports, before the model was loaded."""
+    """Resident memory of the process after its imports, before the model is loaded."""
     weights_B: Bytes
+    """Frozen weights, summed over tensors."""
     adapter_B: Bytes
+    """Trainable tensors."""
     gradients_B: Bytes
-    """Of all that trains; with layer-wise updates the most that there was at one time: of the largest tensor alone."""
+    """Gradients of all that trains; with layer-wise updates those of the largest tensor, the most at one time."""
     optimizer_B: Bytes
+    """Optimizer states on the device."""
     optimizer_host_B: Bytes = 0
-    """Of a run on a GPU: optimizer states in the host's memory, e.g. paged ones; not in `optimizer_B`."""
+    """Optimizer states in the host's memory on a GPU run, e.g. paged ones; not in `optimizer_B`."""
     counted_peak_B: Bytes | None = None
     """The most that tensors took at one time in a training step, the weights and all that was there before included.
 
@@ -66,5 +82,6 @@ class Memory(FrozenModel):
     Records from before it was counted.
     """
     predicted: Predicted | None = None
+    """Prediction from the model's shape."""
     not_predicted: str = ""
-    """Why there is no prediction, where one was asked for."""
+    """Reason for no prediction, where one was requested."""

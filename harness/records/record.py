@@ -8,30 +8,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from enum import StrEnum
 from functools import cached_property
-from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from harness.records.base_model import Bytes as Bytes
-from harness.records.base_model import Count, Joules
 from harness.records.base_model import FrozenModel as FrozenModel
+from harness.records.base_model import Joules
 from harness.records.base_model import Json as Json
 from harness.records.base_model import Scalar as Scalar
 from harness.records.base_model import Seconds as Seconds
 from harness.records.check import CheckResult as CheckResult
 from harness.records.check import Outcome as Outcome
-from harness.records.cost import Checkpoint, Energy, GpuPhase
+from harness.records.cost import GpuPhase
+from harness.records.measured import Accuracy as Accuracy
+from harness.records.measured import Item as Item
+from harness.records.measured import Latency as Latency
+from harness.records.measured import Measurements as Measurements
+from harness.records.measured import Parameters as Parameters
+from harness.records.measured import TrainingMeasured as TrainingMeasured
 from harness.records.memory import Memory as Memory
 from harness.records.memory import Predicted as Predicted
 from harness.records.training import LATER
 from harness.records.training import Training as Training
 
 SCHEMA = 1
+ADAPTER_CONFIG = "adapter_config"
+"""Key of a Cell's config that holds the whole config of any adapter of PEFT (`method: peft`)."""
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"]
@@ -54,9 +60,10 @@ class Base(FrozenModel):
     """The frozen weights under an adapter."""
 
     quantization: Quantization = "none"
-    """`nf4-dq`: NF4 with double quantisation, that is, the constants of its blocks in 8 bits."""
+    """Quantisation of the frozen weights. `nf4-dq` is NF4 with double quantisation: the constants of its blocks
+    are stored in 8 bits."""
     implementation: str = ""
-    """Who quantises, e.g. `bitsandbytes`; empty when nothing is quantised."""
+    """Implementation that quantises, e.g. `bitsandbytes`; empty when nothing is quantised."""
 
     def __str__(self) -> str:
         return self.quantization if not self.implementation else f"{self.quantization} ({self.implementation})"
@@ -68,21 +75,23 @@ _LATER = ("skip", "latency", "prompt_batch", "prompt_tokens", "passes")
 
 
 class Evaluation(FrozenModel):
-    """What is scored."""
+    """Scoring of a Cell and its latencies."""
 
     items: int
-    """The first `items` of the task's test split (after `skip`), the same for every Cell."""
+    """Test items: the first `items` of the task's test split (after `skip`), the same for every Cell."""
     batch: int = 32
+    """Test items per forward pass."""
     skip: int = 0
-    """Test items passed over before the first that is scored: what chooses a learning rate must not be what ranks it."""
+    """Test items passed over before the first one that is scored. Items that choose a learning rate must not rank
+    it."""
     latency: bool = True
-    """Whether latencies are measured as well: of Cells that differ in the seed alone, those of one may do."""
+    """Whether latencies are measured. Of Cells that differ in the seed alone, one is enough."""
     prompt_batch: int = 1
-    """Of latencies: prompts in a forward pass."""
+    """Prompts in a forward pass of a latency."""
     prompt_tokens: int = 32
-    """Of latencies: tokens of each prompt, or as many as the model has positions for."""
+    """Tokens of each prompt of a latency, at most as many as the model has positions for."""
     passes: int | None = None
-    """Of latencies: timed passes (when decoding, tokens) of each variant, at least; None: a few."""
+    """Minimum of timed passes (when decoding, tokens) for each variant of a latency; None: a few."""
 
     def untimed(self) -> Evaluation:
         """Return the same without latencies, and so of no prompts."""
@@ -98,16 +107,27 @@ class Cell(FrozenModel):
     """One point of a matrix. `cell_id` hashes exactly these fields: never the machine, never the suite's name."""
 
     model: str
+    """Base model."""
     task: str
+    """Task that is trained and scored."""
     method: str
+    """Method, e.g. `lora`; see `peft-harness list methods`."""
     implementation: str
+    """Implementation of the Method, e.g. `hf-peft`."""
     config: dict[str, Json] = {}
+    """Config of the Method."""
     base: Base = Base()
+    """Frozen weights under the adapter."""
     optimizer: Optimizer = "adamw"
+    """Optimizer of all that trains."""
     dtype: Dtype = "float32"
+    """Dtype of weights and computation."""
     seed: int = 0
+    """Seed of everything that is drawn at random."""
     training: Training
+    """Training budget and recipe."""
     evaluation: Evaluation
+    """Scoring and latencies."""
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Cell:
         """Return a copy; one that is changed has an id of its own."""
@@ -147,7 +167,7 @@ class Cell(FrozenModel):
         """A short name for tables and progress lines; unique inside most suites, `cell_id` always is."""
         rank = f" r={self.config['rank']}" if "rank" in self.config else ""
         method = "zero-shot" if self.method == "frozen" and self.training.steps == 0 else self.method
-        if isinstance(any_method := self.config.get("adapter_config"), dict):  # `method: peft` says only whose it is
+        if isinstance(any_method := self.config.get(ADAPTER_CONFIG), dict):  # `method: peft` says only whose it is
             method = f"{method} {str(any_method.get('peft_type', '')).lower()}"
         base = "" if self.base.quantization == "none" else f" on {self.base}"
         dtype = "" if self.dtype == "float32" else f" {self.dtype}"
@@ -160,161 +180,101 @@ class Cell(FrozenModel):
 
 
 class Phase(FrozenModel):
-    """One phase in the life of a Cell."""
+    """One phase of a Cell."""
 
     name: str
+    """Name of the phase, e.g. `train`."""
     seconds: Seconds
+    """Wall time."""
     peak_memory_B: Bytes | None = None
-    """Highest resident (CPU) or allocated (GPU) memory inside the phase; None where the system cannot say."""
+    """Highest resident (CPU) or allocated (GPU) memory inside the phase; None where the system cannot tell."""
     end_memory_B: Bytes | None = None
+    """Memory at the end of the phase."""
     load_start: float | None = None
-    """The machine's load average over one minute, as the phase began; None where the system does not say."""
+    """Load average of the machine over one minute at the start of the phase; None where the system has none."""
     load_end: float | None = None
+    """Load average at the end of the phase."""
     energy_J: Joules | None = None
-    """Of what `Energy.source` counts; None where nothing does, and for a phase of under 2 s, which no counter resolves."""
+    """Energy by the counter `Energy.source`; None without a counter and for a phase of under 2 s, which no counter
+    resolves."""
     gpu: GpuPhase | None = None
-    """Of a run on a GPU."""
-
-
-class TrainingMeasured(FrozenModel):
-    """Raw training samples, one entry per optimizer step. Warm-up steps are real steps, only marked."""
-
-    losses: list[float]
-    step_seconds: list[Seconds]
-    """Forward, backward, optimizer step; no tokenising, no evaluation."""
-    tokens: list[Count]
-    """Real tokens of each step, padding not counted."""
-    padded_tokens: list[Count]
-    gradient_norms: list[float]
-    timing_warmup: int
-    """The first steps, not to be counted as steady state."""
-    cpu_seconds: Seconds | None = None
-    """CPU time of the whole process, all its threads, over the time of all `step_seconds`: far less than that time times
-    the threads means that they waited, e.g. for other processes."""
-    optimizer: dict[str, Json] = {}
-    """The optimizer as it was: its class, what paged its states, and the numbers of each of its groups."""
-    text_rules: str = ""
-    """How texts became tokens, and which of them carry loss."""
-    cut_examples: int | None = None
-    """Of the trained examples, those that were too long and lost something; None where nobody counted."""
-    data_order_sha256: str = ""
-    """Over the ids of the examples of every batch, in order: equal for two Records that were trained on the same."""
-    initial_state_sha256: str = ""
-    """Over names, dtypes, shapes and bytes of all that trains, as training began."""
-
-
-class Latency(FrozenModel):
-    """Raw forward times of one variant of the model."""
-
-    variant: Literal["base", "unmerged", "merged", "multi-adapter"]
-    """`multi-adapter`: every row of the batch goes through an adapter of its own."""
-    kind: Literal["forward", "prefill", "decode"]
-    """`decode` is seconds per generated token, with a key-value cache."""
-    batch: int
-    tokens: int
-    seconds: list[Seconds]
-    because: str = ""
-    """Why there are no samples, if there are none."""
-    adapters: int | None = None
-    """How many adapters a batch of several mixes: as many as rows, or 1, the same batch beside it. None of other batches."""
-
-
-class Item(FrozenModel):
-    """One scored test item."""
-
-    id: str
-    correct: int
-
-
-class Accuracy(FrozenModel):
-    """Task accuracy on `items`, with its interval for a new sample of items (one seed: says nothing of seeds)."""
-
-    metric: str
-    scored_by: str
-    """`lm-eval <version>` or `harness`."""
-    value: float
-    low: float
-    high: float
-    interval: str
-    """How the interval was made, e.g. `Wilson 95 %`."""
-    items: list[Item]
-    cut_items: int | None = None
-    """Of the items, those whose text was longer than `max_tokens` and lost something; None where nobody counted."""
-
-    @model_validator(mode="after")
-    def _items_decide_the_value(self) -> Accuracy:
-        if self.items and not math.isclose(share := fmean(item.correct for item in self.items), self.value):
-            raise ValueError(f"an accuracy of {self.value} over items of which {share} are right")
-        return self
-
-
-class Parameters(FrozenModel):
-    """Counts of scalars. `adapter` and `head` train, the rest of `total` is frozen (or trains, for full fine-tuning)."""
-
-    adapter: Count
-    head: Count
-    total: Count
-
-    @property
-    def trainable(self) -> int:
-        """What the optimizer updates."""
-        return self.adapter + self.head
-
-
-class Measurements(FrozenModel):
-    """Everything measured; exists only in an `ok` Record."""
-
-    parameters: Parameters
-    training: TrainingMeasured | None
-    memory: Memory
-    latency: list[Latency]
-    accuracy: Accuracy | None
-    checkpoint: Checkpoint | None = None
-    energy: Energy | None = None
+    """State of the GPU; None on a CPU."""
 
 
 class Failure(FrozenModel):
-    """Why an attempt did not end well."""
+    """Reason why an attempt failed."""
 
     kind: str
-    """Exception class, signal name, or the runner's own word."""
+    """Exception class, signal name, or the runner's own term."""
     message: str
+    """Message of the exception or the runner."""
     traceback: str = ""
     phase: str = ""
+    """Phase in which it failed."""
     requested_B: Bytes | None = None
-    """What an out-of-memory allocation asked for."""
+    """Size of the allocation that ran out of memory."""
     last_peak_B: Bytes | None = None
+    """Highest memory before it failed."""
 
 
 class Environment(FrozenModel):
-    """Where a Record was made. `id` hashes `software` and `machine`: what must agree for timings to be comparable."""
+    """Machine and software that a Record was made with."""
 
     id: str
+    """Hash of `software` and `machine`: timings compare only where it is equal."""
     software: dict[str, str]
+    """Versions by library."""
     machine: dict[str, str]
+    """CPU, cores, memory, system and GPUs."""
     code_version: str
     """SHA-256 over the Python files of harness/ and reference/: exact also outside a checkout."""
     git_sha: str = ""
+    """Commit of the checkout; empty outside one."""
     git_dirty: bool | None = None
+    """Whether the checkout had uncommitted changes; None where unknown."""
     threads: int | None = None
+    """Threads that torch computes with."""
     extra: dict[str, Json] = {}
+    """Further facts from the worker: variables, determinism, build of torch."""
 
 
 class AssetUse(FrozenModel):
     """A model, data set or task that a Cell used."""
 
     name: str
+    """Name in the suite."""
     source: str
+    """Address, or the rule that generates it."""
     sha256: str = ""
+    """Hash of its files."""
     revision: str = ""
+    """Commit of a hub repository."""
     licence: str = ""
+    """Licence of its publisher."""
 
 
 class Provider(FrozenModel):
-    """The distribution that an implementation came from."""
+    """Distribution that an implementation comes from."""
 
     distribution: str
+    """Distribution that the implementation comes from."""
     version: str
+    """Version of the distribution."""
+
+
+class NoteKind(StrEnum):
+    """Kinds of notes that programs look for."""
+
+    UNREACHED_EXPERTS = "unreached-experts"
+
+
+class Note(FrozenModel):
+    """A note with its kind."""
+
+    kind: NoteKind
+    """Kind of the note."""
+    text: str
+    """Text, as in `notes`."""
 
 
 class Record(FrozenModel):
@@ -322,30 +282,47 @@ class Record(FrozenModel):
 
     schema_: int = Field(default=SCHEMA, alias="schema")
     run: str
+    """Id of the run."""
     cell_id: str
+    """Id of the Cell."""
     attempt: int
+    """Number of the attempt at the Cell, from 1."""
     status: Status
+    """Outcome of the attempt: ok, or how it ended; see `peft-harness explain STATUS`."""
     because: str = ""
-    """Why the status is not `ok`, in one sentence."""
+    """Reason why the status is not `ok`, in one sentence."""
     cell: Cell
+    """The Cell that was attempted."""
     provider: Provider | None = None
+    """Distribution of the implementation; None where it was not loaded."""
     environment: Environment
+    """Machine and software."""
     device: str = ""
-    """`cpu` or `cuda`."""
+    """Device: `cpu` or `cuda`."""
     assets: list[AssetUse] = []
-    """The model, the data and the task, as they were: what a name alone does not say."""
+    """Model, data and task with their hashes, which a name alone does not give."""
     layers: list[str] = []
-    """Paths of the layers of this model that the Cell's targets stand for (or of every linear layer, for a Method without
-    targets); empty where it was not got so far."""
+    """Paths of the adapted layers (of every linear layer, for a Method without targets); empty where the attempt
+    did not come that far."""
     started: str
-    """UTC, ISO 8601."""
+    """Start of the attempt in UTC, ISO 8601."""
     duration_s: Seconds
+    """Wall time of the attempt."""
     phases: list[Phase] = []
+    """Phases in order."""
     checks: list[CheckResult] = []
+    """Results of the checks."""
     measurements: Measurements | None = None
+    """Measurements; None unless the status is `ok`."""
     failure: Failure | None = None
+    """Failure of an attempt that raised, was killed, or was prevented from running."""
     notes: list[str] = []
-    """What a reader of the numbers must know, e.g. why a rerun would not be bitwise equal."""
+    """Remarks that a reader of the numbers must know, e.g. why a rerun would not be bitwise equal."""
+    typed_notes: list[Note] = []
+    """The notes that programs look for, each also in `notes`; empty in Records from before it was saved."""
+    concurrent_cells: int | None = None
+    """Number of Cells, this one included, that may have run on the machine at the same time; None in Records from before
+    it was saved, see `harness.records.notes`."""
 
     @model_validator(mode="after")
     def _status_decides_content(self) -> Record:

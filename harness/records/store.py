@@ -8,12 +8,10 @@ The footer holds the hashes of the others. They are no signature: who writes the
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
 import os
-import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,15 +24,13 @@ from pydantic import BaseModel, ValidationError
 
 from harness.errors import StoreError, UsageError
 from harness.records.base_model import mistake
+from harness.records.files import write_atomic
 from harness.records.manifest import Footer, Manifest
 from harness.records.record import SCHEMA, Record
 
 RUNS = Path("results") / "runs"
 
 _FOOTER, _REOPENED = "footer.json", "footer.before.json"
-
-# What file systems without hard links answer.
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -48,66 +44,6 @@ _TORN: dict[type[BaseModel], str] = {
 def now() -> str:
     """Return the time in UTC, ISO 8601 to the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def unwritable(file: Path) -> str:
-    """Say why a file cannot be written; nothing if it can."""
-    if file.exists() and not file.is_file():  # it would be replaced, and /dev/null is everybody's
-        return f"{file} is no file that could be replaced"
-    if not file.parent.is_dir():
-        return f"{file}: there is no folder {file.parent}"
-    try:
-        with tempfile.TemporaryFile(dir=file.parent):
-            return ""
-    except OSError as error:
-        return f"{file}: cannot write in {file.parent}: {error.strerror}"
-
-
-def write_atomic(path: Path, data: bytes, *, new: bool = False) -> None:
-    """Write `data` so that `path` is either the old file or the whole new one, even through a power cut.
-
-    new: raise FileExistsError instead of replacing an old file.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        (_publish if new else Path.replace)(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-    except OSError as error:
-        if new and isinstance(error, FileExistsError):
-            raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise StoreError(
-            "the disk is full" if full else f"cannot write: {error.strerror}",
-            where=str(path),
-            hint="free some space, then `peft-harness run SUITE --resume RUN`; what was finished is kept"
-            if full
-            else "choose another folder with --out",
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # on a read-only disk even a missing file cannot be removed
-            temporary.unlink(missing_ok=True)
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    """Give a file its name unless there is one of that name, in one step: two machines may try at the same time."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        if path.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
-        temporary.replace(path)
 
 
 def write(path: Path, model: BaseModel, *, new: bool = False) -> None:

@@ -8,7 +8,7 @@ from xml.etree import ElementTree as ET
 
 from harness.conformance.findings import summary
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
-from harness.records import store
+from harness.records import files
 from harness.report import junit_xml
 
 if TYPE_CHECKING:
@@ -37,12 +37,12 @@ def render(report: CheckReport) -> bytes:
 
 def write_junit(report: CheckReport, out: Path) -> None:
     """Write the file, whole or not at all."""
-    store.write_atomic(out, render(report))
+    files.write_atomic(out, render(report))
 
 
 def _outcome(one: CheckOutcome) -> tuple[str, str]:
     if one.standing is CheckStatus.FAIL:
-        return "failure", summary.told(one)
+        return "failure", summary.describe(one.result)
     if one.standing is CheckStatus.KNOWN_DEFECT:
-        return "skipped", f"known defect {one.defect}: {summary.told(one)}"
+        return "skipped", f"known defect {one.defect}: {summary.describe(one.result)}"
     return ("", "") if one.standing is CheckStatus.PASS else ("skipped", one.result.detail)

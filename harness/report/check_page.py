@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from harness.conformance.findings import defects, summary
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.errors import EXITS, Exit
-from harness.records import store
+from harness.records import files
 from harness.report import html
 from harness.report.formatting import figure, unmeasured
 from harness.report.tones import ICONS
@@ -35,7 +35,7 @@ def render(report: CheckReport) -> str:
 
 def write_page(report: CheckReport, out: Path) -> None:
     """Write the page to `out`, whole or not at all."""
-    store.write_atomic(out, render(report).encode(errors="backslashreplace"))
+    files.write_atomic(out, render(report).encode(errors="backslashreplace"))
 
 
 def build(report: CheckReport) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _matrix(report: CheckReport) -> dict[str, Any]:
         row = {
             "name": implementation, "title": f"{target} by {implementation}", "anchor": "", "record": "",
             "href": f"#{_anchor(target, implementation)}",
-            "figures": [_figure(summary.of_dtype(tried, dtype)) for dtype in dtypes],
+            "figures": [_figure(summary.select_dtype(tried, dtype)) for dtype in dtypes],
         }  # fmt: skip
         groups.setdefault(target, []).append(row)
     return {
@@ -120,7 +120,7 @@ def _matrix(report: CheckReport) -> dict[str, Any]:
 
 
 def _figure(tried: list[CheckOutcome]) -> dict[str, Any]:
-    field = summary.field(tried)
+    field = summary.summarise(tried)
     if field is None:
         return unmeasured("no case in this dtype")
     tone = _tone(field.standing)
@@ -170,8 +170,8 @@ def _by_check(target: str, implementation: str, tried: list[CheckOutcome]) -> di
     rows = []
     for name in names:
         mine = [one for one in tried if one.check == name]
-        rows.append({"name": name, "figures": [_figure(summary.of_dtype(mine, dtype)) for dtype in dtypes]})
-    whole = summary.field(tried)
+        rows.append({"name": name, "figures": [_figure(summary.select_dtype(mine, dtype)) for dtype in dtypes]})
+    whole = summary.summarise(tried)
     standing = whole.standing if whole is not None else CheckStatus.SKIPPED
     return {
         "anchor": _anchor(target, implementation), "title": f"{target} by {implementation}", "dtypes": dtypes, "rows": rows,
@@ -188,7 +188,7 @@ def _not_checked(report: CheckReport) -> list[dict[str, Any]]:
             key = (f"{one.implementation} {one.target}", one.standing.value, f"{one.check}: {one.result.detail}")
             counts.setdefault(key, []).append(one.dtype)
     rows = [
-        {"name": name, "word": word, "why": why, "count": len(dtypes), "dtypes": ", ".join(summary.in_order(dtypes))}
+        {"name": name, "word": word, "why": why, "count": len(dtypes), "dtypes": ", ".join(summary.sort_dtypes(dtypes))}
         for (name, word, why), dtypes in sorted(counts.items())
     ]
     whole = [

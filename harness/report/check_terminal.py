@@ -31,8 +31,10 @@ def print_matrix(report: CheckReport) -> None:
     for dtype in dtypes:
         table.add_column(dtype, justify="right", overflow="fold")
     for (target, implementation), tried in summary.rows(report.tried).items():
-        fields = [summary.field(summary.of_dtype(tried, dtype)) for dtype in dtypes]
-        cells = [Text(summary.words(one), style=_STYLES.get(one.standing, "dim") if one else "dim") for one in fields]
+        fields = [summary.summarise(summary.select_dtype(tried, dtype)) for dtype in dtypes]
+        cells = [
+            Text(summary.format_field(one), style=_STYLES.get(one.standing, "dim") if one else "dim") for one in fields
+        ]
         table.add_row(target, implementation, *cells)
     if report.tried:
         console.print(table)
@@ -43,7 +45,7 @@ def print_matrix(report: CheckReport) -> None:
 def lines(report: CheckReport) -> list[str]:
     """Say every failure, each known defect once, what was not tried, and the count."""
     failed = [one for one in report.tried if one.standing is CheckStatus.FAIL]
-    said = [summary.failure(one) for one in failed[:_MOST_LINES]]
+    said = [summary.describe_failure(one) for one in failed[:_MOST_LINES]]
     if len(failed) > _MOST_LINES:
         said.append(f"... and {len(failed) - _MOST_LINES} more failures; --json, --html and --junit have them all")
     defects: dict[str, int] = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.claims.judge import MEANING, ClaimVerdict, JudgedClaim
-from harness.records import store
+from harness.records import files
 from harness.report import html
 from harness.report.tones import ICONS
 
@@ -27,7 +27,7 @@ _ICONS = {"quiet": "–", **ICONS}
 def write_page(rows: Sequence[JudgedClaim], software: Mapping[str, str], out: Path, *, headlines: bool = False) -> None:
     """Write the page to `out`, whole or not at all. headlines: that of the headlines, else of the whole ledger."""
     filled = html.fill(HEADLINES if headlines else LEDGER, build(rows, software))
-    store.write_atomic(out, filled.encode(errors="backslashreplace"))
+    files.write_atomic(out, filled.encode(errors="backslashreplace"))
 
 
 def build(rows: Sequence[JudgedClaim], software: Mapping[str, str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness.conformance.tolerance_constants import FOOTPRINT_ACTIVATIONS, FOOTPRINT_LEDGER
-from harness.console import aligned
+from harness.console import align_columns
 from harness.memory_model.size_units import UNITS, MemorySize
 from harness.report.formatting import short_count
 
@@ -47,7 +47,7 @@ def as_text(document: Mapping[str, Any]) -> str:
     lines = [
         *_question(document, size, several),
         "",
-        *aligned(rows),
+        *align_columns(rows),
         *(["", *left_out] if (left_out := _left_out(document)) else []),
         *(["", "not possible:", *dict.fromkeys(refused)] if refused else []),
     ]

@@ -12,7 +12,7 @@ from harness import resources
 from harness.analysis.comparison.reproducibility import Rerun
 from harness.analysis.run_facts import RunFacts
 from harness.errors import UsageError
-from harness.records import store
+from harness.records import files
 from harness.report import view
 
 TEMPLATE = "report.html.j2"
@@ -29,7 +29,7 @@ def fill(template: str, page: Mapping[str, Any]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    folder = resources.folder("report_templates")
+    folder = resources.data_folder("report_templates")
     style = (folder / "report.css").read_text(encoding="utf-8")
     script = (folder / "report.js").read_text(encoding="utf-8")
     environment = Environment(
@@ -67,7 +67,7 @@ def page_path(out: Path, option: str = "--out") -> Path:
 
 def write_report(analysed: Sequence[RunFacts], out: Path, again: Sequence[Rerun] | None = None) -> None:
     """Write the report of one or several runs to `out`, whole or not at all."""
-    store.write_atomic(out, render(analysed, again).encode())
+    files.write_atomic(out, render(analysed, again).encode())
 
 
 def _hash(text: str) -> str:

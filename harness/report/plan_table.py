@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.assets.table import resolve
-from harness.console import aligned
+from harness.console import align_columns
 from harness.errors import StoreError
 from harness.memory_model import cells
 from harness.records import naming, store
@@ -75,7 +75,7 @@ def as_text(document: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             f"{document['suite']}: {document['title']}",
-            *aligned(rows),
+            *align_columns(rows),
             *(["asks:", *questions] if questions else []),
             _summary(document["estimate"]),
             *_worth(document),

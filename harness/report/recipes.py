@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from statistics import median, stdev
 from typing import Any
 
-from harness.analysis import failed_checks, measurements, ranking, tuning
+from harness.analysis import failed_checks, metrics, ranking, tuning
 from harness.analysis.ranking import Group, RankingEntry
 from harness.analysis.run_facts import RunFacts
 from harness.analysis.statistics.over_seeds import INTERVAL
 from harness.records.record import Record
 from harness.report import formatting, links
 from harness.report.formatting import Figure, figure, unmeasured
-from harness.report.table_model import Table, column
+from harness.report.table_model import Table, by_key, column
 
 
 def over_seeds(facts: RunFacts) -> Table | None:
@@ -26,12 +26,14 @@ def over_seeds(facts: RunFacts) -> Table | None:
     if not groups:
         return None
     columns = [
-        column("Seeds", "training runs that were scored"),
-        column("Accuracy", f"mean over the seeds; brackets: {INTERVAL}"),
+        column("Seeds", "training runs that were scored", key="seeds"),
+        column("Accuracy", key="accuracy", title=f"mean over the seeds; brackets: {INTERVAL}"),
         column("Between seeds", "standard deviation of the runs' accuracies, in points"),
         column("Each run", "in the order of the seeds", number=False),
         column(
-            "Against the best", "among recipes with an equal budget; t test of paired items plus seeds, Holm-adjusted"
+            "Against the best",
+            "among recipes with an equal budget; t test of paired items plus seeds, Holm-adjusted",
+            key="rank",
         ),
         column("Trainable", "parameters that the optimizer updates"),
         column("Peak, MiB", "highest memory in the training phase, median over the seeds"),
@@ -44,7 +46,7 @@ def over_seeds(facts: RunFacts) -> Table | None:
 def _recipe(facts: RunFacts, g: Group, e: RankingEntry) -> Table:
     runs = ranking.accuracies(e.records)
     found = [r.measurements for r in e.records if r.measurements]
-    peaks = [p for r in e.records if (p := measurements.training_peak(r)) is not None]
+    peaks = [p for r in e.records if (p := metrics.TRAINING_PEAK.read(r)) is not None]
     refused = next((why for r in e.records if (why := failed_checks.no_speed(r))), "")
     figures = [
         figure(str(len(runs)), len(runs), why=f"seeds {', '.join(str(r.cell.seed) for r in e.records)}"),
@@ -56,8 +58,8 @@ def _recipe(facts: RunFacts, g: Group, e: RankingEntry) -> Table:
         figure(formatting.mebibytes(round(median(peaks))), median(peaks))
         if peaks
         else unmeasured("no peak of training"),
-        _over(e.records, _rate, lambda x: f"{x:,.0f}", refused),
-        _over(e.records, _step, formatting.milliseconds, refused, ends=True),
+        _over(e.records, metrics.TOKENS_PER_S.read, lambda x: f"{x:,.0f}", refused),
+        _over(e.records, metrics.STEP.read, formatting.milliseconds, refused, ends=True),
     ]
     first = e.record
     return {
@@ -81,16 +83,6 @@ def _over(
         return unmeasured("not trained, or not timed")
     small = f"[{write(min(values))}, {write(max(values))}]" if ends else ""
     return figure(write(median(values)), median(values), small=small)
-
-
-def _rate(record: Record) -> float | None:
-    training = record.measurements.training if record.measurements else None
-    return measurements.throughput(training) if training and training.step_seconds else None
-
-
-def _step(record: Record) -> float | None:
-    training = record.measurements.training if record.measurements else None
-    return measurements.step_time(training).value if training and training.step_seconds else None
 
 
 def _standing(g: Group, e: RankingEntry) -> Figure:
@@ -160,12 +152,14 @@ def _choice(search: tuning.Search) -> str:
 def lines(facts: RunFacts) -> list[list[str]]:
     """Return the means over seeds as rows for a terminal, each group begun by a row of headings; empty without any."""
     table = over_seeds(facts)
+    headings = {"seeds": "seeds", "accuracy": "accuracy", "rank": "against the best"}
     rows: list[list[str]] = []
     for group in table["groups"] if table else ():
-        rows.append([f"{group['title']}, over seeds", "seeds", "accuracy", "against the best"])
+        rows.append([f"{group['title']}, over seeds", *headings.values()])
         for row in group["rows"]:
-            told = [row["figures"][i] for i in (0, 1, 4)]
-            rows.append([row["name"], *(" ".join(filter(None, [f["text"], f["small"]])) for f in told)])
+            figures = by_key(table["columns"], row["figures"]) if table else {}
+            shown = [figures[key] for key in headings]
+            rows.append([row["name"], *(" ".join(filter(None, [f["text"], f["small"]])) for f in shown)])
     return rows
 
 

@@ -13,6 +13,7 @@ from harness.analysis.comparison.reproducibility import strangers, usual_environ
 from harness.analysis.run_facts import RunFacts
 from harness.analysis.trajectories import JudgedTrajectory
 from harness.analysis.verdict import QuestionVerdict
+from harness.conformance.findings.summary import describe
 from harness.records.record import CheckResult, Environment, Json, Outcome, Record, Status
 from harness.report import formatting, links
 from harness.report.formatting import DASH, GIB
@@ -137,20 +138,8 @@ def _check(c: CheckResult) -> Section:
 
 
 def told(c: CheckResult) -> str:
-    """Tell a check in one sentence, with the numbers it has."""
-    error = "not finite" if c.error is None and c.nonfinite else formatting.scientific(c.error, "")
-    parts = [
-        f"error {error}" + (f", {formatting.scientific(c.allowed)} allowed" if c.allowed is not None else "")
-        if error
-        else "",
-        f"in {c.tensor}" if c.tensor else "",
-        f"worst element {c.worst}" if c.worst else "",
-        f"{c.nonfinite} not finite" if c.nonfinite else "",
-        c.detail,
-        c.policy,
-    ]
-    said = "; ".join(part for part in parts if part)
-    return f"{c.check}: {said}" if said else c.check
+    """Describe a check in one sentence, with the numbers it has."""
+    return f"{c.check}: {described}" if (described := describe(c)) else c.check
 
 
 def duration(facts: RunFacts) -> str:

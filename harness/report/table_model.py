@@ -8,13 +8,14 @@ from typing import Any
 from harness.analysis.run_facts import RunFacts
 from harness.records.record import Cell, Measurements
 from harness.report import links
+from harness.report.formatting import Figure
 
 Table = dict[str, Any]
 
 
-def column(label: str, title: str = "", *, number: bool = True) -> dict[str, Any]:
-    """Return a column's head. title: what its tooltip says."""
-    return {"label": label, "title": title, "number": number}
+def column(label: str, title: str = "", *, number: bool = True, key: str = "") -> dict[str, Any]:
+    """Return a column's head. title: the tooltip; key: a name that other renderers find the column by."""
+    return {"label": label, "title": title, "number": number, "key": key}
 
 
 def table(
@@ -33,6 +34,11 @@ def table(
         "notes": list(notes),
         "groups": [{"title": f"{model} · {task}", "rows": members} for (model, task), members in groups.items()],
     }
+
+
+def by_key(columns: Sequence[dict[str, Any]], figures: Sequence[Figure]) -> dict[str, Figure]:
+    """Map the keys of a row's columns to its figures."""
+    return {c["key"]: f for c, f in zip(columns, figures, strict=True) if c["key"]}
 
 
 def measurements(facts: RunFacts) -> Sequence[tuple[Cell, Measurements]]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from harness.analysis import contention, failed_checks, measurements
+from harness.analysis import contention, failed_checks, measurements, metrics
 from harness.analysis.run_facts import RunFacts
 from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER, FOOTPRINT_SHOWN_B
-from harness.records.record import Accuracy, Cell, Measurements, Memory, Predicted, Record
+from harness.records.record import Cell, Memory, Predicted, Record
 from harness.report import formatting, latencies, links
 from harness.report.formatting import Figure, figure, unmeasured
+from harness.report.metric_figure import metric_figure
 from harness.report.table_model import Table
 from harness.report.table_model import column as _column
 from harness.report.table_model import measurements as _measurements
@@ -20,42 +22,45 @@ _EXPECTED = (
     f"after ≈ what the model's shape alone lets expect, flagged where they part by more than {FOOTPRINT_LEDGER:.0%} and "
     f"{FOOTPRINT_SHOWN_B // formatting.MIB} MiB"
 )
+STATUS = "status"
+"""Key of the comparison table's first column; those of metrics are their names."""
+_RANK = "Against the best"
 _NAMED = 3
 """Busy Cells that the note names; each is flagged in its row, and a whole run on a busy machine may be so."""
 
 
 def comparison(facts: RunFacts) -> Table:
-    """Tabulate every expected Cell, measured or not."""
-    columns = [
-        _column("Status", number=False),
-        _column("Trainable", "parameters that the optimizer updates"),
-        _column("Accuracy", "with the interval named in its Record, over test items, for this one training run"),
-        _column("Against the best", "among Cells with an equal budget; paired on the same items where there is a p"),
-        _column(
-            "Peak, MiB",
-            "highest memory of the process in the training phase; the chart leaves its imports out",
-        ),
-        _column("Tokens/s", "real tokens, padding not counted, over the steady steps"),
-        _column("Step, ms", "median steady step, with its 95 % interval over the steps of this one process"),
-        _column("Cell, s", "wall time of the Cell's own process, start-up and all"),
-        _column("Record", number=False),
-    ]
+    """Tabulate every expected Cell, measured or not: its status, its metrics, its Record."""
+    columns = [_column("Status", number=False, key=STATUS)]
+    for metric in metrics.shown():
+        columns.append(_column(metric.heading, metric.meaning, key=metric.name))
+        if metric is metrics.ACCURACY:
+            columns.append(
+                _column(_RANK, "among Cells with an equal budget; paired on the same items where there is a p")
+            )
+    columns.append(_column("Record", number=False))
     rows = []
     for cell in facts.run.manifest.cells:
         record = facts.latest.get(cell.cell_id)
-        figures = [_status(facts, cell), *_measured(facts, cell, record)]
-        figures += (
-            [
-                figure(f"{record.duration_s:.1f}", record.duration_s),
-                figure(f"{record.cell_id[:6]}….{record.attempt}", record.id, why=record.id, tone="code"),
-            ]
+        figures = [_status(facts, cell), *_metrics(facts, cell, record)]
+        figures.append(
+            figure(f"{record.cell_id[:6]}….{record.attempt}", record.id, why=record.id, tone="code")
             if record
-            else [unmeasured(facts.why_unmeasured(cell))] * 2
+            else unmeasured(facts.why_unmeasured(cell))
         )
         rows.append({"cell": cell, "figures": figures, "anchor": links.anchor(facts, cell.cell_id)})
     return _table(
         facts, "cells", "Every expected Cell", columns, rows, [*_unreferenced_note(facts), *_busy_note(facts)]
     )
+
+
+def _metrics(facts: RunFacts, cell: Cell, record: Record | None) -> Iterator[Figure]:
+    for metric in metrics.shown():
+        missing = record is None or (record.measurements is None and metric.read(record) is None)
+        yield unmeasured(facts.why_unmeasured(cell)) if missing or record is None else metric_figure(metric, record)
+        if metric is metrics.ACCURACY:
+            measured = record is not None and record.measurements is not None
+            yield _standing(facts, cell) if measured else unmeasured(facts.why_unmeasured(cell))
 
 
 def _unreferenced_note(facts: RunFacts) -> list[str]:
@@ -83,52 +88,6 @@ def _status(facts: RunFacts, cell: Cell) -> Figure:
         return figure(f"{icon(status)} ok, no reference", status, why=alone, tone=tone(status))
     why = "" if status == "ok" else facts.why_unmeasured(cell)
     return figure(f"{icon(status)} {status}", status, why=why, tone=tone(status))
-
-
-def _measured(facts: RunFacts, cell: Cell, record: Record | None) -> list[Figure]:
-    if record is None or record.measurements is None:
-        return [unmeasured(facts.why_unmeasured(cell))] * 6
-    m = record.measurements
-    trainable = m.parameters.trainable
-    peak = measurements.training_peak(record)
-    no_peak = "the training phase has no memory peak" if m.training else "not trained"
-    return [
-        figure(f"{trainable:,}", trainable, why=f"{formatting.short_count(m.parameters.total)} in all"),
-        figure(formatting.percent(m.accuracy.value), m.accuracy.value, small=formatting.interval(m.accuracy),
-               why=f"{m.accuracy.metric}, {m.accuracy.interval}, scored by {m.accuracy.scored_by}{_cut(m.accuracy, cell)}")
-        if m.accuracy
-        else unmeasured("not scored"),
-        _standing(facts, cell),
-        figure(formatting.mebibytes(peak), peak) if peak is not None else unmeasured(no_peak),
-        *_speed(record, m),
-    ]  # fmt: skip
-
-
-def _cut(accuracy: Accuracy, cell: Cell) -> str:
-    if not accuracy.cut_items:
-        return ""
-    long = f"{accuracy.cut_items:,} of {len(accuracy.items):,} items were longer than {cell.training.max_tokens} tokens"
-    return f"; {long}, and cut"
-
-
-def _speed(record: Record, m: Measurements) -> list[Figure]:
-    if m.training is None or not m.training.step_seconds:
-        return [unmeasured("not trained")] * 2
-    if refused := failed_checks.no_speed(record):
-        return [unmeasured(refused)] * 2
-    busy = contention.busy(record)
-    flag = "busy" if busy else ""
-    rate, step = measurements.throughput(m.training), measurements.step_time(m.training)
-    return [
-        figure(f"{rate:,.0f}", rate, flag=flag, why=busy) if rate is not None else unmeasured("the clock did not move"),
-        figure(
-            formatting.milliseconds(step.value),
-            step.value,
-            small=formatting.median_ms(step),
-            why="; ".join(filter(None, [f"{step.count} steps", busy])),
-            flag=flag,
-        ),
-    ]
 
 
 def _standing(facts: RunFacts, cell: Cell) -> Figure:
@@ -284,22 +243,15 @@ def raw(facts: RunFacts) -> list[dict[str, Any]]:
 
 
 def _raw(facts: RunFacts, cell: Cell, record: Record | None) -> dict[str, Any]:
-    m = record.measurements if record else None
-    refused = failed_checks.no_speed(record) if record else ""
-    training = m.training if m and m.training and m.training.step_seconds and not refused else None
+    accuracy = record.measurements.accuracy if record and record.measurements else None
     return {
         "record": record.id if record else None,
         "cell": cell.model_dump(mode="json"),
         "label": facts.titles[cell.cell_id],
         "status": facts.status(cell),
         "because": record.because if record else facts.why_unmeasured(cell),
-        "trainable": m.parameters.trainable if m else None,
-        "accuracy": m.accuracy.value if m and m.accuracy else None,
-        "accuracy_low": m.accuracy.low if m and m.accuracy else None,
-        "accuracy_high": m.accuracy.high if m and m.accuracy else None,
-        "training_peak_B": measurements.training_peak(record) if record and m else None,
-        "tokens_per_s": measurements.throughput(training) if training else None,
-        "step_s": measurements.step_time(training).value if training else None,
+        **{metric.name: metric.value(record) if record else None for metric in metrics.shown()},
+        "accuracy_low": accuracy.low if accuracy else None,
+        "accuracy_high": accuracy.high if accuracy else None,
         "busy": contention.busy(record) if record else "",
-        "duration_s": record.duration_s if record else None,
     }

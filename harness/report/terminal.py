@@ -4,34 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from harness.analysis import divergence, failed_checks
+from harness.analysis import divergence, failed_checks, metrics
 from harness.analysis.run_facts import RunFacts
-from harness.methods.experts import UNREACHED
+from harness.records.notes import notes_of_kind
+from harness.records.record import NoteKind
 from harness.report import recipes, sections, tables
 from harness.report.formatting import Figure
+from harness.report.table_model import by_key
 from harness.report.tones import icon
-
-# Places in the comparison table's rows; "Against the best" is left to the page, it would make the lines too wide.
-_COLUMNS = {"status": 0, "trainable": 1, "accuracy": 2, "peak MiB": 4, "tok/s": 5, "step ms": 6}
 
 
 def summary(f: RunFacts) -> list[str]:
     """Return the lines of a run's table and verdicts."""
     lines: list[str] = []
     table = tables.comparison(f)
+    headings = {tables.STATUS: "status"} | {m.name: m.terminal_heading for m in metrics.shown() if m.terminal_heading}
     for group in table["groups"]:
-        rows = [[row["name"], *(_text(row["figures"][i]) for i in _COLUMNS.values())] for row in group["rows"]]
-        lines += [*aligned([[group["title"], *_COLUMNS], *rows]), ""]
+        rows = [[group["title"], *headings.values()]]
+        for row in group["rows"]:
+            figures = by_key(table["columns"], row["figures"])
+            rows.append([row["name"], *(_text(figures[key]) for key in headings)])
+        lines += [*aligned(rows), ""]
     if means := recipes.lines(f):
         lines += [*aligned(means), ""]
     for j in f.verdict.judgements:
         lines.append(f"{icon(j.verdict.word)} {j.verdict.word.value}: {j.comparison.says}")
         lines.append(f"    {j.verdict.reason}")
     lines += [f"! {note}" for note in table["notes"]]
-    for note in sections.notes(f):
-        if UNREACHED in note["text"]:  # of the others it is enough that they are on the page
-            names = (f.titles[source["id"].partition(".")[0]] for source in note["sources"])
-            lines.append(f"! {note['text']}: {', '.join(names)}")
+    unreached: dict[str, list[str]] = {}  # the other notes are on the page only
+    for record in f.latest.values():
+        for note in notes_of_kind(record, NoteKind.UNREACHED_EXPERTS):
+            unreached.setdefault(note, []).append(f.titles[record.cell_id])
+    lines += [f"! {note}: {', '.join(names)}" for note, names in unreached.items()]
     p = f.verdict.parity
     lines.append(f"parity: {p.passed} checks passed, {p.failed} failed, {p.skipped} skipped")
     lines += [

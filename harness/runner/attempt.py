@@ -158,6 +158,7 @@ def record_of(job: Job, context: RunContext, ending: Ending, started: str, begun
             last_peak_B=ending.peak_B,
         ),
         notes=job.notes,
+        concurrent_cells=job.at_once,
     )
     try:
         context.folder.write_record(record)

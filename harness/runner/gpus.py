@@ -39,15 +39,15 @@ class GpuProbe:
 
     def __init__(self, look: Callable[[], list[GpuDevice]]) -> None:
         self._look, self._over = look, threading.Event()
-        self._seen: list[GpuDevice] | HarnessError = HarnessError("the GPUs could not be probed")
+        self._result: list[GpuDevice] | HarnessError = HarnessError("the GPUs could not be probed")
         # A daemon: the end of a run does not wait for it.
         threading.Thread(target=self._work, name="probe the GPUs", daemon=True).start()
 
     def _work(self) -> None:
         try:
-            self._seen = self._look()
+            self._result = self._look()
         except HarnessError as error:
-            self._seen = error
+            self._result = error
         finally:
             self._over.set()
 
@@ -55,11 +55,11 @@ class GpuProbe:
         """Wait up to `within` seconds, and return whether there is an answer."""
         return self._over.wait(within)
 
-    def seen(self) -> list[GpuDevice]:
+    def result(self) -> list[GpuDevice]:
         """Return the GPUs, once it is over; raises HarnessError if the driver did not answer."""
-        if isinstance(self._seen, HarnessError):
-            raise self._seen
-        return self._seen
+        if isinstance(self._result, HarnessError):
+            raise self._result
+        return self._result
 
 
 def look() -> list[GpuDevice]:

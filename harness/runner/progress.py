@@ -121,18 +121,18 @@ class Progress:
             self._live.stop()
             self._live = None
 
-    def _draw(self, what: str = "", *, force: bool = False) -> None:
+    def _draw(self, line: str = "", *, force: bool = False) -> None:
         now = time.monotonic()
         if self._live is None:
             # Some tools report the same line again and again.
-            if what and force and what != self._last_line:
-                self._last_line = what
-                self.say(what)
+            if line and force and line != self._last_line:
+                self._last_line = line
+                self.say(line)
             return
         if not force and now - self._drawn < _REDRAW_S:
             return
         self._drawn = now
-        lines = [what] if what else self._lines(now)
+        lines = [line] if line else self._lines(now)
         self._live.update(Text("\n".join(lines), overflow="ellipsis", no_wrap=True), refresh=True)
 
     def _lines(self, now: float) -> list[str]:

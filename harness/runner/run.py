@@ -32,7 +32,7 @@ from harness.runner.executors.executor import Device, Executor
 from harness.runner.executors.local import Local
 from harness.runner.progress import Progress
 from harness.suites import loader, model_checks
-from harness.suites.expand import Plan, expand
+from harness.suites.expand import Plan
 from harness.suites.expand import only as keep_only
 from harness.suites.suite import Suite
 
@@ -87,9 +87,7 @@ def run_suite(
     """
     times = _Times()
     suite = loader.load(suite_name)
-    plan = expand(suite)
-    if only is not None:
-        plan = keep_only(plan, only)
+    plan = suite.plan if only is None else keep_only(suite.plan, only)
     here = environment.describe(environment.threads())
     with contextlib.ExitStack() as stack:
         old = _find_old(plan, out, resume, stack)
@@ -268,8 +266,8 @@ def _reopen(
         progress.say(f"run {old.manifest.run} is incomplete: {why}; it is resumed from its Cells' Records")
     folder.reopen()
     doubtful = old.doubtful()
-    for what in doubtful.values():
-        progress.say(f"{what}: it does not count, and its Cell is measured again")
+    for problem in doubtful.values():
+        progress.say(f"{problem}: it does not count, and its Cell is measured again")
     done = {
         record.cell_id
         for record in old.latest().values()  # those that report and verdict show

@@ -104,6 +104,8 @@ def attempt(job: Job, emit: Emit) -> Record:
         measurements=measurements,
         failure=failure,
         notes=[*job.notes, *(run.notes if run else [])],
+        typed_notes=run.typed_notes if run else [],
+        concurrent_cells=job.at_once,
         layers=run.layers if run else [],
     )
 

@@ -10,7 +10,8 @@ from typing import Any
 from harness.methods.peft_config import IN_THE_CACHE, KEY, UNREFERENCED
 from harness.methods.spec import FieldProblem, MethodInfo
 from harness.records.record import Base
-from harness.suites.schema import BaseKeys, CellKeys, shortened
+from harness.suites.schema import BaseKeys, CellKeys
+from harness.yaml_lines import shortened
 
 _AXES = ("model", "task", "method", "implementation", "base", "optimizer", "dtype", "seed")
 

@@ -1,14 +1,14 @@
-"""A suite's entries multiplied out into Cells, in order."""
+"""Multiply the entries of a suite out into Cells, and select some of them by an expression."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from harness.errors import UsageError, near
+from harness.errors import UsageError, did_you_mean
 from harness.methods.spec import methods
 from harness.records import naming
 from harness.records.manifest import Comparison, Tuning
@@ -17,45 +17,45 @@ from harness.records.training import LATER
 
 if TYPE_CHECKING:
     from harness.suites.entry import SuiteEntry
-    from harness.suites.suite import Suite
+    from harness.suites.schema import ComparisonKeys
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to run.
-
-    cells: those that are ranked, then those that search for learning rates. ids: cell_id to the suite's `id` of its entry.
-    comparisons, tuning: of the whole suite, also where `only` took Cells away, so that a question whose Cells did not run
-    is seen as not answered.
-    """
+    """The Cells of a suite, and the questions it asks of their Records."""
 
     cells: tuple[Cell, ...]
+    """Cells that are ranked, then those that search for learning rates."""
     ids: dict[str, str]
+    """The suite's id of its entry, by cell_id."""
     comparisons: tuple[Comparison, ...]
+    """All of the suite, also after `only`: a question without its Cells is then seen as not answered."""
     tuning: tuple[Tuning, ...] = ()
+    """All of the suite, also after `only`."""
 
 
-def expand(suite: Suite) -> Plan:
-    """Multiply every entry out, in the order of the file."""
-    found = {cell.cell_id: (cell, entry.id) for entry in suite.entries for cell in cells(entry)}
-    ids = {cell_id: entry_id for cell_id, (_, entry_id) in found.items()}
-
-    def named(entries: tuple[str, ...]) -> list[str]:
-        return [cell_id for cell_id, (_, entry_id) in found.items() if entry_id in entries]
-
-    comparisons = (
-        Comparison(kind=c.kind, left=named(c.left), right=named(c.right), says=c.says) for c in suite.comparisons
-    )
+def expand(entries: Sequence[tuple[SuiteEntry, Sequence[Cell]]], comparisons: Sequence[ComparisonKeys]) -> Plan:
+    """Build the plan of a suite from its entries, each with its Cells, in the order of the file."""
+    found = {cell.cell_id: cell for _, cells in entries for cell in cells}
+    ids = {cell.cell_id: entry.id for entry, cells in entries for cell in cells}
+    of_entry = {entry.id: [cell.cell_id for cell in cells] for entry, cells in entries}
     tuning: list[Tuning] = []
     tried: dict[str, Cell] = {}
-    for entry in suite.entries:
-        for tuned, sweep in _searches(entry):
+    for entry, cells in entries:
+        for tuned, sweep in _searches(entry, cells):
             tuning.append(Tuning(entry=entry.id, cells=tuned, sweep=[cell.cell_id for cell in sweep]))
             for cell in sweep:
                 tried.setdefault(cell.cell_id, cell)
                 ids.setdefault(cell.cell_id, entry.id)
-    every = (*(cell for cell, _ in found.values()), *tried.values())
-    return Plan(every, ids, tuple(comparisons), tuple(tuning))
+    return Plan(
+        cells=(*found.values(), *tried.values()),
+        ids=ids,
+        comparisons=tuple(
+            Comparison(kind=keys.kind, left=_of(keys.left, of_entry), right=_of(keys.right, of_entry), says=keys.says)
+            for keys in comparisons
+        ),
+        tuning=tuple(tuning),
+    )
 
 
 def count(entry: SuiteEntry) -> int:
@@ -68,8 +68,8 @@ def count(entry: SuiteEntry) -> int:
 
 def cells(entry: SuiteEntry) -> Iterator[Cell]:
     """Yield an entry's Cells; the last axis, the seed, turns fastest."""
-    # Seeds without latencies keep their prompts: they are of one recipe with the one that has them.
-    asked = entry.evaluation.untimed() if entry.latency == "never" else entry.evaluation
+    # Untimed seeds keep their prompts: their recipe is that of the timed seed.
+    evaluation = entry.evaluation.untimed() if entry.latency == "never" else entry.evaluation
     for model, task, base, (method, config), implementation, optimizer, dtype, training, seed in itertools.product(
         entry.model,
         entry.task,
@@ -82,22 +82,26 @@ def cells(entry: SuiteEntry) -> Iterator[Cell]:
         entry.seed,
     ):
         timed = entry.latency == "every-seed" or (entry.latency == "first-seed" and seed == entry.seed[0])
-        evaluation = asked.model_copy(update={"latency": timed})
         yield Cell(
             model=model, task=task, method=method, implementation=implementation, config=config, base=base,
-            optimizer=optimizer, dtype=dtype, seed=seed, training=training, evaluation=evaluation,
+            optimizer=optimizer, dtype=dtype, seed=seed, training=training,
+            evaluation=evaluation.model_copy(update={"latency": timed}),
         )  # fmt: skip
 
 
-def _searches(entry: SuiteEntry) -> list[tuple[list[str], list[Cell]]]:
-    """Return (cell_ids, the Cells that search for their learning rate); Cells that differ in what `tune` sets share them."""
+def _of(entries: Sequence[str], cell_ids: Mapping[str, list[str]]) -> list[str]:
+    return [cell_id for entry, own in cell_ids.items() if entry in entries for cell_id in own]
+
+
+def _searches(entry: SuiteEntry, cells: Sequence[Cell]) -> list[tuple[list[str], list[Cell]]]:
+    """Return (cell_ids, Cells that search for their learning rate). Cells that `tune` makes equal share a search."""
     tune = entry.tune
     if tune is None:
         return []
     found: dict[tuple[str, ...], tuple[list[str], list[Cell]]] = {}
     evaluation = entry.evaluation.untimed().model_copy(update={"items": tune.items, "skip": entry.evaluation.items})
-    for cell in cells(entry):
-        # As in `cells`: in the order of the method's fields, and what is None in no Cell.
+    for cell in cells:
+        # As in `cells`: in the order of the Method's fields, without those that are None.
         values = {**cell.config, **tune.config.get(cell.method, {})}
         config = {key: values[key] for key in entry.config[cell.method] if values.get(key) is not None}
         fixed = {"config": config, "seed": tune.seed, "evaluation": evaluation}
@@ -146,7 +150,7 @@ def only(plan: Plan, expr: str) -> Plan:
     known = sorted({key for of_cell in facts.values() for key in of_cell})
     for key in wanted:
         if key and key not in known:
-            raise UsageError(f"unknown key `{key}`", where=f"--only {expr}", hint=near(key, known, "keys"))
+            raise UsageError(f"unknown key `{key}`", where=f"--only {expr}", hint=did_you_mean(key, known, "keys"))
 
     def has(cell: Cell, key: str, value: str) -> bool:
         fact = facts[cell.cell_id]
@@ -163,7 +167,7 @@ def only(plan: Plan, expr: str) -> Plan:
             said, hint = value, "leave that term out"
             if key:
                 told = {_shown(fact.get(key)) for fact in facts.values()} - {""}
-                said, hint = f"{key}={value}", near(value, sorted(told), f"`{key}` is")
+                said, hint = f"{key}={value}", did_you_mean(value, sorted(told), f"`{key}` is")
             raise UsageError(f"no Cell fits `{said}`", where=f"--only {expr}", hint=hint)
     if not kept or not wanted:
         there = [f"id={plan.ids[c.cell_id]}  {c.cell_id}  {names[c.cell_id]}" for c in plan.cells]

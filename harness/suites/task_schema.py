@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, TemplateSyntaxError, meta
 
 from harness.assets import lm_eval_files
-from harness.errors import Problem, near
+from harness.errors import Problem, did_you_mean
 from harness.yaml_lines import Document, KeyPath
 
 LABELLED = ("id", "text", "label")
@@ -48,8 +48,7 @@ _Found = Iterator[tuple[KeyPath, str, str]]
 
 def problems(document: Document, labels: int | None) -> list[Problem]:
     """Say what a task's file lacks, and what in it training or scoring would not follow."""
-    found = ((way, what, hint) for way, what, hint in _found(document.data, labels) if not document.is_cut(way))
-    return [Problem(document.where(*way), what, hint) for way, what, hint in found]
+    return [Problem(document.where(*path), what, hint) for path, what, hint in _found(document.data, labels)]
 
 
 def filters(data: dict[str, Any]) -> list[str]:
@@ -75,7 +74,7 @@ def _found(data: dict[str, Any], labels: int | None) -> _Found:
             yield (key,), f"`{key}` is missing", f"an lm-eval task needs `{key}:`"
     for key, value in data.items():
         if key not in honoured and value:  # an empty text or a zero asks for nothing
-            hint = _REFUSED.get(key) or near(key, honoured, "remove it; keys that are honoured")
+            hint = _REFUSED.get(key) or did_you_mean(key, honoured, "remove it; keys that are honoured")
             yield (key,), f"`{key}` is not honoured: models are trained without it", hint
     if not isinstance(data.get("target_delimiter", ""), str):
         yield ("target_delimiter",), f"`target_delimiter` is {data['target_delimiter']!r}", "write a text in quotes"
@@ -119,7 +118,7 @@ def _templates(data: dict[str, Any], keys: tuple[str, ...], columns: tuple[str, 
             continue
         for name in sorted(names - set(columns)):
             what = f"`{key}` uses `{name}`, which no row has"
-            yield (key,), what, near(name, columns, "rows have, whatever their file calls them")
+            yield (key,), what, did_you_mean(name, columns, "rows have, whatever their file calls them")
 
 
 def _generation(asked: Any) -> _Found:
@@ -168,7 +167,7 @@ def _filters(listed: Any) -> _Found:
         for j, step in enumerate(steps):
             if known and step["function"] not in known:
                 what = f"lm-eval has no filter function `{step['function']}`"
-                yield (*way, "filter", j, "function"), what, near(step["function"], known, "it has")
+                yield (*way, "filter", j, "function"), what, did_you_mean(step["function"], known, "it has")
             try:
                 re.compile(str(step.get("regex_pattern", "")))
             except re.error as error:

@@ -7,38 +7,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from harness import yaml_lines
 from harness.assets import fetch, lm_eval_files, rows
 from harness.assets.table import Rows, Source, resolve
-from harness.errors import HarnessError, Problem, SuiteError, UsageError, near
+from harness.errors import HarnessError, Problem, SuiteError, UsageError, did_you_mean, sort_problems
 from harness.records.record import FrozenModel
-from harness.resources import folder, named
+from harness.resources import data_folder, user_path
 from harness.suites import task_schema
-from harness.suites.schema import explain, take_out
-
-SYNTHETIC = "synthetic"
-"""The task without texts: see `harness.suites.synthetic_task`."""
-
+from harness.suites.schema import SYNTHETIC
+from harness.yaml_lines import Document
 
 Role = Literal["data", "train"]
 """What a task uses a source for; one may serve for both."""
 
 
 class Answers(FrozenModel):
-    """What is special to a task whose answers are texts: how they are taught, and which of lm-eval's filters judges."""
+    """How the answers of a task are taught, where they are texts."""
 
     loss: Literal["answer", "all"] = "answer"
     """Which tokens carry loss: those of the answer, or all but the first."""
     eos: bool = True
     """Whether the end of an answer is taught, by the tokenizer's end-of-sequence token."""
-    filter: str = "none"
-    """The filter of lm-eval whose exact match counts."""
 
 
 class Metadata(BaseModel):
-    """What peft-harness reads from a task's `metadata`; lm-eval keeps its own keys there too."""
+    """`metadata` of a task, as far as peft-harness reads it; lm-eval keeps its own keys there too."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="allow")
 
@@ -49,18 +44,34 @@ class Metadata(BaseModel):
 
 
 class LabelledMetadata(Metadata):
-    """Of a task with classes."""
+    """`metadata` of a task with classes."""
 
     labels: Annotated[int, Field(ge=2, le=1000)]
     text: Annotated[str, Field(min_length=1)]
 
 
 class AnsweredMetadata(Metadata):
-    """Of a task whose answers are texts."""
+    """`metadata` of a task whose answers are texts; see `Answers`."""
 
     loss: Literal["answer", "all"] = "answer"
     eos: bool = True
     filter: str = ""
+
+
+class LabelledFile(BaseModel):
+    """Top level of the file of a task with classes. lm-eval's own keys are checked by `task_schema`."""
+
+    model_config = Metadata.model_config
+
+    metadata: LabelledMetadata
+
+
+class AnsweredFile(BaseModel):
+    """Top level of the file of a task whose answers are texts."""
+
+    model_config = Metadata.model_config
+
+    metadata: AnsweredMetadata
 
 
 @dataclass(frozen=True)
@@ -103,153 +114,161 @@ class Task:
 
 def names() -> list[str]:
     """List the tasks that come with the harness."""
-    return sorted([*(path.stem for path in (folder("suites") / "tasks").glob("*.yaml")), SYNTHETIC])
+    return sorted([*(path.stem for path in (data_folder("suites") / "tasks").glob("*.yaml")), SYNTHETIC])
 
 
 def load(name: str, base: Path, sources: Mapping[str, Source]) -> Task:
-    """Read a task by its name, or by its path from `base`; raises SuiteError with all mistakes of the file.
+    """Load a task by its name, or by its path from `base`.
 
-    Data that are a local file are read too: what is wrong with them is found before anything runs.
+    Raises SuiteError in two stages, as `loader.load` does. The second one also reads data that are a local file, so that
+    mistakes in them are found before anything runs.
     """
     if name == SYNTHETIC:
         return Task(name, Path(name), {}, None, None, labels=2, test=0, shuffle_seed=0, answers=None)
     if name.startswith(lm_eval_files.PREFIX):
         return _own(name)
     document = yaml_lines.read(_find(name, base))
-    take_out(document, document.unreadable)
-    generates = document.data.get("output_type") == "generate_until"
-    metadata, problems = _metadata(document, AnsweredMetadata if generates else LabelledMetadata)
-    problems += document.problems
-    labels, answers = 0, None
-    if isinstance(metadata, LabelledMetadata):
-        labels = metadata.labels
-        if metadata.text != "text":
-            what = f"`text` is `{metadata.text}`, but a row has {', '.join(task_schema.LABELLED)}"
-            hint = f"write `text: text`, and in the data's source `rows: {{text: {metadata.text}}}`"
-            problems.append(Problem(document.where("metadata", "text"), what, hint))
-    elif isinstance(metadata, AnsweredMetadata):
-        filters = task_schema.filters(document.data)
-        judge = metadata.filter or (filters[0] if len(filters) == 1 else "")
-        problems += _unclear(document, judge, filters)
-        answers = Answers(loss=metadata.loss, eos=metadata.eos, filter=judge)
-    problems += task_schema.problems(document, labels or None)
-    data = train = None
-    if metadata is not None:
-        data, found = _source(document, "data", metadata.data, sources)
-        problems += found
-        if metadata.train:
-            train, found = _source(document, "train", metadata.train, sources)
-            problems += found
-    if data is not None and metadata is not None:
-        task = Task(
-            name=name, path=document.path, spec=document.data, data=data, train=train, labels=labels,
-            test=metadata.test, shuffle_seed=metadata.shuffle_seed, answers=answers,
-            judge=answers.filter if answers else "none",
-        )  # fmt: skip
+    if document.data.get("output_type") == "generate_until":
+        return _answered(name, document, sources)
+    return _labelled(name, document, sources)
+
+
+def _labelled(name: str, document: Document, sources: Mapping[str, Source]) -> Task:
+    metadata = yaml_lines.validate(document, LabelledFile).metadata
+    problems = task_schema.problems(document, metadata.labels)
+    if metadata.text != "text":
+        what = f"`text` is `{metadata.text}`, but a row has {', '.join(task_schema.LABELLED)}"
+        hint = f"write `text: text`, and in the data's source `rows: {{text: {metadata.text}}}`"
+        problems.append(Problem(document.where("metadata", "text"), what, hint))
+    return _task(name, document, metadata, sources, problems, labels=metadata.labels, answers=None)
+
+
+def _answered(name: str, document: Document, sources: Mapping[str, Source]) -> Task:
+    metadata = yaml_lines.validate(document, AnsweredFile).metadata
+    problems = task_schema.problems(document, None)
+    filters = task_schema.filters(document.data)
+    chosen = metadata.filter or (filters[0] if len(filters) == 1 else "")
+    if filters and chosen not in filters:
+        what = f"`filter` is `{chosen}`, which `filter_list` does not name" if chosen else "`filter` is missing"
+        problems.append(Problem(document.where("metadata", "filter"), what, f"write one of {', '.join(filters)}"))
+    answers = Answers(loss=metadata.loss, eos=metadata.eos)
+    return _task(name, document, metadata, sources, problems, labels=0, answers=answers, judge=chosen)
+
+
+def _task(
+    name: str,
+    document: Document,
+    metadata: Metadata,
+    sources: Mapping[str, Source],
+    problems: list[Problem],
+    *,
+    labels: int,
+    answers: Answers | None,
+    judge: str = "none",
+) -> Task:
+    """Return the task; raises SuiteError with `problems` and the mistakes in its sources."""
+    data = _source(document, "data", metadata.data, sources, problems)
+    train = _source(document, "train", metadata.train, sources, problems) if metadata.train else None
+    task = Task(
+        name=name, path=document.path, spec=document.data, data=data, train=train, labels=labels,
+        test=metadata.test, shuffle_seed=metadata.shuffle_seed, answers=answers, judge=judge,
+    )  # fmt: skip
+    if data is not None:
         problems += _unfit(document, task)
-        if not problems:
-            return task
-    raise SuiteError(problems)
+    if problems:
+        raise SuiteError(sort_problems(problems))
+    return task
 
 
 def _find(name: str, base: Path) -> Path:
     if name.endswith((".yaml", ".yml")):
-        return base / named(name)
+        return base / user_path(name)
     if name not in names():
-        raise UsageError(f"unknown task `{name}`", hint=near(name, names(), "a path to an lm-eval YAML, or one of"))
-    return folder("suites") / "tasks" / f"{name}.yaml"
+        raise UsageError(
+            f"unknown task `{name}`", hint=did_you_mean(name, names(), "a path to an lm-eval YAML, or one of")
+        )
+    return data_folder("suites") / "tasks" / f"{name}.yaml"
 
 
 def _own(name: str) -> Task:
     """Return one of lm-eval's own tasks; raises UsageError for what cannot be run of them."""
-    named = lm_eval_files.find(name)
-    said, where, filters = named.spec, str(named.path), task_schema.filters(named.spec)
+    task_file = lm_eval_files.find(name)
+    said, where, filters = task_file.spec, str(task_file.path), task_schema.filters(task_file.spec)
     kind = said.get("output_type", "generate_until")
     metrics = said.get("metric_list") or [{"metric": "acc" if kind == "multiple_choice" else "exact_match"}]
     for refused, what, hint in (
         (
             "class" in said,
-            f"`{named.task}` is a program, not a task that is described",
+            f"`{task_file.task}` is a program, not a task that is described",
             "name a task with a YAML of its own",
         ),
         (
-            "custom_dataset" in said or not isinstance(said.get("dataset_path"), str) or "test" not in named.splits,
-            f"`{named.task}` names no data set and split to be tested on",
+            "custom_dataset" in said or not isinstance(said.get("dataset_path"), str) or "test" not in task_file.splits,
+            f"`{task_file.task}` names no data set and split to be tested on",
             "write a task of your own, whose `metadata` names its data",
         ),
         (
             kind not in task_schema.METRICS,
-            f"`{named.task}` has the output type {kind!r}",
+            f"`{task_file.task}` has the output type {kind!r}",
             f"offered are {', '.join(task_schema.METRICS)}",
         ),
         (
             not any(isinstance(m, dict) and m.get("metric") == task_schema.METRICS.get(kind) for m in metrics),
-            f"`{named.task}` has no metric {task_schema.METRICS.get(kind)}, which is what is recorded",
+            f"`{task_file.task}` has no metric {task_schema.METRICS.get(kind)}, which is what is recorded",
             "write a task of your own",
         ),
         (
-            bool(absent := [str(file) for file in named.data_files if not file.is_file()]),
-            f"`{named.task}` reads files that are not there: {', '.join(absent)}",
+            bool(absent := [str(file) for file in task_file.data_files if not file.is_file()]),
+            f"`{task_file.task}` reads files that are not there: {', '.join(absent)}",
             "put them there, or start from the folder that its paths begin in",
         ),
         (
             bool((said.get("generation_kwargs") or {}).get("do_sample")),
-            f"`{named.task}` samples its answers, which are generated greedily here",
+            f"`{task_file.task}` samples its answers, which are generated greedily here",
             "write a task of your own",
         ),
         (
-            not named.revision and said.get("dataset_path") not in lm_eval_files.LOCAL,
-            f"the data of `{named.task}`, {said.get('dataset_path')}, are not pinned: they may be others tomorrow",
+            not task_file.revision and said.get("dataset_path") not in lm_eval_files.LOCAL,
+            f"the data of `{task_file.task}`, {said.get('dataset_path')}, are not pinned: they may be others tomorrow",
             f"write {name}@ and the 40 hex digits of a commit of {said.get('dataset_path')} on the hub",
         ),
         (
-            named.filter not in filters and (len(filters) > 1 or bool(named.filter)),
-            f"`{named.task}` has {len(filters)} filter{'s' * (len(filters) > 1)}",
-            "say which one counts: " + ", ".join(f"lm-eval:{named.task}:{one}" for one in filters),
+            task_file.filter not in filters and (len(filters) > 1 or bool(task_file.filter)),
+            f"`{task_file.task}` has {len(filters)} filter{'s' * (len(filters) > 1)}",
+            "say which one counts: " + ", ".join(f"lm-eval:{task_file.task}:{one}" for one in filters),
         ),
     ):
         if refused:
             raise UsageError(what, where=where, hint=hint)
     source = Source(
-        name=name, kind="data", source=f"lm-eval:{named.task}", revision=named.revision, rows=Rows(format="splits")
+        name=name,
+        kind="data",
+        source=f"lm-eval:{task_file.task}",
+        revision=task_file.revision,
+        rows=Rows(format="splits"),
     )
-    judge = named.filter or filters[0]
+    judge = task_file.filter or filters[0]
     return Task(
-        name=name, path=named.path, spec=said, data=source, train=None, labels=0, test=0, shuffle_seed=0,
-        answers=Answers(filter=judge) if kind == "generate_until" else None, own=named, judge=judge,
+        name=name, path=task_file.path, spec=said, data=source, train=None, labels=0, test=0, shuffle_seed=0,
+        answers=Answers() if kind == "generate_until" else None, own=task_file, judge=judge,
     )  # fmt: skip
 
 
-def _metadata(document: yaml_lines.Document, kind: type[Metadata]) -> tuple[Metadata | None, list[Problem]]:
-    try:
-        return kind.model_validate(document.data.get("metadata", {})), []
-    except ValidationError as error:
-        at = ("metadata",) if "metadata" in document.data else ()
-        found = explain(error, kind, document, at)
-        return None, [problem for way, problem in found if not document.is_cut(way)]
-
-
-def _unclear(document: yaml_lines.Document, judge: str, filters: list[str]) -> list[Problem]:
-    """Which filter's answers count must be said where there are several."""
-    if judge in filters or not filters:
-        return []
-    what = f"`filter` is `{judge}`, which `filter_list` does not name" if judge else "`filter` is missing"
-    return [Problem(document.where("metadata", "filter"), what, f"write one of {', '.join(filters)}")]
-
-
 def _source(
-    document: yaml_lines.Document, key: str, name: str, sources: Mapping[str, Source]
-) -> tuple[Source | None, list[Problem]]:
+    document: Document, key: str, name: str, sources: Mapping[str, Source], problems: list[Problem]
+) -> Source | None:
+    """Return the source that `metadata` names at `key`; adds to `problems` where there is none."""
     try:
         source = resolve(name, sources, document.path.parent, kind="data")
-        if source.kind != "data":
-            raise UsageError(f"`{name}` is a model", hint="name a source of kind data")
+        if source.kind == "data":
+            return source
+        raise UsageError(f"`{name}` is a model", hint="name a source of kind data")
     except HarnessError as error:
-        return None, [Problem(document.where("metadata", key), error.what, error.hint)]
-    return source, []
+        problems.append(Problem(document.where("metadata", key), error.what, error.hint))
+        return None
 
 
-def _unfit(document: yaml_lines.Document, task: Task) -> list[Problem]:
+def _unfit(document: Document, task: Task) -> list[Problem]:
     """Say what keeps the task's sources from being used: what their rows hold, and of local files every row."""
     problems: list[Problem] = []
     roles: tuple[tuple[Role, Source | None], ...] = (("data", task.data), ("train", task.train))

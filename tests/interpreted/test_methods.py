@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from harness.conformance.comparison.tolerance_policies import noise_floor
 from harness.conformance.subject import DTYPES, configure
 from harness.kernels.torch.nf4_linear import Nf4Linear
-from harness.kernels.triton import lora_linears as joint
+from harness.kernels.triton import lora_linears
 from harness.methods.registry import discover
 
 D, E, T = 64, 48, 7
@@ -67,13 +67,13 @@ def test_dropout_of_nothing_leaves_everything() -> None:
 @pytest.mark.parametrize("method", ["lora", "pissa", "adalora"])
 def test_q_k_and_v_are_computed_by_one_call(method: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[int] = []
-    right = joint.shrink
+    right = lora_linears.shrink
 
     def counted(left: Tensor, *rest: Any, **how: Any) -> Tensor:
         passes.append(left.shape[1])
         return right(left, *rest, **how)
 
-    monkeypatch.setattr(joint, "shrink", counted)
+    monkeypatch.setattr(lora_linears, "shrink", counted)
     mine = of_three(method, "fused", DTYPES[dtype], dtype)
     assert passes == [D, E, E, E]  # forward x once; backward every dy
     truth, rounded = (of_three(method, "reference", DTYPES[one], dtype) for one in ("float64", dtype))
@@ -109,7 +109,7 @@ def test_who_is_not_asked_gets_no_gradient() -> None:
         (W, bias, A.detach().requires_grad_(), B.detach().requires_grad_(), s) for W, bias, A, B, s in layers
     )
     x = torch.randn(T, D)
-    joint.lora_linears(x, [first, second], {})[0].sum().backward()
+    lora_linears.lora_linears(x, [first, second], {})[0].sum().backward()
     assert first[2].grad is not None
     assert first[3].grad is not None
     assert second[2].grad is None

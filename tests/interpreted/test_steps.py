@@ -14,6 +14,7 @@ import torch
 
 from harness.conformance import operations, parity_suite
 from harness.conformance.execution import suite_run
+from harness.conformance.parity_suite import OperationCase
 from harness.kernels.triton import adalora_importance, adamw8bit_step, dynamic_quantize, galore_step, multi_lora_linear
 from harness.methods.registry import implements
 from harness.records.record import Outcome
@@ -54,7 +55,7 @@ def _met() -> list[Any]:
 def test_the_kernel_passes_every_check(function: Callable[..., Any], case: dict[str, Any], dtype: str) -> None:
     offered = implements(function.__name__, name="kernel", kind="operation", dtypes=DTYPES)(function)
     plan = parity_suite.load_operation(function.__name__)
-    results = list(suite_run.one_call(offered, plan, case, dtype))
+    results = [one.result for one in suite_run.run_case(offered, plan, OperationCase(case, dtype))]
     assert results
     assert [f"{r.check}: {r.detail}" for r in results if r.outcome is Outcome.FAIL] == []
 
@@ -88,7 +89,8 @@ def test_an_8_bit_step_keeps_moments_below_the_normal_numbers() -> None:
     _, m, _, v, v_absmax = adamw8bit_step.adamw8bit_step(**given)
     _, m_want, _, v_want, v_absmax_want = operations.every()["adamw8bit_step"].reference(**given)
     assert v_absmax.max() < torch.finfo(torch.float32).tiny
-    assert torch.allclose(v_absmax, v_absmax_want, rtol=0, atol=3e-45)
+    # Subnormal numbers: neighbours differ by one in their bits.
+    assert ((v_absmax.view(torch.int32) - v_absmax_want.view(torch.int32)).abs() <= 2).all()
     assert (m.int() - m_want.int()).abs().max() <= 1
     assert ((v.int() - v_want.int()).abs() <= 1).all()
 
@@ -156,7 +158,7 @@ def test_ranks_and_sums_in_several_pieces_are_added_up() -> None:
         multi_lora_linear.multi_lora_linear
     )
     plan = parity_suite.load_operation("multi_lora_linear").model_copy(update={"checks": ["outputs", "backward"]})
-    results = list(suite_run.one_call(offered, plan, case, "float32"))
+    results = [one.result for one in suite_run.run_case(offered, plan, OperationCase(case, "float32"))]
     assert [r.outcome for r in results] == [Outcome.PASS, Outcome.PASS]
 
 

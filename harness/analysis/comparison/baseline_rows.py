@@ -82,7 +82,7 @@ MEANING: dict[FindingKind, str] = {
 }
 
 Value = int | float | str | None
-Unit = Literal["B", "1", "s", "share", "nats", ""]
+Unit = Literal["B", "1", "s", "1/s", "J", "share", "nats", ""]
 
 
 @dataclass(frozen=True)

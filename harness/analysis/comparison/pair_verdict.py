@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
 from harness.analysis import failed_checks
 from harness.analysis.comparison import baseline_costs
-from harness.analysis.comparison.baseline_costs import ALLOCATED, COUNTED_PEAK, PEAK
+from harness.analysis.comparison.baseline_costs import PEAK
 from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, ComparisonRow, FindingKind
 from harness.analysis.comparison.environment_differences import clocks_of, slowed
 from harness.analysis.comparison.pair_ratio import named, times
 from harness.analysis.comparison.reproducibility import circumstances
 from harness.analysis.contention import busy
-from harness.analysis.measurements import above_imports, training_peak
+from harness.analysis.metrics import COUNTED_PEAK, PEAK_ABOVE_IMPORTS, Metric, Number
 from harness.analysis.statistics.canaries import Canaries
 from harness.analysis.statistics.paired import PairFinding, family
 from harness.analysis.statistics.paired import PairVerdict as Timed
 from harness.analysis.tracked_metrics import STEP
 from harness.analysis.verdict_kind import Verdict, VerdictKind
 from harness.errors import Exit
+from harness.records.memory import ALLOCATED
 from harness.records.record import Record, Status
 
 Records = Sequence[tuple[Record, Record]]
@@ -188,16 +189,23 @@ def _peaks(name: str, whole: Records) -> list[ComparisonRow]:
     tensors, e.g. what a library allocates by itself; on a GPU both are one number.
     """
     allocated = any(m.memory.source == ALLOCATED for pair in whole for r in pair if (m := r.measurements) is not None)
-    counted = _sides(whole, _counted)
-    of_process = _sides(whole, _above_imports)
+    counted = _sides(whole, COUNTED_PEAK)
+    of_process = _sides(whole, PEAK_ABOVE_IMPORTS)
     rows = []
     if counted is not None:
-        rows.append(_grown(name, whole, COUNTED_PEAK, counted, 0 if allocated else COUNTED_PEAK_B, exact=True))
+        rows.append(_grown(name, whole, COUNTED_PEAK.quantity, counted, 0 if allocated else COUNTED_PEAK_B, exact=True))
     elif not allocated and (lacking := _lacking(whole)):
         word, ids = VerdictKind.INCONCLUSIVE, (whole[0][0].id, whole[0][1].id)
         rows.append(
             ComparisonRow(
-                FindingKind.MEMORY, word, name, (whole[0][0].cell_id,), COUNTED_PEAK, lacking, unit="B", records=ids
+                FindingKind.MEMORY,
+                word,
+                name,
+                (whole[0][0].cell_id,),
+                COUNTED_PEAK.quantity,
+                lacking,
+                unit="B",
+                records=ids,
             )
         )
     if of_process is not None and not (allocated and rows):
@@ -205,32 +213,23 @@ def _peaks(name: str, whole: Records) -> list[ComparisonRow]:
     return rows
 
 
-def _sides(whole: Records, of: Callable[[Record], int | None]) -> tuple[list[int], list[int]] | None:
+def _sides(whole: Records, metric: Metric) -> tuple[list[Number], list[Number]] | None:
     """Return a number of all process runs, old and new; None where one of them does not have it."""
-    old, new = ([of(pair[side]) for pair in whole] for side in (0, 1))
+    old, new = ([metric.read(pair[side]) for pair in whole] for side in (0, 1))
     there = [n for n in old if n is not None], [n for n in new if n is not None]
     return there if len(there[0]) == len(there[1]) == len(whole) else None
 
 
 def _lacking(whole: Records) -> str:
     """Say how many process runs of which side have no count, where others have: likeliest of a side that grew."""
-    without = [sum(_counted(pair[side]) is None for pair in whole) for side in (0, 1)]
+    without = [sum(COUNTED_PEAK.read(pair[side]) is None for pair in whole) for side in (0, 1)]
     told = [f"{n} of {len(whole)} of the {side} side" for n, side in zip(without, ("old", "new"), strict=True) if n]
     # Where no run has a count, it was not to be had: there is no training, or torch has no profiler.
     return "" if sum(without) == 2 * len(whole) else f"not compared: not counted in {' and '.join(told)}"
 
 
-def _counted(record: Record) -> int | None:
-    return record.measurements.memory.counted_peak_B if record.measurements else None
-
-
-def _above_imports(record: Record) -> int | None:
-    peak = training_peak(record)
-    return None if peak is None else above_imports(record, peak)
-
-
 def _grown(
-    name: str, whole: Records, what: str, sides: tuple[list[int], list[int]], allowed: int, *, exact: bool
+    name: str, whole: Records, what: str, sides: tuple[list[Number], list[Number]], allowed: int, *, exact: bool
 ) -> ComparisonRow:
     """Judge by the medians where `exact` and each side is alike within `allowed`; else by ranks too: one disturbed run
     decides nothing."""
@@ -246,12 +245,12 @@ def _grown(
     return ComparisonRow(FindingKind.MEMORY, word, name, (whole[0][0].cell_id,), what, reason, a, b, "B", records=ids)
 
 
-def _span(values: Sequence[int]) -> str:
+def _span(values: Sequence[Number]) -> str:
     low, high = min(values), max(values)
     return f"{low:,} B" if low == high else f"{low:,} to {high:,} B"
 
 
-def _higher(these: Sequence[int], those: Sequence[int]) -> bool:
+def _higher(these: Sequence[Number], those: Sequence[Number]) -> bool:
     """Say whether `these` rank higher: one-sided, exact for so few, at a level that six of each can just reach."""
     from scipy.stats import mannwhitneyu
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
+from torch import nn
 
 from harness.cell.training.batches import Example, collate
 from harness.records.record import Item
@@ -13,7 +13,7 @@ from harness.records.record import Item
 
 @torch.inference_mode()
 def score(
-    model: Any, examples: Sequence[Example], pad: int, batch: int, report: Callable[[int, int], None]
+    model: nn.Module, examples: Sequence[Example], pad: int, batch: int, report: Callable[[int, int], None]
 ) -> list[Item]:
     """Return one 0/1 Item per example, in the examples' order. Batches hold texts of similar length."""
     model.eval()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from harness.cell.training.batches import Example, collate
@@ -44,7 +44,7 @@ def generate(
     return answers
 
 
-def _greedy(model: Any, tokenizer: Any, most: int) -> GenerationConfig:
+def _greedy(model: nn.Module, tokenizer: Any, most: int) -> GenerationConfig:
     """Return a config for the likeliest token. It sets every option that the model's own file might set otherwise."""
     own = getattr(
         model.generation_config, "eos_token_id", None

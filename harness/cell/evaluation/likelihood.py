@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 from lm_eval.api.model import TemplateLM
+from torch import nn
 
 from harness.cell.evaluation.generation import generate
 from harness.cell.training.batches import Example, collate, refuse_long_answers
@@ -23,7 +24,7 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, batch: int, max_tokens: int, report: Callable[[int, int], None]
+        self, model: nn.Module, tokenizer: Any, batch: int, max_tokens: int, report: Callable[[int, int], None]
     ) -> None:
         super().__init__()
         self.model, self.tokenizer = model, tokenizer

@@ -74,7 +74,7 @@ def interleaved(variants: Sequence[Variant], blocks: int = BLOCKS) -> Iterator[V
         yield from variants[:: -1 if index % 2 else 1]
 
 
-def unmeasured(model: Any, causal: bool, vocabulary: int, because: str, evaluation: Evaluation) -> list[Latency]:
+def unmeasured(model: nn.Module, causal: bool, vocabulary: int, because: str, evaluation: Evaluation) -> list[Latency]:
     """Return the result of `measure` without times, and the reason."""
     timed = Prompt(model, causal, vocabulary, evaluation)
     return [found for variant in _ORDER for found in timed.latencies(variant, because)]
@@ -87,7 +87,7 @@ class Prompt:
     """
 
     def __init__(
-        self, model: Any, causal: bool, vocabulary: int, evaluation: Evaluation, batch: int | None = None
+        self, model: nn.Module, causal: bool, vocabulary: int, evaluation: Evaluation, batch: int | None = None
     ) -> None:
         self.model, self.causal = model.eval(), causal
         self.length, self.no_decoding = _prompt(model, causal, evaluation.prompt_tokens)
@@ -126,7 +126,7 @@ class Prompt:
         ]
 
 
-def positions(model: Any) -> int | None:
+def positions(model: nn.Module) -> int | None:
     """Return how many tokens a model can read at once, or None if its config sets no limit."""
     most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if not isinstance(most, int) or most < 1:
@@ -139,7 +139,7 @@ def positions(model: Any) -> int | None:
     return most
 
 
-def _prompt(model: Any, causal: bool, tokens: int) -> tuple[int, str]:
+def _prompt(model: nn.Module, causal: bool, tokens: int) -> tuple[int, str]:
     """Return the length of the prompt, and the reason why nothing can be decoded after it, or an empty string."""
     most = positions(model) or tokens + DECODED
     if not causal:
@@ -151,7 +151,7 @@ def _prompt(model: Any, causal: bool, tokens: int) -> tuple[int, str]:
     return min(tokens, most), f"the model has {most} positions, no room to decode {DECODED} tokens after a prompt"
 
 
-def _cache(model: Any) -> str:
+def _cache(model: nn.Module) -> str:
     """Return the name of a model's key-value cache, as argument and in its output, or an empty string."""
     takes = inspect.signature(model.forward).parameters
     return next((name for name in CACHES if name in takes), "")
@@ -196,7 +196,7 @@ class _Variants:
         """Unmerge; the adapted layers must be back."""
         with self._guarded("unmerge()"):
             self._adapted.unmerge()
-        if gone := [path for path, there in self._there() if not there]:
+        if gone := [path for path, is_adapted in self._adapted_paths() if not is_adapted]:
             raise self._fault("unmerge()", f"did not put back {gone[0]} and {len(gone) - 1} other layers")
 
     def detach(self) -> None:
@@ -204,24 +204,24 @@ class _Variants:
         with self._guarded("detach()"):
             self._adapted.detach()
         self._off = True
-        if left := [path for path, there in self._there() if there]:
+        if left := [path for path, is_adapted in self._adapted_paths() if is_adapted]:
             raise self._fault("detach()", f"left {left[0]} and {len(left) - 1} other layers adapted")
 
-    def _there(self) -> list[tuple[str, bool]]:
+    def _adapted_paths(self) -> list[tuple[str, bool]]:
         model = self._adapted.model
         return [(path, model.get_submodule(path) is layer) for path, layer in self._layers.items()]
 
     @contextmanager
-    def _guarded(self, what: str) -> Iterator[None]:
+    def _guarded(self, call: str) -> Iterator[None]:
         try:
             yield
         except (AttributeError, LookupError, TypeError, ValueError) as error:  # not RuntimeError: memory may run out
-            raise self._fault(what, f"raised {type(error).__name__}: {error}") from error
+            raise self._fault(call, f"raised {type(error).__name__}: {error}") from error
 
-    def _fault(self, what: str, did: str) -> ImplementationError:
+    def _fault(self, call: str, did: str) -> ImplementationError:
         kind = type(self._adapted)
         return ImplementationError(
-            f"the implementation is at fault, not the model: {what} of {kind.__module__}.{kind.__qualname__} {did}",
+            f"the implementation is at fault, not the model: {call} of {kind.__module__}.{kind.__qualname__} {did}",
             where="latency phase",
             hint="its merge(), unmerge() and detach() must work after the layers were put back; report it to its authors",
         )
@@ -238,7 +238,7 @@ def _timed(run: Callable[[], object], device: torch.device) -> float:
 
 
 @torch.inference_mode()
-def _forward(model: Any, ids: Tensor, causal: bool, passes: int | None) -> list[float]:
+def _forward(model: nn.Module, ids: Tensor, causal: bool, passes: int | None) -> list[float]:
     options = {"use_cache": False} if causal else {}
 
     def once() -> float:
@@ -249,7 +249,7 @@ def _forward(model: Any, ids: Tensor, causal: bool, passes: int | None) -> list[
 
 
 @torch.inference_mode()
-def _decode(model: Any, ids: Tensor, causal: bool, passes: int | None) -> list[float]:
+def _decode(model: nn.Module, ids: Tensor, causal: bool, passes: int | None) -> list[float]:
     """Return seconds per token of greedy decoding, one after the other, with a key-value cache."""
     times: list[float] = []
     while len(times) < (passes or 1):
@@ -257,7 +257,7 @@ def _decode(model: Any, ids: Tensor, causal: bool, passes: int | None) -> list[f
     return times
 
 
-def _decoded(model: Any, ids: Tensor) -> list[float]:
+def _decoded(model: nn.Module, ids: Tensor) -> list[float]:
     """Return the times of the tokens after one prompt, without the first one, which warms up."""
     name, output = _cache(model), model(input_ids=ids, use_cache=True)
     times = []

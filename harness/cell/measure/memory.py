@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.methods.checksums import inside
+from harness.methods.checksums import tensors_in
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -99,13 +99,13 @@ def model_tensors(model: torch.nn.Module) -> list[Tensor]:
     """List parameters, buffers, and the scales of quantised weights."""
     found: list[Tensor] = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters():
-        found += inside(getattr(parameter, "quant_state", None))
+        found += tensors_in(getattr(parameter, "quant_state", None))
     return found
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """List the tensors of an optimizer's state, and of objects in it: galore-torch has its projectors in some."""
-    return [t for state in optimizer.state.values() for value in state.values() for t in inside(value)]
+    return [t for state in optimizer.state.values() for value in state.values() for t in tensors_in(value)]
 
 
 def _status_bytes(key: str) -> int:

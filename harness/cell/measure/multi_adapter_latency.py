@@ -14,6 +14,7 @@ from harness.conformance.case import Case
 from harness.conformance.cell_gate import multi_adapter
 from harness.conformance.cell_gate.multi_adapter import Adapters, Mixed
 from harness.conformance.comparison.check_results import skipped
+from harness.conformance.findings import summary
 from harness.conformance.subject import Subject
 from harness.errors import ImplementationError, Unsupported
 from harness.methods.registry import Registry
@@ -49,7 +50,7 @@ def measure(
     try:
         mixed = _mixer(subject, cell, registry)
         multi_adapter.rows_must_reach(subject, ADAPTERS, lambda: _run(prompt))
-        adapters = multi_adapter.drawn(subject, ADAPTERS, cell.seed)
+        adapters = multi_adapter.draw_adapters(subject, ADAPTERS, cell.seed)
         with torch.random.fork_rng():
             result = multi_adapter.check_rows(subject, adapters, mixed, lambda: _run(prompt), cell.seed)
     except Unsupported as error:
@@ -57,7 +58,7 @@ def measure(
     except _ERRORS as error:
         return _failed(prompt, subject, cell, error)
     if result.outcome is not Outcome.PASS:
-        refused = f"no speed without parity: {result.check} {result.outcome.value}: {result.detail or result.worst}"
+        refused = f"no speed without parity: {result.check} {result.outcome.value}: {summary.describe(result)}"
         return _untimed(prompt, refused), [result]
     try:
         for variant in interleaved(("unmerged", "multi-adapter"), BLOCKS):

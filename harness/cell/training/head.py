@@ -16,7 +16,7 @@ _SPREAD = 0.02
 """Standard deviation of new weights, as in BERT."""
 
 
-def head_of(model: Any, kind: str, lacks: Collection[str] = ()) -> dict[str, nn.Parameter]:
+def head_of(model: nn.Module, kind: str, lacks: Collection[str] = ()) -> dict[str, nn.Parameter]:
     """Return the parameters of an encoder's head by name: those outside the encoder itself, new or from a checkpoint.
 
     lacks: names of the parameters that the checkpoint lacks. Those inside the encoder, such as the pooler of a masked
@@ -29,7 +29,7 @@ def head_of(model: Any, kind: str, lacks: Collection[str] = ()) -> dict[str, nn.
 
 
 @torch.no_grad()
-def draw(model: Any, names: Collection[str], seed: int) -> dict[str, nn.Parameter]:
+def draw(model: nn.Module, names: Collection[str], seed: int) -> dict[str, nn.Parameter]:
     """Draw parameters of the head, of these names, in place from the Cell's seed alone, and return them by name.
 
     It draws matrices and the biases of linear layers. Other parameters stay as the model's own initialiser has left them: a

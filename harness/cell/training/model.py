@@ -78,11 +78,11 @@ def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.d
     notes = [conv1d.NOTE.format(written)] if written else []
     start = f"{model.base_model_prefix}."
     if inside := [name for name in drawn if name.startswith(start)]:
-        notes.append(f"the checkpoint lacks {_some(inside)}: drawn anew, they train with the head")
+        notes.append(f"the checkpoint lacks {_some(inside)}: initialised at random, they train with the head")
     if others := [name for name in drawn if name in sizes]:
-        notes.append(f"the checkpoint's head is not of {labels} classes: {_some(others)} drawn anew")
-    if kept := [name for name in trains if name not in drawn]:
-        notes.append(f"of the head, {_some(kept)} came with the checkpoint: training goes on from there")
+        notes.append(f"the checkpoint's head is not of {labels} classes: {_some(others)} initialised at random")
+    if own := [name for name in trains if name not in drawn]:
+        notes.append(f"the head has {_some(own)} from the checkpoint: training continues from there")
     return Loaded(model, tokenizer, {name: model.get_parameter(name) for name in sorted(trains)}, notes)
 
 
@@ -97,9 +97,9 @@ def _read(path: Path, kind: str, **options: Any) -> tuple[Any, dict[str, Any]]:
     except (SafetensorError, OSError, ValueError) as error:
         if shortage(error):
             raise
-        said = (str(error).splitlines() or [""])[0]
+        first = (str(error).splitlines() or [""])[0]
         raise AssetError(
-            f"the model cannot be read: {type(error).__name__}: {said}",
+            f"the model cannot be read: {type(error).__name__}: {first}",
             where=str(path),
             hint="copy or fetch its folder again, or take one that this release of transformers knows",
         ) from error
@@ -121,7 +121,7 @@ def lacks(checkpoint: str) -> frozenset[str]:
 
 
 @contextmanager
-def checkpointing(model: Any, wanted: bool) -> Iterator[None]:
+def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
     """If `wanted`, use gradient checkpointing per block of a transformers model inside the context.
 
     Without reentrance, or no adapter in the first block would have a gradient. Raises UsageError for a model without it.
@@ -143,7 +143,7 @@ def checkpointing(model: Any, wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def compiled(model: Any, wanted: bool, notes: list[str]) -> Iterator[None]:
+def compiled(model: nn.Module, wanted: bool, notes: list[str]) -> Iterator[None]:
     """If `wanted`, compile the calls of a model by torch.compile inside the context, and add a note on the result.
 
     Modules and names stay the same. Raises UsageError if the compiler fails.
@@ -173,7 +173,7 @@ def compiled(model: Any, wanted: bool, notes: list[str]) -> Iterator[None]:
         tried, done = (counters["frames"][name] for name in ("total", "ok"))
         notes.append(
             f"torch.compile, in the parity gate and in training: {graphs} graphs, {breaks} breaks between them, "
-            f"{done} of {tried} frames compiled, the others run as they are"
+            f"{done} of {tried} frames compiled, the others ran uncompiled"
         )
         model._compiled_call_impl = None  # set by Module.compile(), which has no inverse
         torch.compiler.reset()

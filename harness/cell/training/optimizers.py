@@ -59,10 +59,10 @@ def make(
         lacking = {*SIXTEEN_BIT}  # in float32 and float64 nothing is gained by a second copy
     else:
         if name.startswith("paged-") or recipe.lr_ratio != 1:
-            what = (
+            problem = (
                 f"a paged `optimizer` or `lr_ratio` was chosen, and this method steps by {type(own).__name__}, its own"
             )
-            raise UsageError(what, hint="write `optimizer: adamw` or `adamw-8bit`, and leave `lr_ratio` out")
+            raise UsageError(problem, hint="write `optimizer: adamw` or `adamw-8bit`, and leave `lr_ratio` out")
         for group in of_head:  # a Method's own optimizer has its own tensors only
             own.add_param_group(group)
         optimizer, lacking = own, {torch.float16}
@@ -97,13 +97,13 @@ def layerwise(optimizer: torch.optim.Optimizer, recipe: Training) -> Layerwise |
     if not recipe.layerwise:
         return None
     if recipe.accumulate != 1:
-        what = f"`layerwise` frees each gradient within its backward pass, and `accumulate` is {recipe.accumulate}"
-        raise UsageError(what, hint="write `accumulate: 1`")
+        problem = f"`layerwise` frees each gradient within its backward pass, and `accumulate` is {recipe.accumulate}"
+        raise UsageError(problem, hint="write `accumulate: 1`")
     if isinstance(optimizer, MasterWeights) and optimizer.scales:
-        what = (
+        problem = (
             "`layerwise` frees each gradient before the others are there, and the loss scale of float16 needs them all"
         )
-        raise UsageError(what, hint="write `dtype: bfloat16`")
+        raise UsageError(problem, hint="write `dtype: bfloat16`")
     return Layerwise(optimizer, gradient_of(optimizer))
 
 
@@ -131,8 +131,8 @@ def _of_body(adapted: Adapted, body: Sequence[nn.Parameter], recipe: Training) -
         return [{"params": list(body), "lr": recipe.lr}] if body else []
     faster = {id(tensor) for name, tensor in adapted.tensors().items() if name.rpartition(".")[2] == "B"}
     if not any(id(p) in faster for p in body):
-        what = f"`lr_ratio` is {recipe.lr_ratio:g}, and this method trains no factor B"
-        raise UsageError(what, hint="leave `lr_ratio` out")
+        problem = f"`lr_ratio` is {recipe.lr_ratio:g}, and this method trains no factor B"
+        raise UsageError(problem, hint="leave `lr_ratio` out")
     others, B = [p for p in body if id(p) not in faster], [p for p in body if id(p) in faster]
     return [{"params": others, "lr": recipe.lr}, {"params": B, "lr": recipe.lr * recipe.lr_ratio}]
 
@@ -164,18 +164,18 @@ def stored_value(parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
 
 def notes(optimizer: torch.optim.Optimizer) -> list[str]:
     """Return sentences for the Record: on arithmetic in 16 bits, on states in 8 bits, and on paged states."""
-    said, states = [_of_halves(optimizer)], optimizer.state.values()
+    sentences, states = [_of_halves(optimizer)], optimizer.state.values()
     narrow = sum(any(_is(value, torch.uint8) for value in state.values()) for state in states)
     if _has_codes(optimizer) and states:
-        some = f"{narrow} of {len(states)} tensors that train"
-        said.append(f"{some} have moments in 8 bits; those of fewer than 4096 elements keep theirs in 32")
+        share = f"{narrow} of {len(states)} tensors that train"
+        sentences.append(f"{share} have moments in 8 bits; those of fewer than 4096 elements have theirs in 32")
     if (paging := _paging(optimizer)) is not None and states:
         count = len(paging.where())
         vain = "; on a CPU they move from memory to memory, which takes time and saves nothing"
         on_cpu = all(p.device.type == "cpu" for group in optimizer.param_groups for p in group["params"])
-        some = f"states of {count} of {len(states)} tensors that train were paged, those of at least 100,000 elements"
-        said.append(some + (vain if count and on_cpu else ""))
-    return [sentence for sentence in said if sentence]
+        share = f"states of {count} of {len(states)} tensors that train were paged, those of at least 100,000 elements"
+        sentences.append(share + (vain if count and on_cpu else ""))
+    return [sentence for sentence in sentences if sentence]
 
 
 def _is(value: object, dtype: torch.dtype) -> bool:
@@ -186,10 +186,12 @@ def _of_halves(optimizer: torch.optim.Optimizer) -> str:
     name = type(_stepping(optimizer)).__name__
     if not isinstance(optimizer, MasterWeights):
         halves = {p.dtype for group in optimizer.param_groups for p in group["params"]} & {*SIXTEEN_BIT}
-        return f"{name}, the Method's own, steps weights of 16 bits as they are: small steps are lost" if halves else ""
+        return (
+            f"{name}, the Method's own, updates 16-bit weights directly: rounding drops small steps" if halves else ""
+        )
     scaled = f", and the loss was scaled by {optimizer.loss_scale:g} for its backward pass" if optimizer.scales else ""
-    kept = "master weights" if _has_codes(optimizer) else "master weights and moments"
-    return f"{name} kept float32 {kept} for what trains in 16 bits{scaled}"
+    stored = "master weights" if _has_codes(optimizer) else "master weights and moments"
+    return f"{name} stored float32 {stored} for the trained 16-bit tensors{scaled}"
 
 
 def _chain(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:

@@ -22,7 +22,7 @@ from harness.errors import AssetError
 SEED = 0
 """Seed of the weights, independent of the Cell's: all Cells of a shape start from the same numbers."""
 NOTE = (
-    f"the weights are random (seed {SEED}, the spread of the model's own initialiser), for only a shape was named: "
+    f"the weights are random (seed {SEED}, the spread of the model's own initialiser), because only a shape was named: "
     "memory and speed are those of the shape, losses and texts mean nothing, and no accuracy was measured"
 )
 _REST = "the rest"

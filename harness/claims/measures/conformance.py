@@ -1,4 +1,4 @@
-"""Measures: what the conformance suite can say of a Method, by its checks on small tensors against float64."""
+"""Measures: checks of the conformance suite, on small tensors against float64."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from harness.claims.measure import MeasureResult, Method, NotRunError, measure
+from harness.errors import did_you_mean
 
 
 def _check(name: str) -> str:
     from harness.conformance import checks
-    from harness.errors import near
 
     if name not in (there := checks.docstrings()):
-        raise ValueError(f"no check is called `{name}`; {near(name, there)}")
+        raise ValueError(f"no check is called `{name}`; {did_you_mean(name, there)}")
     return name
 
 
@@ -24,9 +24,9 @@ Check = Annotated[str, AfterValidator(_check)]
 
 @measure("property")
 def conforms(method: Method, check: Check, implementation: str = "reference") -> MeasureResult:
-    """Whether an implementation passes one check in every float32 case of the Method's parity suite.
+    """Check whether an implementation passes one check in every float32 case of the Method's parity suite.
 
-    As `peft-harness check IMPLEMENTATION --method METHOD` has it: judged by the reference in float64, with its tolerances.
+    Like `peft-harness check IMPLEMENTATION --method METHOD`: judged by the reference in float64, with its tolerances.
     """
     from harness.conformance import parity_suite
     from harness.conformance.case_selection import FEW
@@ -39,7 +39,7 @@ def conforms(method: Method, check: Check, implementation: str = "reference") ->
         raise ValueError(f"the parity suite of {method} has no check `{check}`; it has {', '.join(plan.checks)}")
     plan = plan.model_copy(update={"checks": [check]})
     one = discover().find("method", method, implementation)
-    results = [r for case in plan.cases(FEW, ["float32"]) for r in suite_run.one_case(one, plan, case)]
+    results = [o.result for case in plan.cases(FEW, ["float32"]) for o in suite_run.run_case(one, plan, case)]
     tried = [r for r in results if r.outcome is not Outcome.SKIPPED]
     if not tried:
         raise NotRunError(

@@ -19,19 +19,20 @@ from harness.analysis import measurements
 from harness.assets import shapes
 from harness.claims import record_sources
 from harness.claims.measure import FOLDER, MeasureResult, Model, NotRunError, measure
-from harness.errors import SuiteError
+from harness.errors import SuiteError, did_you_mean
 from harness.records.record import Cell, Predicted, Record
 
 
 def _suite(name: str, info: ValidationInfo) -> str:
-    from harness.errors import near
     from harness.suites import loader
 
     if not name.endswith(".yaml"):
         if name not in (there := loader.names()):
-            raise ValueError(f"no suite is called `{name}`; {near(name, there)}; or write the path of a .yaml file")
+            raise ValueError(
+                f"no suite is called `{name}`; {did_you_mean(name, there)}; or write the path of a .yaml file"
+            )
         return name
-    path = (info.context or {}).get(FOLDER, Path()) / resources.named(name)
+    path = (info.context or {}).get(FOLDER, Path()) / resources.user_path(name)
     try:
         record_sources.entries(str(path.resolve()))
     except SuiteError as error:

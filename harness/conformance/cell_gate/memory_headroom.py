@@ -13,7 +13,7 @@ _OF_THE_LARGEST = 32
 """Bytes a weight of one layer at a time, beside the dense ones: the check decodes it in float64, with copies."""
 
 
-def lacking(subject: Subject) -> str:
+def merge_shortage(subject: Subject) -> str:
     """Say why the layers of a packed base cannot be merged here, or return an empty string.
 
     Some libraries pack again what they have merged and would need less: of a base that is nearly too large they are refused

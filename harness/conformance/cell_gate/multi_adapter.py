@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from harness.conformance import parity_suite
 from harness.conformance.case import Case
-from harness.conformance.comparison.check_results import at, judged
+from harness.conformance.comparison.check_results import judged, prefix_tensor
 from harness.conformance.comparison.layer_comparison import reference_runs
 from harness.conformance.comparison.tolerance_policies import noise_floor, worst_of
 from harness.conformance.subject import Subject
@@ -41,7 +41,7 @@ def check_rows(
     for path in list(seen):
         x, y = seen.pop(path)
         truth, draws = reference_runs(subject, path, x, x.new_zeros(()), look=_each_alone(path, adapters))
-        found.append(at(path, noise_floor({"y": y}, truth, draws, subject.dtype, case.factor("forward"))))
+        found.append(prefix_tensor(path, noise_floor({"y": y}, truth, draws, subject.dtype, case.factor("forward"))))
     verdict = worst_of(found, "no adapted layer was run")
     return judged(subject, case, NAME, verdict, "" if verdict.passed else "rows do not follow their own adapters")
 
@@ -74,7 +74,7 @@ def _seen(subject: Subject, forward: Callable[[], Any]) -> dict[str, tuple[Tenso
     return seen
 
 
-def drawn(subject: Subject, count: int, seed: int) -> list[dict[str, Tensor]]:
+def draw_adapters(subject: Subject, count: int, seed: int) -> list[dict[str, Tensor]]:
     """Return the adapter as it is trained, and others beside it of its shapes and its size: drawn, each unlike the rest."""
     own = {name: t.detach().clone() for name, t in subject.adapted.tensors().items()}
     generator = torch.Generator().manual_seed(seed)

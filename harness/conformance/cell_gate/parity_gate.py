@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,21 +12,17 @@ from torch import Tensor, nn
 from harness.conformance import checks, parity_suite
 from harness.conformance.case import Case
 from harness.conformance.cell_gate import memory_headroom
+from harness.conformance.checks import CellStage, Check
 from harness.conformance.checks.unreferenced import nudged
-from harness.conformance.comparison.check_results import at, judged, skipped
+from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
-from harness.conformance.comparison.layer_comparison import beside
+from harness.conformance.comparison.layer_comparison import observe_with_reference
 from harness.conformance.comparison.tolerance_policies import noise_floor, worst_of
-from harness.conformance.subject import DTYPES, Subject, attach_reference, begin, configure, load, warm
+from harness.conformance.subject import DTYPES, Subject, attach_reference, configure, load, load_start, warm
 from harness.errors import Unsupported
 from harness.methods.peft_config import UNREFERENCED
 from harness.records.record import CheckResult, Outcome
 
-FIRST = ("layers", "parameters")
-AT_THE_START = ("base", "identity", "codes")
-WHEN_WARM = ("forward", "gradient", "model")
-ALONE_AT_THE_START = ("reference", "base", "start", "repeats")
-ALONE_WHEN_WARM = ("repeats", "untouched", "reached", "reload", "merge_itself")
 _ALONE = "frozen"
 """The Method whose layers are the base's."""
 
@@ -48,35 +45,40 @@ def gate(
     itself, or the layers or their tensors are not the reference's, nothing further can be asked, and only that is returned.
     """
     if subject.method in UNREFERENCED:
-        return _alone(subject, Case("init", seed=seed, inputs=run_model, base_output=base_output, forward=forward))
+        return _without_reference(
+            subject, Case("init", seed=seed, inputs=run_model, base_output=base_output, forward=forward)
+        )
     plan = parity_suite.load(subject.method)
     factors = plan.factors()
     case = Case("init", seed=seed, inputs=run_model, base_output=base_output, forward=forward, factors=factors)
 
-    def tried(names: tuple[str, ...], at: Case) -> list[CheckResult]:
-        return [checks.every()[name](subject, at) for name in names if name in (*plan.checks, "codes")]
+    names = [*plan.checks, *(["codes"] if subject.packed else [])]
+
+    def run(stage: CellStage, in_state: Case) -> list[CheckResult]:
+        return [check(subject, in_state) for check in checks.of_cell(stage, names)]
 
     results = [_packed_base(subject, case, base)] if subject.packed else []
     if not any(result.outcome is Outcome.FAIL for result in results):
-        results += tried(FIRST, case)
+        results += run(CellStage.ATTACHED, case)
     if any(result.outcome is Outcome.FAIL for result in results):
         return results
     if start is not None:
-        begin(subject.adapted, start)
+        load_start(subject.adapted, start)
     began = {name: t.detach().clone() for name, t in subject.added().items()}
-    results += tried(AT_THE_START if subject.packed else AT_THE_START[:-1], case)
+    results += run(CellStage.START, case)
     warm(subject.added(), case.generator(salt=1))
-    results += tried(WHEN_WARM, replace(case, state="warm" if began else "init"))
+    results += run(CellStage.WARM, replace(case, state="warm" if began else "init"))
     load(subject.adapted, began)
     return results
 
 
-def _alone(subject: Subject, case: Case) -> list[CheckResult]:
+def _without_reference(subject: Subject, case: Case) -> list[CheckResult]:
     """Check what needs no reference, and leave the subject at its start."""
-    found = checks.every()
-    results = [found[name](subject, case) for name in ALONE_AT_THE_START]
-    warmed, at = nudged(subject, case.generator(salt=1)), replace(case, state="warm")
-    return results + [found[name](warmed, at) for name in ALONE_WHEN_WARM]
+    names = checks.without_reference()
+    warmed, in_state = nudged(subject, case.generator(salt=1)), replace(case, state="warm")
+    at_the_start = [*checks.of_cell(CellStage.ATTACHED, names), *checks.of_cell(CellStage.START, names)]
+    results = [check(subject, case) for check in at_the_start]
+    return results + [check(warmed, in_state) for check in checks.of_cell(CellStage.WARM, names)]
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,11 @@ def _packed_base(subject: Subject, case: Case, base: str) -> CheckResult:
     for index, path in enumerate(subject.packed):
         layer = subject.original_base(path)
         x, dy = inputs(layer, case.tokens, DTYPES[subject.dtype], case.generator(index))
-        found.append(at(path, noise_floor(*beside(alone, path, layer, x, dy, training=True), subject.dtype)))
+        found.append(
+            prefix_tensor(
+                path, noise_floor(*observe_with_reference(alone, path, layer, x, dy, training=True), subject.dtype)
+            )
+        )
     verdict = worst_of(found, found[0].policy)
     why = "" if verdict.passed else "a packed layer alone, without an adapter, does not compute what its codes say"
     return judged(_Base(f"base {base}".strip(), subject.dtype), case, "forward", verdict, why)
@@ -110,14 +116,19 @@ def after_training(
     forward: as of `gate`; only where there is no reference the whole model is run. Nothing is tried that the memory has no
     room for: after training a Cell has much to lose.
     """
-    if why := memory_headroom.lacking(subject):
+    if why := memory_headroom.merge_shortage(subject):
         return [skipped(subject, Case("trained", seed=seed), "merge", why)]
     if subject.method in UNREFERENCED:
-        return [checks.every()["merge_itself"](subject, Case("trained", seed=seed, forward=forward))]
-    factors = parity_suite.load(subject.method).factors()
+        case = Case("trained", seed=seed, forward=forward)
+        return [check(subject, case) for check in checks.of_cell(CellStage.TRAINED, checks.without_reference())]
+    plan = parity_suite.load(subject.method)
+    case = Case("trained", seed=seed, factors=plan.factors())
     with torch.random.fork_rng():
-        case = Case("trained", seed=seed, factors=factors)
-        try:
-            return [checks.every()["merge"](subject, case)]
-        except Unsupported as error:
-            return [skipped(subject, case, "merge", f"unsupported: {error}")]
+        return [_run_or_skip(check, subject, case) for check in checks.of_cell(CellStage.TRAINED, plan.checks)]
+
+
+def _run_or_skip(check: Check[Any], subject: Subject, case: Case) -> CheckResult:
+    try:
+        return check(subject, case)
+    except Unsupported as error:
+        return skipped(subject, case, check.name, f"unsupported: {error}")

@@ -1,7 +1,13 @@
-"""The checks: each names one property that an implementation can violate, and returns numbers.
+"""The checks: each tests one property that an implementation can violate, and returns numbers.
 
-A check is a function `check_<name>(subject, case) -> CheckResult` in one of these files; `peft-harness explain <name>`
-prints its docstring. Every check leaves the subject as it found it.
+One file per topic. A check is a function with this decorator, which also says when the check is tried:
+
+    @check(States.WARM)
+    def check_strides(subject: Subject, case: Case) -> CheckResult:
+        ...
+
+It is found by the decorator, and its name is the function's without `check_`; parity suites (`suites/parity/*.yaml`) refer
+to it by that name, and `peft-harness explain strides` prints the docstring. A check leaves the subject as it found it.
 """
 
 from __future__ import annotations
@@ -9,32 +15,123 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum, auto
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from harness.records.record import CheckResult
+from harness.records.check import CheckResult
 
-Check = Callable[[Any, Any], CheckResult]
+if TYPE_CHECKING:
+    from harness.conformance.case import Case
+
+_PREFIX = "check_"
+_Subject = TypeVar("_Subject")
+
+
+class States(Enum):
+    """The states of an adapter in which a parity suite tries a check."""
+
+    ALL = auto()
+    """Every state that the suite lists."""
+    INIT = auto()
+    """As attached."""
+    WARM = auto()
+    """`warm` if the suite lists it. At the start, where most updates are zero, such a check sees nothing more."""
+
+    def include(self, state: str, listed: Iterable[str]) -> bool:
+        """Return whether a suite that lists these states tries the check in `state`."""
+        if self is States.INIT:
+            return state == "init"
+        return self is States.ALL or state == "warm" or "warm" not in listed
+
+
+class CellStage(Enum):
+    """The stages of a Cell at which the parity gate tries a check."""
+
+    ATTACHED = auto()
+    """First of all. If such a check fails, the gate tries no other."""
+    START = auto()
+    """At the state from which training starts."""
+    WARM = auto()
+    """With random adapter tensors."""
+    TRAINED = auto()
+    """After training and all measurements."""
+
+
+class Reference(Enum):
+    """Whether a check compares with the Method's reference."""
+
+    REQUIRED = auto()
+    UNUSED = auto()
+    """The check is tried with and without a reference."""
+    ABSENT = auto()
+    """The check is tried only for adapters without a reference (`method: peft`)."""
+
+
+@dataclass(frozen=True)
+class Check(Generic[_Subject]):
+    """A check, and when it is tried."""
+
+    name: str
+    function: Callable[[_Subject, Case], CheckResult]
+    states: States
+    in_cell: tuple[CellStage, ...]
+    reference: Reference
+
+    def __call__(self, subject: _Subject, case: Case) -> CheckResult:
+        """Try the check."""
+        return self.function(subject, case)
+
+
+def check(
+    states: States = States.ALL, *, in_cell: Iterable[CellStage] = (), reference: Reference = Reference.REQUIRED
+) -> Callable[[Callable[[_Subject, Case], CheckResult]], Check[_Subject]]:
+    """Declare a function `check_NAME` to be the check NAME. in_cell: where a Cell's parity gate tries it too."""
+
+    def declare(function: Callable[[_Subject, Case], CheckResult]) -> Check[_Subject]:
+        if not function.__name__.startswith(_PREFIX):
+            raise TypeError(f"a check is called {_PREFIX}NAME, not {function.__name__}")
+        return Check(function.__name__.removeprefix(_PREFIX), function, states, tuple(in_cell), reference)
+
+    return declare
 
 
 @cache
-def every() -> dict[str, Check]:
+def every() -> dict[str, Check[Any]]:
     """Map names to checks, file by file."""
-    found = {}
-    for module in pkgutil.iter_modules(__path__):
-        for name, function in vars(importlib.import_module(f"{__name__}.{module.name}")).items():
-            if name.startswith("check_"):
-                found[name.removeprefix("check_")] = function
-    return found
+    return {
+        one.name: one
+        for module in pkgutil.iter_modules(__path__)
+        for one in vars(importlib.import_module(f"{__name__}.{module.name}")).values()
+        if isinstance(one, Check)
+    }
+
+
+def of_cell(stage: CellStage, names: Iterable[str]) -> list[Check[Any]]:
+    """List those of the named checks that a Cell's parity gate tries at `stage`, in the order of the names."""
+    return [every()[name] for name in names if stage in every()[name].in_cell]
+
+
+def without_reference() -> list[str]:
+    """List the checks that are tried for adapters without a reference."""
+    return [name for name, one in every().items() if one.reference is not Reference.REQUIRED]
 
 
 def docstrings() -> dict[str, str]:
     """Map the name of every check to its docstring, read from the source without importing torch."""
     return {
-        node.name.removeprefix("check_"): ast.get_docstring(node) or ""
-        for file in sorted(Path(__file__).parent.glob("*.py"))
+        node.name.removeprefix(_PREFIX): ast.get_docstring(node) or ""
+        for folder in __path__
+        for file in sorted(Path(folder).glob("*.py"))
         for node in ast.parse(file.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("check_")
+        if isinstance(node, ast.FunctionDef) and any(_is_declaration(one) for one in node.decorator_list)
     }
+
+
+def _is_declaration(decorator: ast.expr) -> bool:
+    return (
+        isinstance(decorator, ast.Call) and isinstance(decorator.func, ast.Name) and decorator.func.id == check.__name__
+    )

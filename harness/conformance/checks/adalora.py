@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from harness.conformance.case import Case
-from harness.conformance.comparison.check_results import at, judged, listed, skipped
+from harness.conformance.checks import check
+from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
 from harness.conformance.comparison.tolerance_policies import noise_floor, worst_of
 from harness.conformance.subject import DTYPES, Subject, load
 from harness.methods.spec import Adapted
@@ -18,13 +19,14 @@ from harness.records.record import CheckResult
 _SHORT = {"total_steps": 24, "tinit": 4, "tfinal": 5, "delta_t": 3}
 
 
+@check()
 def check_importance(subject: Subject, case: Case) -> CheckResult:
     """After each step the averages of sensitivity and uncertainty are the reference's, for every weight:
     I = |w dL/dw|; I_bar <- beta1 I_bar + (1 - beta1) I; U_bar <- beta2 U_bar + (1 - beta2) |I - I_bar|  (eqs. 8 to 10).
 
     beta1 and beta2 differ here. Gradients are given, none is computed; nothing is pruned yet.
     """
-    fresh = case.anew(beta1=0.85, beta2=0.7)
+    fresh = case.attach_again(beta1=0.85, beta2=0.7)
     if fresh is None:
         return skipped(subject, case, "importance", "the case cannot attach anew")
     load(fresh.adapted, subject.adapted.tensors())
@@ -38,10 +40,11 @@ def check_importance(subject: Subject, case: Case) -> CheckResult:
             adapted.after_step(step)
         mine, exactly, roundly = (_averages(adapted) for adapted in (fresh.adapted, truth, rounded))
         verdict = noise_floor(mine, exactly, roundly, subject.dtype, case.factor("importance"))
-        found.append(at(f"step {step}", verdict))
+        found.append(prefix_tensor(f"step {step}", verdict))
     return judged(subject, case, "importance", worst_of(found, found[0].policy))
 
 
+@check()
 def check_budget(subject: Subject, case: Case) -> CheckResult:
     """Over a whole short schedule as many lambdas are left as b(t) allows, and target_rank of each layer on average at the
     end: b(t) = target + (start - target) (1 - (t - t_i) / (T - t_f - t_i))^3, rounded down (eq. 12).
@@ -49,7 +52,7 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
     Between two prunings lambdas may grow back, which is what happens here at each step. In float32 and float64 those that
     are left are also the reference's, by the scores of eq. 7; in half precision two near ones may change places.
     """
-    fresh = case.anew(**_SHORT)
+    fresh = case.attach_again(**_SHORT)
     if fresh is None:
         return skipped(subject, case, "budget", "the case cannot attach anew")
     truth = _reference(fresh, "float64")
@@ -69,6 +72,7 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
     return listed(subject, case, "budget", odd, f"{int(mine.sum())} of {len(mine)} lambdas left at the end")
 
 
+@check()
 def check_regularizer(subject: Subject, case: Case) -> CheckResult:
     """What is added to the loss is the reference's, with its gradients: gamma R(P, Q), where R is of
     ||P^T P - I|| and ||Q Q^T - I|| over all layers (eq. 4).

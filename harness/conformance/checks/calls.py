@@ -9,17 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.case import Case
+from harness.conformance.checks import States, check
 from harness.conformance.comparison import operation_call
-from harness.conformance.comparison.check_results import at, judged, skipped
+from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
-from harness.conformance.comparison.layer_comparison import beside
-from harness.conformance.comparison.observations import given_back
+from harness.conformance.comparison.layer_comparison import observe_with_reference
+from harness.conformance.comparison.observations import preserved_state
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
 from harness.conformance.operation import OperationSubject, cloned
 from harness.conformance.subject import DTYPES, Subject
 from harness.records.record import CheckResult
 
 
+@check(States.WARM)
 def check_overlap(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Two calls with different inputs of one shape may be under way at once.
 
@@ -40,18 +42,20 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
         x, dy = (torch.stack(both) for both in zip(*two, strict=True))
         training = subject.trains_plainly
         verdict = noise_floor(
-            *beside(subject, path, layer, x, dy, training=training, look=_both), subject.dtype, factor
+            *observe_with_reference(subject, path, layer, x, dy, training=training, look=_both), subject.dtype, factor
         )
-        alone = beside(subject, path, layer, x[0], dy[0], training=training) if not verdict.passed else None
+        alone = (
+            observe_with_reference(subject, path, layer, x[0], dy[0], training=training) if not verdict.passed else None
+        )
         if alone is None or noise_floor(*alone, subject.dtype, factor).passed:
-            yield at(path, verdict)
+            yield prefix_tensor(path, verdict)
 
 
 def _both(
     layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor, *, training: bool = False
 ) -> dict[str, Tensor]:
     """Observe `layer` on x[0] and x[1] with both calls under way; gradients of its tensors are those of both."""
-    with given_back(layer, tensors, training):
+    with preserved_state(layer, tensors, training):
         leaves = [one.detach().clone().requires_grad_(one.is_floating_point()) for one in x]
         ys = [layer(leaf) for leaf in leaves]
         for y, one in zip(ys, dy, strict=True):
@@ -68,7 +72,9 @@ def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     both = [subject, replace(subject, arguments=subject.another())]
     outputs = [one.operation.named(one.function(**cloned(one.arguments))) for one in both]
     for number, (one, mine) in enumerate(zip(both, outputs, strict=True), 1):
-        yield from (at(f"call {number}", verdict) for verdict, _ in operation_call.judgements(one, mine, case))
+        yield from (
+            prefix_tensor(f"call {number}", verdict) for verdict, _ in operation_call.judgements(one, mine, case)
+        )
     if not subject.operation.differentiable:
         return
     dtype, factor = DTYPES[subject.dtype], case.factor("overlap")
@@ -84,4 +90,4 @@ def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     under_way = [operation_call.forward(one, subject.function, dtype) for one in both]
     gradients = [operation_call.backward(y, leaves, case) for y, leaves in under_way]
     for number, (mine, wanted) in enumerate(zip(gradients, expected, strict=True), 1):
-        yield at(f"call {number}", noise_floor(mine, *wanted, subject.dtype, factor))
+        yield prefix_tensor(f"call {number}", noise_floor(mine, *wanted, subject.dtype, factor))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 
 from harness.conformance.case import Case
-from harness.conformance.comparison.check_results import at, judged, skipped
+from harness.conformance.checks import CellStage, check
+from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
 from harness.conformance.comparison.packed_codes import judge
 from harness.conformance.comparison.tolerance_policies import worst_of
 from harness.conformance.subject import Subject
 from harness.records.record import CheckResult
 
 
+@check(in_cell=[CellStage.START])
 def check_codes(subject: Subject, case: Case) -> CheckResult:
     """The packed base holds the reference's NF4 codes and absmax of the original weights, and the original biases.
 
@@ -29,7 +31,7 @@ def check_codes(subject: Subject, case: Case) -> CheckResult:
             form, subject.expected_codes[path], _bias(subject, path)
         )
         ties += tied
-        found.append(at(path, verdict))
+        found.append(prefix_tensor(path, verdict))
     return judged(subject, case, "codes", worst_of(found, "exact"), f"{ties} codes on the other side of a tie")
 
 

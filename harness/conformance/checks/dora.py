@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.case import Case
-from harness.conformance.comparison.check_results import at, judged, listed, skipped
+from harness.conformance.checks import check
+from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import noise_floor, worst_of
@@ -16,11 +17,12 @@ from reference.dora import norms
 from reference.shared.layers import floating_dtype
 
 
+@check()
 def check_norm(subject: Subject, case: Case) -> CheckResult:
     """Every row of the merged weight (every column, with one magnitude per input) is as long as its |m|, and m starts as
     the lengths in the base: W' = m (W0 + s B A) / ||W0 + s B A||  (DoRA, eq. 5).
     """
-    fresh = case.anew()
+    fresh = case.attach_again()
     if fresh is None or not fresh.adapted.can_merge:
         return skipped(subject, case, "norm", "the case cannot attach anew and merge")
     per, found = subject.config.per, []
@@ -30,7 +32,7 @@ def check_norm(subject: Subject, case: Case) -> CheckResult:
             {"m at the start": m}
             for m in (fresh.tensors_of(path)["m"].detach(), norms(W0.double(), per), norms(W0, per))
         )
-        found.append(at(path, noise_floor(start, truth, rounded, subject.dtype, case.factor("norm"))))
+        found.append(prefix_tensor(path, noise_floor(start, truth, rounded, subject.dtype, case.factor("norm"))))
     load(fresh.adapted, subject.adapted.tensors(), subject.state())
     twins = {path: subject.reference(path, subject.dtype) for path in fresh.adapted.layers}
     fresh.adapted.merge()
@@ -39,15 +41,16 @@ def check_norm(subject: Subject, case: Case) -> CheckResult:
         mine = {"merged norm": norms(_matrix(fresh.model.get_submodule(path)).double(), per)}
         rounded = {"merged norm": norms(_matrix(twin.adapted.model.get_submodule("layer")).double(), per)}
         truth = {"merged norm": subject.tensors_of(path)["m"].detach().double().abs()}
-        found.append(at(path, noise_floor(mine, truth, rounded, subject.dtype, case.factor("norm"))))
+        found.append(prefix_tensor(path, noise_floor(mine, truth, rounded, subject.dtype, case.factor("norm"))))
     return judged(subject, case, "norm", worst_of(found, found[0].policy))
 
 
+@check()
 def check_zero_rows(subject: Subject, case: Case) -> CheckResult:
     """A row of zeros in the base (a column, with one magnitude per input), as pruned models have them, has no direction:
     at the start its length and its m are 0. Outputs and gradients are finite all the same.
     """
-    fresh = case.anew()
+    fresh = case.attach_again()
     if fresh is None:
         return skipped(subject, case, "zero_rows", "the case cannot attach anew")
     odd = []

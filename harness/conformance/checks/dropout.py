@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.case import Case
+from harness.conformance.checks import States, check
 from harness.conformance.comparison.check_results import listed, skipped
 from harness.conformance.comparison.inputs import inputs, takes_rows
-from harness.conformance.comparison.layer_comparison import beside, reference_runs
+from harness.conformance.comparison.layer_comparison import observe_with_reference, reference_runs
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import noise_floor, rows_within
 from harness.conformance.subject import DTYPES, Subject
@@ -23,6 +24,7 @@ FEATURES = 32
 """Of so many features at least one is dropped and one kept in any token, but for one in some thousands."""
 
 
+@check(States.WARM)
 def check_dropout(subject: Subject, case: Case) -> CheckResult:
     """In training mode each feature of the adapter's input is dropped with probability p, or scaled by 1/(1-p); the base
     sees all of it, and the backward pass uses the forward pass's mask. In eval mode nothing is dropped.
@@ -68,7 +70,7 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
             if x.shape[-1] >= FEATURES and (whole := _whole_tokens(subject, path, layer, x, dy, p)) > len(x) // 2:
                 odd.append(f"{path}: {whole} of {len(x)} tokens are kept or dropped as a whole, not by the feature")
             odd += [f"{path}: {how}" for how in _repeats(subject, path, layer, p)]
-        again = noise_floor(*beside(subject, path, layer, x, dy), subject.dtype, case.factor("forward"))
+        again = noise_floor(*observe_with_reference(subject, path, layer, x, dy), subject.dtype, case.factor("forward"))
         if not again.passed:
             odd.append(f"{path}: in eval mode {again.tensor} is off by {again.error} of {again.allowed}")
     spread = DROPOUT_SIGMAS * (total * p * (1 - p)) ** 0.5

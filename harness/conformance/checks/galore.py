@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from harness.conformance.case import Case
-from harness.conformance.comparison.check_results import at, judged, skipped
+from harness.conformance.checks import check
+from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
 from harness.conformance.subject import DTYPES, Subject
 from harness.records.record import CheckResult
@@ -20,6 +21,7 @@ _STEPS, _GAP, _RANK = 5, 2, 2
 _LR, _DECAY = 0.1, 0.1
 
 
+@check()
 def check_refresh(subject: Subject, case: Case) -> CheckResult:
     """Five steps of the Method's own optimizer on given gradients, with a new subspace at the third and the fifth, move the
     weights as the reference does: M and V are carried on from the old subspace, and weight decay is not projected
@@ -27,7 +29,7 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
 
     The sign of a singular vector is arbitrary and, since M is carried on, shows after a refresh: any choice is right.
     """
-    fresh = case.anew(rank=_RANK, update_gap=_GAP)
+    fresh = case.attach_again(rank=_RANK, update_gap=_GAP)
     if fresh is None:
         return skipped(subject, case, "refresh", "the case cannot attach anew")
     # A randomised SVD is to be told from the exact one, which takes values that do not fall so fast.
@@ -44,7 +46,7 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
         ]
         mine = _by_the_subject(optimizer, tensors, gradients)
         best = min(_against(fresh, case, tensors, gradients, mine), key=lambda j: (not j.passed, j.ratio))
-        found.append(at(path, best))
+        found.append(prefix_tensor(path, best))
     return judged(subject, case, "refresh", worst_of(found, found[0].policy))
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from harness.conformance.case import Case
+from harness.conformance.checks import CellStage, States, check
 from harness.conformance.comparison import whole_model
-from harness.conformance.comparison.check_results import at, judged, skipped
+from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import cast, inputs, takes_rows
-from harness.conformance.comparison.layer_comparison import beside
+from harness.conformance.comparison.layer_comparison import observe_with_reference
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.optimizer_steps import optimizer_of
 from harness.conformance.comparison.tolerance_policies import (
@@ -28,6 +30,7 @@ from harness.conformance.tolerance_constants import CARRIED_DRAWS, CARRIED_FACTO
 from harness.records.record import CheckResult
 
 
+@check(States.INIT, in_cell=[CellStage.START])
 def check_identity(subject: Subject, case: Case) -> CheckResult:
     """At its start the adapted model computes what the base model computes.
 
@@ -54,22 +57,19 @@ def check_identity(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "identity", verdict)
 
 
+@check(in_cell=[CellStage.WARM])
 def check_forward(subject: Subject, case: Case) -> CheckResult:
     """The output of every adapted layer is the reference's, on the layer's own weights and a random input."""
-    forward, gradient = _compare(subject, case)
-    subject.beside = (case, gradient)
-    return judged(subject, case, "forward", forward)
+    return judged(subject, case, "forward", case.once(_judge_layers, subject).outputs)
 
 
+@check(in_cell=[CellStage.WARM])
 def check_gradient(subject: Subject, case: Case) -> CheckResult:
     """The gradients of every adapted layer, of its input and of each of its trainable tensors, are the reference's."""
-    of, gradient = subject.beside or (None, None)
-    subject.beside = None
-    if gradient is None or of is not case:
-        gradient = _compare(subject, case)[1]
-    return judged(subject, case, "gradient", gradient)
+    return judged(subject, case, "gradient", case.once(_judge_layers, subject).gradients)
 
 
+@check(States.WARM)
 def check_strides(subject: Subject, case: Case) -> CheckResult:
     """Output and gradients are the reference's also for an input that is a transposed view, a gradient that is one row
     expanded (as `y.sum(0)` sends it), and an input of no tokens at all.
@@ -82,13 +82,14 @@ def check_strides(subject: Subject, case: Case) -> CheckResult:
         x, dy = inputs(base, case.tokens, DTYPES[subject.dtype], case.generator(index))
         x, dy = x.T.contiguous().T, dy[:1].expand(dy.shape)
         for rows in (slice(None), slice(0, 0)):
-            runs = beside(subject, path, layer, x[rows], dy[rows])
-            found.append(at(path, noise_floor(*runs, subject.dtype, case.factor("strides"))))
+            runs = observe_with_reference(subject, path, layer, x[rows], dy[rows])
+            found.append(prefix_tensor(path, noise_floor(*runs, subject.dtype, case.factor("strides"))))
     if not found:
         return skipped(subject, case, "strides", "the layers do not map rows to rows")
     return judged(subject, case, "strides", worst_of(found, found[0].policy))
 
 
+@check(States.WARM)
 def check_vector(subject: Subject, case: Case) -> CheckResult:
     """For a single vector (D,) the output is the reference's, of shape (E,), and so are the gradients."""
     found = []
@@ -96,13 +97,14 @@ def check_vector(subject: Subject, case: Case) -> CheckResult:
         base = subject.original_base(path)
         if takes_rows(base):
             x, dy = inputs(base, 1, DTYPES[subject.dtype], case.generator(index))
-            runs = beside(subject, path, layer, x[0], dy[0])
-            found.append(at(path, noise_floor(*runs, subject.dtype, case.factor("vector"))))
+            runs = observe_with_reference(subject, path, layer, x[0], dy[0])
+            found.append(prefix_tensor(path, noise_floor(*runs, subject.dtype, case.factor("vector"))))
     if not found:
         return skipped(subject, case, "vector", "the layers do not map rows to rows")
     return judged(subject, case, "vector", worst_of(found, found[0].policy))
 
 
+@check(States.WARM)
 def check_step(subject: Subject, case: Case) -> CheckResult:
     """One optimizer step from an identical state moves every trainable tensor as the reference moves it.
 
@@ -130,12 +132,13 @@ def check_step(subject: Subject, case: Case) -> CheckResult:
                     tensor.grad = None
         mine, truth, rounded = moved
         if truth:
-            found.append(at(path, noise_floor(mine, truth, rounded, subject.dtype, case.factor("step"))))
+            found.append(prefix_tensor(path, noise_floor(mine, truth, rounded, subject.dtype, case.factor("step"))))
     if not found:
         return skipped(subject, case, "step", "nothing trains")
     return judged(subject, case, "step", worst_of(found, found[0].policy))
 
 
+@check(in_cell=[CellStage.WARM])
 def check_model(subject: Subject, case: Case) -> CheckResult:
     """The whole model gives the logits, and every trainable tensor the gradient, of a float64 copy of the model of before
     attaching that carries the reference's layers.
@@ -178,8 +181,16 @@ def _only(run: dict[str, Tensor], output: bool) -> dict[str, Tensor]:
     return {name: t for name, t in run.items() if (name == "y") == output}
 
 
-def _compare(subject: Subject, case: Case) -> tuple[Judgement, Judgement]:
-    """Judge the outputs, and the gradients, of every layer; they are observed in one pass, as they are in training."""
+@dataclass(frozen=True)
+class _LayerJudgements:
+    """The worst judgement over all adapted layers."""
+
+    outputs: Judgement
+    gradients: Judgement
+
+
+def _judge_layers(subject: Subject, case: Case) -> _LayerJudgements:
+    """Judge the outputs and the gradients of every layer, observed in one pass as in training."""
     outputs: list[Judgement] = []
     gradients: list[Judgement] = []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
@@ -187,15 +198,14 @@ def _compare(subject: Subject, case: Case) -> tuple[Judgement, Judgement]:
         x, dy = inputs(base, case.tokens, DTYPES[subject.dtype], case.generator(index))
         if takes_rows(base) and len(x) % 2 == 0:
             x, dy = (t.view(2, -1, t.shape[-1]) for t in (x, dy))  # a batch of sequences, as models send it
-        runs = beside(subject, path, layer, x, dy, training=subject.trains_plainly)
-        for found, check, wanted in ((outputs, "forward", True), (gradients, "gradient", False)):
-            mine, truth = (_only(run, wanted) for run in runs[:2])
-            draws = (_only(draw, wanted) for draw in runs[2])
-            if truth or mine:
-                found.append(at(path, noise_floor(mine, truth, draws, subject.dtype, case.factor(check))))
-        own = next(iter(runs[2]))["y"].dtype
-        if runs[0]["y"].dtype != own:
-            kinds = f"{runs[0]['y'].dtype}, should be {own}"
-            outputs.append(Judgement(False, None, None, f"{path}: y", kinds, outputs[-1].policy, 0))
-    forward, gradient = (worst_of(found, found[0].policy if found else "noise-floor") for found in (outputs, gradients))
-    return forward, gradient
+        mine, truth, draws = observe_with_reference(subject, path, layer, x, dy, training=subject.trains_plainly)
+        for found, name, is_output in ((outputs, "forward", True), (gradients, "gradient", False)):
+            have, expected = _only(mine, is_output), _only(truth, is_output)
+            if have or expected:
+                own = (_only(draw, is_output) for draw in draws)
+                found.append(prefix_tensor(path, noise_floor(have, expected, own, subject.dtype, case.factor(name))))
+        dtype = next(iter(draws))["y"].dtype
+        if mine["y"].dtype != dtype:
+            wrong = f"{mine['y'].dtype}, should be {dtype}"
+            outputs.append(Judgement(False, None, None, f"{path}: y", wrong, outputs[-1].policy, 0))
+    return _LayerJudgements(*(worst_of(f, f[0].policy if f else "noise-floor") for f in (outputs, gradients)))

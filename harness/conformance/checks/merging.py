@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.case import Case
-from harness.conformance.comparison.check_results import at, judged, listed, skipped
+from harness.conformance.checks import CellStage, States, check
+from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.layer_comparison import runs_of
 from harness.conformance.comparison.observations import observe
@@ -22,13 +23,14 @@ HALF = 0.5
 _MOVED = "unmerged, with another adapter"
 
 
+@check(States.WARM, in_cell=[CellStage.TRAINED])
 def check_merge(subject: Subject, case: Case) -> CheckResult:
     """The merged layers compute what the float64 reference computes, whatever then becomes of the adapter; so do the
     layers after unmerging, which follow their adapter again.
     """
     if not subject.adapted.can_merge:
         return skipped(subject, case, "merge", "this Method has nothing to merge")
-    if (fresh := case.anew()) is not None:
+    if (fresh := case.attach_again()) is not None:
         # Some libraries merge into the base weight and unmerge by subtracting, which leaves a rounding behind.
         load(fresh.adapted, subject.adapted.tensors(), subject.state())
         subject = fresh
@@ -61,7 +63,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
         found = []
         for path, y in outputs.items():
             truth, draws = expected[path][when == _MOVED]
-            found.append(at(path, noise_floor({"y": y}, truth, draws, subject.dtype, case.factor("merge"))))
+            found.append(prefix_tensor(path, noise_floor({"y": y}, truth, draws, subject.dtype, case.factor("merge"))))
         worst[when] = worst_of(found, found[0].policy if found else "noise-floor")
     when, verdict = next(((when, v) for when, v in worst.items() if not v.passed), ("", worst[_MOVED]))
     if verdict.passed:
@@ -87,9 +89,10 @@ def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Te
     return found
 
 
+@check(States.INIT)
 def check_detach(subject: Subject, case: Case) -> CheckResult:
     """Detaching puts the very base layers back, and with their weights what the base model computed."""
-    fresh = case.anew()
+    fresh = case.attach_again()
     if fresh is None or fresh.original.model is None:
         return skipped(subject, case, "detach", "the case cannot attach anew")
     xs = _inputs(fresh, case)
@@ -103,11 +106,12 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "detach", exact(mine, base))
 
 
+@check(States.WARM)
 def check_save(subject: Subject, case: Case) -> CheckResult:
     """`tensors()` and `state()` are all there is: copied into a freshly attached model they give the same outputs and
     gradients, to the last bit.
     """
-    fresh = case.anew()
+    fresh = case.attach_again()
     if fresh is None:
         return skipped(subject, case, "save", "the case cannot attach anew")
     saved, places = ({*s.adapted.tensors(), *s.state()} for s in (subject, fresh))
@@ -118,7 +122,9 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
         mine = observe(layer, subject.tensors_of(path), x, dy)
-        found.append(at(path, exact(observe(fresh.adapted.layers[path], fresh.tensors_of(path), x, dy), mine)))
+        found.append(
+            prefix_tensor(path, exact(observe(fresh.adapted.layers[path], fresh.tensors_of(path), x, dy), mine))
+        )
     return judged(subject, case, "save", worst_of(found, "exact"))
 
 

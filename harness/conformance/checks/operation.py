@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from harness.conformance.case import Case
+from harness.conformance.checks import check
 from harness.conformance.comparison import operation_call
 from harness.conformance.comparison.check_results import judged, listed, skipped
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor, worst_of
 from harness.conformance.operation import OperationSubject, cloned
-from harness.conformance.poisoned_memory import fresh_memory
+from harness.conformance.poisoned_memory import poisoned_memory
 from harness.conformance.subject import DTYPES
 from harness.records.record import CheckResult
 
 
+@check()
 def check_outputs(subject: OperationSubject, case: Case) -> CheckResult:
     """Every output of the Operation has the dtype, shape and device of the reference's, and its values: bit for bit where it
     is a code, else within the noise floor.
@@ -24,6 +26,7 @@ def check_outputs(subject: OperationSubject, case: Case) -> CheckResult:
     return judged(subject, case, "outputs", *operation_call.judge(subject, subject.call(), case))
 
 
+@check()
 def check_output_codes(subject: OperationSubject, case: Case) -> CheckResult:
     """Every code that the Operation returns is that of the nearest value, but where rounding decides between two."""
     if subject.operation.codes is None:
@@ -31,6 +34,7 @@ def check_output_codes(subject: OperationSubject, case: Case) -> CheckResult:
     return judged(subject, case, "output_codes", *subject.operation.codes(subject.call(), subject.arguments))
 
 
+@check()
 def check_backward(subject: OperationSubject, case: Case) -> CheckResult:
     """The gradients that reach the Operation's differentiable arguments are the reference's, dtype included; none counts as
     zero.
@@ -46,6 +50,7 @@ def check_backward(subject: OperationSubject, case: Case) -> CheckResult:
     return judged(subject, case, "backward", verdict)
 
 
+@check()
 def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
     """A call leaves its arguments as they were."""
     given = cloned(subject.arguments)
@@ -54,16 +59,18 @@ def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
         subject,
         case,
         "arguments",
-        exact(_told(operation_call.flat(given)), _told(operation_call.flat(subject.arguments))),
+        exact(_told(operation_call.flatten(given)), _told(operation_call.flatten(subject.arguments))),
     )
 
 
+@check()
 def check_repeatable(subject: OperationSubject, case: Case) -> CheckResult:
     """Two calls with the same arguments return the same, to the last bit."""
     first = {name: t.detach().clone() for name, t in subject.call().items()}
     return judged(subject, case, "repeatable", exact(_told(subject.call()), _told(first)))
 
 
+@check()
 def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
     """The outputs are the same when every floating argument is a view with gaps between its elements, or is transposed in
     memory: what a slice or a `.T` hands on.
@@ -72,7 +79,7 @@ def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
     """
     plain, found = subject.call(), []
     for name, change in (("every second element", _gapped), ("transposed", _transposed)):
-        given = operation_call.changed(cloned(subject.arguments), change)
+        given = operation_call.map_floats(cloned(subject.arguments), change)
         mine = subject.operation.named(subject.function(**given))
         verdict = operation_call.ill_formed(mine, plain) or exact(_told(mine), _told(plain))
         if not verdict.passed:
@@ -81,6 +88,7 @@ def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
     return judged(subject, case, "layouts", worst_of(found, "exact"))
 
 
+@check()
 def check_written(subject: OperationSubject, case: Case) -> CheckResult:
     """No output and no gradient holds memory that was never written: with every fresh buffer filled with NaN, or with the
     largest integer, none of it shows.
@@ -94,7 +102,7 @@ def check_written(subject: OperationSubject, case: Case) -> CheckResult:
         return {n: t.detach().clone() for n, t in subject.call().items()} | gradients
 
     clean = seen()
-    with fresh_memory():
+    with poisoned_memory():
         poisoned = seen()
     odd = [
         f"{name} holds what was never written"

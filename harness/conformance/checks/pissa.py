@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from harness.conformance.case import Case
-from harness.conformance.comparison.check_results import at, judged, skipped
+from harness.conformance.checks import check
+from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
 from harness.conformance.comparison.layer_comparison import Draws
 from harness.conformance.comparison.tolerance_policies import noise_floor, perturbed, worst_of
 from harness.conformance.subject import Subject
@@ -20,11 +21,12 @@ from harness.records.record import CheckResult
 from reference.pissa import exact_svd
 
 
+@check()
 def check_residual(subject: Subject, case: Case) -> CheckResult:
     """At the start W_res + s B A is the original weight, within what the reference's own split loses in this dtype: it is
     W_res that takes up what A and B lost by being rounded  (PiSSA, eqs. 2 to 5).
     """
-    fresh = case.anew()
+    fresh = case.attach_again()
     if fresh is None or not all(f"{path}.residual" in fresh.state() for path in fresh.bases):
         return skipped(subject, case, "residual", "the implementation does not show its residual in state()")
     reference, found = fresh.fresh_reference(fresh.dtype), []
@@ -34,15 +36,16 @@ def check_residual(subject: Subject, case: Case) -> CheckResult:
             {"residual + s B A": adapted.state()[f"{path}.residual"].detach().double() + _product(fresh, adapted, path)}
             for adapted in (fresh.adapted, reference)
         )
-        found.append(at(path, noise_floor(mine, truth, rounded, subject.dtype, case.factor("residual"))))
+        found.append(prefix_tensor(path, noise_floor(mine, truth, rounded, subject.dtype, case.factor("residual"))))
     return judged(subject, case, "residual", worst_of(found, found[0].policy))
 
 
+@check()
 def check_principal(subject: Subject, case: Case) -> CheckResult:
     """At the start s B A is the best approximation of the weight that its rank allows, U_r S_r V_r^T, and each factor has
     half of every singular value: A A^T = B^T B = S_r / s  (PiSSA, eqs. 2 and 3).
     """
-    fresh = case.anew()
+    fresh = case.attach_again()
     if fresh is None:
         return skipped(subject, case, "principal", "the case cannot attach anew")
     if fresh.config.niter:
@@ -53,7 +56,7 @@ def check_principal(subject: Subject, case: Case) -> CheckResult:
         mine, rounded = (_principal(fresh, adapted, path) for adapted in (fresh.adapted, reference))
         draws = Draws(chain([rounded], _close_by(W, fresh)))
         truth = _best(*exact_svd(W, fresh.config.rank), fresh.config)
-        found.append(at(path, noise_floor(mine, truth, draws, subject.dtype, case.factor("principal"))))
+        found.append(prefix_tensor(path, noise_floor(mine, truth, draws, subject.dtype, case.factor("principal"))))
     return judged(subject, case, "principal", worst_of(found, found[0].policy))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from harness.conformance import process_settings
 from harness.conformance.case import Case
+from harness.conformance.checks import States, check
 from harness.conformance.comparison.check_results import listed, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.observations import observe
@@ -12,6 +13,7 @@ from harness.conformance.subject import DTYPES, Subject
 from harness.records.record import CheckResult
 
 
+@check(States.INIT)
 def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Attaching and computing change nothing that holds for the whole process: torch's default dtype and device, its
     gradient mode, threads, determinism, precision and autocast; and no seed of torch's, numpy's or Python's random numbers.
@@ -19,13 +21,13 @@ def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResu
     What others compute afterwards would depend on it. Drawing random numbers is allowed, seeding them is not.
     """
     if isinstance(subject, OperationSubject):
-        with process_settings.kept() as changed:
-            seeded = process_settings.seeded(subject.call)
+        with process_settings.restored() as changed:
+            seeded = process_settings.find_seeding(subject.call)
         return listed(subject, case, "settings", [*changed, *seeded])
     if case.fresh is None:
         return skipped(subject, case, "settings", "the case cannot attach anew")
-    with process_settings.kept() as changed:
-        seeded = process_settings.seeded(lambda: _use(case.anew(), case))
+    with process_settings.restored() as changed:
+        seeded = process_settings.find_seeding(lambda: _use(case.attach_again(), case))
     return listed(subject, case, "settings", [*subject.disturbed, *changed, *seeded])
 
 

@@ -9,12 +9,14 @@ import torch
 
 from harness.conformance import process_settings
 from harness.conformance.case import Case
+from harness.conformance.checks import States, check
 from harness.conformance.comparison.check_results import listed
 from harness.conformance.subject import Subject, drawn_tensors, initial_tensors
 from harness.conformance.tolerance_constants import INITIAL_SIGMAS
 from harness.records.record import CheckResult
 
 
+@check(States.INIT)
 def check_initial(subject: Subject, case: Case) -> CheckResult:
     """The implementation's own start has the distribution that the reference states, and the same tensors are zero.
 
@@ -25,7 +27,7 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
     bases = {path: subject.original_base(path) for path in subject.bases}
     wanted = initial_tensors(subject.method, bases, subject.config, case.generator(salt=2))
     odd = []
-    fresh = case.anew()
+    fresh = case.attach_again()
     have = (subject if fresh is None else fresh).added()
     for name, want in wanted.items():
         if name not in have or have[name].shape != want.shape:
@@ -68,4 +70,4 @@ def _not_by_the_generator(case: Case) -> Iterator[str]:
 
 def _attached(case: Case, seed: int, elsewhere: int) -> Subject | None:
     process_settings.seed(elsewhere)
-    return case.anew(seed=seed, square=True)
+    return case.attach_again(seed=seed, square=True)

@@ -6,16 +6,18 @@ import torch
 from torch import Tensor
 
 from harness.conformance.case import Case
-from harness.conformance.comparison.check_results import at, judged, listed, skipped
+from harness.conformance.checks import CellStage, Reference, States, check
+from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import exact, worst_of
-from harness.conformance.poisoned_memory import fresh_memory
+from harness.conformance.poisoned_memory import poisoned_memory
 from harness.conformance.subject import DTYPES, Subject, initial_shapes
 from harness.methods import checksums
 from harness.records.record import CheckResult
 
 
+@check(in_cell=[CellStage.ATTACHED])
 def check_layers(subject: Subject, case: Case) -> CheckResult:
     """The adapter sits on exactly the layers that the config's targets name, and nothing else of the model trains.
 
@@ -36,6 +38,7 @@ def check_layers(subject: Subject, case: Case) -> CheckResult:
     return listed(subject, case, "layers", odd, f"{len(have)} layers")
 
 
+@check(in_cell=[CellStage.ATTACHED])
 def check_parameters(subject: Subject, case: Case) -> CheckResult:
     """The trainable tensors have the reference's names and shapes, and `parameters()` lists them and nothing else."""
     bases = {path: subject.original_base(path) for path in subject.bases}
@@ -59,6 +62,7 @@ def check_parameters(subject: Subject, case: Case) -> CheckResult:
     return listed(subject, case, "parameters", odd, f"{total:,} scalars")
 
 
+@check(States.INIT, in_cell=[CellStage.START], reference=Reference.UNUSED)
 def check_base(subject: Subject, case: Case) -> CheckResult:
     """Attaching changed no weight of the model: every parameter and buffer of before is there, bit for bit. Of `method:
     peft` the weights under the adapter are left out where its start rewrites them (OLoRA, PiSSA, LoftQ).
@@ -70,7 +74,7 @@ def check_base(subject: Subject, case: Case) -> CheckResult:
     before = [*named, *dict(original.named_buffers())] if original else [*prints]
     # Parameters by identity: an adapter may move them to other names. Buffers of the adapted layers likewise.
     now: dict[str, Tensor] = dict(zip(named, subject.own, strict=True))
-    now |= checksums.beside(now) if original is None else {}
+    now |= checksums.quantisation_state(now) if original is None else {}
     for path, base in subject.bases.items():
         now |= {f"{path}.{name}": buffer for name, buffer in base.named_buffers()}
     buffers = dict(subject.model.named_buffers())
@@ -81,12 +85,13 @@ def check_base(subject: Subject, case: Case) -> CheckResult:
     if getattr(subject.adapted, "rewrites_base", False):
         before = [name for name in before if name not in {f"{path}.weight" for path in subject.bases}]
     if original is None:
-        changed = [f"{n} has changed" for n in before if checksums.of(now[n]) != prints[n]]
+        changed = [f"{n} has changed" for n in before if checksums.crc32(now[n]) != prints[n]]
         return listed(subject, case, "base", changed, f"{len(before)} tensors, by their checksums")
     then: dict[str, Tensor] = {**dict(original.named_parameters()), **dict(original.named_buffers())}
     return judged(subject, case, "base", exact({n: now[n].detach() for n in before}, {n: then[n] for n in before}))
 
 
+@check(States.WARM)
 def check_inputs(subject: Subject, case: Case) -> CheckResult:
     """Forward and backward change neither the input nor the incoming gradient nor any weight, also not the base's."""
     found = []
@@ -100,20 +105,22 @@ def check_inputs(subject: Subject, case: Case) -> CheckResult:
             y.backward(dy)
         for tensor in subject.tensors_of(path).values():
             tensor.grad = None
-        found.append(at(path, exact({n: t.detach() for n, t in held.items()}, before)))
+        found.append(prefix_tensor(path, exact({n: t.detach() for n, t in held.items()}, before)))
     return judged(subject, case, "inputs", worst_of(found, "exact"))
 
 
+@check(States.WARM)
 def check_deterministic(subject: Subject, case: Case) -> CheckResult:
     """Two runs on the same input give the same output and gradients, to the last bit."""
     found = []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
         first = observe(layer, subject.tensors_of(path), x, dy)
-        found.append(at(path, exact(observe(layer, subject.tensors_of(path), x, dy), first)))
+        found.append(prefix_tensor(path, exact(observe(layer, subject.tensors_of(path), x, dy), first)))
     return judged(subject, case, "deterministic", worst_of(found, "exact"))
 
 
+@check(States.WARM)
 def check_poison(subject: Subject, case: Case) -> CheckResult:
     """No result holds memory that was never written: with every fresh buffer filled with NaN, none of it shows.
 
@@ -124,7 +131,7 @@ def check_poison(subject: Subject, case: Case) -> CheckResult:
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
         tensors = subject.tensors_of(path)
         clean = observe(layer, tensors, x, dy)
-        with fresh_memory():
+        with poisoned_memory():
             poisoned = observe(layer, tensors, x, dy)
         odd += [f"{path}: {n} holds NaN" for n in clean if bool(poisoned[n].isnan().any() & ~clean[n].isnan().any())]
     return listed(subject, case, "poison", odd)

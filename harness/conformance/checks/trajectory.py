@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.case import Case
+from harness.conformance.checks import States, check
 from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.check_results import judged, skipped
 from harness.conformance.comparison.optimizer_steps import optimizer_of
@@ -20,6 +21,7 @@ from harness.records.record import CheckResult
 STEPS = 3
 
 
+@check(States.WARM)
 def check_trajectory(subject: Subject, case: Case) -> CheckResult:
     """Three optimizer steps of the whole model, each on another gradient, with what the Method adds to the loss and does
     between steps, leave every trainable tensor where the float64 reference leaves it.
@@ -30,7 +32,7 @@ def check_trajectory(subject: Subject, case: Case) -> CheckResult:
         return skipped(
             subject, case, "trajectory", "the float64 reference cannot show how much noise the steps carry on"
         )
-    fresh = case.anew()
+    fresh = case.attach_again()
     if fresh is None or case.forward is None:
         return skipped(subject, case, "trajectory", "the case cannot attach anew")
     start = {name: t.detach().clone() for name, t in subject.adapted.tensors().items()}

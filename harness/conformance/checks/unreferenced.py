@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance.case import Case
+from harness.conformance.checks import CellStage, Reference, check
 from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.check_results import judged, listed, skipped
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor, perturbed
@@ -38,11 +39,12 @@ def nudged(subject: Subject, generator: torch.Generator) -> Subject:
     return replace(subject, model=adapted.model, adapted=adapted)
 
 
-def small(subject: Subject) -> bool:
+def is_copyable(subject: Subject) -> bool:
     """Say whether the model may be copied, also to float64."""
     return sum(p.numel() for p in subject.model.parameters()) <= LARGEST_COPY
 
 
+@check(in_cell=[CellStage.ATTACHED], reference=Reference.ABSENT)
 def check_reference(subject: Subject, case: Case) -> CheckResult:
     """There is a reference of the Method to compare with. Where there is none (`method: peft`) this is skipped, no time of
     the Cell is shown, and only the checks that need none are tried: base, start, repeats, untouched, reached, reload,
@@ -51,6 +53,7 @@ def check_reference(subject: Subject, case: Case) -> CheckResult:
     return skipped(subject, case, "reference", NO_REFERENCE)
 
 
+@check(in_cell=[CellStage.START], reference=Reference.ABSENT)
 def check_start(subject: Subject, case: Case) -> CheckResult:
     """At its start the adapted model computes what the base model computes, where the library says so: to the last bit, or
     within twice what the base model itself loses in its dtype.
@@ -67,11 +70,13 @@ def check_start(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "start", noise_floor(mine, truth, base, subject.dtype, case.factor("start")))
 
 
+@check(in_cell=[CellStage.START, CellStage.WARM], reference=Reference.ABSENT)
 def check_repeats(subject: Subject, case: Case) -> CheckResult:
     """Two runs of the whole model on the same texts give the same logits and gradients, to the last bit."""
     return judged(subject, case, "repeats", exact(_observed(subject, case), _observed(subject, case)))
 
 
+@check(in_cell=[CellStage.WARM], reference=Reference.ABSENT)
 def check_untouched(subject: Subject, case: Case) -> CheckResult:
     """A forward and a backward pass of the whole model change no weight and no buffer of it."""
     before = {name: t.detach().clone() for name, t in _weights(subject.model).items()}
@@ -79,12 +84,13 @@ def check_untouched(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "untouched", exact(_weights(subject.model), before))
 
 
+@check(in_cell=[CellStage.WARM], reference=Reference.ABSENT)
 def check_reached(subject: Subject, case: Case) -> CheckResult:
     """Away from the start every trainable tensor gets a gradient that is finite and not all zero. What only scales a bias
     that is zero has none there, and is looked at over biases that are not.
     """
     odd = _unreached(subject, case)
-    if odd and small(subject):
+    if odd and is_copyable(subject):
         elsewhere = _unreached(_without_zeros(subject, case.generator(salt=5)), case)
         odd = {name: what for name, what in odd.items() if name in elsewhere}
     if odd and all("trainable_tokens" in name for name in odd):
@@ -119,6 +125,7 @@ def _without_zeros(subject: Subject, generator: torch.Generator) -> Subject:
     return replace(subject, model=adapted.model, adapted=adapted)
 
 
+@check(in_cell=[CellStage.WARM], reference=Reference.ABSENT)
 def check_reload(subject: Subject, case: Case) -> CheckResult:
     """Saved by the library and loaded by it into the base model, the adapter gives the same logits, to the last bit."""
     if subject.original.model is None:
@@ -128,11 +135,12 @@ def check_reload(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "reload", exact({"logits": _run(case, again)}, {"logits": _run(case, subject.model)}))
 
 
+@check(in_cell=[CellStage.WARM, CellStage.TRAINED], reference=Reference.ABSENT)
 def check_merge_itself(subject: Subject, case: Case) -> CheckResult:
     """Merged, the model computes what it computed unmerged, whatever then becomes of the adapter; unmerged again it follows
     its adapter: within twice what the model loses in its dtype, or by weights that are rounded once more. On a copy.
     """
-    if not small(subject):
+    if not is_copyable(subject):
         return skipped(subject, case, "merge_itself", _TOO_LARGE)
     wide, near, mine = (copy.deepcopy(subject.adapted) for _ in range(3))
     wide.model.double()

@@ -6,18 +6,20 @@ import torch
 from torch import Tensor
 
 from harness.conformance.case import Case
+from harness.conformance.checks import check
 from harness.conformance.comparison.check_results import judged, listed, skipped
 from harness.conformance.comparison.tolerance_policies import exact
 from harness.conformance.subject import Subject
 from harness.records.record import CheckResult
 
 
+@check()
 def check_projections(subject: Subject, case: Case) -> CheckResult:
     """A and B are the reference's, to the last bit: drawn from the key alone and shared by all layers, so that a checkpoint
     needs to hold the key only. Another key gives others  (VeRA, section 3.1).
     """
-    again = case.anew()
-    other = None if again is None else case.anew(projection_key=subject.config.projection_key + 1)
+    again = case.attach_again()
+    other = None if again is None else case.attach_again(projection_key=subject.config.projection_key + 1)
     if again is None or other is None:
         return skipped(subject, case, "projections", "the case cannot attach anew")
     mine, second, strange = (_projections(s.state()) for s in (subject, again, other))

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from harness.conformance.case import Case
 from harness.conformance.comparison.tolerance_policies import Judgement
+from harness.records.check_id import CheckId
 from harness.records.record import CheckResult, Outcome
 
 
@@ -59,9 +60,9 @@ def skipped(subject: Named, case: Case, name: str, because: str) -> CheckResult:
 
 def identifier(subject: Named, case: Case, name: str) -> str:
     """Return `method/check/dtype/state`."""
-    return f"{subject.method}/{name}/{subject.dtype}/{case.state}"
+    return str(CheckId(subject.method, name, subject.dtype, case.state))
 
 
-def at(path: str, judgement: Judgement) -> Judgement:
+def prefix_tensor(path: str, judgement: Judgement) -> Judgement:
     """Say at which layer a tensor is."""
     return replace(judgement, tensor=f"{path}: {judgement.tensor}")

@@ -23,7 +23,7 @@ class Masked(nn.Module):
         return x if self.mask is None else x * self.mask
 
 
-def applied(layer: nn.Module, x: Tensor, mask: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
+def apply_layer(layer: nn.Module, x: Tensor, mask: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return layer(x) with `tensors` in the place of the layer's own, and `mask` in that of its dropout.
 
     The layer's own are parameters, leaves that pass no gradient on: to these it does.
@@ -33,7 +33,7 @@ def applied(layer: nn.Module, x: Tensor, mask: Tensor | None, tensors: Mapping[s
     return y
 
 
-def dense(W: Tensor, bias: Tensor | None) -> nn.Linear:
+def dense_linear(W: Tensor, bias: Tensor | None) -> nn.Linear:
     """Return the frozen linear layer of W (E, D) and bias (E,)."""
     base = nn.Linear(W.shape[1], W.shape[0], bias=bias is not None, device="meta")
     base.weight = nn.Parameter(W, requires_grad=False)
@@ -42,7 +42,7 @@ def dense(W: Tensor, bias: Tensor | None) -> nn.Linear:
     return base
 
 
-def around(
+def draw_inputs(
     dtype: torch.dtype,
     generator: torch.Generator,
     shape: Sequence[int],
@@ -65,7 +65,7 @@ def around(
     }
 
 
-def low_rank(dtype: torch.dtype, generator: torch.Generator, shape: Sequence[int], rank: int) -> dict[str, Tensor]:
+def draw_low_rank(dtype: torch.dtype, generator: torch.Generator, shape: Sequence[int], rank: int) -> dict[str, Tensor]:
     """Draw A (R, D) and B (E, R), neither of them zero: of noise of size 1, B A makes noise of size 1."""
     E, D = shape
     return {

@@ -30,7 +30,7 @@ class Draws:
             yield draw
 
 
-def beside(
+def observe_with_reference(
     subject: Subject,
     path: str,
     layer: nn.Module,

@@ -20,7 +20,7 @@ def observe(
     gradients are put back afterwards.
     """
     leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.is_floating_point())
-    with given_back(layer, tensors, training):
+    with preserved_state(layer, tensors, training):
         y = layer(leaf)
         if y.requires_grad and y.shape == dy.shape:
             y.backward(dy)
@@ -34,7 +34,7 @@ def observe(
 
 
 @contextmanager
-def given_back(layer: nn.Module, tensors: Mapping[str, Tensor], training: bool) -> Iterator[None]:
+def preserved_state(layer: nn.Module, tensors: Mapping[str, Tensor], training: bool) -> Iterator[None]:
     """Put `layer` into training mode or not, its tensors without gradients; afterwards both are what they were."""
     held, was_training = {name: t.grad for name, t in tensors.items()}, layer.training
     layer.train(training)

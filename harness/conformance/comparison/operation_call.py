@@ -27,7 +27,7 @@ def judge(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> tup
     def draws() -> Iterator[dict[str, Tensor]]:
         yield own
         for salt in range(PERTURBED_DRAWS):
-            yield _reference(subject, _moved(exactly, subject.dtype, case.generator(salt=70 + salt)))
+            yield _reference(subject, _perturbed(exactly, subject.dtype, case.generator(salt=70 + salt)))
 
     return noise_floor(mine, _reference(subject, exactly), draws(), subject.dtype, case.factor("outputs")), ""
 
@@ -54,7 +54,7 @@ def forward(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Call `function` on the arguments in `dtype`; return the first output, and the leaves that its gradients reach."""
     given = cloned(subject.arguments, {DTYPES[subject.dtype]: dtype})
-    leaves = {n: t for n, t in flat(given).items() if n.partition("[")[0] in subject.operation.differentiable}
+    leaves = {n: t for n, t in flatten(given).items() if n.partition("[")[0] in subject.operation.differentiable}
     for leaf in leaves.values():
         leaf.requires_grad_(True)
     return next(iter(subject.operation.named(function(**given)).values())), leaves
@@ -74,7 +74,7 @@ def gradients(
     return backward(*forward(subject, function, dtype), case)
 
 
-def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_floats(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Change every floating tensor inside arguments, but single numbers."""
 
     def one(it: Any) -> Any:
@@ -83,23 +83,23 @@ def changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return mapped(value, one)
 
 
-def flat(value: Any, name: str = "") -> dict[str, Tensor]:
+def flatten(value: Any, name: str = "") -> dict[str, Tensor]:
     """Name every tensor inside arguments: `x`, `As[0]`."""
     if isinstance(value, Tensor):
         return {name: value}
     found: dict[str, Tensor] = {}
     if isinstance(value, dict):
         for key, one in value.items():
-            found |= flat(one, f"{name}[{key}]" if name else key)
+            found |= flatten(one, f"{name}[{key}]" if name else key)
     elif isinstance(value, list | tuple):
         for index, one in enumerate(value):
-            found |= flat(one, f"{name}[{index}]")
+            found |= flatten(one, f"{name}[{index}]")
     return found
 
 
-def _moved(exactly: Any, dtype: str, generator: torch.Generator) -> Any:
+def _perturbed(exactly: Any, dtype: str, generator: torch.Generator) -> Any:
     """Return arguments in float64 whose elements are off by what rounding them to `dtype` may take."""
-    return changed(exactly, lambda t: perturbed(t, dtype, generator) if t.dtype == torch.float64 else t)
+    return map_floats(exactly, lambda t: perturbed(t, dtype, generator) if t.dtype == torch.float64 else t)
 
 
 def _reference(subject: OperationSubject, arguments: dict[str, Any]) -> dict[str, Tensor]:

@@ -19,13 +19,13 @@ _SAME = Judgement(True, 0.0, 0.0, "codes", "", "exact", 0)
 
 def judge(form: PackedLayer, want: ExpectedCodes, bias: Tensor | None) -> tuple[Judgement, int]:
     """Judge a packed weight and its bias; also return how many codes were excused as ties (see the check `codes`)."""
-    have, expected, ties = _compared(form, want)
+    have, expected, ties = _comparable(form, want)
     if want.bias is not None:
         expected["bias"] = want.bias
         have |= {"bias": bias.detach()} if isinstance(bias, Tensor) else {}
     found = [exact(have, expected)]
     if form.double:
-        found.append(_twice(form.absmax, want.absmax))
+        found.append(_judge_double_quantised(form.absmax, want.absmax))
     return worst_of(found, "exact"), ties
 
 
@@ -52,11 +52,11 @@ def judge_in_pieces(form: PackedLayer, layer: nn.Linear, bias: Tensor | None) ->
         if not other.any() and (form.double or torch.equal(piece.absmax, scales)):
             found.append(_SAME)
             continue
-        have, expected, tied = _compared(piece, ExpectedCodes(want, scales, _near_tie(W, other), None))
+        have, expected, tied = _comparable(piece, ExpectedCodes(want, scales, _near_tie(W, other), None))
         found.append(exact(have, expected))
         ties += tied
     if form.double:
-        found.append(_twice(form.absmax, torch.cat(absmax)))
+        found.append(_judge_double_quantised(form.absmax, torch.cat(absmax)))
     if layer.bias is not None:
         found.append(exact({} if bias is None else {"bias": bias.detach()}, {"bias": layer.bias.detach()}))
     return worst_of(found, "exact"), ties
@@ -71,7 +71,7 @@ def _near_tie(W: Tensor, asked: Tensor) -> Tensor:
     return mask.flatten()[: len(W)]
 
 
-def _compared(form: PackedLayer, want: ExpectedCodes) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+def _comparable(form: PackedLayer, want: ExpectedCodes) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
     """Return what must be equal, on both sides, and how many codes were excused. A double-quantised absmax is not in it."""
     codes = nf4.unpack(form.data, want.codes.numel())
     tied = want.near_tie & ((codes.int() - want.codes.int()).abs() == 1)
@@ -84,7 +84,7 @@ def _compared(form: PackedLayer, want: ExpectedCodes) -> tuple[dict[str, Tensor]
     return have, expected, int(tied.sum())
 
 
-def _twice(absmax: Tensor, want: Tensor) -> Judgement:
+def _judge_double_quantised(absmax: Tensor, want: Tensor) -> Judgement:
     """Judge what a double-quantised absmax decodes to."""
     twice = {"absmax": double_quant.dequantize(*double_quant.quantize(want))}
     return noise_floor({"absmax": absmax}, twice, twice, "float32")

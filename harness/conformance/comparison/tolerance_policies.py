@@ -103,7 +103,7 @@ def _within_noise(
         own = _largest(errors)
         # By the first draw alone, which is the reference's own, or a tensor that fails might be let off by a later one.
         undecided = not factor * errors[0].norm + floor * eps <= CEILING  # also where the reference overflows
-        if (refused := _refused(name, subject[name], expected, policy, undecided)) is not None:
+        if (refused := _incomparable(name, subject[name], expected, policy, undecided)) is not None:
             judged.append(refused)
             continue
         if undecided:
@@ -117,7 +117,11 @@ def _within_noise(
             (have.share, bias + (floor * eps if dtype in _ROUNDED_SUMS else 0.0), ", share of the truth"),
         ):
             judged.append(Judgement(error <= allowed, error, allowed, name, "", policy + measure, 0))
-    return _cannot(lost, dtype, policy) if lost and not judged else _shown(worst_of(judged, policy), subject, truth)
+    return (
+        _undecidable(lost, dtype, policy)
+        if lost and not judged
+        else _with_worst_element(worst_of(judged, policy), subject, truth)
+    )
 
 
 def carried_noise(
@@ -156,7 +160,7 @@ def _within_carried(
     usual = [median([getattr(one, measure) for one in kept] or [0.0]) for measure in ("norm", "largest")]
     judged = []
     for name, expected in truth.items():
-        if (refused := _refused(name, subject[name], expected, policy, name in lost)) is not None:
+        if (refused := _incomparable(name, subject[name], expected, policy, name in lost)) is not None:
             judged.append(refused)
             continue
         if name in lost:
@@ -172,7 +176,11 @@ def _within_carried(
             ),
         ):
             judged.append(Judgement(error <= allowed, error, allowed, name, "", policy + measure, 0))
-    return _cannot(lost, dtype, policy) if lost and not judged else _shown(worst_of(judged, policy), subject, truth)
+    return (
+        _undecidable(lost, dtype, policy)
+        if lost and not judged
+        else _with_worst_element(worst_of(judged, policy), subject, truth)
+    )
 
 
 def exact(subject: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Judgement:
@@ -181,12 +189,12 @@ def exact(subject: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Judg
         return Judgement(False, None, None, odd[0], "present on one side only", "exact", 0)
     judged = []
     for name, want in expected.items():
-        refused = _refused(name, subject[name], want, "exact")
+        refused = _incomparable(name, subject[name], want, "exact")
         error = 0.0 if refused else _Error.of(subject[name], want).norm
         # The norm of a tiny difference may underflow, and a dtype may differ where the values do not.
         same = refused is None and bool((subject[name].detach().double() == want.detach().double()).all())
         judged.append(refused or Judgement(same, error, 0.0, name, "", "exact", 0))
-    return _shown(worst_of(judged, "exact"), subject, expected)
+    return _with_worst_element(worst_of(judged, "exact"), subject, expected)
 
 
 def worst_of(judged: list[Judgement], policy: str) -> Judgement:
@@ -219,7 +227,7 @@ def rows_within(value: Tensor, truth: Tensor, draws: Iterable[Tensor], dtype: st
     return within
 
 
-def _cannot(lost: Sequence[str], dtype: str, policy: str) -> Judgement:
+def _undecidable(lost: Sequence[str], dtype: str, policy: str) -> Judgement:
     why = f"the reference itself loses {', '.join(lost[:3])} in {dtype}"
     return Judgement(False, None, None, "", why, policy, 0, decided=False)
 
@@ -255,7 +263,7 @@ class _Error:
         )
 
 
-def _refused(name: str, value: Tensor, truth: Tensor, policy: str, undecided: bool = False) -> Judgement | None:
+def _incomparable(name: str, value: Tensor, truth: Tensor, policy: str, undecided: bool = False) -> Judgement | None:
     """Return a failure for a tensor that cannot be compared: of another shape, or not finite.
 
     undecided: the reference in this dtype is itself too far off, and may be infinite where it overflows.
@@ -265,18 +273,18 @@ def _refused(name: str, value: Tensor, truth: Tensor, policy: str, undecided: bo
         return Judgement(False, None, None, name, shapes, policy, 0)
     nonfinite = int((~torch.isfinite(value)).sum())
     if nonfinite and not undecided:
-        return Judgement(False, None, None, name, _worst(value, truth), policy, nonfinite)
+        return Judgement(False, None, None, name, _describe_worst_element(value, truth), policy, nonfinite)
     return None
 
 
-def _shown(judgement: Judgement, subject: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Judgement:
+def _with_worst_element(judgement: Judgement, subject: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Judgement:
     """Name the element that is furthest off, in the one tensor that is told of; in each would take longer than judging."""
     if judgement.worst or judgement.tensor not in truth:
         return judgement
-    return replace(judgement, worst=_worst(subject[judgement.tensor], truth[judgement.tensor]))
+    return replace(judgement, worst=_describe_worst_element(subject[judgement.tensor], truth[judgement.tensor]))
 
 
-def _worst(value: Tensor, truth: Tensor) -> str:
+def _describe_worst_element(value: Tensor, truth: Tensor) -> str:
     """Name the element that is furthest off."""
     difference = (value.detach().double() - truth.detach().double()).abs().nan_to_num(nan=torch.inf)
     if not difference.numel():

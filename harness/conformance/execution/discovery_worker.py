@@ -1,7 +1,8 @@
-"""A process that loads plug-ins and says what they offer: `python -m harness.conformance.execution.discovery_worker FD LINE {"points": [..]}`.
+"""Worker that loads plug-ins and reports what they offer.
 
-Writes one JSON line per event to the file descriptor FD: `begin` of an entry point, then `offered` and `broken`, `done`.
-What a plug-in prints to stdout goes to stderr. No torch, unless a plug-in imports it.
+`python -m harness.conformance.execution.discovery_worker FD LINE TASK`, where TASK is `{"points": [...]}`, the names of
+entry points. It writes the events of `worker_protocol` to the file descriptor FD; what a plug-in prints to stdout goes to
+stderr. No torch, unless a plug-in imports it.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ import json
 import sys
 from typing import Any
 
+from harness.conformance.execution.worker_protocol import Offered, PointBegun
 from harness.methods.registry import Implementation, discover
 from harness.process.event_pipe import event_writer
 
 
-def main(fd: int, line: int, words: dict[str, Any]) -> None:
+def main(fd: int, line: int, points: list[str]) -> None:
     """Load the entry points of these names."""
     with event_writer(fd, line) as emit:
-        registry = discover(only=words["points"], begin=lambda point: emit(begin=point))
-        emit(offered=[_data(one) for one in registry.implementations], broken=registry.broken)
+        registry = discover(only=points, begin=lambda point: emit(**PointBegun(begin=point).model_dump()))
+        there = [_data(one) for one in registry.implementations]
+        emit(**Offered(offered=there, broken=registry.broken).model_dump(mode="json"))
 
 
 def _data(one: Implementation) -> dict[str, Any]:
@@ -27,4 +30,4 @@ def _data(one: Implementation) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])["points"])

@@ -1,11 +1,11 @@
-"""An implementation taken through the parity suite of its Method or Operation, case by case, in this process."""
+"""Run of a parity suite: every case of an implementation, check by check, in this process."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -14,8 +14,9 @@ from harness.conformance import checks, operations, parity_suite, process_settin
 from harness.conformance.case import Case
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.execution.parity_model import TARGETS, ParityModel, whole
-from harness.conformance.findings.outcomes import CheckOutcome
+from harness.conformance.findings.outcomes import CheckOutcome, Execution
 from harness.conformance.operation import OperationSubject
+from harness.conformance.parity_suite import MethodCase, MethodSuite, OperationCase, OperationSuite, ParitySuite
 from harness.conformance.subject import (
     DTYPES,
     ExpectedCodes,
@@ -30,16 +31,12 @@ from harness.conformance.subject import (
 )
 from harness.errors import Unsupported
 from harness.methods.registry import Implementation
-from harness.records.record import CheckResult, Outcome
+from harness.records.check import CheckResult, Outcome
+from harness.records.check_id import CheckId
 
 SEED = 20
 CPU = torch.device("cpu")
 _T = TypeVar("_T")
-_AT_INIT_ONLY = ("base", "identity", "initial", "detach", "settings")
-_WARM_SHOWS = (
-    "strides", "vector", "dropout", "step", "trajectory", "merge", "save", "deterministic", "poison", "inputs", "overlap",
-)  # fmt: skip
-"""Checks that at the start, where most updates are zero, see nothing that they do not see when warm."""
 
 
 def run(
@@ -49,78 +46,108 @@ def run(
     dtypes: tuple[str, ...] = (),
     begin: Callable[[str], None] | None = None,
 ) -> Iterator[CheckOutcome]:
-    """Yield every check of every case; dtypes: only these, if any are given; begin: is told of each case before it.
+    """Yield the outcome of every check of every case.
 
-    An exception inside a check or inside the implementation is a failure of that check or of `attach`; a
-    harness.Unsupported from the implementation means that it does not offer the case.
+    dtypes: only these, if any are given. begin: called with the name of each case before it starts. An exception inside a
+    check or inside the implementation is a failure of that check or of `attach`; a harness.Unsupported from the
+    implementation means that it does not offer the case.
     """
     wanted = [dtype for dtype in implementation.dtypes if dtype in (dtypes or implementation.dtypes)]
-    cases = (_operation if implementation.kind == "operation" else _method)(implementation, breadth, wanted)
-    for words, dtype, tries in cases:
+    plan = parity_suite.load_plan(implementation.target)
+    for case in plan.cases(breadth, wanted):
         if begin is not None:
-            begin(f"{words} {dtype}")
-        for result in tries():
-            yield CheckOutcome(
-                implementation=implementation.name,
-                kind=implementation.kind,
-                target=implementation.target,
-                dtype=dtype,
-                case=words,
-                result=result,
-            )
+            begin(f"{case} {case.dtype}")
+        yield from run_case(implementation, plan, case)
 
 
-Tries = Callable[[], Iterator[CheckResult]]
+def run_case(
+    implementation: Implementation, plan: ParitySuite, of: MethodCase | OperationCase, device: torch.device = CPU
+) -> Iterator[CheckOutcome]:
+    """Yield the outcome of every check of one case. device: where a Method's case runs; an Operation's runs on the CPU."""
+    runner = CaseRunner(implementation, str(of), of.dtype)
+    if isinstance(plan, OperationSuite) and isinstance(of, OperationCase):
+        yield from _run_operation(runner, plan, of)
+    elif isinstance(plan, MethodSuite) and isinstance(of, MethodCase):
+        yield from _run_method(runner, plan, of, device)
 
 
-def _method(
-    implementation: Implementation, breadth: CaseSelection, dtypes: Collection[str]
-) -> Iterator[tuple[str, str, Tries]]:
-    plan = parity_suite.load(implementation.target)
-    for case in plan.cases(breadth, dtypes):
+@dataclasses.dataclass(frozen=True)
+class CaseRunner:
+    """Runs the checks of one case of an implementation; an exception in one is a finding about the implementation."""
 
-        def tries(case: parity_suite.MethodCase = case) -> Iterator[CheckResult]:
-            yield from one_case(implementation, plan, case)
+    implementation: Implementation
+    case: str
+    """The case's name."""
+    dtype: str
 
-        yield str(case), case.dtype, tries
+    def check(self, name: str, subject: Subject | OperationSubject, case: Case) -> CheckOutcome:
+        """Run one check. What it does to the process is undone: only the check `settings` may find it."""
+
+        def run() -> CheckResult:
+            with torch.random.fork_rng(), process_settings.restored():
+                process_settings.seed(SEED)
+                return checks.every()[name](subject, case)
+
+        found = self.attempt(CheckId(subject.method, name, self.dtype, case.state), run)
+        return found if isinstance(found, CheckOutcome) else self._outcome(found)
+
+    def attempt(self, check: CheckId, act: Callable[[], _T]) -> _T | CheckOutcome:
+        """Return what `act` returns, or, if it raises, that as the outcome of `check`."""
+        try:
+            return act()
+        except Unsupported as error:
+            result = CheckResult(check=str(check), outcome=Outcome.SKIPPED, detail=f"unsupported: {error}")
+            return self._outcome(result, Execution.UNSUPPORTED)
+        except Exception as error:  # noqa: BLE001  # an implementation may raise anything: it is a finding about it
+            result = CheckResult(check=str(check), outcome=Outcome.FAIL, detail=_raised(error))
+            return self._outcome(result, Execution.RAISED)
+
+    def _outcome(self, result: CheckResult, execution: Execution = Execution.COMPLETED) -> CheckOutcome:
+        it = self.implementation
+        return CheckOutcome(
+            implementation=it.name, kind=it.kind, target=it.target, dtype=self.dtype, case=self.case, result=result,
+            execution=execution,
+        )  # fmt: skip
 
 
-def one_case(
-    implementation: Implementation,
-    plan: parity_suite.ParitySuite,
-    of: parity_suite.MethodCase,
-    device: torch.device = CPU,
-) -> Iterator[CheckResult]:
-    """Yield the checks of one case of a Method, or of a quantised base, each in the states in which it sees most."""
-    start = f"{plan.method}/attach/{of.dtype}/init"
-    with process_settings.kept() as disturbed:  # by the imports, perhaps, that the first attaching does
-        made = _guarded(start, lambda: attach(implementation, plan, of, device))
-    if isinstance(made, CheckResult):
+def _run_method(runner: CaseRunner, plan: MethodSuite, of: MethodCase, device: torch.device) -> Iterator[CheckOutcome]:
+    """Run a case of a Method, or of a quantised base: each check in the states that it names."""
+    attaching = CheckId(plan.method, "attach", of.dtype, "init")
+    with process_settings.restored() as disturbed:  # by the imports, perhaps, that the first attaching does
+        made = runner.attempt(attaching, lambda: attach(runner.implementation, plan, of, device))
+    if isinstance(made, CheckOutcome):
         yield made
         return
     subject, case = made
     subject.disturbed += disturbed
-
-    def warm_up() -> None:
-        warm(subject.added(), case.generator(salt=1))
-
     for state in plan.states:
-        at = dataclasses.replace(case, state=state)
+        in_state = dataclasses.replace(case, state=state)
         if state == "warm":
-            odd = _guarded(start, warm_up)
-            if odd is not None:
-                yield odd
+            failure = runner.attempt(attaching, lambda: warm(subject.added(), case.generator(salt=1)))
+            if failure is not None:
+                yield failure
                 return
         for name in plan.checks:
-            elsewhere = _AT_INIT_ONLY if state == "warm" else _WARM_SHOWS if "warm" in plan.states else ()
-            if name not in elsewhere:
-                yield tried(name, subject, at, f"{plan.method}/{name}/{of.dtype}/{state}")
+            if checks.every()[name].states.include(state, plan.states):
+                yield runner.check(name, subject, in_state)
+
+
+def _run_operation(runner: CaseRunner, plan: OperationSuite, of: OperationCase) -> Iterator[CheckOutcome]:
+    operation = operations.every()[plan.operation]
+
+    def draw(seed: int) -> dict[str, Any]:
+        return operation.arguments(DTYPES[of.dtype], torch.Generator().manual_seed(seed), **of.values)
+
+    subject = OperationSubject(operation, runner.implementation, of.dtype, draw(SEED), lambda: draw(SEED + 1))
+    case = Case("call", seed=SEED, factors=plan.factors())
+    for name in plan.checks:
+        yield runner.check(name, subject, case)
 
 
 def attach(
     implementation: Implementation,
-    plan: parity_suite.ParitySuite,
-    of: parity_suite.MethodCase,
+    plan: MethodSuite,
+    of: MethodCase,
     device: torch.device = CPU,
 ) -> tuple[Subject, Case]:
     """Attach an implementation to a fresh parity model on `device`; return it and the case around it."""
@@ -130,9 +157,8 @@ def attach(
         return ParityModel(of.kind, shape, DTYPES[of.dtype], SEED).eval().to(device)
 
     pristine = built(of.shape)
-    twins: dict[
-        tuple[str, str], ReferenceLayer
-    ] = {}  # one weight, one config: one reference, of every subject made here
+    # One weight and one config: one reference, shared by every subject made here.
+    cache: dict[tuple[str, str], ReferenceLayer] = {}
 
     def fresh(*, seed: int = SEED, square: bool = False, **changed: Any) -> Subject:
         model = built(of.shape.square()) if square else copy.deepcopy(pristine)
@@ -154,8 +180,10 @@ def attach(
         else:
             adapted = implementation(model, settled, generator)
         # Not where config or weights are others, nor on a base of which somebody else might make something else each time.
-        shared = {} if changed or square or plan.base else twins
-        return Subject(method, settled, of.dtype, model, adapted, bases, own, original, packed, expected, twins=shared)
+        shared = {} if changed or square or plan.base else cache
+        return Subject(
+            method, settled, of.dtype, model, adapted, bases, own, original, packed, expected, reference_cache=shared
+        )
 
     subject = fresh()
     run_model, forward = whole(subject.model)
@@ -170,55 +198,6 @@ def _adaptable(model: ParityModel, config: Any) -> dict[str, Any]:
     if hasattr(config, "targets"):
         return {name: model.get_submodule(name) for name in TARGETS}
     return adaptable_layers(model, config)
-
-
-def _operation(
-    implementation: Implementation, breadth: CaseSelection, dtypes: Collection[str]
-) -> Iterator[tuple[str, str, Tries]]:
-    plan = parity_suite.load_operation(implementation.target)
-    for values, dtype in plan.calls(breadth, dtypes):
-
-        def tries(values: dict[str, Any] = values, dtype: str = dtype) -> Iterator[CheckResult]:
-            yield from one_call(implementation, plan, values, dtype)
-
-        yield parity_suite.in_words(values), dtype, tries
-
-
-def one_call(
-    implementation: Implementation, plan: parity_suite.OperationSuite, values: dict[str, Any], dtype: str
-) -> Iterator[CheckResult]:
-    """Yield every check of one case of an Operation."""
-    operation = operations.every()[plan.operation]
-
-    def drawn(seed: int) -> dict[str, Any]:
-        return operation.arguments(DTYPES[dtype], torch.Generator().manual_seed(seed), **values)
-
-    subject = OperationSubject(operation, implementation, dtype, drawn(SEED), lambda: drawn(SEED + 1))
-    case = Case("call", seed=SEED, factors=plan.factors())
-    for name in plan.checks:
-        yield tried(name, subject, case, f"{operation.name}/{name}/{dtype}/call")
-
-
-def tried(name: str, subject: Any, case: Case, identifier: str) -> CheckResult:
-    """Try one check; an exception in it is a failure that says what was raised and where."""
-
-    def check() -> CheckResult:
-        # What one check does to the process is a finding of `settings`, and no other's.
-        with torch.random.fork_rng(), process_settings.kept():
-            process_settings.seed(SEED)
-            return checks.every()[name](subject, case)
-
-    return _guarded(identifier, check)
-
-
-def _guarded(identifier: str, act: Callable[[], _T]) -> _T | CheckResult:
-    """Return what `act` returns; or, if it raises, what that says of the implementation."""
-    try:
-        return act()
-    except Unsupported as error:
-        return CheckResult(check=identifier, outcome=Outcome.SKIPPED, detail=f"unsupported: {error}")
-    except Exception as error:  # noqa: BLE001  # somebody else's code: whatever it raises is a finding about it
-        return CheckResult(check=identifier, outcome=Outcome.FAIL, detail=_raised(error))
 
 
 def _raised(error: BaseException) -> str:

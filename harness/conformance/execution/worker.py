@@ -1,46 +1,57 @@
-"""A process that takes implementations through their parity suites: `python -m harness.conformance.execution.worker FD LINE TASK`.
+"""Worker of `check`: runs the parity suites of one entry point's implementations.
 
-Writes one JSON line per event to the file descriptor FD: `begin` and `end` of a target, `case`, `tried`, `missing`, `done`.
-What a plug-in prints to stdout goes to stderr. Dies when the other end of the pipe LINE is gone.
+`python -m harness.conformance.execution.worker FD LINE TASK`, where TASK is a WorkerTask as JSON. It writes the events of
+`worker_protocol` to the file descriptor FD; what a plug-in prints to stdout goes to stderr. It dies when the other end of
+the pipe LINE is gone.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from importlib import import_module
 from typing import Any
 
-from harness.conformance.case_selection import CaseSelection
-from harness.conformance.findings.outcomes import CheckOutcome
-from harness.methods.registry import Implementation, discover, told
+from harness.conformance.execution.worker_protocol import (
+    CaseBegun,
+    CheckEnded,
+    ModuleMissing,
+    TargetBegun,
+    TargetEnded,
+    WorkerTask,
+)
+from harness.conformance.findings.outcomes import CheckOutcome, Execution
+from harness.methods.registry import Implementation, discover, format_error
 from harness.process.event_pipe import Emit, event_writer
-from harness.records.record import CheckResult, Outcome
 
 
-def main(fd: int, line: int, task: dict[str, Any]) -> None:
-    """Try what one entry point offers. task: point, its name; targets as [implementation, kind, target]; breadth; dtypes."""
+def main(fd: int, line: int, task: WorkerTask) -> None:
+    """Run the targets of the task one after the other."""
     with event_writer(fd, line) as emit:
         from harness.conformance import process_settings
 
-        before = process_settings.now()
-        registry = discover(only=[task["point"]])
-        for name, kind, target in task["targets"]:
-            implementation = registry.find(kind, target, name)
-            emit(begin=[name, kind, target])
-            _try(implementation, task, before, emit)
-            emit(end=[name, kind, target])
+        before = process_settings.snapshot()
+        registry = discover(only=[task.point])
+        for target in task.targets:
+            name, kind, what = target
+            implementation = registry.find(kind, what, name)
+            emit(**TargetBegun(begin=target).model_dump(mode="json"))
+            _run(implementation, task, before, emit)
+            emit(**TargetEnded(end=target).model_dump(mode="json"))
 
 
-def _try(implementation: Implementation, task: dict[str, Any], before: dict[str, Any], emit: Emit) -> None:
-    """Say what came of every check; whatever escapes them is one more failure, and ends only this target."""
+def _run(implementation: Implementation, task: WorkerTask, before: dict[str, Any], emit: Emit) -> None:
+    """Report the outcome of every check. An exception outside a check is one more failure, and ends only this target."""
     at = "start-up"
 
     def begin(case: str) -> None:
         nonlocal at
         at = case
-        emit(case=case)
+        emit(**CaseBegun(case=case).model_dump(mode="json"))
 
+    def report(outcome: CheckOutcome) -> None:
+        emit(**CheckEnded.of(outcome).model_dump(mode="json"))
+
+    target = implementation.name, implementation.kind, implementation.target
     try:
         for module in implementation.requires:
             begin(f"importing {module}")
@@ -50,29 +61,22 @@ def _try(implementation: Implementation, task: dict[str, Any], before: dict[str,
                 # "a.b" is not installed if there is no a, or no a.b; but it is, and broken, if the c that it needs is not.
                 if not f"{module}.".startswith(f"{error.name}."):
                     raise
-                return emit(missing=f"needs {module}, which is not installed")
+                reason = f"needs {module}, which is not installed"
+                return emit(**ModuleMissing(missing=reason).model_dump(mode="json"))
         from harness.conformance import process_settings
         from harness.conformance.execution import suite_run
 
-        if changed := process_settings.changed(before):
-            process_settings.put_back(before)
-            emit(tried=_failed(implementation, "settings", "import", f"importing it: {'; '.join(changed)}"))
-        for tried in suite_run.run(
-            implementation, breadth=CaseSelection(**task["breadth"]), dtypes=tuple(task["dtypes"]), begin=begin
-        ):
-            emit(tried=tried.model_dump(mode="json"))
-    except Exception as error:  # noqa: BLE001  # somebody else's code: whatever it raises is a finding about it
-        why = f"raised {told(error)}; what comes after this was not tried"
-        emit(tried=_failed(implementation, "alive", at, why))
-
-
-def _failed(implementation: Implementation, check: str, case: str, why: str) -> dict[str, Any]:
-    result = CheckResult(check=f"{implementation.target}/{check}/-/-", outcome=Outcome.FAIL, detail=why)
-    return CheckOutcome(
-        implementation=implementation.name, kind=implementation.kind, target=implementation.target, dtype="-", case=case,
-        result=result,
-    ).model_dump(mode="json")  # fmt: skip
+        if changed := process_settings.list_changes(before):
+            process_settings.restore(before)
+            why = f"importing it: {'; '.join(changed)}"
+            report(CheckOutcome.of_whole_target(*target, check="settings", case="import", detail=why))
+        for outcome in suite_run.run(implementation, breadth=task.breadth, dtypes=task.dtypes, begin=begin):
+            report(outcome)
+    except Exception as error:  # noqa: BLE001  # an implementation may raise anything: it is a finding about it
+        why = f"raised {format_error(error)}; what comes after this was not tried"
+        raised = Execution.RAISED
+        report(CheckOutcome.of_whole_target(*target, check="alive", case=at, detail=why, execution=raised))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), WorkerTask.model_validate_json(sys.argv[3]))

@@ -1,77 +1,116 @@
-"""Planted faults: copies of the reference with one mistake each, to see whether the checks notice.
+"""Planted faults: copies of the reference with one mistake each, which the checks must notice (`check --self-test`).
 
-One file per Method, Operation or base. A fault is a function that spoils a copy of the source:
+One file per Method, Operation or base. A fault is a function that changes a copy of the source, with a decorator that names
+the target and the checks that must catch it:
 
-    @planted("dora", "gradient")
-    def does_not_detach_the_norm(its: Copy) -> None:
+    @planted("dora", "gradient", values={"rank": 3, "alpha": 8.0})
+    def does_not_detach_the_norm(its: PatchedCopy) -> None:
         its.line("norm.detach() if self.detach_norm else norm", "norm")
 
-It names who it is a fault of and the checks that a reader would expect to catch it; `planted_in` names several.
+`planted_in_methods` plants a fault in every Method that it applies to. A Method takes part if its file here, named like the
+Method, has `CASE`, the FaultCase in which such faults are planted.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 from harness.conformance import parity_suite
 from harness.conformance.faults.patched_copy import PatchedCopy
 
+Spoil = Callable[[PatchedCopy], None]
+
 
 @dataclass(frozen=True)
-class Slice:
-    """The one case of the parity suite in which a fault shows.
-
-    values: of the Method's config, or the arguments of an Operation's case. layer, tokens, inputs, outputs: the shape; the
-    small model's first layer maps inputs to outputs, its second maps back.
-    """
+class FaultCase:
+    """The one case of the target's parity suite in which a fault shows."""
 
     values: dict[str, Any] = field(default_factory=dict)
+    """Of the Method's config, or of an Operation's case."""
     dtype: parity_suite.Dtype = "float32"
     layer: parity_suite.Kind = "linear"
     tokens: int = 9
     inputs: int = 40
+    """Features into the small model's first layer; its second maps back."""
     outputs: int = 24
 
     def __str__(self) -> str:
         shape = f"{self.tokens}x{self.inputs}x{self.outputs}"
         return " ".join(filter(None, [parity_suite.in_words(self.values), self.layer, shape, self.dtype]))
 
+    def of_method(self) -> parity_suite.MethodCase:
+        """Return it as a case of a Method or a base."""
+        shape = {"tokens": self.tokens, "in": self.inputs, "out": self.outputs}
+        return parity_suite.MethodCase(
+            self.values, self.layer, parity_suite.CaseShape.model_validate(shape), self.dtype
+        )
+
+    def of_operation(self) -> parity_suite.OperationCase:
+        """Return it as a case of an Operation."""
+        return parity_suite.OperationCase(self.values, self.dtype)
+
 
 @dataclass(frozen=True)
 class Fault:
-    """A mistake: what it does to a copy, of what, where it shows, and the checks that should catch it."""
+    """A mistake planted in one target."""
 
     name: str
     target: str
-    spoil: Callable[[PatchedCopy], None]
+    spoil: Spoil
+    """Makes the mistake in a copy of the target's source."""
     expected: tuple[str, ...]
-    where: Slice
+    """Checks that must catch it."""
+    case: FaultCase
 
 
-Faults = tuple[Fault, ...]
+@dataclass(frozen=True)
+class MethodsFault:
+    """A mistake planted in every Method to which it applies."""
+
+    name: str
+    spoil: Spoil
+    expected: tuple[str, ...]
+    only: Collection[str]
+    adds_layers: bool | None
+    values: Mapping[str, Any]
+
+    def planted(self, cases: Mapping[str, FaultCase]) -> Iterator[Fault]:
+        """Yield the fault of each Method; cases: Method -> the case in which to plant it."""
+        for method, case in cases.items():
+            checks = parity_suite.load_plan(method).checks
+            applies = not self.only or method in self.only
+            if self.adds_layers is not None:  # only a Method that adds tensors has a start to check
+                applies &= self.adds_layers is ("initial" in checks)
+            if applies and set(self.expected) <= set(checks):
+                where = replace(case, values={**case.values, **self.values})
+                yield Fault(self.name, method, self.spoil, self.expected, where)
 
 
-def planted(target: str, *expected: str, **where: Any) -> Callable[[Callable[[PatchedCopy], None]], Fault]:
-    """Make a fault of `target` of a function. where: of a Slice, where the usual one will not do."""
+def planted(target: str, *expected: str, **case: Any) -> Callable[[Spoil], Fault]:
+    """Make a function a fault of `target`. case: fields of the FaultCase that differ from the usual ones."""
 
-    def wrap(spoil: Callable[[PatchedCopy], None]) -> Fault:
-        return Fault(spoil.__name__, target, spoil, expected, Slice(**where))
+    def wrap(spoil: Spoil) -> Fault:
+        return Fault(spoil.__name__, target, spoil, expected, FaultCase(**case))
 
     return wrap
 
 
-def planted_in(
-    targets: Mapping[str, Mapping[str, Any]], *expected: str
-) -> Callable[[Callable[[PatchedCopy], None]], Faults]:
-    """Make one fault of each target; targets: name -> of its Slice, where the usual one will not do."""
+def planted_in_methods(
+    *expected: str, only: Collection[str] = (), adds_layers: bool | None = None, **values: Any
+) -> Callable[[Spoil], MethodsFault]:
+    """Make a function a fault of every Method whose parity suite has the checks that are expected to catch it.
 
-    def wrap(spoil: Callable[[PatchedCopy], None]) -> Faults:
-        return tuple(planted(target, *expected, **where)(spoil) for target, where in targets.items())
+    only: these Methods, if any are given. adds_layers: only Methods that do (False: that do not) put layers of their own
+    around the base's. values: of the Method's config, besides those of its CASE.
+    """
+
+    def wrap(spoil: Spoil) -> MethodsFault:
+        return MethodsFault(spoil.__name__, spoil, expected, only, adds_layers, values)
 
     return wrap
 
@@ -79,10 +118,13 @@ def planted_in(
 @cache
 def every() -> tuple[Fault, ...]:
     """Return all faults, file by file."""
-    return tuple(
-        fault
-        for module in pkgutil.iter_modules(__path__)
-        for made in vars(importlib.import_module(f"{__name__}.{module.name}")).values()
-        for fault in (made if isinstance(made, tuple) else (made,))
-        if isinstance(fault, Fault)
-    )
+    modules = {m.name: vars(importlib.import_module(f"{__name__}.{m.name}")) for m in pkgutil.iter_modules(__path__)}
+    cases = {name: found["CASE"] for name, found in modules.items() if isinstance(found.get("CASE"), FaultCase)}
+    faults: list[Fault] = []
+    for found in modules.values():
+        for one in found.values():
+            if isinstance(one, Fault):
+                faults.append(one)
+            elif isinstance(one, MethodsFault):
+                faults += one.planted(cases)
+    return tuple(faults)

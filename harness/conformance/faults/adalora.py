@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from harness.conformance.faults import planted
+from harness.conformance.faults import FaultCase, planted
 from harness.conformance.faults.patched_copy import PatchedCopy
 
 _USUAL = {"rank": 6, "target_rank": 2, "alpha": 8.0}
+CASE = FaultCase(values=_USUAL)
 
 
 @planted("adalora", "budget", values=_USUAL)

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.faults import planted, planted_in
+from harness.conformance.faults import planted, planted_in_methods
 from harness.conformance.faults.patched_copy import PatchedCopy
-from harness.conformance.faults.shared import ALL, DROP
 
 Right = Callable[[Tensor], Tensor]
 _BLOCKS = {"values": {"shape": [5, 96], "block": 64}}
@@ -20,7 +19,7 @@ _BATCH = {"values": {"ids": [1, 0, -1, 1], "ranks": [3, 16], "shape": [63, 48]}}
 _DECODED = "return code.to(codes.device)[codes.flatten().long()] * scale"
 
 
-@planted_in(ALL, "overlap")
+@planted_in_methods("overlap")
 def returns_the_same_buffer_at_every_call(its: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         out = right(x)
@@ -30,7 +29,7 @@ def returns_the_same_buffer_at_every_call(its: PatchedCopy) -> None:
     its.forward(forward)
 
 
-@planted_in({"lora": ALL["lora"], "dora": ALL["dora"]}, "overlap")
+@planted_in_methods("overlap", only=["lora", "dora"])
 def keeps_its_input_for_the_backward_pass_in_one_place(its: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         kept = 1 * x
@@ -95,12 +94,12 @@ def keeps_the_weight_of_its_first_batch(its: PatchedCopy) -> None:
     )
 
 
-@planted_in(ALL, "settings")
+@planted_in_methods("settings")
 def changes_the_default_dtype(its: PatchedCopy) -> None:
     its.then(lambda _: torch.set_default_dtype(torch.float16))
 
 
-@planted_in(ALL, "settings")
+@planted_in_methods("settings")
 def seeds_the_random_numbers_when_it_is_attached(its: PatchedCopy) -> None:
     its.then(lambda _: torch.manual_seed(0))
 
@@ -129,12 +128,12 @@ def allows_itself_lower_precision(its: PatchedCopy) -> None:
     )
 
 
-@planted_in(DROP, "dropout")
+@planted_in_methods("dropout", dropout=0.25)
 def drops_the_same_features_of_all_tokens(its: PatchedCopy) -> None:
     _drop_by(its, lambda x, p: torch.rand(x.shape[-1], device=x.device) >= p)
 
 
-@planted_in(DROP, "dropout")
+@planted_in_methods("dropout", dropout=0.25)
 def drops_the_same_features_at_every_call(its: PatchedCopy) -> None:
     _drop_by(its, lambda x, p: torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device) >= p)
 
@@ -156,7 +155,7 @@ def _drop_by(its: PatchedCopy, mask: Callable[[Tensor, float], Tensor]) -> None:
     its.then(change)
 
 
-@planted_in({method: where for method, where in ALL.items() if method not in ("full", "galore")}, "trajectory")
+@planted_in_methods("trajectory", adds_layers=True)
 def shrinks_what_it_trains_between_steps(its: PatchedCopy) -> None:
     def change(adapted: Any) -> None:
         after = adapted.after_step
@@ -172,6 +171,6 @@ def shrinks_what_it_trains_between_steps(its: PatchedCopy) -> None:
     its.then(change)
 
 
-@planted("galore", "trajectory", **ALL["galore"])
+@planted_in_methods("trajectory", only=["galore"])
 def counts_only_its_first_step(its: PatchedCopy) -> None:
     its.line('state["step"] += 1', 'state["step"] = 1', file="galore")

@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from harness.conformance.faults import planted
+from harness.conformance.faults import FaultCase, planted
 from harness.conformance.faults.patched_copy import PatchedCopy
+
+CASE = FaultCase()
 
 
 @planted("full", "layers")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from harness.conformance.faults import planted
+from harness.conformance.faults import FaultCase, planted
 from harness.conformance.faults.patched_copy import PatchedCopy
 
 _USUAL = {"rank": 3}
+CASE = FaultCase(values={**_USUAL, "eps": 0.1})
 _WIDE = {"inputs": 40, "outputs": 36}  # wider than the sketch of a randomised SVD
 _LOW = '{"rank": c.rank, "update_gap": c.update_gap, "scale": c.scale, "side": c.side, "niter": c.niter}'
 

@@ -51,7 +51,7 @@ def scales_forward_only(its: PatchedCopy) -> None:
 
 @planted("lora_linear", "outputs", values=_PLAIN)
 def forgets_the_bias_of_the_layer(its: PatchedCopy) -> None:
-    its.line("applied(lora.LoraLinear(dense(W, bias),", "applied(lora.LoraLinear(dense(W, None),")
+    its.line("apply_layer(lora.LoraLinear(dense_linear(W, bias),", "apply_layer(lora.LoraLinear(dense_linear(W, None),")
 
 
 @planted("nf4_lora_linear", "outputs", "backward", values=_PACKED)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.faults import planted
+from harness.conformance.faults import FaultCase, planted
 from harness.conformance.faults.patched_copy import PatchedCopy
 from reference.shared.layers import replace
 
 _USUAL = {"rank": 3, "alpha": 8.0}
+CASE = FaultCase(values=_USUAL)
 _SQUARE = {"values": _USUAL, "inputs": 32, "outputs": 32}
 _PRODUCT = "self.scaling * (h_TR @ self.B.T)"
 _INPUT = "self.dropout(x_TD) @ self.A.T"
@@ -229,7 +230,7 @@ def starts_gaussian_with_one_over_the_root_of_the_rank(its: PatchedCopy) -> None
 
 @planted("lora", "initial", values={**_USUAL, "init": "gaussian"})
 def ignores_the_choice_of_its_start(its: PatchedCopy) -> None:
-    its.line("start(config.init, rank", 'start("kaiming", rank')
+    its.line("initial_factors(config.init, rank", 'initial_factors("kaiming", rank')
 
 
 @planted("lora", "identity", values={"rank": 4, "alpha": 8.0, "init": "orthogonal"})

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from harness.conformance.faults import planted
+from harness.conformance.faults import FaultCase, planted
 from harness.conformance.faults.patched_copy import PatchedCopy
 
 _USUAL = {"rank": 3, "alpha": 8.0}
+CASE = FaultCase(values=_USUAL)
 
 
 @planted("pissa", "residual", values=_USUAL)

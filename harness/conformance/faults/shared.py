@@ -1,4 +1,4 @@
-"""Faults that any Method with layers can have: each is planted in every Method."""
+"""Faults that any Method can have."""
 
 from __future__ import annotations
 
@@ -8,40 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.faults import planted_in
+from harness.conformance.faults import planted_in_methods
 from harness.conformance.faults.patched_copy import PatchedCopy
-
-_LOW = {"rank": 3, "alpha": 8.0}
-_ADDS: dict[str, dict[str, Any]] = {
-    "lora": {"values": _LOW},
-    "dora": {"values": _LOW},
-    "pissa": {"values": _LOW},
-    "vera": {"values": {"rank": 3, "projection_key": 7}},
-    "adalora": {"values": {"rank": 6, "target_rank": 2, "alpha": 8.0}},
-    "qlora": {"values": _LOW, "inputs": 64, "outputs": 48},
-}
-"""The Methods that add layers, and the case of each."""
-ALL = {**_ADDS, "galore": {"values": {"rank": 3, "eps": 0.1}}, "full": {}}
-DROP = {
-    method: {**where, "values": {**where["values"], "dropout": 0.25}}
-    for method, where in _ADDS.items()
-    if method != "pissa"  # which has no dropout
-}
 
 Right = Callable[[Tensor], Tensor]
 
 
-@planted_in(ALL, "strides")
+@planted_in_methods("strides")
 def reads_a_view_as_if_it_were_contiguous(its: PatchedCopy) -> None:
     its.forward(lambda _, x, right: right(x.as_strided(x.shape, torch.empty(x.shape, device="meta").stride())))
 
 
-@planted_in(ALL, "vector")
+@planted_in_methods("vector")
 def makes_a_matrix_of_a_vector(its: PatchedCopy) -> None:
     its.forward(lambda _, x, right: right(torch.atleast_2d(x)))
 
 
-@planted_in(ALL, "poison")
+@planted_in_methods("poison")
 def leaves_a_column_unwritten(its: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         out = right(x)
@@ -56,7 +39,7 @@ def unwritten(like: Tensor) -> Tensor:
     return torch.where(fresh.isnan(), fresh, 0.0)
 
 
-@planted_in(ALL, "model")
+@planted_in_methods("model")
 def trains_only_behind_another(its: PatchedCopy) -> None:
     """Takes an input that needs no gradient, as the first layer of a model gets it, for inference."""
 
@@ -67,7 +50,7 @@ def trains_only_behind_another(its: PatchedCopy) -> None:
     its.forward(forward)
 
 
-@planted_in(ALL, "save")
+@planted_in_methods("save")
 def computes_otherwise_at_its_first_use(its: PatchedCopy) -> None:
     """No checkpoint tells a layer that was used from one that was not."""
 
@@ -78,12 +61,12 @@ def computes_otherwise_at_its_first_use(its: PatchedCopy) -> None:
     its.forward(forward)
 
 
-@planted_in(_ADDS, "detach")
+@planted_in_methods("detach", adds_layers=True)
 def leaves_its_layers_behind(its: PatchedCopy) -> None:
     its.then(lambda adapted: setattr(adapted, "detach", lambda: None))
 
 
-@planted_in(DROP, "dropout")
+@planted_in_methods("dropout", dropout=0.25)
 def drops_nothing(its: PatchedCopy) -> None:
     def change(adapted: Any) -> None:
         for layer in adapted.layers.values():
@@ -92,12 +75,12 @@ def drops_nothing(its: PatchedCopy) -> None:
     its.then(change)
 
 
-@planted_in({"full": {}, "galore": ALL["galore"]}, "base", "identity")
+@planted_in_methods("base", "identity", adds_layers=False)
 def changes_a_weight_when_it_is_attached(its: PatchedCopy) -> None:
     its.then(lambda adapted: adapted.layers["first"].weight.data.mul_(1.01))
 
 
-@planted_in({method: where for method, where in _ADDS.items() if method != "pissa"}, "base")
+@planted_in_methods("base", adds_layers=True)
 def rounds_a_weight_that_it_does_not_adapt(its: PatchedCopy) -> None:
     def change(adapted: Any) -> None:
         weight = adapted.model.other.weight

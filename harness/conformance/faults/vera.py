@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.conformance.faults import planted
+from harness.conformance.faults import FaultCase, planted
 from harness.conformance.faults.patched_copy import PatchedCopy
 
 _USUAL = {"rank": 3, "projection_key": 7}
+CASE = FaultCase(values=_USUAL)
 _SQUARE = {"values": {"rank": 24, "projection_key": 7}, "inputs": 24, "outputs": 24}
 
 

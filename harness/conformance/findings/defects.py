@@ -15,15 +15,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from harness import yaml_lines
 from harness.conformance import checks
-from harness.conformance.findings.outcomes import CheckOutcome
-from harness.errors import Problem, SuiteError, near
-from harness.records.record import CheckResult, FrozenModel, Outcome
-from harness.resources import folder
-from harness.suites import schema
+from harness.conformance.findings.outcomes import CheckOutcome, Execution
+from harness.errors import Problem, SuiteError, did_you_mean
+from harness.records.base_model import FrozenModel
+from harness.records.check import CheckResult, Outcome
+from harness.records.check_id import CheckId
+from harness.resources import data_folder
 
 
 class Defect(FrozenModel):
@@ -58,7 +59,7 @@ class Defect(FrozenModel):
         try:
             SpecifierSet(value)
         except InvalidSpecifier as error:
-            raise ValueError(f"`versions` is {value!r}, not a range such as >=0.19,<0.22") from error
+            raise ValueError(f"`versions` is {value!r}, not a range; write e.g. >=0.19,<0.22") from error
         return value
 
     @field_validator("shows")
@@ -68,7 +69,7 @@ class Defect(FrozenModel):
             try:
                 re.compile(one)
             except re.error as error:
-                raise ValueError(f"`shows` holds {one!r}, which is no regular expression: {error}") from error
+                raise ValueError(f"`shows` holds {one!r}; write a regular expression: {error}") from error
         return value
 
     def matches(self, tried: CheckOutcome, pattern: str = "") -> bool:
@@ -82,10 +83,10 @@ class Defect(FrozenModel):
 
     def explains(self, tried: CheckOutcome) -> bool:
         """Whether this result is a failure of such a case that looks like the defect."""
-        result, what = tried.result, said(tried.result)
+        result, what = tried.result, _description(tried.result)
         if result.outcome is not Outcome.FAIL or not self.matches(tried):
             return False
-        if what.startswith("raised "):
+        if tried.execution is Execution.RAISED:
             return any(one.startswith("raised") and re.match(one, what) for one in self.shows)
         small = self.at_most is None or (result.error is not None and result.error <= self.at_most)
         return small and (not self.shows or any(re.search(one, what) for one in self.shows))
@@ -98,24 +99,26 @@ class Defect(FrozenModel):
             return False
 
 
+def _description(result: CheckResult) -> str:
+    """Return the text in which `shows` of a defect searches: the tensor, its worst element, the policy, the detail."""
+    return "; ".join(part for part in (result.tensor, result.worst, result.policy, result.detail) if part)
+
+
 class _File(FrozenModel):
     defects: list[Defect]
 
 
 def path() -> Path:
     """Return the file of known defects."""
-    return folder("suites") / "parity" / "defects" / "known.yaml"
+    return data_folder("suites") / "parity" / "defects" / "known.yaml"
 
 
 @cache
 def known() -> tuple[Defect, ...]:
     """Read the known defects. Raises SuiteError with every mistake: unknown checks, ids twice, missing reproductions."""
     file = path()
-    document = yaml_lines.load(file)
-    try:
-        defects = _File.model_validate(document.data).defects
-    except ValidationError as error:
-        raise SuiteError([problem for _, problem in schema.explain(error, _File, document)]) from error
+    document, keys = yaml_lines.load_model(file, _File)
+    defects = keys.defects
     problems, seen = [], set()
     for index, defect in enumerate(defects):
         where = document.where("defects", index)
@@ -123,24 +126,15 @@ def known() -> tuple[Defect, ...]:
             problems.append(Problem(where, f"the id {defect.id} is used twice", "give it another"))
         seen.add(defect.id)
         for pattern in defect.checks:
-            parts = pattern.split("/")
-            if len(parts) != 4 or (parts[1] not in {*checks.docstrings(), "attach", "alive", "*"}):
-                hint = near(
-                    parts[1] if len(parts) > 1 else pattern, checks.docstrings(), "write method/check/dtype/state"
-                )
+            name = CheckId.parse(pattern)
+            if not name.is_complete or name.check not in {*checks.docstrings(), "attach", "alive", "*"}:
+                hint = did_you_mean(name.check or pattern, checks.docstrings(), "write method/check/dtype/state")
                 problems.append(Problem(where, f"{defect.id}: {pattern!r} names no check", hint))
         if not (file.parent / defect.reproduction).is_file():
             problems.append(Problem(where, f"{defect.id}: no file {defect.reproduction}", "write the reproduction"))
     if problems:
         raise SuiteError(problems)
     return tuple(defects)
-
-
-def said(result: CheckResult) -> str:
-    """Return what a result says of a failure: the tensor, its worst element, the policy and the detail."""
-    return result.detail if result.detail.startswith("raised ") else "; ".join(
-        part for part in (result.tensor, result.worst, result.policy, result.detail) if part
-    )  # fmt: skip
 
 
 def explained(tried: Iterable[CheckOutcome], defects: Sequence[Defect]) -> tuple[list[CheckOutcome], list[str]]:

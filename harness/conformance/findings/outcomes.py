@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal
 
-from harness.records.record import CheckResult, FrozenModel, Outcome
+from pydantic import Field
+
+from harness.methods.registry import TargetKind
+from harness.records.base_model import FrozenModel
+from harness.records.check import CheckResult, Outcome
+from harness.records.check_id import CheckId
 
 
 class CheckStatus(StrEnum):
@@ -18,21 +22,53 @@ class CheckStatus(StrEnum):
     SKIPPED = "skipped"
 
 
+class Execution(StrEnum):
+    """How the run of a check ended."""
+
+    COMPLETED = "completed"
+    UNSUPPORTED = "unsupported"
+    """The implementation does not offer the case: it raised harness.Unsupported."""
+    RAISED = "raised"
+    """The implementation or the check raised another exception; `result.detail` names it."""
+
+
 class CheckOutcome(FrozenModel):
-    """One check of one case. case: config and shape in words; defect: the id of the known defect that explains a failure."""
+    """One check of one case."""
 
     implementation: str
-    kind: Literal["method", "operation", "base"]
+    kind: TargetKind
     target: str
     dtype: str
     case: str
+    """Config and shape in words."""
     result: CheckResult
     defect: str = ""
+    """Id of the known defect that explains the failure."""
+    execution: Execution = Field(default=Execution.COMPLETED, exclude=True)
+    """Not part of JSON documents, where `standing` says it."""
+
+    @classmethod
+    def of_whole_target(
+        cls,
+        implementation: str,
+        kind: TargetKind,
+        target: str,
+        *,
+        check: str,
+        case: str,
+        detail: str,
+        execution: Execution = Execution.COMPLETED,
+    ) -> CheckOutcome:
+        """Return a failure of the implementation as a whole: in no dtype and no state."""
+        result = CheckResult(check=str(CheckId(target, check, "-", "-")), outcome=Outcome.FAIL, detail=detail)
+        return cls(
+            implementation=implementation, kind=kind, target=target, dtype="-", case=case, result=result, execution=execution
+        )  # fmt: skip
 
     @property
     def check(self) -> str:
         """The check's name."""
-        return self.result.check.split("/")[1]
+        return self.result.id.check
 
     @property
     def standing(self) -> CheckStatus:
@@ -41,7 +77,7 @@ class CheckOutcome(FrozenModel):
             return CheckStatus.KNOWN_DEFECT if self.defect else CheckStatus.FAIL
         if self.result.outcome is Outcome.PASS:
             return CheckStatus.PASS
-        return CheckStatus.UNSUPPORTED if self.result.detail.startswith("unsupported") else CheckStatus.SKIPPED
+        return CheckStatus.UNSUPPORTED if self.execution is Execution.UNSUPPORTED else CheckStatus.SKIPPED
 
     @property
     def share(self) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.conformance.findings.defects import Defect
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
-from harness.conformance.parity_suite import ParityPlan
+from harness.conformance.parity_suite import ParitySuite
 from harness.errors import Exit
 
 
@@ -26,7 +26,7 @@ class CheckReport:
     complaints: list[str] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
     defects: Sequence[Defect] = ()
-    plans: dict[str, ParityPlan] = field(default_factory=dict)
+    plans: dict[str, ParitySuite] = field(default_factory=dict)
     software: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
     untried: Sequence[str] = ()

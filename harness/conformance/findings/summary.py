@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.methods.registry import DTYPES
+from harness.records.check import CheckResult
 
 _WORST_FIRST = (
     CheckStatus.FAIL,
@@ -18,7 +19,7 @@ _WORST_FIRST = (
 
 
 @dataclass(frozen=True)
-class Field:
+class MatrixField:
     """One field of the matrix: the worst standing in it, how many results have that, of how many that were compared.
 
     share: the worst error of those that passed, as a share of what was allowed; None where nothing was measured.
@@ -40,21 +41,21 @@ def rows(tried: Iterable[CheckOutcome]) -> dict[tuple[str, str], list[CheckOutco
 
 def dtypes(tried: Iterable[CheckOutcome]) -> list[str]:
     """List the dtypes of the results, widest first; all of them if nothing got as far as a dtype."""
-    return in_order(one.dtype for one in tried) or list(DTYPES)
+    return sort_dtypes(one.dtype for one in tried) or list(DTYPES)
 
 
-def in_order(there: Iterable[str]) -> list[str]:
+def sort_dtypes(there: Iterable[str]) -> list[str]:
     """List each dtype of `there` once, widest first."""
     found = set(there)
     return [dtype for dtype in DTYPES if dtype in found]
 
 
-def of_dtype(tried: Iterable[CheckOutcome], dtype: str) -> list[CheckOutcome]:
+def select_dtype(tried: Iterable[CheckOutcome], dtype: str) -> list[CheckOutcome]:
     """Return what was tried in a dtype, and what befell the whole implementation: a crash is in every field of its row."""
     return [one for one in tried if one.dtype in (dtype, "-")]
 
 
-def field(tried: Sequence[CheckOutcome]) -> Field | None:
+def summarise(tried: Sequence[CheckOutcome]) -> MatrixField | None:
     """Sum up one field; None if nothing was tried."""
     standings = [one.standing for one in tried]
     worst = next((standing for standing in _WORST_FIRST if standing in standings), None)
@@ -63,10 +64,10 @@ def field(tried: Sequence[CheckOutcome]) -> Field | None:
     compared = (CheckStatus.FAIL, CheckStatus.KNOWN_DEFECT, CheckStatus.PASS)
     shares = [one.share for one in tried if one.standing is CheckStatus.PASS and one.share is not None]
     total = sum(s in compared for s in standings) or len(standings)
-    return Field(worst, standings.count(worst), total, max(shares, default=None))
+    return MatrixField(worst, standings.count(worst), total, max(shares, default=None))
 
 
-def words(field: Field | None) -> str:
+def format_field(field: MatrixField | None) -> str:
     """Say what stands in a field: the standing, and how much of what was allowed the worst error used."""
     if field is None:
         return "-"
@@ -79,18 +80,17 @@ def words(field: Field | None) -> str:
     return field.standing.value
 
 
-def failure(one: CheckOutcome) -> str:
+def describe_failure(one: CheckOutcome) -> str:
     """Say in one line what failed, where, and by how much."""
     # A quantisation of the base is checked under a Method, whose name the check's id has.
     base = f" {one.target}" if one.kind == "base" else ""
-    return f"FAIL {one.implementation}{base} {one.result.check} ({one.case}): {' '.join(told(one).split())}"
+    return f"FAIL {one.implementation}{base} {one.result.check} ({one.case}): {' '.join(describe(one.result).split())}"
 
 
-def told(one: CheckOutcome) -> str:
-    """Say by how much a check failed, in which tensor, and at which element."""
-    r = one.result
+def describe(r: CheckResult) -> str:
+    """Describe a result in one line: error and allowance, tensor, worst element, detail, policy."""
     size = f"error {r.error:.3g}, allowed {r.allowed:.3g}" if r.error is not None and r.allowed is not None else ""
     place = " ".join(filter(None, [r.tensor, r.worst]))
     nonfinite = f"{r.nonfinite} elements not finite" if r.nonfinite else ""
     policy = f" [{r.policy}]" if r.policy not in ("", "exact") else ""
-    return "; ".join(filter(None, [size, place, nonfinite, r.detail])) + policy
+    return ("; ".join(filter(None, [size, place, nonfinite, r.detail])) + policy).strip()

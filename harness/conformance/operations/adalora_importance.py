@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.conformance.comparison.functional_layer import dense
-from harness.conformance.comparison.operation_call import changed
+from harness.conformance.comparison.functional_layer import dense_linear
+from harness.conformance.comparison.operation_call import map_floats
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed
 from harness.conformance.operation import Operation, cloned, draw
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
@@ -51,7 +51,9 @@ def reference(A: Tensor, E: Tensor, B: Tensor, beta1: float, beta2: float, **giv
     A (R, D), E (R, 1), B (out, R). given: of each, grad_A and the averages of before, I_A of its sensitivity |w grad| and
     U_A of its uncertainty, in the same shape (arXiv:2303.10512, eqs. 7 to 11).
     """
-    layer = adalora.AdaLoraLinear(dense(A.new_zeros(len(B), A.shape[1]), None), A, E, B, scaling=1.0, dropout=0.0)
+    layer = adalora.AdaLoraLinear(
+        dense_linear(A.new_zeros(len(B), A.shape[1]), None), A, E, B, scaling=1.0, dropout=0.0
+    )
     state = layer.state()
     for name, w in layer.tensors().items():
         w.grad = given[f"grad_{name}"]
@@ -75,7 +77,7 @@ def judge(outputs: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[Judg
         yield of(given)
         generator = torch.Generator().manual_seed(_SEED)
         for _ in range(PERTURBED_DRAWS):
-            yield of(changed(exactly, lambda t: perturbed(t, dtype, generator)))
+            yield of(map_floats(exactly, lambda t: perturbed(t, dtype, generator)))
 
     return noise_floor(outputs, of(exactly), draws(), dtype), ""
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from harness.conformance.comparison.functional_layer import applied, around, dense, low_rank
+from harness.conformance.comparison.functional_layer import apply_layer, dense_linear, draw_inputs, draw_low_rank
 from harness.conformance.operation import Operation, draw
 from reference import dora
 
@@ -36,7 +36,7 @@ def arguments(
     weights; a sixteenth of the update, which W cancels. m is noise, of either sign, and not the norm that it starts at.
     """
     W = draw(generator, torch.float64, *shape, spread=shape[1] ** -0.5)
-    A, B = low_rank(torch.float64, generator, shape, rank).values()
+    A, B = draw_low_rank(torch.float64, generator, shape, rank).values()
     # Where the two pull apart by chance, in a layer of few features, V may be as good as zero in any row.
     B = torch.where(((B @ A) * W).sum(dim=1, keepdim=True) * scaling < 0, -B, B)
     fourth = slice(1, None, 4)
@@ -49,7 +49,7 @@ def arguments(
         "A": A.to(dtype),
         "B": B.to(dtype),
         "m": draw(generator, dtype, shape[0]),
-        **around(dtype, generator, shape, rows, bias=bias, dropout=dropout),
+        **draw_inputs(dtype, generator, shape, rows, bias=bias, dropout=dropout),
         "scaling": scaling,
     }
 
@@ -61,8 +61,8 @@ def reference(
 
     V = W + scaling B A, the norm is that of its rows and a constant in the backward pass; g is 0 where it is 0.
     """
-    layer = dora.DoraLinear(dense(W, bias), A, B, dora.Config(rank=len(A), alpha=scaling * len(A)))
-    return applied(layer, x, mask, {"A": A, "B": B, "m": m})
+    layer = dora.DoraLinear(dense_linear(W, bias), A, B, dora.Config(rank=len(A), alpha=scaling * len(A)))
+    return apply_layer(layer, x, mask, {"A": A, "B": B, "m": m})
 
 
 OPERATION = Operation("dora_linear", ("y",), arguments, reference, differentiable=("x", "A", "B", "m"))

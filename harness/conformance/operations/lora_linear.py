@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.conformance.comparison.functional_layer import applied, around, dense, low_rank
+from harness.conformance.comparison.functional_layer import apply_layer, dense_linear, draw_inputs, draw_low_rank
 from harness.conformance.operation import Operation, draw
 from reference import lora
 
@@ -27,8 +27,8 @@ def arguments(
     """Draw the arguments of one call. shape: (E, D); rows: the leading dimensions of x; dropout: 0 gives no mask."""
     return {
         "W": draw(generator, dtype, *shape, spread=shape[1] ** -0.5),
-        **low_rank(dtype, generator, shape, rank),
-        **around(dtype, generator, shape, rows, bias=bias, dropout=dropout),
+        **draw_low_rank(dtype, generator, shape, rank),
+        **draw_inputs(dtype, generator, shape, rows, bias=bias, dropout=dropout),
         "scaling": scaling,
     }
 
@@ -37,7 +37,7 @@ def reference(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None
 ) -> Tensor:
     """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E)."""
-    return applied(lora.LoraLinear(dense(W, bias), A, B, scaling, dropout=0.0), x, mask, {"A": A, "B": B})
+    return apply_layer(lora.LoraLinear(dense_linear(W, bias), A, B, scaling, dropout=0.0), x, mask, {"A": A, "B": B})
 
 
 OPERATION = Operation("lora_linear", ("y",), arguments, reference, differentiable=("x", "A", "B"))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.conformance.comparison.functional_layer import applied, around, dense, low_rank
+from harness.conformance.comparison.functional_layer import apply_layer, dense_linear, draw_inputs, draw_low_rank
 from harness.conformance.comparison.quantised_codes import FourBit
 from harness.conformance.operation import Operation
 from reference import lora
@@ -34,8 +34,8 @@ def arguments(
     return {
         **{name: packed[name] for name in ("packed", "block", "shape")},
         "absmax": packed["absmax"] * shape[1] ** -0.5,  # so that x W^T is no larger than the update
-        **low_rank(dtype, generator, shape, rank),
-        **around(dtype, generator, shape, rows, bias=bias, dropout=dropout),
+        **draw_low_rank(dtype, generator, shape, rank),
+        **draw_inputs(dtype, generator, shape, rows, bias=bias, dropout=dropout),
         "scaling": scaling,
     }
 
@@ -56,8 +56,8 @@ def reference(
 
     QLoRA's forward pass (arXiv:2305.14314, eq. 5) is LoRA's on the decoded weight; reference/qlora.py would encode one.
     """
-    base = dense(_FORM.dequantize(packed, absmax, block, shape, x.dtype), bias)
-    return applied(lora.LoraLinear(base, A, B, scaling, dropout=0.0), x, mask, {"A": A, "B": B})
+    base = dense_linear(_FORM.dequantize(packed, absmax, block, shape, x.dtype), bias)
+    return apply_layer(lora.LoraLinear(base, A, B, scaling, dropout=0.0), x, mask, {"A": A, "B": B})
 
 
 OPERATION = Operation("nf4_lora_linear", ("y",), arguments, reference, differentiable=("x", "A", "B"))

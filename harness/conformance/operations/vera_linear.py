@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.conformance.comparison.functional_layer import applied, around, dense, low_rank
+from harness.conformance.comparison.functional_layer import apply_layer, dense_linear, draw_inputs, draw_low_rank
 from harness.conformance.operation import Operation, draw
 from reference import vera
 
@@ -29,10 +29,10 @@ def arguments(
     """
     return {
         "W": draw(generator, dtype, *shape, spread=shape[1] ** -0.5),
-        **low_rank(dtype, generator, shape, rank),
+        **draw_low_rank(dtype, generator, shape, rank),
         "b": draw(generator, dtype, shape[0]),
         "d": draw(generator, dtype, rank),
-        **around(dtype, generator, shape, rows, bias=bias, dropout=dropout),
+        **draw_inputs(dtype, generator, shape, rows, bias=bias, dropout=dropout),
     }
 
 
@@ -40,7 +40,7 @@ def reference(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, b: Tensor, d: Tensor, mask: Tensor | None
 ) -> Tensor:
     """Return x W^T + bias + b ((d ((x mask) A^T)) B^T), shape (..., E)."""
-    return applied(vera.VeraLinear(dense(W, bias), A, B, b, d, dropout=0.0), x, mask, {"b": b, "d": d})
+    return apply_layer(vera.VeraLinear(dense_linear(W, bias), A, B, b, d, dropout=0.0), x, mask, {"b": b, "d": d})
 
 
 OPERATION = Operation("vera_linear", ("y",), arguments, reference, differentiable=("x", "b", "d"))

@@ -1,41 +1,44 @@
-"""`bitsandbytes-triton`: the Triton kernels that bitsandbytes runs on XPU and others, here by Triton's interpreter.
+"""`bitsandbytes-triton`: bitsandbytes' Triton kernels (for XPU and others), run by Triton's interpreter.
 
 The interpreter must be on before Triton is imported: `TRITON_INTERPRET=1 peft-harness check bitsandbytes-triton`. Each
-function allocates and calls as bitsandbytes.backends.triton.ops does, which itself wants an accelerator.
+function allocates and calls as bitsandbytes.backends.triton.ops does, which itself requires an accelerator.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import Unsupported
 from harness.methods.registry import Implementation, implements
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 _HOW: dict[str, Any] = {
     "name": "bitsandbytes-triton", "kind": "operation", "dtypes": ("float32", "float16"), "devices": ("cpu",),
     "requires": ["triton", "bitsandbytes"],
 }  # fmt: skip
-# The interpreter runs a program at a time, some milliseconds each.
-MOST_BLOCKS = 64
+MAX_BLOCKS = 64
+"""Blocks up to which a case runs: the interpreter takes some milliseconds for each program."""
 
 
-def _interpreted(blocks: int, values: Any = None) -> None:
-    """Raise Unsupported where the kernels cannot run, would take too long, or `values` would prove nothing."""
+def _require_interpreter(blocks: int, values: Tensor | None = None) -> None:
+    """Raise Unsupported without the interpreter, for too many blocks, and for NaN in `values`."""
     if os.environ.get("TRITON_INTERPRET") != "1":
-        raise Unsupported("set TRITON_INTERPRET=1: on the CPU Triton's kernels run in its interpreter only")
-    if blocks > MOST_BLOCKS:
+        raise Unsupported("set TRITON_INTERPRET=1: on a CPU, Triton's kernels run only in its interpreter")
+    if blocks > MAX_BLOCKS:
         raise Unsupported(f"{blocks} blocks would take the interpreter too long")
     if values is not None and values.isnan().any():
-        raise Unsupported("what a maximum makes of NaN is the interpreter's business, and not that of a device")
+        raise Unsupported("the interpreter's maximum treats NaN differently from a device")
 
 
 def _quantize(form: str) -> Implementation:
     @implements(f"{form}_quantize", **_HOW)
-    def quantize(W: Any, block: int) -> tuple[Any, Any]:
+    def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
         import torch
 
-        _interpreted(-(-W.numel() // block), W)
+        _require_interpreter(-(-W.numel() // block), W)
         from bitsandbytes.backends.triton import kernels_4bit
 
         A = torch.nn.functional.pad(W.flatten(), (0, -W.numel() % block))
@@ -44,7 +47,7 @@ def _quantize(form: str) -> Implementation:
         kernels_4bit.quantize_4bit_blockwise_triton(
             A, block, form, pairs, absmax, num_elements=A.numel(), quantized_out=packed
         )
-        # It fills up the last block, and pairs of blocks; what is asked for is what the tensor needs.
+        # The kernel pads to pairs of whole blocks; the padding is cut off.
         return packed.flatten()[: -(-W.numel() // 2)], absmax.float()[: -(-W.numel() // block)]
 
     return quantize
@@ -52,10 +55,10 @@ def _quantize(form: str) -> Implementation:
 
 def _dequantize(form: str) -> Implementation:
     @implements(f"{form}_dequantize", **_HOW)
-    def dequantize(packed: Any, absmax: Any, block: int, shape: tuple[int, ...], dtype: Any) -> Any:
+    def dequantize(packed: Tensor, absmax: Tensor, block: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         import torch
 
-        _interpreted(len(absmax))
+        _require_interpreter(len(absmax))
         from bitsandbytes.backends.triton import kernels_4bit
 
         W = torch.empty(shape, dtype=dtype)
@@ -70,9 +73,9 @@ nf4_dequantize, fp4_dequantize = _dequantize("nf4"), _dequantize("fp4")
 
 
 @implements("dynamic_quantize", **_HOW)
-def dynamic_quantize(x: Any, block: int, signed: bool) -> tuple[Any, Any]:
+def dynamic_quantize(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
     """Quantise by the 8-bit kernel with the dynamic map."""
-    _interpreted(-(-x.numel() // block), x)
+    _require_interpreter(-(-x.numel() // block), x)
     from bitsandbytes.backends.triton import kernels_8bit_quant
     from bitsandbytes.functional import create_dynamic_map
 
@@ -84,17 +87,17 @@ def dynamic_quantize(x: Any, block: int, signed: bool) -> tuple[Any, Any]:
 
 @implements("adamw8bit_step", **_HOW)
 def adamw8bit_step(
-    p: Any, g: Any, m: Any, m_absmax: Any, v: Any, v_absmax: Any, step: int, lr: float, betas: Any, eps: float,
-    weight_decay: float,
-) -> tuple[Any, ...]:  # fmt: skip
+    p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, step: int, lr: float,
+    betas: tuple[float, float], eps: float, weight_decay: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Take one step by the fused kernel."""
     import torch
 
-    _interpreted(len(m_absmax))
+    _require_interpreter(len(m_absmax))
     from bitsandbytes.backends.triton import kernels_optim
     from bitsandbytes.functional import create_dynamic_map
 
-    # Its operators and its optimizer make contiguous what they hand to the kernels, and so does this.
+    # Its operators and its optimizer pass contiguous tensors to the kernels, and so does this.
     given = {"p": p, "state1": m, "absmax1": m_absmax, "state2": v, "absmax2": v_absmax}
     after = {name: t.clone(memory_format=torch.contiguous_format) for name, t in given.items()}
     kernels_optim.optimizer_update_8bit_blockwise_impl(
@@ -107,5 +110,5 @@ def adamw8bit_step(
 
 
 def implementations() -> list[Implementation]:
-    """Return all that this file offers."""
+    """Return the Implementations of this file."""
     return [one for one in globals().values() if isinstance(one, Implementation)]

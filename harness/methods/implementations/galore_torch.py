@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from harness.errors import Unsupported
 from harness.methods.registry import Implementation, implements
 
+if TYPE_CHECKING:
+    from torch import Generator, Tensor, nn
+
+    from harness.methods.spec import Adapted
+    from reference.galore import Config
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 @implements("galore", name="galore-torch", dtypes=DTYPES, requires=["galore_torch"])
-def galore(model: Any, config: Any, generator: Any) -> Any:
-    """Train by GaLoreAdamW, or with moments in 8 bits by GaLoreAdamW8bit; config as `reference.galore.Config`.
+def galore(model: nn.Module, config: Config, generator: Generator) -> Adapted:
+    """Train with GaLoreAdamW, or GaLoreAdamW8bit for 8-bit moments; the reference selects layers and parameters.
 
-    What is adapted, and which parts train, is the reference's. Raises Unsupported for side=paper and for niter > 0, which
-    the package does not have.
+    Raises Unsupported for side=paper and for niter > 0, which the package does not have.
     """
     from reference.galore import GaLoreModel, attach
 
     if config.side == "paper":
         raise Unsupported("galore-torch has no rule that projects a square matrix on the left")
     if config.niter:
-        raise Unsupported(f"galore-torch has no randomised SVD (niter={config.niter}): its refresh is the exact one")
+        raise Unsupported(f"galore-torch has no randomised SVD (niter={config.niter}), only the exact one")
 
     class ByGaloreTorch(GaLoreModel):
         def optimizer(self, lr: float, weight_decay: float, bits: int = 32) -> Any:
-            """Return GaLoreAdamW, or for 8 bits GaLoreAdamW8bit, with the groups that its README shows."""
+            """Return GaLoreAdamW, or GaLoreAdamW8bit for 8 bits, with the groups of its README."""
             c = self.config
             projected = {id(layer.weight): layer.weight for layer in self.layers.values()}
             rest = [p for p in self.parameters() if id(p) not in projected]
@@ -50,9 +55,19 @@ def galore(model: Any, config: Any, generator: Any) -> Any:
 
 @implements("galore_step", name="galore-torch", kind="operation", dtypes=DTYPES, requires=["galore_torch"])
 def galore_step(
-    W: Any, G: Any, P: Any, Q: Any, M: Any, V: Any, side: str, step: int, lr: float, scale: float, **how: Any
-) -> tuple[Any, Any, Any]:
-    """Take one step of GaLoreAdamW whose projector and moments are given."""
+    W: Tensor,
+    G: Tensor,
+    P: Tensor | None,
+    Q: Tensor | None,
+    M: Tensor,
+    V: Tensor,
+    side: str,
+    step: int,
+    lr: float,
+    scale: float,
+    **how: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take one step of GaLoreAdamW with given projector and moments."""
     from galore_torch import GaLoreAdamW
 
     p, group, projector = _given(W, G, P, Q, side, scale)
@@ -68,13 +83,21 @@ def galore_step(
     requires=["galore_torch", "bitsandbytes"],
 )  # fmt: skip
 def galore_step_8bit(
-    W: Any, G: Any, P: Any, Q: Any, M: Any, V: Any, side: str, step: int, lr: float, scale: float, **how: Any
-) -> tuple[Any, Any, Any]:
-    """Take the same step by GaLoreAdamW8bit, whose moments are in 32 bits where they are of fewer than 4096 elements.
+    W: Tensor,
+    G: Tensor,
+    P: Tensor | None,
+    Q: Tensor | None,
+    M: Tensor,
+    V: Tensor,
+    side: str,
+    step: int,
+    lr: float,
+    scale: float,
+    **how: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take one step of GaLoreAdamW8bit with moments of fewer than 4096 elements, which it stores in float32.
 
-    It keeps those in float32 whatever the weight is in; they are returned in the dtype of the ones that were given.
-
-    Raises Unsupported for larger ones.
+    Returns them in the dtype of the given moments. Raises Unsupported for larger ones, which it stores in 8 bits.
     """
     import torch
     from galore_torch import GaLoreAdamW8bit
@@ -83,35 +106,37 @@ def galore_step_8bit(
         raise Unsupported("GaLoreAdamW8bit keeps moments of 4096 elements or more in 8 bits")
     p, group, projector = _given(W, G, P, Q, side, scale)
     optimizer = GaLoreAdamW8bit([group], lr=lr, **how)
-    p.data = torch.zeros_like(M)  # as its own step has it when it makes the state
+    p.data = torch.zeros_like(M)  # as in its own step when it creates the state
     optimizer.init_state(optimizer.param_groups[0], p, 0, 0)
     p.data = W.clone()
     state = optimizer.state[p]
     state.update({"step": step - 1, "projector": projector})
     state["state1"].copy_(M)
     state["state2"].copy_(V)
-    # It waits for CUDA after every parameter, also for one on the CPU, and raises where there is no CUDA.
+    # It synchronises CUDA after every parameter, even on a CPU, and raises without CUDA.
     with patch("torch.cuda.synchronize") if not torch.cuda.is_available() else nullcontext():
         optimizer.step()
     return p.detach(), state["state1"].to(M.dtype), state["state2"].to(V.dtype)
 
 
 def _in_8_bits(groups: list[dict[str, Any]], **how: Any) -> Any:
-    """Return GaLoreAdamW8bit, which steps without CUDA too."""
+    """Return a GaLoreAdamW8bit that also steps without CUDA."""
     import torch
     from galore_torch import GaLoreAdamW8bit
 
     class AnywhereGaLoreAdamW8bit(GaLoreAdamW8bit):  # type: ignore[misc]  # the package has no types
-        def step(self, closure: Any = None) -> Any:
-            """Take a step; it waits for CUDA after every parameter, and where there is none raises."""
+        def step(self, closure: Callable[[], float] | None = None) -> Any:
+            """Take a step without the synchronisation of CUDA, which raises without CUDA."""
             with patch("torch.cuda.synchronize") if not torch.cuda.is_available() else nullcontext():
                 return super().step(closure)
 
     return AnywhereGaLoreAdamW8bit(groups, **how)
 
 
-def _given(W: Any, G: Any, P: Any, Q: Any, side: str, scale: float) -> tuple[Any, dict[str, Any], Any]:
-    """Return the parameter with its gradient, its group, and a projector that is not due to be found anew."""
+def _given(
+    W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, side: str, scale: float
+) -> tuple[Any, dict[str, Any], Any]:
+    """Return the parameter with its gradient, its group, and a projector that is not due for a refresh."""
     import torch
     from galore_torch.galore_projector import GaLoreProjector
 
@@ -120,12 +145,12 @@ def _given(W: Any, G: Any, P: Any, Q: Any, side: str, scale: float) -> tuple[Any
     rank = min(t.shape[1] for t in (P, Q) if t is not None)
     rarely = {"rank": rank, "update_proj_gap": 1_000_000, "scale": scale, "proj_type": side}
     projector = GaLoreProjector(rank, update_proj_gap=1_000_000, scale=scale, proj_type=side)
-    # It keeps P as it is and Q transposed; a list of both for `full`.
+    # It stores P, and Q transposed; a list of both for `full`.
     both = [*([P] if P is not None else []), *([Q.T.contiguous()] if Q is not None else [])]
     projector.ortho_matrix = both if side == "full" else both[0]
     return p, {"params": [p], **rarely}, projector
 
 
 def implementations() -> list[Implementation]:
-    """Return all that this file offers."""
+    """Return the Implementations of this file."""
     return [one for one in globals().values() if isinstance(one, Implementation)]

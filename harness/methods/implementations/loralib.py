@@ -1,28 +1,32 @@
-"""`loralib`: the layers that LoRA's authors published, put in the place of the model's, on its very weights."""
+"""`loralib`: LoRA's layers by its authors, in place of the model's, with the same weight tensors."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import Unsupported
 from harness.methods.registry import Implementation, implements
 
+if TYPE_CHECKING:
+    from torch import Generator, Tensor, nn
+
+    from reference.lora import Config
 _HOW: dict[str, Any] = {"dtypes": ("float64", "float32", "bfloat16", "float16"), "requires": ["loralib"]}
 
 
 @implements("lora", name="loralib", **_HOW)
-def lora(model: Any, config: Any, generator: Any) -> Any:
-    """Replace what `config.targets` names by loralib's Linear, Embedding or Conv2d; config as `reference.lora.Config`.
+def lora(model: nn.Module, config: Config, generator: Generator) -> Loralib:
+    """Replace the targets by loralib's Linear, Embedding or Conv2d.
 
     A Conv1D becomes a Linear with fan_in_fan_out. loralib draws from torch's global generator, seeded here. Raises
-    Unsupported for what loralib does not have: rslora, conv=peft, packed weights, subclasses that compute otherwise.
+    Unsupported for rslora, conv=peft, packed weights, and subclasses with another forward pass.
     """
     return _attached(model, config, generator)
 
 
 @implements("lora", name="loralib-merging", dtypes=["float32"], requires=["loralib"])
-def merging(model: Any, config: Any, generator: Any) -> Any:
-    """Do the same with merge_weights on, loralib's default: `eval()` merges into the weight and `train()` takes it out."""
+def merging(model: nn.Module, config: Config, generator: Generator) -> Loralib:
+    """Attach as `lora` does, with loralib's default merge_weights=True: `eval()` merges, `train()` unmerges."""
     adapted = _attached(model, config, generator)
     for layer in adapted.layers.values():
         layer.merge_weights = True
@@ -30,7 +34,7 @@ def merging(model: Any, config: Any, generator: Any) -> Any:
     return adapted
 
 
-def _attached(model: Any, config: Any, generator: Any) -> Loralib:
+def _attached(model: nn.Module, config: Config, generator: Generator) -> Loralib:
     import torch
     from loralib import mark_only_lora_as_trainable
 
@@ -44,9 +48,9 @@ def _attached(model: Any, config: Any, generator: Any) -> Loralib:
         torch.manual_seed(generator.initial_seed())
         layers = {path: _layer(path, base, config) for path, base in bases.items()}
     for path, layer in layers.items():
-        if config.init != "kaiming":  # loralib has this one; another is its user's to put in
+        if config.init != "kaiming":  # loralib's own; its users write any other
             if kind_of(bases[path]) not in ("linear", "Conv1D"):
-                raise Unsupported(f"{path}: another start than loralib's own is of linear layers only")
+                raise Unsupported(f"{path}: init={config.init} with loralib supports linear layers only")
             write_initial_factors(config.init, layer.lora_A, layer.lora_B, generator)
     for path, layer in layers.items():
         replace(model, path, layer)
@@ -54,8 +58,8 @@ def _attached(model: Any, config: Any, generator: Any) -> Loralib:
     return Loralib(model, bases, layers)
 
 
-def _layer(path: str, base: Any, config: Any) -> Any:
-    """Return loralib's layer on the weight and the bias of `base`."""
+def _layer(path: str, base: Any, config: Config) -> Any:
+    """Return loralib's layer with the weight and the bias of `base`. Raises Unsupported for another kind of layer."""
     import loralib
     from torch import nn
 
@@ -65,8 +69,8 @@ def _layer(path: str, base: Any, config: Any) -> Any:
     if kind != "Conv1D" and type(base) not in (nn.Linear, nn.Embedding, nn.Conv2d):
         raise Unsupported(f"{path}: loralib has no layer that computes as {type(base).__name__} does")
     like = {"device": base.weight.device, "dtype": base.weight.dtype}
-    # loralib would merge at every eval() by default. The harness writes into A and B in eval mode too, and unmerging would
-    # then subtract what was never added; so the switch is off but in `Loralib.merge` and `Loralib.unmerge`.
+    # loralib merges at every eval() by default. The harness writes A and B in eval mode too; unmerging would then subtract
+    # an update that was never added. So merging is on only inside `Loralib.merge` and `Loralib.unmerge`.
     ours = {"r": config.rank, "lora_alpha": config.alpha, "merge_weights": False}
     holder: Any
     if kind == "embedding":
@@ -90,22 +94,22 @@ def _layer(path: str, base: Any, config: Any) -> Any:
     holder.weight = base.weight
     if getattr(base, "bias", None) is not None:
         holder.bias = base.bias
-    layer.train(base.training)  # which, of loralib's layers, returns None
+    layer.train(base.training)  # loralib's `train` returns None
     return layer
 
 
 class Loralib:
-    """A model with loralib's layers inside, behind the harness's seam. Names: `<path>.A`, `<path>.B`.
+    """An Adapted with loralib's layers. Names: `<path>.A`, `<path>.B`.
 
     Linear, Conv1D: A (R, D), B (E, R). Embedding: A (R, num), B (dim, R). Conv2d: A (R k, in k), B (out/groups k, R k).
     """
 
     can_merge = True
 
-    def __init__(self, model: Any, bases: dict[str, Any], layers: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, bases: dict[str, Any], layers: dict[str, Any]) -> None:
         self.model, self.bases, self.layers = model, bases, layers
 
-    def tensors(self) -> dict[str, Any]:
+    def tensors(self) -> dict[str, Tensor]:
         """Map canonical names to loralib's own parameters."""
         return {
             f"{path}.{name}": weight
@@ -113,12 +117,12 @@ class Loralib:
             for name, weight in (("A", layer.lora_A), ("B", layer.lora_B))
         }
 
-    def state(self) -> dict[str, Any]:
-        """Return nothing: LoRA keeps nothing but what trains."""
+    def state(self) -> dict[str, Tensor]:
+        """Return nothing: LoRA has only trainable tensors."""
         return {}
 
-    def parameters(self) -> list[Any]:
-        """List what trains."""
+    def parameters(self) -> list[Tensor]:
+        """List the parameters that train."""
         return list(self.tensors().values())
 
     def regularizer(self) -> None:
@@ -131,11 +135,11 @@ class Loralib:
         """Do nothing: LoRA has no schedule."""
 
     def merge(self) -> None:
-        """Merge as loralib does, on its way into eval mode: into the base weight, in place."""
+        """Merge into the base weight, in place, as loralib does in `eval()`."""
         self._switch(training=False)
 
     def unmerge(self) -> None:
-        """Unmerge as loralib does, on its way back into training mode: by subtraction."""
+        """Unmerge by subtraction, as loralib does in `train()`."""
         self._switch(training=True)
 
     def _switch(self, training: bool) -> None:
@@ -147,7 +151,7 @@ class Loralib:
             layer.train(was_training)
 
     def detach(self) -> None:
-        """Put the base layers back; they share their weights with loralib's."""
+        """Restore the base layers; they share their weights with loralib's."""
         from reference.shared.layers import replace
 
         for path, base in self.bases.items():
@@ -155,5 +159,5 @@ class Loralib:
 
 
 def implementations() -> list[Implementation]:
-    """Return all that this file offers."""
+    """Return the Implementations of this file."""
     return [one for one in globals().values() if isinstance(one, Implementation)]

@@ -1,21 +1,25 @@
-"""`reference`: every Method in the folder `reference/` and every Operation's reference, offered through the common door."""
+"""`reference`: the references of all Methods and Operations, as one Implementation each."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.methods.registry import Implementation, implements
 from harness.methods.spec import methods
 
+if TYPE_CHECKING:
+    from torch import Generator, nn
+
+    from harness.methods.spec import Adapted
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 OPERATIONS = "harness.conformance.operations"
 
 
 def implementations() -> list[Implementation]:
-    """Return one Implementation per Method and per Operation; torch is imported when one is first called."""
+    """Return one Implementation per Method and per Operation. They import torch on their first call."""
     found = find_spec(OPERATIONS)
     folders = found.submodule_search_locations if found is not None else None
     operations = [module.name for module in pkgutil.iter_modules(folders)] if folders else []
@@ -24,8 +28,9 @@ def implementations() -> list[Implementation]:
 
 def _method(name: str) -> Implementation:
     @implements(name, name="reference", dtypes=DTYPES)
-    def attach(model: Any, config: Any, generator: Any) -> Any:
-        return importlib.import_module(f"reference.{name}").attach(model, config, generator)
+    def attach(model: nn.Module, config: object, generator: Generator) -> Adapted:
+        adapted: Adapted = importlib.import_module(f"reference.{name}").attach(model, config, generator)
+        return adapted
 
     return attach
 

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import Unsupported
 from harness.methods.registry import Implementation, implements
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 DTYPES = ("float32", "bfloat16", "float16")
 _HOW: dict[str, Any] = {"name": "torchao", "kind": "operation", "dtypes": DTYPES, "requires": ["torchao"]}
 BLOCK, SCALER_BLOCK = 64, 256
 
 
 @implements("nf4_quantize", **_HOW)
-def nf4_quantize(W: Any, block: int) -> tuple[Any, Any]:
-    """Return the bytes of `to_nf4` and the absmax by which it divides, before it makes int8 of it in a way of its own.
+def nf4_quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Return the bytes of `to_nf4` and the absmax that it divides by, before its own quantisation of the absmax.
 
-    Raises Unsupported for what it refuses by assertion: three dimensions, and sizes that its blocks do not divide.
+    Raises Unsupported for three dimensions and for sizes that its blocks do not divide.
     """
     from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
 
     if W.dim() > 2 or W.numel() % (block * SCALER_BLOCK):
-        raise Unsupported(f"torchao takes matrices of whole blocks of {block} x {SCALER_BLOCK} elements only")
+        raise Unsupported(f"torchao supports matrices of whole blocks of {block} x {SCALER_BLOCK} elements only")
     packed = nf4_tensor.to_nf4(W, block, SCALER_BLOCK)
     return packed.quantized_data.flatten(), nf4_tensor.get_block_absmax(W.flatten(), block).float()
 
 
 @implements("nf4-dq", **_HOW | {"kind": "base"})
-def nf4_dq(model: Any, paths: list[str], dtype: Any) -> dict[str, tuple[Any, Any, int, bool]]:
-    """Replace the linear layers at `paths` by ones on an NF4Tensor; return path -> (bytes, absmax, block, True).
+def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, int, bool]]:
+    """Replace the linear layers at `paths` by layers on an NF4Tensor; return path -> (bytes, decoded absmax, block, True).
 
-    The absmax returned is what it decodes to. Raises Unsupported for sizes that its blocks do not divide.
+    Raises Unsupported for sizes that its blocks do not divide.
     """
     import torch
     from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
@@ -38,7 +41,7 @@ def nf4_dq(model: Any, paths: list[str], dtype: Any) -> dict[str, tuple[Any, Any
     from reference.shared.layers import replace
 
     class Nf4Linear(torch.nn.Linear):
-        """A layer on an NF4Tensor, which takes part in no comparison of weights: `weight` is its bytes."""
+        """A layer on an NF4Tensor. Its `weight` is the bytes, because an NF4Tensor cannot be compared."""
 
         def __init__(self, dense: torch.nn.Linear) -> None:
             super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")
@@ -50,14 +53,14 @@ def nf4_dq(model: Any, paths: list[str], dtype: Any) -> dict[str, tuple[Any, Any
             if dense.bias is not None:
                 self.bias = torch.nn.Parameter(dense.bias.detach().clone(), requires_grad=False)
 
-        def forward(self, x: Any) -> Any:
+        def forward(self, x: Tensor) -> Any:
             return torch.nn.functional.linear(x, self.packed[0], self.bias)
 
     forms = {}
     for path in paths:
-        dense = model.get_submodule(path)
+        dense: Any = model.get_submodule(path)
         if dense.weight.numel() % (BLOCK * SCALER_BLOCK):
-            raise Unsupported(f"torchao takes matrices of whole blocks of {BLOCK} x {SCALER_BLOCK} elements only")
+            raise Unsupported(f"torchao supports matrices of whole blocks of {BLOCK} x {SCALER_BLOCK} elements only")
         layer = Nf4Linear(dense)
         replace(model, path, layer.train(dense.training))
         packed = layer.packed[0]
@@ -67,17 +70,17 @@ def nf4_dq(model: Any, paths: list[str], dtype: Any) -> dict[str, tuple[Any, Any
 
 
 @implements("adamw8bit_step", **_HOW)
-def adamw8bit_step(p: Any, g: Any, step: int, **others: Any) -> tuple[Any, ...]:
-    """Take one step of AdamW8bit from the state given. others: m, m_absmax, v, v_absmax and the optimizer's knobs.
+def adamw8bit_step(p: Tensor, g: Tensor, step: int, **others: Any) -> tuple[Tensor, ...]:
+    """Take one step of AdamW8bit from a given state. others: m, m_absmax, v, v_absmax and the optimizer's options.
 
-    Raises Unsupported for sizes at which torchao keeps 32-bit states.
+    Raises Unsupported for sizes with 32-bit states in torchao.
     """
     import torch
     from torchao.optim import AdamW8bit
 
     given = {name: others.pop(name) for name in ("m", "m_absmax", "v", "v_absmax")}
     if p.numel() < 4096 or p.numel() % 256:
-        raise Unsupported("torchao keeps 32-bit states for fewer than 4096 elements, or no multiple of 256")
+        raise Unsupported("torchao has 32-bit states for fewer than 4096 elements, or no multiple of 256")
     p = torch.nn.Parameter(p.clone())
     p.grad = g.clone()
     optimizer = AdamW8bit([p], **others)
@@ -88,12 +91,12 @@ def adamw8bit_step(p: Any, g: Any, step: int, **others: Any) -> tuple[Any, ...]:
         moment.scale.copy_(given[f"{ours}_absmax"])
         state[theirs] = moment
     optimizer.state[p].update(state)
-    with torch.compiler.set_stance("force_eager"):  # it would compile anew for every shape
+    with torch.compiler.set_stance("force_eager"):  # otherwise it compiles for every shape
         optimizer.step()
     m, v = optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]
     return p.detach(), m.codes.flatten(), m.scale, v.codes.flatten(), v.scale
 
 
 def implementations() -> list[Implementation]:
-    """Return all that this file offers."""
+    """Return the Implementations of this file."""
     return [one for one in globals().values() if isinstance(one, Implementation)]

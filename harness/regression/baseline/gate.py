@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from harness.analysis.comparison import against_baseline
 from harness.analysis.comparison.baseline_rows import Margins
 from harness.analysis.run_facts import analyse
-from harness.console import say
+from harness.console import echo
 from harness.errors import Exit
 from harness.records import store
 from harness.regression.baseline import store as baselines
@@ -36,9 +36,9 @@ def gate(
         title += ", which is the same run" if new.manifest.run == base.manifest.run else ""
         outputs.write(against, title)
         if as_json:
-            say(json.dumps(document.document(against, kept, new), indent=1))
+            echo(json.dumps(document.document(against, kept, new), indent=1))
         else:
-            say("\n".join([f"{title}: {_origin(kept)}", "", *terminal.lines(against, everything=all_rows)]))
+            echo("\n".join([f"{title}: {_origin(kept)}", "", *terminal.lines(against, everything=all_rows)]))
         outputs.annotate(against)
     return against.exit
 
@@ -47,7 +47,7 @@ def promote(name: str, baseline: str, *, reason: str, author: str, replace: bool
     """Make a run a baseline, and say what to commit."""
     run = store.read_run(store.find_run(name))
     made = baselines.promote(run, baseline, reason=reason, author=author, replace=replace)
-    say(f"{made.path}: {len(run.latest())} Cells of {run.manifest.run}")
+    echo(f"{made.path}: {len(run.latest())} Cells of {run.manifest.run}")
     print(f"commit it: git add {made.path} && git commit", file=sys.stderr)
     return Exit.PASS
 
@@ -61,10 +61,10 @@ def list_(as_json: bool) -> Exit:
             | ({} if b.provenance is None else b.provenance.model_dump(mode="json", by_alias=True))
             for b in known
         ]
-        say(json.dumps({"schema": document.SCHEMA, "baselines": rows}, indent=1))
+        echo(json.dumps({"schema": document.SCHEMA, "baselines": rows}, indent=1))
         return Exit.PASS
     for b in known:
-        say(f"{b.name}: {_origin(b)}")
+        echo(f"{b.name}: {_origin(b)}")
     if not known:
         print(
             f"no baseline in {baselines.BASELINES}: `peft-harness baseline promote RUN NAME --reason ...`",

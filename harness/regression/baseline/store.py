@@ -19,7 +19,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from harness.analysis import failed_checks
-from harness.errors import Problem, RefusedError, StoreError, UsageError, near
+from harness.errors import Problem, RefusedError, StoreError, UsageError, did_you_mean
 from harness.records import naming, store
 from harness.records.base_model import FrozenModel
 from harness.records.record import SCHEMA, Status
@@ -71,7 +71,9 @@ def find(name: str, baselines: Path = BASELINES) -> Baseline:
         return _read(baselines / name)
     names = [path.parent.name for path in sorted(baselines.glob("[!.]*/run.json"))]
     hint = (
-        near(name, names, "there are") if names else "`peft-harness baseline promote RUN NAME --reason ...` makes one"
+        did_you_mean(name, names, "there are")
+        if names
+        else "`peft-harness baseline promote RUN NAME --reason ...` makes one"
     )
     raise UsageError(f"no baseline `{name}`", where=str(baselines), hint=hint)
 

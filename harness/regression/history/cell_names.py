@@ -1,4 +1,4 @@
-"""What the Cells of a history are called, and which of them an expression picks."""
+"""Names of the Cells of a history, and their selection by an expression."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COMMON = "all that this place measures"
 
 
 def cells(history: History) -> dict[str, Cell]:
-    """Return the Cells that this version understands; of others only the id is known."""
+    """Return the Cells by cell_id; a Cell of another version, which this one cannot parse, is left out."""
     found = {}
     for cell_id, fields in history.cells.items():
         try:
@@ -26,19 +26,19 @@ def cells(history: History) -> dict[str, Cell]:
     return found
 
 
-def named(history: History) -> dict[str, str]:
-    """Map each cell_id, and `*`, to a name."""
+def names(history: History) -> dict[str, str]:
+    """Return a name for each cell_id, and for `*`."""
     return {**naming.full(cells(history).values()), EVERY: COMMON}
 
 
-def picked(history: History, expr: str, option: str = "--cell") -> frozenset[str]:
-    """Return the cell_ids that an expression names, as `--only` does; raises UsageError if there are none."""
+def select(history: History, expr: str, option: str = "--cell") -> frozenset[str]:
+    """Return the cell_ids that an expression selects, as `--only` does; raises UsageError if there are none."""
     from harness.suites import expand
 
     known = cells(history)
     plan = expand.Plan(tuple(known.values()), dict.fromkeys(known, ""), ())
     try:
-        kept = expand.only(plan, expr).cells
+        selected = expand.only(plan, expr).cells
     except UsageError as error:
         raise UsageError(error.what, where=f"{option} {expr}", hint=error.hint) from error
-    return frozenset(cell.cell_id for cell in kept)
+    return frozenset(cell.cell_id for cell in selected)

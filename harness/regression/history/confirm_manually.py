@@ -1,4 +1,4 @@
-"""The verb `history confirm`: somebody writes down what became of a change that `detect` shows."""
+"""`history confirm`: store the verdict of a person on a change that `detect` shows."""
 
 from __future__ import annotations
 
@@ -6,31 +6,32 @@ import sys
 from pathlib import Path
 
 from harness.regression.history import decisions
-from harness.regression.history.decisions import NEAR, Verdict
+from harness.regression.history.decisions import NEAR, ConfirmationVerdict
 from harness.regression.history.detect import all_changes
-from harness.regression.history.night_files import Line
+from harness.regression.history.night_files import Decision
 
 
 def confirm(
-    folder: Path, cell: str, metric: str, night: str, verdict: Verdict, evidence: str, author: str | None
-) -> Line:
-    """Write a verdict down; return the line. Of a change of that very series, with its own night and what it looks like, so
-    that the verdict stands on later nights too; where no change is near, that is said.
+    folder: Path, cell: str, metric: str, night: str, verdict: ConfirmationVerdict, evidence: str, author: str | None
+) -> Decision:
+    """Store a verdict, and warn if no change is near.
 
-    Raises UsageError as `decisions.confirm` does.
+    A verdict on a change of exactly this series is stored with the night and the levels of the change, so that it stands on
+    later nights too. Raises UsageError as `decisions.confirm` does.
     """
-    history, line = decisions.checked(folder, cell, metric, night, evidence, author, "--evidence")
+    history, decision = decisions.checked(folder, cell, metric, night, evidence, author, "--evidence")
     nights, seen = [n.night for n in history.nights], None
-    about, at = {"cell": line["cell"], "metric": metric}, nights.index(night)
+    cell, at = decision["cell"], nights.index(night)
     near = [
-        c for c in all_changes(history)
-        if decisions.concerns(about, c["cell"], c["metric"]) and abs(nights.index(c["night"]) - at) <= NEAR
+        change for change in all_changes(history)
+        if decisions.matches(cell, metric, change.cell, change.metric) and abs(nights.index(change.night) - at) <= NEAR
     ]  # fmt: skip
     if not near:
-        told = f"no change of {metric} is seen within {NEAR} nights of {night}: "
-        print(f"{told}this holds for one that `detect` may show", file=sys.stderr)
-    if own := [c for c in near if about.items() <= c.items()]:
-        change = min(own, key=lambda c: abs(nights.index(c["night"]) - at))
-        night, facts = change["night"], {name: change[name] for name in ("place", "before", "after")}
-        seen = {"old_night": change["between"]["old_night"], **facts}
+        print(
+            f"no change of {metric} within {NEAR} nights of {night}: this verdict applies if `detect` shows one later",
+            file=sys.stderr,
+        )
+    if own := [change for change in near if (change.cell, change.metric) == (cell, metric)]:
+        nearest = min(own, key=lambda change: abs(nights.index(change.night) - at))
+        night, seen = nearest.night, nearest.evidence()
     return decisions.confirm(folder, cell, metric, night, verdict, evidence, author, seen=seen)

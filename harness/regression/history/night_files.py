@@ -1,9 +1,11 @@
-"""How a history is kept: a file per night, small, sorted, written whole or not at all; meant to be committed.
+"""Files of a history: one small, sorted file per night, written atomically, to be committed to git.
 
-results/history/<night>.jsonl        the night, its runs, the places they ran in; then a row per attempt at a Cell
-                cells.jsonl          the Cells by their ids, so that a row needs not repeat them
-                resets.jsonl         levels that somebody accepted; see `decisions`
-                confirmations.jsonl  what became of candidates
+results/history/<night>.jsonl        the night, its runs and places; then one row per attempt at a Cell
+                cells.jsonl          the Cells by their ids, which rows refer to
+                resets.jsonl         accepted levels; see `decisions`
+                confirmations.jsonl  verdicts on changes; see `decisions`
+
+Lines are TypedDicts: a history has up to a quarter of a million rows, and a row is used as it was read.
 """
 
 from __future__ import annotations
@@ -17,46 +19,108 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, TypeGuard, TypeVar, cast
 
 from harness.errors import StoreError, UsageError
-from harness.records import store
+from harness.records import files
 
 SCHEMA = 1
 PASSES = 3
-"""Passes of a full night: the median of three takes no notice of one that was disturbed."""
+"""Passes of a full night: the median of three ignores one disturbed pass."""
 CELLS, RESETS, CONFIRMATIONS = "cells.jsonl", "resets.jsonl", "confirmations.jsonl"
 
-Line = dict[str, Any]
+Fields = dict[str, Any]
+"""The fields of a Cell as JSON, of this or another version of the harness."""
 _NOT_A_LINE = "a torn or foreign line"
+_T = TypeVar("_T")
+
+
+class AttemptRow(TypedDict):
+    """One attempt at a Cell."""
+
+    cell: str
+    run: str
+    attempt: int
+    on: str
+    """Id of the place."""
+    values: NotRequired[dict[str, float]]
+    """By metric, if the attempt ended ok."""
+    status: NotRequired[str]
+    """Otherwise its status."""
+
+
+class RunHeader(TypedDict):
+    """The facts that all rows of a run share, to find what changed since the night before."""
+
+    run: str
+    started: NotRequired[str]
+    suite: NotRequired[str]
+    code_version: NotRequired[str]
+    git_sha: NotRequired[str]
+    git_dirty: NotRequired[bool | None]
+    software: NotRequired[dict[str, str]]
+
+
+class Evidence(TypedDict):
+    """The change that a verdict is about, as `detect` saw it."""
+
+    old_night: str
+    place: str
+    before: float
+    after: float
+
+
+class Decision(TypedDict):
+    """A line of resets.jsonl or confirmations.jsonl."""
+
+    schema: int
+    cell: str
+    metric: str
+    night: str
+    reason: str
+    author: str
+    made: NotRequired[str]
+    verdict: NotRequired[str]
+    """Only of confirmations: `regressed`, `improved` or `refuted`."""
+    revisions: NotRequired[list[str]]
+    """The two revisions that were compared."""
+    seen: NotRequired[Evidence]
 
 
 @dataclass
 class Night:
-    """One night. runs: headers by run id. places: by id. rows: attempts, `{cell, run, attempt, on, values | status}`."""
+    """One night."""
 
     night: str
-    runs: dict[str, Line] = field(default_factory=dict)
+    """Its date, YYYY-MM-DD."""
+    runs: dict[str, RunHeader] = field(default_factory=dict)
+    """By run id."""
     places: dict[str, dict[str, str]] = field(default_factory=dict)
-    rows: list[Line] = field(default_factory=list)
+    """By the id of the place."""
+    rows: list[AttemptRow] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class History:
-    """A history as it stands on disk. nights: oldest first. broken: file, or file:line, to the reason; the rest is used."""
+    """A history as read from disk."""
 
     folder: Path
     nights: tuple[Night, ...]
-    cells: dict[str, Line]
-    resets: tuple[Line, ...]
-    confirmations: tuple[Line, ...]
+    """Oldest first."""
+    cells: dict[str, Fields]
+    """By cell_id."""
+    resets: tuple[Decision, ...]
+    confirmations: tuple[Decision, ...]
     broken: dict[str, str]
+    """Reasons by file or file:line that could not be used; the rest of the history is used."""
 
 
 def read(folder: Path) -> History:
-    """Read a history. Raises UsageError where there is none; what cannot be read is named in `broken`."""
+    """Read a history; unreadable parts are named in `broken`. Raises UsageError if the folder does not exist."""
     if not folder.is_dir():
-        raise UsageError("no history here", where=str(folder), hint="`peft-harness history add RUN` begins one")
+        raise UsageError(
+            "no history in this folder", where=str(folder), hint="`peft-harness history add RUN` starts one"
+        )
     broken: dict[str, str] = {}
     nights = [read_night(path, broken) for path in sorted(folder.glob("*.jsonl")) if _names_night(path, broken)]
     found = cells(folder, broken)
@@ -66,11 +130,11 @@ def read(folder: Path) -> History:
 
 
 def read_night(path: Path, broken: dict[str, str]) -> Night | None:
-    """Read one night; None, with the reason in `broken`, for a file that is no night of this schema."""
-    lines = _lines(path, broken, bool)
+    """Read one night; return None, with the reason in `broken`, for a file that is not a night of this schema."""
+    lines = _lines(path, broken, _is_line)
     head = next(lines, None)
     if head is None or head.get("night") != path.stem:
-        broken.setdefault(path.name, "not a night: its first line does not name the night that its name does")
+        broken.setdefault(path.name, "not a night: the first line does not name the same night as the file")
         return None
     if head.get("schema") != SCHEMA:
         broken[path.name] = f"written with schema {head.get('schema')}, this version reads {SCHEMA}"
@@ -79,38 +143,38 @@ def read_night(path: Path, broken: dict[str, str]) -> Night | None:
     for line in lines:
         if "cell" in line:
             if _is_row(line) and line["run"] in night.runs and line["on"] in night.places:
-                night.rows.append(line)
+                night.rows.append(cast(AttemptRow, line))
             else:
                 bad += 1
         elif isinstance(line.get("run"), str):
-            night.runs[line["run"]] = line
+            night.runs[line["run"]] = cast(RunHeader, line)
         elif isinstance(line.get("place"), str) and isinstance(line.get("is"), dict):
             night.places[line["place"]] = line["is"]
         else:
             bad += 1
-    night.rows, twice = _once(night.rows), len(night.rows)
-    bad += twice - len(night.rows)
+    before, night.rows = len(night.rows), _without_duplicates(night.rows)
+    bad += before - len(night.rows)
     if bad:
-        told = f"{bad} line{'s' * (bad != 1)} that no `history add` wrote"
-        broken[path.name] = "; ".join(filter(None, [broken.get(path.name, ""), told]))
+        reason = f"{bad} line{'s' * (bad != 1)} not written by `history add`"
+        broken[path.name] = "; ".join(filter(None, [broken.get(path.name, ""), reason]))
     return night
 
 
-def _once(rows: list[Line]) -> list[Line]:
-    """Return the rows without a second one of the same attempt: merging two branches may have left both."""
+def _without_duplicates(rows: list[AttemptRow]) -> list[AttemptRow]:
+    """Return one row per attempt; a merge of two branches may have left two."""
     known = {(row["cell"], row["run"]): row for row in rows}
     return rows if len(known) == len(rows) else list(known.values())
 
 
-def cells(folder: Path, broken: dict[str, str]) -> dict[str, Line]:
-    """Read the Cells, by their ids."""
+def cells(folder: Path, broken: dict[str, str]) -> dict[str, Fields]:
+    """Read the fields of the Cells, by cell_id."""
     return {line["cell_id"]: line["cell"] for line in _lines(folder / CELLS, broken, _is_cell)}
 
 
 def write_night(folder: Path, night: Night) -> None:
-    """Write a night: headers first, then rows sorted by Cell and run, so that a diff shows what was added."""
+    """Write a night: headers first, then rows sorted by Cell and run, so that a diff shows the new rows."""
     rows = sorted(night.rows, key=lambda row: (row["cell"], row["run"], row["on"]))
-    lines: list[Mapping[str, Any]] = [
+    lines: list[Mapping[str, object]] = [
         {"schema": SCHEMA, "night": night.night},
         *(night.runs[run] for run in sorted(night.runs)),
         *({"place": place, "is": night.places[place]} for place in sorted(night.places)),
@@ -119,28 +183,28 @@ def write_night(folder: Path, night: Night) -> None:
     write_lines(folder / f"{night.night}.jsonl", lines)
 
 
-def write_cells(folder: Path, cells: Mapping[str, Line]) -> None:
-    """Write the Cells, by their ids."""
+def write_cells(folder: Path, cells: Mapping[str, Fields]) -> None:
+    """Write the fields of the Cells, by cell_id."""
     write_lines(folder / CELLS, [{"cell_id": cell_id, "cell": cells[cell_id]} for cell_id in sorted(cells)])
 
 
-def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write a JSON object per line, the whole file or nothing."""
+def write_lines(path: Path, lines: Iterable[Mapping[str, object]]) -> None:
+    """Write one JSON object per line, atomically."""
     _write(path, "".join(_text(line) for line in lines))
 
 
-def append_line(path: Path, before: str, line: Mapping[str, Any]) -> None:
-    """Write a file of lines anew with one more; `before`: what it holds, which stays as it is."""
+def append_line(path: Path, before: str, line: Mapping[str, object]) -> None:
+    """Rewrite a file with one more line. before: its present text, which stays as it is, broken lines included."""
     _write(path, before + ("\n" if before and not before.endswith("\n") else "") + _text(line))
 
 
-def _text(line: Mapping[str, Any]) -> str:
+def _text(line: Mapping[str, object]) -> str:
     return json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n"
 
 
 def _write(path: Path, text: str) -> None:
     try:
-        store.write_atomic(path, text.encode())
+        files.write_atomic(path, text.encode())
     except StoreError as error:
         raise StoreError(
             error.what, where=error.where, hint="make room, or name another --dir; then add again"
@@ -148,8 +212,8 @@ def _write(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Make the folder and be the only one who changes it meanwhile; the kernel lets go when its holder dies."""
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder and lock it; the kernel unlocks it if the process dies. Raises UsageError if it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
@@ -157,7 +221,7 @@ def held(folder: Path) -> Iterator[None]:
         what = f"cannot make the folder: {error.strerror}"
         raise UsageError(what, where=f"--dir {folder}", hint="name a folder that can be written") from error
     try:
-        with contextlib.suppress(OSError):  # a file system without locks is no reason to keep nothing
+        with contextlib.suppress(OSError):  # some file systems have no locks; store the results anyway
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -176,13 +240,13 @@ def _names_night(path: Path, broken: dict[str, str]) -> bool:
     if path.name in (CELLS, RESETS, CONFIRMATIONS):
         return False
     if not is_night(path.stem):
-        broken[path.name] = "a stranger: no night has this name"
+        broken[path.name] = "not a file of a history: its name is not a date"
         return False
     return True
 
 
-def _lines(path: Path, broken: dict[str, str], fits: Callable[[Line], bool]) -> Iterator[Line]:
-    """Yield the lines of a file that fit; the others, and a file that cannot be read, are named in `broken`."""
+def _lines(path: Path, broken: dict[str, str], fits: Callable[[Any], TypeGuard[_T]]) -> Iterator[_T]:
+    """Yield the lines of a file that fit; name the others, or a file that cannot be read, in `broken`."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -190,7 +254,7 @@ def _lines(path: Path, broken: dict[str, str], fits: Callable[[Line], bool]) -> 
     except (OSError, UnicodeDecodeError) as error:
         broken[path.name] = f"cannot read: {error}"
         return
-    try:  # as one document, four times as fast as line by line
+    try:  # one document is parsed four times as fast as single lines
         found = json.loads(f"[{text.rstrip().replace(chr(10), ',')}]", parse_constant=_refuse)
     except ValueError:
         found = []
@@ -200,17 +264,21 @@ def _lines(path: Path, broken: dict[str, str], fits: Callable[[Line], bool]) -> 
             except ValueError:
                 broken[f"{path.name}:{number}"] = _NOT_A_LINE
     for line in found:
-        if isinstance(line, dict) and fits(line):
+        if fits(line):
             yield line
         else:
             broken[path.name] = _NOT_A_LINE
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")
+    raise ValueError(f"{constant} is not a number")
 
 
-def _is_row(line: Line) -> bool:
+def _is_line(line: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(line, dict) and bool(line)
+
+
+def _is_row(line: Mapping[str, Any]) -> bool:
     values = line.get("values", {})
     return (
         isinstance(line.get("run"), str)
@@ -222,18 +290,20 @@ def _is_row(line: Line) -> bool:
 
 
 def _are_numbers(values: Collection[Any]) -> bool:
-    try:  # a loop in Python would take a second for a quarter of a million rows
+    try:  # a Python loop takes a second for a quarter of a million rows
         return bool(min(values) >= 0 and math.isfinite(sum(values)))
     except (TypeError, OverflowError):
         return False
 
 
-def _is_cell(line: Line) -> bool:
-    return isinstance(line.get("cell_id"), str) and isinstance(line.get("cell"), dict)
+def _is_cell(line: Any) -> TypeGuard[dict[str, Any]]:
+    return _is_line(line) and isinstance(line.get("cell_id"), str) and isinstance(line.get("cell"), dict)
 
 
-def _is_decision(line: Line) -> bool:
-    """A decision with all that it needs; one of a newer schema is not understood, and so not obeyed."""
+def _is_decision(line: Any) -> TypeGuard[Decision]:
+    """Accept a complete decision of this schema; one of a newer schema has no effect."""
+    if not _is_line(line):
+        return False
     words = ("cell", "metric", "night", "reason", "author")
     whole = line.get("schema") == SCHEMA and all(isinstance(line.get(word), str) and line[word] for word in words)
     revisions, seen = line.get("revisions", []), line.get("seen")
@@ -246,7 +316,6 @@ def _is_decision(line: Line) -> bool:
 
 
 def _is_seen(seen: Any) -> bool:
-    """Say whether this is what made one try a change: a night and a place, and two numbers."""
     return (
         isinstance(seen, dict)
         and all(isinstance(seen.get(word), str) for word in ("old_night", "place"))

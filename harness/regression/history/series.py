@@ -1,4 +1,4 @@
-"""The numbers of a history as series: of one Cell, one metric and one place, a value per night."""
+"""Series of a history: the values of one Cell, metric and place, one per night."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from harness.regression.history.night_files import History
 
 @dataclass(frozen=True)
 class HistorySeries:
-    """nights: indices into the history's nights, rising. values: of each, the median of its passes (of what is counted,
-    the largest). passes: how many there were."""
+    """The values of one metric of a Cell at one place."""
 
     cell: str
     metric: str
-    on: str
+    place: str
+    """Its id."""
     nights: list[int]
+    """Indices of the history's nights, ascending."""
     values: list[float]
+    """Per night the median of the passes; of counted bytes and parameters the maximum."""
     passes: list[int]
+    """Number of passes per night."""
 
 
 def series(history: History, only: Container[str] | None = None) -> list[HistorySeries]:
-    """Return the series of a history, or those of some Cells; each begins at its last reset. Without an empty one.
+    """Return the non-empty series of a history, or those of the Cells in `only`; each starts at its last reset.
 
-    Never of two places: another machine, driver or torch begins another series.
+    A new place (another machine, driver or torch) starts a new series.
     """
     table: dict[tuple[str, str], list[tuple[int, list[dict[str, float]]]]] = {}
     for index, night in enumerate(history.nights):
@@ -35,43 +38,43 @@ def series(history: History, only: Container[str] | None = None) -> list[History
         for row in night.rows:
             if "values" in row and (only is None or row["cell"] in only):
                 passes.setdefault((row["cell"], row["on"]), []).append(row["values"])
-        for place, values in passes.items():
-            table.setdefault(place, []).append((index, values))
+        for key, values in passes.items():
+            table.setdefault(key, []).append((index, values))
     found = (
         _since(one, history)
-        for (cell, on), nights in sorted(table.items(), key=lambda item: item[0])
-        for one in _of_cell(cell, on, nights)
-        if tracked_metrics.kind(one.metric)  # a newer harness may keep more
+        for (cell, place), nights in sorted(table.items(), key=lambda item: item[0])
+        for one in _of_cell(cell, place, nights)
+        if tracked_metrics.kind(one.metric)  # a newer harness may store more metrics
     )
     return [one for one in found if one.nights]
 
 
-def _of_cell(cell: str, on: str, nights: list[tuple[int, list[dict[str, float]]]]) -> Iterator[HistorySeries]:
-    """Yield the series of a Cell at a place, by metric. nights: of each its index, and the values of its passes."""
+def _of_cell(cell: str, place: str, nights: list[tuple[int, list[dict[str, float]]]]) -> Iterator[HistorySeries]:
+    """Yield the series of a Cell at a place, by metric. nights: per night its index and the values of its passes."""
     order = tuple(nights[0][1][0])
     if all(tuple(values) == order for _, passes in nights for values in passes):
-        # So it nearly always is, of millions of values: nobody need be asked for each by its name.
-        there, numbers = [index for index, _ in nights], [len(passes) for _, passes in nights]
+        # The usual case. There may be millions of values, so they are not looked up one by one.
+        indices, counts = [index for index, _ in nights], [len(passes) for _, passes in nights]
         rows = [_middles(order, passes) for _, passes in nights]
         columns = dict(zip(order, zip(*rows, strict=True), strict=True))
         for metric in sorted(order):
-            yield HistorySeries(cell, metric, on, there, list(columns[metric]), numbers)
+            yield HistorySeries(cell, metric, place, indices, list(columns[metric]), counts)
         return
     for metric in sorted({name for _, passes in nights for values in passes for name in values}):
         some = [(index, got) for index, passes in nights if (got := [one[metric] for one in passes if metric in one])]
         values = [_middle(metric, got) for _, got in some]
-        yield HistorySeries(cell, metric, on, [index for index, _ in some], values, [len(got) for _, got in some])
+        yield HistorySeries(cell, metric, place, [index for index, _ in some], values, [len(got) for _, got in some])
 
 
 def _since(one: HistorySeries, history: History) -> HistorySeries:
     """Return a series from its last reset on."""
-    start = decisions.start(history.resets, one.cell, one.metric) if history.resets else ""
+    start = decisions.last_reset(history.resets, one.cell, one.metric) if history.resets else ""
     skip = sum(history.nights[i].night < start for i in one.nights) if start else 0
-    return HistorySeries(one.cell, one.metric, one.on, one.nights[skip:], one.values[skip:], one.passes[skip:])
+    return HistorySeries(one.cell, one.metric, one.place, one.nights[skip:], one.values[skip:], one.passes[skip:])
 
 
 def _middles(order: Sequence[str], passes: list[dict[str, float]]) -> list[float]:
-    """Return of each metric in this order, in which all passes have them, the value that counts."""
+    """Return the value of each metric of a night; every pass has its metrics in this order."""
     together = zip(order, zip(*(values.values() for values in passes), strict=True), strict=True)
     return [got[0] if got.count(got[0]) == len(got) else _middle(metric, got) for metric, got in together]
 

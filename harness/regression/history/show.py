@@ -1,64 +1,52 @@
-"""The verb `history show`: the series as they are, without a judgement and without its libraries."""
+"""`history show`: print the series of a history, without a judgement and without the libraries that judge."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from harness.analysis import tracked_metrics
-from harness.console import say
+from harness.console import echo
 from harness.errors import Exit, UsageError
-from harness.regression.history import night_files, table
-from harness.regression.history.cell_names import named, picked
+from harness.regression.history import cell_names, night_files, table
+from harness.regression.history.findings import ShownSeries
 from harness.regression.history.series import series
 
 
 def show(folder: Path, cell: str | None, metric: str | None, *, each_night: bool, as_json: bool) -> Exit:
-    """Print series and return the exit code: 4 where a file could not be read, 5 where there is nothing to show.
+    """Print series and return the exit code: 4 if a file cannot be read, 5 if there is nothing to show.
 
-    cell: an expression, as `--only` takes. metric: a name, or the start of one before a `/`. Raises UsageError for what
-    fits nothing.
+    cell: an expression, as of `--only`. metric: a name, or its part before the first `/`. Raises UsageError for a cell or
+    metric that selects nothing.
     """
     history = night_files.read(folder)
     if metric is not None and not (tracked_metrics.kind(metric) or metric == tracked_metrics.LATENCY):
-        known = ", ".join(
-            (
-                tracked_metrics.STEP,
-                tracked_metrics.LATENCY,
-                tracked_metrics.PEAK,
-                tracked_metrics.ACCURACY,
-                *tracked_metrics.COUNTED,
-            )
+        raise UsageError(
+            f"not a metric: {metric!r}", where="--metric", hint=f"name one of {', '.join(tracked_metrics.names())}"
         )
-        raise UsageError(f"not a metric: {metric!r}", where="--metric", hint=f"name one of {known}")
-    names = named(history)
-    found = series(history, picked(history, cell) if cell else None)
-    rows: list[dict[str, Any]] = [
-        {
-            "cell": one.cell,
-            "name": names.get(one.cell, one.cell),
-            "metric": one.metric,
-            "place": one.on,
-            "nights": [history.nights[i].night for i in one.nights],
-            "values": one.values,
-            "passes": one.passes,
-            "usual": median(one.values),
-        }
-        for one in found
+    names = cell_names.names(history)
+    rows = [
+        ShownSeries(
+            one.cell, names.get(one.cell, one.cell), one.metric, one.place, [history.nights[i].night for i in one.nights],
+            one.values, one.passes, median(one.values),
+        )
+        for one in series(history, cell_names.select(history, cell) if cell else None)
         if metric is None or metric in (one.metric, one.metric.partition("/")[0])
-    ]
-    places = {on: is_ for night in history.nights for on, is_ in night.places.items()}
+    ]  # fmt: skip
+    places = {place: facts for night in history.nights for place, facts in night.places.items()}
     if as_json:
-        document = {"schema": night_files.SCHEMA, "places": places, "series": rows, "left_out": history.broken}
-        say(json.dumps(document, indent=1))
+        document = {
+            "schema": night_files.SCHEMA, "places": places, "series": [vars(row) for row in rows],
+            "left_out": history.broken,
+        }  # fmt: skip
+        echo(json.dumps(document, indent=1))
     elif rows:
-        say(table.shown(rows, each_night=each_night))
-        here = {row["place"] for row in rows}
-        say("\n".join(f"place {on}: {', '.join(f'{k} {v}' for k, v in places[on].items())}" for on in sorted(here)))
+        echo(table.series_text(rows, each_night=each_night))
+        for place in sorted({row.place for row in rows}):
+            echo(f"place {place}: {', '.join(f'{key} {value}' for key, value in places[place].items())}")
         for name, why in history.broken.items():
-            say(f"left out: {name}: {why}")
+            echo(f"left out: {name}: {why}")
     if not rows:
         return Exit.NOTHING_COMPARED
     return Exit.INFRASTRUCTURE if history.broken else Exit.PASS

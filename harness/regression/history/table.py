@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from harness.analysis import tracked_metrics
 from harness.analysis.statistics.anchor import FEWEST_SERIES
-from harness.console import aligned
+from harness.console import align_columns
+from harness.regression.history.decisions import EVERY
+from harness.regression.history.findings import Detection, JudgedChange, MissingSeries, ShownChange, ShownSeries
 from harness.regression.history.night_files import PASSES
 
 _SHOWN = 6
@@ -15,141 +16,136 @@ _SHOWN = 6
 _HEAD = ("since", "cell", "metric", "before", "after", "change", "")
 
 
-def detected(found: Mapping[str, Any]) -> str:
-    """Lay the document of `detect` out: the changes that stand, what became of others, and what limits all that."""
-    nights = found["nights"]
-    span = f"{nights[0]} to {nights[-1]}" if nights else "none"
-    lines = [f"nights: {len(nights)} ({span}); {found['series']} series, {found['compared']} long enough to compare"]
-    candidates = found["candidates"]
+def detection_text(found: Detection) -> str:
+    """Return the text of `detect`: the changes, then the notes on what limits the search."""
+    count = len(found.nights)
+    span = f" ({found.nights[0]} to {found.nights[-1]})" if count else ""
+    lines = [f"{count} night{'s' * (count != 1)}{span}; {found.series} series, {found.compared} long enough to compare"]
     for title, group in (
-        ("changes", [c for c in candidates if c["settled"] is None]),
-        ("changes that were taken back", [c for c in candidates if c["settled"] is not None]),
+        ("changes", [c for c in found.candidates if c.settled is None]),
+        ("changes that went back", [c for c in found.candidates if c.settled is not None]),
+        (
+            "suspicions: the last night lies above its level; confirm with `peft-harness history settle`",
+            found.suspects,
+        ),
     ):
         if group:
-            lines += ["", title, *aligned([_HEAD, *(_row(c) for c in group)]), *_confirming(group)]
-    if suspects := found["suspects"]:
-        title = "suspicions: the last night lies above its level; `peft-harness history settle` tries them by pairs"
-        lines += ["", title, *aligned([_HEAD, *(_row(c) for c in suspects)]), *_confirming(suspects)]
-    if not candidates:
-        lines += ["", "no change of level" if found["compared"] else "nothing to compare"]
+            lines += ["", title, *align_columns([_HEAD, *(_row(c) for c in group)]), *_differences(group)]
+    if not found.candidates:
+        lines += ["", "no change of level" if found.compared else "nothing to compare"]
     notes = list(_notes(found))
     return "\n".join([*lines, *([""] if notes else []), *notes])
 
 
-def shown(rows: Sequence[Mapping[str, Any]], *, each_night: bool) -> str:
-    """Lay the document of `show` out: a line per series, or per night of each."""
+def series_text(rows: Sequence[ShownSeries], *, each_night: bool) -> str:
+    """Return the text of `show`: one line per series, or per night of each series."""
     table: list[tuple[str, ...]]
     if each_night:
-        table = [
-            (row["name"], row["metric"], row["place"], night, value(row["metric"], v), str(n))
-            for row in rows
-            for night, v, n in zip(row["nights"], row["values"], row["passes"], strict=True)
-        ]
         head: tuple[str, ...] = ("cell", "metric", "place", "night", "value", "passes")
+        table = [
+            (row.name, row.metric, row.place, night, value(row.metric, number), str(passes))
+            for row in rows
+            for night, number, passes in zip(row.nights, row.values, row.passes, strict=True)
+        ]
     else:
+        head = ("cell", "name", "metric", "place", "nights", "last", "value", "usual", "value/usual")
         table = [
             (
-                row["cell"], row["name"], row["metric"], row["place"], str(len(row["nights"])), row["nights"][-1],
-                value(row["metric"], row["values"][-1]), value(row["metric"], row["usual"]), _beside(row),
+                row.cell, row.name, row.metric, row.place, str(len(row.nights)), row.nights[-1],
+                value(row.metric, row.values[-1]), value(row.metric, row.usual),
+                f"{row.values[-1] / row.usual:.3f}" if row.usual else "-",
             )
             for row in rows
         ]  # fmt: skip
-        head = ("cell", "name", "metric", "place", "nights", "last", "value", "usual", "value/usual")
-    return "\n".join(aligned([head, *table]))
+    return "\n".join(align_columns([head, *table]))
 
 
 def value(metric: str, number: float) -> str:
-    """Say a value in a unit that people read."""
+    """Format a value with a unit for people."""
     kind = tracked_metrics.kind(metric)
     if kind == "timed":
         return f"{1000 * number:.4g} ms"
     if kind == "score":
         return f"{100 * number:.1f} %"
-    return f"{number / 2**20:.2f} MiB" if metric == tracked_metrics.PEAK else f"{number:,.0f}"
+    return f"{number / 2**20:.2f} MiB" if kind == "peak" else f"{number:,.0f}"
 
 
-def _beside(row: Mapping[str, Any]) -> str:
-    return f"{row['values'][-1] / row['usual']:.3f}" if row["usual"] else "-"
+def _row(c: JudgedChange) -> tuple[str, ...]:
+    unit = "points" if tracked_metrics.kind(c.metric) == "score" else "%"
+    change = "from nothing" if c.change is None else f"{100 * c.change:+.2f} {unit}"
+    levels = [f"{level:.3f}" if c.cell == EVERY else value(c.metric, level) for level in (c.before, c.after)]
+    return (c.night, c.name, c.metric, *levels, change, _standing(c))
 
 
-def _row(c: Mapping[str, Any]) -> tuple[str, ...]:
-    points = tracked_metrics.kind(c["metric"]) == "score"
-    change = "from nothing" if c["change"] is None else f"{100 * c['change']:+.2f} {'points' if points else '%'}"
-    levels = [f"{c[side]:.3f}" if c["cell"] == "*" else value(c["metric"], c[side]) for side in ("before", "after")]
-    return (c["night"], c["name"], c["metric"], *levels, change, _standing(c))
+def _standing(c: JudgedChange) -> str:
+    text = "worse" if c.worse else "better"
+    if c.settled is not None:
+        text += f", back on {c.settled}"
+    if c.standing == "suspect":
+        return f"{text}, if it lasts"
+    if c.confirmation is not None:
+        return f"{text}, {c.standing} by {c.confirmation['author']}: {c.confirmation['reason']}"
+    return text + (", counted" if c.standing == "counted" else ", not confirmed")
 
 
-def _standing(c: Mapping[str, Any]) -> str:
-    word = "worse" if c["worse"] else "better"
-    said = c["confirmation"]
-    if c["settled"] is not None:
-        word += f", taken back on {c['settled']}"
-    if c["standing"] == "suspect":
-        return word + ", if it lasts"
-    if said is not None:
-        return f"{word}, {c['standing']} by {said['author']}: {said['reason']}"
-    return word + (", counted" if c["standing"] == "counted" else ", not confirmed")
-
-
-def _confirming(group: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield what lies between the levels of each change, and how to try it again."""
+def _differences(group: Sequence[JudgedChange]) -> Iterator[str]:
+    """Yield the differences between the nights of each change, and the command that confirms it."""
     for c in group:
-        b = c["between"]
-        code = (
-            f"code {b['code'][0] or 'unknown'} -> {b['code'][1] or 'unknown'}" if b["code"][0] != b["code"][1] else ""
-        )
-        facts = [f for f in (code, *b["software"], c["note"]) if f]
-        yield f"  {c['cell']} {c['metric']}, {b['old_night']} to {b['new_night']}: {'; '.join(facts) or 'the same code'}"
-        if c["standing"] in ("candidate", "suspect") and c["settled"] is None:
-            yield f"    confirm: {b['confirm'] or 'not by pairs'}" + (f" ({b['because']})" if b["because"] else "")
+        b = c.between
+        code = [f"code {b.code[0] or 'unknown'} -> {b.code[1] or 'unknown'}"] if b.code[0] != b.code[1] else []
+        facts = [*code, *b.software, *filter(None, [c.note])]
+        yield f"  {c.cell} {c.metric}, {b.old_night} to {b.new_night}: {'; '.join(facts) or 'the same code'}"
+        if c.is_open:
+            yield f"    confirm: {b.command or 'not by pairs'}" + (f" ({b.because})" if b.because else "")
 
 
-def _notes(found: Mapping[str, Any]) -> Iterator[str]:
-    for change in found["machine"]:
+def _notes(found: Detection) -> Iterator[str]:
+    yield from map(_machine, found.machine)
+    for one in found.residue:
+        ratio = f", step time x {one.step_ratio:.3f}" if one.step_ratio else ""
+        cells = f"{one.cells} Cell{'s' * (one.cells != 1)}"
+        yield f"not compared: {'; '.join(one.changed)} on {one.night}: series of {cells} start again{ratio}"
+    for few in found.unanchored:
         yield (
-            f"the machine: on {change['night']} all {change['metric']} of place {change['place']} changed by "
-            f"{100 * change['change']:+.1f} %, the sentinels too: divided away"
+            f"no anchor: only {few.series} series of {few.metric} at place {few.place}; a slow night of the machine looks "
+            "like a change"
         )
-    for moved in found["residue"]:
-        by = f", step time x {moved['step_ratio']:.3f}" if moved["step_ratio"] else ""
-        cells = f"{moved['cells']} Cell{'s' * (moved['cells'] != 1)}"
-        yield f"not compared: {'; '.join(moved['changed'])} on {moved['night']}: series of {cells} begin anew{by}"
-    for one in found["unanchored"]:
+    for loose in found.loose:
         yield (
-            f"no anchor: {one['series']} series of {one['metric']} at place {one['place']}; a bad night of the machine is "
-            "taken for theirs"
+            f"not judged: {loose.metric} at place {loose.place} on {_nights(loose.nights)}: fewer than {FEWEST_SERIES} of its "
+            "usual series"
         )
-    for one in found["loose"]:
+    for stop in found.stopped:
+        yield f"not measured: {stop.name} ({stop.cell}): {stop.status} on {stop.night}, ok on {stop.ok}"
+    yield from _missing(found.gone)
+    if found.stopped or found.gone:
         yield (
-            f"not judged: {one['metric']} at place {one['place']} on {_nights(one['nights'])}: fewer than "
-            f"{FEWEST_SERIES} of its usual series"
+            "  to accept: `peft-harness history reset CELL METRIC --night N --reason ...`, with a night after the last good "
+            "one; METRIC `*` for a whole Cell"
         )
-    for stop in found["stopped"]:
-        yield f"not measured: {stop['name']} ({stop['cell']}): {stop['status']} on {stop['night']}, ok on {stop['ok']}"
-    yield from _gone(found["gone"])
-    if found["stopped"] or found["gone"]:
-        yield (
-            "  meant to be so? `peft-harness history reset CELL METRIC --night N --reason ...`, with a night after the last "
-            "good one; METRIC is `*` for a whole Cell"
-        )
-    few: Mapping[str, int] = found["few_passes"]
-    if few:
-        yield f"fewer than {PASSES} passes of a Cell, used all the same, on {_nights(list(few))}"
-    for line in found["resets"]:
-        yield (
-            f"accepted from {line['night']} on: {line['cell']} {line['metric']}, by {line['author']}: {line['reason']}"
-        )
-    for name, why in found["left_out"].items():
+    if found.few_passes:
+        yield f"fewer than {PASSES} passes of a Cell, so medians are rough: {_nights(list(found.few_passes))}"
+    for line in found.resets:
+        yield f"accepted from {line['night']} on: {line['cell']} {line['metric']}, by {line['author']}: {line['reason']}"
+    for name, why in found.left_out.items():
         yield f"left out: {name}: {why}"
 
 
-def _gone(gone: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield what is missing, each kind of loss once, and under it the Cells."""
+def _machine(change: ShownChange) -> str:
+    by = "from nothing" if change.change is None else f"by {100 * change.change:+.1f} %"
+    return (
+        f"the machine: on {change.night} all {change.metric} of place {change.place} changed {by}, the sentinels too; "
+        "corrected by the anchor"
+    )
+
+
+def _missing(gone: Sequence[MissingSeries]) -> Iterator[str]:
+    """Yield each kind of loss once, and its Cells below."""
     groups: dict[str, list[str]] = {}
     for one in gone:
-        what = f"{', '.join(one['metrics'])} of" if one["status"] == "ok" else f"{one['status']} of"
-        title = f"gone: {what} these Cells on {one['night']}, last on {one['last']}, place {one['place']}"
-        groups.setdefault(title, []).append(f"  {one['name']} ({one['cell']})")
+        what = f"{', '.join(one.metrics)} of" if one.status == "ok" else f"{one.status} of"
+        title = f"gone: {what} these Cells on {one.night}, last on {one.last}, place {one.place}"
+        groups.setdefault(title, []).append(f"  {one.name} ({one.cell})")
     for title, cells in groups.items():
         yield from (f"{title}:", *cells)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness.analysis.comparison.baseline_rows import Findings
 from harness.errors import UsageError
-from harness.records import store
+from harness.records import files
 from harness.regression.outputs import github, junit, markdown
 
 
@@ -24,7 +24,7 @@ class Outputs:
     def refuse(self) -> None:
         """Raise UsageError for files that could not be written, before anything is compared."""
         given = {"--junit": self.junit, "--markdown": self.markdown}
-        odd = {option: why for option, file in given.items() if file is not None and (why := store.unwritable(file))}
+        odd = {option: why for option, file in given.items() if file is not None and (why := files.unwritable(file))}
         if self.junit is not None and self.markdown is not None and self.junit.absolute() == self.markdown.absolute():
             odd = {"--junit, --markdown": f"{self.junit} is to be two files at once"}
         if odd:
@@ -35,9 +35,9 @@ class Outputs:
     def write(self, findings: Findings, title: str) -> None:
         """Write the files."""
         if self.junit is not None:
-            store.write_atomic(self.junit, junit.render(findings))
+            files.write_atomic(self.junit, junit.render(findings))
         if self.markdown is not None:
-            store.write_atomic(self.markdown, markdown.render(findings, title))
+            files.write_atomic(self.markdown, markdown.render(findings, title))
 
     def annotate(self, findings: Findings) -> None:
         """Print the annotations, after the table: on the stream that is talk."""

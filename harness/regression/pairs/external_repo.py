@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.errors import HarnessError, UsageError
-from harness.methods.registry import GROUP, Registry, doors
+from harness.methods.registry import GROUP, Registry, entry_points_by_name
 from harness.records.record import Cell
 
 _PROBE = """
@@ -91,7 +91,7 @@ def uses(cell: Cell, registry: Registry, of: frozenset[str]) -> bool:
     """Say whether a Cell's Method or base is an implementation of these packages."""
     asked = [("method", cell.method, cell.implementation), ("base", cell.base.quantization, cell.base.implementation)]
     points = {(i.kind, i.target, i.name): i.point for i in registry.implementations}
-    there = doors()
+    there = entry_points_by_name()
     return any(
         points[key] in there and there[points[key]].module.partition(".")[0] in of for key in asked if key in points
     )

@@ -7,7 +7,7 @@ import json
 import secrets
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +18,16 @@ from harness.cell.measure import cores
 from harness.errors import Exit, HarnessError, UsageError
 from harness.process.termination import handle_termination
 from harness.records import environment, naming, store
-from harness.regression.outputs.files import Outputs
+from harness.records.files import write_atomic
 from harness.regression.pairs import canary_file, findings, table
 from harness.regression.pairs import sides as arms
+from harness.regression.pairs.request import PairsRequest
 from harness.regression.pairs.schedule import Measured, PairsRunner
 from harness.suites import loader
-from harness.suites.expand import Plan, expand
+from harness.suites.expand import Plan
 from harness.suites.expand import only as keep_only
 
 DOCUMENT, SCHEMA = "pairs.json", 1
-
-
-@dataclass(frozen=True)
-class PairsRequest:
-    """What is compared, how, and where it is told.
-
-    repo: whose revisions old and new are; None: the harness's own, or they are implementations.
-    cores: how many both sides are held to, in turn; None: one on a CPU, all on a GPU. metric: the one time to judge, named
-    as in a history; all of a Cell, if empty. canary: whether a Cell of the old side is run against itself, too.
-    """
-
-    old: str
-    new: str
-    suite: str = "sentinels"
-    only: str | None = None
-    out: Path | None = None
-    repo: Path | None = None
-    device: str = "auto"
-    cores: int | None = None
-    seed: int | None = None
-    metric: str = ""
-    canary: bool = True
-    canaries: Path = canary_file.FILE
-    strict: bool = False
-    outputs: Outputs = field(default_factory=Outputs)
 
 
 def gate(asked: PairsRequest, as_json: bool, design: Design | None = None) -> Exit:
@@ -62,7 +38,7 @@ def gate(asked: PairsRequest, as_json: bool, design: Design | None = None) -> Ex
     design = design or Design()
     asked.outputs.refuse()
     path = loader.find(asked.suite)
-    plan = _trained(expand(loader.load(path)), asked.only, asked.suite)
+    plan = _trained(loader.load(path).plan, asked.only, asked.suite)
     wanted = _cores(asked)
     if wanted is not None and wanted > (there := cores.available_cores()):
         what = f"{wanted} cores are asked for, and this process may use {there}"
@@ -125,7 +101,7 @@ def gate(asked: PairsRequest, as_json: bool, design: Design | None = None) -> Ex
     document = _document(asked, said, seed, design, bench.found, judged, canary) | {
         "cores": held, "cut": cut, "exit": int(code)
     }  # fmt: skip
-    store.write_atomic(folder / DOCUMENT, json.dumps(document, indent=1, allow_nan=False).encode())
+    write_atomic(folder / DOCUMENT, json.dumps(document, indent=1, allow_nan=False).encode())
     told = findings.findings(judged, cut)
     asked.outputs.write(told, f"{said[1]} against {said[0]}")
     print(json.dumps(document, indent=1) if as_json else "\n".join(table.lines(judged)))

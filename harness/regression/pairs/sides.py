@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness import resources
-from harness.errors import HarnessError, UsageError, near
+from harness.errors import HarnessError, UsageError, did_you_mean
 from harness.methods.registry import discover
 from harness.process.supervisor import Subprocess
 from harness.records import environment, store
@@ -77,7 +77,7 @@ def opened(old: str, new: str, plan: Plan, repo: Path | None = None) -> Iterator
         raise UsageError(
             f"`{named[0]}` is an implementation of this suite's Cells, and `{other}` is not",
             where="--pairs",
-            hint=near(other, known, "implementations"),
+            hint=did_you_mean(other, known, "implementations"),
         )
     top = resources.checkout()
     if top is None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 
-from harness.analysis import contention, failed_checks, measurements
-from harness.methods.peft_config import KEY
+from harness.analysis import contention, failed_checks, measurements, metrics
 from harness.records.cost import Checkpoint, Energy
-from harness.records.record import Environment, Json, Measurements, Memory, Predicted, Record
+from harness.records.record import ADAPTER_CONFIG, Environment, Json, Measurements, Memory, Predicted, Record
 from harness.report.export.columns import GPU_EDGES, GPU_PHASE, GPU_STATE
 
 Value = bool | int | float | str | None
@@ -23,7 +22,7 @@ def key(record: Record) -> ExportRow:
 def cell(record: Record, label: str, *, latest: bool) -> ExportRow:
     """Return the one row of an attempt."""
     asked, failure = record.cell, record.failure
-    keys = asked.config.get(KEY)
+    keys = asked.config.get(ADAPTER_CONFIG)
     rank = keys.get("r") if isinstance(keys, dict) else asked.config.get("rank")
     return {
         **key(record),
@@ -44,9 +43,9 @@ def cell(record: Record, label: str, *, latest: bool) -> ExportRow:
         **{f"evaluation.{name}": value for name, value in asked.evaluation.model_dump().items()},
         **_measured(record.measurements),
         **_of_training(record),
+        **{metric.column: metric.value(record) for metric in metrics.METRICS if metric.column},
         "notes": json.dumps(record.notes, ensure_ascii=False) if record.notes else None,
         "started": record.started,
-        "duration_s": record.duration_s,
         **_phases(record),
         **_gpu(record),
         "failure.kind": failure.kind if failure else None,
@@ -107,7 +106,6 @@ def _plain(value: Json) -> Value:
 def _measured(m: Measurements | None) -> ExportRow:
     a = m.accuracy if m else None
     found: ExportRow = {
-        "accuracy": a.value if a else None,
         "accuracy_low": a.low if a else None,
         "accuracy_high": a.high if a else None,
         "accuracy_n": len(a.items) if a else None,
@@ -116,8 +114,6 @@ def _measured(m: Measurements | None) -> ExportRow:
         "scored_by": a.scored_by if a else None,
         "cut_items": a.cut_items if a else None,
     }
-    for name in ("adapter", "head", "trainable", "total"):
-        found[f"parameters.{name}"] = getattr(m.parameters, name) if m else None
     for part, model in (("memory", Memory), ("checkpoint", Checkpoint), ("energy", Energy)):
         has = getattr(m, part) if m else None
         for name in model.model_fields:
@@ -130,23 +126,17 @@ def _measured(m: Measurements | None) -> ExportRow:
 
 
 def _of_training(record: Record) -> ExportRow:
-    """Return peak and speed of the training; no speed of what failed a check, as in the report."""
+    """Return the details of the training's speed; none where a check failed, as in the report."""
     t = record.measurements.training if record.measurements else None
-    peak = measurements.training_peak(record) if record.measurements else None
     no_speed = failed_checks.no_speed(record)
     timed = t if t and t.step_seconds and not no_speed else None
     step = measurements.step_time(timed) if timed else None
     return {
         "text_rules": t.text_rules if t else None,
         "cut_examples": t.cut_examples if t else None,
-        "training_peak_B": peak,
-        "training_peak_above_imports_B": None if peak is None else measurements.above_imports(record, peak),
-        "training_energy_J": measurements.training_energy(record),
-        "step_s": step.value if step else None,
         "step_low_s": step.low if step else None,
         "step_high_s": step.high if step else None,
         "step_n": step.count if step else None,
-        "tokens_per_s": measurements.throughput(timed) if timed else None,
         "no_speed": no_speed,
         "busy": contention.busy(record),
     }

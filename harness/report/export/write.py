@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from harness.errors import Exit, StoreError, UsageError
-from harness.records import store
+from harness.records import files, store
 from harness.report.export.columns import TABLES
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _bytes(frame: DataFrame, form: Format) -> bytes:
 
 def _write(path: Path, data: bytes) -> None:
     try:
-        store.write_atomic(path, data)
+        files.write_atomic(path, data)
     except StoreError as error:
         hint = f"make room or name another --out, remove {path.parent}, and export again"
         raise StoreError(error.what, where=error.where, hint=hint) from error

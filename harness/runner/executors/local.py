@@ -133,7 +133,7 @@ class Local:
         if self.jobs > 1:
             share = {"threads": max(1, environment.threads() // self.jobs), "at_once": self.jobs}
         try:
-            cards = probe.seen() if probe is not None else []
+            cards = probe.result() if probe is not None else []
         except HarnessError as error:  # running Cells are well; it may answer the next time
             return None, error.what
         if not cards:

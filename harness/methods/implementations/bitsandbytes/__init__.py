@@ -24,7 +24,7 @@ from harness.methods.registry import Implementation
 
 
 def implementations() -> list[Implementation]:
-    """Return all that this package imports here; bitsandbytes and torch are imported when one is first called."""
+    """Return the Implementations of this package. They import bitsandbytes and torch on their first call."""
     return [one for one in globals().values() if isinstance(one, Implementation)]
 
 

@@ -1,16 +1,21 @@
-"""bitsandbytes' 4-bit linear layer, on a weight that is packed already."""
+"""bitsandbytes' 4-bit linear layer, on a packed weight."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.methods.implementations.bitsandbytes.quantisers import DTYPES, state_of
 from harness.methods.registry import implements
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 @implements("nf4_linear", name="bitsandbytes", kind="operation", dtypes=DTYPES, requires=["bitsandbytes"])
-def nf4_linear(x: Any, packed: Any, absmax: Any, block: int, shape: tuple[int, int], bias: Any, training: bool) -> Any:
-    """Run a Linear4bit as a user gets it, with the compute dtype of x."""
+def nf4_linear(
+    x: Tensor, packed: Tensor, absmax: Tensor, block: int, shape: tuple[int, int], bias: Tensor | None, training: bool
+) -> Any:
+    """Run a Linear4bit with the compute dtype of x."""
     import bitsandbytes
     import torch
 

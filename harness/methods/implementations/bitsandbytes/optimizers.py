@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.methods.implementations.bitsandbytes.quantisers import DTYPES
 from harness.methods.registry import implements
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 _HOW: dict[str, Any] = {"name": "bitsandbytes", "kind": "operation", "dtypes": DTYPES, "requires": ["bitsandbytes"]}
 _PAGED = _HOW | {"name": "bitsandbytes-paged"}
 _NAMES = {"state1": "m", "absmax1": "m_absmax", "state2": "v", "absmax2": "v_absmax"}
 
 
 @implements("adamw8bit_step", **_HOW)
-def adamw8bit_step(p: Any, g: Any, step: int, **others: Any) -> tuple[Any, ...]:
-    """Take one step of AdamW8bit from the state given. others: m, m_absmax, v, v_absmax and the optimizer's knobs."""
+def adamw8bit_step(p: Tensor, g: Tensor, step: int, **others: Any) -> tuple[Tensor, ...]:
+    """Take one step of AdamW8bit from a given state. others: m, m_absmax, v, v_absmax and the optimizer's options."""
     from bitsandbytes.optim import AdamW8bit
 
     return _step8bit(AdamW8bit, p, g, step, **others)
 
 
 @implements("adamw8bit_step", **_PAGED)
-def paged_adamw8bit_step(p: Any, g: Any, step: int, **others: Any) -> tuple[Any, ...]:
-    """Take the same step by PagedAdamW8bit: where the states live changes no value."""
+def paged_adamw8bit_step(p: Tensor, g: Tensor, step: int, **others: Any) -> tuple[Tensor, ...]:
+    """Take one step of PagedAdamW8bit; paging changes no value."""
     from bitsandbytes.optim import PagedAdamW8bit
 
     with _without_the_warning():
         return _step8bit(PagedAdamW8bit, p, g, step, **others)
 
 
-def _step8bit(kind: Any, p: Any, g: Any, step: int, **others: Any) -> tuple[Any, ...]:
+def _step8bit(kind: Any, p: Tensor, g: Tensor, step: int, **others: Any) -> tuple[Tensor, ...]:
     import torch
 
     given = {name: others.pop(name) for name in _NAMES.values()}
@@ -49,7 +51,7 @@ def _step8bit(kind: Any, p: Any, g: Any, step: int, **others: Any) -> tuple[Any,
 
 
 @implements("paged_adamw", **_HOW)
-def paged_adamw(params: Any, grads: Any, **how: Any) -> tuple[Any, ...]:
+def paged_adamw(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **how: Any) -> tuple[Tensor, ...]:
     """Take the steps of PagedAdamW."""
     from bitsandbytes.optim import PagedAdamW
 
@@ -59,22 +61,22 @@ def paged_adamw(params: Any, grads: Any, **how: Any) -> tuple[Any, ...]:
 
 
 @implements("paged_states", **_HOW)
-def paged_states(params: Any, grads: Any) -> Any:
-    """Return for each parameter whether bitsandbytes marks its first moment as paged, as 1 or 0."""
+def paged_states(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    """Return 1 per parameter if PagedAdamW marks its first moment as paged, else 0."""
     from bitsandbytes.optim import PagedAdamW
 
     return _are_paged(PagedAdamW, params, grads)
 
 
 @implements("paged_states", **_PAGED)
-def paged_8bit_states(params: Any, grads: Any) -> Any:
-    """Return the same of PagedAdamW8bit, whose states are a quarter of the size."""
+def paged_8bit_states(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+    """Return 1 per parameter if PagedAdamW8bit marks its first moment as paged, else 0."""
     from bitsandbytes.optim import PagedAdamW8bit
 
     return _are_paged(PagedAdamW8bit, params, grads)
 
 
-def _are_paged(kind: Any, params: Any, grads: Any) -> Any:
+def _are_paged(kind: Any, params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
     import torch
 
     trained = _trained(params)
@@ -82,13 +84,13 @@ def _are_paged(kind: Any, params: Any, grads: Any) -> Any:
     return torch.tensor([float(getattr(optimizer.state[p]["state1"], "is_paged", False)) for p in trained])
 
 
-def _trained(params: Any) -> list[Any]:
+def _trained(params: Sequence[Tensor]) -> list[nn.Parameter]:
     import torch
 
     return [torch.nn.Parameter(p.clone()) for p in params]
 
 
-def _steps(kind: Any, trained: list[Any], grads: Any, **how: Any) -> Any:
+def _steps(kind: Any, trained: list[Any], grads: Sequence[Sequence[Tensor]], **how: Any) -> Any:
     optimizer = kind(trained, **how)
     with _without_the_warning():
         for several in grads:
@@ -100,7 +102,7 @@ def _steps(kind: Any, trained: list[Any], grads: Any, **how: Any) -> Any:
 
 @contextmanager
 def _without_the_warning() -> Iterator[None]:
-    """Keep quiet that on the CPU nothing is paged: `paged_states` says so too."""
+    """Suppress the warning that nothing is paged on a CPU."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
         yield

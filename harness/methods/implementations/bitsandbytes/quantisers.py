@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.methods.registry import Implementation, implements
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 DTYPES = ("float32", "bfloat16", "float16")
 _HOW: dict[str, Any] = {"name": "bitsandbytes", "kind": "operation", "dtypes": DTYPES, "requires": ["bitsandbytes"]}
 
 
 def _quantize(form: str) -> Implementation:
     @implements(f"{form}_quantize", **_HOW)
-    def quantize(W: Any, block: int) -> tuple[Any, Any]:
+    def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
         from bitsandbytes.functional import quantize_4bit
 
         packed, state = quantize_4bit(W, blocksize=block, quant_type=form)
@@ -23,10 +26,11 @@ def _quantize(form: str) -> Implementation:
 
 def _dequantize(form: str) -> Implementation:
     @implements(f"{form}_dequantize", **_HOW)
-    def dequantize(packed: Any, absmax: Any, block: int, shape: tuple[int, ...], dtype: Any) -> Any:
+    def dequantize(packed: Tensor, absmax: Tensor, block: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(packed[:, None], state_of(absmax, block, shape, dtype, form))
+        weight: Tensor = dequantize_4bit(packed[:, None], state_of(absmax, block, shape, dtype, form))
+        return weight
 
     return dequantize
 
@@ -35,8 +39,8 @@ nf4_quantize, fp4_quantize = _quantize("nf4"), _quantize("fp4")
 nf4_dequantize, fp4_dequantize = _dequantize("nf4"), _dequantize("fp4")
 
 
-def state_of(absmax: Any, block: int, shape: tuple[int, ...], dtype: Any, form: str) -> Any:
-    """Return bitsandbytes' own description of a packed weight."""
+def state_of(absmax: Tensor, block: int, shape: tuple[int, ...], dtype: torch.dtype, form: str) -> Any:
+    """Return bitsandbytes' QuantState of a packed weight."""
     import torch
     from bitsandbytes.functional import QuantState, get_4bit_type
 
@@ -46,8 +50,8 @@ def state_of(absmax: Any, block: int, shape: tuple[int, ...], dtype: Any, form: 
 
 
 @implements("double_quantize", **_HOW)
-def double_quantize(absmax: Any, block: int) -> tuple[Any, Any, Any]:
-    """Take the mean off and quantise the rest in blocks, as `quantize_4bit` does with compress_statistics."""
+def double_quantize(absmax: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Subtract the mean and quantise the rest in blocks, as `quantize_4bit` does with compress_statistics."""
     from bitsandbytes.functional import quantize_blockwise
 
     offset = absmax.mean()
@@ -56,15 +60,16 @@ def double_quantize(absmax: Any, block: int) -> tuple[Any, Any, Any]:
 
 
 @implements("double_dequantize", **_HOW)
-def double_dequantize(codes: Any, absmax2: Any, offset: Any, block: int) -> Any:
+def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, block: int) -> Tensor:
     """Decode the codes and add the mean, as `dequantize_4bit` does for a nested state."""
     from bitsandbytes.functional import dequantize_blockwise
 
-    return dequantize_blockwise(codes, absmax=absmax2, blocksize=block) + offset
+    constants: Tensor = dequantize_blockwise(codes, absmax=absmax2, blocksize=block) + offset
+    return constants
 
 
 @implements("dynamic_quantize", **_HOW)
-def dynamic_quantize(x: Any, block: int, signed: bool) -> tuple[Any, Any]:
+def dynamic_quantize(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
     """Quantise by `quantize_blockwise` with its dynamic map."""
     from bitsandbytes.functional import create_dynamic_map, quantize_blockwise
 

@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import Unsupported
 from harness.methods.registry import implements
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 @implements("nf4", name="bitsandbytes", kind="base", dtypes=DTYPES, requires=["bitsandbytes"])
-def nf4(model: Any, paths: list[str], dtype: Any) -> dict[str, tuple[Any, Any, int]]:
+def nf4(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, int]]:
     """Replace the linear layers at `paths` by bitsandbytes' NF4 layers, in place; return path -> (bytes, absmax, block).
 
-    Blocks of 64, no double quantisation; matrix products in `dtype`, biases kept in it. Raises Unsupported for any other
-    layer.
+    Blocks of 64, no double quantisation; matrix products and biases in `dtype`. Raises Unsupported for other layers.
     """
     return _pack(model, paths, dtype, double=False)
 
 
 @implements("nf4-dq", name="bitsandbytes", kind="base", dtypes=DTYPES, requires=["bitsandbytes"])
-def nf4_dq(model: Any, paths: list[str], dtype: Any) -> dict[str, tuple[Any, Any, int, bool]]:
-    """Do as `nf4` with double quantisation, the default. The absmax returned is what it decodes to; True says so."""
+def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, int, bool]]:
+    """Quantise as `nf4`, with double quantisation; return path -> (bytes, decoded absmax, block, True)."""
     return {path: (*form, True) for path, form in _pack(model, paths, dtype, double=True).items()}
 
 
-def _pack(model: Any, paths: list[str], dtype: Any, double: bool) -> dict[str, tuple[Any, Any, int]]:
+def _pack(
+    model: nn.Module, paths: list[str], dtype: torch.dtype, double: bool
+) -> dict[str, tuple[Tensor, Tensor, int]]:
     import bitsandbytes
     import torch
 
     from reference.shared.layers import replace
 
     forms = {}
-    layers = {path: model.get_submodule(path) for path in paths}
+    layers: dict[str, Any] = {path: model.get_submodule(path) for path in paths}
     for path, dense in layers.items():
         if not isinstance(dense, torch.nn.Linear):
             raise Unsupported(f"{path} is a {type(dense).__name__}; bitsandbytes packs linear layers")
@@ -57,8 +61,8 @@ def _pack(model: Any, paths: list[str], dtype: Any, double: bool) -> dict[str, t
         ).to(device)
         if dense.bias is not None:
             packed.bias = torch.nn.Parameter(dense.bias.detach().clone(), requires_grad=False)
-        # On CPUs with AVX512-BF16 its eval mode repacks the weight for good and computes in bfloat16 whatever compute_dtype
-        # says; a later backward pass then has no gradient for the layer's input. Operation nf4_linear shows it.
+        # On CPUs with AVX512-BF16 its eval mode repacks the weight permanently and computes in bfloat16 regardless of
+        # compute_dtype; a later backward pass then has no gradient for the layer's input. Operation nf4_linear shows it.
         packed.support_avx512bf16_for_cpu = False
         replace(model, path, packed.train(dense.training))
         state = packed.weight.quant_state
@@ -66,10 +70,9 @@ def _pack(model: Any, paths: list[str], dtype: Any, double: bool) -> dict[str, t
     return forms
 
 
-def _absmax(state: Any) -> Any:
-    """Return the absmax that a quantisation state means, decoded as `dequantize_4bit` does if it is in two levels."""
+def _absmax(state: Any) -> Tensor:
+    """Return the absmax of a QuantState, decoded as `dequantize_4bit` does if it is nested."""
     from bitsandbytes.functional import dequantize_blockwise
 
-    if not state.nested:
-        return state.absmax
-    return dequantize_blockwise(state.absmax, state.state2) + state.offset
+    absmax: Tensor = state.absmax
+    return dequantize_blockwise(absmax, state.state2) + state.offset if state.nested else absmax

@@ -1,6 +1,6 @@
-"""`fused`: our own optimised paths from `harness/kernels`, as Methods, as packed bases and as Operations.
+"""`fused`: the optimised code of `harness/kernels`, as Methods, packed bases and Operations.
 
-Only the computation is ours: which layers are adapted, their initial state, and merging are the reference's.
+Only the computation differs from the reference: adapted layers, initial state and merging are the reference's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from harness.methods.registry import Implementation
 
 
 def implementations() -> list[Implementation]:
-    """Return all that the files of this package offer; torch and the kernels are imported when one is first called."""
-    offering = [file.name for file in pkgutil.iter_modules(__path__) if not file.ispkg]  # the layers import torch
-    files = [importlib.import_module(f"{__name__}.{name}") for name in offering]
+    """Return the Implementations of this package's files. They import torch and the kernels on their first call."""
+    names = [file.name for file in pkgutil.iter_modules(__path__) if not file.ispkg]  # `layers` imports torch
+    files = [importlib.import_module(f"{__name__}.{name}") for name in names]
     return [one for file in files for one in vars(file).values() if isinstance(one, Implementation)]

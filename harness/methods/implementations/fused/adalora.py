@@ -1,17 +1,22 @@
-"""AdaLoRA: the layers compute as LoRA's do with A scaled by lambda, and the averages of all are carried on together."""
+"""AdaLoRA as LoRA with A scaled by lambda; the averages of all layers are updated together."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from harness.methods.registry import implements
 
+if TYPE_CHECKING:
+    from torch import Generator, nn
+
+    from harness.methods.spec import Adapted
+    from reference.adalora import Config
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 @implements("adalora", name="fused", dtypes=DTYPES)
-def adalora(model: Any, config: Any, generator: Any) -> Any:
-    """Attach AdaLoRA to what `config.targets` names; config as `reference.adalora.Config`."""
+def adalora(model: nn.Module, config: Config, generator: Generator) -> Adapted:
+    """Attach AdaLoRA to `config.targets`."""
     from harness.kernels.torch.support.shared_input import link
     from harness.methods.implementations.fused.layers.adalora import FusedAdaLora, FusedAdaLoraLinear
     from reference.adalora import attach

@@ -1,13 +1,18 @@
-"""DoRA: one product with the low-rank term in it, and a gain for each output."""
+"""DoRA as one product with the low-rank term, and a gain per output."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from harness.errors import Unsupported
 from harness.methods.registry import implements
 from reference.spec import Deviation
 
+if TYPE_CHECKING:
+    from torch import Generator, nn
+
+    from harness.methods.spec import Adapted
+    from reference.dora import Config
 DEVIATIONS = (
     Deviation(
         topic="dropout",
@@ -22,18 +27,18 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 @implements("dora", name="fused", dtypes=DTYPES)
-def dora(model: Any, config: Any, generator: Any) -> Any:
-    """Attach layers that compute by `dora_linear` to what `config.targets` names; config as `reference.dora.Config`.
+def dora(model: nn.Module, config: Config, generator: Generator) -> Adapted:
+    """Attach layers that compute by `dora_linear` to `config.targets`.
 
-    Raises Unsupported for a magnitude per input and for a norm with a gradient. A layer over another quantised base computes
-    as the reference does, with the base's own product in the place of one with its decoded weight.
+    Raises Unsupported for per=input and for a norm with a gradient. A layer over another quantised base computes as the
+    reference does, with the base's own product instead of one with its decoded weight.
     """
     from harness.kernels.torch.support.shared_input import link
     from harness.methods.implementations.fused.layers.dora import FusedDoraLinear
     from reference.dora import attach
 
     if config.per != "output" or not config.detach_norm:
-        raise Unsupported("the fused DoRA has a magnitude per output, and takes the norm for a constant")
+        raise Unsupported("the fused DoRA supports per=output with detach_norm=true only")
     adapted = attach(model, config, generator)
     for layer in adapted.layers.values():
         layer.__class__ = FusedDoraLinear

@@ -1,18 +1,23 @@
-"""GaLore: the step without a temporary of the weight's size, and the singular vectors without a whole SVD."""
+"""GaLore without temporaries of the weight's size and without a full SVD."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.methods.registry import DTYPES, implements
 from reference.spec import Deviation
 
+if TYPE_CHECKING:
+    from torch import Generator, Tensor, nn
+
+    from harness.methods.spec import Adapted
+    from reference.galore import Config
 DEVIATIONS = (
     Deviation(
         topic="singular vectors of a float32 gradient, and of a narrower one",
         paper="an SVD in float32",
         here="eigenvectors of the smaller Gram matrix in float64, in which its products are exact",
-        why="what an SVD in float32 resolves, float64 resolves by the squares as well; a float64 gradient has an SVD",
+        why="squares in float64 resolve what an SVD in float32 resolves; a float64 gradient gets an SVD",
     ),
     Deviation(
         topic="randomised SVD (niter > 0)",
@@ -24,14 +29,14 @@ DEVIATIONS = (
 
 
 @implements("galore", name="fused", dtypes=DTYPES)
-def galore(model: Any, config: Any, generator: Any) -> Any:
-    """Train by our GaLore; config as `reference.galore.Config`. What is adapted, and what trains, is the reference's."""
+def galore(model: nn.Module, config: Config, generator: Generator) -> Adapted:
+    """Train with the fused GaLore; the reference selects layers and parameters."""
     from harness.kernels.torch.optimizers.galore import GaLore
     from reference.galore import GaLoreModel, attach
 
     class Fused(GaLoreModel):
         def optimizer(self, lr: float, weight_decay: float, bits: int = 32) -> Any:
-            """Return ours with the groups of the reference's."""
+            """Return the fused optimizer with the reference's groups."""
             theirs = super().optimizer(lr, weight_decay, bits)
             return GaLore(theirs.param_groups, lr, weight_decay, self.config.eps)
 
@@ -40,16 +45,20 @@ def galore(model: Any, config: Any, generator: Any) -> Any:
 
 
 @implements("galore_step", name="fused", kind="operation", dtypes=DTYPES)
-def galore_step(W: Any, G: Any, P: Any, Q: Any, M: Any, V: Any, side: str, **how: Any) -> tuple[Any, Any, Any]:
-    """Take one step in the subspace given; `side` is what P and Q say already."""
+def galore_step(
+    W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, V: Tensor, side: str, **how: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Take one step in a given subspace; P and Q imply `side`."""
     from harness.kernels.torch.galore_step import galore_step
 
     return galore_step(W, G, P, Q, M, V, **how)
 
 
 @implements("galore8bit_step", name="fused", kind="operation", dtypes=DTYPES)
-def galore8bit_step(W: Any, G: Any, P: Any, Q: Any, side: str, **how: Any) -> tuple[Any, ...]:
-    """Take one step in the subspace given, with moments in 8 bits; `side` is what P and Q say already."""
+def galore8bit_step(
+    W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, side: str, **how: Any
+) -> tuple[Tensor, ...]:
+    """Take one step in a given subspace with 8-bit moments; P and Q imply `side`."""
     from harness.kernels.torch.galore_step import galore8bit_step
 
     return galore8bit_step(W, G, P, Q, **how)

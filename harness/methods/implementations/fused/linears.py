@@ -1,4 +1,4 @@
-"""The layers of LoRA, DoRA and VeRA, and AdaLoRA's importance, as Operations."""
+"""Operations of the layers of LoRA, DoRA and VeRA, and of AdaLoRA's importance."""
 
 from __future__ import annotations
 

@@ -1,16 +1,19 @@
-"""The optimizers' Operations: 8-bit AdamW, its blocks of codes, and AdamW whose states are paged."""
+"""Operations of optimizers: 8-bit AdamW, its quantiser, and paged AdamW."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from harness.methods.registry import DTYPES, implements
 
+if TYPE_CHECKING:
+    from torch import Tensor
 _HOW: dict[str, Any] = {"name": "fused", "kind": "operation", "dtypes": DTYPES}
 
 
 @implements("dynamic_quantize", **_HOW)
-def dynamic_quantize(x: Any, block: int, signed: bool) -> tuple[Any, Any]:
+def dynamic_quantize(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
     """Return uint8 codes and the float32 absmax of each block."""
     from harness.kernels.torch.dynamic_quantize import dynamic_quantize
 
@@ -18,21 +21,21 @@ def dynamic_quantize(x: Any, block: int, signed: bool) -> tuple[Any, Any]:
 
 
 @implements("adamw8bit_step", **_HOW)
-def adamw8bit_step(p: Any, g: Any, **others: Any) -> tuple[Any, ...]:
-    """Take one step from the state given. others: m, m_absmax, v, v_absmax, step and the optimizer's knobs."""
+def adamw8bit_step(p: Tensor, g: Tensor, **others: Any) -> tuple[Tensor, ...]:
+    """Take one step from a given state. others: m, m_absmax, v, v_absmax, step and the optimizer's options."""
     from harness.kernels.torch.adamw8bit_step import adamw8bit_step
 
     return adamw8bit_step(p, g, **others)
 
 
 @implements("paged_adamw", **_HOW)
-def paged_adamw(params: Any, grads: Any, **how: Any) -> tuple[Any, ...]:
-    """Take the steps of torch's AdamW; no state of 100,000 elements stays on the device between two of them."""
+def paged_adamw(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **how: Any) -> tuple[Tensor, ...]:
+    """Take steps of torch's AdamW; states of 100,000 elements or more are on the host between two steps."""
     return tuple(p.detach() for p in _paged_steps(params, grads, **how)[1])
 
 
 @implements("paged_states", **_HOW)
-def paged_states(params: Any, grads: Any) -> Any:
+def paged_states(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
     """Return for each parameter whether its states are paged, as 1 or 0."""
     import torch
 
@@ -40,7 +43,7 @@ def paged_states(params: Any, grads: Any) -> Any:
     return torch.tensor([float(p in optimizer.where()) for p in trained], device=trained[0].device)
 
 
-def _paged_steps(params: Any, grads: Any, **how: Any) -> tuple[Any, list[Any]]:
+def _paged_steps(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **how: Any) -> tuple[Any, list[Any]]:
     import torch
 
     from harness.kernels.torch.optimizers.paged import Paged

@@ -1,18 +1,24 @@
-"""PiSSA: the principal part without a whole SVD, and the low-rank term in the memory of the residual's output."""
+"""PiSSA without a full SVD, and with the low-rank term added in place to the residual's product."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.methods.registry import DTYPES, implements
 from reference.spec import Deviation
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Generator, Tensor, nn
+
+    from harness.methods.spec import Adapted
+    from reference.pissa import Config
 DEVIATIONS = (
     Deviation(
         topic="exact SVD (niter = 0) of a float32 weight, and of a narrower one",
         paper="LAPACK's, in float32",
         here="eigenvectors of the smaller Gram matrix in float64, unless the singular values span more than 2^12",
-        why="what an SVD in float32 resolves, float64 resolves by the squares as well; a float64 weight has an SVD",
+        why="squares in float64 resolve what an SVD in float32 resolves; a float64 weight gets an SVD",
     ),
     Deviation(
         topic="randomised SVD (niter > 0)",
@@ -25,11 +31,8 @@ DEVIATIONS = (
 
 
 @implements("pissa", name="fused", dtypes=DTYPES)
-def pissa(model: Any, config: Any, generator: Any) -> Any:
-    """Attach layers that compute by `lora_linear` over the residual; config as `reference.pissa.Config`.
-
-    Raises ValueError as the reference does.
-    """
+def pissa(model: nn.Module, config: Config, generator: Generator) -> Adapted:
+    """Attach layers that compute by `lora_linear` over the residual. Raises ValueError as the reference does."""
     import torch
 
     from harness.kernels.torch.support.shared_input import link
@@ -56,8 +59,8 @@ def pissa(model: Any, config: Any, generator: Any) -> Any:
     return AdaptedLayers(model, layers)
 
 
-def _start(weight: Any, config: Any, dtype: Any, generator: Any) -> tuple[Any, Any, Any]:
-    """Return (A (R, D), B (E, R), residual (E, D)) in `dtype`, as `reference.pissa.split`."""
+def _start(weight: Tensor, config: Config, dtype: torch.dtype, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (A (R, D), B (E, R), residual (E, D)) in `dtype`, like `reference.pissa.split`."""
     import torch
 
     from harness.kernels.torch.support.range_finder import leading_svd, randomised_svd

@@ -1,7 +1,7 @@
-"""`hf-peft`: the methods of HuggingFace peft, put into the model in place by `get_peft_model` with its default options.
+"""`hf-peft`: the methods of HuggingFace peft, attached in place by `get_peft_model` with its default options.
 
-So what is judged is what a user of peft gets: on a model in bfloat16 or float16 the adapter is float32, and each layer casts
-its input up and its output down. `inject_adapter_in_model`, which diffusers uses, would leave the adapter in 16 bits.
+This is what a user of peft gets: on a model in bfloat16 or float16 the adapter is float32, and each layer casts its input up
+and its output down. `inject_adapter_in_model`, which diffusers uses, would leave the adapter in 16 bits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from harness.methods.registry import Implementation
 
 
 def implementations() -> list[Implementation]:
-    """Return all that this package imports here; peft and torch are imported when one is first called."""
+    """Return the Implementations of this package. They import peft and torch on their first call."""
     return [one for one in globals().values() if isinstance(one, Implementation)]
 
 

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import Unsupported
 from harness.methods.implementations.hf_peft.adapted import ADAPTER, DTYPES, PeftAdapted, tuner
 from harness.methods.registry import implements
 
+if TYPE_CHECKING:
+    from torch import Generator, Tensor, nn
+
+    from reference.adalora import Config
+
 
 @implements("adalora", name="hf-peft", dtypes=DTYPES, requires=["peft"])
-def adalora(model: Any, config: Any, generator: Any) -> PeftAdapted:
-    """Attach peft's AdaLoRA to linear layers; config as `reference.adalora.Config`.
-
-    Raises Unsupported for the paper's squared norms and for averages that carry all or nothing on.
-    """
+def adalora(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
+    """Attach peft's AdaLoRA to linear layers. Raises Unsupported for regularization=squared-sum and betas of 0 or 1."""
     from peft import AdaLoraConfig
 
     from reference.shared.layers import targets
 
-    found = targets(model, config.targets)  # refuses what is no linear layer
+    found = targets(model, config.targets)  # raises for other kinds of layers
     if config.regularization != "mean-norm":
-        raise Unsupported(f"peft's term is the mean of norms, not {config.regularization}")
+        raise Unsupported(f"peft's regulariser is the mean of norms, not {config.regularization}")
     if not 0 < config.beta1 < 1 or not 0 < config.beta2 < 1:
-        raise Unsupported("peft takes no beta of 0 or 1")
+        raise Unsupported("peft refuses a beta of 0 or 1")
     peft_config = AdaLoraConfig(
         init_r=config.rank,
         target_r=config.target_rank,
@@ -42,9 +44,9 @@ def adalora(model: Any, config: Any, generator: Any) -> PeftAdapted:
     return PeftAdaLora(model, tuner(model, peft_config, generator))
 
 
-def orthogonality(tuner: Any, model: Any) -> Any:
-    """Return what the forward pass of peft's AdaLoraModel adds to a model's loss: here to a loss of zero."""
-    # Its forward pass itself, on a stand-in for the model, of which it wants the outputs and the parameters only.
+def orthogonality(tuner: Any, model: nn.Module) -> Tensor:
+    """Return the scalar that the forward pass of peft's AdaLoraModel adds to a model's loss."""
+    # Run its forward pass on a stand-in with a loss of zero; it reads only outputs and parameters.
     factor = next(p for name, p in model.named_parameters() if f"lora_A.{ADAPTER}" in name)
     outputs = SimpleNamespace(loss=factor.detach().new_zeros(()))
     stand_in = SimpleNamespace(
@@ -52,17 +54,18 @@ def orthogonality(tuner: Any, model: Any) -> Any:
         peft_config=tuner.peft_config,
         trainable_adapter_name=ADAPTER,
     )
-    return type(tuner).forward(stand_in).loss
+    loss: Tensor = type(tuner).forward(stand_in).loss
+    return loss
 
 
-def _tensors(layer: Any) -> dict[str, Any]:
+def _tensors(layer: Any) -> dict[str, Tensor]:
     return {"A": layer.lora_A[ADAPTER], "E": layer.lora_E[ADAPTER], "B": layer.lora_B[ADAPTER]}
 
 
 class PeftAdaLora(PeftAdapted):
-    """A model with peft's AdaLoRA layers. The averages are the allocator's own; `mask` (R, 1) is its rank pattern."""
+    """A model with peft's AdaLoRA layers. The averages are the allocator's; `mask` (R, 1) is its rank pattern."""
 
-    def __init__(self, model: Any, adalora_model: Any) -> None:
+    def __init__(self, model: nn.Module, adalora_model: Any) -> None:
         import torch
 
         super().__init__(model, _tensors)
@@ -71,8 +74,8 @@ class PeftAdaLora(PeftAdapted):
             path: torch.ones_like(layer.lora_E[ADAPTER], dtype=torch.bool) for path, layer in self.layers.items()
         }
 
-    def state(self) -> dict[str, Any]:
-        """Map names to the averages of sensitivity and of uncertainty, and to what the last pruning kept."""
+    def state(self) -> dict[str, Tensor]:
+        """Map names to the averages of sensitivity and of uncertainty, and to the last pruning's mask."""
         import torch
 
         found, allocator = {}, self.tuner.rankallocator
@@ -86,12 +89,12 @@ class PeftAdaLora(PeftAdapted):
             found[f"{path}.mask"] = self.masks[path]
         return found
 
-    def regularizer(self) -> Any:
-        """Return peft's term of the loss."""
+    def regularizer(self) -> Tensor:
+        """Return peft's regulariser."""
         return orthogonality(self.tuner, self.model)
 
     def after_step(self, step: int) -> None:
-        """Call peft's allocator. The masks are handed to it and taken back, since they may have been loaded."""
+        """Call peft's allocator with the current masks, which may have been loaded, and read them back."""
         import torch
 
         config, names = self.tuner.peft_config[ADAPTER], {path: f"{path}.lora_E.{ADAPTER}" for path in self.layers}

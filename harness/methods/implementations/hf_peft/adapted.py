@@ -1,29 +1,31 @@
-"""Put peft's layers into a model, and stand between them and the harness's seam."""
+"""Attach peft's layers to a model, and present them as an Adapted."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from torch import Generator, Tensor, nn
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 ADAPTER = "default"
-"""peft's name for the adapter that is judged; its parameters stand under it."""
+"""peft's name of the attached adapter, part of its parameters' names."""
 
-Named = Callable[[Any], dict[str, Any]]
-"""Maps one of peft's layers to tensors by the paper's letters."""
+NamedTensors = Callable[[Any], dict[str, Any]]
+"""A function from one of peft's layers to tensors by the paper's letters."""
 
 
-def tuner(model: Any, peft_config: Any, generator: Any) -> Any:
-    """Put what `peft_config` describes into `model` and return peft's tuner, which holds it."""
+def tuner(model: nn.Module, peft_config: Any, generator: Generator) -> Any:
+    """Attach the adapter of `peft_config` to `model` and return peft's tuner."""
     return peft_model(model, peft_config, generator).base_model
 
 
-def peft_model(model: Any, peft_config: Any, generator: Any, name: str = ADAPTER) -> Any:
-    """Put what `peft_config` describes into `model` and return peft's model around it.
+def peft_model(model: nn.Module, peft_config: Any, generator: Generator, name: str = ADAPTER) -> Any:
+    """Attach the adapter of `peft_config` to `model` and return peft's wrapper of the model.
 
-    peft draws from torch's global generator, which is seeded here and put back.
+    peft draws from torch's global generator, which is seeded here and restored.
     """
     import torch
     from peft import get_peft_model
@@ -34,21 +36,21 @@ def peft_model(model: Any, peft_config: Any, generator: Any, name: str = ADAPTER
 
 
 @contextmanager
-def _marked(model: Any) -> Iterator[None]:
-    """Mark a model with 4-bit layers as transformers does; without, peft takes a Linear4bit for an nn.Linear."""
+def _marked(model: nn.Module) -> Iterator[None]:
+    """Mark a model with 4-bit layers as transformers does; otherwise peft treats a Linear4bit as an nn.Linear."""
     packed = any(type(module).__name__ == "Linear4bit" for module in model.modules())
     if not packed or hasattr(model, "is_loaded_in_4bit"):
         yield
         return
-    model.is_loaded_in_4bit = True
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # no tensor
     try:
         yield
     finally:
         del model.is_loaded_in_4bit
 
 
-def second(model: Any, peft_config: Any, generator: Any) -> None:
-    """Put an adapter of twice the rank into `model`, then what `peft_config` describes beside it, and activate that."""
+def second(model: nn.Module, peft_config: Any, generator: Generator) -> None:
+    """Attach an adapter of twice the rank to `model`, then the adapter of `peft_config`, and activate the latter."""
     import torch
 
     other = copy.deepcopy(peft_config)
@@ -61,33 +63,34 @@ def second(model: Any, peft_config: Any, generator: Any) -> None:
 
 
 class PeftAdapted:
-    """A model with peft's layers inside, behind the harness's seam. Names: `<path>.<the paper's letter>`.
+    """An Adapted with peft's layers. Names: `<path>.<letter of the paper>`.
 
-    trains, frozen: what of one of peft's layers trains, and what the method made beside that. A method that adds to the
-    loss or acts between steps overrides what is empty here.
+    trains, frozen: read the trainable and the frozen tensors of one of peft's layers. Subclasses override `regularizer` and
+    `after_step` where their method needs them.
     """
 
     can_merge = True
 
-    def __init__(self, model: Any, trains: Named, frozen: Named = lambda _: {}) -> None:
+    def __init__(self, model: nn.Module, trains: NamedTensors, frozen: NamedTensors = lambda _: {}) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         self.model, self.trains, self.frozen = model, trains, frozen
-        self.layers = {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+        layers = {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+        self.layers: dict[str, Any] = layers
 
-    def tensors(self) -> dict[str, Any]:
+    def tensors(self) -> dict[str, Tensor]:
         """Map canonical names to peft's own parameters."""
         return {f"{path}.{name}": t for path, layer in self.layers.items() for name, t in self.trains(layer).items()}
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Tensor]:
         """Map canonical names to peft's own tensors, or to views of them."""
         return {f"{path}.{name}": t for path, layer in self.layers.items() for name, t in self.frozen(layer).items()}
 
-    def parameters(self) -> list[Any]:
-        """List what trains."""
+    def parameters(self) -> list[Tensor]:
+        """List the parameters that train."""
         return list(self.tensors().values())
 
-    def regularizer(self) -> Any:
+    def regularizer(self) -> Tensor | None:
         """Return None: nothing is added to the loss."""
         return None
 
@@ -108,10 +111,10 @@ class PeftAdapted:
             layer.unmerge()
 
     def detach(self) -> None:
-        """Put peft's base layers back, as its `unload` does: with the weights that they have by then."""
+        """Restore peft's base layers, as its `unload` does: with their current weights."""
         from reference.shared.layers import replace
 
         for path, layer in self.layers.items():
             replace(self.model, path, layer.base_layer)
-        # Or peft would take the next adapter for a second one. Who measures may put layers back and detach again.
+        # Otherwise peft would treat the next adapter as a second one. `detach` may be called again.
         self.model.__dict__.pop("peft_config", None)

@@ -1,41 +1,44 @@
-"""Any method of peft's, by its adapter_config.json: no names of ours, no reference to hold it to."""
+"""Any method of peft by its adapter_config.json, without a reference."""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import ImplementationError, Unsupported
 from harness.methods.implementations.hf_peft.adalora import orthogonality
 from harness.methods.implementations.hf_peft.adapted import ADAPTER, DTYPES, PeftAdapted
+from harness.methods.peft_config import AdapterConfig
 from harness.methods.registry import implements
 from harness.process.out_of_memory import shortage
 
+if TYPE_CHECKING:
+    from torch import Generator, Tensor, nn
 _REWRITING = ("pissa", "olora", "loftq")
-"""LoRA's `init_lora_weights` that put something else in the place of the base weight."""
+"""LoRA's `init_lora_weights` that overwrite the base weight."""
 _NOT_THE_BASE = ("VBLORA", "UNILORA")
-"""Methods whose start is near the base model, and not the base model."""
+"""Methods that start near the base model, but not exactly at it."""
 _NAMED_STARTS = ("LORA", "LOKR")
-"""Methods whose starts by name are the base model too; another's (C3A's `gaussian`) is random."""
+"""Methods with named starts that equal the base model; others' (C3A's `gaussian`) are random."""
 _WATCH_STEPS = ("ADALORA", "ADAMSS")
 """Methods that act between steps."""
 _STARTS = ("init_weights", "init_lora_weights", "init_ia3_weights")
 
 
 @implements("peft", name="hf-peft", dtypes=DTYPES, requires=["peft"])
-def any_method(model: Any, config: Any, generator: Any) -> AnyPeft:
-    """Attach what `config.adapter_config` describes; config as `harness.methods.peft_config.AdapterConfig`.
+def any_method(model: nn.Module, config: AdapterConfig, generator: Generator) -> AnyPeft:
+    """Attach the adapter of `config.adapter_config`.
 
-    Raises ImplementationError with peft's own words for what peft refuses: unknown layers, values out of range. Raises
-    Unsupported for LoftQ without a GPU, on which alone peft quantises.
+    Raises ImplementationError with peft's message where peft refuses the config: unknown layers, values out of range. Raises
+    Unsupported for LoftQ without a GPU, because peft quantises only there.
     """
     import torch
     from peft import PeftConfig, PeftModel
 
     from harness.methods.implementations.hf_peft import prompts
 
-    keys = {**config.adapter_config, "inference_mode": False}  # saved adapters say true
-    # A head is the harness's to train, whatever its name.
+    keys = {**config.adapter_config, "inference_mode": False}  # true in saved adapters
+    # The harness trains the head, whatever its name.
     keys |= {"modules_to_save": None} if "modules_to_save" in keys else {}
     if keys.get("init_lora_weights") == "loftq" and not _gpu():
         raise Unsupported("peft's LoftQ quantises on a GPU, and there is none")
@@ -46,10 +49,10 @@ def any_method(model: Any, config: Any, generator: Any) -> AnyPeft:
         try:
             wanted = PeftConfig.from_peft_type(**keys)
             if wanted.is_prompt_learning:
-                around = prompts.put_before(model, wanted, ADAPTER)
+                around = prompts.attach(model, wanted, ADAPTER)
                 _try(model)
             else:
-                around = PeftModel(model, wanted, ADAPTER)  # as get_peft_model, but for a wrapper around the head
+                around = PeftModel(model, wanted, ADAPTER)  # as get_peft_model, without a wrapper around the head
         except (TypeError, ValueError, KeyError, OSError, RuntimeError) as error:
             if shortage(error):
                 raise
@@ -61,13 +64,13 @@ def any_method(model: Any, config: Any, generator: Any) -> AnyPeft:
     return (PromptPeft if wanted.is_prompt_learning else AnyPeft)(model, around, ignored)
 
 
-def _refuse_unfit(wanted: Any, there: set[str]) -> None:
-    """Raise ImplementationError for `target_parameters` that fit none: peft leaves them out without a word."""
+def _refuse_unfit(wanted: object, there: set[str]) -> None:
+    """Raise ImplementationError for `target_parameters` that match nothing: peft ignores them silently."""
     for name in wanted if isinstance(wanted, list) else ():
         if not any(own == name or own.endswith(f".{name}") for own in there):
             ends = sorted({own.rpartition(".")[2] for own in there})
-            what = f"none of the model's parameters is `{name}`, which is one of the adapter_config's target_parameters"
-            raise ImplementationError(what, where="peft", hint=f"name others; the model's end in {', '.join(ends)}")
+            what = f"target_parameters has `{name}`, which matches no parameter of the model"
+            raise ImplementationError(what, where="peft", hint=f"its parameters end in {', '.join(ends)}")
 
 
 def _gpu() -> bool:
@@ -77,40 +80,40 @@ def _gpu() -> bool:
 
 
 def _try(model: Any) -> None:
-    """Run the model on two tokens: whether it can read virtual ones, peft says only then."""
+    """Run the model on two tokens: peft raises only then if it cannot use virtual tokens."""
     import torch
 
     with torch.no_grad():
         model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device))
 
 
-def _tell_tasks(model: Any) -> None:
-    """Let layers of Poly's know the task of each text, as its tuner's forward pass does: a Cell has one task."""
+def _tell_tasks(model: nn.Module) -> None:
+    """Pass the task of each text to Poly's layers, as its tuner's forward pass does; a Cell has one task."""
     for module in model.modules():
         if hasattr(module, "poly_router"):
             module.register_forward_pre_hook(_of_the_first_task, with_kwargs=True)
 
 
-def _of_the_first_task(_: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+def _of_the_first_task(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     import torch
 
     return inputs, options | {"task_ids": torch.zeros(len(inputs[0]), dtype=torch.long, device=inputs[0].device)}
 
 
 class AnyPeft(PeftAdapted):
-    """A model with layers of any of peft's methods. What trains has peft's own names: a method may share tensors.
+    """A model with any of peft's methods. Names are peft's own, because a method may share tensors.
 
-    starts_as_base: whether peft says that the start changes nothing; rewrites_base: whether it changes the base weight.
-    notes: what a reader of the Record must know.
+    starts_as_base: whether the initial output is the base model's. rewrites_base: whether `attach` changes the base weight.
+    notes: messages for the Record.
     """
 
-    def __init__(self, model: Any, around: Any, notes: list[str]) -> None:
+    def __init__(self, model: nn.Module, around: Any, notes: list[str]) -> None:
         super().__init__(model, lambda _: {})
         self.around, self.notes = around, notes
         self.trains_now = {name: p for name, p in model.named_parameters() if p.requires_grad}
         config = around.peft_config[ADAPTER]
         self.kind = config.peft_type.value
-        # Only those of adaption prompts, whole attention blocks, are no tuner layers of peft's.
+        # Adaption prompts wrap whole attention blocks, which are no tuner layers.
         self.layers |= {path: module for path, module in model.named_modules() if hasattr(module, "adaption_prompt")}
         _tell_tasks(model)
         starts = [getattr(config, name, True) for name in _STARTS]
@@ -120,16 +123,16 @@ class AnyPeft(PeftAdapted):
         )
         self.rewrites_base = approximates or any(str(start).lower().startswith(_REWRITING) for start in starts)
 
-    def bases(self) -> dict[str, Any]:
-        """Map the paths of the adapted layers to the layers under them."""
+    def bases(self) -> dict[str, nn.Module]:
+        """Map the paths of the adapted layers to their base layers."""
         return {path: getattr(layer, "base_layer", None) or layer.model for path, layer in self.layers.items()}
 
-    def tensors(self) -> dict[str, Any]:
-        """Map peft's names to all that trained as it was attached."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Map peft's names to the parameters that were trainable after attaching."""
         return dict(self.trains_now)
 
-    def saved(self) -> dict[str, Any]:
-        """Map names to what peft's `save_pretrained` would write."""
+    def saved(self) -> dict[str, Tensor]:
+        """Map names to the tensors of peft's `save_pretrained`."""
         from peft import get_peft_model_state_dict
 
         found: dict[str, Any] = get_peft_model_state_dict(
@@ -137,12 +140,12 @@ class AnyPeft(PeftAdapted):
         )
         return found
 
-    def regularizer(self) -> Any:
-        """Return AdaLoRA's term of the loss; no other method that is offered has one."""
+    def regularizer(self) -> Tensor | None:
+        """Return AdaLoRA's regulariser; no other supported method has one."""
         return orthogonality(self.around.base_model, self.model) if self.kind == "ADALORA" else None
 
     def after_step(self, step: int) -> None:
-        """Tell peft how far training is, where its method asks for it."""
+        """Call peft's `update_and_allocate` for methods that act between steps."""
         if self.kind in _WATCH_STEPS:
             self.around.base_model.update_and_allocate(step)
 
@@ -162,15 +165,15 @@ class AnyPeft(PeftAdapted):
         self.around.unmerge_adapter()
 
     def detach(self) -> None:
-        """Put the layers back that are under the adapted ones."""
+        """Restore the base layers."""
         from reference.shared.layers import replace
 
         for path, base in self.bases().items():
             replace(self.model, path, base)
         self.model.__dict__.pop("peft_config", None)
 
-    def reloaded(self, base: Any) -> Any:
-        """Save the adapter and load it into `base`, the model of before attaching, as another process would; return it."""
+    def reloaded(self, base: nn.Module) -> nn.Module:
+        """Save the adapter, load it into `base`, the original model, as another process would, and return `base`."""
         from tempfile import TemporaryDirectory
 
         from peft import PeftConfig
@@ -181,39 +184,39 @@ class AnyPeft(PeftAdapted):
             self._load(base, folder, PeftConfig.from_pretrained(folder))
         return base
 
-    def _load(self, base: Any, folder: str, config: Any) -> None:
+    def _load(self, base: nn.Module, folder: str, config: Any) -> None:
         from peft import PeftModel
 
-        config.task_type = None  # or peft would wrap a classifier's head
-        # Trainable: of weights that need no gradient torch may take other products, which differ in their last digits.
+        config.task_type = None  # otherwise peft would wrap a classifier's head
+        # Trainable, because torch may choose other kernels for weights without gradients, which differ in the last digits.
         PeftModel.from_pretrained(base, folder, adapter_name=ADAPTER, config=config, is_trainable=True)
         _tell_tasks(base)
 
 
 class PromptPeft(AnyPeft):
-    """A model with virtual tokens before its text. There are no layers, and nothing can be merged."""
+    """A model with virtual tokens before its text; there are no adapted layers and nothing to merge."""
 
-    def __init__(self, model: Any, around: Any, notes: list[str]) -> None:
+    def __init__(self, model: nn.Module, around: Any, notes: list[str]) -> None:
         super().__init__(model, around, notes)
         self.starts_as_base = False
 
     def merge(self) -> None:
-        """Refuse."""
+        """Raise NotImplementedError."""
         raise NotImplementedError("virtual tokens are a part of the input, not of the weights")
 
     def detach(self) -> None:
-        """Take the virtual tokens off the model."""
+        """Remove the virtual tokens."""
         from harness.methods.implementations.hf_peft import prompts
 
-        prompts.take_off(self.model)
+        prompts.remove(self.model)
 
     def attach_again(self) -> None:
         """Undo `detach`."""
         from harness.methods.implementations.hf_peft import prompts
 
-        prompts.put_back(self.model, self.around)
+        prompts.restore(self.model, self.around)
 
-    def _load(self, base: Any, folder: str, config: Any) -> None:
+    def _load(self, base: nn.Module, folder: str, config: Any) -> None:
         from harness.methods.implementations.hf_peft import prompts
 
-        prompts.put_before(base, config, ADAPTER).load_adapter(folder, ADAPTER)
+        prompts.attach(base, config, ADAPTER).load_adapter(folder, ADAPTER)

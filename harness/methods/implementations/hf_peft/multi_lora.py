@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from harness.methods.implementations.hf_peft.adapted import DTYPES
 from harness.methods.registry import implements
 
+if TYPE_CHECKING:
+    from torch import Tensor
 _NONE = "__base__"
-"""peft's name for no adapter."""
+"""peft's name of no adapter."""
 
 
 @implements("multi_lora_linear", name="hf-peft", kind="operation", dtypes=DTYPES, requires=["peft"])
-def multi_lora_linear(x: Any, W: Any, As: Any, Bs: Any, scalings: Any, ids: Any) -> Any:
-    """Run a layer of peft's that has all these adapters, on a batch whose sequences each name theirs.
+def multi_lora_linear(
+    x: Tensor, W: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], scalings: Sequence[float], ids: Tensor
+) -> Any:
+    """Run one of peft's layers with several adapters on a batch that names one per sequence.
 
-    As peft does when it loads adapters, those in 16 bits are cast to float32.
+    Adapters in 16 bits are cast to float32, as peft does when it loads them.
     """
     import torch
     from peft import LoraConfig, get_peft_model

@@ -1,9 +1,9 @@
 """peft's prompt learning in place: virtual tokens before every text, by the forward pass of peft's own model.
 
-peft wraps a model for these methods; the harness trains, scores and times the model that it has. So the model itself gets
-a class whose forward pass goes through peft's wrapper and gives the logits of the text alone. Two things are not left to
-peft: padding before a text must shift no position, and peft drops what says so; and peft 0.21 generates wrongly with
-transformers from 5.24 on, where it looks for the cache under its old name and puts its tokens before every new one.
+peft wraps a model for these methods; the harness trains, scores and times the model itself. So the model gets a class with a
+forward pass that calls peft's wrapper and returns the logits of the text alone. It corrects two things: padding before a
+text must not shift positions, but peft drops the position ids; and peft 0.21 generates incorrectly with transformers from
+5.24 on, because it reads the cache under its old name and repeats its tokens before every new one.
 """
 
 from __future__ import annotations
@@ -15,48 +15,49 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from harness.assets.text_models import CACHES
 from harness.errors import UsageError
 from harness.methods.peft_config import IN_THE_CACHE
 
 
-def put_before(model: Any, wanted: Any, name: str) -> Any:
-    """Let `model` read the virtual tokens of peft's config `wanted` before every text; return peft's model around it."""
+def attach(model: Any, wanted: Any, name: str) -> Any:
+    """Prepend the virtual tokens of peft's config `wanted` to every input of `model`; return peft's wrapper."""
     from peft import PeftModelForCausalLM, PeftModelForSequenceClassification
 
-    plain = copy.copy(model)  # the model as it is: all that is inside is the same
-    plain._modules = plain._modules.copy()  # but for the virtual tokens, which only the other one gets
+    plain = copy.copy(model)  # shares all modules
+    plain._modules = plain._modules.copy()  # except the virtual tokens, which only `model` gets
     if model.can_generate():
         wanted.task_type, kind = "CAUSAL_LM", PeftModelForCausalLM
         plain.__class__ = _running(type(model), _numbered)
     else:
         wanted.task_type, kind = "SEQ_CLS", PeftModelForSequenceClassification
     around = kind(plain, wanted, name)
-    put_back(model, around)
+    restore(model, around)
     return around
 
 
-def put_back(model: Any, around: Any) -> None:
-    """Let `model` run as peft's model `around` it, also after `take_off`."""
-    model.__dict__["around"] = around  # not as a module of it: that would hold all parameters twice
+def restore(model: Any, around: Any) -> None:
+    """Run `model` through its wrapper `around`; also undoes `remove`."""
+    model.__dict__["around"] = around  # no submodule, which would register all parameters twice
     model.__dict__["virtual_tokens"] = around.active_peft_config.num_virtual_tokens
     model.prompt_encoder = around.prompt_encoder
     model.__class__ = _running(type(model), _prompted)
 
 
-def take_off(model: Any) -> None:
-    """Undo `put_before`."""
+def remove(model: Any) -> None:
+    """Undo `attach`."""
     (model.__class__,) = type(model).__bases__
     del model.__dict__["around"], model.__dict__["virtual_tokens"]
     del model.prompt_encoder
 
 
 def _running(kind: Any, run: Callable[..., Any]) -> Any:
-    """Return a class of models of `kind` whose forward pass is `run`, which is also given that of `kind`."""
+    """Return a subclass of `kind` with the forward pass `run(model, forward of kind, ...)`."""
     own = kind.forward
 
-    @functools.wraps(own)  # who asks for its signature is to see the model's own
+    @functools.wraps(own)  # keeps the model's own signature
     def forward(self: Any, *args: Any, **given: Any) -> Any:
         return run(self, own, *args, **given)
 
@@ -64,9 +65,14 @@ def _running(kind: Any, run: Callable[..., Any]) -> Any:
 
 
 def _prompted(
-    model: Any, _: Any, input_ids: Any, attention_mask: Any = None, position_ids: Any = None, **given: Any
+    model: Any,
+    _: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    **given: Any,
 ) -> Any:
-    """Run peft's forward pass; and where the cache holds the virtual tokens already, the model's own behind them."""
+    """Run peft's forward pass, or the model's own if the cache already has the virtual tokens."""
     around = model.around
     plain, kind = around.base_model, around.active_peft_config.peft_type
     plain.training = model.training
@@ -80,9 +86,9 @@ def _prompted(
         return plain(input_ids=input_ids, attention_mask=attention_mask, **given)
     if kind in IN_THE_CACHE:
         if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            what = f"{kind.value} gives its tokens as a cache, which gradient checkpointing drops"
+            what = f"{kind.value} passes its tokens as a cache, which gradient checkpointing drops"
             raise UsageError(what, where="peft", hint="write `checkpointing: false`")
-        given = {key: value for key, value in given.items() if key not in CACHES}  # it makes one of its own
+        given = {key: value for key, value in given.items() if key not in CACHES}  # peft makes its own
         if position_ids is not None:
             given["position_ids"] = position_ids
     if kind == "MULTITASK_PROMPT_TUNING":
@@ -96,9 +102,9 @@ def _prompted(
 
 
 def _numbered(model: Any, own: Any, **given: Any) -> Any:
-    """Number virtual tokens and the text behind them so that padding in between shifts no position.
+    """Run `own` with position ids that padding between virtual tokens and text does not shift.
 
-    And call peft's cache what the model calls it, for which transformers would else warn, and from 5.40 on refuse.
+    Also rename peft's cache as the model expects it; otherwise transformers warns, and from 5.40 on raises.
     """
     takes = inspect.signature(own).parameters
     mask = given.get("attention_mask")

@@ -1,20 +1,25 @@
-"""peft's LoRA over bitsandbytes' Linear4bit: what transformers' `load_in_4bit` and a LoraConfig make together."""
+"""peft's LoRA over bitsandbytes' Linear4bit, as made by transformers' `load_in_4bit` and a LoraConfig."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.methods.implementations.hf_peft.adapted import PeftAdapted, tuner
 from harness.methods.implementations.hf_peft.lora import lora_tensors
 from harness.methods.registry import implements
 
+if TYPE_CHECKING:
+    from torch import Generator, Tensor, nn
+
+    from reference.qlora import Config
+
 
 # bitsandbytes has no kernels for float64.
 @implements("qlora", name="hf-peft", dtypes=("float32", "bfloat16", "float16"), requires=["peft", "bitsandbytes"])
-def qlora(model: Any, config: Any, generator: Any) -> PeftAdapted:
-    """Quantise linear layers to NF4 and attach peft's LoRA; config as `reference.qlora.Config`.
+def qlora(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
+    """Quantise linear layers to NF4 and attach peft's LoRA.
 
-    The original layers are kept for `detach`; a Cell sets their weights aside while it trains.
+    The original layers stay available for `detach`; a Cell offloads their weights while it trains.
     """
     from peft import LoraConfig
 
@@ -30,8 +35,8 @@ def qlora(model: Any, config: Any, generator: Any) -> PeftAdapted:
     return PeftQLora(model, bases)
 
 
-def _packed(dense: Any, config: Any) -> Any:
-    """Return bitsandbytes' layer in the place of `dense`; matrix products in the dtype of its weight."""
+def _packed(dense: nn.Linear, config: Config) -> Any:
+    """Return bitsandbytes' 4-bit layer for `dense`; it multiplies in the dtype of the original weight."""
     import bitsandbytes
     import torch
 
@@ -45,14 +50,13 @@ def _packed(dense: Any, config: Any) -> Any:
     ).to(weight.device)
     if dense.bias is not None:
         packed.bias = torch.nn.Parameter(dense.bias.detach().clone(), requires_grad=False)
-    # On CPUs with AVX512-BF16 its eval mode repacks the weight for good and computes in bfloat16 whatever
-    # compute_dtype says: a matter of bitsandbytes', see `harness/methods/implementations/bitsandbytes`.
+    # See `harness/methods/implementations/bitsandbytes/weights.py`.
     packed.support_avx512bf16_for_cpu = False
     return packed.train(dense.training)
 
 
-def _bytes(layer: Any) -> dict[str, Any]:
-    """Map the reference's names to bitsandbytes' own tensors; with double quantisation there are two more."""
+def _packed_tensors(layer: Any) -> dict[str, Tensor]:
+    """Map the reference's names to bitsandbytes' tensors: two, or four with double quantisation."""
     weight = layer.base_layer.weight
     quantised = weight.quant_state
     found = {"codes": weight.data.flatten(), "absmax": quantised.absmax}
@@ -62,12 +66,12 @@ def _bytes(layer: Any) -> dict[str, Any]:
 class PeftQLora(PeftAdapted):
     """A model with peft's LoRA layers over 4-bit weights."""
 
-    def __init__(self, model: Any, bases: dict[str, Any]) -> None:
-        super().__init__(model, lora_tensors, _bytes)
+    def __init__(self, model: nn.Module, bases: dict[str, Any]) -> None:
+        super().__init__(model, lora_tensors, _packed_tensors)
         self.bases = bases
 
     def detach(self) -> None:
-        """Put the original layers back."""
+        """Restore the original layers."""
         from reference.shared.layers import replace
 
         super().detach()

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.methods.implementations.hf_peft.adapted import ADAPTER, DTYPES, PeftAdapted, second, tuner
 from harness.methods.registry import implements
 
+if TYPE_CHECKING:
+    from torch import Generator, Tensor, nn
+
+    from reference.vera import Config
+
 
 @implements("vera", name="hf-peft", dtypes=DTYPES, requires=["peft"])
-def vera(model: Any, config: Any, generator: Any) -> PeftAdapted:
-    """Attach peft's VeRA to linear layers; config as `reference.vera.Config`."""
+def vera(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
+    """Attach peft's VeRA to linear layers."""
     tuner(model, _config(model, config), generator)
     return PeftAdapted(model, _vectors, _projections)
 
 
 @implements("vera", name="hf-peft-second", dtypes=["float32"], requires=["peft"])
-def second_vera(model: Any, config: Any, generator: Any) -> PeftAdapted:
-    """Do the same to a model that has another VeRA adapter already, of twice the rank: peft refuses a smaller one."""
+def second_vera(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
+    """Attach peft's VeRA to a model with another VeRA adapter of twice the rank; peft refuses a smaller one."""
     second(model, _config(model, config), generator)
     return PeftAdapted(model, _vectors, _projections)
 
 
-def _config(model: Any, config: Any) -> Any:
-    """Return peft's config; raises ValueError where a target is no linear layer."""
+def _config(model: nn.Module, config: Config) -> Any:
+    """Return peft's config. Raises ValueError if a target is no linear layer."""
     from peft import VeraConfig
 
     from reference.shared.layers import targets
@@ -38,12 +43,12 @@ def _config(model: Any, config: Any) -> Any:
     )
 
 
-def _vectors(layer: Any) -> dict[str, Any]:
+def _vectors(layer: Any) -> dict[str, Tensor]:
     return {"b": layer.vera_lambda_b[ADAPTER], "d": layer.vera_lambda_d[ADAPTER]}
 
 
-def _projections(layer: Any) -> dict[str, Any]:
-    """Return the slices of the pair that all layers and adapters share, as peft's forward pass takes them."""
+def _projections(layer: Any) -> dict[str, Tensor]:
+    """Return a layer's slices of the shared pair, as in peft's forward pass."""
     return {
         "A": layer.vera_A[ADAPTER][:, : layer.in_features],
         "B": layer.vera_B[ADAPTER][: layer.out_features],

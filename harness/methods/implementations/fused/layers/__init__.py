@@ -1,4 +1,4 @@
-"""The layers that `fused` puts in the place of the reference's: the same state, computed by `harness.kernels`.
+"""Layers of `fused`: the state of the reference's layers, computed by `harness.kernels`.
 
-Classes of a module, so that a model can be pickled; beside the files that name them, which do not import torch.
+They are classes of modules, so that a model can be pickled. The files above do not import torch.
 """

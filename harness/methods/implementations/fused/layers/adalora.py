@@ -16,7 +16,7 @@ from reference.adalora import AdaLoraAdapted, AdaLoraLinear
 
 
 class FusedAdaLoraLinear(SharedInputLayer, AdaLoraLinear):
-    """Computes as LoRA's does, with A scaled by lambda."""
+    """Compute as the fused LoRA, with A scaled by lambda."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W0 x + scaling P Lambda Q x, shape (..., E)."""
@@ -26,19 +26,19 @@ class FusedAdaLoraLinear(SharedInputLayer, AdaLoraLinear):
         return self.input_group(self, x)
 
     def forward_alone(self, x: Tensor) -> Tensor:
-        """Return the same without the other layers of the input."""
+        """Return the output without sharing work with other layers."""
         return lora_linear_over(self.base, x, self.A * self.E, self.B, self.scaling)
 
     def factors(self, x: Tensor) -> LoraFactors | None:
-        """Return what the output is made of, or None where the base has to be called."""
+        """Return the factors of the output, or None if the base layer must be called."""
         return factors_over(self.base, x, self.A * self.E, self.B, self.scaling)
 
 
 class FusedAdaLora(AdaLoraAdapted):
-    """Carries the averages of all layers on together."""
+    """Update the averages of all layers together."""
 
     def observe(self) -> None:
-        """Update every layer's importance by the gradients that are there."""
+        """Update every layer's importance with the current gradients."""
         given: dict[str, Any] = {}
         for letter in ("A", "E", "B"):
             given[letter] = [layer.tensors()[letter] for layer in self.adalora.values()]
@@ -48,7 +48,7 @@ class FusedAdaLora(AdaLoraAdapted):
         adalora_importance_(**given, beta1=self.config.beta1, beta2=self.config.beta2)
 
     def regularizer(self) -> Tensor | None:
-        """Return the orthogonality term of all layers, if it is to be added to the loss."""
+        """Return gamma R(P, Q) over all layers (eq. 4), or None if gamma is 0."""
         if self.config.orthogonality == 0:
             return None
         P, Q = [layer.B for layer in self.adalora.values()], [layer.A for layer in self.adalora.values()]

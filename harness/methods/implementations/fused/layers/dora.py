@@ -22,9 +22,9 @@ from reference.shared.layers import dense_weight
 
 
 class FusedDoraLinear(SharedInputLayer, DoraLinear):
-    """Computes by `dora_linear`; over our NF4 by the product with the low-rank term in it, and the gain.
+    """Compute by `dora_linear`; over the fused NF4 by the product with the low-rank term, and the gain.
 
-    Of a weight in 4 bits, whoever packed it, no decoded copy is kept for the backward pass, as the reference keeps one.
+    Unlike the reference, it saves no decoded copy of a 4-bit weight for the backward pass.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class FusedDoraLinear(SharedInputLayer, DoraLinear):
         if plain and (drops or multiplied_by_triton(x, self.A, self.B)):
             return self._by_itself(x, self._mask(x) if drops else None)
         W = base.packed_weight.in_buffer(x.dtype) if packed else base.weight
-        norm = row_norms(W, self.A, self.B, self.scaling)  # at once: what is lent the next call overwrites
+        norm = row_norms(W, self.A, self.B, self.scaling)  # now: the next call overwrites the buffer
         bias = None if base.bias is None else base.bias.to(x.dtype)
         if not drops:
             return gained(self.input_group(self, x), bias, self.m, norm)
@@ -53,7 +53,7 @@ class FusedDoraLinear(SharedInputLayer, DoraLinear):
         return mask / kept
 
     def _by_calls(self, x: Tensor) -> Tensor:
-        """Return what the reference does, with W0 d of the base itself: what multiplies in 4 bits decodes anew each time."""
+        """Compute as the reference, with W0 d by a call of the base, which decodes its weight each time."""
         base: Any = self.base
         g = gain(self.m, row_norms(dense_weight(base), self.A, self.B, self.scaling))
         y: Tensor = base(x)
@@ -65,7 +65,7 @@ class FusedDoraLinear(SharedInputLayer, DoraLinear):
         return dora_linear(x, self.base.weight, self.base.bias, self.A, self.B, self.m, self.scaling, mask)
 
     def forward_alone(self, x: Tensor) -> Tensor:
-        """Return the product without gain and bias."""
+        """Return the product without gain and bias, without sharing work with other layers."""
         base: Any = self.base
         if (factors := self.factors(x)) is not None:
             return lora_linears(x, [factors])[0]
@@ -74,13 +74,13 @@ class FusedDoraLinear(SharedInputLayer, DoraLinear):
         return lora_linear_over(base, x, self.A, self.B, self.scaling)
 
     def factors(self, x: Tensor) -> LoraFactors | None:
-        """Return what the product without gain and bias is made of."""
+        """Return the factors of the product without gain and bias, or None if the base layer must be called."""
         factors = factors_over(self.base, x, self.A, self.B, self.scaling)
         return None if factors is None else replace(factors, bias=None)
 
 
 def _without_bias(base: Any, x: Tensor) -> Tensor:
-    """Return W0 x, which (W0 x + b) - b would round."""
+    """Return W0 x exactly; (W0 x + b) - b would round."""
     bias, base.bias = base.bias, None
     try:
         y: Tensor = base(x)

@@ -12,7 +12,7 @@ from reference.lora import LoraLinear
 
 
 class FusedLoraLinear(SharedInputLayer, LoraLinear):
-    """Computes by `lora_linear`, and together with other layers of its input where nothing is dropped."""
+    """Compute by `lora_linear`; without dropout, together with layers of the same input."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W0 x + scaling B A x, shape (..., E)."""
@@ -22,9 +22,9 @@ class FusedLoraLinear(SharedInputLayer, LoraLinear):
         return self.input_group(self, x)
 
     def forward_alone(self, x: Tensor) -> Tensor:
-        """Return the same without the other layers of the input."""
+        """Return the output without sharing work with other layers."""
         return lora_linear_over(self.base, x, self.A, self.B, self.scaling)
 
     def factors(self, x: Tensor) -> LoraFactors | None:
-        """Return what the output is made of, or None where the base has to be called."""
+        """Return the factors of the output, or None if the base layer must be called."""
         return factors_over(self.base, x, self.A, self.B, self.scaling)

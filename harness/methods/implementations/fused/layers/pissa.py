@@ -12,7 +12,7 @@ from reference.pissa import PissaLinear
 
 
 class FusedPissaLinear(SharedInputLayer, PissaLinear):
-    """Computes by `lora_linear` over the residual."""
+    """Compute by `lora_linear` over the residual."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W_res x + b + scaling B A x, shape (..., E)."""
@@ -21,9 +21,9 @@ class FusedPissaLinear(SharedInputLayer, PissaLinear):
         return self.input_group(self, x)
 
     def forward_alone(self, x: Tensor) -> Tensor:
-        """Return the same without the other layers of the input."""
+        """Return the output without sharing work with other layers."""
         return lora_linear(x, self.get_buffer("residual"), self.base.bias, self.A, self.B, self.scaling)
 
     def factors(self, x: Tensor) -> LoraFactors | None:
-        """Return what the output is made of."""
+        """Return the factors of the output."""
         return LoraFactors(self.get_buffer("residual"), self.base.bias, self.A, self.B, self.scaling)

@@ -12,7 +12,7 @@ from reference.qlora import QloraLinear
 
 
 class FusedQloraLinear(QloraLinear):
-    """Computes by `packed_lora_linear`."""
+    """Compute by `packed_lora_linear`."""
 
     def _packed(self) -> PackedWeight:
         shape = self.base.out_features, self.base.in_features
@@ -24,7 +24,7 @@ class FusedQloraLinear(QloraLinear):
         return self._packed().decoded(torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W x + scaling B A x, W decoded, shape (..., E)."""
+        """Return W x + scaling B A x with the decoded W, shape (..., E)."""
         mask = None
         if self.dropout.p and self.training:
             mask = nn.functional.dropout(x.new_ones(x.shape), self.dropout.p)

@@ -1,0 +1,200 @@
+"""Metrics: one declaration for each number of a Record that is shown, exported, tracked and judged.
+
+`METRICS` feeds the comparison table (terminal and page), the export table `cells`, the history and the baseline gate. A new
+metric is one entry here. Latencies are a family of raw samples, not one number: see `tracked_metrics.times`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from harness.analysis import failed_checks, measurements
+from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, FindingKind, Unit
+from harness.records.base_model import meaning
+from harness.records.cost import Checkpoint
+from harness.records.memory import ALLOCATED, Memory
+from harness.records.record import Parameters, Record
+
+MetricKind = Literal["timed", "counted", "peak", "score"]
+Number = int | float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One number of a Record. Each consumer has a name for it; an empty name leaves the consumer out."""
+
+    name: str
+    """Key in the page's download."""
+    unit: Unit
+    meaning: str
+    """One sentence without a full stop: tooltip in the table, description of the export column."""
+    read: Callable[[Record], Number | None]
+    """Returns the value, None where it was not measured."""
+    why_missing: Callable[[Record], str] = lambda _: "not measured"
+    """Returns the reason of a missing value."""
+    kind: MetricKind | None = None
+    """How two values are compared: `timed` by statistics, `counted` exactly or within the slack, `peak` within the slack,
+    `score` by paired items; None for a number that is only shown."""
+    better: Literal["lower", "higher"] | None = None
+    """The better direction; None where any difference is a regression."""
+    slack_B: int = 0
+    """History: a difference of up to this much is no change."""
+    slack_share: float = 0.0
+    """History: the same as a share of the level; the larger of the two counts."""
+    applies: Callable[[Record], bool] = lambda _: True
+    """Whether history and gate use the value of this Record."""
+    always_there: bool = True
+    """History: whether a night without it is worth a message."""
+    heading: str = ""
+    """Column of the comparison table on the page, with the unit."""
+    terminal_heading: str = ""
+    """Column of the same table in the terminal."""
+    column: str = ""
+    """Column of the export table `cells`."""
+    history: str = ""
+    """Name in the history."""
+    quantity: str = ""
+    """Name in the baseline gate."""
+    finding: FindingKind = FindingKind.MEMORY
+    """Kind of the gate's finding."""
+
+    def value(self, record: Record) -> Number | None:
+        """Return what may be shown: None also for a speed of a Cell that failed a check."""
+        return None if self.kind == "timed" and failed_checks.no_speed(record) else self.read(record)
+
+    def got_worse(self, old: float, new: float) -> bool:
+        """Return whether a change from `old` to `new` is a regression."""
+        return old != new if self.better is None else new > old if self.better == "lower" else new < old
+
+
+def _measured(part: str, field: str) -> Callable[[Record], Number | None]:
+    """Return a reader of a field of `Measurements.<part>`."""
+
+    def read(record: Record) -> Number | None:
+        value: Number | None = getattr(getattr(record.measurements, part, None), field, None)
+        return value
+
+    return read
+
+
+def _parameters(field: str, **more: Any) -> Metric:
+    finding = FindingKind.PARAMETERS
+    return Metric(
+        name=f"parameters.{field}", unit="1", meaning=meaning(Parameters, field), read=_measured("parameters", field),
+        kind="counted", column=f"parameters.{field}", finding=finding, **more,
+    )  # fmt: skip
+
+
+def _bytes(part: str, model: type[Memory] | type[Checkpoint], field: str, **more: Any) -> Metric:
+    finding = FindingKind.MEMORY if part == "memory" else FindingKind.CHECKPOINT
+    return Metric(
+        name=f"{part}.{field}", unit="B", meaning=meaning(model, field), read=_measured(part, field), kind="counted",
+        better="lower", column=f"{part}.{field}", finding=finding, **more,
+    )  # fmt: skip
+
+
+def _peak(record: Record) -> int | None:
+    return measurements.training_peak(record) if record.measurements else None
+
+
+def _peak_above_imports(record: Record) -> int | None:
+    peak = _peak(record)
+    return None if peak is None else measurements.above_imports(record, peak)
+
+
+def _tokens_per_s(record: Record) -> float | None:
+    training = record.measurements.training if record.measurements else None
+    return measurements.throughput(training) if training and training.step_seconds else None
+
+
+def _no_peak(record: Record) -> str:
+    trained = record.measurements is not None and record.measurements.training is not None
+    return "the training phase has no memory peak" if trained else "not trained"
+
+
+def _no_speed(record: Record) -> str:
+    trained = measurements.step_seconds(record) is not None
+    return (failed_checks.no_speed(record) or "the clock did not move") if trained else "not trained"
+
+
+TRAINABLE = Metric(
+    name="trainable", unit="1", meaning="parameters that the optimizer updates", kind="counted",
+    read=_measured("parameters", "trainable"), heading="Trainable", terminal_heading="trainable",
+    column="parameters.trainable", history="parameters",
+)  # fmt: skip
+ACCURACY = Metric(
+    name="accuracy", unit="share", kind="score", better="higher", read=_measured("accuracy", "value"),
+    meaning="share of the test items that are right, with the interval named in the Record, for one training run",
+    why_missing=lambda _: "not scored", heading="Accuracy", terminal_heading="accuracy", column="accuracy",
+    history="accuracy",
+)  # fmt: skip
+COUNTED_PEAK = _bytes(
+    "memory", Memory, "counted_peak_B", history="counted_peak_B", quantity="tensors at one time in a step",
+    slack_B=COUNTED_PEAK_B, always_there=False,
+    # A step is counted only where memory has room for a copy of what it changes. On a GPU it is the training peak itself.
+    applies=lambda record: record.measurements is not None and record.measurements.memory.source != ALLOCATED,
+)  # fmt: skip
+TRAINING_PEAK = Metric(
+    name="training_peak_B", unit="B", kind="peak", better="lower", read=_peak, why_missing=_no_peak,
+    meaning="highest memory in the training phase: resident on a CPU, imports included; allocated on a GPU",
+    # Training again at another learning rate moved the resident peak of nine Cells on a CPU by 6.2 MiB at most.
+    slack_B=16 * 2**20, slack_share=0.01,
+    heading="Peak, MiB", terminal_heading="peak MiB", column="training_peak_B", history="training_peak_B",
+    quantity="training peak",
+)  # fmt: skip
+PEAK_ABOVE_IMPORTS = Metric(
+    name="training_peak_above_imports_B", unit="B", read=_peak_above_imports,
+    meaning="training peak less the memory of the process before the model was loaded",
+    column="training_peak_above_imports_B",
+)  # fmt: skip
+STEP = Metric(
+    name="step_s", unit="s", kind="timed", better="lower", read=measurements.step_seconds, why_missing=_no_speed,
+    meaning="median time of a steady step in this one process; missing where a check failed or was impossible", finding=FindingKind.TIME,
+    heading="Step, ms", terminal_heading="step ms", column="step_s", history="step_s", quantity="step",
+)  # fmt: skip
+TOKENS_PER_S = Metric(
+    name="tokens_per_s", unit="1/s", kind="timed", better="higher", read=_tokens_per_s, why_missing=_no_speed,
+    meaning="real tokens, padding not counted, per second of the steady steps; missing as step_s is",
+    heading="Tokens/s", terminal_heading="tok/s", column="tokens_per_s",
+)  # fmt: skip
+METRICS: tuple[Metric, ...] = (
+    _parameters("adapter", quantity="adapter parameters"),
+    _parameters("head", quantity="head parameters"),
+    TRAINABLE,
+    _parameters("total", quantity="all parameters"),
+    ACCURACY,
+    _bytes("memory", Memory, "weights_B", history="weights_B", quantity="weights"),
+    _bytes("memory", Memory, "adapter_B", history="adapter_B", quantity="adapter"),
+    _bytes("memory", Memory, "gradients_B", history="gradients_B", quantity="gradients"),
+    _bytes("memory", Memory, "optimizer_B", history="optimizer_B", quantity="optimizer"),
+    _bytes("memory", Memory, "optimizer_host_B", quantity="optimizer on the host"),
+    _bytes("checkpoint", Checkpoint, "adapter_file_B", history="adapter_file_B", quantity="adapter file"),
+    _bytes("checkpoint", Checkpoint, "head_B", quantity="head in it"),
+    _bytes("checkpoint", Checkpoint, "model_B", history="model_B", quantity="whole model"),
+    COUNTED_PEAK,
+    TRAINING_PEAK,
+    PEAK_ABOVE_IMPORTS,
+    TOKENS_PER_S,
+    STEP,
+    Metric(
+        name="training_energy_J", unit="J", better="lower", read=measurements.training_energy,
+        meaning="energy of the training phase; NA without a counter, under 2 s, and by rapl where Cells ran at once",
+        column="training_energy_J",
+    ),
+    Metric(
+        name="duration_s", unit="s", better="lower", read=lambda record: record.duration_s, heading="Cell, s",
+        meaning="wall time of the whole attempt in its own process, start-up included", column="duration_s",
+    ),
+)  # fmt: skip
+
+
+def in_history(name: str) -> Metric | None:
+    """Return the metric with this name in the history."""
+    return next((metric for metric in METRICS if metric.history == name), None)
+
+
+def shown() -> Iterator[Metric]:
+    """Yield the metrics of the comparison table, in its order."""
+    return (metric for metric in METRICS if metric.heading)

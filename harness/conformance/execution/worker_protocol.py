@@ -1,0 +1,124 @@
+"""Messages between `check` and its worker processes: the task of a worker, and the events that it reports. No torch.
+
+An event is one JSON object on the worker's pipe, told apart by its keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from harness.conformance.case_selection import FEW, CaseSelection
+from harness.conformance.findings.outcomes import CheckOutcome, Execution
+from harness.methods.registry import TargetKind
+from harness.process.worker_pool import WorkerPool
+from harness.records.base_model import FrozenModel
+
+Target = tuple[str, TargetKind, str]
+"""An implementation's name, and the kind and name of what it claims to be."""
+
+
+class WorkerTask(FrozenModel):
+    """The targets of one entry point, for one process, which pays for its imports once."""
+
+    point: str
+    targets: list[Target]
+    breadth: CaseSelection = FEW
+    dtypes: tuple[str, ...] = ()
+    """Only these, if any are given."""
+
+
+class PointBegun(FrozenModel):
+    """The import of an entry point begins."""
+
+    begin: str
+
+
+class Offered(FrozenModel):
+    """All entry points are imported."""
+
+    offered: list[dict[str, Any]]
+    """Fields of the Implementations, without their functions."""
+    broken: dict[str, str]
+    """Entry point -> why it cannot be used."""
+
+
+class TargetBegun(FrozenModel):
+    """The run of one implementation of a target begins."""
+
+    begin: Target
+
+
+class TargetEnded(FrozenModel):
+    """The run of one implementation of a target has ended."""
+
+    end: Target
+
+
+class CaseBegun(FrozenModel):
+    """A case begins."""
+
+    case: str
+
+
+class ModuleMissing(FrozenModel):
+    """The implementation cannot run here."""
+
+    missing: str
+    """The reason: a module that is not installed."""
+
+
+class CheckEnded(FrozenModel):
+    """A check has ended."""
+
+    tried: CheckOutcome
+    execution: Execution
+    """Of the outcome, whose JSON leaves it out."""
+
+    @classmethod
+    def of(cls, outcome: CheckOutcome) -> CheckEnded:
+        """Return the event of an outcome."""
+        return cls(tried=outcome, execution=outcome.execution)
+
+    @property
+    def outcome(self) -> CheckOutcome:
+        """The outcome with its execution."""
+        return self.tried.model_copy(update={"execution": self.execution})
+
+
+class Died(FrozenModel):
+    """The process ended, or was killed, before its work was done. The last event."""
+
+    died: str
+
+
+DiscoveryEvent = PointBegun | Offered | Died
+WorkerEvent = TargetBegun | TargetEnded | CaseBegun | ModuleMissing | CheckEnded | Died
+
+_Event = TypeVar("_Event")
+_DISCOVERY: TypeAdapter[DiscoveryEvent] = TypeAdapter(DiscoveryEvent)
+_WORKER: TypeAdapter[WorkerEvent] = TypeAdapter(WorkerEvent)
+
+
+def discovery_events(pool: WorkerPool, points: list[str], patience: float) -> Iterator[DiscoveryEvent | Died]:
+    """Import the entry points in a worker and yield its events."""
+    module = "harness.conformance.execution.discovery_worker"
+    yield from _parsed(pool.events(module, {"points": points}, patience), _DISCOVERY)
+
+
+def worker_events(pool: WorkerPool, task: WorkerTask, patience: float) -> Iterator[WorkerEvent | Died]:
+    """Run a task in a worker and yield its events."""
+    module = "harness.conformance.execution.worker"
+    yield from _parsed(pool.events(module, task.model_dump(mode="json"), patience), _WORKER)
+
+
+def _parsed(events: Iterator[Mapping[str, Any]], event: TypeAdapter[_Event]) -> Iterator[_Event | Died]:
+    for one in events:
+        try:
+            parsed = event.validate_python(one, strict=False)  # JSON has strings for enums, and lists for tuples
+        except ValidationError:  # the code under test has found the pipe
+            yield Died(died=f"wrote {str(one)[:40]!r} where only results are written; killed")
+            return
+        yield parsed

@@ -1,0 +1,135 @@
+"""Measurements of one Cell, as its Record holds them: raw samples, counts, per-item results."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from harness.records.base_model import Count, FrozenModel, Json, Seconds
+from harness.records.cost import Checkpoint, Energy
+from harness.records.memory import Memory
+
+
+class TrainingMeasured(FrozenModel):
+    """Raw training samples, one entry per optimizer step. Warm-up steps are real steps, only marked."""
+
+    losses: list[float]
+    """Training loss of each step, in nats."""
+    step_seconds: list[Seconds]
+    """Wall time of each step: forward, backward, optimizer; no tokenising, no evaluation."""
+    tokens: list[Count]
+    """Real tokens of each step, padding not counted."""
+    padded_tokens: list[Count]
+    """Tokens of each step, padding counted."""
+    gradient_norms: list[float]
+    """Gradient norm of each step."""
+    timing_warmup: int
+    """First steps that do not count as steady state."""
+    cpu_seconds: Seconds | None = None
+    """CPU time of the whole process, all threads, over the time of all `step_seconds`. Far less than that time
+    times the threads means that they waited, e.g. for other processes."""
+    optimizer: dict[str, Json] = Field(default={})
+    """Optimizer as it was: its class, the pager of its states, and the numbers of each of its groups."""
+    text_rules: str = ""
+    """Rules by which texts became tokens, and which tokens carry loss."""
+    cut_examples: int | None = None
+    """Trained examples that were too long and were cut; None: not counted."""
+    data_order_sha256: str = ""
+    """Hash over the ids of the examples of every batch, in order: equal for two Records that were trained on the
+    same data."""
+    initial_state_sha256: str = ""
+    """Hash over names, dtypes, shapes and bytes of all that trains, before the first step."""
+
+
+class Latency(FrozenModel):
+    """Raw forward times of one variant of the model."""
+
+    variant: Literal["base", "unmerged", "merged", "multi-adapter"]
+    """Variant of the model. `multi-adapter`: every row of the batch goes through an adapter of its own."""
+    kind: Literal["forward", "prefill", "decode"]
+    """Kind of pass. `decode` is seconds per generated token, with a key-value cache."""
+    batch: int
+    """Prompts in the batch."""
+    tokens: int
+    """Tokens of the prompt; for `decode` tokens generated."""
+    seconds: list[Seconds]
+    """Seconds of each pass or token."""
+    because: str = ""
+    """Reason for no samples."""
+    adapters: int | None = None
+    """Adapters that a batch of several mixes: as many as rows, or 1 for the same batch through one adapter; None
+    for other batches."""
+
+
+class Item(FrozenModel):
+    """One scored test item."""
+
+    id: str
+    """Id of the test item, the same for every Cell that scores it."""
+    correct: int
+    """1 if the answer is right, 0 if not."""
+
+
+class Accuracy(FrozenModel):
+    """Accuracy on `items`, with its interval for a new sample of items. One seed tells nothing of other seeds."""
+
+    metric: str
+    """Metric of the task."""
+    scored_by: str
+    """Scorer: `lm-eval <version>` or `harness`."""
+    value: float
+    """Share of the items that are right."""
+    low: float
+    """Lower end of the interval for a new sample of items; it tells nothing of other seeds."""
+    high: float
+    """Upper end of the same interval."""
+    interval: str
+    """Kind of interval, e.g. `Wilson 95 %`."""
+    items: list[Item]
+    """Scored items."""
+    cut_items: int | None = None
+    """Scored items that were longer than `max_tokens` and were cut; None: not counted."""
+
+    @model_validator(mode="after")
+    def _items_decide_the_value(self) -> Accuracy:
+        if self.items and not math.isclose(share := fmean(item.correct for item in self.items), self.value):
+            raise ValueError(f"an accuracy of {self.value} over items of which {share} are right")
+        return self
+
+
+class Parameters(FrozenModel):
+    """Counts of scalars. `adapter` and `head` train, the rest of `total` is frozen (or trains, for full fine-tuning)."""
+
+    adapter: Count
+    """Scalars that the Method trains."""
+    head: Count
+    """Scalars of a new task head, trained too."""
+    total: Count
+    """Scalars of the whole model."""
+
+    @property
+    def trainable(self) -> int:
+        """What the optimizer updates."""
+        return self.adapter + self.head
+
+
+class Measurements(FrozenModel):
+    """Everything that was measured; exists only in an `ok` Record."""
+
+    parameters: Parameters
+    """Counts of scalars."""
+    training: TrainingMeasured | None
+    """Samples of the training; None without training."""
+    memory: Memory
+    """Memory ledger."""
+    latency: list[Latency]
+    """Latencies."""
+    accuracy: Accuracy | None
+    """Accuracy; None where nothing was scored."""
+    checkpoint: Checkpoint | None = None
+    """Sizes of files; None in Records from before they were measured."""
+    energy: Energy | None = None
+    """Source of the energy of the phases; None in Records from before it was measured."""

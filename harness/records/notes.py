@@ -1,0 +1,30 @@
+"""Facts about a Record that older Records hold only as the text of a note."""
+
+from __future__ import annotations
+
+import re
+
+from harness.records.record import NoteKind, Record
+
+_OLD_CONCURRENCY = re.compile(r"up to (\d+) Cells ran at once")
+_OLD_TEXTS = {NoteKind.UNREACHED_EXPERTS: "are neither adapted nor packed into 4 bits"}
+"""A part of the text of each kind, in Records without `typed_notes`."""
+
+
+def concurrency_note(cells: int) -> list[str]:
+    """Return the note on the Cells that may run on a machine at the same time; none for a Cell alone."""
+    return [f"up to {cells} Cells ran at once: its times share the machine"] if cells > 1 else []
+
+
+def concurrent_cells(record: Record) -> int:
+    """Return how many Cells, this one included, may have run on the Record's machine at the same time."""
+    if record.concurrent_cells is not None:
+        return record.concurrent_cells
+    return next((int(found[1]) for note in record.notes if (found := _OLD_CONCURRENCY.search(note))), 1)
+
+
+def notes_of_kind(record: Record, kind: NoteKind) -> list[str]:
+    """Return the texts of a Record's notes of one kind."""
+    if record.concurrent_cells is not None:  # saved since typed_notes are
+        return [note.text for note in record.typed_notes if note.kind is kind]
+    return [note for note in record.notes if _OLD_TEXTS[kind] in note]

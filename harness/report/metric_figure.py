@@ -1,0 +1,76 @@
+"""Figures of metrics: the value in the unit of its column, and the details that some metrics add."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from harness.analysis import contention, measurements
+from harness.analysis.metrics import Metric, Number
+from harness.analysis.statistics.intervals import Median
+from harness.records.record import Record
+from harness.report import formatting
+from harness.report.formatting import Figure, figure, unmeasured
+
+
+def metric_figure(metric: Metric, record: Record) -> Figure:
+    """Return the figure of a metric of one Record; a dash with the reason where it has no value."""
+    value = metric.value(record)
+    if value is None:
+        return unmeasured(metric.why_missing(record))
+    details = _DETAILS.get(metric.name)
+    return figure(written(metric, value), value) | (details(record) if details else {})
+
+
+def written(metric: Metric, value: Number) -> str:
+    """Write a value in the unit of the column: bytes as MiB, shares as per cent, step times as ms."""
+    if metric.unit == "B":
+        return formatting.mebibytes(round(value))
+    if metric.unit == "share":
+        return formatting.percent(value)
+    if metric.unit == "s":
+        return formatting.milliseconds(value) if metric.heading.endswith("ms") else f"{value:.1f}"
+    return f"{value:,.0f}"
+
+
+def _of_parameters(record: Record) -> dict[str, Any]:
+    m = record.measurements
+    return {"why": f"{formatting.short_count(m.parameters.total)} in all"} if m else {}
+
+
+def _of_accuracy(record: Record) -> dict[str, Any]:
+    a = record.measurements.accuracy if record.measurements else None
+    if a is None:
+        return {}
+    why = f"{a.metric}, {a.interval}, scored by {a.scored_by}"
+    if a.cut_items:
+        longer = f"{a.cut_items:,} of {len(a.items):,} items were longer than {record.cell.training.max_tokens} tokens"
+        why += f"; {longer}, and cut"
+    return {"small": formatting.interval(a), "why": why}
+
+
+def _of_rate(record: Record) -> dict[str, Any]:
+    busy = contention.busy(record)
+    return {"flag": "busy" if busy else "", "why": busy}
+
+
+def _of_step(record: Record) -> dict[str, Any]:
+    busy, step = contention.busy(record), _step(record)
+    return {
+        "small": formatting.median_ms(step) if step else "",
+        "why": "; ".join(filter(None, [f"{step.count} steps" if step else "", busy])),
+        "flag": "busy" if busy else "",
+    }
+
+
+def _step(record: Record) -> Median | None:
+    training = record.measurements.training if record.measurements else None
+    return measurements.step_time(training) if training and training.step_seconds else None
+
+
+_DETAILS: dict[str, Callable[[Record], dict[str, Any]]] = {
+    "trainable": _of_parameters,
+    "accuracy": _of_accuracy,
+    "tokens_per_s": _of_rate,
+    "step_s": _of_step,
+}

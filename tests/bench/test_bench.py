@@ -1,0 +1,829 @@
+"""The verb `bench`: no speed without parity, raw samples, what is written and exported, who is compared with whom."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness.bench import (
+    matrix_flops,
+    operation_benchmark,
+    planning,
+    pytest_benchmark,
+    results,
+    step_benchmark,
+    table,
+    timing,
+)
+from harness.bench import operations as timed_operations
+from harness.bench import run as command
+from harness.bench.adapted_llama import AdaptedLlama
+from harness.bench.planning import BenchRequest, BenchTask
+from harness.bench.results import BenchRow, Ceilings, Samples
+from harness.bench.sizes import MOST_PRODUCTS, MOST_WEIGHTS, SHAPES, BenchSize, sizes
+from harness.bench.steps import STEPS, Backbone
+from harness.cli import main
+from harness.conformance import operations, parity_suite
+from harness.conformance.findings.outcomes import CheckOutcome
+from harness.errors import Exit, StoreError, UsageError
+from harness.methods.registry import Implementation, Registry, discover, implements
+from harness.records.environment import describe
+from harness.records.record import CheckResult, Outcome
+from reference.galore import attach
+
+CPU = torch.device("cpu")
+SMALL = BenchSize("tiny", 32, 48, 5, 4)
+LITTLE = Backbone(layers=1, width=32, mlp=48, heads=2, kv_heads=1, vocabulary=64, batch=2, tokens=16, features=48)
+
+
+@pytest.fixture(scope="module")
+def registry() -> Registry:
+    return discover()
+
+
+@pytest.fixture(autouse=True)
+def low_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy and a product of sizes that take no time."""
+    monkeypatch.setattr("harness.bench.ceilings.COPIED_B", {"cpu": 2**16})
+    monkeypatch.setattr("harness.bench.ceilings.SIDE", {"cpu": 32})
+    monkeypatch.setattr(timing, "LEAST_S", 1e-4)
+
+
+def offered(name: str, target: str, function: Callable[..., Any], kind: Any = "operation") -> Implementation:
+    return implements(target, name=name, kind=kind, dtypes=["float32"])(function)
+
+
+def reference(target: str) -> Callable[..., Any]:
+    return operations.every()[target].reference
+
+
+def rows(other: Implementation, registry: Registry, target: str = "lora_linear", pairs: int = 6) -> list[BenchRow]:
+    ours = registry.find("operation", target, "reference")
+    bench = operation_benchmark.OperationBenchmark(target, ours, other, "float32", CPU, pairs, {"threads": 1})
+    return list(bench.rows(SMALL))
+
+
+def row(**more: Any) -> BenchRow:
+    check = CheckResult(check="lora_linear/outputs/float32/call", outcome=Outcome.PASS, error=0.1, allowed=0.4)
+    tried = CheckOutcome(
+        implementation="acme", kind="operation", target="lora_linear", dtype="float32", case="", result=check
+    )
+    given: dict[str, Any] = {
+        "name": "lora_linear", "shape": "square 8x8, 2 tokens", "dtype": "float32", "device": "cpu", "ours": "fused",
+        "other": "acme", "outcome": "measured", "parity": [tried], "bytes": 4e6, "flops": 1e6,
+        "samples": Samples(
+            ours=[0.001, 0.002, 0.001, 0.001, 0.004, 0.001], other=[0.002] * 6, first=["ours", "other"] * 3,
+            calls={"ours": 5, "other": 3},
+        ),
+        "ceilings": Ceilings(copy_B_per_s=8e9, gemm_FLOP_per_s=1e11),
+    }  # fmt: skip
+    return BenchRow(**given | more)
+
+
+# ---- no speed without parity
+
+
+def test_what_agrees_is_timed_forward_and_backward_with_its_raw_samples(registry: Registry) -> None:
+    forward, backward = rows(offered("acme", "lora_linear", reference("lora_linear")), registry)
+    assert [forward.name, backward.name] == ["lora_linear", "lora_linear+backward"]
+    for one in (forward, backward):
+        assert one.outcome == "measured", one.because
+        assert one.samples is not None
+        assert len(one.samples.ours) == len(one.samples.other) == len(one.samples.first) == 6
+        assert min(one.samples.ours + one.samples.other) > 0
+        assert set(one.samples.warmup) == {"ours", "other"}
+        assert one.ratio is not None
+        assert one.share(one.samples.ours) is not None
+    checks = {(t.implementation, t.result.check) for t in backward.parity}
+    wanted = {f"lora_linear/{name}/float32/call" for name in ("outputs", "backward")}
+    assert checks == {(who, check) for who in ("reference", "acme") for check in wanted}
+
+
+def test_who_begins_alternates(registry: Registry) -> None:
+    forward, _ = rows(offered("acme", "lora_linear", reference("lora_linear")), registry)
+    assert forward.samples is not None
+    first = forward.samples.first
+    assert all(a != b for a, b in pairwise(first))
+
+
+def test_a_wrong_output_gets_no_speed(registry: Registry) -> None:
+    def wrong(**given: Any) -> Any:
+        return reference("lora_linear")(**given) * 1.001
+
+    for one in rows(offered("acme", "lora_linear", wrong), registry):
+        assert (one.outcome, one.samples, one.red) == ("refused", None, True)
+        assert "acme fails lora_linear/outputs/float32/call" in one.because
+        assert "refused: no parity" in table.as_text([one])
+
+
+def test_a_wrong_gradient_gets_no_speed_of_training_but_one_of_the_call(registry: Registry) -> None:
+    def wrong(**given: Any) -> Any:
+        return reference("lora_linear")(**given | {"A": given["A"].detach()})
+
+    forward, backward = rows(offered("acme", "lora_linear", wrong), registry)
+    assert forward.outcome == "measured"
+    assert (backward.outcome, backward.samples) == ("refused", None)
+    assert "lora_linear/backward" in backward.because
+
+
+def test_codes_that_were_never_written_get_no_speed(registry: Registry) -> None:
+    def lazy(**given: Any) -> Any:
+        p, m, m_absmax, v, v_absmax = reference("adamw8bit_step")(**given)
+        return p, torch.zeros_like(m), m_absmax, torch.zeros_like(v), v_absmax
+
+    (one,) = rows(offered("acme", "adamw8bit_step", lazy), registry, "adamw8bit_step")
+    assert (one.outcome, one.red) == ("refused", True)
+    assert "output_codes" in one.because
+
+
+def test_what_is_not_offered_is_not_run_and_no_failure(registry: Registry) -> None:
+    from harness.errors import Unsupported
+
+    def picky(**given: Any) -> Any:
+        raise Unsupported("only on Sundays")
+
+    for one in rows(offered("acme", "lora_linear", picky), registry):
+        assert (one.outcome, one.red) == ("not-run", False)
+        assert "only on Sundays" in one.because
+
+
+def test_a_step_whose_update_is_a_little_off_gets_no_speed(registry: Registry) -> None:
+    def wrong(model: Any, config: Any, generator: Any) -> Any:
+        from reference.lora import attach
+
+        adapted = attach(model, config, generator)
+        for layer in adapted.layers.values():
+            layer.scaling *= 1.01
+        return adapted
+
+    both = (registry.find("method", "lora", "reference"), offered("acme", "lora", wrong, "method"))
+    one = step_benchmark.row("lora", STEPS["lora"], both, ("", ""), LITTLE, "float32", CPU, 5, registry, {})
+    assert (one.outcome, one.samples, one.red) == ("refused", None, True)
+    assert "no parity: acme fails lora/" in one.because
+
+
+# ---- training steps
+
+
+@pytest.mark.parametrize("name", ["lora-dropout", "adalora"])
+def test_a_step_is_timed_beside_the_frozen_pass(registry: Registry, name: str) -> None:
+    step = STEPS[name]
+    both = (registry.find("method", step.method, "reference"), registry.find("method", step.method, "hf-peft"))
+    one = step_benchmark.row(name, step, both, ("", ""), LITTLE, "float32", CPU, 5, registry, {})
+    assert one.outcome == "measured", one.because
+    assert one.samples is not None
+    assert len(one.samples.limit) == 5
+    assert one.limit_ratio is not None
+    assert {len(losses) for losses in one.losses.values()} == {5 + timing.WARMUP}
+    first = [losses[0] for losses in one.losses.values()]
+    assert first[0] == pytest.approx(first[1])
+    assert f"{step.method}/loss/float32/warm" in {t.result.check for t in one.parity}
+    assert "x frozen pass" in table.as_text([one])
+    assert one.products is not None
+    # Forward and backward, r (D + E) products beside D E, and another for the gradient of the factors.
+    assert one.products.other >= one.products.ours > one.products.frozen
+    assert f"{one.products.ours / one.products.frozen:.2f} by FLOPs" in table.as_text([one])
+
+
+def test_products_are_counted_in_every_form() -> None:
+    left, right, into = torch.randn(8, 4), torch.randn(4, 6), torch.zeros(8, 6)
+    products = (
+        lambda: left @ right,
+        lambda: torch.addmm(into, left, right),
+        lambda: into.addmm_(left, right),
+    )
+    assert [matrix_flops.flops(call) for call in products] == [2 * 8 * 4 * 6] * 3
+
+
+def test_a_refresh_counts_once_in_two_hundred_steps() -> None:
+    ordinary, refresh = 0.01, 2.0
+    times = [ordinary] * 4 + [refresh] + [ordinary] * 6
+    assert step_benchmark._per_step(times) == pytest.approx((199 * ordinary + refresh) / 200)
+
+
+def test_a_galore_step_is_made_of_whole_cycles(registry: Registry) -> None:
+    both = (registry.find("method", "galore", "reference"),) * 2
+    one = step_benchmark.row("galore", STEPS["galore"], both, ("", ""), LITTLE, "float32", CPU, 5, registry, {})
+    assert one.outcome == "measured", one.because
+    assert one.samples is not None
+    assert [len(cycle) for cycle in one.samples.parts["ours"]] == [step_benchmark.CYCLE] * 5
+    assert len(one.samples.limit) == 5
+    assert "x its two products" in table.as_text([one])
+    assert one.judged
+
+
+def test_memory_of_a_step_is_that_above_the_bare_process(registry: Registry) -> None:
+    it = registry.find("method", "lora", "reference")
+    taken = step_benchmark.memory(STEPS["lora"], it, "", LITTLE, "float32", CPU, registry)
+    assert taken["peak_B"] >= taken["rest_B"] > 0
+    two = row(memory={"fused": {"peak_B": 300, "rest_B": 200, "bare_B": 100}, "acme": {"peak_B": 500, "bare_B": 100}})
+    assert two.memory_ratio == 2
+
+
+def test_a_galore_step_is_judged_on_the_device_that_is_timed(registry: Registry) -> None:
+    devices = []
+
+    def spying(model: Any, config: Any, generator: Any) -> Any:
+        devices.append({p.device.type for p in model.parameters()})
+        return attach(model, config, generator)
+
+    both = (offered("acme", "galore", spying, "method"),) * 2
+    # What computes nothing can pass nothing; where it was tried shows all the same.
+    meta = torch.device("meta")
+    one = step_benchmark.row(
+        "galore-exact", STEPS["galore-exact"], both, ("", ""), LITTLE, "float32", meta, 5, registry, {}
+    )
+    assert one.outcome == "refused"
+    assert len(devices) > len(both)  # beside the layers that are timed, those of the parity suite
+    assert all(seen == {"meta"} for seen in devices)
+
+
+def test_a_galore_step_has_its_weight_once_while_its_memory_is_taken(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def step(_: object) -> None:
+        tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+        square = (LITTLE.features, LITTLE.features)
+        seen.append(len({t.data_ptr() for t in tensors if t.shape == square}))
+
+    monkeypatch.setattr(step_benchmark._Galore, "step", step)
+    step_benchmark.memory(
+        STEPS["galore"], registry.find("method", "galore", "reference"), "", LITTLE, "float32", CPU, registry
+    )
+    assert seen == [1] * step_benchmark.MEASURED_STEPS
+
+
+def test_while_training_nothing_is_kept_that_only_the_parity_needed(registry: Registry) -> None:
+    trainee = AdaptedLlama(
+        registry.find("method", "lora", "reference"), STEPS["lora"], LITTLE, "float32", CPU, registry
+    )
+    trainee.parity()
+    assert trainee.subject.original.model is not None
+    kept = [*trainee.start.values(), trainee.base_output, *trainee.subject.original.model.parameters()]
+    gone = [weakref.ref(one) for one in kept]
+    del kept
+    trainee.start_training()
+    gc.collect()
+    assert not [one for one in gone if one() is not None]
+    trainee.step()
+
+
+# ---- sizes and formulas
+
+
+@pytest.mark.parametrize("name", timed_operations.every())
+def test_every_operation_has_a_case_that_its_arguments_take_and_costs_that_grow(name: str) -> None:
+    how, it = timed_operations.every()[name], operations.every()[name]
+    given = it.arguments(torch.float32, torch.Generator().manual_seed(0), **how.case(BenchSize("t", 128, 128, 8, 4)))
+    assert given
+    assert (how.backward is not None) == bool(it.differentiable)
+    for cost in filter(None, (how.forward, how.backward)):
+        small, large = BenchSize("s", 512, 512, 64), BenchSize("l", 1024, 512, 64)
+        assert 0 < cost.bytes(small, 2) < cost.bytes(large, 2)
+        assert cost.bytes(small, 2) <= cost.bytes(small, 4)
+        assert 0 < cost.flops(small) < cost.flops(large)
+
+
+def test_the_bytes_of_a_call_are_those_of_its_arguments_and_outputs() -> None:
+    size, generator = BenchSize("t", 96, 64, 8, 4), torch.Generator().manual_seed(0)
+    for name in ("nf4_dequantize", "lora_linear", "adamw8bit_step", "nf4_lora_linear", "galore_step"):
+        how, it = timed_operations.every()[name], operations.every()[name]
+        given = it.arguments(torch.float32, generator, **how.case(size))
+        outputs = it.named(it.reference(**given)).values()
+        read = [one for one in given.values() if isinstance(one, torch.Tensor)]
+        moved = sum(t.numel() * t.element_size() for t in [*read, *outputs])
+        assert how.forward.bytes(size, 4) == moved, name
+
+
+def test_a_new_operation_is_judged_and_timed_without_being_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    definition, costs = tmp_path / "definition", tmp_path / "costs"
+    definition.mkdir()
+    costs.mkdir()
+    (definition / "doubled.py").write_text(
+        "from harness.conformance.operation import Operation, draw\n"
+        "def arguments(dtype, generator, *, size): return {'x': draw(generator, dtype, size)}\n"
+        "def reference(x): return 2 * x\n"
+        "OPERATION = Operation('doubled', ('y',), arguments, reference, differentiable=('x',))\n"
+    )
+    (costs / "doubling.py").write_text(
+        "from harness.bench.costs import Cost, TimedOperation\n"
+        "cost = Cost(lambda s, i: 2 * i * s.weights, lambda s: s.weights)\n"
+        "TIMED = {'doubled': TimedOperation(lambda s: {'size': s.weights}, cost, cost)}\n"
+    )
+    (tmp_path / "doubled.yaml").write_text(
+        "operation: doubled\nfollows: arithmetic\nchecks: [outputs, backward]\ncases: [{size: 8}]\ndtypes: [float32]\n"
+    )
+    monkeypatch.setattr(operations, "__path__", [*operations.__path__, str(definition)])
+    monkeypatch.setattr(timed_operations, "__path__", [*timed_operations.__path__, str(costs)])
+    monkeypatch.setattr(parity_suite, "path_of", lambda name: tmp_path / f"{name}.yaml")
+    monkeypatch.setattr("harness.methods.registry._OPERATIONS", definition)
+    monkeypatch.setattr(planning, "targets", planning.targets.__wrapped__)  # uncached, as below
+    for package in (operations, timed_operations):
+        monkeypatch.setattr(package, "every", package.every.__wrapped__)
+    ours, other = (
+        offered(name, "doubled", function) for name, function in (("a", lambda x: 2 * x), ("b", lambda x: x + x))
+    )
+    tasks, _ = planning.plan(
+        BenchRequest(["doubled"], device="cpu", ours="a"), Registry((ours, other)), no_gpu="no GPU"
+    )
+    assert [(task.name, task.names) for task in tasks] == [("doubled", ("a", "b"))]
+    forward, backward = operation_benchmark.OperationBenchmark("doubled", ours, other, "float32", CPU, 6, {}).rows(
+        SMALL
+    )
+    assert (forward.outcome, backward.outcome) == ("measured", "measured"), forward.because + backward.because
+    assert forward.bytes == 2 * 4 * SMALL.weights
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_what_is_judged_is_never_more_than_the_reference_can_do(shapes: str, device: str) -> None:
+    for size in sizes(shapes, per_token=True):
+        judged = size.judged(device, per_token=True)
+        assert judged.weights <= max(MOST_WEIGHTS[device], judged.D**2)
+        assert judged.tokens * judged.weights <= max(MOST_PRODUCTS[device], judged.weights)
+        assert (judged.E >= judged.D) == (size.E >= size.D)
+    assert BenchSize("s", 512, 512, 128).judged(device, True) == BenchSize("s", 512, 512, 128)
+
+
+def test_judging_fewer_rows_is_said() -> None:
+    assert (
+        "judged on a smaller size than was timed:\n  lora_linear square 8x8, 2 tokens: square 8x8, 1 token"
+        in table.as_text([row(judged="square 8x8, 1 token")])
+    )
+
+
+# ---- numbers
+
+
+def test_the_ratio_is_the_median_over_pairs() -> None:
+    one = row()
+    assert one.ratio is not None
+    assert one.ratio.value == 2
+    assert one.ratio.low == 0.5
+    assert one.share([0.001]) == pytest.approx(0.5)  # 4 MB at 8 GB/s
+    assert "2.00 [0.50, 2.00]" in table.as_text([one])
+    assert "50% of roofline" in table.as_text([one])
+
+
+def test_on_a_gpu_the_clock_starts_behind_a_wait_in_which_the_host_queues_the_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+
+    class Event:
+        def __init__(self, **_: Any) -> None: ...
+
+        def record(self) -> None:
+            seen.append("event")
+
+        def elapsed_time(self, other: object) -> float:
+            return 2.0
+
+    class Flush:
+        def zero_(self) -> None:
+            seen.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: seen.append("wait"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: seen.append("synchronize"))
+    clock = timing.Clock(CPU)
+    clock._flush = Flush()  # type: ignore[assignment]
+    assert clock.sample(lambda: seen.append("call")) == pytest.approx(0.002)
+    assert seen == ["flush", "wait", "event", "call", "event", "synchronize"]
+
+
+def test_a_step_on_a_gpu_may_be_all_launches_and_says_so() -> None:
+    def shown(name: str, device: str, **more: Any) -> str:
+        samples = row().samples
+        assert samples is not None
+        return table.as_text([row(name=name, device=device, samples=samples.model_copy(update=more))])
+
+    assert "kernel launches by the host" in shown("step:lora", "cuda", limit=[0.001] * 6)
+    assert "kernel launches by the host" not in shown("step:lora", "cpu", limit=[0.001] * 6)
+    assert "kernel launches by the host" not in shown("lora_linear", "cuda")
+
+
+def test_a_busy_machine_is_told_of() -> None:
+    assert "load up to 9.5" in table.as_text([row(facts={"threads": 2, "load": 9.5})])
+    assert "load" not in table.as_text([row(facts={"threads": 2, "load": 0.5})])
+
+
+def test_a_time_that_any_call_takes_is_marked() -> None:
+    samples = row().samples
+    assert samples is not None
+    one = row(samples=samples.model_copy(update={"overhead": {"ours": 1e-6, "other": 1e-3}}))
+    assert one.mostly_call == ["other"]
+    assert "2 ms *" in table.as_text([one])
+
+
+def test_too_few_pairs_for_an_interval_are_explained() -> None:
+    few = row(samples=Samples(ours=[0.001] * 5, other=[0.002] * 5, first=["ours"] * 5))
+    assert "2.00 [too few]" in (shown := table.as_text([few]))
+    assert f"at least {len(row().samples.ours)} pairs" in shown  # type: ignore[union-attr]
+    assert "too few" not in table.as_text([row()])
+
+
+def test_a_step_whose_memory_could_not_be_taken_is_shown_as_failed() -> None:
+    class Workers:
+        def events(self, module: str, words: dict[str, Any], patience: float) -> Any:
+            yield {"begin": 0}
+            if len(words["names"]) == 1:
+                yield {"died": "the process died of SIGKILL"}
+                return
+            yield {"row": row().model_dump(mode="json")}
+            yield {"end": 0}
+
+    task = BenchTask("step:lora", "method", "lora", ("fused", "acme"), (), "float32", "cpu", step="lora")
+    (one,) = command._rows(task, BenchRequest(), 1, Workers())  # type: ignore[arg-type]
+    assert one.samples is not None
+    assert "failed: timed, but the memory of fused could not be measured: the process died of SIGKILL" in table.as_text(
+        [one]
+    )
+    assert not pytest_benchmark.document([one], describe())["benchmarks"]
+
+
+# ---- files
+
+
+def test_the_export_has_what_pytest_benchmark_reads(tmp_path: Path) -> None:
+    document = pytest_benchmark.document([row(), row(outcome="refused", samples=None)], describe())
+    assert {"machine_info", "commit_info", "benchmarks", "datetime", "version"} <= set(document)
+    ours, other = document["benchmarks"]
+    assert ours["options"]["timer"] == "perf_counter"
+    (on_gpu, _) = pytest_benchmark.document([row(device="cuda")], describe())["benchmarks"]
+    assert on_gpu["options"]["timer"] == "torch.cuda.Event"
+    assert ours["group"] == other["group"]
+    assert ours["stats"]["data"] == row().samples.ours  # type: ignore[union-attr]
+    assert ours["stats"]["rounds"] == 6
+    stats = pytest.importorskip("pytest_benchmark.stats", reason="pytest-benchmark is not installed")
+    theirs = stats.Stats()
+    for one in ours["stats"]["data"]:
+        theirs.update(one)
+    assert set(theirs.as_dict()) <= set(ours["stats"])
+    for name in ("min", "max", "mean", "stddev", "median", "ops", "total", "rounds"):
+        assert ours["stats"][name] == pytest.approx(getattr(theirs, name)), name
+    file = tmp_path / "0001_bench.json"
+    file.write_text(json.dumps(document), encoding="utf-8")
+    compare = [sys.executable, "-m", "pytest_benchmark", "compare", str(file), f"--csv={tmp_path / 'out.csv'}"]
+    done = subprocess.run(compare, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "lora_linear[square 8x8, 2 tokens-float32-cpu-acme]" in (tmp_path / "out.csv").read_text()
+    (saved,) = pytest_benchmark.read([file])  # and by ourselves
+    assert saved.rounds[ours["fullname"]] == ours["stats"]["data"]
+    assert {"cpu", "python", "torch"} <= set(saved.place)
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process, sizes that take no time."""
+    monkeypatch.setattr(planning, "sizes", lambda shapes, per_token: [BenchSize("tiny", 64, 64, 4, 2)])
+
+
+def test_a_bench_leaves_a_file_per_benchmark_with_raw_samples(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "gpus", lambda: ())
+    asked = BenchRequest(["galore_step"], ["galore-torch"], pairs=6, ours="reference")
+    out, export = tmp_path / "out", tmp_path / "export.json"
+    assert command.bench(asked, False, out, export) is Exit.PASS
+    shown = capsys.readouterr().out
+    assert "galore_step/outputs/float32/call" in shown
+    assert "not-run (no GPU)" in shown
+    measured, absent = (json.loads(file.read_text()) for file in sorted(out.iterdir()))
+    assert (measured["outcome"], absent["outcome"]) == ("measured", "not-run")
+    assert len(measured["samples"]["ours"]) == len(measured["samples"]["other"]) == 6
+    assert measured["environment"]["software"]["torch"]
+    assert measured["bytes"] > 0
+    assert measured["flops"] > 0
+    assert measured["ceilings"]["copy_B_per_s"] > 0
+    assert {one["result"]["outcome"] for one in measured["parity"]} == {"pass"}
+    assert len(json.loads(export.read_text())["benchmarks"]) == 2
+
+
+def test_a_folder_that_holds_a_bench_is_refused(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command.worker_processes, "discover", lambda: registry)
+    (tmp_path / "notes.json").touch()
+    words = ["bench", "--op", "galore_step", "--device", "cuda", "--out", str(tmp_path)]
+    monkeypatch.setattr(command, "gpus", lambda: ())
+    assert main(words) == Exit.INFRASTRUCTURE
+    there = sorted(tmp_path.iterdir())
+    capsys.readouterr()
+    assert main(words) == Exit.USAGE
+    assert f"--out {tmp_path}: already holds a bench\n  hint: name another folder" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == there
+
+
+@pytest.mark.parametrize(
+    ("option", "place"),
+    [
+        ("--out", "file/out"),
+        ("--export-pytest-benchmark", "nowhere/x.json"),
+        ("--export-pytest-benchmark", "file/x.json"),
+        ("--export-pytest-benchmark", "/dev/null"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, place: str
+) -> None:
+    def measure(*_: object) -> None:
+        pytest.fail("something runs")
+
+    monkeypatch.setattr(command, "measure", measure)
+    (tmp_path / "file").touch()
+    assert main(["bench", option, str(tmp_path / place)]) == Exit.USAGE
+    said = capsys.readouterr().err
+    assert f"{option} {tmp_path / place}: " in said
+    assert "hint: name a" in said
+
+
+class Fake:
+    """Stands in for the processes of an operation with two sizes: `after` is done once the first row was told."""
+
+    stopped = False
+    after: Callable[[], object]
+
+    def events(self, module: str, words: dict[str, Any], patience: float) -> Any:
+        for number in range(2):
+            yield {"begin": number}
+            yield {"row": row(ours="reference", other=words["names"][-1]).model_dump(mode="json")}
+            Fake.after()
+            yield {"end": number}
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+@pytest.fixture
+def two_rivals(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> BenchRequest:
+    """Two processes of two rows each."""
+    monkeypatch.setattr(planning, "sizes", lambda shapes, per_token: [BenchSize("one", 8, 8), BenchSize("two", 8, 8)])
+    monkeypatch.setattr(command.worker_processes, "discover", lambda: registry)
+    monkeypatch.setattr(command, "WorkerPool", Fake)
+    monkeypatch.setattr(Fake, "after", lambda: None, raising=False)
+    return BenchRequest(["nf4_quantize"], ["bitsandbytes", "torchao"], device="cpu", ours="reference")
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_ctrl_c_keeps_the_rows_there_are_and_says_what_is_missing(
+    two_rivals: BenchRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    as_json: bool,
+) -> None:
+    monkeypatch.setattr(Fake, "after", interrupt)
+    assert command.bench(two_rivals, as_json, tmp_path, None) is Exit.INFRASTRUCTURE
+    shown = capsys.readouterr().out
+    files = [json.loads(file.read_text()) for file in sorted(tmp_path.iterdir())]
+    assert [one["because"] for one in files] == ["", "interrupted after the row above", "interrupted"]
+    assert [one["other"] for one in files] == ["bitsandbytes", "bitsandbytes", "torchao"]
+    if as_json:
+        document = json.loads(shown)
+        assert document["interrupted"]
+        assert [one["outcome"] for one in document["benchmarks"]] == ["measured", "not-run", "not-run"]
+    else:
+        assert "2.00 [0.50, 2.00]" in shown
+        assert shown.splitlines()[-1].startswith("interrupted: 2 of these did not finish")
+
+
+def test_a_row_is_written_as_soon_as_it_is_measured(
+    two_rivals: BenchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = []
+    monkeypatch.setattr(Fake, "after", lambda: there.append(len(list(tmp_path.iterdir()))))
+    command.bench(two_rivals, False, tmp_path, None)
+    assert there == [1, 2, 3, 4]
+
+
+def test_ctrl_c_while_memory_is_taken_keeps_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Workers(Fake):
+        def events(self, module: str, words: dict[str, Any], patience: float) -> Any:
+            if len(words["names"]) == 1:
+                interrupt()
+            yield {"row": row().model_dump(mode="json")}
+
+    task = BenchTask("step:lora", "method", "lora", ("fused", "acme"), (), "float32", "cpu", step="lora")
+    found = command._rows(task, BenchRequest(), 1, Workers())  # type: ignore[arg-type]
+    assert next(found).samples is not None
+    with pytest.raises(KeyboardInterrupt):
+        next(found)
+
+
+def test_a_folder_that_goes_away_meanwhile_costs_neither_the_table_nor_the_rows_to_come(
+    two_rivals: BenchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, export = tmp_path / "out", tmp_path / "export.json"
+
+    def gone() -> None:
+        for file in out.glob("*"):
+            file.unlink()
+        if out.exists():
+            out.rmdir()
+
+    monkeypatch.setattr(Fake, "after", gone)
+    with pytest.raises(StoreError, match=r"cannot write.*\n.*hint") as error:
+        command.bench(two_rivals, False, out, export)
+    assert error.value.exit_code is Exit.INFRASTRUCTURE
+    said = capsys.readouterr()
+    assert said.out.count("2.00 [0.50, 2.00]") == 4
+    assert said.err.count("will be retried at the end") == 3
+    assert len(json.loads(export.read_text())["benchmarks"]) == 8
+
+
+def test_what_could_not_be_written_is_written_at_the_end(
+    two_rivals: BenchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, away = tmp_path / "out", tmp_path / "away"
+    moves = iter([lambda: out.rename(away), lambda: None, lambda: away.rename(out), lambda: None])
+    monkeypatch.setattr(Fake, "after", lambda: next(moves)())
+    assert command.bench(two_rivals, False, out, None) is Exit.PASS
+    assert len(list(out.iterdir())) == 4
+
+
+def test_a_step_that_somebody_has_no_layer_for_is_not_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "gpus", lambda: ())
+    asked = BenchRequest(steps=["lora-nf4"], vs=["loralib"], pairs=5)
+    assert command.bench(asked, False, None, None) is Exit.NOTHING_COMPARED
+    assert "not-run: model.layers.0.self_attn.q_proj: loralib has no layer" in capsys.readouterr().out
+
+
+# ---- what is run, and what becomes of it
+
+
+def test_rivals_are_those_who_offer_it_without_variants_and_the_reference_only_if_nobody_else(
+    registry: Registry,
+) -> None:
+    def rivals(name: str, ours: str = "reference", **more: Any) -> list[str]:
+        tasks, later = planning.plan(BenchRequest([name], device="cpu", ours=ours, **more), registry, no_gpu="no GPU")
+        return [task.names[1] for task in tasks] + [f"-{one.because}" for one in later]
+
+    assert {"bitsandbytes", "torchao"} <= set(rivals("nf4_quantize"))
+    assert not {"bitsandbytes-paged", "bitsandbytes-triton"} & set(rivals("adamw8bit_step"))
+    assert rivals("adamw8bit_step", vs=["bitsandbytes-paged"]) == ["bitsandbytes-paged"]
+    assert rivals("nf4_quantize", vs=["galore-torch"]) == ["-galore-torch does not offer nf4_quantize"]
+    assert rivals("nf4_quantize", ours="galore-torch") == ["-galore-torch does not offer nf4_quantize"]
+    assert not {"galore-torch-8bit", "reference"} & set(rivals("galore_step", ours="galore-torch"))
+    assert rivals("paged_states")[0].startswith("-not timed")
+
+
+def test_what_is_named_twice_is_run_once(registry: Registry) -> None:
+    twice = BenchRequest(
+        ["lora_linear"] * 2, ["fused"] * 2, ["lora"] * 2, dtypes=["float32"] * 2, device="cpu", ours="reference"
+    )
+    tasks, later = planning.plan(twice, registry, no_gpu="no GPU")
+    assert [task.name for task in tasks] == ["lora_linear", "step:lora"]
+    assert not later
+
+
+@pytest.mark.parametrize(("there", "said"), [(["reference"], "reference"), ([], "only acme offers galore_step")])
+def test_the_reference_is_a_rival_only_where_there_is_no_other(there: list[str], said: str) -> None:
+    offering = [offered(name, "galore_step", reference("galore_step")) for name in ("acme", *there)]
+    tasks, later = planning.plan(
+        BenchRequest(["galore_step"], device="cpu", ours="acme"), Registry(tuple(offering)), no_gpu="no GPU"
+    )
+    assert [*(task.names[1] for task in tasks), *(one.because for one in later)] == [said]
+
+
+def test_without_a_gpu_only_the_cpu_is_timed_and_the_rest_is_told(registry: Registry) -> None:
+    asked = BenchRequest(["galore_step"], ["galore-torch"], ours="reference")
+    tasks, later = planning.plan(asked, registry, no_gpu="no GPU")
+    assert [task.device for task in tasks] == ["cpu"]
+    assert [(one.device, one.because) for one in later] == [("cuda", "no GPU")]
+    tasks, later = planning.plan(asked, registry, no_gpu="")
+    assert ([task.device for task in tasks], later) == (["cuda"], [])
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16")])
+def test_steps_and_operations_are_timed_in_what_people_use_there(registry: Registry, device: Any, dtype: str) -> None:
+    asked = BenchRequest(["lora_linear"], ["hf-peft", "torchao"], ["lora"], device=device)
+    tasks, later = planning.plan(asked, registry, no_gpu="")
+    assert {task.dtype for task in tasks} == {dtype}, later
+    assert "step:lora" in {task.name for task in tasks}
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")
+def test_a_gpu_that_torch_cannot_use_is_none(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command.worker_processes, "discover", lambda: registry)
+    monkeypatch.setattr(command, "gpus", lambda: ("GPU-0, one that the driver shows",))
+    assert main(["bench", "--op", "nf4_quantize", "--device", "cuda"]) == Exit.INFRASTRUCTURE
+    why = f"nvidia-smi shows one, but torch {torch.__version__} is built without CUDA"
+    assert f"not-run (no GPU): {why}" in capsys.readouterr().out
+    asked = BenchRequest(["galore_step"], ["galore-torch"], ours="reference")
+    assert [task.device for task in planning.plan(asked, registry, command.no_gpu())[0]] == ["cpu"]
+
+
+def test_a_process_that_dies_is_one_row_and_the_other_sizes_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = tuple(BenchSize(name, 8, 8) for name in ("one", "two", "three"))
+    task = BenchTask("galore_step", "operation", "galore_step", ("fused", "acme"), (), "float32", "cpu", wanted)
+    fine = row().model_dump(mode="json")
+
+    class Workers:
+        stopped = False
+
+        def events(self, module: str, words: dict[str, Any], patience: float) -> Any:
+            for number, size in enumerate(words["sizes"]):
+                yield {"begin": number}
+                if size["layer"] == "two":
+                    yield {"failed": "RuntimeError: out of memory"}
+                    yield {"died": "the process ended with exit code 1"}
+                    return
+                yield {"row": fine}
+                yield {"end": number}
+
+    found = list(command._operation(task, BenchRequest(), 1, Workers()))  # type: ignore[arg-type]
+    assert [one.outcome for one in found] == ["measured", "failed", "measured"]
+    assert "out of memory" in found[1].because
+    assert found[1].shape.startswith("two")
+
+
+@pytest.mark.parametrize(
+    ("found", "code"),
+    [
+        ([row()], Exit.PASS),
+        ([row(), row(outcome="failed", samples=None)], Exit.INFRASTRUCTURE),
+        ([row(outcome="not-run", samples=None, because="no GPU", device="cuda")], Exit.INFRASTRUCTURE),
+        (
+            [
+                row(outcome="not-run", samples=None, because=f"no GPU{why}", device="cuda")
+                for why in ("", ": of torch's")
+            ]
+            + [row(outcome="not-run", samples=None, because="nobody", device="cuda")],
+            Exit.INFRASTRUCTURE,
+        ),
+        (
+            [
+                row(outcome="not-run", samples=None, because="no GPU", device="cuda"),
+                row(outcome="not-run", samples=None, because="nobody"),
+            ],
+            Exit.NOTHING_COMPARED,
+        ),
+        ([row(outcome="not-run", samples=None, because="nobody")], Exit.NOTHING_COMPARED),
+        ([], Exit.NOTHING_COMPARED),
+    ],
+)
+def test_exit_codes(found: list[BenchRow], code: Exit) -> None:
+    assert command.BenchReport(describe(), found).exit is code
+    assert command.BenchReport(describe(), found, interrupted=True).exit is Exit.INFRASTRUCTURE
+
+
+def test_a_red_parity_is_a_failure() -> None:
+    bad = row().parity[0]
+    result = bad.result.model_copy(update={"outcome": Outcome.FAIL})
+    red = row(outcome="refused", samples=None, parity=[bad.model_copy(update={"result": result})])
+    assert command.BenchReport(describe(), [row(), red]).exit is Exit.FAIL
+
+
+def test_wrong_names_are_told_all_at_once(registry: Registry) -> None:
+    asked = BenchRequest(["nf4_linea"], ["bitsandbites"], ["loro"], dtypes=["float31"])
+    with pytest.raises(UsageError, match=r"nf4_linear.*bitsandbytes.*lora.*float32"):
+        planning.plan(asked, registry, no_gpu="no GPU")
+
+
+def test_the_interpreter_is_no_machine_to_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert main(["bench", "--op", "nf4_quantize"]) == Exit.USAGE
+    assert "TRITON_INTERPRET" in capsys.readouterr().err
+
+
+def test_what_reads_and_plans_imports_no_torch() -> None:
+    code = (
+        "import sys, harness.bench.run, harness.bench.table\n"
+        "from harness.cli import main\n"
+        "main(['bench', '--help'])\n"
+        "assert 'torch' not in sys.modules, 'torch'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--export-pytest-benchmark" in done.stdout
+
+
+def test_dtypes_and_names_of_the_table_are_those_of_the_suites() -> None:
+    for name in timed_operations.every():
+        assert parity_suite.load_operation(name).dtypes
+    assert results.MOSTLY_CALL < 1

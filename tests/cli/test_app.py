@@ -1,0 +1,327 @@
+"""The command: what goes where, what it exits with, what it imports."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import pytest
+
+from harness.cli import app, catalog, listing, main
+from harness.cli.topics import OPTIMIZERS, STATUSES
+from harness.errors import EXITS, Exit, HarnessError
+from harness.methods.peft_config import UNREFERENCED
+from harness.methods.spec import methods
+from harness.records import store
+from harness.records.record import Optimizer, Record, Status, Training
+from harness.report import plan_table as planning
+from harness.runner.executors.local import Local
+from harness.suites import loader
+from support import recorded_run
+
+COMMAND = (sys.executable, "-m", "harness.cli")
+
+
+@pytest.mark.parametrize(
+    "verb", [[], *([name] for name in app.commands.commands)], ids=lambda v: " ".join(v) or "(none)"
+)
+def test_help_imports_nothing_heavy(verb: list[str]) -> None:
+    heavy = {"torch", "rich", "numpy", "reference"}
+    heavy |= {"pydantic", "ruamel.yaml", "jinja2"} if verb != ["run"] else set()  # `run` reads the options of executors
+    # Asserted on modules, not on seconds: machines differ, and these are what would make it slow.
+    code = (
+        "import sys\nfrom harness.cli import main\n"
+        f"code = main([*{verb!r}, '--help'])\n"
+        f"heavy = {heavy!r} & set(sys.modules)\n"
+        "sys.exit(f'imports {heavy}' if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Usage: peft-harness" in done.stdout
+
+
+def test_help_names_every_exit_code() -> None:
+    text = app.commands.get_help(click.Context(app.commands, info_name="peft-harness"))
+    assert all(f"  {int(code)}  " in text for code in Exit)
+
+
+def test_no_verb_shows_the_help_and_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == Exit.USAGE
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("Usage: peft-harness")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == Exit.PASS
+    assert capsys.readouterr().out.startswith("peft-harness 0.")
+
+
+def test_list_shows_every_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == Exit.PASS
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert [block.partition("\n")[0] for block in printed.out.split("\n\n")] == list(catalog.KINDS)
+    assert catalog.KINDS == listing.KINDS
+
+
+def test_list_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "methods", "implementations", "--json"]) == Exit.PASS
+    document = json.loads(capsys.readouterr().out)
+    assert list(document) == ["schema", "methods", "implementations", "broken"]
+    assert [row["name"] for row in document["methods"]] == [*methods(), *UNREFERENCED]
+    lora = next(row for row in document["methods"] if row["name"] == "lora")
+    assert lora["config"]["rank"]["default"] == methods()["lora"].fields["rank"].default
+    assert "reference" in lora["implementations"]
+
+
+def test_list_checks_are_those_of_the_conformance_suite(capsys: pytest.CaptureFixture[str]) -> None:
+    checks = pytest.importorskip("harness.conformance.checks")
+    assert main(["list", "checks", "--json"]) == Exit.PASS
+    listed = {row["name"]: row["summary"] for row in json.loads(capsys.readouterr().out)["checks"]}
+    assert set(listed) == set(checks.every())
+    assert all(listed.values())
+
+
+def test_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "smoke", "--only", "method=lora"]) == Exit.PASS
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert printed.out.count("no estimate without a finished run here") == 3
+    assert "3 Cells; " in printed.out
+    assert "no estimate of time without a finished run here" in printed.out
+    assert "same-losses: both implementations of LoRA" in printed.out
+
+
+@pytest.mark.parametrize(
+    "words", [["--only", "method=lora", "--only", "dtype=float64"], ["--only", "method=lora,dtype=float64"]]
+)
+def test_only_given_twice_is_one_expression(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "smoke", "--json", *words]) == Exit.PASS
+    planned = [c["cell"] for c in json.loads(capsys.readouterr().out)["cells"]]
+    assert [(c["method"], c["dtype"]) for c in planned] == [("lora", "float64")]
+
+
+def test_plan_json_holds_whole_cells(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "smoke", "--json"]) == Exit.PASS
+    document = json.loads(capsys.readouterr().out)
+    cells = loader.load("smoke").plan.cells
+    assert [c["cell_id"] for c in document["cells"]] == [c.cell_id for c in cells]
+    assert [c["cell"] for c in document["cells"]] == [c.model_dump(mode="json") for c in cells]
+
+
+def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> None:
+    suite = loader.load("smoke")
+    plan = suite.plan
+    torn, known, failed = plan.cells[:3]
+    for n, seconds in enumerate([9.0, 7.0]):
+        _put(tmp_path / f"run{n}", recorded_run.record("reference", known, duration_s=seconds), mtime=n)
+    good = recorded_run.record("fused", failed)
+    _put(tmp_path / "run0", recorded_run.failed(good, Status.OOM, duration_s=3.0), mtime=0)
+    (tmp_path / "run1" / "cells" / f"{torn.cell_id}.1.json").write_text("{", encoding="utf-8")
+    document = planning.planning(suite, plan, tmp_path)
+    last = [cell["last"] for cell in document["cells"]]
+    assert (last[0], last[1]["duration_s"], last[2]["status"], last[3]) == (None, 7.0, "oom", None)
+    assert document["estimate"]["seconds"] == 7.0
+    assert (document["estimate"]["cells"], document["estimate"]["of"]) == (1, 4)
+    text = planning.as_text(document)
+    assert "last run took 7.0 s" in text
+    assert "last run ended as oom after 3.0 s" in text
+    assert "no estimate for the other 3" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("lora", "arXiv:2106.09685"),
+        ("gradient", "check gradient"),
+        ("lora/gradient/float32/warm", "check gradient"),
+        ("lora/multi-adapter/float32/trained", "the row's own adapter"),
+        ("lora/moved/float32/trained", "never seen anywhere but where it began"),
+        ("suite", "All its mistakes are reported together"),
+        ("oom", "ran out of memory"),
+        ("4", "exit code 4"),
+        ("4", "SIGTERM"),
+        ("error", "status error"),
+        ("optimizer", "one of adamw, adamw-8bit, paged-adamw, paged-adamw-8bit"),
+        ("paged-adamw", "arXiv:2305.14314"),
+        ("accumulate", "Micro-batches per optimizer step"),
+        ("checkpointing", "default: false"),
+        ("lr_ratio", "arXiv:2402.12354"),
+        ("compile", "torch.compile"),
+        ("LoRA", "arXiv:2106.09685"),
+        ("NF4", "4-bit NormalFloat"),
+        ("nf4-dq", "double quantisation"),
+        ("rank", "lora: a whole number, default 8"),
+        ("rank", "inner width"),
+        ("rounding", "magnitude: of the same order"),
+        ("history", "`history reset` accepts a level"),
+        ("settle", "`history settle` tries by pairs"),
+        ("canary", "a comparison of a revision with itself"),
+        ("LORA-10000X", "claim lora-10000x"),
+    ],
+)
+def test_explain(name: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", name]) == Exit.PASS
+    assert says in capsys.readouterr().out
+
+
+def test_a_check_that_is_called_like_a_method_is_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "lora/frozen/float32/trained"]) == Exit.PASS
+    said = capsys.readouterr().out
+    assert "a parameter of the model that does not train" in said
+    assert "method frozen" not in said
+    assert main(["explain", "frozen"]) == Exit.PASS
+    assert "method frozen" in capsys.readouterr().out
+
+
+def test_every_optimizer_and_every_key_of_training_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(OPTIMIZERS) == set(get_args(Optimizer))
+    for key in (*OPTIMIZERS, *Training.model_fields):
+        assert main(["explain", key]) == Exit.PASS
+        assert len(capsys.readouterr().out.splitlines()) > 1, key
+
+
+def test_every_exit_code_and_status_is_explained() -> None:
+    assert set(EXITS) == set(Exit)
+    assert set(STATUSES) == set(Status)
+
+
+def test_run_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = pytest.importorskip("harness.runner.run")
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(runner, "run_suite", lambda suite, **options: seen.update(options, suite=suite) or Exit.FAIL)
+    argv = ["run", "smoke", "--out", "x", "--only", "lora", "--resume", "r", "--device", "cpu", "--timeout", "5"]
+    assert main([*argv, "--strict"]) == Exit.FAIL
+    expected = {"suite": "smoke", "out": Path("x"), "only": "lora", "resume": "r", "device": "cpu", "timeout": 5.0}
+    assert isinstance(local := seen.pop("executor"), Local)
+    assert local.jobs == 1
+    assert seen == {**expected, "strict": True}
+    seen.clear()
+    main(["run", "smoke", "--jobs", "3"])
+    assert (seen["timeout"], seen["strict"], seen["executor"].jobs) == (runner.DEFAULT_TIMEOUT_S, False, 3)
+
+
+@pytest.mark.parametrize("timeout", ["nan", "inf", "-inf", "-1", "0", "1e400", "soon"])
+def test_a_time_out_that_no_clock_can_wait_for(timeout: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "smoke", "--timeout", timeout]) == Exit.USAGE
+    said = capsys.readouterr().err
+    assert said.startswith("peft-harness: run: Invalid value for '--timeout': ")
+    assert "hint: see `peft-harness run --help`" in said
+    assert said.count("\n") == 2
+
+
+_BUG = """
+import sys
+from harness.cli import topics
+from harness.cli import main
+def explained(name):
+    raise {raised}
+topics.explain = explained
+sys.exit(main(["explain", "lora"]))
+"""
+
+
+def test_a_bug_of_the_harness_is_no_finding() -> None:
+    code = _BUG.format(raised="ZeroDivisionError('by nought')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == Exit.INFRASTRUCTURE
+    assert "Traceback" in done.stderr
+    assert "in explained" in done.stderr
+    message = done.stderr[done.stderr.index("peft-harness: ") :]
+    assert message.startswith("peft-harness: this is a bug of peft-harness, ")
+    assert "ZeroDivisionError: by nought\n  hint: report it with the lines above; no Record was written" in message
+    assert done.stderr.count("by nought") == 2
+
+
+@pytest.mark.parametrize("raised", ["KeyboardInterrupt", "SystemExit(9)"])
+def test_what_is_no_bug_is_not_called_one(raised: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _BUG.format(raised=raised)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == (9 if "9" in raised else Exit.INFRASTRUCTURE)
+    assert "bug" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (KeyboardInterrupt(), Exit.INFRASTRUCTURE, "peft-harness: interrupted\n  hint: what was finished is kept\n"),
+        (HarnessError("no GPU", where="cuda", hint="buy one"), 4, "peft-harness: cuda: no GPU\n  hint: buy one\n"),
+    ],
+)
+def test_what_a_verb_raises(
+    raised: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(pytest.importorskip("harness.runner.run"), "run_suite", fail)
+    assert main(["run", "smoke"]) == code
+    assert capsys.readouterr().err.lstrip("\n") == message
+
+
+def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = recorded_run.write_run(tmp_path / "run")
+    assert main(["report", str(run.path), "-o", str(tmp_path / "page.html")]) == Exit.PASS
+    printed = capsys.readouterr()
+    assert f"report: {tmp_path / 'page.html'}" in printed.out
+    assert printed.err == ""
+    assert (tmp_path / "page.html").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["run.json", "notes.txt"])
+def test_a_report_is_not_written_over_what_is_no_page(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = recorded_run.write_run(tmp_path / "run")
+    before = (run.path / "run.json").read_bytes()
+    assert main(["report", str(run.path), "-o", str(run.path / name)]) == Exit.USAGE
+    assert f"{run.path / name} is not a page" in capsys.readouterr().err
+    assert (run.path / "run.json").read_bytes() == before
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    writer = subprocess.Popen([*COMMAND, "list", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert writer.stdout is not None
+    writer.stdout.close()
+    _, said = writer.communicate()
+    assert (writer.returncode, said) == (0, b"")
+
+
+def test_a_reader_that_leaves_in_the_middle_is_no_finding() -> None:
+    code = (
+        "import sys\nfrom harness.cli import topics\nfrom harness.cli import main\n"
+        "def explained(name): raise BrokenPipeError\n"
+        "topics.explain = explained\nsys.exit(main(['explain', 'lora']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (Exit.INFRASTRUCTURE, "")
+
+
+def test_an_ascii_terminal_is_no_error() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "NO_COLOR": "1"}
+    done = subprocess.run([*COMMAND, "explain", "lora"], capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\x1b[" not in done.stdout
+
+
+def test_report_exits_with_the_most_serious_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = recorded_run.write_run(tmp_path / "good")
+    again = lambda n, r: r.model_copy(update={"run": "half"}) if n != "full" else None  # noqa: E731
+    half = recorded_run.write_run(tmp_path / "half", footer=False, change=again)
+    assert main(["report", str(good.path), str(half.path)]) == Exit.INFRASTRUCTURE
+    assert (tmp_path / "good" / "report.html").is_file()
+
+
+def _put(run: Path, record: Record, mtime: int) -> None:
+    (run / "cells").mkdir(parents=True, exist_ok=True)
+    path = run / "cells" / f"{record.cell_id}.1.json"
+    store.write(path, record)
+    os.utime(path, (mtime, mtime))

@@ -1,0 +1,510 @@
+"""The verb `check`: what it prints and writes, wrong use, Ctrl-C."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import psutil
+import pytest
+
+from harness import resources
+from harness.cli import check as command
+from harness.cli import main
+from harness.conformance import parity_suite
+from harness.conformance.findings import defects, summary
+from harness.conformance.findings.defects import Defect
+from harness.conformance.findings.outcomes import CheckOutcome
+from harness.conformance.findings.report import CheckReport
+from harness.errors import Exit
+from harness.methods.registry import Implementation, Registry
+from harness.records import files
+from harness.records.record import CheckResult, Outcome
+from harness.report import check_junit, check_page
+from support.processes import PATIENCE_S, eventually
+from support.report_page import Page
+from support.sandbox import COMMAND, Sandbox
+
+EVIL = "x</script><img src=x onerror=alert(1)>\x00\udcff"
+SCRIPT = "print('<b>wrong</b>')\n"
+
+
+def result(check: str = "lora/forward/float32/warm", outcome: Outcome = Outcome.PASS, **more) -> CheckResult:
+    return CheckResult(check=check, outcome=outcome, **more)
+
+
+def tried(name: str = "acme", found: CheckResult | None = None, **more) -> CheckOutcome:
+    given = {"kind": "method", "target": "lora", "dtype": "float32", "case": "rank=3 63x128x48", **more}
+    return CheckOutcome(implementation=name, result=found or result(), **given)
+
+
+@pytest.fixture
+def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheckReport:
+    """One of everything that can be found."""
+    (tmp_path / "wrong.py").write_text(SCRIPT, encoding="utf-8")
+    monkeypatch.setattr(defects, "path", lambda: tmp_path / "known.yaml")
+    known = Defect(
+        id="acme-wrong", library="acme", versions=">=1", implementation="acme", checks=["lora/merge/*/*"],
+        summary="merges into thin air", reproduction="wrong.py", link="https://example.org/1",
+    )  # fmt: skip
+    wrong = {"error": 0.5, "allowed": 0.1, "tensor": "first: y", "worst": "[1, 2]: 3, should be 4"}
+    return CheckReport(
+        tried=[
+            tried(found=result(error=0.02, allowed=0.1)),
+            tried(found=result("lora/gradient/float32/warm", Outcome.FAIL, **wrong, policy="noise-floor: 2 x")),
+            tried(found=result("lora/merge/float32/warm", Outcome.FAIL, **wrong), defect="acme-wrong"),
+            tried(found=result("lora/attach/float32/init", Outcome.SKIPPED, detail="unsupported: no Conv2d")),
+            tried("ghost", result("lora/alive/-/-", Outcome.FAIL, detail="the process died of SIGSEGV"), dtype="-"),
+            tried(EVIL, result("lora/forward/float32/warm", Outcome.FAIL, detail=EVIL), case=EVIL),
+        ],
+        skipped={"absent lora": "needs absent, which cannot be imported"},
+        complaints=["known defect acme-gone did not show with acme 2: mended there, or the check went blind"],
+        broken={"torn": "SyntaxError: oh"},
+        defects=[known],
+        software={"acme": "1.4"},
+    )
+
+
+# ---- the page
+
+
+def test_the_page_shows_everything_with_its_numbers(report: CheckReport) -> None:
+    text = Page(check_page.render(report)).text
+    for part in (
+        "✗ fail", "3 failed", "1 passed", "1 by known defects", "lora/gradient/float32/warm", "0.5", "first: y",
+        "[1, 2]: 3, should be 4", "acme-wrong", "merges into thin air", ">=1, here 1.4", "print('<b>wrong</b>')",
+        "https://example.org/1", "the process died of SIGSEGV", "torn: SyntaxError: oh", "acme-gone did not show",
+        "absent lora", "needs absent", "unsupported: no Conv2d", "pass 0.20",
+    ):  # fmt: skip
+        assert part in text, part
+
+
+def test_the_page_is_inert_and_needs_no_network(report: CheckReport) -> None:
+    page = Page(check_page.render(report))
+    assert not [tag for tag, _ in page.tags if tag in ("img", "iframe", "object", "embed", "link", "base", "form", "b")]
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on") or name == "style"]
+    (policy,) = [a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'")
+    assert "unsafe" not in policy
+    links = page.attributes("href")
+    ids = page.attributes("id")
+    assert len(ids) == len(set(ids))
+    assert {link[1:] for link in links if link.startswith("#")} <= set(ids)
+    assert [link for link in links if not link.startswith("#")] == ["https://example.org/1"]
+
+
+def test_a_link_that_is_no_web_address_is_text(report: CheckReport) -> None:
+    evil = report.defects[0].model_copy(update={"link": "javascript:alert(1)"})
+    changed = CheckReport(**{**vars(report), "defects": [evil]})
+    page = Page(check_page.render(changed))
+    assert "javascript:alert(1)" in page.text
+    assert not [link for link in page.attributes("href") if not link.startswith("#")]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"interrupted": True}, "interrupted"),
+        ({"tried": [], "complaints": [], "broken": {}}, "nothing compared"),
+        ({"tried": [tried()], "complaints": [], "broken": {}}, "✓ pass"),
+    ],
+)
+def test_the_page_says_what_came_of_it(report: CheckReport, change: dict, word: str) -> None:
+    assert word in Page(check_page.render(CheckReport(**{**vars(report), **change}))).text
+
+
+# ---- JUnit
+
+
+def test_junit_has_a_case_of_everything(report: CheckReport) -> None:
+    root = ET.fromstring(check_junit.render(report))
+    cases = {case.get("name"): case for case in root.iter("testcase")}
+    assert len(cases) == len(report.tried) + 3
+    failed = cases["lora/gradient/float32/warm (rank=3 63x128x48)"].find("failure")
+    assert failed is not None
+    assert failed.get("message", "").startswith("error 0.5, allowed 0.1; first: y [1, 2]: 3, should be 4")
+    known = cases["lora/merge/float32/warm (rank=3 63x128x48)"].find("skipped")
+    assert known is not None
+    assert known.get("message", "").startswith("known defect acme-wrong: error 0.5")
+    assert cases["torn"].find("error") is not None
+    assert cases["acme-gone"].find("failure") is not None
+    assert cases["absent lora"].find("skipped") is not None
+    assert list(cases["lora/forward/float32/warm (rank=3 63x128x48)"]) == []
+    acme = next(suite for suite in root if suite.get("name") == "lora by acme")
+    assert [acme.get(key) for key in ("tests", "failures", "errors", "skipped")] == ["4", "1", "0", "2"]
+
+
+# ---- the terminal
+
+
+def test_a_field_holds_the_worst_and_a_crash_is_in_all_of_them(report: CheckReport) -> None:
+    rows = summary.rows(report.tried)
+    field = {
+        name: summary.format_field(summary.summarise(summary.select_dtype(one, "float32")))
+        for (_, name), one in rows.items()
+    }
+    assert field == {"acme": "FAIL 1/3", "ghost": "FAIL 1/1", EVIL: "FAIL 1/1"}
+    assert summary.format_field(summary.summarise([report.tried[0]])) == "ok 0.20"
+    assert summary.format_field(summary.summarise([report.tried[2]])) == "defect 1/1"
+    assert summary.format_field(summary.summarise([report.tried[3]])) == "unsupported"
+    assert summary.format_field(None) == "-"
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({}, Exit.FAIL),
+        ({"tried": [tried()]}, Exit.FAIL),  # a broken plug-in and a complaint are left
+        ({"tried": [tried()], "complaints": []}, Exit.FAIL),
+        ({"tried": [tried()], "broken": {}}, Exit.FAIL),
+        ({"tried": [tried()], "broken": {}, "complaints": []}, Exit.PASS),
+        ({"tried": [], "broken": {}, "complaints": []}, Exit.NOTHING_COMPARED),
+        ({"tried": [], "broken": {}, "complaints": [], "untried": ["absent"]}, Exit.INFRASTRUCTURE),
+        ({"tried": [tried()], "broken": {}, "complaints": [], "untried": ["absent"]}, Exit.INFRASTRUCTURE),
+        ({"tried": [tried(found=result(outcome=Outcome.FAIL), defect="x")], "broken": {}, "complaints": []}, Exit.PASS),
+        ({"interrupted": True}, Exit.INFRASTRUCTURE),
+    ],
+)
+def test_exit_codes(report: CheckReport, change: dict, code: Exit) -> None:
+    assert CheckReport(**{**vars(report), **change}).exit is code
+
+
+def test_everything_is_written_at_once(sandbox: Sandbox) -> None:
+    done = sandbox.command("check", "reference", "--method", "frozen", "--json", "--junit", "a.xml", "--html", "a.html")
+    assert done.code == Exit.PASS, done.err
+    document = json.loads(done.out)
+    assert document["exit"] == 0
+    assert {row["standing"] for row in document["checks"]} <= {"pass", "skipped"}
+    assert "torch" in document["software"]
+    assert len(list(ET.parse(sandbox.folder / "a.xml").iter("testcase"))) == len(document["checks"])
+    assert "frozen" in Page((sandbox.folder / "a.html").read_text(encoding="utf-8")).text
+    assert "checked frozen by reference" in done.err
+
+
+# ---- wrong use
+
+
+def test_every_unknown_name_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["check", "hf-pfet", "myplugin", "--method", "lorra", "--op", "nf4_quantise", "--dtype", "float8"])
+    said = capsys.readouterr().err
+    assert code == Exit.USAGE
+    for part in (
+        "implementation 'hf-pfet': did you mean `hf-peft`?", "implementation 'myplugin': there are: ",
+        "name it in an entry point of the group harness.implementations", "method 'lorra': did you mean `lora`?",
+        "operation 'nf4_quantise': did you mean `nf4_quantize`?", "dtype 'float8': ",
+    ):  # fmt: skip
+        assert part in said, part
+
+
+def test_an_unknown_name_may_be_of_an_entry_point_that_could_not_be_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = Implementation("acme", "operation", "nf4_dequantize", print)
+    found = Registry((one,), {"b4": "TypeError: name must be a word", "torn": "SyntaxError: oh"})
+    monkeypatch.setattr(command.worker_processes, "discover", lambda patience: found)
+    assert main(["check", "wexit"]) == Exit.USAGE
+    said = capsys.readouterr().err
+    assert "'wexit': there are: acme;" in said  # entry points are no implementations
+    assert "could not be used: `b4` (TypeError: name must be a word), `torn` (SyntaxError: oh)" in said
+
+
+def test_where_nothing_is_broken_an_unknown_name_says_nothing_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "wexit"]) == Exit.USAGE
+    assert "could not be used" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("offers", "dtypes", "said"),
+    [
+        (("float32", "bfloat16"), ("bfloat16",), "its parity suite has cases in float32 only; asked for were bfloat16"),
+        (("bfloat16", "float16"), (), "offers bfloat16, float16; its parity suite has cases in float32"),
+        (
+            ("bfloat16",),
+            ("bfloat16", "float32"),
+            "offers bfloat16; of the dtypes asked for, its parity suite has cases in float32",
+        ),
+    ],
+)
+def test_why_no_dtype_is_left_to_try(
+    offers: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    one = Implementation("acme", "operation", "double_dequantize", print, dtypes=offers)
+    monkeypatch.setattr(command.worker_processes, "discover", lambda patience: Registry((one,)))
+    asked = itertools.chain.from_iterable(("--dtype", dtype) for dtype in dtypes)
+    assert main(["check", "acme", *asked]) == Exit.INFRASTRUCTURE
+    assert f"not checked: acme double_dequantize: {said}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["loralib", "--method", "dora"], "loralib does not offer dora, only lora"),
+        (["lora"], "that is of kind `method`: --method lora"),
+        (["--op", "lora"], "that is of kind `method`: --method lora"),
+        (["--method", "nf4_dequantize"], "that is of kind `operation`: --op nf4_dequantize"),
+    ],
+)
+def test_names_in_the_wrong_place_are_said(asked: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", *asked]) == Exit.USAGE
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--jobs", "0"],
+        ["--patience", "0"],
+        ["--patience", "nan"],
+        ["--patience", "soon"],
+        ["--jobs", "many"],
+        ["--wide"],
+    ],
+)
+def test_a_wrong_option_is_refused(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", *wrong]) == Exit.USAGE
+    assert wrong[0] in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_said_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "judge", lambda asked: pytest.fail("it worked first"))
+    there = tmp_path / "both"
+    assert main(["check", "--junit", str(tmp_path / "no" / "a.xml"), "--html", "/nowhere/a.html"]) == Exit.USAGE
+    said = capsys.readouterr().err
+    assert f"there is no folder {tmp_path / 'no'}" in said
+    assert "there is no folder /nowhere" in said
+    assert main(["check", "--junit", str(there), "--html", str(there)]) == Exit.USAGE
+    assert "two files at once" in capsys.readouterr().err
+    assert main(["check", "--junit", "/dev/null"]) == Exit.USAGE
+    assert "--junit: /dev/null is no file that could be replaced" in capsys.readouterr().err
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(OSError(30, "Read-only")))
+    assert main(["check", "--html", str(there)]) == Exit.USAGE
+    assert f"--html: {there}: cannot write in {tmp_path}: Read-only" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_after_all_loses_neither_findings_nor_the_other_file(
+    report: CheckReport, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, there = tmp_path / "gone" / "a.html", tmp_path / "a.xml"
+    page.parent.mkdir()
+
+    def judge(asked: command.CheckRequest) -> CheckReport:
+        page.parent.rmdir()
+        return report
+
+    monkeypatch.setattr(command, "judge", judge)
+    assert main(["check", "--junit", str(there), "--html", str(page)]) == Exit.INFRASTRUCTURE
+    captured = capsys.readouterr()
+    assert "lora/gradient/float32/warm" in captured.out
+    assert str(page) in captured.err
+    assert there.is_file()
+
+
+PARITY = """
+method: frozen
+checks: [layers, forwards]
+states: [init, hot]
+configs: [{}]
+shapes:
+  - {tokens: 0, in: 128, out: 48}
+dtypes: [float32, float8]
+tolerances: {gradient: {factor: 3, because: short}}
+"""
+DEFECTS = """
+defects:
+  - {id: Bad Id, library: peft, versions: new, implementation: hf-peft, checks: [], summary: short, reproduction: x.py}
+"""
+NAMED = """
+defects:
+  - &one
+    {id: one, library: peft, versions: ">=0.1", implementation: hf-peft, checks: [lora/forwards/*/*], summary: does it wrong,
+     reproduction: absent.py}
+  - *one
+"""
+
+
+@pytest.fixture
+def suites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
+    """Return a function that changes one file of a copy of the parity suites."""
+    copy = tmp_path / "suites"
+    shutil.copytree(resources.data_folder("suites"), copy)
+    for module in (parity_suite, defects):
+        monkeypatch.setattr(module, "folder", lambda name: copy)
+    defects.known.cache_clear()
+
+    def change(file: str, text: str) -> Path:
+        (copy / "parity" / file).write_text(text, encoding="utf-8")
+        return copy / "parity" / file
+
+    yield change
+    defects.known.cache_clear()
+
+
+def test_all_mistakes_of_all_files_are_said_at_once(suites, capsys: pytest.CaptureFixture[str]) -> None:
+    suites("frozen.yaml", PARITY)
+    suites("defects/known.yaml", DEFECTS)
+    assert main(["check", "reference", "--method", "frozen"]) == Exit.USAGE
+    captured = capsys.readouterr()
+    for place, part in (
+        ("frozen.yaml:4", "hot"), ("frozen.yaml:7", "tokens"), ("frozen.yaml:8", "float8"), ("frozen.yaml:9", "because"),
+        ("known.yaml:3", "id"), ("known.yaml:3", "versions"), ("known.yaml:3", "checks"), ("known.yaml:3", "summary"),
+    ):  # fmt: skip
+        assert any(place in line and part in line for line in captured.err.splitlines()), (place, part, captured.err)
+    assert captured.out == ""
+
+
+def test_names_that_a_parity_suite_gets_wrong_are_suggested(suites, capsys: pytest.CaptureFixture[str]) -> None:
+    suites("frozen.yaml", PARITY.replace("hot", "warm").replace("tokens: 0", "tokens: 1").replace(", float8", "")
+           .replace("because: short", "because: it is not short"))  # fmt: skip
+    suites("defects/known.yaml", NAMED)
+    assert main(["check", "reference", "--method", "frozen"]) == Exit.USAGE
+    said = capsys.readouterr().err
+    for part in (
+        "no check is called 'forwards'", "did you mean `forward`?", "a tolerance for 'gradient', which is not tried here",
+        "the id one is used twice", "'lora/forwards/*/*' names no check", "no file absent.py",
+    ):  # fmt: skip
+        assert part in said, part
+
+
+# ---- Ctrl-C
+
+_HANGS = """
+import time
+from harness import implements
+
+@implements("frozen", name="hangs")
+def implementations(model, config, generator):
+    open({started!r}, "w").close()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("asked", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_prints_what_was_found_and_ends_the_workers(sandbox: Sandbox, asked: signal.Signals) -> None:
+    site = Path(sandbox.environment["PYTHONPATH"].split(":")[0])
+    info = site / "slow-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: slow\nVersion: 1.0\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text(
+        "[harness.implementations]\nslow = slow_plugin:implementations\n", encoding="utf-8"
+    )
+    started = sandbox.folder / "started"
+    (site / "slow_plugin.py").write_text(_HANGS.format(started=str(started)), encoding="utf-8")
+    began = time.monotonic()
+    process = sandbox.start("check", "reference", "hangs", "--method", "frozen", "--json", "--jobs", "1")
+    eventually(started.exists, "the plug-in hangs")
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.send_signal(asked)
+    done = sandbox.finish(process, began)
+    assert done.code == Exit.INFRASTRUCTURE, done.err
+    document = json.loads(done.out)
+    assert document["interrupted"]
+    assert {row["implementation"] for row in document["checks"] if row["standing"] == "pass"} == {"reference"}
+    assert not [row for row in document["checks"] if row["standing"] == "fail"]
+    assert document["skipped"] == {"hangs frozen": "interrupted"}
+    eventually(lambda: not any(child.is_running() for child in children), "the workers are gone")
+
+
+STALE = """
+defects:
+  - {id: narrow, library: torch, versions: ">=1", implementation: reference, checks: [frozen/layers/float32/*],
+     summary: does it all wrong, reproduction: absent.py}
+  - {id: every-dtype, library: torch, versions: ">=1", implementation: reference, checks: [frozen/layers/*/*],
+     summary: does it all wrong, reproduction: absent.py}
+  - {id: other-too, library: torch, versions: ">=1", implementation: reference, summary: does it all wrong,
+     checks: [frozen/layers/float32/*, full/layers/float32/*], reproduction: absent.py}
+"""
+
+
+@pytest.mark.parametrize(
+    ("asked", "complained"),
+    [
+        (["--method", "frozen"], {"narrow", "every-dtype"}),
+        (["--method", "frozen", "--dtype", "float32"], {"narrow"}),
+        (["--method", "frozen", "--method", "full", "--dtype", "float32"], {"narrow", "other-too"}),
+    ],
+)
+def test_a_defect_is_missed_only_where_all_its_cases_were_tried(
+    suites, asked: list[str], complained: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    suites("defects/absent.py", SCRIPT)
+    suites("defects/known.yaml", STALE)
+    assert main(["check", "reference", *asked, "--json"]) == Exit.FAIL
+    assert {line.split()[2] for line in json.loads(capsys.readouterr().out)["complaints"]} == complained
+
+
+def test_a_killed_check_takes_its_workers_along(sandbox: Sandbox) -> None:
+    site = Path(sandbox.environment["PYTHONPATH"].split(":")[0])
+    info = site / "slow-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: slow\nVersion: 1.0\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text(
+        "[harness.implementations]\nslow = slow_plugin:implementations\n", encoding="utf-8"
+    )
+    started = sandbox.folder / "started"
+    (site / "slow_plugin.py").write_text(_HANGS.format(started=str(started)), encoding="utf-8")
+    process = sandbox.start("check", "hangs", "--method", "frozen", "--jobs", "1")
+    eventually(started.exists, "the plug-in hangs")
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2  # the worker, and who watches over it
+    process.kill()
+    process.wait()
+    eventually(lambda: not any(child.is_running() for child in children), "the workers are gone")
+
+
+def test_help_is_quick_and_needs_no_torch() -> None:
+    code = (
+        "import sys\nfrom harness.cli import main\nmain(['check', '--help'])\n"
+        "print(sorted({'torch', 'pydantic', 'ruamel.yaml', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE_S)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert COMMAND
+
+
+# ---- explain
+
+
+@pytest.mark.parametrize("check", ["gradient", "codes", "outputs"])
+def test_explain_gives_a_check_a_command_that_tries_it(check: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", check]) == Exit.PASS
+    said = capsys.readouterr().out
+    (line,) = [line.split() for line in said.splitlines() if line.strip().startswith("peft-harness check ")]
+    option, target = next((o, t) for o, t in itertools.pairwise(line) if o in ("--method", "--op"))
+    plan = parity_suite.load_plan(target)
+    assert check in plan.checks
+    assert isinstance(plan, parity_suite.OperationSuite) == (option == "--op")
+    assert "float32" in plan.dtypes
+
+
+def test_explain_tells_a_known_defect(suites, capsys: pytest.CaptureFixture[str]) -> None:
+    known = NAMED.replace("forwards", "forward").replace("  - *one\n", "").replace("does it wrong", "does it all wrong")
+    file = suites("defects/known.yaml", known)
+    suites("defects/absent.py", SCRIPT)
+    assert main(["explain", "one"]) == Exit.PASS
+    said = capsys.readouterr().out
+    for part in (
+        "known defect one", "does it all wrong", "library: peft >=0.1", f"python {file.with_name('absent.py')}",
+        "peft-harness check hf-peft --method lora",
+    ):  # fmt: skip
+        assert part in said
+
+
+def test_a_mistake_among_the_defects_does_not_silence_the_rest(suites) -> None:
+    suites("defects/known.yaml", DEFECTS)
+    assert main(["explain", "gradient"]) == Exit.PASS
+    assert main(["explain", "acme-wrong"]) == Exit.USAGE

@@ -1,0 +1,147 @@
+"""Cases drawn at random besides those of the suites: who is right at the suites' own sizes only is found out."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from harness.cli import main
+from harness.conformance import parity_suite
+from harness.conformance.case_selection import FEW, CaseSelection
+from harness.conformance.execution import suite_run
+from harness.errors import Exit
+from harness.methods.registry import DTYPES, Implementation
+from harness.methods.spec import methods
+from harness.records.record import Outcome
+from reference import lora
+from reference.operations import multi_lora
+
+DRAWN = CaseSelection(drawn=8, seed=11)  # among them rank 101, and more than 130 tokens
+
+
+def beyond(target: str, breadth: CaseSelection) -> list[Any]:
+    """Return the cases that are drawn."""
+    plan = parity_suite.load_plan(target)
+    return list(plan.cases(breadth))[len(list(plan.cases(FEW))) :]
+
+
+@pytest.mark.parametrize("target", parity_suite.names())
+def test_a_seed_always_draws_the_same_cases_and_another_seed_others(target: str) -> None:
+    first = beyond(target, DRAWN)
+    assert len(first) == DRAWN.drawn
+    assert first == beyond(target, DRAWN)
+    assert first != beyond(target, CaseSelection(drawn=8, seed=12))
+
+
+def wrong_at_other_ranks(model: Any, config: lora.Config, generator: torch.Generator) -> Any:
+    adapted = lora.attach(model, config, generator)
+    for layer in adapted.layers.values():
+        layer.scaling *= 2.0 if 64 < config.rank < 128 else 1.0  # type: ignore[attr-defined]
+    return adapted
+
+
+def test_an_implementation_that_is_wrong_at_other_ranks_only_fails_a_drawn_case() -> None:
+    mine = Implementation("mine", "method", "lora", wrong_at_other_ranks, dtypes=("float32",))
+    usual = {one.standing.value for one in suite_run.run(mine)}
+    drawn = [one for one in suite_run.run(mine, breadth=DRAWN) if one.standing.value == "fail"]
+    assert "fail" not in usual
+    assert {one.check for one in drawn} >= {"forward", "gradient"}
+    assert all(64 < int(one.case.split("rank=")[1].split()[0]) < 128 for one in drawn)
+
+
+def test_an_operation_that_is_wrong_beyond_130_tokens_only_fails_a_drawn_case() -> None:
+    def tiled(x: torch.Tensor, W: torch.Tensor, **rest: Any) -> torch.Tensor:
+        y = multi_lora.multi_lora_linear(x, torch.nn.functional.linear(x, W), **rest)
+        return torch.cat([y[:, :130], 0 * y[:, 130:]], dim=1)
+
+    mine = Implementation("mine", "operation", "multi_lora_linear", tiled, dtypes=("float32",))
+    assert {one.standing.value for one in suite_run.run(mine)} == {"pass"}
+    failed = [one for one in suite_run.run(mine, breadth=DRAWN) if one.standing.value == "fail"]
+    assert {one.check for one in failed} >= {"outputs", "backward"}
+
+
+def test_check_draws_what_it_is_asked_to_and_names_the_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["check", "reference", "--op", "multi_lora_linear", "--dtype", "float32", "--drawn", "8", "--seed", "3"]
+    assert main([*asked, "--json"]) == Exit.PASS
+    cases = {row["case"] for row in json.loads(capsys.readouterr().out)["checks"]}
+    assert cases & {str(case) for case in beyond("multi_lora_linear", CaseSelection(drawn=8, seed=3))}
+
+
+def test_nothing_can_be_drawn_of_the_planted_faults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--self-test", "--drawn", "3"]) == Exit.USAGE
+    assert "--self-test" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_who_offers_one_dtype_only_meets_every_config_and_shape_in_it(dtype: str) -> None:
+    for name in (name for name in parity_suite.names() if parity_suite.kind_of(name) != "operation"):
+        plan = parity_suite.load(name)
+        met = list(plan.cases(FEW, [dtype]))
+        if dtype in plan.dtypes:
+            assert {case.dtype for case in met} == {dtype}
+            assert all(any(case.config == config for case in met) for config in plan.configs)
+            assert {case.shape for case in met} == set(plan.shapes)
+        else:
+            assert met == []
+
+
+def test_a_seed_without_cases_to_draw_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "fused", "--seed", "3"]) == Exit.USAGE
+    assert "--drawn" in capsys.readouterr().err
+
+
+PLAIN = {"rank", "target_rank", "alpha", "eps"}
+RANKED = [name for name in methods() if "rank" in methods()[name].fields and name in parity_suite.names()]
+DROPPING = [name for name in methods() if "dropout" in methods()[name].fields and name in parity_suite.names()]
+
+
+def changed(target: str, change: Callable[[Any, Any], None]) -> Implementation:
+    """Return the reference of a Method; change: takes each adapted layer and the config."""
+
+    def attach(model: nn.Module, config: Any, generator: torch.Generator) -> Any:
+        adapted = importlib.import_module(f"reference.{target}").attach(model, config, generator)
+        for layer in adapted.layers.values():
+            change(layer, config)
+        return adapted
+
+    return Implementation("mine", "method", target, attach, dtypes=DTYPES)
+
+
+def failing(implementation: Implementation, cases: Iterable[parity_suite.MethodCase]) -> set[str]:
+    """Return the checks that fail in one of these cases."""
+    plan = parity_suite.load(implementation.target)
+    outcomes = itertools.chain.from_iterable(suite_run.run_case(implementation, plan, case) for case in cases)
+    return {one.check for one in outcomes if one.result.outcome is Outcome.FAIL}
+
+
+def is_wrong_above_rank_16(layer: Any, config: Any) -> None:
+    right = layer.forward
+    layer.forward = lambda x: right(x) * (1.05 if config.rank > 16 else 1.0)
+
+
+def drops_when_evaluating(layer: Any, config: Any) -> None:
+    for child in layer.modules():
+        if isinstance(child, nn.Dropout):
+            child.forward = lambda x: nn.functional.dropout(x, config.dropout)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("target", RANKED)
+def test_who_is_wrong_at_large_ranks_fails_without_offering_anything_optional(target: str) -> None:
+    plain = [case for case in parity_suite.load(target).cases(FEW, ["float32"]) if set(case.config) <= PLAIN]
+    assert "forward" in failing(changed(target, is_wrong_above_rank_16), plain)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("target", DROPPING)
+def test_dropout_is_tried_in_every_dtype(target: str, dtype: str) -> None:
+    cases = [
+        case for case in parity_suite.load(target).cases(FEW) if case.dtype == dtype and case.config.get("dropout")
+    ]
+    assert "dropout" in failing(changed(target, drops_when_evaluating), cases[:1])

@@ -1,0 +1,124 @@
+"""What a known defect may excuse, and when it is said to be gone; which cases are tried by default."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from harness.conformance import parity_suite
+from harness.conformance.case_selection import FEW
+from harness.conformance.execution import suite_run
+from harness.conformance.findings import defects
+from harness.conformance.findings.defects import Defect
+from harness.conformance.findings.outcomes import CheckOutcome, Execution
+from harness.methods.registry import discover
+from harness.records.record import CheckResult, Outcome
+
+
+def known(name: str = "one", **changed: Any) -> Defect:
+    values = {
+        "id": name, "library": "torch", "versions": ">=1", "implementation": "acme", "checks": ["lora/merge/*/*"],
+        "summary": "merges what it should not", "reproduction": "x.py",
+    }  # fmt: skip
+    return Defect.model_validate(values | changed)
+
+
+def failed(
+    check: str = "merge", detail: str = "after merging", execution: Execution = Execution.COMPLETED, **result: Any
+) -> CheckOutcome:
+    found = CheckResult(check=f"lora/{check}/float32/warm", outcome=Outcome.FAIL, detail=detail, **result)
+    return CheckOutcome(
+        implementation="acme",
+        kind="method",
+        target="lora",
+        dtype="float32",
+        case="rank=3",
+        result=found,
+        execution=execution,
+    )
+
+
+def test_an_exception_is_excused_only_by_an_entry_that_says_so() -> None:
+    raised = failed(detail="raised TypeError: anything (x.py:3)", execution=Execution.RAISED)
+    for entry, excused in (
+        (known(), ""),
+        (known(shows=["anything"]), ""),
+        (known(shows=["raised ValueError"]), ""),
+        (known(shows=["raised TypeError: any"]), "one"),
+    ):
+        marked, _ = defects.explained([raised], [entry])
+        assert marked[0].defect == excused
+
+
+def test_a_failure_that_looks_otherwise_or_is_larger_is_not_excused() -> None:
+    small, large = failed(error=0.01, tensor="codes"), failed(error=0.5, tensor="codes")
+    entry = known(shows=["^codes"], at_most=0.1)
+    assert [one.defect for one in defects.explained([small, large], [entry])[0]] == ["one", ""]
+    assert defects.explained([failed(error=0.01, tensor="absmax")], [entry])[0][0].defect == ""
+
+
+def test_an_entry_is_not_kept_alive_by_the_failure_of_another() -> None:
+    wide, narrow = known("wide"), known("narrow", shows=["^codes"])
+    marked, complaints = defects.explained([failed(tensor="absmax")], [wide, narrow])
+    assert marked[0].defect == "wide"
+    assert len(complaints) == 1
+    assert "narrow did not show with torch" in complaints[0]
+
+
+def test_an_entry_that_comes_second_is_alive_all_the_same() -> None:
+    assert defects.explained([failed(tensor="codes")], [known("wide"), known("narrow", shows=["^codes"])])[1] == []
+
+
+def test_a_check_of_an_entry_that_passes_is_said() -> None:
+    passed = failed("save").model_copy(
+        update={"result": CheckResult(check="lora/save/float32/warm", outcome=Outcome.PASS)}
+    )
+    entry = known(checks=["lora/merge/*/*", "lora/save/*/*"])
+    (complaint,) = defects.explained([failed(), passed], [entry])[1]
+    assert "did not show in lora/save/*/*" in complaint
+
+
+def test_every_implementation_of_adaptable_layers_meets_every_config_and_shape_in_two_dtypes() -> None:
+    for name in (name for name in parity_suite.names() if parity_suite.kind_of(name) != "operation"):
+        plan = parity_suite.load(name)
+        met = [case for case in plan.cases(FEW) if case.kind == plan.layers[0]]
+        for one in (*plan.configs, *plan.shapes):
+            dtypes = {case.dtype for case in met if one in (case.config, case.shape)}
+            assert "float32" in dtypes
+            assert len(dtypes) > 1
+
+
+def test_lora_of_convolutions_meets_most_configs_and_every_kind_of_layer_two_dtypes() -> None:
+    plan = parity_suite.load("lora")
+    cases = list(plan.cases(FEW))
+    met = [config for config in plan.configs if any(c.config == config and "conv2d" in c.kind for c in cases)]
+    assert len(met) > len(plan.configs) / 2
+    for kind in plan.layers:
+        dtypes = {case.dtype for case in cases if case.kind == kind}
+        assert "float32" in dtypes
+        assert len(dtypes) > 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "name"),
+    [
+        ("operation", "adamw8bit_step", "bitsandbytes-paged"),
+        ("operation", "paged_states", "bitsandbytes-paged"),
+        ("operation", "galore_step", "galore-torch"),
+        ("operation", "galore_step", "galore-torch-8bit"),
+        ("base", "nf4-dq", "torchao"),
+        ("method", "pissa", "hf-peft"),
+        ("method", "pissa", "hf-peft-reloaded"),
+        ("method", "vera", "hf-peft-second"),
+        ("method", "lora", "loralib-merging"),
+    ],
+)
+def test_what_a_library_does_otherwise_is_what_is_known_of_it(kind: str, target: str, name: str) -> None:
+    implementation = discover().find(kind, target, name)
+    for module in implementation.requires:
+        pytest.importorskip(module, reason=f"{module} comes with an extra")
+    marked, complaints = defects.explained(suite_run.run(implementation, dtypes=("float32",)), defects.known())
+    assert [one for one in marked if one.result.outcome is Outcome.FAIL and not one.defect] == []
+    assert any(one.defect for one in marked)
+    assert complaints == []

@@ -1,0 +1,103 @@
+"""What the verb `check` does with an implementation, case by case."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from harness.conformance import checks, parity_suite
+from harness.conformance.case_selection import FEW
+from harness.conformance.comparison.observations import observe
+from harness.conformance.comparison.tolerance_policies import exact
+from harness.conformance.execution import suite_run
+from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
+from harness.conformance.subject import DTYPES, warm
+from harness.methods.registry import Implementation, discover, implements
+from harness.records.record import Outcome
+
+SEED = 4
+
+
+def method(name: str, target: str = "lora") -> Implementation:
+    return discover().find("method", target, name)
+
+
+def failed(tried: list[CheckOutcome]) -> set[str]:
+    return {t.check for t in tried if t.standing is CheckStatus.FAIL}
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> parity_suite.MethodSuite:
+    """Let the parity suite of LoRA have one square case: enough for a fault to show."""
+    few = {"configs": [{"rank": 3, "alpha": 8}], "shapes": [parity_suite.CaseShape(tokens=9, **{"in": 64, "out": 64})]}
+    plan = parity_suite.load("lora").model_copy(update={**few, "dtypes": ["float32"]})
+    monkeypatch.setattr(parity_suite, "load", lambda name: plan)
+    return plan
+
+
+@pytest.mark.parametrize("name", ["reference", "fused", "hf-peft"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_implementations_of_lora_conform(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = parity_suite.load("lora").model_copy(update={"layers": ["linear"]})
+    monkeypatch.setattr(parity_suite, "load", lambda _: plan)
+    tried = list(suite_run.run(method(name), dtypes=(dtype,)))
+    assert failed(tried) == set()
+    assert len({t.case for t in tried}) == len(plan.configs)
+    by_its_nature = {"model", "trajectory"} if dtype == "float64" else set()  # which says why it is skipped
+    assert {t.check for t in tried if t.standing is CheckStatus.PASS} == set(plan.checks) - by_its_nature
+
+
+@pytest.mark.parametrize("target", ["frozen", "full"])
+def test_the_baselines_conform(target: str) -> None:
+    tried = list(suite_run.run(method("reference", target)))
+    assert failed(tried) == set()
+    assert {t.check for t in tried if t.standing is CheckStatus.PASS} == set(parity_suite.load(target).checks)
+
+
+def test_observing_leaves_gradients_and_mode_as_they_were() -> None:
+    layer = nn.Linear(4, 3)
+    layer.train()
+    layer.weight.grad = torch.full((3, 4), 7.0)
+    seen = observe(layer, {"W": layer.weight}, torch.ones(2, 4), torch.ones(2, 3))
+    assert set(seen) == {"y", "grad x", "grad W"}
+    assert torch.equal(seen["grad W"], torch.full((3, 4), 2.0))
+    assert torch.equal(layer.weight.grad, torch.full((3, 4), 7.0))
+    assert layer.training
+
+
+@pytest.mark.parametrize("state", ["init", "warm"])
+def test_checks_leave_the_subject_as_they_found_it(state: str, small: parity_suite.MethodSuite) -> None:
+    subject, case = suite_run.attach(method("reference"), small, next(small.cases(FEW)))
+    if state == "warm":
+        warm(subject.added(), torch.Generator().manual_seed(SEED))
+    before = {n: t.clone() for n, t in subject.model.state_dict().items()}
+    for name in small.checks:
+        checks.every()[name](subject, dataclasses.replace(case, state=state))
+        assert exact(subject.model.state_dict(), before).passed, name
+        assert all(p.grad is None for p in subject.model.parameters()), name
+
+
+def test_forward_and_gradient_share_one_pass_within_a_case_only() -> None:
+    plan = parity_suite.load("lora")
+    subject, case = suite_run.attach(method("reference"), plan, next(plan.cases(FEW)))
+    warm(subject.added(), case.generator(salt=1))
+    assert checks.every()["forward"](subject, case).outcome is Outcome.PASS
+    for layer in subject.adapted.layers.values():
+        layer.scaling *= 2
+    assert checks.every()["gradient"](subject, dataclasses.replace(case, state="warm")).outcome is Outcome.FAIL
+
+
+def test_tensors_that_cannot_be_listed_are_one_finding_in_each_case(small: parity_suite.MethodSuite) -> None:
+    def attach(model: nn.Module, config: Any, generator: torch.Generator) -> Any:
+        adapted = method("reference")(model, config, generator)
+        adapted.tensors = lambda: 1 / 0
+        return adapted
+
+    broken = implements("lora", name="broken", dtypes=["float32"])(attach)
+    findings = [t.result for t in suite_run.run(broken) if t.result.check == "lora/attach/float32/init"]
+    assert len(findings) == len(list(small.cases(FEW)))
+    assert all("ZeroDivisionError" in f.detail for f in findings)

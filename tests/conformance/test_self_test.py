@@ -1,0 +1,110 @@
+"""The tester, tested: `check --self-test`, and what makes it fail."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from harness.cli import main
+from harness.conformance import checks, faults, operations, self_test
+from harness.conformance.checks import Reference
+from harness.conformance.faults import Fault, PatchedCopy, planted
+from harness.errors import Exit
+from harness.methods.spec import methods
+
+LEAST = 40
+PLAIN = {"rank": 3, "alpha": 8.0}
+
+
+@planted("lora", "forward", values=PLAIN)
+def changes_nothing(its: PatchedCopy) -> None:
+    its.line("R, s, p = config.rank, config.scaling", "R, s, p = config.rank, 1.0 * config.scaling")
+
+
+@planted("lora", "initial", values=PLAIN)
+def is_caught_by_another_check(its: PatchedCopy) -> None:
+    its.line("self.scaling * (h_TR @ self.B.T)", "2 * self.scaling * (h_TR @ self.B.T)")
+
+
+@planted("lora", "forward", values=PLAIN)
+def changes_what_is_no_longer_there(its: PatchedCopy) -> None:
+    its.line("a line that nobody wrote", "")
+
+
+def test_every_fault_is_caught_by_the_checks_one_expects(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--self-test", "--json"]) == Exit.PASS
+    document = json.loads(capsys.readouterr().out)
+    assert document["caught"] == document["planted"] == len(document["faults"]) >= LEAST
+    assert [row for row in document["faults"] if row["missed"]] == []
+    assert document["wrong"] == document["idle"] == []
+    caught = {name for row in document["faults"] for name in row["caught"]}
+    with_reference = {name for name, check in checks.every().items() if check.reference is not Reference.ABSENT}
+    assert caught - {"attach"} == with_reference  # test_adapter_config has faults for the others
+    assert {row["of"] for row in document["faults"]} >= {*methods(), *operations.every()}
+
+
+def test_every_fault_has_a_name_of_its_own_and_an_expected_check_that_exists() -> None:
+    named = [(fault.target, fault.name) for fault in faults.every()]
+    assert len(named) == len(set(named))
+    assert {check for fault in faults.every() for check in fault.expected} <= set(checks.every())
+    assert all(fault.expected for fault in faults.every())
+
+
+@pytest.mark.parametrize("fault", [changes_nothing, is_caught_by_another_check], ids=lambda fault: fault.name)
+def test_a_fault_that_its_check_does_not_catch_fails(
+    fault: Fault, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(faults, "every", lambda: (fault,))
+    assert main(["check", "--self-test"]) == Exit.FAIL
+    said = capsys.readouterr().out
+    assert f"NOT BY {fault.expected[0]}" in said
+    assert said.endswith("0 of 1 faults caught\n")
+
+
+def test_a_check_that_catches_nothing_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = next(fault for fault in faults.every() if fault.name == "merges_twice")
+    monkeypatch.setattr(faults, "every", lambda: (one,))
+    assert main(["check", "--self-test"]) == Exit.FAIL
+    said = capsys.readouterr().out
+    assert "the check forward catches no fault" in said
+    assert "the check merge catches no fault" not in said
+    assert said.endswith("1 of 1 faults caught\n")
+
+
+def test_a_reference_that_fails_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = next(fault for fault in faults.every() if fault.name == "returns_zeros")
+    monkeypatch.setattr(
+        checks, "every", lambda: {**right, "inputs": dataclasses.replace(right["inputs"], function=broken)}
+    )
+    report = self_test.run([one])
+    assert any("inputs" in accusation for accusation in report.wrong)
+    assert report.exit == Exit.FAIL
+
+
+right = checks.every()
+
+
+def broken(subject: object, case: object) -> None:
+    raise RuntimeError("this check is broken")
+
+
+def test_a_fault_follows_the_reference_or_says_that_it_does_not() -> None:
+    with pytest.raises(LookupError, match=r"reference\.lora has 'a line that nobody wrote' 0 times"):
+        self_test.run([changes_what_is_no_longer_there])
+
+
+def test_a_planted_fault_never_touches_the_reference() -> None:
+    from reference import lora
+
+    forward = lora.LoraLinear.forward
+    self_test.run([is_caught_by_another_check])
+    assert lora.LoraLinear.forward is forward
+
+
+def test_the_self_test_takes_no_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "reference", "--self-test"]) == Exit.USAGE
+    assert "leave everything else out" in capsys.readouterr().err

@@ -1,0 +1,98 @@
+"""The manuals: commands that parse, Python that compiles, links that lead somewhere, and lengths that can be read."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from harness.cli.app import commands as verbs
+
+TOP = Path(__file__).resolve().parents[2]
+MANUALS = sorted(
+    path
+    for path in [TOP / "README.md", *TOP.glob("*/README.md"), *TOP.glob("*/*/README.md"), *TOP.glob(".github/*.md")]
+    if path.name != "CHANGELOG.md" and not path.is_relative_to(TOP / ".venv")
+)
+MOST_LINES = 200
+
+
+def name(path: Path) -> str:
+    return path.relative_to(TOP).as_posix()
+
+
+def commands(text: str) -> Iterator[str]:
+    """Yield every command line of a manual: in code blocks, indented blocks and code spans."""
+    for line in text.splitlines():
+        found = re.match(r"(?:    |\$ )?(?:\w+=\S+ )*(?:\.venv/bin/)?(peft-harness .*)", line)
+        yield from [found.group(1)] if found else re.findall(r"`(peft-harness [^`]*)`", line)
+
+
+def arguments(command: str) -> list[str]:
+    """Split a command line; a comment, and what the manual writes for optional parts, are left out."""
+    words = shlex.split(command.replace("[", " ").replace("]", " ").replace("...", ""), comments=True)
+    return [word for word in words[1:] if word not in ("&&", "|")]
+
+
+def parsed(words: list[str]) -> None:
+    """Parse a command as click does, and run nothing. Raises click.ClickException for an option that is not there."""
+    command: click.Command = verbs
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+        found = command.get_command(click.Context(command), words[0])
+        if found is None:
+            raise click.UsageError(f"no command {words[0]}")
+        command, words = found, words[1:]
+    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    for word in words:
+        option = word.partition("=")[0]
+        if option.startswith("--") and option not in {*known, "--help"}:
+            raise click.UsageError(f"{command.name} has no option {option}")
+
+
+def test_there_are_manuals() -> None:
+    assert {"README.md", "harness/README.md", "suites/README.md", ".github/CONTRIBUTING.md"} <= set(map(name, MANUALS))
+
+
+@pytest.mark.parametrize("path", MANUALS, ids=name)
+def test_commands_exist(path: Path) -> None:
+    for command in commands(path.read_text(encoding="utf-8")):
+        parsed(arguments(command))
+
+
+def test_a_wrong_command_is_noticed() -> None:
+    (line,) = commands("    peft-harness check --no-such-option      # a comment")
+    with pytest.raises(click.UsageError, match="--no-such-option"):
+        parsed(arguments(line))
+
+
+@pytest.mark.parametrize("path", MANUALS, ids=name)
+def test_python_compiles(path: Path) -> None:
+    for block in re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+        ast.parse(block)
+
+
+@pytest.mark.parametrize("path", MANUALS, ids=name)
+def test_links_and_paths_lead_somewhere(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    missing = [link for link in links if not (path.parent / link).exists()]
+    named = re.findall(r"`((?:harness|reference|suites|tests|results/published|\.github)/[\w./*-]+)`", text)
+    missing += [one for one in named if not list(TOP.glob(one.rstrip("/")))]
+    assert missing == []
+
+
+@pytest.mark.parametrize("path", MANUALS, ids=name)
+def test_a_manual_is_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
+def test_the_readme_is_short_and_begins_with_a_command() -> None:
+    text = (TOP / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert len(text.split()) <= 1300
+    assert "peft-harness run quick" in "\n".join(text.splitlines()[:15])

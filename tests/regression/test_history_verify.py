@@ -1,0 +1,412 @@
+"""What the last night makes one suspect, what pairs say of it; how soon a slow-down is found so, and how seldom none is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.special import betaincinv
+
+from harness.analysis.statistics import anchor, change_points
+from harness.analysis.statistics.pair_design import Design
+from harness.cli import main
+from harness.errors import Exit, HarnessError
+from harness.regression.history import night_files, verify
+from harness.regression.pairs import gate as gate_pairs
+from harness.regression.pairs.request import PairsRequest
+from support import histories
+from support import simulated_noise as noise
+from support.histories import CELLS, FIRST, SHAS, detect
+from support.simulated_nights import LEAST, NIGHT, simulated
+
+LAST = 13
+A_MONTH = 15_000
+"""Cell-nights of 500 Cells in a month."""
+
+
+def history(
+    tmp_path: Path, since: int = LAST, by: float = 1.06, more: str = "", count: int = LAST + 1, libraries: bool = False
+) -> Path:
+    """Write nights; FIRST, and the Cell whose id is `more`, are slower from night `since` on, with other code.
+
+    libraries: whether a library is another one from then on, too.
+    """
+
+    def level(cell: str, index: int) -> float:
+        return (by if cell == FIRST else 1.1) if cell in (FIRST, more) and index >= since else 1.0
+
+    folder = histories.write(
+        tmp_path / "h", CELLS, histories.noisy(0, level), nights=count, revision=lambda i: SHAS[i >= since]
+    )
+    for path in folder.glob("2026-*.jsonl") if not libraries else ():
+        path.write_text(path.read_text().replace("0.20.0", "0.19.0"))
+    return folder
+
+
+MERGED = "latency_s/merged/forward/1x40"
+Paired = Callable[..., list[PairsRequest]]
+
+
+@pytest.fixture
+def paired(monkeypatch: pytest.MonkeyPatch) -> Paired:
+    """Let pairs say a word; return what they are asked."""
+
+    def let(
+        word: str | None, *, cut: str = "", closed: bool = False, fails: bool = False, elsewhere: bool = False
+    ) -> list[PairsRequest]:
+        asked: list[PairsRequest] = []
+
+        def gate(one: PairsRequest, as_json: bool) -> Exit:
+            asked.append(one)
+            if fails:
+                raise HarnessError("gave no Record")
+            timed = {"word": word, "sentence": f"{word}, they say"} if word else None
+            told = {
+                "cells": [{"verdict": timed, "latencies": {MERGED: {"verdict": timed}}}], "seed": 3,
+                "cut": cut, "closed": closed, "canaries": "too many alarms",
+                "verdict": {"word": "not run", "reason": "nothing was timed"},
+            }  # fmt: skip
+            assert one.out is not None
+            one.out.mkdir(parents=True)
+            (one.out / gate_pairs.DOCUMENT).write_text(json.dumps(told))
+            return Exit.PASS
+
+        monkeypatch.setattr(gate_pairs, "gate", gate)
+        monkeypatch.setattr(verify, "_other_place", lambda where, runs: ["CPU a -> b"] if elsewhere else [])
+        return asked
+
+    return let
+
+
+def settle(folder: Path, *more: str) -> int:
+    out = folder / f"runs-{len(list(folder.iterdir()))}-{len(written(folder))}"
+    return main(["history", "settle", "--dir", str(folder), "--out", str(out), "--author", "A", *more])
+
+
+def written(folder: Path) -> list[Any]:
+    path = folder / night_files.CONFIRMATIONS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.parametrize("since", [LAST, LAST - 1])
+def test_a_slow_last_night_is_a_suspicion_and_fails_nothing(
+    since: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = history(tmp_path, since)
+    code, found = detect(folder, capsys, "--strict")
+    assert (code, found["candidates"]) == (Exit.PASS, [])
+    (c,) = found["suspects"]
+    assert (c["cell"], c["night"], c["standing"]) == (FIRST, histories.night(LAST), "suspect")
+    assert c["between"]["revisions"] == list(SHAS)  # also of a change that came the night before
+    main(["history", "detect", "--dir", str(folder)])
+    text = capsys.readouterr().out
+    assert "suspicions: the last night lies above its level" in text
+    assert f"confirm: peft-harness gate --pairs {SHAS[0][:12]} {SHAS[1][:12]} --suite quick --only {FIRST}" in text
+
+
+def test_what_is_faster_or_within_the_noise_is_no_suspicion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, by in enumerate((0.9, 1.01)):
+        assert detect(history(tmp_path / str(number), by=by), capsys)[1]["suspects"] == []
+
+
+def test_a_suspicion_that_pairs_confirm_fails_from_then_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    folder, asked = history(tmp_path), paired("slower")
+    assert settle(folder) == Exit.PASS
+    (one,) = asked
+    assert (one.old, one.new, one.only, one.suite) == (SHAS[0][:12], SHAS[1][:12], FIRST, "quick")
+    (line,) = written(folder)
+    assert (line["verdict"], line["author"], line["revisions"]) == ("regressed", "A", list(SHAS))
+    assert line["reason"] == "slower, they say; seed 3"
+    assert f"regressed from {histories.night(LAST)} on" in capsys.readouterr().out
+    code, found = detect(folder, capsys)
+    assert (code, [c["standing"] for c in found["candidates"]], found["suspects"]) == (Exit.FAIL, ["confirmed"], [])
+
+
+def test_the_first_pairs_bring_a_canary_and_a_suite_of_ones_own_is_named(tmp_path: Path, paired: Paired) -> None:
+    folder, asked = history(tmp_path, more=list(CELLS)[1]), paired("same")
+    (mine := tmp_path / "mine.yaml").write_text("")
+    assert settle(folder, "--suite", str(mine)) == Exit.PASS
+    assert [(one.canary, one.suite) for one in asked] == [(True, str(mine)), (False, str(mine))]
+
+
+def test_a_suspicion_that_pairs_refute_is_none_and_is_tried_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    folder, asked = history(tmp_path), paired("same")
+    assert (settle(folder), settle(folder), len(asked)) == (Exit.PASS, Exit.PASS, 1)
+    assert "nothing to try" in capsys.readouterr().out
+    code, found = detect(folder, capsys, "--strict")
+    assert (code, found["candidates"], found["suspects"]) == (Exit.PASS, [], [])
+
+
+def test_pairs_that_say_faster_refute_a_slow_down(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    folder = history(tmp_path)
+    paired("faster")
+    assert settle(folder) == Exit.PASS
+    assert [line["verdict"] for line in written(folder)] == ["refuted"]
+    code, found = detect(folder, capsys, "--strict")
+    assert (code, found["candidates"], found["suspects"]) == (Exit.PASS, [], [])
+
+
+def test_pairs_that_say_slower_make_a_speed_up_a_regression(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    folder = history(tmp_path, since=LAST - 4, by=0.94)
+    assert detect(folder, capsys)[1]["candidates"][0]["worse"] is False
+    paired("slower")
+    assert settle(folder) == Exit.PASS
+    assert detect(folder, capsys)[0] == Exit.FAIL
+
+
+def test_a_slow_down_of_another_library_is_not_refuted_by_pairs_of_the_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    folder = history(tmp_path, libraries=True)
+    paired("same")
+    assert (settle(folder), written(folder)) == (Exit.INCONCLUSIVE, [])
+    assert "still open: not the code alone; since then peft 0.19.0 -> 0.20.0" in capsys.readouterr().out
+    assert len(detect(folder, capsys)[1]["suspects"]) == 1
+
+
+def test_what_somebody_confirms_by_hand_stands_on_later_nights_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = history(tmp_path)
+    said = ["--verdict", "regressed", "--evidence", "12 pairs", "--dir", str(folder), "--author", "A"]
+    for metric, when in (("step_s", LAST - 6), ("*", LAST)):  # of no change, and of whatever is near
+        assert main(["history", "confirm", FIRST, metric, "--night", histories.night(when), *said]) == Exit.PASS
+    assert capsys.readouterr().err.count("no change of step_s within 2 nights of") == 1
+    assert not any("seen" in line for line in written(folder))
+    (folder / night_files.CONFIRMATIONS).unlink()
+    assert main(["history", "confirm", FIRST, "step_s", "--night", histories.night(LAST - 1), *said]) == Exit.PASS
+    assert [line["night"] for line in written(folder)] == [histories.night(LAST)]
+    after = history(tmp_path / "later", since=99, count=LAST + 2)
+    name = f"{histories.night(LAST + 1)}.jsonl"
+    (folder / name).write_text((after / name).read_text())
+    code, found = detect(folder, capsys)
+    assert (code, [c["standing"] for c in found["candidates"]]) == (Exit.FAIL, ["confirmed"])
+
+
+def settled_otherwise(tmp_path: Path, paired: Paired, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Path:
+    """Return a history of which pairs confirmed the one suspicion, by a line that somebody has changed since."""
+    folder = history(tmp_path)
+    paired("slower")
+    settle(folder)
+    (line,) = written(folder)
+    (folder / night_files.CONFIRMATIONS).write_text(json.dumps(change(line)) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"seen": {}}, {"revisions": 5}, {"seen": {"old_night": "x", "place": 1, "before": 1.0, "after": 2.0}}],
+    ids=str,
+)
+def test_a_decision_that_somebody_spoilt_is_left_out_and_named(
+    odd: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    folder = settled_otherwise(tmp_path, paired, lambda line: line | odd)
+    code, found = detect(folder, capsys)
+    assert (code, list(found["left_out"])) == (Exit.INFRASTRUCTURE, [night_files.CONFIRMATIONS])
+
+
+def test_what_was_confirmed_at_a_place_that_is_not_there_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    def elsewhere(line: dict[str, Any]) -> dict[str, Any]:
+        return line | {"seen": line["seen"] | {"place": "elsewhere"}, "metric": "latency_s"}
+
+    folder = settled_otherwise(tmp_path, paired, elsewhere)
+    assert detect(folder, capsys)[1]["candidates"] == []
+
+
+def test_what_was_confirmed_fails_until_it_is_reset_whatever_the_next_nights_show(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    folder = history(tmp_path)
+    paired("slower")
+    settle(folder)
+    after = history(tmp_path / "later", since=99, count=LAST + 3)
+    for night in (LAST + 1, LAST + 2):
+        name = f"{histories.night(night)}.jsonl"
+        (folder / name).write_text((after / name).read_text())
+        code, found = detect(folder, capsys)
+        assert (code, [c["standing"] for c in found["candidates"]]) == (Exit.FAIL, ["confirmed"])
+    at = ["--night", histories.night(LAST + 1), "--dir", str(folder), "--author", "A"]
+    assert main(["history", "reset", FIRST, "step_s", *at, "--reason", "taken back"]) == Exit.PASS
+    assert detect(folder, capsys)[0] == Exit.PASS
+
+
+def test_a_latency_is_tried_by_pairs_that_judge_it_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    step, since = histories.noisy(0), LAST - 4
+    merged = histories.noisy(1, lambda cell, index: 1.1 if cell == FIRST and index >= since else 1.0)
+    folder = histories.write(
+        tmp_path / "h", CELLS, lambda *at: {**dict(step(*at)), MERGED: dict(merged(*at))["step_s"]},  # type: ignore[arg-type]
+        nights=LAST + 1, revision=lambda i: SHAS[i >= since],
+    )  # fmt: skip
+    for path in folder.glob("2026-*.jsonl"):
+        path.write_text(path.read_text().replace("0.20.0", "0.19.0"))
+    assert [(c["cell"], c["metric"]) for c in detect(folder, capsys)[1]["candidates"]] == [(FIRST, MERGED)]
+    asked = paired("slower")
+    assert settle(folder) == Exit.PASS
+    assert [one.metric for one in asked] == [MERGED]
+    assert [(line["cell"], line["metric"], line["verdict"]) for line in written(folder)] == [
+        (FIRST, MERGED, "regressed")
+    ]
+
+
+def test_what_all_cells_have_in_common_is_tried_by_nobody(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    values = histories.noisy(0, lambda cell, index: 1.1 if index >= LAST - 4 else 1.0)
+    folder = histories.write(tmp_path / "h", CELLS, values, nights=LAST + 1, revision=lambda i: SHAS[i >= LAST - 4])
+    assert [c["cell"] for c in detect(folder, capsys)[1]["candidates"]] == ["*"]
+    asked = paired("same")
+    assert (settle(folder), asked, written(folder)) == (Exit.PASS, [], [])
+    assert "only times of single Cells are tried here: `peft-harness gate --pairs" in capsys.readouterr().out
+
+
+def test_pairs_stand_a_little_apart_as_the_place_of_a_change_may_be_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shas = [f"{i:x}" * 40 for i in range(16)]
+    values = histories.noisy(0, lambda cell, index: 1.06 if cell == FIRST and index >= 8 else 1.0)
+    folder = histories.write(tmp_path / "h", CELLS, values, nights=LAST + 1, revision=lambda i: shas[i])
+    (c,) = detect(folder, capsys)[1]["candidates"]
+    old, new = (shas.index(sha) for sha in c["between"]["paired"])
+    assert [shas.index(sha) for sha in c["between"]["revisions"]] == [old + 2, new - 2]
+
+
+def test_two_revisions_of_the_same_code_are_not_paired(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    folder, asked = history(tmp_path), paired("slower")
+    for path in folder.glob("2026-*.jsonl"):
+        path.write_text(path.read_text().replace("code-bbbb", "code-aaaa"))
+    assert (settle(folder), asked) == (Exit.PASS, [])
+    assert "both nights ran the same code of two revisions" in capsys.readouterr().out
+
+
+def test_a_suspicion_of_a_place_that_has_ended_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = history(tmp_path)
+    late = histories.write(
+        tmp_path / "other",
+        CELLS,
+        histories.noisy(1),
+        nights=LAST + 2,
+        place=lambda _: histories.PLACE | {"torch": "2.14.0"},
+    )
+    name = f"{histories.night(LAST + 1)}.jsonl"
+    (folder / name).write_text((late / name).read_text())
+    assert detect(folder, capsys)[1]["suspects"] == []
+
+
+def test_what_was_refuted_of_two_revisions_says_nothing_of_a_later_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    folder = history(tmp_path)
+    paired("same")
+    settle(folder)
+    path = folder / f"{histories.night(LAST)}.jsonl"
+    path.write_text(path.read_text().replace(SHAS[1], "c" * 40))
+    assert [c["cell"] for c in detect(folder, capsys)[1]["suspects"]] == [FIRST]
+
+
+@pytest.mark.parametrize(
+    ("word", "how", "code", "said"),
+    [
+        ("inconclusive", {}, Exit.INCONCLUSIVE, "still open: inconclusive, they say"),
+        ("slower", {"closed": True}, Exit.INCONCLUSIVE, "still open: too many alarms"),
+        (None, {}, Exit.INFRASTRUCTURE, "still open: nothing was timed"),
+        ("inconclusive", {"cut": "ended by SIGTERM"}, Exit.INFRASTRUCTURE, "still open"),
+        (
+            "slower",
+            {"elsewhere": True},
+            Exit.INCONCLUSIVE,
+            "the pairs ran at another place than the night (CPU a -> b)",
+        ),
+        ("slower", {"fails": True}, Exit.INFRASTRUCTURE, "not tried: gave no Record"),
+    ],
+)
+def test_what_pairs_do_not_decide_stays_a_suspicion(
+    word: str, how: dict[str, Any], code: Exit, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:  # fmt: skip
+    folder = history(tmp_path)
+    paired(word, **how)
+    assert settle(folder) == code
+    assert said in capsys.readouterr().out
+    assert written(folder) == []
+    assert [c["cell"] for c in detect(folder, capsys)[1]["suspects"]] == [FIRST]
+
+
+def test_who_signs_is_asked_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, paired: Paired
+) -> None:
+    folder, asked = history(tmp_path), paired("slower")
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git, so nobody
+    assert main(["history", "settle", "--dir", str(folder)]) == Exit.USAGE
+    assert "--author: no author" in capsys.readouterr().err
+    assert asked == []
+
+
+def test_the_largest_go_first_and_the_rest_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+) -> None:
+    other = list(CELLS)[3]
+    folder, asked = history(tmp_path, more=other), paired("slower", cut="ended by Ctrl-C")
+    assert settle(folder) == Exit.PASS  # what was decided stands
+    assert [one.only for one in asked] == [other]
+    (left,) = [line for line in capsys.readouterr().out.splitlines() if "not tried, +" in line]
+    assert f"`peft-harness gate --pairs {SHAS[0][:12]} {SHAS[1][:12]} --suite quick --only {FIRST}" in left
+    assert settle(folder, "--most", "1") == Exit.PASS
+    assert [one.only for one in asked] == [other, FIRST]
+
+
+def test_a_noisy_series_is_no_more_often_suspected_than_a_calm_one() -> None:
+    wild = np.random.default_rng(4).normal(0, 0.02, (1000, 60))  # a sixth of its nights lies 2 % above its level
+    suspected = sum(_suspected(wild, row, 60, 0.02) for row in range(len(wild)))
+    assert betaincinv(suspected + 1, len(wild) - suspected, 0.95) < 0.01
+
+
+def _suspected(logs: Any, row: int, nights_: int, shared: float) -> bool:
+    values = logs[row, :nights_]
+    return change_points.suspect(values, since=0, least=LEAST, shared=shared) is not None
+
+
+def _beside(logs: Any) -> tuple[Any, float]:
+    beside = logs - anchor.anchor(logs)
+    return beside, float(np.median([change_points.noise(row) for row in beside]))
+
+
+def test_a_slow_down_of_three_per_cent_is_found_within_two_nights() -> None:
+    suspected = tried = 0
+    for seed in range(20):
+        beside, shared = _beside(simulated(seed, 0.03)[:, : NIGHT + 2])
+        for row in range(20):
+            suspected += any(_suspected(beside, row, NIGHT + 1 + night, shared) for night in (0, 1))
+            tried += 1
+    found = noise.many_nights(np.random.default_rng(1), suspected, Design(), noise.disturbed(0.03), 0.03).slower
+    assert betaincinv(found, tried - found + 1, 0.05) >= 0.95  # exact lower bound, one-sided
+
+
+def test_less_than_one_false_alarm_a_month_and_few_trials_a_night() -> None:
+    suspected = cell_nights = 0
+    for seed in range(100, 106):
+        beside, shared = _beside(simulated(seed, 0.0))
+        for night in range(10, beside.shape[1] + 1):
+            suspected += sum(_suspected(beside, row, night, shared) for row in range(len(beside)))
+            cell_nights += len(beside)
+    alarms = noise.many_nights(np.random.default_rng(2), suspected, Design(), noise.disturbed(0.03)).slower
+    assert suspected > 0
+    assert 500 * suspected / cell_nights < 10  # of 500 Cells, each of some 17 process runs
+    assert betaincinv(alarms + 1, cell_nights - alarms, 0.95) < 1 / A_MONTH

@@ -1,0 +1,368 @@
+"""pytest's `--harness-gate`: what is called slower, what is left open, and what a session says and exits with."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy  # noqa: F401  # it can be loaded once only, and a session in this process forgets what it loaded
+import pytest
+import scipy.special  # noqa: F401
+
+from harness import pytest_plugin
+from harness.analysis.comparison.baseline_rows import FindingKind, Findings
+from harness.analysis.verdict_kind import VerdictKind
+from harness.bench import pytest_benchmark
+from harness.bench.pytest_benchmark import Saved
+from harness.errors import UsageError
+from harness.regression.benchmarks import Session, compare
+from support.process_rounds import FIVE, rounds
+
+pytest_plugins = ["pytester"]
+HERE = {"cpu": "an EPYC", "python": "CPython 3.11.7", "torch": "2.9.1"}
+KERNEL, OTHER = "test_k.py::test_kernel", "test_k.py::test_other"
+
+
+# ---- a session against what was kept
+
+
+def kept(*names: str, place: dict[str, str] | None = None) -> list[Saved]:
+    place = HERE if place is None else place
+    return [Saved(Path(f"{i}.json"), place, dict.fromkeys(names, run)) for i, run in enumerate(FIVE)]
+
+
+def session(**changes: object) -> Session:
+    return Session(**{"place": HERE, "rounds": {KERNEL: rounds(1e-3)}, "absent": {}, "right": 4} | changes)  # type: ignore[arg-type]
+
+
+def words(found: Findings) -> list[tuple[FindingKind, VerdictKind]]:
+    return [(row.kind, row.word) for row in found.rows]
+
+
+def test_not_slower_and_right_is_a_pass() -> None:
+    found = compare(kept(KERNEL), session())
+    assert words(found) == [(FindingKind.SPEED, VerdictKind.PASS)]
+    assert found.verdict.word is VerdictKind.PASS
+    assert found.verdict.reason == (
+        "1 of 1 benchmarks not slower (by more than 10 %, each at a level of 1 %); @conformance: 4 right"
+    )
+
+
+def test_one_that_is_slower_is_named_in_the_verdict() -> None:
+    both = {KERNEL: rounds(1e-3), OTHER: rounds(1.3e-3)}
+    found = compare(kept(KERNEL, OTHER), session(rounds=both))
+    assert found.verdict.word is VerdictKind.FAIL
+    assert f"1 of 2 benchmarks slower (by more than 10 %, each at a level of 1 %): {OTHER}" in found.verdict.reason
+
+
+def test_no_speed_is_a_pass_without_parity() -> None:
+    found = compare(kept(KERNEL), session(wrong=1))
+    assert words(found) == [(FindingKind.PARITY, VerdictKind.FAIL), (FindingKind.SPEED, VerdictKind.INCONCLUSIVE)]
+    assert found.verdict.word is VerdictKind.FAIL
+    assert "no speed is a pass without parity: 1 of @conformance failed" in found.verdict.reason
+    found = compare(kept(KERNEL, OTHER), session(failed=frozenset([OTHER]), rounds={KERNEL: FIVE[0], OTHER: FIVE[0]}))
+    assert words(found) == [(FindingKind.SPEED, VerdictKind.PASS), (FindingKind.OUTCOME, VerdictKind.FAIL)]
+    assert found.verdict.word is VerdictKind.FAIL
+    assert "no case of @conformance ran" in compare(kept(KERNEL), session(right=0)).verdict.reason
+
+
+def test_what_stays_open_or_is_missing_is_no_pass() -> None:
+    found = compare(kept(KERNEL), session(rounds={KERNEL: rounds(1.1e-3)}))
+    assert (found.verdict.word, f"left open: {KERNEL}" in found.verdict.reason) == (VerdictKind.INCONCLUSIVE, True)
+    found = compare(kept(KERNEL, OTHER), session(absent={OTHER: "this session has no such test"}))
+    assert (found.verdict.word, f"missing: {OTHER}" in found.verdict.reason) == (VerdictKind.INCONCLUSIVE, True)
+    # What nobody asked for, as by -k, is neither missing nor told.
+    assert words(compare(kept(KERNEL, OTHER), session())) == [(FindingKind.SPEED, VerdictKind.PASS)]
+
+
+def test_a_new_benchmark_is_told_and_not_judged() -> None:
+    found = compare(kept(KERNEL), session(rounds={KERNEL: rounds(1e-3), OTHER: rounds(9)}))
+    assert words(found) == [(FindingKind.SPEED, VerdictKind.PASS), (FindingKind.NEW, VerdictKind.NOT_RUN)]
+    assert found.verdict.word is VerdictKind.PASS
+
+
+@pytest.mark.parametrize("what", HERE)
+def test_times_of_another_machine_python_or_torch_are_not_compared(what: str) -> None:
+    found = compare(kept(KERNEL, place=HERE | {what: "another"}), session(rounds={KERNEL: rounds(9)}))
+    assert found.verdict.word is VerdictKind.NOT_RUN
+    assert "nothing was compared; kept on another machine only: " + KERNEL in found.verdict.reason
+    assert f"{what}: another, here {HERE[what]}" in found.rows[0].reason
+
+
+def test_kept_runs_of_another_machine_are_left_out_and_told() -> None:
+    mixed = [*kept(KERNEL), Saved(Path("x.json"), HERE | {"cpu": "a Xeon"}, {KERNEL: rounds(9)})]
+    found = compare(mixed, session())
+    assert words(found) == [(FindingKind.SPEED, VerdictKind.PASS), (FindingKind.ENVIRONMENT, VerdictKind.PASS)]
+    assert "5 runs kept" in found.rows[0].reason
+    assert (found.rows[1].name, found.rows[1].reason) == ("1 of 6 kept runs", "not used, cpu: a Xeon, here an EPYC")
+    # What a file does not say is no difference: an old pytest-benchmark does not know the cores.
+    for less, more in ((HERE, HERE | {"cores": "8"}), (HERE | {"cores": "8"}, HERE)):
+        assert compare(kept(KERNEL, place=less), session(place=more)).verdict.word is VerdictKind.PASS
+
+
+@pytest.mark.parametrize("what", ["torch", "gpu"])
+def test_torch_or_a_gpu_on_one_side_only_is_another_machine(what: str) -> None:
+    without = {name: value for name, value in HERE.items() if name != what}
+    with_it = without | {what: "an H100"}
+    for old, new, said in (
+        (without, with_it, f"{what}: none in use, here an H100"),
+        (with_it, without, f"{what}: an H100, here none in use"),
+    ):
+        found = compare(kept(KERNEL, place=old), session(place=new, rounds={KERNEL: rounds(1e-4)}))
+        assert found.verdict.word is VerdictKind.NOT_RUN
+        assert (words(found)[0], said in found.rows[0].reason) == (
+            (FindingKind.ENVIRONMENT, VerdictKind.INCONCLUSIVE),
+            True,
+        )
+
+
+def test_nothing_compared_names_what_the_baseline_has() -> None:
+    found = compare(kept(OTHER), session())
+    assert found.verdict.word is VerdictKind.NOT_RUN
+    assert f"nothing was compared: no benchmark of this session is in the baseline, which has e.g. {OTHER}" in (
+        found.verdict.reason
+    )
+
+
+# ---- files
+
+
+def file(path: Path, seconds: Sequence[float], *names: str, **machine: object) -> Path:
+    """Write what a version of pytest-benchmark may have written, of which little is read."""
+    benchmarks = [{"fullname": name, "stats": {"data": list(seconds)}} for name in names]
+    pytest_plugin.pytest_benchmark_update_machine_info(machine)  # other tests of this process may have loaded torch
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"machine_info": machine, "benchmarks": benchmarks}), encoding="utf-8")
+    return path
+
+
+def test_a_folder_is_as_many_process_runs_as_it_has_files(tmp_path: Path) -> None:
+    for number, run in enumerate(FIVE):
+        file(tmp_path / "kept" / f"{number}.json", run, KERNEL)
+    found = pytest_benchmark.read([tmp_path / "kept", tmp_path / "kept" / "0.json"])
+    assert [saved.rounds[KERNEL] for saved in found] == FIVE
+
+
+ROUND = {"fullname": "t", "stats": {"data": [1.0]}}
+BAD = {
+    "torn": ('{"benchmarks": [', "is no JSON"),
+    "bytes": (b"\xff\xfe\x00", "is no JSON"),
+    "list": ("[]", "it has no `benchmarks`"),
+    "empty": ('{"benchmarks": []}', "it has no `benchmarks`"),
+    "nameless": (json.dumps({"benchmarks": [{}]}), r"benchmarks\[0\]: has no `fullname`"),
+    "no data": (
+        json.dumps({"benchmarks": [ROUND, {**ROUND, "stats": {"median": 1}}]}),
+        r"benchmarks\[1\]: t has no raw rounds",
+    ),
+    "infinite": (json.dumps({"benchmarks": [{**ROUND, "stats": {"data": [math.inf]}}]}), "no list of seconds above 0"),
+    "zero": (json.dumps({"benchmarks": [{**ROUND, "stats": {"data": [0.0]}}]}), "no list of seconds above 0"),
+    "words": (json.dumps({"benchmarks": [{**ROUND, "stats": {"data": "1.0"}}]}), "no list of seconds above 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_file_that_is_no_baseline_is_said_with_its_hint(tmp_path: Path, name: str) -> None:
+    text, said = BAD[name]
+    path = tmp_path / "bad.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UsageError, match=said) as caught:
+        pytest_benchmark.read([path])
+    assert caught.value.where.startswith(str(path))
+    assert "--benchmark-json" in caught.value.hint
+
+
+def test_no_such_file_an_empty_folder_and_a_copy_are_said(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No such file"):
+        pytest_benchmark.read([tmp_path / "nowhere.json"])
+    with pytest.raises(UsageError, match="holds no JSON file"):
+        pytest_benchmark.read([tmp_path])
+    copies = [file(tmp_path / name, FIVE[0], KERNEL) for name in ("a.json", "b.json")]
+    with pytest.raises(UsageError, match=r"holds the same process run as .*a\.json, and a run does not count twice"):
+        pytest_benchmark.read(copies)
+
+
+def test_what_is_kept_says_torch_and_the_gpu_that_were_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, get_device_name=lambda: "H100")
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(__version__="9.9", cuda=cuda))
+    info: dict[str, object] = {"machine": "x86_64"}
+    pytest_plugin.pytest_benchmark_update_machine_info(info)
+    assert pytest_benchmark.place(info) == {"architecture": "x86_64", "torch": "9.9", "gpu": "H100"}
+
+
+# ---- sessions
+
+TESTS = """
+import os, time
+import pytest
+
+def busy():
+    end = time.perf_counter() + 0.0002 * float(os.environ.get("SLOWER", "1"))
+    while time.perf_counter() < end:
+        pass
+
+def test_kernel(benchmark):
+    benchmark.pedantic(busy, rounds=150)
+"""
+ODD = """
+import pytest
+
+def test_left_out(benchmark):
+    benchmark.pedantic(int, rounds=5, iterations=100)
+
+@pytest.mark.skip
+def test_skipped(benchmark):
+    benchmark(int)
+
+def test_red(benchmark):
+    benchmark.pedantic(int, rounds=5, iterations=100)
+    assert False
+"""
+# As `@conformance` makes it, but for the case, which would import torch.
+WRONG = """
+from harness.conformance.findings.outcomes import Tried
+from harness.records.record import CheckResult, Outcome
+from harness.methods.registry import Implementation
+from harness.testing import Conforming
+
+OF = {"implementation": "mine", "kind": "operation", "target": "op", "dtype": "float32", "case": "c"}
+
+class Wrong(Conforming):
+    def cases(self):
+        for number, outcome in enumerate([Outcome.FAIL, Outcome.PASS]):
+            result = CheckResult(check="op/outputs/float32/call", outcome=outcome, detail="off")
+            yield f"case {number}", lambda result=result: [Tried(**OF, result=result)]
+
+wrong = Wrong(Implementation("mine", "operation", "nf4_dequantize", print, ("float32",)))
+"""
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
+    """Return a function that runs pytest in somebody else's repository; it returns the exit code and what was said."""
+    for name in ("PYTEST_XDIST_WORKER", "GITHUB_ACTIONS"):
+        monkeypatch.delenv(name, raising=False)
+    pytester.makepyfile(test_k=TESTS)
+
+    def run(*arguments: str) -> tuple[int, str]:
+        done = pytester.runpytest_inprocess("-q", "--strict-markers", "-p", "no:cacheprovider", *arguments)
+        return int(done.ret), "\n".join([*done.outlines, *done.errlines])
+
+    return run
+
+
+def line_of(name: str, said: str) -> str:
+    (line,) = [line for line in said.partition("peft-harness gate")[2].splitlines() if line.split()[:1] == [name]]
+    return line
+
+
+def test_a_kernel_with_a_busy_wait_of_thirty_per_cent_fails_the_session(
+    project, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytester.mkdir("kept")
+    for number in range(3):
+        assert project(f"--benchmark-json=kept/{number}.json")[0] == pytest.ExitCode.OK
+    code, said = project("--harness-gate", "kept")
+    assert code == pytest.ExitCode.OK, said
+    assert "3 runs kept; finds " in line_of(KERNEL, said)
+    monkeypatch.setenv("SLOWER", "1.3")
+    code, said = project("--harness-gate", "kept")
+    assert code == pytest.ExitCode.TESTS_FAILED, said
+    assert "fail: slower by more than 10 % at p = " in line_of(KERNEL, said)
+    assert "1 passed" in said
+    assert "::error" not in said
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    assert f"\n::error title=peft-harness gate%3A speed::{KERNEL}: median round" in project("--harness-gate=kept")[1]
+
+
+def test_a_session_with_a_wrong_kernel_has_no_speed_that_passes(project, pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(test_w=WRONG)
+    base = file(pytester.path / "base.json", rounds(2e-4), KERNEL)
+    code, said = project(f"--harness-gate={base}", "--harness-gate-margin=100")
+    assert code == pytest.ExitCode.TESTS_FAILED
+    assert "✗ fail: 0 of 1 benchmarks not slower (by more than 100 %" in said
+    assert "inconclusive: no pass without parity: not slower" in line_of(KERNEL, said)
+    assert said.count("no speed is a pass without parity: 1 of @conformance failed") == 1
+    code, said = project(f"--harness-gate={base}", "--harness-gate-margin=100", "-k", "kernel or (wrong and 1)")
+    assert (code, "✓ pass" in said, "@conformance: 1 right" in said) == (pytest.ExitCode.OK, True, True)
+
+
+def test_a_baseline_is_made_by_benchmarks_alone(project, pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(test_w=WRONG)
+    code, said = project("--benchmark-only", "--benchmark-json=base.json")
+    assert (code, "1 passed, 2 skipped" in said) == (pytest.ExitCode.OK, True), said
+    assert list(pytest_benchmark.read([pytester.path / "base.json"])[0].rounds) == [KERNEL]
+
+
+def test_each_reason_for_not_comparing_is_told(project, pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(test_odd=ODD)
+    names = [f"test_odd.py::{name}" for name in ("test_left_out", "test_skipped", "test_red", "test_gone")]
+    base = file(pytester.path / "base.json", FIVE[0], *names, "elsewhere/test_x.py::test_x")
+    code, said = project(f"--harness-gate={base}", "test_odd.py", "-k", "not left_out")
+    assert code == pytest.ExitCode.TESTS_FAILED
+    assert "its test was skipped" in line_of(names[1], said)
+    assert "failed, so that its time is not told" in line_of(names[2], said)
+    assert "this session has no such test" in line_of(names[3], said)
+    assert names[0] not in said  # by -k
+    assert "elsewhere" not in said  # not among the files that pytest was given
+    assert "elsewhere/test_x.py::test_x" in project(f"--harness-gate={base}")[1]
+
+
+def test_nothing_compared_fails_a_session_in_which_no_test_does(project, pytester: pytest.Pytester) -> None:
+    base = file(pytester.path / "base.json", FIVE[0], OTHER)
+    code, said = project(f"--harness-gate={base}")
+    assert (code, "1 passed" in said) == (pytest.ExitCode.TESTS_FAILED, True)
+    assert "nothing was compared" in said
+    # pytest's own code for no tests is forgiven by many a script.
+    assert project(f"--harness-gate={base}", "-k", "nothing")[0] == pytest.ExitCode.TESTS_FAILED
+    assert project(f"--harness-gate={base}", "--collect-only")[0] == pytest.ExitCode.OK
+
+
+def test_strictly_what_is_missing_fails_a_session_too(project, pytester: pytest.Pytester) -> None:
+    base = file(pytester.path / "base.json", rounds(2e-4), KERNEL, OTHER)
+    options = [f"--harness-gate={base}", "--harness-gate-margin=100"]
+    code, said = project(*options)
+    assert (code, f"missing: {OTHER}" in said) == (pytest.ExitCode.OK, True)
+    assert project(*options, "--harness-gate-strict")[0] == pytest.ExitCode.TESTS_FAILED
+
+
+def test_a_session_on_another_machine_says_so(project, pytester: pytest.Pytester) -> None:
+    base = file(pytester.path / "base.json", rounds(2e-4), KERNEL, cpu={"brand_raw": "an Abacus"}, python_version="2.7")
+    code, said = project(f"--harness-gate={base}")
+    assert code == pytest.ExitCode.TESTS_FAILED
+    assert "kept elsewhere only, cpu: an Abacus, here " in said
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "hint"),
+    [
+        (["-n", "2"], "under xdist pytest-benchmark takes no times", "run this session with `-n 0`"),
+        (["--benchmark-disable"], "nothing is timed with --benchmark-disable", "leave --benchmark-disable out"),
+        (
+            ["--harness-gate=nowhere.json"],
+            "nowhere.json: cannot be read: No such file",
+            "`pytest --benchmark-json=FILE`",
+        ),
+        (["--harness-gate-margin=0"], "0 % is no margin", "give per cent above 0"),
+        (["-p", "no:benchmark"], "pytest-benchmark is not installed", "pip install pytest-benchmark"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused_before_any_test_runs(
+    project, pytester: pytest.Pytester, options: list[str], said: str, hint: str
+) -> None:
+    base = file(pytester.path / "base.json", FIVE[0], KERNEL)
+    code, told = project(f"--harness-gate={base}", *options)
+    assert code == pytest.ExitCode.USAGE_ERROR
+    assert said in told
+    assert f"hint: {hint}" in told
+    assert "passed" not in told
+
+
+def test_without_the_option_nobody_needs_pytest_benchmark_or_loads_the_gate(project, pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        test_k="import sys\ndef test_it():\n    assert 'harness.regression.pytest_gate' not in sys.modules"
+    )
+    assert project("-p", "no:benchmark")[0] == pytest.ExitCode.OK

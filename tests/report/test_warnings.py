@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.analysis import contention, divergence
+from harness.analysis.run_facts import analyse
+from harness.cli import main
+from harness.records import store
+from harness.records.record import CheckResult, Outcome, Record
+from harness.report import formatting, html, terminal, view
+from harness.report.formatting import DASH
+from support import recorded_run as recorded
+from support.report_page import Page, row
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> store.Run:
+    return recorded.write_run(tmp_path_factory.mktemp("good") / "run")
+
+
+def _timed(
+    r: Record, share: float, load_end: float | None, cores: str = "2", threads: int = 2, device: str = "cpu"
+) -> Record:
+    """Return a Record whose steps got `share` seconds of CPU time per second."""
+    assert r.measurements is not None
+    training = r.measurements.training
+    if training is None:
+        return r
+    training = training.model_copy(update={"cpu_seconds": share * sum(training.step_seconds)})
+    phases = [p.model_copy(update={"load_end": load_end}) if p.name == "train" else p for p in r.phases]
+    return r.model_copy(
+        update={
+            "phases": phases,
+            "device": device,
+            "measurements": r.measurements.model_copy(update={"training": training}),
+            "environment": recorded.environment(machine={"cores": cores}, threads=threads),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("share", "load_end", "more", "flagged"),
+    [
+        (1.9, 2.1, {}, False),
+        (1.9, 8.0, {}, False),  # the machine was busy, this Cell got its due
+        (1.3, 3.0, {}, True),
+        (1.3, 2.2, {}, False),  # idle, but not everything runs in two threads
+        (1.3, None, {}, False),
+        (0.5, None, {}, True),
+        (0.5, 0.1, {"threads": 1}, True),
+        (5.0, 20.0, {"cores": "64", "threads": 8}, False),  # others have cores enough
+        (0.5, 8.0, {"device": "cuda"}, False),
+    ],
+)
+def test_steps_that_waited_for_a_cpu_are_flagged(
+    share: float, load_end: float | None, more: dict[str, Any], flagged: bool
+) -> None:
+    record = _timed(recorded.record("fused", recorded.cells()["fused"]), share, load_end, **more)
+    assert bool(contention.busy(record)) is flagged
+
+
+def test_a_busy_machine_is_said_beside_its_numbers_with_the_rule(good: store.Run, tmp_path: Path) -> None:
+    run = recorded.write_run(tmp_path / "r", change=lambda n, r: _timed(r, 0.5, 9.0) if n == "fused" else r)
+    built = view.build([analyse(run)])
+    fused = row(built["runs"][0]["comparison"], run.latest()[recorded.cells()["fused"].cell_id])
+    assert [label for label, f in fused.items() if f["flag"]] == ["Tokens/s", "Step, ms"]
+    (note,) = built["runs"][0]["comparison"]["notes"]
+    assert contention.RULE in note
+    assert "lora r=8 [fused], 0.50 s of CPU time per second for 2 threads; load average 9.0" in note
+    words = Page(html.render([analyse(run)])).text
+    assert words.count("! busy") == 3  # twice in the row, once with the rule
+    assert contention.RULE in words
+    said = terminal.summary(analyse(run))
+    assert [line for line in said if line.endswith("] !") and "lora r=8 [fused]" in line]
+    assert [line for line in said if contention.RULE in line]
+    # Records from before there was CPU time to compare say nothing.
+    assert not view.build([analyse(good)])["runs"][0]["comparison"]["notes"]
+    assert "busy" not in "\n".join(terminal.summary(analyse(good)))
+
+
+def _red(check: str) -> CheckResult:
+    return CheckResult(
+        check=check,
+        outcome=Outcome.FAIL,
+        error=0.5,
+        allowed=0.25,
+        tensor="layer.0.query",
+        worst="[3]: 1.5, should be 1",
+    )
+
+
+def _with_red(check: str) -> Any:
+    add = lambda r: r.model_copy(update={"checks": [*r.checks, _red(check)]})  # noqa: E731
+    return lambda n, r: add(r) if n == "fused" else r
+
+
+def test_a_failed_merge_takes_the_merged_latency_away_and_fails_the_run(tmp_path: Path) -> None:
+    run = recorded.write_run(tmp_path / "r", change=_with_red("lora/merge/float32/trained"))
+    built = view.build([analyse(run)])["runs"][0]
+    record = run.latest()[recorded.cells()["fused"].cell_id]
+    shown = row(built["latency"], record)
+    why = "no speed without parity: lora/merge/float32/trained failed"
+    for column in ("Merged, ms", "Merged / base"):
+        assert (shown[column]["text"], shown[column]["value"], shown[column]["why"]) == (DASH, None, why)
+    assert shown["Unmerged, ms"]["value"] is not None
+    assert row(built["comparison"], record)["Step, ms"]["value"] is not None
+    assert row(built["comparison"], record)["Status"]["text"] == "✗ ok, 1 failed check"
+    assert built["verdict"]["word"] == "fail"
+    assert "lora r=8 [fused]: lora/merge/float32/trained failed" in built["verdict"]["reason"]
+    told = "lora/merge/float32/trained: error 0.5, 0.25 allowed; in layer.0.query; worst element [3]: 1.5, should be 1"
+    assert built["alerts"][0]["items"] == [f"minilm-l6 lora r=8 [fused]: {told}"]
+    assert built["failures"][0]["checks"] == [told]
+    assert f"failed: minilm-l6 lora r=8 [fused]: {told}" in terminal.summary(analyse(run))
+
+
+def test_any_other_failed_check_takes_all_speeds_away(tmp_path: Path) -> None:
+    run = recorded.write_run(tmp_path / "r", change=_with_red("lora/forward/float32/warm"))
+    built = view.build([analyse(run)])
+    record = run.latest()[recorded.cells()["fused"].cell_id]
+    shown = row(built["runs"][0]["comparison"], record) | row(built["runs"][0]["latency"], record)
+    hidden = ("Tokens/s", "Step, ms", "Unmerged, ms", "Merged, ms", "Unmerged / base", "Merged / base")
+    assert [shown[column]["text"] for column in hidden] == [DASH] * 6
+    (raw,) = [c for c in built["data"][0]["cells"] if c["record"] == record.id]
+    assert (raw["tokens_per_s"], raw["step_s"]) == (None, None)
+
+
+def test_a_check_shows_its_numbers_and_its_worst_element(tmp_path: Path) -> None:
+    run = recorded.write_run(tmp_path / "r", change=_with_red("lora/gradient/float32/warm"))
+    (cell,) = [c for c in view.build([analyse(run)])["runs"][0]["parity"] if c["open"]]
+    shown = cell["checks"][0]
+    assert (shown["error"], shown["allowed"], shown["share"]) == ("0.5", "0.25", "2")
+    assert (shown["tensor"], shown["worst"]) == ("layer.0.query", "[3]: 1.5, should be 1")
+    assert "Worst element" in Page(html.render([analyse(run)])).text
+
+
+def test_a_resumed_run_says_whose_time_it_tells(good: store.Run) -> None:
+    assert good.footer is not None
+    resumed = dataclasses.replace(good, footer=good.footer.model_copy(update={"kept": 4, "seconds_total": 75.0}))
+    inside = sum(r.duration_s for r in good.latest().values())
+    said = view.build([analyse(resumed)])["runs"][0]["duration"]
+    assert said.startswith("resumed: the last invocation took 75.0 s and kept 4 of 10 Cells from earlier")
+    assert said.endswith(f"all Cells took {formatting.seconds(inside)} together")
+    assert view.build([analyse(resumed)])["runs"][0]["time"]["sentence"].startswith(
+        "In the last invocation, outside the Cells"
+    )
+
+
+@pytest.mark.parametrize(("footer", "says"), [(None, "has no footer"), ("{torn", "has a footer that cannot be read")])
+def test_an_unfinished_run_is_reported_with_a_banner(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], footer: str | None, says: str
+) -> None:
+    folder = recorded.write_run(tmp_path / "r", footer=False).path
+    if footer:
+        (folder / "footer.json").write_text(footer)
+    assert main(["report", str(folder)]) == 4
+    assert f"incomplete: this run {says}" in capsys.readouterr().out
+    page = Page((folder / "report.html").read_text())
+    assert 0 < page.text.index(f"This run {says}") < page.text.index("Questions of the suite")
+    assert "took an unknown time" in page.text
+    assert "81.0 %" in page.text
+
+
+@pytest.mark.parametrize(
+    ("losses", "rising"),
+    [
+        ([0.7, 0.7, 0.8, 0.6, 0.7, 0.7, 2.0, 9.0, 12.0, 11.0, 10.0, 13.0], "the loss rose from 0.7 to 11 "),
+        ([4.5, 9.1], "the loss rose from 4.5 to 9.1 (of 2 steps)"),
+        ([4.5, 4.4, 4.6, 4.5, 12.0, 4.3, 4.5, 4.4, 4.6, 30.0], ""),  # single hard batches
+        ([5.0, 6.0], ""),
+        ([0.001, 0.01], ""),  # it knows its data by heart
+        ([0.7] * 5 + [0.1] * 5, ""),
+        ([9.0], ""),
+        ([], ""),
+    ],
+)
+def test_a_loss_that_ends_far_above_its_start(losses: list[float], rising: str) -> None:
+    said = divergence.rose(losses)
+    assert said.startswith(rising)
+    assert bool(said) == bool(rising)
+
+
+def test_a_finite_divergence_is_told_beside_what_was_measured(good: store.Run, tmp_path: Path) -> None:
+    away = [0.7 * 1.1**step for step in range(60)]
+    run = recorded.write_run(tmp_path / "r", change=lambda n, r: recorded.with_losses(r, away) if n == "fused" else r)
+    (alert,) = view.build([analyse(run)])["runs"][0]["alerts"]
+    assert alert["text"].startswith("Measured, although training diverged (a lower `lr`, ")
+    (item,) = alert["items"]
+    assert item.startswith("minilm-l6 lora r=8 [fused]: the loss rose from 0.847 to ")
+    assert f"diverged: {item}" in terminal.summary(analyse(run))
+    assert item in Page(html.render([analyse(run)])).text
+    assert not [line for line in terminal.summary(analyse(good)) if line.startswith("diverged")]

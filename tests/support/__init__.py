@@ -1,0 +1,1 @@
+"""Helpers of the tests, which import them as `support.<module>`."""
