@@ -388,7 +388,7 @@ def test_a_second_backward_pass_says_what_to_do() -> None:
     model, x = attached().model, given()
     q, k = model.q(x), model.k(x)
     q.sum().backward()
-    with pytest.raises(RuntimeError, match=r"q, k and v of one input.*retain_graph"):
+    with pytest.raises(RuntimeError, match=r"such as q, k and v.*retain_graph"):
         k.sum().backward()
 
 
