@@ -1,6 +1,6 @@
-"""The pytest plug-in: one test for each case of a parity suite (`harness.testing.conformance`), and `--harness-gate`.
+"""pytest plug-in: one test for each case of a parity suite (`harness.testing.conformance`), and `--harness-gate`.
 
-pytest loads this in every run of an environment that has peft-harness, so it imports nothing of ours before a test or an
+pytest loads this module in every environment with peft-harness, so it imports nothing of the harness before a test or an
 option uses it.
 """
 
@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set up the gate, where it is asked for: not in a worker of xdist, and not where nothing is to run."""
+    """Set up the gate if it is requested: not in a worker of xdist, and not if nothing runs."""
     if config.getoption("harness_gate") and not hasattr(config, "workerinput") and not config.option.collectonly:
         from harness.regression.pytest_gate import Gate
 
@@ -44,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    """Let what pytest-benchmark keeps say torch's version and the GPU: they change times, and it knows neither."""
+    """Add torch's version and the GPU to what pytest-benchmark stores: both change times."""
     torch = sys.modules.get("torch")
     if torch is not None:
         machine_info.setdefault("torch", str(torch.__version__))
@@ -53,7 +53,7 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 
 def pytest_pycollect_makeitem(collector: Any, name: str, obj: Any) -> pytest.Collector | None:
-    """Collect what `@conformance` has decorated, whatever it is called."""
+    """Collect every function decorated by `@conformance`, under any name."""
     testing = sys.modules.get("harness.testing")
     if testing is None or not isinstance(obj, testing.Conforming):
         return None
@@ -81,7 +81,7 @@ class CaseItem(pytest.Item):
         self.tries = tries
 
     def runtest(self) -> None:
-        """Try the case; fail with a line for each check that failed."""
+        """Run the case; fail with a line for each failed check."""
         from harness.testing import verdict
 
         failed, skipped = verdict(self.tries())
@@ -91,7 +91,7 @@ class CaseItem(pytest.Item):
             pytest.skip(skipped)
 
     def reportinfo(self) -> tuple[Any, int | None, str]:
-        """Say where the function is: pytest wants a line, or a skipping mark (as of --benchmark-only) breaks the session."""
+        """Return the location of the function: pytest needs a line, or a skipping mark (such as --benchmark-only) fails."""
         suite = self.parent
         assert isinstance(suite, Suite)  # noqa: S101
         code = getattr(suite.conforming.implementation.function, "__code__", None)

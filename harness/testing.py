@@ -1,11 +1,11 @@
-"""The third party's door for tests of their own: a decorator that makes pytest tests, and a helper for layers.
+"""Tests for third parties: a decorator that makes pytest tests of a function, and a helper for layers.
 
     from harness.testing import conformance
 
     @conformance("nf4_dequantize", dtypes=["float32", "bfloat16"])
     def dequantize(packed, absmax, block, shape, dtype): ...
 
-Each case of the parity suite becomes a test; nothing need be registered. No torch until the tests are collected.
+Each case of the parity suite becomes a test; nothing needs to be registered. No torch until the tests are collected.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Conforming:
-    """A function that claims to be a Method, an Operation or a quantisation of the base; its calls go to the function."""
+    """A function that claims to be a Method, an Operation or a quantisation of the base. Calls go to the function."""
 
     implementation: Implementation
     breadth: CaseSelection = FEW
@@ -38,7 +38,7 @@ class Conforming:
         return self.implementation.function(*args, **kwargs)
 
     def cases(self) -> Iterator[tuple[str, Callable[[], list[CheckOutcome]]]]:
-        """Yield each case's name, and what tries it: every check of the suite."""
+        """Yield each case's name, and a function that runs every check of the suite on it."""
         plan = parity_suite.load_plan(self.implementation.target)
         for case in plan.cases(self.breadth, self.implementation.dtypes):
             yield f"{case} {case.dtype}", partial(self._run, plan, case)
@@ -52,10 +52,10 @@ class Conforming:
 
 
 def verdict(tried: Iterable[CheckOutcome]) -> tuple[str, str]:
-    """Return what failed, one line each, and if nothing was compared, why."""
+    """Return the failures, one line each, and the reason if nothing was compared."""
     every = list(tried)
-    failed = [describe_failure(one) for one in every if one.standing is CheckStatus.FAIL]
-    compared = any(one.standing is CheckStatus.PASS for one in every)
+    failed = [describe_failure(one) for one in every if one.status is CheckStatus.FAIL]
+    compared = any(one.status is CheckStatus.PASS for one in every)
     reasons = sorted({one.result.detail for one in every})
     return "\n".join(failed), "" if failed or compared else "; ".join(reasons)
 
@@ -70,9 +70,9 @@ def conformance(
 ) -> Callable[[Callable[..., Any]], Conforming]:
     """Make pytest tests of a function that claims to be `target`: a Method's `attach` or an Operation.
 
-    full: every config x shape x layer of the suite, instead of each at least once. drawn: so many cases besides, whose
-    ranks and shapes are drawn at random by `seed`. Raises UsageError for an unknown name
-    or dtype, and where the suite has no case in these dtypes: no tests at all would be green.
+    full: every config x shape x layer of the suite, instead of each at least once. drawn: number of additional cases,
+    with ranks and shapes drawn at random by `seed`. Raises UsageError for an unknown name or dtype, and if the suite has
+    no case in these dtypes: no tests at all would pass.
     """
     if not isinstance(target, str):
         raise UsageError("@conformance stands without a name", where="@conformance", hint='write @conformance("lora")')
@@ -104,12 +104,12 @@ def wrap_layers(
     names: Mapping[str, str] | None = None,
     update: Callable[[Any], Any] | None = None,
 ) -> AdaptedLayers:
-    """Do the part of `attach` that is not about a layer: freeze the model, put a layer at every target, name the tensors.
+    """Do the part of `attach` that is not about a layer: freeze the model, replace every target layer, name the tensors.
 
-    make_layer: takes the base nn.Linear and returns a module that stands in its place and holds its trainable Parameters
-    itself. names: the paper's letter -> the attribute (`{"A": "lora_A"}`); without it every Parameter by its own name.
-    update: takes such a module and returns what is added to the base weight when merging; without it nothing merges.
-    Where LoRA's config asks for another start than the usual one (`init`), it is written into A and B afterwards.
+    make_layer: takes the base nn.Linear and returns the module that replaces it and holds its trainable Parameters
+    itself. names: the paper's letter -> the attribute (`{"A": "lora_A"}`); without it every Parameter has its own name.
+    update: takes such a module and returns the change of the base weight when merging; without it nothing merges. If
+    LoRA's config asks for a start other than the usual one (`init`), it is written into A and B afterwards.
     """
     from harness.methods.wrap import wrap
 

@@ -96,7 +96,7 @@ class BenchRow(FrozenModel):
     @property
     def red(self) -> bool:
         """Whether a check failed without a known defect."""
-        return any(one.standing is CheckStatus.FAIL for one in self.parity)
+        return any(one.status is CheckStatus.FAIL for one in self.parity)
 
     @property
     def ratio(self) -> Median | None:

@@ -63,7 +63,7 @@ def _memory(row: BenchRow) -> str:
 
 def _parity(row: BenchRow) -> str:
     """Name the passed checks, and the largest error as a share of what is allowed."""
-    passed = [one for one in row.parity if one.standing is CheckStatus.PASS]
+    passed = [one for one in row.parity if one.status is CheckStatus.PASS]
     in_order = sorted(passed, key=lambda one: one.implementation == row.ours)
     ids = list(dict.fromkeys(one.result.check for one in in_order))
     shown = ids[-1] + (f" +{len(ids) - 1}" if len(ids) > 1 else "")

@@ -17,19 +17,19 @@ def judge_parity(parity: Sequence[CheckOutcome]) -> tuple[list[CheckOutcome], Ou
     """
     marked = defects.explained(parity, defects.known())[0]
     for one in marked:
-        if one.standing is CheckStatus.FAIL:
+        if one.status is CheckStatus.FAIL:
             return (
                 marked,
                 "refused",
                 f"no parity: {one.implementation} fails {one.result.check}: {summary.describe(one.result)}",
             )
     for one in marked:
-        if one.standing is CheckStatus.UNSUPPORTED:
+        if one.status is CheckStatus.UNSUPPORTED:
             return marked, "not-run", f"{one.implementation}: {one.result.detail}"
     for one in marked:
-        if one.standing is CheckStatus.KNOWN_DEFECT and one.check != "output_codes":
+        if one.status is CheckStatus.KNOWN_DEFECT and one.check != "output_codes":
             return marked, "refused", f"no parity: {one.implementation}, known defect {one.defect}"
     for name in dict.fromkeys(one.implementation for one in marked):
-        if not any(one.standing is CheckStatus.PASS for one in marked if one.implementation == name):
+        if not any(one.status is CheckStatus.PASS for one in marked if one.implementation == name):
             return marked, "refused", f"no parity: no check applies to {name}"
     return marked, "measured", ""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from harness.assets import shapes, structure
 from harness.conformance.subject import configure
-from harness.memory_model import counting, models
+from harness.memory_model import counting, model_shapes
 
 
 @lru_cache(maxsize=4)
@@ -20,7 +20,7 @@ def model(name: str, split: str = "{}") -> Any:
     """Return the model of a shape on the meta device. split: as in `split_layers`, in JSON."""
     config = shapes.config_of(name)
     preset = shapes.preset(name)
-    built = structure.build(config, preset.kind if preset else models.kind_of(config), torch.float32)
+    built = structure.build(config, preset.kind if preset else model_shapes.model_kind(config), torch.float32)
     built.requires_grad_(False)
     split_layers(built, json.loads(split))
     return built

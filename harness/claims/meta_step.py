@@ -23,7 +23,7 @@ from harness.assets import shapes, structure
 from harness.cell.measure.latency import positions
 from harness.cell.training.model import checkpointing
 from harness.conformance.subject import DTYPES, configure
-from harness.memory_model import counting, models
+from harness.memory_model import counting, model_shapes
 
 _FEW = 2
 """Blocks after which each further one takes the same; the first may need no gradient of its input."""
@@ -136,7 +136,7 @@ def _never(_: _Held) -> Tensor:
 @contextmanager
 def _attached(request: MetaStep, blocks: int) -> Iterator[tuple[Any, Any]]:
     config, preset = shapes.config_of(request.model), shapes.preset(request.model)
-    kind = preset.kind if preset else models.kind_of(config)
+    kind = preset.kind if preset else model_shapes.model_kind(config)
     facts = shapes.first_blocks(config, blocks) | {"use_cache": False}
     model = structure.build(facts, kind, DTYPES[request.dtype])
     if (most := positions(model)) is not None and request.tokens > most:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from harness.claims.judge import ClaimVerdict, JudgedClaim
+from harness.errors import plural
 
 _WIDEST_HOW = 160
 """Most characters of arithmetic in a line; the JSON document and the page have all of it."""
@@ -35,7 +36,7 @@ def summary(rows: Sequence[JudgedClaim]) -> str:
         for verdict in ClaimVerdict
         if counts[verdict]
     )
-    return f"{len(rows)} claim{'s' * (len(rows) != 1)}{': ' * bool(parts)}{parts}"
+    return f"{plural(len(rows), 'claim')}{': ' * bool(parts)}{parts}"
 
 
 def _claim(row: JudgedClaim) -> Iterator[str]:

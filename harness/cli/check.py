@@ -1,4 +1,4 @@
-"""The verb `check`: implementations against their references, as a matrix. No torch: the work is done in other processes."""
+"""Command `check`: implementations compared with their references, as a matrix. No torch: workers do the work."""
 
 from __future__ import annotations
 
@@ -32,27 +32,25 @@ from harness.report import check_terminal
 
 @dataclass(frozen=True)
 class CheckRequest:
-    """What to check: everything, if nothing is named.
-
-    breadth: how many cases of every suite. patience: seconds without a result after which an implementation is said to
-    hang.
-    """
+    """The targets of a check: everything, if nothing is named."""
 
     implementations: Sequence[str] = ()
     methods: Sequence[str] = ()
     operations: Sequence[str] = ()
     dtypes: Sequence[str] = ()
     breadth: CaseSelection = FEW
+    """Selection of the cases of every suite."""
     jobs: int | None = None
     patience: float = worker_processes.PATIENCE
+    """Seconds without a result after which an implementation counts as hanging."""
 
 
-def check(asked: CheckRequest, as_json: bool, junit: Path | None = None, html: Path | None = None) -> Exit:
-    """Check, print, write the files asked for, return the exit code."""
-    _places({"--junit": junit, "--html": html})
+def check(request: CheckRequest, as_json: bool, junit: Path | None = None, html: Path | None = None) -> Exit:
+    """Check, print, write the requested files, and return the exit code."""
+    _check_writable({"--junit": junit, "--html": html})
     with handle_termination():
-        report = judge(asked)
-    # What was found is printed and written whatever becomes of the other: a full disk, a reader of stdout that has left.
+        report = judge(request)
+    # Printing and each file are independent: a full disk, or a closed stdout, must not lose the others.
     with contextlib.ExitStack() as afterwards:
         if html is not None:
             from harness.report.check_page import write_page
@@ -69,55 +67,60 @@ def check(asked: CheckRequest, as_json: bool, junit: Path | None = None, html: P
     return report.exit
 
 
-def _places(files: dict[str, Path | None]) -> None:
-    """Raise UsageError for files that could not be written, before anything takes its minutes."""
+def _check_writable(files: dict[str, Path | None]) -> None:
+    """Raise UsageError for files that cannot be written, before the checks take their minutes."""
     given = {option: file for option, file in files.items() if file is not None}
     odd = {option: why for option, file in given.items() if (why := unwritable(file))}
     if len({file.absolute() for file in given.values()}) < len(given):
-        odd = {"--junit, --html": f"{given['--junit']} is to be two files at once"}
+        odd = {"--junit, --html": f"{given['--junit']} is given for both files"}
     if odd:
         raise UsageError(
             "; ".join(odd.values()), where=", ".join(odd), hint="name a file in a folder that can be written"
         )
 
 
-def judge(asked: CheckRequest) -> CheckReport:
-    """Try what was asked for, what each entry point offers in a process of its own. Raises UsageError for unknown names."""
+def judge(request: CheckRequest) -> CheckReport:
+    """Run the requested checks, each entry point in a process of its own. Raises UsageError for unknown names."""
     from harness.records.environment import describe
 
-    registry = worker_processes.discover(asked.patience)
-    _known_names(asked, registry)
-    wanted = [i for i in registry.implementations if _asked_for(i, asked)]
+    registry = worker_processes.discover(request.patience)
+    _require_known_names(request, registry)
+    wanted = [i for i in registry.implementations if _is_requested(i, request)]
     plans, known = _read(wanted)
-    tasks, skipped = _tasks(wanted, asked, plans)
-    jobs = asked.jobs or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
-    findings, interrupted = worker_processes.run(tasks, jobs, lambda line: print(line, file=sys.stderr), asked.patience)
+    tasks, skipped = _tasks(wanted, request, plans)
+    jobs = request.jobs or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    findings, interrupted = worker_processes.run(
+        tasks, jobs, lambda line: print(line, file=sys.stderr), request.patience
+    )
     for found in findings:
         skipped |= {f"{name} {target}": why for (name, _, target), why in found.missing.items()}
         if interrupted:
             skipped |= {f"{name} {target}": "interrupted" for name, _, target in found.left}
-    # What was left out, by the user, an interruption or for want of a module, may be just where a defect shows.
+    # A defect may show just in what was left out: by the user, by an interruption, or because a module is missing.
     left_out = {target for found in findings for target in found.not_tried}
     done = {target for task in tasks for target in task.targets} - left_out
-    due = [defect for defect in known if _whole(defect, asked, registry, done)]
+    due = [defect for defect in known if _was_fully_tried(defect, request, registry, done)]
     marked, _ = defects.explained([one for found in findings for one in found.tried], known)
     complaints = defects.explained(marked, due)[1]
-    needed = {*asked.implementations, *(i.point for i in wanted)}
-    broken = {n: w for n, w in registry.broken.items() if not asked.implementations or n in needed}
+    needed = {*request.implementations, *(i.point for i in wanted)}
+    broken = {n: w for n, w in registry.broken.items() if not request.implementations or n in needed}
     compared = {
-        one.implementation for one in marked if one.standing not in (CheckStatus.UNSUPPORTED, CheckStatus.SKIPPED)
+        one.implementation for one in marked if one.status not in (CheckStatus.UNSUPPORTED, CheckStatus.SKIPPED)
     }
-    untried = [name for name in asked.implementations if name not in compared and name not in broken]
+    untried = [name for name in request.implementations if name not in compared and name not in broken]
     return CheckReport(marked, skipped, complaints, broken, known, plans, describe().software, interrupted, untried)
 
 
-def _whole(defect: Defect, asked: CheckRequest, registry: Registry, done: set[tuple[str, TargetKind, str]]) -> bool:
-    """Whether everything was tried in which a defect could show, so that one may complain if it did not."""
+def _was_fully_tried(
+    defect: Defect, request: CheckRequest, registry: Registry, done: set[tuple[str, TargetKind, str]]
+) -> bool:
+    """Return whether everything was tried in which a defect could show, so that its absence is a finding."""
     by_dtype = all(
-        dtype in asked.dtypes or not any(fnmatchcase(dtype, CheckId.parse(pattern).dtype) for pattern in defect.checks)
+        dtype in request.dtypes
+        or not any(fnmatchcase(dtype, CheckId.parse(pattern).dtype) for pattern in defect.checks)
         for dtype in DTYPES
     )
-    return (by_dtype or not asked.dtypes) and all(
+    return (by_dtype or not request.dtypes) and all(
         (i.name, i.kind, i.target) in done
         for i in registry.implementations
         if i.name == defect.implementation and _may_show(defect, i) and path_of(i.target).is_file()
@@ -125,14 +128,18 @@ def _whole(defect: Defect, asked: CheckRequest, registry: Registry, done: set[tu
 
 
 def _may_show(defect: Defect, implementation: Implementation) -> bool:
-    """Whether a defect could show in this: the name of a base is not in the ids of its checks, those have the Method's."""
+    """Return whether a defect could show in an implementation. Check ids of a base have the Method's name, not the
+    base's.
+    """
     if defect.target or implementation.kind == "base":
         return defect.target in ("", implementation.target)
     return any(fnmatchcase(implementation.target, CheckId.parse(pattern).target) for pattern in defect.checks)
 
 
 def _read(wanted: Sequence[Implementation]) -> tuple[dict[str, ParitySuite], Sequence[Defect]]:
-    """Read the parity suites of what is to be tried, and the known defects; raises SuiteError with every mistake in them."""
+    """Read the parity suites of the implementations, and the known defects. Raises SuiteError with every mistake in
+    them.
+    """
     plans: dict[str, ParitySuite] = {}
     known: Sequence[Defect] = ()
     problems: list[Problem] = []
@@ -150,25 +157,27 @@ def _read(wanted: Sequence[Implementation]) -> tuple[dict[str, ParitySuite], Seq
     return plans, known
 
 
-def _asked_for(implementation: Implementation, asked: CheckRequest) -> bool:
-    if asked.implementations and implementation.name not in asked.implementations:
+def _is_requested(implementation: Implementation, request: CheckRequest) -> bool:
+    if request.implementations and implementation.name not in request.implementations:
         return False
-    if not asked.methods and not asked.operations:
+    if not request.methods and not request.operations:
         return True
-    return implementation.target in (asked.operations if implementation.kind == "operation" else asked.methods)
+    return implementation.target in (request.operations if implementation.kind == "operation" else request.methods)
 
 
 def _tasks(
-    wanted: Sequence[Implementation], asked: CheckRequest, plans: dict[str, ParitySuite]
+    wanted: Sequence[Implementation], request: CheckRequest, plans: dict[str, ParitySuite]
 ) -> tuple[list[WorkerTask], dict[str, str]]:
-    """Group by who offers it, since each process pays for its imports once, and for those alone."""
+    """Group the implementations by entry point, since each process pays for its imports. Return tasks, and skips with
+    reasons.
+    """
     grouped: dict[str, list[Implementation]] = {}
     skipped = {}
     for one in wanted:
         if one.target not in plans:
             none = f"there is no parity suite {path_of(one.target).name}"
             skipped[f"{one.name} {one.target}"] = NO_REFERENCE if one.target in UNREFERENCED else none
-        elif why := _no_case(one, plans[one.target], asked):
+        elif why := _why_no_case(one, plans[one.target], request):
             skipped[f"{one.name} {one.target}"] = why
         else:
             grouped.setdefault(one.point, []).append(one)
@@ -176,41 +185,41 @@ def _tasks(
         WorkerTask(
             point=point,
             targets=[(i.name, i.kind, i.target) for i in several],
-            breadth=asked.breadth,
-            dtypes=tuple(asked.dtypes),
+            breadth=request.breadth,
+            dtypes=tuple(request.dtypes),
         )
         for point, several in grouped.items()
     ]
-    # The longest first, so that at the end no core waits long for another.
+    # The longest first, so that no core is idle for long at the end.
     return sorted(tasks, key=lambda task: -sum(_size(plans[target]) for *_, target in task.targets)), skipped
 
 
-def _no_case(one: Implementation, plan: ParitySuite, asked: CheckRequest) -> str:
-    """Say why no case of its parity suite is left for an implementation; nothing if one is."""
-    there = [dtype for dtype in plan.dtypes if dtype in (asked.dtypes or DTYPES)]
+def _why_no_case(one: Implementation, plan: ParitySuite, request: CheckRequest) -> str:
+    """Return the reason why no case of the parity suite is left for an implementation, or an empty string."""
+    there = [dtype for dtype in plan.dtypes if dtype in (request.dtypes or DTYPES)]
     if set(one.dtypes) & set(there):
         return ""
     if not there:
-        return f"its parity suite has cases in {', '.join(plan.dtypes)} only; asked for were {', '.join(asked.dtypes)}"
-    of_these = "of the dtypes asked for, its" if asked.dtypes else "its"
+        return f"its parity suite has cases in {', '.join(plan.dtypes)} only; requested: {', '.join(request.dtypes)}"
+    of_these = "of the requested dtypes, its" if request.dtypes else "its"
     return f"offers {', '.join(one.dtypes)}; {of_these} parity suite has cases in {', '.join(there)}"
 
 
 def _size(plan: ParitySuite) -> int:
-    """Return about how many checks a suite has."""
+    """Return the approximate number of checks of a suite."""
     return len(list(plan.cases(FEW))) * len(plan.checks)
 
 
-def _known_names(asked: CheckRequest, registry: Registry) -> None:
-    """Raise one UsageError that names everything that nobody knows or offers."""
-    odd = [f"unknown {one}" for one in _unknown(asked, registry)] or list(_not_offered(asked, registry))
+def _require_known_names(request: CheckRequest, registry: Registry) -> None:
+    """Raise one UsageError that lists every unknown name."""
+    odd = [f"unknown {one}" for one in _unknown(request, registry)] or list(_not_offered(request, registry))
     if odd:
         raise UsageError(
-            "; ".join(odd), hint="`peft-harness list implementations` shows who offers what, in which dtypes"
+            "; ".join(odd), hint="`peft-harness list implementations` shows implementations, their targets and dtypes"
         )
 
 
-def _unknown(asked: CheckRequest, registry: Registry) -> Iterator[str]:
+def _unknown(request: CheckRequest, registry: Registry) -> Iterator[str]:
     kinds = targets()
     there = {kind: sorted(name for name, of in kinds.items() if of == kind) for kind in get_args(TargetKind)}
     names = sorted({i.name for i in registry.implementations})
@@ -219,10 +228,10 @@ def _unknown(asked: CheckRequest, registry: Registry) -> Iterator[str]:
         broken = ", ".join(f"`{point}` ({why})" for point, why in registry.broken.items())
         yours += f"; or is it of an entry point that could not be used: {broken}"
     for what, given, known in (
-        ("implementation", asked.implementations, names),
-        ("method", asked.methods, [*there["method"], *there["base"]]),
-        ("operation", asked.operations, there["operation"]),
-        ("dtype", asked.dtypes, DTYPES),
+        ("implementation", request.implementations, names),
+        ("method", request.methods, [*there["method"], *there["base"]]),
+        ("operation", request.operations, there["operation"]),
+        ("dtype", request.dtypes, DTYPES),
     ):
         for name in given:
             if name in known or (what == "implementation" and name in registry.broken):
@@ -233,10 +242,10 @@ def _unknown(asked: CheckRequest, registry: Registry) -> Iterator[str]:
             yield f"{what} {name!r}: {hint}{yours if what == 'implementation' else ''}"
 
 
-def _not_offered(asked: CheckRequest, registry: Registry) -> Iterator[str]:
-    """Say which implementations that were named offer nothing of what was asked."""
-    for name in asked.implementations:
+def _not_offered(request: CheckRequest, registry: Registry) -> Iterator[str]:
+    """Describe each requested implementation that offers no requested target."""
+    for name in request.implementations:
         offers = [i for i in registry.implementations if i.name == name]
-        if offers and not any(_asked_for(i, asked) for i in offers):
-            wanted = ", ".join([*asked.methods, *asked.operations])
+        if offers and not any(_is_requested(i, request) for i in offers):
+            wanted = ", ".join([*request.methods, *request.operations])
             yield f"{name} does not offer {wanted}, only {', '.join(sorted({i.target for i in offers}))}"

@@ -1,10 +1,9 @@
-"""How many cases of each parity suite are tried: few, all, or others besides, drawn at random. No torch."""
+"""Selection of the cases of a parity suite: a few, all, and others drawn at random. No torch."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,22 +12,29 @@ LARGEST_TOKENS = 300
 LARGEST_FEATURES = 1500
 LARGEST_VECTOR = 20_000
 LARGEST_STATE = 300_000
-"""Beyond what the kernels' tiles of up to 128 or 256 hold, and small enough that a case takes a tenth of a second."""
+"""Upper limits of drawn sizes: beyond the tiles of 128 or 256 of the kernels, and small enough for a tenth of a second
+per case.
+"""
 
 LEAST_FEATURES = 8
 
 
+Values = dict[str, Any]
+"""Values of a Method's config, or of an Operation's case: key -> number, word or list."""
+
+
 @dataclass(frozen=True)
 class CaseSelection:
-    """Which cases of a parity suite are tried.
-
-    full: all configs x shapes x layers x dtypes; else each of them at least once. drawn: how many cases besides, their
-    ranks and shapes drawn at random by `seed`, so that nobody can be right at the suite's own sizes only.
-    """
+    """Selection of the cases of a parity suite."""
 
     full: bool = False
+    """All configs x shapes x layers x dtypes; otherwise each of them at least once."""
     drawn: int = 0
+    """Number of additional cases, with ranks and shapes drawn at random: an implementation must not be right at the
+    suite's own sizes only.
+    """
     seed: int = 0
+    """Of the drawn cases."""
 
     def dice(self, target: str) -> random.Random:
         """Return what the cases of `target` are drawn by."""
@@ -39,12 +45,14 @@ FEW = CaseSelection()
 
 
 def draw_log_uniform(dice: random.Random, least: int, most: int) -> int:
-    """Draw a whole number whose logarithm is uniform: small sizes are as likely as large ones."""
+    """Draw a whole number with uniform logarithm: small sizes are as likely as large ones."""
     return min(most, int(math.exp(dice.uniform(math.log(least), math.log(most + 1)))))
 
 
-def draw_config(dice: random.Random, given: Mapping[str, Any], features: int) -> dict[str, Any]:
-    """Return a config with another rank, where it has one: from what the budget leaves (AdaLoRA) to the smaller side."""
+def draw_config(dice: random.Random, given: Values, features: int) -> Values:
+    """Return a config with another rank, if it has one: at least what the budget leaves (AdaLoRA), at most the smaller
+    side.
+    """
     if "rank" not in given:
         return dict(given)
     least = int(given.get("target_rank", 1))
@@ -53,8 +61,8 @@ def draw_config(dice: random.Random, given: Mapping[str, Any], features: int) ->
     return {**given, "rank": rank + rank % 2 if given.get("init") == "orthogonal" else rank}
 
 
-def draw_call(dice: random.Random, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an Operation's case with other sizes, of those that it says."""
+def draw_call(dice: random.Random, given: Values) -> Values:
+    """Return an Operation's case with other sizes in place of those that it has."""
     return {key: _draw_size(dice, key, value) for key, value in given.items()}
 
 

@@ -1,18 +1,18 @@
-"""Parity suites: which cases `check` tries for a Method or an Operation. One YAML each in suites/parity/."""
+"""Parity suites: the cases that `check` tries for a Method or an Operation. One YAML each in suites/parity/."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from harness import yaml_lines
 from harness.conformance import case_selection, checks
-from harness.conformance.case_selection import CaseSelection
+from harness.conformance.case_selection import CaseSelection, Values
 from harness.errors import Problem, SuiteError, UsageError, did_you_mean
 from harness.methods.registry import DTYPES
 from harness.methods.spec import methods
@@ -24,14 +24,14 @@ Kind = Literal["linear", "conv1d", "embedding", "conv2d", "conv2d-dilated", "con
 
 
 class CaseShape(FrozenModel):
-    """Rows x in x out of the first layer of the model that is adapted; the second maps back."""
+    """Rows x in x out of the first adapted layer; the second maps back."""
 
     tokens: int = Field(ge=1)
     inputs: int = Field(ge=1, alias="in")
     outputs: int = Field(ge=1, alias="out")
 
     def square(self) -> CaseShape:
-        """Return the shape whose two layers are of one size, the smaller."""
+        """Return the shape with two layers of one size, the smaller."""
         side = min(self.inputs, self.outputs)
         return CaseShape.model_validate({"tokens": self.tokens, "in": side, "out": side})
 
@@ -40,7 +40,7 @@ class CaseShape(FrozenModel):
 
 
 class Tolerance(FrozenModel):
-    """A factor on the noise floor that is not the usual one, and why: it shows in the report."""
+    """A factor on the noise floor other than the usual one, with its reason, which the report shows."""
 
     factor: float = Field(gt=0, le=1000)
     because: str = Field(min_length=10)
@@ -48,18 +48,17 @@ class Tolerance(FrozenModel):
 
 
 class MethodSuite(FrozenModel):
-    """The cases of one Method: every config x kind of layer x shape x dtype, and the checks in every state.
-
-    base: the quantisation of the base weights that is judged, under the reference's adapter; empty where the Method is.
-    follows: whose reading of the paper the cases follow where they differ.
-    """
+    """The cases of one Method: every config x kind of layer x shape x dtype, and the checks in every state."""
 
     method: str
     base: str = ""
+    """Quantisation of the base weights that is judged, under the reference's adapter; empty where the Method is judged.
+    """
     follows: str = "the paper"
+    """Reading of the paper that the cases follow where readings differ."""
     checks: list[str] = Field(min_length=1)
     states: list[Literal["init", "warm"]] = Field(min_length=1)
-    configs: list[dict[str, Any]] = Field(min_length=1)
+    configs: list[Values] = Field(min_length=1)
     layers: list[Kind] = Field(default=["linear"], min_length=1)
     shapes: list[CaseShape] = Field(min_length=1)
     dtypes: list[Dtype] = Field(min_length=1)
@@ -118,7 +117,7 @@ class MethodSuite(FrozenModel):
 class MethodCase:
     """One point of a Method's parity suite."""
 
-    config: dict[str, Any]
+    config: Values
     kind: Kind
     shape: CaseShape
     dtype: Dtype
@@ -129,12 +128,12 @@ class MethodCase:
 
 
 class OperationSuite(FrozenModel):
-    """The cases of one Operation: every case x dtype. What a case may say is what the Operation's arguments take."""
+    """The cases of one Operation: every case x dtype."""
 
     operation: str
     follows: str = "the paper"
     checks: list[str] = Field(min_length=1)
-    values: list[dict[str, Any]] = Field(min_length=1, alias="cases")
+    values: list[Values] = Field(min_length=1, alias="cases")
     """What the cases say, as keyword arguments of the function that draws the Operation's arguments."""
     dtypes: list[Dtype] = Field(min_length=1)
     tolerances: dict[str, Tolerance] = Field(default={})
@@ -169,7 +168,7 @@ ParitySuite = MethodSuite | OperationSuite
 class OperationCase:
     """One point of an Operation's parity suite."""
 
-    values: dict[str, Any]
+    values: Values
     """Keyword arguments of the function that draws the Operation's arguments."""
     dtype: Dtype
 
@@ -177,12 +176,14 @@ class OperationCase:
         return in_words(self.values)
 
 
-def _drops(config: Mapping[str, Any]) -> bool:
+def _drops(config: Values) -> bool:
     return bool(config.get("dropout"))
 
 
 def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype) -> tuple[int, slice]:
-    """Return which of the other dtypes this is, and what of a list it meets: all, or of n others every n-th."""
+    """Return the index of a dtype among the others, and the slice of a list that it meets: all, or every n-th for n
+    others.
+    """
     whole = "float32" if "float32" in wanted else wanted[0]
     others = [one for one in there if one != whole]
     if dtype == whole:
@@ -191,17 +192,17 @@ def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype) -> tup
 
 
 def path_of(name: str) -> Path:
-    """Return where the parity suite of a Method or an Operation stands."""
+    """Return the path of the parity suite of a Method, an Operation or a base."""
     return data_folder("suites") / "parity" / f"{name}.yaml"
 
 
 def names() -> list[str]:
-    """List what has a parity suite."""
+    """List the targets that have a parity suite."""
     return sorted(file.stem for file in path_of("any").parent.glob("*.yaml"))
 
 
 def kind_of(name: str) -> Literal["method", "operation", "base"]:
-    """Say what a parity suite is of."""
+    """Return the kind of target of a parity suite."""
     data = yaml_lines.load(_existing(name)).data
     if isinstance(data, dict) and "operation" in data:
         return "operation"
@@ -213,8 +214,8 @@ def load_plan(name: str) -> ParitySuite:
     return load_operation(name) if kind_of(name) == "operation" else load(name)
 
 
-def in_words(values: Mapping[str, Any]) -> str:
-    """Name what a case says: `rank=3 alpha=8`."""
+def in_words(values: Values) -> str:
+    """Format the values of a case: `rank=3 alpha=8`."""
     return " ".join(f"{key}={value}" for key, value in values.items())
 
 

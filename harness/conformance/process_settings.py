@@ -1,4 +1,4 @@
-"""What holds for the whole process: torch's settings, and the random numbers that others draw from too."""
+"""Process-wide state: settings of torch, and the shared random number generators."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-_Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
+_Setting = tuple[Callable[[], object], Callable[[Any], object]]
 
 _SWITCH: Any = torch.utils.deterministic
 _CUDNN: Any = torch.backends.cudnn
@@ -57,19 +57,19 @@ else:
     )
 
 
-def snapshot() -> dict[str, Any]:
+def snapshot() -> dict[str, object]:
     """Read all settings."""
     return {name: read() for name, (read, _) in _SETTINGS.items()}
 
 
-def list_changes(before: dict[str, Any]) -> list[str]:
-    """Say which settings are no longer what they were."""
+def list_changes(before: dict[str, object]) -> list[str]:
+    """Describe the settings that differ from `before`."""
     return [f"{name} is {have}, was {before[name]}" for name, have in snapshot().items() if have != before[name]]
 
 
 @contextmanager
 def restored() -> Iterator[list[str]]:
-    """Put all settings back at the end; the list then says which were changed."""
+    """Restore all settings at the end; the list then describes those that had changed."""
     before, found = snapshot(), list[str]()
     try:
         yield found
@@ -78,24 +78,24 @@ def restored() -> Iterator[list[str]]:
         restore(before)
 
 
-def restore(before: dict[str, Any]) -> None:
-    """Set what is no longer what it was."""
+def restore(before: dict[str, object]) -> None:
+    """Restore the settings that differ from `before`."""
     for name, have in snapshot().items():
         if have != before[name]:
             _SETTINGS[name][1](before[name])
 
 
 def seed(value: int) -> None:
-    """Seed torch's random numbers like torch.manual_seed, which also writes down the call stack for a GPU to come: slow."""
+    """Seed torch like torch.manual_seed, without the record of the call stack that it makes for a later GPU: slow."""
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(value)
 
 
 def find_seeding(act: Callable[[], object]) -> list[str]:
-    """Name the sources of random numbers that `act` seeds: after it they are alike, whatever they were before.
+    """Name the random number generators that `act` seeds: after it they are equal, whatever they were before.
 
-    Drawing from them is everybody's right. They are put back.
+    Drawing from them is allowed. They are restored.
     """
     held = _random_states()
     try:
@@ -125,10 +125,10 @@ def _random_states() -> dict[str, Any]:
     return states | ({"CUDA": torch.cuda.get_rng_state_all()} if torch.cuda.is_initialized() else {})
 
 
-def _alike(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
+def _alike(one: object, other: object) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return torch.equal(one, other)
-    if isinstance(one, np.ndarray):
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
         return bool(np.array_equal(one, other))
     if isinstance(one, tuple | list) and isinstance(other, tuple | list):
         return len(one) == len(other) and all(map(_alike, one, other))

@@ -1,6 +1,6 @@
-"""The tester, tested: are planted faults noticed, and by the checks that a reader would expect? In this process.
+"""Self-test: are planted faults caught, and by the checks that are expected to? In this process.
 
-Every fault goes through one case of the parity suite of what it claims to be, and so does the right reference.
+Every fault goes through one case of its target's parity suite, and so does the right reference.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from harness.records.record import Outcome
 
 @dataclass(frozen=True)
 class FaultVerdict:
-    """What the checks said of one fault. caught: the checks that failed."""
+    """Result of one fault."""
 
     fault: Fault
     caught: tuple[str, ...]
+    """The checks that failed."""
 
     @property
     def missed(self) -> tuple[str, ...]:
         """The checks that should have failed and did not."""
         return tuple(name for name in self.fault.expected if name not in self.caught)
 
-    def document(self) -> dict[str, Any]:
-        """Return it as JSON can hold it."""
+    def document(self) -> dict[str, object]:
+        """Return the JSON document."""
         return {
             "fault": self.fault.name, "of": self.fault.target, "case": str(self.fault.case),
             "expected": list(self.fault.expected), "caught": list(self.caught), "missed": list(self.missed),
@@ -47,40 +48,46 @@ class FaultVerdict:
 
 @dataclass(frozen=True)
 class SelfTestReport:
-    """Every fault's verdict; wrong: what the right reference was accused of; idle: checks that catch no fault."""
+    """Results of all faults."""
 
     verdicts: Sequence[FaultVerdict]
     wrong: Sequence[str] = field(default=())
+    """Failures of the right reference."""
     idle: Sequence[str] = field(default=())
+    """Checks that catch no fault."""
 
     @property
     def caught(self) -> int:
-        """How many faults every expected check caught."""
+        """Number of faults that every expected check caught."""
         return sum(not verdict.missed for verdict in self.verdicts)
 
     @property
     def exit(self) -> Exit:
-        """A fault that is not caught as expected, an accused reference and an idle check are each a failure."""
+        """1 for a fault that is not caught as expected, a failure of the right reference, or a check that catches no
+        fault.
+        """
         if self.caught < len(self.verdicts) or self.wrong or self.idle:
             return Exit.FAIL
         return Exit.PASS if self.verdicts else Exit.NOTHING_COMPARED
 
     def lines(self) -> Iterator[str]:
-        """Say it in words: a line for each fault, what is wrong, and the catch rate."""
+        """Yield a line for each fault, the failures, and the catch rate."""
         width = max((len(f"{v.fault.target} {v.fault.name}") for v in self.verdicts), default=0)
         for verdict in self.verdicts:
             others = [name for name in verdict.caught if name not in verdict.fault.expected]
-            said = f"caught by {', '.join(n for n in verdict.fault.expected if n in verdict.caught) or 'none expected'}"
-            said += f" (also {', '.join(others)})" if others else ""
+            caught = (
+                f"caught by {', '.join(n for n in verdict.fault.expected if n in verdict.caught) or 'none expected'}"
+            )
+            caught += f" (also {', '.join(others)})" if others else ""
             missed = f"; NOT BY {', '.join(verdict.missed)}" if verdict.missed else ""
-            yield f"{f'{verdict.fault.target} {verdict.fault.name}':<{width}}  {said}{missed}"
+            yield f"{f'{verdict.fault.target} {verdict.fault.name}':<{width}}  {caught}{missed}"
         yield from (f"FAIL the right reference is accused: {accusation}" for accusation in self.wrong)
         yield from (f"FAIL the check {name} catches no fault" for name in self.idle)
         yield f"{self.caught} of {len(self.verdicts)} faults caught"
 
 
 def run(planted: Iterable[Fault] | None = None) -> SelfTestReport:
-    """Try all faults, or only those given: then no check is called idle."""
+    """Run all faults, or only those given: then no check counts as idle."""
     every = list(faults.every() if planted is None else planted)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are tiny, and threads would wait for each other
@@ -110,7 +117,7 @@ def _run(every: Sequence[Fault], complete: bool) -> SelfTestReport:
 
 
 def check(as_json: bool) -> Exit:
-    """Run it, print it, return the exit code."""
+    """Run the self-test, print it, and return the exit code."""
     report = run()
     if as_json:
         document = {

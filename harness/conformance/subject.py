@@ -1,4 +1,4 @@
-"""What is judged: an implementation attached to a model, and the reference built beside it on the same weights."""
+"""The subject of a check: an implementation attached to a model, and the reference on the same weights."""
 
 from __future__ import annotations
 
@@ -31,56 +31,57 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """A weight in NF4 as its implementation stores it: bytes (two codes each), float32 absmax per block, block size.
-
-    double: whether absmax was quantised too; it is then what it decodes to.
-    """
+    """A weight in NF4 as its implementation stores it."""
 
     data: Tensor
+    """Bytes of two codes each."""
     absmax: Tensor
+    """float32, one per block; if `double`, decoded."""
     block: int
     double: bool = False
+    """Whether absmax is quantised too."""
 
 
 @dataclass(frozen=True)
 class ExpectedCodes:
-    """What the reference quantiser makes of a weight, and where the last bit of a division decides the code."""
+    """Codes of the reference quantiser for a weight."""
 
     codes: Tensor
     absmax: Tensor
     near_tie: Tensor
+    """Where the last bit of a division decides the code."""
     bias: Tensor | None
 
     @classmethod
     def of(cls, layer: nn.Linear) -> ExpectedCodes:
-        """Quantise the weight of `layer` by the reference; its bias is to stay as it is."""
+        """Quantise the weight of `layer` by the reference; its bias is expected unchanged."""
         bias = None if layer.bias is None else layer.bias.detach().clone()
         return cls(*nf4.quantize(layer.weight), nf4.near_tie(layer.weight), bias)
 
 
 LARGEST_COPY = 300_000_000
-"""Parameters; a second and a float64 copy of more would not fit beside the model on a small machine."""
+"""Parameters. A second and a float64 copy of a larger model would not fit on a small machine."""
 
 
 def is_small(model: nn.Module) -> bool:
-    """Say whether a second and a float64 copy of a model may be made."""
+    """Return whether a model may be copied, also to float64."""
     return sum(p.numel() for p in model.parameters()) <= LARGEST_COPY
 
 
 @dataclass(frozen=True)
 class Original:
-    """The model as it was before attaching: a copy, since an implementation may write into the weights it adapts.
-
-    model: None if it is too large to be copied; then the subject's own base layers are taken at their word, once `prints`,
-    checksums of every parameter, of what it keeps beside its codes, and of every buffer, show that none has changed.
-    """
+    """The model before attaching: a copy, since an implementation may write into the weights that it adapts."""
 
     model: nn.Module | None
+    """None if it is too large to be copied. The subject's base layers then stand for it, once `prints` show that none
+    changed.
+    """
     prints: dict[str, int] = field(default_factory=dict)
+    """Checksums of every parameter, of what it stores beside its codes, and of every buffer."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Original:
-        """Copy `model`, or if it is too large take its checksums."""
+        """Copy `model`, or take its checksums if it is too large."""
         if is_small(model):
             return cls(copy.deepcopy(model))
         named = dict(model.named_parameters())
@@ -92,7 +93,7 @@ class Original:
 
 @dataclass
 class ReferenceLayer:
-    """The reference's layer beside one of the subject's, in the subject's present state."""
+    """The reference's layer for one of the subject's, in the subject's present state."""
 
     layer: nn.Module
     tensors: dict[str, Tensor]
@@ -135,17 +136,19 @@ class Subject:
 
     @property
     def trains_plainly(self) -> bool:
-        """Whether training mode draws no random numbers, so that it can be compared: without dropout."""
+        """Whether training mode can be compared: it draws no random numbers without dropout."""
         return not getattr(self.config, "dropout", 0.0)
 
     def added(self) -> dict[str, Tensor]:
-        """Map canonical names to the tensors that the Method added: not those of the model itself (full fine-tuning)."""
+        """Map canonical names to the tensors that the Method added, without those of the model itself (full
+        fine-tuning).
+        """
         own = {id(p) for base in self.bases.values() for p in base.parameters()}
         own |= {id(p) for p in self.own}
         return {name: t for name, t in self.adapted.tensors().items() if id(t) not in own}
 
     def original_base(self, path: str) -> nn.Module:
-        """Return the base layer as it was before attaching: the copy, or if there is none the layer itself."""
+        """Return the base layer before attaching: of the copy, or the layer itself if there is no copy."""
         return self.bases[path] if self.original.model is None else self.original.model.get_submodule(path)
 
     def dense_base(self, path: str, dtype: torch.dtype) -> nn.Module:
@@ -162,7 +165,7 @@ class Subject:
         return dense
 
     def original_weight(self, path: str) -> Tensor:
-        """Return the weight (E, D) of the base layer as it was before attaching, in the dtype that it has."""
+        """Return the weight (E, D) of the base layer before attaching, in its own dtype."""
         base: Any = self.original_base(path)
         return dense_weight(base)
 
@@ -216,7 +219,7 @@ def attach_reference(
     return importlib.import_module(f"reference.{method}").attach(model, config, generator)  # type: ignore[no-any-return]
 
 
-def adaptable_layers(model: nn.Module, config: Any) -> dict[str, Any]:
+def adaptable_layers(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     """Map path to layer: the config's targets, or every linear layer if the Method names none."""
     if hasattr(config, "targets"):
         return targets(model, config.targets, KINDS)
@@ -224,7 +227,7 @@ def adaptable_layers(model: nn.Module, config: Any) -> dict[str, Any]:
 
 
 def skeleton(layers: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a module that holds just these layers, by their paths: a model to attach to without touching the real one."""
+    """Return a module with just these layers at their paths: a model to attach to without touching the real one."""
     root = nn.Module()
     for path, layer in layers.items():
         parent = root
@@ -242,10 +245,10 @@ def initial_tensors(
 ) -> dict[str, Tensor]:
     """Return the reference's initial adapter tensors over `bases`, drawn from `generator`; empty without an adapter.
 
-    Every implementation starts from these, so that their training runs can be compared step by step (see `begin`). Beside
-    them stands what a start takes off the weight (PiSSA's residual): factors of another program's SVD do not go with it.
-    Where weights of the bases themselves train (GaLore), they start as they are: those of a large model are left out, for
-    want of room, and so is the whole of a start that would need a copy of them.
+    Every implementation starts from these, so that training runs can be compared step by step (see `load_start`). They
+    include what a start subtracts from the weight (PiSSA's residual): factors of another program's SVD do not fit it.
+    Where weights of the bases themselves train (GaLore), those of a large model are left out for lack of memory, and so
+    is the whole of a start that would need a copy of them.
     """
     started = _attach_to_skeleton(method, bases, config, generator)
     if started is None:
@@ -264,8 +267,9 @@ def initial_tensors(
 
 
 def drawn_tensors(method: str, bases: Mapping[str, nn.Module], config: Any) -> set[str]:
-    """Name the initial tensors over `bases` that the reference draws: none of a start that is an SVD of the weight, which
-    may draw on its way.
+    """Name the initial tensors over `bases` that the reference draws.
+
+    None for a start that is an SVD of the weight, which may draw on the way.
     """
     if methods()[method].spec.start_from_weight:
         return set()
@@ -276,13 +280,13 @@ def drawn_tensors(method: str, bases: Mapping[str, nn.Module], config: Any) -> s
 def initial_shapes(
     method: str, bases: Mapping[str, nn.Module], config: Any, generator: torch.Generator
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of what trains when the reference is attached to `bases`, by name; empty without an adapter."""
+    """Return the shapes of the trainable tensors of the reference on `bases`, by name; empty without an adapter."""
     started = _attach_to_skeleton(method, bases, _quick_start(method, config), generator)
     return {name: tuple(t.shape) for name, t in started.tensors().items()} if started else {}
 
 
 def _quick_start(method: str, config: Any) -> Any:
-    """Return a config with which the reference is attached quickly; its start is not the Method's, its shapes are."""
+    """Return a config that attaches the reference quickly, with the Method's shapes but not its start."""
     return replace(config, **methods()[method].spec.quick_start)
 
 
@@ -298,7 +302,7 @@ _SAMPLE = 4096
 
 
 def sampled(tensor: Tensor) -> Tensor:
-    """Return at most 4096 elements of a tensor, evenly spread, flat: enough to see whether training moved it."""
+    """Return at most 4096 elements of a tensor, evenly spread, flat: enough to see whether training changed it."""
     return tensor.detach().flatten()[:: -(-tensor.numel() // _SAMPLE)].clone()
 
 
@@ -317,7 +321,10 @@ def load(adapted: Adapted, values: Mapping[str, Tensor], state: Mapping[str, Ten
 
 
 def load_start(adapted: Adapted, start: Mapping[str, Tensor]) -> None:
-    """Let it start from `initial_tensors`; or from its own start, where it does not show all that these belong to."""
+    """Load `initial_tensors`.
+
+    An implementation that does not show all tensors that belong to them stays at its own start.
+    """
     state = adapted.state()
     rest = {name: value for name, value in start.items() if name in state}
     tensors = {name: value for name, value in start.items() if name not in rest}
@@ -327,9 +334,9 @@ def load_start(adapted: Adapted, start: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def warm(tensors: dict[str, Tensor], generator: torch.Generator) -> None:
-    """Fill every tensor with noise, scaled so that the update is as large as what it updates.
+    """Fill every tensor with noise, scaled so that the update is as large as the weight that it updates.
 
-    At LoRA's own start B is zero, so the gradient of A is zero whatever the code does: a check there is blind.
+    At LoRA's own start B is zero, so that the gradient of A is zero for any code: a check there sees nothing.
     """
     for tensor in tensors.values():
         spread = (tensor.numel() / tensor.shape[0]) ** -0.5 if tensor.dim() > 1 else 1.0  # 1 / sqrt(fan in)

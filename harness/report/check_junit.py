@@ -1,4 +1,4 @@
-"""What `check` found as a JUnit file, for the CI servers that draw one. No torch."""
+"""JUnit file of a `check`. No torch."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def write_junit(report: CheckReport, out: Path) -> None:
 
 
 def _outcome(one: CheckOutcome) -> tuple[str, str]:
-    if one.standing is CheckStatus.FAIL:
+    if one.status is CheckStatus.FAIL:
         return "failure", summary.describe(one.result)
-    if one.standing is CheckStatus.KNOWN_DEFECT:
+    if one.status is CheckStatus.KNOWN_DEFECT:
         return "skipped", f"known defect {one.defect}: {summary.describe(one.result)}"
-    return ("", "") if one.standing is CheckStatus.PASS else ("skipped", one.result.detail)
+    return ("", "") if one.status is CheckStatus.PASS else ("skipped", one.result.detail)

@@ -1,4 +1,4 @@
-"""What `check` found as one HTML page, in the style of the report of a run. No torch."""
+"""HTML page of a `check`, in the style of a run's report. No torch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def build(report: CheckReport) -> dict[str, Any]:
         ],
         "alerts": _alerts(report),
         "matrix": _matrix(report),
-        "failures": [_failed(t) for t in report.tried if t.standing is CheckStatus.FAIL],
+        "failures": [_failed(t) for t in report.tried if t.status is CheckStatus.FAIL],
         "defects": [_defect(defect, report) for defect in report.shown_defects()],
         "checks": [_by_check(*key, tried) for key, tried in summary.rows(report.tried).items()],
         "not_checked": _not_checked(report),
@@ -75,14 +75,14 @@ def _reason(report: CheckReport) -> str:
     if shown:
         parts.append(f"{shown} known defects of libraries showed")
     if report.untried:
-        parts.append(f"asked for, but could not be tried: {', '.join(report.untried)}")
+        parts.append(f"requested, but not tried: {', '.join(report.untried)}")
     if report.interrupted:
-        parts.append("interrupted: this is what was found so far")
+        parts.append("interrupted: results so far")
     return "; ".join(parts)
 
 
-def _tone(standing: CheckStatus) -> str:
-    return _TONES.get(standing, "quiet")
+def _tone(status: CheckStatus) -> str:
+    return _TONES.get(status, "quiet")
 
 
 def _alerts(report: CheckReport) -> list[dict[str, Any]]:
@@ -123,16 +123,16 @@ def _figure(tried: list[CheckOutcome]) -> dict[str, Any]:
     field = summary.summarise(tried)
     if field is None:
         return unmeasured("no case in this dtype")
-    tone = _tone(field.standing)
-    if field.standing is CheckStatus.PASS:
+    tone = _tone(field.status)
+    if field.status is CheckStatus.PASS:
         small = "" if field.share is None else f"{field.share:.2f}"
         return figure(f"{ICONS[tone]} pass", field.share or 0.0, small=small, tone=tone)
-    if field.standing in (CheckStatus.FAIL, CheckStatus.KNOWN_DEFECT):
+    if field.status in (CheckStatus.FAIL, CheckStatus.KNOWN_DEFECT):
         # Below every share of 1 that passes nothing sorts; failures come after all of them, by their number.
         value = 1.0 + field.count
-        text = f"{ICONS[tone]} {field.standing.value}"
+        text = f"{ICONS[tone]} {field.status.value}"
         return figure(text, value, small=f"{field.count} of {field.total}", tone=tone)
-    return figure(field.standing.value, None, tone=tone, why=_reasons(tried))
+    return figure(field.status.value, None, tone=tone, why=_reasons(tried))
 
 
 def _reasons(tried: Iterable[CheckOutcome]) -> str:
@@ -172,20 +172,20 @@ def _by_check(target: str, implementation: str, tried: list[CheckOutcome]) -> di
         mine = [one for one in tried if one.check == name]
         rows.append({"name": name, "figures": [_figure(summary.select_dtype(mine, dtype)) for dtype in dtypes]})
     whole = summary.summarise(tried)
-    standing = whole.standing if whole is not None else CheckStatus.SKIPPED
+    status = whole.status if whole is not None else CheckStatus.SKIPPED
     return {
         "anchor": _anchor(target, implementation), "title": f"{target} by {implementation}", "dtypes": dtypes, "rows": rows,
-        "word": standing.value, "tone": _tone(standing), "icon": ICONS[_tone(standing)],
-        "cases": len({(one.case, one.dtype) for one in tried}), "open": standing is CheckStatus.FAIL,
+        "word": status.value, "tone": _tone(status), "icon": ICONS[_tone(status)],
+        "cases": len({(one.case, one.dtype) for one in tried}), "open": status is CheckStatus.FAIL,
     }  # fmt: skip
 
 
 def _not_checked(report: CheckReport) -> list[dict[str, Any]]:
-    """List what was not tried or not compared, each reason once."""
+    """List targets that were not tried or not compared, each reason once."""
     counts: dict[tuple[str, str, str], list[str]] = {}
     for one in report.tried:
-        if one.standing in (CheckStatus.UNSUPPORTED, CheckStatus.SKIPPED):
-            key = (f"{one.implementation} {one.target}", one.standing.value, f"{one.check}: {one.result.detail}")
+        if one.status in (CheckStatus.UNSUPPORTED, CheckStatus.SKIPPED):
+            key = (f"{one.implementation} {one.target}", one.status.value, f"{one.check}: {one.result.detail}")
             counts.setdefault(key, []).append(one.dtype)
     rows = [
         {"name": name, "word": word, "why": why, "count": len(dtypes), "dtypes": ", ".join(summary.sort_dtypes(dtypes))}

@@ -33,7 +33,7 @@ def print_matrix(report: CheckReport) -> None:
     for (target, implementation), tried in summary.rows(report.tried).items():
         fields = [summary.summarise(summary.select_dtype(tried, dtype)) for dtype in dtypes]
         cells = [
-            Text(summary.format_field(one), style=_STYLES.get(one.standing, "dim") if one else "dim") for one in fields
+            Text(summary.format_field(one), style=_STYLES.get(one.status, "dim") if one else "dim") for one in fields
         ]
         table.add_row(target, implementation, *cells)
     if report.tried:
@@ -43,24 +43,24 @@ def print_matrix(report: CheckReport) -> None:
 
 
 def lines(report: CheckReport) -> list[str]:
-    """Say every failure, each known defect once, what was not tried, and the count."""
-    failed = [one for one in report.tried if one.standing is CheckStatus.FAIL]
+    """Return lines: every failure, each known defect once, untried targets, counts."""
+    failed = [one for one in report.tried if one.status is CheckStatus.FAIL]
     said = [summary.describe_failure(one) for one in failed[:_MOST_LINES]]
     if len(failed) > _MOST_LINES:
         said.append(f"... and {len(failed) - _MOST_LINES} more failures; --json, --html and --junit have them all")
     defects: dict[str, int] = {}
     for one in report.tried:
-        if one.standing is CheckStatus.KNOWN_DEFECT:
+        if one.status is CheckStatus.KNOWN_DEFECT:
             defects[one.defect] = defects.get(one.defect, 0) + 1
     said += [f"known defect {name}: {count} checks (`peft-harness explain {name}`)" for name, count in defects.items()]
     said += [f"FAIL {complaint}" for complaint in report.complaints]
     said += [f"BROKEN plug-in {name}: {why}" for name, why in report.broken.items()]
     said += [f"not checked: {name}: {why}" for name, why in report.skipped.items()]
-    counts = {standing: report.count(standing) for standing in CheckStatus}
+    counts = {status: report.count(status) for status in CheckStatus}
     names = {CheckStatus.PASS: "passed", CheckStatus.FAIL: "failed", CheckStatus.KNOWN_DEFECT: "known defects"}
     said.append(", ".join(f"{count} {names.get(s, s.value)}" for s, count in counts.items() if count or s in names))
     if report.untried:
-        said.append(f"asked for, but could not be tried: {', '.join(report.untried)}")
+        said.append(f"requested, but not tried: {', '.join(report.untried)}")
     if report.interrupted:
-        said.append("interrupted: this is what was found so far")
+        said.append("interrupted: results so far")
     return said

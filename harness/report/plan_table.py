@@ -8,8 +8,8 @@ from typing import Any
 
 from harness.assets.table import resolve
 from harness.console import align_columns
-from harness.errors import StoreError
-from harness.memory_model import cells
+from harness.errors import StoreError, plural
+from harness.memory_model import plan_prediction
 from harness.records import naming, store
 from harness.records.record import SCHEMA, Predicted, Record, Status
 from harness.report.formatting import mebibytes, seconds
@@ -23,7 +23,7 @@ def predictions(suite: Suite, plan: Plan) -> dict[str, Predicted | str]:
     sources = {cell.model: resolve(cell.model, suite.sources, base) for cell in plan.cells}
     labels = {name: task.labels for name, task in suite.tasks.items()}
     every = {name for name, task in suite.tasks.items() if task.answers and task.answers.loss == "all"}
-    return cells.predictions(plan.cells, sources, labels, every)
+    return plan_prediction.predictions(plan.cells, sources, labels, every)
 
 
 def planning(
@@ -117,7 +117,7 @@ def _worth(document: Mapping[str, Any]) -> list[str]:
     for row in document["cells"]:
         if row["predicted"] and (what := row["predicted"]["untouched"]):
             untouched[what] = untouched.get(what, 0) + 1
-    said += [f"of {n} Cell{'s' if n != 1 else ''}: {what}" for what, n in untouched.items()]
+    said += [f"of {plural(n, 'Cell')}: {what}" for what, n in untouched.items()]
     reasons: dict[str, int] = {}
     refused: dict[str, int] = {}
     for row in document["cells"]:
@@ -126,8 +126,8 @@ def _worth(document: Mapping[str, Any]) -> list[str]:
     for row in document["cells"]:
         if row["predicted"] and (why := row["predicted"]["no_peak"]):
             refused[why] = refused.get(why, 0) + 1
-    said += [f"no step was counted for {n} Cell{'s' if n != 1 else ''}: {why}" for why, n in refused.items()]
-    return said + [f"no prediction for {n} Cell{'s' if n != 1 else ''}: {why}" for why, n in reasons.items()]
+    said += [f"no step was counted for {plural(n, 'Cell')}: {why}" for why, n in refused.items()]
+    return said + [f"no prediction for {plural(n, 'Cell')}: {why}" for why, n in reasons.items()]
 
 
 def _newest(wanted: set[str], runs: Path) -> dict[str, Record]:
@@ -168,7 +168,7 @@ def _said(last: Mapping[str, Any] | None) -> str:
 
 def _summary(estimate: Mapping[str, Any]) -> str:
     count, known = estimate["of"], estimate["cells"]
-    counted = f"{count} Cell{'s' if count != 1 else ''}"
+    counted = plural(count, "Cell")
     largest = estimate["predicted_B"]
     counted += f"; the largest is predicted to take {mebibytes(largest)} MiB" if largest is not None else ""
     if not known:

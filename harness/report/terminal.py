@@ -39,7 +39,9 @@ def summary(f: RunFacts) -> list[str]:
     p = f.verdict.parity
     lines.append(f"parity: {p.passed} checks passed, {p.failed} failed, {p.skipped} skipped")
     lines += [
-        f"failed: {f.titles[r.cell_id]}: {sections.told(c)}" for r in f.latest.values() for c in failed_checks.failed(r)
+        f"failed: {f.titles[r.cell_id]}: {sections.check_sentence(c)}"
+        for r in f.latest.values()
+        for c in failed_checks.failed(r)
     ]
     lines += [f"diverged: {f.titles[r.cell_id]}: {why}" for r in f.latest.values() if (why := divergence.diverging(r))]
     if f.verdict.how != "finished":

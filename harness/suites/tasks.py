@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from harness import yaml_lines
 from harness.assets import fetch, lm_eval_files, rows
 from harness.assets.table import Rows, Source, resolve
-from harness.errors import HarnessError, Problem, SuiteError, UsageError, did_you_mean, sort_problems
+from harness.errors import HarnessError, Problem, SuiteError, UsageError, did_you_mean, plural, sort_problems
 from harness.records.record import FrozenModel
 from harness.resources import data_folder, user_path
 from harness.suites import task_schema
@@ -234,7 +234,7 @@ def _own(name: str) -> Task:
         ),
         (
             task_file.filter not in filters and (len(filters) > 1 or bool(task_file.filter)),
-            f"`{task_file.task}` has {len(filters)} filter{'s' * (len(filters) > 1)}",
+            f"`{task_file.task}` has {plural(len(filters), 'filter')}",
             "say which one counts: " + ", ".join(f"lm-eval:{task_file.task}:{one}" for one in filters),
         ),
     ):

@@ -811,18 +811,6 @@ def test_the_interpreter_is_no_machine_to_time(
     assert "TRITON_INTERPRET" in capsys.readouterr().err
 
 
-def test_what_reads_and_plans_imports_no_torch() -> None:
-    code = (
-        "import sys, harness.bench.run, harness.bench.table\n"
-        "from harness.cli import main\n"
-        "main(['bench', '--help'])\n"
-        "assert 'torch' not in sys.modules, 'torch'"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "--export-pytest-benchmark" in done.stdout
-
-
 def test_dtypes_and_names_of_the_table_are_those_of_the_suites() -> None:
     for name in timed_operations.every():
         assert parity_suite.load_operation(name).dtypes

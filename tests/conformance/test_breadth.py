@@ -49,8 +49,8 @@ def wrong_at_other_ranks(model: Any, config: lora.Config, generator: torch.Gener
 
 def test_an_implementation_that_is_wrong_at_other_ranks_only_fails_a_drawn_case() -> None:
     mine = Implementation("mine", "method", "lora", wrong_at_other_ranks, dtypes=("float32",))
-    usual = {one.standing.value for one in suite_run.run(mine)}
-    drawn = [one for one in suite_run.run(mine, breadth=DRAWN) if one.standing.value == "fail"]
+    usual = {one.status.value for one in suite_run.run(mine)}
+    drawn = [one for one in suite_run.run(mine, breadth=DRAWN) if one.status.value == "fail"]
     assert "fail" not in usual
     assert {one.check for one in drawn} >= {"forward", "gradient"}
     assert all(64 < int(one.case.split("rank=")[1].split()[0]) < 128 for one in drawn)
@@ -62,8 +62,8 @@ def test_an_operation_that_is_wrong_beyond_130_tokens_only_fails_a_drawn_case() 
         return torch.cat([y[:, :130], 0 * y[:, 130:]], dim=1)
 
     mine = Implementation("mine", "operation", "multi_lora_linear", tiled, dtypes=("float32",))
-    assert {one.standing.value for one in suite_run.run(mine)} == {"pass"}
-    failed = [one for one in suite_run.run(mine, breadth=DRAWN) if one.standing.value == "fail"]
+    assert {one.status.value for one in suite_run.run(mine)} == {"pass"}
+    failed = [one for one in suite_run.run(mine, breadth=DRAWN) if one.status.value == "fail"]
     assert {one.check for one in failed} >= {"outputs", "backward"}
 
 

@@ -27,7 +27,7 @@ def method(name: str, target: str = "lora") -> Implementation:
 
 
 def failed(tried: list[CheckOutcome]) -> set[str]:
-    return {t.check for t in tried if t.standing is CheckStatus.FAIL}
+    return {t.check for t in tried if t.status is CheckStatus.FAIL}
 
 
 @pytest.fixture
@@ -48,14 +48,14 @@ def test_the_implementations_of_lora_conform(name: str, dtype: str, monkeypatch:
     assert failed(tried) == set()
     assert len({t.case for t in tried}) == len(plan.configs)
     by_its_nature = {"model", "trajectory"} if dtype == "float64" else set()  # which says why it is skipped
-    assert {t.check for t in tried if t.standing is CheckStatus.PASS} == set(plan.checks) - by_its_nature
+    assert {t.check for t in tried if t.status is CheckStatus.PASS} == set(plan.checks) - by_its_nature
 
 
 @pytest.mark.parametrize("target", ["frozen", "full"])
 def test_the_baselines_conform(target: str) -> None:
     tried = list(suite_run.run(method("reference", target)))
     assert failed(tried) == set()
-    assert {t.check for t in tried if t.standing is CheckStatus.PASS} == set(parity_suite.load(target).checks)
+    assert {t.check for t in tried if t.status is CheckStatus.PASS} == set(parity_suite.load(target).checks)
 
 
 def test_observing_leaves_gradients_and_mode_as_they_were() -> None:

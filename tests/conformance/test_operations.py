@@ -22,7 +22,7 @@ def failing(target: str, function: Function, dtype: str = "float32") -> dict[str
     """Map each check that fails to the cases in which it does."""
     failed: dict[str, list[str]] = {}
     for one in suite_run.run(Implementation("mine", "operation", target, function, dtypes=(dtype,))):
-        if one.standing.value == "fail":
+        if one.status.value == "fail":
             failed.setdefault(one.check, []).append(one.case)
     return failed
 
@@ -252,5 +252,5 @@ def test_an_operation_that_returns_something_else_is_told_what_it_should_return(
         Implementation("mine", "operation", "nf4_quantize", lambda W, block: W, dtypes=("float32",))
     )
     first = next(iter(results))
-    assert first.standing.value == "fail"
+    assert first.status.value == "fail"
     assert "nf4_quantize should return packed, absmax" in first.result.detail

@@ -19,6 +19,8 @@ from harness.kernels.torch import nf4
 from harness.kernels.torch.support import compiled, nf4_compiled
 from reference.operations import nf4 as reference
 
+pytestmark = pytest.mark.build
+
 PATIENCE = 120
 """Seconds after which a thread that waits for another is taken to wait for good."""
 COUNT = compiled.LARGE + 4096 + 5

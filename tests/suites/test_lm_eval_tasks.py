@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -289,12 +287,3 @@ def test_more_items_than_there_are_is_said_with_its_place_before_anything_runs(
     said = capsys.readouterr().err
     for task in ("digits_chosen", "digits_written:number"):
         assert f"{path}:7: `items` is 50, those of `tune` included, and lm-eval:{task} has 7 test items" in said
-
-
-def test_finding_a_task_imports_neither_lm_eval_nor_torch() -> None:
-    code = (
-        "import sys; from pathlib import Path; from harness.suites import tasks; "
-        f"print(tasks.load('lm-eval:arc_easy@{COMMIT}', Path(), {{}}).own.splits, {{'lm_eval', 'torch'}} & set(sys.modules))"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout == "{'test': 'test', 'train': 'train'} set()\n"

@@ -41,7 +41,7 @@ def _peak(suite: str, entry: str) -> tuple[int, str]:
         raise NotRunError(f"a shape: {cell.model} has its weights in files")
     config, kind = shape_of(cell)
     isolated_step.import_classes(json.dumps(config), kind)
-    found = isolated_step.peak(cell, config, kind, dry_step.longest(cell, kind, cell.training.max_tokens))
+    found = isolated_step.peak(cell, config, kind, dry_step.longest_batches(cell, kind, cell.training.max_tokens))
     if "peak_B" not in found:
         raise NotRunError(f"a step that can be taken without data: {found.get('no_peak', 'this Cell trains nothing')}")
     return int(found["peak_B"]), str(found["peak_by"])

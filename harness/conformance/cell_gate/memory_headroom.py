@@ -1,4 +1,4 @@
-"""Is there room for every layer of a packed base in its dense form? A merge keeps both: unmerging gives the first back."""
+"""Memory headroom for merging the layers of a packed base: their dense form is held beside the packed one."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import torch
 from harness.conformance.subject import DTYPES, Subject
 
 _OF_THE_LARGEST = 32
-"""Bytes a weight of one layer at a time, beside the dense ones: the check decodes it in float64, with copies."""
+"""Bytes per weight of the largest layer, in addition to the dense layers: the check decodes one layer at a time in
+float64, with copies.
+"""
 
 
 def merge_shortage(subject: Subject) -> str:
-    """Say why the layers of a packed base cannot be merged here, or return an empty string.
+    """Return the reason why the layers of a packed base cannot be merged here, or an empty string.
 
-    Some libraries pack again what they have merged and would need less: of a base that is nearly too large they are refused
-    too, since a process that the system kills has measured nothing.
+    Some libraries pack the merged weight again and would need less. They are refused too if the base is nearly too
+    large: a process that the system kills has measured nothing.
     """
     sizes = [_weights(subject.original_base(path)) for path in subject.packed]
     if not sizes:
@@ -33,7 +35,9 @@ def merge_shortage(subject: Subject) -> str:
 
 
 def free_B(device: torch.device) -> int:  # noqa: N802  # a unit
-    """Return how many bytes can still be allocated on a device; on a GPU also what torch holds and does not use."""
+    """Return the bytes that can still be allocated on a device; on a GPU with the memory that torch has reserved and not
+    used.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

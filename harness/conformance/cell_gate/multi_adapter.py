@@ -1,10 +1,9 @@
-"""Several adapters in one batch: does each row get what its own adapter alone would have given it?"""
+"""Check of several adapters in one batch: each row must be what its own adapter alone would compute."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +18,20 @@ from harness.errors import Unsupported
 from harness.records.record import CheckResult
 
 Adapters = Sequence[Mapping[str, Tensor]]
-"""Of each adapter its tensors, by the names of `Adapted.tensors()`."""
+"""The tensors of each adapter, by the names of `Adapted.tensors()`."""
 Mixed = Callable[[Adapters], AbstractContextManager[None]]
-"""Inside, row n of every batch that the model is given goes through adapter n."""
+"""Context in which row n of every batch goes through adapter n."""
 
 NAME = "multi-adapter"
 
 
 def check_rows(
-    subject: Subject, adapters: Adapters, mixed: Mixed, forward: Callable[[], Any], seed: int
+    subject: Subject, adapters: Adapters, mixed: Mixed, forward: Callable[[], object], seed: int
 ) -> CheckResult:
-    """Judge every adapted layer inside the model, on what it is given there, row by row.
+    """Judge every adapted layer inside the model, on its inputs there, row by row.
 
-    forward: runs the model on a batch of one row per adapter. Row n of a layer's output must be what the float64 reference
-    of the layer computes with adapter n, within the noise floor: so is the single adapter's output judged too.
+    forward: runs the model on a batch of one row per adapter. Row n of a layer's output must be what the float64
+    reference of the layer computes with adapter n, within the noise floor, as for a single adapter.
     """
     case = Case("trained", seed=seed, factors=parity_suite.load(subject.method).factors())
     with mixed(adapters):
@@ -46,23 +45,21 @@ def check_rows(
     return judged(subject, case, NAME, verdict, "" if verdict.passed else "rows do not follow their own adapters")
 
 
-def rows_must_reach(subject: Subject, count: int, forward: Callable[[], Any]) -> None:
-    """Raise Unsupported if the model gives an adapted layer anything but one row per row of its own batch."""
+def rows_must_reach(subject: Subject, count: int, forward: Callable[[], object]) -> None:
+    """Raise Unsupported unless every adapted layer gets exactly one row per row of the batch."""
     for path, (x, _) in _seen(subject, forward).items():
         if len(x) != count:
-            raise Unsupported(
-                f"{path} is given {len(x)} rows for a batch of {count}: whose they are cannot be told there"
-            )
+            raise Unsupported(f"{path} gets {len(x)} rows for a batch of {count}, which cannot be assigned to adapters")
 
 
-def _seen(subject: Subject, forward: Callable[[], Any]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Run the model and return what went into and came out of what stands at each adapted path."""
+def _seen(subject: Subject, forward: Callable[[], object]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Run the model and return the input and output of the layer at each adapted path."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> None:
             if not given:
-                raise Unsupported(f"{path} is called by keyword: what it is given cannot be seen there")
+                raise Unsupported(f"{path} is called by keyword, so that its input cannot be observed")
             seen[path] = given[0].detach().clone(), y.detach().clone()
 
         return hook
@@ -75,7 +72,7 @@ def _seen(subject: Subject, forward: Callable[[], Any]) -> dict[str, tuple[Tenso
 
 
 def draw_adapters(subject: Subject, count: int, seed: int) -> list[dict[str, Tensor]]:
-    """Return the adapter as it is trained, and others beside it of its shapes and its size: drawn, each unlike the rest."""
+    """Return the trained adapter, and others of its shapes and its size that are drawn at random."""
     own = {name: t.detach().clone() for name, t in subject.adapted.tensors().items()}
     generator = torch.Generator().manual_seed(seed)
 
@@ -89,7 +86,7 @@ def draw_adapters(subject: Subject, count: int, seed: int) -> list[dict[str, Ten
 
 
 def _each_alone(path: str, adapters: Adapters) -> Callable[..., dict[str, Tensor]]:
-    """Return a way of looking at the reference's layer: at its output for row n with adapter n, for every n."""
+    """Return an observation of the reference's layer: its output for row n with adapter n, for every n."""
     start = f"{path}."
 
     def look(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, _: Tensor) -> dict[str, Tensor]:

@@ -1,10 +1,9 @@
-"""The parity gate of a Cell: nothing is measured before the Cell's own layers have passed it."""
+"""Parity gate of a Cell: measurements begin only after the Cell's own layers have passed it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from harness.conformance import checks, parity_suite
 from harness.conformance.case import Case
 from harness.conformance.cell_gate import memory_headroom
-from harness.conformance.checks import CellStage, Check
+from harness.conformance.checks import AnyCheck, CellStage
 from harness.conformance.checks.unreferenced import nudged
 from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
@@ -24,7 +23,7 @@ from harness.methods.peft_config import UNREFERENCED
 from harness.records.record import CheckResult, Outcome
 
 _ALONE = "frozen"
-"""The Method whose layers are the base's."""
+"""Method whose layers are the base's own."""
 
 
 def gate(
@@ -37,12 +36,13 @@ def gate(
     forward: Callable[[nn.Module], Tensor] | None = None,
     base: str = "",
 ) -> list[CheckResult]:
-    """Check a freshly attached subject at its start and at `warm`, then put it back to its start.
+    """Check a freshly attached subject at its start and at `warm`, then restore its start.
 
-    run_model: runs the whole model on fixed inputs; base_output: what that gave before attaching; start: the state to
-    begin from (None: the subject's own); forward: runs a given model on those inputs, differentiably; base: what packed the
-    base, as in `nf4 by bitsandbytes`. Which checks apply stands in the Method's parity suite. If a packed base is wrong by
-    itself, or the layers or their tensors are not the reference's, nothing further can be asked, and only that is returned.
+    run_model: runs the whole model on fixed inputs. base_output: its output before attaching. start: the state to begin
+    from (None: the subject's own). forward: runs a given model on those inputs, differentiably. base: the quantisation
+    of the base, as in `nf4 by bitsandbytes`. The Method's parity suite and the checks' own declarations decide which
+    checks apply. If a packed base is wrong by itself, or the layers or their tensors are not the reference's, only these
+    results are returned.
     """
     if subject.method in UNREFERENCED:
         return _without_reference(
@@ -83,14 +83,16 @@ def _without_reference(subject: Subject, case: Case) -> list[CheckResult]:
 
 @dataclass(frozen=True)
 class _Base:
-    """Stands in a check's name where the Method else does, so that nobody looks for the mistake there."""
+    """Takes the Method's place in a check's id where the base alone is judged."""
 
     method: str
     dtype: str
 
 
 def _packed_base(subject: Subject, case: Case, base: str) -> CheckResult:
-    """Judge every packed layer alone, without an adapter, by what its codes say: a wrong product spoils every Method."""
+    """Judge every packed layer without an adapter, by the weight that its codes encode: a wrong product spoils every
+    Method.
+    """
     config = configure(_ALONE, {})
     none = attach_reference(_ALONE, nn.Module(), config, None, case.generator())
     alone = replace(subject, method=_ALONE, config=config, adapted=none)
@@ -111,10 +113,9 @@ def _packed_base(subject: Subject, case: Case, base: str) -> CheckResult:
 def after_training(
     subject: Subject, seed: int, forward: Callable[[nn.Module], Tensor] | None = None
 ) -> list[CheckResult]:
-    """Check what may only be tried once training is over, because some libraries merge into the base weight itself.
+    """Run the checks that must wait until training is over, because some libraries merge into the base weight itself.
 
-    forward: as of `gate`; only where there is no reference the whole model is run. Nothing is tried that the memory has no
-    room for: after training a Cell has much to lose.
+    forward: as in `gate`, for adapters without a reference. A check for which there is not enough memory is skipped.
     """
     if why := memory_headroom.merge_shortage(subject):
         return [skipped(subject, Case("trained", seed=seed), "merge", why)]
@@ -127,7 +128,7 @@ def after_training(
         return [_run_or_skip(check, subject, case) for check in checks.of_cell(CellStage.TRAINED, plan.checks)]
 
 
-def _run_or_skip(check: Check[Any], subject: Subject, case: Case) -> CheckResult:
+def _run_or_skip(check: AnyCheck, subject: Subject, case: Case) -> CheckResult:
     try:
         return check(subject, case)
     except Unsupported as error:

@@ -1,4 +1,4 @@
-"""AdaLoRA's own: what it remembers of the gradients, what it prunes and when, and what it adds to the loss."""
+"""Checks of AdaLoRA: its averages of gradients, its pruning schedule, and its term of the loss."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _SHORT = {"total_steps": 24, "tinit": 4, "tfinal": 5, "delta_t": 3}
 
 @check()
 def check_importance(subject: Subject, case: Case) -> CheckResult:
-    """After each step the averages of sensitivity and uncertainty are the reference's, for every weight:
-    I = |w dL/dw|; I_bar <- beta1 I_bar + (1 - beta1) I; U_bar <- beta2 U_bar + (1 - beta2) |I - I_bar|  (eqs. 8 to 10).
+    """After each step AdaLoRA's averages of sensitivity and uncertainty equal the reference's, for every weight.
 
-    beta1 and beta2 differ here. Gradients are given, none is computed; nothing is pruned yet.
+    I = |w dL/dw|; I_bar <- beta1 I_bar + (1 - beta1) I; U_bar <- beta2 U_bar + (1 - beta2) |I - I_bar|  (eqs. 8 to
+    10). beta1 and beta2 differ here. Gradients are given, none is computed, and nothing is pruned yet.
     """
     fresh = case.attach_again(beta1=0.85, beta2=0.7)
     if fresh is None:
-        return skipped(subject, case, "importance", "the case cannot attach anew")
+        return skipped(subject, case, "importance", "the case cannot attach again")
     load(fresh.adapted, subject.adapted.tensors())
     if not any(".exp_avg_ipt_" in name for name in fresh.state()):
         return skipped(subject, case, "importance", "the implementation does not show its averages in state()")
@@ -46,15 +46,16 @@ def check_importance(subject: Subject, case: Case) -> CheckResult:
 
 @check()
 def check_budget(subject: Subject, case: Case) -> CheckResult:
-    """Over a whole short schedule as many lambdas are left as b(t) allows, and target_rank of each layer on average at the
-    end: b(t) = target + (start - target) (1 - (t - t_i) / (T - t_f - t_i))^3, rounded down (eq. 12).
+    """Over a short schedule AdaLoRA leaves as many lambdas as its budget b(t) allows.
 
-    Between two prunings lambdas may grow back, which is what happens here at each step. In float32 and float64 those that
-    are left are also the reference's, by the scores of eq. 7; in half precision two near ones may change places.
+    b(t) = target + (start - target) (1 - (t - t_i) / (T - t_f - t_i))^3, rounded down  (eq. 12): at the end target_rank
+    per layer on average. Between two prunings lambdas may grow back, as they do here at each step. In float32 and
+    float64 the lambdas that are left are the reference's, by the scores of eq. 7; in half precision two close ones may
+    change places.
     """
     fresh = case.attach_again(**_SHORT)
     if fresh is None:
-        return skipped(subject, case, "budget", "the case cannot attach anew")
+        return skipped(subject, case, "budget", "the case cannot attach again")
     truth = _reference(fresh, "float64")
     odd = []
     for step in range(1, _SHORT["total_steps"] + 1):
@@ -74,8 +75,9 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
 
 @check()
 def check_regularizer(subject: Subject, case: Case) -> CheckResult:
-    """What is added to the loss is the reference's, with its gradients: gamma R(P, Q), where R is of
-    ||P^T P - I|| and ||Q Q^T - I|| over all layers (eq. 4).
+    """The term that AdaLoRA adds to the loss equals the reference's, with its gradients.
+
+    gamma R(P, Q), where R is made of ||P^T P - I|| and ||Q Q^T - I|| over all layers  (eq. 4).
     """
     mine, truth, rounded = (
         _added(adapted)
@@ -88,7 +90,7 @@ def check_regularizer(subject: Subject, case: Case) -> CheckResult:
 
 
 def _reference(subject: Subject, dtype: str) -> Adapted:
-    """Attach the reference to all layers together, as the budget is theirs together, in the subject's present state."""
+    """Attach the reference to all layers together, since they share a budget, in the subject's present state."""
     adapted = subject.fresh_reference(dtype)
     places: dict[str, Any] = {**adapted.tensors(), **adapted.state()}
     with torch.no_grad():
@@ -111,7 +113,7 @@ def _give_gradients(adapted: Adapted, generator: torch.Generator, rounded: torch
 
 @torch.no_grad()
 def _set_tensors(adapted: Adapted, rounded: torch.dtype, generator: torch.Generator) -> None:
-    """Give every tensor a random value, none of them zero: what an optimizer might have left."""
+    """Give every tensor a random value, none of them zero, as an optimizer might have left."""
     for _, tensor in sorted(adapted.tensors().items()):
         drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(rounded)
         tensor.copy_(torch.where(drawn == 0, torch.ones_like(drawn), drawn))

@@ -1,4 +1,4 @@
-"""Whether calls keep out of each other's way."""
+"""Check of calls that are under way at the same time."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from harness.records.record import CheckResult
 def check_overlap(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Two calls with different inputs of one shape may be under way at once.
 
-    Forward, forward, backward, backward: each call gives what the reference gives for its own input, the second changes
-    nothing that the first returned or kept for its backward pass, and gradients of both are added up, as when gradients
-    are accumulated over batches. What is wrong already where the first call is alone is left to the checks that say so.
+    In the order forward, forward, backward, backward, each call gives what the reference gives for its own input. The
+    second changes nothing that the first returned or saved for its backward pass, and the gradients of both are added
+    up, as when gradients are accumulated over batches. A fault that one call alone shows is left to other checks.
     """
     found = list(_of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
     if not found:
-        return skipped(subject, case, "overlap", "a call alone is wrong already: other checks say so")
+        return skipped(subject, case, "overlap", "a single call is wrong already; other checks report it")
     return judged(subject, case, "overlap", worst_of(found, found[0].policy))
 
 
@@ -54,7 +54,7 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
 def _both(
     layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor, *, training: bool = False
 ) -> dict[str, Tensor]:
-    """Observe `layer` on x[0] and x[1] with both calls under way; gradients of its tensors are those of both."""
+    """Observe `layer` on x[0] and x[1] with both calls under way; the gradients of its tensors are those of both."""
     with preserved_state(layer, tensors, training):
         leaves = [one.detach().clone().requires_grad_(one.is_floating_point()) for one in x]
         ys = [layer(leaf) for leaf in leaves]

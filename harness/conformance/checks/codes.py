@@ -1,4 +1,4 @@
-"""Whether a packed base holds the codes that the reference quantiser gives."""
+"""Check of the codes of a packed base."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from harness.records.record import CheckResult
 def check_codes(subject: Subject, case: Case) -> CheckResult:
     """The packed base holds the reference's NF4 codes and absmax of the original weights, and the original biases.
 
-    A code may be one level off only where the element lies within two float32 units of the middle of two levels: there
-    dividing by absmax and multiplying by its reciprocal, both in use, may part. In a block of zeros any code with an
-    absmax that makes it zero will do: bitsandbytes' back ends differ there.
-    Where absmax is quantised too, what it decodes to is what the reference's double quantisation decodes to, up to the
-    rounding of the mean that is added back. The codes of a large model are judged as each layer is packed, piece by piece.
+    A code may be one level off only where the element lies within two float32 units of the middle of two levels:
+    dividing by absmax and multiplying by its reciprocal, which are both in use, may differ there. A block of zeros
+    may have any codes and any absmax that decode to zero, since bitsandbytes' back ends differ.
+
+    Where absmax is quantised too, it must decode to what the reference's double quantisation decodes to, up to the
+    rounding of the mean that is added back. The codes of a large model are judged as each layer is packed, piece by
+    piece.
     """
     if not subject.packed:
         return skipped(subject, case, "codes", "the base is not quantised")

@@ -1,4 +1,4 @@
-"""DoRA's own: magnitudes are norms, and a row without a direction does no harm."""
+"""Checks of DoRA: magnitudes are norms, and rows of zeros do no harm."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from reference.shared.layers import floating_dtype
 
 @check()
 def check_norm(subject: Subject, case: Case) -> CheckResult:
-    """Every row of the merged weight (every column, with one magnitude per input) is as long as its |m|, and m starts as
-    the lengths in the base: W' = m (W0 + s B A) / ||W0 + s B A||  (DoRA, eq. 5).
+    """Every row of DoRA's merged weight is as long as its |m|, and m starts as the row lengths of the base weight.
+
+    W' = m (W0 + s B A) / ||W0 + s B A||  (DoRA, eq. 5). With one magnitude per input, columns instead of rows.
     """
     fresh = case.attach_again()
     if fresh is None or not fresh.adapted.can_merge:
-        return skipped(subject, case, "norm", "the case cannot attach anew and merge")
+        return skipped(subject, case, "norm", "the case cannot attach again and merge")
     per, found = subject.config.per, []
     for path in fresh.adapted.layers:
         W0 = fresh.original_weight(path)
@@ -47,12 +48,14 @@ def check_norm(subject: Subject, case: Case) -> CheckResult:
 
 @check()
 def check_zero_rows(subject: Subject, case: Case) -> CheckResult:
-    """A row of zeros in the base (a column, with one magnitude per input), as pruned models have them, has no direction:
-    at the start its length and its m are 0. Outputs and gradients are finite all the same.
+    """A row of zeros in DoRA's base weight gives finite outputs and gradients.
+
+    Pruned models have such rows (columns, with one magnitude per input). A row of zeros has no direction: at the
+    start its length and its m are 0.
     """
     fresh = case.attach_again()
     if fresh is None:
-        return skipped(subject, case, "zero_rows", "the case cannot attach anew")
+        return skipped(subject, case, "zero_rows", "the case cannot attach again")
     odd = []
     for index, (path, layer) in enumerate(fresh.adapted.layers.items()):
         with torch.no_grad():
@@ -67,7 +70,7 @@ def check_zero_rows(subject: Subject, case: Case) -> CheckResult:
 
 @torch.no_grad()
 def _matrix(layer: nn.Module) -> Tensor:
-    """Return (E, D), whatever the layer is: its images of the unit vectors, less that of zero."""
+    """Return the matrix (E, D) of a layer of any kind: its images of the unit vectors, less that of zero."""
     layer.eval()
     features = getattr(layer, "in_features", None) or layer.get_parameter("weight").shape[0]
     unit = torch.eye(int(features), dtype=floating_dtype(layer), device=next(layer.parameters()).device)

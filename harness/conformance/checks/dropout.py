@@ -1,4 +1,4 @@
-"""Whether features are dropped as the config says."""
+"""Check of dropout in training and eval mode."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ from harness.conformance.tolerance_constants import DROPOUT_SIGMAS, DROPOUT_SURE
 from harness.records.record import CheckResult
 
 FEATURES = 32
-"""Of so many features at least one is dropped and one kept in any token, but for one in some thousands."""
+"""Number of features of which, in nearly every token, at least one is dropped and one is not."""
 
 
 @check(States.WARM)
 def check_dropout(subject: Subject, case: Case) -> CheckResult:
-    """In training mode each feature of the adapter's input is dropped with probability p, or scaled by 1/(1-p); the base
-    sees all of it, and the backward pass uses the forward pass's mask. In eval mode nothing is dropped.
+    """Training mode drops features of the adapter's input as the config states; eval mode drops none.
 
-    Every token has one feature only, so its output must be one of two: the reference's with that feature kept, or with it
-    dropped. That tells the mask, with which the reference's gradients are computed. How many are dropped is judged by the
-    binomial distribution. Tokens of many features must not be dropped whole, a feature not in all tokens alike, nor the same
-    ones at every call. No random numbers need agree.
+    Each feature is dropped with probability p or scaled by 1/(1-p). The base gets all features, and the backward pass
+    uses the mask of the forward pass. Tokens of many features must not be dropped whole, a feature not in all tokens
+    alike, and not the same features at every call. No random numbers need agree.
+
+    Every token has one feature only, so its output is the reference's with that feature kept or with it dropped. That
+    reveals the mask, with which the reference's gradients are computed. The binomial distribution bounds the number of
+    dropped features.
     """
     p = getattr(subject.config, "dropout", 0.0)
     if not p:
@@ -82,20 +84,20 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
 
 
 def _rows_as(subject: Subject, path: str, y: Tensor, x: Tensor, dy: Tensor, mask: float) -> Tensor:
-    """Return which rows of `y` are the reference's output with `mask` in the place of its dropout."""
+    """Return a mask of the rows of `y` that are the reference's output with `mask` in place of its dropout."""
     truth, draws = reference_runs(subject, path, x, dy, look=partial(_masked, mask))
     return rows_within(y, truth["y"], [draw["y"] for draw in draws], subject.dtype)
 
 
 def _whole_tokens(subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: Tensor, p: float) -> int:
-    """Count the tokens of many features that training mode keeps or drops as a whole."""
+    """Count the tokens of many features that training mode keeps or drops whole."""
     y = observe(layer, {}, x, dy, training=True)["y"]
     kept, dropped = (_rows_as(subject, path, y, x, dy, mask) for mask in (1 / (1 - p), 0.0))
     return int((kept | dropped).sum())
 
 
 def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterator[str]:
-    """Say how one mask serves for several: for all tokens, or for two calls. All tokens have the same single feature."""
+    """Describe a mask that serves all tokens, or two calls. All tokens have the same single feature."""
     tokens = math.ceil(DROPOUT_SURE_BITS / -math.log2(max(p, 1 - p)))
     x, dy = inputs(subject.original_base(path), tokens, DTYPES[subject.dtype], torch.Generator().manual_seed(0))
     only = torch.zeros_like(x)
@@ -120,7 +122,7 @@ def _masked(
 
 
 class _Times(nn.Module):
-    """Multiply by a mask: dropout of which the mask is known."""
+    """Multiplication by a known mask in place of dropout."""
 
     def __init__(self, mask: Tensor | float) -> None:
         super().__init__()

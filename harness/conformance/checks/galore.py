@@ -1,4 +1,4 @@
-"""GaLore's own: what its optimizer does across a refresh of the subspace."""
+"""Check of GaLore's optimizer across a refresh of the subspace."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ _LR, _DECAY = 0.1, 0.1
 
 @check()
 def check_refresh(subject: Subject, case: Case) -> CheckResult:
-    """Five steps of the Method's own optimizer on given gradients, with a new subspace at the third and the fifth, move the
-    weights as the reference does: M and V are carried on from the old subspace, and weight decay is not projected
-    (GaLore, algorithm 2). Before each step the weights are put back, so that no step inherits another's rounding.
+    """GaLore's own optimizer moves the weights as the reference does, also across a refresh of the subspace.
 
-    The sign of a singular vector is arbitrary and, since M is carried on, shows after a refresh: any choice is right.
+    Five steps on given gradients, with a new subspace at the third and the fifth: M and V are carried over from the
+    old subspace, and weight decay is not projected  (GaLore, algorithm 2). Before each step the weights are restored,
+    so that no step inherits another's rounding.
+
+    The sign of a singular vector is arbitrary and shows after a refresh, since M is carried over: any choice is
+    right.
     """
     fresh = case.attach_again(rank=_RANK, update_gap=_GAP)
     if fresh is None:
-        return skipped(subject, case, "refresh", "the case cannot attach anew")
+        return skipped(subject, case, "refresh", "the case cannot attach again")
     # A randomised SVD is to be told from the exact one, which takes values that do not fall so fast.
     decay = 0.9 if fresh.config.niter else 0.5
     found = []
@@ -116,7 +119,7 @@ def _by_the_reference(
 
 
 def _turned(basis: Projector, exactly: Projector, signs: tuple[float, ...] | None) -> Projector:
-    """Give the columns of `basis` the signs of `exactly`, and then those that are asked for."""
+    """Give the columns of `basis` the signs of `exactly`, then multiply them by `signs`."""
     left = [] if signs is None else list(signs)
 
     def of(mine: Tensor | None, want: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Whether a layer, and the model, compute what the reference computes."""
+"""Checks of the computation: layers, gradients, one optimizer step and the whole model against the reference."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from harness.records.record import CheckResult
 def check_identity(subject: Subject, case: Case) -> CheckResult:
     """At its start the adapted model computes what the base model computes.
 
-    To the last bit, as where the update is exactly zero (LoRA: B = 0) and the base's own product is left alone; or within
-    the noise floor around the base model in float64, since a kernel may sum in another order, and some starts cancel in
-    exact arithmetic only (PiSSA: residual + s B A = W).
+    To the last bit where the update is exactly zero (LoRA: B = 0) and the base's own product is left alone. Otherwise
+    within the noise floor around the base model in float64, because a kernel may sum in another order and some starts
+    cancel only in exact arithmetic (PiSSA: residual + s B A = W).
     """
     if case.inputs is None or case.base_output is None:
         return skipped(subject, case, "identity", "no whole-model input in this case")
@@ -59,20 +59,27 @@ def check_identity(subject: Subject, case: Case) -> CheckResult:
 
 @check(in_cell=[CellStage.WARM])
 def check_forward(subject: Subject, case: Case) -> CheckResult:
-    """The output of every adapted layer is the reference's, on the layer's own weights and a random input."""
+    """The output of every adapted layer equals the reference's.
+
+    On the layer's own weights and a random input, within the noise floor.
+    """
     return judged(subject, case, "forward", case.once(_judge_layers, subject).outputs)
 
 
 @check(in_cell=[CellStage.WARM])
 def check_gradient(subject: Subject, case: Case) -> CheckResult:
-    """The gradients of every adapted layer, of its input and of each of its trainable tensors, are the reference's."""
+    """The gradients of every adapted layer equal the reference's.
+
+    Of its input and of each of its trainable tensors, within the noise floor.
+    """
     return judged(subject, case, "gradient", case.once(_judge_layers, subject).gradients)
 
 
 @check(States.WARM)
 def check_strides(subject: Subject, case: Case) -> CheckResult:
-    """Output and gradients are the reference's also for an input that is a transposed view, a gradient that is one row
-    expanded (as `y.sum(0)` sends it), and an input of no tokens at all.
+    """Outputs and gradients equal the reference's for other memory layouts, and for an input without tokens.
+
+    The input is a transposed view, the gradient one row expanded (as `y.sum(0)` sends it).
     """
     found = []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
@@ -91,7 +98,7 @@ def check_strides(subject: Subject, case: Case) -> CheckResult:
 
 @check(States.WARM)
 def check_vector(subject: Subject, case: Case) -> CheckResult:
-    """For a single vector (D,) the output is the reference's, of shape (E,), and so are the gradients."""
+    """For a single vector (D,) the output (E,) and the gradients equal the reference's."""
     found = []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         base = subject.original_base(path)
@@ -140,8 +147,10 @@ def check_step(subject: Subject, case: Case) -> CheckResult:
 
 @check(in_cell=[CellStage.WARM])
 def check_model(subject: Subject, case: Case) -> CheckResult:
-    """The whole model gives the logits, and every trainable tensor the gradient, of a float64 copy of the model of before
-    attaching that carries the reference's layers.
+    """The logits and the gradients of the whole model equal the reference's.
+
+    The reference is a float64 copy of the model before attaching, in which the reference's layers replace the adapted
+    ones.
     """
     if case.forward is None:
         return skipped(subject, case, "model", "no whole-model input in this case")
@@ -156,10 +165,12 @@ def check_model(subject: Subject, case: Case) -> CheckResult:
 
 
 def _carried(subject: Subject, case: Case) -> Iterator[Mapping[str, Tensor]]:
-    """Draw what the whole model loses: the reference in the subject's dtype, then again with weights moved to a neighbour.
+    """Draw the rounding errors of the whole model: by the reference in the subject's dtype, then with perturbed
+    weights.
 
-    A sensitive model carries all roundings into one direction, so that one draw of them may happen to be next to nothing
-    in every tensor at once. Neighbours in the dtype, since what a model loses is mostly lost on the way, not in its weights.
+    A sensitive model carries all roundings into one direction, so that a single draw may be next to nothing in every
+    tensor at once. Weights are moved to a neighbour in the dtype, since a model loses most in its intermediate
+    results.
     """
     forward = case.forward
     if forward is None:
@@ -177,7 +188,7 @@ def _carried(subject: Subject, case: Case) -> Iterator[Mapping[str, Tensor]]:
 
 
 def _only(run: dict[str, Tensor], output: bool) -> dict[str, Tensor]:
-    """Return the output of a run, or all gradients."""
+    """Select the output of a run, or all its gradients."""
     return {name: t for name, t in run.items() if (name == "y") == output}
 
 

@@ -1,4 +1,4 @@
-"""Merging, unmerging, detaching, and coming back from disk."""
+"""Checks of merging, unmerging, detaching and saving."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load
 from harness.records.record import CheckResult
 
 HALF = 0.5
-"""What is left of an adapter once it is moved: a power of two, by which nothing is rounded."""
+"""Factor by which a moved adapter is scaled: a power of two, which rounds nothing."""
 _MOVED = "unmerged, with another adapter"
 
 
 @check(States.WARM, in_cell=[CellStage.TRAINED])
 def check_merge(subject: Subject, case: Case) -> CheckResult:
-    """The merged layers compute what the float64 reference computes, whatever then becomes of the adapter; so do the
-    layers after unmerging, which follow their adapter again.
+    """Merged layers, and layers that are unmerged again, compute what the float64 reference computes.
+
+    A merged layer no longer depends on its adapter; an unmerged layer follows its adapter again.
     """
     if not subject.adapted.can_merge:
         return skipped(subject, case, "merge", "this Method has nothing to merge")
@@ -72,9 +73,9 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
 
 
 def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Tensor], list[dict[str, Tensor]]]]:
-    """Return (truth, draws of what is lost) of one layer's output: with its adapter, and with HALF of it.
+    """Return (truth, draws of rounding errors) of one layer's output: with its adapter, and with HALF of it.
 
-    Layer by layer, and outputs alone: of a large model there is no room for all twins at once.
+    Layer by layer, and outputs alone: a large model leaves no memory for all reference layers at once.
     """
     whole = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
     half = copy.deepcopy(whole)
@@ -91,10 +92,10 @@ def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Te
 
 @check(States.INIT)
 def check_detach(subject: Subject, case: Case) -> CheckResult:
-    """Detaching puts the very base layers back, and with their weights what the base model computed."""
+    """Detaching restores the base layers themselves, with their weights and outputs."""
     fresh = case.attach_again()
     if fresh is None or fresh.original.model is None:
-        return skipped(subject, case, "detach", "the case cannot attach anew")
+        return skipped(subject, case, "detach", "the case cannot attach again")
     xs = _inputs(fresh, case)
     fresh.adapted.detach()
     strange = [f"{p} is not the base layer" for p, b in fresh.bases.items() if fresh.model.get_submodule(p) is not b]
@@ -108,12 +109,13 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
 
 @check(States.WARM)
 def check_save(subject: Subject, case: Case) -> CheckResult:
-    """`tensors()` and `state()` are all there is: copied into a freshly attached model they give the same outputs and
-    gradients, to the last bit.
+    """`tensors()` and `state()` are the whole state of an adapter.
+
+    Copied into a freshly attached model they give the same outputs and gradients, to the last bit.
     """
     fresh = case.attach_again()
     if fresh is None:
-        return skipped(subject, case, "save", "the case cannot attach anew")
+        return skipped(subject, case, "save", "the case cannot attach again")
     saved, places = ({*s.adapted.tensors(), *s.state()} for s in (subject, fresh))
     if odd := sorted(places ^ saved):
         return listed(subject, case, "save", [f"{name} is on one side only" for name in odd])
@@ -129,7 +131,7 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
 
 
 def _merged(twin: ReferenceLayer, x: Tensor) -> dict[str, Tensor]:
-    """Return what the reference gives once merged in its dtype: a weight that an update was added to is rounded again."""
+    """Return the output of the reference merged in its dtype: adding the update rounds the weight once more."""
     merged = copy.deepcopy(twin)
     merged.adapted.merge()
     return {"y": merged.adapted.model.get_submodule("layer").eval()(x)}

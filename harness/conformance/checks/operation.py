@@ -1,4 +1,4 @@
-"""Whether an Operation computes what its reference computes."""
+"""Checks of an Operation against its reference."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ from harness.records.record import CheckResult
 
 @check()
 def check_outputs(subject: OperationSubject, case: Case) -> CheckResult:
-    """Every output of the Operation has the dtype, shape and device of the reference's, and its values: bit for bit where it
-    is a code, else within the noise floor.
+    """Every output of the Operation has the reference's dtype, shape, device and values.
+
+    Codes are equal bit for bit, other values within the noise floor.
     """
     return judged(subject, case, "outputs", *operation_call.judge(subject, subject.call(), case))
 
 
 @check()
 def check_output_codes(subject: OperationSubject, case: Case) -> CheckResult:
-    """Every code that the Operation returns is that of the nearest value, but where rounding decides between two."""
+    """Every code that the Operation returns is that of the nearest value, unless rounding decides between two."""
     if subject.operation.codes is None:
         return skipped(subject, case, "output_codes", "this Operation returns no codes, or `outputs` judges them")
     return judged(subject, case, "output_codes", *subject.operation.codes(subject.call(), subject.arguments))
@@ -36,8 +37,9 @@ def check_output_codes(subject: OperationSubject, case: Case) -> CheckResult:
 
 @check()
 def check_backward(subject: OperationSubject, case: Case) -> CheckResult:
-    """The gradients that reach the Operation's differentiable arguments are the reference's, dtype included; none counts as
-    zero.
+    """The gradients of the Operation's differentiable arguments equal the reference's, dtype included.
+
+    A missing gradient counts as zero.
     """
     if not subject.operation.differentiable:
         return skipped(subject, case, "backward", "this Operation has no gradient")
@@ -72,10 +74,11 @@ def check_repeatable(subject: OperationSubject, case: Case) -> CheckResult:
 
 @check()
 def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
-    """The outputs are the same when every floating argument is a view with gaps between its elements, or is transposed in
-    memory: what a slice or a `.T` hands on.
+    """The outputs do not depend on the memory layout of the arguments.
 
-    The same to the last bit, or, since another layout may take another path, as right as `outputs` demands.
+    Every floating argument is a view with gaps between its elements, or is transposed in memory, as a slice or a `.T`
+    is. The outputs are equal to the last bit or, since another layout may take another path, as right as `outputs`
+    demands.
     """
     plain, found = subject.call(), []
     for name, change in (("every second element", _gapped), ("transposed", _transposed)):
@@ -90,10 +93,10 @@ def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
 
 @check()
 def check_written(subject: OperationSubject, case: Case) -> CheckResult:
-    """No output and no gradient holds memory that was never written: with every fresh buffer filled with NaN, or with the
-    largest integer, none of it shows.
+    """No output and no gradient contains memory that was never written.
 
-    Uses torch's own switch for it (`torch.utils.deterministic.fill_uninitialized_memory`).
+    Every fresh buffer is filled with NaN or the largest integer
+    (`torch.utils.deterministic.fill_uninitialized_memory`), and none may show.
     """
     dtype, differentiable = DTYPES[subject.dtype], bool(subject.operation.differentiable)
 
@@ -113,19 +116,19 @@ def check_written(subject: OperationSubject, case: Case) -> CheckResult:
 
 
 def _gapped(tensor: Tensor) -> Tensor:
-    """Return it as every second element of a buffer that is NaN between them."""
+    """Return the tensor as every second element of a buffer with NaN in the gaps."""
     wide = tensor.new_full((*tensor.shape, 2), torch.nan)
     wide[..., 0] = tensor
     return wide[..., 0]
 
 
 def _transposed(tensor: Tensor) -> Tensor:
-    """Return it with its last dimension the slowest in memory; a vector stays what it is."""
+    """Return the tensor with its last dimension the slowest in memory; a vector stays as it is."""
     return tensor.transpose(0, -1).contiguous().transpose(0, -1)
 
 
 def _told(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Say apart what is not finite and how, so that a NaN which stays where it was is no difference."""
+    """Separate finite values from the positions of NaN and infinity, so that a NaN in its place is no difference."""
     finite = {name: t.detach().nan_to_num(0.0, 0.0, 0.0) for name, t in named.items()}
     how = {f"{n}, NaN or infinite": t.isnan() + 2 * t.isposinf() + 3 * t.isneginf() for n, t in named.items()}
     return finite | how

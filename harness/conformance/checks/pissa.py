@@ -1,4 +1,4 @@
-"""PiSSA's own: what trains begins as the principal part of the weight, what is frozen as the rest."""
+"""Checks of PiSSA: the principal part of the weight trains, and the residual is frozen."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from reference.pissa import exact_svd
 
 @check()
 def check_residual(subject: Subject, case: Case) -> CheckResult:
-    """At the start W_res + s B A is the original weight, within what the reference's own split loses in this dtype: it is
-    W_res that takes up what A and B lost by being rounded  (PiSSA, eqs. 2 to 5).
+    """At PiSSA's start W_res + s B A is the original weight.
+
+    Within the error of the reference's own split in this dtype: W_res takes up what A and B lose by rounding  (PiSSA,
+    eqs. 2 to 5).
     """
     fresh = case.attach_again()
     if fresh is None or not all(f"{path}.residual" in fresh.state() for path in fresh.bases):
@@ -42,12 +44,13 @@ def check_residual(subject: Subject, case: Case) -> CheckResult:
 
 @check()
 def check_principal(subject: Subject, case: Case) -> CheckResult:
-    """At the start s B A is the best approximation of the weight that its rank allows, U_r S_r V_r^T, and each factor has
-    half of every singular value: A A^T = B^T B = S_r / s  (PiSSA, eqs. 2 and 3).
+    """At PiSSA's start s B A is the best approximation of the weight at its rank, U_r S_r V_r^T.
+
+    Each factor has half of every singular value: A A^T = B^T B = S_r / s  (PiSSA, eqs. 2 and 3).
     """
     fresh = case.attach_again()
     if fresh is None:
-        return skipped(subject, case, "principal", "the case cannot attach anew")
+        return skipped(subject, case, "principal", "the case cannot attach again")
     if fresh.config.niter:
         return skipped(subject, case, "principal", "a randomised SVD finds it only nearly")
     reference, found = fresh.fresh_reference(fresh.dtype), []
@@ -66,9 +69,10 @@ def _best(U: Tensor, S: Tensor, Vt: Tensor, config: Any) -> dict[str, Tensor]:
 
 
 def _close_by(W: Tensor, subject: Subject) -> Iterator[dict[str, Tensor]]:
-    """Yield the same by other correct programs: with close singular values the least rounding turns the vectors.
+    """Yield the result of other correct programs: where singular values are close, the least rounding turns the
+    vectors.
 
-    They are given a weight that rounding cannot tell from W, and decompose its transpose.
+    Each decomposes the transpose of a weight that differs from W by less than rounding.
     """
     for seed in range(PERTURBED_DRAWS):
         near = perturbed(W, subject.dtype, torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Whether an implementation leaves the process as it found it."""
+"""Check of process-wide settings."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from harness.records.record import CheckResult
 
 @check(States.INIT)
 def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResult:
-    """Attaching and computing change nothing that holds for the whole process: torch's default dtype and device, its
-    gradient mode, threads, determinism, precision and autocast; and no seed of torch's, numpy's or Python's random numbers.
+    """Attaching and computing change no process-wide setting, and seed no random numbers.
 
-    What others compute afterwards would depend on it. Drawing random numbers is allowed, seeding them is not.
+    Settings are torch's default dtype and device, gradient mode, threads, determinism, precision and autocast. Random
+    numbers are torch's, numpy's and Python's: drawing them is allowed; seeding is not, because code that runs later
+    would depend on it.
     """
     if isinstance(subject, OperationSubject):
         with process_settings.restored() as changed:
             seeded = process_settings.find_seeding(subject.call)
         return listed(subject, case, "settings", [*changed, *seeded])
     if case.fresh is None:
-        return skipped(subject, case, "settings", "the case cannot attach anew")
+        return skipped(subject, case, "settings", "the case cannot attach again")
     with process_settings.restored() as changed:
         seeded = process_settings.find_seeding(lambda: _use(case.attach_again(), case))
     return listed(subject, case, "settings", [*subject.disturbed, *changed, *seeded])
 
 
 def _use(subject: Subject | None, case: Case) -> None:
-    """Do with a freshly attached subject what training does, and merge it."""
+    """Do with a freshly attached subject what training does, then merge and unmerge it."""
     if subject is None:
         return
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):

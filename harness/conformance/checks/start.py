@@ -1,4 +1,4 @@
-"""Where training starts from."""
+"""Check of the state from which training starts."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
     """The implementation's own start has the distribution that the reference states, and the same tensors are zero.
 
     A tensor that the reference fills with one value must hold that value. One that it draws or computes must have the
-    reference's mean and mean square, within the standard errors of two samples of that size. What is drawn is drawn from the
-    generator that `attach` is given, and no other: its seed decides the start, and two layers of one shape start apart.
+    reference's mean and mean square, within the standard errors of two samples of that size. Random numbers come only
+    from the generator that `attach` is given: its seed decides the start, and two layers of one shape start
+    differently.
     """
     bases = {path: subject.original_base(path) for path in subject.bases}
     wanted = initial_tensors(subject.method, bases, subject.config, case.generator(salt=2))

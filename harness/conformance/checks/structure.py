@@ -1,4 +1,4 @@
-"""What sits where, what trains, and what must not change."""
+"""Checks of the structure: adapted layers, trainable tensors, and everything that must not change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from harness.records.record import CheckResult
 def check_layers(subject: Subject, case: Case) -> CheckResult:
     """The adapter sits on exactly the layers that the config's targets name, and nothing else of the model trains.
 
-    Sits means: the model runs, at that path, the very layer that the implementation says it adapted.
+    At each of these paths the model runs the very layer that the implementation lists in `layers`.
     """
     wanted, have = set(subject.bases), set(subject.adapted.layers)
     trains = {id(t) for t in subject.adapted.tensors().values()}
@@ -40,7 +40,7 @@ def check_layers(subject: Subject, case: Case) -> CheckResult:
 
 @check(in_cell=[CellStage.ATTACHED])
 def check_parameters(subject: Subject, case: Case) -> CheckResult:
-    """The trainable tensors have the reference's names and shapes, and `parameters()` lists them and nothing else."""
+    """The trainable tensors have the reference's names and shapes, and `parameters()` lists exactly these."""
     bases = {path: subject.original_base(path) for path in subject.bases}
     want = initial_shapes(subject.method, bases, subject.config, case.generator())
     of_the_model = {
@@ -64,11 +64,12 @@ def check_parameters(subject: Subject, case: Case) -> CheckResult:
 
 @check(States.INIT, in_cell=[CellStage.START], reference=Reference.UNUSED)
 def check_base(subject: Subject, case: Case) -> CheckResult:
-    """Attaching changed no weight of the model: every parameter and buffer of before is there, bit for bit. Of `method:
-    peft` the weights under the adapter are left out where its start rewrites them (OLoRA, PiSSA, LoftQ).
+    """Attaching changes no parameter and no buffer of the model, not by one bit.
+
+    For `method: peft` the adapted weights are left out where the method's start rewrites them (OLoRA, PiSSA, LoftQ).
     """
     if subject.original.model is None and not subject.original.prints:
-        return skipped(subject, case, "base", "nothing is kept of the model before attaching")
+        return skipped(subject, case, "base", "there is neither a copy nor a checksum of the model before attaching")
     original, prints = subject.original.model, subject.original.prints
     named = dict(original.named_parameters() if original else zip(prints, subject.own, strict=False))
     before = [*named, *dict(original.named_buffers())] if original else [*prints]
@@ -93,7 +94,7 @@ def check_base(subject: Subject, case: Case) -> CheckResult:
 
 @check(States.WARM)
 def check_inputs(subject: Subject, case: Case) -> CheckResult:
-    """Forward and backward change neither the input nor the incoming gradient nor any weight, also not the base's."""
+    """Forward and backward change neither the input, nor the incoming gradient, nor any weight, the base's included."""
     found = []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
@@ -122,9 +123,9 @@ def check_deterministic(subject: Subject, case: Case) -> CheckResult:
 
 @check(States.WARM)
 def check_poison(subject: Subject, case: Case) -> CheckResult:
-    """No result holds memory that was never written: with every fresh buffer filled with NaN, none of it shows.
+    """No output and no gradient contains memory that was never written.
 
-    Uses torch's own switch for it (`torch.utils.deterministic.fill_uninitialized_memory`).
+    Every fresh buffer is filled with NaN (`torch.utils.deterministic.fill_uninitialized_memory`), and none may show.
     """
     odd: list[str] = []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):

@@ -1,4 +1,4 @@
-"""Where a few steps of training lead."""
+"""Check of a few training steps."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ STEPS = 3
 
 @check(States.WARM)
 def check_trajectory(subject: Subject, case: Case) -> CheckResult:
-    """Three optimizer steps of the whole model, each on another gradient, with what the Method adds to the loss and does
-    between steps, leave every trainable tensor where the float64 reference leaves it.
+    """Three optimizer steps of the whole model leave every trainable tensor where the float64 reference leaves it.
 
-    The optimizer is the Method's own, or AdamW with weight decay; its moments are thereby compared too.
+    Each step has another gradient, the Method's own term of the loss and its work between steps. The optimizer is the
+    Method's own, or AdamW with weight decay, so that its moments are compared too.
     """
     if subject.dtype == "float64":
         return skipped(
@@ -34,7 +34,7 @@ def check_trajectory(subject: Subject, case: Case) -> CheckResult:
         )
     fresh = case.attach_again()
     if fresh is None or case.forward is None:
-        return skipped(subject, case, "trajectory", "the case cannot attach anew")
+        return skipped(subject, case, "trajectory", "the case cannot attach again")
     start = {name: t.detach().clone() for name, t in subject.adapted.tensors().items()}
     state = {name: t.detach().clone() for name, t in subject.state().items()}
     runs = [(fresh.model, fresh.adapted)]
@@ -59,7 +59,7 @@ def check_trajectory(subject: Subject, case: Case) -> CheckResult:
 def _trained(
     model: nn.Module, adapted: Adapted, forward: Callable[[nn.Module], Tensor], case: Case
 ) -> dict[str, Tensor]:
-    """Return the trainable tensors after the last step."""
+    """Train a few steps and return the trainable tensors."""
     parameters = list(dict.fromkeys(adapted.parameters()))  # one listed twice is for the check `parameters`
     if not parameters:
         return {}

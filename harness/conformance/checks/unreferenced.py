@@ -1,11 +1,11 @@
-"""What an implementation can be held to without a reference: it is compared with itself, as a whole model."""
+"""Checks that need no reference: an adapter is compared with itself and with the base model, as a whole model."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +18,31 @@ from harness.conformance.comparison.tolerance_policies import exact, noise_floor
 from harness.conformance.subject import LARGEST_COPY, Subject
 from harness.errors import UsageError
 from harness.methods.peft_config import NO_REFERENCE
+from harness.methods.spec import Adapted
 from harness.process.out_of_memory import shortage
 from harness.records.record import CheckResult
 
-ALONE = ("reference", "start", "repeats", "untouched", "reached", "reload", "merge_itself")
-"""The checks below: no parity suite has them, since a Method with a reference has better ones."""
 _NUDGE = 0.05
-"""How far from its start a tensor is moved, as a share of a random matrix that keeps lengths: training goes about as far."""
+"""Distance by which a tensor is moved from its start, as a share of a random matrix that preserves lengths. Training
+moves about as far.
+"""
 _TOO_LARGE = "the model is too large to be copied"
 
 
+class Unreferenced(Adapted, Protocol):
+    """An adapter of a library's own kind, attached by `method: peft`."""
+
+    starts_as_base: bool
+    """Whether the library promises that the initial output is the base model's."""
+    bases: Callable[[], Mapping[str, nn.Module]]
+    """Maps paths to the layers under the adapter."""
+    reloaded: Callable[[nn.Module], nn.Module]
+    """Saves the adapter, and returns the given model with the saved adapter loaded."""
+
+
 def nudged(subject: Subject, generator: torch.Generator) -> Subject:
-    """Return a copy of the subject with every trainable tensor a little off its start, where gradients are not zero."""
-    adapted: Any = copy.deepcopy(subject.adapted)
+    """Return a copy of the subject with every trainable tensor slightly off its start, where gradients are not zero."""
+    adapted = copy.deepcopy(cast("Unreferenced", subject.adapted))
     with torch.no_grad():
         for tensor in adapted.tensors().values():
             spread = (tensor.numel() / tensor.shape[0]) ** -0.5 if tensor.dim() > 1 else 1.0
@@ -40,25 +52,27 @@ def nudged(subject: Subject, generator: torch.Generator) -> Subject:
 
 
 def is_copyable(subject: Subject) -> bool:
-    """Say whether the model may be copied, also to float64."""
+    """Return whether the model may be copied, also to float64."""
     return sum(p.numel() for p in subject.model.parameters()) <= LARGEST_COPY
 
 
 @check(in_cell=[CellStage.ATTACHED], reference=Reference.ABSENT)
 def check_reference(subject: Subject, case: Case) -> CheckResult:
-    """There is a reference of the Method to compare with. Where there is none (`method: peft`) this is skipped, no time of
-    the Cell is shown, and only the checks that need none are tried: base, start, repeats, untouched, reached, reload,
-    merge_itself.
+    """The Method has a reference to compare with.
+
+    An adapter without one (`method: peft`) skips this check, shows no times, and is tried only by the checks that
+    need no reference.
     """
     return skipped(subject, case, "reference", NO_REFERENCE)
 
 
 @check(in_cell=[CellStage.START], reference=Reference.ABSENT)
 def check_start(subject: Subject, case: Case) -> CheckResult:
-    """At its start the adapted model computes what the base model computes, where the library says so: to the last bit, or
-    within twice what the base model itself loses in its dtype.
+    """At its start the adapted model computes what the base model computes, if its library promises that.
+
+    To the last bit, or within twice what the base model itself loses in its dtype.
     """
-    adapted: Any = subject.adapted
+    adapted = cast("Unreferenced", subject.adapted)
     if not adapted.starts_as_base:
         return skipped(subject, case, "start", "this method or its config starts elsewhere than the base model")
     mine, base = {"logits": _run(case, subject.model)}, {"logits": _given(case.base_output)}
@@ -78,7 +92,7 @@ def check_repeats(subject: Subject, case: Case) -> CheckResult:
 
 @check(in_cell=[CellStage.WARM], reference=Reference.ABSENT)
 def check_untouched(subject: Subject, case: Case) -> CheckResult:
-    """A forward and a backward pass of the whole model change no weight and no buffer of it."""
+    """A forward and a backward pass of the whole model change no weight and no buffer."""
     before = {name: t.detach().clone() for name, t in _weights(subject.model).items()}
     _observed(subject, case)
     return judged(subject, case, "untouched", exact(_weights(subject.model), before))
@@ -86,8 +100,9 @@ def check_untouched(subject: Subject, case: Case) -> CheckResult:
 
 @check(in_cell=[CellStage.WARM], reference=Reference.ABSENT)
 def check_reached(subject: Subject, case: Case) -> CheckResult:
-    """Away from the start every trainable tensor gets a gradient that is finite and not all zero. What only scales a bias
-    that is zero has none there, and is looked at over biases that are not.
+    """Away from the start every trainable tensor gets a finite gradient that is not all zero.
+
+    A tensor that only scales a bias of zeros has no gradient there; it is tried again over biases that are not zero.
     """
     odd = _unreached(subject, case)
     if odd and is_copyable(subject):
@@ -100,7 +115,7 @@ def check_reached(subject: Subject, case: Case) -> CheckResult:
 
 
 def _unreached(subject: Subject, case: Case) -> dict[str, str]:
-    """Map each trainable tensor that does not get a gradient as it should to what it gets."""
+    """Map each trainable tensor without a usable gradient to a description."""
     seen, odd = _observed(subject, case), {}
     for name in subject.adapted.tensors():
         gradient = seen.get(f"grad {name}")
@@ -115,8 +130,8 @@ def _unreached(subject: Subject, case: Case) -> dict[str, str]:
 
 @torch.no_grad()
 def _without_zeros(subject: Subject, generator: torch.Generator) -> Subject:
-    """Return a copy of which no frozen parameter is zero throughout."""
-    adapted: Any = copy.deepcopy(subject.adapted)
+    """Return a copy in which no frozen parameter consists of zeros."""
+    adapted = copy.deepcopy(cast("Unreferenced", subject.adapted))
     trains = {id(t) for t in adapted.tensors().values()}
     for parameter in adapted.model.parameters():
         if id(parameter) not in trains and parameter.is_floating_point() and not bool(parameter.any()):
@@ -127,25 +142,27 @@ def _without_zeros(subject: Subject, generator: torch.Generator) -> Subject:
 
 @check(in_cell=[CellStage.WARM], reference=Reference.ABSENT)
 def check_reload(subject: Subject, case: Case) -> CheckResult:
-    """Saved by the library and loaded by it into the base model, the adapter gives the same logits, to the last bit."""
+    """An adapter that its library saves and loads into the base model gives the same logits, to the last bit."""
     if subject.original.model is None:
         return skipped(subject, case, "reload", _TOO_LARGE)
-    adapted: Any = subject.adapted
+    adapted = cast("Unreferenced", subject.adapted)
     again = adapted.reloaded(copy.deepcopy(subject.original.model)).eval()
     return judged(subject, case, "reload", exact({"logits": _run(case, again)}, {"logits": _run(case, subject.model)}))
 
 
 @check(in_cell=[CellStage.WARM, CellStage.TRAINED], reference=Reference.ABSENT)
 def check_merge_itself(subject: Subject, case: Case) -> CheckResult:
-    """Merged, the model computes what it computed unmerged, whatever then becomes of the adapter; unmerged again it follows
-    its adapter: within twice what the model loses in its dtype, or by weights that are rounded once more. On a copy.
+    """The merged model computes what the unmerged model computed, and the model unmerged again follows its adapter.
+
+    Within twice what the model loses in its dtype, or by weights that are rounded once more. The merged model no
+    longer depends on the adapter. Tried on a copy.
     """
     if not is_copyable(subject):
         return skipped(subject, case, "merge_itself", _TOO_LARGE)
-    wide, near, mine = (copy.deepcopy(subject.adapted) for _ in range(3))
+    wide, near, mine = (copy.deepcopy(cast("Unreferenced", subject.adapted)) for _ in range(3))
     wide.model.double()
     _round_once_more(near, subject.dtype, case.generator(salt=4))
-    draws = [_logits(case, subject.adapted), _logits(case, near)]
+    draws = [_logits(case, cast("Unreferenced", subject.adapted)), _logits(case, near)]
     try:
         mine.merge()
         held = [(t, t.detach().clone()) for t in _beside_the_base(mine)]
@@ -177,7 +194,7 @@ def check_merge_itself(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "merge_itself", verdict, "" if verdict.passed else "after unmerging")
 
 
-def _logits(case: Case, adapted: Any) -> dict[str, Tensor]:
+def _logits(case: Case, adapted: Unreferenced) -> dict[str, Tensor]:
     return {"logits": _run(case, adapted.model)}
 
 
@@ -188,8 +205,8 @@ def _scale(tensors: Iterable[Tensor], factor: float) -> None:
 
 
 @torch.no_grad()
-def _round_once_more(adapted: Any, dtype: str, generator: torch.Generator) -> None:
-    """Move every weight under the adapter by up to half a unit in the last place: so much is lost by writing into it."""
+def _round_once_more(adapted: Unreferenced, dtype: str, generator: torch.Generator) -> None:
+    """Move every weight under the adapter by up to half a unit in the last place: the loss of writing into it."""
     trains = {id(t) for t in adapted.tensors().values()}
     for base in adapted.bases().values():
         for weight in base.parameters():
@@ -197,8 +214,10 @@ def _round_once_more(adapted: Any, dtype: str, generator: torch.Generator) -> No
                 weight.copy_(perturbed(weight.double(), dtype, generator))
 
 
-def _beside_the_base(adapted: Any) -> list[Tensor]:
-    """List what trains and is not, once merged, the base's own: merging LayerNorm tuning puts it in the base's place."""
+def _beside_the_base(adapted: Unreferenced) -> list[Tensor]:
+    """List the trainable tensors that are not the base's own once merged: merging LayerNorm tuning replaces the
+    base's.
+    """
     own = {id(p) for base in adapted.bases().values() for p in base.parameters()}
     return [t for t in adapted.tensors().values() if id(t) not in own]
 

@@ -1,4 +1,4 @@
-"""VeRA's own: the frozen projections are made from a key, and so can be made again."""
+"""Check of VeRA's frozen projections, which are made from a key."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from harness.records.record import CheckResult
 
 @check()
 def check_projections(subject: Subject, case: Case) -> CheckResult:
-    """A and B are the reference's, to the last bit: drawn from the key alone and shared by all layers, so that a checkpoint
-    needs to hold the key only. Another key gives others  (VeRA, section 3.1).
+    """VeRA's A and B equal the reference's, to the last bit.
+
+    They are drawn from the key alone and shared by all layers, so that a checkpoint needs only the key. Another key
+    gives other projections  (VeRA, section 3.1).
     """
     again = case.attach_again()
     other = None if again is None else case.attach_again(projection_key=subject.config.projection_key + 1)
     if again is None or other is None:
-        return skipped(subject, case, "projections", "the case cannot attach anew")
+        return skipped(subject, case, "projections", "the case cannot attach again")
     mine, second, strange = (_projections(s.state()) for s in (subject, again, other))
     if not mine:
         return skipped(subject, case, "projections", "the implementation does not show its projections in state()")

@@ -1,4 +1,4 @@
-"""How a check says what it found."""
+"""Results of checks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness.records.record import CheckResult, Outcome
 
 
 class Named(Protocol):
-    """What is judged: an implementation of a Method or of an Operation, in some dtype."""
+    """A subject: an implementation of a Method or of an Operation, in one dtype."""
 
     @property
     def method(self) -> str:
@@ -25,7 +25,7 @@ class Named(Protocol):
 
 
 def judged(subject: Named, case: Case, name: str, judgement: Judgement, detail: str = "") -> CheckResult:
-    """Return a judgement as the result of the check `name`; one that could not decide as skipped, with the reason."""
+    """Return a judgement as the result of the check `name`. One that could not decide is a skip with its reason."""
     if not judgement.decided:
         return skipped(subject, case, name, judgement.worst)
     return CheckResult(
@@ -42,7 +42,7 @@ def judged(subject: Named, case: Case, name: str, judgement: Judgement, detail: 
 
 
 def listed(subject: Named, case: Case, name: str, odd: Sequence[str], otherwise: str = "") -> CheckResult:
-    """Return a pass if nothing is odd; else a failure that says the first few things that are."""
+    """Return a pass if `odd` is empty, else a failure with the first few of its sentences. otherwise: detail of a pass."""
     return CheckResult(
         check=identifier(subject, case, name),
         outcome=Outcome.FAIL if odd else Outcome.PASS,
@@ -54,7 +54,7 @@ def listed(subject: Named, case: Case, name: str, odd: Sequence[str], otherwise:
 
 
 def skipped(subject: Named, case: Case, name: str, because: str) -> CheckResult:
-    """Return that the check does not apply, and why."""
+    """Return a skip with its reason."""
     return CheckResult(check=identifier(subject, case, name), outcome=Outcome.SKIPPED, detail=because)
 
 
@@ -64,5 +64,5 @@ def identifier(subject: Named, case: Case, name: str) -> str:
 
 
 def prefix_tensor(path: str, judgement: Judgement) -> Judgement:
-    """Say at which layer a tensor is."""
+    """Return the judgement with the layer or call in front of the name of its tensor."""
     return replace(judgement, tensor=f"{path}: {judgement.tensor}")

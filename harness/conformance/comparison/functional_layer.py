@@ -1,14 +1,13 @@
-"""A layer of the reference as a function of its tensors: for the Operations that are a layer's forward pass."""
+"""Layer of the reference as a function of its tensors, for Operations that are a layer's forward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.operation import draw
+from harness.conformance.operation import Arguments, draw
 
 
 class Masked(nn.Module):
@@ -24,9 +23,9 @@ class Masked(nn.Module):
 
 
 def apply_layer(layer: nn.Module, x: Tensor, mask: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return layer(x) with `tensors` in the place of the layer's own, and `mask` in that of its dropout.
+    """Return layer(x) with `tensors` in place of the layer's own, and `mask` in place of its dropout.
 
-    The layer's own are parameters, leaves that pass no gradient on: to these it does.
+    Gradients reach `tensors`; the layer's own are leaves, which would pass none on.
     """
     layer.dropout = Masked(mask)
     y: Tensor = torch.func.functional_call(layer, dict(tensors), (x,))
@@ -50,8 +49,8 @@ def draw_inputs(
     *,
     bias: bool,
     dropout: float,
-) -> dict[str, Any]:
-    """Draw what every such layer gets beside its weights: x (*rows, D), bias (E,) or None, mask as x or None.
+) -> Arguments:
+    """Draw the inputs of such a layer apart from its weights: x (*rows, D), bias (E,) or None, mask (like x) or None.
 
     shape: (E, D). dropout: the probability that an element of x is dropped; 0 gives no mask.
     """
@@ -66,7 +65,7 @@ def draw_inputs(
 
 
 def draw_low_rank(dtype: torch.dtype, generator: torch.Generator, shape: Sequence[int], rank: int) -> dict[str, Tensor]:
-    """Draw A (R, D) and B (E, R), neither of them zero: of noise of size 1, B A makes noise of size 1."""
+    """Draw A (R, D) and B (E, R), neither of them zero. For noise of size 1, B A gives noise of size 1."""
     E, D = shape
     return {
         "A": draw(generator, dtype, rank, D, spread=D**-0.5),

@@ -1,4 +1,4 @@
-"""Inputs and incoming gradients for one layer, whatever its kind."""
+"""Inputs and incoming gradients for one layer of any kind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from harness.conformance.subject import DTYPES
 
 SIDE = 5
 IMAGES = 2
-"""Height and width of the images that a convolution gets, and how many: each of their pixels is a token."""
+"""Height and width, and number, of a convolution's input images. Each pixel is a token."""
 
 
 def inputs(base: nn.Module, tokens: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -38,12 +38,12 @@ def inputs(base: nn.Module, tokens: int, dtype: torch.dtype, generator: torch.Ge
 
 
 def cast(x: Tensor, dtype: str) -> Tensor:
-    """Return x in `dtype`; token numbers stay what they are."""
+    """Return x in `dtype`; token numbers are unchanged."""
     return x.to(DTYPES[dtype]) if x.is_floating_point() else x
 
 
 def features(base: nn.Module) -> tuple[int, int]:
-    """Return (D, E) of a linear layer; transformers' Conv1D keeps its weight the other way round."""
+    """Return (D, E) of a linear layer. transformers' Conv1D stores the transposed weight."""
     layer: Any = base
     if isinstance(base, nn.Linear):
         return layer.in_features, layer.out_features
@@ -51,5 +51,5 @@ def features(base: nn.Module) -> tuple[int, int]:
 
 
 def takes_rows(base: nn.Module) -> bool:
-    """Whether the layer maps rows of features to rows of features, whatever the leading dimensions."""
+    """Return whether the layer maps rows of features to rows of features, with any leading dimensions."""
     return not isinstance(base, nn.Embedding | nn.Conv2d)

@@ -1,4 +1,4 @@
-"""A layer of the subject beside the reference's: in float64, and in draws of what a program in its dtype loses."""
+"""Comparison of a layer of the subject with the reference's: in float64, and with draws of rounding errors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from harness.conformance.subject import ReferenceLayer, Subject
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 
 Look = Callable[..., dict[str, Tensor]]
-"""`observe`, or another way of looking at a layer that takes the same."""
+"""`observe`, or another function with its parameters."""
 
 
 class Draws:
-    """Draws of noise that are made when they are asked for, and kept: most judgements need the first only."""
+    """Draws of rounding errors, made on demand and stored: most judgements need only the first."""
 
     def __init__(self, make: Iterator[dict[str, Tensor]]) -> None:
         self._make, self._made = make, list[dict[str, Tensor]]()
@@ -40,7 +40,7 @@ def observe_with_reference(
     training: bool = False,
     look: Look = observe,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Draws]:
-    """Observe the subject's layer, and return that with `reference_runs` on the same input."""
+    """Observe the subject's layer; return this with `reference_runs` on the same input."""
     mine = look(layer, subject.tensors_of(path), x, dy, training=training)
     return mine, *reference_runs(subject, path, x, dy, look=look)
 
@@ -48,7 +48,7 @@ def observe_with_reference(
 def reference_runs(
     subject: Subject, path: str, x: Tensor, dy: Tensor, *, look: Look = observe
 ) -> tuple[dict[str, Tensor], Draws]:
-    """Observe the reference in float64, and draws of what a program in the subject's dtype loses; see `runs_of`."""
+    """Observe the reference in float64, and draws of the errors of a program in the subject's dtype; see `runs_of`."""
     wide, own = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
     return runs_of(wide, own, subject.dtype, x, dy, look=look)
 
@@ -56,11 +56,11 @@ def reference_runs(
 def runs_of(
     wide: ReferenceLayer, own: ReferenceLayer, dtype: str, x: Tensor, dy: Tensor, *, look: Look = observe
 ) -> tuple[dict[str, Tensor], Draws]:
-    """Observe the reference in float64, `wide`, and draws of what a program in `dtype` loses.
+    """Observe the reference in float64, `wide`, and draws of the errors of a program in `dtype`.
 
-    One draw is the reference in that dtype, `own`. It may happen to round to almost nothing, so there are others: the
-    reference in float64 with every number that goes in moved by up to half a unit in the last place of the dtype, as
-    rounding might; `wide` is then left so. look: may change the layer that it is given.
+    The first draw is the reference in that dtype, `own`. It may happen to round to almost nothing. The others are the
+    reference in float64 with every input moved by up to half a unit in the last place of the dtype, as rounding might;
+    `wide` is then left so. look: may change the layer that it observes.
     """
     held = [(t, t.detach().clone()) for t in (*wide.layer.parameters(), *wide.layer.buffers()) if t.is_floating_point()]
     exactly = cast(x, "float64"), dy.double()

@@ -1,4 +1,4 @@
-"""What is compared: a layer's output and gradients, and what a whole model says."""
+"""Observations: a layer's output and gradients, and the output of a whole model."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def observe(
 ) -> dict[str, Tensor]:
     """Run `layer` forward on x (..., D), or on token numbers, and backward from dy (..., E), in training mode or not.
 
-    tensors: canonical short name -> trainable tensor of the layer. Returns `y`, `grad x` and `grad <name>`; a tensor that
-    received no gradient is left out, so that a comparison notices: all of them, if y cannot take dy at all. The layer's
-    gradients are put back afterwards.
+    tensors: canonical short name -> trainable tensor of the layer. Returns `y`, `grad x` and `grad <name>`. A tensor
+    without a gradient is left out, so that a comparison notices; all are left out if dy does not fit y. The layer's
+    gradients are restored.
     """
     leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.is_floating_point())
     with preserved_state(layer, tensors, training):
@@ -35,7 +35,7 @@ def observe(
 
 @contextmanager
 def preserved_state(layer: nn.Module, tensors: Mapping[str, Tensor], training: bool) -> Iterator[None]:
-    """Put `layer` into training mode or not, its tensors without gradients; afterwards both are what they were."""
+    """Set the training mode of `layer` and remove the gradients of its tensors; restore both afterwards."""
     held, was_training = {name: t.grad for name, t in tensors.items()}, layer.training
     layer.train(training)
     for tensor in tensors.values():
@@ -49,10 +49,10 @@ def preserved_state(layer: nn.Module, tensors: Mapping[str, Tensor], training: b
 
 
 def inference(model: nn.Module, forward: Callable[[Any], Tensor]) -> Callable[[], Tensor]:
-    """Return a function that returns `forward(model)`, with nothing requiring a gradient meanwhile.
+    """Return a function that returns `forward(model)` while nothing requires a gradient.
 
-    torch picks another, differently rounded matrix product where something does, even in inference mode, and that
-    difference is not the adapter's.
+    Otherwise torch picks another matrix product, also in inference mode, whose rounding differences are not the
+    adapter's.
     """
 
     def run() -> Tensor:

@@ -1,22 +1,24 @@
-"""An Operation called: forward, backward, and its outputs judged."""
+"""Call of an Operation: forward, backward, and the judgement of its outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed
-from harness.conformance.operation import OperationSubject, cloned, mapped
+from harness.conformance.operation import Arguments, OperationSubject, cloned, mapped
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 
+_T = TypeVar("_T")
+
 
 def judge(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> tuple[Judgement, str]:
-    """Judge outputs by the Operation's own rule, or by the noise floor; first of all their form."""
+    """Judge outputs by the Operation's own rule, or by the noise floor; before that their dtype, shape and device."""
     own = _reference(subject, subject.arguments)
     if (odd := ill_formed(mine, own)) is not None:
         return odd, ""
@@ -33,7 +35,7 @@ def judge(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> tup
 
 
 def ill_formed(mine: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Judgement | None:
-    """Return a failure for the first tensor that has not the dtype, the shape and the device of the reference's own."""
+    """Return a failure for the first tensor whose dtype, shape or device differs from the reference's."""
     for name in mine.keys() & own.keys():
         forms = ({"dtype": t.dtype, "shape": tuple(t.shape), "device": t.device} for t in (mine[name], own[name]))
         for (part, have), want in zip(next(forms).items(), next(forms).values(), strict=True):
@@ -43,16 +45,16 @@ def ill_formed(mine: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Judgeme
 
 
 def judgements(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> Iterator[tuple[Judgement, str]]:
-    """Judge outputs by all rules that there are for them."""
+    """Judge outputs by all rules of the Operation."""
     yield judge(subject, mine, case)
     if subject.operation.codes is not None:
         yield subject.operation.codes(mine, subject.arguments)
 
 
 def forward(
-    subject: OperationSubject, function: Callable[..., Any], dtype: torch.dtype
+    subject: OperationSubject, function: Callable[..., object], dtype: torch.dtype
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Call `function` on the arguments in `dtype`; return the first output, and the leaves that its gradients reach."""
+    """Call `function` on the arguments in `dtype`; return the first output, and the leaves that gradients reach."""
     given = cloned(subject.arguments, {DTYPES[subject.dtype]: dtype})
     leaves = {n: t for n, t in flatten(given).items() if n.partition("[")[0] in subject.operation.differentiable}
     for leaf in leaves.values():
@@ -61,29 +63,29 @@ def forward(
 
 
 def backward(y: Tensor, leaves: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
-    """Send a gradient backward from `y`; return what reaches the leaves, zeros where nothing does."""
+    """Send a gradient backward from `y`; return the gradients of the leaves, zeros if there is none."""
     dy = torch.randn(y.shape, generator=case.generator(salt=3), dtype=torch.float64)
     y.backward(dy.to(y.device, y.dtype))
     return {f"grad {n}": torch.zeros_like(t) if t.grad is None else t.grad for n, t in leaves.items()}
 
 
 def gradients(
-    subject: OperationSubject, function: Callable[..., Any], dtype: torch.dtype, case: Case
+    subject: OperationSubject, function: Callable[..., object], dtype: torch.dtype, case: Case
 ) -> dict[str, Tensor]:
-    """Return the gradients that reach the differentiable arguments, all of it in `dtype`."""
+    """Return the gradients of the differentiable arguments, computed in `dtype`."""
     return backward(*forward(subject, function, dtype), case)
 
 
-def map_floats(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Change every floating tensor inside arguments, but single numbers."""
+def map_floats(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
+    """Apply `change` to every floating tensor inside arguments, except single numbers."""
 
-    def one(it: Any) -> Any:
+    def one(it: object) -> object:
         return change(it) if isinstance(it, Tensor) and it.is_floating_point() and it.dim() else it
 
     return mapped(value, one)
 
 
-def flatten(value: Any, name: str = "") -> dict[str, Tensor]:
+def flatten(value: object, name: str = "") -> dict[str, Tensor]:
     """Name every tensor inside arguments: `x`, `As[0]`."""
     if isinstance(value, Tensor):
         return {name: value}
@@ -97,10 +99,10 @@ def flatten(value: Any, name: str = "") -> dict[str, Tensor]:
     return found
 
 
-def _perturbed(exactly: Any, dtype: str, generator: torch.Generator) -> Any:
-    """Return arguments in float64 whose elements are off by what rounding them to `dtype` may take."""
+def _perturbed(exactly: Arguments, dtype: str, generator: torch.Generator) -> Arguments:
+    """Return arguments in float64 with elements moved by up to the rounding error of `dtype`."""
     return map_floats(exactly, lambda t: perturbed(t, dtype, generator) if t.dtype == torch.float64 else t)
 
 
-def _reference(subject: OperationSubject, arguments: dict[str, Any]) -> dict[str, Tensor]:
+def _reference(subject: OperationSubject, arguments: Arguments) -> dict[str, Tensor]:
     return subject.operation.named(subject.operation.reference(**cloned(arguments)))

@@ -1,4 +1,4 @@
-"""How the codes of a packed weight are judged: whole, or where they would fill the memory piece by piece."""
+"""Judgement of the codes of a packed weight: whole, or in pieces where memory is short."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ _SAME = Judgement(True, 0.0, 0.0, "codes", "", "exact", 0)
 
 
 def judge(form: PackedLayer, want: ExpectedCodes, bias: Tensor | None) -> tuple[Judgement, int]:
-    """Judge a packed weight and its bias; also return how many codes were excused as ties (see the check `codes`)."""
+    """Judge a packed weight and its bias. Also return the number of codes that are excused as ties (see the check
+    `codes`).
+    """
     have, expected, ties = _comparable(form, want)
     if want.bias is not None:
         expected["bias"] = want.bias
@@ -30,9 +32,9 @@ def judge(form: PackedLayer, want: ExpectedCodes, bias: Tensor | None) -> tuple[
 
 
 def judge_in_pieces(form: PackedLayer, layer: nn.Linear, bias: Tensor | None) -> tuple[Judgement, int]:
-    """Judge by the dense `layer` itself, and hold no more than `PIECE` of its weights' codes at a time.
+    """Judge by the dense `layer` itself, with the codes of no more than `PIECE` weights at a time in memory.
 
-    bias: of the packed layer. Returns what `judge` does.
+    bias: of the packed layer. Returns as `judge`.
     """
     flat = layer.weight.detach().flatten()
     n = flat.numel()
@@ -63,7 +65,7 @@ def judge_in_pieces(form: PackedLayer, layer: nn.Linear, bias: Tensor | None) ->
 
 
 def _near_tie(W: Tensor, asked: Tensor) -> Tensor:
-    """Return the mask of `nf4.near_tie`, in the blocks of the elements `asked` for; elsewhere False. It is in float64."""
+    """Return the mask of `nf4.near_tie`, computed only in the blocks that contain a requested element; elsewhere False."""
     rows, wanted = (torch.nn.functional.pad(t, (0, -len(W) % _BLOCK)).view(-1, _BLOCK) for t in (W, asked))
     mask = torch.zeros_like(wanted)
     some = wanted.any(1)
@@ -72,7 +74,9 @@ def _near_tie(W: Tensor, asked: Tensor) -> Tensor:
 
 
 def _comparable(form: PackedLayer, want: ExpectedCodes) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
-    """Return what must be equal, on both sides, and how many codes were excused. A double-quantised absmax is not in it."""
+    """Return the tensors that must be equal, on both sides, and the number of excused codes. A double-quantised absmax
+    is left out.
+    """
     codes = nf4.unpack(form.data, want.codes.numel())
     tied = want.near_tie & ((codes.int() - want.codes.int()).abs() == 1)
     zero = (want.absmax == 0) & (form.absmax.abs() <= torch.finfo(torch.float32).tiny)

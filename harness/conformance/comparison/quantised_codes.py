@@ -1,4 +1,4 @@
-"""Codes and the constants of their blocks: how they are judged, and the values that bring out what is wrong with them."""
+"""Codes and constants of blocks: their judgement, and input values that reveal wrong ones."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from harness.conformance.comparison.tolerance_policies import Judgement, exact
+from harness.conformance.operation import Arguments
 from reference.operations import nf4
 
 Kind = Literal["normal", "levels", "ties", "zeros", "zero-blocks", "scales", "tiny", "huge", "nan", "infinity"]
 UNCOMPARED = -1.0
-"""Stands on both sides where a value says nothing: absmax is never below 0."""
+"""Placeholder on both sides where a value does not matter; a real absmax is never below 0."""
 
 
 def values(
@@ -21,9 +22,9 @@ def values(
 ) -> Tensor:
     """Return a tensor to quantise.
 
-    levels: the values of the code, of which `levels` and `ties` (halfway between two neighbours) are made, at an absmax of
-    1 that makes every division exact. scales: blocks of sizes a hundred thousand apart. tiny: below the smallest normal
-    float32. nan, infinity: one such element in the second block, or the first if there is no other.
+    levels: the values of the code, from which `levels` and `ties` (halfway between two neighbours) are made, at an
+    absmax of 1 that makes every division exact. scales: block sizes a hundred thousand apart. tiny: below the smallest
+    normal float32. nan, infinity: one such element in the second block, or in the first if there is no other.
     """
     drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
     flat = drawn.flatten()
@@ -50,11 +51,11 @@ def values(
 def judge_codes(
     mine: Mapping[str, Tensor], want: tuple[Tensor, Tensor], near_tie: Tensor, block: int, levels: Tensor
 ) -> tuple[Judgement, str]:
-    """Judge `codes` and `absmax` against the reference's; return the judgement and how many codes were excused.
+    """Judge `codes` and `absmax` against the reference's; return the judgement and the number of excused codes.
 
-    What counts is a code's value: FP4's 0 and 8 are both zero. It may be the neighbouring one only where the element is near
-    a tie. In a block of zeros any codes and absmax that come back as zeros will do, and in one with a NaN or an infinity any
-    with an absmax that is not finite: bitsandbytes' back ends differ there.
+    The value of a code counts: FP4's 0 and 8 are both zero. A neighbouring code is excused where the element is near a
+    tie. A block of zeros may have any codes and absmax that decode to zeros; a block with NaN or infinity may have any
+    codes with an absmax that is not finite: bitsandbytes' back ends differ there.
     """
     codes, absmax = want
     levels = levels.to(codes.device)
@@ -77,14 +78,17 @@ def judge_codes(
 
 
 class FourBit:
-    """A 4-bit format's two Operations: arguments, references and how the codes are judged. form: reference.operations.nf4 or fp4."""
+    """The two Operations of a 4-bit format: arguments, references and the judgement of codes.
+
+    form: reference.operations.nf4 or fp4.
+    """
 
     def __init__(self, form: Any) -> None:
         self.form = form
 
     def arguments(
         self, dtype: torch.dtype, generator: torch.Generator, *, shape: Sequence[int], block: int, kind: Kind = "normal"
-    ) -> dict[str, Any]:
+    ) -> Arguments:
         """Draw a tensor to quantise."""
         return {"W": values(kind, shape, block, self.form.codebook(), dtype, generator), "block": block}
 
@@ -93,7 +97,7 @@ class FourBit:
         codes, absmax = self.form.quantize(W, block)
         return self.form.pack(codes), absmax
 
-    def judge(self, outputs: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> tuple[Judgement, str]:
+    def judge(self, outputs: Mapping[str, Tensor], arguments: Arguments) -> tuple[Judgement, str]:
         """Judge packed codes and absmax."""
         W, block = arguments["W"], arguments["block"]
         packed, absmax = self.quantize(W, block)
@@ -106,7 +110,7 @@ class FourBit:
 
     def packed_arguments(
         self, dtype: torch.dtype, generator: torch.Generator, *, shape: Sequence[int], block: int, kind: Kind = "normal"
-    ) -> dict[str, Any]:
+    ) -> Arguments:
         """Draw a packed weight; every code occurs if it is long enough."""
         given = self.arguments(torch.float32, generator, shape=shape, block=block, kind=kind)
         packed, absmax = self.quantize(**given)

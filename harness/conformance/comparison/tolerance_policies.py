@@ -27,23 +27,24 @@ _ROUNDED_SUMS = ("float32", "float64")
 
 @dataclass(frozen=True)
 class Judgement:
-    """The worst tensor of an observation. error and allowed are in the norm that the policy names.
-
-    decided: False where the reference is itself too inaccurate to judge by; `worst` says so.
-    """
+    """The worst tensor of an observation."""
 
     passed: bool
     error: float | None
+    """In the norm that `policy` names; None if it is not finite or nothing could be compared."""
     allowed: float | None
     tensor: str
     worst: str
+    """The worst element, or the reason why the tensor cannot be compared."""
     policy: str
     nonfinite: int
+    """Number of elements that are NaN or infinite."""
     decided: bool = True
+    """False where the reference itself is too inaccurate to judge by; `worst` has the reason."""
 
     @property
     def ratio(self) -> float:
-        """How much of the allowance is used; infinite for a non-finite error."""
+        """The error as a share of the allowance; infinite for a non-finite error."""
         if self.error is None:
             return float("inf")
         return self.error / self.allowed if self.allowed else (0.0 if self.passed else float("inf"))
@@ -56,14 +57,14 @@ def noise_floor(
     dtype: str,
     factor: float = NOISE_FACTOR,
 ) -> Judgement:
-    """Judge against what the reference itself loses in the subject's dtype.
+    """Judge against the error of the reference itself in the subject's dtype.
 
-    truth: the reference in float64; rounded: the reference in `dtype`, or several draws of what it loses, of which the
-    largest counts, no more than are needed to pass. Three errors of each tensor must each stay within a
-    multiple of the reference's own and a floor in units of eps: the relative Frobenius norm of the difference; its
-    largest element, relative to the root mean square (one wrong element of many); and the share of the truth that the
-    difference holds (a slightly wrong factor, which rounding does not give). Missing or surplus tensors fail. A tensor of
-    which the reference itself may lose more than CEILING is not judged.
+    truth: the reference in float64. rounded: the reference in `dtype`, or several draws of its error, of which the
+    largest counts; no more are made than are needed to pass. Three errors of each tensor must stay within a multiple of
+    the reference's own and a floor in units of eps: the relative Frobenius norm of the difference; its largest element,
+    relative to the root mean square (one wrong element of many); and its projection on the truth (a slightly wrong
+    factor, which rounding does not give). Missing or surplus tensors fail. A tensor of which the reference itself may
+    lose more than CEILING is not judged.
     """
     policy = f"noise-floor: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
     if odd := sorted(set(subject) ^ set(truth)):
@@ -77,7 +78,7 @@ def _by_draws(
     policy: str,
     judge: Callable[[Sequence[Mapping[str, _Error]]], Judgement],
 ) -> Judgement:
-    """Judge by the errors of the draws so far, after each, until that passes: no more are made than are needed."""
+    """Judge by the errors of the draws so far, after each, until it passes: no more draws are made than are needed."""
     drawn: list[dict[str, _Error]] = []
     verdict = worst_of([], policy)
     for draw in [rounded] if isinstance(rounded, Mapping) else rounded:
@@ -131,11 +132,11 @@ def carried_noise(
     dtype: str,
     factor: float = CARRIED_FACTOR,
 ) -> Judgement:
-    """Judge what came through many layers, as `noise_floor` judges what came through one.
+    """Judge tensors that passed through many layers, as `noise_floor` judges those of one layer.
 
-    The rounding of one layer is carried on and amplified by all after it, and a whole tensor grows or shrinks with it: so
-    the share of the truth says nothing, and of the reference's own noise one tensor is a single draw. The median over all
-    tensors counts where it is more. rounded: as of `noise_floor`.
+    All following layers carry and amplify the rounding of one layer, and a whole tensor grows or shrinks with it. So the
+    projection on the truth says nothing, and one tensor is a single draw of the reference's own noise: the median over
+    all tensors counts if it is larger. rounded: as in `noise_floor`.
     """
     policy = f"carried-noise: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
     if odd := sorted(set(subject) ^ set(truth)):
@@ -198,7 +199,7 @@ def exact(subject: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Judg
 
 
 def worst_of(judged: list[Judgement], policy: str) -> Judgement:
-    """Return the judgement that uses most of its allowance; an observation of nothing fails."""
+    """Return the judgement that uses most of its allowance. No judgement at all is a failure."""
     if not judged:
         return Judgement(False, None, None, "", "nothing was observed", policy, 0)
     worst = max([j for j in judged if j.decided] or judged, key=lambda j: (not j.passed, j.ratio))
@@ -206,7 +207,7 @@ def worst_of(judged: list[Judgement], policy: str) -> Judgement:
 
 
 def perturbed(value: Tensor, dtype: str, generator: torch.Generator) -> Tensor:
-    """Return `value` with each element moved by up to half a unit in the last place of `dtype`; whole numbers stay."""
+    """Return `value` with each element moved by up to half a unit in the last place of `dtype`; integers are unchanged."""
     if not value.is_floating_point():
         return value
     moves = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.device) - 0.5
@@ -214,7 +215,7 @@ def perturbed(value: Tensor, dtype: str, generator: torch.Generator) -> Tensor:
 
 
 def rows_within(value: Tensor, truth: Tensor, draws: Iterable[Tensor], dtype: str) -> Tensor:
-    """Return which rows of `value` (T, E) are within the noise floor of `truth`: a mask (T,). draws: of what is lost."""
+    """Return a mask (T,) of the rows of `value` (T, E) that are within the noise floor of `truth`. draws: of the error."""
 
     def off(some: Tensor) -> Tensor:
         difference: Tensor = torch.linalg.vector_norm(some.detach().double() - truth.double(), dim=-1)
@@ -233,7 +234,7 @@ def _undecidable(lost: Sequence[str], dtype: str, policy: str) -> Judgement:
 
 
 def _factor(factor: float, tensor: Tensor) -> float:
-    """Return how often the reference's own error is allowed in a tensor of so many numbers."""
+    """Return the factor on the reference's own error for a tensor of this many numbers."""
     return factor * (1 + FEW_NUMBERS / max(1, tensor.numel()))
 
 
@@ -243,11 +244,14 @@ def _largest(errors: Sequence[_Error]) -> _Error:
 
 @dataclass(frozen=True)
 class _Error:
-    """How far a tensor is from the truth, relative to the truth: in norm, in its largest element, along the truth."""
+    """Distance of a tensor from the truth, relative to the truth's norm."""
 
     norm: float
+    """Of the difference."""
     largest: float
+    """Largest element of the difference, times the root of the number of elements."""
     share: float
+    """Projection of the difference on the truth."""
 
     @classmethod
     def of(cls, value: Tensor, truth: Tensor) -> _Error:
@@ -264,9 +268,9 @@ class _Error:
 
 
 def _incomparable(name: str, value: Tensor, truth: Tensor, policy: str, undecided: bool = False) -> Judgement | None:
-    """Return a failure for a tensor that cannot be compared: of another shape, or not finite.
+    """Return a failure for a tensor of another shape, or with elements that are not finite.
 
-    undecided: the reference in this dtype is itself too far off, and may be infinite where it overflows.
+    undecided: the reference in this dtype is itself too inaccurate, and may be infinite where it overflows.
     """
     if value.shape != truth.shape:
         shapes = f"shape {tuple(value.shape)}, should be {tuple(truth.shape)}"
@@ -278,14 +282,14 @@ def _incomparable(name: str, value: Tensor, truth: Tensor, policy: str, undecide
 
 
 def _with_worst_element(judgement: Judgement, subject: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Judgement:
-    """Name the element that is furthest off, in the one tensor that is told of; in each would take longer than judging."""
+    """Add the worst element of the one tensor that is reported; finding it for all would take longer than judging."""
     if judgement.worst or judgement.tensor not in truth:
         return judgement
     return replace(judgement, worst=_describe_worst_element(subject[judgement.tensor], truth[judgement.tensor]))
 
 
 def _describe_worst_element(value: Tensor, truth: Tensor) -> str:
-    """Name the element that is furthest off."""
+    """Return the index of the element with the largest difference, its value and its expected value."""
     difference = (value.detach().double() - truth.detach().double()).abs().nan_to_num(nan=torch.inf)
     if not difference.numel():
         return ""

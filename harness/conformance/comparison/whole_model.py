@@ -1,4 +1,4 @@
-"""The whole model as it trains, beside a copy of it that carries the reference's layers."""
+"""The whole model as it trains, and a copy of it with the reference's layers."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from reference.shared.layers import replace
 
 
 def copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a copy of a model in `dtype`; in float64 one whose experts are multiplied one by one: no grouped product is."""
+    """Return a copy of a model in `dtype`; see `one_by_one`."""
     made = copy.deepcopy(model).to(dtype)
     one_by_one(made, dtype)
     return made
 
 
 def one_by_one(model: Any, dtype: torch.dtype) -> None:
-    """Let the experts of a model in float64 be multiplied one by one."""
+    """Let a model in float64 multiply its experts one by one: grouped products do not exist in float64."""
     if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
 
 
 def reference(subject: Subject, dtype: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return (model, trainable tensors): the model of before attaching in `dtype`, every adapted layer the reference's.
+    """Return (model, trainable tensors): the model before attaching in `dtype`, with the reference's layers in it.
 
-    Whatever the implementation did to the model outside its layers is therefore seen. Raises ValueError if no copy of
-    the original was kept.
+    Changes that the implementation makes outside its layers therefore show. Raises ValueError if there is no copy of the
+    original.
     """
     if subject.original.model is None:
         raise ValueError("the model was too large to be copied before attaching")
@@ -51,9 +51,9 @@ def reference(subject: Subject, dtype: str) -> tuple[nn.Module, dict[str, Tensor
 
 
 def base(subject: Subject, dtype: str) -> nn.Module:
-    """Return the model of before attaching in `dtype`, in eval mode; a packed base is what its codes say.
+    """Return the model before attaching in `dtype`, in eval mode; a packed base is decoded.
 
-    Raises ValueError if no copy of the original was kept.
+    Raises ValueError if there is no copy of the original.
     """
     if subject.original.model is None:
         raise ValueError("the model was too large to be copied before attaching")
@@ -64,7 +64,7 @@ def base(subject: Subject, dtype: str) -> nn.Module:
 
 
 def start(subject: Subject, dtype: str) -> nn.Module:
-    """Return the model of before attaching in `dtype` with the reference attached, at the reference's own start."""
+    """Return the model before attaching in `dtype` with the reference attached, at the reference's own start."""
     model = base(subject, dtype)
     attach_reference(subject.method, model, subject.config, None, torch.Generator().manual_seed(0))
     return model.eval()
@@ -73,7 +73,7 @@ def start(subject: Subject, dtype: str) -> nn.Module:
 def observe(
     model: nn.Module, tensors: Mapping[str, Tensor], subject: Subject, forward: Callable[[nn.Module], Tensor]
 ) -> dict[str, Tensor]:
-    """Run forward and backward; return `logits` and `grad <name>`. The model's own dropout is off, its mode put back."""
+    """Run forward and backward; return `logits` and `grad <name>`. The model's own dropout is off; its mode is restored."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     for path in subject.adapted.layers:

@@ -1,9 +1,9 @@
-"""The small model that `check` attaches to: two layers to adapt, one to leave alone, none as wide as it is high."""
+"""Small model of the parity suites: two layers to adapt, one to leave alone, none square."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ _GEOMETRIES: dict[str, dict[str, Any]] = {
     "conv2d-dilated": {"padding": 2, "dilation": 2},
     "conv2d-reflect": {"padding": 1, "padding_mode": "reflect"},
 }
-"""What a convolution may have beside its kernel, in both layers."""
+"""Options of both convolutions besides their kernel."""
 
 
 class ParityModel(nn.Module):
@@ -74,12 +74,13 @@ def _input(kind: Kind, D: int, generator: torch.Generator, dtype: torch.dtype) -
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def whole(model: Any) -> tuple[Callable[[], Tensor], Callable[[Any], Tensor]]:
+def whole(model: nn.Module) -> tuple[Callable[[], Tensor], Callable[[nn.Module], Tensor]]:
     """Return (run, forward): run the ParityModel itself in eval mode; run a given one, differentiably."""
 
-    def forward(some: Any) -> Tensor:
-        x = model.x.to(some.other.weight.device)
-        y: Tensor = some(x.to(some.other.weight.dtype) if x.is_floating_point() else x)
+    def forward(some: nn.Module) -> Tensor:
+        weight = some.get_parameter("other.weight")
+        x = cast("ParityModel", model).x.to(weight.device)
+        y: Tensor = some(x.to(weight.dtype) if x.is_floating_point() else x)
         return y
 
     return inference(model, lambda some: forward(some.eval())), forward

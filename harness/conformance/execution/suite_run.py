@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from harness.conformance import checks, operations, parity_suite, process_settings
 from harness.conformance.case import Case
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.execution.parity_model import TARGETS, ParityModel, whole
 from harness.conformance.findings.outcomes import CheckOutcome, Execution
-from harness.conformance.operation import OperationSubject
+from harness.conformance.operation import Arguments, OperationSubject
 from harness.conformance.parity_suite import MethodCase, MethodSuite, OperationCase, OperationSuite, ParitySuite
 from harness.conformance.subject import (
     DTYPES,
@@ -135,7 +136,7 @@ def _run_method(runner: CaseRunner, plan: MethodSuite, of: MethodCase, device: t
 def _run_operation(runner: CaseRunner, plan: OperationSuite, of: OperationCase) -> Iterator[CheckOutcome]:
     operation = operations.every()[plan.operation]
 
-    def draw(seed: int) -> dict[str, Any]:
+    def draw(seed: int) -> Arguments:
         return operation.arguments(DTYPES[of.dtype], torch.Generator().manual_seed(seed), **of.values)
 
     subject = OperationSubject(operation, runner.implementation, of.dtype, draw(SEED), lambda: draw(SEED + 1))
@@ -169,7 +170,7 @@ def attach(
         packed: dict[str, PackedLayer] = {}
         expected: dict[str, ExpectedCodes] = {}
         if plan.base:
-            expected = {path: ExpectedCodes.of(layer) for path, layer in bases.items()}
+            expected = {p: ExpectedCodes.of(layer) for p, layer in bases.items() if isinstance(layer, nn.Linear)}
             forms = implementation(model, list(bases), DTYPES[of.dtype])
             packed = {path: PackedLayer(*form) for path, form in forms.items()}
             bases = _adaptable(model, settled)
@@ -187,14 +188,16 @@ def attach(
 
     subject = fresh()
     run_model, forward = whole(subject.model)
+    original = subject.original.model
+    assert original is not None  # noqa: S101  # a parity model is small enough to be copied
     case = Case(
-        "init", tokens=of.shape.tokens, seed=SEED, inputs=run_model, base_output=whole(subject.original.model)[0](),
+        "init", tokens=of.shape.tokens, seed=SEED, inputs=run_model, base_output=whole(original)[0](),
         forward=forward, fresh=fresh, factors=plan.factors(),
     )  # fmt: skip
     return subject, case
 
 
-def _adaptable(model: ParityModel, config: Any) -> dict[str, Any]:
+def _adaptable(model: ParityModel, config: Any) -> dict[str, nn.Module]:
     if hasattr(config, "targets"):
         return {name: model.get_submodule(name) for name in TARGETS}
     return adaptable_layers(model, config)

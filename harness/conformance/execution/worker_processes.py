@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NoReturn
 
 from harness.conformance.execution.worker_protocol import (
     CaseBegun,
@@ -69,12 +69,12 @@ def discover(patience: float = PATIENCE) -> Registry:
             after = {"one of them": f"after importing them all {died}"} if died else {}
             return Registry(there, offered.broken | broken | after)
         if not point:
-            raise HarnessError(f"asking the plug-ins what they offer: {died}", hint="what it said is above")
+            raise HarnessError(f"loading the plug-ins: {died}", hint="its output is above")
         broken[point] = f"importing it: {died}"
         points = [one for one in points if one != point]
 
 
-def _not_callable(*_: Any, **__: Any) -> Any:
+def _not_callable(*_: object, **__: object) -> NoReturn:
     raise RuntimeError("this Implementation was loaded in another process")
 
 
@@ -146,5 +146,5 @@ def run(
 
 
 def _summary(at: Target, tried: Sequence[CheckOutcome], seconds: float) -> str:
-    failed = sum(one.standing is CheckStatus.FAIL for one in tried)
+    failed = sum(one.status is CheckStatus.FAIL for one in tried)
     return f"checked {at[2]} by {at[0]}: {len(tried)} checks, {failed} failed, {seconds:.1f} s"

@@ -1,4 +1,4 @@
-"""Faults of what a call does to another call, and to the process."""
+"""Faults in the effects of a call on other calls and on the process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults of LoRA, and of what every layer-wise Method shares."""
+"""Faults of LoRA, and of all Methods with adapted layers."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def leaves_a_column_unwritten(its: PatchedCopy) -> None:
 
 
 def unwritten(like: Tensor) -> Tensor:
-    """Return zeros, or NaN where torch fills fresh memory with it: what luck makes of a buffer that nobody wrote."""
+    """Return zeros, or NaN where torch fills fresh memory with it: a buffer that is never written."""
     fresh = torch.empty_like(like)
     return torch.where(fresh.isnan(), fresh, 0.0)
 

@@ -1,8 +1,8 @@
-"""The known defects of other people's libraries: data, strict both ways. No torch.
+"""Known defects of libraries: data, strict both ways. No torch.
 
-A failure that an entry explains is a known defect, not a failure: it must be of the entry's checks and cases, and look as
-the entry says. An entry, or one of its checks, that shows in none of its cases although they were tried with a version in
-its range is itself a failure: the library was mended, or the check went blind.
+A failure that an entry explains is a known defect, not a failure: the check and the case must match the entry, and the
+failure must look as the entry describes. If an entry, or one of its checks, shows in none of its cases although they
+were tried with a version in its range, that is a failure: the library was fixed, or the check no longer sees the defect.
 """
 
 from __future__ import annotations
@@ -28,30 +28,33 @@ from harness.resources import data_folder
 
 
 class Defect(FrozenModel):
-    """One thing that a library is known to do otherwise.
-
-    library: its distribution; versions: a range, e.g. `>=0.19`. implementation: who shows it here; target: as what, if
-    only as one of what it offers. checks: patterns of check ids (`dora/zero_rows/*/*`); cases: patterns of the case's
-    words. shows: how the failure looks, as regular expressions of which one is found in what the result says (`said`);
-    none: anyhow, but for an exception, which only an expression that begins with `raised` allows. at_most: the largest
-    error that is the defect's, where any number would look like it. reproduction: a script beside the file of defects
-    that needs only that library and torch. sometimes: where the defect shows by chance or on some machines only, why
-    (strictness then rests with the reproduction).
-    """
+    """One known deviation of a library."""
 
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
     library: str
+    """The distribution."""
     versions: str
+    """A range, e.g. `>=0.19`."""
     implementation: str
+    """Implementation that shows it here."""
     target: str = ""
+    """Target of the implementation; empty for all its targets."""
     checks: list[str] = Field(min_length=1)
+    """Patterns of check ids, e.g. `dora/zero_rows/*/*`."""
     cases: list[str] = Field(default=["*"], min_length=1)
+    """Patterns of the case's name."""
     shows: list[str] = Field(default=[])
+    """Regular expressions, one of which must be found in the tensor, worst element, policy or detail of the failure;
+    without any, every failure matches. An exception needs an expression that begins with `raised`.
+    """
     at_most: float | None = Field(default=None, gt=0)
+    """Largest error of the defect, where any number would look like it."""
     summary: str = Field(min_length=10)
     reproduction: str
+    """Script beside the file of defects that needs only that library and torch."""
     link: str = ""
     sometimes: str = ""
+    """Why the defect shows only by chance or on some machines. Its reproduction then is the strict test."""
 
     @field_validator("versions")
     @classmethod
@@ -73,7 +76,7 @@ class Defect(FrozenModel):
         return value
 
     def matches(self, tried: CheckOutcome, pattern: str = "") -> bool:
-        """Whether this result is of a case in which the defect should show; pattern: in this one of its checks."""
+        """Return whether the defect should show in this outcome. pattern: by this one of its checks."""
         return (
             tried.implementation == self.implementation
             and self.target in ("", tried.target)
@@ -82,7 +85,7 @@ class Defect(FrozenModel):
         )
 
     def explains(self, tried: CheckOutcome) -> bool:
-        """Whether this result is a failure of such a case that looks like the defect."""
+        """Return whether this outcome is a failure that looks like the defect."""
         result, what = tried.result, _description(tried.result)
         if result.outcome is not Outcome.FAIL or not self.matches(tried):
             return False
@@ -92,7 +95,7 @@ class Defect(FrozenModel):
         return small and (not self.shows or any(re.search(one, what) for one in self.shows))
 
     def applies(self) -> bool:
-        """Whether the installed version is in the range."""
+        """Return whether the installed version is in the range."""
         try:
             return version(self.library) in SpecifierSet(self.versions, prereleases=True)
         except PackageNotFoundError:
@@ -115,7 +118,9 @@ def path() -> Path:
 
 @cache
 def known() -> tuple[Defect, ...]:
-    """Read the known defects. Raises SuiteError with every mistake: unknown checks, ids twice, missing reproductions."""
+    """Read the known defects. Raises SuiteError with every mistake: unknown checks, duplicate ids, missing
+    reproductions.
+    """
     file = path()
     document, keys = yaml_lines.load_model(file, _File)
     defects = keys.defects
@@ -138,10 +143,10 @@ def known() -> tuple[Defect, ...]:
 
 
 def explained(tried: Iterable[CheckOutcome], defects: Sequence[Defect]) -> tuple[list[CheckOutcome], list[str]]:
-    """Return the results, failures that a known defect explains marked with the first that does; and the complaints.
+    """Return the outcomes, each failure marked with the first known defect that explains it; and the complaints.
 
-    A complaint is an entry, or some of its checks, of which no case that was tried failed as it says, whatever other entry
-    may explain what failed there.
+    A complaint is a defect, or some of its checks, that showed in none of the cases that were tried, whichever other
+    defect explains the failures there.
     """
     marked = []
     due, shown = set[tuple[str, str]](), set[tuple[str, str]]()
@@ -159,7 +164,7 @@ def explained(tried: Iterable[CheckOutcome], defects: Sequence[Defect]) -> tuple
         if missing and not d.sometimes:
             where = "" if not any((d.id, pattern) in shown for pattern in d.checks) else f" in {', '.join(missing)}"
             complaints.append(
-                f"known defect {d.id} did not show{where} with {d.library} {version(d.library)}: mended there, or the check "
-                f"went blind; narrow it in {path().name} once {d.reproduction} agrees"
+                f"known defect {d.id} did not show{where} with {d.library} {version(d.library)}: it is fixed there, or the "
+                f"check no longer sees it; narrow it in {path().name} once {d.reproduction} agrees"
             )
     return marked, complaints

@@ -1,4 +1,4 @@
-"""One check of one case, and what became of it once the known defects are counted. No torch."""
+"""Outcome of one check of one case, with the known defects taken into account. No torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness.records.check_id import CheckId
 
 
 class CheckStatus(StrEnum):
-    """What a result means: a known defect is a failure that was expected, and is shown as one."""
+    """Status of an outcome: a known defect is an expected failure, and is shown as one."""
 
     PASS = "pass"  # noqa: S105
     KNOWN_DEFECT = "known defect"
@@ -71,7 +71,7 @@ class CheckOutcome(FrozenModel):
         return self.result.id.check
 
     @property
-    def standing(self) -> CheckStatus:
+    def status(self) -> CheckStatus:
         """What the result means."""
         if self.result.outcome is Outcome.FAIL:
             return CheckStatus.KNOWN_DEFECT if self.defect else CheckStatus.FAIL

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from harness.conformance.findings.defects import Defect
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
@@ -14,26 +13,28 @@ from harness.errors import Exit
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What came of it.
-
-    skipped: what was not tried, and why. complaints: known defects that did not show. broken: plug-ins that could not be
-    loaded. defects: those known, of whatever library. plans: target -> its parity suite. software: library -> version.
-    untried: implementations asked for by name, nothing of which could be tried.
-    """
+    """Findings of one run of `check`."""
 
     tried: list[CheckOutcome]
     skipped: dict[str, str] = field(default_factory=dict)
+    """"implementation target" -> why it was not tried."""
     complaints: list[str] = field(default_factory=list)
+    """Known defects that did not show."""
     broken: dict[str, str] = field(default_factory=dict)
+    """Entry point -> why it cannot be loaded."""
     defects: Sequence[Defect] = ()
+    """All known defects, of any library."""
     plans: dict[str, ParitySuite] = field(default_factory=dict)
+    """Target -> its parity suite."""
     software: dict[str, str] = field(default_factory=dict)
+    """Library -> version."""
     interrupted: bool = False
     untried: Sequence[str] = ()
+    """Implementations that were requested by name and not compared at all."""
 
-    def count(self, standing: CheckStatus) -> int:
-        """Count the results of one standing."""
-        return sum(one.standing is standing for one in self.tried)
+    def count(self, status: CheckStatus) -> int:
+        """Count the outcomes of one status."""
+        return sum(one.status is status for one in self.tried)
 
     def shown_defects(self) -> list[Defect]:
         """List the known defects that explain a failure here."""
@@ -42,10 +43,10 @@ class CheckReport:
 
     @property
     def exit(self) -> Exit:
-        """Interrupted is 4; a failure, a broken plug-in or a defect that did not show is 1; an implementation asked for by
-        name, of which nothing was compared, is 4; nothing compared at all is 5.
+        """4 if interrupted; 1 for a failure, a broken plug-in or a known defect that did not show; 4 if an
+        implementation that was requested by name was not compared; 5 if nothing was compared.
 
-        What fails as its library is known to was compared.
+        A failure that a known defect explains counts as compared.
         """
         if self.interrupted:
             return Exit.INFRASTRUCTURE
@@ -57,11 +58,9 @@ class CheckReport:
             Exit.PASS if self.count(CheckStatus.PASS) or self.count(CheckStatus.KNOWN_DEFECT) else Exit.NOTHING_COMPARED
         )
 
-    def document(self) -> dict[str, Any]:
-        """Return everything as JSON can hold it."""
-        rows = [
-            {**one.model_dump(mode="json"), "standing": one.standing.value, "share": one.share} for one in self.tried
-        ]
+    def document(self) -> dict[str, object]:
+        """Return the JSON document."""
+        rows = [{**one.model_dump(mode="json"), "standing": one.status.value, "share": one.share} for one in self.tried]
         return {
             "schema": 2, "exit": int(self.exit), "interrupted": self.interrupted, "software": self.software, "checks": rows,
             "skipped": self.skipped, "complaints": self.complaints, "broken": self.broken, "untried": list(self.untried),

@@ -1,4 +1,4 @@
-"""The matrix of `check`: what stands in each of its fields, and how a failure is told. No torch."""
+"""Matrix of `check`: the content of its fields, and the description of a failure. No torch."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ _WORST_FIRST = (
 
 @dataclass(frozen=True)
 class MatrixField:
-    """One field of the matrix: the worst standing in it, how many results have that, of how many that were compared.
+    """One field of the matrix."""
 
-    share: the worst error of those that passed, as a share of what was allowed; None where nothing was measured.
-    """
-
-    standing: CheckStatus
+    status: CheckStatus
+    """The worst status in it."""
     count: int
+    """Outcomes with that status."""
     total: int
+    """Outcomes that were compared; all outcomes if none was."""
     share: float | None
+    """The worst error of the checks that passed, as a share of the allowance; None if nothing was measured."""
 
 
 def rows(tried: Iterable[CheckOutcome]) -> dict[tuple[str, str], list[CheckOutcome]]:
-    """Group results by (target, implementation), sorted."""
+    """Group outcomes by (target, implementation), sorted."""
     found: dict[tuple[str, str], list[CheckOutcome]] = {}
     for one in tried:
         found.setdefault((one.target, one.implementation), []).append(one)
@@ -40,48 +41,48 @@ def rows(tried: Iterable[CheckOutcome]) -> dict[tuple[str, str], list[CheckOutco
 
 
 def dtypes(tried: Iterable[CheckOutcome]) -> list[str]:
-    """List the dtypes of the results, widest first; all of them if nothing got as far as a dtype."""
+    """List the dtypes of the outcomes, widest first; all dtypes if no outcome has one."""
     return sort_dtypes(one.dtype for one in tried) or list(DTYPES)
 
 
 def sort_dtypes(there: Iterable[str]) -> list[str]:
-    """List each dtype of `there` once, widest first."""
+    """List each dtype once, widest first."""
     found = set(there)
     return [dtype for dtype in DTYPES if dtype in found]
 
 
 def select_dtype(tried: Iterable[CheckOutcome], dtype: str) -> list[CheckOutcome]:
-    """Return what was tried in a dtype, and what befell the whole implementation: a crash is in every field of its row."""
+    """Return the outcomes in a dtype, and those of the whole implementation: a crash is in every field of its row."""
     return [one for one in tried if one.dtype in (dtype, "-")]
 
 
 def summarise(tried: Sequence[CheckOutcome]) -> MatrixField | None:
-    """Sum up one field; None if nothing was tried."""
-    standings = [one.standing for one in tried]
-    worst = next((standing for standing in _WORST_FIRST if standing in standings), None)
+    """Summarise one field; None if nothing was tried."""
+    statuses = [one.status for one in tried]
+    worst = next((status for status in _WORST_FIRST if status in statuses), None)
     if worst is None:
         return None
     compared = (CheckStatus.FAIL, CheckStatus.KNOWN_DEFECT, CheckStatus.PASS)
-    shares = [one.share for one in tried if one.standing is CheckStatus.PASS and one.share is not None]
-    total = sum(s in compared for s in standings) or len(standings)
-    return MatrixField(worst, standings.count(worst), total, max(shares, default=None))
+    shares = [one.share for one in tried if one.status is CheckStatus.PASS and one.share is not None]
+    total = sum(s in compared for s in statuses) or len(statuses)
+    return MatrixField(worst, statuses.count(worst), total, max(shares, default=None))
 
 
 def format_field(field: MatrixField | None) -> str:
-    """Say what stands in a field: the standing, and how much of what was allowed the worst error used."""
+    """Format a field: the status, and the share of the allowance that the worst error used."""
     if field is None:
         return "-"
-    if field.standing is CheckStatus.FAIL:
+    if field.status is CheckStatus.FAIL:
         return f"FAIL {field.count}/{field.total}"
-    if field.standing is CheckStatus.KNOWN_DEFECT:
+    if field.status is CheckStatus.KNOWN_DEFECT:
         return f"defect {field.count}/{field.total}"
-    if field.standing is CheckStatus.PASS:
+    if field.status is CheckStatus.PASS:
         return "ok" if field.share is None else f"ok {field.share:.2f}"
-    return field.standing.value
+    return field.status.value
 
 
 def describe_failure(one: CheckOutcome) -> str:
-    """Say in one line what failed, where, and by how much."""
+    """Describe a failure in one line: check, case, error, place."""
     # A quantisation of the base is checked under a Method, whose name the check's id has.
     base = f" {one.target}" if one.kind == "base" else ""
     return f"FAIL {one.implementation}{base} {one.result.check} ({one.case}): {' '.join(describe(one.result).split())}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.analysis import tracked_metrics
-from harness.errors import Exit, UsageError
+from harness.errors import Exit, UsageError, plural
 from harness.records import store
 from harness.records.record import Status
 from harness.records.store import Run
@@ -48,7 +48,7 @@ def add(names: Sequence[str], folder: Path, night: str | None = None) -> Exit:
     for name in sorted(added.nights):
         new = added.nights[name]
         path = folder / f"{name}.jsonl"
-        print(f"{path}: {new} new row{'s' * (new != 1)}" if new else f"{path}: nothing new")
+        print(f"{path}: {plural(new, 'new row')}" if new else f"{path}: nothing new")
     if Exit.FAIL in added.findings:
         return Exit.FAIL
     if not added.rows:
@@ -113,7 +113,7 @@ def _rows(run: Run, places: dict[str, dict[str, str]], added: Added) -> Iterator
         if record.status is not Status.OK:
             row["status"] = record.status.value
         else:
-            metrics = tracked_metrics.kept(record)
+            metrics = tracked_metrics.tracked(record)
             if metrics.untimed:
                 added.left_out.append(f"no times of {record.cell.label} ({record.cell_id}): {metrics.untimed}")
             row["values"] = dict(sorted(metrics.values.items()))
