@@ -91,14 +91,14 @@ def _shape(address: str, info: ValidationInfo) -> str:
     from harness.errors import UsageError
 
     name = address.removeprefix(shapes.PREFIX)
-    if wrong := shapes.unknown(name):
+    if wrong := shapes.address_problem(name):
         raise ValueError(f"{wrong}; a path begins with ./" if "/" in name or name.endswith(".json") else wrong)
     if not name.startswith(shapes.PATH_STARTS):
         return name
     try:
         path = (info.context or {}).get(FOLDER, Path()) / resources.user_path(name)
         file = path / "config.json" if path.is_dir() else path
-        shapes.read(file)
+        shapes.read_config(file)
     except UsageError as error:
         raise ValueError(f"{error.what}; {error.hint}") from error
     return str(file.resolve())

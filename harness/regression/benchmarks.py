@@ -11,9 +11,12 @@ from harness.analysis.verdict_kind import Verdict, VerdictKind
 from harness.bench.pytest_benchmark import Saved
 from harness.errors import first_names
 
-_WORDS = {
-    Pace.SLOWER: VerdictKind.FAIL, Pace.FASTER: VerdictKind.PASS, Pace.NOT_SLOWER: VerdictKind.PASS, Pace.INCONCLUSIVE: VerdictKind.INCONCLUSIVE,
-}  # fmt: skip
+_KINDS = {
+    Pace.SLOWER: VerdictKind.FAIL,
+    Pace.FASTER: VerdictKind.PASS,
+    Pace.NOT_SLOWER: VerdictKind.PASS,
+    Pace.INCONCLUSIVE: VerdictKind.INCONCLUSIVE,
+}
 _ALWAYS = ("torch", "gpu")
 """What a run says of itself wherever it was in use: without it, it was not."""
 
@@ -94,7 +97,7 @@ def _row(name: str, kept: Sequence[Sequence[float]], new: Sequence[float], margi
     found = judge(kept, new, margin)
     return ComparisonRow(
         FindingKind.SPEED,
-        _WORDS[found.pace],
+        _KINDS[found.pace],
         name,
         (),
         "median round",

@@ -71,6 +71,18 @@ def _unreferenced_note(facts: RunFacts) -> list[str]:
     return [f"{found[0][1]}, nor for what their papers say: {names}."] if found else []
 
 
+def short_notes(facts: RunFacts) -> list[str]:
+    """Return the notes of the comparison for the terminal; the page has the rule and the numbers."""
+    busy = [facts.titles[r.cell_id] for r in facts.latest.values() if contention.busy(r)]
+    if not busy:
+        return _unreferenced_note(facts)
+    names = ", ".join([*busy[:_NAMED], *([f"and {len(busy) - _NAMED} more"] if len(busy) > _NAMED else [])])
+    text = (
+        f"busy: other programs used the CPU, so that these times are too high: {names}. Rule: peft-harness explain busy"
+    )
+    return [*_unreferenced_note(facts), text]
+
+
 def _busy_note(facts: RunFacts) -> list[str]:
     """Return a note with the rule of the flag, where it is shown."""
     found = [f"{facts.titles[r.cell_id]}, {why}" for r in facts.latest.values() if (why := contention.busy(r))]

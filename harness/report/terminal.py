@@ -30,7 +30,7 @@ def summary(f: RunFacts) -> list[str]:
     for j in f.verdict.judgements:
         lines.append(f"{icon(j.verdict.word)} {j.verdict.word.value}: {j.comparison.says}")
         lines.append(f"    {j.verdict.reason}")
-    lines += [f"! {note}" for note in table["notes"]]
+    lines += [f"! {note}" for note in tables.short_notes(f)]
     unreached: dict[str, list[str]] = {}  # the other notes are on the page only
     for record in f.latest.values():
         for note in notes_of_kind(record, NoteKind.UNREACHED_EXPERTS):

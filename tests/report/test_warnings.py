@@ -76,7 +76,7 @@ def test_a_busy_machine_is_said_beside_its_numbers_with_the_rule(good: store.Run
     assert contention.RULE in words
     said = terminal.summary(analyse(run))
     assert [line for line in said if line.endswith("] !") and "lora r=8 [fused]" in line]
-    assert [line for line in said if contention.RULE in line]
+    assert [line for line in said if line.startswith("! busy: ") and "lora r=8 [fused]" in line]
     # Records from before there was CPU time to compare say nothing.
     assert not view.build([analyse(good)])["runs"][0]["comparison"]["notes"]
     assert "busy" not in "\n".join(terminal.summary(analyse(good)))

@@ -163,27 +163,27 @@ def attach(
 
     def fresh(*, seed: int = SEED, square: bool = False, **changed: Any) -> Subject:
         model = built(of.shape.square()) if square else copy.deepcopy(pristine)
-        settled = configure(method, of.config | changed)
-        if hasattr(settled, "targets"):
-            settled = dataclasses.replace(settled, targets=TARGETS)
-        bases = _adaptable(model, settled)
+        resolved = configure(method, of.config | changed)
+        if hasattr(resolved, "targets"):
+            resolved = dataclasses.replace(resolved, targets=TARGETS)
+        bases = _adaptable(model, resolved)
         packed: dict[str, PackedLayer] = {}
         expected: dict[str, ExpectedCodes] = {}
         if plan.base:
             expected = {p: ExpectedCodes.of(layer) for p, layer in bases.items() if isinstance(layer, nn.Linear)}
-            forms = implementation(model, list(bases), DTYPES[of.dtype])
-            packed = {path: PackedLayer(*form) for path, form in forms.items()}
-            bases = _adaptable(model, settled)
+            packed_forms = implementation(model, list(bases), DTYPES[of.dtype])
+            packed = {path: PackedLayer(*form) for path, form in packed_forms.items()}
+            bases = _adaptable(model, resolved)
         original, own = Original.of(model), list(model.parameters())
         generator = torch.Generator().manual_seed(seed)
         if plan.base:
-            adapted = attach_reference(method, model, settled, None, generator)
+            adapted = attach_reference(method, model, resolved, None, generator)
         else:
-            adapted = implementation(model, settled, generator)
-        # Not where config or weights are others, nor on a base of which somebody else might make something else each time.
+            adapted = implementation(model, resolved, generator)
+        # Not for other configs or weights, nor for a base that its implementation may pack differently each time.
         shared = {} if changed or square or plan.base else cache
         return Subject(
-            method, settled, of.dtype, model, adapted, bases, own, original, packed, expected, reference_cache=shared
+            method, resolved, of.dtype, model, adapted, bases, own, original, packed, expected, reference_cache=shared
         )
 
     subject = fresh()

@@ -1,4 +1,4 @@
-"""Result of one run of `check`: outcomes, what was skipped and why, exit code, JSON document. No torch."""
+"""Result of one run of `check`: outcomes, skips with reasons, exit code, JSON document. No torch."""
 
 from __future__ import annotations
 

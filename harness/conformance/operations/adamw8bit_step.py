@@ -1,4 +1,4 @@
-"""adamw8bit_step: one step of AdamW whose two moments are 8-bit codes with an absmax per block of 256."""
+"""adamw8bit_step: one step of AdamW with two moments of 8-bit codes and an absmax per block of 256."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, s
 
 
 def judge_both(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge every code by what the moment is in float64, unless that is within some roundings of the middle of two."""
+    """Judge every code by the moment in float64, unless that is within some roundings of the middle of two levels."""
     judged, details = [], []
     for name, signed in (("m", True), ("v", False)):
         decayed, new = _parts(given, name)
@@ -81,7 +81,7 @@ def judge_both(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgeme
         codes, absmax = quantize_blockwise(value, levels)
         reach = CODE_TIE_EPS * EPSILON["float32"] * (decayed.abs() + new.abs())
         near = near_middle(value, _largest(value), reach, levels.double())
-        # The absmax is judged by `judge`; here it says which blocks are zero.
+        # The absmax is judged by `judge`; here it marks the blocks of zeros.
         mine = {"codes": outputs[name], "absmax": torch.where(absmax == 0, outputs[f"{name}_absmax"], absmax)}
         one, detail = judge_codes(mine, (codes, absmax), near, adamw8bit.BLOCK, levels)
         judged.append(replace(one, tensor=f"{name}: {one.tensor}"))

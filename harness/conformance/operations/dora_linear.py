@@ -1,4 +1,4 @@
-"""dora_linear: DoRA's linear layer with one magnitude per output, and dropout by a mask that is given."""
+"""dora_linear: DoRA's linear layer with one magnitude per output, and dropout by a given mask."""
 
 from __future__ import annotations
 

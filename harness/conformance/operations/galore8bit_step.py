@@ -62,7 +62,7 @@ def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, s
     """Judge W and every absmax by the noise floor of the gradient's dtype, in which the projected gradient is."""
     dtype = given["W"].dtype
     own = next(name for name, one in DTYPES.items() if one == dtype)
-    # A float64 step keeps its constants in float32 all the same.
+    # A float64 step also stores its constants in float32.
     exactly, roundly = (OPERATION.named(reference(**cloned(given, {dtype: to}))) for to in (torch.float64, dtype))
     judged = [noise_floor({"W": outputs["W"]}, {"W": exactly["W"]}, {"W": roundly["W"]}, own)]
     for name in _SIGNED:
@@ -92,7 +92,7 @@ def judge_both(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgeme
         scale, middles = _each(_largest(value), value), (levels[1:] + levels[:-1]).double() / 2
         least, most = (torch.bucketize((value + sign * reach) / scale, middles) for sign in (-1, 1))
         within = (outputs[name] >= least) & (outputs[name] <= most)
-        # The absmax is judged by `judge`; here it says which blocks are zero.
+        # The absmax is judged by `judge`; here it marks the blocks of zeros.
         mine = {
             "codes": torch.where(within, codes, outputs[name]),
             "absmax": torch.where(absmax == 0, outputs[f"{name}_absmax"], absmax),

@@ -1,4 +1,4 @@
-"""lora_linear: a frozen linear layer with LoRA's update, and dropout by a mask that is given."""
+"""lora_linear: a frozen linear layer with LoRA's update, and dropout by a given mask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""multi_lora_linear: one linear layer for a batch whose sequences have LoRA adapters of their own."""
+"""multi_lora_linear: one linear layer for a batch of sequences with LoRA adapters of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""nf4_linear: a linear layer whose frozen weight is packed NF4; the gradient reaches the input alone."""
+"""nf4_linear: a linear layer with a frozen, packed NF4 weight; the gradient reaches only the input."""
 
 from __future__ import annotations
 

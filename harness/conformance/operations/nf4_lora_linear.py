@@ -1,4 +1,4 @@
-"""nf4_lora_linear: LoRA on a linear layer whose weight is packed NF4, as QLoRA's; dropout by a mask that is given."""
+"""nf4_lora_linear: LoRA on a linear layer with a packed NF4 weight, as in QLoRA; dropout by a given mask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""paged_adamw: a few steps of AdamW whose large states are paged: no value changes by it."""
+"""paged_adamw: a few steps of AdamW with paged states, which changes no value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""paged_states: which states of a paged optimizer are paged, wherever the parameters are."""
+"""paged_states: the states of a paged optimizer that are paged, on whichever device the parameters are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vera_linear: VeRA's linear layer, with dropout by a mask that is given."""
+"""vera_linear: VeRA's linear layer, with dropout by a given mask."""
 
 from __future__ import annotations
 
