@@ -109,7 +109,7 @@ class SuiteError(UsageError):
     code = "suite"
 
     def __init__(self, problems: Sequence[Problem], file: str = "suite") -> None:
-        count = f"{len(problems)} mistake{'s' if len(problems) != 1 else ''} in the {file}"
+        count = f"{plural(len(problems), 'mistake')} in the {file}"
         super().__init__("\n".join([count, *(f"  {p}" for p in problems)]))
         self.problems = tuple(problems)
 
@@ -120,7 +120,7 @@ class RefusedError(UsageError):
     code = "refused"
 
     def __init__(self, run: str, problems: Sequence[Problem]) -> None:
-        count = f"{len(problems)} reason{'s' * (len(problems) != 1)} not to make a baseline of it"
+        count = f"{plural(len(problems), 'reason')} not to make a baseline of it"
         super().__init__("\n".join([count, *(f"  {p}" for p in problems)]), where=run)
         self.problems = tuple(problems)
 
@@ -149,6 +149,17 @@ class ImplementationError(HarnessError):
 
     code = "implementation"
     exit_code = Exit.USAGE
+
+
+def plural(count: int, noun: str) -> str:
+    """Return e.g. `1 Cell` or `3 Cells`."""
+    return f"{count} {noun}{'s' if count != 1 else ''}"
+
+
+def first_names(names: Sequence[str], most: int = 3) -> str:
+    """List at most so many names, and the number of the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def closest_match(name: str, known: Iterable[str]) -> str:

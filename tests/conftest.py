@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,23 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
+TIERS = {"e2e", "slow", "cluster", "build", "real"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark a test that runs the whole command in a sandbox as `e2e`."""
+    for item in items:
+        if "sandbox" in getattr(item, "fixturenames", ()) and not TIERS & {mark.name for mark in item.iter_markers()}:
+            item.add_marker("e2e")
+
+
+def shared_folder(factory: pytest.TempPathFactory) -> Path:
+    """Return the temporary folder of the whole session, which all workers of pytest-xdist share."""
+    base = factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tokenizer of the tiny Llama, and nothing else."""
@@ -31,8 +51,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache that holds what the harness makes itself once the first run has made it."""
-    return tmp_path_factory.mktemp("cache")
+    """A cache that holds what the harness generates, once the first run has generated it."""
+    folder = shared_folder(tmp_path_factory) / "cache"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture
@@ -42,10 +64,16 @@ def sandbox(tmp_path: Path, cache: Path) -> Sandbox:
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Finished, store.Run]:
-    """`peft-harness run smoke`, in a folder whose files have the names of modules."""
-    sandbox = make_sandbox(tmp_path_factory.mktemp("smoke"), cache)
-    for name in ("random", "torch", "harness"):
-        (sandbox.folder / f"{name}.py").write_text("raise SystemExit('a file of the current folder was imported')\n")
-    finished = sandbox.command("run", "smoke", "--out", "run")
-    assert sandbox.run_folder.is_dir(), finished.err
-    return finished, sandbox.read()
+    """`peft-harness run smoke`, once for all workers, in a folder whose files have the names of modules."""
+    folder = shared_folder(tmp_path_factory) / "smoke"
+    with (folder.with_suffix(".lock")).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        recorded = folder / "finished.json"
+        if not recorded.exists():
+            sandbox = make_sandbox(folder, cache)
+            for name in ("random", "torch", "harness"):
+                (folder / f"{name}.py").write_text("raise SystemExit('a file of the current folder was imported')\n")
+            recorded.write_text(json.dumps(asdict(sandbox.command("run", "smoke", "--out", "run"))))
+    finished = Finished(**json.loads(recorded.read_text()))
+    assert (folder / "run").is_dir(), finished.err
+    return finished, store.read_run(folder / "run")

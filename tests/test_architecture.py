@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,15 +26,21 @@ VAGUE = {"utils", "util", "common", "base", "manager", "helpers", "helper", "mis
 # Where anything may go wrong that is not ours (a Cell, somebody else's plug-in), and where a fault of the page must not
 # lose its reader the way to what was measured.
 MAY_CATCH_ALL = {
-    "harness/runner/worker.py": 1, "harness/methods/registry.py": 1, "harness/runner/run.py": 1, "harness/conformance/execution/suite_run.py": 1,
-    "harness/conformance/execution/worker.py": 1, "harness/kernels/compile/ahead.py": 2, "harness/kernels/torch/support/compiled.py": 1,
-}  # fmt: skip
+    "harness/runner/worker.py": 1,
+    "harness/methods/registry.py": 1,
+    "harness/runner/run.py": 1,
+    "harness/conformance/execution/suite_run.py": 1,
+    "harness/conformance/execution/worker.py": 1,
+    "harness/kernels/compile/ahead.py": 2,
+    "harness/kernels/torch/support/compiled.py": 1,
+}
 
 
 def name(path: Path) -> str:
     return path.relative_to(TOP).as_posix()
 
 
+@cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
@@ -60,22 +69,25 @@ def test_import_contracts() -> None:
     assert ", 0 broken" in done.stdout
 
 
-@pytest.mark.parametrize("path", sorted((TOP / "reference").glob("*.py")), ids=name)
-def test_the_reference_imports_torch_and_the_standard_library_alone(path: Path) -> None:
-    assert set(imported(path)) <= {"torch", "reference", *sys.stdlib_module_names}
+def imports_only(folder: str, allowed: set[str]) -> None:
+    found = {
+        name(path): set(imported(path)) - allowed - sys.stdlib_module_names for path in (TOP / folder).rglob("*.py")
+    }
+    assert {path: others for path, others in found.items() if others} == {}
 
 
-@pytest.mark.parametrize("path", sorted((TOP / "harness" / "kernels").rglob("*.py")), ids=name)
-def test_kernels_import_torch_triton_and_each_other(path: Path) -> None:
-    assert set(imported(path)) <= {"torch", "triton", "harness", *sys.stdlib_module_names}
+def test_the_reference_imports_torch_and_the_standard_library_alone() -> None:
+    imports_only("reference", {"torch", "reference"})
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name)
-def test_a_file_is_short_and_says_what_it_is(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= MOST_LINES
-    assert ast.get_docstring(ast.parse(text))
-    assert path.stem not in VAGUE
+def test_kernels_import_torch_triton_and_each_other() -> None:
+    imports_only("harness/kernels", {"torch", "triton", "harness"})
+
+
+def test_a_file_is_short_and_says_what_it_is() -> None:
+    assert [name(path) for path in SOURCES if path.read_text(encoding="utf-8").count("\n") > MOST_LINES] == []
+    assert [name(path) for path in SOURCES if not ast.get_docstring(tree(path))] == []
+    assert [name(path) for path in SOURCES if path.stem in VAGUE] == []
 
 
 def test_no_folder_has_a_vague_name() -> None:
@@ -129,28 +141,71 @@ def test_every_check_explains_itself() -> None:
     assert [n for n, check in checks.every().items() if not check.function.__doc__] == []
 
 
-@pytest.mark.parametrize("path", TEST_FILES, ids=name)
-def test_no_tolerance_is_typed_in_a_test(path: Path) -> None:
-    typed = [
-        f"line {node.lineno}"
+def in_tests(wrong: Callable[[ast.Call], bool]) -> list[str]:
+    """Return where the tests call something that is `wrong`."""
+    return [
+        f"{name(path)}:{node.lineno}"
+        for path in TEST_FILES
         for node in ast.walk(tree(path))
-        if isinstance(node, ast.Call)
-        and (
-            any(k.arg in ("rtol", "atol", "rel", "abs", "rel_tol", "abs_tol", "places", "delta") for k in node.keywords)
-            or ast.unparse(node.func).rsplit(".", 1)[-1] in ("allclose", "isclose", "assert_close", "assertAlmostEqual")
-        )
+        if isinstance(node, ast.Call) and wrong(node)
     ]
-    assert typed == []
 
 
-@pytest.mark.parametrize("path", TEST_FILES, ids=name)
-def test_a_skip_has_a_reason_and_nothing_is_rerun(path: Path) -> None:
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("pytest.mark."):
-            mark = node.func.attr if isinstance(node.func, ast.Attribute) else ""
-            assert mark != "flaky"
-            if mark in ("skip", "skipif", "xfail"):
-                assert any(k.arg == "reason" for k in node.keywords), f"line {node.lineno}"
+def test_no_tolerance_is_typed_in_a_test() -> None:
+    keys = {"rtol", "atol", "rel", "abs", "rel_tol", "abs_tol", "places", "delta"}
+    functions = {"allclose", "isclose", "assert_close", "assertAlmostEqual"}
+
+    def typed(call: ast.Call) -> bool:
+        return bool(keys & {k.arg for k in call.keywords}) or ast.unparse(call.func).rsplit(".", 1)[-1] in functions
+
+    assert in_tests(typed) == []
+
+
+def test_a_skip_has_a_reason_and_nothing_is_rerun() -> None:
+    def unexplained(call: ast.Call) -> bool:
+        mark = ast.unparse(call.func).removeprefix("pytest.mark.")
+        reasons = [k for k in call.keywords if k.arg == "reason"]
+        return mark == "flaky" or (mark in ("skip", "skipif", "xfail") and not reasons)
+
+    assert in_tests(unexplained) == []
+
+
+# --- tiers of tests --------------------------------------------------------------------------------------------------
+
+CONFIG = tomllib.loads((TOP / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
+TIERS = {marker.partition(":")[0] for marker in CONFIG["markers"]}
+
+
+def tiers(marks: list[ast.expr]) -> set[str]:
+    return {part.attr for mark in marks for part in ast.walk(mark) if isinstance(part, ast.Attribute)} & TIERS
+
+
+def in_default_tier(path: Path) -> bool:
+    """Whether a file of tests has one that a plain `pytest` runs."""
+    body = tree(path).body
+    whole = [
+        node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"
+    ]
+    return not tiers(whole) and any(
+        isinstance(node, ast.FunctionDef)
+        and node.name.startswith("test_")
+        and not tiers(node.decorator_list)
+        and "sandbox" not in {argument.arg for argument in node.args.args}
+        for node in body
+    )
+
+
+def test_every_package_has_a_test_in_the_default_tier() -> None:
+    packages = {"reference", *(path.parent.name for path in (TOP / "harness").glob("*/__init__.py"))}
+    quick = {path.parent.name for path in TEST_FILES if path.name.startswith("test_") and in_default_tier(path)}
+    assert packages - quick == set()
+
+
+def test_each_tier_is_left_out_by_default_and_run_in_ci() -> None:
+    default = CONFIG["addopts"].partition("-m 'not (")[2].partition(")'")[0]
+    others = re.findall(r'pytest -m "([^"]+)"', (TOP / ".ci" / "run").read_text(encoding="utf-8"))
+    assert set(default.split(" or ")) == TIERS
+    assert others == [default]
 
 
 def test_nothing_runs_on_import() -> None:

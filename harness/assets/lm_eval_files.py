@@ -24,7 +24,7 @@ _NAME = re.compile(r"lm-eval:(?P<task>[\w.+-]+)(?::(?P<filter>[\w.+-]+))?(?:@(?P
 
 
 @dataclass(frozen=True)
-class Named:
+class TaskFile:
     """What `lm-eval:TASK:FILTER@REVISION` stands for; filter and revision may be empty.
 
     path: of the task's YAML. spec: what it says, with its `include` merged in; a function is its name.
@@ -54,7 +54,7 @@ class Named:
         return [Path(str(name)) for name in flat]
 
 
-def find(text: str, folder: Path | None = None) -> Named:
+def find(text: str, folder: Path | None = None) -> TaskFile:
     """Find a task by what a suite calls it; raises UsageError for one that is not there. `folder` is lm-eval's own."""
     match = _NAME.fullmatch(text)
     if match is None:
@@ -66,7 +66,7 @@ def find(text: str, folder: Path | None = None) -> Named:
         close = get_close_matches(name, sorted(known), n=1)
         hint = f"did you mean `{close[0]}`?" if close else "`lm-eval ls tasks` lists them"
         raise UsageError(f"lm-eval has no task `{name}`", hint=hint)
-    return Named(name, match["filter"] or "", match["revision"] or "", path, _read(path))
+    return TaskFile(name, match["filter"] or "", match["revision"] or "", path, _read(path))
 
 
 def tasks_folder() -> Path:

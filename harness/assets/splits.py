@@ -29,13 +29,13 @@ def write(source: Source, folder: Path, progress: Progress) -> None:
     folder.mkdir()
     for split in sorted(set(named.splits.values())):
         # ValueError: a subset or split that the data do not have.
-        with hub.explained(source, DatasetsError, ValueError), _local_explained(source, named):
+        with hub.hub_errors(source, DatasetsError, ValueError), _local_explained(source, named):
             data = datasets.load_dataset(said["dataset_path"], said.get("dataset_name"), split=split, **options)
             data.to_parquet(folder / f"{split}.parquet")
 
 
 @contextmanager
-def _local_explained(source: Source, named: lm_eval_files.Named) -> Iterator[None]:
+def _local_explained(source: Source, named: lm_eval_files.TaskFile) -> Iterator[None]:
     """Turn what is raised for files on this machine into an AssetError: the hub has no part in it. A full disk is none."""
     from datasets.exceptions import DatasetsError
 

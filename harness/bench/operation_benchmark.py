@@ -23,7 +23,7 @@ from harness.conformance.execution import suite_run
 from harness.conformance.findings.outcomes import CheckOutcome
 from harness.conformance.operation import OperationSubject, cloned, mapped
 from harness.conformance.subject import DTYPES
-from harness.errors import Unsupported
+from harness.errors import Unsupported, plural
 from harness.methods.registry import Implementation
 
 CHECKS = ("outputs", "output_codes")
@@ -159,5 +159,5 @@ class OperationBenchmark:
 
 def in_words(size: BenchSize, per_token: bool) -> str:
     """Describe a size: `q_proj 4096x4096, 64 tokens`, the weight as output x input features."""
-    tokens = f", {size.tokens} token{'s' if size.tokens != 1 else ''}" if per_token else ""
+    tokens = f", {plural(size.tokens, 'token')}" if per_token else ""
     return f"{size.layer} {size.E}x{size.D}{tokens}"

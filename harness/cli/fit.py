@@ -59,13 +59,13 @@ def fit(
     `peft-harness list models` shows, a folder with a config.json, or a repository in the local cache of the hub.
     """
     from harness.memory_model import fit as fitting
-    from harness.memory_model import fit_checks
+    from harness.memory_model import fit_search
     from harness.report import fit_table
 
-    request = fitting.ask(model, memory, methods, **choices)
-    counted = fitting.counts(request)
-    document = fitting.answer(request, counted)
+    request = fitting.fit_request(model, memory, methods, **choices)
+    counted = fitting.count_model(request)
+    document = fitting.document_by_formulas(request, counted)
     if not formulas:
-        document = fit_checks.checked(request, counted, document)
+        document = fit_search.search_by_steps(request, counted, document)
     echo(json.dumps(document, indent=1) if as_json else fit_table.as_text(document))
     return Exit.PASS

@@ -37,7 +37,7 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
     if value.isdecimal() and len(value) <= size_units.DIGITS:
         return int(value)
     try:
-        return size_units.parse(value).number_B
+        return size_units.parse_size(value).number_B
     except ValueError as error:
         raise click.BadParameter(str(error)) from error
 

@@ -1,1 +1,1 @@
-"""What training a Method takes in memory, predicted from shapes alone: no weights are read, and nothing trains."""
+"""Prediction of training memory from shapes: no weights are read, and nothing trains."""

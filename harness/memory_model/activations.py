@@ -1,19 +1,19 @@
-"""What a Llama keeps for its backward pass: an estimate by formula. No torch.
+"""Closed-form estimate of the activations that a Llama saves for its backward pass. No torch.
 
-Kept per token and block, in bytes (s: bytes of a number in the model's dtype; D, F, Q, K: features of the residual stream,
-of the MLP, of all queries, of all keys; H heads), read off what autograd saves in transformers' Llama:
+Saved per token and block, in bytes (s: bytes of a number in the model's dtype; D, F, Q, K: features of the residual stream,
+of the MLP, of all queries, of all keys; H heads), as autograd saves in transformers' Llama:
 
     2 norms        2 (4 D + 4)            each its input in float32, and the inverse root
-    attention      s (2 Q + 2 K) + 4 H    q, k, v, output, a logarithm a head: by a kernel that keeps no T x T matrix
+    attention      s (2 Q + 2 K) + 4 H    q, k, v, output, a logarithm per head: by a kernel without a T x T matrix
     MLP            3 s F                  gate, silu(gate), up
 
-and where a Method needs them: each norm's output (s D) where a layer that reads it keeps its input, the MLP's product
-(s F) likewise, each norm's normalised input (s D) where its weight trains, and what the adapted layers themselves keep,
-which is not by formula: each is called on the meta device (`harness.memory_model.counting`). Beside the blocks: the last norm;
-and of the logits themselves, their logarithms and the gradient of these, V (s + 2 max(s, 4)).
+Depending on the Method also: a norm's output (s D) if a layer saves it as its input, the MLP's product (s F) likewise, a
+norm's normalised input (s D) if its weight trains, and the tensors of the adapted layers themselves, measured by a call on
+the meta device (`harness.memory_model.counting`). Outside the blocks: the last norm, and for the logits, their logarithms
+and the gradient of these V (s + 2 max(s, 4)).
 
-Blocks before the first layer that trains keep nothing. With gradient checkpointing each block keeps its input alone, s D,
-and one block at a time is computed again. Not counted: the sines and cosines of positions, which all blocks share.
+Blocks before the first layer that trains save nothing. With gradient checkpointing each block saves only its input, s D, and
+one block at a time is recomputed. Not counted: the sines and cosines of positions, shared by all blocks.
 
 The same count for GPT-2's block in 16 bits is 34 D without the attention's matrix: Korthikanti et al. 2022,
 arXiv:2205.05198, eq. 1.
@@ -24,55 +24,62 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _WIDE = 4
-"""Bytes of float32, in which a Llama normalises whatever its dtype, and in which a loss is taken at least."""
+"""Bytes of float32, the dtype of a Llama's norms and the narrowest dtype of a loss."""
 
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """Features of a Llama. query, key: of all heads together. size: bytes of a number in the model's dtype."""
+    """Sizes of a Llama."""
 
     blocks: int
     hidden: int
+    """Features of the residual stream."""
     mlp: int
+    """Features inside the MLP."""
     query: int
+    """Features of all query heads."""
     key: int
+    """Features of all key heads."""
     heads: int
     vocabulary: int
     size: int
+    """Bytes of a number in the model's dtype."""
 
 
 @dataclass(frozen=True)
 class SavedActivations:
-    """What the layers of one Method keep.
-
-    blocks: those that a gradient reaches: not those before the first layer that trains. before: how many of the four parts
-    of the first of them (norm, attention, norm, MLP) come before that layer. attention, mlp, down: blocks whose q, k or v,
-    whose gate or up, whose down keep their input. norms: norms whose weight trains. last: whether the output layer keeps its
-    input. layers_B: bytes a token that adapted layers keep beside their inputs.
-    """
+    """Activations that the layers of one Method save."""
 
     blocks: int
+    """Blocks that a gradient reaches: those from the first layer that trains on."""
     before: int
+    """Parts (norm, attention, norm, MLP) of the first such block that come before that layer."""
     attention: int
+    """Blocks in which q, k or v saves its input."""
     mlp: int
+    """Blocks in which gate or up saves its input."""
     down: int
+    """Blocks in which down saves its input."""
     norms: int
+    """Norms with a trainable weight."""
     last: bool
+    """Whether the output layer saves its input."""
     layers_B: int
+    """Bytes per token that adapted layers save in addition to their inputs."""
 
 
-def per_token(shape: LlamaShape, kept: SavedActivations, checkpointing: bool = False) -> int:
-    """Return the bytes kept for each token of a batch, logits not counted."""
+def bytes_per_token(shape: LlamaShape, saved: SavedActivations, checkpointing: bool = False) -> int:
+    """Return the bytes saved per token of a batch, without logits."""
     s, norm = shape.size, _WIDE * shape.hidden + _WIDE
     parts = (norm, s * 2 * (shape.query + shape.key) + _WIDE * shape.heads, norm, s * 3 * shape.mlp)
-    inputs = s * (shape.hidden * (kept.attention + kept.mlp + kept.norms) + shape.mlp * kept.down)
-    end = norm + s * shape.hidden * kept.last
-    blocks = kept.blocks * sum(parts) - sum(parts[: kept.before]) + inputs + kept.layers_B
+    inputs = s * (shape.hidden * (saved.attention + saved.mlp + saved.norms) + shape.mlp * saved.down)
+    end = norm + s * shape.hidden * saved.last
+    blocks = saved.blocks * sum(parts) - sum(parts[: saved.before]) + inputs + saved.layers_B
     if checkpointing:
-        return shape.blocks * s * shape.hidden + -(-blocks // max(1, kept.blocks)) + end
+        return shape.blocks * s * shape.hidden + -(-blocks // max(1, saved.blocks)) + end
     return blocks + end
 
 
-def logits_per_token(shape: LlamaShape) -> int:
-    """Return the bytes of logits, their logarithms and the gradient of these for each token that the loss is taken of."""
+def logit_bytes_per_token(shape: LlamaShape) -> int:
+    """Return the bytes of logits, their logarithms and the gradient of these, per token with a loss."""
     return shape.vocabulary * (shape.size + 2 * max(shape.size, _WIDE))

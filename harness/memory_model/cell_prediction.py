@@ -12,27 +12,29 @@ from harness.cell.training import model as models
 from harness.cell.training.batches import Batch
 from harness.cell.training.counted_step import most_tokens
 from harness.errors import HarnessError
-from harness.memory_model import cells, counting, isolated_step
+from harness.memory_model import counting, isolated_step, plan_prediction
 from harness.records.record import Predicted
 
 
 def predict(work: Job, batches: list[Batch]) -> Predicted | str:
-    """Return the predicted memory ledger of a Cell, with the peak of a step over `batches`; or the reason why there is none."""
+    """Return a Cell's predicted memory ledger with the peak of a step over `batches`, or the reason why there is none."""
     try:
-        config = shapes.read(Path(work.model.path) / "config.json", work.model.source.name)
+        config = shapes.read_config(Path(work.model.path) / "config.json", work.model.source.name)
     except HarnessError as error:
         return error.what
     with torch.random.fork_rng(devices=[]):
         checkpoint = work.model.path if work.model.source.scheme != "shape" else ""
-        asked = cells.request(work.cell, config, work.model.source.kind, work.task.labels, checkpoint)
-        counted = counting.answer(asked)
+        request = plan_prediction.count_request(work.cell, config, work.model.source.kind, work.task.labels, checkpoint)
+        counted = counting.answer(request)
     every = work.task.answers is not None and work.task.answers.loss == "all"
-    found = cells.predicted(work.cell, counted, on_cpu=work.device == "cpu", every_token=every)
+    found = plan_prediction.prediction(work.cell, counted, on_cpu=work.device == "cpu", every_token=every)
     if isinstance(found, str) or not batches:
         return found
     if work.device != "cpu":
-        return found.model_copy(update={"no_peak": "of a CPU's kernels only is it known what they keep"})
+        return found.model_copy(update={"no_peak": "the peak is predicted for CPU kernels only"})
     parts = most_tokens(batches, work.cell.training.accumulate)
-    lacks = models.lacks(asked["checkpoint"])
-    peak = isolated_step.peak(work.cell, asked["config"], asked["kind"], parts, isolated_step.bytes_of(batches), lacks)
+    lacks = models.lacks(request["checkpoint"])
+    peak = isolated_step.peak(
+        work.cell, request["config"], request["kind"], parts, isolated_step.bytes_of(batches), lacks
+    )
     return found.model_copy(update=peak)

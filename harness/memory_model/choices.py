@@ -1,4 +1,4 @@
-"""The bases, optimizers and dtypes that a prediction is made for. No torch."""
+"""Bases, optimizers and dtypes of predictions. No torch."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ BASES = get_args(Quantization)
 DTYPES = get_args(Dtype)
 OPTIMIZERS = get_args(Optimizer)
 OWN = "its own"
-"""The base of a Method that makes it: QLoRA's codes, PiSSA's residual."""
+"""Base of a Method that makes its own: QLoRA's codes, PiSSA's residual."""

@@ -1,15 +1,14 @@
-"""The bytes of everything that a training step keeps, counted on a model that is built on the meta device: no weights.
+"""Count the bytes of a training step on a model on the meta device, without weights.
 
-What trains is counted by attaching the reference of each Method, and what an adapted layer keeps for its backward pass by
-calling it; nothing is drawn and nothing computed. `counting_worker` runs it in a process of its own.
+The reference of each Method is attached to count trainable tensors, and each adapted layer is called to count the tensors
+that it saves; nothing is drawn or computed. `counting_worker` runs it in a separate process.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -25,42 +24,27 @@ from harness.conformance.subject import DTYPES, adaptable_layers, attach_referen
 from harness.errors import AssetError, UsageError
 from harness.memory_model import activations, saved_activations, state_sizes
 from harness.memory_model.choices import BASES, OWN
+from harness.memory_model.messages import CountRequest, MethodCount, ModelCount
 from harness.methods import experts
 from harness.methods.peft_config import UNREFERENCED
+from harness.methods.spec import Adapted
 from reference.shared import layers as surgery
 from reference.shared.layers import kind_of
 
 _ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-"""What transformers and the references raise for a config that they cannot build; a prediction is never worth a Cell."""
+"""Errors of transformers and the references for an invalid config; a failed prediction must not stop a Cell."""
 
 
-@dataclass
-class Counted:
-    """What one Method keeps at one rank, in bytes. error: why it cannot be attached; then the rest is empty.
+class SkipRandomDraws(TorchFunctionMode):
+    """Skip draws from a generator: values do not matter here, and draws for a large model take minutes."""
 
-    weights: by base. optimizer: by its name, (on the device, in host memory). step: what exists only while it steps.
-    untouched: weights of experts that do not train.
-    layerwise: what gradients and that take with layer-wise updates: those of the largest tensor alone. activations: a token,
-    (without, with) gradient checkpointing; None where there is no formula for the model.
-    """
-
-    rank: int | None
-    error: str = ""
-    trainable: int = 0
-    untouched: int = 0
-    weights: dict[str, int] = field(default_factory=dict)
-    adapter: int = 0
-    gradients: int = 0
-    optimizer: dict[str, tuple[int, int]] = field(default_factory=dict)
-    step: int = 0
-    layerwise: int = 0
-    activations: tuple[int, int] | None = None
-
-
-class Undrawn(TorchFunctionMode):
-    """Leave out what is drawn from a generator: here no number is looked at, and of a large model draws take minutes."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = dict(kwargs or {})
         if kwargs.pop("generator", None) is None:
             return func(*args, **kwargs)
@@ -74,45 +58,41 @@ def count(
     methods: Mapping[str, list[dict[str, Any]]],
     targets: list[str],
     checkpoint: str = "",
-) -> dict[str, Any]:
-    """Count a model of this config.json in a dtype, for every config of each Method.
+) -> ModelCount:
+    """Count a model for every config of each Method. The arguments are documented in `CountRequest`.
 
-    checkpoint: the folder of an encoder's, for what it lacks trains too; empty: a shape's, which lacks nothing.
-    targets: what a config without its own adapts; empty: every linear layer but those of the output. Where one fits no layer
-    that any Method adapts, only `misfits` comes back: the name, and what is wrong with it.
-    Raises ValueError for a model that transformers does not know, and AssetError for a checkpoint that cannot be read.
+    If a target matches no layer of any Method, the result has only `misfits`. Raises ValueError for a model that
+    transformers does not know, and AssetError for an unreadable checkpoint.
     """
     model, lacks = structure.build(config, kind, DTYPES[dtype]), models.lacks(checkpoint)
     head = head_of(model, kind, lacks)
-    if misfits := structure.of_model(model, targets):
+    if misfits := structure.model_misfits(model, targets):
         return {"misfits": misfits}
     names = targets or default_targets(model)
     total = sum(p.numel() for p in model.parameters())
     shape = saved_activations.llama_shape(model, DTYPES[dtype])
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[MethodCount]] = {}
     for method, configs in methods.items():
         found[method] = []
         for one in configs:
             try:
-                counted = of_method(model, method, one, names, head, DTYPES[dtype])
-            except _ERRORS as error:  # of this config: the others of the model are counted all the same
-                counted = Counted(one.get("rank"), error=_sentence(error))
-                model = structure.build(
-                    config, kind, DTYPES[dtype]
-                )  # of the old one some layers may have been replaced
+                counted = count_method(model, method, one, names, head, DTYPES[dtype])
+            except _ERRORS as error:  # of this config; the others are still counted
+                counted = _failed(one.get("rank"), _sentence(error))
+                model = structure.build(config, kind, DTYPES[dtype])  # the old one may be partly adapted
                 head = head_of(model, kind, lacks)
-            found[method].append(asdict(counted))
+            found[method].append(counted)
     return {
         "parameters": total,
         "targets": names,
         "positions": positions(model),
-        "logits": activations.logits_per_token(shape) if shape else None,
+        "logits": activations.logit_bytes_per_token(shape) if shape else None,
         "methods": found,
     }
 
 
-def default_targets(model: Any) -> list[str]:
-    """Return the names of all linear layers but those of the output: as few last parts of each as fit no other layer."""
+def default_targets(model: nn.Module) -> list[str]:
+    """Return the names of all linear layers except the output: the shortest end of each path that matches no other layer."""
     inner = surgery.targets(model, ("all-linear",), surgery.LINEAR)
     outside = {end for path, _ in model.named_modules() if path not in inner for end in _ends(path)}
     return list(dict.fromkeys(next((end for end in _ends(path) if end not in outside), path) for path in inner))
@@ -125,10 +105,10 @@ def _ends(path: str) -> list[str]:
 
 
 @contextmanager
-def attached(model: Any, method: str, config: Any) -> Iterator[Any]:
-    """Attach the reference of a Method to a model on the meta device, and detach it at the end. Nothing is drawn.
+def attached(model: nn.Module, method: str, config: Any) -> Iterator[Any]:
+    """Attach the reference of a Method to a model on the meta device, without draws, and detach it at the end.
 
-    Raises ValueError for a config that does not fit the model.
+    Raises ValueError for a config that does not match the model.
     """
     adapted = _attach(model, method, config)
     try:
@@ -138,23 +118,30 @@ def attached(model: Any, method: str, config: Any) -> Iterator[Any]:
         model.requires_grad_(False)
 
 
-def _attach(model: Any, method: str, config: Any) -> Any:
-    with Undrawn():
+def _attach(model: nn.Module, method: str, config: Any) -> Adapted:
+    with SkipRandomDraws():
         return attach_reference(method, model, config, None, torch.Generator())
 
 
-def of_method(
-    model: Any,
+def _failed(rank: int | None, error: str) -> MethodCount:
+    return MethodCount(
+        rank=rank, error=error, trainable=0, untouched=0, weights={}, adapter=0, gradients=0, optimizer={}, step=0,
+        layerwise=0, activations=None,
+    )  # fmt: skip
+
+
+def count_method(
+    model: nn.Module,
     method: str,
     config: Mapping[str, Any],
     names: list[str],
     head: Mapping[str, nn.Parameter],
     dtype: torch.dtype,
-) -> Counted:
-    """Attach the reference of a Method, count, and detach it. `names` are the targets where the config has none."""
+) -> MethodCount:
+    """Attach the reference of a Method, count, and detach it. names: targets for a config without its own."""
     rank = config.get("rank")
     if method in UNREFERENCED:
-        return Counted(rank, error=f"there is no reference of `{method}` to count")
+        return _failed(rank, f"there is no reference of `{method}` to count")
     own, shape = {id(p) for p in model.parameters()}, saved_activations.llama_shape(model, dtype)
     knobs = configure(method, {})
     chosen = configure(method, ({"targets": names} if hasattr(knobs, "targets") else {}) | dict(config))
@@ -162,33 +149,35 @@ def of_method(
         chosen = without_head_targets(chosen, adaptable_layers(model, chosen), head)
         adapted = _attach(model, method, chosen)
     except UsageError as error:
-        return Counted(rank, error=error.what)
+        return _failed(rank, error.what)
     except ValueError as error:
-        return Counted(rank, error=str(error))
+        return _failed(rank, str(error))
     layers = {path: layer for path, layer in adapted.layers.items() if not in_head(path, head)}
     added = [t for t in adapted.tensors().values() if id(t) not in own]
     for parameter in head.values():
         parameter.requires_grad_(True)
     trains = list({id(p): p for p in (*adapted.parameters(), *head.values())}.values())
-    of_layers, calls = saved_activations.of_layers(layers, dtype)
+    of_layers, calls = saved_activations.saved_by_layers(layers, dtype)
     every = bytes_of(model_tensors(model)) - bytes_of(added)
     own_optimizer, largest = adapted.optimizer(1e-3, 0.0) is not None, sorted(trains, key=nn.Parameter.numel)[-1:]
-    found = Counted(
+    found = MethodCount(
         rank=rank,
+        error="",
         trainable=sum(p.numel() for p in trains),
         untouched=experts.untouched(model),
         weights=_weights(every, _frozen(layers), calls, dtype),
         adapter=bytes_of(added),
         gradients=bytes_of(trains),
-        optimizer=state_sizes.optimizers(adapted, trains, dtype),
-        step=state_sizes.in_step(trains, dtype, own=own_optimizer),
-        layerwise=bytes_of(largest) + state_sizes.in_step(largest, dtype, own=own_optimizer),
+        optimizer=state_sizes.optimizer_bytes(adapted, trains, dtype),
+        step=state_sizes.bytes_in_step(trains, dtype, own=own_optimizer),
+        layerwise=bytes_of(largest) + state_sizes.bytes_in_step(largest, dtype, own=own_optimizer),
+        activations=None,
     )
     if shape is not None:
-        inside = saved_activations.in_llama(model, of_layers, layers.keys())
-        found.activations = (
-            activations.per_token(shape, inside),
-            activations.per_token(shape, inside, checkpointing=True),
+        inside = saved_activations.sum_over_llama(model, of_layers, layers.keys())
+        found["activations"] = (
+            activations.bytes_per_token(shape, inside),
+            activations.bytes_per_token(shape, inside, checkpointing=True),
         )
     adapted.detach()
     model.requires_grad_(False)
@@ -196,34 +185,35 @@ def of_method(
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the distinct storages under `tensors`, on the meta device too."""
+    """Return the bytes of the distinct storages of `tensors`, on the meta device too."""
     storages = [t.untyped_storage() for t in tensors]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def _weights(every: int, frozen: list[Tensor], calls: bool, dtype: torch.dtype) -> dict[str, int]:
-    """Map each base that the Method can stand on to the bytes of all that is no adapter. frozen: weights under adapters.
+    """Map each base that the Method supports to the bytes of everything except the adapter.
 
-    calls: whether the adapted layers call those under them; else the Method keeps the weights in a form of its own.
+    frozen: weights of the adapted layers. calls: whether the adapted layers call their base layers; otherwise the Method
+    has its own form of the weights.
     """
     if not calls:
         return {OWN: every - bytes_of(frozen)}
     sizes = Counter(weight.numel() for weight in frozen)
-    packed = {base: sum(number * (n * dtype.itemsize - state_sizes.packed(n, base)) for n, number in sizes.items())
+    packed = {base: sum(number * (n * dtype.itemsize - state_sizes.packed_bytes(n, base)) for n, number in sizes.items())
               for base in BASES if base != "none" and sizes}  # fmt: skip
     return {"none": every} | {base: every - saved for base, saved in packed.items()}
 
 
 def _frozen(layers: Mapping[str, Any]) -> list[Tensor]:
-    """List the weights of linear layers that a packed base would keep in 4 bits: those that do not train."""
+    """List the weights of linear layers that a 4-bit base would pack: those that do not train."""
     under = [getattr(layer, "base", layer) for layer in layers.values()]
     return [layer.weight for layer in under if kind_of(layer) in surgery.LINEAR and not layer.weight.requires_grad]
 
 
-def answer(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `count` gives for these arguments, or {"error": why} for a model that cannot be built or counted."""
+def answer(request: CountRequest) -> ModelCount:
+    """Return `count(**request)`, or an `error` for a model that cannot be built or counted."""
     try:
-        return count(**asked)
+        return count(**request)
     except AssetError as error:
         return {"error": error.what}
     except _ERRORS as error:

@@ -1,26 +1,28 @@
-"""One child process, which has torch, counts and takes steps without data for all that is asked. No torch."""
+"""Send requests to one child process with torch, which counts and takes steps on fake tensors. No torch here."""
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.process.supervisor import python_module
 
 TIMEOUT_S = 600.0
+"""Time for all requests together."""
 
 
-def ask(requests: list[dict[str, Any]]) -> list[dict[str, Any]] | str:
-    """Let one child process count for all; return its answers in their order, or why there are none.
+def run_requests(requests: Sequence[Mapping[str, Any]]) -> list[Any] | str:
+    """Send all requests (`harness.memory_model.messages`) to one child process; return its answers, or an error.
 
-    A step without data may take long: where time runs out, there are fewer answers than requests, of all models at least.
+    Answers are in the order of the requests. If time runs out, those of the last steps are missing.
     """
     if not requests:
         return []
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "requests.json"  # the command line would hold few of them
+        file = Path(folder) / "requests.json"  # a command line is too short
         file.write_text(json.dumps(requests), encoding="utf-8")
         with python_module("harness.memory_model.counting_worker", [str(file)], {"HF_HUB_OFFLINE": "1"}) as child:
             code = child.wait(TIMEOUT_S)
@@ -29,5 +31,5 @@ def ask(requests: list[dict[str, Any]]) -> list[dict[str, Any]] | str:
         return f"counting took more than {TIMEOUT_S:.0f} s"
     if code:
         last = child.output.strip().splitlines()
-        return f"the process that counts ended with {code}: {last[-1] if last else 'it said nothing'}"
+        return f"the counting process exited with {code}: {last[-1] if last else 'no output'}"
     return answers

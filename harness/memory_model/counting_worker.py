@@ -1,6 +1,6 @@
-"""Count for one parent process: `python -m harness.memory_model.counting_worker LIFELINE FILE`.
+"""Answer requests of one parent process: `python -m harness.memory_model.counting_worker LIFELINE FILE`.
 
-FILE holds a JSON list of requests. Each answer is one line of JSON on stdout, in the order of the requests.
+FILE has a JSON list of requests (`harness.memory_model.messages`). Each answer is one line of JSON on stdout, in order.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from harness.memory_model import counting, isolated_step
+from harness.memory_model.messages import ModelCount, StepAnswer
 from harness.process.lifeline import die_with_parent
 
 
@@ -19,13 +21,13 @@ def main(argv: list[str]) -> None:
     if hasattr(os, "fork"):
         die_with_parent(int(argv[1]))
     for request in json.loads(Path(argv[2]).read_bytes()):
-        if "largest" in request:
-            answer = isolated_step.largest
-        elif "cell" in request:
-            answer = isolated_step.answer
-        else:
-            answer = counting.answer
-        print(json.dumps(answer(request)), flush=True)
+        print(json.dumps(_answer(request)), flush=True)
+
+
+def _answer(request: Any) -> ModelCount | StepAnswer:
+    if "largest" in request:
+        return isolated_step.search_largest(request)
+    return isolated_step.answer(request) if "cell" in request else counting.answer(request)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The peak of a training step, by a dry step: one of the Cell's own loop on tensors without data, whose bytes are counted.
+"""Compute the peak of a training step by a dry step: the Cell's own loop on fake tensors, with their bytes counted.
 
-It begins where `harness.cell.training.counted_step` does: the optimizer has its states, and there is no gradient. Nothing is
-loaded: a shape of any size will do. Run it in a process of its own (`harness.memory_model.isolated_step`): programs keep tensors in
-caches.
+It begins as `harness.cell.training.counted_step` does: the optimizer has its states, and there is no gradient. Nothing is
+loaded, so a shape may have any size. Run it in a separate process (`harness.memory_model.isolated_step`), because libraries
+cache tensors.
 """
 
 from __future__ import annotations
@@ -33,39 +33,39 @@ from harness.kernels.torch.support import packed_weight
 from harness.kernels.torch.support.compiled import LARGE
 from harness.kernels.torch.support.packed_weight import PackedWeight
 from harness.memory_model import state_sizes
-from harness.memory_model.counting import Undrawn
+from harness.memory_model.counting import SkipRandomDraws
 from harness.memory_model.memory_tracker import MemoryTracker
 from harness.methods.registry import Registry, discover
 from harness.methods.spec import Adapted
 from harness.records.record import Cell
-from reference.shared.layers import replace as put
+from reference.shared.layers import replace as replace_layer
 
 _FEW = (2, 3)
-"""Blocks of the two models that stand for a deeper one: in fewer, one block is the first and the last."""
+"""Blocks of the two models that are extrapolated to a deeper one; with fewer, one block would be first and last."""
 
 
 @dataclass(frozen=True)
-class Question:
-    """A Cell, its model's config.json (`request` of `harness.memory_model.cells` tells of which classes) and kind.
-
-    lacks: names of an encoder's weights that its checkpoint lacks.
-    """
+class DryStep:
+    """A step to take."""
 
     cell: Cell
     config: Mapping[str, Any]
+    """The model's config.json, as in `harness.memory_model.plan_prediction.count_request`."""
     kind: str
+    """`causal` or `encoder`."""
     lacks: frozenset[str] = frozenset()
+    """Names of an encoder's weights that its checkpoint lacks."""
 
 
-class _Fresh(PackedWeight):
-    """A weight in 4 bits that is decoded into fresh memory each time, as libraries do it."""
+class _DecodedAnew(PackedWeight):
+    """A 4-bit weight that is decoded into new memory each time, as libraries do."""
 
     def lent(self, dtype: torch.dtype) -> Tensor:
         return self.decoded(dtype)
 
 
 class _Packed(Nf4Linear):
-    """A layer with a base in 4 bits as it is once packed: packing a large one takes thousands of operations."""
+    """A packed 4-bit layer, made without packing, which takes thousands of operations for a large weight."""
 
     def __init__(self, dense: nn.Linear, compute_dtype: torch.dtype, double: bool) -> None:
         nn.Linear.__init__(self, dense.in_features, dense.out_features, bias=False, device="meta")
@@ -83,17 +83,17 @@ class _Packed(Nf4Linear):
 
     @property
     def packed_weight(self) -> PackedWeight:
-        return _Fresh(**vars(super().packed_weight))
+        return _DecodedAnew(**vars(super().packed_weight))
 
 
 @cache
 def registry() -> Registry:
-    """Return the implementations there are: read once, since that takes as long as many operations of a step."""
+    """Return the installed Implementations, discovered once, because discovery is slow."""
     return discover()
 
 
-def longest(cell: Cell, kind: str, answer: int) -> list[Batch]:
-    """Return the parts of a batch of texts as long as the Cell lets them be. answer: tokens that carry loss, if causal."""
+def longest_batches(cell: Cell, kind: str, answer: int) -> list[Batch]:
+    """Return the parts of a batch of texts of `max_tokens` tokens. answer: tokens with a loss, for a causal model."""
     training = cell.training
     rows, side = -(-training.batch // training.accumulate), "left" if kind == "causal" else "right"
     example = Example(
@@ -102,60 +102,60 @@ def longest(cell: Cell, kind: str, answer: int) -> list[Batch]:
     return [collate([example] * rows, 0, side)] * training.accumulate
 
 
-def peak(question: Question, parts: Sequence[Batch]) -> int:
-    """Return the most bytes that tensors take at one time in a step over `parts`, these and other batches not counted.
+def peak(step: DryStep, parts: Sequence[Batch]) -> int:
+    """Return the peak in bytes of a step over `parts`, without the bytes of batches.
 
-    Of a model of many blocks that are all alike, two of few blocks are taken: each stage's peak is linear in their number.
-    Raises what the libraries raise that cannot do without data.
+    A model with many equal blocks is extrapolated from two models with few: each stage's peak is linear in the number of
+    blocks. Raises the errors of libraries that do not support fake tensors.
     """
-    blocks = _depth(question.config)
-    # The first part finds no gradients, all others do: of these the largest tells the peak.
+    blocks = _depth(step.config)
+    # The first part starts without gradients, all others with them: of these the largest has the peak.
     parts = [*parts[:1], *sorted(parts[1:], key=lambda part: part.padded_tokens)[-1:]]
     if blocks is not None and blocks > max(_FEW):
-        few, more = (_stages(_cut(question, count), parts, alike=True) for count in _FEW)
+        few, more = (_stages(_cut(step, count), parts, alike=True) for count in _FEW)
         if few is not None and more is not None:
             return max(few[s] + (blocks - _FEW[0]) * (more[s] - few[s]) for s in more)
-    whole = _stages(question, parts)
+    whole = _stages(step, parts)
     assert whole is not None  # noqa: S101
     return max(whole.values())
 
 
 def _depth(config: Mapping[str, Any]) -> int | None:
-    """Return how many blocks a model has; None where its config says more of them than their number."""
+    """Return the number of blocks, or None if the config describes blocks one by one."""
     number = next((config[key] for key in shapes.DEPTHS if key in config), None)
     listed = any(isinstance(value, list) and len(value) == number for value in config.values())
     return None if listed or not isinstance(number, int) else number
 
 
-def _cut(question: Question, blocks: int) -> Question:
-    key = next(key for key in shapes.DEPTHS if key in question.config)
-    return replace(question, config={**question.config, key: blocks})
+def _cut(step: DryStep, blocks: int) -> DryStep:
+    key = next(key for key in shapes.DEPTHS if key in step.config)
+    return replace(step, config={**step.config, key: blocks})
 
 
-def _stages(question: Question, parts: Sequence[Batch], alike: bool = False) -> dict[str, int] | None:
-    """Take a step; return the peak of each of its stages. alike: return None where the model's blocks are not all alike."""
-    cell = question.cell
-    model = structure.build(question.config, question.kind, DTYPES[cell.dtype])
+def _stages(step: DryStep, parts: Sequence[Batch], alike: bool = False) -> dict[str, int] | None:
+    """Take a step and return the peak of each stage. alike: return None if the model's blocks are not equal."""
+    cell = step.cell
+    model = structure.build(step.config, step.kind, DTYPES[cell.dtype])
     whole_model.one_by_one(model, DTYPES[cell.dtype])
-    packed_weight.forget()  # what a worker decoded into is none of this step
-    with MemoryTracker() as live, _few_chunks(), _decoded_at_once():
+    packed_weight.forget()  # drop the buffer of decoded weights, which is not part of this step
+    with MemoryTracker() as tracker, _few_chunks(), _decoded_at_once():
         _fill(model)
-        head = head_of(model, question.kind, question.lacks)
+        head = head_of(model, step.kind, step.lacks)
         try:
-            adapted, forms = _attached(question, model, head)
+            adapted, forms = _attached(step, model, head)
         except (ValueError, UsageError):
             if alike:  # a target that only a deeper model has
                 return None
             raise
-        if alike and not _alike(model, _depth(question.config)):
+        if alike and not _alike(model, _depth(step.config)):
             return None
         for parameter in head.values():
             parameter.requires_grad_(True)
         optimizer = _stepped(adapted, list(head.values()), cell)
         layerwise = optimizers.layerwise(optimizer, cell.training)
         model.train()
-        live.attaching = False
-        with models.checkpointing(model, cell.training.checkpointing), _staged(live, model, optimizer):
+        tracker.attaching = False
+        with models.checkpointing(model, cell.training.checkpointing), _staged(tracker, model, optimizer):
             try:
                 loop.step(adapted, parts, optimizer, seed=0)
             except AttributeError as error:
@@ -163,11 +163,11 @@ def _stages(question: Question, parts: Sequence[Batch], alike: bool = False) -> 
                     raise UsageError(said) from error
                 raise
     del forms, layerwise
-    return dict(live.most)
+    return dict(tracker.peaks)
 
 
 def _fill(model: nn.Module) -> None:
-    """Put tensors without data into the place of the model's, which are on the meta device; what is tied stays tied."""
+    """Replace the model's tensors, which are on the meta device, by fake ones; tied tensors stay tied."""
     filled: dict[int, Tensor] = {}
 
     def of(old: Tensor) -> Tensor:
@@ -181,31 +181,31 @@ def _fill(model: nn.Module) -> None:
         tensors: Any
         for tensors in (module._parameters, module._buffers):
             tensors.update({name: of(tensor) for name, tensor in tensors.items() if tensor is not None})
-    del old  # held until now, so that no two had one id
+    del old  # alive until here, so that ids are unique
 
 
-def _attached(question: Question, model: Any, head: Mapping[str, nn.Parameter]) -> tuple[Adapted, list[Any]]:
-    """Put a base in 4 bits under it, and attach the Method; also return what a worker holds of the packing."""
-    cell = question.cell
+def _attached(step: DryStep, model: nn.Module, head: Mapping[str, nn.Parameter]) -> tuple[Adapted, list[Tensor | None]]:
+    """Pack a 4-bit base and attach the Method; also return the constants that a worker stores."""
+    cell = step.cell
     config = configure(cell.method, cell.config)
     matched = adaptable_layers(model, config)
     packed = cell.base.quantization != "none"
     paths = [path for path in matched if not in_head(path, head)]
     config = without_head_targets(config, matched, head)
     del matched
-    forms: list[Any] = []
+    forms: list[Tensor | None] = []
     double = cell.base.quantization == "nf4-dq"
     for path in paths if packed else ():
-        layer: Nf4Linear = _Packed(model.get_submodule(path), DTYPES[cell.dtype], double)
-        if cell.base.implementation == "fused":  # then it is just such a layer, over which `fused` has ways of its own
+        dense = model.get_submodule(path)
+        assert isinstance(dense, nn.Linear)  # noqa: S101
+        layer: Nf4Linear = _Packed(dense, DTYPES[cell.dtype], double)
+        if cell.base.implementation == "fused":  # its own layer, for which `fused` has faster code
             layer.__class__ = Nf4Linear
-        put(model, path, layer)
-        # What a worker holds to judge the codes by: constants that are in 8 bits are decoded in it.
-        forms.append(
-            torch.empty(-(-model.get_submodule(path).weight.numel() * 2 // state_sizes.BLOCK)) if double else None
-        )
+        replace_layer(model, path, layer)
+        # A worker stores the decoded constants for the check of the codes.
+        forms.append(torch.empty(-(-layer.weight.numel() * 2 // state_sizes.BLOCK)) if double else None)
     bases = {path: model.get_submodule(path) for path in paths}
-    with Undrawn(), _converting():
+    with SkipRandomDraws(), _converting():
         implementation = registry().find("method", cell.method, cell.implementation)
         adapted = implementation(model, config, torch.Generator())
     release(unused(cell.method, adapted, bases))
@@ -214,7 +214,7 @@ def _attached(question: Question, model: Any, head: Mapping[str, nn.Parameter]) 
 
 @contextmanager
 def _converting() -> Iterator[None]:
-    """Let `module.to(dtype)` write to parameters without data; torch would swap them, which weak references forbid."""
+    """Let `module.to(dtype)` write to fake parameters; torch would swap them, which fails with weak references."""
 
     def become(old: Tensor, new: Tensor) -> None:
         old.data = new.data
@@ -228,7 +228,7 @@ def _converting() -> Iterator[None]:
 
 
 def _stepped(adapted: Adapted, head: list[nn.Parameter], cell: Cell) -> torch.optim.Optimizer:
-    """Return the Cell's optimizer after a step, so that it has its states; the gradients of that are gone."""
+    """Return the Cell's optimizer after one step, so that it has its states, without gradients."""
     optimizer, _ = optimizers.make(adapted, head, cell.training, cell.optimizer, cell.implementation)
     for parameter in loop.trainable(adapted, head):
         parameter.grad = torch.empty_like(parameter)
@@ -239,9 +239,9 @@ def _stepped(adapted: Adapted, head: list[nn.Parameter], cell: Cell) -> torch.op
 
 @contextmanager
 def _few_chunks() -> Iterator[None]:
-    """Let a step of 8-bit moments take three of its chunks, of thousands: they take as much memory as all.
+    """Run three of the thousands of chunks of a step with 8-bit moments; they have the same peak as all.
 
-    They are the first, the second, which begins while what the first made is there, as with any later one, and the last.
+    These are the first, the second, which begins while the first's results exist, as any later one does, and the last.
     """
     every = adamw8bit_step.firsts
     adamw8bit_step.firsts = lambda n, chunk: sorted({*(found := every(n, chunk))[:2], *found[-1:]})
@@ -253,7 +253,7 @@ def _few_chunks() -> Iterator[None]:
 
 @contextmanager
 def _decoded_at_once() -> Iterator[None]:
-    """Let a large weight in 4 bits be decoded by one kernel, as compiled code does it: thousands of pieces take no more."""
+    """Decode a large 4-bit weight in one operation, as compiled code does; thousands of pieces have the same peak."""
 
     def decoded(self: PackedWeight, dtype: torch.dtype, out: Tensor | None) -> Tensor:
         if prod(self.shape) < LARGE:
@@ -262,7 +262,7 @@ def _decoded_at_once() -> Iterator[None]:
         return torch.empty(self.shape, dtype=dtype) if out is None else out.view(self.shape)
 
     by_pieces = PackedWeight._decoded
-    PackedWeight._decoded = decoded  # type: ignore[method-assign]  # of every layer's, also those that methods make
+    PackedWeight._decoded = decoded  # type: ignore[method-assign]  # for layers of Methods too
     try:
         yield
     finally:
@@ -270,13 +270,13 @@ def _decoded_at_once() -> Iterator[None]:
 
 
 def _lists(model: nn.Module) -> list[nn.ModuleList]:
-    """Return the model's outermost lists of modules."""
+    """Return the model's outermost ModuleLists."""
     lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     return [m for path, m in lists.items() if not any(path.startswith(f"{other}.") for other in lists)]
 
 
 def _alike(model: nn.Module, blocks: int | None) -> bool:
-    """Say whether the model has one list of blocks, as many as that, with tensors of the same names, sizes and dtypes."""
+    """Return whether the model has one list of `blocks` blocks with equal names, sizes and dtypes of tensors."""
     lists = _lists(model)
     if len(lists) != 1 or len(lists[0]) != blocks:
         return False
@@ -286,14 +286,14 @@ def _alike(model: nn.Module, blocks: int | None) -> bool:
 
 
 @contextmanager
-def _staged(live: MemoryTracker, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Let the stages begin where they do: forward with the head's way back, that of the last blocks, of the first, the step.
+def _staged(tracker: MemoryTracker, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Begin a stage for: forward and the head's backward pass, the last blocks' backward pass, the first's, the step.
 
-    Inside each, what exists grows or shrinks by as much with every block, so that its peak is at one end whatever the depth.
+    Within a stage, memory grows or shrinks by the same amount with every block, so that its peak is at one end.
     """
 
     def enters(stage: str) -> Callable[..., None]:
-        return lambda *_: live.enter(stage)
+        return lambda *_: tracker.enter(stage)
 
     def watched(stage: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
@@ -307,8 +307,8 @@ def _staged(live: MemoryTracker, model: nn.Module, optimizer: torch.optim.Optimi
     for blocks in _lists(model)[:1]:
         hooks += [blocks[0].register_forward_hook(watched("first block"))] if len(blocks) > 1 else []
         hooks += [blocks[-1].register_forward_hook(watched("blocks"))]
-    live.most.clear()
-    live.enter("forward")
+    tracker.peaks.clear()
+    tracker.enter("forward")
     try:
         yield
     finally:

@@ -1,71 +1,86 @@
-"""The largest training that fits into a memory, for each Method, base and optimizer: asked of a child process. No torch.
+"""Search the largest training that fits into a memory, for each Method, base and optimizer. No torch.
 
-The child counts (`harness.memory_model.counting`); what is searched here is only arithmetic. Of all rank x batch with the given
-tokens the largest product is taken, and of equals the smallest rank.
+A child process counts bytes (`harness.memory_model.counting`); the search is arithmetic. It maximises rank x batch for texts
+of a given length; of equal products the smallest rank wins.
+
+longest: tokens of the longest single text at this rank, limited by what the model reads.
+peak: highest bytes of tensors in a training step on fake tensors, in CPU code; it decides what fits.
+total: closed-form estimate, without temporary tensors; it chooses among ranks that fit.
+left: free memory, after the peak, or after the total with --formulas; negative if not even one text fits.
+
+Not predicted: waste of the allocator, workspaces of kernels, the CUDA context (hundreds of MiB), other programs. Libraries
+may need more than the references: in 16 bits, hf-peft casts inputs of adapters to float32. Nothing has been compared with a
+GPU yet. `harness/memory_model/README.md` has the accuracy of each part.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from harness.errors import HarnessError, Problem, UsageError, did_you_mean
-from harness.memory_model import choices, counting_client, models, size_units
+from harness.errors import HarnessError, Problem, UsageError, did_you_mean, plural
+from harness.memory_model import choices, counting_client, model_shapes, size_units
 from harness.memory_model.ledger import Ledger
-from harness.memory_model.models import ModelShape
+from harness.memory_model.messages import CountRequest, MethodCount, ModelCount
+from harness.memory_model.model_shapes import ModelShape
 from harness.methods import experts
 from harness.methods.spec import MethodInfo, methods
 
 RANKS = tuple(2**n for n in range(9))
-"""The ranks that are tried, where none is given: 1 to 256, the range that the Methods' papers look at."""
+"""Default ranks to try: 1 to 256, the range of the Methods' papers."""
 TOKENS = 512
-"""Of each text, where no number is given and the model reads so many."""
+"""Default tokens per text, if the model reads that many."""
 DOES_NOT_FIT = "does not fit"
 
 
 @dataclass(frozen=True)
 class FitRequest:
-    """The question, checked. methods: by name, each with the ranks to try; (None,) for one without a rank.
-
-    tokens: of each text; None for `TOKENS`, or fewer if the model reads no more. layerwise: for those that train the model's
-    own weights.
-    """
+    """Validated arguments of `fit`."""
 
     model: ModelShape
     memory: size_units.MemorySize
     methods: dict[str, tuple[int | None, ...]]
+    """Ranks to try, by Method; (None,) for a Method without a rank."""
     bases: tuple[str, ...]
     optimizers: tuple[str, ...]
     targets: tuple[str, ...]
+    """Layers to adapt; empty for every linear layer except the output."""
     tokens: int | None
+    """Tokens per text; None for `TOKENS`, or fewer if the model reads no more."""
     dtype: str
     checkpointing: bool
+    """Gradient checkpointing."""
     layerwise: bool = False
+    """Layer-wise updates, for Methods that train the model's own weights."""
 
 
 @dataclass(frozen=True)
 class FitRow:
-    """One answer. because: why nothing fits. batch: None where nothing is known of activations. longest: tokens of the
-    longest text that fits alone, at this rank. left: bytes of the memory that stay free. untouched:
-    which weights neither an adapter nor a packed base reaches, where all linear layers are meant.
-    """
+    """Result for one Method, base and optimizer."""
 
     method: str
     base: str
     optimizer: str
     because: str = ""
+    """Reason why nothing fits; else empty."""
     rank: int | None = None
     trainable: int = 0
+    """Trainable parameters."""
     batch: int | None = None
+    """Largest batch; None if activations are unknown."""
     longest: int | None = None
+    """Tokens of the longest single text at this rank; None if activations are unknown."""
     ledger: Ledger | None = None
+    """Parts of the memory; None if nothing was counted."""
     left: int = 0
+    """Free bytes of the memory; negative if nothing fits."""
     untouched: str = ""
+    """Note about weights that neither an adapter nor a packed base reaches; for all linear layers only."""
 
 
-def ask(
+def fit_request(
     model: str,
     memory: str,
     names: Sequence[str] = (),
@@ -79,7 +94,7 @@ def ask(
     checkpointing: bool = False,
     layerwise: bool = False,
 ) -> FitRequest:
-    """Check a question. Raises UsageError with everything that is wrong with it."""
+    """Validate the arguments of `fit`. Raises UsageError with every problem."""
     problems: list[Problem] = []
 
     def known(option: str, given: Sequence[str], there: Sequence[str], what: str) -> tuple[str, ...]:
@@ -90,11 +105,11 @@ def ask(
 
     found, size = None, None
     try:
-        found = models.find(model)
+        found = model_shapes.find_model(model)
     except HarnessError as error:
         problems.append(Problem(error.where, error.what, error.hint))
     try:
-        size = size_units.parse(memory)
+        size = size_units.parse_size(memory)
     except ValueError as error:
         what, _, hint = str(error).partition("; ")
         problems.append(Problem("--memory", what, hint))
@@ -110,7 +125,7 @@ def ask(
         Problem("--rank", f"{n}: {p}") for n, field in of_rank.items() for r in ranks if (p := field.problem(r))
     ]
     if problems or found is None or size is None:
-        count = f"{len(problems)} mistake{'s' if len(problems) != 1 else ''}, nothing was predicted"
+        count = f"{plural(len(problems), 'mistake')}, nothing was predicted"
         raise UsageError("\n".join([count, *(f"  {problem}" for problem in problems)]), where="fit")
     tried = {n: tuple(ranks or RANKS) if "rank" in there[n].fields else (None,) for n in chosen}
     return FitRequest(
@@ -118,68 +133,68 @@ def ask(
     )
 
 
-def answer(asked: FitRequest, counted: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the answer by formulas as one document, ready for JSON; sizes in bytes. counted: what `counts` returned.
+def document_by_formulas(request: FitRequest, counted: ModelCount) -> dict[str, Any]:
+    """Return the closed-form results as one document for JSON; sizes in bytes. counted: result of `count_model`.
 
-    Raises UsageError for targets that the model does not have, and texts longer than it reads.
+    Raises UsageError for targets that the model does not have, and for texts longer than it reads.
     """
     if misfits := counted.get("misfits"):
-        hint = f"name layers of {asked.model.name}"
+        hint = f"name layers of {request.model.name}"
         raise UsageError("; ".join(misfits.values()), where="--target", hint=hint)
     most = counted["positions"]
-    tokens = asked.tokens or min(TOKENS, most or TOKENS)
+    tokens = request.tokens or min(TOKENS, most or TOKENS)
     if most is not None and tokens > most:
-        what = f"{asked.model.name} reads {most} tokens at once, and {tokens} are asked for"
+        what = f"{request.model.name} reads {most} tokens at most, got {tokens}"
         raise UsageError(what, where="--tokens", hint=f"write at most {most}")
-    rows = [row for method in asked.methods for row in _rows(asked, counted, method, tokens)]
+    rows = [row for method in request.methods for row in _rows(request, counted, method, tokens)]
     return {
-        "model": asked.model.name,
-        "source": asked.model.source,
+        "model": request.model.name,
+        "source": request.model.source,
         "parameters": counted["parameters"],
-        "memory_B": asked.memory.number_B,
-        "unit": asked.memory.unit,
-        "dtype": asked.dtype,
+        "memory_B": request.memory.number_B,
+        "unit": request.memory.unit,
+        "dtype": request.dtype,
         "tokens": tokens,
         "targets": counted["targets"],
-        "gradient_checkpointing": asked.checkpointing,
-        "layerwise_updates": asked.layerwise,
+        "gradient_checkpointing": request.checkpointing,
+        "layerwise_updates": request.layerwise,
         "activations_known": counted["logits"] is not None,
         "checked": False,
-        "rows": [document_of(row) for row in rows],
+        "rows": [row_document(row) for row in rows],
         "left_out": [
             {"method": method, "rank": one["rank"], "because": one["error"]}
-            for method in asked.methods
+            for method in request.methods
             for one in counted["methods"][method]
             if one["error"] and one["rank"] is not None
         ],
     }
 
 
-def counts(asked: FitRequest) -> dict[str, Any]:
-    """Let a child process build the model without weights, and count. Raises UsageError with what it said if it cannot."""
-    configs = {name: [config_at(methods()[name], rank) for rank in ranks] for name, ranks in asked.methods.items()}
-    words = {
-        "config": asked.model.config, "kind": asked.model.kind, "dtype": asked.dtype, "methods": configs,
-        "targets": list(asked.targets),
+def count_model(request: FitRequest) -> ModelCount:
+    """Count the model in a child process, without weights. Raises UsageError with the child's error."""
+    configs = {name: [config_at(methods()[name], rank) for rank in ranks] for name, ranks in request.methods.items()}
+    message: CountRequest = {
+        "config": request.model.config, "kind": request.model.kind, "dtype": request.dtype, "methods": configs,
+        "targets": list(request.targets),
     }  # fmt: skip
-    print(f"counting {asked.model.name} without its weights ...", file=sys.stderr)
-    answers = counting_client.ask([words])
-    found = {"error": answers} if isinstance(answers, str) else answers[0]
+    print(f"counting {request.model.name} without its weights ...", file=sys.stderr)
+    answers = counting_client.run_requests([message])
+    found: ModelCount = {"error": answers} if isinstance(answers, str) else answers[0]
     if why := found.get("error"):
-        hint = "look at config.json and at the version of transformers"
-        raise UsageError(f"{asked.model.name}: {why}", where=asked.model.source, hint=hint)
+        hint = "check config.json and the version of transformers"
+        raise UsageError(f"{request.model.name}: {why}", where=request.model.source, hint=hint)
     return found
 
 
 def config_at(info: MethodInfo, rank: int | None) -> dict[str, Any]:
-    """Return a Method's config at a rank: its defaults, and none of its other ranks (AdaLoRA's target) above that."""
+    """Return a Method's config at a rank, with other ranks (AdaLoRA's target) limited to it."""
     if rank is None:
         return {}
     others = {k: min(f.default, rank) for k, f in info.fields.items() if k.endswith("_rank")}
     return {"rank": rank, **others}
 
 
-def _rows(asked: FitRequest, counted: Mapping[str, Any], method: str, tokens: int) -> Iterator[FitRow]:
+def _rows(request: FitRequest, counted: ModelCount, method: str, tokens: int) -> Iterator[FitRow]:
     of_ranks = [one for one in counted["methods"][method] if not one["error"]]
     if not of_ranks:
         yield FitRow(method, "-", "-", because=counted["methods"][method][0]["error"])
@@ -188,40 +203,42 @@ def _rows(asked: FitRequest, counted: Mapping[str, Any], method: str, tokens: in
         yield FitRow(method, "-", "-", because="nothing of this model trains")
         return
     own = list(of_ranks[0]["optimizer"])
-    wanted = own if choices.OWN in own else [name for name in asked.optimizers if name in own]
+    wanted = own if choices.OWN in own else [name for name in request.optimizers if name in own]
     if not wanted:
-        yield FitRow(method, "-", "-", because=f"it steps by its own optimizer: {' or '.join(own)}")
-    bases = [base for base in of_ranks[0]["weights"] if base in (*asked.bases, choices.OWN)]
+        yield FitRow(method, "-", "-", because=f"it has its own optimizer: {' or '.join(own)}")
+    bases = [base for base in of_ranks[0]["weights"] if base in (*request.bases, choices.OWN)]
     if not bases:
-        yield FitRow(method, "-", "-", because="it trains the weights themselves, which a packed base does not let it")
+        yield FitRow(method, "-", "-", because="it trains the model's own weights, which a packed base excludes")
     for base in bases:
         for optimizer in wanted:
-            yield best(asked, counted, tokens, of_ranks, method, base, optimizer)
+            yield best_row(request, counted, tokens, of_ranks, method, base, optimizer)
 
 
-def best(
-    asked: FitRequest,
-    counted: Mapping[str, Any],
+def best_row(
+    request: FitRequest,
+    counted: ModelCount,
     tokens: int,
-    of_ranks: list[dict[str, Any]],
+    of_ranks: list[MethodCount],
     method: str,
     base: str,
     optimizer: str,
 ) -> FitRow:
-    """Return the row of the largest rank x batch that fits; without activations, of the largest rank whose rest fits."""
+    """Return the row of the largest rank x batch that fits; if activations are unknown, of the largest rank that fits."""
     found: tuple[int, FitRow] | None = None
-    room, known, most = asked.memory.number_B, counted["logits"] is not None, counted["positions"]
-    how = (asked.checkpointing, asked.layerwise and methods()[method].spec.trains_weights)
-    means_all = not asked.targets or experts.ALL_LINEAR in asked.targets
+    room, logits, most = request.memory.number_B, counted["logits"], counted["positions"]
+    how = (request.checkpointing, request.layerwise and methods()[method].spec.trains_weights)
+    means_all = not request.targets or experts.ALL_LINEAR in request.targets
     untouched = experts.note(of_ranks[0]["untouched"], counted["parameters"]) if means_all else ""
     for one in of_ranks:
-        a_token = one["activations"][asked.checkpointing] + counted["logits"] if known else 0
-        smallest = ledger(one, base, optimizer, counted["logits"], tokens, *how)
+        per_token = (
+            one["activations"][request.checkpointing] + logits if one["activations"] and logits is not None else 0
+        )
+        smallest = ledger(one, base, optimizer, logits, tokens, *how)
         if smallest.total > room:
             continue
-        batch = (room - smallest.lasting) // (a_token * tokens) if known else None
-        longest = (room - smallest.lasting) // a_token if known else None
-        largest = ledger(one, base, optimizer, counted["logits"], tokens * (batch or 1), *how)
+        batch = (room - smallest.lasting) // (per_token * tokens) if per_token else None
+        longest = (room - smallest.lasting) // per_token if per_token else None
+        largest = ledger(one, base, optimizer, logits, tokens * (batch or 1), *how)
         row = FitRow(
             method, base, optimizer, rank=one["rank"], trainable=one["trainable"], batch=batch, ledger=largest,
             longest=min(longest, most) if longest is not None and most else longest, left=room - largest.total,
@@ -232,15 +249,15 @@ def best(
             found = value, row
     if found is not None:
         return found[1]
-    least = ledger(of_ranks[0], base, optimizer, counted["logits"], tokens, *how)
+    least = ledger(of_ranks[0], base, optimizer, logits, tokens, *how)
     return FitRow(
-        method, base, optimizer, DOES_NOT_FIT, of_ranks[0]["rank"], of_ranks[0]["trainable"], 1 if known else None,
-        ledger=least, left=room - least.total, untouched=untouched,
+        method, base, optimizer, DOES_NOT_FIT, of_ranks[0]["rank"], of_ranks[0]["trainable"],
+        batch=1 if logits is not None else None, ledger=least, left=room - least.total, untouched=untouched,
     )  # fmt: skip
 
 
 def ledger(
-    one: Mapping[str, Any],
+    one: MethodCount,
     base: str,
     optimizer: str,
     logits: int | None,
@@ -248,10 +265,7 @@ def ledger(
     checkpointing: bool,
     layerwise: bool = False,
 ) -> Ledger:
-    """Return the ledger of what was counted of a Method, with `tokens` in all texts of a batch together.
-
-    layerwise: with layer-wise updates, so that the step belongs to the gradient that there is.
-    """
+    """Return the ledger of a Method's counts. tokens: of all texts of a batch. layerwise: with layer-wise updates."""
     device, host = one["optimizer"][optimizer]
     return Ledger(
         weights=one["weights"][base],
@@ -265,11 +279,11 @@ def ledger(
     )
 
 
-def document_of(row: FitRow) -> dict[str, Any]:
-    """Return a row as the document has it."""
+def row_document(row: FitRow) -> dict[str, Any]:
+    """Return a row in the form of the document."""
     parts = {f"{part}_B": size for part, size in asdict(row.ledger).items()} if row.ledger else None
     if parts and row.batch is None:
-        parts |= {"activations_B": None, "logits_B": None}  # nothing is known of them, which is not nothing
+        parts |= {"activations_B": None, "logits_B": None}  # unknown, not zero
     total = {"total_B": row.ledger.total, "left_B": row.left} if row.ledger else {}
     facts = {k: v for k, v in asdict(row).items() if k not in ("ledger", "left")}
     return facts | {"ledger": parts and parts | total}

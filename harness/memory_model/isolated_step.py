@@ -1,6 +1,6 @@
-"""A dry step in a process of its own: what libraries keep from it (a cache of tensors without data) must not reach a run.
+"""Take dry steps in separate processes, so that libraries' caches of fake tensors do not reach a run.
 
-A fork of this one, for the libraries are imported here already: it takes a hundredth of a second, not ten.
+Each process is a fork, which has the libraries imported already: it starts in a hundredth of a second instead of ten.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from harness.cell.training import model as models
 from harness.cell.training.batches import Batch
 from harness.errors import HarnessError, UsageError
 from harness.memory_model import dry_step, shape_cache
-from harness.memory_model.largest_batch import find
+from harness.memory_model.largest_batch import search
+from harness.memory_model.messages import StepAnswer, StepRequest
 from harness.methods.peft_config import UNREFERENCED
 from harness.process.supervisor import run_in_fork
 from harness.records.record import Cell
 
 TIMEOUT_S = 30.0
-_LATE = f"a step without data took more than {TIMEOUT_S:.0f} s"
+_LATE = f"a step on fake tensors took more than {TIMEOUT_S:.0f} s"
 _ERRORS = (HarnessError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError,
            TypeError, ValueError)  # fmt: skip
-"""What programs raise that cannot do without data; a prediction is never worth a Cell."""
+"""Errors of code that does not support fake tensors; a failed prediction must not stop a Cell."""
 
 
 def peak(
@@ -42,79 +43,76 @@ def peak(
     parts: Sequence[Batch],
     others_B: int = 0,
     lacks: frozenset[str] = frozenset(),
-) -> dict[str, Any]:
-    """Return `peak_B`, `peak_by` and `no_peak` of a `Predicted`: of a step over `parts`, beside others_B bytes of data.
+) -> StepAnswer:
+    """Return the peak of a step over `parts`, plus others_B bytes of other data; empty for a Cell without training.
 
-    lacks: names of an encoder's weights that its checkpoint lacks.
-
-    A base in 4 bits is stood in for by layers that hold and decode as much, and a library that cannot do without data by
-    the reference of its Method.
+    lacks: names of an encoder's weights that its checkpoint lacks. Layers of the same size and decoding replace a 4-bit
+    base; the Method's reference replaces a library that does not support fake tensors.
     """
     if cell.training.steps == 0:
         return {}
     if cell.training.compile:
-        return {"no_peak": "what torch.compile keeps is known only when it has compiled"}
-    dry_step.registry()  # here, and not anew in each child
-    refusals = []
-    for by, question in _questions(dry_step.Question(cell, config, kind, lacks)).items():
-        found = _apart(partial(dry_step.peak, question, parts))
+        return {"no_peak": "the memory of torch.compile is known only after compilation"}
+    dry_step.registry()  # now, not in each child
+    errors = []
+    for by, step in _attempts(dry_step.DryStep(cell, config, kind, lacks)).items():
+        found = _in_fork(partial(dry_step.peak, step, parts))
         if not isinstance(found, str):
             return {"peak_B": found + others_B, "peak_by": by}
-        refusals.append(found)
-        if found == _LATE:  # code of many small pieces takes little memory: another's would say nothing of it
+        errors.append(found)
+        if (
+            found == _LATE
+        ):  # slow code works in small pieces and needs little memory: the reference's peak would mislead
             break
-    return {"no_peak": refusals[0]}
+    return {"no_peak": errors[0]}
 
 
-def _questions(asked: dry_step.Question) -> dict[str, dry_step.Question]:
-    """Map whose code stands in to the question that is then asked: the Cell's own first."""
-    cell, base = asked.cell, asked.cell.base.quantization != "none"
-    found = {"a stand-in for the base" * base: asked}
+def _attempts(step: dry_step.DryStep) -> dict[str, dry_step.DryStep]:
+    """Map descriptions of replaced code to the step to try, the Cell's own first."""
+    cell, base = step.cell, step.cell.base.quantization != "none"
+    found = {"a stand-in for the base" * base: step}
     if cell.method not in UNREFERENCED and cell.implementation != "reference":
         by = "the reference" + " on a stand-in for the base" * base
-        found[by] = replace(asked, cell=cell.model_copy(update={"implementation": "reference"}))
+        found[by] = replace(step, cell=cell.model_copy(update={"implementation": "reference"}))
     return found
 
 
-def answer(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the same for a Cell whose texts are not here: for the longest, `answer` tokens of each with a loss."""
-    return _answer(Cell.model_validate(asked["cell"]), asked, asked["answer"])
+def answer(request: StepRequest) -> StepAnswer:
+    """Return the peak of a Cell's step on texts of `max_tokens` tokens."""
+    return _answer(Cell.model_validate(request["cell"]), request, request["answer"])
 
 
-def largest(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `tried`, the peaks of a Cell's steps by what differs between them, with `peak_by`; or `no_peak`.
+def search_largest(request: StepRequest) -> StepAnswer:
+    """Return `tried` and `peak_by` of a search as in `request["largest"]`; or `no_peak`."""
+    cell, options = Cell.model_validate(request["cell"]), dict[str, Any](request["largest"])
+    of, by = options.pop("of"), ""
+    import_classes(json.dumps(request["config"]), request["kind"])
 
-    `largest` of the question holds `of`, `batch` or `max_tokens`, and what `harness.memory_model.largest_batch.find` is told.
-    """
-    cell, told = Cell.model_validate(asked["cell"]), dict(asked["largest"])
-    of, by = told.pop("of"), ""
-    import_classes(json.dumps(asked["config"]), asked["kind"])
-
-    def taken(number: int) -> int | str:
+    def take(size: int) -> int | str:
         nonlocal by
-        one = cell.model_copy(update={"training": cell.training.model_copy(update={of: number})})
-        found = _answer(one, asked, one.training.max_tokens)
+        one = cell.model_copy(update={"training": cell.training.model_copy(update={of: size})})
+        found = _answer(one, request, one.training.max_tokens)
         by = found.get("peak_by", by)
         return int(found["peak_B"]) if "peak_B" in found else str(found["no_peak"])
 
-    tried = find(taken, **told)
+    tried = search(take, **options)
     return {"no_peak": tried} if isinstance(tried, str) else {"tried": tried, "peak_by": by}
 
 
 @cache
 def import_classes(config: str, kind: str) -> None:
-    """Build a model without weights, so that what transformers imports for it is here, and not anew in each fork."""
-    with suppress(*_ERRORS):  # each step will tell
+    """Build a model without weights, so that forks need not import transformers' classes."""
+    with suppress(*_ERRORS):  # each step reports the error
         structure.build(json.loads(config), kind, torch.float32)
 
 
-def _answer(cell: Cell, asked: Mapping[str, Any], answer: int) -> dict[str, Any]:
-    parts = dry_step.longest(cell, asked["kind"], answer)
+def _answer(cell: Cell, request: StepRequest, answer: int) -> StepAnswer:
+    parts = dry_step.longest_batches(cell, request["kind"], answer)
     try:
-        lacks = models.lacks(asked.get("checkpoint", ""))
+        lacks = models.lacks(request.get("checkpoint", ""))
     except HarnessError as error:
         return {"no_peak": error.what}
-    return peak(cell, asked["config"], asked["kind"], parts, cell.training.steps * bytes_of(parts), lacks)
+    return peak(cell, request["config"], request["kind"], parts, cell.training.steps * bytes_of(parts), lacks)
 
 
 def bytes_of(batches: Sequence[Batch]) -> int:
@@ -122,36 +120,36 @@ def bytes_of(batches: Sequence[Batch]) -> int:
     return sum(t.nbytes for batch in batches for t in (*batch.inputs.values(), batch.labels))
 
 
-def _apart(run: Callable[[], int]) -> int | str:
-    """Return what `run` returns in a fork of this process, or a sentence that says why there is nothing."""
+def _in_fork(run: Callable[[], int]) -> int | str:
+    """Return the result of `run` in a fork of this process, or the reason why there is none."""
     if not hasattr(os, "fork"):
-        return "this system has no fork, in which a step could be taken without data"
-    answer = run_in_fork(partial(_answered, run), TIMEOUT_S)
+        return "steps on fake tensors require fork, which this system does not have"
+    answer = run_in_fork(partial(_pickled_result, run), TIMEOUT_S)
     if answer is None:
         return _LATE
     if not answer:
-        return "the process of a step without data ended and said nothing"
+        return "the process of a step on fake tensors ended without a result"
     found: int | str
-    found, shapes = pickle.loads(answer)  # noqa: S301  # of our own fork
-    shape_cache.known.update(shapes)  # shapes alone, which the next step need not ask again
+    found, entries = pickle.loads(answer)  # noqa: S301  # of our own fork
+    shape_cache.outputs.update(entries)
     return found
 
 
-def _answered(run: Callable[[], int]) -> bytes:
-    """Pickle what `run` returns, or why it cannot, with the shapes that it adds to the cache."""
+def _pickled_result(run: Callable[[], int]) -> bytes:
+    """Pickle the result of `run`, or the reason why there is none, and its new entries of the shape cache."""
     os.environ["PEFT_HARNESS_COMPILE"] = "0"
-    torch.set_num_threads(1)  # the threads that torch knows of are the parent's
-    before = len(shape_cache.known)
+    torch.set_num_threads(1)  # torch's pool of threads is the parent's
+    before = len(shape_cache.outputs)
     try:
         found: int | str = run()
     except DynamicOutputShapeException as error:
         found = (
-            f"how many numbers some of its tensors have is known only with data ({error.func}), as of experts that "
-            "are multiplied one by one, in float64"
+            f"the sizes of some tensors depend on data ({error.func}), as of experts that are multiplied one by one, in "
+            "float64"
         )
     except UsageError as error:
-        found = error.what  # of the Cell, with data or without
+        found = error.what  # the Cell fails in a run too
     except _ERRORS as error:
-        said = (str(error).strip().splitlines() or [""])[0]
-        found = f"a step cannot be taken without data: {type(error).__name__}: {said}"
-    return pickle.dumps((found, dict(islice(shape_cache.known.items(), before, None))))
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        found = f"a step on fake tensors failed: {type(error).__name__}: {first_line}"
+    return pickle.dumps((found, dict(islice(shape_cache.outputs.items(), before, None))))

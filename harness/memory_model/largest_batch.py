@@ -1,47 +1,47 @@
-"""The largest number of texts, or of tokens in one, whose step fits, found by few steps: each is dear. No torch."""
+"""Search the largest batch, or the longest text, that fits, with few steps, because each is slow. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-_ROUNDS = 24
-"""Steps at most; three mostly do: what a text takes, what fits, and that one more does not."""
+_MAX_STEPS = 24
+"""Highest number of steps. Three usually suffice: one for the bytes per text, one that fits, one more that does not."""
 
 
-def find(
+def search(
     peak: Callable[[int], int | str], room: int, first: int, lasting: int, most: int | None = None, grain: float = 0.0
 ) -> dict[int, int] | str:
-    """Return the peaks of the steps that were tried, by their numbers; or why there is none.
+    """Return the peaks of the tried steps by their size, or the reason why there is none.
 
-    peak: the bytes of a step of so many, or why it cannot be taken; it never falls as they become more. room: bytes that it
-    may take. first: the number to begin with. lasting: about what a step of none would take. most: no larger number is asked
-    for. grain: two numbers are close enough, of which the one fits and the other, larger by this share at most, does not.
+    peak: returns the bytes of a step of a given size, monotonically increasing, or the reason why it cannot run. room: bytes
+    available. first: size to begin with. lasting: estimated bytes of an empty step. most: largest size to try. grain:
+    relative distance at which the largest fitting and the smallest non-fitting size are close enough.
     """
     tried: dict[int, int] = {}
     streak, last = 0, False
-    ask: int | None = first if most is None else min(first, most)
-    while ask is not None and len(tried) < _ROUNDS:
-        found = peak(ask)
+    size: int | None = first if most is None else min(first, most)
+    while size is not None and len(tried) < _MAX_STEPS:
+        found = peak(size)
         if isinstance(found, str):
             return tried if any(one <= room for one in tried.values()) else found
-        tried[ask] = found
+        tried[size] = found
         streak, last = streak + 1 if (found <= room) == last else 1, found <= room
-        ask = _next(tried, room, lasting, most, grain, streak)
+        size = _next(tried, room, lasting, most, grain, streak)
     return tried
 
 
-def fitting(tried: Mapping[int, int], room: int) -> int:
-    """Return the largest number that fits; 0 where none does."""
+def largest_fitting(tried: Mapping[int, int], room: int) -> int:
+    """Return the largest size that fits; 0 if none does."""
     return max((n for n, peak in tried.items() if peak <= room), default=0)
 
 
 def _next(tried: Mapping[int, int], room: int, lasting: int, most: int | None, grain: float, streak: int) -> int | None:
-    """Return what to try next; None where it is known, within the grain, what fits and what no longer does.
+    """Return the next size to try, or None if the largest fitting size is known within the grain.
 
-    Between the two along a straight line, or in the middle where the last two steps moved the same one of them (`streak`): a
-    peak is bent, as it is the highest of several stages.
+    Interpolate linearly between the bounds, or bisect if the last two steps moved the same bound (`streak`): the peak is the
+    maximum over stages, so not linear.
     """
-    fits = fitting(tried, room)
+    fits = largest_fitting(tried, room)
     fails = min((n for n, peak in tried.items() if peak > room), default=None)
     if fits == most or (fails is not None and fails - fits <= max(1, grain * fits)):
         return None
@@ -52,7 +52,7 @@ def _next(tried: Mapping[int, int], room: int, lasting: int, most: int | None, g
         return min(max(fits + way // 2 if streak > 1 else on_line, fits + 1), fails - 1)
     before = max((n for n in tried if n < fits), default=0)
     each = (taken - tried.get(before, lasting)) // (fits - before)
-    guess = fits + (room - taken) // each if each > 0 else 2 * fits  # none each: what lasts was thought too large
-    if streak > 2:  # a line that stays behind is bent
+    guess = fits + (room - taken) // each if each > 0 else 2 * fits  # each <= 0: `lasting` was overestimated
+    if streak > 2:  # linear steps are too small
         guess = max(guess, 2 * fits)
     return max(fits + 1, guess if most is None else min(guess, most))

@@ -1,27 +1,28 @@
-"""The memory that a training step takes, part by part. No torch."""
+"""Parts of the memory of a training step. No torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 PARTS = {
-    "weights": "the model's weights and buffers, in the base's form, and what the Method keeps beside them and does not "
-    "train (VeRA's projections, AdaLoRA's averages, PiSSA's residual in the place of the weight)",
+    "weights": "the model's weights and buffers, in the base's format, and frozen tensors of the Method (VeRA's "
+    "projections, AdaLoRA's averages, PiSSA's residual instead of the weight)",
     "adapter": "the tensors that the Method adds and trains",
-    "gradients": "one number for each that trains, in the model's dtype; with layer-wise updates for those of the largest "
-    "tensor alone, with the float32 gradient of its master, if it has one",
-    "optimizer": "the optimizer's state on the device: moments, and for what trains in 16 bits its float32 masters, as "
-    "Cells of a suite have them; a library that steps 16 bits as they are keeps less",
-    "host": "the optimizer's state in host memory: paged optimizers only; not part of the total",
-    "activations": "what is kept for the backward pass, by formula and for Llama-like models only: an estimate",
+    "gradients": "one number per trainable parameter, in the model's dtype; with layer-wise updates only those of the "
+    "largest tensor, plus the float32 gradient of its master, if it has one",
+    "optimizer": "the optimizer's state on the device: moments, and float32 masters of trainable 16-bit parameters, as in "
+    "the Cells of a suite; libraries without masters need less",
+    "host": "the optimizer's state in host memory, for paged optimizers only; not part of the total",
+    "activations": "tensors saved for the backward pass: a closed-form estimate, for Llama-like models only",
     "logits": "the logits of every token, their logarithms in at least float32, and the gradient of these: an estimate",
-    "step": "float32 gradients of the masters, which exist only while the optimizer steps and the activations are gone",
+    "step": "float32 gradients of the masters, which exist only during the optimizer's step, without activations",
 }
+"""Description of each part, by its name in `Ledger`."""
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Bytes of each of `PARTS`."""
+    """Bytes of each part of `PARTS`."""
 
     weights: int
     adapter: int
@@ -34,10 +35,10 @@ class Ledger:
 
     @property
     def lasting(self) -> int:
-        """What is on the device whatever the batch."""
+        """Bytes on the device that do not depend on the batch."""
         return self.weights + self.adapter + self.gradients + self.optimizer
 
     @property
     def total(self) -> int:
-        """The most that is on the device at one time: activations have gone before the optimizer steps."""
+        """Highest bytes on the device at one time: activations are freed before the optimizer steps."""
         return self.lasting + max(self.activations + self.logits, self.step)

@@ -1,4 +1,4 @@
-"""What the layers of a Method keep for their backward pass: each is called on the meta device, and looked at."""
+"""Measure the tensors that a Method's layers save for their backward pass, by a call on the meta device."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _PART = {
     "self_attn.q_proj": 1, "self_attn.k_proj": 1, "self_attn.v_proj": 1, "self_attn.o_proj": 2, "mlp.gate_proj": 3,
     "mlp.up_proj": 3, "mlp.down_proj": 4,
 }  # fmt: skip
-"""How many of a block's norm, attention, norm and MLP come before a layer."""
+"""Parts of a block (norm, attention, norm, MLP) before each layer."""
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def llama_shape(model: Any, dtype: torch.dtype) -> LlamaShape | None:
-    """Return the features of a model whose blocks are a Llama's (Mistral and Qwen2 are), or None for any other."""
+    """Return the sizes of a model with a Llama's blocks (Mistral and Qwen2 too), or None for any other."""
     blocks = list(getattr(getattr(model, "model", None), "layers", ()))
     if not blocks or any({name for name, _ in block.named_children()} != {*_PARTS, *_NORMS} for block in blocks):
         return None
@@ -41,17 +41,17 @@ def llama_shape(model: Any, dtype: torch.dtype) -> LlamaShape | None:
     )
 
 
-def in_llama(model: Any, kept: Mapping[str, tuple[bool, int]], trains: Collection[str]) -> SavedActivations:
-    """Sum up what `of_layers` found over the blocks of a Llama with a Method attached. trains: paths of adapted layers."""
+def sum_over_llama(model: Any, saved: Mapping[str, tuple[bool, int]], trains: Collection[str]) -> SavedActivations:
+    """Sum `saved_by_layers` over the blocks of a Llama with an attached Method. trains: paths of adapted layers."""
     blocks = model.model.layers
 
     def number(part: str, *names: str) -> int:
-        """Count the blocks in which one of these layers keeps its input; layers of one input keep it once."""
+        """Count the blocks in which one of these layers saves its input; layers of one input save it once."""
         paths = [[f"model.layers.{index}.{part}.{name}" for name in names] for index in range(len(blocks))]
-        return sum(any(kept.get(path, (False, 0))[0] for path in of_block) for of_block in paths)
+        return sum(any(saved.get(path, (False, 0))[0] for path in of_block) for of_block in paths)
 
     norms = [getattr(block, name) for block in blocks for name in _NORMS] + [model.model.norm]
-    # Where a gradient ends: four parts a block, and nothing is kept before the first of them that trains.
+    # The first part, of four per block, that trains: earlier ones save nothing.
     starts = [
         4 * i + part for i in range(len(blocks)) for name, part in _PART.items() if f"model.layers.{i}.{name}" in trains
     ]
@@ -64,18 +64,18 @@ def in_llama(model: Any, kept: Mapping[str, tuple[bool, int]], trains: Collectio
         down=number("mlp", "down_proj"),
         norms=sum(norm.weight.requires_grad for norm in norms),
         last=model.get_output_embeddings().weight.requires_grad,
-        layers_B=sum(beside for _, beside in kept.values()),
+        layers_B=sum(other_B for _, other_B in saved.values()),
     )
 
 
-def of_layers(layers: Mapping[str, Any], dtype: torch.dtype) -> tuple[dict[str, tuple[bool, int]], bool]:
-    """Map the path of each linear layer to whether it keeps its input, and the bytes a token that it keeps beside it.
+def saved_by_layers(layers: Mapping[str, Any], dtype: torch.dtype) -> tuple[dict[str, tuple[bool, int]], bool]:
+    """Map the path of each linear layer to whether it saves its input, and to its other saved bytes per token.
 
-    Also return whether every one calls the layer under it. One that never does (PiSSA with its residual, QLoRA with its
-    codes) has the weight in another form, and a program that saves memory drops the first one.
+    Also return whether every layer calls its base layer. One that does not (PiSSA with its residual, QLoRA with its codes)
+    has the weight in another form, and a program that saves memory drops the original.
     """
-    known: dict[Any, tuple[bool, int]] = {}
-    kept, every = {}, True
+    known: dict[tuple[type, int, int, bool], tuple[bool, int]] = {}
+    saved, every = {}, True
     for path, layer in layers.items():
         under: Any = getattr(layer, "base", layer)
         if kind_of(under) not in LINEAR:
@@ -90,36 +90,37 @@ def of_layers(layers: Mapping[str, Any], dtype: torch.dtype) -> tuple[dict[str, 
             finally:
                 hook.remove()
             every = every and bool(calls)
-        kept[path] = known[same]
-    return kept, every
+        saved[path] = known[same]
+    return saved, every
 
 
 def _saved(layer: nn.Module, features: int, dtype: torch.dtype) -> tuple[bool, int]:
-    """Return whether a layer keeps its input for its backward pass, and how many bytes more for each token.
+    """Return whether a layer saves its input for its backward pass, and its other saved bytes per token.
 
-    The difference of two lengths: what does not grow with the tokens, such as a decoded weight, is no activation.
+    The bytes are the difference between two lengths: a decoded weight, which does not grow with the tokens, is no
+    activation.
     """
 
-    def of(tokens: int) -> tuple[bool, int]:
+    def measure(tokens: int) -> tuple[bool, int]:
         x = torch.empty(tokens, features, dtype=dtype, device="meta", requires_grad=True)
         storages = saved_by(layer, x)
         return storages.pop(_storage(x), None) is not None, sum(storages.values())
 
-    (keeps, few), (_, more) = of(8), of(16)
-    return keeps, (more - few) // 8
+    (saves_input, few), (_, more) = measure(8), measure(16)
+    return saves_input, (more - few) // 8
 
 
 def saved_by(layer: Any, *inputs: Tensor, **named: Tensor) -> dict[int, int]:
-    """Call a layer or a model, and return what autograd saves for its backward pass: bytes by storage, each storage once."""
-    held: list[Tensor] = []  # while they are held, no two storages share an identity
+    """Call a layer or a model and return the bytes that autograd saves for its backward pass, by storage."""
+    alive: list[Tensor] = []  # keeps the identities of storages unique
 
-    def hold(t: Tensor) -> Tensor:
-        held.append(t)
+    def pack(t: Tensor) -> Tensor:
+        alive.append(t)
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(hold, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         layer(*inputs, **named)
-    return {_storage(t): t.untyped_storage().nbytes() for t in held}
+    return {_storage(t): t.untyped_storage().nbytes() for t in alive}
 
 
 def _storage(t: Tensor) -> int:

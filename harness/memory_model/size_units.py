@@ -1,4 +1,4 @@
-"""Sizes of memory as people write them: `24GiB` and `24GB` are two numbers, 7 % apart, and are never mixed up."""
+"""Parse and format sizes of memory. `24GiB` and `24GB` differ by 7 %."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ UNITS = {
     "GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6, "TiB": 2**40, "TB": 10**12, "KiB": 2**10, "kB": 10**3,
 }  # fmt: skip
 _FORM = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?|\.\d+)\s*(?P<unit>[A-Za-z]*)\s*", re.ASCII)
-DIGITS, _MOST = 20, 2**60
-"""Digits of a size as it is written, and bytes; no machine has more."""
+DIGITS, _MAX_B = 20, 2**60
+"""Highest number of digits, and of bytes, of a valid size."""
 
 
 @dataclass(frozen=True)
 class MemorySize:
-    """A number of bytes, and the unit in which it is answered: that in which it was asked for, but GiB for TiB."""
+    """A number of bytes and the unit of its input, with GiB instead of TiB."""
 
     number_B: int
     unit: str
 
     def shown(self, number_B: int) -> str:
-        """Write another number of bytes in the same unit, without its name: to three digits or two places."""
+        """Format another number of bytes in this unit, without its name: three digits or two decimals."""
         value = number_B / UNITS[self.unit]
         return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
 
 
-def parse(text: str) -> MemorySize:
-    """Read `24GiB` or `24 GB`. Raises ValueError, which says what to write, for anything that is not plainly a size."""
+def parse_size(text: str) -> MemorySize:
+    """Parse `24GiB` or `24 GB`. Raises ValueError with a hint for anything else."""
     match = _FORM.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is no size of memory; write a number and its unit: 24GiB or 24GB")
@@ -37,13 +37,13 @@ def parse(text: str) -> MemorySize:
     if unit not in UNITS:
         raise ValueError(_which(number, unit))
     found = int(float(number) * UNITS[unit])
-    if not 0 < found <= _MOST:
+    if not 0 < found <= _MAX_B:
         raise ValueError(f"{text!r} is no size that a machine can have; write e.g. 24GiB")
-    return MemorySize(found, unit.replace("T", "G"))  # two places of a TB would show no adapter
+    return MemorySize(found, unit.replace("T", "G"))  # two decimals of a TB would hide an adapter
 
 
 def _which(number: str, unit: str) -> str:
-    """Say what a size with a wrong unit, or with none, may have meant."""
+    """Return a message with the possible meanings of a size with a wrong or no unit."""
     letter = unit[:1].upper()
     if unit.lower() in ("k", "m", "g", "t", "") or unit.lower() in {known.lower() for known in UNITS}:
         letter = letter or "G"

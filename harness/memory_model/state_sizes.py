@@ -1,4 +1,4 @@
-"""The bytes of 4-bit weights and of optimizer states, by the references' own counts of them."""
+"""Bytes of 4-bit weights and of optimizer states, by the references' own formulas."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from torch import nn
 
 from harness.cell.training.master_weights import SIXTEEN_BIT
 from harness.memory_model.choices import OPTIMIZERS
+from harness.methods.spec import Adapted
 from reference import galore
 from reference.operations import adamw8bit, double_quant, paged
 from reference.shared import galore_moments
 
 BLOCK = 64
-"""Weights that share a constant in NF4: QLoRA's and bitsandbytes' size."""
+"""Weights per constant of NF4, in QLoRA and bitsandbytes."""
 _STEP_B = 4
-"""torch's AdamW counts the steps of each tensor in a float32."""
+"""Bytes of the step count that torch's AdamW has for each tensor."""
 
 
-def packed(numel: int, base: str) -> int:
+def packed_bytes(numel: int, base: str) -> int:
     """Return the bytes of a weight in `nf4` or `nf4-dq`: codes and constants (QLoRA, arXiv:2305.14314, section 3).
 
-    The table of 16 levels is the type's own and not counted.
+    The table of 16 levels is a constant of the type and not counted.
     """
     return round(double_quant.bits_per_parameter(numel, BLOCK, double=base == "nf4-dq") * numel / 8)
 
 
-def adamw(numels: Iterable[int], name: str, dtype: torch.dtype) -> tuple[int, int]:
-    """Return the bytes of an optimizer's state (on the device, in host memory) for tensors of so many numbers each.
+def adamw_bytes(numels: Iterable[int], name: str, dtype: torch.dtype) -> tuple[int, int]:
+    """Return the bytes of an AdamW state (on the device, in host memory). numels: elements of each trainable tensor.
 
-    As Cells have it, see `harness.cell.training.optimizers`: for weights of 16 bits with masters in float32; moments in float32
-    or in 8 bits (arXiv:2110.02861). A paged one keeps the moments of tensors of at least 100,000 numbers in host memory
+    As in Cells (`harness.cell.training.optimizers`): float32 masters of 16-bit weights, moments in float32 or in 8 bits
+    (arXiv:2110.02861). Paged optimizers have the moments of tensors of at least 100,000 elements in host memory
     (arXiv:2305.14314, section 3).
     """
     device = host = 0
@@ -45,16 +46,16 @@ def adamw(numels: Iterable[int], name: str, dtype: torch.dtype) -> tuple[int, in
     return device, host
 
 
-def optimizers(adapted: Any, trains: Sequence[nn.Parameter], dtype: torch.dtype) -> dict[str, tuple[int, int]]:
-    """Map each optimizer that may train this to its bytes; a Method's own may be some of them only.
+def optimizer_bytes(adapted: Adapted, trains: Sequence[nn.Parameter], dtype: torch.dtype) -> dict[str, tuple[int, int]]:
+    """Map each optimizer that the Method supports to its bytes (on the device, in host memory).
 
-    Raises TypeError for an optimizer of a Method's own of which nothing is known.
+    Raises TypeError for a Method's own optimizer with an unknown state.
     """
     optimizer = adapted.optimizer(1e-3, 0.0)
     if optimizer is None:
-        return {name: adamw([p.numel() for p in trains], name, dtype) for name in OPTIMIZERS}
+        return {name: adamw_bytes([p.numel() for p in trains], name, dtype) for name in OPTIMIZERS}
     if not isinstance(optimizer, galore.GaLore):
-        raise TypeError(f"nothing is known of the states of {type(optimizer).__name__}")
+        raise TypeError(f"the states of {type(optimizer).__name__} are unknown")
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     masters = 4 * sum(p.numel() for p in trains) if has_masters(dtype, own=True) else 0
     itemsize = 4 if masters else dtype.itemsize
@@ -65,7 +66,7 @@ def optimizers(adapted: Any, trains: Sequence[nn.Parameter], dtype: torch.dtype)
 
 
 def _galore(p: nn.Parameter, group: dict[str, Any], itemsize: int, bits: int) -> int:
-    """Return the bytes that GaLore keeps for a parameter: a projector and small moments, or Adam's two."""
+    """Return the bytes of a parameter's GaLore state: a projector and small moments, or Adam's two moments."""
     if not group["rank"]:
         return galore_moments.stored_bytes(p.numel(), itemsize, bits)
     m, n = p.shape
@@ -76,10 +77,10 @@ def _galore(p: nn.Parameter, group: dict[str, Any], itemsize: int, bits: int) ->
 
 
 def has_masters(dtype: torch.dtype, *, own: bool) -> bool:
-    """Say whether weights of this dtype have float32 masters; a Method's own optimizer steps bfloat16 as it is."""
+    """Return whether weights of this dtype have float32 masters; a Method's own optimizer steps bfloat16 directly."""
     return dtype == torch.float16 if own else dtype in SIXTEEN_BIT
 
 
-def in_step(trains: Sequence[nn.Parameter], dtype: torch.dtype, *, own: bool) -> int:
+def bytes_in_step(trains: Sequence[nn.Parameter], dtype: torch.dtype, *, own: bool) -> int:
     """Return the bytes that exist only while an optimizer steps: float32 gradients of its masters."""
     return 4 * sum(p.numel() for p in trains) if has_masters(dtype, own=own) else 0

@@ -9,14 +9,16 @@ from harness.analysis.comparison.baseline_rows import ComparisonRow, FindingKind
 from harness.analysis.statistics.process_runs import ALARM, MARGIN, Pace, judge
 from harness.analysis.verdict_kind import Verdict, VerdictKind
 from harness.bench.pytest_benchmark import Saved
+from harness.errors import first_names
 
-_WORDS = {
-    Pace.SLOWER: VerdictKind.FAIL, Pace.FASTER: VerdictKind.PASS, Pace.NOT_SLOWER: VerdictKind.PASS, Pace.INCONCLUSIVE: VerdictKind.INCONCLUSIVE,
-}  # fmt: skip
+_KINDS = {
+    Pace.SLOWER: VerdictKind.FAIL,
+    Pace.FASTER: VerdictKind.PASS,
+    Pace.NOT_SLOWER: VerdictKind.PASS,
+    Pace.INCONCLUSIVE: VerdictKind.INCONCLUSIVE,
+}
 _ALWAYS = ("torch", "gpu")
 """What a run says of itself wherever it was in use: without it, it was not."""
-_SHOWN = 3
-"""Names that a sentence gives."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def _row(name: str, kept: Sequence[Sequence[float]], new: Sequence[float], margi
     found = judge(kept, new, margin)
     return ComparisonRow(
         FindingKind.SPEED,
-        _WORDS[found.pace],
+        _KINDS[found.pace],
         name,
         (),
         "median round",
@@ -128,7 +130,7 @@ def _places(away: Mapping[str, str]) -> list[ComparisonRow]:
         ComparisonRow(
             FindingKind.ENVIRONMENT,
             VerdictKind.INCONCLUSIVE,
-            _some(names),
+            first_names(names),
             (),
             "machine",
             f"kept elsewhere only, {why}",
@@ -151,10 +153,10 @@ def _verdict(rows: Sequence[ComparisonRow], compared: int, session: Session, mar
         "kept on another machine only": of(FindingKind.ENVIRONMENT, VerdictKind.INCONCLUSIVE),
         "whose test failed": red,
     }
-    told = [f"{what}: {_some(names)}" for what, names in besides.items() if names]
+    told = [f"{what}: {first_names(names)}" for what, names in besides.items() if names]
     rule = f"by more than {100 * margin:g} %, each at a level of {100 * ALARM:g} %"
     if slower:
-        first = f"{len(slower)} of {compared} benchmarks slower ({rule}): {_some(slower)}"
+        first = f"{len(slower)} of {compared} benchmarks slower ({rule}): {first_names(slower)}"
     elif compared:
         first = f"{len(passed)} of {compared} benchmarks not slower ({rule})"
     else:
@@ -172,8 +174,3 @@ def _verdict(rows: Sequence[ComparisonRow], compared: int, session: Session, mar
     else:
         word = VerdictKind.NOT_RUN if not compared else VerdictKind.INCONCLUSIVE if told else VerdictKind.PASS
     return Verdict(word, "; ".join([first, *told, parity]))
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{', '.join(names[:_SHOWN])}{more}"

@@ -1,4 +1,4 @@
-"""What `fit` prints for people: one row for each Method, base and optimizer, and what the prediction is worth."""
+"""Text output of `fit`: one row per Method, base and optimizer, then notes on the accuracy of the prediction."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WIDTH = 110
 
 
 def as_text(document: Mapping[str, Any]) -> str:
-    """Lay the document of `fit.answer` out."""
+    """Format a document of `fit` as text."""
     size = MemorySize(document["memory_B"], document["unit"])
     checked, by_formula = document["checked"], document["activations_known"]
     known = by_formula or checked
@@ -45,17 +45,17 @@ def as_text(document: Mapping[str, Any]) -> str:
         ]
         rows.append([*name, *at, short_count(row["trainable"]), *(_size(size, row, part) for part in shown)])
     lines = [
-        *_question(document, size, several),
+        *_heading(document, size, several),
         "",
         *align_columns(rows),
         *(["", *left_out] if (left_out := _left_out(document)) else []),
         *(["", "not possible:", *dict.fromkeys(refused)] if refused else []),
     ]
-    return "\n".join([*lines, "", *_worth(document, size)])
+    return "\n".join([*lines, "", *_notes(document, size)])
 
 
 def _left_out(document: Mapping[str, Any]) -> list[str]:
-    """Say which ranks a Method cannot have that has rows at others."""
+    """List ranks that a Method does not support, although it supports others."""
     there = {row["method"] for row in document["rows"] if row["rank"] is not None}
     found: dict[str, list[dict[str, Any]]] = {}
     for one in document["left_out"]:
@@ -67,7 +67,7 @@ def _left_out(document: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _question(document: Mapping[str, Any], size: MemorySize, several: bool) -> list[str]:
+def _heading(document: Mapping[str, Any], size: MemorySize, several: bool) -> list[str]:
     one = next((row["optimizer"] for row in document["rows"] if row["optimizer"] != "-"), "")
     keeps = ", gradient checkpointing" if document["gradient_checkpointing"] else ""
     keeps += ", layer-wise updates where the weights themselves train" if document["layerwise_updates"] else ""
@@ -80,34 +80,27 @@ def _question(document: Mapping[str, Any], size: MemorySize, several: bool) -> l
     ]
 
 
-def _worth(document: Mapping[str, Any], size: MemorySize) -> list[str]:
-    """Say how to read the table, that it is a prediction, what is left out, and how far off it was."""
-    by_formula, checked = document["activations_known"], document["checked"]
-    largest = "the largest rank x batch that fits" if by_formula or checked else "the largest rank that fits"
-    said = [
-        f"Sizes in {size.unit} ({UNITS[size.unit]:,} bytes). Each row is {largest}; a row with a negative `left` does not "
-        "fit, and shows the least that it takes."
-        + (" longest: tokens of one text alone, at that rank, no more than the model reads." * (by_formula or checked)),
-        "This is a prediction from shapes: nothing was trained. It leaves out what the allocator keeps and wastes, the "
-        "workspace of kernels, the CUDA context (hundreds of MiB) and other programs: leave them room.",
+def _notes(document: Mapping[str, Any], size: MemorySize) -> list[str]:
+    """Return the notes below the table: unit, accuracy, and rows with an exception."""
+    by_formula, checked, rows = document["activations_known"], document["checked"], document["rows"]
+    notes = [
+        f"Sizes in {size.unit} ({UNITS[size.unit]:,} bytes); a negative `left` does not fit. A prediction without allocator "
+        "waste, kernel workspaces and CUDA context: see `peft-harness explain fit`.",
+        *_untouched(rows),
+        *_steps(rows),
     ]
-    said += _untouched(document["rows"])
-    said += _of_steps(document["rows"])
     if by_formula:
-        said.append(
-            f"How far off formulas were: weights, adapter, gradients and optimizer within {FOOTPRINT_LEDGER:.0%} of the "
-            f"ledgers of real Cells, activations within {FOOTPRINT_ACTIVATIONS:.0%} of what autograd saved in small Llamas "
-            "for the references (both are tests). Libraries may keep more: hf-peft in 16 bits casts what adapters read to "
-            "float32. On a GPU nothing has been measured. `peft-harness explain activations` tells what is counted."
+        notes.append(
+            f"Tests: weights, adapter, gradients and optimizer within {FOOTPRINT_LEDGER:.0%} of the ledgers of real Cells, "
+            f"activations within {FOOTPRINT_ACTIVATIONS:.0%} of what autograd saves in small Llamas."
         )
     elif not checked:
-        said.append(
-            "Activations are not predicted: there is a formula for Llama-like models only. `left` is what they may take. "
-            f"The rest was within {FOOTPRINT_LEDGER:.0%} of the ledgers of real Cells (a test)."
+        notes.append(
+            "Activations are not predicted: the closed form covers Llama-like models only. `left` is for them."
         )
     if not checked:
-        said.append("Temporary tensors are left out too: without --formulas a training step tells of them.")
-    return [line for text in said for line in textwrap.wrap(text, _WIDTH)]
+        notes.append("Temporary tensors are not included: run without --formulas.")
+    return [line for text in notes for line in textwrap.wrap(text, _WIDTH)]
 
 
 def _untouched(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -115,26 +108,25 @@ def _untouched(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         if row["ledger"] and row["untouched"] and row["method"] not in found.setdefault(row["untouched"], []):
             found[row["untouched"]].append(row["method"])
-    return [f"Of {', '.join(names)}: {what}." for what, names in found.items()]
+    return [f"{', '.join(names)}: {what}." for what, names in found.items()]
 
 
-def _of_steps(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _steps(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return notes on the code of the steps, and on rows without a step."""
     by: dict[str, list[str]] = {}
     for row in rows:
         if row.get("peak_B") is not None and row["method"] not in by.setdefault(row["peak_by"], []):
             by[row["peak_by"]].append(row["method"])
-    whose = "; ".join(f"`{name}` of {', '.join(several)}" for name, several in by.items())
-    unchecked: dict[str, list[str]] = {}
+    code = "; ".join(f"`{name}` of {', '.join(several)}" for name, several in by.items())
+    without_step: dict[str, list[str]] = {}
     for row in rows:
         if row["ledger"] and row.get("no_peak"):
             name = f"{row['method']} on {row['base']} by {row['optimizer']}"
-            unchecked.setdefault(row["no_peak"], []).append(name)
-    how = [
-        f"peak: the most that tensors take at one time in a training step, taken without data by code for a CPU ({whose}). "
-        f"It was within {FOOTPRINT_LEDGER:.0%} of what steps of small models took (a test). It says which batch and which "
-        "length fit, and `left` is beside it; `total` and the choice among ranks that fit are those of formulas."
+            without_step.setdefault(row["no_peak"], []).append(name)
+    notes = [
+        f"peak: a training step on fake tensors ({code}), within {FOOTPRINT_LEDGER:.0%} of measured steps of small models."
     ]
-    return (how if by else []) + [f"Not checked: {', '.join(rows)}; {why}." for why, rows in unchecked.items()]
+    return (notes if by else []) + [f"Not checked: {', '.join(names)}; {why}." for why, names in without_step.items()]
 
 
 def _batch(row: Mapping[str, Any]) -> str:

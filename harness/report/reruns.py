@@ -1,4 +1,4 @@
-"""Reruns of Cells, for the page and the terminal: what was equal to the last bit, what was not, and what is known of why."""
+"""Reruns of Cells, for the page and the terminal: bitwise equality, differences and their causes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from harness.analysis.comparison.reproducibility import Rerun
 from harness.analysis.verdict_kind import VerdictKind
+from harness.errors import plural
 from harness.records.store import Run
 from harness.report.tones import icon, tone
 
@@ -14,7 +15,7 @@ _NO_CAUSE = "no named cause: same machine, software, code, threads, model and da
 
 
 def section(runs: Sequence[Run], found: Sequence[Rerun]) -> dict[str, Any]:
-    """Return the view of the reruns `found` in `runs`: which Cells gave the same losses again, and why the others did not."""
+    """Return the view of the reruns `found` in `runs`: equal and unequal Cells, with the causes of differences."""
     expected = {cell.cell_id for run in runs for cell in run.manifest.cells}
     word, sentence = _whole(found)
     lacking = len(expected - {r.cell_id for r in found})
@@ -40,7 +41,7 @@ def lines(runs: Sequence[Run], found: Sequence[Rerun]) -> list[str]:
 
 
 def _whole(found: Sequence[Rerun]) -> tuple[VerdictKind, str]:
-    cells = f"{len(found)} repeated Cell{'s' * (len(found) != 1)}"
+    cells = plural(len(found), "repeated Cell")
     unexplained = sum(r.unexplained for r in found)
     explained = sum(not r.equal for r in found) - unexplained
     if not found:

@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING
 from harness.assets import fetch, model_folder
 from harness.assets.table import resolve
 from harness.errors import Problem, SuiteError
-from harness.methods.peft_config import virtual_tokens
 from harness.methods.spec import TARGET_WORDS
 from harness.process import supervisor
 from harness.records.record import DECODED
-from harness.suites.task_schema import written
+from harness.suites.task_schema import max_answer_tokens, too_long
 
 if TYPE_CHECKING:
     from harness.records.record import Cell
@@ -42,7 +41,7 @@ class _Unseen:
     wanted: dict[str, dict[str, str]]
 
 
-def refuse(suite: Suite, plan: Plan) -> None:
+def check_models(suite: Suite, plan: Plan) -> None:
     """Raise SuiteError if Cells of the plan ask of a model at hand what it does not have."""
     places = {entry.id: entry.places for entry in suite.entries}
     of_model: dict[str, list[tuple[Cell, dict[str, str]]]] = {}
@@ -52,7 +51,7 @@ def refuse(suite: Suite, plan: Plan) -> None:
     unseen: list[_Unseen] = []
     for model, cells in of_model.items():
         source = resolve(model, suite.sources, suite.path.resolve().parent)
-        folder = fetch.at_hand(source)
+        folder = fetch.local_folder(source)
         if folder is not None:
             found += _too_long(folder, source.kind, cells, suite)
             found += _none_of_them(folder, cells)
@@ -67,18 +66,9 @@ def _too_long(folder: Path, kind: str, cells: list[tuple[Cell, dict[str, str]]],
     if most is None:
         return
     for cell, places in cells:
-        task, limit = suite.tasks[cell.task], cell.training.max_tokens
-        answer = written(task.spec) if task.answers else 0
-        if limit > most:
-            what = f"`max_tokens` is {limit}, and {cell.model} has {most} positions"
-            yield Problem(places["max_tokens"], what, f"write at most {most}")
-        elif (virtual := virtual_tokens(cell.config)) and virtual + limit + answer > most:
-            of = f"{virtual} virtual tokens, {limit} of a text and {answer} of an answer"
-            what = f"{of} exceed the {most} positions of {cell.model}"
-            yield Problem(places["max_tokens"], what, "lower `max_tokens`, or `num_virtual_tokens`")
-        elif limit + answer > most:
-            what = f"a prompt of {limit} tokens and an answer of {answer} exceed the {most} positions of {cell.model}"
-            yield Problem(places["max_tokens"], what, "lower `max_tokens`, or the task's `max_gen_toks`")
+        task = suite.tasks[cell.task]
+        if problem := too_long(cell, most, max_answer_tokens(task.spec) if task.answers else 0):
+            yield Problem(places["max_tokens"], *problem)
         prompt = cell.evaluation.later().get("prompt_tokens")  # the usual one is cut to what the model reads
         decoded = DECODED if kind == "causal" else 0
         if cell.evaluation.latency and isinstance(prompt, int) and prompt + decoded > most:

@@ -10,6 +10,8 @@ from jinja2 import Environment, TemplateSyntaxError, meta
 
 from harness.assets import lm_eval_files
 from harness.errors import Problem, did_you_mean
+from harness.methods.peft_config import virtual_tokens
+from harness.records.record import Cell
 from harness.yaml_lines import Document, KeyPath
 
 LABELLED = ("id", "text", "label")
@@ -57,9 +59,29 @@ def filters(data: dict[str, Any]) -> list[str]:
     return [str(f["name"]) for f in listed if isinstance(f, dict) and "name" in f] if isinstance(listed, list) else []
 
 
-def written(spec: dict[str, Any]) -> int:
+def max_answer_tokens(spec: dict[str, Any]) -> int:
     """Return the most tokens of an answer that a task has generated."""
     return int((spec.get("generation_kwargs") or {}).get("max_gen_toks", MAX_GEN_TOKS))
+
+
+def too_long(cell: Cell, positions: int | None, answer: int) -> tuple[str, str] | None:
+    """Return why the texts of a Cell exceed the positions of its model, and the hint; None if they do not.
+
+    positions: None where the model has no limit. answer: tokens of a generated answer; 0 for a task with classes.
+    """
+    limit, virtual = cell.training.max_tokens, virtual_tokens(cell.config)
+    if positions is None or virtual + limit + answer <= positions:
+        return None
+    if limit > positions:
+        return f"`max_tokens` is {limit}, and {cell.model} has {positions} positions", f"write at most {positions}"
+    exceed = f"exceed the {positions} positions of {cell.model}"
+    if virtual:
+        what = f"{virtual} virtual tokens, {limit} of a text and {answer} of an answer {exceed}"
+        return what, "lower `max_tokens`, or `num_virtual_tokens`"
+    return (
+        f"a prompt of {limit} tokens and an answer of {answer} {exceed}",
+        "lower `max_tokens`, or the task's `max_gen_toks`",
+    )
 
 
 def _found(data: dict[str, Any], labels: int | None) -> _Found:

@@ -63,6 +63,7 @@ def _arm(rng: random.Random, hard: list[float], skill: float, spread: float) -> 
     return runs
 
 
+@pytest.mark.slow
 def test_luck_with_seeds_is_not_taken_for_merit() -> None:
     """Two equal methods whose runs differ by 2 points: a test over items alone would call one better far too often."""
     rng, n, trials = random.Random(0), 300, 300
@@ -80,6 +81,7 @@ def test_luck_with_seeds_is_not_taken_for_merit() -> None:
     assert intervals.wilson(by_items, trials)[0] > 1 - intervals.LEVEL
 
 
+@pytest.mark.slow
 def test_a_detectable_difference_is_found_and_a_third_of_it_mostly_not() -> None:
     rng, n, trials = random.Random(1), 300, 150
     hard = [rng.uniform(-0.2, 0.2) for _ in range(n)]
@@ -117,6 +119,7 @@ def _apart(group: list[list[Accuracy]], *, moderated: bool = True) -> set[int]:
     return {int(n) for n, p in adjusted.items() if p <= 1 - intervals.LEVEL}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipes", "seeds", "width"),
     [
@@ -133,6 +136,7 @@ def test_moderated_spreads_make_no_false_order(recipes: int, seeds: int, width: 
     assert intervals.wilson(false, trials)[0] <= 1 - intervals.LEVEL
 
 
+@pytest.mark.slow
 def test_moderated_spreads_find_more() -> None:
     rng, trials = random.Random(3), 300
     groups = [_group(rng, [0.0] * 7 + [-10.0], 3, 0.7) for _ in range(trials)]

@@ -14,6 +14,8 @@ from harness.analysis.statistics.paired import PairFinding, decide, judge, look
 from harness.analysis.statistics.trimmed import trimmed
 from support import simulated_noise as noise
 
+pytestmark = pytest.mark.slow
+
 DESIGN = Design()
 SURE = 0.95
 A_MONTH = 15_000

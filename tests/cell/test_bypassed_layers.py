@@ -67,7 +67,7 @@ def test_a_layer_that_its_model_calls(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_step_without_data_tells_it_in_the_same_words() -> None:
     cell, config = asked(["in_proj", "dt_proj"]), MAMBA | {"model_type": "mamba"}
-    assert isolated_step.peak(cell, config, "causal", dry_step.longest(cell, "causal", 8)) == {
+    assert isolated_step.peak(cell, config, "causal", dry_step.longest_batches(cell, "causal", 8)) == {
         "no_peak": "the model reads the `weight` of backbone.layers.0.mixer.dt_proj itself and does not call it: no adapter "
         "on it counts; name others as `targets`, of in_proj those that it calls"
     }

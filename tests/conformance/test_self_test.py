@@ -14,6 +14,8 @@ from harness.conformance.faults import Fault, PatchedCopy, planted
 from harness.errors import Exit
 from harness.methods.spec import methods
 
+pytestmark = pytest.mark.slow
+
 LEAST = 40
 PLAIN = {"rank": 3, "alpha": 8.0}
 

@@ -18,6 +18,8 @@ from harness.suites import loader
 from support.repository import TESTS
 from support.sandbox import Sandbox
 
+pytestmark = pytest.mark.e2e
+
 KILLS, CELLS = 20, 200
 
 # Lives are forked from one process: each would spend a second on imports otherwise, and the test would be about these.

@@ -16,9 +16,12 @@ from harness.records.record import Record
 from harness.runner.executors.slurm import LOCAL
 from support.sandbox import Finished, make_sandbox
 
-pytestmark = pytest.mark.skipif(
-    not (find_spec("ray") and find_spec("submitit")), reason="the extras `ray` and `slurm` are not installed"
-)
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(
+        not (find_spec("ray") and find_spec("submitit")), reason="the extras `ray` and `slurm` are not installed"
+    ),
+]
 
 
 def _but_for_times(record: Record) -> dict[str, Any]:

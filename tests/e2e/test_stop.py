@@ -17,6 +17,8 @@ from harness.process import termination
 from support.processes import PATIENCE_S, eventually, gone
 from support.sandbox import COMMAND, Sandbox
 
+pytestmark = pytest.mark.e2e
+
 
 @pytest.fixture
 def heard() -> Iterator[None]:

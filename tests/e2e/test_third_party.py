@@ -21,6 +21,8 @@ from support.processes import PATIENCE_S
 from support.repository import TESTS
 from support.sandbox import COMMAND
 
+pytestmark = pytest.mark.e2e
+
 EXAMPLE = TESTS / "support" / "example_plugin"
 DOOR_LINES = 15
 WAITS_S = 20  # enough to import torch on a busy machine

@@ -18,6 +18,8 @@ from harness.report import html
 from support.report_page import Page
 from support.sandbox import Sandbox
 
+pytestmark = pytest.mark.e2e
+
 SUITE = """
 suite: recipes
 matrix:

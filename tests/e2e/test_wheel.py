@@ -12,6 +12,8 @@ import pytest
 
 from support.repository import TESTS, TOP
 
+pytestmark = pytest.mark.build
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -22,6 +22,8 @@ from harness.kernels.compile import ahead
 from harness.kernels.compile.machine_code import MachineCode
 from harness.kernels.compile.specimen import Specimen
 
+pytestmark = pytest.mark.build
+
 OLDER = TOP / ".triton36"
 GOOD = MachineCode(
     registers=40, stack=0, shared=0, instructions=100, wide_loads=2, wide_stores=2, narrow_loads=0, matrix={},

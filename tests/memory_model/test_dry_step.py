@@ -90,7 +90,7 @@ def counted(cell: Cell, config: dict[str, Any], kind: str) -> int:
     for parameter in head:
         parameter.requires_grad_(True)
     optimizer, schedule = optimizers.make(adapted, head, cell.training, cell.optimizer, cell.implementation)
-    batch, accumulate = whole(dry_step.longest(cell, kind, cell.training.max_tokens)), cell.training.accumulate
+    batch, accumulate = whole(dry_step.longest_batches(cell, kind, cell.training.max_tokens)), cell.training.accumulate
     with models.checkpointing(model, cell.training.checkpointing):
         layerwise = optimizers.layerwise(optimizer, cell.training)
         quiet: dict[str, Any] = {"seed": 0, "report": lambda step, loss: None, "layerwise": layerwise}
@@ -110,7 +110,7 @@ def whole(parts: list[Batch]) -> Batch:
 
 
 def predicted(cell: Cell, config: dict[str, Any], kind: str = "causal") -> dict[str, Any]:
-    return isolated_step.peak(cell, config, kind, dry_step.longest(cell, kind, cell.training.max_tokens))
+    return isolated_step.peak(cell, config, kind, dry_step.longest_batches(cell, kind, cell.training.max_tokens))
 
 
 def agree(cell: Cell, config: dict[str, Any], kind: str = "causal") -> None:
@@ -229,17 +229,17 @@ def test_no_product_is_asked_about_twice(monkeypatch: pytest.MonkeyPatch) -> Non
         return ask(mode, func, types, args, kwargs)
 
     one = cell("lora", training={"checkpointing": True})
-    deep, parts = LLAMA | {"num_hidden_layers": 7}, dry_step.longest(one, "causal", one.training.max_tokens)
+    deep, parts = LLAMA | {"num_hidden_layers": 7}, dry_step.longest_batches(one, "causal", one.training.max_tokens)
     monkeypatch.setattr(FakeTensorMode, "dispatch", watched)
-    monkeypatch.setattr(shape_cache, "known", {})
-    dry_step.peak(dry_step.Question(one, deep, "causal"), parts)
+    monkeypatch.setattr(shape_cache, "outputs", {})
+    dry_step.peak(dry_step.DryStep(one, deep, "causal"), parts)
     assert asked
     assert all(asked.count(product) == 1 for product in asked)
 
-    shape_cache.known.clear()
+    shape_cache.outputs.clear()
     isolated_step.peak(one, deep, "causal", parts)  # which tells what it asked
     asked.clear()
-    dry_step.peak(dry_step.Question(one, deep, "causal"), parts)
+    dry_step.peak(dry_step.DryStep(one, deep, "causal"), parts)
     assert not asked
 
 
@@ -256,8 +256,8 @@ def test_chunks_are_not_taken_one_by_one(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def chunks(vocabulary: int) -> int:
         taken.clear()
-        question = dry_step.Question(one, LLAMA | {"vocab_size": vocabulary}, "causal")
-        dry_step.peak(question, dry_step.longest(one, "causal", one.training.max_tokens))
+        question = dry_step.DryStep(one, LLAMA | {"vocab_size": vocabulary}, "causal")
+        dry_step.peak(question, dry_step.longest_batches(one, "causal", one.training.max_tokens))
         return len(taken)
 
     assert 0 < chunks(8200) == chunks(16400)
@@ -293,7 +293,7 @@ def test_what_cannot_be_had_is_said() -> None:
     assert "torch.compile" in predicted(cell(training={"compile": True}), LLAMA)["no_peak"]
     assert predicted(cell(training={"steps": 0}), LLAMA) == {}
     odd = predicted(cell(config={"rank": 8, "targets": ["nothing"]}), LLAMA)
-    assert odd["no_peak"].startswith("a step cannot be taken without data: ValueError: no linear")
+    assert odd["no_peak"].startswith("a step on fake tensors failed: ValueError: no linear")
 
 
 def test_what_takes_too_long_is_told_by_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:

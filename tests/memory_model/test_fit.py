@@ -17,7 +17,7 @@ from harness.assets import generated, shapes
 from harness.cli import main
 from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER
 from harness.errors import Exit, UsageError
-from harness.memory_model import counting_client, fit, isolated_step, largest_batch, models, size_units
+from harness.memory_model import counting_client, fit, isolated_step, largest_batch, model_shapes, size_units
 from harness.memory_model.choices import OPTIMIZERS, OWN
 from harness.memory_model.counting import count
 from harness.records.record import Cell
@@ -43,7 +43,7 @@ ASKED = ("lora", "qlora", "full", "galore", "frozen")
 @pytest.fixture(scope="module")
 def of_llama_7b() -> dict[str, Any]:
     """What the child process counts for Llama-7B; once for all tests."""
-    return fit.counts(fit.ask("llama-7b", "24GiB", ASKED, optimizers=OPTIMIZERS))
+    return fit.count_model(fit.fit_request("llama-7b", "24GiB", ASKED, optimizers=OPTIMIZERS))
 
 
 @pytest.fixture
@@ -143,9 +143,8 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "memory: 24.00 GB = 24,000,000,000 bytes; texts of 512 tokens, adamw" in printed.out
     assert re.search(r"^  full +none +- +1 +- .* -\d", printed.out, re.MULTILINE)
     assert "  frozen: nothing of this model trains" in printed.out
-    assert "This is a prediction" in printed.out
-    for left_out in ("allocator", "workspace", "CUDA context"):
-        assert left_out in printed.out
+    for not_predicted in ("allocator", "workspaces", "CUDA context"):
+        assert not_predicted in printed.out
     assert "Sizes in GB (1,000,000,000 bytes)" in printed.out
     assert "within 3% of the ledgers" in " ".join(printed.out.split())
     assert max(map(len, printed.out.splitlines())) <= 140
@@ -200,7 +199,7 @@ def test_an_encoder_is_counted_with_its_new_head_and_without_activations(
     assert "Activations are not predicted" in capsys.readouterr().out
     # Two of its 514 positions are for padding.
     assert main(["fit", *words, "--tokens", "513"]) == Exit.USAGE
-    assert "roberta-base reads 512 tokens at once, and 513 are asked for" in capsys.readouterr().err
+    assert "roberta-base reads 512 tokens at most, got 513" in capsys.readouterr().err
 
 
 def test_a_folder_with_a_config_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +213,7 @@ def test_a_folder_with_a_config_is_enough(tmp_path: Path, capsys: pytest.Capture
     assert len(found["rows"]) == 3
     assert found["rows"][0]["longest"] == 256
     assert main(["fit", str(tmp_path), "--memory", "64MiB", "--tokens", "257"]) == Exit.USAGE
-    assert "reads 256 tokens at once, and 257 are asked for" in capsys.readouterr().err
+    assert "reads 256 tokens at most, got 257" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("counted")
@@ -238,7 +237,7 @@ def test_a_step_says_what_fits(
         return {"peak_B": took(cell.model_dump(mode="json")), "peak_by": ""}
 
     monkeypatch.setattr(isolated_step, "peak", peak)
-    monkeypatch.setattr(counting_client, "ask", answered_here)
+    monkeypatch.setattr(counting_client, "run_requests", answered_here)
     found = document(capsys, *words, steps=True)
     for one in found["rows"]:
         at = {"batch": one["batch"], "max_tokens": 512}
@@ -272,9 +271,9 @@ def test_a_step_says_what_fits(
 def test_the_largest_is_found_however_a_peak_grows(grows: Callable[[int], int], first: int, grain: float) -> None:
     """Of several stages the highest counts, and attention without a kernel of its own grows as the square of the length."""
     lasting, room, most = 1_000, 2_000, 4_096
-    tried = largest_batch.find(lambda n: lasting + grows(n), room, first, lasting, most, grain)
+    tried = largest_batch.search(lambda n: lasting + grows(n), room, first, lasting, most, grain)
     assert isinstance(tried, dict)
-    found = largest_batch.fitting(tried, room)
+    found = largest_batch.largest_fitting(tried, room)
     true = max(n for n in range(most + 1) if lasting + grows(n) <= room)
     assert true / (1 + grain) <= found <= true or (true - 1 <= found <= true and grain)
 
@@ -283,15 +282,15 @@ def test_what_cannot_be_tried_is_said_unless_something_fits() -> None:
     def peak(n: int) -> int | str:
         return 10 * n if n < 8 else "too slow"
 
-    assert largest_batch.find(peak, 100, 9, 0) == "too slow"
-    found = largest_batch.find(peak, 100, 7, 0)
+    assert largest_batch.search(peak, 100, 9, 0) == "too slow"
+    found = largest_batch.search(peak, 100, 7, 0)
     assert isinstance(found, dict)
-    assert largest_batch.fitting(found, 100) == 7
+    assert largest_batch.largest_fitting(found, 100) == 7
 
 
 def answered_here(questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Answer as the child process does, by the words of JSON."""
-    said = [isolated_step.largest(one) if "largest" in one else isolated_step.answer(one) for one in questions]
+    said = [isolated_step.search_largest(one) if "largest" in one else isolated_step.answer(one) for one in questions]
     return list(json.loads(json.dumps(said)))
 
 
@@ -315,7 +314,7 @@ def test_where_formulas_are_wrong_about_the_rank_a_step_chooses_it(
         }
 
     monkeypatch.setattr(isolated_step, "peak", peak)
-    monkeypatch.setattr(counting_client, "ask", answered_here)
+    monkeypatch.setattr(counting_client, "run_requests", answered_here)
     words = ("--memory", memory, "--method", "lora", "--base", "none")
     (by_formulas,), (one,) = document(capsys, *words)["rows"], document(capsys, *words, steps=True)["rows"]
     assert by_formulas["rank"] != one["rank"] == rank
@@ -411,7 +410,7 @@ def test_a_repository_is_looked_for_in_the_cache_alone(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == Exit.USAGE
-    assert "some/model is not in the hub's cache, and `fit` fetches nothing" in done.stderr
+    assert "some/model is not in the hub's cache, and `fit` downloads nothing" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -426,7 +425,7 @@ def test_a_repository_is_looked_for_in_the_cache_alone(tmp_path: Path) -> None:
     ],
 )
 def test_sizes(text: str, number_B: int) -> None:
-    assert size_units.parse(text).number_B == number_B
+    assert size_units.parse_size(text).number_B == number_B
 
 
 @pytest.mark.parametrize(
@@ -441,13 +440,13 @@ def test_sizes(text: str, number_B: int) -> None:
 )  # fmt: skip
 def test_what_is_no_size(text: str, says: str) -> None:
     with pytest.raises(ValueError, match=re.escape(says)):
-        size_units.parse(text)
+        size_units.parse_size(text)
 
 
 def test_models_of_the_table_are_not_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PEFT_HARNESS_CACHE", str(tmp_path))
-    with pytest.raises(UsageError, match="minilm-l6 is not on this machine yet, and `fit` fetches nothing"):
-        models.find("minilm-l6")
+    with pytest.raises(UsageError, match="minilm-l6 is not on this machine, and `fit` downloads nothing"):
+        model_shapes.find_model("minilm-l6")
 
 
 @pytest.mark.parametrize("topic", ["fit", "weights", "activations", "logits", "host"])

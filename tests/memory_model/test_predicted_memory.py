@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from harness.analysis.run_facts import analyse
-from harness.memory_model import cells, counting_client
+from harness.memory_model import counting_client, plan_prediction
 from harness.records.record import Evaluation, Predicted, Record
 from harness.report import plan_table as planning
 from harness.report import tables
@@ -28,13 +28,13 @@ from support.sandbox import Sandbox
 @pytest.fixture
 def _no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the steps without data out, a second each: only what the formulas say is looked at."""
-    counted = counting_client.ask
+    counted = counting_client.run_requests
 
     def formulas(requests: list[Any]) -> Any:
         of_models = [request for request in requests if "cell" not in request]
         return [*counted(of_models), *({} for _ in requests[len(of_models) :])]
 
-    monkeypatch.setattr(counting_client, "ask", formulas)
+    monkeypatch.setattr(counting_client, "run_requests", formulas)
 
 
 @pytest.mark.usefixtures("_no_steps")
@@ -55,7 +55,7 @@ def test_the_headline_suite_is_predicted_and_fits() -> None:
     assert isinstance(found, Predicted)
     assert found.step_B == 2 * found.gradients_B
     assert round(found.total_B / 2**30) == 88
-    assert f"{len(plan.cells)} Cells; the largest is predicted to take" in planning.as_text(document)
+    assert f"{len(plan.cells)} Cells; largest predicted memory " in planning.as_text(document)
 
 
 @pytest.mark.usefixtures("_no_steps")
@@ -66,7 +66,7 @@ def test_logits_are_predicted_where_every_token_has_a_loss() -> None:
     scored = lora.model_copy(update={"evaluation": Evaluation(items=10)})
     found = {}
     for loss in ("answer", "all"):
-        task = dataclasses.replace(suite.tasks[lora.task], answers=Answers(loss=loss))  # type: ignore[arg-type]
+        task = suite.tasks[lora.task].model_copy(update={"answers": Answers(loss=loss)})
         of_task = dataclasses.replace(suite, tasks={lora.task: task})
         (found[loss],) = planning.predictions(of_task, dataclasses.replace(plan, cells=(scored,))).values()
     assert isinstance(found["all"], Predicted)
@@ -90,8 +90,8 @@ def test_what_a_step_took_is_the_total_where_it_is_more_than_the_formulas_know()
     assert sizes == {first: 700 * recorded.MIB, second: 8000 * recorded.MIB}  # what is paged is not on the device
     assert document["estimate"]["predicted_B"] == 8000 * recorded.MIB
     said = planning.as_text(document)
-    assert "the largest is predicted to take 8,000 MiB" in said
-    assert "8,000 MiB: weights 700" in said
+    assert "largest predicted memory 8,000 MiB" in said
+    assert any(line.split()[-4:-2] == ["8,000", "700"] for line in said.splitlines())
 
 
 def test_a_model_that_is_not_here_is_not_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,13 +203,13 @@ def test_cells_that_differ_in_seed_or_learning_rate_share_a_step(monkeypatch: py
     other = one.model_copy(update={"seed": 7, "training": one.training.model_copy(update={"lr": 0.5})})
     longer = one.model_copy(update={"training": one.training.model_copy(update={"max_tokens": 96})})
     asked: list[Any] = []
-    counted = counting_client.ask
+    counted = counting_client.run_requests
 
     def spy(requests: list[Any]) -> Any:
         asked.extend(request for request in requests if "cell" in request)
         return counted(requests)
 
-    monkeypatch.setattr(counting_client, "ask", spy)
+    monkeypatch.setattr(counting_client, "run_requests", spy)
     found = planning.predictions(suite, dataclasses.replace(plan, cells=(one, other, longer)))
     assert len(asked) == 2
     peaks = [p.peak_B for c in (one, other, longer) if isinstance(p := found[c.cell_id], Predicted)]
@@ -225,7 +225,7 @@ def test_the_ledger_says_why_nothing_was_predicted(tmp_path: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork, which a tie to the parent needs")
 def test_who_counts_ends_with_a_command_that_is_killed(sandbox: Sandbox) -> None:
     planned = sandbox.start("fit", "llama-7b", "--memory", "24GiB")
-    counting = f"{cells.__name__.rpartition('.')[0]}.counting_worker"
+    counting = f"{plan_prediction.__name__.rpartition('.')[0]}.counting_worker"
     found: list[psutil.Process] = []
 
     def counts() -> bool:

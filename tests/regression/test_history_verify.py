@@ -372,6 +372,7 @@ def test_the_largest_go_first_and_the_rest_is_named(
     assert [one.only for one in asked] == [other, FIRST]
 
 
+@pytest.mark.slow
 def test_a_noisy_series_is_no_more_often_suspected_than_a_calm_one() -> None:
     wild = np.random.default_rng(4).normal(0, 0.02, (1000, 60))  # a sixth of its nights lies 2 % above its level
     suspected = sum(_suspected(wild, row, 60, 0.02) for row in range(len(wild)))
@@ -388,6 +389,7 @@ def _beside(logs: Any) -> tuple[Any, float]:
     return beside, float(np.median([change_points.noise(row) for row in beside]))
 
 
+@pytest.mark.slow
 def test_a_slow_down_of_three_per_cent_is_found_within_two_nights() -> None:
     suspected = tried = 0
     for seed in range(20):
@@ -399,6 +401,7 @@ def test_a_slow_down_of_three_per_cent_is_found_within_two_nights() -> None:
     assert betaincinv(found, tried - found + 1, 0.05) >= 0.95  # exact lower bound, one-sided
 
 
+@pytest.mark.slow
 def test_less_than_one_false_alarm_a_month_and_few_trials_a_night() -> None:
     suspected = cell_nights = 0
     for seed in range(100, 106):

@@ -21,6 +21,8 @@ from support import stub_attempts
 from support.processes import PATIENCE_S, eventually, gone
 from support.repository import TESTS
 
+pytestmark = pytest.mark.cluster
+
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
 

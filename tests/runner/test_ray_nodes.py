@@ -12,6 +12,8 @@ import pytest
 
 from support.repository import TESTS
 
+pytestmark = pytest.mark.cluster
+
 pytest.importorskip("ray.cluster_utils", reason="the extra `ray` is not installed")
 
 # In a process of its own: one has one Ray. GPUs that there are none of are as good as any to Ray, which only counts them.

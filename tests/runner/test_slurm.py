@@ -25,6 +25,8 @@ from harness.runner.executors.slurm import LOCAL, Slurm
 from support import recorded_run, stub_attempts
 from support.processes import PATIENCE_S, eventually, gone
 
+pytestmark = pytest.mark.cluster
+
 pytest.importorskip("submitit", reason="the extra `slurm` is not installed")
 
 # What Slurm's commands do, as far as submitit calls them. State of element n is in state.n; its process group in group.n.

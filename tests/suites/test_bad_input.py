@@ -510,8 +510,8 @@ def test_a_shared_key_may_belong_to_an_unknown_method(tmp_path: Path) -> None:
         (["report"], "Missing argument 'RUN...'", "see `peft-harness report --help`"),
         (["report", "no-such-run"], "no run 'no-such-run'", "`peft-harness run quick` first"),
         (["list", "method"], "'method' is not one of 'methods'", "see `peft-harness list --help`"),
-        (["explain", "lorra"], "explain: nothing is called `lorra`", "did you mean `lora`?"),
-        (["explain", "9"], "explain: nothing is called `9`", "`list measures` show names"),
+        (["explain", "lorra"], "explain: no entry `lorra`", "did you mean `lora`?"),
+        (["explain", "9"], "explain: no entry `9`", "`list measures` show names"),
     ],
 )
 def test_bad_command_line(

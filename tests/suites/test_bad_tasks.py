@@ -155,7 +155,7 @@ def answered(folder: Path, task: str = ANSWERED, asked: str = ASKED, taught: str
 def test_a_sound_generative_task(tmp_path: Path) -> None:
     (task,) = loader.load(answered(tmp_path)).tasks.values()
     assert task.answers is not None
-    assert (task.judge, task.answers.loss, task.answers.eos) == ("first", "answer", True)
+    assert (task.filter, task.answers.loss, task.answers.eos) == ("first", "answer", True)
     assert task.train is not None
 
 

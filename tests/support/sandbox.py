@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,7 +116,6 @@ class Finished:
     code: int
     out: str
     err: str
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -143,13 +141,12 @@ class Sandbox:
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_hear_ctrl_c,
         )  # fmt: skip
 
-    def finish(self, process: subprocess.Popen[str], began: float) -> Finished:
+    def finish(self, process: subprocess.Popen[str]) -> Finished:
         out, err = process.communicate(timeout=5 * PATIENCE_S)
-        return Finished(process.returncode, out, err, time.monotonic() - began)
+        return Finished(process.returncode, out, err)
 
     def command(self, *arguments: str) -> Finished:
-        began = time.monotonic()
-        return self.finish(self.start(*arguments), began)
+        return self.finish(self.start(*arguments))
 
     def read(self) -> store.Run:
         return store.read_run(self.run_folder)

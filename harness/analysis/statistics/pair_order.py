@@ -1,23 +1,23 @@
-"""In which order the two arms of an A/B comparison run."""
+"""Order of the process runs of an A/B comparison."""
 
 from __future__ import annotations
 
 import random
 
-from harness.errors import UsageError
+from harness.errors import UsageError, plural
 
 BLOCKS = ("ABBA", "BAAB")
 
 
 def order(pairs: int, seed: int) -> str:
-    """Return the arm of each process run, two per pair, in blocks of two pairs: "ABBABAAB...".
+    """Return the side of each process run, two per pair, in blocks of two pairs: "ABBABAAB...".
 
     What drifts linearly cancels within every block. As many blocks begin with A as with B (give or take one), so that what
     drifts quadratically cancels between them; which ones is drawn, so that nothing periodic can take a side.
     """
     if pairs < 2 or pairs % 2:
         raise UsageError(
-            f"{pairs} pair{'s' * (pairs != 1)} to order: drift cancels within blocks of two pairs",
+            f"{plural(pairs, 'pair')} to order: drift cancels within blocks of two pairs",
             hint="ask for an even number of pairs",
         )
     drawn = random.Random(seed)  # noqa: S311  # nothing is secret here

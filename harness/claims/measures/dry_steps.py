@@ -1,4 +1,4 @@
-"""Measures: the peak of a Cell's training step at its whole shape, taken without data. No torch before one is taken."""
+"""Measures: the peak of a Cell's training step at its whole shape, taken without data. Imports torch only when computed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _peak(suite: str, entry: str) -> tuple[int, str]:
         raise NotRunError(f"a shape: {cell.model} has its weights in files")
     config, kind = shape_of(cell)
     isolated_step.import_classes(json.dumps(config), kind)
-    found = isolated_step.peak(cell, config, kind, dry_step.longest(cell, kind, cell.training.max_tokens))
+    found = isolated_step.peak(cell, config, kind, dry_step.longest_batches(cell, kind, cell.training.max_tokens))
     if "peak_B" not in found:
         raise NotRunError(f"a step that can be taken without data: {found.get('no_peak', 'this Cell trains nothing')}")
     return int(found["peak_B"]), str(found["peak_by"])

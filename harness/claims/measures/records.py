@@ -276,10 +276,11 @@ def _is_paged(record: Record) -> bool:
 
 def predicted(cell: Cell) -> Predicted:
     """Return what a Cell of a shape is predicted to take on a GPU."""
-    from harness.memory_model import cells, counting
+    from harness.memory_model import counting, plan_prediction
 
     config, kind = shape_of(cell)
-    found = cells.predicted(cell, counting.answer(cells.request(cell, config, kind, LABELS)), every_token=True)
+    counted = counting.answer(plan_prediction.count_request(cell, config, kind, LABELS))
+    found = plan_prediction.prediction(cell, counted, every_token=True)
     if isinstance(found, str):
         raise NotRunError(f"the memory of {cell.label}, which cannot be predicted: {found}")
     return found
@@ -287,11 +288,11 @@ def predicted(cell: Cell) -> Predicted:
 
 def shape_of(cell: Cell) -> tuple[dict[str, Any], str]:
     """Return the config.json of a Cell's shape, and its kind."""
-    from harness.memory_model import models
+    from harness.memory_model import model_shapes
 
     address = cell.model.removeprefix(shapes.PREFIX)
     preset, config = shapes.preset(address), shapes.config_of(address)
-    kind = preset.kind if preset else models.kind_of(config)
+    kind = preset.kind if preset else model_shapes.model_kind(config)
     return (shapes.with_classes(config, LABELS) if kind == "encoder" else config), kind
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from harness.analysis import failed_checks
-from harness.errors import Problem, RefusedError, StoreError, UsageError, did_you_mean
+from harness.errors import Problem, RefusedError, StoreError, UsageError, did_you_mean, first_names, plural
 from harness.records import naming, store
 from harness.records.base_model import FrozenModel
 from harness.records.record import SCHEMA, Status
@@ -29,7 +29,6 @@ BASELINES = Path("results") / "baselines"
 PROVENANCE = "baseline.json"
 _OF_A_RUN = re.compile(r"run\.json|cells/[0-9a-f]+\.\d+\.json")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
-_SHOWN = 3
 
 
 class Provenance(FrozenModel):
@@ -139,9 +138,9 @@ def _unfit(run: Run) -> Iterator[Problem]:
             "footer.json", "holds no hashes, so that a changed Record would not be seen", "run the suite anew"
         )
     if run.missing():
-        absent = _some([names[i] for i in run.missing()])
+        absent = first_names([names[i] for i in run.missing()])
         yield Problem(
-            "run.json", f"{_cells(len(run.missing()))} without any Record: {absent}", "finish it with --resume"
+            "run.json", f"{plural(len(run.missing()), 'Cell')} without any Record: {absent}", "finish it with --resume"
         )
     for file, why in run.broken.items():
         if file != "footer.json":
@@ -224,12 +223,3 @@ def _git(key: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{', '.join(names[:_SHOWN])}{more}"
-
-
-def _cells(n: int) -> str:
-    return f"{n} Cell{'s' * (n != 1)}"

@@ -21,7 +21,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, TypeGuard, TypeVar, cast
 
-from harness.errors import StoreError, UsageError
+from harness.errors import StoreError, UsageError, plural
 from harness.records import files
 
 SCHEMA = 1
@@ -155,7 +155,7 @@ def read_night(path: Path, broken: dict[str, str]) -> Night | None:
     before, night.rows = len(night.rows), _without_duplicates(night.rows)
     bad += before - len(night.rows)
     if bad:
-        reason = f"{bad} line{'s' * (bad != 1)} not written by `history add`"
+        reason = f"{plural(bad, 'line')} not written by `history add`"
         broken[path.name] = "; ".join(filter(None, [broken.get(path.name, ""), reason]))
     return night
 

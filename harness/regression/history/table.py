@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from harness.analysis import tracked_metrics
 from harness.analysis.statistics.anchor import FEWEST_SERIES
 from harness.console import align_columns
+from harness.errors import plural
 from harness.regression.history.decisions import EVERY
 from harness.regression.history.findings import Detection, JudgedChange, MissingSeries, ShownChange, ShownSeries
 from harness.regression.history.night_files import PASSES
@@ -20,7 +21,7 @@ def detection_text(found: Detection) -> str:
     """Return the text of `detect`: the changes, then the notes on what limits the search."""
     count = len(found.nights)
     span = f" ({found.nights[0]} to {found.nights[-1]})" if count else ""
-    lines = [f"{count} night{'s' * (count != 1)}{span}; {found.series} series, {found.compared} long enough to compare"]
+    lines = [f"{plural(count, 'night')}{span}; {found.series} series, {found.compared} long enough to compare"]
     for title, group in (
         ("changes", [c for c in found.candidates if c.settled is None]),
         ("changes that went back", [c for c in found.candidates if c.settled is not None]),
@@ -103,7 +104,7 @@ def _notes(found: Detection) -> Iterator[str]:
     yield from map(_machine, found.machine)
     for one in found.residue:
         ratio = f", step time x {one.step_ratio:.3f}" if one.step_ratio else ""
-        cells = f"{one.cells} Cell{'s' * (one.cells != 1)}"
+        cells = plural(one.cells, "Cell")
         yield f"not compared: {'; '.join(one.changed)} on {one.night}: series of {cells} start again{ratio}"
     for few in found.unanchored:
         yield (
@@ -112,8 +113,8 @@ def _notes(found: Detection) -> Iterator[str]:
         )
     for loose in found.loose:
         yield (
-            f"not judged: {loose.metric} at place {loose.place} on {_nights(loose.nights)}: fewer than {FEWEST_SERIES} of its "
-            "usual series"
+            f"not judged: {loose.metric} at place {loose.place} on {_nights(loose.nights)}: fewer than {FEWEST_SERIES} of "
+            "its usual series"
         )
     for stop in found.stopped:
         yield f"not measured: {stop.name} ({stop.cell}): {stop.status} on {stop.night}, ok on {stop.ok}"

@@ -14,6 +14,8 @@ import pytest
 import harness
 from harness.methods.spec import methods
 
+pytestmark = pytest.mark.e2e
+
 REPOSITORY = Path(harness.__file__).resolve().parents[1]
 LOHA = '''"""LoHa: low-rank Hadamard product. Hyeon-Woo et al., ICLR 2022, arXiv:2108.06098.
 

@@ -1,7 +1,4 @@
-"""From the name of a model to its config.json: shapes by name, the harness's table, folders, the hub's cache. No torch.
-
-Nothing is fetched: a shape needs no weights, and a model that is not here is one whose config nobody knows here.
-"""
+"""Find a model's config.json by its name: presets, the table of models, folders, the hub's cache. No torch, no download."""
 
 from __future__ import annotations
 
@@ -16,21 +13,24 @@ from harness.errors import UsageError, did_you_mean
 from harness.resources import data_folder, user_path
 
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
-"""How the classes of transformers end that predict the next token."""
+"""Suffixes of transformers' classes for causal language models."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model's name, its config.json, `encoder` or `causal`, and where these come from."""
+    """A model without weights."""
 
     name: str
     config: dict[str, Any]
+    """Its config.json."""
     kind: str
+    """`encoder` or `causal`."""
     source: str
+    """Origin of the config: a paper, a path or an address."""
 
 
-def find(name: str) -> ModelShape:
-    """Return the model that `name` stands for. Raises UsageError for a name that nobody knows, or without a config here."""
+def find_model(name: str) -> ModelShape:
+    """Return the model called `name`. Raises UsageError for an unknown name, or without a config on this machine."""
     if preset := shapes.preset(name.removeprefix(shapes.PREFIX)):
         return ModelShape(preset.name, preset.config, preset.kind, f"shape of {preset.source}")
     table = {s.name: s for s in load_table(data_folder("suites") / "sources.yaml").values() if s.kind != "data"}
@@ -43,17 +43,17 @@ def find(name: str) -> ModelShape:
     raise UsageError(
         f"no model is named `{name}`",
         where="MODEL",
-        hint=f"{did_you_mean(name, [*shapes.presets(), *table])}; or a folder (./path), or of the hub's cache, org/name",
+        hint=f"{did_you_mean(name, [*shapes.presets(), *table])}; or a folder (./path), or org/name in the hub's cache",
     )
 
 
 def _of_table(source: Source) -> ModelShape:
-    # What the harness makes itself it makes now, in seconds; anything else would be a download.
-    here = fetch.ensure(source) if source.scheme == "made" else fetch.at_hand(source)
+    # Generated models take seconds; any other would be a download.
+    here = fetch.ensure(source) if source.scheme == "made" else fetch.local_folder(source)
     if here is None:
-        what = f"{source.name} is not on this machine yet, and `fit` fetches nothing"
-        raise UsageError(what, where="MODEL", hint="a run of a suite with it does, e.g. `peft-harness run quick`")
-    return ModelShape(source.name, shapes.read(here / "config.json", source.name), source.kind, source.source)
+        what = f"{source.name} is not on this machine, and `fit` downloads nothing"
+        raise UsageError(what, where="MODEL", hint="run a suite with it first, e.g. `peft-harness run quick`")
+    return ModelShape(source.name, shapes.read_config(here / "config.json", source.name), source.kind, source.source)
 
 
 def _in_folder(name: str, path: Path) -> ModelShape:
@@ -71,7 +71,7 @@ def _of_hub(name: str) -> ModelShape:
         raise UsageError(f"`{name}` is no name on the hub: {error}", where="MODEL", hint="write org/name") from error
     if not isinstance(found, str):
         raise UsageError(
-            f"{name} is not in the hub's cache, and `fit` fetches nothing",
+            f"{name} is not in the hub's cache, and `fit` downloads nothing",
             where="MODEL",
             hint=f"`hf download {repository} config.json`, or write ./{name} if it is a folder here",
         )
@@ -79,14 +79,14 @@ def _of_hub(name: str) -> ModelShape:
 
 
 def _of_file(file: Path, name: str, source: str) -> ModelShape:
-    """Return the model of a config.json. Raises AssetError for one that no suite could train either."""
-    config = shapes.read(file, name)
-    kind = kind_of(config)
+    """Return the model of a config.json. Raises AssetError for an unsupported architecture."""
+    config = shapes.read_config(file, name)
+    kind = model_kind(config)
     refuse_architecture(config, name, kind, file)
     return ModelShape(name, config, kind, source)
 
 
-def kind_of(config: dict[str, Any]) -> str:
-    """Return `causal` or `encoder`, as a config.json tells by the class that it was saved from."""
+def model_kind(config: dict[str, Any]) -> str:
+    """Return `causal` or `encoder` by the class in a config.json."""
     names = config.get("architectures") or [_CAUSAL[0]]
     return "causal" if any(str(name).endswith(_CAUSAL) for name in names) else "encoder"

@@ -1,8 +1,7 @@
-"""The memory that Cells are predicted to take, from shapes alone. No torch: a child process counts for all of them at once.
+"""Predict the memory of a plan's Cells from shapes. No torch: one child process counts for all of them.
 
-The peak of a step is counted in it too, once for all Cells that take the same step (`harness.memory_model.isolated_step`).
-
-What the child counts is what a Cell's own worker counts before it loads its model (`harness.memory_model.counting`).
+It also takes one step on fake tensors for all Cells with the same step (`harness.memory_model.isolated_step`). A Cell's own
+worker counts in the same way before it loads its model (`harness.memory_model.counting`).
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from harness.assets import fetch, shapes
 from harness.errors import HarnessError
 from harness.memory_model import choices, counting_client
 from harness.memory_model.fit import ledger
+from harness.memory_model.messages import CountRequest, ModelCount, StepRequest
 from harness.methods import experts
 from harness.records.record import Cell, Evaluation, Predicted
 
@@ -22,14 +22,11 @@ if TYPE_CHECKING:
     from harness.assets.table import Source
 
 _SAME = {"lr": 1e-3, "head_lr": None, "warmup": 0, "weight_decay": 0.0}
-"""What a learning rate is does not change the memory of a step: Cells that differ in it share one."""
+"""Training options that do not change the memory of a step: Cells that differ in them only share one step."""
 
 
-def request(cell: Cell, config: Mapping[str, Any], kind: str, labels: int, checkpoint: str = "") -> dict[str, Any]:
-    """Return what `counting.answer` is asked for one Cell. config: the model's config.json; labels: of an encoder's head.
-
-    checkpoint: the folder of the weights; empty for a shape.
-    """
+def count_request(cell: Cell, config: Mapping[str, Any], kind: str, labels: int, checkpoint: str = "") -> CountRequest:
+    """Return the request for one Cell. labels: number of an encoder's labels; checkpoint: as in `CountRequest`."""
     facts = shapes.with_classes(config, labels) if kind == "encoder" else dict(config)
     return {
         "config": facts, "kind": kind, "dtype": cell.dtype, "methods": {cell.method: [cell.config]}, "targets": [],
@@ -37,17 +34,14 @@ def request(cell: Cell, config: Mapping[str, Any], kind: str, labels: int, check
     }  # fmt: skip
 
 
-def predicted(
-    cell: Cell, counted: Mapping[str, Any], *, on_cpu: bool = False, every_token: bool = False
-) -> Predicted | str:
-    """Return the ledger of a Cell from what was counted for it, or a sentence that says why there is none.
+def prediction(cell: Cell, counted: ModelCount, *, on_cpu: bool = False, every_token: bool = False) -> Predicted | str:
+    """Return the ledger of a Cell from its counts, or the reason why there is none.
 
-    on_cpu: host memory is the device's own, so that paged states are counted with the others. every_token: whether the task
-    takes its loss of every token (`loss: all`), as `synthetic` always does.
+    on_cpu: whether host memory is the device's, so that paged states count too. every_token: whether every token has a loss
+    (`loss: all`), as in the task `synthetic`.
 
-    Activations and logits are those of one pass in which every text is as long as `max_tokens` allows: an upper bound, and
-    exact for the task `synthetic`; what a compiler keeps is not predicted. Nor are
-    the logits of other tasks: only answers have any.
+    Activations and logits are those of texts of `max_tokens` tokens: an upper bound, exact for `synthetic`. Not predicted:
+    compiled models, and logits of tasks with a loss on answers only.
     """
     if error := counted.get("error"):
         return str(error)
@@ -79,50 +73,52 @@ def predicted(
 def predictions(
     cells: Iterable[Cell], sources: Mapping[str, Source], labels: Mapping[str, int], every_token: Collection[str] = ()
 ) -> dict[str, Predicted | str]:
-    """Map cell_ids to predictions, or to sentences that say why there are none.
+    """Map cell_ids to predictions, or to the reasons why there are none.
 
-    sources: of every Cell's model, by its name; labels: of every task; every_token: tasks whose loss is of every token.
-    Nothing is fetched: a model that is not on this machine is not predicted.
+    sources: models of the Cells, by name. labels: number of labels, by task. every_token: tasks with a loss on every token.
+    Nothing is downloaded: a model that is not on this machine has no prediction.
     """
     found: dict[str, Predicted | str] = {}
-    asked: dict[str, tuple[Cell, dict[str, Any]]] = {}
-    here = {name: _at_hand(source) for name, source in sources.items()}
+    requests: dict[str, tuple[Cell, CountRequest]] = {}
+    local = {name: _local_model(source) for name, source in sources.items()}
     for cell in cells:
-        model = here[cell.model]
+        model = local[cell.model]
         if isinstance(model, str):
             found[cell.cell_id] = model
         else:
             config, checkpoint = model
-            asked[cell.cell_id] = cell, request(cell, config, sources[cell.model].kind, labels[cell.task], checkpoint)
-    of_models: dict[str, dict[str, Any]] = {}
-    for cell, one in asked.values():
-        # A model is built once for all its Cells; those that differ in what is not counted (a seed, a batch) share a count.
-        methods = of_models.setdefault(_model_of(one), one | {"methods": {}})["methods"]
+            request = count_request(cell, config, sources[cell.model].kind, labels[cell.task], checkpoint)
+            requests[cell.cell_id] = cell, request
+    of_models: dict[str, CountRequest] = {}
+    for cell, one in requests.values():
+        # One count per model: Cells that differ only in a seed or a batch share it.
+        methods = of_models.setdefault(_model_key(one), {**one, "methods": {}})["methods"]
         configs_of = methods.setdefault(cell.method, [])
         configs_of += [cell.config] if cell.config not in configs_of else []
-    steps: dict[str, dict[str, Any]] = {}
-    step_of = {id_: _step(cell, one, steps, every_token) for id_, (cell, one) in asked.items()}
-    counts = counting_client.ask([*of_models.values(), *steps.values()])
+    steps: dict[str, StepRequest] = {}
+    step_of = {id_: _step(cell, one, steps, every_token) for id_, (cell, one) in requests.items()}
+    counts = counting_client.run_requests([*of_models.values(), *steps.values()])
     if not isinstance(counts, str):
         late = {"no_peak": f"the steps before it took {counting_client.TIMEOUT_S:.0f} s"}
         counts += [late] * (len(of_models) + len(steps) - len(counts))
-    for cell_id, (cell, one) in asked.items():
+    for cell_id, (cell, one) in requests.items():
         if isinstance(counts, str):
             found[cell_id] = counts
             continue
-        at, counted = list(of_models).index(_model_of(one)), of_models[_model_of(one)]["methods"][cell.method]
-        answer = counts[at]
+        at, counted = list(of_models).index(_model_key(one)), of_models[_model_key(one)]["methods"][cell.method]
+        answer: ModelCount = counts[at]
         if "error" not in answer:
-            answer = answer | {"methods": {cell.method: [answer["methods"][cell.method][counted.index(cell.config)]]}}
-        of_shape = predicted(cell, answer, every_token=cell.task in every_token)
+            of_cell = answer["methods"][cell.method][counted.index(cell.config)]
+            answer = {**answer, "methods": {cell.method: [of_cell]}}
+        of_shape = prediction(cell, answer, every_token=cell.task in every_token)
         if isinstance(of_shape, Predicted):
             of_shape = of_shape.model_copy(update=counts[len(of_models) + step_of[cell_id]])
         found[cell_id] = of_shape
     return found
 
 
-def _step(cell: Cell, one: Mapping[str, Any], steps: dict[str, dict[str, Any]], every_token: Collection[str]) -> int:
-    """Ask for a Cell's training step, unless one like it is in `steps`; return which of them it is."""
+def _step(cell: Cell, one: CountRequest, steps: dict[str, StepRequest], every_token: Collection[str]) -> int:
+    """Add a Cell's training step to `steps` unless it is there; return its index."""
     same = {
         "seed": 0,
         "evaluation": Evaluation(items=0),
@@ -130,7 +126,7 @@ def _step(cell: Cell, one: Mapping[str, Any], steps: dict[str, dict[str, Any]], 
         "training": cell.training.model_copy(update=_SAME),
     }
     whole = cell.task in every_token or cell.evaluation.items == 0
-    step = {
+    step: StepRequest = {
         "cell": cell.model_copy(update=same).model_dump(mode="json"),
         "config": one["config"],
         "kind": one["kind"],
@@ -142,15 +138,15 @@ def _step(cell: Cell, one: Mapping[str, Any], steps: dict[str, dict[str, Any]], 
     return list(steps).index(key)
 
 
-def _model_of(asked: Mapping[str, Any]) -> str:
-    return json.dumps({key: value for key, value in asked.items() if key != "methods"}, sort_keys=True)
+def _model_key(request: CountRequest) -> str:
+    return json.dumps({key: value for key, value in request.items() if key != "methods"}, sort_keys=True)
 
 
-def _at_hand(source: Source) -> tuple[dict[str, Any], str] | str:
-    """Return the config.json of a model on this machine and the folder of its weights, empty for a shape; or why not."""
+def _local_model(source: Source) -> tuple[dict[str, Any], str] | str:
+    """Return a model's config.json and the folder of its weights (empty for a shape), or the reason why there is none."""
     try:
-        if (here := fetch.at_hand(source)) is None:
+        if (here := fetch.local_folder(source)) is None:
             return f"{source.name} is not on this machine yet"
-        return shapes.read(here / "config.json", source.name), str(here) if source.scheme != "shape" else ""
+        return shapes.read_config(here / "config.json", source.name), str(here) if source.scheme != "shape" else ""
     except HarnessError as error:
         return error.what

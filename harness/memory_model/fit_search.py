@@ -1,0 +1,196 @@
+"""Search what fits by the peaks of training steps on fake tensors, starting from the closed-form results. No torch.
+
+Closed-form estimates leave out temporary tensors; a step on fake tensors has them all. It runs the code of `fused`, or of
+the reference if `fused` does not implement the Method.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from harness.cell.training.bypassed_layers import NO_EFFECT
+from harness.memory_model import choices, counting_client, fit
+from harness.memory_model.fit import DOES_NOT_FIT, FitRequest, config_at
+from harness.memory_model.largest_batch import largest_fitting
+from harness.memory_model.messages import MethodCount, ModelCount, SearchOptions, StepAnswer, StepRequest
+from harness.methods.registry import discover
+from harness.methods.spec import methods
+from harness.records.record import Base, Cell, Evaluation, Training
+
+OURS, _REFERENCE = "fused", "reference"
+_LATE = "the steps before it took too long"
+_BATCH_PARTS = ("activations_B", "logits_B")
+"""Parts of the ledger that grow with the batch."""
+_MAX_BATCH = 2**16
+"""Largest batch to try."""
+_GRAIN = 0.01
+"""Relative distance between the longest text that fits and a length that does not."""
+
+Row = dict[str, Any]
+
+
+def search_by_steps(request: FitRequest, counted: ModelCount, document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the closed-form document with batch, longest text and peak by steps.
+
+    peak_B: peak of the row's batch, or of one text if none fits; None if no step could be taken: then `no_peak` has the
+    reason and the row stays as it was. peak_by: code of the step. The rank stays, unless steps and closed form disagree
+    whether it fits: then it is the largest rank at which one text fits.
+    """
+    rows = [
+        row | {"peak_B": None, "peak_by": _provider(row["method"]), "no_peak": _untried(row)}
+        for row in document["rows"]
+    ]
+    there = [n for n, row in enumerate(rows) if not row["no_peak"]]
+    if there:
+        print(f"taking steps on fake tensors for {len(there)} rows ...", file=sys.stderr)
+    search = _Search(request, counted, document)
+    for n, row in zip(there, search.batches([rows[n] for n in there]), strict=True):
+        rows[n] = row
+    others = {n: ranks for n in there if (ranks := search.other_ranks(rows[n], document["rows"][n]))}
+    for n, row in zip(others, search.reranked([rows[n] for n in others], list(others.values())), strict=True):
+        rows[n] = row
+    return dict(document) | {"checked": any(row["peak_B"] is not None for row in rows), "rows": rows}
+
+
+@cache
+def _provider(method: str) -> str:
+    return OURS if OURS in discover().names("method", method) else _REFERENCE
+
+
+def _untried(row: Mapping[str, Any]) -> str:
+    return str(row["because"]) if row["ledger"] is None else ""
+
+
+class _Search:
+    """Searches over rows. All steps of a search go to one child process."""
+
+    def __init__(self, request: FitRequest, counted: ModelCount, document: Mapping[str, Any]) -> None:
+        self.request, self.counted, self.document = request, counted, document
+        self.room, self.tokens = int(document["memory_B"]), int(document["tokens"])
+
+    def batches(self, rows: list[Row]) -> list[Row]:
+        """Return the rows with the largest batch that fits, and the longest single text that fits."""
+        most = self.counted["positions"]
+        steps = [self._largest(row, "batch", self.tokens, first=row["batch"] or 1, most=_MAX_BATCH) for row in rows]
+        for row in rows:
+            first = row["longest"] or self.tokens
+            steps.append(self._largest(row, "max_tokens", first, first=first, most=most, grain=_GRAIN))
+        answers = _answers(steps)
+        updated = [self._updated(row, found) for row, found in zip(rows, answers, strict=False)]
+        lengths = [
+            largest_fitting(_tried(row, one), self.room) or None
+            for row, one in zip(rows, answers[len(rows) :], strict=True)
+        ]
+        return [
+            row if row["peak_B"] is None else row | {"longest": longest}
+            for row, longest in zip(updated, lengths, strict=True)
+        ]
+
+    def other_ranks(self, row: Row, by_formulas: Row) -> list[int]:
+        """Return further ranks to try for a row, if steps and closed form disagree whether its rank fits."""
+        tried = [one["rank"] for one in self._ranks(row) if one["rank"] is not None]
+        if row["peak_B"] is None or bool(row["because"]) == bool(by_formulas["because"]):
+            return []
+        return [rank for rank in tried if (rank < row["rank"] if row["because"] else rank > row["rank"])]
+
+    def reranked(self, rows: list[Row], ranks: list[list[int]]) -> list[Row]:
+        """Return the rows at the largest of these ranks at which one text fits, or at the smallest if none does.
+
+        A row that fits stays as it is if none of the larger ranks fits.
+        """
+        pairs = [(n, self._at(rows[n], rank)) for n, of_row in enumerate(ranks) for rank in sorted(of_row)]
+        answers = _answers([self._step(one, 1, self.tokens) for _, one in pairs])
+        found: dict[int, Row] = {}
+        for (n, one), answer in zip(pairs, answers, strict=True):
+            if "peak_B" not in answer:
+                continue
+            fits = answer["peak_B"] - one["ledger"]["host_B"] <= self.room
+            if fits or (rows[n]["because"] and n not in found):
+                found[n] = one
+        updated = dict(zip(found, self.batches(list(found.values())), strict=True))
+        return [updated[n] if n in updated and updated[n]["peak_B"] is not None else row for n, row in enumerate(rows)]
+
+    def _ranks(self, row: Row) -> list[MethodCount]:
+        return [one for one in self.counted["methods"][row["method"]] if not one["error"]]
+
+    def _at(self, row: Row, rank: int) -> Row:
+        of_rank = [one for one in self._ranks(row) if one["rank"] == rank]
+        names = row["method"], row["base"], row["optimizer"]
+        by_formulas = fit.row_document(fit.best_row(self.request, self.counted, self.tokens, of_rank, *names))
+        return row | by_formulas | {"peak_B": None, "no_peak": ""}
+
+    def _largest(
+        self, row: Row, of: str, tokens: int, *, first: int, most: int | None, grain: float = 0.0
+    ) -> StepRequest:
+        # Paged states are in host memory, which is the device's memory in a step on a CPU.
+        host = row["ledger"]["host_B"]
+        options: SearchOptions = {
+            "of": of, "room": self.room + host, "first": first, "most": most, "grain": grain,
+            "lasting": _lasting(row) + host,
+        }  # fmt: skip
+        return {**self._step(row, 1, tokens), "largest": options}
+
+    def _step(self, row: Row, batch: int, tokens: int) -> StepRequest:
+        """Return the request for a row's step, over a base packed by `fused`, with a loss on every token."""
+        info = methods()[row["method"]]
+        targets = {"targets": self.document["targets"]} if "targets" in info.fields else {}
+        packed = row["base"] not in ("none", choices.OWN)
+        recipe = Training(
+            steps=1, batch=batch, max_tokens=tokens, lr=1e-3, checkpointing=self.request.checkpointing,
+            layerwise=self.request.layerwise and info.spec.trains_weights,
+        )  # fmt: skip
+        cell = Cell(
+            model=self.request.model.name,
+            task="synthetic",
+            method=row["method"],
+            implementation=_provider(row["method"]),
+            config=config_at(info, row["rank"]) | targets,
+            base=Base(quantization=row["base"], implementation=OURS) if packed else Base(),
+            optimizer="adamw" if row["optimizer"] == choices.OWN else row["optimizer"],
+            dtype=self.document["dtype"],
+            training=recipe,
+            evaluation=Evaluation(items=0),
+        )
+        model = self.request.model
+        return {
+            "cell": cell.model_dump(mode="json"), "config": model.config, "kind": model.kind, "answer": tokens
+        }  # fmt: skip
+
+    def _updated(self, row: Row, found: StepAnswer) -> Row:
+        tried = _tried(row, found)
+        if not tried:
+            why = found.get("no_peak", _LATE)
+            return row | {"no_peak": why} | ({"ledger": None, "because": why} if NO_EFFECT in why else {})
+        fits = largest_fitting(tried, self.room)
+        if not fits and 1 not in tried:
+            return row | {"no_peak": f"no step with {min(tried)} texts or more fits, and none with fewer was taken"}
+        batch, ledger = fits or 1, dict(row["ledger"])
+        ledger["left_B"] = self.room - tried[batch]
+        if row["batch"]:
+            for part in _BATCH_PARTS:
+                ledger[part] = ledger[part] // row["batch"] * batch
+            ledger["total_B"] = _lasting(row) + max(sum(ledger[part] for part in _BATCH_PARTS), ledger["step_B"])
+        else:
+            ledger["total_B"] = None  # closed-form, without activations
+        by = _REFERENCE if _REFERENCE in found["peak_by"] else row["peak_by"]
+        outcome = {"because": "" if fits else DOES_NOT_FIT, "peak_B": tried[batch], "peak_by": by}
+        return row | {"batch": batch, "ledger": ledger} | outcome
+
+
+def _answers(requests: list[StepRequest]) -> list[StepAnswer]:
+    answers = counting_client.run_requests(requests)
+    if isinstance(answers, str):
+        return [{"no_peak": answers}] * len(requests)
+    return answers + [{}] * (len(requests) - len(answers))
+
+
+def _tried(row: Row, found: StepAnswer) -> dict[int, int]:
+    """Return the peaks on the device by batch or length; JSON turned these into strings."""
+    return {int(number): peak - row["ledger"]["host_B"] for number, peak in found.get("tried", {}).items()}
+
+
+def _lasting(row: Row) -> int:
+    return sum(int(row["ledger"][part]) for part in ("weights_B", "adapter_B", "gradients_B", "optimizer_B"))

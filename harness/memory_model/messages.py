@@ -1,0 +1,103 @@
+"""Requests to the counting process and its answers, as JSON. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NotRequired, TypedDict
+
+
+class CountRequest(TypedDict):
+    """Count the bytes of one model for several Methods."""
+
+    config: Mapping[str, Any]
+    """The model's config.json."""
+    kind: str
+    """`causal` or `encoder`."""
+    dtype: str
+    methods: dict[str, list[dict[str, Any]]]
+    """Configs to count, by Method."""
+    targets: list[str]
+    """Layers for configs without targets; empty for every linear layer except the output."""
+    checkpoint: NotRequired[str]
+    """Folder of an encoder's weights: its missing weights train too. Empty for a shape, which lacks none."""
+
+
+class MethodCount(TypedDict):
+    """Bytes of one Method with one config. With an error, every other value is empty."""
+
+    rank: int | None
+    error: str
+    """Reason why the Method cannot be attached; else empty."""
+    trainable: int
+    """Trainable parameters."""
+    untouched: int
+    """Weights of experts that do not train."""
+    weights: dict[str, int]
+    """Bytes of everything except the adapter, by base."""
+    adapter: int
+    gradients: int
+    optimizer: dict[str, tuple[int, int]]
+    """State bytes (on the device, in host memory), by optimizer."""
+    step: int
+    """Bytes that exist only while the optimizer steps."""
+    layerwise: int
+    """Bytes of gradients and of `step` with layer-wise updates: those of the largest tensor."""
+    activations: tuple[int, int] | None
+    """Bytes per token (without, with) gradient checkpointing; None for a model without a formula."""
+
+
+class ModelCount(TypedDict, total=False):
+    """Counts of one model: `error` alone, `misfits` alone, or the rest."""
+
+    error: str
+    """Reason why the model cannot be built or counted."""
+    misfits: dict[str, str]
+    """Requested targets that match no layer of any Method, with the reason."""
+    parameters: int
+    targets: list[str]
+    """Layers that configs without targets adapt."""
+    positions: int | None
+    """Longest text that the model reads, in tokens; None without a limit."""
+    logits: int | None
+    """Bytes of logits per token; None for a model without a formula."""
+    methods: dict[str, list[MethodCount]]
+
+
+class StepRequest(TypedDict):
+    """Take a Cell's training step on fake tensors."""
+
+    cell: dict[str, Any]
+    config: Mapping[str, Any]
+    """The model's config.json."""
+    kind: str
+    """`causal` or `encoder`."""
+    answer: int
+    """Tokens of each text that carry loss."""
+    checkpoint: NotRequired[str]
+    """As in CountRequest."""
+    largest: NotRequired[SearchOptions]
+    """Search the largest step that fits, instead of one step."""
+
+
+class SearchOptions(TypedDict):
+    """Arguments of `largest_batch.search`, and the field of a Cell's training that varies."""
+
+    of: str
+    """`batch` or `max_tokens`."""
+    room: int
+    first: int
+    lasting: int
+    most: int | None
+    grain: NotRequired[float]
+
+
+class StepAnswer(TypedDict, total=False):
+    """Peak of a step, or the reason why there is none."""
+
+    peak_B: int
+    peak_by: str
+    """Code that took the step, if not the Cell's own."""
+    no_peak: str
+    """Reason why there is no peak."""
+    tried: dict[int, int]
+    """Peaks of a search by batch or length; JSON turns the keys into strings."""

@@ -1,0 +1,51 @@
+"""What is imported by what reads, plans and judges: nothing heavy, so that a command answers at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+NUMBERS = {"numpy", "scipy", "pandas", "ruptures"}
+
+LIGHT = {
+    "harness.implements and a suite": (
+        "import harness; harness.implements; harness.__version__\n"
+        "from harness.methods.registry import discover; discover()\n"
+        "from harness.suites import loader; loader.load('quick').plan",
+        {"torch"},
+    ),
+    "a task of lm-eval": (
+        "from pathlib import Path\nfrom harness.suites import tasks\n"
+        f"assert tasks.load('lm-eval:arc_easy@{40 * '0'}', Path(), {{}}).upstream.splits == {{'test': 'test', 'train': 'train'}}",
+        {"torch", "lm_eval"},
+    ),
+    "assets": ("from harness.assets import fetch, rows, table", {"torch", "transformers"}),
+    "list and explain of claims": (
+        "from harness.cli import main\nassert not main(['list', 'claims', 'measures']) + main(['explain', 'ratio'])",
+        {"torch", "transformers"},
+    ),
+    "a bench's results": ("import harness.bench.run, harness.bench.table", {"torch"}),
+    "verdicts of pairs": (
+        "from harness.analysis.statistics import canaries, pair_order, paired",
+        {"torch", "numpy", "scipy"},
+    ),
+    "pairs that are judged": (
+        "from harness.analysis.statistics import canaries, pair_design, paired\npairs = [0.01 * k for k in range(6)]\n"
+        "paired.family({'a': paired.judge(pairs, pair_design.Design(), 'first')}); canaries.canaries([pairs], 0.25)",
+        {"torch"},
+    ),
+    "a history before it is judged": (
+        "from harness.analysis.statistics import anchor, change_points\n"
+        "from harness.regression.history import changes, detect, show",
+        {"torch", *NUMBERS},
+    ),
+}
+
+
+@pytest.mark.parametrize(("code", "heavy"), LIGHT.values(), ids=LIGHT)
+def test_nothing_heavy_is_imported_for(code: str, heavy: set[str]) -> None:
+    code += f"\nimport sys; sys.exit(str({heavy} & set(sys.modules) or '') or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
