@@ -43,7 +43,7 @@ def carriers() -> Path:
     return root() / "carriers"
 
 
-def place(source: Source, fingerprint: str = "") -> Path:
+def entry_folder(source: Source, fingerprint: str = "") -> Path:
     """Return the folder of this source: another hash, revision, member or `fingerprint` is another folder."""
     facts = [FORMAT, source.source, source.sha256, source.revision, source.member, fingerprint]
     if source.kind == "data" and source.scheme == "hub" and source.rows is not None:
@@ -87,7 +87,7 @@ def promote(made: Path, destination: Path) -> None:
     _to_disk(destination.parent)
 
 
-def need_room(needed: int, what: str) -> None:
+def require_space(needed: int, what: str) -> None:
     """Raise AssetError unless `needed` bytes are free in the cache."""
     free = shutil.disk_usage(root()).free
     if free < needed:

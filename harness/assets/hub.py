@@ -22,7 +22,7 @@ def snapshot(source: Source, progress: Progress, local_only: bool = False) -> Pa
     """Return the folder of a model repository in the hub's cache, fetching what is missing."""
     import huggingface_hub
 
-    with explained(source):
+    with hub_errors(source):
         folder = huggingface_hub.snapshot_download(
             source.address,
             revision=source.revision,
@@ -43,7 +43,7 @@ def write_rows(source: Source, path: Path, progress: Progress) -> None:
     rows = source.rows
     progress(f"{source.name}: from the hub", 0, None)
     # ValueError: a subset or split that the repository does not have.
-    with explained(source, DatasetsError, ValueError):
+    with hub_errors(source, DatasetsError, ValueError):
         data = datasets.load_dataset(source.address, rows.subset or None, split=rows.split, revision=source.revision)
     missing = set(rows.columns.values()) - set(data.column_names)
     if missing:
@@ -59,7 +59,7 @@ def write_rows(source: Source, path: Path, progress: Progress) -> None:
 
 
 @contextmanager
-def explained(source: Source, *refusals: type[Exception]) -> Iterator[None]:
+def hub_errors(source: Source, *refusals: type[Exception]) -> Iterator[None]:
     """Turn what the hub's clients raise into AssetErrors; `refusals` are those that no network would mend."""
     import huggingface_hub.errors as hub
     from huggingface_hub import constants

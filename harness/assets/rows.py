@@ -17,7 +17,7 @@ from harness.errors import AssetError, Problem, UsageError
 
 
 @dataclass(frozen=True)
-class DataRow:
+class LabelledRow:
     """One labelled text."""
 
     id: str
@@ -31,7 +31,7 @@ class DataRow:
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnsweredRow:
     """One prompt and the answer that is wanted."""
 
     id: str
@@ -45,7 +45,7 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Text:
+class TextRow:
     """One text of a language model's training."""
 
     id: str
@@ -57,7 +57,7 @@ class Text:
         return self.text
 
 
-AnyRow = DataRow | Answered | Text
+AnyRow = LabelledRow | AnsweredRow | TextRow
 _R = TypeVar("_R", bound=AnyRow)
 
 
@@ -81,7 +81,7 @@ def problems(source: Source, path: Path, labels: int = 0, test: int = 0, *, trai
     told += [
         (line, f"label {row.label} of row `{row.id}`; the task's `labels` allows 0 to {labels - 1}", _HINT_LABEL)
         for line, row in found
-        if labels and isinstance(row, DataRow) and row.label >= labels
+        if labels and isinstance(row, LabelledRow) and row.label >= labels
     ]
     if not wrong and trains and len(found) <= test:
         what = f"{source.name} has {len(found)} rows, and the task keeps {test} of them for its test: none is left"
@@ -144,10 +144,10 @@ def split(
     shuffled = list(rows)
     random.Random(seed).shuffle(shuffled)  # noqa: S311  # reproducible, not secret
     trained = shuffled[test:] if training is None else training
-    return unasked(trained, shuffled[:test]), shuffled[:test]
+    return without_overlap(trained, shuffled[:test]), shuffled[:test]
 
 
-def unasked(trained: Sequence[_R], tested: Sequence[AnyRow]) -> list[_R]:
+def without_overlap(trained: Sequence[_R], tested: Sequence[AnyRow]) -> list[_R]:
     """Return the rows of `trained` that give away nothing of `tested`, whatever their case and white space.
 
     A row with a prompt or a label goes if a tested one asks the same; a whole text already if it holds what one asks.
@@ -169,7 +169,7 @@ def unasked(trained: Sequence[_R], tested: Sequence[AnyRow]) -> list[_R]:
 
     def gives_away(row: AnyRow) -> bool:
         plain = _plain(row.asked)
-        return plain in asked or (isinstance(row, Text) and holds_one(plain))
+        return plain in asked or (isinstance(row, TextRow) and holds_one(plain))
 
     return [row for row in trained if not gives_away(row)]
 
@@ -187,7 +187,7 @@ _HINT_LABEL = "correct the row, or the task's `labels` and `doc_to_choice`"
 _SHOWN = 5
 
 
-def _valence(record: str, _line: int, rows: Rows) -> DataRow | None:
+def _valence(record: str, _line: int, rows: Rows) -> LabelledRow | None:
     columns = record.split("\t", 2)
     if len(columns) != 3:
         raise ValueError(f"{len(columns)} columns where id, valence and text should stand, with tabs between")
@@ -196,7 +196,7 @@ def _valence(record: str, _line: int, rows: Rows) -> DataRow | None:
         raise ValueError(f"valence is {columns[1]}")
     if abs(valence) < rows.least:
         return None
-    return DataRow(columns[0].strip(), _text(columns[2], "text"), int(valence > 0))
+    return LabelledRow(columns[0].strip(), _text(columns[2], "text"), int(valence > 0))
 
 
 def _json(record: str, line: int, rows: Rows) -> AnyRow | None:
@@ -219,8 +219,8 @@ def _columns(record: Mapping[str, Any], line: int, rows: Rows) -> AnyRow | None:
         return None
     name = str(record.get(rows.id, line)).strip()
     if label is not None:
-        return DataRow(name, texts["text"], label)
-    return Answered(name, **texts) if rows.holds == "answers" else Text(name, **texts)
+        return LabelledRow(name, texts["text"], label)
+    return AnsweredRow(name, **texts) if rows.holds == "answers" else TextRow(name, **texts)
 
 
 def _label(label: object) -> int:

@@ -64,7 +64,7 @@ def blocks(config: dict[str, Any]) -> int:
     return int(next(config[key] for key in DEPTHS if key in config))
 
 
-def unknown(address: str) -> str:
+def address_problem(address: str) -> str:
     """Say what is wrong with an address that is no path and no preset, and the mend; empty for one that is."""
     if address.startswith(PATH_STARTS) or preset(address):
         return ""
@@ -78,10 +78,10 @@ def unknown(address: str) -> str:
 def config_of(address: str) -> dict[str, Any]:
     """Return the configuration that an address stands for: of a preset, or of a file. Raises UsageError as `read` does."""
     found = preset(address)
-    return found.config if found else read(resources.user_path(address))
+    return found.config if found else read_config(resources.user_path(address))
 
 
-def read(path: Path, name: str = "") -> dict[str, Any]:
+def read_config(path: Path, name: str = "") -> dict[str, Any]:
     """Read a model's config.json. Raises UsageError for one that cannot be read, is no JSON or names no model type."""
     who = f"model {name}: " if name else ""
     try:

@@ -29,7 +29,7 @@ def write(source: Source, folder: Path, progress: Progress) -> None:
     folder.mkdir()
     for split in sorted(set(named.splits.values())):
         # ValueError: a subset or split that the data do not have.
-        with hub.explained(source, DatasetsError, ValueError), _local_explained(source, named):
+        with hub.hub_errors(source, DatasetsError, ValueError), _local_explained(source, named):
             data = datasets.load_dataset(said["dataset_path"], said.get("dataset_name"), split=split, **options)
             data.to_parquet(folder / f"{split}.parquet")
 

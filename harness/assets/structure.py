@@ -55,10 +55,10 @@ def misfits(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:
     import torch
 
     config = json.loads((Path(folder) / "config.json").read_bytes())
-    return of_model(build(config, kind, torch.float32), names)
+    return model_misfits(build(config, kind, torch.float32), names)
 
 
-def of_model(model: Any, names: Sequence[str]) -> dict[str, str]:
+def model_misfits(model: Any, names: Sequence[str]) -> dict[str, str]:
     """Return the same of a model that is built already."""
     from reference.shared.layers import KINDS, targets
 

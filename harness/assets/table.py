@@ -120,7 +120,7 @@ class Source(FrozenModel):
             what = "data set" if self.kind == "data" else "model"
             raise ValueError(f"the harness makes no {what} {self.address!r}; it makes {', '.join(makers)}")
         if self.scheme == "shape":
-            if wrong := shapes.unknown(self.address):
+            if wrong := shapes.address_problem(self.address):
                 raise ValueError(wrong)
             preset = shapes.preset(self.address)
             kinds = (preset.kind,) if preset else ("causal", "encoder")
@@ -187,7 +187,7 @@ def resolve(name: str, table: Mapping[str, Source], base: Path, kind: ModelKind 
     if name.startswith(shapes.PREFIX):
         if kind == "data":
             raise UsageError(f"data set {name!r} is the shape of a model", hint="name a source of kind data")
-        if wrong := shapes.unknown(name.removeprefix(shapes.PREFIX)):
+        if wrong := shapes.address_problem(name.removeprefix(shapes.PREFIX)):
             what, _, hint = wrong.partition("; ")
             raise UsageError(what, hint=hint)
         preset = shapes.preset(name.removeprefix(shapes.PREFIX))

@@ -22,7 +22,7 @@ from harness.cell.training.batches import Example, answer_examples, classificati
 from harness.cell.training.texts import Prompts, answered_examples, rules
 from harness.errors import UsageError
 from harness.records.record import Accuracy, Cell, Item
-from harness.suites.task_schema import too_long, written
+from harness.suites.task_schema import max_answer_tokens, too_long
 
 _PROBED, _PROBED_CAUSAL = 8, 4
 """Texts of the parity gate: an encoder returns a few logits for each, a causal model one for each token it knows."""
@@ -43,7 +43,7 @@ class CellData:
             train_rows, test_rows = _split(job, job.data)
         wanted, batch = cell.training.steps, cell.training.batch
         tokenizer, limit = loaded.tokenizer, cell.training.max_tokens
-        refuse_long(loaded.model, cell, written(task.spec) if task.answers else 0)
+        refuse_long(loaded.model, cell, max_answer_tokens(task.spec) if task.answers else 0)
         self.pad = int(tokenizer.pad_token_id)
         self._cell = cell
         self._progress = lambda done, of: emit("items", done=done, of=of)
@@ -105,10 +105,10 @@ class CellData:
         )  # fmt: skip
 
 
-def refuse_long(model: nn.Module, cell: Cell, written: int = 0) -> None:
-    """Raise UsageError if a Cell's texts, or a prompt and an answer of `written` tokens, exceed its model's positions."""
+def refuse_long(model: nn.Module, cell: Cell, answer: int = 0) -> None:
+    """Raise UsageError if a Cell's texts, or a prompt and an answer of `answer` tokens, exceed its model's positions."""
     # Positions of the model itself: a config does not show that RoBERTa reserves two for padding.
-    if problem := too_long(cell, positions(model), written):
+    if problem := too_long(cell, positions(model), answer):
         raise UsageError(problem[0], hint=problem[1])
 
 

@@ -120,7 +120,7 @@ def _implementations() -> list[Diagnosis]:
 def _assets() -> list[Diagnosis]:
     found = []
     for source in loader.load("quick").sources.values():
-        if fetch.is_ready(source):
+        if fetch.is_local(source):
             found.append(Diagnosis("models and data", source.name, "ok", "ready", "ready", source.name))
         else:
             detail, summary = f"will be fetched: {source.source}", "will be fetched on first use"

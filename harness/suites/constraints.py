@@ -16,7 +16,7 @@ from harness.yaml_lines import shortened
 _AXES = ("model", "task", "method", "implementation", "base", "optimizer", "dtype", "seed")
 
 
-def impossible(
+def combination_problems(
     config: Mapping[str, Mapping[str, list[Any]]],
     methods: Mapping[str, MethodInfo],
     bases: list[BaseKeys],
@@ -76,7 +76,7 @@ def _bases(info: MethodInfo, bases: list[BaseKeys]) -> Iterator[FieldProblem]:
             yield ("base", index), what, f"give {info.name} an entry without `base:`"
 
 
-def listed_twice(keys: CellKeys, config: Mapping[str, Mapping[str, list[Any]]]) -> Iterator[FieldProblem]:
+def duplicate_problems(keys: CellKeys, config: Mapping[str, Mapping[str, list[Any]]]) -> Iterator[FieldProblem]:
     """Yield the values that an axis has more than once: two of one value are two of one Cell."""
     axes: dict[tuple[str, ...], Any] = {(key,): getattr(keys, key) for key in _AXES}
     axes |= {("training", key): values for key, values in keys.training}
@@ -93,7 +93,7 @@ def _shown(value: object) -> str:
     return str(Base(**value.model_dump())) if isinstance(value, BaseKeys) else repr(value)
 
 
-def of_training(
+def training_problems(
     config: Mapping[str, Mapping[str, list[Any]]],
     methods: Mapping[str, MethodInfo],
     keys: CellKeys,

@@ -118,7 +118,7 @@ def _configs(fields: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
         yield {name: value for name, value in zip(fields, values, strict=True) if value is not None}
 
 
-def only(plan: Plan, expr: str) -> Plan:
+def select(plan: Plan, expr: str) -> Plan:
     """Keep the Cells that `expr` names; raises UsageError if there are none.
 
     Terms are separated by commas. `key=value` compares one key: id, model, task, method, implementation, base, optimizer,

@@ -21,7 +21,7 @@ from harness.errors import Problem, SuiteError
 from harness.methods.spec import TARGET_WORDS
 from harness.process import supervisor
 from harness.records.record import DECODED
-from harness.suites.task_schema import too_long, written
+from harness.suites.task_schema import max_answer_tokens, too_long
 
 if TYPE_CHECKING:
     from harness.records.record import Cell
@@ -41,7 +41,7 @@ class _Unseen:
     wanted: dict[str, dict[str, str]]
 
 
-def refuse(suite: Suite, plan: Plan) -> None:
+def check_models(suite: Suite, plan: Plan) -> None:
     """Raise SuiteError if Cells of the plan ask of a model at hand what it does not have."""
     places = {entry.id: entry.places for entry in suite.entries}
     of_model: dict[str, list[tuple[Cell, dict[str, str]]]] = {}
@@ -51,7 +51,7 @@ def refuse(suite: Suite, plan: Plan) -> None:
     unseen: list[_Unseen] = []
     for model, cells in of_model.items():
         source = resolve(model, suite.sources, suite.path.resolve().parent)
-        folder = fetch.at_hand(source)
+        folder = fetch.local_folder(source)
         if folder is not None:
             found += _too_long(folder, source.kind, cells, suite)
             found += _none_of_them(folder, cells)
@@ -67,7 +67,7 @@ def _too_long(folder: Path, kind: str, cells: list[tuple[Cell, dict[str, str]]],
         return
     for cell, places in cells:
         task = suite.tasks[cell.task]
-        if problem := too_long(cell, most, written(task.spec) if task.answers else 0):
+        if problem := too_long(cell, most, max_answer_tokens(task.spec) if task.answers else 0):
             yield Problem(places["max_tokens"], *problem)
         prompt = cell.evaluation.later().get("prompt_tokens")  # the usual one is cut to what the model reads
         decoded = DECODED if kind == "causal" else 0

@@ -59,7 +59,7 @@ def filters(data: dict[str, Any]) -> list[str]:
     return [str(f["name"]) for f in listed if isinstance(f, dict) and "name" in f] if isinstance(listed, list) else []
 
 
-def written(spec: dict[str, Any]) -> int:
+def max_answer_tokens(spec: dict[str, Any]) -> int:
     """Return the most tokens of an answer that a task has generated."""
     return int((spec.get("generation_kwargs") or {}).get("max_gen_toks", MAX_GEN_TOKS))
 

@@ -24,8 +24,7 @@ from harness.regression.pairs import sides as pair_sides
 from harness.regression.pairs.request import PairsRequest
 from harness.regression.pairs.schedule import Measured, PairsRunner
 from harness.suites import loader
-from harness.suites.expand import Plan
-from harness.suites.expand import only as keep_only
+from harness.suites.expand import Plan, select
 
 DOCUMENT, SCHEMA = "pairs.json", 1
 
@@ -117,7 +116,7 @@ def _trained(plan: Plan, only: str | None, suite: str = "") -> Plan:
         what = "no Cell of this suite trains, and pairs compare the time of a training step"
         raise UsageError(what, where=f"--suite {suite}", hint="name a suite with `steps` above 0, such as sentinels")
     trained = Plan(kept, {c.cell_id: plan.ids[c.cell_id] for c in kept}, ())
-    return keep_only(trained, only) if only is not None else trained
+    return select(trained, only) if only is not None else trained
 
 
 def _cores(request: PairsRequest) -> int | None:
