@@ -32,7 +32,9 @@ COMMAND = (sys.executable, "-m", "harness.cli")
 )
 def test_help_imports_nothing_heavy(verb: list[str]) -> None:
     heavy = {"torch", "rich", "numpy"}
-    heavy |= {"pydantic", "ruamel.yaml", "jinja2", "reference"} if verb != ["run"] else set()  # `run` reads the options of executors
+    heavy |= (
+        {"pydantic", "ruamel.yaml", "jinja2", "reference"} if verb != ["run"] else set()
+    )  # `run` reads the options of executors
     # Asserted on modules, not on seconds: machines differ, and these are what would make it slow.
     code = (
         "import sys\nfrom harness.cli import main\n"
