@@ -31,8 +31,10 @@ COMMAND = (sys.executable, "-m", "harness.cli")
     "verb", [[], *([name] for name in app.commands.commands)], ids=lambda v: " ".join(v) or "(none)"
 )
 def test_help_imports_nothing_heavy(verb: list[str]) -> None:
-    heavy = {"torch", "rich", "numpy", "reference"}
-    heavy |= {"pydantic", "ruamel.yaml", "jinja2"} if verb != ["run"] else set()  # `run` reads the options of executors
+    heavy = {"torch", "rich", "numpy"}
+    heavy |= (
+        {"pydantic", "ruamel.yaml", "jinja2", "reference"} if verb != ["run"] else set()
+    )  # `run` reads the options of executors
     # Asserted on modules, not on seconds: machines differ, and these are what would make it slow.
     code = (
         "import sys\nfrom harness.cli import main\n"

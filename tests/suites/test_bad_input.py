@@ -508,8 +508,8 @@ def test_a_shared_key_may_belong_to_an_unknown_method(tmp_path: Path) -> None:
         ),
         (
             ["gate", "--pairs", "reference", "fused", "--cores", "4096"],
-            "--cores: 4096 cores are asked for",
-            "ask for at most",
+            "--cores: 4096 cores requested",
+            "give at most",
         ),
         (["report"], "Missing argument 'RUN...'", "see `peft-harness report --help`"),
         (["report", "no-such-run"], "no run 'no-such-run'", "`peft-harness run quick` first"),
