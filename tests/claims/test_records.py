@@ -394,7 +394,7 @@ def test_without_records_the_command_is_told_and_the_machine() -> None:
     with pytest.raises(NotRunError) as caught:
         measures.peak_memory("headline-gpu", "qlora-65b")
     assert "`peft-harness run headline-gpu`, then `peft-harness claims --run latest`" in str(caught.value)
-    assert "Needs one GPU of 80 GB" in str(caught.value)
+    assert "For one GPU of 80 GB" in str(caught.value)
 
 
 def test_the_newest_complete_run_decides(runs: Recorded) -> None:
