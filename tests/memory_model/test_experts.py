@@ -92,6 +92,7 @@ def folder(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_fit_says_it_of_the_methods_that_leave_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["fit", str(folder(tmp_path)), "--memory", "1GiB", "--formulas"]
     words += [word for name in ("lora", "qlora", "full") for word in ("--method", name)]
@@ -104,6 +105,7 @@ def test_fit_says_it_of_the_methods_that_leave_them(tmp_path: Path, capsys: pyte
     assert SAID not in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_plan_says_it(tmp_path: Path) -> None:
     (tmp_path / "moe.json").write_text(json.dumps(MIXTRAL))
     (tmp_path / "suite.yaml").write_text("""\
