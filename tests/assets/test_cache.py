@@ -107,7 +107,7 @@ def test_a_wrong_hash_is_told_with_both_hashes(
         monkeypatch.setenv("PIP_INDEX_URL", url)
         with pytest.raises(AssetError) as caught:
             fetch.ensure(made_up.source(file, sha256=wrong))
-    assert f"expected sha256 {wrong}, got {right}; nothing was kept" in str(caught.value)
+    assert f"expected sha256 {wrong}, got {right}; nothing was saved" in str(caught.value)
     assert kept(own_cache) == []
 
 
@@ -426,7 +426,7 @@ from harness.errors import AssetError
 for name, kind in (("org/there", "causal"), ("org/absent", "causal"), ("org/absent", "data")):
     source = table.resolve(f"{name}@{sys.argv[1]}", {}, Path(), kind=kind)
     try:
-        print(fetch.is_ready(source), fetch.ensure(source), fetch.use(source).revision)
+        print(fetch.is_local(source), fetch.ensure(source), fetch.asset_use(source).revision)
     except AssetError as error:
         print(str(error).replace("\\n", " "))
 print("torch" in sys.modules)

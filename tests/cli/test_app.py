@@ -31,8 +31,10 @@ COMMAND = (sys.executable, "-m", "harness.cli")
     "verb", [[], *([name] for name in app.commands.commands)], ids=lambda v: " ".join(v) or "(none)"
 )
 def test_help_imports_nothing_heavy(verb: list[str]) -> None:
-    heavy = {"torch", "rich", "numpy", "reference"}
-    heavy |= {"pydantic", "ruamel.yaml", "jinja2"} if verb != ["run"] else set()  # `run` reads the options of executors
+    heavy = {"torch", "rich", "numpy"}
+    heavy |= (
+        {"pydantic", "ruamel.yaml", "jinja2", "reference"} if verb != ["run"] else set()
+    )  # `run` reads the options of executors
     # Asserted on modules, not on seconds: machines differ, and these are what would make it slow.
     code = (
         "import sys\nfrom harness.cli import main\n"
@@ -239,7 +241,7 @@ def test_a_bug_of_the_harness_is_no_finding() -> None:
     assert "Traceback" in done.stderr
     assert "in explained" in done.stderr
     message = done.stderr[done.stderr.index("peft-harness: ") :]
-    assert message.startswith("peft-harness: this is a bug of peft-harness, ")
+    assert message.startswith("peft-harness: internal error in peft-harness: ")
     assert "ZeroDivisionError: by nought\n  hint: report it with the lines above; no Record was written" in message
     assert done.stderr.count("by nought") == 2
 
