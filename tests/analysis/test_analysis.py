@@ -415,7 +415,7 @@ def test_divergence_is_not_called_another_method(tmp_path: Path) -> None:
     assert (v.exit, len(v.nonconforming)) == (Exit.FAIL, 2)
     assert v.verdict.reason.startswith(
         f"1 Cell not computing what the Method says ({names[reference.cell_id]}: the gradient is exactly zero up to "
-        f"step 5); training of 1 Cell diverged ({names[recorded.cells()['fused'].cell_id]})"
+        f"step 5); training of 1 Cell diverged ({names[recorded_run.cells()['fused'].cell_id]})"
     )
 
 
