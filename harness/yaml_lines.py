@@ -73,12 +73,12 @@ class Document:
         return f"{self.path}:{self.lines.get(path, 1)}"
 
 
-class Written(float):
+class WrittenFloat(float):
     """A number with a fraction, and its characters in the file: `0.10` has two digits, 0.1 has one."""
 
     text: str
 
-    def __new__(cls, value: float, text: str) -> Written:
+    def __new__(cls, value: float, text: str) -> WrittenFloat:
         """Return the number with its text."""
         number = super().__new__(cls, value)
         number.text = text
@@ -239,7 +239,7 @@ class _Builder:
                 node, path, f"a text that is no {kind}, after the tag `!!{kind}`", "remove the tag"
             )
         if self.texts and isinstance(value, float):
-            return Written(value, node.value)
+            return WrittenFloat(value, node.value)
         try:
             str(value).encode()
         except UnicodeEncodeError:  # an escape like "\ud800" could not be written to a Record

@@ -1,1 +1,1 @@
-"""What the Records say: intervals, rankings, verdicts. Reads Records, imports no torch, changes nothing on disk."""
+"""Analysis of Records: metrics, intervals, rankings, verdicts. Imports no torch, changes nothing on disk."""

@@ -1,4 +1,4 @@
-"""Did a Cell's training steps wait for a CPU that others were using? Then its times say more of the others than of it."""
+"""Detection of training steps that waited for a CPU in use by other processes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ ONE_CORE = 0.9
 """At any moment of a step at least one thread has work, so an undisturbed process gets about one core or more."""
 ALL_THREADS = 0.8
 LOAD_ABOVE = 0.5
-"""Others' work in the load average: beyond what a process with one runnable thread per core adds to it."""
+"""Load average of other processes, beyond one runnable thread per core."""
 
 RULE = (
-    f"busy: the steps waited for a CPU. Said where the process got less than {ONE_CORE:g} s of CPU time per second of its"
-    f" steps; or less than {ALL_THREADS:g} of what its threads could use, while the load average at the end of training was"
-    f" more than {LOAD_ABOVE:g} above the cores (or above the threads, if they are more). Such times are not the Method's"
+    f"busy: the steps waited for a CPU. The process got less than {ONE_CORE:g} s of CPU time per second of its"
+    f" steps; or less than {ALL_THREADS:g} of the time of its threads, while the load average at the end of training was"
+    f" more than {LOAD_ABOVE:g} above the cores (or the threads, if they are more). Such times are not the Method's"
 )
 
 
 def busy(record: Record) -> str:
-    """Say in numbers that the steps of a Cell on a CPU waited; empty if they did not, or the Record cannot tell."""
+    """Return evidence that the steps of a Cell on a CPU waited; empty if they did not, or if it is unknown."""
     training = record.measurements.training if record.measurements else None
     threads, wall = record.environment.threads, sum(training.step_seconds) if training else 0.0
     # On a GPU the process itself may well sleep.
@@ -31,8 +31,8 @@ def busy(record: Record) -> str:
     crowded = load is not None and load > max(threads, _cores(record)) + LOAD_ABOVE
     if used >= ONE_CORE and not (crowded and used < ALL_THREADS * threads):
         return ""
-    beside = "" if load is None else f"; load average {load:.1f} at the end of training"
-    return f"{used:.2f} s of CPU time per second for {plural(threads, 'thread')}{beside}"
+    load_text = "" if load is None else f"; load average {load:.1f} at the end of training"
+    return f"{used:.2f} s of CPU time per second for {plural(threads, 'thread')}{load_text}"
 
 
 def _cores(record: Record) -> int:

@@ -1,4 +1,4 @@
-"""Did a training end far above where it began? Finite losses stop nothing, but what is scored then was not trained."""
+"""Detection of trainings that ended with a far higher loss than they began with, though every loss is finite."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from statistics import median
 from harness.records.record import Record
 
 FEW = 5
-"""Steps at either end of which the median counts: a single batch may be hard."""
+"""Number of first and of last steps whose median is compared: a single batch may be hard."""
 TIMES = 2.0
 NATS = math.log(2)
 """Both must be exceeded: a loss of nearly nothing doubles by chance, and one of 5 rises by this much within its noise."""
 
 
 def rose(losses: Sequence[float]) -> str:
-    """Say in numbers that the loss ended far above its beginning; empty if it did not, or too few steps tell."""
+    """Return evidence that the loss ended far above its beginning; empty if it did not, or with too few steps."""
     few = min(FEW, len(losses) // 2)
     if not few:
         return ""
@@ -26,10 +26,10 @@ def rose(losses: Sequence[float]) -> str:
     steps = (
         f"the medians of the first and the last {few} of {len(losses)} steps" if few > 1 else f"of {len(losses)} steps"
     )
-    return f"the loss rose from {first:.3g} to {last:.3g} ({steps}): training went away from what it was to learn"
+    return f"the loss rose from {first:.3g} to {last:.3g} ({steps}): training diverged"
 
 
 def diverging(record: Record) -> str:
-    """Say the same of a Record."""
+    """Return the same for a Record."""
     training = record.measurements.training if record.measurements else None
     return rose(training.losses) if training else ""

@@ -1,6 +1,6 @@
-"""What a failed check takes away: no speed is shown of what does not compute the same.
+"""Failed checks of a Record, and the times they suppress: no speed is shown without parity.
 
-A Cell whose gate is red holds no measurements. Merging can only be tried after training, and a Record may come from
+A Cell that fails the parity gate has no measurements. Merging is checked after training, and a Record may come from
 anywhere, so an `ok` one may carry a failed check too.
 """
 
@@ -15,33 +15,33 @@ def failed(record: Record) -> list[CheckResult]:
 
 
 def nonconforming(record: Record) -> bool:
-    """Say whether a Record shows a departure from its Method; also an `ok` one."""
+    """Return whether a Record departs from its Method; an `ok` one may, too."""
     return record.status is Status.NONCONFORMING or bool(failed(record))
 
 
 def diverged(record: Record) -> bool:
-    """Say whether training went to NaN or infinity: a departure whose usual cause is the recipe, not the Method's code."""
+    """Return whether training reached NaN or infinity; the usual cause is the recipe, not the Method's code."""
     return record.failure is not None and record.failure.kind == "Diverged"
 
 
 def unreferenced(record: Record) -> str:
-    """Say that there was no reference to compare with, where there was none; else return an empty string."""
+    """Return a sentence if there was no reference to compare with, else an empty string."""
     alone = (c for c in record.checks if c.id.check == "reference" and c.outcome is Outcome.SKIPPED)
     return next((f"no speed without parity: {check.detail}" for check in alone), "")
 
 
 def no_speed(record: Record) -> str:
-    """Say why no time of this Cell may be shown, or return an empty string."""
+    """Return the reason why no time of this Cell may be shown, or an empty string."""
     return _because([c for c in failed(record) if not _of_merging(c) and not _of_mixing(c)]) or unreferenced(record)
 
 
 def no_merged_speed(record: Record) -> str:
-    """Say why no time of this Cell's merged model may be shown, or return an empty string."""
+    """Return the reason why no time of the merged model may be shown, or an empty string."""
     return no_speed(record) or _because([c for c in failed(record) if _of_merging(c)])
 
 
 def no_mixed_speed(record: Record) -> str:
-    """Say why no time of several adapters in one batch may be shown, or return an empty string."""
+    """Return the reason why no time of several adapters in one batch may be shown, or an empty string."""
     return no_speed(record) or _because([c for c in failed(record) if _of_mixing(c)])
 
 

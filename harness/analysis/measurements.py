@@ -1,4 +1,4 @@
-"""What one Record's raw samples come to: steady throughput, step time, the peak of its training."""
+"""Numbers derived from one Record's raw samples: throughput, step time, training peak, energy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def step_time(training: TrainingMeasured) -> Median:
 
 
 def step_seconds(record: Record) -> float | None:
-    """Return the one number that a process run contributes: the median time of a steady step; None if it trains nothing."""
+    """Return the median time of a steady step, in seconds; None without training."""
     training = record.measurements.training if record.measurements else None
     return step_time(training).value if training and training.step_seconds else None
 
@@ -42,7 +42,7 @@ def throughput(training: TrainingMeasured) -> float | None:
 
 
 def beside_several(cell: Cell, latency: Latency) -> bool:
-    """Say whether a batch through one adapter, timed beside one of several, would pass for one that its Cell asks for."""
+    """Return whether a batch with one adapter, timed for comparison with several, looks like one that the Cell requests."""
     return latency.adapters == 1 and latency.batch == cell.evaluation.prompt_batch
 
 
@@ -53,7 +53,7 @@ def training_peak(record: Record) -> int | None:
 
 
 def training_energy(record: Record) -> float | None:
-    """Return the joules of the training phase; None if it was not trained or not measured, and see `not_its_own_energy`."""
+    """Return the energy of the training phase in joules; None without training or counter; see `not_its_own_energy`."""
     if not_its_own_energy(record):
         return None
     found = [p.energy_J for p in record.phases if p.name == TRAIN and p.energy_J is not None]
@@ -64,7 +64,7 @@ def not_its_own_energy(record: Record) -> str:
     """Say why a Record's joules are not its Cell's: the counter is of the whole machine, and others ran on that at the same
     time. Empty if they are its own, or there are none."""
     energy = record.measurements.energy if record.measurements else None
-    # A Record that failed does not say who counted; on a CPU no other counter is asked.
+    # A failed Record does not name its counter; on a CPU there is only one.
     counter = energy.source if energy else _WHOLE_MACHINE if record.device in ("", "cpu") else ""
     cells = concurrent_cells(record)
     shared = cells > 1 and counter == _WHOLE_MACHINE
@@ -72,12 +72,12 @@ def not_its_own_energy(record: Record) -> str:
 
 
 def training_gpu(record: Record) -> GpuPhase | None:
-    """Return what was seen of the GPU in the training phase; None without a GPU or training."""
+    """Return the GPU's data of the training phase; None without a GPU or training."""
     return next((p.gpu for p in record.phases if p.name == TRAIN and p.gpu), None)
 
 
 def above_imports(record: Record, memory: int) -> int:
-    """Return what of `memory` is the Cell's own: libraries that a provider imports are not its method's cost."""
+    """Return `memory` less that of the imports: libraries that a provider imports are not its method's cost."""
     if record.measurements is not None:
         return max(0, memory - record.measurements.memory.baseline_B)
     started = [p.end_memory_B for p in record.phases if p.name == STARTUP and p.end_memory_B is not None]

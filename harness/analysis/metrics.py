@@ -28,6 +28,7 @@ class Metric:
     name: str
     """Key in the page's download."""
     unit: Unit
+    """Base unit of the value."""
     meaning: str
     """One sentence without a full stop: tooltip in the table, description of the export column."""
     read: Callable[[Record], Number | None]
@@ -133,7 +134,7 @@ ACCURACY = Metric(
 COUNTED_PEAK = _bytes(
     "memory", Memory, "counted_peak_B", history="counted_peak_B", quantity="tensors at one time in a step",
     slack_B=COUNTED_PEAK_B, always_there=False,
-    # A step is counted only where memory has room for a copy of what it changes. On a GPU it is the training peak itself.
+    # On a GPU it is the training peak itself. It is missing where memory has no room for a copy of what a step changes.
     applies=lambda record: record.measurements is not None and record.measurements.memory.source != ALLOCATED,
 )  # fmt: skip
 TRAINING_PEAK = Metric(
@@ -151,7 +152,8 @@ PEAK_ABOVE_IMPORTS = Metric(
 )  # fmt: skip
 STEP = Metric(
     name="step_s", unit="s", kind="timed", better="lower", read=measurements.step_seconds, why_missing=_no_speed,
-    meaning="median time of a steady step in this one process; missing where a check failed or was impossible", finding=FindingKind.TIME,
+    meaning="median time of a steady step in this one process; missing where a check failed or was impossible",
+    finding=FindingKind.TIME,
     heading="Step, ms", terminal_heading="step ms", column="step_s", history="step_s", quantity="step",
 )  # fmt: skip
 TOKENS_PER_S = Metric(

@@ -1,4 +1,4 @@
-"""Which recipe scores best, among those with the same budget only, with ties drawn as ties."""
+"""Rankings of recipes by accuracy, within equal budgets, with ties as ties."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Priors = tuple[Prior | None, Prior | None]
 
 @dataclass(frozen=True)
 class Budget:
-    """What must be equal before two accuracies may be ranked.
+    """Settings that must be equal before two accuracies may be ranked.
 
     The learning rates are each method's own to choose. `accumulate`, `checkpointing`, `compile` and `layerwise` change what
-    a step costs and not what it learns. The optimizer may differ, which every name says and the report besides: see
+    a step costs and not what it learns. The optimizer may differ; names and report show it, see
     `Group.optimizers`.
     """
 
@@ -44,13 +44,13 @@ class Budget:
         return cls(cell.model, cell.task, cell.dtype, t.steps, t.batch, t.max_tokens, e.items, e.skip)
 
     def same_test(self, other: Budget) -> bool:
-        """Say whether both score the same items in the same way, however they were trained."""
+        """Return whether both score the same items in the same way, however they were trained."""
         mine, its = ((b.model, b.task, b.dtype, b.max_tokens, b.items, b.skip) for b in (self, other))
         return mine == its
 
 
 def why_not_comparable(left: Cell, right: Cell) -> str:
-    """Say why two accuracies may not be compared, or return an empty string. An untrained Cell spent no budget."""
+    """Return the reason why two accuracies may not be compared, or an empty string. An untrained Cell spends no budget."""
     a, b = Budget.of(left), Budget.of(right)
     untrained = 0 in (a.steps, b.steps)
     if a == b or (untrained and a.same_test(b)):
@@ -62,27 +62,30 @@ def why_not_comparable(left: Cell, right: Cell) -> str:
 
 @dataclass(frozen=True)
 class Score:
-    """An accuracy, or the mean of one run's per seed, with its interval; `means`: how the interval was made."""
+    """An accuracy, or the mean over seeds, with its interval."""
 
     value: float
     low: float
     high: float
     means: str
+    """Kind of interval."""
 
 
 @dataclass(frozen=True)
 class RankingEntry:
-    """One recipe's place in its group: Cells that differ in the seed alone, often only one.
-
-    difference: its accuracy minus the best one's. p: of the paired test against the best, adjusted for the number of tests
-    in the group; None where the items differ, so that only the intervals could be compared.
-    """
+    """Place of one recipe in its group: Cells that differ in the seed alone, often only one."""
 
     records: tuple[Record, ...]
+    """Records, by seed."""
     score: Score
+    """Accuracy."""
     standing: Standing
+    """Place relative to the best."""
     difference: float = 0.0
+    """Accuracy minus that of the best."""
     p: float | None = None
+    """p value of the paired test against the best, adjusted for the number of tests in the group; None where the
+    items differ, so that only the intervals are compared."""
 
     @property
     def record(self) -> Record:
@@ -92,23 +95,26 @@ class RankingEntry:
 
 @dataclass(frozen=True)
 class Group:
-    """Recipes with one budget, best first, then what was not trained at all.
-
-    seeds: of each trained recipe. tries: learning rates that were tried and scored for each. detectable: the smallest
-    difference that one comparison in this group can find; None with nothing to compare.
-    disagreement: the share of items it was computed from: observed between the best and the one that differs from it most,
-    among those `tied` with it or among `all`, or assumed for `independent` answers. With several seeds the basis is `seeds`:
-    the largest standard error of a difference from the best.
-    """
+    """Recipes with one budget, best first, then untrained ones."""
 
     budget: Budget
+    """Shared budget."""
     ranked: tuple[RankingEntry, ...]
+    """Trained recipes, best first."""
     untrained: tuple[RankingEntry, ...]
+    """Untrained recipes."""
     seeds: tuple[int, ...]
+    """Seeds of each trained recipe."""
     tries: int
+    """Learning rates that were tried and scored for each recipe."""
     detectable: float | None
+    """Smallest difference that one comparison in this group can detect; None with nothing to compare."""
     disagreement: float
+    """Share of items that `detectable` is computed from."""
     basis: Basis
+    """Source of `disagreement`: observed between the best and the recipe that differs most from it, among those
+    `tied` with it or among `all`, or assumed for `independent` answers. With several seeds it is `seeds`: the
+    largest standard error of a difference from the best."""
 
     @property
     def entries(self) -> tuple[RankingEntry, ...]:
@@ -184,7 +190,7 @@ def groups(run: Run) -> tuple[Group, ...]:
 def score(records: Sequence[Record], prior: Prior | None = None) -> Score:
     """Return the accuracy of one Record with its own interval, or the mean of several with one over seeds and items.
 
-    prior: what other recipes tell of the spread over seeds.
+    prior: the spread over seeds of other recipes.
     """
     scored = accuracies(records)
     if len(scored) == 1:
@@ -210,7 +216,7 @@ def _scored(record: Record) -> Accuracy | None:
 
 
 def _group(budget: Budget, tries: int, scored: Sequence[_Scored], untrained: Sequence[_Scored]) -> Group:
-    # What was not trained has no luck with its seeds, and tells nothing of that of others.
+    # Untrained Cells do not depend on the seed, and tell nothing about the spread of others.
     spread = seed_spread.prior([accuracies(records) for records in scored])
     priors = {records[0].id: spread for records in scored}
     scores = {r[0].id: score(r, priors.get(r[0].id)) for r in (*scored, *untrained)}
@@ -232,8 +238,8 @@ def _group(budget: Budget, tries: int, scored: Sequence[_Scored], untrained: Seq
 
     def entry(records: _Scored, *, trained: bool) -> RankingEntry:
         own, mine = p.get(records[0].id), scores[records[0].id]
-        apart = own <= 1 - LEVEL if own is not None else mine.high < top.low
-        ranked: Standing = "best" if records is best else "below" if apart else "tied"
+        separate = own <= 1 - LEVEL if own is not None else mine.high < top.low
+        ranked: Standing = "best" if records is best else "below" if separate else "tied"
         return RankingEntry(records, mine, ranked if trained else "untrained", mine.value - top.value, own)
 
     ranked = tuple(entry(records, trained=True) for records in everyone[: len(scored)])
@@ -254,21 +260,22 @@ def _group(budget: Budget, tries: int, scored: Sequence[_Scored], untrained: Seq
 
 @dataclass(frozen=True)
 class RecipePair:
-    """Two recipes on the same items. p: that they are equal; detectable: the smallest difference that this pair can show.
-
-    disagreement: the share of items that exactly one of two runs got right; None over several seeds.
-    """
+    """Comparison of two recipes on the same items."""
 
     difference: float
+    """Difference of the accuracies."""
     p: float
+    """p value of no difference."""
     detectable: float
+    """Smallest difference that this pair can show."""
     disagreement: float | None
+    """Share of items that exactly one of two runs got right; None over several seeds."""
 
     @classmethod
     def of(cls, left: Sequence[Record], right: Sequence[Record], priors: Priors = (None, None)) -> RecipePair | None:
         """Compare; None where the items are not the same, or one side has one run and the other several.
 
-        priors: what other recipes tell of each side's spread over seeds.
+        priors: for each side the spread over seeds of other recipes.
         """
         a, b = accuracies(left), accuracies(right)
         if (len(a) > 1) != (len(b) > 1):
@@ -286,10 +293,10 @@ class RecipePair:
 def _resolution(
     tied: Sequence[RecipePair | None], rivals: Sequence[RecipePair | None], best: _Scored, top: Score
 ) -> tuple[float | None, Basis, float]:
-    """Return how small a difference can be found, and the share of items that tells it.
+    """Return the smallest detectable difference, its basis, and the share of items behind it.
 
-    The pair that disagrees most is the hardest to tell apart, so it speaks for the group. Ties come first: one that lies
-    far below says nothing of how well close ones are told apart.
+    The pair that disagrees most is the hardest to separate, so it stands for the group. Ties come first: a pair that lies
+    far apart tells nothing about close ones.
     """
     both: tuple[tuple[Basis, Sequence[RecipePair | None]], ...] = (("tied", tied), ("all", rivals))
     for basis, pairs in both:

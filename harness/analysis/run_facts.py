@@ -25,6 +25,7 @@ class RunFacts:
     """
 
     run: Run
+    """The loaded run."""
     prefix: str = ""
     """Start of the run's anchors on a page that shows several runs."""
 
@@ -35,12 +36,12 @@ class RunFacts:
 
     @cached_property
     def doubtful(self) -> dict[str, str]:
-        """What happened to the newest Record, by cell_id, where it is not as the run left it; see `Run.doubtful`."""
+        """Changes of the newest Records that are not as the run left them, by cell_id; see `Run.doubtful`."""
         return self.run.doubtful()
 
     @property
     def how(self) -> str:
-        """How the run ended; `incomplete` without a footer."""
+        """End of the run: that of its footer, or `incomplete` without one."""
         return self.run.footer.how if self.run.footer else "incomplete"
 
     @cached_property

@@ -27,10 +27,12 @@ BESIDE = "beside it"
 
 @dataclass(frozen=True)
 class TrackedMetrics:
-    """What is kept of one Record. values: by metric. untimed: why it has no times, if it has none."""
+    """Tracked values of one Record."""
 
     values: dict[str, float]
+    """Values by metric."""
     untimed: str = ""
+    """Reason for no times; empty if there are some."""
 
 
 def kind(metric: str) -> MetricKind | None:
@@ -58,7 +60,7 @@ def got_worse(metric: str, old: float, new: float) -> bool:
     return declared.got_worse(old, new) if declared else new > old
 
 
-def kept(record: Record) -> TrackedMetrics:
+def tracked(record: Record) -> TrackedMetrics:
     """Return the values of a Record: none of one that is not ok, no times of a Cell that waited for its CPU."""
     if record.measurements is None or record.status is not Status.OK:
         return TrackedMetrics({})
@@ -74,7 +76,7 @@ def kept(record: Record) -> TrackedMetrics:
 
 
 def times(record: Record) -> dict[str, float]:
-    """Return the seconds of a Record's steady step and of its latencies, by metric; none of what its check refused."""
+    """Return the times of a Record in seconds, by metric: steady step and latencies; none that a failed check forbids."""
     m = record.measurements
     if m is None:
         return {}
@@ -90,17 +92,17 @@ def times(record: Record) -> dict[str, float]:
 
 
 def _short(value: float) -> float:
-    """Keep six digits: a millionth of a time is nobody's finding, and files stay small."""
+    """Round to six digits: a millionth of a time is no finding, and files stay small."""
     return float(f"{value:.6g}")
 
 
 def sentinel(metric: str, quantization: str) -> bool:
-    """Say whether a time is one that no code of a method or an implementation can change: of the bare base, unquantised."""
+    """Return whether no code of a method or an implementation can change a time: that of the bare base, unquantised."""
     return metric.startswith(SENTINEL) and quantization == "none"
 
 
 def place(record: Record) -> dict[str, str]:
-    """Return where a Record was made, as far as its numbers must never be compared with those of another place."""
+    """Return the place of a Record: all facts that must be equal before its numbers are compared."""
     e = record.environment
     software = {name: e.software.get(name, "none") for name in ("torch", "triton")}
     beside = {BESIDE: "other Cells"} if concurrent_cells(record) > 1 else {}
@@ -117,11 +119,11 @@ def place(record: Record) -> dict[str, str]:
 
 
 def place_id(of: Mapping[str, str]) -> str:
-    """Return 12 hex digits that stand for a place in files."""
+    """Return the id of a place in files, 12 hex digits."""
     return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def moved(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    """List what two places differ in, as `key this -> that`."""
+def place_changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """List the differences of two places, as `key this -> that`."""
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return [f"{key} {before.get(key, 'none')} -> {after.get(key, 'none')}" for key in keys]

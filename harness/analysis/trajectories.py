@@ -1,4 +1,4 @@
-"""Do several Cells compute the same training run? Their losses against float64's, step by step, within the noise floor.
+"""Comparison of training runs: the losses of Cells against those in float64, step by step, within the noise floor.
 
 With err(t) = |loss(t) - loss64(t)|, a subject may err at step t by
 
@@ -26,19 +26,23 @@ EXACT = "float64"
 
 @dataclass(frozen=True)
 class JudgedTrajectory:
-    """One subject's run against float64.
-
-    errors, allowed: one entry per step. ratio: the worst error over its allowance, at `step` (counting from 0).
-    by: `noise` of the reference run in the same dtype, or `growth` for a run that defines the noise itself.
-    """
+    """Comparison of one run with its float64 run."""
 
     cell_id: str
+    """Id of the Cell."""
     verdict: Verdict
+    """Verdict."""
     by: str = ""
+    """Source of the allowance: `noise` of the reference run in the same dtype, or `growth` for a run that defines
+    the noise itself."""
     errors: tuple[float, ...] = ()
+    """Error of each step."""
     allowed: tuple[float, ...] = ()
+    """Allowance of each step."""
     ratio: float | None = None
+    """Worst error over its allowance."""
     step: int | None = None
+    """Step of the worst ratio, from 0."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +84,14 @@ def _judge_one(
         differ = "; ".join(", ".join(_differences(cell, cells[i])) for i in exact_ids) or "no Cell named"
         return undecided(VerdictKind.NOT_RUN, f"not comparable with float64: {differ}")
     if exact_cell.dtype != EXACT:
-        return undecided(
-            VerdictKind.NOT_RUN, f"not comparable: the yardstick runs in {exact_cell.dtype}, not in {EXACT}"
-        )
+        return undecided(VerdictKind.NOT_RUN, f"not comparable: the exact run is in {exact_cell.dtype}, not in {EXACT}")
 
     subject, exact = records.get(cell.cell_id), records.get(exact_cell.cell_id)
     for name, record in (("this Cell", subject), ("its float64 Cell", exact)):
         if record is None or record.status is not Status.OK:
             status = record.status.value if record else "missing"
             return undecided(VerdictKind.NOT_RUN, f"{name} is {status}", *(r for r in (subject, exact) if r))
-    assert subject is not None  # noqa: S101 - the loop above left
+    assert subject is not None  # noqa: S101 - the loop above returns
     assert exact is not None  # noqa: S101
     refusal = _other_batches(subject, exact)
     if refusal:
@@ -115,7 +117,7 @@ def _measure(subject: Record, exact: Record, noise: Record) -> JudgedTrajectory:
     # its rounding error follows the logits.
     scale = list(accumulate((abs(x) for x in yardstick), max))
     eps = tolerance_constants.EPSILON[dtype]
-    # A run in float64 has no noise to be compared with but its own; so has the reference in any dtype.
+    # A run in float64, and the reference in any dtype, have only their own noise to compare with.
     by = "growth" if subject.id == noise.id or dtype == EXACT else "noise"
     if by == "growth":
         allowed = [tolerance_constants.REFERENCE_GROWTH_EPS * eps * (t + 1) * s for t, s in enumerate(scale)]
@@ -156,7 +158,7 @@ def _tokens(record: Record) -> list[int]:
 
 
 def _other_batches(left: Record, right: Record) -> str:
-    """Say why two runs did not see the same batches, as far as their Records tell; empty if they did."""
+    """Return the reason why two runs did not see the same batches, as far as is known; empty if they did."""
     if not _losses(left) or not _losses(right):
         return "there are no losses to compare"
     if len(_losses(left)) != len(_losses(right)):
@@ -168,7 +170,7 @@ def _other_batches(left: Record, right: Record) -> str:
 
 
 def _what_is_trained(cell: Cell) -> dict[str, object]:
-    """Return the fields that decide the losses: what is scored afterwards does not, nor how a batch is gone through."""
+    """Return the fields that determine the losses: neither scoring nor micro-batching do."""
     how = {"accumulate", "checkpointing", "compile", "layerwise"}
     return cell.model_dump(
         mode="json", exclude={"implementation": True, "dtype": True, "evaluation": True, "training": how}
@@ -176,7 +178,7 @@ def _what_is_trained(cell: Cell) -> dict[str, object]:
 
 
 def _differences(left: Cell, right: Cell) -> list[str]:
-    """Name what two Cells differ in beyond implementation and dtype."""
+    """Return the differences of two Cells other than implementation and dtype."""
     a, b = _what_is_trained(left), _what_is_trained(right)
     return [f"{key} {a[key]} against {b[key]}" for key in a if a[key] != b[key]]
 

@@ -1,4 +1,4 @@
-"""Declared searches for learning rates: what each try scored, and whether the suite's choice was the best of them."""
+"""Declared searches for learning rates: the score of each rate, and whether the suite's choice is the best of them."""
 
 from __future__ import annotations
 
@@ -12,22 +12,28 @@ from harness.records.store import Run
 
 @dataclass(frozen=True)
 class Try:
-    """One learning rate that was tried; score: None where the Cell has no accuracy, for the reason in `because`."""
+    """One learning rate that was tried."""
 
     cell: Cell
     lr: float
     score: Score | None
+    """Accuracy; None where the Cell has none."""
     because: str
+    """Reason for no accuracy."""
     chosen: bool
+    """Whether the suite chose this rate."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """The tries of one entry, by rising learning rate. cells: what they speak for, as far as it is in the run."""
+    """Tries of one entry, by rising learning rate."""
 
     tuning: Tuning
+    """The declared search."""
     cells: tuple[Cell, ...]
+    """Tuned Cells that are in the run."""
     tries: tuple[Try, ...]
+    """Tried learning rates."""
 
     @property
     def scored(self) -> tuple[tuple[float, Score], ...]:
@@ -48,13 +54,13 @@ class Search:
 
     @property
     def better(self) -> tuple[float, ...]:
-        """The learning rates whose whole interval lies above that of the chosen one: the choice was a poor one."""
+        """Learning rates with an interval wholly above that of the chosen one: evidence of a poor choice."""
         chosen = [t.score for t in self.tries if t.chosen and t.score]
         return tuple(lr for lr, score in self.scored if chosen and score.low > max(c.high for c in chosen))
 
     @property
     def at_edge(self) -> bool:
-        """Say whether the best one is the lowest or the highest that was tried: a better one may lie beyond."""
+        """Whether the best rate is the lowest or the highest one tried: a better one may lie beyond."""
         ends = {self.tries[0].lr, self.tries[-1].lr}
         return bool(self.best) and set(self.best) <= ends
 
@@ -67,7 +73,7 @@ def searches(run: Run) -> tuple[Search, ...]:
     for tuning in run.manifest.tuning:
         tuned = tuple(cells[i] for i in tuning.cells if i in cells)
         tried = [cells[i] for i in tuning.sweep if i in cells]
-        if tried:  # of a run of the tries alone nothing is tuned yet, and nothing chosen
+        if tried:  # a run of the search alone has no chosen rate yet
             chosen = {cell.training.lr for cell in tuned}
             tries = sorted((_try(cell, latest.get(cell.cell_id), chosen) for cell in tried), key=lambda t: t.lr)
             found.append(Search(tuning, tuned, tuple(tries)))

@@ -1,4 +1,4 @@
-"""Judge a run: each question its suite asks, and the run as a whole."""
+"""Judge a run: each question of its suite, and the run as a whole."""
 
 from __future__ import annotations
 
@@ -18,47 +18,53 @@ from harness.records.record import Cell, Outcome, Record, Status
 from harness.records.store import Run
 
 _SHOWN = 4
-"""Reasons for not judging that a sentence gives; a matrix may have hundreds."""
+"""Reasons that a sentence lists for not judging; a matrix may have hundreds."""
 _SO = (VerdictKind.FAIL, VerdictKind.INCONCLUSIVE)
 UNMEASURED = (Status.OOM, Status.TIMEOUT, Status.ERROR, Status.LOST)
 
 
 @dataclass(frozen=True)
 class QuestionVerdict:
-    """A comparison with its verdict; `losses` holds the steps of a `same-losses` comparison."""
+    """Verdict on one question of the suite."""
 
     comparison: Comparison
+    """The question."""
     verdict: Verdict
     losses: trajectories.SameLosses | None = None
+    """Steps of a `same-losses` comparison."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Checks of all Cells, counted. `unchecked` are ok Records that carry no passed check."""
+    """Counts of the checks of all Cells."""
 
     passed: int
     failed: int
     skipped: int
     unchecked: tuple[str, ...]
+    """Ids of ok Records without a passed check."""
 
 
 @dataclass(frozen=True)
 class RunVerdict:
-    """A run, judged.
-
-    counts: Cells per status (`missing` and `changed` among them). nonconforming: ids of Records that compute something
-    else, or diverged.
-    how: `finished`, `interrupted`, `failed`, or `incomplete` for a run without its footer.
-    """
+    """Verdict on a run."""
 
     verdict: Verdict
+    """Verdict on the run as a whole."""
     exit: Exit
+    """Exit code without `--strict`."""
     counts: dict[str, int]
+    """Cells per status (`missing` and `changed` among them)."""
     nonconforming: tuple[str, ...]
+    """Ids of Records that depart from their Method, or diverged."""
     missing: tuple[str, ...]
+    """cell_ids without a Record."""
     how: str
+    """End of the run: `finished`, `interrupted`, `failed`, or `incomplete` without a footer."""
     judgements: tuple[QuestionVerdict, ...]
+    """Verdicts on the questions of the suite."""
     parity: Parity
+    """Counts of the checks."""
 
     def exit_code(self, *, strict: bool) -> Exit:
         """Return the exit code; with `strict`, questions left open are not a pass."""
@@ -100,9 +106,8 @@ def _judge_comparison(comparison: Comparison, run: Run, latest: dict[str, Record
     cells = {cell.cell_id: cell for cell in run.manifest.cells}
     unknown = [i for i in (*comparison.left, *comparison.right) if i not in cells]
     if unknown:
-        left_out = (
-            f"{plural(len(unknown), 'Cell')} that it asks about not in this run, e.g. for --only: {', '.join(unknown)}"
-        )
+        left_out = f"{plural(len(unknown), 'Cell')} of this question not in this run, e.g. because of --only: "
+        left_out += ", ".join(unknown)
         return QuestionVerdict(comparison, Verdict(VerdictKind.NOT_RUN, left_out))
     if comparison.kind == "same-losses":
         losses = trajectories.judge(comparison, cells, latest)
@@ -116,7 +121,7 @@ def _better(comparison: Comparison, run: Run, latest: dict[str, Record]) -> Verd
     pairs = [(left, right) for left in left_sides for right in right_sides]
     named = naming.full(cells.values()) | naming.recipes(cells.values())
     ids = tuple(latest[i].id for i in dict.fromkeys(comparison.left + comparison.right) if i in latest)
-    # Per word: how far each pair lies apart, and the sentence about it.
+    # Per verdict: the gap of each pair, and the sentence about it.
     found: dict[VerdictKind, list[tuple[float, str]]] = {word: [] for word in VerdictKind}
     for left, right in pairs:
         names = [named[side[0] if len(side) == 1 else cells[side[0]].recipe_id] for side in (left, right)]
@@ -139,7 +144,7 @@ def _better(comparison: Comparison, run: Run, latest: dict[str, Record]) -> Verd
     ):
         if found[word]:
             sentences = list(dict.fromkeys(sentence for _, sentence in sorted(found[word])))
-            # The pair that stands worst tells of the others; reasons for not judging are each their own.
+            # The worst pair stands for the others; reasons for not judging are listed one by one.
             shown = sentences[:_SHOWN] if word is VerdictKind.NOT_RUN else sentences[:1]
             if word is VerdictKind.NOT_RUN and len(sentences) > _SHOWN:
                 shown.append(f"and {len(sentences) - _SHOWN} more")
@@ -150,7 +155,7 @@ def _better(comparison: Comparison, run: Run, latest: dict[str, Record]) -> Verd
 
 
 def _recipes(ids: list[str], cells: Mapping[str, Cell]) -> list[list[str]]:
-    """Put the Cells together that differ in the seed alone, in the order of their seeds."""
+    """Group the Cells that differ in the seed alone, in the order of their seeds."""
     found: dict[str, list[str]] = {}
     for cell_id in sorted(ids, key=lambda i: cells[i].seed):
         found.setdefault(cells[cell_id].recipe_id, []).append(cell_id)
@@ -159,7 +164,7 @@ def _recipes(ids: list[str], cells: Mapping[str, Cell]) -> list[list[str]]:
 
 
 def _apart(left: list[Record], right: list[Record], names: list[str]) -> tuple[VerdictKind, float, str]:
-    """Judge one pair: by the interval of its difference over seeds, or with one run each by their own intervals."""
+    """Judge one pair: by the interval of its difference over seeds, or by both intervals with one run each."""
     a, b = score(left), score(right)
     sentence = f"{names[0]} {_interval(a)} against {names[1]} {_interval(b)}"
     if len(left) == len(right) == 1:
@@ -214,7 +219,7 @@ def _whole(
         return Verdict(VerdictKind.FAIL, "; ".join(reasons), tuple(dict.fromkeys(ids))), Exit.FAIL
 
     ok = [r for r in latest.values() if r.status is Status.OK]
-    # A Cell that was kept from running, unlike one that never can here, is a fault of the machine.
+    # A Cell that was prevented from running, unlike one that cannot run here, is a fault of the machine.
     bad = [r for r in latest.values() if r.status in UNMEASURED or (r.status is Status.SKIPPED and r.failure)]
     if not ok and not bad:
         nothing = Verdict(VerdictKind.NOT_RUN, "no Cell was measured", tuple(r.id for r in latest.values()))
@@ -238,7 +243,7 @@ def _whole(
 
 
 def _conform(ok: list[Record]) -> str:
-    """Say that nothing was found against the measured Cells, and of how many nothing could be compared."""
+    """Return a sentence that the measured Cells conform, with the number of those without a reference."""
     alone = sum(bool(parity.unreferenced(r)) for r in ok)
     return f"all {len(ok)} measured Cells conform" + (
         f", {alone} of them without a reference to compare with" if alone else ""

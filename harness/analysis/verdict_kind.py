@@ -1,4 +1,4 @@
-"""The words of a verdict, and a verdict: always with a reason and the Records that it rests on."""
+"""Verdicts: a kind, a reason, and the Records behind it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import StrEnum
 
 
 class VerdictKind(StrEnum):
-    """How a question was decided."""
+    """Kinds of verdicts on a question."""
 
     PASS = "pass"  # noqa: S105
     FAIL = "fail"
@@ -18,15 +18,18 @@ class VerdictKind(StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """One decided question. `reason` is a sentence; `records` are the ids of the Records that were read."""
+    """Verdict on one question."""
 
     word: VerdictKind
+    """Kind of verdict."""
     reason: str
+    """Reason, as a sentence."""
     records: tuple[str, ...] = ()
+    """Ids of the Records behind it."""
 
 
 def joint(words: Iterable[VerdictKind]) -> VerdictKind:
-    """Decide "all of them": one failure refutes it, whatever else is still open."""
+    """Return the joint verdict of several: one failure decides."""
     seen = set(words)
     for word in (VerdictKind.FAIL, VerdictKind.NOT_RUN, VerdictKind.INCONCLUSIVE):
         if word in seen:

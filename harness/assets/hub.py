@@ -1,4 +1,4 @@
-"""Hub repositories at a pinned commit, in the hub's own cache. Its client is the one that honours HF_HUB_OFFLINE."""
+"""Fetch hub repositories at a pinned commit into the hub's own cache; its client honours HF_HUB_OFFLINE."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness.assets.carrier import Progress
 from harness.assets.table import Source
 from harness.errors import AssetError
 
-# What transformers loads from the top folder. Nothing that runs code: no pickled weights, no Python files.
+# Files that transformers loads from the top folder. No code: no pickled weights, no Python files.
 _WANTED = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
 _NESTED = ["*/*"]
 
@@ -22,7 +22,7 @@ def snapshot(source: Source, progress: Progress, local_only: bool = False) -> Pa
     """Return the folder of a model repository in the hub's cache, fetching what is missing."""
     import huggingface_hub
 
-    with explained(source):
+    with hub_errors(source):
         folder = huggingface_hub.snapshot_download(
             source.address,
             revision=source.revision,
@@ -35,7 +35,7 @@ def snapshot(source: Source, progress: Progress, local_only: bool = False) -> Pa
 
 
 def write_rows(source: Source, path: Path, progress: Progress) -> None:
-    """Write one split of a data repository as jsonl, with our names for the parts of a row."""
+    """Write one split of a data repository as jsonl, with the keys of our rows."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -43,7 +43,7 @@ def write_rows(source: Source, path: Path, progress: Progress) -> None:
     rows = source.rows
     progress(f"{source.name}: from the hub", 0, None)
     # ValueError: a subset or split that the repository does not have.
-    with explained(source, DatasetsError, ValueError):
+    with hub_errors(source, DatasetsError, ValueError):
         data = datasets.load_dataset(source.address, rows.subset or None, split=rows.split, revision=source.revision)
     missing = set(rows.columns.values()) - set(data.column_names)
     if missing:
@@ -59,12 +59,12 @@ def write_rows(source: Source, path: Path, progress: Progress) -> None:
 
 
 @contextmanager
-def explained(source: Source, *refusals: type[Exception]) -> Iterator[None]:
-    """Turn what the hub's clients raise into AssetErrors; `refusals` are those that no network would mend."""
+def hub_errors(source: Source, *refusals: type[Exception]) -> Iterator[None]:
+    """Raise errors of the hub's clients as AssetErrors. refusals: errors that a network would not fix."""
     import huggingface_hub.errors as hub
     from huggingface_hub import constants
 
-    # httpx's HTTPError: a proxy or a broken connection passes through the client as it is.
+    # httpx's HTTPError: the client does not wrap errors of a proxy or a broken connection.
     http_error = hub.HfHubHTTPError.__bases__[0]
     unreachable: tuple[type[Exception], ...] = (hub.LocalEntryNotFoundError, ConnectionError, http_error)
     refused: tuple[type[Exception], ...] = (hub.RepositoryNotFoundError, hub.RevisionNotFoundError)
@@ -102,7 +102,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _bar(label: str, progress: Progress) -> type[Any]:
-    """Make a progress bar that draws nothing and passes on bytes. The client keeps two of them, in several threads."""
+    """Return a tqdm class that draws nothing and reports bytes. The client has two of them, in several threads."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     done = 0

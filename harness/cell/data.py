@@ -21,9 +21,8 @@ from harness.cell.training import model as models
 from harness.cell.training.batches import Example, answer_examples, classification_examples, collate, order
 from harness.cell.training.texts import Prompts, answered_examples, rules
 from harness.errors import UsageError
-from harness.methods.peft_config import virtual_tokens
 from harness.records.record import Accuracy, Cell, Item
-from harness.suites.task_schema import written
+from harness.suites.task_schema import max_answer_tokens, too_long
 
 _PROBED, _PROBED_CAUSAL = 8, 4
 """Texts of the parity gate: an encoder returns a few logits for each, a causal model one for each token it knows."""
@@ -44,7 +43,7 @@ class CellData:
             train_rows, test_rows = _split(job, job.data)
         wanted, batch = cell.training.steps, cell.training.batch
         tokenizer, limit = loaded.tokenizer, cell.training.max_tokens
-        refuse_long(loaded.model, cell, written(task.spec) if task.answers else 0)
+        refuse_long(loaded.model, cell, max_answer_tokens(task.spec) if task.answers else 0)
         self.pad = int(tokenizer.pad_token_id)
         self._cell = cell
         self._progress = lambda done, of: emit("items", done=done, of=of)
@@ -62,7 +61,7 @@ class CellData:
             from harness.cell.evaluation.likelihood import CausalScorer
             from harness.cell.evaluation.lm_eval_task import LmEvalTask
 
-            self._lm_task = make = self._lm_task or LmEvalTask(task.spec, test_rows, task.judge)
+            self._lm_task = make = self._lm_task or LmEvalTask(task.spec, test_rows, task.filter)
             self._scorer = CausalScorer(loaded.model, tokenizer, cell.evaluation.batch, limit, self._progress)
             encode, prompts, answers = self._scorer.encode_pair, Prompts(tokenizer, limit), task.answers
 
@@ -106,21 +105,11 @@ class CellData:
         )  # fmt: skip
 
 
-def refuse_long(model: nn.Module, cell: Cell, written: int = 0) -> None:
-    """Raise UsageError if a Cell's texts, or a prompt and an answer of `written` tokens, exceed its model's positions."""
-    limit, most, virtual = cell.training.max_tokens, positions(model), virtual_tokens(cell.config)
-    # From the model itself: a config does not show that RoBERTa reserves two positions for padding.
-    if most is not None and limit > most:
-        raise UsageError(
-            f"`training.max_tokens` is {limit}, and {cell.model} has {most} positions", hint=f"write at most {most}"
-        )
-    if most is not None and virtual and virtual + limit + written > most:
-        of = f"{virtual} virtual tokens, {limit} of a text and {written} of an answer"
-        what = f"{of} exceed the {most} positions of {cell.model}"
-        raise UsageError(what, hint="lower `training.max_tokens`, or `num_virtual_tokens`")
-    if most is not None and limit + written > most:
-        what = f"a prompt of {limit} tokens and an answer of {written} exceed the {most} positions of {cell.model}"
-        raise UsageError(what, hint="lower `training.max_tokens`, or the task's `max_gen_toks`")
+def refuse_long(model: nn.Module, cell: Cell, answer: int = 0) -> None:
+    """Raise UsageError if a Cell's texts, or a prompt and an answer of `answer` tokens, exceed its model's positions."""
+    # Positions of the model itself: a config does not show that RoBERTa reserves two for padding.
+    if problem := too_long(cell, positions(model), answer):
+        raise UsageError(problem[0], hint=problem[1])
 
 
 def refuse_tokenless(examples: Sequence[Example], folder: str, special: int = 0) -> None:
@@ -146,7 +135,7 @@ def _own(job: Job, data: Asset) -> tuple[Any, list[Any], list[Any]]:
 
     evaluation = job.cell.evaluation
     tested = range(evaluation.skip, evaluation.skip + evaluation.items)
-    task = OwnTask(Path(job.task.file), Path(data.path), tested, job.task.judge)
+    task = OwnTask(Path(job.task.file), Path(data.path), tested, job.task.filter)
     return task, task.training() if job.cell.training.steps else [], task.tested()
 
 

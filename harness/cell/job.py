@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from harness.assets.table import Source
 from harness.records.notes import concurrency_note
 from harness.records.record import AssetUse, Cell, FrozenModel, Json
-from harness.suites.tasks import Answers
+from harness.suites.tasks import TaskSpec
 
 
 class Emit(Protocol):
@@ -25,22 +25,13 @@ class Asset(FrozenModel):
     use: AssetUse
 
 
-class JobTask(FrozenModel):
-    """The task, with the fields of `tasks.Task`."""
+class JobTask(TaskSpec):
+    """A task, with its assets on this machine."""
 
-    name: str
-    spec: dict[str, Any]
-    """The YAML of lm-eval."""
-    labels: int
-    test: int
-    shuffle_seed: int
     use: AssetUse
-    answers: Answers | None = None
     train: Asset | None = None
     file: str = ""
     """Path of the YAML, for a task of lm-eval."""
-    judge: str = "none"
-    """The filter of lm-eval that decides exact match."""
 
 
 class Job(FrozenModel):

@@ -1,1 +1,1 @@
-"""The claim ledger: what papers print, computed again from models and code, and whether it comes out. `suites/claims/`."""
+"""The claim ledger: figures and properties that papers print, recomputed from models and code. Files: `suites/claims/`."""

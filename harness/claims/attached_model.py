@@ -1,4 +1,4 @@
-"""A Method's reference attached to a shape on the meta device: which tensors train, without any number in them."""
+"""A Method's reference attached to a shape on the meta device, to count its tensors without data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from harness.memory_model import counting, model_shapes
 
 @lru_cache(maxsize=4)
 def model(name: str, split: str = "{}") -> Any:
-    """Return a shape's model on the meta device. split: as of `split_layers`, in JSON."""
+    """Return the model of a shape on the meta device. split: as in `split_layers`, in JSON."""
     config = shapes.config_of(name)
     preset = shapes.preset(name)
     built = structure.build(config, preset.kind if preset else model_shapes.model_kind(config), torch.float32)
@@ -27,9 +27,10 @@ def model(name: str, split: str = "{}") -> Any:
 
 
 def split_layers(built: nn.Module, parts: Mapping[str, Sequence[str]]) -> None:
-    """Put in the place of each layer called by a key one layer for each of its parts, with an equal share of its outputs.
+    """Replace each layer named by a key by one layer per part, each with an equal share of its outputs.
 
-    GPT-2 computes query, key and value in one product; papers adapt them one by one.
+    GPT-2 computes query, key and value in one product; papers adapt them separately. Raises ValueError if the outputs cannot
+    be divided equally.
     """
     for path, layer in list(built.named_modules()):
         names = parts.get(path.rpartition(".")[2])
@@ -37,7 +38,7 @@ def split_layers(built: nn.Module, parts: Mapping[str, Sequence[str]]) -> None:
             continue
         inputs, outputs = (layer.nx, layer.nf) if hasattr(layer, "nf") else (layer.in_features, layer.out_features)
         if outputs % len(names):
-            raise ValueError(f"{path} has {outputs} outputs, which {len(names)} parts do not share equally")
+            raise ValueError(f"{path} has {outputs} outputs, not divisible by {len(names)} parts")
         each = nn.ModuleDict(
             {
                 name: nn.Linear(inputs, outputs // len(names), bias=layer.bias is not None, device="meta")
@@ -53,7 +54,7 @@ def _trained(name: str, split: str, method: str, config: str) -> tuple[tuple[tup
     built = model(name, split)
     with counting.attached(built, method, configure(method, json.loads(config))) as adapted:
         own = {id(p) for p in adapted.parameters()}
-        once = {id(t): key for key, t in reversed(adapted.tensors().items())}  # a tied one has several names
+        once = {id(t): key for key, t in reversed(adapted.tensors().items())}  # a tied tensor has several names
         trained = tuple(
             (key, tuple(t.shape)) for key, t in adapted.tensors().items() if id(t) in own and once[id(t)] == key
         )
@@ -62,7 +63,7 @@ def _trained(name: str, split: str, method: str, config: str) -> tuple[tuple[tup
 
 
 def _once(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Return name and shape of each memory that the tensors lie in: layers may share one, and use slices of it."""
+    """Return name and shape of each storage once: layers may share one, and use slices of it."""
     found: dict[int, tuple[str, tuple[int, ...]]] = {}
     for name, t in tensors.items():
         whole = t if t._base is None else t._base
@@ -71,18 +72,18 @@ def _once(tensors: Mapping[str, Tensor]) -> tuple[tuple[str, tuple[int, ...]], .
 
 
 def trained(name: str, method: str, config: Mapping[str, Any], split: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Map the names of the tensors that train to their shapes, each tensor once, the Method's reference attached to a shape.
+    """Map trainable tensors to shapes, each tensor once, with the Method's reference attached to a shape.
 
     Raises ValueError for a config that does not fit the model.
     """
     return dict(_trained(name, json.dumps(split), method, json.dumps(config))[0])
 
 
-def kept(name: str, method: str, config: Mapping[str, Any], split: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Map names of what the Method makes and does not train to shapes; what layers share (VeRA's pair) once, by one name."""
+def frozen(name: str, method: str, config: Mapping[str, Any], split: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Map frozen tensors of the Method to shapes; tensors that layers share (VeRA's pair) once."""
     return dict(_trained(name, json.dumps(split), method, json.dumps(config))[1])
 
 
 def parameters(name: str, split: Mapping[str, Sequence[str]] | None = None) -> dict[str, Tensor]:
-    """Map the names of a shape's parameters to them, a tied one once."""
+    """Map the names of a shape's parameters to the parameters, a tied one once."""
     return dict(model(name, json.dumps(split or {})).named_parameters())

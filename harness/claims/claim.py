@@ -1,4 +1,4 @@
-"""A claim: what a paper says, where, and the measure that decides it. No torch."""
+"""A claim of a paper, its source, and the measure that decides it. No torch."""
 
 from __future__ import annotations
 
@@ -9,55 +9,61 @@ from typing import Any, Literal
 from harness.claims.printed_number import NEAREST, Dimension, Printed, Rounding
 
 Tier = Literal["exact", "gpu-synthetic", "trained"]
-"""What it takes to decide a claim: arithmetic or a small tensor; a GPU and random weights; training on data."""
+"""Needed to decide a claim: arithmetic or small tensors; a GPU with random weights; training on data."""
 
 
 @dataclass(frozen=True)
-class Asking:
-    """A measure and its arguments. An argument may be an Asking itself, or a list of them; then the measure gets numbers."""
+class MeasureRequest:
+    """A measure and its arguments."""
 
     measure: str
     arguments: Mapping[str, Any]
+    """An argument may be a MeasureRequest or a list of them; the measure then gets their numbers."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Another convention, rank or unit than the paper states. under: which, in words."""
+    """A reading of the claim under another convention, rank or unit than the paper states."""
 
     under: str
-    asking: Asking
+    """The convention, rank or unit."""
+    request: MeasureRequest
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One falsifiable sentence of a paper.
-
-    sentence: in our words. paper, version: the file's, e.g. `lora` and `arXiv:2106.09685v2`; source: section or table.
-    figure: None of a property. otherwise: readings to be tried in turn where the paper's own does not come out.
-    scale: of what is measured smaller than the paper did it: a result that differs then refutes nothing.
-    headline: the headline that it is part of, if it is. needs: what the paper leaves out, if it cannot be decided.
-    note: what is known about the difference. where: `file:line`.
-    """
+    """One falsifiable sentence of a paper."""
 
     id: str
     sentence: str
+    """The claim in our words."""
     paper: str
+    """Name of the paper in its file, e.g. `lora`."""
     version: str
+    """Version that was read, e.g. `arXiv:2106.09685v2`."""
     source: str
+    """Section or table."""
     tier: Tier
     printed: str
     dimension: Dimension
-    asking: Asking
+    request: MeasureRequest
     figure: Printed | None = None
+    """The printed figure; None for a property."""
     rounding: Rounding = NEAREST
     otherwise: tuple[Reading, ...] = ()
+    """Readings to try in order if the paper's own does not reproduce."""
     scale: str = ""
+    """How the measurement is smaller than the paper's, if it is; a different result then refutes nothing."""
     headline: str = ""
+    """The headline it belongs to, if any."""
     needs: str = ""
+    """Information that the paper leaves out, if the claim cannot be decided."""
     note: str = ""
+    """Known explanation of a difference."""
     where: str = ""
+    """`file:line`."""
 
     @property
     def rule(self) -> str:
-        """By what other rule than rounding a number comes out as the figure, in words; `<` is one itself."""
+        """The looser rule of comparison in words; empty for plain rounding and for relations such as `<`."""
         return "" if self.figure is None or self.figure.relation else self.rounding.words

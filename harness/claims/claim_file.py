@@ -1,4 +1,4 @@
-"""Claim files: `suites/claims/PAPER.yaml`, or a user's own. Every mistake of a file at once, with its line. No torch."""
+"""Read claim files, `suites/claims/PAPER.yaml` or a user's own; report all errors at once with their lines. No torch."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from harness.yaml_lines import Document, KeyPath
 
 
 def _text(written: Any) -> Any:
-    """Return the characters of what YAML reads as a number: `printed: 0.10` has two digits."""
+    """Return the text of a YAML number, so that `printed: 0.10` has two digits."""
     is_number = isinstance(written, int | float) and not isinstance(written, bool)
     return getattr(written, "text", str(written)) if is_number else written
 
 
 _Text = Annotated[str, BeforeValidator(_text)]
 _PLACE = re.compile(r"\{\w+\}")
-_FILL = "write {printed}, or an argument or key of the config that every row has"
+_FILL = "use {printed}, or an argument or config key that every row has"
 _RULES = ("nearest", "cut", "magnitude")
 
 
 _MEASURED = "-measured"
-"""How the name of a paper's second file ends: of claims that need Records."""
+"""Suffix of a paper's second file, with the claims that need Records."""
 _SMALL = "small scale"
 
 
 class OtherwiseKeys(Keys):
-    """One entry of `otherwise:`: what is changed of the claim's measure and arguments."""
+    """One entry of `otherwise:`, changes to the claim's measure and arguments."""
 
     under: Word | None = None
     measure: Word | None = None
@@ -47,7 +47,7 @@ class OtherwiseKeys(Keys):
 
 
 class RowKeys(Keys):
-    """One entry of `rows:`: a claim that shares all else with its table."""
+    """One entry of `rows:`, a claim that inherits missing keys from its table."""
 
     id: Id | None = None
     sentence: Word | None = None
@@ -71,39 +71,40 @@ class ClaimKeys(RowKeys):
 
 
 class FileKeys(Keys):
-    """The top level of a claim file. shared: a place for anchors."""
+    """The top level of a claim file."""
 
     paper: Id | None = None
     title: Word | None = None
     version: Word | None = None
     about: str = ""
     shared: Any = None
+    """A place for YAML anchors."""
     claims: list[ClaimKeys] | None = Field(default=None, min_length=1)
 
 
 def names() -> list[str]:
     """List the papers that have a file in `suites/claims`."""
-    return sorted(path.stem for path in _room().glob("*.yaml") if not path.stem.endswith(_MEASURED))
+    return sorted(path.stem for path in _folder().glob("*.yaml") if not path.stem.endswith(_MEASURED))
 
 
 def paths(papers: Iterable[str]) -> list[Path]:
-    """Return the files of papers: what arithmetic settles, and what needs Records. Raises UsageError for one without any."""
+    """Return the files of papers, without and with Records. Raises UsageError for an unknown paper."""
     found = []
     for paper in papers:
         if paper not in names():
-            hint = f"{did_you_mean(paper, names(), 'there are')}; or --file FILE for your own"
-            raise UsageError(f"no claims of a paper called `{paper}`", where="PAPER", hint=hint)
-        files = [_room() / f"{paper}.yaml", _room() / f"{paper}{_MEASURED}.yaml"]
+            hint = f"{did_you_mean(paper, names(), 'there are')}; or use --file FILE for your own"
+            raise UsageError(f"unknown paper `{paper}`", where="PAPER", hint=hint)
+        files = [_folder() / f"{paper}.yaml", _folder() / f"{paper}{_MEASURED}.yaml"]
         found += [file for file in files if file.is_file()]
     return found
 
 
-def _room() -> Path:
+def _folder() -> Path:
     return data_folder("suites") / "claims"
 
 
 def load(paths: Iterable[Path]) -> list[Claim]:
-    """Read claim files. Raises SuiteError with every mistake of all of them."""
+    """Read claim files. Raises SuiteError with the errors of all of them."""
     found: list[Claim] = []
     problems: list[Problem] = []
     first: dict[str, str] = {}
@@ -120,8 +121,9 @@ def load(paths: Iterable[Path]) -> list[Claim]:
         problems += reading.problems
         for where, name in reading.ids:
             if name in first:
-                what = f"the id `{name}` is taken already, at {first[name]}"
-                problems.append(Problem(where, what, "give each claim an id of its own"))
+                problems.append(
+                    Problem(where, f"duplicate id `{name}`, first at {first[name]}", "give each claim its own id")
+                )
             first.setdefault(name, where)
     if problems:
         raise SuiteError(sort_problems(problems), "claim file")
@@ -129,7 +131,7 @@ def load(paths: Iterable[Path]) -> list[Claim]:
 
 
 class _Reading:
-    """One reading of one file; collects the problems on the way, and the ids, each with its place, also of wrong claims."""
+    """Reader of one file; collects claims, problems, and the ids of all claims with their places."""
 
     def __init__(self, document: Document) -> None:
         self.document = document
@@ -142,7 +144,9 @@ class _Reading:
             if not getattr(keys, name):
                 self.problem((), f"`{name}` is missing", _MISSING[name])
         if keys.claims is None:
-            self.problem((), "`claims` is missing", "write a list of claims: `peft-harness explain claims` shows one")
+            self.problem(
+                (), "`claims` is missing", "write a list of claims; `peft-harness explain claims` shows an example"
+            )
         return [
             one for index, claim in enumerate(keys.claims or ()) for one in self._rows(keys, claim, ("claims", index))
         ]
@@ -157,14 +161,14 @@ class _Reading:
                 yield found
             return
         if table.printed:
-            self.problem((*way, "printed"), "`printed` stands beside `rows`", "give it to each row")
+            self.problem((*way, "printed"), "`printed` and `rows` exclude each other", "write `printed` in each row")
         for index, row in enumerate(table.rows):
             found = self._claim(keys, table, row, way, (*way, "rows", index))
             if found is not None:
                 yield found
 
     def _claim(self, keys: FileKeys, table: ClaimKeys, row: RowKeys, way: KeyPath, at: KeyPath) -> Claim | None:
-        """Return one claim, or None where something that it needs is missing or wrong; that is a problem already."""
+        """Return one claim, or None if it has problems, which are collected."""
         before = len(self.problems)
         is_row = row is not table
         values: dict[str, Any] = {}
@@ -180,7 +184,7 @@ class _Reading:
             self.ids.append((self.document.where(*at), name))
         arguments = dict(table.with_) | (dict(row.with_) if is_row else {})
         measure = self.arguments.measure(values["measure"], at, is_row and row.measure is None, way)
-        asking = self.arguments.asking(measure, arguments, (*at, "with"), [(*way, "with")]) if measure else None
+        request = self.arguments.request(measure, arguments, (*at, "with"), [(*way, "with")]) if measure else None
         figure = self._figure(values["printed"], measure, at)
         rounding = self._rounding(row.rounding if row.rounding is not None else table.rounding, at)
         otherwise = row.otherwise if row.otherwise is not None else table.otherwise
@@ -191,10 +195,10 @@ class _Reading:
             if (reading := self._otherwise(other, values["measure"], measure, arguments, (*owner, "otherwise", index)))
         ]
         sentence = self._filled(values["sentence"] or "", values["printed"] or "", arguments)
-        if asking and (left := _PLACE.findall(sentence)):
+        if request and (left := _PLACE.findall(sentence)):
             place = at if row.sentence else way
-            self.problem(place, f"the sentence has a place `{left[0]}`, which nothing fills", _FILL)
-        if len(self.problems) > before or asking is None or measure is None:
+            self.problem(place, f"the sentence has an unknown placeholder `{left[0]}`", _FILL)
+        if len(self.problems) > before or request is None or measure is None:
             return None
         return Claim(
             id=name,
@@ -205,7 +209,7 @@ class _Reading:
             tier=values["tier"],
             printed=values["printed"],
             dimension=measure.dimension,
-            asking=asking,
+            request=request,
             figure=figure,
             rounding=rounding,
             otherwise=tuple(readings),
@@ -218,7 +222,7 @@ class _Reading:
 
     @staticmethod
     def _filled(sentence: str, printed: str, arguments: Mapping[str, Any]) -> str:
-        """Put the row's own values into a sentence that its table shares: `{printed}`, `{rank}`, `{model}`."""
+        """Fill the placeholders of a table's sentence, such as `{printed}`, `{rank}`, `{model}`, with the row's values."""
         config = arguments.get("config", {})
         flat = {**arguments, **(config if isinstance(config, dict) else {}), "printed": printed}
         for key, value in flat.items():
@@ -246,7 +250,7 @@ class _Reading:
             within = Fraction(-1)
         if not 0 <= within < 1:
             known = ", ".join(_RULES)
-            self.problem((*at, "rounding"), f"`rounding` is {written!r}", f"write {known}, or {{about: 5%}}")
+            self.problem((*at, "rounding"), f"unknown `rounding` {written!r}", f"write {known}, or {{about: 5%}}")
             return Rounding()
         return Rounding("about", within)
 
@@ -254,33 +258,33 @@ class _Reading:
         self, other: OtherwiseKeys, name: str | None, measure: Measure | None, arguments: Mapping[str, Any], at: KeyPath
     ) -> Reading | None:
         if not other.under:
-            self.problem(at, "`under` is missing", "say in words which convention, rank or unit this is")
-        same = measure
-        if other.measure and (same := self.arguments.measure(other.measure, at, False, at)) is None:
+            self.problem(at, "`under` is missing", "name the convention, rank or unit of this reading")
+        chosen = measure
+        if other.measure and (chosen := self.arguments.measure(other.measure, at, False, at)) is None:
             return None
-        if same is None or measure is None:
+        if chosen is None or measure is None:
             return None
-        is_same_unit = same.dimension == measure.dimension
+        is_same_unit = chosen.dimension == measure.dimension
         if not is_same_unit:
-            what = f"`{same.name}` is in {same.dimension}, but the claim's `{name}` is in {measure.dimension}"
+            what = f"`{chosen.name}` is in {chosen.dimension}, but the claim's `{name}` is in {measure.dimension}"
             self.problem((*at, "measure"), what, "name a measure in the same unit")
         inherited = arguments if other.measure is None else {}
         changed = {**inherited, **other.with_}
         own, another = inherited.get("config"), other.with_.get("config")
         if isinstance(own, dict) and isinstance(another, dict):
             changed["config"] = own | another
-        asking = self.arguments.asking(same, changed, (*at, "with"), [(*at[:-2], "with")])
-        return Reading(other.under or "", asking) if asking and is_same_unit else None
+        request = self.arguments.request(chosen, changed, (*at, "with"), [(*at[:-2], "with")])
+        return Reading(other.under or "", request) if request and is_same_unit else None
 
 
 _MISSING = {
     "paper": "name it in one word, e.g. `paper: lora`",
     "title": "write the paper's title",
-    "version": "say which version was read, e.g. `version: arXiv:2106.09685v2`",
-    "id": "give it a name of its own",
-    "sentence": "say in a sentence of your own what the paper claims",
-    "source": "say where it stands, e.g. `source: Table 2`",
-    "measure": "name what decides it; `peft-harness list measures` shows them",
+    "version": "write the version that was read, e.g. `version: arXiv:2106.09685v2`",
+    "id": "write a unique name",
+    "sentence": "write the claim in a sentence of your own",
+    "source": "write the section or table, e.g. `source: Table 2`",
+    "measure": "name the measure that decides it; `peft-harness list measures` shows all",
     "tier": "write exact, gpu-synthetic or trained",
-    "printed": "write the figure as the paper prints it, or of a property what it says",
+    "printed": "write the figure as the paper prints it, or the statement of a property",
 }

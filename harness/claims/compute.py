@@ -1,4 +1,4 @@
-"""Let child processes take the measures of many claims. No torch."""
+"""Compute and judge many claims in worker processes. No torch."""
 
 from __future__ import annotations
 
@@ -11,73 +11,74 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from harness.claims.claim import Asking, Claim
+from harness.claims.claim import Claim, MeasureRequest
 from harness.claims.judge import JudgedClaim, Missing, judge, plain
 from harness.claims.measure import MeasureResult
 from harness.process.supervisor import Subprocess, python_module
 
 _PATIENCE_S = 1800.0
+"""A worker that takes longer is killed."""
 
 
 def judged(claims: Sequence[Claim], jobs: int | None = None, runs: Sequence[Path] = ()) -> list[JudgedClaim]:
-    """Judge claims, as many at a time as there are cores.
+    """Judge claims in parallel, in `jobs` processes [default: one per core, at most 8].
 
-    Claims of one model go to one process, which builds it once. runs: folders of runs whose Records come first.
+    Claims of one model share a process, which builds the model once. runs: folders of runs preferred for Records.
     """
     shares = _shares(claims, jobs or min(os.cpu_count() or 1, 8))
     found: dict[str, list[MeasureResult | Missing]] = {}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        children = []
+        workers = []
         for number, share in enumerate(shares):
-            asked, answers = Path(folder) / f"{number}.asked", Path(folder) / f"{number}.answers"
-            lines = [json.dumps(plain(asking)) for claim in share for asking in _askings(claim)]
-            asked.write_text("\n".join(lines), encoding="utf-8")
-            arguments = [str(asked), str(answers), *map(str, runs)]
+            requests, answers = Path(folder) / f"{number}.requests", Path(folder) / f"{number}.answers"
+            lines = [json.dumps(plain(one)) for claim in share for one in _requests(claim)]
+            requests.write_text("\n".join(lines), encoding="utf-8")
+            arguments = [str(requests), str(answers), *map(str, runs)]
             threads = str(max(1, (os.cpu_count() or 1) // len(shares)))
             environment = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads}
-            child = stack.enter_context(python_module("harness.claims.worker", arguments, environment))
-            children.append((share, answers, child))
-        for share, answers, child in children:
-            died = _wait(child)
+            worker = stack.enter_context(python_module("harness.claims.worker", arguments, environment))
+            workers.append((share, answers, worker))
+        for share, answers, worker in workers:
+            died = _wait(worker)
             read = (
                 [_read(line) for line in answers.read_text(encoding="utf-8").splitlines()] if answers.exists() else []
             )
             for claim in share:
-                count = len(_askings(claim))
+                count = len(_requests(claim))
                 found[claim.id] = read[:count] + [Missing(died, failed=True)] * max(0, count - len(read))
                 del read[:count]
     return [judge(claim, found[claim.id]) for claim in claims]
 
 
-def _wait(child: Subprocess) -> str:
-    """Wait for a child to end, and return what is to be said of measures that it did not come to."""
-    if child.wait(_PATIENCE_S) is None:
-        return f"it was not computed within {_PATIENCE_S:.0f} s"
-    said = child.output.strip().splitlines()
-    return f"the process that computed it ended: {said[-1] if said else 'it said nothing'}"
+def _wait(worker: Subprocess) -> str:
+    """Wait for a worker to end; return the reason for measures that it did not compute."""
+    if worker.wait(_PATIENCE_S) is None:
+        return f"not computed within {_PATIENCE_S:.0f} s"
+    output = worker.output.strip().splitlines()
+    return f"its worker process ended: {output[-1] if output else 'without output'}"
 
 
-def _askings(claim: Claim) -> list[Asking]:
-    return [claim.asking, *(one.asking for one in claim.otherwise)]
+def _requests(claim: Claim) -> list[MeasureRequest]:
+    return [claim.request, *(one.request for one in claim.otherwise)]
 
 
 def _shares(claims: Sequence[Claim], jobs: int) -> list[list[Claim]]:
-    """Divide claims so that those of one model stay together and the shares are of like length."""
+    """Divide claims into shares of similar length; claims of one model stay together."""
     of_model: dict[str, list[Claim]] = {}
     for claim in claims:
-        of_model.setdefault(_model(plain(claim.asking)), []).append(claim)
+        of_model.setdefault(_model(plain(claim.request)), []).append(claim)
     shares: list[list[Claim]] = [[] for _ in range(max(1, min(jobs, len(of_model))))]
-    for several in sorted(of_model.values(), key=len, reverse=True):
-        min(shares, key=len).extend(several)
+    for same in sorted(of_model.values(), key=len, reverse=True):
+        min(shares, key=len).extend(same)
     return shares
 
 
-def _model(asked: Any) -> str:
-    """Return the model that a claim is about, or what else it measures."""
-    if isinstance(asked, dict):
-        if isinstance(asked.get("model"), str):
-            return str(asked["model"])
-        return next((name for value in asked.values() if (name := _model(value))), "")
+def _model(request: Any) -> str:
+    """Return the model of a request or of a nested one; empty if it has none."""
+    if isinstance(request, dict):
+        if isinstance(request.get("model"), str):
+            return str(request["model"])
+        return next((name for value in request.values() if (name := _model(value))), "")
     return ""
 
 

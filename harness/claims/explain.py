@@ -1,10 +1,11 @@
-"""What `explain` says of claims: how a file of them is written, and each measure, verdict and claim. No torch."""
+"""Texts of `explain` about claims: the form of a claim file, and each measure, verdict and claim. No torch."""
 
 from __future__ import annotations
 
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -12,14 +13,14 @@ from harness.claims import claim_file
 from harness.claims.claim import Claim
 from harness.claims.judge import MEANING, plain
 from harness.claims.measure import Measure, measures
-from harness.claims.printed_number import RULES, UNITS
+from harness.claims.printed_number import RULES, UNITS, Rounding
 
 FORM = """\
 A claim file is YAML. `peft-harness claims --file mine.yaml` computes it; suites/claims/ has those of the papers.
 
   paper: mine                        # one word
   title: "The Paper's Title"
-  version: arXiv:2401.00001v2        # which version was read
+  version: arXiv:2401.00001v2        # the version that was read
   claims:
     - id: mine-params
       sentence: With rank {rank}, LLaMA-7B trains {printed} of its parameters.
@@ -29,12 +30,12 @@ A claim file is YAML. `peft-harness claims --file mine.yaml` computes it; suites
       measure: trainable_share       # `peft-harness list measures`; `explain MEASURE` has its arguments
       with: {model: llama-7b, method: lora, config: {rank: 8, targets: [q_proj, v_proj, up_proj]}}
       rounding: nearest              # or cut, magnitude, {about: 5%}: `explain rounding`
-      otherwise:                     # other readings, tried where this one does not come out
+      otherwise:                     # other readings, tried if this one does not reproduce
         - {under: "of base and adapter together", with: {of: base+adapter}}
-      headline: few parameters       # which of the paper's headlines it is part of, for `claims --headlines`
-      needs: the text's length       # what the paper leaves out, if it cannot be decided
-      note: what is known of the difference
-    - id: mine-table                 # a table: its rows share what they do not say themselves
+      headline: few parameters       # the headline it belongs to, for `claims --headlines`
+      needs: the text's length       # information that the paper omits, if it cannot be decided
+      note: a known explanation of a difference
+    - id: mine-table                 # a table: rows inherit missing keys
       sentence: "{printed} are {rank} ranks of q."
       source: Table 4
       tier: exact
@@ -45,31 +46,30 @@ A claim file is YAML. `peft-harness claims --file mine.yaml` computes it; suites
         - {id: r8, printed: 2.1M, with: {config: {rank: 8, targets: [q_proj]}}}
 
 An argument that is a quantity is a number that the paper prints, or {measure: NAME, with: {...}}.
-Mistakes of a file are told at once, each with its line, and nothing is computed. Only what shows on the model itself, such
-as a layer's name in `targets` that it does not have, is told when the claim is computed, with its line: the claim is
-`not-run` and the exit code 4. All other claims are computed."""
+Errors of a file are reported together, each with its line, and nothing is computed. Errors that only the model shows, such
+as an unknown layer in `targets`, are reported with their line when the claim is computed: the claim is `not-run`, the exit
+code 4. All other claims are computed."""
 
 ROUNDING = {
-    "nearest": "ours rounds to the figure as it is printed: it is away by half of one in its last digit at most. Where "
-    "nothing else is said, this is the rule. Where ours comes out only with digits cut off, or with MB read as MiB, the "
-    "claim is `reproduced-under` that",
-    "cut": f"{RULES['cut']}: ours is less than one in the last digit above the figure",
-    "magnitude": f"{RULES['magnitude']} on the scale of logarithms: 10x is from 3.2x to 31x. For what a paper itself tells "
-    "by powers of ten",
-    "{about: 5%}": "within that share of the figure, on either side. For what is measured, and for a figure that the paper "
-    "tells in passing",
+    "nearest": "the default: our result rounds to the printed figure, so it differs by at most half a unit of the last digit. "
+    "If it agrees only with digits cut off, or with MB read as MiB, the claim is `reproduced-under` that reading",
+    "cut": f"{RULES['cut']}: our result exceeds the figure by less than a unit of the last digit",
+    "magnitude": f"{RULES['magnitude']} on a logarithmic scale: 10x is from 3.2x to 31x. For figures that the paper gives as "
+    "powers of ten",
+    "{about: 5%}": "within that share of the figure, on either side. For measurements, and for figures that the paper mentions "
+    "in passing",
 }
-"""Each `rounding` of a claim. The looser three never show in a verdict alone: the rule stands beside ours."""
+"""Each `rounding` of a claim. The three looser rules are always shown next to our result."""
 
 
 def topics() -> Iterator[tuple[str, Callable[[], str]]]:
-    """Yield what can be explained, and the text."""
+    """Yield each topic with a function that returns its text."""
     yield "claims", lambda: FORM
     for verdict, text in MEANING.items():
         yield verdict.value, partial(_titled, f"verdict {verdict.value}", [f"{text}."])
     yield (
         "rounding",
-        partial(_titled, "rounding of a claim, by which a number comes out as the printed figure", _rules()),
+        partial(_titled, "rounding: the rule by which a result agrees with a printed figure", _rules()),
     )
     for name, measure in measures().items():
         yield name, partial(_measure, measure)
@@ -78,8 +78,11 @@ def topics() -> Iterator[tuple[str, Callable[[], str]]]:
 
 
 def _rules() -> list[str]:
-    told = [f"{rule}: {text}." for rule, text in ROUNDING.items()]
-    return [*told, "Of any but `nearest` the ledger says the rule beside ours: `(rule: within 5% of what is printed)`."]
+    rules = [f"{rule}: {text}." for rule, text in ROUNDING.items()]
+    return [
+        *rules,
+        f"The ledger shows every rule except `nearest`: `(rule: {Rounding('about', Fraction(1, 20)).words})`.",
+    ]
 
 
 def _titled(title: str, lines: Iterable[str]) -> str:
@@ -90,8 +93,8 @@ def _titled(title: str, lines: Iterable[str]) -> str:
 def _measure(measure: Measure) -> str:
     lines = [measure.about, "", f"in: {measure.dimension}{_units(measure)}", "with:"]
     for key, parameter in inspect.signature(measure.function).parameters.items():
-        needed = parameter.default is inspect.Parameter.empty
-        lines.append(f"  {key}: {parameter.annotation}{'' if needed else f', default {parameter.default!r}'}")
+        is_required = parameter.default is inspect.Parameter.empty
+        lines.append(f"  {key}: {parameter.annotation}{'' if is_required else f', default {parameter.default!r}'}")
     return f"measure {measure.name}\n{textwrap.indent(chr(10).join(lines), '  ')}"
 
 
@@ -107,15 +110,15 @@ def _claim(claim: Claim) -> str:
         f"printed: {claim.printed}",
         *([f"rule: {claim.rule}"] if claim.rule else []),
         f"tier: {claim.tier}",
-        *_asked("measured by", plain(claim.asking)),
-        *(line for one in claim.otherwise for line in _asked(f"or, under: {one.under}", plain(one.asking))),
+        *_request("measured by", plain(claim.request)),
+        *(line for one in claim.otherwise for line in _request(f"or, under: {one.under}", plain(one.request))),
         *([claim.note] if claim.note else []),
-        f"written in: {claim.where}",
+        f"file: {claim.where}",
         "to compute it:",
         f"  peft-harness claims {claim.paper} --id {claim.id}",
     ]
     return f"claim {claim.id}\n{textwrap.indent(chr(10).join(lines), '  ')}"
 
 
-def _asked(title: str, asked: dict[str, Any]) -> list[str]:
-    return [f"{title}: {asked['measure']}", *(f"  {key}: {value}" for key, value in asked["with"].items())]
+def _request(title: str, request: dict[str, Any]) -> list[str]:
+    return [f"{title}: {request['measure']}", *(f"  {key}: {value}" for key, value in request["with"].items())]

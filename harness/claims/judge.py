@@ -1,4 +1,4 @@
-"""The verdict on a claim, from what its measure found. No torch."""
+"""Judge a claim by the results of its measures. No torch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from enum import StrEnum
 from fractions import Fraction
 from typing import Any
 
-from harness.claims.claim import Asking, Claim, Tier
+from harness.claims.claim import Claim, MeasureRequest, Tier
 from harness.claims.measure import MeasureResult
 from harness.claims.printed_number import agrees, shown, undecided
 from harness.records.base_model import FrozenModel
 
 
 class ClaimVerdict(StrEnum):
-    """What became of a claim."""
+    """Verdict on a claim; see `MEANING`."""
 
     REPRODUCED = "reproduced"
     UNDER = "reproduced-under"
@@ -25,40 +25,45 @@ class ClaimVerdict(StrEnum):
 
 
 MEANING = {
-    ClaimVerdict.REPRODUCED: "comes out as the paper prints it, computed as the paper says: ours rounds to the figure, or the "
-    "claim has a looser rule, which stands beside ours (`explain rounding`)",
-    ClaimVerdict.UNDER: "comes out under another convention, rank or unit than the paper states; which one is said",
-    ClaimVerdict.NOT_REPRODUCED: "does not come out under any reading that was tried; what does is shown with its arithmetic",
-    ClaimVerdict.INCONCLUSIVE: "cannot be decided: the paper leaves something out, or what was measured is too uncertain",
-    ClaimVerdict.NOT_RUN: "was not computed here, and what it needs is said",
+    ClaimVerdict.REPRODUCED: "our result rounds to the printed figure, computed as the paper describes; if the claim has a "
+    "looser rule (`explain rounding`), it is shown next to our result",
+    ClaimVerdict.UNDER: "reproduced under another convention, rank or unit than the paper states, which is shown",
+    ClaimVerdict.NOT_REPRODUCED: "not reproduced under any reading that was tried; our results are shown with their arithmetic",
+    ClaimVerdict.INCONCLUSIVE: "cannot be decided: the paper omits information, or the measurement is too uncertain",
+    ClaimVerdict.NOT_RUN: "not computed here; the reason and the requirement are shown",
 }
 
 
 STAND_IN = "by a stand-in: "
+"""Beginning of the reason of a claim that was reproduced at a smaller scale."""
 
 
 @dataclass(frozen=True)
 class Missing:
-    """Why a measure found nothing. failed: whether it should have."""
+    """A measure without a result."""
 
     why: str
+    """The reason."""
     failed: bool = False
+    """Whether it should have had a result."""
 
 
 class MeasureOutcome(FrozenModel):
-    """One reading of a claim. under: in words, empty for the paper's own; value: None where nothing was found."""
+    """The result of one reading of a claim."""
 
     under: str
+    """Convention, rank or unit; empty for the paper's own reading."""
     measure: str
     arguments: dict[str, Any]
     value: float | bool | None = None
+    """None without a result."""
     ours: str = ""
     how: str = ""
     missing: str = ""
 
 
 class JudgedClaim(FrozenModel):
-    """A claim and its verdict. under: of `reproduced-under`, the convention; ours, how: of the reading that decides."""
+    """A claim and its verdict."""
 
     id: str
     paper: str
@@ -70,36 +75,40 @@ class JudgedClaim(FrozenModel):
     printed: str
     verdict: ClaimVerdict
     under: str
+    """The convention of `reproduced-under`."""
     ours: str
+    """Our result, of the reading that decides."""
     how: str
+    """The arithmetic of this reading."""
     why: str
+    """Reason of the verdict."""
     note: str
     rule: str | None = None
-    """By what other rule than rounding ours comes out as what is printed, in words. None where a ledger does not say it."""
+    """The looser rule of comparison in words; empty for plain rounding, None in ledgers of an older version."""
     scale: str = ""
-    """Of something smaller than the paper's own (a rehearsal, a small model): what it is."""
+    """How the measurement is smaller than the paper's (a rehearsal, a small model), if it is."""
     tried: list[MeasureOutcome]
     failed: bool = False
     """Whether it should have been computed and was not."""
 
     @property
     def stood_in(self) -> bool:
-        """Whether it came out by something smaller than the paper's own."""
+        """Whether it was reproduced at a smaller scale."""
         return bool(self.scale) and self.verdict in (ClaimVerdict.REPRODUCED, ClaimVerdict.UNDER)
 
     @property
     def got(self) -> str:
-        """What was found, and the rule if it is not plain rounding, as part of a sentence; empty where nothing was."""
+        """Our result as part of a sentence, with a rule looser than rounding; empty without a result."""
         is_property = any(isinstance(one.value, bool) for one in self.tried)
         rule = f" (rule: {self.rule})" if self.rule else ""
         return f"{'ours' if is_property else 'we get'} {self.ours}{rule}" if self.ours else ""
 
 
 def judge(claim: Claim, answers: Sequence[MeasureResult | Missing]) -> JudgedClaim:
-    """Judge a claim by what was found for its own reading and then for each of `otherwise`."""
+    """Judge a claim by the answers for its own reading and then for each of `otherwise`."""
     answers = [_placed(claim, one) for one in answers]
-    readings = [("", claim.asking), *((one.under, one.asking) for one in claim.otherwise)]
-    tried = [_tried(claim, under, asking, found) for (under, asking), found in zip(readings, answers, strict=True)]
+    readings = [("", claim.request), *((one.under, one.request) for one in claim.otherwise)]
+    tried = [_tried(claim, under, request, found) for (under, request), found in zip(readings, answers, strict=True)]
     for one, found in zip(tried, answers, strict=True):
         if isinstance(found, Missing) or (words := _comes_out(claim, found)) is None:
             continue
@@ -112,7 +121,7 @@ def judge(claim: Claim, answers: Sequence[MeasureResult | Missing]) -> JudgedCla
     if isinstance(found, Missing):
         return _judged(claim, ClaimVerdict.NOT_RUN, tried, own, why=found.why, failed=found.failed)
     missing = [(one, other) for one, other in zip(tried, answers, strict=True) if isinstance(other, Missing)]
-    if missing:  # one that was not computed might have come out
+    if missing:  # a reading that was not computed might reproduce
         why = "; ".join(f"not computed under {one.under}: {other.why}" for one, other in missing)
         failed = any(other.failed for _, other in missing)
         return _judged(claim, ClaimVerdict.INCONCLUSIVE, tried, own, why=why, failed=failed)
@@ -133,7 +142,7 @@ def judge(claim: Claim, answers: Sequence[MeasureResult | Missing]) -> JudgedCla
 
 
 def _placed(claim: Claim, answer: MeasureResult | Missing) -> MeasureResult | Missing:
-    """Say of what should have been found where the claim is written, for whoever has to mend it."""
+    """Add the place of the claim to the reason of a failed measure."""
     if isinstance(answer, MeasureResult) or not answer.failed:
         return answer
     return replace(answer, why=f"{claim.where}: {answer.why}")
@@ -147,14 +156,14 @@ def _comes_out(claim: Claim, found: MeasureResult) -> str | None:
 
 
 def _open(claim: Claim, found: MeasureResult) -> bool:
-    """Say whether a range decides nothing; of a property, it may hold and may not where `most` is true."""
+    """Return whether a range decides nothing; a property is undecided where `most` is true."""
     if claim.figure is None or found.most is None:
         return bool(found.most)
     return undecided(claim.figure, Fraction(found.value), claim.rounding, Fraction(found.most))
 
 
 def _allowed(claim: Claim, found: MeasureResult) -> str:
-    """Say from what to what printed figures allow a value to be, where some of that comes out; "" where none of it does."""
+    """Return the range of values that printed, rounded figures allow, if a part of it reproduces; else empty."""
     if claim.figure is None or found.within is None:
         return ""
     least, most = Fraction(found.within[0]), Fraction(found.within[1])
@@ -163,10 +172,10 @@ def _allowed(claim: Claim, found: MeasureResult) -> str:
     return " to ".join(shown(end, claim.dimension, claim.figure.unit) for end in (least, most))
 
 
-def _tried(claim: Claim, under: str, asking: Asking, found: MeasureResult | Missing) -> MeasureOutcome:
-    arguments = plain(asking)["with"]
+def _tried(claim: Claim, under: str, request: MeasureRequest, found: MeasureResult | Missing) -> MeasureOutcome:
+    arguments = plain(request)["with"]
     if isinstance(found, Missing):
-        return MeasureOutcome(under=under, measure=asking.measure, arguments=arguments, missing=found.why)
+        return MeasureOutcome(under=under, measure=request.measure, arguments=arguments, missing=found.why)
     unit = claim.figure.unit if claim.figure else ""
     if claim.figure is None:
         ours = "holds" if found.value else "undecided" if found.most else "does not hold"
@@ -176,18 +185,18 @@ def _tried(claim: Claim, under: str, asking: Asking, found: MeasureResult | Miss
             ours += f" to {shown(Fraction(found.most), claim.dimension, unit)}"
     value = found.value if isinstance(found.value, bool) else float(found.value)
     return MeasureOutcome(
-        under=under, measure=asking.measure, arguments=arguments, value=value, ours=ours, how=found.how
+        under=under, measure=request.measure, arguments=arguments, value=value, ours=ours, how=found.how
     )
 
 
-def plain(asked: Any) -> Any:
-    """Return an asking and all that is in it as JSON can hold it."""
-    if isinstance(asked, Asking):
-        return {"measure": asked.measure, "with": {key: plain(value) for key, value in asked.arguments.items()}}
-    if isinstance(asked, Fraction):
-        short = int(asked) if asked.denominator == 1 else float(asked)
-        return short if Fraction(str(short)) == asked else str(asked)  # 2/3 is no decimal
-    return [plain(one) for one in asked] if isinstance(asked, list) else asked
+def plain(value: Any) -> Any:
+    """Return a request, with nested requests and fractions, for JSON."""
+    if isinstance(value, MeasureRequest):
+        return {"measure": value.measure, "with": {key: plain(one) for key, one in value.arguments.items()}}
+    if isinstance(value, Fraction):
+        short = int(value) if value.denominator == 1 else float(value)
+        return short if Fraction(str(short)) == value else str(value)  # 2/3 is no decimal
+    return [plain(one) for one in value] if isinstance(value, list) else value
 
 
 def _judged(
@@ -200,22 +209,7 @@ def _judged(
     failed: bool = False,
 ) -> JudgedClaim:
     return JudgedClaim(
-        id=claim.id,
-        paper=claim.paper,
-        version=claim.version,
-        source=claim.source,
-        sentence=claim.sentence,
-        tier=claim.tier,
-        headline=claim.headline,
-        printed=claim.printed,
-        verdict=verdict,
-        under=under,
-        ours=by.ours,
-        how=by.how,
-        why=why,
-        note=claim.note,
-        rule=claim.rule,
-        scale=claim.scale,
-        tried=tried,
-        failed=failed,
-    )
+        id=claim.id, paper=claim.paper, version=claim.version, source=claim.source, sentence=claim.sentence, tier=claim.tier,
+        headline=claim.headline, printed=claim.printed, verdict=verdict, under=under, ours=by.ours, how=by.how, why=why,
+        note=claim.note, rule=claim.rule, scale=claim.scale, tried=tried, failed=failed,
+    )  # fmt: skip

@@ -1,7 +1,7 @@
-"""What a measure is: a function that computes one quantity from a model's shape, a method and arithmetic. No torch here.
+"""Measures: functions that compute one quantity from a model's shape, a method and arithmetic. No torch here.
 
-A module of `harness.claims.measures` marks its functions `@measure(dimension)`. Their parameters are what a claim's `with:`
-may say; annotations say what each may be. torch is imported inside them, so that files are checked without it.
+A function in a module of `harness.claims.measures` is marked `@measure(dimension)`. Its parameters are the keys of a claim's
+`with:`, checked by their annotations. It imports torch inside, so that claim files are checked without torch.
 """
 
 from __future__ import annotations
@@ -27,39 +27,38 @@ Number = int | float | Fraction
 
 @dataclass(frozen=True)
 class MeasureResult:
-    """What a measure found. value: a number in base units, or of a property whether it holds.
-
-    how: the arithmetic, so that a reader can do it again by hand. most: where the paper leaves something open, or what was
-    measured is uncertain, the largest that it can be, and `value` the least. within: where the value is computed from
-    printed figures, which are rounded, the least and the most that these allow it to be.
-    """
+    """The result of a measure."""
 
     value: Number | bool
+    """A number in base units, or whether a property holds."""
     how: str
+    """The arithmetic, so that a reader can repeat it."""
     most: Number | None = None
+    """The largest possible value, if the paper omits something or the measurement is uncertain; `value` is then the least."""
     within: tuple[Number, Number] | None = None
+    """The range that rounded, printed figures allow, if the value is computed from them."""
 
 
 @dataclass(frozen=True)
 class Nested:
-    """Marks a parameter that is a number, or what another measure finds.
-
-    dimensions: what that measure may be in; empty for all but properties. several: whether it is a list of them.
-    """
+    """Marks a parameter that is a number, or the result of another measure."""
 
     dimensions: tuple[Dimension, ...] = ()
-    several: bool = False
+    """Allowed dimensions of that measure; empty for all except properties."""
+    is_list: bool = False
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure: its name, what it is in, what `with:` may say (a pydantic model), and the function."""
+    """A measure found in `harness.claims.measures`."""
 
     name: str
     dimension: Dimension
     arguments: type[BaseModel]
+    """Model of the keys of `with:`."""
     function: Callable[..., MeasureResult]
     nested: Mapping[str, Nested] = field(default_factory=dict)
+    """Parameters that may be results of other measures."""
 
     @property
     def about(self) -> str:
@@ -69,22 +68,22 @@ class Measure:
 
 Quantity = Annotated[Any, Nested()]
 """A parameter that is a number the paper prints, or `{measure: NAME, with: {...}}`; the function gets a Fraction."""
-Quantities = Annotated[list[Any], Nested(several=True)]
-"""A parameter that is a list of such."""
+Quantities = Annotated[list[Any], Nested(is_list=True)]
+"""A parameter that is a list of Quantities."""
 Count = Annotated[Any, Nested(("count", "number", "ratio"))]
 """A Quantity that counts things."""
-Counts = Annotated[list[Any], Nested(("count", "number", "ratio"), several=True)]
-"""A list of such."""
-Sizes = Annotated[list[Any], Nested(("bytes",), several=True)]
+Counts = Annotated[list[Any], Nested(("count", "number", "ratio"), is_list=True)]
+"""A list of Counts."""
+Sizes = Annotated[list[Any], Nested(("bytes",), is_list=True)]
 """A list of Quantities in bytes."""
 
 
 class NotRunError(Exception):
-    """Raised by a measure that cannot be taken here: what it needs, as a sentence."""
+    """Raised by a measure that cannot be computed here, with its requirement."""
 
 
 FOLDER = "folder"
-"""In the context of a validation: where the paths of a file start."""
+"""Key of the validation context: the folder to which paths of a claim file are relative."""
 
 
 def _shape(address: str, info: ValidationInfo) -> str:
@@ -92,14 +91,14 @@ def _shape(address: str, info: ValidationInfo) -> str:
     from harness.errors import UsageError
 
     name = address.removeprefix(shapes.PREFIX)
-    if wrong := shapes.unknown(name):
+    if wrong := shapes.address_problem(name):
         raise ValueError(f"{wrong}; a path begins with ./" if "/" in name or name.endswith(".json") else wrong)
     if not name.startswith(shapes.PATH_STARTS):
         return name
     try:
         path = (info.context or {}).get(FOLDER, Path()) / resources.user_path(name)
         file = path / "config.json" if path.is_dir() else path
-        shapes.read(file)
+        shapes.read_config(file)
     except UsageError as error:
         raise ValueError(f"{error.what}; {error.hint}") from error
     return str(file.resolve())
@@ -109,14 +108,14 @@ def _method(name: str) -> str:
     from harness.methods.spec import methods
 
     if name not in (there := methods()):
-        raise ValueError(f"no method is called `{name}`; {did_you_mean(name, there)}")
+        raise ValueError(f"unknown method `{name}`; {did_you_mean(name, there)}")
     return name
 
 
 Model = Annotated[str, AfterValidator(_shape)]
 """A parameter that names a shape: a preset, or the path of a config.json."""
 Method = Annotated[str, AfterValidator(_method)]
-"""A parameter that names a Method; `config`, if there is one, is checked against it."""
+"""A parameter that names a Method; a parameter `config` is checked against it."""
 Config = dict[str, Any]
 """A Method's config, as in a suite."""
 Positive = Annotated[int, Field(ge=1)]
@@ -134,12 +133,12 @@ def measure(dimension: Dimension) -> Callable[[Callable[..., MeasureResult]], Ca
 
 @cache
 def measures() -> Mapping[str, Measure]:
-    """Return every measure by its name: those that the modules of `harness.claims.measures` mark."""
-    from harness.claims import measures as room
+    """Map names to measures: the marked functions in the modules of `harness.claims.measures`."""
+    from harness.claims import measures as package
 
     found: dict[str, Measure] = {}
-    for module in pkgutil.iter_modules(room.__path__):
-        loaded = importlib.import_module(f"{room.__name__}.{module.name}")
+    for module in pkgutil.iter_modules(package.__path__):
+        loaded = importlib.import_module(f"{package.__name__}.{module.name}")
         for name, function in vars(loaded).items():
             if hasattr(function, "dimension") and function.__module__ == loaded.__name__:
                 found[name] = _measure(name, function)

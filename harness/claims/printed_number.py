@@ -1,4 +1,4 @@
-"""A figure as a paper prints it, and whether a computed number comes out as it. Exact fractions, no torch."""
+"""Printed figures, and their comparison with computed numbers. Exact fractions, no torch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any, Literal
 from harness.errors import did_you_mean
 
 Dimension = Literal["count", "bytes", "bits", "share", "ratio", "seconds", "rate", "number", "property"]
-"""What a measure is in. count: of things; share: of a whole; rate: tokens a second; property: it holds or it does not, and
-nothing is printed."""
+"""Dimension of a measure. count: of things; share: of a whole; rate: tokens per second; property: true or false, without a
+figure."""
 
 _THOUSANDS: dict[str, Fraction] = {"K": Fraction(10**3), "M": Fraction(10**6), "B": Fraction(10**9)}
 _BYTES: dict[str, Fraction] = {
@@ -21,7 +21,7 @@ _BYTES: dict[str, Fraction] = {
     for power, prefix in enumerate("KMGT", start=1)
     for end, base in (("B", 1000), ("iB", 1024))
 }
-# A bare letter is a paper's shorthand for the decimal unit, and is read as the binary one only where that is said.
+# A bare letter is a paper's shorthand for the decimal unit; reading it as the binary one is reported.
 UNITS: dict[Dimension, dict[str, Fraction]] = {
     "count": {"": Fraction(1), **_THOUSANDS},
     "bytes": {"B": Fraction(1), **_BYTES, **{letter: _BYTES[f"{letter}B"] for letter in "KMGT"}},
@@ -35,39 +35,39 @@ UNITS: dict[Dimension, dict[str, Fraction]] = {
 }
 _QUOTED = 60
 _DIGITS = r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30})(?:\.[0-9]{1,30})?(?:e[+-]?[0-9]{1,2})?"
-"""Of a number; so few that none can be written to stop the machine."""
+"""Form of a number, with few enough digits that parsing is fast."""
 _FORM = re.compile(rf"(?P<relation><=|>=|<|>)?\s*(?P<digits>{_DIGITS})\s*(?P<unit>[A-Za-z%/]*)")
 _NUMBER = re.compile(rf"{_DIGITS}(?:/[0-9]{{1,30}})?%?")
 
 
 @dataclass(frozen=True)
 class Printed:
-    """A printed figure. number: in base units (1, byte, second); last: what one in its last digit is worth.
-
-    unit: as printed; relation: "", or what ours must be to it (`<`, `<=`, `>`, `>=`).
-    """
+    """A printed figure."""
 
     text: str
     number: Fraction
+    """In base units (1, byte, second)."""
     last: Fraction
+    """One unit of the last digit, in base units."""
     unit: str
+    """As printed."""
     relation: str = ""
+    """The relation that our number must have to it (`<`, `<=`, `>`, `>=`), if any."""
     dimension: Dimension = "number"
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """How the figure was made of the true one: `nearest`, `cut` (digits dropped), `magnitude` (a power of ten), `about`.
-
-    within: of `about`, the largest share of the printed figure that ours may be away from it.
-    """
+    """The rule by which a computed number agrees with a printed figure."""
 
     rule: Literal["nearest", "cut", "magnitude", "about"] = "nearest"
+    """`cut`: digits dropped; `magnitude`: the same power of ten; `about`: within a share."""
     within: Fraction = Fraction(0)
+    """Largest difference for `about`, as a share of the printed figure."""
 
     @property
     def words(self) -> str:
-        """What a number must be to come out by it, in words; empty of `nearest`, where it rounds to the figure."""
+        """The rule in words; empty for `nearest`."""
         if self.rule == "about" and self.within:
             return f"within {shown(self.within, 'share')} of what is printed"
         return RULES[self.rule]
@@ -78,16 +78,16 @@ RULES = {
     "nearest": "", "cut": _CUT, "magnitude": "of the same order of magnitude, by the nearest power of ten",
     "about": "exactly what is printed",
 }  # fmt: skip
-"""The rules of Rounding in words; `about` as it is within 0%."""
+"""Rules in words; `about` within 0%."""
 NEAREST = Rounding()
 
 
 def parse(text: str, dimension: Dimension) -> Printed:
-    """Read a figure such as `0.3M`, `< 48 GB` or `10,000x`. Raises ValueError: what is wrong; and the mend after a `;`."""
+    """Read a figure such as `0.3M`, `< 48 GB` or `10,000x`. Raises ValueError, with a hint after `;`."""
     units = UNITS[dimension]
     found = _FORM.fullmatch(text.strip())
     if found is None:
-        raise ValueError(f"{text!r} is no figure; write e.g. {_example(dimension)}, or < and > before it")
+        raise ValueError(f"{text!r} is not a figure; write e.g. {_example(dimension)}, optionally after < or >")
     unit = found["unit"]
     if unit not in units:
         hint = did_you_mean(unit, filter(None, units), "write it as one of") if any(units) else "write none"
@@ -104,7 +104,7 @@ def _example(dimension: Dimension) -> str:
 
 
 def exact(written: Any) -> Fraction | None:
-    """Return a number as it is written, e.g. `1.5e6`, `2/3`, `20%`; None for what is none, or has no end."""
+    """Return a written number, such as `1.5e6`, `2/3`, `20%`, exactly; None for anything else."""
     if isinstance(written, bool) or not isinstance(written, int | float | str):
         return None
     text = getattr(written, "text", str(written)).strip()
@@ -117,18 +117,18 @@ def exact(written: Any) -> Fraction | None:
 
 
 def shortly(written: Any) -> str:
-    """Return what was written as a message can quote it."""
+    """Return a value as text for a message, shortened."""
     text = repr(written)
     return text if len(text) <= _QUOTED else f"{text[: _QUOTED - 4]} ..."
 
 
 def agrees(printed: Printed, value: Fraction, rounding: Rounding, most: Fraction | None = None) -> str | None:
-    """Say under which reading of the figure a number comes out as it; "" is the plain one, None that it does under none.
+    """Return the reading of the figure under which a number agrees with it: "" is the plain one, None means no agreement.
 
-    Besides the plain reading: MB read as MiB, and digits cut off where they should have been rounded.
-    most: where the number is only known to lie in value..most; then all of that must come out, under one reading.
+    Other readings: MB read as MiB, and digits cut off instead of rounded. most: if given, the number is only known to be in
+    value..most, and all of this range must agree under one reading.
     """
-    ends = [value, value if most is None else most]  # what comes out is an interval: its ends speak for the rest
+    ends = [value, value if most is None else most]  # agreeing numbers form an interval, so its ends suffice
     for words, one, rule in _readings(printed, rounding):
         if all(_comes_out(one, end, rule) for end in ends):
             return words
@@ -136,7 +136,7 @@ def agrees(printed: Printed, value: Fraction, rounding: Rounding, most: Fraction
 
 
 def undecided(printed: Printed, value: Fraction, rounding: Rounding, most: Fraction) -> bool:
-    """Say whether some of value..most comes out as the figure under some reading, and some does not."""
+    """Return whether a part of value..most agrees with the figure under a reading, and a part does not."""
     if agrees(printed, value, rounding, most) is not None:
         return False
     return any(
@@ -148,7 +148,7 @@ def undecided(printed: Printed, value: Fraction, rounding: Rounding, most: Fract
 def _readings(printed: Printed, rounding: Rounding) -> Iterator[tuple[str, Printed, Rounding]]:
     for words, one in _units(printed):
         yield words, one, rounding
-    # A cut figure stands for all up to the next one: 1x for nearly 2x. More than a quarter of itself explains nothing.
+    # A cut figure covers all numbers up to the next one, 1x nearly up to 2x: too much if that is over a quarter of it.
     if rounding.rule == "nearest" and not printed.relation and abs(printed.number) >= 4 * printed.last:
         for words, one in _units(printed):
             yield "; ".join(filter(None, [_CUT, words])), one, Rounding("cut")
@@ -182,12 +182,12 @@ def _comes_out(printed: Printed, value: Fraction, rounding: Rounding) -> bool:
 
 
 def _power(value: Fraction) -> int:
-    """Return the nearest power of ten, on the scale of logarithms."""
+    """Return the exponent of the nearest power of ten on a logarithmic scale."""
     return round(math.log10(value))
 
 
 def shown(value: Fraction, dimension: Dimension, unit: str = "") -> str:
-    """Return a computed number for people: in the printed figure's unit, and exactly where that says more."""
+    """Return a computed number as text in the unit of the printed figure, with exact digits where useful."""
     exact = f"{int(value):,}" if value.denominator == 1 else f"{float(value):.6g}"
     if dimension == "bytes":
         one = next((u for u in ("TB", "GB", "MB", "KB") if abs(value) >= _BYTES[u]), "B")

@@ -1,4 +1,4 @@
-"""QLoRA's reference attached to a shape on the meta device: which weights it keeps in 4 bits, and in how many bits."""
+"""QLoRA's reference attached to a shape on the meta device, to count its 4-bit weights and their bits."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from reference.operations.double_quant import BLOCK, bits_per_parameter
 
 @dataclass(frozen=True)
 class Quantised:
-    """What is in 4 bits, and what is not.
-
-    weights: how many there are of each number of elements. adapters: elements that train. rest: elements of the model's
-    other parameters: embeddings, output, norms. inside, outside: paths of the linear layers with and without 4 bits.
-    """
+    """Counts of a quantised model."""
 
     weights: Counter[int]
+    """Elements of a 4-bit weight -> number of such weights."""
     adapters: int
+    """Trainable elements."""
     rest: int
+    """Elements of other parameters: embeddings, output, norms."""
     inside: tuple[str, ...]
+    """Paths of linear layers in 4 bits."""
     outside: tuple[str, ...]
+    """Paths of other linear layers."""
 
     @property
     def elements(self) -> int:
@@ -37,14 +38,14 @@ class Quantised:
         return sum(numel * number for numel, number in self.weights.items())
 
     def bits(self, block: int, double: bool, second_block: int = BLOCK) -> int:
-        """Return the bits of all codes and constants, by the reference's own count of them."""
+        """Return the bits of all codes and constants, as the reference counts them."""
         of_each = {n: bits_per_parameter(n, block, double, second_block) * n for n in self.weights}
         return sum(round(of_each[n]) * number for n, number in self.weights.items())
 
 
 def of(name: str, config: Mapping[str, Any]) -> Quantised:
     """Attach QLoRA to a shape and count. Raises ValueError for a config that does not fit the model."""
-    # How the constants are kept changes neither what is adapted nor what trains: a large model is attached to once.
+    # Block size and double quantisation change no layer, so that a large model is attached once.
     return _of(name, json.dumps({key: value for key, value in config.items() if key not in ("block", "double_quant")}))
 
 

@@ -1,4 +1,4 @@
-"""Which Records decide a claim: those of a run that is named, else of the newest published run of its suite. No torch."""
+"""Find the Records that decide a claim: of a given run, else of the newest published run of its suite. No torch."""
 
 from __future__ import annotations
 
@@ -20,52 +20,52 @@ _named: list[Path] = []
 
 
 def look_in(runs: Iterable[Path]) -> None:
-    """Let the Records of these run folders come before all published ones."""
+    """Prefer the Records of these run folders to published ones."""
     _named[:] = runs
     runs_of.cache_clear()
 
 
 @cache
 def runs_of(suite: str) -> tuple[store.Run, ...]:
-    """Return the complete runs of a suite, by its name or its file: the named, then the published, newest first."""
-    top = checkout()  # what is published stands in no wheel
+    """Return the complete runs of a suite (name or file): given ones, then published ones, newest first."""
+    top = checkout()  # a wheel has no published runs
     published = sorted(path.parent for path in (top / "results" / "published").glob("*/run.json")) if top else []
     found: list[store.Run] = []
     name = _read(suite).name if suite.endswith(".yaml") else suite
-    for several in (_named, published):
-        whole = [store.read_run(path) for path in several if store.read_manifest(path).suite == name]
+    for folders in (_named, published):
+        whole = [store.read_run(path) for path in folders if store.read_manifest(path).suite == name]
         whole = [run for run in whole if run.footer is not None and run.footer.how == "finished"]
         found += sorted(whole, key=lambda run: run.manifest.started, reverse=True)
     return tuple(found)
 
 
 def records(suite: str, *entries: str) -> list[list[Record]]:
-    """Return for each entry of a suite, by its id there, the Records of its Cells, a seed each; all of one run.
+    """Return for each entry id of a suite the Records of its Cells, one per seed; all of one run.
 
-    Raises NotRunError where no complete run has them all and `ok`, with the command that makes one; ValueError for an entry
-    that the suite does not have.
+    Raises NotRunError with the needed command if no complete run has all of them with status `ok`; ValueError for an unknown
+    entry.
     """
     wanted = [_cells(suite, entry) for entry in entries]
-    cells = [cell_id for several in wanted for cell_id in several]
+    cells = [cell_id for ids in wanted for cell_id in ids]
     found = next((run for run in runs_of(suite) if {one.cell_id for one in run.manifest.cells}.issuperset(cells)), None)
     if found is None:
         raise NotRunError(_missing(suite, entries))
     latest = found.latest()
-    for entry, several in zip(entries, wanted, strict=True):
-        for cell_id in several:
+    for entry, ids in zip(entries, wanted, strict=True):
+        for cell_id in ids:
             if why := _unusable(latest.get(cell_id)):
                 raise NotRunError(f"`{entry}` of {found.manifest.run} {why}")
-    return [[latest[cell_id] for cell_id in several] for several in wanted]
+    return [[latest[cell_id] for cell_id in ids] for ids in wanted]
 
 
 def cell(suite: str, entry: str) -> Cell:
-    """Return the Cell of an entry, of several seeds the first. Raises ValueError for one that the suite does not have."""
+    """Return the Cell of an entry, the first of several seeds. Raises ValueError for an unknown entry."""
     first = _cells(suite, entry)[0]
     return next(one for one in _read(suite).plan.cells if one.cell_id == first)
 
 
 def comparable(*sides: Sequence[Record]) -> None:
-    """Raise ValueError unless all Records had the same model, texts and budget: no ratio or difference of unequal ones."""
+    """Raise ValueError unless all Records have the same model, texts and budget."""
     first = sides[0][0].cell
     for record in (one for side in sides for one in side):
         if unequal := ranking.why_not_comparable(first, record.cell):
@@ -73,7 +73,7 @@ def comparable(*sides: Sequence[Record]) -> None:
 
 
 def place(record: Record) -> str:
-    """Say where a Record was made."""
+    """Return machine and run of a Record."""
     machine = record.environment.machine
     gpu = machine.get("gpu0", "").split(",")
     name = gpu[1].strip() if record.device == "cuda" and len(gpu) > 1 else machine.get("cpu", "an unknown machine")
@@ -81,19 +81,19 @@ def place(record: Record) -> str:
 
 
 def shared(record: Record) -> str:
-    """Say why a Record's times are not its Cell's own, as others had the machine too; empty where they are."""
+    """Return why other work affected the times of a Record; empty if none did."""
     why = "other Cells ran at once" if concurrent_cells(record) > 1 else contention.busy(record)
-    hint = "run the suite again with --jobs 1 on a machine that does nothing else"
-    return f"its times are not its own ({why}); {hint}" if why else ""
+    hint = "run the suite again with --jobs 1 on an idle machine"
+    return f"other work affected its times ({why}); {hint}" if why else ""
 
 
 def entries(suite: str) -> list[str]:
-    """List the ids of the entries of a suite, by its name or the path of its file. Raises SuiteError for a wrong one."""
+    """Return the entry ids of a suite (name or file). Raises SuiteError for an invalid suite."""
     return [entry.id for entry in _read(suite).entries]
 
 
 def unknown(suite: str, entry: str, there: Sequence[str]) -> str:
-    """Say that a suite has no such entry, and what it has."""
+    """Return the message for an unknown entry of a suite."""
     return f"the suite {suite} has no entry `{entry}`; {did_you_mean(entry, sorted(there))}"
 
 
@@ -110,26 +110,24 @@ def _cells(suite: str, entry: str) -> list[str]:
         raise ValueError(unknown(suite, entry, entries(suite)))
     recipes = {cell.recipe_id: cell.label for cell in plan.cells if cell.cell_id in found}
     if len(recipes) > 1:
-        several = ", ".join(recipes.values())
-        raise ValueError(f"the entry `{entry}` of {suite} is more than one Cell and its seeds: {several}")
+        labels = ", ".join(recipes.values())
+        raise ValueError(f"the entry `{entry}` of {suite} has Cells that differ in more than their seed: {labels}")
     return found
 
 
 def _missing(suite: str, entries: Sequence[str]) -> str:
     about = " ".join(_read(suite).about.split())
-    told = f" of the suite as it is now, with {', '.join(f'`{entry}`' for entry in entries)}" if runs_of(suite) else ""
+    which = f" of the current suite, with {', '.join(f'`{entry}`' for entry in entries)}" if runs_of(suite) else ""
     return (
-        f"no complete run{told} is published or named by --run: `peft-harness run {suite}`, then "
+        f"no complete run{which} is published or given by --run: `peft-harness run {suite}`, then "
         f"`peft-harness claims --run latest`. The suite: {about.partition('. ')[0].rstrip('.')}."
     )
 
 
 def _unusable(record: Record | None) -> str:
     if record is None:
-        return "has no Record that can be read and is as the run left it"
+        return "has no readable, unmodified Record"
     if record.status is Status.OOM:
         where = place(record)
-        return (
-            f"did not fit into the memory of {where}, which says nothing of what it takes; run it where there is more"
-        )
+        return f"ran out of memory on {where}, so its memory is unknown; run it on a larger GPU"
     return "" if record.status is Status.OK else f"is {record.status.value}: {record.because}"

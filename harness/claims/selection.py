@@ -1,4 +1,4 @@
-"""Which claims are asked for, and the exit code of what became of them. No torch."""
+"""Select claims, and derive the exit code of their verdicts. No torch."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from harness.claims.judge import ClaimVerdict, JudgedClaim
 from harness.errors import Exit, Problem, UsageError, usage_error
 
 _NAMED = 3
-"""Ids in a message."""
+"""Most ids in a message."""
 _Claim = TypeVar("_Claim", Claim, JudgedClaim)
 
 
 def chosen(
     claims: Sequence[_Claim], tiers: Sequence[str], ids: Sequence[str], *, headlines: bool = False
 ) -> list[_Claim]:
-    """Return the claims of these tiers whose ids begin so. Raises UsageError where none does.
+    """Return the claims of these tiers with these id prefixes. Raises UsageError for a prefix without claims.
 
-    headlines: only those that are part of a headline; raises UsageError where none is.
+    headlines: only claims that belong to a headline; raises UsageError if none does.
     """
     known = [claim.id for claim in claims]
     wrong = [start for start in ids if not any(name.startswith(start) for name in known)]
     if wrong:
         raise usage_error(
-            [Problem("--id", f"no claim's id here begins with `{start}`", _hint(start, known)) for start in wrong]
+            [Problem("--id", f"no claim id begins with `{start}`", _hint(start, known)) for start in wrong]
         )
-    several = [c for c in claims if (not tiers or c.tier in tiers) and (not ids or c.id.startswith(tuple(ids)))]
+    selected = [c for c in claims if (not tiers or c.tier in tiers) and (not ids or c.id.startswith(tuple(ids)))]
     if not headlines:
-        return several
-    if not (parts := [c for c in several if c.headline]):
-        hint = "ask for fewer of --tier and --id, or in claims of your own write `headline: its name`"
-        raise UsageError("none of these claims is part of a headline", where="--headlines", hint=hint)
+        return selected
+    if not (parts := [c for c in selected if c.headline]):
+        hint = "use fewer of --tier and --id; in your own claims write `headline: NAME`"
+        raise UsageError("none of these claims belongs to a headline", where="--headlines", hint=hint)
     return parts
 
 
 def _hint(start: str, known: Sequence[str]) -> str:
-    """Say of which paper ids begin so, else which are nearest: there are hundreds."""
+    """Name the papers with such ids, else the closest ids."""
     every = claim_file.load(claim_file.paths(claim_file.names()))
     if papers := sorted({claim.paper for claim in every if claim.id.startswith(start)} if start else ()):
-        return f"ids of {' and '.join(papers)} begin so: `peft-harness claims {' '.join(papers)} --id {start}`"
+        return f"claims of {' and '.join(papers)} match: `peft-harness claims {' '.join(papers)} --id {start}`"
     close = get_close_matches(start, known, n=_NAMED)
     few = f"did you mean {' or '.join(f'`{name}`' for name in close)}? " if close else ""
-    return f"{few}`peft-harness list claims` shows those of all papers, e.g. `{every[0].id}`"
+    return f"{few}`peft-harness list claims` shows all ids, e.g. `{every[0].id}`"
 
 
 def exit_of(rows: Sequence[JudgedClaim], *, strict: bool) -> Exit:
-    """Return the exit code: a claim that does not come out is a finding and comes first."""
+    """Return the exit code; a claim that is not reproduced takes precedence."""
     verdicts = {row.verdict for row in rows}
     if ClaimVerdict.NOT_REPRODUCED in verdicts:
         return Exit.FAIL

@@ -9,15 +9,13 @@ from harness.claims.judge import ClaimVerdict, JudgedClaim
 from harness.errors import plural
 
 _WIDEST_HOW = 160
-"""Characters of arithmetic in a line; all of it stands in the JSON document and on the page."""
+"""Most characters of arithmetic in a line; the JSON document and the page have all of it."""
 
-RULES_UNTOLD = (
-    "This ledger is of an older version, and does not say which figures come out by a looser rule than rounding."
-)
+NO_RULES = "This ledger is from an older version, which does not show rules looser than rounding."
 
 
 def as_text(rows: Sequence[JudgedClaim]) -> str:
-    """Lay the ledger out: a line for each claim, and the arithmetic of those that do not plainly come out."""
+    """Return a line per claim, with details of those that are not plainly reproduced."""
     lines: list[str] = []
     paper = ""
     for row in rows:
@@ -25,25 +23,25 @@ def as_text(rows: Sequence[JudgedClaim]) -> str:
             paper = row.paper
             lines += [""] * bool(lines) + [f"{paper} ({row.version})"]
         lines += _claim(row)
-    untold = ["", RULES_UNTOLD] * any(row.rule is None for row in rows)
-    return "\n".join([*lines, *untold, "", summary(rows)])
+    footnote = ["", NO_RULES] * any(row.rule is None for row in rows)
+    return "\n".join([*lines, *footnote, "", summary(rows)])
 
 
 def summary(rows: Sequence[JudgedClaim]) -> str:
-    """Say how many claims got each verdict."""
+    """Return the number of claims per verdict."""
     counts = Counter(row.verdict for row in rows)
-    in_small = Counter(row.verdict for row in rows if row.stood_in)
-    said = ", ".join(
-        f"{counts[verdict]} {verdict}{f' ({small} by a stand-in)' if (small := in_small[verdict]) else ''}"
+    stand_ins = Counter(row.verdict for row in rows if row.stood_in)
+    parts = ", ".join(
+        f"{counts[verdict]} {verdict}{f' ({small} by a stand-in)' if (small := stand_ins[verdict]) else ''}"
         for verdict in ClaimVerdict
         if counts[verdict]
     )
-    return f"{plural(len(rows), 'claim')}{': ' * bool(said)}{said}"
+    return f"{plural(len(rows), 'claim')}{': ' * bool(parts)}{parts}"
 
 
 def _claim(row: JudgedClaim) -> Iterator[str]:
     got = f"; {row.got}" if row.got else ""
-    yield f"  {row.verdict:<16}  {row.id}: the paper prints {row.printed}{got}  [{row.source}]"
+    yield f"  {row.verdict:<16}  {row.id}: printed {row.printed}{got}  [{row.source}]"
     indent = " " * 20
     if row.verdict is ClaimVerdict.REPRODUCED:
         if row.stood_in:

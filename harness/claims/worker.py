@@ -1,7 +1,7 @@
-"""Take measures, in a process of its own: `python -m harness.claims.worker LINE ASKED ANSWERS [RUN]...`.
+"""Worker process that computes measures: `python -m harness.claims.worker LINE REQUESTS ANSWERS [RUN]...`.
 
-LINE is a descriptor: when its other end closes, this process ends too. Then come two JSON Lines files, and run folders whose
-Records come before the published ones.
+LINE is a file descriptor; the process ends when its other end closes. REQUESTS and ANSWERS are JSON Lines files. Records of
+the RUN folders are preferred to published ones.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, StopIteration,
     TypeError, ValueError, re.error,
 )  # fmt: skip
-"""What transformers and the references raise for a shape or a config that does not fit; one claim never takes the others."""
+"""Errors of transformers and the references for a shape or a config that does not fit; they fail one claim only."""
 
 
 _LARGEST = 1e300
-"""What a report can still show."""
+"""Largest number that a report can show."""
 
 
-def find(asked: dict[str, Any]) -> MeasureResult:
-    """Take one measure; first those that its arguments ask for."""
-    measure = measures()[asked["measure"]]
-    arguments = {k: _quantity(v) if k in measure.nested else v for k, v in asked["with"].items()}
+def find(request: dict[str, Any]) -> MeasureResult:
+    """Compute one measure, after the measures in its arguments."""
+    measure = measures()[request["measure"]]
+    arguments = {k: _quantity(v) if k in measure.nested else v for k, v in request["with"].items()}
     return measure.function(**arguments)
 
 
@@ -43,34 +43,33 @@ def _quantity(value: Any) -> Any:
         return Fraction(str(value))
     found = find(value)
     if found.most is not None:
-        what = f"`{value['measure']}` finds a range, and arithmetic goes on with one number only: {found.how}"
-        raise ValueError(what)
+        raise ValueError(f"`{value['measure']}` returns a range, but a single number is needed: {found.how}")
     return Fraction(found.value)
 
 
-def answer(asked: dict[str, Any]) -> dict[str, Any]:
-    """Return what a measure found as JSON can hold it; or what is missing, and whether that is a failure."""
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the result of a measure for JSON; or the reason why there is none, and whether that is a failure."""
     try:
-        found = find(asked)
+        found = find(request)
         numbers = {name: _written(value) for name, value in (("value", found.value), ("most", found.most))}
         within = [_written(end) for end in found.within] if found.within else None
     except NotRunError as error:
         return {"missing": str(error), "failed": False}
     except (*_ERRORS, HarnessError) as error:
-        hint = getattr(error, "hint", "") or f"correct its `with`: `peft-harness explain {asked['measure']}`"
-        return {"missing": f"could not be computed: {_told(error)}; {hint}", "failed": True}
+        hint = getattr(error, "hint", "") or f"correct its `with`: `peft-harness explain {request['measure']}`"
+        return {"missing": f"could not be computed: {_reason(error)}; {hint}", "failed": True}
     return {"how": found.how, **numbers, "within": within}
 
 
-def _told(error: Exception) -> str:
-    """Return an error as part of a sentence. Of what nobody wrote for a reader, such as a KeyError, its kind too."""
+def _reason(error: Exception) -> str:
+    """Return an error as part of a sentence; with its type if its message is not meant for users, such as a KeyError."""
     if isinstance(error, HarnessError):
         return f"{error.what} ({error.where})" if error.where else error.what
     return str(error) if isinstance(error, ValueError) and str(error) else f"{type(error).__name__}: {error}"
 
 
 def _written(value: Any) -> bool | str | None:
-    """Write a number so that nothing of it is lost. Raises ValueError and OverflowError for NaN and infinities."""
+    """Return a number as exact text. Raises ValueError and OverflowError for NaN, infinity and numbers above `_LARGEST`."""
     if isinstance(value, bool | None):
         return value
     if abs(value) > _LARGEST:

@@ -1,7 +1,8 @@
-"""What `list` prints: every part that a suite can name, found, never kept by hand."""
+"""The names that a suite can use, found in the registry, the suites and the claim files."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,10 +19,13 @@ from harness.resources import data_folder
 from harness.suites import loader, tasks
 
 ListRow = dict[str, Any]
+_WIDTH = 100
+_SHOWN = 20
+"""Names of a kind in the overview."""
 
 
 def listing(kinds: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the rows of each kind (all of them if none is named) as one document, ready for JSON."""
+    """Return the rows of each kind, or of all kinds, as one document, ready for JSON."""
     registry = discover()
     document: dict[str, Any] = {"schema": SCHEMA}
     for kind in kinds or KINDS:
@@ -31,8 +35,24 @@ def listing(kinds: Sequence[str] = ()) -> dict[str, Any]:
     return document
 
 
+def overview_text(document: Mapping[str, Any]) -> str:
+    """Return one paragraph per kind: the number of its rows and their names."""
+    lines = []
+    for kind, rows in document.items():
+        if kind == "schema" or (kind == "broken" and not rows):
+            continue
+        names = list(dict.fromkeys(row["name"] for row in rows))
+        head = f"{kind:<{max(map(len, KINDS))}}  {len(rows):>4}  "
+        more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+        text = ", ".join([*names[:_SHOWN], *more])
+        lines += textwrap.wrap(
+            text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False
+        )
+    return "\n".join([*lines, "", "`peft-harness list KIND` shows the details of a kind"])
+
+
 def as_text(document: Mapping[str, Any]) -> str:
-    """Lay the document of `listing` out in aligned columns."""
+    """Return the rows of each kind in aligned columns."""
     blocks = []
     for kind, rows in document.items():
         if kind == "schema" or (kind == "broken" and not rows):

@@ -9,8 +9,9 @@ from harness.errors import Exit
 
 
 @click.command()
+@click.option("--verbose", "-v", is_flag=True, help="List every finding, also those that are fine.")
 @options.as_json
-def doctor(as_json: bool) -> Exit:
+def doctor(verbose: bool, as_json: bool) -> Exit:
     """Show what this machine can run, and why not.
 
     Looks at the processor, the GPU, the installed libraries, the implementations, the models and data of the suite quick,
@@ -18,4 +19,4 @@ def doctor(as_json: bool) -> Exit:
     """
     from harness.cli import diagnosis
 
-    return diagnosis.report(as_json)
+    return diagnosis.report(as_json, verbose)

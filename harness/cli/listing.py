@@ -19,10 +19,12 @@ KINDS = ("methods", "implementations", "suites", "models", "tasks", "checks", "c
 def list_(kinds: tuple[str, ...], as_json: bool) -> Exit:
     """List the names that a suite can use.
 
-    KIND is methods, implementations, suites, models, tasks, checks, claims or measures; without it, all of them are listed.
+    KIND is methods, implementations, suites, models, tasks, checks, claims or measures. Without it, prints the names of all
+    kinds.
     """
     from harness.cli import catalog
 
     document = catalog.listing(kinds)
-    echo(json.dumps(document, indent=1) if as_json else catalog.as_text(document))
+    text = catalog.as_text if kinds else catalog.overview_text
+    echo(json.dumps(document, indent=1) if as_json else text(document))
     return Exit.PASS

@@ -51,7 +51,7 @@ def join(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> str 
 
 
 def cells(name: str, help_: str) -> Callable[[_C], _C]:
-    """Return an option that selects Cells by an expression (see `suites.expand.only`)."""
+    """Return an option that selects Cells by an expression (see `suites.expand.select`)."""
     return click.option(name, multiple=True, callback=join, metavar="EXPR", help=help_)
 
 

@@ -26,8 +26,8 @@ def plan(suite: str, only: str | None, as_json: bool) -> Exit:
     from harness.suites import expand, loader, model_checks
 
     read = loader.load(suite)
-    cells = expand.only(read.plan, only) if only is not None else read.plan
-    model_checks.refuse(read, cells)
+    cells = expand.select(read.plan, only) if only is not None else read.plan
+    model_checks.check_models(read, cells)
     document = plan_table.planning(read, cells, predicted=plan_table.predictions(read, cells))
     echo(json.dumps(document, indent=1) if as_json else plan_table.as_text(document))
     return Exit.PASS

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,10 @@ per case.
 """
 
 LEAST_FEATURES = 8
+
+
+Values = dict[str, Any]
+"""Values of a Method's config, or of an Operation's case: key -> number, word or list."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def draw_log_uniform(dice: random.Random, least: int, most: int) -> int:
     return min(most, int(math.exp(dice.uniform(math.log(least), math.log(most + 1)))))
 
 
-def draw_config(dice: random.Random, given: Mapping[str, Any], features: int) -> dict[str, Any]:
+def draw_config(dice: random.Random, given: Values, features: int) -> Values:
     """Return a config with another rank, if it has one: at least what the budget leaves (AdaLoRA), at most the smaller
     side.
     """
@@ -58,7 +61,7 @@ def draw_config(dice: random.Random, given: Mapping[str, Any], features: int) ->
     return {**given, "rank": rank + rank % 2 if given.get("init") == "orthogonal" else rank}
 
 
-def draw_call(dice: random.Random, given: Mapping[str, Any]) -> dict[str, Any]:
+def draw_call(dice: random.Random, given: Values) -> Values:
     """Return an Operation's case with other sizes in place of those that it has."""
     return {key: _draw_size(dice, key, value) for key, value in given.items()}
 

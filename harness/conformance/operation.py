@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from harness.conformance.comparison.tolerance_policies import Judgement
 
-Judge = Callable[[Mapping[str, Tensor], Mapping[str, Any]], tuple[Judgement, str]]
+_T = TypeVar("_T")
+Arguments = dict[str, Any]
+"""Keyword arguments of a call: tensors, numbers, dtypes, and lists of them."""
+Judge = Callable[[Mapping[str, Tensor], Arguments], tuple[Judgement, str]]
 
 
 @dataclass(frozen=True)
@@ -21,9 +24,9 @@ class Operation:
     name: str
     outputs: tuple[str, ...]
     """Names, in order."""
-    arguments: Callable[..., dict[str, Any]]
+    arguments: Callable[..., Arguments]
     """(dtype, generator, **case) -> keyword arguments of a call."""
-    reference: Callable[..., Any]
+    reference: Callable[..., object]
     """Reference of the call. Arguments in the case's dtype, and that dtype itself, may come as float64."""
     differentiable: tuple[str, ...] = ()
     """Arguments whose gradients are compared."""
@@ -34,7 +37,7 @@ class Operation:
     codes: Judge | None = None
     """The same for outputs that are codes, which the check `output_codes` judges."""
 
-    def named(self, returned: Any) -> dict[str, Tensor]:
+    def named(self, returned: object) -> dict[str, Tensor]:
         """Name the outputs that a call returned. Raises TypeError if they are not the outputs of the Operation."""
         several = (returned,) if isinstance(returned, Tensor) else returned
         if not isinstance(several, tuple | list) or len(several) != len(self.outputs):
@@ -49,10 +52,10 @@ class OperationSubject:
     """An implementation of an Operation, and the arguments of one case."""
 
     operation: Operation
-    function: Callable[..., Any]
+    function: Callable[..., object]
     dtype: str
-    arguments: dict[str, Any]
-    another: Callable[[], dict[str, Any]]
+    arguments: Arguments
+    another: Callable[[], Arguments]
     """Draws other arguments of the same shapes."""
 
     @property
@@ -65,14 +68,14 @@ class OperationSubject:
         return self.operation.named(self.function(**{**cloned(self.arguments), **changed}))
 
 
-def cloned(value: Any, dtypes: Mapping[torch.dtype, torch.dtype] | None = None) -> Any:
+def cloned(value: _T, dtypes: Mapping[torch.dtype, torch.dtype] | None = None) -> _T:
     """Clone every tensor inside arguments. dtypes: what has one of these dtypes, or is one, takes the other.
 
     A float32 absmax in a bfloat16 case keeps its dtype: it is float32 by definition.
     """
     become = dtypes or {}
 
-    def clone(one: Any) -> Any:
+    def clone(one: object) -> object:
         if isinstance(one, torch.dtype):
             return become.get(one, one)
         if not isinstance(one, Tensor):
@@ -83,13 +86,16 @@ def cloned(value: Any, dtypes: Mapping[torch.dtype, torch.dtype] | None = None) 
     return mapped(value, clone)
 
 
-def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+def mapped(value: _T, change: Callable[[object], object]) -> _T:
     """Apply `change` to everything in arguments, at any depth of dicts, lists and tuples."""
+    changed: object
     if isinstance(value, dict):
-        return {key: mapped(one, change) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(mapped(one, change) for one in value)
-    return change(value)
+        changed = {key: mapped(one, change) for key, one in value.items()}
+    elif isinstance(value, list | tuple):
+        changed = type(value)(mapped(one, change) for one in value)
+    else:
+        changed = change(value)
+    return cast("_T", changed)
 
 
 def draw(generator: torch.Generator, dtype: torch.dtype, *shape: int, spread: float = 1.0) -> Tensor:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from harness import yaml_lines
 from harness.conformance import case_selection, checks
-from harness.conformance.case_selection import CaseSelection
+from harness.conformance.case_selection import CaseSelection, Values
 from harness.errors import Problem, SuiteError, UsageError, did_you_mean
 from harness.methods.registry import DTYPES
 from harness.methods.spec import methods
@@ -58,7 +58,7 @@ class MethodSuite(FrozenModel):
     """Reading of the paper that the cases follow where readings differ."""
     checks: list[str] = Field(min_length=1)
     states: list[Literal["init", "warm"]] = Field(min_length=1)
-    configs: list[dict[str, Any]] = Field(min_length=1)
+    configs: list[Values] = Field(min_length=1)
     layers: list[Kind] = Field(default=["linear"], min_length=1)
     shapes: list[CaseShape] = Field(min_length=1)
     dtypes: list[Dtype] = Field(min_length=1)
@@ -117,7 +117,7 @@ class MethodSuite(FrozenModel):
 class MethodCase:
     """One point of a Method's parity suite."""
 
-    config: dict[str, Any]
+    config: Values
     kind: Kind
     shape: CaseShape
     dtype: Dtype
@@ -133,7 +133,7 @@ class OperationSuite(FrozenModel):
     operation: str
     follows: str = "the paper"
     checks: list[str] = Field(min_length=1)
-    values: list[dict[str, Any]] = Field(min_length=1, alias="cases")
+    values: list[Values] = Field(min_length=1, alias="cases")
     """What the cases say, as keyword arguments of the function that draws the Operation's arguments."""
     dtypes: list[Dtype] = Field(min_length=1)
     tolerances: dict[str, Tolerance] = Field(default={})
@@ -168,7 +168,7 @@ ParitySuite = MethodSuite | OperationSuite
 class OperationCase:
     """One point of an Operation's parity suite."""
 
-    values: dict[str, Any]
+    values: Values
     """Keyword arguments of the function that draws the Operation's arguments."""
     dtype: Dtype
 
@@ -176,7 +176,7 @@ class OperationCase:
         return in_words(self.values)
 
 
-def _drops(config: Mapping[str, Any]) -> bool:
+def _drops(config: Values) -> bool:
     return bool(config.get("dropout"))
 
 
@@ -214,7 +214,7 @@ def load_plan(name: str) -> ParitySuite:
     return load_operation(name) if kind_of(name) == "operation" else load(name)
 
 
-def in_words(values: Mapping[str, Any]) -> str:
+def in_words(values: Values) -> str:
     """Format the values of a case: `rank=3 alpha=8`."""
     return " ".join(f"{key}={value}" for key, value in values.items())
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-_Setting = tuple[Callable[[], Any], Callable[[Any], Any]]
+_Setting = tuple[Callable[[], object], Callable[[Any], object]]
 
 _SWITCH: Any = torch.utils.deterministic
 _CUDNN: Any = torch.backends.cudnn
@@ -57,12 +57,12 @@ else:
     )
 
 
-def snapshot() -> dict[str, Any]:
+def snapshot() -> dict[str, object]:
     """Read all settings."""
     return {name: read() for name, (read, _) in _SETTINGS.items()}
 
 
-def list_changes(before: dict[str, Any]) -> list[str]:
+def list_changes(before: dict[str, object]) -> list[str]:
     """Describe the settings that differ from `before`."""
     return [f"{name} is {have}, was {before[name]}" for name, have in snapshot().items() if have != before[name]]
 
@@ -78,7 +78,7 @@ def restored() -> Iterator[list[str]]:
         restore(before)
 
 
-def restore(before: dict[str, Any]) -> None:
+def restore(before: dict[str, object]) -> None:
     """Restore the settings that differ from `before`."""
     for name, have in snapshot().items():
         if have != before[name]:
@@ -125,10 +125,10 @@ def _random_states() -> dict[str, Any]:
     return states | ({"CUDA": torch.cuda.get_rng_state_all()} if torch.cuda.is_initialized() else {})
 
 
-def _alike(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
+def _alike(one: object, other: object) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return torch.equal(one, other)
-    if isinstance(one, np.ndarray):
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
         return bool(np.array_equal(one, other))
     if isinstance(one, tuple | list) and isinstance(other, tuple | list):
         return len(one) == len(other) and all(map(_alike, one, other))

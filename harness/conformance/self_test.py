@@ -38,7 +38,7 @@ class FaultVerdict:
         """The checks that should have failed and did not."""
         return tuple(name for name in self.fault.expected if name not in self.caught)
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> dict[str, object]:
         """Return the JSON document."""
         return {
             "fault": self.fault.name, "of": self.fault.target, "case": str(self.fault.case),

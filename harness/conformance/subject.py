@@ -73,10 +73,10 @@ class Original:
     """The model before attaching: a copy, since an implementation may write into the weights that it adapts."""
 
     model: nn.Module | None
-    """None if it is too large to be copied. The subject's base layers then stand for it, once `prints` show that none
+    """None if it is too large to be copied. The subject's base layers then stand for it, once `crc32` shows that none
     changed.
     """
-    prints: dict[str, int] = field(default_factory=dict)
+    crc32: dict[str, int] = field(default_factory=dict)
     """Checksums of every parameter, of what it stores beside its codes, and of every buffer."""
 
     @classmethod
@@ -124,7 +124,7 @@ class Subject:
     disturbed: list[str] = field(default_factory=list)
     """Process-wide settings that attaching changed."""
     reference_cache: dict[tuple[str, str], ReferenceLayer] | None = None
-    """(path, dtype) -> the reference's layer as built, for small models: an SVD or quantisation of W is done once."""
+    """(path, dtype) -> the reference's layer, for small models: an SVD or quantisation of W is done only once."""
 
     def tensors_of(self, path: str) -> dict[str, Tensor]:
         """Map short names to the trainable tensors of the layer at `path`."""
@@ -177,19 +177,19 @@ class Subject:
     def reference(self, path: str, dtype: str) -> ReferenceLayer:
         """Build the reference's layer on this base weight in `dtype`, in the subject's present state."""
         if self.reference_cache is None:
-            twin = self._built(path, dtype)
+            reference = self._build_reference(path, dtype)
         else:
             if (path, dtype) not in self.reference_cache:
-                self.reference_cache[path, dtype] = self._built(path, dtype)
-            twin = copy.deepcopy(self.reference_cache[path, dtype])
+                self.reference_cache[path, dtype] = self._build_reference(path, dtype)
+            reference = copy.deepcopy(self.reference_cache[path, dtype])
         mine = self.tensors_of(path) | _select(path, self.state())
         with torch.no_grad():
-            for name, tensor in (twin.tensors | _select("layer", twin.adapted.state())).items():
+            for name, tensor in (reference.tensors | _select("layer", reference.adapted.state())).items():
                 if name in mine and mine[name].shape == tensor.shape:
                     tensor.copy_(mine[name])
-        return twin
+        return reference
 
-    def _built(self, path: str, dtype: str) -> ReferenceLayer:
+    def _build_reference(self, path: str, dtype: str) -> ReferenceLayer:
         alone = nn.Sequential(OrderedDict(layer=self.dense_base(path, DTYPES[dtype])))
         replaced = all(f"{path}.{name}" in self.state() for name in methods()[self.method].spec.start_from_weight)
         config = _quick_start(self.method, self.config) if replaced else self.config
@@ -219,7 +219,7 @@ def attach_reference(
     return importlib.import_module(f"reference.{method}").attach(model, config, generator)  # type: ignore[no-any-return]
 
 
-def adaptable_layers(model: nn.Module, config: Any) -> dict[str, Any]:
+def adaptable_layers(model: nn.Module, config: Any) -> dict[str, nn.Module]:
     """Map path to layer: the config's targets, or every linear layer if the Method names none."""
     if hasattr(config, "targets"):
         return targets(model, config.targets, KINDS)

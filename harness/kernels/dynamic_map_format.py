@@ -10,11 +10,10 @@ from torch import Tensor
 
 @cache
 def dynamic_map(device: torch.device, signed: bool = True) -> Tensor:
-    """Return the 256 values, ascending, float32: -0.993 .. 1 if signed, else 0 .. 1. Never to be written to.
+    """Return the 256 values, ascending, float32: -0.993 .. 1 if signed, else 0 .. 1. Cached: do not write to it.
 
-    Decade i of seven, from 10^(i - 6) down to a tenth of it, is cut in 2^i equal cells, or 2^(i + 1) without a sign, whose
-    middles are values; 0 and 1 are values of their own. Made once, and so whatever torch's default dtype, device and
-    mode are at the first call.
+    Decade i of seven, from 10^(i - 6) down to a tenth of it, is divided into 2^i equal cells (2^(i + 1) if unsigned); their
+    centres are values, and so are 0 and 1. The result does not depend on torch's default dtype, device and mode.
     """
     with torch.inference_mode(False):
         sizes = [2 ** (i + (not signed)) for i in range(7)]

@@ -66,7 +66,7 @@ def count(
     """
     model, lacks = structure.build(config, kind, DTYPES[dtype]), models.lacks(checkpoint)
     head = head_of(model, kind, lacks)
-    if misfits := structure.of_model(model, targets):
+    if misfits := structure.model_misfits(model, targets):
         return {"misfits": misfits}
     names = targets or default_targets(model)
     total = sum(p.numel() for p in model.parameters())

@@ -49,11 +49,11 @@ def find_model(name: str) -> ModelShape:
 
 def _of_table(source: Source) -> ModelShape:
     # Generated models take seconds; any other would be a download.
-    here = fetch.ensure(source) if source.scheme == "made" else fetch.at_hand(source)
+    here = fetch.ensure(source) if source.scheme == "made" else fetch.local_folder(source)
     if here is None:
         what = f"{source.name} is not on this machine, and `fit` downloads nothing"
         raise UsageError(what, where="MODEL", hint="run a suite with it first, e.g. `peft-harness run quick`")
-    return ModelShape(source.name, shapes.read(here / "config.json", source.name), source.kind, source.source)
+    return ModelShape(source.name, shapes.read_config(here / "config.json", source.name), source.kind, source.source)
 
 
 def _in_folder(name: str, path: Path) -> ModelShape:
@@ -80,7 +80,7 @@ def _of_hub(name: str) -> ModelShape:
 
 def _of_file(file: Path, name: str, source: str) -> ModelShape:
     """Return the model of a config.json. Raises AssetError for an unsupported architecture."""
-    config = shapes.read(file, name)
+    config = shapes.read_config(file, name)
     kind = model_kind(config)
     refuse_architecture(config, name, kind, file)
     return ModelShape(name, config, kind, source)

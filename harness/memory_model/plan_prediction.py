@@ -145,8 +145,8 @@ def _model_key(request: CountRequest) -> str:
 def _local_model(source: Source) -> tuple[dict[str, Any], str] | str:
     """Return a model's config.json and the folder of its weights (empty for a shape), or the reason why there is none."""
     try:
-        if (here := fetch.at_hand(source)) is None:
+        if (here := fetch.local_folder(source)) is None:
             return f"{source.name} is not on this machine yet"
-        return shapes.read(here / "config.json", source.name), str(here) if source.scheme != "shape" else ""
+        return shapes.read_config(here / "config.json", source.name), str(here) if source.scheme != "shape" else ""
     except HarnessError as error:
         return error.what

@@ -1,4 +1,4 @@
-"""What every file of a run is made of: models that nothing changes, in base units. No torch here."""
+"""Base class and units of the models of a run's files. No torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class FrozenModel(BaseModel):
 
 
 def mistake(problem: ValidationError | None) -> str:
-    """Say what is wrong with a file: the first mistake, by its place in the file, and how many there are."""
+    """Return the first validation error of a file with its location, and the number of further errors."""
     found = problem.errors(include_url=False, include_context=False, include_input=False) if problem else []
     if not found:
         return "nothing in it"

@@ -11,7 +11,7 @@ from harness.records.check_id import CheckId
 
 
 class Outcome(StrEnum):
-    """How one check ended."""
+    """Outcome of one check."""
 
     PASS = "pass"  # noqa: S105
     FAIL = "fail"

@@ -1,4 +1,4 @@
-"""Where a Record was made. No torch, so that the runner can know it before any worker starts."""
+"""Environment of a Record: machine, software, code. No torch, so that the runner can use it before any worker starts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from harness.errors import HarnessError
 from harness.process import nvidia_smi
 from harness.records.record import Environment
 
-# What can change a number. `id` hashes these versions, so a resumed run measures again after an upgrade.
+# Libraries that can change a number. `id` hashes their versions, so a resumed run measures again after an upgrade.
 LIBRARIES = (
     "torch", "transformers", "peft", "bitsandbytes", "torchao", "triton", "lm-eval", "tokenizers", "numpy", "safetensors",
     "datasets", "galore-torch", "loralib",
@@ -67,7 +67,7 @@ def gpus() -> tuple[str, ...]:
 
 
 def _hidden(visible: str | None) -> bool:
-    """Whether CUDA shows no card: it reads up to the first word that is none."""
+    """Return whether CUDA shows no GPU: it reads the list up to the first invalid entry."""
     return visible is not None and visible.split(",")[0].strip() in ("", "-1", "NoDevFiles")
 
 
@@ -84,18 +84,18 @@ def physical_cores() -> int:
 
 
 def threads() -> int:
-    """Return how many threads to compute with: one for each physical core, fewer where OMP_NUM_THREADS says so.
+    """Return the number of compute threads: one for each physical core, or OMP_NUM_THREADS if that is less.
 
-    More than there are cores are never worth it: they wait for each other in loops.
+    More threads than cores wait for each other in loops.
     """
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    return min(physical_cores(), int(asked)) if asked.isdecimal() and int(asked) else physical_cores()
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return min(physical_cores(), int(limit)) if limit.isdecimal() and int(limit) else physical_cores()
 
 
 def cgroup_cpus(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Return how many CPUs' time the kernel grants, or None without a limit. Every parent's limit holds too.
+    """Return the CPU time per second that the kernel grants, or None without a limit. Limits of all parents apply.
 
-    Of cgroups v2, and of v1, where the controller of CPU time has a tree of its own.
+    Reads cgroups v2 and v1; in v1 the controller of CPU time has its own tree.
     """
     try:
         lines = [line.split(":", 2) for line in of.read_text().splitlines()]
@@ -115,7 +115,7 @@ def cgroup_cpus(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self
 
 
 def _quota(folder: Path) -> tuple[int, int]:
-    """Return the quota and the period of a cgroup in microseconds; a quota below 0 is none. The root of all has no files."""
+    """Return the quota and the period of a cgroup in microseconds; a quota below 0 is no limit. The root has no files."""
     for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         try:
             quota, period = " ".join((folder / file).read_text() for file in files).split()
@@ -126,7 +126,7 @@ def _quota(folder: Path) -> tuple[int, int]:
 
 
 def thread_variables() -> dict[str, str]:
-    """Return the environment variables that steer the threads of OpenMP and of the libraries over it."""
+    """Return the environment variables that control the threads of OpenMP and of libraries built on it."""
     starts = ("OMP_", "GOMP_", "KMP_", "MKL_NUM", "MKL_DYNAMIC", "OPENBLAS_NUM")
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(starts)}
 
@@ -172,11 +172,11 @@ def _git() -> tuple[str, bool | None]:
         command = ["git", "-C", str(top), *words]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_GIT_S)
-        except (OSError, subprocess.TimeoutExpired):  # what cannot be asked is unknown, and no reason to stop
+        except (OSError, subprocess.TimeoutExpired):  # unknown, and no reason to stop
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     sha = ask("rev-parse", "HEAD")
-    # What runs write is no change of what they run: canaries, a night that is not committed yet.
+    # Files that runs write are no change of the code: canaries, a night that is not committed yet.
     status = ask("status", "--porcelain", "--", ".", ":!results")
     return (sha or ""), (None if status is None else bool(status))

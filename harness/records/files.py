@@ -15,7 +15,7 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def unwritable(file: Path) -> str:
-    """Say why a file cannot be written; nothing if it can."""
+    """Return the reason why a file cannot be written; empty if it can."""
     if file.exists() and not file.is_file():  # it would be replaced, and /dev/null is everybody's
         return f"{file} is no file that could be replaced"
     if not file.parent.is_dir():
@@ -51,7 +51,7 @@ def write_atomic(path: Path, data: bytes, *, new: bool = False) -> None:
         raise StoreError(
             "the disk is full" if full else f"cannot write: {error.strerror}",
             where=str(path),
-            hint="free some space, then `peft-harness run SUITE --resume RUN`; what was finished is kept"
+            hint="free some space, then `peft-harness run SUITE --resume RUN`; finished Cells are saved"
             if full
             else "choose another folder with --out",
         ) from error

@@ -1,4 +1,4 @@
-"""What the harness writes down of a run: what was asked before it, and how it ended. Its Cells are in `records`."""
+"""run.json and footer.json: the request of a run, and its end. Records of its Cells are in `record`."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ class Accuracy(FrozenModel):
     @model_validator(mode="after")
     def _items_decide_the_value(self) -> Accuracy:
         if self.items and not math.isclose(share := fmean(item.correct for item in self.items), self.value):
-            raise ValueError(f"an accuracy of {self.value} over items of which {share} are right")
+            raise ValueError(f"the accuracy is {self.value}, but {share} of its items are right")
         return self
 
 
@@ -112,7 +112,7 @@ class Parameters(FrozenModel):
 
     @property
     def trainable(self) -> int:
-        """What the optimizer updates."""
+        """Scalars that the optimizer updates."""
         return self.adapter + self.head
 
 

@@ -1,4 +1,4 @@
-"""The memory of a Cell, as its Record holds it: what was counted, and what its model's shape let expect."""
+"""Memory of a Cell, as its Record holds it: counted and predicted."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Predicted(FrozenModel):
 
     @property
     def passing_B(self) -> int:  # noqa: N802  # a unit, as of the fields
-        """What comes and goes in every step, as far as it is known: of the two that are never there together, the larger."""
+        """Memory that comes and goes in every step, as far as known: the larger of two parts that never exist together."""
         return max((self.activations_B or 0) + (self.logits_B or 0), self.step_B)
 
     @property
     def total_B(self) -> int:  # noqa: N802
-        """The most that is on the device at one time, as far as it is known, by formulas or by a step: the larger."""
+        """Highest memory on the device at one time, as far as known: by formulas or by a step, the larger."""
         by_formulas = self.weights_B + self.adapter_B + self.gradients_B + self.optimizer_B + self.passing_B
         # The step was on a CPU, whose memory is that of the device and the host.
         return max(by_formulas, (self.peak_B or 0) - self.optimizer_host_B)
@@ -73,13 +73,13 @@ class Memory(FrozenModel):
     optimizer_host_B: Bytes = 0
     """Optimizer states in the host's memory on a GPU run, e.g. paged ones; not in `optimizer_B`."""
     counted_peak_B: Bytes | None = None
-    """The most that tensors took at one time in a training step, the weights and all that was there before included.
+    """Highest memory of tensors at one time in a training step, the weights included.
 
-    On a CPU of one more step after the training (GaLore's SVD is in it only where that step has one), over the batch of
-    which the model takes the most tokens at once: what was there plus every allocation and release, so that equal programs
-    have the same number (`harness/cell/measure/allocations.py` says what it does not see). On a GPU the highest of all steps, as
-    torch's allocator tells it. None without training, where there was no memory to count it in (`notes` says so), and in
-    Records from before it was counted.
+    On a CPU it is counted in one more step after the training, on the batch with the most tokens in one pass: existing
+    tensors plus every allocation and release, so that equal programs have equal numbers. It includes GaLore's SVD only if
+    that step has one; `harness/cell/measure/allocations.py` lists what it does not see. On a GPU it is the highest of all
+    steps by torch's allocator. None without training, where memory had no room for the count (see `notes`), and in Records
+    from before it was counted.
     """
     predicted: Predicted | None = None
     """Prediction from the model's shape."""

@@ -1,4 +1,4 @@
-"""Names that tell the Cells of a run apart: their labels, and what else differs where two Cells share one."""
+"""Unique names for the Cells of a run: their labels, and the coordinates that differ where two share a label."""
 
 from __future__ import annotations
 
@@ -6,26 +6,30 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
 from harness.records.record import Cell, Json
 
-# Where the last word of a coordinate alone would be read as something else.
-_SPOKEN = {"evaluation.batch": "evaluation batch", "base.implementation": "quantised by", "base.quantization": "base"}
+# Names of coordinates whose last part alone would be ambiguous.
+_SHORT_KEYS = {
+    "evaluation.batch": "evaluation batch",
+    "base.implementation": "quantised by",
+    "base.quantization": "base",
+}
 
 _TIMED = "evaluation.latency"
 
 
 def full(cells: Iterable[Cell]) -> dict[str, str]:
-    """Map each cell_id to a name that no other of `cells` has: what a sentence calls a Cell."""
+    """Map each cell_id to a name that is unique among `cells`."""
     return _named(cells, lambda cell: cell.label, lambda cell: cell.label)
 
 
 def in_group(cells: Iterable[Cell]) -> dict[str, str]:
-    """Map each cell_id to a name that no other Cell of its model and task has: where these two are named already."""
+    """Map each cell_id to a name that is unique within its model and task, without these two."""
     return _named(cells, short, lambda cell: (cell.model, cell.task, short(cell)))
 
 
 def recipes(cells: Iterable[Cell], *, inside: bool = False) -> dict[str, str]:
-    """Map each recipe_id to a name: what Cells that differ in the seed alone are called together.
+    """Map each recipe_id to a name for all Cells that differ in the seed alone.
 
-    inside: as by `in_group`, where model and task are named already.
+    inside: unique within model and task only, as by `in_group`.
     """
     seedless = [cell.recipe for cell in cells]
     return in_group(seedless) if inside else full(seedless)
@@ -37,9 +41,9 @@ def short(cell: Cell) -> str:
 
 
 def _named(cells: Iterable[Cell], name: Callable[[Cell], str], place: Callable[[Cell], Hashable]) -> dict[str, str]:
-    """Name Cells; to those of one place that would share a name, add the coordinates in which they differ, no others.
+    """Name Cells; where those of one place would share a name, add the coordinates in which they differ.
 
-    A knob that a Cell leaves at its default is not named of that Cell.
+    A coordinate that a Cell leaves at its default is not named for that Cell.
     """
     sharing: dict[Hashable, dict[str, Cell]] = {}
     for cell in cells:
@@ -48,15 +52,19 @@ def _named(cells: Iterable[Cell], name: Callable[[Cell], str], place: Callable[[
     for group in sharing.values():
         where = {i: dict(_coordinates(cell.model_dump(mode="json"))) for i, cell in group.items()}
         keys = list(dict.fromkeys(key for values in where.values() for key in values))
-        told = [key for key in keys if len({values.get(key, "unset") for values in where.values()}) > 1]
-        # Only one of several seeds has latencies, which is no difference worth a name; only where there is no other.
-        named = [key for key in told if key != _TIMED]
+        differing = [key for key in keys if len({values.get(key, "unset") for values in where.values()}) > 1]
+        # Only one of several seeds has latencies: named only where nothing else differs.
+        named = [key for key in differing if key != _TIMED]
         if len({tuple(values.get(key) for key in named) for values in where.values()}) == len(where):
-            told = named
-        apart = {i: "".join(f" {_spoken(k)}={values[k]}" for k in told if k in values) for i, values in where.items()}
-        if len(set(apart.values())) < len(apart):  # knobs that end in one word, each set in another Cell
-            apart = {i: "".join(f" {_spoken(k)}={v.get(k, 'unset')}" for k in told) for i, v in where.items()}
-        found |= {i: name(cell) + apart[i] for i, cell in group.items()}
+            differing = named
+        suffixes = {
+            i: "".join(f" {_short_key(k)}={values[k]}" for k in differing if k in values) for i, values in where.items()
+        }
+        if len(set(suffixes.values())) < len(suffixes):  # coordinates with the same last part, set in different Cells
+            suffixes = {
+                i: "".join(f" {_short_key(k)}={v.get(k, 'unset')}" for k in differing) for i, v in where.items()
+            }
+        found |= {i: name(cell) + suffixes[i] for i, cell in group.items()}
     return found
 
 
@@ -74,5 +82,5 @@ def _value(value: Json) -> str:
     return "default" if value is None else str(value)
 
 
-def _spoken(key: str) -> str:
-    return _SPOKEN.get(key, key.rpartition(".")[2])
+def _short_key(key: str) -> str:
+    return _SHORT_KEYS.get(key, key.rpartition(".")[2])

@@ -1,4 +1,4 @@
-"""What the harness writes down of a Cell: what was asked and what was found. No torch here, and nothing computed.
+"""The Record of one attempt at a Cell: the request and the findings. No torch, no computation.
 
 Units are base units (seconds, bytes, 1); every number is finite. Fields are only ever added (`SCHEMA` counts removals
 and changes of meaning, so that an old reader refuses what it would misread).
@@ -45,7 +45,7 @@ Quantization = Literal["none", "nf4", "nf4-dq"]
 
 
 class Status(StrEnum):
-    """How one attempt at a Cell ended."""
+    """Outcome of one attempt at a Cell."""
 
     OK = "ok"
     NONCONFORMING = "nonconforming"
@@ -70,7 +70,7 @@ class Base(FrozenModel):
 
 
 DECODED = 8
-"""Tokens that are decoded after a prompt of latencies, again and again where more are asked for; they take positions too."""
+"""Tokens decoded after the prompt of a latency, repeatedly where more are requested; they take positions too."""
 _LATER = ("skip", "latency", "prompt_batch", "prompt_tokens", "passes")
 
 
@@ -94,7 +94,7 @@ class Evaluation(FrozenModel):
     """Minimum of timed passes (when decoding, tokens) for each variant of a latency; None: a few."""
 
     def untimed(self) -> Evaluation:
-        """Return the same without latencies, and so of no prompts."""
+        """Return the same without latencies."""
         return Evaluation(items=self.items, batch=self.batch, skip=self.skip, latency=False)
 
     def later(self) -> dict[str, Json]:
@@ -130,7 +130,7 @@ class Cell(FrozenModel):
     """Scoring and latencies."""
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Cell:
-        """Return a copy; one that is changed has an id of its own."""
+        """Return a copy; a changed one has its own id."""
         copied = super().model_copy(update=update, deep=deep)
         copied.__dict__.pop("cell_id", None)
         return copied
@@ -139,7 +139,7 @@ class Cell(FrozenModel):
     def cell_id(self) -> str:
         """First 16 hex digits of the SHA-256 of the canonical JSON of this Cell.
 
-        A later field of Training or Evaluation is in it only where it is not at its default: an old Cell keeps its id.
+        Later fields of Training and Evaluation are included only where they are not at their defaults, so old ids stay.
         """
         absent = {
             "training": {*LATER} - self.training.later().keys(),
@@ -151,7 +151,7 @@ class Cell(FrozenModel):
 
     @property
     def recipe(self) -> Cell:
-        """This Cell with seed 0 and latencies: equal for Cells that differ in the seed, and in which seed has latencies."""
+        """This Cell with seed 0 and latencies: equal for Cells that differ in the seed or in having latencies."""
         if self.seed == 0 and self.evaluation.latency:
             return self
         timed = self.evaluation.model_copy(update={"latency": True})
@@ -159,7 +159,7 @@ class Cell(FrozenModel):
 
     @property
     def recipe_id(self) -> str:
-        """The recipe's cell_id: equal for Cells that are repeats of each other."""
+        """The recipe's cell_id: equal for repeats of one Cell with other seeds."""
         return self.recipe.cell_id
 
     @property
@@ -167,14 +167,14 @@ class Cell(FrozenModel):
         """A short name for tables and progress lines; unique inside most suites, `cell_id` always is."""
         rank = f" r={self.config['rank']}" if "rank" in self.config else ""
         method = "zero-shot" if self.method == "frozen" and self.training.steps == 0 else self.method
-        if isinstance(any_method := self.config.get(ADAPTER_CONFIG), dict):  # `method: peft` says only whose it is
+        if isinstance(any_method := self.config.get(ADAPTER_CONFIG), dict):  # `method: peft` names only the library
             method = f"{method} {str(any_method.get('peft_type', '')).lower()}"
         base = "" if self.base.quantization == "none" else f" on {self.base}"
         dtype = "" if self.dtype == "float32" else f" {self.dtype}"
         optimizer = "" if self.optimizer == "adamw" else f" {self.optimizer}"
-        told = self.training.later() if self.training.steps else {}
-        later = "".join(f" {name}" if value is True else f" {name}={value:g}" for name, value in told.items())
-        # Only what searches for a learning rate passes test items over.
+        settings = self.training.later() if self.training.steps else {}
+        later = "".join(f" {name}" if value is True else f" {name}={value:g}" for name, value in settings.items())
+        # Only Cells of a search for a learning rate pass test items over.
         tried = f" tried with lr={self.training.lr:g}" if self.evaluation.skip else ""
         return f"{self.model} {method}{rank} [{self.implementation}]{base}{dtype}{optimizer}{later}{tried}"
 
@@ -327,9 +327,9 @@ class Record(FrozenModel):
     @model_validator(mode="after")
     def _status_decides_content(self) -> Record:
         if (self.measurements is not None) != (self.status is Status.OK):
-            raise ValueError(f"measurements belong to an ok Record and to no other; status is {self.status}")
+            raise ValueError(f"only an ok Record has measurements, and it must; status is {self.status}")
         if self.status is not Status.OK and not self.because:
-            raise ValueError(f"a Record with status {self.status} must say why")
+            raise ValueError(f"a Record with status {self.status} needs `because`")
         if self.cell_id != self.cell.cell_id:
             raise ValueError(f"cell_id {self.cell_id} does not belong to this Cell ({self.cell.cell_id})")
         return self

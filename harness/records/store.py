@@ -2,7 +2,7 @@
 
 results/runs/<run>/run.json  cells/<cell_id>.<attempt>.json  logs/  footer.json  report.html  lock
 
-The footer holds the hashes of the others. They are no signature: who writes the footer anew as well leaves no trace.
+The footer holds the hashes of the other files. They are no signature: whoever also rewrites the footer leaves no trace.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _FOOTER, _REOPENED = "footer.json", "footer.before.json"
 _Model = TypeVar("_Model", bound=BaseModel)
 
 _TORN: dict[type[BaseModel], str] = {
-    Manifest: "without it nobody knows what the run was to measure; start a new one, its Records can still be read",
+    Manifest: "it lists the expected Cells: start a new run; the Records can still be read",
     Record: "the file was torn or edited; move it away and `--resume` the run to measure that Cell again",
-    Footer: "the run counts as incomplete; `--resume` it to finish it",
+    Footer: "the run counts as incomplete: `--resume` it to finish it",
 }
 
 
@@ -85,18 +85,21 @@ def _schema(text: bytes) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as it stands on disk.
-
-    broken: files that could not be read, with the reason; they are shown, never silently dropped. changed: files that are
-    not as the run left them, by their paths in its folder, with what was done to them; a Record among them does not count.
-    """
+    """A run as it is on disk."""
 
     path: Path
+    """Folder of the run."""
     manifest: Manifest
+    """Content of run.json."""
     records: tuple[Record, ...]
+    """All readable Records, every attempt."""
     footer: Footer | None
+    """Content of footer.json; None for an unfinished run."""
     broken: dict[str, str] = field(default_factory=dict)
+    """Unreadable files, with the reason; they are shown, never silently dropped."""
     changed: dict[str, str] = field(default_factory=dict)
+    """Files that are not as the run left them, by path in the folder, with the change; a Record among them does
+    not count."""
 
     def latest(self) -> dict[str, Record]:
         """Map cell_id to its newest attempt, in the manifest's order; Cells without one that counts are left out."""
@@ -105,7 +108,7 @@ class Run:
         return {i: newest[i] for i in ids if i in newest and i not in doubtful}
 
     def doubtful(self) -> dict[str, str]:
-        """Map each cell_id whose newest attempt is not as the run left it to what was done. No older one may stand in."""
+        """Map the cell_ids of changed newest attempts to the change. An older attempt must not replace one."""
         newest = self._newest
         found = {}
         for name, what in self.changed.items():
@@ -137,7 +140,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, manifest: Manifest) -> RunFolder:
-        """Make the folder and write run.json; refuses a folder that already holds a run."""
+        """Make the folder and write run.json; raises UsageError for a folder that already holds a run."""
         refuse_used(path)
         try:
             for sub in ("cells", "logs"):
@@ -148,7 +151,7 @@ class RunFolder:
             ) from error
         folder = cls.take(path)
         try:
-            refuse_used(path)  # by another runner that was a moment faster, and has finished by now
+            refuse_used(path)  # another runner may have finished in the meantime
             write(path / "run.json", manifest)
         except BaseException:
             folder.release()
@@ -157,11 +160,11 @@ class RunFolder:
 
     @classmethod
     def take(cls, path: Path) -> RunFolder:
-        """Become the only writer of a run folder; raises UsageError if another process is."""
+        """Lock a run folder for writing; raises UsageError if another process has locked it."""
         return cls(path, _lock(path / "lock"))
 
     def release(self) -> None:
-        """Let others write."""
+        """Release the lock."""
         if self._unlock is not None:
             self._unlock()  # a second call does nothing
 
@@ -192,7 +195,7 @@ class RunFolder:
             raise StoreError("this attempt has a Record already", where=str(path)) from error
 
     def reopen(self) -> None:
-        """Take the footer away: the run is being written to again. Its hashes stay, or a resumed run would hide changes."""
+        """Remove the footer, as the run is written to again. Its hashes stay, or a resumed run would hide changes."""
         path = self.path / _FOOTER
         try:
             with contextlib.suppress(StoreError):
@@ -218,14 +221,14 @@ class RunFolder:
 
 
 def _lock(path: Path) -> int:
-    """Lock a file and return its descriptor. The kernel unlocks it when its holder dies, so that no lock is ever stale."""
+    """Lock a file and return its descriptor. The kernel unlocks it when its holder dies, so no lock goes stale."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise StoreError(f"cannot write to this run: {error.strerror}", where=str(path)) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Who it is stands in the file for those who meet the lock; that it is held only the kernel knows.
+        # The file names the holder for others; only the kernel knows whether the lock is held.
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()} on {os.uname().nodename}\n".encode(), 0)
     except BlockingIOError as error:
@@ -258,7 +261,7 @@ def read_record(path: Path) -> Record:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read what a run was to measure, and nothing else of it."""
+    """Read run.json only."""
     if not (path / "run.json").is_file():
         raise UsageError("not a run folder (no run.json)", where=str(path), hint="name a run id or its folder")
     return _read(path / "run.json", Manifest)
@@ -292,7 +295,7 @@ def read_run(path: Path) -> Run:
 
 
 def _changed(path: Path, records: Sequence[Record], broken: Mapping[str, str], *, complete: bool) -> dict[str, str]:
-    """Map what can be read and is not as the run left it to what was done to it; nothing of a run that kept no hashes."""
+    """Map each readable file that is not as the run left it to its change; empty for a run without hashes."""
     known = _sealed(path)
     found = {}
     for name, sha256 in known.items():
@@ -308,7 +311,7 @@ def _changed(path: Path, records: Sequence[Record], broken: Mapping[str, str], *
 
 
 def _sealed(path: Path) -> dict[str, str]:
-    """Return the hashes that a run's footer holds, or if it goes on, those of the footer before; empty without any."""
+    """Return the hashes in a run's footer, or in the previous footer of a resumed run; empty without any."""
     for name in (_FOOTER, _REOPENED):
         with contextlib.suppress(StoreError):
             return _read(path / name, Footer).sha256

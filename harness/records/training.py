@@ -1,11 +1,11 @@
-"""The training budget of a Cell and its recipe, as a suite asks for them and a Record holds them. No torch."""
+"""Training budget and recipe of a Cell, as a suite requests them and a Record holds them. No torch."""
 
 from __future__ import annotations
 
 from harness.records.base_model import FrozenModel, Scalar
 
 LATER = ("accumulate", "checkpointing", "lr_ratio", "compile", "layerwise")
-"""Fields of Training that came after the first published Records."""
+"""Fields of Training that were added after the first published Records."""
 
 
 class Training(FrozenModel):
@@ -46,5 +46,5 @@ class Training(FrozenModel):
     with an unscaled loss (no float16)."""
 
     def later(self) -> dict[str, Scalar]:
-        """Return those of the fields that came after the first published Records which are not at their default."""
+        """Return the later fields that are not at their defaults."""
         return {n: value for n in LATER if (value := getattr(self, n)) != type(self).model_fields[n].default}

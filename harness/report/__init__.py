@@ -1,1 +1,1 @@
-"""Show what the Records say: one HTML file, and a table for the terminal. No torch, no network."""
+"""Reports: HTML pages, terminal tables, JUnit, exports. No torch, no network."""

@@ -1,4 +1,4 @@
-"""What `check` found as a JUnit file, for the CI servers that draw one. No torch."""
+"""JUnit file of a `check`. No torch."""
 
 from __future__ import annotations
 

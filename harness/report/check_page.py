@@ -1,4 +1,4 @@
-"""What `check` found as one HTML page, in the style of the report of a run. No torch."""
+"""HTML page of a `check`, in the style of a run's report. No torch."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def _reason(report: CheckReport) -> str:
     if shown:
         parts.append(f"{shown} known defects of libraries showed")
     if report.untried:
-        parts.append(f"asked for, but could not be tried: {', '.join(report.untried)}")
+        parts.append(f"requested, but not tried: {', '.join(report.untried)}")
     if report.interrupted:
-        parts.append("interrupted: this is what was found so far")
+        parts.append("interrupted: results so far")
     return "; ".join(parts)
 
 
@@ -181,7 +181,7 @@ def _by_check(target: str, implementation: str, tried: list[CheckOutcome]) -> di
 
 
 def _not_checked(report: CheckReport) -> list[dict[str, Any]]:
-    """List what was not tried or not compared, each reason once."""
+    """List targets that were not tried or not compared, each reason once."""
     counts: dict[tuple[str, str, str], list[str]] = {}
     for one in report.tried:
         if one.status in (CheckStatus.UNSUPPORTED, CheckStatus.SKIPPED):

@@ -43,7 +43,7 @@ def print_matrix(report: CheckReport) -> None:
 
 
 def lines(report: CheckReport) -> list[str]:
-    """Say every failure, each known defect once, what was not tried, and the count."""
+    """Return lines: every failure, each known defect once, untried targets, counts."""
     failed = [one for one in report.tried if one.status is CheckStatus.FAIL]
     said = [summary.describe_failure(one) for one in failed[:_MOST_LINES]]
     if len(failed) > _MOST_LINES:
@@ -60,7 +60,7 @@ def lines(report: CheckReport) -> list[str]:
     names = {CheckStatus.PASS: "passed", CheckStatus.FAIL: "failed", CheckStatus.KNOWN_DEFECT: "known defects"}
     said.append(", ".join(f"{count} {names.get(s, s.value)}" for s, count in counts.items() if count or s in names))
     if report.untried:
-        said.append(f"asked for, but could not be tried: {', '.join(report.untried)}")
+        said.append(f"requested, but not tried: {', '.join(report.untried)}")
     if report.interrupted:
-        said.append("interrupted: this is what was found so far")
+        said.append("interrupted: results so far")
     return said

@@ -16,11 +16,14 @@ from harness.report.tones import ICONS
 LEDGER = "claims.html.j2"
 HEADLINES = "headlines.html.j2"
 _WAYS = ("by arithmetic", "on a GPU", "by a rehearsal", "by training")
-"""How a claim can be decided, as columns."""
+"""Columns: the ways to decide a claim."""
 _TONES = {
-    ClaimVerdict.REPRODUCED: "good", ClaimVerdict.UNDER: "open", ClaimVerdict.NOT_REPRODUCED: "bad", ClaimVerdict.INCONCLUSIVE: "open",
+    ClaimVerdict.REPRODUCED: "good",
+    ClaimVerdict.UNDER: "open",
+    ClaimVerdict.NOT_REPRODUCED: "bad",
+    ClaimVerdict.INCONCLUSIVE: "open",
     ClaimVerdict.NOT_RUN: "quiet",
-}  # fmt: skip
+}
 _ICONS = {"quiet": "–", **ICONS}
 
 
@@ -68,7 +71,7 @@ def build(rows: Sequence[JudgedClaim], software: Mapping[str, str]) -> dict[str,
 
 
 def _weight(row: JudgedClaim) -> int:
-    """Put what was decided before what was not run."""
+    """Sort decided claims before those that were not run."""
     return list(ClaimVerdict).index(row.verdict)
 
 

@@ -1,4 +1,4 @@
-"""The tables of what else a Cell costs: files, energy, and what its GPU was doing."""
+"""Tables of other costs of a Cell: files, energy, state of the GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness.report.table_model import Table, column, measurements, table
 
 _OLD = "the Record is from before this was measured"
 _QUIET = {"idle"}
-"""Reasons for a low clock that take nothing from a measurement."""
+"""Reasons for a low clock that do not affect a measurement."""
 
 
 def costs(facts: RunFacts) -> Table:
@@ -21,7 +21,7 @@ def costs(facts: RunFacts) -> Table:
         column("Adapter's file, MiB", "a safetensors file with the adapter and the head: written, looked at, removed"),
         column("Head in it, MiB", "of that, the tensors of the head"),
         column("Whole model, MiB", "its tensors as saved when merged or fully trained: summed up, no file was written"),
-        column("Energy of training, J", "of the training phase, as a counter of the driver or the kernel says"),
+        column("Energy of training, J", "of the training phase, by a counter of the driver or the kernel"),
         column("Per 1000 tokens, J", "of real tokens, padding not counted"),
     ]
     rows = [
@@ -66,12 +66,12 @@ def _no_energy(energy: Energy | None, trained: bool) -> str:
 
 
 def gpus(facts: RunFacts) -> Table:
-    """Tabulate what was seen of the GPU in the training phase; no rows for runs on a CPU."""
+    """Tabulate the state of the GPU in the training phase; no rows for runs on a CPU."""
     columns = [
         column("Reserved peak, MiB", "highest memory that torch's allocator held in the training phase, used or not"),
-        column("Driver's peak, MiB", "highest memory in use on the whole device, looked at ten times a second"),
-        column("Retries", "how often the allocator gave back what it held and asked again"),
-        column("Failed allocations", "also those that somebody caught"),
+        column("Driver's peak, MiB", "highest memory in use on the whole device, sampled ten times a second"),
+        column("Retries", "times that the allocator freed its cache and tried again"),
+        column("Failed allocations", "allocations that failed, also those that were caught"),
         column("Clock, MHz", "of its processors, as training ended; as it started in the brackets"),
         column("Power, W", "the same"),
         column("Temperature, °C", "the same"),
@@ -86,7 +86,7 @@ def gpus(facts: RunFacts) -> Table:
         counts = [gpu.alloc_retries, gpu.ooms]
         edges = (gpu.start, gpu.end)
         figures = [
-            *(_bytes(size) if size is not None else unmeasured("the driver was not asked") for size in sizes),
+            *(_bytes(size) if size is not None else unmeasured("the driver was not queried") for size in sizes),
             *(figure(str(n), n) if n is not None else unmeasured("not counted") for n in counts),
             _edges(edges, "sm_clock_Hz", 1e-6),
             _edges(edges, "power_W"),
@@ -100,14 +100,14 @@ def gpus(facts: RunFacts) -> Table:
 def _edges(edges: tuple[GpuState | None, GpuState | None], name: str, scale: float = 1.0) -> Figure:
     start, end = (getattr(edge, name, None) for edge in edges)
     if end is None:
-        return unmeasured("the driver does not say")
+        return unmeasured("the driver does not report it")
     before = f"[{start * scale:,.0f}]" if start is not None else ""
     return figure(f"{end * scale:,.0f}", end, small=before)
 
 
 def _throttled(edges: tuple[GpuState | None, GpuState | None]) -> Figure:
-    told = [edge.throttle for edge in edges if edge and edge.throttle is not None]
-    if not told:
-        return unmeasured("the driver does not say")
-    reasons = list(dict.fromkeys(reason for edge in told for reason in edge if reason not in _QUIET))
+    reported = [edge.throttle for edge in edges if edge and edge.throttle is not None]
+    if not reported:
+        return unmeasured("the driver does not report it")
+    reasons = list(dict.fromkeys(reason for edge in reported for reason in edge if reason not in _QUIET))
     return figure(", ".join(reasons) or "nothing", ", ".join(reasons) or "nothing", flag="throttled" if reasons else "")

@@ -1,4 +1,4 @@
-"""How numbers are written. An unmeasured one is a dash with its reason, never 0."""
+"""Formatting of numbers. A missing one is a dash with its reason, never 0."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ MIB = 1024 * 1024
 GIB = 1024 * MIB
 
 Figure = dict[str, Any]
-"""What a table cell shows: `text`, `value` to sort by (None if unmeasured), `small` beside it, a `flag` that warns of it,
-`why` as its tooltip."""
+"""Content of a table cell: `text`, `value` to sort by (None if missing), `small` print, warning `flag`, tooltip `why`."""
 
 
 def figure(
@@ -98,5 +97,5 @@ def median_ms(m: Median) -> str:
 
 
 def sentence(text: str) -> str:
-    """Write a reason as a sentence of its own."""
+    """Write a text with an initial capital."""
     return f"{text[:1].upper()}{text[1:]}"

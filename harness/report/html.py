@@ -57,7 +57,7 @@ def policy(style: str, script: str) -> str:
 
 
 def page_path(out: Path, option: str = "--out") -> Path:
-    """Return `out` if a page may be written there; raises UsageError for what might be somebody's other file or a device."""
+    """Return `out` if a page may be written there; raises UsageError for another kind of file or a device."""
     if out.suffix.lower() not in (".html", ".htm") or (out.exists() and not out.is_file()):
         raise UsageError(
             f"{out} is not a page", where=option, hint="name a file that ends in .html; it is written over"

@@ -1,4 +1,4 @@
-"""How latencies are shown: median, interval, percentiles, ratios; and the table of several adapters in one batch."""
+"""Figures of latencies: median, interval, percentiles, ratios; and the table of several adapters in one batch."""
 
 from __future__ import annotations
 
@@ -18,27 +18,29 @@ TITLE = "median with its 95 % interval, and the 95th percentile of 20 samples or
 
 
 def shown(latency: Latency | None, refused: str = "") -> Figure:
-    """Show a median with what else its samples say. refused: why they may not be shown."""
+    """Return the figure of a median with interval and percentiles. refused: reason why it may not be shown."""
     if refused:
         return unmeasured(refused)
     if latency is None:
-        return unmeasured("not asked for")
+        return unmeasured("not requested")
     if not latency.seconds:
-        return unmeasured(latency.because or "no samples, and the Record does not say why")
+        return unmeasured(latency.because or "no samples; the Record gives no reason")
     m = median_interval(latency.seconds)
     tail = percentile(latency.seconds, 0.95)
     small = formatting.median_ms(m) + (f" p95 {formatting.milliseconds(tail)}" if tail is not None else "")
-    return figure(formatting.milliseconds(m.value), m.value, small=small, why=f"{m.count} samples; {_told(latency)}")
+    return figure(
+        formatting.milliseconds(m.value), m.value, small=small, why=f"{m.count} samples; {_percentiles(latency)}"
+    )
 
 
-def _told(latency: Latency) -> str:
-    said = []
+def _percentiles(latency: Latency) -> str:
+    found = []
     for share in SHARES:
         value, name = percentile(latency.seconds, share), f"p{100 * share:.0f}"
-        said.append(
+        found.append(
             f"{name} {formatting.milliseconds(value)} ms" if value is not None else f"no {name} under {needed(share)}"
         )
-    return ", ".join(said)
+    return ", ".join(found)
 
 
 def ratio(latency: Latency | None, base: Latency | None, refused: str) -> Figure:
@@ -54,18 +56,18 @@ def ratio(latency: Latency | None, base: Latency | None, refused: str) -> Figure
 def mixed(found: Sequence[Latency]) -> list[Latency]:
     """Return the batches of several adapters, and the one adapter that these are held against.
 
-    Records of before 2026-11-26T14:00Z do not say which that is, and have no other batch of its size.
+    Records from before 2026-11-26T14:00Z do not mark that one, and have no other batch of its size.
     """
     batches = {x.batch for x in found if x.variant == "multi-adapter"}
-    told = any(x.adapters == 1 for x in found)
-    return [x for x in found if (x.adapters is not None if told else x.batch in batches)]
+    marked = any(x.adapters == 1 for x in found)
+    return [x for x in found if (x.adapters is not None if marked else x.batch in batches)]
 
 
 def several(facts: RunFacts) -> Table:
-    """Tabulate batches whose rows have adapters of their own, beside the same batch with one adapter for all."""
+    """Tabulate batches with one adapter per row, compared with the same batch through one adapter."""
     columns = [
         column("What", "kind of forward pass, batch x tokens", number=False),
-        column("Adapters", "each row of the batch goes through another; always four, whatever batch was asked for"),
+        column("Adapters", "each row of the batch goes through another one; always four"),
         column("One for all, ms", f"the same batch through one unmerged adapter: {TITLE}"),
         column("One each, ms", TITLE),
         column("Each / all", "ratio of medians: what mixing costs"),

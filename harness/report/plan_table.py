@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from harness.records.record import SCHEMA, Predicted, Record, Status
 from harness.report.formatting import mebibytes, seconds
 from harness.suites.expand import Plan
 from harness.suites.suite import Suite
+
+_HEAD = ("cell", "id", "name", "memory, MiB", "weights", "activations", "last run")
 
 
 def predictions(suite: Suite, plan: Plan) -> dict[str, Predicted | str]:
@@ -69,16 +72,19 @@ def planning(
 
 
 def as_text(document: Mapping[str, Any]) -> str:
-    """Lay the document of `planning` out for people."""
-    rows = [[c["cell_id"], c["id"], c["name"], _expected(c), _said(c["last"])] for c in document["cells"]]
+    """Return the plan as a table: one line per Cell, then the comparisons and what the numbers mean."""
+    rows = [
+        _HEAD,
+        *((c["cell_id"], c["id"], c["name"], *_sizes(c["predicted"]), _time(c["last"])) for c in document["cells"]),
+    ]
     questions = [f"  {c['kind']}: {c['says']}" for c in document["comparisons"]]
     return "\n".join(
         [
             f"{document['suite']}: {document['title']}",
             *align_columns(rows),
-            *(["asks:", *questions] if questions else []),
+            *(["compares:", *questions] if questions else []),
             _summary(document["estimate"]),
-            *_worth(document),
+            *_notes(document["cells"]),
         ]
     )
 
@@ -90,44 +96,28 @@ def _predicted(found: Predicted | str | None) -> dict[str, Any]:
     return {"predicted": {**found.model_dump(), "total_B": found.total_B}, "not_predicted": ""}
 
 
-def _expected(row: Mapping[str, Any]) -> str:
-    parts = row["predicted"]
-    if parts is None:
-        return "no prediction" if row["not_predicted"] else ""
-    passing = parts["activations_B"]
-    with_what = "" if passing is None else f", activations {mebibytes(passing + (parts['logits_B'] or 0))}"
-    by = f" by {parts['peak_by']}" if parts["peak_by"] else ""
-    peak = f", in a step at most {mebibytes(parts['peak_B'])}{by}" if parts["peak_B"] is not None else ""
-    step = f", the optimizer's step {mebibytes(parts['step_B'])}" if parts["step_B"] else ""
-    host = f", {mebibytes(parts['optimizer_host_B'])} on the host" if parts["optimizer_host_B"] else ""
-    return f"{mebibytes(parts['total_B'])} MiB: weights {mebibytes(parts['weights_B'])}{with_what}{step}{host}{peak}"
+def _sizes(predicted: Mapping[str, Any] | None) -> tuple[str, str, str]:
+    """Return the total, the weights and the activations with logits, in MiB."""
+    if predicted is None:
+        return ("-", "-", "-")
+    activations = predicted["activations_B"]
+    passing = "-" if activations is None else mebibytes(activations + (predicted["logits_B"] or 0))
+    return (mebibytes(predicted["total_B"]), mebibytes(predicted["weights_B"]), passing)
 
 
-def _worth(document: Mapping[str, Any]) -> list[str]:
-    """Say what the predictions are, and why some Cells have none."""
-    said = []
-    if any(row["predicted"] for row in document["cells"]):
-        said.append(
-            "memory is predicted from shapes, at the longest texts: tensors of weights, training and activations, without "
-            "what an allocator wastes; activations only for models like Llama, and their logits where every token has a "
-            "loss. What is in a step at most is counted by the step itself on tensors without data, on a CPU; where only "
-            "answers have a loss, of answers of one token. Scoring and latencies are not in it. `peft-harness fit` says more"
+def _notes(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield what the predictions include, and which Cells have none or only a part, each reason once."""
+    predicted = [row["predicted"] for row in cells if row["predicted"]]
+    if predicted:
+        yield (
+            "Memory is predicted: no allocator overhead, evaluation or latency included. Details: peft-harness explain memory"
         )
-    untouched: dict[str, int] = {}
-    for row in document["cells"]:
-        if row["predicted"] and (what := row["predicted"]["untouched"]):
-            untouched[what] = untouched.get(what, 0) + 1
-    said += [f"of {plural(n, 'Cell')}: {what}" for what, n in untouched.items()]
-    reasons: dict[str, int] = {}
-    refused: dict[str, int] = {}
-    for row in document["cells"]:
-        if row["not_predicted"]:
-            reasons[row["not_predicted"]] = reasons.get(row["not_predicted"], 0) + 1
-    for row in document["cells"]:
-        if row["predicted"] and (why := row["predicted"]["no_peak"]):
-            refused[why] = refused.get(why, 0) + 1
-    said += [f"no step was counted for {plural(n, 'Cell')}: {why}" for why, n in refused.items()]
-    return said + [f"no prediction for {plural(n, 'Cell')}: {why}" for why, n in reasons.items()]
+    for what, n in Counter(p["untouched"] for p in predicted if p["untouched"]).items():
+        yield f"of {plural(n, 'Cell')}: {what}"
+    for why, n in Counter(p["no_peak"] for p in predicted if p["no_peak"]).items():
+        yield f"no training step simulated for {plural(n, 'Cell')}: {why}"
+    for why, n in Counter(row["not_predicted"] for row in cells if row["not_predicted"]).items():
+        yield f"no prediction for {plural(n, 'Cell')}: {why}"
 
 
 def _newest(wanted: set[str], runs: Path) -> dict[str, Record]:
@@ -156,23 +146,20 @@ def _last(record: Record | None) -> dict[str, Any] | None:
     }
 
 
-def _said(last: Mapping[str, Any] | None) -> str:
+def _time(last: Mapping[str, Any] | None) -> str:
+    """Return the duration of the newest Record, with its status if it is not ok."""
     if last is None:
-        return "no estimate without a finished run here"
-    if last["status"] != Status.OK:
-        return f"last run ended as {last['status']} after {seconds(last['duration_s'])}"
-    peak = last["peak_memory_B"]
-    memory = f", peak {mebibytes(peak)} MiB" if peak is not None else ""
-    return f"last run took {seconds(last['duration_s'])}{memory}"
+        return "-"
+    return f"{'' if last['status'] == Status.OK else last['status'] + ' after '}{seconds(last['duration_s'])}"
 
 
 def _summary(estimate: Mapping[str, Any]) -> str:
-    count, known = estimate["of"], estimate["cells"]
-    counted = plural(count, "Cell")
-    largest = estimate["predicted_B"]
-    counted += f"; the largest is predicted to take {mebibytes(largest)} MiB" if largest is not None else ""
+    count, known, largest = estimate["of"], estimate["cells"], estimate["predicted_B"]
+    text = plural(count, "Cell") + (
+        f"; largest predicted memory {mebibytes(largest)} MiB" if largest is not None else ""
+    )
     if not known:
-        return f"{counted}; no estimate of time without a finished run here"
-    rest = f"; no estimate for the other {count - known}" if known < count else ""
+        return f"{text}; time unknown until they have run here once"
+    rest = f"; time unknown for the other {count - known}" if known < count else ""
     peak = f", peak {mebibytes(estimate['peak_memory_B'])} MiB" if estimate["peak_memory_B"] else ""
-    return f"{counted}; {known} took {seconds(estimate['seconds'])} last time{peak}{rest}"
+    return f"{text}; {known} took {seconds(estimate['seconds'])} last time{peak}{rest}"

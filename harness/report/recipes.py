@@ -1,4 +1,4 @@
-"""Several runs of one recipe: a table of means over seeds, and the searches for learning rates."""
+"""Tables of means over seeds, and of searches for learning rates."""
 
 from __future__ import annotations
 
@@ -103,8 +103,10 @@ def searched(facts: RunFacts) -> Table | None:
     columns = [
         column("Chosen", "the learning rate of the Cells that are ranked"),
         *(column(f"{rate:g}", "accuracy with this learning rate, on test items that rank nothing") for rate in rates),
-        column("Band, points", "highest minus lowest accuracy over what was tried: how much the choice matters"),
-        column("The choice", "beside the other learning rates that were tried", number=False),
+        column(
+            "Band, points", "highest minus lowest accuracy over the learning rates tried: how much the choice matters"
+        ),
+        column("The choice", "compared with the other learning rates tried", number=False),
     ]
     groups: dict[str, list[Table]] = {}
     for search in found:
@@ -145,8 +147,8 @@ def _choice(search: tuning.Search) -> str:
     chosen = {t.lr for t in search.tries if t.chosen and t.score}
     if not chosen:
         return "unknown: the learning rate that was chosen has no score"
-    said = "the best tried" if chosen & set(search.best) else f"not told apart from the best, {search.best[0]:g}"
-    return said + ("; the best lies at an end of what was tried" if search.at_edge else "")
+    choice = "the best tried" if chosen & set(search.best) else f"not distinguishable from the best, {search.best[0]:g}"
+    return choice + ("; the best is the lowest or highest rate tried" if search.at_edge else "")
 
 
 def lines(facts: RunFacts) -> list[list[str]]:

@@ -137,17 +137,17 @@ def _check(c: CheckResult) -> Section:
     }
 
 
-def told(c: CheckResult) -> str:
+def check_sentence(c: CheckResult) -> str:
     """Describe a check in one sentence, with the numbers it has."""
     return f"{c.check}: {described}" if (described := describe(c)) else c.check
 
 
 def duration(facts: RunFacts) -> str:
-    """Say how long a run took. The footer of a resumed run speaks of its last invocation only."""
+    """Return the duration of a run as text. The footer of a resumed run covers its last invocation only."""
     footer = facts.run.footer
     inside = formatting.seconds(sum(r.duration_s for r in facts.latest.values()))
     if footer is None:
-        return f"took an unknown time, for want of a footer; its Cells so far took {inside} together"
+        return f"took an unknown time (no footer); its Cells so far took {inside} in total"
     if not footer.kept:
         return f"took {formatting.seconds(footer.seconds_total)}"
     return (
@@ -157,21 +157,21 @@ def duration(facts: RunFacts) -> str:
 
 
 def time(facts: RunFacts) -> Section:
-    """Say where the time went: in each Cell, and outside the Cells."""
-    lives = []
+    """Return the use of time: in each Cell, and outside the Cells."""
+    bars = []
     for record in facts.latest.values():
         spent = [(p.name, p.seconds) for p in record.phases if p.name != measurements.STARTUP]
         rest = measurements.unaccounted_seconds(record)
         own = [*spent, (charts.NO_PHASE, rest)] if record.phases and rest > 0 else spent
         if record.phases:
-            lives.append(charts.PhaseBars(facts.titles[record.cell_id], measurements.startup_seconds(record), own))
-    return {"chart": charts.phases("Phases of each Cell", lives) if lives else None, **_outside(facts)}
+            bars.append(charts.PhaseBars(facts.titles[record.cell_id], measurements.startup_seconds(record), own))
+    return {"chart": charts.phases("Phases of each Cell", bars) if bars else None, **_outside(facts)}
 
 
 def _outside(facts: RunFacts) -> Section:
     footer = facts.run.footer
     if footer is None or footer.seconds_total <= 0:
-        return {"sentence": "Time outside the Cells: not known, the run has no footer.", "tone": "open", "outside": []}
+        return {"sentence": "Time outside the Cells: unknown, the run has no footer.", "tone": "open", "outside": []}
     # With several Cells at once their times add up to more than the run, so the two are not always complements.
     named = sum(footer.seconds_outside.values())
     outside = max(named, footer.seconds_total - footer.seconds_in_cells)
@@ -237,12 +237,12 @@ def _code(facts: RunFacts, e: Environment) -> dict[str, str]:
 
 
 def _workers(facts: RunFacts) -> dict[str, str]:
-    """What the workers said of themselves, beside what the runner knew; several values only where they differ."""
-    said: dict[str, dict[str, None]] = {}
+    """Return the workers' facts about themselves; several values only where they differ."""
+    values: dict[str, dict[str, None]] = {}
     for record in facts.latest.values():
         for key, value in _flat(record.environment.extra):
-            said.setdefault(key, {})[value] = None
-    return {key: " | ".join(values) for key, values in said.items() if any(values)}
+            values.setdefault(key, {})[value] = None
+    return {key: " | ".join(found) for key, found in values.items() if any(found)}
 
 
 def _flat(extra: dict[str, Json]) -> Iterator[tuple[str, str]]:
@@ -266,7 +266,7 @@ def _pairs(mapping: dict[str, str]) -> list[Section]:
 
 
 def failures(facts: RunFacts) -> list[Section]:
-    """List every attempt that did not end well or failed a check, the last ones and earlier ones."""
+    """List every attempt that failed or that failed a check, earlier ones included."""
     ill = [r for r in facts.run.records if r.status is not Status.OK or failed_checks.failed(r)]
     return [_failure(facts, r) for r in ill if r.cell_id in facts.titles]
 
@@ -275,7 +275,7 @@ def _failure(facts: RunFacts, record: Record) -> Section:
     f = record.failure
     memory = []
     if f and f.requested_B is not None:
-        memory.append(f"asked for {formatting.mebibytes(f.requested_B)} MiB")
+        memory.append(f"requested {formatting.mebibytes(f.requested_B)} MiB")
     if f and f.last_peak_B is not None:
         memory.append(f"last peak {formatting.mebibytes(f.last_peak_B)} MiB")
     superseded = facts.latest[record.cell_id].id != record.id if record.cell_id in facts.latest else False
@@ -293,7 +293,7 @@ def _failure(facts: RunFacts, record: Record) -> Section:
         "phase": f.phase if f else "",
         "memory": ", ".join(memory),
         "traceback": f.traceback if f else "",
-        "checks": [told(c) for c in failed_checks.failed(record)],
+        "checks": [check_sentence(c) for c in failed_checks.failed(record)],
         "log": f"logs/{record.id}.txt",
     }
 
@@ -316,7 +316,7 @@ def rerun(facts: RunFacts) -> Section:
 
 
 def notes(facts: RunFacts) -> list[Section]:
-    """Collect what the Records say a reader must know, each note once."""
+    """Collect the notes of the Records, each once."""
     found: dict[str, list[str]] = {}
     for record in facts.latest.values():
         for note in record.notes:

@@ -1,4 +1,4 @@
-"""What every table of the report is made of: columns, and rows in groups that sorting never mixes."""
+"""Tables of the report: columns, and rows in groups that sorting never mixes."""
 
 from __future__ import annotations
 

@@ -20,14 +20,14 @@ from harness.report.table_model import table as _table
 from harness.report.tones import icon, tone
 
 _EXPECTED = (
-    f"after ≈ what the model's shape alone lets expect, flagged where they part by more than {FOOTPRINT_LEDGER:.0%} and "
+    f"after ≈ the prediction from the model's shape, flagged where they differ by more than {FOOTPRINT_LEDGER:.0%} and "
     f"{FOOTPRINT_SHOWN_B // formatting.MIB} MiB"
 )
 STATUS = "status"
 """Key of the comparison table's first column; those of metrics are their names."""
 _RANK = "Against the best"
 _NAMED = 3
-"""Busy Cells that the note names; each is flagged in its row, and a whole run on a busy machine may be so."""
+"""Busy Cells that the note names; each is also flagged in its row."""
 
 
 def comparison(facts: RunFacts) -> Table:
@@ -65,14 +65,26 @@ def _metrics(facts: RunFacts, cell: Cell, record: Record | None) -> Iterator[Fig
 
 
 def _unreferenced_note(facts: RunFacts) -> list[str]:
-    """Say which Cells nothing could be compared with, so that nobody misses their times or takes them for checked."""
+    """Return a note on Cells without a reference, so that they are not taken for checked."""
     found = [(facts.titles[r.cell_id], why) for r in facts.latest.values() if (why := failed_checks.unreferenced(r))]
     names = ", ".join(title for title, _ in found)
     return [f"{found[0][1]}, nor for what their papers say: {names}."] if found else []
 
 
+def short_notes(facts: RunFacts) -> list[str]:
+    """Return the notes of the comparison for the terminal; the page has the rule and the numbers."""
+    busy = [facts.titles[r.cell_id] for r in facts.latest.values() if contention.busy(r)]
+    if not busy:
+        return _unreferenced_note(facts)
+    names = ", ".join([*busy[:_NAMED], *([f"and {len(busy) - _NAMED} more"] if len(busy) > _NAMED else [])])
+    text = (
+        f"busy: other programs used the CPU, so that these times are too high: {names}. Rule: peft-harness explain busy"
+    )
+    return [*_unreferenced_note(facts), text]
+
+
 def _busy_note(facts: RunFacts) -> list[str]:
-    """State the rule of the flag, where it is shown."""
+    """Return a note with the rule of the flag, where it is shown."""
     found = [f"{facts.titles[r.cell_id]}, {why}" for r in facts.latest.values() if (why := contention.busy(r))]
     more = f"; and {len(found) - _NAMED} more Cells" if len(found) > _NAMED else ""
     return [f"{contention.RULE}: {'; '.join(found[:_NAMED])}{more}."] if found else []
@@ -151,14 +163,14 @@ def memory(facts: RunFacts) -> Table:
         *(_column(name, f"sum over tensors; {_EXPECTED}") for name in ("Weights", "Adapter", "Gradients", "Optimizer")),
         _column(
             "Other in training",
-            "training peak minus all to the left: activations, buffers, the allocator's slack; after ≈ what the shape lets "
-            "expect of activations and logits, at the longest texts, or of the optimizer's step, if that is more",
+            "training peak minus all to the left: activations, buffers, the allocator's slack; after ≈ the prediction "
+            "of activations and logits, at the longest texts, or of the optimizer's step, if that is more",
         ),
         _column(
             "Tensors in a step",
-            "the most that tensors took at one time in a training step, counted; on a CPU in one more step after the "
-            "training, so that GaLore's SVD is in it only where that step has one; after ≈ the same step on tensors "
-            f"without data, flagged where they part by more than {FOOTPRINT_LEDGER:.0%}",
+            "memory of tensors at one time in a training step, counted; on a CPU in one more step after the "
+            "training, so that GaLore's SVD is in it only where that step has one; after ≈ the same step on fake "
+            f"tensors, flagged where they differ by more than {FOOTPRINT_LEDGER:.0%}",
         ),
         *(_column(f"Peak: {name}", f"highest memory inside the phase “{name}”") for name in names),
         _column("Source", "how the peaks were taken", number=False),
@@ -172,8 +184,8 @@ def memory(facts: RunFacts) -> Table:
         peaks = {p.name: p.peak_memory_B for p in record.phases}
         figures = [
             _bytes(m.memory.baseline_B),
-            *(_beside(size, name, m.memory) for name, size in parts.items() if name != "optimizer"),
-            _with_host(_beside(parts["optimizer"], "optimizer", m.memory), m.memory),
+            *(_with_prediction(size, name, m.memory) for name, size in parts.items() if name != "optimizer"),
+            _with_host(_with_prediction(parts["optimizer"], "optimizer", m.memory), m.memory),
             _bytes(peak - taken) | _rest(m.memory.predicted)
             if peak is not None
             else unmeasured("no peak of a training phase"),
@@ -188,13 +200,13 @@ def memory(facts: RunFacts) -> Table:
     return _table(facts, "memory", "Memory, MiB", columns, rows)
 
 
-def _beside(size: int, part: str, memory: Memory) -> Figure:
-    """Show what was counted of one part of the ledger, and beside it what was predicted."""
+def _with_prediction(size: int, part: str, memory: Memory) -> Figure:
+    """Return the figure of one part of the ledger: counted, with the prediction in small print."""
     if memory.predicted is None:
         return _bytes(size) | {"why": f"not predicted: {memory.not_predicted}" if memory.not_predicted else ""}
     expected = getattr(memory.predicted, f"{part}_B")
-    apart = abs(expected - size)
-    off = apart > FOOTPRINT_LEDGER * size and apart > FOOTPRINT_SHOWN_B
+    error = abs(expected - size)
+    off = error > FOOTPRINT_LEDGER * size and error > FOOTPRINT_SHOWN_B
     why = f"predicted {expected:,} B, counted {size:,} B"
     return _bytes(size) | {
         "small": f"≈ {formatting.mebibytes(expected)}",
@@ -204,25 +216,25 @@ def _beside(size: int, part: str, memory: Memory) -> Figure:
 
 
 def _in_step(memory: Memory) -> Figure:
-    """Show what tensors took in a step, and beside it what the same step on tensors without data let expect."""
+    """Return the figure of the tensors in a step: counted, with the prediction on fake tensors in small print."""
     if (counted := memory.counted_peak_B) is None:
         return unmeasured("not trained, or not counted")
     predicted = memory.predicted
     if predicted is None or predicted.peak_B is None:
         return _bytes(counted) | {"why": f"not predicted: {why}" if predicted and (why := predicted.no_peak) else ""}
-    shown = _beside(counted, "peak", memory)
+    shown = _with_prediction(counted, "peak", memory)
     return shown | {"why": shown["why"] + (f", by {predicted.peak_by}" if predicted.peak_by else "")}
 
 
 def _with_host(shown: Figure, memory: Memory) -> Figure:
-    """Say beside the optimizer's figure what of its state is in the host's memory, and so in no other figure."""
+    """Add to the optimizer's figure its state in the host's memory, which no other figure includes."""
     expected = memory.predicted.optimizer_host_B if memory.predicted else 0
     if not (memory.optimizer_host_B or expected):
         return shown
-    beside = f"{memory.optimizer_host_B:,} B more in the host's memory"
-    beside += f", predicted {expected:,} B" if memory.predicted else ""
+    host = f"{memory.optimizer_host_B:,} B more in the host's memory"
+    host += f", predicted {expected:,} B" if memory.predicted else ""
     small = f"{shown['small']}, + {formatting.mebibytes(memory.optimizer_host_B)} on the host".removeprefix(", ")
-    return shown | {"small": small, "why": "; ".join(filter(None, [shown["why"], beside]))}
+    return shown | {"small": small, "why": "; ".join(filter(None, [shown["why"], host]))}
 
 
 def _rest(predicted: Predicted | None) -> Figure:

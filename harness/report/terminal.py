@@ -30,7 +30,7 @@ def summary(f: RunFacts) -> list[str]:
     for j in f.verdict.judgements:
         lines.append(f"{icon(j.verdict.word)} {j.verdict.word.value}: {j.comparison.says}")
         lines.append(f"    {j.verdict.reason}")
-    lines += [f"! {note}" for note in table["notes"]]
+    lines += [f"! {note}" for note in tables.short_notes(f)]
     unreached: dict[str, list[str]] = {}  # the other notes are on the page only
     for record in f.latest.values():
         for note in notes_of_kind(record, NoteKind.UNREACHED_EXPERTS):
@@ -39,7 +39,9 @@ def summary(f: RunFacts) -> list[str]:
     p = f.verdict.parity
     lines.append(f"parity: {p.passed} checks passed, {p.failed} failed, {p.skipped} skipped")
     lines += [
-        f"failed: {f.titles[r.cell_id]}: {sections.told(c)}" for r in f.latest.values() for c in failed_checks.failed(r)
+        f"failed: {f.titles[r.cell_id]}: {sections.check_sentence(c)}"
+        for r in f.latest.values()
+        for c in failed_checks.failed(r)
     ]
     lines += [f"diverged: {f.titles[r.cell_id]}: {why}" for r in f.latest.values() if (why := divergence.diverging(r))]
     if f.verdict.how != "finished":

@@ -1,4 +1,4 @@
-"""Everything the report shows, as one plain dict: templates look up and loop, they never compute."""
+"""Content of the report page, as one plain dict: templates look up and loop, they never compute."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _verdict(f: RunFacts) -> dict[str, Any]:
 
 
 def _alerts(f: RunFacts) -> list[dict[str, Any]]:
-    """Say at the top what is not whole: an unfinished run, missing Cells, changed or torn files, Records from elsewhere."""
+    """Return the alerts: unfinished run, missing Cells, changed or torn files, Records from other environments."""
     found: list[dict[str, Any]] = []
     if f.verdict.how != "finished":
         hint = f"peft-harness run SUITE --resume {f.run.manifest.run} measures the rest"
@@ -101,10 +101,10 @@ def _alerts(f: RunFacts) -> list[dict[str, Any]]:
     red = [(r, c) for r in f.latest.values() if r.status is Status.OK for c in failed_checks.failed(r)]
     if red:
         text = "Measured, although a check failed; speeds of what failed are not shown:"
-        found.append({"text": text, "items": [f"{f.titles[r.cell_id]}: {sections.told(c)}" for r, c in red]})
+        found.append({"text": text, "items": [f"{f.titles[r.cell_id]}: {sections.check_sentence(c)}" for r, c in red]})
     rising = [(r, why) for r in f.latest.values() if (why := divergence.diverging(r))]
     if rising:
-        text = "Measured, although training diverged (a lower `lr`, a longer `warmup` or a wider dtype may mend it):"
+        text = "Measured, although training diverged (a lower `lr`, a longer `warmup` or a wider dtype may help):"
         found.append({"text": text, "items": [f"{f.titles[r.cell_id]}: {why}" for r, why in rising]})
     if f.verdict.missing:
         n = len(f.verdict.missing)
@@ -161,7 +161,7 @@ def _group(f: RunFacts, g: Group) -> dict[str, Any]:
 
 
 def _alone(f: RunFacts, g: Group) -> dict[str, Any]:
-    """Show what no other shares its budget with."""
+    """Return the view of an entry without another one of the same budget."""
     (entry,) = g.entries
     title = f"{entry.record.cell.model} {f.entry_name(entry)}"
     return {
@@ -181,13 +181,13 @@ def _budget(g: Group) -> str:
 
 
 def _cut(record: Record) -> int | None:
-    """Return how many test items were longer than the budget allows; None where nobody counted."""
+    """Return the number of test items longer than the budget allows; None where not counted."""
     accuracy = record.measurements.accuracy if record.measurements else None
     return accuracy.cut_items if accuracy else None
 
 
 def _sentences(f: RunFacts, g: Group) -> list[str]:
-    """Say who is best, who is tied with it, what the comparison cannot see."""
+    """Return the ranking as sentences: the best, those tied with it, the limits of the comparison."""
 
     def listed(entries: Sequence[RankingEntry]) -> str:
         return ", ".join(f"{f.entry_name(e)} ({_gap(e)})" for e in entries)
@@ -211,7 +211,7 @@ def _sentences(f: RunFacts, g: Group) -> list[str]:
         sentences.append(f"For orientation, without training: {listed(g.untrained)}.")
     if g.data_differ:
         sentences.append("Not on the same data: of one seed, some were trained on other examples or in another order.")
-    return [*sentences, *_what_it_sees(g)]
+    return [*sentences, *_scope(g)]
 
 
 def _moderated(g: Group) -> str:
@@ -219,8 +219,8 @@ def _moderated(g: Group) -> str:
     return f", moderated by that of all {len(g.ranked)} recipes" if shared else ""
 
 
-def _what_it_sees(g: Group) -> list[str]:
-    """Say what the tests of a group are about, and how small a difference they find."""
+def _scope(g: Group) -> list[str]:
+    """Return sentences on the scope of a group's tests and their smallest detectable difference."""
     finds = (
         f"Smallest difference that one comparison here finds with 80 % power: {100 * (g.detectable or 0):.1f} points"
     )

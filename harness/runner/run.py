@@ -32,8 +32,7 @@ from harness.runner.executors.executor import Device, Executor
 from harness.runner.executors.local import Local
 from harness.runner.progress import Progress
 from harness.suites import loader, model_checks
-from harness.suites.expand import Plan
-from harness.suites.expand import only as keep_only
+from harness.suites.expand import Plan, select
 from harness.suites.suite import Suite
 
 DEFAULT_TIMEOUT_S = 3600.0
@@ -87,18 +86,18 @@ def run_suite(
     """
     times = _Times()
     suite = loader.load(suite_name)
-    plan = suite.plan if only is None else keep_only(suite.plan, only)
+    plan = suite.plan if only is None else select(suite.plan, only)
     here = environment.describe(environment.threads())
     with contextlib.ExitStack() as stack:
         old = _find_old(plan, out, resume, stack)
-        model_checks.refuse(suite, plan)
+        model_checks.check_models(suite, plan)
         entered = stack.enter_context(executor or Local())
         chosen = entered.device(device)
         times.lap("startup")
         progress = Progress(plan.cells)
         stack.callback(progress.close)
         assets = _fetch(suite, plan, progress)
-        model_checks.refuse(suite, plan)  # again: now every model is on this machine
+        model_checks.check_models(suite, plan)  # again: now every model is on this machine
         times.lap("fetch")
         if old:
             folder, run_id, done = _reopen(old, here, assets, chosen, progress, is_remote=entered.is_remote)
@@ -202,7 +201,7 @@ def _fetch(suite: Suite, plan: Plan, progress: Progress) -> CellAssets:
     def asset(source: Source) -> Asset:
         if source.name not in ready:
             path = fetch.ensure(source, progress.fetching)
-            ready[source.name] = Asset(path=str(path.absolute()), source=source, use=fetch.use(source))
+            ready[source.name] = Asset(path=str(path.absolute()), source=source, use=fetch.asset_use(source))
         return ready[source.name]
 
     places = {entry.id: entry.places["items"] for entry in suite.entries}

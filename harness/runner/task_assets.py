@@ -12,7 +12,7 @@ from harness.assets.table import Source
 from harness.cell.job import Asset, JobTask
 from harness.errors import Problem, SuiteError
 from harness.records.record import AssetUse
-from harness.suites.tasks import Task
+from harness.suites.tasks import Task, TaskSpec
 
 
 def ready(task: Task, items: int, where: str, fetched: Callable[[Source], Asset]) -> tuple[Asset | None, JobTask]:
@@ -27,21 +27,19 @@ def ready(task: Task, items: int, where: str, fetched: Callable[[Source], Asset]
         problems += task.problems("data", task.data, Path(data.path))
     if task.train and train:
         problems += task.problems("train", task.train, Path(train.path))
-    if task.own is not None and data and items > (most := splits.count(Path(data.path), task.own.splits["test"])):
+    if (
+        task.upstream is not None
+        and data
+        and items > (most := splits.count(Path(data.path), task.upstream.splits["test"]))
+    ):
         what = f"`items` is {items}, those of `tune` included, and {task.name} has {most} test items"
         problems.append(Problem(where, what, f"write at most {most}"))
     if problems:
         raise SuiteError(list(dict.fromkeys(problems)))
     spec = hashlib.sha256(json.dumps(task.spec, sort_keys=True).encode()).hexdigest()
     return data, JobTask(
-        name=task.name,
-        spec=task.spec,
-        labels=task.labels,
-        test=task.test,
-        shuffle_seed=task.shuffle_seed,
+        **{name: getattr(task, name) for name in TaskSpec.model_fields},
         use=AssetUse(name=task.name, source=f"task:{task.path.name}", sha256=spec),
-        answers=task.answers,
         train=train,
-        file=str(task.path) if task.own else "",
-        judge=task.judge,
+        file=str(task.path) if task.upstream else "",
     )

@@ -16,7 +16,7 @@ from harness.methods.registry import Registry
 from harness.methods.spec import FieldProblem, MethodInfo
 from harness.records.record import Base, Dtype, Evaluation, Optimizer, Training
 from harness.suites import synthetic_task, tasks, tuning
-from harness.suites.constraints import impossible, listed_twice, of_training
+from harness.suites.constraints import combination_problems, duplicate_problems, training_problems
 from harness.suites.schema import BaseKeys, CellKeys, Timed, TuneKeys
 from harness.suites.tasks import Task
 from harness.suites.tuning import Tune
@@ -117,14 +117,14 @@ class _EntryChecker:
                 self._offer("method", method, implementation, self._path("implementation", i))
         for i, base in enumerate(keys.base):
             self._base(base, self._path("base", i))
-        wrong = list(impossible(config, self.context.methods, keys.base, self.steps))
+        wrong = list(combination_problems(config, self.context.methods, keys.base, self.steps))
         self._add(wrong)
-        self._add(listed_twice(keys, config))
+        self._add(duplicate_problems(keys, config))
         training = self._training(config)
         tune = self._tune(keys.tune, config, training) if training and keys.tune else None
         if tune:
             tried = {name: fields | tune.axes(name) for name, fields in config.items()}
-            more = impossible(tried, self.context.methods, keys.base, self.steps)
+            more = combination_problems(tried, self.context.methods, keys.base, self.steps)
             self._add((("tune", *path), what, hint) for path, what, hint in more if (path, what, hint) not in wrong)
         if len(self.context.problems) > before:
             return None
@@ -263,7 +263,7 @@ class _EntryChecker:
             what = f"{name} has no training split, and `steps` is {self.steps}"
             hint = "write `steps: 0`, or a task of your own whose `metadata` names a training set"
             context.problem(self._path("training", "steps"), what, hint)
-        if task.own is None and items is not None and items > task.test:
+        if task.upstream is None and items is not None and items > task.test:
             what = f"`items` is {items}, but {name} has {task.test} test items"
             context.problem(self._path("evaluation", "items"), what, f"write at most {task.test}")
         if encoders and not task.labels:
@@ -305,7 +305,7 @@ class _EntryChecker:
         if 0 < self.steps < training[0].warmup:  # where nothing trains, the warm-up of a block has no effect
             what = f"`warmup` is {training[0].warmup}, longer than the {self.steps} steps"
             self.context.problem(self._path("training", "warmup"), what, "shorten it, or train longer")
-        self._add(of_training(config, self.context.methods, self.keys, axes, self.steps))
+        self._add(training_problems(config, self.context.methods, self.keys, axes, self.steps))
         for i, ratio in enumerate(axes.get("lr_ratio", ())):
             self._ratio(config, ratio, self._path("training", "lr_ratio", i))
         batches = dict.fromkeys(t.batch for t in training)

@@ -1,9 +1,8 @@
-"""Tasks: lm-eval YAML files whose `metadata` says which data they score and train on, and how. No torch."""
+"""Load tasks: lm-eval YAML files with the data they are scored and trained on in `metadata`. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,16 +19,16 @@ from harness.suites.schema import SYNTHETIC
 from harness.yaml_lines import Document
 
 Role = Literal["data", "train"]
-"""What a task uses a source for; one may serve for both."""
+"""Role of a source in a task; one source may have both."""
 
 
 class Answers(FrozenModel):
-    """How the answers of a task are taught, where they are texts."""
+    """How a model is trained on the answers of a task, where they are texts."""
 
     loss: Literal["answer", "all"] = "answer"
-    """Which tokens carry loss: those of the answer, or all but the first."""
+    """Tokens with a loss: those of the answer, or all but the first."""
     eos: bool = True
-    """Whether the end of an answer is taught, by the tokenizer's end-of-sequence token."""
+    """Whether an answer ends with the tokenizer's end-of-sequence token."""
 
 
 class Metadata(BaseModel):
@@ -74,38 +73,41 @@ class AnsweredFile(BaseModel):
     metadata: AnsweredMetadata
 
 
-@dataclass(frozen=True)
-class Task:
-    """One task.
-
-    spec: the whole lm-eval mapping, as read. data: the Source that `metadata.data` names; train: another one to train on.
-    labels: how many classes, which an encoder can tell apart; 0: only a causal model can do it. answers: of a task whose
-    answers are texts. test: the first rows of `data` after one shuffle with `shuffle_seed`; without `train` the rest of them
-    train. own: one of lm-eval's tasks, with its own splits, in their order; `test` is then 0, for all. judge: the filter of
-    lm-eval that counts, also where choices are scored. Of `synthetic` all is empty but the name and the labels, which an
-    encoder gets at random, and data is None.
-    """
+class TaskSpec(FrozenModel):
+    """The part of a task that a worker gets as it is."""
 
     name: str
-    path: Path
     spec: dict[str, Any]
-    data: Source | None
-    train: Source | None
+    """lm-eval's mapping, with `metadata`."""
     labels: int
+    """Number of classes, which an encoder can tell apart; 0: for causal models only."""
     test: int
+    """How many rows are the test set, after one shuffle with `shuffle_seed`; 0 for a task of lm-eval: all of its split."""
     shuffle_seed: int
-    answers: Answers | None
-    own: lm_eval_files.Named | None = None
-    judge: str = "none"
+    answers: Answers | None = None
+    """None for a task with classes."""
+    filter: str = "none"
+    """lm-eval's filter by which a task is scored."""
+
+
+class Task(TaskSpec):
+    """A task, with its sources. `synthetic` has none."""
+
+    path: Path
+    data: Source | None
+    train: Source | None = None
+    """A training set of its own; without it, the rest of `data` trains."""
+    upstream: lm_eval_files.TaskFile | None = None
+    """One of lm-eval's own tasks, which has its own splits."""
 
     @property
     def trains(self) -> bool:
-        """Whether there is something to train on."""
-        return self.own is None or "train" in self.own.splits
+        """Whether the task has a training split."""
+        return self.upstream is None or "train" in self.upstream.splits
 
     def problems(self, role: Role, source: Source, path: Path) -> list[Problem]:
-        """Say what keeps one of the task's two sources, which lies at `path`, from being used in its role."""
-        if self.own is not None:
+        """Return the mistakes in the file at `path` of one of the task's sources, as its role needs it."""
+        if self.upstream is not None:
             return []  # lm-eval reads it
         if role == "train":
             return rows.problems(source, path, self.labels)
@@ -124,9 +126,9 @@ def load(name: str, base: Path, sources: Mapping[str, Source]) -> Task:
     mistakes in them are found before anything runs.
     """
     if name == SYNTHETIC:
-        return Task(name, Path(name), {}, None, None, labels=2, test=0, shuffle_seed=0, answers=None)
+        return Task(name=name, path=Path(name), spec={}, data=None, labels=2, test=0, shuffle_seed=0)
     if name.startswith(lm_eval_files.PREFIX):
-        return _own(name)
+        return _upstream(name)
     document = yaml_lines.read(_find(name, base))
     if document.data.get("output_type") == "generate_until":
         return _answered(name, document, sources)
@@ -152,7 +154,7 @@ def _answered(name: str, document: Document, sources: Mapping[str, Source]) -> T
         what = f"`filter` is `{chosen}`, which `filter_list` does not name" if chosen else "`filter` is missing"
         problems.append(Problem(document.where("metadata", "filter"), what, f"write one of {', '.join(filters)}"))
     answers = Answers(loss=metadata.loss, eos=metadata.eos)
-    return _task(name, document, metadata, sources, problems, labels=0, answers=answers, judge=chosen)
+    return _task(name, document, metadata, sources, problems, labels=0, answers=answers, filter_=chosen)
 
 
 def _task(
@@ -164,14 +166,14 @@ def _task(
     *,
     labels: int,
     answers: Answers | None,
-    judge: str = "none",
+    filter_: str = "none",
 ) -> Task:
     """Return the task; raises SuiteError with `problems` and the mistakes in its sources."""
     data = _source(document, "data", metadata.data, sources, problems)
     train = _source(document, "train", metadata.train, sources, problems) if metadata.train else None
     task = Task(
         name=name, path=document.path, spec=document.data, data=data, train=train, labels=labels,
-        test=metadata.test, shuffle_seed=metadata.shuffle_seed, answers=answers, judge=judge,
+        test=metadata.test, shuffle_seed=metadata.shuffle_seed, answers=answers, filter=filter_,
     )  # fmt: skip
     if data is not None:
         problems += _unfit(document, task)
@@ -190,68 +192,43 @@ def _find(name: str, base: Path) -> Path:
     return data_folder("suites") / "tasks" / f"{name}.yaml"
 
 
-def _own(name: str) -> Task:
-    """Return one of lm-eval's own tasks; raises UsageError for what cannot be run of them."""
-    task_file = lm_eval_files.find(name)
-    said, where, filters = task_file.spec, str(task_file.path), task_schema.filters(task_file.spec)
-    kind = said.get("output_type", "generate_until")
-    metrics = said.get("metric_list") or [{"metric": "acc" if kind == "multiple_choice" else "exact_match"}]
-    for refused, what, hint in (
-        (
-            "class" in said,
-            f"`{task_file.task}` is a program, not a task that is described",
-            "name a task with a YAML of its own",
-        ),
-        (
-            "custom_dataset" in said or not isinstance(said.get("dataset_path"), str) or "test" not in task_file.splits,
-            f"`{task_file.task}` names no data set and split to be tested on",
-            "write a task of your own, whose `metadata` names its data",
-        ),
-        (
-            kind not in task_schema.METRICS,
-            f"`{task_file.task}` has the output type {kind!r}",
-            f"offered are {', '.join(task_schema.METRICS)}",
-        ),
-        (
-            not any(isinstance(m, dict) and m.get("metric") == task_schema.METRICS.get(kind) for m in metrics),
-            f"`{task_file.task}` has no metric {task_schema.METRICS.get(kind)}, which is what is recorded",
-            "write a task of your own",
-        ),
-        (
-            bool(absent := [str(file) for file in task_file.data_files if not file.is_file()]),
-            f"`{task_file.task}` reads files that are not there: {', '.join(absent)}",
-            "put them there, or start from the folder that its paths begin in",
-        ),
-        (
-            bool((said.get("generation_kwargs") or {}).get("do_sample")),
-            f"`{task_file.task}` samples its answers, which are generated greedily here",
-            "write a task of your own",
-        ),
-        (
-            not task_file.revision and said.get("dataset_path") not in lm_eval_files.LOCAL,
-            f"the data of `{task_file.task}`, {said.get('dataset_path')}, are not pinned: they may be others tomorrow",
-            f"write {name}@ and the 40 hex digits of a commit of {said.get('dataset_path')} on the hub",
-        ),
-        (
-            task_file.filter not in filters and (len(filters) > 1 or bool(task_file.filter)),
-            f"`{task_file.task}` has {plural(len(filters), 'filter')}",
-            "say which one counts: " + ", ".join(f"lm-eval:{task_file.task}:{one}" for one in filters),
-        ),
-    ):
-        if refused:
-            raise UsageError(what, where=where, hint=hint)
-    source = Source(
-        name=name,
-        kind="data",
-        source=f"lm-eval:{task_file.task}",
-        revision=task_file.revision,
-        rows=Rows(format="splits"),
-    )
-    judge = task_file.filter or filters[0]
-    return Task(
-        name=name, path=task_file.path, spec=said, data=source, train=None, labels=0, test=0, shuffle_seed=0,
-        answers=Answers() if kind == "generate_until" else None, own=task_file, judge=judge,
-    )  # fmt: skip
+def _upstream(name: str) -> Task:
+    """Return one of lm-eval's own tasks. Raises UsageError for one that cannot be run here."""
+    file = lm_eval_files.find(name)
+    spec, filters = file.spec, task_schema.filters(file.spec)
+    kind = spec.get("output_type", "generate_until")
+    dataset = spec.get("dataset_path")
+    metrics = spec.get("metric_list") or [{"metric": "acc" if kind == "multiple_choice" else "exact_match"}]
+    own_task = "write a task of your own"
+    if "class" in spec:
+        what, hint = "is a Python class, not a YAML task", "name a task that is described in YAML"
+    elif "custom_dataset" in spec or not isinstance(dataset, str) or "test" not in file.splits:
+        what, hint = "names no data set with a test split", f"{own_task}, with its data in `metadata`"
+    elif kind not in task_schema.METRICS:
+        what, hint = f"has the output type {kind!r}", f"choose a task of type {' or '.join(task_schema.METRICS)}"
+    elif not any(isinstance(m, dict) and m.get("metric") == task_schema.METRICS[kind] for m in metrics):
+        what, hint = f"has no metric {task_schema.METRICS[kind]}, which Records need", own_task
+    elif absent := [str(path) for path in file.data_files if not path.is_file()]:
+        what, hint = (
+            f"reads missing files: {', '.join(absent)}",
+            "put them there, or start in the folder of their paths",
+        )
+    elif (spec.get("generation_kwargs") or {}).get("do_sample"):
+        what, hint = "samples its answers; answers are generated greedily here", own_task
+    elif not file.revision and dataset not in lm_eval_files.LOCAL:
+        what = f"does not pin its data, {dataset}, which can change"
+        hint = f"write {name}@ and the 40 hex digits of a commit of {dataset} on the hub"
+    elif file.filter not in filters and (len(filters) > 1 or file.filter):
+        what = f"has {plural(len(filters), 'filter')}"
+        hint = f"choose one: {', '.join(f'lm-eval:{file.task}:{one}' for one in filters)}"
+    else:
+        source = f"lm-eval:{file.task}"
+        return Task(
+            name=name, path=file.path, spec=spec, labels=0, test=0, shuffle_seed=0,
+            data=Source(name=name, kind="data", source=source, revision=file.revision, rows=Rows(format="splits")),
+            answers=Answers() if kind == "generate_until" else None, upstream=file, filter=file.filter or filters[0],
+        )  # fmt: skip
+    raise UsageError(f"`{file.task}` {what}", where=str(file.path), hint=hint)
 
 
 def _source(
@@ -269,7 +246,7 @@ def _source(
 
 
 def _unfit(document: Document, task: Task) -> list[Problem]:
-    """Say what keeps the task's sources from being used: what their rows hold, and of local files every row."""
+    """Return mistakes in the task's sources: the kind of their rows, and every row of a local file."""
     problems: list[Problem] = []
     roles: tuple[tuple[Role, Source | None], ...] = (("data", task.data), ("train", task.train))
     for key, source in roles:

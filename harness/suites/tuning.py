@@ -74,7 +74,7 @@ def _items(items: int, scored: int, tasks: Sequence[Task]) -> Iterator[FieldProb
         if task.data is None:
             what = f"`tune` chooses by accuracy, and {task.name} is never scored"
             yield (), what, "remove `tune:` here"
-        elif task.own is None and items and scored + items > task.test:
+        elif task.upstream is None and items and scored + items > task.test:
             what = f"`items` is {items}, but {task.name} has {task.test} test items, of which {scored} score the Cells"
             left = task.test - scored
             yield ("items",), what, f"write at most {left}" if left > 0 else "lower `evaluation.items`"

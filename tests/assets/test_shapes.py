@@ -479,9 +479,9 @@ def test_a_shape_is_fetched_from_nowhere(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("PEFT_HARNESS_CACHE", str(tmp_path))
     source = Source(name="x", kind="causal", source="shape:llama-65b")
     here = fetch.ensure(source)
-    assert fetch.at_hand(source) == here
-    assert shapes.read(here / "config.json") == shapes.presets()["llama-65b"].config
-    assert isinstance(fetch.use(source).sha256, str)
+    assert fetch.local_folder(source) == here
+    assert shapes.read_config(here / "config.json") == shapes.presets()["llama-65b"].config
+    assert isinstance(fetch.asset_use(source).sha256, str)
 
 
 def test_the_first_blocks_of_a_preset_are_a_shape_of_its_width() -> None:
@@ -500,4 +500,4 @@ def test_the_first_blocks_of_a_preset_are_a_shape_of_its_width() -> None:
     ],
 )
 def test_blocks_that_a_preset_does_not_have_are_refused(name: str, says: str) -> None:
-    assert says in shapes.unknown(name)
+    assert says in shapes.address_problem(name)

@@ -641,7 +641,7 @@ def test_a_folder_that_goes_away_meanwhile_costs_neither_the_table_nor_the_rows_
             out.rmdir()
 
     monkeypatch.setattr(Fake, "after", gone)
-    with pytest.raises(StoreError, match=r"cannot write.*\n.*mend") as error:
+    with pytest.raises(StoreError, match=r"cannot write.*\n.*hint") as error:
         command.bench(two_rivals, False, out, export)
     assert error.value.exit_code is Exit.INFRASTRUCTURE
     said = capsys.readouterr()

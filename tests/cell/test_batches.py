@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.assets.rows import DataRow
+from harness.assets.rows import LabelledRow
 from harness.cell.training.batches import (
     Example,
     answer_examples,
@@ -89,7 +89,7 @@ def encode(context: str, answer: str) -> tuple[list[int], list[int]]:
 
 
 def examples(prompt: str, answer: str, limit: int) -> list[Example]:
-    return answer_examples([DataRow("r", prompt, 0)], lambda row: row.text, lambda row: [answer], encode, limit)
+    return answer_examples([LabelledRow("r", prompt, 0)], lambda row: row.text, lambda row: [answer], encode, limit)
 
 
 def test_a_long_prompt_loses_its_beginning_and_never_its_answer() -> None:
@@ -108,7 +108,7 @@ def test_an_answer_without_room_for_a_prompt_is_refused(limit: int) -> None:
 def test_special_tokens_without_room_for_text_are_refused() -> None:
     tokenizer = SimpleNamespace(num_special_tokens_to_add=lambda: 4)
     with pytest.raises(UsageError, match=r"`training.max_tokens` is 4, and the tokenizer adds 4") as caught:
-        classification_examples([DataRow("r", "a", 0)], tokenizer, 4)
+        classification_examples([LabelledRow("r", "a", 0)], tokenizer, 4)
     assert "raise it to at least 5" in caught.value.hint
 
 
@@ -128,7 +128,7 @@ class Letters:
 
 
 def test_a_text_that_is_cut_for_an_encoder_says_so() -> None:
-    rows = [DataRow("fits", "abc", 0), DataRow("long", "abcd", 1)]
+    rows = [LabelledRow("fits", "abc", 0), LabelledRow("long", "abcd", 1)]
     fits, long = classification_examples(rows, Letters(), 5)
     assert fits == Example("fits", (1, *b"abc", 2), 0)
     assert long == Example("long", (1, *b"abc", 2), 1, cut=True)

@@ -23,17 +23,17 @@ from harness.errors import UsageError
 from harness.records.record import Cell, Training
 from harness.suites import loader
 
-TEXTS = [rows.DataRow(f"r{i}", "word " * (1 + i * 7 % 13), i % 2) for i in range(5000)]
+TEXTS = [rows.LabelledRow(f"r{i}", "word " * (1 + i * 7 % 13), i % 2) for i in range(5000)]
 
 
-def _examples(some: Sequence[rows.DataRow]) -> list[Example]:
+def _examples(some: Sequence[rows.LabelledRow]) -> list[Example]:
     return [Example(row.id, tuple(range(row.text.count("word"))), row.label) for row in some]
 
 
 def test_only_what_is_looked_at_is_tokenised() -> None:
     asked: list[str] = []
 
-    def tokenise(some: Sequence[rows.DataRow]) -> list[Example]:
+    def tokenise(some: Sequence[rows.LabelledRow]) -> list[Example]:
         asked.extend(row.id for row in some)
         return _examples(some)
 
@@ -51,7 +51,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def _data(
-    cell: Cell, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, read: list[rows.DataRow], model: Any = None
+    cell: Cell, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, read: list[rows.LabelledRow], model: Any = None
 ) -> data.CellData:
     task = loader.load("smoke").tasks[cell.task]
     source = table.resolve(cell.model, loader.load("smoke").sources, Path())
@@ -60,7 +60,7 @@ def _data(
     work = Job.model_validate(
         {"run": "r", "folder": "f", "attempt": 1, "cell": cell, "device": "cpu", "launched": 0.0,
          "model": {"path": "unused", "source": source, "use": use},
-         "data": {"path": "unused", "source": task.data, "use": fetch.use(task.data)},
+         "data": {"path": "unused", "source": task.data, "use": fetch.asset_use(task.data)},
          "task": {"name": task.name, "spec": task.spec, "labels": task.labels, "test": 50, "shuffle_seed": 1, "use": use}}
     )  # fmt: skip
     loaded: Any = SimpleNamespace(tokenizer=tokenizer, model=model, head={})
@@ -76,7 +76,7 @@ def test_no_more_tokens_than_the_loaded_model_has_positions(monkeypatch: pytest.
     )
     cell = next(c for c in loader.load("smoke").plan.cells if c.method == "lora")
     assert cell.training.max_tokens == 24
-    with pytest.raises(UsageError, match=r"`training\.max_tokens` is 24, and tiny-llama has 23 positions") as caught:
+    with pytest.raises(UsageError, match=r"`max_tokens` is 24, and tiny-llama has 23 positions") as caught:
         _data(cell, None, monkeypatch, TEXTS, model)
     assert caught.value.hint == "write at most 23"
 
@@ -84,13 +84,14 @@ def test_no_more_tokens_than_the_loaded_model_has_positions(monkeypatch: pytest.
 def test_the_order_of_data_has_a_name(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(0)
     texts = [
-        rows.DataRow(f"r{i}", " ".join(rng.choices(["good", "bad", "film"], k=5)) + f" {i}", i % 2) for i in range(500)
+        rows.LabelledRow(f"r{i}", " ".join(rng.choices(["good", "bad", "film"], k=5)) + f" {i}", i % 2)
+        for i in range(500)
     ]
     cell = next(c for c in loader.load("smoke").plan.cells if c.method == "lora")
     seen = []
     real = data.answer_examples
 
-    def watched(some: Sequence[rows.DataRow], *rest: Any) -> list[Example]:
+    def watched(some: Sequence[rows.LabelledRow], *rest: Any) -> list[Example]:
         seen.extend(row.id for row in some)
         return real(some, *rest)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness.assets import generated, table
-from harness.assets.rows import DataRow
+from harness.assets.rows import LabelledRow
 from harness.cell.evaluation import classification
 from harness.cell.evaluation.likelihood import CausalScorer
 from harness.cell.evaluation.lm_eval_task import LmEvalTask
@@ -29,7 +29,7 @@ TEXTS = (
     "the title is fresh",
     "the scene is slow and here stale",
 )
-ROWS = [DataRow(f"row-{i}", text, int(i in (0, 3))) for i, text in enumerate(TEXTS)]
+ROWS = [LabelledRow(f"row-{i}", text, int(i in (0, 3))) for i, text in enumerate(TEXTS)]
 
 
 @pytest.fixture(scope="module")

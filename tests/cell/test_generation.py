@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness.assets.rows import Answered, Text
+from harness.assets.rows import AnsweredRow, TextRow
 from harness.assets.rows import read as read_rows
 from harness.assets.table import Source
 from harness.cell.evaluation.generation import generate
@@ -31,7 +31,7 @@ from support import digit_task
 from support.sandbox import Sandbox
 
 ROWS = [
-    Answered(f"r{i}", prompt, f"makes {prompt[-1]}") for i, prompt in enumerate(("ab1", "c2", "defgh3", "i4", "jk5"))
+    AnsweredRow(f"r{i}", prompt, f"makes {prompt[-1]}") for i, prompt in enumerate(("ab1", "c2", "defgh3", "i4", "jk5"))
 ]
 
 
@@ -104,7 +104,7 @@ def test_what_is_too_long_is_cut(model: Any, limit: int, text: str, scored: str)
 
 
 def test_a_text_alone_carries_loss_everywhere(model: Any) -> None:
-    (example,) = answered_examples([Text("t", "abc")], Prompts(model.tokenizer, 60), _never, Answers())
+    (example,) = answered_examples([TextRow("t", "abc")], Prompts(model.tokenizer, 60), _never, Answers())
     assert read(model, example) == ("<s>abc</s>", "abc</s>")
 
 

@@ -254,7 +254,7 @@ def test_a_batch_as_large_as_the_mixed_one_is_its_own(tmp_path: Path) -> None:
         (fused.cell.model_copy(update={"evaluation": asked}), 0.007, 0.002),
         (fused.cell, 0.002, None),  # as histories and baselines have called it
     ):
-        times = tracked_metrics.kept(fused.model_copy(update={"cell": cell})).values
+        times = tracked_metrics.tracked(fused.model_copy(update={"cell": cell})).values
         assert times["latency_s/unmerged/forward/4x32"] == own
         assert times.get("latency_s/unmerged-beside-several/forward/4x32") == beside
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harness.assets import generated
-from harness.assets.rows import DataRow
+from harness.assets.rows import LabelledRow
 from harness.cell import outcomes
 from harness.cell.evaluation.likelihood import CausalScorer
 from harness.cell.training import loop, optimizers
@@ -278,7 +278,9 @@ def test_every_method_sees_the_same_batches(method: str) -> None:
 def test_training_and_scoring_cut_a_prompt_at_the_same_place(model: Any, tokenizer: Any) -> None:
     scorer = CausalScorer(model, tokenizer, batch=2, max_tokens=4, report=nothing)
     prompt, answer = "the film is sweet and now warm =", " good"
-    (example,) = answer_examples([DataRow("r", prompt, 0)], lambda r: r.text, lambda r: [answer], scorer.encode_pair, 4)
+    (example,) = answer_examples(
+        [LabelledRow("r", prompt, 0)], lambda r: r.text, lambda r: [answer], scorer.encode_pair, 4
+    )
     read: list[list[int]] = []
     model.register_forward_pre_hook(lambda m, a, kw: read.append(kw["input_ids"][0].tolist()), with_kwargs=True)
     context, ids = scorer.encode_pair(prompt, answer)

@@ -34,7 +34,7 @@ def shape(tmp_path: Path) -> str:
 
 def verdicts(ids: Sequence[str]) -> dict[str, JudgedClaim]:
     claims = [claim for claim in claim_file.load(claim_file.paths(["adalora"])) if claim.id in ids]
-    return {c.id: judge(c, [find(plain(a)) for a in (c.asking, *(o.asking for o in c.otherwise))]) for c in claims}
+    return {c.id: judge(c, [find(plain(a)) for a in (c.request, *(o.request for o in c.otherwise))]) for c in claims}
 
 
 def test_what_is_kept_lies_between_the_cheapest_and_the_dearest_triplets(shape: str) -> None:

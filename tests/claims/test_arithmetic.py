@@ -61,4 +61,4 @@ def _judged(folder: Path, asked: str) -> Any:
     path = folder / "made.yaml"
     path.write_text(CLAIM.format(asked))
     (claim,) = claim_file.load([path])
-    return judge(claim, [find(plain(claim.asking))])
+    return judge(claim, [find(plain(claim.request))])

@@ -436,7 +436,7 @@ def test_a_model_is_a_folder_beside_the_file_too(tmp_path: Path) -> None:
     write(tmp_path, line(tmp_path, "1"))
     beside = line(tmp_path, "1").replace(f"{tmp_path}/config.json", "./")
     (claim,) = claim_file.load([write(tmp_path, beside)])
-    assert claim.asking.arguments["model"] == str((tmp_path / "config.json").resolve())
+    assert claim.request.arguments["model"] == str((tmp_path / "config.json").resolve())
 
 
 @pytest.mark.parametrize("written", ["0.10", "'0.10'"])

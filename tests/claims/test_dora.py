@@ -45,7 +45,7 @@ def verdicts(folder: Path, ids: Sequence[str], changed: tuple[str, str] = ("", "
     assert changed[0] in text
     (folder / "dora.yaml").write_text(text.replace(*changed))
     claims = [claim for claim in claim_file.load([folder / "dora.yaml"]) if claim.id in ids]
-    return {c.id: judge(c, [find(plain(a)) for a in (c.asking, *(o.asking for o in c.otherwise))]) for c in claims}
+    return {c.id: judge(c, [find(plain(a)) for a in (c.request, *(o.request for o in c.otherwise))]) for c in claims}
 
 
 def test_magnitudes_stand_on_more_layers_than_directions(shape: str) -> None:
@@ -150,7 +150,7 @@ def test_printed_figures_stand_for_all_that_is_rounded_to_them() -> None:
     ids = ["dora-mean-text-lora-r8", "dora-mean-t6-7b-dora", "dora-table7-llama", "dora-margin-r4"]
     claims = [claim for claim in claim_file.load(claim_file.paths(["dora"])) if claim.id in ids]
     # As between the processes: an answer is written down as JSON and read again.
-    found = {c.id: judge(c, [compute._read(json.dumps(answer(plain(c.asking))))]) for c in claims}
+    found = {c.id: judge(c, [compute._read(json.dumps(answer(plain(c.request))))]) for c in claims}
     mean = found["dora-mean-text-lora-r8"]
     assert (mean.verdict, mean.ours) == (ClaimVerdict.INCONCLUSIVE, "40.7625")
     assert mean.why.endswith("are rounded; they allow 40.7125 to 40.8125")

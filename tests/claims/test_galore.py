@@ -148,7 +148,7 @@ def test_what_the_paper_says_of_itself_is_judged_from_the_file() -> None:
     for name in ("galore-633pct-adam", "galore-633pct-adam8", "galore-tokens-60m", "galore-tokens-table2-60m",
                  "galore-table5-heads-1b", "galore-side-square"):  # fmt: skip
         claim = claims[name]
-        answers = [find(plain(asking)) for asking in (claim.asking, *(one.asking for one in claim.otherwise))]
+        answers = [find(plain(asking)) for asking in (claim.request, *(one.request for one in claim.otherwise))]
         found[name] = judge(claim, answers).verdict
     assert list(found.values()) == [
         ClaimVerdict.REPRODUCED, ClaimVerdict.NOT_REPRODUCED, ClaimVerdict.REPRODUCED, ClaimVerdict.NOT_REPRODUCED, ClaimVerdict.UNDER, ClaimVerdict.UNDER,

@@ -183,7 +183,7 @@ def test_a_share_such_as_two_thirds_and_a_list_reach_the_measure_whole(shape: st
     claims = [{"id": name, "sentence": "s", "source": "s", "tier": "exact", **row} for name, row in rows.items()]
     path = tmp_path / "mine.yaml"
     path.write_text(json.dumps({"paper": "mine", "title": "Mine", "version": "v1", "claims": claims}))
-    asked = {claim.id: json.loads(json.dumps(plain(claim.asking))) for claim in claim_file.load([path])}
+    asked = {claim.id: json.loads(json.dumps(plain(claim.request))) for claim in claim_file.load([path])}
     assert {name: answer(one)["value"] for name, one in asked.items()} == {
         "two-thirds": True, "decimals": False, "sum": str(200 + 14 * WIDTH),
     }  # fmt: skip

@@ -14,7 +14,7 @@ import pytest
 
 from harness.analysis.statistics.process_runs import FEWEST
 from harness.claims import claim_file, record_sources, worker
-from harness.claims.claim import Asking, Claim
+from harness.claims.claim import Claim, MeasureRequest
 from harness.claims.judge import ClaimVerdict, JudgedClaim, Missing, judge
 from harness.claims.measure import MeasureResult, NotRunError
 from harness.claims.measures import records as measures
@@ -100,7 +100,7 @@ def judged(
         tier,
         printed,
         dimension,
-        Asking("m", {}),
+        MeasureRequest("m", {}),
         figure,
         rounding,
         scale="small scale" if tier == "trained" else "",
@@ -557,13 +557,13 @@ def test_arithmetic_does_not_go_on_with_one_end_of_an_interval(runs: Recorded) -
     assert "`peak_memory` finds a range" in said["missing"]
 
 
-def _askings(claim: Claim) -> list[Asking]:
-    """Return every asking of a claim, those inside others too."""
-    found, left = [], [claim.asking, *(reading.asking for reading in claim.otherwise)]
+def _askings(claim: Claim) -> list[MeasureRequest]:
+    """Return every request of a claim, nested ones too."""
+    found, left = [], [claim.request, *(reading.request for reading in claim.otherwise)]
     while left:
         one = left.pop()
         found.append(one)
-        left += [value for value in one.arguments.values() if isinstance(value, Asking)]
+        left += [value for value in one.arguments.values() if isinstance(value, MeasureRequest)]
     return found
 
 
@@ -594,7 +594,7 @@ def test_what_is_measured_says_how_near_it_must_come() -> None:
         claim.id
         for claim in claim_file.load(claim_file.paths(claim_file.names()))
         if claim.tier != "exact" and claim.figure and not claim.figure.relation
-        if claim.asking.measure != "undecidable" and claim.rounding.rule != "about"
+        if claim.request.measure != "undecidable" and claim.rounding.rule != "about"
     ]
     assert not loose
 

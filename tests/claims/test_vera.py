@@ -37,7 +37,7 @@ def verdicts(*ids: str) -> list[tuple[ClaimVerdict, str]]:
     claims = {claim.id: claim for claim in claim_file.load(claim_file.paths(["vera"]))}
     found = []
     for claim in (claims[one] for one in ids):
-        answers = [find(plain(asking)) for asking in (claim.asking, *(one.asking for one in claim.otherwise))]
+        answers = [find(plain(asking)) for asking in (claim.request, *(one.request for one in claim.otherwise))]
         row = judge(claim, answers)
         found.append((row.verdict, row.under))
     return found

@@ -19,7 +19,7 @@ from harness.cli import main
 from harness.conformance import parity_suite
 from harness.conformance.findings import defects, summary
 from harness.conformance.findings.defects import Defect
-from harness.conformance.findings.outcomes import CheckOutcome
+from harness.conformance.findings.outcomes import CheckOutcome, Execution
 from harness.conformance.findings.report import CheckReport
 from harness.errors import Exit
 from harness.methods.registry import Implementation, Registry
@@ -58,7 +58,10 @@ def report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheckReport:
             tried(found=result(error=0.02, allowed=0.1)),
             tried(found=result("lora/gradient/float32/warm", Outcome.FAIL, **wrong, policy="noise-floor: 2 x")),
             tried(found=result("lora/merge/float32/warm", Outcome.FAIL, **wrong), defect="acme-wrong"),
-            tried(found=result("lora/attach/float32/init", Outcome.SKIPPED, detail="unsupported: no Conv2d")),
+            tried(
+                found=result("lora/attach/float32/init", Outcome.SKIPPED, detail="unsupported: no Conv2d"),
+                execution=Execution.UNSUPPORTED,
+            ),
             tried("ghost", result("lora/alive/-/-", Outcome.FAIL, detail="the process died of SIGSEGV"), dtype="-"),
             tried(EVIL, result("lora/forward/float32/warm", Outcome.FAIL, detail=EVIL), case=EVIL),
         ],
@@ -221,12 +224,12 @@ def test_where_nothing_is_broken_an_unknown_name_says_nothing_of_it(capsys: pyte
 @pytest.mark.parametrize(
     ("offers", "dtypes", "said"),
     [
-        (("float32", "bfloat16"), ("bfloat16",), "its parity suite has cases in float32 only; asked for were bfloat16"),
+        (("float32", "bfloat16"), ("bfloat16",), "its parity suite has cases in float32 only; requested: bfloat16"),
         (("bfloat16", "float16"), (), "offers bfloat16, float16; its parity suite has cases in float32"),
         (
             ("bfloat16",),
             ("bfloat16", "float32"),
-            "offers bfloat16; of the dtypes asked for, its parity suite has cases in float32",
+            "offers bfloat16; of the requested dtypes, its parity suite has cases in float32",
         ),
     ],
 )
@@ -284,7 +287,7 @@ def test_a_file_that_cannot_be_written_is_said_before_the_work(
     assert f"there is no folder {tmp_path / 'no'}" in said
     assert "there is no folder /nowhere" in said
     assert main(["check", "--junit", str(there), "--html", str(there)]) == Exit.USAGE
-    assert "two files at once" in capsys.readouterr().err
+    assert "for both files" in capsys.readouterr().err
     assert main(["check", "--junit", "/dev/null"]) == Exit.USAGE
     assert "--junit: /dev/null is no file that could be replaced" in capsys.readouterr().err
     monkeypatch.setattr(files.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(OSError(30, "Read-only")))
@@ -339,7 +342,7 @@ def suites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, st
     copy = tmp_path / "suites"
     shutil.copytree(resources.data_folder("suites"), copy)
     for module in (parity_suite, defects):
-        monkeypatch.setattr(module, "folder", lambda name: copy)
+        monkeypatch.setattr(module, "data_folder", lambda name: copy)
     defects.known.cache_clear()
 
     def change(file: str, text: str) -> Path:

@@ -168,7 +168,7 @@ def test_a_bug_in_the_middle_of_a_run_says_what_is_kept(sandbox: Sandbox) -> Non
     assert done.returncode == Exit.INFRASTRUCTURE
     assert "Traceback" in done.stderr
     message = done.stderr[done.stderr.index("peft-harness: ") :]
-    assert "this is a bug of peft-harness, not of what you asked: KeyError: 'ours'" in message
+    assert "internal error in peft-harness: KeyError: 'ours'" in message
     assert "finished Cells are saved in run; `peft-harness report run` shows them" in message
     footer = sandbox.read().footer
     assert footer is not None
@@ -271,8 +271,8 @@ def test_a_clock_that_is_set_back(inside: Sandbox, monkeypatch: pytest.MonkeyPat
     main(["run", inside.suite("{implementation: missing}"), "--out", "run"])
     run = inside.read()
     data = source("toy-sentiment")
-    asset = {"path": "unused", "source": data, "use": fetch.use(data)}
-    facts = {"name": "toy", "spec": {}, "labels": 2, "test": 1, "shuffle_seed": 0, "use": fetch.use(data)}
+    asset = {"path": "unused", "source": data, "use": fetch.asset_use(data)}
+    facts = {"name": "toy", "spec": {}, "labels": 2, "test": 1, "shuffle_seed": 0, "use": fetch.asset_use(data)}
     work = Job.model_validate(
         {"run": run.manifest.run, "folder": "run", "attempt": 2, "cell": run.manifest.cells[0], "model": asset,
          "data": asset, "task": facts, "device": "cpu", "launched": time.time() + 3600}

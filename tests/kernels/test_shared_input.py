@@ -156,9 +156,9 @@ def test_who_is_never_asked_is_no_longer_computed(together: list[int]) -> None:
 
 def test_layers_beside_each_other_with_other_names_and_of_other_parents_are_strangers() -> None:
     paths = ("0.q_proj", "0.o_proj", "1.v_proj", "1.k_proj", "1.q_proj", "v_proj")  # OPT and BART have q last
-    layers = {path: shared_input.Sibling() for path in paths}
-    shared_input.meet(layers)
-    families = [one.family for one in layers.values()]
+    layers = {path: shared_input.SharedInputLayer() for path in paths}
+    shared_input.link(layers)
+    families = [one.input_group for one in layers.values()]
     assert families[2] is families[3] is families[4]
     assert len({id(one) for one in families}) == 4
 
@@ -388,7 +388,7 @@ def test_a_second_backward_pass_says_what_to_do() -> None:
     model, x = attached().model, given()
     q, k = model.q(x), model.k(x)
     q.sum().backward()
-    with pytest.raises(RuntimeError, match=r"q, k and v of one input.*retain_graph"):
+    with pytest.raises(RuntimeError, match=r"such as q, k and v.*retain_graph"):
         k.sum().backward()
 
 
@@ -440,7 +440,7 @@ def test_nothing_waits_longer_than_its_input_or_the_next_call() -> None:
     with torch.no_grad():
         x = given()
         model.q(x)
-        ahead = model.q.family._last.call.ahead
+        ahead = model.q.input_group._last.call.precomputed
         assert len(ahead) == 2
         del x
         assert not ahead
@@ -460,8 +460,8 @@ def test_a_model_can_be_saved_whole(method: str, tmp_path: Path, together: list[
 def test_a_copy_of_one_layer_is_of_one_layer() -> None:
     adapted = attached()
     one = copy.deepcopy(adapted.model.q)
-    assert list(one.family._members) == [0]
-    assert torch.equal(one(given()), one.alone(given()))
+    assert list(one.input_group._members) == [0]
+    assert torch.equal(one(given()), one.forward_alone(given()))
 
 
 def test_a_layer_that_was_replaced_is_let_go() -> None:
@@ -483,8 +483,8 @@ def test_a_copy_is_a_model_of_its_own(together: list[int]) -> None:
     adapted.model.q(x)
     twin = copy.deepcopy(adapted.model)
     for other in (twin, copy.deepcopy(twin)):
-        assert other.q.family is other.k.family
-        assert other.q.family is not adapted.model.q.family
+        assert other.q.input_group is other.k.input_group
+        assert other.q.input_group is not adapted.model.q.input_group
         with torch.no_grad():
             other.k.B.zero_()
         before = len(together)

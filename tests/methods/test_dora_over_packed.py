@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from harness.cell import base_quantisation
 from harness.conformance.comparison.tolerance_policies import noise_floor
-from harness.kernels.torch.support.shared_input import Family
+from harness.kernels.torch.support.shared_input import InputGroup
 from harness.methods.implementations.fused.layers import dora
 from harness.methods.registry import discover
 from harness.records.record import Base
@@ -64,7 +64,7 @@ def test_it_computes_what_the_reference_does(by: str, bias: bool, p: float, monk
     rounded = observed(made(dense_copy(model[0]), torch.float32), x, dy)
     subject = made(model[0], torch.float32)
     subject.__class__ = dora.FusedDoraLinear
-    subject.family, subject.place = Family(), 0
-    subject.family.join(subject)
+    subject.input_group, subject.place = InputGroup(), 0
+    subject.input_group.join(subject)
     judged = noise_floor(observed(subject, x, dy), truth, rounded, "float32")
     assert judged.passed, judged

@@ -11,7 +11,7 @@ from harness.records.record import Cell, Status
 from harness.report import plan_table as planning
 from harness.runner.progress import Progress
 from harness.suites import loader
-from harness.suites.expand import Plan, only
+from harness.suites.expand import Plan, select
 from harness.suites.suite import Suite
 from support import recorded_run as recorded
 
@@ -73,7 +73,7 @@ def _two_seeds(tmp_path: Path) -> tuple[Suite, Plan]:
     text = loader.find("smoke").read_text(encoding="utf-8").partition("comparisons:")[0]
     path.write_text(text.replace("    task:", "    seed: [1, 2]\n    task:"), encoding="utf-8")
     suite = loader.load(path)
-    return suite, only(suite.plan, "id=lora,implementation=fused")
+    return suite, select(suite.plan, "id=lora,implementation=fused")
 
 
 def test_plan_and_only_call_no_two_cells_the_same(tmp_path: Path) -> None:
@@ -82,9 +82,9 @@ def test_plan_and_only_call_no_two_cells_the_same(tmp_path: Path) -> None:
     names = [c["name"] for c in document["cells"]]
     assert names == ["tiny-llama lora r=4 [fused] seed=1", "tiny-llama lora r=4 [fused] seed=2"]
     assert all(name in planning.as_text(document) for name in names)
-    assert only(plan, "seed=2").cells == only(plan, " seed=2").cells == plan.cells[1:]
+    assert select(plan, "seed=2").cells == select(plan, " seed=2").cells == plan.cells[1:]
     with pytest.raises(UsageError) as caught:
-        only(plan, "nothing")
+        select(plan, "nothing")
     assert all(name in caught.value.hint for name in names)
 
 

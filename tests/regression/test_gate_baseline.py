@@ -19,7 +19,8 @@ import pytest
 from scipy import stats
 
 from harness.analysis import metrics
-from harness.analysis.comparison.against_baseline import Against, judge
+from harness.analysis.comparison import against_baseline
+from harness.analysis.comparison.against_baseline import Against
 from harness.analysis.comparison.baseline_rows import (
     COUNTED_PEAK_B,
     ONE_SEED,
@@ -32,6 +33,7 @@ from harness.analysis.comparison.baseline_rows import (
     Margins,
 )
 from harness.analysis.measurements import above_imports, training_peak
+from harness.analysis.run_facts import analyse
 from harness.analysis.statistics import over_seeds
 from harness.analysis.statistics.intervals import paired_difference
 from harness.analysis.verdict_kind import Verdict, VerdictKind
@@ -87,6 +89,11 @@ def red(record: Record) -> Record:
 @pytest.fixture
 def base(tmp_path: Path) -> store.Run:
     return recorded.write_run(tmp_path / "results" / "runs" / "base", run="base", only=FEW)
+
+
+def judge(base: store.Run, new: store.Run, **options: Any) -> Against:
+    """Compare two loaded runs."""
+    return against_baseline.judge(analyse(base), analyse(new), **options)
 
 
 def against(base: store.Run, change: Change = lambda _, r: r, **more: Any) -> Against:

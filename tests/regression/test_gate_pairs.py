@@ -477,7 +477,7 @@ def test_revisions_are_checked_out_and_taken_away_again(tmp_path: Path, monkeypa
         assert old.code is not None
         assert (old.code / "file").read_text() == "one"
         assert new.code == top
-        assert "with what is not committed" in new.said
+        assert "with uncommitted changes" in new.label
         gone = old.code
     assert not gone.exists()
     assert len(_git(top, "worktree", "list").splitlines()) == 1

@@ -20,7 +20,7 @@ from harness.regression.history import night_files
 from harness.regression.pairs import gate as gate_pairs
 from harness.regression.pairs.request import PairsRequest
 from harness.suites import loader
-from harness.suites.expand import only
+from harness.suites.expand import select
 from support import histories
 from support.histories import CELLS, FIRST, SLOWER, detect, regressed
 
@@ -123,7 +123,7 @@ def test_what_pairs_do_not_measure_names_the_rerun_that_does(
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(said)]
     _, *words = shlex.split(line.removeprefix(said).removesuffix("`)"))
     run = run_command.make_context("run", words[1:]).params
-    assert [cell.cell_id for cell in only(loader.load(run["suite"]).plan, run["only"]).cells] == [worse]
+    assert [cell.cell_id for cell in select(loader.load(run["suite"]).plan, run["only"]).cells] == [worse]
     assert run["device"] == "cpu"
 
 

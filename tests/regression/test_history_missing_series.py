@@ -127,5 +127,5 @@ def test_a_gpus_peak_is_watched_once(source: str, kept: bool) -> None:
     assert record.measurements is not None
     memory = record.measurements.memory.model_copy(update={"counted_peak_B": 5, "source": source})
     measured = record.measurements.model_copy(update={"memory": memory})
-    values = tracked_metrics.kept(record.model_copy(update={"measurements": measured})).values
+    values = tracked_metrics.tracked(record.model_copy(update={"measurements": measured})).values
     assert ("counted_peak_B" in values, "training_peak_B" in values) == (kept, True)

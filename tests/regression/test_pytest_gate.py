@@ -72,7 +72,7 @@ def test_no_speed_is_a_pass_without_parity() -> None:
 
 def test_what_stays_open_or_is_missing_is_no_pass() -> None:
     found = compare(kept(KERNEL), session(rounds={KERNEL: rounds(1.1e-3)}))
-    assert (found.verdict.word, f"left open: {KERNEL}" in found.verdict.reason) == (VerdictKind.INCONCLUSIVE, True)
+    assert (found.verdict.word, f"undecided: {KERNEL}" in found.verdict.reason) == (VerdictKind.INCONCLUSIVE, True)
     found = compare(kept(KERNEL, OTHER), session(absent={OTHER: "this session has no such test"}))
     assert (found.verdict.word, f"missing: {OTHER}" in found.verdict.reason) == (VerdictKind.INCONCLUSIVE, True)
     # What nobody asked for, as by -k, is neither missing nor told.
@@ -89,7 +89,7 @@ def test_a_new_benchmark_is_told_and_not_judged() -> None:
 def test_times_of_another_machine_python_or_torch_are_not_compared(what: str) -> None:
     found = compare(kept(KERNEL, place=HERE | {what: "another"}), session(rounds={KERNEL: rounds(9)}))
     assert found.verdict.word is VerdictKind.NOT_RUN
-    assert "nothing was compared; kept on another machine only: " + KERNEL in found.verdict.reason
+    assert "nothing was compared; saved on another machine only: " + KERNEL in found.verdict.reason
     assert f"{what}: another, here {HERE[what]}" in found.rows[0].reason
 
 
@@ -98,7 +98,7 @@ def test_kept_runs_of_another_machine_are_left_out_and_told() -> None:
     found = compare(mixed, session())
     assert words(found) == [(FindingKind.SPEED, VerdictKind.PASS), (FindingKind.ENVIRONMENT, VerdictKind.PASS)]
     assert "5 runs kept" in found.rows[0].reason
-    assert (found.rows[1].name, found.rows[1].reason) == ("1 of 6 kept runs", "not used, cpu: a Xeon, here an EPYC")
+    assert (found.rows[1].name, found.rows[1].reason) == ("1 of 6 saved runs", "not used, cpu: a Xeon, here an EPYC")
     # What a file does not say is no difference: an old pytest-benchmark does not know the cores.
     for less, more in ((HERE, HERE | {"cores": "8"}), (HERE | {"cores": "8"}, HERE)):
         assert compare(kept(KERNEL, place=less), session(place=more)).verdict.word is VerdictKind.PASS
@@ -333,7 +333,7 @@ def test_a_session_on_another_machine_says_so(project, pytester: pytest.Pytester
     base = file(pytester.path / "base.json", rounds(2e-4), KERNEL, cpu={"brand_raw": "an Abacus"}, python_version="2.7")
     code, said = project(f"--harness-gate={base}")
     assert code == pytest.ExitCode.TESTS_FAILED
-    assert "kept elsewhere only, cpu: an Abacus, here " in said
+    assert "saved elsewhere only, cpu: an Abacus, here " in said
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_a_busy_machine_is_said_beside_its_numbers_with_the_rule(good: store.Run
     assert contention.RULE in words
     said = terminal.summary(analyse(run))
     assert [line for line in said if line.endswith("] !") and "lora r=8 [fused]" in line]
-    assert [line for line in said if contention.RULE in line]
+    assert [line for line in said if line.startswith("! busy: ") and "lora r=8 [fused]" in line]
     # Records from before there was CPU time to compare say nothing.
     assert not view.build([analyse(good)])["runs"][0]["comparison"]["notes"]
     assert "busy" not in "\n".join(terminal.summary(analyse(good)))
@@ -111,7 +111,7 @@ def test_a_failed_merge_takes_the_merged_latency_away_and_fails_the_run(tmp_path
     assert row(built["comparison"], record)["Status"]["text"] == "✗ ok, 1 failed check"
     assert built["verdict"]["word"] == "fail"
     assert "lora r=8 [fused]: lora/merge/float32/trained failed" in built["verdict"]["reason"]
-    told = "lora/merge/float32/trained: error 0.5, 0.25 allowed; in layer.0.query; worst element [3]: 1.5, should be 1"
+    told = "lora/merge/float32/trained: error 0.5, allowed 0.25; layer.0.query [3]: 1.5, should be 1"
     assert built["alerts"][0]["items"] == [f"minilm-l6 lora r=8 [fused]: {told}"]
     assert built["failures"][0]["checks"] == [told]
     assert f"failed: minilm-l6 lora r=8 [fused]: {told}" in terminal.summary(analyse(run))

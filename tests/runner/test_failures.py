@@ -77,8 +77,8 @@ def test_every_allocator_has_words_of_its_own(error: Exception, found: Shortage 
 def work_of(name: str) -> Job:
     budget: Any = {"training": Training(steps=1), "evaluation": Evaluation(items=1)}
     source = table.resolve("toy-sentiment", loader.load("smoke").sources, Path())
-    asset = {"path": "unused", "source": source, "use": fetch.use(source)}
-    task = {"name": "toy", "spec": {}, "labels": 2, "test": 1, "shuffle_seed": 0, "use": fetch.use(source)}
+    asset = {"path": "unused", "source": source, "use": fetch.asset_use(source)}
+    task = {"name": "toy", "spec": {}, "labels": 2, "test": 1, "shuffle_seed": 0, "use": fetch.asset_use(source)}
     return Job.model_validate(
         {"run": "r", "folder": "run", "attempt": 1, "model": asset, "data": asset, "task": task, "device": "cpu",
          "launched": 0.0, "cell": Cell(model="m", task="t", method="lora", implementation=name, **budget)}

@@ -125,7 +125,7 @@ def data_of(path: Path, **change: Any) -> tuple[CellData, Any, Cell]:
     model = Asset(path=str(path.parent / "model"), source=source, use=AssetUse(name="m", source="m"))
 
     def fetched(one: Any) -> Asset:
-        return Asset(path=str(fetch.ensure(one)), source=one, use=fetch.use(one))
+        return Asset(path=str(fetch.ensure(one)), source=one, use=fetch.asset_use(one))
 
     data, task = task_assets.ready(loaded.tasks[cell.task], cell.evaluation.items, "here:1", fetched)
     work = Job(run="r", folder="f", attempt=1, cell=cell, model=model, data=data, task=task, device="cpu", launched=0.0)
@@ -210,11 +210,11 @@ def test_data_are_fetched_once_and_have_a_hash(own: Path) -> None:
     first = fetch.ensure(source)
     assert fetch.ensure(source) == first
     assert sorted(path.name for path in first.iterdir()) == ["test.parquet", "train.parquet"]
-    before = fetch.use(source)
+    before = fetch.asset_use(source)
     assert len(before.sha256) == 64
     digit_task.rows(own / "test.jsonl", 6, seed=9)
     assert fetch.ensure(source) != first, "other files are other data"
-    assert fetch.use(source).sha256 != before.sha256
+    assert fetch.asset_use(source).sha256 != before.sha256
 
 
 def test_local_files_that_cannot_be_read_are_not_the_hubs(own: Path) -> None:
@@ -241,10 +241,10 @@ def test_hub_data_are_read_at_their_commit(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(datasets, "load_dataset", load)
     task = tasks.load(f"lm-eval:gsm8k:flexible-extract@{COMMIT}", tmp_path, {})  # lm-eval's own file
     assert task.answers is not None
-    assert (task.answers.filter, task.trains) == ("flexible-extract", True)
+    assert (task.filter, task.trains) == ("flexible-extract", True)
     folder = fetch.ensure(task.data)
     assert asked == [(("openai/gsm8k", "main"), {"split": split, "revision": COMMIT}) for split in ("test", "train")]
-    use = fetch.use(task.data)
+    use = fetch.asset_use(task.data)
     assert (use.source, use.revision, len(use.sha256)) == ("lm-eval:gsm8k", COMMIT, 64)
     from harness.cell.evaluation.own_task import OwnTask
 
@@ -258,11 +258,11 @@ MISTAKES = {
     "lm-eval:digits_writen": ("lm-eval has no task `digits_writen`", "did you mean `digits_written`"),
     "lm-eval:digits_written": ("has 2 filters", "lm-eval:digits_written:strict, lm-eval:digits_written:number"),
     "lm-eval:digits_written:loose": ("has 2 filters", "lm-eval:digits_written:number"),
-    "lm-eval:untaught": ("org/data, are not pinned", "write lm-eval:untaught@ and the 40 hex digits"),
+    "lm-eval:untaught": ("does not pin its data, org/data", "write lm-eval:untaught@ and the 40 hex digits"),
     f"lm-eval:untaught@{COMMIT}": ("has no training split, and `steps` is 3", "write `steps: 0`"),
     "lm-eval:sampled": ("samples its answers", "a task of your own"),
-    "lm-eval:rolling": ("has the output type 'loglikelihood_rolling'", "offered are multiple_choice, generate_until"),
-    "lm-eval:program": ("is a program", "a YAML of its own"),
+    "lm-eval:rolling": ("has the output type 'loglikelihood_rolling'", "multiple_choice or generate_until"),
+    "lm-eval:program": ("is a Python class", "described in YAML"),
     "lm-eval:a b": ("names no task of lm-eval", "write lm-eval:TASK"),
 }
 

@@ -15,7 +15,7 @@ from harness.records import naming
 from harness.records.record import Base, Cell, Evaluation, Optimizer, Training
 from harness.suites import entry as suite_entry
 from harness.suites import loader, schema
-from harness.suites.expand import Plan, only
+from harness.suites.expand import Plan, select
 
 SUITE = """
 suite: small
@@ -112,7 +112,7 @@ def test_an_optimizer_and_how_a_batch_is_gone_through_are_axes(read) -> None:
         for parts in (1, 2)
         for again in (False, True)
     ]
-    assert [cell.label.partition("] ")[2] for cell in only(plan, "accumulate=2,checkpointing=true").cells] == [
+    assert [cell.label.partition("] ")[2] for cell in select(plan, "accumulate=2,checkpointing=true").cells] == [
         "accumulate=2 checkpointing",
         "paged-adamw-8bit accumulate=2 checkpointing",
     ]
@@ -120,10 +120,10 @@ def test_an_optimizer_and_how_a_batch_is_gone_through_are_axes(read) -> None:
 
 def test_batches_and_lengths_are_axes(read) -> None:
     plan = read("      - {method: lora, training: {batch: [2, 4], max_tokens: [16, 32], accumulate: [1, 2]}}")
-    assert [(c.training.batch, c.training.max_tokens) for c in only(plan, "accumulate=2").cells] == [
+    assert [(c.training.batch, c.training.max_tokens) for c in select(plan, "accumulate=2").cells] == [
         (2, 16), (2, 32), (4, 16), (4, 32)
     ]  # fmt: skip
-    assert [c.training.accumulate for c in only(plan, "batch=4,max_tokens=32").cells] == [1, 2]
+    assert [c.training.accumulate for c in select(plan, "batch=4,max_tokens=32").cells] == [1, 2]
     with pytest.raises(SuiteError) as caught:
         read("      - {method: lora, training: {batch: [2, 6, 9], accumulate: [1, 2, 3]}}")
     assert [(p.what, p.hint) for p in caught.value.problems] == [
@@ -297,7 +297,7 @@ def test_too_many_cells_are_refused_without_making_them(read) -> None:
 )
 def test_only(expr: str, kept: int) -> None:
     plan = loader.load("smoke").plan
-    chosen = only(plan, expr)
+    chosen = select(plan, expr)
     assert len(chosen.cells) == kept
     assert set(chosen.ids) == {c.cell_id for c in chosen.cells}
     assert chosen.comparisons == plan.comparisons
@@ -305,19 +305,19 @@ def test_only(expr: str, kept: int) -> None:
 
 def test_only_by_the_start_of_a_cell_id() -> None:
     plan = loader.load("smoke").plan
-    assert only(plan, plan.cells[2].cell_id[:8]).cells == (plan.cells[2],)
+    assert select(plan, plan.cells[2].cell_id[:8]).cells == (plan.cells[2],)
 
 
 @pytest.mark.parametrize("expr", ["method=dora", "id=lora,dtype=bfloat16", "nothing", "", " , "])
 def test_only_without_a_match_lists_what_there_is(expr: str) -> None:
     with pytest.raises(UsageError, match="no Cell fits") as caught:
-        only(loader.load("smoke").plan, expr)
+        select(loader.load("smoke").plan, expr)
     assert "id=lora-float64" in caught.value.hint
 
 
 def test_only_with_a_mistyped_key() -> None:
     with pytest.raises(UsageError, match="unknown key `methd`") as caught:
-        only(loader.load("smoke").plan, "methd=lora")
+        select(loader.load("smoke").plan, "methd=lora")
     assert "did you mean `method`?" in caught.value.hint
 
 

@@ -16,7 +16,7 @@ from harness.process import supervisor
 from harness.records.record import Status
 from harness.runner import run
 from harness.suites import loader, model_checks
-from harness.suites.expand import only
+from harness.suites.expand import select
 from support.sandbox import Sandbox
 
 SUITE = """\
@@ -78,9 +78,9 @@ def refused(folder: Path, old: str = "", new: str = "", expr: str = "") -> list[
     assert old in SUITE
     path.write_text(SUITE.replace(old, new, 1) if old else SUITE, encoding="utf-8")
     suite = loader.load(path)
-    plan = only(suite.plan, expr) if expr else suite.plan
+    plan = select(suite.plan, expr) if expr else suite.plan
     try:
-        model_checks.refuse(suite, plan)
+        model_checks.check_models(suite, plan)
     except SuiteError as error:
         return [(int(p.where.rpartition(":")[2]), p.what, p.hint) for p in error.problems]
     return []
@@ -156,10 +156,10 @@ def test_a_prompt_and_its_answer_fit_together(folder: Path, tokens: int) -> None
     )
     loaded = loader.load(path)
     if tokens == 32:
-        model_checks.refuse(loaded, loaded.plan)
+        model_checks.check_models(loaded, loaded.plan)
         return
     with pytest.raises(SuiteError, match="a prompt of 33 tokens and an answer of 8 exceed the 40 positions of tied"):
-        model_checks.refuse(loaded, loaded.plan)
+        model_checks.check_models(loaded, loaded.plan)
 
 
 def test_a_target_without_weights_of_its_own_is_looked_for_in_the_model(folder: Path) -> None:
@@ -224,7 +224,7 @@ def test_nothing_runs_before_the_suite_fits(
     verb: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "_resolve", lambda *_: pytest.fail("something was fetched"))
+    monkeypatch.setattr(run, "_fetch", lambda *_: pytest.fail("something was fetched"))
     path = folder / "fit.yaml"
     path.write_text(SUITE.replace("max_tokens: 16", "max_tokens: 25"), encoding="utf-8")
     assert main([verb[0], str(path), *verb[1:]]) == Exit.USAGE
@@ -238,8 +238,8 @@ def test_a_model_that_was_fetched_is_asked_before_the_first_cell(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     here: list[str] = []
-    monkeypatch.setattr(fetch, "is_ready", lambda source: source.name in here)
-    monkeypatch.setattr(run, "_resolve", lambda *_: here.append("bert"))
+    monkeypatch.setattr(fetch, "is_local", lambda source: source.name in here)
+    monkeypatch.setattr(run, "_fetch", lambda *_: here.append("bert"))
     path = folder / "fit.yaml"
     path.write_text(SUITE.replace("max_tokens: 16", "max_tokens: 25"), encoding="utf-8")
     assert main(["run", str(path), "--out", "run"]) == Exit.USAGE

@@ -8,7 +8,7 @@ import pytest
 
 from harness.errors import SuiteError
 from harness.suites import loader
-from harness.suites.expand import Plan, only
+from harness.suites.expand import Plan, select
 
 SUITE = """suite: small
 matrix:
@@ -39,8 +39,8 @@ def test_a_search_has_its_own_seed_and_items_and_may_speak_for_other_ranks(tmp_p
     assert {(c.seed, c.config["rank"], c.evaluation.skip, c.evaluation.items) for c in swept} == {(7, 4, 40, 24)}
     assert tuning.cells == [c.cell_id for c in ranked]
     assert {c.config["rank"] for c in ranked} == {2, 4}
-    assert only(plan, "tune=true").cells == tuple(swept)
-    assert only(plan, "tune=false").cells == tuple(ranked)
+    assert select(plan, "tune=true").cells == tuple(swept)
+    assert select(plan, "tune=false").cells == tuple(ranked)
 
 
 def test_without_a_config_each_rank_has_its_own_search(tmp_path: Path) -> None:
@@ -60,8 +60,8 @@ def test_an_item_that_chooses_a_rate_never_ranks() -> None:
 def test_only_names_a_knob_that_stands_in_no_cell_at_its_default(tmp_path: Path) -> None:
     suite = SUITE.replace("[q_proj]", "[q_proj], init: [kaiming, gaussian]")
     plan = _plan(tmp_path, "{lr: [1e-3, 1e-2], items: 4}", suite)
-    assert {cell.config.get("init") for cell in only(plan, "init=kaiming").cells} == {None}
-    assert {cell.config.get("init") for cell in only(plan, "init=gaussian").cells} == {"gaussian"}
+    assert {cell.config.get("init") for cell in select(plan, "init=kaiming").cells} == {None}
+    assert {cell.config.get("init") for cell in select(plan, "init=gaussian").cells} == {"gaussian"}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_knob_that_stands_in_no_cell_at_its_default_may_be_searched(
 ) -> None:
     suite = SUITE.replace("[q_proj]", f"[q_proj]{own}")
     plan = _plan(tmp_path, f"{{lr: [1e-3, 1e-2], items: 4, config: {{init: {tuned}}}}}", suite)
-    swept = only(plan, "tune=true").cells
+    swept = select(plan, "tune=true").cells
     assert len(swept) == 4
     assert all(cell.config.get("init", "none") == (found or "none") for cell in swept)
 

@@ -1,6 +1,6 @@
 """Judge a run against a baseline: each Cell by the kinds of `baseline_rows`, then the run.
 
-"Nothing compared" is never green, and what is not the same around two Records is named beside every verdict.
+"Nothing compared" is never a pass, and every verdict lists the differences of the environments.
 """
 
 from __future__ import annotations
@@ -23,23 +23,27 @@ _LAST = (FindingKind.ENVIRONMENT, FindingKind.ASSETS)
 
 @dataclass(frozen=True, kw_only=True)
 class Against(Findings):
-    """A run, judged against a baseline of so many `cells`. notes: what else the verdict rests on."""
+    """Verdict on a run compared with a baseline."""
 
     exit: Exit
+    """Exit code of the gate."""
     cells: int
+    """Number of Cells in the baseline."""
     margins: Margins
+    """Margins of the comparison."""
     notes: tuple[str, ...]
+    """Further grounds of the verdict."""
 
 
 def judge(base: RunFacts, new: RunFacts, *, margins: Margins | None = None, strict: bool = False) -> Against:
     """Compare every Cell of the baseline with the run's Record of it.
 
     Exit codes, the first that holds: NOTHING_COMPARED without one Cell on both sides; FAIL for any failed row or a file that
-    was changed after its run; INFRASTRUCTURE for Cells that were not come to or whose Record cannot be read, and for a run
+    was changed after its run; INFRASTRUCTURE for Cells that were not reached or have an unreadable Record, and for a run
     that did not finish; with `strict` INCONCLUSIVE for any row that is so; else PASS.
     """
     margins = margins or Margins()
-    # A cell_id is computed whenever it is asked for, and there may be thousands of Cells.
+    # There may be thousands of Cells: map them once.
     expected = [{cell.cell_id: cell for cell in side.run.manifest.cells} for side in (base, new)]
     cells = expected[0] | expected[1]
     names = naming.full(cells.values())
@@ -58,9 +62,9 @@ def judge(base: RunFacts, new: RunFacts, *, margins: Margins | None = None, stri
     changed = tuple(f"{side}: {name} {what}" for side, run in sides for name, what in run.changed.items())
     notes: tuple[str, ...] = () if new.how == "finished" else (f"the run is {new.how}",)
     for side, run in sides:
-        # Nothing else would show that somebody has edited it. That a run did not finish is told anyway.
+        # Nothing else would reveal an edit. An unfinished run is reported anyway.
         if not (run.footer.sha256 if run.footer else side == "run"):
-            what = "has no footer with hashes, so that nobody knows whether its Records are as they were made"
+            what = "has no footer with hashes, so changes of its Records cannot be detected"
             notes += (f"the {side} {what}",)
     verdict, code = _whole(rows, len(pairs), unreadable, changed, notes, strict)
     return Against(
@@ -111,7 +115,7 @@ def _status(record: Record | None) -> str | None:
 
 
 def _torn(side: RunFacts) -> dict[str, str]:
-    """Map each cell_id whose newest attempt cannot be read to the file and the reason. No older one may stand in."""
+    """Map the cell_ids of unreadable newest attempts to the file and the reason. An older attempt must not replace one."""
     found = {}
     for name, why in side.run.broken.items():
         cell_id, _, attempt = Path(name).stem.partition(".")
@@ -121,7 +125,7 @@ def _torn(side: RunFacts) -> dict[str, str]:
 
 
 def _standing(name: str, base: Record, new: Record) -> ComparisonRow:
-    """Judge how a Cell ended, and its checks: one row."""
+    """Judge the outcome of a Cell and its checks: one row."""
     cell, ids, ends = (base.cell_id,), (base.id, new.id), (base.status.value, new.status.value)
     if base.status is not Status.OK:
         word = VerdictKind.PASS if new.status is Status.OK else VerdictKind.INCONCLUSIVE
@@ -151,7 +155,7 @@ def _standing(name: str, base: Record, new: Record) -> ComparisonRow:
 
 
 def _looser(base: Record, new: Record) -> list[str]:
-    """Name the checks that allow much more than they did, the loosest first, with how many times as much."""
+    """List the checks that allow much more than before, the loosest first, each with the factor."""
     before = {c.check: c.allowed for c in base.checks if c.outcome is Outcome.PASS and c.allowed}
     times = {c.check: c.allowed / before[c.check] for c in new.checks if c.allowed and c.check in before}
     found = sorted((x for x in times.items() if x[1] > LOOSER), key=lambda x: -x[1])
@@ -159,7 +163,7 @@ def _looser(base: Record, new: Record) -> list[str]:
 
 
 def _called(cells: Mapping[str, Cell], recipes: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
-    """Name recipes: one that has a single Cell as this Cell is named, so that nothing is called by two names."""
+    """Name recipes; one with a single Cell has the name of this Cell."""
     of: dict[str, list[str]] = {}
     for cell_id, recipe in recipes.items():
         of.setdefault(recipe, []).append(cell_id)
@@ -202,7 +206,7 @@ def _whole(
 
 
 def _counted(rows: Sequence[ComparisonRow]) -> list[str]:
-    """Say for each kind how many Cells it concerns, and name the first ones."""
+    """List the kinds of findings, each with its first Cells and the number of others."""
     kinds: dict[FindingKind, list[str]] = {}
     for row in rows:
         kinds.setdefault(row.kind, []).append(row.name)
@@ -214,6 +218,6 @@ def _counted(rows: Sequence[ComparisonRow]) -> list[str]:
 
 
 def _residue(rows: Sequence[ComparisonRow]) -> list[str]:
-    """Name what was not the same around the Records, each with its number of Cells."""
+    """List the differences of the environments, each with its number of Cells."""
     found = [f"{row.reason} ({row.name})" for row in rows if row.kind in _LAST]
     return [f"not the same: {first_names(found)}"] if found else []

@@ -96,7 +96,7 @@ class _Pair:
         yield self._grown(metric.quantity, a, b, allowed, "counted" if metric.kind == "counted" else "measured")
 
     def peak(self, before: str, now: str, margins: Margins) -> Iterator[ComparisonRow]:
-        """Compare the peaks of training; what was taken in two ways is no pair."""
+        """Compare the peaks of training; peaks from two sources do not compare."""
         a, b = training_peak(self.base), training_peak(self.new)
         if a is None and b is None:
             return

@@ -1,4 +1,4 @@
-"""The training loss of a Cell, beside what it was in the baseline: on the same batches, so that only rounding may differ."""
+"""Training loss of a Cell compared with the baseline: on the same batches, so that only rounding may differ."""
 
 from __future__ import annotations
 

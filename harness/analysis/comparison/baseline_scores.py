@@ -1,4 +1,4 @@
-"""Accuracies of a run beside those of its baseline: on the same items, of the same seeds, each paired with itself."""
+"""Accuracies of a run compared with its baseline: the same items and seeds, paired."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ _Matched = tuple[Record, Record]
 
 @dataclass(frozen=True)
 class _Difference:
-    """New minus base. p: that they are equal; detectable: the smallest difference that this comparison can show."""
+    """Difference of two accuracies, new minus base."""
 
     value: float
     interval: tuple[float, float]
     p: float
+    """p value of no difference."""
     detectable: float
+    """Smallest difference that this comparison can show."""
 
 
 def rows(
@@ -48,7 +50,7 @@ def rows(
             reason = f"seed {base.cell.seed} was not scored in the baseline"
             found.append(_row(FindingKind.NEW, VerdictKind.NOT_RUN, name, [(base, new)], reason))
     differences = {recipe: _difference(same) for recipe, same in recipes.items()}
-    # Answers that are all the same cannot be called different by any luck, so they are no test among those to correct for.
+    # Equal answers cannot differ by chance, so they do not count among the tests to correct for.
     adjusted = holm({r: d.p for r, d in differences.items() if isinstance(d, _Difference)})
     for recipe, same in recipes.items():
         difference = differences[recipe]

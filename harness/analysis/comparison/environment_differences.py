@@ -1,4 +1,4 @@
-"""What was not the same around a run and its baseline: named once for all Cells that share it, never averaged away."""
+"""Differences of environment and assets between a run and its baseline, each listed once for all Cells that share it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness.errors import plural
 from harness.records.record import Environment, Record
 
 _CODE = ("code version: ", "commit: ", "uncommitted changes: ")
-"""What a gate is there to compare."""
+"""Differences that a gate is meant to compare."""
 
 
 def rows(pairs: Sequence[tuple[Record, Record]]) -> Iterator[ComparisonRow]:
@@ -43,7 +43,7 @@ def _row(
 
 
 def _surroundings(base: Record, new: Record) -> list[str]:
-    # Not known is not different: an older Record says less, as does one of a Cell that ended early.
+    # Unknown is not different: an older Record has fewer fields, as has one of a Cell that ended early.
     found = [line for line in reproducibility.surroundings(base, new) if "not recorded" not in line]
     a, b = base.environment, new.environment
     if a.git_sha != b.git_sha:
@@ -54,7 +54,7 @@ def _surroundings(base: Record, new: Record) -> list[str]:
 
 
 def slowed(base: Record, new: Record) -> list[str]:
-    """Say what slowed the GPU down in training, where that is not the same in both."""
+    """Return the causes of throttling in training, where they differ between two Records."""
     before, now = _throttled(base), _throttled(new)
     return [f"GPU throttled in training by: {before or 'nothing'}, {now or 'nothing'}"] if before != now else []
 
@@ -70,7 +70,7 @@ def _throttled(record: Record) -> str:
 
 
 def clocks_of(records: Sequence[Record]) -> str:
-    """Return the range of the clocks, to the MHz that drivers tell; empty without a GPU."""
+    """Return the range of the clocks in MHz; empty without a GPU."""
     gpus = [gpu for r in records if (gpu := training_gpu(r)) is not None]
     found = sorted({gpu.end.sm_clock_Hz // 10**6 for gpu in gpus if gpu.end and gpu.end.sm_clock_Hz})
     return "" if not found else f"{found[0]:,} MHz" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,} MHz"

@@ -1,4 +1,4 @@
-"""How much slower the new side of one pair of process runs is than the old, in each of the times that both have."""
+"""Log ratios of the times of one pair of process runs, new side over old."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness.records.record import Record, TrainingMeasured
 
 
 def times(record: Record) -> dict[str, float]:
-    """Return the seconds of what the new side may have made slower: the step, and latencies but those of the bare base."""
+    """Return the times, in seconds, that code can change: the step, and latencies except those of the bare base."""
     return {metric: s for metric, s in tracked_metrics.times(record).items() if not metric.startswith(SENTINEL)}
 
 
@@ -27,8 +27,8 @@ def log_ratio(old: Record, new: Record, metric: str = STEP) -> float:
 
     Two sides that train on the same batches are compared step by step, and the median of these log ratios is the pair's: a
     text of twice the tokens takes twice the time, and the median step of one side need not be that of the other. Else it is
-    the ratio of the two medians. Steps are no units: those of one process share its luck. Raises HarnessError where a side
-    does not have that time.
+    the ratio of the two medians. Steps are no units: those of one process are not independent. Raises HarnessError where a
+    side lacks that time.
     """
     sides = [record.measurements.training if record.measurements else None for record in (old, new)]
     if metric == STEP and (matched := _matched(*sides)):

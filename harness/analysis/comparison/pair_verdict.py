@@ -1,4 +1,4 @@
-"""What pairs of process runs say of two sides: of each Cell's times, of its memory and its outcome, and of all together."""
+"""Verdict on two sides from pairs of process runs: times, memory and outcome of each Cell, and the whole."""
 
 from __future__ import annotations
 
@@ -26,46 +26,53 @@ from harness.records.record import Record, Status
 
 Records = Sequence[tuple[Record, Record]]
 _MEANT = ("code version", "implementation from")
-"""What the two sides are to differ in."""
+"""Differences that the two sides are meant to have."""
 PEAK_B = 2**20
-"""What the medians of two peaks of a process may differ by and still be called the same, however certain it is."""
+"""Difference of the medians of two process peaks that is no finding, however certain it is."""
 _PEAK_LEVEL = 0.0011
 
 
 @dataclass(frozen=True)
 class CellComparison:
-    """One Cell, by both sides. records: pairs (old, new). timed: by metric; none where nothing was; then `because`."""
+    """One Cell on both sides."""
 
     name: str
+    """Name of the Cell."""
     records: Records
+    """Pairs (old, new)."""
     timed: Mapping[str, Timed] = field(default_factory=dict)
+    """Verdicts by metric; empty where nothing was timed."""
     because: str = ""
+    """Reason for no verdicts."""
 
     def called(self, metric: str) -> str:
-        """Return the Cell's name, with what was timed of it unless that is its step."""
+        """Return the Cell's name, with the metric unless it is the step."""
         return self.name if metric == STEP else f"{self.name}, {named(metric)}"
 
     def seconds(self, side: int, metric: str = STEP) -> float | None:
-        """Return the median over the process runs of a side (0 old, 1 new) of what each took."""
+        """Return the median time over the process runs of a side (0 old, 1 new)."""
         found = [s for pair in self.records if (s := times(pair[side]).get(metric)) is not None]
         return median(found) if found else None
 
 
 @dataclass(frozen=True)
 class JudgedPairs:
-    """The sides, judged.
-
-    adjusted: Benjamini-Hochberg adjusted p of each time, by what it is called. rows: all that was compared besides times.
-    residue: what was not the same between the two sides though it should be, and process runs that were disturbed.
-    """
+    """Verdict on both sides."""
 
     verdict: Verdict
+    """Verdict on all Cells together."""
     exit: Exit
+    """Exit code of the gate."""
     cells: tuple[CellComparison, ...]
+    """Comparisons of the Cells."""
     adjusted: Mapping[str, float]
+    """Benjamini-Hochberg adjusted p of each time, by name."""
     rows: tuple[ComparisonRow, ...]
+    """All comparisons but those of times."""
     canaries: Canaries
+    """False alarms of the old side against itself."""
     residue: tuple[str, ...]
+    """Unintended differences between the two sides, and disturbed process runs."""
 
 
 def judge(cells: Sequence[CellComparison], canaries: Canaries, *, strict: bool = False) -> JudgedPairs:
@@ -75,7 +82,7 @@ def judge(cells: Sequence[CellComparison], canaries: Canaries, *, strict: bool =
     that takes more memory or other counts, or that was ok by the old side alone; INFRASTRUCTURE for a Cell that could not be
     timed, and where the canaries close the gate, which then judges no time; with `strict` INCONCLUSIVE for any Cell that is
     so, in a time or because not all its process runs counted their memory; else PASS. Each time, of a step or a latency, is
-    judged by itself, at the level of the Design, whose false alarms are rare enough for 500; the adjusted p are told beside.
+    judged by itself, at the level of the Design, whose false alarms are rare enough for 500; the adjusted p are shown only.
     Were they the verdict, ten or twenty pairs could not reach it: +3 % in one Cell of 8 would be found (simulated) in 83 %
     of the gates in place of 99 %, in one of 50 in 53 %.
     """
@@ -183,9 +190,9 @@ def _untimed(name: str, old: Record, new: Record) -> Iterator[ComparisonRow]:
 
 
 def _peaks(name: str, whole: Records) -> list[ComparisonRow]:
-    """Compare the peaks of training over all process runs of both sides: as counted where it was, and of a process beside.
+    """Compare the training peaks over all process runs of both sides: the counted ones where known, and those of a process.
 
-    What is counted is the same in equal process runs, so that a difference needs no test. A process takes more than its
+    Counted peaks are equal in equal process runs, so a difference needs no test. A process takes more than its
     tensors, e.g. what a library allocates by itself; on a GPU both are one number.
     """
     allocated = any(m.memory.source == ALLOCATED for pair in whole for r in pair if (m := r.measurements) is not None)
@@ -221,7 +228,7 @@ def _sides(whole: Records, metric: Metric) -> tuple[list[Number], list[Number]] 
 
 
 def _lacking(whole: Records) -> str:
-    """Say how many process runs of which side have no count, where others have: likeliest of a side that grew."""
+    """Return which side lacks counts in how many process runs, where others have counts: likely the side that grew."""
     without = [sum(COUNTED_PEAK.read(pair[side]) is None for pair in whole) for side in (0, 1)]
     told = [f"{n} of {len(whole)} of the {side} side" for n, side in zip(without, ("old", "new"), strict=True) if n]
     # Where no run has a count, it was not to be had: there is no training, or torch has no profiler.

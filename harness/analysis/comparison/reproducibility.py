@@ -1,4 +1,4 @@
-"""Did a rerun give the same losses, to the last bit? If not: from which step on, and what was not the same.
+"""Reproducibility: whether reruns gave the same losses bitwise, and if not, the first step and the causes.
 
 A difference is explained by its circumstances: another machine, library, code, thread count, model or data. What only
 follows from the seed (the order of the data, the initial state) says where two runs parted, and explains nothing: the
@@ -21,26 +21,30 @@ _GPU = "on a GPU some kernels sum in an order that varies from run to run"
 
 @dataclass(frozen=True)
 class Rerun:
-    """One Cell with several ok Records.
-
-    same_losses: None if the Cell does not train. first_step: the first differing step, counting from 0. causes: what
-    differs in the circumstances of unequal Records. parted: what else differs in them although the seed fixes it.
-    unexplained: some unequal Records have no cause. records: (run, Record id).
-    """
+    """One Cell with several ok Records."""
 
     cell_id: str
+    """Id of the Cell."""
     label: str
+    """Name of the Cell."""
     records: tuple[tuple[str, str], ...]
+    """Pairs (run, Record id)."""
     same_losses: bool | None
+    """Whether the losses are bitwise equal; None without training."""
     same_items: bool | None
+    """Whether the answers are equal; None without scoring."""
     first_step: int | None
+    """First differing step, from 0."""
     causes: tuple[str, ...]
+    """Differences in the circumstances of unequal Records."""
     parted: tuple[str, ...]
+    """Other differences of unequal Records that the seed should have prevented."""
     unexplained: bool
+    """Whether some unequal Records have no cause."""
 
     @property
     def equal(self) -> bool:
-        """Say whether nothing that was compared differs."""
+        """Whether nothing that was compared differs."""
         return self.same_losses is not False and self.same_items is not False
 
 
@@ -195,7 +199,7 @@ def usual_environment(run: Run) -> Environment:
 
 
 def strangers(run: Run) -> dict[tuple[str, ...], list[Record]]:
-    """Return the newest Records that were not made in the usual environment, by what differs in theirs."""
+    """Return the newest Records from other environments than the usual one, by the differences."""
     usual = usual_environment(run)
     found: dict[tuple[str, ...], list[Record]] = {}
     for record in run.latest().values():

@@ -1,8 +1,8 @@
-"""What all series have in common on a night: the machine's own good and bad nights.
+"""Anchors of nights: the common factor of all series, that is, the machine's own good and bad nights.
 
 Every time of a night is divided by the night's anchor, the median over series of value / the series' usual value. A slow
-night of the whole machine is then no change of any Cell. But neither is a slow-down that hits every Cell: so the anchor is
-watched as well, beside sentinels, which are times that no code under test can change.
+night of the whole machine is then no change of any Cell. But neither is a slow-down of every Cell, so the anchor itself is
+watched too, as are sentinels: times that no code under test can change.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from harness.analysis.statistics.change_points import Array
 
 FEWEST_SERIES = 5
-"""With fewer there is no anchor: one series would be divided by itself."""
+"""Fewest series for an anchor: a single series would be divided by itself."""
 
 
 FEWEST_SENTINELS = 3
@@ -32,15 +32,15 @@ def anchor(logs: Array, fewest: int = FEWEST_SERIES) -> Array:
     panel = logs[there.sum(axis=1) * 2 >= nights]
     if not len(panel):
         return np.full(nights, np.nan)
-    apart = panel - _median(panel, 1)[:, None]
-    counted = np.isfinite(apart).sum(axis=0)
-    found = np.where(counted >= fewest, _median(apart, 0), np.nan)
+    deviations = panel - _median(panel, 1)[:, None]
+    counted = np.isfinite(deviations).sum(axis=0)
+    found = np.where(counted >= fewest, _median(deviations, 0), np.nan)
     usual = found[np.isfinite(found)]
     return found - (np.median(usual) if len(usual) else 0.0)
 
 
 def _median(values: Array, axis: int) -> Array:
-    """Return the median of what is not NaN; NaN of nothing, without a word."""
+    """Return the median without NaN; NaN for no values, without a warning."""
     import numpy as np
 
     ordered = np.sort(values, axis=axis)  # NaN comes last

@@ -1,4 +1,4 @@
-"""A/A canaries: how often do pairs of one and the same arm alarm? If too often, the gate may not judge anything."""
+"""A/A canaries: the false-alarm rate of pairs of one and the same side. A high rate closes the gate."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from harness.errors import UsageError
 
 NOMINAL = 0.05
 TIMES = 3.0
-"""How much more often than nominal is too often."""
+"""Largest accepted false-alarm rate, as a multiple of the nominal one."""
 
 
 @dataclass(frozen=True)
 class Canaries:
-    """How many A/A runs alarmed; `nominal`: the share that should, by the level of the test."""
+    """False alarms of A/A runs."""
 
     alarms: int
+    """Runs that alarmed."""
     runs: int
+    """All A/A runs."""
     nominal: float = NOMINAL
+    """Expected share of alarms, by the level of the test."""
 
     def __post_init__(self) -> None:
-        """Refuse counts that are none."""
+        """Raise UsageError for impossible counts."""
         if not 0 <= self.alarms <= self.runs or not 0 < self.nominal < 1:
             raise UsageError(
                 f"{self.alarms} alarms of {self.runs} A/A canaries, nominally {self.nominal:g}",
@@ -42,14 +45,14 @@ class Canaries:
 
     @property
     def closed(self) -> bool:
-        """Whether the gate is closed: so many alarms have a chance of at most 1 - LEVEL at the limit (exact binomial)."""
+        """Whether the gate is closed: so many alarms have a probability of at most 1 - LEVEL at the limit (binomial)."""
         return self._closes(self.alarms)
 
     @property
     def sentence(self) -> str:
-        """Publish the rate, and say what follows from it."""
+        """The rate and its consequence, as a sentence."""
         if not self.runs:
-            return "no A/A canaries: how often this gate alarms without a cause is not known here"
+            return "no A/A canaries: the false-alarm rate of this gate is not known here"
         low, high = self.interval
         rate = (
             f"{self.alarms} of {self.runs} A/A canar{'ies' if self.runs != 1 else 'y'} alarmed: "
@@ -60,7 +63,7 @@ class Canaries:
                 f"{rate}. More than {TIMES:g} times nominal, so the gate is closed: look for other load, unsteady clocks, "
                 "or pairs that did not share a device"
             )
-        few = "" if self._closes(self.runs) else "; too few to close the gate, whatever they say"
+        few = "" if self._closes(self.runs) else "; too few to close the gate"
         return rate + few
 
     def _closes(self, alarms: int) -> bool:
@@ -74,7 +77,7 @@ class Canaries:
 def canaries(log_ratios: Iterable[Sequence[float]], trim: float, nominal: float = NOMINAL) -> Canaries:
     """Count the A/A canaries whose pairs differ from 0 in either direction, at the level `nominal`.
 
-    Without the margin of the gate: behind it, noise that is twice what was thought would long stay hidden.
+    Without the margin of the gate, which would hide noise of twice the expected size.
     """
     alarms = runs = 0
     for pairs in log_ratios:

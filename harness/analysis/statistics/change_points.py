@@ -1,8 +1,8 @@
-"""Where the level of a series changed: an optimal segmentation by `ruptures`, and what of it is worth telling.
+"""Changes of level in a series: an optimal segmentation by `ruptures`, and the changes that are large enough.
 
 Least squares with a penalty for each change (the linear kernel of ruptures.KernelCPD) on values that are divided by their
-own noise. A level has three nights at least, so a lone slow night is never a change; it is pulled in beforehand, or it
-would still bend the level beside it. All of it on logarithms, where a share is the same at every height.
+own noise. A level has three nights at least, so a lone slow night is never a change; it is clipped beforehand, or it
+would still shift a neighbouring level. All on logarithms, where a relative change is the same at every level.
 """
 
 from __future__ import annotations
@@ -23,24 +23,27 @@ LEVEL_NIGHTS = 3
 FEWEST = 2 * LEVEL_NIGHTS
 """The fewest nights of a series in which a change can be seen."""
 PENALTY = 18.0
-"""What a change must win, in squared noise: a little above what the best of a hundred places wins by chance."""
+"""Penalty for a change, in squared noise: a little more than the best of a hundred places gains by chance."""
 SUSPICIOUS = 3.0
-"""So many standard errors above its level, the last night is worth a trial by pairs: at most one in 700 by normal noise."""
+"""Standard errors above its level at which the last night is a suspicion: one in 700 by normal noise."""
 _SPIKE = 4.0
-"""So many times the noise away from the nights around it, a night counts as an outlier."""
+"""Distance from the nights around it, in units of noise, at which a night is an outlier."""
 _TO_SIGMA = 1.4826
 """A normal distribution's standard deviation over its median absolute deviation."""
 _OWN_NIGHTS = 10
-"""The noise that all series share counts as much as so many nights of a series' own: six nights alone know it badly."""
+"""Weight of the noise that all series share, in nights of a series' own: six nights alone estimate it badly."""
 
 
 @dataclass(frozen=True)
 class LevelChange:
-    """One change of level. at: index of the first value of the new level; before, after: the medians of both levels."""
+    """One change of level."""
 
     at: int
+    """Index of the first value of the new level."""
     before: float
+    """Median of the old level."""
     after: float
+    """Median of the new level."""
 
     @property
     def change(self) -> float:
@@ -51,7 +54,7 @@ class LevelChange:
 def noise(values: Array) -> float:
     """Return the standard deviation of the values around their levels, from the differences of neighbours.
 
-    A change of level is one difference among many, and the median takes no notice. 0 of fewer than two values.
+    A change of level is one difference among many, which the median ignores. 0 for fewer than two values.
     """
     import numpy as np
 
@@ -65,8 +68,8 @@ def steps(
 ) -> tuple[LevelChange, ...]:
     """Return the changes of level of a series (1-d, finite), oldest first; none of fewer than FEWEST values.
 
-    least: smaller changes are not told. shared: the noise of series like this one, if known. floor: the least noise that
-    is believed, in the unit of the values: a series that never moves is not infinitely exact. own: its noise, if known.
+    least: smaller changes are left out. shared: the noise of similar series, if known. floor: the least noise that is
+    assumed, in the unit of the values: a constant series is not infinitely exact. own: its noise, if known.
     """
     if len(values) < FEWEST or values.max() - values.min() < least:
         return ()
@@ -112,7 +115,7 @@ def _believed(values: Array, shared: float, floor: float, own: float | None) -> 
 
 
 def _worth_telling(values: Array, edges: Sequence[int], least: float) -> tuple[LevelChange, ...]:
-    """Unite neighbouring levels, the closest first, until all that is left differs by `least` or more, and has its nights:
+    """Merge neighbouring levels, the closest first, until all differ by `least` or more and have enough nights:
     where two of a level's three are slow its median is slow as well, and the third had no say.
     """
     bounds = [int(edge) for edge in edges]
@@ -130,7 +133,7 @@ def _worth_telling(values: Array, edges: Sequence[int], least: float) -> tuple[L
 
 
 def _borne(step: LevelChange, left: Array, right: Array) -> bool:
-    """Say whether on either side LEVEL_NIGHTS values or more lie nearer to their own level than to the other."""
+    """Return whether on either side LEVEL_NIGHTS values or more lie nearer to their own level than to the other."""
     way, middle = (1 if step.change > 0 else -1), (step.before + step.after) / 2
     nearer = ((way * (left - middle) < 0).sum(), (way * (right - middle) > 0).sum())
     return bool(min(nearer) >= LEVEL_NIGHTS)
@@ -140,7 +143,7 @@ def _without_spikes(values: Array, sigma: float) -> Array:
     """Replace every value that lies far from the median of the five around it by that median (Hampel)."""
     import numpy as np
 
-    # Beyond either end there is nothing: NaN sorts last, and the middle is that of four or three values.
+    # Beyond either end there are no values: NaN sorts last, and the middle is that of four or three values.
     padded = np.concatenate([[np.nan] * 2, values, [np.nan] * 2])
     windows = np.lib.stride_tricks.sliding_window_view(padded, 5)
     ordered = np.sort(windows, axis=1)

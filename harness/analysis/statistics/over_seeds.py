@@ -22,11 +22,14 @@ MODERATED = f"{INTERVAL[:-1]}; spread over seeds moderated by that of all recipe
 
 @dataclass(frozen=True)
 class Spread:
-    """An estimate and its standard error; `df`: the degrees of freedom of its t distribution."""
+    """An estimate and its standard error."""
 
     value: float
+    """Estimate."""
     error: float
+    """Standard error."""
     df: float
+    """Degrees of freedom of its t distribution."""
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -52,7 +55,7 @@ class Spread:
 def mean(runs: Sequence[Accuracy], prior: Prior | None = None) -> Spread | None:
     """Return the mean accuracy of two or more runs; None unless all of them scored the same items.
 
-    prior: what the other recipes tell of the variance between seeds, if anything.
+    prior: the variance between seeds of the other recipes, if known.
     """
     if not same_items(runs):
         return None
@@ -93,7 +96,7 @@ def paired(left: Sequence[Accuracy], right: Sequence[Accuracy]) -> Spread | None
 
 
 def same_items(runs: Sequence[Accuracy]) -> bool:
-    """Say whether all runs scored the same items, and any at all."""
+    """Return whether all runs scored the same items, at least one."""
     scored = {frozenset(_by_id(run)) for run in runs}
     return len(scored) == 1 and bool(*scored)
 

@@ -1,4 +1,4 @@
-"""Design of an A/B comparison by pairs: how many pairs, when they are judged, and at which levels."""
+"""Design of an A/B comparison by pairs: numbers of pairs, looks at them, and levels of significance."""
 
 from __future__ import annotations
 
@@ -15,32 +15,35 @@ FEWEST = 6
 
 @dataclass(frozen=True)
 class Design:
-    """How many pairs are run, when they are looked at, and what is an alarm.
-
-    The level bounds the false alarms under any symmetric noise. Where the pairs spread little against the margin, as those
-    of steady machines do, they are far rarer. Where they do not, e.g. with two speeds of a kernel, drawn anew in each
-    process, they come near it, and the mde80 of such a Cell says so.
-
-    first: pairs of every Cell. fresh: how many fresh pairs there are, in all, at each planned look. levels: of the alarm at
-    each of these, one-sided and in each direction; the sum is that of the whole. The first look has few degrees of freedom,
-    so it is the stricter. interval: the level of the interval that must lie within `same_within` to prove a Cell unchanged;
-    a Cell is looked at up to three times, and one that is slower by `same_within` is called unchanged in at most
-    (1 - interval) / 2 of them each time.
-    suspect: the level at which a change beyond `suspect_by` calls for fresh pairs. trim: the share trimmed at either end.
-    """
+    """Numbers of pairs, looks at them, and levels of an alarm. The level bounds the false alarms under any
+    symmetric noise. On steady machines, where the pairs spread little compared with the margin, false alarms are
+    far rarer. Elsewhere, e.g. with a kernel that runs at one of two speeds in each process, they come near the
+    level, and the mde80 of such a Cell shows it."""
 
     first: int = 6
+    """Pairs of every Cell."""
     fresh: tuple[int, ...] = (10, 20)
+    """Total number of fresh pairs at each planned look."""
     levels: tuple[float, ...] = (0.001, 0.009)
+    """Level of the alarm at each of these looks, one-sided and in each direction; their sum is that of the whole.
+    The first look has few degrees of freedom, so it is the stricter one."""
     slower_by: float = 0.01
+    """Margin of a slow-down."""
     same_within: float = 0.03
+    """Margin of an unchanged Cell."""
     interval: float = 0.95
+    """Level of the interval that must lie within `same_within` to prove a Cell unchanged. There are up to three
+    looks at a Cell; one that is slower by `same_within` is called unchanged in at most (1 - interval) / 2 of them
+    each time."""
     suspect: float = 0.10
+    """Level at which a change beyond `suspect_by` calls for fresh pairs."""
     suspect_by: float = 0.005
+    """Margin of a suspicion."""
     trim: float = 0.25
+    """Share trimmed at either end."""
 
     def __post_init__(self) -> None:
-        """Refuse what could not be judged."""
+        """Raise UsageError for a design that cannot reach a verdict."""
         for count in (self.first, *self.fresh):
             if count < FEWEST or count % 2:
                 raise _bad(f"{count} pairs: drift cancels between two pairs", f"an even number, {FEWEST} or more")

@@ -1,4 +1,4 @@
-"""In which order the two arms of an A/B comparison run."""
+"""Order of the process runs of an A/B comparison."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BLOCKS = ("ABBA", "BAAB")
 
 
 def order(pairs: int, seed: int) -> str:
-    """Return the arm of each process run, two per pair, in blocks of two pairs: "ABBABAAB...".
+    """Return the side of each process run, two per pair, in blocks of two pairs: "ABBABAAB...".
 
     What drifts linearly cancels within every block. As many blocks begin with A as with B (give or take one), so that what
     drifts quadratically cancels between them; which ones is drawn, so that nothing periodic can take a side.

@@ -1,4 +1,4 @@
-"""How small a slow-down the planned looks at pairs find, at the spread that the pairs show."""
+"""Smallest slow-down that the planned looks at pairs detect, at the observed spread of the pairs."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 _HALVINGS = 50
 _FAR = 60
-"""Standard errors: beyond any slow-down that is found with less than certainty."""
+"""Upper end of the search, in standard errors: a slow-down of this size is always detected."""
 
 
 def reach(scale: float, design: Design) -> float:
-    """Return the log ratio of the slow-down that is found with a power of POWER; scale: sd of the log ratio of a pair."""
+    """Return the log ratio of the slow-down detected with a power of POWER; scale: sd of the log ratio of a pair."""
     low = math.log1p(design.slower_by)
     return least(lambda change: power(change, scale, design), low, low + _FAR * scale / math.sqrt(design.first))
 
 
 def least(found: Callable[[float], float], low: float, high: float) -> float:
-    """Return the smallest change between `low` and `high` that is found with a power of POWER, which grows with it."""
+    """Return the smallest change between `low` and `high` detected with a power of POWER; the power grows with it."""
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if found(middle) >= POWER else (middle, high)
@@ -32,7 +32,7 @@ def least(found: Callable[[float], float], low: float, high: float) -> float:
 
 
 def power(change: float, scale: float, design: Design) -> float:
-    """Return how probable it is that a log ratio of `change` is called slower (noncentral t).
+    """Return the probability that a log ratio of `change` is called slower (noncentral t).
 
     It must not be settled as the same at a look before the last, and be found at the last: multiplied as if each were
     another draw, which says too little rather than too much. What is found early is found late too, give or take.
@@ -46,7 +46,7 @@ def power(change: float, scale: float, design: Design) -> float:
 
 
 def found(errors: float, df: float, level: float) -> float:
-    """Return how probable it is that a one-sided t at `level` finds what lies so many standard errors beyond its margin."""
+    """Return the probability that a one-sided t test at `level` detects an effect so many errors past its margin."""
     from scipy.special import nctdtr, stdtrit
 
     return 1.0 - float(nctdtr(df, errors, float(stdtrit(df, 1 - level))))
@@ -57,7 +57,7 @@ def _found(beyond: float, scale: float, n: int, share: float, level: float) -> f
 
 
 def _too_wide(scale: float, n: int, design: Design) -> float:
-    """Return how probable it is that the interval is wider than what it must lie within to settle anything."""
+    """Return the probability that the interval is too wide for any verdict."""
     from scipy.special import chdtrc, stdtrit
 
     df = _df(n, design.trim)

@@ -1,9 +1,9 @@
-"""Is B slower than A, faster, the same, or undecided? From interleaved pairs of process runs, in two stages.
+"""Verdict on interleaved pairs of process runs, in two stages: B is slower than A, faster, the same, or undecided.
 
 Every Cell gets a few pairs. Where they prove it unchanged, that is the verdict. All others, whether they look slower, look
 faster or prove nothing, get fresh pairs, and these alone judge them: what made a Cell conspicuous is not counted twice.
 They are looked at when planned, not after every pair, and the looks share the level of the alarm. An alarm must lie beyond a
-margin, in either direction: a speed-up that nobody intended is a finding too.
+margin, in either direction: an unintended speed-up is a finding too.
 
 Log ratios throughout, so that exchanging A and B exchanges `slower` and `faster` and changes nothing else.
 """
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from harness.analysis.statistics.trimmed import Array, Mask
 
 IMPLAUSIBLE = 0.3
-"""A speed-up beyond this share is told with the question whether the work is still done."""
+"""Share beyond which a speed-up comes with the question whether the work is still done."""
 
 
 class PairFinding(StrEnum):
-    """What the pairs say of B against A."""
+    """Verdicts on B against A."""
 
     SLOWER = "slower"
     FASTER = "faster"
@@ -40,17 +40,19 @@ class PairFinding(StrEnum):
 
 @dataclass(frozen=True)
 class Look:
-    """What one look at n pairs of each Cell finds: arrays over the Cells, of the shape before the pairs' axis.
-
-    p: one-sided, towards the effect, of a change of at most `slower_by`; that of a fresh look is weighed by its part of the
-    level, so that an alarm is a p of at most `Design.level` at whichever look.
-    """
+    """Result of one look at n pairs of each Cell: arrays over the Cells, of the shape before the pairs' axis."""
 
     seen: Trimmed
+    """Trimmed means and their errors."""
     p: Array
+    """p value, one-sided, towards the effect, of a change of at most `slower_by`; that of a fresh look is weighted
+    by its part of the level, so that an alarm is a p of at most `Design.level` at every look."""
     slower: Mask
+    """Cells that are slower."""
     faster: Mask
+    """Cells that are faster."""
     same: Mask
+    """Cells that are unchanged."""
 
     @property
     def settled(self) -> Mask:
@@ -68,7 +70,7 @@ def look(log_ratios: Any, design: Design, stage: Stage) -> Look:
         raise UsageError(
             f"{seen.n} pairs of the {stage} stage, and no look at so many is planned: looking whenever one likes inflates "
             "the false alarms",
-            hint=f"judge {planned} pairs, run anew what was lost, or plan another Design",
+            hint=f"judge {planned} pairs, rerun the missing ones, or plan another Design",
         )
     if not np.isfinite(log_ratios).all():
         raise HarnessError(
@@ -92,24 +94,29 @@ def look(log_ratios: Any, design: Design, stage: Stage) -> Look:
 
 @dataclass(frozen=True)
 class PairVerdict:
-    """What the pairs of one Cell say.
-
-    effect: B / A - 1, Hodges-Lehmann; interval: of the trimmed mean, which decides; rank_interval: Hodges-Lehmann's own,
-    for any symmetric noise, None if n is too small for one. p: see `Look`. n: pairs of this stage.
-    mde80: the smallest slow-down that all planned looks would have found with 80 % power at this spread, None without any.
-    more: fresh pairs to run before the next planned look; 0 if none is to come.
-    """
+    """Verdict on the pairs of one Cell."""
 
     word: PairFinding
+    """Kind of verdict."""
     stage: Stage
+    """Stage that decided."""
     effect: float
+    """B / A - 1, by Hodges-Lehmann."""
     interval: tuple[float, float]
+    """Interval of the trimmed mean, which decides."""
     rank_interval: tuple[float, float] | None
+    """Hodges-Lehmann interval, for any symmetric noise; None if n is too small for one."""
     p: float
+    """p value, see `Look`."""
     n: int
+    """Pairs of this stage."""
     mde80: float | None
+    """Smallest slow-down that all planned looks would have detected with 80 % power at this spread; None without
+    any."""
     more: int
+    """Fresh pairs to run before the next planned look; 0 without one."""
     sentence: str
+    """Verdict as a sentence."""
 
 
 def judge(log_ratios: Sequence[float], design: Design, stage: Stage) -> PairVerdict:
@@ -135,7 +142,7 @@ def judge(log_ratios: Sequence[float], design: Design, stage: Stage) -> PairVerd
 
 
 def decide(first: Sequence[float], fresh: Sequence[float], design: Design) -> PairVerdict:
-    """Return the verdict of one Cell from both stages: of the first planned look that settles it, or else of the last.
+    """Return the verdict of one Cell from both stages: that of the first planned look that decides, or else of the last.
 
     fresh: none, or as many as some planned look wants or more. Pairs beyond the look that settles are not read.
     """
@@ -150,7 +157,7 @@ def decide(first: Sequence[float], fresh: Sequence[float], design: Design) -> Pa
 def family(verdicts: Mapping[str, PairVerdict]) -> dict[str, float]:
     """Return Benjamini-Hochberg adjusted p values of a change, in either direction, for the verdicts of one report.
 
-    A Cell without fresh pairs counts with p = 1: its first pairs said whether it was to get any.
+    A Cell without fresh pairs counts with p = 1: its first pairs decided that it needed none.
     """
     if not verdicts:
         return {}

@@ -10,7 +10,7 @@ SHARES = (0.50, 0.95, 0.99)
 
 
 def needed(share: float) -> int:
-    """Return from how many samples on a percentile is told: as many as leave one sample in what is beyond it."""
+    """Return the smallest number of samples for a percentile: at least one sample lies beyond it."""
     return math.ceil(1 / (1 - Fraction(str(share))))
 
 

@@ -1,4 +1,4 @@
-"""Is one process run of a benchmark slower than the runs that were kept of it? For pytest, where nothing is interleaved.
+"""Verdict on one process run of a benchmark against saved runs. For pytest, where nothing is interleaved.
 
 A run counts as one number, the median of its rounds: rounds of one process share its luck (addresses, clocks, neighbours),
 so that many of them are no more certain of the next process than few. The new run is held to the interval of prediction of
@@ -41,11 +41,11 @@ _ROUNDS = 0.9
 _FAR = 60
 """Standard errors: beyond any slow-down that is found with less than certainty."""
 _LARGEST = 700.0
-"""Of a log ratio whose exponential is still a float."""
+"""Largest log ratio with a finite exponential."""
 
 
 class Pace(StrEnum):
-    """What a run says of the code that was timed."""
+    """Verdicts on the timed code."""
 
     SLOWER = "slower"
     FASTER = "faster"
@@ -55,19 +55,22 @@ class Pace(StrEnum):
 
 @dataclass(frozen=True)
 class JudgedBenchmark:
-    """A benchmark, judged.
-
-    base, new: seconds; base is the geometric mean of the kept runs' medians. interval: of new / base - 1, at LEVEL. runs:
-    how many were kept. mde80: the smallest slow-down that is found with a power of POWER.
-    """
+    """Verdict on one benchmark."""
 
     pace: Pace
+    """Kind of verdict."""
     base: float
+    """Geometric mean of the saved runs' medians, in seconds."""
     new: float
+    """Median of the new run, in seconds."""
     interval: tuple[float, float]
+    """Interval of new / base - 1, at LEVEL."""
     runs: int
+    """Number of saved runs."""
     mde80: float
+    """Smallest slow-down that is detected with a power of POWER."""
     sentence: str
+    """Verdict as a sentence."""
 
 
 def judge(kept: Sequence[Sequence[float]], new: Sequence[float], margin: float = MARGIN) -> JudgedBenchmark:
@@ -94,10 +97,11 @@ def judge(kept: Sequence[Sequence[float]], new: Sequence[float], margin: float =
 
 @dataclass(frozen=True)
 class _Noise:
-    """The standard error of new - kept in logs; unbiased: a second one, which few runs do not make too small."""
+    """Standard error of the log ratio of the new run to the saved ones."""
 
     error: float
     unbiased: float
+    """Second estimate, which few runs do not make too small."""
     df: float
     assumed: bool
 

@@ -1,4 +1,4 @@
-"""How far accuracies differ from seed to seed, as all recipes of a group tell of each: three seeds tell little.
+"""Spread of accuracies over seeds, moderated by all recipes of a group: three seeds alone estimate it badly.
 
 The variances of the recipes are taken as drawn from one distribution, whose mean and width they show themselves, and each is
 drawn to that mean as far as its few seeds leave it open (the moderated t of Smyth 2004, doi:10.2202/1544-6115.1027). Of the
@@ -23,14 +23,13 @@ _COUNTS = 0.5
 
 @dataclass(frozen=True)
 class Prior:
-    """The distribution of variances: a scaled inverse chi-squared. df: infinite where nothing shows that they differ.
-
-    most: of all seeds together, the degrees of freedom that no moderated variance can have more of.
-    """
+    """Distribution of variances: a scaled inverse chi-squared."""
 
     variance: float
     df: float
+    """Degrees of freedom; infinite where nothing shows that the variances differ."""
     most: float
+    """Degrees of freedom of all seeds together: the maximum of a moderated variance."""
 
     def moderated(self, own: float, df: float) -> tuple[float, float]:
         """Return the variance of a recipe whose seeds have the variance `own`, and its degrees of freedom."""
@@ -62,7 +61,7 @@ def prior(recipes: Sequence[Sequence[Accuracy]]) -> Prior | None:
 
 
 def _least(runs: Sequence[Accuracy]) -> float:
-    """Return the variance of what rounding to whole items leaves open."""
+    """Return the variance of rounding to whole items."""
     return 1 / (12 * max(1, len(runs[0].items)) ** 2)
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-from harness.assets.rows import AnyRow, DataRow
+from harness.assets.rows import AnyRow, LabelledRow
 from harness.cell.evaluation.likelihood import CausalScorer
 from harness.errors import UsageError
 from harness.records.record import Item
@@ -59,7 +59,7 @@ class LmEvalTask:
         """Return prompt and answer of a task whose answers are texts; the answer begins with the delimiter."""
         return self.prompt(row), f"{self.task.config.target_delimiter}{self.task.doc_to_target(asdict(row))}"
 
-    def answers(self, row: DataRow) -> list[str]:
+    def answers(self, row: LabelledRow) -> list[str]:
         """Return the choices as lm-eval scores them, each with the delimiter before it."""
         return self._choices(asdict(row))
 

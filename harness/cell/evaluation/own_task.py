@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from harness.assets.rows import Answered, DataRow, unasked
+from harness.assets.rows import AnsweredRow, LabelledRow, without_overlap
 from harness.cell.evaluation.lm_eval_task import LmEvalTask
 from harness.errors import UsageError
 
-OwnRow = DataRow | Answered
+OwnRow = LabelledRow | AnsweredRow
 _SHOTS_SEED = 1234
 """lm-eval's own default; it selects the few-shot examples."""
 
@@ -50,11 +50,11 @@ class OwnTask(LmEvalTask):
         """Return the training split as rows, without those that are also test items."""
         docs = {f"train-{number}": doc for number, doc in enumerate(self.task.training_docs() or [])}
         self._docs |= docs
-        return unasked([self._row(name, doc) for name, doc in docs.items()], self.tested())
+        return without_overlap([self._row(name, doc) for name, doc in docs.items()], self.tested())
 
     def prompt(self, row: Any) -> str:
         """Return the text before the answer."""
-        return str(row.asked)
+        return str(row.overlap_key)
 
     def answers(self, row: Any) -> list[str]:
         """Return the choices as lm-eval scores them, each after the delimiter."""
@@ -73,7 +73,7 @@ class OwnTask(LmEvalTask):
         if not isinstance(text, str):
             raise UsageError(f"{self.name} has several prompts and one answer", hint="name a task of one prompt")
         if not self._chooses:
-            return Answered(name, text, str(target[0] if isinstance(target, list) else target))
+            return AnsweredRow(name, text, str(target[0] if isinstance(target, list) else target))
         choices = self.task.doc_to_choice(doc)
         label = target[0] if isinstance(target, list) else target
-        return DataRow(name, text, label if isinstance(label, int) else choices.index(label))
+        return LabelledRow(name, text, label if isinstance(label, int) else choices.index(label))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from harness.assets.rows import AnyRow, Text
+from harness.assets.rows import AnyRow, TextRow
 from harness.cell.training.batches import Example
 from harness.suites.tasks import Answers
 
@@ -71,7 +71,7 @@ def answered_examples(
     """Tokenise rows. parts: returns prompt and answer of a row; in a row that is a text, all tokens carry loss."""
     return [
         prompts.example(row.id, "", row.text, "all", answers.eos)
-        if isinstance(row, Text)
+        if isinstance(row, TextRow)
         else prompts.example(row.id, *parts(row), answers.loss, answers.eos)
         for row in some
     ]

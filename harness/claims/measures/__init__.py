@@ -1,1 +1,1 @@
-"""What a claim can be about: every function here that is marked `@measure`, by its name. Nothing else lists them."""
+"""Measures: the functions of this package that are marked `@measure`, by name. Nothing else lists them."""

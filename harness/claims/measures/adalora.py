@@ -1,4 +1,4 @@
-"""Measures: AdaLoRA's budget, its schedule, and what it does with scores, on the reference and by hand."""
+"""Measures: AdaLoRA's budget, schedule and scores, by the reference and by direct calculation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from harness.claims.measure import MeasureResult, Model, Positive, measure
 
 @measure("count")
 def kept_parameters(model: Model, targets: list[str], rank: Positive, budget: Positive) -> MeasureResult:
-    """Parameters of the triplets that are left when `budget` of them are kept, wherever: from the least to the most.
+    """Parameters of the remaining triplets after pruning to `budget`: the range over all choices of triplets.
 
-    rank: how many a layer has at the start, and so can keep at most. A triplet counts its lambda and both its vectors.
+    rank: triplets of a layer before pruning. A triplet consists of its lambda and two vectors.
     """
     from harness.claims import attached_model
 
@@ -25,7 +25,7 @@ def kept_parameters(model: Model, targets: list[str], rank: Positive, budget: Po
         sizes[name.rpartition(".")[0]] += math.prod(shape)
     triplets = sorted(size for size in sizes.values() for _ in range(rank))
     if budget > len(triplets):
-        raise ValueError(f"a budget of {budget} is more than the {len(triplets)} triplets of the start; raise `rank`")
+        raise ValueError(f"a budget of {budget} exceeds the {len(triplets)} initial triplets; raise `rank`")
     least, most = sum(triplets[:budget]), sum(triplets[-budget:])
     layers = " and ".join(f"{number} of {size:,}" for size, number in sorted(Counter(sizes.values()).items()))
     how = f"{budget} triplets, at most {rank} of a layer; a triplet of the layers is {layers}: {least:,} to {most:,}"
@@ -47,8 +47,8 @@ def budget_at(
 ) -> MeasureResult:
     """The budget b(t) at the first or the last step of the cubic phase.
 
-    equation: eq. 12 with t - t_i - t_f, as printed, or what the reference computes. The number of steps T is that of all
-    epochs over `examples`, the last batch of each smaller.
+    equation: eq. 12 with t - t_i - t_f, as printed, or the reference. The number of steps T is that of all epochs over
+    `examples`, with a smaller last batch.
     """
     from reference.adalora import budget
 
@@ -74,7 +74,7 @@ def budget_only_falls(
     target_rank: Positive,
     layers: Positive,
 ) -> MeasureResult:
-    """Whether the reference's budget is b(0) until t_i, then never rises, and is b(T) for the last t_f steps."""
+    """Check whether the reference's budget is b(0) until t_i, then never rises, and is b(T) for the last t_f steps."""
     from reference.adalora import budget
 
     config = _config(examples, batch, epochs, t_i, t_f, rank, target_rank)
@@ -88,9 +88,9 @@ def budget_only_falls(
 
 @measure("property")
 def regularizer_is_eq_4(form: Literal["mean-norm", "squared-sum"]) -> MeasureResult:
-    """Whether R over two layers is the sum of |P^T P - I|^2 and |Q Q^T - I|^2, from their traces, to float32's rounding.
+    """Check whether R over two layers is the sum of |P^T P - I|^2 and |Q Q^T - I|^2, from their traces, to float32's rounding.
 
-    form: of the reference's `regularization`; `mean-norm` is what the authors' code and HF peft compute.
+    form: `regularization` of the reference; the authors' code and HF peft compute `mean-norm`.
     """
     import torch
 
@@ -116,7 +116,7 @@ def regularizer_is_eq_4(form: Literal["mean-norm", "squared-sum"]) -> MeasureRes
 
 @measure("property")
 def scored_weights_are(weights: Literal["before", "after"]) -> MeasureResult:
-    """Whether a training step takes the sensitivity |w dL/dw| of the weights before the update, or of those after it."""
+    """Check whether a training step computes the sensitivity |w dL/dw| with the weights before or after the update."""
     import torch
 
     adapted, layer = _adapted(target_rank=2)
@@ -125,7 +125,7 @@ def scored_weights_are(weights: Literal["before", "after"]) -> MeasureResult:
     _descend(adapted, layer)
     taken = before if weights == "before" else layer.tensors()
     adapted.after_step(1)
-    # In its own order of operations, so that the numbers are the same to the last bit.
+    # In the same order of operations, so that the bits are equal.
     expected = {name: (1 - adapted.config.beta1) * (taken[name] * t.grad).abs() for name, t in layer.tensors().items()}
     holds = all(torch.equal(expected[name], layer.get_buffer(f"exp_avg_ipt_{name}")) for name in expected)
     return MeasureResult(
@@ -135,7 +135,7 @@ def scored_weights_are(weights: Literal["before", "after"]) -> MeasureResult:
 
 @measure("property")
 def pruned_triplets_recover() -> MeasureResult:
-    """Whether pruning zeroes lambdas alone, leaves both vectors, and a pruned lambda grows back before the next pruning."""
+    """Check whether pruning zeroes only lambdas, and a pruned lambda grows again before the next pruning."""
     import torch
 
     adapted, layer = _adapted(target_rank=2)
@@ -155,9 +155,9 @@ def pruned_triplets_recover() -> MeasureResult:
 
 @measure("property")
 def keeps_exactly(rule: Literal["reference", "kthvalue"]) -> MeasureResult:
-    """Whether exactly the budget is kept where scores are equal.
+    """Check whether exactly `budget` triplets remain where scores are equal.
 
-    rule: the reference's, or torch.kthvalue with <=, as the authors' code and HF peft prune.
+    rule: the reference's, or torch.kthvalue with <=, as in the authors' code and HF peft.
     """
     import torch
 
@@ -176,9 +176,7 @@ def _config(examples: int, batch: int, epochs: int, t_i: int, t_f: int, rank: in
 
     steps = -(-examples // batch) * epochs
     if t_i + t_f >= steps:
-        raise ValueError(
-            f"t_i {t_i:,} + t_f {t_f:,} leave no step of the {steps:,} to prune in; see `epochs` and `batch`"
-        )
+        raise ValueError(f"t_i {t_i:,} + t_f {t_f:,} leave no step of {steps:,} for pruning; see `epochs` and `batch`")
     return Config(rank=rank, target_rank=target_rank, total_steps=steps, tinit=t_i, tfinal=t_f)
 
 
@@ -193,15 +191,15 @@ def _layer(seed: int, dtype: str) -> Any:
 
 
 def _adapted(target_rank: int) -> tuple[Any, Any]:
-    """Attach AdaLoRA to a model of one layer, whose lambdas are away from zero."""
+    """Attach AdaLoRA to a model of one layer with nonzero lambdas."""
     import torch
 
     from reference.adalora import Config, attach
 
     generator = torch.Generator().manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(24, 16))
-    knobs = Config(rank=4, target_rank=target_rank, targets=("0",), total_steps=20, tinit=0, tfinal=2, delta_t=3)
-    adapted = attach(model, knobs, generator)
+    config = Config(rank=4, target_rank=target_rank, targets=("0",), total_steps=20, tinit=0, tfinal=2, delta_t=3)
+    adapted = attach(model, config, generator)
     (layer,) = adapted.adalora.values()
     layer.E.data.normal_(generator=generator)
     return adapted, layer

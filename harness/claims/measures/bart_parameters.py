@@ -1,4 +1,4 @@
-"""Measures: parameters of BART, which reads and writes, and so is none of the kinds that have presets of shapes."""
+"""Measures: parameters of BART, an encoder-decoder, for which there are no shape presets."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from harness.claims.measure import Config, MeasureResult, Method, measure
 from harness.claims.sums import summed, total
 
 Shape = dict[str, int]
-"""What transformers' BartConfig takes: `{d_model: 768, encoder_layers: 6, ...}`."""
+"""Arguments of transformers' BartConfig: `{d_model: 768, encoder_layers: 6, ...}`."""
 
 
 @measure("count")
 def bart_parameters(shape: Shape, only: list[str] | None = None) -> MeasureResult:
-    """Parameters of BART without a head, tied ones once. only: parts of the names of those that are counted."""
+    """Parameters of BART without a head, tied ones once. only: substrings of the names of counted parameters."""
 
     sizes = Counter(
         tuple(p.shape) for name, p in _bart(shape).named_parameters() if not only or any(part in name for part in only)
@@ -24,7 +24,7 @@ def bart_parameters(shape: Shape, only: list[str] | None = None) -> MeasureResul
 
 @measure("count")
 def bart_trainable_parameters(shape: Shape, method: Method, config: Config) -> MeasureResult:
-    """Parameters that train when a Method is attached to BART."""
+    """Trainable parameters of a Method attached to BART."""
     from harness.conformance.subject import configure
     from harness.memory_model import counting
 

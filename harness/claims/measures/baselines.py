@@ -1,4 +1,4 @@
-"""Measures: closed forms of what papers compare with and no Method attaches: adapters, prefixes, projectors. No torch."""
+"""Measures: closed forms of baselines that no Method implements: adapters, prefixes, projectors. No torch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from harness.claims.sums import summed
 Sides = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 """The sides of a matrix, e.g. `[1024, 4096]`."""
 _TELLING = 5
-"""A rank is fitted only where at most one figure in so many would have a whole rank that gives it."""
+"""A rank is fitted only if at most one in so many figures has a whole rank that gives it."""
 
 
 @measure("share")
 def added_share(of: Quantity, model: Model, whole: Literal["base", "base+adapter"] = "base+adapter") -> MeasureResult:
-    """Parameters that are added to a model, as a share of the model's own (`base`), or of those and the added together."""
+    """Parameters added to a model, as a share of the model (`base`), or of model and added ones (`base+adapter`)."""
     from harness.claims import attached_model
 
     base = sum(p.numel() for p in attached_model.parameters(model).values())
@@ -31,9 +31,9 @@ def added_share(of: Quantity, model: Model, whole: Literal["base", "base+adapter
 
 @measure("count")
 def prefixes(model: Model, tokens: Positive, before: list[str] = ["k_proj", "v_proj"]) -> MeasureResult:
-    """Parameters of prefix tuning: so many trained vectors before the keys and the values of every layer.
+    """Parameters of prefix tuning: `tokens` trained vectors before the keys and the values of every layer.
 
-    before: the last parts of the paths of the layers that give these, and so say how long the vectors are.
+    before: last parts of the paths of the layers that compute these, whose outputs give the length of the vectors.
     """
     sizes: Counter[tuple[int, ...]] = Counter((tokens, layer.out_features) for layer in _layers(model, before))
     return summed(sizes)
@@ -45,11 +45,11 @@ def bottlenecks(
 ) -> MeasureResult:
     """Parameters of adapters with an inner width of `size`.
 
-    after: layers whose output goes through one, and so has the width of both its ends; beside: layers that one runs parallel
-    to, from its inputs to its outputs. Both are last parts of paths, or whole paths. bias: whether its two layers have one.
+    after: layers with an adapter on their output, of its width; beside: layers with a parallel adapter, from their inputs to
+    their outputs. Both are last parts of paths, or whole paths. bias: whether the two layers of an adapter have biases.
     """
     if not after and not beside:
-        raise ValueError("`bottlenecks` has no place; say `after` or `beside` which layers they are")
+        raise ValueError("`bottlenecks` needs `after` or `beside`")
     ends = [(layer.out_features, layer.out_features) for layer in _layers(model, after)]
     ends += [(layer.in_features, layer.out_features) for layer in _layers(model, beside)]
     sizes: Counter[tuple[int, ...]] = Counter()
@@ -60,7 +60,7 @@ def bottlenecks(
 
 @measure("count")
 def linear_layers(sides: list[Sides], bias: bool = True) -> MeasureResult:
-    """Parameters of linear layers of these sides (in, out), each with a bias or none with one."""
+    """Parameters of linear layers of these sides (in, out), with or without biases."""
     sizes: Counter[tuple[int, ...]] = Counter()
     for inputs, outputs in sides:
         sizes.update([(inputs, outputs), *([(outputs,)] if bias else [])])
@@ -80,25 +80,25 @@ def vision_transformer(
 
 @measure("count")
 def at_some_rank(of_rank_1: Quantity, to: Quantity, last: Quantity, fitted: bool = False) -> MeasureResult:
-    """Parameters where the rank is not printed: of any whole rank, if one gives `to`; else of the one that comes nearest.
+    """Parameters if the rank is not printed: of any whole rank, if one gives `to`; else of the nearest one.
 
-    last: what one in the last digit of `to` is worth. fitted: take the nearest rank as if it were printed.
-    Raises ValueError if that would fit nearly any figure: if a rank more is less than 5 of the last digit.
+    last: a unit in the last digit of `to`. fitted: take the nearest rank as if it were printed. Raises ValueError if that
+    would fit nearly any figure: if one more rank is less than 5 units of the last digit.
     """
     return of_some(Fraction(0), of_rank_1, to, last, fitted, "rank")
 
 
 @measure("share")
 def share_at_some_rank(of_rank_1: Quantity, to: Quantity, last: Quantity, fitted: bool = False) -> MeasureResult:
-    """The same of a share, e.g. of a model's parameters."""
+    """A share, e.g. of a model's parameters, if the rank is not printed; see `at_some_rank`."""
     return of_some(Fraction(0), of_rank_1, to, last, fitted, "rank")
 
 
 def of_some(start: Fraction, step: Fraction, to: Fraction, last: Fraction, fitted: bool, what: str) -> MeasureResult:
-    """Return `start` and so many whole steps: as many as come nearest to `to`, or a range where `to` is among them.
+    """Return `start` plus the whole number of steps nearest to `to`, or a range if `to` is among the possible values.
 
-    A number of steps that was fitted to a figure cannot show that the figure is right; that none gives it shows it wrong.
-    what: of which a step is one more. Raises ValueError as `at_some_rank` says.
+    A number of steps fitted to a figure cannot confirm the figure; if no number gives it, the figure is wrong. what: name of
+    a step. Raises ValueError as `at_some_rank` does.
     """
     nearest = max(1, round((to - start) / step))
     value = start + nearest * step

@@ -1,4 +1,4 @@
-"""Measures: how numbers that a paper prints, or that other measures find, compare with each other. No torch."""
+"""Measures: comparisons of printed numbers or results of other measures. No torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from harness.claims.measures.arithmetic import written
 
 @measure("number")
 def mean(of: Quantities, last: Quantity = Fraction(0)) -> MeasureResult:
-    """The mean of several numbers, none of them weighted. last: of printed ones, one in the last digit of the coarsest."""
+    """The unweighted mean of numbers. last: for printed figures, a unit in the last digit of the coarsest one."""
     found = sum(of, Fraction(0)) / len(of)
     within = (found - last / 2, found + last / 2) if last else None
     return MeasureResult(found, f"({' + '.join(map(written, of))}) / {len(of)}", within=within)
@@ -19,7 +19,7 @@ def mean(of: Quantities, last: Quantity = Fraction(0)) -> MeasureResult:
 
 @measure("count")
 def wins(of: Quantities, over: Quantities) -> MeasureResult:
-    """In how many places the number in `of` is larger than the one at the same place in `over`.
+    """Number of positions at which `of` is larger than `over`.
 
     Raises ValueError for lists of different lengths.
     """
@@ -33,6 +33,6 @@ def wins(of: Quantities, over: Quantities) -> MeasureResult:
 
 @measure("property")
 def increasing(of: Quantities) -> MeasureResult:
-    """Whether each number is larger than the one before it; of two, whether the first is the smaller."""
+    """Check whether each number is larger than the previous one."""
     rises = all(one < after for one, after in pairwise(of))
     return MeasureResult(rises, ", ".join(map(written, of)))

@@ -1,4 +1,4 @@
-"""Measures: what the conformance suite can say of a Method, by its checks on small tensors against float64."""
+"""Measures: checks of the conformance suite, on small tensors against float64."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Check = Annotated[str, AfterValidator(_check)]
 
 @measure("property")
 def conforms(method: Method, check: Check, implementation: str = "reference") -> MeasureResult:
-    """Whether an implementation passes one check in every float32 case of the Method's parity suite.
+    """Check whether an implementation passes one check in every float32 case of the Method's parity suite.
 
-    As `peft-harness check IMPLEMENTATION --method METHOD` has it: judged by the reference in float64, with its tolerances.
+    Like `peft-harness check IMPLEMENTATION --method METHOD`: judged by the reference in float64, with its tolerances.
     """
     from harness.conformance import parity_suite
     from harness.conformance.case_selection import FEW

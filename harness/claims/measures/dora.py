@@ -29,7 +29,7 @@ def with_magnitudes(model: Model, method: Method, config: Config, magnitudes: li
 
 @measure("property")
 def one_magnitude_per(axis: Literal["input", "output"]) -> MeasureResult:
-    """Whether a DoRA layer, as it is attached without further choice, has one magnitude for each input, or each output."""
+    """Check whether a DoRA layer, as it is attached without further choice, has one magnitude for each input, or each output."""
     have = len(_layer(_drawn("float64"), detach_norm=True).m)
     wanted = _IN if axis == "input" else _OUT
     return MeasureResult(have == wanted, f"a layer of {_IN} inputs and {_OUT} outputs has {have} magnitudes")
@@ -37,7 +37,7 @@ def one_magnitude_per(axis: Literal["input", "output"]) -> MeasureResult:
 
 @measure("property")
 def gradient_is(equation: Literal["eq. 6", "eq. 11"], detach_norm: bool) -> MeasureResult:
-    """Whether the gradients of A, B and m that autograd gives are those of an equation, and of eq. 7 for m.
+    """Check whether the gradients of A, B and m that autograd gives are those of an equation, and of eq. 7 for m.
 
     eq. 6: m / |V'| (I - V' V'^T / |V'|^2) dL/dW'; eq. 11: m / |V'| dL/dW'. detach_norm: whether the norm is a constant. In
     float32, judged as the conformance suite judges gradients, by the equation in float64.
@@ -51,7 +51,7 @@ def gradient_is(equation: Literal["eq. 6", "eq. 11"], detach_norm: bool) -> Meas
 
 @measure("property")
 def gradient_leaves_direction(detach_norm: bool) -> MeasureResult:
-    """Whether the gradient of V' has no part along V' itself, row by row: taking that part away leaves it as it is."""
+    """Check whether the gradient of V' has no part along V' itself, row by row: taking that part away leaves it as it is."""
     import torch
 
     from reference.dora import gain, norms

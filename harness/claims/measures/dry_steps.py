@@ -1,4 +1,4 @@
-"""Measures: the peak of a Cell's training step at its whole shape, taken without data. No torch before one is taken."""
+"""Measures: the peak of a Cell's training step at its whole shape, taken without data. Imports torch only when computed."""
 
 from __future__ import annotations
 

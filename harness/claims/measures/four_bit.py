@@ -29,7 +29,7 @@ def levels(type: Type, side: Literal["both", "negative", "positive"] = "both", z
 
 @measure("property")
 def nf4_has(printed: list[float]) -> MeasureResult:
-    """Whether the levels of NF4's reference, built from quantiles, are the printed ones to the last bit of a float32."""
+    """Check whether the levels of NF4's reference, built from quantiles, are the printed ones to the last bit of a float32."""
     import torch
 
     return _same(torch.tensor(printed), _levels("nf4"))
@@ -37,7 +37,7 @@ def nf4_has(printed: list[float]) -> MeasureResult:
 
 @measure("property")
 def equation_4_gives(printed: list[float], ends: Literal["as printed", "left out"] = "as printed") -> MeasureResult:
-    """Whether eq. 4, q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2 over the largest, gives the printed 2^k levels.
+    """Check whether eq. 4, q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2 over the largest, gives the printed 2^k levels.
 
     ends: whether a level that is not finite takes part, or is left out.
     """
@@ -56,7 +56,7 @@ def equation_4_gives(printed: list[float], ends: Literal["as printed", "left out
 
 @measure("property")
 def equally_full_bins(type: Type, block: Positive = 64) -> MeasureResult:
-    """Whether each level of a type gets an equal share of normal weights, up to what drawing them explains."""
+    """Check whether each level of a type gets an equal share of normal weights, up to what drawing them explains."""
     from harness.conformance.tolerance_constants import INITIAL_SIGMAS
 
     table = _levels(type).unique()
@@ -110,7 +110,7 @@ def constants_error(centred: bool = True, block: Positive = 64) -> MeasureResult
 
 @measure("property")
 def constants_are(type: Literal["e4m3", "e5m2"]) -> MeasureResult:
-    """Whether the 8-bit type of the constants is an 8-bit float of this format, its largest value scaled to 1."""
+    """Check whether the 8-bit type of the constants is an 8-bit float of this format, its largest value scaled to 1."""
     import torch
 
     from reference.operations.dynamic_map import dynamic_map
@@ -127,7 +127,7 @@ def constants_are(type: Literal["e4m3", "e5m2"]) -> MeasureResult:
 
 @measure("property")
 def blocks_run_over_rows(rows: Positive, columns: Positive, block: Positive = 64) -> MeasureResult:
-    """Whether the constants of a matrix are the largest magnitudes of consecutive runs of its flattened form."""
+    """Check whether the constants of a matrix are the largest magnitudes of consecutive runs of its flattened form."""
     from reference.operations import nf4
 
     weights = _normal()[: rows * columns].view(rows, columns)

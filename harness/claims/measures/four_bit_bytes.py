@@ -62,7 +62,7 @@ def four_bit_bytes(
 
 @measure("property")
 def every_linear_layer_but_the_output(model: Model, method: Method = "qlora", config: Config = {}) -> MeasureResult:
-    """Whether what QLoRA quantises and adapts is every linear layer of a model but the one that gives the logits."""
+    """Check whether what QLoRA quantises and adapts is every linear layer of a model but the one that gives the logits."""
     from harness.claims import attached_model, quantised_model
 
     found, built = quantised_model.of(model, config), attached_model.model(model)

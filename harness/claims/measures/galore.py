@@ -96,7 +96,7 @@ def left_after_saving(saved: Quantity, share: Quantity) -> MeasureResult:
 def most_share_less(of: Quantities, than: Quantities, last: Quantity = Fraction(0)) -> MeasureResult:
     """By which share at most one of `of` is less than the one of `than` in its place: what `up to` means.
 
-    last: of printed figures, one in the last digit of the coarsest; of sums of them, so many times as much.
+    last: for printed figures, a unit in the last digit of the coarsest one; of sums of them, so many times as much.
     """
     pairs = list(zip(of, than, strict=True))
     shares = [1 - one / other for one, other in pairs]
@@ -118,7 +118,7 @@ def width(model: Model) -> MeasureResult:
 
 @measure("property")
 def heads_divide(width: Positive, heads: Positive) -> MeasureResult:
-    """Whether a width is a multiple of the number of heads, so that each head has a whole width."""
+    """Check whether a width is a multiple of the number of heads, so that each head has a whole width."""
     return MeasureResult(width % heads == 0, f"{width} / {heads} = {width / heads:.6g}")
 
 
@@ -136,7 +136,7 @@ def states_by_formula(rows: Positive, columns: Positive, ranks: list[Positive]) 
 
 @measure("property")
 def full_rank_keeps_gradient(rows: Positive, columns: Positive, side: Side) -> MeasureResult:
-    """Whether at r = min(m, n) a gradient comes back as it was, projected and projected back (section 3.3)."""
+    """Check whether at r = min(m, n) a gradient comes back as it was, projected and projected back (section 3.3)."""
     from harness.conformance.comparison.tolerance_policies import noise_floor
     from reference.galore import project, project_back, projector
 
@@ -149,7 +149,7 @@ def full_rank_keeps_gradient(rows: Positive, columns: Positive, side: Side) -> M
 
 @measure("property")
 def scale_ignores_rank(rows: Positive, columns: Positive, ranks: list[Positive], scale: Quantity) -> MeasureResult:
-    """Whether at every rank the step with a scale is that many times the step with scale 1 (section 4.4)."""
+    """Check whether at every rank the step with a scale is that many times the step with scale 1 (section 4.4)."""
     from harness.conformance.comparison.tolerance_policies import noise_floor
 
     G = _gradient(rows, columns, 0)
@@ -165,7 +165,7 @@ def scale_ignores_rank(rows: Positive, columns: Positive, ranks: list[Positive],
 
 @measure("property")
 def projects(rows: Positive, columns: Positive, on: Literal["left", "right"], side: Side = "std") -> MeasureResult:
-    """Whether a step projects a gradient of this shape on the left (P^T G) or on the right (G Q)."""
+    """Check whether a step projects a gradient of this shape on the left (P^T G) or on the right (G Q)."""
     state = _step(_gradient(rows, columns, 0), rank=2, side=side)[1]
     used = [name for letter, name in (("P", "left"), ("Q", "right")) if letter in state]
     return MeasureResult(used == [on], f"side `{side}` projects {rows}x{columns} on the {' and the '.join(used)}")
@@ -173,14 +173,14 @@ def projects(rows: Positive, columns: Positive, on: Literal["left", "right"], si
 
 @measure("property")
 def moments_are(rows: Positive, columns: Positive, rank: Positive, shape: list[Positive]) -> MeasureResult:
-    """Whether Adam's moments of a gradient that is projected on the paper's side have this shape."""
+    """Check whether Adam's moments of a gradient that is projected on the paper's side have this shape."""
     M = _step(_gradient(rows, columns, 0), rank=rank, side="paper")[1]["M"]
     return MeasureResult(list(M.shape) == shape, f"W is {rows}x{columns}, M and V are {'x'.join(map(str, M.shape))}")
 
 
 @measure("property")
 def refreshes_every(gap: Positive, steps: Positive, side: Side = "std") -> MeasureResult:
-    """Whether the projector is new at those steps t, counted from 0, at which t mod gap = 0, and at no other."""
+    """Check whether the projector is new at those steps t, counted from 0, at which t mod gap = 0, and at no other."""
     import torch
 
     from reference.galore import galore_step

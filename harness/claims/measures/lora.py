@@ -1,7 +1,7 @@
 """Measures: what LoRA promises by construction (arXiv:2106.09685, section 4.1), on its reference.
 
 Small tensors hold whole numbers in float64: their products and sums are exact, so what must be equal is compared to the bit.
-No torch before a measure is taken.
+Imports torch only when a measure is computed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _INPUTS, _OUTPUTS, _TOKENS = 12, 20, 7
 
 @measure("property")
 def rank_times_sides(model: Model, method: Method, config: Config = {}, split: Split = {}) -> MeasureResult:
-    """Whether a Method trains r (in + out) numbers in each layer that it adapts, so 2 d r in a square one, and no bias."""
+    """Check whether a Method trains r (in + out) numbers in each layer that it adapts, so 2 d r in a square one, and no bias."""
     import json
 
     from torch import Size
@@ -43,7 +43,7 @@ def rank_times_sides(model: Model, method: Method, config: Config = {}, split: S
 
 @measure("property")
 def only_b_learns_at_first() -> MeasureResult:
-    """Whether A's gradient is zero and B's is not before the first step, B being zero."""
+    """Check whether A's gradient is zero and B's is not before the first step, B being zero."""
     import torch
 
     adapted = _attach(_plain(), rank=4, alpha=8)
@@ -60,7 +60,7 @@ def only_b_learns_at_first() -> MeasureResult:
 def update_is_scaled_by(
     factor: Literal["alpha/r", "alpha/sqrt(r)"], alpha: Positive, ranks: list[Positive]
 ) -> MeasureResult:
-    """Whether W0 x gets this multiple of B A x, at every one of some ranks; `alpha/sqrt(r)` is with rslora."""
+    """Check whether W0 x gets this multiple of B A x, at every one of some ranks; `alpha/sqrt(r)` is with rslora."""
     import torch
 
     for rank in ranks:
@@ -79,7 +79,7 @@ def update_is_scaled_by(
 
 @measure("property")
 def subtracting_restores_the_base() -> MeasureResult:
-    """Whether W0 + alpha/r B A, as merged, less alpha/r B A is W0 again."""
+    """Check whether W0 + alpha/r B A, as merged, less alpha/r B A is W0 again."""
     import torch
 
     layer = _attach(_plain(), rank=4, alpha=8).layers["layer"]
@@ -96,7 +96,7 @@ def subtracting_restores_the_base() -> MeasureResult:
 
 @measure("property")
 def merged_has_the_bases_layers() -> MeasureResult:
-    """Whether a model with LoRA merged has the very modules and shapes of before, so that nothing more is computed."""
+    """Check whether a model with LoRA merged has the very modules and shapes of before, so that nothing more is computed."""
     model = _plain()
     before = _architecture(model)
     adapted = _attach(model, rank=4, alpha=8)
@@ -109,7 +109,7 @@ def merged_has_the_bases_layers() -> MeasureResult:
 
 @measure("property")
 def b_learns_faster(ratio: Positive) -> MeasureResult:
-    """Whether the optimizer gives every factor B `ratio` times the learning rate that A has (LoRA+, arXiv:2402.12354)."""
+    """Check whether the optimizer gives every factor B `ratio` times the learning rate that A has (LoRA+, arXiv:2402.12354)."""
     from harness.cell.training import optimizers
     from harness.records.record import Training
 

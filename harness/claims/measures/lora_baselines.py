@@ -1,6 +1,6 @@
 """Measures: trainable parameters of LoRA's baselines, by the formulas of arXiv:2106.09685, section 5.1.
 
-Width d and depth L are read off the model. No torch before a measure is taken.
+Width d and depth L are read off the model. Imports torch only when a measure is computed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measures: what paging an optimizer's states does, by the reference of it on a CPU. No torch before one is taken.
+"""Measures: what paging an optimizer's states does, by the reference of it on a CPU. Imports torch only when computed.
 
 A device of a stated size holds the states and what a batch takes; a long text takes more for one step. What moves is counted
 in bytes, as a CPU has no second memory to page into: how long a move takes on a GPU these do not say.
@@ -36,7 +36,7 @@ class _Run:
 def paging_survives_a_spike(
     spike: Part = 0.75, matrices: Positive = 6, rows: Positive = 400, columns: Positive = 300, steps: Positive = 5
 ) -> MeasureResult:
-    """Whether a step that leaves the states too little memory passes if these are paged, and training goes on as without.
+    """Check whether a step that leaves the states too little memory passes if these are paged, and training goes on as without.
 
     AdamW of so many matrices, on a device that their states fill. In the middle step a long text takes the part `spike` of
     it: states have to leave, and the step must not take more than the device has. At the end all weights must be, to the

@@ -53,7 +53,7 @@ def frozen_tensors_of_the_method(
     """Elements of what a Method makes and does not train (VeRA's projections), once where layers share it."""
     from harness.claims import attached_model
 
-    every = attached_model.kept(model, method, config, split)
+    every = attached_model.frozen(model, method, config, split)
     return summed(Counter(every[name] for name in fitting(every, only)))
 
 

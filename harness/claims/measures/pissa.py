@@ -26,7 +26,7 @@ def pissa_splits_the_weight(
     rank: Positive, rows: Positive = 96, columns: Positive = 128, decay: float = 0.5, niter: int = 0,
     dtype: Dtype = "float32",
 ) -> MeasureResult:  # fmt: skip
-    """Whether residual + s B A is the weight, within what rounding the weight itself to the dtype loses.
+    """Check whether residual + s B A is the weight, within what rounding the weight itself to the dtype loses.
 
     niter: iterations of the randomised SVD, 0 for the exact one. dtype: of A, B and the residual.
     """
@@ -40,7 +40,7 @@ def pissa_splits_the_weight(
 def pissa_takes_the_principal_part(
     rank: Positive, rows: Positive = 96, columns: Positive = 128, decay: float = 0.5, dtype: Dtype = "float64"
 ) -> MeasureResult:
-    """Whether s B A is made of the largest singular values and their vectors, and each factor has half of each value.
+    """Check whether s B A is made of the largest singular values and their vectors, and each factor has half of each value.
 
     Against the values and vectors that the weight was made of: s B A = U_r S_r V_r^T, s A A^T = s B^T B = S_r.
     """
@@ -71,7 +71,7 @@ def fast_svd_error(
 
 @measure("property")
 def pissa_is_a_lora(rank: Positive, lora_rank: Positive, rows: Positive = 96, columns: Positive = 128) -> MeasureResult:
-    """Whether a trained PiSSA is a LoRA of `lora_rank` on the weight as it was: W + s B' A' = W_res + s B A, in float64."""
+    """Check whether a trained PiSSA is a LoRA of `lora_rank` on the weight as it was: W + s B' A' = W_res + s B A, in float64."""
     from reference import pissa
 
     W = _weight(rows, columns, 0.5)
@@ -88,7 +88,7 @@ def pissa_is_a_lora(rank: Positive, lora_rank: Positive, rows: Positive = 96, co
 def pissa_starts_at_the_model(
     rank: Positive, dropout: float, rows: Positive = 96, columns: Positive = 128
 ) -> MeasureResult:
-    """Whether a layer gives what it gave before PiSSA, in training mode, with LoRA's dropout on the adapter's input.
+    """Check whether a layer gives what it gave before PiSSA, in training mode, with LoRA's dropout on the adapter's input.
 
     Raises ValueError for a dropout that is no probability.
     """
@@ -138,7 +138,7 @@ def quantisation_error_reduced(
 def each_turn_is_another(
     rank: Positive, iterations: Positive, residual_of: ResidualOf, size: Positive = 128, decay: float = 0.5
 ) -> MeasureResult:
-    """Whether each turn of Algorithm 1 finds A and B that the turn before has not.
+    """Check whether each turn of Algorithm 1 finds A and B that the turn before has not.
 
     residual_of: by which step's A and B the residual is updated (line 5).
     """

@@ -1,4 +1,4 @@
-"""Measures: operations and bytes of one training step, counted on a shape without weights. No torch before one is taken.
+"""Measures: operations and bytes of one training step, counted on a shape without weights. Imports torch only when computed.
 
 They rehearse what papers say of speed where there is no GPU. Time has no law of its own; where products of matrices fill
 it, it grows with their operations: of N weights, a token takes 2 N in the forward pass and 4 N in the backward pass, half of
@@ -64,7 +64,7 @@ def kept_for_backward(
     """
     from harness.claims import meta_step
 
-    counts = meta_step.kept_bytes(meta_step.step(model, method, config, tokens, batch, dtype=dtype))
+    counts = meta_step.saved_bytes(meta_step.step(model, method, config, tokens, batch, dtype=dtype))
     return MeasureResult(
         counts.whole, f"{counts.in_words(' B')}, blocks after the first two, = {written(Fraction(counts.whole))} B"
     )

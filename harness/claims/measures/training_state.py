@@ -1,4 +1,4 @@
-"""Measures: bytes of weights, gradients and Adam's two moments in training; no activations. No torch before one is taken."""
+"""Measures: bytes of weights, gradients and Adam's two moments in training; no activations. Imports torch only when computed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def full_finetuning_of_unknown_precision(model: Model) -> MeasureResult:
 
 @measure("property")
 def falls_by(of: Quantity, to: Quantity, share: Quantity) -> MeasureResult:
-    """Whether `to` is less than `of` by just this share of it, such as 2/3."""
+    """Check whether `to` is less than `of` by just this share of it, such as 2/3."""
     less = 1 - to / of
     return MeasureResult(
         less == share, f"1 - {written(to)} / {written(of)} = {less if less.denominator < 100 else float(less)}"

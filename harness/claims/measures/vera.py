@@ -12,7 +12,7 @@ from harness.claims.sums import summed, total
 
 @measure("property")
 def counts_by_formula(model: Model, targets: list[str], ranks: list[Positive], split: Split = {}) -> MeasureResult:
-    """Whether VeRA trains L (d + r) numbers and LoRA 2 L d r, attached to L square layers of width d (section 3.2)."""
+    """Check whether VeRA trains L (d + r) numbers and LoRA 2 L d r, attached to L square layers of width d (section 3.2)."""
     from harness.claims import attached_model
 
     said, right = [], True
@@ -32,7 +32,7 @@ def counts_by_formula(model: Model, targets: list[str], ranks: list[Positive], s
 
 @measure("property")
 def is_kaiming_uniform(inputs: Positive, outputs: Positive, rank: Positive) -> MeasureResult:
-    """Whether A (r, in) and B (out, r) are, to the last bit, what PyTorch's `kaiming_uniform_` draws, and within its bound.
+    """Check whether A (r, in) and B (out, r) are, to the last bit, what PyTorch's `kaiming_uniform_` draws, and within its bound.
 
     With its defaults: uniform in +-sqrt(6 / fan_in). PyTorch starts an nn.Linear otherwise, in +-sqrt(1 / fan_in).
     """
@@ -50,7 +50,7 @@ def is_kaiming_uniform(inputs: Positive, outputs: Positive, rank: Positive) -> M
 
 @measure("property")
 def product_keeps_variance(inputs: Positive, outputs: Positive, ranks: list[Positive]) -> MeasureResult:
-    """Whether the numbers of B A have the variance 4 / in at every rank, over 64 draws, within their standard error.
+    """Check whether the numbers of B A have the variance 4 / in at every rank, over 64 draws, within their standard error.
 
     Kaiming's variance is 2 / fan_in: of A 2 / in, of B 2 / r; a number of B A sums r products: r (2 / in) (2 / r) = 4 / in.
     """

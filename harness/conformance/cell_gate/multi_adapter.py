@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ NAME = "multi-adapter"
 
 
 def check_rows(
-    subject: Subject, adapters: Adapters, mixed: Mixed, forward: Callable[[], Any], seed: int
+    subject: Subject, adapters: Adapters, mixed: Mixed, forward: Callable[[], object], seed: int
 ) -> CheckResult:
     """Judge every adapted layer inside the model, on its inputs there, row by row.
 
@@ -46,14 +45,14 @@ def check_rows(
     return judged(subject, case, NAME, verdict, "" if verdict.passed else "rows do not follow their own adapters")
 
 
-def rows_must_reach(subject: Subject, count: int, forward: Callable[[], Any]) -> None:
+def rows_must_reach(subject: Subject, count: int, forward: Callable[[], object]) -> None:
     """Raise Unsupported unless every adapted layer gets exactly one row per row of the batch."""
     for path, (x, _) in _seen(subject, forward).items():
         if len(x) != count:
             raise Unsupported(f"{path} gets {len(x)} rows for a batch of {count}, which cannot be assigned to adapters")
 
 
-def _seen(subject: Subject, forward: Callable[[], Any]) -> dict[str, tuple[Tensor, Tensor]]:
+def _seen(subject: Subject, forward: Callable[[], object]) -> dict[str, tuple[Tensor, Tensor]]:
     """Run the model and return the input and output of the layer at each adapted path."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from harness.conformance import checks, parity_suite
 from harness.conformance.case import Case
 from harness.conformance.cell_gate import memory_headroom
-from harness.conformance.checks import CellStage, Check
+from harness.conformance.checks import AnyCheck, CellStage
 from harness.conformance.checks.unreferenced import nudged
 from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
@@ -129,7 +128,7 @@ def after_training(
         return [_run_or_skip(check, subject, case) for check in checks.of_cell(CellStage.TRAINED, plan.checks)]
 
 
-def _run_or_skip(check: Check[Any], subject: Subject, case: Case) -> CheckResult:
+def _run_or_skip(check: AnyCheck, subject: Subject, case: Case) -> CheckResult:
     try:
         return check(subject, case)
     except Unsupported as error:

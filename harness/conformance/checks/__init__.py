@@ -99,8 +99,11 @@ def check(
     return declare
 
 
+AnyCheck = Check[Any]
+
+
 @cache
-def every() -> dict[str, Check[Any]]:
+def every() -> dict[str, AnyCheck]:
     """Map names to checks, file by file."""
     return {
         one.name: one
@@ -110,7 +113,7 @@ def every() -> dict[str, Check[Any]]:
     }
 
 
-def of_cell(stage: CellStage, names: Iterable[str]) -> list[Check[Any]]:
+def of_cell(stage: CellStage, names: Iterable[str]) -> list[AnyCheck]:
     """List those of the named checks that a Cell's parity gate tries at `stage`, in the order of the names."""
     return [every()[name] for name in names if stage in every()[name].in_cell]
 

@@ -35,7 +35,7 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
     fresh = case.attach_again(rank=_RANK, update_gap=_GAP)
     if fresh is None:
         return skipped(subject, case, "refresh", "the case cannot attach again")
-    # A randomised SVD is to be told from the exact one, which takes values that do not fall so fast.
+    # Singular values that fall slowly distinguish a randomised SVD from the exact one.
     decay = 0.9 if fresh.config.niter else 0.5
     found = []
     for index, path in enumerate(fresh.adapted.layers):

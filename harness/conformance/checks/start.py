@@ -32,7 +32,7 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
     have = (subject if fresh is None else fresh).added()
     for name, want in wanted.items():
         if name not in have or have[name].shape != want.shape:
-            continue  # `parameters` says so
+            continue  # `parameters` reports it
         mine, want = have[name].detach().double(), want.double()
         if bool((want == want.flatten()[0]).all()):
             if not bool((mine == want.to(mine.dtype)).all()):
@@ -52,8 +52,8 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
 
 
 def _not_by_the_generator(case: Case) -> Iterator[str]:
-    # What is drawn from elsewhere must show: torch's own generator is another for the second.
-    one, again, other = (_attached(case, seed, elsewhere) for seed, elsewhere in ((1, 1), (1, 2), (2, 1)))
+    # torch's own generator differs between the first two, so that a draw from it shows.
+    one, again, other = (_attached(case, seed, global_seed) for seed, global_seed in ((1, 1), (1, 2), (2, 1)))
     if one is None or again is None or other is None:
         return
     bases = {path: one.original_base(path) for path in one.bases}
@@ -69,6 +69,6 @@ def _not_by_the_generator(case: Case) -> Iterator[str]:
             yield f"{name} and {further} start alike"
 
 
-def _attached(case: Case, seed: int, elsewhere: int) -> Subject | None:
-    process_settings.seed(elsewhere)
+def _attached(case: Case, seed: int, global_seed: int) -> Subject | None:
+    process_settings.seed(global_seed)
     return case.attach_again(seed=seed, square=True)

@@ -68,11 +68,11 @@ def check_base(subject: Subject, case: Case) -> CheckResult:
 
     For `method: peft` the adapted weights are left out where the method's start rewrites them (OLoRA, PiSSA, LoftQ).
     """
-    if subject.original.model is None and not subject.original.prints:
+    if subject.original.model is None and not subject.original.crc32:
         return skipped(subject, case, "base", "there is neither a copy nor a checksum of the model before attaching")
-    original, prints = subject.original.model, subject.original.prints
-    named = dict(original.named_parameters() if original else zip(prints, subject.own, strict=False))
-    before = [*named, *dict(original.named_buffers())] if original else [*prints]
+    original, crc32 = subject.original.model, subject.original.crc32
+    named = dict(original.named_parameters() if original else zip(crc32, subject.own, strict=False))
+    before = [*named, *dict(original.named_buffers())] if original else [*crc32]
     # Parameters by identity: an adapter may move them to other names. Buffers of the adapted layers likewise.
     now: dict[str, Tensor] = dict(zip(named, subject.own, strict=True))
     now |= checksums.quantisation_state(now) if original is None else {}
@@ -86,7 +86,7 @@ def check_base(subject: Subject, case: Case) -> CheckResult:
     if getattr(subject.adapted, "rewrites_base", False):
         before = [name for name in before if name not in {f"{path}.weight" for path in subject.bases}]
     if original is None:
-        changed = [f"{n} has changed" for n in before if checksums.crc32(now[n]) != prints[n]]
+        changed = [f"{n} has changed" for n in before if checksums.crc32(now[n]) != crc32[n]]
         return listed(subject, case, "base", changed, f"{len(before)} tensors, by their checksums")
     then: dict[str, Tensor] = {**dict(original.named_parameters()), **dict(original.named_buffers())}
     return judged(subject, case, "base", exact({n: now[n].detach() for n in before}, {n: then[n] for n in before}))
@@ -102,7 +102,7 @@ def check_inputs(subject: Subject, case: Case) -> CheckResult:
         before = {name: t.detach().clone() for name, t in held.items()}
         leaf = x.requires_grad_(True) if x.is_floating_point() else x
         y = layer(leaf)
-        if y.requires_grad and y.shape == dy.shape:  # otherwise forward and gradient say so
+        if y.requires_grad and y.shape == dy.shape:  # otherwise `forward` and `gradient` report it
             y.backward(dy)
         for tensor in subject.tensors_of(path).values():
             tensor.grad = None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,10 @@ from harness.conformance.comparison.tolerance_policies import exact, noise_floor
 from harness.conformance.subject import LARGEST_COPY, Subject
 from harness.errors import UsageError
 from harness.methods.peft_config import NO_REFERENCE
+from harness.methods.spec import Adapted
 from harness.process.out_of_memory import shortage
 from harness.records.record import CheckResult
 
-ALONE = ("reference", "start", "repeats", "untouched", "reached", "reload", "merge_itself")
-"""The checks below: no parity suite has them, since a Method with a reference has better ones."""
 _NUDGE = 0.05
 """Distance by which a tensor is moved from its start, as a share of a random matrix that preserves lengths. Training
 moves about as far.
@@ -30,9 +29,20 @@ moves about as far.
 _TOO_LARGE = "the model is too large to be copied"
 
 
+class Unreferenced(Adapted, Protocol):
+    """An adapter of a library's own kind, attached by `method: peft`."""
+
+    starts_as_base: bool
+    """Whether the library promises that the initial output is the base model's."""
+    bases: Callable[[], Mapping[str, nn.Module]]
+    """Maps paths to the layers under the adapter."""
+    reloaded: Callable[[nn.Module], nn.Module]
+    """Saves the adapter, and returns the given model with the saved adapter loaded."""
+
+
 def nudged(subject: Subject, generator: torch.Generator) -> Subject:
     """Return a copy of the subject with every trainable tensor slightly off its start, where gradients are not zero."""
-    adapted: Any = copy.deepcopy(subject.adapted)
+    adapted = copy.deepcopy(cast("Unreferenced", subject.adapted))
     with torch.no_grad():
         for tensor in adapted.tensors().values():
             spread = (tensor.numel() / tensor.shape[0]) ** -0.5 if tensor.dim() > 1 else 1.0
@@ -62,7 +72,7 @@ def check_start(subject: Subject, case: Case) -> CheckResult:
 
     To the last bit, or within twice what the base model itself loses in its dtype.
     """
-    adapted: Any = subject.adapted
+    adapted = cast("Unreferenced", subject.adapted)
     if not adapted.starts_as_base:
         return skipped(subject, case, "start", "this method or its config starts elsewhere than the base model")
     mine, base = {"logits": _run(case, subject.model)}, {"logits": _given(case.base_output)}
@@ -121,7 +131,7 @@ def _unreached(subject: Subject, case: Case) -> dict[str, str]:
 @torch.no_grad()
 def _without_zeros(subject: Subject, generator: torch.Generator) -> Subject:
     """Return a copy in which no frozen parameter consists of zeros."""
-    adapted: Any = copy.deepcopy(subject.adapted)
+    adapted = copy.deepcopy(cast("Unreferenced", subject.adapted))
     trains = {id(t) for t in adapted.tensors().values()}
     for parameter in adapted.model.parameters():
         if id(parameter) not in trains and parameter.is_floating_point() and not bool(parameter.any()):
@@ -135,7 +145,7 @@ def check_reload(subject: Subject, case: Case) -> CheckResult:
     """An adapter that its library saves and loads into the base model gives the same logits, to the last bit."""
     if subject.original.model is None:
         return skipped(subject, case, "reload", _TOO_LARGE)
-    adapted: Any = subject.adapted
+    adapted = cast("Unreferenced", subject.adapted)
     again = adapted.reloaded(copy.deepcopy(subject.original.model)).eval()
     return judged(subject, case, "reload", exact({"logits": _run(case, again)}, {"logits": _run(case, subject.model)}))
 
@@ -149,10 +159,10 @@ def check_merge_itself(subject: Subject, case: Case) -> CheckResult:
     """
     if not is_copyable(subject):
         return skipped(subject, case, "merge_itself", _TOO_LARGE)
-    wide, near, mine = (copy.deepcopy(subject.adapted) for _ in range(3))
+    wide, near, mine = (copy.deepcopy(cast("Unreferenced", subject.adapted)) for _ in range(3))
     wide.model.double()
     _round_once_more(near, subject.dtype, case.generator(salt=4))
-    draws = [_logits(case, subject.adapted), _logits(case, near)]
+    draws = [_logits(case, cast("Unreferenced", subject.adapted)), _logits(case, near)]
     try:
         mine.merge()
         held = [(t, t.detach().clone()) for t in _beside_the_base(mine)]
@@ -184,7 +194,7 @@ def check_merge_itself(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "merge_itself", verdict, "" if verdict.passed else "after unmerging")
 
 
-def _logits(case: Case, adapted: Any) -> dict[str, Tensor]:
+def _logits(case: Case, adapted: Unreferenced) -> dict[str, Tensor]:
     return {"logits": _run(case, adapted.model)}
 
 
@@ -195,7 +205,7 @@ def _scale(tensors: Iterable[Tensor], factor: float) -> None:
 
 
 @torch.no_grad()
-def _round_once_more(adapted: Any, dtype: str, generator: torch.Generator) -> None:
+def _round_once_more(adapted: Unreferenced, dtype: str, generator: torch.Generator) -> None:
     """Move every weight under the adapter by up to half a unit in the last place: the loss of writing into it."""
     trains = {id(t) for t in adapted.tensors().values()}
     for base in adapted.bases().values():
@@ -204,7 +214,7 @@ def _round_once_more(adapted: Any, dtype: str, generator: torch.Generator) -> No
                 weight.copy_(perturbed(weight.double(), dtype, generator))
 
 
-def _beside_the_base(adapted: Any) -> list[Tensor]:
+def _beside_the_base(adapted: Unreferenced) -> list[Tensor]:
     """List the trainable tensors that are not the base's own once merged: merging LayerNorm tuning replaces the
     base's.
     """

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.operation import draw
+from harness.conformance.operation import Arguments, draw
 
 
 class Masked(nn.Module):
@@ -50,7 +49,7 @@ def draw_inputs(
     *,
     bias: bool,
     dropout: float,
-) -> dict[str, Any]:
+) -> Arguments:
     """Draw the inputs of such a layer apart from its weights: x (*rows, D), bias (E,) or None, mask (like x) or None.
 
     shape: (E, D). dropout: the probability that an element of x is dropped; 0 gives no mask.

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed
-from harness.conformance.operation import OperationSubject, cloned, mapped
+from harness.conformance.operation import Arguments, OperationSubject, cloned, mapped
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
+
+_T = TypeVar("_T")
 
 
 def judge(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> tuple[Judgement, str]:
@@ -50,7 +52,7 @@ def judgements(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -
 
 
 def forward(
-    subject: OperationSubject, function: Callable[..., Any], dtype: torch.dtype
+    subject: OperationSubject, function: Callable[..., object], dtype: torch.dtype
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Call `function` on the arguments in `dtype`; return the first output, and the leaves that gradients reach."""
     given = cloned(subject.arguments, {DTYPES[subject.dtype]: dtype})
@@ -68,22 +70,22 @@ def backward(y: Tensor, leaves: dict[str, Tensor], case: Case) -> dict[str, Tens
 
 
 def gradients(
-    subject: OperationSubject, function: Callable[..., Any], dtype: torch.dtype, case: Case
+    subject: OperationSubject, function: Callable[..., object], dtype: torch.dtype, case: Case
 ) -> dict[str, Tensor]:
     """Return the gradients of the differentiable arguments, computed in `dtype`."""
     return backward(*forward(subject, function, dtype), case)
 
 
-def map_floats(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def map_floats(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
     """Apply `change` to every floating tensor inside arguments, except single numbers."""
 
-    def one(it: Any) -> Any:
+    def one(it: object) -> object:
         return change(it) if isinstance(it, Tensor) and it.is_floating_point() and it.dim() else it
 
     return mapped(value, one)
 
 
-def flatten(value: Any, name: str = "") -> dict[str, Tensor]:
+def flatten(value: object, name: str = "") -> dict[str, Tensor]:
     """Name every tensor inside arguments: `x`, `As[0]`."""
     if isinstance(value, Tensor):
         return {name: value}
@@ -97,10 +99,10 @@ def flatten(value: Any, name: str = "") -> dict[str, Tensor]:
     return found
 
 
-def _perturbed(exactly: Any, dtype: str, generator: torch.Generator) -> Any:
+def _perturbed(exactly: Arguments, dtype: str, generator: torch.Generator) -> Arguments:
     """Return arguments in float64 with elements moved by up to the rounding error of `dtype`."""
     return map_floats(exactly, lambda t: perturbed(t, dtype, generator) if t.dtype == torch.float64 else t)
 
 
-def _reference(subject: OperationSubject, arguments: dict[str, Any]) -> dict[str, Tensor]:
+def _reference(subject: OperationSubject, arguments: Arguments) -> dict[str, Tensor]:
     return subject.operation.named(subject.operation.reference(**cloned(arguments)))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from harness.conformance.comparison.tolerance_policies import Judgement, exact
+from harness.conformance.operation import Arguments
 from reference.operations import nf4
 
 Kind = Literal["normal", "levels", "ties", "zeros", "zero-blocks", "scales", "tiny", "huge", "nan", "infinity"]
@@ -87,7 +88,7 @@ class FourBit:
 
     def arguments(
         self, dtype: torch.dtype, generator: torch.Generator, *, shape: Sequence[int], block: int, kind: Kind = "normal"
-    ) -> dict[str, Any]:
+    ) -> Arguments:
         """Draw a tensor to quantise."""
         return {"W": values(kind, shape, block, self.form.codebook(), dtype, generator), "block": block}
 
@@ -96,7 +97,7 @@ class FourBit:
         codes, absmax = self.form.quantize(W, block)
         return self.form.pack(codes), absmax
 
-    def judge(self, outputs: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> tuple[Judgement, str]:
+    def judge(self, outputs: Mapping[str, Tensor], arguments: Arguments) -> tuple[Judgement, str]:
         """Judge packed codes and absmax."""
         W, block = arguments["W"], arguments["block"]
         packed, absmax = self.quantize(W, block)
@@ -109,7 +110,7 @@ class FourBit:
 
     def packed_arguments(
         self, dtype: torch.dtype, generator: torch.Generator, *, shape: Sequence[int], block: int, kind: Kind = "normal"
-    ) -> dict[str, Any]:
+    ) -> Arguments:
         """Draw a packed weight; every code occurs if it is long enough."""
         given = self.arguments(torch.float32, generator, shape=shape, block=block, kind=kind)
         packed, absmax = self.quantize(**given)

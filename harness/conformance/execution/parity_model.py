@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,12 +74,13 @@ def _input(kind: Kind, D: int, generator: torch.Generator, dtype: torch.dtype) -
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def whole(model: Any) -> tuple[Callable[[], Tensor], Callable[[Any], Tensor]]:
+def whole(model: nn.Module) -> tuple[Callable[[], Tensor], Callable[[nn.Module], Tensor]]:
     """Return (run, forward): run the ParityModel itself in eval mode; run a given one, differentiably."""
 
-    def forward(some: Any) -> Tensor:
-        x = model.x.to(some.other.weight.device)
-        y: Tensor = some(x.to(some.other.weight.dtype) if x.is_floating_point() else x)
+    def forward(some: nn.Module) -> Tensor:
+        weight = some.get_parameter("other.weight")
+        x = cast("ParityModel", model).x.to(weight.device)
+        y: Tensor = some(x.to(weight.dtype) if x.is_floating_point() else x)
         return y
 
     return inference(model, lambda some: forward(some.eval())), forward

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from harness.conformance import checks, operations, parity_suite, process_settings
 from harness.conformance.case import Case
 from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.execution.parity_model import TARGETS, ParityModel, whole
 from harness.conformance.findings.outcomes import CheckOutcome, Execution
-from harness.conformance.operation import OperationSubject
+from harness.conformance.operation import Arguments, OperationSubject
 from harness.conformance.parity_suite import MethodCase, MethodSuite, OperationCase, OperationSuite, ParitySuite
 from harness.conformance.subject import (
     DTYPES,
@@ -135,7 +136,7 @@ def _run_method(runner: CaseRunner, plan: MethodSuite, of: MethodCase, device: t
 def _run_operation(runner: CaseRunner, plan: OperationSuite, of: OperationCase) -> Iterator[CheckOutcome]:
     operation = operations.every()[plan.operation]
 
-    def draw(seed: int) -> dict[str, Any]:
+    def draw(seed: int) -> Arguments:
         return operation.arguments(DTYPES[of.dtype], torch.Generator().manual_seed(seed), **of.values)
 
     subject = OperationSubject(operation, runner.implementation, of.dtype, draw(SEED), lambda: draw(SEED + 1))
@@ -162,39 +163,41 @@ def attach(
 
     def fresh(*, seed: int = SEED, square: bool = False, **changed: Any) -> Subject:
         model = built(of.shape.square()) if square else copy.deepcopy(pristine)
-        settled = configure(method, of.config | changed)
-        if hasattr(settled, "targets"):
-            settled = dataclasses.replace(settled, targets=TARGETS)
-        bases = _adaptable(model, settled)
+        resolved = configure(method, of.config | changed)
+        if hasattr(resolved, "targets"):
+            resolved = dataclasses.replace(resolved, targets=TARGETS)
+        bases = _adaptable(model, resolved)
         packed: dict[str, PackedLayer] = {}
         expected: dict[str, ExpectedCodes] = {}
         if plan.base:
-            expected = {path: ExpectedCodes.of(layer) for path, layer in bases.items()}
-            forms = implementation(model, list(bases), DTYPES[of.dtype])
-            packed = {path: PackedLayer(*form) for path, form in forms.items()}
-            bases = _adaptable(model, settled)
+            expected = {p: ExpectedCodes.of(layer) for p, layer in bases.items() if isinstance(layer, nn.Linear)}
+            packed_forms = implementation(model, list(bases), DTYPES[of.dtype])
+            packed = {path: PackedLayer(*form) for path, form in packed_forms.items()}
+            bases = _adaptable(model, resolved)
         original, own = Original.of(model), list(model.parameters())
         generator = torch.Generator().manual_seed(seed)
         if plan.base:
-            adapted = attach_reference(method, model, settled, None, generator)
+            adapted = attach_reference(method, model, resolved, None, generator)
         else:
-            adapted = implementation(model, settled, generator)
-        # Not where config or weights are others, nor on a base of which somebody else might make something else each time.
+            adapted = implementation(model, resolved, generator)
+        # Not for other configs or weights, nor for a base that its implementation may pack differently each time.
         shared = {} if changed or square or plan.base else cache
         return Subject(
-            method, settled, of.dtype, model, adapted, bases, own, original, packed, expected, reference_cache=shared
+            method, resolved, of.dtype, model, adapted, bases, own, original, packed, expected, reference_cache=shared
         )
 
     subject = fresh()
     run_model, forward = whole(subject.model)
+    original = subject.original.model
+    assert original is not None  # noqa: S101  # a parity model is small enough to be copied
     case = Case(
-        "init", tokens=of.shape.tokens, seed=SEED, inputs=run_model, base_output=whole(subject.original.model)[0](),
+        "init", tokens=of.shape.tokens, seed=SEED, inputs=run_model, base_output=whole(original)[0](),
         forward=forward, fresh=fresh, factors=plan.factors(),
     )  # fmt: skip
     return subject, case
 
 
-def _adaptable(model: ParityModel, config: Any) -> dict[str, Any]:
+def _adaptable(model: ParityModel, config: Any) -> dict[str, nn.Module]:
     if hasattr(config, "targets"):
         return {name: model.get_submodule(name) for name in TARGETS}
     return adaptable_layers(model, config)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from typing import Any
 
 from harness.conformance.execution.worker_protocol import (
     CaseBegun,
@@ -39,7 +38,7 @@ def main(fd: int, line: int, task: WorkerTask) -> None:
             emit(**TargetEnded(end=target).model_dump(mode="json"))
 
 
-def _run(implementation: Implementation, task: WorkerTask, before: dict[str, Any], emit: Emit) -> None:
+def _run(implementation: Implementation, task: WorkerTask, before: dict[str, object], emit: Emit) -> None:
     """Report the outcome of every check. An exception outside a check is one more failure, and ends only this target."""
     at = "start-up"
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NoReturn
 
 from harness.conformance.execution.worker_protocol import (
     CaseBegun,
@@ -74,7 +74,7 @@ def discover(patience: float = PATIENCE) -> Registry:
         points = [one for one in points if one != point]
 
 
-def _not_callable(*_: Any, **__: Any) -> Any:
+def _not_callable(*_: object, **__: object) -> NoReturn:
     raise RuntimeError("this Implementation was loaded in another process")
 
 

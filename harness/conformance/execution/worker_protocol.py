@@ -1,6 +1,6 @@
 """Messages between `check` and its worker processes: the task of a worker, and the events that it reports. No torch.
 
-An event is one JSON object on the worker's pipe, told apart by its keys.
+An event is one JSON object on the worker's pipe; its keys identify it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from harness.process.worker_pool import WorkerPool
 from harness.records.base_model import FrozenModel
 
 Target = tuple[str, TargetKind, str]
-"""An implementation's name, and the kind and name of what it claims to be."""
+"""Name of an implementation, and kind and name of its target."""
 
 
 class WorkerTask(FrozenModel):
@@ -75,7 +75,7 @@ class CheckEnded(FrozenModel):
 
     tried: CheckOutcome
     execution: Execution
-    """Of the outcome, whose JSON leaves it out."""
+    """Execution of the outcome, which its own JSON omits."""
 
     @classmethod
     def of(cls, outcome: CheckOutcome) -> CheckEnded:

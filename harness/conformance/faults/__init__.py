@@ -21,6 +21,7 @@ from functools import cache
 from typing import Any
 
 from harness.conformance import parity_suite
+from harness.conformance.case_selection import Values
 from harness.conformance.faults.patched_copy import PatchedCopy
 
 Spoil = Callable[[PatchedCopy], None]
@@ -30,7 +31,7 @@ Spoil = Callable[[PatchedCopy], None]
 class FaultCase:
     """The one case of the target's parity suite in which a fault shows."""
 
-    values: dict[str, Any] = field(default_factory=dict)
+    values: Values = field(default_factory=dict)
     """Of the Method's config, or of an Operation's case."""
     dtype: parity_suite.Dtype = "float32"
     layer: parity_suite.Kind = "linear"

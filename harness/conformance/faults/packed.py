@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,8 @@ class PackedFault(nn.Linear):
 
 
 def pack(
-    copy: PatchedCopy, double: bool, model: Any, paths: list[str], dtype: Any
-) -> dict[str, tuple[Any, Any, int, bool]]:
+    copy: PatchedCopy, double: bool, model: nn.Module, paths: list[str], dtype: torch.dtype
+) -> dict[str, tuple[Tensor, Tensor, int, bool]]:
     """Replace the layers at `paths`; return path -> (bytes, absmax, block, double), as an implementation of a base does.
 
     double: quantise absmax as well.
@@ -44,7 +44,7 @@ def pack(
     forms = {}
     double_quant = copy.module("reference.operations.double_quant") if double else None
     for path in paths:
-        packed = PackedFault(model.get_submodule(path), copy.module(), double_quant, dtype)
+        packed = PackedFault(cast("nn.Linear", model.get_submodule(path)), copy.module(), double_quant, dtype)
         replace(model, path, packed)
         forms[path] = (packed.weight.data, packed.get_buffer("absmax"), _BLOCK, double)
     return forms

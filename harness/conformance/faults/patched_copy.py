@@ -5,18 +5,23 @@ from __future__ import annotations
 import builtins
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from harness.methods.spec import Adapted
 
 # layers is shared with the original: it holds nothing that a fault would change, and its functions compare modules.
 _SHARED = ("reference.shared.layers",)
 
+Forward = Callable[[Any, Tensor, Callable[[Tensor], Tensor]], Tensor]
+"""(layer, x, the right forward) -> y."""
 _PACKAGES = ("reference", "reference.operations", "reference.shared")
 
 
@@ -48,7 +53,7 @@ class PatchedCopy:
         """Register a change of the Adapted that `attach` returns."""
         self._then.append(change)
 
-    def forward(self, wrong: Callable[[Any, Tensor, Callable[[Tensor], Tensor]], Tensor]) -> None:
+    def forward(self, wrong: Forward) -> None:
         """Let every adapted layer compute wrong(layer, x, the right forward)."""
 
         def change(adapted: Any) -> None:
@@ -57,9 +62,9 @@ class PatchedCopy:
 
         self.then(change)
 
-    def attach(self, model: Any, config: Any, generator: Any) -> Any:
+    def attach(self, model: nn.Module, config: Any, generator: torch.Generator) -> Adapted:
         """Attach as the copy does, then make the registered changes."""
-        adapted = self.module().attach(model, config, generator)
+        adapted: Adapted = self.module().attach(model, config, generator)
         for change in self._then:
             change(adapted)
         return adapted
@@ -77,18 +82,20 @@ class PatchedCopy:
             exec(compile(text, f"<{name}, with a planted fault>", "exec"), vars(copy))  # noqa: S102  # our own source
         return self._made[name]
 
-    def _import(self, name: str, scope: Any = None, local: Any = None, names: Any = (), level: int = 0) -> Any:
+    def _import(
+        self, name: str, scope: Any = None, local: Any = None, names: Sequence[str] | None = (), level: int = 0
+    ) -> object:
         """Import as Python does, but give copies of the reference's modules."""
         real = builtins.__import__(name, scope, local, names, level)
         if name in _PACKAGES and names:
             return SimpleNamespace(**{n: self._copied(f"{name}.{n}") for n in names})
         return self._copied(name) if names and name.startswith("reference.") else real
 
-    def _copied(self, name: str) -> Any:
+    def _copied(self, name: str) -> ModuleType:
         return import_module(name) if name in _SHARED else self.module(name)
 
 
-def _swapped(wrong: Any, layer: Any, right: Any, x: Tensor) -> Tensor:
+def _swapped(wrong: Forward, layer: nn.Module, right: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     out: Tensor = wrong(layer, x, right)
     return out
 

@@ -23,7 +23,7 @@ class CheckStatus(StrEnum):
 
 
 class Execution(StrEnum):
-    """How the run of a check ended."""
+    """End of the run of a check."""
 
     COMPLETED = "completed"
     UNSUPPORTED = "unsupported"
@@ -45,7 +45,7 @@ class CheckOutcome(FrozenModel):
     defect: str = ""
     """Id of the known defect that explains the failure."""
     execution: Execution = Field(default=Execution.COMPLETED, exclude=True)
-    """Not part of JSON documents, where `standing` says it."""
+    """Omitted in JSON documents, which have `standing`."""
 
     @classmethod
     def of_whole_target(
@@ -72,7 +72,7 @@ class CheckOutcome(FrozenModel):
 
     @property
     def status(self) -> CheckStatus:
-        """What the result means."""
+        """The status of the result."""
         if self.result.outcome is Outcome.FAIL:
             return CheckStatus.KNOWN_DEFECT if self.defect else CheckStatus.FAIL
         if self.result.outcome is Outcome.PASS:
@@ -81,7 +81,7 @@ class CheckOutcome(FrozenModel):
 
     @property
     def share(self) -> float | None:
-        """The error as a share of what was allowed; None where nothing was measured or nothing allowed."""
+        """The error as a share of the allowance; None if nothing was measured or allowed."""
         if self.result.error is None or not self.result.allowed:
             return None
         return self.result.error / self.result.allowed

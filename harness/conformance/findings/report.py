@@ -1,10 +1,9 @@
-"""Result of one run of `check`: outcomes, what was skipped and why, exit code, JSON document. No torch."""
+"""Result of one run of `check`: outcomes, skips with reasons, exit code, JSON document. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from harness.conformance.findings.defects import Defect
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
@@ -59,7 +58,7 @@ class CheckReport:
             Exit.PASS if self.count(CheckStatus.PASS) or self.count(CheckStatus.KNOWN_DEFECT) else Exit.NOTHING_COMPARED
         )
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> dict[str, object]:
         """Return the JSON document."""
         rows = [{**one.model_dump(mode="json"), "standing": one.status.value, "share": one.share} for one in self.tried]
         return {

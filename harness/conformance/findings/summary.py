@@ -83,7 +83,7 @@ def format_field(field: MatrixField | None) -> str:
 
 def describe_failure(one: CheckOutcome) -> str:
     """Describe a failure in one line: check, case, error, place."""
-    # A quantisation of the base is checked under a Method, whose name the check's id has.
+    # The id of a base's check has the name of the Method that runs on the base.
     base = f" {one.target}" if one.kind == "base" else ""
     return f"FAIL {one.implementation}{base} {one.result.check} ({one.case}): {' '.join(describe(one.result).split())}"
 

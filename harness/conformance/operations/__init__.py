@@ -1,7 +1,7 @@
-"""The Operations: kernel-level pieces, each with its arguments, its reference and how its outputs are judged.
+"""The Operations: kernel-level functions, each with its arguments, its reference and the judgement of its outputs.
 
-One file each, called as the Operation is, with `OPERATION` in it. An implementation of kind `operation` is a function of
-the same arguments that returns the outputs in order, one tensor or a tuple.
+One file each, named like the Operation, with `OPERATION` in it. An implementation of kind `operation` is a function of
+the same arguments that returns the outputs in order: one tensor or a tuple.
 """
 
 from __future__ import annotations

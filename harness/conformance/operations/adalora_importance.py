@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from harness.conformance.comparison.functional_layer import dense_linear
 from harness.conformance.comparison.operation_call import map_floats
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed
-from harness.conformance.operation import Operation, cloned, draw
+from harness.conformance.operation import Arguments, Operation, cloned, draw
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from reference import adalora
 
@@ -28,14 +27,14 @@ def arguments(
     rank: int,
     beta1: float = 0.85,
     beta2: float = 0.7,
-) -> dict[str, Any]:
+) -> Arguments:
     """Draw the arguments of one call. shape: (out, in) of the layer.
 
-    The averages of before are as large as what comes to them, and in at least float32; a score is a millionth, which
-    float16 does not hold.
+    The previous averages are as large as their updates, and in at least float32; a score is a millionth, which float16
+    cannot hold.
     """
     shapes = {"A": (rank, shape[1]), "E": (rank, 1), "B": (shape[0], rank)}
-    given: dict[str, Any] = {"beta1": beta1, "beta2": beta2}
+    given: Arguments = {"beta1": beta1, "beta2": beta2}
     for name, size in shapes.items():
         given[name] = draw(generator, dtype, *size, spread=0.1)
         given[f"grad_{name}"] = draw(generator, dtype, *size, spread=0.01)
@@ -48,8 +47,8 @@ def arguments(
 def reference(A: Tensor, E: Tensor, B: Tensor, beta1: float, beta2: float, **given: Tensor) -> tuple[Tensor, ...]:
     """Return I_A, U_A, I_E, U_E, I_B, U_B after the step, and the scores (R,) by them; all in at least float32.
 
-    A (R, D), E (R, 1), B (out, R). given: of each, grad_A and the averages of before, I_A of its sensitivity |w grad| and
-    U_A of its uncertainty, in the same shape (arXiv:2303.10512, eqs. 7 to 11).
+    A (R, D), E (R, 1), B (out, R). given: for each of them grad_A and the previous averages, I_A of the sensitivity |w
+    grad| and U_A of the uncertainty, in the same shape  (arXiv:2303.10512, eqs. 7 to 11).
     """
     layer = adalora.AdaLoraLinear(
         dense_linear(A.new_zeros(len(B), A.shape[1]), None), A, E, B, scaling=1.0, dropout=0.0
@@ -64,13 +63,13 @@ def reference(A: Tensor, E: Tensor, B: Tensor, beta1: float, beta2: float, **giv
     return (*averages, layer.scores())
 
 
-def judge(outputs: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[Judgement, str]:
-    """Judge everything by the noise floor of the averages' own dtype: float32 where the weights have 16 bits."""
+def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
+    """Judge all outputs by the noise floor of the averages' own dtype: float32 where the weights have 16 bits."""
     dtype = "float64" if given["A"].dtype == torch.float64 else "float32"
     wide = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float64)
     exactly = cloned(dict(given), wide)
 
-    def of(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    def of(arguments: Arguments) -> dict[str, Tensor]:
         return OPERATION.named(reference(**cloned(dict(arguments))))
 
     def draws() -> Iterator[dict[str, Tensor]]:

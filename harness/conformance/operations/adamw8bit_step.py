@@ -1,4 +1,4 @@
-"""adamw8bit_step: one step of AdamW whose two moments are 8-bit codes with an absmax per block of 256."""
+"""adamw8bit_step: one step of AdamW with two moments of 8-bit codes and an absmax per block of 256."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harness.conformance.comparison.quantised_codes import judge_codes
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
-from harness.conformance.operation import Operation, cloned, draw
+from harness.conformance.operation import Arguments, Operation, cloned, draw
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance_constants import CODE_TIE_EPS, EPSILON
 from reference.operations import adamw8bit
@@ -28,7 +28,7 @@ def arguments(
     step: int = 7,
     weight_decay: float = 0.0,
     gradient: Literal["dense", "sparse"] = "dense",
-) -> dict[str, Any]:
+) -> Arguments:
     """Draw a parameter, its gradient and its state. step 1: the state is that before the first, all zero.
 
     sparse: in every block half the elements, and every second block as a whole, never had a gradient. lr is so large that
@@ -58,7 +58,7 @@ def reference(
     return p, state["m"], state["m_absmax"], state["v"], state["v_absmax"]
 
 
-def judge(outputs: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[Judgement, str]:
+def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
     """Judge p by the noise floor, and every absmax by that of float32, in which the moments are."""
     dtype = given["p"].dtype
     own = next(name for name, one in DTYPES.items() if one == dtype)
@@ -72,8 +72,8 @@ def judge(outputs: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[Judg
     return worst_of(judged, "noise-floor"), ""
 
 
-def judge_both(outputs: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[Judgement, str]:
-    """Judge every code by what the moment is in float64, unless that is within some roundings of the middle of two."""
+def judge_both(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
+    """Judge every code by the moment in float64, unless that is within some roundings of the middle of two levels."""
     judged, details = [], []
     for name, signed in (("m", True), ("v", False)):
         decayed, new = _parts(given, name)
@@ -81,7 +81,7 @@ def judge_both(outputs: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple
         codes, absmax = quantize_blockwise(value, levels)
         reach = CODE_TIE_EPS * EPSILON["float32"] * (decayed.abs() + new.abs())
         near = near_middle(value, _largest(value), reach, levels.double())
-        # The absmax is judged by `judge`; here it says which blocks are zero.
+        # The absmax is judged by `judge`; here it marks the blocks of zeros.
         mine = {"codes": outputs[name], "absmax": torch.where(absmax == 0, outputs[f"{name}_absmax"], absmax)}
         one, detail = judge_codes(mine, (codes, absmax), near, adamw8bit.BLOCK, levels)
         judged.append(replace(one, tensor=f"{name}: {one.tensor}"))
@@ -104,7 +104,7 @@ def near_middle(value: Tensor, absmax: Tensor, reach: Tensor, levels: Tensor) ->
     return gap * scale <= reach
 
 
-def _parts(given: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
+def _parts(given: Arguments, name: str) -> tuple[Tensor, Tensor]:
     """Return beta x the moment, and (1 - beta) x g or g^2, float64 and flat."""
     which = _CODES.index(name)
     state = {key: given[key] for key in ("m", "m_absmax", "v", "v_absmax")}

@@ -1,15 +1,15 @@
-"""dora_linear: DoRA's linear layer with one magnitude per output, and dropout by a mask that is given."""
+"""dora_linear: DoRA's linear layer with one magnitude per output, and dropout by a given mask."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from harness.conformance.comparison.functional_layer import apply_layer, dense_linear, draw_inputs, draw_low_rank
-from harness.conformance.operation import Operation, draw
+from harness.conformance.operation import Arguments, Operation, draw
 from reference import dora
 
 Kind = Literal["normal", "zero-rows", "cancelled"]
@@ -29,7 +29,7 @@ def arguments(
     bias: bool = True,
     dropout: float = 0.0,
     kind: Kind = "normal",
-) -> dict[str, Any]:
+) -> Arguments:
     """Draw the arguments of one call. shape: (E, D); rows: the leading dimensions of x; dropout: 0 gives no mask.
 
     kind: what every fourth row of V = W + scaling B A is: as the others; zero, since those of W and B are, as in published

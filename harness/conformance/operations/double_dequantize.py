@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from harness.conformance.operation import Operation
+from harness.conformance.operation import Arguments, Operation
 from harness.conformance.operations import double_quantize
 from reference.operations import double_quant
 
 
 def arguments(
     dtype: torch.dtype, generator: torch.Generator, *, blocks: int, block: int = 256, spread: float = 1.0
-) -> dict[str, Any]:
+) -> Arguments:
     """Draw constants in two levels."""
     given = double_quantize.arguments(dtype, generator, blocks=blocks, block=block, spread=spread)
     codes, absmax2, offset = double_quant.quantize(**given)

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from harness.conformance.comparison.quantised_codes import judge_codes
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
-from harness.conformance.operation import Operation, draw
+from harness.conformance.operation import Arguments, Operation, draw
 from reference.operations import double_quant, nf4
 from reference.operations.dynamic_map import dynamic_map, quantize_blockwise
 
 
 def arguments(
     dtype: torch.dtype, generator: torch.Generator, *, blocks: int, block: int = 256, spread: float = 1.0
-) -> dict[str, Any]:
+) -> Arguments:
     """Draw the absmax of a weight whose blocks have sizes 10^(normal x spread)."""
     return {"absmax": 10.0 ** draw(generator, dtype, blocks, spread=spread), "block": block}
 
 
-def judge(outputs: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[Judgement, str]:
+def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
     """Judge the mean by the noise floor of a sum, and the codes by what that very mean makes of the constants."""
     absmax, block, levels = given["absmax"], given["block"], dynamic_map(signed=True)
     truth, rounded = {"offset": absmax.double().mean()}, {"offset": absmax.mean()}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from harness.conformance.comparison.quantised_codes import Kind, judge_codes, values
 from harness.conformance.comparison.tolerance_policies import Judgement
-from harness.conformance.operation import Operation
+from harness.conformance.operation import Arguments, Operation
 from reference.operations import nf4
 from reference.operations.dynamic_map import dynamic_map, quantize_blockwise
 
@@ -23,7 +22,7 @@ def arguments(
     block: int = 256,
     signed: bool = True,
     kind: Kind = "normal",
-) -> dict[str, Any]:
+) -> Arguments:
     """Draw a tensor to quantise; squares if it is to be unsigned."""
     x = values(kind, [numel], block, dynamic_map(signed), dtype, generator)
     return {"x": x if signed else x.abs(), "block": block, "signed": signed}
@@ -34,7 +33,7 @@ def reference(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
     return quantize_blockwise(x, dynamic_map(signed), block)
 
 
-def judge(outputs: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[Judgement, str]:
+def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
     """Judge the codes: the nearest, but where rounding decides between two."""
     x, block, levels = given["x"], given["block"], dynamic_map(given["signed"])
     return judge_codes(outputs, reference(**given), nf4.near_tie(x, block, levels), block, levels)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harness.conformance.comparison.quantised_codes import judge_codes
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
-from harness.conformance.operation import Operation, cloned
+from harness.conformance.operation import Arguments, Operation, cloned
 from harness.conformance.operations import galore_step
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance_constants import CODE_TIE_EPS, EPSILON
@@ -22,7 +22,7 @@ from reference.operations.dynamic_map import dequantize_blockwise, dynamic_map, 
 _SIGNED = {"M": True, "V": False}
 
 
-def arguments(dtype: torch.dtype, generator: torch.Generator, **case: Any) -> dict[str, Any]:
+def arguments(dtype: torch.dtype, generator: torch.Generator, **case: Any) -> Arguments:
     """Draw the arguments of `galore_step`, with codes for moments."""
     given = galore_step.arguments(dtype, generator, **case)
     for name, signed in _SIGNED.items():
@@ -58,11 +58,11 @@ def reference(
     return W, *codes.values()
 
 
-def judge(outputs: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[Judgement, str]:
+def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
     """Judge W and every absmax by the noise floor of the gradient's dtype, in which the projected gradient is."""
     dtype = given["W"].dtype
     own = next(name for name, one in DTYPES.items() if one == dtype)
-    # A float64 step keeps its constants in float32 all the same.
+    # A float64 step also stores its constants in float32.
     exactly, roundly = (OPERATION.named(reference(**cloned(given, {dtype: to}))) for to in (torch.float64, dtype))
     judged = [noise_floor({"W": outputs["W"]}, {"W": exactly["W"]}, {"W": roundly["W"]}, own)]
     for name in _SIGNED:
@@ -75,7 +75,7 @@ def judge(outputs: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[Judg
     return worst_of(judged, "noise-floor"), ""
 
 
-def judge_both(outputs: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[Judgement, str]:
+def judge_both(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
     """Judge every code by what the moment is in float64: it is the code of that, or of a number within some roundings.
 
     As in `adamw8bit_step`, but that the new part comes out of a product, which is rounded in the gradient's dtype, and with
@@ -92,7 +92,7 @@ def judge_both(outputs: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple
         scale, middles = _each(_largest(value), value), (levels[1:] + levels[:-1]).double() / 2
         least, most = (torch.bucketize((value + sign * reach) / scale, middles) for sign in (-1, 1))
         within = (outputs[name] >= least) & (outputs[name] <= most)
-        # The absmax is judged by `judge`; here it says which blocks are zero.
+        # The absmax is judged by `judge`; here it marks the blocks of zeros.
         mine = {
             "codes": torch.where(within, codes, outputs[name]),
             "absmax": torch.where(absmax == 0, outputs[f"{name}_absmax"], absmax),
@@ -113,7 +113,7 @@ def _largest(value: Tensor) -> Tensor:
     return torch.stack([block.amax() for block in value.abs().split(adamw8bit.BLOCK)])
 
 
-def _parts(given: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor, Tensor]:
+def _parts(given: Arguments, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return beta x the moment, (1 - beta) x R or R^2, and the bound of the second's rounding in eps; flat, float64.
 
     The bound of a product's rounding is that of the magnitudes, |P|^T |G| |Q|, and twice |R| times that for R^2.

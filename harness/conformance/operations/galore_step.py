@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from harness.conformance.operation import Operation, draw
+from harness.conformance.operation import Arguments, Operation, draw
 from reference import galore
 
 
@@ -22,7 +21,7 @@ def arguments(
     step: int = 7,
     weight_decay: float = 0.0,
     eps: float = 1e-6,
-) -> dict[str, Any]:
+) -> Arguments:
     """Draw a weight, its gradient, orthonormal P (m, r) and/or Q (n, r) as the side says, and the moments of R's shape.
 
     step: the number of this step, from 2. lr is so large that the step is as large as the weight.
@@ -70,7 +69,7 @@ def reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return W, M and V after step number `step`."""
     bases = {name: t for name, t in (("P", P), ("Q", Q)) if t is not None}
-    state: dict[str, Any] = {"step": step - 1, "M": M.clone(), "V": V.clone(), **bases}
+    state: Arguments = {"step": step - 1, "M": M.clone(), "V": V.clone(), **bases}
     W = W.clone()
     galore.galore_step(
         W, G, state, lr=lr, rank=min(t.shape[1] for t in bases.values()), update_gap=1_000_000, scale=scale, side=side,

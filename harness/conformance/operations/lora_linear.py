@@ -1,15 +1,14 @@
-"""lora_linear: a frozen linear layer with LoRA's update, and dropout by a mask that is given."""
+"""lora_linear: a frozen linear layer with LoRA's update, and dropout by a given mask."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from harness.conformance.comparison.functional_layer import apply_layer, dense_linear, draw_inputs, draw_low_rank
-from harness.conformance.operation import Operation, draw
+from harness.conformance.operation import Arguments, Operation, draw
 from reference import lora
 
 
@@ -23,7 +22,7 @@ def arguments(
     scaling: float = 1.75,
     bias: bool = True,
     dropout: float = 0.0,
-) -> dict[str, Any]:
+) -> Arguments:
     """Draw the arguments of one call. shape: (E, D); rows: the leading dimensions of x; dropout: 0 gives no mask."""
     return {
         "W": draw(generator, dtype, *shape, spread=shape[1] ** -0.5),

@@ -1,15 +1,14 @@
-"""multi_lora_linear: one linear layer for a batch whose sequences have LoRA adapters of their own."""
+"""multi_lora_linear: one linear layer for a batch of sequences with LoRA adapters of their own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from harness.conformance.operation import Operation, draw
+from harness.conformance.operation import Arguments, Operation, draw
 from reference.operations import multi_lora
 
 
@@ -21,7 +20,7 @@ def arguments(
     ranks: Sequence[int],
     shape: Sequence[int],
     tokens: int = 3,
-) -> dict[str, Any]:
+) -> Arguments:
     """Draw the arguments of one call. ids: the adapter of each sequence, or -1; shape: (D, E); ranks: one an adapter."""
     D, E = shape
     return {

@@ -1,16 +1,15 @@
-"""nf4_linear: a linear layer whose frozen weight is packed NF4; the gradient reaches the input alone."""
+"""nf4_linear: a linear layer with a frozen, packed NF4 weight; the gradient reaches only the input."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from harness.conformance.comparison.quantised_codes import FourBit
-from harness.conformance.operation import Operation, draw
+from harness.conformance.operation import Arguments, Operation, draw
 from reference.operations import nf4
 
 _FORM = FourBit(nf4)
@@ -25,7 +24,7 @@ def arguments(
     block: int = 64,
     bias: bool = True,
     training: bool = True,
-) -> dict[str, Any]:
+) -> Arguments:
     """Draw the arguments of one call. shape: (E, D) of the weight; rows: the leading dimensions of x."""
     packed = _FORM.packed_arguments(dtype, generator, shape=shape, block=block)
     E, D = shape

@@ -1,16 +1,15 @@
-"""nf4_lora_linear: LoRA on a linear layer whose weight is packed NF4, as QLoRA's; dropout by a mask that is given."""
+"""nf4_lora_linear: LoRA on a linear layer with a packed NF4 weight, as in QLoRA; dropout by a given mask."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from harness.conformance.comparison.functional_layer import apply_layer, dense_linear, draw_inputs, draw_low_rank
 from harness.conformance.comparison.quantised_codes import FourBit
-from harness.conformance.operation import Operation
+from harness.conformance.operation import Arguments, Operation
 from reference import lora
 from reference.operations import nf4
 
@@ -28,7 +27,7 @@ def arguments(
     scaling: float = 1.75,
     bias: bool = True,
     dropout: float = 0.0,
-) -> dict[str, Any]:
+) -> Arguments:
     """Draw the arguments of one call. shape: (E, D); rows: the leading dimensions of x; dropout: 0 gives no mask."""
     packed = _FORM.packed_arguments(dtype, generator, shape=shape, block=block)
     return {

@@ -1,4 +1,4 @@
-"""paged_adamw: a few steps of AdamW whose large states are paged: no value changes by it."""
+"""paged_adamw: a few steps of AdamW with paged states, which changes no value."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.conformance.operation import Operation, draw
+from harness.conformance.operation import Arguments, Operation, draw
 from reference.operations import paged
 
 
 def arguments(
     dtype: torch.dtype, generator: torch.Generator, *, sizes: Sequence[int], steps: int = 3, weight_decay: float = 0.0
-) -> dict[str, Any]:
+) -> Arguments:
     """Draw two parameters of these sizes and their gradients of every step, which jump between three magnitudes.
 
     eps is so large that nothing hangs on a second moment which float16 cannot hold, as torch keeps that of a float16 one.

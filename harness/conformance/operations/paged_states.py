@@ -1,19 +1,18 @@
-"""paged_states: which states of a paged optimizer are paged, wherever the parameters are."""
+"""paged_states: the states of a paged optimizer that are paged, on whichever device the parameters are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from harness.conformance.operation import Operation, draw
+from harness.conformance.operation import Arguments, Operation, draw
 from harness.conformance.operations import paged_adamw
 from reference.operations import paged
 
 
-def arguments(dtype: torch.dtype, generator: torch.Generator, *, sizes: Sequence[int]) -> dict[str, Any]:
+def arguments(dtype: torch.dtype, generator: torch.Generator, *, sizes: Sequence[int]) -> Arguments:
     """Draw parameters of these sizes and one gradient each."""
     return {"params": [draw(generator, dtype, n) for n in sizes], "grads": [draw(generator, dtype, n) for n in sizes]}
 

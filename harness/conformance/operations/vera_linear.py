@@ -1,15 +1,14 @@
-"""vera_linear: VeRA's linear layer, with dropout by a mask that is given."""
+"""vera_linear: VeRA's linear layer, with dropout by a given mask."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from harness.conformance.comparison.functional_layer import apply_layer, dense_linear, draw_inputs, draw_low_rank
-from harness.conformance.operation import Operation, draw
+from harness.conformance.operation import Arguments, Operation, draw
 from reference import vera
 
 
@@ -22,7 +21,7 @@ def arguments(
     rank: int,
     bias: bool = True,
     dropout: float = 0.0,
-) -> dict[str, Any]:
+) -> Arguments:
     """Draw the arguments of one call. shape: (E, D); rows: the leading dimensions of x; dropout: 0 gives no mask.
 
     A and B are noise, as large as the layer: what a slice of a larger pair holds is for `attach` to say.

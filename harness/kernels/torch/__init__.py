@@ -1,1 +1,1 @@
-"""Our Operations in plain torch, for the CPU; they hand over to `kernels/triton` on a GPU."""
+"""Operations in torch for the CPU, one file each; they dispatch to the file of the same name in `kernels/triton`."""

@@ -1,4 +1,4 @@
-"""AdaLoRA's importance: averages of sensitivity and uncertainty of many weights in a few passes over all of them."""
+"""AdaLoRA's importance scores (arXiv:2303.10512): averages of sensitivity and uncertainty."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor
 
 from harness.kernels.device import by_triton
 
-Several = Sequence[Tensor]
+Tensors = Sequence[Tensor]
 Gradients = Sequence[Tensor | None]
 
 
 @torch.no_grad()
 def adalora_importance_(
-    A: Several, E: Several, B: Several, grad_A: Gradients, grad_E: Gradients, grad_B: Gradients,
-    I_A: Several, U_A: Several, I_E: Several, U_E: Several, I_B: Several, U_B: Several, beta1: float, beta2: float,
+    A: Tensors, E: Tensors, B: Tensors, grad_A: Gradients, grad_E: Gradients, grad_B: Gradients,
+    I_A: Tensors, U_A: Tensors, I_E: Tensors, U_E: Tensors, I_B: Tensors, U_B: Tensors, beta1: float, beta2: float,
 ) -> None:  # fmt: skip
-    """Carry the averages of several layers on by one step, in place (arXiv:2303.10512, eqs. 8 to 10).
+    """Update the averages of several layers by one step, in place (arXiv:2303.10512, eqs. 8 to 10).
 
-    Of each layer A (R, D), E (R, 1), B (out, R) of one floating dtype, their gradients (None counts as zeros), and of each
-    the averages of its sensitivity, I, and of its uncertainty, U, in at least float32, in which all is computed.
+    Per layer: A (R, D), E (R, 1), B (out, R) of one floating dtype; their gradients, None for zeros; and for each of the
+    three the averages of its sensitivity (I) and uncertainty (U), in at least float32, the dtype of the arithmetic.
     """
     if by_triton(*A, *E, *B, *I_A, *I_E, *I_B):
         from harness.kernels.triton import adalora_importance as gpu
@@ -47,25 +47,16 @@ def adalora_importance(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return I_A, U_A, I_E, U_E, I_B, U_B after one step, and the scores (R,) of one layer's triplets (eqs. 7 to 11).
 
-    What is given stays as it is; shapes and dtypes as in `adalora_importance_`.
+    Shapes and dtypes as in `adalora_importance_`; the arguments are not modified.
     """
     if by_triton(A, E, B, I_A, I_E, I_B):
         from harness.kernels.triton import adalora_importance as gpu
 
-        given = A, E, B, grad_A, grad_E, grad_B, I_A, U_A, I_E, U_E, I_B, U_B
-        return gpu.adalora_importance(*given, beta1, beta2)
+        arguments = A, E, B, grad_A, grad_E, grad_B, I_A, U_A, I_E, U_E, I_B, U_B
+        return gpu.adalora_importance(*arguments, beta1, beta2)
     before = {"I_A": I_A, "U_A": U_A, "I_E": I_E, "U_E": U_E, "I_B": I_B, "U_B": U_B}
     after = {name: t.clone(memory_format=torch.contiguous_format) for name, t in before.items()}
-    adalora_importance_(
-        [A],
-        [E],
-        [B],
-        [grad_A],
-        [grad_E],
-        [grad_B],
-        beta1=beta1,
-        beta2=beta2,
-        **{name: [t] for name, t in after.items()},
-    )
+    lists = {name: [t] for name, t in after.items()}
+    adalora_importance_([A], [E], [B], [grad_A], [grad_E], [grad_B], beta1=beta1, beta2=beta2, **lists)
     s_A, s_E, s_B = (after[f"I_{letter}"] * after[f"U_{letter}"] for letter in "AEB")
     return (*after.values(), s_E[:, 0] + s_B.mean(dim=0) + s_A.mean(dim=1))

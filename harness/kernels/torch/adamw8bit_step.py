@@ -1,4 +1,4 @@
-"""One step of AdamW with 8-bit moments, vectorised in torch: decoded, updated and encoded again a cache-full at a time.
+"""One step of AdamW with 8-bit moments: decoded, updated and encoded again in chunks that fit the cache.
 
 Dettmers et al., arXiv:2110.02861: the first moment in the signed dynamic map, the second in the unsigned one, a float32
 absmax per block of 256. On a GPU Triton does the whole step in one launch.
@@ -17,13 +17,15 @@ from harness.kernels.device import by_triton
 from harness.kernels.torch.dynamic_quantize import CHUNK, decode, encode, tables
 
 BLOCK = 256
+"""Elements per absmax."""
 MIN_8BIT_SIZE = 4096
+"""Elements from which moments are 8-bit."""
 
 
 def init_state(p: Tensor, min_8bit_size: int = MIN_8BIT_SIZE) -> dict[str, Tensor]:
-    """Return zero moments for p: m and v, uint8, with m_absmax and v_absmax, float32, one per 256 elements; all flat.
+    """Return zero moments for p: m and v, uint8, and m_absmax and v_absmax, float32, one per 256 elements; all flat.
 
-    A tensor of fewer than `min_8bit_size` elements has m and v alone, of its shape, in float32 (float64 for a float64 one).
+    A tensor of fewer than `min_8bit_size` elements gets only m and v, of its shape, in float32 (float64 for float64).
     """
     if p.numel() < min_8bit_size:
         dtype = torch.promote_types(p.dtype, torch.float32)
@@ -34,16 +36,16 @@ def init_state(p: Tensor, min_8bit_size: int = MIN_8BIT_SIZE) -> dict[str, Tenso
 
 
 def adamw8bit_step(
-    p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, **how: Any
+    p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, **options: Any
 ) -> tuple[Tensor, ...]:
-    """Return new p, m, m_absmax, v, v_absmax after a step; arguments as of `adamw8bit_step_`, in any layout."""
+    """Return new p, m, m_absmax, v, v_absmax after a step; arguments as for `adamw8bit_step_`, in any memory layout."""
     if by_triton(p, g):
         from harness.kernels.triton import adamw8bit_step as gpu
 
-        return gpu.adamw8bit_step(p, g, m, m_absmax, v, v_absmax, **how)
-    # Not clone(), which keeps a layout with gaps or a transposed one.
+        return gpu.adamw8bit_step(p, g, m, m_absmax, v, v_absmax, **options)
+    # A plain clone() would preserve gaps and transposition.
     out = [t.detach().clone(memory_format=torch.contiguous_format) for t in (p, m, m_absmax, v, v_absmax)]
-    adamw8bit_step_(out[0], g, *out[1:], **how)
+    adamw8bit_step_(out[0], g, *out[1:], **options)
     return tuple(out)
 
 
@@ -64,22 +66,22 @@ def adamw8bit_step_(
 ) -> None:
     """Take step number `step`, from 1, in place.
 
-    p, g: one shape, any floating dtype. m, v: uint8 codes, flat, one an element; m_absmax, v_absmax: float32, one a block of
-    256. It computes in float32 (float64 for float64) and rounds p once; decay comes before the update.
+    p, g: one shape, any floating dtype. m, v: uint8 codes, flat, one per element; m_absmax, v_absmax: float32, one per block
+    of 256. Computes in float32 (float64 for float64) and rounds p once. Weight decay comes before the update:
 
         m = beta1 m + (1 - beta1) g       v = beta2 v + (1 - beta2) g^2
         p = (1 - lr weight_decay) p - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
     """
-    how: dict[str, Any] = {"step": step, "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    options: dict[str, Any] = {"step": step, "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     if not p.is_contiguous():
         packed = p.contiguous()
-        adamw8bit_step_(packed, g, m, m_absmax, v, v_absmax, **how)
+        adamw8bit_step_(packed, g, m, m_absmax, v, v_absmax, **options)
         p.copy_(packed)
         return
     if by_triton(p, g):
         from harness.kernels.triton import adamw8bit_step as gpu
 
-        gpu.adamw8bit_step_(p, g, m, m_absmax, v, v_absmax, **how)
+        gpu.adamw8bit_step_(p, g, m, m_absmax, v, v_absmax, **options)
         return
     n, dtype, signed, unsigned = p.numel(), working_dtype(p), tables(p.device, True), tables(p.device, False)
     flat, gradient = p.view(-1), g.reshape(-1)
@@ -89,13 +91,13 @@ def adamw8bit_step_(
         G = gradient[part].to(dtype)
         M = decode(m[part], m_absmax[blocks], BLOCK, signed).to(dtype)
         V = decode(v[part], v_absmax[blocks], BLOCK, unsigned).to(dtype)
-        flat[part] = update(flat[part].to(dtype), G, M, V, **how)
+        flat[part] = update(flat[part].to(dtype), G, M, V, **options)
         m[part], m_absmax[blocks] = encode(M.float(), BLOCK, signed)
         v[part], v_absmax[blocks] = encode(V.float(), BLOCK, unsigned)
 
 
 def firsts(n: int, chunk: int) -> Sequence[int]:
-    """Return where each chunk of n elements begins; who counts memory without data takes a few of them for all."""
+    """Return the start of each chunk of n elements. The memory model replaces this to run only a few chunks."""
     return range(0, n, chunk)
 
 
@@ -108,7 +110,7 @@ def update(
     p: Tensor, g: Tensor, M: Tensor, V: Tensor,
     *, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> Tensor:  # fmt: skip
-    """Return p after the step; M and V change in place. All of the working dtype."""
+    """Return p after the step; M and V are updated in place. All have the dtype of the arithmetic."""
     M.mul_(betas[0]).add_(g, alpha=1 - betas[0])
     V.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
     denominator = V.sqrt().div_(math.sqrt(1 - betas[1] ** step)).add_(eps)

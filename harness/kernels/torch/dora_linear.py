@@ -1,4 +1,4 @@
-"""DoRA linear: LoRA's product with the low-rank term in it, then a gain for each output."""
+"""DoRA linear layer (arXiv:2402.09353): LoRA's product with the low-rank term, then a gain per output."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from harness.kernels.torch.support.autocast import outside_autocast
 
 
 def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """Return ||W + scaling B A|| of every row, shape (E,), with no gradient (arXiv:2402.09353, section 4.3).
+    """Return ||W + scaling B A|| of every row, shape (E,), without a gradient (arXiv:2402.09353, section 4.3).
 
-    The sum is made, not the norms of its parts put together: on a CPU that takes a third longer, and it holds its digits
-    where the parts cancel.
+    Forms the sum instead of combining the norms of its parts: on a CPU that takes a third longer, but it is accurate where
+    the parts cancel.
     """
     with torch.no_grad():
         norm: Tensor = torch.linalg.vector_norm(torch.addmm(W, B, A, alpha=scaling), dim=1)
@@ -25,7 +25,7 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 
 class _Gained(torch.autograd.Function):
-    """g z + onto, g = m / norm, for z (T, E), onto (E,) or (T, E). Kept: z."""
+    """g z + onto, g = m / norm, for z (T, E), onto (E,) or (T, E). Saves z for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, onto: Tensor | None, m: Tensor, norm: Tensor) -> Tensor:
@@ -41,10 +41,10 @@ class _Gained(torch.autograd.Function):
         need_z, need_onto, need_m = ctx.needs_input_grad[:3]
         product = dy * z if need_m else None
         dm = None if product is None else _over(product.sum(0), norm)
-        # Into memory that is there: fresh memory of this size costs as much as the product.
-        room = None if torch.is_grad_enabled() else product
+        # Reuse memory: fresh memory of this size costs as much as the product.
+        reused = None if torch.is_grad_enabled() else product
         return (
-            torch.mul(dy, _over(m, norm), out=room) if need_z else None,
+            torch.mul(dy, _over(m, norm), out=reused) if need_z else None,
             (dy.sum(0) if ctx.summed else dy) if need_onto else None,
             dm,
             None,
@@ -52,9 +52,9 @@ class _Gained(torch.autograd.Function):
 
 
 def gained(z: Tensor, onto: Tensor | None, m: Tensor, norm: Tensor) -> Tensor:
-    """Return (m / norm) z + onto, shape (..., E); the gain is 0 where the norm is.
+    """Return (m / norm) z + onto, shape (..., E); the gain is 0 where the norm is 0.
 
-    z (..., E); onto: (E,), or like z, or None; m, norm (E,). Differentiable in z, onto and m, with the norm as a constant.
+    z (..., E); onto: (E,), the shape of z, or None; m, norm (E,). Differentiable in z, onto and m; the norm is constant.
     """
     flat = onto if onto is None or onto.dim() == 1 else onto.reshape(-1, onto.shape[-1])
     y: Tensor = _Gained.apply(z.reshape(-1, z.shape[-1]), flat, m, norm)
@@ -63,8 +63,8 @@ def gained(z: Tensor, onto: Tensor | None, m: Tensor, norm: Tensor) -> Tensor:
 
 def _over(numerator: Tensor, norm: Tensor) -> Tensor:
     """Return numerator / norm, and 0 where the norm is 0."""
-    some = norm > 0
-    return torch.where(some, numerator, 0.0) / torch.where(some, norm, 1.0)
+    positive = norm > 0
+    return torch.where(positive, numerator, 0.0) / torch.where(positive, norm, 1.0)
 
 
 def dora_linear(
@@ -73,9 +73,9 @@ def dora_linear(
 ) -> Tensor:  # fmt: skip
     """Return x W^T + bias + (g - 1) (x mask) W^T + g scaling ((x mask) A^T) B^T, shape (..., E) (eq. 5 with dropout).
 
-    g = m / ||W + scaling B A|| of each row, 0 where that is 0. x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), m (E,),
-    mask like x or None, all of one dtype. Differentiable in all but the mask, twice too, with the norm as a constant;
-    by Triton once, and a second derivative raises RuntimeError.
+    g = m / ||W + scaling B A|| per row, 0 where the norm is 0. x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), m (E,),
+    mask like x or None, all of one dtype. Twice differentiable in all but the mask, with the norm as a constant; in Triton
+    once, where a second derivative raises RuntimeError.
     """
     if multiplied_by_triton(x, W, A, B, m) and frozen(W, bias):
         from harness.kernels.triton import dora_linear as gpu
@@ -84,6 +84,6 @@ def dora_linear(
     norm = row_norms(W, A, B, scaling)
     if mask is None:
         return gained(lora_linear(x, W, None, A, B, scaling), bias, m, norm)
-    # What the mask spares of x no gain scales. W dropped and its update are one product, in which what cancels does so.
+    # The gain does not scale the undropped part of x. W dropped and its update are one product, where they may cancel.
     dropped = x * mask
     return gained(lora_linear(dropped, W, None, A, B, scaling), linear(x - dropped, W, bias), m, norm)

@@ -1,8 +1,8 @@
-"""Blocks of 8-bit codes of the dynamic map (arXiv:2110.02861, section 2) on any device, exact, by two table look-ups.
+"""Blockwise 8-bit codes of the dynamic map (arXiv:2110.02861, section 2) on any device, exact, by two table look-ups.
 
-The upper half of a float32, its sign, its exponent and seven bits of its fraction, names one of 65,536 buckets. No bucket
-holds two of the midpoints between neighbouring values: a table says how many midpoints lie below the bucket, and one
-comparison with the next one decides. A binary search takes eight dependent steps, some thirty times as long on a CPU.
+The upper half of a float32 (sign, exponent and seven bits of the fraction) selects one of 65,536 buckets. No bucket
+contains two midpoints between neighbouring values: a table gives the number of midpoints below the bucket, and one
+comparison with the next midpoint decides. A binary search takes eight dependent steps, some thirty times as long on a CPU.
 """
 
 from __future__ import annotations
@@ -17,20 +17,23 @@ from harness.kernels.device import by_triton
 from harness.kernels.dynamic_map_format import dynamic_map
 
 CHUNK = 1 << 15
-"""Elements that are worked on at a time on a CPU: their temporaries stay in its cache, and torch starts no threads."""
+"""Elements processed at a time on a CPU: temporaries fit its cache, and torch starts no threads."""
 
 
 class Tables(NamedTuple):
-    """values (256,) ascending; midpoints (256,), the last one infinite; below (65536,) uint8: midpoints under a bucket."""
+    """Look-up tables of the dynamic map."""
 
     values: Tensor
+    """float32 (256,), ascending."""
     midpoints: Tensor
+    """float32 (256,), the last one infinite."""
     below: Tensor
+    """uint8 (65536,): number of midpoints below each bucket."""
 
 
 @cache
 def tables(device: torch.device, signed: bool) -> Tables:
-    """Return the tables on a device, where they stay."""
+    """Return the tables on a device, cached."""
     with torch.inference_mode(False):
         values = dynamic_map(torch.device("cpu"), signed)
         midpoints = (values[:-1] + values[1:]) / 2
@@ -43,20 +46,20 @@ def tables(device: torch.device, signed: bool) -> Tables:
 
 
 def nearest(relative: Tensor, of: Tables) -> Tensor:
-    """Return the codes of the nearest values, uint8; of two as near the lower one. relative: float32, contiguous, 1-d."""
+    """Return the codes of the nearest values, uint8; ties go to the lower value. relative: float32, contiguous, 1-d."""
     bucket = (relative.view(torch.int32) >> 16).bitwise_and_(0xFFFF)
     codes = of.below.index_select(0, bucket)
     return codes.add_(relative > of.midpoints.index_select(0, codes.int()))
 
 
 def decode(codes: Tensor, absmax: Tensor, block: int, of: Tables) -> Tensor:
-    """Return values[codes] * absmax in float32, flat. codes: uint8, 1-d; absmax: one per block, the last may be short."""
-    found = of.values.index_select(0, codes.int())
-    whole = len(found) // block * block
-    found[:whole].view(-1, block).mul_(absmax[: whole // block, None])
-    if whole < len(found):
-        found[whole:] *= absmax[-1]
-    return found
+    """Return values[codes] * absmax, float32, flat. codes: uint8, 1-d; absmax: one per block, the last may be short."""
+    decoded = of.values.index_select(0, codes.int())
+    whole = len(decoded) // block * block
+    decoded[:whole].view(-1, block).mul_(absmax[: whole // block, None])
+    if whole < len(decoded):
+        decoded[whole:] *= absmax[-1]
+    return decoded
 
 
 def encode(x: Tensor, block: int, of: Tables) -> tuple[Tensor, Tensor]:
@@ -68,13 +71,13 @@ def encode(x: Tensor, block: int, of: Tables) -> tuple[Tensor, Tensor]:
 
 
 def dynamic_quantize(x: Tensor, block: int = 256, signed: bool = True) -> tuple[Tensor, Tensor]:
-    """Return (codes, absmax): uint8 in the order of x.flatten(), and float32, one a block; the last may be short.
+    """Return (codes, absmax): uint8 in the order of x.flatten(), and float32, one per block; the last may be short.
 
-    x: any shape and floating dtype, read as float32. Each element becomes the nearest value of x / absmax, of two as near
-    the lower one. A block with a NaN or an infinity has such an absmax. Raises ValueError for a block below 1.
+    x: any shape and floating dtype, read as float32. An element becomes the value nearest to x / absmax, the lower one at a
+    tie. The absmax of a block with a NaN or an infinity is that. Raises ValueError for a block below 1.
     """
     if block < 1:
-        raise ValueError(f"a block must hold at least one element, got {block}")
+        raise ValueError(f"block must be at least 1, got {block}")
     if by_triton(x):
         from harness.kernels.triton import dynamic_quantize as gpu
 

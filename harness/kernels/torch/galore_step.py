@@ -1,10 +1,10 @@
-"""GaLore (Zhao et al., arXiv:2403.03507): AdamW in a subspace of the gradient, with one temporary of the subspace's size.
+"""One step of GaLore (Zhao et al., arXiv:2403.03507): AdamW in a subspace, with one temporary of the subspace's size.
 
     R = P^T G Q                                   one product (two if both sides are projected)
     -N = one step of AdamW from 0 with lr 1       torch's fused kernel: R, M and V are read once
     W = (1 - lr decay) (W - lr scale P N Q^T)     one product that accumulates in W's memory
 
-Nothing of the size of W is made. Shape letters: W and G (m, n), P (m, r), Q (n, r), R, M and V as P^T G Q.
+No temporary has the size of W. Shapes: W and G (m, n), P (m, r), Q (n, r); R, M and V like P^T G Q.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from harness.kernels.torch.adamw8bit_step import adamw8bit_step_
 from harness.kernels.torch.support.range_finder import leading_vectors, randomised_svd
 
 OVERSAMPLE = 10
-"""Columns of the randomised SVD's sketch beyond the rank."""
+"""Columns of the randomised SVD's sketch in addition to the rank."""
 
 
 def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
-    """Return whether an (m, n) matrix is projected (on the left, on the right). Raises ValueError for an unknown side."""
+    """Return whether an (m, n) matrix is projected on the left and on the right. Raises ValueError for an unknown side."""
     rules = {
         "std": (m < n, m >= n),
         "reverse_std": (m >= n, m < n),
@@ -35,23 +35,23 @@ def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
         "full": (True, True),
     }
     if side not in rules:
-        raise ValueError(f"no side {side!r}; there are: {', '.join(rules)}")
+        raise ValueError(f"unknown side {side!r}; known: {', '.join(rules)}")
     return rules[side]
 
 
 def refreshed(
     G: Tensor, rank: int, side: str, niter: int = 0, P: Tensor | None = None, Q: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return (P, Q), the first `rank` singular vectors of G on the sides that the rule says, in G's dtype.
+    """Return (P, Q), the first `rank` singular vectors of G on the projected sides, in G's dtype; None on the other side.
 
-    niter: 0 for those that an SVD in float32 (float64 of float64) finds, or subspace iterations of a randomised SVD that
-    starts from the P or Q given, those of before, and from random vectors, the same in every call. Raises ValueError
+    niter: 0 for an exact SVD in float32 (float64 for float64); else the subspace iterations of a randomised SVD, which
+    starts from the previous P or Q, if given, and from random vectors that are the same in every call. Raises ValueError
     if G is not finite.
     """
     if not G.isfinite().all():
         raise ValueError(
-            f"GaLore: the gradient of a parameter of shape {tuple(G.shape)} has a NaN or an infinity, and so no singular "
-            "vectors; skip the step, or lower the learning rate or the loss's scale"
+            f"GaLore: the gradient of a parameter of shape {tuple(G.shape)} contains NaN or infinity and has no singular "
+            "vectors; hint: skip the step, or lower the learning rate or the loss scale"
         )
     left, right = sides(G.shape[0], G.shape[1], side)
     W, rank = G.to(torch.promote_types(G.dtype, torch.float32)), min(rank, *G.shape)
@@ -66,40 +66,40 @@ def refreshed(
 
 
 def _sketch(W: Tensor, rank: int, P: Tensor | None, Q: Tensor | None) -> Tensor:
-    """Return (smaller side, rank + OVERSAMPLE at most) to begin from: the old vectors, and random ones beside them."""
+    """Return the start, shape (smaller side, at most rank + OVERSAMPLE): the previous vectors, padded with random ones."""
     m, n = W.shape
     smaller, larger = (Q, P) if m >= n else (P, Q)
     if smaller is None and larger is not None:
         smaller = (W.T if m >= n else W) @ larger.to(W.dtype)
     old = smaller.to(W.dtype) if smaller is not None else W.new_empty(min(m, n), 0)
     columns = min(rank + OVERSAMPLE, m, n)
-    ever = torch.Generator().manual_seed(0)
-    random = torch.randn(min(m, n), columns, generator=ever, dtype=torch.float64, device="cpu").to(W)
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(min(m, n), columns, generator=generator, dtype=torch.float64, device="cpu").to(W)
     return torch.cat([old, random[:, old.shape[1] :]], dim=1)
 
 
 def galore_step(
-    W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, V: Tensor, **how: Any
+    W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, V: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return new W, M and V after a step; arguments as of `galore_step_`, in any layout."""
+    """Return new W, M and V after a step; arguments as for `galore_step_`, in any memory layout."""
     if by_triton(W, G):
         from harness.kernels.triton import galore_step as gpu
 
-        return gpu.galore_step(W, G, P, Q, M, V, **how)
+        return gpu.galore_step(W, G, P, Q, M, V, **options)
     out = [t.detach().clone(memory_format=torch.contiguous_format) for t in (W, M, V)]
-    galore_step_(out[0], G, P, Q, out[1], out[2], **how)
+    galore_step_(out[0], G, P, Q, out[1], out[2], **options)
     return out[0], out[1], out[2]
 
 
 def galore8bit_step(
     W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, M_absmax: Tensor, V: Tensor, V_absmax: Tensor,
-    **how: Any,
+    **options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return new W, M, M_absmax, V and V_absmax after a step; arguments as of `galore_step_`, in any layout."""
+    """Return new W, M, M_absmax, V and V_absmax after a step; arguments as for `galore_step_`, in any memory layout."""
     W, M, M_absmax, V, V_absmax = (
         t.detach().clone(memory_format=torch.contiguous_format) for t in (W, M, M_absmax, V, V_absmax)
     )
-    galore_step_(W, G, P, Q, M, V, M_absmax=M_absmax, V_absmax=V_absmax, **how)
+    galore_step_(W, G, P, Q, M, V, M_absmax=M_absmax, V_absmax=V_absmax, **options)
     return W, M, M_absmax, V, V_absmax
 
 
@@ -121,11 +121,11 @@ def galore_step_(
     M_absmax: Tensor | None = None,
     V_absmax: Tensor | None = None,
 ) -> None:
-    """Take step number `step`, from 1, in the subspace of P and/or Q; W, M and V change in place.
+    """Take step number `step`, from 1, in the subspace of P and/or Q; W, M and V are updated in place.
 
-    All of one floating dtype, but M and V may be float32 beside narrower ones; these are contiguous. With M_absmax and
-    V_absmax, M and V are 8-bit codes as in `adamw8bit_step_`, and so is the step. As the authors' code has it: eps is added
-    to sqrt(V), the bias corrections are in the step size, the decay comes last, by the full lr.
+    All tensors have one floating dtype, but M and V, which are contiguous, may be float32. With M_absmax and V_absmax, M
+    and V are 8-bit codes as in `adamw8bit_step_`. As in the authors' code, eps is added to sqrt(V), the bias corrections
+    are part of the step size, and weight decay comes last, by the full lr.
     """
     if M.dtype == W.dtype and W.is_contiguous() and by_triton(W, G):
         from harness.kernels.triton import galore_step as gpu
@@ -141,9 +141,9 @@ def galore_step_(
         minus_N, R, M, V, step=step, lr=1.0, betas=betas, eps=eps, weight_decay=0.0, M_absmax=M_absmax,
         V_absmax=V_absmax,
     )  # fmt: skip
-    kept = 1 - lr * weight_decay
+    decay = 1 - lr * weight_decay
     low, high = (minus_N if P is None else P if Q is None else P @ minus_N), (minus_N if Q is None else Q.T)
-    W.addmm_(low, high, beta=kept, alpha=kept * lr * scale)
+    W.addmm_(low, high, beta=decay, alpha=decay * lr * scale)
 
 
 @torch.no_grad()
@@ -151,17 +151,17 @@ def adam_step_(
     p: Tensor, g: Tensor, M: Tensor, V: Tensor, *, step: int, lr: float, betas: tuple[float, float], eps: float,
     weight_decay: float, M_absmax: Tensor | None = None, V_absmax: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Take the same step without a subspace, in place; any shape, M and V contiguous, or codes."""
+    """Take the same step without a subspace, in place; p of any shape, M and V contiguous, or codes."""
     # torch's AdamW, and ours in 8 bits, add eps to sqrt(V / (1 - beta2^t)), and decay before the update.
-    kept, eps = 1 - lr * weight_decay, eps / math.sqrt(1 - betas[1] ** step)
+    decay, eps = 1 - lr * weight_decay, eps / math.sqrt(1 - betas[1] ** step)
     if weight_decay:
-        p.mul_(kept)
+        p.mul_(decay)
     if M_absmax is not None and V_absmax is not None:
-        adamw8bit_step_(p, g, M, M_absmax, V, V_absmax, step=step, lr=lr * kept, betas=betas, eps=eps)
+        adamw8bit_step_(p, g, M, M_absmax, V, V_absmax, step=step, lr=lr * decay, betas=betas, eps=eps)
         return
-    # The fused kernel goes through memory in one order, whatever the strides are, and takes one dtype.
+    # The fused kernel ignores strides and takes one dtype.
     packed = p.to(M.dtype).contiguous()
-    _adamw_(packed, g.to(M.dtype), M, V, step, betas, eps, lr * kept)
+    _adamw_(packed, g.to(M.dtype), M, V, step, betas, eps, lr * decay)
     if packed is not p:
         p.copy_(packed)
 

@@ -1,4 +1,4 @@
-"""LoRA linear: y = x W^T + bias + s ((x mask) A^T) B^T, the low-rank terms added into the memory of the large products."""
+"""LoRA linear layer, y = x W^T + bias + s ((x mask) A^T) B^T; low-rank terms are added in the memory of large products."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from harness.kernels.torch.support.autocast import outside_autocast
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Forward, one product and one addmm into it; backward the same for x, and two thin products.
+    """Forward: one product and one addmm into it. Backward: the same for x, and two thin products.
 
-    Beside x the product S = (x mask) A^T (T, R) is kept. Against the plain expression it saves, forward, the update (T, E)
-    and its scaled copy, and backward a scaled copy of dy and a sum of two gradients of x.
+    Saves x and S = (x mask) A^T (T, R). Compared with the plain expression, it avoids the update (T, E) and its scaled copy
+    in the forward pass, and a scaled copy of dy and a sum of two gradients of x in the backward pass.
     """
 
     @staticmethod
@@ -38,7 +38,7 @@ class _LoraLinear(torch.autograd.Function):
         x, W, A, B, S, mask = ctx.saved_tensors
         need_x, need_W, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
         dropped = x if mask is None else x * mask if need_A or torch.is_grad_enabled() else None
-        if torch.is_grad_enabled():  # a second derivative is wanted, and S was kept as a mere number
+        if torch.is_grad_enabled():  # for a second derivative S needs its graph
             S = dropped @ A.T
         dS = (dy @ B).mul_(ctx.scaling)
         dx = None
@@ -49,7 +49,7 @@ class _LoraLinear(torch.autograd.Function):
             dy.T @ x if need_W else None,
             dy.sum(0) if need_bias else None,
             dS.T @ dropped if need_A else None,
-            # The thin matrix first, and in rows: on a CPU the same product the other way round takes half as long again.
+            # The thin matrix first, and contiguous: on a CPU the other order takes half as long again.
             ((S.T.contiguous() * ctx.scaling) @ dy).T if need_B else None,
             None,
             None,
@@ -61,8 +61,8 @@ def lora_linear(
 ) -> Tensor:
     """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E) (arXiv:2106.09685, section 4.1).
 
-    x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), mask like x or None, all of one dtype. Differentiable in all but
-    the mask, twice too; by Triton once, and a second derivative raises RuntimeError.
+    x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), mask like x or None, all of one dtype. Twice differentiable in all
+    but the mask; in Triton once, where a second derivative raises RuntimeError.
     """
     if multiplied_by_triton(x, W, A, B) and frozen(W, bias):
         from harness.kernels.triton import lora_linear as gpu
@@ -74,7 +74,7 @@ def lora_linear(
 
 
 def is_plain(base: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
-    """Return whether `base` is of just this kind, with no hooks, so that its weight may be used without calling it."""
+    """Return whether `base` has exactly this type and no hooks, so that its weight may be used without calling it."""
     hooked = (
         base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         or "forward" in base.__dict__ or _has_any_global_hook()
@@ -87,9 +87,9 @@ def lora_linear_over(
 ) -> Tensor:
     """Return base(x) + scaling ((x mask) A^T) B^T, shape (..., E).
 
-    An nn.Linear without hooks is computed by `lora_linear`, our own layer on NF4 by `packed_lora_linear`; any other base is
-    called, and what it returns is left as it is, for it may be its input, or something that it keeps. So it is under
-    autocast, and where torch.compile fuses better.
+    An nn.Linear without hooks is computed by `lora_linear`, an `Nf4Linear` by `packed_lora_linear`. Any other base is
+    called, and its output is not modified, since it may be the input or a tensor that the base holds. The base is also
+    called under autocast and torch.compile, which fuses better.
     """
     inner: Any = base
     if not (torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling()):

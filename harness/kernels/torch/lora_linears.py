@@ -1,4 +1,4 @@
-"""Several LoRA linears of one input, as q, k and v are: x is read once for all their As, and its gradient is one sum."""
+"""Several LoRA linear layers of one input, such as q, k and v: x is read once for all As, and its gradient is one sum."""
 
 from __future__ import annotations
 
@@ -18,27 +18,31 @@ from harness.kernels.torch.support.packed_weight import PackedWeight
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """What y = x W^T + bias + scaling (x A^T) B^T is made of: W (E, D), dense or in NF4, bias (E,), A (R, D), B (E, R)."""
+    """Factors of y = x W^T + bias + scaling (x A^T) B^T."""
 
     W: Tensor | PackedWeight
+    """(E, D), dense or in NF4."""
     bias: Tensor | None
+    """(E,)."""
     A: Tensor
+    """(R, D)."""
     B: Tensor
+    """(E, R)."""
     scaling: float
 
 
 class _LoraLinears(torch.autograd.Function):
-    """With As the rows of all s A, one below the other: S = x As^T in one product, and so dx += dS As and dAs = dS^T x.
+    """With As (ranks, D), the rows of all s A: S = x As^T is one product, and so are dx += dS As and dAs = dS^T x.
 
-    The scaling is in As, (ranks, D), so that nothing of the tokens' size is scaled. S (T, ranks) is kept beside x.
+    The scaling is part of As, so that no tensor of the tokens' size is scaled. Saves x and S (T, ranks).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, layers: Sequence[LoraFactors], ahead: dict[Any, Any], *factors: Tensor | None
+        ctx: Any, x: Tensor, layers: Sequence[LoraFactors], precomputed: dict[Any, Any], *factors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        ctx.ahead = ahead
-        ctx.set_materialize_grads(False)  # an output that nobody asked for gives no gradient, not zeros
+        ctx.precomputed = precomputed
+        ctx.set_materialize_grads(False)  # the gradient of an unused output is None, not zeros
         As = _scaled(layers)
         S = x @ As.T
         ctx.layers = [(one.W if isinstance(one.W, PackedWeight) else None, one.scaling) for one in layers]
@@ -54,90 +58,92 @@ class _LoraLinears(torch.autograd.Function):
     @staticmethod
     @outside_autocast
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
-        ctx.ahead.clear()
+        ctx.precomputed.clear()
         try:
             x, S, As, *factors = ctx.saved_tensors
         except RuntimeError as error:
             raise RuntimeError(
-                f"a second backward pass through {len(ctx.layers)} LoRA layers computed by one call, as q, k and v of one "
-                "input are, and the first has freed what it needs. Call backward once, on the sum of the losses, or with "
+                f"second backward pass through {len(ctx.layers)} LoRA layers that were computed by one call, such as q, k "
+                "and v; the first pass freed the saved tensors. hint: call backward once, on the sum of the losses, or with "
                 "retain_graph=True"
             ) from error
         layers = [
             LoraFactors(factors[at] if packed is None else packed, None, factors[at + 2], factors[at + 3], scaling)
             for at, (packed, scaling) in zip(range(0, len(factors), 4), ctx.layers, strict=True)
         ]
-        if torch.is_grad_enabled():  # a second derivative is wanted, and these were kept as mere numbers
+        if torch.is_grad_enabled():  # for a second derivative these need their graph
             As = _scaled(layers)
             S = x @ As.T
-        asked = {at: dy for at, dy in enumerate(dys) if dy is not None}
-        if not asked:
+        given = {at: dy for at, dy in enumerate(dys) if dy is not None}
+        if not given:
             return (None,) * len(ctx.needs_input_grad)
         ranks = [len(one.A) for one in layers]
-        if len(asked) < len(layers):
-            As = torch.cat([As.split(ranks)[at] for at in asked])
-        dS = torch.cat([dy @ layers[at].B for at, dy in asked.items()], dim=1)
+        if len(given) < len(layers):
+            As = torch.cat([As.split(ranks)[at] for at in given])
+        dS = torch.cat([dy @ layers[at].B for at, dy in given.items()], dim=1)
         dx = None
         if ctx.needs_input_grad[0]:
-            for at, dy in asked.items():
+            for at, dy in given.items():
                 dx = _product(dy, layers[at].W, transposed=True, onto=dx)
             dx = dx.addmm_(dS, As) if dx is not None else None
         needed = ctx.needs_input_grad[3:]
-        found: list[Tensor | None] = [None] * len(factors)
-        dAs: Sequence[Any] = (dS.T @ x).split([ranks[at] for at in asked]) if any(needed[2::4]) else [None] * len(asked)
-        # In rows: on a CPU the product the other way round takes half as long again.
+        gradients: list[Tensor | None] = [None] * len(factors)
+        dAs: Sequence[Any] = (dS.T @ x).split([ranks[at] for at in given]) if any(needed[2::4]) else [None] * len(given)
+        # Contiguous and first: on a CPU the other order takes half as long again.
         lows = S.T.contiguous().split(ranks)
-        for (at, dy), dA in zip(asked.items(), dAs, strict=True):
+        for (at, dy), dA in zip(given.items(), dAs, strict=True):
             need_W, need_bias, need_A, need_B = needed[4 * at : 4 * at + 4]
-            found[4 * at : 4 * at + 4] = [
+            gradients[4 * at : 4 * at + 4] = [
                 dy.T @ x if need_W else None,
                 dy.sum(0) if need_bias else None,
                 dA * layers[at].scaling if need_A else None,
                 (lows[at] @ dy).T if need_B else None,
             ]
-        return dx, None, None, *found
+        return dx, None, None, *gradients
 
 
 def _scaled(layers: Sequence[LoraFactors]) -> Tensor:
-    """Return each layer's s A, one below the other: (ranks, D)."""
+    """Return s A of all layers, stacked: (ranks, D)."""
     return torch.cat([one.A if one.scaling == 1 else one.A * one.scaling for one in layers])
 
 
 def _product(x: Tensor, W: Tensor | PackedWeight, *, transposed: bool, onto: Tensor | None = None) -> Tensor:
-    """Return x W^T, or x W if `transposed`; added into `onto` if given."""
+    """Return x W^T, or x W if `transposed`; added to `onto`, if given, in place."""
     if isinstance(W, PackedWeight):
         if torch.is_grad_enabled():
             y = product(x, W, transposed=transposed)
             return y if onto is None else onto + y
-        W = W.lent(x.dtype)
+        W = W.in_buffer(x.dtype)
     right = W if transposed else W.T
     return x @ right if onto is None else onto.addmm_(x, right)
 
 
-def lora_linears(x: Tensor, layers: Sequence[LoraFactors], ahead: dict[Any, Any] | None = None) -> list[Tensor]:
+def lora_linears(x: Tensor, layers: Sequence[LoraFactors], precomputed: dict[Any, Any] | None = None) -> list[Tensor]:
     """Return for each layer x W^T + bias + scaling (x A^T) B^T, shape (..., E).
 
-    x (..., D); all of one dtype. Differentiable in x and every W that is dense, bias, A and B, twice too, by Triton once.
-    All outputs are of one node of the graph: what a backward pass through one of them frees, it frees for the others. ahead:
-    where outputs wait to be asked for; a backward pass empties it.
+    x (..., D); all of one dtype. Twice differentiable in x, bias, A, B and every dense W; in Triton once. All outputs belong
+    to one node of the graph: a backward pass through one of them frees the saved tensors of all. precomputed: a dict of
+    outputs that are not used yet, which a backward pass clears.
     """
     dense = [(one.W, one.bias, one.A, one.B, one.scaling) for one in layers if isinstance(one.W, Tensor)]
     tensors = [t for W, _, A, B, _ in dense for t in (W, A, B)]
     if len(dense) == len(layers) and multiplied_by_triton(x, *tensors) and all(frozen(*one[:2]) for one in dense):
         from harness.kernels.triton import lora_linears as gpu
 
-        return gpu.lora_linears(x, dense, {} if ahead is None else ahead)
+        return gpu.lora_linears(x, dense, {} if precomputed is None else precomputed)
     factors: list[Tensor | None] = []
     for one in layers:
         factors += [None if isinstance(one.W, PackedWeight) else one.W, one.bias, one.A, one.B]
-    outputs = _LoraLinears.apply(x.reshape(-1, x.shape[-1]), tuple(layers), {} if ahead is None else ahead, *factors)
+    outputs = _LoraLinears.apply(
+        x.reshape(-1, x.shape[-1]), tuple(layers), {} if precomputed is None else precomputed, *factors
+    )
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
 def factors_over(base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> LoraFactors | None:
-    """Return what LoRA over this base is made of, or None where x has to go through the base itself.
+    """Return the factors of LoRA over this base, or None if the base itself must be called.
 
-    Also over NF4 by Triton, where a kernel of its own decodes, multiplies and adds.
+    Also None over NF4 with Triton, where another kernel decodes, multiplies and adds.
     """
     inner: Any = base
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():

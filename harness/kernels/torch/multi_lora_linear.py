@@ -1,9 +1,9 @@
-"""A linear layer whose sequences have LoRA adapters of their own: one product of W for all, one small pair per adapter.
+"""A linear layer with a LoRA adapter per sequence: one product with W for all, one pair of thin products per adapter.
 
     y_n = W x_n + s_i B_i A_i x_n   with i = ids[n]      Punica, arXiv:2310.18547, section 4; S-LoRA, arXiv:2311.03285
 
-Sequences of one adapter are taken together. Where they lie next to each other in the batch, which who sorts it by adapter
-gets, no token is copied and the update is added in y's own memory. Shape letters: N sequences, D in, E out, R rank.
+Sequences of one adapter are computed together. If they are adjacent in the batch, as in a batch sorted by adapter, no token
+is copied and the update is added to y in place. Shapes: N sequences, D input and E output features, R rank.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ Rows = slice | Tensor
 
 
 def groups(ids: Tensor, adapters: int) -> dict[int, list[int]]:
-    """Map every adapter that is used to its sequences, ascending. Raises ValueError for an id that is none, nor -1."""
+    """Map each used adapter to its sequences, ascending. Raises ValueError for an id that is neither an adapter nor -1."""
     members: dict[int, list[int]] = {}
     for n, i in enumerate(ids.tolist()):
         if not -1 <= i < adapters:
-            raise ValueError(f"id {i}: there are adapters 0 to {adapters - 1}, and -1 for none")
+            raise ValueError(f"id {i}: must be an adapter, 0 to {adapters - 1}, or -1 for none")
         if i >= 0:
             members.setdefault(i, []).append(n)
     return members
 
 
 def _rows(members: list[int], device: torch.device) -> Rows:
-    """Return a slice where it is one, else an index."""
+    """Return a slice if the sequences are adjacent, else an index."""
     first, after = members[0], members[-1] + 1
     return slice(first, after) if after - first == len(members) else torch.tensor(members, device=device)
 
 
 def _of(t: Tensor, rows: Rows) -> Tensor:
-    """Return the tokens of some sequences of t (N, T, D) as a matrix; of a slice of contiguous ones no copy."""
+    """Return the tokens of some sequences of t (N, T, D) as a matrix; without a copy for a slice of contiguous ones."""
     chosen = t[rows] if isinstance(rows, slice) else t.index_select(0, rows)
     return chosen.reshape(-1, t.shape[-1])
 
@@ -54,7 +54,7 @@ def _add(to: Tensor, rows: Rows, low: Tensor, high: Tensor, scaling: float) -> N
 
 
 class _MultiLora(torch.autograd.Function):
-    """x (N, T, D), W (E, D), then the As and the Bs, of the adapters in `members` alone."""
+    """x (N, T, D), W (E, D), then As and Bs of the adapters in `members`."""
 
     @staticmethod
     def forward(
@@ -82,7 +82,7 @@ class _MultiLora(torch.autograd.Function):
         dBs: list[Tensor | None] = [None] * k
         for j, (rows, A, B, S, scaling) in enumerate(zip(ctx.members, As, Bs, low, ctx.scalings, strict=True)):
             own = _of(dy, rows)
-            if torch.is_grad_enabled():  # a second derivative is wanted, and S was kept as a mere number
+            if torch.is_grad_enabled():  # for a second derivative S needs its graph
                 S = _of(x, rows) @ A.T
             if need_x or need[j]:
                 dS = (own @ B).mul_(scaling)
@@ -103,25 +103,25 @@ def multi_lora_linear(
     scalings: Sequence[float],
     ids: Sequence[int] | Tensor,
 ) -> Tensor:
-    """Return x W^T + s_i x A_i^T B_i^T with i = ids[n] for each of N sequences, or the first term alone where it is -1.
+    """Return x W^T + s_i x A_i^T B_i^T with i = ids[n] for each of N sequences, or only the first term if ids[n] is -1.
 
-    x (N, ..., D), W (E, D), As[i] (R_i, D), Bs[i] (E, R_i), all of one floating dtype; ids: N of them. Gradients reach x, W,
-    and the As and Bs that are used; on the CPU twice, too. Raises ValueError if the lists differ in length, or an id is
-    no whole number, or neither -1 nor an adapter's. In torch alone, ids on an accelerator make the host wait for them.
+    x (N, ..., D), W (E, D), As[i] (R_i, D), Bs[i] (E, R_i), all of one floating dtype; ids (N,), integers. Differentiable
+    in x, W, and the As and Bs that are used; in torch twice. Raises ValueError if the lists differ in length, or an id is
+    not an integer or neither -1 nor an adapter. Without Triton, ids on an accelerator make the host wait for them.
     """
     if not len(As) == len(Bs) == len(scalings):
-        raise ValueError(f"{len(As)} As, {len(Bs)} Bs and {len(scalings)} scalings: each adapter has one of each")
+        raise ValueError(f"each adapter needs an A, a B and a scaling, got {len(As)}, {len(Bs)} and {len(scalings)}")
     chosen = torch.as_tensor(ids)
     if chosen.shape != x.shape[:1]:
-        raise ValueError(f"{len(x)} sequences need as many ids, got shape {tuple(chosen.shape)}")
-    if chosen.is_floating_point() and len(chosen):  # torch takes an empty list for floats
-        raise ValueError(f"an id is a whole number, an adapter's or -1, got {chosen.dtype}; .long() makes it one")
+        raise ValueError(f"ids must have shape ({len(x)},), one per sequence, got {tuple(chosen.shape)}")
+    if chosen.is_floating_point() and len(chosen):  # torch reads an empty list as floats
+        raise ValueError(f"ids must be integers, got {chosen.dtype}; hint: convert them by .long()")
     if by_triton(x, W, *As, *Bs):
         from harness.kernels.triton import multi_lora_linear as gpu
 
         return gpu.multi_lora_linear(x, W, As, Bs, scalings, chosen)
     used = groups(chosen, len(As))
     tokens = x.reshape(len(x), prod(x.shape[1:-1]), x.shape[-1])
-    rows, taken = [_rows(own, x.device) for own in used.values()], [float(scalings[i]) for i in used]
-    y: Tensor = _MultiLora.apply(tokens, W, rows, taken, *(As[i] for i in used), *(Bs[i] for i in used))
+    rows, used_scalings = [_rows(own, x.device) for own in used.values()], [float(scalings[i]) for i in used]
+    y: Tensor = _MultiLora.apply(tokens, W, rows, used_scalings, *(As[i] for i in used), *(Bs[i] for i in used))
     return y.view(*x.shape[:-1], len(W))

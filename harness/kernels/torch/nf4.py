@@ -1,8 +1,8 @@
-"""NF4 and double quantisation (arXiv:2305.14314), in torch by pieces that stay in the cache; on a GPU by Triton.
+"""NF4 and double quantisation (arXiv:2305.14314), in torch in pieces that fit the cache; on a GPU by Triton.
 
-Encoding looks up, by a coarse position on the axis, the one midpoint that can matter, and compares once. Decoding looks up
-both values of a byte as one 8-byte word. Whole blocks of a large tensor on a CPU are compiled instead (nf4_compiled.py),
-with the same result to the last bit.
+Encoding divides the axis into cells with at most one midpoint each, looks up that midpoint and compares once. Decoding looks
+up both values of a byte as one 8-byte word. Whole blocks of a large tensor on a CPU go through compiled code instead
+(support/nf4_compiled.py), with the same bits as result.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from harness.kernels.torch.support.chunks import for_each, size
 from harness.kernels.torch.support.huge_pages import empty
 
 _CELLS = 32
-"""Cells of the coarse axis for each unit, a power of two so that multiplying by it is exact."""
+"""Cells per unit of the axis, a power of two so that multiplication by it is exact."""
 
 
 @cache
@@ -33,7 +33,7 @@ def _numbers() -> tuple[float, ...]:
 
 @cache
 def _words(device: torch.device) -> Tensor:
-    """Return for each byte the two levels it codes, side by side: int64 (256,), each two float32 numbers in memory."""
+    """Return the two levels of each byte as adjacent float32 numbers in one word: int64 (256,)."""
     with torch.inference_mode(False):
         byte = torch.arange(256, device="cpu")
         return torch.stack([levels()[byte >> 4], levels()[byte & 15]], dim=1).view(torch.int64).flatten().to(device)
@@ -43,9 +43,9 @@ def _words(device: torch.device) -> Tensor:
 def _cells(device: torch.device) -> tuple[Tensor, Tensor]:
     """Return (lower, border): for each cell of the axis the code at its lower end (uint8), and the next midpoint (float32).
 
-    Cell i holds i / 32 - 1 up to (i + 1) / 32 - 1. Levels are at least 0.079 apart, so a cell has at most one midpoint;
-    and none is within 2^-12 of a cell's end, where rounding may put a value into the neighbouring cell: either cell then
-    gives the same code. The last cell is for NaN, which goes up.
+    Cell i covers i / 32 - 1 to (i + 1) / 32 - 1. Levels are at least 0.079 apart, so a cell has at most one midpoint.
+    None is within 2^-12 of a cell's end, where rounding may put a value into the neighbouring cell: both cells then give
+    the same code. The last cell is for NaN, which gets the highest code.
     """
     with torch.inference_mode(False):
         midpoints = (levels()[:-1] + levels()[1:]) / 2
@@ -56,15 +56,15 @@ def _cells(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Return (packed, absmax): uint8 (ceil(n / 2),), the first code of a pair in the high nibble; float32, of each block.
+    """Return (packed, absmax): uint8 (ceil(n / 2),), the first code of a pair in the high nibble; float32, one per block.
 
-    W: n values of any shape and floating dtype, read as float32. Blocks are consecutive in W.flatten(), cross rows, and the
-    last may be short. An element halfway between two levels takes the lower. A block of zeros has absmax 0 and zero's code;
-    one that holds a NaN or an infinity has that as absmax. Raises ValueError for a block below 1 or a W of integers.
+    W: n values of any shape and floating dtype, read as float32. Blocks are consecutive in W.flatten(), may cross rows, and
+    the last may be short. A tie goes to the lower level. A block of zeros has absmax 0 and the code of 0; the absmax of a
+    block with a NaN or an infinity is that. Raises ValueError for a block below 1 or a W of integers.
     """
     if block < 1 or not W.is_floating_point():
-        raise ValueError(f"needs a block of at least 1 and floating values, got {block} and {W.dtype}")
-    if by_triton(W) and on_gpu(block):
+        raise ValueError(f"needs a block of at least 1 and a floating dtype, got {block} and {W.dtype}")
+    if by_triton(W) and triton_block(block):
         from harness.kernels.triton import nf4 as gpu
 
         return gpu.quantize(W, block)
@@ -76,12 +76,12 @@ def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
     parts = rest.split(step), packed[done // 2 :].split(step // 2), absmax[done // block :].split(step // block)
     for_each(_encode, [(*piece, block) for piece in zip(*parts, strict=True)], rest.numel())
     if flat.numel() % 2:
-        packed[-1] = packed[-1] & 0xF0 | ZERO  # in a block with a NaN the padding is NaN too
+        packed[-1] = packed[-1] & 0xF0 | ZERO  # in a block with a NaN the padding is NaN as well
     return packed, absmax
 
 
 def _encode(values: Tensor, packed: Tensor, absmax: Tensor, block: int) -> None:
-    """Write the packed codes of some whole blocks, of which the last may be short, and their absmax."""
+    """Write the packed codes and the absmax of whole blocks; the last one may be short."""
     rest = -values.numel() % (2 * block)
     blocks = (pad(values, (0, rest)) if rest else values).float().view(-1, block)
     largest = blocks.abs().amax(dim=1)
@@ -100,11 +100,11 @@ def dequantize(
 ) -> Tensor:
     """Return level x absmax, formed in float32 and cast once, as a tensor of `shape` and `dtype`.
 
-    packed, absmax: as `quantize` returns them. out: contiguous memory of that many values and that dtype to write into.
-    Raises ValueError where packed or absmax are not as long as `shape` asks for.
+    packed, absmax: as returned by `quantize`. out: contiguous memory of that many values and that dtype for the result.
+    Raises ValueError if the length of packed or absmax does not fit `shape`.
     """
     check_sizes(packed, absmax, block, shape)
-    if by_triton(packed, absmax) and dtype in TRITON_DTYPES and on_gpu(block):
+    if by_triton(packed, absmax) and dtype in TRITON_DTYPES and triton_block(block):
         from harness.kernels.triton import nf4 as gpu
 
         return gpu.dequantize(packed, absmax, block, shape, dtype, out)
@@ -120,20 +120,20 @@ def dequantize(
 
 
 def _decode(table: Tensor, packed: Tensor, absmax: Tensor, out: Tensor, block: int) -> None:
-    """Write the values of some whole blocks, of which the last may be short, to `out`."""
+    """Write the values of whole blocks to `out`; the last block may be short."""
     pairs = table.index_select(0, packed.to(torch.int32)).view(torch.float32)
     _times_absmax(pairs[: out.numel()], absmax, block, out)
 
 
 def double_quantize(absmax: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (codes, absmax2, offset): uint8 as long as `absmax`, float32 constants of each block, float32 mean (0-d).
+    """Return (codes, absmax2, offset): uint8, one per number; float32, one per block; float32 mean (0-d).
 
-    absmax: float32, not empty. The mean is taken off, and each block of the rest divided by its largest magnitude and
-    coded by the nearest value of the signed dynamic map, at a tie the lower. A NaN or an infinity spoils all, as a mean
-    does. Raises ValueError for an empty absmax or a block below 1.
+    absmax: float32, not empty. The mean is subtracted; each block is divided by its largest magnitude and encoded by the
+    nearest value of the signed dynamic map, the lower one at a tie. A NaN or an infinity makes every result NaN through the
+    mean. Raises ValueError for an empty absmax or a block below 1.
     """
     if block < 1 or not absmax.numel():
-        raise ValueError(f"needs constants and a block of at least 1, got {absmax.numel()} and {block}")
+        raise ValueError(f"needs at least one absmax and a block of at least 1, got {absmax.numel()} and {block}")
     flat = absmax.detach().reshape(-1).float()
     offset = flat.mean()
     blocks = pad(flat - offset, (0, -flat.numel() % block)).view(-1, block)
@@ -145,9 +145,9 @@ def double_quantize(absmax: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, block: int) -> Tensor:
-    """Return the constants that `double_quantize` coded, float32, as long as `codes`: value x absmax2 + offset.
+    """Return the absmax that `double_quantize` encoded, float32, one per code: value x absmax2 + offset.
 
-    Raises ValueError where absmax2 is not as long as `codes` asks for, or offset not one number.
+    Raises ValueError if the length of absmax2 does not fit `codes`, or offset is not one number.
     """
     check_second_sizes(codes, absmax2, offset, block)
     absmax = dynamic_map(codes.device).index_select(0, codes.reshape(-1).to(torch.int32))
@@ -166,11 +166,12 @@ def dequantize_double(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return what `dequantize` does, of an absmax that is itself in 8 bits: doubleDequant of QLoRA's eq. 6.
+    """Dequantise like `dequantize`, with an absmax in 8 bits: doubleDequant of QLoRA, arXiv:2305.14314, eq. 6.
 
-    codes, absmax2, offset: as `double_quantize` returns them; block2: its block. Raises ValueError as the two do.
+    codes, absmax2, offset: as returned by `double_quantize`; block2: its block. Raises ValueError as `dequantize` and
+    `double_dequantize` do.
     """
-    if by_triton(packed, absmax2) and dtype in TRITON_DTYPES and on_gpu(block):
+    if by_triton(packed, absmax2) and dtype in TRITON_DTYPES and triton_block(block):
         from harness.kernels.triton import nf4 as gpu
 
         code = dynamic_map(packed.device)
@@ -179,7 +180,7 @@ def dequantize_double(
 
 
 def _times_absmax(values: Tensor, absmax: Tensor, block: int, out: Tensor) -> None:
-    """Write values x the absmax of their blocks, a product of float32 numbers, to `out`, whose dtype it is rounded to."""
+    """Write values x absmax of their blocks, a float32 product, to `out`, rounded to its dtype."""
     blocks, rest = divmod(values.numel(), block)
     if not rest:
         torch.mul(values.view(-1, block), absmax[:, None], out=out.view(-1, block))
@@ -190,10 +191,10 @@ def _times_absmax(values: Tensor, absmax: Tensor, block: int, out: Tensor) -> No
 
 
 def _step(block: int, values: int, device: torch.device) -> int:
-    """Return how many of the values to take at a time: an even number of blocks, so that no byte is split."""
+    """Return the values per piece: an even number of blocks, so that no byte is split."""
     return 2 * block * max(1, -(-size(values, device) // (2 * block)))
 
 
-def on_gpu(block: int) -> bool:
-    """Return whether Triton's kernels have blocks of this size."""
+def triton_block(block: int) -> bool:
+    """Return whether the Triton kernels support this block: a power of two from 32 on."""
     return block >= 32 and block & (block - 1) == 0

@@ -1,4 +1,4 @@
-"""A linear layer on packed NF4: the weight is decoded for the forward pass and again for the backward pass, never kept."""
+"""Linear layer with a packed NF4 weight (arXiv:2305.14314), which is decoded for each forward and backward pass."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from harness.kernels.torch.support.packed_weight import PackedWeight
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + bias, or x W if `transposed`, for x (T, D or E). Its derivative is itself, the other way round."""
+    """x W^T + bias, or x W if `transposed`, for x (T, D or E). The derivative is the same product, transposed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: PackedWeight, transposed: bool) -> Tensor:
         ctx.weight, ctx.transposed = weight, transposed
-        W = weight.lent(x.dtype)
+        W = weight.in_buffer(x.dtype)
         if transposed:
             return x @ W
         return x @ W.T if bias is None else torch.addmm(bias, x, W.T)
@@ -36,7 +36,7 @@ class _Product(torch.autograd.Function):
 
 
 def product(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
-    """Return x W^T + bias (T, E) for x (T, D), or, transposed, x W (T, D) for x (T, E). Differentiable in x and bias."""
+    """Return x W^T + bias (T, E) for x (T, D), or x W (T, D) for x (T, E) if `transposed`. Differentiable in x and bias."""
     y: Tensor = _Product.apply(x, bias, weight, transposed)
     return y
 
@@ -44,11 +44,11 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, tran
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """Return x W^T + bias, shape (..., E), for x (..., D), with W decoded and cast to the dtype of x.
 
-    Differentiable in x and bias, any number of times. Under autocast and torch.compile the plain expression is used.
+    Differentiable in x and bias, any number of times. Uses the plain expression under autocast and torch.compile.
     """
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         return linear(x, weight.decoded(x.dtype), bias)
-    if by_triton(x, weight.packed) and nf4.on_gpu(weight.block):
+    if by_triton(x, weight.packed) and nf4.triton_block(weight.block):
         from harness.kernels.triton import nf4_linear as gpu
 
         return gpu.nf4_linear(x, weight.packed, weight.constants(), weight.block, weight.shape, bias)
@@ -67,27 +67,30 @@ def nf4_linear(
 ) -> Tensor:
     """Return x W^T + bias, shape (..., E), for x (..., D) and W (E, D) packed as `nf4.quantize` does.
 
-    The gradient reaches x and bias. training: changes nothing; here since it does elsewhere. Raises ValueError where packed
-    or absmax are not as long as `shape` asks for.
+    Differentiable in x and bias. training: ignored, an argument for other implementations. Raises ValueError if the
+    length of packed or absmax does not fit `shape`.
     """
     E, D = shape
     return packed_linear(x, PackedWeight(packed, absmax, block, (E, D)), bias)
 
 
 class Nf4Linear(nn.Linear):
-    """A linear layer that keeps its weight in NF4: `weight` is the packed bytes, and does not train.
+    """A linear layer with a frozen weight in NF4: `weight` holds the packed bytes.
 
-    compute_dtype: what products are formed in; inputs are cast to it, and outputs back. Constants are buffers of bytes, so
-    that `model.to(torch.bfloat16)`, which rounds whatever is floating, leaves them alone, and so that nobody takes their
-    dtype for the layer's: absmax (float32), or with `double` its 8-bit codes, absmax2 (float32) and offset (float32).
+    Products are formed in `compute_dtype`: inputs are cast to it, and outputs back. Constants are buffers of bytes, so that
+    `model.to(torch.bfloat16)`, which rounds floating tensors, does not change them, and their dtype is not mistaken for the
+    layer's.
     """
 
     absmax: Tensor
+    """Bytes of the float32 absmax, or of its 8-bit codes if double quantised."""
     absmax2: Tensor | None
+    """Bytes of the float32 absmax of these codes."""
     offset: Tensor | None
+    """Bytes of their float32 offset."""
 
     def __init__(self, dense: nn.Linear, compute_dtype: torch.dtype, block: int = 64, double: bool = False) -> None:
-        """Pack the weight of `dense`; its bias is copied and does not train."""
+        """Pack the weight of `dense`, and copy its bias, frozen. double: quantise the absmax too."""
         super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")
         packed, absmax = nf4.quantize(dense.weight, block)
         constants = nf4.double_quantize(absmax, BLOCK2) if double else (absmax, None, None)
@@ -101,7 +104,7 @@ class Nf4Linear(nn.Linear):
 
     @property
     def packed_weight(self) -> PackedWeight:
-        """The weight, as products take it."""
+        """The weight as an argument of products."""
         shape = self.out_features, self.in_features
         if self.absmax2 is None or self.offset is None:
             return PackedWeight(self.weight, self.absmax.view(torch.float32), self.block, shape)

@@ -1,6 +1,6 @@
-"""LoRA on packed NF4: one pass decodes the weight, multiplies, and adds the low-rank term into the product's memory.
+"""LoRA on packed NF4 (QLoRA, arXiv:2305.14314): decode the weight, multiply, and add the low-rank term in place.
 
-Kept for the backward pass: x, the mask, A, B and S = (x mask) A^T (tokens x rank); the weight is decoded anew.
+Saves x, the mask, A, B and S = (x mask) A^T (tokens x rank) for the backward pass, which decodes the weight again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class _LoraProduct(torch.autograd.Function):
         x, A, B, S, mask = ctx.saved_tensors
         need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:4]
         masked = x if mask is None or not (need_A or torch.is_grad_enabled()) else x * mask
-        if torch.is_grad_enabled():  # a second derivative is wanted, and S was kept as a mere number
+        if torch.is_grad_enabled():  # for a second derivative S needs its graph
             S = masked @ A.T
         dS = (dy @ B).mul_(ctx.scaling) if need_x or need_A else dy
         dx = None
@@ -68,19 +68,19 @@ def packed_lora_linear(
     """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E), with W decoded and cast to the dtype of x.
 
     x (..., D); A (R, D) and B (E, R) of its dtype; mask: dropout's, 0 or 1 / (1 - p), of the shape and dtype of x, or None.
-    Differentiable in x, A, B and bias, twice too; by Triton once, and a second derivative raises RuntimeError. Under
-    autocast and torch.compile the plain expression is used.
+    Twice differentiable in x, A, B and bias; in Triton once, where a second derivative raises RuntimeError. Uses the plain
+    expression under autocast and torch.compile.
     """
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         masked = x if mask is None else x * mask
         return linear(x, weight.decoded(x.dtype), bias) + scaling * ((masked @ A.T) @ B.T)
-    if multiplied_by_triton(x, A, B, weight.packed) and nf4.on_gpu(weight.block) and frozen(bias):
+    if multiplied_by_triton(x, A, B, weight.packed) and nf4.triton_block(weight.block) and frozen(bias):
         from harness.kernels.triton import nf4_lora_linear as gpu
 
         packed = weight.packed, weight.constants(), weight.block, weight.shape
         return gpu.nf4_lora_linear(x, *packed, bias, A, B, scaling, mask)
-    rows, of_rows = x.reshape(-1, x.shape[-1]), None if mask is None else mask.reshape(-1, x.shape[-1])
-    y: Tensor = _LoraProduct.apply(rows, A, B, bias, weight, scaling, of_rows)
+    rows, mask_rows = x.reshape(-1, x.shape[-1]), None if mask is None else mask.reshape(-1, x.shape[-1])
+    y: Tensor = _LoraProduct.apply(rows, A, B, bias, weight, scaling, mask_rows)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -98,7 +98,7 @@ def nf4_lora_linear(
 ) -> Tensor:
     """Return x W^T + bias + scaling ((x mask) A^T) B^T, for W (E, D) packed as `nf4.quantize` does: QLoRA's eq. 5.
 
-    Else as `packed_lora_linear`. Raises ValueError where packed or absmax are not as long as `shape` asks for.
+    Otherwise like `packed_lora_linear`. Raises ValueError if the length of packed or absmax does not fit `shape`.
     """
     E, D = shape
     return packed_lora_linear(x, PackedWeight(packed, absmax, block, (E, D)), bias, A, B, scaling, mask)

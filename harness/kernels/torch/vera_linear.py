@@ -1,4 +1,4 @@
-"""VeRA linear: y = x W^T + bias + b ((d u) B^T), u = (x mask) A^T, where layers that see one x share one u."""
+"""VeRA linear layer, y = x W^T + bias + b ((d u) B^T), u = (x mask) A^T; layers with the same x share u."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from harness.kernels.torch.support.autocast import outside_autocast
 class _Projection(torch.autograd.Function):
     """u = (x mask) A^T, with A frozen.
 
-    A and the mask are attributes of the node and not saved tensors: a node that several layers share must survive the
-    backward pass of one of them, which frees what is saved. Neither is memory that would be free otherwise.
+    A and the mask are attributes of the node instead of saved tensors: a node that several layers share must survive the
+    backward pass of one of them, which frees saved tensors. Both tensors are alive anyway.
     """
 
     @staticmethod
@@ -32,7 +32,7 @@ class _Projection(torch.autograd.Function):
 
 
 class _Scaled(torch.autograd.Function):
-    """y = x W^T + bias + b P, P = (d u) B^T. Kept: u (T, R) and P (T, E), which spares the gradient of b a product."""
+    """y = x W^T + bias + b P, P = (d u) B^T. Saves u (T, R) and P (T, E), so that the gradient of b needs no product."""
 
     @staticmethod
     def forward(
@@ -49,14 +49,14 @@ class _Scaled(torch.autograd.Function):
         u, P, W, B, b, d = ctx.saved_tensors
         need_x, need_u, need_W, need_bias, _, need_b, need_d = ctx.needs_input_grad
         if need_W:
-            raise RuntimeError("vera_linear: the base weight is frozen in VeRA, and it requires a gradient here")
-        if torch.is_grad_enabled():  # a second derivative is wanted, and P was kept as mere numbers
+            raise RuntimeError("vera_linear: the base weight requires a gradient, but VeRA freezes it")
+        if torch.is_grad_enabled():  # for a second derivative P needs its graph
             P = (u * d) @ B.T
         scaled = dy * b if need_u or need_d else None
         dh = None if scaled is None else scaled @ B
-        # Into memory that is there: fresh memory of this size costs as much as the product.
-        room = None if torch.is_grad_enabled() else scaled
-        db = torch.mul(dy, P, out=room).sum(0) if need_b else None
+        # Reuse memory: fresh memory of this size costs as much as the product.
+        reused = None if torch.is_grad_enabled() else scaled
+        db = torch.mul(dy, P, out=reused).sum(0) if need_b else None
         return (
             dy @ W if need_x else None,
             dh * d if need_u and dh is not None else None,
@@ -69,29 +69,29 @@ class _Scaled(torch.autograd.Function):
 
 
 class SharedProjection:
-    """The last u = x A^T that was made, for the next layer that asks for the same x and the same A: q, k and v do.
+    """Cache of the last u = x A^T for the next layers with the same x and A, such as q, k and v.
 
-    Only without a mask, for every layer draws its own. Holds neither x nor u alive: it is the graph of an output that keeps
-    u, so that without gradients nothing is shared.
+    Only for calls without a mask, since every layer draws its own. The cache keeps neither x nor u alive: u lives in the
+    graph of an output, so that nothing is shared without gradients.
     """
 
     def __init__(self) -> None:
-        self._last: tuple[Any, tuple[Any, ...], Any] | None = None  # in one piece, for threads
+        self._last: tuple[Any, tuple[Any, ...], Any] | None = None  # one tuple, so that threads see a consistent state
 
     def __reduce__(self) -> Any:
-        """Copy nothing of what is shared."""
+        """Copy as an empty cache."""
         return SharedProjection, ()
 
     def __call__(self, x: Tensor, A: Tensor) -> Tensor:
         """Return x A^T, shape (T, R), for x (..., D) and A (R, D)."""
-        if x.is_inference() or A.is_inference():  # which do not say whether they were changed
+        if x.is_inference() or A.is_inference():  # these have no version counter
             return _projection(x, A, None)
-        of = A.data_ptr(), A.shape, A._version, x.data_ptr(), x._version, x.requires_grad
+        key = A.data_ptr(), A.shape, A._version, x.data_ptr(), x._version, x.requires_grad
         last = self._last
-        u: Tensor | None = last[2]() if last is not None and last[0]() is x and last[1] == of else None
+        u: Tensor | None = last[2]() if last is not None and last[0]() is x and last[1] == key else None
         if u is None:
             u = _projection(x, A, None)
-            self._last = weakref.ref(x), of, weakref.ref(u)
+            self._last = weakref.ref(x), key, weakref.ref(u)
         return u
 
 
@@ -108,8 +108,8 @@ def vera_linear(
     """Return x W^T + bias + b ((d ((x mask) A^T)) B^T), shape (..., E) (arXiv:2310.11454, eq. 2).
 
     x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), b (E,), d (R,), mask like x or None, all of one dtype.
-    Differentiable in x, bias, b and d. shared: where layers look for the product with A. Raises RuntimeError in the
-    backward pass if W requires a gradient.
+    Differentiable in x, bias, b and d. shared: cache of the product with A. Raises RuntimeError in the backward pass if W
+    requires a gradient.
     """
     if multiplied_by_triton(x, W, A, B, b, d) and frozen(W, bias):
         from harness.kernels.triton import vera_linear as gpu

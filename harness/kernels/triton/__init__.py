@@ -1,1 +1,1 @@
-"""Our Triton kernels, one file per Operation. Imported only where `harness.kernels.device.by_triton` says so."""
+"""Operations in Triton, one file each; imported only where `harness.kernels.device.by_triton` allows it."""

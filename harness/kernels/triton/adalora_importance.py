@@ -1,8 +1,8 @@
-"""AdaLoRA's importance (arXiv:2303.10512, eqs. 7 to 11) for all layers at once: one pass over every weight, one over layers.
+"""AdaLoRA's importance scores (arXiv:2303.10512, eqs. 7 to 11) of all layers in two launches.
 
-The plain expressions launch some thirty kernels a layer. Here a table of addresses, made anew at each call since gradients
-move, lets one launch reach all tensors of any shapes. Every program carries on one tile of averages and sums its importance;
-the second launch adds those sums, in an order that is always the same, and does the few lambdas.
+The plain expressions launch some thirty kernels per layer. Here one launch reaches all tensors of any shape through a table
+of addresses, which is made at each call since gradients move. Every program updates one tile of averages and sums its
+importance; the second launch adds these sums, always in the same order, and updates the few lambdas.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from harness.kernels.device import interpreted
 from harness.kernels.triton.support.launch import launch
 from harness.kernels.triton.support.rounding import load_as_float32
 
-_TILE = 1 << 14 if interpreted() else 2048  # weights a program
+_TILE = 1 << 14 if interpreted() else 2048  # weights per program
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-_COLUMNS = tl.constexpr(14)  # of a layer's row in the table: the addresses of A, E and B, then D and E's length
+_COLUMNS = tl.constexpr(
+    14
+)  # per layer in the table: addresses of A, E and B with their states, then D and the rows of B
 _A, _E, _B, _D, _OUT = (tl.constexpr(at) for at in (0, 4, 8, 12, 13))
 _GRADIENTS = (1, 5, 9)
 
@@ -35,10 +37,8 @@ def _pointer(row, column, dtype: tl.constexpr, aligned: tl.constexpr):
 
 
 @triton.jit
-def _carried_on(
-    row, first: tl.constexpr, at, mask, beta1, rest1, beta2, rest2, dtype: tl.constexpr, aligned: tl.constexpr
-):
-    """Carry I and U on at these places and return I U; row + first: addresses of w, its gradient (0: none), I and U."""
+def _update(row, first: tl.constexpr, at, mask, beta1, rest1, beta2, rest2, dtype: tl.constexpr, aligned: tl.constexpr):
+    """Update I and U at these places and return I U. row + first: addresses of w, its gradient (0: none), I and U."""
     has_gradient = tl.broadcast_to(tl.load(row + first + 1), mask.shape) != 0
     w = load_as_float32(_pointer(row, first, dtype, aligned) + at, mask=mask, other=0.0)
     gradient = load_as_float32(_pointer(row, first + 1, dtype, aligned) + at, mask=mask & has_gradient, other=0.0)
@@ -59,7 +59,7 @@ def _weights(
     table, jobs, sums, beta1, rest1, beta2, rest2,
     dtype: tl.constexpr, rank: tl.constexpr, columns: tl.constexpr, tile: tl.constexpr, aligned: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one A or B. jobs: layer, row of A or -1 for B, number of the tile. sums: a row of `columns` a job."""
+    """Update one tile of one A or B. jobs: layer, row of A or -1 for B, number of the tile. sums: `columns` per job."""
     job = tl.program_id(0).to(tl.int64)
     row = table + tl.load(jobs + 3 * job).to(tl.int64) * _COLUMNS
     which, number = tl.load(jobs + 3 * job + 1).to(tl.int64), tl.load(jobs + 3 * job + 2)
@@ -67,7 +67,7 @@ def _weights(
         width = tl.load(row + _D)
         width = tl.multiple_of(width, 16) if aligned else width
         along = number * tile + tl.arange(0, tile)
-        of_row = _carried_on(
+        of_row = _update(
             row, _A, which * width + along, along < width, beta1, rest1, beta2, rest2, dtype, aligned
         )  # fmt: skip
         tl.store(sums + job * columns, tl.sum(of_row, 0))
@@ -76,7 +76,7 @@ def _weights(
         line = number.to(tl.int64) * height + tl.arange(0, height)[:, None]
         column = tl.arange(0, columns)[None, :]
         mask = (line < tl.load(row + _OUT)) & (column < rank)
-        of_columns = _carried_on(row, _B, line * rank + column, mask, beta1, rest1, beta2, rest2, dtype, aligned)
+        of_columns = _update(row, _B, line * rank + column, mask, beta1, rest1, beta2, rest2, dtype, aligned)
         tl.store(sums + job * columns + tl.arange(0, columns), tl.sum(of_columns, 0))
 
 
@@ -94,13 +94,13 @@ def _scores(
     rank: tl.constexpr,
     columns: tl.constexpr,
 ):
-    """The lambdas and the scores of one layer. layers: first job and tiles a row of A; first job and tiles of B."""
+    """Compute the lambdas and scores of one layer. layers: first job and tiles per row of A; first job and tiles of B."""
     layer = tl.program_id(0).to(tl.int64)
     row, place = table + layer * _COLUMNS, layers + 4 * layer
     first_a, tiles_a = tl.load(place).to(tl.int64), tl.load(place + 1)
     first_b, tiles_b = tl.load(place + 2).to(tl.int64), tl.load(place + 3)
     r = tl.arange(0, columns)
-    score = _carried_on(row, _E, r, r < rank, beta1, rest1, beta2, rest2, dtype, False)
+    score = _update(row, _E, r, r < rank, beta1, rest1, beta2, rest2, dtype, False)
     of_a, of_b = tl.zeros([columns], tl.float32), tl.zeros([columns], tl.float32)
     for tile in range(tiles_a):
         of_a += tl.load(sums + (first_a + r * tiles_a + tile) * columns, mask=r < rank, other=0.0)
@@ -114,7 +114,7 @@ def adalora_importance(
     A: Tensor, E: Tensor, B: Tensor, grad_A: Tensor | None, grad_E: Tensor | None, grad_B: Tensor | None,
     I_A: Tensor, U_A: Tensor, I_E: Tensor, U_E: Tensor, I_B: Tensor, U_B: Tensor, beta1: float, beta2: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return new I_A, U_A, I_E, U_E, I_B, U_B and the scores (R,), for one layer; see `adalora_importance_`."""
+    """Return new I_A, U_A, I_E, U_E, I_B, U_B and the scores (R,) of one layer; see `adalora_importance_`."""
     states = [t.clone(memory_format=torch.contiguous_format) for t in (I_A, U_A, I_E, U_E, I_B, U_B)]
     averages = dict(zip(("I_A", "U_A", "I_E", "U_E", "I_B", "U_B"), ([t] for t in states), strict=True))
     (scores,) = adalora_importance_([A], [E], [B], [grad_A], [grad_E], [grad_B], beta1=beta1, beta2=beta2, **averages)
@@ -127,11 +127,11 @@ def adalora_importance_(
     I_A: Sequence[Tensor], U_A: Sequence[Tensor], I_E: Sequence[Tensor], U_E: Sequence[Tensor],
     I_B: Sequence[Tensor], U_B: Sequence[Tensor], beta1: float, beta2: float,
 ) -> list[Tensor]:  # fmt: skip
-    """Carry the averages of several layers on by one step, in place; return each layer's scores (R,), float32.
+    """Update the averages of several layers by one step, in place; return each layer's scores (R,), float32.
 
-    Of each layer A (R, D), E (R, 1), B (out, R) in one dtype of float32, bfloat16 and float16, their gradients (None counts
-    as zeros), and of each its average sensitivity I and uncertainty U, contiguous float32 whatever the dtype of the weight.
-    Layers of one rank, dtype and device share the launches. Raises ValueError for states that are not so.
+    Per layer: A (R, D), E (R, 1), B (out, R) in one dtype of float32, bfloat16 and float16; their gradients, None for zeros;
+    and for each of the three the averages I of sensitivity and U of uncertainty, contiguous float32 for every dtype. Layers
+    of one rank, dtype and device share the launches. Raises ValueError for other states, shapes or dtypes.
     """
     layers = list(
         zip(A, grad_A, I_A, U_A, E, grad_E, I_E, U_E, B, grad_B, I_B, U_B, strict=True)
@@ -139,51 +139,51 @@ def adalora_importance_(
     for layer in layers:
         states = [layer[at] for at in (2, 3, 6, 7, 10, 11)]
         if not all(t is not None and t.dtype == torch.float32 and t.is_contiguous() for t in states):
-            raise ValueError("the averages must be contiguous float32 tensors: they are carried on in place")
+            raise ValueError("the averages must be contiguous float32 tensors, since they are updated in place")
     groups: dict[tuple[int, torch.dtype, torch.device], list[int]] = defaultdict(list)
     for index, (a, e, b) in enumerate(zip(A, E, B, strict=True)):
         if not a.dtype == e.dtype == b.dtype or not len(a) == len(e) == b.shape[1]:
-            raise ValueError(f"layer {index}: A {tuple(a.shape)}, E and B share neither a rank nor a dtype")
+            raise ValueError(f"layer {index}: A {tuple(a.shape)}, E and B must have one rank and one dtype")
         groups[len(a), a.dtype, a.device].append(index)
-    found: dict[int, Tensor] = {}
+    scores_of: dict[int, Tensor] = {}
     for (rank, dtype, _), members in groups.items():
         scores = _group([layers[index] for index in members], rank, dtype, beta1, beta2)
-        found |= zip(members, scores, strict=True)
-    return [found[index] for index in range(len(layers))]
+        scores_of |= zip(members, scores, strict=True)
+    return [scores_of[index] for index in range(len(layers))]
 
 
 def _group(
     layers: list[tuple[Tensor | None, ...]], rank: int, dtype: torch.dtype, beta1: float, beta2: float
 ) -> Sequence[Tensor]:
-    kept = [
+    tensors = [
         [
             None if t is None else (t.to(dtype) if at in _GRADIENTS else t).detach().contiguous()
             for at, t in enumerate(layer)
         ]
         for layer in layers
     ]
-    shapes = tuple((layer[0].shape[1], layer[8].shape[0]) for layer in kept)  # type: ignore[union-attr]
+    shapes = tuple((layer[0].shape[1], layer[8].shape[0]) for layer in tensors)  # type: ignore[union-attr]
     rows = [
         [0 if t is None else t.data_ptr() for t in layer] + list(shape)
-        for layer, shape in zip(kept, shapes, strict=True)
+        for layer, shape in zip(tensors, shapes, strict=True)
     ]
-    device = kept[0][2].device  # type: ignore[union-attr]
+    device = tensors[0][2].device  # type: ignore[union-attr]
     table = _uploaded(torch.tensor(rows, dtype=torch.int64), device)
     columns = triton.next_power_of_2(rank)
     tile = max(_TILE, columns)
     jobs, places = _jobs(shapes, rank, columns, tile, device)
     sums = torch.empty(len(jobs), columns, device=device)
     scores = torch.empty(len(layers), rank, device=device)
-    betas, how = (beta1, 1 - beta1, beta2, 1 - beta2), {"num_warps": 4, "enable_fp_fusion": True}
+    betas, options = (beta1, 1 - beta1, beta2, 1 - beta2), {"num_warps": 4, "enable_fp_fusion": True}
     aligned = all(address % 16 == 0 for row in rows for address in row[:12]) and all(D % 16 == 0 for D, _ in shapes)
     of = {"dtype": _TYPES[dtype], "rank": rank, "columns": columns}
-    launch(_weights, (len(jobs),), table, jobs, sums, *betas, **of, tile=tile, aligned=aligned, **how)
-    launch(_scores, (len(layers),), table, places, sums, scores, *betas, **of, **how)
+    launch(_weights, (len(jobs),), table, jobs, sums, *betas, **of, tile=tile, aligned=aligned, **options)
+    launch(_scores, (len(layers),), table, places, sums, scores, *betas, **of, **options)
     return scores.unbind()
 
 
 def _uploaded(table: Tensor, device: torch.device) -> Tensor:
-    """Copy a table from the host without waiting for it."""
+    """Copy a table from the host asynchronously."""
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
@@ -191,7 +191,7 @@ def _uploaded(table: Tensor, device: torch.device) -> Tensor:
 def _jobs(
     shapes: tuple[tuple[int, int], ...], rank: int, columns: int, tile: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return the programs' jobs and where each layer's are; they hang on the shapes (D, out) only, so they are kept."""
+    """Return the jobs of the programs and the place of each layer's jobs, cached by the shapes (D, out)."""
     jobs: list[tuple[int, int, int]] = []
     places = []
     for layer, (width, height) in enumerate(shapes):

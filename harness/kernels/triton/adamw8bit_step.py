@@ -1,7 +1,7 @@
-"""One step of AdamW with blockwise 8-bit moments in one launch (arXiv:2110.02861): nothing but codes and p is written.
+"""One step of AdamW with blockwise 8-bit moments (arXiv:2110.02861) in one launch that writes only p, codes and absmax.
 
-Per element in 16 bits it reads p, g and two codes and writes p and two codes: 10 bytes, and 16 in float32, whereas
-decoding, stepping and encoding one after the other moves some 70.
+Per element it reads p, g and two codes and writes p and two codes: 10 bytes in 16 bits, 16 in float32. Decoding, stepping
+and encoding one after the other moves some 70 bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from harness.kernels.triton.support.launch import launch
 from harness.kernels.triton.support.rounding import load_as_float32, store_as
 
 BLOCK = 256
-_ROWS = 64 if interpreted() else 4  # blocks a program; 4 give each of 128 threads 8 elements, a whole vector in 16 bits
+_ROWS = (
+    64 if interpreted() else 4
+)  # blocks per program; 4 give each of 128 threads 8 elements, a whole vector in 16 bits
 
 
 @triton.jit
@@ -34,7 +36,7 @@ def _step(
     at = row[:, None] * block + tl.arange(0, block)[None, :]
     has_row = row * block < n
     crosses_end = ((tl.program_id(0).to(tl.int64) + 1) * rows * block > n).to(tl.int32)
-    # A mask by element turns 16-byte accesses into 1-byte ones, so only the copy of the body for the last tile has one.
+    # A mask per element turns 16-byte accesses into 1-byte ones, so only the copy of the body for the last tile has one.
     for masked in tl.static_range(2):
         if crosses_end == masked:
             mask = at < n if masked else None
@@ -43,7 +45,7 @@ def _step(
             gradient = load_as_float32(g + at, mask=mask)
             m_new = m_old * (beta1 * tl.load(m_absmax + row, mask=has_row))[:, None] + rest1 * gradient
             v_new = v_old * (beta2 * tl.load(v_absmax + row, mask=has_row))[:, None] + rest2 * gradient * gradient
-            if masked:  # what is beyond the end has part in no absmax
+            if masked:  # elements beyond the end must not affect an absmax
                 m_new, v_new = tl.where(mask, m_new, 0.0), tl.where(mask, v_new, 0.0)
             parameter = load_as_float32(p + at, mask=mask)
             moved = parameter * decay - step_size * (m_new / (tl.sqrt(v_new) * root_correction + eps))
@@ -59,48 +61,51 @@ def _step(
 
 @torch.no_grad()
 def adamw8bit_step(
-    p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, **how: Any
+    p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, **options: Any
 ) -> tuple[Tensor, ...]:
-    """Return new p, m, m_absmax, v, v_absmax after a step; arguments as of `adamw8bit_step_`, in any layout."""
+    """Return new p, m, m_absmax, v, v_absmax after a step; arguments as for `adamw8bit_step_`, in any memory layout."""
     state = [t.contiguous() for t in (m, m_absmax, v, v_absmax)]
-    given = [p.contiguous(), *state]
-    out = [torch.empty_like(t) for t in given]
-    _launch(given, g, out, **how)
+    inputs = [p.contiguous(), *state]
+    out = [torch.empty_like(t) for t in inputs]
+    _launch(inputs, g, out, **options)
     return tuple(out)
 
 
-def adamw8bit_step_(p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, **how: Any) -> None:
+def adamw8bit_step_(
+    p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, **options: Any
+) -> None:
     """Take step number `step`, from 1, in place.
 
-    p, g: one shape, float32, bfloat16 or float16. m, v: uint8 codes of the signed and of the unsigned dynamic map, one an
-    element; m_absmax, v_absmax: float32, one a block of 256. how: step, lr, betas, eps, weight_decay. It computes in
-    float32 and rounds p once; decay comes before the update. Raises ValueError unless p and the state are contiguous.
+    p, g: one shape, float32, bfloat16 or float16. m, v: uint8 codes of the signed and of the unsigned dynamic map, one per
+    element; m_absmax, v_absmax: float32, one per block of 256. options: step, lr, betas, eps, weight_decay. Computes in
+    float32 and rounds p once; weight decay comes before the update. Raises ValueError for wrong sizes, and unless p and the
+    state are contiguous.
     """
     state = [p, m, m_absmax, v, v_absmax]
     if not all(t.is_contiguous() for t in state):
-        raise ValueError("a step in place needs a contiguous parameter and state; take `adamw8bit_step` for views")
-    _launch(state, g, state, **how)
+        raise ValueError("p and its state must be contiguous; hint: use `adamw8bit_step` for views")
+    _launch(state, g, state, **options)
 
 
 def _launch(
-    given: list[Tensor], g: Tensor, out: list[Tensor], *,
+    inputs: list[Tensor], g: Tensor, out: list[Tensor], *,
     step: int, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
 ) -> None:  # fmt: skip
-    p, m, m_absmax, v, v_absmax = given
+    p, m, m_absmax, v, v_absmax = inputs
     blocks = -(-p.numel() // BLOCK)
     if not (g.shape == p.shape and m.numel() == v.numel() == p.numel() and len(m_absmax) == len(v_absmax) == blocks):
         raise ValueError(
-            f"{p.numel()} parameters need as many gradients and codes and {blocks} absmax; got {g.numel()}, {m.numel()}, "
-            f"{v.numel()}, {len(m_absmax)} and {len(v_absmax)}"
+            f"{p.numel()} parameters need as many gradients and codes, and {blocks} absmax; got {g.numel()} gradients, "
+            f"{m.numel()} and {v.numel()} codes, {len(m_absmax)} and {len(v_absmax)} absmax"
         )
     if blocks == 0:
         return
-    (beta1, beta2), how = betas, {"num_warps": 4, "enable_fp_fusion": True}
+    (beta1, beta2), options = betas, {"num_warps": 4, "enable_fp_fusion": True}
     launch(
         _step, (triton.cdiv(blocks, _ROWS),),
         p, g.contiguous(), m, m_absmax, v, v_absmax, *out, *tables(p.device, True), *tables(p.device, False),
         p.numel(), 1 - lr * weight_decay, lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), eps,
-        beta1, 1 - beta1, beta2, 1 - beta2, rows=_ROWS, block=BLOCK, **how,
+        beta1, 1 - beta1, beta2, 1 - beta2, rows=_ROWS, block=BLOCK, **options,
     )  # fmt: skip
 
 
@@ -117,7 +122,7 @@ def _specimen(dtype: str) -> Specimen:
         name=f"adamw8bit_step-{dtype}", kernel=_step,
         signature=pointers | {"n": "i32"} | dict.fromkeys(_SCALARS, "fp32"), constants={"rows": 4, "block": BLOCK},
         divisible=tuple(pointers), kind="streaming", fused_multiply_add=True,
-        narrow_loads=48,  # 8 elements, two look-ups each of a bucket; for the ragged end once more, and two codes
+        narrow_loads=48,  # 8 elements with two bucket look-ups each; the ragged end once more, with two codes
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""DoRA's linear layer on a GPU: the gain multiplies the accumulator of the product that LoRA's update is in."""
+"""DoRA's linear layer on a GPU: the gain multiplies the accumulator of the product, which includes LoRA's update."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from harness.kernels.triton.support.token_sums import outer_sum, product_sum
 
 
 class _DoraLinear(torch.autograd.Function):
-    """q = (x mask) W^T + scaling S B^T, what the gain multiplies, is kept for the gradient of m."""
+    """Saves q = (x mask) W^T + scaling S B^T, which the gain multiplies, for the gradient of m."""
 
     @staticmethod
     def forward(
@@ -76,10 +76,11 @@ def dora_linear(
 ) -> Tensor:
     """Return x W^T + bias + (g - 1) (x mask) W^T + g scaling ((x mask) A^T) B^T, (..., E), with g = m / ||W + scaling B A||.
 
-    The norm is that of rows, and a constant in the backward pass; g is 0 where it is 0. DoRA, arXiv:2402.09353, section 4.3;
-    dropout spares x W^T, and without it all is g (x W^T + ...) + bias. x (..., D), W (E, D), bias (E,) or None, A (R, D),
-    B (E, R), m (E,), mask as x, 0 or 1 / (1 - p), or None: of one dtype, float32, bfloat16 or float16. Differentiable once,
-    in x, A, B and m. Raises ValueError for what does not fit, and if W or bias requires a gradient.
+    DoRA, arXiv:2402.09353, section 4.3. The norm is per row and constant in the backward pass; g is 0 where it is 0.
+    Dropout does not drop x W^T; without a mask y = g (x W^T + scaling (x A^T) B^T) + bias. x (..., D), W (E, D), bias
+    (E,) or None, A (R, D), B (E, R), m (E,), mask like x, 0 or 1 / (1 - p), or None: of one dtype, float32, bfloat16 or
+    float16. Differentiable once, in x, A, B and m. Raises ValueError for wrong shapes or dtypes, and if W or bias
+    requires a gradient.
     """
     checked(x, W, A, B, mask, bias=bias, m=m)
     dropped = None if mask is None else matrix(mask)

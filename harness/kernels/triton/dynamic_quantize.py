@@ -1,4 +1,4 @@
-"""A tensor in blocks of 8-bit codes of the dynamic map (arXiv:2110.02861, section 2), bit for bit the nearest ones."""
+"""Blockwise 8-bit codes of the dynamic map (arXiv:2110.02861, section 2), exactly the nearest ones."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from harness.kernels.triton.support.dynamic_map import largest_magnitude, neares
 from harness.kernels.triton.support.launch import launch
 from harness.kernels.triton.support.rounding import load_as_float32
 
-_COLUMNS = 2048  # of a block at a time
-_TILE = 1 << 14 if interpreted() else 2048  # elements a program
+_COLUMNS = 2048  # elements of a block at a time
+_TILE = 1 << 14 if interpreted() else 2048  # elements per program
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _quantize(
         column = first + tl.arange(0, columns)[None, :]
         inside = (column < block) & (start + column < n)
         part = load_as_float32(x + start + column, mask=inside, other=0.0)
-        # As bits, so that a NaN stays the largest.
+        # Compared as bits, so that a NaN stays the largest.
         most = tl.maximum(largest.to(tl.int32, bitcast=True), largest_magnitude(part, 1).to(tl.int32, bitcast=True))
         largest = most.to(tl.float32, bitcast=True)
     for first in range(0, block, columns):
@@ -42,13 +42,13 @@ def _quantize(
 
 
 def dynamic_quantize(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """Return (codes, absmax): uint8 in the order of x.flatten(), and float32, one a block; the last may be short.
+    """Return (codes, absmax): uint8 in the order of x.flatten(), and float32, one per block; the last may be short.
 
-    x: any shape, float32, bfloat16 or float16. The nearest value of x / absmax, of two as near the lower one. A block with
-    a NaN or an infinity has such an absmax. Raises ValueError for a block below 1.
+    x: any shape, float32, bfloat16 or float16. An element becomes the value nearest to x / absmax, the lower one at a tie.
+    The absmax of a block with a NaN or an infinity is that. Raises ValueError for a block below 1.
     """
     if block < 1:
-        raise ValueError(f"a block must hold at least one element, got {block}")
+        raise ValueError(f"block must be at least 1, got {block}")
     x = x.detach().contiguous()
     blocks = triton.cdiv(x.numel(), block)
     codes = torch.empty(x.numel(), dtype=torch.uint8, device=x.device)
@@ -74,7 +74,7 @@ SPECIMENS = [
         constants={"block": block, "rows": 2048 // min(block, 2048), "columns": min(block, 2048), "signed": signed},
         divisible=(*_POINTERS, "n"),
         kind="streaming",
-        narrow_loads=16,  # a look-up of a bucket for each of 16 elements
+        narrow_loads=16,  # a bucket look-up for each of 16 elements
     )
     for signed, block in ((True, 256), (False, 4096))
 ]

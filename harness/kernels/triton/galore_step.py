@@ -1,7 +1,7 @@
-"""One step of GaLore in a given subspace (arXiv:2403.03507, algorithm 2): project, Adam on the small matrix, and back.
+"""One step of GaLore in a given subspace (arXiv:2403.03507, algorithm 2): project, Adam on the small matrix, project back.
 
-The projection is cuBLAS's, which published measurements found no kernel to beat. Adam is one elementwise pass over R. The
-way back is one product whose epilogue subtracts it from W, decays W and rounds once: the full-size update is never stored.
+cuBLAS projects: no kernel in published measurements is faster. Adam is one elementwise pass over R. The projection back is
+one product whose epilogue subtracts it from W, decays W and rounds once: the full-size update is never stored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from harness.kernels.triton.support.rounding import load_as_float32, store_as, t
 
 _CHUNK = 1 << 14 if interpreted() else 1024
 _ROWS, _COLUMNS, _INNER = 64, 128, 32
-_WIDE = tl.constexpr(interpreted())  # where products of 16-bit numbers are formed in float32, since tl.dot cannot
+_WIDE = tl.constexpr(interpreted())  # the interpreter's tl.dot cannot multiply 16-bit numbers: convert to float32
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def _back(
     W, X, Y, W_out, m, n, r, stride_xm, stride_xr, stride_yr, stride_yn, step_size, decay,
     rows: tl.constexpr, columns: tl.constexpr, inner: tl.constexpr,
 ):  # fmt: skip
-    """W_out = decay (W - step_size X Y): one tile. W, W_out (m, n) contiguous, X (m, r), Y (r, n)."""
+    """Compute one tile of W_out = decay (W - step_size X Y). W, W_out (m, n) contiguous, X (m, r), Y (r, n)."""
     tiles = tl.cdiv(n, columns)
     row = (tl.program_id(0) // tiles) * rows + tl.arange(0, rows)
     column = (tl.program_id(0) % tiles) * columns + tl.arange(0, columns)
@@ -62,27 +62,28 @@ def _back(
 
 @torch.no_grad()
 def galore_step(
-    W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, V: Tensor, **how: Any
+    W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, V: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return new W, M and V after a step; arguments as of `galore_step_`, in any layout."""
+    """Return new W, M and V after a step; arguments as for `galore_step_`, in any memory layout."""
     W, M, V = (t.contiguous() for t in (W, M, V))
     out = (torch.empty_like(W), torch.empty_like(M), torch.empty_like(V))
-    _launch(W, G, P, Q, M, V, out, **how)
+    _launch(W, G, P, Q, M, V, out, **options)
     return out
 
 
-def galore_step_(W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, V: Tensor, **how: Any) -> None:
+def galore_step_(
+    W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, V: Tensor, **options: Any
+) -> None:
     """Take step number `step`, from 1, in place.
 
     W, G (m, n). P (m, r) and/or Q (n, r): the bases of the subspace, None for the identity. M, V: the moments of
-    R = P^T G Q, in its shape. All in one dtype of float32, bfloat16 and float16. how: step, lr, scale (of the update, not of
-    the decay), betas, eps (added to sqrt(V), before the bias correction), weight_decay (after the update), side (which P
-    and Q imply).
-    Raises ValueError unless W, M and V are contiguous and the shapes fit.
+    R = P^T G Q, in its shape. All in one dtype of float32, bfloat16 and float16. options: step, lr, scale (of the update,
+    not of the decay), betas, eps (added to sqrt(V), before the bias correction), weight_decay (after the update), side (ignored:
+    implied by P and Q). Raises ValueError unless W, M and V are contiguous and the shapes fit.
     """
     if not (W.is_contiguous() and M.is_contiguous() and V.is_contiguous()):
-        raise ValueError("a step in place needs a contiguous weight and moments; take `galore_step` for views")
-    _launch(W, G, P, Q, M, V, (W, M, V), **how)
+        raise ValueError("W, M and V must be contiguous; hint: use `galore_step` for views")
+    _launch(W, G, P, Q, M, V, (W, M, V), **options)
 
 
 def _launch(
@@ -91,14 +92,14 @@ def _launch(
     weight_decay: float = 0.0, side: str = "",
 ) -> None:  # fmt: skip
     if P is None and Q is None:
-        raise ValueError("GaLore needs a basis on one side at least: P, Q or both")
+        raise ValueError("GaLore needs a basis: P, Q or both")
     if W.shape != G.shape:
-        raise ValueError(f"a weight {tuple(W.shape)} has no gradient {tuple(G.shape)}")
+        raise ValueError(f"W {tuple(W.shape)} and its gradient {tuple(G.shape)} must have the same shape")
     R = G if P is None else P.T @ G
     R = (R if Q is None else R @ Q).contiguous()
     if not R.shape == M.shape == V.shape:
         raise ValueError(
-            f"the projected gradient is {tuple(R.shape)}, the moments {tuple(M.shape)} and {tuple(V.shape)}"
+            f"M {tuple(M.shape)} and V {tuple(V.shape)} must have the shape of the projected gradient, {tuple(R.shape)}"
         )
     N, (beta1, beta2) = torch.empty_like(R), betas
     correction = math.sqrt(1 - beta2**step) / (1 - beta1**step)

@@ -1,7 +1,7 @@
-"""LoRA's linear layer on a GPU: the update enters the accumulator of the frozen product, forward and backward.
+"""LoRA's linear layer on a GPU: the update is added in the accumulator of the frozen product, forward and backward.
 
-Beside the frozen layer's own traffic, the forward pass reads x once more, the backward pass x and dy twice; nothing of the
-size of y is written but y. S = (x mask) A^T, tokens x rank, is kept for the backward pass.
+In addition to the frozen layer, the forward pass reads x once more, the backward pass x and dy twice; only y is written in
+the size of y. S = (x mask) A^T, tokens x rank, is saved for the backward pass.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def backward(
     mask: Tensor | None,
     needed: tuple[bool, bool, bool],
 ) -> Gradients:
-    """Return the gradients of x, A and B, those that are needed; dy (T, E), S as `forward` returned it.
+    """Return the needed gradients of x, A and B, else None; dy (T, E), S as returned by `forward`.
 
-    W may be None where the gradient of x is not needed.
+    W may be None if the gradient of x is not needed.
     """
     need_x, need_A, need_B = needed
     dx = dA = dB = None
@@ -80,9 +80,9 @@ def lora_linear(
 ) -> Tensor:
     """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E). LoRA, arXiv:2106.09685, eq. 3.
 
-    x (..., D), W (E, D), bias (E,) or None, A (R, D), B (E, R), mask as x, 0 or 1 / (1 - p), or None: of one dtype, float32,
-    bfloat16 or float16. Differentiable once, in x, A and B. Raises ValueError for what does not fit, and if W or bias
-    requires a gradient.
+    x (..., D), W (E, D), bias (E,) or None, A (R, D), B (E, R), mask like x, 0 or 1 / (1 - p), or None: of one dtype,
+    float32, bfloat16 or float16. Differentiable once, in x, A and B. Raises ValueError for wrong shapes or dtypes, and if
+    W or bias requires a gradient.
     """
     checked(x, W, A, B, mask, bias=bias)
     dropped = None if mask is None else matrix(mask)

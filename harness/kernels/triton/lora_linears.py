@@ -1,6 +1,7 @@
-"""Several LoRA linears of one input on a GPU: one pass over x for all their low-rank products, forward and backward.
+"""Several LoRA linear layers of one input on a GPU: one pass over x for all low-rank products, forward and backward.
 
-Each frozen product has its own update in the accumulator, as in `lora_linear`; the gradient of x is one sum.
+The update of each layer is added in the accumulator of its frozen product, as in `lora_linear`; the gradient of x is one
+sum.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ from harness.kernels.triton.support.shrink import shrink
 from harness.kernels.triton.support.token_sums import outer_sum
 
 Layer = tuple[Tensor, Tensor | None, Tensor, Tensor, float]
-"""W (E, D), bias (E,), A (R, D), B (E, R) and the scaling."""
+"""W (E, D), bias (E,), A (R, D), B (E, R), scaling."""
 
 
 class _LoraLinears(torch.autograd.Function):
-    """Kept beside x: all S = x As^T, (T, ranks), side by side, with As the rows of all A."""
+    """Saves x and S = x As^T, (T, ranks), with As the rows of all A."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scalings: Sequence[float], ahead: dict[Any, Any], *factors: Any
+        ctx: Any, x: Tensor, scalings: Sequence[float], precomputed: dict[Any, Any], *factors: Any
     ) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)  # an output that nobody asked for gives no gradient, not zeros
+        ctx.set_materialize_grads(False)  # the gradient of an unused output is None, not zeros
         Ws, biases, As, Bs = (factors[at::4] for at in range(4))
         S = shrink(x, torch.cat(As).T)
-        ctx.ahead, ctx.scalings, ctx.ranks = ahead, scalings, [len(A) for A in As]
+        ctx.precomputed, ctx.scalings, ctx.ranks = precomputed, scalings, [len(A) for A in As]
         ctx.save_for_backward(x, S, *Ws, *As, *Bs)
         each = zip(Ws, biases, S.split(ctx.ranks, dim=1), Bs, scalings, strict=True)
         return tuple(low_rank_gemm(x, W.T, low, B.T, scale=s, bias=bias) for W, bias, low, B, s in each)
@@ -41,41 +42,41 @@ class _LoraLinears(torch.autograd.Function):
     @outside_autocast
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
-        ctx.ahead.clear()
+        ctx.precomputed.clear()
         x, S, *rest = ctx.saved_tensors
         count = len(ctx.ranks)
         Ws, As, Bs = rest[:count], rest[count : 2 * count], rest[2 * count :]
-        asked = {at: dy for at, dy in enumerate(dys) if dy is not None}
+        given = {at: dy for at, dy in enumerate(dys) if dy is not None}
         needed = ctx.needs_input_grad
-        found: list[Tensor | None] = [None] * (4 * count)
-        if not asked:
-            return None, None, None, *found
-        dS = {at: shrink(dy, Bs[at], scale=ctx.scalings[at]) for at, dy in asked.items()}
+        gradients: list[Tensor | None] = [None] * (4 * count)
+        if not given:
+            return None, None, None, *gradients
+        dS = {at: shrink(dy, Bs[at], scale=ctx.scalings[at]) for at, dy in given.items()}
         dx = None
         if needed[0]:
-            for at, dy in asked.items():
+            for at, dy in given.items():
                 part = low_rank_gemm(dy, Ws[at], dS[at], As[at])
                 dx = part if dx is None else dx.add_(part)
-        if any(needed[3 + 4 * at + 2] for at in asked):
-            dAs = outer_sum(x, torch.cat(list(dS.values()), dim=1)).T.split([ctx.ranks[at] for at in asked])
-            for at, dA in zip(asked, dAs, strict=True):
-                found[4 * at + 2] = dA.to(x.dtype) if needed[3 + 4 * at + 2] else None
+        if any(needed[3 + 4 * at + 2] for at in given):
+            dAs = outer_sum(x, torch.cat(list(dS.values()), dim=1)).T.split([ctx.ranks[at] for at in given])
+            for at, dA in zip(given, dAs, strict=True):
+                gradients[4 * at + 2] = dA.to(x.dtype) if needed[3 + 4 * at + 2] else None
         lows = S.split(ctx.ranks, dim=1)
-        for at, dy in asked.items():
+        for at, dy in given.items():
             if needed[3 + 4 * at + 3]:
-                found[4 * at + 3] = (ctx.scalings[at] * outer_sum(dy, lows[at])).to(x.dtype)
-        return dx, None, None, *found
+                gradients[4 * at + 3] = (ctx.scalings[at] * outer_sum(dy, lows[at])).to(x.dtype)
+        return dx, None, None, *gradients
 
 
-def lora_linears(x: Tensor, layers: Sequence[Layer], ahead: dict[Any, Any]) -> list[Tensor]:
-    """Return for each layer x W^T + bias + scaling (x A^T) B^T, shape (..., E); all of one node of the graph.
+def lora_linears(x: Tensor, layers: Sequence[Layer], precomputed: dict[Any, Any]) -> list[Tensor]:
+    """Return for each layer x W^T + bias + scaling (x A^T) B^T, shape (..., E); all outputs of one node of the graph.
 
-    x (..., D); all of one dtype, float32, bfloat16 or float16. Differentiable once, in x and every A and B. ahead: is
-    emptied by a backward pass. Raises ValueError for what does not fit, and if a W or a bias requires a gradient.
+    x (..., D); all of one dtype, float32, bfloat16 or float16. Differentiable once, in x and every A and B. precomputed:
+    cleared by a backward pass. Raises ValueError for wrong shapes or dtypes, and if a W or a bias requires a gradient.
     """
     factors: list[Tensor | None] = []
     for W, bias, A, B, _ in layers:
         checked(x, W, A, B, None, bias=bias)
         factors += [W, contiguous(bias), A, B]
-    outputs = _LoraLinears.apply(matrix(x), [scaling for *_, scaling in layers], ahead, *factors)
+    outputs = _LoraLinears.apply(matrix(x), [scaling for *_, scaling in layers], precomputed, *factors)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]

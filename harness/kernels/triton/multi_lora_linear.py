@@ -1,4 +1,4 @@
-"""A linear layer whose sequences have LoRA adapters of their own (Punica, arXiv:2310.18547; S-LoRA, arXiv:2311.03285)."""
+"""A linear layer with a LoRA adapter per sequence (Punica, arXiv:2310.18547; S-LoRA, arXiv:2311.03285)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from harness.kernels.torch.support.autocast import outside_autocast
 from harness.kernels.triton.support.grouped_lora import INNER, MOST_REGISTERS, expand, outer, shrink, tile
 from harness.kernels.triton.support.launch import launch
 
-_BUSY = 128  # programs that keep a GPU busy; with fewer, `shrink` cuts its sum into up to _MOST_SPLITS
+_BUSY = 128  # programs that keep a GPU busy; with fewer, `shrink` splits its sum into up to _MOST_SPLITS pieces
 _MOST_SPLITS = 8
 _A, _B = 0, 1
 
 
-class _Group:
-    """The adapters of one call, and the launches over them. W (E, D); x (N, T, D)."""
+class _AdapterGroup:
+    """The adapters of one call, and their launches. W (E, D); x (N, T, D)."""
 
     def __init__(self, As: Sequence[Tensor], Bs: Sequence[Tensor], scalings: Sequence[float], x: Tensor) -> None:
         self.ranks = tuple(len(A) for A in As)
@@ -37,12 +37,12 @@ class _Group:
         most = tile(x.dtype, self.tokens)
         self.columns = most["columns"]
         self.tiles = {"rows": most["rows"], "ranks": min(most["ranks"], self.width)}
-        self.how = {"aligned": even, "num_warps": 4, "enable_fp_fusion": True} | self.tiles
+        self.options = {"aligned": even, "num_warps": 4, "enable_fp_fusion": True} | self.tiles
         self.programs = self.sequences * triton.cdiv(self.tokens, self.tiles["rows"])
         self.rank_tiles = triton.cdiv(max(self.ranks), self.tiles["ranks"])
 
     def shrink(self, x: Tensor, ids: Tensor, which: int) -> Tensor:
-        """Return S = s x A^T, or with B of dy: s dy B, float32 (pieces, N T, ranks)."""
+        """Return S = s x A^T, or s dy B for `which` = _B, float32 (pieces, N T, ranks)."""
         features = x.shape[-1]
         wanted = min(_MOST_SPLITS, triton.cdiv(_BUSY, self.programs), triton.cdiv(features, 2 * INNER))
         span = triton.cdiv(triton.cdiv(features, wanted), INNER) * INNER
@@ -50,7 +50,7 @@ class _Group:
         launch(
             shrink, (self.programs, len(S), self.rank_tiles),
             x, self.table, self.scalings, ids, S, self.tokens, features, span, self.plane, self.width,
-            which=which, inner=INNER, num_stages=3, **self.how,
+            which=which, inner=INNER, num_stages=3, **self.options,
         )  # fmt: skip
         return S
 
@@ -60,17 +60,17 @@ class _Group:
         launch(
             expand, (self.programs, triton.cdiv(features, self.columns)),
             out, S, self.table, ids, self.tokens, features, self.plane, self.width, len(S),
-            which=which, columns=self.columns, maxnreg=MOST_REGISTERS, **self.how,
+            which=which, columns=self.columns, maxnreg=MOST_REGISTERS, **self.options,
         )  # fmt: skip
 
     def outer(self, x: Tensor, S: Tensor, ids: Tensor, which: int) -> list[Tensor]:
-        """Return the gradient of every A (of x and s dy B) or B (of dy and s x A^T); zeros where nobody has it."""
+        """Return the gradients of all As (from x and s dy B) or Bs (from dy and s x A^T); zeros for unused adapters."""
         features = x.shape[-1]
         flat = torch.empty(sum(self.ranks) * features, dtype=x.dtype, device=x.device)
         launch(
             outer, (len(self.ranks), triton.cdiv(features, self.columns), self.rank_tiles),
             x, S, self.table, ids, flat, self.sequences, self.tokens, features, self.plane, self.width, len(S),
-            which=which, columns=self.columns, maxnreg=MOST_REGISTERS, **self.how,
+            which=which, columns=self.columns, maxnreg=MOST_REGISTERS, **self.options,
         )  # fmt: skip
         parts = flat.split([rank * features for rank in self.ranks])
         shapes = [(rank, features) if which == _A else (features, rank) for rank in self.ranks]
@@ -82,7 +82,7 @@ def _table(
     addresses: tuple[tuple[int, int], ...], ranks: tuple[int, ...], scalings: tuple[float, ...], D: int, E: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the table and the scalings on the device. Kept, so that adapters that stay where they are upload nothing."""
+    """Return the table and the scalings on the device. Cached, so that adapters that do not move upload nothing."""
     rows, before = [], 0
     for pair, rank in zip(addresses, ranks, strict=True):
         rows.append([*pair, rank, before * D, before * E])
@@ -93,13 +93,13 @@ def _table(
 class _MultiLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, ids: Tensor, scalings: Sequence[float], *adapters: Tensor) -> Tensor:
-        given = [t.contiguous() for t in adapters]
-        As, Bs = given[: len(scalings)], given[len(scalings) :]
-        group = _Group(As, Bs, scalings, x)
+        contiguous = [t.contiguous() for t in adapters]
+        As, Bs = contiguous[: len(scalings)], contiguous[len(scalings) :]
+        group = _AdapterGroup(As, Bs, scalings, x)
         y = linear(x, W)
         S = group.shrink(x, ids, _A)
         group.expand(y, S, ids, _B)
-        ctx.save_for_backward(x, W, ids, S, *given)
+        ctx.save_for_backward(x, W, ids, S, *contiguous)
         ctx.group = group
         return y
 
@@ -136,26 +136,26 @@ def multi_lora_linear(
     scalings: Sequence[float],
     ids: Sequence[int] | Tensor,
 ) -> Tensor:
-    """Return x W^T + s_i x A_i^T B_i^T with i = ids[n] for each of N sequences, or the first term alone where it is -1.
+    """Return x W^T + s_i x A_i^T B_i^T with i = ids[n] for each of N sequences, or only the first term if ids[n] is -1.
 
-    x (N, ..., D), W (E, D), As[i] (R_i, D), Bs[i] (E, R_i), all of one dtype of float32, bfloat16 and float16. Gradients
-    reach x, W, As and Bs, once; an adapter that nobody has gets zeros. Raises ValueError if shapes or dtypes do not fit, or
-    if an id is neither -1 nor an adapter's; of ids on a GPU the device finds that out, and the next synchronisation fails.
+    x (N, ..., D), W (E, D), As[i] (R_i, D), Bs[i] (E, R_i), all of one dtype of float32, bfloat16 and float16.
+    Differentiable once, in x, W, As and Bs; the gradient of an unused adapter is zero. Raises ValueError for wrong shapes
+    or dtypes, and for an id that is neither -1 nor an adapter; for ids on a GPU the next synchronisation fails instead.
     """
     count = len(As)
     if not count == len(Bs) == len(scalings):
-        raise ValueError(f"{count} As, {len(Bs)} Bs and {len(scalings)} scalings: each adapter has one of each")
+        raise ValueError(f"each adapter needs an A, a B and a scaling, got {count}, {len(Bs)} and {len(scalings)}")
     if any(t.dtype != x.dtype for t in (W, *As, *Bs)):
-        raise ValueError(f"x, W and the adapters must be of one dtype, and x is {x.dtype}")
+        raise ValueError(f"W and the adapters must be {x.dtype} like x")
     if any(A.shape != (B.shape[1], W.shape[1]) or len(B) != len(W) for A, B in zip(As, Bs, strict=True)):
-        raise ValueError(f"for W {tuple(W.shape)} an A must be (R, {W.shape[1]}) and its B ({W.shape[0]}, R)")
+        raise ValueError(f"for W {tuple(W.shape)} every A must be (R, {W.shape[1]}) and its B ({W.shape[0]}, R)")
     chosen = torch.as_tensor(ids)
     if chosen.shape != x.shape[:1]:
-        raise ValueError(f"{len(x)} sequences need as many ids, got shape {tuple(chosen.shape)}")
+        raise ValueError(f"ids must have shape ({len(x)},), one per sequence, got {tuple(chosen.shape)}")
     known = (chosen >= -1) & (chosen < count)
     if chosen.device.type == "cpu":
         for wrong in chosen[~known].tolist():
-            raise ValueError(f"id {wrong}: there are adapters 0 to {count - 1}, and -1 for none")
+            raise ValueError(f"id {wrong}: must be an adapter, 0 to {count - 1}, or -1 for none")
     else:
         torch._assert_async(known.all())
     if not count or not x.numel():

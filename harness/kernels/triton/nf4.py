@@ -1,7 +1,7 @@
-"""NF4 on a GPU: quantise, dequantise, and dequantise what is quantised twice, each in one launch that streams.
+"""NF4 on a GPU (arXiv:2305.14314): quantise, dequantise, and dequantise double-quantised weights, one launch each.
 
-A program has a tile of whole blocks. Bytes and values move 128 bits at a time even at the end of a tensor: the mask there
-is the same for 32 values in a row, unless their number is not a multiple of 32; then the last program alone masks each.
+A program has a tile of whole blocks. Bytes and values move 128 bits at a time, also at the end of a tensor: the mask is
+constant over 32 values. If the number of values is not a multiple of 32, the last program alone masks each value.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from harness.kernels.triton.support.rounding import load_as_float32, store_as
 
 _THREADS = 128
 _TILE, _QUANTIZED_TILE = 64 * _THREADS, 32 * _THREADS
-"""Values of a program. A thread decodes two loads of 128 bits; it quantises fewer, which takes more registers."""
+"""Values per program. A thread decodes two loads of 128 bits; it quantises fewer, since that takes more registers."""
 _GRAIN = tl.constexpr(32)
-"""Values whose codes fill 16 bytes."""
+"""Values with codes of 16 bytes."""
 
 
 @triton.jit
 def _inside(index, count, GRAIN: tl.constexpr):
-    """Return index < count for a count that is a multiple of GRAIN, told so that the compiler sees it."""
+    """Return index < count for a count that is a multiple of GRAIN, in a form that the compiler recognises."""
     return index // GRAIN * GRAIN < count
 
 
@@ -40,12 +40,12 @@ def _quantize_tile(W, packed, absmax, first, left, BLOCK: tl.constexpr, TILE: tl
     row, byte = tl.arange(0, ROWS), tl.arange(0, TILE // 2)
     at = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     values = load_as_float32(W + first + at, mask=_inside(at, left, GRAIN), other=0.0)
-    # As integers, magnitudes are ordered as they are as numbers, and a NaN is above them all.
+    # As integers, magnitudes have the order of the numbers, and a NaN is above all.
     magnitude = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     largest = tl.max(magnitude, axis=1).to(tl.float32, bitcast=True)
     scaled = tl.where(largest[:, None] == 0, 0.0, tl.div_rn(values, tl.broadcast_to(largest[:, None], [ROWS, BLOCK])))
     codes = nearest_code(scaled)
-    if GRAIN == 1:  # what completes the last byte is zero's code, also in a block that holds a NaN
+    if GRAIN == 1:  # the last byte is padded with the code of 0, also in a block with a NaN
         codes = tl.where(at < left, codes, ZERO)
     high, low = tl.split(tl.reshape(codes, [TILE // 2, 2]))
     tl.store(
@@ -70,7 +70,7 @@ def _quantize(W, packed, absmax, count, BLOCK: tl.constexpr, TILE: tl.constexpr,
 def _dequantize_tile(
     packed, levels, scale, out, first, left, BLOCK: tl.constexpr, TILE: tl.constexpr, GRAIN: tl.constexpr
 ):
-    """scale: float32 (TILE // BLOCK,), of each block of the tile."""
+    """Decode one tile. scale: float32 (TILE // BLOCK,), one per block."""
     at, byte = tl.arange(0, TILE), tl.arange(0, TILE // 2)
     codes = tl.load(packed + first // 2 + byte, mask=_inside(byte, (left + 1) // 2, (GRAIN + 1) // 2), other=0)
     high, low = tl.load(levels + (codes >> 4)), tl.load(levels + (codes & 15))
@@ -101,7 +101,7 @@ def _double_dequantize(
     row = tl.arange(0, TILE // BLOCK)
     block, here = first // BLOCK + row, row * BLOCK < left
     centred = tl.load(code + tl.load(codes + block, mask=here, other=0).to(tl.int32))
-    # Rounded twice, as the definition is: the launch forbids one multiply-and-add.
+    # Rounded twice, as defined: the launch disables fused multiply-adds.
     scale = centred * tl.load(absmax2 + block // SECOND, mask=here, other=0.0) + tl.load(offset)
     if RAGGED and left < TILE:
         _dequantize_tile(packed, levels, scale, out, first, left, BLOCK, TILE, 1)
@@ -111,7 +111,7 @@ def _double_dequantize(
 
 def _launch(kernel: Any, tile: int, count: int, block: int, *arguments: Any, **constants: int) -> None:
     if block < _GRAIN.value or block & (block - 1):
-        raise ValueError(f"a block must hold a power of two of values, at least {_GRAIN.value}; got {block}")
+        raise ValueError(f"block must be a power of two of at least {_GRAIN.value}, got {block}")
     tile, ragged = max(tile, block), count % _GRAIN.value != 0
     if not count:
         return
@@ -122,12 +122,11 @@ def _launch(kernel: Any, tile: int, count: int, block: int, *arguments: Any, **c
 
 
 def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Return (packed, absmax): uint8 (ceil(n / 2),), the first code of a pair in the high nibble; float32, of each block.
+    """Return (packed, absmax): uint8 (ceil(n / 2),), the first code of a pair in the high nibble; float32, one per block.
 
-    W: any shape, of n values, float32, bfloat16 or float16; blocks are consecutive in W.flatten(), and the last may be
-    short. An element halfway between two levels takes the lower. A block of zeros has absmax 0, one that holds a NaN or an
-    infinity that as absmax. An odd length is filled up with zero's code. Raises ValueError for a block that is not a power
-    of two from 32 on.
+    W: n values of any shape, float32, bfloat16 or float16; blocks are consecutive in W.flatten(), and the last may be short.
+    A tie goes to the lower level. A block of zeros has absmax 0; the absmax of a block with a NaN or an infinity is that. An
+    odd length is padded with the code of 0. Raises ValueError for a block that is not a power of two of at least 32.
     """
     flat = W.detach().contiguous()
     packed = torch.empty(triton.cdiv(flat.numel(), 2), dtype=torch.uint8, device=W.device)
@@ -141,11 +140,12 @@ def dequantize(
 ) -> Tensor:
     """Return level x absmax, formed in float32 and rounded once, as a tensor of `shape` and `dtype`.
 
-    packed, absmax: as `quantize` returns them. out: contiguous memory of that many values to write to. Raises ValueError
-    for a block that is not a power of two from 32 on, and where packed or absmax are not as long as `shape` asks for.
+    packed, absmax: as returned by `quantize`. out: contiguous memory of that many values for the result. Raises
+    ValueError for a block that is not a power of two of at least 32, and if the length of packed or absmax does not fit
+    `shape`.
     """
     check_sizes(packed, absmax, block, shape)
-    values, levels = _room(out, packed, shape, dtype), table(packed.device)
+    values, levels = _output(out, packed, shape, dtype), table(packed.device)
     _launch(_dequantize, _TILE, prod(shape), block, packed.contiguous(), levels, absmax.float().contiguous(), values)
     return values
 
@@ -162,21 +162,21 @@ def double_dequantize(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return what `dequantize` does of an absmax that is itself quantised: code[codes] x absmax2 + offset, float32.
+    """Dequantise like `dequantize`, with an absmax of code[codes] x absmax2 + offset, float32 (arXiv:2305.14314, section 3).
 
-    codes: uint8, one for each block. absmax2: float32, one for each `second_block` of codes. offset: float32, one number.
-    code: float32 (256,), the values of the 8-bit type. QLoRA section 3, arXiv:2305.14314. Raises as `dequantize`.
+    codes: uint8, one per block. absmax2: float32, one per `second_block` codes. offset: float32, one number. code: float32
+    (256,), the values of the 8-bit type. Raises ValueError as `dequantize` does.
     """
     check_second_sizes(codes, absmax2, offset, second_block)
     check_sizes(packed, codes, block, shape)
-    values = _room(out, packed, shape, dtype)
+    values = _output(out, packed, shape, dtype)
     constants = [one.contiguous() for one in (codes, absmax2, offset, code)]
     pointers = (packed.contiguous(), table(packed.device), *constants, values)
     _launch(_double_dequantize, _TILE, prod(shape), block, *pointers, SECOND=second_block)
     return values
 
 
-def _room(out: Tensor | None, packed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _output(out: Tensor | None, packed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if out is None:
         return torch.empty(tuple(shape), dtype=dtype, device=packed.device)
     return out[: prod(shape)].view(tuple(shape))
@@ -186,7 +186,7 @@ _BYTES, _FLOATS = "*u8", "*fp32"
 
 
 def _specimens(values: str, block: int, ragged: bool = False) -> list[Specimen]:
-    """Return the three kernels for values of one type; a ragged end takes another branch, with a load for each value."""
+    """Return the three kernels for values of one type; a ragged end takes another branch, with a load per value."""
     packed = {"packed": _BYTES, "levels": _FLOATS}
     twice = {"codes": _BYTES, "absmax2": _FLOATS, "offset": _FLOATS, "code": _FLOATS}
     return [

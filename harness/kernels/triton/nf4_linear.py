@@ -1,9 +1,9 @@
-"""A product with a packed NF4 weight: few tokens in one launch that decodes as it multiplies, many by decoding first.
+"""A product with a packed NF4 weight: few tokens by one launch that decodes and multiplies, many by decoding first.
 
-With few tokens the product waits for the weight, which in NF4 is a quarter as long; with many, what decodes it once and
-leaves the rest to torch is ahead. From how many on is in `crossover.json`. The fused kernel computes y^T = W x^T: what was
-decoded goes from registers into the matrix instructions without a way through shared memory, and the tile of tokens may be
-as narrow as 16. A byte holds two neighbours along D, so that a chunk is two products, of the even columns and of the odd.
+With few tokens the time is that of reading the weight, which NF4 makes a quarter as long; with many, decoding once and
+multiplying by torch is faster. `crossover.json` has the number of tokens. The fused kernel computes y^T = W x^T: decoded
+values go from registers into matrix instructions without passing through shared memory, and a tile may have as few as 16
+tokens. A byte holds two neighbours along D, so that a chunk is two products, of the even and of the odd columns.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _fused(
     """D is a multiple of BLOCK, and BLOCK of CHUNK: a chunk of a row has one absmax."""
     dtype: tl.constexpr = x.dtype.element_ty
     row, token = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    # Past the end the last row and token are computed again, so that no load needs a mask.
+    # Beyond the end the last row and token are computed again, so that loads need no mask.
     of_row, of_token = tl.minimum(row, E - 1).to(tl.int64), tl.minimum(token, tokens - 1).to(tl.int64)
     byte, column = tl.arange(0, CHUNK // 2), tl.arange(0, CHUNK)
     codes_at = packed + of_row[:, None] * row_bytes + byte[None, :]
@@ -60,13 +60,13 @@ def _fused(
 
 
 def fused(x: Tensor, packed: Tensor, absmax: Tensor, block: int, shape: Sequence[int], bias: Tensor | None) -> Tensor:
-    """Return x W^T + bias, shape (T, E), for x (T, D), decoding W on the way. Not differentiable; else as `nf4_linear`.
+    """Return x W^T + bias, shape (T, E), for x (T, D), by the fused kernel. Not differentiable; else like `nf4_linear`.
 
-    Raises ValueError for what does not fit.
+    Raises ValueError if the kernel does not support D, block and dtype.
     """
     E, D = shape
     if not fits(D, block, x.dtype):
-        raise ValueError(f"rows of {D} values of {x.dtype} in blocks of {block} have no fused kernel")
+        raise ValueError(f"no fused kernel for rows of {D} values in blocks of {block} in {x.dtype}")
     tokens = x.shape[0]
     y = torch.empty(tokens, E, dtype=x.dtype, device=x.device)
     if y.numel():
@@ -81,10 +81,10 @@ def fused(x: Tensor, packed: Tensor, absmax: Tensor, block: int, shape: Sequence
 
 
 def fits(D: int, block: int, dtype: torch.dtype) -> bool:
-    """Return whether the fused kernel has rows of D values in blocks of this size, for x of this dtype.
+    """Return whether the fused kernel supports rows of D values in blocks of this size, for x of this dtype.
 
-    A row must be whole blocks, of a power of two of values from 32 on. float32 is left to torch: Triton 3.6 multiplies it
-    as TF32 on sm_100, whatever precision is asked for.
+    A row must consist of whole blocks, and a block be a power of two of at least 32. float32 is left to torch: Triton 3.6
+    multiplies it as TF32 on sm_100 at every requested precision.
     """
     whole = D > 0 and block >= 32 and block & (block - 1) == 0 and D % block == 0
     return whole and dtype in (torch.bfloat16, torch.float16)
@@ -97,13 +97,13 @@ def _tile(tokens: int, block: int) -> dict[str, int]:
 
 @cache
 def _crossover() -> list[tuple[int, int]]:
-    """Return (rows of the weight, the most tokens to fuse), by falling rows."""
+    """Return (rows of the weight, most tokens for the fused kernel), by descending rows."""
     table: dict[str, Any] = json.loads(Path(__file__).with_name("crossover.json").read_text())
     return sorted(((one["E"], one["tokens"]) for one in table["nf4_linear"]["rows"]), reverse=True)
 
 
-def few(tokens: int, E: int) -> bool:
-    """Return whether the fused kernel is expected to be ahead for so many tokens, by the table."""
+def is_fused_faster(tokens: int, E: int) -> bool:
+    """Return whether the fused kernel is expected to be faster for this many tokens, by `crossover.json`."""
     return any(tokens <= most for rows, most in _crossover() if rows <= E)
 
 
@@ -114,7 +114,7 @@ class _Nf4Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(packed, absmax)
         ctx.block, ctx.shape = block, shape
-        if fits(shape[1], block, x.dtype) and few(x.shape[0], shape[0]):
+        if fits(shape[1], block, x.dtype) and is_fused_faster(x.shape[0], shape[0]):
             return fused(x, packed, absmax, block, shape, bias)
         return linear(x, dequantize(packed, absmax, block, shape, x.dtype), bias)
 
@@ -138,11 +138,10 @@ def nf4_linear(
 ) -> Tensor:
     """Return x W^T + bias, shape (..., E), for x (..., D) and W (E, D) packed as `nf4.quantize` does, cast to x's dtype.
 
-    Sums are float32. Differentiable in x and bias, twice too; the weight is decoded anew in the backward pass. The memory
-    that it is decoded into is fresh each time: torch's allocator hands out what it has, knows which stream uses it, and in
-    the capture of a CUDA graph gives memory that stays the graph's, as a buffer kept here would not. training: changes
-    nothing. Raises ValueError for a block that is not a power of two from 32 on, and where packed or absmax are not as long
-    as `shape` asks for.
+    Sums in float32. Twice differentiable in x and bias; the backward pass decodes the weight again. The decoded weight is
+    in fresh memory: torch's allocator caches memory, knows the stream that uses it, and in the capture of a CUDA graph gives
+    memory that stays the graph's, unlike a buffer held here. training: ignored. Raises ValueError for a block that is not a
+    power of two of at least 32, and if the length of packed or absmax does not fit `shape`.
     """
     check_sizes(packed, absmax, block, shape)
     E, D = shape

@@ -1,7 +1,7 @@
-"""LoRA on a weight packed as NF4, on a GPU: the weight is decoded once a pass, then multiplied as `lora_linear` does.
+"""LoRA on a weight in NF4 (QLoRA, arXiv:2305.14314) on a GPU: decode the weight once per pass, then as `lora_linear`.
 
-A fused decoding product loses to this at training sizes: every tile of tokens would decode the weight again. The decoded
-weight is not kept for the backward pass, which decodes it anew: that is what the packing saves.
+A product that decodes while multiplying is slower at training sizes, since every tile of tokens would decode the weight
+again. The decoded weight is not saved for the backward pass, which decodes it again: that is the memory that packing saves.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def nf4_lora_linear(
 ) -> Tensor:
     """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E), with W decoded to the dtype of x. QLoRA, eq. 5.
 
-    packed, absmax, block, shape = (E, D): as `nf4.quantize` packs W. The others as for `lora_linear`, whose errors are also
-    raised here, and those of `nf4.dequantize`.
+    packed, absmax, block, shape = (E, D): as `nf4.quantize` packs W. Other arguments as for `lora_linear`. Raises ValueError
+    as `lora_linear` and `nf4.dequantize` do.
     """
     checked(x, shape, A, B, mask, bias=bias)
     dropped = None if mask is None else matrix(mask)

@@ -1,7 +1,7 @@
-"""VeRA's linear layer on a GPU: d scales what leaves the first product, b what enters the second's accumulator.
+"""VeRA's linear layer on a GPU: d scales the output of the first product, b the low-rank term of the second.
 
-The gradients of both need no temporary of the size of y: with u = (x mask) A^T, that of d is the sum over the tokens of
-u * ((dy b) B), and that of b the sum over the ranks of B * (dy^T (d u)).
+The gradients need no temporary of the size of y: with u = (x mask) A^T, the gradient of d is the sum over tokens of
+u * ((dy b) B), and that of b the sum over ranks of B * (dy^T (d u)).
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def vera_linear(
 ) -> Tensor:
     """Return x W^T + bias + b * ((d * ((x mask) A^T)) B^T), shape (..., E). VeRA, arXiv:2310.11454, eq. 2.
 
-    x (..., D), W (E, D), bias (E,) or None, A (R, D), B (E, R), b (E,), d (R,), mask as x, 0 or 1 / (1 - p), or None: of one
-    dtype, float32, bfloat16 or float16; A and B may be slices of a larger pair. Differentiable once, in x, b and d: A and B
-    are frozen. Raises ValueError for what does not fit, and if W or bias requires a gradient.
+    x (..., D), W (E, D), bias (E,) or None, A (R, D), B (E, R), b (E,), d (R,), mask like x, 0 or 1 / (1 - p), or None:
+    of one dtype, float32, bfloat16 or float16; A and B may be slices of a larger pair. Differentiable once, in x, b and
+    d: A and B are frozen. Raises ValueError for wrong shapes or dtypes, and if W or bias requires a gradient.
     """
     checked(x, W, A, B, mask, bias=bias, b=b, d=d)
     dropped = None if mask is None else matrix(mask)

@@ -1,4 +1,4 @@
-"""JSON Schemas of the files a run leaves, shipped beside this file. `python -m harness.records.schemas` writes them anew."""
+"""JSON Schemas of a run's files, in this folder. `python -m harness.records.schemas` regenerates them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write the schema files anew."""
+"""Regenerate the schema files."""
 
 from harness.records.schemas import FOLDER, current
 

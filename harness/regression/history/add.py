@@ -32,8 +32,8 @@ class Added:
 def add(names: Sequence[str], folder: Path, night: str | None = None) -> Exit:
     """Add runs to a history, print what was added and return the exit code.
 
-    night: the night of all runs; None: the UTC date on which each run started. Returns 1 if a file was changed after its run,
-    4 if a Record is missing or cannot be read, or nothing would show a change, and 5 if there is nothing to add. Raises
+    night: the night of all runs; None: the UTC date on which each run started. Returns 1 if a file was changed after its
+    run, 4 if a Record is missing or cannot be read, or nothing would show a change, and 5 if there is nothing to add. Raises
     UsageError for a run that does not exist, an invalid date, and a run that another night has already.
     """
     if night is not None and not night_files.is_night(night):
@@ -113,7 +113,7 @@ def _rows(run: Run, places: dict[str, dict[str, str]], added: Added) -> Iterator
         if record.status is not Status.OK:
             row["status"] = record.status.value
         else:
-            metrics = tracked_metrics.kept(record)
+            metrics = tracked_metrics.tracked(record)
             if metrics.untimed:
                 added.left_out.append(f"no times of {record.cell.label} ({record.cell_id}): {metrics.untimed}")
             row["values"] = dict(sorted(metrics.values.items()))

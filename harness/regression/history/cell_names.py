@@ -38,7 +38,7 @@ def select(history: History, expr: str, option: str = "--cell") -> frozenset[str
     known = cells(history)
     plan = expand.Plan(tuple(known.values()), dict.fromkeys(known, ""), ())
     try:
-        selected = expand.only(plan, expr).cells
+        selected = expand.select(plan, expr).cells
     except UsageError as error:
         raise UsageError(error.what, where=f"{option} {expr}", hint=error.hint) from error
     return frozenset(cell.cell_id for cell in selected)

@@ -199,7 +199,7 @@ def _place_changes(history: History, known: Sequence[HistorySeries]) -> Iterator
         both = [i for i in shared if i in steps.get(before, {}) and i in steps.get(place, {})]
         ratios = [median(steps[place][i].values[:7]) / median(steps[before][i].values[-7:]) for i in both]
         yield PlaceChange(
-            history.nights[first[place]].night, place, before, tracked_metrics.moved(where[before], where[place]),
+            history.nights[first[place]].night, place, before, tracked_metrics.place_changes(where[before], where[place]),
             len(shared), median(ratios) if ratios else None,
         )  # fmt: skip
 

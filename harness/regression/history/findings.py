@@ -17,7 +17,7 @@ from harness.regression.history.differences import Between
 from harness.regression.history.night_files import Decision, Evidence
 
 Standing = Literal["candidate", "suspect", "counted", "confirmed", "refuted", "unfounded"]
-"""State of a change: not yet confirmed; on the last nights only; of exact counts; confirmed; refuted; a refuted suspicion."""
+"""State of a change: unconfirmed; on the last nights only; of exact counts; confirmed; refuted; a refuted suspicion."""
 
 
 @dataclass(frozen=True)

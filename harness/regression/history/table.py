@@ -113,8 +113,8 @@ def _notes(found: Detection) -> Iterator[str]:
         )
     for loose in found.loose:
         yield (
-            f"not judged: {loose.metric} at place {loose.place} on {_nights(loose.nights)}: fewer than {FEWEST_SERIES} of its "
-            "usual series"
+            f"not judged: {loose.metric} at place {loose.place} on {_nights(loose.nights)}: fewer than {FEWEST_SERIES} of "
+            "its usual series"
         )
     for stop in found.stopped:
         yield f"not measured: {stop.name} ({stop.cell}): {stop.status} on {stop.night}, ok on {stop.ok}"

@@ -126,7 +126,7 @@ def _other_place(place: Mapping[str, str], runs: Path) -> list[str]:
     folders = [run for run in sorted(runs.iterdir()) if (run / "run.json").is_file()]
     here = [tracked_metrics.place(record) for run in folders for record in store.read_run(run).records]
     shared = {key: value for key, value in place.items() if key == tracked_metrics.BESIDE}
-    return sorted({difference for one in here for difference in tracked_metrics.moved(place, one | shared)})
+    return sorted({difference for one in here for difference in tracked_metrics.place_changes(place, one | shared)})
 
 
 def _run_pairs(request: PairsRequest) -> PairsOutcome:

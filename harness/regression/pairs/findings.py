@@ -1,4 +1,4 @@
-"""The verdict on pairs as rows, for the outputs that `gate RUN --baseline` has too."""
+"""Convert the verdict on pairs to rows, for the outputs shared with `gate RUN --baseline`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from harness.analysis.statistics.paired import PairFinding
 from harness.analysis.tracked_metrics import STEP
 from harness.analysis.verdict_kind import Verdict, VerdictKind
 
-_WORDS = {
-    PairFinding.SLOWER: VerdictKind.FAIL, PairFinding.FASTER: VerdictKind.PASS, PairFinding.SAME: VerdictKind.PASS, PairFinding.INCONCLUSIVE: VerdictKind.INCONCLUSIVE,
-}  # fmt: skip
+_KINDS = {
+    PairFinding.SLOWER: VerdictKind.FAIL,
+    PairFinding.FASTER: VerdictKind.PASS,
+    PairFinding.SAME: VerdictKind.PASS,
+    PairFinding.INCONCLUSIVE: VerdictKind.INCONCLUSIVE,
+}
 
 
 def findings(judged: JudgedPairs, cut: str = "") -> Findings:
-    """Return a row for each time of a Cell beside the rows of all else. cut: how the pairs were cut short, if they were."""
+    """Return one row per time of a Cell, and the other rows. cut: how the pairs were interrupted, or empty."""
     verdict = judged.verdict
     rows = [*judged.rows, *(_speed(cell, metric, judged) for cell in judged.cells for metric in cell.timed or (STEP,))]
     reason = f"{verdict.reason}; {judged.canaries.sentence}"
@@ -33,7 +36,7 @@ def _speed(cell: CellComparison, metric: str, judged: JudgedPairs) -> Comparison
     if timed is None:
         why = f"not timed: {cell.because or 'it has no steps that could be timed'}"
         return ComparisonRow(FindingKind.SPEED, VerdictKind.NOT_RUN, cell.name, ids, named(metric), why, old, new, "s")
-    word, reason = _WORDS[timed.word], timed.sentence.removeprefix("inconclusive: ")
+    word, reason = _KINDS[timed.word], timed.sentence.removeprefix("inconclusive: ")
     if judged.canaries.closed:
         word, reason = VerdictKind.NOT_RUN, f"the canaries closed the gate, so this is not judged: {reason}"
     return ComparisonRow(FindingKind.SPEED, word, cell.name, ids, named(metric), reason, old, new, "s", timed.interval)

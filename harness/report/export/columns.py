@@ -177,7 +177,7 @@ _SAMPLES = (
     Column("variant", TEXT, "", "Variant of a latency: base, unmerged, merged, multi-adapter"),
     Column("latency_batch", INTEGER, "1", "Prompts in the batch of a latency"),
     Column("latency_tokens", INTEGER, "1", "Tokens of the prompt of a latency; for decode tokens generated"),
-    Column("latency_adapters", INTEGER, "1", "Adapters that a batch of several mixes, or 1 for the same batch through one adapter"),
+    Column("latency_adapters", INTEGER, "1", "Adapters that a batch mixes, or 1 for the same batch through one adapter"),
     Column("index", INTEGER, "1", "Number of the sample within its kind and variant, in the order taken, from 0"),
     Column("value", FLOAT, "", "The sample, in the unit of the column `unit`"),
     Column("unit", TEXT, "", "s or 1: losses are in nats, tokens are counts"),

@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Numbers:
-    """The numbers of one or several runs. Rows of all tables belong together by `run`, `cell_id` and `attempt`.
-
-    cells: a row per attempt at a Cell; `latest` marks the ones that count. samples: a row per raw sample of training and
-    of latency. items: a row per scored test item. checks: a row per check. columns: table, column, dtype, unit (`s`, `B`,
-    `1`) and meaning of each of their columns. Missing values are NA.
-
-    left_out: a sentence for whatever the runs were to hold and the tables do not: files that cannot be read or were
-    changed after the run, and Cells without a Record.
-    """
+    """Numbers of one or several runs. Rows of all tables belong together by `run`, `cell_id` and `attempt`.
+    Missing values are NA."""
 
     cells: DataFrame
+    """A row per attempt at a Cell; `latest` marks the attempts that count."""
     samples: DataFrame
+    """A row per raw sample of training and of latency."""
     items: DataFrame
+    """A row per scored test item."""
     checks: DataFrame
+    """A row per check."""
     columns: DataFrame
+    """Table, column, dtype, unit (`s`, `B`, `1`) and meaning of each column."""
     left_out: tuple[str, ...] = ()
+    """A sentence for each thing that is missing in the tables: files that cannot be read or were changed after the
+    run, and Cells without a Record."""
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(getattr(self, name))} {name}" for name in TABLES)
@@ -49,7 +49,7 @@ def load(run: str | Path, *more: str | Path) -> Numbers:
     """Load the numbers of one or several runs: each a folder, an id, the start of an id, or `latest`.
 
     What is torn or was changed after the run is left out, with a warning and in `left_out`; the rest is loaded. Raises
-    UsageError for what is no run, StoreError where its run.json cannot be read.
+    UsageError for a name that is no run, StoreError for an unreadable run.json.
     """
     numbers = of([store.read_run(store.find_run(str(name))) for name in (run, *more)])
     for what in numbers.left_out:
@@ -113,7 +113,7 @@ def _left_out(run: store.Run) -> list[str]:
 
 
 def _place(run: store.Run) -> Callable[[Record], tuple[int, int]]:
-    """Order Records as the suite asks for their Cells, then by attempt."""
+    """Return a sort key for Records: the order of the suite, then the attempt."""
     places = {cell.cell_id: place for place, cell in enumerate(run.manifest.cells)}
     return lambda record: (places.get(record.cell_id, len(places)), record.attempt)
 
@@ -127,7 +127,7 @@ def _frame(table: str, made: Sequence[ExportRow]) -> tuple[DataFrame, list[Colum
 
 
 def _array(values: list[Value], dtype: str) -> Any:
-    """Return an array with NA for None and for an empty text, which is how a Record says that there is nothing to say."""
+    """Return an array with NA for None and for an empty text, which a Record has where a text does not apply."""
     given = [None if value == "" else value for value in values]
     if dtype == TIME:
         return pd.to_datetime(pd.Series(given, dtype=TEXT), utc=True, errors="coerce", format="ISO8601").astype(TIME)

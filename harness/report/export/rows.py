@@ -1,4 +1,4 @@
-"""A Record as rows of the four tables: plain values, None where there is none."""
+"""Rows of the four export tables for one Record: plain values, None where missing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ExportRow = dict[str, Value]
 
 
 def key(record: Record) -> ExportRow:
-    """Return what tells the rows of one attempt from all others."""
+    """Return the key columns of the rows of one attempt."""
     return {"run": record.run, "cell_id": record.cell_id, "attempt": record.attempt}
 
 
@@ -184,5 +184,5 @@ def _environment(e: Environment) -> ExportRow:
 
 
 def _count(machine: Mapping[str, str], name: str) -> int | None:
-    said = machine.get(name, "")
-    return int(said) if said.isdecimal() else None
+    value = machine.get(name, "")
+    return int(value) if value.isdecimal() else None

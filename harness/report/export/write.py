@@ -19,7 +19,7 @@ Format = Literal["parquet", "csv"]
 
 
 def export(names: Sequence[str], form: Format, out: Path | None = None) -> Exit:
-    """Write the tables of runs into a folder, print what was written, return the exit code.
+    """Write the tables of runs into a folder, print the files, return the exit code.
 
     out: `export-<form>` in the first run's folder if None. 1 where a file was changed after its run, 5 where there is
     nothing to export, 4 where a Record cannot be read or is missing. Raises UsageError for a folder that holds something,
@@ -31,7 +31,7 @@ def export(names: Sequence[str], form: Format, out: Path | None = None) -> Exit:
     folder = out or paths[0] / f"export-{form}"
     _refuse_used(folder)
 
-    from harness.report.export import frames  # pandas, for which nobody should wait who named a wrong folder
+    from harness.report.export import frames  # pandas is slow to import: check the folder first
 
     runs = [store.read_run(path) for path in paths]
     numbers = frames.of(runs)

@@ -15,12 +15,12 @@ from harness.report.svg.scales import Scale, linear, logarithmic
 _HUES = 8  # colour classes c0..c7 in the style sheet, each with its own dash pattern
 _FILLS = 9  # f0..f8
 _NAMES = 420.0
-"""The most that names beside a drawing may take of its width; longer ones are cut, and whole in the tooltip."""
+"""Largest share of a drawing's width for names; longer ones are cut, and complete in the tooltip."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One Cell in a chart of accuracy against a cost; `tied` with the best or not."""
+    """One Cell in a chart of accuracy against a cost."""
 
     label: str
     cost: float
@@ -28,13 +28,15 @@ class Point:
     low: float
     high: float
     tied: bool
+    """Whether it is the best or tied with it."""
     tip: str
+    """Tooltip."""
     href: str
 
 
 @dataclass(frozen=True)
 class Level:
-    """An accuracy without a cost: what was not trained. Drawn as a line across the chart."""
+    """An accuracy without a cost, of an untrained Cell: a line across the chart."""
 
     label: str
     value: float
@@ -44,7 +46,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Stopped:
-    """A Cell that got as far as this cost and has no accuracy, e.g. for want of memory."""
+    """A Cell that reached this cost and has no accuracy, e.g. out of memory."""
 
     label: str
     cost: float
@@ -59,7 +61,7 @@ def cost(
     *,
     log: bool,
 ) -> Drawing:
-    """Draw accuracy against a cost with intervals, the Pareto front and a name beside every point."""
+    """Draw accuracy against a cost with intervals, the Pareto front and a name next to every point."""
     width, height, left, right, top, bottom = 600, 380, 52, 590, 12, 336
     front = pareto([(p.cost, p.value) for p in points])
     description = (
@@ -175,7 +177,7 @@ def learning(title: str, series: Sequence[ChartSeries]) -> Drawing:
 
 
 def errors(title: str, series: Sequence[ChartSeries], allowed: ChartSeries) -> Drawing:
-    """Draw |loss - float64 loss| of every step on a logarithmic axis, under what is allowed.
+    """Draw |loss - float64 loss| of every step on a logarithmic axis, with the allowance.
 
     What is too small for the axis, and an error of exactly 0, lies on its lower edge.
     """
@@ -238,15 +240,17 @@ NO_PHASE = "in no phase"
 
 @dataclass(frozen=True)
 class PhaseBars:
-    """The phases of one Cell: what came before its own work, then its work, in seconds."""
+    """Phases of one Cell in seconds."""
 
     label: str
     startup: float
+    """Time before the Cell's own work."""
     phases: Sequence[tuple[str, float]]
+    """Names and times of the phases."""
 
 
 def phases(title: str, lives: Sequence[PhaseBars]) -> Drawing:
-    """Draw where each Cell's time went; its start-up stands apart, to the left of the zero line."""
+    """Draw the time of each Cell by phase, with its start-up to the left of the zero line."""
     names = list(dict.fromkeys(name for life in lives for name, _ in life.phases))
     names.sort(key=lambda name: name == NO_PHASE)
     kinds = {name: "fill rest" if name == NO_PHASE else f"fill f{k % _FILLS}" for k, name in enumerate(names)}

@@ -1,4 +1,4 @@
-"""Put a name beside every point so that no two names overlap."""
+"""Placement of names next to points so that no two names overlap."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def text_width(text: str) -> float:
 
 
 def fitted(text: str, width: float) -> str:
-    """Return a label that is no wider than `width`: its end stays, which tells it from its like."""
+    """Return a label that is no wider than `width`; it keeps its end, which distinguishes it."""
     room = int((width - 2) / (0.6 * SIZE))
     return text if len(text) <= room else f"…{text[len(text) - room + 1 :]}"
 

@@ -11,9 +11,9 @@ from harness.kernels.torch.adamw8bit_step import MIN_8BIT_SIZE, adamw8bit_step_,
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """AdamW whose tensors of at least `min_8bit_size` elements have 8-bit moments. State: `step`, and as `init_state` says.
+    """AdamW with 8-bit moments for tensors of at least `min_8bit_size` elements. State: `step`, and that of `init_state`.
 
-    params: tensors or groups; a group may hold every knob here, as of torch's AdamW.
+    params: tensors or groups; a group may set every option, as in torch's AdamW.
     """
 
     def __init__(
@@ -30,13 +30,13 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Take one step of every parameter that has a gradient; return the loss of `closure`, if there is one."""
+        """Step every parameter that has a gradient; return the loss of `closure`, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            how = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+            options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
             for p in (p for p in group["params"] if p.grad is not None):
                 state = self.state[p]
                 if not state:
@@ -44,21 +44,21 @@ class AdamW8bit(torch.optim.Optimizer):
                 state["step"] += 1
                 if state["m"].dtype == torch.uint8:
                     moments = [state[name] for name in ("m", "m_absmax", "v", "v_absmax")]
-                    adamw8bit_step_(p, p.grad, *moments, step=state["step"], **how)
+                    adamw8bit_step_(p, p.grad, *moments, step=state["step"], **options)
                 else:
                     dtype = working_dtype(p)
                     wide = [p.to(dtype), p.grad.to(dtype), state["m"], state["v"]]
-                    p.copy_(update(*wide, step=state["step"], **how))
+                    p.copy_(update(*wide, step=state["step"], **options))
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; codes stay codes, and 32-bit moments stay in 32 bits."""
+        """Load a `state_dict`; codes stay uint8, and 32-bit moments stay in 32 bits."""
         super().load_state_dict(state_dict)
         restore_dtypes(self, state_dict)
 
 
 def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Put the tensors of a state that torch loaded in the parameter's dtype back in the one they were saved in."""
+    """Restore the saved dtypes of state tensors, which torch casts to the parameter's dtype when it loads them."""
     saved = [index for group in state_dict["param_groups"] for index in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for index, p in zip(saved, params, strict=True):

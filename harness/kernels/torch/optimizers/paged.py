@@ -1,9 +1,9 @@
-"""A paged optimizer without managed memory: large states live on the host and pass through a few slots on the device.
+"""A paged optimizer without managed memory: large states are on the host and pass through a few slots on the device.
 
-Dettmers et al., QLoRA, arXiv:2305.14314, section 3, leave the moves to the driver, page by page, when memory is short; here
-they are planned. A page is the large states of one parameter. What fits in a given number of bytes stays on the device for
-good; of the rest the next parameter's page is copied in while this one is updated, and goes out behind it. On the CPU the
-same happens from one buffer to another, one after the other, so that it can be tested.
+In QLoRA (Dettmers et al., arXiv:2305.14314, section 3) the driver moves memory pages when memory is short; here copies are
+planned. A page is the large states of one parameter. Pages that fit a budget stay on the device. Of the others, the page of
+the next parameter is copied in while the current one is updated, and copied out afterwards. On the CPU the same copies
+happen between buffers, one after the other, so that they can be tested.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 MIN_PAGED_ELEMENTS = 100_000
+"""Elements from which a state is paged: the rule of bitsandbytes."""
 MOST_SLOTS = 3
 _ALIGNMENT = 16
+"""Bytes."""
 
 
 def is_paged(state: Any) -> bool:
-    """Return whether this is a state that is paged: a tensor of at least 100,000 elements, bitsandbytes' rule."""
+    """Return whether a state is paged: a tensor of at least `MIN_PAGED_ELEMENTS`."""
     return isinstance(state, Tensor) and state.numel() >= MIN_PAGED_ELEMENTS
 
 
@@ -30,13 +32,13 @@ def _large(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 class Lane:
-    """A queue of copies beside the computation: a stream on CUDA; elsewhere every copy is done when the call returns."""
+    """A queue of copies parallel to the computation: a stream on CUDA; elsewhere copies are synchronous."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def after(self, event: torch.cuda.Event | None) -> AbstractContextManager[Any]:
-        """Return the context in which copies are queued behind `event`."""
+        """Return a context in which copies are queued after `event`."""
         if self.stream is None:
             return nullcontext()
         if event is not None:
@@ -44,29 +46,30 @@ class Lane:
         return torch.cuda.stream(self.stream)
 
     def mark(self) -> torch.cuda.Event | None:
-        """Return an event that happens when all that is queued so far is done."""
+        """Return an event after all copies queued so far."""
         return None if self.stream is None else self.stream.record_event()
 
     def finish(self) -> None:
-        """Wait on the host until all of it is done."""
+        """Wait on the host for all copies."""
         if self.stream is not None:
             self.stream.synchronize()
 
 
 def _now(device: torch.device) -> torch.cuda.Event | None:
-    """Return an event that happens when the computation queued so far is done."""
+    """Return an event after the computation queued so far."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 class Slot:
-    """A buffer on the device that holds one page at a time. free: happens when what was in it is on the host."""
+    """A buffer on the device for one page at a time."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
         self.free = _now(device)
+        """Event after the previous page was copied to the host."""
 
     def views(self, page: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors in the buffer of the page's shapes and dtypes."""
+        """Return tensors in the buffer with the shapes and dtypes of the page."""
         views, at = {}, 0
         for name, state in page.items():
             views[name] = self.buffer[at : at + state.nbytes].view(state.dtype).view(state.shape)
@@ -79,7 +82,7 @@ def _aligned(size: int) -> int:
 
 
 def bytes_of(page: dict[str, Tensor]) -> int:
-    """Return the bytes that a page takes in a slot."""
+    """Return the bytes of a page in a slot."""
     return sum(_aligned(state.nbytes) for state in page.values())
 
 
@@ -90,47 +93,49 @@ def to_host(state: Tensor) -> Tensor:
 
 
 class Paged(torch.optim.Optimizer):
-    """Any optimizer that keeps its state per parameter, with its large states paged; takes the very same steps.
+    """Wrapper that pages the large states of an optimizer with per-parameter state; its steps are unchanged.
 
-    inner: the optimizer; its groups and its state are this one's too. Its hooks run once per parameter. One that keeps
-    anything in its groups, or that looks at several parameters at once (LBFGS), cannot be paged so, nor one whose
-    parameters are on several devices. budget: bytes of paged states that may be on the device. At most max(budget, the
-    largest page) are there, slots and all, once every state exists; while one is made or loaded, it is there besides; what
-    `inner` holds already is all there until it is taken over. With a budget of less than two pages there is one slot, and
-    no copy overlaps an update.
+    inner: the optimizer; groups and state are shared with it, and its hooks run once per parameter. It must not store
+    values in its groups or combine parameters (like LBFGS), and its parameters must be on one device. budget: bytes of
+    paged states on the device. Once all states exist, pages and slots take at most max(budget, largest page); a state
+    being made or loaded comes in addition, and states that `inner` already has are on the device until they are taken
+    over. A budget below two pages allows one slot, without overlap of copies and updates. Raises ValueError for a
+    negative budget.
 
-    Which pages stay is decided in the order of the parameters, after a step that made states. bytes_in, bytes_out: moved to
-    the device, to the host, so far. peak: the most bytes of pages and slots that were on the device.
+    The order of the parameters decides which pages stay, after each step that made states.
     """
 
     def __init__(self, inner: torch.optim.Optimizer, budget: int) -> None:
         if budget < 0:
-            raise ValueError(f"a budget is a number of bytes, got {budget}")
+            raise ValueError(f"budget must be a number of bytes of at least 0, got {budget}")
         super().__init__(inner.param_groups, inner.defaults)
         self.inner, self.budget = inner, budget
-        self.bytes_in = self.bytes_out = self.peak = 0
+        self.bytes_in = self.bytes_out = 0
+        """Bytes copied to the device and to the host so far."""
+        self.peak = 0
+        """Most bytes of pages and slots on the device so far."""
         self._pages: dict[Tensor, dict[str, Tensor]] = {}  # on the host
         self._resident: dict[Tensor, int] = {}  # bytes
         self._slots: list[Slot] = []
         self._lanes: list[Lane] = []  # in, out
         self.state = inner.state
-        here = {p: bytes_of(large) for p, state in self.state.items() if (large := _large(state))}
-        self.peak = sum(here.values())
-        for p in here:
+        present = {p: bytes_of(large) for p, state in self.state.items() if (large := _large(state))}
+        self.peak = sum(present.values())
+        for p in present:
             self._evict(p)
         self._plan()
 
     @property
     def resident(self) -> int:
-        """Bytes of the device that pages and slots take now."""
+        """Bytes of pages and slots on the device now."""
         return sum(self._resident.values()) + sum(slot.buffer.nbytes for slot in self._slots)
 
     def where(self) -> dict[Tensor, str]:
-        """Map every parameter that has paged states to the place they are in: `device` or `host`."""
+        """Map every parameter with paged states to their place: `device` or `host`."""
         return dict.fromkeys(self._resident, "device") | dict.fromkeys(self._pages, "host")
 
     def step(self, closure: Any = None) -> Any:
-        """Take one step of every parameter that has a gradient, one after the other; return the loss of `closure`."""
+        """Step every parameter that has a gradient, one after the other; return the loss of `closure`, if given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -144,13 +149,13 @@ class Paged(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned, of this or of the inner optimizer; states that do not fit go to the host."""
+        """Load a `state_dict` of this or of the inner optimizer; states that do not fit go to the host."""
         states = state_dict["state"]
         pages = {key: state for key, state in states.items() if _large(state)}
         self.inner.load_state_dict({**state_dict, "state": {k: s for k, s in states.items() if k not in pages}})
         self.state, self._pages, self._resident, self._slots = self.inner.state, {}, {}, []
         try:
-            # The inner optimizer puts on the device whatever it loads: so one page at a time.
+            # The inner optimizer loads to the device, hence one page at a time.
             for key, state in pages.items():
                 self.inner.load_state_dict({**state_dict, "state": {key: state}})
                 for p, loaded in self.inner.state.items():
@@ -162,11 +167,11 @@ class Paged(torch.optim.Optimizer):
         self._plan()
 
     def _steps(self, todo: list[tuple[dict[str, Any], Tensor]]) -> bool:
-        """Update each in turn; return whether paged states were made that nobody had planned for."""
-        made, ahead = False, self._staged([p for _, p in todo if p in self._pages])
+        """Update each parameter in turn; return whether new paged states were made."""
+        made, staged = False, self._staged([p for _, p in todo if p in self._pages])
         try:
             for group, p in todo:
-                slot = next(ahead) if p in self._pages else None
+                slot = next(staged) if p in self._pages else None
                 self.inner.param_groups = [{**group, "params": [p]}]
                 try:
                     self.inner.step()
@@ -181,11 +186,11 @@ class Paged(torch.optim.Optimizer):
                 lane.finish()
         return made
 
-    def _staged(self, several: list[Tensor]) -> Iterator[Slot]:
-        """Yield the slot with the page of each. It is asked for the next only when the one before is on its way out."""
+    def _staged(self, parameters: list[Tensor]) -> Iterator[Slot]:
+        """Yield the slot with the page of each parameter; advance only after the previous page is being copied out."""
         queue: list[tuple[Slot, dict[str, Tensor], torch.cuda.Event | None]] = []
-        for k, p in enumerate(several):
-            for follower in several[k + len(queue) : k + len(self._slots)]:
+        for k, p in enumerate(parameters):
+            for follower in parameters[k + len(queue) : k + len(self._slots)]:
                 slot = self._slots[(k + len(queue)) % len(self._slots)]
                 queue.append((slot, *self._send_in(self._pages[follower], slot)))
             slot, views, ready = queue.pop(0)
@@ -212,7 +217,7 @@ class Paged(torch.optim.Optimizer):
         slot.free = lane.mark()
 
     def _evict(self, p: Tensor) -> None:
-        """Move states that are in memory of their own to the host."""
+        """Move the large states of p, which are outside of slots, to the host."""
         large = _large(self.state[p])
         self._resident.pop(p, None)
         self.peak = max(self.peak, self.resident + bytes_of(large))
@@ -221,22 +226,22 @@ class Paged(torch.optim.Optimizer):
         self.bytes_out += bytes_of(large)
 
     def _plan(self) -> None:
-        """Decide which pages stay on the device, and how many slots the others pass through, within the budget."""
+        """Decide which pages stay on the device, and the number of slots for the others, within the budget."""
         for p in list(self._resident):
             self._evict(p)
         self._slots = []
         sizes = {p: bytes_of(page) for p, page in self._pages.items()}
-        left = self.budget
-        if sum(sizes.values()) > left:
+        remaining = self.budget
+        if sum(sizes.values()) > remaining:
             device, largest = next(iter(sizes)).device, max(sizes.values())
-            # Two let copies overlap an update; a third, for both directions at once, is not worth half of the budget.
-            count = min(MOST_SLOTS, len(sizes), max(1, min(2, left // largest), left // (2 * largest)))
+            # Two slots overlap copies with updates; a third, for both directions at once, must not take half of the budget.
+            count = min(MOST_SLOTS, len(sizes), max(1, min(2, remaining // largest), remaining // (2 * largest)))
             self._slots = [Slot(largest, device) for _ in range(count)]
             self._lanes = [Lane(device), Lane(device)]
-            left -= count * largest
+            remaining -= count * largest
         for p, size in sizes.items():
-            if size <= left:
-                left -= size
+            if size <= remaining:
+                remaining -= size
                 self._resident[p] = size
                 self.state[p].update({n: host.to(p.device, copy=True) for n, host in self._pages.pop(p).items()})
                 self.bytes_in += size

@@ -1,4 +1,4 @@
-"""Backward passes under autocast, which is to cast what a forward pass computes and nothing else."""
+"""Backward passes without autocast, which should only cast the forward pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a Function's backward run without autocast: its products go into memory of the dtype that is there already."""
+    """Wrap the backward of a Function so that it runs without autocast: it writes into memory of a fixed dtype."""
 
     @wraps(backward)
     def plain(ctx: Any, *dys: Tensor | None) -> Any:

@@ -1,10 +1,10 @@
-"""Functions of CPU tensors by torch.compile: the one place that decides when to compile, when to run, and what if it fails.
+"""Functions of CPU tensors compiled by torch.compile: when to compile, when to run, and what to do on failure.
 
-Compiling costs seconds, so it waits for the first call that is large, and happens once for each `Compiled`, whatever the
-sizes, the threads and the modes (inference, autocast, default device) of later calls. One thread compiles; what others call
-meanwhile, or would compile too, runs uncompiled. Measured for NF4 on two cores: 11 s for the first function and 1.6 s for
-each further one with inductor's cache on disk empty; 3.5 s, which is the import of inductor, and 0.2 s with it warm.
-PEFT_HARNESS_COMPILE=0 in the environment switches it off, and PEFT_HARNESS_COMPILE=1 compiles for smaller tensors too.
+Compilation takes seconds, so it waits for the first large call. It happens once per `Compiled`, independent of sizes,
+threads and modes (inference, autocast, default device) of later calls. One thread compiles; calls of other threads run
+uncompiled meanwhile. Measured for NF4 on two cores: 11 s for the first function and 1.6 s for each further one with an empty
+inductor cache on disk; 3.5 s (the import of inductor) and 0.2 s with a warm one. PEFT_HARNESS_COMPILE=0 in the environment
+switches it off; PEFT_HARNESS_COMPILE=1 also compiles for smaller tensors.
 """
 
 from __future__ import annotations
@@ -23,127 +23,128 @@ import torch
 from torch import Tensor
 
 LARGE = 1 << 21
-"""Values from which calls are compiled: who has one such tensor has more of them. With fewer, what is gained is less than
-what threads lose that wait for each other on a busy machine."""
+"""Values from which calls are compiled: a model with one such tensor has more of them. Below, the gain is less than the time
+that threads wait for each other on a busy machine."""
 _SMALL = 1 << 16
-"""Values from which, if that is asked for: below, a call takes longer than eager torch."""
+"""The same with PEFT_HARNESS_COMPILE=1: below, a call takes longer than eager torch."""
 
 _COMPILING = Lock()
-"""Held by who compiles. One for all functions, since dynamo has one, too, for which a thread would wait."""
+"""Held while compiling. One for all functions, since dynamo has a global lock for which a thread would wait."""
 
 _OPTIONS: dict[str, Any] = {
-    # Otherwise the number of threads of the first call is part of the code.
+    # Otherwise the generated code has the number of threads of the first call.
     "cpp.dynamic_threads": True,
-    # Otherwise what has more than 30 operations goes to memory and back midway, which takes three times as long.
+    # Otherwise functions of more than 30 operations write intermediates to memory, which takes three times as long.
     "realize_opcount_threshold": 1 << 20,
     "realize_reads_threshold": 1 << 20,
 }
 
 
-class NotCompiled(Exception):  # noqa: N818 - it is no error
-    """Raised by `only_compiled`."""
+class NotCompiled(Exception):  # noqa: N818 - control flow, not an error
+    """Raised where a function would run uncompiled."""
 
 
 def only_compiled() -> None:
-    """Raise NotCompiled where torch runs a function uncompiled that is meant to be compiled.
+    """Raise NotCompiled if the calling function runs uncompiled.
 
-    torch.compile does so without a word under set_stance("force_eager") or TORCH_COMPILE_DISABLE=1.
+    torch.compile silently does so under set_stance("force_eager") or TORCH_COMPILE_DISABLE=1.
     """
     if not torch.compiler.is_compiling():
         raise NotCompiled
 
 
 class Compiled:
-    """A function that writes to some of its tensors, and returns nothing, compiled once.
+    """A function that writes to some of its tensors and returns None, compiled once.
 
-    function: begins with `only_compiled()`. Its tensors are contiguous; they have one first size, which differs from call to
-    call; their other sizes and their dtypes do not. What it computes must not depend on torch's default dtype or device.
+    function: calls `only_compiled()` first. Its tensors are contiguous and share their first size, which may vary between
+    calls; other sizes and dtypes may not. Its result must not depend on torch's default dtype or device. Raises TypeError
+    unless it is written in Python.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
         if not isinstance(function, FunctionType):
-            raise TypeError(f"needs a function written in Python, got {function!r}")
-        # torch.compile allows eight results for a code object, which all closures of one function share.
+            raise TypeError(f"needs a Python function, got {function!r}")
+        # torch.compile allows eight results per code object, which all closures of a function share.
         code = function.__code__.replace()
         self._function = FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
         self._run: Callable[[Sequence[Tensor]], object] | None = None
         self._failed = False
 
     def wanted(self, values: int, *tensors: Tensor) -> bool:
-        """Return whether to call this for so many values, which `tensors` hold.
+        """Return whether to call this for `tensors` with this many values.
 
-        They must be plain memory on a CPU with wide vectors, and nobody may look at what torch does with them.
+        The tensors must be plain CPU memory, the CPU must have wide vectors, and no torch mode may observe operations.
         """
-        asked = os.environ.get("PEFT_HARNESS_COMPILE")
-        if asked == "0" or values < (_SMALL if asked == "1" else LARGE):
+        setting = os.environ.get("PEFT_HARNESS_COMPILE")
+        if setting == "0" or values < (_SMALL if setting == "1" else LARGE):
             return False
-        if self._failed or torch.compiler.is_compiling() or _watched():
+        if self._failed or torch.compiler.is_compiling() or _observed():
             return False
-        return _vectors() and all(map(_plain, tensors))
+        return _has_vectors() and all(map(_plain, tensors))
 
     def __call__(self, *tensors: tuple[Tensor, torch.dtype, Sequence[int]], out: Sequence[Tensor]) -> bool:
-        """Run the function on views of `tensors`, and return whether it ran; if not, `out` may hold anything.
+        """Run the function on views of `tensors`; return whether it ran. If not, the contents of `out` are undefined.
 
-        tensors: each with the dtype and the shape to view the beginning of its memory in. out: those that are written to.
-        Whatever happens in the compiler, or in what it made, is one warning, no error.
+        tensors: each with the dtype and shape in which to view the beginning of its memory. out: the tensors written to.
+        Errors of the compiler or of compiled code become one RuntimeWarning.
         """
-        failure, hint = "did not compile", "A C++ compiler with OpenMP (g++) mends it; "
+        failure, hint = "did not compile", "install a C++ compiler with OpenMP (g++), or "
         try:
             with torch.inference_mode(False), torch.no_grad():
                 views = [_view(*tensor) for tensor in tensors]
-                torch.get_num_threads()  # tells OpenMP, too, in a thread that is new
+                torch.get_num_threads()  # also sets OpenMP's number in a new thread
                 run = self._run or self._compile(views)
-                failure, hint = "compiled, and then failed", ""
+                failure, hint = "failed after compilation", ""
                 run(views)
         except NotCompiled:
             return False
-        except Exception as error:  # noqa: BLE001 - a compiler fails in many ways, and there is another way for each
+        except Exception as error:  # noqa: BLE001 - a compiler fails in many ways; the uncompiled function always works
             self._failed = True
             warnings.warn(
-                f"harness.kernels.torch.support.compiled: {self._function.__name__} {failure}; from now on it runs uncompiled, several "
-                f"times slower: {type(error).__name__}: {str(error).strip()[:300]}. {hint}"
-                "PEFT_HARNESS_COMPILE=0 compiles nothing and says nothing",
+                f"{__name__}: {self._function.__name__} {failure} and now runs uncompiled, several times slower: "
+                f"{type(error).__name__}: {str(error).strip()[:300]}. "
+                f"hint: {hint}set PEFT_HARNESS_COMPILE=0 to skip compilation",
                 RuntimeWarning,
                 stacklevel=3,
             )
             return False
         for tensor in out:
             if not tensor.is_inference():
-                torch.autograd.graph.increment_version(tensor)  # the view has a version of its own
+                torch.autograd.graph.increment_version(tensor)  # the view has its own version
         return True
 
     def _compile(self, views: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], object]:
-        """Return what inductor makes of the function, and keep it.
+        """Compile the function by inductor, save the result and return it.
 
-        It is then called without dynamo's guards, which would compile anew for another number of threads, for autocast and
-        for other settings that do not matter here.
+        Later calls bypass dynamo's guards, which would recompile for another number of threads, for autocast and for other
+        settings that do not matter here.
         """
         names = self._function.__code__.co_varnames[: len(views)]
 
-        def keep(graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
-            made: Callable[..., Any] = torch._inductor.compile(graph, examples, options=_OPTIONS)
+        def backend(graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+            compiled: Callable[..., Any] = torch._inductor.compile(graph, examples, options=_OPTIONS)
             places = [node.target for node in graph.graph.find_nodes(op="placeholder")]
-            # The graph takes the tensors in the order of their first use, and their first size by itself.
+            # The graph takes the tensors in order of first use, and their first size as a separate argument.
             which = [
                 None if isinstance(example, torch.SymInt) else names.index(str(place)[2:-1])  # L_name_
                 for place, example in zip(places, examples, strict=True)
             ]
-            self._run = lambda given: made(*(given[0].shape[0] if i is None else given[i] for i in which))
-            return lambda *_: ()  # dynamo would run it here, where what fails looks like the compiler's fault
+            self._run = lambda views: compiled(*(views[0].shape[0] if i is None else views[i] for i in which))
+            return lambda *_: ()  # dynamo runs this: a failure of compiled code here would look like one of compilation
 
         if not _COMPILING.acquire(blocking=False):
             raise NotCompiled
         try:
-            # Another thread may have been here since this one looked.
+            # Another thread may have compiled meanwhile.
             if self._run is None and not self._failed:
                 for view in views:
                     torch._dynamo.mark_dynamic(view, 0)
                 with torch._C.DisableTorchFunction():
-                    torch.compile(self._function, backend=keep, fullgraph=True, dynamic=False)(*views)
+                    torch.compile(self._function, backend=backend, fullgraph=True, dynamic=False)(*views)
         except NotCompiled:
             raise
         except Exception:
-            self._failed = True  # before another thread has its turn
+            self._failed = True  # before the lock is released
             raise
         finally:
             _COMPILING.release()
@@ -156,10 +157,10 @@ def _plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
-def _watched() -> bool:
-    """Whether a mode or a transform sees every operation, and would miss those that are compiled.
+def _observed() -> bool:
+    """Return whether a torch mode or transform observes operations, and would miss compiled ones.
 
-    Also where this torch does not tell: these names are not promised.
+    True if this torch lacks the private names that show it.
     """
     try:
         return (
@@ -172,13 +173,13 @@ def _watched() -> bool:
 
 
 @cache
-def _vectors() -> bool:
-    """Whether inductor has vectors here for which this was measured; they are also little-endian, which pairs rely on."""
+def _has_vectors() -> bool:
+    """Return whether inductor vectorises as measured. AVX also implies little-endian, which pairs of values rely on."""
     return sys.platform != "win32" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
 def _view(tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """Return the first values of a tensor's memory as a plain tensor, whatever mode made it: one kind for the compiler."""
+    """Return the beginning of a tensor's memory as a plain tensor, independent of the mode that made the tensor."""
     first = tensor.storage_offset() * tensor.element_size()
     if first % dtype.itemsize:
         raise NotCompiled

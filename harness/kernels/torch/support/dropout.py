@@ -1,4 +1,4 @@
-"""Dropout as a mask of its own, so that a layer need not keep the input that was dropped as well as the input."""
+"""Dropout as a separate mask, so that a layer need not save the dropped input in addition to the input."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 _COARSE = 1 / 256
-"""Nearer than this to 0 or 1, 16 bits of randomness would not say a probability well enough."""
+"""Distance of a probability from 0 or 1 below which 16 random bits are too coarse."""
 
 
 def keep_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
-    """Draw which features of x are kept: a tensor of zeros and ones like x, and the probability of a one.
+    """Draw a dropout mask: a tensor of zeros and ones like x, and the probability of a one.
 
-    What is kept is to be divided by that probability, which is 1 - p rounded to a multiple of 2^-16 (2^-32 if p is near 0 or
-    1); where nothing is kept it is given as 1. torch's own draw on a CPU takes a double from the generator for every element
-    and is most of what dropout costs there; here a draw of 64 bits decides four, or two if p is near 0 or 1.
+    Divide the remaining features by that probability. It is 1 - p rounded to a multiple of 2^-16 (2^-32 if p is near 0 or
+    1), or 1 if p is 1. On a CPU torch draws a double per element, which is most of the cost of dropout; here one draw of 64
+    bits decides four elements, or two if p is near 0 or 1.
     """
     if p == 1:
         return torch.zeros_like(x, memory_format=torch.contiguous_format), 1.0

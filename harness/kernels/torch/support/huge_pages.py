@@ -1,4 +1,4 @@
-"""Fresh memory for a large result, in huge pages where the system has them: its page faults cost more than filling it."""
+"""Fresh memory for a large result, in huge pages where available: page faults cost more than filling the memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 _OWN_MAPPING = 32 << 20
-"""From this size on (bytes) glibc gives every allocation a mapping of its own, so that advice on it concerns nobody else."""
+"""Bytes from which glibc gives every allocation its own mapping, so that advice affects only this allocation."""
 
 
 @cache
 def _advise() -> Callable[..., Any] | None:
-    """Return the C library's madvise, or None where there are no transparent huge pages to be asked for."""
+    """Return the C library's madvise, or None where transparent huge pages are not supported."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     function = ctypes.CDLL(None).madvise
@@ -28,8 +28,8 @@ def _advise() -> Callable[..., Any] | None:
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return an uninitialised contiguous tensor, as torch.empty does.
 
-    On a CPU 64 MiB are 16384 pages, which one by one take the system 30 to 60 ms to hand out, and 2 MiB at a time 11 to 15;
-    decoding into them takes less than either. Advice that is not followed changes nothing.
+    On a CPU 64 MiB are 16384 pages, which the system allocates in 30 to 60 ms, or in 11 to 15 ms as pages of 2 MiB;
+    decoding into them takes less than either. If the advice is ignored, the result is the same.
     """
     out = torch.empty(tuple(shape), dtype=dtype, device=device)
     bytes_ = out.numel() * out.element_size()

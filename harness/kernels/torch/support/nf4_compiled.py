@@ -1,7 +1,7 @@
-"""NF4's two directions for whole blocks, as expressions of float32 that inductor turns into vectors from end to end.
+"""NF4 encoding and decoding of whole blocks as float32 expressions that inductor vectorises completely.
 
-Both values of a byte are formed as one word of twice their width, so that loads and stores are contiguous; a level is found
-by 15 selections, not by a look-up, which inductor does one by one.
+Both values of a byte form one word of twice their width, so that loads and stores are contiguous. A level is found by 15
+selections instead of a look-up, which inductor does not vectorise.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from torch import Tensor
 from harness.kernels.torch.support.compiled import Compiled, only_compiled
 
 _MAKING = Lock()
-"""Held while a function is looked up: two threads that come first at once are to have one, and not to compile two."""
+"""Held while a function is looked up, so that two threads do not compile it twice."""
 _BLOCKS = tuple(1 << i for i in range(5, 13))
-"""Blocks that are in use, 32 to 4096; each is compiled for itself, so that its loops have known ends."""
+"""Supported blocks, 32 to 4096. Each is compiled separately, so that its loops have constant bounds."""
 
 
 def encode(values: Tensor, packed: Tensor, absmax: Tensor, block: int, levels: tuple[float, ...]) -> int:
-    """Write the packed codes and the absmax of the first blocks of `values`, and return how many values these have.
+    """Write the packed codes and the absmax of all whole blocks of `values`; return the number of values encoded.
 
-    values: (n,), any floating dtype; another than float32 is held as float32 meanwhile. packed: uint8 (ceil(n / 2),).
-    absmax: float32 (ceil(n / block),). levels: NF4's 16. All whole blocks are done, or, where this is not for the compiler,
-    none; what lies behind them may hold anything.
+    values: (n,), any floating dtype, copied to float32. packed: uint8 (ceil(n / 2),). absmax: float32 (ceil(n / block),).
+    levels: the 16 of NF4. Returns 0 if compiled code is not used; memory after the encoded blocks is undefined.
     """
     blocks = values.numel() // block
     count = blocks * block
@@ -45,10 +44,10 @@ def encode(values: Tensor, packed: Tensor, absmax: Tensor, block: int, levels: t
 
 
 def decode(packed: Tensor, absmax: Tensor, out: Tensor, block: int, levels: tuple[float, ...]) -> int:
-    """Write the values of the first blocks to `out`, and return how many values these have.
+    """Write the values of all whole blocks to `out`; return the number of values decoded.
 
-    packed: uint8 (ceil(n / 2),). absmax: float32 (ceil(n / block),). out: (n,), float32; nothing is done for another dtype,
-    since to hold all as float32 costs what is gained. levels and the result: as for `encode`.
+    packed: uint8 (ceil(n / 2),). absmax: float32 (ceil(n / block),). out: (n,), float32; returns 0 for another dtype,
+    since a float32 copy costs as much as compilation gains. levels and the result: as for `encode`.
     """
     blocks = out.numel() // block
     count = blocks * block
@@ -73,7 +72,7 @@ def _encoder(block: int, levels: tuple[float, ...]) -> Compiled:
     midpoints: list[float] = ((exact[:-1] + exact[1:]) / 2).tolist()
 
     def code(scaled: Tensor) -> Tensor:
-        """Return the code of each value as a float32 number; NaN, which no comparison is true of, gets the highest."""
+        """Return the code of each value as float32; NaN, for which every comparison is false, gets the highest."""
         code = torch.full_like(scaled, 15.0)
         for below, midpoint in reversed(list(enumerate(midpoints))):
             code = torch.where(scaled <= midpoint, float(below), code)
@@ -94,7 +93,7 @@ def _encoder(block: int, levels: tuple[float, ...]) -> Compiled:
 @cache
 def _decoder(block: int, levels: tuple[float, ...]) -> Compiled:
     def level(code: Tensor) -> Tensor:
-        """Return the level of the lowest four bits: each bit halves what is left of the table."""
+        """Return the level of the lowest four bits: each bit halves the remaining table."""
         bits = [code & 1 << i != 0 for i in range(4)]
         left = [torch.full_like(code, level, dtype=torch.float32) for level in levels]
         for bit in bits:

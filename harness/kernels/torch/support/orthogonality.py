@@ -1,4 +1,4 @@
-"""AdaLoRA's orthogonality term, with one batched product for all matrices of a shape instead of some operations for each."""
+"""AdaLoRA's orthogonality term, with one batched product for all matrices of one shape."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 def orthogonality(P: Iterable[Tensor], Q: Iterable[Tensor], form: str) -> Tensor:
     """Return R(P, Q), a scalar with a graph (arXiv:2303.10512, eq. 4).
 
-    P: matrices (out, R) with columns to be orthonormal; Q: (R, in), with rows to be. form: `squared-sum`, the sum of the
-    squared Frobenius norms of P^T P - I and Q Q^T - I; `mean-norm`, the mean of the norms.
+    P: matrices (out, R), whose columns should be orthonormal; Q: (R, in), whose rows should be. form: `squared-sum`, the sum
+    of the squared Frobenius norms of P^T P - I and Q Q^T - I; `mean-norm`, the mean of the norms.
     """
     alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
     for wide in (*(p.T for p in P), *Q):

@@ -1,7 +1,7 @@
-"""The leading singular vectors of a matrix, without its whole SVD: by its smaller Gram matrix, or by a random range finder.
+"""Leading singular vectors of a matrix without a full SVD: by its smaller Gram matrix, or by a random range finder.
 
 Halko, Martinsson and Tropp, arXiv:0909.4061: algorithm 4.4 finds an orthonormal basis of the range by power iterations on
-a random sketch, 5.1 turns it into an SVD. Shape letters: W (E, D), R singular values are asked for.
+a random sketch, 5.1 turns it into an SVD. Shapes: W (E, D), R requested singular values.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 SURE = 2.0**-12
-"""A ratio of singular values of float32 numbers above which float64 loses by their squares less than float32 holds."""
+"""Ratio of singular values above which squaring them in float64 loses less than the precision of float32."""
 
 
 def orthonormal(Y: Tensor) -> Tensor:
     """Return an orthonormal basis (E, R) of the range of Y (E, R), E >= R.
 
-    Of float32 by the Cholesky factor of Y^T Y in float64, an order of magnitude faster than Householder's reflections on
-    a CPU; where the columns are too nearly dependent for that, and for float64, by those.
+    For float32 by the Cholesky factor of Y^T Y in float64, an order of magnitude faster than Householder reflections on a
+    CPU; for nearly dependent columns, and for float64, by Householder reflections.
     """
     if Y.dtype != torch.float64:
         wide = Y.double()
@@ -31,10 +31,10 @@ def orthonormal(Y: Tensor) -> Tensor:
 
 
 def range_finder(W: Tensor, sketch: Tensor, niter: int) -> Tensor:
-    """Return an orthonormal basis (E, R) that nearly holds the R leading left singular vectors of W (E, D).
+    """Return an orthonormal basis (E, R) that approximately contains the R leading left singular vectors of W (E, D).
 
-    sketch: (D, R), normal. niter: power iterations, each a product with W^T and one with W; the error of a singular
-    vector falls by the square of the ratio of the singular values with every one of them.
+    sketch: (D, R), normal. niter: power iterations, each a product with W^T and one with W; each reduces the error of a
+    singular vector by the square of the ratio of the singular values.
     """
     Q = orthonormal(W @ sketch)
     for _ in range(niter):
@@ -43,9 +43,9 @@ def range_finder(W: Tensor, sketch: Tensor, niter: int) -> Tensor:
 
 
 def randomised_svd(W: Tensor, sketch: Tensor, niter: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return approximate (U (E, R), S (R,), V (D, R)), signs as they come, of W (E, D) in float32 or float64.
+    """Return approximate (U (E, R), S (R,), V (D, R)), with arbitrary signs, of W (E, D) in float32 or float64.
 
-    sketch: (min(E, D), R), normal: the longer side's range is found.
+    sketch: (min(E, D), R), normal.
     """
     if W.shape[0] < W.shape[1]:
         V, S, U = randomised_svd(W.T, sketch, niter)
@@ -56,16 +56,16 @@ def randomised_svd(W: Tensor, sketch: Tensor, niter: int) -> tuple[Tensor, Tenso
 
 
 def leading_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (U (E, R), S (R,), V (D, R)) of the R largest singular values, signs as they come, by no approximation.
+    """Return (U (E, R), S (R,), V (D, R)) of the R largest singular values, exact, with arbitrary signs.
 
-    W: float32 or float64. Of float32 by the eigenvectors of the smaller Gram matrix in float64, in which its products are
-    exact. The other side's are W's products with them, divided by S; where S spans more than that bears, or W is float64,
-    it is LAPACK's SVD. Raises ValueError if W is not finite.
+    W: float32 or float64. For float32 by the eigenvectors of the smaller Gram matrix in float64, in which its products are
+    exact; the vectors of the other side are W's products with them, divided by S. LAPACK's SVD if the range of S is too
+    large for that, or W is float64. Raises ValueError if W is not finite.
     """
     if W.shape[0] < W.shape[1]:
         V, S, U = leading_svd(W.T, rank)
         return U, S, V
-    _refuse_infinite(W)
+    _check_finite(W)
     if W.dtype != torch.float64:
         S, V = _by_gram(W.double(), rank)
         if S[-1] > SURE * S[0]:
@@ -75,28 +75,29 @@ def leading_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def leading_vectors(W: Tensor, rank: int, left: bool, right: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Return (U (E, R) if `left` else None, V (D, R) if `right` else None) as `leading_svd`; contiguous.
+    """Return (U (E, R) if `left` else None, V (D, R) if `right` else None) of `leading_svd`, contiguous.
 
-    Only the shorter side's needs no division, and holds for a singular matrix as well. Raises as it does.
+    The vectors of the shorter side alone need no division, and so work for a singular matrix too. Raises ValueError as
+    `leading_svd` does.
     """
     shorter = right if W.shape[0] >= W.shape[1] else left
     if W.dtype != torch.float64 and shorter and left != right:
-        _refuse_infinite(W)
+        _check_finite(W)
         vectors = _by_gram((W if right else W.T).double(), rank)[1].to(W.dtype)
         return (None, vectors) if right else (vectors, None)
     U, _, V = leading_svd(W, rank)
     return U.contiguous() if left else None, V.contiguous() if right else None
 
 
-def _refuse_infinite(W: Tensor) -> None:
-    """LAPACK calls such a matrix ill-conditioned, or returns NaN without a word."""
+def _check_finite(W: Tensor) -> None:
+    """Raise ValueError unless W is finite; LAPACK calls such a matrix ill-conditioned, or silently returns NaN."""
     if not W.isfinite().all():
         raise ValueError(
-            "a matrix with a NaN or an infinity has no singular vectors; mend the weight or the gradient that it is"
+            "a matrix with NaN or infinity has no singular vectors; hint: check the weight or the gradient it comes from"
         )
 
 
 def _by_gram(tall: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return (S (R,), V (D, R)) of a tall float64 matrix, by W^T W = V S^2 V^T."""
+    """Return (S (R,), V (D, R)) of a tall float64 matrix W, by W^T W = V S^2 V^T."""
     squares, V = torch.linalg.eigh(tall.T @ tall)
     return squares.flip(0)[:rank].clamp(min=0).sqrt(), V.flip(1)[:, :rank].contiguous()

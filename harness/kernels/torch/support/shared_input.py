@@ -1,4 +1,4 @@
-"""LoRA layers that are given one and the same input, as q, k and v are: the first that is called computes for all."""
+"""LoRA layers of the same input, such as q, k and v: the first one that is called computes all of them."""
 
 from __future__ import annotations
 
@@ -13,157 +13,159 @@ from torch import Tensor, nn
 from harness.kernels.torch.lora_linear import is_plain
 from harness.kernels.torch.lora_linears import LoraFactors, lora_linears
 
-FAMILIES = (
+GROUPS = (
     ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("query_proj", "key_proj", "value_proj"),
     ("q_lin", "k_lin", "v_lin"), ("to_q", "to_k", "to_v"), ("q", "k", "v"),
     ("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"),
 )  # fmt: skip
-"""What such layers are called. Names and not what is seen to happen, so that a first step has the bits of later ones."""
+"""Names of layers with the same input. Not by observed calls, so that the first step has the same bits as others."""
 PATIENCE = 8
-"""How often more a layer's output may be computed in vain than not, as in cross-attention, before it no longer is; from
-then on it is computed alone, which may round otherwise."""
+"""Excess of unused over used outputs of a layer, as in cross-attention, from which it is no longer precomputed. It is then
+computed alone, which may round differently."""
 
 
-class Sibling(nn.Module):
-    """A layer that can be computed alone, or with others; by its tensors and scaling, and by those of its base."""
+class SharedInputLayer(nn.Module):
+    """A layer that can be computed alone or together with others of the same input."""
 
-    family: Family
+    input_group: InputGroup
     place: int
+    """Position in the group."""
     base: Any
     scaling: float
 
-    def alone(self, x: Tensor) -> Tensor:
-        """Return its output by itself."""
+    def forward_alone(self, x: Tensor) -> Tensor:
+        """Return the output of this layer only."""
         raise NotImplementedError
 
     def factors(self, x: Tensor) -> LoraFactors | None:
-        """Return what its output for this x is made of, or None where only `alone` will do."""
+        """Return the factors of the output for this x, or None if only `forward_alone` can compute it."""
         raise NotImplementedError
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Become a copy, whose siblings are those that are copied with it."""
+        """Restore a copy, which joins the group of the layers copied with it."""
         super().__setstate__(state)
-        self.family.join(self)
+        self.input_group.join(self)
 
 
-class Family:
-    """Layers of one input. When one is called the others are computed too, and wait until they are asked.
+class InputGroup:
+    """Layers of one input: a call of one computes the others too, and saves their outputs for their calls.
 
-    That is: with the very tensor, unchanged, by the same thread, with nothing of their own changed, and before a backward
-    pass frees what they would need. Any other call computes then. What is written through `.data` is seen by nobody, as
-    autograd does not see it. What waits, waits until the next call, or until x is gone. All outputs are of one node of the
-    graph, so that a backward pass through one of them, unless it retains the graph, is the only one.
+    A saved output is used if the same thread calls the layer with the same, unmodified tensor, the layer's own tensors are
+    unmodified, and no backward pass has freed the saved tensors; any other call computes. Writes through `.data` are not
+    detected, as in autograd. Outputs are saved until the next call, or until x is freed. All outputs belong to one node of
+    the graph, so that only one backward pass can go through them unless it retains the graph.
 
-    While what is kept for the backward pass goes through hooks each is computed alone, for checkpointing wants the
-    recomputation to keep just what the first pass kept, and may end it early.
+    Under saved-tensor hooks each layer is computed alone: checkpointing expects the recomputation to save exactly the same
+    tensors as the first pass, and may stop it early.
     """
 
     def __init__(self) -> None:
-        self._members: dict[int, weakref.ref[Sibling]] = {}
-        self._vain: dict[int, int] = {}
+        self._members: dict[int, weakref.ref[SharedInputLayer]] = {}
+        self._unused: dict[int, int] = {}
         self._last = threading.local()
 
     def __reduce__(self) -> Any:
-        """Copy no member: those that are copied as well join by themselves."""
-        return Family, ()
+        """Copy without members: copied layers join by themselves."""
+        return InputGroup, ()
 
-    def join(self, layer: Sibling) -> None:
-        """Take in a layer; it is not kept alive."""
+    def join(self, layer: SharedInputLayer) -> None:
+        """Add a layer, by a weak reference."""
         self._members[layer.place] = weakref.ref(layer)
-        self._vain[layer.place] = 0
+        self._unused[layer.place] = 0
 
-    def __call__(self, layer: Sibling, x: Tensor) -> Tensor:
+    def __call__(self, layer: SharedInputLayer, x: Tensor) -> Tensor:
         """Return the layer's output."""
         if len(self._members) < 2 or torch.compiler.is_compiling():
-            return layer.alone(x)
-        if x.is_inference() or _hooked():  # a tensor of inference mode does not say whether it was changed
-            return layer.alone(x)
+            return layer.forward_alone(x)
+        if x.is_inference() or _has_hooks():  # an inference tensor has no version counter
+            return layer.forward_alone(x)
         last: _Call | None = getattr(self._last, "call", None)
         if last is not None and last.is_of(x):
-            state, output = last.ahead.pop(layer.place, (None, None))
+            state, output = last.precomputed.pop(layer.place, (None, None))
             if output is not None and _same(state, _state(layer)):
-                self._vain[layer.place] = max(0, self._vain[layer.place] - 1)
+                self._unused[layer.place] = max(0, self._unused[layer.place] - 1)
                 return output
         return self._lead(layer, x, last)
 
-    def _lead(self, layer: Sibling, x: Tensor, last: _Call | None) -> Tensor:
+    def _lead(self, layer: SharedInputLayer, x: Tensor, last: _Call | None) -> Tensor:
         if last is not None:
-            for place in last.ahead:
-                self._vain[place] += 1
-            last.ahead.clear()  # what waits there holds a graph, which holds it
+            for place in last.precomputed:
+                self._unused[place] += 1
+            last.precomputed.clear()  # breaks a cycle of the outputs and their graph
         self._last.call = call = _Call(x)
-        own = _fitting(layer, x)
+        own = _factors(layer, x)
         if own is None:
-            return layer.alone(x)
+            return layer.forward_alone(x)
         joining: list[tuple[int, Any, LoraFactors]] = []
         for place, reference in sorted(self._members.items()):
             one = reference()
-            if one is None or one is layer or self._vain[place] >= PATIENCE:
+            if one is None or one is layer or self._unused[place] >= PATIENCE:
                 continue
-            state, it = _state(one), _fitting(one, x)
+            state, it = _state(one), _factors(one, x)
             if state is not None and it is not None and _trains(it, x) == _trains(own, x):
                 joining.append((place, state, it))
         if not joining:
-            return layer.alone(x)
-        output, *others = lora_linears(x, [own, *(it for _, _, it in joining)], call.ahead)
-        call.ahead |= {place: (state, y) for (place, state, _), y in zip(joining, others, strict=True)}
+            return layer.forward_alone(x)
+        output, *others = lora_linears(x, [own, *(it for _, _, it in joining)], call.precomputed)
+        call.precomputed |= {place: (state, y) for (place, state, _), y in zip(joining, others, strict=True)}
         return output
 
 
 class _Call:
-    """A call of a layer that led, and what was computed in advance: place of a layer -> its state and its output."""
+    """The last call that computed several layers."""
 
     def __init__(self, x: Tensor) -> None:
-        self.ahead: dict[int, tuple[Any, Tensor]] = {}
-        ahead = self.ahead
-        self._x = weakref.ref(x, lambda _: ahead.clear())
-        self._how = _how(x)
+        self.precomputed: dict[int, tuple[Any, Tensor]] = {}
+        """Place of a layer -> its state and its output."""
+        precomputed = self.precomputed
+        self._x = weakref.ref(x, lambda _: precomputed.clear())
+        self._context = _context(x)
 
     def is_of(self, x: Tensor) -> bool:
-        """Whether it was given this tensor, as it is now."""
-        return self._x() is x and self._how == _how(x)
+        """Return whether its input was this tensor, unmodified, in the same context."""
+        return self._x() is x and self._context == _context(x)
 
 
-def meet(layers: Mapping[str, Any]) -> None:
-    """Make families of those of these layers that have one parent and the names of siblings. layers: path -> a Sibling."""
-    families: dict[tuple[str, tuple[str, ...]], Family] = {}
+def link(layers: Mapping[str, Any]) -> None:
+    """Group the layers that have one parent and names of one group in `GROUPS`. layers: path -> SharedInputLayer."""
+    groups: dict[tuple[str, tuple[str, ...]], InputGroup] = {}
     for path, layer in layers.items():
         parent, _, name = path.rpartition(".")
-        among = next((names for names in FAMILIES if name in names), (name,))
-        layer.family = families.setdefault((parent, among), Family())
-        layer.place = among.index(name)
-        layer.family.join(layer)
+        names = next((group for group in GROUPS if name in group), (name,))
+        layer.input_group = groups.setdefault((parent, names), InputGroup())
+        layer.place = names.index(name)
+        layer.input_group.join(layer)
 
 
-def _how(x: Tensor) -> tuple[Any, ...]:
-    stream = torch.cuda.current_stream(x.device) if x.is_cuda else None  # another would not wait for what was computed
+def _context(x: Tensor) -> tuple[Any, ...]:
+    stream = torch.cuda.current_stream(x.device) if x.is_cuda else None  # another stream would not wait for the outputs
     return (
         x._version, x.data_ptr(), x.requires_grad, torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled(x.device.type), stream,
     )  # fmt: skip
 
 
-def _state(layer: Sibling) -> tuple[Any, ...] | None:
-    """Return what a layer computes by, each tensor with all that tells of a change; None where one does not tell."""
+def _state(layer: SharedInputLayer) -> tuple[Any, ...] | None:
+    """Return the state of a layer: its tensors with version, address and requires_grad; None if one has no version."""
     base = layer.base
-    found = [
+    tensors = [
         (t, (t._version, t.data_ptr(), t.requires_grad)) if not t.is_inference() else None
-        for of in (layer._parameters, layer._buffers, base._parameters, base._buffers)
-        for t in of.values()
+        for owner in (layer._parameters, layer._buffers, base._parameters, base._buffers)
+        for t in owner.values()
         if t is not None
     ]
-    return None if None in found else (layer.scaling, is_plain(base, type(base)), found)
+    return None if None in tensors else (layer.scaling, is_plain(base, type(base)), tensors)
 
 
 def _same(one: tuple[Any, ...] | None, other: tuple[Any, ...] | None) -> bool:
-    """Whether two states are of the same tensors, unchanged. Held and not only their ids, which are used again."""
+    """Return whether two states have the same unmodified tensors. Compares objects, since ids are reused."""
     if one is None or other is None or one[:2] != other[:2] or len(one[2]) != len(other[2]):
         return False
-    return all(t is u and told == now for (t, told), (u, now) in zip(one[2], other[2], strict=True))
+    return all(t is u and before == now for (t, before), (u, now) in zip(one[2], other[2], strict=True))
 
 
-def _fitting(layer: Sibling, x: Tensor) -> LoraFactors | None:
-    """Return the layer's factors if x can be multiplied by them together with others'."""
+def _factors(layer: SharedInputLayer, x: Tensor) -> LoraFactors | None:
+    """Return the layer's factors if they fit x, so that it can be computed together with others."""
     it = layer.factors(x)
     if (
         it is None
@@ -175,12 +177,12 @@ def _fitting(layer: Sibling, x: Tensor) -> LoraFactors | None:
 
 
 def _trains(it: LoraFactors, x: Tensor) -> bool:
-    """Whether this output takes part in a backward pass: outputs of one call do all, or none."""
+    """Return whether the output requires a gradient; outputs of one call must agree."""
     dense = it.W if isinstance(it.W, Tensor) else None
     return any(t is not None and t.requires_grad for t in (x, dense, it.bias, it.A, it.B))
 
 
-def _hooked() -> bool:
-    """Return whether hooks are set on what autograd keeps; also where this torch does not tell."""
+def _has_hooks() -> bool:
+    """Return whether saved-tensor hooks are set; True if this torch does not show it."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(True) is not None

@@ -1,4 +1,4 @@
-"""DoRA's two products under dropout, which spares x W^T: with W both as it is and masked, in one accumulator each."""
+"""DoRA's two products under dropout, which does not drop x W^T: W times plain and masked x in one accumulator."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ def dropped_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return (y, q), both (T, E): y = x W^T + bias + less q + t with q = (x mask) W^T + t and t = scaling S B^T.
 
-    x, mask (T, D), W (E, D), B (E, R), S (T, R), bias (E,), of one dtype; less (E,) float32: the gain less one.
+    x, mask (T, D), W (E, D), B (E, R), S (T, R), bias (E,), of one dtype; less (E,) float32: the gain minus one.
     """
     y, q = (torch.empty((len(x), len(W)), dtype=x.dtype, device=x.device) for _ in range(2))
     if y.numel():
         tile = gemm_tile(len(x), len(W), x.dtype, x.device, crowded=True).shallow()
-        given: dict[str, Tensor | float | None] = {"product": q, "bias": bias, "scale": float(scaling)}
-        _launch(_forward, tile, y, x, W.T, mask, S, B.T, less, given).run()
+        more: dict[str, Tensor | float | None] = {"product": q, "bias": bias, "scale": float(scaling)}
+        _launch(_forward, tile, y, x, W.T, mask, S, B.T, less, more).run()
     return y, q
 
 
@@ -103,15 +103,15 @@ def _launch(
     S: Tensor,
     T: Tensor,
     less: Tensor,
-    given: dict[str, Tensor | float | None],
+    more: dict[str, Tensor | float | None],
 ) -> Launch:
     (M, K), (R, N) = left.shape, T.shape
     arguments = {
-        "out": out, "left": left, "right": right, "mask": mask, "S": S, "T": T, "less": less, **given,
+        "out": out, "left": left, "right": right, "mask": mask, "S": S, "T": T, "less": less, **more,
         "M": M, "N": N, "K": K, "R": R, **strides("left_m left_k", left), **strides("right_k right_n", right),
         **strides("mask_m mask_n", mask), **strides("S_m S_r", S), **strides("T_r T_n", T),
     }  # fmt: skip
-    block_r = 16  # beside two accumulators, more ranks at a time would spill registers
+    block_r = 16  # with two accumulators, more ranks at a time would spill registers
     constants = {
         **tile.constants(), "BLOCK_R": block_r, "EVEN_K": K % tile.k == 0, "EVEN_R": R % block_r == 0,
         "WIDE": is_wide(N, right.stride(1), T.stride(1), mask.stride(1)),
@@ -120,7 +120,7 @@ def _launch(
 
 
 def _specimens() -> list[Specimen]:
-    """Return both products of a layer 4096 -> 14336 for 8192 tokens."""
+    """Return specimens of both products for a layer 4096 -> 14336 with 8192 tokens."""
     M, D, E = 8192, 4096, 14336
 
     def of(name: str, dtype: torch.dtype, tile: GemmTile, forward: bool, R: int = 16) -> Specimen:
@@ -129,8 +129,8 @@ def _specimens() -> list[Specimen]:
 
         less, mask, S = torch.empty(E, device="meta"), meta(M, D), meta(M, R)
         if forward:
-            given: dict[str, Tensor | float | None] = {"product": meta(M, E), "bias": meta(E), "scale": 2.0}
-            launch = _launch(_forward, tile, meta(M, E), meta(M, D), meta(E, D).T, mask, S, meta(E, R).T, less, given)
+            more: dict[str, Tensor | float | None] = {"product": meta(M, E), "bias": meta(E), "scale": 2.0}
+            launch = _launch(_forward, tile, meta(M, E), meta(M, D), meta(E, D).T, mask, S, meta(E, R).T, less, more)
         else:
             launch = _launch(_backward, tile, meta(M, D), meta(M, E), meta(E, D), mask, S, meta(R, D), less, {})
         return launch.specimen(f"dora_dropout.{name}", "other" if dtype == torch.float32 else "gemm")

@@ -1,9 +1,9 @@
-"""What DoRA multiplies a row by: m / ||W + s B A||, in one pass over W that never writes the update B A.
+"""The gain of DoRA, m / ||W + s B A|| per row (arXiv:2402.09353), in one pass over W that never writes B A.
 
-The norm n is taken of the sum itself. Expanded, n^2 = ||W||^2 + 2 s <B, W A^T> + s^2 <B, B (A A^T)>, it needs no B A
-either, but with N = ||W|| + ||s B A|| it errs by eps N^2 / n^2 where the sum errs by eps N / n: of a row that the update
-cancels nothing is left. And it would save nothing: W A^T reads all of W and multiplies E D R times, and so does the sum,
-tile by tile, with B A in the accumulator.
+The norm n is that of the sum itself. The expansion n^2 = ||W||^2 + 2 s <B, W A^T> + s^2 <B, B (A A^T)> needs no B A either.
+But with N = ||W|| + ||s B A|| its error is eps N^2 / n^2, compared with eps N / n of the sum: it is useless for a row that
+the update cancels. It would not be faster: W A^T reads all of W with E D R multiplications, and so does the sum, tile by
+tile, with B A in the accumulator.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _gain(
     gain, norm, W, A, B, m, scaling, E, D, R, W_e, W_d, A_r, A_d, B_e, B_r,
     BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, WHOLE_RANK: tl.constexpr,
 ):  # fmt: skip
-    """WHOLE_RANK: whether one block holds all ranks; B's rows are then read once and stay."""
+    """WHOLE_RANK: whether one block has all ranks, so that rows of B are read once."""
     e = (tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)).to(tl.int64)
     r, d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     of_B = B + e[:, None] * B_e + r[None, :] * B_r
@@ -41,9 +41,9 @@ def _gain(
             update = product(b, tl.load(of_A + start * A_d, mask=(r[:, None] < R) & in_D, other=0.0), update)
         else:
             for first in range(0, R, BLOCK_R):
-                some = tl.load(of_B + first * B_r, mask=(e[:, None] < E) & (first + r[None, :] < R), other=0.0)
+                b = tl.load(of_B + first * B_r, mask=(e[:, None] < E) & (first + r[None, :] < R), other=0.0)
                 a = tl.load(of_A + start * A_d + first * A_r, mask=(first + r[:, None] < R) & in_D, other=0.0)
-                update = product(some, a, update)
+                update = product(b, a, update)
         row = load_as_float32(W, mask=(e[:, None] < E) & in_D, other=0.0) + scaling * update
         squares += tl.sum(row * row, axis=1)
         W += BLOCK_D * W_d
@@ -55,10 +55,10 @@ def _gain(
 
 
 def dora_gain(W: Tensor, A: Tensor, B: Tensor, m: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Return (m / norm, float32, and norm, in the dtype of m), (E,): the norms of the rows of W + scaling B A.
+    """Return (gain, norm), both (E,): m / norm in float32, and the row norms of W + scaling B A in the dtype of m.
 
-    Where the norm is 0, so is the gain. W (E, D), A (R, D), B (E, R), any strides, m (E,) contiguous. The norm is rounded
-    before it divides: a layer whose m starts as what is returned here starts with a gain of exactly 1.
+    The gain is 0 where the norm is 0. W (E, D), A (R, D), B (E, R), any strides, m (E,) contiguous. The norm is rounded
+    before the division: a layer that starts with this norm as m has a gain of exactly 1.
     """
     gain, norm = torch.empty(len(W), dtype=torch.float32, device=W.device), torch.empty_like(m)
     _launch(gain, norm, W, A, B, m, scaling).run()
@@ -77,7 +77,7 @@ def _launch(gain: Tensor, norm: Tensor, W: Tensor, A: Tensor, B: Tensor, m: Tens
 
 
 def _specimens() -> list[Specimen]:
-    """Return the norms of a weight 4096 -> 14336."""
+    """Return specimens for a weight 4096 -> 14336."""
 
     def of(name: str, R: int, dtype: torch.dtype) -> Specimen:
         E, D = 14336, 4096

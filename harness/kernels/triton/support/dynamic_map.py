@@ -1,8 +1,8 @@
 """The dynamic 8-bit map (arXiv:2110.02861, section 2) for kernels: its tables, and the nearest code in two look-ups.
 
-A float32 in [-1, 1] names a bucket by its sign, its exponent and the first seven bits of its fraction. The midpoints of
-neighbouring values lie so far apart that no bucket holds two of them: the bucket says how many midpoints lie below it, and
-one comparison with the next midpoint decides. That is exact, where a binary search would take eight dependent look-ups.
+The sign, the exponent and the first seven bits of the fraction of a float32 in [-1, 1] select a bucket. No bucket contains
+two midpoints of neighbouring values: a table gives the number of midpoints below the bucket, and one comparison with the
+next midpoint decides. This is exact; a binary search would take eight dependent look-ups.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 
 from harness.kernels.dynamic_map_format import dynamic_map
 
-_SHIFT = tl.constexpr(16)  # seven bits of the fraction are left
+_SHIFT = tl.constexpr(16)  # leaves seven bits of the fraction
 _FIRST = tl.constexpr((127 - 23) << 7)  # the bucket of 2^-23, below which there is no midpoint
 _BUCKETS = tl.constexpr((23 << 7) + 1)  # up to that of 1
 
 
 def midpoints(signed: bool) -> Tensor:
-    """Return the 255 middles of neighbouring values, and infinity, which nothing is above."""
+    """Return the 255 midpoints of neighbouring values, and infinity: float32 (256,)."""
     ascending = dynamic_map(torch.device("cpu"), signed)
     return torch.cat([(ascending[:-1] + ascending[1:]) / 2, torch.tensor([torch.inf], dtype=torch.float32)])
 
 
 def buckets(signed: bool) -> Tensor:
-    """Return for each bucket how many midpoints lie below all of it, uint8; those of negative numbers come after."""
+    """Return the number of midpoints below each bucket, uint8; buckets of negative numbers come last."""
     edges = torch.arange(_FIRST.value, _FIRST.value + _BUCKETS.value + 1, dtype=torch.int32).bitwise_left_shift(
         _SHIFT.value
     )
@@ -38,22 +38,22 @@ def buckets(signed: bool) -> Tensor:
     positive = torch.bucketize(magnitudes[:-1], inner)
     if not signed:
         return positive.to(torch.uint8)
-    # A negative bucket is (-upper, -lower]: below all of it is a midpoint that equals -upper, too.
+    # A negative bucket is (-upper, -lower]: a midpoint equal to -upper is below it, too.
     negative = torch.bucketize(-magnitudes[1:], inner, right=True)
     return torch.cat([positive, negative]).to(torch.uint8)
 
 
 @lru_cache(maxsize=32)
 def tables(device: torch.device, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return values, midpoints and buckets on a device, where they stay."""
+    """Return values, midpoints and buckets on a device, cached."""
     return dynamic_map(device, signed), midpoints(signed).to(device), buckets(signed).to(device)
 
 
 @triton.jit
 def nearest(x, midpoints_ptr, buckets_ptr, signed: tl.constexpr):
-    """Return the code of the value nearest to x, float32 in [-1, 1] or [0, 1], as int32; of two as near the lower.
+    """Return the code of the value nearest to x, float32 in [-1, 1] or [0, 1], as int32; ties go to the lower value.
 
-    A NaN gets one of the codes at the ends.
+    A NaN gets the first or the last code.
     """
     bits = x.to(tl.int32, bitcast=True)
     bucket = ((bits & 0x7FFFFFFF) >> _SHIFT) - _FIRST
@@ -66,14 +66,14 @@ def nearest(x, midpoints_ptr, buckets_ptr, signed: tl.constexpr):
 
 @triton.jit
 def largest_magnitude(x, axis: tl.constexpr):
-    """Return the largest |x| along an axis; a NaN is larger than infinity, as its bits are."""
+    """Return the largest |x| along an axis, compared as bits, so that a NaN is larger than infinity."""
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return tl.max(bits, axis=axis).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def relative(x, absmax):
-    """Return x / absmax, correctly rounded, since the codes hang on it; 0 in a block of zeros."""
+    """Return x / absmax, correctly rounded, since codes depend on it; 0 in a block of zeros."""
     return tl.where(absmax == 0, 0.0, tl.div_rn(x, tl.where(absmax == 0, 1.0, absmax)))
 
 
@@ -81,7 +81,7 @@ def relative(x, absmax):
 def nearly_relative(x, absmax):
     """Return x / absmax within two units in the last place, for a tenth of the work; 0 in a block of zeros.
 
-    The reciprocal of a subnormal number overflows, so that both are first made larger where absmax is small.
+    The reciprocal of a subnormal number overflows, so both are scaled up first where absmax is small.
     """
     boost = tl.where(absmax < 2.0**-60, 2.0**64, 1.0)
     reciprocal = tl.where(absmax == 0, 0.0, tl.div_rn(1.0, tl.where(absmax == 0, 1.0, absmax * boost)))

@@ -1,7 +1,7 @@
-"""Grouped kernels of several LoRA adapters: each sequence finds its own by its id, in a table of addresses.
+"""Grouped kernels of several LoRA adapters: each sequence finds its adapter by its id in a table of addresses.
 
-`shrink` sums over features, S = s x A^T or s dy B; `expand` adds S B^T or S A to what cuBLAS made of W; `outer` sums over
-tokens, S^T x or S^T dy. The host waits for nothing and sorts nothing. No atomics: each sum has one order.
+`shrink` sums over features, S = s x A^T or s dy B; `expand` adds S B^T or S A to the product with W, which cuBLAS computes;
+`outer` sums over tokens, S^T x or S^T dy. The host neither waits nor sorts. No atomics: each sum has a fixed order.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from harness.kernels.compile.specimen import Specimen
 from harness.kernels.device import interpreted
 from harness.kernels.triton.support.rounding import load_as_float32, store_as, to_dtype, to_float32
 
-INNER = 64  # features at a time that are summed over
-FIELDS = tl.constexpr(5)  # of an adapter in the table: address of A, of B; rank; where its dA and dB begin
-MOST_REGISTERS = 168  # of `expand` and `outer`; left to itself, ptxas spills one to fit one more program
-_WIDE = tl.constexpr(interpreted())  # where products of 16-bit numbers are formed in float32, since tl.dot cannot
+INNER = 64  # features per iteration of a sum
+FIELDS = tl.constexpr(5)  # per adapter in the table: addresses of A and B, rank, offsets of dA and dB
+MOST_REGISTERS = 168  # of `expand` and `outer`; by default ptxas spills one to fit one more program
+_WIDE = tl.constexpr(interpreted())  # the interpreter's tl.dot cannot multiply 16-bit numbers: convert to float32
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _operand(value):
 
 @triton.jit
 def _weights(table, adapter, which: tl.constexpr, dtype: tl.constexpr, aligned: tl.constexpr):
-    """Return where A or B of an adapter begins, and its rank. aligned: they are multiples of 16 bytes and of 8."""
+    """Return the address of A or B of an adapter, and its rank. aligned: these are multiples of 16 bytes and of 8."""
     pointer = tl.load(table + adapter * FIELDS + which).to(tl.pointer_type(dtype))
     rank = tl.load(table + adapter * FIELDS + 2)
     if aligned:
@@ -42,8 +42,10 @@ def shrink(
     x, table, scalings, ids, S, tokens, features, span, plane, width,
     which: tl.constexpr, aligned: tl.constexpr, rows: tl.constexpr, ranks: tl.constexpr, inner: tl.constexpr,
 ):  # fmt: skip
-    """Some ranks of one piece of S of some tokens of a sequence. S: (pieces, tokens of all, width); a piece is the sum over
-    `span` features."""
+    """Compute some ranks of one piece of S for some tokens of a sequence.
+
+    S: (pieces, all tokens, width); a piece is the sum over `span` features.
+    """
     tiles = tl.cdiv(tokens, rows)
     sequence = (tl.program_id(0) // tiles).to(tl.int64)
     adapter = tl.load(ids + sequence).to(tl.int64)
@@ -54,7 +56,7 @@ def shrink(
     here = token < tokens
     line = sequence * tokens + token
     r = tl.program_id(2) * ranks + tl.arange(0, ranks)
-    if tl.program_id(2) * ranks >= rank:  # this adapter has fewer: nobody reads what would be here
+    if tl.program_id(2) * ranks >= rank:  # this adapter has fewer ranks; nothing reads these
         return
     total = tl.zeros([rows, ranks], tl.float32)
     begin = tl.program_id(1) * span
@@ -88,7 +90,7 @@ def expand(
     out, S, table, ids, tokens, features, plane, width, pieces,
     which: tl.constexpr, aligned: tl.constexpr, rows: tl.constexpr, ranks: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """Add S B^T (or S A) of some tokens of a sequence to one tile of `out`."""
+    """Add S B^T or S A of some tokens of a sequence to one tile of `out`."""
     tiles = tl.cdiv(tokens, rows)
     sequence = (tl.program_id(0) // tiles).to(tl.int64)
     adapter = tl.load(ids + sequence).to(tl.int64)
@@ -115,7 +117,7 @@ def outer(
     x, S, table, ids, out, sequences, tokens, features, plane, width, pieces,
     which: tl.constexpr, aligned: tl.constexpr, rows: tl.constexpr, ranks: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dA = S^T x, (rank, features), or of dB = (S^T dy)^T of one adapter, over the sequences that have it."""
+    """Compute one tile of dA = S^T x, (rank, features), or of dB = (S^T dy)^T of one adapter, over its sequences."""
     adapter = tl.program_id(0).to(tl.int64)
     _, rank = _weights(table, adapter, which, x.dtype.element_ty, aligned)
     r = tl.program_id(2) * ranks + tl.arange(0, ranks)
@@ -141,7 +143,7 @@ def outer(
 
 
 def tile(dtype: torch.dtype, tokens: int) -> dict[str, int]:
-    """Return what a program does at most; without matrix instructions, in float32, more would spill registers."""
+    """Return the largest tile of a program; in float32, without matrix instructions, more would spill registers."""
     if dtype == torch.float32:
         return {"rows": 16 if tokens <= 16 else 32, "ranks": 16, "columns": 64}
     return {"rows": 16 if tokens <= 16 else 64, "ranks": 32, "columns": 128}

@@ -1,6 +1,6 @@
-"""Launches of kernels: run on their tensors, or described so that they can be compiled ahead of time as they would be run.
+"""Launches of kernels: run them, or describe them so that the same instance can be compiled ahead of time.
 
-Every launch of this package goes through `launch`: Triton takes the current device, wherever the tensors are.
+Every launch goes through `launch`, since Triton launches on the current device, which need not be that of the tensors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*f
 
 
 def launch(kernel: Any, grid: tuple[int, ...], /, *positional: Any, **named: Any) -> None:
-    """Launch on the device of the first tensor among the arguments, which need not be the current one."""
+    """Launch on the device of the first tensor among the arguments."""
     first = next(one for one in (*positional, *named.values()) if isinstance(one, Tensor))
     with torch.cuda.device_of(first):
         kernel[grid](*positional, **named)
@@ -26,12 +26,14 @@ def launch(kernel: Any, grid: tuple[int, ...], /, *positional: Any, **named: Any
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch. arguments: by name, tensors, integers, floats or None; constants: the kernel's constexprs, by name."""
+    """A launch that can be run or described."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: Mapping[str, Any]
+    """Name -> tensor, integer, float or None."""
     constants: Mapping[str, Any]
+    """Name -> value of a constexpr."""
     num_warps: int = 4
     num_stages: int = 3
 
@@ -43,14 +45,14 @@ class Launch:
         )  # fmt: skip
 
     def specimen(self, name: str, kind: Kind, *, oldest: int = 80) -> Specimen:
-        """Return the instance that this launch would compile: Triton knows 1, None and what is a multiple of 16."""
-        known = {n: one for n, one in self.arguments.items() if one is None or (type(one) is int and one == 1)}
-        rest = {n: one for n, one in self.arguments.items() if n not in known}
+        """Return the instance that this launch compiles: Triton specialises on 1, None and multiples of 16."""
+        fixed = {n: one for n, one in self.arguments.items() if one is None or (type(one) is int and one == 1)}
+        rest = {n: one for n, one in self.arguments.items() if n not in fixed}
         return Specimen(
             name=name,
             kernel=self.kernel,
             signature={n: _type(one) for n, one in rest.items()},
-            constants={**known, **self.constants},
+            constants={**fixed, **self.constants},
             divisible=tuple(n for n, one in rest.items() if isinstance(one, Tensor) or one % 16 == 0),
             kind=kind,
             oldest=oldest,
@@ -67,5 +69,5 @@ def _type(value: Any) -> str:
 
 
 def strides(names: str, matrix: Tensor | None) -> dict[str, int]:
-    """Return the strides of a matrix as arguments of these two names; zeros for one that is not there."""
+    """Return the strides of a matrix as arguments with these two names; zeros for None."""
     return dict(zip(names.split(), (0, 0) if matrix is None else matrix.stride(), strict=True))

@@ -1,4 +1,4 @@
-"""What the layers with an adapter are given, looked at before a kernel reads past its end, and laid out as matrices."""
+"""Check the arguments of adapted layers before a kernel reads out of bounds, and lay them out as matrices."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 def checked(
     x: Tensor, weight: Tensor | Sequence[int], A: Tensor, B: Tensor, mask: Tensor | None, **vectors: Tensor | None
 ) -> None:
-    """Raise ValueError unless x, mask (..., D), weight (E, D), A (R, D), B (E, R) fit and are of one dtype.
+    """Raise ValueError unless x, mask (..., D), weight (E, D), A (R, D), B (E, R) have these shapes and one dtype.
 
-    weight: or its shape, if it is packed. vectors: each (E,) but `d`, which is (R,); None is left alone. Raises it also if
-    the weight or the bias requires a gradient, which nobody would give it.
+    weight: a tensor, or the shape of a packed one. vectors: (E,) each, `d` (R,); None is ignored. Also raises ValueError if
+    the weight or the bias requires a gradient, which these kernels do not compute.
     """
     (E, D), R = weight.shape if isinstance(weight, Tensor) else weight, len(A)
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
@@ -25,19 +25,19 @@ def checked(
         expected["weight"], frozen["weight"] = (weight, (E, D)), weight
     for name, (one, shape) in expected.items():
         if one is not None and tuple(one.shape) != shape:
-            raise ValueError(f"{name} should be {shape} beside a weight ({E}, {D}); got {tuple(one.shape)}")
+            raise ValueError(f"{name} must be {shape} for a weight ({E}, {D}), got {tuple(one.shape)}")
         if one is not None and one.dtype != x.dtype:
-            raise ValueError(f"{name} should be {x.dtype}, as x is; got {one.dtype}")
+            raise ValueError(f"{name} must be {x.dtype} like x, got {one.dtype}")
     for name, one in frozen.items():
         if one is not None and one.requires_grad:
-            raise ValueError(f"the {name} of the layer is frozen here and would get no gradient")
+            raise ValueError(f"{name} requires a gradient, but this kernel computes none for it")
 
 
 def matrix(x: Tensor) -> Tensor:
-    """Return (..., D) as (tokens, D)."""
+    """Return x (..., D) as (tokens, D)."""
     return x.reshape(-1, x.shape[-1])
 
 
 def contiguous(vector: Tensor | None) -> Tensor | None:
-    """Return the vector with its elements side by side."""
+    """Return the vector, contiguous."""
     return None if vector is None else vector.contiguous()

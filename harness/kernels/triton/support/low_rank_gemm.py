@@ -1,4 +1,4 @@
-"""A matrix product with a low-rank term in its accumulator: left @ right + S @ T, and what surrounds it, rounded once."""
+"""A matrix product with a low-rank term in its accumulator: left @ right + S @ T with factors and a bias, rounded once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _low_rank_gemm(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The term comes first: then the long loop adds to it and there is but one accumulator. What is None is left out."""
+    """Compute the term first, so that the long loop adds to the same accumulator. None disables an argument."""
     rows, columns = program_tile(M, N, BLOCK_M, BLOCK_N, WIDE)
     inside = (rows[:, None] < M) & (columns[None, :] < N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -63,8 +63,8 @@ def low_rank_gemm(
     """Return gain * ((left * left_scale) @ right + term_mask * (scale S @ T) * term_scale) + bias, shape (M, N).
 
     left (M, K), right (K, N), S (M, R), T (R, N), term_mask (M, N), all of one dtype, with any strides; contiguous
-    vectors: term_scale, gain, bias (N,), left_scale (K,). Summed in float32 and rounded once. product: a contiguous (M, N),
-    which what is multiplied by the gain is written to.
+    vectors: term_scale, gain, bias (N,), left_scale (K,). Summed in float32 and rounded once. product: a contiguous (M, N)
+    output for the value before the gain.
     """
     M, N = len(left), right.shape[1]
     out = torch.empty((M, N), dtype=left.dtype, device=left.device)
@@ -106,7 +106,7 @@ def _launch(
 
 
 def _specimens() -> list[Specimen]:
-    """Return the products of a layer 4096 -> 14336 for 8192 tokens, as training calls them."""
+    """Return specimens of the products in training of a layer 4096 -> 14336 with 8192 tokens."""
     M, D, E, R = 8192, 4096, 14336, 16
 
     def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -1,4 +1,4 @@
-"""The inner loop of every product here: tiles of two matrices multiplied and summed in float32."""
+"""Inner loop of the matrix products: multiply tiles of two matrices and sum in float32."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ INTERPRETED = tl.constexpr(interpreted())
 
 @triton.jit
 def product(left, right, acc):
-    """Return acc + left @ right, float32; float32 operands are multiplied as such, never as TF32."""
-    if INTERPRETED:  # there the bit patterns of 16-bit operands would be multiplied
+    """Return acc + left @ right, float32; float32 operands are never multiplied as TF32."""
+    if INTERPRETED:  # the interpreter would multiply the bit patterns of 16-bit operands
         left, right = to_float32(left), to_float32(right)
     return tl.dot(left, right, acc, input_precision="ieee")
 
 
 @triton.jit
 def program_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
-    """Return the rows (int64) and columns of this program; neighbours in time share them, which keeps them in L2.
+    """Return the rows (int64) and columns of this program; consecutive programs share them in L2.
 
-    WIDE: whether columns are int64 too, which costs registers; see `is_wide`.
+    WIDE: whether columns are int64 too, which takes registers; see `is_wide`.
     """
     GROUP: tl.constexpr = 8
     down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -37,7 +37,7 @@ def program_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.co
 
 
 def is_wide(N: int, *strides: int) -> bool:
-    """Return whether the last of N columns lies beyond what int32 holds, at one of these strides."""
+    """Return whether the offset of the last of N columns exceeds int32 at one of these strides."""
     return N * max(strides) >= 2**31
 
 
@@ -50,7 +50,7 @@ def accumulate(
     """Return acc + ((left * mask) * scale) @ right for the rows and columns of one tile.
 
     left, mask (M, K), right (K, N): pointers, with the strides of both dimensions. scale (K,): float32. mask and scale may
-    be None. EVEN_K: whether BLOCK_K divides K, so that no load has to look.
+    be None. EVEN_K: whether BLOCK_K divides K, so that loads need no mask along K.
     """
     k = tl.arange(0, BLOCK_K)
     left += rows[:, None] * left_m + k[None, :] * left_k

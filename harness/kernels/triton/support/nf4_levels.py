@@ -1,4 +1,4 @@
-"""NF4's 16 levels as kernels want them: a tree of selections, a table in memory, and the middles between neighbours."""
+"""NF4's 16 levels for kernels: as a tree of selections, as a table in memory, and their midpoints."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from harness.kernels.nf4_format import levels
 _VALUES = levels()
 ZERO = tl.constexpr(ZERO_CODE)
 _LEVEL = tl.constexpr(tuple(_VALUES.tolist()))
-_MIDDLE = tl.constexpr(tuple(((_VALUES[:-1] + _VALUES[1:]) / 2).tolist()))
+_MIDPOINT = tl.constexpr(tuple(((_VALUES[:-1] + _VALUES[1:]) / 2).tolist()))
 
 
 @cache
 def table(device: torch.device) -> Tensor:
-    """Return the levels, ascending, float32 (16,), in the memory of `device`: made once, and never to be written to."""
+    """Return the levels, ascending, float32 (16,), on a device. Cached: do not write to it."""
     return _VALUES.to(device)
 
 
 @triton.jit
 def level_by_selection(code):
-    """Return the level of each 4-bit `code` from constants alone: for loops where a load would be pipelined."""
+    """Return the level of each 4-bit `code` by selecting constants, for loops in which a load would be pipelined."""
     bit0, bit1, bit2, bit3 = (code & 1) != 0, (code & 2) != 0, (code & 4) != 0, (code & 8) != 0
     a0, a1 = tl.where(bit0, _LEVEL[1], _LEVEL[0]), tl.where(bit0, _LEVEL[3], _LEVEL[2])
     a2, a3 = tl.where(bit0, _LEVEL[5], _LEVEL[4]), tl.where(bit0, _LEVEL[7], _LEVEL[6])
@@ -39,14 +39,14 @@ def level_by_selection(code):
 
 @triton.jit
 def nearest_code(scaled):
-    """Return the code of the level nearest to each of `scaled` in [-1, 1], int32; a tie goes down, a NaN to 15."""
-    # A binary search. "Not at or below" in the place of "above" is what sends a NaN up.
-    bit3 = (scaled <= _MIDDLE[7]) == 0
-    bit2 = (scaled <= tl.where(bit3, _MIDDLE[11], _MIDDLE[3])) == 0
-    below, above = tl.where(bit2, _MIDDLE[5], _MIDDLE[1]), tl.where(bit2, _MIDDLE[13], _MIDDLE[9])
+    """Return the code of the level nearest to each of `scaled` in [-1, 1], int32; ties go down, a NaN gets 15."""
+    # A binary search by "not (scaled <= midpoint)", which is true for a NaN, unlike "scaled > midpoint".
+    bit3 = (scaled <= _MIDPOINT[7]) == 0
+    bit2 = (scaled <= tl.where(bit3, _MIDPOINT[11], _MIDPOINT[3])) == 0
+    below, above = tl.where(bit2, _MIDPOINT[5], _MIDPOINT[1]), tl.where(bit2, _MIDPOINT[13], _MIDPOINT[9])
     bit1 = (scaled <= tl.where(bit3, above, below)) == 0
-    a0, a1 = tl.where(bit1, _MIDDLE[2], _MIDDLE[0]), tl.where(bit1, _MIDDLE[6], _MIDDLE[4])
-    a2, a3 = tl.where(bit1, _MIDDLE[10], _MIDDLE[8]), tl.where(bit1, _MIDDLE[14], _MIDDLE[12])
+    a0, a1 = tl.where(bit1, _MIDPOINT[2], _MIDPOINT[0]), tl.where(bit1, _MIDPOINT[6], _MIDPOINT[4])
+    a2, a3 = tl.where(bit1, _MIDPOINT[10], _MIDPOINT[8]), tl.where(bit1, _MIDPOINT[14], _MIDPOINT[12])
     below, above = tl.where(bit2, a1, a0), tl.where(bit2, a3, a2)
     bit0 = (scaled <= tl.where(bit3, above, below)) == 0
     return tl.where(bit3, 8, 0) | tl.where(bit2, 4, 0) | tl.where(bit1, 2, 0) | tl.where(bit0, 1, 0)

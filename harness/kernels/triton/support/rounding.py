@@ -1,4 +1,4 @@
-"""How kernels read 16-bit numbers and round to them: computed in float32, rounded once, to nearest, ties to even."""
+"""Load and store 16-bit numbers in kernels: computed in float32, rounded once, to nearest, ties to even."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import triton.language as tl
 
 from harness.kernels.device import interpreted
 
-# Triton's interpreter truncates float32 to bfloat16, misreads subnormal bfloat16 and does arithmetic on a bfloat16's bit
-# pattern; compiled code does none of that, and has instructions for both conversions.
+# Triton's interpreter truncates float32 to bfloat16, misreads subnormal bfloat16 and computes with the bit pattern of
+# bfloat16. Compiled code is correct, and has instructions for both conversions.
 _CASTS_ARE_WRONG = tl.constexpr(interpreted())
 
 
 @triton.jit
 def to_float32(value):
-    """Return `value` as float32, exactly. The first thing to do to a bfloat16 that was loaded."""
+    """Return `value` as float32, exactly. Call it first on every loaded bfloat16."""
     if _CASTS_ARE_WRONG and value.dtype == tl.bfloat16:
         bits = value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
         exact = bits.to(tl.float32, bitcast=True)
@@ -25,13 +25,13 @@ def to_float32(value):
 
 @triton.jit
 def to_dtype(value, dtype: tl.constexpr):
-    """Return a float32 `value` rounded to nearest even in `dtype`; a NaN stays one."""
+    """Return a float32 `value` rounded to nearest even in `dtype`; a NaN stays NaN."""
     if _CASTS_ARE_WRONG and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
-        kept = tl.where(is_nan, (bits >> 16) | 0x40, nearest)
-        rounded = kept.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        bits16 = tl.where(is_nan, (bits >> 16) | 0x40, nearest)
+        rounded = bits16.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         rounded = value.to(dtype)
     return rounded
@@ -45,5 +45,5 @@ def load_as_float32(pointer, mask=None, other=None):
 
 @triton.jit
 def store_as(pointer, value, mask=None):
-    """Store a float32 `value` rounded by `to_dtype` to what `pointer` points at."""
+    """Round a float32 `value` by `to_dtype` to the dtype of `pointer`, and store it."""
     tl.store(pointer, to_dtype(value, pointer.dtype.element_ty), mask=mask)

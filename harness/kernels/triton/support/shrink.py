@@ -1,4 +1,4 @@
-"""From many features to a rank: (x * mask) A^T and its like, which read the tokens once and write almost nothing."""
+"""Products from many features to a rank, such as (x * mask) A^T: read the tokens once and write little."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _shrink(
     left_m, left_k, right_k, right_r, mask_m, mask_k,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """out, unscaled, times (M, R) and sums (blocks of M, R) are contiguous. What is None is left out."""
+    """out, unscaled, times (M, R) and sums (blocks of M, R) are contiguous. None disables an argument."""
     block = tl.program_id(0)
     rows = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -33,7 +33,7 @@ def _shrink(
     inside = (rows[:, None] < M) & (columns[None, :] < R)
     if unscaled is not None:
         store_as(unscaled + at, acc, mask=inside)
-    if times is not None:  # rows that are not there are zeros
+    if times is not None:  # rows beyond the end are zero
         of_block = tl.sum(acc * load_as_float32(times + at, mask=inside, other=0.0), axis=0)
         tl.store(sums + block.to(tl.int64) * R + columns, of_block, mask=columns < R)
     acc *= scale
@@ -54,7 +54,7 @@ def shrink(
     """Return scale ((left * mask) @ right) * column_scale, shape (M, R), rounded once.
 
     left, mask (M, K), right (K, R), of one dtype, with any strides; column_scale (R,) contiguous. unscaled: a contiguous
-    (M, R), which the bare product is written to.
+    (M, R) output for the product without scales.
     """
     out = torch.empty((len(left), right.shape[1]), dtype=left.dtype, device=left.device)
     if out.numel():
@@ -63,7 +63,7 @@ def shrink(
 
 
 def shrink_and_sum(left: Tensor, right: Tensor, column_scale: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (P * column_scale, the sum of P * times over the rows) with P = left @ right, which is never rounded.
+    """Return (P * column_scale, the sum of P * times over the rows) with P = left @ right, which is not rounded.
 
     left (M, K), right (K, R); times (M, R) and column_scale (R,) contiguous. Shapes (M, R) in their dtype, (R,) float32.
     """
@@ -76,11 +76,11 @@ def shrink_and_sum(left: Tensor, right: Tensor, column_scale: Tensor, times: Ten
 
 
 _K_OF_RANKS = {16: 128, 32: 64, 64: 64, 128: 32}
-"""Features at a time, in 16 bits; with more, registers are spilled under a mask."""
+"""Block of ranks -> features per iteration, in 16 bits; more would spill registers with a mask."""
 
 
 def _rows(M: int) -> int:
-    """Return how many rows a program has: enough programs come before enough rows for each."""
+    """Return the rows per program: enough programs are more important than enough rows for each."""
     if interpreted():
         return 128
     return 64 if M >= 8192 else 32 if M >= 2048 else 16
@@ -111,7 +111,7 @@ def _launch(
 
 
 def _specimens() -> list[Specimen]:
-    """Return the products of a layer 4096 -> 14336 for 8192 tokens, of rank 16, and of VeRA's rank 256."""
+    """Return specimens of the products of a layer 4096 -> 14336 with 8192 tokens, of rank 16, and of VeRA's rank 256."""
 
     def of(name: str, M: int, K: int, R: int, dtype: torch.dtype, forward: bool, *, vera: bool = False) -> Specimen:
         def meta(*shape: int) -> Tensor:

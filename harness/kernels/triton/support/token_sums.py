@@ -1,4 +1,4 @@
-"""Sums over the tokens, as gradients of an adapter are: in a fixed order, by partial sums and never by atomics."""
+"""Sums over tokens, such as the gradients of an adapter, in a fixed order: by partial sums, without atomics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness.kernels.triton.support.matrix_product import product
 from harness.kernels.triton.support.rounding import load_as_float32, to_dtype, to_float32
 
 _PROGRAMS = 256
-"""As many as keep a large card busy. Fixed, so that a sum is rounded alike on every card."""
+"""Programs that keep a large GPU busy. Fixed, so that a sum rounds equally on every GPU."""
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def _outer_sum(
     wide_m, wide_n, mask_m, mask_n, narrow_m, narrow_r, against_n, against_r,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One part of the tokens: out[part] (N, R); with `against` (N, R), out[part, block of R] (N,)."""
+    """Sum one part of the tokens: out[part] (N, R); with `against` (N, R), out[part, block of R] (N,)."""
     part, block = tl.program_id(2).to(tl.int64), tl.program_id(1)
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     r = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -38,8 +38,8 @@ def _outer_sum(
         here = start + m[:, None] < end
         tile = tl.load(wide, mask=here & (n[None, :] < N), other=0.0)
         if mask is not None:
-            kept = load_as_float32(mask, mask=here & (n[None, :] < N), other=0.0)
-            tile = to_dtype(to_float32(tile) * kept, narrow.dtype.element_ty)
+            factor = load_as_float32(mask, mask=here & (n[None, :] < N), other=0.0)
+            tile = to_dtype(to_float32(tile) * factor, narrow.dtype.element_ty)
             mask += BLOCK_M * mask_m
         acc = product(tl.trans(tile), tl.load(narrow, mask=here & (r[None, :] < R), other=0.0), acc)
         wide += BLOCK_M * wide_m
@@ -56,7 +56,7 @@ def _outer_sum(
 def _product_sum(
     out, a, b, M, N, per_part, a_m, a_n, b_m, b_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """One part of the tokens: out[part] (N,)."""
+    """Sum one part of the tokens: out[part] (N,)."""
     part = tl.program_id(1).to(tl.int64)
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     end = tl.minimum((part + 1) * per_part, M)
@@ -77,7 +77,7 @@ def outer_sum(wide: Tensor, narrow: Tensor, *, mask: Tensor | None = None) -> Te
 
 
 def outer_sum_against(wide: Tensor, narrow: Tensor, against: Tensor) -> Tensor:
-    """Return the sums over R of (wide^T @ narrow) * against, float32 (N,), for against (N, R), and no (N, R) between."""
+    """Return the sums over R of (wide^T @ narrow) * against (N, R), float32 (N,), without a temporary of (N, R)."""
     if not against.numel():
         return wide.new_zeros(wide.shape[1], dtype=torch.float32)
     return _outer(wide, narrow, None, against).sum((0, 1))
@@ -94,7 +94,7 @@ def product_sum(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _parts(M: int, programs: int, block: int) -> tuple[int, int]:
-    """Return into how many parts the tokens are divided, and the tokens of each, a multiple of `block`."""
+    """Return the number of parts of the tokens, and the tokens per part, a multiple of `block`."""
     wanted = min(triton.cdiv(_PROGRAMS, programs), triton.cdiv(M, 8 * block))
     per_part = triton.cdiv(triton.cdiv(max(M, 1), max(wanted, 1)), block) * block
     return triton.cdiv(max(M, 1), per_part), per_part
@@ -135,7 +135,7 @@ def _product_launch(out: Tensor, a: Tensor, b: Tensor, per_part: int) -> Launch:
 
 
 def _specimens() -> list[Specimen]:
-    """Return the gradients of a layer 4096 -> 14336 for 8192 tokens, of rank 16, and of VeRA's rank 256."""
+    """Return specimens of the gradients of a layer 4096 -> 14336 with 8192 tokens, of rank 16, and of VeRA's rank 256."""
 
     def of(name: str, N: int, R: int, dtype: torch.dtype, *given: str) -> Specimen:
         def meta(*shape: int) -> Tensor:

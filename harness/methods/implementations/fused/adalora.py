@@ -17,13 +17,13 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 @implements("adalora", name="fused", dtypes=DTYPES)
 def adalora(model: nn.Module, config: Config, generator: Generator) -> Adapted:
     """Attach AdaLoRA to `config.targets`."""
-    from harness.kernels.torch.support.shared_input import meet
+    from harness.kernels.torch.support.shared_input import link
     from harness.methods.implementations.fused.layers.adalora import FusedAdaLora, FusedAdaLoraLinear
     from reference.adalora import attach
 
     adapted = attach(model, config, generator)
     for layer in adapted.adalora.values():
         layer.__class__ = FusedAdaLoraLinear
-    meet(adapted.adalora)
+    link(adapted.adalora)
     adapted.__class__ = FusedAdaLora
     return adapted

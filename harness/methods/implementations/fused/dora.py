@@ -33,7 +33,7 @@ def dora(model: nn.Module, config: Config, generator: Generator) -> Adapted:
     Raises Unsupported for per=input and for a norm with a gradient. A layer over another quantised base computes as the
     reference does, with the base's own product instead of one with its decoded weight.
     """
-    from harness.kernels.torch.support.shared_input import meet
+    from harness.kernels.torch.support.shared_input import link
     from harness.methods.implementations.fused.layers.dora import FusedDoraLinear
     from reference.dora import attach
 
@@ -42,5 +42,5 @@ def dora(model: nn.Module, config: Config, generator: Generator) -> Adapted:
     adapted = attach(model, config, generator)
     for layer in adapted.layers.values():
         layer.__class__ = FusedDoraLinear
-    meet(adapted.layers)
+    link(adapted.layers)
     return adapted

@@ -20,7 +20,7 @@ def lora(model: nn.Module, config: Config, generator: Generator) -> Adapted:
     """Attach layers that compute by `lora_linear` to `config.targets`. Raises Unsupported for other than linear layers."""
     from torch import nn
 
-    from harness.kernels.torch.support.shared_input import meet
+    from harness.kernels.torch.support.shared_input import link
     from harness.methods.implementations.fused.layers.lora import FusedLoraLinear
     from reference.lora import LoraLinear, attach
 
@@ -31,5 +31,5 @@ def lora(model: nn.Module, config: Config, generator: Generator) -> Adapted:
             raise Unsupported(f"{path} is a {type(layer.base).__name__}; the fused LoRA supports linear layers only")
     for layer in adapted.layers.values():
         layer.__class__ = FusedLoraLinear  # same state, other forward pass
-    meet(adapted.layers)
+    link(adapted.layers)
     return adapted

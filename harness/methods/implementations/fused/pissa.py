@@ -35,7 +35,7 @@ def pissa(model: nn.Module, config: Config, generator: Generator) -> Adapted:
     """Attach layers that compute by `lora_linear` over the residual. Raises ValueError as the reference does."""
     import torch
 
-    from harness.kernels.torch.support.shared_input import meet
+    from harness.kernels.torch.support.shared_input import link
     from harness.methods.implementations.fused.layers.pissa import FusedPissaLinear
     from reference.pissa import PissaEmbedding
     from reference.shared.adapted import AdaptedLayers
@@ -55,7 +55,7 @@ def pissa(model: nn.Module, config: Config, generator: Generator) -> Adapted:
         kind = PissaEmbedding if kind_of(base) == "embedding" else FusedPissaLinear
         layers[path] = kind(base, *start, config.alpha / config.rank)
         replace(model, path, layers[path])
-    meet({path: layer for path, layer in layers.items() if isinstance(layer, FusedPissaLinear)})
+    link({path: layer for path, layer in layers.items() if isinstance(layer, FusedPissaLinear)})
     return AdaptedLayers(model, layers)
 
 

@@ -11,11 +11,11 @@ from harness.kernels.torch.lora_linear import lora_linear_over
 from harness.kernels.torch.lora_linears import LoraFactors, factors_over
 from harness.kernels.torch.support.dropout import keep_mask
 from harness.kernels.torch.support.orthogonality import orthogonality
-from harness.kernels.torch.support.shared_input import Sibling
+from harness.kernels.torch.support.shared_input import SharedInputLayer
 from reference.adalora import AdaLoraAdapted, AdaLoraLinear
 
 
-class FusedAdaLoraLinear(Sibling, AdaLoraLinear):
+class FusedAdaLoraLinear(SharedInputLayer, AdaLoraLinear):
     """Compute as the fused LoRA, with A scaled by lambda."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -23,9 +23,9 @@ class FusedAdaLoraLinear(Sibling, AdaLoraLinear):
         if self.training and self.dropout.p:
             mask, kept = keep_mask(x, self.dropout.p)
             return lora_linear_over(self.base, x, self.A * self.E, self.B, self.scaling / kept, mask)
-        return self.family(self, x)
+        return self.input_group(self, x)
 
-    def alone(self, x: Tensor) -> Tensor:
+    def forward_alone(self, x: Tensor) -> Tensor:
         """Return the output without sharing work with other layers."""
         return lora_linear_over(self.base, x, self.A * self.E, self.B, self.scaling)
 

@@ -16,12 +16,12 @@ from harness.kernels.torch.lora_linears import LoraFactors, factors_over, lora_l
 from harness.kernels.torch.nf4_linear import Nf4Linear, packed_linear
 from harness.kernels.torch.nf4_lora_linear import packed_lora_linear
 from harness.kernels.torch.support.dropout import keep_mask
-from harness.kernels.torch.support.shared_input import Sibling
+from harness.kernels.torch.support.shared_input import SharedInputLayer
 from reference.dora import DoraLinear, gain
 from reference.shared.layers import dense_weight
 
 
-class FusedDoraLinear(Sibling, DoraLinear):
+class FusedDoraLinear(SharedInputLayer, DoraLinear):
     """Compute by `dora_linear`; over the fused NF4 by the product with the low-rank term, and the gain.
 
     Unlike the reference, it saves no decoded copy of a 4-bit weight for the backward pass.
@@ -39,11 +39,11 @@ class FusedDoraLinear(Sibling, DoraLinear):
         drops = self.training and self.dropout.p
         if plain and (drops or multiplied_by_triton(x, self.A, self.B)):
             return self._by_itself(x, self._mask(x) if drops else None)
-        W = base.packed_weight.lent(x.dtype) if packed else base.weight
-        norm = row_norms(W, self.A, self.B, self.scaling)  # now: the next call overwrites the lent memory
+        W = base.packed_weight.in_buffer(x.dtype) if packed else base.weight
+        norm = row_norms(W, self.A, self.B, self.scaling)  # now: the next call overwrites the buffer
         bias = None if base.bias is None else base.bias.to(x.dtype)
         if not drops:
-            return gained(self.family(self, x), bias, self.m, norm)
+            return gained(self.input_group(self, x), bias, self.m, norm)
         dropped = x * self._mask(x)
         z = packed_lora_linear(dropped, base.packed_weight, None, self.A, self.B, self.scaling, None)
         return gained(z, packed_linear(x - dropped, base.packed_weight, bias), self.m, norm)
@@ -64,7 +64,7 @@ class FusedDoraLinear(Sibling, DoraLinear):
     def _by_itself(self, x: Tensor, mask: Tensor | None) -> Tensor:
         return dora_linear(x, self.base.weight, self.base.bias, self.A, self.B, self.m, self.scaling, mask)
 
-    def alone(self, x: Tensor) -> Tensor:
+    def forward_alone(self, x: Tensor) -> Tensor:
         """Return the product without gain and bias, without sharing work with other layers."""
         base: Any = self.base
         if (factors := self.factors(x)) is not None:

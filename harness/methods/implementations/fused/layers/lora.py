@@ -7,11 +7,11 @@ from torch import Tensor
 from harness.kernels.torch.lora_linear import lora_linear_over
 from harness.kernels.torch.lora_linears import LoraFactors, factors_over
 from harness.kernels.torch.support.dropout import keep_mask
-from harness.kernels.torch.support.shared_input import Sibling
+from harness.kernels.torch.support.shared_input import SharedInputLayer
 from reference.lora import LoraLinear
 
 
-class FusedLoraLinear(Sibling, LoraLinear):
+class FusedLoraLinear(SharedInputLayer, LoraLinear):
     """Compute by `lora_linear`; without dropout, together with layers of the same input."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -19,9 +19,9 @@ class FusedLoraLinear(Sibling, LoraLinear):
         if self.training and self.dropout.p:
             mask, kept = keep_mask(x, self.dropout.p)
             return lora_linear_over(self.base, x, self.A, self.B, self.scaling / kept, mask)
-        return self.family(self, x)
+        return self.input_group(self, x)
 
-    def alone(self, x: Tensor) -> Tensor:
+    def forward_alone(self, x: Tensor) -> Tensor:
         """Return the output without sharing work with other layers."""
         return lora_linear_over(self.base, x, self.A, self.B, self.scaling)
 
