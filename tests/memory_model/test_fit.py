@@ -48,7 +48,7 @@ def of_llama_7b() -> dict[str, Any]:
 
 @pytest.fixture
 def counted(of_llama_7b: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "counts", lambda asked: of_llama_7b)
+    monkeypatch.setattr(fit, "count_model", lambda asked: of_llama_7b)
 
 
 def document(capsys: pytest.CaptureFixture[str], *words: str, steps: bool = False) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def row(found: dict[str, Any], method: str, base: str = "none") -> dict[str, Any
 def test_an_optimizer_that_a_method_cannot_have_is_not_answered_for_another(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--memory", "80GB", "--method", "galore", "--optimizer", "paged-adamw")
     (galore,) = document(capsys, *words)["rows"]
-    assert galore["because"] == "it steps by its own optimizer: adamw or adamw-8bit"
+    assert galore["because"] == "it has its own optimizer: adamw or adamw-8bit"
     assert galore["ledger"] is None
 
 
@@ -196,7 +196,7 @@ def test_an_encoder_is_counted_with_its_new_head_and_without_activations(
     assert row(found, "lora")["trainable"] == head + inside  # the head trains whole
     assert row(found, "full")["trainable"] == found["parameters"] == RELEASED["roberta-base"]
     counted = count(shapes.presets()["roberta-base"].config, "encoder", "bfloat16", {"lora": [{"rank": 8}]}, [])
-    monkeypatch.setattr(fit, "counts", lambda asked: counted)
+    monkeypatch.setattr(fit, "count_model", lambda asked: counted)
     words = [*words[:5], "--rank", "8", "--formulas"]
     assert main(["fit", *words]) == Exit.PASS
     assert "Activations are not predicted" in capsys.readouterr().out
