@@ -1,8 +1,8 @@
 """Mistakes in suites and on the command line: each is reported with its place and a hint, and exits with 2.
 
-A suite is written as one change to a sound suite. A row is (text to replace, its replacement, line, words): the mistake is on
-that line and its message has all the words, which are the key, the value and the kind of mistake. `test_messages` holds the
-full wording of a few.
+A suite is written as one change to a sound suite. A row is (text to replace, its replacement, line, words): the mistake is
+on that line, and its message has all the words: the key, the value and the kind of mistake. `test_messages` asserts the full
+wording of a few.
 """
 
 from __future__ import annotations
@@ -123,12 +123,15 @@ MEANING = {
     "schedule of the default length": (
         RANK, ADALORA.replace("total_steps: 4, tinit: 1, tfinal: 1, ", ""), 13, "`total_steps` adalora 1000 4 steps",
     ),
-    "config of a method without fields": ("id: a\n        method: lora", "id: a\n        method: full", 13, "`full` no `rank`"),
+    "config of a method without fields": (
+        "id: a\n        method: lora", "id: a\n        method: full", 13, "`full` no `rank`",
+    ),
     "config that no method of the entry has": (
         RANK, "method: [full, lora]\n        config: {rnk: 1, rank", 13, "none `full`, `lora` `rnk`",
     ),
     "shared config that no method of the block has": (
-        "    cells:\n", "    config: {rnk: 4}\n    cells:\n      - {method: full, id: all}\n", 10, "none `full`, `lora` `rnk`",
+        "    cells:\n", "    config: {rnk: 4}\n    cells:\n      - {method: full, id: all}\n", 10,
+        "none `full`, `lora` `rnk`",
     ),
     "no method": ("        method: lora\n        config", "        config", 11, "`method` missing"),
     "no steps": ("steps: 4, ", "", 11, "`training.steps` missing"),
@@ -187,7 +190,8 @@ MEANING = {
     "a value listed twice": ("id: a", "id: a\n        seed: [1, 1]", 12, "`seed` 1 2 times"),
     "a base listed twice": ("id: a", "id: a\n        base: [{}, {}]", 12, "`base` none 2 times"),
     "a quantised base listed twice": (
-        "id: a", "id: a\n        base: [&q {quantization: nf4, implementation: fused}, *q]", 12, "`base` nf4 (fused) 2 times",
+        "id: a", "id: a\n        base: [&q {quantization: nf4, implementation: fused}, *q]", 12,
+        "`base` nf4 (fused) 2 times",
     ),
     "a method listed twice": ("method: lora", "method: [lora, lora]", 12, "`method` 'lora' 2 times"),
     "too many cells": (
