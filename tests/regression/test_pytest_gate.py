@@ -158,7 +158,10 @@ BAD = {
         json.dumps({"benchmarks": [ROUND, {**ROUND, "stats": {"median": 1}}]}),
         r"benchmarks\[1\]: t has no raw rounds",
     ),
-    "infinite": (json.dumps({"benchmarks": [{**ROUND, "stats": {"data": [math.inf]}}]}), "not a list of positive seconds"),
+    "infinite": (
+        json.dumps({"benchmarks": [{**ROUND, "stats": {"data": [math.inf]}}]}),
+        "not a list of positive seconds",
+    ),
     "zero": (json.dumps({"benchmarks": [{**ROUND, "stats": {"data": [0.0]}}]}), "not a list of positive seconds"),
     "words": (json.dumps({"benchmarks": [{**ROUND, "stats": {"data": "1.0"}}]}), "not a list of positive seconds"),
 }
