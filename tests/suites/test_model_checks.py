@@ -162,7 +162,7 @@ def test_a_prompt_and_its_answer_fit_together(folder: Path, tokens: int) -> None
         model_checks.check_models(loaded, loaded.plan)
 
 
-def test_a_target_without_weights_of_its_own_is_looked_for_in_the_model(folder: Path) -> None:
+def test_a_target_without_weights_of_its_own_is_misfits_in_the_model(folder: Path) -> None:
     assert "lm_head" not in model_folder.layers(folder / "tied")
     assert refused(folder, "[q_proj, v_proj]", "[q_proj, lm_head]") == []
     ((line, what, hint),) = refused(folder, "[q_proj, v_proj]", "[q_proj, query]")
@@ -181,7 +181,7 @@ def test_a_model_that_cannot_be_built_here_is_left_to_its_cells(folder: Path) ->
     whole = config.read_text()
     config.write_text(whole.replace('"llama"', '"of the future"'))
     try:
-        model_checks._looked_for.cache_clear()
+        model_checks._misfits.cache_clear()
         assert refused(folder, "[q_proj, v_proj]", "[nothing]") == []
     finally:
         config.write_text(whole)
@@ -190,7 +190,7 @@ def test_a_model_that_cannot_be_built_here_is_left_to_its_cells(folder: Path) ->
 def test_one_child_builds_every_model_that_must_be_looked_at(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started, start = [], supervisor.python
     monkeypatch.setattr(supervisor, "python", lambda *asked: started.append(asked) or start(*asked))
-    model_checks._looked_for.cache_clear()
+    model_checks._misfits.cache_clear()
     old = SUITE[SUITE.index("[q_proj, v_proj]") : SUITE.index("[query]") + len("[query]")]
     new = old.replace("[q_proj, v_proj]", "[nothing]").replace("[query]", "[neither]")
     found = refused(folder, old, new)
@@ -203,7 +203,7 @@ def test_one_child_builds_every_model_that_must_be_looked_at(folder: Path, monke
     for wrong in (whole.replace('"llama"', '"of the future"'), whole.replace(width[0], '"hidden_size": "wide"')):
         config.write_text(wrong)  # the second ends the child that builds it
         try:
-            model_checks._looked_for.cache_clear()
+            model_checks._misfits.cache_clear()
             assert refused(folder, old, new) == found[1:]
         finally:
             config.write_text(whole)
