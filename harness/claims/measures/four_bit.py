@@ -37,7 +37,7 @@ def nf4_has(printed: list[float]) -> MeasureResult:
 
 @measure("property")
 def equation_4_gives(printed: list[float], ends: Literal["as printed", "left out"] = "as printed") -> MeasureResult:
-    """Check that eq. 4, q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2 over the largest, gives the printed 2^k levels.
+    """Check eq. 4: q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2 over the largest gives the printed 2^k levels.
 
     ends: include or leave out levels that are not finite.
     """

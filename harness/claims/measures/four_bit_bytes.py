@@ -14,8 +14,8 @@ def constant_bits(
 ) -> MeasureResult:
     """Bits per weight of the block constants, over all layers that QLoRA quantises in a model.
 
-    double: whether the constants, 32 bits per `block` weights, are in 8 bits, with 32 bits per `second_block` constants and 32
-    for their mean in each layer.
+    double: whether the constants, 32 bits per `block` weights, are in 8 bits, with 32 bits per `second_block` constants and
+    32 for their mean in each layer.
     """
     bits, weights = _constants(model, double, block, second_block)
     return MeasureResult(Fraction(bits, weights), f"{_in_words(double, block, second_block)}: {bits:,} / {weights:,}")

@@ -172,7 +172,7 @@ def _seconds(x: Interval) -> str:
 
 
 def _between_processes(found: Interval, *sides: Sequence[Record]) -> tuple[Interval, str]:
-    """Widen a time or a ratio if a side has too few processes to estimate their variation; return it with the explanation."""
+    """Widen a time or a ratio if too few processes show their variation; return it with the explanation."""
     counts = [len(side) for side in sides]
     count = "one process" if max(counts) == 1 else f"{min(counts)} processes"
     each = count + " each" * (len(counts) > 1)
