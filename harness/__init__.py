@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from harness.errors import Unsupported
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["Implementation", "Unsupported", "__version__", "implements", "load"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import on first use, so that `import harness` costs nothing."""
     if name == "__version__":
         from importlib.metadata import version

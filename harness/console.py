@@ -1,4 +1,4 @@
-"""What a command says last: to a reader that may have left, and of errors, those that nobody foresaw among them."""
+"""Print results and errors of commands."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from harness.errors import Exit, HarnessError
 
 
 def echo(text: str) -> None:
-    """Print a line of data."""
+    """Print a result on stdout. A closed stdout is ignored."""
     try:
         click.echo(text)
-    except BrokenPipeError:  # `| head` has seen enough; the exit code still counts
+    except BrokenPipeError:  # closed by `| head`; the exit code still counts
         discard_stdout()
 
 
 def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Pad the columns of `rows` to one width each; the last column is left as it is."""
+    """Format rows with columns of equal width. The last column is not padded."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     padded = ([f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)] for row in rows)
     return [("  " + "  ".join(row)).rstrip() for row in padded]
 
 
 def discard_stdout() -> None:
-    """Send what is still to be written to stdout nowhere, or Python complains at exit."""
+    """Discard buffered output of a closed stdout: Python would report an error at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """End the process after an error that nobody foresaw: it is ours, and no finding about what was measured."""
+    """Report an unexpected exception as a bug of peft-harness, and exit; a `sys.excepthook`."""
     if issubclass(kind, KeyboardInterrupt):
         return sys.__excepthook__(kind, error, trace)
     traceback.print_exception(kind, error, trace)
-    what = f"this is a bug of peft-harness, not of what you asked: {kind.__name__}: {error}"
-    kept = "; ".join(getattr(error, "__notes__", ())) or "no Record was written, and none was touched"
-    sys.exit(report_error(HarnessError(what, hint=f"report it with the lines above; {kept}")))
+    what = f"internal error in peft-harness: {kind.__name__}: {error}"
+    notes = "; ".join(getattr(error, "__notes__", ())) or "no Record was written or changed"
+    sys.exit(report_error(HarnessError(what, hint=f"please report it with the lines above; {notes}")))
 
 
 def report_error(error: HarnessError) -> Exit:
-    """Print an error, and return its exit code."""
+    """Print an error on stderr, and return its exit code."""
     click.echo(f"peft-harness: {error}", err=True)
     return error.exit_code

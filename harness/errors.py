@@ -1,4 +1,4 @@
-"""Errors a user can meet: each says what is wrong, where, and the mend. Only `cli.py` prints them."""
+"""Exit codes, and errors with a place and a hint. Only `harness.console` prints them."""
 
 from __future__ import annotations
 
@@ -21,31 +21,28 @@ class Exit(IntEnum):
 
 
 EXITS = {
-    Exit.PASS: "everything that was asked passed, or failed as its library is known to, or there was nothing to judge "
-    "(`list`, `plan`, `explain`)",
+    Exit.PASS: "everything requested passed, or failed as a known defect says; or there was nothing to judge (`list`, "
+    "`plan`, `explain`)",
     Exit.FAIL: "a finding: an implementation computes something else, a claim of a paper is not reproduced, a comparison of "
     "the suite is refuted, a rerun differs without a named cause, a Record was changed after its run, or a history holds a "
     "change for the worse that is counted or confirmed",
     Exit.USAGE: "wrong use: an option, a name, a path, or a mistake in a suite; nothing was run",
     Exit.INCONCLUSIVE: "a question could not be decided either way; only with --strict",
     Exit.INFRASTRUCTURE: "Cells were not measured (out of memory, timeout, lost, ended by Ctrl-C, SIGTERM or SIGHUP), an "
-    "implementation that `check` was asked for by name could not be tried, or the machine failed: no GPU, no network, a "
-    "full disk",
+    "implementation named to `check` could not be tried, or the machine failed: no GPU, no network, a full disk",
     Exit.NOTHING_COMPARED: "nothing was measured or compared, so nothing can be green; or nothing is there to export",
 }
 
 
 class HarnessError(Exception):
-    """A failure with an address.
-
-    what: one sentence; where: file, line, Cell or option, may be empty; hint: what to do about it.
-    `code` is what `peft-harness explain` takes.
-    """
+    """An error that a user can act on."""
 
     code = "error"
+    """Name for `peft-harness explain`."""
     exit_code = Exit.INFRASTRUCTURE
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
+        """what: one sentence. where: file and line, Cell or option. hint: how to fix it."""
         super().__init__(what)
         self.what, self.where, self.hint = what, where, hint
 
@@ -63,9 +60,10 @@ class UsageError(HarnessError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake in a suite: `where` is file:line, `what` the mistake, `mend` a suggestion or empty."""
+    """One mistake in a file or on the command line."""
 
     where: str
+    """`file:line`, or an option."""
     what: str
     hint: str = ""
 
@@ -74,7 +72,7 @@ class Problem:
 
 
 def sort_problems(problems: Iterable[Problem]) -> list[Problem]:
-    """Return the problems of files in the order of their lines, each once: what many share is met in each of them."""
+    """Sort the problems of files by file and line, without duplicates."""
 
     def place(problem: Problem) -> tuple[str, int, str]:
         path, _, line = problem.where.rpartition(":")
@@ -84,7 +82,7 @@ def sort_problems(problems: Iterable[Problem]) -> list[Problem]:
 
 
 def usage_error(problems: Sequence[Problem]) -> UsageError:
-    """Return one error of all mistakes of a command line, each with its option and mend."""
+    """Return one error for all mistakes on a command line."""
     if len(problems) == 1:
         (one,) = problems
         return UsageError(one.what, where=one.where, hint=one.hint)
@@ -93,7 +91,7 @@ def usage_error(problems: Sequence[Problem]) -> UsageError:
 
 @contextmanager
 def collect_errors(problems: list[Problem]) -> Iterator[None]:
-    """Put the UsageError that ends a block among `problems`, so that what comes after it is checked too."""
+    """Add a UsageError of the block to `problems` instead of raising it, so that more checks can follow."""
     try:
         yield
     except UsageError as error:
@@ -101,21 +99,19 @@ def collect_errors(problems: list[Problem]) -> Iterator[None]:
 
 
 class SuiteError(UsageError):
-    """A file that cannot be run. All its mistakes are reported together, each with file and line. Nothing was run.
-
-    file: what it is, a suite or a claim file.
-    """
+    """A suite, claim file or other YAML file with mistakes; each has a file and a line. Nothing was run."""
 
     code = "suite"
 
     def __init__(self, problems: Sequence[Problem], file: str = "suite") -> None:
+        """file: the kind of file, for the message."""
         count = f"{plural(len(problems), 'mistake')} in the {file}"
         super().__init__("\n".join([count, *(f"  {p}" for p in problems)]))
         self.problems = tuple(problems)
 
 
 class RefusedError(UsageError):
-    """A run that cannot become a baseline. All reasons are given together, each with its mend. Nothing was written."""
+    """A run that cannot become a baseline, with all reasons. Nothing was written."""
 
     code = "refused"
 
@@ -125,7 +121,7 @@ class RefusedError(UsageError):
         self.problems = tuple(problems)
 
 
-class Unsupported(NotImplementedError):  # noqa: N818  # what an implementation says of a case, not an error of its
+class Unsupported(NotImplementedError):  # noqa: N818  # an answer of an implementation, not an error
     """Raised by an implementation for a case that it does not offer: shown as `unsupported`, not as a failure.
 
     A plain NotImplementedError is a failure: torch raises it too, where a kernel or a gradient is missing.
@@ -145,7 +141,7 @@ class StoreError(HarnessError):
 
 
 class ImplementationError(HarnessError):
-    """An implementation is missing, broken, or does not support what was asked of it."""
+    """An implementation is missing, broken, or does not support the request."""
 
     code = "implementation"
     exit_code = Exit.USAGE
@@ -163,12 +159,12 @@ def first_names(names: Sequence[str], most: int = 3) -> str:
 
 
 def closest_match(name: str, known: Iterable[str]) -> str:
-    """Return the known name that is nearly this one, or an empty string."""
+    """Return the known name that is most similar, or an empty string if none is close."""
     return next(iter(get_close_matches(name, list(known), n=1)), "")
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "known") -> str:
-    """Return "did you mean ...?", or `otherwise` and the names there are when none is close."""
+    """Return "did you mean `NAME`?", or `otherwise` and all known names if none is close."""
     names = list(known)
     close = closest_match(name, names)
     return f"did you mean `{close}`?" if close else f"{otherwise}: {', '.join(names) or 'none'}"

@@ -1,4 +1,4 @@
-"""Where the suites and report templates are: at the top of a checkout, inside the package in a wheel."""
+"""Paths: the suites and report templates of a checkout or a wheel, and paths that users write."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def data_folder(name: str) -> Path:
 
 
 def user_path(path: str) -> Path:
-    """Return the path that somebody wrote, `~` resolved. Raises UsageError for what cannot be a path."""
+    """Return a path as a user wrote it, `~` expanded. Raises UsageError if it cannot be a path."""
     hint = "write ./path, /path or ~/path"
     if "\0" in path:
         raise UsageError(f"{path!r} is no path: it holds a zero byte", hint=hint)
@@ -27,6 +27,6 @@ def user_path(path: str) -> Path:
 
 
 def checkout() -> Path | None:
-    """Return the top of the checkout this package runs from, or None for an installed wheel."""
+    """Return the top folder of the checkout that this package runs from, or None for an installed wheel."""
     top = _PACKAGE.parent
     return top if (top / ".git").exists() and (top / "pyproject.toml").is_file() else None

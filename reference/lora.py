@@ -72,7 +72,7 @@ SPEC = ReferenceSpec(
             topic="convolutions with groups",
             paper="not treated",
             here="conv=peft: A sees all channels, B has the groups; merged, the layer has no groups",
-            why="as in HF peft, which cannot merge it: the update joins channels that the base's groups keep apart",
+            why="as in HF peft, which cannot merge it: the update connects channels of different groups",
         ),
         Deviation(
             topic="merging",

@@ -54,7 +54,7 @@ SPEC = ReferenceSpec(
             here="Halko's subspace iteration with exactly r columns, no oversampling; niter = 0 is the exact SVD",
             why="HF peft's pissa_niter_N is torch.svd_lowrank with q = r; its niter_0 is a sketch without iterations, "
             "ours is not. The sketch is drawn from the generator, not from global state, from which HF peft draws "
-            "another when a saved adapter is loaded, and so puts it beside another residual",
+            "another when a saved adapter is loaded, so its residual differs",
         ),
         Deviation(
             topic="precision",
@@ -64,27 +64,26 @@ SPEC = ReferenceSpec(
                 "r) B A from the rounded ones, rounded once"
             ),
             why="so W_res holds what A and B lost, and W_res + (alpha / r) B A is W within half an eps of |W_res|. HF "
-            "peft keeps A and B in float32 beside a half-precision W_res",
+            "peft has A and B in float32 and W_res in half precision",
         ),
         Deviation(
             topic="quantised base (QPiSSA)",
             paper="quantises W_res, whose spread is smaller than W's, and may iterate (Algorithm 1)",
-            here="takes the matrix that the base multiplies by, and keeps W_res dense",
-            why="a base that comes packed has lost what QPiSSA would have kept; quantising W_res is the caller's "
-            "choice",
+            here="takes the matrix that the base multiplies by; W_res stays dense",
+            why="a packed base has already lost the precision that QPiSSA saves; the caller may quantise W_res",
         ),
         Deviation(
             topic="dropout",
             paper="none",
-            here="none, and no knob for it",
+            here="none, and no option for it",
             why="dropping inputs of the principal part would change the function before the first step",
         ),
         Deviation(
             topic="embeddings",
             paper="not treated",
             here="the table's transpose is W, as in LoRA: A (r, num) picks columns by id, B (dim, r)",
-            why="what its equations say of the only other layer that multiplies by a matrix. HF peft takes them too, "
-            "but begins them as plain LoRA, without a word",
+            why="its equations apply to the only other layer that multiplies by a matrix. HF peft supports embeddings too, "
+            "but silently starts them as plain LoRA",
         ),
     ),
 )

@@ -67,8 +67,7 @@ SPEC = ReferenceSpec(
             topic="defaults",
             paper="NF4, double quantisation, products in bfloat16",
             here="as the paper, and products in the dtype of the input",
-            why="transformers' BitsAndBytesConfig has FP4, no double quantisation and float32 unless they are asked "
-            "for",
+            why="transformers' BitsAndBytesConfig defaults to FP4, no double quantisation and float32",
         ),
         Deviation(
             topic="merging",

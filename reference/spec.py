@@ -17,9 +17,9 @@ class Deviation:
     topic: str
     """Subject of the difference, a few words."""
     paper: str
-    """What the paper states; in an Implementation, what the reference computes."""
+    """Statement of the paper; in an Implementation, the reference's computation."""
     here: str
-    """What this code does."""
+    """Behaviour of this code."""
     why: str
     """Reason, with the libraries that do the same or differ."""
 

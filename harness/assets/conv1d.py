@@ -1,4 +1,4 @@
-"""transformers' Conv1D, GPT-2's linear layer, which keeps its weight the other way round: written as a linear layer."""
+"""Convert transformers' Conv1D, the linear layer of GPT-2 with a transposed weight, to `nn.Linear`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ NOTE = "{} Conv1D layers are linear layers here, with the same weights: so every
 
 
 def as_linear(model: nn.Module) -> int:
-    """Put a linear layer of the same weight, (out, in), and bias into the place of each Conv1D; return their number.
+    """Replace each Conv1D by a linear layer with the same bias and the transposed weight, (out, in); return their number.
 
-    Most methods, and libraries, are written for linear layers. What is adapted of a Conv1D itself, `check` looks at.
+    Most methods and libraries only adapt linear layers. `check` tests adapters of Conv1D itself.
     """
     found = [(path, layer) for path, layer in model.named_modules(remove_duplicate=False) if kind_of(layer) == "Conv1D"]
-    made: dict[int, nn.Linear] = {}  # a layer that stands in two places stays one
+    made: dict[int, nn.Linear] = {}  # a shared layer stays shared
     for path, layer in found:
         conv1d: Any = layer
         if id(layer) not in made:

@@ -1,4 +1,4 @@
-"""Files of rows, read record by record: nothing here knows what a row means."""
+"""Read files of rows record by record."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BATCH = 1024
 
 
 class UnreadableError(ValueError):
-    """From here on the file cannot be read. line: where; of a parquet file, the number of the row."""
+    """The rest of a file cannot be read. line: in a parquet file, the number of the row."""
 
     def __init__(self, line: int, why: str) -> None:
         super().__init__(why)
@@ -23,7 +23,7 @@ class UnreadableError(ValueError):
 def lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (line, text) of every line that is not blank."""
     with path.open("rb") as file:
-        # Split at \\n alone, not as str does it: a sentence may hold U+2028 or U+0085, which it takes for line ends.
+        # Split at \\n only: str.splitlines also splits at U+2028 and U+0085, which a sentence may hold.
         for number, raw in enumerate(file, 1):
             text = _decoded(raw, number).rstrip("\n")
             if text.strip():
@@ -38,7 +38,7 @@ def csv_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         for record in reader:
             line = reader.line_num
             yield line, record
-    except csv.Error as error:  # where the next record begins cannot be told
+    except csv.Error as error:  # the start of the next record is unknown
         raise UnreadableError(line + 1, str(error)) from error
 
 
@@ -59,7 +59,7 @@ def parquet_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _decoded(raw: bytes, line: int) -> str:
-    """Return UTF-8 as text; a byte-order mark at the file's beginning is no part of the first column's name."""
+    """Return UTF-8 as text; a byte-order mark at the start of the file is dropped."""
     try:
         return raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -72,4 +72,4 @@ FORMATS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
     "csv": csv_records,
     "parquet": parquet_records,
 }
-"""By the name that a source's rows give; records of the first two are lines, of the others columns."""
+"""Readers by `rows.format`. Records of the first two are lines, of the others columns."""

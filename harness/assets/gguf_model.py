@@ -1,4 +1,4 @@
-"""GGUF to an ordinary model folder, in a process of its own: `python -m harness.assets.gguf_model SRC.gguf DST`."""
+"""Convert a GGUF file to a model folder, in a process of its own: `python -m harness.assets.gguf_model SRC.gguf DST`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def convert(source: Path, destination: Path) -> None:
     """Write the dequantised weights as fp16 safetensors, with config and tokenizer."""
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     quantized = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    # A model that came from GGUF refuses to be saved. Its weights are ordinary tensors by now, so a fresh model of the
-    # same architecture takes them over.
+    # transformers cannot save a model from GGUF. Its weights are ordinary tensors now, so a new model of the same
+    # architecture takes them.
     config = quantized.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -1,4 +1,4 @@
-"""Hub repositories at a pinned commit, in the hub's own cache. Its client is the one that honours HF_HUB_OFFLINE."""
+"""Fetch hub repositories at a pinned commit into the hub's own cache; its client honours HF_HUB_OFFLINE."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness.assets.carrier import Progress
 from harness.assets.table import Source
 from harness.errors import AssetError
 
-# What transformers loads from the top folder. Nothing that runs code: no pickled weights, no Python files.
+# Files that transformers loads from the top folder. No code: no pickled weights, no Python files.
 _WANTED = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
 _NESTED = ["*/*"]
 
@@ -35,7 +35,7 @@ def snapshot(source: Source, progress: Progress, local_only: bool = False) -> Pa
 
 
 def write_rows(source: Source, path: Path, progress: Progress) -> None:
-    """Write one split of a data repository as jsonl, with our names for the parts of a row."""
+    """Write one split of a data repository as jsonl, with the keys of our rows."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -60,11 +60,11 @@ def write_rows(source: Source, path: Path, progress: Progress) -> None:
 
 @contextmanager
 def hub_errors(source: Source, *refusals: type[Exception]) -> Iterator[None]:
-    """Turn what the hub's clients raise into AssetErrors; `refusals` are those that no network would mend."""
+    """Raise errors of the hub's clients as AssetErrors. refusals: errors that a network would not fix."""
     import huggingface_hub.errors as hub
     from huggingface_hub import constants
 
-    # httpx's HTTPError: a proxy or a broken connection passes through the client as it is.
+    # httpx's HTTPError: the client does not wrap errors of a proxy or a broken connection.
     http_error = hub.HfHubHTTPError.__bases__[0]
     unreachable: tuple[type[Exception], ...] = (hub.LocalEntryNotFoundError, ConnectionError, http_error)
     refused: tuple[type[Exception], ...] = (hub.RepositoryNotFoundError, hub.RevisionNotFoundError)
@@ -102,7 +102,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _bar(label: str, progress: Progress) -> type[Any]:
-    """Make a progress bar that draws nothing and passes on bytes. The client keeps two of them, in several threads."""
+    """Return a tqdm class that draws nothing and reports bytes. The client has two of them, in several threads."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     done = 0

@@ -1,4 +1,4 @@
-"""lm-eval's own tasks as files: found by name and read without importing lm-eval, whose index of them takes seconds."""
+"""Find and read lm-eval's own tasks as files, without importing lm-eval, whose index takes seconds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from harness.errors import UsageError
 
 PREFIX = "lm-eval:"
 LOCAL = ("json", "csv", "parquet", "text", "arrow")
-"""What `datasets` reads from files on this machine: such data have no revision."""
+"""Loaders of `datasets` for local files, which have no revision."""
 _TASK = re.compile(rb"""^["']?task["']?: *["']?([\w.+-]+)["']?[ \t\r]*(?:#.*)?$""", re.MULTILINE)
 _REGISTERED = re.compile(r"""^@register_filter\(["']([\w-]+)["']\)""", re.MULTILINE)
 _NAME = re.compile(r"lm-eval:(?P<task>[\w.+-]+)(?::(?P<filter>[\w.+-]+))?(?:@(?P<revision>[0-9a-f]{40}))?", re.ASCII)
@@ -25,37 +25,35 @@ _NAME = re.compile(r"lm-eval:(?P<task>[\w.+-]+)(?::(?P<filter>[\w.+-]+))?(?:@(?P
 
 @dataclass(frozen=True)
 class TaskFile:
-    """What `lm-eval:TASK:FILTER@REVISION` stands for; filter and revision may be empty.
-
-    path: of the task's YAML. spec: what it says, with its `include` merged in; a function is its name.
-    """
+    """The task of lm-eval that `lm-eval:TASK:FILTER@REVISION` names; filter and revision may be empty."""
 
     task: str
     filter: str
     revision: str
     path: Path
     spec: dict[str, Any]
+    """The YAML with its `include` merged in. A function is its name."""
 
     @property
     def splits(self) -> dict[str, str]:
-        """The splits that are used, by what for: `test`, and where there are any `train` and `fewshot`."""
-        said = self.spec
-        test = said.get("test_split") or said.get("validation_split")
-        shots = said.get("fewshot_split") or (said.get("fewshot_config") or {}).get("split")
-        named = {"test": test, "train": said.get("training_split"), "fewshot": shots}
+        """The splits by use: `test`, and if there are any, `train` and `fewshot`."""
+        spec = self.spec
+        test = spec.get("test_split") or spec.get("validation_split")
+        shots = spec.get("fewshot_split") or (spec.get("fewshot_config") or {}).get("split")
+        named = {"test": test, "train": spec.get("training_split"), "fewshot": shots}
         return {use: str(split) for use, split in named.items() if split}
 
     @property
     def data_files(self) -> list[Path]:
-        """The local files that it reads, if it reads any."""
-        said = (self.spec.get("dataset_kwargs") or {}).get("data_files", [])
-        listed = list(said.values()) if isinstance(said, dict) else [said]
+        """The local files that it reads."""
+        files = (self.spec.get("dataset_kwargs") or {}).get("data_files", [])
+        listed = list(files.values()) if isinstance(files, dict) else [files]
         flat = [name for one in listed for name in (one if isinstance(one, list) else [one])]
         return [Path(str(name)) for name in flat]
 
 
 def find(text: str, folder: Path | None = None) -> TaskFile:
-    """Find a task by what a suite calls it; raises UsageError for one that is not there. `folder` is lm-eval's own."""
+    """Find a task by its name in a suite. Raises UsageError if there is none. folder: of lm-eval's tasks."""
     match = _NAME.fullmatch(text)
     if match is None:
         hint = "write lm-eval:TASK, lm-eval:TASK:FILTER, and @ with the 40 hex digits of its data's commit"
@@ -79,7 +77,7 @@ def tasks_folder() -> Path:
 
 @cache
 def filter_functions() -> tuple[str, ...]:
-    """Return the functions that the installed lm-eval has for filters; empty where none can be found."""
+    """Return the filter functions of the installed lm-eval; empty if none are found."""
     package = importlib.util.find_spec("lm_eval")
     if package is None or package.origin is None:
         return ()
@@ -88,10 +86,10 @@ def filter_functions() -> tuple[str, ...]:
 
 
 def _path(folder: Path, name: str) -> tuple[Path | None, set[str]]:
-    """Return the file of a task, None where there is none, and the names of tasks as far as they had to be found out.
+    """Return the file of a task, None if there is none, and the names of the tasks that were read.
 
-    All fourteen thousand files are read only for a name that neither a file nor its family leads to. A name that is nearly
-    another's is no reason to stop before that: some tasks differ in a letter.
+    Reads first the file of that name, then the files of its family, then all fourteen thousand. A similar name does not
+    end the search: some tasks differ in one letter.
     """
     files = _files(folder)
     known = {path.stem for path in files}
@@ -130,6 +128,6 @@ def _read(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
     for name in included if isinstance(included, list) else [included]:
         other = (path.parent / str(name)).resolve()
         if other in inside:
-            raise UsageError("a task's file that includes itself", where=str(other), hint="mend its `include`")
+            raise UsageError("a task's file that includes itself", where=str(other), hint="correct its `include`")
         merged.update(_read(other, (*inside, path.resolve())))
     return {**merged, **own}

@@ -1,4 +1,4 @@
-"""What a model's folder must hold so that transformers loads it: config, safetensors, tokenizer; of a shape, the config."""
+"""Check that a model's folder is complete: config, safetensors and tokenizer; for a shape, the config."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from harness.assets.table import Source
 from harness.errors import AssetError
 
 _LONGEST_HEADER = 100_000_000
-"""Bytes; safetensors itself reads no longer one."""
+"""Bytes; the limit of safetensors."""
 _INDEX = "model.safetensors.index.json"
 _POSITIONS = ("max_position_embeddings", "n_positions")  # GPT-2's name is the second
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TWO_SIDED = ("ForMaskedLM", "ForPreTraining")
-"""How the classes of transformers end that guess a token from those before it and after it."""
+"""Suffixes of transformers' classes that predict a token from both sides."""
 
 
 def check(folder: Path, source: Source) -> Path:
-    """Return the folder, or raise AssetError for what it lacks."""
+    """Return the folder. Raises AssetError if it lacks a file, or for a model that cannot be trained here."""
     if not folder.is_dir():
         raise AssetError(f"no folder for model {source.name}", where=str(folder), hint="correct its path")
     if not (folder / "config.json").is_file():
@@ -66,9 +66,9 @@ def weights_sha256(folder: Path) -> str:
 
 
 def layers(folder: Path) -> set[str]:
-    """Return the paths of the modules that have weights in a model's folder, as the headers of the files tell them.
+    """Return the paths of the modules with weights in a model's folder, from the headers of its files.
 
-    A file that cannot be read tells none: whoever loads it will say why.
+    A file that cannot be read is skipped: loading it reports the reason.
     """
     paths = set()
     for file in _weights(folder):
@@ -83,16 +83,16 @@ def layers(folder: Path) -> set[str]:
 
 
 def positions(folder: Path) -> int | None:
-    """Return how many tokens a model's config lets it read at once, or None where it sets no limit."""
+    """Return the maximal number of tokens by a model's config, or None without a limit."""
     config = _config(folder)
     most = next((config[key] for key in _POSITIONS if key in config), None)
     return most if isinstance(most, int) and most > 0 else None
 
 
 def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: Path) -> None:
-    """Raise AssetError for what no Cell can score. A config that tells nothing is left to the Cell, which probes.
+    """Raise AssetError for an architecture that no Cell can score. A config without the answer is left to the Cell.
 
-    where: the file that the config came from.
+    where: the file of the config.
     """
     model_type = config.get("model_type")
     if config.get("is_encoder_decoder") is True:
@@ -104,7 +104,7 @@ def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: 
         )
     names = config.get("architectures")
     masked = next((n for n in names if str(n).endswith(_TWO_SIDED)), None) if isinstance(names, list) else None
-    # The same weights may serve a decoder, if the config makes the attention look back only.
+    # With `is_decoder` the same weights are a causal model.
     if kind == "causal" and masked is not None and config.get("is_decoder") is not True:
         raise AssetError(
             f"model {name} is declared causal and is a masked language model ({masked}): it sees the answer that it is "
@@ -115,14 +115,14 @@ def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: 
     if isinstance(model_type, str) and text_models.lacks(kind, model_type):
         does = "classifies texts" if kind == "encoder" else "predicts the next token"
         raise AssetError(
-            f"model {name} is of the type `{model_type}`, of which the installed transformers has none that {does}",
+            f"model {name} is of the type `{model_type}`, of which the installed transformers has no class that {does}",
             where=str(where),
             hint="name a model of texts (a BERT, a Llama), and its `kind`",
         )
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """Return a model's config; empty if it cannot be read: whoever loads it will say why."""
+    """Return a model's config; empty if it cannot be read: loading it reports the reason."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):
@@ -131,7 +131,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _weights(folder: Path) -> list[Path]:
-    """List the weight files that transformers would load, in order of their names, whether they exist or not."""
+    """List the weight files that transformers loads, sorted by name, whether they exist or not."""
     whole, index = folder / "model.safetensors", folder / _INDEX
     if whole.is_file() or not index.is_file():
         return [whole]

@@ -1,4 +1,4 @@
-"""Rows of a data set: read from its file, and parted into those that train and those that are tested."""
+"""Read the rows of a data set, and split them into training and test rows."""
 
 from __future__ import annotations
 
@@ -18,42 +18,42 @@ from harness.errors import AssetError, Problem, UsageError
 
 @dataclass(frozen=True)
 class LabelledRow:
-    """One labelled text."""
+    """A text and its class."""
 
     id: str
     text: str
     label: int
 
     @property
-    def asked(self) -> str:
-        """What a test must not share with training."""
+    def overlap_key(self) -> str:
+        """Text that training and test rows must not share."""
         return self.text
 
 
 @dataclass(frozen=True)
 class AnsweredRow:
-    """One prompt and the answer that is wanted."""
+    """A prompt and its answer."""
 
     id: str
     prompt: str
     answer: str
 
     @property
-    def asked(self) -> str:
-        """What a test must not share with training."""
+    def overlap_key(self) -> str:
+        """Text that training and test rows must not share."""
         return self.prompt
 
 
 @dataclass(frozen=True)
 class TextRow:
-    """One text of a language model's training."""
+    """A text to train a language model on."""
 
     id: str
     text: str
 
     @property
-    def asked(self) -> str:
-        """What a test must not share with training."""
+    def overlap_key(self) -> str:
+        """Text that training and test rows must not share."""
         return self.text
 
 
@@ -62,7 +62,7 @@ _R = TypeVar("_R", bound=AnyRow)
 
 
 def read(source: Source, path: Path) -> list[AnyRow]:
-    """Read every row of a data file, in its order. A row that cannot be read is an AssetError with its line."""
+    """Read every row of a data file, in order. Raises AssetError for the first row that cannot be read."""
     found, wrong = _examine(source, path)
     if wrong:
         line, why = wrong[0]
@@ -71,35 +71,34 @@ def read(source: Source, path: Path) -> list[AnyRow]:
 
 
 def problems(source: Source, path: Path, labels: int = 0, test: int = 0, *, trains: bool = True) -> list[Problem]:
-    """Say all that keeps a task from using a data file; empty if nothing does.
+    """Return the mistakes in a data file of a task: of equal ones the first, and of all the first few.
 
-    labels: classes, 0 for a task without. test: rows that are kept for the test. trains: whether the rest must train.
-    Of rows that are wrong in the same way the first is shown, and of a file's ways the first few.
+    labels: number of classes, 0 for a task without. test: number of test rows. trains: whether the rest must train.
     """
     found, wrong = _examine(source, path)
-    told = [(line, f"cannot read {source.name}: {why}", _HINT) for line, why in wrong]
-    told += [
+    wrong_rows = [(line, f"cannot read {source.name}: {why}", _HINT) for line, why in wrong]
+    wrong_rows += [
         (line, f"label {row.label} of row `{row.id}`; the task's `labels` allows 0 to {labels - 1}", _HINT_LABEL)
         for line, row in found
         if labels and isinstance(row, LabelledRow) and row.label >= labels
     ]
     if not wrong and trains and len(found) <= test:
-        what = f"{source.name} has {len(found)} rows, and the task keeps {test} of them for its test: none is left"
-        told.append((1, what, f"give it more rows, or lower the task's `test` to at most {len(found) - 1}"))
+        what = f"{source.name} has {len(found)} rows, and the task tests {test} of them: none is left to train on"
+        wrong_rows.append((1, what, f"give it more rows, or lower the task's `test` to at most {len(found) - 1}"))
     elif not wrong and len(found) < test:
         what = f"{source.name} has {len(found)} rows, and the task tests {test}"
-        told.append((1, what, f"give it more rows, or lower the task's `test` to at most {len(found)}"))
+        wrong_rows.append((1, what, f"give it more rows, or lower the task's `test` to at most {len(found)}"))
     first: dict[str, Problem] = {}
-    for line, what, hint in sorted(told):
+    for line, what, hint in sorted(wrong_rows):
         first.setdefault(what, Problem(f"{path}:{line}", what, hint))
     shown, rest = list(first.values())[:_SHOWN], list(first.values())[_SHOWN:]
     if rest:
-        shown.append(Problem(rest[0].where, f"{len(rest)} more mistakes from here on", "mend those before first"))
+        shown.append(Problem(rest[0].where, f"{len(rest)} more mistakes from here on", "correct those above first"))
     return shown
 
 
 def _examine(source: Source, path: Path) -> tuple[list[tuple[int, AnyRow]], list[tuple[int, str]]]:
-    """Return what can be read, and why what cannot be read cannot, each with its line."""
+    """Return the rows and the mistakes of a file, each with its line."""
     if source.rows is None:
         raise UsageError(f"{source.name} is a model, not data", hint="name a source of kind data")
     rows = source.rows
@@ -133,14 +132,12 @@ def split(
 ) -> tuple[list[AnyRow], list[AnyRow]]:
     """Cut rows into (train, test) after one shuffle; the first `test` rows are the test set.
 
-    training: rows of a set of its own, which train instead of the rest, in their order. What the test asks is taken out
-    of train, so that no accuracy rests on a row that was learnt: see `unasked`.
+    training: rows of a training set, in order; they train instead of the rest. Rows that overlap with the test are
+    removed from train, see `without_overlap`.
     """
     most = len(rows) - 1 if training is None else len(rows)
     if not 0 < test <= most:
-        raise UsageError(
-            f"cannot keep {test} of {len(rows)} rows for the test", hint=f"set `test` between 1 and {most}"
-        )
+        raise UsageError(f"cannot test {test} of {len(rows)} rows", hint=f"set `test` between 1 and {most}")
     shuffled = list(rows)
     random.Random(seed).shuffle(shuffled)  # noqa: S311  # reproducible, not secret
     trained = shuffled[test:] if training is None else training
@@ -148,14 +145,14 @@ def split(
 
 
 def without_overlap(trained: Sequence[_R], tested: Sequence[AnyRow]) -> list[_R]:
-    """Return the rows of `trained` that give away nothing of `tested`, whatever their case and white space.
+    """Return the rows of `trained` that do not overlap with `tested`, ignoring case and white space.
 
-    A row with a prompt or a label goes if a tested one asks the same; a whole text already if it holds what one asks.
+    A row with a prompt or a label overlaps if its key is that of a test row; a `TextRow` already if it contains one.
     """
-    asked = {_plain(row.asked) for row in tested}
-    # By their first characters, so that a text is gone through once and not once for each prompt.
+    keys = {_plain(row.overlap_key) for row in tested}
+    # By their first characters, so that a text is searched once, not once for each key.
     beginning: dict[int, dict[str, list[str]]] = {}
-    for prompt in asked:
+    for prompt in keys:
         size = min(len(prompt), _KEY)
         beginning.setdefault(size, {}).setdefault(prompt[:size], []).append(prompt)
 
@@ -167,11 +164,11 @@ def without_overlap(trained: Sequence[_R], tested: Sequence[AnyRow]) -> list[_R]
             for prompt in known.get(text[at : at + size], ())
         )
 
-    def gives_away(row: AnyRow) -> bool:
-        plain = _plain(row.asked)
-        return plain in asked or (isinstance(row, TextRow) and holds_one(plain))
+    def overlaps(row: AnyRow) -> bool:
+        plain = _plain(row.overlap_key)
+        return plain in keys or (isinstance(row, TextRow) and holds_one(plain))
 
-    return [row for row in trained if not gives_away(row)]
+    return [row for row in trained if not overlaps(row)]
 
 
 def _plain(text: str) -> str:
@@ -181,7 +178,7 @@ def _plain(text: str) -> str:
 _KEY = 24
 _BEGIN = re.compile(r"\b\w|[^\w\s]")
 _INSIDE = re.compile(r"(?<=\w)\w")
-"""Where a prompt may begin, and where none may end: `art` is not asked by a text about parties."""
+"""A key must begin and end at word boundaries: a text about parties does not contain `art`."""
 _HINT = "look at source, member and rows in the table"
 _HINT_LABEL = "correct the row, or the task's `labels` and `doc_to_choice`"
 _SHOWN = 5
@@ -202,7 +199,7 @@ def _valence(record: str, _line: int, rows: Rows) -> LabelledRow | None:
 def _json(record: str, line: int, rows: Rows) -> AnyRow | None:
     fields = json.loads(record)
     if not isinstance(fields, dict):
-        raise ValueError("not a JSON object")  # noqa: TRY004  # the file is wrong, not a caller
+        raise ValueError("not a JSON object")  # noqa: TRY004  # a mistake in the file, not of the caller
     return _columns(fields, line, rows)
 
 
@@ -233,11 +230,11 @@ def _label(label: object) -> int:
 
 def _text(text: object, name: str) -> str:
     if not isinstance(text, str):
-        raise ValueError(f"the {name} is {text!r}, which is no text")  # noqa: TRY004  # the file is wrong, not a caller
+        raise ValueError(f"the {name} is {text!r}, which is no text")  # noqa: TRY004  # a mistake in the file, not of the caller
     if not text.strip():
         raise ValueError(f"the {name} is empty")
     return text.strip()
 
 
 _PARSERS: dict[str, Callable[[Any, int, Rows], AnyRow | None]] = {"valence-tsv": _valence, "jsonl": _json}
-"""How a record that is a line becomes a row; others have columns."""
+"""Parsers of records that are lines, by format; other records have columns."""

@@ -1,4 +1,4 @@
-"""Models by shape alone: a configuration without weights, a preset of `shapes.yaml` or a config.json. No torch."""
+"""Model shapes: configurations without weights, from a preset of `shapes.yaml` or a config.json. No torch."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from harness import resources, yaml_lines
 from harness.errors import UsageError, did_you_mean
 
 PREFIX = "shape:"
-"""How a suite writes one: `shape:llama-7b`, `shape:./config.json`."""
+"""As in `shape:llama-7b` and `shape:./config.json`."""
 PATH_STARTS = ("./", "../", "/", "~")
 _PRESETS = Path(__file__).with_name("shapes.yaml")
 _CUT = re.compile(r"(?P<name>[^/]+)/(?P<blocks>[1-9]\d*)-blocks?")
 """A preset of its true width with its first blocks only: `llama-65b/2-blocks`."""
 DEPTHS = ("num_hidden_layers", "n_layer")
-"""What configurations call the number of blocks."""
+"""Names of the number of blocks in configurations."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A shape that comes with the harness. config: as config.json has it; source: where its numbers are printed."""
+    """A shape that comes with the harness."""
 
     name: str
     kind: Literal["encoder", "causal"]
     config: dict[str, Any]
+    """As in config.json."""
     source: str
+    """The publication of its numbers."""
 
 
 @functools.cache
@@ -42,7 +44,7 @@ def presets() -> dict[str, Preset]:
 
 @functools.cache
 def preset(address: str) -> Preset | None:
-    """Return the preset that an address names, e.g. `llama-65b`, or of its first blocks, `llama-65b/2-blocks`; or None."""
+    """Return the preset of an address such as `llama-65b`, or `llama-65b/2-blocks` for its first blocks; or None."""
     cut = _CUT.fullmatch(address)
     if cut is None or cut["name"] not in presets():
         return presets().get(address)
@@ -54,35 +56,35 @@ def preset(address: str) -> Preset | None:
 
 
 def first_blocks(config: dict[str, Any], few: int) -> dict[str, Any]:
-    """Return a configuration with so many of its blocks."""
+    """Return a configuration with `few` blocks."""
     depth = next(key for key in DEPTHS if key in config)
     return {**config, depth: few}
 
 
 def blocks(config: dict[str, Any]) -> int:
-    """Return how many blocks a configuration has."""
+    """Return the number of blocks of a configuration."""
     return int(next(config[key] for key in DEPTHS if key in config))
 
 
 def address_problem(address: str) -> str:
-    """Say what is wrong with an address that is no path and no preset, and the mend; empty for one that is."""
+    """Return "MISTAKE; HINT" for an address that is neither a path nor a preset, or an empty string."""
     if address.startswith(PATH_STARTS) or preset(address):
         return ""
     cut = _CUT.fullmatch(address)
     if cut and (whole := presets().get(cut["name"])):
-        return f"`{cut['name']}` has {blocks(whole.config)} blocks, not {cut['blocks']}; ask for as many or fewer"
+        return f"`{cut['name']}` has {blocks(whole.config)} blocks, not {cut['blocks']}; write as many or fewer"
     hint = f"{did_you_mean(address, [*presets()])}, NAME/2-blocks for the first two of its blocks"
     return f"no shape is called `{address}`; {hint}, or shape:./config.json"
 
 
 def config_of(address: str) -> dict[str, Any]:
-    """Return the configuration that an address stands for: of a preset, or of a file. Raises UsageError as `read` does."""
+    """Return the configuration of an address: a preset or a file. Raises UsageError as `read_config` does."""
     found = preset(address)
     return found.config if found else read_config(resources.user_path(address))
 
 
 def read_config(path: Path, name: str = "") -> dict[str, Any]:
-    """Read a model's config.json. Raises UsageError for one that cannot be read, is no JSON or names no model type."""
+    """Read a model's config.json. Raises UsageError if it cannot be read, is not JSON or has no `model_type`."""
     who = f"model {name}: " if name else ""
     try:
         config = json.loads(path.read_bytes())
@@ -99,5 +101,5 @@ def read_config(path: Path, name: str = "") -> dict[str, Any]:
 
 
 def with_classes(config: Mapping[str, Any], labels: int) -> dict[str, Any]:
-    """Return an encoder's config.json with a head of so many classes, whatever classes it names itself."""
+    """Return an encoder's configuration with a head of `labels` classes."""
     return {k: v for k, v in config.items() if k not in ("id2label", "label2id")} | {"num_labels": labels}

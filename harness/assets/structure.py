@@ -1,7 +1,7 @@
-"""A model from its config alone, on the meta device: without weights. And which names fit no layer of it.
+"""Build a model from its config on the meta device, without weights, and find names that fit no layer.
 
-Run as `python -m harness.assets.structure JSON` with a list of [FOLDER, KIND, NAMES]; for each of them it prints, as soon as
-it is known, a line that begins with ANSWER and goes on with JSON: name to sentence.
+`python -m harness.assets.structure JSON` takes a list of [FOLDER, KIND, NAMES] and prints a line for each: ANSWER, then
+JSON that maps names to the reason.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     import torch
 
 _ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-"""What transformers raises for a config that it cannot build."""
+"""Errors of transformers for a config that it cannot build."""
 
 
 def build(config: Mapping[str, Any], kind: str, dtype: torch.dtype) -> Any:
     """Return the model of this config.json on the meta device, in training mode: every layer, no weights, no Conv1D.
 
-    Raises ValueError for a type that is not transformers'.
+    Raises ValueError for a type that transformers does not have.
     """
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -45,13 +45,13 @@ def build(config: Mapping[str, Any], kind: str, dtype: torch.dtype) -> Any:
 
 
 def without_padding(model: Any) -> None:
-    """Let a decoder with a head of classes take a batch of texts of one length also where nobody told it how to pad."""
+    """Let a classifier on a decoder take batches of texts of equal length without a padding token."""
     if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = -1  # no token's
+        model.config.pad_token_id = -1  # the id of no token
 
 
 def misfits(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:
-    """Map those of `names` that fit no layer which a method can adapt to a sentence about it."""
+    """Map the names that fit no layer which a Method can adapt to the reason."""
     import torch
 
     config = json.loads((Path(folder) / "config.json").read_bytes())
@@ -59,7 +59,7 @@ def misfits(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:
 
 
 def model_misfits(model: Any, names: Sequence[str]) -> dict[str, str]:
-    """Return the same of a model that is built already."""
+    """Return the misfits of a model that is already built."""
     from reference.shared.layers import KINDS, targets
 
     found = {}

@@ -1,4 +1,4 @@
-"""The table of models and data sets: what a name in a suite stands for. Reads YAML, fetches nothing."""
+"""The table of models and data sets, by which a suite's names are resolved. Fetches nothing."""
 
 from __future__ import annotations
 
@@ -34,33 +34,33 @@ _HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>.*))?",
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HOLDERS = {"prompt": ("answers",), "answer": ("answers",), "text": ("labels", "text"), "label": ("labels",)}
-"""The parts of a row, and what rows hold that have it."""
+"""Kinds of rows (`holds`) that have each part."""
 
 
 class Rows(FrozenModel):
-    """How a data file becomes rows."""
+    """Layout of a data file."""
 
     format: Literal["valence-tsv", "jsonl", "csv", "parquet", "hub", "splits"]
     holds: Literal["labels", "answers", "text"] = "labels"
-    """What a row is: {id, text, label}, or {id, prompt, answer}, or {id, text}."""
+    """Keys of a row: {id, text, label}, {id, prompt, answer} or {id, text}."""
     text: str = "text"
     """Column of the text."""
     label: str = "label"
     """Column of the label, an integer from 0."""
     prompt: str = "prompt"
-    """Column of what a model is asked."""
+    """Column of the prompt."""
     answer: str = "answer"
-    """Column of what it should answer."""
+    """Column of the expected answer."""
     id: str = "id"
-    """Column of the row's name; where it is missing, the row's number counts."""
+    """Column of the row's name; without it, the row's number is its name."""
     least: float = Field(default=0.0, ge=0)
-    """valence-tsv: rows nearer to 0 than this are dropped, for people disagree about them."""
+    """valence-tsv: rows with a smaller absolute valence are dropped, since people disagree about them."""
     longest: int | None = Field(default=None, ge=1)
-    """Rows of more characters, in prompt and answer or text, are dropped."""
+    """Rows with more characters, in prompt and answer or text, are dropped."""
     split: str = "train"
-    """hub: the split that is read; train and test are cut from it."""
+    """hub: the split to read; train and test are taken from it."""
     subset: str = ""
-    """hub: the configuration of a repository that holds several sets."""
+    """hub: the configuration, for a repository with several sets."""
 
     @model_validator(mode="after")
     def _says_what_it_holds(self) -> Rows:
@@ -73,7 +73,7 @@ class Rows(FrozenModel):
 
     @property
     def columns(self) -> dict[str, str]:
-        """The names that a row's parts have here, and those of their columns in the file; without the id."""
+        """Columns in the file by our names, without the id."""
         return {name: getattr(self, name) for name, holders in _HOLDERS.items() if self.holds in holders}
 
 
@@ -84,11 +84,11 @@ class Source(FrozenModel):
     kind: ModelKind
     source: str
     sha256: str = ""
-    """Of the carrier (wheel, sdist) or of a local data file."""
+    """Hash of the carrier (wheel, sdist) or of a local data file."""
     bytes: Bytes | None = None
-    """Size of the carrier: progress and the check for free space need it."""
+    """Size of the carrier, for progress and the check of free space."""
     member: str = ""
-    """What is taken out of the carrier; a trailing `/` takes a folder, `!` goes into an archive inside the archive."""
+    """Path in the carrier; a trailing `/` takes a folder, `!` enters an archive in the archive."""
     revision: str = ""
     """Commit of a hub repository."""
     licence: str = ""
@@ -147,12 +147,12 @@ class Source(FrozenModel):
 
     @property
     def scheme(self) -> str:
-        """What kind of place it comes from, e.g. `pip`."""
+        """Kind of `source`, e.g. `pip`."""
         return self.source.partition(":")[0]
 
     @property
     def address(self) -> str:
-        """What follows the scheme, e.g. `NAME==VERSION`."""
+        """The part of `source` after the scheme, e.g. `NAME==VERSION`."""
         return self.source.partition(":")[2]
 
 
@@ -178,9 +178,9 @@ def load_table(path: Path) -> dict[str, Source]:
 
 
 def resolve(name: str, table: Mapping[str, Source], base: Path, kind: ModelKind = "causal") -> Source:
-    """Find what `name` in a suite stands for: a row of the table, `org/name@revision`, `shape:NAME`, or a path from `base`.
+    """Return the Source of a name in a suite: a row of the table, `org/name@revision`, `shape:NAME`, or a path from `base`.
 
-    `kind` is taken for those that stand in no table. A path is a model's folder, so data always need a row.
+    kind: of a name that is not in the table. A path is a model's folder, so data always need a row. Raises UsageError.
     """
     if name in table:
         return with_absolute_path(table[name], base)
@@ -195,7 +195,7 @@ def resolve(name: str, table: Mapping[str, Source], base: Path, kind: ModelKind 
     if name.startswith(shapes.PATH_STARTS):
         if kind == "data":
             raise UsageError(
-                f"data set {name!r} is a path, and nothing says how its file becomes rows",
+                f"data set {name!r} is a path, which does not say how to read its rows",
                 hint="give it a row under `sources:` with kind, source: file:PATH and rows",
             )
         return with_absolute_path(Source(name=name, kind=kind, source=f"folder:{name}"), base)
@@ -203,17 +203,17 @@ def resolve(name: str, table: Mapping[str, Source], base: Path, kind: ModelKind 
         repository, revision = match["repository"], match["revision"] or ""
         if not _COMMIT.fullmatch(revision):
             raise UsageError(
-                f"hub name {name!r} is not pinned: without a commit it may be another model tomorrow",
+                f"hub name {name!r} is not pinned to a commit",
                 hint=f"write {repository}@ and the 40 hex digits of a commit, "
                 f"which its page lists under Files, History; or ./{name} for a local folder",
             )
         rows = Rows(format="hub") if kind == "data" else None
         return Source(name=name, kind=kind, source=f"hub:{repository}", revision=revision, rows=rows)
-    near = [f"shape:{name}"] if shapes.preset(name) else difflib.get_close_matches(name, table, n=1)
+    close = [f"shape:{name}"] if shapes.preset(name) else difflib.get_close_matches(name, table, n=1)
     raise UsageError(
         f"no model or data set named {name!r}",
-        hint=f"did you mean {near[0]!r}?"
-        if near
+        hint=f"did you mean {close[0]!r}?"
+        if close
         else f"named in the table: {', '.join(sorted(table)) or 'nothing'}; "
         "or write org/name@revision for a hub repository, ./path for a local folder, shape:NAME for a model without weights",
     )

@@ -1,4 +1,4 @@
-"""The types of models that transformers has for texts, read from its source: importing it takes seconds. No torch."""
+"""Types of models that transformers has for texts, read from its source: importing it takes seconds. No torch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _START, _END = " = OrderedDict(", "\n)\n"
 
 
 def lacks(kind: str, model_type: str) -> bool:
-    """Say whether the installed transformers knows this type, and has no model of this kind (`causal`, `encoder`) of it.
+    """Return whether the installed transformers knows this type but has no model of this kind (`causal`, `encoder`) for it.
 
-    Of a type that it does not know nothing is said: where the Cell runs another release may, or the folder brings its code.
+    False for an unknown type: the folder may have its code, or the Cell may run with another release.
     """
     there = _types(kind)
     return bool(there) and model_type not in there and f'("{model_type}", ' in _source()
@@ -27,7 +27,7 @@ def lacks(kind: str, model_type: str) -> bool:
 
 @cache
 def _types(kind: str) -> frozenset[str]:
-    """Return the types of a kind; none where the source does not look as it did."""
+    """Return the types of a kind; none if the source has changed its form."""
     _, found, rest = _source().partition(_NAMES[kind] + _START)
     return frozenset(dict(ast.literal_eval(rest.partition(_END)[0].strip()))) if found else frozenset()
 

@@ -1,4 +1,4 @@
-"""Members of wheels (zip) and sdists (tar): one file or one folder is taken out, also from an archive inside one."""
+"""Extract a file or a folder from a wheel (zip) or sdist (tar), or from an archive in it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Opened = zipfile.ZipFile | tarfile.TarFile
 def extract(archive: Path, member: str, destination: Path) -> None:
     """Write `member` of `archive` into the folder `destination`: a folder's files at their paths below it, or one file.
 
-    Raises AssetError for a missing member, for a path that leaves `destination`, and for what is no zip or tar.
+    Raises AssetError for a missing member, a path that leaves `destination`, and a file that is no zip or tar.
     """
     outer, _, inner = member.partition("!")
     try:
@@ -61,7 +61,7 @@ def _write(opened: Opened, member: str, destination: Path, archive: Path) -> Non
             raise AssetError(
                 f"member {name!r} would be written outside its folder",
                 where=archive.name,
-                hint="do not use this archive: an honest one has no such path",
+                hint="do not use this archive",
             )
         with _read(opened, name, archive) as content:
             _copy(content, destination / relative)

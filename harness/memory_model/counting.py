@@ -105,7 +105,7 @@ def _ends(path: str) -> list[str]:
 
 
 @contextmanager
-def attached(model: nn.Module, method: str, config: Any) -> Iterator[Any]:
+def attached(model: nn.Module, method: str, config: object) -> Iterator[Adapted]:
     """Attach the reference of a Method to a model on the meta device, without draws, and detach it at the end.
 
     Raises ValueError for a config that does not match the model.
@@ -118,7 +118,7 @@ def attached(model: nn.Module, method: str, config: Any) -> Iterator[Any]:
         model.requires_grad_(False)
 
 
-def _attach(model: nn.Module, method: str, config: Any) -> Adapted:
+def _attach(model: nn.Module, method: str, config: object) -> Adapted:
     with SkipRandomDraws():
         return attach_reference(method, model, config, None, torch.Generator())
 

@@ -296,7 +296,7 @@ def _staged(tracker: MemoryTracker, model: nn.Module, optimizer: torch.optim.Opt
         return lambda *_: tracker.enter(stage)
 
     def watched(stage: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
+        def hook(_: nn.Module, __: object, output: object) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
             if torch._C._current_graph_task_id() == -1 and isinstance(hidden, Tensor) and hidden.requires_grad:
                 hidden.register_hook(enters(stage))

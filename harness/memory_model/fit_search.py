@@ -60,7 +60,7 @@ def _provider(method: str) -> str:
     return OURS if OURS in discover().names("method", method) else _REFERENCE
 
 
-def _untried(row: Mapping[str, Any]) -> str:
+def _untried(row: Row) -> str:
     return str(row["because"]) if row["ledger"] is None else ""
 
 

@@ -43,7 +43,7 @@ class MemoryTracker(TorchDispatchMode):
         """Whether new filled tensors (`torch.zeros`) are weights or states, and so fake, however small."""
         self.peaks: dict[str, int] = defaultdict(int)
         """Highest count of each stage, by its name."""
-        self._seen: dict[int, weakref.ref[Any]] = {}
+        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def enter(self, stage: str) -> None:
         """Begin a stage."""
@@ -91,15 +91,15 @@ class MemoryTracker(TorchDispatchMode):
             self.now += size
             self.peaks[self.stage] = max(self.peaks[self.stage], self.now)
 
-    def _gone(self, key: int, size: int) -> Callable[[Any], None]:
-        def gone(_: Any) -> None:
+    def _gone(self, key: int, size: int) -> Callable[[object], None]:
+        def gone(_: object) -> None:
             del self._seen[key]
             self.now -= size
 
         return gone
 
 
-def _of_experts(rows: Tensor, weights: Tensor, offsets: Tensor, *_: Any, **__: Any) -> Tensor:
+def _of_experts(rows: Tensor, weights: Tensor, offsets: Tensor, *_: object, **__: object) -> Tensor:
     """Return an empty output of a grouped product: of rows with their experts' matrices, or of the latter's gradient."""
     own = () if weights.dim() > 2 else (len(offsets),)
     return rows.new_empty(*own, rows.shape[-2], weights.shape[-1])

@@ -110,7 +110,7 @@ def _saved(layer: nn.Module, features: int, dtype: torch.dtype) -> tuple[bool, i
     return saves_input, (more - few) // 8
 
 
-def saved_by(layer: Any, *inputs: Tensor, **named: Tensor) -> dict[int, int]:
+def saved_by(layer: nn.Module, *inputs: Tensor, **named: Tensor) -> dict[int, int]:
     """Call a layer or a model and return the bytes that autograd saves for its backward pass, by storage."""
     alive: list[Tensor] = []  # keeps the identities of storages unique
 

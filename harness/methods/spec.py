@@ -37,7 +37,7 @@ FieldProblem = tuple[tuple[str | int, ...], str, str]
 
 
 class Adapted(Protocol):
-    """What `attach(model, config, generator)` of a Method or of an Implementation returns."""
+    """Result of `attach(model, config, generator)` of a Method or of an Implementation."""
 
     model: nn.Module
     """The model that was passed to `attach`."""
@@ -185,7 +185,7 @@ def methods(folder: Path = _REFERENCE) -> dict[str, MethodInfo]:
     return {info.name: info for info in read if info is not None}
 
 
-@cache  # a claim file asks once for each of its rows
+@cache  # claim files call it once per row
 def _method(path: Path, source: str) -> MethodInfo | None:
     module = ast.parse(source, filename=str(path))
     spec = next((node.value for node in module.body if isinstance(node, ast.Assign) and _is_spec(node)), None)

@@ -1,1 +1,1 @@
-"""The verbs `gate` and `baseline`: runs that are kept to compare with, and what a comparison says. No torch."""
+"""Regressions: baselines, pairs of runs and the history of nightly runs. No torch."""

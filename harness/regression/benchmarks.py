@@ -1,4 +1,4 @@
-"""Benchmarks of a pytest session against process runs that were kept of them: no speed without parity, none by silence."""
+"""Compare the benchmarks of a pytest session with saved process runs; no speed without parity."""
 
 from __future__ import annotations
 
@@ -18,44 +18,46 @@ _KINDS = {
     Pace.INCONCLUSIVE: VerdictKind.INCONCLUSIVE,
 }
 _ALWAYS = ("torch", "gpu")
-"""What a run says of itself wherever it was in use: without it, it was not."""
+"""Facts that a run records if it used them; if one is missing, the run did not use it."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """What a session left.
-
-    place, rounds: as of `Saved`. absent: why a benchmark that was kept may have no rounds here, for those that were asked
-    for. failed: names of tests that failed. right, wrong: how many cases of @conformance passed and failed.
-    """
+    """Results of a pytest session."""
 
     place: Mapping[str, str]
+    """As in `Saved`."""
     rounds: Mapping[str, Sequence[float]]
+    """As in `Saved`, in seconds."""
     absent: Mapping[str, str]
+    """Why a saved benchmark has no rounds here, by name; only benchmarks that the session was to run."""
     failed: frozenset[str] = frozenset()
+    """Names of failed tests."""
     right: int = 0
+    """Number of passed cases of @conformance."""
     wrong: int = 0
+    """Number of failed cases of @conformance."""
 
 
-def compare(kept: Sequence[Saved], session: Session, margin: float = MARGIN) -> Findings:
-    """Judge each benchmark of the session by the kept runs of the same full name, from this machine, Python and torch.
+def compare(saved_runs: Sequence[Saved], session: Session, margin: float = MARGIN) -> Findings:
+    """Judge each benchmark of the session by the saved runs of the same full name, machine, Python and torch.
 
-    The verdict is FAIL for any that is slower and where a case of @conformance failed; NOT_RUN where none was compared;
-    INCONCLUSIVE where any stays open, is missing, or was kept on another machine only; else PASS.
+    The verdict is FAIL if any is slower or a case of @conformance failed; NOT_RUN if none was compared; INCONCLUSIVE if any
+    stays undecided, is missing, or was saved on another machine only; else PASS.
     """
-    here = {saved.path: _elsewhere(saved.place, session.place) for saved in kept}
-    names = dict.fromkeys(name for saved in kept for name in saved.rounds)
+    here = {saved.path: _other_place(saved.place, session.place) for saved in saved_runs}
+    names = dict.fromkeys(name for saved in saved_runs for name in saved.rounds)
     rows, away, compared = [], {}, 0
     if session.wrong:
         reason = f"{session.wrong} of {session.wrong + session.right} cases failed: no speed without parity"
         rows.append(ComparisonRow(FindingKind.PARITY, VerdictKind.FAIL, "@conformance", (), "cases", reason))
     for name in names:
-        runs = [saved for saved in kept if name in saved.rounds]
+        runs = [saved for saved in saved_runs if name in saved.rounds]
         near = [saved.rounds[name] for saved in runs if not here[saved.path]]
         if name in session.failed:
             rows.append(
                 ComparisonRow(
-                    FindingKind.OUTCOME, VerdictKind.FAIL, name, (), "test", "failed, so that its time is not told"
+                    FindingKind.OUTCOME, VerdictKind.FAIL, name, (), "test", "failed, so that its time is not shown"
                 )
             )
         elif name not in session.rounds:
@@ -77,13 +79,13 @@ def compare(kept: Sequence[Saved], session: Session, margin: float = MARGIN) -> 
         if name not in names and name not in session.failed
     ]
     rows += _places(away)
-    if unused := [saved for saved in kept if here[saved.path]]:
+    if unused := [saved for saved in saved_runs if here[saved.path]]:
         reason = f"not used, {here[unused[-1].path]}"
         rows.append(
             ComparisonRow(
                 FindingKind.ENVIRONMENT,
                 VerdictKind.PASS,
-                f"{len(unused)} of {len(kept)} kept runs",
+                f"{len(unused)} of {len(saved_runs)} saved runs",
                 (),
                 "machine",
                 reason,
@@ -93,8 +95,8 @@ def compare(kept: Sequence[Saved], session: Session, margin: float = MARGIN) -> 
     return Findings(verdict=verdict, rows=tuple(rows), compared=compared)
 
 
-def _row(name: str, kept: Sequence[Sequence[float]], new: Sequence[float], margin: float) -> ComparisonRow:
-    found = judge(kept, new, margin)
+def _row(name: str, saved: Sequence[Sequence[float]], new: Sequence[float], margin: float) -> ComparisonRow:
+    found = judge(saved, new, margin)
     return ComparisonRow(
         FindingKind.SPEED,
         _KINDS[found.pace],
@@ -109,16 +111,16 @@ def _row(name: str, kept: Sequence[Sequence[float]], new: Sequence[float], margi
     )
 
 
-def _elsewhere(kept: Mapping[str, str], here: Mapping[str, str]) -> str:
-    """Say in what a run was made elsewhere, of what both sides say; nothing if in none.
+def _other_place(saved: Mapping[str, str], here: Mapping[str, str]) -> str:
+    """Return the differences between the place of a saved run and this one, of facts that both have.
 
     torch and the GPU need one side only: a session on a GPU is not faster than one on a CPU, but another.
     """
-    both = [what for what in kept if what in here or what in _ALWAYS]
-    either = both + [what for what in _ALWAYS if what in here and what not in kept]
-    differ = [what for what in either if kept.get(what) != here.get(what)]
+    both = [what for what in saved if what in here or what in _ALWAYS]
+    either = both + [what for what in _ALWAYS if what in here and what not in saved]
+    differ = [what for what in either if saved.get(what) != here.get(what)]
     return "; ".join(
-        f"{what}: {kept.get(what, 'none in use')}, here {here.get(what, 'none in use')}" for what in differ
+        f"{what}: {saved.get(what, 'none in use')}, here {here.get(what, 'none in use')}" for what in differ
     )
 
 
@@ -133,7 +135,7 @@ def _places(away: Mapping[str, str]) -> list[ComparisonRow]:
             first_names(names),
             (),
             "machine",
-            f"kept elsewhere only, {why}",
+            f"saved elsewhere only, {why}",
         )
         for why, names in found.items()
     ]
@@ -148,12 +150,12 @@ def _verdict(rows: Sequence[ComparisonRow], compared: int, session: Session, mar
     )
     red = of(FindingKind.OUTCOME, VerdictKind.FAIL)
     besides = {
-        "left open": [] if session.wrong else open_,
+        "undecided": [] if session.wrong else open_,
         "missing": of(FindingKind.MISSING, VerdictKind.NOT_RUN),
-        "kept on another machine only": of(FindingKind.ENVIRONMENT, VerdictKind.INCONCLUSIVE),
-        "whose test failed": red,
+        "saved on another machine only": of(FindingKind.ENVIRONMENT, VerdictKind.INCONCLUSIVE),
+        "test failed": red,
     }
-    told = [f"{what}: {first_names(names)}" for what, names in besides.items() if names]
+    notes = [f"{what}: {first_names(names)}" for what, names in besides.items() if names]
     rule = f"by more than {100 * margin:g} %, each at a level of {100 * ALARM:g} %"
     if slower:
         first = f"{len(slower)} of {compared} benchmarks slower ({rule}): {first_names(slower)}"
@@ -161,16 +163,16 @@ def _verdict(rows: Sequence[ComparisonRow], compared: int, session: Session, mar
         first = f"{len(passed)} of {compared} benchmarks not slower ({rule})"
     else:
         first = "nothing was compared"
-        if not told:
+        if not notes:
             first += f": no benchmark of this session is in the baseline, which has e.g. {example}"
     if session.wrong:
         parity = f"no speed is a pass without parity: {session.wrong} of @conformance failed"
     elif session.right:
         parity = f"@conformance: {session.right} right"
     else:
-        parity = "no case of @conformance ran, so nothing here says that they are right"
+        parity = "no case of @conformance ran, so correctness is not tested"
     if slower or red or session.wrong:
         word = VerdictKind.FAIL
     else:
-        word = VerdictKind.NOT_RUN if not compared else VerdictKind.INCONCLUSIVE if told else VerdictKind.PASS
-    return Verdict(word, "; ".join([first, *told, parity]))
+        word = VerdictKind.NOT_RUN if not compared else VerdictKind.INCONCLUSIVE if notes else VerdictKind.PASS
+    return Verdict(word, "; ".join([first, *notes, parity]))

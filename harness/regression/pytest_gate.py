@@ -1,4 +1,4 @@
-"""A pytest session with `--harness-gate`: its benchmarks are compared with those that were kept, and a slower one fails it.
+"""Pytest plugin of `--harness-gate`: compare the benchmarks of a session with saved ones; a slower one fails the session.
 
 Only such a session imports this. No torch, unless its tests do.
 """
@@ -21,15 +21,15 @@ from harness.regression.outputs import github, terminal
 
 _OPTION = "--harness-gate"
 _JUDGED = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
-"""Sessions that came to their end; what was interrupted keeps its own exit code."""
+"""Exit codes of sessions that ended; an interrupted session keeps its exit code."""
 
 
 class Gate:
-    """Listens to a session, and judges it at its end."""
+    """Collects the results of a session, and judges them at its end."""
 
     def __init__(self, config: pytest.Config, conforming: type[pytest.Item]) -> None:
         self.config, self.conforming = config, conforming
-        self.kept: list[Saved] = []
+        self.saved: list[Saved] = []
         self.margin = 0.0
         self.findings: Findings | None = None
         self._collected: set[str] = set()
@@ -38,26 +38,26 @@ class Gate:
         self._outcomes: dict[str, str] = {}
 
     def pytest_sessionstart(self) -> None:
-        """Refuse, before any test runs, what could not be judged."""
+        """Refuse, before any test runs, a session that cannot be judged."""
         try:
             self._benchmarks()
             self.margin = _margin(self.config.getoption("harness_gate_margin"))
             start = self.config.invocation_params.dir
-            self.kept = pytest_benchmark.read([start / path for path in self.config.getoption("harness_gate")])
+            self.saved = pytest_benchmark.read([start / path for path in self.config.getoption("harness_gate")])
         except UsageError as error:
             raise pytest.UsageError(str(error)) from error
 
     def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
-        """Note what the user left out."""
+        """Note the deselected tests."""
         self._deselected |= {item.nodeid for item in items}
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Note what will run."""
+        """Note the tests that will run."""
         self._collected = {item.nodeid for item in session.items}
         self._cases = {item.nodeid for item in session.items if isinstance(item, self.conforming)}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note how each test ends: a failure of its teardown is one, too."""
+        """Note the outcome of each test; a failed teardown is a failure."""
         if report.failed or (report.skipped and self._outcomes.get(report.nodeid) != "failed"):
             self._outcomes[report.nodeid] = report.outcome
         elif report.when == "call":
@@ -65,14 +65,14 @@ class Gate:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Judge, and fail the session where anything is slower or nothing was compared."""
+        """Judge, and fail the session if anything is slower or nothing was compared."""
         if session.exitstatus not in _JUDGED:
             return
-        self.findings = benchmarks.compare(self.kept, self._session(), self.margin)
+        self.findings = benchmarks.compare(self.saved, self._session(), self.margin)
         bad = [VerdictKind.FAIL, VerdictKind.NOT_RUN] + [VerdictKind.INCONCLUSIVE] * bool(
             self.config.getoption("harness_gate_strict")
         )
-        # Not 5 where nothing was compared: many a script forgives pytest's 5.
+        # Not 5 if nothing was compared: many scripts ignore the 5 of pytest.
         if self.findings.verdict.word in bad:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -90,13 +90,13 @@ class Gate:
                 terminalreporter.write_line(line)
 
     def _benchmarks(self) -> Any:
-        """Return pytest-benchmark's session; raises UsageError where it is not there or times nothing."""
+        """Return pytest-benchmark's session; raises UsageError if it is missing or times nothing."""
         plugin = self.config.pluginmanager.get_plugin("pytest-benchmark")
         if plugin is None:
             what = "pytest-benchmark is not installed, or is blocked by `-p no:benchmark`, and it takes the times"
             raise UsageError(what, where=_OPTION, hint="pip install pytest-benchmark")
         if self.config.getoption("dist", "no") != "no" or os.environ.get("PYTEST_XDIST_WORKER"):
-            what = "under xdist pytest-benchmark takes no times: tests beside each other disturb them"
+            what = "under xdist pytest-benchmark takes no times, since parallel tests disturb them"
             raise UsageError(what, where=_OPTION, hint="run this session with `-n 0`, or `-p no:xdist`")
         for option in ("--benchmark-disable", "--benchmark-skip"):
             if getattr(plugin, option.removeprefix("--benchmark-").replace("disable", "disabled")):
@@ -111,22 +111,22 @@ class Gate:
             place=pytest_benchmark.place(plugin.get_machine_info()),
             rounds={one.fullname: one.stats.data for one in timed},
             failed=frozenset(nodeid for nodeid, outcome in self._outcomes.items() if outcome == "failed"),
-            absent={name: why for saved in self.kept for name in saved.rounds if (why := self._why_absent(name))},
+            absent={name: why for saved in self.saved for name in saved.rounds if (why := self._why_absent(name))},
             right=cases.count("passed"),
             wrong=cases.count("failed"),
         )
 
     def _why_absent(self, name: str) -> str:
-        """Say why a benchmark may have no rounds; nothing where nobody asked for it."""
+        """Return why a benchmark has no rounds; empty if the session was not to run it."""
         if name in self._collected:
             outcome = self._outcomes.get(name)
-            return f"its test was {outcome}" if outcome == "skipped" else "its test was not come to, or took no time"
+            return f"its test was {outcome}" if outcome == "skipped" else "its test was not run, or took no time"
         if name in self._deselected or not any(self._covers(argument, name) for argument in self.config.args):
             return ""
         return "this session has no such test"
 
     def _covers(self, argument: str, name: str) -> bool:
-        """Say whether a file, folder or test that pytest was given (or its `testpaths`) takes in this full name."""
+        """Return whether an argument of pytest (a file, folder or test) or `testpaths` includes this full name."""
         (path, _, test), (file, _, its) = argument.partition("::"), name.partition("::")
         start, whole = (self.config.invocation_params.dir / path).resolve(), (self.config.rootpath / file).resolve()
         inside = start == whole or start in whole.parents

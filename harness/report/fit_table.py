@@ -92,7 +92,7 @@ def _notes(document: Mapping[str, Any], size: MemorySize) -> list[str]:
     if by_formula:
         notes.append(
             f"Tests: weights, adapter, gradients and optimizer within {FOOTPRINT_LEDGER:.0%} of the ledgers of real Cells, "
-            f"activations within {FOOTPRINT_ACTIVATIONS:.0%} of what autograd saves in small Llamas."
+            f"activations within {FOOTPRINT_ACTIVATIONS:.0%} of autograd's saved tensors in small Llamas."
         )
     elif not checked:
         notes.append(

@@ -1,4 +1,4 @@
-"""What of a suite's entry is sound by itself and impossible together: of methods, their configs, bases, training."""
+"""Check combinations of an entry's values: each is valid alone, and together they are impossible."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def combination_problems(
     bases: list[BaseKeys],
     steps: int,
 ) -> Iterator[FieldProblem]:
-    """Yield every combination that no Cell can live through.
+    """Yield combinations with which every Cell would fail.
 
-    config: for each method, the values of each of its fields; steps: of the training.
+    config: by Method, the values of each of its fields. steps: of the training.
     """
     for name, fields in config.items():
         yield from _starts(name, fields)
@@ -43,7 +43,7 @@ def _starts(name: str, fields: Mapping[str, list[Any]]) -> Iterator[FieldProblem
 
 
 def _budgets(name: str, fields: Mapping[str, list[Any]]) -> Iterator[FieldProblem]:
-    """AdaLoRA's own contradictions: it could only refuse to attach. Of each kind the first is told."""
+    """Yield the first contradiction of each kind in AdaLoRA's rank schedule."""
     ranks = itertools.product(fields.get("target_rank", ()), fields.get("rank", ()))
     for target, rank in ((target, rank) for target, rank in ranks if target > rank):
         what = f"`target_rank` of {name} is {target}, above its `rank` of {rank}, and the budget only falls"
@@ -57,7 +57,7 @@ def _budgets(name: str, fields: Mapping[str, list[Any]]) -> Iterator[FieldProble
 
 
 def _schedules(name: str, fields: Mapping[str, list[Any]], steps: int) -> Iterator[FieldProblem]:
-    """A Method that counts down over `total_steps` would not come to its end, or stand still before the training's."""
+    """Yield schedules over `total_steps` that do not end with the training."""
     for total in fields.get("total_steps", ()):
         if steps and total != steps:
             what = f"`total_steps` of {name} is {total}, and the training has {steps} steps"
@@ -77,7 +77,7 @@ def _bases(info: MethodInfo, bases: list[BaseKeys]) -> Iterator[FieldProblem]:
 
 
 def duplicate_problems(keys: CellKeys, config: Mapping[str, Mapping[str, list[Any]]]) -> Iterator[FieldProblem]:
-    """Yield the values that an axis has more than once: two of one value are two of one Cell."""
+    """Yield the values that an axis has more than once: they would stand for the same Cell."""
     axes: dict[tuple[str, ...], Any] = {(key,): getattr(keys, key) for key in _AXES}
     axes |= {("training", key): values for key, values in keys.training}
     axes |= {("config", key): values for fields in config.values() for key, values in fields.items()}
@@ -100,9 +100,9 @@ def training_problems(
     training: Mapping[str, list[Any]],
     steps: int,
 ) -> Iterator[FieldProblem]:
-    """Yield what cannot be trained so.
+    """Yield values of `training` and `optimizer` that do not go with the Methods or with each other.
 
-    config: as of `impossible`; training: the values of each of its keys that are written; steps: of the training.
+    config, steps: as in `combination_problems`. training: the values of each key that is given.
     """
     infos = [methods[name] for name in config]
     yield from _optimizers(infos, keys, steps)
@@ -115,7 +115,7 @@ def training_problems(
 
 
 def _optimizers(infos: list[MethodInfo], keys: CellKeys, steps: int) -> Iterator[FieldProblem]:
-    """An optimizer can only be chosen for what trains, by Methods that leave the choice or whose own can be it."""
+    """Yield optimizers of entries that do not train, or of Methods with another optimizer of their own."""
     for index, optimizer in enumerate(keys.optimizer):
         if optimizer == "adamw":
             continue
@@ -132,7 +132,7 @@ def _optimizers(infos: list[MethodInfo], keys: CellKeys, steps: int) -> Iterator
 def _checkpointing(
     config: Mapping[str, Mapping[str, list[Any]]], training: Mapping[str, list[Any]]
 ) -> Iterator[FieldProblem]:
-    """Blocks that are computed again are given no cache, in which some adapters are."""
+    """Yield checkpointing of adapters that are passed in the cache, which recomputed blocks do not get."""
     adapters = {value["peft_type"] for fields in config.values() for value in fields.get(KEY, ())}
     for index, checkpointing in enumerate(training.get("checkpointing", ())):
         for kind in sorted(adapters & set(IN_THE_CACHE)) if checkpointing else ():
@@ -145,7 +145,7 @@ def _checkpointing(
 def _layerwise(
     infos: list[MethodInfo], able: str, keys: CellKeys, training: Mapping[str, list[Any]]
 ) -> Iterator[tuple[str, str]]:
-    """Layer-wise updates free gradients at once: for large ones, of one pass, that nothing else waits for."""
+    """Yield why `layerwise` is impossible: it frees each gradient during the backward pass."""
     for info in infos:
         if not info.spec.trains_weights:
             what = f"{info.name} does not train the model's own weights, so that its gradients take little memory"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """The Cells of a suite, and the questions it asks of their Records."""
+    """The Cells of a suite, and the comparisons and searches that its report answers."""
 
     cells: tuple[Cell, ...]
     """Cells that are ranked, then those that search for learning rates."""
@@ -119,28 +119,28 @@ def _configs(fields: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
 
 
 def select(plan: Plan, expr: str) -> Plan:
-    """Keep the Cells that `expr` names; raises UsageError if there are none.
+    """Select the Cells that `expr` names. Raises UsageError if it names none, an unknown key, or a term without a Cell.
 
     Terms are separated by commas. `key=value` compares one key: id, model, task, method, implementation, base, optimizer,
-    dtype, seed, lr, batch, max_tokens, accumulate, checkpointing, lr_ratio, compile, layerwise, tune (true for a search's
-    Cells), or a key of the config. A bare word is the start of a cell_id, or any part of the id or of the name that `plan`
-    prints. Terms of the same key are alternatives; different keys must all hold.
+    dtype, seed, lr, batch, max_tokens, accumulate, checkpointing, lr_ratio, compile, layerwise, tune (true for Cells of a
+    search), or a key of the config. A bare word is the start of a cell_id, or any part of the id or of the name that `plan`
+    prints. Terms of the same key are alternatives; different keys must all match.
     """
     wanted: dict[str, list[str]] = {}
     for term in filter(None, (part.strip() for part in expr.split(","))):
         key, equals, value = (part.strip() for part in term.partition("="))
         if equals and not key:
-            raise UsageError(f"`{term}` names no key", where=f"--only {expr}", hint="write key=value, or a word alone")
+            raise UsageError(f"`{term}` names no key", where=f"--only {expr}", hint="write key=value, or one word")
         wanted.setdefault(key if equals else "", []).append(value if equals else key)
     swept = {cell_id for tuning in plan.tuning for cell_id in tuning.sweep}
-    # A later knob stands in no Cell at its default, and can be named all the same.
-    unsaid = {
+    # A later field at its default is in no Cell, and can be named all the same.
+    later_defaults = {
         name: {key: knob.default for key, knob in info.fields.items() if knob.omit_default}
         for name, info in methods().items()
     }
     facts = {
         cell.cell_id: {
-            **unsaid.get(cell.method, {}),
+            **later_defaults.get(cell.method, {}),
             **_facts(cell, plan.ids[cell.cell_id]),
             "tune": cell.cell_id in swept,
         }
@@ -159,21 +159,21 @@ def select(plan: Plan, expr: str) -> Plan:
     def fits(cell: Cell) -> bool:
         return all(any(has(cell, key, value) for value in values) for key, values in wanted.items())
 
-    kept = tuple(cell for cell in plan.cells if fits(cell))
-    if kept:  # of alternatives one that fits nothing is a slip of the pen
+    selected = tuple(cell for cell in plan.cells if fits(cell))
+    if selected:  # an alternative that fits no Cell is a mistake
         for key, value in ((key, value) for key, values in wanted.items() for value in values):
             if any(has(cell, key, value) for cell in plan.cells):
                 continue
-            said, hint = value, "leave that term out"
+            term, hint = value, "leave that term out"
             if key:
-                told = {_shown(fact.get(key)) for fact in facts.values()} - {""}
-                said, hint = f"{key}={value}", did_you_mean(value, sorted(told), f"`{key}` is")
-            raise UsageError(f"no Cell fits `{said}`", where=f"--only {expr}", hint=hint)
-    if not kept or not wanted:
-        there = [f"id={plan.ids[c.cell_id]}  {c.cell_id}  {names[c.cell_id]}" for c in plan.cells]
-        shown = [*there[:20], *([f"... and {len(there) - 20} more"] if len(there) > 20 else [])]
-        raise UsageError("no Cell fits", where=f"--only {expr}", hint="\n    ".join(["name some of these:", *shown]))
-    return replace(plan, cells=kept, ids={c.cell_id: plan.ids[c.cell_id] for c in kept})
+                values = {_shown(fact.get(key)) for fact in facts.values()} - {""}
+                term, hint = f"{key}={value}", did_you_mean(value, sorted(values), f"`{key}` is")
+            raise UsageError(f"no Cell fits `{term}`", where=f"--only {expr}", hint=hint)
+    if not selected or not wanted:
+        known_cells = [f"id={plan.ids[c.cell_id]}  {c.cell_id}  {names[c.cell_id]}" for c in plan.cells]
+        shown = [*known_cells[:20], *([f"... and {len(known_cells) - 20} more"] if len(known_cells) > 20 else [])]
+        raise UsageError("no Cell fits", where=f"--only {expr}", hint="\n    ".join(["choose from:", *shown]))
+    return replace(plan, cells=selected, ids={c.cell_id: plan.ids[c.cell_id] for c in selected})
 
 
 def _facts(cell: Cell, entry_id: str) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""Whether Cells fit their models, as far as these are on this machine: the layers they name, the tokens they give them.
+"""Check Cells against their models, where these are on this machine: the layers they name, the tokens they use. No torch.
 
-Asked before anything runs, and again when models had to be fetched first. No torch: the names in the headers of the
-weight files answer at once. Only for targets that are not among them (a tied or new layer has no weights of its own, a
-shape has none at all) a child process builds the models without weights and looks: one for all of them, as its start takes
-seconds.
+Runs before anything is fetched, and again when all models are here. The headers of the weight files answer most questions.
+For targets that are not in them (a tied or new layer has no weights of its own, a shape has none at all) one child process
+builds all models without weights.
 """
 
 from __future__ import annotations
@@ -29,20 +28,21 @@ if TYPE_CHECKING:
     from harness.suites.suite import Suite
 
 _TIMEOUT_S = 120.0
-"""For each model that has to be built."""
+"""For each model that is built."""
 
 
 @dataclass(frozen=True)
 class _Unseen:
-    """Targets that no name of a model's weights fits. wanted: by name, the model as written at each place that wants it."""
+    """Targets of a model that none of its weights has."""
 
     folder: Path
     kind: str
     wanted: dict[str, dict[str, str]]
+    """By target, the name of the model at each `file:line` that has the target."""
 
 
 def check_models(suite: Suite, plan: Plan) -> None:
-    """Raise SuiteError if Cells of the plan ask of a model at hand what it does not have."""
+    """Raise SuiteError for Cells of the plan that do not fit a model on this machine."""
     places = {entry.id: entry.places for entry in suite.entries}
     of_model: dict[str, list[tuple[Cell, dict[str, str]]]] = {}
     for cell in plan.cells:
@@ -69,7 +69,7 @@ def _too_long(folder: Path, kind: str, cells: list[tuple[Cell, dict[str, str]]],
         task = suite.tasks[cell.task]
         if problem := too_long(cell, most, max_answer_tokens(task.spec) if task.answers else 0):
             yield Problem(places["max_tokens"], *problem)
-        prompt = cell.evaluation.later().get("prompt_tokens")  # the usual one is cut to what the model reads
+        prompt = cell.evaluation.later().get("prompt_tokens")  # the default is cut to the positions of the model
         decoded = DECODED if kind == "causal" else 0
         if cell.evaluation.latency and isinstance(prompt, int) and prompt + decoded > most:
             more = f", and {decoded} are decoded after them" if decoded else ""
@@ -90,15 +90,15 @@ def _unseen(folder: Path, kind: str, cells: list[tuple[Cell, dict[str, str]]]) -
 
 
 def _no_layers(unseen: Sequence[_Unseen]) -> Iterator[Problem]:
-    asked = tuple((one.folder, one.kind, tuple(one.wanted)) for one in unseen)
-    for one, answers in zip(unseen, _looked_for(asked) if asked else (), strict=True):
-        for name, what in answers.items():
+    requests = tuple((one.folder, one.kind, tuple(one.wanted)) for one in unseen)
+    for one, misfits in zip(unseen, _misfits(requests) if requests else (), strict=True):
+        for name, what in misfits.items():
             for where, model in one.wanted[name].items():
                 yield Problem(where, f"`targets`: {what}", f"name layers of {model}")
 
 
 def _none_of_them(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[Problem]:
-    """Of the names in an adapter_config peft takes those that fit; only where none does it refuses the model."""
+    """Yield adapter configs without any target_modules of the model: peft ignores names that fit no layer, if one does."""
     paths = model_folder.layers(folder)
     for cell, places in cells:
         config = cell.config.get("adapter_config")
@@ -110,30 +110,26 @@ def _none_of_them(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Ite
 
 
 def _seen(name: str, paths: Collection[str]) -> bool:
-    """Say whether a name surely fits a layer; of a word it is enough that names look like it: its Cell asks the model."""
+    """Return whether a name fits a layer for sure; for a word such as `attention` a similar name is enough."""
     if name in TARGET_WORDS:
         return name != "attention" or any("attn" in path or "attention" in path.lower() for path in paths)
     return any(path == name or path.endswith(f".{name}") for path in paths)
 
 
 @functools.cache
-def _looked_for(asked: tuple[tuple[Path, str, tuple[str, ...]], ...]) -> list[dict[str, str]]:
-    """Of each model (folder, kind, names) map those of its names that fit no layer to what is wrong with them.
+def _misfits(requests: tuple[tuple[Path, str, tuple[str, ...]], ...]) -> list[dict[str, str]]:
+    """Map the names that fit no layer to the reason, for each (folder, kind, names).
 
-    Of a model that cannot be built here nothing is said: its Cells will report that, with the whole traceback.
+    A model that cannot be built here has none: its Cells report that, with the whole traceback.
     """
     found: list[dict[str, str]] = []
-    while left := asked[len(found) :]:
-        lines = json.dumps([[str(folder), kind, names] for folder, kind, names in left])
-        words = ["-P", "-m", "harness.assets.structure", lines]
-        with supervisor.python(words, {"HF_HUB_OFFLINE": "1"}) as child:
+    while left := requests[len(found) :]:
+        request = json.dumps([[str(folder), kind, names] for folder, kind, names in left])
+        with supervisor.python(["-P", "-m", "harness.assets.structure", request], {"HF_HUB_OFFLINE": "1"}) as child:
             child.wait(_TIMEOUT_S * len(left))
-        said = [
-            line.removeprefix(supervisor.ANSWER)
-            for line in child.output.splitlines()
-            if line.startswith(supervisor.ANSWER)
-        ]
-        found += [json.loads(line) for line in said]
-        if len(said) < len(left):
-            found.append({})  # the process ended, or hung, over this one; the others are asked again
+        lines = child.output.splitlines()
+        answers = [line.removeprefix(supervisor.ANSWER) for line in lines if line.startswith(supervisor.ANSWER)]
+        found += map(json.loads, answers)
+        if len(answers) < len(left):
+            found.append({})  # the process ended, or hung, at this model; try the others again
     return found

@@ -1,4 +1,4 @@
-"""What a task's YAML may say to lm-eval: only what training does too, so that a model is scored as it was taught."""
+"""Check the lm-eval keys of a task: only those that training follows too, so that a model is scored as it was trained."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from harness.yaml_lines import Document, KeyPath
 
 LABELLED = ("id", "text", "label")
 ANSWERED = ("id", "prompt", "answer")
-"""What a row has, whatever its file calls them."""
+"""Keys of a row; its file may have other names for them."""
 
 MAX_GEN_TOKS = 256
-"""The most tokens of an answer where a task does not say; lm-eval's own default."""
+"""Most tokens of an answer, by default; as in lm-eval."""
 
 _NEEDED = ("task", "output_type", "doc_to_text", "doc_to_target")
 _OWN = {
     "multiple_choice": ("doc_to_choice", "metric_list"),
     "generate_until": ("generation_kwargs", "metric_list"),
 }
-"""Beside those, what each kind of task needs."""
+"""Further keys that each kind of task needs."""
 _FREE = ("target_delimiter", "metadata", "tag", "task_alias")
 METRICS = {"multiple_choice": "acc", "generate_until": "exact_match"}
-"""What is recorded of each kind of task, right or wrong for each item."""
+"""Metric of each kind of task: right or wrong for each item."""
 _HARNESS_SETS = "remove it: data and splits come from `metadata`"
 _REFUSED = {
     "description": "put it into `doc_to_text`",
@@ -49,18 +49,18 @@ _Found = Iterator[tuple[KeyPath, str, str]]
 
 
 def problems(document: Document, labels: int | None) -> list[Problem]:
-    """Say what a task's file lacks, and what in it training or scoring would not follow."""
+    """Return missing keys, and keys that training or scoring would not follow. labels: None for a task without classes."""
     return [Problem(document.where(*path), what, hint) for path, what, hint in _found(document.data, labels)]
 
 
 def filters(data: dict[str, Any]) -> list[str]:
-    """Return the names of lm-eval's filters for answers that are texts; `none` is its own, where the task names none."""
+    """Return the names of lm-eval's filters; `none`, lm-eval's default, for a task without any."""
     listed = data.get("filter_list") or [{"name": "none"}]
     return [str(f["name"]) for f in listed if isinstance(f, dict) and "name" in f] if isinstance(listed, list) else []
 
 
 def max_answer_tokens(spec: dict[str, Any]) -> int:
-    """Return the most tokens of an answer that a task has generated."""
+    """Return the most tokens of a generated answer."""
     return int((spec.get("generation_kwargs") or {}).get("max_gen_toks", MAX_GEN_TOKS))
 
 
@@ -95,7 +95,7 @@ def _found(data: dict[str, Any], labels: int | None) -> _Found:
         if key not in data:
             yield (key,), f"`{key}` is missing", f"an lm-eval task needs `{key}:`"
     for key, value in data.items():
-        if key not in honoured and value:  # an empty text or a zero asks for nothing
+        if key not in honoured and value:  # an empty text or a zero has no effect
             hint = _REFUSED.get(key) or did_you_mean(key, honoured, "remove it; keys that are honoured")
             yield (key,), f"`{key}` is not honoured: models are trained without it", hint
     if not isinstance(data.get("target_delimiter", ""), str):
@@ -110,7 +110,7 @@ def _found(data: dict[str, Any], labels: int | None) -> _Found:
     metric = METRICS[kind]
     metrics = data.get("metric_list", [{"metric": metric}])
     if not isinstance(metrics, list) or not any(isinstance(m, dict) and m.get("metric") == metric for m in metrics):
-        what = f"`metric_list` has no `{metric}`, which is what is recorded"
+        what = f"`metric_list` has no `{metric}`, which Records need"
         yield ("metric_list",), what, f"add {{metric: {metric}}}"
 
 
@@ -136,27 +136,27 @@ def _templates(data: dict[str, Any], keys: tuple[str, ...], columns: tuple[str, 
         try:
             names = meta.find_undeclared_variables(jinja.parse(template)) - set(jinja.globals)
         except TemplateSyntaxError as error:
-            yield (key,), f"`{key}` is no template: {error.message}", "mend its braces"
+            yield (key,), f"`{key}` is no template: {error.message}", "correct its braces"
             continue
         for name in sorted(names - set(columns)):
             what = f"`{key}` uses `{name}`, which no row has"
-            yield (key,), what, did_you_mean(name, columns, "rows have, whatever their file calls them")
+            yield (key,), what, did_you_mean(name, columns, "keys of a row")
 
 
-def _generation(asked: Any) -> _Found:
-    """Generation is greedy, up to `max_gen_toks` tokens or the first text of `until`."""
+def _generation(given: Any) -> _Found:
+    """Check `generation_kwargs`: greedy, up to `max_gen_toks` tokens or the first text of `until`."""
     key = "generation_kwargs"
-    if not isinstance(asked, dict):
-        yield (key,), f"`{key}` is {asked!r}", 'write {until: ["\\n\\n"], max_gen_toks: 256}'
+    if not isinstance(given, dict):
+        yield (key,), f"`{key}` is {given!r}", 'write {until: ["\\n\\n"], max_gen_toks: 256}'
         return
-    until = asked.get("until")
+    until = given.get("until")
     texts = until if isinstance(until, list) else [until]
-    if "until" not in asked or not all(isinstance(text, str) and text for text in texts):
+    if "until" not in given or not all(isinstance(text, str) and text for text in texts):
         yield (key, "until"), f"`until` is {until!r}", 'list the texts that end an answer: ["\\n\\n"]; [] for none'
-    most = asked.get("max_gen_toks", MAX_GEN_TOKS)
+    most = given.get("max_gen_toks", MAX_GEN_TOKS)
     if type(most) is not int or most < 1:
         yield (key, "max_gen_toks"), f"`max_gen_toks` is {most!r}", "write the most tokens of an answer, at least 1"
-    for name, value in asked.items():
+    for name, value in given.items():
         if name not in ("until", "max_gen_toks", "do_sample", "temperature"):
             yield (key, name), f"`{name}` is not honoured: answers are generated greedily", "remove it"
         elif name in ("do_sample", "temperature") and value:
@@ -164,7 +164,7 @@ def _generation(asked: Any) -> _Found:
 
 
 def _filters(listed: Any) -> _Found:
-    """Filters take an answer out of what was generated; lm-eval runs them."""
+    """Check `filter_list`: lm-eval's filters, which extract an answer from the generated text."""
     form = "write `- {name: NAME, filter: [{function: take_first}]}`"
     if not isinstance(listed, list):
         yield ("filter_list",), f"`filter_list` is {listed!r}", form
@@ -172,7 +172,7 @@ def _filters(listed: Any) -> _Found:
     known = lm_eval_files.filter_functions()
     seen: set[str] = set()
     for i, one in enumerate(listed):
-        way: KeyPath = ("filter_list", i)
+        path: KeyPath = ("filter_list", i)
         steps = one.get("filter") if isinstance(one, dict) else None
         if (
             not isinstance(one, dict)
@@ -181,16 +181,16 @@ def _filters(listed: Any) -> _Found:
             or not steps
             or not all(isinstance(step, dict) and isinstance(step.get("function"), str) for step in steps)
         ):
-            yield way, "not a filter", form
+            yield path, "not a filter", form
             continue
         if one["name"] in seen:
-            yield (*way, "name"), f"a second filter named `{one['name']}`", "rename one of the two"
+            yield (*path, "name"), f"a second filter named `{one['name']}`", "rename one of the two"
         seen.add(one["name"])
         for j, step in enumerate(steps):
             if known and step["function"] not in known:
                 what = f"lm-eval has no filter function `{step['function']}`"
-                yield (*way, "filter", j, "function"), what, did_you_mean(step["function"], known, "it has")
+                yield (*path, "filter", j, "function"), what, did_you_mean(step["function"], known, "it has")
             try:
                 re.compile(str(step.get("regex_pattern", "")))
             except re.error as error:
-                yield (*way, "filter", j, "regex_pattern"), f"`regex_pattern` is no pattern: {error}", "mend it"
+                yield (*path, "filter", j, "regex_pattern"), f"`regex_pattern` is no pattern: {error}", "correct it"

@@ -1,4 +1,4 @@
-"""Tasks: lm-eval YAML files whose `metadata` says which data they score and train on, and how. No torch."""
+"""Load tasks: lm-eval YAML files with the data they are scored and trained on in `metadata`. No torch."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from harness.suites.schema import SYNTHETIC
 from harness.yaml_lines import Document
 
 Role = Literal["data", "train"]
-"""What a task uses a source for; one may serve for both."""
+"""Role of a source in a task; one source may have both."""
 
 
 class Answers(FrozenModel):
-    """How the answers of a task are taught, where they are texts."""
+    """Training on a task whose answers are texts."""
 
     loss: Literal["answer", "all"] = "answer"
-    """Which tokens carry loss: those of the answer, or all but the first."""
+    """Tokens with a loss: those of the answer, or all but the first."""
     eos: bool = True
-    """Whether the end of an answer is taught, by the tokenizer's end-of-sequence token."""
+    """Whether an answer ends with the tokenizer's end-of-sequence token."""
 
 
 class Metadata(BaseModel):
@@ -82,7 +82,7 @@ class TaskSpec(FrozenModel):
     labels: int
     """Number of classes, which an encoder can tell apart; 0: for causal models only."""
     test: int
-    """How many rows are the test set, after one shuffle with `shuffle_seed`; 0 for a task of lm-eval: all of its split."""
+    """Number of test rows, the first after one shuffle with `shuffle_seed`; 0 for a task of lm-eval: all of its split."""
     shuffle_seed: int
     answers: Answers | None = None
     """None for a task with classes."""
@@ -246,7 +246,7 @@ def _source(
 
 
 def _unfit(document: Document, task: Task) -> list[Problem]:
-    """Say what keeps the task's sources from being used: what their rows hold, and of local files every row."""
+    """Return mistakes in the task's sources: the kind of their rows, and every row of a local file."""
     problems: list[Problem] = []
     roles: tuple[tuple[Role, Source | None], ...] = (("data", task.data), ("train", task.train))
     for key, source in roles:

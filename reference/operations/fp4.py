@@ -27,10 +27,7 @@ SPEC = ReferenceSpec(
         Deviation(
             topic="sign of zero, and of a tie",
             paper="not in a paper",
-            here=(
-                "sign and magnitude are coded apart: a tie takes the smaller magnitude, a negative that vanishes takes "
-                "code 8"
-            ),
+            here="sign and magnitude are separate: a tie takes the smaller magnitude; a vanishing negative gets code 8",
             why="as bitsandbytes' CUDA and Triton kernels; its CPU code sorts both zeros into one table, so that a "
             "negative tie takes the larger magnitude, and a positive that vanishes takes code 8, a negative one "
             "code 0 (same values)",

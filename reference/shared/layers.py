@@ -101,12 +101,12 @@ def _layers_of_word(model: nn.Module, word: str, kinds: Sequence[str]) -> dict[s
     for path, module in found.items():
         if kind_of(module) not in kinds:
             kind = type(module).__name__
-            raise ValueError(f"{word!r} stands for {path} too, a {kind}, which this method does not support")
+            raise ValueError(f"{word!r} selects {path} too, a {kind}, which this method does not support")
     if not found:
-        kind, where = type(model).__name__, "beside its output"
+        kind, where = type(model).__name__, "except its output"
         if word == "attention":
-            where = "in a module whose class is called ...Attention"
-        raise ValueError(f"{word!r} stands for no layer of this {kind}: it has no linear layer {where}")
+            where = "in a module of a class named ...Attention"
+        raise ValueError(f"{word!r} selects no layer of this {kind}: it has no linear layer {where}")
     return found
 
 

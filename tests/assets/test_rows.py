@@ -119,7 +119,7 @@ def test_a_training_set_of_its_own_leaves_the_other_to_the_test() -> None:
     train, test = rows.split(asked, 9, 0, taught)
     assert sorted(row.id for row in test) == [row.id for row in asked]
     assert train == taught[1:], "what the test asks is not learnt"
-    with pytest.raises(UsageError, match="cannot keep 10 of 9 rows"):
+    with pytest.raises(UsageError, match="cannot test 10 of 9 rows"):
         rows.split(asked, 10, 0, taught)
 
 

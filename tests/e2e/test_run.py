@@ -168,7 +168,7 @@ def test_a_bug_in_the_middle_of_a_run_says_what_is_kept(sandbox: Sandbox) -> Non
     assert done.returncode == Exit.INFRASTRUCTURE
     assert "Traceback" in done.stderr
     message = done.stderr[done.stderr.index("peft-harness: ") :]
-    assert "this is a bug of peft-harness, not of what you asked: KeyError: 'ours'" in message
+    assert "internal error in peft-harness: KeyError: 'ours'" in message
     assert "finished Cells are saved in run; `peft-harness report run` shows them" in message
     footer = sandbox.read().footer
     assert footer is not None

@@ -98,14 +98,12 @@ def test_fit_counts_the_same_layers() -> None:
 
 def test_a_word_that_stands_for_nothing_or_for_too_much_says_so() -> None:
     plain = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(
-        ValueError, match=r"'attention' stands for no layer of this Sequential: .* called \.\.\.Attention"
-    ):
+    with pytest.raises(ValueError, match=r"'attention' selects no layer of this Sequential: .* named \.\.\.Attention"):
         targets(plain, ["attention"])
     assert list(targets(plain, ["all-linear"])) == ["0"]
-    with pytest.raises(ValueError, match="'all-linear' stands for no layer of this ReLU"):
+    with pytest.raises(ValueError, match="'all-linear' selects no layer of this ReLU"):
         targets(nn.ReLU(), ["all-linear"])
-    with pytest.raises(ValueError, match=r"stands for .*c_attn too, a Conv1D, which this method does not support"):
+    with pytest.raises(ValueError, match=r"selects .*c_attn too, a Conv1D, which this method does not support"):
         targets(GPT2LMHeadModel(GPT2Config(**GPT2)), ["attention"])
 
 

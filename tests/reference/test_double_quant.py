@@ -256,7 +256,7 @@ def test_every_constant_is_within_a_level_of_itself() -> None:
     bound = float(SIGNED.diff().max()) / 2 * c1.repeat_interleave(BLOCK)[:3000]
     lowest = c2 == 0  # -1 has no level: half a cell more
     assert bool(((back - absmax).abs() <= bound * (1 + lowest.float()) + EPS).all())
-    assert bool((back < 0).any())  # DEVIATIONS says so: small constants among large ones come back negative
+    assert bool((back < 0).any())  # SPEC.deviations lists it: small constants among large ones come back negative
 
 
 def test_bits_per_parameter() -> None:

@@ -1,8 +1,8 @@
 """Mistakes in suites and on the command line: each is reported with its place and a hint, and exits with 2.
 
-A suite is written as one change to a sound suite. A row is (text to replace, its replacement, line, words): the mistake is on
-that line and its message has all the words, which are the key, the value and the kind of mistake. `test_messages` holds the
-full wording of a few.
+A suite is written as one change to a sound suite. A row is (text to replace, its replacement, line, words): the mistake is
+on that line, and its message has all the words: the key, the value and the kind of mistake. `test_messages` asserts the full
+wording of a few.
 """
 
 from __future__ import annotations
@@ -123,12 +123,15 @@ MEANING = {
     "schedule of the default length": (
         RANK, ADALORA.replace("total_steps: 4, tinit: 1, tfinal: 1, ", ""), 13, "`total_steps` adalora 1000 4 steps",
     ),
-    "config of a method without fields": ("id: a\n        method: lora", "id: a\n        method: full", 13, "`full` no `rank`"),
+    "config of a method without fields": (
+        "id: a\n        method: lora", "id: a\n        method: full", 13, "`full` no `rank`",
+    ),
     "config that no method of the entry has": (
         RANK, "method: [full, lora]\n        config: {rnk: 1, rank", 13, "none `full`, `lora` `rnk`",
     ),
     "shared config that no method of the block has": (
-        "    cells:\n", "    config: {rnk: 4}\n    cells:\n      - {method: full, id: all}\n", 10, "none `full`, `lora` `rnk`",
+        "    cells:\n", "    config: {rnk: 4}\n    cells:\n      - {method: full, id: all}\n", 10,
+        "none `full`, `lora` `rnk`",
     ),
     "no method": ("        method: lora\n        config", "        config", 11, "`method` missing"),
     "no steps": ("steps: 4, ", "", 11, "`training.steps` missing"),
@@ -187,7 +190,8 @@ MEANING = {
     "a value listed twice": ("id: a", "id: a\n        seed: [1, 1]", 12, "`seed` 1 2 times"),
     "a base listed twice": ("id: a", "id: a\n        base: [{}, {}]", 12, "`base` none 2 times"),
     "a quantised base listed twice": (
-        "id: a", "id: a\n        base: [&q {quantization: nf4, implementation: fused}, *q]", 12, "`base` nf4 (fused) 2 times",
+        "id: a", "id: a\n        base: [&q {quantization: nf4, implementation: fused}, *q]", 12,
+        "`base` nf4 (fused) 2 times",
     ),
     "a method listed twice": ("method: lora", "method: [lora, lora]", 12, "`method` 'lora' 2 times"),
     "too many cells": (
@@ -202,7 +206,7 @@ MEANING = {
     "losses against float32": ("a, as: exact", "exact, as: a", 4, "`as` `a` not float64"),
     "losses without training": ("id: a", "id: a\n        training: {steps: 0}", 4, "`a` not train"),
     "scores on other items": (
-        "{same-losses: a, as: exact", "{better: exact, than: all", 4, "not scored same items",
+        "{same-losses: a, as: exact, says: the same run}\nmatrix:", "{better: exact, than: far, says: more}\nmatrix:", 4, "not scored same items",
     ),
     "source of a taken name": (
         "matrix:", "sources:\n  - {name: tiny-llama, kind: causal, source: 'made:tiny-llama'}\nmatrix:", 6,
@@ -481,7 +485,7 @@ def test_a_shared_key_may_belong_to_an_unknown_method(tmp_path: Path) -> None:
         (["plan", "smoke", "--only", ""], "no Cell fits", "id=lora-float64"),
         (["plan", "smoke", "--only", "method=lora,method=lor"], "no Cell fits `method=lor`", "did you mean `lora`?"),
         (["plan", "smoke", "--only", "lora,nope"], "no Cell fits `nope`", "leave that term out"),
-        (["plan", "smoke", "--only", "=lora"], "`=lora` names no key", "write key=value, or a word alone"),
+        (["plan", "smoke", "--only", "=lora"], "`=lora` names no key", "write key=value, or one word"),
         (
             ["fit", "~nobody-of-this-name/m", "--memory", "1GiB"],
             "is no path: Could not",
@@ -504,8 +508,8 @@ def test_a_shared_key_may_belong_to_an_unknown_method(tmp_path: Path) -> None:
         ),
         (
             ["gate", "--pairs", "reference", "fused", "--cores", "4096"],
-            "--cores: 4096 cores are asked for",
-            "ask for at most",
+            "--cores: 4096 cores requested",
+            "give at most",
         ),
         (["report"], "Missing argument 'RUN...'", "see `peft-harness report --help`"),
         (["report", "no-such-run"], "no run 'no-such-run'", "`peft-harness run quick` first"),

@@ -71,7 +71,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
         (("doc_to_text: ", "target_delimeter: x\ndoc_to_text: "), 3, "`target_delimeter` is not", "`target_delimiter`"),
         (('target_delimiter: " "', "target_delimiter: 1"), 6, "`target_delimiter` is 1", "in quotes"),
         (("{{text}}", "{{sentence}}"), 3, "`doc_to_text` uses `sentence`, which no row has", "id, text, label"),
-        (("{{text}}", "{{text}"), 3, "`doc_to_text` is no template", "mend its braces"),
+        (("{{text}}", "{{text}"), 3, "`doc_to_text` is no template", "correct its braces"),
         (('doc_to_text: "{{text}} ="', "doc_to_text: 1"), 3, "`doc_to_text` is 1", "write a text in quotes"),
         (
             ("text: text", "text: review"),
@@ -174,7 +174,7 @@ def test_a_sound_generative_task(tmp_path: Path) -> None:
         (("max_gen_toks: 8", "num_beams: 4"), 5, "`num_beams` is not honoured", "remove it"),
         (("filter: [{function: regex,", "filter: [{regex,"), 7, "not a filter", "function: take_first"),
         (("function: regex,", "function: regx,"), 7, "lm-eval has no filter function `regx`", "did you mean `regex`?"),
-        (("([0-9])", "([0-9]"), 7, "`regex_pattern` is no pattern", "mend it"),
+        (("([0-9])", "([0-9]"), 7, "`regex_pattern` is no pattern", "correct it"),
         (("exact_match", "acc"), 8, "`metric_list` has no `exact_match`", "add {metric: exact_match}"),
         (("shuffle_seed: 0", "shuffle_seed: 0, filter: last"), 10, "`filter` is `last`, which", "write one of first"),
         (
@@ -229,7 +229,7 @@ def test_one_set_may_be_tested_and_train_and_is_then_counted_for_both(tmp_path: 
     both = ANSWERED.replace("train: taught", "train: asked")
     three = ASKED + '{"prompt": "c", "answer": "3"}\n'
     assert loader.load(answered(tmp_path, both, asked=three)).tasks
-    with pytest.raises(SuiteError, match="asked has 2 rows, and the task keeps 2 of them for its test: none is left"):
+    with pytest.raises(SuiteError, match="asked has 2 rows, and the task tests 2 of them: none is left"):
         loader.load(answered(tmp_path, both))
 
 
@@ -250,7 +250,7 @@ BAD_DATA = {
     "no such column": ("id,review,label\na,one,0\n", 2, "no column 'text'; there are id, review, label", "rows in"),
     "a label that is a word": ("text,label\none,0\ntwo,good\n", 3, "label 'good' is no integer", "rows in the table"),
     "an empty text": ("text,label\none,0\n,1\n", 3, "the text is empty", "rows in the table"),
-    "too few rows": ("text,label\none,0\ntwo,1\nthree,1\n", 1, "has 3 rows, and the task keeps 3", "to at most 2"),
+    "too few rows": ("text,label\none,0\ntwo,1\nthree,1\n", 1, "has 3 rows, and the task tests 3", "to at most 2"),
     "nothing": ("", 1, "not one row", "rows in the table"),
 }
 

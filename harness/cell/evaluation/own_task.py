@@ -54,7 +54,7 @@ class OwnTask(LmEvalTask):
 
     def prompt(self, row: Any) -> str:
         """Return the text before the answer."""
-        return str(row.asked)
+        return str(row.overlap_key)
 
     def answers(self, row: Any) -> list[str]:
         """Return the choices as lm-eval scores them, each after the delimiter."""

@@ -103,7 +103,7 @@ def galore_step_8bit(
     from galore_torch import GaLoreAdamW8bit
 
     if M.numel() >= 4096:
-        raise Unsupported("GaLoreAdamW8bit keeps moments of 4096 elements or more in 8 bits")
+        raise Unsupported("GaLoreAdamW8bit stores moments of 4096 elements or more in 8 bits")
     p, group, projector = _given(W, G, P, Q, side, scale)
     optimizer = GaLoreAdamW8bit([group], lr=lr, **how)
     p.data = torch.zeros_like(M)  # as in its own step when it creates the state

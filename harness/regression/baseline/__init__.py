@@ -1,1 +1,1 @@
-"""Baselines: runs kept in results/baselines to compare later runs with."""
+"""Baselines: runs in results/baselines that later runs are compared with."""

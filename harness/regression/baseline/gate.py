@@ -1,4 +1,4 @@
-"""The verbs `gate` and `baseline`, behind their options. No torch."""
+"""`gate RUN --baseline NAME`, `baseline promote` and `baseline list`. No torch."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ def gate(
     name: str, baseline: str, margins: Margins, outputs: Outputs, *, as_json: bool = False, all_rows: bool = False,
     strict: bool = False,
 ) -> Exit:  # fmt: skip
-    """Compare a run with a baseline, tell it, return the exit code. all_rows: rows that are the same in both too.
+    """Compare a run with a baseline, print the result and return the exit code. all_rows: also print equal rows.
 
-    Raises UsageError for a run, baseline or file that is not there; StoreError where a run.json cannot be read.
+    Raises UsageError for a run, baseline or file that does not exist; StoreError if a run.json cannot be read.
     """
     outputs.refuse()
-    kept, path = baselines.find(baseline), store.find_run(name)
+    found, path = baselines.find(baseline), store.find_run(name)
     with _without_cycles():
-        base, new = store.read_run(kept.path), store.read_run(path)
+        base, new = store.read_run(found.path), store.read_run(path)
         against = against_baseline.judge(analyse(base), analyse(new), margins=margins, strict=strict)
-        title = f"{new.manifest.run} against {kept.name}"
+        title = f"{new.manifest.run} against {found.name}"
         title += ", which is the same run" if new.manifest.run == base.manifest.run else ""
         outputs.write(against, title)
         if as_json:
-            echo(json.dumps(document.document(against, kept, new), indent=1))
+            echo(json.dumps(document.document(against, found, new), indent=1))
         else:
-            echo("\n".join([f"{title}: {_origin(kept)}", "", *terminal.lines(against, everything=all_rows)]))
+            echo("\n".join([f"{title}: {_origin(found)}", "", *terminal.lines(against, all_rows=all_rows)]))
         outputs.annotate(against)
     return against.exit
 
 
 def promote(name: str, baseline: str, *, reason: str, author: str, replace: bool) -> Exit:
-    """Make a run a baseline, and say what to commit."""
+    """Make a run a baseline, and print the command that commits it."""
     run = store.read_run(store.find_run(name))
     made = baselines.promote(run, baseline, reason=reason, author=author, replace=replace)
     echo(f"{made.path}: {len(run.latest())} Cells of {run.manifest.run}")
@@ -53,7 +53,7 @@ def promote(name: str, baseline: str, *, reason: str, author: str, replace: bool
 
 
 def list_(as_json: bool) -> Exit:
-    """Print the baselines there are."""
+    """Print the baselines."""
     known = baselines.known()
     if as_json:
         rows = [
@@ -74,21 +74,22 @@ def list_(as_json: bool) -> Exit:
 
 
 def _origin(baseline: baselines.Baseline) -> str:
-    kept = baseline.provenance
-    if kept is None:
+    provenance = baseline.provenance
+    if provenance is None:
         return f"of unknown origin ({baseline.why})"
-    code = ", ".join(kept.git_shas[:1] or kept.code_versions[:1])[:12]
-    return f"run {kept.run} at {code or 'unknown code'}, promoted {kept.promoted} by {kept.author}: {kept.reason}"
+    code = ", ".join(provenance.git_shas[:1] or provenance.code_versions[:1])[:12]
+    origin = f"run {provenance.run} at {code or 'unknown code'}"
+    return f"{origin}, promoted {provenance.promoted} by {provenance.author}: {provenance.reason}"
 
 
 @contextmanager
 def _without_cycles() -> Iterator[None]:
-    """Keep the collector of cycles from looking again and again at thousands of Records, none of which is in a cycle."""
+    """Pause the garbage collector, which would scan thousands of Records again and again; none of them is in a cycle."""
     was = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if was:
-            gc.freeze()  # or its first look would be at all that was read
+            gc.freeze()  # so that its first run does not scan all that was read
             gc.enable()

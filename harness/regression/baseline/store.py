@@ -1,7 +1,7 @@
-"""Baselines on disk: runs that are kept to be compared with, each in results/baselines/NAME and committed by its user.
+"""Baselines on disk, each in results/baselines/NAME, to be committed to git.
 
-A folder holds run.json, footer.json and cells/ as the run left them, so that the footer's hashes still hold, and
-baseline.json, which says where they came from. No logs and no page.
+A folder holds run.json, footer.json and cells/ unchanged, so that the hashes of the footer still hold, and baseline.json
+with their origin. No logs and no page.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
 
 
 class Provenance(FrozenModel):
-    """baseline.json: where a baseline came from, who keeps it and why."""
+    """Content of baseline.json: the origin of a baseline, its author and the reason."""
 
     schema_: int = Field(default=SCHEMA, alias="schema")
     name: str
     run: str
     suite: str
     code_versions: list[str]
-    """Of its Records, the most frequent first."""
+    """Code versions of its Records, the most frequent first."""
     git_shas: list[str]
     author: str
     promoted: str
@@ -51,12 +51,14 @@ class Provenance(FrozenModel):
 
 @dataclass(frozen=True)
 class Baseline:
-    """A baseline as it stands on disk. provenance: None where baseline.json is absent or cannot be read, see `why`."""
+    """A baseline on disk."""
 
     name: str
     path: Path
     provenance: Provenance | None
+    """None if baseline.json is missing or cannot be read."""
     why: str = ""
+    """Reason why there is no provenance."""
 
 
 def known(baselines: Path = BASELINES) -> list[Baseline]:
@@ -65,7 +67,7 @@ def known(baselines: Path = BASELINES) -> list[Baseline]:
 
 
 def find(name: str, baselines: Path = BASELINES) -> Baseline:
-    """Return a baseline by its name; raises UsageError where there is none."""
+    """Return a baseline by its name; raises UsageError if there is none."""
     if _NAME.fullmatch(name) and (baselines / name / "run.json").is_file():
         return _read(baselines / name)
     names = [path.parent.name for path in sorted(baselines.glob("[!.]*/run.json"))]
@@ -80,9 +82,9 @@ def find(name: str, baselines: Path = BASELINES) -> Baseline:
 def promote(
     run: Run, name: str, *, reason: str, author: str = "", replace: bool = False, baselines: Path = BASELINES
 ) -> Baseline:
-    """Copy a run to be a baseline, whole or not at all.
+    """Copy a run to a baseline, atomically.
 
-    Raises RefusedError for a run that is no standard to hold others to, and for a name that is taken; StoreError where files
+    Raises RefusedError for a run that is unfit to be a baseline, and for a name that exists; StoreError if files
     cannot be written.
     """
     target = baselines / name
@@ -115,19 +117,21 @@ def promote(
 
 def _misnamed(name: str, reason: str) -> Iterator[Problem]:
     if not _NAME.fullmatch(name) or name.endswith("."):
-        yield Problem("NAME", f"{name!r} is no name of a folder", "letters, digits, `.`, `_` and `-`, e.g. quick-cpu")
+        yield Problem(
+            "NAME", f"{name!r} cannot be the name of a folder", "letters, digits, `.`, `_` and `-`, e.g. quick-cpu"
+        )
     if not reason.strip():
-        yield Problem("--reason", "is empty", "say why others are to be compared with this run")
+        yield Problem("--reason", "is empty", "say why later runs are compared with this one")
 
 
 def _taken(target: Path, replace: bool) -> Iterator[Problem]:
     if target.exists() and not replace:
-        yield Problem(str(target), "there is a baseline of this name", "choose another name, or --replace it")
+        yield Problem(str(target), "a baseline of this name exists", "choose another name, or --replace it")
 
 
 def _unfit(run: Run) -> Iterator[Problem]:
-    """Yield why a run is no standard to hold others to."""
-    again = "run the suite anew, in a tree without uncommitted changes"
+    """Yield the reasons why a run cannot be a baseline."""
+    again = "run the suite again, in a tree without uncommitted changes"
     latest, names = run.latest(), naming.full(run.manifest.cells)
     if run.footer is None:
         yield Problem("footer.json", "is missing or cannot be read: the run is incomplete", "finish it with --resume")
@@ -135,7 +139,7 @@ def _unfit(run: Run) -> Iterator[Problem]:
         yield Problem("footer.json", f"the run was {run.footer.how}", "finish it with --resume")
     elif not run.footer.sha256:
         yield Problem(
-            "footer.json", "holds no hashes, so that a changed Record would not be seen", "run the suite anew"
+            "footer.json", "holds no hashes, so that a changed Record would not be seen", "run the suite again"
         )
     if run.missing():
         absent = first_names([names[i] for i in run.missing()])
@@ -146,33 +150,33 @@ def _unfit(run: Run) -> Iterator[Problem]:
         if file != "footer.json":
             yield Problem(f"cells/{file}", why, "move the file away and --resume the run")
     for file, what in run.changed.items():
-        yield Problem(file, what, "put back what the run left, or run the suite anew")
+        yield Problem(file, what, "restore the file of the run, or run the suite again")
     for file in run.footer.sha256 if run.footer else ():
         if not _OF_A_RUN.fullmatch(file):
-            yield Problem("footer.json", f"names {file!r}, which is no file of a run", "run the suite anew")
+            yield Problem("footer.json", f"names {file!r}, which is no file of a run", "run the suite again")
     environments = [run.manifest.environment, *(record.environment for record in run.records)]
     if dirty := sum(e.git_dirty is True for e in environments[1:]):
         yield Problem("cells/", f"{dirty} of {len(run.records)} Records made from uncommitted changes", again)
     elif environments[0].git_dirty:
         yield Problem("run.json", "the run was started from uncommitted changes", again)
     ended = [r for r in latest.values() if r.status is not Status.OK]
-    # A check that failed once is not undone by another attempt: nobody reruns until it is green.
+    # A later attempt does not undo a failed check, or one could rerun until it passes.
     red = [r for r in run.records if failed_checks.nonconforming(r) and r not in ended]
     for record in [*ended, *red]:
         failed = ", ".join(c.check for c in failed_checks.failed(record))
-        says = f"{names.get(record.cell_id, record.cell_id)} is {record.status.value}"
+        status = f"{names.get(record.cell_id, record.cell_id)} is {record.status.value}"
         why = f"{failed} failed" if failed else record.because
-        yield Problem(f"cells/{record.id}.json", f"{says}: {why}" if why else says, _hint(record.status))
+        yield Problem(f"cells/{record.id}.json", f"{status}: {why}" if why else status, _hint(record.status))
 
 
 def _hint(status: Status) -> str:
     if status in (Status.OK, Status.NONCONFORMING):
-        return "mend what the check found, and run the suite anew"
-    return "leave the Cell out (--only) and run anew, or --resume where it can be measured"
+        return "fix what the check found, and run the suite again"
+    return "leave the Cell out (--only) and run again, or --resume where it can be measured"
 
 
 def _copy(run: Path, files: Iterable[str], target: Path, provenance: Provenance) -> None:
-    """Make the new folder beside the old one, then change places; what a killed process leaves has a name with a dot."""
+    """Make the new folder next to the old one, then swap them; names of temporary folders start with a dot."""
     fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
@@ -207,7 +211,7 @@ def _run_of(target: Path) -> str:
 
 
 def _author() -> str:
-    """Return who promotes: as git knows them, or the name of the account."""
+    """Return the author: git's user, or the name of the account."""
     found = [_git(key) for key in ("user.name", "user.email")]
     if all(found):
         return f"{found[0]} <{found[1]}>"

@@ -1,4 +1,4 @@
-"""A gate as one JSON document: everything that was compared, equal or not, and what the words mean."""
+"""Format a gate as one JSON document, with equal rows and the meaning of the kinds."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ SCHEMA = 1
 
 
 def document(against: Against, baseline: Baseline, run: Run) -> dict[str, Any]:
-    """Return what `--json` prints. Bytes, seconds and shares of 1."""
-    kept = baseline.provenance
+    """Return the document of `--json`: bytes, seconds and shares of 1."""
+    provenance = baseline.provenance
     return {
         "schema": SCHEMA,
         "run": run.manifest.run,
         "baseline": {"name": baseline.name, "path": str(baseline.path), "why": baseline.why}
-        | ({} if kept is None else kept.model_dump(mode="json", by_alias=True)),
+        | ({} if provenance is None else provenance.model_dump(mode="json", by_alias=True)),
         "verdict": against.verdict.word.value,
         "reason": against.verdict.reason,
         "exit": int(against.exit),

@@ -1,4 +1,4 @@
-"""Where a gate is told besides its table: a JUnit file, Markdown for the summary of a CI job, GitHub's annotations."""
+"""Further outputs of a gate: a JUnit file, Markdown for the summary of a CI job, annotations of GitHub."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from harness.regression.outputs import github, junit, markdown
 
 @dataclass(frozen=True)
 class Outputs:
-    """Which of them are asked for. annotations: also outside GitHub's own jobs."""
+    """The requested outputs."""
 
     junit: Path | None = None
     markdown: Path | None = None
     annotations: bool = False
+    """Also outside jobs of GitHub."""
 
     def refuse(self) -> None:
         """Raise UsageError for files that could not be written, before anything is compared."""
@@ -40,7 +41,7 @@ class Outputs:
             files.write_atomic(self.markdown, markdown.render(findings, title))
 
     def annotate(self, findings: Findings) -> None:
-        """Print the annotations, after the table: on the stream that is talk."""
+        """Print the annotations to stderr, after the table."""
         if self.annotations or os.environ.get("GITHUB_ACTIONS") == "true":
             for line in github.lines(findings):
                 print(line, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""How the numbers of a gate are written, for the terminal and for Markdown alike: a line of fields for each row."""
+"""Format the rows of a gate as fields, for the terminal and for Markdown."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from harness.report.formatting import DASH, MIB, MINUS, milliseconds, percent
 
 HEAD = ("Cell", "what", "base", "new", "delta", "interval", "verdict")
 _SHOWN = 20
-"""Rows that neither fail nor are left open, of each kind, before the rest is only counted."""
+"""Rows of each kind that are shown although they neither fail nor stay undecided; further ones are counted."""
 _KERNEL_S = 1e-3
-"""Below that a time has too few digits in ms."""
+"""Shorter times are shown in µs."""
 ORDER = (VerdictKind.FAIL, VerdictKind.NOT_RUN, VerdictKind.INCONCLUSIVE, VerdictKind.PASS)
 LOUD = (VerdictKind.FAIL, VerdictKind.INCONCLUSIVE)
 
@@ -24,27 +24,27 @@ def fields(row: ComparisonRow) -> tuple[str, ...]:
 
 
 def loud(row: ComparisonRow) -> bool:
-    """Say whether a row is shown however many there are."""
+    """Return whether a row is always shown."""
     return row.judged and row.word is not VerdictKind.PASS
 
 
-def told(
-    rows: Sequence[ComparisonRow], kind: FindingKind, *, everything: bool = False
+def shown_rows(
+    rows: Sequence[ComparisonRow], kind: FindingKind, *, all_rows: bool = False
 ) -> tuple[list[ComparisonRow], int, int]:
     """Return the rows of a kind to show, the most serious first; how many are left out; how many are the same in both.
 
-    everything: leave nothing out, and what is the same is shown too.
+    all_rows: leave nothing out, rows that are equal in both runs included.
     """
     mine = [row for row in rows if row.kind is kind]
-    same = [] if everything else [row for row in mine if row.same]
-    differ = sorted((row for row in mine if everything or not row.same), key=lambda row: ORDER.index(row.word))
+    same = [] if all_rows else [row for row in mine if row.same]
+    differ = sorted((row for row in mine if all_rows or not row.same), key=lambda row: ORDER.index(row.word))
     shown, quiet = [row for row in differ if loud(row)], [row for row in differ if not loud(row)]
-    kept = quiet if everything else quiet[:_SHOWN]
-    return [*shown, *kept], len(quiet) - len(kept), len(same)
+    some = quiet if all_rows else quiet[:_SHOWN]
+    return [*shown, *some], len(quiet) - len(some), len(same)
 
 
 def value(v: Value, unit: Unit) -> str:
-    """Write a value in its unit; a dash where there is none."""
+    """Format a value with its unit; a dash if there is none."""
     if v is None:
         return DASH
     if isinstance(v, str):
@@ -57,7 +57,7 @@ def value(v: Value, unit: Unit) -> str:
 
 
 def change(row: ComparisonRow) -> str:
-    """Write both values in words, and by how much they differ where they are written alike; nothing without any."""
+    """Format both values, and their difference if both look equal; empty if there are none."""
     if not row.valued:
         return ""
     before, now = value(row.base, row.unit), value(row.new, row.unit)
@@ -65,7 +65,7 @@ def change(row: ComparisonRow) -> str:
 
 
 def delta(row: ComparisonRow) -> str:
-    """Write new minus base: bytes and counts exactly, shares in points, and what it is in per cent."""
+    """Format new - base: bytes and counts exactly, shares in points, both with per cent."""
     d = row.delta
     if d is None or row.base == row.new:
         return "=" if row.base == row.new and row.base is not None else ""
@@ -81,7 +81,7 @@ def delta(row: ComparisonRow) -> str:
 
 
 def interval(row: ComparisonRow) -> str:
-    """Write the interval of the difference, in points, or of a time in per cent."""
+    """Format the interval of the difference, in points; of a time in per cent."""
     if row.interval is None:
         return ""
     low, high = (f"{MINUS if x < 0 else '+'}{100 * abs(x):.1f}" for x in row.interval)
@@ -89,12 +89,12 @@ def interval(row: ComparisonRow) -> str:
 
 
 def verdict(row: ComparisonRow) -> str:
-    """Write a row's word and reason; of what is not judged, the reason alone."""
+    """Format the verdict of a row with its reason; of a row that is not judged, the reason alone."""
     if not row.judged:
         return row.reason
     return f"{row.word.value}: {row.reason}" if row.reason else row.word.value
 
 
 def _time(s: float) -> str:
-    """Write seconds as ms, and what kernels take as µs."""
+    """Format seconds in ms, short times in µs."""
     return f"{milliseconds(s)} ms" if s >= _KERNEL_S or not s else f"{milliseconds(1000 * s)} µs"

@@ -1,4 +1,4 @@
-"""A gate as GitHub's annotations: workflow commands, a line each, on the stream that is talk."""
+"""Format a gate as annotations of GitHub: workflow commands, one per line."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from harness.analysis.verdict_kind import VerdictKind
 from harness.regression.outputs import formatting
 
 _SHOWN = 10
-"""GitHub shows so many of each level per step, and drops the rest without a word."""
+"""GitHub shows this many of each level per step, and drops the rest silently."""
 
 
 def lines(findings: Findings) -> list[str]:
-    """Return the commands: an error for each finding, a warning for what is left open; the last says how many more."""
+    """Return the commands: one error per finding, one warning per undecided row; the last has the number of further ones."""
     failed, open_ = findings.of(VerdictKind.FAIL), findings.of(VerdictKind.NOT_RUN, VerdictKind.INCONCLUSIVE)
     found = _level("error", failed, [f"not as its run left it: {what}" for what in findings.changed])
     return found + _level("warning", open_, [f"unreadable: {why}" for why in findings.unreadable])
 
 
 def _level(level: str, rows: Sequence[ComparisonRow], files: Sequence[str]) -> list[str]:
-    said = [(row.kind.value, _sentence(row)) for row in rows] + [("files", what) for what in files]
-    shown = said if len(said) <= _SHOWN else said[: _SHOWN - 1]
-    more = [("more", f"and {len(said) - len(shown)} more; the table has all")] if len(said) > len(shown) else []
+    entries = [(row.kind.value, _sentence(row)) for row in rows] + [("files", what) for what in files]
+    shown = entries if len(entries) <= _SHOWN else entries[: _SHOWN - 1]
+    more = [("more", f"and {len(entries) - len(shown)} more; the table has all")] if len(entries) > len(shown) else []
     return [
         f"::{level} title={_property(f'peft-harness gate: {kind}')}::{_data(text)}" for kind, text in [*shown, *more]
     ]

@@ -1,4 +1,4 @@
-"""A gate as a JUnit file: a case per Cell and kind of finding. No torch."""
+"""Format a gate as JUnit XML: one case per Cell and kind of finding. No torch."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _TAGS = {
 
 
 def render(findings: Findings) -> bytes:
-    """Return a suite per kind, and one for files that cannot be read or were changed.
+    """Return one test suite per kind, and one for files that cannot be read or were changed.
 
-    A Cell whose Record could not be read or was not come to is an error, an open question is a skipped test, and what is
-    not judged one skipped test for all.
+    A Cell that was not run, or has an unreadable Record, is an error; an undecided row is a skipped test; all rows that are
+    not judged are one skipped test.
     """
     root = ET.Element("testsuites", name="peft-harness gate")
     for kind in FindingKind:
@@ -35,12 +35,12 @@ def render(findings: Findings) -> bytes:
             continue
         for name, mine in _by_name(rows).items():
             worst = min((row.word for row in mine), key=formatting.ORDER.index)
-            said = "; ".join(_said(row) for row in mine if row.word is worst)
-            junit_xml.case(suite, kind.value, name, _TAGS[worst], said)
+            text = "; ".join(_sentence(row) for row in mine if row.word is worst)
+            junit_xml.case(suite, kind.value, name, _TAGS[worst], text)
     files = junit_xml.suite(root, "files")
     for what in findings.changed:
         junit_xml.case(files, "files", what, "failure", what)
-    for why in findings.unreadable:  # a Cell that this took away is an error above; the rest of the run is used
+    for why in findings.unreadable:  # a Cell without a Record because of it is an error above
         junit_xml.case(files, "files", why, "skipped", why)
     junit_xml.case(files, "gate", "compared", "" if findings.compared else "error", findings.verdict.reason)
     return junit_xml.document(root)
@@ -53,6 +53,6 @@ def _by_name(rows: Sequence[ComparisonRow]) -> dict[str, list[ComparisonRow]]:
     return found
 
 
-def _said(row: ComparisonRow) -> str:
+def _sentence(row: ComparisonRow) -> str:
     values = f": {change}" if (change := formatting.change(row)) else ""
     return f"{row.what}{values}: {row.reason}" if row.reason else f"{row.what}{values}"

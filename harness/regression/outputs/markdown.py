@@ -1,4 +1,4 @@
-"""A gate as Markdown, for the summary of a CI job: the verdict first, the worst rows next, never above GitHub's limit."""
+"""Format a gate as Markdown for the summary of a CI job: the verdict, then the worst rows, up to the limit of GitHub."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from harness.regression.outputs.formatting import HEAD
 from harness.report.tones import icon
 
 LIMIT_B = 1024 * 1024
-"""What GitHub shows of a step's summary; it shows nothing of a larger one."""
+"""Size limit of GitHub; a larger summary is not shown at all."""
 _ROOM_B = 1024
-"""Kept for the sentence that says how much was left out."""
+"""Reserved for the sentence on what was left out."""
 _LONGEST = 20_000
 """Characters of one field: a reason may name hundreds of files."""
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~#])")
 
 
 def render(findings: Findings, title: str, limit_B: int = LIMIT_B) -> bytes:  # B is the unit
-    """Return the summary in UTF-8, smaller than `limit_B`, and what was left out in its last line."""
+    """Return the summary in UTF-8, smaller than `limit_B` bytes; its last line has the number of rows left out."""
     v = findings.verdict
     text = [f"## {icon(v.word)} {_clean(title)}: {v.word.value}\n\n{_clean(v.reason)}\n\n"]
     used, left_out, total = len(text[0].encode()), 0, 0

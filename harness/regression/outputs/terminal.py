@@ -1,4 +1,4 @@
-"""A gate in the terminal: a table for each kind of finding, then what it rests on, the verdict last."""
+"""Format a gate for the terminal: one table per kind of finding, the verdict last."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _ORDER = (
     FindingKind.NEW,
     *(kind for kind in FindingKind if kind not in (FindingKind.TIME, FindingKind.NEW)),
 )
-"""What is not judged first: a terminal shows the end."""
+"""Kinds that are not judged come first, since a terminal shows the end."""
 _GROUPED = (FindingKind.ENVIRONMENT, FindingKind.ASSETS)
 _LEFT = ("what", "verdict")
 
 
-def lines(findings: Findings, *, everything: bool = False, of: str = HEAD[0]) -> list[str]:
-    """Return the lines to print. everything: rows that are the same in both too, and all that pass. of: what a row is of."""
+def lines(findings: Findings, *, all_rows: bool = False, of: str = HEAD[0]) -> list[str]:
+    """Return the lines to print. all_rows: also rows that are equal or pass. of: heading of the first column."""
     found: list[str] = []
     same: list[str] = []
     for kind in _ORDER:
-        rows, left_out, equal = formatting.told(findings.rows, kind, everything=everything)
+        rows, left_out, equal = formatting.shown_rows(findings.rows, kind, all_rows=all_rows)
         if equal:
             same.append(f"{kind.value} {equal}")
         if not rows:
@@ -34,7 +34,7 @@ def lines(findings: Findings, *, everything: bool = False, of: str = HEAD[0]) ->
             continue
         head = f"{kind.value} ({TIMES})" if kind is FindingKind.TIME else kind.value
         written = [list(formatting.fields(row)) for row in rows]
-        if kind is FindingKind.TIME:  # said once, above them
+        if kind is FindingKind.TIME:  # the heading has the text
             written = [[*line[:-1], "" if line[-1] == TIMES else line[-1]] for line in written]
         found += [head, *_aligned([[of, *HEAD[1:]], *written])]
         found += [f"  and {left_out} more that need no look: --all, or --json"] if left_out else []

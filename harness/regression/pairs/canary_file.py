@@ -1,4 +1,4 @@
-"""The A/A canaries of this machine, a line each: how often does the gate alarm where nothing has changed?"""
+"""File with the canaries of this machine, comparisons of a revision with itself, one per line."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from harness.records import store
 
 FILE = Path("results") / "canaries.jsonl"
 SCHEMA = 1
-KEPT = 200
-"""The last so many of a machine count: an older one speaks of another time."""
+LAST = 200
+"""Number of the newest canaries of a machine that count."""
 
 
 def add(path: Path, place: str, cell_id: str, log_ratios: Sequence[float]) -> None:
@@ -23,7 +23,7 @@ def add(path: Path, place: str, cell_id: str, log_ratios: Sequence[float]) -> No
     line = json.dumps(facts) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # One write to the end: two gates on one file lose no line.
+        # One append per line, so that two gates can write to one file.
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             os.write(handle, line.encode())
@@ -36,7 +36,7 @@ def add(path: Path, place: str, cell_id: str, log_ratios: Sequence[float]) -> No
 
 
 def read(path: Path, place: str, trim: float) -> tuple[Canaries, list[str]]:
-    """Return the last canaries of a place, judged, and what could not be read, each with its line."""
+    """Return the judgement on the newest canaries of a place, and the unreadable lines with their reasons."""
     found, broken = [], []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     for number, line in enumerate(lines, start=1):
@@ -50,4 +50,4 @@ def read(path: Path, place: str, trim: float) -> tuple[Canaries, list[str]]:
                 found.append(ratios)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             broken.append(f"{path}:{number}: {type(error).__name__}: {error}")
-    return canaries(found[-KEPT:], trim), broken
+    return canaries(found[-LAST:], trim), broken

@@ -1,6 +1,6 @@
-"""Revisions of somebody else's repository: where its packages lie, whether they are what runs, and which Cells run them.
+"""Revisions of another repository than the harness's: its packages, and the Cells that run them.
 
-Python code, that is: of what is compiled, and of packages beside the plug-in's own, each side must find its build by itself.
+Only Python code of the plug-in's own package is switched; each side must find compiled code and other packages by itself.
 """
 
 from __future__ import annotations
@@ -32,22 +32,24 @@ _PATIENCE_S = 60
 
 @dataclass(frozen=True)
 class ExternalRepo:
-    """A folder with Python packages inside a git checkout: `top / inside`."""
+    """A folder with Python packages inside a git checkout."""
 
     top: Path
+    """Top folder of the checkout."""
     inside: Path
+    """The folder, relative to `top`."""
 
     def code(self, tree: Path) -> Path:
-        """Return what goes on Python's path for a checkout at `tree`: the folder, or its `src`."""
+        """Return the folder to put on Python's path for a checkout at `tree`: `inside`, or its `src`."""
         folder = tree / self.inside
         return folder / "src" if (folder / "src").is_dir() else folder
 
 
 def find(folder: Path) -> ExternalRepo:
-    """Return the Guest that a folder is. Raises UsageError for one that is in no checkout."""
-    asked = ["git", "-C", str(folder), "rev-parse", "--show-toplevel"]
+    """Return the repository of a folder. Raises UsageError for a folder that is in no git checkout."""
+    command = ["git", "-C", str(folder), "rev-parse", "--show-toplevel"]
     try:
-        done = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=_PATIENCE_S)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE_S)
     except OSError as error:
         raise UsageError(f"git cannot be run: {error}", where="--repo", hint="install git") from error
     if done.returncode:
@@ -59,11 +61,11 @@ def find(folder: Path) -> ExternalRepo:
     return ExternalRepo(top, folder.resolve().relative_to(top))
 
 
-def packages(said: str, code: Path, variables: Mapping[str, str]) -> frozenset[str]:
+def packages(label: str, code: Path, variables: Mapping[str, str]) -> frozenset[str]:
     """Return the packages of plug-ins that are imported from `code`.
 
-    said: the side, for the sentence; variables: of the processes that will run it. Raises HarnessError where there is none:
-    both sides would run what is installed.
+    label: names the side in messages. variables: environment of the processes that will run it. Raises HarnessError if there
+    is none, since both sides would run the installed package.
     """
     done = subprocess.run(
         [sys.executable, "-P", "-c", _PROBE, GROUP], env=dict(variables), capture_output=True, text=True, check=False,
@@ -81,17 +83,17 @@ def packages(said: str, code: Path, variables: Mapping[str, str]) -> frozenset[s
         return frozenset(mine)
     others = ", ".join(f"{package} from {where[0] if where else 'nowhere'}" for package, where in places.items())
     raise HarnessError(
-        f"{said} holds no package of an installed plug-in; imported would be: {others or 'none'}",
+        f"{label} holds no package of an installed plug-in; imported would be: {others or 'none'}",
         where=f"--repo, {code}",
         hint=f"name the folder that holds the package, and install its entry point (`{GROUP}`), e.g. by `pip install -e`",
     )
 
 
 def uses(cell: Cell, registry: Registry, of: frozenset[str]) -> bool:
-    """Say whether a Cell's Method or base is an implementation of these packages."""
-    asked = [("method", cell.method, cell.implementation), ("base", cell.base.quantization, cell.base.implementation)]
+    """Return whether the implementation of a Cell's Method or base is in one of these packages."""
+    keys = [("method", cell.method, cell.implementation), ("base", cell.base.quantization, cell.base.implementation)]
     points = {(i.kind, i.target, i.name): i.point for i in registry.implementations}
     there = entry_points_by_name()
     return any(
-        points[key] in there and there[points[key]].module.partition(".")[0] in of for key in asked if key in points
+        points[key] in there and there[points[key]].module.partition(".")[0] in of for key in keys if key in points
     )

@@ -1,4 +1,4 @@
-"""The verdict on pairs as rows, for the outputs that `gate RUN --baseline` has too."""
+"""Convert the verdict on pairs to rows, for the outputs shared with `gate RUN --baseline`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KINDS = {
 
 
 def findings(judged: JudgedPairs, cut: str = "") -> Findings:
-    """Return a row for each time of a Cell beside the rows of all else. cut: how the pairs were cut short, if they were."""
+    """Return one row per time of a Cell, and the other rows. cut: how the pairs were interrupted, or empty."""
     verdict = judged.verdict
     rows = [*judged.rows, *(_speed(cell, metric, judged) for cell in judged.cells for metric in cell.timed or (STEP,))]
     reason = f"{verdict.reason}; {judged.canaries.sentence}"

@@ -1,4 +1,4 @@
-"""`peft-harness gate --pairs OLD NEW`: run the pairs, judge them, print the table, keep the document."""
+"""`gate --pairs OLD NEW`: run the pairs, judge them, print the table and write the document."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from harness.process.termination import handle_termination
 from harness.records import environment, naming, store
 from harness.records.files import write_atomic
 from harness.regression.pairs import canary_file, findings, table
-from harness.regression.pairs import sides as arms
+from harness.regression.pairs import sides as pair_sides
 from harness.regression.pairs.request import PairsRequest
 from harness.regression.pairs.schedule import Measured, PairsRunner
 from harness.suites import loader
@@ -29,26 +29,26 @@ from harness.suites.expand import Plan, select
 DOCUMENT, SCHEMA = "pairs.json", 1
 
 
-def gate(asked: PairsRequest, as_json: bool, design: Design | None = None) -> Exit:
-    """Compare two sides by interleaved pairs; prints a table (or the document), returns the exit code.
+def gate(request: PairsRequest, as_json: bool, design: Design | None = None) -> Exit:
+    """Compare two sides by interleaved pairs, print a table or the document, and return the exit code.
 
-    Raises UsageError for what cannot be compared, HarnessError if a side gives no Record at all.
+    Raises UsageError for sides or Cells that cannot be compared, HarnessError if a side gives no Record at all.
     """
     design = design or Design()
-    asked.outputs.refuse()
-    path = loader.find(asked.suite)
-    plan = _trained(loader.load(path).plan, asked.only, asked.suite)
-    wanted = _cores(asked)
+    request.outputs.refuse()
+    path = loader.find(request.suite)
+    plan = _trained(loader.load(path).plan, request.only, request.suite)
+    wanted = _cores(request)
     if wanted is not None and wanted > (there := cores.available_cores()):
-        what = f"{wanted} cores are asked for, and this process may use {there}"
-        raise UsageError(what, where="--cores", hint=f"ask for at most {there}")
-    folder = _folder(asked)
-    seed = secrets.randbits(32) if asked.seed is None else asked.seed
+        what = f"{wanted} cores requested, but this process may use only {there}"
+        raise UsageError(what, where="--cores", hint=f"give at most {there}")
+    folder = _folder(request)
+    seed = secrets.randbits(32) if request.seed is None else request.seed
     names = naming.full(plan.cells)
     canary: list[float] | None = None
-    no_canary, cut = "not asked for", ""
+    no_canary, cut = "switched off", ""
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         print(line, file=sys.stderr)
 
     held: list[int] = []
@@ -57,22 +57,22 @@ def gate(asked: PairsRequest, as_json: bool, design: Design | None = None) -> Ex
         with (
             handle_termination(),
             cores.limit_cores(wanted) as held,
-            arms.opened(asked.old, asked.new, plan, asked.repo) as sides,
+            pair_sides.opened(request.old, request.new, plan, request.repo) as sides,
         ):
-            matched = arms.pairs(plan, names, sides)
-            bench = PairsRunner(sides, path, folder, design, seed, ("--device", asked.device), say, asked.metric)
+            matched = pair_sides.pairs(plan, names, sides)
+            bench = PairsRunner(sides, path, folder, design, seed, ("--device", request.device), log, request.metric)
             where = f"on core {', '.join(map(str, held))}" if held else "on any core"
-            say(
-                f"{sides[0].said} against {sides[1].said}: {len(matched)} Cells, {design.first} pairs each, up to "
-                f"{design.fresh[-1]} fresh ones where these do not settle it; {where}; seed {seed}, into {folder}"
+            log(
+                f"{sides[0].label} against {sides[1].label}: {len(matched)} Cells, {design.first} pairs each, up to "
+                f"{design.fresh[-1]} new ones where these do not decide; {where}; seed {seed}, into {folder}"
             )
             bench.measure(matched)
-            if asked.canary:
+            if request.canary:
                 watched = bench.found[seed % len(bench.found)]
                 canary, no_canary = bench.canary(watched.pair) if not watched.broken else (None, watched.broken)
                 if canary:
                     place = watched.first[0][0].environment.id
-                    canary_file.add(asked.canaries, place, watched.pair.old.cell_id, canary)
+                    canary_file.add(request.canaries, place, watched.pair.old.cell_id, canary)
     except HarnessError:
         if bench is None:
             _forget(folder)
@@ -82,34 +82,34 @@ def gate(asked: PairsRequest, as_json: bool, design: Design | None = None) -> Ex
             _forget(folder)
             raise
         cut = f"ended by {str(stopped) or 'Ctrl-C'}"
-        say(f"{cut}; what was measured is judged")
+        log(f"{cut}; the pairs measured so far are judged")
     places = [one.first[0][0].environment.id for one in bench.found if one.first]
-    canaries, broken = canary_file.read(asked.canaries, places[0] if places else "", design.trim)
+    canaries, broken = canary_file.read(request.canaries, places[0] if places else "", design.trim)
     for line in broken:
-        say(f"unreadable: {line}")
+        log(f"unreadable: {line}")
     if no_canary:
-        say(f"no canary of this gate: {no_canary}")
+        log(f"no canary of this gate: {no_canary}")
     cells = [
-        CellComparison(one.pair.name, one.records, one.verdicts(design, asked.metric), one.broken or cut)
+        CellComparison(one.pair.name, one.records, one.verdicts(design, request.metric), one.broken or cut)
         for one in bench.found
     ]
-    judged = judge(cells, canaries, strict=asked.strict)
-    said = (bench.sides[0].said, bench.sides[1].said)
-    # What was found stands; but what was cut short is no success.
+    judged = judge(cells, canaries, strict=request.strict)
+    labels = (bench.sides[0].label, bench.sides[1].label)
+    # Findings stand, but interrupted pairs are no success.
     code = Exit.INFRASTRUCTURE if cut and judged.exit is not Exit.FAIL else judged.exit
-    document = _document(asked, said, seed, design, bench.found, judged, canary) | {
+    document = _document(request, labels, seed, design, bench.found, judged, canary) | {
         "cores": held, "cut": cut, "exit": int(code)
     }  # fmt: skip
     write_atomic(folder / DOCUMENT, json.dumps(document, indent=1, allow_nan=False).encode())
-    told = findings.findings(judged, cut)
-    asked.outputs.write(told, f"{said[1]} against {said[0]}")
+    rows = findings.findings(judged, cut)
+    request.outputs.write(rows, f"{labels[1]} against {labels[0]}")
     print(json.dumps(document, indent=1) if as_json else "\n".join(table.lines(judged)))
-    asked.outputs.annotate(told)
+    request.outputs.annotate(rows)
     return code
 
 
 def _trained(plan: Plan, only: str | None, suite: str = "") -> Plan:
-    """Return the plan's Cells that train: what has no step has no time of one."""
+    """Return the plan's Cells that train; others have no step to time."""
     swept = {cell_id for tuning in plan.tuning for cell_id in tuning.sweep}
     kept = tuple(cell for cell in plan.cells if cell.training.steps and cell.cell_id not in swept)
     if not kept:
@@ -119,31 +119,31 @@ def _trained(plan: Plan, only: str | None, suite: str = "") -> Plan:
     return select(trained, only) if only is not None else trained
 
 
-def _cores(asked: PairsRequest) -> int | None:
+def _cores(request: PairsRequest) -> int | None:
     """One on a CPU: threads wait for each other, and for whatever else a core has to do; equal processes with two spread
     twice as widely, or more. A GPU's process wants its threads."""
-    if asked.cores is None and (asked.device == "cuda" or (asked.device == "auto" and environment.gpus())):
+    if request.cores is None and (request.device == "cuda" or (request.device == "auto" and environment.gpus())):
         return None
-    return asked.cores or 1
+    return request.cores or 1
 
 
-def _folder(asked: PairsRequest) -> Path:
-    folder = asked.out or store.RUNS / f"{store.now().replace(':', '').replace('-', '')}-pairs-{secrets.token_hex(3)}"
+def _folder(request: PairsRequest) -> Path:
+    folder = request.out or store.RUNS / f"{store.now().replace(':', '').replace('-', '')}-pairs-{secrets.token_hex(3)}"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError("holds something already", where=f"--out {folder}", hint="name a new folder")
+        raise UsageError("is not empty", where=f"--out {folder}", hint="name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def _forget(folder: Path) -> None:
-    """Take a folder away in which nothing was run."""
+    """Delete a folder in which nothing was run."""
     with contextlib.suppress(OSError):
         folder.rmdir()
 
 
 def _document(
-    asked: PairsRequest, said: tuple[str, str], seed: int, design: Design, measured: Sequence[Measured], judged: JudgedPairs,
-    canary: list[float] | None,
+    request: PairsRequest, labels: tuple[str, str], seed: int, design: Design, measured: Sequence[Measured],
+    judged: JudgedPairs, canary: list[float] | None,
 ) -> dict[str, Any]:  # fmt: skip
     cells = []
     for one, cell in zip(measured, judged.cells, strict=True):
@@ -155,8 +155,8 @@ def _document(
         })  # fmt: skip
     return {
         "schema": SCHEMA,
-        "old": {"asked": asked.old, "is": said[0]}, "new": {"asked": asked.new, "is": said[1]},
-        "suite": asked.suite, "only": asked.only, "seed": seed, "design": asdict(design), "cells": cells,
+        "old": {"asked": request.old, "is": labels[0]}, "new": {"asked": request.new, "is": labels[1]},
+        "suite": request.suite, "only": request.only, "seed": seed, "design": asdict(design), "cells": cells,
         "findings": [asdict(row) for row in judged.rows if not row.same],
         "residue": list(judged.residue), "canary": canary, "canaries": judged.canaries.sentence,
         "closed": judged.canaries.closed,

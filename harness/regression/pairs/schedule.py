@@ -1,4 +1,4 @@
-"""Pairs of process runs: each Cell by the old and by the new side in turn, in an order that is fixed before the first."""
+"""Run pairs of processes: each Cell by the old and the new side in turn, in an order fixed beforehand."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from harness.analysis.statistics.paired import PairVerdict, decide
 from harness.analysis.tracked_metrics import STEP
 from harness.errors import HarnessError
 from harness.records.record import Record, Status
-from harness.regression.pairs import sides as arms
+from harness.regression.pairs import sides as pair_sides
 from harness.regression.pairs.sides import CellPair, Side
 
 
 @dataclass
 class Measured:
-    """What the two sides of one Cell gave so far.
-
-    first, fresh: pairs of Records (old, new) of either stage. lost: why a process run left no Record, if one did not.
-    """
+    """Records of both sides of one Cell so far."""
 
     pair: CellPair
     first: list[tuple[Record, Record]] = field(default_factory=list)
+    """Pairs (old, new) of the first stage."""
     fresh: list[tuple[Record, Record]] = field(default_factory=list)
-    lost: str = ""
+    """Pairs (old, new) of the second stage."""
+    no_record: str = ""
+    """Why a process left no Record, if one did not."""
 
     @property
     def records(self) -> list[tuple[Record, Record]]:
@@ -37,17 +37,17 @@ class Measured:
 
     @property
     def broken(self) -> str:
-        """Say which process run did not end well, or took no time, if one did not: then there is nothing to time."""
+        """Why the Cell cannot be timed: a process did not end ok, or has no step times; else empty."""
         for pair in self.records:
             for side, record in zip(("old", "new"), pair, strict=True):
                 if record.status is not Status.OK:
                     return f"the {side} side is {record.status.value}: {record.because}"
                 if STEP not in times(record):
                     return f"the {side} side has no steps that took any time"
-        return self.lost
+        return self.no_record
 
     def verdicts(self, design: Design, only: str = "") -> dict[str, PairVerdict]:
-        """Judge each time that all process runs have, or that one alone, by its metric; none where nothing can be judged."""
+        """Return a verdict for each time that all Records have, by metric. only: the one metric to judge."""
         if self.broken or len(self.first) < design.first:
             return {}
         shared = set.intersection(*(set(times(record)) for pair in self.records for record in pair))
@@ -57,26 +57,28 @@ class Measured:
 
 @dataclass
 class PairsRunner:
-    """Where and how pairs are run. folder: gets a run folder for each process run. options: of `peft-harness run`.
-
-    say: talk, a line for each pair. only: the one metric to judge, or none for all. found: what was measured so far, also
-    when somebody interrupts.
-    """
+    """Runs the pairs of all Cells."""
 
     sides: tuple[Side, Side]
+    """Old and new."""
     suite: Path
     folder: Path
+    """Gets one run folder per process."""
     design: Design
     seed: int
     options: Sequence[str] = ()
-    say: Callable[[str], None] = print
+    """Further options of `peft-harness run`."""
+    log: Callable[[str], None] = print
+    """Takes one line of progress per pair."""
     only: str = ""
+    """The one metric to judge; empty: all."""
     found: list[Measured] = field(default_factory=list)
+    """Results so far, also after an interruption."""
 
     def measure(self, pairs: Sequence[CellPair]) -> None:
-        """Run the first pairs of all Cells; then, for those that they do not settle, fresh ones as planned.
+        """Run the first pairs of all Cells; then new ones, as planned, for Cells that these do not decide.
 
-        A Cell of which a side does not end well gets no further pairs: it is a finding already, or cannot be timed.
+        A Cell with a side that does not end ok gets no further pairs: it is a finding already, or cannot be timed.
         """
         self.found = [Measured(pair) for pair in pairs]
         for one in self.found:
@@ -88,7 +90,7 @@ class PairsRunner:
     def canary(self, pair: CellPair) -> tuple[list[float] | None, str]:
         """Run the first pairs of the old side against itself; return their log ratios, or None and why there are none."""
         twin = PairsRunner(
-            (self.sides[0], self.sides[0]), self.suite, self.folder, self.design, self.seed, self.options, self.say
+            (self.sides[0], self.sides[0]), self.suite, self.folder, self.design, self.seed, self.options, self.log
         )
         one = Measured(CellPair(f"canary {pair.name}", pair.old, pair.old))
         twin._run(one, one.first, self.design.first, "canary")
@@ -105,25 +107,25 @@ class PairsRunner:
             try:
                 records = {side: self._side(pair, side, stage, turn) for side in turns[2 * turn : 2 * turn + 2]}
             except HarnessError as error:  # the other Cells may well run
-                one.lost = error.what
-                self.say(f"{pair.name}: {error}")
+                one.no_record = error.what
+                self.log(f"{pair.name}: {error}")
                 return
             into.append((records["A"], records["B"]))
-            self.say(f"{pair.name}, {stage} pair {turn + 1} of {count}: {_said(into[-1])}")
+            self.log(f"{pair.name}, {stage} pair {turn + 1} of {count}: {_times(into[-1])}")
             if one.broken:
                 return
 
     def _side(self, pair: CellPair, side: str, stage: str, turn: int) -> Record:
-        arm, cell = (self.sides[0], pair.old) if side == "A" else (self.sides[1], pair.new)
+        chosen, cell = (self.sides[0], pair.old) if side == "A" else (self.sides[1], pair.new)
         name = f"{pair.old.cell_id}-{stage}-{turn:02}-{'old' if side == 'A' else 'new'}"
-        return arms.run(arm, self.suite, cell, self.folder / name, self.options)
+        return pair_sides.run(chosen, self.suite, cell, self.folder / name, self.options)
 
 
 def _ratios(pairs: Sequence[tuple[Record, Record]], metric: str = STEP) -> list[float]:
     return [log_ratio(old, new, metric) for old, new in pairs]
 
 
-def _said(pair: tuple[Record, Record]) -> str:
+def _times(pair: tuple[Record, Record]) -> str:
     old, new = (times(record).get(STEP) for record in pair)
     if old is None or new is None:
         return ", ".join(record.status.value for record in pair)

@@ -1,4 +1,4 @@
-"""Two arms of a comparison: two revisions of a checkout, or two installed implementations; a Cell by each in a process."""
+"""Sides of a comparison (two revisions of a checkout, or two implementations), and the runs of a Cell by each side."""
 
 from __future__ import annotations
 
@@ -21,50 +21,49 @@ from harness.regression.pairs import external_repo
 from harness.suites.expand import Plan
 
 _PATIENCE_S = 15.0
-"""For a run that is ended: it kills its worker and writes its footer."""
+"""Time for a terminated run to kill its worker and write its footer."""
 HERE = "."
-"""The name of the checkout as it stands, with what is not committed."""
+"""Name of the checkout as it stands, with uncommitted changes."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side. said: what it is, for sentences. code: what its processes have first on Python's path: a folder with another
-    `harness`, or with a plug-in's package; None: nothing, so that all is as installed.
+    """One side of a comparison."""
 
-    implementation: whose Cells it runs, where the sides are implementations; else every Cell as it is. packages: of a
-    plug-in, whose Cells alone it runs, where the sides are revisions of its repository.
-    """
-
-    said: str
+    label: str
+    """Names the side in sentences."""
     code: Path | None = None
+    """First entry of Python's path: a folder with another `harness`, or with a plug-in's package; None: as installed."""
     implementation: str | None = None
+    """If the sides are implementations: run only Cells of this one."""
     packages: frozenset[str] | None = None
+    """If the sides are revisions of a plug-in: run only Cells that these packages implement."""
 
 
 @dataclass(frozen=True)
 class CellPair:
-    """A Cell as the old side and as the new side run it. name: what both are called."""
+    """A Cell as each side runs it."""
 
     name: str
+    """Common name of both."""
     old: Cell
     new: Cell
 
 
 @contextlib.contextmanager
 def opened(old: str, new: str, plan: Plan, repo: Path | None = None) -> Iterator[tuple[Side, Side]]:
-    """Give the two arms; revisions are checked out for as long as the context lasts.
+    """Yield the two sides; revisions are checked out until the context ends.
 
-    A name that an implementation of the suite's Cells has is that implementation. repo: a folder of somebody else's
-    checkout, whose revisions the names are then; the harness is the one that runs now. Raises UsageError for a name that is
-    neither, for an implementation beside a revision, and for a folder in no checkout; HarnessError where a revision holds
-    no package of a plug-in.
+    old, new: implementations of the suite's Cells, or else revisions. repo: a folder in the checkout of a plug-in; the names
+    are then its revisions, and the harness is the running one. Raises UsageError for an unknown name, for an implementation
+    compared with a revision, and for a folder in no checkout; HarnessError if a revision has no package of a plug-in.
     """
     if repo is not None:
-        guest = external_repo.find(repo)
-        with _revisions(guest.top, (old, new), ()) as found:
-            sides = [Side(said, guest.code(tree)) for said, tree in found]
-            theirs = [external_repo.packages(arm.said, arm.code or guest.top, _variables(arm)) for arm in sides]
-            first, second = (replace(arm, packages=theirs[0] & theirs[1]) for arm in sides)
+        external = external_repo.find(repo)
+        with _revisions(external.top, (old, new), ()) as found:
+            sides = [Side(label, external.code(tree)) for label, tree in found]
+            theirs = [external_repo.packages(side.label, side.code or external.top, _variables(side)) for side in sides]
+            first, second = (replace(side, packages=theirs[0] & theirs[1]) for side in sides)
             yield first, second
         return
     known = sorted({cell.implementation for cell in plan.cells})
@@ -87,13 +86,13 @@ def opened(old: str, new: str, plan: Plan, repo: Path | None = None) -> Iterator
             hint=f"name two of {', '.join(known)}, or run from a checkout",
         )
     with _revisions(top, (old, new), known) as found:
-        first, second = (Side(said, tree) for said, tree in found)
+        first, second = (Side(label, tree) for label, tree in found)
         yield first, second
 
 
 @contextlib.contextmanager
 def _revisions(top: Path, names: Sequence[str], known: Sequence[str]) -> Iterator[list[tuple[str, Path]]]:
-    """Check revisions out; give what each is, for sentences, and its folder. known: implementations, for the mend."""
+    """Check revisions out; yield the label and the folder of each. known: implementations, for the hint."""
     commits = [None if name == HERE else _commit(top, name, known) for name in names]
     with contextlib.ExitStack() as stack:
         trees: dict[str | None, Path] = {None: top}
@@ -106,20 +105,20 @@ def _revisions(top: Path, names: Sequence[str], known: Sequence[str]) -> Iterato
         ]
 
 
-def pairs(plan: Plan, names: dict[str, str], arms: tuple[Side, Side]) -> list[CellPair]:
-    """Match the plan's Cells: of implementations those that differ in nothing else, of revisions each with itself.
+def pairs(plan: Plan, names: dict[str, str], sides: tuple[Side, Side]) -> list[CellPair]:
+    """Match the Cells of the plan: of two implementations those that are equal otherwise, of revisions each with itself.
 
-    names: by cell_id. Raises UsageError where nothing matches.
+    names: by cell_id. Raises UsageError if nothing matches.
     """
-    old, new = (arm.implementation for arm in arms)
-    if (packages := arms[0].packages) is not None:
+    old, new = (side.implementation for side in sides)
+    if (packages := sides[0].packages) is not None:
         registry = discover()
         mine = [cell for cell in plan.cells if external_repo.uses(cell, registry, packages)]
         if not mine:
             raise UsageError(
                 f"no Cell of this suite is computed by {', '.join(sorted(packages))}",
                 where="--repo",
-                hint="name a suite by --suite whose Cells have `implementation:` of that package",
+                hint="choose a --suite that has Cells with an implementation of that package",
             )
         return [CellPair(names[cell.cell_id], cell, cell) for cell in mine]
     if old is None or new is None:
@@ -132,41 +131,41 @@ def pairs(plan: Plan, names: dict[str, str], arms: tuple[Side, Side]) -> list[Ce
     ]
     if not matched:
         raise UsageError(
-            f"no Cell of {old} has one of {new} beside it that differs in nothing else",
+            f"no Cell of {old} has an otherwise equal Cell of {new}",
             where="--pairs",
             hint=f"write `implementation: [{old}, {new}]` in the suite, or choose other Cells by --only",
         )
     return matched
 
 
-def run(arm: Side, suite: Path, cell: Cell, folder: Path, options: Sequence[str] = ()) -> Record:
-    """Run one Cell by the arm's own `peft-harness run`, in a process of its own, and return its Record.
+def run(side: Side, suite: Path, cell: Cell, folder: Path, options: Sequence[str] = ()) -> Record:
+    """Run one Cell by the `peft-harness run` of a side, in its own process, and return its Record.
 
-    folder: becomes the run folder. options: more for the verb. Raises HarnessError if no Record came of it.
+    folder: becomes the run folder. options: further options of the command. Raises HarnessError if there is no Record.
     """
     command = [
         sys.executable, "-P", "-m", "harness.cli", "run", str(suite.resolve()), "--only", cell.cell_id, "--out",
         str(folder), *options,
     ]  # fmt: skip
-    variables = _variables(arm)
+    variables = _variables(side)
     if options[:2] != ("--device", "cpu") and "CUDA_VISIBLE_DEVICES" not in variables and (cards := environment.gpus()):
         variables["CUDA_VISIBLE_DEVICES"] = cards[0].partition(",")[0]  # both sides on one card
     code, error = _ran(command, variables)
     records = store.read_run(folder).records if (folder / "run.json").is_file() else []
     if not records:
-        said = error.strip().splitlines()
+        lines = error.strip().splitlines()
         raise HarnessError(
-            f"{arm.said} gave no Record of {cell.label} (exit code {code}): {' '.join(said[-3:])}",
+            f"{side.label} gave no Record of {cell.label} (exit code {code}): {' '.join(lines[-3:])}",
             where=str(folder),
-            hint=f"see what `{' '.join(command[3:])}` says there",
+            hint=f"run `{' '.join(command[3:])}` there",
         )
     return records[-1]
 
 
-def _variables(arm: Side) -> dict[str, str]:
+def _variables(side: Side) -> dict[str, str]:
     variables = dict(os.environ)
-    if arm.code is not None:
-        variables["PYTHONPATH"] = os.pathsep.join([str(arm.code), *filter(None, [os.environ.get("PYTHONPATH")])])
+    if side.code is not None:
+        variables["PYTHONPATH"] = os.pathsep.join([str(side.code), *filter(None, [os.environ.get("PYTHONPATH")])])
     return variables
 
 
@@ -204,7 +203,7 @@ def _commit(top: Path, name: str, known: Sequence[str]) -> str:
 
 
 def _changed(top: Path) -> str:
-    return ", with what is not committed" if _git(top, "status", "--porcelain", "-uno").stdout.strip() else ""
+    return ", with uncommitted changes" if _git(top, "status", "--porcelain", "-uno").stdout.strip() else ""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The verdict on pairs in the terminal: a row for each time of a Cell, then all else, the canaries, the verdict."""
+"""Text of the verdict on pairs: one row per time of a Cell, then other findings, the canaries and the verdict."""
 
 from __future__ import annotations
 
