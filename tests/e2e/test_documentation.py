@@ -11,7 +11,10 @@ from pathlib import Path
 import click
 import pytest
 
+from harness.assets import generated
+from harness.cli import main
 from harness.cli.app import commands as verbs
+from harness.errors import Exit
 
 TOP = Path(__file__).resolve().parents[2]
 MANUALS = sorted(
@@ -96,3 +99,20 @@ def test_the_readme_is_short_and_begins_with_a_command() -> None:
     assert len(text.splitlines()) <= 150
     assert len(text.split()) <= 1300
     assert "peft-harness run quick" in "\n".join(text.splitlines()[:15])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["plan ./mine.yaml", "claims lora --id", "fit llama-7b"])
+def test_the_readme_prints_real_output(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (TOP / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    generated.tiny_llama(tmp_path / "my-model")
+    (suite,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    Path("mine.yaml").write_text(suite, encoding="utf-8")
+    (line,) = [line for line in commands(text) if line.startswith(f"peft-harness {command}") and "MODEL" not in line]
+    block = text[text.index(line) :].split("```\n")[1].rstrip().splitlines()
+    assert main(arguments(line)) == Exit.PASS
+    printed = capsys.readouterr().out.splitlines()
+    assert [one for one in block if one not in printed] == []
