@@ -38,7 +38,7 @@ _HOLDERS = {"prompt": ("answers",), "answer": ("answers",), "text": ("labels", "
 
 
 class Rows(FrozenModel):
-    """How to read rows from a data file."""
+    """Layout of a data file."""
 
     format: Literal["valence-tsv", "jsonl", "csv", "parquet", "hub", "splits"]
     holds: Literal["labels", "answers", "text"] = "labels"

@@ -14,6 +14,7 @@ from harness.records.notes import concurrent_cells
 from harness.records.record import Cell, Record, Status
 from harness.resources import checkout
 from harness.suites import loader
+from harness.suites.expand import Plan
 from harness.suites.suite import Suite
 
 _named: list[Path] = []
@@ -61,7 +62,7 @@ def records(suite: str, *entries: str) -> list[list[Record]]:
 def cell(suite: str, entry: str) -> Cell:
     """Return the Cell of an entry, the first of several seeds. Raises ValueError for an unknown entry."""
     first = _cells(suite, entry)[0]
-    return next(one for one in _read(suite).plan.cells if one.cell_id == first)
+    return next(one for one in _plan(suite).cells if one.cell_id == first)
 
 
 def comparable(*sides: Sequence[Record]) -> None:
@@ -102,8 +103,12 @@ def _read(suite: str) -> Suite:
     return loader.load(suite)
 
 
+def _plan(suite: str) -> Plan:
+    return _read(suite).plan
+
+
 def _cells(suite: str, entry: str) -> list[str]:
-    plan = _read(suite).plan
+    plan = _plan(suite)
     tried = {cell_id for search in plan.tuning for cell_id in search.sweep}
     found = [cell_id for cell_id, name in plan.ids.items() if name == entry and cell_id not in tried]
     if not found:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """The Cells of a suite, and the questions it asks of their Records."""
+    """The Cells of a suite, and the comparisons and searches that its report answers."""
 
     cells: tuple[Cell, ...]
     """Cells that are ranked, then those that search for learning rates."""
@@ -130,7 +130,7 @@ def select(plan: Plan, expr: str) -> Plan:
     for term in filter(None, (part.strip() for part in expr.split(","))):
         key, equals, value = (part.strip() for part in term.partition("="))
         if equals and not key:
-            raise UsageError(f"`{term}` names no key", where=f"--only {expr}", hint="write key=value, or a word alone")
+            raise UsageError(f"`{term}` names no key", where=f"--only {expr}", hint="write key=value, or one word")
         wanted.setdefault(key if equals else "", []).append(value if equals else key)
     swept = {cell_id for tuning in plan.tuning for cell_id in tuning.sweep}
     # A later field at its default is in no Cell, and can be named all the same.

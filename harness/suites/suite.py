@@ -20,9 +20,9 @@ class Suite:
     about: str
     path: Path
     sha256: str
-    """Of the file."""
+    """SHA-256 of the file."""
     text: str
-    """The file as it was read."""
+    """Content of the file."""
     entries: tuple[SuiteEntry, ...]
     plan: Plan
     sources: dict[str, Source]

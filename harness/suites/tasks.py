@@ -23,7 +23,7 @@ Role = Literal["data", "train"]
 
 
 class Answers(FrozenModel):
-    """How a model is trained on the answers of a task, where they are texts."""
+    """Training on a task whose answers are texts."""
 
     loss: Literal["answer", "all"] = "answer"
     """Tokens with a loss: those of the answer, or all but the first."""
@@ -82,7 +82,7 @@ class TaskSpec(FrozenModel):
     labels: int
     """Number of classes, which an encoder can tell apart; 0: for causal models only."""
     test: int
-    """How many rows are the test set, after one shuffle with `shuffle_seed`; 0 for a task of lm-eval: all of its split."""
+    """Number of test rows, the first after one shuffle with `shuffle_seed`; 0 for a task of lm-eval: all of its split."""
     shuffle_seed: int
     answers: Answers | None = None
     """None for a task with classes."""

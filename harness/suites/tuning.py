@@ -21,7 +21,7 @@ class Tune:
     lr: tuple[float, ...]
     seed: int
     items: int
-    """How many test items score a try; they follow those of the entry's Cells."""
+    """Number of test items that score a try; they follow those of the entry's Cells."""
     config: Mapping[str, Mapping[str, Any]]
     """By Method, values in place of the entry's own, so that one rank may speak for all ranks.
 

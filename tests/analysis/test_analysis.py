@@ -14,7 +14,7 @@ from harness.records import naming
 from harness.records.manifest import Comparison
 from harness.records.record import CheckResult, Failure, Outcome, Record, Status
 from harness.records.store import Run
-from support import recorded_run as recorded
+from support import recorded_run
 
 # ---- intervals
 
@@ -101,15 +101,15 @@ def test_joint(words: list[VerdictKind], decided: VerdictKind) -> None:
 
 
 def _records() -> dict[str, Record]:
-    return {name: recorded.record(name, cell) for name, cell in recorded.cells().items()}
+    return {name: recorded_run.record(name, cell) for name, cell in recorded_run.cells().items()}
 
 
 def _same_losses(records: dict[str, Record]) -> trajectories.SameLosses:
-    cells = {c.cell_id: c for c in recorded.cells().values()} | {r.cell_id: r.cell for r in records.values()}
+    cells = {c.cell_id: c for c in recorded_run.cells().values()} | {r.cell_id: r.cell for r in records.values()}
     asked = Comparison(
         kind="same-losses",
         left=[records[n].cell_id for n in ("reference", "fused", "hf-peft") if n in records],
-        right=[recorded.cells()["float64"].cell_id],
+        right=[recorded_run.cells()["float64"].cell_id],
         says="same",
     )
     return trajectories.judge(asked, cells, {r.cell_id: r for r in records.values()})
@@ -136,7 +136,7 @@ def test_one_loss_shifted_beyond_its_bound_fails_at_that_step(step: int) -> None
     judged = next(s for s in _same_losses(records).subjects if s.cell_id == records["hf-peft"].cell_id)
     shifted = _losses(records["hf-peft"])[:]
     shifted[step] = _losses(records["float64"])[step] + 1.5 * judged.allowed[step]
-    records["hf-peft"] = recorded.with_losses(records["hf-peft"], shifted)
+    records["hf-peft"] = recorded_run.with_losses(records["hf-peft"], shifted)
     result = _same_losses(records)
     assert result.verdict.word is VerdictKind.FAIL
     assert [s.verdict.word for s in result.subjects] == [VerdictKind.PASS, VerdictKind.PASS, VerdictKind.FAIL]
@@ -144,7 +144,7 @@ def test_one_loss_shifted_beyond_its_bound_fails_at_that_step(step: int) -> None
     assert f"at step {step}:" in result.verdict.reason
 
     shifted[step] = _losses(records["float64"])[step] + 0.5 * judged.allowed[step]
-    records["hf-peft"] = recorded.with_losses(records["hf-peft"], shifted)
+    records["hf-peft"] = recorded_run.with_losses(records["hf-peft"], shifted)
     assert _same_losses(records).verdict.word is VerdictKind.PASS
 
 
@@ -153,7 +153,7 @@ def test_noise_seen_later_excuses_nothing_earlier() -> None:
     late = _losses(records["reference"])[:]
     before = _same_losses(records).subjects[1].allowed
     late[40] = _losses(records["float64"])[40] + before[40]
-    records["reference"] = recorded.with_losses(records["reference"], late)
+    records["reference"] = recorded_run.with_losses(records["reference"], late)
     after = _same_losses(records).subjects[1].allowed
     assert after[:40] == before[:40]
     assert after[40] > before[40]
@@ -162,7 +162,7 @@ def test_noise_seen_later_excuses_nothing_earlier() -> None:
 def test_a_reference_that_leaves_float64_faster_than_rounding_fails() -> None:
     records = _records()
     drifting = [x + 1e-4 * t for t, x in enumerate(_losses(records["reference"]))]
-    records["reference"] = recorded.with_losses(records["reference"], drifting)
+    records["reference"] = recorded_run.with_losses(records["reference"], drifting)
     result = _same_losses(records)
     assert result.subjects[0].verdict.word is VerdictKind.FAIL
     assert result.verdict.word is VerdictKind.FAIL
@@ -170,7 +170,7 @@ def test_a_reference_that_leaves_float64_faster_than_rounding_fails() -> None:
 
 def test_another_seed_is_refused() -> None:
     records = _records()
-    records["fused"] = recorded.record("fused", recorded.cells(seed=1)["fused"])
+    records["fused"] = recorded_run.record("fused", recorded_run.cells(seed=1)["fused"])
     result = _same_losses(records)
     assert result.subjects[1].verdict.word is VerdictKind.NOT_RUN
     assert "seed 1 against 0" in result.subjects[1].verdict.reason
@@ -214,7 +214,7 @@ def test_another_data_order_is_refused() -> None:
 
 def test_a_run_of_other_length_is_refused() -> None:
     records = _records()
-    records["fused"] = recorded.with_losses(records["fused"], _losses(records["fused"])[:30])
+    records["fused"] = recorded_run.with_losses(records["fused"], _losses(records["fused"])[:30])
     judged = _same_losses(records).subjects[1]
     assert judged.verdict.word is VerdictKind.NOT_RUN
     assert "30 steps were run here and 60 in float64" in judged.verdict.reason
@@ -222,7 +222,7 @@ def test_a_run_of_other_length_is_refused() -> None:
 
 def test_without_a_reference_run_the_noise_is_unknown() -> None:
     records = _records()
-    records["reference"] = recorded.failed(records["reference"])
+    records["reference"] = recorded_run.failed(records["reference"])
     result = _same_losses(records)
     assert [s.verdict.word for s in result.subjects] == [
         VerdictKind.NOT_RUN,
@@ -243,8 +243,8 @@ def test_without_float64_nothing_is_judged() -> None:
 
 
 def test_cells_are_ranked_within_equal_budgets_only(tmp_path: Path) -> None:
-    found = ranking.groups(recorded.write_run(tmp_path / "r"))
-    named = {id_: name for name, c in recorded.cells().items() for id_ in [c.cell_id]}
+    found = ranking.groups(recorded_run.write_run(tmp_path / "r"))
+    named = {id_: name for name, c in recorded_run.cells().items() for id_ in [c.cell_id]}
     assert [[named[e.record.cell_id] for e in g.ranked] for g in found] == [
         ["full", "hf-peft", "reference", "fused", "nf4", "lora-r1", "head"],
         ["float64"],
@@ -267,7 +267,7 @@ def test_how_a_batch_is_gone_through_is_no_budget_and_the_optimizer_is_named(tmp
     records["hf-peft"] = with_cell(records["hf-peft"], optimizer="adamw-8bit")
     cells = [record.cell for record in records.values()]
     # One Cell is asked for, so that no comparison of the suite's is in the way; all are in the manifest.
-    run = recorded.write_run(
+    run = recorded_run.write_run(
         tmp_path / "r", only=["head"], cells=cells, change=lambda *_: None, extra=list(records.values())
     )
     group = ranking.groups(run)[0]
@@ -290,7 +290,7 @@ def test_other_items_are_compared_by_their_intervals(tmp_path: Path) -> None:
         other = a.model_copy(update={"items": [i.model_copy(update={"id": f"other {i.id}"}) for i in a.items]})
         return r.model_copy(update={"measurements": r.measurements.model_copy(update={"accuracy": other})})
 
-    (group,) = ranking.groups(recorded.write_run(tmp_path / "r", only=["full", "lora-r1"], change=change))
+    (group,) = ranking.groups(recorded_run.write_run(tmp_path / "r", only=["full", "lora-r1"], change=change))
     assert group.ranked[1].p is None
     assert group.ranked[1].standing == "below"
     assert group.basis == "independent"
@@ -300,7 +300,7 @@ def test_other_items_are_compared_by_their_intervals(tmp_path: Path) -> None:
 
 
 def _better(left: str, right: str) -> list[Comparison]:
-    c = recorded.cells()
+    c = recorded_run.cells()
     return [Comparison(kind="better", left=[c[left].cell_id], right=[c[right].cell_id], says="it is better")]
 
 
@@ -317,19 +317,19 @@ def _better(left: str, right: str) -> list[Comparison]:
     ],
 )
 def test_better(tmp_path: Path, left: str, right: str, word: VerdictKind, reason: str) -> None:
-    run = recorded.write_run(tmp_path / "r", asked=lambda _: _better(left, right))
+    run = recorded_run.write_run(tmp_path / "r", asked=lambda _: _better(left, right))
     (judged,) = verdict.judge(run).judgements
     assert judged.verdict.word is word
     assert reason in judged.verdict.reason
-    assert {recorded.cells()[n].cell_id + ".1" for n in (left, right)} == set(judged.verdict.records)
+    assert {recorded_run.cells()[n].cell_id + ".1" for n in (left, right)} == set(judged.verdict.records)
 
 
 def test_one_reversed_pair_refutes_all_of_them(tmp_path: Path) -> None:
-    c = recorded.cells()
+    c = recorded_run.cells()
     asked = Comparison(
         kind="better", left=[c["reference"].cell_id, c["head"].cell_id], right=[c["lora-r1"].cell_id], says="both"
     )
-    (judged,) = verdict.judge(recorded.write_run(tmp_path / "r", asked=lambda _: [asked])).judgements
+    (judged,) = verdict.judge(recorded_run.write_run(tmp_path / "r", asked=lambda _: [asked])).judgements
     assert judged.verdict.word is VerdictKind.FAIL
     assert "1 of 2 pairs" in judged.verdict.reason
 
@@ -339,15 +339,15 @@ def test_better_is_not_judged_without_both_records(tmp_path: Path, how: str) -> 
     def change(name: str, r: Record) -> Record | None:
         if name != "head":
             return r
-        return None if how == "missing" else recorded.failed(r, Status.OOM)
+        return None if how == "missing" else recorded_run.failed(r, Status.OOM)
 
-    (judged, *_) = verdict.judge(recorded.write_run(tmp_path / "r", change=change)).judgements
+    (judged, *_) = verdict.judge(recorded_run.write_run(tmp_path / "r", change=change)).judgements
     assert judged.verdict.word is VerdictKind.NOT_RUN
     assert f"is {how}" in judged.verdict.reason
 
 
 def _whole(tmp_path: Path, **kwargs: object) -> Run:
-    return recorded.write_run(tmp_path / "r", **kwargs)  # type: ignore[arg-type]
+    return recorded_run.write_run(tmp_path / "r", **kwargs)  # type: ignore[arg-type]
 
 
 def test_a_whole_run_passes(tmp_path: Path) -> None:
@@ -364,25 +364,25 @@ def test_a_whole_run_passes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", [Status.OOM, Status.TIMEOUT, Status.ERROR, Status.LOST])
 def test_an_unmeasured_cell_is_infrastructure(tmp_path: Path, status: Status) -> None:
-    v = verdict.judge(_whole(tmp_path, change=lambda n, r: recorded.failed(r, status) if n == "nf4" else r))
+    v = verdict.judge(_whole(tmp_path, change=lambda n, r: recorded_run.failed(r, status) if n == "nf4" else r))
     assert (v.verdict.word, v.exit) == (VerdictKind.INCONCLUSIVE, Exit.INFRASTRUCTURE)
     assert f"1 {status.value}" in v.verdict.reason
 
 
 def test_a_skipped_cell_is_no_fault(tmp_path: Path) -> None:
-    skip = lambda n, r: recorded.failed(r, Status.SKIPPED, because="no GPU", failure=None) if n == "nf4" else r  # noqa: E731
+    skip = lambda n, r: recorded_run.failed(r, Status.SKIPPED, because="no GPU", failure=None) if n == "nf4" else r  # noqa: E731
     assert verdict.judge(_whole(tmp_path, change=skip)).exit is Exit.PASS
 
 
 def test_a_cell_that_found_no_place_to_run_is_infrastructure(tmp_path: Path) -> None:
     busy = Failure(kind="busy GPU", message="")
-    skip = lambda n, r: recorded.failed(r, Status.SKIPPED, because="in use", failure=busy) if n == "nf4" else r  # noqa: E731
+    skip = lambda n, r: recorded_run.failed(r, Status.SKIPPED, because="in use", failure=busy) if n == "nf4" else r  # noqa: E731
     assert verdict.judge(_whole(tmp_path, change=skip)).exit is Exit.INFRASTRUCTURE
 
 
 def test_a_missing_cell_a_torn_file_and_a_lacking_footer_are_infrastructure(tmp_path: Path) -> None:
-    missing = recorded.write_run(tmp_path / "missing", change=lambda n, r: None if n == "nf4" else r)
-    unfinished = recorded.write_run(tmp_path / "unfinished", footer=False)
+    missing = recorded_run.write_run(tmp_path / "missing", change=lambda n, r: None if n == "nf4" else r)
+    unfinished = recorded_run.write_run(tmp_path / "unfinished", footer=False)
     torn = Run(missing.path, unfinished.manifest, unfinished.records, missing.footer, {"x.1.json": "torn"})
     for run, words in ((missing, "without any Record"), (unfinished, "incomplete"), (torn, "unreadable")):
         v = verdict.judge(run)
@@ -392,30 +392,30 @@ def test_a_missing_cell_a_torn_file_and_a_lacking_footer_are_infrastructure(tmp_
 
 def test_a_nonconforming_cell_fails_before_anything_else(tmp_path: Path) -> None:
     def change(name: str, r: Record) -> Record | None:
-        return recorded.failed(r, Status.NONCONFORMING) if name == "fused" else recorded.failed(r)
+        return recorded_run.failed(r, Status.NONCONFORMING) if name == "fused" else recorded_run.failed(r)
 
     v = verdict.judge(_whole(tmp_path, change=change, footer=False))
     assert (v.verdict.word, v.exit) == (VerdictKind.FAIL, Exit.FAIL)
-    assert v.nonconforming == (recorded.cells()["fused"].cell_id + ".1",)
+    assert v.nonconforming == (recorded_run.cells()["fused"].cell_id + ".1",)
 
 
 def test_divergence_is_not_called_another_method(tmp_path: Path) -> None:
-    reference = recorded.cells()["reference"]
+    reference = recorded_run.cells()["reference"]
 
     def change(name: str, r: Record) -> Record | None:
         if name not in ("fused", "reference"):
             return r
-        red = recorded.failed(r, Status.NONCONFORMING, because="the gradient is exactly zero up to step 5")
+        red = recorded_run.failed(r, Status.NONCONFORMING, because="the gradient is exactly zero up to step 5")
         assert red.failure is not None
         kind = "Diverged" if name == "fused" else "Untrained"
         return red.model_copy(update={"failure": red.failure.model_copy(update={"kind": kind})})
 
     v = verdict.judge(_whole(tmp_path, change=change))
-    names = naming.full(recorded.cells().values())
+    names = naming.full(recorded_run.cells().values())
     assert (v.exit, len(v.nonconforming)) == (Exit.FAIL, 2)
     assert v.verdict.reason.startswith(
         f"1 Cell not computing what the Method says ({names[reference.cell_id]}: the gradient is exactly zero up to "
-        f"step 5); training of 1 Cell diverged ({names[recorded.cells()['fused'].cell_id]})"
+        f"step 5); training of 1 Cell diverged ({names[recorded_run.cells()['fused'].cell_id]})"
     )
 
 
@@ -431,12 +431,12 @@ def test_a_refuted_comparison_fails(tmp_path: Path) -> None:
 
 
 def test_nothing_measured_is_nothing_compared(tmp_path: Path) -> None:
-    v = verdict.judge(_whole(tmp_path, change=lambda _, r: recorded.failed(r, Status.SKIPPED, failure=None)))
+    v = verdict.judge(_whole(tmp_path, change=lambda _, r: recorded_run.failed(r, Status.SKIPPED, failure=None)))
     assert (v.verdict.word, v.exit) == (VerdictKind.NOT_RUN, Exit.NOTHING_COMPARED)
 
 
 def test_a_run_whose_every_cell_broke_is_the_machines_fault(tmp_path: Path) -> None:
-    v = verdict.judge(_whole(tmp_path, change=lambda _, r: recorded.failed(r)))
+    v = verdict.judge(_whole(tmp_path, change=lambda _, r: recorded_run.failed(r)))
     assert (v.verdict.word, v.exit) == (VerdictKind.INCONCLUSIVE, Exit.INFRASTRUCTURE)
 
 

@@ -15,7 +15,7 @@ from harness.analysis.verdict_kind import VerdictKind
 from harness.records.record import Record
 from harness.report import html, terminal, view
 from harness.report.export import frames
-from support import recorded_run as recorded
+from support import recorded_run
 
 
 def _tensors(record: Record) -> int | None:
@@ -36,7 +36,7 @@ def declared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("declared")
 def test_a_metric_that_is_declared_once_is_shown_exported_tracked_and_judged(tmp_path: Path) -> None:
-    run = recorded.write_run(tmp_path / "a", only=["fused"])
+    run = recorded_run.write_run(tmp_path / "a", only=["fused"])
     facts = analyse(run)
     head, row = terminal.summary(facts)[:2]
     assert head.split()[-1] == "tensors"
@@ -57,7 +57,7 @@ def test_a_metric_that_is_declared_once_is_shown_exported_tracked_and_judged(tmp
     def again(_: str, record: Record) -> Record:
         return record.model_copy(update={"attempt": 2})
 
-    grown = recorded.write_run(tmp_path / "b", run="b", only=["fused"], change=again)
+    grown = recorded_run.write_run(tmp_path / "b", run="b", only=["fused"], change=again)
     found = against_baseline.judge(facts, analyse(grown))
     (finding,) = [row for row in found.rows if row.what == "trained tensors"]
     assert (finding.word, finding.reason, finding.base, finding.new) == (VerdictKind.FAIL, "grew", 4, 5)

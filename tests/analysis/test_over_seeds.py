@@ -18,7 +18,7 @@ from harness.records.manifest import Comparison, Tuning
 from harness.records.record import Accuracy, Cell, Evaluation, Item, Record, Status
 from harness.records.store import Run
 from harness.report import html, terminal
-from support import recorded_run as recorded
+from support import recorded_run
 from support.report_page import Page
 
 SEEDS = (0, 1, 2)
@@ -172,7 +172,7 @@ def test_equal_seeds_are_not_taken_for_no_spread_at_all() -> None:
 
 
 def _cells(*names: str, seeds: tuple[int, ...] = SEEDS) -> list[tuple[str, Cell]]:
-    every = recorded.cells()
+    every = recorded_run.cells()
     return [(name, every[name].model_copy(update={"seed": seed})) for name in names for seed in seeds]
 
 
@@ -180,11 +180,11 @@ def _run(folder: Path, cells: list[tuple[str, Cell]], lost: tuple[str, ...] = ()
     """Write a run of several seeds; `lost`: cell_ids whose Record is of a crash."""
     records: list[Record] = []
     for name, cell in cells:
-        good = recorded.record(name, cell)
+        good = recorded_run.record(name, cell)
         share = good.measurements.accuracy.value if good.measurements and good.measurements.accuracy else 0.0
-        good = recorded.with_accuracy(good, share + 0.004 * (cell.seed % 3 - 1))
-        records.append(recorded.failed(good, Status.OOM) if cell.cell_id in lost else good)
-    return recorded.write_run(
+        good = recorded_run.with_accuracy(good, share + 0.004 * (cell.seed % 3 - 1))
+        records.append(recorded_run.failed(good, Status.OOM) if cell.cell_id in lost else good)
+    return recorded_run.write_run(
         folder, only=["head"], cells=[cell for _, cell in cells], change=lambda *_: None, extra=records,
         **manifest,
     )  # fmt: skip
@@ -308,9 +308,11 @@ def test_runs_without_a_mistake_are_not_certain_of_the_next_item() -> None:
     assert spread is not None
     assert spread.error == 0.0
     records = [
-        recorded.record("full", cell).model_copy(
+        recorded_run.record("full", cell).model_copy(
             update={
-                "measurements": recorded.record("full", cell).measurements.model_copy(update={"accuracy": perfect[0]})  # type: ignore[union-attr]
+                "measurements": recorded_run.record("full", cell).measurements.model_copy(
+                    update={"accuracy": perfect[0]}
+                )  # type: ignore[union-attr]
             }
         )
         for _, cell in _cells("full")

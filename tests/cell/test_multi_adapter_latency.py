@@ -21,7 +21,7 @@ from harness.methods.registry import discover
 from harness.records.record import DECODED, Cell, CheckResult, Evaluation, Latency, Outcome, Training
 from harness.report import view
 from harness.report.export import rows
-from support import recorded_run as recorded
+from support import recorded_run
 from support.report_page import row
 
 VOCABULARY = 20
@@ -242,7 +242,7 @@ def as_told_now(name: str, made: Any) -> Any:
 
 
 def test_a_batch_as_large_as_the_mixed_one_is_its_own(tmp_path: Path) -> None:
-    run = recorded.write_run(tmp_path / "run", change=as_told_now)
+    run = recorded_run.write_run(tmp_path / "run", change=as_told_now)
     built = view.build([analyse(run)])["runs"][0]
     fused = next(r for r in run.records if r.cell.implementation == "fused" and r.cell.method == "lora")
     shown = row(built["mixed"], fused)
@@ -271,7 +271,7 @@ def refused(name: str, made: Any) -> Any:
 
 
 def test_a_batch_as_large_as_one_that_cannot_be_mixed_is_shown(tmp_path: Path) -> None:
-    run = recorded.write_run(tmp_path / "run", change=refused)
+    run = recorded_run.write_run(tmp_path / "run", change=refused)
     built = view.build([analyse(run)])["runs"][0]
     fused = next(r for r in run.records if r.cell.implementation == "fused" and r.cell.method == "lora")
     assert row(built["latency"], fused)["Unmerged, ms"]["text"] == "7.00"
@@ -279,7 +279,7 @@ def test_a_batch_as_large_as_one_that_cannot_be_mixed_is_shown(tmp_path: Path) -
 
 
 def test_the_report_has_them_beside_one_adapter_for_all(tmp_path: Path) -> None:
-    run = recorded.write_run(tmp_path / "run", change=with_mixed)
+    run = recorded_run.write_run(tmp_path / "run", change=with_mixed)
     built = view.build([analyse(run)])["runs"][0]
     by_name = {r.cell.implementation: r for r in run.records if r.cell.method == "lora"}
     shown = row(built["mixed"], by_name["fused"])

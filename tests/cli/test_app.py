@@ -19,7 +19,7 @@ from harness.methods.peft_config import UNREFERENCED
 from harness.methods.spec import methods
 from harness.records import store
 from harness.records.record import Optimizer, Record, Status, Training
-from harness.report import plan_table as planning
+from harness.report import plan_table
 from harness.runner.executors.local import Local
 from harness.suites import loader
 from support import recorded_run
@@ -127,12 +127,12 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
     good = recorded_run.record("fused", failed)
     _put(tmp_path / "run0", recorded_run.failed(good, Status.OOM, duration_s=3.0), mtime=0)
     (tmp_path / "run1" / "cells" / f"{torn.cell_id}.1.json").write_text("{", encoding="utf-8")
-    document = planning.planning(suite, plan, tmp_path)
+    document = plan_table.planning(suite, plan, tmp_path)
     last = [cell["last"] for cell in document["cells"]]
     assert (last[0], last[1]["duration_s"], last[2]["status"], last[3]) == (None, 7.0, "oom", None)
     assert document["estimate"]["seconds"] == 7.0
     assert (document["estimate"]["cells"], document["estimate"]["of"]) == (1, 4)
-    text = planning.as_text(document)
+    text = plan_table.as_text(document)
     times = [line.rsplit("  ", 1)[-1].strip() for line in text.splitlines()[2:6]]
     assert times == ["-", "7.0 s", "oom after 3.0 s", "-"]
     assert "time unknown for the other 3" in text

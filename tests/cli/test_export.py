@@ -18,12 +18,12 @@ from harness.cli import main
 from harness.errors import Exit
 from harness.records import store
 from harness.report.export.columns import TABLES
-from support import recorded_run as recorded
+from support import recorded_run
 from support.repository import PUBLISHED, TOP
 from support.sandbox import Finished, Sandbox
 
 REAL = PUBLISHED / "2026-11-24-quick-cpu"
-FUSED = recorded.cells()["fused"]
+FUSED = recorded_run.cells()["fused"]
 FILES = (*TABLES, "columns")
 
 
@@ -67,7 +67,7 @@ def test_a_run_of_today_is_exported_into_its_own_folder(
 
 @pytest.mark.parametrize("held", ["a run", "a stranger's file", "no folder"])
 def test_nothing_is_written_over(held: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = recorded.write_run(tmp_path / "run")
+    run = recorded_run.write_run(tmp_path / "run")
     out = tmp_path / "out"
     if held == "a run":
         out = run.path
@@ -85,7 +85,7 @@ def test_nothing_is_written_over(held: str, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
-    run = recorded.write_run(tmp_path / "run")
+    run = recorded_run.write_run(tmp_path / "run")
     (tmp_path / "out").mkdir()
     assert main(["export", str(run.path), "--format", "csv", "--out", str(tmp_path / "out")]) == Exit.PASS
 
@@ -117,7 +117,7 @@ def test_without_pyarrow_there_is_csv_alone_and_it_says_so_first(tmp_path: Path)
 
 
 def test_nothing_to_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = recorded.write_run(tmp_path / "run", only=["fused"], change=lambda *_: None, footer=False)
+    run = recorded_run.write_run(tmp_path / "run", only=["fused"], change=lambda *_: None, footer=False)
     out = tmp_path / "out"
     assert main(["export", str(run.path), "--format", "csv", "--out", str(out)]) == Exit.NOTHING_COMPARED
     printed = capsys.readouterr()
@@ -131,7 +131,7 @@ def test_nothing_to_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_what_is_left_out_is_named_and_the_rest_is_written(
     deed: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = recorded.write_run(tmp_path / "run", footer=deed == "changed")
+    run = recorded_run.write_run(tmp_path / "run", footer=deed == "changed")
     path = store.RunFolder(run.path).record_path(FUSED.cell_id, 1)
     if deed == "missing":
         path.unlink()
@@ -149,7 +149,7 @@ def test_what_is_left_out_is_named_and_the_rest_is_written(
 
 
 def test_several_runs_and_one_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first, other = (recorded.write_run(tmp_path / name, run=name) for name in ("first", "other"))
+    first, other = (recorded_run.write_run(tmp_path / name, run=name) for name in ("first", "other"))
     words = ["--format", "csv", "--out", str(tmp_path / "out")]
     assert main(["export", str(first.path), "nowhere", *words]) == Exit.USAGE
     assert "no run 'nowhere'" in capsys.readouterr().err
@@ -163,7 +163,7 @@ def test_a_full_disk_is_said_with_its_hint(
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "no room")
 
-    run, out = recorded.write_run(tmp_path / "run"), tmp_path / "out"
+    run, out = recorded_run.write_run(tmp_path / "run"), tmp_path / "out"
     monkeypatch.setattr(os, "fsync", full)
     assert main(["export", str(run.path), "--format", "csv", "--out", str(out)]) == Exit.INFRASTRUCTURE
     said = capsys.readouterr().err

@@ -131,6 +131,7 @@ def test_a_packed_base(base: str, by: str) -> None:
     agree(cell("lora", base=on, dtype="bfloat16"), LLAMA)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["bitsandbytes", "fused"])
 def test_what_a_packed_base_is_decoded_into(by: str) -> None:
     """One decodes into memory that it keeps, which is there when logits take the most, and the other into fresh memory."""
@@ -140,6 +141,7 @@ def test_what_a_packed_base_is_decoded_into(by: str) -> None:
     agree(cell("lora", base=on, config=config, training={"batch": 2}), wide)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("by", "dropout"), [("bitsandbytes", 0.0), ("bitsandbytes", 0.1), ("fused", 0.0), ("fused", 0.1)]
 )
@@ -171,6 +173,7 @@ def test_layerwise_updates(optimizer: str) -> None:
     agree(cell("galore", optimizer=optimizer, training={"layerwise": True}), LLAMA)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_moments_in_8_bits_by_chunks(layerwise: bool) -> None:
     """`fused` steps them a cache-full at a time: of thousands of chunks three are taken without data."""
@@ -210,6 +213,7 @@ def test_two_and_three_blocks_tell_of_any_number(method: str, monkeypatch: pytes
     assert abs(told["peak_B"] - predicted(one, deep)["peak_B"]) < 100  # counters of steps, a few bytes each
 
 
+@pytest.mark.slow
 def test_memory_that_is_kept_for_the_next_weight_is_counted_once() -> None:
     """Neither what this process decoded into, nor what the model of two blocks did, is counted of the next model."""
     one = cell("qlora", "fused", config={"rank": 8, "targets": ["query", "key", "value", "dense"]})

@@ -17,10 +17,9 @@ from harness.conformance.subject import configure
 from harness.methods import experts
 from harness.methods.registry import discover
 from harness.records.record import Base, Cell, Record
-from harness.report import plan_table as planning
-from harness.report import terminal
+from harness.report import plan_table, terminal
 from harness.suites import loader
-from support import recorded_run as recorded
+from support import recorded_run
 
 MIXTRAL = {
     "model_type": "mixtral", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -36,7 +35,7 @@ def built() -> Any:
 
 
 def cell(**facts: Any) -> Cell:
-    one = next(c for c in recorded.cells().values() if c.method == "lora")
+    one = next(c for c in recorded_run.cells().values() if c.method == "lora")
     return one.model_copy(update=facts)
 
 
@@ -81,7 +80,7 @@ def test_it_is_at_the_end_of_a_run(tmp_path: Path) -> None:
     def noted(_: str, old: Record) -> Record:
         return old.model_copy(update={"notes": ["of no matter", note]})
 
-    lines = terminal.summary(analyse(recorded.write_run(tmp_path / "run", change=noted, only=["fused"])))
+    lines = terminal.summary(analyse(recorded_run.write_run(tmp_path / "run", change=noted, only=["fused"])))
     (line,) = (line for line in lines if SAID in line)
     assert line.startswith(f"! {note}: ")
     assert not any("of no matter" in line for line in lines)
@@ -92,6 +91,7 @@ def folder(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_fit_says_it_of_the_methods_that_leave_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["fit", str(folder(tmp_path)), "--memory", "1GiB", "--formulas"]
     words += [word for name in ("lora", "qlora", "full") for word in ("--method", name)]
@@ -104,6 +104,7 @@ def test_fit_says_it_of_the_methods_that_leave_them(tmp_path: Path, capsys: pyte
     assert SAID not in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_plan_says_it(tmp_path: Path) -> None:
     (tmp_path / "moe.json").write_text(json.dumps(MIXTRAL))
     (tmp_path / "suite.yaml").write_text("""\
@@ -122,8 +123,8 @@ matrix:
 """)
     suite = loader.load(str(tmp_path / "suite.yaml"))
     plan = suite.plan
-    said = planning.as_text(
-        planning.planning(suite, plan, tmp_path / "none", planning.predictions(suite, plan))
+    said = plan_table.as_text(
+        plan_table.planning(suite, plan, tmp_path / "none", plan_table.predictions(suite, plan))
     ).splitlines()
     (line,) = (line for line in said if SAID in line)
     assert line.startswith("of 1 Cell: ")

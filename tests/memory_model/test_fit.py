@@ -63,6 +63,7 @@ def row(found: dict[str, Any], method: str, base: str = "none") -> dict[str, Any
     return dict(one)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counted")
 def test_an_optimizer_that_a_method_cannot_have_is_not_answered_for_another(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--memory", "80GB", "--method", "galore", "--optimizer", "paged-adamw")
@@ -158,6 +159,7 @@ def test_more_tokens_leave_room_for_fewer_texts(capsys: pytest.CaptureFixture[st
     assert again["batch"] > long["batch"]
 
 
+@pytest.mark.e2e
 def test_the_answer_comes_from_a_child_process_and_the_command_imports_no_torch() -> None:
     code = (
         "import sys\nfrom harness.cli import main\n"
@@ -182,6 +184,7 @@ def test_a_shape_has_the_weights_of_the_model_that_it_is_named_after() -> None:
     assert all(one["positions"] for one in counted.values())
 
 
+@pytest.mark.slow
 def test_an_encoder_is_counted_with_its_new_head_and_without_activations(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,6 +205,7 @@ def test_an_encoder_is_counted_with_its_new_head_and_without_activations(
     assert "roberta-base reads 512 tokens at most, got 513" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_config_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generated.tiny_llama(tmp_path)
     for file in tmp_path.glob("*.safetensors"):
@@ -321,6 +325,7 @@ def test_where_formulas_are_wrong_about_the_rank_a_step_chooses_it(
     assert (one["because"] == "") == (one["peak_B"] <= room)
 
 
+@pytest.mark.slow
 def test_a_step_of_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generated.tiny_llama(tmp_path)
     words = ["--memory", "16MiB", "--method", "lora", "--method", "frozen", "--base", "none", "--rank", "4"]
@@ -334,6 +339,7 @@ def test_a_step_of_a_small_model(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "(`fused` of lora)" in printed
 
 
+@pytest.mark.slow
 def test_a_model_without_a_formula_is_answered_by_steps_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts = {"model_type": "bert", "architectures": ["BertForSequenceClassification"], "hidden_size": 64,
              "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 1000}  # fmt: skip
@@ -346,6 +352,7 @@ def test_a_model_without_a_formula_is_answered_by_steps_too(tmp_path: Path, caps
     assert 0.8 * 256 < float(peak) <= 256
 
 
+@pytest.mark.slow
 def test_a_rank_that_a_method_cannot_have_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generated.tiny_llama(tmp_path)
     words = ["fit", str(tmp_path), "--memory", "1GiB", "--formulas", "--rank", "4", "--rank", "3000"]
@@ -372,6 +379,7 @@ def test_all_mistakes_come_at_once(capsys: pytest.CaptureFixture[str]) -> None:
         assert said in printed.err
 
 
+@pytest.mark.slow
 def test_a_target_that_fits_no_layer_and_a_rank_that_no_method_has(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

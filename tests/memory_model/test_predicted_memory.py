@@ -15,11 +15,10 @@ import pytest
 from harness.analysis.run_facts import analyse
 from harness.memory_model import counting_client, plan_prediction
 from harness.records.record import Evaluation, Predicted, Record
-from harness.report import plan_table as planning
-from harness.report import tables
+from harness.report import plan_table, tables
 from harness.suites import loader
 from harness.suites.tasks import Answers
-from support import recorded_run as recorded
+from support import recorded_run
 from support.processes import eventually
 from support.report_page import row
 from support.sandbox import Sandbox
@@ -41,8 +40,8 @@ def _no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_headline_suite_is_predicted_and_fits() -> None:
     suite = loader.load("headline-gpu")
     plan = suite.plan
-    predicted = planning.predictions(suite, plan)
-    document = planning.planning(suite, plan, Path("nowhere"), predicted)
+    predicted = plan_table.predictions(suite, plan)
+    document = plan_table.planning(suite, plan, Path("nowhere"), predicted)
     sizes = {row["id"]: row["predicted"]["total_B"] for row in document["cells"]}
     assert sizes["qlora-65b"] < 48 * 2**30
     assert sizes["qlora-33b"] < 24 * 2**30
@@ -51,11 +50,11 @@ def test_the_headline_suite_is_predicted_and_fits() -> None:
     # In bfloat16 the masters' float32 gradients are all there while AdamW steps: the suite's comment has this number.
     (full,) = (cell for cell in plan.cells if plan.ids[cell.cell_id] == "full-7b")
     half = full.model_copy(update={"dtype": "bfloat16"})
-    (found,) = planning.predictions(suite, dataclasses.replace(plan, cells=(half,))).values()
+    (found,) = plan_table.predictions(suite, dataclasses.replace(plan, cells=(half,))).values()
     assert isinstance(found, Predicted)
     assert found.step_B == 2 * found.gradients_B
     assert round(found.total_B / 2**30) == 88
-    assert f"{len(plan.cells)} Cells; largest predicted memory " in planning.as_text(document)
+    assert f"{len(plan.cells)} Cells; largest predicted memory " in plan_table.as_text(document)
 
 
 @pytest.mark.usefixtures("_no_steps")
@@ -68,7 +67,7 @@ def test_logits_are_predicted_where_every_token_has_a_loss() -> None:
     for loss in ("answer", "all"):
         task = suite.tasks[lora.task].model_copy(update={"answers": Answers(loss=loss)})
         of_task = dataclasses.replace(suite, tasks={lora.task: task})
-        (found[loss],) = planning.predictions(of_task, dataclasses.replace(plan, cells=(scored,))).values()
+        (found[loss],) = plan_table.predictions(of_task, dataclasses.replace(plan, cells=(scored,))).values()
     assert isinstance(found["all"], Predicted)
     assert isinstance(found["answer"], Predicted)
     assert found["answer"].logits_B is None
@@ -78,18 +77,25 @@ def test_logits_are_predicted_where_every_token_has_a_loss() -> None:
 def test_what_a_step_took_is_the_total_where_it_is_more_than_the_formulas_know() -> None:
     plan = loader.load("smoke").plan
     first, second, *_ = (cell.cell_id for cell in plan.cells)
-    of_weights = Predicted(weights_B=700 * recorded.MIB, adapter_B=0, gradients_B=0, optimizer_B=0)
+    of_weights = Predicted(weights_B=700 * recorded_run.MIB, adapter_B=0, gradients_B=0, optimizer_B=0)
     known = {
         first: of_weights,
         second: of_weights.model_copy(
-            update={"peak_B": 9000 * recorded.MIB, "optimizer_host_B": 1000 * recorded.MIB, "peak_by": "the reference"}
+            update={
+                "peak_B": 9000 * recorded_run.MIB,
+                "optimizer_host_B": 1000 * recorded_run.MIB,
+                "peak_by": "the reference",
+            }
         ),
     }
-    document = planning.planning(loader.load("smoke"), plan, Path("nowhere"), known)
+    document = plan_table.planning(loader.load("smoke"), plan, Path("nowhere"), known)
     sizes = {row["cell_id"]: row["predicted"]["total_B"] for row in document["cells"] if row["predicted"]}
-    assert sizes == {first: 700 * recorded.MIB, second: 8000 * recorded.MIB}  # what is paged is not on the device
-    assert document["estimate"]["predicted_B"] == 8000 * recorded.MIB
-    said = planning.as_text(document)
+    assert sizes == {
+        first: 700 * recorded_run.MIB,
+        second: 8000 * recorded_run.MIB,
+    }  # what is paged is not on the device
+    assert document["estimate"]["predicted_B"] == 8000 * recorded_run.MIB
+    said = plan_table.as_text(document)
     assert "largest predicted memory 8,000 MiB" in said
     assert any(line.split()[-4:-2] == ["8,000", "700"] for line in said.splitlines())
 
@@ -98,27 +104,27 @@ def test_a_model_that_is_not_here_is_not_predicted(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("PEFT_HARNESS_CACHE", str(tmp_path))
     suite = loader.load("smoke")
     plan = suite.plan
-    found = planning.predictions(suite, plan)
+    found = plan_table.predictions(suite, plan)
     assert set(found.values()) == {"tiny-llama is not on this machine yet"}
-    said = planning.as_text(planning.planning(suite, plan, tmp_path, found))
+    said = plan_table.as_text(plan_table.planning(suite, plan, tmp_path, found))
     assert f"no prediction for {len(plan.cells)} Cells: tiny-llama is not on this machine yet" in said
 
 
 def beside(change: int, why: str = "") -> Record:
     """Return a Record whose weights were predicted with so many bytes more than were counted; or not at all, and why."""
-    good = recorded.record("fused", recorded.cells()["fused"])
+    good = recorded_run.record("fused", recorded_run.cells()["fused"])
     assert good.measurements is not None
     memory = good.measurements.memory
     parts = {name: getattr(memory, name) for name in ("weights_B", "adapter_B", "gradients_B", "optimizer_B")}
     parts["weights_B"] += change
-    predicted = None if why else Predicted(**parts, activations_B=3 * recorded.MIB)
+    predicted = None if why else Predicted(**parts, activations_B=3 * recorded_run.MIB)
     memory = memory.model_copy(update={"predicted": predicted, "not_predicted": why})
     return good.model_copy(update={"measurements": good.measurements.model_copy(update={"memory": memory})})
 
 
 def ledger(record: Record, folder: Path) -> dict[str, dict[str, Any]]:
     """Return the record's row of the report's memory table, by the names of its columns."""
-    run = recorded.write_run(folder / "run", change=lambda _, old: record, only=["fused"])
+    run = recorded_run.write_run(folder / "run", change=lambda _, old: record, only=["fused"])
     return row(tables.memory(analyse(run)), record)
 
 
@@ -126,10 +132,10 @@ def ledger(record: Record, folder: Path) -> dict[str, dict[str, Any]]:
     ("change", "flag"),
     [
         (0, ""),
-        (recorded.MIB // 2, ""),
-        (2 * recorded.MIB, ""),
-        (9 * recorded.MIB, "not as predicted"),
-        (-9 * recorded.MIB, "not as predicted"),
+        (recorded_run.MIB // 2, ""),
+        (2 * recorded_run.MIB, ""),
+        (9 * recorded_run.MIB, "not as predicted"),
+        (-9 * recorded_run.MIB, "not as predicted"),
     ],
 )
 def test_the_ledger_warns_where_prediction_and_count_part(change: int, flag: str, tmp_path: Path) -> None:
@@ -145,12 +151,12 @@ def test_what_an_optimizer_keeps_on_the_host_is_said_beside_it(tmp_path: Path) -
     assert good.measurements is not None
     memory = good.measurements.memory
     assert memory.predicted is not None
-    expected = memory.predicted.model_copy(update={"optimizer_host_B": 2 * recorded.MIB})
+    expected = memory.predicted.model_copy(update={"optimizer_host_B": 2 * recorded_run.MIB})
     for predicted, small, why in (
         (expected, ", + 3.00 on the host", "; 3,145,728 B more in the host's memory, predicted 2,097,152 B"),
         (None, "+ 3.00 on the host", "3,145,728 B more in the host's memory"),
     ):
-        paged = memory.model_copy(update={"predicted": predicted, "optimizer_host_B": 3 * recorded.MIB})
+        paged = memory.model_copy(update={"predicted": predicted, "optimizer_host_B": 3 * recorded_run.MIB})
         changed = good.model_copy(update={"measurements": good.measurements.model_copy(update={"memory": paged})})
         shown = ledger(changed, tmp_path / str(predicted is None))["Optimizer"]
         assert shown["small"].endswith(small)
@@ -162,7 +168,7 @@ def test_of_activations_and_the_optimizers_step_the_larger_is_shown(tmp_path: Pa
     good = beside(0)
     assert good.measurements is not None
     assert good.measurements.memory.predicted is not None
-    expected = good.measurements.memory.predicted.model_copy(update={"step_B": 5 * recorded.MIB})
+    expected = good.measurements.memory.predicted.model_copy(update={"step_B": 5 * recorded_run.MIB})
     memory = good.measurements.memory.model_copy(update={"predicted": expected})
     changed = good.model_copy(update={"measurements": good.measurements.model_copy(update={"memory": memory})})
     assert ledger(changed, tmp_path)["Other in training"]["small"] == "≈ 5.00"
@@ -172,7 +178,7 @@ def test_what_tensors_took_in_a_step_is_shown_where_it_was_counted(tmp_path: Pat
     good = beside(0)
     assert good.measurements is not None
     assert ledger(good, tmp_path / "none")["Tensors in a step"]["why"] == "not trained, or not counted"
-    memory = good.measurements.memory.model_copy(update={"counted_peak_B": 5 * recorded.MIB})
+    memory = good.measurements.memory.model_copy(update={"counted_peak_B": 5 * recorded_run.MIB})
     counted = good.model_copy(update={"measurements": good.measurements.model_copy(update={"memory": memory})})
     assert ledger(counted, tmp_path / "counted")["Tensors in a step"]["text"] == "5.00"
 
@@ -182,13 +188,18 @@ def test_the_peak_of_a_step_is_shown_beside_the_count(tmp_path: Path) -> None:
     assert good.measurements is not None
     assert good.measurements.memory.predicted is not None
     for change, small, flag, why in (
-        ({"peak_B": 99 * recorded.MIB}, "≈ 99", "", "predicted 103,809,024 B, counted 104,857,600 B"),
-        ({"peak_B": 90 * recorded.MIB, "peak_by": "the reference"}, "≈ 90", "not as predicted", ", by the reference"),
+        ({"peak_B": 99 * recorded_run.MIB}, "≈ 99", "", "predicted 103,809,024 B, counted 104,857,600 B"),
+        (
+            {"peak_B": 90 * recorded_run.MIB, "peak_by": "the reference"},
+            "≈ 90",
+            "not as predicted",
+            ", by the reference",
+        ),
         ({"no_peak": "it needs data"}, "", "", "not predicted: it needs data"),
     ):
         expected = good.measurements.memory.predicted.model_copy(update=change)
         memory = good.measurements.memory.model_copy(
-            update={"predicted": expected, "counted_peak_B": 100 * recorded.MIB}
+            update={"predicted": expected, "counted_peak_B": 100 * recorded_run.MIB}
         )
         changed = good.model_copy(update={"measurements": good.measurements.model_copy(update={"memory": memory})})
         shown = ledger(changed, tmp_path / str(len(why)))["Tensors in a step"]
@@ -210,7 +221,7 @@ def test_cells_that_differ_in_seed_or_learning_rate_share_a_step(monkeypatch: py
         return counted(requests)
 
     monkeypatch.setattr(counting_client, "run_requests", spy)
-    found = planning.predictions(suite, dataclasses.replace(plan, cells=(one, other, longer)))
+    found = plan_table.predictions(suite, dataclasses.replace(plan, cells=(one, other, longer)))
     assert len(asked) == 2
     peaks = [p.peak_B for c in (one, other, longer) if isinstance(p := found[c.cell_id], Predicted)]
     assert peaks[0] is not None
@@ -256,7 +267,7 @@ def test_steps_that_take_too_long_take_no_formula_along(monkeypatch: pytest.Monk
     suite = loader.load("headline-gpu")
     plan = suite.plan
     lora = tuple(cell for cell in plan.cells if plan.ids[cell.cell_id] == "lora-7b")
-    (found,) = planning.predictions(suite, dataclasses.replace(plan, cells=lora)).values()
+    (found,) = plan_table.predictions(suite, dataclasses.replace(plan, cells=lora)).values()
     assert isinstance(found, Predicted)
     assert found.weights_B > 7e9
     assert (found.peak_B, found.no_peak) == (None, "the steps before it took 60 s")

@@ -16,16 +16,16 @@ from harness.records import store
 from harness.records.manifest import Footer
 from harness.records.record import Status
 from harness.report import html, terminal, view
-from support import recorded_run as recorded
+from support import recorded_run
 from support.report_page import Page, row
 from support.repository import PUBLISHED
 
-FUSED = recorded.cells()["fused"]
+FUSED = recorded_run.cells()["fused"]
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> store.Run:
-    return recorded.write_run(tmp_path / "run")
+    return recorded_run.write_run(tmp_path / "run")
 
 
 def record_path(run: store.Run, attempt: int = 1) -> Path:
@@ -93,8 +93,8 @@ def test_a_record_that_was_put_there_does_not_count(run: store.Run) -> None:
 
 
 def test_an_older_attempt_does_not_stand_in_for_one_that_was_removed(tmp_path: Path) -> None:
-    worse = recorded.failed(recorded.record("fused", FUSED), Status.NONCONFORMING, attempt=2)
-    run = recorded.write_run(tmp_path / "run", extra=[worse])
+    worse = recorded_run.failed(recorded_run.record("fused", FUSED), Status.NONCONFORMING, attempt=2)
+    run = recorded_run.write_run(tmp_path / "run", extra=[worse])
     assert verdict.judge(run).exit is Exit.FAIL
     record_path(run, attempt=2).unlink()
     again = store.read_run(run.path)
@@ -124,7 +124,7 @@ def test_going_on_with_a_run_hides_no_change(run: store.Run) -> None:
     folder.reopen()
     assert list(store.read_run(run.path).changed) == [f"cells/{FUSED.cell_id}.1.json"]
     folder.reopen()  # that run was killed, too
-    folder.write_record(recorded.record("fused", FUSED, attempt=2))
+    folder.write_record(recorded_run.record("fused", FUSED, attempt=2))
     again = close(folder, run)
     assert again.latest()[FUSED.cell_id].attempt == 2  # measured again, and the change is still told
     assert list(again.changed) == [f"cells/{FUSED.cell_id}.1.json"]
@@ -137,7 +137,7 @@ def test_a_record_that_was_moved_away_is_measured_again_and_forgotten(run: store
     record_path(run).unlink()
     folder.reopen()
     assert store.read_run(run.path).missing() == [FUSED.cell_id]
-    folder.write_record(recorded.record("fused", FUSED, attempt=2))
+    folder.write_record(recorded_run.record("fused", FUSED, attempt=2))
     again = close(folder, run)
     assert (again.changed, len(again.latest())) == ({}, 10)
     assert verdict.judge(again).exit is Exit.PASS
@@ -159,5 +159,5 @@ def test_the_table_shows_the_others_as_before(run: store.Run) -> None:
     edit(record_path(run))
     again = store.read_run(run.path)
     before, after = (view.build([analyse(one)])["runs"][0]["comparison"] for one in (run, again))
-    other = run.latest()[recorded.cells()["full"].cell_id]
+    other = run.latest()[recorded_run.cells()["full"].cell_id]
     assert row(after, other)["Accuracy"] == row(before, other)["Accuracy"]

@@ -8,16 +8,16 @@ from harness.analysis import verdict
 from harness.errors import UsageError
 from harness.records import naming
 from harness.records.record import Cell, Status
-from harness.report import plan_table as planning
+from harness.report import plan_table
 from harness.runner.progress import Progress
 from harness.suites import loader
 from harness.suites.expand import Plan, select
 from harness.suites.suite import Suite
-from support import recorded_run as recorded
+from support import recorded_run
 
 
 def _variants() -> list[Cell]:
-    cell = recorded.cells()["reference"]
+    cell = recorded_run.cells()["reference"]
     longer = cell.training.model_copy(update={"steps": 90})
     faster = cell.training.model_copy(update={"lr": 1e-2})
     return [
@@ -28,7 +28,7 @@ def _variants() -> list[Cell]:
         cell.model_copy(update={"config": cell.config | {"dropout": 0.1}}),
         cell.model_copy(update={"evaluation": cell.evaluation.model_copy(update={"batch": 4})}),
         cell.model_copy(update={"task": "other-task"}),
-        recorded.cells()["head"],
+        recorded_run.cells()["head"],
     ]
 
 
@@ -50,7 +50,7 @@ def test_cells_that_share_a_label_are_named_by_what_differs_among_them() -> None
 
 
 def test_a_knob_at_its_default_is_not_named_unless_names_would_be_the_same() -> None:
-    cell = recorded.cells()["reference"]
+    cell = recorded_run.cells()["reference"]
     started = cell.model_copy(update={"config": cell.config | {"init": "orthogonal"}})
     assert list(naming.in_group([cell, started]).values()) == [
         "lora r=8 [reference]", "lora r=8 [reference] init=orthogonal"
@@ -62,9 +62,9 @@ def test_a_knob_at_its_default_is_not_named_unless_names_would_be_the_same() -> 
 
 
 def test_a_name_says_no_more_than_it_must() -> None:
-    seeds = [recorded.cells(seed)["fused"] for seed in (0, 1)]
+    seeds = [recorded_run.cells(seed)["fused"] for seed in (0, 1)]
     assert list(naming.in_group(seeds).values()) == ["lora r=8 [fused] seed=0", "lora r=8 [fused] seed=1"]
-    quick = list(recorded.cells().values())
+    quick = list(recorded_run.cells().values())
     assert naming.full(quick) == {c.cell_id: c.label for c in quick}
 
 
@@ -78,10 +78,10 @@ def _two_seeds(tmp_path: Path) -> tuple[Suite, Plan]:
 
 def test_plan_and_only_call_no_two_cells_the_same(tmp_path: Path) -> None:
     suite, plan = _two_seeds(tmp_path)
-    document = planning.planning(suite, plan, tmp_path)
+    document = plan_table.planning(suite, plan, tmp_path)
     names = [c["name"] for c in document["cells"]]
     assert names == ["tiny-llama lora r=4 [fused] seed=1", "tiny-llama lora r=4 [fused] seed=2"]
-    assert all(name in planning.as_text(document) for name in names)
+    assert all(name in plan_table.as_text(document) for name in names)
     assert select(plan, "seed=2").cells == select(plan, " seed=2").cells == plan.cells[1:]
     with pytest.raises(UsageError) as caught:
         select(plan, "nothing")
@@ -94,17 +94,17 @@ def test_progress_calls_no_two_cells_the_same(tmp_path: Path, capsys: pytest.Cap
     first, second = plan.cells
     progress.resumed(first)
     progress.begin(second)
-    progress.end(recorded.record("fused", second))
+    progress.end(recorded_run.record("fused", second))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "1/2  resumed       tiny-llama lora r=4 [fused] seed=1  has an ok Record"
     assert lines[1].startswith("2/2  ok            tiny-llama lora r=4 [fused] seed=2  accuracy ")
 
 
 def test_a_verdict_names_the_cell_it_means(tmp_path: Path) -> None:
-    one, two = (recorded.cells(seed)["fused"] for seed in (0, 1))
-    red = recorded.failed(recorded.record("fused", two), Status.NONCONFORMING)
-    run = recorded.write_run(
-        tmp_path / "r", cells=[one, two], change=lambda *_: None, extra=[recorded.record("fused", one), red]
+    one, two = (recorded_run.cells(seed)["fused"] for seed in (0, 1))
+    red = recorded_run.failed(recorded_run.record("fused", two), Status.NONCONFORMING)
+    run = recorded_run.write_run(
+        tmp_path / "r", cells=[one, two], change=lambda *_: None, extra=[recorded_run.record("fused", one), red]
     )
     reason = verdict.judge(run).verdict.reason
     assert "seed=1" in reason

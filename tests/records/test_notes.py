@@ -6,14 +6,14 @@ import pytest
 
 from harness.records.notes import concurrency_note, concurrent_cells, notes_of_kind
 from harness.records.record import Note, NoteKind, Record
-from support import recorded_run as recorded
+from support import recorded_run
 
 EXPERTS = "the experts are stacked weights and no linear layers: 8 of 9 weights (89%) are neither adapted nor packed into 4 bits"
 
 
 @pytest.fixture
 def record() -> Record:
-    return recorded.record("fused", recorded.cells()["fused"], "run")
+    return recorded_run.record("fused", recorded_run.cells()["fused"], "run")
 
 
 def test_an_old_record_tells_by_its_notes(record: Record) -> None:

@@ -45,12 +45,12 @@ from harness.records.manifest import Footer
 from harness.records.record import AssetUse, Measurements, Outcome, Phase, Record, Status
 from harness.regression.baseline import store as baselines
 from harness.regression.outputs import github, junit, markdown
-from support import recorded_run as recorded
+from support import recorded_run
 from support.repository import PUBLISHED
 
 COUNTED_PEAK = metrics.COUNTED_PEAK.quantity
 Change = Callable[[str, Record], Record | None]
-FUSED = recorded.cells()["fused"].cell_id
+FUSED = recorded_run.cells()["fused"].cell_id
 FEW = ("head", "reference", "fused")
 
 
@@ -88,7 +88,7 @@ def red(record: Record) -> Record:
 
 @pytest.fixture
 def base(tmp_path: Path) -> store.Run:
-    return recorded.write_run(tmp_path / "results" / "runs" / "base", run="base", only=FEW)
+    return recorded_run.write_run(tmp_path / "results" / "runs" / "base", run="base", only=FEW)
 
 
 def judge(base: store.Run, new: store.Run, **options: Any) -> Against:
@@ -103,7 +103,7 @@ def against(base: store.Run, change: Change = lambda _, r: r, **more: Any) -> Ag
     shutil.rmtree(folder, ignore_errors=True)
     return judge(
         base,
-        recorded.write_run(folder, run="new", change=change, **{"only": FEW, **more}),
+        recorded_run.write_run(folder, run="new", change=change, **{"only": FEW, **more}),
         margins=margins,
         strict=strict,
     )
@@ -185,7 +185,7 @@ def test_a_check_that_allows_far_more_leaves_its_question_open(base: store.Run) 
 
 def test_a_run_whose_hashes_were_taken_away_is_no_green_light(base: store.Run) -> None:
     folder = base.path.with_name("new")
-    new = recorded.write_run(folder, run="new", only=FEW)
+    new = recorded_run.write_run(folder, run="new", only=FEW)
     assert new.footer is not None
     store.write(folder / "footer.json", new.footer.model_copy(update={"sha256": {}}))
     result = judge(base, store.read_run(folder))
@@ -202,7 +202,7 @@ def test_a_check_that_passed_and_fails(base: store.Run) -> None:
 
 
 def test_a_cell_that_is_nonconforming_now(base: store.Run) -> None:
-    result = against(base, only("fused", lambda r: recorded.failed(r, Status.NONCONFORMING, because="diverged")))
+    result = against(base, only("fused", lambda r: recorded_run.failed(r, Status.NONCONFORMING, because="diverged")))
     (row,) = found(result, FindingKind.PARITY)
     assert (row.word, row.reason, found(result, FindingKind.OUTCOME)) == (VerdictKind.FAIL, "diverged", [])
 
@@ -216,7 +216,7 @@ def test_a_check_that_is_not_tried_any_more_leaves_its_question_open(base: store
 
 @pytest.mark.parametrize("status", [Status.OOM, Status.TIMEOUT, Status.ERROR, Status.LOST, Status.SKIPPED])
 def test_another_outcome_of_what_was_ok(base: store.Run, status: Status) -> None:
-    result = against(base, only("fused", lambda r: recorded.failed(r, status)))
+    result = against(base, only("fused", lambda r: recorded_run.failed(r, status)))
     (row,) = found(result, FindingKind.OUTCOME)
     assert (row.word, row.base, row.new, result.exit) == (VerdictKind.FAIL, "ok", status.value, Exit.FAIL)
 
@@ -241,7 +241,7 @@ def test_a_cell_that_the_run_did_not_come_to_is_no_regression_and_not_green(base
 def test_a_new_cell_is_told_and_not_judged(base: store.Run) -> None:
     result = against(base, only=(*FEW, "lora-r1"))
     assert result.exit == Exit.PASS
-    assert [row.cells for row in found(result, FindingKind.NEW)] == [(recorded.cells()["lora-r1"].cell_id,)]
+    assert [row.cells for row in found(result, FindingKind.NEW)] == [(recorded_run.cells()["lora-r1"].cell_id,)]
 
 
 def test_nothing_compared_is_never_green(base: store.Run) -> None:
@@ -287,17 +287,17 @@ def test_a_process_may_vary_by_what_was_measured_and_a_gpu_by_nothing(base: stor
     assert against(base, grown(usual + 1)).exit == Exit.FAIL
     assert against(base, grown(usual + 1), margins=Margins(memory_B=2 * usual)).exit == Exit.PASS
     assert against(base, grown(1), margins=Margins(memory_B=0)).exit == Exit.FAIL
-    large = recorded.write_run(base.path.with_name("large"), only=FEW, change=grown(2**31))
+    large = recorded_run.write_run(base.path.with_name("large"), only=FEW, change=grown(2**31))
     for share, code in ((0.03, Exit.PASS), (0.08, Exit.FAIL)):
         assert against(large, grown(2**31 + int(share * 2**31))).exit == code
     assert found(against(base, grown(0, "sampled")), FindingKind.MEMORY)[0].word is VerdictKind.INCONCLUSIVE
-    gpu = recorded.write_run(base.path.with_name("gpu"), only=FEW, change=grown(0, "cuda allocated"))
+    gpu = recorded_run.write_run(base.path.with_name("gpu"), only=FEW, change=grown(0, "cuda allocated"))
     assert against(gpu, grown(0, "cuda allocated")).exit == Exit.PASS
     assert against(gpu, grown(1, "cuda allocated")).exit == Exit.FAIL
 
 
 def test_tensors_at_one_time_may_grow_by_little_or_by_what_was_asked(base: store.Run) -> None:
-    counted = recorded.write_run(
+    counted = recorded_run.write_run(
         base.path.with_name("counted"), only=FEW, change=only("fused", lambda r: of_tensors(r, 0))
     )
 
@@ -324,7 +324,7 @@ def test_tensors_at_one_time_may_grow_by_little_or_by_what_was_asked(base: store
 
 
 def of_tensors(record: Record, more: int) -> Record:
-    return memory(record, counted_peak_B=100 * recorded.MIB + more)
+    return memory(record, counted_peak_B=100 * recorded_run.MIB + more)
 
 
 def test_the_margin_of_a_process_is_what_the_published_run_shows() -> None:
@@ -345,7 +345,7 @@ def test_the_margin_of_a_process_is_what_the_published_run_shows() -> None:
 
 
 def test_an_accuracy_that_dropped_with_one_seed_says_so(base: store.Run) -> None:
-    result = against(base, only("fused", lambda r: recorded.with_accuracy(r, 0.75)))
+    result = against(base, only("fused", lambda r: recorded_run.with_accuracy(r, 0.75)))
     (row,) = found(result, FindingKind.ACCURACY)
     assert (row.word, result.exit) == (VerdictKind.FAIL, Exit.FAIL)
     assert ONE_SEED in row.reason
@@ -355,13 +355,13 @@ def test_an_accuracy_that_dropped_with_one_seed_says_so(base: store.Run) -> None
 
 
 def test_an_accuracy_that_rose_passes_and_is_told(base: store.Run) -> None:
-    result = against(base, only("fused", lambda r: recorded.with_accuracy(r, 0.87)))
+    result = against(base, only("fused", lambda r: recorded_run.with_accuracy(r, 0.87)))
     (row,) = found(result, FindingKind.ACCURACY)
     assert (row.word, row.reason.startswith("rose"), result.exit) == (VerdictKind.PASS, True, Exit.PASS)
 
 
 def test_a_small_drop_is_open_and_with_a_wide_margin_no_worse(base: store.Run) -> None:
-    drop = only("fused", lambda r: recorded.with_accuracy(r, 0.805))
+    drop = only("fused", lambda r: recorded_run.with_accuracy(r, 0.805))
     strict = against(base, drop, strict=True, margins=Margins(accuracy=0.001))
     assert (found(strict, FindingKind.ACCURACY)[0].word, strict.exit) == (VerdictKind.INCONCLUSIVE, Exit.INCONCLUSIVE)
     assert "it would have found" in found(strict, FindingKind.ACCURACY)[0].reason
@@ -385,10 +385,10 @@ def test_what_was_measured_and_is_not_now_is_missing(base: store.Run) -> None:
 
 
 def test_an_environment_is_named_once_for_all_its_cells(base: store.Run) -> None:
-    software = {**recorded.environment().software, "torch": "2.10.0"}
+    software = {**recorded_run.environment().software, "torch": "2.10.0"}
 
     def upgraded(_: str, record: Record) -> Record:
-        return record.model_copy(update={"environment": recorded.environment(software=software)})
+        return record.model_copy(update={"environment": recorded_run.environment(software=software)})
 
     result = against(base, upgraded)
     (row,) = found(result, FindingKind.ENVIRONMENT)
@@ -399,7 +399,9 @@ def test_an_environment_is_named_once_for_all_its_cells(base: store.Run) -> None
 
 def test_another_commit_is_what_a_gate_is_for_and_is_named(base: store.Run) -> None:
     def later(_: str, record: Record) -> Record:
-        return record.model_copy(update={"environment": recorded.environment(git_sha="f" * 40, code_version="d" * 64)})
+        return record.model_copy(
+            update={"environment": recorded_run.environment(git_sha="f" * 40, code_version="d" * 64)}
+        )
 
     result = against(base, later, strict=True)
     assert (result.verdict.word, result.exit) == (VerdictKind.PASS, Exit.PASS)
@@ -407,7 +409,7 @@ def test_another_commit_is_what_a_gate_is_for_and_is_named(base: store.Run) -> N
 
 
 def test_another_model_under_the_same_name_is_named(base: store.Run) -> None:
-    other: list[AssetUse] = recorded.assets("d" * 64)
+    other: list[AssetUse] = recorded_run.assets("d" * 64)
     result = against(base, only("fused", lambda r: r.model_copy(update={"assets": other})), strict=True)
     (row,) = found(result, FindingKind.ASSETS)
     assert (row.word, row.cells, result.exit) == (VerdictKind.INCONCLUSIVE, (FUSED,), Exit.INCONCLUSIVE)
@@ -417,9 +419,9 @@ def test_another_model_under_the_same_name_is_named(base: store.Run) -> None:
 
 
 def test_broken_files_are_named_and_the_rest_is_used(base: store.Run) -> None:
-    new = recorded.write_run(base.path.with_name("new"), run="new", only=(*FEW, "lora-r1", "nf4"))
-    whole = recorded.write_run(base.path.with_name("whole"), run="whole", only=(*FEW, "lora-r1", "nf4"))
-    ids = [recorded.cells()[name].cell_id for name in ("fused", "lora-r1", "nf4", "head")]
+    new = recorded_run.write_run(base.path.with_name("new"), run="new", only=(*FEW, "lora-r1", "nf4"))
+    whole = recorded_run.write_run(base.path.with_name("whole"), run="whole", only=(*FEW, "lora-r1", "nf4"))
+    ids = [recorded_run.cells()[name].cell_id for name in ("fused", "lora-r1", "nf4", "head")]
     files = [new.path / "cells" / f"{i}.1.json" for i in ids]
     files[0].write_bytes(files[0].read_bytes()[:500])
     files[1].write_text("no JSON", encoding="utf-8")
@@ -464,7 +466,10 @@ def test_a_record_that_was_changed_after_its_run_is_a_finding(base: store.Run) -
 
 
 def test_pairs_of_seeds_that_agree_have_no_error() -> None:
-    runs = [recorded.accuracy(recorded.cells(seed)["fused"], share) for seed, share in ((0, 0.8), (1, 0.7), (2, 0.9))]
+    runs = [
+        recorded_run.accuracy(recorded_run.cells(seed)["fused"], share)
+        for seed, share in ((0, 0.8), (1, 0.7), (2, 0.9))
+    ]
     spread = over_seeds.paired(runs, runs)
     assert spread is not None
     assert (spread.value, spread.error) == (0.0, 0.0)
@@ -534,21 +539,21 @@ def test_a_name_is_replaced_only_when_asked(here: Path, capsys: pytest.CaptureFi
 def rewrite(here: Path, change: Change = lambda _, r: r, **more: Any) -> Path:
     folder = here / "results" / "runs" / "base"
     shutil.rmtree(folder)
-    recorded.write_run(folder, **{"run": "base", "only": FEW, "change": change, **more})
+    recorded_run.write_run(folder, **{"run": "base", "only": FEW, "change": change, **more})
     return folder
 
 
-DIRTY = only("fused", lambda r: r.model_copy(update={"environment": recorded.environment(git_dirty=True)}))
+DIRTY = only("fused", lambda r: r.model_copy(update={"environment": recorded_run.environment(git_dirty=True)}))
 
 
 @pytest.mark.parametrize(
     ("change", "more", "says"),
     [
         (DIRTY, {}, "1 of 3 Records made from uncommitted changes"),
-        (lambda _, r: r, {"environment": recorded.environment(git_dirty=True)}, "started from uncommitted changes"),
+        (lambda _, r: r, {"environment": recorded_run.environment(git_dirty=True)}, "started from uncommitted changes"),
         (lambda _, r: r, {"footer": False}, "the run is incomplete"),
         (only("fused", red), {}, "lora/forward/float32/init failed"),
-        (only("fused", lambda r: recorded.failed(r, Status.OOM)), {}, "is oom"),
+        (only("fused", lambda r: recorded_run.failed(r, Status.OOM)), {}, "is oom"),
         (only("fused", lambda _: None), {}, "1 Cell without any Record"),
     ],
     ids=["dirty Record", "dirty start", "no footer", "red check", "oom", "missing"],
@@ -565,8 +570,8 @@ def test_what_is_no_standard_is_refused(
 
 
 def test_a_check_that_failed_in_an_earlier_attempt_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cell = recorded.cells()["fused"]
-    rewrite(here, only("fused", red), extra=[recorded.record("fused", cell, "base", 2)])
+    cell = recorded_run.cells()["fused"]
+    rewrite(here, only("fused", red), extra=[recorded_run.record("fused", cell, "base", 2)])
     assert promote() == Exit.USAGE
     assert f"{cell.cell_id}.1.json" in capsys.readouterr().err
 
@@ -605,7 +610,7 @@ def test_all_reasons_are_given_at_once(here: Path, capsys: pytest.CaptureFixture
 @pytest.fixture
 def worse(here: Path) -> Path:
     assert promote() == Exit.PASS
-    recorded.write_run(
+    recorded_run.write_run(
         here / "results" / "runs" / "new", run="new", only=FEW,
         change=only("fused", lambda r: memory(r, adapter_B=measurements(r).memory.adapter_B + 512)),
     )  # fmt: skip
@@ -678,15 +683,15 @@ def test_explain_tells_the_rule_of_every_kind() -> None:
 
 
 def test_a_thousand_cells_are_read_twice_for_hash_and_content_and_without_torch(tmp_path: Path) -> None:
-    one = recorded.cells()["reference"]
+    one = recorded_run.cells()["reference"]
     one = one.model_copy(update={"evaluation": one.evaluation.model_copy(update={"items": 200})})
-    good = recorded.record("reference", one, "new")
+    good = recorded_run.record("reference", one, "new")
     cells = [
         one.model_copy(update={"training": one.training.model_copy(update={"lr": 1e-3 + i * 1e-6})})
         for i in range(1000)
     ]
-    run = recorded.write_run(tmp_path / "results" / "runs" / "new", run="new", only=("reference",), footer=False)
-    (run.path / "cells" / f"{recorded.cells()['reference'].cell_id}.1.json").unlink()
+    run = recorded_run.write_run(tmp_path / "results" / "runs" / "new", run="new", only=("reference",), footer=False)
+    (run.path / "cells" / f"{recorded_run.cells()['reference'].cell_id}.1.json").unlink()
     store.write(run.path / "run.json", run.manifest.model_copy(update={"cells": cells}))
     for cell in cells:
         record = good.model_copy(update={"cell": cell, "cell_id": cell.cell_id})
@@ -695,7 +700,7 @@ def test_a_thousand_cells_are_read_twice_for_hash_and_content_and_without_torch(
     store.RunFolder(run.path).close(
         store.read_run(run.path),
         Footer(
-            schema=1, run="new", ended=recorded.STARTED, how="finished", counts={}, missing=[], seconds_total=1.0,
+            schema=1, run="new", ended=recorded_run.STARTED, how="finished", counts={}, missing=[], seconds_total=1.0,
             seconds_in_cells=1.0, seconds_outside={},
         )
     )  # fmt: skip
@@ -716,8 +721,8 @@ def test_a_thousand_cells_are_read_twice_for_hash_and_content_and_without_torch(
 
 def test_a_baseline_that_nothing_seals_is_no_green_light(tmp_path: Path) -> None:
     """Else deleting its footer would be enough to let any of its numbers be edited."""
-    base = recorded.write_run(tmp_path / "base", footer=False, only=FEW)
-    new = recorded.write_run(tmp_path / "new", only=FEW)
+    base = recorded_run.write_run(tmp_path / "base", footer=False, only=FEW)
+    new = recorded_run.write_run(tmp_path / "new", only=FEW)
     judged = judge(base, new)
     assert judged.exit == Exit.INFRASTRUCTURE
     assert "no footer with hashes" in judged.verdict.reason

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ from harness.regression.pairs import sides as arms
 from harness.regression.pairs.request import PairsRequest
 from harness.regression.pairs.sides import Side
 from harness.suites import loader
-from support import recorded_run as recorded
+from support import recorded_run
 from support.sandbox import Sandbox
 
 SUITE = """
@@ -83,7 +84,7 @@ class Stand:
             raise self.raises
         new = folder.name.endswith("-new") and "canary" not in folder.name
         drawn = random.Random(f"{self.luck} {folder.name}")
-        record = recorded.record("fused", recorded.cells()["fused"])
+        record = recorded_run.record("fused", recorded_run.cells()["fused"])
         assert record.measurements is not None
         assert record.measurements.training is not None
         factor = (self.slower if new else 1.0) * math.exp(drawn.gauss(0, self.noise))
@@ -104,9 +105,9 @@ class Stand:
         measured = record.measurements.model_copy(update=changes)
         record = record.model_copy(update={"measurements": measured, "phases": phases})
         if new and self.new_status is not Status.OK:
-            return recorded.failed(record, self.new_status)
+            return recorded_run.failed(record, self.new_status)
         if folder.name.endswith(f"first-{self.old_fails_at:02}-old"):
-            return recorded.failed(record)
+            return recorded_run.failed(record)
         return self.wrong(record) if new else record
 
     def _latency(self, variant: str, new: bool, drawn: random.Random) -> float:
@@ -261,7 +262,7 @@ def _peaks(*sides: tuple[int | None, int | None], source: str = "VmHWM") -> dict
     """Judge pairs of Records with these counts (old, new); return the rows of peaks by what they compare."""
 
     def record(counted: int | None) -> Record:
-        made = recorded.record("fused", recorded.cells()["fused"])
+        made = recorded_run.record("fused", recorded_run.cells()["fused"])
         assert made.measurements is not None
         memory = made.measurements.memory.model_copy(update={"counted_peak_B": counted, "source": source})
         return made.model_copy(update={"measurements": made.measurements.model_copy(update={"memory": memory})})
@@ -331,10 +332,10 @@ def test_what_could_not_be_timed_is_no_success(gated) -> None:
 
 
 def test_one_cell_that_could_not_be_timed_is_not_lost_among_others() -> None:
-    record = recorded.record("fused", recorded.cells()["fused"])
+    record = recorded_run.record("fused", recorded_run.cells()["fused"])
     same = decide([0.001, -0.001, 0.002, -0.002, 0.001, -0.001], [], Design())
     timed = CellComparison("timed", [(record, record)] * 6, {STEP: same})
-    flaky = CellComparison("flaky", [(recorded.failed(record), record)], {}, "the old side is error")
+    flaky = CellComparison("flaky", [(recorded_run.failed(record), record)], {}, "the old side is error")
     assert judge([timed], Canaries(0, 0)).exit == Exit.PASS
     judged = judge([timed, flaky], Canaries(0, 0))
     assert judged.exit == Exit.INFRASTRUCTURE
@@ -426,7 +427,7 @@ def test_a_new_side_that_does_not_end_well_is_a_finding_and_gets_no_more_pairs(
 
 
 def test_too_many_alarms_of_canaries_close_the_gate(gated, tmp_path: Path) -> None:
-    place = recorded.environment().id
+    place = recorded_run.environment().id
     for number in range(40):
         canary_file.add(tmp_path / "canaries.jsonl", place, "0" * 16, [0.1 + 0.001 * (number + i) for i in range(6)])
     code, said, _ = gated(Stand(slower=1.2))
@@ -449,7 +450,7 @@ def test_each_gate_adds_a_canary_and_torn_lines_are_told(
     gated(Stand())
     lines = file.read_text().splitlines()
     assert len(lines) == 4
-    found, broken = canary_file.read(file, recorded.environment().id, 0.25)
+    found, broken = canary_file.read(file, recorded_run.environment().id, 0.25)
     assert found.runs == 2
     assert broken[0].startswith(f"{file}:2: ")
     assert broken[1] == f"{file}:3: written with schema 2, this version reads up to 1"
@@ -488,6 +489,27 @@ def test_revisions_are_checked_out_and_taken_away_again(tmp_path: Path, monkeypa
             pass
     with pytest.raises(UsageError, match="is an implementation"), arms.opened("fused", "HEAD", plan):
         pass
+
+
+def test_a_revision_runs_with_its_own_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    top = tmp_path / "checkout"
+    top.mkdir()
+    _git(top, "init", "-q")
+    for module in ("before", "after"):
+        (top / "pyproject.toml").write_text(
+            f'[project]\nname = "peft-harness"\nversion = "1"\n[project.entry-points."harness.implementations"]\nours = "{module}"\n'
+        )
+        _git(top, "add", ".")
+        _git(top, "commit", "-qm", module)
+    monkeypatch.setattr(arms.resources, "checkout", lambda: top)
+    with arms.opened("HEAD~1", arms.HERE, loader.load("smoke").plan) as (old, new):
+        assert new.metadata is None
+        points = (
+            "from importlib.metadata import distribution as d; print([e.value for e in d('peft-harness').entry_points])"
+        )
+        command = [sys.executable, "-P", "-c", points]
+        done = subprocess.run(command, env=arms._variables(old), capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "['before']"
 
 
 _GUEST = """
@@ -608,7 +630,7 @@ def test_no_output_calls_a_gate_that_was_cut_short_a_pass(told) -> None:
 def test_times_of_a_closed_gate_are_no_finding_of_any_output(told, tmp_path: Path) -> None:
     for number in range(40):
         ratios = [0.1 + 0.001 * (number + i) for i in range(6)]
-        canary_file.add(tmp_path / canary_file.FILE, recorded.environment().id, "0" * 16, ratios)
+        canary_file.add(tmp_path / canary_file.FILE, recorded_run.environment().id, "0" * 16, ratios)
     found = told(Stand(slower=1.2))
     assert (found.code, found.tags("speed")) == (Exit.INFRASTRUCTURE, ["error"])
     assert "the gate is closed" in found.markdown

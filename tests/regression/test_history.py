@@ -19,18 +19,17 @@ from harness.records import store
 from harness.records.record import CheckResult, Outcome, Record
 from harness.regression.history import night_files
 from harness.regression.history.detect import detection
-from support import histories
-from support import recorded_run as recorded
+from support import histories, recorded_run
 from support.histories import CELLS, FIRST
 
-FUSED = recorded.cells()["fused"]
+FUSED = recorded_run.cells()["fused"]
 
 
 # What is kept.
 
 
 def test_a_run_is_kept_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = recorded.write_run(tmp_path / "run")
+    run = recorded_run.write_run(tmp_path / "run")
     folder = tmp_path / "history"
     add = ["history", "add", str(run.path), "--dir", str(folder)]
     assert main(add) == Exit.PASS
@@ -43,7 +42,7 @@ def test_a_run_is_kept_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_what_is_kept_of_a_record(tmp_path: Path) -> None:
-    run = recorded.write_run(tmp_path / "run", only=["fused"])
+    run = recorded_run.write_run(tmp_path / "run", only=["fused"])
     assert main(["history", "add", str(run.path), "--dir", str(tmp_path / "history")]) == Exit.PASS
     history = night_files.read(tmp_path / "history")
     (night,) = history.nights
@@ -52,7 +51,7 @@ def test_what_is_kept_of_a_record(tmp_path: Path) -> None:
     assert m is not None
     assert row["values"]["adapter_B"] == m.memory.adapter_B
     assert row["values"]["parameters"] == m.parameters.trainable
-    assert row["values"]["training_peak_B"] == 806 * recorded.MIB
+    assert row["values"]["training_peak_B"] == 806 * recorded_run.MIB
     assert {f"latency_s/{v}/forward/1x40" for v in ("base", "unmerged", "merged")} <= row["values"].keys()
     assert all(tracked_metrics.kind(name) for name in row["values"])
     assert night.places[row["on"]]["threads"] == "2"
@@ -64,7 +63,7 @@ def test_no_speed_of_what_failed_a_check(red: str, tmp_path: Path, capsys: pytes
     def fail(_: str, record: Record) -> Record:
         return record.model_copy(update={"checks": [*record.checks, CheckResult(check=red, outcome=Outcome.FAIL)]})
 
-    run = recorded.write_run(tmp_path / "run", only=["fused"], change=fail)
+    run = recorded_run.write_run(tmp_path / "run", only=["fused"], change=fail)
     assert main(["history", "add", str(run.path), "--dir", str(tmp_path / "history")]) == Exit.PASS
     (row,) = night_files.read(tmp_path / "history").nights[0].rows
     times = {name for name in row["values"] if tracked_metrics.kind(name) == "timed"}
@@ -80,7 +79,7 @@ def test_no_speed_of_what_failed_a_check(red: str, tmp_path: Path, capsys: pytes
 def test_what_is_left_out_is_named_and_the_rest_is_kept(
     deed: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = recorded.write_run(tmp_path / "run", footer=deed == "changed")
+    run = recorded_run.write_run(tmp_path / "run", footer=deed == "changed")
     path = store.RunFolder(run.path).record_path(FUSED.cell_id, 1)
     text = path.read_text()
     if deed == "missing":
@@ -98,7 +97,7 @@ def test_what_is_left_out_is_named_and_the_rest_is_kept(
 
 
 def test_a_run_without_its_hashes_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = recorded.write_run(tmp_path / "run", only=["fused"])
+    run = recorded_run.write_run(tmp_path / "run", only=["fused"])
     add = ["history", "add", str(run.path), "--dir", str(tmp_path / "history")]
     assert main(add) == Exit.PASS
     assert run.footer is not None
@@ -108,7 +107,7 @@ def test_a_run_without_its_hashes_is_told(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_run_is_a_pass_of_one_night_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = recorded.write_run(tmp_path / "run", only=["fused"])
+    run = recorded_run.write_run(tmp_path / "run", only=["fused"])
     add = ["history", "add", str(run.path), "--dir", str(tmp_path / "history"), "--night"]
     assert main([*add, "2026-02-01"]) == Exit.PASS
     assert main([*add, "2026-02-02"]) == Exit.USAGE
@@ -117,7 +116,7 @@ def test_a_run_is_a_pass_of_one_night_only(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_night_that_cannot_be_read_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = recorded.write_run(tmp_path / "run", only=["fused"])
+    run = recorded_run.write_run(tmp_path / "run", only=["fused"])
     (tmp_path / "2026-01-05.jsonl").write_text('{"schema":2,"night":"2026-01-05"}\n')
     assert main(["history", "add", str(run.path), "--dir", str(tmp_path)]) == Exit.USAGE
     assert "written with schema 2, this version reads 1" in capsys.readouterr().err

@@ -12,8 +12,7 @@ from harness.cli import main
 from harness.errors import Exit
 from harness.records.memory import ALLOCATED
 from harness.regression.history import night_files
-from support import histories
-from support import recorded_run as recorded
+from support import histories, recorded_run
 from support.histories import CELLS, FIRST, detect
 
 
@@ -123,7 +122,7 @@ def test_what_a_step_takes_need_not_be_counted_every_night(tmp_path: Path, capsy
 
 @pytest.mark.parametrize(("source", "kept"), [(ALLOCATED, False), ("resident, sampled", True)])
 def test_a_gpus_peak_is_watched_once(source: str, kept: bool) -> None:
-    record = recorded.record("fused", recorded.cells()["fused"])
+    record = recorded_run.record("fused", recorded_run.cells()["fused"])
     assert record.measurements is not None
     memory = record.measurements.memory.model_copy(update={"counted_peak_B": 5, "source": source})
     measured = record.measurements.model_copy(update={"memory": memory})

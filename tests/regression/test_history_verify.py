@@ -18,8 +18,7 @@ from harness.errors import Exit, HarnessError
 from harness.regression.history import night_files, verify
 from harness.regression.pairs import gate as gate_pairs
 from harness.regression.pairs.request import PairsRequest
-from support import histories
-from support import simulated_noise as noise
+from support import histories, simulated_noise
 from support.histories import CELLS, FIRST, SHAS, detect
 from support.simulated_nights import LEAST, NIGHT, simulated
 
@@ -397,7 +396,9 @@ def test_a_slow_down_of_three_per_cent_is_found_within_two_nights() -> None:
         for row in range(20):
             suspected += any(_suspected(beside, row, NIGHT + 1 + night, shared) for night in (0, 1))
             tried += 1
-    found = noise.many_nights(np.random.default_rng(1), suspected, Design(), noise.disturbed(0.03), 0.03).slower
+    found = simulated_noise.many_nights(
+        np.random.default_rng(1), suspected, Design(), simulated_noise.disturbed(0.03), 0.03
+    ).slower
     assert betaincinv(found, tried - found + 1, 0.05) >= 0.95  # exact lower bound, one-sided
 
 
@@ -409,7 +410,9 @@ def test_less_than_one_false_alarm_a_month_and_few_trials_a_night() -> None:
         for night in range(10, beside.shape[1] + 1):
             suspected += sum(_suspected(beside, row, night, shared) for row in range(len(beside)))
             cell_nights += len(beside)
-    alarms = noise.many_nights(np.random.default_rng(2), suspected, Design(), noise.disturbed(0.03)).slower
+    alarms = simulated_noise.many_nights(
+        np.random.default_rng(2), suspected, Design(), simulated_noise.disturbed(0.03)
+    ).slower
     assert suspected > 0
     assert 500 * suspected / cell_nights < 10  # of 500 Cells, each of some 17 process runs
     assert betaincinv(alarms + 1, cell_nights - alarms, 0.95) < 1 / A_MONTH

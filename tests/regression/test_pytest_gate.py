@@ -149,18 +149,21 @@ def test_a_folder_is_as_many_process_runs_as_it_has_files(tmp_path: Path) -> Non
 
 ROUND = {"fullname": "t", "stats": {"data": [1.0]}}
 BAD = {
-    "torn": ('{"benchmarks": [', "is no JSON"),
-    "bytes": (b"\xff\xfe\x00", "is no JSON"),
-    "list": ("[]", "it has no `benchmarks`"),
-    "empty": ('{"benchmarks": []}', "it has no `benchmarks`"),
+    "torn": ('{"benchmarks": [', "is not JSON"),
+    "bytes": (b"\xff\xfe\x00", "is not JSON"),
+    "list": ("[]", "no `benchmarks`"),
+    "empty": ('{"benchmarks": []}', "no `benchmarks`"),
     "nameless": (json.dumps({"benchmarks": [{}]}), r"benchmarks\[0\]: has no `fullname`"),
     "no data": (
         json.dumps({"benchmarks": [ROUND, {**ROUND, "stats": {"median": 1}}]}),
         r"benchmarks\[1\]: t has no raw rounds",
     ),
-    "infinite": (json.dumps({"benchmarks": [{**ROUND, "stats": {"data": [math.inf]}}]}), "no list of seconds above 0"),
-    "zero": (json.dumps({"benchmarks": [{**ROUND, "stats": {"data": [0.0]}}]}), "no list of seconds above 0"),
-    "words": (json.dumps({"benchmarks": [{**ROUND, "stats": {"data": "1.0"}}]}), "no list of seconds above 0"),
+    "infinite": (
+        json.dumps({"benchmarks": [{**ROUND, "stats": {"data": [math.inf]}}]}),
+        "not a list of positive seconds",
+    ),
+    "zero": (json.dumps({"benchmarks": [{**ROUND, "stats": {"data": [0.0]}}]}), "not a list of positive seconds"),
+    "words": (json.dumps({"benchmarks": [{**ROUND, "stats": {"data": "1.0"}}]}), "not a list of positive seconds"),
 }
 
 
@@ -178,10 +181,10 @@ def test_a_file_that_is_no_baseline_is_said_with_its_hint(tmp_path: Path, name: 
 def test_no_such_file_an_empty_folder_and_a_copy_are_said(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
         pytest_benchmark.read([tmp_path / "nowhere.json"])
-    with pytest.raises(UsageError, match="holds no JSON file"):
+    with pytest.raises(UsageError, match="contains no JSON file"):
         pytest_benchmark.read([tmp_path])
     copies = [file(tmp_path / name, FIVE[0], KERNEL) for name in ("a.json", "b.json")]
-    with pytest.raises(UsageError, match=r"holds the same process run as .*a\.json, and a run does not count twice"):
+    with pytest.raises(UsageError, match=r"same process run as .*a\.json"):
         pytest_benchmark.read(copies)
 
 
@@ -223,7 +226,7 @@ def test_red(benchmark):
 """
 # As `@conformance` makes it, but for the case, which would import torch.
 WRONG = """
-from harness.conformance.findings.outcomes import Tried
+from harness.conformance.findings.outcomes import CheckOutcome
 from harness.records.record import CheckResult, Outcome
 from harness.methods.registry import Implementation
 from harness.testing import Conforming
@@ -234,7 +237,7 @@ class Wrong(Conforming):
     def cases(self):
         for number, outcome in enumerate([Outcome.FAIL, Outcome.PASS]):
             result = CheckResult(check="op/outputs/float32/call", outcome=outcome, detail="off")
-            yield f"case {number}", lambda result=result: [Tried(**OF, result=result)]
+            yield f"case {number}", lambda result=result: [CheckOutcome(**OF, result=result)]
 
 wrong = Wrong(Implementation("mine", "operation", "nf4_dequantize", print, ("float32",)))
 """
@@ -304,7 +307,7 @@ def test_each_reason_for_not_comparing_is_told(project, pytester: pytest.Pyteste
     code, said = project(f"--harness-gate={base}", "test_odd.py", "-k", "not left_out")
     assert code == pytest.ExitCode.TESTS_FAILED
     assert "its test was skipped" in line_of(names[1], said)
-    assert "failed, so that its time is not told" in line_of(names[2], said)
+    assert "failed, so that its time is not shown" in line_of(names[2], said)
     assert "this session has no such test" in line_of(names[3], said)
     assert names[0] not in said  # by -k
     assert "elsewhere" not in said  # not among the files that pytest was given

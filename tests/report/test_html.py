@@ -17,7 +17,7 @@ from harness.records import store
 from harness.records.record import Failure, Phase, Record, Status
 from harness.report import html, terminal, view
 from harness.report.formatting import DASH
-from support import recorded_run as recorded
+from support import recorded_run
 from support.report_page import Page, row
 
 EVIL = "x</script><img src=x onerror=alert(1)>"
@@ -25,21 +25,21 @@ EVIL = "x</script><img src=x onerror=alert(1)>"
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> store.Run:
-    return recorded.write_run(tmp_path_factory.mktemp("good") / "run")
+    return recorded_run.write_run(tmp_path_factory.mktemp("good") / "run")
 
 
 def _evil_run(folder: Path) -> store.Run:
-    cell = recorded.cells()["reference"].model_copy(
+    cell = recorded_run.cells()["reference"].model_copy(
         update={"model": EVIL, "implementation": EVIL, "task": EVIL, "config": {"rank": EVIL}}
     )
-    good = recorded.record("reference", cell).model_copy(update={"notes": [EVIL]})
-    other = recorded.record("fused", cell.model_copy(update={"seed": 1}))
+    good = recorded_run.record("reference", cell).model_copy(update={"notes": [EVIL]})
+    other = recorded_run.record("fused", cell.model_copy(update={"seed": 1}))
     failure = Failure(kind=EVIL, message=EVIL, traceback=EVIL, phase=EVIL)
-    bad = recorded.failed(other, because=EVIL, failure=failure, phases=[Phase(name=EVIL, seconds=1.0)])
-    return recorded.write_run(
+    bad = recorded_run.failed(other, because=EVIL, failure=failure, phases=[Phase(name=EVIL, seconds=1.0)])
+    return recorded_run.write_run(
         folder, only=["head"], cells=[cell, other.cell], change=lambda *_: None, extra=[good, bad],
         title=EVIL, about=EVIL, argv=[EVIL], suite_file=EVIL, suite_text=EVIL,
-        environment=recorded.environment(machine={EVIL: EVIL}),
+        environment=recorded_run.environment(machine={EVIL: EVIL}),
     )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_the_page_needs_no_network(good: store.Run) -> None:
 
 
 def test_every_link_has_a_target_and_every_id_is_its_own(good: store.Run, tmp_path: Path) -> None:
-    page = Page(html.render(analyse_all([good, recorded.write_run(tmp_path / "again", run="again")])))
+    page = Page(html.render(analyse_all([good, recorded_run.write_run(tmp_path / "again", run="again")])))
     ids = page.attributes("id")
     assert len(ids) == len(set(ids))
     assert {link[1:] for link in page.attributes("href")} <= set(ids)
@@ -135,10 +135,10 @@ print(sorted(heavy))
 
 def test_missing_torn_and_unfinished_are_at_the_top(tmp_path: Path) -> None:
     folder = tmp_path / "r"
-    recorded.write_run(folder, footer=False, change=lambda n, r: None if n == "full" else r)
+    recorded_run.write_run(folder, footer=False, change=lambda n, r: None if n == "full" else r)
     (folder / "cells" / "0123456789abcdef.1.json").write_text('{"schema": 1, "run"')
     run = store.read_run(folder)
-    missing = recorded.cells()["full"]
+    missing = recorded_run.cells()["full"]
     alerts = view.build([analyse(run)])["runs"][0]["alerts"]
     assert [a["text"].split()[0] for a in alerts] == ["This", "1", "1"]
     assert alerts[1]["items"] == [f"{missing.label} ({missing.cell_id})"]
@@ -154,9 +154,9 @@ def test_a_whole_run_raises_no_alert(good: store.Run) -> None:
 
 
 def test_a_record_from_elsewhere_is_pointed_out(tmp_path: Path) -> None:
-    elsewhere = recorded.environment(id="elsewhere", threads=8)
+    elsewhere = recorded_run.environment(id="elsewhere", threads=8)
     move = lambda n, r: r.model_copy(update={"environment": elsewhere}) if n == "fused" else r  # noqa: E731
-    run = view.build([analyse(recorded.write_run(tmp_path / "r", change=move))])["runs"][0]
+    run = view.build([analyse(recorded_run.write_run(tmp_path / "r", change=move))])["runs"][0]
     assert [a["items"] for a in run["alerts"]] == [["1 Cell: threads: 2, 8"]]
     (stranger,) = run["environment"]["strangers"]
     assert stranger["differences"] == "threads: 2, 8"
@@ -166,12 +166,12 @@ def test_a_record_from_elsewhere_is_pointed_out(tmp_path: Path) -> None:
 def test_cells_of_a_cluster_are_compared_with_each_other_and_not_with_the_runner(tmp_path: Path) -> None:
     def on_a_node(name: str, made: Record) -> Record:
         node = "b" if name in ("fused", "full", "nf4") else "a"
-        there = recorded.environment(id=node, machine={"cpu": f"CPU {node}"}, threads=4)
+        there = recorded_run.environment(id=node, machine={"cpu": f"CPU {node}"}, threads=4)
         at = made.model_copy(update={"environment": there})
         # Of what was lost the runner itself has written the Record.
-        return recorded.failed(made, Status.LOST) if name == "lora-r1" else at
+        return recorded_run.failed(made, Status.LOST) if name == "lora-r1" else at
 
-    run = recorded.write_run(tmp_path / "r", change=on_a_node)
+    run = recorded_run.write_run(tmp_path / "r", change=on_a_node)
     built = view.build([analyse(run)])["runs"][0]
     assert [a["items"] for a in built["alerts"]] == [["3 Cells: machine cpu: CPU a, CPU b"]]
     machine = next(block["rows"] for block in built["environment"]["blocks"] if block["title"] == "Machine")
@@ -181,7 +181,7 @@ def test_cells_of_a_cluster_are_compared_with_each_other_and_not_with_the_runner
     assert all(words.count(f"CPU a, CPU b: {c['title']}") == 1 for c in stranger["cells"][:1])
     assert len(stranger["cells"]) == 3
     # Where all share a machine, other than the runner's, there is nothing to warn of.
-    alone = recorded.write_run(tmp_path / "s", change=lambda _, r: on_a_node("reference", r))
+    alone = recorded_run.write_run(tmp_path / "s", change=lambda _, r: on_a_node("reference", r))
     assert view.build([analyse(alone)])["runs"][0]["alerts"] == []
 
 
@@ -192,17 +192,17 @@ def test_test_items_that_were_cut_are_told_where_their_length_is(good: store.Run
         counted = made.measurements.accuracy.model_copy(update={"cut_items": items})
         return made.model_copy(update={"measurements": made.measurements.model_copy(update={"accuracy": counted})})
 
-    run = recorded.write_run(tmp_path / "r", change=cut)
+    run = recorded_run.write_run(tmp_path / "r", change=cut)
     built = view.build([analyse(run)])["runs"][0]
     told = {group["budget"].partition(" test items")[2].partition(",")[0] for group in built["groups"]}
     assert told == {" (312 of them cut)", ""}
-    fused = row(built["comparison"], run.latest()[recorded.cells()["fused"].cell_id])
+    fused = row(built["comparison"], run.latest()[recorded_run.cells()["fused"].cell_id])
     assert fused["Accuracy"]["why"].endswith("; 312 of 1,000 items were longer than 40 tokens, and cut")
     assert "cut" not in "".join(group["budget"] for group in view.build([analyse(good)])["runs"][0]["groups"])
 
 
 def test_a_run_in_which_every_cell_failed(tmp_path: Path) -> None:
-    run = recorded.write_run(tmp_path / "r", change=lambda _, r: recorded.failed(r))
+    run = recorded_run.write_run(tmp_path / "r", change=lambda _, r: recorded_run.failed(r))
     built = view.build([analyse(run)])["runs"][0]
     assert built["verdict"]["word"] == "inconclusive"
     assert (built["groups"], built["curves"]) == ([], [])
@@ -215,16 +215,16 @@ def test_a_run_in_which_every_cell_failed(tmp_path: Path) -> None:
 
 
 def test_a_run_that_has_not_begun(tmp_path: Path) -> None:
-    run = recorded.write_run(tmp_path / "r", change=lambda *_: None, footer=False)
+    run = recorded_run.write_run(tmp_path / "r", change=lambda *_: None, footer=False)
     assert view.build([analyse(run)])["runs"][0]["time"]["chart"] is None
     assert "10 expected Cells have no Record" in Page(html.render([analyse(run)])).text
 
 
 def test_what_is_not_measured_is_a_dash_with_its_reason(tmp_path: Path) -> None:
-    stop = lambda n, r: recorded.failed(r, Status.OOM, because="no room") if n == "full" else r  # noqa: E731
-    run = recorded.write_run(tmp_path / "r", change=stop)
+    stop = lambda n, r: recorded_run.failed(r, Status.OOM, because="no room") if n == "full" else r  # noqa: E731
+    run = recorded_run.write_run(tmp_path / "r", change=stop)
     built = view.build([analyse(run)])["runs"][0]
-    by_name = {n: run.latest()[c.cell_id] for n, c in recorded.cells().items()}
+    by_name = {n: run.latest()[c.cell_id] for n, c in recorded_run.cells().items()}
     for record, column, why in (
         (by_name["full"], "Accuracy", "oom: no room"),
         (by_name["zero-shot"], "Peak, MiB", "not trained"),
@@ -244,7 +244,7 @@ def test_what_is_not_measured_is_a_dash_with_its_reason(tmp_path: Path) -> None:
 
 
 def test_the_numbers_are_those_of_the_records(good: store.Run) -> None:
-    record = good.latest()[recorded.cells()["fused"].cell_id]
+    record = good.latest()[recorded_run.cells()["fused"].cell_id]
     assert record.measurements is not None
     training, accuracy = record.measurements.training, record.measurements.accuracy
     assert training is not None
@@ -271,10 +271,10 @@ def test_the_ranking_says_what_it_cannot_see(good: store.Run) -> None:
 
 
 def test_a_ranking_of_two_optimizers_says_so(good: store.Run, tmp_path: Path) -> None:
-    cell = recorded.cells()["fused"].model_copy(update={"optimizer": "adamw-8bit"})
-    other = recorded.record("fused", cell)
-    cells = [*recorded.cells().values(), cell]
-    run = recorded.write_run(tmp_path / "run", cells=cells, extra=[other])
+    cell = recorded_run.cells()["fused"].model_copy(update={"optimizer": "adamw-8bit"})
+    other = recorded_run.record("fused", cell)
+    cells = [*recorded_run.cells().values(), cell]
+    run = recorded_run.write_run(tmp_path / "run", cells=cells, extra=[other])
     said, before = (" ".join(view.build([analyse(one)])["runs"][0]["groups"][0]["sentences"]) for one in (run, good))
     assert "The optimizers differ (adamw, adamw-8bit)" in said.replace("adamw-8bit, adamw", "adamw, adamw-8bit")
     assert "lora r=8 [fused] adamw-8bit" in said
@@ -297,7 +297,9 @@ def test_time_outside_the_cells_has_its_share(good: store.Run) -> None:
 
 
 def test_rerun_gives_the_exact_commands(tmp_path: Path) -> None:
-    run = recorded.write_run(tmp_path / "r", argv=["peft-harness", "run", "my suite.yaml"], suite_file="my suite.yaml")
+    run = recorded_run.write_run(
+        tmp_path / "r", argv=["peft-harness", "run", "my suite.yaml"], suite_file="my suite.yaml"
+    )
     section = view.build([analyse(run)])["runs"][0]["rerun"]
     assert section["command"] == "peft-harness run 'my suite.yaml'"
     cell = run.manifest.cells[0].cell_id
@@ -307,7 +309,7 @@ def test_rerun_gives_the_exact_commands(tmp_path: Path) -> None:
 @pytest.mark.parametrize("given", ["quick", "quick.yaml", "../mine/quick.yaml"])
 def test_a_cell_is_rerun_from_the_suite_as_it_was_given(given: str, tmp_path: Path) -> None:
     argv = ["peft-harness", "run", "--out", "runs/quick", given, "--device", "cpu"]
-    run = recorded.write_run(tmp_path / "r", argv=argv, suite_file="quick.yaml")
+    run = recorded_run.write_run(tmp_path / "r", argv=argv, suite_file="quick.yaml")
     (command, *_) = [row["command"] for row in view.build([analyse(run)])["runs"][0]["rerun"]["cells"]]
     assert command == f"peft-harness run {given} --only {run.manifest.cells[0].cell_id}"
 

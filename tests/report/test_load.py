@@ -22,13 +22,13 @@ from harness.records.record import Failure, Memory, Outcome, Predicted, Record, 
 from harness.report.export.columns import TABLES
 from harness.report.export.columns import declared as declared_columns
 from harness.report.export.frames import Numbers
-from support import recorded_run as recorded
+from support import recorded_run
 from support.repository import PUBLISHED
 from support.sandbox import Finished
 
 REAL = PUBLISHED / "2026-11-24-quick-cpu"
 ZERO_SHOT = "4e6102224418aa2e"
-FUSED = recorded.cells()["fused"]
+FUSED = recorded_run.cells()["fused"]
 
 
 @pytest.fixture(scope="module")
@@ -187,9 +187,9 @@ def test_cells_that_failed_are_rows_without_numbers(tmp_path: Path) -> None:
     failure = Failure(kind="OutOfMemoryError", message="no room", phase="train", requested_B=2**40, last_peak_B=2**30)
 
     def change(name: str, record: Record) -> Record:
-        return recorded.failed(record, Status.OOM, failure=failure) if name == "fused" else record
+        return recorded_run.failed(record, Status.OOM, failure=failure) if name == "fused" else record
 
-    run = recorded.write_run(tmp_path / "run", change=change)
+    run = recorded_run.write_run(tmp_path / "run", change=change)
     numbers = harness.load(run.path)
     row = cell(numbers.cells, FUSED.cell_id)
     assert (row["status"], row["because"]) == ("oom", "the worker raised RuntimeError")
@@ -203,14 +203,14 @@ def test_cells_that_failed_are_rows_without_numbers(tmp_path: Path) -> None:
 
 def test_no_speed_of_what_failed_a_check(tmp_path: Path) -> None:
     def red(name: str) -> Record:
-        good = recorded.record("fused", FUSED)
+        good = recorded_run.record("fused", FUSED)
         check = good.checks[0].model_copy(update={"check": name, "outcome": Outcome.FAIL})
         return good.model_copy(update={"checks": [*good.checks, check]})
 
     for check, merged_alone in (("lora/gradient/float32/warm", False), ("lora/merge/float32/trained", True)):
         record = red(check)
         folder = tmp_path / check.replace("/", "-")
-        run = recorded.write_run(folder, only=["fused"], change=lambda *_, record=record: record)
+        run = recorded_run.write_run(folder, only=["fused"], change=lambda *_, record=record: record)
         numbers = harness.load(run.path)
         row = cell(numbers.cells, FUSED.cell_id)
         assert pd.isna(row["step_s"]) is not merged_alone
@@ -223,9 +223,9 @@ def test_no_speed_of_what_failed_a_check(tmp_path: Path) -> None:
 
 
 def test_only_the_newest_attempt_is_marked_as_the_one_that_counts(tmp_path: Path) -> None:
-    second = recorded.record("fused", FUSED, attempt=2)
-    run = recorded.write_run(
-        tmp_path / "run", extra=[second], change=lambda name, r: recorded.failed(r) if name == "fused" else r
+    second = recorded_run.record("fused", FUSED, attempt=2)
+    run = recorded_run.write_run(
+        tmp_path / "run", extra=[second], change=lambda name, r: recorded_run.failed(r) if name == "fused" else r
     )
     cells = harness.load(run.path).cells
     mine = cells[cells["cell_id"] == FUSED.cell_id]
@@ -234,8 +234,8 @@ def test_only_the_newest_attempt_is_marked_as_the_one_that_counts(tmp_path: Path
 
 
 def test_several_runs_are_told_apart_and_a_copy_is_not_counted_twice(tmp_path: Path) -> None:
-    first = recorded.write_run(tmp_path / "first", run="first")
-    other = recorded.write_run(tmp_path / "other", run="other", only=["fused"])
+    first = recorded_run.write_run(tmp_path / "first", run="first")
+    other = recorded_run.write_run(tmp_path / "other", run="other", only=["fused"])
     shutil.copytree(first.path, tmp_path / "copy")
     numbers = harness.load(first.path, str(other.path), tmp_path / "copy")
     assert numbers.cells["run"].value_counts().to_dict() == {"first": 10, "other": 1}
@@ -247,9 +247,9 @@ def test_knobs_of_several_sorts_are_text_and_long_numbers_stay_exact(tmp_path: P
     seed = 2**63
     knobs = ({"a": True, "b": 1, "c": "x", "d": 2**60 + 1, "rank": "all"}, {"a": False, "b": 2.5, "c": 1, "d": None})
     cells = [FUSED.model_copy(update={"config": config, "seed": seed + i}) for i, config in enumerate(knobs)]
-    run = recorded.write_run(
+    run = recorded_run.write_run(
         tmp_path / "run", only=["fused"], cells=cells, change=lambda *_: None,
-        extra=[recorded.record("fused", one) for one in cells],
+        extra=[recorded_run.record("fused", one) for one in cells],
     )  # fmt: skip
     made = harness.load(run.path).cells
     kinds = {"config.a": "boolean", "config.b": "Float64", "config.c": "string", "config.d": "Int64", "seed": "string"}
@@ -280,7 +280,7 @@ def test_a_torn_file_is_left_out_and_named_and_the_rest_is_there(tmp_path: Path)
 
 
 def test_a_record_that_was_changed_is_left_out_and_named(tmp_path: Path) -> None:
-    run = recorded.write_run(tmp_path / "run")
+    run = recorded_run.write_run(tmp_path / "run")
     path = store.RunFolder(run.path).record_path(FUSED.cell_id, 1)
     path.write_text(path.read_text().replace('"duration_s"', '"duration_s" '))
     with pytest.warns(UserWarning, match="was changed after the run"):
@@ -290,9 +290,9 @@ def test_a_record_that_was_changed_is_left_out_and_named(tmp_path: Path) -> None
 
 
 def test_records_of_one_attempt_that_differ_are_not_mixed(tmp_path: Path) -> None:
-    first = recorded.write_run(tmp_path / "first", run="one")
-    other = recorded.write_run(
-        tmp_path / "other", run="one", change=lambda n, r: recorded.failed(r) if n == "fused" else r
+    first = recorded_run.write_run(tmp_path / "first", run="one")
+    other = recorded_run.write_run(
+        tmp_path / "other", run="one", change=lambda n, r: recorded_run.failed(r) if n == "fused" else r
     )
     with pytest.warns(UserWarning, match=f"Record {FUSED.cell_id}.1 is not as in another folder"):
         numbers = harness.load(first.path, other.path)
@@ -300,7 +300,7 @@ def test_records_of_one_attempt_that_differ_are_not_mixed(tmp_path: Path) -> Non
 
 
 def test_a_run_without_records_has_empty_tables_with_the_same_columns(tmp_path: Path, numbers: Numbers) -> None:
-    run = recorded.write_run(tmp_path / "run", only=["fused"], change=lambda *_: None, footer=False)
+    run = recorded_run.write_run(tmp_path / "run", only=["fused"], change=lambda *_: None, footer=False)
     with pytest.warns(UserWarning, match="has no Record"):
         empty = harness.load(run.path)
     for table in TABLES:
@@ -314,7 +314,7 @@ def test_what_is_no_run_is_refused_like_report_does(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="no run 'nowhere'"):
         harness.load("nowhere")
-    recorded.write_run(store.RUNS / "one", run="one")
+    recorded_run.write_run(store.RUNS / "one", run="one")
     assert len(harness.load("latest").cells) == len(harness.load("on").cells) == 10
 
 
@@ -336,12 +336,12 @@ def test_labels_tell_configurations_apart_and_not_seeds(tmp_path: Path) -> None:
     asked = [FUSED.model_copy(update=peft | {"config": {"adapter_config": one}}) for one in configs]
     asked.append(asked[0].model_copy(update={"seed": 7}))
     notes = ["no reference", "a second; with a semicolon"]
-    good = recorded.record("fused", FUSED)
+    good = recorded_run.record("fused", FUSED)
     written = [
         good.model_copy(update={"cell": one, "cell_id": one.cell_id, "notes": notes if one is asked[1] else []})
         for one in asked
     ]
-    run = recorded.write_run(
+    run = recorded_run.write_run(
         tmp_path / "run", only=["fused"], change=lambda *_: None, extra=written, footer=False, cells=asked
     )
     with pytest.warns(UserWarning, match="left out") if run.missing() else contextlib.nullcontext():

@@ -15,7 +15,7 @@ from harness.analysis.comparison import reproducibility
 from harness.errors import Exit
 from harness.records import store
 from harness.records.manifest import Footer
-from support import recorded_run as recorded
+from support import recorded_run
 
 Calls = Counter[str]
 
@@ -42,7 +42,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 def test_report_reads_and_analyses_each_run_once(calls: Calls, tmp_path: Path) -> None:
-    runs = [recorded.write_run(tmp_path / name, run=name) for name in ("a", "b")]
+    runs = [recorded_run.write_run(tmp_path / name, run=name) for name in ("a", "b")]
     records = sum(len(run.records) for run in runs)
     calls.clear()
     code = cli.main(["report", *(str(run.path) for run in runs), "-o", str(tmp_path / "page.html")])
@@ -51,7 +51,7 @@ def test_report_reads_and_analyses_each_run_once(calls: Calls, tmp_path: Path) -
 
 
 def test_closing_a_run_returns_what_reading_it_again_would(calls: Calls, tmp_path: Path) -> None:
-    run = recorded.write_run(tmp_path / "a")
+    run = recorded_run.write_run(tmp_path / "a")
     folder = store.RunFolder(run.path)
     folder.reopen()
     footer = run.footer

@@ -13,13 +13,13 @@ from harness.records import store
 from harness.records.record import CheckResult, Outcome, Record
 from harness.report import formatting, html, terminal, view
 from harness.report.formatting import DASH
-from support import recorded_run as recorded
+from support import recorded_run
 from support.report_page import Page, row
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> store.Run:
-    return recorded.write_run(tmp_path_factory.mktemp("good") / "run")
+    return recorded_run.write_run(tmp_path_factory.mktemp("good") / "run")
 
 
 def _timed(
@@ -37,7 +37,7 @@ def _timed(
             "phases": phases,
             "device": device,
             "measurements": r.measurements.model_copy(update={"training": training}),
-            "environment": recorded.environment(machine={"cores": cores}, threads=threads),
+            "environment": recorded_run.environment(machine={"cores": cores}, threads=threads),
         }
     )
 
@@ -59,14 +59,14 @@ def _timed(
 def test_steps_that_waited_for_a_cpu_are_flagged(
     share: float, load_end: float | None, more: dict[str, Any], flagged: bool
 ) -> None:
-    record = _timed(recorded.record("fused", recorded.cells()["fused"]), share, load_end, **more)
+    record = _timed(recorded_run.record("fused", recorded_run.cells()["fused"]), share, load_end, **more)
     assert bool(contention.busy(record)) is flagged
 
 
 def test_a_busy_machine_is_said_beside_its_numbers_with_the_rule(good: store.Run, tmp_path: Path) -> None:
-    run = recorded.write_run(tmp_path / "r", change=lambda n, r: _timed(r, 0.5, 9.0) if n == "fused" else r)
+    run = recorded_run.write_run(tmp_path / "r", change=lambda n, r: _timed(r, 0.5, 9.0) if n == "fused" else r)
     built = view.build([analyse(run)])
-    fused = row(built["runs"][0]["comparison"], run.latest()[recorded.cells()["fused"].cell_id])
+    fused = row(built["runs"][0]["comparison"], run.latest()[recorded_run.cells()["fused"].cell_id])
     assert [label for label, f in fused.items() if f["flag"]] == ["Tokens/s", "Step, ms"]
     (note,) = built["runs"][0]["comparison"]["notes"]
     assert contention.RULE in note
@@ -99,9 +99,9 @@ def _with_red(check: str) -> Any:
 
 
 def test_a_failed_merge_takes_the_merged_latency_away_and_fails_the_run(tmp_path: Path) -> None:
-    run = recorded.write_run(tmp_path / "r", change=_with_red("lora/merge/float32/trained"))
+    run = recorded_run.write_run(tmp_path / "r", change=_with_red("lora/merge/float32/trained"))
     built = view.build([analyse(run)])["runs"][0]
-    record = run.latest()[recorded.cells()["fused"].cell_id]
+    record = run.latest()[recorded_run.cells()["fused"].cell_id]
     shown = row(built["latency"], record)
     why = "no speed without parity: lora/merge/float32/trained failed"
     for column in ("Merged, ms", "Merged / base"):
@@ -118,9 +118,9 @@ def test_a_failed_merge_takes_the_merged_latency_away_and_fails_the_run(tmp_path
 
 
 def test_any_other_failed_check_takes_all_speeds_away(tmp_path: Path) -> None:
-    run = recorded.write_run(tmp_path / "r", change=_with_red("lora/forward/float32/warm"))
+    run = recorded_run.write_run(tmp_path / "r", change=_with_red("lora/forward/float32/warm"))
     built = view.build([analyse(run)])
-    record = run.latest()[recorded.cells()["fused"].cell_id]
+    record = run.latest()[recorded_run.cells()["fused"].cell_id]
     shown = row(built["runs"][0]["comparison"], record) | row(built["runs"][0]["latency"], record)
     hidden = ("Tokens/s", "Step, ms", "Unmerged, ms", "Merged, ms", "Unmerged / base", "Merged / base")
     assert [shown[column]["text"] for column in hidden] == [DASH] * 6
@@ -129,7 +129,7 @@ def test_any_other_failed_check_takes_all_speeds_away(tmp_path: Path) -> None:
 
 
 def test_a_check_shows_its_numbers_and_its_worst_element(tmp_path: Path) -> None:
-    run = recorded.write_run(tmp_path / "r", change=_with_red("lora/gradient/float32/warm"))
+    run = recorded_run.write_run(tmp_path / "r", change=_with_red("lora/gradient/float32/warm"))
     (cell,) = [c for c in view.build([analyse(run)])["runs"][0]["parity"] if c["open"]]
     shown = cell["checks"][0]
     assert (shown["error"], shown["allowed"], shown["share"]) == ("0.5", "0.25", "2")
@@ -153,7 +153,7 @@ def test_a_resumed_run_says_whose_time_it_tells(good: store.Run) -> None:
 def test_an_unfinished_run_is_reported_with_a_banner(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], footer: str | None, says: str
 ) -> None:
-    folder = recorded.write_run(tmp_path / "r", footer=False).path
+    folder = recorded_run.write_run(tmp_path / "r", footer=False).path
     if footer:
         (folder / "footer.json").write_text(footer)
     assert main(["report", str(folder)]) == 4
@@ -185,7 +185,9 @@ def test_a_loss_that_ends_far_above_its_start(losses: list[float], rising: str) 
 
 def test_a_finite_divergence_is_told_beside_what_was_measured(good: store.Run, tmp_path: Path) -> None:
     away = [0.7 * 1.1**step for step in range(60)]
-    run = recorded.write_run(tmp_path / "r", change=lambda n, r: recorded.with_losses(r, away) if n == "fused" else r)
+    run = recorded_run.write_run(
+        tmp_path / "r", change=lambda n, r: recorded_run.with_losses(r, away) if n == "fused" else r
+    )
     (alert,) = view.build([analyse(run)])["runs"][0]["alerts"]
     assert alert["text"].startswith("Measured, although training diverged (a lower `lr`, ")
     (item,) = alert["items"]

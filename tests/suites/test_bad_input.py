@@ -206,7 +206,7 @@ MEANING = {
     "losses against float32": ("a, as: exact", "exact, as: a", 4, "`as` `a` not float64"),
     "losses without training": ("id: a", "id: a\n        training: {steps: 0}", 4, "`a` not train"),
     "scores on other items": (
-        "{same-losses: a, as: exact", "{better: exact, than: all", 4, "not scored same items",
+        "{same-losses: a, as: exact, says: the same run}\nmatrix:", "{better: exact, than: far, says: more}\nmatrix:", 4, "not scored same items",
     ),
     "source of a taken name": (
         "matrix:", "sources:\n  - {name: tiny-llama, kind: causal, source: 'made:tiny-llama'}\nmatrix:", 6,
@@ -485,7 +485,7 @@ def test_a_shared_key_may_belong_to_an_unknown_method(tmp_path: Path) -> None:
         (["plan", "smoke", "--only", ""], "no Cell fits", "id=lora-float64"),
         (["plan", "smoke", "--only", "method=lora,method=lor"], "no Cell fits `method=lor`", "did you mean `lora`?"),
         (["plan", "smoke", "--only", "lora,nope"], "no Cell fits `nope`", "leave that term out"),
-        (["plan", "smoke", "--only", "=lora"], "`=lora` names no key", "write key=value, or a word alone"),
+        (["plan", "smoke", "--only", "=lora"], "`=lora` names no key", "write key=value, or one word"),
         (
             ["fit", "~nobody-of-this-name/m", "--memory", "1GiB"],
             "is no path: Could not",

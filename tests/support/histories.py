@@ -16,7 +16,7 @@ from harness.cli import main
 from harness.records.record import Cell
 from harness.regression.history import night_files
 from harness.regression.history.night_files import AttemptRow, Night, RunHeader
-from support import recorded_run as recorded
+from support import recorded_run
 
 PLACE = {"device": "cpu", "CPU": "Example 4-core", "torch": "2.13.0", "threads": "2"}
 SHAS = ("a" * 40, "b" * 40)
@@ -30,7 +30,7 @@ def night(index: int) -> str:
 
 def many(count: int) -> dict[str, Cell]:
     """Return so many Cells of one recipe, by their ids."""
-    made = (recorded.cells(seed)["fused"] for seed in range(count))
+    made = (recorded_run.cells(seed)["fused"] for seed in range(count))
     return {cell.cell_id: cell for cell in made}
 
 
