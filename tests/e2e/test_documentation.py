@@ -30,9 +30,11 @@ def name(path: Path) -> str:
 
 
 def commands(text: str) -> Iterator[str]:
-    """Yield every command line of a manual: in code blocks, indented blocks and code spans."""
+    """Yield every command line of a manual: in fenced or indented blocks, and in code spans."""
+    fenced = False
     for line in text.splitlines():
-        found = re.match(r"(?:    |\$ )?(?:\w+=\S+ )*(?:\.venv/bin/)?(peft-harness .*)", line)
+        fenced ^= line.startswith("```")
+        found = re.match(r"\s*(?:\w+=\S+ )*(peft-harness .*)", line) if fenced or line.startswith("    ") else None
         yield from [found.group(1)] if found else re.findall(r"`(peft-harness [^`]*)`", line)
 
 
@@ -50,7 +52,11 @@ def parsed(words: list[str]) -> None:
         if found is None:
             raise click.UsageError(f"no command {words[0]}")
         command, words = found, words[1:]
-    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    known = {
+        option
+        for parameter in command.get_params(click.Context(command))
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
     for word in words:
         option = word.partition("=")[0]
         if option.startswith("--") and option not in {*known, "--help"}:
