@@ -326,7 +326,8 @@ def test_mistakes_of_the_shape_of_a_claim_file_come_first(tmp_path: Path) -> Non
     with pytest.raises(SuiteError) as caught:
         claim_file.load([write(tmp_path, claims)])
     assert [(int(p.where.rpartition(":")[2]), p.what.partition(",")[0]) for p in caught.value.problems] == [
-        (8, "`source` is given twice"), (9, "`tier` is 'easy'"), (11, "unknown key `surplus`"), (14, "an entry of `rows` is 7"),
+        (8, "`source` is given twice"), (9, "`tier` is 'easy'"),
+        (11, "unknown key `surplus`"), (14, "an entry of `rows` is 7"),
         (15, "`with` is 7"), (15, "the tag `!x` is not allowed here"),
     ]  # fmt: skip
 
@@ -371,7 +372,8 @@ def test_no_mistake_of_a_claim_file_hides_another(tmp_path: Path) -> None:
         claim_file.load([write(tmp_path, claims)])
     found = [(int(p.where.rpartition(":")[2]), p.what.replace(str(tmp_path), "")) for p in caught.value.problems]
     expected = [
-        (5, "the sentence has an unknown placeholder `{nobody}`"), (9, "'3 GB' has the unit 'GB'"), (12, "`source` is missing"),
+        (5, "the sentence has an unknown placeholder `{nobody}`"),
+        (9, "'3 GB' has the unit 'GB'"), (12, "`source` is missing"),
         (16, "unknown measure `trainable_parameter`"), (17, "`model` of `trainable_parameters`: "),
         (17, "`rank` of lora: must be at least 1"), (17, "lora has no `ranks`"), (25, "'3 GB' has the unit 'GB'"),
         (26, "duplicate id `table-a`, first at /mine.yaml:25"), (27, "'much' is not a figure"),

@@ -151,7 +151,8 @@ def test_what_the_paper_says_of_itself_is_judged_from_the_file() -> None:
         answers = [find(plain(one)) for one in (claim.request, *(one.request for one in claim.otherwise))]
         found[name] = judge(claim, answers).verdict
     assert list(found.values()) == [
-        ClaimVerdict.REPRODUCED, ClaimVerdict.NOT_REPRODUCED, ClaimVerdict.REPRODUCED, ClaimVerdict.NOT_REPRODUCED, ClaimVerdict.UNDER, ClaimVerdict.UNDER,
+        ClaimVerdict.REPRODUCED, ClaimVerdict.NOT_REPRODUCED, ClaimVerdict.REPRODUCED, ClaimVerdict.NOT_REPRODUCED,
+        ClaimVerdict.UNDER, ClaimVerdict.UNDER,
     ]  # fmt: skip
 
 

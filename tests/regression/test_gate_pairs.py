@@ -497,7 +497,8 @@ def test_a_revision_runs_with_its_own_entry_points(tmp_path: Path, monkeypatch: 
     _git(top, "init", "-q")
     for module in ("before", "after"):
         (top / "pyproject.toml").write_text(
-            f'[project]\nname = "peft-harness"\nversion = "1"\n[project.entry-points."harness.implementations"]\nours = "{module}"\n'
+            '[project]\nname = "peft-harness"\nversion = "1"\n'
+            f'[project.entry-points."harness.implementations"]\nours = "{module}"\n'
         )
         _git(top, "add", ".")
         _git(top, "commit", "-qm", module)
