@@ -18,7 +18,8 @@ LIGHT = {
     ),
     "a task of lm-eval": (
         "from pathlib import Path\nfrom harness.suites import tasks\n"
-        f"assert tasks.load('lm-eval:arc_easy@{40 * '0'}', Path(), {{}}).upstream.splits == {{'test': 'test', 'train': 'train'}}",
+        f"assert tasks.load('lm-eval:arc_easy@{40 * '0'}', Path(), {{}}).upstream.splits == "
+        "{'test': 'test', 'train': 'train'}",
         {"torch", "lm_eval"},
     ),
     "assets": ("from harness.assets import fetch, rows, table", {"torch", "transformers"}),

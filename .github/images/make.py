@@ -56,7 +56,8 @@ def draw(picture: Picture) -> int:
         file = Path(folder) / "page.html"
         file.write_text(page, encoding="utf-8")
         command = [
-            browser(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={folder}/profile",
+            browser(), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+            f"--user-data-dir={folder}/profile",
             f"--window-size={picture.width},{picture.height}", f"--screenshot={HERE / picture.name}", file.as_uri(),
         ]  # fmt: skip
         subprocess.run(command, check=True, capture_output=True)

@@ -51,13 +51,13 @@ as an unknown layer in `targets`, are reported with their line when the claim is
 code 4. All other claims are computed."""
 
 ROUNDING = {
-    "nearest": "the default: our result rounds to the printed figure, so it differs by at most half a unit of the last digit. "
-    "If it agrees only with digits cut off, or with MB read as MiB, the claim is `reproduced-under` that reading",
+    "nearest": "the default: our result rounds to the printed figure, so it differs by at most half a unit of the last "
+    "digit. If it agrees only with digits cut off, or with MB read as MiB, the claim is `reproduced-under` that reading",
     "cut": f"{RULES['cut']}: our result exceeds the figure by less than a unit of the last digit",
-    "magnitude": f"{RULES['magnitude']} on a logarithmic scale: 10x is from 3.2x to 31x. For figures that the paper gives as "
-    "powers of ten",
-    "{about: 5%}": "within that share of the figure, on either side. For measurements, and for figures that the paper mentions "
-    "in passing",
+    "magnitude": f"{RULES['magnitude']} on a logarithmic scale: 10x is from 3.2x to 31x. For figures that the paper "
+    "gives as powers of ten",
+    "{about: 5%}": "within that share of the figure, on either side. For measurements, and for figures that the paper "
+    "mentions in passing",
 }
 """Each `rounding` of a claim. The three looser rules are always shown next to our result."""
 

@@ -28,7 +28,7 @@ MEANING = {
     ClaimVerdict.REPRODUCED: "our result rounds to the printed figure, computed as the paper describes; if the claim has a "
     "looser rule (`explain rounding`), it is shown next to our result",
     ClaimVerdict.UNDER: "reproduced under another convention, rank or unit than the paper states, which is shown",
-    ClaimVerdict.NOT_REPRODUCED: "not reproduced under any reading that was tried; our results are shown with their arithmetic",
+    ClaimVerdict.NOT_REPRODUCED: "not reproduced under any tried reading; our results are shown with their arithmetic",
     ClaimVerdict.INCONCLUSIVE: "cannot be decided: the paper omits information, or the measurement is too uncertain",
     ClaimVerdict.NOT_RUN: "not computed here; the reason and the requirement are shown",
 }

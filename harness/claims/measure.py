@@ -34,7 +34,7 @@ class MeasureResult:
     how: str
     """The arithmetic, so that a reader can repeat it."""
     most: Number | None = None
-    """The largest possible value, if the paper omits something or the measurement is uncertain; `value` is then the least."""
+    """The largest possible value, if the paper omits something or the measurement is uncertain; `value` is the least."""
     within: tuple[Number, Number] | None = None
     """The range that rounded, printed figures allow, if the value is computed from them."""
 

@@ -1,8 +1,8 @@
 """Count a training step of a shape on the meta device, with a Method's reference attached: operations and saved bytes.
 
-It is run as `harness.cell.training.loop` runs one, forward and backward: a gradient is computed where something that trains wants
-it, so not for frozen weights, and not before the first layer that trains. Of a deep model two and three blocks are run;
-what a block more takes is the same for each further one.
+It is run as `harness.cell.training.loop` runs one, forward and backward: a gradient is computed where something that
+trains wants it, so not for frozen weights, and not before the first layer that trains. Of a deep model two and three
+blocks are run; what a block more takes is the same for each further one.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class DryStep:
 class _DecodedAnew(PackedWeight):
     """A 4-bit weight that is decoded into new memory each time, as libraries do."""
 
-    def lent(self, dtype: torch.dtype) -> Tensor:
+    def in_buffer(self, dtype: torch.dtype) -> Tensor:
         return self.decoded(dtype)
 
 

@@ -110,7 +110,7 @@ def _notes(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     predicted = [row["predicted"] for row in cells if row["predicted"]]
     if predicted:
         yield (
-            "Memory is predicted: no allocator overhead, evaluation or latency included. Details: peft-harness explain memory"
+            "Predicted memory leaves out allocator overhead, evaluation and latency. Details: peft-harness explain memory"
         )
     for what, n in Counter(p["untouched"] for p in predicted if p["untouched"]).items():
         yield f"of {plural(n, 'Cell')}: {what}"

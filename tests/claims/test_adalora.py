@@ -42,7 +42,7 @@ def test_what_is_kept_lies_between_the_cheapest_and_the_dearest_triplets(shape: 
     each = [inputs + outputs + 1 for inputs, outputs in ((8, 8), (8, 4), (8, 16)) for _ in range(2)]
     sums = [sum(several) for several in combinations(each, 3)]
     assert (found.value, found.most) == (min(sums), max(sums))
-    with pytest.raises(ValueError, match="a budget of 7 is more than the 6 triplets of the start; raise `rank`"):
+    with pytest.raises(ValueError, match="a budget of 7 exceeds the 6 initial triplets; raise `rank`"):
         adalora.kept_parameters(shape, ["q_proj", "k_proj", "up_proj"], rank=2, budget=7)
 
 
@@ -56,7 +56,7 @@ def test_eq_12_as_printed_begins_too_high_and_ends_too_high() -> None:
 
 
 def test_a_schedule_without_a_step_to_prune_in_is_refused() -> None:
-    with pytest.raises(ValueError, match="leave no step of the 2,370 to prune in; see `epochs` and `batch`"):
+    with pytest.raises(ValueError, match="leave no step of 2,370 for pruning; see `epochs` and `batch`"):
         adalora.budget_only_falls(**RTE | {"epochs": 30})
 
 
@@ -113,7 +113,9 @@ def test_pruning_that_touches_vectors_or_lasts_is_found(monkeypatch: pytest.Monk
 def test_kthvalue_drops_what_ties_with_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     assert adalora.keeps_exactly("reference").value
     assert adalora.keeps_exactly("kthvalue").how.endswith(" 2 are kept of 4")
-    monkeypatch.setattr(reference.adalora, "keep", lambda scores, count: scores >= torch.topk(scores, count).values[-1])
+    monkeypatch.setattr(
+        reference.adalora, "largest_mask", lambda scores, count: scores >= torch.topk(scores, count).values[-1]
+    )
     assert not adalora.keeps_exactly("reference").value
 
 

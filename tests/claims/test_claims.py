@@ -146,14 +146,14 @@ def test_what_was_computed_is_shown_again(
     assert all(f'id="{row["id"]}"' in text for row in json.loads(ledger[1])["claims"])
     assert main(["claims", "--show", str(file), "--id", "one"]) == Exit.PASS
     assert main(["claims", "--show", str(file), "--headlines"]) == Exit.USAGE
-    assert "none of these claims is part of a headline" in capsys.readouterr().err
+    assert "none of these claims belongs to a headline" in capsys.readouterr().err
     file.write_text(ledger[1][:-20])
     assert main(["claims", "--show", str(file)]) == Exit.USAGE
     file.write_text(ledger[1].replace('"schema": 3', '"schema": 99'))
     assert main(["claims", "--show", str(file)]) == Exit.USAGE
     said = capsys.readouterr().err
-    assert "no JSON" in said
-    assert "has schema 99" in said
+    assert "is not JSON" in said
+    assert "schema 99" in said
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_what_was_computed_is_shown_again(
         ({"tried": [{"under": ""}]}, "the claim wider lacks `tried.0.measure`"),
         ({"more": 1}, "the claim wider has an unknown key `more`"),
         ({"id": None}, "`id` of claim number 2 is None"),
-        ({"id": "one"}, "the claim one stands in it twice"),
+        ({"id": "one"}, "duplicate claim one"),
     ],
 )
 def test_a_damaged_ledger_is_told_by_claim_and_key(
@@ -219,7 +219,7 @@ def test_a_ledger_of_schema_1_is_read(
 
 def test_text_names_source_printed_ours_and_verdict(ledger: tuple[int, str]) -> None:
     text = table.as_text([JudgedClaim.model_validate_json(json.dumps(row)) for row in json.loads(ledger[1])["claims"]])
-    assert "reproduced        one: the paper prints 112; we get 112  [Table 1]" in text
+    assert "reproduced        one: printed 112; we get 112  [Table 1]" in text
     assert "under: rank 4" in text
     assert text.endswith("4 claims: 1 reproduced, 1 reproduced-under, 1 not-reproduced, 1 not-run")
 
@@ -298,9 +298,9 @@ def test_every_mistake_of_a_file_is_told_at_once_with_its_line(
     said = capsys.readouterr().err
     expected = [
         (":1: ", "`version` is missing"), (":4: ", "`source` is missing"), (":7: ", "'GB'"), (":9: ", "llama-7b"),
-        (":9: ", "no method is called `lorra`"), (":9: ", "`also`"), (":15: ", "did you mean `ratio`?"),
-        (":22: ", "`rounding` is 'up'"), (":25: ", "`rank` of lora"), (":25: ", "lora has no `ranks`"),
-        (":26: ", "'many' is no quantity"), (":27: ", "no argument `from`"),
+        (":9: ", "unknown method `lorra`"), (":9: ", "`also`"), (":15: ", "did you mean `ratio`?"),
+        (":22: ", "unknown `rounding` 'up'"), (":25: ", "`rank` of lora"), (":25: ", "lora has no `ranks`"),
+        (":26: ", "'many' is not a quantity"), (":27: ", "no argument `from`"),
     ]  # fmt: skip
     lines = said.splitlines()
     for place, words in expected:
@@ -326,7 +326,8 @@ def test_mistakes_of_the_shape_of_a_claim_file_come_first(tmp_path: Path) -> Non
     with pytest.raises(SuiteError) as caught:
         claim_file.load([write(tmp_path, claims)])
     assert [(int(p.where.rpartition(":")[2]), p.what.partition(",")[0]) for p in caught.value.problems] == [
-        (8, "`source` is given twice"), (9, "`tier` is 'easy'"), (11, "unknown key `surplus`"), (14, "an entry of `rows` is 7"),
+        (8, "`source` is given twice"), (9, "`tier` is 'easy'"),
+        (11, "unknown key `surplus`"), (14, "an entry of `rows` is 7"),
         (15, "`with` is 7"), (15, "the tag `!x` is not allowed here"),
     ]  # fmt: skip
 
@@ -371,14 +372,15 @@ def test_no_mistake_of_a_claim_file_hides_another(tmp_path: Path) -> None:
         claim_file.load([write(tmp_path, claims)])
     found = [(int(p.where.rpartition(":")[2]), p.what.replace(str(tmp_path), "")) for p in caught.value.problems]
     expected = [
-        (5, "the sentence has a place `{nobody}`"), (9, "'3 GB' has the unit 'GB'"), (12, "`source` is missing"),
-        (16, "no measure is called `trainable_parameter`"), (17, "`model` of `trainable_parameters` is 'llama-7'"),
+        (5, "the sentence has an unknown placeholder `{nobody}`"),
+        (9, "'3 GB' has the unit 'GB'"), (12, "`source` is missing"),
+        (16, "unknown measure `trainable_parameter`"), (17, "`model` of `trainable_parameters`: "),
         (17, "`rank` of lora: must be at least 1"), (17, "lora has no `ranks`"), (25, "'3 GB' has the unit 'GB'"),
-        (26, "the id `table-a` is taken already, at /mine.yaml:25"), (27, "'much' is no figure"),
-        (27, "`rounding` is 'up'"), (28, "'many' is no quantity"),
+        (26, "duplicate id `table-a`, first at /mine.yaml:25"), (27, "'much' is not a figure"),
+        (27, "unknown `rounding` 'up'"), (28, "'many' is not a quantity"),
         (28, "`ratio` is in ratio, but the claim's `trainable_parameters` is in"),
-        (29, "the id `two` is taken already, at /mine.yaml:12"), (36, "`linear_layers` has no argument `x`"),
-        (36, "`linear_layers` needs `sides`"), (36, "no measure is called `linear_layer`"),
+        (29, "duplicate id `two`, first at /mine.yaml:12"), (36, "`linear_layers` has no argument `x`"),
+        (36, "`linear_layers` needs `sides`"), (36, "unknown measure `linear_layer`"),
         (37, "`ratio` has no argument `over`"), (37, "`ratio` needs `to`"),
     ]  # fmt: skip
     assert [(line, what[: len(start)]) for (line, what), (_, start) in zip(found, expected, strict=True)] == expected
@@ -387,12 +389,12 @@ def test_no_mistake_of_a_claim_file_hides_another(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("of: 1/0, to: 1", "'1/0' is no quantity"),
-        ("of: .inf, to: 1", "inf is no quantity"),
-        ("of: '1e999999999', to: 1", "is no quantity"),
+        ("of: 1/0, to: 1", "'1/0' is not a quantity"),
+        ("of: .inf, to: 1", "inf is not a quantity"),
+        ("of: '1e999999999', to: 1", "is not a quantity"),
         ("of: [1, 2], to: 1", "write one quantity, no list"),
-        ("of: {measure: parameters, with: [1]}, to: 1", "is no quantity"),
-        ("of: {measure: conforms, with: {method: lora, check: merge}}, to: 1", "`conforms` finds no number"),
+        ("of: {measure: parameters, with: [1]}, to: 1", "is not a quantity"),
+        ("of: {measure: conforms, with: {method: lora, check: merge}}, to: 1", "`conforms` returns no number"),
         (
             "of: {measure: bytes_sum, with: {of: [{measure: ratio, with: {of: 1, to: 1}}]}}, to: 1",
             "`ratio` is in ratio",
@@ -506,14 +508,14 @@ def _workers(pid: int) -> list[int]:
 
 
 def test_two_claims_of_one_id_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SuiteError, match="taken already"):
+    with pytest.raises(SuiteError, match="duplicate id"):
         claim_file.load([write(tmp_path, line(tmp_path, "1") + line(tmp_path, "2"))])
 
 
 def test_two_claims_of_one_id_in_one_line_are_refused(tmp_path: Path) -> None:
     rows = ", rows: [{id: a, printed: 112}, {id: a, printed: 113}]"
     table = line(tmp_path, "x", more=rows).replace("printed: 'x', ", "")
-    with pytest.raises(SuiteError, match="the id `one-a` is taken already"):
+    with pytest.raises(SuiteError, match="duplicate id `one-a`"):
         claim_file.load([write(tmp_path, table)])
 
 
@@ -524,7 +526,7 @@ def test_tables_that_share_their_rows_want_ids_of_their_own(tmp_path: Path) -> N
     )
     other = second.replace("id: one", "id: two")
     assert [claim.id for claim in claim_file.load([write(tmp_path, first + other)])] == ["one-a", "two-a"]
-    with pytest.raises(SuiteError, match="the id `one-a` is taken already"):
+    with pytest.raises(SuiteError, match="duplicate id `one-a`"):
         claim_file.load([write(tmp_path, first + second)])
 
 
@@ -541,7 +543,7 @@ def test_an_unknown_paper_and_an_unknown_id_are_wrong_use(capsys: pytest.Capture
     assert "did you mean `lora`?" in capsys.readouterr().err
     assert main(["claims", "lora", "--id", "nothing-of-this"]) == Exit.USAGE
     said = capsys.readouterr().err
-    assert "no claim's id here begins with `nothing-of-this`" in said
+    assert "no claim id begins with `nothing-of-this`" in said
     assert "`peft-harness list claims`" in said
     assert len(said) < 400  # there are hundreds of ids
 
@@ -550,7 +552,7 @@ def test_an_id_of_another_paper_is_told_with_its_paper(capsys: pytest.CaptureFix
     assert main(["claims", "qlora", "--id", "lora-gpt3-r4", "--id", "qlora-kept-56b"]) == Exit.USAGE
     said = capsys.readouterr().err
     assert "2 mistakes" in said
-    assert "`lora-gpt3-r4`\n    hint: ids of lora begin so: `peft-harness claims lora --id lora-gpt3-r4`" in said
+    assert "`lora-gpt3-r4`\n    hint: claims of lora match: `peft-harness claims lora --id lora-gpt3-r4`" in said
     assert re.search(r"`qlora-kept-56b`\n    hint: did you mean .*`qlora-kept-65b`", said)
 
 

@@ -68,7 +68,7 @@ def test_a_bottleneck_after_a_layer_has_its_width_on_both_sides(shape: str) -> N
     beside = baselines.bottlenecks(shape, 3, beside=["up_proj"], bias=True)
     assert after.value == LAYERS * 3 * (F + F)
     assert beside.value == LAYERS * (3 * (D + F) + 3 + F)
-    with pytest.raises(ValueError, match="has no place; say `after` or `beside`"):
+    with pytest.raises(ValueError, match="needs `after` or `beside`"):
         baselines.bottlenecks(shape, 3)
 
 

@@ -148,10 +148,11 @@ def test_what_the_paper_says_of_itself_is_judged_from_the_file() -> None:
     for name in ("galore-633pct-adam", "galore-633pct-adam8", "galore-tokens-60m", "galore-tokens-table2-60m",
                  "galore-table5-heads-1b", "galore-side-square"):  # fmt: skip
         claim = claims[name]
-        answers = [find(plain(asking)) for asking in (claim.request, *(one.request for one in claim.otherwise))]
+        answers = [find(plain(one)) for one in (claim.request, *(one.request for one in claim.otherwise))]
         found[name] = judge(claim, answers).verdict
     assert list(found.values()) == [
-        ClaimVerdict.REPRODUCED, ClaimVerdict.NOT_REPRODUCED, ClaimVerdict.REPRODUCED, ClaimVerdict.NOT_REPRODUCED, ClaimVerdict.UNDER, ClaimVerdict.UNDER,
+        ClaimVerdict.REPRODUCED, ClaimVerdict.NOT_REPRODUCED, ClaimVerdict.REPRODUCED, ClaimVerdict.NOT_REPRODUCED,
+        ClaimVerdict.UNDER, ClaimVerdict.UNDER,
     ]  # fmt: skip
 
 
@@ -162,5 +163,5 @@ def test_a_side_that_there_is_not_is_refused_with_its_line(tmp_path: Path) -> No
         "  - {id: one, sentence: A sentence., source: Table 1, tier: exact, printed: left, "
         "measure: projects, with: {rows: 8, columns: 8, on: left, side: middle}}\n"
     )
-    with pytest.raises(SuiteError, match=r"mine\.yaml:5: `side` of `projects` is 'middle': Input should be 'std', "):
+    with pytest.raises(SuiteError, match=r"mine\.yaml:5: `side` of `projects`: Input should be 'std', .*got 'middle'"):
         claim_file.load([path])

@@ -79,7 +79,7 @@ def test_virtual_tokens_are_counted_as_embeddings_in_one_place_or_in_every_block
 def test_the_last_blocks_are_those_at_the_end(shape: str, built: Any) -> None:
     assert value("last_blocks", model=shape, blocks=2) == size(*built.transformer.h[-2:])
     assert "blocks 1 to 2" in find({"measure": "last_blocks", "with": {"model": shape, "blocks": 2}}).how
-    with pytest.raises(ValueError, match="the model has 3 blocks, and the last 4"):
+    with pytest.raises(ValueError, match="`blocks` is 4, but the model has 3 blocks"):
         value("last_blocks", model=shape, blocks=4)
 
 
@@ -146,13 +146,13 @@ def _twice_merged(layer: Any) -> nn.Module:
         (
             "only_b_learns_at_first",
             reference.lora,
-            "start",
+            "initial_factors",
             lambda init, r, n, m, g: (torch.zeros(r, n), torch.ones(m, r)),
         ),
         (
             "only_b_learns_at_first",
             reference.lora,
-            "start",
+            "initial_factors",
             lambda init, r, n, m, g: (torch.ones(r, n), torch.ones(m, r)),
         ),
         ("update_is_scaled_by", reference.lora.Config, "scaling", property(lambda self: self.alpha / (self.rank + 1))),

@@ -124,7 +124,7 @@ def test_a_turn_that_finds_the_same_is_named() -> None:
 
 
 def test_more_singular_values_than_there_are_is_refused() -> None:
-    with pytest.raises(ValueError, match="a weight of 24 x 32 has no 25 singular values; give a smaller `rank`"):
+    with pytest.raises(ValueError, match="a weight of 24 x 32 has fewer than 25 singular values; use a smaller `rank`"):
         measures.pissa_splits_the_weight(25, 24, 32)
 
 

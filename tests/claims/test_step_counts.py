@@ -97,7 +97,7 @@ def test_an_encoder_is_counted_too() -> None:
         step_counts.training_operations("deberta-v3-base/1-block", "lora", T, n, config).value for n in (1, 2, 3)
     )
     assert 0 < three - two == two - one < one  # what its relative positions take is the same for any number of texts
-    with pytest.raises(ValueError, match="1024 tokens are more than the 512 positions"):
+    with pytest.raises(ValueError, match="1024 tokens exceed the 512 positions"):
         step_counts.training_operations("deberta-v3-base/1-block", "lora", 1024, config=config)
 
 

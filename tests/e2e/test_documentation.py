@@ -11,7 +11,10 @@ from pathlib import Path
 import click
 import pytest
 
+from harness.assets import generated
+from harness.cli import main
 from harness.cli.app import commands as verbs
+from harness.errors import Exit
 
 TOP = Path(__file__).resolve().parents[2]
 MANUALS = sorted(
@@ -27,9 +30,11 @@ def name(path: Path) -> str:
 
 
 def commands(text: str) -> Iterator[str]:
-    """Yield every command line of a manual: in code blocks, indented blocks and code spans."""
+    """Yield every command line of a manual: in fenced or indented blocks, and in code spans."""
+    fenced = False
     for line in text.splitlines():
-        found = re.match(r"(?:    |\$ )?(?:\w+=\S+ )*(?:\.venv/bin/)?(peft-harness .*)", line)
+        fenced ^= line.startswith("```")
+        found = re.match(r"\s*(?:\w+=\S+ )*(peft-harness .*)", line) if fenced or line.startswith("    ") else None
         yield from [found.group(1)] if found else re.findall(r"`(peft-harness [^`]*)`", line)
 
 
@@ -47,7 +52,11 @@ def parsed(words: list[str]) -> None:
         if found is None:
             raise click.UsageError(f"no command {words[0]}")
         command, words = found, words[1:]
-    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    known = {
+        option
+        for parameter in command.get_params(click.Context(command))
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
     for word in words:
         option = word.partition("=")[0]
         if option.startswith("--") and option not in {*known, "--help"}:
@@ -96,3 +105,20 @@ def test_the_readme_is_short_and_begins_with_a_command() -> None:
     assert len(text.splitlines()) <= 150
     assert len(text.split()) <= 1300
     assert "peft-harness run quick" in "\n".join(text.splitlines()[:15])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["plan ./mine.yaml", "claims lora --id", "fit llama-7b"])
+def test_the_readme_prints_real_output(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (TOP / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    generated.tiny_llama(tmp_path / "my-model")
+    (suite,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    Path("mine.yaml").write_text(suite, encoding="utf-8")
+    (line,) = [line for line in commands(text) if line.startswith(f"peft-harness {command}") and "MODEL" not in line]
+    block = text[text.index(line) :].split("```\n")[1].rstrip().splitlines()
+    assert main(arguments(line)) == Exit.PASS
+    printed = capsys.readouterr().out.splitlines()
+    assert [one for one in block if one not in printed] == []

@@ -81,7 +81,8 @@ def test_twenty_kills_lose_nothing_and_repeat_nothing(sandbox: Sandbox) -> None:
     suite = sandbox.suite(f"{{implementation: reference, seed: {list(range(CELLS))}}}")
     path = os.pathsep.join([str(TESTS), sandbox.environment["PYTHONPATH"], *filter(None, sys.path)])
     done = subprocess.run(
-        [sys.executable, "-c", _LIVES, suite, str(KILLS)], cwd=sandbox.folder, env={**sandbox.environment, "PYTHONPATH": path},
+        [sys.executable, "-c", _LIVES, suite, str(KILLS)],
+        cwd=sandbox.folder, env={**sandbox.environment, "PYTHONPATH": path},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]

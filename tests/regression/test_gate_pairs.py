@@ -6,6 +6,7 @@ import json
 import math
 import random
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -488,6 +489,28 @@ def test_revisions_are_checked_out_and_taken_away_again(tmp_path: Path, monkeypa
             pass
     with pytest.raises(UsageError, match="is an implementation"), arms.opened("fused", "HEAD", plan):
         pass
+
+
+def test_a_revision_runs_with_its_own_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    top = tmp_path / "checkout"
+    top.mkdir()
+    _git(top, "init", "-q")
+    for module in ("before", "after"):
+        (top / "pyproject.toml").write_text(
+            '[project]\nname = "peft-harness"\nversion = "1"\n'
+            f'[project.entry-points."harness.implementations"]\nours = "{module}"\n'
+        )
+        _git(top, "add", ".")
+        _git(top, "commit", "-qm", module)
+    monkeypatch.setattr(arms.resources, "checkout", lambda: top)
+    with arms.opened("HEAD~1", arms.HERE, loader.load("smoke").plan) as (old, new):
+        assert new.metadata is None
+        points = (
+            "from importlib.metadata import distribution as d; print([e.value for e in d('peft-harness').entry_points])"
+        )
+        command = [sys.executable, "-P", "-c", points]
+        done = subprocess.run(command, env=arms._variables(old), capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == "['before']"
 
 
 _GUEST = """

@@ -12,6 +12,6 @@ def verdicts(paper: str, starts: tuple[str, ...]) -> dict[str, JudgedClaim]:
     found = {}
     for claim in claim_file.load(claim_file.paths([paper])):
         if claim.id.startswith(starts):
-            askings = [claim.asking, *(other.asking for other in claim.otherwise)]
-            found[claim.id] = judge(claim, [find(plain(asking)) for asking in askings])
+            requests = [claim.request, *(other.request for other in claim.otherwise)]
+            found[claim.id] = judge(claim, [find(plain(one)) for one in requests])
     return found

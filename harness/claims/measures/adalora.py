@@ -88,7 +88,7 @@ def budget_only_falls(
 
 @measure("property")
 def regularizer_is_eq_4(form: Literal["mean-norm", "squared-sum"]) -> MeasureResult:
-    """Check whether R over two layers is the sum of |P^T P - I|^2 and |Q Q^T - I|^2, from their traces, to float32's rounding.
+    """Check whether R over two layers is the sum of |P^T P - I|^2 and |Q Q^T - I|^2, within float32 rounding.
 
     form: `regularization` of the reference; the authors' code and HF peft compute `mean-norm`.
     """

@@ -1,4 +1,4 @@
-"""Measures: DoRA's parts by themselves: its magnitudes, and the gradient with and without the norm in it."""
+"""Measures: DoRA's magnitudes, and its gradient with and without the norm."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from harness.claims.measure import Config, MeasureResult, Method, Model, measure
 from harness.claims.sums import summed
 
 _OUT, _IN, _RANK, _TOKENS = 24, 40, 4, 64
-"""A layer that is not square, so that the two axes differ."""
+"""A layer that is not square, to distinguish the two axes."""
 
 
 @measure("count")
 def with_magnitudes(model: Model, method: Method, config: Config, magnitudes: list[str]) -> MeasureResult:
-    """Parameters that train when a Method moves the directions of some layers and DoRA's magnitudes those of others.
+    """Trainable parameters of a Method for directions together with DoRA's magnitudes.
 
-    magnitudes: last parts of the paths of the layers that have them, in whatever number DoRA attaches. With `lora` this is
-    DoRA, with `vera` DVoRA.
+    magnitudes: last parts of the paths of layers with magnitudes, as many as DoRA attaches. With `lora` this is DoRA, with
+    `vera` DVoRA.
     """
     from harness.claims import attached_model
 
@@ -29,7 +29,7 @@ def with_magnitudes(model: Model, method: Method, config: Config, magnitudes: li
 
 @measure("property")
 def one_magnitude_per(axis: Literal["input", "output"]) -> MeasureResult:
-    """Check whether a DoRA layer, as it is attached without further choice, has one magnitude for each input, or each output."""
+    """Check whether a DoRA layer has, by default, one magnitude per input or per output."""
     have = len(_layer(_drawn("float64"), detach_norm=True).m)
     wanted = _IN if axis == "input" else _OUT
     return MeasureResult(have == wanted, f"a layer of {_IN} inputs and {_OUT} outputs has {have} magnitudes")
@@ -37,7 +37,7 @@ def one_magnitude_per(axis: Literal["input", "output"]) -> MeasureResult:
 
 @measure("property")
 def gradient_is(equation: Literal["eq. 6", "eq. 11"], detach_norm: bool) -> MeasureResult:
-    """Check whether the gradients of A, B and m that autograd gives are those of an equation, and of eq. 7 for m.
+    """Check whether autograd's gradients of A, B and m are those of an equation, and of eq. 7 for m.
 
     eq. 6: m / |V'| (I - V' V'^T / |V'|^2) dL/dW'; eq. 11: m / |V'| dL/dW'. detach_norm: whether the norm is a constant. In
     float32, judged as the conformance suite judges gradients, by the equation in float64.
@@ -46,12 +46,14 @@ def gradient_is(equation: Literal["eq. 6", "eq. 11"], detach_norm: bool) -> Meas
     layer = _layer(drawn, detach_norm)
     (layer(drawn["x"]) * drawn["dy"]).sum().backward()
     have = {name: tensor.grad for name, tensor in layer.tensors().items()}
-    return _judged(have, _by_hand(_drawn("float64"), equation), _by_hand(drawn, equation), "gradients of A, B and m")
+    return _judged(
+        have, _by_equation(_drawn("float64"), equation), _by_equation(drawn, equation), "gradients of A, B and m"
+    )
 
 
 @measure("property")
 def gradient_leaves_direction(detach_norm: bool) -> MeasureResult:
-    """Check whether the gradient of V' has no part along V' itself, row by row: taking that part away leaves it as it is."""
+    """Check whether every row of the gradient of V' is orthogonal to V': removing the part along V' changes nothing."""
     import torch
 
     from reference.dora import gain, norms
@@ -70,7 +72,7 @@ def gradient_leaves_direction(detach_norm: bool) -> MeasureResult:
     return _judged({"V": single[0]}, {"V": projected(*double)}, {"V": projected(*single)}, "gradient of V'")
 
 
-def _by_hand(drawn: dict[str, Any], equation: str) -> dict[str, Any]:
+def _by_equation(drawn: dict[str, Any], equation: str) -> dict[str, Any]:
     """Return the gradients of A, B and m, from that of W' (out, in)."""
     A, B, m = drawn["A"], drawn["B"], drawn["m"]
     V = drawn["W0"] + B @ A
@@ -82,7 +84,7 @@ def _by_hand(drawn: dict[str, Any], equation: str) -> dict[str, Any]:
 
 
 def _drawn(dtype: str) -> dict[str, Any]:
-    """Draw a layer away from its start, its inputs and the gradient of its outputs: the same numbers in every dtype."""
+    """Draw a trained layer, its inputs and the gradient of its outputs: the same numbers in every dtype."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -95,13 +97,13 @@ def _drawn(dtype: str) -> dict[str, Any]:
 def _layer(drawn: dict[str, Any], detach_norm: bool) -> Any:
     import torch
 
-    from reference.dora import Config as Knobs
+    from reference.dora import Config as DoraConfig
     from reference.dora import DoraLinear
 
     base = torch.nn.Linear(_IN, _OUT, bias=False).requires_grad_(False)
     base.weight = torch.nn.Parameter(drawn["W0"], requires_grad=False)
-    knobs = Knobs(rank=_RANK, alpha=_RANK, detach_norm=detach_norm)  # alpha = rank: no scaling, as in eq. 5
-    layer = DoraLinear(base, drawn["A"], drawn["B"], knobs)
+    config = DoraConfig(rank=_RANK, alpha=_RANK, detach_norm=detach_norm)  # alpha = rank: no scaling, as in eq. 5
+    layer = DoraLinear(base, drawn["A"], drawn["B"], config)
     if layer.m.shape == drawn["m"].shape:
         layer.m.data = drawn["m"]
     return layer

@@ -1,4 +1,4 @@
-"""Measures: the peak of a Cell's training step at its whole shape, taken without data. Imports torch only when computed."""
+"""Measures: the peak of a Cell's training step at full shape, on fake tensors. Imports torch only when computed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from harness.claims.measures.records import Entry, Suite, predicted, shape_of
 
 @measure("bytes")
 def step_peak(suite: Suite, cell: Entry) -> MeasureResult:
-    """The most that tensors take at one time in a training step of a Cell of a shape, by that very step of code for a CPU.
+    """Peak memory of tensors in a training step of a Cell, by running the step's CPU code on fake tensors.
 
-    Nothing of it has data, so that a model of any size will do; its texts are as long as they may be. What is paged lies in
-    host memory, and is left out, as are workspaces, what an allocator wastes and CUDA's context.
+    Tensors have no data, so that a model of any size works; texts have their maximum length. Paged states are in host memory
+    and not counted; nor are workspaces, allocator overhead and CUDA's context.
     """
     own = record_sources.cell(suite, cell)
     peak, by = _peak(suite, cell)
@@ -27,7 +27,7 @@ def step_peak(suite: Suite, cell: Entry) -> MeasureResult:
 
 @measure("bytes")
 def step_peak_more(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
-    """By how many bytes the `step_peak` of `of` is more than that of `than`."""
+    """Difference in bytes between the `step_peak` of `of` and of `than`."""
     a, b = step_peak(suite, of), step_peak(suite, than)
     return MeasureResult(a.value - b.value, f"{a.value:,} B - {b.value:,} B: {a.how}; {b.how}")
 

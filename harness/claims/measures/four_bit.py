@@ -1,4 +1,4 @@
-"""Measures: 4-bit data types, their levels and what they lose on normal weights, by QLoRA's references."""
+"""Measures: levels of 4-bit data types, and their errors on normal weights, by QLoRA's references."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Type = Literal["nf4", "fp4", "e2m1", "e3m0", "int4", "int4-both-ends"]
-"""A 4-bit type. fp4: bitsandbytes' float; e2m1, e3m0: floats of so many bits of exponent and mantissa; int4: -7 .. 7 over 7,
-as eq. 1 has it of 8 bits; int4-both-ends: -8 .. 7 over 8."""
+"""A 4-bit type. fp4: bitsandbytes' float; e2m1, e3m0: floats with these bits of exponent and mantissa; int4: -7 .. 7 over 7,
+like eq. 1 for 8 bits; int4-both-ends: -8 .. 7 over 8."""
 _DRAWN = 2**18
-"""Normal weights whose error is measured: that of NF4 is then known to a third of a percent."""
+"""Number of normal weights; the error of NF4 is then known to a third of a percent."""
 
 
 @measure("count")
 def levels(type: Type, side: Literal["both", "negative", "positive"] = "both", zero: bool = True) -> MeasureResult:
-    """Levels of a 4-bit type on one side of zero, with zero or without; a level that two codes stand for once."""
+    """Levels of a 4-bit type on one side of zero, with or without zero; a level of two codes counts once."""
     values = _levels(type).unique()
     chosen = {"both": values.isfinite(), "negative": values <= 0, "positive": values >= 0}[side]
     found = values[chosen & ((values != 0) | zero)].tolist()
@@ -29,7 +29,7 @@ def levels(type: Type, side: Literal["both", "negative", "positive"] = "both", z
 
 @measure("property")
 def nf4_has(printed: list[float]) -> MeasureResult:
-    """Check whether the levels of NF4's reference, built from quantiles, are the printed ones to the last bit of a float32."""
+    """Check whether the levels of NF4's reference, built from quantiles, equal the printed ones in every bit of float32."""
     import torch
 
     return _same(torch.tensor(printed), _levels("nf4"))
@@ -37,9 +37,9 @@ def nf4_has(printed: list[float]) -> MeasureResult:
 
 @measure("property")
 def equation_4_gives(printed: list[float], ends: Literal["as printed", "left out"] = "as printed") -> MeasureResult:
-    """Check whether eq. 4, q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2 over the largest, gives the printed 2^k levels.
+    """Check eq. 4: q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2 over the largest gives the printed 2^k levels.
 
-    ends: whether a level that is not finite takes part, or is left out.
+    ends: include or leave out levels that are not finite.
     """
     import torch
 
@@ -56,7 +56,7 @@ def equation_4_gives(printed: list[float], ends: Literal["as printed", "left out
 
 @measure("property")
 def equally_full_bins(type: Type, block: Positive = 64) -> MeasureResult:
-    """Check whether each level of a type gets an equal share of normal weights, up to what drawing them explains."""
+    """Check whether each level of a type gets an equal share of normal weights, within sampling error."""
     from harness.conformance.tolerance_constants import INITIAL_SIGMAS
 
     table = _levels(type).unique()
@@ -75,7 +75,7 @@ def equally_full_bins(type: Type, block: Positive = 64) -> MeasureResult:
 def squared_error(type: Type, block: Positive = 64, double: bool = False) -> MeasureResult:
     """Mean squared error of standard normal weights (2^18 of them, seed 0) in a 4-bit type.
 
-    type: nf4, fp4 (bitsandbytes' float), e2m1, e3m0 (floats of so many bits of exponent and mantissa), int4 (-7 .. 7) or
+    type: nf4, fp4 (bitsandbytes' float), e2m1, e3m0 (floats with these bits of exponent and mantissa), int4 (-7 .. 7) or
     int4-both-ends (-8 .. 7). block: weights that share a constant. double: whether the constants are in 8 bits.
     """
     from reference.operations import double_quant
@@ -94,7 +94,7 @@ def squared_error(type: Type, block: Positive = 64, double: bool = False) -> Mea
 
 @measure("number")
 def constants_error(centred: bool = True, block: Positive = 64) -> MeasureResult:
-    """Mean relative error of the constants of normal weights in 8 bits, with their mean taken off before or not."""
+    """Mean relative error of the constants of normal weights in 8 bits, with or without subtracting their mean first."""
     from reference.operations import double_quant
     from reference.operations.dynamic_map import dequantize_blockwise, dynamic_map, quantize_blockwise
 
@@ -110,7 +110,7 @@ def constants_error(centred: bool = True, block: Positive = 64) -> MeasureResult
 
 @measure("property")
 def constants_are(type: Literal["e4m3", "e5m2"]) -> MeasureResult:
-    """Check whether the 8-bit type of the constants is an 8-bit float of this format, its largest value scaled to 1."""
+    """Check whether the 8-bit type of the constants is an 8-bit float of this format, with its largest value scaled to 1."""
     import torch
 
     from reference.operations.dynamic_map import dynamic_map
@@ -185,5 +185,5 @@ def _same(have: Tensor, want: Tensor) -> MeasureResult:
     if len(have) != len(want):
         ends = ", ".join(f"{value:.4g}" for value in have.tolist())
         return MeasureResult(False, f"{len(have)} levels, not {len(want)}: {ends}")
-    apart = float((have - want).abs().max())
-    return MeasureResult(torch.equal(have, want), f"{len(have)} levels, the largest difference {apart:.3g}")
+    difference = float((have - want).abs().max())
+    return MeasureResult(torch.equal(have, want), f"{len(have)} levels, the largest difference {difference:.3g}")

@@ -1,4 +1,4 @@
-"""Measures: bits and bytes of a model whose linear layers are kept in 4 bits, with constants for each block (QLoRA)."""
+"""Measures: bits and bytes of a model with linear layers in 4 bits and constants per block (QLoRA)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from harness.claims.measure import Config, MeasureResult, Method, Model, Positiv
 def constant_bits(
     model: Model, double: bool = True, block: Positive = 64, second_block: Positive = 256
 ) -> MeasureResult:
-    """Bits that the constants of blocks add to each weight, over all layers that QLoRA quantises in a model.
+    """Bits per weight of the block constants, over all layers that QLoRA quantises in a model.
 
-    double: whether the constants, 32 bits for `block` weights, are themselves in 8 bits, with 32 for `second_block` of them
-    and 32 for their mean in each layer.
+    double: whether the constants, 32 bits per `block` weights, are in 8 bits, with 32 bits per `second_block` constants and
+    32 for their mean in each layer.
     """
     bits, weights = _constants(model, double, block, second_block)
     return MeasureResult(Fraction(bits, weights), f"{_in_words(double, block, second_block)}: {bits:,} / {weights:,}")
@@ -38,22 +38,22 @@ def four_bit_bytes(
     rest: Literal[0, 2, 4] = 2,
     adapters: int = 0,
 ) -> MeasureResult:
-    """Bytes of a model that QLoRA is attached to: 4-bit codes and constants, in the sizes that `attach` makes them.
+    """Bytes of a model with QLoRA attached: 4-bit codes and constants, in the sizes that `attach` makes.
 
-    rest: bytes of each parameter that is not quantised (embeddings, output, norms). adapters: bytes for each number that
-    trains: 2 of it alone in 16 bits, 12 with its gradient in 16 and Adam's moments in 32. Raises ValueError for a Method
-    that quantises nothing.
+    rest: bytes per parameter that is not quantised (embeddings, output, norms). adapters: bytes per trainable number: 2
+    in 16 bits, 12 with its gradient in 16 bits and Adam's moments in 32. Raises ValueError for a Method without
+    quantisation.
     """
     from harness.claims import quantised_model
     from harness.conformance.subject import configure
     from reference.operations.double_quant import BLOCK
 
     if method != "qlora":
-        raise ValueError(f"{method} keeps nothing in 4 bits; `method` can be qlora")
-    found, knobs = quantised_model.of(model, config), configure(method, config)
-    packed = found.bits(knobs.block, knobs.double_quant) // 8
+        raise ValueError(f"{method} has no 4-bit weights; `method` must be qlora")
+    found, settings = quantised_model.of(model, config), configure(method, config)
+    packed = found.bits(settings.block, settings.double_quant) // 8
     how = [
-        f"{found.elements:,} weights in 4 bits with {_in_words(knobs.double_quant, knobs.block, BLOCK)}: {packed:,} B"
+        f"{found.elements:,} weights in 4 bits with {_in_words(settings.double_quant, settings.block, BLOCK)}: {packed:,} B"
     ]
     how += [f"{found.rest:,} others x {rest} B"] * bool(rest)
     how += [f"{found.adapters:,} of the adapters x {adapters} B"] * bool(adapters)
@@ -62,7 +62,7 @@ def four_bit_bytes(
 
 @measure("property")
 def every_linear_layer_but_the_output(model: Model, method: Method = "qlora", config: Config = {}) -> MeasureResult:
-    """Check whether what QLoRA quantises and adapts is every linear layer of a model but the one that gives the logits."""
+    """Check whether QLoRA quantises and adapts every linear layer of a model except the one that computes the logits."""
     from harness.claims import attached_model, quantised_model
 
     found, built = quantised_model.of(model, config), attached_model.model(model)
@@ -73,7 +73,7 @@ def every_linear_layer_but_the_output(model: Model, method: Method = "qlora", co
 
 
 def _constants(model: str, double: bool, block: int, second_block: int) -> tuple[int, int]:
-    """Return (bits of all constants, weights that they are for)."""
+    """Return (bits of all constants, number of quantised weights)."""
     from harness.claims import quantised_model
 
     found = quantised_model.of(model, {})

@@ -1,4 +1,4 @@
-"""Measures: what GaLore and Adam keep beside the weights, and what GaLore's step does with a gradient."""
+"""Measures: optimizer states of GaLore and Adam, and properties of GaLore's step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from harness.claims.measures.arithmetic import quotients, written
 from harness.claims.measures.parameters import fitting
 
 Side = Literal["std", "reverse_std", "paper", "left", "right", "full"]
-"""Which side of a matrix is projected; `std` is that of the authors' code."""
+"""Rule for the projected side of a matrix; `std` is that of the authors' code."""
 
 
 @measure("bytes")
@@ -23,24 +23,23 @@ def optimizer_bytes(
     projectors: Quantity = 2,
     also: list[str] | None = None,
 ) -> MeasureResult:
-    """Bytes that Adam keeps of all that trains: two moments of each number, or small ones and a basis where GaLore projects.
+    """Bytes of Adam's states: two moments per trainable number, or small moments and a basis where GaLore projects.
 
-    moments, projectors: bytes of each of their numbers. also: regular expressions of the model's own parameters that train
-    besides.
+    moments, projectors: bytes per number. also: regular expressions of further trainable parameters of the model.
     """
-    kept = _kept(model, method, config, also)
-    in_moments = sum(number * moments_of_one for (_, moments_of_one, _), number in kept.items())
-    in_projectors = sum(number * projector for (_, _, projector), number in kept.items())
+    states = _states(model, method, config, also)
+    in_moments = sum(number * moments_of_one for (_, moments_of_one, _), number in states.items())
+    in_projectors = sum(number * projector for (_, _, projector), number in states.items())
     how = f"moments {in_moments:,} x {written(Fraction(moments))} B"
     if in_projectors:
-        shapes = [f"{number} of {shape}" for (shape, _, projector), number in kept.items() if projector]
+        shapes = [f"{number} of {shape}" for (shape, _, projector), number in states.items() if projector]
         how += f" + projectors {in_projectors:,} x {written(Fraction(projectors))} B; projected are {', '.join(shapes)}"
     return MeasureResult(in_moments * Fraction(moments) + in_projectors * Fraction(projectors), how)
 
 
 @measure("count")
 def matrix_states(rows: Positive, columns: Positive, rank: Positive, side: Side = "paper") -> MeasureResult:
-    """Numbers that GaLore keeps beside one matrix: its projector and two moments."""
+    """Numbers in GaLore's state of one matrix: its projector and two moments."""
     from reference.galore import state_elements
 
     return MeasureResult(
@@ -52,10 +51,10 @@ def matrix_states(rows: Positive, columns: Positive, rank: Positive, side: Side 
 def refresh_operations(model: Model, method: Method, config: Config = {}) -> MeasureResult:
     """Operations of one refresh of all projectors: a singular value decomposition of the gradient of each matrix.
 
-    6 m n^2 + 20 n^3 of an m x n one, m >= n, with both bases (R-SVD; Golub and Van Loan, Matrix Computations, section 8.6).
+    6 m n^2 + 20 n^3 for m x n, m >= n, with both bases (R-SVD; Golub and Van Loan, Matrix Computations, section 8.6).
     """
     shapes: Counter[tuple[int, int]] = Counter()
-    for (shape, _, projector), number in _kept(model, method, config, None).items():
+    for (shape, _, projector), number in _states(model, method, config, None).items():
         if projector:
             n, m = sorted(map(int, shape.split("x")))
             shapes[m, n] += number
@@ -66,9 +65,9 @@ def refresh_operations(model: Model, method: Method, config: Config = {}) -> Mea
 
 @measure("share")
 def refresh_share_by_operations(refresh: Count, step: Count, gap: Positive) -> MeasureResult:
-    """What a refresh every `gap` steps adds to training, by the law that time grows with operations, for numbers of these.
+    """Time share of a refresh every `gap` steps, if time is proportional to operations. refresh, step: operations.
 
-    An operation of a decomposition takes longer than one of a product of matrices; no time is measured.
+    An operation of a decomposition takes longer than one of a matrix product; no time is measured.
     """
     share = refresh / (gap * step)
     how = (
@@ -82,21 +81,21 @@ def refresh_share_by_operations(refresh: Count, step: Count, gap: Positive) -> M
 
 @measure("bytes")
 def bytes_saved(of: Quantity, than: Quantity) -> MeasureResult:
-    """By how many bytes `of` is less than `than`."""
+    """Bytes by which `of` is less than `than`."""
     return MeasureResult(than - of, f"{written(than)} B - {written(of)} B")
 
 
 @measure("bytes")
 def left_after_saving(saved: Quantity, share: Quantity) -> MeasureResult:
-    """The bytes that are left where these were saved, and were this share of the whole."""
+    """Remaining bytes after saving `saved` bytes, which were `share` of the whole."""
     return MeasureResult(saved / share - saved, f"{written(saved)} B / {written(100 * share)}% - {written(saved)} B")
 
 
 @measure("share")
 def most_share_less(of: Quantities, than: Quantities, last: Quantity = Fraction(0)) -> MeasureResult:
-    """By which share at most one of `of` is less than the one of `than` in its place: what `up to` means.
+    """Largest relative reduction of an element of `of` from the element of `than` at its position, as in `up to`.
 
-    last: for printed figures, a unit in the last digit of the coarsest one; of sums of them, so many times as much.
+    last: for printed figures, a unit in the last digit of the coarsest one; for sums, multiplied by the number of terms.
     """
     pairs = list(zip(of, than, strict=True))
     shares = [1 - one / other for one, other in pairs]
@@ -109,7 +108,7 @@ def most_share_less(of: Quantities, than: Quantities, last: Quantity = Fraction(
 
 @measure("count")
 def width(model: Model) -> MeasureResult:
-    """The width of a model: numbers in which it holds a token between its layers."""
+    """The hidden size of a model."""
     from harness.claims import attached_model
 
     size = int(attached_model.model(model).config.hidden_size)
@@ -124,7 +123,7 @@ def heads_divide(width: Positive, heads: Positive) -> MeasureResult:
 
 @measure("property")
 def states_by_formula(rows: Positive, columns: Positive, ranks: list[Positive]) -> MeasureResult:
-    """Whether, after a step of Adam, GaLore holds mn + mr + 2nr numbers and LoRA mn + 3mr + 3nr, m <= n (Table 1)."""
+    """Whether, after a step of Adam, GaLore has mn + mr + 2nr numbers and LoRA mn + 3mr + 3nr, m <= n (Table 1)."""
     m, n = min(rows, columns), max(rows, columns)
     said, right = [], True
     for rank in ranks:
@@ -136,7 +135,7 @@ def states_by_formula(rows: Positive, columns: Positive, ranks: list[Positive]) 
 
 @measure("property")
 def full_rank_keeps_gradient(rows: Positive, columns: Positive, side: Side) -> MeasureResult:
-    """Check whether at r = min(m, n) a gradient comes back as it was, projected and projected back (section 3.3)."""
+    """Check whether at r = min(m, n) projecting a gradient and projecting it back restores it (section 3.3)."""
     from harness.conformance.comparison.tolerance_policies import noise_floor
     from reference.galore import project, project_back, projector
 
@@ -149,7 +148,7 @@ def full_rank_keeps_gradient(rows: Positive, columns: Positive, side: Side) -> M
 
 @measure("property")
 def scale_ignores_rank(rows: Positive, columns: Positive, ranks: list[Positive], scale: Quantity) -> MeasureResult:
-    """Check whether at every rank the step with a scale is that many times the step with scale 1 (section 4.4)."""
+    """Check whether at every rank the step with a scale is `scale` times the step with scale 1 (section 4.4)."""
     from harness.conformance.comparison.tolerance_policies import noise_floor
 
     G = _gradient(rows, columns, 0)
@@ -173,14 +172,14 @@ def projects(rows: Positive, columns: Positive, on: Literal["left", "right"], si
 
 @measure("property")
 def moments_are(rows: Positive, columns: Positive, rank: Positive, shape: list[Positive]) -> MeasureResult:
-    """Check whether Adam's moments of a gradient that is projected on the paper's side have this shape."""
+    """Check whether Adam's moments have this shape if a gradient is projected on the paper's side."""
     M = _step(_gradient(rows, columns, 0), rank=rank, side="paper")[1]["M"]
     return MeasureResult(list(M.shape) == shape, f"W is {rows}x{columns}, M and V are {'x'.join(map(str, M.shape))}")
 
 
 @measure("property")
 def refreshes_every(gap: Positive, steps: Positive, side: Side = "std") -> MeasureResult:
-    """Check whether the projector is new at those steps t, counted from 0, at which t mod gap = 0, and at no other."""
+    """Check whether the projector is refreshed exactly at steps t with t mod gap = 0, counted from 0."""
     import torch
 
     from reference.galore import galore_step
@@ -198,8 +197,8 @@ def refreshes_every(gap: Positive, steps: Positive, side: Side = "std") -> Measu
     return MeasureResult(found, f"of steps 0 to {steps - 1}, new at {', '.join(map(str, fresh))}")
 
 
-def _kept(model: str, method: str, config: Config, also: list[str] | None) -> Counter[tuple[str, int, int]]:
-    """Count the tensors that train by shape, numbers in the moments of one, and numbers in its projector."""
+def _states(model: str, method: str, config: Config, also: list[str] | None) -> Counter[tuple[str, int, int]]:
+    """Count trainable tensors by shape, elements of their moments, and elements of their projector."""
     from harness.claims import attached_model
     from harness.conformance.subject import configure
     from harness.memory_model import counting
@@ -231,14 +230,14 @@ def _gradient(rows: int, columns: int, seed: int) -> Any:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _step(G: Any, **knobs: Any) -> tuple[Any, dict[str, Any]]:
-    """Return how far one step from zero goes, and the state after it."""
+def _step(G: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the weight after one step from zero, and the state."""
     import torch
 
     from reference.galore import galore_step
 
     W, state = torch.zeros_like(G), dict[str, Any]()
-    galore_step(W, G, state, lr=0.1, **knobs)
+    galore_step(W, G, state, lr=0.1, **options)
     return W, state
 
 
@@ -259,5 +258,5 @@ def _held_by_lora(rows: int, columns: int, rank: int) -> int:
     optimizer = torch.optim.AdamW(adapted.parameters(), 0.1)
     model(torch.ones(1, columns)).sum().backward()
     optimizer.step()
-    moments = [t for kept in optimizer.state.values() for name, t in kept.items() if name != "step"]
+    moments = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
     return sum(t.numel() for t in (*model.parameters(), *moments))

@@ -1,6 +1,6 @@
-"""Measures: what LoRA promises by construction (arXiv:2106.09685, section 4.1), on its reference.
+"""Measures: properties of LoRA by construction (arXiv:2106.09685, section 4.1), checked on its reference.
 
-Small tensors hold whole numbers in float64: their products and sums are exact, so what must be equal is compared to the bit.
+Small tensors of integers in float64 have exact products and sums, so that equality is checked to the bit.
 Imports torch only when a measure is computed.
 """
 
@@ -17,7 +17,7 @@ _INPUTS, _OUTPUTS, _TOKENS = 12, 20, 7
 
 @measure("property")
 def rank_times_sides(model: Model, method: Method, config: Config = {}, split: Split = {}) -> MeasureResult:
-    """Check whether a Method trains r (in + out) numbers in each layer that it adapts, so 2 d r in a square one, and no bias."""
+    """Check whether a Method trains r (in + out) numbers per adapted layer, so 2 d r in a square one, and no bias."""
     import json
 
     from torch import Size
@@ -43,7 +43,7 @@ def rank_times_sides(model: Model, method: Method, config: Config = {}, split: S
 
 @measure("property")
 def only_b_learns_at_first() -> MeasureResult:
-    """Check whether A's gradient is zero and B's is not before the first step, B being zero."""
+    """Check whether before the first step, with B = 0, the gradient of A is zero and that of B is not."""
     import torch
 
     adapted = _attach(_plain(), rank=4, alpha=8)
@@ -60,14 +60,14 @@ def only_b_learns_at_first() -> MeasureResult:
 def update_is_scaled_by(
     factor: Literal["alpha/r", "alpha/sqrt(r)"], alpha: Positive, ranks: list[Positive]
 ) -> MeasureResult:
-    """Check whether W0 x gets this multiple of B A x, at every one of some ranks; `alpha/sqrt(r)` is with rslora."""
+    """Check whether the update is this multiple of B A x at every rank; `alpha/sqrt(r)` is with rslora."""
     import torch
 
     for rank in ranks:
         adapted = _attach(_plain(), rank=rank, alpha=alpha, rslora=factor == "alpha/sqrt(r)")
         layer = adapted.layers["layer"]
         with torch.no_grad():
-            layer.base.weight.zero_()  # its product would take last digits off the update
+            layer.base.weight.zero_()  # adding its product would round the update
             layer.A.copy_(_whole(layer.A.shape, 3))
             layer.B.copy_(_whole(layer.B.shape, 4))
             x = _whole((_TOKENS, _INPUTS), 5)
@@ -79,7 +79,7 @@ def update_is_scaled_by(
 
 @measure("property")
 def subtracting_restores_the_base() -> MeasureResult:
-    """Check whether W0 + alpha/r B A, as merged, less alpha/r B A is W0 again."""
+    """Check whether subtracting alpha/r B A from the merged weight restores W0."""
     import torch
 
     layer = _attach(_plain(), rank=4, alpha=8).layers["layer"]
@@ -96,7 +96,7 @@ def subtracting_restores_the_base() -> MeasureResult:
 
 @measure("property")
 def merged_has_the_bases_layers() -> MeasureResult:
-    """Check whether a model with LoRA merged has the very modules and shapes of before, so that nothing more is computed."""
+    """Check whether a model with merged LoRA has the same modules and shapes as before, so without extra computation."""
     model = _plain()
     before = _architecture(model)
     adapted = _attach(model, rank=4, alpha=8)
@@ -109,7 +109,7 @@ def merged_has_the_bases_layers() -> MeasureResult:
 
 @measure("property")
 def b_learns_faster(ratio: Positive) -> MeasureResult:
-    """Check whether the optimizer gives every factor B `ratio` times the learning rate that A has (LoRA+, arXiv:2402.12354)."""
+    """Check whether the learning rate of every factor B is `ratio` times that of A (LoRA+, arXiv:2402.12354)."""
     from harness.cell.training import optimizers
     from harness.records.record import Training
 
@@ -122,7 +122,7 @@ def b_learns_faster(ratio: Positive) -> MeasureResult:
 
 
 def _plain() -> Any:
-    """Return a model of one linear layer, float64, its weight whole numbers."""
+    """Return a model of one linear layer with integer weights in float64."""
     from collections import OrderedDict
 
     import torch

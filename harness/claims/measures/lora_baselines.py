@@ -1,6 +1,6 @@
 """Measures: trainable parameters of LoRA's baselines, by the formulas of arXiv:2106.09685, section 5.1.
 
-Width d and depth L are read off the model. Imports torch only when a measure is computed.
+Width d and depth L are those of the model. Imports torch only when a measure is computed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def adapters(model: Model, design: Design, rank: Positive) -> MeasureResult:
 def adapters_of_some_rank(
     model: Model, design: Design, printed: Quantity, last: Quantity, fitted: bool = False
 ) -> MeasureResult:
-    """The same, for a table that leaves the rank out: see `at_some_rank`."""
+    """Adapters if the rank is not printed; see `at_some_rank`."""
     d, depth = _width_and_depth(model)
     number, norms = (depth * each for each in _PER_BLOCK[design])
     return of_some(Fraction(number * d + 2 * norms * d), Fraction(number * (2 * d + 1)), printed, last, fitted, "rank")
@@ -57,14 +57,14 @@ def prefix_layer(model: Model, prefix: Tokens, infix: Tokens) -> MeasureResult:
 
 @measure("count")
 def prefix_layer_of_some_length(model: Model, printed: Quantity, last: Quantity, fitted: bool = False) -> MeasureResult:
-    """The same, for a table that leaves the lengths out: see `at_some_rank`, with tokens in the place of ranks."""
+    """Prefix-layer tuning if the lengths are not printed; see `at_some_rank`, with tokens instead of ranks."""
     d, depth = _width_and_depth(model)
     return of_some(Fraction(0), Fraction(depth * d), printed, last, fitted, "token")
 
 
 @measure("count")
 def last_blocks(model: Model, blocks: Positive) -> MeasureResult:
-    """Parameters of the last blocks of a model, all else frozen."""
+    """Parameters of the last blocks of a model."""
     from harness.claims import attached_model
 
     of_block: dict[int, Counter[tuple[int, ...]]] = {}
@@ -72,7 +72,7 @@ def last_blocks(model: Model, blocks: Positive) -> MeasureResult:
         if index := re.search(r"\.(\d+)\.", name):
             of_block.setdefault(int(index[1]), Counter())[tuple(tensor.shape)] += 1
     if blocks > len(of_block):
-        raise ValueError(f"the model has {len(of_block)} blocks, and the last {blocks} are asked for")
+        raise ValueError(f"`blocks` is {blocks}, but the model has {len(of_block)} blocks")
     last = sorted(of_block)[-blocks:]
     sizes = sum((of_block[index] for index in last), Counter[tuple[int, ...]]())
     return MeasureResult(total(sizes), f"blocks {last[0]} to {last[-1]}: {in_words(sizes)}")

@@ -1,7 +1,7 @@
-"""Measures: what paging an optimizer's states does, by the reference of it on a CPU. Imports torch only when computed.
+"""Measures: paging of optimizer states, by its reference on a CPU. Imports torch only when computed.
 
-A device of a stated size holds the states and what a batch takes; a long text takes more for one step. What moves is counted
-in bytes, as a CPU has no second memory to page into: how long a move takes on a GPU these do not say.
+A simulated device of a given size holds the states and the memory of a batch; a long text needs more for one step. Moves are
+counted in bytes; their time on a GPU is not measured.
 """
 
 from __future__ import annotations
@@ -14,33 +14,35 @@ from pydantic import Field
 from harness.claims.measure import MeasureResult, Positive, measure
 
 Part = Annotated[float, Field(gt=0, lt=1)]
-"""A parameter that is a part of all states."""
+"""A parameter that is a fraction of all states."""
 _SEED, _LR = 0, 1e-3
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What a simulated training did. states: bytes of all of them; most: of states and spike on the device at a time.
-
-    out, back: bytes moved to the host and back; same: whether the weights are those of the optimizer without pages.
-    """
+    """Result of a simulated training."""
 
     states: int
+    """Bytes of all states."""
     most: int
+    """Peak bytes of states and spike on the device."""
     out: int
+    """Bytes moved to the host."""
     back: int
+    """Bytes moved back."""
     same: bool
+    """Whether the weights equal those of the optimizer without paging."""
 
 
 @measure("property")
 def paging_survives_a_spike(
     spike: Part = 0.75, matrices: Positive = 6, rows: Positive = 400, columns: Positive = 300, steps: Positive = 5
 ) -> MeasureResult:
-    """Check whether a step that leaves the states too little memory passes if these are paged, and training goes on as without.
+    """Check whether paging lets a step with a memory spike succeed, without changing the training.
 
-    AdamW of so many matrices, on a device that their states fill. In the middle step a long text takes the part `spike` of
-    it: states have to leave, and the step must not take more than the device has. At the end all weights must be, to the
-    last bit, those of AdamW on a device that is large enough.
+    AdamW of `matrices` matrices, on a device that their states fill. In the middle step a long text takes the fraction
+    `spike` of it: states must leave, and the step must not exceed the device. In the end all weights must equal, to the
+    last bit, those of AdamW on a large enough device.
     """
     run = _train(spike, matrices, rows, columns, steps)
     need = run.states + int(spike * run.states)

@@ -1,4 +1,4 @@
-"""Measures: parameters, counted on a model without weights that has the Method's reference attached."""
+"""Measures: parameters, counted on a meta model with the Method's reference attached."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from harness.claims.measure import Config, MeasureResult, Method, Model, measure
 from harness.claims.sums import in_words, summed, total
 
 Split = dict[str, list[str]]
-"""Layers that stand for several, e.g. `{c_attn: [q, k, v]}` of GPT-2; then `q` and `v` can be targets."""
+"""Fused layers and their parts, e.g. `{c_attn: [q, k, v]}` of GPT-2; then `q` and `v` can be targets."""
 
 
 @measure("count")
 def parameters(model: Model, without: list[str] | None = None, only: list[str] | None = None) -> MeasureResult:
     """Parameters of a model, tied ones once.
 
-    without, only: regular expressions of parameters' names that are left out, or are all that is counted. Raises ValueError
-    for one that fits no name, here as below.
+    without, only: regular expressions of parameter names to exclude or to count exclusively. Raises ValueError for one that
+    matches no name.
     """
     return summed(_parameters(model, without, only))
 
@@ -34,10 +34,10 @@ def trainable_parameters(
     only: list[str] | None = None,
     also: list[str] | None = None,
 ) -> MeasureResult:
-    """Parameters that train when a Method is attached to a model; a classifier's new head is not among them.
+    """Trainable parameters of a Method attached to a model, without a classifier's new head.
 
-    only: regular expressions of the Method's tensors, the only ones counted. also: of the model's own parameters that train
-    besides, e.g. `classifier` or `embed_tokens`; what the Method trains of them already counts once.
+    only: regular expressions of the Method's tensors to count exclusively. also: of further trainable parameters of the
+    model, e.g. `classifier` or `embed_tokens`; parameters that the Method trains already count once.
     """
     return summed(_trained(model, method, config, split, only, also))
 
@@ -50,7 +50,7 @@ def frozen_tensors_of_the_method(
     split: Split = {},
     only: list[str] | None = None,
 ) -> MeasureResult:
-    """Elements of what a Method makes and does not train (VeRA's projections), once where layers share it."""
+    """Elements of a Method's frozen tensors (VeRA's projections); shared tensors count once."""
     from harness.claims import attached_model
 
     every = attached_model.frozen(model, method, config, split)
@@ -67,7 +67,7 @@ def trainable_share(
     only: list[str] | None = None,
     also: list[str] | None = None,
 ) -> MeasureResult:
-    """Parameters that train, as a share of the model's own (`base`), or of those and the Method's (`base+adapter`)."""
+    """Trainable parameters as a share of the model (`base`), or of the model and the Method's (`base+adapter`)."""
 
     trained = _trained(model, method, config, split, only, also)
     top, base = total(trained), total(_parameters(model))
@@ -77,7 +77,7 @@ def trainable_share(
 
 @measure("count")
 def adapted_layers(model: Model, method: Method, config: Config = {}, split: Split = {}) -> MeasureResult:
-    """Layers that a Method adapts."""
+    """Number of layers that a Method adapts."""
     from harness.claims import attached_model
 
     paths = {name.rpartition(".")[0] for name in attached_model.trained(model, method, config, split)}
@@ -107,9 +107,9 @@ def _parameters(model: str, without: list[str] | None = None, only: list[str] | 
 
 
 def fitting(names: Iterable[str], patterns: list[str] | None) -> list[str]:
-    """Return the names that one of several regular expressions finds something in; all of them for None.
+    """Return the names that match a regular expression; all names for None.
 
-    Raises ValueError for an expression that fits none: nothing would be counted, and nobody told.
+    Raises ValueError for an expression without a match, which would silently count nothing.
     """
     every = list(names)
     if patterns is None:
@@ -117,5 +117,5 @@ def fitting(names: Iterable[str], patterns: list[str] | None) -> list[str]:
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in every):
             some = ", ".join(f"`{name}`" for name in dict.fromkeys([*every[:2], *every[-2:]]))
-            raise ValueError(f"`{pattern}` fits none of the {len(every)} names, which are such as {some or 'none'}")
+            raise ValueError(f"`{pattern}` matches none of {len(every)} names, e.g. {some or 'none'}")
     return [name for name in every if any(re.search(pattern, name) for pattern in patterns)]

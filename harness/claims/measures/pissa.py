@@ -1,6 +1,6 @@
 """Measures: PiSSA's start, its fast SVD, its conversion to LoRA and QPiSSA's error, by the reference (arXiv:2404.02948).
 
-On made weights: random singular vectors, and singular values that fall as a power of their number.
+On synthetic weights: random singular vectors, and singular values that fall as a power of their index.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def pissa_splits_the_weight(
     rank: Positive, rows: Positive = 96, columns: Positive = 128, decay: float = 0.5, niter: int = 0,
     dtype: Dtype = "float32",
 ) -> MeasureResult:  # fmt: skip
-    """Check whether residual + s B A is the weight, within what rounding the weight itself to the dtype loses.
+    """Check whether residual + s B A is the weight, within the error of rounding the weight to the dtype.
 
     niter: iterations of the randomised SVD, 0 for the exact one. dtype: of A, B and the residual.
     """
@@ -42,7 +42,7 @@ def pissa_takes_the_principal_part(
 ) -> MeasureResult:
     """Check whether s B A is made of the largest singular values and their vectors, and each factor has half of each value.
 
-    Against the values and vectors that the weight was made of: s B A = U_r S_r V_r^T, s A A^T = s B^T B = S_r.
+    Compared with the values and vectors of the synthetic weight: s B A = U_r S_r V_r^T, s A A^T = s B^T B = S_r.
     """
     import torch
 
@@ -71,7 +71,7 @@ def fast_svd_error(
 
 @measure("property")
 def pissa_is_a_lora(rank: Positive, lora_rank: Positive, rows: Positive = 96, columns: Positive = 128) -> MeasureResult:
-    """Check whether a trained PiSSA is a LoRA of `lora_rank` on the weight as it was: W + s B' A' = W_res + s B A, in float64."""
+    """Check whether a trained PiSSA is a LoRA of `lora_rank` on W: W + s B' A' = W_res + s B A, in float64."""
     from reference import pissa
 
     W = _weight(rows, columns, 0.5)
@@ -88,9 +88,9 @@ def pissa_is_a_lora(rank: Positive, lora_rank: Positive, rows: Positive = 96, co
 def pissa_starts_at_the_model(
     rank: Positive, dropout: float, rows: Positive = 96, columns: Positive = 128
 ) -> MeasureResult:
-    """Check whether a layer gives what it gave before PiSSA, in training mode, with LoRA's dropout on the adapter's input.
+    """Check whether PiSSA preserves the output of a layer in training mode, with LoRA's dropout on the adapter's input.
 
-    Raises ValueError for a dropout that is no probability.
+    Raises ValueError for a dropout that is not a probability.
     """
     import torch
     from torch import nn
@@ -117,12 +117,11 @@ def quantisation_error_reduced(
     size: Positive = 256,
     decay: float = 0.5,
 ) -> MeasureResult:
-    """By which share the nuclear norm of W - (nf4(.) + B A) is less than that of W - nf4(W) (eqs. 6 to 8), before training.
+    """Relative reduction of the nuclear norm of W - (nf4(.) + B A) from that of W - nf4(W) (eqs. 6 to 8), before training.
 
-    QLoRA loses the latter, its B A being 0 then. by: loftq, whose A and B are what the rank can take of W - nf4(W), and then
-    by turns; qpissa, which quantises the residual of the principal part, and after the first iteration takes A and B of
-    W - nf4(residual).
-    residual_of: by which step's A and B the residual is updated (Algorithm 1, line 5).
+    The latter is the error of QLoRA, with B A = 0. by: loftq, with A and B from the SVD of W - nf4(W), then alternating;
+    qpissa, which quantises the residual of the principal part, and after the first iteration takes A and B of
+    W - nf4(residual). residual_of: the step whose A and B update the residual (Algorithm 1, line 5).
     """
     W = _weight(size, size, decay)
     plain = _nuclear(W - _nf4(W))
@@ -138,9 +137,9 @@ def quantisation_error_reduced(
 def each_turn_is_another(
     rank: Positive, iterations: Positive, residual_of: ResidualOf, size: Positive = 128, decay: float = 0.5
 ) -> MeasureResult:
-    """Check whether each turn of Algorithm 1 finds A and B that the turn before has not.
+    """Check whether each iteration of Algorithm 1 yields other A and B than the previous one.
 
-    residual_of: by which step's A and B the residual is updated (line 5).
+    residual_of: the step whose A and B update the residual (line 5).
     """
     import torch
 
@@ -151,9 +150,9 @@ def each_turn_is_another(
 
 
 def _turns(W: Tensor, rank: int, iterations: int, residual_of: ResidualOf) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (W_res, B A) after each turn of Algorithm 1, of which PiSSA's own start is the first.
+    """Yield (W_res, B A) after each iteration of Algorithm 1, of which PiSSA's initialisation is the first.
 
-    The A_1 and B_1 that line 5 reads at t = 2 are set by no line as printed: the start's are taken.
+    As printed, no line sets the A_1 and B_1 that line 5 reads at t = 2: those of the initialisation are taken.
     """
     product = before = _principal(W, rank)
     residual = W - product
@@ -166,7 +165,7 @@ def _turns(W: Tensor, rank: int, iterations: int, residual_of: ResidualOf) -> It
 
 
 def _loftq(W: Tensor, rank: int, iterations: int) -> Tensor:
-    """Return Q + B A after LoftQ's turns of quantisation and SVD, which begin with B A = 0 (eq. 11)."""
+    """Return Q + B A after LoftQ's alternating quantisation and SVD, beginning with B A = 0 (eq. 11)."""
     product = W * 0
     for _ in range(iterations):
         quantised = _nf4(W - product)
@@ -197,7 +196,7 @@ def _product(U: Tensor, S: Tensor, Vt: Tensor) -> Tensor:
 
 
 def _split(W: Tensor, rank: int, niter: int, dtype: str) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Return (A, B, residual, s) of the reference, with an alpha that is not the rank, so that s counts."""
+    """Return (A, B, residual, s) of the reference, with alpha != rank, so that s matters."""
     import torch
 
     from harness.conformance.subject import DTYPES
@@ -205,7 +204,7 @@ def _split(W: Tensor, rank: int, niter: int, dtype: str) -> tuple[Tensor, Tensor
 
     if rank > min(W.shape):
         raise ValueError(
-            f"a weight of {W.shape[0]} x {W.shape[1]} has no {rank} singular values; give a smaller `rank`"
+            f"a weight of {W.shape[0]} x {W.shape[1]} has fewer than {rank} singular values; use a smaller `rank`"
         )
     config = pissa.Config(rank=rank, alpha=2.0 * rank, niter=niter)
     A, B, residual = pissa.split(W, config, DTYPES[dtype], torch.Generator().manual_seed(_SEED))
@@ -218,7 +217,7 @@ def _weight(rows: int, columns: int, decay: float) -> Tensor:
 
 
 def _parts(rows: int, columns: int, decay: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (U, S, V), float64, of a weight whose k-th singular value is k to the power of -decay."""
+    """Return (U, S, V), float64, of a weight with singular values k^-decay."""
     import torch
 
     few = min(rows, columns)
@@ -233,7 +232,7 @@ def _normal(rows: int, columns: int, seed: int = 3) -> Tensor:
 
 
 def _judged(mine: dict[str, Tensor], truth: dict[str, Tensor], dtype: str) -> MeasureResult:
-    """Judge by what rounding the truth to the dtype loses, as the conformance suite does."""
+    """Judge by the error of rounding the truth to the dtype, as the conformance suite does."""
     from harness.conformance.comparison.tolerance_policies import noise_floor
     from harness.conformance.subject import DTYPES
 

@@ -1,6 +1,6 @@
-"""Measures of the memory that Cells took, from the Records of a run, and what all measures of Records share. No torch.
+"""Measures: memory of Cells, from the Records of a run, and functions that all measures of Records share. No torch.
 
-Where a measurement is uncertain, what is found is an interval, and a claim is decided by all of it.
+An uncertain measurement is an interval, and all of it must agree with a claim.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ def _suite(name: str, info: ValidationInfo) -> str:
 
     if not name.endswith(".yaml"):
         if name not in (there := loader.names()):
-            raise ValueError(
-                f"no suite is called `{name}`; {did_you_mean(name, there)}; or write the path of a .yaml file"
-            )
+            raise ValueError(f"unknown suite `{name}`; {did_you_mean(name, there)}; or write the path of a .yaml file")
         return name
     path = (info.context or {}).get(FOLDER, Path()) / resources.user_path(name)
     try:
@@ -49,21 +47,21 @@ def _entry(name: str, info: ValidationInfo) -> str:
 
 
 Suite = Annotated[str, AfterValidator(_suite)]
-"""A parameter that names a suite, or the path of one's own, from the claim file on; entries are named by their ids there."""
+"""A parameter that names a suite, or its path relative to the claim file."""
 Entry = Annotated[str, AfterValidator(_entry)]
-"""A parameter that names an entry of `suite`, or if it is called `whole` of `whole_suite`."""
+"""A parameter that names an entry of `suite` by id; a parameter `whole` of `whole_suite`."""
 Depths = Annotated[list[Entry], Field(min_length=2)]
-"""Entries that differ in the number of the model's blocks alone."""
+"""Entries that differ only in the number of the model's blocks."""
 LABELS = 2
-"""Of an encoder's new head, as tasks of random labels have."""
+"""Labels of an encoder's new head, as in tasks with random labels."""
 _RECIPE = ("method", "base", "dtype", "optimizer")
-"""What a Cell has in common with its rehearsal at a smaller size."""
+"""Fields that a Cell shares with its rehearsal at a smaller size."""
 _LEFT_OUT = "CUDA's own context, and what the allocator holds beyond tensors, are left out"
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A measurement with the least and the most that it may be in truth; equal where nothing is uncertain."""
+    """A measurement with its least and largest possible value, equal if it is certain."""
 
     value: Fraction
     least: Fraction
@@ -75,20 +73,21 @@ class Interval:
         return cls(Fraction(value), Fraction(least), Fraction(most))
 
     def over(self, other: Interval) -> Interval:
-        """Return the quotient: the widest that two intervals leave open, so that it covers no less than either."""
+        """Return the quotient with the widest interval that both allow. Raises NotRunError for a divisor of 0."""
         if not other.least > 0:
-            raise NotRunError("what it would be divided by was measured as nothing")
+            raise NotRunError("the divisor was measured as 0")
         return Interval(self.value / other.value, self.least / other.most, self.most / other.least)
 
     def found(self, how: str) -> MeasureResult:
-        """Return it as what a measure finds."""
+        """Return the interval as the result of a measure."""
         return MeasureResult(self.least, how, None if self.least == self.most else self.most)
 
 
 @measure("bytes")
 def peak_memory(suite: Suite, cell: Entry) -> MeasureResult:
-    """The most memory at a time while a Cell trained: of tensors on a GPU (its own context comes on top), of the process on
-    a CPU, above what it took after its imports. Of several seeds, the least and the most.
+    """Peak memory of a Cell's training, as a range over seeds.
+
+    On a GPU of tensors, without its context; on a CPU of the process, minus its memory after imports.
     """
     (own,) = record_sources.records(suite, cell)
     return _peak(own).found(f"{_peaks(own)}; {record_sources.place(own[0])}")
@@ -96,10 +95,9 @@ def peak_memory(suite: Suite, cell: Entry) -> MeasureResult:
 
 @measure("bytes")
 def device_memory(suite: Suite, cell: Entry) -> MeasureResult:
-    """What a Cell took of its GPU while it trained, for a claim that one has enough: from the most of its tensors at a time
-    to all that its allocator held or its driver counted. The driver counts CUDA's context too, and others' use of the GPU.
+    """Memory of a GPU that a Cell's training needs: from the peak of its tensors to the allocator's or the driver's total.
 
-    Of a Record without these two, or of a CPU, as `peak_memory`.
+    The driver includes CUDA's context, and other processes. Without these two numbers, and on a CPU, like `peak_memory`.
     """
     (own,) = record_sources.records(suite, cell)
     peak, seen = _peak(own), [gpu for record in own if (gpu := measurements.training_gpu(record))]
@@ -114,14 +112,14 @@ def device_memory(suite: Suite, cell: Entry) -> MeasureResult:
 
 @measure("ratio")
 def memory_ratio(suite: Suite, of: Entry, to: Entry) -> MeasureResult:
-    """How many times the peak of training of `to` goes into that of `of`."""
+    """Ratio of the peak memory of training of `of` and `to`."""
     (a, b) = pair(suite, of, to)
     return _peak(a).over(_peak(b)).found(f"{_peaks(a)} / {_peaks(b)}; {record_sources.place(a[0])}")
 
 
 @measure("share")
 def memory_less(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
-    """By which share the peak of training of `of` is less than that of `than`."""
+    """Relative reduction of the peak memory of training of `of` from `than`."""
     (a, b) = pair(suite, of, than)
     quotient = _peak(a).over(_peak(b))
     less = Interval(1 - quotient.value, 1 - quotient.most, 1 - quotient.least)
@@ -130,7 +128,7 @@ def memory_less(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
 
 @measure("bytes")
 def memory_more(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
-    """By how many bytes the peak of training of `of` is more than that of `than`; negative where it is less."""
+    """Difference in bytes between the peak memory of training of `of` and `than`."""
     (a, b) = pair(suite, of, than)
     x, y = _peak(a), _peak(b)
     more = Interval(x.value - y.value, x.least - y.most, x.most - y.least)
@@ -139,9 +137,9 @@ def memory_more(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
 
 @measure("bytes")
 def extrapolated_memory(suite: Suite, cells: Depths) -> MeasureResult:
-    """The peak of training a model of all its blocks, from Cells of its first few: what a block takes is a difference.
+    """Peak memory of training a whole model, extrapolated linearly from Cells with its first blocks.
 
-    Of three or more Cells each two of neighbouring depth give a line; what is found is the least and the most of them.
+    With three or more Cells each pair of neighbouring depths gives a line; the result is the range of all lines.
     """
     value, how, own = _extrapolated(suite, cells)
     return value.found(f"{how}; {record_sources.place(own)}")
@@ -149,7 +147,7 @@ def extrapolated_memory(suite: Suite, cells: Depths) -> MeasureResult:
 
 @measure("ratio")
 def extrapolated_memory_ratio(suite: Suite, of: Depths, to: Depths) -> MeasureResult:
-    """How many times the peak of training by `to` goes into that by `of`, each as of `extrapolated_memory`."""
+    """Ratio of `of` and `to`, each as in `extrapolated_memory`."""
     for a, b in zip(of, to, strict=True):
         pair(suite, a, b)
     (x, told, own), (y, its, _) = _extrapolated(suite, of), _extrapolated(suite, to)
@@ -158,19 +156,19 @@ def extrapolated_memory_ratio(suite: Suite, of: Depths, to: Depths) -> MeasureRe
 
 @measure("bytes")
 def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: Entry) -> MeasureResult:
-    """The memory that a Cell would need by the law that bytes grow with parameters, in blocks and outside them.
+    """Memory of a Cell, if bytes are proportional to parameters, inside and outside of blocks.
 
-    cells: of a narrower model with one and with two blocks, its ranks as much smaller as it is narrower. What is scaled are
-    tensors as they were counted, weights, adapter, gradients, the optimizer's states and what its step adds. By other laws,
-    and so by `harness.memory_model` for the whole Cell, grow what a paged optimizer keeps on a GPU, as small tensors are not
-    paged, and activations and logits: without these the least, and with them the most, as if they were there at once with
-    what the step adds.
+    cells: of a narrower model with one and with two blocks, with ranks smaller in proportion. Scaled are the counted
+    tensors: weights, adapter, gradients, the optimizer's states and the temporaries of its step. By
+    `harness.memory_model` for the whole Cell: states of a paged optimizer on the GPU, as small tensors are not paged, and
+    activations and logits. The result is a range, without activations and logits and with them in addition to the step's
+    temporaries.
     """
     at = record_sources.cell(whole_suite, whole)
     whole_is = predicted(at)
     value, how, own = _scaled(suite, cells, at.model.removeprefix(shapes.PREFIX), whole_is.optimizer_B)
     if unlike := [key for key in _RECIPE if getattr(own.cell, key) != getattr(at, key)]:
-        raise ValueError(f"{own.cell.label} is no rehearsal of {at.label}: another {', '.join(unlike)}")
+        raise ValueError(f"{own.cell.label} is not a rehearsal of {at.label}: different {', '.join(unlike)}")
     if whole_is.activations_B is None or whole_is.logits_B is None:
         raise NotRunError(f"a formula for what {at.label} keeps for its backward pass, which is not known")
     passing = whole_is.activations_B + whole_is.logits_B
@@ -180,7 +178,7 @@ def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: Entry)
 
 @measure("ratio")
 def scaled_memory_ratio(suite: Suite, of: Depths, to: Depths, model: Model) -> MeasureResult:
-    """How many times the memory of training by `to` goes into that by `of`, each as of `scaled_memory`."""
+    """Ratio of `of` and `to`, each as in `scaled_memory`, without activations."""
     for a, b in zip(of, to, strict=True):
         pair(suite, a, b)
     (x, told, own), (y, its, _) = _scaled(suite, of, model), _scaled(suite, to, model)
@@ -189,7 +187,7 @@ def scaled_memory_ratio(suite: Suite, of: Depths, to: Depths, model: Model) -> M
 
 @measure("count")
 def trained_parameters(suite: Suite, cell: Entry) -> MeasureResult:
-    """How many numbers of the Method a Cell trained, without a new head."""
+    """Trained parameters of the Method of a Cell, without a new head."""
     (own,) = record_sources.records(suite, cell)
     counts = {record.measurements.parameters.adapter for record in own if record.measurements}
     return MeasureResult(max(counts), f"counted in {own[0].cell.label}; {record_sources.place(own[0])}")
@@ -197,25 +195,25 @@ def trained_parameters(suite: Suite, cell: Entry) -> MeasureResult:
 
 @measure("property")
 def undecidable(needs: str) -> MeasureResult:
-    """Something that cannot be decided with what the harness has, e.g. a score of GPT-3. needs: what it would take."""
+    """A property that the harness cannot decide, e.g. a score of GPT-3. needs: the requirement."""
     raise NotRunError(f"it takes {needs}")
 
 
 def pair(suite: str, of: str, to: str) -> tuple[list[Record], list[Record]]:
-    """Return the Records of two entries, which must have had the same model, texts and budget."""
+    """Return the Records of two entries. Raises ValueError unless they have the same model, texts and budget."""
     a, b = record_sources.records(suite, of, to)
     record_sources.comparable(a, b)
     return a, b
 
 
 def _depths(suite: str, cells: Sequence[str]) -> tuple[str, dict[int, list[Record]]]:
-    """Return the name of the model that some Cells have the first blocks of, and their Records by how many they have."""
+    """Return the name of the model of some Cells, and their Records by number of blocks."""
     sides = record_sources.records(suite, *cells)
     names = {own[0].cell.model.removeprefix(shapes.PREFIX).partition("/")[0] for own in sides}
     else_equal = {own[0].cell.model_copy(update={"model": ""}).cell_id for own in sides}
     found = {_blocks(own[0].cell.model): own for own in sides}
     if len(names) > 1 or len(else_equal) > 1 or len(found) < len(sides):
-        raise ValueError(f"{', '.join(cells)} do not differ in the number of blocks alone")
+        raise ValueError(f"{', '.join(cells)} must differ only in the number of blocks")
     return names.pop(), dict(sorted(found.items()))
 
 
@@ -232,7 +230,7 @@ def _extrapolated(suite: str, cells: Sequence[str]) -> tuple[Interval, str, Reco
 
 
 def _scaled(suite: str, cells: Sequence[str], model: str, paged: int | None = None) -> tuple[Interval, str, Record]:
-    """Scale what was counted to a model. paged: the bytes of a paged optimizer's states that stay on a GPU at its size."""
+    """Scale counted bytes to a model. paged: bytes of a paged optimizer's states on the GPU at this size."""
     narrow, at = _depths(suite, cells)
     if [*at] != [1, 2]:
         raise ValueError(f"{', '.join(cells)} have {', '.join(map(str, at))} blocks; the law wants 1 and 2")
@@ -255,7 +253,7 @@ def _blocks(address: str) -> int:
 
 
 def _sizes(model: str) -> tuple[int, int]:
-    """Return the parameters of one block and of all that is outside the blocks."""
+    """Return the number of parameters of one block, and outside of blocks."""
     from harness.claims import attached_model
 
     one, two = (sum(p.numel() for p in attached_model.parameters(f"{model}/{n}-blocks").values()) for n in (1, 2))
@@ -266,7 +264,7 @@ def _counted(record: Record) -> Fraction:
     memory = record.measurements.memory if record.measurements else None
     if memory is None or memory.predicted is None:
         raise NotRunError(f"the Record of {record.cell.label} does not say what the optimizer's step adds")
-    states = 0 if _is_paged(record) else memory.optimizer_B  # what stays on a GPU does not grow with parameters
+    states = 0 if _is_paged(record) else memory.optimizer_B  # paged states on a GPU are not proportional to parameters
     return Fraction(memory.weights_B + memory.adapter_B + memory.gradients_B + states + memory.predicted.step_B)
 
 
@@ -275,7 +273,7 @@ def _is_paged(record: Record) -> bool:
 
 
 def predicted(cell: Cell) -> Predicted:
-    """Return what a Cell of a shape is predicted to take on a GPU."""
+    """Return the predicted memory of a Cell on a GPU."""
     from harness.memory_model import counting, plan_prediction
 
     config, kind = shape_of(cell)
@@ -287,7 +285,7 @@ def predicted(cell: Cell) -> Predicted:
 
 
 def shape_of(cell: Cell) -> tuple[dict[str, Any], str]:
-    """Return the config.json of a Cell's shape, and its kind."""
+    """Return the config.json of a Cell's shape, and the model kind."""
     from harness.memory_model import model_shapes
 
     address = cell.model.removeprefix(shapes.PREFIX)

@@ -1,4 +1,4 @@
-"""Measures: what a paper prints in two places, or as a mean of other figures of its own. No torch."""
+"""Measures: figures that a paper prints twice, or as a mean of other figures. No torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from harness.claims.measures.arithmetic import written
 
 @measure("number")
 def printed_elsewhere(figure: Quantity, place: str) -> MeasureResult:
-    """The figure that the paper prints for the same thing in another place."""
+    """The figure that the paper prints for the same quantity in another place."""
     return MeasureResult(figure, f"{written(figure)} in {place}")
 
 
@@ -19,7 +19,7 @@ def printed_elsewhere(figure: Quantity, place: str) -> MeasureResult:
 def mean_score(of: list[Any], last: Quantity) -> MeasureResult:
     """The mean of printed scores; a list among them, e.g. accuracy and F1 of one task, counts as its own mean.
 
-    last: what one in the last digit of the scores is worth, 0.1 or 0.01.
+    last: a unit in the last digit of the scores, 0.1 or 0.01.
     """
     scores = [_mean(one) if isinstance(one, list) else Fraction(str(one)) for one in of]
     shown = " + ".join(f"{float(one):g}" for one in scores)

@@ -1,9 +1,8 @@
 """Measures: operations and bytes of one training step, counted on a shape without weights. Imports torch only when computed.
 
-They rehearse what papers say of speed where there is no GPU. Time has no law of its own; where products of matrices fill
-it, it grows with their operations: of N weights, a token takes 2 N in the forward pass and 4 N in the backward pass, half of
-these for gradients of weights, which frozen ones have not. Not counted: what is no product of matrices (norms,
-dequantisation, an optimizer's step), and what moves data.
+They rehearse claims about speed without a GPU. If matrix products dominate, time is proportional to their operations: for N
+weights, a token takes 2 N in the forward pass and 4 N in the backward pass, half of these for gradients of weights, which
+frozen weights do not have. Not counted: other operations (norms, dequantisation, an optimizer's step) and data movement.
 """
 
 from __future__ import annotations
@@ -26,26 +25,25 @@ def training_operations(
     config: Config = {},
     checkpointing: bool = False,
 ) -> MeasureResult:
-    """Operations of all products of matrices in one training step, a multiplication and an addition each.
+    """Operations of all matrix products in one training step, multiplications and additions.
 
-    Forward and backward of `batch` texts of so many tokens each, attention in full and a loss of every token included, the
-    reference of the Method attached; with its own term of the loss (AdaLoRA's), without the optimizer's step.
-    checkpointing: whether each block is computed again in the backward pass.
+    Forward and backward of `batch` texts of `tokens` tokens, with full attention and a loss of every token, the reference
+    of the Method attached; with its own loss term (AdaLoRA's), without the optimizer's step. checkpointing: whether the
+    backward pass computes each block again.
     """
     from harness.claims import meta_step
 
-    asked = meta_step.step(model, method, config, tokens, batch, checkpointing=checkpointing)
-    counts = meta_step.operations(asked)
+    step = meta_step.step(model, method, config, tokens, batch, checkpointing=checkpointing)
+    counts = meta_step.operations(step)
     return MeasureResult(counts.whole, f"{counts.in_words()}, blocks after the first two, = {counts.whole:.4g}")
 
 
 @measure("share")
 def time_more_by_operations(of: Count, than: Count) -> MeasureResult:
-    """By which share `of` takes longer than `than` by the law that time grows with operations, for numbers of these.
+    """Relative increase in time of `of` over `than`, if time is proportional to operations. of, than: operations.
 
-    From nothing, if time is spent on what both do alike, to what it is if products of matrices are all: what these alone
-    would explain. It is no bound, since an optimizer's step, norms, dequantisation and what cards tell each other are not in
-    it; and no time is measured.
+    A range from 0, if all time is spent on other work that both share, to the ratio of the matrix products. It is no bound:
+    an optimizer's step, norms, dequantisation and communication are not included, and no time is measured.
     """
     more = of / than - 1
     ends = sorted((Fraction(0), more))
@@ -57,9 +55,9 @@ def time_more_by_operations(of: Count, than: Count) -> MeasureResult:
 def kept_for_backward(
     model: Model, method: Method, tokens: Positive, batch: Positive = 1, config: Config = {}, dtype: DType = "float32"
 ) -> MeasureResult:
-    """Bytes of tensors that autograd keeps from the forward for the backward pass, beside the model's parameters.
+    """Bytes of tensors that autograd saves for the backward pass, without the model's parameters.
 
-    Of `batch` texts of so many tokens each, without gradient checkpointing, attention written out, the reference of the
+    For `batch` texts of `tokens` tokens, without gradient checkpointing, with explicit attention, the reference of the
     Method attached.
     """
     from harness.claims import meta_step

@@ -1,4 +1,4 @@
-"""Measures of the time that Cells took, from the Records of a run. No torch."""
+"""Measures: times of Cells, from the Records of a run. No torch."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Kind = Literal["forward", "prefill", "decode"]
 
 @measure("seconds")
 def step_time(suite: Suite, cell: Entry) -> MeasureResult:
-    """How long a step of a Cell takes: the median, in an interval as wide as processes may differ.
+    """Median time of a training step of a Cell, in an interval that covers the variation between processes.
 
-    Seconds are those of the machine that the Records name, and carry over to no other.
+    Times hold for the machine of the Records only.
     """
     (own,) = record_sources.records(suite, cell)
     seconds, rests = _between_processes(_steps(own), own)
@@ -33,9 +33,9 @@ def step_time(suite: Suite, cell: Entry) -> MeasureResult:
 
 @measure("rate")
 def throughput(suite: Suite, cell: Entry) -> MeasureResult:
-    """Real tokens (no padding) that a Cell trains on in a second: the median of its steps' rates, else as `step_time`.
+    """Tokens per second without padding: the median of the steps' rates, else like `step_time`.
 
-    Reports divide all tokens by all seconds, which has no interval; the two part where texts differ in length.
+    Reports divide all tokens by all seconds, which has no interval; the two differ if texts differ in length.
     """
     (own,) = record_sources.records(suite, cell)
     rate, rests = _between_processes(_merge([_rate(record) for record in own]), own)
@@ -44,9 +44,9 @@ def throughput(suite: Suite, cell: Entry) -> MeasureResult:
 
 @measure("ratio")
 def step_time_ratio(suite: Suite, of: Entry, to: Entry) -> MeasureResult:
-    """How many times as long a step of `of` takes as one of `to`: medians with the intervals of their order statistics.
+    """Ratio of the step times of `of` and `to`: medians with intervals of order statistics.
 
-    Of few processes it is wider, by what processes are taken to differ: steps of one say nothing of another.
+    With few processes the interval is widened by an assumed deviation between processes.
     """
     (a, b) = pair(suite, of, to)
     x, y = _steps(a), _steps(b)
@@ -56,7 +56,7 @@ def step_time_ratio(suite: Suite, of: Entry, to: Entry) -> MeasureResult:
 
 @measure("share")
 def step_time_more(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
-    """By which share a step of `of` takes longer than one of `than`; negative where it is shorter."""
+    """Relative increase of the step time of `of` over `than`; negative if shorter."""
     (a, b) = pair(suite, of, than)
     x, y = _steps(a), _steps(b)
     quotient, rests = _between_processes(x.over(y), a, b)
@@ -66,7 +66,7 @@ def step_time_more(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
 
 @measure("ratio")
 def latency_ratio(suite: Suite, cell: Entry, of: Variant, to: Variant, at: Kind) -> MeasureResult:
-    """How many times as long a pass of one variant of a Cell's model takes as one of another, in the same process."""
+    """Ratio of the times of a pass by two variants of a Cell's model, in the same process."""
     (own,) = record_sources.records(suite, cell)
     x, y = (_merge([_latency(record, variant, at) for record in own]) for variant in (of, to))
     shape = next(one for one in _latencies(own[0]) if one.kind == at)
@@ -76,7 +76,7 @@ def latency_ratio(suite: Suite, cell: Entry, of: Variant, to: Variant, at: Kind)
 
 @measure("ratio")
 def phase_ratio(suite: Suite, phase: str, of: Entry, to: Entry) -> MeasureResult:
-    """How many times as long a phase of `of` took as that of `to`, e.g. `attach`; as wide as processes may differ."""
+    """Ratio of the times of a phase, e.g. `attach`, of `of` and `to`; the interval covers variation between processes."""
     (a, b) = pair(suite, of, to)
     x, y = (_merge([_phase(record, phase) for record in side]) for side in (a, b))
     quotient, rests = _between_processes(x.over(y), a, b)
@@ -86,8 +86,10 @@ def phase_ratio(suite: Suite, phase: str, of: Entry, to: Entry) -> MeasureResult
 
 @measure("share")
 def refresh_share(suite: Suite, cell: Entry) -> MeasureResult:
-    """What GaLore's refreshes of its projectors add to training: at most the first step, which has one, beyond a median
-    step, spread over the steps from one to the next. As a first step also warms up, all from nothing to that is possible.
+    """Time share of GaLore's projector refreshes in training.
+
+    At most the excess of the first step, which has a refresh, over a median step, spread over the steps between two
+    refreshes. As a first step also warms up, the result is a range from 0 to that.
     """
     (own,) = record_sources.records(suite, cell)
     training, gap = own[0].measurements and own[0].measurements.training, own[0].cell.config.get("update_gap")
@@ -99,10 +101,10 @@ def refresh_share(suite: Suite, cell: Entry) -> MeasureResult:
     return MeasureResult(0, f"{how}; {record_sources.place(own[0])}", max(Fraction(0), first - usual) / gap / usual)
 
 
-def _merge(several: Sequence[Interval]) -> Interval:
-    """Return the interval that holds those of all processes."""
-    values = sorted(x.value for x in several)
-    return Interval(values[len(values) // 2], min(x.least for x in several), max(x.most for x in several))
+def _merge(intervals: Sequence[Interval]) -> Interval:
+    """Return the interval that covers those of all processes."""
+    values = sorted(x.value for x in intervals)
+    return Interval(values[len(values) // 2], min(x.least for x in intervals), max(x.most for x in intervals))
 
 
 def _steps(own: Sequence[Record]) -> Interval:
@@ -124,7 +126,7 @@ def _step_time(record: Record) -> Median:
 
 
 def _trained(record: Record) -> TrainingMeasured:
-    """Return what was measured of a Record's training; raises NotRunError where its times decide nothing."""
+    """Return the training measurements of a Record. Raises NotRunError if its times are unusable."""
     training = record.measurements.training if record.measurements else None
     if why := failed_checks.no_speed(record) or record_sources.shared(record):
         raise NotRunError(f"{record.cell.label}: {why}")
@@ -170,7 +172,7 @@ def _seconds(x: Interval) -> str:
 
 
 def _between_processes(found: Interval, *sides: Sequence[Record]) -> tuple[Interval, str]:
-    """Widen a time, or a ratio of two, where a side has too few processes to show how much these differ, and say so."""
+    """Widen a time or a ratio if too few processes show their variation; return it with the explanation."""
     counts = [len(side) for side in sides]
     count = "one process" if max(counts) == 1 else f"{min(counts)} processes"
     each = count + " each" * (len(counts) > 1)

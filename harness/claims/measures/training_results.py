@@ -1,6 +1,6 @@
-"""Measures of what training came to, from the Records of a run with several seeds: scores and losses. No torch.
+"""Measures: scores and losses of training, from the Records of a run with several seeds. No torch.
 
-These runs are small: a difference that they do not show may well be there at the paper's scale.
+These runs are small: a difference that they do not show may exist at the paper's scale.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from harness.records.record import Accuracy, Record
 
 @measure("property")
 def scores_higher(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
-    """The mean accuracy of `of` is above that of `than`: decided if the interval of the difference does not hold 0."""
+    """Check whether the mean accuracy of `of` is above that of `than`; undecided if the interval of the difference has 0."""
     spread, how = _scores(suite, of, than)
     return _above(spread, 0.0, how)
 
 
 @measure("property")
 def scores_no_lower(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
-    """The mean accuracy of `of` is not below that of `than` by 2 points, which is the margin of `peft-harness gate`."""
+    """Check whether the mean accuracy of `of` is at most 2 points, the margin of `gate`, below that of `than`."""
     spread, how = _scores(suite, of, than)
     return _above(spread, -ACCURACY, f"{how}; margin {100 * ACCURACY:g} points")
 
 
 @measure("property")
 def loss_falls_faster(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
-    """The training loss of `of`, averaged over all steps, is below that of `than`: paired by seed, on the same batches."""
+    """Check whether the mean training loss of `of` is below that of `than`, paired by seed, on the same batches."""
     a, b = _seeds(suite, of, than)
     means = [[fmean(_losses(record)) for record in side] for side in (a, b)]
-    apart = [its - own for own, its in zip(*means, strict=True)]
-    spread = Spread(fmean(apart), math.sqrt(variance(apart) / len(apart)), len(apart) - 1)
-    how = f"mean loss over all steps {fmean(means[0]):.4f} against {fmean(means[1]):.4f}, {_apart(spread, 1, 4)}"
-    return _above(spread, 0.0, f"{how} lower, {len(apart)} seeds; {_small(a, b)}")
+    differences = [its - own for own, its in zip(*means, strict=True)]
+    spread = Spread(fmean(differences), math.sqrt(variance(differences) / len(differences)), len(differences) - 1)
+    how = f"mean loss over all steps {fmean(means[0]):.4f} against {fmean(means[1]):.4f}, {_difference(spread, 1, 4)}"
+    return _above(spread, 0.0, f"{how} lower, {len(differences)} seeds; {_small(a, b)}")
 
 
 def _scores(suite: str, of: str, than: str) -> tuple[Spread, str]:
@@ -50,16 +50,16 @@ def _scores(suite: str, of: str, than: str) -> tuple[Spread, str]:
     if spread is None:
         raise NotRunError(f"{of} and {than} were not scored on the same items")
     means = f"{100 * fmean(x.value for x in mine):.1f} % against {100 * fmean(x.value for x in its):.1f} %"
-    return spread, f"accuracy {means}, {_apart(spread, 100, 2)} points, {len(mine)} seeds; {_small(a, b)}"
+    return spread, f"accuracy {means}, {_difference(spread, 100, 2)} points, {len(mine)} seeds; {_small(a, b)}"
 
 
 def _above(spread: Spread, least: float, how: str) -> MeasureResult:
-    """Return whether a difference is above a bound: both, where its interval holds values on either side."""
+    """Return whether a difference is above a bound; undecided if its interval has values on both sides."""
     low, high = spread.interval
     return MeasureResult(low > least, how, None if low > least or high < least else True)
 
 
-def _apart(spread: Spread, scale: float, digits: int) -> str:
+def _difference(spread: Spread, scale: float, digits: int) -> str:
     value, low, high = (f"{scale * one:+z.{digits}f}" for one in (spread.value, *spread.interval))
     return f"{value} [{low}, {high}]"
 

@@ -1,4 +1,4 @@
-"""Measures: bytes of weights, gradients and Adam's two moments in training; no activations. Imports torch only when computed."""
+"""Measures: bytes of weights, gradients and Adam's moments in training. Imports torch only when computed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness.claims.measures.parameters import Split
 from harness.claims.sums import total
 
 Each = Annotated[int, Field(ge=0)]
-"""A parameter that is the bytes of one number; 0 of what is not kept, or not counted."""
+"""A parameter: bytes per number; 0 if not stored, or not counted."""
 
 
 @measure("bytes")
@@ -26,9 +26,9 @@ def adam_training(
     gradient: Each = 2,
     moment: Each = 2,
 ) -> MeasureResult:
-    """Bytes of a model's weights, and of the gradients and two moments of what trains when a Method is attached.
+    """Bytes of a model's weights, and of gradients and two moments of the trainable parameters of a Method.
 
-    `full` trains all of the model, `frozen` nothing.
+    `full` trains all parameters, `frozen` none.
     """
     from harness.claims import attached_model
 
@@ -43,9 +43,9 @@ def adam_training(
 
 @measure("bytes")
 def full_finetuning_of_unknown_precision(model: Model) -> MeasureResult:
-    """Bytes of weights, gradients and Adam's moments of full fine-tuning where a paper does not say in which precision.
+    """Bytes of weights, gradients and Adam's moments of full fine-tuning if the paper does not state the precision.
 
-    From 6 bytes a parameter (weights and moments in 16 bits, no gradient kept beyond its use) to the 16 of mixed precision
+    From 6 bytes per parameter (weights and moments in 16 bits, gradients freed after use) to the 16 of mixed precision
     (arXiv:1910.02054, section 3.1: weights and gradients in 16 bits; master weights and both moments in 32).
     """
     from harness.claims import attached_model
@@ -57,7 +57,7 @@ def full_finetuning_of_unknown_precision(model: Model) -> MeasureResult:
 
 @measure("property")
 def falls_by(of: Quantity, to: Quantity, share: Quantity) -> MeasureResult:
-    """Check whether `to` is less than `of` by just this share of it, such as 2/3."""
+    """Check whether `to` is less than `of` by exactly this share of `of`, such as 2/3."""
     less = 1 - to / of
     return MeasureResult(
         less == share, f"1 - {written(to)} / {written(of)} = {less if less.denominator < 100 else float(less)}"

@@ -1,4 +1,4 @@
-"""Measures: what VeRA's paper says of its counts, of its random pair, and of vision transformers, which have no preset."""
+"""Measures: VeRA's parameter counts and random projections, and vision transformers, for which there are no presets."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def counts_by_formula(model: Model, targets: list[str], ranks: list[Positive], s
 
 @measure("property")
 def is_kaiming_uniform(inputs: Positive, outputs: Positive, rank: Positive) -> MeasureResult:
-    """Check whether A (r, in) and B (out, r) are, to the last bit, what PyTorch's `kaiming_uniform_` draws, and within its bound.
+    """Check whether A (r, in) and B (out, r) are, to the last bit, drawn by PyTorch's `kaiming_uniform_`.
 
-    With its defaults: uniform in +-sqrt(6 / fan_in). PyTorch starts an nn.Linear otherwise, in +-sqrt(1 / fan_in).
+    With its defaults: uniform in +-sqrt(6 / fan_in). PyTorch initialises an nn.Linear in +-sqrt(1 / fan_in) instead.
     """
     import torch
 
@@ -50,9 +50,10 @@ def is_kaiming_uniform(inputs: Positive, outputs: Positive, rank: Positive) -> M
 
 @measure("property")
 def product_keeps_variance(inputs: Positive, outputs: Positive, ranks: list[Positive]) -> MeasureResult:
-    """Check whether the numbers of B A have the variance 4 / in at every rank, over 64 draws, within their standard error.
+    """Check whether the elements of B A have the variance 4 / in at every rank, over 64 draws, within their standard error.
 
-    Kaiming's variance is 2 / fan_in: of A 2 / in, of B 2 / r; a number of B A sums r products: r (2 / in) (2 / r) = 4 / in.
+    Kaiming's variance is 2 / fan_in: of A 2 / in, of B 2 / r; an element of B A sums r products: r (2 / in) (2 / r) = 4 /
+    in.
     """
     import torch
 
@@ -93,7 +94,7 @@ def vision_trainable(
     method: Method,
     config: Config = {},
 ) -> MeasureResult:
-    """Parameters that train when a Method is attached to a vision transformer; its new head is not among them."""
+    """Trainable parameters of a Method attached to a vision transformer, without a new head."""
     from harness.conformance.subject import configure
     from harness.memory_model import counting
 

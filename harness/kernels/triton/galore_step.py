@@ -78,8 +78,8 @@ def galore_step_(
 
     W, G (m, n). P (m, r) and/or Q (n, r): the bases of the subspace, None for the identity. M, V: the moments of
     R = P^T G Q, in its shape. All in one dtype of float32, bfloat16 and float16. options: step, lr, scale (of the update,
-    not of the decay), betas, eps (added to sqrt(V), before the bias correction), weight_decay (after the update), side (ignored:
-    implied by P and Q). Raises ValueError unless W, M and V are contiguous and the shapes fit.
+    not of the decay), betas, eps (added to sqrt(V), before the bias correction), weight_decay (after the update), side
+    (ignored: implied by P and Q). Raises ValueError unless W, M and V are contiguous and the shapes fit.
     """
     if not (W.is_contiguous() and M.is_contiguous() and V.is_contiguous()):
         raise ValueError("W, M and V must be contiguous; hint: use `galore_step` for views")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,8 @@ class Side:
     """Names the side in sentences."""
     code: Path | None = None
     """First entry of Python's path: a folder with another `harness`, or with a plug-in's package; None: as installed."""
+    metadata: Path | None = None
+    """Folder with the revision's own entry points: the installed ones may name modules that it does not have."""
     implementation: str | None = None
     """If the sides are implementations: run only Cells of this one."""
     packages: frozenset[str] | None = None
@@ -61,7 +64,7 @@ def opened(old: str, new: str, plan: Plan, repo: Path | None = None) -> Iterator
     if repo is not None:
         external = external_repo.find(repo)
         with _revisions(external.top, (old, new), ()) as found:
-            sides = [Side(label, external.code(tree)) for label, tree in found]
+            sides = [Side(label, external.code(tree), _metadata(tree)) for label, tree in found]
             theirs = [external_repo.packages(side.label, side.code or external.top, _variables(side)) for side in sides]
             first, second = (replace(side, packages=theirs[0] & theirs[1]) for side in sides)
             yield first, second
@@ -86,7 +89,7 @@ def opened(old: str, new: str, plan: Plan, repo: Path | None = None) -> Iterator
             hint=f"name two of {', '.join(known)}, or run from a checkout",
         )
     with _revisions(top, (old, new), known) as found:
-        first, second = (Side(label, tree) for label, tree in found)
+        first, second = (Side(label, tree, _metadata(tree)) for label, tree in found)
         yield first, second
 
 
@@ -165,7 +168,8 @@ def run(side: Side, suite: Path, cell: Cell, folder: Path, options: Sequence[str
 def _variables(side: Side) -> dict[str, str]:
     variables = dict(os.environ)
     if side.code is not None:
-        variables["PYTHONPATH"] = os.pathsep.join([str(side.code), *filter(None, [os.environ.get("PYTHONPATH")])])
+        first = [str(path) for path in (side.metadata, side.code) if path is not None]
+        variables["PYTHONPATH"] = os.pathsep.join([*first, *filter(None, [os.environ.get("PYTHONPATH")])])
     return variables
 
 
@@ -218,6 +222,29 @@ def _checked_out(top: Path, commit: str) -> Iterator[Path]:
                 hint="see `git worktree list`, and `git worktree prune`",
             )
         try:
+            _write_metadata(tree)
             yield tree
         finally:
             _git(top, "worktree", "remove", "--force", str(tree))
+
+
+def _metadata(tree: Path) -> Path | None:
+    folder = tree.with_name(f"{tree.name}.metadata")
+    return folder if folder.is_dir() else None
+
+
+def _write_metadata(tree: Path) -> None:
+    """Write the distribution metadata of a checked-out revision next to it, if its pyproject.toml declares entry points."""
+    file = tree / "pyproject.toml"
+    project = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {}) if file.is_file() else {}
+    name, groups = project.get("name", ""), project.get("entry-points", {})
+    if not name or not groups:
+        return
+    version = project.get("version", "0")
+    info = tree.with_name(f"{tree.name}.metadata") / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
+    lines = [
+        line for group, points in groups.items() for line in (f"[{group}]", *(f"{k} = {v}" for k, v in points.items()))
+    ]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
