@@ -117,7 +117,7 @@ class CellKeys(Keys):
 
     @property
     def is_synthetic(self) -> bool:
-        """Whether the task is `synthetic`, which scores no items."""
+        """True if the task is `synthetic`, which scores no items."""
         return SYNTHETIC in self.task
 
     def evaluation_fields(self) -> dict[str, Any]:

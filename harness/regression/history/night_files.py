@@ -229,7 +229,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def is_night(word: str) -> bool:
-    """Say whether a word is a date, YYYY-MM-DD."""
+    """Return whether a word is a date, YYYY-MM-DD."""
     try:
         return date.fromisoformat(word).isoformat() == word
     except ValueError:
