@@ -1,4 +1,4 @@
-"""Find and read lm-eval's own tasks as files, without importing lm-eval, whose index takes seconds."""
+"""Find and read lm-eval's own tasks as files, without importing lm-eval, which takes seconds to index them."""
 
 from __future__ import annotations
 

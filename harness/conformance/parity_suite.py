@@ -71,9 +71,9 @@ class MethodSuite(FrozenModel):
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[MethodCase]:
         """Yield the cases in those of `dtypes` that the suite has: all of the product, or few; and those drawn at random.
 
-        The few: the first kind of layer, since many implementations offer no other, meets every config and every shape in
-        float32, or where that is not wanted in the first dtype that is, and another share of them in each other; so does
-        each other kind, with one config in a dtype. Dropout is in every share.
+        The few: the first kind of layer, the only one that many implementations support, is combined with every config and
+        every shape in float32 (or, if not requested, in the first requested dtype), and with another share of them in each
+        other dtype; so is each other kind, with one config per dtype. Dropout is in every share.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:
@@ -94,7 +94,7 @@ class MethodSuite(FrozenModel):
             shape = CaseShape.model_validate({"tokens": tokens, "in": sides[0], "out": sides[1]})
             kind = dice.choice([self.layers[0], dice.choice(self.layers)])  # half of them of the kind that all offer
             dtype = dice.choice(self.dtypes)
-            if dtype in there:  # a seed draws the same cases, whatever dtypes are asked for
+            if dtype in there:  # a seed draws the same cases for all requested dtypes
                 yield MethodCase(config, kind, shape, dtype)
 
     def _few(self, dtypes: Sequence[Dtype]) -> Iterator[MethodCase]:
@@ -134,7 +134,7 @@ class OperationSuite(FrozenModel):
     follows: str = "the paper"
     checks: list[str] = Field(min_length=1)
     values: list[Values] = Field(min_length=1, alias="cases")
-    """What the cases say, as keyword arguments of the function that draws the Operation's arguments."""
+    """The cases, as keyword arguments of the function that draws the Operation's arguments."""
     dtypes: list[Dtype] = Field(min_length=1)
     tolerances: dict[str, Tolerance] = Field(default={})
 
@@ -143,10 +143,10 @@ class OperationSuite(FrozenModel):
         return {check: looser.factor for check, looser in self.tolerances.items()}
 
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[OperationCase]:
-        """Yield the cases: all in every dtype that is wanted, or few; and those drawn at random.
+        """Yield the cases: all in every requested dtype, or few; and those drawn at random.
 
-        The few: every case in float32, or where that is not wanted in the first dtype that is, and in the
-        others another share of them each.
+        The few: every case in float32 (or, if not requested, in the first requested dtype), and another share of them in
+        each other dtype.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:

@@ -21,7 +21,7 @@ from harness.conformance.tolerance_constants import DROPOUT_SIGMAS, DROPOUT_SURE
 from harness.records.record import CheckResult
 
 FEATURES = 32
-"""Number of features of which, in nearly every token, at least one is dropped and one is not."""
+"""Number of features from which nearly every token drops at least one and retains at least one."""
 
 
 @check(States.WARM)
@@ -62,7 +62,7 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
             truth, draws = reference_runs(subject, path, only, dy, look=masked)
 
             def known(seen: dict[str, Tensor], rows: Tensor = rows, where: Tensor = where) -> dict[str, Tensor]:
-                """Leave out the gradients of features of which the mask is not known."""
+                """Leave out the gradients of features with an unknown mask."""
                 return {**seen, "grad x": seen["grad x"][rows, where]}
 
             factor = case.factor("gradient")
