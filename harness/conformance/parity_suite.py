@@ -222,7 +222,7 @@ def in_words(values: Values) -> str:
 def load(method: str) -> MethodSuite:
     """Read the parity suite of a Method, or of a quantisation of the base.
 
-    Raises UsageError if there is none, SuiteError with every mistake in it.
+    Raises UsageError for a missing suite, SuiteError with all of its mistakes.
     """
     document, plan = yaml_lines.load_model(_existing(method), MethodSuite)
     problems: list[Problem] = []
@@ -236,7 +236,7 @@ def load(method: str) -> MethodSuite:
 
 
 def load_operation(name: str) -> OperationSuite:
-    """Read an Operation's parity suite. Raises UsageError if there is none, SuiteError with every mistake in it."""
+    """Read an Operation's parity suite. Raises UsageError for a missing one, SuiteError with all of its mistakes."""
     document, plan = yaml_lines.load_model(_existing(name), OperationSuite)
     if problems := list(_of_checks(document, plan)):
         raise SuiteError(problems)

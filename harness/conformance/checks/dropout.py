@@ -90,7 +90,7 @@ def _rows_as(subject: Subject, path: str, y: Tensor, x: Tensor, dy: Tensor, mask
 
 
 def _whole_tokens(subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: Tensor, p: float) -> int:
-    """Count the tokens of many features that training mode keeps or drops whole."""
+    """Count the tokens of many features that training mode scales or drops as a whole."""
     y = observe(layer, {}, x, dy, training=True)["y"]
     kept, dropped = (_rows_as(subject, path, y, x, dy, mask) for mask in (1 / (1 - p), 0.0))
     return int((kept | dropped).sum())

@@ -102,7 +102,7 @@ def _within_noise(
     for name, expected in truth.items():
         errors, eps = [errors_of[name] for errors_of in drawn], EPSILON[dtype]
         own = _largest(errors)
-        # By the first draw alone, which is the reference's own, or a tensor that fails might be let off by a later one.
+        # By the first draw alone, the reference's own: a later draw must not excuse a tensor that fails.
         undecided = not factor * errors[0].norm + floor * eps <= CEILING  # also where the reference overflows
         if (refused := _incomparable(name, subject[name], expected, policy, undecided)) is not None:
             judged.append(refused)

@@ -104,7 +104,7 @@ def planted(target: str, *expected: str, **case: Any) -> Callable[[Spoil], Fault
 def planted_in_methods(
     *expected: str, only: Collection[str] = (), adds_layers: bool | None = None, **values: Any
 ) -> Callable[[Spoil], MethodsFault]:
-    """Make a function a fault of every Method whose parity suite has the checks that are expected to catch it.
+    """Make a function a fault of every Method with a parity suite that has the checks expected to catch it.
 
     only: restrict to these Methods, if any are given. adds_layers: restrict to Methods that put (False: do not put) their
     own layers around the base's. values: values of the Method's config in addition to those of its CASE.
