@@ -131,7 +131,7 @@ class RunFolder:
     """The writer's side of one run folder.
 
     `create` and `take` make it the only writer, until `release` or the end of the object or process. A worker writes its one
-    Record for the runner that holds the folder, and needs no lock of its own.
+    Record for the runner that holds the folder, and needs no separate lock.
     """
 
     def __init__(self, path: Path, lock: int | None = None) -> None:
@@ -207,7 +207,7 @@ class RunFolder:
     def close(self, run: Run, footer: Footer) -> Run:
         """Write footer.json with the hashes of run.json and of all Records of `run`, just read; return the complete run.
 
-        A file that was hashed before keeps its hash. A Record that was moved away to measure its Cell again is forgotten.
+        Earlier hashes stay. The hash of a Record that was moved away, to measure its Cell again, is dropped.
         """
         known = _sealed(self.path)
         names = ["run.json", *run.changed, *(f"cells/{record.id}.json" for record in run.records)]

@@ -102,7 +102,7 @@ def hodges_lehmann(log_ratios: Any, level: float) -> tuple[float, tuple[float, f
 
 
 def _signed_rank(n: int, tail: float) -> int | None:
-    """Return the largest k with P(T <= k) <= tail for the signed-rank sum T of n values; None if there is none."""
+    """Return the largest k with P(T <= k) <= tail for the signed-rank sum T of n values; None if no k fulfils it."""
     ways = [1] + [0] * (n * (n + 1) // 2)  # subsets of the ranks by their sum
     for rank in range(1, n + 1):
         for total in range(len(ways) - 1, rank - 1, -1):

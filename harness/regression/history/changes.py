@@ -28,7 +28,7 @@ class Change:
     """A change of level."""
 
     cell: str
-    """A cell_id, or `*` for what all series of a place have in common."""
+    """A cell_id, or `*` for the common part of all series of a place."""
     metric: str
     place: str
     nights: tuple[int, int]

@@ -1,6 +1,6 @@
 """Revisions of another repository than the harness's: its packages, and the Cells that run them.
 
-Only Python code of the plug-in's own package is switched; each side must find compiled code and other packages by itself.
+Only the Python code of the plug-in's package is switched; each side must find compiled code and other packages itself.
 """
 
 from __future__ import annotations
