@@ -1,4 +1,4 @@
-"""Tests for third parties: a decorator that makes pytest tests of a function, and a helper for layers.
+"""Conformance tests for third parties: a decorator that makes pytest tests of a function, and a helper for layers.
 
     from harness.testing import conformance
 
@@ -104,12 +104,12 @@ def wrap_layers(
     names: Mapping[str, str] | None = None,
     update: Callable[[Any], Any] | None = None,
 ) -> AdaptedLayers:
-    """Do the part of `attach` that is not about a layer: freeze the model, replace every target layer, name the tensors.
+    """Attach layers to a model: freeze the model, replace every target layer, and name the tensors.
 
     make_layer: takes the base nn.Linear and returns the module that replaces it and holds its trainable Parameters
     itself. names: the paper's letter -> the attribute (`{"A": "lora_A"}`); without it every Parameter has its own name.
     update: takes such a module and returns the change of the base weight when merging; without it nothing merges. If
-    LoRA's config asks for a start other than the usual one (`init`), it is written into A and B afterwards.
+    LoRA's config requests another start than the usual one (`init`), it is written into A and B afterwards.
     """
     from harness.methods.wrap import wrap
 

@@ -23,7 +23,7 @@ def busy(record: Record) -> str:
     """Return evidence that the steps of a Cell on a CPU waited; empty if they did not, or if it is unknown."""
     training = record.measurements.training if record.measurements else None
     threads, wall = record.environment.threads, sum(training.step_seconds) if training else 0.0
-    # On a GPU the process itself may well sleep.
+    # With a GPU, the process itself may sleep.
     if training is None or training.cpu_seconds is None or not threads or wall <= 0 or record.device not in ("", "cpu"):
         return ""
     used = training.cpu_seconds / wall

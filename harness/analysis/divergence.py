@@ -9,10 +9,10 @@ from statistics import median
 from harness.records.record import Record
 
 FEW = 5
-"""Number of first and of last steps whose median is compared: a single batch may be hard."""
+"""Number of first and of last steps; their medians are compared, since a single batch may be hard."""
 TIMES = 2.0
 NATS = math.log(2)
-"""Both must be exceeded: a loss of nearly nothing doubles by chance, and one of 5 rises by this much within its noise."""
+"""Both must be exceeded: a loss near 0 may double by chance, and the noise of a loss of 5 may reach this many nats."""
 
 
 def rose(losses: Sequence[float]) -> str:

@@ -15,7 +15,7 @@ def failed(record: Record) -> list[CheckResult]:
 
 
 def nonconforming(record: Record) -> bool:
-    """Return whether a Record departs from its Method; an `ok` one may, too."""
+    """Return whether a Record departs from its Method; an `ok` Record may, too."""
     return record.status is Status.NONCONFORMING or bool(failed(record))
 
 

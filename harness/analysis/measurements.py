@@ -14,7 +14,7 @@ _WHOLE_MACHINE = "rapl"
 
 
 def steady(training: TrainingMeasured) -> slice:
-    """Return the steps that count as steady state; all of them if the run was no longer than its warm-up."""
+    """Return the steps that count as steady state; all steps if the run was no longer than its warm-up."""
     return slice(training.timing_warmup if training.timing_warmup < len(training.step_seconds) else 0, None)
 
 
@@ -47,7 +47,7 @@ def beside_several(cell: Cell, latency: Latency) -> bool:
 
 
 def training_peak(record: Record) -> int | None:
-    """Return the highest memory inside the training phase; None if it was not trained or not measured."""
+    """Return the highest memory inside the training phase; None without training or measurement."""
     peaks = [p.peak_memory_B for p in record.phases if p.name == TRAIN]
     return max((peak for peak in peaks if peak is not None), default=None)
 
@@ -61,8 +61,8 @@ def training_energy(record: Record) -> float | None:
 
 
 def not_its_own_energy(record: Record) -> str:
-    """Say why a Record's joules are not its Cell's: the counter is of the whole machine, and others ran on that at the same
-    time. Empty if they are its own, or there are none."""
+    """Return the reason why a Record's joules include other Cells: the counter covers the whole machine, and other Cells ran
+    at the same time. Empty if the joules are the Cell's own, or there are none."""
     energy = record.measurements.energy if record.measurements else None
     # A failed Record does not name its counter; on a CPU there is only one.
     counter = energy.source if energy else _WHOLE_MACHINE if record.device in ("", "cpu") else ""

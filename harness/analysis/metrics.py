@@ -45,7 +45,7 @@ class Metric:
     slack_share: float = 0.0
     """History: the same as a share of the level; the larger of the two counts."""
     applies: Callable[[Record], bool] = lambda _: True
-    """Whether history and gate use the value of this Record."""
+    """True if history and gate use the value of this Record."""
     always_there: bool = True
     """History: whether a night without it is worth a message."""
     heading: str = ""
@@ -62,7 +62,7 @@ class Metric:
     """Kind of the gate's finding."""
 
     def value(self, record: Record) -> Number | None:
-        """Return what may be shown: None also for a speed of a Cell that failed a check."""
+        """Return the value to show: None if it is missing, or a speed of a Cell that failed a check."""
         return None if self.kind == "timed" and failed_checks.no_speed(record) else self.read(record)
 
     def got_worse(self, old: float, new: float) -> bool:
@@ -134,7 +134,7 @@ ACCURACY = Metric(
 COUNTED_PEAK = _bytes(
     "memory", Memory, "counted_peak_B", history="counted_peak_B", quantity="tensors at one time in a step",
     slack_B=COUNTED_PEAK_B, always_there=False,
-    # On a GPU it is the training peak itself. It is missing where memory has no room for a copy of what a step changes.
+    # On a GPU it is the training peak itself. It is missing if memory has no room to copy the tensors that a step changes.
     applies=lambda record: record.measurements is not None and record.measurements.memory.source != ALLOCATED,
 )  # fmt: skip
 TRAINING_PEAK = Metric(

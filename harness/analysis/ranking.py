@@ -22,9 +22,8 @@ Priors = tuple[Prior | None, Prior | None]
 class Budget:
     """Settings that must be equal before two accuracies may be ranked.
 
-    The learning rates are each method's own to choose. `accumulate`, `checkpointing`, `compile` and `layerwise` change what
-    a step costs and not what it learns. The optimizer may differ; names and report show it, see
-    `Group.optimizers`.
+    Learning rates may differ: each method chooses its own. `accumulate`, `checkpointing`, `compile` and `layerwise` change
+    the cost of a step, not its result. The optimizer may differ; names and report show it, see `Group.optimizers`.
     """
 
     model: str
@@ -44,7 +43,7 @@ class Budget:
         return cls(cell.model, cell.task, cell.dtype, t.steps, t.batch, t.max_tokens, e.items, e.skip)
 
     def same_test(self, other: Budget) -> bool:
-        """Return whether both score the same items in the same way, however they were trained."""
+        """Return whether both score the same items in the same way; the training may differ."""
         mine, its = ((b.model, b.task, b.dtype, b.max_tokens, b.items, b.skip) for b in (self, other))
         return mine == its
 
@@ -73,7 +72,7 @@ class Score:
 
 @dataclass(frozen=True)
 class RankingEntry:
-    """Place of one recipe in its group: Cells that differ in the seed alone, often only one."""
+    """Place of one recipe in its group: one or more Cells that differ only in the seed."""
 
     records: tuple[Record, ...]
     """Records, by seed."""
@@ -89,7 +88,7 @@ class RankingEntry:
 
     @property
     def record(self) -> Record:
-        """The Record of the first seed, which stands for all where they are the same but for chance."""
+        """The Record of the first seed; it represents all seeds in facts that do not depend on chance."""
         return self.records[0]
 
 
@@ -106,7 +105,7 @@ class Group:
     seeds: tuple[int, ...]
     """Seeds of each trained recipe."""
     tries: int
-    """Learning rates that were tried and scored for each recipe."""
+    """Number of learning rates tried and scored for each recipe."""
     detectable: float | None
     """Smallest difference that one comparison in this group can detect; None with nothing to compare."""
     disagreement: float
@@ -123,17 +122,17 @@ class Group:
 
     @property
     def optimizers(self) -> tuple[str, ...]:
-        """The optimizers that its trained Cells were stepped by, as suites call them."""
+        """The optimizers of its trained Cells, by their names in suites."""
         return tuple(dict.fromkeys(e.record.cell.optimizer for e in self.ranked))
 
     @property
     def is_ranking(self) -> bool:
-        """Say whether there is more than one trained recipe to rank."""
+        """True if there is more than one trained recipe to rank."""
         return len(self.ranked) > 1
 
     @property
     def data_differ(self) -> bool:
-        """Say whether two runs of one seed were trained on other examples, or on the same in another order."""
+        """True if two runs with the same seed trained on different examples, or in a different order."""
         orders: dict[int, set[str]] = {}
         for record in (r for e in self.ranked for r in e.records):
             training = record.measurements.training if record.measurements else None
@@ -149,8 +148,8 @@ _Place = tuple[Budget, tuple[int, ...], int]
 def groups(run: Run) -> tuple[Group, ...]:
     """Sort a run's accuracies into groups of equal budget, in the order of the manifest.
 
-    A recipe that lacks a seed which others have is in a group of its own: the seeds that worked would speak for those
-    that did not. What a search for learning rates tried is not ranked.
+    A recipe that lacks a seed is in a separate group: otherwise the seeds that worked would stand for those that failed.
+    The tries of a search for a learning rate are not ranked.
     """
     latest = run.latest()
     swept = {cell_id for tuning in run.manifest.tuning for cell_id in tuning.sweep}
@@ -200,14 +199,14 @@ def score(records: Sequence[Record], prior: Prior | None = None) -> Score:
     if found is None:
         return Score(fmean(a.value for a in scored), 0.0, 1.0, "none: the runs did not score the same items")
     low, high = found.interval
-    if not found.error:  # every run right on every item, or wrong: that is not certain of the next item
+    if not found.error:  # every run right on every item, or wrong on every item: the next item is still uncertain
         low, high = wilson(round(found.value * (n := len(scored[0].items))), n)
     how = over_seeds.MODERATED if prior else over_seeds.INTERVAL
     return Score(found.value, max(0.0, low), min(1.0, high), how)
 
 
 def accuracies(records: Sequence[Record]) -> list[Accuracy]:
-    """Return what each of `records` scored, of those that were."""
+    """Return the accuracy of each Record that has one."""
     return [a for r in records if (a := _scored(r)) is not None]
 
 
@@ -216,7 +215,7 @@ def _scored(record: Record) -> Accuracy | None:
 
 
 def _group(budget: Budget, tries: int, scored: Sequence[_Scored], untrained: Sequence[_Scored]) -> Group:
-    # Untrained Cells do not depend on the seed, and tell nothing about the spread of others.
+    # Untrained Cells do not depend on the seed, so they carry no information about the spread of others.
     spread = seed_spread.prior([accuracies(records) for records in scored])
     priors = {records[0].id: spread for records in scored}
     scores = {r[0].id: score(r, priors.get(r[0].id)) for r in (*scored, *untrained)}
@@ -231,7 +230,7 @@ def _group(budget: Budget, tries: int, scored: Sequence[_Scored], untrained: Seq
         for r in everyone
         if r is not best
     }
-    # Which is best was read off the same items, so every pair was looked at, not only those with the best one.
+    # The same items chose the best recipe, so all pairs count as tests, not only those with the best.
     pairs = len(everyone) * (len(everyone) - 1) // 2
     p = holm({i: pair.p for i, pair in found.items() if pair is not None}, pairs)
     top = scores[best[0].id]
@@ -295,8 +294,8 @@ def _resolution(
 ) -> tuple[float | None, Basis, float]:
     """Return the smallest detectable difference, its basis, and the share of items behind it.
 
-    The pair that disagrees most is the hardest to separate, so it stands for the group. Ties come first: a pair that lies
-    far apart tells nothing about close ones.
+    The pair that disagrees most is the hardest to separate, so it stands for the group. Ties take precedence: a pair with a
+    large difference is no guide to close pairs.
     """
     both: tuple[tuple[Basis, Sequence[RecipePair | None]], ...] = (("tied", tied), ("all", rivals))
     for basis, pairs in both:

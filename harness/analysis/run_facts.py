@@ -1,4 +1,4 @@
-"""Everything that is derived from one loaded run: each part is computed once, on first use."""
+"""Facts derived from one loaded run; each is computed once, on first use."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RunFacts:
 
     @cached_property
     def doubtful(self) -> dict[str, str]:
-        """Changes of the newest Records that are not as the run left them, by cell_id; see `Run.doubtful`."""
+        """Changes made to the newest Records after the run, by cell_id; see `Run.doubtful`."""
         return self.run.doubtful()
 
     @property
@@ -75,7 +75,7 @@ class RunFacts:
         return naming.recipes(self.run.manifest.cells, inside=True)
 
     def status(self, cell: Cell) -> str:
-        """Return a Cell's status, `missing`, or `changed` where its Record is not as the run left it."""
+        """Return a Cell's status, `missing`, or `changed` if its Record was changed after the run."""
         record = self.latest.get(cell.cell_id)
         return record.status.value if record else CHANGED if cell.cell_id in self.doubtful else MISSING
 
@@ -87,7 +87,7 @@ class RunFacts:
         return f"{record.status.value}: {record.because}"
 
     def unfinished(self) -> str:
-        """Return how a run ended that is not finished, as the rest of a sentence."""
+        """Return the end of an unfinished run, as the rest of a sentence."""
         if self.run.footer is not None:
             return f"was {self.run.footer.how}"
         if _FOOTER in self.run.broken:

@@ -1,4 +1,4 @@
-"""Values that the history keeps of a Record, by metric, and the place where the Record was made.
+"""Values of a Record that the history stores, by metric, and the place where the Record was made.
 
 The metrics are those of `metrics.METRICS` with a name in the history, and `latency_s/<variant>/<kind>/<batch>x<tokens>`,
 medians of raw samples.
@@ -61,7 +61,7 @@ def got_worse(metric: str, old: float, new: float) -> bool:
 
 
 def tracked(record: Record) -> TrackedMetrics:
-    """Return the values of a Record: none of one that is not ok, no times of a Cell that waited for its CPU."""
+    """Return the values of a Record: none unless it is ok, and no times of a Cell that waited for its CPU."""
     if record.measurements is None or record.status is not Status.OK:
         return TrackedMetrics({})
     values: dict[str, float] = {}
@@ -87,17 +87,18 @@ def times(record: Record) -> dict[str, float]:
         if one.seconds and not refused.get(one.variant):
             beside = "-beside-several" if measurements.beside_several(record.cell, one) else ""
             found[f"{LATENCY}/{one.variant}{beside}/{one.kind}/{one.batch}x{one.tokens}"] = median(one.seconds)
-    # A clock that did not move has measured nothing.
+    # A time of 0 is no measurement: the clock did not move.
     return {name: _short(seconds) for name, seconds in found.items() if seconds > 0}
 
 
 def _short(value: float) -> float:
-    """Round to six digits: a millionth of a time is no finding, and files stay small."""
+    """Round to six digits: smaller differences are no finding, and files stay small."""
     return float(f"{value:.6g}")
 
 
 def sentinel(metric: str, quantization: str) -> bool:
-    """Return whether no code of a method or an implementation can change a time: that of the bare base, unquantised."""
+    """Return whether a metric is a time of the bare, unquantised base: no code of a method or implementation can change
+    it."""
     return metric.startswith(SENTINEL) and quantization == "none"
 
 

@@ -4,8 +4,7 @@ With err(t) = |loss(t) - loss64(t)|, a subject may err at step t by
 
     TRAJECTORY_FACTOR * (largest err of the reference run in the subject's dtype up to t)  +  floor(t)
 
-The reference run defines that noise, so it cannot be judged by it: its own error may grow by a fixed number of eps at
-each step, and no more.
+The reference run defines this noise, so it has another bound: its error may grow by a fixed number of eps at each step.
 """
 
 from __future__ import annotations
@@ -117,7 +116,7 @@ def _measure(subject: Record, exact: Record, noise: Record) -> JudgedTrajectory:
     # its rounding error follows the logits.
     scale = list(accumulate((abs(x) for x in yardstick), max))
     eps = tolerance_constants.EPSILON[dtype]
-    # A run in float64, and the reference in any dtype, have only their own noise to compare with.
+    # A run in float64, and the reference in any dtype, have no noise but their own to be compared with.
     by = "growth" if subject.id == noise.id or dtype == EXACT else "noise"
     if by == "growth":
         allowed = [tolerance_constants.REFERENCE_GROWTH_EPS * eps * (t + 1) * s for t, s in enumerate(scale)]
@@ -158,7 +157,7 @@ def _tokens(record: Record) -> list[int]:
 
 
 def _other_batches(left: Record, right: Record) -> str:
-    """Return the reason why two runs did not see the same batches, as far as is known; empty if they did."""
+    """Return the reason why two runs saw different batches; empty if no difference is known."""
     if not _losses(left) or not _losses(right):
         return "there are no losses to compare"
     if len(_losses(left)) != len(_losses(right)):

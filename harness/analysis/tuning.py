@@ -1,4 +1,4 @@
-"""Declared searches for learning rates: the score of each rate, and whether the suite's choice is the best of them."""
+"""Declared searches for learning rates: compare the score of each rate with that of the suite's choice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Try:
     because: str
     """Reason for no accuracy."""
     chosen: bool
-    """Whether the suite chose this rate."""
+    """True if the suite chose this rate."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Search:
 
     @property
     def at_edge(self) -> bool:
-        """Whether the best rate is the lowest or the highest one tried: a better one may lie beyond."""
+        """True if the best rate is the lowest or the highest one tried: a better one may lie beyond."""
         ends = {self.tries[0].lr, self.tries[-1].lr}
         return bool(self.best) and set(self.best) <= ends
 

@@ -18,7 +18,7 @@ from harness.records.record import Cell, Outcome, Record, Status
 from harness.records.store import Run
 
 _SHOWN = 4
-"""Reasons that a sentence lists for not judging; a matrix may have hundreds."""
+"""Most reasons for a missing verdict in one sentence; a matrix may have hundreds."""
 _SO = (VerdictKind.FAIL, VerdictKind.INCONCLUSIVE)
 UNMEASURED = (Status.OOM, Status.TIMEOUT, Status.ERROR, Status.LOST)
 
@@ -67,7 +67,7 @@ class RunVerdict:
     """Counts of the checks."""
 
     def exit_code(self, *, strict: bool) -> Exit:
-        """Return the exit code; with `strict`, questions left open are not a pass."""
+        """Return the exit code; with `strict`, open questions are not a pass."""
         left_open = self.exit is Exit.PASS and self.verdict.word is VerdictKind.INCONCLUSIVE
         return Exit.INCONCLUSIVE if strict and left_open else self.exit
 
@@ -75,10 +75,10 @@ class RunVerdict:
 def judge(run: Run) -> RunVerdict:
     """Judge every comparison of a run, then the run.
 
-    Precedence of the exit codes: a non-conformance, a refuted comparison or a file that was changed after the run is a
-    finding, and no missing Cell can take it back, so FAIL comes first, also before NOTHING_COMPARED (a run whose every Cell
-    is nonconforming did compare something). Then nothing measured, then Cells not measured. Questions left open are a
-    PASS, but for `exit_code(strict=True)`.
+    Precedence of the exit codes: FAIL comes first, for a non-conformance, a refuted comparison or a file that was changed
+    after the run, since no missing Cell can undo such a finding. It also precedes NOTHING_COMPARED: a run with only
+    nonconforming Cells did compare something. Then nothing measured, then Cells not measured. Open questions are a PASS,
+    except for `exit_code(strict=True)`.
     """
     latest = run.latest()
     missing = tuple(run.missing())
@@ -121,7 +121,7 @@ def _better(comparison: Comparison, run: Run, latest: dict[str, Record]) -> Verd
     pairs = [(left, right) for left in left_sides for right in right_sides]
     named = naming.full(cells.values()) | naming.recipes(cells.values())
     ids = tuple(latest[i].id for i in dict.fromkeys(comparison.left + comparison.right) if i in latest)
-    # Per verdict: the gap of each pair, and the sentence about it.
+    # By verdict: the gap and the sentence of each pair.
     found: dict[VerdictKind, list[tuple[float, str]]] = {word: [] for word in VerdictKind}
     for left, right in pairs:
         names = [named[side[0] if len(side) == 1 else cells[side[0]].recipe_id] for side in (left, right)]
@@ -144,7 +144,7 @@ def _better(comparison: Comparison, run: Run, latest: dict[str, Record]) -> Verd
     ):
         if found[word]:
             sentences = list(dict.fromkeys(sentence for _, sentence in sorted(found[word])))
-            # The worst pair stands for the others; reasons for not judging are listed one by one.
+            # The worst pair stands for the others; reasons for a missing verdict are listed one by one.
             shown = sentences[:_SHOWN] if word is VerdictKind.NOT_RUN else sentences[:1]
             if word is VerdictKind.NOT_RUN and len(sentences) > _SHOWN:
                 shown.append(f"and {len(sentences) - _SHOWN} more")
@@ -164,7 +164,7 @@ def _recipes(ids: list[str], cells: Mapping[str, Cell]) -> list[list[str]]:
 
 
 def _apart(left: list[Record], right: list[Record], names: list[str]) -> tuple[VerdictKind, float, str]:
-    """Judge one pair: by the interval of its difference over seeds, or by both intervals with one run each."""
+    """Judge one pair: by the interval of its difference over seeds, or, with one run each, by both intervals."""
     a, b = score(left), score(right)
     sentence = f"{names[0]} {_interval(a)} against {names[1]} {_interval(b)}"
     if len(left) == len(right) == 1:
@@ -219,7 +219,7 @@ def _whole(
         return Verdict(VerdictKind.FAIL, "; ".join(reasons), tuple(dict.fromkeys(ids))), Exit.FAIL
 
     ok = [r for r in latest.values() if r.status is Status.OK]
-    # A Cell that was prevented from running, unlike one that cannot run here, is a fault of the machine.
+    # A Cell that was prevented from running is a fault of the machine; a Cell that cannot run here is not.
     bad = [r for r in latest.values() if r.status in UNMEASURED or (r.status is Status.SKIPPED and r.failure)]
     if not ok and not bad:
         nothing = Verdict(VerdictKind.NOT_RUN, "no Cell was measured", tuple(r.id for r in latest.values()))

@@ -1,1 +1,1 @@
-"""Models and data: declared in one table, fetched once, verified, kept in a cache."""
+"""Models and data: declared in one table, fetched once, verified and cached."""

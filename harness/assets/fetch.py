@@ -35,7 +35,7 @@ def ensure(source: Source, progress: Progress = no_progress) -> Path:
     if source.scheme == "file":
         return _local_file(source)
     if source.scheme == "hub" and source.kind != "data":
-        # Do not ask the hub for what is cached: a slow or absent network then costs nothing.
+        # Do not query the hub for cached files: a slow or absent network then costs nothing.
         return model_folder.check(hub.snapshot(source, progress, local_only=is_local(source)), source)
     place = _place(source)
     if not place.is_dir():
@@ -124,7 +124,7 @@ def _fill(made: Path, source: Source, staging: Path, progress: Progress) -> None
 
 
 def _in_child(script: Path, *arguments: str, label: str, progress: Progress) -> None:
-    """Run a script that imports torch in a process of its own, so that this process does not."""
+    """Run a script that imports torch in a separate process, so that this one does not."""
     # -P: modules in this folder must not shadow others of the same name.
     with python(["-P", str(script), *arguments], {"HF_HUB_OFFLINE": "1"}) as child:
         while (code := child.exit_code) is None:

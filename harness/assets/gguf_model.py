@@ -1,4 +1,4 @@
-"""Convert a GGUF file to a model folder, in a process of its own: `python -m harness.assets.gguf_model SRC.gguf DST`."""
+"""Convert a GGUF file to a model folder, in a separate process: `python -m harness.assets.gguf_model SRC.gguf DST`."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _NESTED = ["*/*"]
 
 
 def snapshot(source: Source, progress: Progress, local_only: bool = False) -> Path:
-    """Return the folder of a model repository in the hub's cache, fetching what is missing."""
+    """Return the folder of a model repository in the hub's cache; fetch missing files."""
     import huggingface_hub
 
     with hub_errors(source):

@@ -1,4 +1,4 @@
-"""Find and read lm-eval's own tasks as files, without importing lm-eval, whose index takes seconds."""
+"""Find and read lm-eval's own tasks as files, without importing lm-eval, which takes seconds to index them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class TaskFile:
 
 
 def find(text: str, folder: Path | None = None) -> TaskFile:
-    """Find a task by its name in a suite. Raises UsageError if there is none. folder: of lm-eval's tasks."""
+    """Find a task by its name in a suite. Raises UsageError for an unknown name. folder: of lm-eval's tasks."""
     match = _NAME.fullmatch(text)
     if match is None:
         hint = "write lm-eval:TASK, lm-eval:TASK:FILTER, and @ with the 40 hex digits of its data's commit"
@@ -86,7 +86,7 @@ def filter_functions() -> tuple[str, ...]:
 
 
 def _path(folder: Path, name: str) -> tuple[Path | None, set[str]]:
-    """Return the file of a task, None if there is none, and the names of the tasks that were read.
+    """Return the file of a task or None, and the names of the tasks that were read.
 
     Reads first the file of that name, then the files of its family, then all fourteen thousand. A similar name does not
     end the search: some tasks differ in one letter.

@@ -8,7 +8,7 @@ from harness.bench.results import Ceilings
 from harness.bench.timing import Clock, Run
 
 REPEATS = 5
-"""Samples, of which the fastest counts."""
+"""Number of samples; the fastest counts."""
 COPIED_B = {"cpu": 2**28, "cuda": 2**30}
 """Bytes copied: more than any cache holds."""
 SIDE = {"cpu": 1536, "cuda": 8192}

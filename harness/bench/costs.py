@@ -26,7 +26,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class TimedOperation:
-    """How one Operation is timed."""
+    """Arguments and least costs of a timed Operation."""
 
     case: Callable[[BenchSize], dict[str, Any]]
     """size -> the keyword arguments of the Operation's `arguments`."""
@@ -35,7 +35,7 @@ class TimedOperation:
     backward: Cost | None = None
     """Additional cost of a training step; None if nothing is differentiated."""
     per_token: bool = False
-    """Whether the number of tokens matters."""
+    """True if the time depends on the number of tokens."""
 
 
 def packed_bytes(s: BenchSize) -> float:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import flop_registry
 
 
 class _Counter(TorchDispatchMode):
-    """Sums torch's own FLOP formulas. torch's FlopCounterMode is not used: its module hooks change what is computed."""
+    """Sums torch's own FLOP formulas. torch's FlopCounterMode is not used: its module hooks change the computation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        # addmm_ has no formula of its own.
+        # torch has no formula for addmm_.
         op = torch.ops.aten.addmm if func._overloadpacket is torch.ops.aten.addmm_ else func._overloadpacket
         if op in flop_registry:
             self.total += flop_registry[op](*args, **(kwargs or {}), out_val=out)

@@ -31,7 +31,7 @@ CHECKS = ("outputs", "output_codes")
 GRADIENT = "backward"
 """Check that a timed backward pass must pass too."""
 OVERHEAD_CALLS = 5
-"""Calls of tiny size, of which the median is the overhead."""
+"""Number of calls of tiny size; their median is the overhead."""
 
 
 @dataclass
@@ -119,7 +119,7 @@ class OperationBenchmark:
                 yield runner.check(name, subject, case)
 
     def _overhead(self, backward: bool) -> dict[str, float]:
-        """Return the seconds of a call of tiny size, by side; without the side whose implementation does not support it."""
+        """Return the seconds of a call of tiny size, by side; omit a side that does not support it."""
         arguments, found = self._arguments(TINY), {}
         for side, implementation in (("ours", self.ours), ("other", self.other)):
             run = self._call(implementation, arguments, backward)

@@ -23,7 +23,7 @@ FEWEST = next(n for n in count(1) if median_interval([0.0] * n).low is not None)
 
 
 class Samples(FrozenModel):
-    """Times of two programs taken in turn, in the order of the pairs."""
+    """Times of two alternating programs, in the order of the pairs."""
 
     ours: list[Seconds] = Field(min_length=1)
     other: list[Seconds] = Field(min_length=1)
@@ -71,7 +71,7 @@ class BenchRow(FrozenModel):
     because: str = ""
     """Why it was not measured."""
     differs: str = ""
-    """How the two computations differ, if they do."""
+    """Differences between the two computations, if there are any."""
     judged: str = ""
     """The size on which parity was judged, if smaller than the timed one."""
     parity: list[CheckOutcome] = Field(default=[])
@@ -85,9 +85,9 @@ class BenchRow(FrozenModel):
     limit: str = "frozen pass"
     """Name of the lower bound in `samples.limit`."""
     products: Products | None = None
-    """FLOPs of a training step; None where Triton ran, or a library on NF4, whose products are not counted."""
+    """FLOPs of a training step; None for Triton and for a library on NF4, since torch does not count their products."""
     memory: dict[str, dict[str, int]] = Field(default={})
-    """Implementation -> bytes of its own process: `peak_B` in the steps, `rest_B` before them, `bare_B` before the model."""
+    """Implementation -> bytes of its process: `peak_B` in the steps, `rest_B` before them, `bare_B` before the model."""
     losses: dict[str, list[float]] = Field(default={})
     """Implementation -> loss of each step."""
     facts: dict[str, Json] = Field(default={})
@@ -95,7 +95,7 @@ class BenchRow(FrozenModel):
 
     @property
     def red(self) -> bool:
-        """Whether a check failed without a known defect."""
+        """True if a check failed without a known defect."""
         return any(one.status is CheckStatus.FAIL for one in self.parity)
 
     @property

@@ -40,7 +40,7 @@ class BenchReport:
     def exit(self) -> Exit:
         """The exit code: 4 if interrupted, 1 if a check failed, 4 if a worker failed, 0 if anything was measured, else 5.
 
-        If nothing was measured because only a GPU was requested and there is none, 4.
+        4 also if nothing was measured because only a GPU was requested and none exists.
         """
         if self.interrupted:
             return Exit.INFRASTRUCTURE
@@ -126,7 +126,7 @@ def measure(request: BenchRequest, threads: int, report: BenchReport, save: Call
 def no_gpu() -> str:
     """Return why no GPU can be used; empty if one can.
 
-    A separate process asks torch, which may be built without CUDA although the driver shows a GPU.
+    A separate process queries torch, which may be built without CUDA although the driver shows a GPU.
     """
     if not gpus():
         return NO_GPU
@@ -150,7 +150,7 @@ def _rows(task: BenchTask, request: BenchRequest, threads: int, workers: WorkerP
 
 
 def _operation(task: BenchTask, request: BenchRequest, threads: int, workers: WorkerPool) -> Iterator[BenchRow]:
-    """Yield the rows of every size; continue in a new process after a size whose process failed."""
+    """Yield the rows of every size; after a size that failed, continue in a new process."""
     remaining = task.sizes
     while remaining and not workers.stopped:
         at = 0
@@ -193,7 +193,7 @@ def _events(task: BenchTask, request: BenchRequest, threads: int, workers: Worke
 
 
 def _with_memory(row: BenchRow, task: BenchTask, request: BenchRequest, threads: int, workers: WorkerPool) -> BenchRow:
-    """Add the memory of the step by each implementation, measured in a process of its own."""
+    """Add the memory of the step by each implementation, measured in a separate process."""
     if row.samples is None:
         return row
     found: dict[str, dict[str, int]] = {}

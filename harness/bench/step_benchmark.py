@@ -1,4 +1,4 @@
-"""Benchmark a training step: two implementations pass the parity gate of a Cell, then take steps in turn."""
+"""Benchmark a training step: two implementations pass the parity gate of a Cell, then alternate steps."""
 
 from __future__ import annotations
 

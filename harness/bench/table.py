@@ -62,7 +62,7 @@ def _memory(row: BenchRow) -> str:
 
 
 def _parity(row: BenchRow) -> str:
-    """Name the passed checks, and the largest error as a share of what is allowed."""
+    """Name the passed checks, and the largest error as a share of the allowance."""
     passed = [one for one in row.parity if one.status is CheckStatus.PASS]
     in_order = sorted(passed, key=lambda one: one.implementation == row.ours)
     ids = list(dict.fromkeys(one.result.check for one in in_order))

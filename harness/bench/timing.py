@@ -1,4 +1,4 @@
-"""Time two programs in turn, A B, B A, A B ..., so that a slow phase of the machine affects both alike."""
+"""Time two alternating programs, A B, B A, A B ..., so that a slow phase of the machine affects both alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decide from the checks of two implementations if their times may be reported. No torch."""
+"""Decide by the checks of two implementations whether their times may be reported. No torch."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def refuse_long(model: nn.Module, cell: Cell, answer: int = 0) -> None:
 
 
 def refuse_tokenless(examples: Sequence[Example], folder: str, special: int = 0) -> None:
-    """Raise UsageError if no text has a token besides the `special` ones that the tokenizer in `folder` adds to each."""
+    """Raise UsageError if no text has a token other than the `special` ones that the tokenizer in `folder` adds to each."""
     if examples and all(len(example.tokens) <= special for example in examples):
         what = "the texts have no tokens: the tokenizer knows none of their characters"
         hint = "write the model's own tokenizer there with `tokenizer.save_pretrained(FOLDER)`"

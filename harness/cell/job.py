@@ -53,7 +53,7 @@ class Job(FrozenModel):
     at_once: int = 1
     """Number of Cells, including this one, that may run on the same machine at the same time."""
     gpu: str = ""
-    """The UUID of its own GPU; empty if the batch system assigns one, and on a CPU."""
+    """The UUID of its exclusive GPU; empty if the batch system assigns one, and on a CPU."""
 
     @property
     def notes(self) -> list[str]:

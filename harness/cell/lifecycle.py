@@ -40,7 +40,7 @@ Data = CellData | RandomData
 
 @dataclass
 class Attached:
-    """The adapted model, and what only the parity gate needs."""
+    """The adapted model, and data that only the parity gate needs."""
 
     subject: Subject
     logits: Callable[[], Tensor]
@@ -80,7 +80,7 @@ def measure(run: CellRun, predict: Predict) -> Measurements:
                 trained = training_phase.train(run, subject, loaded.head, data, attached.start)
     memory = memory_ledger.memory(run, subject, trained, predicted)
     training = trained.measured if trained else None
-    del trained  # it holds the optimizer, whose states are no part of the phases below
+    del trained  # it holds the optimizer; its states are no part of the phases below
     model.zero_grad(set_to_none=True)
     checkpoint = _save(run, subject, loaded, model_B)
     accuracy = _evaluate(run, data, model)
@@ -173,7 +173,7 @@ def _attach(
 
 
 def _check_parity(run: CellRun, attached: Attached, data: Data) -> None:
-    """Compare the adapted model with the reference; raises NonconformingError. Releases what only this needs."""
+    """Compare the adapted model with the reference; raises NonconformingError. Releases data that only this needs."""
     subject, base = attached.subject, run.cell.base
     provider = f"{base.quantization} by {base.implementation}" if base.quantization != "none" else ""
     with run.clock.phase("parity"):
@@ -200,7 +200,7 @@ def _offload(run: CellRun, subject: Subject) -> OffloadedWeights:
 
 
 def _save(run: CellRun, subject: Subject, loaded: models.Loaded, model_B: int) -> Checkpoint:
-    """Measure the size of what a library saves of the adapter."""
+    """Measure the size of the adapter as a library saves it."""
     with run.clock.phase("save"):
         added = subject.added()
         trains_base = bool(subject.adapted.tensors().keys() - added.keys())

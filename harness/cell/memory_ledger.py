@@ -28,7 +28,7 @@ def parameters(adapted: Adapted, head: Mapping[str, nn.Parameter], model: nn.Mod
 
 
 def memory(run: CellRun, subject: Subject, trained: Trained | None, predicted: Predicted | str) -> Memory:
-    """Count the bytes of weights, adapter, gradients and optimizer states; predicted: a str says why there is none."""
+    """Count the bytes of weights, adapter, gradients and optimizer states; predicted: a str is the reason for none."""
     added = subject.added()
     adapter = {id(tensor) for tensor in added.values()}
     states = optimizer_tensors(trained.optimizer) if trained else []

@@ -1,4 +1,4 @@
-"""The training of a Cell: warm-up, steps, the checks of what moved, and the memory of one more step."""
+"""The training of a Cell: warm-up, steps, checks of changed and unchanged tensors, and the memory of one more step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from harness.conformance.subject import Subject, sampled
 from harness.process.out_of_memory import shortage
 from harness.records.record import TrainingMeasured
 
-# The optimizer makes its state in step 1, and allocators settle: the first steps are marked as not steady.
+# The optimizer makes its state in step 1, and allocators grow: the first steps are marked as not steady.
 TIMING_WARMUP = 3
 WARMUP_PASSES = 2
 

@@ -1,1 +1,1 @@
-"""The claim ledger: figures and properties that papers print, recomputed from models and code. Files: `suites/claims/`."""
+"""Claim ledger: numbers and properties printed in papers, recomputed from models and code. Files: `suites/claims/`."""

@@ -1,4 +1,4 @@
-"""A Method's reference attached to a shape on the meta device, to count its tensors without data."""
+"""Attach a Method's reference to a shape on the meta device, to count its tensors without data."""
 
 from __future__ import annotations
 

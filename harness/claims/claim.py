@@ -53,7 +53,7 @@ class Claim:
     otherwise: tuple[Reading, ...] = ()
     """Readings to try in order if the paper's own does not reproduce."""
     scale: str = ""
-    """How the measurement is smaller than the paper's, if it is; a different result then refutes nothing."""
+    """Description of a measurement at a smaller scale than the paper's; a different result then refutes nothing."""
     headline: str = ""
     """The headline it belongs to, if any."""
     needs: str = ""

@@ -45,7 +45,7 @@ class Missing:
     why: str
     """The reason."""
     failed: bool = False
-    """Whether it should have had a result."""
+    """True if the measure should have had a result."""
 
 
 class MeasureOutcome(FrozenModel):
@@ -86,14 +86,14 @@ class JudgedClaim(FrozenModel):
     rule: str | None = None
     """The looser rule of comparison in words; empty for plain rounding, None in ledgers of an older version."""
     scale: str = ""
-    """How the measurement is smaller than the paper's (a rehearsal, a small model), if it is."""
+    """Description of a measurement at a smaller scale than the paper's (a rehearsal, a small model)."""
     tried: list[MeasureOutcome]
     failed: bool = False
-    """Whether it should have been computed and was not."""
+    """True if the claim should have been computed and was not."""
 
     @property
     def stood_in(self) -> bool:
-        """Whether it was reproduced at a smaller scale."""
+        """True if the claim was reproduced at a smaller scale."""
         return bool(self.scale) and self.verdict in (ClaimVerdict.REPRODUCED, ClaimVerdict.UNDER)
 
     @property

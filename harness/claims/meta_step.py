@@ -1,8 +1,8 @@
 """Count a training step of a shape on the meta device, with a Method's reference attached: operations and saved bytes.
 
-It is run as `harness.cell.training.loop` runs one, forward and backward: a gradient is computed where something that
-trains wants it, so not for frozen weights, and not before the first layer that trains. Of a deep model two and three
-blocks are run; what a block more takes is the same for each further one.
+The step runs forward and backward as in `harness.cell.training.loop`: gradients are computed only where a trainable tensor
+needs them, so not for frozen weights, and not before the first trainable layer. A deep model runs with two and with three
+blocks; the difference is the same for each further block.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from harness.conformance.subject import DTYPES, configure
 from harness.memory_model import counting, model_shapes
 
 _FEW = 2
-"""Blocks after which each further one takes the same; the first may need no gradient of its input."""
+"""Blocks after which each further one has equal counts; the first may need no gradient of its input."""
 _FLAT_MASK = ("deberta", "deberta-v2")
 """Model types with an attention mask of one number per token; others take one per pair of tokens."""
 

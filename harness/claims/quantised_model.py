@@ -1,4 +1,4 @@
-"""QLoRA's reference attached to a shape on the meta device, to count its 4-bit weights and their bits."""
+"""Attach QLoRA's reference to a shape on the meta device, to count its 4-bit weights and their bits."""
 
 from __future__ import annotations
 

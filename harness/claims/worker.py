@@ -48,7 +48,7 @@ def _quantity(value: Any) -> Any:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Return the result of a measure for JSON; or the reason why there is none, and whether that is a failure."""
+    """Return the result of a measure for JSON; or the reason for a missing one, and whether that is a failure."""
     try:
         found = find(request)
         numbers = {name: _written(value) for name, value in (("value", found.value), ("most", found.most))}

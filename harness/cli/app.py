@@ -62,7 +62,7 @@ def commands() -> None:
 
 def launch(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    sys.excepthook = report_bug  # Python's own hook would exit with 1, which means a finding
+    sys.excepthook = report_bug  # Python's default hook would exit with 1, which means a finding
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an ASCII terminal must not end in a crash
@@ -75,7 +75,7 @@ def launch(argv: Sequence[str] | None = None) -> int:
         code = report_error(HarnessError("interrupted", hint="what was finished is kept"))
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx and error.ctx.parent else "peft-harness"  # e.g. `history add`
-        message = " ".join(error.format_message().split())  # click puts choices on lines of their own
+        message = " ".join(error.format_message().split())  # click puts choices on separate lines
         where = path.removeprefix("peft-harness").strip()
         code = report_error(UsageError(message, where=where, hint=f"see `{path} --help`"))
     except HarnessError as error:

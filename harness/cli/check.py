@@ -1,4 +1,4 @@
-"""Command `check`: implementations compared with their references, as a matrix. No torch: workers do the work."""
+"""Command `check`: compare implementations with their references. No torch: workers compute."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def check(request: CheckRequest, as_json: bool, junit: Path | None = None, html:
     _check_writable({"--junit": junit, "--html": html})
     with handle_termination():
         report = judge(request)
-    # Printing and each file are independent: a full disk, or a closed stdout, must not lose the others.
+    # Printing and each file are independent: a full disk or a closed stdout must not prevent the others.
     with contextlib.ExitStack() as afterwards:
         if html is not None:
             from harness.report.check_page import write_page
@@ -68,7 +68,7 @@ def check(request: CheckRequest, as_json: bool, junit: Path | None = None, html:
 
 
 def _check_writable(files: dict[str, Path | None]) -> None:
-    """Raise UsageError for files that cannot be written, before the checks take their minutes."""
+    """Raise UsageError for files that cannot be written, before the checks run for minutes."""
     given = {option: file for option, file in files.items() if file is not None}
     odd = {option: why for option, file in given.items() if (why := unwritable(file))}
     if len({file.absolute() for file in given.values()}) < len(given):
@@ -80,7 +80,7 @@ def _check_writable(files: dict[str, Path | None]) -> None:
 
 
 def judge(request: CheckRequest) -> CheckReport:
-    """Run the requested checks, each entry point in a process of its own. Raises UsageError for unknown names."""
+    """Run the requested checks, each entry point in a separate process. Raises UsageError for unknown names."""
     from harness.records.environment import describe
 
     registry = worker_processes.discover(request.patience)
@@ -96,7 +96,7 @@ def judge(request: CheckRequest) -> CheckReport:
         skipped |= {f"{name} {target}": why for (name, _, target), why in found.missing.items()}
         if interrupted:
             skipped |= {f"{name} {target}": "interrupted" for name, _, target in found.left}
-    # A defect may show just in what was left out: by the user, by an interruption, or because a module is missing.
+    # The omitted checks may be those that show a defect: the user, an interruption or a missing module left them out.
     left_out = {target for found in findings for target in found.not_tried}
     done = {target for task in tasks for target in task.targets} - left_out
     due = [defect for defect in known if _was_fully_tried(defect, request, registry, done)]
@@ -114,7 +114,7 @@ def judge(request: CheckRequest) -> CheckReport:
 def _was_fully_tried(
     defect: Defect, request: CheckRequest, registry: Registry, done: set[tuple[str, TargetKind, str]]
 ) -> bool:
-    """Return whether everything was tried in which a defect could show, so that its absence is a finding."""
+    """Return whether all checks that could show a defect were tried, so that its absence is a finding."""
     by_dtype = all(
         dtype in request.dtypes
         or not any(fnmatchcase(dtype, CheckId.parse(pattern).dtype) for pattern in defect.checks)
@@ -190,12 +190,12 @@ def _tasks(
         )
         for point, several in grouped.items()
     ]
-    # The longest first, so that no core is idle for long at the end.
+    # Longest tasks first, so that no core is idle for long at the end.
     return sorted(tasks, key=lambda task: -sum(_size(plans[target]) for *_, target in task.targets)), skipped
 
 
 def _why_no_case(one: Implementation, plan: ParitySuite, request: CheckRequest) -> str:
-    """Return the reason why no case of the parity suite is left for an implementation, or an empty string."""
+    """Return the reason why an implementation has no case left of the parity suite, or an empty string."""
     there = [dtype for dtype in plan.dtypes if dtype in (request.dtypes or DTYPES)]
     if set(one.dtypes) & set(there):
         return ""

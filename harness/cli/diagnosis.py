@@ -1,4 +1,4 @@
-"""Findings of `doctor`: what this machine can run, and the reasons for what it cannot run."""
+"""Findings of `doctor`: the parts that this machine can run, and the reasons why others cannot run."""
 
 from __future__ import annotations
 

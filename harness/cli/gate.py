@@ -16,7 +16,7 @@ _C = TypeVar("_C", bound=Callable[..., Any])
 
 
 class _OptionOf(click.Option):
-    """An option that only one form of the command takes, named by `form`: `--baseline` or `--pairs`."""
+    """An option of only one form of the command. `form` names it: `--baseline` or `--pairs`."""
 
     def __init__(self, *args: Any, form: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

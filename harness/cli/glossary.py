@@ -1,4 +1,4 @@
-"""Definitions for `explain` of terms that no other file defines. No torch."""
+"""Definitions of the terms that only `explain` defines. No torch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CHECK_RESULTS = {
     "unsupported": "a case that an implementation does not offer: it raised harness.Unsupported. A plain "
     "NotImplementedError is a failure, since torch raises it too",
 }
-"""Results of `check` that are no checks of a parity suite."""
+"""Results of `check` other than the checks of a parity suite."""
 CELL_CHECKS = {
     "frozen": "fails if training changed a parameter of the model that must not train",
     "moved": "fails if a tensor that trains kept its first value in every step",
@@ -102,4 +102,4 @@ SAME = {
     "detect": "history", "settle": "history", "confirm": "history", "reset": "history", "sentinels": "sentinel",
     "cells": "cell", "records": "record",
 }  # fmt: skip
-"""Terms that another one explains."""
+"""Terms explained under another name."""

@@ -11,7 +11,7 @@ from harness.console import echo
 from harness.errors import Exit
 
 _MOST_SERIOUS_FIRST = (Exit.FAIL, Exit.NOTHING_COMPARED, Exit.INFRASTRUCTURE, Exit.INCONCLUSIVE, Exit.PASS)
-"""A finding stands whatever else is missing; see `analysis.verdict`."""
+"""Missing Cells do not undo a finding; see `analysis.verdict`."""
 
 
 @click.command()

@@ -12,7 +12,7 @@ from harness.errors import Exit
 
 
 class _RunCommand(click.Command):
-    """Adds the options that executors declare when the command is parsed, since their import takes time."""
+    """Adds the options of the executors only when the command is parsed, since their import takes time."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the options of the command and of all executors."""

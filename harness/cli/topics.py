@@ -1,4 +1,4 @@
-"""Texts of `explain`, read from where each name is defined."""
+"""Texts of `explain`, read from the definition of each name."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def explain(name: str) -> str:
     wanted = (parts[1] if len(parts) == 4 else name).lower()
     # The id of a check in a Record can mean nothing else, such as the Method `frozen`.
     topics = [topic for topic in _of_checks() if len(parts) == 4 and topic[0] == wanted] or list(_topics())
-    # Claim files are read only for a name that nothing else has, so that a mistake in one does not hide the rest.
+    # Claim files are read only for names without another text, so that a mistake in one does not hide the rest.
     for read in (_claims, _defects):
         if wanted not in {topic.lower() for topic, _ in topics}:
             topics += read()
     found = [text() for topic, text in topics if topic.lower() == wanted]
     if not found:
         hint = did_you_mean(wanted, sorted({topic for topic, _ in topics}))
-        if not hint.startswith("did you mean"):  # all names together would fill the screen
+        if not hint.startswith("did you mean"):  # a list of all names would fill the screen
             hint = (
                 "`peft-harness list methods`, `list checks`, `list claims` and `list measures` show names; operations, known"
                 " defects, optimizers, keys of `training:` and `config:`, verdicts, errors, exit codes (0 to 5), statuses"

@@ -23,8 +23,8 @@ class Attach(Protocol):
     def __call__(self, *, seed: int = ..., square: bool = ..., **config: Any) -> Subject:
         """Return a freshly attached subject.
 
-        seed: of the generator that `attach` is given. square: to a model whose two layers have one shape. config: values
-        of the Method's config that differ from the case's.
+        seed: seed of the generator passed to `attach`. square: attach to a model with two layers of one shape. config:
+        values of the Method's config that differ from the case's.
         """
 
 
@@ -64,7 +64,7 @@ class Case:
     def once(self, compute: Callable[[Subject, Case], _T], subject: Subject) -> _T:
         """Return `compute(subject, self)`, computed at the first request and shared by the checks that need it.
 
-        A Case stands for one state of the subject. A copy by `dataclasses.replace` computes anew.
+        A Case stands for one state of the subject. A copy by `dataclasses.replace` computes again.
         """
         key = compute, id(subject)
         if key not in self._computed:

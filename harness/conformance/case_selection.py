@@ -34,10 +34,10 @@ class CaseSelection:
     suite's own sizes only.
     """
     seed: int = 0
-    """Of the drawn cases."""
+    """Seed of the drawn cases."""
 
     def dice(self, target: str) -> random.Random:
-        """Return what the cases of `target` are drawn by."""
+        """Return the random generator that draws the cases of `target`."""
         return random.Random(f"{self.seed} {target}")  # noqa: S311
 
 
@@ -57,7 +57,7 @@ def draw_config(dice: random.Random, given: Values, features: int) -> Values:
         return dict(given)
     least = int(given.get("target_rank", 1))
     rank = draw_log_uniform(dice, least, max(least, min(LARGEST_RANK, features)))
-    # LoRA's orthogonal start is there for even ranks only.
+    # LoRA's orthogonal start exists for even ranks only.
     return {**given, "rank": rank + rank % 2 if given.get("init") == "orthogonal" else rank}
 
 

@@ -29,7 +29,7 @@ class Operation:
     reference: Callable[..., object]
     """Reference of the call. Arguments in the case's dtype, and that dtype itself, may come as float64."""
     differentiable: tuple[str, ...] = ()
-    """Arguments whose gradients are compared."""
+    """Arguments with gradients that are compared."""
     judge: Judge | None = None
     """(outputs of the subject, arguments) -> Judgement and a detail. None: every output within the noise floor of the
     reference in float64.
@@ -71,7 +71,7 @@ class OperationSubject:
 def cloned(value: _T, dtypes: Mapping[torch.dtype, torch.dtype] | None = None) -> _T:
     """Clone every tensor inside arguments. dtypes: what has one of these dtypes, or is one, takes the other.
 
-    A float32 absmax in a bfloat16 case keeps its dtype: it is float32 by definition.
+    A float32 absmax in a bfloat16 case stays float32, its dtype by definition.
     """
     become = dtypes or {}
 

@@ -71,9 +71,9 @@ class MethodSuite(FrozenModel):
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[MethodCase]:
         """Yield the cases in those of `dtypes` that the suite has: all of the product, or few; and those drawn at random.
 
-        The few: the first kind of layer, since many implementations offer no other, meets every config and every shape in
-        float32, or where that is not wanted in the first dtype that is, and another share of them in each other; so does
-        each other kind, with one config in a dtype. Dropout is in every share.
+        The few: the first kind of layer, the only one that many implementations support, is combined with every config and
+        every shape in float32 (or, if not requested, in the first requested dtype), and with another share of them in each
+        other dtype; so is each other kind, with one config per dtype. Dropout is in every share.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:
@@ -94,7 +94,7 @@ class MethodSuite(FrozenModel):
             shape = CaseShape.model_validate({"tokens": tokens, "in": sides[0], "out": sides[1]})
             kind = dice.choice([self.layers[0], dice.choice(self.layers)])  # half of them of the kind that all offer
             dtype = dice.choice(self.dtypes)
-            if dtype in there:  # a seed draws the same cases, whatever dtypes are asked for
+            if dtype in there:  # a seed draws the same cases for all requested dtypes
                 yield MethodCase(config, kind, shape, dtype)
 
     def _few(self, dtypes: Sequence[Dtype]) -> Iterator[MethodCase]:
@@ -134,7 +134,7 @@ class OperationSuite(FrozenModel):
     follows: str = "the paper"
     checks: list[str] = Field(min_length=1)
     values: list[Values] = Field(min_length=1, alias="cases")
-    """What the cases say, as keyword arguments of the function that draws the Operation's arguments."""
+    """The cases, as keyword arguments of the function that draws the Operation's arguments."""
     dtypes: list[Dtype] = Field(min_length=1)
     tolerances: dict[str, Tolerance] = Field(default={})
 
@@ -143,10 +143,10 @@ class OperationSuite(FrozenModel):
         return {check: looser.factor for check, looser in self.tolerances.items()}
 
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[OperationCase]:
-        """Yield the cases: all in every dtype that is wanted, or few; and those drawn at random.
+        """Yield the cases: all in every requested dtype, or few; and those drawn at random.
 
-        The few: every case in float32, or where that is not wanted in the first dtype that is, and in the
-        others another share of them each.
+        The few: every case in float32 (or, if not requested, in the first requested dtype), and another share of them in
+        each other dtype.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:
@@ -222,7 +222,7 @@ def in_words(values: Values) -> str:
 def load(method: str) -> MethodSuite:
     """Read the parity suite of a Method, or of a quantisation of the base.
 
-    Raises UsageError if there is none, SuiteError with every mistake in it.
+    Raises UsageError for a missing suite, SuiteError with all of its mistakes.
     """
     document, plan = yaml_lines.load_model(_existing(method), MethodSuite)
     problems: list[Problem] = []
@@ -236,7 +236,7 @@ def load(method: str) -> MethodSuite:
 
 
 def load_operation(name: str) -> OperationSuite:
-    """Read an Operation's parity suite. Raises UsageError if there is none, SuiteError with every mistake in it."""
+    """Read an Operation's parity suite. Raises UsageError for a missing one, SuiteError with all of its mistakes."""
     document, plan = yaml_lines.load_model(_existing(name), OperationSuite)
     if problems := list(_of_checks(document, plan)):
         raise SuiteError(problems)

@@ -23,7 +23,7 @@ def _precision(path: str) -> _Setting:
     return lambda: place.fp32_precision, lambda it: setattr(place, "fp32_precision", it)
 
 
-# Name -> how a setting is read, and how it is put back.
+# Name -> functions that read and restore a setting.
 _SETTINGS: dict[str, _Setting] = {
     "the default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "the default device": (torch.get_default_device, torch.set_default_device),
@@ -93,7 +93,7 @@ def seed(value: int) -> None:
 
 
 def find_seeding(act: Callable[[], object]) -> list[str]:
-    """Name the random number generators that `act` seeds: after it they are equal, whatever they were before.
+    """Name the random number generators that `act` seeds: after it their states are equal, independent of the states before.
 
     Drawing from them is allowed. They are restored.
     """

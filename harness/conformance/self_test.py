@@ -1,4 +1,4 @@
-"""Self-test: are planted faults caught, and by the checks that are expected to? In this process.
+"""Self-test: check that the expected checks catch the planted faults. In this process.
 
 Every fault goes through one case of its target's parity suite, and so does the right reference.
 """

@@ -39,7 +39,7 @@ class PackedLayer:
     """float32, one per block; if `double`, decoded."""
     block: int
     double: bool = False
-    """Whether absmax is quantised too."""
+    """True if absmax is quantised too."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ExpectedCodes:
     codes: Tensor
     absmax: Tensor
     near_tie: Tensor
-    """Where the last bit of a division decides the code."""
+    """Mask of the elements with a code that the last bit of a division decides."""
     bias: Tensor | None
 
     @classmethod
@@ -77,7 +77,7 @@ class Original:
     changed.
     """
     crc32: dict[str, int] = field(default_factory=dict)
-    """Checksums of every parameter, of what it stores beside its codes, and of every buffer."""
+    """Checksums of every parameter, of its quantisation state, and of every buffer."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Original:
@@ -136,7 +136,7 @@ class Subject:
 
     @property
     def trains_plainly(self) -> bool:
-        """Whether training mode can be compared: it draws no random numbers without dropout."""
+        """True if training mode can be compared: without dropout it draws no random numbers."""
         return not getattr(self.config, "dropout", 0.0)
 
     def added(self) -> dict[str, Tensor]:

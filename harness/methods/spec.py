@@ -44,7 +44,7 @@ class Adapted(Protocol):
     layers: dict[str, Any]
     """Adapted layers, by module path."""
     can_merge: bool
-    """Whether `merge` folds an adapter into the weights; False without an adapter."""
+    """True if `merge` folds an adapter into the weights; False without an adapter."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Map the Method's canonical names, `<path>.<letter>`, to the trainable tensors."""
@@ -97,7 +97,7 @@ class FieldInfo:
 
     @property
     def is_list(self) -> bool:
-        """Whether one value of this field is a list."""
+        """True if one value of this field is a list."""
         return self.type.startswith("tuple")
 
     @property

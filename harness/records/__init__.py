@@ -1,1 +1,1 @@
-"""Records: what a run leaves on disk, as typed models with JSON Schemas. Imports no torch."""
+"""Records: the files of a run, as typed models with JSON Schemas. Imports no torch."""

@@ -1,4 +1,4 @@
-"""Identifiers of checks, `target/check/dtype/state`, in the one place that splits and joins them."""
+"""Identifiers of checks, `target/check/dtype/state`: the only code that splits and joins them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class CheckId(NamedTuple):
     """The check's name, e.g. `gradient`."""
     dtype: str = ""
     state: str = ""
-    """`init`, `warm`, `trained` or `call`; `-` where there is none."""
+    """`init`, `warm`, `trained` or `call`; `-` for a check without a state."""
 
     def __str__(self) -> str:
         return _SEPARATOR.join(self)
 
     @property
     def is_complete(self) -> bool:
-        """Whether all four parts are present and none holds a separator."""
+        """True if all four parts are present and none contains a separator."""
         return all(self) and _SEPARATOR not in self.state
 
     @classmethod
     def parse(cls, text: str) -> CheckId:
-        """Split an identifier. Missing parts are empty, so that an incomplete one from an old file is no error."""
+        """Split an identifier. Missing parts are empty, so an incomplete identifier from an old file is no error."""
         return cls(*text.split(_SEPARATOR, 3))

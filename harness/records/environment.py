@@ -79,7 +79,7 @@ def physical_cores() -> int:
     bounds = [usable, psutil.cpu_count(logical=False) or usable]
     quota = cgroup_cpus()
     if quota is not None:
-        bounds.append(int(quota))  # a thread more than whole cores would only wait for the others
+        bounds.append(int(quota))  # a thread beyond the whole cores would only wait for the others
     return max(1, min(bounds))
 
 
@@ -172,11 +172,11 @@ def _git() -> tuple[str, bool | None]:
         command = ["git", "-C", str(top), *words]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_GIT_S)
-        except (OSError, subprocess.TimeoutExpired):  # unknown, and no reason to stop
+        except (OSError, subprocess.TimeoutExpired):  # unknown, which is no error
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     sha = ask("rev-parse", "HEAD")
-    # Files that runs write are no change of the code: canaries, a night that is not committed yet.
+    # Files that runs write do not change the code: canaries, a night that is not committed yet.
     status = ask("status", "--porcelain", "--", ".", ":!results")
     return (sha or ""), (None if status is None else bool(status))

@@ -16,7 +16,7 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 def unwritable(file: Path) -> str:
     """Return the reason why a file cannot be written; empty if it can."""
-    if file.exists() and not file.is_file():  # it would be replaced, and /dev/null is everybody's
+    if file.exists() and not file.is_file():  # it would be replaced, and all processes share /dev/null
         return f"{file} is no file that could be replaced"
     if not file.parent.is_dir():
         return f"{file}: there is no folder {file.parent}"

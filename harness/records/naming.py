@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
 from harness.records.record import Cell, Json
 
-# Names of coordinates whose last part alone would be ambiguous.
+# Names of coordinates with an ambiguous last part.
 _SHORT_KEYS = {
     "evaluation.batch": "evaluation batch",
     "base.implementation": "quantised by",
@@ -41,9 +41,9 @@ def short(cell: Cell) -> str:
 
 
 def _named(cells: Iterable[Cell], name: Callable[[Cell], str], place: Callable[[Cell], Hashable]) -> dict[str, str]:
-    """Name Cells; where those of one place would share a name, add the coordinates in which they differ.
+    """Name Cells; if Cells of one place would share a name, add the coordinates that differ.
 
-    A coordinate that a Cell leaves at its default is not named for that Cell.
+    The name of a Cell omits coordinates at their defaults.
     """
     sharing: dict[Hashable, dict[str, Cell]] = {}
     for cell in cells:
@@ -53,7 +53,7 @@ def _named(cells: Iterable[Cell], name: Callable[[Cell], str], place: Callable[[
         where = {i: dict(_coordinates(cell.model_dump(mode="json"))) for i, cell in group.items()}
         keys = list(dict.fromkeys(key for values in where.values() for key in values))
         differing = [key for key in keys if len({values.get(key, "unset") for values in where.values()}) > 1]
-        # Only one of several seeds has latencies: named only where nothing else differs.
+        # Only one of several seeds has latencies: the name shows this only if nothing else differs.
         named = [key for key in differing if key != _TIMED]
         if len({tuple(values.get(key) for key in named) for values in where.values()}) == len(where):
             differing = named

@@ -1,4 +1,4 @@
-"""Facts about a Record that older Records hold only as the text of a note."""
+"""Facts about a Record that are plain text in the notes of older Records."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _OLD_TEXTS = {NoteKind.UNREACHED_EXPERTS: "are neither adapted nor packed into 4
 
 
 def concurrency_note(cells: int) -> list[str]:
-    """Return the note on the Cells that may run on a machine at the same time; none for a Cell alone."""
+    """Return the note that several Cells may run on a machine at the same time; empty for a single Cell."""
     return [f"up to {cells} Cells ran at once: its times share the machine"] if cells > 1 else []
 
 
 def concurrent_cells(record: Record) -> int:
-    """Return how many Cells, this one included, may have run on the Record's machine at the same time."""
+    """Return the number of Cells, this one included, that may have run at once on the Record's machine."""
     if record.concurrent_cells is not None:
         return record.concurrent_cells
     return next((int(found[1]) for note in record.notes if (found := _OLD_CONCURRENCY.search(note))), 1)

@@ -2,7 +2,7 @@
 
 results/runs/<run>/run.json  cells/<cell_id>.<attempt>.json  logs/  footer.json  report.html  lock
 
-The footer holds the hashes of the other files. They are no signature: whoever also rewrites the footer leaves no trace.
+The footer holds the hashes of the other files. They are no signature: an edit that also rewrites the footer leaves no trace.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _read(path: Path, kind: type[_Model]) -> _Model:
 
 
 def _schema(text: bytes) -> int:
-    """Return the schema number that a file names which is not as this version knows it; 0 if it names none."""
+    """Return the schema number in a file that does not match this version's model; 0 without a number."""
     try:
         number = json.loads(text).get("schema", 0)
     except (ValueError, AttributeError, RecursionError):
@@ -98,11 +98,11 @@ class Run:
     broken: dict[str, str] = field(default_factory=dict)
     """Unreadable files, with the reason; they are shown, never silently dropped."""
     changed: dict[str, str] = field(default_factory=dict)
-    """Files that are not as the run left them, by path in the folder, with the change; a Record among them does
-    not count."""
+    """Files that were changed after the run, by path in the folder, with the change; changed Records do not
+    count."""
 
     def latest(self) -> dict[str, Record]:
-        """Map cell_id to its newest attempt, in the manifest's order; Cells without one that counts are left out."""
+        """Map cell_id to its newest attempt, in the manifest's order; Cells without a valid newest attempt are left out."""
         newest, doubtful = self._newest, self.doubtful()
         ids = [cell.cell_id for cell in self.manifest.cells]
         return {i: newest[i] for i in ids if i in newest and i not in doubtful}
@@ -131,7 +131,7 @@ class RunFolder:
     """The writer's side of one run folder.
 
     `create` and `take` make it the only writer, until `release` or the end of the object or process. A worker writes its one
-    Record for the runner that holds the folder, and needs no lock of its own.
+    Record for the runner that holds the folder, and needs no separate lock.
     """
 
     def __init__(self, path: Path, lock: int | None = None) -> None:
@@ -169,20 +169,19 @@ class RunFolder:
             self._unlock()  # a second call does nothing
 
     def record_path(self, cell_id: str, attempt: int) -> Path:
-        """Return where a Record goes."""
+        """Return the path of a Record."""
         return self.path / "cells" / f"{cell_id}.{attempt}.json"
 
     def log_path(self, cell_id: str, attempt: int) -> Path:
-        """Return where a worker's stdout and stderr go."""
+        """Return the path of a worker's stdout and stderr."""
         return self.path / "logs" / f"{cell_id}.{attempt}.txt"
 
     def next_attempt(self, cell_id: str) -> int:
-        """Return the number of the next attempt, counting from 1; a broken file still uses up its number, and so does one
-        that is gone but was hashed.
-        """
+        """Return the number of the next attempt, counting from 1. Broken files, and hashed files that were removed, use up
+        their numbers."""
         files = [*(self.path / "cells").glob(f"{cell_id}.*.json"), *(self.path / "logs").glob(f"{cell_id}.*.txt")]
         files += [Path(name) for name in _sealed(self.path) if name.startswith(f"cells/{cell_id}.")]
-        # Not everything is a number: a torn file may have been moved away as `.1.torn.json`.
+        # Not every name has a number: a torn file may have been renamed to `.1.torn.json`.
         numbers = [p.stem.removeprefix(f"{cell_id}.").partition(".")[0] for p in files]
         return max((int(n) for n in numbers if n.isdecimal()), default=0) + 1
 
@@ -195,7 +194,7 @@ class RunFolder:
             raise StoreError("this attempt has a Record already", where=str(path)) from error
 
     def reopen(self) -> None:
-        """Remove the footer, as the run is written to again. Its hashes stay, or a resumed run would hide changes."""
+        """Remove the footer before the run is resumed. Its hashes are saved: otherwise a resumed run would hide changes."""
         path = self.path / _FOOTER
         try:
             with contextlib.suppress(StoreError):
@@ -208,7 +207,7 @@ class RunFolder:
     def close(self, run: Run, footer: Footer) -> Run:
         """Write footer.json with the hashes of run.json and of all Records of `run`, just read; return the complete run.
 
-        A file that was hashed before keeps its hash. A Record that was moved away to measure its Cell again is forgotten.
+        Earlier hashes stay. The hash of a Record that was moved away, to measure its Cell again, is dropped.
         """
         known = _sealed(self.path)
         names = ["run.json", *run.changed, *(f"cells/{record.id}.json" for record in run.records)]
@@ -295,12 +294,12 @@ def read_run(path: Path) -> Run:
 
 
 def _changed(path: Path, records: Sequence[Record], broken: Mapping[str, str], *, complete: bool) -> dict[str, str]:
-    """Map each readable file that is not as the run left it to its change; empty for a run without hashes."""
+    """Map each readable file that was changed after the run to its change; empty for a run without hashes."""
     known = _sealed(path)
     found = {}
     for name, sha256 in known.items():
         if not (path / name).is_file():
-            if complete:  # else it was moved away, and its Cell is being measured again
+            if complete:  # otherwise it was moved away, and its Cell is measured again
                 found[name] = "was removed after the run"
         elif Path(name).name not in broken and _sha256(path / name) != sha256:
             found[name] = "was changed after the run"

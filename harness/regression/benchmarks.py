@@ -30,7 +30,7 @@ class Session:
     rounds: Mapping[str, Sequence[float]]
     """As in `Saved`, in seconds."""
     absent: Mapping[str, str]
-    """Why a saved benchmark has no rounds here, by name; only benchmarks that the session was to run."""
+    """Reason why a saved benchmark has no rounds here, by name; only for benchmarks that the session should run."""
     failed: frozenset[str] = frozenset()
     """Names of failed tests."""
     right: int = 0
@@ -114,7 +114,7 @@ def _row(name: str, saved: Sequence[Sequence[float]], new: Sequence[float], marg
 def _other_place(saved: Mapping[str, str], here: Mapping[str, str]) -> str:
     """Return the differences between the place of a saved run and this one, of facts that both have.
 
-    torch and the GPU need one side only: a session on a GPU is not faster than one on a CPU, but another.
+    For torch and the GPU one side is enough: sessions on a GPU and on a CPU do not compare.
     """
     both = [what for what in saved if what in here or what in _ALWAYS]
     either = both + [what for what in _ALWAYS if what in here and what not in saved]

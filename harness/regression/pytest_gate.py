@@ -72,7 +72,7 @@ class Gate:
         bad = [VerdictKind.FAIL, VerdictKind.NOT_RUN] + [VerdictKind.INCONCLUSIVE] * bool(
             self.config.getoption("harness_gate_strict")
         )
-        # Not 5 if nothing was compared: many scripts ignore the 5 of pytest.
+        # Not 5 if nothing was compared: many scripts ignore pytest's exit code 5.
         if self.findings.verdict.word in bad:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -117,7 +117,7 @@ class Gate:
         )
 
     def _why_absent(self, name: str) -> str:
-        """Return why a benchmark has no rounds; empty if the session was not to run it."""
+        """Return the reason why a benchmark has no rounds; empty if the session did not have to run it."""
         if name in self._collected:
             outcome = self._outcomes.get(name)
             return f"its test was {outcome}" if outcome == "skipped" else "its test was not run, or took no time"

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def render(report: CheckReport) -> bytes:
-    """Return one suite per implementation of a method or operation, and one for what befell whole plug-ins.
+    """Return one suite per implementation of a method or operation, and one for failures of whole plug-ins.
 
-    A known defect is a skipped test, as an expected failure is in pytest's files.
+    A known defect is a skipped test, like an expected failure in pytest's files.
     """
     root = ET.Element("testsuites", name="peft-harness check")
     for (target, implementation), tried in summary.rows(report.tried).items():

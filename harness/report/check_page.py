@@ -39,7 +39,7 @@ def write_page(report: CheckReport, out: Path) -> None:
 
 
 def build(report: CheckReport) -> dict[str, Any]:
-    """Return what the page shows as one plain dict."""
+    """Return the content of the page as one plain dict."""
     word, tone = ("interrupted", "open") if report.interrupted else _WORDS[report.exit]
     return {
         "verdict": {"word": word, "tone": tone, "icon": ICONS[tone], "exit": f"exit code {int(report.exit)}"},
@@ -128,7 +128,7 @@ def _figure(tried: list[CheckOutcome]) -> dict[str, Any]:
         small = "" if field.share is None else f"{field.share:.2f}"
         return figure(f"{ICONS[tone]} pass", field.share or 0.0, small=small, tone=tone)
     if field.status in (CheckStatus.FAIL, CheckStatus.KNOWN_DEFECT):
-        # Below every share of 1 that passes nothing sorts; failures come after all of them, by their number.
+        # Passing fields sort by their share, at most 1; failures sort above them, by their number.
         value = 1.0 + field.count
         text = f"{ICONS[tone]} {field.status.value}"
         return figure(text, value, small=f"{field.count} of {field.total}", tone=tone)
@@ -164,7 +164,7 @@ def _defect(defect: Defect, report: CheckReport) -> dict[str, Any]:
 
 
 def _by_check(target: str, implementation: str, tried: list[CheckOutcome]) -> dict[str, Any]:
-    """Sum up one implementation check by check, over all cases."""
+    """Summarise one implementation by check, over all cases."""
     dtypes = summary.dtypes(tried)
     names = list(dict.fromkeys(one.check for one in tried))
     rows = []

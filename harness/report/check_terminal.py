@@ -27,7 +27,7 @@ def print_matrix(report: CheckReport) -> None:
     dtypes = summary.dtypes(report.tried)
     table = Table(box=None, pad_edge=False)
     for heading in ("method or operation", "implementation"):
-        table.add_column(heading, overflow="fold")  # a name is never cut
+        table.add_column(heading, overflow="fold")  # names are never cut
     for dtype in dtypes:
         table.add_column(dtype, justify="right", overflow="fold")
     for (target, implementation), tried in summary.rows(report.tried).items():

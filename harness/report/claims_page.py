@@ -1,4 +1,4 @@
-"""The claim ledger as an HTML page in the style of the report of a run: paper by paper, or of the headlines. No torch."""
+"""HTML page of the claim ledger, by paper or of the headlines, in the style of a run's report. No torch."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _ICONS = {"quiet": "–", **ICONS}
 
 
 def write_page(rows: Sequence[JudgedClaim], software: Mapping[str, str], out: Path, *, headlines: bool = False) -> None:
-    """Write the page to `out`, whole or not at all. headlines: that of the headlines, else of the whole ledger."""
+    """Write the page to `out`, whole or not at all. headlines: only the headlines instead of the whole ledger."""
     filled = html.fill(HEADLINES if headlines else LEDGER, build(rows, software))
     files.write_atomic(out, filled.encode(errors="backslashreplace"))
 
 
 def build(rows: Sequence[JudgedClaim], software: Mapping[str, str]) -> dict[str, Any]:
-    """Return what the page shows as one plain dict."""
-    rows = sorted(rows, key=lambda row: row.version)  # the numbers of arXiv are in the order of time
+    """Return the content of the page as one plain dict."""
+    rows = sorted(rows, key=lambda row: row.version)  # arXiv numbers are chronological
     headlines: dict[str, list[JudgedClaim]] = {}
     papers: dict[str, list[JudgedClaim]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""Formatting of numbers. A missing one is a dash with its reason, never 0."""
+"""Formatting of numbers. A missing number is a dash with its reason, never 0."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ Figure = dict[str, Any]
 def figure(
     text: str, value: float | str | None, *, small: str = "", why: str = "", tone: str = "", flag: str = ""
 ) -> Figure:
-    """Return one shown value."""
+    """Return the figure of one value."""
     return {"text": text, "value": value, "small": small, "why": why, "tone": tone, "flag": flag}
 
 
 def unmeasured(why: str) -> Figure:
-    """Return the dash of a value that was not measured."""
+    """Return a dash, the figure of a value that was not measured."""
     return figure(DASH, None, why=why, tone="quiet")
 
 
 def mebibytes(size: int) -> str:
-    """Write bytes in MiB; small ones keep a digit."""
+    """Write bytes in MiB; small sizes have two decimals."""
     mib = size / MIB
     return f"{mib:,.0f}" if mib >= 10 else f"{mib:.2f}"
 
@@ -90,7 +90,7 @@ def interval(a: Accuracy | Score) -> str:
 
 
 def median_ms(m: Median) -> str:
-    """Write the interval of a median in ms, or how few samples there were."""
+    """Write the interval of a median in ms; if there are too few samples, their number."""
     if m.low is None or m.high is None:
         return f"n = {m.count}"
     return f"[{milliseconds(m.low)}, {milliseconds(m.high)}]"

@@ -1,4 +1,4 @@
-"""Write the report: one HTML file that needs no network and runs no script but its own."""
+"""Write the report: one HTML file that needs no network and runs only its own script."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ TEMPLATE = "report.html.j2"
 
 
 def render(analysed: Sequence[RunFacts], again: Sequence[Rerun] | None = None) -> str:
-    """Return the page of one or several runs. again: the reruns in them, None where there can be none."""
+    """Return the page of one or several runs. again: their reruns; None if none are possible."""
     return fill(TEMPLATE, view.build(analysed, again))
 
 
 def fill(template: str, page: Mapping[str, Any]) -> str:
-    """Fill a template. Names and messages come from strangers, so everything is escaped."""
-    # Here, so that `peft-harness --help` does not pay for it.
+    """Fill a template. Names and messages are untrusted, so everything is escaped."""
+    # A late import, so that `peft-harness --help` stays fast.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -41,7 +41,7 @@ def fill(template: str, page: Mapping[str, Any]) -> str:
     )
     return environment.get_template(template).render(
         page=page,
-        # Our own two files, never data: the only text that enters the page unescaped.
+        # Two files of the package, never data: the only unescaped text on the page.
         style=Markup(style),  # noqa: S704
         script=Markup(script),  # noqa: S704
         policy=policy(style, script),

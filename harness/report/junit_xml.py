@@ -1,11 +1,11 @@
-"""JUnit files, as CI servers draw them: suites of cases, each passed or with what befell it."""
+"""JUnit files for CI servers: suites of cases, each passed, failed, in error or skipped."""
 
 from __future__ import annotations
 
 import re
 from xml.etree import ElementTree as ET
 
-# What XML 1.0 cannot hold, not even escaped.
+# Characters that XML 1.0 cannot hold, not even escaped.
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -15,7 +15,7 @@ def suite(root: ET.Element, name: str) -> ET.Element:
 
 
 def case(suite: ET.Element, kind: str, name: str, tag: str, message: str) -> None:
-    """Add a case. tag: `failure`, `error` or `skipped`; empty for one that passed."""
+    """Add a case. tag: `failure`, `error` or `skipped`; empty for a passed case."""
     case = ET.SubElement(suite, "testcase", classname=_clean(kind), name=_clean(name))
     if tag:
         ET.SubElement(case, tag, message=_clean(message))

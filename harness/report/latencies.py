@@ -54,9 +54,9 @@ def ratio(latency: Latency | None, base: Latency | None, refused: str) -> Figure
 
 
 def mixed(found: Sequence[Latency]) -> list[Latency]:
-    """Return the batches of several adapters, and the one adapter that these are held against.
+    """Return the batches of several adapters, and the batch of one adapter that they are compared with.
 
-    Records from before 2026-11-26T14:00Z do not mark that one, and have no other batch of its size.
+    Records from before 2026-11-26T14:00Z do not mark that batch, and have no other batch of its size.
     """
     batches = {x.batch for x in found if x.variant == "multi-adapter"}
     marked = any(x.adapters == 1 for x in found)

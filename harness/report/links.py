@@ -1,4 +1,4 @@
-"""Links within a page: anchors of Cells, and what identifies a Cell's row."""
+"""Links within a page: anchors of Cells, and the identifying fields of a Cell's row."""
 
 from __future__ import annotations
 

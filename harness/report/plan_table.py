@@ -1,4 +1,4 @@
-"""The plan of a suite as a document and as text: its Cells, their predicted memory and their newest Records."""
+"""Plan of a suite as a document and as text: its Cells, their predicted memory and their newest Records."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def planning(
 ) -> dict[str, Any]:
     """Return the plan as one document, ready for JSON.
 
-    Nothing is guessed: a Cell without a finished Record in `runs` has no estimate of time, and one that is not in
-    `predicted` none of memory.
+    Nothing is guessed: a Cell without a finished Record in `runs` has no estimate of time, and a Cell that is not in
+    `predicted` has none of memory.
     """
     named = naming.full(plan.cells)
     newest = _newest({cell.cell_id for cell in plan.cells}, runs)
@@ -72,7 +72,7 @@ def planning(
 
 
 def as_text(document: Mapping[str, Any]) -> str:
-    """Return the plan as a table: one line per Cell, then the comparisons and what the numbers mean."""
+    """Return the plan as a table: one line per Cell, then the comparisons and the meaning of the numbers."""
     rows = [
         _HEAD,
         *((c["cell_id"], c["id"], c["name"], *_sizes(c["predicted"]), _time(c["last"])) for c in document["cells"]),
@@ -90,7 +90,7 @@ def as_text(document: Mapping[str, Any]) -> str:
 
 
 def _predicted(found: Predicted | str | None) -> dict[str, Any]:
-    """Return the keys of a Cell's prediction. total_B: the most that is on the device at one time, as far as it is known."""
+    """Return the keys of a Cell's prediction. total_B: highest memory on the device at one time, as far as known."""
     if not isinstance(found, Predicted):
         return {"predicted": None, "not_predicted": found or ""}
     return {"predicted": {**found.model_dump(), "total_B": found.total_B}, "not_predicted": ""}
@@ -106,7 +106,7 @@ def _sizes(predicted: Mapping[str, Any] | None) -> tuple[str, str, str]:
 
 
 def _notes(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield what the predictions include, and which Cells have none or only a part, each reason once."""
+    """Yield the scope of the predictions, then the Cells with no or only a partial prediction, each reason once."""
     predicted = [row["predicted"] for row in cells if row["predicted"]]
     if predicted:
         yield (
@@ -129,7 +129,7 @@ def _newest(wanted: set[str], runs: Path) -> dict[str, Record]:
             try:
                 newest[cell_id] = store.read_record(path)
             except StoreError:
-                continue  # torn: an older one will do; `report` is the place that shows it
+                continue  # torn: use an older one; `report` shows the torn file
     return newest
 
 

@@ -95,7 +95,7 @@ def _standing(g: Group, e: RankingEntry) -> Figure:
 
 
 def searched(facts: RunFacts) -> Table | None:
-    """Tabulate what each learning rate of a declared search scored; None without any search."""
+    """Tabulate the score of each learning rate of a declared search; None without any search."""
     found = tuning.searches(facts.run)
     if not found:
         return None
@@ -152,7 +152,7 @@ def _choice(search: tuning.Search) -> str:
 
 
 def lines(facts: RunFacts) -> list[list[str]]:
-    """Return the means over seeds as rows for a terminal, each group begun by a row of headings; empty without any."""
+    """Return the means over seeds as rows for a terminal, with headings above each group; empty without any."""
     table = over_seeds(facts)
     headings = {"seeds": "seeds", "accuracy": "accuracy", "rank": "against the best"}
     rows: list[list[str]] = []

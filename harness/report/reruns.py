@@ -31,7 +31,7 @@ def section(runs: Sequence[Run], found: Sequence[Rerun]) -> dict[str, Any]:
 
 
 def lines(runs: Sequence[Run], found: Sequence[Rerun]) -> list[str]:
-    """Return the lines of the same in the terminal."""
+    """Return the same section as lines for the terminal."""
     shown = section(runs, found)
     said = ["", f"{shown['icon']} reproducibility: {shown['sentence']}"]
     for row in shown["rows"]:

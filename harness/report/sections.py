@@ -1,4 +1,4 @@
-"""The parts of the report that are neither table nor ranking: parity, losses, time, environment, failures, rerun."""
+"""Sections of the report other than tables and rankings: parity, losses, time, environment, failures, rerun."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Section = dict[str, Any]
 
 _CURVES_IN_A_CHART = 10
 OUTSIDE_TARGET = 0.10
-"""Time outside the Cells should stay under this share of the run."""
+"""Largest acceptable share of the run's time outside the Cells."""
 
 
 def curves(facts: RunFacts) -> list[Section]:
-    """Draw the training losses, a chart per model and task; of several seeds their mean."""
+    """Draw the training losses, one chart per model and task; several seeds are averaged."""
     titled: dict[str, dict[str, list[Record]]] = {}
     for record in facts.latest.values():
         if record.measurements and record.measurements.training and record.measurements.training.losses:
@@ -88,7 +88,7 @@ def _subject(facts: RunFacts, s: JudgedTrajectory) -> Section:
 
 
 def checks(facts: RunFacts) -> list[Section]:
-    """List each Cell's checks; Cells with a failed one stand open."""
+    """List each Cell's checks; Cells with a failed check are expanded."""
     found = []
     for record in facts.latest.values():
         count = {outcome: sum(c.outcome is outcome for c in record.checks) for outcome in Outcome}
@@ -157,7 +157,7 @@ def duration(facts: RunFacts) -> str:
 
 
 def time(facts: RunFacts) -> Section:
-    """Return the use of time: in each Cell, and outside the Cells."""
+    """Show the time in each Cell, and outside the Cells."""
     bars = []
     for record in facts.latest.values():
         spent = [(p.name, p.seconds) for p in record.phases if p.name != measurements.STARTUP]
@@ -172,7 +172,7 @@ def _outside(facts: RunFacts) -> Section:
     footer = facts.run.footer
     if footer is None or footer.seconds_total <= 0:
         return {"sentence": "Time outside the Cells: unknown, the run has no footer.", "tone": "open", "outside": []}
-    # With several Cells at once their times add up to more than the run, so the two are not always complements.
+    # Cells that run at once add up to more than the run, so the two times are not always complements.
     named = sum(footer.seconds_outside.values())
     outside = max(named, footer.seconds_total - footer.seconds_in_cells)
     share = outside / footer.seconds_total
@@ -188,7 +188,7 @@ def _outside(facts: RunFacts) -> Section:
 
 
 def environment(facts: RunFacts) -> Section:
-    """Show where most Records of the run were made, what it used, and which were made elsewhere."""
+    """Show the environment of most Records of the run, its assets, and the Records from other environments."""
     own = usual_environment(facts.run)
     elsewhere = [
         {"differences": "; ".join(differences), "cells": [links.row(facts, r.cell) for r in records]}
@@ -237,7 +237,7 @@ def _code(facts: RunFacts, e: Environment) -> dict[str, str]:
 
 
 def _workers(facts: RunFacts) -> dict[str, str]:
-    """Return the workers' facts about themselves; several values only where they differ."""
+    """Return the facts that workers report about themselves; several values only if they differ."""
     values: dict[str, dict[str, None]] = {}
     for record in facts.latest.values():
         for key, value in _flat(record.environment.extra):
@@ -254,7 +254,7 @@ def _flat(extra: dict[str, Json]) -> Iterator[tuple[str, str]]:
 
 
 def _readable(machine: dict[str, str]) -> dict[str, str]:
-    """Write sizes in bytes as people do."""
+    """Write sizes in bytes with readable units."""
     return {
         key.removesuffix("_B"): f"{int(value) / GIB:.1f} GiB" if key.endswith("_B") and value.isdecimal() else value
         for key, value in machine.items()
@@ -301,7 +301,7 @@ def _failure(facts: RunFacts, record: Record) -> Section:
 def rerun(facts: RunFacts) -> Section:
     """Give the commands that repeat the run, or one Cell of it."""
     m = facts.run.manifest
-    # As it was given: a path, or the name of a suite that ships.
+    # As given on the command line: a path, or the name of a suite of the harness.
     paths = [word for word in m.argv[2:] if Path(word).name == m.suite_file]
     names = [word for word in m.argv[2:] if word == m.suite_file.rpartition(".")[0]]
     suite = shlex.quote([*paths, *names, m.suite_file][0])

@@ -14,7 +14,7 @@ Table = dict[str, Any]
 
 
 def column(label: str, title: str = "", *, number: bool = True, key: str = "") -> dict[str, Any]:
-    """Return a column's head. title: the tooltip; key: a name that other renderers find the column by."""
+    """Return a column's head. title: the tooltip; key: the name of the column for other renderers."""
     return {"label": label, "title": title, "number": number, "key": key}
 
 

@@ -1,4 +1,4 @@
-"""The sortable tables: comparison, latency, memory."""
+"""Sortable tables: comparison, latency, memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _EXPECTED = (
     f"{FOOTPRINT_SHOWN_B // formatting.MIB} MiB"
 )
 STATUS = "status"
-"""Key of the comparison table's first column; those of metrics are their names."""
+"""Key of the comparison table's first column; the key of a metric is its name."""
 _RANK = "Against the best"
 _NAMED = 3
 """Busy Cells that the note names; each is also flagged in its row."""
@@ -65,7 +65,7 @@ def _metrics(facts: RunFacts, cell: Cell, record: Record | None) -> Iterator[Fig
 
 
 def _unreferenced_note(facts: RunFacts) -> list[str]:
-    """Return a note on Cells without a reference, so that they are not taken for checked."""
+    """Return a note on Cells without a reference, so that they do not seem checked."""
     found = [(facts.titles[r.cell_id], why) for r in facts.latest.values() if (why := failed_checks.unreferenced(r))]
     names = ", ".join(title for title, _ in found)
     return [f"{found[0][1]}, nor for what their papers say: {names}."] if found else []
@@ -84,7 +84,7 @@ def short_notes(facts: RunFacts) -> list[str]:
 
 
 def _busy_note(facts: RunFacts) -> list[str]:
-    """Return a note with the rule of the flag, where it is shown."""
+    """Return a note with the rule of the flag on busy Cells, if any row has the flag."""
     found = [f"{facts.titles[r.cell_id]}, {why}" for r in facts.latest.values() if (why := contention.busy(r))]
     more = f"; and {len(found) - _NAMED} more Cells" if len(found) > _NAMED else ""
     return [f"{contention.RULE}: {'; '.join(found[:_NAMED])}{more}."] if found else []
@@ -136,7 +136,7 @@ def latency(facts: RunFacts) -> Table:
     ]
     rows = []
     for cell, m in _measurements(facts):
-        mixed = latencies.mixed(m.latency)  # those have a table of their own
+        mixed = latencies.mixed(m.latency)  # those have a separate table
         alone = [x for x in m.latency if x not in mixed]
         for kind, batch, tokens in dict.fromkeys((x.kind, x.batch, x.tokens) for x in alone):
             found = {x.variant: x for x in alone if (x.kind, x.batch, x.tokens) == (kind, batch, tokens)}
@@ -156,7 +156,7 @@ def latency(facts: RunFacts) -> Table:
 
 
 def memory(facts: RunFacts) -> Table:
-    """Tabulate the ledger: bytes counted tensor by tensor, then the process's peak in every phase."""
+    """Tabulate the ledger: bytes counted by tensor, then the process's peak in every phase."""
     names = list(dict.fromkeys(p.name for r in facts.latest.values() for p in r.phases))
     columns = [
         _column("After imports", "the process before the model was loaded"),

@@ -1,4 +1,4 @@
-"""The end of a run in the terminal: one aligned table, then the verdicts. Plain text, as wide as it needs."""
+"""Summary of a run for the terminal: one aligned table, then the verdicts. Plain text of any width."""
 
 from __future__ import annotations
 

@@ -20,10 +20,10 @@ ICONS = {"good": "✓", "bad": "✗", "open": "?", "quiet": "–"}
 
 
 def tone(word: str) -> str:
-    """Return the colour of a verdict or status; `open` for a word that is neither good nor bad."""
+    """Return the colour of a verdict or status; `open` if it is neither good nor bad."""
     return TONES.get(word, "open")
 
 
 def icon(word: str) -> str:
-    """Return the sign shown with a word, so that colour alone never carries the meaning."""
+    """Return the sign shown with a verdict or status, so that the meaning never depends on colour alone."""
     return ICONS[tone(word)]

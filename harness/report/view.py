@@ -22,7 +22,7 @@ from harness.report.tones import icon, tone
 
 
 def build(analysed: Sequence[RunFacts], again: Sequence[Rerun] | None = None) -> dict[str, Any]:
-    """Return the view of one or several runs. again: the reruns in them, None where there can be none."""
+    """Return the view of one or several runs. again: their reruns; None if none are possible."""
     return {
         "title": " and ".join(dict.fromkeys(f.run.manifest.title or f.run.manifest.suite for f in analysed)),
         "generated": store.now(),
@@ -161,7 +161,7 @@ def _group(f: RunFacts, g: Group) -> dict[str, Any]:
 
 
 def _alone(f: RunFacts, g: Group) -> dict[str, Any]:
-    """Return the view of an entry without another one of the same budget."""
+    """Return the view of an entry that is alone in its budget."""
     (entry,) = g.entries
     title = f"{entry.record.cell.model} {f.entry_name(entry)}"
     return {
@@ -181,7 +181,7 @@ def _budget(g: Group) -> str:
 
 
 def _cut(record: Record) -> int | None:
-    """Return the number of test items longer than the budget allows; None where not counted."""
+    """Return the number of test items that were too long for the budget; None if not counted."""
     accuracy = record.measurements.accuracy if record.measurements else None
     return accuracy.cut_items if accuracy else None
 

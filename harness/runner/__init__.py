@@ -1,1 +1,1 @@
-"""Run suites: each Cell in a fresh process, by an executor; finished Cells stay on disk, whatever dies."""
+"""Run suites: each Cell in a fresh process, by an executor; finished Cells stay on disk even if a process dies."""

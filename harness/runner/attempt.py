@@ -91,11 +91,11 @@ class Attempt:
 
     @property
     def is_over(self) -> bool:
-        """Whether the worker has ended or its time is up."""
+        """True if the worker has ended or its time is up."""
         return time.monotonic() >= self.deadline or self._worker.is_over
 
     def end(self) -> Record:
-        """Kill what is left, and return the Record; writes one itself if the worker could not."""
+        """Kill remaining processes and return the Record; write one if the worker could not."""
         late = not self._worker.events.is_closed and time.monotonic() >= self.deadline
         try:
             if not late:
@@ -132,7 +132,7 @@ class Attempt:
 
 
 def record_of(job: Job, context: RunContext, ending: Ending, started: str, begun: float) -> Record:
-    """Return the Record of an attempt that is over; if its worker left none, write one that says how it ended.
+    """Return the Record of an attempt that is over; if its worker left none, write one with the cause of the end.
 
     started: UTC; begun: of time.monotonic(), in this process.
     """
@@ -204,7 +204,7 @@ def _worker_environment(threads: int | None = None, gpu: str = "") -> dict[str, 
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # a number in CUDA_VISIBLE_DEVICES is then that of nvidia-smi
     }
-    if threads is not None:  # torch.set_num_threads does not reach a library with an OpenMP of its own
+    if threads is not None:  # torch.set_num_threads does not reach a library with a separate OpenMP
         always["OMP_NUM_THREADS"] = str(threads)
     if gpu:
         always["CUDA_VISIBLE_DEVICES"] = gpu

@@ -111,7 +111,7 @@ class Progress:
         return f"{self._numbers[cell_id]}/{len(self._numbers)}"
 
     def say(self, line: str) -> None:
-        """Print one line above the live one."""
+        """Print one line above the live display."""
         # Text, not markup: names and messages come from suites and libraries.
         self.console.print(Text(line), soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""One Cell in, one Record out: `python -m harness.runner.worker EVENTS LIFELINE < JOB.json`.
+"""Run one Cell and write its Record: `python -m harness.runner.worker EVENTS LIFELINE < JOB.json`.
 
 JOB.json is a `Job`; EVENTS and LIFELINE are file descriptors: JSON lines for the runner's progress display go out on the
 first, and the worker ends when the other end of the second closes. The Record goes straight into the run folder.
@@ -35,7 +35,7 @@ _TRACEBACK_LINES = 40
 
 
 def main(argv: list[str]) -> int:
-    """Run the worker; the exit code only says whether a Record was written."""
+    """Run the worker; the exit code shows only whether a Record was written."""
     events, lifeline = int(argv[1]), int(argv[2])
     # The runner handles the signals that ask for an end, and kills the whole group. A batch system signals every process
     # of a job, and a worker that went first would leave a `lost` Record behind.
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
 
 
 def attempt(job: Job, emit: Emit) -> Record:
-    """Run one Cell and return its Record, whatever happens."""
+    """Run one Cell and return its Record, also after any error."""
     started = store.now()
     # Only the start of the process is known by a wall clock, which may be set back; the rest is timed by a monotonic one.
     before, begun = max(0.0, time.time() - job.launched), time.monotonic()
@@ -111,7 +111,7 @@ def attempt(job: Job, emit: Emit) -> Record:
 
 
 def _import_all(implementation: Implementation, job: Job, registry: Registry) -> str:
-    """Import what the Cell needs during start-up, so that no later phase pays for it; return what is missing."""
+    """Import what the Cell needs during start-up, so that no later phase pays for it; return an error message or ""."""
     needed = list(implementation.requires)
     if job.cell.base.quantization != "none":
         needed += registry.find("base", job.cell.base.quantization, job.cell.base.implementation).requires
@@ -141,8 +141,8 @@ def _prepare(job: Job, registry: Registry, emit: Emit, threads: int) -> tuple[Ce
     torch.set_num_threads(threads)
     torch.manual_seed(job.cell.seed)
     torch.set_deterministic_debug_mode("warn")  # unlike use_deterministic_algorithms it does not load the compiler
-    # What the imports made lives as long as the process: out of the collector's sight, a collection at each phase edge
-    # takes milliseconds instead of a third of a second, and one inside a timed step is not seen in it.
+    # Objects made by imports exist as long as the process. Hidden from the collector, a collection at each phase edge
+    # takes milliseconds instead of a third of a second, and one inside a timed step does not show in its time.
     gc.collect()
     gc.freeze()
     device = torch.device(job.device)
@@ -212,7 +212,7 @@ def _failure(error: BaseException, run: CellRun | None) -> Failure:
 
 
 def _plain(text: str) -> str:
-    """Return `text` as UTF-8 can hold it: a message may name a file whose name is no text."""
+    """Return `text` in a form that UTF-8 can encode: a message may contain a file name that is not valid text."""
     return text.encode(errors="backslashreplace").decode()
 
 

@@ -1,4 +1,4 @@
-"""Check combinations of an entry's values: each is valid alone, and together they are impossible."""
+"""Check an entry for impossible combinations of values that are valid separately."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def combination_problems(
 ) -> Iterator[FieldProblem]:
     """Yield combinations with which every Cell would fail.
 
-    config: by Method, the values of each of its fields. steps: of the training.
+    config: by Method, the values of each of its fields. steps: steps of the training.
     """
     for name, fields in config.items():
         yield from _starts(name, fields)
@@ -77,7 +77,7 @@ def _bases(info: MethodInfo, bases: list[BaseKeys]) -> Iterator[FieldProblem]:
 
 
 def duplicate_problems(keys: CellKeys, config: Mapping[str, Mapping[str, list[Any]]]) -> Iterator[FieldProblem]:
-    """Yield the values that an axis has more than once: they would stand for the same Cell."""
+    """Yield values that an axis repeats: they would stand for the same Cell."""
     axes: dict[tuple[str, ...], Any] = {(key,): getattr(keys, key) for key in _AXES}
     axes |= {("training", key): values for key, values in keys.training}
     axes |= {("config", key): values for fields in config.values() for key, values in fields.items()}
@@ -145,7 +145,7 @@ def _checkpointing(
 def _layerwise(
     infos: list[MethodInfo], able: str, keys: CellKeys, training: Mapping[str, list[Any]]
 ) -> Iterator[tuple[str, str]]:
-    """Yield why `layerwise` is impossible: it frees each gradient during the backward pass."""
+    """Yield the reasons why `layerwise` is impossible: it frees each gradient during the backward pass."""
     for info in infos:
         if not info.spec.trains_weights:
             what = f"{info.name} does not train the model's own weights, so that its gradients take little memory"

@@ -151,7 +151,7 @@ class _EntryChecker:
             self.context.problem(self._path(*path), what, hint)
 
     def _path(self, *rest: str | int) -> KeyPath:
-        """Return where a key is written: in the cell, else in its block, else the cell itself."""
+        """Return the place of a key: in the cell, else in its block, else the cell itself."""
         lines = self.context.document.lines
         for n in range(len(rest), 0, -1):
             for start in (self.cell, self.block):
@@ -181,7 +181,7 @@ class _EntryChecker:
         return configs
 
     def _unknown_config_keys(self) -> None:
-        """Report config keys that no Method has which shares them.
+        """Report config keys that none of the Methods they apply to has.
 
         The entry's own config is for its own Methods; the block's config is for the Methods of all its entries.
         """
@@ -203,7 +203,7 @@ class _EntryChecker:
         values: dict[str, list[Any]] = {}
         for key, knob in info.fields.items():
             value = self.keys.config.get(key, knob.default)
-            # A list is an axis, except for a field whose values are lists: its axis is a list of lists.
+            # A list is an axis. The axis of a field with lists as values is a list of lists.
             is_axis = isinstance(value, list) and (not knob.is_list or any(isinstance(v, list) for v in value))
             if is_axis and not value:
                 what = f"`{key}` is an empty list"
@@ -326,7 +326,7 @@ class _EntryChecker:
         return found
 
     def _ratio(self, config: dict[str, dict[str, list[Any]]], ratio: float, path: KeyPath) -> None:
-        """Report Methods without a factor B, whose learning rate LoRA+ multiplies."""
+        """Report Methods without a factor B: LoRA+ multiplies the learning rate of B."""
         for name in config:
             factors = self.context.methods[name].spec.factors
             if ratio != 1 and "B" not in factors:

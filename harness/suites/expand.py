@@ -29,9 +29,9 @@ class Plan:
     ids: dict[str, str]
     """The suite's id of its entry, by cell_id."""
     comparisons: tuple[Comparison, ...]
-    """All of the suite, also after `only`: a question without its Cells is then seen as not answered."""
+    """All comparisons of the suite, also after `only`: a question without its Cells counts as not answered."""
     tuning: tuple[Tuning, ...] = ()
-    """All of the suite, also after `only`."""
+    """All searches of the suite, also after `only`."""
 
 
 def expand(entries: Sequence[tuple[SuiteEntry, Sequence[Cell]]], comparisons: Sequence[ComparisonKeys]) -> Plan:
@@ -59,7 +59,7 @@ def expand(entries: Sequence[tuple[SuiteEntry, Sequence[Cell]]], comparisons: Se
 
 
 def count(entry: SuiteEntry) -> int:
-    """Return how many Cells an entry stands for at most, without making them."""
+    """Return the maximum number of Cells of an entry, without making them."""
     axes = (entry.model, entry.task, entry.base, entry.implementation, entry.optimizer, entry.dtype)
     configs = sum(math.prod(len(values) for values in fields.values()) for fields in entry.config.values())
     searched = len(entry.tune.lr) if entry.tune else 0
@@ -133,7 +133,7 @@ def select(plan: Plan, expr: str) -> Plan:
             raise UsageError(f"`{term}` names no key", where=f"--only {expr}", hint="write key=value, or one word")
         wanted.setdefault(key if equals else "", []).append(value if equals else key)
     swept = {cell_id for tuning in plan.tuning for cell_id in tuning.sweep}
-    # A later field at its default is in no Cell, and can be named all the same.
+    # Later fields at their defaults are in no Cell; they can still be named.
     later_defaults = {
         name: {key: knob.default for key, knob in info.fields.items() if knob.omit_default}
         for name, info in methods().items()

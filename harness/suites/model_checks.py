@@ -1,7 +1,7 @@
-"""Check Cells against their models, where these are on this machine: the layers they name, the tokens they use. No torch.
+"""Check the layers and tokens of Cells against their models, if these are on this machine. No torch.
 
 Runs before anything is fetched, and again when all models are here. The headers of the weight files answer most questions.
-For targets that are not in them (a tied or new layer has no weights of its own, a shape has none at all) one child process
+For targets that are not in them (a tied or new layer has no separate weights, a shape has none at all) one child process
 builds all models without weights.
 """
 
@@ -33,7 +33,7 @@ _TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class _Unseen:
-    """Targets of a model that none of its weights has."""
+    """Targets of a model that match none of its weights."""
 
     folder: Path
     kind: str
@@ -110,7 +110,7 @@ def _none_of_them(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Ite
 
 
 def _seen(name: str, paths: Collection[str]) -> bool:
-    """Return whether a name fits a layer for sure; for a word such as `attention` a similar name is enough."""
+    """Return whether a name certainly fits a layer; for a word such as `attention` a similar name is enough."""
     if name in TARGET_WORDS:
         return name != "attention" or any("attn" in path or "attention" in path.lower() for path in paths)
     return any(path == name or path.endswith(f".{name}") for path in paths)
@@ -120,7 +120,7 @@ def _seen(name: str, paths: Collection[str]) -> bool:
 def _misfits(requests: tuple[tuple[Path, str, tuple[str, ...]], ...]) -> list[dict[str, str]]:
     """Map the names that fit no layer to the reason, for each (folder, kind, names).
 
-    A model that cannot be built here has none: its Cells report that, with the whole traceback.
+    A model that cannot be built here has no entries: its Cells report the failure, with the whole traceback.
     """
     found: list[dict[str, str]] = []
     while left := requests[len(found) :]:

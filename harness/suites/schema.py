@@ -62,7 +62,7 @@ class EvaluationKeys(Keys):
 
 
 class PromptKeys(Keys):
-    """`prompts:` of an entry, whose latencies are measured; fields of `records.record.Evaluation`."""
+    """`prompts:` of an entry, for its latencies; fields of `records.record.Evaluation`."""
 
     batch: Positive | None = Field(default=None, serialization_alias="prompt_batch")
     tokens: Positive | None = Field(default=None, serialization_alias="prompt_tokens")
@@ -80,7 +80,7 @@ class TuneKeys(Keys):
 
 
 Timed = Literal["every-seed", "first-seed", "never"]
-"""Cells of an entry whose latencies are measured. Those of `tune:` never are."""
+"""Selects the Cells of an entry with measured latencies. Cells of `tune:` never have any."""
 
 
 class CellKeys(Keys):
@@ -117,7 +117,7 @@ class CellKeys(Keys):
 
     @property
     def is_synthetic(self) -> bool:
-        """Whether the task is `synthetic`, which scores no items."""
+        """True if the task is `synthetic`, which scores no items."""
         return SYNTHETIC in self.task
 
     def evaluation_fields(self) -> dict[str, Any]:

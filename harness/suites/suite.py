@@ -26,6 +26,6 @@ class Suite:
     entries: tuple[SuiteEntry, ...]
     plan: Plan
     sources: dict[str, Source]
-    """The built-in table and the suite's own rows, by name."""
+    """Built-in sources and those of the suite, by name."""
     tasks: dict[str, Task]
     """The tasks of its entries, by name."""

@@ -1,7 +1,7 @@
-"""The task `synthetic`: random tokens instead of texts, to measure what a Cell costs and not what it scores. No torch.
+"""The task `synthetic`: random tokens instead of texts, to measure the cost of a Cell without a score. No torch.
 
-Every sequence has exactly `max_tokens` tokens. A causal model's loss is over all of them but the first; an encoder's is
-over random labels. Nothing is scored, so the Records have no accuracy.
+Every sequence has exactly `max_tokens` tokens. A causal model's loss covers all tokens but the first; an encoder's loss
+uses random labels. Nothing is scored, so the Records have no accuracy.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def problems(keys: CellKeys, models: Mapping[int, Source]) -> Iterator[FieldProblem]:
-    """Yield what in an entry does not go with its task.
+    """Yield values of an entry that do not fit its task.
 
-    models: the known ones, by their index in the entry.
+    models: the known models, by their index in the entry.
     """
     if not keys.is_synthetic:
         for i, source in models.items():

@@ -1,4 +1,4 @@
-"""Check the lm-eval keys of a task: only those that training follows too, so that a model is scored as it was trained."""
+"""Check the lm-eval keys of a task: only keys that training follows too, so that scoring matches training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OWN = {
     "multiple_choice": ("doc_to_choice", "metric_list"),
     "generate_until": ("generation_kwargs", "metric_list"),
 }
-"""Further keys that each kind of task needs."""
+"""Additional keys that each kind of task needs."""
 _FREE = ("target_delimiter", "metadata", "tag", "task_alias")
 METRICS = {"multiple_choice": "acc", "generate_until": "exact_match"}
 """Metric of each kind of task: right or wrong for each item."""

@@ -23,16 +23,16 @@ Role = Literal["data", "train"]
 
 
 class Answers(FrozenModel):
-    """Training on a task whose answers are texts."""
+    """Training on a task with texts as answers."""
 
     loss: Literal["answer", "all"] = "answer"
     """Tokens with a loss: those of the answer, or all but the first."""
     eos: bool = True
-    """Whether an answer ends with the tokenizer's end-of-sequence token."""
+    """True if an answer ends with the tokenizer's end-of-sequence token."""
 
 
 class Metadata(BaseModel):
-    """`metadata` of a task, as far as peft-harness reads it; lm-eval keeps its own keys there too."""
+    """`metadata` of a task, as far as peft-harness reads it; lm-eval stores further keys there."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="allow")
 
@@ -50,7 +50,7 @@ class LabelledMetadata(Metadata):
 
 
 class AnsweredMetadata(Metadata):
-    """`metadata` of a task whose answers are texts; see `Answers`."""
+    """`metadata` of a task with texts as answers; see `Answers`."""
 
     loss: Literal["answer", "all"] = "answer"
     eos: bool = True
@@ -66,7 +66,7 @@ class LabelledFile(BaseModel):
 
 
 class AnsweredFile(BaseModel):
-    """Top level of the file of a task whose answers are texts."""
+    """Top level of the file of a task with texts as answers."""
 
     model_config = Metadata.model_config
 
@@ -80,7 +80,7 @@ class TaskSpec(FrozenModel):
     spec: dict[str, Any]
     """lm-eval's mapping, with `metadata`."""
     labels: int
-    """Number of classes, which an encoder can tell apart; 0: for causal models only."""
+    """Number of classes for an encoder; 0: for causal models only."""
     test: int
     """Number of test rows, the first after one shuffle with `shuffle_seed`; 0 for a task of lm-eval: all of its split."""
     shuffle_seed: int
@@ -96,13 +96,13 @@ class Task(TaskSpec):
     path: Path
     data: Source | None
     train: Source | None = None
-    """A training set of its own; without it, the rest of `data` trains."""
+    """Separate training set; without it, the rest of `data` trains."""
     upstream: lm_eval_files.TaskFile | None = None
     """One of lm-eval's own tasks, which has its own splits."""
 
     @property
     def trains(self) -> bool:
-        """Whether the task has a training split."""
+        """True if the task has a training split."""
         return self.upstream is None or "train" in self.upstream.splits
 
     def problems(self, role: Role, source: Source, path: Path) -> list[Problem]:
@@ -234,7 +234,7 @@ def _upstream(name: str) -> Task:
 def _source(
     document: Document, key: str, name: str, sources: Mapping[str, Source], problems: list[Problem]
 ) -> Source | None:
-    """Return the source that `metadata` names at `key`; adds to `problems` where there is none."""
+    """Return the source that `metadata` names at `key`; adds to `problems` if it is unknown or no data."""
     try:
         source = resolve(name, sources, document.path.parent, kind="data")
         if source.kind == "data":

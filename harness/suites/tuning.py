@@ -23,7 +23,7 @@ class Tune:
     items: int
     """Number of test items that score a try; they follow those of the entry's Cells."""
     config: Mapping[str, Mapping[str, Any]]
-    """By Method, values in place of the entry's own, so that one rank may speak for all ranks.
+    """By Method, values that replace those of the entry, so that one rank may stand for all ranks.
 
     None is the default of a field that came after the first published Records, and is left out of a Cell.
     """
@@ -41,9 +41,9 @@ def read(
     scored: int,
     tasks: Sequence[Task],
 ) -> tuple[Tune | None, list[FieldProblem]]:
-    """Check `tune:`. Returns the search, None if anything is wrong with it, and the mistakes; their paths start in `tune:`.
+    """Check `tune:`. Returns the search, None if it has mistakes, and the mistakes; their paths start in `tune:`.
 
-    training, seeds: of the entry's Cells. scored: how many test items score them.
+    training, seeds: those of the entry's Cells. scored: number of test items that score the Cells.
     """
     problems: list[FieldProblem] = []
     lr = tuple(dict.fromkeys(keys.lr))

@@ -8,7 +8,10 @@ from harness.records.notes import concurrency_note, concurrent_cells, notes_of_k
 from harness.records.record import Note, NoteKind, Record
 from support import recorded_run
 
-EXPERTS = "the experts are stacked weights and no linear layers: 8 of 9 weights (89%) are neither adapted nor packed into 4 bits"
+EXPERTS = (
+    "the experts are stacked weights and no linear layers: 8 of 9 weights ("
+    "89%) are neither adapted nor packed into 4 bits"
+)
 
 
 @pytest.fixture

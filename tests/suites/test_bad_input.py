@@ -206,8 +206,8 @@ MEANING = {
     "losses against float32": ("a, as: exact", "exact, as: a", 4, "`as` `a` not float64"),
     "losses without training": ("id: a", "id: a\n        training: {steps: 0}", 4, "`a` not train"),
     "scores on other items": (
-        "{same-losses: a, as: exact, says: the same run}\nmatrix:", "{better: exact, than: far, says: more}\nmatrix:",
-        4, "not scored same items",
+        "{same-losses: a, as: exact, says: the same run}", "{better: exact, than: far, says: more}", 4,
+        "not scored same items",
     ),
     "source of a taken name": (
         "matrix:", "sources:\n  - {name: tiny-llama, kind: causal, source: 'made:tiny-llama'}\nmatrix:", 6,

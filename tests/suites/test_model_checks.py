@@ -182,7 +182,7 @@ def test_a_model_that_cannot_be_built_here_is_left_to_its_cells(folder: Path) ->
     whole = config.read_text()
     config.write_text(whole.replace('"llama"', '"of the future"'))
     try:
-        model_checks._looked_for.cache_clear()
+        model_checks._misfits.cache_clear()
         assert refused(folder, "[q_proj, v_proj]", "[nothing]") == []
     finally:
         config.write_text(whole)
@@ -191,7 +191,7 @@ def test_a_model_that_cannot_be_built_here_is_left_to_its_cells(folder: Path) ->
 def test_one_child_builds_every_model_that_must_be_looked_at(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started, start = [], supervisor.python
     monkeypatch.setattr(supervisor, "python", lambda *asked: started.append(asked) or start(*asked))
-    model_checks._looked_for.cache_clear()
+    model_checks._misfits.cache_clear()
     old = SUITE[SUITE.index("[q_proj, v_proj]") : SUITE.index("[query]") + len("[query]")]
     new = old.replace("[q_proj, v_proj]", "[nothing]").replace("[query]", "[neither]")
     found = refused(folder, old, new)
@@ -204,7 +204,7 @@ def test_one_child_builds_every_model_that_must_be_looked_at(folder: Path, monke
     for wrong in (whole.replace('"llama"', '"of the future"'), whole.replace(width[0], '"hidden_size": "wide"')):
         config.write_text(wrong)  # the second ends the child that builds it
         try:
-            model_checks._looked_for.cache_clear()
+            model_checks._misfits.cache_clear()
             assert refused(folder, old, new) == found[1:]
         finally:
             config.write_text(whole)

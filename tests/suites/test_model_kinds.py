@@ -139,7 +139,7 @@ def test_what_reads_no_texts_is_neither(
     code, said = plan(folder, kind, capsys)
     assert code == Exit.USAGE
     assert (
-        f"kinds.yaml:6: model mine is of the type `vit`, of which the installed transformers has none that {does}"
+        f"kinds.yaml:6: model mine is of the type `vit`, of which the installed transformers has no class that {does}"
         in said
     )
 

@@ -37,7 +37,7 @@ def rows(name: str, base: Record, new: Record, margins: Margins) -> Iterator[Com
             yield from pair.within_slack(metric, margins)
     before, now = _times(base), _times(new)
     for what in dict.fromkeys([*before, *now]):
-        if what in now or failed_checks.no_speed(new):  # a failed check has a row of its own
+        if what in now or failed_checks.no_speed(new):  # a failed check has a separate row
             yield pair.row(FindingKind.TIME, VerdictKind.NOT_RUN, what, TIMES, before.get(what), now.get(what), "s")
         else:
             yield pair.missing_or_new(what, before[what], None, "s")

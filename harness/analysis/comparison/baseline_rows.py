@@ -15,14 +15,14 @@ Measured in results/published/2026-11-25-tune-small-cpu, where three Cells each 
 alone: the training peak above the imports has a standard deviation of 1.7 MiB from process to process, at most 2.4 MiB (95 %
 bound, 18 degrees of freedom). Then the second of two processes takes 16 MiB more than the first once in a million."""
 PROCESS_SHARE = 0.05
-"""The same as a share of a large peak: two runs of SmolLM2, with equal tensors in a step to the byte,
+"""The same limit as a share of a large peak. Two runs of SmolLM2, with equal tensors in a step to the byte,
 differed by 2.7 % of 1.4 GiB. An allocator's waste grows with the requested memory."""
 COUNTED_PEAK_B = 64 * 2**10
 """Growth of tensors at one time in a step, counted on a CPU, that is no finding: some scalars or a short vector. It is
 chosen, not measured: thirty Cells of a small Llama (six methods, packed bases, four providers, 32 and 16 bits, 8-bit and
 paged optimizers, checkpointing, torch.compile) took the same to the byte in each of two processes."""
 ACCURACY = 0.02
-"""The drop of an accuracy that is still called no worse."""
+"""Largest drop of an accuracy that still counts as no worse."""
 LOOSER = 10.0
 """Largest growth of a check's allowance without a finding: allowances follow the noise that each run
 measures, which differs between machines."""
@@ -128,17 +128,17 @@ class ComparisonRow:
 
     @property
     def judged(self) -> bool:
-        """Whether the row takes part in the verdict."""
+        """True if the row counts for the verdict."""
         return self.kind not in (FindingKind.TIME, FindingKind.NEW)
 
     @property
     def same(self) -> bool:
-        """Whether both values are equal and the row passes."""
+        """True if both values are equal and the row passes."""
         return self.word is VerdictKind.PASS and self.base == self.new and self.base is not None
 
     @property
     def valued(self) -> bool:
-        """Whether there is a value on either side."""
+        """True if either side has a value."""
         return self.base is not None or self.new is not None
 
     @property

@@ -31,7 +31,7 @@ class _Difference:
 def rows(
     pairs: Sequence[_Matched], recipe_ids: Mapping[str, str], names: Mapping[str, str], margins: Margins
 ) -> list[ComparisonRow]:
-    """Compare the accuracies of Cells of which both Records are ok, those that differ in the seed alone together.
+    """Compare the accuracies of Cells with two ok Records; Cells that differ only in the seed are compared together.
 
     pairs: of the baseline and of the run. recipe_ids: by cell_id. names: by recipe_id.
     """
@@ -64,7 +64,7 @@ def rows(
 
 
 def _difference(pairs: Sequence[_Matched]) -> _Difference | tuple[VerdictKind, str]:
-    """Compare; return a word and its reason where there is nothing to estimate."""
+    """Return the difference, or a verdict and its reason if there is nothing to estimate."""
     base, new = ([a for r in side if (a := _scored(r)) is not None] for side in zip(*pairs, strict=True))
     metrics = dict.fromkeys(a.metric for a in (*base, *new))
     if len(metrics) > 1:
@@ -121,7 +121,7 @@ def _answers(a: Accuracy) -> dict[str, int]:
 
 
 def _table(left: Accuracy, right: Accuracy) -> tuple[int, int, int, int]:
-    """Count the items that both, only `left`, only `right` and neither got right; both scored the same ones."""
+    """Count the items that both, only `left`, only `right` and neither got right. Both scored the same items."""
     other = _answers(right)
     answers = [(i.correct, other[i.id]) for i in left.items]
     return answers.count((1, 1)), answers.count((1, 0)), answers.count((0, 1)), answers.count((0, 0))

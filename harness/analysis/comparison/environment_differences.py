@@ -16,7 +16,7 @@ _CODE = ("code version: ", "commit: ", "uncommitted changes: ")
 
 
 def rows(pairs: Sequence[tuple[Record, Record]]) -> Iterator[ComparisonRow]:
-    """Group Cells by what differs: in the environment, in the assets; then the clocks of the GPUs, over all Cells."""
+    """Group Cells by their differences in environment and assets; then compare the clocks of the GPUs over all Cells."""
     surroundings: dict[tuple[str, ...], list[tuple[Record, Record]]] = {}
     assets: dict[tuple[str, ...], list[tuple[Record, Record]]] = {}
     for base, new in pairs:
@@ -43,7 +43,7 @@ def _row(
 
 
 def _surroundings(base: Record, new: Record) -> list[str]:
-    # Unknown is not different: an older Record has fewer fields, as has one of a Cell that ended early.
+    # An unknown value is no difference: older Records, and Records of Cells that ended early, have fewer fields.
     found = [line for line in reproducibility.surroundings(base, new) if "not recorded" not in line]
     a, b = base.environment, new.environment
     if a.git_sha != b.git_sha:

@@ -25,10 +25,10 @@ def named(metric: str) -> str:
 def log_ratio(old: Record, new: Record, metric: str = STEP) -> float:
     """Return log(new / old) of a time of `times`, by default that of a steady step.
 
-    Two sides that train on the same batches are compared step by step, and the median of these log ratios is the pair's: a
-    text of twice the tokens takes twice the time, and the median step of one side need not be that of the other. Else it is
-    the ratio of the two medians. Steps are no units: those of one process are not independent. Raises HarnessError where a
-    side lacks that time.
+    Two sides that train on the same batches are compared step by step, and the pair gets the median of these log ratios:
+    twice the tokens take twice the time, and the two sides may have different median steps. Otherwise the pair gets the
+    ratio of the two medians. Steps are no statistical units: steps of one process are not independent. Raises HarnessError
+    if a side lacks that time.
     """
     sides = [record.measurements.training if record.measurements else None for record in (old, new)]
     if metric == STEP and (matched := _matched(*sides)):
@@ -42,7 +42,7 @@ def log_ratio(old: Record, new: Record, metric: str = STEP) -> float:
 
 
 def _matched(old: TrainingMeasured | None, new: TrainingMeasured | None) -> list[tuple[float, float]]:
-    """Return the seconds of each steady step by both sides; none where they are not of the same batches, or took no time."""
+    """Return the seconds of each steady step by both sides; none if their batches differ or a step took no time."""
     if old is None or new is None:
         return []
     batches = [(side.data_order_sha256, side.padded_tokens, side.timing_warmup) for side in (old, new)]

@@ -26,7 +26,7 @@ from harness.records.record import Record, Status
 
 Records = Sequence[tuple[Record, Record]]
 _MEANT = ("code version", "implementation from")
-"""Differences that the two sides are meant to have."""
+"""Intended differences between the two sides."""
 PEAK_B = 2**20
 """Difference of the medians of two process peaks that is no finding, however certain it is."""
 _PEAK_LEVEL = 0.0011
@@ -78,13 +78,13 @@ class JudgedPairs:
 def judge(cells: Sequence[CellComparison], canaries: Canaries, *, strict: bool = False) -> JudgedPairs:
     """Judge all Cells of one comparison.
 
-    Exit codes, the first that holds: NOTHING_COMPARED where no Cell is ok on both sides; FAIL for a Cell that is slower,
-    that takes more memory or other counts, or that was ok by the old side alone; INFRASTRUCTURE for a Cell that could not be
-    timed, and where the canaries close the gate, which then judges no time; with `strict` INCONCLUSIVE for any Cell that is
-    so, in a time or because not all its process runs counted their memory; else PASS. Each time, of a step or a latency, is
-    judged by itself, at the level of the Design, whose false alarms are rare enough for 500; the adjusted p are shown only.
-    Were they the verdict, ten or twenty pairs could not reach it: +3 % in one Cell of 8 would be found (simulated) in 83 %
-    of the gates in place of 99 %, in one of 50 in 53 %.
+    Exit codes, the first that applies: NOTHING_COMPARED if no Cell is ok on both sides; FAIL if a Cell is slower, takes more
+    memory, has other counts, or is ok only on the old side; INFRASTRUCTURE if a Cell could not be timed, or if the canaries
+    close the gate, which then judges no time; INCONCLUSIVE, with `strict`, if a time of a Cell is undecided, or if only some
+    of its process runs counted their memory; otherwise PASS. Each time (step or latency) is judged separately, at the level
+    of the Design, which keeps false alarms rare enough for 500 times. The adjusted p are only shown: ten or twenty pairs
+    could not reach them. In simulations they would find +3 % in one Cell of 8 in 83 % of the gates instead of 99 %, and
+    in one Cell of 50 in 53 %.
     """
     rows = [row for cell in cells for row in _rows(cell)]
     verdicts = {cell.called(metric): timed for cell in cells for metric, timed in cell.timed.items()}
@@ -170,7 +170,7 @@ def _outcome(name: str, pair: tuple[Record, Record]) -> ComparisonRow | None:
 
 
 def _untimed(name: str, old: Record, new: Record) -> Iterator[ComparisonRow]:
-    """Yield a row for each latency that the old side has and the new one has not."""
+    """Yield a row for each latency that only the old side has."""
     there = times(new)
     for metric, before in times(old).items():
         if metric not in there:
@@ -190,10 +190,10 @@ def _untimed(name: str, old: Record, new: Record) -> Iterator[ComparisonRow]:
 
 
 def _peaks(name: str, whole: Records) -> list[ComparisonRow]:
-    """Compare the training peaks over all process runs of both sides: the counted ones where known, and those of a process.
+    """Compare the training peaks over all process runs of both sides: the counted peaks, if known, and the process peaks.
 
-    Counted peaks are equal in equal process runs, so a difference needs no test. A process takes more than its
-    tensors, e.g. what a library allocates by itself; on a GPU both are one number.
+    Counted peaks are equal in equal process runs, so a difference needs no test. A process peak also includes memory other
+    than tensors, e.g. a library's own allocations; on a GPU both are one number.
     """
     allocated = any(m.memory.source == ALLOCATED for pair in whole for r in pair if (m := r.measurements) is not None)
     counted = _sides(whole, COUNTED_PEAK)
@@ -221,25 +221,25 @@ def _peaks(name: str, whole: Records) -> list[ComparisonRow]:
 
 
 def _sides(whole: Records, metric: Metric) -> tuple[list[Number], list[Number]] | None:
-    """Return a number of all process runs, old and new; None where one of them does not have it."""
+    """Return the value of a metric in all process runs, old and new; None if one of them lacks it."""
     old, new = ([metric.read(pair[side]) for pair in whole] for side in (0, 1))
     there = [n for n in old if n is not None], [n for n in new if n is not None]
     return there if len(there[0]) == len(there[1]) == len(whole) else None
 
 
 def _lacking(whole: Records) -> str:
-    """Return which side lacks counts in how many process runs, where others have counts: likely the side that grew."""
+    """Describe the process runs of each side without counts, if others have them: that side has probably grown."""
     without = [sum(COUNTED_PEAK.read(pair[side]) is None for pair in whole) for side in (0, 1)]
     told = [f"{n} of {len(whole)} of the {side} side" for n, side in zip(without, ("old", "new"), strict=True) if n]
-    # Where no run has a count, it was not to be had: there is no training, or torch has no profiler.
+    # If no run has a count, none was possible: there is no training, or torch has no profiler.
     return "" if sum(without) == 2 * len(whole) else f"not compared: not counted in {' and '.join(told)}"
 
 
 def _grown(
     name: str, whole: Records, what: str, sides: tuple[list[Number], list[Number]], allowed: int, *, exact: bool
 ) -> ComparisonRow:
-    """Judge by the medians where `exact` and each side is alike within `allowed`; else by ranks too: one disturbed run
-    decides nothing."""
+    """Judge by the medians alone if `exact` and the runs of each side differ by `allowed` at most; otherwise also by
+    ranks, so that a single disturbed run decides nothing."""
     old, new = sides
     a, b = int(median(old)), int(median(new))
     alike = exact and all(max(side) - min(side) <= allowed for side in sides)
@@ -258,7 +258,7 @@ def _span(values: Sequence[Number]) -> str:
 
 
 def _higher(these: Sequence[Number], those: Sequence[Number]) -> bool:
-    """Say whether `these` rank higher: one-sided, exact for so few, at a level that six of each can just reach."""
+    """Return whether `these` rank higher: one-sided, exact for small samples, at a level that six of each just reach."""
     from scipy.stats import mannwhitneyu
 
     return float(mannwhitneyu(these, those, alternative="greater", method="exact").pvalue) <= _PEAK_LEVEL

@@ -1,8 +1,8 @@
-"""Reproducibility: whether reruns gave the same losses bitwise, and if not, the first step and the causes.
+"""Reproducibility: compare the losses of reruns bitwise, and find the first differing step and the causes.
 
-A difference is explained by its circumstances: another machine, library, code, thread count, model or data. What only
-follows from the seed (the order of the data, the initial state) says where two runs parted, and explains nothing: the
-Cell is the same, so it should have been the same.
+A different machine, library, code, thread count, model or data explains a difference. The order of the data and the initial
+state follow from the seed, which is part of the Cell. A difference in them shows where two runs diverged, and explains
+nothing.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Rerun:
     records: tuple[tuple[str, str], ...]
     """Pairs (run, Record id)."""
     same_losses: bool | None
-    """Whether the losses are bitwise equal; None without training."""
+    """True if the losses are bitwise equal; None without training."""
     same_items: bool | None
-    """Whether the answers are equal; None without scoring."""
+    """True if the answers are equal; None without scoring."""
     first_step: int | None
     """First differing step, from 0."""
     causes: tuple[str, ...]
@@ -40,19 +40,19 @@ class Rerun:
     parted: tuple[str, ...]
     """Other differences of unequal Records that the seed should have prevented."""
     unexplained: bool
-    """Whether some unequal Records have no cause."""
+    """True if some unequal Records have no cause."""
 
     @property
     def equal(self) -> bool:
-        """Whether nothing that was compared differs."""
+        """True if no comparison found a difference."""
         return self.same_losses is not False and self.same_items is not False
 
 
 def reruns(runs: Sequence[Run]) -> tuple[Rerun, ...]:
     """Compare the ok Records of every Cell that has two or more in `runs`, in the order of the manifests.
 
-    Each is compared with the first one made in the same circumstances, or else with the first of all. A copy of a Record
-    (a run named twice, a copied folder) is no rerun.
+    Each Record is compared with the first one from the same circumstances, or else with the first of all. A copy of a
+    Record (a run named twice, a copied folder) is no rerun.
     """
     cells = {cell.cell_id: cell for run in runs for cell in run.manifest.cells}
     by_cell: dict[str, list[Record]] = {cell_id: [] for cell_id in cells}
@@ -67,7 +67,7 @@ def reruns(runs: Sequence[Run]) -> tuple[Rerun, ...]:
 
 
 def possible_reruns(runs: Sequence[Run]) -> tuple[Rerun, ...] | None:
-    """Return `reruns`, or None where there can be none: one run with one attempt at each Cell."""
+    """Return `reruns`; None for a single run with one attempt at each Cell, which cannot have any."""
     repeated = len(runs) > 1 or any(len(run.records) > len(run.latest()) for run in runs)
     return reruns(runs) if repeated else None
 
@@ -137,17 +137,17 @@ def _parted(left: Record, right: Record) -> list[str]:
         "initial state": (a.initial_state_sha256, b.initial_state_sha256),
         "order of the data": (a.data_order_sha256, b.data_order_sha256),
     }
-    # An older Record holds no hash: not known is not different.
+    # An older Record has no hash; an unknown value is no difference.
     return [f"{what}: {x[:12]}, {y[:12]}" for what, (x, y) in hashes.items() if x and y and x != y]
 
 
 def circumstances(left: Record, right: Record) -> list[str]:
-    """List what two Records of one Cell were made with or from that is not the same, as `what: this, that`."""
+    """List the differences in the inputs and surroundings of two Records of one Cell, as `what: this, that`."""
     return surroundings(left, right) + asset_differences(left, right)
 
 
 def surroundings(left: Record, right: Record) -> list[str]:
-    """List what two Records were made with that is not the same: all of `circumstances` but model and data."""
+    """List the differences in the surroundings of two Records: all of `circumstances` except model and data."""
     changed = environment_differences(left.environment, right.environment)
     a, b = (r.environment.extra.get("variables") for r in (left, right))
     if isinstance(a, dict) and isinstance(b, dict):
@@ -164,7 +164,7 @@ def surroundings(left: Record, right: Record) -> list[str]:
 
 
 def asset_differences(left: Record, right: Record) -> list[str]:
-    """List the models, data and tasks of two Records that are not the same, as `what: this, that`."""
+    """List the differences of two Records in models, data and tasks, as `what: this, that`."""
     if not left.assets or not right.assets:  # an older Record names none
         return []
     a, b = ({use.name: use for use in r.assets} for r in (left, right))
@@ -181,16 +181,16 @@ def asset_differences(left: Record, right: Record) -> list[str]:
 
 
 def environment_differences(left: Environment, right: Environment) -> list[str]:
-    """List what two environments differ in, as `key: this, that`."""
+    """List the differences of two environments, as `key: this, that`."""
     a, b = _flat(left), _flat(right)
     changed = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
     return [f"{key}: {a.get(key, 'none')}, {b.get(key, 'none')}" for key in changed]
 
 
 def usual_environment(run: Run) -> Environment:
-    """Return the environment that most ok Records of a run have in common; the runner's own where no other has more.
+    """Return the most frequent environment of a run's ok Records; on a tie with the runner's environment, that one.
 
-    On a cluster the runner's machine need not be any that Cells ran on, and with several jobs its threads are shared out.
+    On a cluster, Cells may run on other machines than the runner's; several jobs share its threads.
     """
     ok = [record.environment for record in run.latest().values() if record.status is Status.OK]
     found = Counter(_key(e) for e in ok)
@@ -204,7 +204,7 @@ def strangers(run: Run) -> dict[tuple[str, ...], list[Record]]:
     found: dict[tuple[str, ...], list[Record]] = {}
     for record in run.latest().values():
         here = _key(record.environment)
-        # Of a worker that left no Record the runner writes one, with the only environment that it knows: its own.
+        # For a worker that left no Record the runner writes one, with its own environment: it knows no other.
         if here != _key(usual) and (record.status is Status.OK or here != _key(run.manifest.environment)):
             found.setdefault(tuple(environment_differences(usual, record.environment)), []).append(record)
     return found

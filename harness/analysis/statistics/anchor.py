@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from harness.analysis.statistics.change_points import Array
 
 FEWEST_SERIES = 5
-"""Fewest series for an anchor: a single series would be divided by itself."""
+"""Fewest series for an anchor; with a single one, the series would be divided by itself."""
 
 
 FEWEST_SENTINELS = 3
@@ -22,8 +22,8 @@ FEWEST_SENTINELS = 3
 def anchor(logs: Array, fewest: int = FEWEST_SERIES) -> Array:
     """Return the log of each night's anchor, shape (nights,), of log times of shape (series, nights), NaN where missing.
 
-    NaN on nights with fewer series than `fewest`. Only series with half of the nights or more take part: the usual value
-    of a new one is not that of the old ones' nights.
+    NaN on nights with fewer series than `fewest`. Only series with half of the nights or more take part, since the usual
+    value of a new series comes from other nights.
     """
     import numpy as np
 

@@ -45,7 +45,7 @@ class Canaries:
 
     @property
     def closed(self) -> bool:
-        """Whether the gate is closed: so many alarms have a probability of at most 1 - LEVEL at the limit (binomial)."""
+        """True if the gate is closed: so many alarms have a probability of at most 1 - LEVEL at the limit (binomial)."""
         return self._closes(self.alarms)
 
     @property
@@ -75,9 +75,9 @@ class Canaries:
 
 
 def canaries(log_ratios: Iterable[Sequence[float]], trim: float, nominal: float = NOMINAL) -> Canaries:
-    """Count the A/A canaries whose pairs differ from 0 in either direction, at the level `nominal`.
+    """Count the A/A canaries with pairs that differ from 0 in either direction, at the level `nominal`.
 
-    Without the margin of the gate, which would hide noise of twice the expected size.
+    The test has no margin, unlike the gate: a margin would hide noise of twice the expected size.
     """
     alarms = runs = 0
     for pairs in log_ratios:

@@ -23,15 +23,15 @@ LEVEL_NIGHTS = 3
 FEWEST = 2 * LEVEL_NIGHTS
 """The fewest nights of a series in which a change can be seen."""
 PENALTY = 18.0
-"""Penalty for a change, in squared noise: a little more than the best of a hundred places gains by chance."""
+"""Penalty for a change, in squared noise: slightly above the chance gain at the best of a hundred places."""
 SUSPICIOUS = 3.0
-"""Standard errors above its level at which the last night is a suspicion: one in 700 by normal noise."""
+"""Standard errors above its level at which the last night is suspicious: one night in 700 under normal noise."""
 _SPIKE = 4.0
 """Distance from the nights around it, in units of noise, at which a night is an outlier."""
 _TO_SIGMA = 1.4826
 """A normal distribution's standard deviation over its median absolute deviation."""
 _OWN_NIGHTS = 10
-"""Weight of the noise that all series share, in nights of a series' own: six nights alone estimate it badly."""
+"""Weight of the noise shared by all series, in nights of a single series: six nights alone estimate noise badly."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def steps(
 ) -> tuple[LevelChange, ...]:
     """Return the changes of level of a series (1-d, finite), oldest first; none of fewer than FEWEST values.
 
-    least: smaller changes are left out. shared: the noise of similar series, if known. floor: the least noise that is
-    assumed, in the unit of the values: a constant series is not infinitely exact. own: its noise, if known.
+    least: smaller changes are left out. shared: the noise of similar series, if known. floor: the smallest assumed noise,
+    in the unit of the values: a constant series is not infinitely exact. own: the series' noise, if known.
     """
     if len(values) < FEWEST or values.max() - values.min() < least:
         return ()
@@ -86,11 +86,11 @@ def steps(
 def suspect(
     values: Array, *, since: int, least: float, shared: float = 0.0, floor: float = 1e-4, own: float | None = None
 ) -> LevelChange | None:
-    """Return the change that the last value would be, had a higher level begun on it or on the one before; else None.
+    """Return a suspected change to a higher level that began on the last value or the one before; None without suspicion.
 
-    Two nights are no level, and `steps` does not tell them. It lies above the level that has lasted from `since` on by
-    `least`, and by SUSPICIOUS times what the last value and that level are uncertain by together. Whether it is a change, a
-    trial has to tell. Other arguments as of `steps`; `at` is the value before the last.
+    `steps` cannot find it, since two nights are no level. The last value lies above the level since `since` by `least`, and
+    by SUSPICIOUS times the joint uncertainty of value and level. Only a trial can confirm the change. Other arguments: see
+    `steps`. `at` is the index of the value before the last.
     """
     import numpy as np
 
@@ -106,7 +106,7 @@ def suspect(
 
 
 def _believed(values: Array, shared: float, floor: float, own: float | None) -> float:
-    """Return the noise of a series, by its own nights and what all series share."""
+    """Return the noise of a series, from its own nights and the noise shared by all series."""
     sigma = noise(values) if own is None else own
     if shared:
         nights = len(values) - 1
@@ -115,8 +115,9 @@ def _believed(values: Array, shared: float, floor: float, own: float | None) -> 
 
 
 def _worth_telling(values: Array, edges: Sequence[int], least: float) -> tuple[LevelChange, ...]:
-    """Merge neighbouring levels, the closest first, until all differ by `least` or more and have enough nights:
-    where two of a level's three are slow its median is slow as well, and the third had no say.
+    """Merge neighbouring levels, the closest first, until all differ by `least` or more and enough nights support each.
+
+    A median does not show support: with two slow nights of three it is slow, whatever the third is.
     """
     bounds = [int(edge) for edge in edges]
     while True:
@@ -133,7 +134,7 @@ def _worth_telling(values: Array, edges: Sequence[int], least: float) -> tuple[L
 
 
 def _borne(step: LevelChange, left: Array, right: Array) -> bool:
-    """Return whether on either side LEVEL_NIGHTS values or more lie nearer to their own level than to the other."""
+    """Return whether, on each side, at least LEVEL_NIGHTS values lie nearer to their own level than to the other."""
     way, middle = (1 if step.change > 0 else -1), (step.before + step.after) / 2
     nearer = ((way * (left - middle) < 0).sum(), (way * (right - middle) > 0).sum())
     return bool(min(nearer) >= LEVEL_NIGHTS)

@@ -1,4 +1,4 @@
-"""Intervals and tests that need nothing but counting: Wilson, order statistics, exact McNemar, Holm."""
+"""Intervals and tests based on counts: Wilson, order statistics, exact McNemar, Holm."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def _half_cumulative(n: int) -> Iterator[tuple[int, int]]:
 def median_interval(samples: Sequence[float], level: float = LEVEL) -> Median:
     """Return the median with the narrowest symmetric pair of order statistics that covers it with at least `level`.
 
-    Holds for independent samples of any distribution. Steps of one process are not independent of each other, and say
-    nothing of another process.
+    Valid for independent samples of any distribution. Steps of one process are not independent of each other, so the
+    interval does not apply to another process.
     """
     if not samples:
         raise ValueError("no samples")
@@ -75,8 +75,8 @@ def paired_difference(
 ) -> tuple[float, float]:
     """Return the interval of left - right, two shares of the same items (Newcombe 1998, paired, his method 10).
 
-    Made of two Wilson intervals and the correlation of the answers, so it holds for few items and for none that differ,
-    where an interval from the differences' variance would have no width.
+    Combines two Wilson intervals and the correlation of the answers. So it is valid for few items, and for equal answers,
+    where an interval from the variance of the differences would have no width.
     """
     n = both + only_left + only_right + neither
     left, right = both + only_left, both + only_right
@@ -95,9 +95,9 @@ def paired_difference(
 
 
 def holm(p_values: Mapping[str, float], asked: int = 0) -> dict[str, float]:
-    """Adjust p values for asking several questions at once (Holm's step-down).
+    """Adjust p values for several tests (Holm's step-down).
 
-    asked: how many questions there were, if only the p values of some are here; they count as the smallest.
+    asked: number of all tests, if `p_values` holds only some; these count as the smallest.
     """
     questions = max(asked, len(p_values))
     adjusted: dict[str, float] = {}

@@ -1,8 +1,8 @@
 """Accuracy over several training runs that differ in the seed alone: intervals and tests for new seeds and new items.
 
-Two things would be drawn anew if somebody repeated a comparison: the test items and the training runs. The squared
-standard error is the sum of what each of them adds, so a method's luck with its seeds is not taken for its merit, as it is
-by a test over items alone. Items are paired, since every run scores the same ones (Miller, arXiv:2411.00640).
+A repeated comparison would have new test items and new training runs. The squared standard error is the sum of both
+contributions; a test over items alone would mistake lucky seeds for a better method. Items are paired, since every run
+scores the same ones (Miller, arXiv:2411.00640).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Spread:
         """Two-sided p of a true value of 0."""
         if not self.error:
             return 1.0 if not self.value else 0.0
-        from scipy.special import stdtr  # takes a fifth of a second, and runs of one seed do without
+        from scipy.special import stdtr  # takes a fifth of a second, and runs of one seed do not need it
 
         return float(2 * stdtr(self.df, -abs(self.value) / self.error))
 
@@ -68,8 +68,8 @@ def difference(
 ) -> Spread | None:
     """Return mean(left) - mean(right); None unless all of them scored the same items.
 
-    Its squared error is var(per-item difference of the runs' means) / items + var(accuracies) / runs, of each side. priors:
-    of each side, as in `mean`; what both share counts once.
+    Its squared error is var(per-item difference of the runs' means) / items, plus var(accuracies) / runs of each side.
+    priors: one per side, as in `mean`; a prior shared by both counts once.
     """
     if not same_items((*left, *right)):
         return None
@@ -82,8 +82,8 @@ def difference(
 def paired(left: Sequence[Accuracy], right: Sequence[Accuracy]) -> Spread | None:
     """Return mean(left) - mean(right), where left[i] and right[i] have the same seed; None unless all scored the same items.
 
-    Its squared error is var(per-item difference of the means) / items + var(per-seed difference) / seeds: what a seed does
-    to both sides alike is taken out, so that two versions of one program are told apart by little, and equal ones have no
+    Its squared error is var(per-item difference of the means) / items + var(per-seed difference) / seeds. Effects of a seed
+    on both sides cancel, so even small differences between two versions of a program are found, and equal versions have no
     error at all. Raises ValueError for sides of unequal length, or of fewer than two seeds.
     """
     if len(left) != len(right) or len(left) < 2:
@@ -102,7 +102,7 @@ def same_items(runs: Sequence[Accuracy]) -> bool:
 
 
 def _spread(value: float, parts: Sequence[tuple[float, float]]) -> Spread:
-    """Add squared errors, each with its degrees of freedom, up (Satterthwaite 1946)."""
+    """Add up squared errors, each with its degrees of freedom (Satterthwaite 1946)."""
     total = sum(square for square, _ in parts)
     if math.isinf(total):
         return Spread(value, math.inf, 1)

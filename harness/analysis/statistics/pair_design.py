@@ -10,7 +10,7 @@ from harness.errors import UsageError
 
 Stage = Literal["first", "fresh"]
 FEWEST = 6
-"""Pairs: of five, no order statistics and no signed ranks could make an interval at 95 %."""
+"""Fewest pairs: five allow no interval at 95 %, neither by order statistics nor by signed ranks."""
 
 
 @dataclass(frozen=True)
@@ -18,15 +18,15 @@ class Design:
     """Numbers of pairs, looks at them, and levels of an alarm. The level bounds the false alarms under any
     symmetric noise. On steady machines, where the pairs spread little compared with the margin, false alarms are
     far rarer. Elsewhere, e.g. with a kernel that runs at one of two speeds in each process, they come near the
-    level, and the mde80 of such a Cell shows it."""
+    level; the mde80 of such a Cell shows this."""
 
     first: int = 6
     """Pairs of every Cell."""
     fresh: tuple[int, ...] = (10, 20)
     """Total number of fresh pairs at each planned look."""
     levels: tuple[float, ...] = (0.001, 0.009)
-    """Level of the alarm at each of these looks, one-sided and in each direction; their sum is that of the whole.
-    The first look has few degrees of freedom, so it is the stricter one."""
+    """Level of the alarm at each of these looks, one-sided and in each direction; their sum is the total level.
+    The first look has few degrees of freedom, so its level is stricter."""
     slower_by: float = 0.01
     """Margin of a slow-down."""
     same_within: float = 0.03

@@ -12,8 +12,8 @@ BLOCKS = ("ABBA", "BAAB")
 def order(pairs: int, seed: int) -> str:
     """Return the side of each process run, two per pair, in blocks of two pairs: "ABBABAAB...".
 
-    What drifts linearly cancels within every block. As many blocks begin with A as with B (give or take one), so that what
-    drifts quadratically cancels between them; which ones is drawn, so that nothing periodic can take a side.
+    A linear drift cancels within every block. As many blocks begin with A as with B (give or take one), so a quadratic
+    drift cancels between blocks. The order of the blocks is random, so that periodic noise favours no side.
     """
     if pairs < 2 or pairs % 2:
         raise UsageError(

@@ -18,7 +18,7 @@ _FAR = 60
 
 
 def reach(scale: float, design: Design) -> float:
-    """Return the log ratio of the slow-down detected with a power of POWER; scale: sd of the log ratio of a pair."""
+    """Return the log ratio of a slow-down detected with a power of POWER. scale: sd of a pair's log ratio."""
     low = math.log1p(design.slower_by)
     return least(lambda change: power(change, scale, design), low, low + _FAR * scale / math.sqrt(design.first))
 
@@ -34,8 +34,9 @@ def least(found: Callable[[float], float], low: float, high: float) -> float:
 def power(change: float, scale: float, design: Design) -> float:
     """Return the probability that a log ratio of `change` is called slower (noncentral t).
 
-    It must not be settled as the same at a look before the last, and be found at the last: multiplied as if each were
-    another draw, which says too little rather than too much. What is found early is found late too, give or take.
+    The product of two kinds of probability: no look before the last calls the Cell unchanged, and the last look finds the
+    change. The product treats the looks as independent, so it is rather too low than too high. Changes found early are,
+    give or take, found at the last look too.
     """
     last = design.fresh[-1]
     chance = _found(change - math.log1p(design.slower_by), scale, last, design.trim, design.levels[-1])
@@ -46,7 +47,8 @@ def power(change: float, scale: float, design: Design) -> float:
 
 
 def found(errors: float, df: float, level: float) -> float:
-    """Return the probability that a one-sided t test at `level` detects an effect so many errors past its margin."""
+    """Return the probability that a one-sided t test at `level` detects an effect `errors` standard errors past its
+    margin."""
     from scipy.special import nctdtr, stdtrit
 
     return 1.0 - float(nctdtr(df, errors, float(stdtrit(df, 1 - level))))

@@ -1,8 +1,8 @@
 """Verdict on interleaved pairs of process runs, in two stages: B is slower than A, faster, the same, or undecided.
 
-Every Cell gets a few pairs. Where they prove it unchanged, that is the verdict. All others, whether they look slower, look
-faster or prove nothing, get fresh pairs, and these alone judge them: what made a Cell conspicuous is not counted twice.
-They are looked at when planned, not after every pair, and the looks share the level of the alarm. An alarm must lie beyond a
+Every Cell gets a few pairs. If they prove it unchanged, that is the verdict. Every other Cell (looks slower, looks faster,
+undecided) gets fresh pairs, and these alone decide, so the pairs that made a Cell conspicuous are not counted twice. The
+looks at the fresh pairs are planned, not after every pair, and share the level of the alarm. An alarm must lie beyond a
 margin, in either direction: an unintended speed-up is a finding too.
 
 Log ratios throughout, so that exchanging A and B exchanges `slower` and `faster` and changes nothing else.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from harness.analysis.statistics.trimmed import Array, Mask
 
 IMPLAUSIBLE = 0.3
-"""Share beyond which a speed-up comes with the question whether the work is still done."""
+"""Speed-up, as a share, from which the sentence asks if the code still does the same work."""
 
 
 class PairFinding(StrEnum):
@@ -45,8 +45,8 @@ class Look:
     seen: Trimmed
     """Trimmed means and their errors."""
     p: Array
-    """p value, one-sided, towards the effect, of a change of at most `slower_by`; that of a fresh look is weighted
-    by its part of the level, so that an alarm is a p of at most `Design.level` at every look."""
+    """One-sided p value, towards the effect, of a change of at most `slower_by`. The p of a fresh look is weighted by
+    its part of the level, so that at every look an alarm is a p of at most `Design.level`."""
     slower: Mask
     """Cells that are slower."""
     faster: Mask
@@ -56,12 +56,12 @@ class Look:
 
     @property
     def settled(self) -> Mask:
-        """Which Cells have a verdict other than inconclusive."""
+        """Cells with a verdict other than inconclusive."""
         return self.slower | self.faster | self.same
 
 
 def look(log_ratios: Any, design: Design, stage: Stage) -> Look:
-    """Look at log ratios of shape (..., n), n as planned. In the first stage nothing is called slower or faster."""
+    """Judge log ratios of shape (..., n), with a planned n. The first stage calls no Cell slower or faster."""
     import numpy as np
 
     seen = trimmed(log_ratios, design.trim)
@@ -87,7 +87,7 @@ def look(log_ratios: Any, design: Design, stage: Stage) -> Look:
         return Look(seen, np.minimum(up, down), none, none, within & ~suspected)
     level = design.levels[design.fresh.index(seen.n)]
     slower, faster = up <= level, down <= level
-    # A Cell that looks slower has its remaining pairs coming, even if it lies within `same_within`.
+    # A Cell that looks slower gets its remaining pairs, even if it lies within `same_within`.
     same = within & ~slower & ~faster & (~suspected | (seen.n == design.fresh[-1]))
     return Look(seen, np.minimum(1.0, np.minimum(up, down) * design.level / level), slower, faster, same)
 
@@ -142,9 +142,9 @@ def judge(log_ratios: Sequence[float], design: Design, stage: Stage) -> PairVerd
 
 
 def decide(first: Sequence[float], fresh: Sequence[float], design: Design) -> PairVerdict:
-    """Return the verdict of one Cell from both stages: that of the first planned look that decides, or else of the last.
+    """Return the verdict of one Cell from both stages: the verdict of the first planned look that decides, or of the last.
 
-    fresh: none, or as many as some planned look wants or more. Pairs beyond the look that settles are not read.
+    fresh: empty, or enough pairs for at least one planned look. Pairs beyond the deciding look are not read.
     """
     found = judge(first, design, "first")
     for planned in design.fresh:
@@ -182,7 +182,7 @@ def _sentence(
     p: float,
     mde80: float | None,
 ) -> str:
-    """Say a verdict with what it rests on."""
+    """Return a verdict and its evidence as a sentence."""
     pairs = f"{n} {'fresh ' if stage == 'fresh' else ''}pairs"
     if mde80 is None:
         return (

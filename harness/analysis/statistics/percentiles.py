@@ -1,4 +1,4 @@
-"""Percentiles of raw samples; none where the samples are too few for one to be beyond it."""
+"""Percentiles of raw samples, if at least one sample lies beyond the percentile."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def needed(share: float) -> int:
 
 
 def percentile(samples: Sequence[float], share: float) -> float | None:
-    """Return the smallest sample that `share` of all do not exceed; None of fewer samples than are needed."""
+    """Return the smallest sample that `share` of all do not exceed; None for fewer samples than `needed`."""
     if len(samples) < needed(share):
         return None
     return sorted(samples)[math.ceil(Fraction(str(share)) * len(samples)) - 1]

@@ -1,14 +1,14 @@
 """Verdict on one process run of a benchmark against saved runs. For pytest, where nothing is interleaved.
 
-A run counts as one number, the median of its rounds: rounds of one process share its luck (addresses, clocks, neighbours),
-so that many of them are no more certain of the next process than few. The new run is held to the interval of prediction of
-the kept ones, by log ratios: were nothing changed, it would be another draw of the same. Nothing is trimmed there, since the
-new run may be a disturbed one as well.
+A run counts as one number, the median of its rounds: rounds of one process share its conditions (addresses, clocks,
+neighbours), so more rounds predict the next process no better. The new run is compared with the prediction interval of the
+saved runs, in log ratios: if nothing changed, it is another sample from the same distribution. Nothing is trimmed, since
+the new run may be disturbed as well.
 
-The level is that of normal noise. Where a process draws one of two speeds, say by where its memory lies, few kept runs may
-all have drawn the same; but whatever the noise, a run lies beyond all n kept ones in one of n + 1 sessions only, and what
-does not is no alarm (of up to ten kept runs). The runs that are kept were made earlier, and the machine may have changed
-since; their spread does not hold that. The margin must. Who wants to decide on less runs both sides in turn (`paired`).
+The level holds for normal noise. If each process runs at one of two speeds, e.g. by its memory layout, a few saved runs may
+all have the same speed. But under any noise a run lies beyond all n saved runs in only one of n + 1 sessions, and up to ten
+saved runs, only such a run raises an alarm. The saved runs are older, and the machine may have changed since: the margin
+covers this, their spread does not. Smaller differences need interleaved runs of both sides (`paired`).
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from harness.analysis.statistics.trimmed import single, trimmed
 from harness.errors import plural
 
 MARGIN = 0.10
-"""The slow-down that is no finding yet: sessions of one machine may differ by some per cent though nothing has changed."""
+"""Largest slow-down that is no finding: sessions on one machine differ by some per cent without any change."""
 ALARM = 0.01
-"""The one-sided level of `slower`, and of `faster`, of each benchmark by itself."""
+"""One-sided level of `slower`, and of `faster`, for each benchmark separately."""
 FEWEST = 3
-"""Kept runs from which their own spread is taken."""
+"""Fewest saved runs that estimate their own spread."""
 ASSUMED = 0.05
-"""With fewer, or without any spread, the standard deviation that process runs are taken to have: assumed, and always told.
+"""Assumed standard deviation of process runs with fewer saved runs, or without any spread; the verdict always names it.
 
-Of 14 process runs each of five small kernels (add, copy, matmul, softmax, a loop of Python) on a shared machine with two
-cores it was 0.9 % to 8.5 %, in the mean square 5 %."""
+In 14 process runs each of five small kernels (add, copy, matmul, softmax, a loop of Python) on a shared machine with two
+cores it was 0.9 % to 8.5 %, and 5 % in the mean square."""
 _ROUNDS = 0.9
-"""The level of the interval of one run's median, which only fewer than FEWEST runs need: five rounds are enough for it."""
+"""Level of the interval of one run's median, used with fewer than FEWEST runs; five rounds are enough for it."""
 _FAR = 60
-"""Standard errors: beyond any slow-down that is found with less than certainty."""
+"""Upper end of the search, in standard errors: a slow-down of this size is always detected."""
 _LARGEST = 700.0
 """Largest log ratio with a finite exponential."""
 
@@ -74,10 +74,10 @@ class JudgedBenchmark:
 
 
 def judge(kept: Sequence[Sequence[float]], new: Sequence[float], margin: float = MARGIN) -> JudgedBenchmark:
-    """Judge the rounds of one process run by those of kept runs; seconds, all above 0.
+    """Judge the rounds of one process run by the rounds of saved runs; seconds, all above 0.
 
-    `slower` where the ratio is beyond 1 + margin at the level ALARM, `faster` where its inverse is; `not slower` where the
-    whole interval at LEVEL lies below 1 + margin; else inconclusive.
+    `slower` if the ratio exceeds 1 + margin at the level ALARM, `faster` if its inverse does; `not slower` if the whole
+    interval at LEVEL lies below 1 + margin; otherwise inconclusive.
     """
     centres = [math.log(median(rounds)) for rounds in kept]
     n, limit, seconds, centre = len(kept), math.log1p(margin), median(new), fmean(centres)
@@ -101,7 +101,7 @@ class _Noise:
 
     error: float
     unbiased: float
-    """Second estimate, which few runs do not make too small."""
+    """Unbiased estimate of the same error, also from few runs."""
     df: float
     assumed: bool
 
@@ -110,7 +110,7 @@ def _noise(kept: Sequence[Sequence[float]], new: Sequence[float], centres: Seque
     n = len(kept)
     if n >= FEWEST:
         seen = trimmed([list(centres)], 0.0)
-        if not seen.still[0]:  # else the clock is too coarse to show any
+        if not seen.still[0]:  # otherwise the clock is too coarse to show a spread
             error, scale = float(seen.error[0]), float(seen.scale[0])
             return _Noise(error * math.sqrt(n + 1), scale * math.sqrt(1 + 1 / n), seen.df, assumed=False)
     within = _within(new) ** 2 + sum(_within(rounds) ** 2 for rounds in kept) / n**2
@@ -119,7 +119,7 @@ def _noise(kept: Sequence[Sequence[float]], new: Sequence[float], centres: Seque
 
 
 def _within(rounds: Sequence[float]) -> float:
-    """Return the standard error of the log of a run's median, from its rounds; ASSUMED where they are too few to say."""
+    """Return the standard error of the log of a run's median, from its rounds; ASSUMED if there are too few rounds."""
     seen = median_interval(rounds, _ROUNDS)
     if seen.low is None or seen.high is None:
         return ASSUMED
@@ -137,7 +137,7 @@ def _words(pace: Pace, margin: float, p: float, change: float) -> str:
 
 
 def _rests(n: int, assumed: bool, mde80: float) -> str:
-    """Say what a verdict rests on, and what would have been found."""
+    """Return the evidence of a verdict, and the smallest detectable slow-down, as text."""
     runs = f"{plural(n, 'run')} kept"
     if assumed:
         why = f"{FEWEST} tell it" if n < FEWEST else "they show none"

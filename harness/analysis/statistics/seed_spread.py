@@ -1,9 +1,9 @@
 """Spread of accuracies over seeds, moderated by all recipes of a group: three seeds alone estimate it badly.
 
-The variances of the recipes are taken as drawn from one distribution, whose mean and width they show themselves, and each is
-drawn to that mean as far as its few seeds leave it open (the moderated t of Smyth 2004, doi:10.2202/1544-6115.1027). Of the
-best of several recipes that alone is too bold: a recipe whose seeds lay apart keeps its own variance, and of what the others
-know half counts. So a false order of equal recipes stays below 5 % in simulations, whatever the spreads (tests).
+The variances of the recipes count as samples of one distribution; its mean and width are estimated from them. Each variance
+shrinks towards that mean, the more the fewer its seeds (the moderated t of Smyth 2004, doi:10.2202/1544-6115.1027). This is
+too optimistic for the best of several recipes, so a variance above the moderated one stays as it is, and the others' degrees
+of freedom count half. So equal recipes are ordered wrongly in less than 5 % of simulations with any spreads (tests).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from statistics import fmean, variance
 from harness.records.record import Accuracy
 
 FEWEST, FEWEST_SEEDS = 5, 3
-"""Recipes, and seeds of each, below which too little is known of the distribution of their variances."""
+"""Fewest recipes, and fewest seeds of each, for an estimate of the distribution of variances."""
 _COUNTS = 0.5
-"""Of the others' degrees of freedom, as the distribution is only estimated, and the best recipe was picked."""
+"""Share of the others' degrees of freedom that counts: the distribution is an estimate, and the best recipe was picked."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Prior:
     df: float
     """Degrees of freedom; infinite where nothing shows that the variances differ."""
     most: float
-    """Degrees of freedom of all seeds together: the maximum of a moderated variance."""
+    """Degrees of freedom of all seeds together: the maximum for a moderated variance."""
 
     def moderated(self, own: float, df: float) -> tuple[float, float]:
-        """Return the variance of a recipe whose seeds have the variance `own`, and its degrees of freedom."""
+        """Return the moderated variance of a recipe and its degrees of freedom. own, df: the same of its seeds alone."""
         if math.isinf(self.df):
             return max(own, self.variance), self.most
         drawn = (self.df * self.variance + df * own) / (self.df + df)
@@ -40,13 +40,13 @@ class Prior:
 
 
 def prior(recipes: Sequence[Sequence[Accuracy]]) -> Prior | None:
-    """Return the prior of recipes that were trained with equally many seeds; None of too few, of either."""
+    """Return the prior of recipes with equally many seeds; None if the recipes or seeds are too few."""
     seeds = {len(runs) for runs in recipes}
     if len(recipes) < FEWEST or len(seeds) > 1 or min(seeds) < FEWEST_SEEDS:
         return None
     (n,) = seeds
     df = n - 1
-    # Equal accuracies are known to half an item either way.
+    # Equal accuracies are exact only to half an item either way.
     logs = [math.log(max(variance([run.value for run in runs]), _least(runs))) for runs in recipes]
     from scipy.special import digamma, polygamma
 

@@ -1,8 +1,8 @@
 """The trimmed t and the Hodges-Lehmann estimate of log ratios; pairs along the last axis, any number of Cells before it.
 
-Of each Cell's n values the `cut` highest and lowest are set aside for the mean and pulled in to the next for the variance
-(Yuen 1974): a process run that was disturbed as a whole costs a pair, not the verdict. numpy and scipy are imported when
-something is computed: who only reads a verdict needs neither.
+The mean of each Cell's n values leaves out the `cut` highest and lowest; the variance replaces them by their neighbours
+(Yuen 1974). So a disturbed process run costs a pair, not the verdict. numpy and scipy are imported on the first computation,
+since code that only reads verdicts needs neither.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     Mask = NDArray[np.bool_]
 
 STILL = 1e-9
-"""A standard error of the log ratio of no more than this is none: no clock and no two processes are that equal."""
+"""A standard error of a log ratio up to this counts as none: no two real processes are that equal."""
 
 
 def cut(n: int, share: float) -> int:
-    """Return how many of n values are trimmed at either end."""
+    """Return the number of values, of n, that are trimmed at either end."""
     return int(share * n)
 
 
@@ -38,7 +38,7 @@ class Trimmed:
 
     @property
     def still(self) -> Mask:
-        """Where there is no spread, and so nothing that a t could be formed with."""
+        """Cells without spread, for which no t exists."""
         return self.error <= STILL
 
     def beyond(self, margin: float) -> Array:
@@ -59,7 +59,7 @@ class Trimmed:
 
     @property
     def scale(self) -> Array:
-        """The sd of one pair that this error comes from, were it normal; unbiased, so few pairs give the same as many."""
+        """The sd of one pair under normal noise, derived from the error; unbiased, also for few pairs."""
         shrunk = math.sqrt(2 / self.df) * math.exp(math.lgamma((self.df + 1) / 2) - math.lgamma(self.df / 2))
         return self.error * math.sqrt(self.n) / shrunk
 
@@ -80,7 +80,7 @@ def trimmed(log_ratios: Any, share: float) -> Trimmed:
 
 
 def single(mean: float, error: float, df: float, n: int) -> Trimmed:
-    """Return the t of one Cell whose mean and error come from elsewhere; df: `math.inf` where the error is known."""
+    """Return the t of one Cell from a given mean and error. df: `math.inf` if the error is known."""
     import numpy as np
 
     return Trimmed(np.asarray([mean]), np.asarray([error]), df, n)
@@ -102,7 +102,7 @@ def hodges_lehmann(log_ratios: Any, level: float) -> tuple[float, tuple[float, f
 
 
 def _signed_rank(n: int, tail: float) -> int | None:
-    """Return the largest k with P(T <= k) <= tail for the signed-rank sum T of n values; None if there is none."""
+    """Return the largest k with P(T <= k) <= tail for the signed-rank sum T of n values; None if no k fulfils it."""
     ways = [1] + [0] * (n * (n + 1) // 2)  # subsets of the ranks by their sum
     for rank in range(1, n + 1):
         for total in range(len(ways) - 1, rank - 1, -1):

@@ -56,7 +56,7 @@ class LmEvalTask:
         return str(self.task.doc_to_text(asdict(row)))
 
     def pair(self, row: AnyRow) -> tuple[str, str]:
-        """Return prompt and answer of a task whose answers are texts; the answer begins with the delimiter."""
+        """Return prompt and answer of a task with text answers; the answer begins with the delimiter."""
         return self.prompt(row), f"{self.task.config.target_delimiter}{self.task.doc_to_target(asdict(row))}"
 
     def answers(self, row: LabelledRow) -> list[str]:

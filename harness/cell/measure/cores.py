@@ -18,7 +18,7 @@ def available_cores() -> int:
 def limit_cores(count: int | None) -> Iterator[list[int]]:
     """Limit this process, and those that it starts, to `count` of its cores (None: all); yield their numbers.
 
-    It keeps those of the highest numbers, because interrupts mostly go to the lowest. Where the system has no affinities
+    It selects those with the highest numbers, because interrupts mostly go to the lowest. Where the system has no affinities
     (macOS), it yields an empty list and limits nothing.
     """
     process = psutil.Process()

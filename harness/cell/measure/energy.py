@@ -47,7 +47,7 @@ class NvmlCounter:
 
 @dataclass
 class RaplCounter:
-    """The counters of the CPU packages (Intel's and AMD's); each wraps at a number of its own."""
+    """The counters of the CPU packages (Intel's and AMD's); each wraps at its own maximum."""
 
     packages: list[Path]
     source: str = "rapl"

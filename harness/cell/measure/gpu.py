@@ -58,5 +58,5 @@ class GpuWatch:
 
 
 def find(device: torch.device) -> tuple[NvmlGpu | None, str]:
-    """Return the NVML handle of torch's device, or the reason why there is none."""
+    """Return the NVML handle of torch's device, or the reason for its absence."""
     return nvml.find(f"GPU-{torch.cuda.get_device_properties(device).uuid}")

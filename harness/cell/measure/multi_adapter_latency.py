@@ -90,7 +90,7 @@ def _run(prompt: Prompt) -> None:
 
 
 def _mixer(subject: Subject, cell: Cell, registry: Registry) -> Mixed:
-    """Return the function by which this implementation mixes adapters; raises Unsupported if there is none."""
+    """Return the function by which this implementation mixes adapters; raises Unsupported if it cannot mix."""
     if (own := getattr(subject.adapted, "mixed", None)) is not None:
         return own  # type: ignore[no-any-return]
     if cell.method != METHOD:

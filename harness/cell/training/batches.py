@@ -97,7 +97,7 @@ def order_indices(examples: Sequence[Example], steps: int, batch: int, seed: int
 
 
 def collate(examples: Sequence[Example], pad: int, side: str) -> Batch:
-    """Pad to the longest; `side` is `right` for encoders and `left` for causal models, whose answers then end together."""
+    """Pad to the longest; `side` is `right` for encoders and `left` for causal models, so that answers end together."""
     length = max(len(e.tokens) for e in examples)
     ids = torch.full((len(examples), length), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)

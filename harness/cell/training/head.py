@@ -50,7 +50,7 @@ def draw(model: nn.Module, names: Collection[str], seed: int) -> dict[str, nn.Pa
 def without_head_targets(config: Any, matched: Collection[str], head: Collection[str]) -> Any:
     """Return a Method's config without targets in the head. matched: paths of all layers that the targets fit.
 
-    The targets are paths then; also if they were a word such as `all-linear`, whose layers only the model knows. Raises
+    The targets are paths then; also in place of a word such as `all-linear`, which only the model resolves. Raises
     UsageError if none is left.
     """
     if not hasattr(config, "targets"):

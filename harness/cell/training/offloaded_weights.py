@@ -18,7 +18,7 @@ from harness.methods.spec import Adapted, methods
 
 
 def unused(method: str, adapted: Adapted, bases: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Map paths of adapted layers to weights that the Method has replaced by a form of its own.
+    """Map paths of adapted layers to weights that the Method has replaced by another form.
 
     bases: path -> the layer under the adapter. Weights that another module uses too (a tied embedding) are left out, and so
     is a weight that is itself that form.

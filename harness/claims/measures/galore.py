@@ -123,7 +123,7 @@ def heads_divide(width: Positive, heads: Positive) -> MeasureResult:
 
 @measure("property")
 def states_by_formula(rows: Positive, columns: Positive, ranks: list[Positive]) -> MeasureResult:
-    """Whether, after a step of Adam, GaLore has mn + mr + 2nr numbers and LoRA mn + 3mr + 3nr, m <= n (Table 1)."""
+    """Check whether after a step of Adam GaLore has mn + mr + 2nr numbers and LoRA mn + 3mr + 3nr, m <= n (Table 1)."""
     m, n = min(rows, columns), max(rows, columns)
     said, right = [], True
     for rank in ranks:

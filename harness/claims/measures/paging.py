@@ -31,7 +31,7 @@ class _Run:
     back: int
     """Bytes moved back."""
     same: bool
-    """Whether the weights equal those of the optimizer without paging."""
+    """True if the weights equal those of the optimizer without paging."""
 
 
 @measure("property")

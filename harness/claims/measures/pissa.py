@@ -150,7 +150,7 @@ def each_turn_is_another(
 
 
 def _turns(W: Tensor, rank: int, iterations: int, residual_of: ResidualOf) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (W_res, B A) after each iteration of Algorithm 1, of which PiSSA's initialisation is the first.
+    """Yield (W_res, B A) after each iteration of Algorithm 1; PiSSA's initialisation is the first.
 
     As printed, no line sets the A_1 and B_1 that line 5 reads at t = 2: those of the initialisation are taken.
     """

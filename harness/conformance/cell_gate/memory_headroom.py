@@ -1,4 +1,4 @@
-"""Memory headroom for merging the layers of a packed base: their dense form is held beside the packed one."""
+"""Memory headroom for merging the layers of a packed base, which holds their dense and their packed form at once."""
 
 from __future__ import annotations
 

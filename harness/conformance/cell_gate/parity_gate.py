@@ -23,7 +23,7 @@ from harness.methods.peft_config import UNREFERENCED
 from harness.records.record import CheckResult, Outcome
 
 _ALONE = "frozen"
-"""Method whose layers are the base's own."""
+"""Method that trains the base's own layers instead of adding any."""
 
 
 def gate(

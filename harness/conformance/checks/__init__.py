@@ -1,6 +1,6 @@
 """The checks: each tests one property that an implementation can violate, and returns numbers.
 
-One file per topic. A check is a function with this decorator, which also says when the check is tried:
+One file per topic. A check is a function with this decorator, which also states when the check is tried:
 
     @check(States.WARM)
     def check_strides(subject: Subject, case: Case) -> CheckResult:
@@ -62,7 +62,7 @@ class CellStage(Enum):
 
 
 class Reference(Enum):
-    """Whether a check compares with the Method's reference."""
+    """Availability of a reference that a check requires."""
 
     REQUIRED = auto()
     UNUSED = auto()
@@ -73,7 +73,7 @@ class Reference(Enum):
 
 @dataclass(frozen=True)
 class Check(Generic[_Subject]):
-    """A check, and when it is tried."""
+    """A check, and the states and stages in which it is tried."""
 
     name: str
     function: Callable[[_Subject, Case], CheckResult]

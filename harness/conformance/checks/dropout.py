@@ -21,7 +21,7 @@ from harness.conformance.tolerance_constants import DROPOUT_SIGMAS, DROPOUT_SURE
 from harness.records.record import CheckResult
 
 FEATURES = 32
-"""Number of features of which, in nearly every token, at least one is dropped and one is not."""
+"""Number of features from which nearly every token drops at least one and retains at least one."""
 
 
 @check(States.WARM)
@@ -62,7 +62,7 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
             truth, draws = reference_runs(subject, path, only, dy, look=masked)
 
             def known(seen: dict[str, Tensor], rows: Tensor = rows, where: Tensor = where) -> dict[str, Tensor]:
-                """Leave out the gradients of features of which the mask is not known."""
+                """Leave out the gradients of features with an unknown mask."""
                 return {**seen, "grad x": seen["grad x"][rows, where]}
 
             factor = case.factor("gradient")
@@ -90,7 +90,7 @@ def _rows_as(subject: Subject, path: str, y: Tensor, x: Tensor, dy: Tensor, mask
 
 
 def _whole_tokens(subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: Tensor, p: float) -> int:
-    """Count the tokens of many features that training mode keeps or drops whole."""
+    """Count the tokens of many features that training mode scales or drops as a whole."""
     y = observe(layer, {}, x, dy, training=True)["y"]
     kept, dropped = (_rows_as(subject, path, y, x, dy, mask) for mask in (1 / (1 - p), 0.0))
     return int((kept | dropped).sum())

@@ -42,15 +42,13 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     with torch.no_grad():
         for layer in subject.adapted.layers.values():
             layer.eval()
-        # Before merging: references are built on the live base weights, and damage that merging does to these must show.
+        # Before merging: references use the model's own base weights, and must show damage that merging does to these.
         expected = {path: _expected(subject, path, x) for path, x in xs.items()}
         subject.adapted.merge()
         for tensor in added.values():
             tensor.mul_(-3).add_(1)  # a merged layer no longer looks at its adapter
         for path in xs:
-            subject.model.get_submodule(
-                path
-            ).eval()  # a statement of its own: not every library's `eval` returns the module
+            subject.model.get_submodule(path).eval()  # not chained: not every library's `eval` returns the module
         merged = {path: subject.model.get_submodule(path)(x) for path, x in xs.items()}
         load(subject.adapted, held)
         subject.adapted.unmerge()

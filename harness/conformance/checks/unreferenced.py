@@ -33,7 +33,7 @@ class Unreferenced(Adapted, Protocol):
     """An adapter of a library's own kind, attached by `method: peft`."""
 
     starts_as_base: bool
-    """Whether the library promises that the initial output is the base model's."""
+    """True if the library promises that the initial output is the base model's."""
     bases: Callable[[], Mapping[str, nn.Module]]
     """Maps paths to the layers under the adapter."""
     reloaded: Callable[[nn.Module], nn.Module]

@@ -1,1 +1,1 @@
-"""Comparison of tensors: what is observed, how far it may be from the float64 reference, and the result of a check."""
+"""Comparison of tensors: observations, the tolerated distance from the float64 reference, and the result of a check."""

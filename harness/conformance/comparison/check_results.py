@@ -42,7 +42,7 @@ def judged(subject: Named, case: Case, name: str, judgement: Judgement, detail: 
 
 
 def listed(subject: Named, case: Case, name: str, odd: Sequence[str], otherwise: str = "") -> CheckResult:
-    """Return a pass if `odd` is empty, else a failure with the first few of its sentences. otherwise: detail of a pass."""
+    """Return a pass if `odd` is empty, else a failure with its first few sentences. otherwise: detail of a pass."""
     return CheckResult(
         check=identifier(subject, case, name),
         outcome=Outcome.FAIL if odd else Outcome.PASS,

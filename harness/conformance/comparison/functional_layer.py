@@ -50,7 +50,7 @@ def draw_inputs(
     bias: bool,
     dropout: float,
 ) -> Arguments:
-    """Draw the inputs of such a layer apart from its weights: x (*rows, D), bias (E,) or None, mask (like x) or None.
+    """Draw the inputs of such a layer: x (*rows, D), bias (E,) or None, mask (like x) or None.
 
     shape: (E, D). dropout: the probability that an element of x is dropped; 0 gives no mask.
     """

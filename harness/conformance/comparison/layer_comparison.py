@@ -60,7 +60,7 @@ def runs_of(
 
     The first draw is the reference in that dtype, `own`. It may happen to round to almost nothing. The others are the
     reference in float64 with every input moved by up to half a unit in the last place of the dtype, as rounding might;
-    `wide` is then left so. look: may change the layer that it observes.
+    `wide` retains the moved tensors. look: may change the layer that it observes.
     """
     held = [(t, t.detach().clone()) for t in (*wide.layer.parameters(), *wide.layer.buffers()) if t.is_floating_point()]
     exactly = cast(x, "float64"), dy.double()

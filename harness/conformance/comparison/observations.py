@@ -51,8 +51,8 @@ def preserved_state(layer: nn.Module, tensors: Mapping[str, Tensor], training: b
 def inference(model: nn.Module, forward: Callable[[Any], Tensor]) -> Callable[[], Tensor]:
     """Return a function that returns `forward(model)` while nothing requires a gradient.
 
-    Otherwise torch picks another matrix product, also in inference mode, whose rounding differences are not the
-    adapter's.
+    Otherwise torch picks another matrix product, also in inference mode, which rounds differently for reasons other
+    than the adapter.
     """
 
     def run() -> Tensor:

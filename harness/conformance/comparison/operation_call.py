@@ -35,7 +35,7 @@ def judge(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> tup
 
 
 def ill_formed(mine: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Judgement | None:
-    """Return a failure for the first tensor whose dtype, shape or device differs from the reference's."""
+    """Return a failure for the first tensor with another dtype, shape or device than the reference's."""
     for name in mine.keys() & own.keys():
         forms = ({"dtype": t.dtype, "shape": tuple(t.shape), "device": t.device} for t in (mine[name], own[name]))
         for (part, have), want in zip(next(forms).items(), next(forms).values(), strict=True):
@@ -63,7 +63,7 @@ def forward(
 
 
 def backward(y: Tensor, leaves: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
-    """Send a gradient backward from `y`; return the gradients of the leaves, zeros if there is none."""
+    """Send a gradient backward from `y`; return the gradients of the leaves, zeros for a missing one."""
     dy = torch.randn(y.shape, generator=case.generator(salt=3), dtype=torch.float64)
     y.backward(dy.to(y.device, y.dtype))
     return {f"grad {n}": torch.zeros_like(t) if t.grad is None else t.grad for n, t in leaves.items()}

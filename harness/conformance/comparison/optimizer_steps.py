@@ -13,7 +13,7 @@ from harness.methods.spec import Adapted
 def optimizer_of(adapted: Adapted, tensors: Iterable[Tensor]) -> torch.optim.Optimizer:
     """Return the Method's own optimizer, or AdamW with weight decay over `tensors`.
 
-    Its step is lr g / (|g| + eps): with a small eps the error lies in the few elements whose gradient is near zero, and
+    Its step is lr g / (|g| + eps): with a small eps the error lies in the few elements with a gradient near zero, and
     two right programs may differ by any factor. (And 1e-8, the usual value, is zero in float16.)
     """
     own = adapted.optimizer(1e-2, 0.1)

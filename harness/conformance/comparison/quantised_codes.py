@@ -23,7 +23,7 @@ def values(
     """Return a tensor to quantise.
 
     levels: the values of the code, from which `levels` and `ties` (halfway between two neighbours) are made, at an
-    absmax of 1 that makes every division exact. scales: block sizes a hundred thousand apart. tiny: below the smallest
+    absmax of 1 that makes every division exact. scales: blocks of magnitudes 10^5 apart. tiny: below the smallest
     normal float32. nan, infinity: one such element in the second block, or in the first if there is no other.
     """
     drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)

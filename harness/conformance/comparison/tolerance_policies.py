@@ -59,12 +59,12 @@ def noise_floor(
 ) -> Judgement:
     """Judge against the error of the reference itself in the subject's dtype.
 
-    truth: the reference in float64. rounded: the reference in `dtype`, or several draws of its error, of which the
-    largest counts; no more are made than are needed to pass. Three errors of each tensor must stay within a multiple of
+    truth: the reference in float64. rounded: the reference in `dtype`, or several draws of its error; the
+    largest counts, and draws end when the judgement passes. Three errors of each tensor must stay within a multiple of
     the reference's own and a floor in units of eps: the relative Frobenius norm of the difference; its largest element,
     relative to the root mean square (one wrong element of many); and its projection on the truth (a slightly wrong
-    factor, which rounding does not give). Missing or surplus tensors fail. A tensor of which the reference itself may
-    lose more than CEILING is not judged.
+    factor, which rounding does not give). Missing or surplus tensors fail. A tensor is not judged if the reference itself
+    may lose more than CEILING of it.
     """
     policy = f"noise-floor: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
     if odd := sorted(set(subject) ^ set(truth)):
@@ -102,7 +102,7 @@ def _within_noise(
     for name, expected in truth.items():
         errors, eps = [errors_of[name] for errors_of in drawn], EPSILON[dtype]
         own = _largest(errors)
-        # By the first draw alone, which is the reference's own, or a tensor that fails might be let off by a later one.
+        # By the first draw alone, the reference's own: a later draw must not excuse a tensor that fails.
         undecided = not factor * errors[0].norm + floor * eps <= CEILING  # also where the reference overflows
         if (refused := _incomparable(name, subject[name], expected, policy, undecided)) is not None:
             judged.append(refused)
@@ -135,7 +135,7 @@ def carried_noise(
     """Judge tensors that passed through many layers, as `noise_floor` judges those of one layer.
 
     All following layers carry and amplify the rounding of one layer, and a whole tensor grows or shrinks with it. So the
-    projection on the truth says nothing, and one tensor is a single draw of the reference's own noise: the median over
+    projection on the truth is meaningless, and one tensor is a single draw of the reference's own noise: the median over
     all tensors counts if it is larger. rounded: as in `noise_floor`.
     """
     policy = f"carried-noise: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
@@ -247,7 +247,7 @@ class _Error:
     """Distance of a tensor from the truth, relative to the truth's norm."""
 
     norm: float
-    """Of the difference."""
+    """Norm of the difference."""
     largest: float
     """Largest element of the difference, times the root of the number of elements."""
     share: float

@@ -18,7 +18,7 @@ _GEOMETRIES: dict[str, dict[str, Any]] = {
     "conv2d-dilated": {"padding": 2, "dilation": 2},
     "conv2d-reflect": {"padding": 1, "padding_mode": "reflect"},
 }
-"""Options of both convolutions besides their kernel."""
+"""Options of both convolutions other than the kernel size."""
 
 
 class ParityModel(nn.Module):

@@ -32,7 +32,7 @@ class FaultCase:
     """The one case of the target's parity suite in which a fault shows."""
 
     values: Values = field(default_factory=dict)
-    """Of the Method's config, or of an Operation's case."""
+    """Values of the Method's config, or of an Operation's case."""
     dtype: parity_suite.Dtype = "float32"
     layer: parity_suite.Kind = "linear"
     tokens: int = 9
@@ -104,10 +104,10 @@ def planted(target: str, *expected: str, **case: Any) -> Callable[[Spoil], Fault
 def planted_in_methods(
     *expected: str, only: Collection[str] = (), adds_layers: bool | None = None, **values: Any
 ) -> Callable[[Spoil], MethodsFault]:
-    """Make a function a fault of every Method whose parity suite has the checks that are expected to catch it.
+    """Make a function a fault of every Method with a parity suite that has the checks expected to catch it.
 
-    only: these Methods, if any are given. adds_layers: only Methods that do (False: that do not) put layers of their own
-    around the base's. values: of the Method's config, besides those of its CASE.
+    only: restrict to these Methods, if any are given. adds_layers: restrict to Methods that put (False: do not put) their
+    own layers around the base's. values: values of the Method's config in addition to those of its CASE.
     """
 
     def wrap(spoil: Spoil) -> MethodsFault:

@@ -44,7 +44,7 @@ def keeps_the_least_important(its: PatchedCopy) -> None:
 
 @planted("adalora", "budget", values=_USUAL)
 def adds_up_the_scores_of_a_triplet(its: PatchedCopy) -> None:
-    """The wider side then outweighs everything."""
+    """Add the scores of a triplet instead of averaging them, so that the wider side dominates."""
     its.line("s_B.mean(dim=0) + s_A.mean(dim=1)", "s_B.sum(dim=0) + s_A.sum(dim=1)")
 
 

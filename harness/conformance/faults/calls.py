@@ -49,7 +49,7 @@ def _in_place_of_the_last(layer: Any, name: str, value: Tensor) -> Tensor:
 
 @planted("lora", "overlap", values={"rank": 3, "alpha": 8.0})
 def forgets_the_gradient_of_before(its: PatchedCopy) -> None:
-    """Writes the gradient where it should add it."""
+    """Overwrite the gradient instead of adding to it."""
 
     def change(adapted: Any) -> None:
         for tensor in adapted.tensors().values():

@@ -13,7 +13,7 @@ _G = "g = gain(self.m, norm.detach() if self.detach_norm else norm)"
 
 @planted("dora", "forward", "norm", **_SQUARE)
 def takes_the_norm_of_the_other_axis(its: PatchedCopy) -> None:
-    """On a square layer no shape gives it away."""
+    """Take the norm over the wrong axis; on a square layer no shape shows it."""
     its.line('dim=1 if per == "output" else 0', 'dim=0 if per == "output" else 1')
 
 

@@ -29,7 +29,7 @@ def drops_from_the_base_too(its: PatchedCopy) -> None:
 
 @planted("lora_linear", "outputs", "backward", values=_DROP)
 def drops_without_making_up_for_it(its: PatchedCopy) -> None:
-    """Takes the mask for one of 0 and 1."""
+    """Use the mask as if its values were 0 and 1."""
     its.line(_LORA_DOWN, "h_TR = (x_TD * (self.dropout.mask != 0)) @ self.A.T", file="lora")
 
 
@@ -40,7 +40,7 @@ def looks_at_no_mask(its: PatchedCopy) -> None:
 
 @planted("lora_linear", "backward", values=_DROP)
 def forgets_the_mask_in_the_backward_pass(its: PatchedCopy) -> None:
-    """The output is right; the gradient that reaches x through the update is that without dropout."""
+    """Compute the right output, but the gradient of x through the update without dropout."""
     its.line(_LORA_DOWN, "h_TR = (x_TD + (self.dropout(x_TD) - x_TD).detach()) @ self.A.T", file="lora")
 
 
@@ -61,7 +61,7 @@ def drops_from_the_packed_base_too(its: PatchedCopy) -> None:
 
 @planted("nf4_lora_linear", "backward", values=_PACKED)
 def passes_no_gradient_through_the_packed_weight(its: PatchedCopy) -> None:
-    """As if what is frozen stopped the gradient of x as well."""
+    """Stop the gradient of x at the frozen weight."""
     its.line(_LORA_SUM, "self.base(x_TD).detach() + self.scaling * (h_TR @ self.B.T)", file="lora")
 
 
@@ -88,7 +88,7 @@ def forgets_the_bias_beside_the_packed_weight(its: PatchedCopy) -> None:
 
 @planted("dora_linear", "backward", values=_PLAIN)
 def sends_a_gradient_through_the_norm(its: PatchedCopy) -> None:
-    """Right by the paper's eq. 6, and not what section 4.3 and the authors' code do."""
+    """Follow the paper's eq. 6, but not section 4.3 and the authors' code."""
     its.line("norm.detach() if self.detach_norm else norm", "norm", file="dora")
 
 
@@ -109,13 +109,13 @@ def leaves_the_scaling_out_of_the_norm(its: PatchedCopy) -> None:
 
 @planted("dora_linear", "outputs", "backward", values=_DROP)
 def drops_from_all_of_the_weight(its: PatchedCopy) -> None:
-    """g (V x) with x dropped: without dropout it is the same."""
+    """Compute g (V x) with dropout on all of x; without dropout the result is the same."""
     its.line("self.base(x_TD) + added_TE", "self.base(dropped_TD) + added_TE", file="dora")
 
 
 @planted("dora_linear", "outputs", "backward", values=_DROP)
 def drops_from_the_update_alone(its: PatchedCopy) -> None:
-    """As LoRA does."""
+    """Apply dropout to the update only, as LoRA does."""
     its.line(_DORA_SUM, _DORA_SUM.replace("dropped_TD", "x_TD", 1), file="dora")
 
 
@@ -136,7 +136,7 @@ def divides_zero_by_zero_in_a_layer(its: PatchedCopy) -> None:
 
 @planted("dora_linear", "outputs", "backward", values={**_PLAIN, "kind": "cancelled"})
 def makes_the_norm_of_products(its: PatchedCopy) -> None:
-    """||W||^2 + 2 s <W, B A> + s^2 ||B A||^2: right on paper, and as exact as its largest term."""
+    """Compute ||W||^2 + 2 s <W, B A> + s^2 ||B A||^2: right on paper, but only as exact as its largest term."""
     its.line(
         _NORM,
         "s, A, B = self.scaling, self.A, self.B\n"
@@ -172,7 +172,7 @@ def drops_from_the_base_of_vera(its: PatchedCopy) -> None:
 
 @planted("vera_linear", "outputs", "backward", values=_DROP)
 def drops_behind_the_first_projection(its: PatchedCopy) -> None:
-    """By the first ranks' columns of the mask."""
+    """Apply the first R columns of the mask to the output of A."""
     its.line(
         "self.d * (self.dropout(x_TD) @ self.A.T)",
         "self.d * self.dropout.mask[..., : len(self.d)] * (x_TD @ self.A.T)",
@@ -242,5 +242,5 @@ def moves_the_averages_it_was_given(its: PatchedCopy) -> None:
 
 @planted("adalora_importance", "outputs", values=_SCORED, dtype="float16")
 def scores_in_float16(its: PatchedCopy) -> None:
-    """Where most products of two such averages are zero."""
+    """Compute scores in float16, where most products of two such averages are zero."""
     its.line("return I_bar * U_bar", "return (I_bar.half() * U_bar.half()).float()", file="adalora")

@@ -39,7 +39,7 @@ def divides_by_the_root_of_the_rank(its: PatchedCopy) -> None:
 
 @planted("lora", "forward", "gradient", **_SQUARE)
 def swaps_a_and_b(its: PatchedCopy) -> None:
-    """Can only run where the layer is square."""
+    """Swap A and B, which runs only on a square layer."""
     its.line(_PRODUCT, "self.scaling * (x_TD @ self.B @ self.A)")
 
 
@@ -176,7 +176,7 @@ def forgets_fan_in_fan_out(its: PatchedCopy) -> None:
 
 @planted("lora", "save", values=_USUAL)
 def keeps_something_to_itself(its: PatchedCopy) -> None:
-    """Its scaling follows B at the first use, and no checkpoint says so."""
+    """Derive the scaling from B at the first use, a state that no checkpoint contains."""
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         layer.calls = getattr(layer, "calls", 0) + 1
@@ -192,7 +192,7 @@ def starts_with_both_zero(its: PatchedCopy) -> None:
 
 @planted("lora", "initial", values=_USUAL)
 def starts_with_a_too_wide(its: PatchedCopy) -> None:
-    """Kaiming with the gain that VeRA uses."""
+    """Draw A by Kaiming with the gain of VeRA."""
     its.line("bound = 1 / math.sqrt(inputs)", "bound = math.sqrt(6 / inputs)", file="lora_start")
 
 
@@ -211,7 +211,7 @@ def starts_alike_whatever_the_seed(its: PatchedCopy) -> None:
 
 @planted("lora", "initial", values=_USUAL)
 def starts_every_layer_alike(its: PatchedCopy) -> None:
-    """By a seed of its own for each layer, which is the same seed."""
+    """Draw every layer from a separate generator with the same seed."""
     its.line(
         "layers[path] = _adapted(base, config, generator)",
         "layers[path] = _adapted(base, config, torch.Generator().manual_seed(generator.initial_seed()))",
@@ -235,7 +235,7 @@ def ignores_the_choice_of_its_start(its: PatchedCopy) -> None:
 
 @planted("lora", "identity", values={"rank": 4, "alpha": 8.0, "init": "orthogonal"})
 def starts_with_both_factors_in_the_same_directions(its: PatchedCopy) -> None:
-    """Each factor has the right distribution; their product is not zero."""
+    """Give each factor the right distribution, but a product that is not zero."""
     its.line("basis[0::2], basis[1::2]", "basis[0::2], basis[0::2]", file="lora_start")
 
 

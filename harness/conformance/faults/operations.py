@@ -19,7 +19,7 @@ _LOW_FIRST = "return padded[1::2] << 4 | padded[0::2]"
 
 @planted("nf4_quantize", "outputs", values=_TIES)
 def takes_the_upper_code_at_a_tie(its: PatchedCopy) -> None:
-    """`>=` for `>` at a midpoint."""
+    """Compare with `>=` instead of `>` at a midpoint."""
     its.line(_SEARCH, "codes = torch.bucketize(scaled, midpoints, right=True)", file="dynamic_map")
 
 
@@ -40,7 +40,7 @@ def fills_up_an_odd_length_before_its_end(its: PatchedCopy) -> None:
 
 @planted("nf4_quantize", "outputs", values={"shape": [6, 64], "block": 64, "kind": "zero-blocks"})
 def decodes_a_block_of_zeros_to_something(its: PatchedCopy) -> None:
-    """Code 7 with any absmax would do, and any code with an absmax of 0; this is the largest code with an absmax of 1."""
+    """Use the largest code with an absmax of 1; code 7 with any absmax, or any code with an absmax of 0, would be right."""
     its.line(
         "torch.where(absmax[:, None] == 0, torch.zeros_like",
         "torch.where(absmax[:, None] == 0, torch.ones_like",
@@ -109,7 +109,7 @@ def evaluates_in_bfloat16(its: PatchedCopy) -> None:
 
 @planted("nf4_linear", "outputs", values=_LAYER, dtype="bfloat16")
 def answers_in_float64(its: PatchedCopy) -> None:
-    """Every value is right, and the next layer stops at the dtype."""
+    """Return the right values in a dtype that the next layer rejects."""
     its.line("x.dtype), bias)", "x.dtype), bias).double()")
 
 
@@ -135,7 +135,7 @@ def cuts_where_it_should_round(its: PatchedCopy) -> None:
 
 @planted("adamw8bit_step", "outputs", values=_STEP)
 def adds_the_decay_to_the_gradient(its: PatchedCopy) -> None:
-    """Adam with L2, which is not AdamW."""
+    """Compute Adam with L2 regularisation, which is not AdamW."""
     its.line("wide *= 1 - lr * weight_decay", "wide *= 1", file="adamw8bit")
     its.line(
         "g = p.to(dtype, copy=True), g.to(dtype)",
@@ -233,7 +233,7 @@ def reads_constants_as_if_they_were_contiguous(its: PatchedCopy) -> None:
 
 @planted("nf4_linear", "written", values=_LAYER)
 def adds_a_buffer_that_nobody_wrote(its: PatchedCopy) -> None:
-    """Zeros by luck: NaN where fresh memory says so."""
+    """Add zeros, or NaN if torch fills fresh memory with NaN, like a buffer that is never written."""
     its.line(
         "return linear(x, ", "x = x + torch.where((e := torch.empty_like(x)).isnan(), e, 0.0)\n    return linear(x, "
     )
@@ -241,7 +241,7 @@ def adds_a_buffer_that_nobody_wrote(its: PatchedCopy) -> None:
 
 @planted("double_quantize", "written", values={"blocks": 257})
 def leaves_its_codes_unwritten(its: PatchedCopy) -> None:
-    """The right ones by luck: the largest integers where fresh memory says so."""
+    """Return the right codes, or the largest integers if torch fills fresh memory with them."""
     its.line(
         "return codes, constants, offset",
         "fresh = torch.empty_like(codes)\n    return torch.where(fresh.min() == 255, fresh, codes), constants, offset",

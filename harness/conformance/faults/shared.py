@@ -34,14 +34,14 @@ def leaves_a_column_unwritten(its: PatchedCopy) -> None:
 
 
 def unwritten(like: Tensor) -> Tensor:
-    """Return zeros, or NaN where torch fills fresh memory with it: a buffer that is never written."""
+    """Return zeros, or NaN if torch fills fresh memory with NaN, like a buffer that is never written."""
     fresh = torch.empty_like(like)
     return torch.where(fresh.isnan(), fresh, 0.0)
 
 
 @planted_in_methods("model")
 def trains_only_behind_another(its: PatchedCopy) -> None:
-    """Takes an input that needs no gradient, as the first layer of a model gets it, for inference."""
+    """Mistake an input without a gradient, which the first layer of a model gets, for inference."""
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         with torch.set_grad_enabled(x.requires_grad):
@@ -52,7 +52,7 @@ def trains_only_behind_another(its: PatchedCopy) -> None:
 
 @planted_in_methods("save")
 def computes_otherwise_at_its_first_use(its: PatchedCopy) -> None:
-    """No checkpoint tells a layer that was used from one that was not."""
+    """Compute differently at the first use, a state that no checkpoint contains."""
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         layer.used = getattr(layer, "used", 0) + 1

@@ -43,7 +43,7 @@ def draws_b_before_a(its: PatchedCopy) -> None:
 
 @planted("vera", "forward", "gradient", **_SQUARE)
 def swaps_b_and_d(its: PatchedCopy) -> None:
-    """Runs where the rank is the width."""
+    """Swap b and d, which runs only if the rank equals the width."""
     its.line("h_TR = self.d * (self.dropout(x_TD) @ self.A.T)", "h_TR = self.b * (self.dropout(x_TD) @ self.A.T)")
     its.line("self.base(x_TD) + self.b * (h_TR @ self.B.T)", "self.base(x_TD) + self.d * (h_TR @ self.B.T)")
 

@@ -44,14 +44,14 @@ class Defect(FrozenModel):
     cases: list[str] = Field(default=["*"], min_length=1)
     """Patterns of the case's name."""
     shows: list[str] = Field(default=[])
-    """Regular expressions, one of which must be found in the tensor, worst element, policy or detail of the failure;
+    """Regular expressions; one of them must match in the tensor, worst element, policy or detail of the failure;
     without any, every failure matches. An exception needs an expression that begins with `raised`.
     """
     at_most: float | None = Field(default=None, gt=0)
-    """Largest error of the defect, where any number would look like it."""
+    """Largest error of the defect, if any number would otherwise match."""
     summary: str = Field(min_length=10)
     reproduction: str
-    """Script beside the file of defects that needs only that library and torch."""
+    """Script in the folder of the file of defects that needs only that library and torch."""
     link: str = ""
     sometimes: str = ""
     """Why the defect shows only by chance or on some machines. Its reproduction then is the strict test."""

@@ -14,8 +14,8 @@ from reference import dora
 
 Kind = Literal["normal", "zero-rows", "cancelled"]
 _LEFT = 1 / 16
-"""What W leaves of an update that it cancels almost: of less, rounding in 16 bits leaves no direction; of more, a norm that
-is made of the products of W, A and B, and not of V, would do."""
+"""Remainder of an update that W almost cancels: a smaller one has no direction after rounding in 16 bits; with a larger
+one, a norm computed from the products of W, A and B instead of V would pass."""
 
 
 def arguments(
@@ -32,12 +32,12 @@ def arguments(
 ) -> Arguments:
     """Draw the arguments of one call. shape: (E, D); rows: the leading dimensions of x; dropout: 0 gives no mask.
 
-    kind: what every fourth row of V = W + scaling B A is: as the others; zero, since those of W and B are, as in published
-    weights; a sixteenth of the update, which W cancels. m is noise, of either sign, and not the norm that it starts at.
+    kind: every fourth row of V = W + scaling B A is like the others (`normal`); zero, like those of W and B, as in published
+    weights; or a sixteenth of the update, which W cancels. m is noise of either sign, not the norm that it starts at.
     """
     W = draw(generator, torch.float64, *shape, spread=shape[1] ** -0.5)
     A, B = draw_low_rank(torch.float64, generator, shape, rank).values()
-    # Where the two pull apart by chance, in a layer of few features, V may be as good as zero in any row.
+    # If the two happen to have opposite signs, V may be nearly zero in any row of a layer of few features.
     B = torch.where(((B @ A) * W).sum(dim=1, keepdim=True) * scaling < 0, -B, B)
     fourth = slice(1, None, 4)
     if kind == "zero-rows":
@@ -59,7 +59,7 @@ def reference(
 ) -> Tensor:
     """Return x W^T + bias + (g - 1) ((x mask) W^T) + g scaling ((x mask) A^T) B^T, shape (..., E), g = m / ||V||.
 
-    V = W + scaling B A, the norm is that of its rows and a constant in the backward pass; g is 0 where it is 0.
+    V = W + scaling B A. The norm is taken per row and is a constant in the backward pass; g is 0 where the norm is 0.
     """
     layer = dora.DoraLinear(dense_linear(W, bias), A, B, dora.Config(rank=len(A), alpha=scaling * len(A)))
     return apply_layer(layer, x, mask, {"A": A, "B": B, "m": m})

@@ -17,7 +17,7 @@ from reference.operations.dynamic_map import dynamic_map, quantize_blockwise
 def arguments(
     dtype: torch.dtype, generator: torch.Generator, *, blocks: int, block: int = 256, spread: float = 1.0
 ) -> Arguments:
-    """Draw the absmax of a weight whose blocks have sizes 10^(normal x spread)."""
+    """Draw the absmax of a weight with block magnitudes of 10^(normal x spread)."""
     return {"absmax": 10.0 ** draw(generator, dtype, blocks, spread=spread), "block": block}
 
 

@@ -1,4 +1,4 @@
-"""dynamic_quantize: a tensor in blocks of 8-bit codes of the dynamic map, as optimizer states and absmax are kept."""
+"""dynamic_quantize: a tensor in blocks of 8-bit codes of the dynamic map, the form of optimizer states and absmax."""
 
 from __future__ import annotations
 

@@ -76,10 +76,10 @@ def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, s
 
 
 def judge_both(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge every code by what the moment is in float64: it is the code of that, or of a number within some roundings.
+    """Judge every code by the moment in float64: it must be the code of that, or of a number within some roundings.
 
-    As in `adamw8bit_step`, but that the new part comes out of a product, which is rounded in the gradient's dtype, and with
-    it the absmax of the block. Where codes are dense, near zero, that may be several of them.
+    As in `adamw8bit_step`, except that the new part comes from a product, which is rounded in the gradient's dtype and with
+    it the block's absmax. Near zero, where codes are dense, such a range may include several codes.
     """
     own = max(torch.finfo(given["W"].dtype).eps, EPSILON["float32"])
     judged, details = [], []
@@ -104,7 +104,7 @@ def judge_both(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgeme
 
 
 def _each(of_blocks: Tensor, value: Tensor) -> Tensor:
-    """Return the number of each element's block."""
+    """Repeat the number of each block for each of its elements."""
     return of_blocks.repeat_interleave(adamw8bit.BLOCK)[: value.numel()]
 
 
@@ -116,7 +116,7 @@ def _largest(value: Tensor) -> Tensor:
 def _parts(given: Arguments, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return beta x the moment, (1 - beta) x R or R^2, and the bound of the second's rounding in eps; flat, float64.
 
-    The bound of a product's rounding is that of the magnitudes, |P|^T |G| |Q|, and twice |R| times that for R^2.
+    The rounding of a product is bounded by that of the magnitudes, |P|^T |G| |Q|; that of R^2 by twice |R| times as much.
     """
     power, signed = (1, True) if name == "M" else (2, False)
     beta = given["betas"][power - 1]

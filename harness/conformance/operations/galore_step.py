@@ -22,7 +22,7 @@ def arguments(
     weight_decay: float = 0.0,
     eps: float = 1e-6,
 ) -> Arguments:
-    """Draw a weight, its gradient, orthonormal P (m, r) and/or Q (n, r) as the side says, and the moments of R's shape.
+    """Draw a weight, its gradient, orthonormal P (m, r) and/or Q (n, r) by the side, and moments of R's shape.
 
     step: the number of this step, from 2. lr is so large that the step is as large as the weight.
     """

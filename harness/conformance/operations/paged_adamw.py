@@ -17,7 +17,8 @@ def arguments(
 ) -> Arguments:
     """Draw two parameters of these sizes and their gradients of every step, which jump between three magnitudes.
 
-    eps is so large that nothing hangs on a second moment which float16 cannot hold, as torch keeps that of a float16 one.
+    eps is so large that small second moments, which float16 cannot represent, do not matter: torch stores them in the dtype
+    of the parameter.
     """
     return {
         "params": [draw(generator, dtype, size) for size in sizes],

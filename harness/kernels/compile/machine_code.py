@@ -51,7 +51,7 @@ def version() -> str:
 def machine_code(specimen: Specimen, architecture: int) -> MachineCode:
     """Compile with the installed Triton for sm_`architecture` and return the counts.
 
-    Raises whatever Triton raises, and RuntimeError if cuobjdump fails. Does not work in a process that runs Triton's
+    Passes on Triton's errors; raises RuntimeError if cuobjdump fails. Does not work in a process that runs Triton's
     interpreter.
     """
     names = specimen.kernel.arg_names

@@ -28,7 +28,7 @@ class Specimen:
     num_warps: int = 4
     num_stages: int = 3
     fused_multiply_add: bool = False
-    """Whether a * b + c may be rounded once."""
+    """Allow fused multiply-adds, which round a * b + c once."""
     separate_roundings: bool = False
     """Fail on any fused multiply-add. Not for kernels that divide: a division takes some."""
     narrow_loads: int = 0

@@ -71,7 +71,7 @@ class _Scaled(torch.autograd.Function):
 class SharedProjection:
     """Cache of the last u = x A^T for the next layers with the same x and A, such as q, k and v.
 
-    Only for calls without a mask, since every layer draws its own. The cache keeps neither x nor u alive: u lives in the
+    Only for calls without a mask, since every layer draws its own. The cache holds no reference to x or u: u lives in the
     graph of an output, so that nothing is shared without gradients.
     """
 

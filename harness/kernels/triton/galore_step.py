@@ -1,7 +1,7 @@
 """One step of GaLore in a given subspace (arXiv:2403.03507, algorithm 2): project, Adam on the small matrix, project back.
 
 cuBLAS projects: no kernel in published measurements is faster. Adam is one elementwise pass over R. The projection back is
-one product whose epilogue subtracts it from W, decays W and rounds once: the full-size update is never stored.
+one product; its epilogue subtracts from W, decays W and rounds once: the full-size update is never stored.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 With few tokens the time is that of reading the weight, which NF4 makes a quarter as long; with many, decoding once and
 multiplying by torch is faster. `crossover.json` has the number of tokens. The fused kernel computes y^T = W x^T: decoded
 values go from registers into matrix instructions without passing through shared memory, and a tile may have as few as 16
-tokens. A byte holds two neighbours along D, so that a chunk is two products, of the even and of the odd columns.
+tokens. A byte holds two neighbours along D, so that a chunk is two products, one per parity of the columns.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from harness.records.record import Record
 FOLDER = Path(__file__).resolve().parent
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
-"""Which rules a validator is to read them by: it would take its own newest otherwise."""
+"""JSON Schema dialect of the files; without it, a validator would apply its newest one."""
 
 
 def current() -> dict[str, str]:

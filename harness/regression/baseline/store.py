@@ -67,7 +67,7 @@ def known(baselines: Path = BASELINES) -> list[Baseline]:
 
 
 def find(name: str, baselines: Path = BASELINES) -> Baseline:
-    """Return a baseline by its name; raises UsageError if there is none."""
+    """Return a baseline by its name. Raises UsageError for an unknown name."""
     if _NAME.fullmatch(name) and (baselines / name / "run.json").is_file():
         return _read(baselines / name)
     names = [path.parent.name for path in sorted(baselines.glob("[!.]*/run.json"))]
@@ -160,7 +160,7 @@ def _unfit(run: Run) -> Iterator[Problem]:
     elif environments[0].git_dirty:
         yield Problem("run.json", "the run was started from uncommitted changes", again)
     ended = [r for r in latest.values() if r.status is not Status.OK]
-    # A later attempt does not undo a failed check, or one could rerun until it passes.
+    # A later attempt does not undo a failed check: otherwise a user could rerun until it passes.
     red = [r for r in run.records if failed_checks.nonconforming(r) and r not in ended]
     for record in [*ended, *red]:
         failed = ", ".join(c.check for c in failed_checks.failed(record))
@@ -217,7 +217,7 @@ def _author() -> str:
         return f"{found[0]} <{found[1]}>"
     try:
         return found[0] or getpass.getuser()
-    except (OSError, KeyError):  # an account without a name, as in some containers
+    except (OSError, KeyError):  # the account has no name, as in some containers
         return f"uid {os.getuid()}"
 
 

@@ -1,1 +1,1 @@
-"""Nights of runs, kept as small files in a repository, and what changed from one night to another. No torch."""
+"""History of nightly runs as small files in a repository, and detection of changes between nights. No torch."""

@@ -21,7 +21,7 @@ class Added:
     """Result of one call."""
 
     left_out: list[str] = field(default_factory=list)
-    """Sentences on what was left out, and why."""
+    """One sentence per omission, with the reason."""
     nights: dict[str, int] = field(default_factory=dict)
     """Number of new rows by night."""
     rows: int = 0
@@ -85,7 +85,7 @@ def _add(run: Run, folder: Path, name: str, added: Added) -> None:
 
 
 def _refuse_broken(broken: dict[str, str], where: Path) -> None:
-    """Refuse to rewrite a file with unreadable parts, which would be lost."""
+    """Refuse to rewrite a file with unreadable parts: they would be deleted."""
     if broken:
         what = "; ".join(f"{file}: {why}" for file, why in broken.items())
         raise UsageError(
@@ -121,7 +121,7 @@ def _rows(run: Run, places: dict[str, dict[str, str]], added: Added) -> Iterator
 
 
 def _note_problems(run: Run, added: Added) -> None:
-    """Note the parts of a run that do not count, and why."""
+    """Note the parts of a run that do not count, with the reasons."""
     notes = [f"left out: {run.path}: {name}: {why}" for name, why in run.broken.items()]
     notes += [f"left out: {run.path}: {name} {what}" for name, what in run.changed.items()]
     notes += [f"left out: {run.path}: {cell_id} has no Record" for cell_id in run.missing()]

@@ -14,7 +14,7 @@ COMMON = "all that this place measures"
 
 
 def cells(history: History) -> dict[str, Cell]:
-    """Return the Cells by cell_id; a Cell of another version, which this one cannot parse, is left out."""
+    """Return the Cells by cell_id, without Cells of other versions that this one cannot parse."""
     found = {}
     for cell_id, fields in history.cells.items():
         try:

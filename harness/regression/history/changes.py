@@ -28,7 +28,7 @@ class Change:
     """A change of level."""
 
     cell: str
-    """A cell_id, or `*` for what all series of a place have in common."""
+    """A cell_id, or `*` for the common part of all series of a place."""
     metric: str
     place: str
     nights: tuple[int, int]
@@ -56,7 +56,7 @@ class Change:
 
 @dataclass
 class FoundChanges:
-    """Changes of all series, and what limits the search."""
+    """Changes of all series, and limits of the search."""
 
     changes: list[Change] = field(default_factory=list)
     machine: list[Change] = field(default_factory=list)
@@ -76,8 +76,8 @@ def find_changes(
 ) -> FoundChanges:
     """Find the changes of all series.
 
-    quantization: of the base, by cell_id. sentinels: cell_ids whose times only show changes of the machine, as do those of
-    the bare base models; neither can be a change themselves.
+    quantization: of the base, by cell_id. sentinels: cell_ids. Their times, and those of the bare base models, only show
+    changes of the machine, and are never reported as changes.
     """
     found = FoundChanges(last=max((night for one in series for night in one.nights), default=0))
     for one in series:
@@ -226,7 +226,7 @@ def _change(
 
 
 def _back(later: Sequence[LevelChange], step: LevelChange, least: float) -> LevelChange | None:
-    """Return the first later change after which the level is where it was before `step`, or beyond."""
+    """Return the first later change that brings the level back to that before `step`, or beyond."""
     sign = math.copysign(1.0, step.change)
     return next((after for after in later if sign * (after.after - step.before) < least), None)
 
@@ -236,7 +236,7 @@ def _noted(change: Change, note: str) -> Change:
 
 
 def _logs(series: Sequence[HistorySeries], nights: Sequence[int]) -> Array:
-    """Return log times of shape (series, nights), float64; NaN where there is none."""
+    """Return log times of shape (series, nights), float64; NaN where missing."""
     import numpy as np
 
     column = {night: i for i, night in enumerate(nights)}

@@ -11,9 +11,9 @@ from harness.regression.history.night_files import History, Night
 
 
 def confirmed_regressions(history: History, found: Sequence[Change]) -> Iterator[Change]:
-    """Yield the slow-downs that `history settle` has stored and that no change of `found` shows.
+    """Yield the slow-downs stored by `history settle` that are not in `found`.
 
-    Their level is only one or two nights old, or later nights were not as slow.
+    Either their level is only one or two nights old, or later nights were not as slow.
     """
     index = {night.night: i for i, night in enumerate(history.nights)}
     for line in history.confirmations:

@@ -1,7 +1,7 @@
 """Decisions about a history: accepted levels, and verdicts on changes.
 
 Each is a line of resets.jsonl or confirmations.jsonl with its author, time and reason. The files are committed to git, so
-that whoever looks for the reason of an accepted slow-down finds it next to the code.
+the reason of an accepted slow-down is next to the code.
 """
 
 from __future__ import annotations

@@ -38,11 +38,11 @@ def detect(
 ) -> Exit:  # fmt: skip
     """Print the changes and return the exit code; see the help of the command.
 
-    cell, sentinel: expressions, as of `--only`. Raises UsageError for one that selects no Cell.
+    cell, sentinel: expressions, as for `--only`. Raises UsageError for one that selects no Cell.
     """
     from harness.regression.history import table
 
-    # A history is millions of small objects, none of them garbage: the collector took half of the time.
+    # A history has millions of small objects, none of them garbage: the collector took half of the time.
     gc.disable()
     try:
         history = night_files.read(folder)
@@ -63,7 +63,7 @@ def detection(
     found = changes.find_changes(known, _quantization(history), sentinels)
     names = cell_names.names(history)
     judged = [one for one in judge(history, found, names) if only is None or one.cell in only]
-    # A confirmed suspicion counts as a change; a refuted one is none.
+    # A confirmed suspicion counts as a change, a refuted one does not.
     candidates = [one for one in judged if one.standing not in ("suspect", "unfounded")]
     stopped = [one for one in stopped_cells(history, names) if only is None or one.cell in only]
     missing = missing_series(history, known, names, {one.cell for one in stopped})
@@ -106,7 +106,7 @@ def _exit(
     unsettled = [c for c in candidates if c.settled is None]
     if any(c.worse and c.standing in ("confirmed", "counted") for c in unsettled):
         return Exit.FAIL
-    if missing:  # before NOTHING_COMPARED: it may be the reason for it
+    if missing:  # takes precedence over NOTHING_COMPARED: it may be the cause
         return Exit.INFRASTRUCTURE
     if not found.compared:
         return Exit.NOTHING_COMPARED
@@ -149,7 +149,7 @@ def _judged(history: History, change: Change, names: Mapping[str, str]) -> Judge
         standing = "unfounded" if change.young else "refuted"
     elif confirmation is not None:
         standing = "confirmed"
-        fields["worse"] = confirmation.get("verdict") == "regressed"  # whatever the nights show
+        fields["worse"] = confirmation.get("verdict") == "regressed"  # independent of the nights
     return JudgedChange(**fields, standing=standing, confirmation=confirmation, between=differences)
 
 

@@ -31,9 +31,9 @@ class Between:
     request: PairsRequest | None
     """Compares the `paired` revisions; None if pairs cannot confirm the change."""
     because: str = ""
-    """Why there is no request, or what to know about it."""
+    """Reason why there is no request, or a remark on it."""
     paired: tuple[str, str] = ("", "")
-    """Revisions of nights a little further apart, since the night of a change is uncertain."""
+    """Revisions of two nights with a larger distance, since the night of a change is uncertain."""
     libraries: tuple[str, ...] = ()
     """`name old -> new` for every library that changed between the `paired` nights."""
 
@@ -43,7 +43,7 @@ class Between:
         return self.request.command() if self.request else ""
 
     def document(self) -> dict[str, Any]:
-        """Return the differences as JSON can hold them."""
+        """Return the differences as a JSON-compatible dict."""
         return {
             "old_night": self.old_night, "new_night": self.new_night, "code": self.code, "revisions": self.revisions,
             "software": self.software, "confirm": self.command, "because": self.because, "paired": self.paired,

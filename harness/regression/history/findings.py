@@ -57,7 +57,7 @@ class ShownChange:
 
     @property
     def is_time(self) -> bool:
-        """Whether the metric is a time."""
+        """True if the metric is a time."""
         return tracked_metrics.kind(self.metric) == "timed"
 
 
@@ -71,22 +71,22 @@ class JudgedChange(ShownChange):
 
     @property
     def is_open(self) -> bool:
-        """Whether the change still needs a confirmation."""
+        """True if the change still needs a confirmation."""
         return self.settled is None and self.standing in ("suspect", "candidate")
 
     @property
     def can_be_paired(self) -> bool:
-        """Whether pairs of runs can confirm it: a time of a single Cell."""
+        """True if pairs of runs can confirm the change: a time of a single Cell."""
         return self.is_time and self.cell != EVERY and self.between.request is not None
 
     def evidence(self) -> Evidence:
-        """Return what a verdict on this change refers to."""
+        """Return the facts about this change that a verdict refers to."""
         return {
             "old_night": self.between.old_night, "place": self.place, "before": self.before, "after": self.after
         }  # fmt: skip
 
     def document(self) -> dict[str, Any]:
-        """Return the change as JSON can hold it."""
+        """Return the change as a JSON-compatible dict."""
         return {**vars(self), "between": self.between.document()}
 
 
@@ -98,7 +98,7 @@ class PlaceChange:
     place: str
     instead_of: str
     changed: list[str]
-    """What differs, as `key this -> that`."""
+    """Differences, as `key this -> that`."""
     cells: int
     step_ratio: float | None
     """Median ratio of step times, new / old."""

@@ -37,7 +37,7 @@ def stopped_cells(history: History, names: Mapping[str, str]) -> Iterator[Stoppe
 def missing_series(
     history: History, known: Sequence[HistorySeries], names: Mapping[str, str], stopped: Container[str]
 ) -> Iterator[MissingSeries]:
-    """Yield metrics of a Cell that an earlier night of a place has and its last night has not, grouped by their last night.
+    """Yield metrics of a Cell that an earlier night of a place has and its last night lacks, grouped by their last night.
 
     known: series since their last reset, so that accepted ones are left out. stopped: Cells that `stopped_cells` yields.
     """

@@ -50,7 +50,7 @@ class AttemptRow(TypedDict):
 
 
 class RunHeader(TypedDict):
-    """The facts that all rows of a run share, to find what changed since the night before."""
+    """Facts shared by all rows of a run, to find differences from the night before."""
 
     run: str
     started: NotRequired[str]
@@ -229,7 +229,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def is_night(word: str) -> bool:
-    """Say whether a word is a date, YYYY-MM-DD."""
+    """Return whether a word is a date, YYYY-MM-DD."""
     try:
         return date.fromisoformat(word).isoformat() == word
     except ValueError:

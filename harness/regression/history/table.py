@@ -18,7 +18,7 @@ _HEAD = ("since", "cell", "metric", "before", "after", "change", "")
 
 
 def detection_text(found: Detection) -> str:
-    """Return the text of `detect`: the changes, then the notes on what limits the search."""
+    """Return the text of `detect`: the changes, then notes on the limits of the search."""
     count = len(found.nights)
     span = f" ({found.nights[0]} to {found.nights[-1]})" if count else ""
     lines = [f"{plural(count, 'night')}{span}; {found.series} series, {found.compared} long enough to compare"]
@@ -141,7 +141,7 @@ def _machine(change: ShownChange) -> str:
 
 
 def _missing(gone: Sequence[MissingSeries]) -> Iterator[str]:
-    """Yield each kind of loss once, and its Cells below."""
+    """Yield each kind of missing data once, then its Cells."""
     groups: dict[str, list[str]] = {}
     for one in gone:
         what = f"{', '.join(one.metrics)} of" if one.status == "ok" else f"{one.status} of"

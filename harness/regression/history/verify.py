@@ -37,7 +37,7 @@ class PairsOutcome:
 
     @property
     def failed(self) -> bool:
-        """Whether the pairs gave no time, or were interrupted."""
+        """True if the pairs gave no time, or were interrupted."""
         return self.interrupted or not self.finding
 
 
@@ -49,7 +49,7 @@ def verify(
     suite: the file of the nightly suite, if it is not one that ships. Only the first pairs have a canary. Raises UsageError
     for a cell that selects nothing, and if there is no author.
     """
-    author = decisions.find_author(author)  # before anything runs whose verdict could not be signed
+    author = decisions.find_author(author)  # before anything runs: without an author, no verdict could be stored
     history = night_files.read(folder)
     found = detection(history, only=cell_names.select(history, cell) if cell else None)
     unconfirmed = [c for c in (*found.suspects, *found.candidates) if c.is_open]

@@ -20,7 +20,7 @@ class Outputs:
     junit: Path | None = None
     markdown: Path | None = None
     annotations: bool = False
-    """Also outside jobs of GitHub."""
+    """Print annotations also outside GitHub jobs."""
 
     def refuse(self) -> None:
         """Raise UsageError for files that could not be written, before anything is compared."""

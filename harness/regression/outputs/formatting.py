@@ -31,7 +31,7 @@ def loud(row: ComparisonRow) -> bool:
 def shown_rows(
     rows: Sequence[ComparisonRow], kind: FindingKind, *, all_rows: bool = False
 ) -> tuple[list[ComparisonRow], int, int]:
-    """Return the rows of a kind to show, the most serious first; how many are left out; how many are the same in both.
+    """Return the rows of a kind to show, the most serious first; the number left out; the number equal in both runs.
 
     all_rows: leave nothing out, rows that are equal in both runs included.
     """
@@ -44,7 +44,7 @@ def shown_rows(
 
 
 def value(v: Value, unit: Unit) -> str:
-    """Format a value with its unit; a dash if there is none."""
+    """Format a value with its unit; a missing value is a dash."""
     if v is None:
         return DASH
     if isinstance(v, str):
@@ -57,7 +57,7 @@ def value(v: Value, unit: Unit) -> str:
 
 
 def change(row: ComparisonRow) -> str:
-    """Format both values, and their difference if both look equal; empty if there are none."""
+    """Format both values, and their difference if both look equal; empty without values."""
     if not row.valued:
         return ""
     before, now = value(row.base, row.unit), value(row.new, row.unit)

@@ -40,7 +40,7 @@ def render(findings: Findings) -> bytes:
     files = junit_xml.suite(root, "files")
     for what in findings.changed:
         junit_xml.case(files, "files", what, "failure", what)
-    for why in findings.unreadable:  # a Cell without a Record because of it is an error above
+    for why in findings.unreadable:  # a Cell that it leaves without a Record is an error above
         junit_xml.case(files, "files", why, "skipped", why)
     junit_xml.case(files, "gate", "compared", "" if findings.compared else "error", findings.verdict.reason)
     return junit_xml.document(root)

@@ -13,7 +13,7 @@ from harness.report.tones import icon
 LIMIT_B = 1024 * 1024
 """Size limit of GitHub; a larger summary is not shown at all."""
 _ROOM_B = 1024
-"""Reserved for the sentence on what was left out."""
+"""Space reserved for the sentence about omitted rows."""
 _LONGEST = 20_000
 """Characters of one field: a reason may name hundreds of files."""
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~#])")
@@ -30,7 +30,7 @@ def render(findings: Findings, title: str, limit_B: int = LIMIT_B) -> bytes:  # 
         total += 1
         head = "" if kind == open_kind else f"\n### {kind}\n\n{_line(HEAD)}{_line(['---'] * len(HEAD))}"
         size = len((head + line).encode())
-        if left_out or used + size > room:  # the order is of importance: nothing small slips in after something large
+        if left_out or used + size > room:  # sorted by importance: after one omission, omit all
             left_out += 1
             continue
         text.append(head + line)
@@ -49,7 +49,7 @@ def render(findings: Findings, title: str, limit_B: int = LIMIT_B) -> bytes:  # 
 
 
 def _lines(findings: Findings) -> Iterator[tuple[str, str]]:
-    """Yield a table's title and a line of it: what needs a look, of every kind; then the rest that differs."""
+    """Yield each line with the title of its table: rows of all kinds that need attention, then other differences."""
     rows = [row for row in findings.rows if not row.same]
     for loud in (True, False):
         for kind in FindingKind:
@@ -73,6 +73,6 @@ def _line(fields: Iterable[str]) -> str:
 
 
 def _clean(text: str) -> str:
-    """Write text so that Markdown shows it as it is, on one line."""
+    """Escape text so that Markdown shows it unchanged, on one line."""
     short = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
     return _SPECIAL.sub(r"\\\1", " ".join(short.split()))

@@ -47,7 +47,7 @@ def lines(findings: Findings, *, all_rows: bool = False, of: str = HEAD[0]) -> l
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align columns, words to the left and numbers to the right; a column that is empty but for its head is left out."""
+    """Align columns, words to the left and numbers to the right; a column with only a heading is left out."""
     used = [i for i in range(len(rows[0])) if not i or any(row[i] for row in rows[1:])]
     widths = {i: max(len(row[i]) for row in rows) for i in used}
     return [

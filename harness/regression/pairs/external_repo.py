@@ -1,6 +1,6 @@
 """Revisions of another repository than the harness's: its packages, and the Cells that run them.
 
-Only Python code of the plug-in's own package is switched; each side must find compiled code and other packages by itself.
+Only the Python code of the plug-in's package is switched; each side must find compiled code and other packages itself.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def find(folder: Path) -> ExternalRepo:
 def packages(label: str, code: Path, variables: Mapping[str, str]) -> frozenset[str]:
     """Return the packages of plug-ins that are imported from `code`.
 
-    label: names the side in messages. variables: environment of the processes that will run it. Raises HarnessError if there
-    is none, since both sides would run the installed package.
+    label: names the side in messages. variables: environment of the processes that will run it. Raises HarnessError without
+    any package, since both sides would then run the installed one.
     """
     done = subprocess.run(
         [sys.executable, "-P", "-c", _PROBE, GROUP], env=dict(variables), capture_output=True, text=True, check=False,

@@ -120,8 +120,10 @@ def _trained(plan: Plan, only: str | None, suite: str = "") -> Plan:
 
 
 def _cores(request: PairsRequest) -> int | None:
-    """One on a CPU: threads wait for each other, and for whatever else a core has to do; equal processes with two spread
-    twice as widely, or more. A GPU's process wants its threads."""
+    """Return the requested cores, else one on a CPU and None on a GPU, where a process needs its threads.
+
+    Threads on a CPU wait for each other, and for other work on their cores: the times of equal processes with two threads
+    spread at least twice as widely."""
     if request.cores is None and (request.device == "cuda" or (request.device == "auto" and environment.gpus())):
         return None
     return request.cores or 1

@@ -28,7 +28,7 @@ class PairsRequest:
     cores: int | None = None
     """CPU cores for each side; None: one on a CPU, all on a GPU."""
     seed: int | None = None
-    """Of the order of the runs; None: random."""
+    """Seed of the order of the runs; None: random."""
     metric: str = ""
     """The only time to judge, named as in a history; empty: all times of a Cell."""
     canary: bool = True

@@ -1,4 +1,4 @@
-"""Run pairs of processes: each Cell by the old and the new side in turn, in an order fixed beforehand."""
+"""Run pairs of processes: both sides run each Cell, interleaved in an order fixed beforehand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Measured:
     fresh: list[tuple[Record, Record]] = field(default_factory=list)
     """Pairs (old, new) of the second stage."""
     no_record: str = ""
-    """Why a process left no Record, if one did not."""
+    """Reason why a process left no Record; empty if all did."""
 
     @property
     def records(self) -> list[tuple[Record, Record]]:
@@ -37,7 +37,7 @@ class Measured:
 
     @property
     def broken(self) -> str:
-        """Why the Cell cannot be timed: a process did not end ok, or has no step times; else empty."""
+        """Reason why the Cell cannot be timed: a process did not end ok, or has no step times; otherwise empty."""
         for pair in self.records:
             for side, record in zip(("old", "new"), pair, strict=True):
                 if record.status is not Status.OK:
@@ -76,7 +76,7 @@ class PairsRunner:
     """Results so far, also after an interruption."""
 
     def measure(self, pairs: Sequence[CellPair]) -> None:
-        """Run the first pairs of all Cells; then new ones, as planned, for Cells that these do not decide.
+        """Run the first pairs of all Cells; then the planned fresh pairs for undecided Cells.
 
         A Cell with a side that does not end ok gets no further pairs: it is a finding already, or cannot be timed.
         """
@@ -88,7 +88,7 @@ class PairsRunner:
                 self._run(one, one.fresh, more, f"fresh-{len(one.fresh)}")
 
     def canary(self, pair: CellPair) -> tuple[list[float] | None, str]:
-        """Run the first pairs of the old side against itself; return their log ratios, or None and why there are none."""
+        """Run the first pairs of the old side against itself; return their log ratios, or None and the reason."""
         twin = PairsRunner(
             (self.sides[0], self.sides[0]), self.suite, self.folder, self.design, self.seed, self.options, self.log
         )

@@ -38,9 +38,9 @@ class Side:
     metadata: Path | None = None
     """Folder with the revision's own entry points: the installed ones may name modules that it does not have."""
     implementation: str | None = None
-    """If the sides are implementations: run only Cells of this one."""
+    """Only Cells of this implementation run, if the sides are implementations."""
     packages: frozenset[str] | None = None
-    """If the sides are revisions of a plug-in: run only Cells that these packages implement."""
+    """Only Cells that these packages implement run, if the sides are revisions of a plug-in."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ def _revisions(top: Path, names: Sequence[str], known: Sequence[str]) -> Iterato
 
 
 def pairs(plan: Plan, names: dict[str, str], sides: tuple[Side, Side]) -> list[CellPair]:
-    """Match the Cells of the plan: of two implementations those that are equal otherwise, of revisions each with itself.
+    """Match the Cells of the plan: between implementations, Cells that are otherwise equal; between revisions, each with
+    itself.
 
     names: by cell_id. Raises UsageError if nothing matches.
     """
@@ -193,7 +194,7 @@ def _git(top: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _commit(top: Path, name: str, known: Sequence[str]) -> str:
-    # `--end-of-options`, or a name that begins with a dash would be an option of git's.
+    # `--end-of-options`: otherwise git would read a name that begins with a dash as an option.
     found = _git(top, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
     if found.returncode:
         two = f"two of {', '.join(known)}; or " if known else ""

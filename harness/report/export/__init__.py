@@ -1,1 +1,1 @@
-"""The numbers of runs as tables: frames for a notebook, Parquet and CSV for everything else. Never imports torch."""
+"""Tables with the numbers of runs: frames for a notebook, Parquet and CSV for other programs. Never imports torch."""

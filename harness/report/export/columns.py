@@ -1,8 +1,8 @@
 """Columns of the export tables: dtype, unit and meaning of each.
 
-Meanings come from the metrics and from the docstrings of Record fields; only columns that neither has are described here.
-Units are base units: `s`, `B` (bytes), `J`, `W`, `Hz`, `°C`, `1` (a number, a share, a count); empty where a column is no
-quantity. A missing value is NA, never 0 and never an empty text.
+Meanings come from the metrics and from the docstrings of Record fields; other columns are described here. Units are base
+units: `s`, `B` (bytes), `J`, `W`, `Hz`, `°C`, `1` (a number, a share, a count); empty if a column is no quantity. A missing
+value is NA, never 0 and never an empty text.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Column:
     """A column of a table."""
 
     name: str
-    """A name that ends in `.*` stands for many: `config.*` for every key of a method's config."""
+    """Name; one that ends in `.*` stands for many columns: `config.*` for every key of a method's config."""
     dtype: str
     """The dtype in pandas."""
     unit: str
@@ -90,14 +90,14 @@ _KEY = (
 
 
 def _cells() -> tuple[Column, ...]:
-    """Return the columns of the table `cells`; a metric that has no place in the list comes behind the others."""
+    """Return the columns of the table `cells`; metrics that the list does not name come last."""
     exported = {metric.column: _metric(metric) for metric in metrics.METRICS if metric.column}
 
     def measured(*names: str) -> tuple[Column, ...]:
         return tuple(exported.pop(name) for name in names)
 
     def part(prefix: str, model: type[BaseModel], fields: Iterable[str]) -> tuple[Column, ...]:
-        """Return the columns of a part of the measurements, those of metrics among them."""
+        """Return the columns of a part of the measurements, including those of metrics."""
         return tuple(measured(n)[0] if (n := f"{prefix}{f}") in exported else _field(n, model, f) for f in fields)
 
     gpu = _fields("gpu.", GpuPhase, GPU_PHASE)
@@ -206,9 +206,9 @@ def declared(table: str) -> tuple[Column, ...]:
 
 
 def columns(table: str, found: list[str]) -> list[Column]:
-    """Return the columns of a table, in order, with every `.*` multiplied out by the names `found` in its rows.
+    """Return the columns of a table, in order, with every `.*` expanded to the names `found` in its rows.
 
-    Raises KeyError for a name that is not declared: it would have neither unit nor meaning.
+    Raises KeyError for an undeclared name: it would have neither unit nor meaning.
     """
     known = {column.name: column for column in declared(table)}
     many: dict[str, list[Column]] = {name: [] for name in known if name.endswith(".*")}

@@ -1,4 +1,4 @@
-"""Frames of pandas with the numbers of runs: `harness.load`."""
+"""pandas frames with the numbers of runs: `harness.load`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Numbers:
-    """Numbers of one or several runs. Rows of all tables belong together by `run`, `cell_id` and `attempt`.
-    Missing values are NA."""
+    """Numbers of one or several runs. `run`, `cell_id` and `attempt` join the rows of all tables. Missing values
+    are NA."""
 
     cells: DataFrame
     """A row per attempt at a Cell; `latest` marks the attempts that count."""
@@ -37,8 +37,8 @@ class Numbers:
     columns: DataFrame
     """Table, column, dtype, unit (`s`, `B`, `1`) and meaning of each column."""
     left_out: tuple[str, ...] = ()
-    """A sentence for each thing that is missing in the tables: files that cannot be read or were changed after the
-    run, and Cells without a Record."""
+    """One sentence per omission: files that cannot be read or were changed after the run, and Cells without a
+    Record."""
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(getattr(self, name))} {name}" for name in TABLES)
@@ -48,7 +48,7 @@ class Numbers:
 def load(run: str | Path, *more: str | Path) -> Numbers:
     """Load the numbers of one or several runs: each a folder, an id, the start of an id, or `latest`.
 
-    What is torn or was changed after the run is left out, with a warning and in `left_out`; the rest is loaded. Raises
+    Files that are torn, or were changed after the run, are omitted with a warning and listed in `left_out`. Raises
     UsageError for a name that is no run, StoreError for an unreadable run.json.
     """
     numbers = of([store.read_run(store.find_run(str(name))) for name in (run, *more)])
@@ -58,7 +58,7 @@ def load(run: str | Path, *more: str | Path) -> Numbers:
 
 
 def of(runs: Sequence[store.Run]) -> Numbers:
-    """Return the numbers of runs as they stand on disk. A Record that comes twice, e.g. in a copied folder, counts once."""
+    """Return the numbers of runs read from disk. A Record that occurs twice, e.g. in a copied folder, counts once."""
     found: dict[tuple[str, str], Record] = {}
     newest: dict[tuple[str, str], int] = {}
     left_out: list[str] = []
@@ -119,7 +119,7 @@ def _place(run: store.Run) -> Callable[[Record], tuple[int, int]]:
 
 
 def _frame(table: str, made: Sequence[ExportRow]) -> tuple[DataFrame, list[Column]]:
-    """Return a frame and what its columns are."""
+    """Return a frame and the descriptions of its columns."""
     names = list(dict.fromkeys(name for row in made for name in row))
     declared = columns(table, names)
     arrays = {c.name: _array([row.get(c.name) for row in made], c.dtype) for c in declared}
@@ -127,20 +127,20 @@ def _frame(table: str, made: Sequence[ExportRow]) -> tuple[DataFrame, list[Colum
 
 
 def _array(values: list[Value], dtype: str) -> Any:
-    """Return an array with NA for None and for an empty text, which a Record has where a text does not apply."""
+    """Return an array with NA for None and for an empty text, which a Record has if a text does not apply."""
     given = [None if value == "" else value for value in values]
     if dtype == TIME:
         return pd.to_datetime(pd.Series(given, dtype=TEXT), utc=True, errors="coerce", format="ISO8601").astype(TIME)
     dtype = dtype or _kind(given)
     if dtype == INTEGER and any(isinstance(value, int) and value.bit_length() > 63 for value in given):
-        dtype = TEXT  # a number that 64 bits cannot hold, e.g. a seed: as text it is still exact
+        dtype = TEXT  # 64 bits cannot hold the number, e.g. a seed; as text it stays exact
     if dtype == TEXT:
         given = [value if value is None or isinstance(value, str) else json.dumps(value) for value in given]
     return pd.array(given, dtype=dtype)
 
 
 def _kind(given: Iterable[Value]) -> str:
-    """Return the narrowest dtype that holds a knob's values as they are; text if they are of several sorts."""
+    """Return the narrowest dtype that holds the values of a config key exactly; text for mixed types."""
     sorts = {type(value) for value in given if value is not None}
     if sorts == {bool}:
         return BOOLEAN

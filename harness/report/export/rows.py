@@ -126,7 +126,7 @@ def _measured(m: Measurements | None) -> ExportRow:
 
 
 def _of_training(record: Record) -> ExportRow:
-    """Return the details of the training's speed; none where a check failed, as in the report."""
+    """Return the details of the training's speed; none if a check failed, as in the report."""
     t = record.measurements.training if record.measurements else None
     no_speed = failed_checks.no_speed(record)
     timed = t if t and t.step_seconds and not no_speed else None
@@ -143,7 +143,7 @@ def _of_training(record: Record) -> ExportRow:
 
 
 def _phases(record: Record) -> ExportRow:
-    """Return time, peak and own joules of every phase; of one that came twice, the sum and the higher peak."""
+    """Return time, peak and own joules of every phase; for a repeated phase the sums and the higher peak."""
     found: dict[str, float] = {}
     own_energy = not measurements.not_its_own_energy(record)
     for phase in record.phases:
@@ -159,7 +159,7 @@ def _phases(record: Record) -> ExportRow:
 
 
 def _gpu(record: Record) -> ExportRow:
-    """Return the GPU's side of the training phase."""
+    """Return the GPU columns of the training phase."""
     gpu = measurements.training_gpu(record)
     found: ExportRow = {f"gpu.{name}": getattr(gpu, name, None) for name in GPU_PHASE}
     for edge in GPU_EDGES:

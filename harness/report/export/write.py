@@ -21,9 +21,9 @@ Format = Literal["parquet", "csv"]
 def export(names: Sequence[str], form: Format, out: Path | None = None) -> Exit:
     """Write the tables of runs into a folder, print the files, return the exit code.
 
-    out: `export-<form>` in the first run's folder if None. 1 where a file was changed after its run, 5 where there is
-    nothing to export, 4 where a Record cannot be read or is missing. Raises UsageError for a folder that holds something,
-    for what is no run and for a format that nothing installed can write; StoreError where a file cannot be written.
+    out: `export-<form>` in the first run's folder if None. Returns 1 if a file was changed after its run, 5 if there is
+    nothing to export, 4 if a Record cannot be read or is missing. Raises UsageError for a folder that is not empty, a name
+    that is no run, and a format that no installed library can write; StoreError if a file cannot be written.
     """
     if form == "parquet":
         _want_pyarrow()
@@ -53,7 +53,7 @@ def export(names: Sequence[str], form: Format, out: Path | None = None) -> Exit:
 
 def _want_pyarrow() -> None:
     try:
-        import pyarrow.parquet  # noqa: F401  # what counts is that it can be imported
+        import pyarrow.parquet  # noqa: F401  # the import is the test
     except ImportError as error:
         raise UsageError(
             f"Parquet is written by pyarrow, which cannot be imported: {error}",

@@ -1,4 +1,4 @@
-"""A drawing as plain data: the template writes each mark as one SVG element and computes nothing."""
+"""Drawing as plain data: the template writes each mark as one SVG element and computes nothing."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Canvas:
         self._add("text", attributes, text, tip)
 
     def drawing(self, **extra: Any) -> Drawing:
-        """Return everything the template needs."""
+        """Return the drawing for the template."""
         return {
             "title": self.title,
             "description": self.description,

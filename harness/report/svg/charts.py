@@ -15,7 +15,7 @@ from harness.report.svg.scales import Scale, linear, logarithmic
 _HUES = 8  # colour classes c0..c7 in the style sheet, each with its own dash pattern
 _FILLS = 9  # f0..f8
 _NAMES = 420.0
-"""Largest share of a drawing's width for names; longer ones are cut, and complete in the tooltip."""
+"""Largest width of names in a drawing; longer names are cut, and complete in the tooltip."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Point:
     low: float
     high: float
     tied: bool
-    """Whether it is the best or tied with it."""
+    """True if the Cell is the best or tied with the best."""
     tip: str
     """Tooltip."""
     href: str
@@ -125,7 +125,7 @@ def cost(
 
 
 def _label(c: Canvas, text: str, x: float, box: Box) -> None:
-    """Write a name into its box, against the side that faces its point: the box is wider than most fonts need."""
+    """Write a name into its box, aligned to the side that faces its point: the box is wider than most fonts need."""
     y = box.y + box.height - 3.5
     if box.x >= x:
         c.text(box.x + 1, y, text, "label")
@@ -136,7 +136,7 @@ def _label(c: Canvas, text: str, x: float, box: Box) -> None:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the points that no other beats in both (lower x, higher y), by rising x; of equals, the first."""
+    """Return the points that no other point beats in both x (lower) and y (higher), by rising x; of equals, the first."""
     front: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
         if not front or points[i][1] > points[front[-1]][1]:
@@ -179,7 +179,7 @@ def learning(title: str, series: Sequence[ChartSeries]) -> Drawing:
 def errors(title: str, series: Sequence[ChartSeries], allowed: ChartSeries) -> Drawing:
     """Draw |loss - float64 loss| of every step on a logarithmic axis, with the allowance.
 
-    What is too small for the axis, and an error of exactly 0, lies on its lower edge.
+    Errors of 0, and errors too small for the axis, lie on its lower edge.
     """
     c, x, left, right, top, bottom = _steps(
         title,
@@ -187,7 +187,7 @@ def errors(title: str, series: Sequence[ChartSeries], allowed: ChartSeries) -> D
         series,
     )
     positive = [v for s in (*series, allowed) for v in s.values if v > 0] or [1.0]
-    # Two losses may agree to many digits by chance; such a dip must not press the rest flat.
+    # Two losses may agree to many digits by chance; such a dip must not flatten the other curves.
     deepest = min((v for v in allowed.values if v > 0), default=0.0) / 1e3
     y = logarithmic([max(min(positive), deepest), max(positive)], bottom, top)
     for tick in y.ticks():

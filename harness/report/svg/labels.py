@@ -21,7 +21,7 @@ class Box:
     height: float
 
     def overlaps(self, other: Box) -> bool:
-        """Say whether two rectangles share more than an edge."""
+        """Return whether two rectangles share more than an edge."""
         return (
             self.x < other.x + other.width
             and other.x < self.x + self.width
@@ -30,7 +30,7 @@ class Box:
         )
 
     def inside(self, other: Box) -> bool:
-        """Say whether this rectangle lies wholly in the other."""
+        """Return whether this rectangle lies completely in the other."""
         return (
             self.x >= other.x
             and self.y >= other.y
@@ -40,12 +40,12 @@ class Box:
 
 
 def text_width(text: str) -> float:
-    """Estimate the width of a label from above: the reader's font is not known here."""
+    """Return an upper estimate of a label's width: the reader's font is unknown."""
     return 0.6 * SIZE * len(text) + 2
 
 
 def fitted(text: str, width: float) -> str:
-    """Return a label that is no wider than `width`; it keeps its end, which distinguishes it."""
+    """Return a label no wider than `width`, cut at its start: labels differ at their ends."""
     room = int((width - 2) / (0.6 * SIZE))
     return text if len(text) <= room else f"…{text[len(text) - room + 1 :]}"
 
@@ -55,7 +55,7 @@ def place(
 ) -> list[Box | None]:
     """Return a box for each text, near its point, over no dot and no other text; None where there is no room.
 
-    avoid: boxes that are crossed only for want of a better place, e.g. interval bars.
+    avoid: boxes that names cover only if there is no better place, e.g. interval bars.
     """
     dots = [Box(x - _DOT, y - _DOT, 2 * _DOT, 2 * _DOT) for x, y in points]
     placed: list[Box | None] = [None] * len(points)
@@ -69,7 +69,7 @@ def place(
                 continue
             total = cost + 18 * sum(box.overlaps(other) for other in avoid)
             total += 12 * sum(_crosses(points[i], box, other) for other in taken if other is not dots[i])
-            # A name nearer to another point would be read as that one's.
+            # A name nearer to another point would seem to belong to that point.
             own = _distance(points[i], box)
             total += 40 * sum(_distance(other, box) <= own for k, other in enumerate(points) if k != i)
             if best is None or total < best[0]:
@@ -89,7 +89,7 @@ def _candidates(point: tuple[float, float], width: float) -> list[tuple[Box, flo
             left = x + dx if dx > 1e-6 else x + dx - width
             if angle in (80, 100, 260, 280):
                 left = x + dx - width / 2
-            # A little dearer to the left and below, so that like neighbours choose alike.
+            # Slightly higher cost to the left and below, so that similar neighbours get similar places.
             cost = radius + (3 if dx < 0 else 0) + (1 if dy > 0 else 0)
             found.append((Box(left, y + dy - _LINE / 2, width, _LINE), cost))
     return found
@@ -105,7 +105,7 @@ def _distance(point: tuple[float, float], box: Box) -> float:
 
 
 def _crosses(point: tuple[float, float], box: Box, other: Box) -> bool:
-    """Say whether the leader line from `point` to `box` runs through `other` (sampled, not exact)."""
+    """Return whether the leader line from `point` to `box` crosses `other` (sampled, not exact)."""
     end = anchor(point, box)
     for share in (0.25, 0.5, 0.75):
         x, y = point[0] + share * (end[0] - point[0]), point[1] + share * (end[1] - point[1])
@@ -117,7 +117,7 @@ def _crosses(point: tuple[float, float], box: Box, other: Box) -> bool:
 def spread(wanted: Sequence[float], low: float, high: float, gap: float = _LINE) -> list[float]:
     """Return heights near the `wanted` ones that are at least `gap` apart, for names at the ends of lines.
 
-    Keeps the order; where they cannot all fit between low and high they run over `high`.
+    Preserves the order; heights that do not fit between low and high exceed `high`.
     """
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     heights = [min(max(w, low), high) for w in wanted]

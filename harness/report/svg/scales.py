@@ -1,4 +1,4 @@
-"""Axes: from a value to a place on paper, and the round numbers to mark."""
+"""Axes: map a value to a coordinate, and choose round numbers for ticks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Scale:
     log: bool = False
 
     def at(self, value: float) -> float:
-        """Return the place of `value`; what lies outside is held at the edge."""
+        """Return the coordinate of `value`, clipped to the range."""
         share = (self._f(value) - self._f(self.low)) / (self._f(self.high) - self._f(self.low))
         return round(self.start + min(1.0, max(0.0, share)) * (self.end - self.start), 2)
 
@@ -39,7 +39,7 @@ class Scale:
 
 
 def linear(values: list[float], start: float, end: float, pad: float = 0.06) -> Scale:
-    """Return a scale that shows all `values` with some air around them."""
+    """Return a scale that shows all `values` with some padding."""
     low, high = min(values), max(values)
     air = (high - low) * pad or abs(high) * 0.1 or 1.0
     return Scale(low - air, high + air, start, end)

@@ -39,6 +39,6 @@ def choose(name: str, jobs: int | None = None, options: Mapping[str, Sequence[st
 
 
 def recall(folder: Path) -> None:
-    """End the Cells that a killed runner of the run in `folder` left behind, whatever executor they run by."""
+    """End the Cells that a killed runner of the run in `folder` left behind, by any executor."""
     for kind in kinds().values():
         kind.recall(folder)

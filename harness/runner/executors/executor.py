@@ -32,7 +32,7 @@ class Executor(Protocol):
     """Runs attempts. A context manager: entering finds the machines, or raises HarnessError; leaving gives them back."""
 
     is_remote: bool
-    """Whether Cells run on other machines than the runner's."""
+    """True if Cells run on other machines than the runner's."""
 
     def __enter__(self) -> Self: ...
 
@@ -46,7 +46,7 @@ class Executor(Protocol):
     def run(self, queue: Iterator[Job], context: RunContext, listener: Listener) -> Generator[Record, None, None]:
         """Yield the Record of each attempt as it ends, in any order. Closing the iterator kills what still runs.
 
-        An attempt's log exists from the moment that `queue` gave the job: its number is used up, whatever happens.
+        An attempt's log exists from the moment that `queue` yields the job, so its number is never used again.
         """
 
 

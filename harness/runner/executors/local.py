@@ -1,4 +1,4 @@
-"""Run Cells on this machine: up to `jobs` at a time, each in a process of its own; on GPUs, each with one for itself."""
+"""Run Cells on this machine: up to `jobs` at a time, each in a separate process; on GPUs, each with exclusive use of one."""
 
 from __future__ import annotations
 
@@ -124,11 +124,11 @@ class Local:
         listener.tick()
         for attempt in [attempt for attempt in running if attempt.is_over]:
             selector.unregister(attempt.events)
-            running.remove(attempt)  # from here on it kills itself, whatever happens
+            running.remove(attempt)  # `end` kills it even after an error
             yield attempt.end()
 
     def _place(self, job: Job, probe: gpus.GpuProbe | None, used: Sequence[str]) -> tuple[Job | None, str]:
-        """Return `job` with its share of this machine; or None, and why there is none. probe: one that is over."""
+        """Return `job` with its share of this machine; or None and the reason. probe: a finished GpuProbe."""
         share: dict[str, object] = {}
         if self.jobs > 1:
             share = {"threads": max(1, environment.threads() // self.jobs), "at_once": self.jobs}

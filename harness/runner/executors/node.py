@@ -94,7 +94,7 @@ def _each(jobs: Sequence[Job], folder: store.RunFolder, node: str) -> Iterator[J
 
 
 def final_record(job: Job, context: RunContext, ending: Ending, submitted: str, over: float) -> Record:
-    """Return the Record of an attempt whose machine has been silent since `over` (time.monotonic()): its own, if any.
+    """Return the Record of an attempt on a machine that has been silent since `over` (time.monotonic()): its own, if any.
 
     Its time is counted from when a machine started it. An attempt that was never started is lost, however its machine ended.
     """

@@ -31,7 +31,7 @@ _STORE_B = 80 * 2**20
 
 @dataclass(frozen=True)
 class _Finished:
-    """An attempt whose task has ended, but whose Record may be visible later."""
+    """An attempt with an ended task; its Record may become visible later."""
 
     job: Job
     ending: Ending
@@ -42,7 +42,7 @@ class _Finished:
     """When the Record must be visible."""
 
     def is_known(self, context: RunContext) -> bool:
-        """Whether its Record is there, or none will come; raises StoreError for one written out of sight."""
+        """Return whether its Record is visible or will never be; raises StoreError for one in an invisible folder."""
         path = context.folder.record_path(self.job.cell.cell_id, self.job.attempt)
         if path.exists() or time.monotonic() < self.until:
             return path.exists()
@@ -82,7 +82,7 @@ class Ray:
         address = os.environ.get("RAY_ADDRESS", "")
         # A task that is run again would be an attempt without a number. Ray reads these when it is imported.
         os.environ.update(RAY_task_oom_retries="0", RAY_USAGE_STATS_ENABLED="0")
-        # Ray installs a handler for SIGTERM, which asks a run to end.
+        # Ray installs a handler for SIGTERM, the signal that ends a run.
         handler = signal.getsignal(signal.SIGTERM)
         try:
             import ray

@@ -34,7 +34,7 @@ _PERMIT = "wanted-"
 _MOST_ELEMENTS = 1000
 """Slurm's MaxArraySize is 1001 unless its administrator changes it."""
 _START_MIN = 5
-"""Minutes that an element may take besides its Cells."""
+"""Minutes that an element may take in addition to its Cells."""
 _LOOK_S = 0.5
 _ASK_S = 15.0
 _GRACE_S = 10.0
@@ -47,7 +47,7 @@ class Element:
     """One element of the array; called by submitit, on the element's machine."""
 
     def __call__(self, specs: list[str], timeout: float, command: list[str] | None, permit: str) -> None:
-        """Run its Cells one after the other, and ignore Slurm's warning signal: its accounting says how an element ended."""
+        """Run its Cells one after the other, and ignore Slurm's warning signal: its accounting has the cause of the end."""
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # submitit would ask Slurm to start this element again
         node.run_jobs(specs, timeout, command, permit)
 
@@ -157,7 +157,7 @@ class Slurm:
     def _gather(
         self, shares: dict[Any, list[Job]], context: RunContext, listener: Listener
     ) -> Generator[Record, None, None]:
-        """Yield each Record as it appears; where an element leaves none, a Record that says how the element ended."""
+        """Yield each Record as it appears; for an element that leaves none, a Record with the cause of its end."""
         left = {job.cell.cell_id: job for share in shares.values() for job in share}
         submitted = store.now()
         states, ask_s, last = States(here=self._here), _LOOK_S if self._here else _ASK_S, 0.0
@@ -207,7 +207,7 @@ def _ending(element: Any, state: str) -> Ending:
 
 
 def _await_cancelled(elements: Sequence[Any]) -> None:
-    """Wait a little until cancelled elements are gone: Slurm only notes that they are to end."""
+    """Wait briefly until cancelled elements are gone: Slurm cancels asynchronously."""
     states, deadline, left = States(here=False), time.monotonic() + _CANCEL_S, set(elements)
     while left := left - {element for element, _ in states.ended([*left])}:
         if time.monotonic() >= deadline:

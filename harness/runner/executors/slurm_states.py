@@ -1,4 +1,4 @@
-"""States of an array's elements, not as submitit reads them: to it PREEMPTED goes on and SUSPENDED has ended."""
+"""States of an array's elements, read without submitit, which takes PREEMPTED for running and SUSPENDED for ended."""
 
 from __future__ import annotations
 

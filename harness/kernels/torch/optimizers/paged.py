@@ -167,7 +167,7 @@ class Paged(torch.optim.Optimizer):
         self._plan()
 
     def _steps(self, todo: list[tuple[dict[str, Any], Tensor]]) -> bool:
-        """Update each parameter in turn; return whether new paged states were made."""
+        """Update the parameters one after the other; return whether new paged states were made."""
         made, staged = False, self._staged([p for _, p in todo if p in self._pages])
         try:
             for group, p in todo:

@@ -38,7 +38,7 @@ def any_method(model: nn.Module, config: AdapterConfig, generator: Generator) ->
     from harness.methods.implementations.hf_peft import prompts
 
     keys = {**config.adapter_config, "inference_mode": False}  # true in saved adapters
-    # The harness trains the head, whatever its name.
+    # The harness trains the head under any name.
     keys |= {"modules_to_save": None} if "modules_to_save" in keys else {}
     if keys.get("init_lora_weights") == "loftq" and not _gpu():
         raise Unsupported("peft's LoftQ quantises on a GPU, and there is none")

@@ -62,7 +62,7 @@ class PeftLora(PeftAdapted):
     def mixed(self, adapters: Sequence[Mapping[str, Tensor]]) -> Iterator[None]:
         """Send row n of each batch through adapter n (in the form of `tensors()`), by peft's `adapter_names`.
 
-        peft passes the names to its layers by hooks that it sets at every call of its own model; here they stay set, since
+        peft passes the names to its layers by hooks that it sets at every call of its wrapper; here they stay set, since
         the inner model is called.
         """
         import torch

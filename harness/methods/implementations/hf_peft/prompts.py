@@ -57,7 +57,7 @@ def _running(kind: Any, run: Callable[..., Any]) -> Any:
     """Return a subclass of `kind` with the forward pass `run(model, forward of kind, ...)`."""
     own = kind.forward
 
-    @functools.wraps(own)  # keeps the model's own signature
+    @functools.wraps(own)  # preserves the model's signature
     def forward(self: Any, *args: Any, **given: Any) -> Any:
         return run(self, own, *args, **given)
 
