@@ -122,6 +122,7 @@ def test_a_rank_in_the_file_changes_the_result(ledger: tuple[int, str]) -> None:
     assert "= 224" in wider["how"]
 
 
+@pytest.mark.slow
 def test_another_reading_is_named_in_the_verdict(ledger: tuple[int, str]) -> None:
     other = json.loads(ledger[1])["claims"][2]
     assert (other["verdict"], other["under"]) == ("reproduced-under", "rank 4")
