@@ -251,6 +251,7 @@ def lived(
     return life, lifecycle.measure(life, predict)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "base"),
     [
@@ -281,6 +282,7 @@ def test_a_cell_of_a_shape_measures_cost_and_scores_nothing(method: str, base: B
     assert near == (method != "qlora")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "method", "base"),
     [
@@ -309,6 +311,7 @@ def test_a_cell_of_an_encoders_shape_trains_its_new_head_on_random_labels(
     assert expected.activations_B is None
 
 
+@pytest.mark.slow
 def test_the_new_head_of_a_shape_starts_from_the_cells_seed(tmp_path: Path) -> None:
     packed = Base(quantization="nf4", implementation="fused")
     one, other = (
@@ -320,6 +323,7 @@ def test_the_new_head_of_a_shape_starts_from_the_cells_seed(tmp_path: Path) -> N
     assert one.initial_state_sha256 != other.initial_state_sha256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["pissa", "galore"])
 def test_what_a_large_model_does_not_train_is_noticed(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -336,6 +340,7 @@ def test_what_a_large_model_does_not_train_is_noticed(
         lived(tmp_path, method)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "implementation"),
     [("dora", "reference"), *((name, "fused") for name in ("lora", "vera", "adalora", "pissa", "qlora", "galore"))],
@@ -356,6 +361,7 @@ def test_a_decoder_with_a_head_of_classes(tmp_path: Path) -> None:
     assert found.training is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_mixture_of_experts(method: str, tmp_path: Path) -> None:
     """Its experts are one tensor, multiplied at once; of float64, in which the gate judges, torch has no such product."""
@@ -364,6 +370,7 @@ def test_a_mixture_of_experts(method: str, tmp_path: Path) -> None:
     assert not [check.check for check in life.checks if check.outcome is Outcome.FAIL]
 
 
+@pytest.mark.slow
 def test_a_cell_keeps_its_training_where_its_latency_has_no_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -379,6 +386,7 @@ def test_a_cell_keeps_its_training_where_its_latency_has_no_memory(
     assert {one.because for one in found.latency} == {"out of memory: CUDA out of memory. Tried to allocate 2.00 GiB."}
 
 
+@pytest.mark.slow
 def test_a_cell_keeps_its_training_where_the_counted_step_has_no_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -400,6 +408,7 @@ def test_a_cell_keeps_its_training_where_the_counted_step_has_no_memory(
     assert note.endswith(": out of memory: DefaultCPUAllocator: not enough memory: you tried to allocate 4096 bytes.")
 
 
+@pytest.mark.slow
 def test_a_large_model_is_judged_without_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from harness.conformance import subject
     from harness.conformance.comparison import packed_codes

@@ -493,6 +493,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "sizes", lambda shapes, per_token: [BenchSize("tiny", 64, 64, 4, 2)])
 
 
+@pytest.mark.slow
 def test_a_bench_leaves_a_file_per_benchmark_with_raw_samples(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -660,6 +661,7 @@ def test_what_could_not_be_written_is_written_at_the_end(
     assert len(list(out.iterdir())) == 4
 
 
+@pytest.mark.slow
 def test_a_step_that_somebody_has_no_layer_for_is_not_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -723,6 +725,7 @@ def test_steps_and_operations_are_timed_in_what_people_use_there(registry: Regis
     assert "step:lora" in {task.name for task in tasks}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")
 def test_a_gpu_that_torch_cannot_use_is_none(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

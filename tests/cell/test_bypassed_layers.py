@@ -51,6 +51,7 @@ def asked(targets: list[str]) -> Cell:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bypassed", ["dt_proj", "x_proj"])  # one as it evaluates, the other only as it trains
 def test_a_layer_that_its_model_does_not_call(bypassed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = lived(tmp_path, ["in_proj", bypassed], monkeypatch)
@@ -61,6 +62,7 @@ def test_a_layer_that_its_model_does_not_call(bypassed: str, tmp_path: Path, mon
     )
 
 
+@pytest.mark.slow
 def test_a_layer_that_its_model_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lived(tmp_path, ["in_proj"], monkeypatch).status is Status.OK
 
@@ -73,6 +75,7 @@ def test_a_step_without_data_tells_it_in_the_same_words() -> None:
     }
 
 
+@pytest.mark.slow
 def test_fit_says_that_such_a_row_is_not_possible(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts = MAMBA | {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(facts))

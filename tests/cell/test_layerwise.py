@@ -248,6 +248,7 @@ def test_a_cell_takes_less_by_what_was_predicted(tmp_path: Path) -> None:
     assert saved / 2 < gone < saved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layerwise", [True, False])
 def test_a_cell_that_has_room_for_one_gradient_warms_up_with_one(
     layerwise: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

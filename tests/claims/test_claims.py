@@ -112,6 +112,7 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 def test_a_rank_in_the_file_changes_the_result(ledger: tuple[int, str]) -> None:
     code, printed = ledger
     one, wider, _, _ = json.loads(printed)["claims"]
@@ -121,6 +122,7 @@ def test_a_rank_in_the_file_changes_the_result(ledger: tuple[int, str]) -> None:
     assert "= 224" in wider["how"]
 
 
+@pytest.mark.slow
 def test_another_reading_is_named_in_the_verdict(ledger: tuple[int, str]) -> None:
     other = json.loads(ledger[1])["claims"][2]
     assert (other["verdict"], other["under"]) == ("reproduced-under", "rank 4")
@@ -548,6 +550,7 @@ def test_an_unknown_paper_and_an_unknown_id_are_wrong_use(capsys: pytest.Capture
     assert len(said) < 400  # there are hundreds of ids
 
 
+@pytest.mark.slow
 def test_an_id_of_another_paper_is_told_with_its_paper(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["claims", "qlora", "--id", "lora-gpt3-r4", "--id", "qlora-kept-56b"]) == Exit.USAGE
     said = capsys.readouterr().err

@@ -80,6 +80,7 @@ def test_a_ledger_without_rules_is_read_and_does_not_pass_for_rounding(
     assert json.loads(capsys.readouterr().out)["claims"][0]["rule"] is None
 
 
+@pytest.mark.slow
 def test_explain_tells_the_rules(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "reproduced"]) == Exit.PASS
     assert "looser rule" in " ".join(capsys.readouterr().out.split())

@@ -123,6 +123,7 @@ def test_more_time_lies_between_none_and_what_operations_allow() -> None:
     assert (shorter.value, shorter.most) == (-Fraction(1, 3), 0)
 
 
+@pytest.mark.slow
 def test_what_operations_say_of_the_papers_speeds() -> None:
     lora = verdicts("lora", ("lora-throughput-rehearsal",))
     assert {one.verdict for one in lora.values()} == {ClaimVerdict.INCONCLUSIVE}

@@ -91,6 +91,7 @@ def test_list_checks_are_those_of_the_conformance_suite(capsys: pytest.CaptureFi
     assert all(listed.values())
 
 
+@pytest.mark.slow
 def test_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["plan", "smoke", "--only", "method=lora"]) == Exit.PASS
@@ -101,6 +102,7 @@ def test_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: p
     assert "same-losses: both implementations of LoRA" in printed.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [["--only", "method=lora", "--only", "dtype=float64"], ["--only", "method=lora,dtype=float64"]]
 )
@@ -110,6 +112,7 @@ def test_only_given_twice_is_one_expression(words: list[str], capsys: pytest.Cap
     assert [(c["method"], c["dtype"]) for c in planned] == [("lora", "float64")]
 
 
+@pytest.mark.slow
 def test_plan_json_holds_whole_cells(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "smoke", "--json"]) == Exit.PASS
     document = json.loads(capsys.readouterr().out)

@@ -429,6 +429,7 @@ defects:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "complained"),
     [

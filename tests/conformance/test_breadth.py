@@ -47,6 +47,7 @@ def wrong_at_other_ranks(model: Any, config: lora.Config, generator: torch.Gener
     return adapted
 
 
+@pytest.mark.slow
 def test_an_implementation_that_is_wrong_at_other_ranks_only_fails_a_drawn_case() -> None:
     mine = Implementation("mine", "method", "lora", wrong_at_other_ranks, dtypes=("float32",))
     usual = {one.status.value for one in suite_run.run(mine)}
@@ -67,6 +68,7 @@ def test_an_operation_that_is_wrong_beyond_130_tokens_only_fails_a_drawn_case() 
     assert {one.check for one in failed} >= {"outputs", "backward"}
 
 
+@pytest.mark.slow
 def test_check_draws_what_it_is_asked_to_and_names_the_sizes(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["check", "reference", "--op", "multi_lora_linear", "--dtype", "float32", "--drawn", "8", "--seed", "3"]
     assert main([*asked, "--json"]) == Exit.PASS
@@ -132,12 +134,14 @@ def drops_when_evaluating(layer: Any, config: Any) -> None:
             child.forward = lambda x: nn.functional.dropout(x, config.dropout)  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", RANKED)
 def test_who_is_wrong_at_large_ranks_fails_without_offering_anything_optional(target: str) -> None:
     plain = [case for case in parity_suite.load(target).cases(FEW, ["float32"]) if set(case.config) <= PLAIN]
     assert "forward" in failing(changed(target, is_wrong_above_rank_16), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("target", DROPPING)
 def test_dropout_is_tried_in_every_dtype(target: str, dtype: str) -> None:

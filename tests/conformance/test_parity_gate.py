@@ -164,6 +164,7 @@ def test_merging_is_refused_where_a_packed_base_has_no_room_to_be_dense(monkeypa
     )  # of a dense base there is nothing to unpack
 
 
+@pytest.mark.slow
 def test_a_wrong_merge_is_noticed_after_training() -> None:
     subject, _ = through_the_gate(spoilt("merges_the_transpose"), Square())
     warm(subject.added(), torch.Generator().manual_seed(SEED))

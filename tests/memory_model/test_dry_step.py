@@ -124,6 +124,7 @@ def test_every_method(method: str, dtype: str) -> None:
     agree(cell(method, dtype=dtype), LLAMA)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["bitsandbytes", "fused"])
 @pytest.mark.parametrize("base", ["nf4", "nf4-dq"])
 def test_a_packed_base(base: str, by: str) -> None:
@@ -156,6 +157,7 @@ def test_no_decoded_weight_is_kept_for_the_backward_pass(by: str, dropout: float
     assert counted(reference, wide, "causal") - counted(one, wide, "causal") > of_weights / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("optimizer", ["adamw-8bit", "paged-adamw"])
 def test_optimizers(optimizer: str, method: str) -> None:
@@ -205,6 +207,7 @@ def test_other_implementations_take_the_step_themselves(implementation: str) -> 
     agree(one, LLAMA)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full", "adalora"])
 def test_two_and_three_blocks_tell_of_any_number(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     one, deep = cell(method), LLAMA | {"num_hidden_layers": 7}
@@ -280,6 +283,7 @@ def test_no_weight_is_there_and_nothing_stays_behind() -> None:
     assert peak_while(lambda: None) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_experts(method: str, dtype: str) -> None:

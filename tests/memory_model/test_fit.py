@@ -72,6 +72,7 @@ def test_an_optimizer_that_a_method_cannot_have_is_not_answered_for_another(caps
     assert galore["ledger"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counted")
 def test_each_row_is_the_largest_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     found = document(capsys, "--memory", "24GiB")

@@ -36,6 +36,7 @@ def _no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counting_client, "run_requests", formulas)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_no_steps")
 def test_the_headline_suite_is_predicted_and_fits() -> None:
     suite = loader.load("headline-gpu")
@@ -57,6 +58,7 @@ def test_the_headline_suite_is_predicted_and_fits() -> None:
     assert f"{len(plan.cells)} Cells; largest predicted memory " in plan_table.as_text(document)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_no_steps")
 def test_logits_are_predicted_where_every_token_has_a_loss() -> None:
     suite = loader.load("headline-gpu")
@@ -207,6 +209,7 @@ def test_the_peak_of_a_step_is_shown_beside_the_count(tmp_path: Path) -> None:
         assert shown["why"].endswith(why)
 
 
+@pytest.mark.slow
 def test_cells_that_differ_in_seed_or_learning_rate_share_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     suite = loader.load("headline-rehearsal")
     plan = suite.plan
@@ -249,6 +252,7 @@ def test_who_counts_ends_with_a_command_that_is_killed(sandbox: Sandbox) -> None
     eventually(lambda: not any(c.is_running() and c.status() != "zombie" for c in found), "nobody counts any more")
 
 
+@pytest.mark.slow
 def test_steps_that_take_too_long_take_no_formula_along(monkeypatch: pytest.MonkeyPatch) -> None:
     """The child is ended while it takes the first step; the counts of models were there before."""
     monkeypatch.setattr(counting_client, "TIMEOUT_S", 60.0)

@@ -55,6 +55,7 @@ def test_what_a_run_of_today_leaves_is_valid(smoke: tuple[Finished, store.Run]) 
     assert valid(smoke[1].path) == len(smoke[1].records) > 0
 
 
+@pytest.mark.slow
 def test_what_published_runs_left_is_valid_still() -> None:
     """The promise of the README: fields are only added, so that older Records stay valid."""
     assert sum(map(valid, RUNS)) >= 10

@@ -238,6 +238,7 @@ def test_memory_that_grew_in_every_run_is_found_and_noise_is_not(gated) -> None:
     assert "training peak above imports grew: old" in said
 
 
+@pytest.mark.slow
 def test_one_disturbed_run_does_not_hide_memory_that_grew(gated) -> None:
     """With peaks that differ by 1 MiB from process to process, over the 26 pairs of a time that stays undecided."""
     found = [gated(Stand(noise=0.5, grown_B=3 * MIB, peak_noise_MiB=1.0, luck=luck))[0] for luck in range(4)]

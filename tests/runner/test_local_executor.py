@@ -238,6 +238,7 @@ def test_what_nvidia_smi_says(
 # --- the runner itself -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_hundred_cells_cost_the_runner_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each Cell costs one worker, a few wake-ups of the runner, and no memory that stays."""
     run = stub_attempts.Stubbed(tmp_path, 200)

@@ -162,7 +162,8 @@ def test_a_prompt_and_its_answer_fit_together(folder: Path, tokens: int) -> None
         model_checks.check_models(loaded, loaded.plan)
 
 
-def test_a_target_without_weights_of_its_own_is_misfits_in_the_model(folder: Path) -> None:
+@pytest.mark.slow
+def test_a_target_without_weights_of_its_own_is_looked_for_in_the_model(folder: Path) -> None:
     assert "lm_head" not in model_folder.layers(folder / "tied")
     assert refused(folder, "[q_proj, v_proj]", "[q_proj, lm_head]") == []
     ((line, what, hint),) = refused(folder, "[q_proj, v_proj]", "[q_proj, query]")

@@ -73,6 +73,7 @@ def test_a_masked_language_model_is_no_causal_one(
     assert plan(folder, "encoder", capsys) == (Exit.PASS, "")
 
 
+@pytest.mark.slow
 def test_a_masked_language_model_may_have_become_a_decoder(
     tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
