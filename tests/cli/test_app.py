@@ -149,7 +149,7 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
         ("lora/gradient/float32/warm", "check gradient"),
         ("lora/multi-adapter/float32/trained", "the row's own adapter"),
         ("lora/moved/float32/trained", "kept its first value"),
-        ("suite", "All its mistakes are reported together"),
+        ("suite", "each has a file and a line"),
         ("oom", "ran out of memory"),
         ("4", "exit code 4"),
         ("4", "SIGTERM"),
@@ -245,7 +245,9 @@ def test_a_bug_of_the_harness_is_no_finding() -> None:
     assert "in explained" in done.stderr
     message = done.stderr[done.stderr.index("peft-harness: ") :]
     assert message.startswith("peft-harness: internal error in peft-harness: ")
-    assert "ZeroDivisionError: by nought\n  hint: report it with the lines above; no Record was written" in message
+    assert (
+        "ZeroDivisionError: by nought\n  hint: please report it with the lines above; no Record was written" in message
+    )
     assert done.stderr.count("by nought") == 2
 
 

@@ -112,7 +112,7 @@ def test_codes_and_values_are_the_reference_s(block: int, dtype: torch.dtype, ca
 def test_a_size_a_mode_or_a_setting_compiles_nothing_anew(fresh: None) -> None:
     W, made = special(torch.float32), torch._dynamo.utils.counters["stats"]
     agrees(W, 64)
-    before, kept, threads = made["unique_graphs"], process_settings.read(), torch.get_num_threads()
+    before, kept, threads = made["unique_graphs"], process_settings.snapshot(), torch.get_num_threads()
     agrees(special(torch.float32, COUNT + 640), 64)
     with torch.inference_mode():
         agrees(special(torch.float32), 64)
@@ -129,7 +129,7 @@ def test_a_size_a_mode_or_a_setting_compiles_nothing_anew(fresh: None) -> None:
 
 
 def test_compiling_leaves_settings_and_random_numbers_alone(fresh: None, calls: list[bool]) -> None:
-    W, kept, random = special(torch.float32), process_settings.read(), process_settings._random_states()
+    W, kept, random = special(torch.float32), process_settings.snapshot(), process_settings._random_states()
     with torch.inference_mode():
         packed, absmax = nf4.quantize(W, 64)
     assert calls == [True]

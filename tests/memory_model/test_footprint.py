@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from harness.methods.registry import discover
 from harness.records import store
 from harness.records.record import Base, Record, Training
 from reference.operations.paged import Paged
+from support import small_llama
 from support.repository import PUBLISHED
 from support.small_llama import METHODS, SMALL, llama, off, predicted
 
@@ -113,7 +113,7 @@ def test_the_ledger_of_a_small_llama(method: str, dtype: str) -> None:
 def test_a_packed_base(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Wide enough that a table of levels, which is not predicted, is little beside the codes; dense weights are left out.
     wide = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 1}
-    monkeypatch.setattr(sys.modules[__name__], "SMALL", SMALL | wide)
+    monkeypatch.setattr(small_llama, "SMALL", SMALL | wide)
     model, adapted = attached("lora", "float32", base=base)
     adds = {id(t) for t in adapted.tensors().values()}
     measured = tensor_bytes(t for t in model_tensors(model) if id(t) not in adds)

@@ -98,9 +98,9 @@ def test_taken_off_the_model_takes_the_next_adapter_as_if_it_were_the_first(meth
     ("method", "values", "says"),
     [
         ("dora", {"per": "input"}, "one magnitude per output feature"),
-        ("dora", {"detach_norm": False}, "takes the norm for a constant"),
+        ("dora", {"detach_norm": False}, "treats the norm as a constant"),
         ("adalora", {"regularization": "squared-sum"}, "the mean of norms, not squared-sum"),
-        ("adalora", {"beta1": 1.0}, "no beta of 0 or 1"),
+        ("adalora", {"beta1": 1.0}, "refuses a beta of 0 or 1"),
     ],
 )
 def test_what_peft_cannot_do_it_says_and_leaves_the_model(method: str, values: dict[str, Any], says: str) -> None:

@@ -96,7 +96,7 @@ def _change(record: Record, *path: str | int, to: object) -> dict[str, Any]:
     [
         (("checks", 0, "error"), 1e9, "did not pass"),
         (("checks", 0, "nonfinite"), 7, "7 elements not finite"),
-        (("measurements", "accuracy", "value"), 0.99, "an accuracy of 0.99 over items of which"),
+        (("measurements", "accuracy", "value"), 0.99, "the accuracy is 0.99"),
         (
             ("measurements", "training", "step_seconds", 0),
             -1.0,
@@ -270,7 +270,7 @@ def test_a_torn_manifest_has_a_hint_of_its_own(run: store.Run) -> None:
     (run.path / "run.json").write_bytes(b"{")
     with pytest.raises(StoreError, match="not a whole Manifest") as caught:
         store.read_run(run.path)
-    assert "start a new one" in caught.value.hint
+    assert "start a new run" in caught.value.hint
 
 
 def test_a_run_has_one_writer_at_a_time(run: store.Run) -> None:
