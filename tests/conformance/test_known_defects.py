@@ -100,6 +100,7 @@ def test_lora_of_convolutions_meets_most_configs_and_every_kind_of_layer_two_dty
         assert len(dtypes) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "target", "name"),
     [

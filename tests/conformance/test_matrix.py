@@ -39,6 +39,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> parity_suite.MethodSuite:
     return plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reference", "fused", "hf-peft"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_implementations_of_lora_conform(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:

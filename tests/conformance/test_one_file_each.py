@@ -78,6 +78,7 @@ def add_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[AddFil
         package.every.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_check_and_its_faults_are_found(add_file: AddFile, monkeypatch: pytest.MonkeyPatch) -> None:
     add_file(checks, "numbers", CHECK)
     load = parity_suite.load_plan

@@ -251,6 +251,7 @@ def test_a_wrong_base_is_not_blamed_on_the_method(name: str) -> None:
     assert result.error > result.allowed
 
 
+@pytest.mark.slow
 def test_a_wrong_method_is_not_blamed_on_the_base() -> None:
     _, results = through_the_gate(spoilt("forgets_the_scaling"), None, bitsandbytes.nf4)
     assert results[0].check == "base nf4 by somebody/forward/float32/init"

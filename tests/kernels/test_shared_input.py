@@ -237,6 +237,7 @@ CHANGES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("method", ["lora", "dora", "pissa", "adalora"])
 def test_what_changed_in_between_is_seen(method: str, change: Callable[[Any, Tensor], None]) -> None:

@@ -88,6 +88,7 @@ def test_each_row_is_the_largest_that_fits(capsys: pytest.CaptureFixture[str]) -
     assert row(found, "lora", "nf4")["batch"] > row(found, "lora")["batch"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counted")
 def test_no_other_rank_has_a_larger_product(of_llama_7b: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     found = row(document(capsys, "--memory", "24GiB"), "lora", "nf4")
