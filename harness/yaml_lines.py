@@ -22,6 +22,8 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = {_TAG + kind for kind in ("null", "bool", "int", "float", "str")}
+_MAX_DEPTH = 100
+"""Nesting allowed in a file, whatever Python's recursion limit is: libraries raise that limit."""
 _MAX_NODES = 200_000
 """Nested aliases multiply: a file of a few lines can stand for gigabytes."""
 _START = "`suite: NAME`, or see suites/smoke.yaml"
@@ -192,8 +194,10 @@ class _Builder:
         self._visited = 0
 
     def build(self, node: Node, path: KeyPath) -> Any:
-        """Return the plain value of the node at `path`."""
+        """Return the plain value of the node at `path`. Raises RecursionError for a node nested too deeply."""
         self._count(1)
+        if len(path) > _MAX_DEPTH:
+            raise RecursionError
         # A value of a mapping has the line of its key already: the value itself may start on the next line.
         self.lines.setdefault(path, node.start_mark.line + 1)
         if isinstance(node, ScalarNode):

@@ -39,7 +39,7 @@ def ends_with_infinity(its):
     its.then(lambda adapted: [t.data.fill_(float("inf")) for t in adapted.tensors().values()])
 '''
 OPERATION = '''
-"""doubled: twice a tensor."""
+"""twofold: twice a tensor."""
 from harness.conformance.operation import Operation, draw
 
 def arguments(dtype, generator, *, shape):
@@ -48,7 +48,7 @@ def arguments(dtype, generator, *, shape):
 def reference(x):
     return 2 * x
 
-OPERATION = Operation("doubled", ("y",), arguments, reference, differentiable=("x",))
+OPERATION = Operation("twofold", ("y",), arguments, reference, differentiable=("x",))
 '''
 
 AddFile = Callable[[ModuleType, str, str], None]
@@ -102,14 +102,14 @@ def test_a_check_and_its_faults_are_found(add_file: AddFile, monkeypatch: pytest
 
 
 def test_an_operation_is_found_and_judged(add_file: AddFile) -> None:
-    add_file(operations, "doubled", OPERATION)
+    add_file(operations, "twofold", OPERATION)
     case = OperationCase({"shape": [3, 5]}, "float32")
     plan = OperationSuite.model_validate(
-        {"operation": "doubled", "checks": ["outputs", "backward"], "cases": [case.values], "dtypes": ["float32"]}
+        {"operation": "twofold", "checks": ["outputs", "backward"], "cases": [case.values], "dtypes": ["float32"]}
     )
 
     def outcomes(factor: float) -> list[Outcome]:
-        it = Implementation("mine", "operation", "doubled", lambda x: factor * x)
+        it = Implementation("mine", "operation", "twofold", lambda x: factor * x)
         return [one.result.outcome for one in suite_run.run_case(it, plan, case)]
 
     assert outcomes(2.0) == [Outcome.PASS, Outcome.PASS]
