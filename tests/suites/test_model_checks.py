@@ -188,6 +188,7 @@ def test_a_model_that_cannot_be_built_here_is_left_to_its_cells(folder: Path) ->
         config.write_text(whole)
 
 
+@pytest.mark.slow
 def test_one_child_builds_every_model_that_must_be_looked_at(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started, start = [], supervisor.python
     monkeypatch.setattr(supervisor, "python", lambda *asked: started.append(asked) or start(*asked))
