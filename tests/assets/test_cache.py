@@ -530,6 +530,7 @@ def test_each_trouble_with_the_hub_has_its_message(kind: str, says: str, monkeyp
 # --- what the harness makes itself
 
 
+@pytest.mark.slow
 def test_the_tiny_model_reads_every_word_of_the_toy_data(own_cache: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model = table.Source.model_validate({"name": "m", "kind": "causal", "source": "made:tiny-llama"})

@@ -353,6 +353,7 @@ def test_layers_of_gpt2_are_linear_to_every_method(method: str, implementation: 
     assert {path.rpartition(".")[2] for path in life.layers} == {"c_attn", "c_fc"}
 
 
+@pytest.mark.slow
 def test_a_decoder_with_a_head_of_classes(tmp_path: Path) -> None:
     """It looks for the last token that is no padding, of which a shape has none."""
     _, found = lived(
@@ -446,6 +447,7 @@ def test_codes_judged_in_pieces_are_judged_as_a_whole(double: bool, monkeypatch:
     assert verdicts() == {False}
 
 
+@pytest.mark.slow
 def test_what_attaching_changes_in_a_large_model_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from harness.conformance import subject
     from reference import lora

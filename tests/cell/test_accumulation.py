@@ -54,6 +54,7 @@ def one_step(
     return found, samples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [2, 4, 8])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("who", ["reference", "fused"])

@@ -74,6 +74,7 @@ def trained(
     return {n: p.detach() for n, p in model.named_parameters()}, samples, stepping, optimizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "name", "dtype", "implementation"),
     [
@@ -192,6 +193,7 @@ def test_the_authors_optimizer_has_8_bit_moments_in_a_cell() -> None:
     assert sum(t.numel() for t in narrow) == 2 * (4 * (3 * 24 * 256 + 2 * 128**2) + 512 * 128)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["adamw", "adamw-8bit"])
 def test_its_bytes_are_those_predicted(name: str, dtype: str) -> None:
@@ -230,6 +232,7 @@ def lived(folder: Path, optimizer: Any, layerwise: bool) -> Memory:
     return memory
 
 
+@pytest.mark.slow
 def test_a_cell_takes_less_by_what_was_predicted(tmp_path: Path) -> None:
     gc.freeze()  # each phase of a Cell collects garbage, and need not look at what torch and transformers have made
     plain, small = (lived(tmp_path / name, name, wise) for name, wise in (("adamw", False), ("adamw-8bit", True)))

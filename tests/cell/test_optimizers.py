@@ -75,6 +75,7 @@ def test_the_class_that_steps_is_recorded(
     assert (group["lr"], group["betas"], group["eps"]) == (1e-3, list(optimizers.BETAS), optimizers.EPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["adamw", "adamw-8bit"])

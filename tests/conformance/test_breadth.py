@@ -32,6 +32,7 @@ def beyond(target: str, breadth: CaseSelection) -> list[Any]:
     return list(plan.cases(breadth))[len(list(plan.cases(FEW))) :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", parity_suite.names())
 def test_a_seed_always_draws_the_same_cases_and_another_seed_others(target: str) -> None:
     first = beyond(target, DRAWN)

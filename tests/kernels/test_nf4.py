@@ -74,6 +74,7 @@ def test_many_pieces_are_as_one(dtype: torch.dtype, block: int, threads: int) ->
     assert torch.equal(nf4.dequantize_double(packed, *two, block, 256, W.shape, dtype), want)
 
 
+@pytest.mark.slow
 def test_large_results_are_right_in_inference_mode_too(threads: int) -> None:
     W = torch.randn(2900, 2900, generator=torch.Generator().manual_seed(0))  # above 32 MiB
     with torch.inference_mode():

@@ -165,6 +165,7 @@ def test_optimizers(optimizer: str, method: str) -> None:
     agree(cell(method, optimizer=optimizer), LLAMA)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [{"checkpointing": True}, {"accumulate": 4}], ids=str)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_what_only_changes_the_cost(method: str, training: dict[str, Any]) -> None:

@@ -98,6 +98,7 @@ def test_no_other_rank_has_a_larger_product(of_llama_7b: dict[str, Any], capsys:
         assert needed.total > 24 * 2**30
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counted")
 def test_what_does_not_fit_says_what_it_would_take(capsys: pytest.CaptureFixture[str]) -> None:
     found = document(capsys, "--memory", "24GiB")
@@ -111,6 +112,7 @@ def test_what_does_not_fit_says_what_it_would_take(capsys: pytest.CaptureFixture
     assert (frozen["because"], frozen["ledger"]) == ("nothing of this model trains", None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counted")
 def test_the_memory_that_papers_print(capsys: pytest.CaptureFixture[str]) -> None:
     # Full fine-tuning in bfloat16 with float32 masters: 2 + 2 + 4 + 8 bytes a weight. ZeRO, arXiv:1910.02054, section 3.1.
@@ -124,6 +126,7 @@ def test_the_memory_that_papers_print(capsys: pytest.CaptureFixture[str]) -> Non
     assert abs(packed / ((found["parameters"] - outside / 2) * 4.127 / 8) - 1) <= FOOTPRINT_LEDGER
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counted")
 def test_paged_states_are_counted_apart(capsys: pytest.CaptureFixture[str]) -> None:
     paged = row(document(capsys, "--memory", "1TB", "--optimizer", "paged-adamw"), "full")["ledger"]
@@ -137,6 +140,7 @@ def test_paged_states_are_counted_apart(capsys: pytest.CaptureFixture[str]) -> N
     assert "  host" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counted")
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     words = [word for name in ASKED for word in ("--method", name)]
@@ -153,6 +157,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, printed.out.splitlines())) <= 140
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counted")
 def test_more_tokens_leave_room_for_fewer_texts(capsys: pytest.CaptureFixture[str]) -> None:
     short, long = (row(document(capsys, "--memory", "40GiB", "--tokens", n), "lora", "nf4") for n in ("256", "2048"))
@@ -222,6 +227,7 @@ def test_a_folder_with_a_config_is_enough(tmp_path: Path, capsys: pytest.Capture
     assert "reads 256 tokens at most, got 257" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counted")
 @pytest.mark.parametrize("share", [0.4, 0.97, 1.3, 3.0])
 def test_a_step_says_what_fits(
@@ -300,6 +306,7 @@ def answered_here(questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(json.loads(json.dumps(said)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("counted")
 @pytest.mark.parametrize(
     ("memory", "of_rank", "rank"), [("24GiB", 2**28, 32), ("13GiB", 2**20, 256), ("24GiB", 2**34, 1)]

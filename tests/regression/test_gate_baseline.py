@@ -682,6 +682,7 @@ def test_explain_tells_the_rule_of_every_kind() -> None:
 # ---- the price
 
 
+@pytest.mark.slow
 def test_a_thousand_cells_are_read_twice_for_hash_and_content_and_without_torch(tmp_path: Path) -> None:
     one = recorded_run.cells()["reference"]
     one = one.model_copy(update={"evaluation": one.evaluation.model_copy(update={"items": 200})})

@@ -262,6 +262,7 @@ def line_of(name: str, said: str) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_a_kernel_with_a_busy_wait_of_thirty_per_cent_fails_the_session(
     project, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:

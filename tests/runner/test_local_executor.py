@@ -161,6 +161,7 @@ def test_a_driver_that_does_not_answer_at_once_ends_no_run(tmp_path: Path, monke
     assert records[2].because == "nvidia-smi does not answer: timed out; it was waited for 0.001 s"
 
 
+@pytest.mark.slow
 def test_a_driver_that_takes_its_time_holds_no_cell_up(tmp_path: Path) -> None:
     run, looks, ended, waited = (
         stub_attempts.Stubbed(tmp_path, 2, timeout=3.0),

@@ -280,6 +280,7 @@ def test_a_mistake_of_shape_comes_with_those_of_other_entries(name: str, tmp_pat
     assert without_lines(found) >= FAR_SHAPES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEANING)
 def test_a_mistake_of_meaning_comes_with_those_of_other_entries(name: str, tmp_path: Path) -> None:
     found = mistakes(tmp_path / "suite.yaml", changed(MEANING, name) + FAR_MEANING)
