@@ -65,7 +65,7 @@ def _row(r: Rerun) -> dict[str, Any]:
     word = VerdictKind.PASS if r.equal else VerdictKind.FAIL if r.unexplained else VerdictKind.INCONCLUSIVE
     same = {True: "equal to the last bit", False: "differ", None: "none to compare"}
     first = "" if r.first_step is None else f" from step {r.first_step}"
-    why = [*r.causes, *([_NO_CAUSE] if r.unexplained else []), *(f"they part at the {p}" for p in r.parted)]
+    why = [*r.causes, *([_NO_CAUSE] if r.unexplained else []), *(f"the runs differ in the {d}" for d in r.seeded)]
     return {
         "name": r.label,
         "records": [

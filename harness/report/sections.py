@@ -191,7 +191,7 @@ def environment(facts: RunFacts) -> Section:
     """Show the environment of most Records of the run, its assets, and the Records from other environments."""
     own = usual_environment(facts.run)
     elsewhere = [
-        {"differences": "; ".join(differences), "cells": [links.row(facts, r.cell) for r in records]}
+        {"differences": differences, "cells": [links.row(facts, r.cell) for r in records]}
         for differences, records in strangers(facts.run).items()
         if differences
     ]

@@ -116,7 +116,7 @@ def _alerts(f: RunFacts) -> list[dict[str, Any]]:
         found.append({"text": text, "items": [f"{name}: {why}" for name, why in f.run.broken.items()]})
     usual = reproducibility.usual_environment(f.run)
     elsewhere = [
-        f"{plural(n, 'Cell')}: {'; '.join(differences) or 'the id alone differs'}"
+        f"{plural(n, 'Cell')}: {differences or 'only the id differs'}"
         for differences, records in reproducibility.strangers(f.run).items()
         if (n := sum(r.environment.id != usual.id for r in records))
     ]

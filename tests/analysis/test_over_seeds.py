@@ -74,7 +74,7 @@ def test_luck_with_seeds_is_not_taken_for_merit() -> None:
         found = over_seeds.difference(left, right)
         assert found is not None
         by_both += found.p <= 1 - intervals.LEVEL
-        only = [over_seeds._by_id(run) for run in (left[0], right[0])]
+        only = [run.answers for run in (left[0], right[0])]
         table = [sum(only[s][i] > only[1 - s][i] for i in only[0]) for s in (0, 1)]
         by_items += intervals.mcnemar(*table) <= 1 - intervals.LEVEL
     assert intervals.wilson(by_both, trials)[0] <= 1 - intervals.LEVEL

@@ -121,7 +121,7 @@ def test_many_cells_at_once_get_the_verdicts_that_each_gets_alone() -> None:
                 (PairFinding.SAME, found.same),
             ):
                 words[still_open & mask] = word
-            still_open &= ~found.settled
+            still_open &= ~found.decided
         alone = [decide(a, b, DESIGN).word for a, b in zip(first.tolist(), fresh.tolist(), strict=True)]
         assert alone == list(words)
         seen |= set(alone)

@@ -22,7 +22,7 @@ def test_a_run_is_held_to_the_spread_of_the_kept_ones(new: float, pace: Pace) ->
     assert found.pace is pace
     low, high = found.interval
     assert low < new / found.base - 1 < high
-    assert f"5 runs kept; finds {100 * found.mde80:.0f} % with 80 % power" in found.sentence
+    assert f"5 saved runs; finds {100 * found.mde80:.0f} % with 80 % power" in found.sentence
     assert ("does it still do the same work?" in found.sentence) == (pace is Pace.FASTER)
 
 
@@ -39,7 +39,7 @@ def test_the_margin_is_no_finding_and_may_be_chosen() -> None:
 def test_fewer_than_three_runs_have_an_assumed_spread_and_say_so() -> None:
     found = judge(FIVE[:1], rounds(1.3e-3))
     assert found.pace is Pace.SLOWER
-    assert f"a deviation of {100 * ASSUMED:g} % from run to run is assumed" in found.sentence
+    assert f"a deviation of {100 * ASSUMED:g} % between runs is assumed" in found.sentence
     assert judge(FIVE[:1], rounds(1.2e-3)).pace is Pace.INCONCLUSIVE
     assert judge(FIVE[:1], rounds(1.3e-3, spread=1.0)).pace is Pace.INCONCLUSIVE  # rounds that are all over the place
     assert "assumed" not in judge(FIVE[:3], rounds(1.3e-3)).sentence

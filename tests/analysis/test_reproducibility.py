@@ -101,9 +101,9 @@ def test_where_two_runs_parted_is_named_but_excuses_nothing(tmp_path: Path, fiel
     one = _again(tmp_path / "one", lambda _, r: _trained(r, **{field: "1111"}))
     two = _again(tmp_path / "two", lambda n, r: _trained(_nudged(n, r), **{field: "2222"}))
     unequal = _unequal([one, two])
-    assert (unequal.parted, unequal.unexplained) == ((says,), True)
+    assert (unequal.seeded, unequal.unexplained) == ((says,), True)
     old = _again(tmp_path / "old", _nudged)
-    assert _unequal([one, old]).parted == ()
+    assert _unequal([one, old]).seeded == ()
 
 
 def test_two_reruns_elsewhere_are_compared_with_each_other(first: Run, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from harness.analysis import tracked_metrics
 from harness.analysis.run_facts import analyse
-from harness.analysis.statistics.percentiles import percentile
+from harness.analysis.statistics.intervals import percentile
 from harness.cell.measure import multi_adapter_latency
 from harness.conformance.subject import Subject, adaptable_layers, configure
 from harness.methods.registry import discover

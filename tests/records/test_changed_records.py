@@ -64,7 +64,7 @@ def test_a_record_that_was_changed_does_not_count(
     assert main(["report", str(run.path)]) == Exit.FAIL
     out = capsys.readouterr().out
     assert f"changed: {name} {what}, and does not count" in out
-    assert f"not as the run left them: {name}" in out.splitlines()[-2]
+    assert f"changed after the run: {name}" in out.splitlines()[-2]
     built = view.build([analyse(again)])["runs"][0]
     (alert,) = built["alerts"]
     assert alert["items"] == [f"{name} {what}"]

@@ -364,7 +364,7 @@ def test_a_small_drop_is_open_and_with_a_wide_margin_no_worse(base: store.Run) -
     drop = only("fused", lambda r: recorded_run.with_accuracy(r, 0.805))
     strict = against(base, drop, strict=True, margins=Margins(accuracy=0.001))
     assert (found(strict, FindingKind.ACCURACY)[0].word, strict.exit) == (VerdictKind.INCONCLUSIVE, Exit.INCONCLUSIVE)
-    assert "it would have found" in found(strict, FindingKind.ACCURACY)[0].reason
+    assert "smallest detectable drop" in found(strict, FindingKind.ACCURACY)[0].reason
     assert found(against(base, drop), FindingKind.ACCURACY)[0].word is VerdictKind.PASS
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.analysis.statistics import pair_order
+from harness.analysis.statistics import pair_design
 from harness.analysis.statistics.pair_design import Design
 from harness.analysis.statistics.paired import look
 
@@ -62,7 +62,7 @@ def heavy_tailed(df: float) -> Luck:
 
 def log_ratios(rng: np.random.Generator, cells: int, pairs: int, luck: Luck, effect: float = 0.0) -> Floats:
     """Return log(B / A) of shape (cells, pairs) for a B that takes 1 + effect of A's time."""
-    arms = [pair_order.order(pairs, int(seed)) for seed in rng.integers(2**31, size=ORDERS)]
+    arms = [pair_design.order(pairs, int(seed)) for seed in rng.integers(2**31, size=ORDERS)]
     is_b = np.array([[arm == "B" for arm in order] for order in arms])[rng.integers(ORDERS, size=cells)]
     when = np.arange(2 * pairs) / (2 * pairs)
     logs = luck(rng, (cells, 2 * pairs)) + rng.normal(0.0, SESSION, (cells, 1)) + WARMING * -np.expm1(-4 * when)
@@ -106,7 +106,7 @@ def gate(rng: np.random.Generator, cells: int, design: Design, luck: Luck, effec
             faster + int(found.faster.sum()),
             same + int(found.same.sum()),
         )
-        pairs = pairs[~found.settled]
+        pairs = pairs[~found.decided]
     return Nights(cells, suspects, slower, faster, same, runs / cells)
 
 

@@ -125,7 +125,7 @@ def _other_place(place: Mapping[str, str], runs: Path) -> list[str]:
     """List the differences between a place and the place of the runs in a folder, except for Cells that ran at once."""
     folders = [run for run in sorted(runs.iterdir()) if (run / "run.json").is_file()]
     here = [tracked_metrics.place(record) for run in folders for record in store.read_run(run).records]
-    shared = {key: value for key, value in place.items() if key == tracked_metrics.BESIDE}
+    shared = {key: value for key, value in place.items() if key == tracked_metrics.CONCURRENT}
     return sorted({difference for one in here for difference in tracked_metrics.place_changes(place, one | shared)})
 
 

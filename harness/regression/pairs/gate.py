@@ -160,7 +160,7 @@ def _document(
         "old": {"asked": request.old, "is": labels[0]}, "new": {"asked": request.new, "is": labels[1]},
         "suite": request.suite, "only": request.only, "seed": seed, "design": asdict(design), "cells": cells,
         "findings": [asdict(row) for row in judged.rows if not row.same],
-        "residue": list(judged.residue), "canary": canary, "canaries": judged.canaries.sentence,
+        "residue": list(judged.differences), "canary": canary, "canaries": judged.canaries.sentence,
         "closed": judged.canaries.closed,
         "verdict": {"word": judged.verdict.word.value, "reason": judged.verdict.reason},
     }  # fmt: skip
@@ -170,5 +170,5 @@ def _time(cell: CellComparison, metric: str, judged: JudgedPairs) -> dict[str, A
     timed = cell.timed.get(metric)
     return {
         "old_s": cell.seconds(0, metric), "new_s": cell.seconds(1, metric), "verdict": asdict(timed) if timed else None,
-        "adjusted_p": judged.adjusted.get(cell.called(metric)),
+        "adjusted_p": judged.adjusted.get(cell.title(metric)),
     }  # fmt: skip
