@@ -39,11 +39,6 @@ class RunFacts:
         """Changes made to the newest Records after the run, by cell_id; see `Run.doubtful`."""
         return self.run.doubtful()
 
-    @property
-    def how(self) -> str:
-        """End of the run: that of its footer, or `incomplete` without one."""
-        return self.run.footer.how if self.run.footer else "incomplete"
-
     @cached_property
     def verdict(self) -> RunVerdict:
         """The verdict on the run and on each question of its suite."""
@@ -89,7 +84,7 @@ class RunFacts:
     def unfinished(self) -> str:
         """Describe the end of an unfinished run, as the rest of a sentence."""
         if self.run.footer is not None:
-            return f"was {self.run.footer.how}"
+            return f"was {self.run.how}"
         if _FOOTER in self.run.broken:
             return "has a footer that cannot be read, so it counts as cut off"
         return "has no footer: it was cut off, or is still running"

@@ -45,17 +45,13 @@ class JudgedTrajectory:
     """Step of the worst ratio, from 0."""
 
 
-@dataclass(frozen=True)
-class SameLosses:
-    """Verdict on a `same-losses` comparison."""
+def judge(
+    comparison: Comparison, cells: Mapping[str, Cell], records: Mapping[str, Record]
+) -> tuple[Verdict, tuple[JudgedTrajectory, ...]]:
+    """Judge a `same-losses` comparison: every Cell of `left` against its float64 counterpart in `right`.
 
-    verdict: Verdict
-    subjects: tuple[JudgedTrajectory, ...]
-    """Verdicts on the Cells of `left`."""
-
-
-def judge(comparison: Comparison, cells: Mapping[str, Cell], records: Mapping[str, Record]) -> SameLosses:
-    """Judge every Cell of `left` against its float64 counterpart in `right`; `records` maps cell_id to its Record."""
+    records: by cell_id. Returns the verdict and the verdicts on the Cells of `left`.
+    """
     subjects = tuple(_judge_one(cells[i], comparison.right, cells, records) for i in comparison.left)
     names = naming.full(cells.values())
     word = joint(s.verdict.word for s in subjects)
@@ -70,7 +66,7 @@ def judge(comparison: Comparison, cells: Mapping[str, Cell], records: Mapping[st
         text = {VerdictKind.FAIL: "outside the noise", VerdictKind.NOT_RUN: "not judged"}.get(word, "undecided")
         reasons = [f"{names[s.cell_id]}: {s.verdict.reason}" for s in subjects if s.verdict.word is word]
         reason = f"{text}: {'; '.join(reasons)}"
-    return SameLosses(Verdict(word, reason if subjects else "it names no Cells", ids), subjects)
+    return Verdict(word, reason if subjects else "it names no Cells", ids), subjects
 
 
 def _judge_one(

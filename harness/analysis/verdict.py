@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from harness.analysis import failed_checks as parity
 from harness.analysis import trajectories
 from harness.analysis.ranking import Score, accuracies, score, why_not_comparable
 from harness.analysis.statistics import over_seeds
+from harness.analysis.trajectories import JudgedTrajectory
 from harness.analysis.verdict_kind import Verdict, VerdictKind, joint
 from harness.errors import Exit, first_names, plural
 from harness.records import naming
@@ -30,8 +31,8 @@ class QuestionVerdict:
     comparison: Comparison
     """The question."""
     verdict: Verdict
-    losses: trajectories.SameLosses | None = None
-    """Details of a `same-losses` comparison; None for another kind."""
+    trajectories: tuple[JudgedTrajectory, ...] | None = None
+    """Verdicts on the Cells of a `same-losses` comparison; None for another kind."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,6 @@ class RunVerdict:
     """Ids of Records that depart from their Method or diverged."""
     missing: tuple[str, ...]
     """cell_ids without a Record."""
-    how: str
-    """End of the run: `finished`, `interrupted`, `failed`, or `incomplete` without a footer."""
     judgements: tuple[QuestionVerdict, ...]
     """Verdicts on the questions of the suite."""
     parity: Parity
@@ -88,9 +87,8 @@ def judge(run: Run) -> RunVerdict:
     if doubtful := run.doubtful():
         counts["changed"] = len(doubtful)
     nonconforming = tuple(r.id for r in latest.values() if parity.nonconforming(r))
-    how = run.footer.how if run.footer else "incomplete"
-    verdict, code = _whole(run, latest, judgements, nonconforming, how)
-    return RunVerdict(verdict, code, dict(counts), nonconforming, missing, how, judgements, _parity(latest))
+    verdict, code = _whole(run, latest, judgements, nonconforming)
+    return RunVerdict(verdict, code, dict(counts), nonconforming, missing, judgements, _parity(latest))
 
 
 def _parity(latest: dict[str, Record]) -> Parity:
@@ -108,8 +106,7 @@ def _judge_comparison(comparison: Comparison, run: Run, latest: dict[str, Record
         reason = f"{plural(len(unknown), 'Cell')} of this question not in this run, e.g. because of --only: "
         return QuestionVerdict(comparison, Verdict(VerdictKind.NOT_RUN, reason + ", ".join(unknown)))
     if comparison.kind == "same-losses":
-        losses = trajectories.judge(comparison, cells, latest)
-        return QuestionVerdict(comparison, losses.verdict, losses)
+        return QuestionVerdict(comparison, *trajectories.judge(comparison, cells, latest))
     return QuestionVerdict(comparison, _better(comparison, cells, latest))
 
 
@@ -127,7 +124,7 @@ def _better(comparison: Comparison, cells: Mapping[str, Cell], latest: Mapping[s
     sides = [_recipes(ids, cells) for ids in (comparison.left, comparison.right)]
     names = naming.full(cells.values()) | naming.recipes(cells.values())
     pairs = list(itertools.product(*sides))
-    outcomes = [o for left, right in pairs for o in _compare(left, right, cells, latest, names)]
+    outcomes = [outcome for pair in pairs for outcome in _compare(*pair, latest, names)]
     ids = tuple(latest[i].id for i in dict.fromkeys(comparison.left + comparison.right) if i in latest)
     if not outcomes:
         return Verdict(VerdictKind.NOT_RUN, "it names no Cells", ids)
@@ -142,59 +139,53 @@ def _better(comparison: Comparison, cells: Mapping[str, Cell], latest: Mapping[s
         VerdictKind.INCONCLUSIVE: "the interval of the difference contains 0" if several else "the intervals overlap",
         VerdictKind.PASS: "the interval of the difference lies above 0" if several else "the intervals lie apart",
     }[kind]
-    more_pairs = ""
-    if len(pairs) > 1:
-        count = "the closest of" if kind is VerdictKind.PASS else f"so in {len(sentences)} of"
-        more_pairs = f" ({count} {len(pairs)} pairs)"
-    return Verdict(kind, f"{text}: {sentences[0]}{more_pairs}", ids)  # the worst pair represents the others
+    # The worst pair represents the others.
+    count = "the closest of" if kind is VerdictKind.PASS else f"so in {len(sentences)} of"
+    others = f" ({count} {len(pairs)} pairs)" if len(pairs) > 1 else ""
+    return Verdict(kind, f"{text}: {sentences[0]}{others}", ids)
 
 
-def _recipes(ids: list[str], cells: Mapping[str, Cell]) -> list[list[str]]:
+def _recipes(ids: list[str], cells: Mapping[str, Cell]) -> list[list[Cell]]:
     """Group the Cells that differ in the seed alone, in the order of their seeds."""
-    found: dict[str, list[str]] = {}
-    for cell_id in sorted(ids, key=lambda i: cells[i].seed):
-        found.setdefault(cells[cell_id].recipe_id, []).append(cell_id)
-    order = list(dict.fromkeys(cells[i].recipe_id for i in ids))
-    return [found[recipe] for recipe in order]
+    found: dict[str, list[Cell]] = {cells[i].recipe_id: [] for i in ids}
+    for cell in sorted((cells[i] for i in ids), key=lambda cell: cell.seed):
+        found[cell.recipe_id].append(cell)
+    return list(found.values())
 
 
 def _compare(
-    left: list[str], right: list[str], cells: Mapping[str, Cell], latest: Mapping[str, Record], names: Mapping[str, str]
-) -> Iterator[_PairOutcome]:
-    """Judge one pair of recipes, or yield every reason against a verdict.
+    left: list[Cell], right: list[Cell], latest: Mapping[str, Record], names: Mapping[str, str]
+) -> list[_PairOutcome]:
+    """Judge one pair of recipes; return all reasons if they cannot be judged.
 
     With several seeds, the interval of the difference decides; with one run of each, the two intervals of the accuracies.
     """
 
-    def not_run(sentence: str) -> _PairOutcome:
-        return _PairOutcome(0.0, sentence, VerdictKind.NOT_RUN)
+    def not_run(*sentences: str) -> list[_PairOutcome]:
+        return [_PairOutcome(0.0, sentence, VerdictKind.NOT_RUN) for sentence in sentences]
 
-    a_name, b_name = (names[side[0] if len(side) == 1 else cells[side[0]].recipe_id] for side in (left, right))
-    if refusal := why_not_comparable(cells[left[0]], cells[right[0]]):
-        yield not_run(f"{a_name} and {b_name} are not comparable: {refusal}")
-        return
-    missing = [f"{names[i]} {why}" for i in (*left, *right) if (why := _why_no_accuracy(latest.get(i)))]
-    if missing:
-        yield from map(not_run, missing)
-        return
-    a_runs, b_runs = ([latest[i] for i in side] for side in (left, right))
+    a_name, b_name = (names[side[0].cell_id if len(side) == 1 else side[0].recipe_id] for side in (left, right))
+    if refusal := why_not_comparable(left[0], right[0]):
+        return not_run(f"{a_name} and {b_name} are not comparable: {refusal}")
+    ids = [cell.cell_id for cell in (*left, *right)]
+    if missing := [f"{names[i]} {why}" for i in ids if (why := _why_no_accuracy(latest.get(i)))]:
+        return not_run(*missing)
+    a_runs, b_runs = ([latest[cell.cell_id] for cell in side] for side in (left, right))
     a, b = score(a_runs), score(b_runs)
     sentence = f"{a_name} {_interval(a)} against {b_name} {_interval(b)}"
     low, high = a.low - b.high, a.high - b.low
     if not len(left) == len(right) == 1:
-        seeds = [[record.cell.seed for record in side] for side in (a_runs, b_runs)]
+        seeds = [[cell.seed for cell in side] for side in (left, right)]
         if seeds[0] != seeds[1]:
-            yield not_run(f"{sentence}: their seeds are not the same, {seeds[0]} against {seeds[1]}")
-            return
+            return not_run(f"{sentence}: their seeds are not the same, {seeds[0]} against {seeds[1]}")
         found = over_seeds.difference(accuracies(a_runs), accuracies(b_runs))
         if found is None:
-            yield not_run(f"{sentence}: they were not scored on the same items")
-            return
+            return not_run(f"{sentence}: they were not scored on the same items")
         low, high = found.interval
         difference = f"{100 * found.value:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
         sentence = f"{sentence}: {difference} over {len(left)} seeds"
     kind = VerdictKind.PASS if low > 0 else VerdictKind.FAIL if high < 0 else VerdictKind.INCONCLUSIVE
-    yield _PairOutcome(low, sentence, kind)
+    return [_PairOutcome(low, sentence, kind)]
 
 
 def _why_no_accuracy(record: Record | None) -> str:
@@ -202,7 +193,7 @@ def _why_no_accuracy(record: Record | None) -> str:
         return "is missing"
     if record.measurements is None:
         return f"is {record.status.value}: {record.because}"
-    return "" if record.measurements.accuracy else "was not scored"
+    return "" if record.accuracy else "was not scored"
 
 
 def _interval(a: Score) -> str:
@@ -210,11 +201,7 @@ def _interval(a: Score) -> str:
 
 
 def _whole(
-    run: Run,
-    latest: dict[str, Record],
-    judgements: tuple[QuestionVerdict, ...],
-    nonconforming: tuple[str, ...],
-    how: str,
+    run: Run, latest: dict[str, Record], judgements: tuple[QuestionVerdict, ...], nonconforming: tuple[str, ...]
 ) -> tuple[Verdict, Exit]:
     def verdict(kind: VerdictKind, ids: Iterable[str], *reasons: str) -> Verdict:
         return Verdict(kind, "; ".join(filter(None, reasons)), tuple(dict.fromkeys(ids)))
@@ -242,14 +229,14 @@ def _whole(
         return verdict(VerdictKind.NOT_RUN, ids, "no Cell was measured"), Exit.NOTHING_COMPARED
 
     missing = len(run.missing())
-    if bad or missing or run.broken or how != "finished":
+    if bad or missing or run.broken or run.how != "finished":
         return verdict(
             VerdictKind.INCONCLUSIVE,
             [r.id for r in bad],
             f"{plural(len(bad), 'Cell')} not measured ({_statuses(bad)})" if bad else "",
             f"{plural(missing, 'Cell')} without any Record" if missing else "",
             plural(len(run.broken), "unreadable file") if run.broken else "",
-            f"the run is {how}" if how != "finished" else "",
+            f"the run is {run.how}" if run.how != "finished" else "",
         ), Exit.INFRASTRUCTURE
 
     undecided = [j for j in judgements if j.verdict.word is not VerdictKind.PASS]

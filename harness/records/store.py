@@ -101,6 +101,11 @@ class Run:
     """Files that were changed after the run, by path in the folder, with the change; changed Records do not
     count."""
 
+    @property
+    def how(self) -> str:
+        """End of the run: `finished`, `interrupted`, `failed`, or `incomplete` without a footer."""
+        return self.footer.how if self.footer else "incomplete"
+
     def latest(self) -> dict[str, Record]:
         """Map cell_id to its newest attempt, in the manifest's order; Cells without a valid newest attempt are left out."""
         newest, doubtful = self._newest, self.doubtful()

@@ -53,9 +53,9 @@ def _curve(facts: RunFacts, records: Sequence[Record]) -> charts.ChartSeries:
 
 def losses(facts: RunFacts, judgement: QuestionVerdict) -> Section | None:
     """Show a `same-losses` comparison step by step; None for other comparisons."""
-    if judgement.losses is None:
+    subjects = judgement.trajectories
+    if subjects is None:
         return None
-    subjects = judgement.losses.subjects
     measured_ones = [s for s in subjects if s.errors]
     by_noise = [s for s in measured_ones if s.by == "noise"]
     drawing = None

@@ -44,7 +44,7 @@ def summary(f: RunFacts) -> list[str]:
         for c in failed_checks.failed(r)
     ]
     lines += [f"diverged: {f.titles[r.cell_id]}: {why}" for r in f.latest.values() if (why := divergence.diverging(r))]
-    if f.verdict.how != "finished":
+    if f.run.how != "finished":
         lines.append(f"incomplete: this run {f.unfinished()}")
     lines += [f"changed: {name} {what}, and does not count" for name, what in f.run.changed.items()]
     lines += [f"missing: {f.titles[i]} ({i})" for i in f.verdict.missing]

@@ -92,7 +92,7 @@ def _verdict(f: RunFacts) -> dict[str, Any]:
 def _alerts(f: RunFacts) -> list[dict[str, Any]]:
     """Return the alerts: unfinished run, missing Cells, changed or torn files, Records from other environments."""
     found: list[dict[str, Any]] = []
-    if f.verdict.how != "finished":
+    if f.run.how != "finished":
         hint = f"peft-harness run SUITE --resume {f.run.manifest.run} measures the rest"
         found.append({"text": f"This run {f.unfinished()}. What it holds is shown below.", "items": [hint]})
     if f.run.changed:

@@ -3,12 +3,13 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from harness.analysis import ranking, trajectories, verdict
 from harness.analysis.statistics import intervals
-from harness.analysis.verdict_kind import VerdictKind, joint
+from harness.analysis.verdict_kind import Verdict, VerdictKind, joint
 from harness.errors import Exit
 from harness.records import naming
 from harness.records.manifest import Comparison
@@ -104,7 +105,12 @@ def _records() -> dict[str, Record]:
     return {name: recorded_run.record(name, cell) for name, cell in recorded_run.cells().items()}
 
 
-def _same_losses(records: dict[str, Record]) -> trajectories.SameLosses:
+class SameLosses(NamedTuple):
+    verdict: Verdict
+    subjects: tuple[trajectories.JudgedTrajectory, ...]
+
+
+def _same_losses(records: dict[str, Record]) -> SameLosses:
     cells = {c.cell_id: c for c in recorded_run.cells().values()} | {r.cell_id: r.cell for r in records.values()}
     asked = Comparison(
         kind="same-losses",
@@ -112,7 +118,7 @@ def _same_losses(records: dict[str, Record]) -> trajectories.SameLosses:
         right=[recorded_run.cells()["float64"].cell_id],
         says="same",
     )
-    return trajectories.judge(asked, cells, {r.cell_id: r for r in records.values()})
+    return SameLosses(*trajectories.judge(asked, cells, {r.cell_id: r for r in records.values()}))
 
 
 def _losses(record: Record) -> list[float]:
@@ -351,8 +357,9 @@ def _whole(tmp_path: Path, **kwargs: object) -> Run:
 
 
 def test_a_whole_run_passes(tmp_path: Path) -> None:
-    v = verdict.judge(_whole(tmp_path))
-    assert (v.verdict.word, v.exit_code(strict=True), v.counts, v.how) == (
+    run = _whole(tmp_path)
+    v = verdict.judge(run)
+    assert (v.verdict.word, v.exit_code(strict=True), v.counts, run.how) == (
         VerdictKind.PASS,
         Exit.PASS,
         {"ok": 10},

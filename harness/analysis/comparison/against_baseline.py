@@ -54,7 +54,7 @@ def judge(base: RunFacts, new: RunFacts, *, margins: Margins | None = None, stri
     rows += baseline_scores.rows([(p.base, p.new) for p in measured], _recipe_names(cells, names), margins)
     rows += environment_differences.rows([(p.base, p.new) for p in pairs])
     sides = (("baseline", base.run), ("run", new.run))
-    notes: tuple[str, ...] = () if new.how == "finished" else (f"the run is {new.how}",)
+    notes: tuple[str, ...] = () if new.run.how == "finished" else (f"the run is {new.run.how}",)
     for side, run in sides:
         # Only hashes reveal an edit. A run without a footer is reported as unfinished already.
         if not (run.footer.sha256 if run.footer else side == "run"):
