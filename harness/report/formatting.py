@@ -6,6 +6,7 @@ from typing import Any
 
 from harness.analysis.ranking import Score
 from harness.analysis.statistics.intervals import Median
+from harness.records.check import CheckResult
 from harness.records.record import Accuracy
 
 DASH = "—"
@@ -72,11 +73,24 @@ def probability(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
-def scientific(x: float | None, missing: str = DASH) -> str:
+def scientific(x: float | None) -> str:
     """Write an error or a bound to three digits."""
     if x is None:
-        return missing
+        return DASH
     return f"{x:.3g}" if x == 0 or 1e-3 <= abs(x) < 1000 else f"{x:.2e}"
+
+
+def check_fields(check: CheckResult) -> dict[str, str]:
+    """Write the numbers and texts of a check, for a row of a table."""
+    texts = {name: getattr(check, name) or DASH for name in ("tensor", "worst", "policy")}
+    nonfinite = f"{check.nonfinite} not finite" if check.nonfinite else ""
+    return texts | {
+        "check": check.check,
+        "error": scientific(check.error),
+        "allowed": scientific(check.allowed),
+        "share": DASH if check.share is None else f"{check.share:.2g}",
+        "detail": "; ".join(filter(None, [check.detail, nonfinite])),
+    }
 
 
 def accuracy(a: Accuracy | Score) -> str:

@@ -69,7 +69,7 @@ def test_a_record_that_was_changed_does_not_count(
     (alert,) = built["alerts"]
     assert alert["items"] == [f"{name} {what}"]
     assert "--resume measures its Cell again" in alert["text"]
-    assert {c["status"]: c["count"] for c in built["counts"]} == {"ok": 9, "changed": 1}
+    assert {c["word"]: c["count"] for c in built["counts"]} == {"ok": 9, "changed": 1}
     (shown,) = (r for g in built["comparison"]["groups"] for r in g["rows"] if r["record"] == FUSED.cell_id)
     assert shown["figures"][0]["text"] == "✗ changed"
     assert {figure["why"] for figure in shown["figures"]} == {f"{name} {what}"}

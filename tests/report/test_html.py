@@ -174,8 +174,7 @@ def test_cells_of_a_cluster_are_compared_with_each_other_and_not_with_the_runner
     run = recorded_run.write_run(tmp_path / "r", change=on_a_node)
     built = view.build([analyse(run)])["runs"][0]
     assert [a["items"] for a in built["alerts"]] == [["3 Cells: machine cpu: CPU a, CPU b"]]
-    machine = next(block["rows"] for block in built["environment"]["blocks"] if block["title"] == "Machine")
-    assert {row["key"]: row["value"] for row in machine} == {"cpu": "CPU a", "threads": "4"}
+    assert built["environment"]["blocks"]["Machine"] == {"cpu": "CPU a", "threads": "4"}
     (stranger,) = built["environment"]["strangers"]
     words = Page(html.render([analyse(run)])).text
     assert all(words.count(f"CPU a, CPU b: {c['title']}") == 1 for c in stranger["cells"][:1])
@@ -316,7 +315,7 @@ def test_a_cell_is_rerun_from_the_suite_as_it_was_given(given: str, tmp_path: Pa
 
 def test_golden_keys_of_the_view(good: store.Run) -> None:
     built = view.build([analyse(good)])
-    assert sorted(built) == ["data", "generated", "reproducibility", "runs", "title"]
+    assert sorted(built) == ["data", "reproducibility", "runs", "title"]
     assert sorted(built["runs"][0]) == [
         "about", "alerts", "alone", "comparison", "costs", "counts", "curves", "duration", "ended", "environment",
         "failures", "gpus", "groups", "id", "latency", "memory", "mixed", "notes", "over_seeds", "parity",

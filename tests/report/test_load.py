@@ -294,7 +294,7 @@ def test_records_of_one_attempt_that_differ_are_not_mixed(tmp_path: Path) -> Non
     other = recorded_run.write_run(
         tmp_path / "other", run="one", change=lambda n, r: recorded_run.failed(r) if n == "fused" else r
     )
-    with pytest.warns(UserWarning, match=f"Record {FUSED.cell_id}.1 is not as in another folder"):
+    with pytest.warns(UserWarning, match=f"Record {FUSED.cell_id}.1 differs from the one in another folder"):
         numbers = harness.load(first.path, other.path)
     assert cell(numbers.cells, FUSED.cell_id)["status"] == "ok"
 

@@ -142,7 +142,7 @@ def test_a_resumed_run_says_whose_time_it_tells(good: store.Run) -> None:
     resumed = dataclasses.replace(good, footer=good.footer.model_copy(update={"kept": 4, "seconds_total": 75.0}))
     inside = sum(r.duration_s for r in good.latest().values())
     said = view.build([analyse(resumed)])["runs"][0]["duration"]
-    assert said.startswith("resumed: the last invocation took 75.0 s and kept 4 of 10 Cells from earlier")
+    assert said.startswith("resumed: the last invocation took 75.0 s, after 4 of 10 Cells had been measured before")
     assert said.endswith(f"all Cells took {formatting.seconds(inside)} together")
     assert view.build([analyse(resumed)])["runs"][0]["time"]["sentence"].startswith(
         "In the last invocation, outside the Cells"
