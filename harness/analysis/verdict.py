@@ -124,7 +124,7 @@ def _better(comparison: Comparison, cells: Mapping[str, Cell], latest: Mapping[s
     sides = [_recipes(ids, cells) for ids in (comparison.left, comparison.right)]
     names = naming.full(cells.values()) | naming.recipes(cells.values())
     pairs = list(itertools.product(*sides))
-    outcomes = [outcome for pair in pairs for outcome in _compare(*pair, latest, names)]
+    outcomes = [outcome for left, right in pairs for outcome in _compare(left, right, latest, names)]
     ids = tuple(latest[i].id for i in dict.fromkeys(comparison.left + comparison.right) if i in latest)
     if not outcomes:
         return Verdict(VerdictKind.NOT_RUN, "it names no Cells", ids)

@@ -201,8 +201,8 @@ def _scope(g: Group) -> list[str]:
         spread = f"spread over seeds{f', moderated by that of all {len(g.ranked)} recipes' if moderated else ''}"
         scope = (
             f"Each accuracy is the mean of {len(g.seeds)} training runs (seeds {seeds}). Intervals, ties and p values (t"
-            f" test of paired items plus the {spread}, Holm-adjusted) are valid for new seeds and new test items, on the same"
-            " training data."
+            f" test of paired items plus the {spread}, Holm-adjusted) are valid for new seeds and new test items, with the"
+            " same training data."
         )
         basis = f"{g.budget.items:,} items, {len(g.seeds)} seeds"
     else:

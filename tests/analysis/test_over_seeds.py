@@ -238,7 +238,7 @@ def test_terminal_and_page_show_means_with_their_test(tmp_path: Path) -> None:
     assert "over seeds" in said
     page = Page(html.render([analyse(run)])).text
     assert "Means over seeds" in page
-    assert "Each is the mean of 3 training runs (seeds 0, 1, 2)." in page
+    assert "Each accuracy is the mean of 3 training runs (seeds 0, 1, 2)." in page
     assert "exact McNemar, Holm-adjusted" not in page
 
 
@@ -275,7 +275,7 @@ def test_what_a_search_tried_is_shown_and_not_ranked(tmp_path: Path) -> None:
     page = Page(html.render([analyse(run)])).text
     assert "Learning rates that were tried" in page
     assert "3 learning rates tried for each" in page
-    assert "a try of the search for a learning rate: not ranked" in page
+    assert "a try of the search for a learning rate is not ranked" in page
 
 
 def test_unequal_searches_are_not_ranked_together(tmp_path: Path) -> None:

@@ -231,7 +231,7 @@ def test_what_is_not_measured_is_a_dash_with_its_reason(tmp_path: Path) -> None:
         (
             by_name["float64"],
             "Against the best",
-            "nothing else has this budget, these seeds and as many learning rates tried",
+            "no other recipe has this budget, these seeds and this number of learning rates tried",
         ),
     ):
         shown = row(built["comparison"], record)[column]

@@ -71,8 +71,9 @@ def cost(
     )
     plot = _Plot(Canvas(title, description, 600, 380), left=52, right=590, top=12, bottom=336)
     c, left, right, top, bottom = plot.canvas, plot.left, plot.right, plot.top, plot.bottom
-    y = linear([v for one in (*points, *levels) for v in (one.low, one.high)], bottom, top)
-    shown = [one.cost for one in (*points, *stopped)]
+    intervals: Sequence[Point | Level] = [*points, *levels]
+    y = linear([v for one in intervals for v in (one.low, one.high)], bottom, top)
+    shown = [p.cost for p in points] + [s.cost for s in stopped]
     x = logarithmic(shown, left + 8, right - 8, 0.09) if log else linear(shown, left + 8, right - 8, 0.12)
     plot.y_axis(y, [(tick, f"{100 * tick:.4g} %") for tick in y.ticks(7)])
     plot.x_axis(x, axis, [(t, formatting.short_count(t) if log else f"{t:,.6g}") for t in x.ticks(6)])
