@@ -27,7 +27,7 @@ from harness.bench import (
 )
 from harness.bench import operations as timed_operations
 from harness.bench import run as command
-from harness.bench.adapted_llama import AdaptedLlama
+from harness.bench.adapted_llama import AdaptedLlama, StepSetting
 from harness.bench.planning import BenchRequest, BenchTask
 from harness.bench.results import BenchRow, Ceilings, Samples
 from harness.bench.sizes import MOST_PRODUCTS, MOST_WEIGHTS, SHAPES, BenchSize, sizes
@@ -65,6 +65,10 @@ def offered(name: str, target: str, function: Callable[..., Any], kind: Any = "o
 
 def reference(target: str) -> Callable[..., Any]:
     return operations.every()[target].reference
+
+
+def setting(name: str, registry: Registry, device: torch.device = CPU) -> StepSetting:
+    return StepSetting(name, LITTLE, "float32", device, registry)
 
 
 def rows(other: Implementation, registry: Registry, target: str = "lora_linear", pairs: int = 6) -> list[BenchRow]:
@@ -167,7 +171,7 @@ def test_a_step_whose_update_is_a_little_off_gets_no_speed(registry: Registry) -
         return adapted
 
     both = (registry.find("method", "lora", "reference"), offered("acme", "lora", wrong, "method"))
-    one = step_benchmark.row("lora", STEPS["lora"], both, ("", ""), LITTLE, "float32", CPU, 5, registry, {})
+    one = step_benchmark.row(setting("lora", registry), both, ("", ""), 5, {})
     assert (one.outcome, one.samples, one.red) == ("refused", None, True)
     assert "no parity: acme fails lora/" in one.because
 
@@ -179,7 +183,7 @@ def test_a_step_whose_update_is_a_little_off_gets_no_speed(registry: Registry) -
 def test_a_step_is_timed_beside_the_frozen_pass(registry: Registry, name: str) -> None:
     step = STEPS[name]
     both = (registry.find("method", step.method, "reference"), registry.find("method", step.method, "hf-peft"))
-    one = step_benchmark.row(name, step, both, ("", ""), LITTLE, "float32", CPU, 5, registry, {})
+    one = step_benchmark.row(setting(name, registry), both, ("", ""), 5, {})
     assert one.outcome == "measured", one.because
     assert one.samples is not None
     assert len(one.samples.limit) == 5
@@ -213,7 +217,7 @@ def test_a_refresh_counts_once_in_two_hundred_steps() -> None:
 
 def test_a_galore_step_is_made_of_whole_cycles(registry: Registry) -> None:
     both = (registry.find("method", "galore", "reference"),) * 2
-    one = step_benchmark.row("galore", STEPS["galore"], both, ("", ""), LITTLE, "float32", CPU, 5, registry, {})
+    one = step_benchmark.row(setting("galore", registry), both, ("", ""), 5, {})
     assert one.outcome == "measured", one.because
     assert one.samples is not None
     assert [len(cycle) for cycle in one.samples.parts["ours"]] == [step_benchmark.CYCLE] * 5
@@ -224,7 +228,7 @@ def test_a_galore_step_is_made_of_whole_cycles(registry: Registry) -> None:
 
 def test_memory_of_a_step_is_that_above_the_bare_process(registry: Registry) -> None:
     it = registry.find("method", "lora", "reference")
-    taken = step_benchmark.memory(STEPS["lora"], it, "", LITTLE, "float32", CPU, registry)
+    taken = step_benchmark.memory(setting("lora", registry), it)
     assert taken["peak_B"] >= taken["rest_B"] > 0
     two = row(memory={"fused": {"peak_B": 300, "rest_B": 200, "bare_B": 100}, "acme": {"peak_B": 500, "bare_B": 100}})
     assert two.memory_ratio == 2
@@ -240,9 +244,7 @@ def test_a_galore_step_is_judged_on_the_device_that_is_timed(registry: Registry)
     both = (offered("acme", "galore", spying, "method"),) * 2
     # What computes nothing can pass nothing; where it was tried shows all the same.
     meta = torch.device("meta")
-    one = step_benchmark.row(
-        "galore-exact", STEPS["galore-exact"], both, ("", ""), LITTLE, "float32", meta, 5, registry, {}
-    )
+    one = step_benchmark.row(setting("galore-exact", registry, meta), both, ("", ""), 5, {})
     assert one.outcome == "refused"
     assert len(devices) > len(both)  # beside the layers that are timed, those of the parity suite
     assert all(seen == {"meta"} for seen in devices)
@@ -259,16 +261,12 @@ def test_a_galore_step_has_its_weight_once_while_its_memory_is_taken(
         seen.append(len({t.data_ptr() for t in tensors if t.shape == square}))
 
     monkeypatch.setattr(step_benchmark._Galore, "step", step)
-    step_benchmark.memory(
-        STEPS["galore"], registry.find("method", "galore", "reference"), "", LITTLE, "float32", CPU, registry
-    )
+    step_benchmark.memory(setting("galore", registry), registry.find("method", "galore", "reference"))
     assert seen == [1] * step_benchmark.MEASURED_STEPS
 
 
 def test_while_training_nothing_is_kept_that_only_the_parity_needed(registry: Registry) -> None:
-    trainee = AdaptedLlama(
-        registry.find("method", "lora", "reference"), STEPS["lora"], LITTLE, "float32", CPU, registry
-    )
+    trainee = AdaptedLlama(registry.find("method", "lora", "reference"), setting("lora", registry))
     trainee.parity()
     assert trainee.subject.original.model is not None
     kept = [*trainee.start.values(), trainee.base_output, *trainee.subject.original.model.parameters()]
@@ -448,7 +446,7 @@ def test_a_step_whose_memory_could_not_be_taken_is_shown_as_failed() -> None:
             yield {"end": 0}
 
     task = BenchTask("step:lora", "method", "lora", ("fused", "acme"), (), "float32", "cpu", step="lora")
-    (one,) = command._rows(task, BenchRequest(), 1, Workers())  # type: ignore[arg-type]
+    (one,) = command.TaskRunner(BenchRequest(), 1, Workers()).rows(task)  # type: ignore[arg-type]
     assert one.samples is not None
     assert "failed: timed, but the memory of fused could not be measured: the process died of SIGKILL" in table.as_text(
         [one]
@@ -624,7 +622,7 @@ def test_ctrl_c_while_memory_is_taken_keeps_the_times(monkeypatch: pytest.Monkey
             yield {"row": row().model_dump(mode="json")}
 
     task = BenchTask("step:lora", "method", "lora", ("fused", "acme"), (), "float32", "cpu", step="lora")
-    found = command._rows(task, BenchRequest(), 1, Workers())  # type: ignore[arg-type]
+    found = command.TaskRunner(BenchRequest(), 1, Workers()).rows(task)  # type: ignore[arg-type]
     assert next(found).samples is not None
     with pytest.raises(KeyboardInterrupt):
         next(found)
@@ -757,7 +755,7 @@ def test_a_process_that_dies_is_one_row_and_the_other_sizes_go_on(monkeypatch: p
                 yield {"row": fine}
                 yield {"end": number}
 
-    found = list(command._operation(task, BenchRequest(), 1, Workers()))  # type: ignore[arg-type]
+    found = list(command.TaskRunner(BenchRequest(), 1, Workers()).rows(task))  # type: ignore[arg-type]
     assert [one.outcome for one in found] == ["measured", "failed", "measured"]
     assert "out of memory" in found[1].because
     assert found[1].shape.startswith("two")
