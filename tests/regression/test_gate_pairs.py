@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree as ET
 
 import psutil
@@ -126,7 +127,7 @@ def gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
         asked = {"old": "reference", "new": "fused", "suite": str(suite), "out": out, "seed": 3}
         asked |= {"canaries": tmp_path / "canaries.jsonl"} | changes
-        code = gate_pairs.gate(PairsRequest(**asked), as_json=False)  # type: ignore[arg-type]
+        code = gate_pairs.gate(PairsRequest(**asked), as_json=False).exit  # type: ignore[arg-type]
         return code, capsys.readouterr().out, json.loads((out / gate_pairs.DOCUMENT).read_text())
 
     return gate
@@ -379,7 +380,7 @@ def test_what_is_refused_leaves_no_folder(tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize("seed", [0, 1])
 def test_any_seed_is_the_one_that_is_used(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[PairsRequest] = []
-    monkeypatch.setattr(gate_pairs, "gate", lambda one, as_json: asked.append(one) or Exit.PASS)
+    monkeypatch.setattr(gate_pairs, "gate", lambda one, as_json: asked.append(one) or SimpleNamespace(exit=Exit.PASS))
     assert main(["gate", "--pairs", "reference", "fused", "--seed", str(seed)]) == Exit.PASS
     assert [one.seed for one in asked] == [seed]
 

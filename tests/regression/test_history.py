@@ -198,7 +198,7 @@ def test_the_author_is_whom_git_knows(
     config.write_text("[user]\n\tname = N. Ight\n\temail = n@example.org\n")
     assert main(command) == Exit.PASS
     (line,) = night_files.read(folder).resets
-    assert (line["author"], line["reason"]) == ("N. Ight <n@example.org>", "new card")
+    assert (line.author, line.reason) == ("N. Ight <n@example.org>", "new card")
 
 
 # What it costs.

@@ -7,6 +7,7 @@ import random
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,9 +62,9 @@ def asked_of(confirm: str, monkeypatch: pytest.MonkeyPatch) -> PairsRequest:
     """Give a printed command to the command line and return what it would have compared."""
     asked: list[PairsRequest] = []
 
-    def gate(what: PairsRequest, _: bool) -> Exit:
+    def gate(what: PairsRequest, _: bool) -> SimpleNamespace:
         asked.append(what)
-        return Exit.PASS
+        return SimpleNamespace(exit=Exit.PASS)
 
     monkeypatch.setattr(gate_pairs, "gate", gate)
     name, *words = shlex.split(confirm)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from scipy.special import betaincinv
 
 from harness.analysis.statistics import anchor, change_points
 from harness.analysis.statistics.pair_design import Design
+from harness.analysis.statistics.paired import PairFinding
+from harness.analysis.tracked_metrics import STEP
 from harness.cli import main
 from harness.errors import Exit, HarnessError
 from harness.regression.history import night_files, verify
@@ -59,23 +62,20 @@ def paired(monkeypatch: pytest.MonkeyPatch) -> Paired:
     ) -> list[PairsRequest]:
         asked: list[PairsRequest] = []
 
-        def gate(one: PairsRequest, as_json: bool) -> Exit:
+        def gate(one: PairsRequest, as_json: bool) -> SimpleNamespace:
             asked.append(one)
             if fails:
                 raise HarnessError("gave no Record")
-            timed = {"word": word, "sentence": f"{word}, they say"} if word else None
-            told = {
-                "cells": [{"verdict": timed, "latencies": {MERGED: {"verdict": timed}}}], "seed": 3,
-                "cut": cut, "closed": closed, "canaries": "too many alarms",
-                "verdict": {"word": "not run", "reason": "nothing was timed"},
-            }  # fmt: skip
-            assert one.out is not None
-            one.out.mkdir(parents=True)
-            (one.out / gate_pairs.DOCUMENT).write_text(json.dumps(told))
-            return Exit.PASS
+            timed = SimpleNamespace(word=PairFinding(word), sentence=f"{word}, they say") if word else None
+            judged = SimpleNamespace(
+                cells=[SimpleNamespace(timed=dict.fromkeys((STEP, MERGED), timed))],
+                canaries=SimpleNamespace(closed=closed, sentence="too many alarms"),
+                verdict=SimpleNamespace(reason="nothing was timed"),
+            )
+            return SimpleNamespace(judged=judged, runner=SimpleNamespace(seed=3), interrupted=cut)
 
         monkeypatch.setattr(gate_pairs, "gate", gate)
-        monkeypatch.setattr(verify, "_other_place", lambda where, runs: ["CPU a -> b"] if elsewhere else [])
+        monkeypatch.setattr(verify, "_other_place", lambda place, result: ["CPU a -> b"] if elsewhere else [])
         return asked
 
     return let
