@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from harness.analysis.comparison import against_baseline
 from harness.analysis.comparison.baseline_rows import Margins
@@ -14,6 +11,7 @@ from harness.analysis.run_facts import analyse
 from harness.console import echo
 from harness.errors import Exit
 from harness.records import store
+from harness.regression import collector
 from harness.regression.baseline import store as baselines
 from harness.regression.outputs import document, terminal
 from harness.regression.outputs.files import Outputs
@@ -29,7 +27,7 @@ def gate(
     """
     outputs.refuse()
     found, path = baselines.find(baseline), store.find_run(name)
-    with _without_cycles():
+    with collector.paused():
         base, new = store.read_run(found.path), store.read_run(path)
         against = against_baseline.judge(analyse(base), analyse(new), margins=margins, strict=strict)
         title = f"{new.manifest.run} against {found.name}"
@@ -64,16 +62,3 @@ def list_(as_json: bool) -> Exit:
         how = "`peft-harness baseline promote RUN NAME --reason ...`"
         print(f"no baseline in {baselines.BASELINES}: {how}", file=sys.stderr)
     return Exit.PASS
-
-
-@contextmanager
-def _without_cycles() -> Iterator[None]:
-    """Pause the garbage collector, which would scan thousands of Records again and again; none of them is in a cycle."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.freeze()  # so that its next run does not scan all Records
-            gc.enable()

@@ -85,7 +85,7 @@ def find(name: str, baselines: Path = BASELINES) -> Baseline:
     """Return a baseline by its name. Raises UsageError for an unknown name."""
     if _NAME.fullmatch(name) and (baselines / name / "run.json").is_file():
         return _read(baselines / name)
-    names = [path.parent.name for path in sorted(baselines.glob("[!.]*/run.json"))]
+    names = [baseline.name for baseline in known(baselines)]
     hint = "`peft-harness baseline promote RUN NAME --reason ...` makes one"
     hint = did_you_mean(name, names, "there are") if names else hint
     raise UsageError(f"no baseline `{name}`", where=str(baselines), hint=hint)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,16 +64,15 @@ def opened(old: str, new: str, plan: Plan, repo: Path | None = None) -> Iterator
     """
     if repo is not None:
         external = external_repo.find(repo)
-        with _revisions(external.top, (old, new), ()) as found:
-            sides = [Side(label, external.code(tree), _metadata(tree)) for label, tree in found]
-            theirs = [external_repo.packages(side.label, side.code or external.top, _variables(side)) for side in sides]
-            first, second = (replace(side, packages=theirs[0] & theirs[1]) for side in sides)
+        with _revisions(external.top, old, new, external.code) as sides:
+            of_sides = [external_repo.packages(s.label, s.code or external.top, _variables(s)) for s in sides]
+            first, second = (replace(side, packages=of_sides[0] & of_sides[1]) for side in sides)
             yield first, second
         return
     known = sorted({cell.implementation for cell in plan.cells})
     named = [name for name in (old, new) if name in known]
     if len(named) == 2:
-        yield tuple(Side(f"implementation {name}", implementation=name) for name in (old, new))  # type: ignore[misc]
+        yield Side(f"implementation {old}", implementation=old), Side(f"implementation {new}", implementation=new)
         return
     if named:
         other = new if old == named[0] else old
@@ -81,33 +80,32 @@ def opened(old: str, new: str, plan: Plan, repo: Path | None = None) -> Iterator
         raise UsageError(what, where="--pairs", hint=did_you_mean(other, known, "implementations"))
     top = resources.checkout()
     if top is None:
-        what = (
-            f"`{old}` and `{new}` are no implementations of this suite's Cells, and revisions need a checkout with git"
-        )
+        what = f"`{old}` and `{new}` are no implementations of this suite's Cells; revisions need a checkout with git"
         raise UsageError(what, where="--pairs", hint=f"name two of {', '.join(known)}, or run from a checkout")
-    with _revisions(top, (old, new), known) as found:
-        first, second = (Side(label, tree, _metadata(tree)) for label, tree in found)
-        yield first, second
+    with _revisions(top, old, new, known=known) as sides:
+        yield sides
 
 
 @contextlib.contextmanager
-def _revisions(top: Path, names: Sequence[str], known: Sequence[str]) -> Iterator[list[tuple[str, Path]]]:
-    """Check revisions out; yield the label and the folder of each. known: implementations, for the hint."""
-    commits = [None if name == HERE else _commit(top, name, known) for name in names]
+def _revisions(
+    top: Path, old: str, new: str, code: Callable[[Path], Path] = Path, known: Sequence[str] = ()
+) -> Iterator[tuple[Side, Side]]:
+    """Check two revisions out, and yield them as sides.
+
+    code: returns the folder to put on Python's path for a checkout. known: implementations, for the hint.
+    """
+    trees: dict[str, Path] = {HERE: top}
+    commits = [name if name == HERE else _commit(top, name, known) for name in (old, new)]
     with contextlib.ExitStack() as stack:
-        trees: dict[str | None, Path] = {None: top}
         for commit in commits:
             if commit not in trees:
-                trees[commit] = stack.enter_context(_checked_out(top, str(commit)))
-        yield [
-            (f"revision {commit[:12]}" if commit else "the checkout as it stands" + _changed(top), trees[commit])
-            for commit in commits
-        ]
+                trees[commit] = stack.enter_context(_checked_out(top, commit))
+        first, second = (Side(_label(top, commit), code(trees[commit]), _metadata(trees[commit])) for commit in commits)
+        yield first, second
 
 
 def pairs(plan: Plan, names: dict[str, str], sides: tuple[Side, Side]) -> list[CellPair]:
-    """Match the Cells of the plan: between implementations, Cells that are otherwise equal; between revisions, each with
-    itself.
+    """Match the Cells of the plan: each with itself, or with the otherwise equal Cell of the other implementation.
 
     names: by cell_id. Raises UsageError if nothing matches.
     """
@@ -188,8 +186,11 @@ def _commit(top: Path, name: str, known: Sequence[str]) -> str:
     return found.stdout.strip()
 
 
-def _changed(top: Path) -> str:
-    return ", with uncommitted changes" if git.run(top, "status", "--porcelain", "-uno").stdout.strip() else ""
+def _label(top: Path, commit: str) -> str:
+    if commit != HERE:
+        return f"revision {commit[:12]}"
+    changed = git.run(top, "status", "--porcelain", "-uno").stdout.strip()
+    return "the checkout as it stands" + (", with uncommitted changes" if changed else "")
 
 
 @contextlib.contextmanager
