@@ -113,7 +113,7 @@ def _confirmation(history: History, change: Change, revisions: tuple[str, str]) 
         and line.verdict in ("regressed", "improved", "refuted")
         and (line.verdict != "refuted" or line.revisions is None or line.revisions[1:] == [revisions[1]])
     ]
-    return max(near, key=lambda line: (-history.distance(line.night, change.night), line.made), default=None)
+    return max(near, key=lambda line: (-history.distance(line.night, change.night), line.made or ""), default=None)
 
 
 def _place_changes(history: History, known: Iterable[HistorySeries]) -> Iterator[PlaceChange]:

@@ -94,7 +94,7 @@ class Decision(_Stored):
     night: _Word
     reason: _Word
     author: _Word
-    made: str = ""
+    made: str | None = None
     """UTC, ISO 8601."""
     verdict: str | None = None
     """Only of confirmations: `regressed`, `improved` or `refuted`."""
