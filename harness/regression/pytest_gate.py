@@ -81,8 +81,8 @@ class Gate:
         if self.findings is None:
             terminalreporter.write_line("not judged: the session was interrupted")
             return
-        annotations = github.lines(self.findings) if os.environ.get("GITHUB_ACTIONS") == "true" else []
-        for line in [*terminal.lines(self.findings, of="benchmark"), *annotations]:
+        annotations = github.lines(self.findings) if github.is_job() else []
+        for line in [*terminal.lines(self.findings, first="benchmark"), *annotations]:
             terminalreporter.write_line(line)
 
     def _benchmarks(self) -> Any:

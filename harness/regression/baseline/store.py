@@ -125,7 +125,7 @@ def _misnamed(name: str, reason: str) -> Iterator[Problem]:
         hint = "letters, digits, `.`, `_` and `-`, e.g. quick-cpu"
         yield Problem("NAME", f"{name!r} cannot be the name of a folder", hint)
     if not reason.strip():
-        yield Problem("--reason", "is empty", "say why later runs are compared with this one")
+        yield Problem("--reason", "is empty", "give the reason why later runs are compared with this one")
 
 
 def _taken(target: Path, replace: bool) -> Iterator[Problem]:

@@ -19,7 +19,7 @@ from harness.regression.history import night_files
 from harness.regression.history.night_files import EVERY, Decision, History
 
 ConfirmationVerdict = Literal["regressed", "improved", "refuted"]
-_HINTS = {"--reason": "say why, e.g. which change it is", "--evidence": "say what was run and what it said"}
+_HINTS = {"--reason": "give the reason, e.g. the change that caused it", "--evidence": "name the test and its result"}
 
 
 def reset(folder: Path, cell: str, metric: str, night: str, reason: str, author: str | None) -> Decision:

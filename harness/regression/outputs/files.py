@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +40,6 @@ class Outputs:
 
     def annotate(self, findings: Findings) -> None:
         """Print the annotations to stderr, after the table."""
-        if self.annotations or os.environ.get("GITHUB_ACTIONS") == "true":
+        if self.annotations or github.is_job():
             for line in github.lines(findings):
                 print(line, file=sys.stderr)

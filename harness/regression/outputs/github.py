@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from harness.analysis.comparison.baseline_rows import ComparisonRow, FindingKind, Findings
@@ -10,6 +11,11 @@ from harness.regression.outputs import formatting
 
 _SHOWN = 10
 """GitHub shows this many of each level per step, and drops the rest silently."""
+
+
+def is_job() -> bool:
+    """Return whether this process runs in a job of GitHub Actions."""
+    return os.environ.get("GITHUB_ACTIONS") == "true"
 
 
 def lines(findings: Findings) -> list[str]:
