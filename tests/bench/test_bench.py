@@ -1,4 +1,4 @@
-"""The verb `bench`: no speed without parity, raw samples, what is written and exported, who is compared with whom."""
+"""The command `bench`: no speed without parity, samples, files, exports, and the compared implementations."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def registry() -> Registry:
 
 @pytest.fixture(autouse=True)
 def low_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy and a product of sizes that take no time."""
+    """Measure the rates with tiny sizes."""
     monkeypatch.setattr("harness.bench.ceilings.COPIED_B", {"cpu": 2**16})
     monkeypatch.setattr("harness.bench.ceilings.SIDE", {"cpu": 32})
     monkeypatch.setattr(timing, "LEAST_S", 1e-4)
@@ -194,7 +194,7 @@ def test_a_step_is_timed_with_the_frozen_pass(registry: Registry, name: str) -> 
     assert f"{step.method}/loss/float32/warm" in {t.result.check for t in one.parity}
     assert "x frozen pass" in table.as_text([one])
     assert one.products is not None
-    # Forward and backward, r (D + E) products beside D E, and another for the gradient of the factors.
+    # Forward and backward, r (D + E) products in addition to D E, and another for the gradient of the factors.
     assert one.products.other >= one.products.ours > one.products.frozen
     assert f"{one.products.ours / one.products.frozen:.2f} by FLOPs" in table.as_text([one])
 
@@ -242,11 +242,11 @@ def test_a_galore_step_is_judged_on_the_timed_device(registry: Registry) -> None
         return attach(model, config, generator)
 
     both = (offered("acme", "galore", spying, "method"),) * 2
-    # What computes nothing can pass nothing; where it was tried shows all the same.
+    # On this device nothing passes, but the test shows on which device the checks ran.
     meta = torch.device("meta")
     one = step_benchmark.row(setting("galore-exact", registry, meta), both, ("", ""), 5, {})
     assert one.outcome == "refused"
-    assert len(devices) > len(both)  # beside the layers that are timed, those of the parity suite
+    assert len(devices) > len(both)  # the timed layers and those of the parity suite
     assert all(seen == {"meta"} for seen in devices)
 
 
@@ -480,14 +480,14 @@ def test_the_export_has_what_pytest_benchmark_reads(tmp_path: Path) -> None:
     done = subprocess.run(compare, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "lora_linear[square 8x8, 2 tokens-float32-cpu-acme]" in (tmp_path / "out.csv").read_text()
-    (saved,) = pytest_benchmark.read([file])  # and by ourselves
+    (saved,) = pytest_benchmark.read([file])  # and by our own reader
     assert saved.rounds[ours["fullname"]] == ours["stats"]["data"]
     assert {"cpu", "python", "torch"} <= set(saved.place)
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One process, sizes that take no time."""
+    """Use one tiny size."""
     monkeypatch.setattr(planning, "sizes", lambda shapes, per_token: [BenchSize("tiny", 64, 64, 4, 2)])
 
 
@@ -552,7 +552,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_runs(
 
 
 class Fake:
-    """Stands in for the processes of an operation with two sizes: `after` is done once the first row was told."""
+    """Fake processes of an operation with two sizes; calls `after` after each row."""
 
     stopped = False
     after: Callable[[], object]
@@ -669,7 +669,7 @@ def test_a_step_without_a_supported_layer_is_not_run(
     assert "not-run: model.layers.0.self_attn.q_proj: loralib has no layer" in capsys.readouterr().out
 
 
-# ---- what is run, and what becomes of it
+# ---- planned and failed benchmarks
 
 
 def test_the_compared_implementations_exclude_variants_and_usually_the_reference(
@@ -772,17 +772,17 @@ def test_a_dead_process_is_one_row_and_the_other_sizes_continue(monkeypatch: pyt
                 row(outcome="not-run", samples=None, because=f"no GPU{why}", device="cuda")
                 for why in ("", ": of torch's")
             ]
-            + [row(outcome="not-run", samples=None, because="nobody", device="cuda")],
+            + [row(outcome="not-run", samples=None, because="no implementation", device="cuda")],
             Exit.INFRASTRUCTURE,
         ),
         (
             [
                 row(outcome="not-run", samples=None, because="no GPU", device="cuda"),
-                row(outcome="not-run", samples=None, because="nobody"),
+                row(outcome="not-run", samples=None, because="no implementation"),
             ],
             Exit.NOTHING_COMPARED,
         ),
-        ([row(outcome="not-run", samples=None, because="nobody")], Exit.NOTHING_COMPARED),
+        ([row(outcome="not-run", samples=None, because="no implementation")], Exit.NOTHING_COMPARED),
         ([], Exit.NOTHING_COMPARED),
     ],
 )

@@ -1,4 +1,4 @@
-"""`gate --baseline` and `baseline`: every kind of finding, every refusal, torn files, exit codes, outputs, and its price."""
+"""`gate --baseline` and `baseline`: kinds of findings, refusals, torn files, exit codes, outputs and cost."""
 
 from __future__ import annotations
 
@@ -180,7 +180,9 @@ def test_a_check_that_allows_far_more_is_inconclusive(base: store.Run) -> None:
     (row,) = found(result, FindingKind.PARITY)
     assert (row.word, result.verdict.word) == (VerdictKind.INCONCLUSIVE, VerdictKind.INCONCLUSIVE)
     assert row.reason == "more is allowed than in the baseline: lora/forward/float32/init (1e+06 times)"
-    assert against(base, looser(1.5)).verdict.word is VerdictKind.PASS  # as another machine's noise may be
+    assert (
+        against(base, looser(1.5)).verdict.word is VerdictKind.PASS
+    )  # the noise of another machine may differ so much
 
 
 def test_a_run_without_hashes_does_not_pass(base: store.Run) -> None:
@@ -317,7 +319,7 @@ def test_counted_peaks_may_grow_by_little_or_by_the_option(base: store.Run) -> N
     assert row.reason == "grew (margin 65,536 B, counted)"
     assert grown(COUNTED_PEAK_B + 1, margins=Margins(memory_B=2 * COUNTED_PEAK_B)).exit == Exit.PASS
     assert grown(1, margins=Margins(memory_B=0)).exit == Exit.FAIL
-    # A baseline from before it was counted says nothing of it; a run that does not count any more is told.
+    # An old baseline has no counts, and is not compared; a run that lacks counts is a finding.
     new = against(base, only("fused", lambda r: of_tensors(r, 0)))
     assert ([row.what for row in found(new, FindingKind.NEW)], new.exit) == ([COUNTED_PEAK], Exit.PASS)
     assert [row.what for row in found(against(counted), FindingKind.MISSING)] == [COUNTED_PEAK]
@@ -328,7 +330,7 @@ def of_tensors(record: Record, more: int) -> Record:
 
 
 def test_the_published_run_supports_the_margin_of_a_process() -> None:
-    """One false alarm in a million, at the upper 95 % bound of the standard deviation between equal processes."""
+    """The margin gives one false alarm in a million, at the upper 95 % bound of the deviation between equal processes."""
     run = store.read_run(PUBLISHED / "2026-11-25-tune-small-cpu")
     groups: dict[str, list[int]] = {}
     for record in run.latest().values():
@@ -427,7 +429,7 @@ def test_broken_files_are_named_and_the_others_are_used(base: store.Run) -> None
     files[1].write_text("no JSON", encoding="utf-8")
     future = json.loads(files[2].read_text(encoding="utf-8"))
     files[2].write_text(json.dumps(future | {"schema": 99, "more": 1}), encoding="utf-8")
-    files[3].write_text(json.dumps({"schema": 1, "somebody": "else's"}), encoding="utf-8")
+    files[3].write_text(json.dumps({"schema": 1, "other": "program"}), encoding="utf-8")
     result = judge(whole, store.read_run(new.path))
     assert (result.compared, result.exit, result.verdict.word) == (1, Exit.INFRASTRUCTURE, VerdictKind.INCONCLUSIVE)
     assert {row.cells[0] for row in found(result, FindingKind.MISSING)} == set(ids)
@@ -478,7 +480,7 @@ def test_pairs_of_seeds_that_agree_have_no_error() -> None:
 
 
 def test_the_interval_of_paired_answers_covers_more_than_one_from_their_variance() -> None:
-    """By enumeration of all outcomes of 25 items, with the chances of (both, only left, only right, neither)."""
+    """Enumerates all outcomes of 25 items. Probabilities are those of (both, only left, only right, neither)."""
     n = 25
     for p in ((0.7, 0.1, 0.1, 0.1), (0.85, 0.05, 0.02, 0.08), (0.6, 0.2, 0.05, 0.15)):
         true, covered, plain = p[1] - p[2], 0.0, 0.0
@@ -604,7 +606,7 @@ def test_all_reasons_are_given_at_once(here: Path, capsys: pytest.CaptureFixture
     assert output.count("hint: ") == 3
 
 
-# ---- what is told
+# ---- outputs
 
 
 @pytest.fixture
@@ -670,7 +672,7 @@ def test_markdown_stays_under_its_limit_and_counts_omitted_rows(base: store.Run)
     assert all(a <= b for a, b in pairwise(sizes))
     cut = markdown.render(result, "a run", 2400).decode()
     assert "lines left out, to stay under 1 MiB" in cut
-    assert "lora/forward/float32/init failed" in cut  # the worst comes first
+    assert "lora/forward/float32/init failed" in cut  # the most serious row comes first
     assert "left out" not in whole
     assert len(whole.encode()) < markdown.LIMIT_B
 
@@ -679,7 +681,7 @@ def test_explain_has_the_rule_of_every_kind() -> None:
     assert all(f"{kind.value}: " in explain("gate") for kind in FindingKind)
 
 
-# ---- the price
+# ---- cost
 
 
 @pytest.mark.slow
@@ -721,7 +723,7 @@ def test_a_thousand_cells_are_read_twice_for_hash_and_content_and_without_torch(
 
 
 def test_a_baseline_without_hashes_does_not_pass(tmp_path: Path) -> None:
-    """Else deleting its footer would be enough to let any of its numbers be edited."""
+    """Otherwise a user could delete the footer and edit any number."""
     base = recorded_run.write_run(tmp_path / "base", footer=False, only=FEW)
     new = recorded_run.write_run(tmp_path / "new", only=FEW)
     judged = judge(base, new)

@@ -1,4 +1,4 @@
-"""`gate --pairs`: two sides run in turn, and what their Records say. Process runs are stood in for by made Records."""
+"""`gate --pairs`: two sides run in turn. Fake process runs return synthetic Records."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ MIB = 2**20
 
 @dataclass
 class FakeRuns:
-    """Stands in for the process runs: the new side's step takes `slower` times as long, and both have some noise.
+    """Fake process runs: the new side's step takes `slower` times as long, and both have some noise.
 
     slower_merged: so does its merged forward pass. luck: another draw of the noise. counted_B: what tensors took, of the new
     side or the old one.
@@ -118,7 +118,7 @@ class FakeRuns:
 
 @pytest.fixture
 def gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Return a function from a Stand to (exit code, stdout, the document that was kept)."""
+    """Return a function from FakeRuns to (exit code, stdout, document)."""
 
     def gate(fake: FakeRuns, **changes: object) -> tuple[Exit, str, dict]:
         suite = tmp_path / "gated.yaml"
@@ -141,7 +141,7 @@ def test_the_first_pairs_prove_equal_sides_equal(gated) -> None:
     assert cell["verdict"]["word"] == "same"
     assert cell["verdict"]["interval"][0] < cell["verdict"]["effect"] < cell["verdict"]["interval"][1]
     assert len(cell["pairs"]) == 6
-    assert len(fake.ran) == 2 * 6 + 2 * 6  # and the canary's
+    assert len(fake.ran) == 2 * 6 + 2 * 6  # and those of the canary
     assert "pass: none of 1 Cells is slower, larger or worse" in output
 
 
@@ -189,7 +189,7 @@ def test_a_speed_up_is_listed_and_passes(gated) -> None:
 
 
 def test_a_slow_latency_is_found_where_the_step_is_unchanged(gated) -> None:
-    """And not that of the bare base, which the stand doubles: no adapter has a part in it."""
+    """The latency of the bare base doubles, but is not judged: no adapter takes part in it."""
     code, output, document = gated(FakeRuns(slower_merged=1.05))
     assert code == Exit.FAIL
     (cell,) = document["cells"]
@@ -201,7 +201,7 @@ def test_a_slow_latency_is_found_where_the_step_is_unchanged(gated) -> None:
     assert 1.03 < merged["new_s"] / merged["old_s"] < 1.07
     assert (
         len([line for line in output.splitlines() if line.startswith(cell["name"])]) == 3
-    )  # a row of the table for each
+    )  # one row of the table each
 
 
 def test_one_time_may_be_judged_alone(gated) -> None:
@@ -241,7 +241,7 @@ def test_memory_that_grew_in_every_run_is_found_and_noise_is_not(gated) -> None:
 
 @pytest.mark.slow
 def test_one_disturbed_run_does_not_hide_memory_that_grew(gated) -> None:
-    """With peaks that differ by 1 MiB from process to process, over the 26 pairs of a time that stays undecided."""
+    """Peaks differ by 1 MiB between processes, over the 26 pairs of an undecided time."""
     found = [gated(FakeRuns(noise=0.5, grown_B=3 * MIB, peak_noise_MiB=1.0, draw=draw))[0] for draw in range(4)]
     assert found == [Exit.FAIL] * 4
     found = [gated(FakeRuns(noise=0.5, peak_noise_MiB=1.0, draw=draw))[0] for draw in range(4)]
@@ -249,7 +249,7 @@ def test_one_disturbed_run_does_not_hide_memory_that_grew(gated) -> None:
 
 
 def test_two_mebibytes_of_tensors_are_found_in_any_process(gated) -> None:
-    """Peaks of the process differ by 9 MiB, so that ranks do not see them."""
+    """Peaks of the process differ by 9 MiB, so that ranks do not detect the growth."""
     fake = FakeRuns(peak_noise_MiB=9.0, counted_B=lambda new: 100 * MIB + 2 * MIB * new)
     code, output, document = gated(fake, canary=False)
     assert code == Exit.FAIL
@@ -261,7 +261,7 @@ def test_two_mebibytes_of_tensors_are_found_in_any_process(gated) -> None:
 
 
 def _peaks(*sides: tuple[int | None, int | None], source: str = "VmHWM") -> dict[str, ComparisonRow]:
-    """Judge pairs of Records with these counts (old, new); return the rows of peaks by what they compare."""
+    """Judge pairs of Records with these counts (old, new); return the rows of peaks by quantity."""
 
     def record(counted: int | None) -> Record:
         made = recorded_run.record("fused", recorded_run.cells()["fused"])
@@ -315,7 +315,7 @@ def test_runs_without_counts_are_listed_and_leave_memory_undecided(
     assert (row.word, row.reason) == (VerdictKind.INCONCLUSIVE, f"not compared: not counted in {output}")
     assert rows[PEAK].word is VerdictKind.PASS
     assert set(_peaks((None, None), (None, None))) == {PEAK}  # where torch cannot count
-    assert set(_peaks(*sides, source=ALLOCATED)) == {PEAK}  # there the peak is the same number
+    assert set(_peaks(*sides, source=ALLOCATED)) == {PEAK}  # the counted peak is the same number
 
 
 def test_a_missing_count_does_not_pass(gated) -> None:
@@ -328,7 +328,7 @@ def test_a_missing_count_does_not_pass(gated) -> None:
 
 
 def test_cells_without_times_do_not_pass(gated) -> None:
-    """A single process run of the old side that failed says nothing of the new one."""
+    """One failed process run of the old side is no finding about the new side."""
     code, output, document = gated(FakeRuns(old_fails_at=5))
     assert code == Exit.NOTHING_COMPARED
     assert document["cells"][0]["verdict"] is None
@@ -355,7 +355,7 @@ def test_a_side_without_a_record_is_named_with_its_cell(gated) -> None:
 def test_interrupted_pairs_are_judged_and_stored(gated) -> None:
     code, _, document = gated(FakeRuns(slower=1.05, raises=KeyboardInterrupt()))
     assert document["cut"] == "ended by Ctrl-C"
-    assert len(document["cells"][0]["pairs"]) == 10  # all the first, and four of the fresh
+    assert len(document["cells"][0]["pairs"]) == 10  # all first pairs and four fresh ones
     assert document["cells"][0]["verdict"]["word"] == "inconclusive"
     assert (code, document["exit"]) == (Exit.INFRASTRUCTURE, 4)
 
@@ -437,7 +437,7 @@ def test_too_many_alarms_of_canaries_close_the_gate(gated, tmp_path: Path) -> No
     code, output, _ = gated(FakeRuns(slower=1.2))
     assert code == Exit.INFRASTRUCTURE
     assert "the gate is closed" in output
-    # Those of another machine do not count here.
+    # Canaries of another machine do not count.
     moved = (tmp_path / "canaries.jsonl").read_text().replace(place, "elsewhere")
     (tmp_path / "canaries.jsonl").write_text(moved)
     assert gated(FakeRuns(slower=1.2))[0] == Exit.FAIL
@@ -517,7 +517,7 @@ def test_a_revision_runs_with_its_own_entry_points(tmp_path: Path, monkeypatch: 
         assert done.stdout.strip() == "['before']"
 
 
-_GUEST = """
+_PLUGIN = """
 from harness import Unsupported, implements
 
 @implements("lora", name="raises")
@@ -530,13 +530,13 @@ def test_revisions_of_an_external_repository_run(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("PYTHONPATH", "PEFT_HARNESS_CACHE"):
-        monkeypatch.setenv(name, sandbox.environment[name])  # the plug-in is installed, from elsewhere
+        monkeypatch.setenv(name, sandbox.environment[name])  # the plug-in is installed from another folder
     monkeypatch.syspath_prepend(str(sandbox.folder / "plugin"))
     top = tmp_path / "guest"
     (top / "kernels" / "src").mkdir(parents=True)
     _git(top, "init", "-q")
     for number in ("one", "two"):
-        (top / "kernels" / "src" / "misbehaving.py").write_text(_GUEST.format(number))
+        (top / "kernels" / "src" / "misbehaving.py").write_text(_PLUGIN.format(number))
         _git(top, "add", ".")
         _git(top, "commit", "-qm", number)
     suite = Path(sandbox.suite("{implementation: raises}", "{implementation: reference}"))
@@ -564,7 +564,7 @@ def test_a_suite_without_training_is_refused(gated) -> None:
         gated(FakeRuns(), old="reference", new="hf-peft")
 
 
-# ---- the outputs that a gate against a baseline has too
+# ---- outputs shared with the gate against a baseline
 
 
 @dataclass
@@ -575,14 +575,14 @@ class GateOutputs:
     annotations: list[str]
 
     def tags(self, suite: str) -> list[str]:
-        """What became of the Cells in one suite of the JUnit file: a tag each, `` of those that passed."""
+        """Return a tag for each Cell in one suite of the JUnit file; empty for passed Cells."""
         (found,) = [one for one in self.junit if one.get("name") == suite]
         return [case[0].tag if len(case) else "" for case in found.iter("testcase")]
 
 
 @pytest.fixture
 def outputs_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Return a function from a Stand to what the command line's outputs say."""
+    """Return a function from FakeRuns to the outputs of the command."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
     Path("gated.yaml").write_text(SUITE, encoding="utf-8")
@@ -625,7 +625,7 @@ def test_every_output_has_findings_other_than_times(outputs_of) -> None:
 
 
 def test_no_output_calls_an_interrupted_gate_a_pass(outputs_of) -> None:
-    found = outputs_of(FakeRuns(raises=KeyboardInterrupt()))  # all pairs are there, and the canary's are not
+    found = outputs_of(FakeRuns(raises=KeyboardInterrupt()))  # all pairs are complete, those of the canary are not
     assert found.code == Exit.INFRASTRUCTURE
     assert found.tags("missing") == ["error"]
     assert "not-run" in found.markdown.splitlines()[0]

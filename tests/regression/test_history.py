@@ -1,4 +1,4 @@
-"""The verb `history`: what is kept of runs, what is told of the nights, who decides, and what it costs."""
+"""The command `history`: stored runs, printed series, decisions and cost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from support.histories import CELLS, FIRST
 FUSED = recorded_run.cells()["fused"]
 
 
-# What is kept.
+# Stored runs.
 
 
 def test_a_run_is_stored_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +125,7 @@ def test_an_unreadable_night_is_not_overwritten(tmp_path: Path, capsys: pytest.C
     assert (tmp_path / "2026-01-05.jsonl").read_text() == '{"schema":2,"night":"2026-01-05"}\n'
 
 
-# Who decides.
+# Decisions.
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_the_author_is_the_git_user(
     assert (line.author, line.reason) == ("N. Ight <n@example.org>", "new card")
 
 
-# What it costs.
+# Cost.
 
 
 def test_show_imports_neither_torch_nor_numpy(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_detect_calls_no_function_per_value(tmp_path: Path) -> None:
     timed = [
         "step_s",
         *(f"latency_s/{of}/forward/4x32" for of in variants),
-    ]  # with these, all that is kept of an encoder's
+    ]  # with these, all metrics of an encoder
 
     def values(cell: str, index: int, number: int) -> dict[str, float]:
         at = zlib.crc32(f"{cell} {index} {number}".encode()) % 99_000

@@ -1,4 +1,4 @@
-"""The verb `history detect`: what changed, what is the machine, what cannot be compared, and what is left out."""
+"""The command `history detect`: changes, changes of the machine, new series and omissions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from support.histories import CELLS, FIRST, SLOWER, detect, regressed
 
 
 def bytes_only(change: Mapping[int, int]) -> histories.Values:
-    """Return values in which FIRST's adapter has, from each night on, so many bytes."""
+    """Return sizes of adapters. change: the new size of FIRST's adapter, by night."""
 
     def values(cell: str, index: int, _: int) -> dict[str, float]:
         size = [n for since, n in sorted(change.items()) if since <= index][-1] if cell == FIRST else 1000
@@ -59,7 +59,7 @@ def test_a_slow_down_has_its_differences_and_a_command_to_confirm_it(
 
 
 def request_of(confirm: str, monkeypatch: pytest.MonkeyPatch) -> PairsRequest:
-    """Give a printed command to the command line and return what it would have compared."""
+    """Run a printed command with a fake gate and return its request."""
     requested: list[PairsRequest] = []
 
     def gate(what: PairsRequest, _: bool) -> SimpleNamespace:
@@ -163,7 +163,9 @@ def test_a_confirmed_slow_down_counts_until_it_is_accepted(tmp_path: Path, capsy
     )
     path = folder / night_files.CONFIRMATIONS
     later = path.read_text().splitlines()
-    later[1] = json.dumps(json.loads(later[1]) | {"made": "2099-01-01T00:00:00Z"})  # the same second would be a draw
+    later[1] = json.dumps(
+        json.loads(later[1]) | {"made": "2099-01-01T00:00:00Z"}
+    )  # two decisions of one second have no order
     path.write_text("\n".join(later) + "\n")
     code, found = detect(folder, capsys, "--strict")
     assert (code, found["candidates"][0]["standing"]) == (Exit.PASS, "refuted")

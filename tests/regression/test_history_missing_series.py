@@ -1,4 +1,4 @@
-"""The verb `history detect`: what was measured once and is no more, who accepts it, and what is no loss."""
+"""The command `history detect`: series that are no longer measured, and their acceptance."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.histories import CELLS, FIRST, detect
 
 
 def losing(what: str, cell: str = FIRST) -> histories.Values:
-    """Return values of ten nights in which a Cell loses something on the ninth."""
+    """Return values of ten nights; on the ninth, a Cell lacks some."""
 
     def values(of: str, index: int, _: int) -> Mapping[str, float] | str:
         found = {"adapter_B": 1000.0, "accuracy": 0.8, "parameters": 10.0}
@@ -31,7 +31,7 @@ def losing(what: str, cell: str = FIRST) -> histories.Values:
 
 
 def drop(folder: Path, cell: str, since: int, until: int) -> None:
-    """Take a Cell's rows out of some nights, as a suite that no longer has it would."""
+    """Remove a Cell from some nights, like a suite that no longer has it."""
     for index in range(since, until):
         night = night_files.read_night(folder / f"{histories.night(index)}.jsonl", {})
         assert night is not None
@@ -65,7 +65,7 @@ def test_a_missing_series_is_named_until_it_is_accepted_or_back(
     other = list(CELLS)[1]
     assert main([*command, "--cell", other]) == Exit.PASS
     capsys.readouterr()
-    # The night of the last value accepts nothing that came after it.
+    # A reset on the night of the last value accepts no later loss.
     reset = ["history", "reset", FIRST, metric, "--reason", "dropped", "--author", "A", "--dir", str(folder), "--night"]
     assert main([*reset, histories.night(7)]) == Exit.PASS
     assert main(command) == Exit.INFRASTRUCTURE
@@ -111,7 +111,7 @@ def test_a_cell_that_is_no_longer_measured_is_named(tmp_path: Path, capsys: pyte
 
 
 def test_the_counted_peak_may_be_missing_on_some_nights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is counted where memory has room for a copy of what the step changes, and there may be less of that."""
+    """It is counted only where memory has room for a copy of the tensors that the step changes."""
 
     def values(cell: str, index: int, _: int) -> dict[str, float]:
         return {"adapter_B": 8} | ({} if cell == FIRST and index == 9 else {"counted_peak_B": 2**30})

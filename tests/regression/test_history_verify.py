@@ -1,4 +1,4 @@
-"""What the last night makes one suspect, what pairs say of it; how soon a slow-down is found so, and how seldom none is."""
+"""Suspicions of the last night, and their confirmation by pairs; the detection rate and the false alarms of both."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ Paired = Callable[..., list[PairsRequest]]
 
 @pytest.fixture
 def paired(monkeypatch: pytest.MonkeyPatch) -> Paired:
-    """Let pairs say a word; return what they are asked."""
+    """Return a function that fakes the verdict of the pairs, and returns the list of requests."""
 
     def let(
         word: str | None, *, cut: str = "", closed: bool = False, fails: bool = False, elsewhere: bool = False
@@ -100,7 +100,7 @@ def test_a_slow_last_night_is_a_suspicion_and_fails_nothing(
     assert (code, found["candidates"]) == (Exit.PASS, [])
     (c,) = found["suspects"]
     assert (c["cell"], c["night"], c["standing"]) == (FIRST, histories.night(LAST), "suspect")
-    assert c["between"]["revisions"] == list(SHAS)  # also of a change that came the night before
+    assert c["between"]["revisions"] == list(SHAS)  # also for a change on the night before
     main(["history", "detect", "--dir", str(folder)])
     text = capsys.readouterr().out
     assert "suspicions: the last night lies above its level" in text
@@ -174,7 +174,7 @@ def test_pairs_do_not_refute_a_slow_down_of_another_library(
 def test_a_manual_confirmation_stands_on_later_nights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = history(tmp_path)
     output = ["--verdict", "regressed", "--evidence", "12 pairs", "--dir", str(folder), "--author", "A"]
-    for metric, when in (("step_s", LAST - 6), ("*", LAST)):  # of no change, and of whatever is near
+    for metric, when in (("step_s", LAST - 6), ("*", LAST)):  # for no change, and for every change that is near
         assert main(["history", "confirm", FIRST, metric, "--night", histories.night(when), *output]) == Exit.PASS
     assert capsys.readouterr().err.count("no change of step_s within 2 nights of") == 1
     assert not any("seen" in line for line in written(folder))
@@ -188,8 +188,8 @@ def test_a_manual_confirmation_stands_on_later_nights(tmp_path: Path, capsys: py
     assert (code, [c["standing"] for c in found["candidates"]]) == (Exit.FAIL, ["confirmed"])
 
 
-def settled_otherwise(tmp_path: Path, paired: Paired, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Path:
-    """Return a history of which pairs confirmed the one suspicion, by a line that somebody has changed since."""
+def edited_confirmation(tmp_path: Path, paired: Paired, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Path:
+    """Return a history with one confirmed suspicion. change: edits the line of the confirmation."""
     folder = history(tmp_path)
     paired("slower")
     settle(folder)
@@ -206,7 +206,7 @@ def settled_otherwise(tmp_path: Path, paired: Paired, change: Callable[[dict[str
 def test_a_damaged_decision_is_left_out_and_named(
     damage: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
 ) -> None:
-    folder = settled_otherwise(tmp_path, paired, lambda line: line | damage)
+    folder = edited_confirmation(tmp_path, paired, lambda line: line | damage)
     code, found = detect(folder, capsys)
     assert (code, list(found["left_out"])) == (Exit.INFRASTRUCTURE, [night_files.CONFIRMATIONS])
 
@@ -217,7 +217,7 @@ def test_a_confirmation_at_an_unknown_place_changes_nothing(
     def elsewhere(line: dict[str, Any]) -> dict[str, Any]:
         return line | {"seen": line["seen"] | {"place": "elsewhere"}, "metric": "latency_s"}
 
-    folder = settled_otherwise(tmp_path, paired, elsewhere)
+    folder = edited_confirmation(tmp_path, paired, elsewhere)
     assert detect(folder, capsys)[1]["candidates"] == []
 
 
@@ -343,7 +343,7 @@ def test_a_missing_author_is_refused_before_anything_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, paired: Paired
 ) -> None:
     folder, requested = history(tmp_path), paired("slower")
-    monkeypatch.setenv("PATH", str(tmp_path))  # no git, so nobody
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git, and so no author
     assert main(["history", "settle", "--dir", str(folder)]) == Exit.USAGE
     assert "--author: no author" in capsys.readouterr().err
     assert requested == []
@@ -354,7 +354,7 @@ def test_the_largest_changes_are_tried_first_and_the_others_are_named(
 ) -> None:
     other = list(CELLS)[3]
     folder, requested = history(tmp_path, more=other), paired("slower", cut="ended by Ctrl-C")
-    assert settle(folder) == Exit.PASS  # what was decided stands
+    assert settle(folder) == Exit.PASS  # the decision stands
     assert [one.only for one in requested] == [other]
     (left,) = [line for line in capsys.readouterr().out.splitlines() if "not tried, +" in line]
     assert f"`peft-harness gate --pairs {SHAS[0][:12]} {SHAS[1][:12]} --suite quick --only {FIRST}" in left

@@ -1,4 +1,4 @@
-"""pytest's `--harness-gate`: what is called slower, what is left open, and what a session says and exits with."""
+"""pytest's `--harness-gate`: verdicts, undecided benchmarks, output and exit codes of a session."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HERE = {"cpu": "an EPYC", "python": "CPython 3.11.7", "torch": "2.9.1"}
 KERNEL, OTHER = "test_k.py::test_kernel", "test_k.py::test_other"
 
 
-# ---- a session against what was kept
+# ---- a session against saved runs
 
 
 def saved_runs(*names: str, place: dict[str, str] | None = None) -> list[Saved]:
@@ -77,7 +77,7 @@ def test_undecided_or_missing_benchmarks_do_not_pass() -> None:
     assert (found.verdict.word, f"undecided: {KERNEL}" in found.verdict.reason) == (VerdictKind.INCONCLUSIVE, True)
     found = compare(saved_runs(KERNEL, OTHER), session(absent={OTHER: "this session has no such test"}))
     assert (found.verdict.word, f"missing: {OTHER}" in found.verdict.reason) == (VerdictKind.INCONCLUSIVE, True)
-    # What nobody asked for, as by -k, is neither missing nor told.
+    # A deselected benchmark is neither missing nor listed.
     assert words(compare(saved_runs(KERNEL, OTHER), session())) == [(FindingKind.SPEED, VerdictKind.PASS)]
 
 
@@ -101,7 +101,7 @@ def test_saved_runs_of_another_machine_are_left_out_and_named() -> None:
     assert words(found) == [(FindingKind.SPEED, VerdictKind.PASS), (FindingKind.ENVIRONMENT, VerdictKind.PASS)]
     assert "5 runs kept" in found.rows[0].reason
     assert (found.rows[1].name, found.rows[1].reason) == ("1 of 6 saved runs", "not used, cpu: a Xeon, here an EPYC")
-    # What a file does not say is no difference: an old pytest-benchmark does not know the cores.
+    # A fact that a file lacks is no difference: an old pytest-benchmark does not store the cores.
     for less, more in ((HERE, HERE | {"cores": "8"}), (HERE | {"cores": "8"}, HERE)):
         assert compare(saved_runs(KERNEL, place=less), session(place=more)).verdict.word is VerdictKind.PASS
 
@@ -134,7 +134,7 @@ def test_nothing_compared_names_what_the_baseline_has() -> None:
 
 
 def file(path: Path, seconds: Sequence[float], *names: str, **machine: object) -> Path:
-    """Write what a version of pytest-benchmark may have written, of which little is read."""
+    """Write a file as some version of pytest-benchmark does; only a part of it is read."""
     benchmarks = [{"fullname": name, "stats": {"data": list(seconds)}} for name in names]
     pytest_plugin.pytest_benchmark_update_machine_info(machine)  # other tests of this process may have loaded torch
     path.parent.mkdir(exist_ok=True)
@@ -212,7 +212,7 @@ def busy():
 def test_kernel(benchmark):
     benchmark.pedantic(busy, rounds=150)
 """
-ODD = """
+OTHER_TESTS = """
 import pytest
 
 def test_left_out(benchmark):
@@ -226,7 +226,7 @@ def test_red(benchmark):
     benchmark.pedantic(int, rounds=5, iterations=100)
     assert False
 """
-# As `@conformance` makes it, but for the case, which would import torch.
+# Like the tests of `@conformance`, without the case, which would import torch.
 WRONG = """
 from harness.conformance.findings.outcomes import CheckOutcome
 from harness.records.record import CheckResult, Outcome
@@ -247,7 +247,7 @@ wrong = Wrong(Implementation("mine", "operation", "nf4_dequantize", print, ("flo
 
 @pytest.fixture
 def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
-    """Return a function that runs pytest in somebody else's repository; it returns the exit code and what was said."""
+    """Return a function that runs pytest in another repository, and returns the exit code and the output."""
     for name in ("PYTEST_XDIST_WORKER", "GITHUB_ACTIONS"):
         monkeypatch.delenv(name, raising=False)
     pytester.makepyfile(test_k=TESTS)
@@ -270,7 +270,7 @@ def test_a_kernel_with_a_busy_wait_of_thirty_per_cent_fails_the_session(
 ) -> None:
     pytester.mkdir("saved")
     for number in range(3):
-        assert project(f"--benchmark-json=kept/{number}.json")[0] == pytest.ExitCode.OK
+        assert project(f"--benchmark-json=saved/{number}.json")[0] == pytest.ExitCode.OK
     code, output = project("--harness-gate", "saved")
     assert code == pytest.ExitCode.OK, output
     assert "3 runs kept; finds " in line_of(KERNEL, output)
@@ -281,7 +281,7 @@ def test_a_kernel_with_a_busy_wait_of_thirty_per_cent_fails_the_session(
     assert "1 passed" in output
     assert "::error" not in output
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
-    assert f"\n::error title=peft-harness gate%3A speed::{KERNEL}: median round" in project("--harness-gate=kept")[1]
+    assert f"\n::error title=peft-harness gate%3A speed::{KERNEL}: median round" in project("--harness-gate=saved")[1]
 
 
 def test_a_session_with_a_wrong_kernel_has_no_speed_that_passes(project, pytester: pytest.Pytester) -> None:
@@ -304,7 +304,7 @@ def test_a_baseline_is_made_by_benchmarks_alone(project, pytester: pytest.Pytest
 
 
 def test_each_reason_for_not_comparing_is_named(project, pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(test_odd=ODD)
+    pytester.makepyfile(test_odd=OTHER_TESTS)
     names = [f"test_odd.py::{name}" for name in ("test_left_out", "test_skipped", "test_red", "test_gone")]
     base = file(pytester.path / "base.json", FIVE[0], *names, "elsewhere/test_x.py::test_x")
     code, output = project(f"--harness-gate={base}", "test_odd.py", "-k", "not left_out")
@@ -313,7 +313,7 @@ def test_each_reason_for_not_comparing_is_named(project, pytester: pytest.Pytest
     assert "failed, so that its time is not shown" in line_of(names[2], output)
     assert "this session has no such test" in line_of(names[3], output)
     assert names[0] not in output  # by -k
-    assert "elsewhere" not in output  # not among the files that pytest was given
+    assert "elsewhere" not in output  # not among the files given to pytest
     assert "elsewhere/test_x.py::test_x" in project(f"--harness-gate={base}")[1]
 
 
@@ -322,7 +322,7 @@ def test_nothing_compared_fails_a_session_in_which_no_test_does(project, pyteste
     code, output = project(f"--harness-gate={base}")
     assert (code, "1 passed" in output) == (pytest.ExitCode.TESTS_FAILED, True)
     assert "nothing was compared" in output
-    # pytest's own code for no tests is forgiven by many a script.
+    # Many scripts ignore pytest's own exit code for no tests.
     assert project(f"--harness-gate={base}", "-k", "nothing")[0] == pytest.ExitCode.TESTS_FAILED
     assert project(f"--harness-gate={base}", "--collect-only")[0] == pytest.ExitCode.OK
 
