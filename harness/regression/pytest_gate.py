@@ -89,7 +89,7 @@ class Gate:
         """Return pytest-benchmark's session; raises UsageError if it is missing or times nothing."""
         plugin = self.config.pluginmanager.get_plugin("pytest-benchmark")
         if plugin is None:
-            what = "pytest-benchmark takes the times, and is not installed, or blocked by `-p no:benchmark`"
+            what = "pytest-benchmark is not installed, or is blocked by `-p no:benchmark`"
             raise UsageError(what, where=_OPTION, hint="pip install pytest-benchmark")
         if self.config.getoption("dist", "no") != "no" or os.environ.get("PYTEST_XDIST_WORKER"):
             what = "under xdist pytest-benchmark takes no times, since parallel tests disturb them"
