@@ -163,9 +163,7 @@ def test_a_confirmed_slow_down_counts_until_it_is_accepted(tmp_path: Path, capsy
     )
     path = folder / night_files.CONFIRMATIONS
     later = path.read_text().splitlines()
-    later[1] = json.dumps(
-        json.loads(later[1]) | {"made": "2099-01-01T00:00:00Z"}
-    )  # else both have the same second
+    later[1] = json.dumps(json.loads(later[1]) | {"made": "2099-01-01T00:00:00Z"})  # else both have the same second
     path.write_text("\n".join(later) + "\n")
     code, found = detect(folder, capsys, "--strict")
     assert (code, found["candidates"][0]["standing"]) == (Exit.PASS, "refuted")
