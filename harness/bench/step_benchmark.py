@@ -197,7 +197,7 @@ def _cycles(both: Sequence[_Galore], pairs: int, device: torch.device) -> Sample
             times.append(clock.sample(run.step))
         return times
 
-    warmup = {side: cycle(run) for side, run in runs.items()}
+    warmup: dict[str, list[float]] = {side: cycle(run) for side, run in runs.items()}
     for order in timing.alternate(pairs):
         first.append(order[0])
         for side in order:

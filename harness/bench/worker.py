@@ -51,7 +51,8 @@ def _run(task: dict[str, Any], emit: Emit) -> None:
     if task["kind"] == "operation":
         from harness.bench.operation_benchmark import OperationBenchmark
 
-        bench = OperationBenchmark(task["target"], *found, task["dtype"], device, task["pairs"], facts)
+        ours, other = found
+        bench = OperationBenchmark(task["target"], ours, other, task["dtype"], device, task["pairs"], facts)
         for number, size in enumerate(task["sizes"]):
             emit(begin=number)
             for row in bench.rows(BenchSize(**size)):

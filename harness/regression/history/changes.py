@@ -199,18 +199,18 @@ def _anchor(one: HistorySeries, common: Array, guards: Array, found: FoundChange
     """Judge the anchor: if the sentinels change too, the machine has changed, otherwise the code under test."""
     import numpy as np
 
-    def changes(logs: Array, present: Array) -> list[Change]:
-        return _log_changes(one, [one.nights[i] for i in np.flatnonzero(present)], logs[present], 0.0)
+    def changes(logs: Array) -> list[Change]:
+        present = np.flatnonzero(np.isfinite(logs))
+        return _log_changes(one, [one.nights[i] for i in present], logs[present], 0.0)
 
-    anchored = np.isfinite(common)
-    of_anchor = changes(common, anchored)
+    of_anchor = changes(common)
     quiet = anchor.anchor(guards, anchor.FEWEST_SENTINELS) if len(guards) else np.full(len(common), np.nan)
-    both = anchored & np.isfinite(quiet)
-    if both.sum() < FEWEST:
+    excess = common - quiet
+    if np.isfinite(excess).sum() < FEWEST:
         few = "no sentinel shows whether it is the machine: name Cells whose code does not change (--sentinel)"
         found.changes += [replace(change, note=few) for change in of_anchor]
         return
-    of_code = changes(common - quiet, both)
+    of_code = changes(excess)
     found.changes += [replace(change, note="all series but the sentinels") for change in of_code]
     distance = found.history.distance
     found.machine += [c for c in of_anchor if all(distance(c.night, other.night) > NEAR for other in of_code)]
