@@ -475,7 +475,7 @@ def test_pairs_of_seeds_that_agree_have_no_error() -> None:
     spread = over_seeds.paired(runs, runs)
     assert spread is not None
     assert (spread.value, spread.error) == (0.0, 0.0)
-    with pytest.raises(ValueError, match="no pairs"):
+    with pytest.raises(ValueError, match="cannot be paired"):
         over_seeds.paired(runs, runs[:2])
 
 

@@ -60,7 +60,7 @@ def mean(runs: Sequence[Accuracy], prior: Prior | None = None) -> Spread | None:
     if not same_items(runs):
         return None
     items = _means(runs)
-    return _spread(fmean(items), [_of_items(items), _of_seeds(runs, prior)])
+    return _spread(fmean(items), [_mean_error(items), _of_seeds(runs, prior)])
 
 
 def difference(
@@ -76,7 +76,7 @@ def difference(
     differences = [a - b for a, b in zip(_means(left), _means(right), strict=True)]
     of_seeds = _spread(0.0, [_of_seeds(left, priors[0]), _of_seeds(right, priors[1])])
     most = min((one.most for one in priors if one is not None), default=math.inf)
-    return _spread(fmean(differences), [_of_items(differences), (of_seeds.error**2, min(of_seeds.df, most))])
+    return _spread(fmean(differences), [_mean_error(differences), (of_seeds.error**2, min(of_seeds.df, most))])
 
 
 def paired(left: Sequence[Accuracy], right: Sequence[Accuracy]) -> Spread | None:
@@ -92,7 +92,7 @@ def paired(left: Sequence[Accuracy], right: Sequence[Accuracy]) -> Spread | None
         return None
     differences = [a - b for a, b in zip(_means(left), _means(right), strict=True)]
     per_seed = [a.value - b.value for a, b in zip(left, right, strict=True)]
-    return _spread(fmean(differences), [_of_items(differences), _of_items(per_seed)])
+    return _spread(fmean(differences), [_mean_error(differences), _mean_error(per_seed)])
 
 
 def same_items(runs: Sequence[Accuracy]) -> bool:
@@ -110,7 +110,7 @@ def _spread(value: float, parts: Sequence[tuple[float, float]]) -> Spread:
     return Spread(value, math.sqrt(total), total * total / weight if weight else math.inf)
 
 
-def _of_items(values: Sequence[float]) -> tuple[float, float]:
+def _mean_error(values: Sequence[float]) -> tuple[float, float]:
     """Return the squared error of the mean of values, and its degrees of freedom."""
     return (variance(values) / len(values), len(values) - 1) if len(values) > 1 else (math.inf, 1)
 
