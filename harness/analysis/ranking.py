@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal
 
+from harness.analysis.grouping import group
 from harness.analysis.statistics import over_seeds, seed_spread
 from harness.analysis.statistics.intervals import LEVEL, detectable, holm, mcnemar, paired_difference, wilson
 from harness.analysis.statistics.over_seeds import Spread
@@ -133,11 +134,9 @@ class Group:
     @property
     def data_differ(self) -> bool:
         """True if two runs with the same seed trained on different examples, or in a different order."""
-        orders: dict[int, set[str]] = {}
-        for record in (r for e in self.ranked for r in e.records):
-            if record.training and record.training.data_order_sha256:
-                orders.setdefault(record.cell.seed, set()).add(record.training.data_order_sha256)
-        return any(len(found) > 1 for found in orders.values())
+        trained = ((r.cell.seed, r.training) for e in self.ranked for r in e.records)
+        orders = {(seed, t.data_order_sha256) for seed, t in trained if t and t.data_order_sha256}
+        return len(orders) > len({seed for seed, _ in orders})
 
 
 _Recipe = tuple[Record, ...]
@@ -158,22 +157,20 @@ def groups(run: Run) -> tuple[Group, ...]:
         for tuning in run.manifest.tuning
         for cell_id in tuning.cells
     }
-    recipes: dict[str, list[Record]] = {}
-    for record in latest.values():
-        if record.cell_id not in swept and record.accuracy is not None:
-            recipes.setdefault(record.cell.recipe_id, []).append(record)
-    trained: dict[_Place, list[_Recipe]] = {}
-    untrained: dict[Budget, list[_Recipe]] = {}
-    for found in recipes.values():
-        records = tuple(sorted(found, key=lambda record: record.cell.seed))
-        cell = records[0].cell
-        budget = Budget.of(cell)
-        if cell.training.steps:
-            seeds = tuple(record.cell.seed for record in records)
-            place = (budget, seeds if len(seeds) > 1 else (), tries.get(cell.cell_id, 0))
-            trained.setdefault(place, []).append(records)
-        else:
-            untrained.setdefault(budget, []).append(records)
+    scored = [record for record in latest.values() if record.cell_id not in swept and record.accuracy is not None]
+    recipes = [
+        tuple(sorted(records, key=lambda record: record.cell.seed))
+        for records in group((record.cell.recipe_id, record) for record in scored).values()
+    ]
+
+    def place(records: _Recipe) -> _Place:
+        cell, seeds = records[0].cell, tuple(record.cell.seed for record in records)
+        return Budget.of(cell), seeds if len(seeds) > 1 else (), tries.get(cell.cell_id, 0)
+
+    trained = group((place(records), records) for records in recipes if records[0].cell.training.steps)
+    untrained = group(
+        (Budget.of(records[0].cell), records) for records in recipes if not records[0].cell.training.steps
+    )
     ranked = [
         _group(budget, tried, same, [u for other, found in untrained.items() if other.same_test(budget) for u in found])
         for (budget, _, tried), same in trained.items()

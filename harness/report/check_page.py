@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.analysis.grouping import group
 from harness.conformance.findings import defects, summary
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.errors import EXITS, Exit, plural
 from harness.report import html
-from harness.report.formatting import check_fields, figure, unmeasured
+from harness.report.formatting import check_fields, field, unmeasured
 from harness.report.table_model import column, grouped
 from harness.report.tones import badge, icon, tone
 
@@ -95,7 +96,7 @@ def _matrix(report: CheckReport) -> dict[str, Any]:
         row = {
             "name": implementation, "title": f"{target} by {implementation}", "anchor": "", "record": "",
             "href": f"#{_anchor(target, implementation)}",
-            "figures": [_figure(summary.select_dtype(tried, dtype)) for dtype in dtypes],
+            "fields": [_field(summary.select_dtype(tried, dtype)) for dtype in dtypes],
         }  # fmt: skip
         groups.setdefault(target, []).append(row)
     columns = [column(dtype, number=False) for dtype in dtypes]
@@ -103,19 +104,19 @@ def _matrix(report: CheckReport) -> dict[str, Any]:
     return grouped("matrix", caption, columns, groups.items(), first="Implementation")
 
 
-def _figure(tried: list[CheckOutcome]) -> dict[str, Any]:
-    field = summary.summarise(tried)
-    if field is None:
+def _field(tried: list[CheckOutcome]) -> dict[str, Any]:
+    worst = summary.summarise(tried)
+    if worst is None:
         return unmeasured("no case in this dtype")
-    status, colour = field.status, tone(field.status)
+    status, colour = worst.status, tone(worst.status)
     if status is CheckStatus.PASS:
-        small = "" if field.share is None else f"{field.share:.2f}"
-        return figure(f"{icon(status)} pass", field.share or 0.0, small=small, tone=colour)
+        small = "" if worst.share is None else f"{worst.share:.2f}"
+        return field(f"{icon(status)} pass", worst.share or 0.0, small=small, tone=colour)
     if status in (CheckStatus.FAIL, CheckStatus.KNOWN_DEFECT):
         # Passing fields sort by their share, at most 1; failures sort above them, by their number.
-        small = f"{field.count} of {field.total}"
-        return figure(f"{icon(status)} {status.value}", 1.0 + field.count, small=small, tone=colour)
-    return figure(status.value, None, tone=colour, why=_reasons(tried))
+        small = f"{worst.count} of {worst.total}"
+        return field(f"{icon(status)} {status.value}", 1.0 + worst.count, small=small, tone=colour)
+    return field(status.value, None, tone=colour, why=_reasons(tried))
 
 
 def _reasons(tried: Iterable[CheckOutcome]) -> str:
@@ -145,11 +146,9 @@ def _defect(defect: Defect, report: CheckReport) -> dict[str, Any]:
 def _by_check(target: str, implementation: str, tried: list[CheckOutcome]) -> dict[str, Any]:
     """Summarise one implementation by check, over all cases."""
     dtypes = summary.dtypes(tried)
-    checks: dict[str, list[CheckOutcome]] = {}
-    for one in tried:
-        checks.setdefault(one.check, []).append(one)
+    checks = group((one.check, one) for one in tried)
     rows = [
-        {"name": name, "figures": [_figure(summary.select_dtype(same, dtype)) for dtype in dtypes]}
+        {"name": name, "fields": [_field(summary.select_dtype(same, dtype)) for dtype in dtypes]}
         for name, same in checks.items()
     ]
     whole = summary.summarise(tried)
@@ -162,11 +161,11 @@ def _by_check(target: str, implementation: str, tried: list[CheckOutcome]) -> di
 
 def _not_checked(report: CheckReport) -> list[dict[str, Any]]:
     """List targets that were not tried or not compared, each reason once."""
-    reasons: dict[tuple[str, str, str], list[str]] = {}
-    for one in report.tried:
-        if one.status in (CheckStatus.UNSUPPORTED, CheckStatus.SKIPPED):
-            key = (f"{one.implementation} {one.target}", one.status.value, f"{one.check}: {one.result.detail}")
-            reasons.setdefault(key, []).append(one.dtype)
+    reasons = group(
+        ((f"{one.implementation} {one.target}", one.status.value, f"{one.check}: {one.result.detail}"), one.dtype)
+        for one in report.tried
+        if one.status in (CheckStatus.UNSUPPORTED, CheckStatus.SKIPPED)
+    )
     rows = [(name, "not checked", why, "", "") for name, why in report.skipped.items()]
     rows += [
         (*key, str(len(dtypes)), ", ".join(summary.sort_dtypes(dtypes))) for key, dtypes in sorted(reasons.items())

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.analysis.grouping import group
 from harness.claims.judge import MEANING, ClaimVerdict, JudgedClaim
 from harness.report import html
 from harness.report.formatting import DASH
@@ -27,12 +28,8 @@ def write_page(rows: Sequence[JudgedClaim], software: Mapping[str, str], out: Pa
 def build(rows: Sequence[JudgedClaim], software: Mapping[str, str]) -> dict[str, Any]:
     """Return the content of the page as one plain dict."""
     rows = sorted(rows, key=lambda row: row.version)  # arXiv numbers are chronological
-    headlines: dict[str, list[JudgedClaim]] = {}
-    papers: dict[str, list[JudgedClaim]] = {}
-    for row in rows:
-        papers.setdefault(row.paper, []).append(row)
-        if row.headline:
-            headlines.setdefault(row.headline, []).append(row)
+    papers = group((row.paper, row) for row in rows)
+    headlines = group((row.headline, row) for row in rows if row.headline)
     findings = [
         row for verdict in (ClaimVerdict.NOT_REPRODUCED, ClaimVerdict.UNDER) for row in rows if row.verdict is verdict
     ]

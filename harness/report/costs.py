@@ -9,7 +9,7 @@ from harness.analysis.run_facts import RunFacts
 from harness.records.cost import Checkpoint, GpuState
 from harness.records.record import Cell, Measurements, Record
 from harness.report import formatting
-from harness.report.formatting import Figure, figure, unmeasured
+from harness.report.formatting import Field, field, unmeasured
 from harness.report.table_model import Table, column, measured, table
 
 _OLD = "the Record is from before this was measured"
@@ -30,7 +30,7 @@ def costs(facts: RunFacts) -> Table:
     return table(facts, "costs", "Files and energy", columns, rows)
 
 
-def _sizes(c: Checkpoint | None) -> list[Figure]:
+def _sizes(c: Checkpoint | None) -> list[Field]:
     if c is None:
         return [unmeasured(_OLD)] * 3
     if c.adapter_file_B is None:
@@ -38,22 +38,22 @@ def _sizes(c: Checkpoint | None) -> list[Figure]:
     return [_bytes(c.adapter_file_B), _bytes(c.head_B), _bytes(c.model_B)]
 
 
-def _bytes(size: int | None) -> Figure:
+def _bytes(size: int | None) -> Field:
     if size is None:
         return unmeasured("the driver was not queried")
-    return figure(formatting.mebibytes(size), size, why=f"{size:,} bytes")
+    return field(formatting.mebibytes(size), size, why=f"{size:,} bytes")
 
 
-def _energy(record: Record, m: Measurements) -> list[Figure]:
+def _energy(record: Record, m: Measurements) -> list[Field]:
     joules = measurements.training_energy(record)
     if joules is None:
         return [unmeasured(_no_energy(record, m))] * 2
-    shown = figure(f"{joules:,.0f}", joules, why=f"by {m.energy.source}" if m.energy else "")
+    shown = field(f"{joules:,.0f}", joules, why=f"by {m.energy.source}" if m.energy else "")
     tokens = sum(m.training.tokens) if m.training else 0
     if not tokens:
         return [shown, unmeasured("no tokens were counted")]
     each = 1000 * joules / tokens
-    return [shown, figure(formatting.scientific(each), each)]
+    return [shown, field(formatting.scientific(each), each)]
 
 
 def _no_energy(record: Record, m: Measurements) -> str:
@@ -83,7 +83,7 @@ def gpus(facts: RunFacts) -> Table:
     return table(facts, "gpus", "The GPU while training", columns, _gpu_rows(facts))
 
 
-def _gpu_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Figure]]]:
+def _gpu_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Field]]]:
     for record, _ in measured(facts):
         gpu = measurements.training_gpu(record)
         if gpu is None:
@@ -95,7 +95,7 @@ def _gpu_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Figure]]]:
                 _bytes(gpu.reserved_B),
                 _bytes(gpu.driver_B),
                 *(
-                    figure(str(n), n) if n is not None else unmeasured("not counted")
+                    field(str(n), n) if n is not None else unmeasured("not counted")
                     for n in (gpu.alloc_retries, gpu.ooms)
                 ),
                 _edges(edges, "sm_clock_Hz", 1e-6),
@@ -106,18 +106,18 @@ def _gpu_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Figure]]]:
         )
 
 
-def _edges(edges: tuple[GpuState | None, GpuState | None], name: str, scale: float = 1.0) -> Figure:
+def _edges(edges: tuple[GpuState | None, GpuState | None], name: str, scale: float = 1.0) -> Field:
     start, end = (getattr(edge, name, None) for edge in edges)
     if end is None:
         return unmeasured("the driver does not report it")
     before = f"[{start * scale:,.0f}]" if start is not None else ""
-    return figure(f"{end * scale:,.0f}", end, small=before)
+    return field(f"{end * scale:,.0f}", end, small=before)
 
 
-def _throttled(edges: tuple[GpuState | None, GpuState | None]) -> Figure:
+def _throttled(edges: tuple[GpuState | None, GpuState | None]) -> Field:
     reported = [edge.throttle for edge in edges if edge and edge.throttle is not None]
     if not reported:
         return unmeasured("the driver does not report it")
     reasons = list(dict.fromkeys(reason for edge in reported for reason in edge if reason not in _HARMLESS))
     text = ", ".join(reasons) or "nothing"
-    return figure(text, text, flag="throttled" if reasons else "")
+    return field(text, text, flag="throttled" if reasons else "")

@@ -14,20 +14,20 @@ MINUS = "−"
 MIB = 1024 * 1024
 GIB = 1024 * MIB
 
-Figure = dict[str, Any]
+Field = dict[str, Any]
 """Content of a table cell: `text`, `value` to sort by (None if missing), `small` print, warning `flag`, tooltip `why`."""
 
 
-def figure(
+def field(
     text: str, value: float | str | None, *, small: str = "", why: str = "", tone: str = "", flag: str = ""
-) -> Figure:
-    """Return the figure of one value."""
+) -> Field:
+    """Return the field of one value."""
     return {"text": text, "value": value, "small": small, "why": why, "tone": tone, "flag": flag}
 
 
-def unmeasured(why: str) -> Figure:
-    """Return a dash, the figure of a value that was not measured."""
-    return figure(DASH, None, why=why, tone="quiet")
+def unmeasured(why: str) -> Field:
+    """Return a dash, the field of a value that was not measured."""
+    return field(DASH, None, why=why, tone="quiet")
 
 
 def mebibytes(size: int) -> str:

@@ -10,7 +10,7 @@ from harness.analysis.run_facts import RunFacts
 from harness.analysis.statistics.intervals import SHARES, median_interval, percentile, samples_needed
 from harness.records.record import Cell, Latency
 from harness.report import formatting
-from harness.report.formatting import Figure, figure, unmeasured
+from harness.report.formatting import Field, field, unmeasured
 from harness.report.table_model import Table, column, measured, table
 
 _TITLE = "median with its 95 % interval, and the 95th percentile of 20 samples or more; the tooltip has all percentiles"
@@ -28,7 +28,7 @@ def latency(facts: RunFacts) -> Table:
     return table(facts, "latency", "Latency of inference", columns, _latency_rows(facts))
 
 
-def _latency_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Figure]]]:
+def _latency_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Field]]]:
     for record, m in measured(facts):
         mixed = _mixed(m.latency)  # those have a separate table
         alone = [x for x in m.latency if x not in mixed]
@@ -61,7 +61,7 @@ def several_adapters(facts: RunFacts) -> Table:
     return table(facts, "mixed", "Several adapters in one batch", columns, _adapter_rows(facts))
 
 
-def _adapter_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Figure]]]:
+def _adapter_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Field]]]:
     for record, m in measured(facts):
         refused, one_refused = failed_checks.no_mixed_speed(record), failed_checks.no_speed(record)
         for x in m.latency:
@@ -73,7 +73,7 @@ def _adapter_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Figure]]]:
                 record.cell,
                 [
                     _pass(x.kind, x.batch, x.tokens),
-                    figure(str(x.adapters), x.adapters),
+                    field(str(x.adapters), x.adapters),
                     _shown(one, one_refused or ("" if one else x.because)),
                     _shown(x, refused),
                     _ratio(x, one, refused or x.because),
@@ -91,12 +91,12 @@ def _mixed(found: Sequence[Latency]) -> list[Latency]:
     return [x for x in found if (x.adapters is not None if marked else x.batch in batches)]
 
 
-def _pass(kind: str, batch: int, tokens: int) -> Figure:
-    return figure(f"{kind} {batch} × {tokens}", f"{kind} {batch:06} {tokens:06}")
+def _pass(kind: str, batch: int, tokens: int) -> Field:
+    return field(f"{kind} {batch} × {tokens}", f"{kind} {batch:06} {tokens:06}")
 
 
-def _shown(latency: Latency | None, refused: str = "") -> Figure:
-    """Return the figure of a median with interval and percentiles. refused: reason why it may not be shown."""
+def _shown(latency: Latency | None, refused: str = "") -> Field:
+    """Return the field of a median with interval and percentiles. refused: reason why it may not be shown."""
     if refused:
         return unmeasured(refused)
     if latency is None:
@@ -107,7 +107,7 @@ def _shown(latency: Latency | None, refused: str = "") -> Figure:
     tail = percentile(latency.seconds, 0.95)
     small = formatting.median_ms(m) + (f" p95 {formatting.milliseconds(tail)}" if tail is not None else "")
     why = f"{m.count} samples; {_percentiles(latency)}"
-    return figure(formatting.milliseconds(m.value), m.value, small=small, why=why)
+    return field(formatting.milliseconds(m.value), m.value, small=small, why=why)
 
 
 def _percentiles(latency: Latency) -> str:
@@ -119,11 +119,11 @@ def _percentiles(latency: Latency) -> str:
     return ", ".join(found)
 
 
-def _ratio(latency: Latency | None, base: Latency | None, refused: str) -> Figure:
-    """Return the figure of the ratio of two medians."""
+def _ratio(latency: Latency | None, base: Latency | None, refused: str) -> Field:
+    """Return the field of the ratio of two medians."""
     if refused:
         return unmeasured(refused)
     if not latency or not base or not latency.seconds or not base.seconds or not median(base.seconds):
         return unmeasured("one of the two was not measured")
     quotient = median(latency.seconds) / median(base.seconds)
-    return figure(f"{quotient:.2f}", quotient)
+    return field(f"{quotient:.2f}", quotient)

@@ -11,9 +11,9 @@ from harness.analysis.run_facts import RunFacts
 from harness.analysis.statistics.over_seeds import INTERVAL
 from harness.records.record import Record
 from harness.report import formatting, links
-from harness.report.formatting import Figure, figure, unmeasured
+from harness.report.formatting import Field, field, unmeasured
 from harness.report.table_model import Table, by_key, column, grouped
-from harness.report.tables import standing_figure
+from harness.report.tables import standing_field
 
 
 def over_seeds(facts: RunFacts) -> Table | None:
@@ -50,25 +50,25 @@ def _recipe(facts: RunFacts, g: Group, e: RankingEntry) -> Table:
     alone = unmeasured("no other recipe has this budget and these seeds")
     return _row(
         facts, facts.entry_name(e), facts.entry_name(e), e.record.cell_id, e.record.id,
-        figure(str(len(accuracies)), len(accuracies), why=f"seeds {seeds}"),
+        field(str(len(accuracies)), len(accuracies), why=f"seeds {seeds}"),
         _accuracy(e.score) | {"why": e.score.means},
-        figure(f"{100 * stdev(accuracies):.1f}", stdev(accuracies)),
-        figure(" ".join(f"{100 * value:.1f}" for value in accuracies), None),
-        standing_figure(e) if g.is_ranking else alone,
-        figure(f"{trainable:,}", trainable),
+        field(f"{100 * stdev(accuracies):.1f}", stdev(accuracies)),
+        field(" ".join(f"{100 * value:.1f}" for value in accuracies), None),
+        standing_field(e) if g.is_ranking else alone,
+        field(f"{trainable:,}", trainable),
         _over(e.records, metrics.TRAINING_PEAK.read, lambda peak: formatting.mebibytes(round(peak)), "no peak of training"),
         _over(e.records, metrics.TOKENS_PER_S.read, lambda rate: f"{rate:,.0f}", refused=refused),
         _over(e.records, metrics.STEP.read, formatting.milliseconds, refused=refused, ends=True),
     )  # fmt: skip
 
 
-def _row(facts: RunFacts, name: str, title: str, cell_id: str, record: str, *figures: Figure) -> Table:
+def _row(facts: RunFacts, name: str, title: str, cell_id: str, record: str, *fields: Field) -> Table:
     href = f"#{links.anchor(facts, cell_id)}"
-    return {"name": name, "title": title, "record": record, "anchor": "", "href": href, "figures": list(figures)}
+    return {"name": name, "title": title, "record": record, "anchor": "", "href": href, "fields": list(fields)}
 
 
-def _accuracy(score: Score) -> Figure:
-    return figure(formatting.percent(score.value), score.value, small=formatting.interval(score))
+def _accuracy(score: Score) -> Field:
+    return field(formatting.percent(score.value), score.value, small=formatting.interval(score))
 
 
 def _over(
@@ -79,13 +79,13 @@ def _over(
     *,
     refused: str = "",
     ends: bool = False,
-) -> Figure:
-    """Return the figure of the median over seeds. missing: reason if no seed has a value. ends: show the range too."""
+) -> Field:
+    """Return the field of the median over seeds. missing: reason if no seed has a value. ends: show the range too."""
     values = [x for r in records if (x := value(r)) is not None]
     if refused or not values:
         return unmeasured(refused or missing)
     small = f"[{write(min(values))}, {write(max(values))}]" if ends else ""
-    return figure(write(median(values)), median(values), small=small)
+    return field(write(median(values)), median(values), small=small)
 
 
 def searched(facts: RunFacts) -> Table | None:
@@ -112,16 +112,16 @@ def searched(facts: RunFacts) -> Table | None:
         row = _row(
             facts, facts.recipes[first.recipe_id] if len(search.cells) == 1 else search.tuning.entry,
             f"{len(search.cells)} ranked Cells of {search.tuning.entry}", tried, tried,
-            figure(" ".join(f"{t.lr:g}" for t in search.tries if t.chosen), None),
+            field(" ".join(f"{t.lr:g}" for t in search.tries if t.chosen), None),
             *(_tried(by_rate.get(rate)) for rate in rates),
-            unmeasured("fewer than two were scored") if band is None else figure(f"{100 * band:.1f}", band),
-            figure(_choice(search), None, tone="bad" if search.better else ""),
+            unmeasured("fewer than two were scored") if band is None else field(f"{100 * band:.1f}", band),
+            field(_choice(search), None, tone="bad" if search.better else ""),
         )  # fmt: skip
         groups.setdefault(f"{first.model} · {first.task}", []).append(row)
     return grouped(f"{facts.prefix}tuning", "Accuracy by learning rate", columns, groups.items(), first="Recipe")
 
 
-def _tried(t: tuning.Try | None) -> Figure:
+def _tried(t: tuning.Try | None) -> Field:
     if t is None or t.score is None:
         return unmeasured(t.because if t else "not tried")
     return _accuracy(t.score)
@@ -148,7 +148,7 @@ def lines(facts: RunFacts) -> list[list[str]]:
     for group in table["groups"] if table else ():
         rows.append([f"{group['title']}, over seeds", *headings.values()])
         for row in group["rows"]:
-            figures = by_key(table["columns"], row["figures"]) if table else {}
-            shown = [figures[key] for key in headings]
+            fields = by_key(table["columns"], row["fields"]) if table else {}
+            shown = [fields[key] for key in headings]
             rows.append([row["name"], *(" ".join(filter(None, [f["text"], f["small"]])) for f in shown)])
     return rows

@@ -11,6 +11,7 @@ from typing import Any
 
 from harness.analysis import failed_checks, measurements
 from harness.analysis.comparison.reproducibility import strangers, usual_environment
+from harness.analysis.grouping import group
 from harness.analysis.run_facts import RunFacts
 from harness.analysis.trajectories import JudgedTrajectory
 from harness.analysis.verdict import QuestionVerdict
@@ -30,12 +31,9 @@ OUTSIDE_TARGET = 0.10
 
 def curves(facts: RunFacts) -> list[Section]:
     """Draw the training losses, one chart per model and task; several seeds are averaged."""
-    titled: dict[str, dict[str, list[Record]]] = {}
-    for record in facts.latest.values():
-        if record.training and record.training.losses:
-            title = f"{record.cell.model} · {record.cell.task}"
-            titled.setdefault(title, {}).setdefault(record.cell.recipe_id, []).append(record)
-    series = {title: [_curve(facts, records) for records in found.values()] for title, found in titled.items()}
+    trained = [record for record in facts.latest.values() if record.training and record.training.losses]
+    recipes = group((record.cell.recipe_id, record) for record in trained).values()
+    series = group((f"{r[0].cell.model} · {r[0].cell.task}", _curve(facts, r)) for r in recipes)
     return [
         charts.learning(title, lines[i : i + _CURVES_IN_A_CHART])
         for title, lines in series.items()
@@ -202,11 +200,8 @@ def _code(facts: RunFacts, e: Environment) -> dict[str, str]:
 
 def _workers(facts: RunFacts) -> dict[str, str]:
     """Return the facts that workers report about themselves; several values only if they differ."""
-    values: dict[str, dict[str, None]] = {}
-    for record in facts.latest.values():
-        for key, value in _flat(record.environment.extra):
-            values.setdefault(key, {})[value] = None
-    return {key: " | ".join(found) for key, found in values.items() if any(found)}
+    facts_of = (pair for record in facts.latest.values() for pair in _flat(record.environment.extra))
+    return {key: " | ".join(found) for key, found in group(dict.fromkeys(facts_of)).items() if any(found)}
 
 
 def _flat(extra: dict[str, Json]) -> Iterator[tuple[str, str]]:
@@ -272,8 +267,5 @@ def rerun(facts: RunFacts) -> Section:
 
 def notes(facts: RunFacts) -> list[Section]:
     """Collect the notes of the Records, each once."""
-    found: dict[str, list[str]] = {}
-    for record in facts.latest.values():
-        for note in record.notes:
-            found.setdefault(note, []).append(record.id)
+    found = group((note, record.id) for record in facts.latest.values() for note in record.notes)
     return [{"text": text, "sources": links.sources(facts, ids)} for text, ids in found.items()]

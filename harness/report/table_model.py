@@ -8,7 +8,7 @@ from typing import Any
 from harness.analysis.run_facts import RunFacts
 from harness.records.record import Cell, Measurements, Record
 from harness.report import links
-from harness.report.formatting import Figure
+from harness.report.formatting import Field
 
 Table = dict[str, Any]
 Column = dict[str, Any]
@@ -24,16 +24,16 @@ def table(
     key: str,
     caption: str,
     columns: list[Column],
-    rows: Iterable[tuple[Cell, list[Figure]]],
+    rows: Iterable[tuple[Cell, list[Field]]],
     *,
     notes: Sequence[str] = (),
     anchored: bool = False,
 ) -> Table:
     """Group the rows of Cells by model and task, in the given order. anchored: links to a Cell lead to this table."""
     groups: dict[str, list[Table]] = {}
-    for cell, figures in rows:
+    for cell, fields in rows:
         anchor = links.anchor(facts, cell.cell_id) if anchored else ""
-        row = {**links.row(facts, cell), "figures": figures, "anchor": anchor}
+        row = {**links.row(facts, cell), "fields": fields, "anchor": anchor}
         groups.setdefault(f"{cell.model} · {cell.task}", []).append(row)
     return grouped(f"{facts.prefix}{key}", caption, columns, groups.items(), notes=notes)
 
@@ -52,9 +52,9 @@ def grouped(
     return {"id": key, "caption": caption, "first": first, "columns": columns, "groups": shown, "notes": list(notes)}
 
 
-def by_key(columns: Sequence[Column], figures: Sequence[Figure]) -> dict[str, Figure]:
-    """Map the keys of a row's columns to its figures."""
-    return {c["key"]: f for c, f in zip(columns, figures, strict=True) if c["key"]}
+def by_key(columns: Sequence[Column], fields: Sequence[Field]) -> dict[str, Field]:
+    """Map the keys of a row's columns to its fields."""
+    return {c["key"]: f for c, f in zip(columns, fields, strict=True) if c["key"]}
 
 
 def measured(facts: RunFacts) -> list[tuple[Record, Measurements]]:

@@ -12,8 +12,8 @@ from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER, FOOTPRINT_
 from harness.errors import first_names, plural
 from harness.records.record import Cell, Memory, Record
 from harness.report import formatting
-from harness.report.formatting import Figure, figure, unmeasured
-from harness.report.metric_figure import metric_figure
+from harness.report.formatting import Field, field, unmeasured
+from harness.report.metric_field import metric_field
 from harness.report.table_model import Table, column, measured, table
 from harness.report.tones import icon, tone
 
@@ -36,24 +36,24 @@ def comparison(facts: RunFacts) -> Table:
             title = "among Cells with an equal budget; paired on the same items if there is a p value"
             columns.append(column("Against the best", title))
     columns.append(column("Record", number=False))
-    rows = ((cell, list(_figures(facts, cell))) for cell in facts.run.manifest.cells)
+    rows = ((cell, list(_fields(facts, cell))) for cell in facts.run.manifest.cells)
     notes = [*_unreferenced_note(facts), *_busy_note(facts)]
     return table(facts, "cells", "Every expected Cell", columns, rows, notes=notes, anchored=True)
 
 
-def _figures(facts: RunFacts, cell: Cell) -> Iterator[Figure]:
+def _fields(facts: RunFacts, cell: Cell) -> Iterator[Field]:
     record = facts.latest.get(cell.cell_id)
     yield _status(facts, cell)
     for metric in metrics.shown():
         missing = record is None or (record.measurements is None and metric.read(record) is None)
-        yield unmeasured(facts.why_unmeasured(cell)) if missing or record is None else metric_figure(metric, record)
+        yield unmeasured(facts.why_unmeasured(cell)) if missing or record is None else metric_field(metric, record)
         if metric is metrics.ACCURACY:
             is_measured = record is not None and record.measurements is not None
             yield _standing(facts, cell) if is_measured else unmeasured(facts.why_unmeasured(cell))
     if record is None:
         yield unmeasured(facts.why_unmeasured(cell))
     else:
-        yield figure(f"{record.cell_id[:6]}….{record.attempt}", record.id, why=record.id, tone="code")
+        yield field(f"{record.cell_id[:6]}….{record.attempt}", record.id, why=record.id, tone="code")
 
 
 def _busy(facts: RunFacts) -> list[tuple[str, str]]:
@@ -82,20 +82,20 @@ def _busy_note(facts: RunFacts) -> list[str]:
     return [f"{contention.RULE}: {'; '.join(found[:_NAMED])}{more}."] if found else []
 
 
-def _status(facts: RunFacts, cell: Cell) -> Figure:
+def _status(facts: RunFacts, cell: Cell) -> Field:
     status = facts.status(cell)
     record = facts.latest.get(cell.cell_id)
     failed = failed_checks.failed(record) if record else []
     if failed and status == "ok":
         count = plural(len(failed), "failed check")
-        return figure(f"{icon('fail')} ok, {count}", status, why=", ".join(c.check for c in failed), tone=tone("fail"))
+        return field(f"{icon('fail')} ok, {count}", status, why=", ".join(c.check for c in failed), tone=tone("fail"))
     text, why = status, "" if status == "ok" else facts.why_unmeasured(cell)
     if status == "ok" and record and (no_reference := failed_checks.unreferenced(record)):
         text, why = "ok, no reference", no_reference
-    return figure(f"{icon(status)} {text}", status, why=why, tone=tone(status))
+    return field(f"{icon(status)} {text}", status, why=why, tone=tone(status))
 
 
-def _standing(facts: RunFacts, cell: Cell) -> Figure:
+def _standing(facts: RunFacts, cell: Cell) -> Field:
     entry = facts.entries.get(cell.cell_id)
     if entry is None:
         swept = any(cell.cell_id in tuning.sweep for tuning in facts.run.manifest.tuning)
@@ -105,19 +105,19 @@ def _standing(facts: RunFacts, cell: Cell) -> Figure:
         return unmeasured("no other recipe has this budget, these seeds and this number of learning rates tried")
     if entry.standing == "best" and not group.is_ranking:
         return unmeasured("there is no other trained Cell to rank it with")
-    return standing_figure(entry)
+    return standing_field(entry)
 
 
-def standing_figure(entry: RankingEntry) -> Figure:
-    """Return the figure of a place in a ranking."""
+def standing_field(entry: RankingEntry) -> Field:
+    """Return the field of a place in a ranking."""
     if entry.standing == "best":
-        return figure("best", 0.0, tone="good")
+        return field("best", 0.0, tone="good")
     why = "the test items are not the same, so only the intervals are compared"
     if entry.p is not None:
         seeds = len(entry.records)
         test = f"t test of the means over {seeds} seeds" if seeds > 1 else "exact McNemar test of these two checkpoints"
         why = f"{formatting.probability(entry.p)}, {test}, Holm-adjusted"
-    return figure(entry.standing, entry.difference, small=formatting.points(entry.difference), why=why)
+    return field(entry.standing, entry.difference, small=formatting.points(entry.difference), why=why)
 
 
 def memory(facts: RunFacts) -> Table:
@@ -143,7 +143,7 @@ def memory(facts: RunFacts) -> Table:
     return table(facts, "memory", "Memory, MiB", columns, _memory_rows(facts, names))
 
 
-def _memory_rows(facts: RunFacts, phases: list[str]) -> Iterator[tuple[Cell, list[Figure]]]:
+def _memory_rows(facts: RunFacts, phases: list[str]) -> Iterator[tuple[Cell, list[Field]]]:
     for record, m in measured(facts):
         peaks = {p.name: p.peak_memory_B for p in record.phases}
         yield (
@@ -155,13 +155,13 @@ def _memory_rows(facts: RunFacts, phases: list[str]) -> Iterator[tuple[Cell, lis
                 _rest(record, m.memory),
                 _in_step(m.memory),
                 *(_bytes(peaks.get(name), "no such phase, or no peak of it") for name in phases),
-                figure(m.memory.source, m.memory.source),
+                field(m.memory.source, m.memory.source),
             ],
         )
 
 
-def _with_prediction(memory: Memory, part: str, counted: int | None = None) -> Figure:
-    """Return the figure of one part of the ledger, with its prediction in small print. counted: by default `<part>_B`."""
+def _with_prediction(memory: Memory, part: str, counted: int | None = None) -> Field:
+    """Return the field of one part of the ledger, with its prediction in small print. counted: by default `<part>_B`."""
     size: int = getattr(memory, f"{part}_B") if counted is None else counted
     if memory.predicted is None:
         return _bytes(size) | {"why": f"not predicted: {memory.not_predicted}" if memory.not_predicted else ""}
@@ -175,8 +175,8 @@ def _with_prediction(memory: Memory, part: str, counted: int | None = None) -> F
     }
 
 
-def _in_step(memory: Memory) -> Figure:
-    """Return the figure of the tensors in a step: counted, with the prediction on fake tensors in small print."""
+def _in_step(memory: Memory) -> Field:
+    """Return the field of the tensors in a step: counted, with the prediction on fake tensors in small print."""
     if (counted := memory.counted_peak_B) is None:
         return unmeasured("not trained, or not counted")
     predicted = memory.predicted
@@ -186,8 +186,8 @@ def _in_step(memory: Memory) -> Figure:
     return shown | {"why": shown["why"] + (f", by {predicted.peak_by}" if predicted.peak_by else "")}
 
 
-def _with_host(memory: Memory) -> Figure:
-    """Return the figure of the optimizer, with its state in the host's memory, which no other figure includes."""
+def _with_host(memory: Memory) -> Field:
+    """Return the field of the optimizer, with its state in the host's memory, which no other field includes."""
     shown = _with_prediction(memory, "optimizer")
     expected = memory.predicted.optimizer_host_B if memory.predicted else 0
     if not (memory.optimizer_host_B or expected):
@@ -198,8 +198,8 @@ def _with_host(memory: Memory) -> Figure:
     return shown | {"small": small, "why": "; ".join(filter(None, [shown["why"], host]))}
 
 
-def _rest(record: Record, memory: Memory) -> Figure:
-    """Return the figure of the training peak minus the counted parts."""
+def _rest(record: Record, memory: Memory) -> Field:
+    """Return the field of the training peak minus the counted parts."""
     peak = measurements.training_peak(record)
     if peak is None:
         return unmeasured("no peak of a training phase")
@@ -210,13 +210,13 @@ def _rest(record: Record, memory: Memory) -> Figure:
     return _bytes(peak - counted) | {"small": small}
 
 
-def _bytes(size: int | None, missing: str = "") -> Figure:
+def _bytes(size: int | None, missing: str = "") -> Field:
     if size is None:
         return unmeasured(missing)
     if size < 0:
         why = "less than the sum of the tensors: some of them were never resident, or lie in shared pages"
-        return figure(f"{formatting.MINUS}{formatting.mebibytes(-size)}", size, why=why)
-    return figure(formatting.mebibytes(size), size)
+        return field(f"{formatting.MINUS}{formatting.mebibytes(-size)}", size, why=why)
+    return field(formatting.mebibytes(size), size)
 
 
 def raw(facts: RunFacts) -> list[dict[str, Any]]:

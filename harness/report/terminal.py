@@ -9,7 +9,7 @@ from harness.analysis.run_facts import RunFacts
 from harness.records.notes import notes_of_kind
 from harness.records.record import NoteKind
 from harness.report import recipes, sections, tables
-from harness.report.formatting import Figure
+from harness.report.formatting import Field
 from harness.report.table_model import by_key
 from harness.report.tones import icon
 
@@ -22,8 +22,8 @@ def summary(f: RunFacts) -> list[str]:
     for group in table["groups"]:
         rows = [[group["title"], *headings.values()]]
         for row in group["rows"]:
-            figures = by_key(table["columns"], row["figures"])
-            rows.append([row["name"], *(_text(figures[key]) for key in headings)])
+            fields = by_key(table["columns"], row["fields"])
+            rows.append([row["name"], *(_text(fields[key]) for key in headings)])
         lines += [*aligned(rows), ""]
     if means := recipes.lines(f):
         lines += [*aligned(means), ""]
@@ -31,10 +31,11 @@ def summary(f: RunFacts) -> list[str]:
         lines.append(f"{icon(j.verdict.word)} {j.verdict.word.value}: {j.comparison.says}")
         lines.append(f"    {j.verdict.reason}")
     lines += [f"! {note}" for note in tables.short_notes(f)]
-    unreached: dict[str, list[str]] = {}  # the other notes are on the page only
-    for record in f.latest.values():
-        for note in notes_of_kind(record, NoteKind.UNREACHED_EXPERTS):
-            unreached.setdefault(note, []).append(f.titles[record.cell_id])
+    unreached = group(  # the other notes are on the page only
+        (note, f.titles[record.cell_id])
+        for record in f.latest.values()
+        for note in notes_of_kind(record, NoteKind.UNREACHED_EXPERTS)
+    )
     lines += [f"! {note}: {', '.join(names)}" for note, names in unreached.items()]
     p = f.verdict.parity
     lines.append(f"parity: {p.passed} checks passed, {p.failed} failed, {p.skipped} skipped")
@@ -54,8 +55,8 @@ def summary(f: RunFacts) -> list[str]:
     return lines
 
 
-def _text(figure: Figure) -> str:
-    return " ".join(filter(None, [figure["text"], figure["small"], "!" if figure["flag"] else ""]))
+def _text(field: Field) -> str:
+    return " ".join(filter(None, [field["text"], field["small"], "!" if field["flag"] else ""]))
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

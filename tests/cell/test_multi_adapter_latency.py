@@ -293,7 +293,7 @@ def test_the_report_has_them_beside_one_adapter_for_all(tmp_path: Path) -> None:
     assert "no speed without parity: lora/multi-adapter" in red["One each, ms"]["why"]
     assert red["One for all, ms"]["text"] == "2.00"  # the check of mixing says nothing of one adapter
     assert row(built["latency"], by_name["hf-peft"])["Unmerged, ms"]["value"] is not None
-    workloads = {r["figures"][0]["text"] for g in built["latency"]["groups"] for r in g["rows"]}
+    workloads = {r["fields"][0]["text"] for g in built["latency"]["groups"] for r in g["rows"]}
     assert not any("4 ×" in one for one in workloads)
     samples = [s for s in rows.samples(by_name["hf-peft"]) if s["variant"] == "multi-adapter"]
     assert {(s["latency_adapters"], s["latency_batch"]) for s in samples} == {(4, 4)}

@@ -12,6 +12,7 @@ from pathlib import Path
 from harness.analysis import failed_checks
 from harness.analysis.comparison import baseline_costs, baseline_scores, environment_differences
 from harness.analysis.comparison.baseline_rows import LOOSER, CellPair, ComparisonRow, FindingKind, Findings, Margins
+from harness.analysis.grouping import group
 from harness.analysis.run_facts import RunFacts
 from harness.analysis.verdict_kind import Verdict, VerdictKind
 from harness.errors import Exit, first_names, plural
@@ -152,9 +153,7 @@ def _looser(base: Record, new: Record) -> list[str]:
 
 def _recipe_names(cells: Mapping[str, Cell], names: Mapping[str, str]) -> dict[str, str]:
     """Name recipes; one with a single Cell has the name of this Cell."""
-    recipes: dict[str, list[Cell]] = {}
-    for cell in cells.values():
-        recipes.setdefault(cell.recipe_id, []).append(cell)
+    recipes = group((cell.recipe_id, cell) for cell in cells.values())
     several = [cell for same in recipes.values() if len(same) > 1 for cell in same]
     return {recipe: names[same[0].cell_id] for recipe, same in recipes.items()} | naming.recipes(several)
 
@@ -189,7 +188,5 @@ def _whole(against: Against, strict: bool) -> tuple[Verdict, Exit]:
 
 def _counted(rows: Sequence[ComparisonRow]) -> list[str]:
     """List the kinds of findings, each with its first Cells and the number of others."""
-    kinds: dict[FindingKind, dict[str, None]] = {kind: {} for kind in FindingKind}
-    for row in rows:
-        kinds[row.kind][row.name] = None
-    return [f"{kind.value}: {first_names(list(names))}" for kind, names in kinds.items() if names]
+    kinds = group(dict.fromkeys((row.kind, row.name) for row in rows))
+    return [f"{kind.value}: {first_names(kinds[kind])}" for kind in FindingKind if kind in kinds]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from harness.analysis.comparison.baseline_rows import ONE_SEED, ComparisonRow, FindingKind, Margins
+from harness.analysis.grouping import group
 from harness.analysis.ranking import RecipePair, accuracies
 from harness.analysis.statistics import over_seeds
 from harness.analysis.statistics.intervals import LEVEL, holm
@@ -20,17 +21,15 @@ def rows(pairs: Sequence[_Matched], names: Mapping[str, str], margins: Margins) 
 
     pairs: Records of the baseline and of the run. names: names by recipe_id.
     """
-    recipes: dict[str, list[_Matched]] = {}
     found = []
-    for base, new in sorted(pairs, key=lambda pair: pair[0].cell.seed):
-        recipe = base.cell.recipe_id
-        name = names[recipe]
-        if base.accuracy and new.accuracy:
-            recipes.setdefault(recipe, []).append((base, new))
-        elif base.accuracy:
+    pairs = sorted(pairs, key=lambda pair: pair[0].cell.seed)
+    recipes = group((pair[0].cell.recipe_id, pair) for pair in pairs if pair[0].accuracy and pair[1].accuracy)
+    for base, new in pairs:
+        name = names[base.cell.recipe_id]
+        if base.accuracy and not new.accuracy:
             reason = f"seed {base.cell.seed} was scored in the baseline, and is not now"
             found.append(_row(FindingKind.MISSING, VerdictKind.FAIL, name, [(base, new)], reason))
-        elif new.accuracy:
+        elif new.accuracy and not base.accuracy:
             reason = f"seed {base.cell.seed} was not scored in the baseline"
             found.append(_row(FindingKind.NEW, VerdictKind.NOT_RUN, name, [(base, new)], reason))
     differences = {recipe: _difference(same) for recipe, same in recipes.items()}

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from harness.analysis.comparison import reproducibility
 from harness.analysis.comparison.baseline_rows import ComparisonRow, FindingKind
 from harness.analysis.comparison.reproducibility import CODE_VERSION, Difference
+from harness.analysis.grouping import group
 from harness.analysis.measurements import training_gpu
 from harness.analysis.verdict_kind import VerdictKind
 from harness.errors import plural
@@ -24,10 +25,7 @@ def rows(pairs: _Records) -> Iterator[ComparisonRow]:
         (FindingKind.ENVIRONMENT, _surroundings),
         (FindingKind.ASSETS, reproducibility.asset_differences),
     ):
-        groups: dict[tuple[Difference, ...], list[tuple[Record, Record]]] = {}
-        for base, new in pairs:
-            groups.setdefault(tuple(differences(base, new)), []).append((base, new))
-        for found, same in groups.items():
+        for found, same in group((tuple(differences(*pair)), pair) for pair in pairs).items():
             if found:
                 code_only = kind is FindingKind.ENVIRONMENT and all(d.what in _CODE for d in found)
                 yield _row(kind, VerdictKind.PASS if code_only else VerdictKind.INCONCLUSIVE, found, same)

@@ -1,4 +1,4 @@
-"""Figures of metrics: the value in the unit of its column, and the details that some metrics add."""
+"""Fields of metrics: the value in the unit of its column, and the details that some metrics add."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from harness.analysis.metrics import Metric, Number
 from harness.analysis.statistics.intervals import Median
 from harness.records.record import Record
 from harness.report import formatting
-from harness.report.formatting import Figure, figure, unmeasured
+from harness.report.formatting import Field, field, unmeasured
 
 
-def metric_figure(metric: Metric, record: Record) -> Figure:
-    """Return the figure of a metric of one Record; a dash with the reason where it has no value."""
+def metric_field(metric: Metric, record: Record) -> Field:
+    """Return the field of a metric of one Record; a dash with the reason where it has no value."""
     value = metric.value(record)
     if value is None:
         return unmeasured(metric.why_missing(record))
     details = _DETAILS.get(metric.name)
-    return figure(written(metric, value), value) | (details(record) if details else {})
+    return field(written(metric, value), value) | (details(record) if details else {})
 
 
 def written(metric: Metric, value: Number) -> str:
