@@ -137,7 +137,7 @@ def _better(comparison: Comparison, cells: Mapping[str, Cell], latest: Mapping[s
     text = {
         VerdictKind.FAIL: "the opposite holds",
         VerdictKind.INCONCLUSIVE: "the interval of the difference contains 0" if several else "the intervals overlap",
-        VerdictKind.PASS: "the interval of the difference lies above 0" if several else "the intervals lie apart",
+        VerdictKind.PASS: "the interval of the difference lies above 0" if several else "the intervals do not overlap",
     }[kind]
     # The worst pair represents the others.
     count = "the closest of" if kind is VerdictKind.PASS else f"so in {len(sentences)} of"
@@ -216,7 +216,7 @@ def _whole(
             VerdictKind.FAIL,
             (*nonconforming, *(i for j in refuted for i in j.verdict.records)),
             f"changed after the run: {', '.join(run.changed)}" if run.changed else "",
-            f"{plural(len(others), 'Cell')} not computing what the Method says ({'; '.join(others)})" if others else "",
+            f"{plural(len(others), 'Cell')} departing from the Method ({'; '.join(others)})" if others else "",
             f"training of {plural(len(diverged), 'Cell')} diverged ({'; '.join(diverged)})" if diverged else "",
             *(f"refuted: “{j.comparison.says}”" for j in refuted),
         ), Exit.FAIL

@@ -20,7 +20,7 @@ _HARMLESS = ("idle",)
 def costs(facts: RunFacts) -> Table:
     """Tabulate checkpoint sizes and the energy of training."""
     columns = [
-        column("Adapter's file, MiB", "size of a safetensors file with the adapter and the head, which is not kept"),
+        column("Adapter's file, MiB", "size of a safetensors file with the adapter and the head; the file was deleted"),
         column("Head in it, MiB", "size of the tensors of the head in that file"),
         column("Whole model, MiB", "computed size of its tensors, merged or fully trained, if they were saved"),
         column("Energy of training, J", "energy of the training phase, by a counter of the driver or the kernel"),

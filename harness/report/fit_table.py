@@ -58,20 +58,20 @@ def _left_out(document: Mapping[str, Any]) -> list[str]:
     there = {row["method"] for row in document["rows"] if row["rank"] is not None}
     found = group((one["method"], one) for one in document["left_out"] if one["method"] in there)
     return [
-        f"not tried of {method}: rank {', '.join(str(one['rank']) for one in several)}: {several[0]['because']}"
+        f"not tried for {method}: rank {', '.join(str(one['rank']) for one in several)}: {several[0]['because']}"
         for method, several in found.items()
     ]
 
 
 def _heading(document: Mapping[str, Any], size: MemorySize, several: bool) -> list[str]:
     one = next((row["optimizer"] for row in document["rows"] if row["optimizer"] != "-"), "")
-    keeps = ", gradient checkpointing" if document["gradient_checkpointing"] else ""
-    keeps += ", layer-wise updates where the weights themselves train" if document["layerwise_updates"] else ""
+    options = ", gradient checkpointing" if document["gradient_checkpointing"] else ""
+    options += ", layer-wise updates if the weights themselves train" if document["layerwise_updates"] else ""
     by = f", {one}" if one and not several else ""
     return [
         f"{document['model']} ({document['source']}): {document['parameters']:,} weights in {document['dtype']}",
         f"memory: {size.shown(size.number_B)} {size.unit} = {size.number_B:,} bytes; "
-        f"texts of {document['tokens']} tokens{by}{keeps}",
+        f"texts of {document['tokens']} tokens{by}{options}",
         f"adapted: {', '.join(document['targets'])}",
     ]
 
@@ -80,22 +80,22 @@ def _notes(document: Mapping[str, Any], size: MemorySize) -> list[str]:
     """Return the notes below the table: unit, accuracy, and rows with an exception."""
     by_formula, checked, rows = document["activations_known"], document["checked"], document["rows"]
     notes = [
-        f"Sizes in {size.unit} ({UNITS[size.unit]:,} bytes); a negative `left` does not fit. A prediction without allocator "
-        "waste, kernel workspaces and CUDA context: see `peft-harness explain fit`.",
+        f"Sizes in {size.unit} ({UNITS[size.unit]:,} bytes); a row with a negative `left` does not fit. The prediction leaves "
+        "out allocator overhead, kernel workspaces and CUDA context: see `peft-harness explain fit`.",
         *_untouched(rows),
         *_steps(rows),
     ]
     if by_formula:
         notes.append(
-            f"Tests: weights, adapter, gradients and optimizer within {FOOTPRINT_LEDGER:.0%} of the ledgers of real Cells, "
-            f"activations within {FOOTPRINT_ACTIVATIONS:.0%} of autograd's saved tensors in small Llamas."
+            f"Accuracy in tests: weights, adapter, gradients and optimizer within {FOOTPRINT_LEDGER:.0%} of the ledgers of real "
+            f"Cells, activations within {FOOTPRINT_ACTIVATIONS:.0%} of the tensors that autograd saves in small Llamas."
         )
     elif not checked:
         notes.append(
-            "Activations are not predicted: the closed form covers Llama-like models only. `left` is for them."
+            "Activations are not predicted, since the closed form only covers Llama-like models. They need part of `left`."
         )
     if not checked:
-        notes.append("Temporary tensors are not included: run without --formulas.")
+        notes.append("Temporary tensors are not included; run without --formulas to include them.")
     return [line for text in notes for line in textwrap.wrap(text, _WIDTH)]
 
 
@@ -105,7 +105,7 @@ def _untouched(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _steps(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return notes on the code of the steps, and on rows without a step."""
+    """Return notes on the implementations of the steps, and on rows without a step."""
     by = group(dict.fromkeys((row["peak_by"], row["method"]) for row in rows if row.get("peak_B") is not None))
     code = "; ".join(f"`{name}` of {', '.join(several)}" for name, several in by.items())
     without_step = group(

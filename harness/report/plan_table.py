@@ -21,12 +21,12 @@ _HEAD = ("cell", "id", "name", "memory, MiB", "weights", "activations", "last ru
 
 
 def predictions(suite: Suite, plan: Plan) -> dict[str, Predicted | str]:
-    """Predict the memory of every Cell of the plan from its model's shape, in one child process; see `footprint.cells`."""
+    """Predict the memory of every Cell of the plan from the shape of its model, in one child process."""
     base = suite.path.resolve().parent
     sources = {cell.model: resolve(cell.model, suite.sources, base) for cell in plan.cells}
     labels = {name: task.labels for name, task in suite.tasks.items()}
-    every = {name for name, task in suite.tasks.items() if task.answers and task.answers.loss == "all"}
-    return plan_prediction.predictions(plan.cells, sources, labels, every)
+    all_tokens = {name for name, task in suite.tasks.items() if task.answers and task.answers.loss == "all"}
+    return plan_prediction.predictions(plan.cells, sources, labels, all_tokens)
 
 
 def planning(
@@ -34,8 +34,8 @@ def planning(
 ) -> dict[str, Any]:
     """Return the plan as one document, ready for JSON.
 
-    Nothing is guessed: a Cell without a finished Record in `runs` has no estimate of time, and a Cell that is not in
-    `predicted` has none of memory.
+    A Cell without a finished Record in `runs` has no estimate of time; a Cell that is not in `predicted` has no estimate of
+    memory.
     """
     named = naming.full(plan.cells)
     newest = _newest({cell.cell_id for cell in plan.cells}, runs)
@@ -113,7 +113,7 @@ def _notes(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             "Predicted memory leaves out allocator overhead, evaluation and latency. Details: peft-harness explain memory"
         )
     for what, n in Counter(p["untouched"] for p in predicted if p["untouched"]).items():
-        yield f"of {plural(n, 'Cell')}: {what}"
+        yield f"in {plural(n, 'Cell')}: {what}"
     for why, n in Counter(p["no_peak"] for p in predicted if p["no_peak"]).items():
         yield f"no training step simulated for {plural(n, 'Cell')}: {why}"
     for why, n in Counter(row["not_predicted"] for row in cells if row["not_predicted"]).items():
@@ -129,7 +129,7 @@ def _newest(wanted: set[str], runs: Path) -> dict[str, Record]:
             try:
                 newest[cell_id] = store.read_record(path)
             except StoreError:
-                continue  # torn: use an older one; `report` shows the torn file
+                continue  # a torn file: use an older one; `report` shows the torn file
     return newest
 
 
@@ -159,7 +159,7 @@ def _summary(estimate: Mapping[str, Any]) -> str:
         f"; largest predicted memory {mebibytes(largest)} MiB" if largest is not None else ""
     )
     if not known:
-        return f"{text}; time unknown until they have run here once"
+        return f"{text}; time unknown until a first run on this machine"
     rest = f"; time unknown for the other {count - known}" if known < count else ""
     peak = f", peak {mebibytes(estimate['peak_memory_B'])} MiB" if estimate["peak_memory_B"] else ""
-    return f"{text}; {known} took {seconds(estimate['seconds'])} last time{peak}{rest}"
+    return f"{text}; {known} took {seconds(estimate['seconds'])} in their last run{peak}{rest}"

@@ -1,4 +1,4 @@
-"""Summary of a run for the terminal: one aligned table, then the verdicts. Plain text of any width."""
+"""Summary of a run for the terminal: aligned tables, then the verdicts."""
 
 from __future__ import annotations
 

@@ -313,13 +313,13 @@ def _better(left: str, right: str) -> list[Comparison]:
 @pytest.mark.parametrize(
     ("left", "right", "word", "reason"),
     [
-        ("reference", "head", VerdictKind.PASS, "the intervals lie apart"),
+        ("reference", "head", VerdictKind.PASS, "the intervals do not overlap"),
         ("head", "reference", VerdictKind.FAIL, "the opposite holds"),
         ("reference", "full", VerdictKind.INCONCLUSIVE, "the intervals overlap"),
         ("full", "reference", VerdictKind.INCONCLUSIVE, "the intervals overlap"),
         ("reference", "float64", VerdictKind.NOT_RUN, "dtype float32 against float64"),
         ("smollm-lora", "reference", VerdictKind.NOT_RUN, "not comparable: model"),
-        ("smollm-lora", "zero-shot", VerdictKind.PASS, "the intervals lie apart"),
+        ("smollm-lora", "zero-shot", VerdictKind.PASS, "the intervals do not overlap"),
     ],
 )
 def test_better(tmp_path: Path, left: str, right: str, word: VerdictKind, reason: str) -> None:
@@ -421,7 +421,7 @@ def test_divergence_is_not_called_another_method(tmp_path: Path) -> None:
     names = naming.full(recorded_run.cells().values())
     assert (v.exit, len(v.nonconforming)) == (Exit.FAIL, 2)
     assert v.verdict.reason.startswith(
-        f"1 Cell not computing what the Method says ({names[reference.cell_id]}: the gradient is exactly zero up to "
+        f"1 Cell departing from the Method ({names[reference.cell_id]}: the gradient is exactly zero up to "
         f"step 5); training of 1 Cell diverged ({names[recorded_run.cells()['fused'].cell_id]})"
     )
 

@@ -368,9 +368,9 @@ def test_a_rank_that_a_method_cannot_have_is_said(tmp_path: Path, capsys: pytest
     words += ["--method", "pissa", "--method", "lora", "--base", "none"]
     assert main(words) == Exit.PASS
     printed = capsys.readouterr().out
-    assert "not tried of pissa: rank 3000: " in printed
+    assert "not tried for pissa: rank 3000: " in printed
     assert "singular values" in printed
-    assert "not tried of lora" not in printed
+    assert "not tried for lora" not in printed
     assert main([*words, "--json"]) == Exit.PASS
     (one,) = json.loads(capsys.readouterr().out)["left_out"]
     assert (one["method"], one["rank"]) == ("pissa", 3000)
