@@ -38,8 +38,8 @@ class Metric:
     why_missing: Callable[[Record], str] = lambda _: "not measured"
     """Returns the reason of a missing value."""
     kind: MetricKind | None = None
-    """Comparison of two values: `timed` by statistics, `counted` exactly or within the slack, `peak` within the slack, `score`
-    by paired items; None for a number that is only shown."""
+    """Comparison of two values: `timed` by statistics, `counted` exactly or within the slack, `peak` within the slack,
+    `score` by paired items; None for a number that is only shown."""
     better: Literal["lower", "higher"] | None = None
     """The better direction; None if any difference is a regression."""
     slack_B: int = 0

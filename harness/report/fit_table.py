@@ -80,15 +80,15 @@ def _notes(document: Mapping[str, Any], size: MemorySize) -> list[str]:
     """Return the notes below the table: unit, accuracy, and rows with an exception."""
     by_formula, checked, rows = document["activations_known"], document["checked"], document["rows"]
     notes = [
-        f"Sizes in {size.unit} ({UNITS[size.unit]:,} bytes); a row with a negative `left` does not fit. The prediction leaves "
-        "out allocator overhead, kernel workspaces and CUDA context: see `peft-harness explain fit`.",
+        f"Sizes in {size.unit} ({UNITS[size.unit]:,} bytes); a row with a negative `left` does not fit. The prediction "
+        "leaves out allocator overhead, kernel workspaces and CUDA context: see `peft-harness explain fit`.",
         *_untouched(rows),
         *_steps(rows),
     ]
     if by_formula:
         notes.append(
-            f"Accuracy in tests: weights, adapter, gradients and optimizer within {FOOTPRINT_LEDGER:.0%} of the ledgers of real "
-            f"Cells, activations within {FOOTPRINT_ACTIVATIONS:.0%} of the tensors that autograd saves in small Llamas."
+            f"Accuracy in tests: weights, adapter, gradients and optimizer within {FOOTPRINT_LEDGER:.0%} of the ledgers of "
+            f"real Cells, activations within {FOOTPRINT_ACTIVATIONS:.0%} of the tensors that autograd saves in small Llamas."
         )
     elif not checked:
         notes.append(
