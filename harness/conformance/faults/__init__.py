@@ -1,11 +1,17 @@
 """Planted faults: copies of the reference with one mistake each, which the checks must notice (`check --self-test`).
 
-One file per Method, Operation or base. A fault is a function that changes a copy of the source, with a decorator that names
-the target and the checks that must catch it:
+One file per Method, base or group of Operations. Most faults replace code: they are rows of the table `FAULTS` of their
+file, formatted by hand so that the wrong code is next to the right code:
 
-    @planted("dora", "gradient", values={"rank": 3, "alpha": 8.0})
-    def does_not_detach_the_norm(its: PatchedCopy) -> None:
-        its.line("norm.detach() if self.detach_norm else norm", "norm")
+    line_fault("dora", "does_not_detach_the_norm", ["gradient"],
+        "norm.detach() if self.detach_norm else norm", "norm", values={"rank": 3, "alpha": 8.0}),
+
+Any other fault is a function that changes a copy of the source, with a decorator that names the target and the checks that
+must catch it:
+
+    @planted("lora", "merge", values={"rank": 3, "alpha": 8.0})
+    def forgets_to_unmerge(its: PatchedCopy) -> None:
+        its.then(lambda adapted: setattr(adapted, "unmerge", lambda: None))
 
 `planted_in_methods` plants a fault in every Method that it applies to. A Method takes part if its file here, named like the
 Method, has `CASE`, the FaultCase in which such faults are planted.
@@ -92,8 +98,22 @@ class MethodsFault:
                 yield Fault(self.name, method, self.spoil, self.expected, where)
 
 
+def line_fault(target: str, name: str, expected: Collection[str], *lines: str, file: str = "", **case: Any) -> Fault:
+    """Return the fault of `target` that replaces code lines.
+
+    lines: the right code and the wrong code that replaces it, one or more pairs. file: see `PatchedCopy.line`. case: fields
+    of the FaultCase that differ from the default.
+    """
+
+    def spoil(its: PatchedCopy) -> None:
+        for right, wrong in zip(lines[::2], lines[1::2], strict=True):
+            its.line(right, wrong, file)
+
+    return Fault(name, target, spoil, tuple(expected), FaultCase(**case))
+
+
 def planted(target: str, *expected: str, **case: Any) -> Callable[[Spoil], Fault]:
-    """Make a function a fault of `target`. case: fields of the FaultCase that differ from the usual ones."""
+    """Make a function a fault of `target`. case: fields of the FaultCase that differ from the default."""
 
     def wrap(spoil: Spoil) -> Fault:
         return Fault(spoil.__name__, target, spoil, expected, FaultCase(**case))
@@ -104,7 +124,7 @@ def planted(target: str, *expected: str, **case: Any) -> Callable[[Spoil], Fault
 def planted_in_methods(
     *expected: str, only: Collection[str] = (), adds_layers: bool | None = None, **values: Any
 ) -> Callable[[Spoil], MethodsFault]:
-    """Make a function a fault of every Method with a parity suite that has the checks expected to catch it.
+    """Make a function a fault of every Method with a parity suite that has the expected checks.
 
     only: restrict to these Methods, if any are given. adds_layers: restrict to Methods that put (False: do not put) their
     own layers around the base's. values: values of the Method's config in addition to those of its CASE.
@@ -123,6 +143,7 @@ def every() -> tuple[Fault, ...]:
     cases = {name: found["CASE"] for name, found in modules.items() if isinstance(found.get("CASE"), FaultCase)}
     faults: list[Fault] = []
     for found in modules.values():
+        faults += found.get("FAULTS", [])
         for one in found.values():
             if isinstance(one, Fault):
                 faults.append(one)

@@ -20,8 +20,10 @@ from harness.methods.spec import Adapted
 # layers is shared with the original: it holds nothing that a fault would change, and its functions compare modules.
 _SHARED = ("reference.shared.layers",)
 
-Forward = Callable[[Any, Tensor, Callable[[Tensor], Tensor]], Tensor]
-"""(layer, x, the right forward) -> y."""
+Right = Callable[[Tensor], Tensor]
+"""The right forward pass of a layer: x -> y."""
+Forward = Callable[[Any, Tensor, Right], Tensor]
+"""A wrong forward pass: (layer, x, the right one) -> y."""
 _PACKAGES = ("reference", "reference.operations", "reference.shared")
 
 
@@ -53,14 +55,17 @@ class PatchedCopy:
         """Register a change of the Adapted that `attach` returns."""
         self._then.append(change)
 
+    def each_layer(self, change: Callable[[Any], object]) -> None:
+        """Register a change of every adapted layer."""
+        self.then(lambda adapted: [change(layer) for layer in adapted.layers.values()])
+
     def forward(self, wrong: Forward) -> None:
         """Let every adapted layer compute wrong(layer, x, the right forward)."""
 
-        def change(adapted: Any) -> None:
-            for layer in adapted.layers.values():
-                layer.forward = partial(_swapped, wrong, layer, layer.forward)
+        def change(layer: Any) -> None:
+            layer.forward = partial(_swapped, wrong, layer, layer.forward)
 
-        self.then(change)
+        self.each_layer(change)
 
     def attach(self, model: nn.Module, config: Any, generator: torch.Generator) -> Adapted:
         """Attach as the copy does, then make the registered changes."""
@@ -95,7 +100,7 @@ class PatchedCopy:
         return import_module(name) if name in _SHARED else self.module(name)
 
 
-def _swapped(wrong: Forward, layer: nn.Module, right: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _swapped(wrong: Forward, layer: nn.Module, right: Right, x: Tensor) -> Tensor:
     out: Tensor = wrong(layer, x, right)
     return out
 

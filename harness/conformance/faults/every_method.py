@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from harness.conformance.faults import planted_in_methods
-from harness.conformance.faults.patched_copy import PatchedCopy
-
-Right = Callable[[Tensor], Tensor]
+from harness.conformance.faults.patched_copy import PatchedCopy, Right
 
 
 @planted_in_methods("strides")
@@ -20,7 +17,7 @@ def reads_a_view_as_if_it_were_contiguous(its: PatchedCopy) -> None:
 
 
 @planted_in_methods("vector")
-def makes_a_matrix_of_a_vector(its: PatchedCopy) -> None:
+def turns_a_vector_into_a_matrix(its: PatchedCopy) -> None:
     its.forward(lambda _, x, right: right(torch.atleast_2d(x)))
 
 
@@ -40,7 +37,7 @@ def unwritten(like: Tensor) -> Tensor:
 
 
 @planted_in_methods("model")
-def trains_only_behind_another(its: PatchedCopy) -> None:
+def passes_a_gradient_only_behind_another_layer(its: PatchedCopy) -> None:
     """Mistake an input without a gradient, which the first layer of a model gets, for inference."""
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
@@ -51,7 +48,7 @@ def trains_only_behind_another(its: PatchedCopy) -> None:
 
 
 @planted_in_methods("save")
-def computes_otherwise_at_its_first_use(its: PatchedCopy) -> None:
+def computes_differently_at_its_first_use(its: PatchedCopy) -> None:
     """Compute differently at the first use, a state that no checkpoint contains."""
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
@@ -68,11 +65,7 @@ def leaves_its_layers_behind(its: PatchedCopy) -> None:
 
 @planted_in_methods("dropout", dropout=0.25)
 def drops_nothing(its: PatchedCopy) -> None:
-    def change(adapted: Any) -> None:
-        for layer in adapted.layers.values():
-            layer.dropout = nn.Identity()
-
-    its.then(change)
+    its.each_layer(lambda layer: setattr(layer, "dropout", nn.Identity()))
 
 
 @planted_in_methods("base", "identity", adds_layers=False)
