@@ -1,4 +1,4 @@
-"""galore_step: one step of GaLore in a given subspace, with moments of before."""
+"""galore_step: one step of GaLore in a given subspace, with given moments."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def arguments(
     weight_decay: float = 0.0,
     eps: float = 1e-6,
 ) -> Arguments:
-    """Draw a weight, its gradient, orthonormal P (m, r) and/or Q (n, r) by the side, and moments of R's shape.
+    """Draw a weight, its gradient, moments of R's shape, and orthonormal P (m, r) or Q (n, r), or both, as `side` says.
 
-    step: the number of this step, from 2. lr is so large that the step is as large as the weight.
+    step: number of this step, at least 2. lr is so large that the step is as large as the weight.
     """
     m, n = shape
     left, right = galore.sides(m, n, side)
