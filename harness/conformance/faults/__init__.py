@@ -10,8 +10,8 @@ Any other fault is a function that changes a copy of the source, with a decorato
 must catch it:
 
     @planted("lora", "merge", values={"rank": 3, "alpha": 8.0})
-    def forgets_to_unmerge(its: PatchedCopy) -> None:
-        its.then(lambda adapted: setattr(adapted, "unmerge", lambda: None))
+    def forgets_to_unmerge(copy: PatchedCopy) -> None:
+        copy.change_adapted(lambda adapted: setattr(adapted, "unmerge", lambda: None))
 
 `planted_in_methods` plants a fault in every Method that it applies to. A Method takes part if its file here, named like the
 Method, has `CASE`, the FaultCase in which such faults are planted.
@@ -35,7 +35,7 @@ Spoil = Callable[[PatchedCopy], None]
 
 @dataclass(frozen=True)
 class FaultCase:
-    """The one case of the target's parity suite in which a fault shows."""
+    """The case in which a fault shows."""
 
     values: Values = field(default_factory=dict)
     """Values of the Method's config, or of an Operation's case."""
@@ -43,7 +43,7 @@ class FaultCase:
     layer: parity_suite.Kind = "linear"
     tokens: int = 9
     inputs: int = 40
-    """Features into the small model's first layer; its second maps back."""
+    """Input features of the first layer of the ParityModel; its second layer maps back."""
     outputs: int = 24
 
     def __str__(self) -> str:
@@ -87,7 +87,7 @@ class MethodsFault:
     values: Mapping[str, Any]
 
     def planted(self, cases: Mapping[str, FaultCase]) -> Iterator[Fault]:
-        """Yield the fault of each Method; cases: Method -> the case in which to plant it."""
+        """Yield the fault for each Method. cases: Method -> the case in which to plant it."""
         for method, case in cases.items():
             checks = parity_suite.load_plan(method).checks
             applies = not self.only or method in self.only
@@ -101,13 +101,13 @@ class MethodsFault:
 def line_fault(target: str, name: str, expected: Collection[str], *lines: str, file: str = "", **case: Any) -> Fault:
     """Return the fault of `target` that replaces code lines.
 
-    lines: the right code and the wrong code that replaces it, one or more pairs. file: see `PatchedCopy.line`. case: fields
-    of the FaultCase that differ from the default.
+    lines: pairs of the right code and the wrong code that replaces it. file: see `PatchedCopy.replace_line`. case: fields of
+    the FaultCase that differ from the default.
     """
 
-    def spoil(its: PatchedCopy) -> None:
+    def spoil(copy: PatchedCopy) -> None:
         for right, wrong in zip(lines[::2], lines[1::2], strict=True):
-            its.line(right, wrong, file)
+            copy.replace_line(right, wrong, file)
 
     return Fault(name, target, spoil, tuple(expected), FaultCase(**case))
 

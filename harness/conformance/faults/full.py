@@ -1,4 +1,4 @@
-"""Faults of full fine-tuning and of the frozen base."""
+"""Faults of full fine-tuning and of the frozen model."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ FAULTS = [
 
 
 @planted("full", "gradient", "step")
-def loses_the_gradient_of_one_weight(its: PatchedCopy) -> None:
+def loses_the_gradient_of_one_weight(copy: PatchedCopy) -> None:
     def change(adapted: Any) -> None:
         layer = adapted.layers["second"]
         layer.forward = lambda x: nn.functional.linear(x, layer.weight.detach(), layer.bias)
 
-    its.then(change)
+    copy.change_adapted(change)

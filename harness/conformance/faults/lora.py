@@ -1,4 +1,4 @@
-"""Faults of LoRA, and of all Methods with adapted layers."""
+"""Faults of LoRA. Some could occur in any Method with adapted layers; LoRA stands for them."""
 
 from __future__ import annotations
 
@@ -80,103 +80,107 @@ FAULTS = [
 
 
 @planted("lora", "forward", "gradient", values=_USUAL)
-def returns_zeros(its: PatchedCopy) -> None:
-    its.forward(lambda _, x, right: right(x) * 0)
+def returns_zeros(copy: PatchedCopy) -> None:
+    copy.replace_forward(lambda _, x, right: right(x) * 0)
 
 
 @planted("lora", "gradient", values=_USUAL)
-def detaches_its_output(its: PatchedCopy) -> None:
-    its.forward(lambda _, x, right: right(x).detach())
+def detaches_its_output(copy: PatchedCopy) -> None:
+    copy.replace_forward(lambda _, x, right: right(x).detach())
 
 
 @planted("lora", "dropout", values=_DROP)
-def drops_the_inputs_of_the_base_too(its: PatchedCopy) -> None:
-    its.forward(lambda layer, x, right: right(nn.functional.dropout(x, 0.25, layer.training)))
+def drops_the_inputs_of_the_base_too(copy: PatchedCopy) -> None:
+    copy.replace_forward(lambda layer, x, right: right(nn.functional.dropout(x, 0.25, layer.training)))
 
 
 @planted("lora", "inputs", values=_USUAL)
-def writes_into_its_input(its: PatchedCopy) -> None:
+def writes_into_its_input(copy: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         out = right(x)
         x.data.mul_(2)
         return out
 
-    its.forward(forward)
+    copy.replace_forward(forward)
 
 
 @planted("lora", "inputs", values=_USUAL)
-def writes_into_the_base(its: PatchedCopy) -> None:
+def writes_into_the_base(copy: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         layer.base.weight.data[0, 0] += 1e-3
         return right(x)
 
-    its.forward(forward)
+    copy.replace_forward(forward)
 
 
 @planted("lora", "forward", "gradient", values=_USUAL)
-def returns_the_output_of_the_previous_call(its: PatchedCopy) -> None:
+def returns_the_output_of_the_previous_call(copy: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         last: Tensor | None = getattr(layer, "last", None)
         layer.last = out = right(x)
         return out if last is None else last.detach()
 
-    its.forward(forward)
+    copy.replace_forward(forward)
 
 
 @planted("lora", "deterministic", values=_USUAL)
-def adds_noise_below_any_tolerance(its: PatchedCopy) -> None:
-    its.forward(lambda _, x, right: right(x) * (1 + torch.finfo(x.dtype).eps * (torch.rand_like(x[..., :1]) < 0.5)))
+def adds_noise_below_any_tolerance(copy: PatchedCopy) -> None:
+    copy.replace_forward(
+        lambda _, x, right: right(x) * (1 + torch.finfo(x.dtype).eps * (torch.rand_like(x[..., :1]) < 0.5))
+    )
 
 
 @planted("lora", "forward", values=_USUAL)
-def is_wrong_in_the_last_row(its: PatchedCopy) -> None:
-    its.forward(lambda layer, x, right: torch.cat([right(x)[:-1], layer.base(x[-1:])]) if len(x) else right(x))
+def is_wrong_in_the_last_row(copy: PatchedCopy) -> None:
+    copy.replace_forward(lambda layer, x, right: torch.cat([right(x)[:-1], layer.base(x[-1:])]) if len(x) else right(x))
 
 
 @planted("lora", "layers", values=_USUAL)
-def trains_the_base_too(its: PatchedCopy) -> None:
-    its.each_layer(lambda layer: layer.base.weight.requires_grad_(True))
+def trains_the_base_too(copy: PatchedCopy) -> None:
+    copy.change_layers(lambda layer: layer.base.weight.requires_grad_(True))
 
 
 @planted("lora", "layers", values=_USUAL)
-def adapts_one_layer_too_few(its: PatchedCopy) -> None:
+def adapts_one_layer_too_few(copy: PatchedCopy) -> None:
     def change(adapted: Any) -> None:
         path = list(adapted.layers)[-1]
         replace(adapted.model, path, adapted.layers.pop(path).base)
 
-    its.then(change)
+    copy.change_adapted(change)
 
 
 @planted("lora", "layers", values=_USUAL)
-def lists_layers_that_it_does_not_adapt(its: PatchedCopy) -> None:
+def lists_layers_that_it_does_not_adapt(copy: PatchedCopy) -> None:
     def change(adapted: Any) -> None:
         for path, layer in adapted.layers.items():
             replace(adapted.model, path, layer.base)
 
-    its.then(change)
+    copy.change_adapted(change)
 
 
 @planted("lora", "merge", values=_USUAL)
-def forgets_to_unmerge(its: PatchedCopy) -> None:
-    its.then(lambda adapted: setattr(adapted, "unmerge", lambda: None))
+def forgets_to_unmerge(copy: PatchedCopy) -> None:
+    copy.change_adapted(lambda adapted: setattr(adapted, "unmerge", lambda: None))
 
 
 @planted("lora", "save", values=_USUAL)
-def has_state_that_is_not_saved(its: PatchedCopy) -> None:
+def has_state_that_is_not_saved(copy: PatchedCopy) -> None:
     """Derive the scaling from B at the first use, a state that no checkpoint contains."""
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         layer.calls = getattr(layer, "calls", 0) + 1
         return right(x) if layer.calls > 1 or not layer.B.any() else layer.base(x)
 
-    its.forward(forward)
+    copy.replace_forward(forward)
 
 
 @planted("lora", "forward", values=_USUAL, layer="embedding")
-def looks_up_the_next_token(its: PatchedCopy) -> None:
-    its.forward(lambda layer, x, right: right((x + 1) % layer.base.num_embeddings))
+def looks_up_the_next_token(copy: PatchedCopy) -> None:
+    copy.replace_forward(lambda layer, x, right: right((x + 1) % layer.base.num_embeddings))
 
 
 @planted("lora", "forward", values={"rank": 4, "alpha": 8.0}, layer="conv2d", inputs=6, outputs=8)
-def convolves_with_a_flipped_kernel(its: PatchedCopy) -> None:
-    its.forward(lambda layer, x, right: right(x.flip(-1)).flip(-1) if layer.base.stride == (1, 1) else right(x))
+def convolves_with_a_flipped_kernel(copy: PatchedCopy) -> None:
+    copy.replace_forward(
+        lambda layer, x, right: right(x.flip(-1)).flip(-1) if layer.base.stride == (1, 1) else right(x)
+    )

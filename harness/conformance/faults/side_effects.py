@@ -40,23 +40,23 @@ FAULTS = [
 
 
 @planted_in_methods("overlap")
-def returns_one_buffer_at_every_call(its: PatchedCopy) -> None:
+def returns_one_buffer_at_every_call(copy: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         out = right(x)
         out.data = _write_into_buffer(layer, "_out", out)
         return out
 
-    its.forward(forward)
+    copy.replace_forward(forward)
 
 
 @planted_in_methods("overlap", only=["lora", "dora"])
-def saves_every_input_in_one_buffer(its: PatchedCopy) -> None:
+def saves_every_input_in_one_buffer(copy: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         saved = 1 * x
         saved.data = _write_into_buffer(layer, "_x", x)
         return right(saved)
 
-    its.forward(forward)
+    copy.replace_forward(forward)
 
 
 def _write_into_buffer(layer: Any, name: str, value: Tensor) -> Tensor:
@@ -68,14 +68,14 @@ def _write_into_buffer(layer: Any, name: str, value: Tensor) -> Tensor:
 
 
 @planted("lora", "overlap", values=_LORA)
-def overwrites_the_previous_gradient(its: PatchedCopy) -> None:
+def overwrites_the_previous_gradient(copy: PatchedCopy) -> None:
     """Overwrite the gradient instead of adding to it."""
 
     def change(adapted: Any) -> None:
         for tensor in adapted.tensors().values():
             tensor.register_post_accumulate_grad_hook(_subtract_previous)
 
-    its.then(change)
+    copy.change_adapted(change)
 
 
 def _subtract_previous(tensor: Any) -> None:
@@ -85,39 +85,39 @@ def _subtract_previous(tensor: Any) -> None:
 
 
 @planted_in_methods("settings")
-def changes_the_default_dtype(its: PatchedCopy) -> None:
-    its.then(lambda _: torch.set_default_dtype(torch.float16))
+def changes_the_default_dtype(copy: PatchedCopy) -> None:
+    copy.change_adapted(lambda _: torch.set_default_dtype(torch.float16))
 
 
 @planted_in_methods("settings")
-def seeds_the_random_numbers_when_it_is_attached(its: PatchedCopy) -> None:
-    its.then(lambda _: torch.manual_seed(0))
+def seeds_the_random_numbers_when_it_is_attached(copy: PatchedCopy) -> None:
+    copy.change_adapted(lambda _: torch.manual_seed(0))
 
 
 @planted("lora", "settings", values=_LORA)
-def switches_gradients_off_globally(its: PatchedCopy) -> None:
+def switches_gradients_off_globally(copy: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         out = right(x)
         torch.set_grad_enabled(layer.training)
         return out
 
-    its.forward(forward)
+    copy.replace_forward(forward)
 
 
 @planted("lora", "settings", values=_LORA)
-def seeds_pythons_random_numbers(its: PatchedCopy) -> None:
-    its.then(lambda _: random.seed(0))
+def seeds_pythons_random_numbers(copy: PatchedCopy) -> None:
+    copy.change_adapted(lambda _: random.seed(0))
 
 
 @planted_in_methods("dropout", dropout=0.25)
-def drops_the_same_features_of_all_tokens(its: PatchedCopy) -> None:
-    _replace_dropout(its, lambda x, p: torch.rand(x.shape[-1], device=x.device) >= p)
+def drops_the_same_features_of_all_tokens(copy: PatchedCopy) -> None:
+    _replace_dropout(copy, lambda x, p: torch.rand(x.shape[-1], device=x.device) >= p)
 
 
 @planted_in_methods("dropout", dropout=0.25)
-def drops_the_same_features_at_every_call(its: PatchedCopy) -> None:
+def drops_the_same_features_at_every_call(copy: PatchedCopy) -> None:
     _replace_dropout(
-        its, lambda x, p: torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device) >= p
+        copy, lambda x, p: torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device) >= p
     )
 
 
@@ -130,12 +130,12 @@ class _Dropout(nn.Module):
         return x * self.mask(x, self.p) / (1 - self.p) if self.training else x
 
 
-def _replace_dropout(its: PatchedCopy, mask: Callable[[Tensor, float], Tensor]) -> None:
-    its.each_layer(lambda layer: setattr(layer, "dropout", _Dropout(layer.dropout.p, mask)))
+def _replace_dropout(copy: PatchedCopy, mask: Callable[[Tensor, float], Tensor]) -> None:
+    copy.change_layers(lambda layer: setattr(layer, "dropout", _Dropout(layer.dropout.p, mask)))
 
 
 @planted_in_methods("trajectory", adds_layers=True)
-def shrinks_its_tensors_between_steps(its: PatchedCopy) -> None:
+def shrinks_its_tensors_between_steps(copy: PatchedCopy) -> None:
     def change(adapted: Any) -> None:
         after = adapted.after_step
 
@@ -147,9 +147,9 @@ def shrinks_its_tensors_between_steps(its: PatchedCopy) -> None:
 
         adapted.after_step = after_step
 
-    its.then(change)
+    copy.change_adapted(change)
 
 
 @planted_in_methods("trajectory", only=["galore"])
-def counts_only_its_first_step(its: PatchedCopy) -> None:
-    its.line('state["step"] += 1', 'state["step"] = 1', file="galore")
+def counts_only_its_first_step(copy: PatchedCopy) -> None:
+    copy.replace_line('state["step"] += 1', 'state["step"] = 1', file="galore")

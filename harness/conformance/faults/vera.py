@@ -38,10 +38,10 @@ FAULTS = [
 
 
 @planted("vera", "layers", values=_USUAL)
-def trains_the_projections(its: PatchedCopy) -> None:
+def trains_the_projections(copy: PatchedCopy) -> None:
     def change(layer: Any) -> None:
-        trained = its.module().nn.Parameter(layer.A.clone())
+        trained = copy.module().nn.Parameter(layer.A.clone())
         del layer.A
         layer.A = trained
 
-    its.each_layer(change)
+    copy.change_layers(change)
