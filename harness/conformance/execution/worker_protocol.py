@@ -96,13 +96,13 @@ def send(emit: Emit, event: FrozenModel) -> None:
     emit(**event.model_dump(mode="json"))
 
 
-def discovery_events(pool: WorkerPool, points: list[str], patience: float) -> Iterator[DiscoveryEvent | Died]:
+def discovery_events(pool: WorkerPool, points: list[str], patience: float) -> Iterator[DiscoveryEvent]:
     """Import the entry points in a worker and yield its events."""
     module = "harness.conformance.execution.discovery_worker"
     yield from _parsed(pool.events(module, {"points": points}, patience), _DISCOVERY)
 
 
-def worker_events(pool: WorkerPool, task: WorkerTask, patience: float) -> Iterator[WorkerEvent | Died]:
+def worker_events(pool: WorkerPool, task: WorkerTask, patience: float) -> Iterator[WorkerEvent]:
     """Run a task in a worker and yield its events."""
     module = "harness.conformance.execution.worker"
     yield from _parsed(pool.events(module, task.model_dump(mode="json"), patience), _WORKER)

@@ -35,26 +35,21 @@ def reference(
     G: Tensor,
     P: Tensor | None,
     Q: Tensor | None,
-    M: Tensor,
-    M_absmax: Tensor,
-    V: Tensor,
-    V_absmax: Tensor,
-    side: str,
+    *,
     step: int,
-    lr: float,
-    scale: float,
     betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    **given: Any,
 ) -> tuple[Tensor, ...]:
-    """Return W, M, M_absmax, V and V_absmax after step number `step`."""
+    """Return W, M, M_absmax, V and V_absmax after step number `step`.
+
+    given: the last four before the step, and side, lr, scale, eps and weight_decay.
+    """
     bases = {name: t for name, t in (("P", P), ("Q", Q)) if t is not None}
-    codes = {"M": M.clone(), "M_absmax": M_absmax.clone(), "V": V.clone(), "V_absmax": V_absmax.clone()}
+    codes = {name: given.pop(name).clone() for name in OPERATION.outputs[1:]}
     W = W.clone()
-    galore.galore_step(
-        W, G, {"step": step - 1, **codes, **bases}, lr=lr, rank=min(t.shape[1] for t in bases.values()),
-        update_gap=1_000_000, scale=scale, side=side, weight_decay=weight_decay, beta1=betas[0], beta2=betas[1], eps=eps,
-    )  # fmt: skip
+    rank = min(t.shape[1] for t in bases.values())
+    state = {"step": step - 1, **codes, **bases}
+    galore.galore_step(W, G, state, rank=rank, update_gap=galore_step.NEVER, beta1=betas[0], beta2=betas[1], **given)
     return W, *codes.values()
 
 
