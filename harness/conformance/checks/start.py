@@ -66,9 +66,9 @@ def _generator_problems(case: Case) -> Iterator[str]:
             yield f"{name} starts differently with a generator of the same seed: it is drawn from another generator"
         elif torch.equal(mine[name], other_seed[name]):
             yield f"{name} starts with the same values for two seeds"
-    for name, further in itertools.combinations(drawn, 2):
-        if mine[name].shape == mine[further].shape and torch.equal(mine[name], mine[further]):
-            yield f"{name} and {further} start with the same values"
+    for name, other_name in itertools.combinations(drawn, 2):
+        if mine[name].shape == mine[other_name].shape and torch.equal(mine[name], mine[other_name]):
+            yield f"{name} and {other_name} start with the same values"
 
 
 def _attached(case: Case, seed: int, global_seed: int) -> Subject | None:
