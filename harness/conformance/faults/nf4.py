@@ -6,10 +6,10 @@ from functools import partial
 
 from harness.conformance.faults import line_fault
 
-_USUAL = {"values": {"rank": 3, "alpha": 8.0}, "inputs": 64, "outputs": 128}
+_USUAL = {"rank": 3, "alpha": 8.0}
 
-_nf4 = partial(line_fault, "nf4", **_USUAL)
-_nf4_dq = partial(line_fault, "nf4-dq", file="double_quant", **_USUAL)
+_nf4 = partial(line_fault, "nf4", values=_USUAL, inputs=64, outputs=128)
+_nf4_dq = partial(line_fault, "nf4-dq", file="double_quant", values=_USUAL, inputs=64, outputs=128)
 
 # fmt: off
 FAULTS = [
