@@ -9,7 +9,7 @@ from harness.analysis.comparison.baseline_rows import ComparisonRow, FindingKind
 from harness.analysis.statistics.process_runs import ALARM, MARGIN, Pace, judge
 from harness.analysis.verdict_kind import Verdict, VerdictKind
 from harness.bench.pytest_benchmark import Saved
-from harness.errors import first_names
+from harness.errors import first_names, plural
 
 _KINDS = {
     Pace.SLOWER: VerdictKind.FAIL,
@@ -33,9 +33,9 @@ class Session:
     """Reason why a saved benchmark has no rounds here, by name; only for benchmarks that the session should run."""
     failed: frozenset[str] = frozenset()
     """Names of failed tests."""
-    right: int = 0
+    cases_passed: int = 0
     """Number of passed cases of @conformance."""
-    wrong: int = 0
+    cases_failed: int = 0
     """Number of failed cases of @conformance."""
 
 
@@ -49,8 +49,9 @@ def compare(saved_runs: Sequence[Saved], session: Session, margin: float = MARGI
     names = dict.fromkeys(name for saved in saved_runs for name in saved.rounds)
     rows, compared = [], 0
     elsewhere: dict[str, list[str]] = {}
-    if session.wrong:
-        reason = f"{session.wrong} of {session.wrong + session.right} cases failed: no speed without parity"
+    if session.cases_failed:
+        failed, total = session.cases_failed, session.cases_failed + session.cases_passed
+        reason = f"{failed} of {total} cases failed: no speed without parity"
         rows.append(_row(FindingKind.PARITY, VerdictKind.FAIL, "@conformance", "cases", reason))
     for name in names:
         runs = [saved for saved in saved_runs if name in saved.rounds]
@@ -87,7 +88,7 @@ def _row(kind: FindingKind, word: VerdictKind, name: str, what: str, reason: str
 def _speed(name: str, saved: Sequence[Sequence[float]], session: Session, margin: float) -> ComparisonRow:
     found = judge(saved, session.rounds[name], margin)
     word, reason = _KINDS[found.pace], found.sentence
-    if session.wrong and word is VerdictKind.PASS:
+    if session.cases_failed and word is VerdictKind.PASS:
         word, reason = VerdictKind.INCONCLUSIVE, f"no pass without parity: {reason}"
     row = _row(FindingKind.SPEED, word, name, "median round", reason)
     return replace(row, base=found.base, new=found.new, unit="s", interval=found.interval)
@@ -111,7 +112,7 @@ def _verdict(rows: Sequence[ComparisonRow], compared: int, session: Session, mar
     slower, passed = names(FindingKind.SPEED, VerdictKind.FAIL), names(FindingKind.SPEED, VerdictKind.PASS)
     failed = names(FindingKind.OUTCOME, VerdictKind.FAIL)
     problems = {
-        "undecided": [] if session.wrong else names(FindingKind.SPEED, VerdictKind.INCONCLUSIVE),
+        "undecided": [] if session.cases_failed else names(FindingKind.SPEED, VerdictKind.INCONCLUSIVE),
         "missing": names(FindingKind.MISSING, VerdictKind.NOT_RUN),
         "saved on another machine only": names(FindingKind.ENVIRONMENT, VerdictKind.INCONCLUSIVE),
         "test failed": failed,
@@ -126,14 +127,14 @@ def _verdict(rows: Sequence[ComparisonRow], compared: int, session: Session, mar
         first = "nothing was compared"
     else:
         first = f"nothing was compared: no benchmark of this session is in the baseline, which has e.g. {example}"
-    if session.wrong:
-        parity = f"no speed is a pass without parity: {session.wrong} of @conformance failed"
-    elif session.right:
-        parity = f"@conformance: {session.right} right"
+    if session.cases_failed:
+        parity = f"no speed is a pass without parity: {plural(session.cases_failed, 'case')} of @conformance failed"
+    elif session.cases_passed:
+        parity = f"@conformance: {plural(session.cases_passed, 'case')} passed"
     else:
         parity = "no case of @conformance ran, so correctness is not tested"
     word = VerdictKind.INCONCLUSIVE if notes else VerdictKind.PASS
-    if slower or failed or session.wrong:
+    if slower or failed or session.cases_failed:
         word = VerdictKind.FAIL
     elif not compared:
         word = VerdictKind.NOT_RUN

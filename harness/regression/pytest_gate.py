@@ -108,7 +108,7 @@ class Gate:
             rounds={one.fullname: one.stats.data for one in timed},
             failed=frozenset(nodeid for nodeid, outcome in self._outcomes.items() if outcome == "failed"),
             absent={name: why for saved in self.saved for name in saved.rounds if (why := self._why_absent(name))},
-            right=cases.count("passed"), wrong=cases.count("failed"),
+            cases_passed=cases.count("passed"), cases_failed=cases.count("failed"),
         )  # fmt: skip
 
     def _why_absent(self, name: str) -> str:

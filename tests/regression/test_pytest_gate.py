@@ -36,7 +36,7 @@ def saved_runs(*names: str, place: dict[str, str] | None = None) -> list[Saved]:
 
 
 def session(**changes: object) -> Session:
-    return Session(**{"place": HERE, "rounds": {KERNEL: rounds(1e-3)}, "absent": {}, "right": 4} | changes)  # type: ignore[arg-type]
+    return Session(**{"place": HERE, "rounds": {KERNEL: rounds(1e-3)}, "absent": {}, "cases_passed": 4} | changes)  # type: ignore[arg-type]
 
 
 def words(found: Findings) -> list[tuple[FindingKind, VerdictKind]]:
@@ -48,7 +48,7 @@ def test_a_correct_session_that_is_not_slower_passes() -> None:
     assert words(found) == [(FindingKind.SPEED, VerdictKind.PASS)]
     assert found.verdict.word is VerdictKind.PASS
     assert found.verdict.reason == (
-        "1 of 1 benchmarks not slower (by more than 10 %, each at a level of 1 %); @conformance: 4 right"
+        "1 of 1 benchmarks not slower (by more than 10 %, each at a level of 1 %); @conformance: 4 cases passed"
     )
 
 
@@ -60,16 +60,16 @@ def test_the_verdict_names_a_slower_benchmark() -> None:
 
 
 def test_no_speed_is_a_pass_without_parity() -> None:
-    found = compare(saved_runs(KERNEL), session(wrong=1))
+    found = compare(saved_runs(KERNEL), session(cases_failed=1))
     assert words(found) == [(FindingKind.PARITY, VerdictKind.FAIL), (FindingKind.SPEED, VerdictKind.INCONCLUSIVE)]
     assert found.verdict.word is VerdictKind.FAIL
-    assert "no speed is a pass without parity: 1 of @conformance failed" in found.verdict.reason
+    assert "no speed is a pass without parity: 1 case of @conformance failed" in found.verdict.reason
     found = compare(
         saved_runs(KERNEL, OTHER), session(failed=frozenset([OTHER]), rounds={KERNEL: FIVE[0], OTHER: FIVE[0]})
     )
     assert words(found) == [(FindingKind.SPEED, VerdictKind.PASS), (FindingKind.OUTCOME, VerdictKind.FAIL)]
     assert found.verdict.word is VerdictKind.FAIL
-    assert "no case of @conformance ran" in compare(saved_runs(KERNEL), session(right=0)).verdict.reason
+    assert "no case of @conformance ran" in compare(saved_runs(KERNEL), session(cases_passed=0)).verdict.reason
 
 
 def test_undecided_or_missing_benchmarks_do_not_pass() -> None:
@@ -291,9 +291,9 @@ def test_a_session_with_a_wrong_kernel_has_no_speed_that_passes(project, pyteste
     assert code == pytest.ExitCode.TESTS_FAILED
     assert "✗ fail: 0 of 1 benchmarks not slower (by more than 100 %" in output
     assert "inconclusive: no pass without parity: not slower" in line_of(KERNEL, output)
-    assert output.count("no speed is a pass without parity: 1 of @conformance failed") == 1
+    assert output.count("no speed is a pass without parity: 1 case of @conformance failed") == 1
     code, output = project(f"--harness-gate={base}", "--harness-gate-margin=100", "-k", "kernel or (wrong and 1)")
-    assert (code, "✓ pass" in output, "@conformance: 1 right" in output) == (pytest.ExitCode.OK, True, True)
+    assert (code, "✓ pass" in output, "@conformance: 1 case passed" in output) == (pytest.ExitCode.OK, True, True)
 
 
 def test_a_baseline_is_made_by_benchmarks_alone(project, pytester: pytest.Pytester) -> None:
