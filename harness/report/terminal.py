@@ -19,9 +19,9 @@ def summary(f: RunFacts) -> list[str]:
     lines: list[str] = []
     table = tables.comparison(f)
     headings = {tables.STATUS: "status"} | {m.name: m.terminal_heading for m in metrics.shown() if m.terminal_heading}
-    for group in table["groups"]:
-        rows = [[group["title"], *headings.values()]]
-        for row in group["rows"]:
+    for section in table["groups"]:
+        rows = [[section["title"], *headings.values()]]
+        for row in section["rows"]:
             fields = by_key(table["columns"], row["fields"])
             rows.append([row["name"], *(_text(fields[key]) for key in headings)])
         lines += [*aligned(rows), ""]

@@ -112,13 +112,13 @@ class SameLosses(NamedTuple):
 
 def _same_losses(records: dict[str, Record]) -> SameLosses:
     cells = {c.cell_id: c for c in recorded_run.cells().values()} | {r.cell_id: r.cell for r in records.values()}
-    asked = Comparison(
+    comparison = Comparison(
         kind="same-losses",
         left=[records[n].cell_id for n in ("reference", "fused", "hf-peft") if n in records],
         right=[recorded_run.cells()["float64"].cell_id],
         says="same",
     )
-    return SameLosses(*trajectories.judge(asked, cells, {r.cell_id: r for r in records.values()}))
+    return SameLosses(*trajectories.judge(comparison, cells, {r.cell_id: r for r in records.values()}))
 
 
 def _losses(record: Record) -> list[float]:
@@ -267,12 +267,12 @@ def test_cells_are_ranked_within_equal_budgets_only(tmp_path: Path) -> None:
     assert found[1].detectable is None
 
 
-def test_how_a_batch_is_gone_through_is_no_budget_and_the_optimizer_is_named(tmp_path: Path) -> None:
+def test_micro_batches_and_optimizer_are_not_part_of_the_budget(tmp_path: Path) -> None:
     records = _records()
     records["fused"] = in_parts(records["fused"])
     records["hf-peft"] = with_cell(records["hf-peft"], optimizer="adamw-8bit")
     cells = [record.cell for record in records.values()]
-    # One Cell is asked for, so that no comparison of the suite's is in the way; all are in the manifest.
+    # Only one Cell is requested, so the suite has no comparison; all Cells are in the manifest.
     run = recorded_run.write_run(
         tmp_path / "r", only=["head"], cells=cells, change=lambda *_: None, extra=list(records.values())
     )
@@ -332,10 +332,10 @@ def test_better(tmp_path: Path, left: str, right: str, word: VerdictKind, reason
 
 def test_one_reversed_pair_refutes_all_of_them(tmp_path: Path) -> None:
     c = recorded_run.cells()
-    asked = Comparison(
+    comparison = Comparison(
         kind="better", left=[c["reference"].cell_id, c["head"].cell_id], right=[c["lora-r1"].cell_id], says="both"
     )
-    (judged,) = verdict.judge(recorded_run.write_run(tmp_path / "r", asked=lambda _: [asked])).judgements
+    (judged,) = verdict.judge(recorded_run.write_run(tmp_path / "r", asked=lambda _: [comparison])).judgements
     assert judged.verdict.word is VerdictKind.FAIL
     assert "1 of 2 pairs" in judged.verdict.reason
 
@@ -442,7 +442,7 @@ def test_nothing_measured_is_nothing_compared(tmp_path: Path) -> None:
     assert (v.verdict.word, v.exit) == (VerdictKind.NOT_RUN, Exit.NOTHING_COMPARED)
 
 
-def test_a_run_whose_every_cell_broke_is_the_machines_fault(tmp_path: Path) -> None:
+def test_a_run_in_which_every_cell_broke_is_infrastructure(tmp_path: Path) -> None:
     v = verdict.judge(_whole(tmp_path, change=lambda _, r: recorded_run.failed(r)))
     assert (v.verdict.word, v.exit) == (VerdictKind.INCONCLUSIVE, Exit.INFRASTRUCTURE)
 
