@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from harness.analysis import divergence, failed_checks, metrics
+from harness.analysis.grouping import group
 from harness.analysis.run_facts import RunFacts
 from harness.records.notes import notes_of_kind
 from harness.records.record import NoteKind
