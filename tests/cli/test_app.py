@@ -27,19 +27,25 @@ from support import recorded_run
 COMMAND = (sys.executable, "-m", "harness.cli")
 
 
-@pytest.mark.parametrize(
-    "verb", [[], *([name] for name in app.commands.commands)], ids=lambda v: " ".join(v) or "(none)"
-)
+HEAVY = {"torch", "pydantic", "pandas", "jinja2", "rich", "numpy", "ruamel.yaml", "reference"}
+VERBS = [
+    *([name] for name in app.commands.commands),
+    *(
+        [group.name, name]
+        for group in app.commands.commands.values()
+        if isinstance(group, click.Group)
+        for name in group.commands
+    ),
+]
+
+
+@pytest.mark.parametrize("verb", [[], *VERBS], ids=lambda v: " ".join(v) or "(none)")
 def test_help_imports_nothing_heavy(verb: list[str]) -> None:
-    heavy = {"torch", "rich", "numpy"}
-    heavy |= (
-        {"pydantic", "ruamel.yaml", "jinja2", "reference"} if verb != ["run"] else set()
-    )  # `run` reads the options of executors
     # Asserted on modules, not on seconds: machines differ, and these are what would make it slow.
     code = (
         "import sys\nfrom harness.cli import main\n"
         f"code = main([*{verb!r}, '--help'])\n"
-        f"heavy = {heavy!r} & set(sys.modules)\n"
+        f"heavy = {HEAVY!r} & set(sys.modules)\n"
         "sys.exit(f'imports {heavy}' if heavy else code)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
