@@ -14,7 +14,7 @@ import torch
 import reference.dora
 from harness.claims import claim_file, compute
 from harness.claims.judge import ClaimVerdict, JudgedClaim, judge, plain
-from harness.claims.measures import bart_parameters, baselines, dora, reported_figures
+from harness.claims.measures import arithmetic, baselines, dora, models_without_presets
 from harness.claims.worker import answer, find
 
 D, KV, F, LAYERS, V = 8, 4, 16, 3, 100
@@ -85,10 +85,10 @@ def test_a_vision_tower_has_as_many_parameters_as_transformers_builds() -> None:
 def test_bart_attends_once_in_the_encoder_and_twice_in_the_decoder() -> None:
     config = {"rank": 2, "targets": ["q_proj", "v_proj"]}
     blocks = BART["encoder_layers"] + 2 * BART["decoder_layers"]
-    assert bart_parameters.bart_trainable_parameters(BART, "lora", config).value == blocks * 2 * 2 * (8 + 8)
+    assert models_without_presets.bart_trainable_parameters(BART, "lora", config).value == blocks * 2 * 2 * (8 + 8)
     norms = 2 + 2 * BART["encoder_layers"] + 3 * BART["decoder_layers"]
     biases = blocks * 4 * 8 + (BART["encoder_layers"] + BART["decoder_layers"]) * (16 + 8) + norms * 8
-    assert bart_parameters.bart_parameters(BART, only=["bias"]).value == biases
+    assert models_without_presets.bart_parameters(BART, only=["bias"]).value == biases
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_magnitude_belongs_to_an_output() -> None:
 
 
 def test_scores_of_one_task_count_once() -> None:
-    found = reported_figures.mean_score([[90.0, 80.0], 60.1], last=Fraction("0.1"))
+    found = arithmetic.mean_score([[90.0, 80.0], 60.1], last=Fraction("0.1"))
     assert found.value == Fraction("72.55")
     assert found.within == (Fraction("72.5"), Fraction("72.6"))
 

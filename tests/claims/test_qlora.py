@@ -11,7 +11,7 @@ import torch
 
 from harness.claims import claim_file
 from harness.claims.judge import ClaimVerdict
-from harness.claims.measures import comparisons, four_bit, four_bit_bytes
+from harness.claims.measures import arithmetic, comparisons, four_bit, four_bit_bytes
 from harness.errors import SuiteError
 from reference.operations import double_quant, nf4
 from reference.operations.nf4 import codebook
@@ -170,7 +170,7 @@ def test_blocks_that_begin_anew_in_each_row_are_seen(monkeypatch: pytest.MonkeyP
 
 
 def test_comparisons_by_hand() -> None:
-    assert comparisons.mean([1, 2, 6]).value == 3
+    assert arithmetic.mean([1, 2, 6]).value == 3
     assert comparisons.wins([3, 2, 5], [1, 2, 7]).value == 1
     assert comparisons.wins([3, 2], [1, 2]).how == "2 <= 2; 1 of 2 are larger"
     assert comparisons.increasing([1, 2, 3]).value is True

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any, Literal
 
+from harness.claims import attached_model
 from harness.claims.measure import Config, MeasureResult, Method, Model, measure
 from harness.claims.sums import summed
 
@@ -16,15 +16,11 @@ _OUT, _IN, _RANK, _TOKENS = 24, 40, 4, 64
 def with_magnitudes(model: Model, method: Method, config: Config, magnitudes: list[str]) -> MeasureResult:
     """Trainable parameters of a Method for directions together with DoRA's magnitudes.
 
-    magnitudes: last parts of the paths of layers with magnitudes, as many as DoRA attaches. With `lora` this is DoRA, with
-    `vera` DVoRA.
+    magnitudes: last parts of the paths of layers with magnitudes. With `lora` this is DoRA, with `vera` DVoRA.
     """
-    from harness.claims import attached_model
-
-    directions = Counter(attached_model.trained(model, method, config, {}).values())
+    directions = attached_model.trained(model, method, config, {}).values()
     every = attached_model.trained(model, "dora", {"rank": 1, "targets": magnitudes}, {})
-    own = Counter(shape for name, shape in every.items() if name.endswith(".m"))
-    return summed(directions + own)
+    return summed([*directions, *(shape for name, shape in every.items() if name.endswith(".m"))])
 
 
 @measure("property")

@@ -6,8 +6,9 @@ from collections import Counter
 from fractions import Fraction
 from typing import Any, Literal
 
-from harness.claims.measure import Config, Count, MeasureResult, Method, Model, Positive, Quantities, Quantity, measure
-from harness.claims.measures.arithmetic import quotients, written
+from harness.claims import attached_model
+from harness.claims.measure import Config, Count, MeasureResult, Method, Model, Positive, Quantity, measure
+from harness.claims.measures.arithmetic import written
 from harness.claims.measures.parameters import fitting
 
 Side = Literal["std", "reverse_std", "paper", "left", "right", "full"]
@@ -80,37 +81,14 @@ def refresh_share_by_operations(refresh: Count, step: Count, gap: Positive) -> M
 
 
 @measure("bytes")
-def bytes_saved(of: Quantity, than: Quantity) -> MeasureResult:
-    """Bytes by which `of` is less than `than`."""
-    return MeasureResult(than - of, f"{written(than)} B - {written(of)} B")
-
-
-@measure("bytes")
 def left_after_saving(saved: Quantity, share: Quantity) -> MeasureResult:
     """Remaining bytes after saving `saved` bytes, which were `share` of the whole."""
     return MeasureResult(saved / share - saved, f"{written(saved)} B / {written(100 * share)}% - {written(saved)} B")
 
 
-@measure("share")
-def most_share_less(of: Quantities, than: Quantities, last: Quantity = Fraction(0)) -> MeasureResult:
-    """Largest relative reduction of an element of `of` from the element of `than` at its position, as in `up to`.
-
-    last: for printed figures, a unit in the last digit of the coarsest one; for sums, multiplied by the number of terms.
-    """
-    pairs = list(zip(of, than, strict=True))
-    shares = [1 - one / other for one, other in pairs]
-    least, most = zip(*(quotients(one, other, last) for one, other in pairs), strict=True)
-    within = (max(1 - one for one in most), max(1 - one for one in least)) if last else None
-    return MeasureResult(
-        max(shares), f"the largest of {', '.join(f'{float(100 * one):.4g}%' for one in shares)}", within=within
-    )
-
-
 @measure("count")
 def width(model: Model) -> MeasureResult:
     """The hidden size of a model."""
-    from harness.claims import attached_model
-
     size = int(attached_model.model(model).config.hidden_size)
     return MeasureResult(size, f"hidden_size {size}")
 
@@ -199,16 +177,13 @@ def refreshes_every(gap: Positive, steps: Positive, side: Side = "std") -> Measu
 
 def _states(model: str, method: str, config: Config, also: list[str] | None) -> Counter[tuple[str, int, int]]:
     """Count trainable tensors by shape, elements of their moments, and elements of their projector."""
-    from harness.claims import attached_model
-    from harness.conformance.subject import configure
-    from harness.memory_model import counting
     from reference.galore import sides, state_elements
 
     built = attached_model.model(model)
     named = dict(built.named_parameters())
     own = [named[name] for name in fitting(named, also or [])]
     found: Counter[tuple[str, int, int]] = Counter()
-    with counting.attached(built, method, configure(method, config)) as adapted:
+    with attached_model.attached(built, method, config) as adapted:
         optimizer = adapted.optimizer(1e-3, 0.0)
         groups = [{"params": adapted.parameters()}] if optimizer is None else optimizer.param_groups
         trains = {id(p): (p, group) for group in [{"params": own}, *groups] for p in group["params"]}
