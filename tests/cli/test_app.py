@@ -12,8 +12,7 @@ from typing import Any, get_args
 import click
 import pytest
 
-from harness.cli import app, catalog, listing, main
-from harness.cli.glossary import OPTIMIZERS, STATUSES
+from harness.cli import app, catalog, listing, main, topics
 from harness.errors import EXITS, Exit, HarnessError
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.spec import methods
@@ -197,15 +196,15 @@ def test_a_check_that_is_called_like_a_method_is_told_apart(capsys: pytest.Captu
 
 
 def test_every_optimizer_and_every_key_of_training_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    assert set(OPTIMIZERS) == set(get_args(Optimizer))
-    for key in (*OPTIMIZERS, *Training.model_fields):
+    assert set(topics.glossary()["optimizer"]) == set(get_args(Optimizer))
+    for key in (*get_args(Optimizer), *Training.model_fields):
         assert main(["explain", key]) == Exit.PASS
         assert len(capsys.readouterr().out.splitlines()) > 1, key
 
 
 def test_every_exit_code_and_status_is_explained() -> None:
     assert set(EXITS) == set(Exit)
-    assert set(STATUSES) == set(Status)
+    assert set(topics.glossary()["status"]) == set(Status)
 
 
 def test_run_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
