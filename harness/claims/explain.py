@@ -22,9 +22,9 @@ A claim file is YAML. `peft-harness claims --file mine.yaml` computes it; suites
 
 {example}
 An argument that is a quantity is a number that the paper prints, or {{measure: NAME, with: {{...}}}}.
-All mistakes in a file are reported together, each with its line, and nothing is computed. A mistake that only the model shows,
-such as an unknown layer in `targets`, is reported when the claim is computed: this claim is `not-run`, the exit code is 4, and
-all other claims are computed."""
+All mistakes in a file are reported together, each with its line, and nothing is computed. A mistake that only the model
+shows, such as an unknown layer in `targets`, is reported when the claim is computed: this claim is `not-run`, the exit code
+is 4, and all other claims are computed."""
 
 ROUNDING = {
     "nearest": "the default: our result rounds to the printed figure, so it differs by at most half a unit of the last "
