@@ -257,7 +257,9 @@ class _Reading:
             return None
         is_same_unit = chosen.dimension == measure.dimension
         if not is_same_unit:
-            what = f"`{chosen.name}` is in {chosen.dimension}, but the claim's `{measure.name}` is in {measure.dimension}"
+            what = (
+                f"`{chosen.name}` is in {chosen.dimension}, but the claim's `{measure.name}` is in {measure.dimension}"
+            )
             self.problem((*at, "measure"), what, "name a measure in the same unit")
         inherited = arguments if other.measure is None else {}
         changed = {**inherited, **other.with_}

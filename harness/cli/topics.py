@@ -83,7 +83,9 @@ def _topics() -> Iterator[Topic]:
     for code, text in EXITS.items():
         yield str(int(code)), partial(_titled, f"exit code {code:d}", f"{text}.")
     defined = glossary()
-    axis = f"an axis of a suite's matrix: one of {', '.join(defined['optimizer'])}; `peft-harness explain` describes each"
+    axis = (
+        f"an axis of a suite's matrix: one of {', '.join(defined['optimizer'])}; `peft-harness explain` describes each"
+    )
     yield "optimizer", partial(_titled, "optimizer", axis)
     for key, field in Training.model_fields.items():
         default = "" if field.is_required() else f"\ndefault: {str(field.default).lower()}"

@@ -225,7 +225,9 @@ def _scaled(suite: str, cells: Sequence[str], model: str, paged: int | None = No
     how += f", with the bytes per parameter of {narrow}"
     if _is_paged(at[1][0]):
         if paged is None:
-            raise ValueError(f"{at[1][0].cell.label} pages its optimizer: its states on a GPU are not proportional to size")
+            raise ValueError(
+                f"{at[1][0].cell.label} pages its optimizer: its states on a GPU are not proportional to size"
+            )
         value, how = value + paged, f"{how}, + {paged:,} B of states that the paged optimizer leaves on the GPU"
     return Interval(value, value, value), how, at[1][0]
 

@@ -94,9 +94,7 @@ def refresh_share(suite: Suite, cell: Entry) -> MeasureResult:
     return MeasureResult(0, f"{how}; {record_sources.place(own[0])}", max(Fraction(0), first - usual) / gap / usual)
 
 
-def _compared(
-    suite: str, of: str, to: str, time: Callable[[Sequence[Record]], Interval]
-) -> tuple[Interval, str, str]:
+def _compared(suite: str, of: str, to: str, time: Callable[[Sequence[Record]], Interval]) -> tuple[Interval, str, str]:
     """Return the ratio of two times, the times as text, and processes and place as text."""
     a, b = pair(suite, of, to)
     x, y = time(a), time(b)

@@ -47,4 +47,3 @@ def full_finetuning_of_unknown_precision(model: Model) -> MeasureResult:
     count = attached_model.parameter_count(model)
     least, most = 2 + 2 * 2, 2 + 2 + 4 + 2 * 4
     return MeasureResult(least * count, f"(2 + 2 x 2) B to (2 + 2 + 4 + 2 x 4) B x {count:,}", most=most * count)
-

@@ -67,4 +67,3 @@ def product_keeps_variance(inputs: Positive, outputs: Positive, ranks: list[Posi
         holds = holds and abs(mean - 1) <= INITIAL_SIGMAS * error
         shown.append(f"r = {rank}: {mean:.4f} +- {error:.4f}")
     return MeasureResult(holds, f"variance in units of 4 / {inputs}: {', '.join(shown)}")
-
