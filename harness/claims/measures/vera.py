@@ -28,7 +28,7 @@ def counts_by_formula(model: Model, targets: list[str], ranks: list[Positive], s
 
 @measure("property")
 def is_kaiming_uniform(inputs: Positive, outputs: Positive, rank: Positive) -> MeasureResult:
-    """Check whether A (r, in) and B (out, r) are, to the last bit, drawn by PyTorch's `kaiming_uniform_`.
+    """Check whether A (r, in) and B (out, r) equal, bit by bit, draws of PyTorch's `kaiming_uniform_`.
 
     With its defaults: uniform in +-sqrt(6 / fan_in). PyTorch initialises an nn.Linear in +-sqrt(1 / fan_in) instead.
     """
