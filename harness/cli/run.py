@@ -57,7 +57,7 @@ def run(suite: str, only: str | None, executor: str, jobs: int | None, **rest: A
 
     SUITE is a name (see `peft-harness list suites`) or a .yaml file. Each Cell runs in its own process. With --jobs above
     1, the Cells that run at the same time share the CPU cores equally, and each has a GPU to itself. Ctrl-C, SIGTERM or
-    SIGHUP stops the run: finished Cells are kept and reported, and the exit code is 4.
+    SIGHUP stops the run: finished Cells are saved and reported, and the exit code is 4.
     """
     from harness.runner import executors
     from harness.runner.run import run_suite

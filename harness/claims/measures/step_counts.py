@@ -1,8 +1,8 @@
 """Measures: operations and bytes of one training step, counted on a shape without weights. Imports torch only when computed.
 
 They stand in for measurements of speed on a GPU. If matrix products dominate, time is proportional to their operations: with
-N weights, a token takes 2 N in the forward pass and 4 N in the backward pass. Half of the latter is for gradients of weights;
-frozen weights have none. Not counted: other operations (norms, dequantisation, an optimizer's step) and data movement.
+N weights, a token takes 2 N in the forward pass and 4 N in the backward pass, half of them for gradients of weights; frozen
+weights have none. Not counted: other operations (norms, dequantisation, an optimizer's step) and data movement.
 """
 
 from __future__ import annotations
