@@ -49,7 +49,7 @@ def test_what_rounding_alone_explains_is_not_refuted(tmp_path: Path, asked: str,
     exact, rounded = (_judged(tmp_path, f"{asked}{last}}}") for last in ("", ", last: 1"))
     assert exact.verdict is ClaimVerdict.NOT_REPRODUCED
     assert rounded.verdict is ClaimVerdict.INCONCLUSIVE
-    assert f"they allow {allowed}" in rounded.why
+    assert f"which allow {allowed}" in rounded.why
 
 
 def test_what_rounding_does_not_explain_stays_refuted(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_scores_of_one_task_count_once() -> None:
 def test_printed_shares_come_out_under_the_convention_that_fits(tmp_path: Path) -> None:
     found = verdicts(tmp_path, ["dora-t15-lora-r8", "dora-t15-lora-r16", "dora-t15-dora-r4", "dora-t15-dora-r8"])
     assert found["dora-t15-lora-r8"].verdict is found["dora-t15-dora-r8"].verdict is ClaimVerdict.REPRODUCED
-    assert found["dora-t15-lora-r16"].under == "as a share of the model without what is added"
+    assert found["dora-t15-lora-r16"].under == "as a share of the model without the added parameters"
     assert found["dora-t15-dora-r4"].under == "digits cut off, not rounded"
 
 
@@ -143,7 +143,7 @@ def test_two_places_that_disagree_are_found(tmp_path: Path) -> None:
     found = verdicts(tmp_path, ids)
     assert found["dora-margin-llava"].verdict is ClaimVerdict.INCONCLUSIVE  # of rounded means it may be 0.6 and 0.7
     assert found["dora-margin-llava-text"].verdict is ClaimVerdict.REPRODUCED
-    assert found["dora-margin-13b-half"].under == "DoRA with the whole rank"
+    assert found["dora-margin-13b-half"].under == "DoRA with the full rank"
 
 
 def test_printed_figures_stand_for_all_that_is_rounded_to_them() -> None:
@@ -153,6 +153,6 @@ def test_printed_figures_stand_for_all_that_is_rounded_to_them() -> None:
     found = {c.id: judge(c, [compute._read(json.dumps(answer(plain(c.request))))]) for c in claims}
     mean = found["dora-mean-text-lora-r8"]
     assert (mean.verdict, mean.ours) == (ClaimVerdict.INCONCLUSIVE, "40.7625")
-    assert mean.why.endswith("are rounded; they allow 40.7125 to 40.8125")
+    assert mean.why.endswith("rounded figures, which allow 40.7125 to 40.8125")
     assert found["dora-mean-t6-7b-dora"].verdict is ClaimVerdict.NOT_REPRODUCED
     assert found["dora-table7-llama"].verdict is found["dora-margin-r4"].verdict is ClaimVerdict.REPRODUCED

@@ -13,6 +13,7 @@ from harness.errors import SuiteError
 
 MEASURE = '''
 """Measures: widths."""
+from __future__ import annotations
 from harness.claims.measure import MeasureResult, Positive, measure
 
 @measure("count")

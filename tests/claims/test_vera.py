@@ -56,7 +56,7 @@ def test_the_formula_holds_until_a_vector_is_not_trained(shape: str, monkeypatch
 
 
 def test_the_formula_is_refused_for_layers_that_are_not_square(shape: str) -> None:
-    with pytest.raises(ValueError, match=r"the formula is for square layers of one size, and q_proj, v_proj are not"):
+    with pytest.raises(ValueError, match=r"the formula is for square layers of one size; q_proj, v_proj are not"):
         vera.counts_by_formula(shape, ["q_proj", "v_proj"], [1])
 
 

@@ -268,7 +268,7 @@ def test_what_is_no_bug_is_not_called_one(raised: str) -> None:
 @pytest.mark.parametrize(
     ("raised", "code", "message"),
     [
-        (KeyboardInterrupt(), Exit.INFRASTRUCTURE, "peft-harness: interrupted\n  hint: what was finished is kept\n"),
+        (KeyboardInterrupt(), Exit.INFRASTRUCTURE, "peft-harness: interrupted\n  hint: finished results are saved\n"),
         (HarnessError("no GPU", where="cuda", hint="buy one"), 4, "peft-harness: cuda: no GPU\n  hint: buy one\n"),
     ],
 )
