@@ -105,9 +105,9 @@ def gate(
       gate RUN --baseline NAME    Is anything larger, worse or wrong?
       gate --pairs OLD NEW        Is anything slower?
 
-    With --baseline, RUN is a folder, an id, the start of an id, or `latest`. Compares the checks, outcome, parameters, bytes,
-    files and answers of each Cell. Times are shown but not judged, because two sessions on one machine differ too much. The
-    verdict names differences of the environment: machine, driver, libraries, code.
+    With --baseline, RUN is a folder, an id, the start of an id, or `latest`. Compares the checks, outcome, parameters,
+    bytes, files and answers of each Cell. Times are shown but not judged, because two sessions on one machine differ too
+    much. The verdict names differences of the environment: machine, driver, libraries, code.
 
     With --pairs, both sides run each Cell of a suite alternately, each time in its own process, in a random order that is
     fixed beforehand. Each Cell gets six pairs. If these do not prove that it is not slower, ten or twenty new pairs decide

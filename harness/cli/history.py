@@ -122,10 +122,10 @@ def detect(cell: str | None, sentinel: str | None, strict: bool, folder: Path, a
 def settle(cell: str | None, most: int, out: Path | None, suite: Path | None, author: str | None, folder: Path) -> Exit:
     """Confirm or refute suspected changes by pairs of runs.
 
-    Runs `gate --pairs` with the revisions before and after each unconfirmed change of a time, and for each step time that was
-    above its level in the last night. Writes the verdict `regressed`, `improved` or `refuted` to the history, like `history
-    confirm`; an undecided change stays open. The first comparison includes a canary, a revision against itself; if canaries
-    raise the alarm too often on this machine, no verdict is written.
+    Runs `gate --pairs` with the revisions before and after each unconfirmed change of a time, and for each step time that
+    was above its level in the last night. Writes the verdict `regressed`, `improved` or `refuted` to the history, like
+    `history confirm`; an undecided change stays open. The first comparison includes a canary, a revision against itself; if
+    canaries raise the alarm too often on this machine, no verdict is written.
 
     \b
     Exit codes:
@@ -169,8 +169,8 @@ def reset(cell: str, metric: str, night: str, reason: str, author: str | None, f
 def confirm(cell: str, metric: str, night: str, verdict: Any, evidence: str, author: str | None, folder: Path) -> Exit:
     """Record the verdict on a change.
 
-    Use this after pairs of runs of both revisions have decided it. The verdict is stored in confirmations.jsonl (commit it to
-    git) and applies to a change of that series up to two nights away.
+    Use this after pairs of runs of both revisions have decided it. The verdict is stored in confirmations.jsonl (commit it
+    to git) and applies to a change of that series up to two nights away.
     """
     from harness.regression.history import confirm_manually, decisions
 

@@ -23,9 +23,9 @@ _MOST_SERIOUS_FIRST = (Exit.FAIL, Exit.NOTHING_COMPARED, Exit.INFRASTRUCTURE, Ex
 def report(runs: tuple[str, ...], out: Path | None, strict: bool) -> Exit:
     """Write the HTML report of runs.
 
-    Also prints a summary of each run. RUN is a folder, an id, the start of an id, or `latest`. Several runs are compared with
-    each other: the losses of their common Cells must be equal bit by bit. The exit code is that of the most serious verdict;
-    1 for a difference without a known cause, 5 if no Cell was repeated.
+    Also prints a summary of each run. RUN is a folder, an id, the start of an id, or `latest`. Several runs are compared
+    with each other: the losses of their common Cells must be equal bit by bit. The exit code is that of the most serious
+    verdict; 1 for a difference without a known cause, 5 if no Cell was repeated.
     """
     from harness.analysis.comparison import reproducibility
     from harness.analysis.run_facts import analyse_all

@@ -154,7 +154,7 @@ def test_what_the_ledger_says_of_printed_counts() -> None:
     assert found["adalora-lora-share-r4"].verdict is ClaimVerdict.REPRODUCED
     assert found["adalora-fig1-mlp"].verdict is ClaimVerdict.INCONCLUSIVE
     assert found["adalora-fig1-three-layers"].verdict is ClaimVerdict.NOT_REPRODUCED
-    assert found["adalora-schedule-eq12-start-rte"].under.startswith("t - t_i over T - t_i - t_f")
+    assert found["adalora-schedule-eq12-start-rte"].under.startswith("(t - t_i) / (T - t_i - t_f)")
 
 
 def test_whole_minutes_decide_no_percentage_that_they_allow() -> None:

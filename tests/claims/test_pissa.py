@@ -138,4 +138,4 @@ def test_the_papers_own_tables_get_their_verdicts() -> None:
     }  # fmt: skip
     # Seven wins are over one LoRA, the lead of 1.21 over another.
     assert found["pissa-glue-wins"].under.startswith("LoRA with Gaussian initialisation")
-    assert found["pissa-lead-glue"].under.startswith("LoRA with Kaiming's start")
+    assert found["pissa-lead-glue"].under.startswith("LoRA with Kaiming initialisation")
