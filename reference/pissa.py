@@ -9,6 +9,7 @@ Shape letters: T tokens, D in, E out, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,12 +111,13 @@ def exact_svd(W_ED: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fast_svd(W_ED: Tensor, rank: int, niter: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Return an approximate (U (E, R), S (R,), Vt (R, D)), with LAPACK's signs.
+    """Return an approximate (U (E, R), S (R,), Vt (R, D)), with LAPACK's signs."""
+    return randomised_svd(W_ED, sketch(W_ED, rank, generator), niter)
 
-    The sketch (min(E, D), R) is standard normal, drawn in float64 on the CPU from `generator`, then cast.
-    """
-    sketch = torch.randn(min(W_ED.shape), rank, generator=generator, dtype=torch.float64).to(W_ED)
-    return randomised_svd(W_ED, sketch, niter)
+
+def sketch(W_ED: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+    """Return a standard normal sketch (min(E, D), R), drawn in float64 on the CPU from `generator`, then cast."""
+    return torch.randn(min(W_ED.shape), rank, generator=generator, dtype=torch.float64).to(W_ED)
 
 
 def signed(U_ER: Tensor, Vt_RD: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,8 +136,10 @@ def split(
     """
     W = W_ED.to(torch.promote_types(W_ED.dtype, torch.float32))
     scaling = config.alpha / config.rank
-    found = fast_svd(W, config.rank, config.niter, generator) if config.niter else exact_svd(W, config.rank)
-    U, S, Vt = found
+    if config.niter:
+        U, S, Vt = fast_svd(W, config.rank, config.niter, generator)
+    else:
+        U, S, Vt = exact_svd(W, config.rank)
     U, Vt = signed(U, Vt)
     root = (S / scaling).sqrt()
     # LAPACK's U comes column by column. Laid out as any other B, so that its products round as any other's.
@@ -228,10 +232,13 @@ class PissaEmbedding(AdaptedLayer):
         return self.adapted.merged()
 
 
-def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
+def attach(
+    model: nn.Module, config: Config, generator: torch.Generator, split: Callable[..., tuple[Tensor, ...]] = split
+) -> AdaptedLayers:
     """Freeze `model` and replace every target by a PissaLinear or a PissaEmbedding, in order of the paths.
 
-    Raises ValueError if a target names no such layer, or if rank exceeds the smaller side of a target's weight.
+    split: another implementation of `split`, for a faster start. Raises ValueError if a target names no such layer, or if
+    rank exceeds the smaller side of a target's weight.
     """
     found = targets(model, config.targets, ("linear", "embedding"))
     for path, base in found.items():

@@ -6,13 +6,10 @@ the worker, finds invalid values and layers that the model does not have.
 
 from __future__ import annotations
 
-import ast
 import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +173,7 @@ class AdapterConfigField(FieldInfo):
 
 
 def _of_type(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
-    kind, known = value.get("peft_type"), peft_types()
+    kind, known = value.get("peft_type"), peft_schema.peft_types()
     offered = [one for one in known if one not in _UNSUPPORTED_TYPES]
     if not isinstance(kind, str):
         keys = f"{', '.join(sorted(map(str, value))[:5])} ..." if value else "it is empty"
@@ -228,23 +225,6 @@ def virtual_tokens(config: Mapping[str, Any]) -> int:
     keys = config.get(KEY)
     count = keys.get("num_virtual_tokens") if isinstance(keys, dict) else None
     return max(count, 0) if isinstance(count, int) and not isinstance(count, bool) else 0
-
-
-@cache
-def peft_types() -> tuple[str, ...]:
-    """Return the peft_types of the installed peft, read from its source because its import takes seconds."""
-    package = find_spec("peft")
-    file = Path(package.origin).parent / "utils" / "peft_types.py" if package and package.origin else None
-    if file is None or not file.is_file():
-        return ()
-    classes = (n for n in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef))
-    return tuple(
-        ast.literal_eval(line.value)
-        for one in classes
-        if one.name == "PeftType"
-        for line in one.body
-        if isinstance(line, ast.Assign)
-    )
 
 
 _ABOUT = (

@@ -15,7 +15,7 @@ from harness.kernels.torch import nf4
 from harness.kernels.torch.nf4_linear import Nf4Linear, nf4_linear
 from harness.kernels.torch.nf4_lora_linear import nf4_lora_linear, packed_lora_linear
 from harness.kernels.torch.support import chunks, huge_pages, packed_weight
-from harness.methods.implementations.fused import nf4 as offered
+from harness.methods.implementations.fused import bases
 from reference.operations import double_quant
 from reference.operations import nf4 as reference
 
@@ -251,5 +251,5 @@ def test_only_plain_linear_layers_are_packed_and_a_refused_model_is_as_it_was() 
 
     model = nn.Sequential(nn.Linear(8, 8), nn.Embedding(3, 8))
     with pytest.raises(Unsupported, match="1 is a Embedding"):
-        offered.nf4(model, ["0", "1"], torch.float32)
+        bases.nf4(model, ["0", "1"], torch.float32)
     assert type(model[0]) is nn.Linear

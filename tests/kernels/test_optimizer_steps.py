@@ -17,11 +17,11 @@ from harness.kernels.torch import galore_step
 from harness.kernels.torch.dynamic_quantize import dynamic_map, dynamic_quantize, nearest, tables
 from harness.kernels.torch.multi_lora_linear import multi_lora_linear
 from harness.kernels.torch.optimizers.adamw8bit import AdamW8bit
-from harness.kernels.torch.optimizers.galore import GaLore
 from harness.kernels.torch.optimizers.paged import Paged, bytes_of, is_paged
 from harness.kernels.torch.support import range_finder
 from harness.kernels.torch.support.dropout import keep_mask
 from harness.kernels.torch.support.range_finder import leading_svd, leading_vectors, orthonormal
+from harness.methods.implementations.fused.methods.galore import GaLore
 from reference import pissa
 from reference.galore import GaLore as ReferenceGaLore
 from reference.galore import Projector, projector

@@ -23,7 +23,7 @@ from harness.conformance.subject import DTYPES, Original, Subject, configure
 from harness.errors import Exit, ImplementationError, SuiteError, UsageError
 from harness.methods import peft_schema
 from harness.methods.implementations.hf_peft.any_config import any_method
-from harness.methods.peft_config import KEY, NO_REFERENCE, PEFT, AdapterConfigField, peft_types
+from harness.methods.peft_config import KEY, NO_REFERENCE, PEFT, AdapterConfigField
 from harness.records.record import CheckResult, Outcome, Status
 from harness.suites import loader
 from support.sandbox import Sandbox
@@ -405,7 +405,7 @@ def test_impossible_combinations(tmp_path: Path, more: str, says: str) -> None:
 
 def test_the_types_are_the_installed_pefts() -> None:
     peft = pytest.importorskip("peft", reason="compares with peft")
-    assert set(peft_types()) == {one.value for one in peft.PeftType}
+    assert set(peft_schema.peft_types()) == {one.value for one in peft.PeftType}
 
 
 def test_it_lives_through_a_run_and_no_time_of_it_is_told(sandbox: Sandbox, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from harness.conformance.subject import Original, Subject, configure
 from harness.errors import Exit, ImplementationError, SuiteError, Unsupported, UsageError
 from harness.methods.implementations.hf_peft import any_config
 from harness.methods.implementations.hf_peft.any_config import any_method
-from harness.methods.peft_config import KEY, AdapterConfigField, peft_types
+from harness.methods.peft_config import KEY, AdapterConfigField
+from harness.methods.peft_schema import peft_types
 from harness.records.record import CheckResult, Outcome, Status, Training
 from harness.suites import loader
 from support.sandbox import Sandbox

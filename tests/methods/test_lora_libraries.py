@@ -10,7 +10,8 @@ import torch
 
 from harness.conformance.comparison.tolerance_policies import noise_floor
 from harness.conformance.subject import load, warm
-from harness.methods.implementations import hf_peft, loralib
+from harness.methods.implementations import loralib
+from harness.methods.implementations.hf_peft import lora as hf_peft
 from reference import lora
 from support.lora_layers import (
     CASES,

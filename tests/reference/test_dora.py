@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor
 from harness.conformance.subject import DTYPES, configure, warm
-from harness.methods.implementations import bitsandbytes
+from harness.methods.implementations.bitsandbytes.weights import nf4
 from reference import dora, lora
 from reference.shared.layers import dense_copy, dense_weight
 from support.two_layer_model import Two, draw, generator
@@ -284,7 +284,7 @@ def test_an_unknown_target_is_named() -> None:
 def test_a_base_of_four_bits() -> None:
     pytest.importorskip("bitsandbytes")
     model = nn.Sequential(nn.Linear(64, 10))
-    bitsandbytes.nf4(model, ["0"], torch.float32)
+    nf4(model, ["0"], torch.float32)
     x = draw(5, 64, dtype=torch.float32)
     start = model[0](x).detach()
     layer = attached(model=model, targets=("0",)).layers["0"]

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor
 from harness.conformance.subject import DTYPES, configure, load, warm
 from harness.kernels.torch.lora_linear import lora_linear_over
-from harness.methods.implementations import bitsandbytes
-from harness.methods.implementations.fused.lora import lora as fused_lora
+from harness.methods.implementations.bitsandbytes.weights import nf4
+from harness.methods.implementations.fused.methods.lora import attach as fused_lora
 from reference import lora
 from reference.shared.layers import dense_copy
 from support.two_layer_model import Two, assert_same, draw, generator
@@ -275,7 +275,7 @@ def test_the_kernel_leaves_what_a_hook_captured() -> None:
 def test_the_kernel_on_a_base_of_four_bits() -> None:
     # bitsandbytes returns a view of a custom Function's output there, which may not be written into.
     model = nn.Sequential(nn.Linear(64, 10))
-    bitsandbytes.nf4(model, ["0"], torch.float32)
+    nf4(model, ["0"], torch.float32)
     A, B = draw(3, 64, dtype=torch.float32).requires_grad_(True), draw(10, 3, dtype=torch.float32).requires_grad_(True)
     x = draw(2, 5, 64, dtype=torch.float32).requires_grad_(True)
     lora_linear_over(model[0], x, A, B, 2.0).sum().backward()

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor
-from harness.methods.implementations import bitsandbytes
+from harness.methods.implementations.bitsandbytes.weights import nf4
 from reference import lora, pissa
 from reference.pissa import Config
 from reference.shared.layers import dense_weight
@@ -316,7 +316,7 @@ def test_there_is_no_dropout() -> None:
 
 def test_a_base_of_four_bits_is_split_as_what_it_multiplies_by() -> None:
     model = nn.Sequential(nn.Linear(64, 10))
-    bitsandbytes.nf4(model, ["0"], torch.float32)
+    nf4(model, ["0"], torch.float32)
     W, x = dense_weight(model[0]).double(), draw(5, 64, dtype=torch.float32)
     bias = model[0].bias.detach().double()
     layer = pissa.attach(model, Config(rank=3, targets=("0",)), generator()).layers["0"]

@@ -120,12 +120,13 @@ def galore_step_(
     weight_decay: float = 0.0,
     M_absmax: Tensor | None = None,
     V_absmax: Tensor | None = None,
+    side: str = "",
 ) -> None:
     """Take step number `step`, from 1, in the subspace of P and/or Q; W, M and V are updated in place.
 
     All tensors have one floating dtype, but M and V, which are contiguous, may be float32. With M_absmax and V_absmax, M
     and V are 8-bit codes as in `adamw8bit_step_`. As in the authors' code, eps is added to sqrt(V), the bias corrections
-    are part of the step size, and weight decay comes last, by the full lr.
+    are part of the step size, and weight decay comes last, by the full lr. side: ignored, since P and Q imply it.
     """
     if M.dtype == W.dtype and W.is_contiguous() and by_triton(W, G):
         from harness.kernels.triton import galore_step as gpu

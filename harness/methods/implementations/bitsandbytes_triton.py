@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import Unsupported
-from harness.methods.registry import Implementation, implements
+from harness.methods.registry import Implementation, implementations_in, implements
 
 if TYPE_CHECKING:
     import torch
@@ -111,4 +111,4 @@ def adamw8bit_step(
 
 def implementations() -> list[Implementation]:
     """Return the Implementations of this file."""
-    return [one for one in globals().values() if isinstance(one, Implementation)]
+    return implementations_in(__name__)

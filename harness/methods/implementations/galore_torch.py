@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from harness.errors import Unsupported
-from harness.methods.registry import Implementation, implements
+from harness.methods.registry import DTYPES, Implementation, implementations_in, implements
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
     from harness.methods.spec import Adapted
     from reference.galore import Config
-DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 @implements("galore", name="galore-torch", dtypes=DTYPES, requires=["galore_torch"])
@@ -79,7 +78,7 @@ def galore_step(
 
 
 @implements(
-    "galore_step", name="galore-torch-8bit", kind="operation", dtypes=("float32", "bfloat16", "float16"),
+    "galore_step", name="galore-torch-8bit", kind="operation",
     requires=["galore_torch", "bitsandbytes"],
 )  # fmt: skip
 def galore_step_8bit(
@@ -153,4 +152,4 @@ def _given(
 
 def implementations() -> list[Implementation]:
     """Return the Implementations of this file."""
-    return [one for one in globals().values() if isinstance(one, Implementation)]
+    return implementations_in(__name__)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import Unsupported
-from harness.methods.registry import Implementation, implements
+from harness.methods.registry import Implementation, implementations_in, implements
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-DTYPES = ("float32", "bfloat16", "float16")
-_HOW: dict[str, Any] = {"name": "torchao", "kind": "operation", "dtypes": DTYPES, "requires": ["torchao"]}
+_HOW: dict[str, Any] = {"name": "torchao", "kind": "operation", "requires": ["torchao"]}
 BLOCK, SCALER_BLOCK = 64, 256
 
 
@@ -45,9 +44,8 @@ def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, 
 
         def __init__(self, dense: torch.nn.Linear) -> None:
             super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")
-            self.packed = [
-                nf4_tensor.to_nf4(dense.weight.detach(), BLOCK, SCALER_BLOCK)
-            ]  # in a list, or it is a buffer
+            # In a list, since a module would register a tensor as its own.
+            self.packed = [nf4_tensor.to_nf4(dense.weight.detach(), BLOCK, SCALER_BLOCK)]
             self.weight = torch.nn.Parameter(self.packed[0].quantized_data, requires_grad=False)
             self.compute_dtype = dtype
             if dense.bias is not None:
@@ -99,4 +97,4 @@ def adamw8bit_step(p: Tensor, g: Tensor, step: int, **others: Any) -> tuple[Tens
 
 def implementations() -> list[Implementation]:
     """Return the Implementations of this file."""
-    return [one for one in globals().values() if isinstance(one, Implementation)]
+    return implementations_in(__name__)

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from harness.methods.implementations.bitsandbytes.quantisers import DTYPES
 from harness.methods.registry import implements
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-_HOW: dict[str, Any] = {"name": "bitsandbytes", "kind": "operation", "dtypes": DTYPES, "requires": ["bitsandbytes"]}
+_HOW: dict[str, Any] = {"name": "bitsandbytes", "kind": "operation", "requires": ["bitsandbytes"]}
 _PAGED = _HOW | {"name": "bitsandbytes-paged"}
 _NAMES = {"state1": "m", "absmax1": "m_absmax", "state2": "v", "absmax2": "v_absmax"}
 

@@ -9,8 +9,7 @@ from harness.methods.registry import Implementation, implements
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-DTYPES = ("float32", "bfloat16", "float16")
-_HOW: dict[str, Any] = {"name": "bitsandbytes", "kind": "operation", "dtypes": DTYPES, "requires": ["bitsandbytes"]}
+_HOW: dict[str, Any] = {"name": "bitsandbytes", "kind": "operation", "requires": ["bitsandbytes"]}
 
 
 def _quantize(form: str) -> Implementation:

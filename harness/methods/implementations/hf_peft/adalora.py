@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import Unsupported
-from harness.methods.implementations.hf_peft.adapted import ADAPTER, DTYPES, PeftAdapted, tuner
-from harness.methods.registry import implements
+from harness.methods.implementations.hf_peft.adapted import ADAPTER, PeftAdapted, tuner
+from harness.methods.registry import DTYPES, implements
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn

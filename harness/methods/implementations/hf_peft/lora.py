@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import Unsupported
-from harness.methods.implementations.hf_peft.adapted import ADAPTER, DTYPES, PeftAdapted, peft_model, tuner
-from harness.methods.registry import implements
+from harness.methods.implementations.hf_peft.adapted import ADAPTER, PeftAdapted, peft_model, tuner
+from harness.methods.registry import DTYPES, implements
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -113,12 +113,11 @@ def dora(model: nn.Module, config: reference_dora.Config, generator: Generator) 
     return PeftAdapted(model, lambda layer: {**lora_tensors(layer), "m": layer.lora_magnitude_vector[ADAPTER].weight})
 
 
-# peft refuses to split a float64 weight.
-@implements("pissa", name="hf-peft", dtypes=("float32", "bfloat16", "float16"), requires=["peft"])
+@implements("pissa", name="hf-peft", requires=["peft"])
 def pissa(model: nn.Module, config: reference_pissa.Config, generator: Generator) -> PeftAdapted:
-    """Attach peft's PiSSA to linear layers and embeddings.
+    """Attach peft's PiSSA to linear layers and embeddings. peft refuses to split a float64 weight.
 
-    peft overwrites the base weight with the residual, so `detach` leaves a base without its principal part.
+    It overwrites the base weight with the residual, so `detach` leaves a base without its principal part.
     """
     from reference.shared.layers import targets
 
