@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers
-from reference.shared.layers import dense_copy, floating_dtype, replace, targets
+from reference.shared.layers import floating_dtype, replace, targets
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -225,13 +225,6 @@ class AdaLoraLinear(AdaptedLayer):
         """Map exp_avg_ipt_<tensor> to I_bar, exp_avg_unc_<tensor> to U_bar, `mask` (R, 1) to the last pruning's mask."""
         averages = {f"{kind}_{n}": self.get_buffer(f"{kind}_{n}") for kind in _AVERAGES for n in self.tensors()}
         return averages | {"mask": self.get_buffer("mask")}
-
-    def merged(self) -> nn.Linear:
-        """Return a linear layer with W0 + scaling P Lambda Q."""
-        dense = dense_copy(self.base)
-        with torch.no_grad():
-            dense.weight += self.delta().to(dense.weight.dtype)
-        return dense
 
     @torch.no_grad()
     def observe(self, beta1: float, beta2: float) -> None:

@@ -8,14 +8,14 @@ A (R, D), B (E, R), m (E,) train; W0 (E, D) is frozen. Shape letters: T tokens, 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from reference.shared.adapted import AdaptedLayer, AdaptedLayers
-from reference.shared.layers import dense_copy, dense_weight, floating_dtype, replace, targets
+from reference.shared.adapted import AdaptedLayers, LowRankLayer
+from reference.shared.layers import dense_copy, dense_weight, replace, targets
+from reference.shared.lora_start import linear_factors
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -100,7 +100,7 @@ def gain(m: Tensor, norm: Tensor) -> Tensor:
     return torch.where(some, m, 0.0) / torch.where(some, norm, 1.0)
 
 
-class DoraLinear(AdaptedLayer):
+class DoraLinear(LowRankLayer):
     """A linear layer (..., D) -> (..., E) with the weight m V' / ||V'||, V' = W0 + s B A.
 
     A (R, D), B (E, R), m (E,), or (D,) with one magnitude per input. The bias is the base's and is not scaled. `base` is an
@@ -110,17 +110,14 @@ class DoraLinear(AdaptedLayer):
     base: nn.Linear
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, config: Config) -> None:
-        super().__init__()
-        self.base = base
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
-        self.scaling, self.dropout = config.alpha / config.rank, nn.Dropout(config.dropout)
+        super().__init__(base, A, B, config.alpha / config.rank, config.dropout)
         self.detach_norm, self.per = config.detach_norm, config.per
         # m = ||W0||, since B = 0. By the very expression of `forward`, so that g is exactly 1 at the start in any dtype.
         self.m = nn.Parameter(norms(self.direction(dense_weight(base)), self.per).detach())
 
     def direction(self, W0_ED: Tensor) -> Tensor:
         """Return V' = W0 + s B A (eq. 5), shape (E, D)."""
-        return W0_ED + self.scaling * (self.B @ self.A)
+        return W0_ED + self.delta()
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return W' x + b = W0 x + b + (g - 1) W0 x + g s B A x with g = m / ||W0 + s B A||, shape (..., E).
@@ -141,7 +138,7 @@ class DoraLinear(AdaptedLayer):
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """Map the paper's letters to the trainable parameters."""
-        return {"A": self.A, "B": self.B, "m": self.m}
+        return {**super().tensors(), "m": self.m}
 
     def merged(self) -> nn.Linear:
         """Return a linear layer with the weight W'; its rows (columns, if per input) have the norms |m|."""
@@ -161,12 +158,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
     model.requires_grad_(False)
     layers = {}
     for path, base in targets(model, config.targets).items():
-        E, D = base.out_features, base.in_features
-        dtype, device = floating_dtype(base), next(base.parameters()).device
-        bound = 1 / math.sqrt(D)
-        # Drawn in float64 so that every dtype starts from the same numbers; the same numbers as LoRA's.
-        A = torch.empty(config.rank, D, dtype=torch.float64).uniform_(-bound, bound, generator=generator)
-        B = torch.zeros(E, config.rank, dtype=dtype, device=device)
-        layers[path] = DoraLinear(base, A.to(device, dtype), B, config)
+        A, B = linear_factors(base, config.rank, generator)  # the same numbers as LoRA's
+        layers[path] = DoraLinear(base, A, B, config)
         replace(model, path, layers[path])
     return AdaptedLayers(model, layers)

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reference.operations.adamw8bit import restore_dtypes
 from reference.shared import galore_moments
 from reference.shared.adapted import AdaptedModel
 from reference.shared.layers import targets
+from reference.shared.optimizers import loss_of, restore_dtypes
 from reference.shared.randomised_svd import randomised_svd
 from reference.spec import Deviation, ReferenceSpec
 
@@ -330,10 +330,7 @@ class GaLore(torch.optim.Optimizer):
 
     def step(self, closure: Any = None) -> Any:
         """Take one step of every parameter with a gradient; return the loss of `closure`, if given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:

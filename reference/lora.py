@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reference.shared.adapted import AdaptedLayer, AdaptedLayers
-from reference.shared.layers import KINDS, dense_copy, floating_dtype, kind_of, replace, targets
+from reference.shared.adapted import AdaptedLayer, AdaptedLayers, LowRankLayer
+from reference.shared.layers import KINDS, floating_dtype, kind_of, replace, targets
 from reference.shared.lora_layers import LoraConv2d, LoraConv2dKernel, LoraEmbedding
 from reference.shared.lora_start import initial_factors
 from reference.spec import Deviation, ReferenceSpec
@@ -119,17 +119,12 @@ class Config:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-class LoraLinear(AdaptedLayer):
+class LoraLinear(LowRankLayer):
     """A frozen linear layer (..., D) -> (..., E) with a low-rank update, A (R, D), B (E, R).
 
-    `base` is an nn.Linear, a quantised subclass, or transformers' Conv1D.
+    `base` is an nn.Linear, a quantised subclass, or transformers' Conv1D. Merging adds `delta` to the weight (section 4: no
+    additional inference latency).
     """
-
-    def __init__(self, base: nn.Module, A: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
-        super().__init__()
-        self.base = base
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
-        self.scaling, self.dropout = scaling, nn.Dropout(dropout)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return W0 x + scaling B A x, shape (..., E)."""
@@ -139,20 +134,8 @@ class LoraLinear(AdaptedLayer):
 
     def delta(self) -> Tensor:
         """Return scaling B A as the base stores its weight: (E, D), or (D, E) for a Conv1D."""
-        update_ED = self.scaling * (self.B @ self.A)
+        update_ED = super().delta()
         return update_ED.T if kind_of(self.base) == "Conv1D" else update_ED
-
-    def tensors(self) -> dict[str, nn.Parameter]:
-        """Map the paper's letters to the trainable parameters."""
-        return {"A": self.A, "B": self.B}
-
-    def merged(self) -> nn.Module:
-        """Return a layer with W0 + scaling B A (section 4: no additional inference latency): an nn.Linear or a Conv1D."""
-        dense: Any = dense_copy(self.base)
-        with torch.no_grad():
-            dense.weight += self.delta().to(dense.weight.dtype)
-        merged: nn.Module = dense
-        return merged
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from reference.shared.adapted import AdaptedLayer, AdaptedLayers
+from reference.shared.adapted import AdaptedLayer, AdaptedLayers, LowRankLayer
 from reference.shared.layers import dense_copy, dense_weight, floating_dtype, kind_of, replace, targets
 from reference.shared.lora_layers import LoraEmbedding
 from reference.shared.randomised_svd import randomised_svd
@@ -158,7 +158,7 @@ def to_lora(A0: Tensor, B0: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tenso
     return torch.cat([A, A0], dim=0), torch.cat([B, -B0], dim=1)
 
 
-class PissaLinear(AdaptedLayer):
+class PissaLinear(LowRankLayer):
     """A linear layer with a trainable principal part, A (R, D), B (E, R), and a frozen residual (E, D).
 
     `base` is the original layer, an nn.Linear or a quantised subclass; the output uses its bias only.
@@ -167,25 +167,14 @@ class PissaLinear(AdaptedLayer):
     base: nn.Linear
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, residual: Tensor, scaling: float) -> None:
-        super().__init__()
-        self.base = base
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        super().__init__(base, A, B, scaling)
         self.register_buffer("residual", residual)
-        self.scaling = scaling
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return W_res x + bias + scaling B A x, shape (..., E) (eq. 5)."""
         h_TR = x_TD @ self.A.T
         y_TE: Tensor = linear(x_TD, self.get_buffer("residual"), self.base.bias) + self.scaling * (h_TR @ self.B.T)
         return y_TE
-
-    def delta(self) -> Tensor:
-        """Return scaling B A, shape (E, D); initially the principal part of W, not zero."""
-        return self.scaling * (self.B @ self.A)
-
-    def tensors(self) -> dict[str, nn.Parameter]:
-        """Map LoRA's letters to what trains."""
-        return {"A": self.A, "B": self.B}
 
     def state(self) -> dict[str, Tensor]:
         """Map `residual` to W_res (E, D)."""

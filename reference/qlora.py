@@ -9,7 +9,6 @@ Shape letters: T tokens, D in, E out, R rank.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from reference.operations import double_quant, nf4
-from reference.shared.adapted import AdaptedLayer, AdaptedLayers
-from reference.shared.layers import dense_copy, dense_weight, floating_dtype, replace, targets
+from reference.shared.adapted import AdaptedLayers, LowRankLayer
+from reference.shared.layers import dense_copy, dense_weight, replace, targets
+from reference.shared.lora_start import linear_factors
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -110,7 +110,7 @@ class Config:
     """Quantise the absmax of the blocks too."""
 
 
-class QloraLinear(AdaptedLayer):
+class QloraLinear(LowRankLayer):
     """A linear layer with a 4-bit weight and a low-rank update, A (R, D), B (E, R)."""
 
     base: nn.Linear
@@ -125,10 +125,8 @@ class QloraLinear(AdaptedLayer):
     """Mean of the block constants, float32, 0-d; with double quantisation only."""
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, config: Config) -> None:
-        super().__init__()
-        self.base, self.block, self.two_levels = base, config.block, config.double_quant
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
-        self.scaling, self.dropout = config.alpha / config.rank, nn.Dropout(config.dropout)
+        super().__init__(base, A, B, config.alpha / config.rank, config.dropout)
+        self.block, self.two_levels = config.block, config.double_quant
         codes, absmax = nf4.quantize(dense_weight(base), config.block)
         self.register_buffer("codes", nf4.pack(codes))
         if config.double_quant:
@@ -150,14 +148,6 @@ class QloraLinear(AdaptedLayer):
         h_TR = self.dropout(x_TD) @ self.A.T
         y_TE: Tensor = linear(x_TD, self.weight().to(x_TD.dtype), self.base.bias) + self.scaling * (h_TR @ self.B.T)
         return y_TE
-
-    def delta(self) -> Tensor:
-        """Return scaling B A, shape (E, D)."""
-        return self.scaling * (self.B @ self.A)
-
-    def tensors(self) -> dict[str, nn.Parameter]:
-        """Map LoRA's letters to the trainable parameters: A is L1^T, B is L2^T."""
-        return {"A": self.A, "B": self.B}
 
     def state(self) -> dict[str, Tensor]:
         """Map names to the 4-bit weight: codes and absmax, and with double quantisation absmax2 and offset."""
@@ -181,12 +171,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
     model.requires_grad_(False)
     layers = {}
     for path, base in targets(model, config.targets).items():
-        E, D = base.out_features, base.in_features
-        dtype, device = floating_dtype(base), next(base.parameters()).device
-        bound = 1 / math.sqrt(D)
-        # Drawn in float64 so that every dtype starts from the same numbers.
-        A = torch.empty(config.rank, D, dtype=torch.float64).uniform_(-bound, bound, generator=generator)
-        B = torch.zeros(E, config.rank, dtype=dtype, device=device)
-        layers[path] = QloraLinear(base, A.to(device, dtype), B, config)
+        A, B = linear_factors(base, config.rank, generator)
+        layers[path] = QloraLinear(base, A, B, config)
         replace(model, path, layers[path])
     return AdaptedLayers(model, layers)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers
-from reference.shared.layers import dense_copy, floating_dtype, replace, targets
+from reference.shared.layers import floating_dtype, replace, targets
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -135,13 +135,6 @@ class VeraLinear(AdaptedLayer):
     def state(self) -> dict[str, Tensor]:
         """Map A and B to this layer's slices of the shared projections."""
         return {"A": self.A, "B": self.B}
-
-    def merged(self) -> nn.Linear:
-        """Return a linear layer with W0 + Lambda_b B Lambda_d A (as for LoRA: no additional inference latency)."""
-        dense = dense_copy(self.base)
-        with torch.no_grad():
-            dense.weight += self.delta().to(dense.weight.dtype)
-        return dense
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:

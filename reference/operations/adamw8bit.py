@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from reference.operations.dynamic_map import dequantize_blockwise, dynamic_map, quantize_blockwise
+from reference.shared.optimizers import loss_of, restore_dtypes
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -159,10 +160,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def step(self, closure: Any = None) -> Any:
         """Take one step of every parameter with a gradient; return the loss of `closure`, if given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             how = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
             for p in group["params"]:
@@ -179,12 +177,3 @@ class AdamW8bit(torch.optim.Optimizer):
         """Load the result of `state_dict`; torch alone would cast the codes to the parameter's floating dtype."""
         super().load_state_dict(state_dict)
         restore_dtypes(self, state_dict)
-
-
-def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Restore the saved dtypes of a state that torch has loaded."""
-    saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-    for index, p in zip(saved, (p for group in optimizer.param_groups for p in group["params"]), strict=True):
-        for name, value in state_dict["state"].get(index, {}).items():
-            if isinstance(value, Tensor):
-                optimizer.state[p][name] = value.detach().to(p.device, copy=True)

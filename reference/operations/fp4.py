@@ -19,8 +19,7 @@ SPEC = ReferenceSpec(
     deviations=(
         Deviation(
             topic="format",
-            paper="QLoRA's table 2: E2M1, which in the usual reading has magnitudes 0, 1/2, 1, 3/2, 2, 3, 4, 6 (over 6)"
-            "QLoRA's table 2: E2M1, which in the usual reading has magnitudes 0, 1/2, 1, 3/2, 2, 3, 4, 6 (over 6)",
+            paper="QLoRA's table 2: E2M1, which in the usual reading has magnitudes 0, 1/2, 1, 3/2, 2, 3, 4, 6 (over 6)",
             here="0, 1/16, 2, 3, 4, 6, 8, 12 over 12, and a larger exponent field means a smaller number",
             why="bitsandbytes' table: the same but for the smallest, which is a sixteenth of what E2M1 has",
         ),

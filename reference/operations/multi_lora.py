@@ -16,8 +16,7 @@ from torch import Tensor
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
-    paper="arXiv:2310.18547v1, section 4 (SGMV); arXiv:2311.03285v3, section 5 (batched computation, ranks that differ)"
-    "arXiv:2310.18547v1, section 4 (SGMV); arXiv:2311.03285v3, section 5 (batched computation, ranks that differ)",
+    paper="arXiv:2310.18547v1, section 4 (SGMV); arXiv:2311.03285v3, section 5 (batched computation, ranks that differ)",
     deviations=(
         Deviation(
             topic="orientation",

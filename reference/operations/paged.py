@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reference.shared.optimizers import loss_of
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -23,8 +24,7 @@ SPEC = ReferenceSpec(
         Deviation(
             topic="paged tensors",
             paper="the optimizer states",
-            here="each state tensor of at least 100,000 elements; smaller ones stay on the device and count for nothing"
-            "each state tensor of at least 100,000 elements; smaller ones stay on the device and count for nothing",
+            here="each state tensor of at least 100,000 elements; smaller ones stay on the device and count for nothing",
             why="bitsandbytes' rule, by the elements of the parameter; so the states of a LoRA matrix of 4096 x 24 are "
             "not paged",
         ),
@@ -91,10 +91,7 @@ class Paged(torch.optim.Optimizer):
 
     def step(self, closure: Any = None) -> Any:
         """Take one step of every parameter with a gradient, one after the other; return the loss of `closure`."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         try:
             for group in self.param_groups:
                 for p in (p for p in group["params"] if p.grad is not None):

@@ -156,7 +156,7 @@ def says_that_it_adapts_and_does_not(its: PatchedCopy) -> None:
 
 @planted("lora", "merge", values=_USUAL)
 def merges_twice(its: PatchedCopy) -> None:
-    its.line("dense.weight += self.delta()", "dense.weight += 2 * self.delta()")
+    its.line("dense.weight += self.delta()", "dense.weight += 2 * self.delta()", file="adapted")
 
 
 @planted("lora", "merge", values=_USUAL)
@@ -246,7 +246,7 @@ def has_one_rank_too_many(its: PatchedCopy) -> None:
 
 @planted("lora", "parameters", "step", values=_USUAL)
 def forgets_to_name_b(its: PatchedCopy) -> None:
-    its.line('return {"A": self.A, "B": self.B}', 'return {"A": self.A}')
+    its.line('return {"A": self.A, "B": self.B}', 'return {"A": self.A}', file="adapted")
 
 
 @planted("lora", "forward", values=_USUAL, layer="embedding")
