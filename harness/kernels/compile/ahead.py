@@ -149,20 +149,14 @@ def enter(table: Table, verdicts: list[KernelVerdict], version: str, architectur
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {__package__}.ahead", description=(__doc__ or "").partition("\n")[0]
-    )
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.ahead", description=summary)
+    capabilities = sorted(SHARED)
     parser.add_argument(
-        "--arch",
-        type=int,
-        action="append",
-        required=True,
-        choices=sorted(SHARED),
-        help="compute capability, such as 90",
+        "--arch", type=int, action="append", required=True, choices=capabilities, help="compute capability, such as 90"
     )
-    parser.add_argument(
-        "--module", action="append", help="module below harness/kernels/triton, such as nf4 [default: all]"
-    )
+    modules_help = "module below harness/kernels/triton, such as nf4 [default: all]"
+    parser.add_argument("--module", action="append", help=modules_help)
     parser.add_argument("--json", action="store_true", help="print the verdicts as JSON")
     parser.add_argument("--write", action="store_true", help=f"enter the measured registers in {REGISTERS.name}")
     given = parser.parse_args(arguments)

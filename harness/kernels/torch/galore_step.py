@@ -162,16 +162,10 @@ def adam_step_(
         return
     # The fused kernel ignores strides and takes one dtype.
     packed = p.to(M.dtype).contiguous()
-    _adamw_(packed, g.to(M.dtype), M, V, step, betas, eps, lr * decay)
-    if packed is not p:
-        p.copy_(packed)
-
-
-def _adamw_(
-    p: Tensor, g: Tensor, M: Tensor, V: Tensor, step: int, betas: tuple[float, float], eps: float, lr: float
-) -> None:
     before = torch.full((), float(step - 1), dtype=torch.float32, device=p.device)
     adamw(
-        [p], [g.contiguous()], [M], [V], [], [before], fused=True, amsgrad=False, beta1=betas[0], beta2=betas[1], lr=lr,
-        weight_decay=0.0, eps=eps, maximize=False,
+        [packed], [g.to(M.dtype).contiguous()], [M], [V], [], [before], fused=True, amsgrad=False, beta1=betas[0],
+        beta2=betas[1], lr=lr * decay, weight_decay=0.0, eps=eps, maximize=False,
     )  # fmt: skip
+    if packed is not p:
+        p.copy_(packed)

@@ -125,18 +125,17 @@ def lora_linears(x: Tensor, layers: Sequence[LoraFactors], precomputed: dict[Any
     to one node of the graph: a backward pass through one of them frees the saved tensors of all. precomputed: a dict of
     outputs that are not used yet, which a backward pass clears.
     """
+    precomputed = {} if precomputed is None else precomputed
     dense = [(one.W, one.bias, one.A, one.B, one.scaling) for one in layers if isinstance(one.W, Tensor)]
     tensors = [t for W, _, A, B, _ in dense for t in (W, A, B)]
     if len(dense) == len(layers) and multiplied_by_triton(x, *tensors) and all(frozen(*one[:2]) for one in dense):
         from harness.kernels.triton import lora_linears as gpu
 
-        return gpu.lora_linears(x, dense, {} if precomputed is None else precomputed)
+        return gpu.lora_linears(x, dense, precomputed)
     factors: list[Tensor | None] = []
     for one in layers:
         factors += [None if isinstance(one.W, PackedWeight) else one.W, one.bias, one.A, one.B]
-    outputs = _LoraLinears.apply(
-        x.reshape(-1, x.shape[-1]), tuple(layers), {} if precomputed is None else precomputed, *factors
-    )
+    outputs = _LoraLinears.apply(x.reshape(-1, x.shape[-1]), tuple(layers), precomputed, *factors)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 

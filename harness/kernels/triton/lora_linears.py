@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from harness.kernels.torch.support.autocast import outside_autocast
+from harness.kernels.torch.support.autocast import once_outside_autocast
 from harness.kernels.triton.support.low_rank_arguments import checked, contiguous, matrix
 from harness.kernels.triton.support.low_rank_gemm import low_rank_gemm
 from harness.kernels.triton.support.shrink import shrink
@@ -39,8 +38,7 @@ class _LoraLinears(torch.autograd.Function):
         return tuple(low_rank_gemm(x, W.T, low, B.T, scale=s, bias=bias) for W, bias, low, B, s in each)
 
     @staticmethod
-    @outside_autocast
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_outside_autocast
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
         ctx.precomputed.clear()
         x, S, *rest = ctx.saved_tensors
