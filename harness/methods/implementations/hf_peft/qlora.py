@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.methods.implementations.bitsandbytes.weights import packed_layer
 from harness.methods.implementations.hf_peft.adapted import PeftAdapted, tuner
-from harness.methods.implementations.hf_peft.lora import lora_tensors
+from harness.methods.implementations.hf_peft.lora import lora_config, lora_tensors
 from harness.methods.registry import implements
 
 if TYPE_CHECKING:
@@ -21,17 +21,12 @@ def qlora(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted
 
     The original layers stay available for `detach`; a Cell offloads their weights while it trains.
     """
-    from peft import LoraConfig
-
     from reference.shared.layers import replace, targets
 
     bases = targets(model, config.targets)
     for path, base in bases.items():
         replace(model, path, packed_layer(base, base.weight.dtype, config.double_quant, config.block))
-    peft_config = LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(bases)
-    )
-    tuner(model, peft_config, generator)
+    tuner(model, lora_config(config, bases), generator)
     return PeftQLora(model, bases)
 
 
