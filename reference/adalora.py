@@ -274,8 +274,8 @@ class AdaLoraAdapted(AdaptedLayers):
         if step < end:
             self.observe()
         if step == end or (config.tinit < step < end and step % config.delta_t == 0):
-            kept = largest_mask(torch.cat([layer.scores() for layer in layers]), budget(step, config, len(layers)))
-            for layer, mask in zip(layers, kept.split(config.rank), strict=True):
+            masks = largest_mask(torch.cat([layer.scores() for layer in layers]), budget(step, config, len(layers)))
+            for layer, mask in zip(layers, masks.split(config.rank), strict=True):
                 layer.get_buffer("mask").copy_(mask[:, None])
                 layer.prune()
         elif step > end:

@@ -189,8 +189,8 @@ def sketch(G: Tensor, rank: int, old: Projector) -> Tensor:
     if smaller is None:
         smaller = tall.T @ larger.to(G) if larger is not None else G.new_empty(tall.shape[1], 0)
     columns = min(rank + OVERSAMPLE, tall.shape[1])
-    ever = torch.Generator().manual_seed(0)
-    random = torch.randn(tall.shape[1], columns, generator=ever, dtype=torch.float64, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(tall.shape[1], columns, generator=generator, dtype=torch.float64, device="cpu")
     return torch.cat([smaller.to(G), random[:, smaller.shape[1] :].to(G)], dim=1)
 
 
@@ -325,8 +325,8 @@ class GaLore(torch.optim.Optimizer):
 
     def update(self, p: Tensor, G: Tensor, group: dict[str, Any]) -> None:
         """Take one step of one parameter with its gradient G."""
-        knobs = {k: v for k, v in group.items() if k not in ("params", "initial_lr")}
-        galore_step(p, G, self.state[p], **knobs)
+        options = {k: v for k, v in group.items() if k not in ("params", "initial_lr")}
+        galore_step(p, G, self.state[p], **options)
 
     def step(self, closure: Any = None) -> Any:
         """Take one step of every parameter with a gradient; return the loss of `closure`, if given."""

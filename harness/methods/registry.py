@@ -81,9 +81,9 @@ class Implementation:
         """Call the function. Raises TypeError if a Method's function does not return an Adapted."""
         returned = self.function(*args, **kwargs)
         if self.kind == "method" and (missing := [name for name in _ADAPTED if not hasattr(returned, name)]):
-            what = f"an Adapted without {', '.join(missing)}" if len(missing) < len(_ADAPTED) else "no Adapted"
+            kind = f"an Adapted without {', '.join(missing)}" if len(missing) < len(_ADAPTED) else "no Adapted"
             raise TypeError(
-                f"attach returned {_abbreviated(returned)}, which is {what} (harness/methods/spec.py has the protocol; "
+                f"attach returned {_abbreviated(returned)}, which is {kind} (harness/methods/spec.py has the protocol; "
                 "harness.testing.wrap_layers makes one)"
             )
         return returned
@@ -255,7 +255,7 @@ def _offered(loaded: object) -> Iterator[Implementation]:
     offered = [loaded] if isinstance(loaded, Implementation) else loaded
     if not isinstance(offered, Iterable):
         raise TypeError(f"expected an Implementation, several, or a function returning them; got {offered!r}")
-    for one in offered:
-        if not isinstance(one, Implementation):
-            raise TypeError(f"expected an Implementation, got {one!r}")
-        yield one
+    for implementation in offered:
+        if not isinstance(implementation, Implementation):
+            raise TypeError(f"expected an Implementation, got {implementation!r}")
+        yield implementation

@@ -140,8 +140,8 @@ class FieldInfo:
 
     def problems(self, value: Any) -> Iterator[FieldProblem]:
         """Yield every problem of a value."""
-        if what := self.problem(value):
-            yield (), what, self.hint
+        if text := self.problem(value):
+            yield (), text, self.hint
 
     def problem(self, value: Any) -> str:
         """Return the first problem of a value, or an empty string."""

@@ -162,7 +162,7 @@ class AdamW8bit(torch.optim.Optimizer):
         """Take one step of every parameter with a gradient; return the loss of `closure`, if given."""
         loss = loss_of(closure)
         for group in self.param_groups:
-            how = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+            options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -170,7 +170,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 if not state:
                     state |= {"step": 0, **init_state(p, group["min_8bit_size"])}
                 state["step"] += 1
-                adamw8bit_step(p, p.grad, state, step=state["step"], **how)
+                adamw8bit_step(p, p.grad, state, step=state["step"], **options)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -69,8 +69,8 @@ def multi_lora_linear(
         raise ValueError(f"{len(x)} sequences need as many ids, got shape {tuple(chosen.shape)}")
     if chosen.is_floating_point() and len(chosen):  # torch takes an empty list for floats
         raise ValueError(f"an id is a whole number, an adapter's or {NONE}, got {chosen.dtype}; .long() makes it one")
-    for wrong in chosen[(chosen < NONE) | (chosen >= len(As))].tolist():
-        raise ValueError(f"id {wrong}: there are adapters 0 to {len(As) - 1}, and {NONE} for none")
+    for invalid in chosen[(chosen < NONE) | (chosen >= len(As))].tolist():
+        raise ValueError(f"id {invalid}: there are adapters 0 to {len(As) - 1}, and {NONE} for none")
     y = base_out
     for i, (A, B, scaling) in enumerate(zip(As, Bs, scalings, strict=True)):
         rows = (chosen == i).nonzero()[:, 0]

@@ -105,7 +105,7 @@ def ungrouped(base: nn.Conv2d) -> nn.Conv2d:
     assert isinstance(whole, nn.Conv2d)  # noqa: S101
     G, (E, c, *K) = base.groups, base.weight.shape
     kernel = base.weight.new_zeros(G, E // G, G, c, *K)
-    for g, own in enumerate(base.weight.detach().view(G, E // G, c, *K)):
-        kernel[g, :, g] = own
+    for g, of_group in enumerate(base.weight.detach().view(G, E // G, c, *K)):
+        kernel[g, :, g] = of_group
     whole.weight, whole.groups = nn.Parameter(kernel.view(E, G * c, *K), requires_grad=False), 1
     return whole

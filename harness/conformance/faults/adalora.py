@@ -56,8 +56,8 @@ def leaves_the_uncertainty_out_of_the_score(its: PatchedCopy) -> None:
 @planted("adalora", "budget", values=_USUAL)
 def gives_each_layer_its_own_budget(its: PatchedCopy) -> None:
     its.line(
-        "kept = largest_mask(torch.cat([layer.scores() for layer in layers]), budget(step, config, len(layers)))",
-        "kept = torch.cat([largest_mask(layer.scores(), budget(step, config, 1)) for layer in layers])",
+        "masks = largest_mask(torch.cat([layer.scores() for layer in layers]), budget(step, config, len(layers)))",
+        "masks = torch.cat([largest_mask(layer.scores(), budget(step, config, 1)) for layer in layers])",
     )
 
 

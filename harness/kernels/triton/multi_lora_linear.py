@@ -152,8 +152,8 @@ def multi_lora_linear(
         raise ValueError(f"ids must have shape ({len(x)},), one per sequence, got {tuple(chosen.shape)}")
     known = (chosen >= -1) & (chosen < count)
     if chosen.device.type == "cpu":
-        for wrong in chosen[~known].tolist():
-            raise ValueError(f"id {wrong}: must be an adapter, 0 to {count - 1}, or -1 for none")
+        for invalid in chosen[~known].tolist():
+            raise ValueError(f"id {invalid}: must be an adapter, 0 to {count - 1}, or -1 for none")
     else:
         torch._assert_async(known.all())
     if not count or not x.numel():

@@ -98,8 +98,8 @@ def adamw8bit_step(
     from bitsandbytes.functional import create_dynamic_map
 
     # Its operators and its optimizer pass contiguous tensors to the kernels, and so does this.
-    given = {"p": p, "state1": m, "absmax1": m_absmax, "state2": v, "absmax2": v_absmax}
-    after = {name: t.clone(memory_format=torch.contiguous_format) for name, t in given.items()}
+    state = {"p": p, "state1": m, "absmax1": m_absmax, "state2": v, "absmax2": v_absmax}
+    after = {name: t.clone(memory_format=torch.contiguous_format) for name, t in state.items()}
     kernels_optim.optimizer_update_8bit_blockwise_impl(
         optimizer_name="adam", g=g.contiguous(),
         beta1=betas[0], beta2=betas[1], beta3=0.0, alpha=0.0, eps=eps, step=step, lr=lr,

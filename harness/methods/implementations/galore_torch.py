@@ -127,8 +127,8 @@ def _optimizer(
     projection = {"update_proj_gap": 1_000_000, "scale": scale, "proj_type": side}
     projector = GaLoreProjector(rank, **projection)
     # It stores P, and Q transposed; a list of both for `full`.
-    both = [*([P] if P is not None else []), *([Q.T.contiguous()] if Q is not None else [])]
-    projector.ortho_matrix = both if side == "full" else both[0]
+    bases = [*([P] if P is not None else []), *([Q.T.contiguous()] if Q is not None else [])]
+    projector.ortho_matrix = bases if side == "full" else bases[0]
     optimizer = kind([{"params": [p], "rank": rank, **projection}], **options)
     optimizer.state[p]["projector"] = projector
     return p, optimizer, optimizer.state[p]

@@ -76,18 +76,18 @@ def adamw8bit_step(p: Tensor, g: Tensor, step: int, **others: Any) -> tuple[Tens
     import torch
     from torchao.optim import AdamW8bit
 
-    given = {name: others.pop(name) for name in ("m", "m_absmax", "v", "v_absmax")}
+    moments = {name: others.pop(name) for name in ("m", "m_absmax", "v", "v_absmax")}
     if p.numel() < 4096 or p.numel() % 256:
         raise Unsupported("torchao has 32-bit states for fewer than 4096 elements, or no multiple of 256")
     p = torch.nn.Parameter(p.clone())
     p.grad = g.clone()
     optimizer = AdamW8bit([p], **others)
     state = {"step": torch.tensor(step - 1.0)}
-    for theirs, ours, signed in (("exp_avg", "m", True), ("exp_avg_sq", "v", False)):
+    for torchao_name, name, signed in (("exp_avg", "m", True), ("exp_avg_sq", "v", False)):
         moment = optimizer._new_buffer(p, signed)
-        moment.codes.copy_(given[ours].view(p.shape))
-        moment.scale.copy_(given[f"{ours}_absmax"])
-        state[theirs] = moment
+        moment.codes.copy_(moments[name].view(p.shape))
+        moment.scale.copy_(moments[f"{name}_absmax"])
+        state[torchao_name] = moment
     optimizer.state[p].update(state)
     with torch.compiler.set_stance("force_eager"):  # otherwise it compiles for every shape
         optimizer.step()

@@ -33,29 +33,29 @@ def paged_adamw8bit_step(p: Tensor, g: Tensor, step: int, **others: Any) -> tupl
         return _step8bit(PagedAdamW8bit, p, g, step, **others)
 
 
-def _step8bit(kind: Any, p: Tensor, g: Tensor, step: int, **others: Any) -> tuple[Tensor, ...]:
+def _step8bit(kind: Any, p: Tensor, g: Tensor, step: int, **options: Any) -> tuple[Tensor, ...]:
     import torch
 
-    given = {name: others.pop(name) for name in _NAMES.values()}
+    state_before = {name: options.pop(name) for name in _NAMES.values()}
     p = torch.nn.Parameter(p.clone())
     p.grad = g.clone()
-    optimizer = kind([p], min_8bit_size=0, **others)
+    optimizer = kind([p], min_8bit_size=0, **options)
     optimizer.init_state(optimizer.param_groups[0], p, 0, 0)
     state = optimizer.state[p]
     state["step"] = step - 1
-    for theirs, ours in _NAMES.items():
-        state[theirs].copy_(given[ours].view(state[theirs].shape))
+    for bnb_name, name in _NAMES.items():
+        state[bnb_name].copy_(state_before[name].view(state[bnb_name].shape))
     optimizer.step()
-    return p.detach(), *(state[theirs].flatten() for theirs in _NAMES)
+    return p.detach(), *(state[bnb_name].flatten() for bnb_name in _NAMES)
 
 
 @implements("paged_adamw", **_HOW)
-def paged_adamw(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **how: Any) -> tuple[Tensor, ...]:
+def paged_adamw(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **options: Any) -> tuple[Tensor, ...]:
     """Take the steps of PagedAdamW."""
     from bitsandbytes.optim import PagedAdamW
 
     trained = _trained(params)
-    _steps(PagedAdamW, trained, grads, **how)
+    _steps(PagedAdamW, trained, grads, **options)
     return tuple(p.detach() for p in trained)
 
 
@@ -89,11 +89,11 @@ def _trained(params: Sequence[Tensor]) -> list[nn.Parameter]:
     return [torch.nn.Parameter(p.clone()) for p in params]
 
 
-def _steps(kind: Any, trained: list[Any], grads: Sequence[Sequence[Tensor]], **how: Any) -> Any:
-    optimizer = kind(trained, **how)
+def _steps(kind: Any, trained: list[Any], grads: Sequence[Sequence[Tensor]], **options: Any) -> Any:
+    optimizer = kind(trained, **options)
     with _without_the_warning():
-        for several in grads:
-            for p, g in zip(trained, several, strict=True):
+        for step_grads in grads:
+            for p, g in zip(trained, step_grads, strict=True):
                 p.grad = g.clone()
             optimizer.step()
     return optimizer

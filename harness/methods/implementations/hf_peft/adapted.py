@@ -52,13 +52,13 @@ def second(model: nn.Module, peft_config: Any, generator: Generator) -> None:
     """Attach an adapter of twice the rank to `model`, then the adapter of `peft_config`, and activate the latter."""
     import torch
 
-    other = copy.deepcopy(peft_config)
-    other.r *= 2
-    both = peft_model(model, other, generator, name="other")
+    first_config = copy.deepcopy(peft_config)
+    first_config.r *= 2
+    wrapper = peft_model(model, first_config, generator, name="other")
     with torch.random.fork_rng():
         torch.manual_seed(generator.initial_seed())
-        both.add_adapter(ADAPTER, peft_config)
-    both.set_adapter(ADAPTER)
+        wrapper.add_adapter(ADAPTER, peft_config)
+    wrapper.set_adapter(ADAPTER)
 
 
 class PeftAdapted:

@@ -66,8 +66,8 @@ def any_method(model: nn.Module, config: AdapterConfig, generator: Generator) ->
 def _check_target_parameters(names: object, parameters: set[str]) -> None:
     """Raise ImplementationError for a name that matches no parameter: peft ignores it silently."""
     for name in names if isinstance(names, list) else ():
-        if not any(own == name or own.endswith(f".{name}") for own in parameters):
-            ends = sorted({own.rpartition(".")[2] for own in parameters})
+        if not any(parameter == name or parameter.endswith(f".{name}") for parameter in parameters):
+            ends = sorted({parameter.rpartition(".")[2] for parameter in parameters})
             what = f"target_parameters has `{name}`, which matches no parameter of the model"
             raise ImplementationError(what, where="peft", hint=f"its parameters end in {', '.join(ends)}")
 
@@ -137,10 +137,10 @@ class AnyPeft(PeftAdapted):
         """Map names to the tensors of peft's `save_pretrained`."""
         from peft import get_peft_model_state_dict
 
-        found: dict[str, Any] = get_peft_model_state_dict(
+        tensors: dict[str, Any] = get_peft_model_state_dict(
             self.wrapper, adapter_name=ADAPTER, save_embedding_layers=False
         )
-        return found
+        return tensors
 
     def regularizer(self) -> Tensor | None:
         """Return AdaLoRA's regulariser; no other supported method has one."""

@@ -34,8 +34,8 @@ def _packed_tensors(layer: Any) -> dict[str, Tensor]:
     """Map the reference's names to bitsandbytes' tensors: two, or four with double quantisation."""
     weight = layer.base_layer.weight
     quantised = weight.quant_state
-    found = {"codes": weight.data.flatten(), "absmax": quantised.absmax}
-    return found | ({"absmax2": quantised.state2.absmax, "offset": quantised.offset} if quantised.nested else {})
+    tensors = {"codes": weight.data.flatten(), "absmax": quantised.absmax}
+    return tensors | ({"absmax2": quantised.state2.absmax, "offset": quantised.offset} if quantised.nested else {})
 
 
 class PeftQLora(PeftAdapted):
