@@ -24,44 +24,44 @@ SPEC = ReferenceSpec(
     deviations=(
         Deviation(
             topic="axis of the norm",
-            paper="of each column of W (d, k), with B (d, r), A (r, k) and m (1, k): read with h = W x, one magnitude "
+            paper="per column of W (d, k), with B (d, r), A (r, k) and m (1, k); for h = W x this is one magnitude "
             "per input",
-            here="one magnitude per output, the norm of a row of the stored (out, in) weight; the other reading is "
-            "per='input'",
+            here="one magnitude per output, the norm of a row of the stored (out, in) weight; per='input' selects "
+            "the other reading",
             why="the authors' code and HF peft both compute norm(weight, dim=1); the authors' W is (in, out)",
         ),
         Deviation(
             topic="gradient through the norm",
-            paper="section 4.3 treats it as a constant, to save memory; eq. 6 has the whole gradient",
+            paper="section 4.3 treats the norm as a constant, to save memory; eq. 6 has the full gradient",
             here="constant, unless detach_norm is false",
-            why="the authors' code by default (dora_simple), and HF peft always",
+            why="the authors' code does the same by default (dora_simple), and HF peft always",
         ),
         Deviation(
             topic="scaling",
             paper="W0 + B A, without alpha / r",
-            here="W0 + (alpha / r) B A, inside the norm too",
-            why="as in the authors' code and HF peft; outside, the rows of W' would not have the norm |m|",
+            here="W0 + (alpha / r) B A, also inside the norm",
+            why="the authors' code and HF peft do the same; with the scaling outside, the rows of W' would not have "
+            "the norm |m|",
         ),
         Deviation(
             topic="dropout",
             paper="not in the formulas",
-            here="on the input of all that the method adds, (g - 1) W0 and g s B A with g = m / norm; W0 x sees the "
-            "whole input",
-            why="as in the authors' code and HF peft; so a dropped feature still passes W0, unscaled by g",
+            here="on the input of the added terms, (g - 1) W0 and g s B A with g = m / norm; W0 x gets the whole input",
+            why="the authors' code and HF peft do the same; a dropped feature still passes through W0, unscaled by g",
         ),
         Deviation(
             topic="rows of zeros",
             paper="not treated: 0 / 0",
             here="0 / 0 is 0: the row of W' is zero, and neither m nor its row of B gets a gradient from it",
             why="published weights have such rows. They start with m = 0, where every direction gives a row of zeros "
-            "and no gradient of B: this is the continuous choice, and what a small number added to the norm "
-            "(LyCORIS) comes to. The authors' code and HF peft return NaN",
+            "and B gets no gradient. This choice is continuous, and the limit of a small number added to the norm "
+            "(LyCORIS). The authors' code and HF peft return NaN",
         ),
         Deviation(
             topic="initialisation of A",
             paper="as in LoRA: Kaiming uniform",
             here="uniform in +-1/sqrt(in)",
-            why="kaiming_uniform_(a=sqrt(5)) of the authors' code and HF peft is just that",
+            why="kaiming_uniform_(a=sqrt(5)) in the authors' code and HF peft is the same distribution",
         ),
     ),
 )

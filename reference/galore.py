@@ -33,70 +33,72 @@ SPEC = ReferenceSpec(
     deviations=(
         Deviation(
             topic="side of a square matrix",
-            paper="m <= n projects on the left, so a square one too",
-            here="side `std` is the authors' code: m >= n on the right, so a square one too; side `paper` is the "
-            "paper's",
-            why="galore-torch and the Hugging Face Trainer use std; on every other shape the two agree",
+            paper="projects on the left if m <= n, and so a square matrix too",
+            here="side `std` is the authors' code, which projects on the right if m >= n, and so a square matrix "
+            "too; side `paper` is the paper's rule",
+            why="galore-torch and the Hugging Face Trainer use std; both rules agree on all other shapes",
         ),
         Deviation(
             topic="moments at a refresh",
             paper="section 4.1 states only that a change of subspace may impact their fidelity",
             here="unchanged: neither reset nor rotated into the new basis",
-            why="as in the authors' code",
+            why="the authors' code does the same",
         ),
         Deviation(
             topic="eps",
             paper="algorithm 2 adds it to sqrt(V / (1 - beta2^t))",
-            here="added to sqrt(V); the bias corrections are in the step size: eps acts as eps / sqrt(1 - beta2^t) in "
-            "the paper's",
-            why="the authors' code, taken from an older transformers; its default is 1e-6 and not Adam's 1e-8",
+            here="added to sqrt(V), with the bias corrections in the step size; this equals eps / sqrt(1 - beta2^t) "
+            "in the paper's form",
+            why="the authors' code does the same, after an older transformers; its default is 1e-6 instead of Adam's "
+            "1e-8",
         ),
         Deviation(
             topic="bias correction",
-            paper="algorithm 2 counts t from 0 and writes the corrected moments over M_t and V_t",
-            here="t counts from 1, and the moments that are carried on are the uncorrected ones",
-            why="read as printed it divides by zero at t = 0 and corrects twice later; Adam and the authors' code do "
-            "it so",
+            paper="algorithm 2 counts t from 0 and overwrites M_t and V_t with the corrected moments",
+            here="t counts from 1, and the stored moments are uncorrected",
+            why="the printed form divides by zero at t = 0 and corrects twice later; Adam and the authors' code do "
+            "the same as here",
         ),
         Deviation(
             topic="weight decay",
             paper="none",
-            here="decoupled: W is multiplied by 1 - lr * weight_decay after the update, by the full lr, not scaled by "
-            "alpha",
-            why="as in the authors' code; torch's AdamW decays before the update",
+            here="decoupled: W is multiplied by 1 - lr * weight_decay after the update, with the full lr, not scaled "
+            "by alpha",
+            why="the authors' code does the same; torch's AdamW decays before the update",
         ),
         Deviation(
             topic="shape of the moments",
             paper="algorithm 2 prints n x r for a left projection",
-            here="that of R: r x n on the left, m x r on the right",
+            here="the shape of R: r x n on the left, m x r on the right",
             why="R = P^T G is r x n",
         ),
         Deviation(
             topic="precision of the singular vectors",
-            paper="silent",
-            here="computed in float32 at least and rounded to the gradient's dtype; float64 stays float64",
-            why="the authors' code computes those of a float64 gradient in float32",
+            paper="not stated",
+            here="computed in at least float32 and rounded to the gradient's dtype; float64 stays float64",
+            why="the authors' code computes the vectors of a float64 gradient in float32",
         ),
         Deviation(
             topic="8-bit moments",
             paper="section 4.3 combines it with 8-bit Adam, without details",
-            here="`bits: 8`: moments are stored as codes, as in reference/operations/adamw8bit, also of weights without a "
-            "projection; the step is the 32-bit one, with eps and decay as above; projectors have the gradient's dtype",
-            why="the authors' GaLoreAdamW8bit takes bitsandbytes' step, whose eps is algorithm 2's: sqrt(V / (1 - "
-            "beta2^t)) + eps",
+            here="`bits: 8`: moments are stored as codes, as in reference/operations/adamw8bit, also for weights "
+            "without a projection; the step is the 32-bit one, with eps and decay as above; projectors have the "
+            "gradient's dtype",
+            why="the authors' GaLoreAdamW8bit uses bitsandbytes' step, which adds eps as algorithm 2 does: sqrt(V / "
+            "(1 - beta2^t)) + eps",
         ),
         Deviation(
             topic="randomised SVD",
-            paper="an SVD; its sequel, GaLore 2 (arXiv:2504.20437), a randomised one",
-            here="exact by default; niter > 0 takes that many subspace iterations from the basis of before and 10 "
-            "random vectors or, the first time, from random ones only",
-            why="the exact SVD of a large layer takes longer than many steps. Random vectors are the same at every "
-            "refresh, so that a run that is resumed goes on as it would have",
+            paper="an exact SVD; its sequel, GaLore 2 (arXiv:2504.20437), uses a randomised one",
+            here="exact by default; niter > 0 runs that many subspace iterations, from the previous basis and 10 "
+            "random vectors, or the first time from random vectors only",
+            why="the exact SVD of a large layer takes longer than many steps. The random vectors are the same at "
+            "every refresh, so that a resumed run continues exactly",
         ),
         Deviation(
             topic="refresh with per-layer updates",
             paper="every T steps",
-            here="every T steps, as without",
+            here="every T steps",
             why="the authors' training script passes 2 T there",
         ),
     ),

@@ -34,44 +34,44 @@ SPEC = ReferenceSpec(
             topic="shapes of A and B",
             paper="Y = X W with W (in, out), A (in, r) = U sqrt(S), B (r, out) = sqrt(S) V^T",
             here="A (r, in), B (out, r), as LoRA's: each is the transpose of the paper's of the same name",
-            why="the weight is stored as (out, in), the paper's W^T, whose SVD has U and V exchanged: our A holds "
-            "right singular vectors of the stored weight, the paper's left ones of W. HF peft has the same",
+            why="the weight is stored as (out, in), the transpose of the paper's W, so that U and V are exchanged: "
+            "our A holds right singular vectors of the stored weight, which are left ones of the paper's W. HF peft "
+            "does the same",
         ),
         Deviation(
             topic="scaling",
             paper="none: X (W_res + A B)",
-            here="alpha / r, and both factors begin divided by its root, so that (alpha / r) B A is the principal part",
-            why="as HF peft; with alpha = r, which the authors' scripts use, it is the paper's",
+            here="alpha / r; both initial factors are divided by its root, so that (alpha / r) B A is the principal "
+            "part",
+            why="HF peft does the same; with alpha = r, as in the authors' scripts, it equals the paper's form",
         ),
         Deviation(
             topic="signs of the singular vectors",
-            paper="left open by the SVD",
-            here="in each row of A the entry of largest magnitude is positive, the first of equals",
-            why="two correct programs may differ by a sign per component; a start that is compared must be one",
+            paper="not determined by the SVD",
+            here="the entry of largest magnitude in each row of A is positive; of equal entries the first counts",
+            why="two correct programs may differ by a sign per component, and a start that is compared must be unique",
         ),
         Deviation(
             topic="fast SVD",
             paper="a randomised SVD (Halko et al.), with more or fewer iterations",
             here="Halko's subspace iteration with exactly r columns, no oversampling; niter = 0 is the exact SVD",
-            why="HF peft's pissa_niter_N is torch.svd_lowrank with q = r; its niter_0 is a sketch without iterations, "
-            "ours is not. The sketch is drawn from the generator, not from global state, from which HF peft draws "
-            "another when a saved adapter is loaded, so its residual differs",
+            why="HF peft's pissa_niter_N is torch.svd_lowrank with q = r, and its niter_0 a sketch without "
+            "iterations. Our sketch is drawn from the generator; HF peft draws it from global state, and again when "
+            "it loads a saved adapter, so that its residual differs",
         ),
         Deviation(
             topic="precision",
             paper="not stated",
-            here=(
-                "the SVD runs in float32 at least; A and B are rounded to the layer's dtype, then W_res = W - (alpha / "
-                "r) B A from the rounded ones, rounded once"
-            ),
-            why="so W_res holds what A and B lost, and W_res + (alpha / r) B A is W within half an eps of |W_res|. HF "
-            "peft has A and B in float32 and W_res in half precision",
+            here="the SVD runs in at least float32; A and B are rounded to the layer's dtype, then W_res = W - "
+            "(alpha / r) B A is computed from the rounded factors and rounded once",
+            why="W_res then holds the rounding errors of A and B, and W_res + (alpha / r) B A equals W within half "
+            "an eps of |W_res|. HF peft has A and B in float32 and W_res in half precision",
         ),
         Deviation(
             topic="quantised base (QPiSSA)",
-            paper="quantises W_res, whose spread is smaller than W's, and may iterate (Algorithm 1)",
-            here="takes the matrix that the base multiplies by; W_res stays dense",
-            why="a packed base has already lost the precision that QPiSSA saves; the caller may quantise W_res",
+            paper="quantises W_res, which has a smaller spread than W, and may iterate (Algorithm 1)",
+            here="decomposes the matrix that the base multiplies by; W_res stays dense",
+            why="a packed base has already lost the precision that QPiSSA would save; the caller may quantise W_res",
         ),
         Deviation(
             topic="dropout",
@@ -82,9 +82,9 @@ SPEC = ReferenceSpec(
         Deviation(
             topic="embeddings",
             paper="not treated",
-            here="the table's transpose is W, as in LoRA: A (r, num) picks columns by id, B (dim, r)",
-            why="its equations apply to the only other layer that multiplies by a matrix. HF peft supports embeddings too, "
-            "but silently starts them as plain LoRA",
+            here="the transposed table is W, as in LoRA: A (r, num) picks columns by id, B (dim, r)",
+            why="the paper's equations apply to this layer too. HF peft also supports embeddings, but silently "
+            "starts them as plain LoRA",
         ),
     ),
 )

@@ -30,43 +30,44 @@ SPEC = ReferenceSpec(
             topic="NF4, double quantisation",
             paper="eqs. 4 and 6, section 3",
             here="as in reference/operations/nf4.py and double_quant.py, which list their differences from the paper",
-            why="as in bitsandbytes, the authors' quantiser",
+            why="bitsandbytes, the authors' quantiser, does the same",
         ),
         Deviation(
             topic="compute dtype",
             paper="bfloat16: eqs. 5 and 6 decode to it and multiply in it",
             here="the dtype of the input: level x absmax is formed in float32, then cast, then multiplied",
-            why="the paper's with bfloat16 inputs; a check wants float64. bitsandbytes decodes so too",
+            why="this equals the paper's with bfloat16 inputs; the checks need float64 too. bitsandbytes decodes in "
+            "the same order",
         ),
         Deviation(
             topic="scaling",
-            paper="s in eq. 3, left out in eq. 5",
+            paper="s in eq. 3, omitted in eq. 5",
             here="alpha / r",
-            why="as in LoRA, the authors' code and HF peft",
+            why="LoRA, the authors' code and HF peft do the same",
         ),
         Deviation(
             topic="dropout",
-            paper="0.1 (7B, 13B) or 0.05, of LoRA's, which is not defined",
+            paper="0.1 (7B, 13B) or 0.05, as LoRA's dropout, which is not defined there",
             here="on the input of the adapter branch only; the default is 0",
-            why="as in the authors' code, which is HF peft's",
+            why="the authors' code, which uses HF peft, does the same",
         ),
         Deviation(
             topic="adapted layers",
             paper="all linear layers of the transformer blocks",
             here="`targets`, by default the seven of a LLaMA block",
-            why="the head is never adapted or quantised, as in the authors' code",
+            why="the authors' code does not adapt or quantise the head either",
         ),
         Deviation(
             topic="unquantised parameters",
             paper="not stated",
             here="unchanged",
-            why="the authors' script makes the norms float32; HF peft's prepare_model_for_kbit_training all that is in "
-            "16 bits, embeddings and head too",
+            why="the authors' script converts norms to float32; HF peft's prepare_model_for_kbit_training converts "
+            "all 16-bit parameters, embeddings and head included",
         ),
         Deviation(
             topic="defaults",
             paper="NF4, double quantisation, products in bfloat16",
-            here="as the paper, and products in the dtype of the input",
+            here="as in the paper, with products in the dtype of the input",
             why="transformers' BitsAndBytesConfig defaults to FP4, no double quantisation and float32",
         ),
         Deviation(
@@ -77,16 +78,15 @@ SPEC = ReferenceSpec(
         ),
         Deviation(
             topic="the original weight",
-            paper="is gone once it is quantised",
-            here="stays as `base`, so that `detach` gives it back; no product reads it",
-            why="a reference may spend the memory that the method saves; bits are counted by "
-            "double_quant.bits_per_parameter",
+            paper="discarded after quantisation",
+            here="stays as `base`, so that `detach` can restore it; no product reads it",
+            why="a reference may use the memory that the method saves; double_quant.bits_per_parameter counts the bits",
         ),
         Deviation(
             topic="paged optimizers",
             paper="section 3: optimizer states in unified memory",
-            here="not here",
-            why="they change the location of states and no value; the caller chooses the optimizer",
+            here="not part of this file",
+            why="they move states and change no value; the caller chooses the optimizer",
         ),
     ),
 )

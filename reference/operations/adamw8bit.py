@@ -24,46 +24,47 @@ SPEC = ReferenceSpec(
             topic="block size",
             paper="2048",
             here="256",
-            why="bitsandbytes today",
+            why="bitsandbytes uses it today",
         ),
         Deviation(
             topic="least size",
-            paper="embedding layers keep 32-bit states (the stable embedding layer)",
-            here="tensors of fewer than 4096 elements keep 32-bit states; embeddings are not an exception",
-            why="bitsandbytes' min_8bit_size; its own pinning of nn.Embedding needs a manager that knows the modules",
+            paper="embedding layers have 32-bit states (the stable embedding layer)",
+            here="tensors of fewer than 4096 elements have 32-bit states; embeddings are no exception",
+            why="bitsandbytes has the same min_8bit_size; its exception for nn.Embedding needs a manager that knows "
+            "the modules",
         ),
         Deviation(
             topic="weight decay",
             paper="none in its equations",
             here="decoupled, before the update: p is multiplied by 1 - lr * weight_decay first",
-            why="torch's AdamW and bitsandbytes on the CPU; bitsandbytes on CUDA decays after the update, so that it "
-            "shrinks the update too, by lr * weight_decay of it",
+            why="torch's AdamW and bitsandbytes on the CPU do the same; bitsandbytes on CUDA decays after the "
+            "update, and so reduces the update too, by lr * weight_decay of it",
         ),
         Deviation(
             topic="eps",
-            paper="added to sqrt(V), no bias correction printed",
+            paper="added to sqrt(V), without a printed bias correction",
             here="added to sqrt(V / (1 - beta2^t))",
-            why="torch's AdamW and bitsandbytes, on the CPU and on CUDA",
+            why="torch's AdamW and bitsandbytes, on the CPU and on CUDA, do the same",
         ),
         Deviation(
             topic="search of the code",
             paper="nearest",
-            here="nearest; one exactly between two takes the lower",
-            why="bitsandbytes on the CPU first rounds m / absmax to one of 65,536 values in [-1, 1], 3e-5 apart, none "
-            "of which is 0: finer codes are lost, and a zero comes back as 2e-5 absmax, so that a parameter "
+            here="nearest; an element exactly between two values takes the lower",
+            why="bitsandbytes on the CPU first rounds m / absmax to one of 65,536 values in [-1, 1], which are 3e-5 "
+            "apart and do not include 0. It loses finer codes and decodes a zero to 2e-5 absmax, so that a parameter "
             "without any gradient moves",
         ),
         Deviation(
             topic="sign of the first moment",
-            paper="silent",
+            paper="not stated",
             here="the nearest code, which for a small negative number may be 0",
-            why="bitsandbytes on CUDA takes the next code down there, so that the sign stays",
+            why="bitsandbytes on CUDA takes the next code instead of 0, so that the sign stays",
         ),
         Deviation(
             topic="gradients that are not finite",
-            paper="silent",
-            here="carried on, as in torch's AdamW",
-            why="bitsandbytes on CUDA leaves such a parameter and sets its moments to 0",
+            paper="not stated",
+            here="used, as in torch's AdamW",
+            why="bitsandbytes on CUDA skips such a parameter and sets its moments to 0",
         ),
     ),
 )

@@ -24,25 +24,25 @@ SPEC = ReferenceSpec(
         Deviation(
             topic="paged tensors",
             paper="the optimizer states",
-            here="each state tensor of at least 100,000 elements; smaller ones stay on the device and count for nothing",
-            why="bitsandbytes' rule, by the elements of the parameter; so the states of a LoRA matrix of 4096 x 24 are "
-            "not paged",
+            here="each state tensor of at least 100,000 elements; smaller ones stay on the device and are not counted",
+            why="bitsandbytes has the same rule, by the elements of the parameter; the states of a LoRA matrix of "
+            "4096 x 24 are not paged",
         ),
         Deviation(
-            topic="who moves it",
+            topic="movement",
             paper="NVIDIA's unified memory, page by page, when the accelerator runs out",
-            here="this program, parameter by parameter, when a given number of bytes is passed",
-            why="the driver's choice is neither documented nor repeatable; the moves are counted here",
+            here="this program, parameter by parameter, when the states exceed a given number of bytes",
+            why="the driver's choice is neither documented nor repeatable; here the moves are counted",
         ),
         Deviation(
             topic="prefetch",
-            paper="silent",
-            here="a parameter's states move to the device just before its update, none earlier",
-            why="bitsandbytes prefetches them just before the update too, and waits once, after the last",
+            paper="not stated",
+            here="a parameter's states move to the device just before its update",
+            why="bitsandbytes also prefetches them just before the update, and waits once, after the last",
         ),
         Deviation(
             topic="on the CPU",
-            paper="silent",
+            paper="not stated",
             here="the same moves, from one buffer to another, so that they can be tested",
             why="bitsandbytes pages nothing there and warns",
         ),
