@@ -155,21 +155,21 @@ def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
         "full": (True, True),
     }
     if side not in rules:
-        raise ValueError(f"no side {side!r}; there are: {', '.join(rules)}")
+        raise ValueError(f"unknown side {side!r}; known: {', '.join(rules)}")
     return rules[side]
 
 
 def projector(G: Tensor, rank: int, side: str = "std", niter: int = 0, old: Projector | None = None) -> Projector:
     """Return the first `rank` singular vectors of G on the sides that `side` selects, in G's dtype.
 
-    G = U S V^T; P = U[:, :r], Q = V[:, :r]  (eqs. 12 and 13). The sign of a singular vector is arbitrary and cancels in the
-    update, which has P, or Q, twice. niter: 0 for the exact SVD, else subspace iterations of a randomised SVD that starts
+    G = U S V^T; P = U[:, :r], Q = V[:, :r]  (eqs. 12 and 13). The sign of a singular vector is arbitrary; it cancels in the
+    update, where P and Q occur twice. niter: 0 for the exact SVD, else subspace iterations of a randomised SVD that starts
     from `old`. Raises ValueError if G is not finite.
     """
     if not G.isfinite().all():
         raise ValueError(
-            f"GaLore: the gradient of a parameter of shape {tuple(G.shape)} has a NaN or an infinity, and so no singular "
-            "vectors; skip the step, or lower the learning rate or the loss's scale"
+            f"GaLore: the gradient of a parameter of shape {tuple(G.shape)} contains NaN or infinity and has no singular "
+            "vectors; hint: skip the step, or lower the learning rate or the loss scale"
         )
     wide = G.to(torch.promote_types(G.dtype, torch.float32))
     if niter:
@@ -251,8 +251,8 @@ def galore_step(
     """Take one step of W (m, n) with the gradient G (m, n); W and `state` change in place.
 
     rank 0: no projection, plain Adam, any shape. state: empty before the first step; then step (int, steps taken), M and V
-    (`galore_moments.zeros`), P and/or Q. The projector is recomputed at steps 1, T + 1, 2 T + 1, ...; `given` replaces it
-    there, so that two programs can be compared in one subspace.
+    (`galore_moments.zeros`), P and/or Q. The projector is recomputed at steps 1, T + 1, 2 T + 1, ... given: the projector
+    to use there instead, so that two programs can be compared in one subspace.
     """
     if rank and state.get("step", 0) % update_gap == 0:
         fresh = given or projector(G, rank, side, niter, Projector(state.get("P"), state.get("Q")))
@@ -272,24 +272,24 @@ def state_elements(m: int, n: int, rank: int, side: str = "std") -> int:
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Raise ValueError, with option and range, for an invalid group of parameters."""
+    """Raise ValueError for an option of a group that is out of range, and for a projected parameter that is no matrix."""
     for name, least in (("rank", 0), ("update_gap", 1), ("niter", 0)):
         if not isinstance(group[name], Integral) or group[name] < least:
-            raise ValueError(f"GaLore's {name} is a whole number of at least {least}, got {group[name]!r}")
+            raise ValueError(f"GaLore: {name} must be an integer of at least {least}, got {group[name]!r}")
     for name in ("lr", "weight_decay", "scale", "eps"):
         if not 0 <= group[name] < math.inf:
-            raise ValueError(f"GaLore's {name} is a number of at least 0, got {group[name]!r}")
+            raise ValueError(f"GaLore: {name} must be finite and at least 0, got {group[name]!r}")
     for name in ("beta1", "beta2"):
         if not 0 <= group[name] < 1:
-            raise ValueError(f"GaLore's {name} is at least 0 and below 1, got {group[name]!r}")
+            raise ValueError(f"GaLore: {name} must be at least 0 and below 1, got {group[name]!r}")
     if group["bits"] not in (8, 32):
-        raise ValueError(f"GaLore's moments have 8 or 32 bits, not {group['bits']!r}")
+        raise ValueError(f"GaLore: bits must be 8 or 32, got {group['bits']!r}")
     sides(1, 1, group["side"])
     for p in group["params"] if group["rank"] else ():
         if isinstance(p, Tensor) and p.dim() != 2:
             raise ValueError(
-                f"GaLore projects matrices, and a group of rank {group['rank']} has a parameter of shape {tuple(p.shape)}; "
-                "put it in a group without a rank, which is plain Adam"
+                f"GaLore projects matrices, but a group of rank {group['rank']} has a parameter of shape {tuple(p.shape)}; "
+                "hint: put it in a group of rank 0, which is plain Adam"
             )
 
 
@@ -346,9 +346,10 @@ class GaLore(torch.optim.Optimizer):
 
 
 class GaLoreModel(AdaptedModel):
-    """A model whose weights train by GaLore; `layers` are those with projected gradients."""
+    """A model with weights that train by GaLore."""
 
     layers: dict[str, nn.Linear]
+    """Layers with projected gradients."""
 
     def __init__(self, model: nn.Module, layers: dict[str, nn.Linear], config: Config) -> None:
         super().__init__(model, layers)
@@ -374,7 +375,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> GaLo
     layers = targets(model, config.targets)
     for path, layer in layers.items():
         if not layer.weight.is_floating_point():
-            raise ValueError(f"GaLore trains the weight of {path} itself, which is packed ({layer.weight.dtype})")
+            raise ValueError(f"{path}: GaLore trains the weight itself, but it is packed ({layer.weight.dtype})")
     model.requires_grad_(config.train_rest)
     for layer in layers.values():
         layer.weight.requires_grad_(True)

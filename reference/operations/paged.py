@@ -69,20 +69,27 @@ def to_device(page: Tensor, device: torch.device) -> Tensor:
 
 
 class Paged(torch.optim.Optimizer):
-    """A wrapper that pages the large states of `inner`, an optimizer with one state per parameter. Steps are the same.
+    """Wrapper that pages the large states of `inner`, an optimizer with one state per parameter; its steps are unchanged.
 
-    Groups and state are shared with `inner`, whose hooks run once per parameter; a learning rate schedule takes this
+    Groups and state are shared with `inner`; its hooks run once per parameter. A learning rate schedule must get this
     wrapper. Optimizers with state in their groups, or that read several parameters at once (LBFGS), cannot be paged.
-    budget: bytes of paged states on the device. The parameter in update is always there, so at most max(budget, the largest
-    parameter's states) are, once every state exists. Raises ValueError for a negative budget.
 
-    bytes_in, bytes_out: bytes moved to the device and to the host. resident, peak: current and highest bytes of paged states
-    on the device.
+    budget: bytes of paged states on the device. The states of the parameter that is being updated are always there, so that
+    the peak is max(budget, the largest parameter's states) once all states exist. Raises ValueError for a negative budget.
     """
+
+    bytes_in: int
+    """Bytes moved to the device so far."""
+    bytes_out: int
+    """Bytes moved to the host so far."""
+    resident: int
+    """Bytes of paged states on the device now."""
+    peak: int
+    """Most bytes of paged states on the device so far."""
 
     def __init__(self, inner: torch.optim.Optimizer, budget: int) -> None:
         if budget < 0:
-            raise ValueError(f"a budget is a number of bytes, got {budget}")
+            raise ValueError(f"budget must be a number of bytes of at least 0, got {budget}")
         super().__init__(inner.param_groups, inner.defaults)
         self.inner, self.budget = inner, budget
         self.bytes_in = self.bytes_out = self.resident = self.peak = 0

@@ -110,7 +110,7 @@ def test_full_projects_on_both_sides() -> None:
 
 
 def test_an_unknown_side_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no side 'top'; there are: std, reverse_std, paper, left, right, full"):
+    with pytest.raises(ValueError, match="unknown side 'top'; known: std, reverse_std, paper, left, right, full"):
         projector(draw(3, 3), 1, "top")
 
 

@@ -133,7 +133,7 @@ def test_a_group_added_later_takes_its_tensors_along() -> None:
 def test_a_packed_weight_is_refused() -> None:
     model = Small()
     model.q_proj.weight = nn.Parameter(torch.zeros(27, 1, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"GaLore trains the weight of q_proj itself, which is packed \(torch.uint8\)"):
+    with pytest.raises(ValueError, match=r"q_proj: GaLore trains the weight itself, but it is packed \(torch.uint8\)"):
         attached(model)
 
 

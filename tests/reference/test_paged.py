@@ -223,7 +223,7 @@ def test_a_closure_and_a_failing_step() -> None:
 
 
 def test_a_negative_budget_is_an_error() -> None:
-    with pytest.raises(ValueError, match="a budget is a number of bytes, got -1"):
+    with pytest.raises(ValueError, match="budget must be a number of bytes of at least 0, got -1"):
         paged_adamw(-1)
 
 

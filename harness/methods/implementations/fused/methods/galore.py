@@ -43,7 +43,7 @@ class GaLore(galore.GaLore):
 
 
 class FusedGaLoreModel(galore.GaLoreModel):
-    """A model whose weights train by the fused GaLore."""
+    """A model with weights that train by the fused GaLore."""
 
     def optimizer(self, lr: float, weight_decay: float, bits: int = 32) -> galore.GaLore:
         """Return the fused optimizer with the reference's groups."""
