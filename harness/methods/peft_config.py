@@ -105,9 +105,9 @@ class AdapterConfigField(FieldInfo):
         except UnicodeDecodeError as error:
             raise UsageError(f"{value} is not UTF-8: {error.reason}", hint="save the file as UTF-8") from error
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"{value} is no JSON: {error}", hint=f"correct it there; {hint}") from error
+            raise UsageError(f"{value} is not JSON: {error}", hint=f"correct it there; {hint}") from error
         if not isinstance(found, dict):
-            raise UsageError(f"{value} is no JSON object", hint=f"name another file; {hint}")
+            raise UsageError(f"{value} is not a JSON object", hint=f"name another file; {hint}")
         return found
 
     def canonical(self, value: Any) -> Any:
@@ -128,9 +128,9 @@ class AdapterConfigField(FieldInfo):
             problem = "is missing" if value is None else f"must be {self.type_label}, got {value!r}"
             yield (), problem, self.hint
             return
-        yield from _unwritable(value)
-        yield from _of_type(value)
-        yield from _unknown(value)
+        yield from _json_problems(value)
+        yield from _type_problems(value)
+        yield from _unknown_keys(value)
         for key in _UNSUPPORTED_KEYS:
             if value.get(key):
                 yield (
@@ -149,11 +149,11 @@ class AdapterConfigField(FieldInfo):
             problem = f"has task_type {task}; the harness has models for {', '.join(_KINDS)}"
             yield ("task_type",), problem, "write one of these, or take `task_type` out"
         if saved is not None and (not isinstance(saved, list) or not all(isinstance(name, str) for name in saved)):
-            problem = f"has modules_to_save {saved!r}, which is no list of names"
+            problem = f"has modules_to_save {saved!r}, which is not a list of names"
             yield ("modules_to_save",), problem, 'take `modules_to_save` out, or write "modules_to_save": null'
         elif extra := set(saved or ()) - _HEADS:
             names = ", ".join(sorted(extra))
-            problem = f"has modules_to_save {names}; the harness trains the adapter and the head, no more"
+            problem = f"has modules_to_save {names}; the harness trains only the adapter and the head"
             yield ("modules_to_save",), problem, f"take {names} out of `modules_to_save`"
 
     def misfits(self, value: Any, kind: str) -> Iterator[FieldProblem]:
@@ -172,7 +172,7 @@ class AdapterConfigField(FieldInfo):
             yield ("task_type",), problem, f'write "task_type": "{suitable}", or take another model'
 
 
-def _of_type(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
+def _type_problems(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
     kind, known = value.get("peft_type"), peft_schema.peft_types()
     offered = [name for name in known if name not in _UNSUPPORTED_TYPES]
     if not isinstance(kind, str):
@@ -186,11 +186,13 @@ def _of_type(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
         problem = f"has peft_type {kind}, which the installed peft does not have"
         yield ("peft_type",), problem, did_you_mean(kind.upper(), offered, "it has")
     elif kind in _VIRTUAL and not virtual_tokens({KEY: value}):
-        problem = f"has num_virtual_tokens {value.get('num_virtual_tokens')!r}; {kind} wants a whole number, at least 1"
+        problem = (
+            f"has num_virtual_tokens {value.get('num_virtual_tokens')!r}; {kind} needs a whole number of at least 1"
+        )
         yield ("num_virtual_tokens",), problem, 'write e.g. "num_virtual_tokens": 8, without quotes around the number'
 
 
-def _unknown(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
+def _unknown_keys(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
     """Yield the keys that peft would ignore, except null ones, which other versions of peft write."""
     kind = value.get("peft_type")
     known = peft_schema.keys_of(kind) if isinstance(kind, str) and kind not in _UNSUPPORTED_TYPES else frozenset()
@@ -201,7 +203,7 @@ def _unknown(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
             yield (key,), f"has {_path((key,))}, which the installed peft's {kind} does not have and would ignore", hint
 
 
-def _unwritable(config: Any) -> Iterator[FieldProblem]:
+def _json_problems(config: Any) -> Iterator[FieldProblem]:
     """Yield values that JSON can read but not write: NaN, 1e999, half a surrogate pair. A cell_id cannot hash them."""
     todo: list[tuple[tuple[str | int, ...], Any]] = [((), config)]
     while todo:
@@ -211,9 +213,9 @@ def _unwritable(config: Any) -> Iterator[FieldProblem]:
         elif isinstance(value, list):
             todo += [((*path, index), item) for index, item in enumerate(value)]
         elif isinstance(value, float) and not math.isfinite(value):
-            yield path, f"has {_path(path)} {value}, which is no number of JSON", "write a finite number"
+            yield path, f"has {_path(path)} {value}, which JSON cannot represent", "write a finite number"
         elif isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-            yield path, f"has half a character in {_path(path)}", "write the character itself"
+            yield path, f"has half a surrogate pair in {_path(path)}", "write the character itself"
 
 
 def _path(path: tuple[str | int, ...]) -> str:
@@ -231,12 +233,12 @@ _ABOUT = (
     f"Path of an {FILE}, relative to the suite's folder, or its keys. With {', '.join(map(str.lower, _VIRTUAL))} virtual "
     "tokens precede every text and take positions of the model. Not supported: "
     f"{', '.join(map(str.lower, _UNSUPPORTED_TYPES))}; of LoRA {', '.join((*_UNSUPPORTED_KEYS, *_UNSUPPORTED_INITS))}. "
-    "Without a reference there is no parity check, so reports show no time of such a Cell next to others."
+    "Without a reference there is no parity check, so reports do not compare the times of such a Cell."
 )
 PEFT = MethodInfo(
     name="peft",
     summary=f"Any other method of HF peft, by its {FILE}; {NO_REFERENCE}",
-    spec=ReferenceSpec(paper="the config's `peft_type` says which; see peft's documentation"),
+    spec=ReferenceSpec(paper="see the documentation of the config's `peft_type` in peft"),
     fields={KEY: AdapterConfigField("dict", None, about=_ABOUT)},
     path=Path(__file__),
 )

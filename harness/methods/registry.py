@@ -155,7 +155,7 @@ class Registry:
                 f"implementation `{name}` is installed but broken: {self.broken[name]}",
                 hint="install what it needs, or see `peft-harness list implementations`",
             )
-        hint = did_you_mean(name, offered, f"who offers {target}")
+        hint = did_you_mean(name, offered, f"implementations of {target}")
         if self.broken:
             hint += f"; broken plug-ins: {', '.join(self.broken)} (`peft-harness list implementations` shows why)"
         others = sorted(i.target for i in self.implementations if i.name == name)

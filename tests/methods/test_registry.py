@@ -127,9 +127,13 @@ def test_what_a_plugin_prints_is_talk(install, capsys: pytest.CaptureFixture[str
     ("asked", "what", "hint"),
     [
         (("method", "lora", "fussed"), "no implementation `fussed` of lora", "did you mean `fused`?"),
-        (("method", "lora", "unsloth"), "no implementation `unsloth` of lora", "who offers lora: fused, reference"),
-        (("method", "full", "fused"), "`fused` does not offer full, only lora", "who offers full: none"),
-        (("base", "nf4", "reference"), "`reference` does not offer nf4, only lora", "who offers nf4: none"),
+        (
+            ("method", "lora", "unsloth"),
+            "no implementation `unsloth` of lora",
+            "implementations of lora: fused, reference",
+        ),
+        (("method", "full", "fused"), "`fused` does not offer full, only lora", "implementations of full: none"),
+        (("base", "nf4", "reference"), "`reference` does not offer nf4, only lora", "implementations of nf4: none"),
     ],
 )
 def test_what_is_missing_is_suggested(asked: tuple[str, str, str], what: str, hint: str) -> None:

@@ -10,11 +10,11 @@ from harness.methods.registry import Implementation, implementations_in, impleme
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-_HOW: dict[str, Any] = {"name": "torchao", "kind": "operation", "requires": ["torchao"]}
+_OPERATION: dict[str, Any] = {"name": "torchao", "kind": "operation", "requires": ["torchao"]}
 BLOCK, SCALER_BLOCK = 64, 256
 
 
-@implements("nf4_quantize", **_HOW)
+@implements("nf4_quantize", **_OPERATION)
 def nf4_quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Return the bytes of `to_nf4` and the absmax that it divides by, before its own quantisation of the absmax.
 
@@ -28,7 +28,7 @@ def nf4_quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return packed.quantized_data.flatten(), nf4_tensor.get_block_absmax(W.flatten(), block).float()
 
 
-@implements("nf4-dq", **_HOW | {"kind": "base"})
+@implements("nf4-dq", **_OPERATION | {"kind": "base"})
 def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, int, bool]]:
     """Replace the linear layers at `paths` by layers on an NF4Tensor; return path -> (bytes, decoded absmax, block, True).
 
@@ -67,21 +67,21 @@ def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, 
     return forms
 
 
-@implements("adamw8bit_step", **_HOW)
-def adamw8bit_step(p: Tensor, g: Tensor, step: int, **others: Any) -> tuple[Tensor, ...]:
-    """Take one step of AdamW8bit from a given state. others: m, m_absmax, v, v_absmax and the optimizer's options.
+@implements("adamw8bit_step", **_OPERATION)
+def adamw8bit_step(p: Tensor, g: Tensor, step: int, **options: Any) -> tuple[Tensor, ...]:
+    """Take one step of AdamW8bit from a given state. options: m, m_absmax, v, v_absmax and the optimizer's options.
 
     Raises Unsupported for sizes with 32-bit states in torchao.
     """
     import torch
     from torchao.optim import AdamW8bit
 
-    moments = {name: others.pop(name) for name in ("m", "m_absmax", "v", "v_absmax")}
+    moments = {name: options.pop(name) for name in ("m", "m_absmax", "v", "v_absmax")}
     if p.numel() < 4096 or p.numel() % 256:
         raise Unsupported("torchao has 32-bit states for fewer than 4096 elements, or no multiple of 256")
     p = torch.nn.Parameter(p.clone())
     p.grad = g.clone()
-    optimizer = AdamW8bit([p], **others)
+    optimizer = AdamW8bit([p], **options)
     state = {"step": torch.tensor(step - 1.0)}
     for torchao_name, name, signed in (("exp_avg", "m", True), ("exp_avg_sq", "v", False)):
         moment = optimizer._new_buffer(p, signed)

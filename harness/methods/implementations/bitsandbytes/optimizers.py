@@ -11,26 +11,26 @@ from harness.methods.registry import implements
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-_HOW: dict[str, Any] = {"name": "bitsandbytes", "kind": "operation", "requires": ["bitsandbytes"]}
-_PAGED = _HOW | {"name": "bitsandbytes-paged"}
+_OPERATION: dict[str, Any] = {"name": "bitsandbytes", "kind": "operation", "requires": ["bitsandbytes"]}
+_PAGED = _OPERATION | {"name": "bitsandbytes-paged"}
 _NAMES = {"state1": "m", "absmax1": "m_absmax", "state2": "v", "absmax2": "v_absmax"}
 
 
-@implements("adamw8bit_step", **_HOW)
-def adamw8bit_step(p: Tensor, g: Tensor, step: int, **others: Any) -> tuple[Tensor, ...]:
-    """Take one step of AdamW8bit from a given state. others: m, m_absmax, v, v_absmax and the optimizer's options."""
+@implements("adamw8bit_step", **_OPERATION)
+def adamw8bit_step(p: Tensor, g: Tensor, step: int, **options: Any) -> tuple[Tensor, ...]:
+    """Take one step of AdamW8bit from a given state. options: m, m_absmax, v, v_absmax and the optimizer's options."""
     from bitsandbytes.optim import AdamW8bit
 
-    return _step8bit(AdamW8bit, p, g, step, **others)
+    return _step8bit(AdamW8bit, p, g, step, **options)
 
 
 @implements("adamw8bit_step", **_PAGED)
-def paged_adamw8bit_step(p: Tensor, g: Tensor, step: int, **others: Any) -> tuple[Tensor, ...]:
+def paged_adamw8bit_step(p: Tensor, g: Tensor, step: int, **options: Any) -> tuple[Tensor, ...]:
     """Take one step of PagedAdamW8bit; paging changes no value."""
     from bitsandbytes.optim import PagedAdamW8bit
 
     with _without_the_warning():
-        return _step8bit(PagedAdamW8bit, p, g, step, **others)
+        return _step8bit(PagedAdamW8bit, p, g, step, **options)
 
 
 def _step8bit(kind: Any, p: Tensor, g: Tensor, step: int, **options: Any) -> tuple[Tensor, ...]:
@@ -49,7 +49,7 @@ def _step8bit(kind: Any, p: Tensor, g: Tensor, step: int, **options: Any) -> tup
     return p.detach(), *(state[bnb_name].flatten() for bnb_name in _NAMES)
 
 
-@implements("paged_adamw", **_HOW)
+@implements("paged_adamw", **_OPERATION)
 def paged_adamw(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **options: Any) -> tuple[Tensor, ...]:
     """Take the steps of PagedAdamW."""
     from bitsandbytes.optim import PagedAdamW
@@ -59,7 +59,7 @@ def paged_adamw(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **o
     return tuple(p.detach() for p in trained)
 
 
-@implements("paged_states", **_HOW)
+@implements("paged_states", **_OPERATION)
 def paged_states(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
     """Return 1 per parameter if PagedAdamW marks its first moment as paged, else 0."""
     from bitsandbytes.optim import PagedAdamW
