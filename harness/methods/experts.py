@@ -42,7 +42,7 @@ def note(number: int, weights: int) -> str:
     if not number:
         return ""
     return (
-        f"the experts are stacked weights, not linear layers: {number:,} of {weights:,} weights "
+        f"the experts are stacked weights and no linear layers: {number:,} of {weights:,} weights "
         f"({number / weights:.0%}) are neither adapted nor packed into 4 bits; "
         "`method: peft` adapts them by `target_parameters`"
     )
