@@ -45,13 +45,13 @@ def seen(adapted: Any, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_the_layer_is_that_over_the_decoded_weight(method: str) -> None:
+def test_the_layer_equals_one_over_the_decoded_weight(method: str) -> None:
     mine = seen(attached(method, "fused", torch.float32, 0.0), torch.float32)
     truth, rounded = (seen(attached(method, "reference", dt, 0.0), dt) for dt in (torch.float64, torch.float32))
     assert noise_floor(mine, truth, rounded, "float32").passed
 
 
-def test_dropout_of_nothing_leaves_everything() -> None:
+def test_dropout_of_0_drops_nothing() -> None:
     adapted = attached("dora", "fused", torch.float32, 0.5)
     adapted.model.eval()
     mine = seen(adapted, torch.float32)
@@ -101,7 +101,7 @@ def of_three(method: str, name: str, dtype: torch.dtype, given: str) -> dict[str
     return {"x": x.grad, **{one: y.detach() for one, y in found.items()}, **grads}
 
 
-def test_who_is_not_asked_gets_no_gradient() -> None:
+def test_unused_outputs_get_no_gradient() -> None:
     layers = [
         (torch.randn(E, D), None, torch.randn(4, D).requires_grad_(), torch.randn(E, 4).requires_grad_(), 2.0)
     ] * 2

@@ -74,7 +74,7 @@ def gated(subject: Subject, case: Case) -> dict[str, CheckResult]:
 
 
 @pytest.mark.parametrize(("kind", "dtype"), TRIED)
-def test_pefts_methods_hold_what_needs_no_reference(kind: str, dtype: str) -> None:
+def test_methods_of_peft_pass_the_checks_without_a_reference(kind: str, dtype: str) -> None:
     subject, case = attached(kind, dtype)
     before = {name: t.detach().clone() for name, t in subject.adapted.tensors().items()}
     found = gated(subject, case)
@@ -96,27 +96,27 @@ def warmed(kind: str, **keys: Any) -> tuple[Subject, Case, Any]:
     return subject, case, subject.adapted.layers["first"]
 
 
-def test_a_start_that_is_not_the_base_model_is_seen() -> None:
+def test_a_start_that_differs_from_the_base_is_detected() -> None:
     subject, case = attached("IA3")
     with torch.no_grad():
         subject.adapted.tensors()["second.ia3_l.default"].mul_(1.001)
     assert spoilt("start", subject, case).outcome is Outcome.FAIL
 
 
-def test_a_base_that_attaching_changed_is_seen() -> None:
+def test_a_base_changed_by_attach_is_detected() -> None:
     subject, case = attached("LOHA")
     subject.bases["first"].weight.data[0, 0] += 1e-3  # type: ignore[operator,index,union-attr]
     assert gated(subject, case)["base/init"].outcome is Outcome.FAIL
 
 
-def test_noise_is_seen() -> None:
+def test_noise_is_detected() -> None:
     subject, case, layer = warmed("LOHA")
     right = layer.forward
     layer.forward = lambda x: right(x) * (1 + torch.finfo(x.dtype).eps * (torch.rand_like(x[..., :1]) < 0.5))
     assert spoilt("repeats", subject, case).outcome is Outcome.FAIL
 
 
-def test_a_weight_that_a_pass_changes_is_seen() -> None:
+def test_a_weight_changed_by_a_forward_pass_is_detected() -> None:
     subject, case, layer = warmed("LOKR")
     right = layer.forward
 
@@ -128,7 +128,7 @@ def test_a_weight_that_a_pass_changes_is_seen() -> None:
     assert spoilt("untouched", subject, case).outcome is Outcome.FAIL
 
 
-def test_an_adapter_that_nothing_reaches_is_seen() -> None:
+def test_an_unreachable_adapter_is_detected() -> None:
     subject, case, layer = warmed("IA3")
     layer.forward = layer.base_layer.forward
     result = spoilt("reached", subject, case)
@@ -136,14 +136,14 @@ def test_an_adapter_that_nothing_reaches_is_seen() -> None:
     assert "first.ia3_l.default gets no gradient" in result.detail
 
 
-def test_what_the_saved_adapter_does_not_say_is_seen() -> None:
+def test_an_incomplete_saved_adapter_is_detected() -> None:
     subject, case, layer = warmed("LORA")
     layer.scaling["default"] *= 2
     assert spoilt("reload", subject, case).outcome is Outcome.FAIL
 
 
 @pytest.mark.parametrize("fault", ["does nothing", "adds twice", "does not unmerge"])
-def test_a_wrong_merge_is_seen(fault: str) -> None:
+def test_a_wrong_merge_is_detected(fault: str) -> None:
     subject, case, _ = warmed("LOHA")
 
     class Wrong(type(subject.adapted)):  # type: ignore[misc]
@@ -164,14 +164,14 @@ def test_a_wrong_merge_is_seen(fault: str) -> None:
     assert result.detail == ("after unmerging" if fault == "does not unmerge" else "after merging")
 
 
-def test_what_peft_refuses_comes_up_in_its_own_words() -> None:
+def test_errors_of_peft_are_reported_with_its_message() -> None:
     with pytest.raises(ImplementationError, match=r"peft refuses .*not found in the base model"):
         attached("LOHA", target_modules=["third"])
     with pytest.raises(ImplementationError, match=r"peft refuses .*positive integer value"):
         attached("LOHA", r=0)
 
 
-def test_a_key_of_a_newer_peft_is_left_out_as_peft_does_and_noted() -> None:
+def test_a_key_of_a_newer_peft_is_ignored_with_a_note() -> None:
     subject, _ = attached("IA3", of_the_future=3)
     assert "of_the_future" in " ".join(subject.adapted.notes)  # type: ignore[attr-defined]
 
@@ -198,13 +198,13 @@ def test_the_keys_are_those_of_peft() -> None:
         assert peft_schema.keys_of(kind.value) == set(inspect.signature(config.__init__).parameters) - {"self"}, kind
 
 
-def test_target_parameters_that_fit_none_are_refused() -> None:
+def test_target_parameters_without_a_match_are_rejected() -> None:
     """peft trains what else the config names, without a word."""
     with pytest.raises(ImplementationError, match=r"`nope\.weight`, which matches no parameter"):
         attached("LORA", target_parameters=["nope.weight"])
 
 
-def test_an_adapter_on_a_new_head_is_refused() -> None:
+def test_an_adapter_on_a_new_head_is_rejected() -> None:
     subject, _ = attached("IA3")
     with pytest.raises(UsageError, match=r"adapts the head \(second\)"):
         attached_layers(subject.adapted, ["second.weight"])
@@ -241,7 +241,7 @@ def cell_id(folder: Path, value: Any) -> str:
     return cell.cell_id
 
 
-def test_a_cell_is_what_the_file_says_not_where_it_lies(tmp_path: Path) -> None:
+def test_a_cell_id_depends_on_the_content_of_the_file_not_on_its_path(tmp_path: Path) -> None:
     for name, content in (("one", IA3), ("two", IA3), ("three", {**IA3, "target_modules": ["v_proj"]})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
@@ -292,7 +292,7 @@ def without(key: str) -> dict[str, Any]:
         ({**IA3, "modules_to_save": ["embed_tokens"]}, "has modules_to_save embed_tokens"),
     ],
 )
-def test_mistakes_are_found_with_the_suite(tmp_path: Path, value: Any, says: str) -> None:
+def test_mistakes_are_found_when_the_suite_is_read(tmp_path: Path, value: Any, says: str) -> None:
     (tmp_path / "broken.json").write_text("{\n", encoding="utf-8")
     (tmp_path / "nan.json").write_text('{"peft_type": "IA3", "x": NaN}', encoding="utf-8")
     (tmp_path / "infinite.json").write_text('{"peft_type": "IA3", "x": [1, 1e999]}', encoding="utf-8")
@@ -325,7 +325,7 @@ MENDS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("wrong", "hint", "right"), MENDS, ids=lambda value: str(value)[:40])
-def test_what_a_hint_says_to_write_is_right(
+def test_following_a_hint_fixes_the_config(
     tmp_path: Path, wrong: dict[str, Any], hint: str, right: dict[str, Any]
 ) -> None:
     others = {} if "peft_type" in wrong else LORA  # whose keys another type does not have
@@ -337,7 +337,7 @@ def test_what_a_hint_says_to_write_is_right(
     assert loader.load(suite(tmp_path, {**others, **right})).entries
 
 
-def test_all_mistakes_of_a_config_come_at_once_each_in_its_line(tmp_path: Path) -> None:
+def test_all_mistakes_of_a_config_are_reported_with_their_lines(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps({"peft_type": "PREFIX_TUNING", "task_type": "SEQ_CLS"}), encoding="utf-8"
     )
@@ -408,7 +408,7 @@ def test_the_types_are_the_installed_pefts() -> None:
     assert set(peft_schema.peft_types()) == {one.value for one in peft.PeftType}
 
 
-def test_it_lives_through_a_run_and_no_time_of_it_is_told(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_a_run_completes_and_reports_no_time(sandbox: Sandbox, tmp_path: Path) -> None:
     finished = sandbox.command("run", str(suite(tmp_path, IA3)), "--out", "run")
     assert finished.code == Exit.PASS, finished.err
     (record,) = sandbox.read().records

@@ -57,7 +57,7 @@ def test_loralib_computes_the_same(name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["linear", "Conv1D", "embedding", "everything"])
-def test_loralib_merges_by_its_switch_and_gives_the_base_back(name: str) -> None:
+def test_loralib_merges_and_unmerges(name: str) -> None:
     pytest.importorskip("loralib", reason="the extra `loralib` is not installed")
     adapted, x = warmed(name, attach=loralib.lora, conv="loralib"), sample(name)
     before, weight = adapted.model(x), adapted.bases["layer"].weight.clone()
@@ -77,7 +77,7 @@ def test_loralib_merges_by_its_switch_and_gives_the_base_back(name: str) -> None
 
 
 @pytest.mark.parametrize("name", ["linear", "Conv1D", "embedding", "everything"])
-def test_loralib_by_its_own_default_changes_the_weight_with_the_mode(name: str) -> None:
+def test_loralib_merging_changes_the_weight_with_the_mode(name: str) -> None:
     pytest.importorskip("loralib", reason="the extra `loralib` is not installed")
     adapted = attached(name, attach=loralib.merging, conv="loralib")
     weight = adapted.bases["layer"].weight
@@ -100,13 +100,13 @@ def test_loralib_by_its_own_default_changes_the_weight_with_the_mode(name: str) 
         ("scaled", {}, "^layer: loralib has no layer that computes as Scaled does$"),
     ],
 )
-def test_what_loralib_cannot_do_it_says(name: str, keys: dict[str, Any], says: str) -> None:
+def test_loralib_reports_unsupported_configs(name: str, keys: dict[str, Any], says: str) -> None:
     pytest.importorskip("loralib", reason="the extra `loralib` is not installed")
     with pytest.raises(NotImplementedError, match=says):
         attached(name, attach=loralib.lora, **keys)
 
 
-def test_what_peft_cannot_do_it_says() -> None:
+def test_hf_peft_reports_unsupported_configs() -> None:
     with pytest.raises(
         NotImplementedError, match=r"^layer: peft's LoRA of a convolution is conv=peft, not conv=loralib$"
     ):

@@ -66,7 +66,7 @@ def assert_same(have: Tensor, want: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("step", [1, 2, 50])
-def test_one_step_is_adamw_on_what_the_state_means(dtype: str, step: int) -> None:
+def test_one_step_is_adamw_on_the_decoded_state(dtype: str, step: int) -> None:
     p, g = (draw(N, seed=s, dtype=DTYPES[dtype]) for s in (2, 3))
     state = warm(p)
     want, m, v = by_hand(p, g, *moments(state, torch.float64), step)
@@ -116,7 +116,7 @@ def test_the_parameter_moves_by_the_moments_before_they_are_rounded() -> None:
     assert_same(p, full.detach())
 
 
-def test_a_zero_block_stays_zero_and_moves_nothing() -> None:
+def test_a_zero_block_stays_zero() -> None:
     p, state = draw(4096, dtype=torch.float32), init_state(draw(4096))
     g = torch.zeros(4096)
     g[300:400] = draw(100, dtype=torch.float32)
@@ -150,13 +150,13 @@ def test_a_transposed_parameter_and_gradient() -> None:
 
 
 @pytest.mark.parametrize(("numel", "dtype"), [(4095, torch.float32), (4096, torch.uint8)])
-def test_small_tensors_keep_wide_states(numel: int, dtype: torch.dtype) -> None:
+def test_small_tensors_have_32_bit_states(numel: int, dtype: torch.dtype) -> None:
     state = init_state(torch.zeros(numel))
     assert state["m"].dtype == state["v"].dtype == dtype
     assert adamw8bit.state_bytes(numel) == sum(t.nbytes for t in state.values())
 
 
-def test_an_optimizer_passes_its_least_size_on() -> None:
+def test_the_optimizer_passes_its_minimum_size() -> None:
     p = nn.Parameter(draw(100, dtype=torch.float32))
     p.grad = draw(100, dtype=torch.float32)
     optimizer = AdamW8bit([p], min_8bit_size=100)
@@ -174,7 +174,7 @@ def test_a_small_tensor_is_plain_adamw() -> None:
     assert_same(ours.detach(), theirs.detach())
 
 
-def test_a_saved_optimizer_goes_on_as_if_nothing_had_been() -> None:
+def test_a_saved_optimizer_continues_exactly() -> None:
     # In bfloat16, whose copy of a float32 absmax would not be the same.
     params = [nn.Parameter(draw(*shape, dtype=torch.bfloat16)) for shape in ((64, 70), (5,))]
     optimizer = AdamW8bit([{"params": params[:1]}, {"params": params[1:], "lr": 0.2}], **KNOBS)
@@ -204,7 +204,7 @@ def only_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
     return {n: t for n, t in state.items() if isinstance(t, Tensor)}
 
 
-def test_a_closure_may_run_backward_and_no_gradient_is_no_step() -> None:
+def test_a_closure_may_run_backward_and_parameters_without_gradients_do_not_step() -> None:
     p, idle = nn.Parameter(draw(5000)), nn.Parameter(draw(7))
     optimizer = AdamW8bit([p, idle], lr=0.1)
 
@@ -274,7 +274,7 @@ def on_the_grid_near(scaled: Tensor, signed: bool, by: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("signed", "furthest"), [(True, 4), (False, 7)])
-def test_where_and_why_bitsandbytes_takes_another_code(functional: Any, signed: bool, furthest: int) -> None:
+def test_bitsandbytes_codes_differ_only_for_known_reasons(functional: Any, signed: bool, furthest: int) -> None:
     x = draw(1 << 18, dtype=torch.float32)
     x = x if signed else x.square()
     theirs = functional.quantize_blockwise(x, dynamic_map(signed), blocksize=256)[0]
@@ -293,7 +293,7 @@ def test_where_and_why_bitsandbytes_takes_another_code(functional: Any, signed: 
     )
 
 
-def test_the_optimizer_of_bitsandbytes_keeps_small_tensors_wide_too(functional: Any) -> None:
+def test_bitsandbytes_has_32_bit_states_for_small_tensors_too(functional: Any) -> None:
     import bitsandbytes
 
     for numel in (4095, 4096):

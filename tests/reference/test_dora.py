@@ -84,7 +84,7 @@ def test_a_small_example_is_exact() -> None:
     assert layer(torch.tensor([[1.0, 2.0]], dtype=torch.float64)).tolist() == [[23.0, 57.0]]
 
 
-def test_per_input_it_is_the_columns_that_are_normed() -> None:
+def test_per_input_the_columns_are_normed() -> None:
     layer = one([[3.0, 5.0], [4.0, 4.0]], A=[[0.0, 2.0]], B=[[0.0], [4.0]], per="input")
     assert layer.m.tolist() == [5.0, math.sqrt(41)]
     with torch.no_grad():
@@ -214,7 +214,7 @@ def test_a_multiple_of_m_is_that_multiple_of_the_weight() -> None:
 
 
 @both_axes
-def test_dropout_spares_what_the_base_computes(per: str) -> None:
+def test_dropout_does_not_affect_the_base(per: str) -> None:
     layer = warmed(dropout=0.5, per=per).layers["q_proj"].train()
     x = draw(5, 12)
     torch.manual_seed(11)

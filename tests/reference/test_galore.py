@@ -63,7 +63,7 @@ def test_enough_iterations_of_a_randomised_svd_find_the_exact_projector(shape: t
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60), (40, 40)], ids=str)
-def test_more_iterations_and_a_start_from_before_lose_less(shape: tuple[int, int], side: str) -> None:
+def test_more_iterations_and_a_warm_start_reduce_the_error(shape: tuple[int, int], side: str) -> None:
     G = draw(*shape)
     before = projector(G + 0.1 * draw(*shape, seed=2), 4, side)
 
@@ -94,7 +94,7 @@ def test_random_vectors_are_the_same_at_every_refresh_and_a_torch_seed_does_not_
         ("right", {"tall": False, "wide": False, "square": False}),
     ],
 )
-def test_which_side(shape: tuple[int, int], side: str, left: dict[str, bool]) -> None:
+def test_sides_by_shape(shape: tuple[int, int], side: str, left: dict[str, bool]) -> None:
     basis = projector(draw(*shape), 2, side)
     want = next(left[name] for name, s in SHAPES.items() if s == shape)
     assert (basis.P is not None, basis.Q is not None) == (want, not want)
@@ -116,7 +116,7 @@ def test_an_unknown_side_is_an_error() -> None:
 
 @shapes
 @pytest.mark.parametrize("side", SIDES)
-def test_at_full_rank_nothing_is_lost(shape: tuple[int, int], side: str) -> None:
+def test_full_rank_is_exact(shape: tuple[int, int], side: str) -> None:
     G = draw(*shape)
     # On the long side even min(m, n) vectors span all that G has.
     assert_same(project_back(project(G, projector(G, 99, side)), projector(G, 99, side)), G)
@@ -124,7 +124,7 @@ def test_at_full_rank_nothing_is_lost(shape: tuple[int, int], side: str) -> None
 
 @shapes
 @pytest.mark.parametrize("side", SIDES)
-def test_what_is_lost_is_the_tail_of_the_singular_values(shape: tuple[int, int], side: str) -> None:
+def test_the_projection_error_is_the_tail_of_the_singular_values(shape: tuple[int, int], side: str) -> None:
     G = draw(*shape)
     basis = projector(G, 2, side)
     lost = torch.linalg.vector_norm(G - project_back(project(G, basis), basis))
@@ -188,7 +188,7 @@ def test_ten_steps_are_the_papers(shape: tuple[int, int], side: str) -> None:
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_a_randomised_refresh_goes_on_from_the_projector_of_before(side: str) -> None:
+def test_a_randomised_refresh_starts_from_the_previous_projector(side: str) -> None:
     W, gradients, state = draw(60, 40, seed=2), [draw(60, 40, seed=10 + i) for i in range(6)], {}
     for G in gradients:
         galore_step(W, G, state, rank=4, update_gap=3, side=side, niter=1, **KNOBS)
@@ -228,7 +228,7 @@ def test_the_sign_of_a_singular_vector_does_not_matter(shape: tuple[int, int], s
     assert torch.equal(*results)
 
 
-def test_a_given_projector_is_taken_where_a_refresh_is_due_and_only_there() -> None:
+def test_a_given_projector_is_used_only_at_a_refresh() -> None:
     W, state = draw(4, 7), {}
     first, second = (Projector(P=torch.linalg.qr(draw(4, 2, seed=s)).Q) for s in (8, 9))
     galore_step(W, draw(4, 7), state, rank=2, update_gap=2, given=first, **KNOBS)
@@ -257,7 +257,7 @@ def test_scale_multiplies_the_update_alone() -> None:
     assert_same(draw(4, 7) + moved[0.25] * 4, draw(4, 7) + moved[1.0])
 
 
-def test_without_rank_it_is_adam() -> None:
+def test_rank_0_is_adam() -> None:
     ours, theirs = draw(4, 7), nn.Parameter(draw(4, 7))
     adam = torch.optim.Adam([theirs], lr=0.1, betas=(0.7, 0.9), eps=0.0)
     state: dict[str, Any] = {}

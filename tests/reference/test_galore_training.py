@@ -120,7 +120,7 @@ def test_a_tied_weight_is_updated_once() -> None:
     assert {"v_proj.weight", "head.weight"} <= adapted.tensors().keys()
 
 
-def test_a_group_added_later_takes_its_tensors_along() -> None:
+def test_a_group_added_later_takes_over_its_tensors() -> None:
     adapted = attached()
     optimizer = adapted.optimizer(0.1, 0.0)
     optimizer.add_param_group({"params": list(adapted.model.head.parameters()), "lr": 0.5})
@@ -137,7 +137,7 @@ def test_a_packed_weight_is_refused() -> None:
         attached(model)
 
 
-def test_a_saved_optimizer_goes_on_as_if_nothing_had_been() -> None:
+def test_a_saved_optimizer_continues_exactly() -> None:
     adapted = attached()
     optimizer = adapted.optimizer(0.1, 0.3)
     for step in range(2):  # not at a refresh, so that the projector must come back too
@@ -183,7 +183,7 @@ def test_a_closure_may_run_backward() -> None:
     assert not torch.equal(adapted.model.q_proj.weight, before["q_proj.weight"])
 
 
-def test_an_optimizer_by_itself() -> None:
+def test_an_optimizer_without_a_model() -> None:
     p = nn.Parameter(draw(4, 7))
     optimizer = GaLore([{"params": [p], "rank": 2}], lr=0.1)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)

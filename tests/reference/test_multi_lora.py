@@ -93,7 +93,7 @@ def test_an_adapter_learns_from_its_own_sequences_only() -> None:
         assert_same({"A": As[i].grad, "B": Bs[i].grad}, want)
 
 
-def test_bad_input_is_named() -> None:
+def test_invalid_input_is_reported() -> None:
     x, base_out, (As, Bs) = draw(6, 4, D), draw(6, 4, E, seed=2), adapters()
     for wrong in (3, -2):
         with pytest.raises(ValueError, match=f"id {wrong}: must be an adapter, 0 to 2"):
