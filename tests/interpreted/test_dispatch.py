@@ -73,8 +73,8 @@ def test_a_step_is_dispatched_to_its_kernel(name: str, in_place: bool) -> None:
             have = getattr(dispatched, name)(**given)
         assert called.call_count == 1
     else:
-        several = name == "adalora_importance"
-        arguments = {n: [t] if several and not n.startswith("beta") else t for n, t in given.items()}
+        are_lists = name == "adalora_importance"
+        arguments = {n: [t] if are_lists and not n.startswith("beta") else t for n, t in given.items()}
         with mock.patch.object(of_gpu, f"{name}_", wraps=getattr(of_gpu, f"{name}_")) as called:
             getattr(dispatched, f"{name}_")(**arguments)
         assert called.call_count == 1

@@ -69,9 +69,9 @@ def test_q_k_and_v_are_computed_by_one_call(method: str, dtype: str, monkeypatch
     passes: list[int] = []
     right = lora_linears.shrink
 
-    def counted(left: Tensor, *rest: Any, **how: Any) -> Tensor:
+    def counted(left: Tensor, *rest: Any, **options: Any) -> Tensor:
         passes.append(left.shape[1])
-        return right(left, *rest, **how)
+        return right(left, *rest, **options)
 
     monkeypatch.setattr(lora_linears, "shrink", counted)
     mine = of_three(method, "fused", DTYPES[dtype], dtype)
@@ -85,8 +85,8 @@ def of_three(method: str, name: str, dtype: torch.dtype, given: str) -> dict[str
     torch.manual_seed(0)
     names = ("q_proj", "k_proj", "v_proj")
     model = nn.ModuleDict({one: nn.Linear(D, E, bias=one == "k_proj") for one in names}).to(DTYPES[given]).to(dtype)
-    knobs = {"target_rank": 2} if method == "adalora" else {}
-    config = configure(method, {"rank": 4, "alpha": 8.0, "targets": list(names), **knobs})
+    options = {"target_rank": 2} if method == "adalora" else {}
+    config = configure(method, {"rank": 4, "alpha": 8.0, "targets": list(names), **options})
     adapted = discover([name]).find("method", method, name)(model, config, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
     for tensor in adapted.tensors().values():

@@ -104,22 +104,22 @@ def _sizes(**changed: tuple[int, ...]) -> dict[str, Tensor]:
     ids=str,
 )  # fmt: skip
 def test_triton_and_torch_reject_wrong_sizes_with_the_same_message(wrong: dict[str, tuple[int, ...]]) -> None:
-    said = []
+    messages = []
     for by in (True, False):
         with (
             mock.patch.object(dispatched, "by_triton", return_value=by),
             pytest.raises(ValueError, match=r"; they take|, got") as error,
         ):
             dispatched.dequantize_double(**_sizes(**wrong), block=64, block2=8, shape=(64, 64), dtype=torch.bfloat16)
-        said.append(str(error.value))
-    assert said[0] == said[1]
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
 
 
 @pytest.mark.parametrize(
     "wrong", [{"packed": (2047,)}, {"packed": (2049,)}, {"codes": (63,)}, {"codes": (65,)}], ids=str
 )
 def test_layers_reject_wrong_sizes_with_the_same_message(wrong: dict[str, tuple[int, ...]]) -> None:
-    given, said = _sizes(**wrong), []
+    given, messages = _sizes(**wrong), []
     weight = PackedWeight(given["packed"], given["codes"].float(), 64, (64, 64))
     A, B = torch.zeros(2, 64), torch.zeros(64, 2)
     for by in (True, False):
@@ -130,8 +130,8 @@ def test_layers_reject_wrong_sizes_with_the_same_message(wrong: dict[str, tuple[
             call = getattr(layer, f"packed_{layer.__name__.rpartition('nf4_')[2]}")
             with mock.patch.object(layer, name, return_value=by), pytest.raises(ValueError, match="got") as error:
                 call(torch.ones(2, 64), weight, *others)
-            said.append(str(error.value))
-    assert len(set(said)) == 1
+            messages.append(str(error.value))
+    assert len(set(messages)) == 1
 
 
 @conformance("nf4_linear", dtypes=["bfloat16"])
@@ -162,7 +162,7 @@ def test_the_fused_product_writes_only_its_output() -> None:
     """67 rows and 3 tokens: two tiles are computed beyond the last of either, and must not be seen."""
     W, x = torch.randn(67, 128), torch.randn(3, 128, dtype=torch.float16)
     packed, absmax = nf4.quantize(W, 64)
-    with mock.patch.object(torch, "empty", lambda *shape, **how: torch.full(shape, torch.nan, **how)):
+    with mock.patch.object(torch, "empty", lambda *shape, **options: torch.full(shape, torch.nan, **options)):
         y = nf4_linear.fused(x, packed, absmax, 64, (67, 128), None)
     assert bool(y.isfinite().all())
 

@@ -141,12 +141,12 @@ def test_the_randomised_refresh_equals_the_references_cold_and_warm(
 def test_a_warm_start_captures_more_of_the_gradient(generator: torch.Generator) -> None:
     old = _matrix(SPECTRA["slow"], generator)
     now = old + 0.001 * torch.randn(ROWS, COLUMNS, generator=generator) / COLUMNS
-    lost = {}
+    error = {}
     for name, basis in (("cold", None), ("warm", leading_svd(old, RANK)[2])):
         Q = galore_step.refreshed(now, RANK, "std", 1, None, basis)[1]
         assert Q is not None
-        lost[name] = float((now - now @ Q @ Q.T).norm())
-    assert lost["warm"] < lost["cold"]
+        error[name] = float((now - now @ Q @ Q.T).norm())
+    assert error["warm"] < error["cold"]
 
 
 @pytest.mark.parametrize("side", ["std", "reverse_std", "full"])

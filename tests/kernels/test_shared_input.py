@@ -52,8 +52,8 @@ def attached(
             setattr(model, path, Nf4Linear(model.get_submodule(path), torch.float32))  # type: ignore[arg-type]
     model.to(dtype)
     (implementation,) = (one for one in discover([name]).implementations if (one.target, one.name) == (method, name))
-    knobs = {"adalora": {"alpha": 2.0, "target_rank": 2}, "vera": {}}.get(method, {"alpha": 2.0})
-    config = configure(method, {"rank": R, "targets": list(NAMES), **knobs})
+    options = {"adalora": {"alpha": 2.0, "target_rank": 2}, "vera": {}}.get(method, {"alpha": 2.0})
+    config = configure(method, {"rank": R, "targets": list(NAMES), **options})
     adapted = implementation(model, config, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
     for tensor in adapted.tensors().values():

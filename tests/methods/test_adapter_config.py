@@ -176,18 +176,18 @@ def test_a_key_of_a_newer_peft_is_ignored_with_a_note() -> None:
     assert "of_the_future" in " ".join(subject.adapted.notes)  # type: ignore[attr-defined]
 
 
-def told(config: dict[str, Any]) -> list[Any]:
+def problems_of(config: dict[str, Any]) -> list[Any]:
     field = PEFT.fields[KEY]
     assert isinstance(field, AdapterConfigField)
     return list(field.problems(config))
 
 
 def test_a_key_that_peft_would_ignore_is_a_mistake_of_the_suite() -> None:
-    ((where, what, hint),) = told({"peft_type": "LORA", "r": 4, "lora_alhpa": 7})
+    ((where, what, hint),) = problems_of({"peft_type": "LORA", "r": 4, "lora_alhpa": 7})
     assert where == ("lora_alhpa",)
     assert what == "has lora_alhpa, which the installed peft's LORA does not have and would ignore"
     assert hint == "did you mean `lora_alpha`?"
-    assert told({"peft_type": "LORA", "r": 4, "of_the_future": None}) == []  # a newer peft's, and unset
+    assert problems_of({"peft_type": "LORA", "r": 4, "of_the_future": None}) == []  # a newer peft's, and unset
 
 
 def test_the_keys_are_those_of_peft() -> None:
@@ -306,7 +306,7 @@ def test_mistakes_are_found_when_the_suite_is_read(tmp_path: Path, value: Any, s
     assert "suite.yaml:10: " in str(caught.value)
 
 
-# Of each mistake the mend, and the keys of a reader who did what it says.
+# For each mistake: the hint, and the keys after following it.
 MENDS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"peft_type": None}, 'add it, e.g. "peft_type": "LORA"', {"peft_type": "LORA"}),
     ({"peft_type": "IA4"}, "did you mean `IA3`?", {"peft_type": "IA3"}),
@@ -355,7 +355,7 @@ def test_all_mistakes_of_a_config_are_reported_with_their_lines(tmp_path: Path) 
     path.write_text(text.replace("max_tokens: 24", "max_tokens: 24, checkpointing: true"), encoding="utf-8")
     with pytest.raises(SuiteError) as caught:
         loader.load(path)
-    said = [
+    messages = [
         (int(p.where.rpartition(":")[2]), p.what.removeprefix("`adapter_config` of peft"))
         for p in caught.value.problems
     ]
@@ -366,7 +366,7 @@ def test_all_mistakes_of_a_config_are_reported_with_their_lines(tmp_path: Path) 
         (14, " (./config.json) has num_virtual_tokens None"), (14, " (./config.json) has task_type SEQ_CLS, and the model"),
         (15, ": ./nowhere cannot be read"), (17, " has task_type SEQ_CLS, and the model"),
     ]  # fmt: skip
-    assert [(line, what[: len(start)]) for (line, what), (_, start) in zip(said, expected, strict=True)] == expected
+    assert [(line, what[: len(start)]) for (line, what), (_, start) in zip(messages, expected, strict=True)] == expected
 
 
 def test_a_model_that_is_named_directly_has_a_kind_too(tmp_path: Path) -> None:

@@ -208,12 +208,12 @@ matrix:
 def test_a_suite_that_checkpoints_a_prefix_is_refused(kind: str, refused: int, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind, **VIRTUAL}), encoding="utf-8")
     (tmp_path / "suite.yaml").write_text(SUITE.replace("MOST}", "64, checkpointing: [false, true]}"), encoding="utf-8")
-    said = []
+    messages = []
     try:
         loader.load(tmp_path / "suite.yaml")
     except SuiteError as error:
-        said = [p.what for p in error.problems if "which gradient checkpointing drops" in p.what]
-    assert len(said) == refused
+        messages = [p.what for p in error.problems if "which gradient checkpointing drops" in p.what]
+    assert len(messages) == refused
 
 
 def test_prompt_tuning_completes_a_run(sandbox: Sandbox, tmp_path: Path) -> None:

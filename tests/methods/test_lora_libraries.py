@@ -27,7 +27,7 @@ from support.lora_layers import (
 from support.two_layer_model import assert_same, generator
 
 
-def beside(name: str, attach: Callable[..., Any], dtype: str, **keys: Any) -> None:
+def assert_same_as_reference(name: str, attach: Callable[..., Any], dtype: str, **keys: Any) -> None:
     """Judge a library's layer: output and gradients, from the same random state, as the float64 reference has them."""
     theirs, x = warmed(name, dtype, attach, **keys), sample(name, dtype)
     truth = lora.attach(model(name, dtype).double(), config(**keys), generator())
@@ -47,13 +47,13 @@ PEFTS = [(n, d) for n, d in CASES if not {"dilation", "padding_mode"} & GEOMETRI
 
 @pytest.mark.parametrize(("name", "dtype"), [*PEFTS, ("groups", "bfloat16")])
 def test_hf_peft_computes_the_same(name: str, dtype: str) -> None:
-    beside(name, hf_peft.lora, dtype, rslora=dtype == "float64")
+    assert_same_as_reference(name, hf_peft.lora, dtype, rslora=dtype == "float64")
 
 
 @pytest.mark.parametrize(("name", "dtype"), [(n, d) for n, d in CASES if n != "scaled"])
 def test_loralib_computes_the_same(name: str, dtype: str) -> None:
     pytest.importorskip("loralib", reason="the extra `loralib` is not installed")
-    beside(name, loralib.lora, dtype, conv="loralib")
+    assert_same_as_reference(name, loralib.lora, dtype, conv="loralib")
 
 
 @pytest.mark.parametrize("name", ["linear", "Conv1D", "embedding", "everything"])

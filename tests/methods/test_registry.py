@@ -124,7 +124,7 @@ def test_output_of_a_plugin_goes_to_stderr(install, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    ("asked", "what", "hint"),
+    ("key", "message", "hint"),
     [
         (("method", "lora", "fussed"), "no implementation `fussed` of lora", "did you mean `fused`?"),
         (
@@ -136,11 +136,11 @@ def test_output_of_a_plugin_goes_to_stderr(install, capsys: pytest.CaptureFixtur
         (("base", "nf4", "reference"), "`reference` does not offer nf4, only lora", "implementations of nf4: none"),
     ],
 )
-def test_unknown_names_get_suggestions(asked: tuple[str, str, str], what: str, hint: str) -> None:
+def test_unknown_names_get_suggestions(key: tuple[str, str, str], message: str, hint: str) -> None:
     registry = Registry(tuple(implements("lora", name=name)(print) for name in ("reference", "fused")))
     with pytest.raises(HarnessError) as caught:
-        registry.find(*asked)
-    assert (caught.value.what, caught.value.hint) == (what, hint)
+        registry.find(*key)
+    assert (caught.value.what, caught.value.hint) == (message, hint)
 
 
 def test_implements_registers_nothing() -> None:

@@ -76,14 +76,14 @@ def test_all_linear_selects_the_same_layers_as_in_peft() -> None:
         assert taken == set(targets(model, ["all-linear"], KINDS))
 
 
-@pytest.mark.parametrize("who", ["reference", "fused", "hf-peft"])
+@pytest.mark.parametrize("name", ["reference", "fused", "hf-peft"])
 @pytest.mark.parametrize("word", sorted(TARGET_WORDS))
-def test_every_implementation_takes_the_same_layers(who: str, word: str) -> None:
+def test_every_implementation_takes_the_same_layers(name: str, word: str) -> None:
     with torch.device("cpu"):
         model = build("llama").to_empty(device="cpu")
     config = configure("lora", {"rank": 2, "targets": [word]})
     wanted = list(adaptable_layers(model, config))
-    adapted = discover([who]).find("method", "lora", who)(model, config, torch.Generator().manual_seed(0))
+    adapted = discover([name]).find("method", "lora", name)(model, config, torch.Generator().manual_seed(0))
     assert list(adapted.layers) == wanted
 
 

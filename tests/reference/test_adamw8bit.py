@@ -35,7 +35,7 @@ def warm(p: Tensor) -> dict[str, Tensor]:
     return state
 
 
-def by_hand(p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: int) -> tuple[Tensor, Tensor, Tensor]:
+def by_formula(p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: int) -> tuple[Tensor, Tensor, Tensor]:
     """AdamW, one number at a time."""
     (b1, b2), lr, eps, decay = KNOBS["betas"], KNOBS["lr"], KNOBS["eps"], KNOBS["weight_decay"]
     rows = []
@@ -69,7 +69,7 @@ def assert_same(have: Tensor, want: Tensor) -> None:
 def test_one_step_is_adamw_on_the_decoded_state(dtype: str, step: int) -> None:
     p, g = (draw(N, seed=s, dtype=DTYPES[dtype]) for s in (2, 3))
     state = warm(p)
-    want, m, v = by_hand(p, g, *moments(state, torch.float64), step)
+    want, m, v = by_formula(p, g, *moments(state, torch.float64), step)
     rounded = torchs(p, g, *moments(state), step).to(DTYPES[dtype])
     adamw8bit_step(p, g, state, step=step, **KNOBS)
     assert p.dtype == DTYPES[dtype]
@@ -246,7 +246,7 @@ def test_the_map_is_that_of_bitsandbytes(functional: Any, signed: bool) -> None:
 def test_one_step_of_bitsandbytes_from_the_same_state(functional: Any, dtype: str, step: int) -> None:
     p, g = (draw(N, seed=s, dtype=DTYPES[dtype]) for s in (2, 3))
     state = warm(p)
-    truth, m, v = by_hand(p, g, *moments(state, torch.float64), step)
+    truth, m, v = by_formula(p, g, *moments(state, torch.float64), step)
     theirs, other = p.clone(), {n: t.clone() for n, t in state.items()}
     functional.optimizer_update_8bit_blockwise(
         "adam", g, theirs, other["m"], other["v"], *KNOBS["betas"], 0.0, 0.0, KNOBS["eps"], step, KNOBS["lr"],
@@ -305,6 +305,6 @@ def test_bitsandbytes_has_32_bit_states_for_small_tensors_too(functional: Any) -
             p.grad = draw(numel, seed=2, dtype=torch.float32)
             optimizer.step()
         assert optimizers[0].state[pair[0]]["m"].dtype == optimizers[1].state[pair[1]]["state1"].dtype
-        truth = by_hand(draw(numel), draw(numel, seed=2), torch.zeros(numel), torch.zeros(numel), 1)[0]
+        truth = by_formula(draw(numel), draw(numel, seed=2), torch.zeros(numel), torch.zeros(numel), 1)[0]
         judged = noise_floor({"p": pair[1].detach()}, {"p": truth}, {"p": pair[0].detach()}, "float32")
         assert judged.passed, judged

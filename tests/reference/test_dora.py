@@ -43,7 +43,7 @@ def one(W: list[list[float]], A: list[list[float]], B: list[list[float]], **conf
     return layer  # type: ignore[no-any-return]
 
 
-def by_hand(layer: dora.DoraLinear, s: float) -> Tensor:
+def by_formula(layer: dora.DoraLinear, s: float) -> Tensor:
     """W' of eq. 5, one number at a time."""
     W, A, B, m = (t.detach().tolist() for t in (layer.base.weight, layer.A, layer.B, layer.m))
     E, D = len(W), len(W[0])
@@ -69,7 +69,7 @@ def assert_same(have: dict[str, Any], want: dict[str, Any], dtype: str = "float6
 def test_forward_is_the_papers_formula(per: str, rank: int, alpha: float) -> None:
     layer = warmed(per=per, rank=rank, alpha=alpha).layers["q_proj"]
     x = draw(5, 12)
-    want = torch.einsum("td,ed->te", x, by_hand(layer, alpha / rank)) + layer.base.bias
+    want = torch.einsum("td,ed->te", x, by_formula(layer, alpha / rank)) + layer.base.bias
     assert_same({"y": layer(x).detach()}, {"y": want.detach()})
 
 
@@ -223,9 +223,9 @@ def test_dropout_does_not_affect_the_base(per: str) -> None:
     dropped = nn.functional.dropout(x, 0.5)
     assert not torch.equal(dropped, x)
     W = layer.base.weight.detach()
-    added = torch.einsum("td,ed->te", dropped, by_hand(layer, 8 / 3) - W)  # (g - 1) W0 + g s B A = W' - W0
+    added = torch.einsum("td,ed->te", dropped, by_formula(layer, 8 / 3) - W)  # (g - 1) W0 + g s B A = W' - W0
     assert_same({"y": have.detach()}, {"y": (layer.base(x) + added).detach()})
-    assert_same({"y": layer.eval()(x).detach()}, {"y": (layer.base(x) + x @ (by_hand(layer, 8 / 3) - W).T).detach()})
+    assert_same({"y": layer.eval()(x).detach()}, {"y": (layer.base(x) + x @ (by_formula(layer, 8 / 3) - W).T).detach()})
 
 
 @both_axes
@@ -264,7 +264,7 @@ def test_merging_and_detaching_leave_every_bit_of_the_base() -> None:
 def test_any_leading_shape(shape: tuple[int, ...], per: str) -> None:
     layer = warmed(per=per).layers["q_proj"]
     x = draw(*shape)
-    want = x.reshape(-1, 12) @ by_hand(layer, 8 / 3).T + layer.base.bias
+    want = x.reshape(-1, 12) @ by_formula(layer, 8 / 3).T + layer.base.bias
     assert_same({"y": layer(x).detach()}, {"y": want.detach().view(*shape[:-1], 10)})
 
 

@@ -127,8 +127,8 @@ def test_full_rank_is_exact(shape: tuple[int, int], side: str) -> None:
 def test_the_projection_error_is_the_tail_of_the_singular_values(shape: tuple[int, int], side: str) -> None:
     G = draw(*shape)
     basis = projector(G, 2, side)
-    lost = torch.linalg.vector_norm(G - project_back(project(G, basis), basis))
-    assert_same(lost, torch.linalg.vector_norm(torch.linalg.svdvals(G)[2:]))  # Eckart and Young
+    error = torch.linalg.vector_norm(G - project_back(project(G, basis), basis))
+    assert_same(error, torch.linalg.vector_norm(torch.linalg.svdvals(G)[2:]))  # Eckart and Young
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -150,9 +150,9 @@ def test_singular_vectors_of_float64_stay_float64() -> None:
 # One step, ten steps
 
 
-def by_hand(W: Tensor, gradients: list[Tensor], bases: list[Projector], knobs: dict[str, Any]) -> Tensor:
+def by_formula(W: Tensor, gradients: list[Tensor], bases: list[Projector], options: dict[str, Any]) -> Tensor:
     """Algorithm 2 with the authors' eps and decay, number by number; `bases` holds the projector of every step."""
-    b1, b2, eps, lr = (knobs[k] for k in ("beta1", "beta2", "eps", "lr"))
+    b1, b2, eps, lr = (options[k] for k in ("beta1", "beta2", "eps", "lr"))
     W = W.clone()
     M: dict[tuple[int, int], float] = {}
     V: dict[tuple[int, int], float] = {}
@@ -167,8 +167,8 @@ def by_hand(W: Tensor, gradients: list[Tensor], bases: list[Projector], knobs: d
                 M[i, j] = b1 * M.get((i, j), 0.0) + (1 - b1) * g
                 V[i, j] = b2 * V.get((i, j), 0.0) + (1 - b2) * g * g
                 N[i, j] = M[i, j] / (1 - b1**t) / (math.sqrt(V[i, j] / (1 - b2**t)) + eps / math.sqrt(1 - b2**t))
-        W = W - lr * knobs["scale"] * torch.einsum("mr,rs,ns->mn", P, N, Q)
-        W = W - lr * knobs["weight_decay"] * W
+        W = W - lr * options["scale"] * torch.einsum("mr,rs,ns->mn", P, N, Q)
+        W = W - lr * options["weight_decay"] * W
     return W
 
 
@@ -180,7 +180,7 @@ KNOBS: dict[str, Any] = {"lr": 0.1, "scale": 0.5, "weight_decay": 0.3, "beta1": 
 def test_ten_steps_are_the_papers(shape: tuple[int, int], side: str) -> None:
     W, gradients = draw(*shape, seed=2), [draw(*shape, seed=10 + i) for i in range(10)]
     bases = [projector(gradients[t // 3 * 3], 2, side) for t in range(10)]  # refreshed at steps 1, 4, 7, 10
-    want = by_hand(W, gradients, bases, KNOBS)
+    want = by_formula(W, gradients, bases, KNOBS)
     state: dict[str, Any] = {}
     for G in gradients:
         galore_step(W, G, state, rank=2, update_gap=3, side=side, **KNOBS)
@@ -290,11 +290,11 @@ def test_the_state_is_as_large_as_the_formula_says(shape: tuple[int, int], side:
 # The authors' package
 
 
-def theirs(params: Any, **knobs: Any) -> Any:
+def theirs(params: Any, **options: Any) -> Any:
     package = pytest.importorskip("galore_torch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that it is deprecated
-        return package.GaLoreAdamW(params, no_deprecation_warning=True, **knobs)
+        return package.GaLoreAdamW(params, no_deprecation_warning=True, **options)
 
 
 def both(dtype: torch.dtype, shape: tuple[int, int], side: str, steps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -311,9 +311,9 @@ def both(dtype: torch.dtype, shape: tuple[int, int], side: str, steps: int) -> t
         P, Qt = matrix if side == "full" else (matrix, None) if matrix.shape == (shape[0], 2) else (None, matrix)
         given = Projector(P, None if Qt is None else Qt.T)
         wide = Projector(*(None if t is None else t.double() for t in (given.P, given.Q)))
-        knobs = {"rank": 2, "update_gap": 3, "side": side, **KNOBS}
-        galore_step(rounded, W.grad, states[0], given=given, **knobs)
-        galore_step(truth, W.grad.double(), states[1], given=wide, **knobs)
+        options = {"rank": 2, "update_gap": 3, "side": side, **KNOBS}
+        galore_step(rounded, W.grad, states[0], given=given, **options)
+        galore_step(truth, W.grad.double(), states[1], given=wide, **options)
     return W.detach(), rounded, truth
 
 

@@ -34,8 +34,8 @@ class Small(nn.Module):
 
 
 def attached(model: nn.Module | None = None, **config: Any) -> Any:
-    knobs = {"rank": 2, "update_gap": 3, **config}
-    return galore.attach(model or Small(), configure("galore", knobs), torch.Generator())
+    options = {"rank": 2, "update_gap": 3, **config}
+    return galore.attach(model or Small(), configure("galore", options), torch.Generator())
 
 
 def backward(model: nn.Module, step: int) -> None:
@@ -78,7 +78,7 @@ def test_the_rest_may_be_frozen() -> None:
 
 
 def test_the_config_reaches_the_optimizer() -> None:
-    knobs = {
+    options = {
         "rank": 3,
         "update_gap": 5,
         "scale": 0.75,
@@ -88,8 +88,8 @@ def test_the_config_reaches_the_optimizer() -> None:
         "eps": 0.125,
         "niter": 7,
     }
-    optimizer = attached(**knobs).optimizer(0.1, 0.3)
-    assert {k: optimizer.param_groups[0][k] for k in knobs} == knobs
+    optimizer = attached(**options).optimizer(0.1, 0.3)
+    assert {k: optimizer.param_groups[0][k] for k in options} == options
     assert {k: optimizer.param_groups[1][k] for k in ("beta1", "beta2", "eps")} == {
         "beta1": 0.5, "beta2": 0.25, "eps": 0.125,
     }  # fmt: skip
@@ -196,11 +196,11 @@ def test_an_optimizer_without_a_model() -> None:
     assert torch.equal(p, want)
 
 
-def theirs(params: Any, **knobs: Any) -> Any:
+def theirs(params: Any, **options: Any) -> Any:
     package = pytest.importorskip("galore_torch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that it is deprecated
-        return package.GaLoreAdamW(params, no_deprecation_warning=True, **knobs)
+        return package.GaLoreAdamW(params, no_deprecation_warning=True, **options)
 
 
 def test_the_authors_package_updates_the_rest_by_the_same_adam() -> None:

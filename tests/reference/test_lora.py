@@ -34,7 +34,7 @@ def warmed(attach: Callable[..., Any], dtype: str = "float64", **config: Any) ->
     return adapted
 
 
-def by_hand(W: Tensor, b: Tensor, A: Tensor, B: Tensor, x: Tensor, alpha: float, r: int) -> Tensor:
+def by_formula(W: Tensor, b: Tensor, A: Tensor, B: Tensor, x: Tensor, alpha: float, r: int) -> Tensor:
     """h = W0 x + b + (alpha / r) B A x, one number at a time."""
     W, b, A, B = (t.detach() for t in (W, b, A, B))
     h = torch.empty(len(x), len(W), dtype=torch.float64)
@@ -53,7 +53,7 @@ def by_hand(W: Tensor, b: Tensor, A: Tensor, B: Tensor, x: Tensor, alpha: float,
 def test_forward_is_the_papers_formula(attach: Callable[..., Any], rank: int, alpha: float) -> None:
     layer = warmed(attach, rank=rank, alpha=alpha).layers["q_proj"]
     x = draw(5, 12)
-    want = by_hand(layer.base.weight, layer.base.bias, layer.A, layer.B, x, alpha, rank)
+    want = by_formula(layer.base.weight, layer.base.bias, layer.A, layer.B, x, alpha, rank)
     assert_same({"y": layer(x)}, {"y": want})
 
 
@@ -112,7 +112,7 @@ def test_any_leading_shape(attach: Callable[..., Any], shape: tuple[int, ...]) -
     layer = warmed(attach).layers["q_proj"]
     x = draw(*shape)
     flat = x.reshape(-1, 12)
-    want = by_hand(layer.base.weight, layer.base.bias, layer.A, layer.B, flat, 8, 3).view(*shape[:-1], 10)
+    want = by_formula(layer.base.weight, layer.base.bias, layer.A, layer.B, flat, 8, 3).view(*shape[:-1], 10)
     assert_same({"y": layer(x)}, {"y": want})
 
 
