@@ -92,7 +92,7 @@ def init_state(p: Tensor, min_8bit_size: int = MIN_8BIT_SIZE) -> dict[str, Tenso
         return {name: torch.zeros(n, dtype=dtype, device=p.device) for name in ("m", "v")}
     codes = {name: torch.zeros(n, dtype=torch.uint8, device=p.device) for name in ("m", "v")}
     blocks = -(-n // BLOCK)
-    return codes | {f"{name}_absmax": torch.zeros(blocks, device=p.device) for name in ("m", "v")}
+    return codes | {f"{name}_absmax": torch.zeros(blocks, dtype=torch.float32, device=p.device) for name in ("m", "v")}
 
 
 def state_bytes(numel: int, min_8bit_size: int = MIN_8BIT_SIZE) -> int:
