@@ -216,7 +216,7 @@ class PissaEmbedding(AdaptedLayer):
         """Map `residual` to W_res (E, N)."""
         return {"residual": self.adapted.base.weight.data.T}
 
-    def merged(self) -> nn.Module:
+    def merged(self) -> Any:
         """Return an embedding with (W_res + scaling B A)^T."""
         return self.adapted.merged()
 

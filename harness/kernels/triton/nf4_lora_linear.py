@@ -43,7 +43,8 @@ class _Nf4LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, packed, absmax, A, B, S, mask = ctx.saved_tensors
         need_x, _, _, need_A, need_B = ctx.needs_input_grad[:5]
-        W = nf4.dequantize(packed, absmax, *ctx.layout, x.dtype) if need_x else None
+        block, shape = ctx.layout
+        W = nf4.dequantize(packed, absmax, block, shape, x.dtype) if need_x else None
         dx, dA, dB = lora_linear.backward(dy, x, W, A, B, S, ctx.scaling, mask, (need_x, need_A, need_B))
         return dx, None, None, dA, dB, None, None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.methods.registry import DTYPES, Implementation, implements
 
@@ -31,7 +31,8 @@ def merging(model: nn.Module, config: Config, generator: Generator) -> Adapted:
     from harness.methods.implementations.loralib.layers import attach
 
     adapted = attach(model, config, generator)
-    for layer in adapted.layers.values():
+    layers: dict[str, Any] = adapted.layers
+    for layer in layers.values():
         layer.merge_weights = True
         layer.train(layer.training)
     return adapted

@@ -17,8 +17,8 @@ from reference.shared.adapted import AdaptedLayers
 class FusedLowRankLayer(SharedInputLayer):
     """Compute by `lora_linear`; without dropout, together with layers of the same input."""
 
-    A: Tensor
-    B: Tensor
+    A: nn.Parameter
+    B: nn.Parameter
     dropout: nn.Dropout
 
     def left_factor(self) -> Tensor:
