@@ -20,7 +20,7 @@ from harness.records.record import CheckResult
 
 HALF = 0.5
 """Factor that changes an adapter: a power of two, so that nothing is rounded."""
-_CHANGED = "after unmerging, with another adapter"
+_CHANGED = "unmerged, with another adapter"
 
 
 @check(States.WARM, in_cell=[CellStage.TRAINED])
