@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import IntEnum
+from importlib import import_module
+from types import ModuleType
 
 
 class Exit(IntEnum):
@@ -145,6 +147,16 @@ class ImplementationError(HarnessError):
 
     code = "implementation"
     exit_code = Exit.USAGE
+
+
+def import_extra(module: str, where: str) -> ModuleType:
+    """Import an optional dependency of the extra of the same option, e.g. `ray`. Raises HarnessError with the extra."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        extra = where.rpartition(" ")[2]
+        hint = f"pip install 'peft-harness[{extra}]'"
+        raise HarnessError(f"{module} cannot be imported ({error})", where=where, hint=hint) from error
 
 
 def plural(count: int, noun: str) -> str:

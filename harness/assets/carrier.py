@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import re
@@ -16,18 +15,13 @@ from harness.assets import cache
 from harness.assets.table import Source
 from harness.errors import AssetError
 from harness.process.supervisor import Subprocess, python
+from harness.records.files import sha256
 
 Progress = Callable[[str, int, int | None], None]
 """Called with a label, the number of bytes done and the total number (None: unknown)."""
 
 _POLL_S = 0.1
 _SUFFIXES = {"pip": (".whl",), "sdist": (".gz", ".zip")}
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def obtain(source: Source, staging: Path, progress: Progress) -> Path:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from harness.assets import text_models
-from harness.assets.carrier import sha256
 from harness.assets.table import Source
 from harness.errors import AssetError
+from harness.records.files import combined_sha256, sha256
 
 _LONGEST_HEADER = 100_000_000
 """Bytes; the limit of safetensors."""
@@ -58,11 +57,9 @@ def check(folder: Path, source: Source) -> Path:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Return the SHA-256 of the weights: of the one file, or of the list of names and hashes of several."""
+    """Return the SHA-256 of a single file of weights, or one over several files."""
     files = _weights(folder)
-    if len(files) == 1:
-        return sha256(files[0])
-    return hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in files).encode()).hexdigest()
+    return sha256(files[0]) if len(files) == 1 else combined_sha256(files)
 
 
 def layers(folder: Path) -> set[str]:

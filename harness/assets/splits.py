@@ -9,9 +9,10 @@ from pathlib import Path
 
 from harness.assets import hub, lm_eval_files
 from harness.assets.carrier import Progress
-from harness.assets.carrier import sha256 as file_sha256
 from harness.assets.table import Source
 from harness.errors import AssetError
+from harness.records.files import combined_sha256
+from harness.records.files import sha256 as file_sha256
 
 
 def write(source: Source, folder: Path, progress: Progress) -> None:
@@ -65,9 +66,8 @@ def count(folder: Path, split: str) -> int:
 
 
 def sha256(folder: Path) -> str:
-    """Return one hash over the names and the hashes of all splits."""
-    files = sorted(folder.glob("*.parquet"))
-    return hashlib.sha256("".join(f"{path.name} {file_sha256(path)}\n" for path in files).encode()).hexdigest()
+    """Return one hash over all splits."""
+    return combined_sha256(sorted(folder.glob("*.parquet")))
 
 
 def fingerprint(source: Source) -> str:

@@ -19,14 +19,14 @@ from harness.cell.synthetic_data import RandomData
 from harness.cell.training import model as models
 from harness.cell.training import random_model
 from harness.cell.training.batches import Batch
+from harness.cell.training.head import adapted_layers, head_of, in_head
 from harness.cell.training.head import draw as draw_head
-from harness.cell.training.head import head_of, in_head, without_head_targets
 from harness.cell.training.offloaded_weights import OffloadedWeights, unused
 from harness.conformance.cell_gate import parity_gate
 from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.observations import inference
 from harness.conformance.findings.summary import describe
-from harness.conformance.subject import Original, Subject, adaptable_layers, configure, initial_tensors
+from harness.conformance.subject import Original, Subject, initial_tensors
 from harness.methods import experts
 from harness.methods.peft_config import UNREFERENCED
 from harness.process.out_of_memory import shortage
@@ -61,7 +61,9 @@ def measure(run: CellRun, predict: Predict) -> Measurements:
     data = _read_data(run, loaded)
     with run.clock.phase("predict"):
         predicted = predict(run.job, data.batches)
-    config, paths = _adapted_layers(run, loaded)
+    # Paths, not modules: references to modules would hold each unpacked weight while the base is packed.
+    config, paths = adapted_layers(model, cell.method, cell.config, loaded.head)
+    run.layers = [] if cell.method in UNREFERENCED else paths
     packed = _quantise(run, loaded, paths)
     attached = _attach(run, loaded, data, config, paths, packed)
     subject = attached.subject
@@ -116,18 +118,6 @@ def _load(run: CellRun) -> models.Loaded:
 def _read_data(run: CellRun, loaded: models.Loaded) -> Data:
     with run.clock.phase("data"):
         return CellData(run.job, loaded, run.emit) if run.job.data else RandomData(run.job, loaded)
-
-
-def _adapted_layers(run: CellRun, loaded: models.Loaded) -> tuple[Any, list[str]]:
-    """Return the Method's config and the paths of the layers that it adapts, both without layers of the head.
-
-    Paths, not modules: these would keep every weight in its first form while the base is packed.
-    """
-    config = configure(run.cell.method, run.cell.config)
-    matched = adaptable_layers(loaded.model, config)
-    paths = [path for path in matched if not in_head(path, loaded.head)]
-    run.layers = [] if run.cell.method in UNREFERENCED else paths
-    return without_head_targets(config, matched, loaded.head), paths
 
 
 def _quantise(run: CellRun, loaded: models.Loaded, paths: list[str]) -> base_quantisation.PackedBase:

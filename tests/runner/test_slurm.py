@@ -77,7 +77,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
     monkeypatch.delenv(LOCAL, raising=False)
-    monkeypatch.setattr(slurm, "_ASK_S", 0.3)
+    monkeypatch.setattr(slurm, "_POLL_S", 0.3)
     monkeypatch.setattr(node, "VISIBLE_S", 0.5)
     return folder
 
@@ -283,5 +283,5 @@ def test_options_of_sbatch(cluster: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "--slurm partition: is not KEY=VALUE" in capsys.readouterr().err
     assert main(["run", "smoke", "--slurm", "partition=gpu"]) == Exit.USAGE
     assert "is for --executor slurm" in capsys.readouterr().err
-    with Slurm(None, ["partition=x"]) as executor, pytest.raises(UsageError, match="not asked for a GPU"):
+    with Slurm(None, ["partition=x"]) as executor, pytest.raises(UsageError, match="request no GPU"):
         executor.device("cuda")
