@@ -10,13 +10,12 @@ from torch import Tensor, nn
 
 from harness.cell import weight_changes
 from harness.cell.cell_run import CellRun
-from harness.cell.data import CellData
+from harness.cell.data import CellData, RandomData
 from harness.cell.measure.memory import tensor_bytes
-from harness.cell.synthetic_data import RandomData
 from harness.cell.training import loop, optimizers
 from harness.cell.training import model as models
 from harness.cell.training.counted_step import copied_B, step_peak
-from harness.cell.training.update_tracker import UpdateTracker
+from harness.cell.weight_changes import UpdateTracker
 from harness.conformance.cell_gate.memory_headroom import free_B
 from harness.conformance.subject import Subject, sampled
 from harness.process.out_of_memory import shortage

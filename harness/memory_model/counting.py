@@ -7,7 +7,7 @@ that it saves; nothing is drawn or computed. `counting_worker` runs it in a sepa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,13 +17,13 @@ from torch.overrides import TorchFunctionMode
 
 from harness.assets import structure
 from harness.cell.measure.latency import positions
-from harness.cell.measure.memory import model_tensors
+from harness.cell.measure.memory import model_tensors, storage_bytes
 from harness.cell.training import model as models
 from harness.cell.training.head import adapted_layers, head_of, in_head
 from harness.conformance.subject import DTYPES, attach_reference, configure
 from harness.errors import AssetError, UsageError
 from harness.memory_model import activations, saved_activations, state_sizes
-from harness.memory_model.choices import BASES, OWN
+from harness.memory_model.ledger import BASES, OWN
 from harness.memory_model.messages import CountRequest, MethodCount, ModelCount
 from harness.methods import experts
 from harness.methods.peft_config import UNREFERENCED
@@ -148,7 +148,7 @@ def count_method(
         parameter.requires_grad_(True)
     trains = list({id(p): p for p in (*adapted.parameters(), *head.values())}.values())
     of_layers, calls = saved_activations.saved_by_layers(layers, dtype)
-    every = bytes_of(model_tensors(model)) - bytes_of(added)
+    every = storage_bytes(model_tensors(model)) - storage_bytes(added)
     own_optimizer, largest = adapted.optimizer(1e-3, 0.0) is not None, sorted(trains, key=nn.Parameter.numel)[-1:]
     found = MethodCount(
         rank=rank,
@@ -156,11 +156,11 @@ def count_method(
         trainable=sum(p.numel() for p in trains),
         untouched=experts.untouched(model),
         weights=_weights(every, _frozen(layers), calls, dtype),
-        adapter=bytes_of(added),
-        gradients=bytes_of(trains),
+        adapter=storage_bytes(added),
+        gradients=storage_bytes(trains),
         optimizer=state_sizes.optimizer_bytes(adapted, trains, dtype),
         step=state_sizes.bytes_in_step(trains, dtype, own=own_optimizer),
-        layerwise=bytes_of(largest) + state_sizes.bytes_in_step(largest, dtype, own=own_optimizer),
+        layerwise=storage_bytes(largest) + state_sizes.bytes_in_step(largest, dtype, own=own_optimizer),
         activations=None,
     )
     if shape is not None:
@@ -174,12 +174,6 @@ def count_method(
     return found
 
 
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the distinct storages of `tensors`, on the meta device too."""
-    storages = [t.untyped_storage() for t in tensors]
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
-
-
 def _weights(every: int, frozen: list[Tensor], calls: bool, dtype: torch.dtype) -> dict[str, int]:
     """Map each base that the Method supports to the bytes of everything except the adapter.
 
@@ -187,7 +181,7 @@ def _weights(every: int, frozen: list[Tensor], calls: bool, dtype: torch.dtype) 
     has its own form of the weights.
     """
     if not calls:
-        return {OWN: every - bytes_of(frozen)}
+        return {OWN: every - storage_bytes(frozen)}
     sizes = Counter(weight.numel() for weight in frozen)
     packed = {base: sum(number * (n * dtype.itemsize - state_sizes.packed_bytes(n, base)) for n, number in sizes.items())
               for base in BASES if base != "none" and sizes}  # fmt: skip

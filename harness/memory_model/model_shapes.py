@@ -37,7 +37,8 @@ def find_model(name: str) -> ModelShape:
     if name in table:
         return _of_table(table[name])
     if name.startswith((".", "/", "~")):
-        return _in_folder(name, user_path(name))
+        path = user_path(name)
+        return _of_file(path / "config.json", name, str(path))
     if name.count("/") == 1:
         return _of_hub(name)
     raise UsageError(
@@ -54,10 +55,6 @@ def _of_table(source: Source) -> ModelShape:
         what = f"{source.name} is not on this machine, and `fit` downloads nothing"
         raise UsageError(what, where="MODEL", hint="run a suite with it first, e.g. `peft-harness run quick`")
     return ModelShape(source.name, shapes.read_config(here / "config.json", source.name), source.kind, source.source)
-
-
-def _in_folder(name: str, path: Path) -> ModelShape:
-    return _of_file(path / "config.json", name, str(path))
 
 
 def _of_hub(name: str) -> ModelShape:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from harness.assets import fetch, shapes
 from harness.errors import HarnessError
-from harness.memory_model import choices, counting_client
-from harness.memory_model.fit import ledger
+from harness.memory_model import counting_client
+from harness.memory_model.ledger import OWN, Ledger
 from harness.memory_model.messages import CountRequest, ModelCount, StepRequest
 from harness.methods import experts
 from harness.records.record import Cell, Evaluation, Predicted
@@ -48,14 +48,14 @@ def prediction(cell: Cell, counted: ModelCount, *, on_cpu: bool = False, every_t
     (one,) = counted["methods"][cell.method]
     if one["error"]:
         return str(one["error"])
-    base = choices.OWN if choices.OWN in one["weights"] else cell.base.quantization
+    base = OWN if OWN in one["weights"] else cell.base.quantization
     if base not in one["weights"]:
         return f"there is no count of a {cell.method} on a base in {cell.base.quantization}"
     if cell.optimizer not in one["optimizer"]:
         return f"there is no count of a {cell.method} by {cell.optimizer}"
     tokens = -(-cell.training.batch // cell.training.accumulate) * cell.training.max_tokens
     how = {"checkpointing": cell.training.checkpointing, "layerwise": cell.training.layerwise}
-    found = ledger(one, base, cell.optimizer, counted["logits"], tokens, **how)
+    found = Ledger.of(one, base, cell.optimizer, counted["logits"], tokens, **how)
     trains, known = cell.training.steps > 0, bool(one["activations"]) and not cell.training.compile
     return Predicted(
         weights_B=found.weights,

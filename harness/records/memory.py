@@ -77,7 +77,7 @@ class Memory(FrozenModel):
 
     On a CPU it is counted in one more step after the training, on the batch with the most tokens in one pass: existing
     tensors plus every allocation and release, so that equal programs have equal numbers. It includes GaLore's SVD only if
-    that step has one; `harness/cell/measure/allocations.py` lists the tensors that it misses. On a GPU it is the highest of
+    that step has one; `harness/cell/measure/memory.py` lists the tensors that it misses. On a GPU it is the highest of
     all steps by torch's allocator. None without training, if the memory did not suffice for the count (see `notes`), and in
     older Records.
     """

@@ -264,7 +264,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def read_run(path: Path) -> Run:
-    """Read a run folder, finished or not. Incomplete files are in `broken`; without a readable footer the run is unfinished."""
+    """Read a run folder, finished or not. Incomplete files are in `broken`; without a footer the run is unfinished."""
     manifest = read_manifest(path)
     records, broken = [], {}
     for file in sorted((path / "cells").glob("*.json")):

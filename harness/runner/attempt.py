@@ -138,26 +138,14 @@ def record_of(job: Job, context: RunContext, ending: Ending, started: str, begun
     path = context.folder.record_path(job.cell.cell_id, job.attempt)
     if path.exists():
         return store.read_record(path)
-    record = Record(
-        run=job.run,
-        cell_id=job.cell.cell_id,
-        attempt=job.attempt,
+    log = _tail(context.folder.log_path(job.cell.cell_id, job.attempt))
+    record = job.record(
         status=ending.status,
         because=ending.because,
-        cell=job.cell,
         environment=context.environment,
-        device=job.device,
-        assets=job.assets,
         started=started,
         duration_s=time.monotonic() - begun,
-        failure=Failure(
-            kind=ending.kind,
-            message=_tail(context.folder.log_path(job.cell.cell_id, job.attempt)),
-            phase=ending.phase,
-            last_peak_B=ending.peak_B,
-        ),
-        notes=job.notes,
-        concurrent_cells=job.at_once,
+        failure=Failure(kind=ending.kind, message=log, phase=ending.phase, last_peak_B=ending.peak_B),
     )
     try:
         context.folder.write_record(record)

@@ -70,9 +70,7 @@ def look() -> list[GpuDevice]:
 
 
 def _chosen(cards: Sequence[GpuDevice], visible: str) -> list[GpuDevice]:
-    chosen = []
-    for word in filter(None, (word.strip() for word in visible.split(","))):
-        chosen += [
-            gpu for gpu in cards if word == str(gpu.index) or (word.startswith("GPU-") and gpu.uuid.startswith(word))
-        ]
-    return chosen
+    def names(word: str, card: GpuDevice) -> bool:
+        return word == str(card.index) or (word.startswith("GPU-") and card.uuid.startswith(word))
+
+    return [card for word in visible.split(",") for card in cards if names(word.strip(), card)]

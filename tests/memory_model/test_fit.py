@@ -18,8 +18,8 @@ from harness.cli import main
 from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER
 from harness.errors import Exit, UsageError
 from harness.memory_model import counting_client, fit, isolated_step, largest_batch, model_shapes, size_units
-from harness.memory_model.choices import OPTIMIZERS, OWN
 from harness.memory_model.counting import count
+from harness.memory_model.ledger import OPTIMIZERS, OWN
 from harness.records.record import Cell
 from harness.report import fit_table
 

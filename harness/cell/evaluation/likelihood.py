@@ -10,9 +10,8 @@ from lm_eval.api.model import TemplateLM
 from torch import nn
 
 from harness.cell.evaluation.generation import generate
-from harness.cell.training.batches import Example, collate, refuse_long_answers
+from harness.cell.training.batches import Example, Prompts, collate, refuse_long_answers
 from harness.cell.training.loop import last_logits
-from harness.cell.training.texts import Prompts
 from harness.suites.task_schema import MAX_GEN_TOKS
 
 

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harness.cell.measure.allocations import has_storage, peak_while
-from harness.cell.measure.memory import tensor_bytes
+from harness.cell.measure.memory import has_storage, peak_while, tensor_bytes
 from harness.cell.training import loop
 from harness.cell.training.batches import Batch
 from harness.methods.spec import Adapted

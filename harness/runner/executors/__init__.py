@@ -40,4 +40,5 @@ def choose(name: str, jobs: int | None = None, options: Mapping[str, Sequence[st
 def recall(folder: Path) -> None:
     """End the Cells that a killed runner of the run in `folder` has left running, with any executor."""
     for kind in kinds().values():
-        kind.recall(folder)
+        if kind.recall:
+            kind.recall(folder)

@@ -60,10 +60,6 @@ class ExecutorOption:
     help: str
 
 
-def _recall_nothing(folder: Path) -> None:
-    """Do nothing: a local worker ends with its runner."""
-
-
 @dataclass(frozen=True)
 class ExecutorKind:
     """The declaration of an executor: the constant EXECUTOR of its module in this package."""
@@ -75,5 +71,5 @@ class ExecutorKind:
     help: str = ""
     """A sentence for `--help` about the environment variables that it reads."""
     option: ExecutorOption | None = None
-    recall: Callable[[Path], None] = _recall_nothing
-    """Ends the Cells that a killed runner of the run in this folder has left running."""
+    recall: Callable[[Path], None] | None = None
+    """Ends the Cells that a killed runner of the run in this folder has left running; None if they end with it."""

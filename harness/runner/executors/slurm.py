@@ -1,4 +1,4 @@
-"""Run Cells as one array of a Slurm cluster, through submitit: one Cell per element, several where Slurm's limit needs it.
+"""Run Cells as one array of a Slurm cluster, through submitit: one Cell per element, or several if Slurm limits the array.
 
 The array outlives its runner: a resumed run uses the Records that it has finished, and recalls the other elements. Slurm
 never restarts an element (`--no-requeue`): a retry is a new attempt, by `--resume`.
@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import time
 import uuid
 from collections.abc import Generator, Iterator, Sequence
@@ -23,7 +24,6 @@ from harness.records.record import Record, Status
 from harness.runner.attempt import Ending, RunContext
 from harness.runner.executors import node
 from harness.runner.executors.executor import Device, ExecutorKind, ExecutorOption, Listener
-from harness.runner.executors.slurm_states import States
 
 LOCAL = "PEFT_HARNESS_SLURM"
 """Environment variable: with `local`, elements are processes of this machine."""
@@ -40,6 +40,13 @@ _POLL_S = 15.0
 _GRACE_S = 10.0
 _CANCEL_S, _CANCEL_LOOK_S = 45.0, 1.0
 """Slurm itself gives a process 30 s (KillWait)."""
+GONE = "GONE"
+_UNKNOWN_S = 600.0  # Slurm's accounting may be that late
+_QUERY_TIMEOUT_S = 30.0
+# With --no-requeue, a preempted job never restarts.
+_FINAL = frozenset({
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
+})  # fmt: skip
 _STATES = {"TIMEOUT": Status.TIMEOUT, "OUT_OF_MEMORY": Status.OOM}
 
 
@@ -224,6 +231,51 @@ def _option(text: str) -> tuple[str, str]:
             "is not KEY=VALUE", where=f"--slurm {text}", hint="write e.g. --slurm partition=gpu --slurm gres=gpu:1"
         )
     return key.strip().lstrip("-").replace("_", "-"), value.strip()
+
+
+class States:
+    """The states of submitit's jobs: submitit itself takes PREEMPTED for running and SUSPENDED for ended.
+
+    here: whether they are processes of this machine.
+    """
+
+    def __init__(self, *, here: bool) -> None:
+        self._here = here
+        self._unknown: dict[str, float] = {}
+
+    def ended(self, jobs: Sequence[Any]) -> list[tuple[Any, str]]:
+        """Return the jobs that have ended, each with Slurm's state. One query covers all."""
+        if self._here:
+            return [(job, str(job.state)) for job in jobs if job.done()]
+        if jobs:
+            jobs[0].watcher.clear()  # otherwise it never queries a job again that it once took for ended
+        found = [(job, state) for job in jobs if (state := self._final(job))]
+        late = [job for job in jobs if time.monotonic() - self._unknown.get(job.job_id, math.inf) >= _UNKNOWN_S]
+        queue = _queue({job.job_id.split("_")[0] for job in late}) if late else None
+        return found if queue is None else [*found, *((job, GONE) for job in late if job.job_id not in queue)]
+
+    def _final(self, job: Any) -> str:
+        parts = str(job.state).split()  # e.g. `CANCELLED by 1000`
+        state = parts[0].upper() if parts else "UNKNOWN"
+        if state not in _FINAL and job.paths.result_pickle.exists():  # accounting is behind
+            state = "COMPLETED"
+        if state == "UNKNOWN":
+            self._unknown.setdefault(job.job_id, time.monotonic())
+        else:
+            self._unknown.pop(job.job_id, None)
+        return state if state in _FINAL else ""
+
+
+def _queue(arrays: set[str]) -> set[str] | None:
+    """Return the elements that wait or run; None if there is no answer. For clusters without accounting."""
+    command = ["squeue", "--noheader", "--array", "--format=%i", "--jobs", ",".join(sorted(arrays))]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if found.returncode and "Invalid job id" not in found.stderr:  # which is the answer for a job that ended long ago
+        return None
+    return set(found.stdout.split())
 
 
 EXECUTOR = ExecutorKind(
