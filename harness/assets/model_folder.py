@@ -65,7 +65,7 @@ def weights_sha256(folder: Path) -> str:
 def layers(folder: Path) -> set[str]:
     """Return the paths of the modules with weights in a model's folder, from the headers of its files.
 
-    A file that cannot be read is skipped: loading it reports the reason.
+    Unreadable files are skipped: loading them reports the reason.
     """
     paths = set()
     for file in _weights(folder):
@@ -80,14 +80,14 @@ def layers(folder: Path) -> set[str]:
 
 
 def positions(folder: Path) -> int | None:
-    """Return the maximal number of tokens by a model's config, or None without a limit."""
+    """Return the maximum number of tokens in a model's config, or None without a limit."""
     config = _config(folder)
     most = next((config[key] for key in _POSITIONS if key in config), None)
     return most if isinstance(most, int) and most > 0 else None
 
 
 def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: Path) -> None:
-    """Raise AssetError for an architecture that no Cell can score. A config without the answer is left to the Cell.
+    """Raise AssetError for an architecture that no Cell can score. An ambiguous config is accepted: the Cell checks it.
 
     where: the file of the config.
     """
@@ -104,15 +104,15 @@ def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: 
     # With `is_decoder` the same weights are a causal model.
     if kind == "causal" and masked is not None and config.get("is_decoder") is not True:
         raise AssetError(
-            f"model {name} is declared causal and is a masked language model ({masked}): it sees the answer that it is "
-            "to predict, so that no score of it would mean anything",
+            f"model {name} is declared causal and is a masked language model ({masked}): it sees the answer that it must "
+            "predict, so a score would have no meaning",
             where=str(where),
             hint="declare it in a row under `sources:` with `kind: encoder`",
         )
     if isinstance(model_type, str) and text_models.lacks(kind, model_type):
         does = "classifies texts" if kind == "encoder" else "predicts the next token"
         raise AssetError(
-            f"model {name} is of the type `{model_type}`, of which the installed transformers has no class that {does}",
+            f"model {name} has the type `{model_type}`, and the installed transformers has no such class that {does}",
             where=str(where),
             hint="name a model of texts (a BERT, a Llama), and its `kind`",
         )

@@ -1,4 +1,4 @@
-"""Types of models that transformers has for texts, read from its source: importing it takes seconds. No torch."""
+"""List the types of text models in transformers. Reads its source, because importing it takes seconds. No torch."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def _write(opened: Opened, member: str, destination: Path, archive: Path) -> Non
         relative = PurePosixPath(name.removeprefix(member))
         if relative.is_absolute() or ".." in relative.parts or "\\" in name:
             raise AssetError(
-                f"member {name!r} would be written outside its folder",
+                f"member {name!r} has a path outside its folder",
                 where=archive.name,
                 hint="do not use this archive",
             )
@@ -68,7 +68,7 @@ def _write(opened: Opened, member: str, destination: Path, archive: Path) -> Non
 
 
 def _files(opened: Opened) -> list[str]:
-    """List the regular files: links and devices of a tar are never followed or made."""
+    """List the regular files; links and devices of a tar are ignored."""
     if isinstance(opened, zipfile.ZipFile):
         return [info.filename for info in opened.infolist() if not info.is_dir()]
     return [info.name for info in opened.getmembers() if info.isfile()]

@@ -30,7 +30,7 @@ from harness.cell.training.batches import (
     rules,
 )
 from harness.errors import UsageError
-from harness.records.record import Accuracy, Cell, Item
+from harness.records.record import Accuracy, Cell
 from harness.suites.task_schema import max_answer_tokens, too_long
 
 _PROBED, _PROBED_CAUSAL = 8, 4
@@ -92,7 +92,7 @@ class CellData:
         self.probe = collate(probe, self.pad, side).to(device)
 
     def logits(self, model: nn.Module) -> Tensor:
-        """Return the logits of a few test texts, differentiably; of a causal model only the last position's."""
+        """Return the logits of a few test texts, differentiably; for a causal model, only those of the last position."""
         if any(self.probe.answers):
             return loop.last_logits(model, self.probe.inputs, 1)
         return model(**self.probe.inputs).logits  # type: ignore[no-any-return]
@@ -111,19 +111,19 @@ class CellData:
         low, high = wilson(right, len(items))
         return Accuracy(
             metric=metric, scored_by=scored_by, value=right / len(items), low=low, high=high,
-            interval="Wilson 95 %", items=_listed(items), cut_items=cut,
+            interval="Wilson 95 %", items=sorted(items, key=lambda item: item.id), cut_items=cut,
         )  # fmt: skip
 
 
 def refuse_long(model: nn.Module, cell: Cell, answer: int = 0) -> None:
     """Raise UsageError if a Cell's texts, or a prompt and an answer of `answer` tokens, exceed its model's positions."""
-    # Positions of the model itself: a config does not show that RoBERTa reserves two for padding.
+    # Positions of the model, not of its config, which does not show that RoBERTa reserves two for padding.
     if problem := too_long(cell, positions(model), answer):
         raise UsageError(problem[0], hint=problem[1])
 
 
 def refuse_tokenless(examples: Sequence[Example], folder: str, special: int = 0) -> None:
-    """Raise UsageError if no text has a token other than the `special` ones that the tokenizer in `folder` adds to each."""
+    """Raise UsageError if no text has more tokens than the `special` ones that the tokenizer in `folder` adds."""
     if examples and all(len(example.tokens) <= special for example in examples):
         what = "the texts have no tokens: the tokenizer knows none of their characters"
         hint = "write the model's own tokenizer there with `tokenizer.save_pretrained(FOLDER)`"
@@ -150,7 +150,7 @@ def _own(job: Job, data: Asset) -> tuple[Any, list[Any], list[Any]]:
 
 
 class _Tokenised(Sequence[Example]):
-    """Rows as examples, each tokenised at first use: a short training uses few of them."""
+    """Rows as examples. Each is tokenised at its first use, because a short training uses few of them."""
 
     def __init__(
         self, texts: Sequence[rows.AnyRow], tokenise: Callable[[Sequence[rows.AnyRow]], list[Example]]
@@ -173,15 +173,11 @@ class _Tokenised(Sequence[Example]):
         return self._known[index]
 
 
-def _listed(items: list[Item]) -> list[Item]:
-    return sorted(items, key=lambda item: item.id)
-
-
 class RandomData:
-    """A Cell's batches of random tokens: the same for every method of one seed, all of `max_tokens`, no padding.
+    """Batches of random tokens for the task `synthetic`, all of `max_tokens`, without padding; nothing is scored.
 
-    The loss is over every token but the first, or of an encoder over the labels. Raises UsageError if the model reads
-    fewer tokens.
+    They depend on the seed, not on the Method. The loss is over every token but the first, or over random labels for an
+    encoder. Raises UsageError if the model reads fewer tokens.
     """
 
     cut_examples = None
@@ -209,7 +205,7 @@ class RandomData:
         self.probe = sequences(_PROBED_RANDOM, min(training.max_tokens, _PROBED_TOKENS), "probe")
         names = [f"random-{cell.seed}-{step}" for step in range(training.steps)]
         self.batches = [sequences(training.batch, training.max_tokens, name) for name in names]
-        # With the tokens and labels themselves: the names do not show number and length of the sequences.
+        # With tokens and labels, because the names do not show number and length of the sequences.
         drawn = hashlib.sha256(json.dumps([vocabulary, names]).encode())
         for batch in self.batches:
             drawn.update(json.dumps(batch.inputs["input_ids"].tolist()).encode())
@@ -218,10 +214,10 @@ class RandomData:
         self.order_sha256 = drawn.hexdigest()
 
     def logits(self, model: nn.Module) -> Tensor:
-        """Return the logits of two sequences, of a causal model at their last position, differentiably."""
+        """Return the logits of two sequences, differentiably; for a causal model, only those of the last position."""
         if self._encoder:
             return model(**self.probe.inputs).logits  # type: ignore[no-any-return]
         return loop.last_logits(model, self.probe.inputs, 1)
 
     def evaluate(self, model: nn.Module) -> None:
-        """Score nothing: the prediction of random tokens or labels means nothing."""
+        """Score nothing: predictions of random tokens or labels have no meaning."""

@@ -1,4 +1,4 @@
-"""Methods without a reference: only the attached model shows their layers and initial values."""
+"""Methods without a reference: read their layers and initial values from the attached model."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ from harness.cell.training import model as models
 from harness.cell.training.batches import Batch, Example, collate
 from harness.cell.training.head import adapted_layers, head_of
 from harness.cell.training.offloaded_weights import release, unused
+from harness.cell.training.random_model import outermost_lists
 from harness.conformance.comparison import whole_model
 from harness.conformance.subject import DTYPES
 from harness.errors import UsageError
@@ -112,7 +113,8 @@ def peak(step: DryStep, parts: Sequence[Batch]) -> int:
     # The first part starts without gradients, the others with them, so that the largest of these has the highest peak.
     parts = [*parts[:1], *sorted(parts[1:], key=lambda part: part.padded_tokens)[-1:]]
     if blocks is not None and blocks > max(_FEW):
-        few, more = (_stages(_cut(step, count), parts, alike=True) for count in _FEW)
+        shallow = (replace(step, config=shapes.first_blocks(step.config, count)) for count in _FEW)
+        few, more = (_stages(one, parts, uniform=True) for one in shallow)
         if few is not None and more is not None:
             return max(few[s] + (blocks - _FEW[0]) * (more[s] - few[s]) for s in more)
     whole = _stages(step, parts)
@@ -127,13 +129,8 @@ def _depth(config: Mapping[str, Any]) -> int | None:
     return None if listed or not isinstance(number, int) else number
 
 
-def _cut(step: DryStep, blocks: int) -> DryStep:
-    key = next(key for key in shapes.DEPTHS if key in step.config)
-    return replace(step, config={**step.config, key: blocks})
-
-
-def _stages(step: DryStep, parts: Sequence[Batch], alike: bool = False) -> dict[str, int] | None:
-    """Take a step and return the peak of each stage. alike: return None if the model's blocks are not equal."""
+def _stages(step: DryStep, parts: Sequence[Batch], uniform: bool = False) -> dict[str, int] | None:
+    """Take a step and return the peak of each stage. uniform: return None if the model's blocks are not equal."""
     cell = step.cell
     model = structure.build(step.config, step.kind, DTYPES[cell.dtype])
     whole_model.one_by_one(model, DTYPES[cell.dtype])
@@ -144,10 +141,10 @@ def _stages(step: DryStep, parts: Sequence[Batch], alike: bool = False) -> dict[
         try:
             adapted, forms = _attached(step, model, head)
         except (ValueError, UsageError):
-            if alike:  # a target that only a deeper model has
+            if uniform:  # a target that only a deeper model has
                 return None
             raise
-        if alike and not _alike(model, _depth(step.config)):
+        if uniform and not _is_uniform(model, _depth(step.config)):
             return None
         for parameter in head.values():
             parameter.requires_grad_(True)
@@ -259,15 +256,9 @@ def _decoded_at_once() -> AbstractContextManager[None]:
     return _replaced(PackedWeight, "_decoded", decoded)  # the class, for layers of Methods too
 
 
-def _lists(model: nn.Module) -> list[nn.ModuleList]:
-    """Return the model's outermost ModuleLists."""
-    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    return [m for path, m in lists.items() if not any(path.startswith(f"{other}.") for other in lists)]
-
-
-def _alike(model: nn.Module, blocks: int | None) -> bool:
+def _is_uniform(model: nn.Module, blocks: int | None) -> bool:
     """Return whether the model has one list of `blocks` blocks with equal names, sizes and dtypes of tensors."""
-    lists = _lists(model)
+    lists = list(outermost_lists(model).values())
     if len(lists) != 1 or len(lists[0]) != blocks:
         return False
     tensors = [{**dict(block.named_parameters()), **dict(block.named_buffers())} for block in lists[0]]
@@ -294,7 +285,7 @@ def _staged(tracker: MemoryTracker, model: nn.Module, optimizer: torch.optim.Opt
         return hook
 
     hooks = [model.register_forward_pre_hook(enters("forward")), optimizer.register_step_pre_hook(enters("step"))]
-    for blocks in _lists(model)[:1]:
+    for blocks in list(outermost_lists(model).values())[:1]:
         hooks += [blocks[0].register_forward_hook(watched("first block"))] if len(blocks) > 1 else []
         hooks += [blocks[-1].register_forward_hook(watched("blocks"))]
     tracker.peaks.clear()

@@ -454,7 +454,7 @@ def test_hf_hub_offline_is_honoured(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert there == f"True {snapshot} {COMMIT}"
     assert len(absent) == 2
     for line in absent:
-        assert "HF_HUB_OFFLINE forbids to fetch it" in line
+        assert "HF_HUB_OFFLINE forbids fetching it" in line
         assert "hint: unset HF_HUB_OFFLINE" in line
     assert torch_imported == "False"
 
@@ -512,7 +512,7 @@ def test_hub_data_may_hold_answers_and_have_a_hash(own_cache: Path, monkeypatch:
     [
         ("LocalEntryNotFoundError", "the hub cannot be reached: why"),
         ("OfflineModeIsEnabled", "the hub cannot be reached: why"),
-        ("HFValidationError", "the hub does not give .*: why"),
+        ("HFValidationError", "the hub refuses .*: why"),
         ("OSError", "cannot write the hub's cache: why"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Greedy generation in batches, up to a text that ends the answer."""
+"""Generate answers greedily in batches, up to a text that ends the answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def generate(
     batch: int,
     report: Callable[[int, int], None],
 ) -> list[str]:
-    """Return the model's answer to each prompt, in the prompts' order, without the text of `until` that ended it.
+    """Return the model's answers, in the order of the prompts, without the text of `until` that ends an answer.
 
     most: maximum tokens of an answer. Prompts of similar length share a batch, padded on the left.
     """
@@ -45,10 +45,9 @@ def generate(
 
 
 def _greedy(model: nn.Module, tokenizer: Any, most: int) -> GenerationConfig:
-    """Return a config for the likeliest token. It sets every option that the model's own file might set otherwise."""
-    own = getattr(
-        model.generation_config, "eos_token_id", None
-    )  # an instruction-tuned Llama ends its turns by another one
+    """Return a config for the likeliest token. It overrides all options in the model's own file."""
+    # An instruction-tuned Llama ends its turns with another token than the tokenizer's.
+    own = getattr(model.generation_config, "eos_token_id", None)
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
     return GenerationConfig(
         max_new_tokens=most, do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50, repetition_penalty=1.0,
@@ -62,7 +61,7 @@ class _Ends(StoppingCriteria):  # type: ignore[misc]
 
     def __init__(self, tokenizer: Any, until: Sequence[str], prompt: int) -> None:
         self._tokenizer, self._until, self._prompt = tokenizer, until, prompt
-        # A token is a byte at least; two more, because decoding may change the first of them.
+        # A token has at least one byte. Two more tokens, because decoding may change the first one.
         self._window = 2 + max((len(text.encode()) for text in until), default=0)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""A causal language model for lm-eval: answers and their likelihoods, computed with no more logits than needed."""
+"""A causal language model for lm-eval: answers and their likelihoods, without superfluous logits."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from harness.suites.task_schema import MAX_GEN_TOKS
 class CausalScorer(TemplateLM):  # type: ignore[misc]
     """Answers log-likelihood and generation requests for `model`.
 
-    Requests that need the same forward pass share it: choices of one token cost one pass over the prompt. max_tokens:
-    longer sequences lose their beginning. `cut` has lm-eval's numbers of the items that lost some of it.
+    Requests share equal forward passes: choices of one token cost one pass over the prompt. max_tokens: longer sequences
+    lose their beginning. `cut` has lm-eval's numbers of these items.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
         self.model.eval()
         device = next(self.model.parameters()).device
         self._too_long = [len(context) + len(answer) > self.max_tokens for _, context, answer in requests]
-        # The last answer token is only ever predicted, never read: leaving it off makes one-token choices share a pass.
+        # The model need not read the last answer token. Without it, choices of one token share a pass.
         passes: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
         for index, (_, context, answer) in enumerate(requests):
             refuse_long_answers(len(answer), self.max_tokens)
@@ -70,15 +70,15 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
         pad = self.tokenizer.pad_token_id
         for start in range(0, len(ordered), self.batch):
             chosen = ordered[start : start + self.batch]
-            count = max(len(answer) for _, wanted in chosen for _, answer in wanted)
+            count = max(len(answer) for _, answers in chosen for _, answer in answers)
             inputs = collate([Example("", sequence, 0) for sequence, _ in chosen], pad, "left").to(device)
             log_p = torch.log_softmax(last_logits(self.model, inputs.inputs, count).float(), dim=-1)
-            for row, (_, wanted) in enumerate(chosen):
-                for index, answer in wanted:
+            for row, (_, answers) in enumerate(chosen):
+                for index, answer in answers:
                     ids = torch.tensor(answer, device=device)
-                    mine = log_p[row, -len(answer) :]
-                    likelihood = mine.gather(1, ids[:, None]).sum()
-                    results[index] = (float(likelihood), bool((mine.argmax(-1) == ids).all()))
+                    own = log_p[row, -len(answer) :]
+                    likelihood = own.gather(1, ids[:, None]).sum()
+                    results[index] = (float(likelihood), bool((own.argmax(-1) == ids).all()))
             self.report(min(start + self.batch, len(ordered)), len(ordered))
         return results
 

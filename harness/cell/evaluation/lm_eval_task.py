@@ -16,7 +16,7 @@ from harness.suites.task_schema import METRICS
 
 
 class LmEvalTask:
-    """A task. config: its YAML. test: the rows to score. judge: the filter that decides exact match."""
+    """A local task. config: its YAML. test: the rows to score. judge: the filter that decides exact match."""
 
     def __init__(self, config: dict[str, Any], test: Sequence[AnyRow], judge: str = "none") -> None:
         import datasets
@@ -27,7 +27,7 @@ class LmEvalTask:
         self._places = range(len(test))
 
     _places: range
-    """Positions of the tested documents among all of the task's; one for each of `ids`."""
+    """Positions of the tested documents in the task, one for each of `ids`."""
 
     def _take(self, config: dict[str, Any], data: Any, judge: str) -> None:
         from lm_eval.api.task import ConfigurableTask
@@ -71,13 +71,13 @@ class LmEvalTask:
         """Run lm-eval; return one 0/1 Item per test row."""
         from lm_eval.evaluator import evaluate
 
-        # Not `limit`, which always begins with the first. A range: lm-eval tests every document for membership.
+        # Not `limit`, which starts at the first document. A range, because lm-eval tests each document for membership.
         samples: Any = {self.name: self._places}
         outcome = evaluate(
             lm=scorer, task_dict={self.name: self.task}, samples=samples, bootstrap_iters=0, log_samples=True
         )
         key = METRICS[self.task.OUTPUT_TYPE]
-        # Each sample occurs once for each filter.
+        # Each sample occurs once per filter.
         scored = [s for s in outcome["samples"][self.name] if s["filter"] == self._judge]
         if len(scored) != len(self.ids):
             raise UsageError(f"lm-eval scored {len(scored)} of {len(self.ids)} items by the filter `{self._judge}`")
@@ -91,17 +91,16 @@ _SHOTS_SEED = 1234
 
 
 class OwnTask(LmEvalTask):
-    """A task of lm-eval. file: its YAML. folder: its splits. tested: positions of the test items to score. judge: the
-    filter that decides.
+    """A task of lm-eval. Training prompts lack the few-shot examples and the description that a test prompt may have.
 
-    Training prompts are the task's own, without the examples (few-shot) and the description that a test prompt may have.
+    file: its YAML. folder: its splits. tested: positions of the test items to score. judge: the filter that decides.
     """
 
     def __init__(self, file: Path, folder: Path, tested: range, judge: str) -> None:
         import datasets
-        from lm_eval.tasks._yaml_loader import (
-            load_yaml,
-        )  # its public functions read all of lm-eval's tasks first, which takes seconds
+
+        # Its public functions first read all of lm-eval's tasks, which takes seconds.
+        from lm_eval.tasks._yaml_loader import load_yaml
         from pyarrow.parquet import read_table
 
         config = load_yaml(file)
@@ -110,7 +109,7 @@ class OwnTask(LmEvalTask):
         self.task.set_fewshot_seed(_SHOTS_SEED)
         every = list(self.task.eval_docs)
         if not tested or tested.stop > len(every):
-            # The file may have enough rows, and the task's `process_docs` may drop some.
+            # The task's `process_docs` may have dropped some rows of the file.
             what = f"items {tested.start + 1} to {tested.stop} are selected, and {self.name} tests {len(every)}"
             hint = f"`evaluation.items`, and those of `tune` after them, may be at most {len(every)} together"
             raise UsageError(what, where=str(file), hint=hint)

@@ -24,9 +24,9 @@ class Example:
     label: int
     """The class."""
     answer: int = 0
-    """For causal models, the number of last tokens that carry loss."""
+    """For causal models, the number of last tokens with a loss."""
     cut: bool = False
-    """A part was left out, because it is too long; not recorded for labelled texts of causal models."""
+    """True if the text was too long and was cut; not recorded for labelled texts of causal models."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Batch:
         return sum(self.answers) or len(self.answers)
 
     def parts(self, count: int) -> list[Batch]:
-        """Return `count` batches of neighbouring texts, each padded only to its own longest text."""
+        """Return `count` batches of neighbouring texts, each padded to its longest text."""
         if count == 1:
             return [self]
         size = -(-len(self.answers) // count)
@@ -68,20 +68,20 @@ class Batch:
 
 
 def order(examples: Sequence[Example], steps: int, batch: int, seed: int) -> list[list[Example]]:
-    """Return `steps` lists of `batch` examples: `order_indices`, looked up."""
+    """Return `steps` lists of `batch` examples, in the order of `order_indices`."""
     return [[examples[i] for i in group] for group in order_indices(examples, steps, batch, seed)]
 
 
 def order_indices(examples: Sequence[Example], steps: int, batch: int, seed: int) -> list[list[int]]:
     """Return `steps` lists of `batch` positions in `examples`: the data order of a seed, the same for every method.
 
-    Epochs are shuffled; within a pool of eight batches, examples are sorted by length, which saves padding, and the
-    batches of a pool are shuffled again. Raises UsageError if there is no example.
+    Epochs are shuffled. To save padding, the examples of each pool of eight batches are sorted by length; then the batches
+    of the pool are shuffled. Raises UsageError if there is no example.
     """
     if not examples:
         raise UsageError(
             "there is no example to train on: every text outside the test set is also in it",
-            hint="give the data more rows, or lower the task's `test`",
+            hint="add rows to the data, or lower the task's `test`",
         )
     rng = random.Random(seed)  # noqa: S311
     stream: list[int] = []
@@ -99,7 +99,7 @@ def order_indices(examples: Sequence[Example], steps: int, batch: int, seed: int
 
 
 def collate(examples: Sequence[Example], pad: int, side: str) -> Batch:
-    """Pad to the longest; `side` is `right` for encoders and `left` for causal models, so that answers end together."""
+    """Pad to the longest text. side: `right` for encoders; `left` for causal models, so that all answers end together."""
     length = max(len(e.tokens) for e in examples)
     ids = torch.full((len(examples), length), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -128,7 +128,7 @@ def classification_examples(rows: Sequence[Any], tokenizer: Any, max_tokens: int
     if special >= max_tokens:
         what = f"`training.max_tokens` is {max_tokens}, and the tokenizer adds {special} special tokens to every text"
         raise UsageError(what, hint=f"raise it to at least {special + 1}")
-    # Not verbose: it would warn of texts that are cut below.
+    # Not verbose: it would warn about texts that are cut below.
     whole = tokenizer([row.text for row in rows], verbose=False)["input_ids"] if rows else []
     return [
         Example(row.id, tuple(ids), row.label)
@@ -147,9 +147,9 @@ def answer_examples(
     encode_pair: Callable[[str, str], tuple[list[int], list[int]]],
     max_tokens: int,
 ) -> list[Example]:
-    """Tokenise prompt and right answer for a causal model; too long a prompt loses its beginning, as in evaluation.
+    """Tokenise prompt and right answer for a causal model. A prompt that is too long loses its beginning, as in evaluation.
 
-    The loss is over the answer's tokens alone. Raises UsageError for an answer that leaves no room for its prompt.
+    The loss is over the answer's tokens only. Raises UsageError for an answer that leaves no room for its prompt.
     """
     pairs = [encode_pair(prompt(row), answers(row)[row.label]) for row in rows]
     if pairs:
@@ -173,8 +173,8 @@ class Prompts:
     """Tokenises prompts and answers, for training and for generation.
 
     A prompt begins with the beginning-of-sequence token, if the tokenizer adds one. A prompt that is too long loses its
-    beginning, but not that token; an answer that alone is too long loses its end, and with it the end-of-sequence token.
-    max_tokens: limit of prompt and answer in training, of the prompt in generation.
+    beginning, but not that token. An answer that is longer than the limit loses its end and the end-of-sequence token.
+    max_tokens: limit of prompt and answer in training, and of the prompt in generation.
     """
 
     def __init__(self, tokenizer: Any, max_tokens: int) -> None:
@@ -182,12 +182,8 @@ class Prompts:
         bos = tokenizer.bos_token_id
         self._start = [bos] if bos is not None and tokenizer.encode("a")[:1] == [bos] else []
 
-    def prompt_tokens(self, prompt: str) -> list[int]:
-        """Return the tokens of a prompt for generation."""
-        return list(self.open("", prompt).tokens)
-
     def open(self, name: str, prompt: str) -> Example:
-        """Return the tokens of a prompt as an example without an answer, and whether it was cut."""
+        """Return the prompt of a generation as an example without an answer."""
         plain = self._plain(prompt)
         tokens = self._cut(plain, self._limit)
         return Example(name, tuple(tokens), 0, cut=len(tokens) < len(self._start) + len(plain))
@@ -195,19 +191,18 @@ class Prompts:
     def pair(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """Return the tokens of a prompt, uncut, and of its answer.
 
-        The answer's are those of the whole text after the prompt's; if no border of tokens lies between the two, the texts
-        are tokenised separately, because a model that generates reads the prompt's own tokens.
+        Both are tokenised together. If a token spans prompt and answer, they are tokenised separately, because a generating
+        model reads the tokens of the prompt alone.
         """
         before, whole = self._plain(prompt), self._plain(prompt + answer)
         together = whole[: len(before)] == before
         return before, whole[len(before) :] if together else self._plain(answer)
 
     def example(self, name: str, prompt: str, answer: str, loss: str, eos: bool) -> Example:
-        """Return one example; `loss` is `answer` or `all`, which is every token but the first."""
+        """Return one example. loss: `answer`, or `all` for every token but the first."""
         before, behind = self.pair(prompt, answer)
-        start = (
-            self._start if prompt or self._start else [self._tokenizer.eos_token_id]
-        )  # an answer needs a token before it
+        # An answer needs a token before it.
+        start = self._start if prompt or self._start else [self._tokenizer.eos_token_id]
         behind = behind + [self._tokenizer.eos_token_id] * eos
         answer_ids = behind[: self._limit - 1]
         head = self._cut(before, self._limit - len(answer_ids), start)
@@ -227,7 +222,7 @@ class Prompts:
 def answered_examples(
     some: Sequence[AnyRow], prompts: Prompts, parts: Callable[[AnyRow], tuple[str, str]], answers: Answers
 ) -> list[Example]:
-    """Tokenise rows. parts: returns prompt and answer of a row; in a row that is a text, all tokens carry loss."""
+    """Tokenise rows. parts: returns prompt and answer of a row. In a row that is a text, all tokens have a loss."""
     return [
         prompts.example(row.id, "", row.text, "all", answers.eos)
         if isinstance(row, TextRow)
@@ -237,7 +232,7 @@ def answered_examples(
 
 
 def rules(answers: Answers | None) -> str:
-    """Return a sentence for the Record on the tokens that the loss is over."""
+    """Return a sentence for the Record about the tokens with a loss."""
     if answers is None:
         return "loss over the right choice's tokens alone (an encoder: its label); the prompt loses its beginning"
     of = "the answer's tokens alone" if answers.loss == "answer" else "all tokens but the first"

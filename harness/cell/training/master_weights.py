@@ -1,4 +1,4 @@
-"""Optimizers for 16-bit weights: weights and moments are stored in float32."""
+"""Optimizers for 16-bit weights that store weights and moments in float32."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from torch import Tensor
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 FIRST_LOSS_SCALE = 2.0**10
-"""A power of two, so that scaling rounds nothing; it lifts gradients from 6e-11 into what float16 can hold."""
+"""A power of two, so that scaling does not round. With it, float16 represents gradients down to 6e-11."""
 
 
 class MasterWeights(torch.optim.Optimizer):
-    """An optimizer over float32 copies (masters) of its parameters; after each step these are the rounded masters.
+    """An optimizer over float32 copies (masters) of its parameters. After each step the parameters are the rounded masters.
 
-    In float16 AdamW's eps of 1e-8 is 0, and so is the square of a small gradient; in bfloat16 a step of a thousandth of a
-    weight is lost to rounding. With float32 masters, as in mixed-precision training, neither happens. Values that other
-    code writes into a parameter between two steps are adopted. `state` includes the masters, so that the memory ledger
-    counts them.
+    In float16, AdamW's eps of 1e-8 and the square of a small gradient are 0; in bfloat16, rounding removes a step of a
+    thousandth of a weight. Float32 masters, as in mixed-precision training, avoid both. The masters adopt values that other
+    code writes to a parameter between two steps. `state` includes the masters, so that the memory ledger counts them.
 
     inner: a new optimizer over the parameters; it steps the masters from now on. `loss_scale` multiplies the loss before
-    its backward pass and divides gradients; 1 if no parameter is float16 (`scales` is False). `lower_loss_scale` halves it;
-    it never grows, so that a run stays easy to follow.
+    its backward pass and divides gradients; it is 1 if no parameter is float16 (`scales` is False). `lower_loss_scale`
+    halves it. It never grows, which keeps runs simple.
     """
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
@@ -36,13 +35,15 @@ class MasterWeights(torch.optim.Optimizer):
         self.loss_scale = FIRST_LOSS_SCALE if self.scales else 1.0
 
     def master_of(self, parameter: Tensor) -> Tensor:
-        """Return the master of a parameter, where a step shows that is too small for 16 bits."""
+        """Return the master of a parameter, which shows steps that are too small for 16 bits."""
         return next((m.detach() for p, m in self._pairs if p is parameter), parameter.detach())
 
     def lower_loss_scale(self) -> bool:
-        """If a gradient is infinite or NaN, halve the loss scale and return True; at a scale of 1 that would not help."""
+        """If a gradient is infinite or NaN and the loss scale is above 1, halve the scale and return True."""
         finite = [p.grad.isfinite().all() for p, _ in self._pairs if p.grad is not None]
-        if self.loss_scale == 1.0 or not finite or bool(torch.stack(finite).all()):  # one wait for a GPU, not hundreds
+        if (
+            self.loss_scale == 1.0 or not finite or bool(torch.stack(finite).all())
+        ):  # waits once for a GPU, not hundreds of times
             return False
         self.loss_scale /= 2
         return True
