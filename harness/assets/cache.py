@@ -116,11 +116,9 @@ def _asset_errors(what: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise disk_full(what) from error
-        raise AssetError(
-            f"cannot write {what} to the cache: {error.strerror or error}",
-            where=str(error.filename or root()),
-            hint="make it writable, or set PEFT_HARNESS_CACHE to a folder that is",
-        ) from error
+        what = f"cannot write {what} to the cache: {error.strerror or error}"
+        hint = "make it writable, or set PEFT_HARNESS_CACHE to a folder that is"
+        raise AssetError(what, where=str(error.filename or root()), hint=hint) from error
 
 
 def _sweep(base: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import time
 from pathlib import Path
 
-from harness.assets import cache, carrier, hub, model_folder, shapes, splits, unpack
+from harness.assets import cache, carrier, hub, lm_eval_files, model_folder, shapes
 from harness.assets.carrier import Progress
 from harness.assets.table import Source
 from harness.errors import AssetError
@@ -77,7 +77,7 @@ def asset_use(source: Source) -> AssetUse:
         path = ensure(source)
         if source.scheme == "shape":
             path /= "config.json"
-        whole = splits.sha256 if source.scheme == "lm-eval" else model_folder.weights_sha256
+        whole = lm_eval_files.splits_sha256 if source.scheme == "lm-eval" else model_folder.weights_sha256
         sha256 = whole(path) if path.is_dir() else file_sha256(path)
     return AssetUse(
         name=source.name, source=source.source, sha256=sha256, revision=source.revision, licence=source.licence
@@ -91,7 +91,7 @@ def _place(source: Source) -> Path:
     elif source.scheme == "shape":
         fingerprint = hashlib.sha256(_config(source)).hexdigest()
     elif source.scheme == "lm-eval":  # depends on the file of the task
-        fingerprint = splits.fingerprint(source)
+        fingerprint = lm_eval_files.fingerprint(source)
     return cache.entry_folder(source, fingerprint)
 
 
@@ -108,7 +108,7 @@ def _fill(made: Path, source: Source, staging: Path, progress: Progress) -> None
     elif source.scheme == "hub":
         hub.write_rows(source, made / "rows.jsonl", progress)
     elif source.scheme == "lm-eval":
-        splits.write(source, made / "splits", progress)
+        lm_eval_files.write_splits(source, made / "splits", progress)
     else:
         gguf = source.member.endswith(".gguf")
         if source.bytes is not None:
@@ -116,7 +116,7 @@ def _fill(made: Path, source: Source, staging: Path, progress: Progress) -> None
             cache.require_space(source.bytes * (6 if gguf else 3), source.name)
         archive = carrier.obtain(source, staging, progress)
         unpacked = staging / "unpacked" if gguf else made
-        unpack.extract(archive, source.member, unpacked)
+        carrier.extract(archive, source.member, unpacked)
         if gguf:
             (file,) = unpacked.iterdir()
             _in_child(_CONVERTER, str(file), str(made), label=f"{source.name}: converting", progress=progress)
@@ -147,9 +147,7 @@ def _local_file(source: Source) -> Path:
     if not path.is_file():
         raise AssetError(f"no file for {source.name}", where=str(path), hint="correct its path in the table")
     if source.sha256 and (got := file_sha256(path)) != source.sha256:
-        raise AssetError(
-            f"wrong hash of {source.name}: expected sha256 {source.sha256}, got {got}",
-            where=str(path),
-            hint="put the right file there, or correct the table if the file is the right one",
-        )
+        what = f"wrong hash of {source.name}: expected sha256 {source.sha256}, got {got}"
+        hint = "put the right file there, or correct the table if the file is the right one"
+        raise AssetError(what, where=str(path), hint=hint)
     return path

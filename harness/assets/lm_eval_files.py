@@ -1,18 +1,28 @@
-"""Find and read lm-eval's own tasks as files, without importing lm-eval, which takes seconds to index them."""
+"""Find and read lm-eval's own tasks as files, and save their data, so that workers need no network.
+
+Importing lm-eval would take seconds to index its tasks.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from harness import yaml_lines
-from harness.errors import UsageError, closest_match
+from harness.assets import hub
+from harness.assets.carrier import Progress
+from harness.assets.table import Source
+from harness.errors import AssetError, UsageError, closest_match
+from harness.records.files import combined_sha256
+from harness.records.files import sha256 as file_sha256
 
 PREFIX = "lm-eval:"
 LOCAL = ("json", "csv", "parquet", "text", "arrow")
@@ -130,3 +140,63 @@ def _read(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
             raise UsageError("a task's file that includes itself", where=str(other), hint="correct its `include`")
         merged.update(_read(other, (*inside, path.resolve())))
     return {**merged, **own}
+
+
+def write_splits(source: Source, folder: Path, progress: Progress) -> None:
+    """Write the splits that the task of `source` uses as SPLIT.parquet."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    task = find(source.source)
+    spec = task.spec
+    options = {k: v for k, v in (spec.get("dataset_kwargs") or {}).items() if k != "trust_remote_code"}
+    if source.revision:
+        options["revision"] = source.revision
+    progress(f"{source.name}: its data", 0, None)
+    datasets.disable_progress_bars()  # the runner has its own
+    folder.mkdir()
+    for split in sorted(set(task.splits.values())):
+        # ValueError: a subset or split that the data do not have.
+        with hub.hub_errors(source, DatasetsError, ValueError), _local_file_errors(source, task):
+            data = datasets.load_dataset(spec["dataset_path"], spec.get("dataset_name"), split=split, **options)
+            data.to_parquet(folder / f"{split}.parquet")
+
+
+@contextmanager
+def _local_file_errors(source: Source, task: TaskFile) -> Iterator[None]:
+    """Raise errors about local data files as AssetErrors that do not mention the hub."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (DatasetsError, ValueError, FileNotFoundError, PermissionError) as error:
+        if task.spec["dataset_path"] not in LOCAL:
+            raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        what = f"cannot read the files of {source.name}: {reason}"
+        hint = f"look at its `dataset_kwargs` and at {', '.join(map(str, task.data_files))}"
+        raise AssetError(what, where=str(task.path), hint=hint) from error
+
+
+def count_rows(folder: Path, split: str) -> int:
+    """Return the number of rows of a split."""
+    from pyarrow.parquet import read_metadata
+
+    try:
+        return int(read_metadata(folder / f"{split}.parquet").num_rows)
+    except OSError as error:
+        raise AssetError(
+            f"no split {split}", where=str(folder), hint="remove this folder, so that it is written again"
+        ) from error
+
+
+def splits_sha256(folder: Path) -> str:
+    """Return one hash over all splits."""
+    return combined_sha256(sorted(folder.glob("*.parquet")))
+
+
+def fingerprint(source: Source) -> str:
+    """Return a hash over the task's file and its local data files, on which the data depend."""
+    task = find(source.source)
+    files = [file_sha256(path) for path in task.data_files if path.is_file()]
+    return hashlib.sha256(repr([sorted(task.spec.items()), files]).encode()).hexdigest()

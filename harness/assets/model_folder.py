@@ -1,13 +1,15 @@
-"""Check that a model's folder is complete: config, safetensors and tokenizer; for a shape, the config."""
+"""Check that a model's folder is complete (config, safetensors, tokenizer; for a shape, the config) and of a known type."""
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from harness.assets import text_models
 from harness.assets.table import Source
 from harness.errors import AssetError
 from harness.records.files import combined_sha256, sha256
@@ -27,11 +29,8 @@ def check(folder: Path, source: Source) -> Path:
     if not folder.is_dir():
         raise AssetError(f"no folder for model {source.name}", where=str(folder), hint="correct its path")
     if not (folder / "config.json").is_file():
-        raise AssetError(
-            f"model {source.name} has no config.json",
-            where=str(folder),
-            hint="name the folder that `model.save_pretrained(FOLDER)` wrote",
-        )
+        hint = "name the folder that `model.save_pretrained(FOLDER)` wrote"
+        raise AssetError(f"model {source.name} has no config.json", where=str(folder), hint=hint)
     if source.scheme == "shape":
         refuse_architecture(_config(folder), source.name, source.kind, folder / "config.json")
         return folder
@@ -47,11 +46,8 @@ def check(folder: Path, source: Source) -> Path:
             else "copy the folder again, or name one with safetensors weights",
         )
     if not any((folder / name).is_file() for name in _TOKENIZERS):
-        raise AssetError(
-            f"model {source.name} has no tokenizer (none of {', '.join(_TOKENIZERS)})",
-            where=str(folder),
-            hint="write it there with `tokenizer.save_pretrained(FOLDER)`",
-        )
+        what = f"model {source.name} has no tokenizer (none of {', '.join(_TOKENIZERS)})"
+        raise AssetError(what, where=str(folder), hint="write it there with `tokenizer.save_pretrained(FOLDER)`")
     refuse_architecture(_config(folder), source.name, source.kind, folder / "config.json")
     return folder
 
@@ -109,13 +105,10 @@ def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: 
             where=str(where),
             hint="declare it in a row under `sources:` with `kind: encoder`",
         )
-    if isinstance(model_type, str) and text_models.lacks(kind, model_type):
+    if isinstance(model_type, str) and lacks_type(kind, model_type):
         does = "classifies texts" if kind == "encoder" else "predicts the next token"
-        raise AssetError(
-            f"model {name} has the type `{model_type}`, and the installed transformers has no such class that {does}",
-            where=str(where),
-            hint="name a model of texts (a BERT, a Llama), and its `kind`",
-        )
+        what = f"model {name} has the type `{model_type}`, and the installed transformers has no such class that {does}"
+        raise AssetError(what, where=str(where), hint="name a model of texts (a BERT, a Llama), and its `kind`")
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -137,3 +130,35 @@ def _weights(folder: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AssetError("not an index of weights", where=str(index), hint="copy the folder again") from error
     return [folder / name for name in names]
+
+
+_NAMES = {
+    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "encoder": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+}
+CACHES = ("cache", "past_key_values", "cache_params")
+"""Names of the key-value cache argument: since transformers 5.24, before it, and of state-space models before it."""
+_START, _END = " = OrderedDict(", "\n)\n"
+
+
+def lacks_type(kind: str, model_type: str) -> bool:
+    """Return whether the installed transformers knows this type but has no model of this kind (`causal`, `encoder`) for it.
+
+    False for an unknown type: the folder may have its code, or the Cell may run with another release.
+    """
+    there = _types(kind)
+    return bool(there) and model_type not in there and f'("{model_type}", ' in _source()
+
+
+@cache
+def _types(kind: str) -> frozenset[str]:
+    """Return the types of a kind; none if the source has changed its form."""
+    _, found, rest = _source().partition(_NAMES[kind] + _START)
+    return frozenset(dict(ast.literal_eval(rest.partition(_END)[0].strip()))) if found else frozenset()
+
+
+@cache
+def _source() -> str:
+    package = find_spec("transformers")
+    file = Path(package.origin).parent / "models" / "auto" / "modeling_auto.py" if package and package.origin else None
+    return file.read_text(encoding="utf-8") if file is not None and file.is_file() else ""

@@ -193,10 +193,8 @@ def resolve(name: str, table: Mapping[str, Source], base: Path, kind: ModelKind 
         return with_absolute_path(Source(name=name, kind=preset.kind if preset else kind, source=name), base)
     if name.startswith(shapes.PATH_STARTS):
         if kind == "data":
-            raise UsageError(
-                f"data set {name!r} is a path, which does not describe its rows",
-                hint="give it a row under `sources:` with kind, source: file:PATH and rows",
-            )
+            hint = "give it a row under `sources:` with kind, source: file:PATH and rows"
+            raise UsageError(f"data set {name!r} is a path, which does not describe its rows", hint=hint)
         return with_absolute_path(Source(name=name, kind=kind, source=f"folder:{name}"), base)
     if match := _HUB_NAME.fullmatch(name):
         repository, revision = match["repository"], match["revision"] or ""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.cell.training.master_weights import SIXTEEN_BIT
+from harness.cell.training.optimizers import SIXTEEN_BIT
 from harness.memory_model.ledger import OPTIMIZERS
 from harness.methods.spec import Adapted
 from reference import galore

@@ -23,11 +23,8 @@ def lines(query: str, units: bool = True) -> list[str]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        raise HarnessError(
-            f"nvidia-smi does not answer: {error}",
-            where="the GPUs",
-            hint="see whether `nvidia-smi` works, or use --device cpu",
-        ) from error
+        hint = "see whether `nvidia-smi` works, or use --device cpu"
+        raise HarnessError(f"nvidia-smi does not answer: {error}", where="the GPUs", hint=hint) from error
     return [line.strip() for line in done.stdout.splitlines() if line.strip()]
 
 

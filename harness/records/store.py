@@ -61,11 +61,8 @@ def _read(path: Path, kind: type[_Model]) -> _Model:
         found, problem = None, error
     schema = _schema(text) if found is None else getattr(found, "schema_", 0)
     if schema > SCHEMA:
-        raise StoreError(
-            f"written with schema {schema}, this version reads up to {SCHEMA}",
-            where=str(path),
-            hint="install a newer peft-harness",
-        )
+        hint = "install a newer peft-harness"
+        raise StoreError(f"written with schema {schema}, this version reads up to {SCHEMA}", where=str(path), hint=hint)
     if found is None:
         raise StoreError(
             f"not a whole {kind.__name__}: {mistake(problem)}", where=str(path), hint=_TORN[kind]
@@ -230,18 +227,13 @@ def _lock(path: Path) -> int:
     except BlockingIOError as error:
         holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "unknown"
         os.close(descriptor)
-        raise UsageError(
-            f"another peft-harness is writing to this run: process {holder}",
-            where=str(path.parent),
-            hint="wait until it ends, or end it; or start another run with another --out",
-        ) from error
+        what = f"another peft-harness is writing to this run: process {holder}"
+        hint = "wait until it ends, or end it; or start another run with another --out"
+        raise UsageError(what, where=str(path.parent), hint=hint) from error
     except OSError as error:
         os.close(descriptor)
-        raise StoreError(
-            f"cannot lock this run: {error.strerror}",
-            where=str(path),
-            hint="use a folder (--out) on a file system with file locks",
-        ) from error
+        hint = "use a folder (--out) on a file system with file locks"
+        raise StoreError(f"cannot lock this run: {error.strerror}", where=str(path), hint=hint) from error
     return descriptor
 
 

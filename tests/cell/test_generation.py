@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from harness.assets.rows import AnsweredRow, TextRow
 from harness.assets.rows import read as read_rows
 from harness.assets.table import Source
-from harness.cell.evaluation.generation import generate
-from harness.cell.evaluation.likelihood import CausalScorer
+from harness.cell.evaluation.likelihood import CausalScorer, generate
 from harness.cell.evaluation.lm_eval_task import LmEvalTask
 from harness.cell.training.batches import Example, Prompts, answered_examples, collate, order
 from harness.cell.training.loop import loss_of

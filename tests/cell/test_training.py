@@ -17,7 +17,7 @@ from harness.cell import outcomes
 from harness.cell.evaluation.likelihood import CausalScorer
 from harness.cell.training import loop, optimizers
 from harness.cell.training.batches import Batch, Example, answer_examples, collate
-from harness.cell.training.master_weights import MasterWeights
+from harness.cell.training.optimizers import MasterWeights
 from harness.cell.weight_changes import UpdateTracker
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor
 from harness.conformance.subject import configure

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from harness.assets.text_models import CACHES
+from harness.assets.model_folder import CACHES
 from harness.errors import ImplementationError
 from harness.methods.spec import Adapted
 from harness.records.record import DECODED, Evaluation, Latency

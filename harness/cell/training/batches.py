@@ -79,10 +79,8 @@ def order_indices(examples: Sequence[Example], steps: int, batch: int, seed: int
     of the pool are shuffled. Raises UsageError if there is no example.
     """
     if not examples:
-        raise UsageError(
-            "there is no example to train on: every text outside the test set is also in it",
-            hint="add rows to the data, or lower the task's `test`",
-        )
+        hint = "add rows to the data, or lower the task's `test`"
+        raise UsageError("there is no example to train on: every text outside the test set is also in it", hint=hint)
     rng = random.Random(seed)  # noqa: S311
     stream: list[int] = []
     pools: list[list[int]] = []

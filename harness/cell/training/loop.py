@@ -16,7 +16,7 @@ from harness.analysis import divergence
 from harness.cell.outcomes import Diverged, Untrained
 from harness.cell.training import optimizers
 from harness.cell.training.batches import Batch
-from harness.cell.training.master_weights import MasterWeights
+from harness.cell.training.optimizers import MasterWeights
 from harness.methods.spec import Adapted
 from reference.shared.layerwise import Layerwise
 

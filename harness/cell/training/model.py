@@ -48,20 +48,14 @@ def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.d
     model, info = _read(path, kind, dtype=dtype, **({"num_labels": labels} if kind == "encoder" else {}))
     missing = sorted(info["missing_keys"])
     if kind == "causal" and missing:
-        raise AssetError(
-            f"the checkpoint lacks {len(missing)} weights of a causal model: {_some(missing)}",
-            where=str(path),
-            hint="is it an encoder? then declare it with kind: encoder",
-        )
+        what = f"the checkpoint lacks {len(missing)} weights of a causal model: {_some(missing)}"
+        raise AssetError(what, where=str(path), hint="is it an encoder? then declare it with kind: encoder")
     trains = head.head_of(model, kind, missing)
     sizes = {name: (tuple(saved), tuple(wanted)) for name, saved, wanted in info["mismatched_keys"]}
     if wrong := sorted(sizes.keys() - trains.keys()):
         saved, wanted = sizes[wrong[0]]
-        raise AssetError(
-            f"the weights do not match its config.json: {wrong[0]} has the shape {saved}, and {wanted} in the config",
-            where=str(path),
-            hint="copy or fetch its folder again, or correct config.json",
-        )
+        what = f"the weights do not match its config.json: {wrong[0]} has the shape {saved}, and {wanted} in the config"
+        raise AssetError(what, where=str(path), hint="copy or fetch its folder again, or correct config.json")
     written = conv1d.as_linear(model)
     model.to(device)
     if kind == "causal" and (share := foresight(model)) > FORESIGHT:
@@ -98,11 +92,9 @@ def _read(path: Path, kind: str, **options: Any) -> tuple[Any, dict[str, Any]]:
         if shortage(error):
             raise
         first = (str(error).splitlines() or [""])[0]
-        raise AssetError(
-            f"the model cannot be read: {type(error).__name__}: {first}",
-            where=str(path),
-            hint="copy or fetch its folder again, or choose a model that this release of transformers knows",
-        ) from error
+        what = f"the model cannot be read: {type(error).__name__}: {first}"
+        hint = "copy or fetch its folder again, or choose a model that this release of transformers knows"
+        raise AssetError(what, where=str(path), hint=hint) from error
     return model, info
 
 
@@ -162,11 +154,9 @@ def compiled(model: nn.Module, wanted: bool, notes: list[str]) -> Iterator[None]
     except Exception as error:
         if type(error).__module__.startswith(_COMPILER) and not shortage(error):
             reason = next(filter(None, (line.strip() for line in str(error).splitlines())), type(error).__name__)
-            raise UsageError(
-                f"torch.compile failed: {type(error).__name__}: {reason}",
-                where=type(model).__name__,
-                hint="on a CPU it needs a C++ compiler with OpenMP (g++); or write `compile: false`",
-            ) from error
+            what = f"torch.compile failed: {type(error).__name__}: {reason}"
+            hint = "on a CPU it needs a C++ compiler with OpenMP (g++); or write `compile: false`"
+            raise UsageError(what, where=type(model).__name__, hint=hint) from error
         raise
     finally:
         # Many lengths or layers may exceed the compiler's limits. Then it runs the rest uncompiled.

@@ -1,4 +1,4 @@
-"""The optimizer of a Cell: its class, groups and schedule, and its description for the Record."""
+"""The optimizer of a Cell: its class, groups and schedule, float32 master weights, and its description for the Record."""
 
 from __future__ import annotations
 
@@ -13,11 +13,78 @@ import harness.kernels.torch.optimizers.adamw8bit
 import harness.kernels.torch.optimizers.paged
 import reference.operations.adamw8bit
 import reference.operations.paged
-from harness.cell.training.master_weights import SIXTEEN_BIT, MasterWeights
 from harness.errors import Unsupported, UsageError
 from harness.methods.spec import Adapted
 from harness.records.record import Json, Optimizer, Training
 from reference.shared.layerwise import Layerwise
+
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+FIRST_LOSS_SCALE = 2.0**10
+"""A power of two, so that scaling does not round. With it, float16 represents gradients down to 6e-11."""
+
+
+class MasterWeights(torch.optim.Optimizer):
+    """An optimizer over float32 copies (masters) of its parameters. After each step the parameters are the rounded masters.
+
+    In float16, AdamW's eps of 1e-8 and the square of a small gradient are 0; in bfloat16, rounding removes a step of a
+    thousandth of a weight. Float32 masters, as in mixed-precision training, avoid both. The masters adopt values that other
+    code writes to a parameter between two steps. `state` includes the masters, so that the memory ledger counts them.
+
+    inner: a new optimizer over the parameters; it steps the masters from now on. `loss_scale` multiplies the loss before
+    its backward pass and divides gradients; it is 1 if no parameter is float16 (`scales` is False). `lower_loss_scale`
+    halves it. It never grows, which keeps runs simple.
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__([dict(group) for group in inner.param_groups], dict(inner.defaults))
+        self.inner = inner
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        for group, masters in zip(self.param_groups, inner.param_groups, strict=True):
+            masters["params"] = [_master(p) for p in group["params"]]
+            self._pairs += zip(group["params"], masters["params"], strict=True)
+        self.scales = any(p.dtype == torch.float16 for p, _ in self._pairs)
+        self.loss_scale = FIRST_LOSS_SCALE if self.scales else 1.0
+
+    def master_of(self, parameter: Tensor) -> Tensor:
+        """Return the master of a parameter, which shows steps that are too small for 16 bits."""
+        return next((m.detach() for p, m in self._pairs if p is parameter), parameter.detach())
+
+    def lower_loss_scale(self) -> bool:
+        """If a gradient is infinite or NaN and the loss scale is above 1, halve the scale and return True."""
+        finite = [p.grad.isfinite().all() for p, _ in self._pairs if p.grad is not None]
+        if self.loss_scale == 1.0 or not finite or bool(torch.stack(finite).all()):  # waits once for a GPU
+            return False
+        self.loss_scale /= 2
+        return True
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """Return a parameter's gradient in float32, divided by the loss scale."""
+        return None if parameter.grad is None else _wide(parameter.grad) / self.loss_scale
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Take one step; `closure` is not used."""
+        for group, masters in zip(self.param_groups, self.inner.param_groups, strict=True):
+            masters["lr"] = group["lr"]  # the schedule writes to the outer groups
+        stepped = [(p, master) for p, master in self._pairs if p.grad is not None]
+        for p, master in stepped:
+            master.grad = self.gradient(p)
+            master.copy_(torch.where(p == master.to(p.dtype), master, p))  # else p was written to since the last step
+        self.inner.step()
+        for p, master in stepped:
+            p.copy_(master)
+            master.grad = None
+        for p, master in stepped if self.state else self._pairs:
+            self.state[p] = {"master": master, **self.inner.state[master]}
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in SIXTEEN_BIT else tensor
+
+
+def _master(parameter: Tensor) -> Tensor:
+    return _wide(parameter.detach()).clone().requires_grad_(True)
+
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 """Those of AdamW's paper and torch's defaults; set here, so that a release of torch cannot change them unnoticed."""
@@ -47,10 +114,8 @@ def make(
     heads = {id(p) for p in head}
     body = [p for p in adapted.parameters() if id(p) not in heads]
     if not body and not head:
-        raise UsageError(
-            "nothing of this model trains: the method adds no tensors, and a causal model has no head to train",
-            hint="write `training: {steps: 0}`, or choose a method that trains",
-        )
+        what = "nothing of this model trains: the method adds no tensors, and a causal model has no head to train"
+        raise UsageError(what, hint="write `training: {steps: 0}`, or choose a method that trains")
     head_lr = recipe.lr if recipe.head_lr is None else recipe.head_lr
     of_head: list[dict[str, Any]] = [{"params": list(head), "lr": head_lr}] if head else []
     own = _own(adapted, recipe, name)
@@ -116,9 +181,10 @@ def gradient_of(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], Tensor |
 def build(name: Optimizer, implementation: str, groups: Any, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """Return a new optimizer over `groups`.
 
-    `adamw` is always torch's. Optimizers with 8-bit moments or paged states are the reference's for Cells of `reference`, and
-    ours (harness/kernels) for all others: if the provider of the layers selected the optimizer, two implementations would
-    differ in more than their layers. So bitsandbytes' optimizers are checked as Operations, but step no Cell.
+    `adamw` is always torch's. Optimizers with 8-bit moments or paged states are the reference's for Cells of
+    `reference`, and ours (harness/kernels) for all others: if the provider of the layers selected the optimizer, two
+    implementations would differ in more than their layers. So bitsandbytes' optimizers are checked as Operations, but
+    step no Cell.
     """
     AdamW8bit, Paged = _REFERENCES if implementation == "reference" else _OURS
     kind = AdamW8bit if name.endswith("-8bit") else torch.optim.AdamW

@@ -38,11 +38,9 @@ def build(folder: Path, dtype: torch.dtype, kind: str = "causal", labels: int = 
         return structure.build(shapes.with_classes(facts, labels) if kind == "encoder" else facts, kind, dtype)
     except (KeyError, ValueError) as error:
         what = "encoder with a classification head" if kind == "encoder" else "causal model"
-        raise AssetError(
-            f"no {what} can be made of it: {error}",
-            where=str(folder / "config.json"),
-            hint="correct `model_type`, or check the version of transformers",
-        ) from error
+        what = f"no {what} can be made of it: {error}"
+        hint = "correct `model_type`, or check the version of transformers"
+        raise AssetError(what, where=str(folder / "config.json"), hint=hint) from error
 
 
 def drawn(model: Any, device: torch.device) -> Iterator[set[str]]:
@@ -93,11 +91,8 @@ def _draw(
     for path, module in modules.items():
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if tensor.is_floating_point() and bool(tensor.isnan().any()):
-                raise AssetError(
-                    f"{type(model).__name__} has no initialiser for {path}.{name}, so its shape cannot be filled",
-                    where="phase load",
-                    hint="name a model with weights",
-                )
+                what = f"{type(model).__name__} has no initialiser for {path}.{name}, so its shape cannot be filled"
+                raise AssetError(what, where="phase load", hint="name a model with weights")
 
 
 def _unset(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -28,11 +28,8 @@ def choose(name: str, jobs: int | None = None, options: Mapping[str, Sequence[st
     found, given = kinds(), options or {}
     for kind in found.values():
         if kind.name != name and kind.option and (values := given.get(kind.option.name)):
-            raise UsageError(
-                f"is for --executor {kind.name}",
-                where=f"--{kind.option.name} {values[0]}",
-                hint=f"leave it out, or add --executor {kind.name}",
-            )
+            hint = f"leave it out, or add --executor {kind.name}"
+            raise UsageError(f"is for --executor {kind.name}", where=f"--{kind.option.name} {values[0]}", hint=hint)
     option = found[name].option
     return found[name].make(jobs, given.get(option.name, ()) if option else ())
 

@@ -52,17 +52,11 @@ class Local:
         """Return `cuda` if there is a GPU, unless another device is requested."""
         found = environment.gpus() if requested != "cpu" else ()
         if requested == "cuda" and not found:
-            raise HarnessError(
-                "no NVIDIA GPU was found",
-                where="--device cuda",
-                hint="run with --device cpu, or see `peft-harness doctor`",
-            )
+            hint = "run with --device cpu, or see `peft-harness doctor`"
+            raise HarnessError("no NVIDIA GPU was found", where="--device cuda", hint=hint)
         if found and (cards := self._look()) and self.jobs > len(cards):
-            raise HarnessError(
-                f"{self.jobs} Cells at a time need a GPU each, and there are {len(cards)}",
-                where=f"--jobs {self.jobs}",
-                hint=f"--jobs {len(cards)}, or --device cpu",
-            )
+            what = f"{self.jobs} Cells at a time need a GPU each, and there are {len(cards)}"
+            raise HarnessError(what, where=f"--jobs {self.jobs}", hint=f"--jobs {len(cards)}, or --device cpu")
         return "cuda" if found else "cpu"
 
     def run(self, queue: Iterator[Job], context: RunContext, listener: Listener) -> Generator[Record, None, None]:

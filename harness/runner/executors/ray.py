@@ -47,11 +47,9 @@ class _Finished:
         if path.exists() or time.monotonic() < self.until:
             return path.exists()
         if self.ending.kind == _NO_RECORD:
-            raise StoreError(
-                "a machine of the cluster wrote this Record, but it is not visible here",
-                where=str(path),
-                hint="keep the run (--out) on a file system that every machine sees",
-            )
+            what = "a machine of the cluster wrote this Record, but it is not visible here"
+            hint = "keep the run (--out) on a file system that every machine sees"
+            raise StoreError(what, where=str(path), hint=hint)
         return True
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.assets.text_models import CACHES
+from harness.assets.model_folder import CACHES
 from harness.errors import UsageError
 from harness.methods.peft_config import IN_THE_CACHE
 
