@@ -78,19 +78,20 @@ def find(text: str, folder: Path | None = None) -> TaskFile:
 
 def tasks_folder() -> Path:
     """Return the folder of the tasks that come with lm-eval."""
-    found = importlib.util.find_spec("lm_eval")
-    if found is None or not found.submodule_search_locations:
+    if (package := _package()) is None:
         raise UsageError("lm-eval is not installed", hint="pip install lm-eval")
-    return Path(found.submodule_search_locations[0]) / "tasks"
+    return package / "tasks"
+
+
+def _package() -> Path | None:
+    found = importlib.util.find_spec("lm_eval")
+    return Path(found.origin).parent if found and found.origin else None
 
 
 @cache
 def filter_functions() -> tuple[str, ...]:
     """Return the filter functions of the installed lm-eval; empty if none are found."""
-    package = importlib.util.find_spec("lm_eval")
-    if package is None or package.origin is None:
-        return ()
-    files = Path(package.origin).parent.glob("filters/*.py")
+    files = package.glob("filters/*.py") if (package := _package()) else ()
     return tuple(sorted(name for file in files for name in _REGISTERED.findall(file.read_text(encoding="utf-8"))))
 
 

@@ -31,25 +31,26 @@ def check(folder: Path, source: Source) -> Path:
     if not (folder / "config.json").is_file():
         hint = "name the folder that `model.save_pretrained(FOLDER)` wrote"
         raise AssetError(f"model {source.name} has no config.json", where=str(folder), hint=hint)
-    if source.scheme == "shape":
-        refuse_architecture(_config(folder), source.name, source.kind, folder / "config.json")
-        return folder
+    if source.scheme != "shape":
+        _refuse_incomplete(folder, source)
+    refuse_architecture(_config(folder), source.name, source.kind, folder / "config.json")
+    return folder
+
+
+def _refuse_incomplete(folder: Path, source: Source) -> None:
+    """Raise AssetError for missing weights or a missing tokenizer."""
     absent = [path.name for path in _weights(folder) if not path.is_file()]
     if absent:
         pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
-        why = f", only pickled weights ({pickled[0]}), which can run code when they are loaded" if pickled else ""
-        raise AssetError(
-            f"model {source.name} has no {', '.join(absent[:3])}{why}",
-            where=str(folder),
-            hint="load it where you trust it and write it again with `model.save_pretrained(FOLDER)`"
-            if pickled
-            else "copy the folder again, or name one with safetensors weights",
-        )
+        what = f"model {source.name} has no {', '.join(absent[:3])}"
+        hint = "copy the folder again, or name one with safetensors weights"
+        if pickled:
+            what += f", only pickled weights ({pickled[0]}), which can run code when they are loaded"
+            hint = "load it where you trust it and write it again with `model.save_pretrained(FOLDER)`"
+        raise AssetError(what, where=str(folder), hint=hint)
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         what = f"model {source.name} has no tokenizer (none of {', '.join(_TOKENIZERS)})"
         raise AssetError(what, where=str(folder), hint="write it there with `tokenizer.save_pretrained(FOLDER)`")
-    refuse_architecture(_config(folder), source.name, source.kind, folder / "config.json")
-    return folder
 
 
 def weights_sha256(folder: Path) -> str:

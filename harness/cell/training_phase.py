@@ -94,20 +94,11 @@ def train(
     # In the first step a tensor may have no gradient by design (LoRA's A, because B is zero); later it must have one.
     now = adapted.tensors() if len(batches) > 1 else {}
     unchanged = whole.unchanged(now) + parts.unchanged(now)
-    run.require(
-        [
-            weight_changes.check_of_names(cell, "frozen", thawed, "changed"),
-            weight_changes.check_of_names(cell, "moved", unchanged, "never moved"),
-        ]
-    )
+    of_frozen = weight_changes.check_of_names(cell, "frozen", thawed, "changed")
+    run.require([of_frozen, weight_changes.check_of_names(cell, "moved", unchanged, "never moved")])
     measured = TrainingMeasured(
-        losses=samples.losses,
-        step_seconds=samples.seconds,
-        tokens=samples.tokens,
-        padded_tokens=samples.padded_tokens,
-        gradient_norms=samples.gradient_norms,
+        **vars(samples),
         timing_warmup=min(TIMING_WARMUP, len(samples.losses) - 1),
-        cpu_seconds=samples.cpu_seconds,
         optimizer=optimizers.facts(optimizer),
         text_rules=data.text_rules,
         cut_examples=data.cut_examples,

@@ -78,13 +78,11 @@ def _attempts(step: dry_step.DryStep) -> dict[str, dry_step.DryStep]:
 
 
 def answer(request: StepRequest) -> StepAnswer:
-    """Return the peak of a Cell's step on texts of `max_tokens` tokens."""
-    return _answer(Cell.model_validate(request["cell"]), request, request["answer"])
-
-
-def search_largest(request: StepRequest) -> StepAnswer:
-    """Return `tried` and `peak_by` of a search as in `request["largest"]`; or `no_peak`."""
-    cell, options = Cell.model_validate(request["cell"]), dict[str, Any](request["largest"])
+    """Return the peak of a Cell's step on texts of `max_tokens` tokens; or the results of the search in `largest`."""
+    cell = Cell.model_validate(request["cell"])
+    if "largest" not in request:
+        return _answer(cell, request, request["answer"])
+    options = dict[str, Any](request["largest"])
     of, by = options.pop("of"), ""
     import_classes(json.dumps(request["config"]), request["kind"])
 

@@ -162,7 +162,7 @@ def test_training_trains_and_keeps_raw_numbers() -> None:
     assert reported == list(enumerate(samples.losses, 1))
     assert samples.tokens == [b.real_tokens for b in given]
     assert samples.padded_tokens == [b.padded_tokens for b in given]
-    assert min(samples.seconds) > 0
+    assert min(samples.step_seconds) > 0
     assert all(p.grad is not None for p in model.parameters())  # the last step's, for the memory ledger
 
 

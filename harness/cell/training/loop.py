@@ -28,10 +28,10 @@ that the model already predicts is exactly zero."""
 
 @dataclass
 class StepSamples:
-    """Raw numbers, one per step."""
+    """Raw numbers, one per step, with the names of `TrainingMeasured`."""
 
     losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
     gradient_norms: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     padded_tokens: list[int] = field(default_factory=list)
@@ -110,7 +110,7 @@ def train(
         adapted.after_step(index + 1)
         value = float(loss)
         _synchronize(batch)
-        samples.seconds.append(time.perf_counter() - started)
+        samples.step_seconds.append(time.perf_counter() - started)
         samples.cpu_seconds += time.process_time() - cpu
         schedule.step()
         norm = layerwise.norm(trained) if layerwise else _norm(trained, optimizer)
