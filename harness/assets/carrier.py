@@ -134,8 +134,7 @@ def _failure(source: Source, pip: Subprocess) -> AssetError:
     errors = [line for line in output.splitlines() if line.startswith("ERROR:") and line != "ERROR: Exception:"]
     reason = " / ".join(errors or output.splitlines()[-1:]) or "no output"
     return AssetError(
-        f"cannot fetch {what}: pip ended with exit code {pip.exit_code}: {reason}",
-        hint=_manual_hint(source),
+        f"cannot fetch {what}: pip ended with exit code {pip.exit_code}: {reason}", hint=_manual_hint(source)
     )
 
 

@@ -133,10 +133,7 @@ def _weights(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-_NAMES = {
-    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-    "encoder": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-}
+_NAMES = {"causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "encoder": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"}
 CACHES = ("cache", "past_key_values", "cache_params")
 """Names of the key-value cache argument: since transformers 5.24, before it, and of state-space models before it."""
 _START, _END = " = OrderedDict(", "\n)\n"

@@ -17,7 +17,7 @@ from harness.process.supervisor import ANSWER
 if TYPE_CHECKING:
     import torch
 
-_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+BUILD_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 """Errors of transformers for a config that it cannot build."""
 
 
@@ -74,7 +74,7 @@ def model_misfits(model: Any, names: Sequence[str]) -> dict[str, str]:
 def _answer(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:
     try:
         return misfits(folder, kind, names)
-    except _ERRORS:
+    except BUILD_ERRORS:
         return {}
 
 

@@ -31,9 +31,6 @@ from harness.methods.spec import Adapted
 from reference.shared import layers as surgery
 from reference.shared.layers import kind_of
 
-_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-"""Errors of transformers and the references for an invalid config. A failed prediction must not end a Cell."""
-
 
 class SkipRandomDraws(TorchFunctionMode):
     """Skip random numbers: values do not matter here, and drawing them for a large model takes minutes."""
@@ -77,7 +74,7 @@ def count(
         for one in configs:
             try:
                 counted = count_method(model, method, one, names, head, DTYPES[dtype])
-            except _ERRORS as error:  # of this config; the others are still counted
+            except structure.BUILD_ERRORS as error:  # of this config; the others are still counted
                 counted = {"rank": one.get("rank"), "error": _sentence(error)}
                 model = structure.build(config, kind, DTYPES[dtype])  # the old one may be partly adapted
                 head = head_of(model, kind, lacks)
@@ -200,7 +197,7 @@ def answer(request: CountRequest) -> ModelCount:
         return count(**request)
     except AssetError as error:
         return {"error": error.what}
-    except _ERRORS as error:
+    except structure.BUILD_ERRORS as error:
         return {"error": _sentence(error)}
 
 

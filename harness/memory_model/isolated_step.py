@@ -31,8 +31,7 @@ from harness.records.record import Cell
 
 TIMEOUT_S = 30.0
 _LATE = f"a step on fake tensors took more than {TIMEOUT_S:.0f} s"
-_ERRORS = (HarnessError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError,
-           TypeError, ValueError)  # fmt: skip
+_ERRORS = (*structure.BUILD_ERRORS, HarnessError, AssertionError)
 """Errors of code that does not support fake tensors; a failed prediction must not stop a Cell."""
 
 

@@ -225,13 +225,7 @@ def _find_old(plan: Plan, out: Path | None, resume: str | None, stack: contextli
 
 
 def _reopen(
-    old: store.Run,
-    here: Environment,
-    assets: CellAssets,
-    device: str,
-    progress: Progress,
-    *,
-    is_remote: bool,
+    old: store.Run, here: Environment, assets: CellAssets, device: str, progress: Progress, *, is_remote: bool
 ) -> tuple[store.RunFolder, str, set[str]]:
     """Return an old run's folder, its id, and the ids of Cells that need not run again.
 
@@ -269,12 +263,7 @@ def _is_installed(provider: Provider) -> bool:
 
 
 def _open(
-    suite: Suite,
-    plan: Plan,
-    here: Environment,
-    out: Path | None,
-    progress: Progress,
-    stack: contextlib.ExitStack,
+    suite: Suite, plan: Plan, here: Environment, out: Path | None, progress: Progress, stack: contextlib.ExitStack
 ) -> tuple[store.RunFolder, str, set[str]]:
     """Make the run folder, locked until `stack` ends; return it, the run's id, and an empty set of finished Cells."""
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())

@@ -129,13 +129,9 @@ class _MixedLinear(nn.Module):
     def __init__(self, call: Callable[..., Any], base: Any, path: str, adapters: Adapters, config: Any) -> None:
         super().__init__()
         self.call, self.base = call, base
-        self.As, self.Bs = (self._tensors(path, letter, adapters) for letter in ("A", "B"))
+        self.As, self.Bs = ([adapter[f"{path}.{letter}"] for adapter in adapters] for letter in ("A", "B"))
         self.scalings, self.ids = [config.scaling] * len(adapters), torch.arange(len(adapters))
         self.train(base.training)
-
-    @staticmethod
-    def _tensors(path: str, letter: str, adapters: Adapters) -> list[Tensor]:
-        return [adapter[f"{path}.{letter}"] for adapter in adapters]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W x with each row's own update, and the bias."""

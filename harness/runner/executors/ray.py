@@ -231,7 +231,5 @@ def _first_line(error: Exception, otherwise: str) -> str:
 
 
 EXECUTOR = ExecutorKind(
-    "ray",
-    lambda jobs, _: Ray(jobs),
-    help="ray connects to RAY_ADDRESS, or starts Ray on this machine.",
+    "ray", lambda jobs, _: Ray(jobs), help="ray connects to RAY_ADDRESS, or starts Ray on this machine."
 )
