@@ -157,8 +157,9 @@ def peak_while(run: Callable[[], object]) -> int | None:
         if collects:
             gc.enable()
     results: Any = profile.kineto_results
-    events = sorted(results.events(), key=lambda event: event.start_ns())
-    changes = (event.nbytes() for event in events if event.name() == "[memory]")  # negative for a release
+    events: list[Any] = sorted(results.events(), key=lambda event: event.start_ns())
+    # The size of a release is negative.
+    changes = (int(event.nbytes()) for event in events if event.name() == "[memory]")
     return before + max(accumulate(changes, initial=0))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import nn
 from harness.conformance.subject import adaptable_layers, configure
 from harness.errors import UsageError
 from harness.methods.spec import TARGET_WORDS
-from harness.records.record import Json
 
 _SPREAD = 0.02
 """Standard deviation of new weights, as in BERT."""
@@ -50,7 +49,7 @@ def draw(model: nn.Module, names: Collection[str], seed: int) -> dict[str, nn.Pa
 
 
 def adapted_layers(
-    model: nn.Module, method: str, config: Mapping[str, Json], head: Collection[str]
+    model: nn.Module, method: str, config: dict[str, Any], head: Collection[str]
 ) -> tuple[Any, list[str]]:
     """Return a Method's config and the paths of the layers that it adapts, both without layers of the head.
 
