@@ -25,7 +25,7 @@ from harness.errors import Exit, Problem, SuiteError, UsageError, did_you_mean
 from harness.methods.peft_config import NO_REFERENCE, UNREFERENCED
 from harness.methods.registry import DTYPES, GROUP, Implementation, Registry, TargetKind, targets
 from harness.process.termination import handle_termination
-from harness.records.check_id import CheckId
+from harness.records.check import CheckId
 from harness.records.files import unwritable
 from harness.report import check_terminal
 

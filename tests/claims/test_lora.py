@@ -135,7 +135,7 @@ def test_lora_keeps_its_promises() -> None:
 
 
 def _twice_merged(layer: Any) -> nn.Module:
-    dense = reference.lora.dense_copy(layer.base)
+    dense = layer.dense_base()
     dense.weight.data += 2 * layer.delta()
     return dense
 

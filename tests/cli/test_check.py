@@ -289,7 +289,7 @@ def test_a_file_that_cannot_be_written_is_said_before_the_work(
     assert main(["check", "--junit", str(there), "--html", str(there)]) == Exit.USAGE
     assert "both name " in capsys.readouterr().err
     assert main(["check", "--junit", "/dev/null"]) == Exit.USAGE
-    assert "--junit: /dev/null is no file that could be replaced" in capsys.readouterr().err
+    assert "--junit: /dev/null is no regular file" in capsys.readouterr().err
     monkeypatch.setattr(files.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(OSError(30, "Read-only")))
     assert main(["check", "--html", str(there)]) == Exit.USAGE
     assert f"--html: {there}: cannot write in {tmp_path}: Read-only" in capsys.readouterr().err

@@ -18,8 +18,8 @@ from harness.cli import main
 from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER
 from harness.errors import Exit, UsageError
 from harness.memory_model import counting_client, fit, isolated_step, largest_batch, model_shapes, size_units
-from harness.memory_model.choices import OPTIMIZERS, OWN
 from harness.memory_model.counting import count
+from harness.memory_model.ledger import OPTIMIZERS, OWN
 from harness.records.record import Cell
 from harness.report import fit_table
 
@@ -302,7 +302,7 @@ def test_what_cannot_be_tried_is_said_unless_something_fits() -> None:
 
 def answered_here(questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Answer as the child process does, by the words of JSON."""
-    said = [isolated_step.search_largest(one) if "largest" in one else isolated_step.answer(one) for one in questions]
+    said = [isolated_step.answer(one) for one in questions]
     return list(json.loads(json.dumps(said)))
 
 

@@ -251,7 +251,7 @@ BAD_DATA = {
     "a label that is a word": ("text,label\none,0\ntwo,good\n", 3, "label 'good' is no integer", "rows in the table"),
     "an empty text": ("text,label\none,0\n,1\n", 3, "the text is empty", "rows in the table"),
     "too few rows": ("text,label\none,0\ntwo,1\nthree,1\n", 1, "has 3 rows, and the task tests 3", "to at most 2"),
-    "nothing": ("", 1, "not one row", "rows in the table"),
+    "nothing": ("", 1, "no rows", "rows in the table"),
 }
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from pydantic import Field
-
 from harness.methods.registry import TargetKind
 from harness.records.base_model import FrozenModel
-from harness.records.check import CheckResult, Outcome
-from harness.records.check_id import CheckId
+from harness.records.check import CheckId, CheckResult, Outcome
 
 
 class CheckStatus(StrEnum):
-    """Status of an outcome: a known defect is an expected failure, and is shown as one."""
+    """Status of an outcome. A known defect is an expected failure."""
 
     PASS = "pass"  # noqa: S105
     KNOWN_DEFECT = "known defect"
@@ -44,8 +41,7 @@ class CheckOutcome(FrozenModel):
     result: CheckResult
     defect: str = ""
     """Id of the known defect that explains the failure."""
-    execution: Execution = Field(default=Execution.COMPLETED, exclude=True)
-    """Omitted in JSON documents, which have `standing`."""
+    execution: Execution = Execution.COMPLETED
 
     @classmethod
     def of_whole_target(

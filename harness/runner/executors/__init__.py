@@ -1,4 +1,4 @@
-"""Executors by name. Each is one module of this package that declares EXECUTOR, and starts the worker once per attempt."""
+"""Executors by name. Each is a module of this package that declares EXECUTOR. It starts a worker for each attempt."""
 
 from __future__ import annotations
 
@@ -51,21 +51,18 @@ def _summary(declaration: ast.Call) -> Summary:
 
 
 def choose(name: str, jobs: int | None = None, options: Mapping[str, Sequence[str]] | None = None) -> Executor:
-    """Return the executor of that name. jobs: Cells at a time, None as it sees fit; options: values by option name."""
-    found = kinds()
+    """Return the executor called `name`. jobs: Cells at a time, None for its default; options: values by option name."""
+    found, given = kinds(), options or {}
     for kind in found.values():
-        values = (options or {}).get(kind.option.name, ()) if kind.option else ()
-        if values and kind.option and kind.name != name:
-            raise UsageError(
-                f"is for --executor {kind.name}",
-                where=f"--{kind.option.name} {values[0]}",
-                hint=f"leave it out, or add --executor {kind.name}",
-            )
+        if kind.name != name and kind.option and (values := given.get(kind.option.name)):
+            hint = f"leave it out, or add --executor {kind.name}"
+            raise UsageError(f"is for --executor {kind.name}", where=f"--{kind.option.name} {values[0]}", hint=hint)
     option = found[name].option
-    return found[name].make(jobs, (options or {}).get(option.name, ()) if option else ())
+    return found[name].make(jobs, given.get(option.name, ()) if option else ())
 
 
 def recall(folder: Path) -> None:
-    """End the Cells that a killed runner of the run in `folder` left behind, by any executor."""
+    """End the Cells that a killed runner of the run in `folder` has left running, with any executor."""
     for kind in kinds().values():
-        kind.recall(folder)
+        if kind.recall:
+            kind.recall(folder)
