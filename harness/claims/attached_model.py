@@ -66,7 +66,7 @@ def attached(built: Any, method: str, config: Mapping[str, Any]) -> Iterator[Any
     from harness.conformance.subject import configure
     from harness.memory_model import counting
 
-    with counting.attached(built, method, configure(method, config)) as adapted:
+    with counting.attached(built, method, configure(method, dict(config))) as adapted:
         yield adapted
 
 

@@ -24,8 +24,8 @@ class Interval:
     @classmethod
     def printed(cls, value: Number, last: Number) -> Interval:
         """Return the numbers that round to a printed figure. last: a unit in its last digit; 0 for an exact number."""
-        half = Fraction(last) / 2
-        return cls(Fraction(value), value - half, value + half)
+        exact, half = Fraction(value), Fraction(last) / 2
+        return cls(exact, exact - half, exact + half)
 
     def __add__(self, other: Interval) -> Interval:
         return Interval(self.value + other.value, self.least + other.least, self.most + other.most)
