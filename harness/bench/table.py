@@ -8,6 +8,7 @@ from statistics import median
 from harness.bench.results import FEWEST, INTERRUPTED, NO_GPU, BenchRow, Ceilings
 from harness.bench.steps import PRODUCTS
 from harness.conformance.findings.outcomes import CheckStatus
+from harness.console import align_columns
 
 _HEAD = ("benchmark", "shape", "dtype", "on", "{0}", "other", "", "other/{0}", "limit", "memory", "parity")
 
@@ -16,9 +17,7 @@ def as_text(rows: Sequence[BenchRow]) -> str:
     """Return the table and its notes."""
     ours = rows[0].ours if rows else "ours"
     lines = [tuple(head.format(ours) for head in _HEAD), *(_fields(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEAD))]
-    shown = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-    return "\n".join([*shown, "", *_notes(rows)]).rstrip()
+    return "\n".join([*align_columns(lines, indent=""), "", *_notes(rows)]).rstrip()
 
 
 def _fields(row: BenchRow) -> tuple[str, ...]:

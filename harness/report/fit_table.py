@@ -1,20 +1,17 @@
-"""Text output of `fit`: one row per Method, base and optimizer, then notes on the accuracy of the prediction."""
+"""Text output of `fit`: one row per Method, base and optimizer, then exceptions, then one line of explanation."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from harness.analysis.grouping import group
-from harness.conformance.tolerance_constants import FOOTPRINT_ACTIVATIONS, FOOTPRINT_LEDGER
 from harness.console import align_columns
-from harness.memory_model.size_units import UNITS, MemorySize
+from harness.memory_model.size_units import MemorySize
 from harness.report.formatting import short_count
 
 _PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "total", "left")
-_WIDTH = 110
 _Row = Mapping[str, Any]
 _Write = Callable[[_Row], str]
 
@@ -26,14 +23,15 @@ def as_text(document: Mapping[str, Any]) -> str:
     refused = [f"  {row['method']}: {row['because']}" for row in document["rows"] if row["ledger"] is None]
     several = len({row["optimizer"] for row in document["rows"]} - {"-"}) > 1
     columns = _columns(document, possible, size, several)
-    lines = [
-        *_heading(document, size, several),
-        "",
-        *align_columns([list(columns), *([write(row) for write in columns.values()] for row in possible)]),
-        *(["", *left_out] if (left_out := _left_out(document)) else []),
-        *(["", "not possible:", *dict.fromkeys(refused)] if refused else []),
+    rows = [list(columns), *([write(row) for write in columns.values()] for row in possible)]
+    exceptions = [
+        *_left_out(document),
+        *_experts(document["rows"]),
+        *_without_step(document["rows"]),
+        *(["not possible:", *dict.fromkeys(refused)] if refused else []),
     ]
-    return "\n".join([*lines, "", *_notes(document, size)])
+    blocks = [_heading(document, size, several), align_columns(rows), exceptions, [_explanation(document, size)]]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
 def _columns(document: Mapping[str, Any], rows: Sequence[_Row], size: MemorySize, several: bool) -> dict[str, _Write]:
@@ -47,9 +45,9 @@ def _columns(document: Mapping[str, Any], rows: Sequence[_Row], size: MemorySize
         columns["optimizer"] = lambda row: row["optimizer"]
     columns["rank"] = lambda row: str(row["rank"] or "-")
     if by_formula or checked:
-        columns["batch"] = lambda row: _number(row["batch"])
-        columns["longest"] = lambda row: _number(row["longest"])
-    columns["trains"] = lambda row: short_count(row["trainable"])
+        columns["batch"] = lambda row: "-" if row["batch"] is None else str(row["batch"])
+        columns["longest"] = lambda row: "-" if row["longest"] is None else f"{row['longest']:,}"
+    columns["trainable"] = lambda row: short_count(row["trainable"])
     return columns | {part: partial(_size, size, part) for part in parts}
 
 
@@ -76,51 +74,29 @@ def _heading(document: Mapping[str, Any], size: MemorySize, several: bool) -> li
     ]
 
 
-def _notes(document: Mapping[str, Any], size: MemorySize) -> list[str]:
-    """Return the notes below the table: unit, accuracy, and rows with an exception."""
-    by_formula, checked, rows = document["activations_known"], document["checked"], document["rows"]
-    notes = [
-        f"Sizes in {size.unit} ({UNITS[size.unit]:,} bytes); a row with a negative `left` does not fit. The prediction "
-        "leaves out allocator overhead, kernel workspaces and CUDA context: see `peft-harness explain fit`.",
-        *_untouched(rows),
-        *_steps(rows),
-    ]
-    if by_formula:
-        notes.append(
-            f"Accuracy in tests: weights, adapter, gradients and optimizer within {FOOTPRINT_LEDGER:.0%} of the ledgers of "
-            f"real Cells, activations within {FOOTPRINT_ACTIVATIONS:.0%} of the tensors that autograd saves in small Llamas."
-        )
-    elif not checked:
-        notes.append(
-            "Activations are not predicted, since the closed form only covers Llama-like models. They need part of `left`."
-        )
-    if not checked:
-        notes.append("Temporary tensors are not included; run without --formulas to include them.")
-    return [line for text in notes for line in textwrap.wrap(text, _WIDTH)]
+def _explanation(document: Mapping[str, Any], size: MemorySize) -> str:
+    """Return one line: the unit, and the memory that the columns leave out. The rest is in `explain fit`."""
+    left_out = ["allocator waste", "kernel workspaces", "CUDA context"]
+    if not document["checked"]:
+        left_out.insert(0, "temporary tensors")
+        if not document["activations_known"]:
+            left_out.insert(0, "activations")
+    return f"sizes in {size.unit}; not included: {', '.join(left_out)} (`peft-harness explain fit`)"
 
 
-def _untouched(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _experts(rows: Sequence[_Row]) -> list[str]:
     found = dict.fromkeys((row["untouched"], row["method"]) for row in rows if row["ledger"] and row["untouched"])
-    return [f"{', '.join(names)}: {what}." for what, names in group(found).items()]
+    return [f"{', '.join(names)}: {what}" for what, names in group(found).items()]
 
 
-def _steps(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return notes on the implementations of the steps, and on rows without a step."""
-    by = group(dict.fromkeys((row["peak_by"], row["method"]) for row in rows if row.get("peak_B") is not None))
-    code = "; ".join(f"`{name}` of {', '.join(several)}" for name, several in by.items())
-    without_step = group(
+def _without_step(rows: Sequence[_Row]) -> list[str]:
+    """List the rows whose step could not be simulated, by reason."""
+    found = group(
         (row["no_peak"], f"{row['method']} on {row['base']} by {row['optimizer']}")
         for row in rows
         if row["ledger"] and row.get("no_peak")
     )
-    notes = [
-        f"peak: a training step on fake tensors ({code}), within {FOOTPRINT_LEDGER:.0%} of measured steps of small models."
-    ]
-    return (notes if by else []) + [f"Not checked: {', '.join(names)}; {why}." for why, names in without_step.items()]
-
-
-def _number(number: int | None) -> str:
-    return "-" if number is None else f"{number:,}"
+    return [f"no training step simulated for {', '.join(names)}: {why}" for why, names in found.items()]
 
 
 def _size(size: MemorySize, part: str, row: _Row) -> str:

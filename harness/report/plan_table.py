@@ -11,31 +11,32 @@ from harness.assets.table import resolve
 from harness.console import align_columns
 from harness.errors import StoreError, plural
 from harness.memory_model import plan_prediction
+from harness.memory_model.plan_prediction import PlannedMemory
 from harness.records import naming, store
-from harness.records.record import SCHEMA, Predicted, Record, Status
-from harness.report.formatting import mebibytes, seconds
+from harness.records.record import SCHEMA, Record, Status
+from harness.report.formatting import mebibytes, seconds, short_count
 from harness.suites.expand import Plan
 from harness.suites.suite import Suite
 
-_HEAD = ("cell", "id", "name", "memory, MiB", "weights", "activations", "last run")
+_HEAD = ("cell", "id", "name", "trainable", "memory, MiB", "weights", "activations", "last run")
 
 
-def predictions(suite: Suite, plan: Plan) -> dict[str, Predicted | str]:
-    """Predict the memory of every Cell of the plan from the shape of its model, in one child process."""
+def predictions(suite: Suite, plan: Plan) -> dict[str, PlannedMemory | str]:
+    """Predict the memory of every Cell of the plan from its model's shape, in one child process; see `plan_prediction`."""
     base = suite.path.resolve().parent
     sources = {cell.model: resolve(cell.model, suite.sources, base) for cell in plan.cells}
     labels = {name: task.labels for name, task in suite.tasks.items()}
-    all_tokens = {name for name, task in suite.tasks.items() if task.answers and task.answers.loss == "all"}
-    return plan_prediction.predictions(plan.cells, sources, labels, all_tokens)
+    every = {name for name, task in suite.tasks.items() if task.answers and task.answers.loss == "all"}
+    return plan_prediction.predictions(plan.cells, sources, labels, every)
 
 
 def planning(
-    suite: Suite, plan: Plan, runs: Path = store.RUNS, predicted: Mapping[str, Predicted | str] | None = None
+    suite: Suite, plan: Plan, runs: Path = store.RUNS, predicted: Mapping[str, PlannedMemory | str] | None = None
 ) -> dict[str, Any]:
     """Return the plan as one document, ready for JSON.
 
-    A Cell without a finished Record in `runs` has no estimate of time; a Cell that is not in `predicted` has no estimate of
-    memory.
+    Nothing is guessed: a Cell without a finished Record in `runs` has no estimate of time, and a Cell that is not in
+    `predicted` has none of memory.
     """
     named = naming.full(plan.cells)
     newest = _newest({cell.cell_id for cell in plan.cells}, runs)
@@ -89,20 +90,21 @@ def as_text(document: Mapping[str, Any]) -> str:
     )
 
 
-def _predicted(found: Predicted | str | None) -> dict[str, Any]:
+def _predicted(found: PlannedMemory | str | None) -> dict[str, Any]:
     """Return the keys of a Cell's prediction. total_B: highest memory on the device at one time, as far as known."""
-    if not isinstance(found, Predicted):
+    if not isinstance(found, PlannedMemory):
         return {"predicted": None, "not_predicted": found or ""}
     return {"predicted": {**found.model_dump(), "total_B": found.total_B}, "not_predicted": ""}
 
 
-def _sizes(predicted: Mapping[str, Any] | None) -> tuple[str, str, str]:
-    """Return the total, the weights and the activations with logits, in MiB."""
+def _sizes(predicted: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Return the trainable parameters, and in MiB the total, the weights, and the activations with logits."""
     if predicted is None:
-        return ("-", "-", "-")
+        return ("-",) * 4
     activations = predicted["activations_B"]
     passing = "-" if activations is None else mebibytes(activations + (predicted["logits_B"] or 0))
-    return (mebibytes(predicted["total_B"]), mebibytes(predicted["weights_B"]), passing)
+    sizes = (mebibytes(predicted["total_B"]), mebibytes(predicted["weights_B"]), passing)
+    return (short_count(predicted["trainable"]), *sizes)
 
 
 def _notes(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -113,7 +115,7 @@ def _notes(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             "Predicted memory leaves out allocator overhead, evaluation and latency. Details: peft-harness explain memory"
         )
     for what, n in Counter(p["untouched"] for p in predicted if p["untouched"]).items():
-        yield f"in {plural(n, 'Cell')}: {what}"
+        yield f"of {plural(n, 'Cell')}: {what}"
     for why, n in Counter(p["no_peak"] for p in predicted if p["no_peak"]).items():
         yield f"no training step simulated for {plural(n, 'Cell')}: {why}"
     for why, n in Counter(row["not_predicted"] for row in cells if row["not_predicted"]).items():
@@ -129,7 +131,7 @@ def _newest(wanted: set[str], runs: Path) -> dict[str, Record]:
             try:
                 newest[cell_id] = store.read_record(path)
             except StoreError:
-                continue  # a torn file: use an older one; `report` shows the torn file
+                continue  # torn: use an older one; `report` shows the torn file
     return newest
 
 
@@ -159,7 +161,7 @@ def _summary(estimate: Mapping[str, Any]) -> str:
         f"; largest predicted memory {mebibytes(largest)} MiB" if largest is not None else ""
     )
     if not known:
-        return f"{text}; time unknown until a first run on this machine"
+        return f"{text}; time unknown until they have run here once"
     rest = f"; time unknown for the other {count - known}" if known < count else ""
     peak = f", peak {mebibytes(estimate['peak_memory_B'])} MiB" if estimate["peak_memory_B"] else ""
-    return f"{text}; {known} took {seconds(estimate['seconds'])} in their last run{peak}{rest}"
+    return f"{text}; {known} took {seconds(estimate['seconds'])} last time{peak}{rest}"

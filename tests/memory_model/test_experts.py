@@ -127,4 +127,4 @@ matrix:
         plan_table.planning(suite, plan, tmp_path / "none", plan_table.predictions(suite, plan))
     ).splitlines()
     (line,) = (line for line in said if SAID in line)
-    assert line.startswith("in 1 Cell: ")
+    assert line.startswith("of 1 Cell: ")

@@ -6,8 +6,7 @@ from enum import StrEnum
 
 from harness.methods.registry import TargetKind
 from harness.records.base_model import FrozenModel
-from harness.records.check import CheckResult, Outcome
-from harness.records.check_id import CheckId
+from harness.records.check import CheckId, CheckResult, Outcome
 
 
 class CheckStatus(StrEnum):

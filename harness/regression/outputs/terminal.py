@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from harness.analysis.comparison.baseline_rows import TIMES, FindingKind, Findings
+from harness.console import align_columns
 from harness.regression.outputs import formatting
 from harness.regression.outputs.formatting import HEAD
 from harness.report.tones import icon
@@ -31,7 +32,7 @@ def lines(findings: Findings, *, all_rows: bool = False, first: str = HEAD[0]) -
             if kind is FindingKind.TIME:  # the title has the reason that is common to most rows
                 title = f"{title} ({TIMES})"
                 fields = [(*line[:-1], "" if line[-1] == TIMES else line[-1]) for line in fields]
-            found += [title, *_aligned([(first, *HEAD[1:]), *fields])]
+            found += [title, *_aligned((first, *HEAD[1:]), fields)]
             found += [f"  and {left_out} more rows: see --all or --json"] if left_out else []
         found += [""] if rows else []
     found += [f"rows that are equal in both: {', '.join(same)}"] if same else []
@@ -41,9 +42,8 @@ def lines(findings: Findings, *, all_rows: bool = False, first: str = HEAD[0]) -
     return [*found, f"{icon(v.word)} {v.word.value}: {v.reason}"]
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align columns, words to the left and numbers to the right; a column with only a heading is left out."""
-    used = [i for i in range(len(rows[0])) if not i or any(row[i] for row in rows[1:])]
-    widths = {i: max(len(row[i]) for row in rows) for i in used}
-    signs = {i: "<" if not i or rows[0][i] in _WORDS else ">" for i in used}
-    return [("  " + "  ".join(f"{row[i]:{signs[i]}{widths[i]}}" for i in used)).rstrip() for row in rows]
+def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Align columns, words to the left and numbers to the right; a column without values is left out."""
+    used = [i for i in range(len(head)) if not i or any(row[i] for row in rows)]
+    numbers = {column for column, i in enumerate(used) if i and head[i] not in _WORDS}
+    return align_columns([[row[i] for i in used] for row in (head, *rows)], right=numbers)
