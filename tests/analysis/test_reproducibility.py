@@ -97,9 +97,7 @@ def test_an_equal_rerun_elsewhere_needs_no_cause(first: Run, tmp_path: Path) -> 
     ("field", "sentence"),
     [("initial_state_sha256", "initial state: 1111, 2222"), ("data_order_sha256", "order of the data: 1111, 2222")],
 )
-def test_a_difference_determined_by_the_seed_explains_nothing(
-    tmp_path: Path, field: str, sentence: str
-) -> None:
+def test_a_difference_determined_by_the_seed_explains_nothing(tmp_path: Path, field: str, sentence: str) -> None:
     one = _again(tmp_path / "one", lambda _, r: _trained(r, **{field: "1111"}))
     two = _again(tmp_path / "two", lambda n, r: _trained(_nudged(n, r), **{field: "2222"}))
     unequal = _unequal([one, two])
