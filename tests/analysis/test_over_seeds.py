@@ -210,7 +210,7 @@ def test_a_recipe_that_lacks_a_seed_is_not_ranked_with_the_others(tmp_path: Path
     found = ranking.groups(_run(tmp_path / "r", cells, crashed=(cells[-1][1].cell_id,)))
     assert [[(e.record.cell.method, len(e.records)) for e in g.ranked] for g in found] == [[("full", 3)], [("lora", 2)]]
     page = Page(html.render([analyse(_run(tmp_path / "again", cells, crashed=(cells[-1][1].cell_id,)))])).text
-    assert "Nothing else was given the same budget (and the same seeds)" in page
+    assert "No other recipe has the same budget and the same seeds" in page
 
 
 def test_better_over_seeds_is_judged_by_the_interval_of_the_difference(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_the_answer_comes_from_a_child_process_and_the_command_imports_no_torch(
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "counting gpt-3-175b-shape without its weights ...\n")
     assert "174,604," in done.stdout
-    assert "Activations are not predicted" in done.stdout
+    assert "not included: activations" in done.stdout
     assert re.search(r"^  dora +none +4 ", done.stdout, re.MULTILINE)  # whose layers are GPT-2's
 
 
@@ -206,7 +206,7 @@ def test_an_encoder_is_counted_with_its_new_head_and_without_activations(
     monkeypatch.setattr(fit, "count_model", lambda asked: counted)
     words = [*words[:5], "--rank", "8", "--formulas"]
     assert main(["fit", *words]) == Exit.PASS
-    assert "Activations are not predicted" in capsys.readouterr().out
+    assert "not included: activations" in capsys.readouterr().out
     # Two of its 514 positions are for padding.
     assert main(["fit", *words, "--tokens", "513"]) == Exit.USAGE
     assert "roberta-base reads 512 tokens at most, got 513" in capsys.readouterr().err
