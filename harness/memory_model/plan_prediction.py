@@ -25,6 +25,13 @@ _SAME = {"lr": 1e-3, "head_lr": None, "warmup": 0, "weight_decay": 0.0}
 """Training options that do not change the memory of a step."""
 
 
+class PlannedMemory(Predicted):
+    """Prediction for a Cell of a plan."""
+
+    trainable: int
+    """Trainable parameters, counted with the reference of its Method attached."""
+
+
 def count_request(cell: Cell, config: Mapping[str, Any], kind: str, labels: int, checkpoint: str = "") -> CountRequest:
     """Return the request for one Cell. labels: number of an encoder's labels; checkpoint: as in `CountRequest`."""
     facts = shapes.with_classes(config, labels) if kind == "encoder" else dict(config)
@@ -72,13 +79,13 @@ def prediction(cell: Cell, counted: ModelCount, *, on_cpu: bool = False, every_t
 
 def predictions(
     cells: Iterable[Cell], sources: Mapping[str, Source], labels: Mapping[str, int], every_token: Collection[str] = ()
-) -> dict[str, Predicted | str]:
+) -> dict[str, PlannedMemory | str]:
     """Map cell_ids to predictions, or to the reasons why there are none.
 
     sources: models of the Cells, by name. labels: number of labels, by task. every_token: tasks with a loss on every token.
     Nothing is downloaded: a model that is not on this machine has no prediction.
     """
-    found: dict[str, Predicted | str] = {}
+    found: dict[str, PlannedMemory | str] = {}
     requests: dict[str, tuple[Cell, CountRequest]] = {}
     local = {name: _local_model(source) for name, source in sources.items()}
     for cell in cells:
@@ -107,10 +114,13 @@ def predictions(
         if "error" not in counted:
             index = counts[_count_key(one)]["methods"][cell.method].index(cell.config)
             counted = {**counted, "methods": {cell.method: [counted["methods"][cell.method][index]]}}
-        of_cell = prediction(cell, counted, every_token=cell.task in every_token)
-        if isinstance(of_cell, Predicted):
-            of_cell = of_cell.model_copy(update=by_key.get(_key(_step(cell, one, every_token)), late))
-        found[cell_id] = of_cell
+        of_shape = prediction(cell, counted, every_token=cell.task in every_token)
+        if isinstance(of_shape, Predicted):
+            (method,) = counted["methods"][cell.method]
+            of_step = by_key.get(_key(_step(cell, one, every_token)), late)
+            found[cell_id] = PlannedMemory(**of_shape.model_dump() | of_step, trainable=method["trainable"])
+        else:
+            found[cell_id] = of_shape
     return found
 
 

@@ -1,18 +1,15 @@
-"""Text output of `fit`: one row per Method, base and optimizer, then notes on the accuracy of the prediction."""
+"""Text output of `fit`: one row per Method, base and optimizer, then exceptions, then one line of explanation."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from harness.conformance.tolerance_constants import FOOTPRINT_ACTIVATIONS, FOOTPRINT_LEDGER
 from harness.console import align_columns
-from harness.memory_model.size_units import UNITS, MemorySize
+from harness.memory_model.size_units import MemorySize
 from harness.report.formatting import short_count
 
 _PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "total", "left")
-_WIDTH = 110
 
 
 def as_text(document: Mapping[str, Any]) -> str:
@@ -30,7 +27,7 @@ def as_text(document: Mapping[str, Any]) -> str:
         *(["optimizer"] if several else []),
         "rank",
         *(["batch", "longest"] if known else []),
-        "trains",
+        "trainable",
         *shown,
     ]
     rows, refused = [head], []
@@ -44,14 +41,14 @@ def as_text(document: Mapping[str, Any]) -> str:
             *([_batch(row), _tokens(row["longest"])] if known else []),
         ]
         rows.append([*name, *at, short_count(row["trainable"]), *(_size(size, row, part) for part in shown)])
-    lines = [
-        *_heading(document, size, several),
-        "",
-        *align_columns(rows),
-        *(["", *left_out] if (left_out := _left_out(document)) else []),
-        *(["", "not possible:", *dict.fromkeys(refused)] if refused else []),
+    exceptions = [
+        *_left_out(document),
+        *_experts(document["rows"]),
+        *_without_step(document["rows"]),
+        *(["not possible:", *dict.fromkeys(refused)] if refused else []),
     ]
-    return "\n".join([*lines, "", *_notes(document, size)])
+    blocks = [_heading(document, size, several), align_columns(rows), exceptions, [_explanation(document, size)]]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
 def _left_out(document: Mapping[str, Any]) -> list[str]:
@@ -80,53 +77,31 @@ def _heading(document: Mapping[str, Any], size: MemorySize, several: bool) -> li
     ]
 
 
-def _notes(document: Mapping[str, Any], size: MemorySize) -> list[str]:
-    """Return the notes below the table: unit, accuracy, and rows with an exception."""
-    by_formula, checked, rows = document["activations_known"], document["checked"], document["rows"]
-    notes = [
-        f"Sizes in {size.unit} ({UNITS[size.unit]:,} bytes); a negative `left` does not fit. A prediction without allocator "
-        "waste, kernel workspaces and CUDA context: see `peft-harness explain fit`.",
-        *_untouched(rows),
-        *_steps(rows),
-    ]
-    if by_formula:
-        notes.append(
-            f"Tests: weights, adapter, gradients and optimizer within {FOOTPRINT_LEDGER:.0%} of the ledgers of real Cells, "
-            f"activations within {FOOTPRINT_ACTIVATIONS:.0%} of autograd's saved tensors in small Llamas."
-        )
-    elif not checked:
-        notes.append(
-            "Activations are not predicted: the closed form covers Llama-like models only. `left` is for them."
-        )
-    if not checked:
-        notes.append("Temporary tensors are not included: run without --formulas.")
-    return [line for text in notes for line in textwrap.wrap(text, _WIDTH)]
+def _explanation(document: Mapping[str, Any], size: MemorySize) -> str:
+    """Return one line: the unit, and the memory that the columns leave out. The rest is in `explain fit`."""
+    left_out = ["allocator waste", "kernel workspaces", "CUDA context"]
+    if not document["checked"]:
+        left_out.insert(0, "temporary tensors")
+        if not document["activations_known"]:
+            left_out.insert(0, "activations")
+    return f"sizes in {size.unit}; not included: {', '.join(left_out)} (`peft-harness explain fit`)"
 
 
-def _untouched(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _experts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     found: dict[str, list[str]] = {}
     for row in rows:
         if row["ledger"] and row["untouched"] and row["method"] not in found.setdefault(row["untouched"], []):
             found[row["untouched"]].append(row["method"])
-    return [f"{', '.join(names)}: {what}." for what, names in found.items()]
+    return [f"{', '.join(names)}: {what}" for what, names in found.items()]
 
 
-def _steps(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return notes on the code of the steps, and on rows without a step."""
-    by: dict[str, list[str]] = {}
-    for row in rows:
-        if row.get("peak_B") is not None and row["method"] not in by.setdefault(row["peak_by"], []):
-            by[row["peak_by"]].append(row["method"])
-    code = "; ".join(f"`{name}` of {', '.join(several)}" for name, several in by.items())
-    without_step: dict[str, list[str]] = {}
+def _without_step(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """List the rows whose step could not be simulated, by reason."""
+    found: dict[str, list[str]] = {}
     for row in rows:
         if row["ledger"] and row.get("no_peak"):
-            name = f"{row['method']} on {row['base']} by {row['optimizer']}"
-            without_step.setdefault(row["no_peak"], []).append(name)
-    notes = [
-        f"peak: a training step on fake tensors ({code}), within {FOOTPRINT_LEDGER:.0%} of measured steps of small models."
-    ]
-    return (notes if by else []) + [f"Not checked: {', '.join(names)}; {why}." for why, names in without_step.items()]
+            found.setdefault(row["no_peak"], []).append(f"{row['method']} on {row['base']} by {row['optimizer']}")
+    return [f"no training step simulated for {', '.join(names)}: {why}" for why, names in found.items()]
 
 
 def _batch(row: Mapping[str, Any]) -> str:

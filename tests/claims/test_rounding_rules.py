@@ -33,10 +33,10 @@ def judged(folder: Path, printed: str, ours: str, rounding: str = "") -> JudgedC
     ("printed", "ours", "rounding", "verdict", "rule"),
     [
         ("10x", "6.857", "magnitude", "reproduced", MAGNITUDE),
-        ("3x", "3.4", "{about: 16%}", "reproduced", "within 16% of what is printed"),
-        ("3x", "3.5", "{about: 16%}", "not-reproduced", "within 16% of what is printed"),
+        ("3x", "3.4", "{about: 16%}", "reproduced", "within 16% of the printed figure"),
+        ("3x", "3.5", "{about: 16%}", "not-reproduced", "within 16% of the printed figure"),
         ("3x", "3.9", "cut", "reproduced", "digits cut off, not rounded"),
-        ("3x", "3", "{about: 0%}", "reproduced", "exactly what is printed"),
+        ("3x", "3", "{about: 0%}", "reproduced", "equal to the printed figure"),
         ("3x", "3.4", "nearest", "reproduced", ""),
         ("3x", "3.4", "", "reproduced", ""),
         ("> 3x", "3.4", "{about: 16%}", "reproduced", ""),  # the sign is the rule, and is printed

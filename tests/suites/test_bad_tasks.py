@@ -236,7 +236,7 @@ def test_one_set_may_be_tested_and_train_and_is_then_counted_for_both(tmp_path: 
 def test_an_encoder_writes_no_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, said = run(capsys, "plan", str(answered(tmp_path, suite=SUITE.replace("tiny-llama", "minilm-l6"))))
     assert code == Exit.USAGE
-    assert "suite.yaml:8: task.yaml is for causal models, and minilm-l6 is an encoder" in said
+    assert "suite.yaml:8: task.yaml is for causal models, but minilm-l6 is an encoder" in said
 
 
 # Local data: (what the file holds, line in it, message, mend). The task keeps 3 rows for its test.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import pkgutil
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
 from harness.errors import UsageError
-from harness.runner.executors.executor import Executor, ExecutorKind
+from harness.runner.executors.executor import Executor, ExecutorKind, ExecutorOption
+
+Summary = tuple[str, str, ExecutorOption | None]
+"""Name, help and option of an executor."""
 
 
 def kinds() -> dict[str, ExecutorKind]:
@@ -18,9 +22,32 @@ def kinds() -> dict[str, ExecutorKind]:
     return {kind.name: kind for kind in declared if kind is not None}
 
 
+def summaries() -> list[Summary]:
+    """Return the summary of every executor, read from its source: importing the executors would slow down `--help`."""
+    return [
+        _summary(node.value)
+        for folder in __path__
+        for file in sorted(Path(folder).glob("*.py"))
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "EXECUTOR"
+        if isinstance(node.value, ast.Call)
+    ]
+
+
 def option_names() -> list[str]:
     """Return the names of all executors' options."""
-    return [kind.option.name for kind in kinds().values() if kind.option]
+    return [option.name for _, _, option in summaries() if option]
+
+
+def _summary(declaration: ast.Call) -> Summary:
+    values = {str(keyword.arg): keyword.value for keyword in declaration.keywords}
+    name = declaration.args[0] if declaration.args else values["name"]
+    about, option = values.get("help"), values.get("option")
+    return (
+        ast.literal_eval(name),
+        ast.literal_eval(about) if about else "",
+        ExecutorOption(*map(ast.literal_eval, option.args)) if isinstance(option, ast.Call) else None,
+    )
 
 
 def choose(name: str, jobs: int | None = None, options: Mapping[str, Sequence[str]] | None = None) -> Executor:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
-from harness.cell.job import Job
-from harness.records.record import Cell, Record
-from harness.runner.attempt import RunContext
+if TYPE_CHECKING:
+    from harness.cell.job import Job
+    from harness.records.record import Cell, Record
+    from harness.runner.attempt import RunContext
 
 Device = Literal["cpu", "cuda"]
 
@@ -62,7 +63,10 @@ class ExecutorOption:
 
 @dataclass(frozen=True)
 class ExecutorKind:
-    """The declaration of an executor: the constant EXECUTOR of its module in this package."""
+    """The declaration of an executor: the constant EXECUTOR of its module in this package.
+
+    `--help` reads `name`, `help` and `option` from the source (`executors.options`), so they are written as literals.
+    """
 
     name: str
     """The value of `--executor`."""
