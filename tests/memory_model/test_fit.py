@@ -19,7 +19,7 @@ from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER
 from harness.errors import Exit, UsageError
 from harness.memory_model import counting_client, fit, isolated_step, largest_batch, model_shapes, size_units
 from harness.memory_model.counting import count
-from harness.memory_model.ledger import OPTIMIZERS, OWN
+from harness.memory_model.ledger import OPTIMIZERS, OWN, Ledger
 from harness.records.record import Cell
 from harness.report import fit_table
 
@@ -94,7 +94,7 @@ def test_no_other_rank_has_a_larger_product(of_llama_7b: dict[str, Any], capsys:
     found = row(document(capsys, "--memory", "24GiB"), "lora", "nf4")
     for one in of_llama_7b["methods"]["lora"]:
         more = found["rank"] * found["batch"] // one["rank"] + 1
-        needed = fit.ledger(one, "nf4", "adamw", of_llama_7b["logits"], 512 * more, checkpointing=False)
+        needed = Ledger.of(one, "nf4", "adamw", of_llama_7b["logits"], 512 * more, checkpointing=False, layerwise=False)
         assert needed.total > 24 * 2**30
 
 
