@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,6 +34,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("e2e")
 
 
+_imported = 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Hide what was imported since the last test from the garbage collector, as the worker of a Cell does.
+
+    A Cell collects before each phase. With the imports of all tests a collection takes a third of a second.
+    """
+    global _imported
+    if len(sys.modules) > _imported:
+        _imported = len(sys.modules)
+        gc.collect()
+        gc.freeze()
+
+
 def shared_folder(factory: pytest.TempPathFactory) -> Path:
     """Return the temporary folder of the whole session, which all workers of pytest-xdist share."""
     base = factory.getbasetemp()
@@ -55,6 +73,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = shared_folder(tmp_path_factory) / "cache"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture
+def counting_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `fit` and `plan` count in this process, which has imported torch already."""
+    from harness.memory_model import counting_client
+    from support import counting
+
+    monkeypatch.setattr(counting_client, "run_requests", counting.run_requests)
 
 
 @pytest.fixture
