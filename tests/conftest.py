@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from harness.records import store
-from support.sandbox import Finished, Sandbox, make_sandbox
+from support import forked_modules
+from support.sandbox import Finished, ForkSandbox, Sandbox, make_sandbox
 
 # Several workers at once, each with a thread per core, would wait for each other in loops. Before torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -30,7 +31,9 @@ TIERS = {"e2e", "slow", "cluster", "build", "real"}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark a test that runs the whole command in a sandbox as `e2e`."""
     for item in items:
-        if "sandbox" in getattr(item, "fixturenames", ()) and not TIERS & {mark.name for mark in item.iter_markers()}:
+        if {"sandbox", "fork_sandbox"} & set(getattr(item, "fixturenames", ())) and not TIERS & {
+            mark.name for mark in item.iter_markers()
+        }:
             item.add_marker("e2e")
 
 
@@ -76,17 +79,27 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def counting_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `fit` and `plan` count in this process, which has imported torch already."""
-    from harness.memory_model import counting_client
-    from support import counting
-
-    monkeypatch.setattr(counting_client, "run_requests", counting.run_requests)
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the harness fork this process, which has imported torch, where it would start Python anew."""
+    forked_modules.use(monkeypatch)
 
 
 @pytest.fixture
 def sandbox(tmp_path: Path, cache: Path) -> Sandbox:
     return make_sandbox(tmp_path, cache)
+
+
+@pytest.fixture
+def fork_sandbox(
+    tmp_path: Path, cache: Path, forks: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> ForkSandbox:
+    """A sandbox for tests of what happens in a Cell, not of its process: quicker, since nothing is imported again."""
+    made = make_sandbox(tmp_path, cache)
+    for name, value in {**made.environment, "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.syspath_prepend(made.folder / "plugin")
+    monkeypatch.chdir(made.folder)
+    return ForkSandbox(made.folder, made.environment, capsys)
 
 
 @pytest.fixture(scope="session")

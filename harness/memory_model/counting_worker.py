@@ -21,11 +21,10 @@ def main(argv: list[str]) -> None:
     if hasattr(os, "fork"):
         die_with_parent(int(argv[1]))
     for request in json.loads(Path(argv[2]).read_bytes()):
-        print(json.dumps(answer(request)), flush=True)
+        print(json.dumps(_answer(request)), flush=True)
 
 
-def answer(request: Any) -> ModelCount | StepAnswer:
-    """Answer one request."""
+def _answer(request: Any) -> ModelCount | StepAnswer:
     return isolated_step.answer(request) if "cell" in request else counting.answer(request)
 
 

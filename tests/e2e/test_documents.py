@@ -96,7 +96,7 @@ def test_list(command: Command, kind: str) -> None:
     assert without_prose(json.loads(command(f"list-{kind}", "list", kind, "--json"))) == expected(f"list-{kind}")
 
 
-@pytest.mark.usefixtures("counting_here")
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize("suite", ["smoke", pytest.param("quick", marks=pytest.mark.slow)])
 def test_plan_and_cell_ids(command: Command, suite: str) -> None:
     printed = command(f"plan-{suite}", "plan", suite, "--json")
@@ -108,7 +108,7 @@ def test_plan_and_cell_ids(command: Command, suite: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("counting_here")
+@pytest.mark.usefixtures("forks")
 def test_fit(command: Command) -> None:
     printed = command("fit", "fit", "llama-7b", "--memory", "24GiB", "--formulas", "--json")
     assert without_prose(json.loads(printed)) == expected("fit")

@@ -17,12 +17,12 @@ from harness.assets import generated, shapes
 from harness.cli import main
 from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER
 from harness.errors import Exit, UsageError
-from harness.memory_model import counting_client, fit, isolated_step, largest_batch, model_shapes, size_units
+from harness.memory_model import fit, isolated_step, largest_batch, model_shapes, size_units
 from harness.memory_model.counting import count
 from harness.memory_model.ledger import OPTIMIZERS, OWN, Ledger
 from harness.records.record import Cell
 from harness.report import fit_table
-from support import counting
+from support import forked_modules
 
 # Weights as the papers print them, in thousand millions: tables 2, 3 and 2.1.
 PRINTED = {
@@ -41,14 +41,14 @@ RELEASED = {
 ASKED = ("lora", "qlora", "full", "galore", "frozen")
 
 
-pytestmark = pytest.mark.usefixtures("counting_here")
+pytestmark = pytest.mark.usefixtures("forks")
 
 
 @pytest.fixture(scope="module")
 def of_llama_7b() -> dict[str, Any]:
     """Count Llama-7B once for all tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(counting_client, "run_requests", counting.run_requests)
+        forked_modules.use(patch)
         return fit.count_model(fit.fit_request("llama-7b", "24GiB", ASKED, optimizers=OPTIMIZERS))
 
 

@@ -8,7 +8,11 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
+import pytest
+
+from harness.cli import main
 from harness.records import store
 from support.processes import PATIENCE_S, eventually
 
@@ -157,6 +161,21 @@ class Sandbox:
         pids = [int(pid) for pid in (self.folder / "pids").read_text().split()]
         (self.folder / "pids").unlink()
         return pids
+
+
+@dataclass(frozen=True)
+class ForkSandbox(Sandbox):
+    """Runs the command in this process, and processes of the harness's modules as forks of it."""
+
+    printed: pytest.CaptureFixture[str]
+
+    def command(self, *arguments: str) -> Finished:
+        self.printed.readouterr()
+        code = main(list(arguments))
+        return Finished(code, *self.printed.readouterr())
+
+    def start(self, *arguments: str) -> NoReturn:
+        raise TypeError("a test of processes takes the fixture `sandbox`")
 
 
 def _hear_ctrl_c() -> None:
