@@ -64,14 +64,24 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
         ),
         (("doc_to_target: label", "doc_to_target: answer"), 4, "`doc_to_target` is 'answer'; training", "write label"),
         (("doc_to_target: label", 'doc_to_target: "{{1 - label}}"'), 4, "`doc_to_target` is", "write label"),
-        (("doc_to_text: ", "num_fewshot: 3\ndoc_to_text: "), 3, "`num_fewshot` is not honoured", "`doc_to_text`"),
-        (("doc_to_text: ", "description: Judge.\ndoc_to_text: "), 3, "`description` is not honoured", "`doc_to_text`"),
-        (("doc_to_text: ", "test_split: test\ndoc_to_text: "), 3, "`test_split` is not honoured", "from `metadata`"),
-        (("doc_to_text: ", "process_docs: f\ndoc_to_text: "), 3, "`process_docs` is not honoured", "honoured: task"),
+        (("doc_to_text: ", "num_fewshot: 3\ndoc_to_text: "), 3, "`num_fewshot` is not supported", "`doc_to_text`"),
+        (("doc_to_text: ", "description: Judge.\ndoc_to_text: "), 3, "`description` is not supported", "`doc_to_text`"),
+        (("doc_to_text: ", "test_split: test\ndoc_to_text: "), 3, "`test_split` is not supported", "from `metadata`"),
+        (
+            ("doc_to_text: ", "process_docs: f\ndoc_to_text: "),
+            3,
+            "`process_docs` is not supported",
+            "supported keys: task",
+        ),
         (("doc_to_text: ", "target_delimeter: x\ndoc_to_text: "), 3, "`target_delimeter` is not", "`target_delimiter`"),
         (('target_delimiter: " "', "target_delimiter: 1"), 6, "`target_delimiter` is 1", "in quotes"),
-        (("{{text}}", "{{sentence}}"), 3, "`doc_to_text` uses `sentence`, which no row has", "id, text, label"),
-        (("{{text}}", "{{text}"), 3, "`doc_to_text` is no template", "correct its braces"),
+        (
+            ("{{text}}", "{{sentence}}"),
+            3,
+            "`doc_to_text` uses `sentence`, but rows have no such key",
+            "id, text, label",
+        ),
+        (("{{text}}", "{{text}"), 3, "`doc_to_text` is not a template", "correct its braces"),
         (('doc_to_text: "{{text}} ="', "doc_to_text: 1"), 3, "`doc_to_text` is 1", "write a text in quotes"),
         (
             ("text: text", "text: review"),
@@ -107,7 +117,7 @@ def test_mistakes_of_the_shape_of_a_task_come_first(tmp_path: Path) -> None:
         (body, ["task.yaml:5 `doc_to_target` is given twice, first in line 4", "task.yaml:15 `test` is 'many'"]),
         (
             body.replace("test: many", "test: 64").replace("doc_to_target: !env TARGET\n", ""),
-            ["task.yaml:3 `doc_to_text` uses `txt`, which no row has"],
+            ["task.yaml:3 `doc_to_text` uses `txt`, but rows have no such key"],
         ),
     ):
         (tmp_path / "task.yaml").write_text(text)
@@ -162,7 +172,7 @@ def test_a_sound_generative_task(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "line", "message", "hint"),
     [
-        (("{{prompt}}", "{{text}}"), 3, "`doc_to_text` uses `text`, which no row has", "id, prompt, answer"),
+        (("{{prompt}}", "{{text}}"), 3, "`doc_to_text` uses `text`, but rows have no such key", "id, prompt, answer"),
         (('until: ["."], ', ""), 5, "`until` is None", "list the texts that end an answer"),
         (("max_gen_toks: 8", "max_gen_toks: 0"), 5, "`max_gen_toks` is 0", "at least 1"),
         (
@@ -171,10 +181,10 @@ def test_a_sound_generative_task(tmp_path: Path) -> None:
             "`temperature` is 0.7: answers are generated greedily",
             "remove it",
         ),
-        (("max_gen_toks: 8", "num_beams: 4"), 5, "`num_beams` is not honoured", "remove it"),
+        (("max_gen_toks: 8", "num_beams: 4"), 5, "`num_beams` is not supported", "remove it"),
         (("filter: [{function: regex,", "filter: [{regex,"), 7, "not a filter", "function: take_first"),
         (("function: regex,", "function: regx,"), 7, "lm-eval has no filter function `regx`", "did you mean `regex`?"),
-        (("([0-9])", "([0-9]"), 7, "`regex_pattern` is no pattern", "correct it"),
+        (("([0-9])", "([0-9]"), 7, "`regex_pattern` is not a pattern", "correct it"),
         (("exact_match", "acc"), 8, "`metric_list` has no `exact_match`", "add {metric: exact_match}"),
         (("shuffle_seed: 0", "shuffle_seed: 0, filter: last"), 10, "`filter` is `last`, which", "write one of first"),
         (
@@ -184,7 +194,7 @@ def test_a_sound_generative_task(tmp_path: Path) -> None:
             "first, b",
         ),
         (("train: taught", "train: tought"), 10, "no model or data set named 'tought'", "did you mean 'taught'"),
-        (("train: taught", "train: labelled"), 10, "rows of labelled hold labels", "write `rows: {holds: answers"),
+        (("train: taught", "train: labelled"), 10, "rows of labelled have labels", "write `rows: {holds: answers"),
         (
             ("data: asked", "data: taught"),
             10,

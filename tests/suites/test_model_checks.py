@@ -124,7 +124,7 @@ def test_no_longer_prompt_than_the_model_reads(folder: Path) -> None:
     assert refused(folder, "{batch: 4}", prompts.replace("25", "24")) == []
     assert refused(folder, "{batch: 4}", f"{prompts}\n        latency: never") == []
     causal = "[q_proj, v_proj]}, prompts: {tokens: 33}"
-    what = "`prompts` have 33 tokens, and 8 are decoded after them; tied has 40 positions"
+    what = "`prompts` have 33 tokens and 8 decoded ones, but tied has 40 positions"
     assert refused(folder, "[q_proj, v_proj]}", causal) == [(13, what, "write at most 32")]
     assert refused(folder, "[q_proj, v_proj]}", causal.replace("33", "32")) == []
 
@@ -230,7 +230,7 @@ def test_nothing_runs_before_the_suite_fits(
     path = folder / "fit.yaml"
     path.write_text(SUITE.replace("max_tokens: 16", "max_tokens: 25"), encoding="utf-8")
     assert main([verb[0], str(path), *verb[1:]]) == Exit.USAGE
-    assert f"{path}:10: `max_tokens` is 25, and bert has 24 positions" in capsys.readouterr().err
+    assert f"{path}:10: `max_tokens` is 25, but bert has 24 positions" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
