@@ -1,8 +1,8 @@
 """Check the layers and tokens of Cells against their models, if these are on this machine. No torch.
 
 Runs before anything is fetched, and again when all models are here. Most targets are found in the headers of the weight
-files. For the others (a tied or new layer has no separate weights, a shape has no weights) one child process builds all models
-without weights.
+files. For the others (a tied or new layer has no separate weights, a shape has no weights) one child process builds all
+models without weights.
 """
 
 from __future__ import annotations
