@@ -212,7 +212,7 @@ def test_a_suite_that_checkpoints_a_prefix_is_refused(kind: str, refused: int, t
     try:
         loader.load(tmp_path / "suite.yaml")
     except SuiteError as error:
-        messages = [p.what for p in error.problems if "which gradient checkpointing drops" in p.what]
+        messages = [p.what for p in error.problems if "in a cache, which checkpointing drops" in p.what]
     assert len(messages) == refused
 
 

@@ -48,13 +48,13 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
             ("output_type: multiple_choice", "output_type: [multiple_choice]"),
             2,
             "`output_type` is ['multiple_choice']",
-            "offered: multiple_choice, generate_until",
+            "write one of multiple_choice, generate_until",
         ),
         (
             ("output_type: multiple_choice", "output_type: loglikelihood_rolling"),
             2,
             "`output_type` is 'loglikelihood_rolling'",
-            "offered: multiple_choice, generate_until",
+            "write one of multiple_choice, generate_until",
         ),
         (
             ("metric_list:\n  - {metric: acc,", "metric_list:\n  - {metric: acc_norm,"),
@@ -86,7 +86,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
         (
             ("text: text", "text: review"),
             12,
-            "`text` is `review`, but a row has id, text, label",
+            "`text` is `review`, but rows have id, text, label",
             "rows: {text: review}",
         ),
         (("metadata:", "metadata: none\nmeta:"), 9, "`metadata` is 'none'", "write keys and values"),
@@ -186,7 +186,7 @@ def test_a_sound_generative_task(tmp_path: Path) -> None:
         (("function: regex,", "function: regx,"), 7, "lm-eval has no filter function `regx`", "did you mean `regex`?"),
         (("([0-9])", "([0-9]"), 7, "`regex_pattern` is not a pattern", "correct it"),
         (("exact_match", "acc"), 8, "`metric_list` has no `exact_match`", "add {metric: exact_match}"),
-        (("shuffle_seed: 0", "shuffle_seed: 0, filter: last"), 10, "`filter` is `last`, which", "write one of first"),
+        (("shuffle_seed: 0", "shuffle_seed: 0, filter: last"), 10, "`filter` is `last`, but", "write one of first"),
         (
             ("metric_list", "  - {name: b, filter: [{function: take_first}]}\nmetric_list"),
             11,
@@ -198,7 +198,7 @@ def test_a_sound_generative_task(tmp_path: Path) -> None:
         (
             ("data: asked", "data: taught"),
             10,
-            "rows of taught hold text, and this task's `data` needs",
+            "rows of taught have text, but this task's `data` needs",
             "holds: answers",
         ),
         (("shuffle_seed: 0", "shuffle_seed: 0, loss: prompt"), 10, "`loss` is 'prompt'", "answer"),

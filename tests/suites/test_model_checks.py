@@ -109,7 +109,7 @@ def test_no_more_tokens_than_positions(
     monkeypatch.setenv("PEFT_HARNESS_CACHE", str(folder / "empty"))
     tokens = new.strip("{}").removeprefix("max_tokens: ")
     assert refused(folder, old, new) == [
-        (line, f"`max_tokens` is {tokens}, and {model} has {most} positions", f"write at most {most}")
+        (line, f"`max_tokens` is {tokens}, but {model} has {most} positions", f"write at most {most}")
         for line, model, most in expected
     ]
 
@@ -119,7 +119,7 @@ def test_no_longer_prompt_than_the_model_reads(folder: Path) -> None:
     """The usual 32 tokens are cut to it, as nobody has asked for them; nor has who wants no latencies."""
     prompts = "{batch: 4}\n        prompts: {tokens: 25}"
     assert refused(folder, "{batch: 4}", prompts) == [
-        (18, "`prompts` have 25 tokens; bert has 24 positions", "write at most 24")
+        (18, "`prompts` have 25 tokens, but bert has 24 positions", "write at most 24")
     ]
     assert refused(folder, "{batch: 4}", prompts.replace("25", "24")) == []
     assert refused(folder, "{batch: 4}", f"{prompts}\n        latency: never") == []
