@@ -72,6 +72,11 @@ class CheckResult(FrozenModel):
         """The parts of `check`."""
         return CheckId.parse(self.check)
 
+    @property
+    def share(self) -> float | None:
+        """The error as a share of the allowance; None if nothing was measured or allowed."""
+        return None if self.error is None or not self.allowed else self.error / self.allowed
+
     @model_validator(mode="after")
     def _numbers_decide_the_outcome(self) -> CheckResult:
         beyond = self.error is not None and self.allowed is not None and self.error > self.allowed

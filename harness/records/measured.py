@@ -92,6 +92,11 @@ class Accuracy(FrozenModel):
     cut_items: int | None = None
     """Scored items that were longer than `max_tokens` and were cut; None: not counted."""
 
+    @property
+    def answers(self) -> dict[str, int]:
+        """Whether each item was answered correctly, 0 or 1, by the id of the item."""
+        return {item.id: item.correct for item in self.items}
+
     @model_validator(mode="after")
     def _items_decide_the_value(self) -> Accuracy:
         if self.items and not math.isclose(share := fmean(item.correct for item in self.items), self.value):

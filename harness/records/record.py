@@ -330,3 +330,13 @@ class Record(FrozenModel):
     def id(self) -> str:
         """The name of this Record in other files: `cell_id.attempt`."""
         return f"{self.cell_id}.{self.attempt}"
+
+    @property
+    def training(self) -> TrainingMeasured | None:
+        """Measurements of the training; None without a training."""
+        return self.measurements.training if self.measurements else None
+
+    @property
+    def accuracy(self) -> Accuracy | None:
+        """Accuracy on the test items; None if the Cell was not scored."""
+        return self.measurements.accuracy if self.measurements else None

@@ -96,6 +96,11 @@ class Run:
     changed: dict[str, str] = field(default_factory=dict)
     """Files that were changed after the run, by path in the folder, with the change. Changed Records do not count."""
 
+    @property
+    def how(self) -> str:
+        """End of the run: `finished`, `interrupted`, `failed`, or `incomplete` without a footer."""
+        return self.footer.how if self.footer else "incomplete"
+
     def latest(self) -> dict[str, Record]:
         """Map cell_ids to their newest attempts, in the manifest's order, without changed ones."""
         newest, doubtful = self._newest, self.doubtful()

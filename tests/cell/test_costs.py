@@ -284,7 +284,11 @@ def test_joules_of_a_whole_machine_are_not_those_of_one_of_its_cells(source: str
     fused = next(r for r in run.records if r.cell.method == "lora" and r.cell.implementation == "fused")
     figures = row(view.build([analyse(run)])["runs"][0]["costs"], fused)
     assert figures["Energy of training, J"]["text"] == shown
-    why = "the counter (rapl) is the whole machine's; up to 2 Cells ran at once" if source == "rapl" else "by nvml"
+    why = (
+        "the counter (rapl) covers the whole machine, where up to 2 Cells ran at once"
+        if source == "rapl"
+        else "by nvml"
+    )
     assert figures["Energy of training, J"]["why"] == why
     exported = rows.cell(fused, "a", latest=True)
     joules = None if source == "rapl" else 450.0

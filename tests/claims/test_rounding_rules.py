@@ -75,7 +75,7 @@ def test_a_ledger_without_rules_is_read_and_does_not_pass_for_rounding(
     said = capsys.readouterr().out
     assert "we get 6.857x  [t]" in said
     assert table.NO_RULES in said
-    assert '<td class="wrap" data-v="not said">not said</td>' in page.read_text()
+    assert '<td class="wrap" data-v="not recorded">not recorded</td>' in page.read_text()
     assert main(["claims", "--show", str(file), "--json"]) == Exit.PASS
     assert json.loads(capsys.readouterr().out)["claims"][0]["rule"] is None
 

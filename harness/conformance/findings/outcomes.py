@@ -78,6 +78,4 @@ class CheckOutcome(FrozenModel):
     @property
     def share(self) -> float | None:
         """The error as a share of the allowance; None if nothing was measured or allowed."""
-        if self.result.error is None or not self.result.allowed:
-            return None
-        return self.result.error / self.result.allowed
+        return self.result.share
