@@ -31,7 +31,8 @@ TIERS = {"e2e", "slow", "cluster", "build", "real"}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark a test that runs the whole command in a sandbox as `e2e`."""
     for item in items:
-        if {"sandbox", "fork_sandbox"} & set(getattr(item, "fixturenames", ())) and not TIERS & {
+        whole_command = {"sandbox", "fork_sandbox"} & set(getattr(item, "fixturenames", ()))
+        if whole_command and not TIERS & {mark.name for mark in item.iter_markers()}:
             mark.name for mark in item.iter_markers()
         }:
             item.add_marker("e2e")

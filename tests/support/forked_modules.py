@@ -33,7 +33,7 @@ _IMPORTED = (
 
 
 class ForkedModule:
-    """Runs `[python, -P, "-m", module, *arguments]`, or a script, in a fork; what `supervisor.Subprocess` uses of a `Popen`."""
+    """Stands in for `subprocess.Popen` in `supervisor.Subprocess`: runs `-m MODULE ARGUMENT ...` or a script in a fork."""
 
     def __init__(
         self, command: Sequence[str], *, env: Mapping[str, str] | None, stdin: int | IO[bytes],
