@@ -33,8 +33,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         whole_command = {"sandbox", "fork_sandbox"} & set(getattr(item, "fixturenames", ()))
         if whole_command and not TIERS & {mark.name for mark in item.iter_markers()}:
-            mark.name for mark in item.iter_markers()
-        }:
             item.add_marker("e2e")
 
 
