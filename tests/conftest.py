@@ -14,7 +14,7 @@ import pytest
 
 from harness.records import store
 from support import forked_modules
-from support.sandbox import Finished, ForkSandbox, Sandbox, make_sandbox
+from support.sandbox import Finished, ForkSandbox, Sandbox, make_fork_sandbox, make_sandbox
 
 # Several workers at once, each with a thread per core, would wait for each other in loops. Before torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -89,16 +89,9 @@ def sandbox(tmp_path: Path, cache: Path) -> Sandbox:
 
 
 @pytest.fixture
-def fork_sandbox(
-    tmp_path: Path, cache: Path, forks: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> ForkSandbox:
+def fork_sandbox(tmp_path: Path, cache: Path, forks: None) -> ForkSandbox:
     """A sandbox for tests of what happens in a Cell, not of its process: quicker, since nothing is imported again."""
-    made = make_sandbox(tmp_path, cache)
-    for name, value in {**made.environment, "OMP_NUM_THREADS": "1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.syspath_prepend(made.folder / "plugin")
-    monkeypatch.chdir(made.folder)
-    return ForkSandbox(made.folder, made.environment, capsys)
+    return make_fork_sandbox(tmp_path, cache)
 
 
 @pytest.fixture(scope="session")

@@ -112,6 +112,7 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.usefixtures("forks")
 @pytest.mark.slow
 def test_a_rank_in_the_file_changes_the_result(ledger: tuple[int, str]) -> None:
     code, printed = ledger

@@ -69,6 +69,7 @@ def test_an_operation_that_is_wrong_beyond_130_tokens_only_fails_a_drawn_case() 
     assert {one.check for one in failed} >= {"outputs", "backward"}
 
 
+@pytest.mark.usefixtures("forks")
 @pytest.mark.slow
 def test_check_draws_what_it_is_asked_to_and_names_the_sizes(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["check", "reference", "--op", "multi_lora_linear", "--dtype", "float32", "--drawn", "8", "--seed", "3"]

@@ -114,6 +114,7 @@ def test_fit(command: Command) -> None:
     assert without_prose(json.loads(printed)) == expected("fit")
 
 
+@pytest.mark.usefixtures("forks")
 @pytest.mark.slow
 def test_claims(command: Command) -> None:
     printed = command("claims-lora", "claims", "lora", "--tier", "exact", "--json")

@@ -18,13 +18,16 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, NoReturn
 
 import pytest
 
+import harness
 from harness.process import supervisor
 
+PACKAGE = Path(harness.__file__).parent
 _IMPORTED = (
     "harness.cell.lifecycle", "harness.memory_model.cell_prediction", "lm_eval.evaluator",
     "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama", "transformers.modeling_utils",
@@ -124,9 +127,15 @@ def _exit_code(run: Callable[[], object]) -> int:
     return 0
 
 
+def _popen(command: Sequence[str], **how: Any) -> Any:
+    """Start a program; fork for what is part of the harness."""
+    ours = command[1:3] == ["-P", "-m"] and command[3].startswith("harness.")
+    ours |= command[1] == "-P" and Path(command[2]).is_relative_to(PACKAGE)
+    return ForkedModule(command, **how) if ours else subprocess.Popen(command, **how)
+
+
 def use(patch: pytest.MonkeyPatch) -> None:
     """Let `supervisor` fork where it would start Python anew."""
     for module in _IMPORTED:
         importlib.import_module(module)
-    real: Any = subprocess
-    patch.setattr(supervisor, "subprocess", SimpleNamespace(**{**vars(real), "Popen": ForkedModule}))
+    patch.setattr(supervisor, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": _popen}))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 
 from harness.cli import main
 from harness.records import store
+from support import forked_modules
 from support.processes import PATIENCE_S, eventually
 
 # -P: the current folder must not lend its modules to the command.
@@ -163,16 +166,20 @@ class Sandbox:
         return pids
 
 
-@dataclass(frozen=True)
 class ForkSandbox(Sandbox):
     """Runs the command in this process, and processes of the harness's modules as forks of it."""
 
-    printed: pytest.CaptureFixture[str]
-
     def command(self, *arguments: str) -> Finished:
-        self.printed.readouterr()
-        code = main(list(arguments))
-        return Finished(code, *self.printed.readouterr())
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {**self.environment, "OMP_NUM_THREADS": "1"}.items():
+                patch.setenv(name, value)
+            patch.syspath_prepend(self.folder / "plugin")
+            patch.chdir(self.folder)
+            forked_modules.use(patch)
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = main(list(arguments))
+        return Finished(code, out.getvalue(), err.getvalue())
 
     def start(self, *arguments: str) -> NoReturn:
         raise TypeError("a test of processes takes the fixture `sandbox`")
@@ -181,6 +188,10 @@ class ForkSandbox(Sandbox):
 def _hear_ctrl_c() -> None:
     """Let the command hear SIGINT even if these tests run in the background of a shell, which ignores it for them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def make_fork_sandbox(folder: Path, cache: Path) -> ForkSandbox:
+    return ForkSandbox(**vars(make_sandbox(folder, cache)))
 
 
 def make_sandbox(folder: Path, cache: Path) -> Sandbox:
