@@ -666,7 +666,7 @@ def test_a_step_without_a_supported_layer_is_not_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "gpus", lambda: ())
-    requested = BenchRequest(steps=["lora-nf4"], vs=["loralib"], pairs=5)
+    requested = BenchRequest(steps=["lora-nf4"], vs=["loralib"], pairs=5, backbone=LITTLE)
     assert command.bench(requested, False, None, None) is Exit.NOTHING_COMPARED
     assert "not-run: model.layers.0.self_attn.q_proj: loralib has no layer" in capsys.readouterr().out
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import pytest
 
@@ -170,19 +171,35 @@ class ForkSandbox(Sandbox):
     """Runs the command in this process, and processes of the harness's modules as forks of it."""
 
     def command(self, *arguments: str) -> Finished:
-        out, err = io.StringIO(), io.StringIO()
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as captured:
             for name, value in {**self.environment, "OMP_NUM_THREADS": "1"}.items():
                 patch.setenv(name, value)
             patch.syspath_prepend(self.folder / "plugin")
             patch.chdir(self.folder)
             forked_modules.use(patch)
-            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                code = main(list(arguments))
-        return Finished(code, out.getvalue(), err.getvalue())
+            out, err = (captured.enter_context(_captured(name)) for name in ("stdout", "stderr"))
+            code = main(list(arguments))
+            return Finished(code, *(stream.seek(0) or stream.read() for stream in (out, err)))
 
     def start(self, *arguments: str) -> NoReturn:
         raise TypeError("a test of processes takes the fixture `sandbox`")
+
+
+@contextlib.contextmanager
+def _captured(name: str) -> Iterator[TextIO]:
+    """Capture a stream of this process, and of its children."""
+    real: TextIO = getattr(sys, name)
+    number = {"stdout": 1, "stderr": 2}[name]
+    kept = os.dup(number)
+    with tempfile.TemporaryFile("w+", encoding="utf-8", buffering=1) as stream:
+        os.dup2(stream.fileno(), number)
+        setattr(sys, name, stream)
+        try:
+            yield stream
+        finally:
+            setattr(sys, name, real)
+            os.dup2(kept, number)
+            os.close(kept)
 
 
 def _hear_ctrl_c() -> None:
