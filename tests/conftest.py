@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import gc
-import json
 import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from harness.records import store
 from support import forked_modules
+from support.once import once, shared_folder
 from support.sandbox import Finished, ForkSandbox, Sandbox, make_fork_sandbox, make_sandbox
 
 # Several workers at once, each with a thread per core, would wait for each other in loops. Before torch is imported.
@@ -50,12 +50,6 @@ def pytest_runtest_setup() -> None:
         _imported = len(sys.modules)
         gc.collect()
         gc.freeze()
-
-
-def shared_folder(factory: pytest.TempPathFactory) -> Path:
-    """Return the temporary folder of the whole session, which all workers of pytest-xdist share."""
-    base = factory.getbasetemp()
-    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session")
@@ -97,15 +91,13 @@ def fork_sandbox(tmp_path: Path, cache: Path, forks: None) -> ForkSandbox:
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Finished, store.Run]:
     """`peft-harness run smoke`, once for all workers, in a folder whose files have the names of modules."""
-    folder = shared_folder(tmp_path_factory) / "smoke"
-    with (folder.with_suffix(".lock")).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        recorded = folder / "finished.json"
-        if not recorded.exists():
-            sandbox = make_sandbox(folder, cache)
-            for name in ("random", "torch", "harness"):
-                (folder / f"{name}.py").write_text("raise SystemExit('a file of the current folder was imported')\n")
-            recorded.write_text(json.dumps(asdict(sandbox.command("run", "smoke", "--out", "run"))))
-    finished = Finished(**json.loads(recorded.read_text()))
-    assert (folder / "run").is_dir(), finished.err
-    return finished, store.read_run(folder / "run")
+
+    def make(folder: Path) -> dict[str, Any]:
+        sandbox = make_sandbox(folder, cache)
+        for name in ("random", "torch", "harness"):
+            (folder / f"{name}.py").write_text("raise SystemExit('a file of the current folder was imported')\n")
+        return asdict(sandbox.command("run", "smoke", "--out", "run"))
+
+    folder, finished = once(tmp_path_factory, "smoke", make)
+    assert (folder / "run").is_dir(), finished["err"]
+    return Finished(**finished), store.read_run(folder / "run")

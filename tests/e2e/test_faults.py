@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from harness.errors import Exit
 from harness.records import store
 from harness.records.record import Outcome, Record, Status
+from support.once import once
 from support.run_records import cells, losses, trained
 from support.sandbox import Finished, make_fork_sandbox
 
@@ -22,13 +24,17 @@ FAULTS = ("killed", "crashes", "exits", "leaves", "starved", "missing", "raises"
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Finished, store.Run]:
     """One run of all that misbehave, and after them the smoke suite's LoRA with another seed."""
-    sandbox = make_fork_sandbox(tmp_path_factory.mktemp("faults"), cache)
-    suite = sandbox.suite(
-        f"{{id: fault, implementation: [{', '.join(FAULTS)}]}}", "{id: fine, implementation: reference, seed: 1}"
-    )
-    finished = sandbox.command("run", suite, "--out", "run")
-    assert sandbox.run_folder.is_dir(), finished.err
-    return finished, sandbox.read()
+
+    def make(folder: Path) -> dict[str, Any]:
+        sandbox = make_fork_sandbox(folder, cache)
+        suite = sandbox.suite(
+            f"{{id: fault, implementation: [{', '.join(FAULTS)}]}}", "{id: fine, implementation: reference, seed: 1}"
+        )
+        return asdict(sandbox.command("run", suite, "--out", "run"))
+
+    folder, finished = once(tmp_path_factory, "faults", make)
+    assert (folder / "run").is_dir(), finished["err"]
+    return Finished(**finished), store.read_run(folder / "run")
 
 
 def _of(run: store.Run, implementation: str) -> Record:

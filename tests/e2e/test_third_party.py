@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,6 +18,7 @@ from harness.conformance.parity_suite import load, load_operation
 from harness.errors import Exit, UsageError
 from harness.testing import conformance, wrap_layers
 from reference import lora
+from support.once import once
 from support.processes import PATIENCE_S
 from support.repository import TESTS
 from support.sandbox import COMMAND, ForkSandbox
@@ -297,17 +299,21 @@ def test_a_layer_that_is_not_linear_is_unsupported_and_the_model_as_it_was() -> 
 @pytest.fixture(scope="module")
 def misbehaving(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], set[int]]:
     """All of them installed at once, checked at once on the smallest of Methods."""
-    folder = tmp_path_factory.mktemp("misbehaving")
-    site = folder / "plugin"
-    for name, (code, _) in ON_IMPORT.items():
-        distribution(site, f"{name}-early".replace("-", "_"), code)
-    for name, (body, _) in WHEN_CALLED.items():
-        distribution(site, name, CALLED.format(name=name, body=body))
-    distribution(site, "chatty", CHATTY)
-    distribution(site, "presumes", PRESUMES)
-    before = {process.pid for process in psutil.process_iter()}
-    done = run_here(["check", "--method", "frozen", "--json", "--patience", "10", "--jobs", "2"], folder)
-    return done, {process.pid for process in psutil.process_iter() if _sleeps(process)} - before
+
+    def make(folder: Path) -> dict[str, Any]:
+        for name, (code, _) in ON_IMPORT.items():
+            distribution(folder / "plugin", f"{name}-early".replace("-", "_"), code)
+        for name, (body, _) in WHEN_CALLED.items():
+            distribution(folder / "plugin", name, CALLED.format(name=name, body=body))
+        distribution(folder / "plugin", "chatty", CHATTY)
+        distribution(folder / "plugin", "presumes", PRESUMES)
+        before = {process.pid for process in psutil.process_iter()}
+        done = run_here(["check", "--method", "frozen", "--json", "--patience", "10", "--jobs", "2"], folder)
+        left = {process.pid for process in psutil.process_iter() if _sleeps(process)} - before
+        return {"done": vars(done), "left": [*left]}
+
+    _, made = once(tmp_path_factory, "misbehaving", make)
+    return subprocess.CompletedProcess(**made["done"]), set(made["left"])
 
 
 def _sleeps(process: psutil.Process) -> bool:
