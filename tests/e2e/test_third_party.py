@@ -27,7 +27,9 @@ pytestmark = pytest.mark.e2e
 
 EXAMPLE = TESTS / "support" / "example_plugin"
 DOOR_LINES = 15
-WAITS_S = 20  # enough to import torch on a busy machine
+
+SLEEP_S = f"600.{os.getpid()}"
+"""Seconds that only the sleeps of these tests have: other sessions may test on this machine."""
 
 # How a plug-in misbehaves -> the line that says so.
 ON_IMPORT = {
@@ -40,7 +42,7 @@ ON_IMPORT = {
 WHEN_CALLED = {
     "garbage": ("return 7", "raised TypeError: attach returned 7, which is no Adapted"),
     "speaks": (
-        "[os.write(fd, b'oops\\n') for fd in range(3, 20) if is_pipe(fd)]; return right(*given)",
+        "[os.write(fd, b'oops\\n') for fd in range(3, 256) if is_pipe(fd)]; return right(*given)",
         "wrote b'oops'",
     ),
     "sleeper": ("import time; time.sleep(600)", "no result for 10 s; killed"),
@@ -48,7 +50,7 @@ WHEN_CALLED = {
     "leaves": ("os._exit(0)", "the process ended with exit code 0 before it was done"),
     "quits": ("sys.exit(3)", "the process ended with exit code 3 before it was done"),
     "orphans": (
-        "subprocess.Popen(['sleep', '600'], start_new_session=True); return right(*given)",
+        f"subprocess.Popen(['sleep', '{SLEEP_S}'], start_new_session=True); return right(*given)",
         "left a process behind: sleep",
     ),
 }
@@ -318,7 +320,7 @@ def misbehaving(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Co
 
 def _sleeps(process: psutil.Process) -> bool:
     try:
-        return process.cmdline() == ["sleep", "600"]
+        return process.cmdline() == ["sleep", SLEEP_S]
     except psutil.Error:
         return False
 
