@@ -36,6 +36,8 @@ class Case:
     """`init` (as attached), `warm` (random adapter tensors), `trained`, or `call` for an Operation. The subject is in it."""
     tokens: int = 16
     """Rows of a layer's input."""
+    magnitude: str = "normal"
+    """Magnitude of a layer's input, see `comparison.magnitudes`."""
     seed: int = 0
     inputs: Callable[[], Tensor] | None = None
     """Runs the whole model on fixed inputs and returns its output; None where only layers are run."""

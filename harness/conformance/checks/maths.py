@@ -86,7 +86,7 @@ def check_strides(subject: Subject, case: Case) -> CheckResult:
         base = subject.original_base(path)
         if not takes_rows(base):
             continue
-        x, dy = inputs(base, case.tokens, DTYPES[subject.dtype], case.generator(index))
+        x, dy = inputs(base, case.tokens, DTYPES[subject.dtype], case.generator(index), case.magnitude)
         x, dy = x.T.contiguous().T, dy[:1].expand(dy.shape)
         for rows in (slice(None), slice(0, 0)):
             runs = observe_with_reference(subject, path, layer, x[rows], dy[rows])
@@ -119,7 +119,9 @@ def check_step(subject: Subject, case: Case) -> CheckResult:
     """
     found = []
     for index, path in enumerate(subject.adapted.layers):
-        x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
+        x, dy = inputs(
+            subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index), case.magnitude
+        )
         runs = [(subject.adapted.layers[path], subject.tensors_of(path), subject.adapted, subject.dtype)]
         for dtype in ("float64", subject.dtype):
             twin = subject.reference(path, dtype)
@@ -206,7 +208,7 @@ def _judge_layers(subject: Subject, case: Case) -> _LayerJudgements:
     gradients: list[Judgement] = []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         base = subject.original_base(path)
-        x, dy = inputs(base, case.tokens, DTYPES[subject.dtype], case.generator(index))
+        x, dy = inputs(base, case.tokens, DTYPES[subject.dtype], case.generator(index), case.magnitude)
         if takes_rows(base) and len(x) % 2 == 0:
             x, dy = (t.view(2, -1, t.shape[-1]) for t in (x, dy))  # a batch of sequences, as models send it
         mine, truth, draws = observe_with_reference(subject, path, layer, x, dy, training=subject.trains_plainly)

@@ -14,7 +14,9 @@ from torch import nn
 from harness.conformance import checks, operations, parity_suite, process_settings
 from harness.conformance.case import Case
 from harness.conformance.case_selection import FEW, CaseSelection
-from harness.conformance.execution.parity_model import TARGETS, ParityModel, whole
+from harness.conformance.comparison.magnitudes import vary
+from harness.conformance.drawing import sample
+from harness.conformance.execution.parity_model import ParityModel, whole
 from harness.conformance.findings.outcomes import CheckOutcome, Execution
 from harness.conformance.operation import Arguments, OperationSubject
 from harness.conformance.parity_suite import MethodCase, MethodSuite, OperationCase, OperationSuite, ParitySuite
@@ -55,7 +57,7 @@ def run(
     """
     wanted = [dtype for dtype in implementation.dtypes if dtype in (dtypes or implementation.dtypes)]
     plan = parity_suite.load_plan(implementation.target)
-    for case in plan.cases(breadth, wanted):
+    for case in sample.fixed(plan, breadth, wanted):
         if begin is not None:
             begin(f"{case} {case.dtype}")
         yield from run_case(implementation, plan, case)
@@ -137,7 +139,10 @@ def _run_operation(runner: CaseRunner, plan: OperationSuite, of: OperationCase) 
     operation = operations.every()[plan.operation]
 
     def draw(seed: int) -> Arguments:
-        return operation.arguments(DTYPES[of.dtype], torch.Generator().manual_seed(seed), **of.values)
+        dtype = DTYPES[of.dtype]
+        given = operation.arguments(dtype, torch.Generator().manual_seed(seed), **of.values)
+        varied = {name: vary(given[name].double(), of.magnitude, dtype).to(dtype) for name in operation.inputs}
+        return given | varied if of.magnitude != "normal" else given
 
     subject = OperationSubject(operation, runner.implementation, of.dtype, draw(SEED), lambda: draw(SEED + 1))
     case = Case("call", seed=SEED, factors=plan.factors())
@@ -155,7 +160,7 @@ def attach(
     method = plan.method
 
     def built(shape: parity_suite.CaseShape) -> ParityModel:
-        return ParityModel(of.kind, shape, DTYPES[of.dtype], SEED).eval().to(device)
+        return ParityModel(of.kind, shape, DTYPES[of.dtype], SEED, of.model).eval().to(device)
 
     pristine = built(of.shape)
     # One weight and one config: one reference, shared by every subject made here.
@@ -165,7 +170,7 @@ def attach(
         model = built(of.shape.square()) if square else copy.deepcopy(pristine)
         resolved = configure(method, of.config | changed)
         if hasattr(resolved, "targets"):
-            resolved = dataclasses.replace(resolved, targets=TARGETS)
+            resolved = dataclasses.replace(resolved, targets=model.targets)
         bases = _adaptable(model, resolved)
         packed: dict[str, PackedLayer] = {}
         expected: dict[str, ExpectedCodes] = {}
@@ -191,7 +196,7 @@ def attach(
     original = subject.original.model
     assert original is not None  # noqa: S101  # a parity model is small enough to be copied
     case = Case(
-        "init", tokens=of.shape.tokens, seed=SEED, inputs=run_model, base_output=whole(original)[0](),
+        "init", tokens=of.shape.tokens, magnitude=of.magnitude, seed=SEED, inputs=run_model, base_output=whole(original)[0](),
         forward=forward, fresh=fresh, factors=plan.factors(),
     )  # fmt: skip
     return subject, case
@@ -199,7 +204,7 @@ def attach(
 
 def _adaptable(model: ParityModel, config: Any) -> dict[str, nn.Module]:
     if hasattr(config, "targets"):
-        return {name: model.get_submodule(name) for name in TARGETS}
+        return {name: model.get_submodule(name) for name in model.targets}
     return adaptable_layers(model, config)
 
 

@@ -1,0 +1,96 @@
+"""Cases of a target: the examples of its parity suite, a fixed sample that covers pairs of settings, and random ones."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, get_args
+
+from hypothesis import strategies as st
+
+from harness.conformance import operations
+from harness.conformance.case_selection import CaseSelection
+from harness.conformance.drawing import strategies
+from harness.conformance.drawing.covering import covering, values
+from harness.conformance.drawing.factors import Factor, of_config, of_signature
+from harness.conformance.execution.acceptance import is_accepted
+from harness.conformance.parity_suite import (
+    CaseShape,
+    Magnitude,
+    MethodCase,
+    ModelForm,
+    OperationCase,
+    OperationSuite,
+    ParitySuite,
+)
+from harness.methods.spec import methods
+
+AnyCase = MethodCase | OperationCase
+_SIDES = Factor(((24, 40), (32, 32), (12, 1030), (520, 16), (260, 270)), dimensions=(2,))
+"""In x out of the first adapted layer."""
+_LEAST_SIDE = 8
+_TOKENS = Factor((9, 1, 515), least=1, most=600)
+_CASE = ("kind", "sides", "tokens", "dtype", "model", "magnitude")
+_PLAIN = ("sides", "tokens", "dtype", "model", "magnitude")
+"""Factors that no implementation may refuse."""
+
+
+def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> Iterator[AnyCase]:
+    """Yield the suite's examples, then a sample in which every two settings meet in every pair of their levels.
+
+    Settings that an implementation may lack (an option of the Method, another kind of layer) are at their plainest level in
+    the first part of the sample, so that an implementation without them still meets every pair of the others.
+    """
+    yield from plan.cases(wanted, dtypes)
+    factors = _factors(plan, dtypes)
+    if not factors["dtype"].levels:
+        return
+    levels = {name: factor.levels for name, factor in factors.items()}
+    plain = {name: levels[name][:1] if _is_optional(name, factor) else levels[name] for name, factor in factors.items()}
+
+    def valid(chosen: dict[str, Any]) -> bool:
+        return is_accepted(plan, case_of(plan, chosen))
+
+    first = covering(plain, valid)
+    for row in [*first, *covering(levels, valid, given=first)]:
+        yield case_of(plan, values(row, levels))
+
+
+def random(plan: ParitySuite, dtypes: Collection[str]) -> st.SearchStrategy[AnyCase]:
+    """Return a strategy for cases of the suite that the reference accepts."""
+    drawn = strategies.case_values(_factors(plan, dtypes))
+    return drawn.map(lambda chosen: case_of(plan, chosen)).filter(lambda case: is_accepted(plan, case))
+
+
+def case_of(plan: ParitySuite, chosen: Mapping[str, Any]) -> AnyCase:
+    """Return the case with these values of its factors. Settings at a Config's default are left out."""
+    settings = {name: list(v) if isinstance(v, tuple) else v for name, v in chosen.items() if name not in _CASE}
+    if isinstance(plan, OperationSuite):
+        return OperationCase(settings, chosen["dtype"], chosen.get("magnitude", "normal"))
+    fields = methods()[plan.method].fields
+    config = {n: v for n, v in settings.items() if n == "rank" or v != fields[n].default}
+    inputs, outputs = (max(_LEAST_SIDE, side) for side in chosen["sides"])
+    shape = CaseShape.model_validate({"tokens": chosen["tokens"], "in": inputs, "out": outputs})
+    return MethodCase(config, chosen["kind"], shape, chosen["dtype"], chosen["model"], chosen["magnitude"])
+
+
+def _factors(plan: ParitySuite, dtypes: Collection[str]) -> dict[str, Factor]:
+    there = sorted((dtype for dtype in plan.dtypes if dtype in dtypes), key=lambda dtype: dtype != "float32")
+    if isinstance(plan, OperationSuite):
+        operation = operations.every()[plan.operation]
+        found = of_signature(operation.arguments) | {"dtype": Factor(tuple(there))}
+        return found | ({"magnitude": Factor(get_args(Magnitude))} if operation.inputs else {})
+    found = of_config(methods()[plan.method].fields)
+    for name, bounds in plan.settings.items():
+        found[name] = found[name].within(bounds.least, bounds.most)
+    return found | {
+        "kind": Factor(tuple(plan.layers), optional=True),
+        "sides": _SIDES,
+        "tokens": _TOKENS,
+        "dtype": Factor(tuple(there)),
+        "model": Factor(get_args(ModelForm)),
+        "magnitude": Factor(get_args(Magnitude)),
+    }
+
+
+def _is_optional(name: str, factor: Factor) -> bool:
+    return factor.optional and name not in _PLAIN
