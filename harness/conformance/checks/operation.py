@@ -61,7 +61,10 @@ def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
         subject,
         case,
         "arguments",
-        exact(_told(operation_call.flatten(given)), _told(operation_call.flatten(subject.arguments))),
+        exact(
+            operation_call.finite(operation_call.flatten(given)),
+            operation_call.finite(operation_call.flatten(subject.arguments)),
+        ),
     )
 
 
@@ -69,7 +72,9 @@ def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
 def check_repeatable(subject: OperationSubject, case: Case) -> CheckResult:
     """Two calls with the same arguments return the same, to the last bit."""
     first = {name: t.detach().clone() for name, t in subject.call().items()}
-    return judged(subject, case, "repeatable", exact(_told(subject.call()), _told(first)))
+    return judged(
+        subject, case, "repeatable", exact(operation_call.finite(subject.call()), operation_call.finite(first))
+    )
 
 
 @check()
@@ -84,7 +89,9 @@ def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
     for name, change in (("every second element", _gapped), ("transposed", _transposed)):
         given = operation_call.map_floats(cloned(subject.arguments), change)
         mine = subject.operation.named(subject.function(**given))
-        verdict = operation_call.ill_formed(mine, plain) or exact(_told(mine), _told(plain))
+        verdict = operation_call.ill_formed(mine, plain) or exact(
+            operation_call.finite(mine), operation_call.finite(plain)
+        )
         if not verdict.passed:
             verdict = worst_of([one for one, _ in operation_call.judgements(subject, mine, case)], "as outputs")
         found.append(replace(verdict, tensor=f"{name}: {verdict.tensor}"))
@@ -125,10 +132,3 @@ def _gapped(tensor: Tensor) -> Tensor:
 def _transposed(tensor: Tensor) -> Tensor:
     """Return the tensor with its last dimension the slowest in memory; a vector stays as it is."""
     return tensor.transpose(0, -1).contiguous().transpose(0, -1)
-
-
-def _told(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Separate finite values from the positions of NaN and infinity, so that a NaN in its place is no difference."""
-    finite = {name: t.detach().nan_to_num(0.0, 0.0, 0.0) for name, t in named.items()}
-    how = {f"{n}, NaN or infinite": t.isnan() + 2 * t.isposinf() + 3 * t.isneginf() for n, t in named.items()}
-    return finite | how
