@@ -45,6 +45,10 @@ class Case:
     """The same before attaching."""
     forward: Callable[[nn.Module], Tensor] | None = None
     """Runs a given model on those inputs, differentiably."""
+    forward_of: Callable[[nn.Module], Callable[[nn.Module], Tensor]] | None = None
+    """Returns `forward` for another model that `fresh` made."""
+    walks: int = 3
+    """Number of random walks."""
     fresh: Attach | None = None
     """Attaches the implementation again, to the same weights; None where the case cannot (a Cell's own model)."""
     factors: Mapping[str, float] = field(default_factory=dict)

@@ -201,7 +201,11 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
         call = Call(layer, subject.tensors_of(path), x, dy, subject.trains_plainly)
         truth, draws = reference_runs(subject, path, x, dy)
         # transformers' Conv1D itself takes no strided input.
-        forms = (FORMS_OF_ROWS if isinstance(base, nn.Linear) else {}) | FORMS | (LONG_FORMS if _is_tried_long(index, case) else {})
+        forms = (
+            (FORMS_OF_ROWS if isinstance(base, nn.Linear) else {})
+            | FORMS
+            | (LONG_FORMS if _is_tried_long(index, case) else {})
+        )
         for name, form in forms.items():
             mine = form(call)
             names = mine.keys() if "grad" not in " ".join(mine) else truth.keys() - ({"grad x"} - mine.keys())

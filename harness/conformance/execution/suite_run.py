@@ -197,7 +197,7 @@ def attach(
     assert original is not None  # noqa: S101  # a parity model is small enough to be copied
     case = Case(
         "init", tokens=of.shape.tokens, magnitude=of.magnitude, seed=SEED, inputs=run_model, base_output=whole(original)[0](),
-        forward=forward, fresh=fresh, factors=plan.factors(),
+        forward=forward, forward_of=lambda model: whole(model)[1], fresh=fresh, factors=plan.factors(),
     )  # fmt: skip
     return subject, case
 
