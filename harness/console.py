@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from types import TracebackType
 
 import click
@@ -21,11 +21,12 @@ def echo(text: str) -> None:
         discard_stdout()
 
 
-def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Format rows with columns of equal width. The last column is not padded."""
+def align_columns(rows: Sequence[Sequence[str]], *, right: Container[int] = (), indent: str = "  ") -> list[str]:
+    """Format rows with columns of equal width, aligned to the left. right: columns aligned to the right instead."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = ([f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)] for row in rows)
-    return [("  " + "  ".join(row)).rstrip() for row in padded]
+    columns = [(">" if i in right else "<", width) for i, width in enumerate(widths)]
+    padded = ([f"{cell:{sign}{width}}" for cell, (sign, width) in zip(row, columns, strict=True)] for row in rows)
+    return [(indent + "  ".join(row)).rstrip() for row in padded]
 
 
 def discard_stdout() -> None:

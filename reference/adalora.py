@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers
-from reference.shared.layers import dense_copy, floating_dtype, replace, targets
+from reference.shared.layers import floating_dtype, replace, targets
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -29,13 +29,14 @@ SPEC = ReferenceSpec(
             topic="names of the tensors",
             paper="P, Lambda, Q",
             here="B, E, A",
-            why="names of the authors' code and HF peft (lora_B, lora_E, lora_A), and of saved adapters",
+            why="the authors' code, HF peft and saved adapters use these names (lora_B, lora_E, lora_A)",
         ),
         Deviation(
             topic="scaling",
             paper="none in eq. 3; section 4 adds LoRA's, alpha / r",
-            here="alpha / (rank + 1e-5), with the initial rank also after pruning",
-            why="as in the authors' code and HF peft; the 1e-5, which guards against a division by zero, shows in float64",
+            here="alpha / (rank + 1e-5), always with the initial rank",
+            why="the authors' code and HF peft do the same; the 1e-5 guards against a division by zero and is "
+            "visible in float64",
         ),
         Deviation(
             topic="orthogonality term",
@@ -45,54 +46,54 @@ SPEC = ReferenceSpec(
         ),
         Deviation(
             topic="time of scoring",
-            paper="before the update: Alg. 1 takes w_t and its gradient",
-            here="after it: w_(t+1) times the gradient at w_t",
+            paper="before the update: algorithm 1 uses w_t and its gradient",
+            here="after the update: w_(t+1) times the gradient at w_t",
             why="the authors' trainer and HF peft's documentation call the allocator after optimizer.step",
         ),
         Deviation(
             topic="number of the step",
             paper="t = 1 .. T",
-            here="as the paper; the authors' trainer passes 0 at its first update",
-            why="steps are counted from 1 everywhere here; to replay the authors' trainer call after_step(step - 1)",
+            here="counted from 1, as in the paper",
+            why="the authors' trainer passes 0 at its first update; call after_step(step - 1) to reproduce it",
         ),
         Deviation(
             topic="denominator of the budget",
             paper="eq. 12 (appendix A) prints t - t_i - t_f over T - t_i - t_f",
             here="t - t_i over T - t_i - t_f",
-            why="as printed, the budget would start above the initial one; the authors' code and HF peft agree",
+            why="the printed form starts above the initial budget; the authors' code and HF peft use the form here",
         ),
         Deviation(
             topic="budget as a whole number",
             paper="real-valued",
             here="rounded down, in integers",
-            why="the authors' code and HF peft round down in floating point: the same result at usual sizes",
+            why="the authors' code and HF peft round down in floating point, with the same result at usual sizes",
         ),
         Deviation(
             topic="equal scores",
-            paper="keeps the top b(t)",
-            here="keeps exactly b(t); ties go to the first in order of path, then index",
-            why="the authors' code and HF peft zero all that are <= the k-th smallest (torch.kthvalue), so every "
-            "triplet that ties with it goes too, and fewer than b(t) are left",
+            paper="the top b(t) triplets stay",
+            here="exactly b(t) triplets stay; of equal scores the first in order of path, then index",
+            why="the authors' code and HF peft zero all scores up to the k-th smallest (torch.kthvalue), ties "
+            "included, so that fewer than b(t) triplets stay",
         ),
         Deviation(
             topic="target rank equal to the initial rank",
             paper="not considered",
             here="nothing is pruned; a target above the initial rank raises ValueError",
-            why="the authors' code and HF peft ask torch.kthvalue for the 0th value and fail at the first pruning",
+            why="the authors' code and HF peft call torch.kthvalue for the 0th value and fail at the first pruning",
         ),
         Deviation(
             topic="final phase",
             paper="the budget is the target from T - t_f on; pruned every delta_t steps",
             here="at step T - t_f the mask gets the target budget and scoring stops; each later step applies this mask",
-            why="as HF peft; the authors' code forces it one step later, and so never where t_f = 0 and delta_t does "
-            "not divide T",
+            why="HF peft does the same; the authors' code forces the target one step later, and never if t_f = 0 and "
+            "delta_t does not divide T",
         ),
         Deviation(
             topic="precision of the scores",
             paper="not stated",
             here="at least float32",
-            why="a score multiplies four small numbers and is zero in float16; the authors and HF peft train these in "
-            "float32",
+            why="a score multiplies four small numbers and would be zero in float16; the authors and HF peft train "
+            "these tensors in float32",
         ),
     ),
 )
@@ -226,13 +227,6 @@ class AdaLoraLinear(AdaptedLayer):
         averages = {f"{kind}_{n}": self.get_buffer(f"{kind}_{n}") for kind in _AVERAGES for n in self.tensors()}
         return averages | {"mask": self.get_buffer("mask")}
 
-    def merged(self) -> nn.Linear:
-        """Return a linear layer with W0 + scaling P Lambda Q."""
-        dense = dense_copy(self.base)
-        with torch.no_grad():
-            dense.weight += self.delta().to(dense.weight.dtype)
-        return dense
-
     @torch.no_grad()
     def observe(self, beta1: float, beta2: float) -> None:
         """Update I_bar and U_bar of every weight (eqs. 8 to 10). A weight without a gradient has I = 0."""
@@ -281,8 +275,8 @@ class AdaLoraAdapted(AdaptedLayers):
         if step < end:
             self.observe()
         if step == end or (config.tinit < step < end and step % config.delta_t == 0):
-            kept = largest_mask(torch.cat([layer.scores() for layer in layers]), budget(step, config, len(layers)))
-            for layer, mask in zip(layers, kept.split(config.rank), strict=True):
+            masks = largest_mask(torch.cat([layer.scores() for layer in layers]), budget(step, config, len(layers)))
+            for layer, mask in zip(layers, masks.split(config.rank), strict=True):
                 layer.get_buffer("mask").copy_(mask[:, None])
                 layer.prune()
         elif step > end:

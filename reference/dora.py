@@ -8,14 +8,14 @@ A (R, D), B (E, R), m (E,) train; W0 (E, D) is frozen. Shape letters: T tokens, 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from reference.shared.adapted import AdaptedLayer, AdaptedLayers
-from reference.shared.layers import dense_copy, dense_weight, floating_dtype, replace, targets
+from reference.shared.adapted import AdaptedLayers, LowRankLayer
+from reference.shared.layers import dense_copy, dense_weight, replace, targets
+from reference.shared.lora_start import linear_factors
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -24,44 +24,44 @@ SPEC = ReferenceSpec(
     deviations=(
         Deviation(
             topic="axis of the norm",
-            paper="of each column of W (d, k), with B (d, r), A (r, k) and m (1, k): read with h = W x, one magnitude "
+            paper="per column of W (d, k), with B (d, r), A (r, k) and m (1, k); for h = W x this is one magnitude "
             "per input",
-            here="one magnitude per output, the norm of a row of the stored (out, in) weight; the other reading is "
-            "per='input'",
+            here="one magnitude per output, the norm of a row of the stored (out, in) weight; per='input' selects "
+            "the other reading",
             why="the authors' code and HF peft both compute norm(weight, dim=1); the authors' W is (in, out)",
         ),
         Deviation(
             topic="gradient through the norm",
-            paper="section 4.3 treats it as a constant, to save memory; eq. 6 has the whole gradient",
+            paper="section 4.3 treats the norm as a constant, to save memory; eq. 6 has the full gradient",
             here="constant, unless detach_norm is false",
-            why="the authors' code by default (dora_simple), and HF peft always",
+            why="the authors' code does the same by default (dora_simple), and HF peft always",
         ),
         Deviation(
             topic="scaling",
             paper="W0 + B A, without alpha / r",
-            here="W0 + (alpha / r) B A, inside the norm too",
-            why="as in the authors' code and HF peft; outside, the rows of W' would not have the norm |m|",
+            here="W0 + (alpha / r) B A, also inside the norm",
+            why="the authors' code and HF peft do the same; with the scaling outside, the rows of W' would not have "
+            "the norm |m|",
         ),
         Deviation(
             topic="dropout",
             paper="not in the formulas",
-            here="on the input of all that the method adds, (g - 1) W0 and g s B A with g = m / norm; W0 x sees the "
-            "whole input",
-            why="as in the authors' code and HF peft; so a dropped feature still passes W0, unscaled by g",
+            here="on the input of the added terms, (g - 1) W0 and g s B A with g = m / norm; W0 x gets the whole input",
+            why="the authors' code and HF peft do the same; a dropped feature still passes through W0, unscaled by g",
         ),
         Deviation(
             topic="rows of zeros",
             paper="not treated: 0 / 0",
             here="0 / 0 is 0: the row of W' is zero, and neither m nor its row of B gets a gradient from it",
             why="published weights have such rows. They start with m = 0, where every direction gives a row of zeros "
-            "and no gradient of B: this is the continuous choice, and what a small number added to the norm "
-            "(LyCORIS) comes to. The authors' code and HF peft return NaN",
+            "and B gets no gradient. This choice is continuous, and the limit of a small number added to the norm "
+            "(LyCORIS). The authors' code and HF peft return NaN",
         ),
         Deviation(
             topic="initialisation of A",
             paper="as in LoRA: Kaiming uniform",
             here="uniform in +-1/sqrt(in)",
-            why="kaiming_uniform_(a=sqrt(5)) of the authors' code and HF peft is just that",
+            why="kaiming_uniform_(a=sqrt(5)) in the authors' code and HF peft is the same distribution",
         ),
     ),
 )
@@ -100,7 +100,7 @@ def gain(m: Tensor, norm: Tensor) -> Tensor:
     return torch.where(some, m, 0.0) / torch.where(some, norm, 1.0)
 
 
-class DoraLinear(AdaptedLayer):
+class DoraLinear(LowRankLayer):
     """A linear layer (..., D) -> (..., E) with the weight m V' / ||V'||, V' = W0 + s B A.
 
     A (R, D), B (E, R), m (E,), or (D,) with one magnitude per input. The bias is the base's and is not scaled. `base` is an
@@ -110,17 +110,14 @@ class DoraLinear(AdaptedLayer):
     base: nn.Linear
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, config: Config) -> None:
-        super().__init__()
-        self.base = base
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
-        self.scaling, self.dropout = config.alpha / config.rank, nn.Dropout(config.dropout)
+        super().__init__(base, A, B, config.alpha / config.rank, config.dropout)
         self.detach_norm, self.per = config.detach_norm, config.per
         # m = ||W0||, since B = 0. By the very expression of `forward`, so that g is exactly 1 at the start in any dtype.
         self.m = nn.Parameter(norms(self.direction(dense_weight(base)), self.per).detach())
 
     def direction(self, W0_ED: Tensor) -> Tensor:
         """Return V' = W0 + s B A (eq. 5), shape (E, D)."""
-        return W0_ED + self.scaling * (self.B @ self.A)
+        return W0_ED + self.delta()
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return W' x + b = W0 x + b + (g - 1) W0 x + g s B A x with g = m / ||W0 + s B A||, shape (..., E).
@@ -141,7 +138,7 @@ class DoraLinear(AdaptedLayer):
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """Map the paper's letters to the trainable parameters."""
-        return {"A": self.A, "B": self.B, "m": self.m}
+        return {**super().tensors(), "m": self.m}
 
     def merged(self) -> nn.Linear:
         """Return a linear layer with the weight W'; its rows (columns, if per input) have the norms |m|."""
@@ -161,12 +158,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
     model.requires_grad_(False)
     layers = {}
     for path, base in targets(model, config.targets).items():
-        E, D = base.out_features, base.in_features
-        dtype, device = floating_dtype(base), next(base.parameters()).device
-        bound = 1 / math.sqrt(D)
-        # Drawn in float64 so that every dtype starts from the same numbers; the same numbers as LoRA's.
-        A = torch.empty(config.rank, D, dtype=torch.float64).uniform_(-bound, bound, generator=generator)
-        B = torch.zeros(E, config.rank, dtype=dtype, device=device)
-        layers[path] = DoraLinear(base, A.to(device, dtype), B, config)
+        A, B = linear_factors(base, config.rank, generator)  # the same numbers as LoRA's
+        layers[path] = DoraLinear(base, A, B, config)
         replace(model, path, layers[path])
     return AdaptedLayers(model, layers)

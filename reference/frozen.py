@@ -11,7 +11,7 @@ from reference.shared.adapted import AdaptedModel, linear_layers
 from reference.spec import ReferenceSpec
 
 SPEC = ReferenceSpec(
-    paper="no paper: the baseline every method is measured against",
+    paper="no paper: the baseline of all methods",
 )
 
 

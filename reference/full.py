@@ -11,7 +11,7 @@ from reference.shared.adapted import AdaptedModel, linear_layers
 from reference.spec import ReferenceSpec
 
 SPEC = ReferenceSpec(
-    paper="no paper: the upper baseline that adapters are measured against",
+    paper="no paper: the upper baseline of adapters",
     trains_weights=True,
 )
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reference.operations.adamw8bit import restore_dtypes
 from reference.shared import galore_moments
 from reference.shared.adapted import AdaptedModel
 from reference.shared.layers import targets
+from reference.shared.optimizers import loss_of, restore_dtypes
 from reference.shared.randomised_svd import randomised_svd
 from reference.spec import Deviation, ReferenceSpec
 
@@ -33,70 +33,72 @@ SPEC = ReferenceSpec(
     deviations=(
         Deviation(
             topic="side of a square matrix",
-            paper="m <= n projects on the left, so a square one too",
-            here="side `std` is the authors' code: m >= n on the right, so a square one too; side `paper` is the "
-            "paper's",
-            why="galore-torch and the Hugging Face Trainer use std; on every other shape the two agree",
+            paper="projects on the left if m <= n, and so a square matrix too",
+            here="side `std` is the authors' code, which projects on the right if m >= n, and so a square matrix "
+            "too; side `paper` is the paper's rule",
+            why="galore-torch and the Hugging Face Trainer use std; both rules agree on all other shapes",
         ),
         Deviation(
             topic="moments at a refresh",
             paper="section 4.1 states only that a change of subspace may impact their fidelity",
             here="unchanged: neither reset nor rotated into the new basis",
-            why="as in the authors' code",
+            why="the authors' code does the same",
         ),
         Deviation(
             topic="eps",
             paper="algorithm 2 adds it to sqrt(V / (1 - beta2^t))",
-            here="added to sqrt(V); the bias corrections are in the step size: eps acts as eps / sqrt(1 - beta2^t) in "
-            "the paper's",
-            why="the authors' code, taken from an older transformers; its default is 1e-6 and not Adam's 1e-8",
+            here="added to sqrt(V), with the bias corrections in the step size; this equals eps / sqrt(1 - beta2^t) "
+            "in the paper's form",
+            why="the authors' code does the same, after an older transformers; its default is 1e-6 instead of Adam's "
+            "1e-8",
         ),
         Deviation(
             topic="bias correction",
-            paper="algorithm 2 counts t from 0 and writes the corrected moments over M_t and V_t",
-            here="t counts from 1, and the moments that are carried on are the uncorrected ones",
-            why="read as printed it divides by zero at t = 0 and corrects twice later; Adam and the authors' code do "
-            "it so",
+            paper="algorithm 2 counts t from 0 and overwrites M_t and V_t with the corrected moments",
+            here="t counts from 1, and the stored moments are uncorrected",
+            why="the printed form divides by zero at t = 0 and corrects twice later; Adam and the authors' code do "
+            "the same as here",
         ),
         Deviation(
             topic="weight decay",
             paper="none",
-            here="decoupled: W is multiplied by 1 - lr * weight_decay after the update, by the full lr, not scaled by "
-            "alpha",
-            why="as in the authors' code; torch's AdamW decays before the update",
+            here="decoupled: W is multiplied by 1 - lr * weight_decay after the update, with the full lr, not scaled "
+            "by alpha",
+            why="the authors' code does the same; torch's AdamW decays before the update",
         ),
         Deviation(
             topic="shape of the moments",
             paper="algorithm 2 prints n x r for a left projection",
-            here="that of R: r x n on the left, m x r on the right",
+            here="the shape of R: r x n on the left, m x r on the right",
             why="R = P^T G is r x n",
         ),
         Deviation(
             topic="precision of the singular vectors",
-            paper="silent",
-            here="computed in float32 at least and rounded to the gradient's dtype; float64 stays float64",
-            why="the authors' code computes those of a float64 gradient in float32",
+            paper="not stated",
+            here="computed in at least float32 and rounded to the gradient's dtype; float64 stays float64",
+            why="the authors' code computes the vectors of a float64 gradient in float32",
         ),
         Deviation(
             topic="8-bit moments",
             paper="section 4.3 combines it with 8-bit Adam, without details",
-            here="`bits: 8`: moments are stored as codes, as in reference/operations/adamw8bit, also of weights without a "
-            "projection; the step is the 32-bit one, with eps and decay as above; projectors have the gradient's dtype",
-            why="the authors' GaLoreAdamW8bit takes bitsandbytes' step, whose eps is algorithm 2's: sqrt(V / (1 - "
-            "beta2^t)) + eps",
+            here="`bits: 8`: moments are stored as codes, as in reference/operations/adamw8bit, also for weights "
+            "without a projection; the step is the 32-bit one, with eps and decay as above; projectors have the "
+            "gradient's dtype",
+            why="the authors' GaLoreAdamW8bit uses bitsandbytes' step, which adds eps as algorithm 2 does: sqrt(V / "
+            "(1 - beta2^t)) + eps",
         ),
         Deviation(
             topic="randomised SVD",
-            paper="an SVD; its sequel, GaLore 2 (arXiv:2504.20437), a randomised one",
-            here="exact by default; niter > 0 takes that many subspace iterations from the basis of before and 10 "
-            "random vectors or, the first time, from random ones only",
-            why="the exact SVD of a large layer takes longer than many steps. Random vectors are the same at every "
-            "refresh, so that a run that is resumed goes on as it would have",
+            paper="an exact SVD; its sequel, GaLore 2 (arXiv:2504.20437), uses a randomised one",
+            here="exact by default; niter > 0 runs that many subspace iterations, from the previous basis and 10 "
+            "random vectors, or the first time from random vectors only",
+            why="the exact SVD of a large layer takes longer than many steps. The random vectors are the same at "
+            "every refresh, so that a resumed run continues exactly",
         ),
         Deviation(
             topic="refresh with per-layer updates",
             paper="every T steps",
-            here="every T steps, as without",
+            here="every T steps",
             why="the authors' training script passes 2 T there",
         ),
     ),
@@ -153,21 +155,21 @@ def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
         "full": (True, True),
     }
     if side not in rules:
-        raise ValueError(f"no side {side!r}; there are: {', '.join(rules)}")
+        raise ValueError(f"unknown side {side!r}; known: {', '.join(rules)}")
     return rules[side]
 
 
 def projector(G: Tensor, rank: int, side: str = "std", niter: int = 0, old: Projector | None = None) -> Projector:
     """Return the first `rank` singular vectors of G on the sides that `side` selects, in G's dtype.
 
-    G = U S V^T; P = U[:, :r], Q = V[:, :r]  (eqs. 12 and 13). The sign of a singular vector is arbitrary and cancels in the
-    update, which has P, or Q, twice. niter: 0 for the exact SVD, else subspace iterations of a randomised SVD that starts
+    G = U S V^T; P = U[:, :r], Q = V[:, :r]  (eqs. 12 and 13). The sign of a singular vector is arbitrary; it cancels in the
+    update, where P and Q occur twice. niter: 0 for the exact SVD, else subspace iterations of a randomised SVD that starts
     from `old`. Raises ValueError if G is not finite.
     """
     if not G.isfinite().all():
         raise ValueError(
-            f"GaLore: the gradient of a parameter of shape {tuple(G.shape)} has a NaN or an infinity, and so no singular "
-            "vectors; skip the step, or lower the learning rate or the loss's scale"
+            f"GaLore: the gradient of a parameter of shape {tuple(G.shape)} contains NaN or infinity and has no singular "
+            "vectors; hint: skip the step, or lower the learning rate or the loss scale"
         )
     wide = G.to(torch.promote_types(G.dtype, torch.float32))
     if niter:
@@ -189,8 +191,8 @@ def sketch(G: Tensor, rank: int, old: Projector) -> Tensor:
     if smaller is None:
         smaller = tall.T @ larger.to(G) if larger is not None else G.new_empty(tall.shape[1], 0)
     columns = min(rank + OVERSAMPLE, tall.shape[1])
-    ever = torch.Generator().manual_seed(0)
-    random = torch.randn(tall.shape[1], columns, generator=ever, dtype=torch.float64, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(tall.shape[1], columns, generator=generator, dtype=torch.float64, device="cpu")
     return torch.cat([smaller.to(G), random[:, smaller.shape[1] :].to(G)], dim=1)
 
 
@@ -249,8 +251,8 @@ def galore_step(
     """Take one step of W (m, n) with the gradient G (m, n); W and `state` change in place.
 
     rank 0: no projection, plain Adam, any shape. state: empty before the first step; then step (int, steps taken), M and V
-    (`galore_moments.zeros`), P and/or Q. The projector is recomputed at steps 1, T + 1, 2 T + 1, ...; `given` replaces it
-    there, so that two programs can be compared in one subspace.
+    (`galore_moments.zeros`), P and/or Q. The projector is recomputed at steps 1, T + 1, 2 T + 1, ... given: the projector
+    to use there instead, so that two programs can be compared in one subspace.
     """
     if rank and state.get("step", 0) % update_gap == 0:
         fresh = given or projector(G, rank, side, niter, Projector(state.get("P"), state.get("Q")))
@@ -270,24 +272,24 @@ def state_elements(m: int, n: int, rank: int, side: str = "std") -> int:
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Raise ValueError, with option and range, for an invalid group of parameters."""
+    """Raise ValueError for an option of a group that is out of range, and for a projected parameter that is no matrix."""
     for name, least in (("rank", 0), ("update_gap", 1), ("niter", 0)):
         if not isinstance(group[name], Integral) or group[name] < least:
-            raise ValueError(f"GaLore's {name} is a whole number of at least {least}, got {group[name]!r}")
+            raise ValueError(f"GaLore: {name} must be an integer of at least {least}, got {group[name]!r}")
     for name in ("lr", "weight_decay", "scale", "eps"):
         if not 0 <= group[name] < math.inf:
-            raise ValueError(f"GaLore's {name} is a number of at least 0, got {group[name]!r}")
+            raise ValueError(f"GaLore: {name} must be finite and at least 0, got {group[name]!r}")
     for name in ("beta1", "beta2"):
         if not 0 <= group[name] < 1:
-            raise ValueError(f"GaLore's {name} is at least 0 and below 1, got {group[name]!r}")
+            raise ValueError(f"GaLore: {name} must be at least 0 and below 1, got {group[name]!r}")
     if group["bits"] not in (8, 32):
-        raise ValueError(f"GaLore's moments have 8 or 32 bits, not {group['bits']!r}")
+        raise ValueError(f"GaLore: bits must be 8 or 32, got {group['bits']!r}")
     sides(1, 1, group["side"])
     for p in group["params"] if group["rank"] else ():
         if isinstance(p, Tensor) and p.dim() != 2:
             raise ValueError(
-                f"GaLore projects matrices, and a group of rank {group['rank']} has a parameter of shape {tuple(p.shape)}; "
-                "put it in a group without a rank, which is plain Adam"
+                f"GaLore projects matrices, but a group of rank {group['rank']} has a parameter of shape {tuple(p.shape)}; "
+                "hint: put it in a group of rank 0, which is plain Adam"
             )
 
 
@@ -325,15 +327,12 @@ class GaLore(torch.optim.Optimizer):
 
     def update(self, p: Tensor, G: Tensor, group: dict[str, Any]) -> None:
         """Take one step of one parameter with its gradient G."""
-        knobs = {k: v for k, v in group.items() if k not in ("params", "initial_lr")}
-        galore_step(p, G, self.state[p], **knobs)
+        options = {k: v for k, v in group.items() if k not in ("params", "initial_lr")}
+        galore_step(p, G, self.state[p], **options)
 
     def step(self, closure: Any = None) -> Any:
         """Take one step of every parameter with a gradient; return the loss of `closure`, if given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
@@ -347,9 +346,10 @@ class GaLore(torch.optim.Optimizer):
 
 
 class GaLoreModel(AdaptedModel):
-    """A model whose weights train by GaLore; `layers` are those with projected gradients."""
+    """A model with weights that train by GaLore."""
 
     layers: dict[str, nn.Linear]
+    """Layers with projected gradients."""
 
     def __init__(self, model: nn.Module, layers: dict[str, nn.Linear], config: Config) -> None:
         super().__init__(model, layers)
@@ -375,7 +375,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> GaLo
     layers = targets(model, config.targets)
     for path, layer in layers.items():
         if not layer.weight.is_floating_point():
-            raise ValueError(f"GaLore trains the weight of {path} itself, which is packed ({layer.weight.dtype})")
+            raise ValueError(f"{path}: GaLore trains the weight itself, but it is packed ({layer.weight.dtype})")
     model.requires_grad_(config.train_rest)
     for layer in layers.values():
         layer.weight.requires_grad_(True)

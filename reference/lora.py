@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reference.shared.adapted import AdaptedLayer, AdaptedLayers
-from reference.shared.layers import KINDS, dense_copy, floating_dtype, kind_of, replace, targets
+from reference.shared.adapted import AdaptedLayer, AdaptedLayers, LowRankLayer
+from reference.shared.layers import KINDS, floating_dtype, kind_of, replace, targets
 from reference.shared.lora_layers import LoraConv2d, LoraConv2dKernel, LoraEmbedding
 from reference.shared.lora_start import initial_factors
 from reference.spec import Deviation, ReferenceSpec
@@ -29,57 +29,56 @@ SPEC = ReferenceSpec(
             topic="initialisation of A",
             paper="random Gaussian, no standard deviation given",
             here="uniform in +-1/sqrt(in), which has variance 1/(3 in)",
-            why="the authors' code (loralib) and HF peft both draw A so; the paper's sigma is not stated anywhere. "
-            "With init=gaussian it is HF peft's, 1/r, whatever `in` is; init=orthogonal is of neither the paper "
-            "nor loralib",
+            why="the authors' code (loralib) and HF peft draw A like this; the paper states no sigma. init=gaussian "
+            "uses HF peft's, 1/r for any `in`; init=orthogonal is in neither the paper nor loralib",
         ),
         Deviation(
             topic="dropout",
             paper="not in the main text",
-            here="on the input of the adapter branch only; W0 x sees the whole input",
-            why="as in loralib and HF peft for linear layers; HF peft drops so before convolutions too, loralib drops "
-            "nothing there",
+            here="on the input of the adapter branch only; W0 x gets the whole input",
+            why="loralib and HF peft do the same for linear layers; before convolutions HF peft drops too, and "
+            "loralib does not",
         ),
         Deviation(
             topic="transformers' Conv1D",
             paper="W0 (out, in)",
-            here="the weight is stored (in, out); A (r, in) and B (out, r) are as in a linear layer, and the update is "
-            "transposed",
-            why="loralib and HF peft call it fan_in_fan_out and do the same",
+            here="the weight is stored (in, out); A (r, in) and B (out, r) are as in a linear layer, and the update "
+            "is transposed",
+            why="loralib and HF peft do the same and call it fan_in_fan_out",
         ),
         Deviation(
             topic="embeddings",
             paper="not treated; A is random and B zero",
             here="A (r, num) is zero and B (dim, r) standard normal; no dropout",
-            why="as in loralib and HF peft: an id picks a column of A, so this start gives every entry seen a gradient "
-            "of its own; init changes nothing here, as in HF peft. HF peft accepts a dropout there and ignores it, "
+            why="loralib and HF peft do the same: an id picks a column of A, so that each entry in the data gets its "
+            "own gradient; `init` has no effect here, as in HF peft. HF peft accepts a dropout and ignores it, "
             "loralib has none",
         ),
         Deviation(
             topic="padding_idx",
             paper="not treated",
             here="the padding entry's column of A gets no gradient",
-            why="as in loralib and HF peft: it starts at zero, so the padding entry stays what it was",
+            why="loralib and HF peft do the same: the column starts at zero, so the padding entry does not change",
         ),
         Deviation(
             topic="convolutions",
             paper="not treated",
-            here="conv=peft: A is the base's convolution to r channels, B is 1 x 1: r (in k k + out) numbers, rank r. "
-            "conv=loralib: B A with A (r k, in k), B (out/groups k, r k), reshaped to the kernel: rank up to r k",
-            why="the authors' code (loralib) and HF peft differ; peft's form is in wider use",
+            here="conv=peft: A is the base's convolution to r channels, B is 1 x 1: r (in k k + out) numbers, rank "
+            "r. conv=loralib: B A with A (r k, in k), B (out/groups k, r k), reshaped to the kernel: rank up to r k",
+            why="the authors' code (loralib) and HF peft differ; peft's form is more widely used",
         ),
         Deviation(
             topic="convolutions with groups",
             paper="not treated",
             here="conv=peft: A sees all channels, B has the groups; merged, the layer has no groups",
-            why="as in HF peft, which cannot merge it: the update connects channels of different groups",
+            why="HF peft does the same but cannot merge it: the update connects channels of different groups",
         ),
         Deviation(
             topic="merging",
             paper="W = W0 + B A is computed and stored when the model is deployed (section 4.1)",
             here="on request; the base layer stays unchanged, so that unmerging is exact",
-            why="HF peft adds to the base weight and subtracts again. loralib does so whenever the mode changes, "
-            "unless merge_weights is off: in eval mode A and B have no part in the output",
+            why="HF peft adds to the base weight and subtracts again. loralib does so at every change of mode, "
+            "unless merge_weights is off, so that in eval mode its output does not depend on A and B any more",
         ),
         Deviation(
             topic="scaling",
@@ -119,17 +118,12 @@ class Config:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-class LoraLinear(AdaptedLayer):
+class LoraLinear(LowRankLayer):
     """A frozen linear layer (..., D) -> (..., E) with a low-rank update, A (R, D), B (E, R).
 
-    `base` is an nn.Linear, a quantised subclass, or transformers' Conv1D.
+    `base` is an nn.Linear, a quantised subclass, or transformers' Conv1D. Merging adds `delta` to the weight (section 4: no
+    additional inference latency).
     """
-
-    def __init__(self, base: nn.Module, A: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
-        super().__init__()
-        self.base = base
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
-        self.scaling, self.dropout = scaling, nn.Dropout(dropout)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return W0 x + scaling B A x, shape (..., E)."""
@@ -139,20 +133,8 @@ class LoraLinear(AdaptedLayer):
 
     def delta(self) -> Tensor:
         """Return scaling B A as the base stores its weight: (E, D), or (D, E) for a Conv1D."""
-        update_ED = self.scaling * (self.B @ self.A)
+        update_ED = super().delta()
         return update_ED.T if kind_of(self.base) == "Conv1D" else update_ED
-
-    def tensors(self) -> dict[str, nn.Parameter]:
-        """Map the paper's letters to the trainable parameters."""
-        return {"A": self.A, "B": self.B}
-
-    def merged(self) -> nn.Module:
-        """Return a layer with W0 + scaling B A (section 4: no additional inference latency): an nn.Linear or a Conv1D."""
-        dense: Any = dense_copy(self.base)
-        with torch.no_grad():
-            dense.weight += self.delta().to(dense.weight.dtype)
-        merged: nn.Module = dense
-        return merged
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:

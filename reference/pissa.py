@@ -9,6 +9,7 @@ Shape letters: T tokens, D in, E out, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from reference.shared.adapted import AdaptedLayer, AdaptedLayers
+from reference.shared.adapted import AdaptedLayer, AdaptedLayers, LowRankLayer
 from reference.shared.layers import dense_copy, dense_weight, floating_dtype, kind_of, replace, targets
 from reference.shared.lora_layers import LoraEmbedding
 from reference.shared.randomised_svd import randomised_svd
@@ -33,44 +34,44 @@ SPEC = ReferenceSpec(
             topic="shapes of A and B",
             paper="Y = X W with W (in, out), A (in, r) = U sqrt(S), B (r, out) = sqrt(S) V^T",
             here="A (r, in), B (out, r), as LoRA's: each is the transpose of the paper's of the same name",
-            why="the weight is stored as (out, in), the paper's W^T, whose SVD has U and V exchanged: our A holds "
-            "right singular vectors of the stored weight, the paper's left ones of W. HF peft has the same",
+            why="the weight is stored as (out, in), the transpose of the paper's W, so that U and V are exchanged: "
+            "our A holds right singular vectors of the stored weight, which are left ones of the paper's W. HF peft "
+            "does the same",
         ),
         Deviation(
             topic="scaling",
             paper="none: X (W_res + A B)",
-            here="alpha / r, and both factors begin divided by its root, so that (alpha / r) B A is the principal part",
-            why="as HF peft; with alpha = r, which the authors' scripts use, it is the paper's",
+            here="alpha / r; both initial factors are divided by its root, so that (alpha / r) B A is the principal "
+            "part",
+            why="HF peft does the same; with alpha = r, as in the authors' scripts, it equals the paper's form",
         ),
         Deviation(
             topic="signs of the singular vectors",
-            paper="left open by the SVD",
-            here="in each row of A the entry of largest magnitude is positive, the first of equals",
-            why="two correct programs may differ by a sign per component; a start that is compared must be one",
+            paper="not determined by the SVD",
+            here="the entry of largest magnitude in each row of A is positive; of equal entries the first counts",
+            why="two correct programs may differ by a sign per component, and a start that is compared must be unique",
         ),
         Deviation(
             topic="fast SVD",
             paper="a randomised SVD (Halko et al.), with more or fewer iterations",
             here="Halko's subspace iteration with exactly r columns, no oversampling; niter = 0 is the exact SVD",
-            why="HF peft's pissa_niter_N is torch.svd_lowrank with q = r; its niter_0 is a sketch without iterations, "
-            "ours is not. The sketch is drawn from the generator, not from global state, from which HF peft draws "
-            "another when a saved adapter is loaded, so its residual differs",
+            why="HF peft's pissa_niter_N is torch.svd_lowrank with q = r, and its niter_0 a sketch without "
+            "iterations. Our sketch is drawn from the generator; HF peft draws it from global state, and again when "
+            "it loads a saved adapter, so that its residual differs",
         ),
         Deviation(
             topic="precision",
             paper="not stated",
-            here=(
-                "the SVD runs in float32 at least; A and B are rounded to the layer's dtype, then W_res = W - (alpha / "
-                "r) B A from the rounded ones, rounded once"
-            ),
-            why="so W_res holds what A and B lost, and W_res + (alpha / r) B A is W within half an eps of |W_res|. HF "
-            "peft has A and B in float32 and W_res in half precision",
+            here="the SVD runs in at least float32; A and B are rounded to the layer's dtype, then W_res = W - "
+            "(alpha / r) B A is computed from the rounded factors and rounded once",
+            why="W_res then holds the rounding errors of A and B, and W_res + (alpha / r) B A equals W within half "
+            "an eps of |W_res|. HF peft has A and B in float32 and W_res in half precision",
         ),
         Deviation(
             topic="quantised base (QPiSSA)",
-            paper="quantises W_res, whose spread is smaller than W's, and may iterate (Algorithm 1)",
-            here="takes the matrix that the base multiplies by; W_res stays dense",
-            why="a packed base has already lost the precision that QPiSSA saves; the caller may quantise W_res",
+            paper="quantises W_res, which has a smaller spread than W, and may iterate (Algorithm 1)",
+            here="decomposes the matrix that the base multiplies by; W_res stays dense",
+            why="a packed base has already lost the precision that QPiSSA would save; the caller may quantise W_res",
         ),
         Deviation(
             topic="dropout",
@@ -81,9 +82,9 @@ SPEC = ReferenceSpec(
         Deviation(
             topic="embeddings",
             paper="not treated",
-            here="the table's transpose is W, as in LoRA: A (r, num) picks columns by id, B (dim, r)",
-            why="its equations apply to the only other layer that multiplies by a matrix. HF peft supports embeddings too, "
-            "but silently starts them as plain LoRA",
+            here="the transposed table is W, as in LoRA: A (r, num) picks columns by id, B (dim, r)",
+            why="the paper's equations apply to this layer too. HF peft also supports embeddings, but silently "
+            "starts them as plain LoRA",
         ),
     ),
 )
@@ -110,12 +111,13 @@ def exact_svd(W_ED: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fast_svd(W_ED: Tensor, rank: int, niter: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Return an approximate (U (E, R), S (R,), Vt (R, D)), with LAPACK's signs.
+    """Return an approximate (U (E, R), S (R,), Vt (R, D)), with LAPACK's signs."""
+    return randomised_svd(W_ED, sketch(W_ED, rank, generator), niter)
 
-    The sketch (min(E, D), R) is standard normal, drawn in float64 on the CPU from `generator`, then cast.
-    """
-    sketch = torch.randn(min(W_ED.shape), rank, generator=generator, dtype=torch.float64).to(W_ED)
-    return randomised_svd(W_ED, sketch, niter)
+
+def sketch(W_ED: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+    """Return a standard normal sketch (min(E, D), R), drawn in float64 on the CPU from `generator`, then cast."""
+    return torch.randn(min(W_ED.shape), rank, generator=generator, dtype=torch.float64).to(W_ED)
 
 
 def signed(U_ER: Tensor, Vt_RD: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,8 +136,10 @@ def split(
     """
     W = W_ED.to(torch.promote_types(W_ED.dtype, torch.float32))
     scaling = config.alpha / config.rank
-    found = fast_svd(W, config.rank, config.niter, generator) if config.niter else exact_svd(W, config.rank)
-    U, S, Vt = found
+    if config.niter:
+        U, S, Vt = fast_svd(W, config.rank, config.niter, generator)
+    else:
+        U, S, Vt = exact_svd(W, config.rank)
     U, Vt = signed(U, Vt)
     root = (S / scaling).sqrt()
     # LAPACK's U comes column by column. Laid out as any other B, so that its products round as any other's.
@@ -154,7 +158,7 @@ def to_lora(A0: Tensor, B0: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tenso
     return torch.cat([A, A0], dim=0), torch.cat([B, -B0], dim=1)
 
 
-class PissaLinear(AdaptedLayer):
+class PissaLinear(LowRankLayer):
     """A linear layer with a trainable principal part, A (R, D), B (E, R), and a frozen residual (E, D).
 
     `base` is the original layer, an nn.Linear or a quantised subclass; the output uses its bias only.
@@ -163,25 +167,14 @@ class PissaLinear(AdaptedLayer):
     base: nn.Linear
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, residual: Tensor, scaling: float) -> None:
-        super().__init__()
-        self.base = base
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        super().__init__(base, A, B, scaling)
         self.register_buffer("residual", residual)
-        self.scaling = scaling
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return W_res x + bias + scaling B A x, shape (..., E) (eq. 5)."""
         h_TR = x_TD @ self.A.T
         y_TE: Tensor = linear(x_TD, self.get_buffer("residual"), self.base.bias) + self.scaling * (h_TR @ self.B.T)
         return y_TE
-
-    def delta(self) -> Tensor:
-        """Return scaling B A, shape (E, D); initially the principal part of W, not zero."""
-        return self.scaling * (self.B @ self.A)
-
-    def tensors(self) -> dict[str, nn.Parameter]:
-        """Map LoRA's letters to what trains."""
-        return {"A": self.A, "B": self.B}
 
     def state(self) -> dict[str, Tensor]:
         """Map `residual` to W_res (E, D)."""
@@ -223,15 +216,18 @@ class PissaEmbedding(AdaptedLayer):
         """Map `residual` to W_res (E, N)."""
         return {"residual": self.adapted.base.weight.data.T}
 
-    def merged(self) -> nn.Module:
+    def merged(self) -> Any:
         """Return an embedding with (W_res + scaling B A)^T."""
         return self.adapted.merged()
 
 
-def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
+def attach(
+    model: nn.Module, config: Config, generator: torch.Generator, split: Callable[..., tuple[Tensor, ...]] = split
+) -> AdaptedLayers:
     """Freeze `model` and replace every target by a PissaLinear or a PissaEmbedding, in order of the paths.
 
-    Raises ValueError if a target names no such layer, or if rank exceeds the smaller side of a target's weight.
+    split: another implementation of `split`, for a faster start. Raises ValueError if a target names no such layer, or if
+    rank exceeds the smaller side of a target's weight.
     """
     found = targets(model, config.targets, ("linear", "embedding"))
     for path, base in found.items():

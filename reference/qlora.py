@@ -9,7 +9,6 @@ Shape letters: T tokens, D in, E out, R rank.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from reference.operations import double_quant, nf4
-from reference.shared.adapted import AdaptedLayer, AdaptedLayers
-from reference.shared.layers import dense_copy, dense_weight, floating_dtype, replace, targets
+from reference.shared.adapted import AdaptedLayers, LowRankLayer
+from reference.shared.layers import dense_copy, dense_weight, replace, targets
+from reference.shared.lora_start import linear_factors
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -30,43 +30,44 @@ SPEC = ReferenceSpec(
             topic="NF4, double quantisation",
             paper="eqs. 4 and 6, section 3",
             here="as in reference/operations/nf4.py and double_quant.py, which list their differences from the paper",
-            why="as in bitsandbytes, the authors' quantiser",
+            why="bitsandbytes, the authors' quantiser, does the same",
         ),
         Deviation(
             topic="compute dtype",
             paper="bfloat16: eqs. 5 and 6 decode to it and multiply in it",
             here="the dtype of the input: level x absmax is formed in float32, then cast, then multiplied",
-            why="the paper's with bfloat16 inputs; a check wants float64. bitsandbytes decodes so too",
+            why="this equals the paper's with bfloat16 inputs; the checks need float64 too. bitsandbytes decodes in "
+            "the same order",
         ),
         Deviation(
             topic="scaling",
-            paper="s in eq. 3, left out in eq. 5",
+            paper="s in eq. 3, omitted in eq. 5",
             here="alpha / r",
-            why="as in LoRA, the authors' code and HF peft",
+            why="LoRA, the authors' code and HF peft do the same",
         ),
         Deviation(
             topic="dropout",
-            paper="0.1 (7B, 13B) or 0.05, of LoRA's, which is not defined",
+            paper="0.1 (7B, 13B) or 0.05, as LoRA's dropout, which is not defined there",
             here="on the input of the adapter branch only; the default is 0",
-            why="as in the authors' code, which is HF peft's",
+            why="the authors' code, which uses HF peft, does the same",
         ),
         Deviation(
             topic="adapted layers",
             paper="all linear layers of the transformer blocks",
             here="`targets`, by default the seven of a LLaMA block",
-            why="the head is never adapted or quantised, as in the authors' code",
+            why="the authors' code does not adapt or quantise the head either",
         ),
         Deviation(
             topic="unquantised parameters",
             paper="not stated",
             here="unchanged",
-            why="the authors' script makes the norms float32; HF peft's prepare_model_for_kbit_training all that is in "
-            "16 bits, embeddings and head too",
+            why="the authors' script converts norms to float32; HF peft's prepare_model_for_kbit_training converts "
+            "all 16-bit parameters, embeddings and head included",
         ),
         Deviation(
             topic="defaults",
             paper="NF4, double quantisation, products in bfloat16",
-            here="as the paper, and products in the dtype of the input",
+            here="as in the paper, with products in the dtype of the input",
             why="transformers' BitsAndBytesConfig defaults to FP4, no double quantisation and float32",
         ),
         Deviation(
@@ -77,16 +78,15 @@ SPEC = ReferenceSpec(
         ),
         Deviation(
             topic="the original weight",
-            paper="is gone once it is quantised",
-            here="stays as `base`, so that `detach` gives it back; no product reads it",
-            why="a reference may spend the memory that the method saves; bits are counted by "
-            "double_quant.bits_per_parameter",
+            paper="discarded after quantisation",
+            here="stays as `base`, so that `detach` can restore it; no product reads it",
+            why="a reference may use the memory that the method saves; double_quant.bits_per_parameter counts the bits",
         ),
         Deviation(
             topic="paged optimizers",
             paper="section 3: optimizer states in unified memory",
-            here="not here",
-            why="they change the location of states and no value; the caller chooses the optimizer",
+            here="not part of this file",
+            why="they move states and change no value; the caller chooses the optimizer",
         ),
     ),
 )
@@ -110,7 +110,7 @@ class Config:
     """Quantise the absmax of the blocks too."""
 
 
-class QloraLinear(AdaptedLayer):
+class QloraLinear(LowRankLayer):
     """A linear layer with a 4-bit weight and a low-rank update, A (R, D), B (E, R)."""
 
     base: nn.Linear
@@ -125,10 +125,8 @@ class QloraLinear(AdaptedLayer):
     """Mean of the block constants, float32, 0-d; with double quantisation only."""
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, config: Config) -> None:
-        super().__init__()
-        self.base, self.block, self.two_levels = base, config.block, config.double_quant
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
-        self.scaling, self.dropout = config.alpha / config.rank, nn.Dropout(config.dropout)
+        super().__init__(base, A, B, config.alpha / config.rank, config.dropout)
+        self.block, self.two_levels = config.block, config.double_quant
         codes, absmax = nf4.quantize(dense_weight(base), config.block)
         self.register_buffer("codes", nf4.pack(codes))
         if config.double_quant:
@@ -150,14 +148,6 @@ class QloraLinear(AdaptedLayer):
         h_TR = self.dropout(x_TD) @ self.A.T
         y_TE: Tensor = linear(x_TD, self.weight().to(x_TD.dtype), self.base.bias) + self.scaling * (h_TR @ self.B.T)
         return y_TE
-
-    def delta(self) -> Tensor:
-        """Return scaling B A, shape (E, D)."""
-        return self.scaling * (self.B @ self.A)
-
-    def tensors(self) -> dict[str, nn.Parameter]:
-        """Map LoRA's letters to the trainable parameters: A is L1^T, B is L2^T."""
-        return {"A": self.A, "B": self.B}
 
     def state(self) -> dict[str, Tensor]:
         """Map names to the 4-bit weight: codes and absmax, and with double quantisation absmax2 and offset."""
@@ -181,12 +171,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
     model.requires_grad_(False)
     layers = {}
     for path, base in targets(model, config.targets).items():
-        E, D = base.out_features, base.in_features
-        dtype, device = floating_dtype(base), next(base.parameters()).device
-        bound = 1 / math.sqrt(D)
-        # Drawn in float64 so that every dtype starts from the same numbers.
-        A = torch.empty(config.rank, D, dtype=torch.float64).uniform_(-bound, bound, generator=generator)
-        B = torch.zeros(E, config.rank, dtype=dtype, device=device)
-        layers[path] = QloraLinear(base, A.to(device, dtype), B, config)
+        A, B = linear_factors(base, config.rank, generator)
+        layers[path] = QloraLinear(base, A, B, config)
         replace(model, path, layers[path])
     return AdaptedLayers(model, layers)

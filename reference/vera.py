@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from reference.shared.adapted import AdaptedLayer, AdaptedLayers
-from reference.shared.layers import dense_copy, floating_dtype, replace, targets
+from reference.shared.layers import floating_dtype, replace, targets
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -23,45 +23,43 @@ SPEC = ReferenceSpec(
     deviations=(
         Deviation(
             topic="layers of several shapes",
-            paper="one pair of matrices for all layers, which are taken to be of one shape",
-            here="the pair is as large as the largest target, in each dimension; a layer uses the first D columns of A "
-            "and the first E rows of B",
-            why="as HF peft does; the authors' code is not public",
+            paper="one pair of matrices for all layers, which have one shape",
+            here="the pair is as large as the largest target, in each dimension; a layer uses the first D columns of "
+            "A and the first E rows of B",
+            why="HF peft does the same; the authors' code is not public",
         ),
         Deviation(
             topic="spread of A and B",
-            paper="Kaiming initialisation by the matrix's dimensions, no gain given; uniform rather than normal by its "
-            "ablation",
-            here=(
-                "uniform in +-sqrt(6 / fan_in), gain sqrt(2); fan_in is that of the shared pair: the largest in for A, "
-                "r for B"
-            ),
-            why="as in HF peft; a slice has less variance than a matrix of its own size",
+            paper="Kaiming initialisation by the matrix's dimensions, without a gain; uniform instead of normal, by "
+            "its ablation",
+            here="uniform in +-sqrt(6 / fan_in), which is a gain of sqrt(2); fan_in of the shared pair: the largest "
+            "in for A, r for B",
+            why="HF peft does the same; a slice has less variance than a separate matrix of its size",
         ),
         Deviation(
             topic="random numbers",
-            paper="from a seed that is stored instead of the matrices",
+            paper="from a seed, which is stored instead of the matrices",
             here="from a separate generator on the CPU, seeded by projection_key, A before B, in float32, then cast; "
             "nothing is drawn from the generator of `attach`",
-            why="the numbers of HF peft to the last bit; those of another version of PyTorch may differ",
+            why="these are the numbers of HF peft to the last bit; another version of PyTorch may draw others",
         ),
         Deviation(
             topic="saved tensors",
             paper="b, d and the seed",
-            here="b and d; `state` shows A and B, which projection_key makes again",
-            why="HF peft writes A and B too, which are most of its files, unless save_projection is false",
+            here="b and d; `state` shows A and B, which projection_key reproduces",
+            why="HF peft also saves A and B, most of its files' size, unless save_projection is false",
         ),
         Deviation(
             topic="scaling",
             paper="no alpha",
             here="no alpha",
-            why="d takes its place: 0.1 at the start, as in the paper's main experiments",
+            why="d takes its place: it starts at 0.1, as in the paper's main experiments",
         ),
         Deviation(
             topic="dropout",
             paper="not in the formulas",
-            here="on the input of A only; W0 x sees the whole input",
-            why="as in LoRA and HF peft",
+            here="on the input of A only; W0 x gets the whole input",
+            why="LoRA and HF peft do the same",
         ),
     ),
 )
@@ -135,13 +133,6 @@ class VeraLinear(AdaptedLayer):
     def state(self) -> dict[str, Tensor]:
         """Map A and B to this layer's slices of the shared projections."""
         return {"A": self.A, "B": self.B}
-
-    def merged(self) -> nn.Linear:
-        """Return a linear layer with W0 + Lambda_b B Lambda_d A (as for LoRA: no additional inference latency)."""
-        dense = dense_copy(self.base)
-        with torch.no_grad():
-            dense.weight += self.delta().to(dense.weight.dtype)
-        return dense
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from harness.bench.steps import Backbone, StepBenchmark
+from harness.bench.steps import STEPS, Backbone, StepBenchmark
 from harness.cell import base_quantisation
 from harness.cell.training.optimizers import BETAS, EPS
 from harness.conformance import parity_suite
@@ -66,34 +67,49 @@ def loss_of(model: Any, ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(wide.flatten(0, 1), ids[:, 1:].flatten())
 
 
+@dataclass(frozen=True)
+class StepSetting:
+    """A training step, and where it is timed."""
+
+    name: str
+    """Name in `STEPS`."""
+    shape: Backbone
+    dtype: str
+    device: torch.device
+    registry: Registry
+
+    @property
+    def step(self) -> StepBenchmark:
+        """The training step."""
+        return STEPS[self.name]
+
+
 class AdaptedLlama:
     """A Llama with a Method attached, which takes training steps."""
 
-    def __init__(
-        self, implementation: Implementation, step: StepBenchmark, shape: Backbone, dtype: str, device: torch.device,
-        registry: Registry, packer: str = "",
-    ) -> None:  # fmt: skip
-        self.shape, self.device, self.base, self.packer = shape, device, step.base, packer
+    def __init__(self, implementation: Implementation, setting: StepSetting, packer: str = "") -> None:
+        """packer: the implementation that packs the base, if the step quantises it."""
+        step, dtype = setting.step, setting.dtype
+        self.shape, self.device, self.base, self.packer = setting.shape, setting.device, step.base, packer
         self.losses: list[float] = []
         """Loss of each step so far."""
-        self.model = llama(shape, DTYPES[dtype], device)
+        self.model = llama(self.shape, DTYPES[dtype], self.device)
         self.model.requires_grad_(False)
         config = configure(step.method, step.config)
         bases = adaptable_layers(self.model, config)
         packed = base_quantisation.PackedBase()
         if step.base:
             base = Base(quantization=step.base, implementation=packer)  # type: ignore[arg-type]
-            packed = base_quantisation.pack(self.model, bases, base, DTYPES[dtype], registry)
+            packed = base_quantisation.pack(self.model, bases, base, DTYPES[dtype], setting.registry)
             bases = {path: self.model.get_submodule(path) for path in bases}
         self.model.eval()
         self.base_output = inference(self.model, self._logits)()
         own, original = list(self.model.parameters()), Original.of(self.model)
         self.start = initial_tensors(step.method, bases, config, torch.Generator().manual_seed(SEED))
-        adapted = implementation(self.model, config, torch.Generator().manual_seed(SEED))
-        load_start(adapted, self.start)
-        self.adapted = adapted
+        self.adapted = implementation(self.model, config, torch.Generator().manual_seed(SEED))
+        load_start(self.adapted, self.start)
         self.subject = Subject(
-            step.method, config, dtype, self.model, adapted, bases, own, original, packed.forms, packed.expected,
+            step.method, config, dtype, self.model, self.adapted, bases, own, original, packed.forms, packed.expected,
             packed.judged,
         )  # fmt: skip
         self.optimizer: torch.optim.Optimizer | None = None
@@ -119,14 +135,13 @@ class AdaptedLlama:
 
     def parity(self) -> list[CheckResult]:
         """Run the parity gate of a Cell, then judge the loss of a whole batch and its gradients."""
-        who = f"{self.base} by {self.packer}" if self.packer else ""
+        base = f"{self.base} by {self.packer}" if self.packer else ""
         run_model = inference(self.model, self._logits)
         found = parity_gate.gate(
-            self.subject, SEED, run_model, self.base_output, start=self.start, forward=self._logits, base=who
+            self.subject, SEED, run_model, self.base_output, start=self.start, forward=self._logits, base=base
         )
-        if any(one.outcome == "fail" for one in found):
-            return found
-        return [*found, self._loss_and_gradients()]
+        failed = any(one.outcome == "fail" for one in found)
+        return found if failed else [*found, self._loss_and_gradients()]
 
     def _logits(self, model: Any) -> Tensor:
         logits: Tensor = model(input_ids=batch(self.shape, 0, self.device)[:1, :GATED_TOKENS], use_cache=False).logits

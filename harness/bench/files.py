@@ -14,6 +14,7 @@ from harness.records import files
 from harness.records.record import Environment
 
 SCHEMA = 1
+_WRITABLE = "name a writable path"
 
 
 def check_writable(out: Path | None, export: Path | None) -> None:
@@ -25,17 +26,16 @@ def check_writable(out: Path | None, export: Path | None) -> None:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(
-                f"cannot create the folder: {error.strerror}", where=where, hint="name a writable path"
-            ) from error
-        _try(out / "row.json", where)
+            what = f"cannot create the folder: {error.strerror}"
+            raise UsageError(what, where=where, hint=_WRITABLE) from error
+        _check_file(out / "row.json", where)
     if export is not None:
-        _try(export, f"--export-pytest-benchmark {export}")
+        _check_file(export, f"--export-pytest-benchmark {export}")
 
 
-def _try(file: Path, where: str) -> None:
+def _check_file(file: Path, where: str) -> None:
     if why := files.unwritable(file):
-        raise UsageError(why, where=where, hint="name a writable path")
+        raise UsageError(why, where=where, hint=_WRITABLE)
 
 
 def write(path: Path, document: dict[str, Any]) -> None:
@@ -43,9 +43,7 @@ def write(path: Path, document: dict[str, Any]) -> None:
     try:
         files.write_atomic(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
     except StoreError as error:
-        hint = (
-            "the printed table has the numbers; to save the samples, free disk space or name another path and run again"
-        )
+        hint = "the printed table has the numbers; for the samples, free disk space or name another path and run again"
         raise StoreError(error.what, where=error.where, hint=hint) from error
 
 
@@ -62,9 +60,8 @@ class Folder:
         if self.path is None:
             return
         file = self.path / f"{self._count:03d}-{_slug(row)}.json"
-        self._pending[file] = {
-            "schema": SCHEMA, "environment": self.environment.model_dump(mode="json"), **row.document()
-        }  # fmt: skip
+        environment = self.environment.model_dump(mode="json")
+        self._pending[file] = {"schema": SCHEMA, "environment": environment, **row.document()}
         self._count += 1
         try:
             self._write(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -57,47 +58,44 @@ class OperationBenchmark:
 
     def rows(self, size: BenchSize) -> Iterator[BenchRow]:
         """Yield the rows of one size: of the call, and of the call with its gradients if it is differentiable."""
-        judged = size.judged(self.device.type, self.timed.per_token)
         arguments = self._arguments(size)
-        parity = [one for it in (self.ours, self.other) for one in self._parity(it, judged)]
-        yield self._row(size, judged, arguments, [one for one in parity if one.check != GRADIENT], backward=False)
+        parity = [one for it in (self.ours, self.other) for one in self._parity(it, self._judged(size))]
+        forward = [one for one in parity if one.check != GRADIENT]
+        yield self._row(self.operation, size, arguments, forward, [self.timed.forward])
         if self.timed.backward is not None:
-            yield self._row(size, judged, arguments, parity, backward=True)
+            costs = [self.timed.forward, self.timed.backward]
+            yield self._row(f"{self.operation}+backward", size, arguments, parity, costs)
+
+    def _judged(self, size: BenchSize) -> BenchSize:
+        return size.judged(self.device.type, self.timed.per_token)
 
     def _row(
         self,
+        name: str,
         size: BenchSize,
-        judged: BenchSize,
         arguments: dict[str, Any],
         parity: Sequence[CheckOutcome],
-        backward: bool,
+        costs: Sequence[Cost],
     ) -> BenchRow:
+        """Return a row. costs: of each timed pass, the second one backward."""
         checks, outcome, because = judge_parity(parity)
-        forward, more = self.timed.forward, self.timed.backward
-        itemsize = DTYPES[self.dtype].itemsize
-
-        def cost(of: Callable[[Cost], float]) -> float:
-            return of(forward) + (of(more) if backward and more is not None else 0.0)
-
         samples = None
         if outcome == "measured":
-            overhead = self._overhead(backward)
+            backward = len(costs) > 1
             ours, other = (self._call(it, arguments, backward) for it in (self.ours, self.other))
-            samples = timing.pairs(self.clock, ours, other, self.pairs, overhead=overhead)
+            samples = timing.pairs(self.clock, ours, other, self.pairs, overhead=self._overhead(backward))
+        judged, itemsize = self._judged(size), DTYPES[self.dtype].itemsize
         return BenchRow(
-            name=f"{self.operation}+backward" if backward else self.operation,
-            shape=in_words(size, self.timed.per_token), dtype=self.dtype, device=self.device.type,
+            name=name, shape=in_words(size, self.timed.per_token), dtype=self.dtype, device=self.device.type,
             ours=self.ours.name, other=self.other.name, outcome=outcome, because=because,
-            judged="" if judged == size else in_words(judged, self.timed.per_token), parity=checks,
-            samples=samples, ceilings=self.limits if samples is not None else None,
-            bytes=cost(lambda c: c.bytes(size, itemsize)), flops=cost(lambda c: c.flops(size)), facts=self.facts,
+            judged="" if judged == size else in_words(judged, self.timed.per_token), parity=checks, samples=samples,
+            ceilings=self.limits if samples is not None else None,
+            bytes=sum(cost.bytes(size, itemsize) for cost in costs), flops=sum(cost.flops(size) for cost in costs),
+            facts=self.facts,
         )  # fmt: skip
 
-    def _arguments(self, size: BenchSize) -> dict[str, Any]:
+    def _arguments(self, size: BenchSize, seed: int = suite_run.SEED) -> dict[str, Any]:
         """Draw the arguments as the checks draw them, and move them to the device."""
-        return self._drawn(size, suite_run.SEED)
-
-    def _drawn(self, size: BenchSize, seed: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(seed)
         drawn = self.definition.arguments(DTYPES[self.dtype], generator, **self.timed.case(size))
         moved: dict[str, Any] = mapped(drawn, lambda one: one.to(self.device) if isinstance(one, Tensor) else one)
@@ -105,16 +103,11 @@ class OperationBenchmark:
 
     def _parity(self, implementation: Implementation, size: BenchSize) -> Iterator[CheckOutcome]:
         """Yield the outcomes of the parity suite's checks on this call."""
-        subject = OperationSubject(
-            self.definition,
-            implementation,
-            self.dtype,
-            self._arguments(size),
-            lambda: self._drawn(size, suite_run.SEED + 1),
-        )
+        arguments, again = self._arguments(size), partial(self._arguments, size, suite_run.SEED + 1)
+        subject = OperationSubject(self.definition, implementation, self.dtype, arguments, again)
         case = Case("call", seed=suite_run.SEED, factors=self.plan.factors())
         runner = suite_run.CaseRunner(implementation, parity_suite.in_words(self.timed.case(size)), self.dtype)
-        for name in (*CHECKS, *([GRADIENT] if self.timed.backward is not None else [])):
+        for name in CHECKS if self.timed.backward is None else (*CHECKS, GRADIENT):
             if name in self.plan.checks:
                 yield runner.check(name, subject, case)
 

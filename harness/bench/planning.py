@@ -5,8 +5,8 @@ Implementations come from the installed plug-ins; none is listed here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from harness.bench import operations as timed_operations
@@ -71,11 +71,7 @@ class BenchTask:
 
     def document(self, request: BenchRequest, threads: int) -> dict[str, Any]:
         """Return the task for JSON, as `harness.bench.worker` reads it."""
-        return {
-            "kind": self.kind, "target": self.target, "names": self.names, "points": self.points, "dtype": self.dtype,
-            "device": self.device, "sizes": [size.document() for size in self.sizes], "step": self.step, "base": self.base,
-            "packers": self.packers, "backbone": request.backbone.document(), "pairs": request.pairs, "threads": threads,
-        }  # fmt: skip
+        return {**asdict(self), "backbone": asdict(request.backbone), "pairs": request.pairs, "threads": threads}
 
     def of_one(self, index: int) -> BenchTask:
         """Return the same step by one of the implementations, to measure its memory."""
@@ -97,128 +93,108 @@ def plan(request: BenchRequest, registry: Registry, no_gpu: str) -> tuple[list[B
     """
     _check_names(request, registry)
     device = request.device if request.device != "auto" else "cpu" if no_gpu else "cuda"
-    found = list(_everything(request, registry, device))
-    tasks = [one for one in found if isinstance(one, BenchTask)]
-    rows = [one for one in found if isinstance(one, BenchRow)]
+    planned = _Plan(request, registry, device)
     if device == "cuda" and no_gpu:
-        return [], [*rows, *(task.row("not-run", no_gpu) for task in tasks)]
-    if request.device == "auto" and no_gpu:
-        rows += [t.row("not-run", no_gpu) for t in _everything(request, registry, "cuda") if isinstance(t, BenchTask)]
-    return tasks, rows
+        return [], [*planned.rows, *(task.row("not-run", no_gpu) for task in planned.tasks)]
+    on_gpu = _Plan(request, registry, "cuda").tasks if request.device == "auto" and no_gpu else []
+    return planned.tasks, [*planned.rows, *(task.row("not-run", no_gpu) for task in on_gpu)]
 
 
-def _everything(request: BenchRequest, registry: Registry, device: str) -> Iterator[BenchTask | BenchRow]:
-    names = list(request.operations)
-    if not names and not request.steps:
-        names = [name for name in timed_operations.every() if registry.names("operation", name)]
-    for name in dict.fromkeys(names):
-        yield from _operation(request, registry, device, name)
-    steps = STEPS if EVERY in request.steps else dict.fromkeys(request.steps)
-    for name in steps:
-        yield from _step(request, registry, device, name)
+class _Plan:
+    """The tasks of a request on one device, and rows for benchmarks that cannot run there."""
 
+    def __init__(self, request: BenchRequest, registry: Registry, device: str) -> None:
+        self.request, self.registry, self.device = request, registry, device
+        self.tasks: list[BenchTask] = []
+        self.rows: list[BenchRow] = []
+        operations = list(request.operations)
+        if not operations and not request.steps:
+            operations = [name for name in timed_operations.every() if registry.names("operation", name)]
+        for name in dict.fromkeys(operations):
+            self._add_operation(name)
+        for name in STEPS if EVERY in request.steps else dict.fromkeys(request.steps):
+            self._add_step(f"step:{name}", name)
 
-def _operation(request: BenchRequest, registry: Registry, device: str, name: str) -> Iterator[BenchTask | BenchRow]:
-    if name not in timed_operations.every():
-        yield _not_run(request, name, device, "*", "not timed: no module of harness/bench/operations declares it")
-        return
-    available = parity_suite.load_operation(name).dtypes
-    default = _DTYPE[device]
-    wanted = list(dict.fromkeys(request.dtypes)) or [default if default in available else available[0]]
-    per_token = timed_operations.every()[name].per_token
-    for other in _others(request, registry, "operation", name):
-        if isinstance(other, BenchRow):
-            yield other.model_copy(update={"device": device})
-            continue
-        both = (request.ours, other)
-        for dtype in wanted:
-            task = BenchTask(
-                name, "operation", name, both, _points(registry, "operation", name, both), dtype, device,
-                sizes=tuple(sizes(request.shapes, per_token)),
-            )  # fmt: skip
-            why = _unsupported(registry, task) or (
-                "" if dtype in available else f"its parity suite has no case in {dtype}"
-            )
-            yield task.row("not-run", why) if why else task
+    def _add_operation(self, name: str) -> None:
+        if name not in timed_operations.every():
+            self._cannot_run(name, "*", "not timed: no module of harness/bench/operations declares it")
+            return
+        available = parity_suite.load_operation(name).dtypes
+        default = _DTYPE[self.device] if _DTYPE[self.device] in available else available[0]
+        layers = tuple(sizes(self.request.shapes, timed_operations.every()[name].per_token))
+        for other in self._others(name, "operation", name):
+            both = (self.request.ours, other)
+            points = self._points("operation", name, both)
+            for dtype in dict.fromkeys(self.request.dtypes or [default]):
+                task = BenchTask(name, "operation", name, both, points, dtype, self.device, layers)
+                self._add(task, "" if dtype in available else f"its parity suite has no case in {dtype}")
 
-
-def _step(request: BenchRequest, registry: Registry, device: str, name: str) -> Iterator[BenchTask | BenchRow]:
-    step = STEPS[name]
-    for other in _others(request, registry, "method", step.method, f"step:{name}"):
-        if isinstance(other, BenchRow):
-            yield other.model_copy(update={"device": device})
-            continue
-        both, packers = (request.ours, other), ("", "")
-        points = _points(registry, "method", step.method, both)
-        if step.base:
-            offering = registry.names("base", step.base)
-            packing = [one for one in offering if one not in (request.ours, REFERENCE)]
-            if request.ours not in offering or not packing:
-                yield _not_run(
-                    request,
-                    f"step:{name}",
-                    device,
-                    other,
-                    f"packers of {step.base}: {', '.join(offering) or 'none'}; needs two",
+    def _add_step(self, name: str, key: str) -> None:
+        step = STEPS[key]
+        for other in self._others(name, "method", step.method):
+            both, packers = (self.request.ours, other), ("", "")
+            points = self._points("method", step.method, both)
+            if step.base:
+                offering = self.registry.names("base", step.base)
+                packing = [one for one in offering if one not in (self.request.ours, REFERENCE)]
+                if self.request.ours not in offering or not packing:
+                    packers_of = f"packers of {step.base}: {', '.join(offering) or 'none'}"
+                    self._cannot_run(name, other, f"{packers_of}; needs two")
+                    continue
+                packers = (self.request.ours, other if other in packing else packing[0])
+                points += self._points("base", step.base, packers)
+            points = tuple(dict.fromkeys(points))
+            for dtype in dict.fromkeys(self.request.dtypes or [_DTYPE[self.device]]):
+                task = BenchTask(
+                    name, "method", step.method, both, points, dtype, self.device, step=key, base=step.base
                 )
-                continue
-            packers = (request.ours, other if other in packing else packing[0])
-            points += _points(registry, "base", step.base, packers)
-        for dtype in dict.fromkeys(request.dtypes or [_DTYPE[device]]):
-            task = BenchTask(
-                f"step:{name}", "method", step.method, both, tuple(dict.fromkeys(points)), dtype, device, step=name,
-                base=step.base, packers=packers,
-            )  # fmt: skip
-            why = _unsupported(registry, task)
-            yield task.row("not-run", why) if why else task
+                self._add(replace(task, packers=packers))
 
+    def _others(self, name: str, kind: str, target: str) -> list[str]:
+        """Return the implementations to compare with; add rows with the reason why one cannot be compared."""
+        ours = self.request.ours
+        offering = self.registry.names(kind, target)
+        others = [other for other in offering if other != ours]
+        if ours not in offering:
+            self._cannot_run(name, "*", f"{ours} does not offer {target}")
+            return []
+        wanted = list(dict.fromkeys(self.request.vs))
+        if not wanted:
+            # A variant of a library (`bitsandbytes-paged`) is compared only on request (--vs).
+            wanted = [n for n in others if n != REFERENCE and not any(n.startswith(f"{o}-") for o in offering)]
+            wanted = wanted or [n for n in others if n == REFERENCE]
+        if not wanted:
+            self._cannot_run(name, "-", f"only {ours} offers {target}")
+        for other in wanted:
+            if other not in others:
+                self._cannot_run(name, other, f"{other} does not offer {target}")
+        return [other for other in wanted if other in others]
 
-def _others(
-    request: BenchRequest, registry: Registry, kind: str, target: str, called: str = ""
-) -> Iterator[str | BenchRow]:
-    """Yield the implementations to compare with, or rows with the reason why one cannot be."""
-    offering, called = registry.names(kind, target), called or target
-    others = [name for name in offering if name != request.ours]
-    if request.ours not in offering:
-        yield _not_run(request, called, "", "*", f"{request.ours} does not offer {target}")
-        return
-    if request.vs:
-        wanted = list(dict.fromkeys(request.vs))
-    else:
-        # A variant of a library (`bitsandbytes-paged`) is compared only on request (--vs).
-        wanted = [n for n in others if n != REFERENCE and not any(n.startswith(f"{o}-") for o in offering)]
-        wanted = wanted or [n for n in others if n == REFERENCE]
-    if not wanted:
-        yield _not_run(request, called, "", "-", f"only {request.ours} offers {target}")
-    for name in wanted:
-        yield name if name in others else _not_run(request, called, "", name, f"{name} does not offer {target}")
+    def _points(self, kind: str, target: str, names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.registry.find(kind, target, name).point for name in names))
 
+    def _add(self, task: BenchTask, no_case: str = "") -> None:
+        """Add a task, or a row with the reason why it cannot run. no_case: such a reason."""
+        if why_not := self._unsupported(task) or no_case:
+            self.rows.append(task.row("not-run", why_not))
+        else:
+            self.tasks.append(task)
 
-def _points(registry: Registry, kind: str, target: str, names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(registry.find(kind, target, name).point for name in names))
+    def _unsupported(self, task: BenchTask) -> str:
+        for name in task.names:
+            it = self.registry.find(task.kind, task.target, name)
+            if task.dtype not in it.dtypes:
+                return f"{name} does not offer {task.dtype}"
+            if task.device not in it.devices:
+                return f"{name} does not run on {task.device}"
+        return ""
 
-
-def _unsupported(registry: Registry, task: BenchTask) -> str:
-    for name in task.names:
-        it = registry.find(task.kind, task.target, name)
-        if task.dtype not in it.dtypes:
-            return f"{name} does not offer {task.dtype}"
-        if task.device not in it.devices:
-            return f"{name} does not run on {task.device}"
-    return ""
-
-
-def _not_run(request: BenchRequest, name: str, device: str, other: str, because: str) -> BenchRow:
-    return BenchRow(
-        name=name,
-        shape="-",
-        dtype="-",
-        device=device,
-        ours=request.ours,
-        other=other,
-        outcome="not-run",
-        because=because,
-    )
+    def _cannot_run(self, name: str, other: str, because: str) -> None:
+        row = BenchRow(
+            name=name, shape="-", dtype="-", device=self.device, ours=self.request.ours, other=other, outcome="not-run",
+            because=because,
+        )  # fmt: skip
+        self.rows.append(row)
 
 
 def _check_names(request: BenchRequest, registry: Registry) -> None:

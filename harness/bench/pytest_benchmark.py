@@ -52,15 +52,12 @@ def _benchmarks(row: BenchRow) -> list[dict[str, Any]]:
         return []
     group = f"{row.name} {row.shape} {row.dtype} {row.device}"
     found = []
-    for who, name, times in (("ours", row.ours, samples.ours), ("other", row.other, samples.other)):
+    for side, name, times in (("ours", row.ours, samples.ours), ("other", row.other, samples.other)):
         params = {
-            "shape": row.shape,
-            "dtype": row.dtype,
-            "device": row.device,
-            "implementation": name,
-            "beside": row.other,
-        }
-        title = f"{row.name}[{row.shape}-{row.dtype}-{row.device}-{name}{f'-vs-{row.other}' if who == 'ours' else ''}]"
+            "shape": row.shape, "dtype": row.dtype, "device": row.device, "implementation": name, "beside": row.other
+        }  # fmt: skip
+        opponent = f"-vs-{row.other}" if side == "ours" else ""
+        title = f"{row.name}[{row.shape}-{row.dtype}-{row.device}-{name}{opponent}]"
         found.append({
             "group": group, "name": title, "fullname": f"peft-harness bench::{title}", "params": params,
             "param": "-".join(params.values()),
@@ -72,7 +69,7 @@ def _benchmarks(row: BenchRow) -> list[dict[str, Any]]:
                 "disable_gc": True, "timer": _TIMER[row.device], "min_rounds": len(times), "max_time": 0.0,
                 "min_time": 0.0, "warmup": True,
             },
-            "stats": _stats(times, samples.calls.get(who, 1)),
+            "stats": _stats(times, samples.calls.get(side, 1)),
         })  # fmt: skip
     return found
 
@@ -123,9 +120,8 @@ def read(paths: Sequence[Path]) -> list[Saved]:
     for one in saved:
         rounds = json.dumps(one.rounds, sort_keys=True)
         if rounds in seen:
-            raise UsageError(
-                f"same process run as {seen[rounds]}", where=str(one.path), hint="remove one of the two files"
-            )
+            what = f"same process run as {seen[rounds]}"
+            raise UsageError(what, where=str(one.path), hint="remove one of the two files")
         seen[rounds] = one.path
     return saved
 

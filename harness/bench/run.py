@@ -66,9 +66,8 @@ class BenchReport:
 def bench(request: BenchRequest, as_json: bool, out: Path | None = None, export: Path | None = None) -> Exit:
     """Run the benchmarks, print the table, write the requested files, and return the exit code."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise UsageError(
-            "Triton's interpreter is on: times would be meaningless", where="TRITON_INTERPRET", hint="unset it"
-        )
+        what = "Triton's interpreter is on: times would be meaningless"
+        raise UsageError(what, where="TRITON_INTERPRET", hint="unset it")
     files.check_writable(out, export)
     threads = usable()
     report = BenchReport(describe(threads))
@@ -100,25 +99,22 @@ def measure(request: BenchRequest, threads: int, report: BenchReport, save: Call
     for name, why in registry.broken.items():
         print(f"plug-in {name} could not be loaded: {why}", file=sys.stderr)
     tasks, not_run = planning.plan(request, registry, no_gpu() if request.device != "cpu" else NO_GPU)
-    workers, remaining, done = WorkerPool(), list(tasks), 0
+    processes, remaining, done = TaskRunner(request, threads, WorkerPool()), list(tasks), 0
     try:
-        with _threads(threads):
-            while remaining:
-                task, done = remaining[0], 0
-                progress = f"[{len(tasks) - len(remaining) + 1}/{len(tasks)}]"
-                print(f"{progress} {task.name} {task.dtype} vs {task.names[-1]} ...", file=sys.stderr)
-                for row in _rows(task, request, threads, workers):
-                    add(row)
-                    done += 1
-                del remaining[0]
+        while remaining:
+            task, done = remaining[0], 0
+            progress = f"[{len(tasks) - len(remaining) + 1}/{len(tasks)}]"
+            print(f"{progress} {task.name} {task.dtype} vs {task.names[-1]} ...", file=sys.stderr)
+            for row in processes.rows(task):
+                add(row)
+                done += 1
+            del remaining[0]
     except KeyboardInterrupt:
-        workers.stop()
+        processes.workers.stop()
         report.interrupted = True
-        for task in remaining:
-            after = (
-                f" after the {'row' if done == 1 else f'{done} rows'} above" if done and task is remaining[0] else ""
-            )
-            add(replace(task, sizes=()).row("not-run", INTERRUPTED + after))
+        after = f" after the {'row' if done == 1 else f'{done} rows'} above" if done else ""
+        for number, task in enumerate(remaining):
+            add(replace(task, sizes=()).row("not-run", INTERRUPTED + after * (number == 0)))
     for row in not_run:
         add(row)
 
@@ -135,87 +131,77 @@ def no_gpu() -> str:
     return f"{NO_GPU}: nvidia-smi shows one, but {why}" if why else ""
 
 
-def _rows(task: BenchTask, request: BenchRequest, threads: int, workers: WorkerPool) -> Iterator[BenchRow]:
-    if task.kind == "operation":
-        yield from _operation(task, request, threads, workers)
-        return
-    found: list[BenchRow] = []
-    try:
-        for kind, row in _events(task, request, threads, workers):
-            if kind == "row":
-                found.append(row)
-        found = [_with_memory(row, task, request, threads, workers) for row in found]
-    finally:  # Ctrl-C while memory is measured must not lose the times
-        yield from found
+@dataclass
+class TaskRunner:
+    """Runs the tasks of a bench in worker processes."""
 
+    request: BenchRequest
+    threads: int
+    workers: WorkerPool
 
-def _operation(task: BenchTask, request: BenchRequest, threads: int, workers: WorkerPool) -> Iterator[BenchRow]:
-    """Yield the rows of every size; after a size that failed, continue in a new process."""
-    remaining = task.sizes
-    while remaining and not workers.stopped:
-        at = 0
-        for kind, found in _events(replace(task, sizes=remaining), request, threads, workers):
-            if kind == "begin":
-                at = found
-            else:
+    def rows(self, task: BenchTask) -> Iterator[BenchRow]:
+        """Yield the rows of a task when they are measured; a failure becomes a row."""
+        if task.kind == "operation":
+            yield from self._operation(task)
+            return
+        found: list[BenchRow] = []
+        try:
+            found.extend(row for kind, row in self._events(task) if kind == "row")
+            found = [self._with_memory(row, task) for row in found]
+        finally:  # Ctrl-C while memory is measured must not lose the times
+            yield from found
+
+    def _operation(self, task: BenchTask) -> Iterator[BenchRow]:
+        """Yield the rows of every size; after a size that failed, continue in a new process."""
+        remaining = task.sizes
+        while remaining and not self.workers.stopped:
+            at = 0
+            for kind, found in self._events(replace(task, sizes=remaining)):
+                if kind == "begin":
+                    at = found
+                    continue
                 yield found
                 if found.outcome == "not-run" and found.shape == "-":
                     return
                 if found.outcome == "failed":
                     break
-        else:
-            return
-        remaining = remaining[at + 1 :]
+            else:
+                return
+            remaining = remaining[at + 1 :]
 
+    def _events(self, task: BenchTask) -> Iterator[tuple[str, Any]]:
+        """Yield (`begin`, number), (`row`, BenchRow) and (`memory`, bytes) of one process; a failure becomes a row."""
+        at, error, complete = 0, "", False
+        for event in self.workers.events("harness.bench.worker", task.document(self.request, self.threads), PATIENCE_S):
+            if "begin" in event:
+                at = event["begin"]
+                yield "begin", at
+            elif "end" in event:
+                complete = event["end"] == max(len(task.sizes) - 1, 0)
+            elif "row" in event:
+                yield "row", BenchRow.model_validate_json(json.dumps(event["row"]))
+            elif "memory" in event:
+                yield "memory", event["memory"]
+            elif "missing" in event:
+                yield "row", replace(task, sizes=()).row("not-run", event["missing"])
+                complete = True
+            elif "failed" in event:
+                error = event["failed"]
+            elif "died" in event and complete:  # all rows were reported
+                print(f"{task.name}: after its last benchmark {event['died']}", file=sys.stderr)
+            elif "died" in event:
+                yield "row", task.row("failed", error or event["died"], at)
 
-def _events(task: BenchTask, request: BenchRequest, threads: int, workers: WorkerPool) -> Iterator[tuple[str, Any]]:
-    """Yield (`begin`, number), (`row`, BenchRow) and (`memory`, bytes) of one process; a failure becomes a row."""
-    at, last, complete = 0, "", False
-    for event in workers.events("harness.bench.worker", task.document(request, threads), PATIENCE_S):
-        if "begin" in event:
-            at = event["begin"]
-            yield "begin", at
-        elif "end" in event:
-            complete = event["end"] == max(len(task.sizes) - 1, 0)
-        elif "row" in event:
-            yield "row", BenchRow.model_validate_json(json.dumps(event["row"]))
-        elif "memory" in event:
-            yield "memory", event["memory"]
-        elif "missing" in event:
-            yield "row", replace(task, sizes=()).row("not-run", event["missing"])
-            complete = True
-        elif "failed" in event:
-            last = event["failed"]
-        elif "died" in event and complete:  # all rows are there
-            print(f"{task.name}: after its last benchmark {event['died']}", file=sys.stderr)
-        elif "died" in event:
-            yield "row", task.row("failed", last or event["died"], at)
-
-
-def _with_memory(row: BenchRow, task: BenchTask, request: BenchRequest, threads: int, workers: WorkerPool) -> BenchRow:
-    """Add the memory of the step by each implementation, measured in a separate process."""
-    if row.samples is None:
-        return row
-    found: dict[str, dict[str, int]] = {}
-    for index, name in enumerate(task.names):
-        for kind, value in _events(task.of_one(index), request, threads, workers):
-            if kind == "memory":
-                found[name] = value
-            elif kind == "row":
-                because = f"timed, but the memory of {name} could not be measured: {value.because}"
-                return row.model_copy(update={"outcome": "failed", "because": because})
-    return row.model_copy(update={"memory": found})
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Let workers use all cores in every OpenMP: torch.set_num_threads only reaches torch's copy of it."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = str(count)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+    def _with_memory(self, row: BenchRow, task: BenchTask) -> BenchRow:
+        """Add the memory of the step by each implementation, measured in a separate process."""
+        if row.samples is None:
+            return row
+        found: dict[str, dict[str, int]] = {}
+        for index, name in enumerate(task.names):
+            for kind, value in self._events(task.of_one(index)):
+                if kind == "memory":
+                    found[name] = value
+                elif kind == "row":
+                    because = f"timed, but the memory of {name} could not be measured: {value.because}"
+                    return row.model_copy(update={"outcome": "failed", "because": because})
+        return row.model_copy(update={"memory": found})

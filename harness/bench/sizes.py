@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 MOST_WEIGHTS = {"cpu": 2**24, "cuda": 2**26}
 """Largest weight, in elements, that the float64 reference judges; it needs some ten float64 copies."""
@@ -29,10 +28,6 @@ class BenchSize:
     def weights(self) -> int:
         """Number of elements of the weight."""
         return self.E * self.D
-
-    def document(self) -> dict[str, Any]:
-        """Return the fields for JSON."""
-        return asdict(self)
 
     def judged(self, device: str, per_token: bool) -> BenchSize:
         """Return the size at which the reference judges: this one, or fewer rows of x or of the weight if that is too slow.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -11,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from harness.bench import timing
-from harness.bench.adapted_llama import LR, SEED, WEIGHT_DECAY, AdaptedLlama, frozen_pass
+from harness.bench.adapted_llama import LR, SEED, WEIGHT_DECAY, AdaptedLlama, StepSetting, frozen_pass
 from harness.bench.matrix_flops import flops
 from harness.bench.results import BenchRow, Products, Samples
-from harness.bench.steps import CYCLE, GALORE_GAP, PRODUCTS, Backbone, StepBenchmark
+from harness.bench.steps import CYCLE, GALORE_GAP, PRODUCTS
 from harness.bench.verdict import judge_parity
 from harness.cell.measure.memory import PeakMeter
 from harness.conformance import parity_suite
@@ -22,7 +21,7 @@ from harness.conformance.execution import suite_run
 from harness.conformance.findings.outcomes import CheckOutcome
 from harness.conformance.subject import DTYPES, configure
 from harness.errors import Unsupported
-from harness.methods.registry import Implementation, Registry
+from harness.methods.registry import Implementation
 from reference.galore import project, projector
 
 JUDGED_FEATURES, JUDGED_RANK = 128, 16
@@ -32,19 +31,18 @@ MEASURED_STEPS = 3
 
 
 def row(
-    name: str, step: StepBenchmark, both: tuple[Implementation, Implementation], packers: tuple[str, str], shape: Backbone,
-    dtype: str, device: torch.device, pairs: int, registry: Registry, facts: dict[str, Any],
-) -> BenchRow:  # fmt: skip
+    setting: StepSetting, both: Sequence[Implementation], packers: Sequence[str], pairs: int, facts: dict[str, Any]
+) -> BenchRow:
     """Return the row of one step by two implementations."""
-    if step.method == "galore":
-        return _galore(name, step, both, shape, dtype, device, pairs, facts)
-    trainees = [
-        AdaptedLlama(it, step, shape, dtype, device, registry, packer)
-        for it, packer in zip(both, packers, strict=True)
-    ]  # fmt: skip
+    if setting.step.method == "galore":
+        return _galore(setting, both, pairs, facts)
+    step, shape = setting.step, setting.shape
+    trainees = [AdaptedLlama(it, setting, packer) for it, packer in zip(both, packers, strict=True)]
     case = f"{shape.layers} layers {shape.width}, {shape.batch}x{shape.tokens}"
     parity = [
-        CheckOutcome(implementation=it.name, kind="method", target=step.method, dtype=dtype, case=case, result=result)
+        CheckOutcome(
+            implementation=it.name, kind="method", target=step.method, dtype=setting.dtype, case=case, result=result
+        )
         for it, trainee in zip(both, trainees, strict=True)
         for result in trainee.parity()
     ]
@@ -54,54 +52,51 @@ def row(
     if outcome == "measured":
         for trainee in trainees:
             trainee.start_training()
-        limit = frozen_pass(shape, DTYPES[dtype], device)
-        samples = timing.pairs(
-            timing.Clock(device), trainees[0].step, trainees[1].step, pairs, limit=limit, single=True
-        )
+        limit = frozen_pass(shape, DTYPES[setting.dtype], setting.device)
+        clock = timing.Clock(setting.device)
+        samples = timing.pairs(clock, trainees[0].step, trainees[1].step, pairs, limit=limit, single=True)
         losses = {it.name: list(trainee.losses) for it, trainee in zip(both, trainees, strict=True)}
         # torch counts neither products in Triton kernels nor those of a library on NF4.
-        if device.type == "cpu" and not step.base:
+        if setting.device.type == "cpu" and not step.base:
             ours, other = (flops(trainee.step) for trainee in trainees)
             products = Products(ours=ours, other=other, frozen=flops(limit))
     return BenchRow(
-        name=f"step:{name}", shape=case, dtype=dtype, device=device.type, ours=both[0].name, other=both[1].name,
-        outcome=outcome, because=because, parity=checks, samples=samples, products=products,
+        name=f"step:{setting.name}", shape=case, dtype=setting.dtype, device=setting.device.type, ours=both[0].name,
+        other=both[1].name, outcome=outcome, because=because, parity=checks, samples=samples, products=products,
         losses=losses, facts=facts | {"packed by": list(packers)} if step.base else facts,
     )  # fmt: skip
 
 
-def memory(
-    step: StepBenchmark, implementation: Implementation, packer: str, shape: Backbone, dtype: str, device: torch.device,
-    registry: Registry,
-) -> dict[str, int]:  # fmt: skip
+def memory(setting: StepSetting, implementation: Implementation, packer: str = "") -> dict[str, int]:
     """Return the memory of this process in bytes: peak during a few steps, before them (rest), and before the model (bare).
 
     The last is the memory of imported libraries.
     """
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    meter = PeakMeter(device)
+    meter = PeakMeter(setting.device)
     meter.reset()
     bare = meter.now()
-    if step.method == "galore":
+    run: _Galore | AdaptedLlama
+    if setting.step.method == "galore":
         # No variable for the weight, which the layer copies: it would stay alive and count as memory of the step.
-        run = _Galore(step, implementation, torch.zeros((shape.features,) * 2, dtype=DTYPES[dtype], device=device))
-        take: Callable[[], object] = run.step
+        size = (setting.shape.features,) * 2
+        run = _Galore(setting, implementation, torch.zeros(size, dtype=DTYPES[setting.dtype], device=setting.device))
     else:
-        trainee = AdaptedLlama(implementation, step, shape, dtype, device, registry, packer)
-        trainee.start_training()
-        take = trainee.step
+        run = AdaptedLlama(implementation, setting, packer)
+        run.start_training()
     meter.reset()
     rest = meter.now()
     for _ in range(MEASURED_STEPS):
-        take()
+        run.step()
     return {"peak_B": meter.peak(), "rest_B": rest, "bare_B": bare}
 
 
 class _Galore:
     """One weight with GaLore's optimizer; its gradients are the same for every implementation."""
 
-    def __init__(self, step: StepBenchmark, implementation: Implementation, weight: Tensor) -> None:
+    def __init__(self, setting: StepSetting, implementation: Implementation, weight: Tensor) -> None:
+        step = setting.step
         rows, columns = weight.shape
         layer = nn.Linear(columns, rows, bias=False, device=weight.device, dtype=weight.dtype)
         layer.weight.data.copy_(weight)
@@ -148,36 +143,32 @@ class _Products:
         self.weight.addmm_(self.low, self.basis.T, alpha=LR)
 
 
-def _galore(
-    name: str, step: StepBenchmark, both: tuple[Implementation, Implementation], shape: Backbone, dtype: str,
-    device: torch.device, pairs: int, facts: dict[str, Any],
-) -> BenchRow:  # fmt: skip
+def _galore(setting: StepSetting, both: Sequence[Implementation], pairs: int, facts: dict[str, Any]) -> BenchRow:
     """Time whole cycles of one refresh and some ordinary steps; a sample is the mean over `GALORE_GAP` steps like them.
 
     Parity: the whole suite of the Method on layers of fewer features, on the timed device.
     """
-    plan = parity_suite.load(step.method)
+    plan, features = parity_suite.load(setting.step.method), setting.shape.features
     small = parity_suite.CaseShape.model_validate({"tokens": 16, "in": JUDGED_FEATURES, "out": JUDGED_FEATURES})
-    weight = torch.randn(shape.features, shape.features, generator=torch.Generator().manual_seed(SEED))
-    runs = [_Galore(step, it, weight.to(device, DTYPES[dtype])) for it in both]
+    weight = torch.randn(features, features, generator=torch.Generator().manual_seed(SEED))
+    runs = [_Galore(setting, it, weight.to(setting.device, DTYPES[setting.dtype])) for it in both]
     parity: list[CheckOutcome] = []
-    for it, one in zip(both, runs, strict=True):
-        of = parity_suite.MethodCase({**one.config, "rank": JUDGED_RANK}, "linear", small, dtype)  # type: ignore[arg-type]
-        parity += suite_run.run_case(it, plan, of, device)
+    for it, run in zip(both, runs, strict=True):
+        config = {**run.config, "rank": JUDGED_RANK}
+        case = parity_suite.MethodCase(config, "linear", small, setting.dtype)  # type: ignore[arg-type]
+        parity += suite_run.run_case(it, plan, case, setting.device)
     checks, outcome, because = judge_parity(parity)
-    samples = None
-    if outcome == "measured":
-        samples = _cycles(runs, pairs, device)
     return BenchRow(
-        name=f"step:{name}", shape=f"{shape.features}x{shape.features}, rank {step.config['rank']}", dtype=dtype,
-        device=device.type, ours=both[0].name, other=both[1].name, outcome=outcome, because=because,
-        differs=_differs(both, runs),
+        name=f"step:{setting.name}", shape=f"{features}x{features}, rank {setting.step.config['rank']}",
+        dtype=setting.dtype, device=setting.device.type, ours=both[0].name, other=both[1].name, outcome=outcome,
+        because=because, differs=_differs(both, runs),
         judged=f"{JUDGED_FEATURES}x{JUDGED_FEATURES}, rank {JUDGED_RANK}, the whole suite of galore", parity=checks,
-        samples=samples, limit=PRODUCTS, facts=facts | {"a refresh every": GALORE_GAP, "timed in cycles of": CYCLE},
+        samples=_cycles(runs, pairs, setting.device) if outcome == "measured" else None, limit=PRODUCTS,
+        facts=facts | {"a refresh every": GALORE_GAP, "timed in cycles of": CYCLE},
     )  # fmt: skip
 
 
-def _differs(both: tuple[Implementation, Implementation], runs: list[_Galore]) -> str:
+def _differs(both: Sequence[Implementation], runs: Sequence[_Galore]) -> str:
     """Describe how two refreshes differ and how much of the gradient each retains; empty if both configs are equal."""
     niters = [one.config.get("niter", 0) for one in runs]
     if niters[0] == niters[1]:
@@ -193,33 +184,27 @@ def _differs(both: tuple[Implementation, Implementation], runs: list[_Galore]) -
     )
 
 
-def _cycles(both: list[_Galore], pairs: int, device: torch.device) -> Samples:
-    clock, names, least = timing.Clock(device), ("ours", "other"), _Products(both[0])
-    found: dict[str, list[float]] = {"ours": [], "other": []}
-    parts: dict[str, list[list[float]]] = {"ours": [], "other": []}
+def _cycles(both: Sequence[_Galore], pairs: int, device: torch.device) -> Samples:
+    clock, runs, products = timing.Clock(device), dict(zip(timing.SIDES, both, strict=True)), _Products(both[0])
+    parts: dict[str, list[list[float]]] = {side: [] for side in runs}
     limit: list[float] = []
-    first: list[Any] = []
+    first: list[timing.Side] = []
 
-    def cycle(one: _Galore | _Products) -> list[float]:
+    def cycle(run: _Galore | _Products) -> list[float]:
         times = []
         for _ in range(CYCLE):
-            one.draw()
-            times.append(clock.sample(one.step))
+            run.draw()
+            times.append(clock.sample(run.step))
         return times
 
-    warmup = {who: cycle(one) for who, one in zip(names, both, strict=True)}
-    turned = random.random() < 0.5  # noqa: S311
-    with timing.no_collector():
-        for _ in range(pairs):
-            order = names[::-1] if turned else names
-            first.append(order[0])
-            for who in order:
-                times = cycle(both[names.index(who)])
-                parts[who].append(times)
-                found[who].append(_per_step(times))
-            limit.append(median(cycle(least)))
-            turned = not turned
-    return Samples(ours=found["ours"], other=found["other"], limit=limit, first=first, warmup=warmup, parts=parts)
+    warmup: dict[str, list[float]] = {side: cycle(run) for side, run in runs.items()}
+    for order in timing.alternate(pairs):
+        first.append(order[0])
+        for side in order:
+            parts[side].append(cycle(runs[side]))
+        limit.append(median(cycle(products)))
+    ours, other = ([_per_step(times) for times in parts[side]] for side in timing.SIDES)
+    return Samples(ours=ours, other=other, limit=limit, first=first, warmup=warmup, parts=parts)
 
 
 def _per_step(times: list[float]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -28,10 +28,6 @@ class Backbone:
     tokens: int = 128
     features: int = 2048
     """Input and output features of the single weight in GaLore's benchmark."""
-
-    def document(self) -> dict[str, Any]:
-        """Return the fields for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

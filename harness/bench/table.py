@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from harness.bench.results import FEWEST, INTERRUPTED, NO_GPU, BenchRow
+from harness.bench.results import FEWEST, INTERRUPTED, NO_GPU, BenchRow, Ceilings
 from harness.bench.steps import PRODUCTS
 from harness.conformance.findings.outcomes import CheckStatus
+from harness.console import align_columns
 
 _HEAD = ("benchmark", "shape", "dtype", "on", "{0}", "other", "", "other/{0}", "limit", "memory", "parity")
 
@@ -16,16 +17,12 @@ def as_text(rows: Sequence[BenchRow]) -> str:
     """Return the table and its notes."""
     ours = rows[0].ours if rows else "ours"
     lines = [tuple(head.format(ours) for head in _HEAD), *(_fields(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEAD))]
-    shown = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-    return "\n".join([*shown, "", *_notes(rows)]).rstrip()
+    return "\n".join([*align_columns(lines, indent=""), "", *_notes(rows)]).rstrip()
 
 
 def _fields(row: BenchRow) -> tuple[str, ...]:
     start = (row.name, row.shape, row.dtype, row.device)
-    if (
-        row.outcome != "measured" or row.samples is None
-    ):  # a row whose memory could not be measured has samples, and failed
+    if row.outcome != "measured" or row.samples is None:  # the row of a step without memory has samples, and failed
         reason = f"{row.outcome}: {row.because}".replace(f"not-run: {NO_GPU}", f"not-run ({NO_GPU})")
         return (*start, "-", row.other, "-", "-", "-", "-", reason)
     ours, other = median(row.samples.ours), median(row.samples.other)
@@ -84,34 +81,25 @@ def _notes(rows: Sequence[BenchRow]) -> list[str]:
         )
     if any(row.ratio.low is None for row in measured if row.ratio is not None):
         notes.append(f"[too few]: an interval needs at least {FEWEST} pairs (--pairs)")
-    if counted := [row for row in measured if row.products is not None]:
+    if counted := [(row, row.products) for row in measured if row.products is not None]:
         notes.append(
             "frozen pass: the dense model forward, and backward to its embeddings, without training. By FLOPs: the products "
             "of the step over those of the frozen pass; for the other implementation:"
         )
-        notes += [
-            f"  {row.name} {row.other}: {row.products.other / row.products.frozen:.2f}"
-            for row in counted
-            if row.products
-        ]
-    if any(row.limit == PRODUCTS and row.samples.limit for row in measured if row.samples is not None):
-        notes.append(
-            f"{PRODUCTS}: the gradient into the subspace and the update out of it, without any other work or allocation"
-        )
-    if any(row.ceilings for row in measured):
-        seen = {
-            (row.device, row.dtype, f"{row.ceilings.copy_B_per_s / 1e9:.3g} GB/s, {row.ceilings.gemm_FLOP_per_s / 1e12:.3g}")
-            for row in measured
-            if row.ceilings is not None
-        }  # fmt: skip
+        notes += [f"  {row.name} {row.other}: {products.other / products.frozen:.2f}" for row, products in counted]
+    limited = [row for row in measured if row.samples is not None and row.samples.limit]
+    if any(row.limit == PRODUCTS for row in limited):
+        work = "the gradient into the subspace and the update out of it, without any other work or allocation"
+        notes.append(f"{PRODUCTS}: {work}")
+    if rates := {f"  {row.device} {row.dtype}: {_rates(row.ceilings)}" for row in measured if row.ceilings is not None}:
         notes.append("roofline: by the copy and the matrix product measured in the same process as the row:")
-        notes += [f"  {device} {dtype}: {rates} TFLOP/s" for device, dtype, rates in sorted(seen)]
+        notes += sorted(rates)
     if any(row.mostly_call for row in measured):
         notes.append(
             "*: a call of tiny size takes a fifth of this time or more, for example because the implementation makes an "
             "optimizer or a layer at each call. Use larger --shapes, or whole training steps (--step)"
         )
-    if any(row.device == "cuda" and row.samples is not None and row.samples.limit for row in measured):
+    if any(row.device == "cuda" for row in limited):
         notes.append(
             "step: on a large GPU, kernel launches by the host may dominate a step of this small model and its frozen pass; "
             "the ratio need not hold for larger models"
@@ -122,12 +110,15 @@ def _notes(rows: Sequence[BenchRow]) -> list[str]:
         )
     if differing := dict.fromkeys(f"  {row.name} {row.shape}: {row.differs}" for row in measured if row.differs):
         notes += ["different computations, each judged against its own reference:", *differing]
-    judged = dict.fromkeys(f"  {row.name} {row.shape}: {row.judged}" for row in measured if row.judged)
-    if judged:
+    if judged := dict.fromkeys(f"  {row.name} {row.shape}: {row.judged}" for row in measured if row.judged):
         notes += ["parity judged on a smaller size than was timed:", *judged]
     if missing := sum(row.because.startswith(INTERRUPTED) for row in rows):
         notes.append(f"interrupted: {missing} of these did not finish, marked `not-run: interrupted`")
     return notes
+
+
+def _rates(ceilings: Ceilings) -> str:
+    return f"{ceilings.copy_B_per_s / 1e9:.3g} GB/s, {ceilings.gemm_FLOP_per_s / 1e12:.3g} TFLOP/s"
 
 
 def _number(fact: object) -> float:

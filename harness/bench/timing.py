@@ -7,7 +7,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -15,6 +14,8 @@ import torch
 from harness.bench.results import Samples
 
 Run = Callable[[], object]
+Side = Literal["ours", "other"]
+SIDES: tuple[Side, Side] = ("ours", "other")
 
 WARMUP = 3
 """Calls before the samples."""
@@ -62,45 +63,40 @@ class Clock:
         return float(begin.elapsed_time(end)) / 1e3
 
 
-@contextmanager
-def no_collector() -> Iterator[None]:
-    """Disable Python's garbage collector."""
+def alternate(count: int) -> Iterator[tuple[Side, Side]]:
+    """Yield the order of the sides in each pair: A B, B A, A B ..., a random side first.
+
+    Python's garbage collector is off meanwhile.
+    """
+    order = SIDES if random.random() < 0.5 else SIDES[::-1]  # noqa: S311
     gc.collect()
     gc.disable()
     try:
-        yield
+        for _ in range(count):
+            yield order
+            order = order[::-1]
     finally:
         gc.enable()
 
 
 def pairs(
-    clock: Clock,
-    ours: Run,
-    other: Run,
-    count: int,
-    *,
-    limit: Run | None = None,
-    overhead: Mapping[str, float] | None = None,
-    single: bool = False,
-) -> Samples:
-    """Return `count` pairs of samples in the order A B B A ..., beginning with a random side.
+    clock: Clock, ours: Run, other: Run, count: int, *, limit: Run | None = None,
+    overhead: Mapping[str, float] | None = None, single: bool = False,
+) -> Samples:  # fmt: skip
+    """Return `count` pairs of samples in alternating order.
 
     limit: a program timed once per pair, after both. overhead: copied into the result. single: one call per sample, even if
     it is short.
     """
     runs = {"ours": ours, "other": other} | ({"limit": limit} if limit is not None else {})
-    warmup = {who: [clock.sample(run) for _ in range(WARMUP)] for who, run in runs.items()}
-    calls = {who: 1 if single else clock.calls(min(times)) for who, times in warmup.items()}
-    found: dict[str, list[float]] = {who: [] for who in runs}
-    first: list[Literal["ours", "other"]] = []
-    turned = random.random() < 0.5  # noqa: S311
-    with no_collector():
-        for _ in range(count):
-            first.append("other" if turned else "ours")
-            order = ["other", "ours"] if turned else ["ours", "other"]
-            for who in [*order, *(["limit"] if limit is not None else [])]:
-                found[who].append(clock.sample(runs[who], calls[who]))
-            turned = not turned
+    warmup = {name: [clock.sample(run) for _ in range(WARMUP)] for name, run in runs.items()}
+    calls = {name: 1 if single else clock.calls(min(times)) for name, times in warmup.items()}
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    first: list[Side] = []
+    for order in alternate(count):
+        first.append(order[0])
+        for name in (*order, *(["limit"] if limit is not None else [])):
+            found[name].append(clock.sample(runs[name], calls[name]))
     return Samples(
         ours=found["ours"], other=found["other"], limit=found.get("limit", []), first=first, warmup=warmup, calls=calls,
         overhead=dict(overhead or {}),

@@ -18,11 +18,8 @@ def judge_parity(parity: Sequence[CheckOutcome]) -> tuple[list[CheckOutcome], Ou
     marked = defects.explained(parity, defects.known())[0]
     for one in marked:
         if one.status is CheckStatus.FAIL:
-            return (
-                marked,
-                "refused",
-                f"no parity: {one.implementation} fails {one.result.check}: {summary.describe(one.result)}",
-            )
+            failure = f"{one.implementation} fails {one.result.check}: {summary.describe(one.result)}"
+            return marked, "refused", f"no parity: {failure}"
     for one in marked:
         if one.status is CheckStatus.UNSUPPORTED:
             return marked, "not-run", f"{one.implementation}: {one.result.detail}"

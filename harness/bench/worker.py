@@ -10,51 +10,44 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 from harness.bench.sizes import BenchSize
-from harness.bench.steps import STEPS, Backbone
+from harness.bench.steps import Backbone
 from harness.errors import Unsupported
 from harness.methods.registry import Implementation, discover, format_error
 from harness.process.event_pipe import Emit, event_writer
 
 
-@contextmanager
-def _report_error(emit: Emit) -> Iterator[None]:
-    """Emit the error that ends this process, and let it pass."""
-    try:
-        yield
-    except BaseException as error:
-        emit(failed=format_error(error))
-        raise
-
-
 def main(fd: int, line: int, task: dict[str, Any]) -> None:
     """Run one task, as `harness.bench.planning` makes it."""
-    with event_writer(fd, line) as emit, _report_error(emit):
-        registry = discover(only=task["points"])
-        found = [registry.find(task["kind"], task["target"], name) for name in task["names"]]
-        packers = [p for p in task["packers"] if p]
-        needed = [*found, *(registry.find("base", task["base"], p) for p in packers)]
-        if missing := _missing(needed):
-            emit(missing=missing)
-            return
-        import torch
-
-        torch.set_num_threads(task["threads"])
+    # Before torch is imported: torch.set_num_threads does not reach every copy of OpenMP.
+    os.environ["OMP_NUM_THREADS"] = str(task["threads"])
+    with event_writer(fd, line) as emit:
         try:
-            _run(task, found, registry, emit)
+            _run(task, emit)
         except Unsupported as error:
             emit(missing=str(error))
+        except BaseException as error:
+            emit(failed=format_error(error))
+            raise
 
 
-def _run(task: dict[str, Any], found: list[Implementation], registry: Any, emit: Emit) -> None:
+def _run(task: dict[str, Any], emit: Emit) -> None:
+    registry = discover(only=task["points"])
+    found = [registry.find(task["kind"], task["target"], name) for name in task["names"]]
+    packers = [registry.find("base", task["base"], packer) for packer in task["packers"] if packer]
+    if missing := _missing([*found, *packers]):
+        emit(missing=missing)
+        return
     import torch
 
-    device, facts = torch.device(task["device"]), _facts(task)
+    torch.set_num_threads(task["threads"])
+    device = torch.device(task["device"])
+    facts: dict[str, Any] = {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
     if task["kind"] == "operation":
         from harness.bench.operation_benchmark import OperationBenchmark
 
@@ -67,18 +60,15 @@ def _run(task: dict[str, Any], found: list[Implementation], registry: Any, emit:
             emit(end=number)
         return
     from harness.bench import step_benchmark
+    from harness.bench.adapted_llama import StepSetting
 
-    step, shape, packers = STEPS[task["step"]], Backbone(**task["backbone"]), task["packers"]
+    setting = StepSetting(task["step"], Backbone(**task["backbone"]), task["dtype"], device, registry)
     emit(begin=0)
     if len(found) == 1:
-        taken = step_benchmark.memory(step, found[0], packers[0], shape, task["dtype"], device, registry)
-        emit(memory=taken)
+        emit(memory=step_benchmark.memory(setting, found[0], task["packers"][0]))
     else:
-        row = step_benchmark.row(
-            task["step"], step, (found[0], found[1]), (packers[0], packers[1]), shape, task["dtype"], device,
-            task["pairs"], registry, facts,
-        )  # fmt: skip
-        emit(row=row.model_dump(mode="json"))
+        step_row = step_benchmark.row(setting, found, task["packers"], task["pairs"], facts)
+        emit(row=step_row.model_dump(mode="json"))
     emit(end=0)
 
 
@@ -93,15 +83,6 @@ def _missing(implementations: list[Implementation]) -> str:
                     raise
                 return f"{one.name} requires {module}, which is not installed"
     return ""
-
-
-def _facts(task: dict[str, Any]) -> dict[str, Any]:
-    import torch
-
-    on_gpu = task["device"] == "cuda"
-    return {"threads": torch.get_num_threads(), "load": os.getloadavg()[0]} | (
-        {"gpu": torch.cuda.get_device_name()} if on_gpu else {}
-    )
 
 
 if __name__ == "__main__":

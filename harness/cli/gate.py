@@ -142,7 +142,7 @@ def gate(
 
         canary = not mine.pop("no_canary")
         request = PairsRequest(*pairs, **mine, canary=canary, strict=strict, outputs=outputs)
-        return gate_pairs.gate(request, as_json)
+        return gate_pairs.gate(request, as_json).exit
     if run is None or baseline is None:
         raise click.UsageError("give RUN and --baseline NAME, or --pairs OLD NEW")
     from harness.analysis.comparison.baseline_rows import Margins

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -20,35 +21,29 @@ _BACKENDS = ("mkldnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn", "cuda.matmu
 
 def _precision(path: str) -> _Setting:
     place: Any = attrgetter(path)(torch.backends)
-    return lambda: place.fp32_precision, lambda it: setattr(place, "fp32_precision", it)
+    return lambda: place.fp32_precision, lambda value: setattr(place, "fp32_precision", value)
 
 
 # Name -> functions that read and restore a setting.
 _SETTINGS: dict[str, _Setting] = {
     "the default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "the default device": (torch.get_default_device, torch.set_default_device),
-    "whether gradients are recorded": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "the recording of gradients": (torch.is_grad_enabled, torch.set_grad_enabled),
     "the number of threads": (torch.get_num_threads, torch.set_num_threads),
     "deterministic algorithms": (
         lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
-        lambda it: torch.use_deterministic_algorithms(it[0], warn_only=it[1]),
+        lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
     ),
-    "filling of fresh memory": (
+    "the filling of fresh memory": (
         lambda: _SWITCH.fill_uninitialized_memory,
-        lambda it: setattr(_SWITCH, "fill_uninitialized_memory", it),
+        lambda value: setattr(_SWITCH, "fill_uninitialized_memory", value),
     ),
-    "cudnn.benchmark": (lambda: _CUDNN.benchmark, lambda it: setattr(_CUDNN, "benchmark", it)),
-    "autocast on the CPU": (
-        lambda: torch.is_autocast_enabled("cpu"),
-        lambda it: torch.set_autocast_enabled("cpu", it),
-    ),
-    "autocast on the GPU": (
-        lambda: torch.is_autocast_enabled("cuda"),
-        lambda it: torch.set_autocast_enabled("cuda", it),
-    ),
+    "cudnn.benchmark": (lambda: _CUDNN.benchmark, lambda value: setattr(_CUDNN, "benchmark", value)),
+    "autocast on the CPU": (partial(torch.is_autocast_enabled, "cpu"), partial(torch.set_autocast_enabled, "cpu")),
+    "autocast on the GPU": (partial(torch.is_autocast_enabled, "cuda"), partial(torch.set_autocast_enabled, "cuda")),
 }
 if hasattr(torch.backends, "fp32_precision"):
-    # `set_float32_matmul_precision` sets several of these, and reading it raises once this newer way was used.
+    # `set_float32_matmul_precision` sets several of these. Reading it raises an error after one of these was set.
     _SETTINGS |= {f"the precision of float32 products by {path}": _precision(path) for path in _BACKENDS}
 else:
     _SETTINGS["the precision of float32 products"] = (
@@ -64,72 +59,60 @@ def snapshot() -> dict[str, object]:
 
 def list_changes(before: dict[str, object]) -> list[str]:
     """Describe the settings that differ from `before`."""
-    return [f"{name} is {have}, was {before[name]}" for name, have in snapshot().items() if have != before[name]]
+    return [f"{name} is {value}, was {before[name]}" for name, value in snapshot().items() if value != before[name]]
 
 
 @contextmanager
 def restored() -> Iterator[list[str]]:
-    """Restore all settings at the end; the list then describes those that had changed."""
-    before, found = snapshot(), list[str]()
+    """Restore all settings at the end; the list then describes the changes."""
+    before, changes = snapshot(), list[str]()
     try:
-        yield found
+        yield changes
     finally:
-        found += list_changes(before)
+        changes += list_changes(before)
         restore(before)
 
 
 def restore(before: dict[str, object]) -> None:
     """Restore the settings that differ from `before`."""
-    for name, have in snapshot().items():
-        if have != before[name]:
+    for name, value in snapshot().items():
+        if value != before[name]:
             _SETTINGS[name][1](before[name])
 
 
 def seed(value: int) -> None:
-    """Seed torch like torch.manual_seed, without the record of the call stack that it makes for a later GPU: slow."""
+    """Seed torch. torch.manual_seed is slow: it records the call stack for a GPU that is initialised later."""
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(value)
 
 
 def find_seeding(act: Callable[[], object]) -> list[str]:
-    """Name the random number generators that `act` seeds: after it their states are equal, independent of the states before.
+    """Describe the random number generators that `act` seeds: it leaves them in the same state from two different states.
 
-    Drawing from them is allowed. They are restored.
+    It may draw from them. Their states are restored.
     """
-    held = _random_states()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    python, numpy = random.getstate(), np.random.get_state()
     try:
-        after = []
-        for value in (1, 2):
-            seed(value)
-            random.seed(value)
-            np.random.seed(value)  # it is this one that old code draws from
-            act()
-            after.append(_random_states())
-        alike = [name for name, state in after[0].items() if _alike(state, after[1].get(name))]
-        return [f"the random numbers of {name} were seeded" for name in alike]
+        with torch.random.fork_rng(devices):
+            first, second = (_draw_after(act, value) for value in (1, 2))
     finally:
-        torch.set_rng_state(held["torch"])
-        random.setstate(held["Python"])
-        np.random.set_state(held["numpy"])
-        if "CUDA" in held:
-            torch.cuda.set_rng_state_all(held["CUDA"])
+        random.setstate(python)
+        np.random.set_state(numpy)
+    return [f"the random numbers of {name} were seeded" for name, draw in first.items() if draw == second.get(name)]
 
 
-def _random_states() -> dict[str, Any]:
-    states = {
-        "torch": torch.get_rng_state(),
-        "Python": random.getstate(),
-        "numpy": np.random.get_state(legacy=True),
+def _draw_after(act: Callable[[], object], value: int) -> dict[str, float]:
+    """Seed every generator with `value`, call `act`, and return the next number of each."""
+    seed(value)
+    random.seed(value)
+    np.random.seed(value)  # the generator that older code draws from
+    act()
+    wide, cuda = torch.float64, torch.cuda.is_initialized()
+    return {
+        "torch": torch.rand((), dtype=wide, device="cpu").item(),
+        "Python": random.random(),  # noqa: S311  # no secret
+        "numpy": np.random.random(),
+        **({"CUDA": torch.rand((), dtype=wide, device="cuda").item()} if cuda else {}),
     }
-    return states | ({"CUDA": torch.cuda.get_rng_state_all()} if torch.cuda.is_initialized() else {})
-
-
-def _alike(one: object, other: object) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
-        return bool(np.array_equal(one, other))
-    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
-        return len(one) == len(other) and all(map(_alike, one, other))
-    return bool(one == other)

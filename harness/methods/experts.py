@@ -1,4 +1,4 @@
-"""Stacked weights of experts, which are no linear layers: `all-linear` and a 4-bit base do not reach them. No torch."""
+"""Stacked weights of experts, which `all-linear` and a 4-bit base do not reach: they are not linear layers. No torch."""
 
 from __future__ import annotations
 

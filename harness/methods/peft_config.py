@@ -6,13 +6,10 @@ the worker, finds invalid values and layers that the model does not have.
 
 from __future__ import annotations
 
-import ast
 import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +105,9 @@ class AdapterConfigField(FieldInfo):
         except UnicodeDecodeError as error:
             raise UsageError(f"{value} is not UTF-8: {error.reason}", hint="save the file as UTF-8") from error
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"{value} is no JSON: {error}", hint=f"correct it there; {hint}") from error
+            raise UsageError(f"{value} is not JSON: {error}", hint=f"correct it there; {hint}") from error
         if not isinstance(found, dict):
-            raise UsageError(f"{value} is no JSON object", hint=f"name another file; {hint}")
+            raise UsageError(f"{value} is not a JSON object", hint=f"name another file; {hint}")
         return found
 
     def canonical(self, value: Any) -> Any:
@@ -119,7 +116,7 @@ class AdapterConfigField(FieldInfo):
 
     def problem(self, value: Any) -> str:
         """Return all problems of a config in one line, or an empty string."""
-        return "; ".join(what for _, what, _ in self.problems(value))
+        return "; ".join(text for _, text, _ in self.problems(value))
 
     def is_legible(self, value: Any) -> bool:
         """Return whether the config names its type."""
@@ -128,12 +125,12 @@ class AdapterConfigField(FieldInfo):
     def problems(self, value: Any) -> Iterator[FieldProblem]:
         """Yield every problem of a config, with the path of its key."""
         if not isinstance(value, dict):
-            what = "is missing" if value is None else f"must be {self.type_label}, got {value!r}"
-            yield (), what, self.hint
+            problem = "is missing" if value is None else f"must be {self.type_label}, got {value!r}"
+            yield (), problem, self.hint
             return
-        yield from _unwritable(value)
-        yield from _of_type(value)
-        yield from _unknown(value)
+        yield from _json_problems(value)
+        yield from _type_problems(value)
+        yield from _unknown_keys(value)
         for key in _UNSUPPORTED_KEYS:
             if value.get(key):
                 yield (
@@ -144,40 +141,40 @@ class AdapterConfigField(FieldInfo):
         start = str(value.get("init_lora_weights")).lower()
         start = "pissa_niter" if start.startswith("pissa_niter") else start
         if start in _UNSUPPORTED_INITS:
-            what = f"has init_lora_weights {start}, which is not supported: {_UNSUPPORTED_INITS[start]}"
+            problem = f"has init_lora_weights {start}, which is not supported: {_UNSUPPORTED_INITS[start]}"
             usual = '"pissa"' if start == "pissa_niter" else "true"
-            yield ("init_lora_weights",), what, f'write "init_lora_weights": {usual}'
+            yield ("init_lora_weights",), problem, f'write "init_lora_weights": {usual}'
         task, saved = value.get("task_type"), value.get("modules_to_save")
         if task is not None and (not isinstance(task, str) or task not in _KINDS):
-            what = f"has task_type {task}; the harness has models for {', '.join(_KINDS)}"
-            yield ("task_type",), what, "write one of these, or take `task_type` out"
+            problem = f"has task_type {task}; the harness has models for {', '.join(_KINDS)}"
+            yield ("task_type",), problem, "write one of these, or take `task_type` out"
         if saved is not None and (not isinstance(saved, list) or not all(isinstance(name, str) for name in saved)):
-            what = f"has modules_to_save {saved!r}, which is no list of names"
-            yield ("modules_to_save",), what, 'take `modules_to_save` out, or write "modules_to_save": null'
-        elif more := set(saved or ()) - _HEADS:
-            names = ", ".join(sorted(more))
-            what = f"has modules_to_save {names}; the harness trains the adapter and the head, no more"
-            yield ("modules_to_save",), what, f"take {names} out of `modules_to_save`"
+            problem = f"has modules_to_save {saved!r}, which is not a list of names"
+            yield ("modules_to_save",), problem, 'take `modules_to_save` out, or write "modules_to_save": null'
+        elif extra := set(saved or ()) - _HEADS:
+            names = ", ".join(sorted(extra))
+            problem = f"has modules_to_save {names}; the harness trains only the adapter and the head"
+            yield ("modules_to_save",), problem, f"take {names} out of `modules_to_save`"
 
     def misfits(self, value: Any, kind: str) -> Iterator[FieldProblem]:
         """Yield reasons why a config does not suit a model of this kind (`causal`, `encoder`)."""
-        if kind == "encoder" and (why := _CAUSAL_ONLY.get(value["peft_type"])):
+        if kind == "encoder" and (reason := _CAUSAL_ONLY.get(value["peft_type"])):
             yield (
                 ("peft_type",),
-                f"has peft_type {value['peft_type']}, which {why}",
+                f"has peft_type {value['peft_type']}, which {reason}",
                 "take another `peft_type`, or another model",
             )
         task = value.get("task_type")
-        wants = _KINDS.get(task) if isinstance(task, str) else None
-        if wants and wants != kind:
-            right = next(name for name, one in _KINDS.items() if one == kind)
-            what = f"has task_type {task}, and the model is of the kind `{kind}`"
-            yield ("task_type",), what, f'write "task_type": "{right}", or take another model'
+        needed = _KINDS.get(task) if isinstance(task, str) else None
+        if needed and needed != kind:
+            suitable = next(name for name, value_kind in _KINDS.items() if value_kind == kind)
+            problem = f"has task_type {task}, and the model is of the kind `{kind}`"
+            yield ("task_type",), problem, f'write "task_type": "{suitable}", or take another model'
 
 
-def _of_type(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
-    kind, known = value.get("peft_type"), peft_types()
-    offered = [one for one in known if one not in _UNSUPPORTED_TYPES]
+def _type_problems(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
+    kind, known = value.get("peft_type"), peft_schema.peft_types()
+    offered = [name for name in known if name not in _UNSUPPORTED_TYPES]
     if not isinstance(kind, str):
         keys = f"{', '.join(sorted(map(str, value))[:5])} ..." if value else "it is empty"
         hint = f'add it, e.g. "peft_type": "LORA", or name the {FILE} that peft wrote'
@@ -186,14 +183,16 @@ def _of_type(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
         hint = f"write another: {', '.join(offered)}" if offered else "write another"
         yield ("peft_type",), f"has peft_type {kind}, which is not supported: {_UNSUPPORTED_TYPES[kind]}", hint
     elif known and kind not in known:
-        what = f"has peft_type {kind}, which the installed peft does not have"
-        yield ("peft_type",), what, did_you_mean(kind.upper(), offered, "it has")
+        problem = f"has peft_type {kind}, which the installed peft does not have"
+        yield ("peft_type",), problem, did_you_mean(kind.upper(), offered, "it has")
     elif kind in _VIRTUAL and not virtual_tokens({KEY: value}):
-        what = f"has num_virtual_tokens {value.get('num_virtual_tokens')!r}; {kind} wants a whole number, at least 1"
-        yield ("num_virtual_tokens",), what, 'write e.g. "num_virtual_tokens": 8, without quotes around the number'
+        problem = (
+            f"has num_virtual_tokens {value.get('num_virtual_tokens')!r}; {kind} needs a whole number of at least 1"
+        )
+        yield ("num_virtual_tokens",), problem, 'write e.g. "num_virtual_tokens": 8, without quotes around the number'
 
 
-def _unknown(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
+def _unknown_keys(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
     """Yield the keys that peft would ignore, except null ones, which other versions of peft write."""
     kind = value.get("peft_type")
     known = peft_schema.keys_of(kind) if isinstance(kind, str) and kind not in _UNSUPPORTED_TYPES else frozenset()
@@ -204,23 +203,23 @@ def _unknown(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
             yield (key,), f"has {_path((key,))}, which the installed peft's {kind} does not have and would ignore", hint
 
 
-def _unwritable(config: Any) -> Iterator[FieldProblem]:
+def _json_problems(config: Any) -> Iterator[FieldProblem]:
     """Yield values that JSON can read but not write: NaN, 1e999, half a surrogate pair. A cell_id cannot hash them."""
-    left: list[tuple[tuple[str | int, ...], Any]] = [((), config)]
-    while left:
-        where, value = left.pop()
+    todo: list[tuple[tuple[str | int, ...], Any]] = [((), config)]
+    while todo:
+        path, value = todo.pop()
         if isinstance(value, dict):
-            left += [((*where, key), key) for key in value] + [((*where, key), one) for key, one in value.items()]
+            todo += [((*path, key), key) for key in value] + [((*path, key), item) for key, item in value.items()]
         elif isinstance(value, list):
-            left += [((*where, index), one) for index, one in enumerate(value)]
+            todo += [((*path, index), item) for index, item in enumerate(value)]
         elif isinstance(value, float) and not math.isfinite(value):
-            yield where, f"has {_path(where)} {value}, which is no number of JSON", "write a finite number"
+            yield path, f"has {_path(path)} {value}, which JSON cannot represent", "write a finite number"
         elif isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-            yield where, f"has half a character in {_path(where)}", "write the character itself"
+            yield path, f"has half a surrogate pair in {_path(path)}", "write the character itself"
 
 
-def _path(where: tuple[str | int, ...]) -> str:
-    return ascii(".".join(map(str, where)))[1:-1]
+def _path(path: tuple[str | int, ...]) -> str:
+    return ascii(".".join(map(str, path)))[1:-1]
 
 
 def virtual_tokens(config: Mapping[str, Any]) -> int:
@@ -230,33 +229,16 @@ def virtual_tokens(config: Mapping[str, Any]) -> int:
     return max(count, 0) if isinstance(count, int) and not isinstance(count, bool) else 0
 
 
-@cache
-def peft_types() -> tuple[str, ...]:
-    """Return the peft_types of the installed peft, read from its source because its import takes seconds."""
-    package = find_spec("peft")
-    file = Path(package.origin).parent / "utils" / "peft_types.py" if package and package.origin else None
-    if file is None or not file.is_file():
-        return ()
-    classes = (n for n in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef))
-    return tuple(
-        ast.literal_eval(line.value)
-        for one in classes
-        if one.name == "PeftType"
-        for line in one.body
-        if isinstance(line, ast.Assign)
-    )
-
-
 _ABOUT = (
     f"Path of an {FILE}, relative to the suite's folder, or its keys. With {', '.join(map(str.lower, _VIRTUAL))} virtual "
     "tokens precede every text and take positions of the model. Not supported: "
     f"{', '.join(map(str.lower, _UNSUPPORTED_TYPES))}; of LoRA {', '.join((*_UNSUPPORTED_KEYS, *_UNSUPPORTED_INITS))}. "
-    "Without a reference there is no parity check, so reports show no time of such a Cell next to others."
+    "Without a reference there is no parity check, so reports do not compare the times of such a Cell."
 )
 PEFT = MethodInfo(
     name="peft",
     summary=f"Any other method of HF peft, by its {FILE}; {NO_REFERENCE}",
-    spec=ReferenceSpec(paper="the config's `peft_type` says which; see peft's documentation"),
+    spec=ReferenceSpec(paper="see the documentation of the config's `peft_type` in peft"),
     fields={KEY: AdapterConfigField("dict", None, about=_ABOUT)},
     path=Path(__file__),
 )

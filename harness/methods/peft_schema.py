@@ -1,63 +1,62 @@
-"""Keys of an adapter_config.json by `peft_type`, read from peft's source because its import takes seconds. No torch."""
+"""The `peft_type`s of the installed peft and their keys, read from its source because its import takes seconds. No torch."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 
-@dataclass(frozen=True)
-class _Config:
-    """A config class of peft."""
-
-    bases: tuple[str, ...]
-    """Names of its base classes."""
-    keys: frozenset[str]
-    """Its annotated fields."""
-    kind: str
-    """Its PeftType, or empty."""
+@cache
+def peft_types() -> tuple[str, ...]:
+    """Return every `peft_type`; empty if peft is not installed or its source does not show them."""
+    body = _classes("utils/peft_types.py").get("PeftType")
+    return tuple(ast.literal_eval(line.value) for line in body.body if isinstance(line, ast.Assign)) if body else ()
 
 
 def keys_of(kind: str) -> frozenset[str]:
-    """Return the keys of a `peft_type` in the installed peft; empty if its source does not show them."""
+    """Return the keys of a `peft_type`; empty if peft's source does not show them."""
     configs = _configs()
-    name = next((name for name, config in configs.items() if config.kind == kind), "")
-    return frozenset(key for config in _lineage(name, configs) for key in config.keys)
-
-
-def _lineage(name: str, configs: dict[str, _Config]) -> Iterator[_Config]:
-    if name in configs:
-        yield configs[name]
-        for base in configs[name].bases:
-            yield from _lineage(base, configs)
+    name = next((name for name, node in configs.items() if _kind(node) == kind), "")
+    return frozenset(key for node in _lineage(name, configs) for key in _fields(node))
 
 
 @cache
-def _configs() -> dict[str, _Config]:
+def _configs() -> dict[str, ast.ClassDef]:
+    """Map the names of peft's config classes to their syntax trees."""
+    return _classes("config.py", "tuners/*.py", "tuners/*/config.py")
+
+
+def _classes(*patterns: str) -> dict[str, ast.ClassDef]:
+    """Map names to the syntax trees of the classes in files of peft's package."""
     package = find_spec("peft")
     if package is None or package.origin is None:
         return {}
-    top = Path(package.origin).parent
-    found = (top / "config.py", *sorted(top.glob("tuners/*.py")), *sorted(top.glob("tuners/*/config.py")))
-    files = [file for file in found if file.is_file()]
+    files = [file for pattern in patterns for file in sorted(Path(package.origin).parent.glob(pattern))]
     trees = (ast.parse(file.read_text(encoding="utf-8")) for file in files)
-    return {node.name: _config(node) for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
+    return {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
-def _config(node: ast.ClassDef) -> _Config:
-    fields = {
-        line.target.id for line in node.body if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
-    }
-    kinds = [
-        line.value.attr
-        for line in ast.walk(node)
-        if isinstance(line, ast.Assign)
-        and isinstance(line.value, ast.Attribute)
-        and ast.unparse(line.targets[0]) == "self.peft_type"
-    ]
-    bases = tuple(ast.unparse(base) for base in node.bases)
-    return _Config(bases, frozenset(fields), kinds[0] if kinds else "")
+def _lineage(name: str, configs: dict[str, ast.ClassDef]) -> Iterator[ast.ClassDef]:
+    """Yield a class and its base classes."""
+    if name in configs:
+        yield configs[name]
+        for base in configs[name].bases:
+            yield from _lineage(ast.unparse(base), configs)
+
+
+def _fields(node: ast.ClassDef) -> Iterator[str]:
+    """Yield the annotated fields of a class."""
+    for line in node.body:
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+            yield line.target.id
+
+
+def _kind(node: ast.ClassDef) -> str:
+    """Return the PeftType that a config class sets, or an empty string."""
+    for line in ast.walk(node):
+        if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "self.peft_type":
+            return line.value.attr if isinstance(line.value, ast.Attribute) else ""
+    return ""

@@ -6,19 +6,21 @@ No torch here: an Implementation imports its libraries inside its function.
 from __future__ import annotations
 
 import contextlib
+import pkgutil
 import re
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from harness.errors import ImplementationError, did_you_mean
 from harness.methods.peft_config import UNREFERENCED
-from harness.methods.spec import methods
+from harness.methods.spec import Adapted, methods
 from harness.resources import data_folder
 
 GROUP = "harness.implementations"
@@ -27,10 +29,7 @@ TargetKind = Literal["method", "operation", "base"]
 
 _OPERATIONS = Path(__file__).resolve().parents[1] / "conformance" / "operations"
 _WORD = re.compile(r"[\w.+-]+")
-_ADAPTED = (
-    "model", "layers", "can_merge", "tensors", "state", "parameters", "regularizer", "optimizer", "after_step", "merge",
-    "unmerge", "detach",
-)  # fmt: skip
+_ADAPTED = [name for name in (*Adapted.__annotations__, *vars(Adapted)) if not name.startswith("_")]
 
 
 @dataclass(frozen=True)
@@ -64,27 +63,27 @@ class Implementation:
             if not _is_word(getattr(self, part)):
                 raise TypeError(f"{part} must be a word of letters, digits and ._+-, got {getattr(self, part)!r}")
         for part in ("dtypes", "devices", "requires"):
-            several = getattr(self, part)
+            words = getattr(self, part)
             # tuple("cuda") would give four devices
-            if isinstance(several, str) or not isinstance(several, Iterable):
-                raise TypeError(f"{part} must be a list of words, got {several!r}")
-            object.__setattr__(self, part, tuple(several))
+            if isinstance(words, str) or not isinstance(words, Iterable):
+                raise TypeError(f"{part} must be a list of words, got {words!r}")
+            object.__setattr__(self, part, tuple(words))
         for part in ("devices", "requires"):
-            if odd := [one for one in getattr(self, part) if not _is_word(one)]:
-                raise TypeError(f"{part} must be words, got {odd[0]!r}")
+            if invalid := [one for one in getattr(self, part) if not _is_word(one)]:
+                raise TypeError(f"{part} must be words, got {invalid[0]!r}")
         if not self.dtypes:
             raise ValueError(f"dtypes is empty; there are: {', '.join(DTYPES)}")
-        if odd := [one for one in self.dtypes if one not in DTYPES]:
-            hint = did_you_mean(str(odd[0]).removeprefix("torch."), DTYPES, "there are")
-            raise ValueError(f"dtypes has {odd[0]!r}, which is no dtype: {hint}")
+        if invalid := [one for one in self.dtypes if one not in DTYPES]:
+            hint = did_you_mean(str(invalid[0]).removeprefix("torch."), DTYPES, "there are")
+            raise ValueError(f"dtypes has {invalid[0]!r}, which is no dtype: {hint}")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function. Raises TypeError if a Method's function does not return an Adapted."""
         returned = self.function(*args, **kwargs)
-        if self.kind == "method" and (lacks := [name for name in _ADAPTED if not hasattr(returned, name)]):
-            without = f"an Adapted without {', '.join(lacks)}" if len(lacks) < len(_ADAPTED) else "no Adapted"
+        if self.kind == "method" and (missing := [name for name in _ADAPTED if not hasattr(returned, name)]):
+            kind = f"an Adapted without {', '.join(missing)}" if len(missing) < len(_ADAPTED) else "no Adapted"
             raise TypeError(
-                f"attach returned {_shortly(returned)}, which is {without} (harness/methods/spec.py has the protocol; "
+                f"attach returned {_abbreviated(returned)}, which is {kind} (harness/methods/spec.py has the protocol; "
                 "harness.testing.wrap_layers makes one)"
             )
         return returned
@@ -108,10 +107,18 @@ def implements(
     """
 
     def wrap(function: Callable[..., Any]) -> Implementation:
-        guessed = kind or (targets().get(target, "method") if isinstance(target, str) else "method")
-        return Implementation(name, guessed, target, function, dtypes, devices, requires)  # type: ignore[arg-type]
+        known = kind or (targets().get(target, "method") if isinstance(target, str) else "method")
+        return Implementation(name, known, target, function, dtypes, devices, requires)  # type: ignore[arg-type]
 
     return wrap
+
+
+def implementations_in(name: str) -> list[Implementation]:
+    """Return the Implementations of a module, or of the modules directly in a package, by its dotted name."""
+    found = import_module(name)
+    modules = [file.name for file in pkgutil.iter_modules(getattr(found, "__path__", ())) if not file.ispkg]
+    namespaces = [vars(found), *(vars(import_module(f"{name}.{module}")) for module in modules)]
+    return [one for names in namespaces for one in names.values() if isinstance(one, Implementation)]
 
 
 @cache
@@ -148,7 +155,7 @@ class Registry:
                 f"implementation `{name}` is installed but broken: {self.broken[name]}",
                 hint="install what it needs, or see `peft-harness list implementations`",
             )
-        hint = did_you_mean(name, offered, f"who offers {target}")
+        hint = did_you_mean(name, offered, f"implementations of {target}")
         if self.broken:
             hint += f"; broken plug-ins: {', '.join(self.broken)} (`peft-harness list implementations` shows why)"
         others = sorted(i.target for i in self.implementations if i.name == name)
@@ -184,7 +191,7 @@ def discover(only: Collection[str] | None = None, begin: Callable[[str], None] |
     """
     found: dict[tuple[str, str, str], Implementation] = {}
     broken: dict[str, str] = {}
-    there = targets()
+    known = targets()
     for name, point in entry_points_by_name().items():
         if only is not None and name not in only:
             continue
@@ -201,7 +208,7 @@ def discover(only: Collection[str] | None = None, begin: Callable[[str], None] |
             offered = []
         for implementation in offered:
             key = (implementation.kind, implementation.target, implementation.name)
-            if misfit := _misfit(implementation, there):
+            if misfit := _misfit(implementation, known):
                 reasons.append(misfit)
             elif key in found:
                 reasons.append(f"{implementation} is offered twice, first by {found[key].distribution}")
@@ -213,13 +220,13 @@ def discover(only: Collection[str] | None = None, begin: Callable[[str], None] |
     return Registry(tuple(found.values()), broken)
 
 
-def _misfit(implementation: Implementation, there: dict[str, TargetKind]) -> str:
+def _misfit(implementation: Implementation, known: dict[str, TargetKind]) -> str:
     """Return the problem of an Implementation with an unknown target or another kind, or an empty string."""
     target, kind = implementation.target, implementation.kind
-    if target not in there:
-        return f"{implementation}: unknown target {target!r}; {did_you_mean(target, there, 'there are')}"
-    if there[target] != kind:
-        return f"{implementation}: {target} is of kind {there[target]!r}; leave `kind` out of @implements"
+    if target not in known:
+        return f"{implementation}: unknown target {target!r}; {did_you_mean(target, known, 'there are')}"
+    if known[target] != kind:
+        return f"{implementation}: {target} is of kind {known[target]!r}; leave `kind` out of @implements"
     return ""
 
 
@@ -227,7 +234,7 @@ def _is_word(value: object) -> bool:
     return isinstance(value, str) and _WORD.fullmatch(value) is not None
 
 
-def _shortly(value: object) -> str:
+def _abbreviated(value: object) -> str:
     return repr(value) if value is None or isinstance(value, (int, str)) else f"a {type(value).__name__}"
 
 
@@ -245,10 +252,10 @@ def _offered(loaded: object) -> Iterator[Implementation]:
     """Yield the Implementations of an entry point: one, several, or a function that returns either."""
     if callable(loaded) and not isinstance(loaded, Implementation):
         loaded = loaded()
-    several = [loaded] if isinstance(loaded, Implementation) else loaded
-    if not isinstance(several, Iterable):
-        raise TypeError(f"expected an Implementation, several, or a function returning them; got {several!r}")
-    for one in several:
-        if not isinstance(one, Implementation):
-            raise TypeError(f"expected an Implementation, got {one!r}")
-        yield one
+    offered = [loaded] if isinstance(loaded, Implementation) else loaded
+    if not isinstance(offered, Iterable):
+        raise TypeError(f"expected an Implementation, several, or a function returning them; got {offered!r}")
+    for implementation in offered:
+        if not isinstance(implementation, Implementation):
+            raise TypeError(f"expected an Implementation, got {implementation!r}")
+        yield implementation

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 _REFERENCE = Path(__file__).resolve().parents[2] / "reference"
-_TYPES = {"int": int, "float": float, "bool": bool, "str": str, "tuple[str, ...]": tuple}
-_TYPE_LABELS = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "str": "a word",
-    "tuple[str, ...]": "a list of words",
+_TYPES = {
+    "int": (int, "a whole number"),
+    "float": (float, "a number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "a word"),
+    "tuple[str, ...]": (tuple, "a list of words"),
 }
+"""Annotation of a field -> its type, and the name of the type for authors of suites."""
 _SPEC_CLASSES = {kind.__name__: kind for kind in (ReferenceSpec, Deviation)}
 TARGET_WORDS = frozenset({"attention", "all-linear"})
 """Words that a suite may write instead of a list of layers; `reference.shared.layers.WORDS` defines them."""
@@ -103,7 +103,7 @@ class FieldInfo:
     @property
     def type_label(self) -> str:
         """Name of the type for authors of suites."""
-        return _TYPE_LABELS[self.type]
+        return _TYPES[self.type][1]
 
     @property
     def hint(self) -> str:
@@ -140,8 +140,8 @@ class FieldInfo:
 
     def problems(self, value: Any) -> Iterator[FieldProblem]:
         """Yield every problem of a value."""
-        if what := self.problem(value):
-            yield (), what, self.hint
+        if text := self.problem(value):
+            yield (), text, self.hint
 
     def problem(self, value: Any) -> str:
         """Return the first problem of a value, or an empty string."""
@@ -149,7 +149,7 @@ class FieldInfo:
             words = isinstance(value, (list, tuple)) and value and all(isinstance(v, str) and v for v in value)
             words = words or (isinstance(value, str) and value in TARGET_WORDS)
             return "" if words else f"must be {self.type_label}, got {value!r}"
-        expected: Any = (int, float) if self.type == "float" else _TYPES[self.type]
+        expected: Any = (int, float) if self.type == "float" else _TYPES[self.type][0]
         # bool is a subclass of int in Python; in a suite `true` is no number.
         if not isinstance(value, expected) or (isinstance(value, bool) and self.type != "bool"):
             return f"must be {self.type_label}, got {value!r}"
@@ -237,5 +237,5 @@ def _field(node: ast.AnnAssign, about: str) -> FieldInfo:
         raise TypeError(f"Config.{name}: needs a default, so that a suite may leave it out")
     if not isinstance(node.value, ast.Call):
         return FieldInfo(kind, ast.literal_eval(node.value), about=about)
-    given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.value.keywords}
-    return FieldInfo(kind, given["default"], **given.get("metadata", {}), about=about)
+    options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.value.keywords}
+    return FieldInfo(kind, options["default"], **options.get("metadata", {}), about=about)

@@ -59,12 +59,12 @@ class WrappedLayers(AdaptedLayers):
 
     def tensors(self) -> dict[str, Tensor]:
         """Map canonical names to the layers' own Parameters."""
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for path, layer in self.layers.items():
             own = [name for name, _ in layer.named_parameters(recurse=False)]  # type: ignore[attr-defined]
             for letter, attribute in (self.names or {name: name for name in own}).items():
-                found[f"{path}.{letter}"] = getattr(layer, attribute)
-        return found
+                tensors[f"{path}.{letter}"] = getattr(layer, attribute)
+        return tensors
 
     def state(self) -> dict[str, Tensor]:
         """Return nothing: other tensors of the layers are not compared."""

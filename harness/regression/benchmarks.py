@@ -9,7 +9,7 @@ from harness.analysis.comparison.baseline_rows import ComparisonRow, FindingKind
 from harness.analysis.statistics.process_runs import ALARM, MARGIN, Pace, judge
 from harness.analysis.verdict_kind import Verdict, VerdictKind
 from harness.bench.pytest_benchmark import Saved
-from harness.errors import first_names
+from harness.errors import first_names, plural
 
 _KINDS = {
     Pace.SLOWER: VerdictKind.FAIL,
@@ -33,9 +33,9 @@ class Session:
     """Reason why a saved benchmark has no rounds here, by name; only for benchmarks that the session should run."""
     failed: frozenset[str] = frozenset()
     """Names of failed tests."""
-    right: int = 0
+    cases_passed: int = 0
     """Number of passed cases of @conformance."""
-    wrong: int = 0
+    cases_failed: int = 0
     """Number of failed cases of @conformance."""
 
 
@@ -45,70 +45,53 @@ def compare(saved_runs: Sequence[Saved], session: Session, margin: float = MARGI
     The verdict is FAIL if any is slower or a case of @conformance failed; NOT_RUN if none was compared; INCONCLUSIVE if any
     stays undecided, is missing, or was saved on another machine only; else PASS.
     """
-    here = {saved.path: _other_place(saved.place, session.place) for saved in saved_runs}
+    differences = {saved.path: _other_place(saved.place, session.place) for saved in saved_runs}
     names = dict.fromkeys(name for saved in saved_runs for name in saved.rounds)
-    rows, away, compared = [], {}, 0
-    if session.wrong:
-        reason = f"{session.wrong} of {session.wrong + session.right} cases failed: no speed without parity"
-        rows.append(ComparisonRow(FindingKind.PARITY, VerdictKind.FAIL, "@conformance", (), "cases", reason))
+    rows, compared = [], 0
+    elsewhere: dict[str, list[str]] = {}
+    if session.cases_failed:
+        failed, total = session.cases_failed, session.cases_failed + session.cases_passed
+        reason = f"{failed} of {total} cases failed: no speed without parity"
+        rows.append(_row(FindingKind.PARITY, VerdictKind.FAIL, "@conformance", "cases", reason))
     for name in names:
         runs = [saved for saved in saved_runs if name in saved.rounds]
-        near = [saved.rounds[name] for saved in runs if not here[saved.path]]
+        here = [saved.rounds[name] for saved in runs if not differences[saved.path]]
         if name in session.failed:
-            rows.append(
-                ComparisonRow(
-                    FindingKind.OUTCOME, VerdictKind.FAIL, name, (), "test", "failed, so that its time is not shown"
-                )
-            )
+            reason = "failed, so that its time is not shown"
+            rows.append(_row(FindingKind.OUTCOME, VerdictKind.FAIL, name, "test", reason))
         elif name not in session.rounds:
             if name in session.absent:
-                rows.append(
-                    ComparisonRow(FindingKind.MISSING, VerdictKind.NOT_RUN, name, (), "benchmark", session.absent[name])
-                )
-        elif not near:
-            away[name] = here[runs[-1].path]
+                reason = session.absent[name]
+                rows.append(_row(FindingKind.MISSING, VerdictKind.NOT_RUN, name, "benchmark", reason))
+        elif not here:
+            elsewhere.setdefault(differences[runs[-1].path], []).append(name)
         else:
             compared += 1
-            row = _row(name, near, session.rounds[name], margin)
-            if session.wrong and row.word is VerdictKind.PASS:
-                row = replace(row, word=VerdictKind.INCONCLUSIVE, reason=f"no pass without parity: {row.reason}")
-            rows.append(row)
-    rows += [
-        ComparisonRow(FindingKind.NEW, VerdictKind.NOT_RUN, name, (), "benchmark", "is not in the baseline")
-        for name in session.rounds
-        if name not in names and name not in session.failed
-    ]
-    rows += _places(away)
-    if unused := [saved for saved in saved_runs if here[saved.path]]:
-        reason = f"not used, {here[unused[-1].path]}"
-        rows.append(
-            ComparisonRow(
-                FindingKind.ENVIRONMENT,
-                VerdictKind.PASS,
-                f"{len(unused)} of {len(saved_runs)} saved runs",
-                (),
-                "machine",
-                reason,
-            )
-        )
+            rows.append(_speed(name, here, session, margin))
+    new = [name for name in session.rounds if name not in names and name not in session.failed]
+    rows += [_row(FindingKind.NEW, VerdictKind.NOT_RUN, name, "benchmark", "is not in the baseline") for name in new]
+    for why, found in elsewhere.items():
+        reason = f"saved elsewhere only, {why}"
+        rows.append(_row(FindingKind.ENVIRONMENT, VerdictKind.INCONCLUSIVE, first_names(found), "machine", reason))
+    if unused := [saved for saved in saved_runs if differences[saved.path]]:
+        what = f"{len(unused)} of {len(saved_runs)} saved runs"
+        reason = f"not used, {differences[unused[-1].path]}"
+        rows.append(_row(FindingKind.ENVIRONMENT, VerdictKind.PASS, what, "machine", reason))
     verdict = _verdict(rows, compared, session, margin, next(iter(names), ""))
     return Findings(verdict=verdict, rows=tuple(rows), compared=compared)
 
 
-def _row(name: str, saved: Sequence[Sequence[float]], new: Sequence[float], margin: float) -> ComparisonRow:
-    found = judge(saved, new, margin)
-    return ComparisonRow(
-        FindingKind.SPEED,
-        _KINDS[found.pace],
-        name,
-        (),
-        "median round",
-        found.sentence,
-        found.base,
-        found.new,
-        "s",
-        found.interval,
-    )
+def _row(kind: FindingKind, word: VerdictKind, name: str, what: str, reason: str) -> ComparisonRow:
+    return ComparisonRow(kind, word, name, (), what, reason)
+
+
+def _speed(name: str, saved: Sequence[Sequence[float]], session: Session, margin: float) -> ComparisonRow:
+    found = judge(saved, session.rounds[name], margin)
+    word, reason = _KINDS[found.pace], found.sentence
+    if session.cases_failed and word is VerdictKind.PASS:
+        word, reason = VerdictKind.INCONCLUSIVE, f"no pass without parity: {reason}"
+    row = _row(FindingKind.SPEED, word, name, "median round", reason)
+    return replace(row, base=found.base, new=found.new, unit="s", interval=found.interval)
 
 
 def _other_place(saved: Mapping[str, str], here: Mapping[str, str]) -> str:
@@ -116,63 +99,43 @@ def _other_place(saved: Mapping[str, str], here: Mapping[str, str]) -> str:
 
     For torch and the GPU one side is enough: sessions on a GPU and on a CPU do not compare.
     """
-    both = [what for what in saved if what in here or what in _ALWAYS]
-    either = both + [what for what in _ALWAYS if what in here and what not in saved]
-    differ = [what for what in either if saved.get(what) != here.get(what)]
-    return "; ".join(
-        f"{what}: {saved.get(what, 'none in use')}, here {here.get(what, 'none in use')}" for what in differ
-    )
-
-
-def _places(away: Mapping[str, str]) -> list[ComparisonRow]:
-    found: dict[str, list[str]] = {}
-    for name, why in away.items():
-        found.setdefault(why, []).append(name)
-    return [
-        ComparisonRow(
-            FindingKind.ENVIRONMENT,
-            VerdictKind.INCONCLUSIVE,
-            first_names(names),
-            (),
-            "machine",
-            f"saved elsewhere only, {why}",
-        )
-        for why, names in found.items()
-    ]
+    none = "none in use"
+    facts = [fact for fact in {**saved, **here} if fact in _ALWAYS or (fact in saved and fact in here)]
+    changed = [fact for fact in facts if saved.get(fact) != here.get(fact)]
+    return "; ".join(f"{fact}: {saved.get(fact, none)}, here {here.get(fact, none)}" for fact in changed)
 
 
 def _verdict(rows: Sequence[ComparisonRow], compared: int, session: Session, margin: float, example: str) -> Verdict:
-    def of(kind: FindingKind, word: VerdictKind) -> list[str]:
+    def names(kind: FindingKind, word: VerdictKind) -> list[str]:
         return [row.name for row in rows if row.kind is kind and row.word is word]
 
-    slower, open_, passed = (
-        of(FindingKind.SPEED, word) for word in (VerdictKind.FAIL, VerdictKind.INCONCLUSIVE, VerdictKind.PASS)
-    )
-    red = of(FindingKind.OUTCOME, VerdictKind.FAIL)
-    besides = {
-        "undecided": [] if session.wrong else open_,
-        "missing": of(FindingKind.MISSING, VerdictKind.NOT_RUN),
-        "saved on another machine only": of(FindingKind.ENVIRONMENT, VerdictKind.INCONCLUSIVE),
-        "test failed": red,
+    slower, passed = names(FindingKind.SPEED, VerdictKind.FAIL), names(FindingKind.SPEED, VerdictKind.PASS)
+    failed = names(FindingKind.OUTCOME, VerdictKind.FAIL)
+    problems = {
+        "undecided": [] if session.cases_failed else names(FindingKind.SPEED, VerdictKind.INCONCLUSIVE),
+        "missing": names(FindingKind.MISSING, VerdictKind.NOT_RUN),
+        "saved on another machine only": names(FindingKind.ENVIRONMENT, VerdictKind.INCONCLUSIVE),
+        "test failed": failed,
     }
-    notes = [f"{what}: {first_names(names)}" for what, names in besides.items() if names]
+    notes = [f"{what}: {first_names(found)}" for what, found in problems.items() if found]
     rule = f"by more than {100 * margin:g} %, each at a level of {100 * ALARM:g} %"
     if slower:
         first = f"{len(slower)} of {compared} benchmarks slower ({rule}): {first_names(slower)}"
     elif compared:
         first = f"{len(passed)} of {compared} benchmarks not slower ({rule})"
-    else:
+    elif notes:
         first = "nothing was compared"
-        if not notes:
-            first += f": no benchmark of this session is in the baseline, which has e.g. {example}"
-    if session.wrong:
-        parity = f"no speed is a pass without parity: {session.wrong} of @conformance failed"
-    elif session.right:
-        parity = f"@conformance: {session.right} right"
+    else:
+        first = f"nothing was compared: no benchmark of this session is in the baseline, which has e.g. {example}"
+    if session.cases_failed:
+        parity = f"no speed is a pass without parity: {plural(session.cases_failed, 'case')} of @conformance failed"
+    elif session.cases_passed:
+        parity = f"@conformance: {plural(session.cases_passed, 'case')} passed"
     else:
         parity = "no case of @conformance ran, so correctness is not tested"
-    if slower or red or session.wrong:
+    word = VerdictKind.INCONCLUSIVE if notes else VerdictKind.PASS
+    if slower or failed or session.cases_failed:
         word = VerdictKind.FAIL
-    else:
-        word = VerdictKind.NOT_RUN if not compared else VerdictKind.INCONCLUSIVE if notes else VerdictKind.PASS
+    elif not compared:
+        word = VerdictKind.NOT_RUN
     return Verdict(word, "; ".join([first, *notes, parity]))

@@ -69,11 +69,9 @@ class Gate:
         if session.exitstatus not in _JUDGED:
             return
         self.findings = benchmarks.compare(self.saved, self._session(), self.margin)
-        bad = [VerdictKind.FAIL, VerdictKind.NOT_RUN] + [VerdictKind.INCONCLUSIVE] * bool(
-            self.config.getoption("harness_gate_strict")
-        )
+        word, strict = self.findings.verdict.word, self.config.getoption("harness_gate_strict")
         # Not 5 if nothing was compared: many scripts ignore pytest's exit code 5.
-        if self.findings.verdict.word in bad:
+        if word in (VerdictKind.FAIL, VerdictKind.NOT_RUN) or (strict and word is VerdictKind.INCONCLUSIVE):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     @pytest.hookimpl(trylast=True)
@@ -83,23 +81,21 @@ class Gate:
         if self.findings is None:
             terminalreporter.write_line("not judged: the session was interrupted")
             return
-        for line in terminal.lines(self.findings, of="benchmark"):
+        annotations = github.lines(self.findings) if github.is_job() else []
+        for line in [*terminal.lines(self.findings, first="benchmark"), *annotations]:
             terminalreporter.write_line(line)
-        if os.environ.get("GITHUB_ACTIONS") == "true":
-            for line in github.lines(self.findings):
-                terminalreporter.write_line(line)
 
     def _benchmarks(self) -> Any:
         """Return pytest-benchmark's session; raises UsageError if it is missing or times nothing."""
         plugin = self.config.pluginmanager.get_plugin("pytest-benchmark")
         if plugin is None:
-            what = "pytest-benchmark is not installed, or is blocked by `-p no:benchmark`, and it takes the times"
+            what = "pytest-benchmark is not installed, or is blocked by `-p no:benchmark`"
             raise UsageError(what, where=_OPTION, hint="pip install pytest-benchmark")
         if self.config.getoption("dist", "no") != "no" or os.environ.get("PYTEST_XDIST_WORKER"):
             what = "under xdist pytest-benchmark takes no times, since parallel tests disturb them"
             raise UsageError(what, where=_OPTION, hint="run this session with `-n 0`, or `-p no:xdist`")
-        for option in ("--benchmark-disable", "--benchmark-skip"):
-            if getattr(plugin, option.removeprefix("--benchmark-").replace("disable", "disabled")):
+        for option, is_set in (("--benchmark-disable", plugin.disabled), ("--benchmark-skip", plugin.skip)):
+            if is_set:
                 raise UsageError(f"nothing is timed with {option}", where=_OPTION, hint=f"leave {option} out")
         return plugin
 
@@ -112,9 +108,8 @@ class Gate:
             rounds={one.fullname: one.stats.data for one in timed},
             failed=frozenset(nodeid for nodeid, outcome in self._outcomes.items() if outcome == "failed"),
             absent={name: why for saved in self.saved for name in saved.rounds if (why := self._why_absent(name))},
-            right=cases.count("passed"),
-            wrong=cases.count("failed"),
-        )
+            cases_passed=cases.count("passed"), cases_failed=cases.count("failed"),
+        )  # fmt: skip
 
     def _why_absent(self, name: str) -> str:
         """Return the reason why a benchmark has no rounds; empty if the session did not have to run it."""
@@ -127,15 +122,14 @@ class Gate:
 
     def _covers(self, argument: str, name: str) -> bool:
         """Return whether an argument of pytest (a file, folder or test) or `testpaths` includes this full name."""
-        (path, _, test), (file, _, its) = argument.partition("::"), name.partition("::")
-        start, whole = (self.config.invocation_params.dir / path).resolve(), (self.config.rootpath / file).resolve()
-        inside = start == whole or start in whole.parents
-        return inside and (not test or its == test or its.startswith((f"{test}::", f"{test}[")))
+        (path, _, selected), (file, _, test) = argument.partition("::"), name.partition("::")
+        start = (self.config.invocation_params.dir / path).resolve()
+        inside = (self.config.rootpath / file).resolve().is_relative_to(start)
+        return inside and (not selected or test == selected or test.startswith((f"{selected}::", f"{selected}[")))
 
 
 def _margin(per_cent: float) -> float:
     if not 0 < per_cent <= 100:
-        raise UsageError(
-            f"{per_cent:g} % is no margin", where="--harness-gate-margin", hint="give per cent above 0, at most 100"
-        )
+        hint = "give per cent above 0, at most 100"
+        raise UsageError(f"{per_cent:g} % is no margin", where="--harness-gate-margin", hint=hint)
     return per_cent / 100

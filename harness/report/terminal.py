@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from harness.analysis import divergence, failed_checks, metrics
 from harness.analysis.run_facts import RunFacts
+from harness.console import align_columns
 from harness.records.notes import notes_of_kind
 from harness.records.record import NoteKind
 from harness.report import recipes, sections, tables
@@ -24,9 +25,9 @@ def summary(f: RunFacts) -> list[str]:
         for row in group["rows"]:
             figures = by_key(table["columns"], row["figures"])
             rows.append([row["name"], *(_text(figures[key]) for key in headings)])
-        lines += [*aligned(rows), ""]
+        lines += [*_aligned(rows), ""]
     if means := recipes.lines(f):
-        lines += [*aligned(means), ""]
+        lines += [*_aligned(means), ""]
     for j in f.verdict.judgements:
         lines.append(f"{icon(j.verdict.word)} {j.verdict.word.value}: {j.comparison.says}")
         lines.append(f"    {j.verdict.reason}")
@@ -58,13 +59,6 @@ def _text(figure: Figure) -> str:
     return " ".join(filter(None, [figure["text"], figure["small"], "!" if figure["flag"] else ""]))
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Align columns: names and statuses to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            text.ljust(width) if i < 2 else text.rjust(width)
-            for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    return align_columns(rows, right=range(2, len(rows[0])), indent="")

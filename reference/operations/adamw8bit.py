@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from reference.operations.dynamic_map import dequantize_blockwise, dynamic_map, quantize_blockwise
+from reference.shared.optimizers import loss_of, restore_dtypes
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -23,46 +24,47 @@ SPEC = ReferenceSpec(
             topic="block size",
             paper="2048",
             here="256",
-            why="bitsandbytes today",
+            why="bitsandbytes uses it today",
         ),
         Deviation(
             topic="least size",
-            paper="embedding layers keep 32-bit states (the stable embedding layer)",
-            here="tensors of fewer than 4096 elements keep 32-bit states; embeddings are not an exception",
-            why="bitsandbytes' min_8bit_size; its own pinning of nn.Embedding needs a manager that knows the modules",
+            paper="embedding layers have 32-bit states (the stable embedding layer)",
+            here="tensors of fewer than 4096 elements have 32-bit states; embeddings are no exception",
+            why="bitsandbytes has the same min_8bit_size; its exception for nn.Embedding needs a manager that knows "
+            "the modules",
         ),
         Deviation(
             topic="weight decay",
             paper="none in its equations",
             here="decoupled, before the update: p is multiplied by 1 - lr * weight_decay first",
-            why="torch's AdamW and bitsandbytes on the CPU; bitsandbytes on CUDA decays after the update, so that it "
-            "shrinks the update too, by lr * weight_decay of it",
+            why="torch's AdamW and bitsandbytes on the CPU do the same; bitsandbytes on CUDA decays after the "
+            "update, and so reduces the update too, by lr * weight_decay of it",
         ),
         Deviation(
             topic="eps",
-            paper="added to sqrt(V), no bias correction printed",
+            paper="added to sqrt(V), without a printed bias correction",
             here="added to sqrt(V / (1 - beta2^t))",
-            why="torch's AdamW and bitsandbytes, on the CPU and on CUDA",
+            why="torch's AdamW and bitsandbytes, on the CPU and on CUDA, do the same",
         ),
         Deviation(
             topic="search of the code",
             paper="nearest",
-            here="nearest; one exactly between two takes the lower",
-            why="bitsandbytes on the CPU first rounds m / absmax to one of 65,536 values in [-1, 1], 3e-5 apart, none "
-            "of which is 0: finer codes are lost, and a zero comes back as 2e-5 absmax, so that a parameter "
+            here="nearest; an element exactly between two values takes the lower",
+            why="bitsandbytes on the CPU first rounds m / absmax to one of 65,536 values in [-1, 1], which are 3e-5 "
+            "apart and do not include 0. It loses finer codes and decodes a zero to 2e-5 absmax, so that a parameter "
             "without any gradient moves",
         ),
         Deviation(
             topic="sign of the first moment",
-            paper="silent",
+            paper="not stated",
             here="the nearest code, which for a small negative number may be 0",
-            why="bitsandbytes on CUDA takes the next code down there, so that the sign stays",
+            why="bitsandbytes on CUDA takes the next code instead of 0, so that the sign stays",
         ),
         Deviation(
             topic="gradients that are not finite",
-            paper="silent",
-            here="carried on, as in torch's AdamW",
-            why="bitsandbytes on CUDA leaves such a parameter and sets its moments to 0",
+            paper="not stated",
+            here="used, as in torch's AdamW",
+            why="bitsandbytes on CUDA skips such a parameter and sets its moments to 0",
         ),
     ),
 )
@@ -90,7 +92,7 @@ def init_state(p: Tensor, min_8bit_size: int = MIN_8BIT_SIZE) -> dict[str, Tenso
         return {name: torch.zeros(n, dtype=dtype, device=p.device) for name in ("m", "v")}
     codes = {name: torch.zeros(n, dtype=torch.uint8, device=p.device) for name in ("m", "v")}
     blocks = -(-n // BLOCK)
-    return codes | {f"{name}_absmax": torch.zeros(blocks, device=p.device) for name in ("m", "v")}
+    return codes | {f"{name}_absmax": torch.zeros(blocks, dtype=torch.float32, device=p.device) for name in ("m", "v")}
 
 
 def state_bytes(numel: int, min_8bit_size: int = MIN_8BIT_SIZE) -> int:
@@ -159,12 +161,9 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def step(self, closure: Any = None) -> Any:
         """Take one step of every parameter with a gradient; return the loss of `closure`, if given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
-            how = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+            options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -172,19 +171,10 @@ class AdamW8bit(torch.optim.Optimizer):
                 if not state:
                     state |= {"step": 0, **init_state(p, group["min_8bit_size"])}
                 state["step"] += 1
-                adamw8bit_step(p, p.grad, state, step=state["step"], **how)
+                adamw8bit_step(p, p.grad, state, step=state["step"], **options)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the result of `state_dict`; torch alone would cast the codes to the parameter's floating dtype."""
         super().load_state_dict(state_dict)
         restore_dtypes(self, state_dict)
-
-
-def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Restore the saved dtypes of a state that torch has loaded."""
-    saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-    for index, p in zip(saved, (p for group in optimizer.param_groups for p in group["params"]), strict=True):
-        for name, value in state_dict["state"].get(index, {}).items():
-            if isinstance(value, Tensor):
-                optimizer.state[p][name] = value.detach().to(p.device, copy=True)

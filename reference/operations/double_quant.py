@@ -18,22 +18,20 @@ SPEC = ReferenceSpec(
             topic="the 8-bit type",
             paper="8-bit floats (c2 is written FP8)",
             here="the signed dynamic map, which is no FP8",
-            why="bitsandbytes, the authors' own quantiser; torchao has int8 on a linear grid",
+            why="bitsandbytes, the authors' quantiser, uses it; torchao has int8 on a linear grid",
         ),
         Deviation(
             topic="the mean",
-            paper="subtracted before quantisation; eq. 6 does not add it back, nor does the paper count its bits",
+            paper="subtracted before quantisation; eq. 6 does not add it back, and the paper does not count its bits",
             here="one mean of all constants of a tensor, float32, stored and added back",
             why="without it the weights would be wrong; bitsandbytes stores it as `offset`",
         ),
         Deviation(
-            topic="a constant may come back negative",
+            topic="negative constants",
             paper="not mentioned",
-            here=(
-                "left as it is: a small absmax in a block of 256 with a large one may dequantise below zero, and flips "
-                "signs"
-            ),
-            why="as in bitsandbytes; the error is bounded by the map's step, times c1",
+            here="not prevented: a small absmax in a block of 256 with a large one may be decoded to a negative "
+            "number, which flips signs",
+            why="bitsandbytes does the same; the error is at most the map's step times c1",
         ),
     ),
 )

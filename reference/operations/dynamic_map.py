@@ -18,24 +18,24 @@ SPEC = ReferenceSpec(
     deviations=(
         Deviation(
             topic="the data type",
-            paper="section 1.3 and figure 2 give the bits, no values",
-            here="seven decades; the middles of 2^i equal cells of 0.1 .. 1, times 10^(i - 6), for i = 0 .. 6; and 0 "
-            "and 1",
-            why="bitsandbytes' create_dynamic_map, bit for bit; it has no -1, so that the lowest element of a block "
-            "comes back as -0.993 of itself",
+            paper="section 1.3 and figure 2 give the bits and no values",
+            here="seven decades, i = 0 .. 6: the middles of 2^i equal cells of 0.1 .. 1, times 10^(i - 6); and 0 and 1",
+            why="this is bitsandbytes' create_dynamic_map, bit for bit; it has no -1, so that the lowest element of "
+            "a block is decoded to -0.993 of its magnitude",
         ),
         Deviation(
             topic="the sign's bit in the unsigned type",
             paper="section 2.2 uses it as one more bit of the fixed fraction",
-            here="2^(i + 1) cells a decade in the place of 2^i",
-            why="the same, and as bitsandbytes",
+            here="2^(i + 1) cells per decade instead of 2^i",
+            why="this is equivalent, and bitsandbytes does the same",
         ),
         Deviation(
             topic="search",
             paper="binary search for the nearest value",
-            here="the nearest value of x / absmax; one exactly between two takes the lower",
-            why="bitsandbytes multiplies by the reciprocal of absmax, which may move an element over a midpoint that "
-            "it almost touches; its CPU kernel rounds to a grid first, which moves more (see the tests)",
+            here="the value nearest to x / absmax; an element exactly between two values takes the lower",
+            why="bitsandbytes multiplies by the reciprocal of absmax, which may move an element across a midpoint "
+            "that it almost touches; its CPU kernel rounds to a grid first, which moves more elements (see the "
+            "tests)",
         ),
     ),
 )

@@ -19,24 +19,25 @@ SPEC = ReferenceSpec(
     deviations=(
         Deviation(
             topic="format",
-            paper="QLoRA's table 2: E2M1, which in the usual reading has magnitudes 0, 1/2, 1, 3/2, 2, 3, 4, 6 (over 6)"
-            "QLoRA's table 2: E2M1, which in the usual reading has magnitudes 0, 1/2, 1, 3/2, 2, 3, 4, 6 (over 6)",
+            paper="QLoRA's table 2: E2M1, which in the usual reading has magnitudes 0, 1/2, 1, 3/2, 2, 3, 4, 6 (over "
+            "6)",
             here="0, 1/16, 2, 3, 4, 6, 8, 12 over 12, and a larger exponent field means a smaller number",
-            why="bitsandbytes' table: the same but for the smallest, which is a sixteenth of what E2M1 has",
+            why="this is bitsandbytes' table; only its smallest magnitude differs, a sixteenth of E2M1's",
         ),
         Deviation(
             topic="sign of zero, and of a tie",
             paper="not in a paper",
-            here="sign and magnitude are separate: a tie takes the smaller magnitude; a vanishing negative gets code 8",
-            why="as bitsandbytes' CUDA and Triton kernels; its CPU code sorts both zeros into one table, so that a "
-            "negative tie takes the larger magnitude, and a positive that vanishes takes code 8, a negative one "
-            "code 0 (same values)",
+            here="sign and magnitude are separate: a tie takes the smaller magnitude; a negative number that rounds "
+            "to zero gets code 8",
+            why="bitsandbytes' CUDA and Triton kernels do the same; its CPU code sorts both zeros into one table, so "
+            "that a negative tie takes the larger magnitude, and code 8 stands for a small positive number, code 0 "
+            "for a small negative one (with the same values)",
         ),
         Deviation(
             topic="midpoints",
             paper="not in a paper",
             here="half the sum of neighbours, in float32",
-            why="bitsandbytes' Triton kernel types them as decimals of six or seven digits (0.583333 for 0.5833334)",
+            why="bitsandbytes' Triton kernel has them as decimals of six or seven digits (0.583333 for 0.5833334)",
         ),
     ),
 )

@@ -16,32 +16,31 @@ from torch import Tensor
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
-    paper="arXiv:2310.18547v1, section 4 (SGMV); arXiv:2311.03285v3, section 5 (batched computation, ranks that differ)"
-    "arXiv:2310.18547v1, section 4 (SGMV); arXiv:2311.03285v3, section 5 (batched computation, ranks that differ)",
+    paper="arXiv:2310.18547v1, section 4 (SGMV); arXiv:2311.03285v3, section 5 (batched computation, ranks that differ)",
     deviations=(
         Deviation(
             topic="orientation",
             paper="x A B with A (D, R), B (R, E)",
             here="x A^T B^T with A (R, D), B (E, R)",
-            why="LoRA's, as in lora.py and HF peft",
+            why="this is the layout of lora.py and HF peft",
         ),
         Deviation(
             topic="scaling",
-            paper="none: taken to be in B",
-            here="s_i of each adapter, by which its update is multiplied",
-            why="adapters of different alpha / r share a batch",
+            paper="none; it is part of B",
+            here="the update of each adapter is multiplied by its s_i",
+            why="adapters with different alpha / r share a batch",
         ),
         Deviation(
             topic="sequences without an adapter",
             paper="every request has one",
             here="id -1: the base output alone, to the last bit",
-            why="HF peft's `__base__`",
+            why="HF peft's `__base__` does the same",
         ),
         Deviation(
-            topic="how",
+            topic="computation",
             paper="kernels that gather adapters by segment or by page",
             here="a loop over the adapters",
-            why="the sum is the same; what the papers add is speed",
+            why="the sum is the same; the papers add speed",
         ),
     ),
 )
@@ -61,17 +60,17 @@ def multi_lora_linear(
 
     x: (N, ..., D). base_out: W0 x and the bias, (N, ..., E). As[i]: (R_i, D). Bs[i]: (E, R_i). ids: one index into them
     per sequence, or -1. Autograd passes through x, base_out and every A and B in use; unused ones have gradient None.
-    Raises ValueError if the lists differ in length, or if an id is no whole number, or neither -1 nor an adapter.
+    Raises ValueError if the lists differ in length, or if an id is not an integer, or neither -1 nor an adapter.
     """
     chosen = torch.as_tensor(ids, device=x.device)
     if not len(As) == len(Bs) == len(scalings):
-        raise ValueError(f"{len(As)} As, {len(Bs)} Bs and {len(scalings)} scalings: each adapter has one of each")
+        raise ValueError(f"each adapter needs an A, a B and a scaling, got {len(As)}, {len(Bs)} and {len(scalings)}")
     if chosen.shape != x.shape[:1]:
-        raise ValueError(f"{len(x)} sequences need as many ids, got shape {tuple(chosen.shape)}")
-    if chosen.is_floating_point() and len(chosen):  # torch takes an empty list for floats
-        raise ValueError(f"an id is a whole number, an adapter's or {NONE}, got {chosen.dtype}; .long() makes it one")
-    for wrong in chosen[(chosen < NONE) | (chosen >= len(As))].tolist():
-        raise ValueError(f"id {wrong}: there are adapters 0 to {len(As) - 1}, and {NONE} for none")
+        raise ValueError(f"ids must have shape ({len(x)},), one per sequence, got {tuple(chosen.shape)}")
+    if chosen.is_floating_point() and len(chosen):  # torch reads an empty list as floats
+        raise ValueError(f"ids must be integers, got {chosen.dtype}; hint: convert them by .long()")
+    for invalid in chosen[(chosen < NONE) | (chosen >= len(As))].tolist():
+        raise ValueError(f"id {invalid}: must be an adapter, 0 to {len(As) - 1}, or {NONE} for none")
     y = base_out
     for i, (A, B, scaling) in enumerate(zip(As, Bs, scalings, strict=True)):
         rows = (chosen == i).nonzero()[:, 0]

@@ -21,16 +21,16 @@ SPEC = ReferenceSpec(
             topic="levels",
             paper="eq. 4: q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2",
             here="quantiles from 0.9677083 down to 1/2: eight positive, seven negative, and zero",
-            why="eq. 4 starts at Q(0), which is minus infinity, and its finite levels are not those of the published "
-            "table. torchao's have four decimals, and the weight's dtype",
+            why="eq. 4 starts at Q(0), which is minus infinity, and its finite levels differ from the published "
+            "table. torchao's levels have four decimals, and the weight's dtype",
         ),
         Deviation(
             topic="scaling",
             paper="W / absmax",
             here="the same; a block of zeros has absmax 0 and the code of zero",
             why="bitsandbytes multiplies by 1 / absmax, which may decide an element that almost touches a midpoint "
-            "(`near_tie`); on the CPU it takes absmax as at least 1e-38, so that a block of smaller numbers loses "
-            "its largest ones too",
+            "(`near_tie`); on the CPU its absmax is at least 1e-38, so that a block of smaller numbers loses its "
+            "largest ones too",
         ),
     ),
 )

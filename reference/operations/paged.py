@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reference.shared.optimizers import loss_of
 from reference.spec import Deviation, ReferenceSpec
 
 SPEC = ReferenceSpec(
@@ -23,26 +24,25 @@ SPEC = ReferenceSpec(
         Deviation(
             topic="paged tensors",
             paper="the optimizer states",
-            here="each state tensor of at least 100,000 elements; smaller ones stay on the device and count for nothing"
-            "each state tensor of at least 100,000 elements; smaller ones stay on the device and count for nothing",
-            why="bitsandbytes' rule, by the elements of the parameter; so the states of a LoRA matrix of 4096 x 24 are "
-            "not paged",
+            here="each state tensor of at least 100,000 elements; smaller ones stay on the device and are not counted",
+            why="bitsandbytes has the same rule, by the elements of the parameter; the states of a LoRA matrix of "
+            "4096 x 24 are not paged",
         ),
         Deviation(
-            topic="who moves it",
+            topic="movement",
             paper="NVIDIA's unified memory, page by page, when the accelerator runs out",
-            here="this program, parameter by parameter, when a given number of bytes is passed",
-            why="the driver's choice is neither documented nor repeatable; the moves are counted here",
+            here="this program, parameter by parameter, when the states exceed a given number of bytes",
+            why="the driver's choice is neither documented nor repeatable; here the moves are counted",
         ),
         Deviation(
             topic="prefetch",
-            paper="silent",
-            here="a parameter's states move to the device just before its update, none earlier",
-            why="bitsandbytes prefetches them just before the update too, and waits once, after the last",
+            paper="not stated",
+            here="a parameter's states move to the device just before its update",
+            why="bitsandbytes also prefetches them just before the update, and waits once, after the last",
         ),
         Deviation(
             topic="on the CPU",
-            paper="silent",
+            paper="not stated",
             here="the same moves, from one buffer to another, so that they can be tested",
             why="bitsandbytes pages nothing there and warns",
         ),
@@ -69,20 +69,27 @@ def to_device(page: Tensor, device: torch.device) -> Tensor:
 
 
 class Paged(torch.optim.Optimizer):
-    """A wrapper that pages the large states of `inner`, an optimizer with one state per parameter. Steps are the same.
+    """Wrapper that pages the large states of `inner`, an optimizer with one state per parameter; its steps are unchanged.
 
-    Groups and state are shared with `inner`, whose hooks run once per parameter; a learning rate schedule takes this
+    Groups and state are shared with `inner`; its hooks run once per parameter. A learning rate schedule must get this
     wrapper. Optimizers with state in their groups, or that read several parameters at once (LBFGS), cannot be paged.
-    budget: bytes of paged states on the device. The parameter in update is always there, so at most max(budget, the largest
-    parameter's states) are, once every state exists. Raises ValueError for a negative budget.
 
-    bytes_in, bytes_out: bytes moved to the device and to the host. resident, peak: current and highest bytes of paged states
-    on the device.
+    budget: bytes of paged states on the device. The states of the parameter that is being updated are always there, so that
+    the peak is max(budget, the largest parameter's states) once all states exist. Raises ValueError for a negative budget.
     """
+
+    bytes_in: int
+    """Bytes moved to the device so far."""
+    bytes_out: int
+    """Bytes moved to the host so far."""
+    resident: int
+    """Bytes of paged states on the device now."""
+    peak: int
+    """Most bytes of paged states on the device so far."""
 
     def __init__(self, inner: torch.optim.Optimizer, budget: int) -> None:
         if budget < 0:
-            raise ValueError(f"a budget is a number of bytes, got {budget}")
+            raise ValueError(f"budget must be a number of bytes of at least 0, got {budget}")
         super().__init__(inner.param_groups, inner.defaults)
         self.inner, self.budget = inner, budget
         self.bytes_in = self.bytes_out = self.resident = self.peak = 0
@@ -91,10 +98,7 @@ class Paged(torch.optim.Optimizer):
 
     def step(self, closure: Any = None) -> Any:
         """Take one step of every parameter with a gradient, one after the other; return the loss of `closure`."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         try:
             for group in self.param_groups:
                 for p in (p for p in group["params"] if p.grad is not None):

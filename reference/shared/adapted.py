@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reference.shared.layers import replace
+from reference.shared.layers import dense_copy, replace
 
 
 class AdaptedModel:
@@ -74,9 +75,38 @@ class AdaptedLayer(nn.Module):
         """Map names to tensors that the Method created and does not train; none here."""
         return {}
 
-    def merged(self) -> nn.Module:
-        """Return a plain layer that computes the same."""
+    def delta(self) -> Tensor:
+        """Return the update of the base's weight, in its shape."""
         raise NotImplementedError
+
+    def dense_base(self) -> nn.Module:
+        """Return a dense copy of the base, for `merged`."""
+        return dense_copy(self.base)
+
+    def merged(self) -> Any:
+        """Return a plain layer that computes the same: the base with `delta()` added to its weight."""
+        dense: Any = self.dense_base()
+        with torch.no_grad():
+            dense.weight += self.delta().to(dense.weight.dtype)
+        return dense
+
+
+class LowRankLayer(AdaptedLayer):
+    """A layer with LoRA's update, scaling B A; A (R, D) and B (E, R) train."""
+
+    def __init__(self, base: nn.Module, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base = base
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.scaling, self.dropout = scaling, nn.Dropout(dropout)
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Map LoRA's letters to the trainable parameters."""
+        return {"A": self.A, "B": self.B}
+
+    def delta(self) -> Tensor:
+        """Return scaling B A, shape (E, D)."""
+        return self.scaling * (self.B @ self.A)
 
 
 class AdaptedLayers(AdaptedModel):

@@ -51,17 +51,16 @@ def targets(model: nn.Module, names: Sequence[str], kinds: Sequence[str] = LINEA
         if name in WORDS:
             found |= _layers_of_word(model, name, kinds)
             continue
-        fits = {path: module for path, module in model.named_modules() if path == name or path.endswith(f".{name}")}
-        mine = {path: module for path, module in fits.items() if kind_of(module) in kinds}
-        other = {path: module for path, module in fits.items() if path not in mine and (kind_of(module) or not mine)}
-        if other:
-            path, module = next(iter(other.items()))
-            raise ValueError(f"{path} is a {type(module).__name__}, which this method does not support")
-        if not mine:
-            have = [path for path, module in model.named_modules() if kind_of(module) in kinds]
-            ends = sorted({path.rpartition(".")[-1] for path in have}) or ["none"]
+        matching = {path: module for path, module in model.named_modules() if path == name or path.endswith(f".{name}")}
+        supported = {path: module for path, module in matching.items() if kind_of(module) in kinds}
+        for path, module in matching.items():
+            if path not in supported and (kind_of(module) or not supported):
+                raise ValueError(f"{path} is a {type(module).__name__}, which this method does not support")
+        if not supported:
+            known = [path for path, module in model.named_modules() if kind_of(module) in kinds]
+            ends = sorted({path.rpartition(".")[-1] for path in known}) or ["none"]
             raise ValueError(f"no {_listed(kinds)} layer is named {name!r}; this model has: {', '.join(ends)}")
-        found |= mine
+        found |= supported
     return {path: found[path] for path, _ in model.named_modules() if path in found}
 
 
@@ -72,7 +71,9 @@ def _attention(model: nn.Module) -> dict[str, nn.Module]:
     """
     blocks = [path for path, module in model.named_modules() if type(module).__name__.endswith("Attention")]
     return {
-        path: m for path, m in _linear_layers(model).items() if any(path.startswith(f"{block}.") for block in blocks)
+        path: layer
+        for path, layer in _linear_layers(model).items()
+        if any(path.startswith(f"{block}.") for block in blocks)
     }
 
 
@@ -81,8 +82,8 @@ def _all_linear(model: nn.Module) -> dict[str, nn.Module]:
 
     The same as HF peft's `all-linear`, except for heads of several layers: peft leaves out the last one only.
     """
-    tell: Any = getattr(model, "get_output_embeddings", lambda: None)
-    output, trunk = tell(), getattr(model, "base_model_prefix", "")
+    get_output: Any = getattr(model, "get_output_embeddings", lambda: None)
+    output, trunk = get_output(), getattr(model, "base_model_prefix", "")
     start = f"{trunk}." if trunk and hasattr(model, trunk) else ""
     return {path: m for path, m in _linear_layers(model).items() if m is not output and path.startswith(start)}
 

@@ -13,20 +13,24 @@ import torch
 from torch import Tensor
 
 
-def _own(p: Tensor) -> Tensor | None:
+def _gradient(p: Tensor) -> Tensor | None:
     return p.grad
 
 
 class Layerwise:
     """Hooks that step every parameter as soon as its gradient is complete; `optimizer.step()` then has nothing left to do.
 
-    optimizer: one that steps each parameter independently and skips those without a gradient; none may have a gradient now.
-    Clipping by the global norm, loss scaling with retries and accumulation over several backward passes are not possible.
-    gradient: reads a parameter's gradient for its norm.
-    most_B: bytes of the largest gradient so far, and of the result of `gradient` where that is another tensor.
+    optimizer: steps each parameter independently and skips those without a gradient; none may have a gradient now. gradient:
+    reads a parameter's gradient for its norm. Clipping by the global norm, loss scaling with retries and accumulation over
+    several backward passes are not possible.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, gradient: Callable[[Tensor], Tensor | None] = _own) -> None:
+    most_B: int
+    """Bytes of the largest gradient so far, plus those of the result of `gradient` if that is another tensor."""
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, gradient: Callable[[Tensor], Tensor | None] = _gradient
+    ) -> None:
         self.optimizer, self.gradient, self.most_B = optimizer, gradient, 0
         self._norms: dict[Tensor, Tensor] = {}
         trains = [p for group in optimizer.param_groups for p in group["params"]]

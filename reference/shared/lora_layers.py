@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from reference.shared.adapted import AdaptedLayer
+from reference.shared.adapted import LowRankLayer
 from reference.shared.layers import dense_copy
 
 
-class LoraEmbedding(AdaptedLayer):
+class LoraEmbedding(LowRankLayer):
     """A frozen embedding table (N, E) with a low-rank update: a linear layer without bias on one-hot rows.
 
     A (R, N), B (E, R). A base with `embed_scale` scales the update too, as it would after merging. As in the base, the entry
@@ -26,12 +25,9 @@ class LoraEmbedding(AdaptedLayer):
     base: nn.Embedding
 
     def __init__(self, base: nn.Embedding, A: Tensor, B: Tensor, scaling: float) -> None:
-        super().__init__()
         if base.max_norm is not None:
             raise ValueError("an embedding with max_norm rewrites its own weight, which LoRA holds frozen")
-        self.base = base
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
-        self.scaling = scaling
+        super().__init__(base, A, B, scaling)
 
     def forward(self, ids_T: Tensor) -> Tensor:
         """Return W0[ids] + scaling (A^T B^T)[ids], shape (..., E), for ids (...,) of an integer dtype."""
@@ -46,18 +42,10 @@ class LoraEmbedding(AdaptedLayer):
 
     def delta(self) -> Tensor:
         """Return scaling (B A)^T, shape (N, E)."""
-        return self.scaling * (self.B @ self.A).T
-
-    def tensors(self) -> dict[str, nn.Parameter]:
-        """Map the paper's letters to what trains."""
-        return {"A": self.A, "B": self.B}
-
-    def merged(self) -> nn.Module:
-        """Return an embedding with W0 + scaling (B A)^T."""
-        return _added(dense_copy(self.base), self.delta())
+        return super().delta().T
 
 
-class LoraConv2d(AdaptedLayer):
+class LoraConv2d(LowRankLayer):
     """A frozen convolution (E, C/G, K, K) plus a K x K convolution A to R channels and a 1 x 1 convolution B (as HF peft).
 
     A (R, C, K, K) reads all channels and has the base's stride, padding, padding mode and dilation; B (E, R/G, 1, 1) has
@@ -65,12 +53,6 @@ class LoraConv2d(AdaptedLayer):
     """
 
     base: nn.Conv2d
-
-    def __init__(self, base: nn.Conv2d, A: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
-        super().__init__()
-        self.base = base
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
-        self.scaling, self.dropout = scaling, nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W0 * x + scaling B * (A * x), shape (..., E, H', W'), for x (..., C, H, W)."""
@@ -85,16 +67,12 @@ class LoraConv2d(AdaptedLayer):
         B_GER, A_GRD = self.B.reshape(G, -1, R // G), self.A.reshape(G, R // G, -1)
         return self.scaling * (B_GER @ A_GRD).reshape(-1, C, *K)
 
-    def tensors(self) -> dict[str, nn.Parameter]:
-        """Map the paper's letters to what trains."""
-        return {"A": self.A, "B": self.B}
-
-    def merged(self) -> nn.Module:
-        """Return a convolution with W0 + scaling B A; without groups, because the update has none."""
-        return _added(ungrouped(self.base), self.delta())
+    def dense_base(self) -> nn.Module:
+        """Return a copy of the base without groups, because the update has none."""
+        return ungrouped(self.base)
 
 
-class LoraConv2dKernel(AdaptedLayer):
+class LoraConv2dKernel(LowRankLayer):
     """A frozen convolution (E, C/G, K, K) with a square kernel and the update B A, reshaped to it (as loralib).
 
     A (R K, C K), B (E/G K, R K); B A is reshaped row by row. Its rank is up to R K. Raises ValueError for a kernel that is
@@ -103,12 +81,6 @@ class LoraConv2dKernel(AdaptedLayer):
 
     base: nn.Conv2d
 
-    def __init__(self, base: nn.Conv2d, A: Tensor, B: Tensor, scaling: float, dropout: float) -> None:
-        super().__init__()
-        self.base = base
-        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
-        self.scaling, self.dropout = scaling, nn.Dropout(dropout)
-
     def forward(self, x: Tensor) -> Tensor:
         """Return W0 * x + (scaling B A) * x, shape (..., E, H', W'), for x (..., C, H, W)."""
         y: Tensor = self.base(x) + convolve(self.base, self.dropout(x), self.delta(), self.base.groups)
@@ -116,15 +88,7 @@ class LoraConv2dKernel(AdaptedLayer):
 
     def delta(self) -> Tensor:
         """Return scaling B A in the shape of the base's kernel, (E, C/G, K, K)."""
-        return self.scaling * (self.B @ self.A).view(self.base.weight.shape)
-
-    def tensors(self) -> dict[str, nn.Parameter]:
-        """Map the paper's letters to what trains."""
-        return {"A": self.A, "B": self.B}
-
-    def merged(self) -> nn.Module:
-        """Return a convolution with W0 + scaling B A."""
-        return _added(dense_copy(self.base), self.delta())
+        return super().delta().view(self.base.weight.shape)
 
 
 def convolve(base: nn.Conv2d, x: Tensor, kernel: Tensor, groups: int) -> Tensor:
@@ -141,14 +105,7 @@ def ungrouped(base: nn.Conv2d) -> nn.Conv2d:
     assert isinstance(whole, nn.Conv2d)  # noqa: S101
     G, (E, c, *K) = base.groups, base.weight.shape
     kernel = base.weight.new_zeros(G, E // G, G, c, *K)
-    for g, own in enumerate(base.weight.detach().view(G, E // G, c, *K)):
-        kernel[g, :, g] = own
+    for g, of_group in enumerate(base.weight.detach().view(G, E // G, c, *K)):
+        kernel[g, :, g] = of_group
     whole.weight, whole.groups = nn.Parameter(kernel.view(E, G * c, *K), requires_grad=False), 1
     return whole
-
-
-def _added(layer: Any, delta: Tensor) -> nn.Module:
-    with torch.no_grad():
-        layer.weight += delta.to(layer.weight.dtype)
-    merged: nn.Module = layer
-    return merged

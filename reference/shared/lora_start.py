@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from reference.shared.layers import floating_dtype
 
 _SPREAD = 10.0
 """Divisor of both orthogonal factors in HF peft."""
@@ -32,6 +34,13 @@ def initial_factors(
         bound = 1 / math.sqrt(inputs)
         A.uniform_(-bound, bound, generator=generator)
     return A, torch.zeros(outputs, rank, dtype=torch.float64)
+
+
+def linear_factors(base: nn.Linear, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return LoRA's default A and B for a linear layer, in its floating dtype and on its device."""
+    A, B = initial_factors("kaiming", rank, base.in_features, base.out_features, generator)
+    dtype, device = floating_dtype(base), next(base.parameters()).device
+    return A.to(device, dtype), B.to(device, dtype)
 
 
 def _orthogonal(rank: int, inputs: int, outputs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

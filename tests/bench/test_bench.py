@@ -1,4 +1,4 @@
-"""The verb `bench`: no speed without parity, raw samples, what is written and exported, who is compared with whom."""
+"""The command `bench`: no speed without parity, samples, files, exports, and the compared implementations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from harness.bench import (
 )
 from harness.bench import operations as timed_operations
 from harness.bench import run as command
-from harness.bench.adapted_llama import AdaptedLlama
+from harness.bench.adapted_llama import AdaptedLlama, StepSetting
 from harness.bench.planning import BenchRequest, BenchTask
 from harness.bench.results import BenchRow, Ceilings, Samples
 from harness.bench.sizes import MOST_PRODUCTS, MOST_WEIGHTS, SHAPES, BenchSize, sizes
@@ -53,7 +53,7 @@ def registry() -> Registry:
 
 @pytest.fixture(autouse=True)
 def low_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy and a product of sizes that take no time."""
+    """Measure the rates with tiny sizes."""
     monkeypatch.setattr("harness.bench.ceilings.COPIED_B", {"cpu": 2**16})
     monkeypatch.setattr("harness.bench.ceilings.SIDE", {"cpu": 32})
     monkeypatch.setattr(timing, "LEAST_S", 1e-4)
@@ -65,6 +65,10 @@ def offered(name: str, target: str, function: Callable[..., Any], kind: Any = "o
 
 def reference(target: str) -> Callable[..., Any]:
     return operations.every()[target].reference
+
+
+def setting(name: str, registry: Registry, device: torch.device = CPU) -> StepSetting:
+    return StepSetting(name, LITTLE, "float32", device, registry)
 
 
 def rows(other: Implementation, registry: Registry, target: str = "lora_linear", pairs: int = 6) -> list[BenchRow]:
@@ -93,7 +97,7 @@ def row(**more: Any) -> BenchRow:
 # ---- no speed without parity
 
 
-def test_what_agrees_is_timed_forward_and_backward_with_its_raw_samples(registry: Registry) -> None:
+def test_equal_implementations_are_timed_forward_and_backward(registry: Registry) -> None:
     forward, backward = rows(offered("acme", "lora_linear", reference("lora_linear")), registry)
     assert [forward.name, backward.name] == ["lora_linear", "lora_linear+backward"]
     for one in (forward, backward):
@@ -109,7 +113,7 @@ def test_what_agrees_is_timed_forward_and_backward_with_its_raw_samples(registry
     assert checks == {(who, check) for who in ("reference", "acme") for check in wanted}
 
 
-def test_who_begins_alternates(registry: Registry) -> None:
+def test_the_first_side_alternates(registry: Registry) -> None:
     forward, _ = rows(offered("acme", "lora_linear", reference("lora_linear")), registry)
     assert forward.samples is not None
     first = forward.samples.first
@@ -136,7 +140,7 @@ def test_a_wrong_gradient_gets_no_speed_of_training_but_one_of_the_call(registry
     assert "lora_linear/backward" in backward.because
 
 
-def test_codes_that_were_never_written_get_no_speed(registry: Registry) -> None:
+def test_unwritten_codes_get_no_speed(registry: Registry) -> None:
     def lazy(**given: Any) -> Any:
         p, m, m_absmax, v, v_absmax = reference("adamw8bit_step")(**given)
         return p, torch.zeros_like(m), m_absmax, torch.zeros_like(v), v_absmax
@@ -146,7 +150,7 @@ def test_codes_that_were_never_written_get_no_speed(registry: Registry) -> None:
     assert "output_codes" in one.because
 
 
-def test_what_is_not_offered_is_not_run_and_no_failure(registry: Registry) -> None:
+def test_an_unsupported_case_is_not_run_and_no_failure(registry: Registry) -> None:
     from harness.errors import Unsupported
 
     def picky(**given: Any) -> Any:
@@ -157,7 +161,7 @@ def test_what_is_not_offered_is_not_run_and_no_failure(registry: Registry) -> No
         assert "only on Sundays" in one.because
 
 
-def test_a_step_whose_update_is_a_little_off_gets_no_speed(registry: Registry) -> None:
+def test_a_step_with_a_slightly_wrong_update_gets_no_speed(registry: Registry) -> None:
     def wrong(model: Any, config: Any, generator: Any) -> Any:
         from reference.lora import attach
 
@@ -167,7 +171,7 @@ def test_a_step_whose_update_is_a_little_off_gets_no_speed(registry: Registry) -
         return adapted
 
     both = (registry.find("method", "lora", "reference"), offered("acme", "lora", wrong, "method"))
-    one = step_benchmark.row("lora", STEPS["lora"], both, ("", ""), LITTLE, "float32", CPU, 5, registry, {})
+    one = step_benchmark.row(setting("lora", registry), both, ("", ""), 5, {})
     assert (one.outcome, one.samples, one.red) == ("refused", None, True)
     assert "no parity: acme fails lora/" in one.because
 
@@ -176,10 +180,10 @@ def test_a_step_whose_update_is_a_little_off_gets_no_speed(registry: Registry) -
 
 
 @pytest.mark.parametrize("name", ["lora-dropout", "adalora"])
-def test_a_step_is_timed_beside_the_frozen_pass(registry: Registry, name: str) -> None:
+def test_a_step_is_timed_with_the_frozen_pass(registry: Registry, name: str) -> None:
     step = STEPS[name]
     both = (registry.find("method", step.method, "reference"), registry.find("method", step.method, "hf-peft"))
-    one = step_benchmark.row(name, step, both, ("", ""), LITTLE, "float32", CPU, 5, registry, {})
+    one = step_benchmark.row(setting(name, registry), both, ("", ""), 5, {})
     assert one.outcome == "measured", one.because
     assert one.samples is not None
     assert len(one.samples.limit) == 5
@@ -190,12 +194,12 @@ def test_a_step_is_timed_beside_the_frozen_pass(registry: Registry, name: str) -
     assert f"{step.method}/loss/float32/warm" in {t.result.check for t in one.parity}
     assert "x frozen pass" in table.as_text([one])
     assert one.products is not None
-    # Forward and backward, r (D + E) products beside D E, and another for the gradient of the factors.
+    # Forward and backward, r (D + E) products in addition to D E, and another for the gradient of the factors.
     assert one.products.other >= one.products.ours > one.products.frozen
     assert f"{one.products.ours / one.products.frozen:.2f} by FLOPs" in table.as_text([one])
 
 
-def test_products_are_counted_in_every_form() -> None:
+def test_every_form_of_a_product_is_counted() -> None:
     left, right, into = torch.randn(8, 4), torch.randn(4, 6), torch.zeros(8, 6)
     products = (
         lambda: left @ right,
@@ -213,7 +217,7 @@ def test_a_refresh_counts_once_in_two_hundred_steps() -> None:
 
 def test_a_galore_step_is_made_of_whole_cycles(registry: Registry) -> None:
     both = (registry.find("method", "galore", "reference"),) * 2
-    one = step_benchmark.row("galore", STEPS["galore"], both, ("", ""), LITTLE, "float32", CPU, 5, registry, {})
+    one = step_benchmark.row(setting("galore", registry), both, ("", ""), 5, {})
     assert one.outcome == "measured", one.because
     assert one.samples is not None
     assert [len(cycle) for cycle in one.samples.parts["ours"]] == [step_benchmark.CYCLE] * 5
@@ -222,15 +226,15 @@ def test_a_galore_step_is_made_of_whole_cycles(registry: Registry) -> None:
     assert one.judged
 
 
-def test_memory_of_a_step_is_that_above_the_bare_process(registry: Registry) -> None:
+def test_memory_of_a_step_excludes_the_bare_process(registry: Registry) -> None:
     it = registry.find("method", "lora", "reference")
-    taken = step_benchmark.memory(STEPS["lora"], it, "", LITTLE, "float32", CPU, registry)
+    taken = step_benchmark.memory(setting("lora", registry), it)
     assert taken["peak_B"] >= taken["rest_B"] > 0
     two = row(memory={"fused": {"peak_B": 300, "rest_B": 200, "bare_B": 100}, "acme": {"peak_B": 500, "bare_B": 100}})
     assert two.memory_ratio == 2
 
 
-def test_a_galore_step_is_judged_on_the_device_that_is_timed(registry: Registry) -> None:
+def test_a_galore_step_is_judged_on_the_timed_device(registry: Registry) -> None:
     devices = []
 
     def spying(model: Any, config: Any, generator: Any) -> Any:
@@ -238,17 +242,15 @@ def test_a_galore_step_is_judged_on_the_device_that_is_timed(registry: Registry)
         return attach(model, config, generator)
 
     both = (offered("acme", "galore", spying, "method"),) * 2
-    # What computes nothing can pass nothing; where it was tried shows all the same.
+    # On this device nothing passes, but the test shows on which device the checks ran.
     meta = torch.device("meta")
-    one = step_benchmark.row(
-        "galore-exact", STEPS["galore-exact"], both, ("", ""), LITTLE, "float32", meta, 5, registry, {}
-    )
+    one = step_benchmark.row(setting("galore-exact", registry, meta), both, ("", ""), 5, {})
     assert one.outcome == "refused"
-    assert len(devices) > len(both)  # beside the layers that are timed, those of the parity suite
+    assert len(devices) > len(both)  # the timed layers and those of the parity suite
     assert all(seen == {"meta"} for seen in devices)
 
 
-def test_a_galore_step_has_its_weight_once_while_its_memory_is_taken(
+def test_a_galore_step_holds_its_weight_once_while_memory_is_measured(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
@@ -259,21 +261,17 @@ def test_a_galore_step_has_its_weight_once_while_its_memory_is_taken(
         seen.append(len({t.data_ptr() for t in tensors if t.shape == square}))
 
     monkeypatch.setattr(step_benchmark._Galore, "step", step)
-    step_benchmark.memory(
-        STEPS["galore"], registry.find("method", "galore", "reference"), "", LITTLE, "float32", CPU, registry
-    )
+    step_benchmark.memory(setting("galore", registry), registry.find("method", "galore", "reference"))
     assert seen == [1] * step_benchmark.MEASURED_STEPS
 
 
-def test_while_training_nothing_is_kept_that_only_the_parity_needed(registry: Registry) -> None:
-    trainee = AdaptedLlama(
-        registry.find("method", "lora", "reference"), STEPS["lora"], LITTLE, "float32", CPU, registry
-    )
+def test_training_frees_the_tensors_of_the_parity_gate(registry: Registry) -> None:
+    trainee = AdaptedLlama(registry.find("method", "lora", "reference"), setting("lora", registry))
     trainee.parity()
     assert trainee.subject.original.model is not None
-    kept = [*trainee.start.values(), trainee.base_output, *trainee.subject.original.model.parameters()]
-    gone = [weakref.ref(one) for one in kept]
-    del kept
+    saved = [*trainee.start.values(), trainee.base_output, *trainee.subject.original.model.parameters()]
+    gone = [weakref.ref(one) for one in saved]
+    del saved
     trainee.start_training()
     gc.collect()
     assert not [one for one in gone if one() is not None]
@@ -350,7 +348,7 @@ def test_a_new_operation_is_judged_and_timed_without_being_listed(
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("shapes", SHAPES)
-def test_what_is_judged_is_never_more_than_the_reference_can_do(shapes: str, device: str) -> None:
+def test_the_judged_size_fits_the_reference(shapes: str, device: str) -> None:
     for size in sizes(shapes, per_token=True):
         judged = size.judged(device, per_token=True)
         assert judged.weights <= max(MOST_WEIGHTS[device], judged.D**2)
@@ -359,7 +357,7 @@ def test_what_is_judged_is_never_more_than_the_reference_can_do(shapes: str, dev
     assert BenchSize("s", 512, 512, 128).judged(device, True) == BenchSize("s", 512, 512, 128)
 
 
-def test_judging_fewer_rows_is_said() -> None:
+def test_a_smaller_judged_size_is_noted() -> None:
     assert (
         "judged on a smaller size than was timed:\n  lora_linear square 8x8, 2 tokens: square 8x8, 1 token"
         in table.as_text([row(judged="square 8x8, 1 token")])
@@ -379,7 +377,7 @@ def test_the_ratio_is_the_median_over_pairs() -> None:
     assert "50% of roofline" in table.as_text([one])
 
 
-def test_on_a_gpu_the_clock_starts_behind_a_wait_in_which_the_host_queues_the_call(
+def test_on_a_gpu_the_clock_starts_after_a_wait_while_the_host_queues_the_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen = []
@@ -406,7 +404,7 @@ def test_on_a_gpu_the_clock_starts_behind_a_wait_in_which_the_host_queues_the_ca
     assert seen == ["flush", "wait", "event", "call", "event", "synchronize"]
 
 
-def test_a_step_on_a_gpu_may_be_all_launches_and_says_so() -> None:
+def test_a_step_on_a_gpu_has_a_note_about_launches() -> None:
     def shown(name: str, device: str, **more: Any) -> str:
         samples = row().samples
         assert samples is not None
@@ -417,12 +415,12 @@ def test_a_step_on_a_gpu_may_be_all_launches_and_says_so() -> None:
     assert "kernel launches by the host" not in shown("lora_linear", "cuda")
 
 
-def test_a_busy_machine_is_told_of() -> None:
+def test_a_busy_machine_is_noted() -> None:
     assert "load up to 9.5" in table.as_text([row(facts={"threads": 2, "load": 9.5})])
     assert "load" not in table.as_text([row(facts={"threads": 2, "load": 0.5})])
 
 
-def test_a_time_that_any_call_takes_is_marked() -> None:
+def test_a_time_that_is_mostly_call_overhead_is_marked() -> None:
     samples = row().samples
     assert samples is not None
     one = row(samples=samples.model_copy(update={"overhead": {"ours": 1e-6, "other": 1e-3}}))
@@ -437,7 +435,7 @@ def test_too_few_pairs_for_an_interval_are_explained() -> None:
     assert "too few" not in table.as_text([row()])
 
 
-def test_a_step_whose_memory_could_not_be_taken_is_shown_as_failed() -> None:
+def test_a_step_without_measured_memory_is_shown_as_failed() -> None:
     class Workers:
         def events(self, module: str, words: dict[str, Any], patience: float) -> Any:
             yield {"begin": 0}
@@ -448,7 +446,7 @@ def test_a_step_whose_memory_could_not_be_taken_is_shown_as_failed() -> None:
             yield {"end": 0}
 
     task = BenchTask("step:lora", "method", "lora", ("fused", "acme"), (), "float32", "cpu", step="lora")
-    (one,) = command._rows(task, BenchRequest(), 1, Workers())  # type: ignore[arg-type]
+    (one,) = command.TaskRunner(BenchRequest(), 1, Workers()).rows(task)  # type: ignore[arg-type]
     assert one.samples is not None
     assert "failed: timed, but the memory of fused could not be measured: the process died of SIGKILL" in table.as_text(
         [one]
@@ -482,25 +480,25 @@ def test_the_export_has_what_pytest_benchmark_reads(tmp_path: Path) -> None:
     done = subprocess.run(compare, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "lora_linear[square 8x8, 2 tokens-float32-cpu-acme]" in (tmp_path / "out.csv").read_text()
-    (saved,) = pytest_benchmark.read([file])  # and by ourselves
+    (saved,) = pytest_benchmark.read([file])  # and by our own reader
     assert saved.rounds[ours["fullname"]] == ours["stats"]["data"]
     assert {"cpu", "python", "torch"} <= set(saved.place)
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One process, sizes that take no time."""
+    """Use one tiny size."""
     monkeypatch.setattr(planning, "sizes", lambda shapes, per_token: [BenchSize("tiny", 64, 64, 4, 2)])
 
 
 @pytest.mark.slow
-def test_a_bench_leaves_a_file_per_benchmark_with_raw_samples(
+def test_a_bench_writes_a_file_per_benchmark_with_raw_samples(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "gpus", lambda: ())
-    asked = BenchRequest(["galore_step"], ["galore-torch"], pairs=6, ours="reference")
+    requested = BenchRequest(["galore_step"], ["galore-torch"], pairs=6, ours="reference")
     out, export = tmp_path / "out", tmp_path / "export.json"
-    assert command.bench(asked, False, out, export) is Exit.PASS
+    assert command.bench(requested, False, out, export) is Exit.PASS
     shown = capsys.readouterr().out
     assert "galore_step/outputs/float32/call" in shown
     assert "not-run (no GPU)" in shown
@@ -548,13 +546,13 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_runs(
     monkeypatch.setattr(command, "measure", measure)
     (tmp_path / "file").touch()
     assert main(["bench", option, str(tmp_path / place)]) == Exit.USAGE
-    said = capsys.readouterr().err
-    assert f"{option} {tmp_path / place}: " in said
-    assert "hint: name a" in said
+    output = capsys.readouterr().err
+    assert f"{option} {tmp_path / place}: " in output
+    assert "hint: name a" in output
 
 
 class Fake:
-    """Stands in for the processes of an operation with two sizes: `after` is done once the first row was told."""
+    """Fake processes of an operation with two sizes; calls `after` after each row."""
 
     stopped = False
     after: Callable[[], object]
@@ -571,7 +569,7 @@ class Fake:
 
 
 @pytest.fixture
-def two_rivals(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> BenchRequest:
+def two_comparisons(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> BenchRequest:
     """Two processes of two rows each."""
     monkeypatch.setattr(planning, "sizes", lambda shapes, per_token: [BenchSize("one", 8, 8), BenchSize("two", 8, 8)])
     monkeypatch.setattr(command.worker_processes, "discover", lambda: registry)
@@ -585,15 +583,15 @@ def interrupt() -> None:
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_ctrl_c_keeps_the_rows_there_are_and_says_what_is_missing(
-    two_rivals: BenchRequest,
+def test_ctrl_c_keeps_the_measured_rows_and_lists_the_missing_ones(
+    two_comparisons: BenchRequest,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     as_json: bool,
 ) -> None:
     monkeypatch.setattr(Fake, "after", interrupt)
-    assert command.bench(two_rivals, as_json, tmp_path, None) is Exit.INFRASTRUCTURE
+    assert command.bench(two_comparisons, as_json, tmp_path, None) is Exit.INFRASTRUCTURE
     shown = capsys.readouterr().out
     files = [json.loads(file.read_text()) for file in sorted(tmp_path.iterdir())]
     assert [one["because"] for one in files] == ["", "interrupted after the row above", "interrupted"]
@@ -608,15 +606,15 @@ def test_ctrl_c_keeps_the_rows_there_are_and_says_what_is_missing(
 
 
 def test_a_row_is_written_as_soon_as_it_is_measured(
-    two_rivals: BenchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two_comparisons: BenchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = []
     monkeypatch.setattr(Fake, "after", lambda: there.append(len(list(tmp_path.iterdir()))))
-    command.bench(two_rivals, False, tmp_path, None)
+    command.bench(two_comparisons, False, tmp_path, None)
     assert there == [1, 2, 3, 4]
 
 
-def test_ctrl_c_while_memory_is_taken_keeps_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_while_memory_is_measured_keeps_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
     class Workers(Fake):
         def events(self, module: str, words: dict[str, Any], patience: float) -> Any:
             if len(words["names"]) == 1:
@@ -624,14 +622,14 @@ def test_ctrl_c_while_memory_is_taken_keeps_the_times(monkeypatch: pytest.Monkey
             yield {"row": row().model_dump(mode="json")}
 
     task = BenchTask("step:lora", "method", "lora", ("fused", "acme"), (), "float32", "cpu", step="lora")
-    found = command._rows(task, BenchRequest(), 1, Workers())  # type: ignore[arg-type]
+    found = command.TaskRunner(BenchRequest(), 1, Workers()).rows(task)  # type: ignore[arg-type]
     assert next(found).samples is not None
     with pytest.raises(KeyboardInterrupt):
         next(found)
 
 
-def test_a_folder_that_goes_away_meanwhile_costs_neither_the_table_nor_the_rows_to_come(
-    two_rivals: BenchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_deleted_folder_costs_neither_the_table_nor_later_rows(
+    two_comparisons: BenchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, export = tmp_path / "out", tmp_path / "export.json"
 
@@ -643,38 +641,38 @@ def test_a_folder_that_goes_away_meanwhile_costs_neither_the_table_nor_the_rows_
 
     monkeypatch.setattr(Fake, "after", gone)
     with pytest.raises(StoreError, match=r"cannot write.*\n.*hint") as error:
-        command.bench(two_rivals, False, out, export)
+        command.bench(two_comparisons, False, out, export)
     assert error.value.exit_code is Exit.INFRASTRUCTURE
-    said = capsys.readouterr()
-    assert said.out.count("2.00 [0.50, 2.00]") == 4
-    assert said.err.count("will be retried at the end") == 3
+    output = capsys.readouterr()
+    assert output.out.count("2.00 [0.50, 2.00]") == 4
+    assert output.err.count("will be retried at the end") == 3
     assert len(json.loads(export.read_text())["benchmarks"]) == 8
 
 
-def test_what_could_not_be_written_is_written_at_the_end(
-    two_rivals: BenchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_files_that_could_not_be_written_are_written_at_the_end(
+    two_comparisons: BenchRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, away = tmp_path / "out", tmp_path / "away"
     moves = iter([lambda: out.rename(away), lambda: None, lambda: away.rename(out), lambda: None])
     monkeypatch.setattr(Fake, "after", lambda: next(moves)())
-    assert command.bench(two_rivals, False, out, None) is Exit.PASS
+    assert command.bench(two_comparisons, False, out, None) is Exit.PASS
     assert len(list(out.iterdir())) == 4
 
 
 @pytest.mark.slow
-def test_a_step_that_somebody_has_no_layer_for_is_not_run(
+def test_a_step_without_a_supported_layer_is_not_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "gpus", lambda: ())
-    asked = BenchRequest(steps=["lora-nf4"], vs=["loralib"], pairs=5)
-    assert command.bench(asked, False, None, None) is Exit.NOTHING_COMPARED
+    requested = BenchRequest(steps=["lora-nf4"], vs=["loralib"], pairs=5)
+    assert command.bench(requested, False, None, None) is Exit.NOTHING_COMPARED
     assert "not-run: model.layers.0.self_attn.q_proj: loralib has no layer" in capsys.readouterr().out
 
 
-# ---- what is run, and what becomes of it
+# ---- planned and failed benchmarks
 
 
-def test_rivals_are_those_who_offer_it_without_variants_and_the_reference_only_if_nobody_else(
+def test_the_compared_implementations_exclude_variants_and_usually_the_reference(
     registry: Registry,
 ) -> None:
     def rivals(name: str, ours: str = "reference", **more: Any) -> list[str]:
@@ -690,7 +688,7 @@ def test_rivals_are_those_who_offer_it_without_variants_and_the_reference_only_i
     assert rivals("paged_states")[0].startswith("-not timed")
 
 
-def test_what_is_named_twice_is_run_once(registry: Registry) -> None:
+def test_a_repeated_name_runs_once(registry: Registry) -> None:
     twice = BenchRequest(
         ["lora_linear"] * 2, ["fused"] * 2, ["lora"] * 2, dtypes=["float32"] * 2, device="cpu", ours="reference"
     )
@@ -699,35 +697,35 @@ def test_what_is_named_twice_is_run_once(registry: Registry) -> None:
     assert not later
 
 
-@pytest.mark.parametrize(("there", "said"), [(["reference"], "reference"), ([], "only acme offers galore_step")])
-def test_the_reference_is_a_rival_only_where_there_is_no_other(there: list[str], said: str) -> None:
+@pytest.mark.parametrize(("there", "output"), [(["reference"], "reference"), ([], "only acme offers galore_step")])
+def test_the_reference_is_compared_only_without_another_implementation(there: list[str], output: str) -> None:
     offering = [offered(name, "galore_step", reference("galore_step")) for name in ("acme", *there)]
     tasks, later = planning.plan(
         BenchRequest(["galore_step"], device="cpu", ours="acme"), Registry(tuple(offering)), no_gpu="no GPU"
     )
-    assert [*(task.names[1] for task in tasks), *(one.because for one in later)] == [said]
+    assert [*(task.names[1] for task in tasks), *(one.because for one in later)] == [output]
 
 
-def test_without_a_gpu_only_the_cpu_is_timed_and_the_rest_is_told(registry: Registry) -> None:
-    asked = BenchRequest(["galore_step"], ["galore-torch"], ours="reference")
-    tasks, later = planning.plan(asked, registry, no_gpu="no GPU")
+def test_without_a_gpu_only_the_cpu_is_timed(registry: Registry) -> None:
+    requested = BenchRequest(["galore_step"], ["galore-torch"], ours="reference")
+    tasks, later = planning.plan(requested, registry, no_gpu="no GPU")
     assert [task.device for task in tasks] == ["cpu"]
     assert [(one.device, one.because) for one in later] == [("cuda", "no GPU")]
-    tasks, later = planning.plan(asked, registry, no_gpu="")
+    tasks, later = planning.plan(requested, registry, no_gpu="")
     assert ([task.device for task in tasks], later) == (["cuda"], [])
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda", "bfloat16")])
-def test_steps_and_operations_are_timed_in_what_people_use_there(registry: Registry, device: Any, dtype: str) -> None:
-    asked = BenchRequest(["lora_linear"], ["hf-peft", "torchao"], ["lora"], device=device)
-    tasks, later = planning.plan(asked, registry, no_gpu="")
+def test_steps_and_operations_have_a_default_dtype_per_device(registry: Registry, device: Any, dtype: str) -> None:
+    requested = BenchRequest(["lora_linear"], ["hf-peft", "torchao"], ["lora"], device=device)
+    tasks, later = planning.plan(requested, registry, no_gpu="")
     assert {task.dtype for task in tasks} == {dtype}, later
     assert "step:lora" in {task.name for task in tasks}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is built with CUDA")
-def test_a_gpu_that_torch_cannot_use_is_none(
+def test_a_gpu_that_torch_cannot_use_is_not_used(
     registry: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command.worker_processes, "discover", lambda: registry)
@@ -735,11 +733,11 @@ def test_a_gpu_that_torch_cannot_use_is_none(
     assert main(["bench", "--op", "nf4_quantize", "--device", "cuda"]) == Exit.INFRASTRUCTURE
     why = f"nvidia-smi shows one, but torch {torch.__version__} is built without CUDA"
     assert f"not-run (no GPU): {why}" in capsys.readouterr().out
-    asked = BenchRequest(["galore_step"], ["galore-torch"], ours="reference")
-    assert [task.device for task in planning.plan(asked, registry, command.no_gpu())[0]] == ["cpu"]
+    requested = BenchRequest(["galore_step"], ["galore-torch"], ours="reference")
+    assert [task.device for task in planning.plan(requested, registry, command.no_gpu())[0]] == ["cpu"]
 
 
-def test_a_process_that_dies_is_one_row_and_the_other_sizes_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_process_is_one_row_and_the_other_sizes_continue(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = tuple(BenchSize(name, 8, 8) for name in ("one", "two", "three"))
     task = BenchTask("galore_step", "operation", "galore_step", ("fused", "acme"), (), "float32", "cpu", wanted)
     fine = row().model_dump(mode="json")
@@ -757,7 +755,7 @@ def test_a_process_that_dies_is_one_row_and_the_other_sizes_go_on(monkeypatch: p
                 yield {"row": fine}
                 yield {"end": number}
 
-    found = list(command._operation(task, BenchRequest(), 1, Workers()))  # type: ignore[arg-type]
+    found = list(command.TaskRunner(BenchRequest(), 1, Workers()).rows(task))  # type: ignore[arg-type]
     assert [one.outcome for one in found] == ["measured", "failed", "measured"]
     assert "out of memory" in found[1].because
     assert found[1].shape.startswith("two")
@@ -774,17 +772,17 @@ def test_a_process_that_dies_is_one_row_and_the_other_sizes_go_on(monkeypatch: p
                 row(outcome="not-run", samples=None, because=f"no GPU{why}", device="cuda")
                 for why in ("", ": of torch's")
             ]
-            + [row(outcome="not-run", samples=None, because="nobody", device="cuda")],
+            + [row(outcome="not-run", samples=None, because="no implementation", device="cuda")],
             Exit.INFRASTRUCTURE,
         ),
         (
             [
                 row(outcome="not-run", samples=None, because="no GPU", device="cuda"),
-                row(outcome="not-run", samples=None, because="nobody"),
+                row(outcome="not-run", samples=None, because="no implementation"),
             ],
             Exit.NOTHING_COMPARED,
         ),
-        ([row(outcome="not-run", samples=None, because="nobody")], Exit.NOTHING_COMPARED),
+        ([row(outcome="not-run", samples=None, because="no implementation")], Exit.NOTHING_COMPARED),
         ([], Exit.NOTHING_COMPARED),
     ],
 )
@@ -793,22 +791,20 @@ def test_exit_codes(found: list[BenchRow], code: Exit) -> None:
     assert command.BenchReport(describe(), found, interrupted=True).exit is Exit.INFRASTRUCTURE
 
 
-def test_a_red_parity_is_a_failure() -> None:
+def test_a_failed_parity_check_is_a_failure() -> None:
     bad = row().parity[0]
     result = bad.result.model_copy(update={"outcome": Outcome.FAIL})
     red = row(outcome="refused", samples=None, parity=[bad.model_copy(update={"result": result})])
     assert command.BenchReport(describe(), [row(), red]).exit is Exit.FAIL
 
 
-def test_wrong_names_are_told_all_at_once(registry: Registry) -> None:
-    asked = BenchRequest(["nf4_linea"], ["bitsandbites"], ["loro"], dtypes=["float31"])
+def test_all_unknown_names_are_listed_at_once(registry: Registry) -> None:
+    requested = BenchRequest(["nf4_linea"], ["bitsandbites"], ["loro"], dtypes=["float31"])
     with pytest.raises(UsageError, match=r"nf4_linear.*bitsandbytes.*lora.*float32"):
-        planning.plan(asked, registry, no_gpu="no GPU")
+        planning.plan(requested, registry, no_gpu="no GPU")
 
 
-def test_the_interpreter_is_no_machine_to_time(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_triton_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert main(["bench", "--op", "nf4_quantize"]) == Exit.USAGE
     assert "TRITON_INTERPRET" in capsys.readouterr().err

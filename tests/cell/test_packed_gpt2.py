@@ -12,7 +12,7 @@ from harness.assets import conv1d, generated
 from harness.cell import base_quantisation
 from harness.conformance.comparison.tolerance_policies import exact
 from harness.errors import Exit, Unsupported, UsageError
-from harness.methods.implementations.bitsandbytes import nf4
+from harness.methods.implementations.bitsandbytes.weights import nf4
 from harness.methods.registry import discover
 from harness.records.record import Base, Outcome, Record
 from reference.shared.layers import dense_weight

@@ -31,12 +31,12 @@ FAULTS = '''
 from harness.conformance.faults import planted, planted_in_methods
 
 @planted("lora", "numbers", values={"rank": 3, "alpha": 8.0})
-def starts_with_nan(its):
-    its.line("A.uniform_(-bound, bound, generator=generator)", "A.fill_(float('nan'))", file="lora_start")
+def starts_with_nan(copy):
+    copy.replace_line("A.uniform_(-bound, bound, generator=generator)", "A.fill_(float('nan'))", file="lora_start")
 
 @planted_in_methods("numbers", adds_layers=None)
-def ends_with_infinity(its):
-    its.then(lambda adapted: [t.data.fill_(float("inf")) for t in adapted.tensors().values()])
+def ends_with_infinity(copy):
+    copy.change_adapted(lambda adapted: [t.data.fill_(float("inf")) for t in adapted.tensors().values()])
 '''
 OPERATION = '''
 """twofold: twice a tensor."""

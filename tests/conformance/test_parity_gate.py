@@ -26,7 +26,7 @@ from harness.conformance.subject import (
     warm,
 )
 from harness.errors import Unsupported
-from harness.methods.implementations import bitsandbytes
+from harness.methods.implementations.bitsandbytes import weights as bitsandbytes
 from harness.methods.registry import Implementation, discover
 from harness.records.record import CheckResult, Outcome
 from reference.operations import nf4

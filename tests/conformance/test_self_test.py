@@ -21,18 +21,18 @@ PLAIN = {"rank": 3, "alpha": 8.0}
 
 
 @planted("lora", "forward", values=PLAIN)
-def changes_nothing(its: PatchedCopy) -> None:
-    its.line("R, s, p = config.rank, config.scaling", "R, s, p = config.rank, 1.0 * config.scaling")
+def changes_nothing(copy: PatchedCopy) -> None:
+    copy.replace_line("R, s, p = config.rank, config.scaling", "R, s, p = config.rank, 1.0 * config.scaling")
 
 
 @planted("lora", "initial", values=PLAIN)
-def is_caught_by_another_check(its: PatchedCopy) -> None:
-    its.line("self.scaling * (h_TR @ self.B.T)", "2 * self.scaling * (h_TR @ self.B.T)")
+def is_caught_by_another_check(copy: PatchedCopy) -> None:
+    copy.replace_line("self.scaling * (h_TR @ self.B.T)", "2 * self.scaling * (h_TR @ self.B.T)")
 
 
 @planted("lora", "forward", values=PLAIN)
-def changes_what_is_no_longer_there(its: PatchedCopy) -> None:
-    its.line("a line that nobody wrote", "")
+def changes_what_is_no_longer_there(copy: PatchedCopy) -> None:
+    copy.replace_line("a line that nobody wrote", "")
 
 
 def test_every_fault_is_caught_by_the_checks_one_expects(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ from harness.kernels.torch.nf4_lora_linear import nf4_lora_linear
 from harness.kernels.triton.support.launch import launch
 
 
-def test_every_launch_goes_through_the_one_that_takes_the_tensors_device() -> None:
+def test_every_launch_uses_the_device_of_its_tensors() -> None:
     bare = [
         f"{file.name}:{node.lineno}"
         for file in sorted(Path(gpu.__path__[0]).rglob("*.py"))
@@ -62,7 +62,7 @@ def drawn(name: str, dtype: torch.dtype, **case: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("in_place", [False, True], ids=["new", "in place"])
-def test_a_step_is_its_kernels_step(name: str, in_place: bool) -> None:
+def test_a_step_is_dispatched_to_its_kernel(name: str, in_place: bool) -> None:
     case, states = STEPS[name]
     dispatched = importlib.import_module(f"harness.kernels.torch.{name}")
     of_gpu = importlib.import_module(f"harness.kernels.triton.{name}")
@@ -73,8 +73,8 @@ def test_a_step_is_its_kernels_step(name: str, in_place: bool) -> None:
             have = getattr(dispatched, name)(**given)
         assert called.call_count == 1
     else:
-        several = name == "adalora_importance"
-        arguments = {n: [t] if several and not n.startswith("beta") else t for n, t in given.items()}
+        are_lists = name == "adalora_importance"
+        arguments = {n: [t] if are_lists and not n.startswith("beta") else t for n, t in given.items()}
         with mock.patch.object(of_gpu, f"{name}_", wraps=getattr(of_gpu, f"{name}_")) as called:
             getattr(dispatched, f"{name}_")(**arguments)
         assert called.call_count == 1
@@ -83,7 +83,7 @@ def test_a_step_is_its_kernels_step(name: str, in_place: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw8bit_step", "galore_step"])
-def test_the_knobs_of_a_step_have_one_default(name: str) -> None:
+def test_options_of_a_step_have_the_same_defaults(name: str) -> None:
     case, states = STEPS[name]
     dispatched = importlib.import_module(f"harness.kernels.torch.{name}")
     given = drawn(name, torch.float32, **case)
@@ -115,7 +115,7 @@ def test_a_bias_that_trains_gets_its_gradient() -> None:
         assert torch.equal(bias.grad, torch.full((6,), 3.0))
 
 
-def test_without_the_interpreter_these_tests_stop_with_what_turns_it_on() -> None:
+def test_without_the_interpreter_these_tests_stop_with_a_hint() -> None:
     environment = {name: one for name, one in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", str(Path(__file__).with_name("test_rounding.py"))],

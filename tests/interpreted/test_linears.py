@@ -95,7 +95,7 @@ def test_dora_starts_as_its_layer_to_the_last_bit(dtype: torch.dtype, rank: int)
     assert torch.equal(none_dropped, started)
 
 
-def test_dora_of_a_row_that_the_update_cancels_is_not_lost() -> None:
+def test_the_norm_of_a_cancelled_row_is_exact() -> None:
     A, B = whole(1, 64), whole(8, 1, seed=1)
     W = -2.0 * B @ A
     _, norm = dora_gain(W, A, B, torch.ones(8), 2.0)
@@ -106,7 +106,7 @@ def test_dora_of_a_row_that_the_update_cancels_is_not_lost() -> None:
     assert torch.equal(gain, torch.full((8,), 0.25))
 
 
-def test_a_sum_over_many_tokens_is_made_of_parts() -> None:
+def test_a_sum_over_many_tokens_has_several_parts() -> None:
     wide, narrow, mask = whole(3000, 3), whole(3000, 2, seed=1), whole(3000, 3, seed=2).sign()
     assert torch.equal(outer_sum(wide, narrow, mask=mask).double(), (wide * mask).double().T @ narrow.double())
     assert torch.equal(product_sum(wide, mask).double(), (wide * mask).double().sum(0))
@@ -147,7 +147,7 @@ def far_apart(rows: int, columns: int, *strides: int) -> Tensor:
     return torch.empty(last + 1, dtype=torch.bfloat16).as_strided((rows, columns), strides)
 
 
-def test_elements_beyond_what_int32_counts_are_found() -> None:
+def test_elements_beyond_the_range_of_int32_are_read() -> None:
     W, A, B = (noise(*shape, dtype=torch.bfloat16, seed=s) for s, shape in enumerate(((3, 257), (2, 257), (3, 2))))
     x, m, mask = noise(4, 257, dtype=torch.bfloat16), torch.ones(3).bfloat16(), torch.ones(4, 257).bfloat16()
     rows_apart, columns_apart = far_apart(3, 257, 2**30, 1).copy_(W), far_apart(3, 257, 1, 2**23).copy_(W)
@@ -162,7 +162,7 @@ def test_elements_beyond_what_int32_counts_are_found() -> None:
     assert torch.equal(product_sum(apart, wide), product_sum(wide, wide))
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_invalid_shapes_and_dtypes_are_rejected() -> None:
     x, W, A, B, m = noise(2, 8), noise(6, 8), noise(3, 8), noise(6, 3), noise(6)
     with pytest.raises(ValueError, match=r"A must be \(3, 8\)"):
         lora_linear(x, W, None, noise(3, 7), B, 1.0, None)
@@ -178,13 +178,13 @@ def test_what_does_not_fit_is_refused() -> None:
         nf4_lora_linear(x, torch.zeros(3, dtype=torch.uint8), noise(1), 64, (6, 8), None, A, B, 1.0, None)
 
 
-def test_a_second_derivative_is_refused_and_not_wrong() -> None:
+def test_a_second_derivative_raises() -> None:
     x, A, B = noise(2, 8).requires_grad_(), noise(3, 8).requires_grad_(), noise(6, 3)
     (dx,) = torch.autograd.grad(lora_linear(x, noise(6, 8), None, A, B, 1.0, None).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
 
 
-def test_a_masked_feature_has_no_part_in_the_update_whatever_it_holds() -> None:
+def test_a_masked_feature_never_affects_the_update() -> None:
     x, mask = noise(3, 16), torch.zeros(3, 16)
     assert not shrink(x, noise(16, 2), mask=mask).any()

@@ -45,13 +45,13 @@ def seen(adapted: Any, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_the_layer_is_that_over_the_decoded_weight(method: str) -> None:
+def test_the_layer_equals_one_over_the_decoded_weight(method: str) -> None:
     mine = seen(attached(method, "fused", torch.float32, 0.0), torch.float32)
     truth, rounded = (seen(attached(method, "reference", dt, 0.0), dt) for dt in (torch.float64, torch.float32))
     assert noise_floor(mine, truth, rounded, "float32").passed
 
 
-def test_dropout_of_nothing_leaves_everything() -> None:
+def test_dropout_of_0_drops_nothing() -> None:
     adapted = attached("dora", "fused", torch.float32, 0.5)
     adapted.model.eval()
     mine = seen(adapted, torch.float32)
@@ -69,9 +69,9 @@ def test_q_k_and_v_are_computed_by_one_call(method: str, dtype: str, monkeypatch
     passes: list[int] = []
     right = lora_linears.shrink
 
-    def counted(left: Tensor, *rest: Any, **how: Any) -> Tensor:
+    def counted(left: Tensor, *rest: Any, **options: Any) -> Tensor:
         passes.append(left.shape[1])
-        return right(left, *rest, **how)
+        return right(left, *rest, **options)
 
     monkeypatch.setattr(lora_linears, "shrink", counted)
     mine = of_three(method, "fused", DTYPES[dtype], dtype)
@@ -85,8 +85,8 @@ def of_three(method: str, name: str, dtype: torch.dtype, given: str) -> dict[str
     torch.manual_seed(0)
     names = ("q_proj", "k_proj", "v_proj")
     model = nn.ModuleDict({one: nn.Linear(D, E, bias=one == "k_proj") for one in names}).to(DTYPES[given]).to(dtype)
-    knobs = {"target_rank": 2} if method == "adalora" else {}
-    config = configure(method, {"rank": 4, "alpha": 8.0, "targets": list(names), **knobs})
+    options = {"target_rank": 2} if method == "adalora" else {}
+    config = configure(method, {"rank": 4, "alpha": 8.0, "targets": list(names), **options})
     adapted = discover([name]).find("method", method, name)(model, config, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
     for tensor in adapted.tensors().values():
@@ -101,7 +101,7 @@ def of_three(method: str, name: str, dtype: torch.dtype, given: str) -> dict[str
     return {"x": x.grad, **{one: y.detach() for one, y in found.items()}, **grads}
 
 
-def test_who_is_not_asked_gets_no_gradient() -> None:
+def test_unused_outputs_get_no_gradient() -> None:
     layers = [
         (torch.randn(E, D), None, torch.randn(4, D).requires_grad_(), torch.randn(E, 4).requires_grad_(), 2.0)
     ] * 2

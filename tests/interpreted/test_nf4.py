@@ -71,7 +71,7 @@ def test_one_launch_decodes_what_is_quantised_twice(shape: tuple[int, ...], bloc
         assert torch.equal(bits(have), bits(want))
 
 
-def test_nothing_past_the_end_is_written() -> None:
+def test_memory_past_the_end_is_not_written() -> None:
     W = torch.randn(67)
     packed, absmax = nf4.quantize(W, 64)
     memory = torch.full((200,), 7.0)
@@ -80,7 +80,7 @@ def test_nothing_past_the_end_is_written() -> None:
     assert bool((memory[67:] == 7.0).all())
 
 
-def test_what_has_no_kernel_is_refused() -> None:
+def test_unsupported_arguments_are_rejected() -> None:
     with pytest.raises(ValueError, match="power of two"):
         nf4.quantize(torch.ones(96), 48)
     with pytest.raises(ValueError, match="needs 9 bytes and 1 constants, got 8 and 1"):
@@ -103,23 +103,23 @@ def _sizes(**changed: tuple[int, ...]) -> dict[str, Tensor]:
      {"absmax2": (1,)}, {"absmax2": (9,)}, {"offset": (0,)}, {"offset": (64,)}],
     ids=str,
 )  # fmt: skip
-def test_sizes_that_do_not_fit_are_refused_alike_by_triton_and_by_torch(wrong: dict[str, tuple[int, ...]]) -> None:
-    said = []
+def test_triton_and_torch_reject_wrong_sizes_with_the_same_message(wrong: dict[str, tuple[int, ...]]) -> None:
+    messages = []
     for by in (True, False):
         with (
             mock.patch.object(dispatched, "by_triton", return_value=by),
             pytest.raises(ValueError, match=r"; they take|, got") as error,
         ):
             dispatched.dequantize_double(**_sizes(**wrong), block=64, block2=8, shape=(64, 64), dtype=torch.bfloat16)
-        said.append(str(error.value))
-    assert said[0] == said[1]
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
 
 
 @pytest.mark.parametrize(
     "wrong", [{"packed": (2047,)}, {"packed": (2049,)}, {"codes": (63,)}, {"codes": (65,)}], ids=str
 )
-def test_a_layer_refuses_them_alike_too(wrong: dict[str, tuple[int, ...]]) -> None:
-    given, said = _sizes(**wrong), []
+def test_layers_reject_wrong_sizes_with_the_same_message(wrong: dict[str, tuple[int, ...]]) -> None:
+    given, messages = _sizes(**wrong), []
     weight = PackedWeight(given["packed"], given["codes"].float(), 64, (64, 64))
     A, B = torch.zeros(2, 64), torch.zeros(64, 2)
     for by in (True, False):
@@ -130,8 +130,8 @@ def test_a_layer_refuses_them_alike_too(wrong: dict[str, tuple[int, ...]]) -> No
             call = getattr(layer, f"packed_{layer.__name__.rpartition('nf4_')[2]}")
             with mock.patch.object(layer, name, return_value=by), pytest.raises(ValueError, match="got") as error:
                 call(torch.ones(2, 64), weight, *others)
-            said.append(str(error.value))
-    assert len(set(said)) == 1
+            messages.append(str(error.value))
+    assert len(set(messages)) == 1
 
 
 @conformance("nf4_linear", dtypes=["bfloat16"])
@@ -140,7 +140,7 @@ def fused_for_any_number_of_tokens(**arguments: object) -> Tensor:
         return nf4_linear.nf4_linear(**arguments)  # type: ignore[arg-type]
 
 
-def test_float16_is_fused_and_decoded_first_alike() -> None:
+def test_both_paths_agree_in_float16() -> None:
     W, x = torch.randn(48, 128), torch.randn(2, 9, 128, dtype=torch.float16)
     packed, absmax = nf4.quantize(W, 64)
     few, many = (
@@ -158,11 +158,11 @@ def _with_few(is_few: bool, *arguments: object) -> Tensor:
         return nf4_linear.nf4_linear(*arguments)  # type: ignore[arg-type]
 
 
-def test_the_fused_product_leaves_the_rest_of_memory_alone() -> None:
+def test_the_fused_product_writes_only_its_output() -> None:
     """67 rows and 3 tokens: two tiles are computed beyond the last of either, and must not be seen."""
     W, x = torch.randn(67, 128), torch.randn(3, 128, dtype=torch.float16)
     packed, absmax = nf4.quantize(W, 64)
-    with mock.patch.object(torch, "empty", lambda *shape, **how: torch.full(shape, torch.nan, **how)):
+    with mock.patch.object(torch, "empty", lambda *shape, **options: torch.full(shape, torch.nan, **options)):
         y = nf4_linear.fused(x, packed, absmax, 64, (67, 128), None)
     assert bool(y.isfinite().all())
 
@@ -174,6 +174,6 @@ def test_more_rows_never_mean_fewer_tokens(tokens: int) -> None:
     assert tokens <= 64 or not any(chosen)
 
 
-def test_fused_is_what_outweighs_decoding_first_by_the_instructions_of_the_kernel() -> None:
+def test_the_fused_kernel_is_chosen_by_the_crossover_table() -> None:
     assert not any(nf4_linear.is_fused_faster(1, E) for E in (1024, 4096, 8192))
     assert nf4_linear.is_fused_faster(32, 14336)

@@ -29,7 +29,7 @@ def patterns(dtype: torch.dtype, count: int, generator: torch.Generator) -> torc
 @pytest.mark.parametrize("of", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("to", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
-def test_every_number_becomes_the_one_that_torch_makes_of_it(of: torch.dtype, to: torch.dtype) -> None:
+def test_conversions_equal_those_of_torch(of: torch.dtype, to: torch.dtype) -> None:
     count = 1 << 16
     source = patterns(of, count, torch.Generator().manual_seed(0))
     target = torch.full((count + 1,), 3.0, dtype=to)

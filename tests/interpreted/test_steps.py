@@ -83,7 +83,7 @@ def test_8_bit_steps_in_place_are_the_steps() -> None:
     assert all(torch.equal(given[n], t) for n, t in zip(("p", "m", "m_absmax", "v", "v_absmax"), want, strict=True))
 
 
-def test_an_8_bit_step_keeps_moments_below_the_normal_numbers() -> None:
+def test_an_8_bit_step_represents_subnormal_moments() -> None:
     given = _drawn("adamw8bit_step", torch.float32, shape=[300], step=1)
     given["g"] *= 1e-19  # its square is 1e-38, and a thousandth of that the second moment
     _, m, _, v, v_absmax = adamw8bit_step.adamw8bit_step(**given)
@@ -134,7 +134,7 @@ def test_importance_of_several_layers_is_that_of_each() -> None:
     )
 
 
-def test_a_gradient_of_another_dtype_is_read_as_what_it_says() -> None:
+def test_a_gradient_of_another_dtype_is_converted() -> None:
     given = _drawn("adalora_importance", torch.bfloat16, shape=[16, 32], rank=4)
     want = adalora_importance.adalora_importance(**given)
     wider = {name: given[name].float() for name in ("grad_A", "grad_E", "grad_B")}
@@ -152,7 +152,7 @@ def test_layers_of_two_devices_share_no_launch() -> None:
     ]
 
 
-def test_ranks_and_sums_in_several_pieces_are_added_up() -> None:
+def test_sums_over_several_pieces_are_complete() -> None:
     case = {"ids": [1, 0, 1], "ranks": [3, 40], "shape": [150, 20], "tokens": 20}
     offered = implements("multi_lora_linear", name="kernel", kind="operation", dtypes=DTYPES)(
         multi_lora_linear.multi_lora_linear
@@ -162,7 +162,7 @@ def test_ranks_and_sums_in_several_pieces_are_added_up() -> None:
     assert [r.outcome for r in results] == [Outcome.PASS, Outcome.PASS]
 
 
-def test_an_id_without_an_adapter_is_refused() -> None:
+def test_an_unknown_id_is_rejected() -> None:
     given = _drawn("multi_lora_linear", torch.float32, ids=[0], ranks=[2], shape=[16, 16])
     for wrong in (-2, 1):
         with pytest.raises(ValueError, match=f"id {wrong}"):

@@ -43,7 +43,7 @@ def command(*arguments: str, older: bool = False) -> subprocess.CompletedProcess
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["installed", "3.6"])
-def test_every_kernel_passes_its_gates(older: bool) -> None:
+def test_every_kernel_passes_the_checks_of_its_machine_code(older: bool) -> None:
     if older and not OLDER.is_dir():
         pytest.skip(f"Triton 3.6 is not in {OLDER.name}: pip install --no-deps --target {OLDER.name} triton==3.6.0")
     # Of an older Triton that of the GPUs that it is met on: each further one takes as long again.
@@ -53,7 +53,7 @@ def test_every_kernel_passes_its_gates(older: bool) -> None:
     assert "nf4.dequantize-bf16-64 " in done.stdout
 
 
-def test_json_says_what_was_found() -> None:
+def test_json_has_the_verdicts() -> None:
     done = command("--arch", "90", "--module", "nf4", "--json")
     found = {one["name"]: one for one in json.loads(done.stdout)["verdicts"]}
     one = found["nf4.dequantize-bf16-64"]
@@ -62,7 +62,7 @@ def test_json_says_what_was_found() -> None:
     assert one["found"]["stack"] == 0
 
 
-def test_a_module_that_is_not_there_is_named_with_those_that_are() -> None:
+def test_an_unknown_module_is_rejected_with_the_known_ones() -> None:
     done = command("--arch", "90", "--module", "nf5")
     assert done.returncode == 2
     assert "nf5" in done.stderr
@@ -70,7 +70,7 @@ def test_a_module_that_is_not_there_is_named_with_those_that_are() -> None:
 
 
 @pytest.mark.parametrize("arch", ["91", "12"])
-def test_an_architecture_that_is_not_known_is_refused_with_those_that_are(arch: str) -> None:
+def test_an_unknown_architecture_is_rejected_with_the_known_ones(arch: str) -> None:
     done = command("--arch", arch, "--module", "dora_gain")
     assert done.returncode == 2
     assert f"invalid choice: {arch} (choose from 80, 90, 100)" in done.stderr
@@ -95,7 +95,7 @@ def test_a_kernel_is_found_and_judged_without_being_listed(tmp_path: Path, monke
     assert verdict.found.wide_loads > 0
 
 
-def test_a_module_that_does_not_import_hides_no_other() -> None:
+def test_a_module_that_fails_to_import_hides_no_other() -> None:
     verdict, *rest = ahead.judge("half_written", 90, {})
     assert not rest
     assert "half_written" in verdict.faults[0]
@@ -121,7 +121,9 @@ def test_a_module_that_does_not_import_hides_no_other() -> None:
         ({"fused_multiply_adds": 1}, {"separate_roundings": True}, 40, "fused multiply-adds"),
     ],
 )
-def test_each_gate(found: dict[str, Any], changed: dict[str, Any], limit: int | None, says: str | None) -> None:
+def test_each_check_of_the_machine_code(
+    found: dict[str, Any], changed: dict[str, Any], limit: int | None, says: str | None
+) -> None:
     faults: Iterator[str] = ahead.faults(replace(STREAMING, **changed), replace(GOOD, **found), 80, limit)
     wrong = list(faults)
     assert len(wrong) == (says is not None)

@@ -15,7 +15,7 @@ from harness.kernels.torch import nf4
 from harness.kernels.torch.nf4_linear import Nf4Linear, nf4_linear
 from harness.kernels.torch.nf4_lora_linear import nf4_lora_linear, packed_lora_linear
 from harness.kernels.torch.support import chunks, huge_pages, packed_weight
-from harness.methods.implementations.fused import nf4 as offered
+from harness.methods.implementations.fused import bases
 from reference.operations import double_quant
 from reference.operations import nf4 as reference
 
@@ -58,7 +58,7 @@ def test_every_number_near_a_midpoint_or_a_cell_s_end_gets_the_nearest_code() ->
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [64, 96, 4096])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_many_pieces_are_as_one(dtype: torch.dtype, block: int, threads: int) -> None:
+def test_many_pieces_equal_one(dtype: torch.dtype, block: int, threads: int) -> None:
     W = torch.randn(1500, 1501, generator=torch.Generator().manual_seed(0)).to(dtype)
     W[700, 3], W[20, 5], W[100:107] = torch.nan, torch.inf, 0
     packed, absmax = nf4.quantize(W, block)
@@ -84,7 +84,7 @@ def test_large_results_are_right_in_inference_mode_too(threads: int) -> None:
     assert torch.equal(got, decoded(packed.clone(), absmax, 64, (2900, 2900)))
 
 
-def test_advice_on_pages_stays_inside_of_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_advice_on_pages_stays_within_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[tuple[int, int]] = []
     monkeypatch.setattr(huge_pages, "_advise", lambda: lambda first, size, _: given.append((first, size)))
     out = huge_pages.empty((2900, 2900), torch.float32, torch.device("cpu"))
@@ -110,7 +110,7 @@ def test_an_error_in_a_thread_reaches_the_caller(threads: int) -> None:
         chunks.for_each(work, [(1,), (2,)], values=1 << 30)
 
 
-def test_refuses_what_does_not_fit() -> None:
+def test_invalid_arguments_are_rejected() -> None:
     packed, absmax = nf4.quantize(torch.randn(8, 64), 64)
     for wrong in ((packed[:-1], absmax), (packed, absmax[:-1])):
         with pytest.raises(ValueError, match="needs 256 bytes and 8 constants"):
@@ -131,7 +131,7 @@ def made(E: int, D: int, seed: int, double: bool = False) -> Nf4Linear:
     return Nf4Linear(dense, torch.float32, double=double)
 
 
-def test_layers_that_share_a_buffer_have_each_its_own_gradient() -> None:
+def test_layers_with_a_shared_buffer_have_correct_gradients() -> None:
     """Two layers of one size, and a smaller one: each backward pass needs a weight that the others have overwritten."""
     layers = [made(96, 64, 0), made(64, 96, 1, double=True), made(64, 64, 2)]
     x = torch.randn(7, 64)
@@ -170,7 +170,7 @@ def test_threads_do_not_decode_into_each_other_s_buffer() -> None:
     assert not wrong
 
 
-def test_the_buffer_is_used_again_grows_and_outlives_inference_mode() -> None:
+def test_the_buffer_is_reused_grows_and_survives_inference_mode() -> None:
     packed_weight._own.buffers.by_dtype.clear()
     with torch.inference_mode():
         made(8, 64, 0)(torch.randn(2, 64))
@@ -184,7 +184,7 @@ def test_the_buffer_is_used_again_grows_and_outlives_inference_mode() -> None:
 
 
 @pytest.mark.parametrize("double", [False, True])
-def test_a_packed_layer_takes_half_a_byte_a_weight_and_is_saved_so(double: bool) -> None:
+def test_a_packed_layer_stores_and_saves_half_a_byte_per_weight(double: bool) -> None:
     layer = made(512, 1024, 0, double)
     held = sum(t.numel() * t.element_size() for t in layer.state_dict().values()) - 512 * 4
     assert held / (512 * 1024) == pytest.approx(double_quant.bits_per_parameter(512 * 1024, double=double) / 8)
@@ -205,7 +205,7 @@ def test_casting_a_model_leaves_the_weight_as_it_was() -> None:
     assert layer(torch.randn(2, 64)).dtype == torch.float32
 
 
-def test_nothing_of_the_weight_s_size_is_kept_for_the_backward_pass() -> None:
+def test_no_tensor_of_the_weights_size_is_saved_for_the_backward_pass() -> None:
     layer, kept = made(512, 512, 0), []
     A, B = torch.randn(4, 512, requires_grad=True), torch.randn(512, 4, requires_grad=True)
     x = torch.randn(3, 512, requires_grad=True)
@@ -215,7 +215,7 @@ def test_nothing_of_the_weight_s_size_is_kept_for_the_backward_pass() -> None:
     assert max(kept, default=0) <= 512 * 4
 
 
-def test_gradients_are_right_twice_over() -> None:
+def test_second_derivatives_are_correct() -> None:
     generator = torch.Generator().manual_seed(0)
     packed, absmax = nf4.quantize(torch.randn(6, 10, generator=generator), 32)
 
@@ -246,10 +246,10 @@ def test_under_autocast_products_are_in_its_dtype() -> None:
         assert packed_lora_linear(x, layer.packed_weight, layer.bias, A, B, 2.0, None).dtype == torch.bfloat16
 
 
-def test_only_plain_linear_layers_are_packed_and_a_refused_model_is_as_it_was() -> None:
+def test_only_plain_linear_layers_are_packed() -> None:
     from harness.errors import Unsupported
 
     model = nn.Sequential(nn.Linear(8, 8), nn.Embedding(3, 8))
     with pytest.raises(Unsupported, match="1 is a Embedding"):
-        offered.nf4(model, ["0", "1"], torch.float32)
+        bases.nf4(model, ["0", "1"], torch.float32)
     assert type(model[0]) is nn.Linear

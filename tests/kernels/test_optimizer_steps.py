@@ -17,11 +17,11 @@ from harness.kernels.torch import galore_step
 from harness.kernels.torch.dynamic_quantize import dynamic_map, dynamic_quantize, nearest, tables
 from harness.kernels.torch.multi_lora_linear import multi_lora_linear
 from harness.kernels.torch.optimizers.adamw8bit import AdamW8bit
-from harness.kernels.torch.optimizers.galore import GaLore
 from harness.kernels.torch.optimizers.paged import Paged, bytes_of, is_paged
 from harness.kernels.torch.support import range_finder
 from harness.kernels.torch.support.dropout import keep_mask
 from harness.kernels.torch.support.range_finder import leading_svd, leading_vectors, orthonormal
+from harness.methods.implementations.fused.methods.galore import GaLore
 from reference import pissa
 from reference.galore import GaLore as ReferenceGaLore
 from reference.galore import Projector, projector
@@ -91,7 +91,7 @@ def test_a_basis_of_columns_that_are_nearly_dependent_is_orthonormal(generator: 
 
 @pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
 @pytest.mark.parametrize("niter", [1, 4])
-def test_the_range_finder_finds_what_the_reference_finds_from_the_same_sketch(
+def test_the_range_finder_equals_the_reference_for_the_same_sketch(
     spectrum: Tensor, niter: int, generator: torch.Generator
 ) -> None:
     W, sketch = _matrix(spectrum, generator), torch.randn(COLUMNS, RANK, generator=generator)
@@ -123,7 +123,7 @@ def test_power_iterations_bring_the_range_finder_nearer(generator: torch.Generat
 @pytest.mark.parametrize("side", ["std", "reverse_std", "full"])
 @pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA)
 @pytest.mark.parametrize("tall", [True, False])
-def test_the_randomised_refresh_is_the_references_cold_and_warm(
+def test_the_randomised_refresh_equals_the_references_cold_and_warm(
     tall: bool, spectrum: Tensor, side: str, generator: torch.Generator
 ) -> None:
     drawn = [_matrix(spectrum, generator) for _ in range(2)]
@@ -138,19 +138,19 @@ def test_the_randomised_refresh_is_the_references_cold_and_warm(
         assert judgement.passed, judgement
 
 
-def test_a_warm_start_holds_more_of_the_gradient_than_a_cold_one(generator: torch.Generator) -> None:
+def test_a_warm_start_captures_more_of_the_gradient(generator: torch.Generator) -> None:
     old = _matrix(SPECTRA["slow"], generator)
     now = old + 0.001 * torch.randn(ROWS, COLUMNS, generator=generator) / COLUMNS
-    lost = {}
+    error = {}
     for name, basis in (("cold", None), ("warm", leading_svd(old, RANK)[2])):
         Q = galore_step.refreshed(now, RANK, "std", 1, None, basis)[1]
         assert Q is not None
-        lost[name] = float((now - now @ Q @ Q.T).norm())
-    assert lost["warm"] < lost["cold"]
+        error[name] = float((now - now @ Q @ Q.T).norm())
+    assert error["warm"] < error["cold"]
 
 
 @pytest.mark.parametrize("side", ["std", "reverse_std", "full"])
-def test_the_exact_refresh_spans_what_the_references_does(side: str, generator: torch.Generator) -> None:
+def test_the_exact_refresh_spans_the_references_subspace(side: str, generator: torch.Generator) -> None:
     G = _matrix(SPECTRA["slow"], generator)
     truth, rounded = (_spans(basis) for basis in (projector(G.double(), RANK, side), projector(G, RANK, side)))
     judgement = noise_floor(_spans(Projector(*galore_step.refreshed(G, RANK, side))), truth, rounded, "float32")
@@ -199,7 +199,7 @@ def either(request: pytest.FixtureRequest) -> Any:
     ],
     ids=str,
 )
-def test_a_knob_out_of_its_range_is_refused_at_once(either: Any, knob: dict[str, Any], words: str) -> None:
+def test_options_out_of_range_are_rejected(either: Any, knob: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         either([{"params": [nn.Parameter(torch.ones(3, 3))], **knob}], 0.1)
     if "lr" in knob:
@@ -208,7 +208,7 @@ def test_a_knob_out_of_its_range_is_refused_at_once(either: Any, knob: dict[str,
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4)], ids=str)
-def test_what_is_no_matrix_is_refused_in_a_group_with_a_rank_only(either: Any, shape: tuple[int, ...]) -> None:
+def test_groups_with_a_rank_reject_parameters_that_are_no_matrices(either: Any, shape: tuple[int, ...]) -> None:
     p = nn.Parameter(torch.ones(shape))
     with pytest.raises(
         ValueError, match=rf"rank 2 has a parameter of shape {re.escape(str(shape))};.* put it in a group"
@@ -217,7 +217,7 @@ def test_what_is_no_matrix_is_refused_in_a_group_with_a_rank_only(either: Any, s
     either([p], 0.1)
 
 
-def test_a_group_that_is_refused_takes_nothing_from_the_others(either: Any) -> None:
+def test_a_rejected_group_changes_no_other(either: Any) -> None:
     first, second = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
     optimizer = either([first, second], 0.1)
     for wrong in ({"params": [first, second * 2]}, {"params": [first], "rank": -1}, {"params": [first, "second"]}):
@@ -233,7 +233,7 @@ def test_a_group_that_is_refused_takes_nothing_from_the_others(either: Any) -> N
 @pytest.mark.parametrize("shape", [(96, 80), (5, 3)], ids=str)
 @pytest.mark.parametrize("niter", [0, 1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_a_gradient_that_is_not_finite_is_named_and_moves_nothing(
+def test_a_gradient_that_is_not_finite_raises_and_changes_nothing(
     either: Any, bad: float, shape: tuple[int, int], niter: int, dtype: torch.dtype
 ) -> None:
     p = nn.Parameter(torch.ones(shape, dtype=dtype))
@@ -284,7 +284,7 @@ def _adamw8bit(model: nn.Sequential) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("make", [_eight_bit_galore, _adamw8bit])
-def test_a_saved_8_bit_state_goes_on_as_if_nothing_had_been(
+def test_a_saved_8_bit_state_continues_exactly(
     make: Callable[[nn.Sequential], torch.optim.Optimizer],
 ) -> None:
     model, other = _network(), _network()
@@ -305,7 +305,7 @@ def test_a_saved_8_bit_state_goes_on_as_if_nothing_had_been(
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_two_look_ups_find_the_code_that_a_search_finds_next_to_every_edge(signed: bool) -> None:
+def test_two_look_ups_equal_a_search_next_to_every_edge(signed: bool) -> None:
     of = tables(torch.device("cpu"), signed)
     edges = (torch.arange(1 << 16, dtype=torch.int32) << 16).view(torch.float32)
     edges = torch.cat([edges[edges.abs() <= 1], of.midpoints[:-1]])
@@ -415,7 +415,7 @@ def test_a_budget_is_respected_and_changes_no_value(budget: int) -> None:
         assert "device" in places.values()
 
 
-def test_a_paged_8_bit_optimizer_takes_the_steps_of_the_plain_one() -> None:
+def test_a_paged_8_bit_optimizer_steps_like_the_plain_one() -> None:
     plain, paged = _params(), _params()
     _steps(AdamW8bit(plain), plain, seed=1)
     optimizer = Paged(AdamW8bit(paged), budget=0)
@@ -425,7 +425,7 @@ def test_a_paged_8_bit_optimizer_takes_the_steps_of_the_plain_one() -> None:
         assert torch.equal(mine, theirs)
 
 
-def test_a_loaded_paged_state_goes_on_as_if_nothing_had_been() -> None:
+def test_a_loaded_paged_state_continues_exactly() -> None:
     first, second = _params(), _params()
     optimizer = Paged(torch.optim.AdamW(first), budget=LARGEST)
     _steps(optimizer, first, seed=1)
@@ -472,7 +472,7 @@ def test_the_budget_holds_while_states_are_loaded(budget: int) -> None:
             assert not isinstance(value, Tensor) or optimizer.state[mine][name].dtype == value.dtype
 
 
-def test_a_state_that_does_not_fit_the_groups_changes_nothing() -> None:
+def test_a_state_of_other_groups_changes_nothing() -> None:
     params = _params()
     optimizer = Paged(torch.optim.AdamW(params), budget=LARGEST)
     _steps(optimizer, params, seed=1, steps=1)
@@ -484,7 +484,7 @@ def test_a_state_that_does_not_fit_the_groups_changes_nothing() -> None:
         assert all(torch.equal(now[name], then[name]) for name in then)
 
 
-def test_states_from_before_it_was_paged_count_for_the_peak() -> None:
+def test_states_made_before_paging_count_in_the_peak() -> None:
     params = _params()
     inner = torch.optim.AdamW(params)
     _steps(inner, params, seed=1, steps=1)
@@ -493,7 +493,7 @@ def test_states_from_before_it_was_paged_count_for_the_peak() -> None:
     assert optimizer.peak == TOTAL
 
 
-def test_a_step_that_fails_leaves_every_page_its_own() -> None:
+def test_a_failed_step_mixes_no_pages() -> None:
     class Failing(torch.optim.AdamW):
         failing: nn.Parameter | None = None
 
@@ -520,7 +520,7 @@ def test_a_step_that_fails_leaves_every_page_its_own() -> None:
 # Dropout
 
 
-def test_dropout_of_nothing_and_of_all_are_torch_s(generator: torch.Generator) -> None:
+def test_dropout_of_0_and_1_equals_that_of_torch(generator: torch.Generator) -> None:
     x = torch.randn(33, 7, generator=generator)
     for p in (0.0, 1.0):
         mask, kept = keep_mask(x, p)
@@ -528,7 +528,7 @@ def test_dropout_of_nothing_and_of_all_are_torch_s(generator: torch.Generator) -
 
 
 @pytest.mark.parametrize("p", [0.999, 0.99999, 1 - 1e-9, 1 - 1e-12])
-def test_dropout_of_almost_all_drops_and_can_be_divided_by(p: float, generator: torch.Generator) -> None:
+def test_dropout_near_1_has_a_nonzero_probability(p: float, generator: torch.Generator) -> None:
     torch.manual_seed(0)
     mask, kept = keep_mask(torch.empty(1000), p)
     assert 0 < kept < 1
@@ -545,7 +545,7 @@ def _adapters(ranks: tuple[int, ...], generator: torch.Generator) -> tuple[list[
 
 
 @pytest.mark.parametrize("ids", [[1, 1, 0, -1], [1, 0, -1, 1]], ids=["sorted", "mixed"])
-def test_several_adapters_may_be_differentiated_twice(ids: list[int], generator: torch.Generator) -> None:
+def test_multi_lora_is_twice_differentiable(ids: list[int], generator: torch.Generator) -> None:
     As, Bs = _adapters((2, 3), generator)
     x = torch.randn(4, 2, 6, generator=generator, dtype=torch.float64, requires_grad=True)
     W = torch.randn(4, 6, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -557,7 +557,7 @@ def test_several_adapters_may_be_differentiated_twice(ids: list[int], generator:
     assert torch.autograd.gradgradcheck(call, (x, W, *As, *Bs))
 
 
-def test_an_adapter_that_is_broken_hurts_its_own_sequences_alone(generator: torch.Generator) -> None:
+def test_nan_in_one_adapter_affects_only_its_sequences(generator: torch.Generator) -> None:
     As, Bs = _adapters((2, 3), generator)
     with torch.no_grad():
         As[1].fill_(torch.nan)
@@ -567,7 +567,7 @@ def test_an_adapter_that_is_broken_hurts_its_own_sequences_alone(generator: torc
     assert torch.equal(y[2], x[2, :, :4])
 
 
-def test_no_sequences_have_an_output_of_none_and_gradients_of_zero(generator: torch.Generator) -> None:
+def test_an_empty_batch_has_an_empty_output_and_zero_gradients(generator: torch.Generator) -> None:
     As, Bs = _adapters((2, 3), generator)
     x, W = torch.empty(0, 3, 6, dtype=torch.float64, requires_grad=True), torch.ones(4, 6).double().requires_grad_()
     y = multi_lora_linear(x, W, As, Bs, [1.0, 1.0], [])
@@ -589,7 +589,7 @@ def test_no_sequences_have_an_output_of_none_and_gradients_of_zero(generator: to
     ],
     ids=str,
 )
-def test_ids_that_are_none_are_refused_as_the_reference_does(ids: Any, words: str, generator: torch.Generator) -> None:
+def test_invalid_ids_are_rejected_like_in_the_reference(ids: Any, words: str, generator: torch.Generator) -> None:
     As, Bs = _adapters((2, 3), generator)
     x, W = torch.ones(2, 3, 6).double(), torch.ones(4, 6).double()
     with pytest.raises(ValueError, match=words):
@@ -599,7 +599,7 @@ def test_ids_that_are_none_are_refused_as_the_reference_does(ids: Any, words: st
 
 
 @pytest.mark.parametrize("ids", [[0, 2], [0, -2]])
-def test_an_id_that_no_adapter_has_is_refused(ids: list[int], generator: torch.Generator) -> None:
+def test_an_id_without_an_adapter_is_rejected(ids: list[int], generator: torch.Generator) -> None:
     As, Bs = _adapters((2, 3), generator)
     with pytest.raises(ValueError, match="0 to 1"):
         multi_lora_linear(torch.ones(2, 1, 6, dtype=torch.float64), torch.ones(4, 6).double(), As, Bs, [1.0, 1.0], ids)

@@ -52,8 +52,8 @@ def attached(
             setattr(model, path, Nf4Linear(model.get_submodule(path), torch.float32))  # type: ignore[arg-type]
     model.to(dtype)
     (implementation,) = (one for one in discover([name]).implementations if (one.target, one.name) == (method, name))
-    knobs = {"adalora": {"alpha": 2.0, "target_rank": 2}, "vera": {}}.get(method, {"alpha": 2.0})
-    config = configure(method, {"rank": R, "targets": list(NAMES), **knobs})
+    options = {"adalora": {"alpha": 2.0, "target_rank": 2}, "vera": {}}.get(method, {"alpha": 2.0})
+    config = configure(method, {"rank": R, "targets": list(NAMES), **options})
     adapted = implementation(model, config, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
     for tensor in adapted.tensors().values():
@@ -102,7 +102,7 @@ def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "pissa", "adalora"])
-def test_one_call_computes_all_and_the_same(method: str, together: list[int]) -> None:
+def test_one_call_computes_all_layers(method: str, together: list[int]) -> None:
     adapted = attached(method)
     for seed in range(3):
         x = given(seed=seed)
@@ -111,7 +111,7 @@ def test_one_call_computes_all_and_the_same(method: str, together: list[int]) ->
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_packed_layers_too(method: str, together: list[int]) -> None:
+def test_packed_layers_are_computed_together(method: str, together: list[int]) -> None:
     """Over our own NF4 layers it is what the reference computes over the decoded weights."""
     adapted, runs = attached(method, packed=True), []
     for dtype in (torch.float64, torch.float32):
@@ -131,7 +131,7 @@ def test_packed_layers_too(method: str, together: list[int]) -> None:
 
 
 @pytest.mark.parametrize("names", [("v", "k", "q"), ("q", "v"), ("k",), ("q", "q", "k"), ("q", "k", "v", "q")])
-def test_any_order_any_choice_and_twice(names: tuple[str, ...]) -> None:
+def test_any_order_any_subset_and_repeated_calls(names: tuple[str, ...]) -> None:
     adapted = attached()
     for _ in range(2):
         gradients(adapted, given(), lambda m, x: m(x))
@@ -141,7 +141,7 @@ def test_any_order_any_choice_and_twice(names: tuple[str, ...]) -> None:
         assert are_those_of_the_reference(gradients(adapted, x, act), "lora", x, act)
 
 
-def test_who_is_never_asked_is_no_longer_computed(together: list[int]) -> None:
+def test_unused_layers_stop_being_precomputed(together: list[int]) -> None:
     adapted = attached()
     for _ in range(3 * shared_input.PATIENCE):  # as often asked as not
         adapted.model(given())
@@ -154,7 +154,7 @@ def test_who_is_never_asked_is_no_longer_computed(together: list[int]) -> None:
     assert together[-2:] == [3, 2]
 
 
-def test_layers_beside_each_other_with_other_names_and_of_other_parents_are_strangers() -> None:
+def test_only_known_names_under_one_parent_form_a_group() -> None:
     paths = ("0.q_proj", "0.o_proj", "1.v_proj", "1.k_proj", "1.q_proj", "v_proj")  # OPT and BART have q last
     layers = {path: shared_input.SharedInputLayer() for path in paths}
     shared_input.link(layers)
@@ -163,7 +163,7 @@ def test_layers_beside_each_other_with_other_names_and_of_other_parents_are_stra
     assert len({id(one) for one in families}) == 4
 
 
-def test_one_after_the_other_each_with_its_own_backward_pass() -> None:
+def test_separate_calls_have_separate_backward_passes() -> None:
     """The first one's backward pass frees what the others would need, had they been computed with it."""
     adapted = attached()
     for _ in range(3):
@@ -177,7 +177,7 @@ def test_one_after_the_other_each_with_its_own_backward_pass() -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
-def test_who_is_not_asked_gets_no_gradient(method: str) -> None:
+def test_unused_outputs_get_no_gradient(method: str) -> None:
     """Neither zeros, which an optimizer would take for a step with weight decay."""
     adapted = attached(method)
     adapted.model(given(), ("q",)).sum().backward()
@@ -240,7 +240,7 @@ CHANGES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("method", ["lora", "dora", "pissa", "adalora"])
-def test_what_changed_in_between_is_seen(method: str, change: Callable[[Any, Tensor], None]) -> None:
+def test_modifications_between_calls_are_detected(method: str, change: Callable[[Any, Tensor], None]) -> None:
     for _ in range(10 if change is _replaces_a_factor else 1):
         found = []
         for name, dtype in (("fused", torch.float32), ("reference", torch.float64), ("reference", torch.float32)):
@@ -263,7 +263,7 @@ def test_a_hook_on_the_base_is_called_whenever_it_is_set() -> None:
     assert seen == ["hook", "backward"]
 
 
-def test_autocast_switched_on_in_between_is_seen() -> None:
+def test_autocast_enabled_between_calls_is_detected() -> None:
     found = []
     for name in ("fused", "reference"):
         model, x = attached(name=name).model, given()
@@ -273,7 +273,7 @@ def test_autocast_switched_on_in_between_is_seen() -> None:
     assert found[0] == found[1]
 
 
-def test_gradients_switched_on_in_between_are_recorded() -> None:
+def test_gradients_enabled_between_calls_are_recorded() -> None:
     adapted = attached()
     for _ in range(2):
         adapted.model(given())
@@ -284,7 +284,7 @@ def test_gradients_switched_on_in_between_are_recorded() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_from_the_first_step_on(reentrant: bool) -> None:
+def test_checkpointing_from_the_first_step(reentrant: bool) -> None:
     adapted = attached()
     act = lambda m, x: checkpoint(m, x, use_reentrant=reentrant)  # noqa: E731
     for seed in range(3):
@@ -292,7 +292,7 @@ def test_checkpointing_from_the_first_step_on(reentrant: bool) -> None:
         assert are_those_of_the_reference(gradients(adapted, x, act), "lora", x, lambda m, x: m(x))
 
 
-def test_checkpointing_of_what_ceases_to_be_computed_in_advance() -> None:
+def test_checkpointing_of_layers_that_stop_being_precomputed() -> None:
     """A recomputation that kept other tensors than the first pass would be refused."""
     adapted = attached()
     for _ in range(shared_input.PATIENCE + 3):
@@ -362,7 +362,7 @@ def test_a_base_that_trains_gets_its_gradient(method: str) -> None:
     assert noise_floor(*found, "float32").passed
 
 
-def test_who_does_not_train_takes_no_part_in_the_backward_pass_of_who_does() -> None:
+def test_frozen_layers_are_not_in_the_backward_pass_of_trained_ones() -> None:
     adapted = attached()
     for name in ("A", "B"):
         getattr(adapted.model.q, name).requires_grad_(False)
@@ -371,7 +371,7 @@ def test_who_does_not_train_takes_no_part_in_the_backward_pass_of_who_does() -> 
     assert adapted.model.k(x).requires_grad
 
 
-def test_a_gradient_of_x_that_is_wanted_only_later_is_whole() -> None:
+def test_a_gradient_of_x_requested_later_is_complete() -> None:
     for method in ("lora", "vera"):
         found = []
         for name, dtype in (("fused", torch.float32), ("reference", torch.float64), ("reference", torch.float32)):
@@ -385,7 +385,7 @@ def test_a_gradient_of_x_that_is_wanted_only_later_is_whole() -> None:
         assert noise_floor(*found, "float32").passed
 
 
-def test_a_second_backward_pass_says_what_to_do() -> None:
+def test_a_second_backward_pass_raises_with_a_hint() -> None:
     model, x = attached().model, given()
     q, k = model.q(x), model.k(x)
     q.sum().backward()
@@ -393,7 +393,7 @@ def test_a_second_backward_pass_says_what_to_do() -> None:
         k.sum().backward()
 
 
-def test_layers_of_another_width_are_left_alone() -> None:
+def test_layers_of_another_width_are_computed_alone() -> None:
     """As in cross-attention over the states of another model."""
     for method in ("lora", "dora", "pissa", "adalora"):
         found = []
@@ -429,7 +429,7 @@ def test_weights_made_in_inference_mode() -> None:
         assert noise_floor(*found, "float32").passed
 
 
-def test_nothing_waits_longer_than_its_input_or_the_next_call() -> None:
+def test_saved_outputs_are_freed_with_their_input_or_at_the_next_call() -> None:
     model, seen = attached().model, []
     for _ in range(3):
         x = given()
@@ -458,14 +458,14 @@ def test_a_model_can_be_saved_whole(method: str, tmp_path: Path, together: list[
     assert together[before:] == together[:before]
 
 
-def test_a_copy_of_one_layer_is_of_one_layer() -> None:
+def test_a_copy_of_one_layer_is_alone() -> None:
     adapted = attached()
     one = copy.deepcopy(adapted.model.q)
     assert list(one.input_group._members) == [0]
     assert torch.equal(one(given()), one.forward_alone(given()))
 
 
-def test_a_layer_that_was_replaced_is_let_go() -> None:
+def test_a_replaced_layer_is_freed() -> None:
     adapted = attached()
     adapted.model(given())
     gone = weakref.ref(adapted.model.k)
@@ -476,7 +476,7 @@ def test_a_layer_that_was_replaced_is_let_go() -> None:
     adapted.model(given())
 
 
-def test_a_copy_is_a_model_of_its_own(together: list[int]) -> None:
+def test_a_copied_model_is_independent(together: list[int]) -> None:
     adapted = attached()
     for _ in range(2):
         adapted.model(given())
@@ -495,7 +495,7 @@ def test_a_copy_is_a_model_of_its_own(together: list[int]) -> None:
         assert not torch.equal(other.k(x), adapted.model.k(x))
 
 
-def test_threads_get_each_their_own(together: list[int]) -> None:
+def test_threads_share_no_outputs(together: list[int]) -> None:
     adapted = attached()
     inputs = [given(seed=seed).detach() for seed in range(4)]
     want, wrong = [adapted.model(x) for x in inputs], []

@@ -49,7 +49,7 @@ def test_one_product_for_all_layers_of_one_input(projections: list[int]) -> None
     assert all(torch.equal(y, call(of, None)) for y in kept)
 
 
-def test_with_a_mask_everyone_has_its_own(projections: list[int]) -> None:
+def test_layers_with_masks_share_nothing(projections: list[int]) -> None:
     of, shared = drawn(), SharedProjection()
     kept = [call(of, shared, torch.ones(T, D)) for _ in range(3)]
     assert len(projections) == len(kept)
@@ -76,7 +76,9 @@ def _memory(of: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("change", [_x, _a, _another_x, _another_a, _memory])
-def test_what_changed_is_seen(change: Callable[[dict[str, Tensor]], None], projections: list[int]) -> None:
+def test_modified_inputs_and_weights_are_detected(
+    change: Callable[[dict[str, Tensor]], None], projections: list[int]
+) -> None:
     of, shared = drawn(), SharedProjection()
     kept = call(of, shared)  # whose graph keeps what is shared
     change(of)
@@ -84,7 +86,7 @@ def test_what_changed_is_seen(change: Callable[[dict[str, Tensor]], None], proje
     assert not torch.equal(kept, call(of, None))
 
 
-def test_gradients_switched_on_in_between_are_recorded() -> None:
+def test_gradients_enabled_between_calls_are_recorded() -> None:
     of, shared = drawn(), SharedProjection()
     with torch.no_grad():
         kept = call(of, shared)
@@ -98,7 +100,7 @@ def test_gradients_switched_on_in_between_are_recorded() -> None:
     assert torch.equal(mine, fresh["x"].grad)
 
 
-def test_each_layer_may_have_a_backward_pass_of_its_own() -> None:
+def test_each_layer_may_have_a_separate_backward_pass() -> None:
     of, shared = drawn(), SharedProjection()
     outputs = [call(of, shared) for _ in range(2)]
     for y in outputs:
@@ -129,7 +131,7 @@ def test_a_second_derivative() -> None:
     assert noise_floor(mine, second(torch.float64, plain), second(torch.float32, plain), "float32").passed
 
 
-def test_threads_with_inputs_of_their_own_get_each_its_own() -> None:
+def test_threads_with_different_inputs_share_nothing() -> None:
     of, shared, wrong = drawn(), SharedProjection(), []
 
     def many(seed: int) -> None:

@@ -23,7 +23,7 @@ from harness.conformance.subject import DTYPES, Original, Subject, configure
 from harness.errors import Exit, ImplementationError, SuiteError, UsageError
 from harness.methods import peft_schema
 from harness.methods.implementations.hf_peft.any_config import any_method
-from harness.methods.peft_config import KEY, NO_REFERENCE, PEFT, AdapterConfigField, peft_types
+from harness.methods.peft_config import KEY, NO_REFERENCE, PEFT, AdapterConfigField
 from harness.records.record import CheckResult, Outcome, Status
 from harness.suites import loader
 from support.sandbox import Sandbox
@@ -74,7 +74,7 @@ def gated(subject: Subject, case: Case) -> dict[str, CheckResult]:
 
 
 @pytest.mark.parametrize(("kind", "dtype"), TRIED)
-def test_pefts_methods_hold_what_needs_no_reference(kind: str, dtype: str) -> None:
+def test_methods_of_peft_pass_the_checks_without_a_reference(kind: str, dtype: str) -> None:
     subject, case = attached(kind, dtype)
     before = {name: t.detach().clone() for name, t in subject.adapted.tensors().items()}
     found = gated(subject, case)
@@ -96,27 +96,27 @@ def warmed(kind: str, **keys: Any) -> tuple[Subject, Case, Any]:
     return subject, case, subject.adapted.layers["first"]
 
 
-def test_a_start_that_is_not_the_base_model_is_seen() -> None:
+def test_a_start_that_differs_from_the_base_is_detected() -> None:
     subject, case = attached("IA3")
     with torch.no_grad():
         subject.adapted.tensors()["second.ia3_l.default"].mul_(1.001)
     assert spoilt("start", subject, case).outcome is Outcome.FAIL
 
 
-def test_a_base_that_attaching_changed_is_seen() -> None:
+def test_a_base_changed_by_attach_is_detected() -> None:
     subject, case = attached("LOHA")
     subject.bases["first"].weight.data[0, 0] += 1e-3  # type: ignore[operator,index,union-attr]
     assert gated(subject, case)["base/init"].outcome is Outcome.FAIL
 
 
-def test_noise_is_seen() -> None:
+def test_noise_is_detected() -> None:
     subject, case, layer = warmed("LOHA")
     right = layer.forward
     layer.forward = lambda x: right(x) * (1 + torch.finfo(x.dtype).eps * (torch.rand_like(x[..., :1]) < 0.5))
     assert spoilt("repeats", subject, case).outcome is Outcome.FAIL
 
 
-def test_a_weight_that_a_pass_changes_is_seen() -> None:
+def test_a_weight_changed_by_a_forward_pass_is_detected() -> None:
     subject, case, layer = warmed("LOKR")
     right = layer.forward
 
@@ -128,7 +128,7 @@ def test_a_weight_that_a_pass_changes_is_seen() -> None:
     assert spoilt("untouched", subject, case).outcome is Outcome.FAIL
 
 
-def test_an_adapter_that_nothing_reaches_is_seen() -> None:
+def test_an_unreachable_adapter_is_detected() -> None:
     subject, case, layer = warmed("IA3")
     layer.forward = layer.base_layer.forward
     result = spoilt("reached", subject, case)
@@ -136,14 +136,14 @@ def test_an_adapter_that_nothing_reaches_is_seen() -> None:
     assert "first.ia3_l.default gets no gradient" in result.detail
 
 
-def test_what_the_saved_adapter_does_not_say_is_seen() -> None:
+def test_an_incomplete_saved_adapter_is_detected() -> None:
     subject, case, layer = warmed("LORA")
     layer.scaling["default"] *= 2
     assert spoilt("reload", subject, case).outcome is Outcome.FAIL
 
 
 @pytest.mark.parametrize("fault", ["does nothing", "adds twice", "does not unmerge"])
-def test_a_wrong_merge_is_seen(fault: str) -> None:
+def test_a_wrong_merge_is_detected(fault: str) -> None:
     subject, case, _ = warmed("LOHA")
 
     class Wrong(type(subject.adapted)):  # type: ignore[misc]
@@ -164,30 +164,30 @@ def test_a_wrong_merge_is_seen(fault: str) -> None:
     assert result.detail == ("after unmerging" if fault == "does not unmerge" else "after merging")
 
 
-def test_what_peft_refuses_comes_up_in_its_own_words() -> None:
+def test_errors_of_peft_are_reported_with_its_message() -> None:
     with pytest.raises(ImplementationError, match=r"peft refuses .*not found in the base model"):
         attached("LOHA", target_modules=["third"])
     with pytest.raises(ImplementationError, match=r"peft refuses .*positive integer value"):
         attached("LOHA", r=0)
 
 
-def test_a_key_of_a_newer_peft_is_left_out_as_peft_does_and_noted() -> None:
+def test_a_key_of_a_newer_peft_is_ignored_with_a_note() -> None:
     subject, _ = attached("IA3", of_the_future=3)
     assert "of_the_future" in " ".join(subject.adapted.notes)  # type: ignore[attr-defined]
 
 
-def told(config: dict[str, Any]) -> list[Any]:
+def problems_of(config: dict[str, Any]) -> list[Any]:
     field = PEFT.fields[KEY]
     assert isinstance(field, AdapterConfigField)
     return list(field.problems(config))
 
 
 def test_a_key_that_peft_would_ignore_is_a_mistake_of_the_suite() -> None:
-    ((where, what, hint),) = told({"peft_type": "LORA", "r": 4, "lora_alhpa": 7})
+    ((where, what, hint),) = problems_of({"peft_type": "LORA", "r": 4, "lora_alhpa": 7})
     assert where == ("lora_alhpa",)
     assert what == "has lora_alhpa, which the installed peft's LORA does not have and would ignore"
     assert hint == "did you mean `lora_alpha`?"
-    assert told({"peft_type": "LORA", "r": 4, "of_the_future": None}) == []  # a newer peft's, and unset
+    assert problems_of({"peft_type": "LORA", "r": 4, "of_the_future": None}) == []  # a newer peft's, and unset
 
 
 def test_the_keys_are_those_of_peft() -> None:
@@ -198,13 +198,13 @@ def test_the_keys_are_those_of_peft() -> None:
         assert peft_schema.keys_of(kind.value) == set(inspect.signature(config.__init__).parameters) - {"self"}, kind
 
 
-def test_target_parameters_that_fit_none_are_refused() -> None:
+def test_target_parameters_without_a_match_are_rejected() -> None:
     """peft trains what else the config names, without a word."""
     with pytest.raises(ImplementationError, match=r"`nope\.weight`, which matches no parameter"):
         attached("LORA", target_parameters=["nope.weight"])
 
 
-def test_an_adapter_on_a_new_head_is_refused() -> None:
+def test_an_adapter_on_a_new_head_is_rejected() -> None:
     subject, _ = attached("IA3")
     with pytest.raises(UsageError, match=r"adapts the head \(second\)"):
         attached_layers(subject.adapted, ["second.weight"])
@@ -241,7 +241,7 @@ def cell_id(folder: Path, value: Any) -> str:
     return cell.cell_id
 
 
-def test_a_cell_is_what_the_file_says_not_where_it_lies(tmp_path: Path) -> None:
+def test_a_cell_id_depends_on_the_content_of_the_file_not_on_its_path(tmp_path: Path) -> None:
     for name, content in (("one", IA3), ("two", IA3), ("three", {**IA3, "target_modules": ["v_proj"]})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
@@ -258,25 +258,25 @@ def without(key: str) -> dict[str, Any]:
     ("value", "says"),
     [
         ("./nowhere.json", "nowhere.json cannot be read: No such file"),
-        ("./broken.json", "is no JSON: Expecting property name enclosed in double quotes: line 2 column 1"),
-        ("./list.json", "list.json is no JSON object"),
-        ("./nan.json", "`adapter_config` of peft (./nan.json) has x nan, which is no number of JSON"),
-        ("./infinite.json", "has x.1 inf, which is no number of JSON"),
-        ("./surrogate.json", "has half a character in x"),
+        ("./broken.json", "is not JSON: Expecting property name enclosed in double quotes: line 2 column 1"),
+        ("./list.json", "list.json is not a JSON object"),
+        ("./nan.json", "`adapter_config` of peft (./nan.json) has x nan, which JSON cannot represent"),
+        ("./infinite.json", "has x.1 inf, which JSON cannot represent"),
+        ("./surrogate.json", "has half a surrogate pair in x"),
         ("./latin.json", "latin.json is not UTF-8"),
-        ("./deep.json", "is no JSON: maximum recursion depth exceeded"),
+        ("./deep.json", "is not JSON: maximum recursion depth exceeded"),
         ("./zero\0.json", "is no path: it holds a zero byte"),
         ("~nobody-of-this-name/adapter_config.json", "is no path: Could not determine home directory"),
         (None, "`adapter_config` of peft is missing"),
         ({}, "has no `peft_type` (it is empty)"),
         ({**IA3, "task_type": ["CAUSAL_LM"]}, "has task_type ['CAUSAL_LM']; the harness has models for"),
-        ({**IA3, "modules_to_save": 5}, "has modules_to_save 5, which is no list of names"),
-        ({**IA3, "modules_to_save": "score"}, "has modules_to_save 'score', which is no list of names"),
+        ({**IA3, "modules_to_save": 5}, "has modules_to_save 5, which is not a list of names"),
+        ({**IA3, "modules_to_save": "score"}, "has modules_to_save 'score', which is not a list of names"),
         (7, "must be the path of an adapter_config.json, or its keys, got 7"),
         (without("peft_type"), "has no `peft_type`"),
         ({**IA3, "peft_type": "IA4"}, "has peft_type IA4, which the installed peft does not have"),
         ({**IA3, "peft_type": "XLORA"}, "has peft_type XLORA, which is not supported: it mixes trained adapters"),
-        ({**IA3, "peft_type": "PROMPT_TUNING"}, "has num_virtual_tokens None; PROMPT_TUNING wants a whole number"),
+        ({**IA3, "peft_type": "PROMPT_TUNING"}, "has num_virtual_tokens None; PROMPT_TUNING needs a whole number"),
         ({**LORA, "arrow_config": {"top_k": 1}}, "has arrow_config, which is not supported: it mixes trained adapters"),
         (
             {**LORA, "init_lora_weights": "eva"},
@@ -292,7 +292,7 @@ def without(key: str) -> dict[str, Any]:
         ({**IA3, "modules_to_save": ["embed_tokens"]}, "has modules_to_save embed_tokens"),
     ],
 )
-def test_mistakes_are_found_with_the_suite(tmp_path: Path, value: Any, says: str) -> None:
+def test_mistakes_are_found_when_the_suite_is_read(tmp_path: Path, value: Any, says: str) -> None:
     (tmp_path / "broken.json").write_text("{\n", encoding="utf-8")
     (tmp_path / "nan.json").write_text('{"peft_type": "IA3", "x": NaN}', encoding="utf-8")
     (tmp_path / "infinite.json").write_text('{"peft_type": "IA3", "x": [1, 1e999]}', encoding="utf-8")
@@ -306,7 +306,7 @@ def test_mistakes_are_found_with_the_suite(tmp_path: Path, value: Any, says: str
     assert "suite.yaml:10: " in str(caught.value)
 
 
-# Of each mistake the mend, and the keys of a reader who did what it says.
+# For each mistake: the hint, and the keys after following it.
 MENDS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
     ({"peft_type": None}, 'add it, e.g. "peft_type": "LORA"', {"peft_type": "LORA"}),
     ({"peft_type": "IA4"}, "did you mean `IA3`?", {"peft_type": "IA3"}),
@@ -325,7 +325,7 @@ MENDS: list[tuple[dict[str, Any], str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("wrong", "hint", "right"), MENDS, ids=lambda value: str(value)[:40])
-def test_what_a_hint_says_to_write_is_right(
+def test_following_a_hint_fixes_the_config(
     tmp_path: Path, wrong: dict[str, Any], hint: str, right: dict[str, Any]
 ) -> None:
     others = {} if "peft_type" in wrong else LORA  # whose keys another type does not have
@@ -337,7 +337,7 @@ def test_what_a_hint_says_to_write_is_right(
     assert loader.load(suite(tmp_path, {**others, **right})).entries
 
 
-def test_all_mistakes_of_a_config_come_at_once_each_in_its_line(tmp_path: Path) -> None:
+def test_all_mistakes_of_a_config_are_reported_with_their_lines(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps({"peft_type": "PREFIX_TUNING", "task_type": "SEQ_CLS"}), encoding="utf-8"
     )
@@ -355,7 +355,7 @@ def test_all_mistakes_of_a_config_come_at_once_each_in_its_line(tmp_path: Path) 
     path.write_text(text.replace("max_tokens: 24", "max_tokens: 24, checkpointing: true"), encoding="utf-8")
     with pytest.raises(SuiteError) as caught:
         loader.load(path)
-    said = [
+    messages = [
         (int(p.where.rpartition(":")[2]), p.what.removeprefix("`adapter_config` of peft"))
         for p in caught.value.problems
     ]
@@ -366,7 +366,7 @@ def test_all_mistakes_of_a_config_come_at_once_each_in_its_line(tmp_path: Path) 
         (14, " (./config.json) has num_virtual_tokens None"), (14, " (./config.json) has task_type SEQ_CLS, and the model"),
         (15, ": ./nowhere cannot be read"), (17, " has task_type SEQ_CLS, and the model"),
     ]  # fmt: skip
-    assert [(line, what[: len(start)]) for (line, what), (_, start) in zip(said, expected, strict=True)] == expected
+    assert [(line, what[: len(start)]) for (line, what), (_, start) in zip(messages, expected, strict=True)] == expected
 
 
 def test_a_model_that_is_named_directly_has_a_kind_too(tmp_path: Path) -> None:
@@ -405,10 +405,10 @@ def test_impossible_combinations(tmp_path: Path, more: str, says: str) -> None:
 
 def test_the_types_are_the_installed_pefts() -> None:
     peft = pytest.importorskip("peft", reason="compares with peft")
-    assert set(peft_types()) == {one.value for one in peft.PeftType}
+    assert set(peft_schema.peft_types()) == {one.value for one in peft.PeftType}
 
 
-def test_it_lives_through_a_run_and_no_time_of_it_is_told(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_a_run_completes_and_reports_no_time(sandbox: Sandbox, tmp_path: Path) -> None:
     finished = sandbox.command("run", str(suite(tmp_path, IA3)), "--out", "run")
     assert finished.code == Exit.PASS, finished.err
     (record,) = sandbox.read().records

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from harness.cell import base_quantisation
 from harness.conformance.comparison.tolerance_policies import noise_floor
 from harness.kernels.torch.support.shared_input import InputGroup
-from harness.methods.implementations.fused.layers import dora
+from harness.methods.implementations.fused.methods import dora
 from harness.methods.registry import discover
 from harness.records.record import Base
 from reference.dora import Config, DoraLinear

@@ -21,7 +21,8 @@ from harness.conformance.subject import Original, Subject, configure
 from harness.errors import Exit, ImplementationError, SuiteError, Unsupported, UsageError
 from harness.methods.implementations.hf_peft import any_config
 from harness.methods.implementations.hf_peft.any_config import any_method
-from harness.methods.peft_config import KEY, AdapterConfigField, peft_types
+from harness.methods.peft_config import KEY, AdapterConfigField
+from harness.methods.peft_schema import peft_types
 from harness.records.record import CheckResult, Outcome, Status, Training
 from harness.suites import loader
 from support.sandbox import Sandbox
@@ -125,7 +126,7 @@ def test_encoders_read_virtual_tokens_too(kind: str, tmp_path: Path) -> None:
     assert set(trained(subject)) == set(subject.adapted.tensors())
 
 
-def test_what_scales_a_bias_of_zeros_is_no_defect(tmp_path: Path) -> None:
+def test_scaling_a_zero_bias_is_no_defect(tmp_path: Path) -> None:
     keys = {**saved("GLORA", tmp_path), "task_type": "SEQ_CLS", "target_modules": ["query", "value"]}
     model = bert()
     assert not any(module.bias.any() for module in model.modules() if isinstance(module, torch.nn.Linear))
@@ -133,7 +134,7 @@ def test_what_scales_a_bias_of_zeros_is_no_defect(tmp_path: Path) -> None:
     assert failed(results) == []
 
 
-def test_an_adapter_of_the_head_is_loaded_as_it_was() -> None:
+def test_an_adapter_of_the_head_is_reloaded_unchanged() -> None:
     keys = {"peft_type": "LORA", "r": 4, "target_modules": ["lm_head", "q_proj"]}
     _, results = attached(keys, llama())
     assert failed(results) == []
@@ -142,7 +143,7 @@ def test_an_adapter_of_the_head_is_loaded_as_it_was() -> None:
 # ---- virtual tokens
 
 
-def test_a_prompt_of_another_models_width_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_a_prompt_of_another_width_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ImplementationError, match="peft refuses this adapter_config"):
         any_method(
             llama(), configure("peft", {KEY: saved("PROMPT_TUNING", tmp_path) | {"token_dim": 24}}), torch.Generator()
@@ -159,7 +160,7 @@ class Words:
 
 
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING", "CARTRIDGE"])
-def test_virtual_tokens_go_before_a_text_once(kind: str, tmp_path: Path) -> None:
+def test_virtual_tokens_are_prepended_once(kind: str, tmp_path: Path) -> None:
     """With a cache or without, alone or behind padding: a text has the same answer."""
     model = llama()
     plain = inference(model, forward)()
@@ -182,7 +183,7 @@ def test_virtual_tokens_go_before_a_text_once(kind: str, tmp_path: Path) -> None
     assert torch.equal(inference(model, forward)(), virtual)
 
 
-def test_a_prefix_and_checkpointing_are_refused_together(tmp_path: Path) -> None:
+def test_a_prefix_with_checkpointing_is_rejected(tmp_path: Path) -> None:
     subject, _ = attached(saved("PREFIX_TUNING", tmp_path), llama())
     subject.model.gradient_checkpointing_enable()  # type: ignore[operator]
     with pytest.raises(UsageError, match="which gradient checkpointing drops"):
@@ -207,15 +208,15 @@ matrix:
 def test_a_suite_that_checkpoints_a_prefix_is_refused(kind: str, refused: int, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind, **VIRTUAL}), encoding="utf-8")
     (tmp_path / "suite.yaml").write_text(SUITE.replace("MOST}", "64, checkpointing: [false, true]}"), encoding="utf-8")
-    said = []
+    messages = []
     try:
         loader.load(tmp_path / "suite.yaml")
     except SuiteError as error:
-        said = [p.what for p in error.problems if "which gradient checkpointing drops" in p.what]
-    assert len(said) == refused
+        messages = [p.what for p in error.problems if "which gradient checkpointing drops" in p.what]
+    assert len(messages) == refused
 
 
-def test_prompt_tuning_lives_through_a_run(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_prompt_tuning_completes_a_run(sandbox: Sandbox, tmp_path: Path) -> None:
     saved("PROMPT_TUNING", tmp_path)
     suite = tmp_path / "suite.yaml"
     suite.write_text(SUITE.replace("MOST", "254"), encoding="utf-8")
@@ -264,7 +265,7 @@ def test_olora_starts_as_the_base_with_other_weights(tmp_path: Path) -> None:
     assert not torch.equal(subject.bases[path].weight, subject.original_base(path).weight)  # type: ignore[arg-type]
 
 
-def test_a_weight_that_olora_has_no_business_with_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_wrongly_changed_by_olora_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from peft.tuners.lora.layer import LoraLayer
 
     model, right = llama(), LoraLayer.olora_init

@@ -43,7 +43,7 @@ def attached(method: str, dtype: str = "float32", model: nn.Module | None = None
     return METHODS[method](model, config, torch.Generator().manual_seed(3))
 
 
-def test_one_entry_point_offers_them_all() -> None:
+def test_one_entry_point_has_all_implementations() -> None:
     from harness.methods.registry import discover
 
     found = {(i.kind, i.target) for i in discover(["hf-peft"]).implementations}
@@ -63,7 +63,7 @@ def test_the_tensors_are_the_parameters_that_peft_trains(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"qlora"}))
-def test_on_16_bits_the_adapter_is_float32_as_a_user_of_peft_gets_it(method: str) -> None:
+def test_on_16_bit_models_the_adapter_is_float32(method: str) -> None:
     adapted = attached(method, "bfloat16")
     assert {t.dtype for t in adapted.parameters()} == {torch.float32}
     assert adapted.model(torch.randn(5, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
@@ -82,7 +82,7 @@ def test_attaching_draws_from_its_generator_alone(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_taken_off_the_model_takes_the_next_adapter_as_if_it_were_the_first(method: str) -> None:
+def test_a_second_adapter_after_detach_equals_a_first(method: str) -> None:
     model = Model()
     layers = {name: model.get_submodule(name) for name in ("first", "second")}
     adapted = attached(method, model=model)
@@ -103,14 +103,14 @@ def test_taken_off_the_model_takes_the_next_adapter_as_if_it_were_the_first(meth
         ("adalora", {"beta1": 1.0}, "refuses a beta of 0 or 1"),
     ],
 )
-def test_what_peft_cannot_do_it_says_and_leaves_the_model(method: str, values: dict[str, Any], says: str) -> None:
+def test_unsupported_configs_leave_the_model_unchanged(method: str, values: dict[str, Any], says: str) -> None:
     model = Model()
     with pytest.raises(NotImplementedError, match=says):
         attached(method, model=model, **values)
     assert type(model.first) is nn.Linear
 
 
-def test_pissa_on_an_embedding_is_what_a_user_of_peft_gets_a_start_of_lora() -> None:
+def test_pissa_of_peft_starts_embeddings_as_lora() -> None:
     table = nn.Embedding(12, 8)
     W = table.weight.detach().clone()
     adapted = attached("pissa", model=nn.Sequential(table), targets=["0"])
@@ -120,7 +120,7 @@ def test_pissa_on_an_embedding_is_what_a_user_of_peft_gets_a_start_of_lora() -> 
         attached("pissa", model=nn.Sequential(nn.Conv2d(4, 8, 3)), targets=["0"])
 
 
-def test_adalora_adds_what_pefts_forward_pass_adds() -> None:
+def test_the_regularizer_of_adalora_equals_pefts() -> None:
     from types import SimpleNamespace
 
     adapted = attached("adalora", orthogonality=0.7)
@@ -138,7 +138,7 @@ def test_adalora_adds_what_pefts_forward_pass_adds() -> None:
     assert adapted.regularizer().requires_grad
 
 
-def test_adaloras_masks_can_be_loaded_and_are_then_put_on() -> None:
+def test_loaded_masks_of_adalora_are_applied() -> None:
     adapted = attached("adalora")
     with torch.no_grad():
         for tensor in adapted.parameters():
@@ -150,7 +150,7 @@ def test_adaloras_masks_can_be_loaded_and_are_then_put_on() -> None:
     assert adapted.tensors()["second.E"].all()
 
 
-def test_qlora_keeps_its_weight_in_4_bits_by_the_references_names() -> None:
+def test_state_of_qlora_has_the_references_names() -> None:
     adapted = attached("qlora", block=64)
     state = adapted.state()
     assert {name.rpartition(".")[2] for name in state} == {"codes", "absmax", "absmax2", "offset"}
@@ -161,5 +161,5 @@ def test_qlora_keeps_its_weight_in_4_bits_by_the_references_names() -> None:
     assert {n.rpartition(".")[2] for n in attached("qlora", double_quant=False).state()} == {"codes", "absmax"}
 
 
-def test_every_implementation_says_what_it_needs() -> None:
+def test_every_implementation_lists_its_requirements() -> None:
     assert all(isinstance(i, Implementation) and "peft" in i.requires for i in hf_peft.implementations())

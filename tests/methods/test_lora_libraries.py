@@ -10,7 +10,8 @@ import torch
 
 from harness.conformance.comparison.tolerance_policies import noise_floor
 from harness.conformance.subject import load, warm
-from harness.methods.implementations import hf_peft, loralib
+from harness.methods.implementations import loralib
+from harness.methods.implementations.hf_peft import lora as hf_peft
 from reference import lora
 from support.lora_layers import (
     CASES,
@@ -26,7 +27,7 @@ from support.lora_layers import (
 from support.two_layer_model import assert_same, generator
 
 
-def beside(name: str, attach: Callable[..., Any], dtype: str, **keys: Any) -> None:
+def assert_same_as_reference(name: str, attach: Callable[..., Any], dtype: str, **keys: Any) -> None:
     """Judge a library's layer: output and gradients, from the same random state, as the float64 reference has them."""
     theirs, x = warmed(name, dtype, attach, **keys), sample(name, dtype)
     truth = lora.attach(model(name, dtype).double(), config(**keys), generator())
@@ -46,17 +47,17 @@ PEFTS = [(n, d) for n, d in CASES if not {"dilation", "padding_mode"} & GEOMETRI
 
 @pytest.mark.parametrize(("name", "dtype"), [*PEFTS, ("groups", "bfloat16")])
 def test_hf_peft_computes_the_same(name: str, dtype: str) -> None:
-    beside(name, hf_peft.lora, dtype, rslora=dtype == "float64")
+    assert_same_as_reference(name, hf_peft.lora, dtype, rslora=dtype == "float64")
 
 
 @pytest.mark.parametrize(("name", "dtype"), [(n, d) for n, d in CASES if n != "scaled"])
 def test_loralib_computes_the_same(name: str, dtype: str) -> None:
     pytest.importorskip("loralib", reason="the extra `loralib` is not installed")
-    beside(name, loralib.lora, dtype, conv="loralib")
+    assert_same_as_reference(name, loralib.lora, dtype, conv="loralib")
 
 
 @pytest.mark.parametrize("name", ["linear", "Conv1D", "embedding", "everything"])
-def test_loralib_merges_by_its_switch_and_gives_the_base_back(name: str) -> None:
+def test_loralib_merges_and_unmerges(name: str) -> None:
     pytest.importorskip("loralib", reason="the extra `loralib` is not installed")
     adapted, x = warmed(name, attach=loralib.lora, conv="loralib"), sample(name)
     before, weight = adapted.model(x), adapted.bases["layer"].weight.clone()
@@ -76,7 +77,7 @@ def test_loralib_merges_by_its_switch_and_gives_the_base_back(name: str) -> None
 
 
 @pytest.mark.parametrize("name", ["linear", "Conv1D", "embedding", "everything"])
-def test_loralib_by_its_own_default_changes_the_weight_with_the_mode(name: str) -> None:
+def test_loralib_merging_changes_the_weight_with_the_mode(name: str) -> None:
     pytest.importorskip("loralib", reason="the extra `loralib` is not installed")
     adapted = attached(name, attach=loralib.merging, conv="loralib")
     weight = adapted.bases["layer"].weight
@@ -99,13 +100,13 @@ def test_loralib_by_its_own_default_changes_the_weight_with_the_mode(name: str) 
         ("scaled", {}, "^layer: loralib has no layer that computes as Scaled does$"),
     ],
 )
-def test_what_loralib_cannot_do_it_says(name: str, keys: dict[str, Any], says: str) -> None:
+def test_loralib_reports_unsupported_configs(name: str, keys: dict[str, Any], says: str) -> None:
     pytest.importorskip("loralib", reason="the extra `loralib` is not installed")
     with pytest.raises(NotImplementedError, match=says):
         attached(name, attach=loralib.lora, **keys)
 
 
-def test_what_peft_cannot_do_it_says() -> None:
+def test_hf_peft_reports_unsupported_configs() -> None:
     with pytest.raises(
         NotImplementedError, match=r"^layer: peft's LoRA of a convolution is conv=peft, not conv=loralib$"
     ):

@@ -40,7 +40,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return distribution
 
 
-def test_a_third_party_comes_in(install) -> None:
+def test_a_third_party_plugin_is_discovered(install) -> None:
     install("acme", GOOD)
     registry = discover()
     found = registry.find("method", "lora", "acme-lora")
@@ -58,7 +58,7 @@ def test_a_third_party_comes_in(install) -> None:
         GOOD + "one = attach\ndef attach():\n    yield one",
     ],
 )
-def test_several_at_once_or_a_function_that_returns_them(install, code: str) -> None:
+def test_entry_points_may_return_several_implementations(install, code: str) -> None:
     install("acme", code)
     assert "acme-lora" in discover().names("method", "lora")
 
@@ -87,7 +87,7 @@ def test_several_at_once_or_a_function_that_returns_them(install, code: str) -> 
         ),
     ],
 )
-def test_a_broken_one_is_named_and_takes_nobody_down(install, code: str, reason: str) -> None:
+def test_a_broken_plugin_is_reported_and_the_others_load(install, code: str, reason: str) -> None:
     install("acme", code)
     install("zebra", GOOD.replace("acme", "zebra"))
     registry = discover()
@@ -101,14 +101,14 @@ def test_a_broken_one_is_named_and_takes_nobody_down(install, code: str, reason:
     assert "broken plug-ins: acme" in caught.value.hint
 
 
-def test_nobody_takes_our_names(install) -> None:
+def test_plugins_cannot_replace_our_names(install) -> None:
     install("aaa-acme", GOOD.replace("acme-lora", "reference"))
     registry = discover()
     assert registry.find("method", "lora", "reference").distribution == "peft-harness"
     assert registry.broken["aaa-acme"] == "method lora by reference is offered twice, first by peft-harness"
 
 
-def test_two_of_one_name(install) -> None:
+def test_two_implementations_with_one_name(install) -> None:
     install("acme", GOOD)
     install("zebra", GOOD)
     registry = discover()
@@ -116,7 +116,7 @@ def test_two_of_one_name(install) -> None:
     assert "offered twice, first by acme" in registry.broken["zebra"]
 
 
-def test_what_a_plugin_prints_is_talk(install, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_of_a_plugin_goes_to_stderr(install, capsys: pytest.CaptureFixture[str]) -> None:
     install("acme", "print('welcome to acme')\n" + GOOD)
     discover()
     printed = capsys.readouterr()
@@ -124,19 +124,23 @@ def test_what_a_plugin_prints_is_talk(install, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    ("asked", "what", "hint"),
+    ("key", "message", "hint"),
     [
         (("method", "lora", "fussed"), "no implementation `fussed` of lora", "did you mean `fused`?"),
-        (("method", "lora", "unsloth"), "no implementation `unsloth` of lora", "who offers lora: fused, reference"),
-        (("method", "full", "fused"), "`fused` does not offer full, only lora", "who offers full: none"),
-        (("base", "nf4", "reference"), "`reference` does not offer nf4, only lora", "who offers nf4: none"),
+        (
+            ("method", "lora", "unsloth"),
+            "no implementation `unsloth` of lora",
+            "implementations of lora: fused, reference",
+        ),
+        (("method", "full", "fused"), "`fused` does not offer full, only lora", "implementations of full: none"),
+        (("base", "nf4", "reference"), "`reference` does not offer nf4, only lora", "implementations of nf4: none"),
     ],
 )
-def test_what_is_missing_is_suggested(asked: tuple[str, str, str], what: str, hint: str) -> None:
+def test_unknown_names_get_suggestions(key: tuple[str, str, str], message: str, hint: str) -> None:
     registry = Registry(tuple(implements("lora", name=name)(print) for name in ("reference", "fused")))
     with pytest.raises(HarnessError) as caught:
-        registry.find(*asked)
-    assert (caught.value.what, caught.value.hint) == (what, hint)
+        registry.find(*key)
+    assert (caught.value.what, caught.value.hint) == (message, hint)
 
 
 def test_implements_registers_nothing() -> None:

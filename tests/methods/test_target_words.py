@@ -42,12 +42,12 @@ def build(name: str) -> Any:
     return structure.build({"model_type": name, **config}, kind, torch.float32)
 
 
-def test_suites_know_the_words_that_the_reference_knows() -> None:
+def test_suites_and_reference_have_the_same_words() -> None:
     assert WORDS.keys() == TARGET_WORDS
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_the_words_stand_for(name: str) -> None:
+def test_layers_selected_by_each_word(name: str) -> None:
     model = build(name)
     _, _, attention, everything = MODELS[name]
     found = {word: set(targets(model, [word], KINDS)) for word in TARGET_WORDS}
@@ -65,7 +65,7 @@ def targets_of_kind(model: nn.Module) -> list[str]:
     return [path for path, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
 
 
-def test_all_linear_is_pefts_word_of_that_name() -> None:
+def test_all_linear_selects_the_same_layers_as_in_peft() -> None:
     peft = pytest.importorskip("peft", reason="compares with peft")
     for name in ("llama", "gpt2"):
         model = build(name)
@@ -76,14 +76,14 @@ def test_all_linear_is_pefts_word_of_that_name() -> None:
         assert taken == set(targets(model, ["all-linear"], KINDS))
 
 
-@pytest.mark.parametrize("who", ["reference", "fused", "hf-peft"])
+@pytest.mark.parametrize("name", ["reference", "fused", "hf-peft"])
 @pytest.mark.parametrize("word", sorted(TARGET_WORDS))
-def test_every_implementation_takes_the_same_layers(who: str, word: str) -> None:
+def test_every_implementation_takes_the_same_layers(name: str, word: str) -> None:
     with torch.device("cpu"):
         model = build("llama").to_empty(device="cpu")
     config = configure("lora", {"rank": 2, "targets": [word]})
     wanted = list(adaptable_layers(model, config))
-    adapted = discover([who]).find("method", "lora", who)(model, config, torch.Generator().manual_seed(0))
+    adapted = discover([name]).find("method", "lora", name)(model, config, torch.Generator().manual_seed(0))
     assert list(adapted.layers) == wanted
 
 
@@ -96,7 +96,7 @@ def test_fit_counts_the_same_layers() -> None:
     assert trains["all-linear"] == default["methods"]["lora"][0]["trainable"] > trains["attention"] > 0
 
 
-def test_a_word_that_stands_for_nothing_or_for_too_much_says_so() -> None:
+def test_a_word_without_layers_or_with_unsupported_ones_is_rejected() -> None:
     plain = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(ValueError, match=r"'attention' selects no layer of this Sequential: .* named \.\.\.Attention"):
         targets(plain, ["attention"])

@@ -139,7 +139,7 @@ def test_dropout_touches_the_adapter_alone() -> None:
     assert layer.eval()(x)[0, :4].tolist() == [layer.scaling] * 4
 
 
-def test_three_steps_of_the_averages_by_hand() -> None:
+def test_three_steps_of_the_averages_equal_a_worked_example() -> None:
     # beta1 = 3/4, beta2 = 1/4: every number is exact in binary.
     w, beta1, beta2 = torch.tensor(2.0), 0.75, 0.25
     I_bar = U_bar = torch.tensor(0.0)
@@ -194,14 +194,14 @@ def test_a_weight_that_the_loss_does_not_reach_has_no_importance() -> None:
     assert not bool(adapted.adalora["v_proj"].scores().any())
 
 
-def test_a_triplets_score_by_hand() -> None:
+def test_a_triplets_score_in_a_worked_example() -> None:
     s_A = torch.tensor([[1.0, 2.0, 6.0, 7.0], [0.0, 0.0, 0.0, 8.0]])  # means of rows 4, 2
     s_E = torch.tensor([[0.5], [0.25]])
     s_B = torch.tensor([[3.0, 10.0], [5.0, 20.0]])  # means of columns 4, 15
     assert adalora.triplet_scores(s_A, s_E, s_B).tolist() == [8.5, 17.25]
 
 
-def test_the_budget_by_hand() -> None:
+def test_the_budget_of_a_worked_example() -> None:
     config = Config(rank=12, target_rank=4, tinit=10, tfinal=20, total_steps=130)
     # 5 layers: from 60 to 20; of the 100 steps between, after 25 (3/4)^3 of 40 is left over the target: 16.875
     known = {0: 60, 10: 60, 11: 58, 35: 36, 60: 25, 85: 20, 90: 20, 109: 20, 110: 20, 111: 20, 130: 20, 999: 20}
@@ -219,7 +219,7 @@ SCHEDULES = [
 
 @pytest.mark.parametrize("config", SCHEDULES)
 @pytest.mark.parametrize("layers", [1, 20, 72])
-def test_the_budget_is_whole_falls_and_meets_both_ends(config: Config, layers: int) -> None:
+def test_the_budget_is_an_integer_and_falls_from_start_to_target(config: Config, layers: int) -> None:
     budgets = [budget(t, config, layers) for t in range(config.total_steps + 1)]
     assert all(type(b) is int for b in budgets)
     assert budgets == sorted(budgets, reverse=True)
@@ -241,7 +241,7 @@ def test_the_budget_is_pefts(config: Config, layers: int) -> None:
         assert budget(t, config, layers) == RankAllocator.budget_schedule(theirs, t)[0], t
 
 
-def test_of_equal_scores_exactly_the_budget_is_kept() -> None:
+def test_ties_do_not_change_the_number_of_triplets() -> None:
     assert largest_mask(torch.tensor([1.0, 3.0, 2.0, 3.0]), 2).tolist() == [False, True, False, True]
     assert largest_mask(torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0]), 2).tolist() == [False, True, True, False, False]
     for count in range(7):
@@ -250,7 +250,7 @@ def test_of_equal_scores_exactly_the_budget_is_kept() -> None:
     assert largest_mask(many, 1234).nonzero().flatten().tolist() == list(range(1234))
 
 
-def test_peft_prunes_all_that_tie() -> None:
+def test_peft_prunes_all_ties() -> None:
     model = peft_model(total_step=10)
     allocator = model.base_model.rankallocator
     for n, p in model.named_parameters():
@@ -276,7 +276,7 @@ def lambdas(adapted: adalora.AdaLoraAdapted) -> list[int]:
     return [int(v) for layer in adapted.adalora.values() for v in layer.E[:, 0]]
 
 
-def test_the_life_of_the_masks() -> None:
+def test_masks_over_a_whole_schedule() -> None:
     # 8 triplets to 4: tinit 2, prune at 4, 6 and 8 (the end of 10 - 2), then the mask of 8 stays.
     adapted = attached(tinit=2, tfinal=2, total_steps=10, delta_t=2)
     order = [7, 0, 6, 1, 5, 2, 4, 3]
@@ -323,7 +323,7 @@ def test_a_target_of_the_initial_rank_prunes_nothing() -> None:
         ({"targets": ("k_proj",)}, "no linear layer is named 'k_proj'"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_changes(config: dict[str, Any], message: str) -> None:
+def test_invalid_configs_leave_the_model_unchanged(config: dict[str, Any], message: str) -> None:
     model = Two()
     with pytest.raises(ValueError, match=message):
         adalora.attach(model, replace(Config(), **config), generator())
@@ -343,7 +343,7 @@ def grams(adapted: adalora.AdaLoraAdapted) -> Iterator[Tensor]:
             )
 
 
-def test_the_regularizer_by_hand() -> None:
+def test_the_regularizer_of_a_worked_example() -> None:
     squares = [sum(float(v) ** 2 for v in gap.flatten()) for gap in grams(warmed())]
     want = {"squared-sum": 0.25 * sum(squares), "mean-norm": 0.25 * sum(map(math.sqrt, squares)) / 4}
     for form, value in want.items():
@@ -382,7 +382,7 @@ def theirs(model: Any) -> dict[str, nn.Parameter]:
     return {ours: parameters[name] for ours, name in names.items()}
 
 
-def test_peft_starts_within_and_counts_the_same() -> None:
+def test_peft_has_the_same_initial_range_and_counts() -> None:
     mine, other = attached().tensors(), theirs(peft_model(total_step=10))
     assert {n: t.shape for n, t in mine.items()} == {n: t.shape for n, t in other.items()}
     assert {n for n, t in mine.items() if not bool(t.any())} == {n for n, t in other.items() if not bool(t.any())}

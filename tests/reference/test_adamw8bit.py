@@ -35,7 +35,7 @@ def warm(p: Tensor) -> dict[str, Tensor]:
     return state
 
 
-def by_hand(p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: int) -> tuple[Tensor, Tensor, Tensor]:
+def by_formula(p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: int) -> tuple[Tensor, Tensor, Tensor]:
     """AdamW, one number at a time."""
     (b1, b2), lr, eps, decay = KNOBS["betas"], KNOBS["lr"], KNOBS["eps"], KNOBS["weight_decay"]
     rows = []
@@ -66,10 +66,10 @@ def assert_same(have: Tensor, want: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("step", [1, 2, 50])
-def test_one_step_is_adamw_on_what_the_state_means(dtype: str, step: int) -> None:
+def test_one_step_is_adamw_on_the_decoded_state(dtype: str, step: int) -> None:
     p, g = (draw(N, seed=s, dtype=DTYPES[dtype]) for s in (2, 3))
     state = warm(p)
-    want, m, v = by_hand(p, g, *moments(state, torch.float64), step)
+    want, m, v = by_formula(p, g, *moments(state, torch.float64), step)
     rounded = torchs(p, g, *moments(state), step).to(DTYPES[dtype])
     adamw8bit_step(p, g, state, step=step, **KNOBS)
     assert p.dtype == DTYPES[dtype]
@@ -116,7 +116,7 @@ def test_the_parameter_moves_by_the_moments_before_they_are_rounded() -> None:
     assert_same(p, full.detach())
 
 
-def test_a_zero_block_stays_zero_and_moves_nothing() -> None:
+def test_a_zero_block_stays_zero() -> None:
     p, state = draw(4096, dtype=torch.float32), init_state(draw(4096))
     g = torch.zeros(4096)
     g[300:400] = draw(100, dtype=torch.float32)
@@ -150,13 +150,13 @@ def test_a_transposed_parameter_and_gradient() -> None:
 
 
 @pytest.mark.parametrize(("numel", "dtype"), [(4095, torch.float32), (4096, torch.uint8)])
-def test_small_tensors_keep_wide_states(numel: int, dtype: torch.dtype) -> None:
+def test_small_tensors_have_32_bit_states(numel: int, dtype: torch.dtype) -> None:
     state = init_state(torch.zeros(numel))
     assert state["m"].dtype == state["v"].dtype == dtype
     assert adamw8bit.state_bytes(numel) == sum(t.nbytes for t in state.values())
 
 
-def test_an_optimizer_passes_its_least_size_on() -> None:
+def test_the_optimizer_passes_its_minimum_size() -> None:
     p = nn.Parameter(draw(100, dtype=torch.float32))
     p.grad = draw(100, dtype=torch.float32)
     optimizer = AdamW8bit([p], min_8bit_size=100)
@@ -174,7 +174,7 @@ def test_a_small_tensor_is_plain_adamw() -> None:
     assert_same(ours.detach(), theirs.detach())
 
 
-def test_a_saved_optimizer_goes_on_as_if_nothing_had_been() -> None:
+def test_a_saved_optimizer_continues_exactly() -> None:
     # In bfloat16, whose copy of a float32 absmax would not be the same.
     params = [nn.Parameter(draw(*shape, dtype=torch.bfloat16)) for shape in ((64, 70), (5,))]
     optimizer = AdamW8bit([{"params": params[:1]}, {"params": params[1:], "lr": 0.2}], **KNOBS)
@@ -204,7 +204,7 @@ def only_tensors(state: dict[str, Any]) -> dict[str, Tensor]:
     return {n: t for n, t in state.items() if isinstance(t, Tensor)}
 
 
-def test_a_closure_may_run_backward_and_no_gradient_is_no_step() -> None:
+def test_a_closure_may_run_backward_and_parameters_without_gradients_do_not_step() -> None:
     p, idle = nn.Parameter(draw(5000)), nn.Parameter(draw(7))
     optimizer = AdamW8bit([p, idle], lr=0.1)
 
@@ -246,7 +246,7 @@ def test_the_map_is_that_of_bitsandbytes(functional: Any, signed: bool) -> None:
 def test_one_step_of_bitsandbytes_from_the_same_state(functional: Any, dtype: str, step: int) -> None:
     p, g = (draw(N, seed=s, dtype=DTYPES[dtype]) for s in (2, 3))
     state = warm(p)
-    truth, m, v = by_hand(p, g, *moments(state, torch.float64), step)
+    truth, m, v = by_formula(p, g, *moments(state, torch.float64), step)
     theirs, other = p.clone(), {n: t.clone() for n, t in state.items()}
     functional.optimizer_update_8bit_blockwise(
         "adam", g, theirs, other["m"], other["v"], *KNOBS["betas"], 0.0, 0.0, KNOBS["eps"], step, KNOBS["lr"],
@@ -274,7 +274,7 @@ def on_the_grid_near(scaled: Tensor, signed: bool, by: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("signed", "furthest"), [(True, 4), (False, 7)])
-def test_where_and_why_bitsandbytes_takes_another_code(functional: Any, signed: bool, furthest: int) -> None:
+def test_bitsandbytes_codes_differ_only_for_known_reasons(functional: Any, signed: bool, furthest: int) -> None:
     x = draw(1 << 18, dtype=torch.float32)
     x = x if signed else x.square()
     theirs = functional.quantize_blockwise(x, dynamic_map(signed), blocksize=256)[0]
@@ -293,7 +293,7 @@ def test_where_and_why_bitsandbytes_takes_another_code(functional: Any, signed: 
     )
 
 
-def test_the_optimizer_of_bitsandbytes_keeps_small_tensors_wide_too(functional: Any) -> None:
+def test_bitsandbytes_has_32_bit_states_for_small_tensors_too(functional: Any) -> None:
     import bitsandbytes
 
     for numel in (4095, 4096):
@@ -305,6 +305,6 @@ def test_the_optimizer_of_bitsandbytes_keeps_small_tensors_wide_too(functional: 
             p.grad = draw(numel, seed=2, dtype=torch.float32)
             optimizer.step()
         assert optimizers[0].state[pair[0]]["m"].dtype == optimizers[1].state[pair[1]]["state1"].dtype
-        truth = by_hand(draw(numel), draw(numel, seed=2), torch.zeros(numel), torch.zeros(numel), 1)[0]
+        truth = by_formula(draw(numel), draw(numel, seed=2), torch.zeros(numel), torch.zeros(numel), 1)[0]
         judged = noise_floor({"p": pair[1].detach()}, {"p": truth}, {"p": pair[0].detach()}, "float32")
         assert judged.passed, judged

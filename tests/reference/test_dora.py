@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor
 from harness.conformance.subject import DTYPES, configure, warm
-from harness.methods.implementations import bitsandbytes
+from harness.methods.implementations.bitsandbytes.weights import nf4
 from reference import dora, lora
 from reference.shared.layers import dense_copy, dense_weight
 from support.two_layer_model import Two, draw, generator
@@ -43,7 +43,7 @@ def one(W: list[list[float]], A: list[list[float]], B: list[list[float]], **conf
     return layer  # type: ignore[no-any-return]
 
 
-def by_hand(layer: dora.DoraLinear, s: float) -> Tensor:
+def by_formula(layer: dora.DoraLinear, s: float) -> Tensor:
     """W' of eq. 5, one number at a time."""
     W, A, B, m = (t.detach().tolist() for t in (layer.base.weight, layer.A, layer.B, layer.m))
     E, D = len(W), len(W[0])
@@ -69,7 +69,7 @@ def assert_same(have: dict[str, Any], want: dict[str, Any], dtype: str = "float6
 def test_forward_is_the_papers_formula(per: str, rank: int, alpha: float) -> None:
     layer = warmed(per=per, rank=rank, alpha=alpha).layers["q_proj"]
     x = draw(5, 12)
-    want = torch.einsum("td,ed->te", x, by_hand(layer, alpha / rank)) + layer.base.bias
+    want = torch.einsum("td,ed->te", x, by_formula(layer, alpha / rank)) + layer.base.bias
     assert_same({"y": layer(x).detach()}, {"y": want.detach()})
 
 
@@ -84,7 +84,7 @@ def test_a_small_example_is_exact() -> None:
     assert layer(torch.tensor([[1.0, 2.0]], dtype=torch.float64)).tolist() == [[23.0, 57.0]]
 
 
-def test_per_input_it_is_the_columns_that_are_normed() -> None:
+def test_per_input_the_columns_are_normed() -> None:
     layer = one([[3.0, 5.0], [4.0, 4.0]], A=[[0.0, 2.0]], B=[[0.0], [4.0]], per="input")
     assert layer.m.tolist() == [5.0, math.sqrt(41)]
     with torch.no_grad():
@@ -214,7 +214,7 @@ def test_a_multiple_of_m_is_that_multiple_of_the_weight() -> None:
 
 
 @both_axes
-def test_dropout_spares_what_the_base_computes(per: str) -> None:
+def test_dropout_does_not_affect_the_base(per: str) -> None:
     layer = warmed(dropout=0.5, per=per).layers["q_proj"].train()
     x = draw(5, 12)
     torch.manual_seed(11)
@@ -223,9 +223,9 @@ def test_dropout_spares_what_the_base_computes(per: str) -> None:
     dropped = nn.functional.dropout(x, 0.5)
     assert not torch.equal(dropped, x)
     W = layer.base.weight.detach()
-    added = torch.einsum("td,ed->te", dropped, by_hand(layer, 8 / 3) - W)  # (g - 1) W0 + g s B A = W' - W0
+    added = torch.einsum("td,ed->te", dropped, by_formula(layer, 8 / 3) - W)  # (g - 1) W0 + g s B A = W' - W0
     assert_same({"y": have.detach()}, {"y": (layer.base(x) + added).detach()})
-    assert_same({"y": layer.eval()(x).detach()}, {"y": (layer.base(x) + x @ (by_hand(layer, 8 / 3) - W).T).detach()})
+    assert_same({"y": layer.eval()(x).detach()}, {"y": (layer.base(x) + x @ (by_formula(layer, 8 / 3) - W).T).detach()})
 
 
 @both_axes
@@ -264,7 +264,7 @@ def test_merging_and_detaching_leave_every_bit_of_the_base() -> None:
 def test_any_leading_shape(shape: tuple[int, ...], per: str) -> None:
     layer = warmed(per=per).layers["q_proj"]
     x = draw(*shape)
-    want = x.reshape(-1, 12) @ by_hand(layer, 8 / 3).T + layer.base.bias
+    want = x.reshape(-1, 12) @ by_formula(layer, 8 / 3).T + layer.base.bias
     assert_same({"y": layer(x).detach()}, {"y": want.detach().view(*shape[:-1], 10)})
 
 
@@ -284,7 +284,7 @@ def test_an_unknown_target_is_named() -> None:
 def test_a_base_of_four_bits() -> None:
     pytest.importorskip("bitsandbytes")
     model = nn.Sequential(nn.Linear(64, 10))
-    bitsandbytes.nf4(model, ["0"], torch.float32)
+    nf4(model, ["0"], torch.float32)
     x = draw(5, 64, dtype=torch.float32)
     start = model[0](x).detach()
     layer = attached(model=model, targets=("0",)).layers["0"]

@@ -105,7 +105,7 @@ def test_the_constructed_map_is_bitsandbytes_map(code: Tensor) -> None:
     assert torch.equal(table, code)
 
 
-def test_the_map_by_hand() -> None:
+def test_the_map_equals_a_worked_example() -> None:
     for code, sides, first in ((SIGNED, 2, 1), (UNSIGNED, 1, 2)):
         assert len(code.unique()) == 256
         assert bool((code.diff() > 0).all())
@@ -146,7 +146,7 @@ def test_a_map_quantises_itself(code: Tensor) -> None:
 
 
 @maps
-def test_zeros_stay_zeros_and_what_is_not_finite_does_not_come_back(code: Tensor) -> None:
+def test_zeros_stay_zeros_and_infinities_are_not_decoded_to_finite_numbers(code: Tensor) -> None:
     x = torch.zeros(3, 64)
     x[1, :3] = torch.tensor([NAN, 1, -1])
     x[2, :3] = torch.tensor([INF, 1, -1])
@@ -162,14 +162,14 @@ def test_other_dtypes_are_read_as_float32(dtype: torch.dtype) -> None:
         assert torch.equal(have, want)
 
 
-def test_a_block_holds_something() -> None:
+def test_a_block_has_at_least_one_element() -> None:
     with pytest.raises(ValueError, match="at least one"):
         quantize_blockwise(draw(4), SIGNED, 0)
 
 
 @maps
 @pytest.mark.parametrize("block", [64, 256, 4096])
-def test_a_million_bytes_are_bitsandbytes_but_for_its_steps(code: Tensor, block: int) -> None:
+def test_a_million_bytes_equal_bitsandbytes_except_at_its_steps(code: Tensor, block: int) -> None:
     x = draw(MILLION, seed=block)
     x = x if code is SIGNED else x.abs()
     codes, absmax = quantize_blockwise(x, code, block)
@@ -208,7 +208,7 @@ def test_special_cases_are_bitsandbytes_or_listed(kind: str, name: str) -> None:
         assert torch.equal(absmax, their_absmax)
 
 
-def test_nothing_is_listed_in_vain() -> None:
+def test_every_listed_case_occurs() -> None:
     assert set(DIFFERENCES) <= set(CASES)
 
 
@@ -233,7 +233,7 @@ def test_double_quantised_weights_are_bitsandbytes(block: int, dtype: torch.dtyp
     assert torch.equal(double_quant.dequantize(state.absmax, state.state2.absmax, state.offset), theirs_decoded)
 
 
-def test_double_quantisation_by_hand() -> None:
+def test_double_quantisation_of_a_worked_example() -> None:
     # Mean 2; less it -1, 0, 1: 1 is a level, 0 is a level, -1 has none and takes -(1 - 0.9 / 128).
     absmax = torch.tensor([1.0, 2.0, 3.0])
     c2, c1, offset = double_quant.quantize(absmax)
@@ -249,7 +249,7 @@ def test_one_mean_for_all_blocks() -> None:
     assert torch.equal(c1, torch.stack([offset - 1, 5 - offset]))
 
 
-def test_every_constant_is_within_a_level_of_itself() -> None:
+def test_every_constant_is_decoded_within_one_level() -> None:
     absmax = torch.rand(3000, generator=torch.Generator().manual_seed(0)) ** 8 + 1e-3  # of very different sizes
     c2, c1, offset = double_quant.quantize(absmax)
     back = double_quant.dequantize(c2, c1, offset)
@@ -272,7 +272,7 @@ def test_bits_per_parameter() -> None:
 
 @pytest.mark.parametrize("numel", [64 * 300, 7 * 33, 1000 * 63])
 @pytest.mark.parametrize("double", [True, False])
-def test_bits_are_those_of_what_bitsandbytes_stores(numel: int, double: bool) -> None:
+def test_bits_equal_those_of_bitsandbytes(numel: int, double: bool) -> None:
     packed, state = bitsandbytes.quantize_4bit(draw(numel), quant_type="nf4", compress_statistics=double)
     stored = [packed, state.absmax, *([state.state2.absmax, state.offset] if double else [])]
     bits = 8 * sum(t.numel() * t.element_size() for t in stored)

@@ -29,13 +29,13 @@ def test_the_constructed_table_is_bitsandbytes_table() -> None:
     assert torch.equal(table, TABLE)
 
 
-def test_the_format_by_hand() -> None:
+def test_the_format_equals_a_worked_example() -> None:
     assert torch.equal(TABLE[:8], torch.tensor([0, 1 / 16, 8, 12, 4, 6, 2, 3]) / 12)
     assert torch.equal(TABLE[8:], -TABLE[:8])
     assert TABLE.signbit().tolist() == [False] * 8 + [True] * 8
 
 
-def test_every_value_is_its_own_code() -> None:
+def test_every_value_is_encoded_to_its_code() -> None:
     assert codes_of(*TABLE[1:8].tolist()) == list(range(1, 8))
     assert codes_of(*TABLE[9:].tolist()) == list(range(9, 16))
     assert codes_of(0.0, -0.0) == [0, 0]
@@ -50,7 +50,7 @@ def test_a_tie_takes_the_smaller_magnitude_on_both_sides() -> None:
     assert codes_of(*(-above).tolist()) == [8 + code for code in order[1:]]
 
 
-def test_what_vanishes_keeps_its_sign_bit() -> None:
+def test_a_value_that_rounds_to_zero_preserves_its_sign_bit() -> None:
     assert codes_of(1e-3, -1e-3, 1e-30, -1e-30) == [0, 8, 0, 8]
 
 
@@ -82,13 +82,13 @@ def test_other_dtypes_are_read_as_float32(dtype: torch.dtype) -> None:
         assert torch.equal(have, want)
 
 
-def test_packing_fills_up_with_zero() -> None:
+def test_packing_pads_with_the_code_of_zero() -> None:
     codes = fp4.quantize(torch.tensor([-1.0, 1.0, 1.0]))[0]
     assert fp4.pack(codes).tolist() == [0xB3, 0x30]
     assert torch.equal(nf4.unpack(fp4.pack(codes), 3), codes)
 
 
 @pytest.mark.parametrize("block", [0, -64])
-def test_a_block_holds_something(block: int) -> None:
+def test_a_block_has_at_least_one_element(block: int) -> None:
     with pytest.raises(ValueError, match="at least one"):
         fp4.quantize(draw(8), block)

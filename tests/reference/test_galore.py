@@ -63,7 +63,7 @@ def test_enough_iterations_of_a_randomised_svd_find_the_exact_projector(shape: t
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60), (40, 40)], ids=str)
-def test_more_iterations_and_a_start_from_before_lose_less(shape: tuple[int, int], side: str) -> None:
+def test_more_iterations_and_a_warm_start_reduce_the_error(shape: tuple[int, int], side: str) -> None:
     G = draw(*shape)
     before = projector(G + 0.1 * draw(*shape, seed=2), 4, side)
 
@@ -94,7 +94,7 @@ def test_random_vectors_are_the_same_at_every_refresh_and_a_torch_seed_does_not_
         ("right", {"tall": False, "wide": False, "square": False}),
     ],
 )
-def test_which_side(shape: tuple[int, int], side: str, left: dict[str, bool]) -> None:
+def test_sides_by_shape(shape: tuple[int, int], side: str, left: dict[str, bool]) -> None:
     basis = projector(draw(*shape), 2, side)
     want = next(left[name] for name, s in SHAPES.items() if s == shape)
     assert (basis.P is not None, basis.Q is not None) == (want, not want)
@@ -110,13 +110,13 @@ def test_full_projects_on_both_sides() -> None:
 
 
 def test_an_unknown_side_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no side 'top'; there are: std, reverse_std, paper, left, right, full"):
+    with pytest.raises(ValueError, match="unknown side 'top'; known: std, reverse_std, paper, left, right, full"):
         projector(draw(3, 3), 1, "top")
 
 
 @shapes
 @pytest.mark.parametrize("side", SIDES)
-def test_at_full_rank_nothing_is_lost(shape: tuple[int, int], side: str) -> None:
+def test_full_rank_is_exact(shape: tuple[int, int], side: str) -> None:
     G = draw(*shape)
     # On the long side even min(m, n) vectors span all that G has.
     assert_same(project_back(project(G, projector(G, 99, side)), projector(G, 99, side)), G)
@@ -124,11 +124,11 @@ def test_at_full_rank_nothing_is_lost(shape: tuple[int, int], side: str) -> None
 
 @shapes
 @pytest.mark.parametrize("side", SIDES)
-def test_what_is_lost_is_the_tail_of_the_singular_values(shape: tuple[int, int], side: str) -> None:
+def test_the_projection_error_is_the_tail_of_the_singular_values(shape: tuple[int, int], side: str) -> None:
     G = draw(*shape)
     basis = projector(G, 2, side)
-    lost = torch.linalg.vector_norm(G - project_back(project(G, basis), basis))
-    assert_same(lost, torch.linalg.vector_norm(torch.linalg.svdvals(G)[2:]))  # Eckart and Young
+    error = torch.linalg.vector_norm(G - project_back(project(G, basis), basis))
+    assert_same(error, torch.linalg.vector_norm(torch.linalg.svdvals(G)[2:]))  # Eckart and Young
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -150,9 +150,9 @@ def test_singular_vectors_of_float64_stay_float64() -> None:
 # One step, ten steps
 
 
-def by_hand(W: Tensor, gradients: list[Tensor], bases: list[Projector], knobs: dict[str, Any]) -> Tensor:
+def by_formula(W: Tensor, gradients: list[Tensor], bases: list[Projector], options: dict[str, Any]) -> Tensor:
     """Algorithm 2 with the authors' eps and decay, number by number; `bases` holds the projector of every step."""
-    b1, b2, eps, lr = (knobs[k] for k in ("beta1", "beta2", "eps", "lr"))
+    b1, b2, eps, lr = (options[k] for k in ("beta1", "beta2", "eps", "lr"))
     W = W.clone()
     M: dict[tuple[int, int], float] = {}
     V: dict[tuple[int, int], float] = {}
@@ -167,8 +167,8 @@ def by_hand(W: Tensor, gradients: list[Tensor], bases: list[Projector], knobs: d
                 M[i, j] = b1 * M.get((i, j), 0.0) + (1 - b1) * g
                 V[i, j] = b2 * V.get((i, j), 0.0) + (1 - b2) * g * g
                 N[i, j] = M[i, j] / (1 - b1**t) / (math.sqrt(V[i, j] / (1 - b2**t)) + eps / math.sqrt(1 - b2**t))
-        W = W - lr * knobs["scale"] * torch.einsum("mr,rs,ns->mn", P, N, Q)
-        W = W - lr * knobs["weight_decay"] * W
+        W = W - lr * options["scale"] * torch.einsum("mr,rs,ns->mn", P, N, Q)
+        W = W - lr * options["weight_decay"] * W
     return W
 
 
@@ -180,7 +180,7 @@ KNOBS: dict[str, Any] = {"lr": 0.1, "scale": 0.5, "weight_decay": 0.3, "beta1": 
 def test_ten_steps_are_the_papers(shape: tuple[int, int], side: str) -> None:
     W, gradients = draw(*shape, seed=2), [draw(*shape, seed=10 + i) for i in range(10)]
     bases = [projector(gradients[t // 3 * 3], 2, side) for t in range(10)]  # refreshed at steps 1, 4, 7, 10
-    want = by_hand(W, gradients, bases, KNOBS)
+    want = by_formula(W, gradients, bases, KNOBS)
     state: dict[str, Any] = {}
     for G in gradients:
         galore_step(W, G, state, rank=2, update_gap=3, side=side, **KNOBS)
@@ -188,7 +188,7 @@ def test_ten_steps_are_the_papers(shape: tuple[int, int], side: str) -> None:
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_a_randomised_refresh_goes_on_from_the_projector_of_before(side: str) -> None:
+def test_a_randomised_refresh_starts_from_the_previous_projector(side: str) -> None:
     W, gradients, state = draw(60, 40, seed=2), [draw(60, 40, seed=10 + i) for i in range(6)], {}
     for G in gradients:
         galore_step(W, G, state, rank=4, update_gap=3, side=side, niter=1, **KNOBS)
@@ -228,7 +228,7 @@ def test_the_sign_of_a_singular_vector_does_not_matter(shape: tuple[int, int], s
     assert torch.equal(*results)
 
 
-def test_a_given_projector_is_taken_where_a_refresh_is_due_and_only_there() -> None:
+def test_a_given_projector_is_used_only_at_a_refresh() -> None:
     W, state = draw(4, 7), {}
     first, second = (Projector(P=torch.linalg.qr(draw(4, 2, seed=s)).Q) for s in (8, 9))
     galore_step(W, draw(4, 7), state, rank=2, update_gap=2, given=first, **KNOBS)
@@ -257,7 +257,7 @@ def test_scale_multiplies_the_update_alone() -> None:
     assert_same(draw(4, 7) + moved[0.25] * 4, draw(4, 7) + moved[1.0])
 
 
-def test_without_rank_it_is_adam() -> None:
+def test_rank_0_is_adam() -> None:
     ours, theirs = draw(4, 7), nn.Parameter(draw(4, 7))
     adam = torch.optim.Adam([theirs], lr=0.1, betas=(0.7, 0.9), eps=0.0)
     state: dict[str, Any] = {}
@@ -290,11 +290,11 @@ def test_the_state_is_as_large_as_the_formula_says(shape: tuple[int, int], side:
 # The authors' package
 
 
-def theirs(params: Any, **knobs: Any) -> Any:
+def theirs(params: Any, **options: Any) -> Any:
     package = pytest.importorskip("galore_torch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that it is deprecated
-        return package.GaLoreAdamW(params, no_deprecation_warning=True, **knobs)
+        return package.GaLoreAdamW(params, no_deprecation_warning=True, **options)
 
 
 def both(dtype: torch.dtype, shape: tuple[int, int], side: str, steps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -311,9 +311,9 @@ def both(dtype: torch.dtype, shape: tuple[int, int], side: str, steps: int) -> t
         P, Qt = matrix if side == "full" else (matrix, None) if matrix.shape == (shape[0], 2) else (None, matrix)
         given = Projector(P, None if Qt is None else Qt.T)
         wide = Projector(*(None if t is None else t.double() for t in (given.P, given.Q)))
-        knobs = {"rank": 2, "update_gap": 3, "side": side, **KNOBS}
-        galore_step(rounded, W.grad, states[0], given=given, **knobs)
-        galore_step(truth, W.grad.double(), states[1], given=wide, **knobs)
+        options = {"rank": 2, "update_gap": 3, "side": side, **KNOBS}
+        galore_step(rounded, W.grad, states[0], given=given, **options)
+        galore_step(truth, W.grad.double(), states[1], given=wide, **options)
     return W.detach(), rounded, truth
 
 

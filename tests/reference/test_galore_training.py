@@ -34,8 +34,8 @@ class Small(nn.Module):
 
 
 def attached(model: nn.Module | None = None, **config: Any) -> Any:
-    knobs = {"rank": 2, "update_gap": 3, **config}
-    return galore.attach(model or Small(), configure("galore", knobs), torch.Generator())
+    options = {"rank": 2, "update_gap": 3, **config}
+    return galore.attach(model or Small(), configure("galore", options), torch.Generator())
 
 
 def backward(model: nn.Module, step: int) -> None:
@@ -78,7 +78,7 @@ def test_the_rest_may_be_frozen() -> None:
 
 
 def test_the_config_reaches_the_optimizer() -> None:
-    knobs = {
+    options = {
         "rank": 3,
         "update_gap": 5,
         "scale": 0.75,
@@ -88,8 +88,8 @@ def test_the_config_reaches_the_optimizer() -> None:
         "eps": 0.125,
         "niter": 7,
     }
-    optimizer = attached(**knobs).optimizer(0.1, 0.3)
-    assert {k: optimizer.param_groups[0][k] for k in knobs} == knobs
+    optimizer = attached(**options).optimizer(0.1, 0.3)
+    assert {k: optimizer.param_groups[0][k] for k in options} == options
     assert {k: optimizer.param_groups[1][k] for k in ("beta1", "beta2", "eps")} == {
         "beta1": 0.5, "beta2": 0.25, "eps": 0.125,
     }  # fmt: skip
@@ -120,7 +120,7 @@ def test_a_tied_weight_is_updated_once() -> None:
     assert {"v_proj.weight", "head.weight"} <= adapted.tensors().keys()
 
 
-def test_a_group_added_later_takes_its_tensors_along() -> None:
+def test_a_group_added_later_takes_over_its_tensors() -> None:
     adapted = attached()
     optimizer = adapted.optimizer(0.1, 0.0)
     optimizer.add_param_group({"params": list(adapted.model.head.parameters()), "lr": 0.5})
@@ -133,11 +133,11 @@ def test_a_group_added_later_takes_its_tensors_along() -> None:
 def test_a_packed_weight_is_refused() -> None:
     model = Small()
     model.q_proj.weight = nn.Parameter(torch.zeros(27, 1, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"GaLore trains the weight of q_proj itself, which is packed \(torch.uint8\)"):
+    with pytest.raises(ValueError, match=r"q_proj: GaLore trains the weight itself, but it is packed \(torch.uint8\)"):
         attached(model)
 
 
-def test_a_saved_optimizer_goes_on_as_if_nothing_had_been() -> None:
+def test_a_saved_optimizer_continues_exactly() -> None:
     adapted = attached()
     optimizer = adapted.optimizer(0.1, 0.3)
     for step in range(2):  # not at a refresh, so that the projector must come back too
@@ -183,7 +183,7 @@ def test_a_closure_may_run_backward() -> None:
     assert not torch.equal(adapted.model.q_proj.weight, before["q_proj.weight"])
 
 
-def test_an_optimizer_by_itself() -> None:
+def test_an_optimizer_without_a_model() -> None:
     p = nn.Parameter(draw(4, 7))
     optimizer = GaLore([{"params": [p], "rank": 2}], lr=0.1)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
@@ -196,11 +196,11 @@ def test_an_optimizer_by_itself() -> None:
     assert torch.equal(p, want)
 
 
-def theirs(params: Any, **knobs: Any) -> Any:
+def theirs(params: Any, **options: Any) -> Any:
     package = pytest.importorskip("galore_torch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that it is deprecated
-        return package.GaLoreAdamW(params, no_deprecation_warning=True, **knobs)
+        return package.GaLoreAdamW(params, no_deprecation_warning=True, **options)
 
 
 def test_the_authors_package_updates_the_rest_by_the_same_adam() -> None:

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor
 from harness.conformance.subject import DTYPES, configure, load, warm
 from harness.kernels.torch.lora_linear import lora_linear_over
-from harness.methods.implementations import bitsandbytes
-from harness.methods.implementations.fused.lora import lora as fused_lora
+from harness.methods.implementations.bitsandbytes.weights import nf4
+from harness.methods.implementations.fused.methods.lora import attach as fused_lora
 from reference import lora
 from reference.shared.layers import dense_copy
 from support.two_layer_model import Two, assert_same, draw, generator
@@ -34,7 +34,7 @@ def warmed(attach: Callable[..., Any], dtype: str = "float64", **config: Any) ->
     return adapted
 
 
-def by_hand(W: Tensor, b: Tensor, A: Tensor, B: Tensor, x: Tensor, alpha: float, r: int) -> Tensor:
+def by_formula(W: Tensor, b: Tensor, A: Tensor, B: Tensor, x: Tensor, alpha: float, r: int) -> Tensor:
     """h = W0 x + b + (alpha / r) B A x, one number at a time."""
     W, b, A, B = (t.detach() for t in (W, b, A, B))
     h = torch.empty(len(x), len(W), dtype=torch.float64)
@@ -53,7 +53,7 @@ def by_hand(W: Tensor, b: Tensor, A: Tensor, B: Tensor, x: Tensor, alpha: float,
 def test_forward_is_the_papers_formula(attach: Callable[..., Any], rank: int, alpha: float) -> None:
     layer = warmed(attach, rank=rank, alpha=alpha).layers["q_proj"]
     x = draw(5, 12)
-    want = by_hand(layer.base.weight, layer.base.bias, layer.A, layer.B, x, alpha, rank)
+    want = by_formula(layer.base.weight, layer.base.bias, layer.A, layer.B, x, alpha, rank)
     assert_same({"y": layer(x)}, {"y": want})
 
 
@@ -112,12 +112,12 @@ def test_any_leading_shape(attach: Callable[..., Any], shape: tuple[int, ...]) -
     layer = warmed(attach).layers["q_proj"]
     x = draw(*shape)
     flat = x.reshape(-1, 12)
-    want = by_hand(layer.base.weight, layer.base.bias, layer.A, layer.B, flat, 8, 3).view(*shape[:-1], 10)
+    want = by_formula(layer.base.weight, layer.base.bias, layer.A, layer.B, flat, 8, 3).view(*shape[:-1], 10)
     assert_same({"y": layer(x)}, {"y": want})
 
 
 @implementations
-def test_a_transposed_input_is_read_right(attach: Callable[..., Any]) -> None:
+def test_a_transposed_input_is_read_correctly(attach: Callable[..., Any]) -> None:
     layer = warmed(attach).layers["q_proj"]
     x = draw(12, 4, 3).permute(2, 1, 0)
     assert not x.is_contiguous()
@@ -200,7 +200,7 @@ def test_merged_is_unmerged(attach: Callable[..., Any], dtype: str) -> None:
 
 
 @implementations
-def test_merging_and_unmerging_leaves_every_bit(attach: Callable[..., Any]) -> None:
+def test_unmerging_restores_every_bit(attach: Callable[..., Any]) -> None:
     adapted = warmed(attach, "bfloat16")
     before = {n: t.clone() for n, t in adapted.model.state_dict().items()}
     adapted.merge()
@@ -212,7 +212,7 @@ def test_merging_and_unmerging_leaves_every_bit(attach: Callable[..., Any]) -> N
 
 
 @implementations
-def test_detach_gives_the_base_model_back(attach: Callable[..., Any]) -> None:
+def test_detach_restores_the_base_model(attach: Callable[..., Any]) -> None:
     adapted, x = warmed(attach), draw(5, 12)
     adapted.detach()
     assert exact(adapted.model.state_dict(), Two().state_dict()).passed
@@ -255,7 +255,7 @@ class Keeps(nn.Module):
 
 @pytest.mark.parametrize("kind", ["input", "view", "buffer"])
 @pytest.mark.parametrize("grad", [False, True])
-def test_the_kernel_writes_into_nothing_that_a_base_keeps(kind: str, grad: bool) -> None:
+def test_the_kernel_does_not_write_to_tensors_of_the_base(kind: str, grad: bool) -> None:
     base, A, B, x = Keeps(kind), draw(3, 12), draw(12, 3), draw(5, 12).requires_grad_(grad)
     held = {"x": x.detach().clone(), "kept": base.kept.clone()}
     out = lora_linear_over(base, x, A, B, 2.0)
@@ -263,7 +263,7 @@ def test_the_kernel_writes_into_nothing_that_a_base_keeps(kind: str, grad: bool)
     assert_same({"y": out}, {"y": base(x) + 2.0 * torch.einsum("td,kd,ek->te", x, A, B)})
 
 
-def test_the_kernel_leaves_what_a_hook_captured() -> None:
+def test_the_kernel_does_not_write_to_captured_outputs() -> None:
     base, captured = nn.Linear(12, 12, dtype=torch.float64), []
     base.register_forward_hook(lambda module, args, output: captured.append(output))
     x = draw(5, 12)
@@ -275,7 +275,7 @@ def test_the_kernel_leaves_what_a_hook_captured() -> None:
 def test_the_kernel_on_a_base_of_four_bits() -> None:
     # bitsandbytes returns a view of a custom Function's output there, which may not be written into.
     model = nn.Sequential(nn.Linear(64, 10))
-    bitsandbytes.nf4(model, ["0"], torch.float32)
+    nf4(model, ["0"], torch.float32)
     A, B = draw(3, 64, dtype=torch.float32).requires_grad_(True), draw(10, 3, dtype=torch.float32).requires_grad_(True)
     x = draw(2, 5, 64, dtype=torch.float32).requires_grad_(True)
     lora_linear_over(model[0], x, A, B, 2.0).sum().backward()
@@ -285,7 +285,7 @@ def test_the_kernel_on_a_base_of_four_bits() -> None:
     assert_same(got, {"x": x.grad.double(), "A": A.grad.double(), "B": B.grad.double()}, "float32")
 
 
-def test_a_later_in_place_write_is_noticed() -> None:
+def test_a_later_in_place_write_is_detected() -> None:
     layer = warmed(fused_lora).layers["q_proj"]
     x = draw(5, 12)
     out = layer(x)

@@ -66,7 +66,7 @@ def test_kinds() -> None:
     assert [kind_of(m) for m in others] == [""] * len(others)
 
 
-def test_targets_are_linear_unless_asked() -> None:
+def test_targets_are_linear_by_default() -> None:
     whole = nn.ModuleDict({name: model(name) for name in ("linear", "Conv1D", "embedding", "plain")})
     whole["conv"] = nn.Sequential(nn.Conv2d(2, 2, 1))
     assert list(targets(whole, ["linear.layer"])) == ["linear.layer"]
@@ -114,7 +114,7 @@ def test_an_embedding_is_a_linear_layer_on_one_hot_rows(name: str) -> None:
     assert_same(run(adapted, ids), {"y": y.detach(), "layer.A": dA, "layer.B": dB})
 
 
-def test_an_embeddings_gradient_may_be_divided_by_how_often_the_entry_occurs() -> None:
+def test_an_embeddings_gradient_may_be_divided_by_the_count_of_an_entry() -> None:
     ids = torch.tensor([1, 7, 7, 7])
     gradients = []
     for by_frequency in (True, False):
@@ -128,7 +128,7 @@ def test_an_embeddings_gradient_may_be_divided_by_how_often_the_entry_occurs() -
     )
 
 
-def test_an_embedding_that_rewrites_itself_is_refused_and_the_model_left_alone() -> None:
+def test_an_embedding_with_max_norm_is_rejected() -> None:
     whole = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Embedding(5, 4, max_norm=1.0)})
     before = dict(whole.named_modules())
     with pytest.raises(ValueError, match=r"^b: an embedding with max_norm rewrites its own weight"):
@@ -149,7 +149,7 @@ def test_an_embedding_starts_with_a_zero_and_b_standard_normal() -> None:
 
 
 @geometries
-def test_peft_s_convolution_is_two_small_matrices_on_what_each_place_sees(geometry: str) -> None:
+def test_peft_s_convolution_is_two_small_matrices_per_patch(geometry: str) -> None:
     adapted, x = warmed(geometry), sample(geometry)
     layer = adapted.layers["layer"]
     base, A, B = layer.base, layer.A.detach(), layer.B.detach()
@@ -180,7 +180,7 @@ def test_loralib_s_convolution_is_a_reshaped_product(geometry: str) -> None:
     assert_same({"y": adapted.model(x).flatten(2)}, {"y": y})
 
 
-def test_the_two_convolutions_have_the_counts_that_are_known() -> None:
+def test_the_two_convolutions_have_the_known_numbers_of_parameters() -> None:
     for conv, count in {"peft": 2816, "loralib": 6912}.items():
         whole = nn.Sequential(nn.Conv2d(64, 128, 3))
         adapted = lora.attach(whole, lora.Config(rank=4, targets=("0",), conv=conv), generator())
@@ -276,7 +276,7 @@ def test_rslora_divides_by_the_root_of_the_rank(name: str, conv: str) -> None:
 
 @pytest.mark.parametrize("name", ["Conv1D", "plain", "everything"])
 @parametrisations
-def test_dropout_drops_what_the_adapter_sees_alone(name: str, conv: str) -> None:
+def test_dropout_affects_the_adapter_only(name: str, conv: str) -> None:
     adapted, x = warmed(name, dropout=0.5, conv=conv), sample(name)
     layer = adapted.layers["layer"]
     torch.manual_seed(7)

@@ -66,7 +66,7 @@ def test_orthogonal_factors_are_not_zero_and_their_product_is() -> None:
 
 
 @pytest.mark.parametrize("init", ["kaiming", "gaussian", "orthogonal"])
-def test_a_start_is_its_generators(init: str) -> None:
+def test_a_start_depends_only_on_the_generator(init: str) -> None:
     one, same, other = drawn(init), drawn(init), drawn(init, seed=1)
     assert torch.equal(one[0], same[0])
     assert not torch.equal(one[0], other[0])
@@ -82,7 +82,7 @@ def cells(folder: Path, init: str) -> list[tuple[str, dict[str, object]]]:
     return [(cell.cell_id, dict(cell.config)) for cell in loader.load(path).plan.cells]
 
 
-def test_a_cell_of_before_keeps_its_id(tmp_path: Path) -> None:
+def test_a_cell_from_before_the_field_has_the_same_id(tmp_path: Path) -> None:
     (old,) = cells(tmp_path, "")
     assert "init" not in old[1]
     assert cells(tmp_path, ", init: kaiming") == [old]

@@ -82,7 +82,7 @@ def test_a_tie_is_excused_only_where_the_division_rounds() -> None:
         assert not bool(nf4.near_tie(W)[16:].any())
 
 
-def test_nothing_but_ties_is_excused() -> None:
+def test_only_ties_are_excused() -> None:
     W = draw(1000, 64)
     codes, absmax = nf4.quantize(W)
     excused = nf4.near_tie(W)
@@ -128,7 +128,7 @@ def test_float64_beyond_float32_is_infinite_or_zero() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_block_that_is_not_finite_does_not_come_back_as_numbers(value: float) -> None:
+def test_a_block_that_is_not_finite_is_not_decoded_to_finite_numbers(value: float) -> None:
     W = draw(3, 64)
     W[1, 5] = value
     codes, absmax = nf4.quantize(W)
@@ -147,13 +147,13 @@ def test_tiny_and_huge_blocks_are_nearest_too(scale: float) -> None:
 
 
 @pytest.mark.parametrize("block", [0, -64])
-def test_a_block_holds_something(block: int) -> None:
+def test_a_block_has_at_least_one_element(block: int) -> None:
     with pytest.raises(ValueError, match="at least one"):
         nf4.quantize(draw(8), block)
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 10**6])
-def test_any_block_size_and_nothing_at_all(block: int) -> None:
+def test_any_block_size_and_empty_tensors(block: int) -> None:
     W = draw(100)
     codes, absmax = nf4.quantize(W, block)
     pieces = [nf4.quantize(piece, block) for piece in W.split(block)]

@@ -61,7 +61,7 @@ def on_device(params: list[nn.Parameter], optimizer: Paged) -> list[int]:
 
 
 @pytest.mark.parametrize("numel", [1, LEAST - 1, LEAST, 10 * LEAST])
-def test_what_is_paged(numel: int) -> None:
+def test_paged_tensors(numel: int) -> None:
     assert is_paged(numel) == (numel >= 1e5)
 
 
@@ -80,7 +80,7 @@ def test_paging_changes_no_bit(name: str, budget: int) -> None:
             assert torch.equal(its[key], value) if isinstance(value, Tensor) else its[key] == value
 
 
-def test_what_fits_stays_and_nothing_moves() -> None:
+def test_states_within_the_budget_do_not_move() -> None:
     _, optimizer = paged = paged_adamw(EVERYTHING)
     run(*paged, range(3))
     assert (optimizer.bytes_in, optimizer.bytes_out) == (0, 0)
@@ -88,7 +88,7 @@ def test_what_fits_stays_and_nothing_moves() -> None:
     assert set(optimizer.where().values()) == {"device"}
 
 
-def test_without_a_budget_each_state_comes_and_goes_once_a_step() -> None:
+def test_with_a_budget_of_0_each_state_moves_in_and_out_once_per_step() -> None:
     _, optimizer = paged = paged_adamw(0)
     run(*paged, range(5))
     assert optimizer.bytes_in == 4 * EVERYTHING  # at the first step they are made on the device
@@ -108,7 +108,7 @@ def test_small_states_are_not_paged() -> None:
 
 
 @pytest.mark.parametrize("budget", [0, PAGES[0], PAGES[0] + PAGES[1], PAGES[2], EVERYTHING - 1, EVERYTHING])
-def test_the_budget_is_kept(budget: int) -> None:
+def test_peak_memory_stays_within_the_budget(budget: int) -> None:
     _, optimizer = paged = paged_adamw(budget)
     run(*paged, range(1))
     optimizer.peak = 0  # from here on every state exists
@@ -121,7 +121,7 @@ def test_the_budget_is_kept(budget: int) -> None:
     )  # fmt: skip
 
 
-def test_what_was_used_least_recently_goes_first() -> None:
+def test_the_least_recently_used_state_is_evicted_first() -> None:
     params, optimizer = paged = paged_adamw(EVERYTHING)
     run(*paged, range(1))
     run(*paged, range(1, 2), without=(2, 4))  # only the first of the large ones is used
@@ -134,7 +134,7 @@ def test_what_was_used_least_recently_goes_first() -> None:
     assert optimizer.resident == 0
 
 
-def test_making_room_between_steps_changes_no_bit_and_they_come_back() -> None:
+def test_eviction_between_steps_changes_no_bit() -> None:
     """The paper's case: memory is short in the backward pass, and plentiful again in the update."""
     plain = parameters()
     run(plain, OPTIMIZERS["adamw"](grouped(plain)), range(4))
@@ -147,7 +147,7 @@ def test_making_room_between_steps_changes_no_bit_and_they_come_back() -> None:
     assert optimizer.bytes_in == optimizer.bytes_out == 3 * EVERYTHING
 
 
-def test_an_idle_parameter_is_not_brought_in() -> None:
+def test_a_parameter_without_a_gradient_is_not_moved() -> None:
     params, optimizer = paged = paged_adamw(0)
     run(*paged, range(1))
     run(*paged, range(1, 2), without=(0, 2))
@@ -155,7 +155,7 @@ def test_an_idle_parameter_is_not_brought_in() -> None:
     assert on_device(params, optimizer) == []
 
 
-def test_the_host_holds_a_copy_of_its_own() -> None:
+def test_the_host_has_a_separate_copy() -> None:
     params, optimizer = paged = paged_adamw(EVERYTHING)
     run(*paged, range(1))
     before = optimizer.state[params[0]]["exp_avg"]
@@ -166,7 +166,7 @@ def test_the_host_holds_a_copy_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("into", [0, EVERYTHING])
-def test_a_saved_optimizer_goes_on_as_if_nothing_had_been(into: int) -> None:
+def test_a_saved_optimizer_continues_exactly(into: int) -> None:
     params, optimizer = paged = paged_adamw(PAGES[0])
     run(*paged, range(2))
     file = io.BytesIO()
@@ -194,7 +194,7 @@ def test_a_schedule_reaches_the_inner_optimizer() -> None:
     assert all(map(torch.equal, paged, plain))
 
 
-def test_a_group_added_later_is_the_inner_optimizers_too() -> None:
+def test_a_group_added_later_reaches_the_inner_optimizer() -> None:
     params, optimizer = paged_adamw(0)
     late = nn.Parameter(torch.ones(LEAST))
     optimizer.add_param_group({"params": [late], "lr": 0.5})
@@ -223,7 +223,7 @@ def test_a_closure_and_a_failing_step() -> None:
 
 
 def test_a_negative_budget_is_an_error() -> None:
-    with pytest.raises(ValueError, match="a budget is a number of bytes, got -1"):
+    with pytest.raises(ValueError, match="budget must be a number of bytes of at least 0, got -1"):
         paged_adamw(-1)
 
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor
-from harness.methods.implementations import bitsandbytes
+from harness.methods.implementations.bitsandbytes.weights import nf4
 from reference import lora, pissa
 from reference.pissa import Config
 from reference.shared.layers import dense_weight
@@ -62,7 +62,7 @@ def unsigned(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 @each_svd
 @each_shape
 @pytest.mark.parametrize("alpha", [3.0, 12.0, 0.5])
-def test_the_factors_are_those_of_the_known_svd(out: int, inp: int, alpha: float, niter: int) -> None:
+def test_the_factors_equal_those_of_a_known_svd(out: int, inp: int, alpha: float, niter: int) -> None:
     W, U, S, Vt = known(out, inp, decay=8.0)
     s = alpha / 3
     A, B, residual = pissa.split(W, Config(rank=3, alpha=alpha, niter=8 * niter), torch.float64, generator())
@@ -80,7 +80,7 @@ def test_each_component_is_split_evenly(out: int, inp: int) -> None:
     assert_same({"A A^T": A @ A.T, "B^T B": B.T @ B}, {"A A^T": want, "B^T B": want})
 
 
-def test_the_papers_letters_are_ours_transposed() -> None:
+def test_the_papers_factors_are_transposed() -> None:
     # Y = X W with W (in, out): A = U sqrt(S), B = sqrt(S) V^T of that W, not of the stored W^T.
     stored, _, S, _ = known(10, 12)
     U, found, Vt = torch.linalg.svd(stored.T, full_matrices=False)
@@ -140,7 +140,7 @@ def test_forward_and_gradients_are_those_of_equation_5() -> None:
     assert torch.autograd.gradcheck(lambda x, A, B: layer(x), (draw(2, 2, 12).requires_grad_(True), layer.A, layer.B))
 
 
-def test_the_base_lends_its_bias_alone() -> None:
+def test_the_output_uses_only_the_bias_of_the_base() -> None:
     layer, x = warmed().layers["q_proj"], draw(5, 12)
     before = layer(x)
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_both_factors_have_a_gradient_from_the_first_step_and_nothing_else_train
 
 
 @each_svd
-def test_the_base_is_untouched_and_detaching_gives_it_back(niter: int) -> None:
+def test_detaching_restores_the_unchanged_base(niter: int) -> None:
     adapted, x = attached(niter=niter), draw(5, 12)
     bases = {path: layer.base for path, layer in adapted.layers.items()}
     adapted.detach()
@@ -188,7 +188,7 @@ def test_merged_is_unmerged_and_unmerging_leaves_every_bit(dtype: str) -> None:
 
 
 @each_svd
-def test_the_signs_do_not_hang_on_those_of_the_svd(niter: int) -> None:
+def test_signs_do_not_depend_on_the_svd(niter: int) -> None:
     for layer in attached(niter=niter).layers.values():
         A, B = layer.A.detach(), layer.B.detach()
         assert all(float(row[int(row.abs().argmax())]) > 0 for row in A)
@@ -261,7 +261,7 @@ def test_conversion_gives_a_lora_of_twice_the_rank_on_the_original_weight(niter:
 
 
 @each_svd
-def test_conversion_of_what_has_not_trained_is_no_update(niter: int) -> None:
+def test_conversion_of_an_untrained_adapter_is_zero(niter: int) -> None:
     layer = attached(niter=niter).layers["q_proj"]
     A, B = pissa.to_lora(layer.A, layer.B, layer.A, layer.B)
     assert A.shape == (6, 12)
@@ -276,7 +276,7 @@ def test_conversion_of_what_has_not_trained_is_no_update(niter: int) -> None:
         ({"targets": ("k_proj",)}, "no linear or embedding layer is named 'k_proj'"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_changes(config: dict[str, Any], message: str) -> None:
+def test_invalid_configs_leave_the_model_unchanged(config: dict[str, Any], message: str) -> None:
     model = Two()
     with pytest.raises(ValueError, match=message):
         pissa.attach(model, Config(**config), generator())
@@ -285,7 +285,7 @@ def test_what_cannot_be_is_refused_before_anything_changes(config: dict[str, Any
     pissa.attach(model, Config(rank=7), generator())  # all of v_proj: its residual is rounding
 
 
-def test_of_an_embedding_the_principal_part_of_the_table_trains() -> None:
+def test_the_principal_part_of_an_embedding_trains() -> None:
     table, ids = nn.Embedding(12, 10, padding_idx=3, dtype=torch.float64), torch.tensor([[0, 3, 11], [5, 5, 2]])
     table.weight.data = known(12, 10, decay=8.0)[0]
     W, y = table.weight.detach().clone(), table(ids).detach()
@@ -314,9 +314,9 @@ def test_there_is_no_dropout() -> None:
     assert torch.equal(layer(x), layer.eval()(x))
 
 
-def test_a_base_of_four_bits_is_split_as_what_it_multiplies_by() -> None:
+def test_a_4_bit_base_is_split_by_its_decoded_weight() -> None:
     model = nn.Sequential(nn.Linear(64, 10))
-    bitsandbytes.nf4(model, ["0"], torch.float32)
+    nf4(model, ["0"], torch.float32)
     W, x = dense_weight(model[0]).double(), draw(5, 64, dtype=torch.float32)
     bias = model[0].bias.detach().double()
     layer = pissa.attach(model, Config(rank=3, targets=("0",)), generator()).layers["0"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor
 from harness.conformance.subject import DTYPES, configure, warm
-from harness.methods.implementations import bitsandbytes
+from harness.methods.implementations.bitsandbytes.weights import nf4
 from reference import vera
 from reference.shared.layers import dense_copy
 from support import two_layer_model
@@ -40,7 +40,7 @@ def warmed(dtype: str = "float64", **config: Any) -> Any:
     return adapted
 
 
-def by_hand(layer: vera.VeraLinear) -> Tensor:
+def by_formula(layer: vera.VeraLinear) -> Tensor:
     """W0 + Lambda_b B Lambda_d A of eq. 2, one number at a time."""
     W, A, B, b, d = (t.detach().tolist() for t in (layer.base.weight, layer.A, layer.B, layer.b, layer.d))
     made = [
@@ -62,7 +62,7 @@ def test_forward_is_the_papers_formula(rank: int, path: str) -> None:
     layer = warmed(rank=rank).layers[path]
     x = draw(5, layer.base.in_features)
     bias = 0 if layer.base.bias is None else layer.base.bias.detach()
-    want = torch.einsum("td,ed->te", x, by_hand(layer)) + bias
+    want = torch.einsum("td,ed->te", x, by_formula(layer)) + bias
     assert_same({"y": layer(x).detach()}, {"y": want})
 
 
@@ -91,7 +91,7 @@ def test_gradients_are_those_of_the_formula() -> None:
     layer(x).backward(dy)
     W, A, B, b, d = (t.detach() for t in (layer.base.weight, layer.A, layer.B, layer.b, layer.d))
     want = {
-        "x": torch.einsum("te,ed->td", dy, by_hand(layer)),
+        "x": torch.einsum("te,ed->td", dy, by_formula(layer)),
         "b": torch.einsum("te,ek,k,kd,td->e", dy, B, d, A, x.detach()),
         "d": torch.einsum("te,e,ek,kd,td->k", dy, b, B, A, x.detach()),
     }
@@ -208,7 +208,7 @@ def test_dropout_touches_the_adapter_alone() -> None:
     have = layer(x)
     torch.manual_seed(11)
     dropped = nn.functional.dropout(x, 0.5)
-    update = by_hand(layer) - layer.base.weight.detach()
+    update = by_formula(layer) - layer.base.weight.detach()
     for y, seen in ((have, dropped), (layer.eval()(x), x)):
         assert_same({"y": y.detach()}, {"y": (layer.base(x) + seen @ update.T).detach()})
 
@@ -244,7 +244,7 @@ def test_merging_and_detaching_leave_every_bit_of_the_base() -> None:
 def test_any_leading_shape(shape: tuple[int, ...]) -> None:
     layer = warmed().layers["q_proj"]
     x = draw(*shape)
-    want = x.reshape(-1, 12) @ by_hand(layer).T + layer.base.bias
+    want = x.reshape(-1, 12) @ by_formula(layer).T + layer.base.bias
     assert_same({"y": layer(x).detach()}, {"y": want.detach().view(*shape[:-1], 10)})
 
 
@@ -256,7 +256,7 @@ def test_an_unknown_target_is_named() -> None:
 def test_a_base_of_four_bits() -> None:
     pytest.importorskip("bitsandbytes")
     model = nn.Sequential(nn.Linear(64, 10))
-    bitsandbytes.nf4(model, ["0"], torch.float32)
+    nf4(model, ["0"], torch.float32)
     x = draw(5, 64, dtype=torch.float32)
     start = model[0](x).detach()
     layer = attached(model=model, targets=("0",)).layers["0"]
@@ -304,19 +304,19 @@ def test_peft_computes_the_same() -> None:
                 ours.copy_(mine.layers[path].tensors()[name])
                 getattr(other, f"vera_lambda_{name}")["default"].copy_(ours)
     x, dy = draw(5, 12, dtype=torch.float32), draw(5, 17, seed=2, dtype=torch.float32)
-    for who, model in (("theirs", theirs), ("mine", mine.model), ("truth", truth.model)):
-        wide = torch.float64 if who == "truth" else torch.float32
-        outputs[who] = model(x.to(wide))
-        outputs[who].backward(dy.to(wide))
-        gradients[who] = {
+    for model_name, model in (("theirs", theirs), ("mine", mine.model), ("truth", truth.model)):
+        wide = torch.float64 if model_name == "truth" else torch.float32
+        outputs[model_name] = model(x.to(wide))
+        outputs[model_name].backward(dy.to(wide))
+        gradients[model_name] = {
             f"{path}.{name}": (
                 getattr(theirs.get_submodule(path), f"vera_lambda_{name}")["default"].grad
-                if who == "theirs"
+                if model_name == "theirs"
                 else model.get_submodule(path).tensors()[name].grad
             )
             for path in mine.layers
             for name in "bd"
         }
-    seen = {who: {"y": outputs[who].detach()} | gradients[who] for who in outputs}
+    seen = {model_name: {"y": outputs[model_name].detach()} | gradients[model_name] for model_name in outputs}
     judged = noise_floor(seen["theirs"], seen["truth"], seen["mine"], "float32")
     assert judged.passed, judged

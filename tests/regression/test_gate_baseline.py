@@ -1,4 +1,4 @@
-"""`gate --baseline` and `baseline`: every kind of finding, every refusal, torn files, exit codes, outputs, and its price."""
+"""`gate --baseline` and `baseline`: kinds of findings, refusals, torn files, exit codes, outputs and cost."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def found(result: Against, kind: FindingKind) -> list[ComparisonRow]:
 # ---- kinds of findings
 
 
-def test_the_same_again_passes_and_its_times_are_not_judged(base: store.Run) -> None:
+def test_an_equal_run_passes_and_times_are_not_judged(base: store.Run) -> None:
     result = against(base)
     assert (result.verdict.word, result.exit, result.compared) == (VerdictKind.PASS, Exit.PASS, 3)
     assert {row.kind for row in result.rows if not row.same} == {FindingKind.TIME}
@@ -137,7 +137,7 @@ def test_a_time_ten_times_as_long_fails_nothing(base: store.Run) -> None:
     assert [row.new for row in found(result, FindingKind.TIME) if row.what == "step" and row.cells == (FUSED,)] == [9.0]
 
 
-def test_times_that_are_taken_no_more_are_missing(base: store.Run) -> None:
+def test_a_missing_time_is_a_finding(base: store.Run) -> None:
     untimed = against(base, only("fused", lambda r: measured(r, latency=[])))
     missing = found(untimed, FindingKind.MISSING)
     assert [row.what for row in missing] == [f"forward {of}, 1 x 40" for of in ("base", "unmerged", "merged")]
@@ -156,7 +156,7 @@ def with_losses(factor: float) -> Callable[[Record], Record]:
 
 
 @pytest.mark.parametrize(("factor", "code"), [(100.0, Exit.FAIL), (1.001, Exit.PASS), (0.5, Exit.PASS)])
-def test_a_training_loss_that_rose_is_a_finding(factor: float, code: Exit, base: store.Run) -> None:
+def test_a_higher_training_loss_is_a_finding(factor: float, code: Exit, base: store.Run) -> None:
     result = against(base, only("fused", with_losses(factor)))
     (row,) = found(result, FindingKind.LOSS)
     assert (row.cells, result.exit) == ((FUSED,), code)
@@ -166,7 +166,7 @@ def test_a_training_loss_that_rose_is_a_finding(factor: float, code: Exit, base:
     assert (row.base, row.new) == (fmean(last), fmean(factor * x for x in last))
 
 
-def test_a_check_that_allows_far_more_leaves_its_question_open(base: store.Run) -> None:
+def test_a_check_that_allows_far_more_is_inconclusive(base: store.Run) -> None:
     def looser(times: float) -> Change:
         def change(record: Record) -> Record:
             first, *rest = record.checks
@@ -180,10 +180,12 @@ def test_a_check_that_allows_far_more_leaves_its_question_open(base: store.Run) 
     (row,) = found(result, FindingKind.PARITY)
     assert (row.word, result.verdict.word) == (VerdictKind.INCONCLUSIVE, VerdictKind.INCONCLUSIVE)
     assert row.reason == "more is allowed than in the baseline: lora/forward/float32/init (1e+06 times)"
-    assert against(base, looser(1.5)).verdict.word is VerdictKind.PASS  # as another machine's noise may be
+    assert (
+        against(base, looser(1.5)).verdict.word is VerdictKind.PASS
+    )  # the noise of another machine may differ so much
 
 
-def test_a_run_whose_hashes_were_taken_away_is_no_green_light(base: store.Run) -> None:
+def test_a_run_without_hashes_does_not_pass(base: store.Run) -> None:
     folder = base.path.with_name("new")
     new = recorded_run.write_run(folder, run="new", only=FEW)
     assert new.footer is not None
@@ -193,7 +195,7 @@ def test_a_run_whose_hashes_were_taken_away_is_no_green_light(base: store.Run) -
     assert "the run has no footer with hashes" in result.verdict.reason
 
 
-def test_a_check_that_passed_and_fails(base: store.Run) -> None:
+def test_a_check_that_passed_before_and_fails_now(base: store.Run) -> None:
     result = against(base, only("fused", red))
     (row,) = found(result, FindingKind.PARITY)
     assert (row.word, row.cells, result.exit) == (VerdictKind.FAIL, (FUSED,), Exit.FAIL)
@@ -201,13 +203,13 @@ def test_a_check_that_passed_and_fails(base: store.Run) -> None:
     assert "parity: " in result.verdict.reason
 
 
-def test_a_cell_that_is_nonconforming_now(base: store.Run) -> None:
+def test_a_nonconforming_cell_fails(base: store.Run) -> None:
     result = against(base, only("fused", lambda r: recorded_run.failed(r, Status.NONCONFORMING, because="diverged")))
     (row,) = found(result, FindingKind.PARITY)
     assert (row.word, row.reason, found(result, FindingKind.OUTCOME)) == (VerdictKind.FAIL, "diverged", [])
 
 
-def test_a_check_that_is_not_tried_any_more_leaves_its_question_open(base: store.Run) -> None:
+def test_a_check_that_no_longer_runs_is_inconclusive(base: store.Run) -> None:
     fewer = only("fused", lambda r: r.model_copy(update={"checks": r.checks[1:]}))
     assert against(base, fewer).exit == Exit.PASS
     result = against(base, fewer, strict=True)
@@ -215,7 +217,7 @@ def test_a_check_that_is_not_tried_any_more_leaves_its_question_open(base: store
 
 
 @pytest.mark.parametrize("status", [Status.OOM, Status.TIMEOUT, Status.ERROR, Status.LOST, Status.SKIPPED])
-def test_another_outcome_of_what_was_ok(base: store.Run, status: Status) -> None:
+def test_another_outcome_of_an_ok_cell_fails(base: store.Run, status: Status) -> None:
     result = against(base, only("fused", lambda r: recorded_run.failed(r, status)))
     (row,) = found(result, FindingKind.OUTCOME)
     assert (row.word, row.base, row.new, result.exit) == (VerdictKind.FAIL, "ok", status.value, Exit.FAIL)
@@ -227,7 +229,7 @@ def test_a_cell_that_the_run_does_not_plan_fails(base: store.Run) -> None:
     assert (row.word, row.cells, result.exit) == (VerdictKind.FAIL, (FUSED,), Exit.FAIL)
 
 
-def test_a_cell_that_the_run_did_not_come_to_is_no_regression_and_not_green(base: store.Run) -> None:
+def test_a_cell_that_the_run_did_not_reach_is_not_run(base: store.Run) -> None:
     result = against(base, only("fused", lambda _: None))
     (row,) = found(result, FindingKind.MISSING)
     assert (row.word, result.verdict.word, result.exit) == (
@@ -238,20 +240,20 @@ def test_a_cell_that_the_run_did_not_come_to_is_no_regression_and_not_green(base
     assert against(base, footer=False).exit == Exit.INFRASTRUCTURE
 
 
-def test_a_new_cell_is_told_and_not_judged(base: store.Run) -> None:
+def test_a_new_cell_is_listed_and_not_judged(base: store.Run) -> None:
     result = against(base, only=(*FEW, "lora-r1"))
     assert result.exit == Exit.PASS
     assert [row.cells for row in found(result, FindingKind.NEW)] == [(recorded_run.cells()["lora-r1"].cell_id,)]
 
 
-def test_nothing_compared_is_never_green(base: store.Run) -> None:
+def test_nothing_compared_is_never_a_pass(base: store.Run) -> None:
     result = against(base, only=("lora-r1",))
     assert (result.verdict.word, result.exit) == (VerdictKind.NOT_RUN, Exit.NOTHING_COMPARED)
     assert "nothing was compared" in result.verdict.reason
 
 
 @pytest.mark.parametrize("field", ["weights_B", "adapter_B", "gradients_B", "optimizer_B", "optimizer_host_B"])
-def test_one_byte_more_of_what_is_counted_fails_and_less_is_told(base: store.Run, field: str) -> None:
+def test_one_more_counted_byte_fails_and_fewer_are_listed(base: store.Run, field: str) -> None:
     def by(n: int) -> Change:
         return only("fused", lambda r: memory(r, **{field: getattr(measurements(r).memory, field) + n}))
 
@@ -265,7 +267,7 @@ def test_one_byte_more_of_what_is_counted_fails_and_less_is_told(base: store.Run
 
 
 @pytest.mark.parametrize("by", [-1, 1])
-def test_a_parameter_more_or_less_is_another_program(base: store.Run, by: int) -> None:
+def test_another_parameter_count_fails(base: store.Run, by: int) -> None:
     def change(record: Record) -> Record:
         count = measurements(record).parameters
         return measured(record, parameters=count.model_copy(update={"adapter": count.adapter + by}))
@@ -276,7 +278,7 @@ def test_a_parameter_more_or_less_is_another_program(base: store.Run, by: int) -
     ]
 
 
-def test_a_process_may_vary_by_what_was_measured_and_a_gpu_by_nothing(base: store.Run) -> None:
+def test_process_peaks_have_a_margin_and_gpu_peaks_none(base: store.Run) -> None:
     def grown(n: int, source: str = "VmHWM") -> Change:
         return only("fused", lambda r: memory(peak(r, n), source=source))
 
@@ -296,7 +298,7 @@ def test_a_process_may_vary_by_what_was_measured_and_a_gpu_by_nothing(base: stor
     assert against(gpu, grown(1, "cuda allocated")).exit == Exit.FAIL
 
 
-def test_tensors_at_one_time_may_grow_by_little_or_by_what_was_asked(base: store.Run) -> None:
+def test_counted_peaks_may_grow_by_little_or_by_the_option(base: store.Run) -> None:
     counted = recorded_run.write_run(
         base.path.with_name("counted"), only=FEW, change=only("fused", lambda r: of_tensors(r, 0))
     )
@@ -317,7 +319,7 @@ def test_tensors_at_one_time_may_grow_by_little_or_by_what_was_asked(base: store
     assert row.reason == "grew (margin 65,536 B, counted)"
     assert grown(COUNTED_PEAK_B + 1, margins=Margins(memory_B=2 * COUNTED_PEAK_B)).exit == Exit.PASS
     assert grown(1, margins=Margins(memory_B=0)).exit == Exit.FAIL
-    # A baseline from before it was counted says nothing of it; a run that does not count any more is told.
+    # An old baseline has no counts, and is not compared; a run that lacks counts is a finding.
     new = against(base, only("fused", lambda r: of_tensors(r, 0)))
     assert ([row.what for row in found(new, FindingKind.NEW)], new.exit) == ([COUNTED_PEAK], Exit.PASS)
     assert [row.what for row in found(against(counted), FindingKind.MISSING)] == [COUNTED_PEAK]
@@ -327,8 +329,8 @@ def of_tensors(record: Record, more: int) -> Record:
     return memory(record, counted_peak_B=100 * recorded_run.MIB + more)
 
 
-def test_the_margin_of_a_process_is_what_the_published_run_shows() -> None:
-    """One false alarm in a million, at the upper 95 % bound of the standard deviation between equal processes."""
+def test_the_published_run_supports_the_margin_of_a_process() -> None:
+    """The margin gives one false alarm in a million, at the upper 95 % bound of the deviation between equal processes."""
     run = store.read_run(PUBLISHED / "2026-11-25-tune-small-cpu")
     groups: dict[str, list[int]] = {}
     for record in run.latest().values():
@@ -344,7 +346,7 @@ def test_the_margin_of_a_process_is_what_the_published_run_shows() -> None:
     assert PROCESS_PEAK_B / 2 < bound <= PROCESS_PEAK_B
 
 
-def test_an_accuracy_that_dropped_with_one_seed_says_so(base: store.Run) -> None:
+def test_a_drop_of_accuracy_with_one_seed_names_the_seed(base: store.Run) -> None:
     result = against(base, only("fused", lambda r: recorded_run.with_accuracy(r, 0.75)))
     (row,) = found(result, FindingKind.ACCURACY)
     assert (row.word, result.exit) == (VerdictKind.FAIL, Exit.FAIL)
@@ -354,13 +356,13 @@ def test_an_accuracy_that_dropped_with_one_seed_says_so(base: store.Run) -> None
     assert row.interval[1] < 0
 
 
-def test_an_accuracy_that_rose_passes_and_is_told(base: store.Run) -> None:
+def test_a_higher_accuracy_passes_and_is_listed(base: store.Run) -> None:
     result = against(base, only("fused", lambda r: recorded_run.with_accuracy(r, 0.87)))
     (row,) = found(result, FindingKind.ACCURACY)
     assert (row.word, row.reason.startswith("rose"), result.exit) == (VerdictKind.PASS, True, Exit.PASS)
 
 
-def test_a_small_drop_is_open_and_with_a_wide_margin_no_worse(base: store.Run) -> None:
+def test_a_small_drop_is_inconclusive_or_within_a_wide_margin(base: store.Run) -> None:
     drop = only("fused", lambda r: recorded_run.with_accuracy(r, 0.805))
     strict = against(base, drop, strict=True, margins=Margins(accuracy=0.001))
     assert (found(strict, FindingKind.ACCURACY)[0].word, strict.exit) == (VerdictKind.INCONCLUSIVE, Exit.INCONCLUSIVE)
@@ -379,7 +381,7 @@ def test_other_items_are_not_compared(base: store.Run) -> None:
     assert (found(result, FindingKind.ACCURACY)[0].word, result.exit) == (VerdictKind.INCONCLUSIVE, Exit.INCONCLUSIVE)
 
 
-def test_what_was_measured_and_is_not_now_is_missing(base: store.Run) -> None:
+def test_a_number_that_is_no_longer_measured_is_missing(base: store.Run) -> None:
     result = against(base, only("fused", lambda r: measured(r, accuracy=None)))
     assert [(row.word, row.what) for row in found(result, FindingKind.MISSING)] == [(VerdictKind.FAIL, "accuracy")]
 
@@ -397,7 +399,7 @@ def test_an_environment_is_named_once_for_all_its_cells(base: store.Run) -> None
     assert against(base, upgraded, strict=True).exit == Exit.INCONCLUSIVE
 
 
-def test_another_commit_is_what_a_gate_is_for_and_is_named(base: store.Run) -> None:
+def test_another_commit_is_named_and_passes(base: store.Run) -> None:
     def later(_: str, record: Record) -> Record:
         return record.model_copy(
             update={"environment": recorded_run.environment(git_sha="f" * 40, code_version="d" * 64)}
@@ -418,7 +420,7 @@ def test_another_model_under_the_same_name_is_named(base: store.Run) -> None:
 # ---- files that cannot be read
 
 
-def test_broken_files_are_named_and_the_rest_is_used(base: store.Run) -> None:
+def test_broken_files_are_named_and_the_others_are_used(base: store.Run) -> None:
     new = recorded_run.write_run(base.path.with_name("new"), run="new", only=(*FEW, "lora-r1", "nf4"))
     whole = recorded_run.write_run(base.path.with_name("whole"), run="whole", only=(*FEW, "lora-r1", "nf4"))
     ids = [recorded_run.cells()[name].cell_id for name in ("fused", "lora-r1", "nf4", "head")]
@@ -427,7 +429,7 @@ def test_broken_files_are_named_and_the_rest_is_used(base: store.Run) -> None:
     files[1].write_text("no JSON", encoding="utf-8")
     future = json.loads(files[2].read_text(encoding="utf-8"))
     files[2].write_text(json.dumps(future | {"schema": 99, "more": 1}), encoding="utf-8")
-    files[3].write_text(json.dumps({"schema": 1, "somebody": "else's"}), encoding="utf-8")
+    files[3].write_text(json.dumps({"schema": 1, "other": "program"}), encoding="utf-8")
     result = judge(whole, store.read_run(new.path))
     assert (result.compared, result.exit, result.verdict.word) == (1, Exit.INFRASTRUCTURE, VerdictKind.INCONCLUSIVE)
     assert {row.cells[0] for row in found(result, FindingKind.MISSING)} == set(ids)
@@ -435,7 +437,7 @@ def test_broken_files_are_named_and_the_rest_is_used(base: store.Run) -> None:
     assert any("written with schema 99, this version reads up to 1" in why for why in result.unreadable)
 
 
-def test_a_broken_file_that_takes_no_cell_away_changes_no_code(base: store.Run) -> None:
+def test_a_broken_file_of_no_cell_does_not_change_the_exit_code(base: store.Run) -> None:
     against(base)
     folder = base.path.with_name("new")
     (folder / "cells" / "torn.json").write_text("{", encoding="utf-8")
@@ -444,7 +446,7 @@ def test_a_broken_file_that_takes_no_cell_away_changes_no_code(base: store.Run) 
     assert "1 unreadable file" in result.verdict.reason
 
 
-def test_no_older_attempt_stands_in_for_a_torn_one(base: store.Run) -> None:
+def test_no_older_attempt_replaces_a_torn_one(base: store.Run) -> None:
     against(base)
     folder = base.path.with_name("new")
     (folder / "cells" / f"{FUSED}.2.json").write_text("{", encoding="utf-8")
@@ -478,7 +480,7 @@ def test_pairs_of_seeds_that_agree_have_no_error() -> None:
 
 
 def test_the_interval_of_paired_answers_covers_more_than_one_from_their_variance() -> None:
-    """By enumeration of all outcomes of 25 items, with the chances of (both, only left, only right, neither)."""
+    """Enumerates all outcomes of 25 items. Probabilities are those of (both, only left, only right, neither)."""
     n = 25
     for p in ((0.7, 0.1, 0.1, 0.1), (0.85, 0.05, 0.02, 0.08), (0.6, 0.2, 0.05, 0.15)):
         true, covered, plain = p[1] - p[2], 0.0, 0.0
@@ -507,12 +509,12 @@ def promote(*more: str, reason: str = "the first") -> int:
     return main(["baseline", "promote", "base", "quick", "--reason", reason, "--author", "Ada", *more])
 
 
-def test_a_promoted_run_is_listed_and_compared_with(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_promoted_run_is_listed_and_used(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "results" / "runs" / "base" / "logs" / "a.txt").write_text("long", encoding="utf-8")
     assert promote() == Exit.PASS
-    kept = here / "results" / "baselines" / "quick"
-    assert sorted(p.name for p in kept.iterdir()) == ["baseline.json", "cells", "footer.json", "run.json"]
-    provenance = json.loads((kept / "baseline.json").read_text(encoding="utf-8"))
+    saved = here / "results" / "baselines" / "quick"
+    assert sorted(p.name for p in saved.iterdir()) == ["baseline.json", "cells", "footer.json", "run.json"]
+    provenance = json.loads((saved / "baseline.json").read_text(encoding="utf-8"))
     assert {k: provenance[k] for k in ("run", "author", "reason", "git_shas", "replaces")} == {
         "run": "base", "author": "Ada", "reason": "the first", "git_shas": ["0123abc"], "replaces": "",
     }  # fmt: skip
@@ -525,14 +527,14 @@ def test_a_promoted_run_is_listed_and_compared_with(here: Path, capsys: pytest.C
     assert "did you mean `quick`?" in capsys.readouterr().err
 
 
-def test_a_name_is_replaced_only_when_asked(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_baseline_is_replaced_only_with_the_option(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert promote() == Exit.PASS
     assert promote() == Exit.USAGE
     assert "--replace" in capsys.readouterr().err
     assert promote("--replace", reason="again") == Exit.PASS
-    (kept,) = baselines.known()
-    assert kept.provenance is not None
-    assert (kept.provenance.reason, kept.provenance.replaces) == ("again", "base")
+    (saved,) = baselines.known()
+    assert saved.provenance is not None
+    assert (saved.provenance.reason, saved.provenance.replaces) == ("again", "base")
     assert [p.name for p in (here / "results" / "baselines").iterdir()] == ["quick"]
 
 
@@ -558,14 +560,14 @@ DIRTY = only("fused", lambda r: r.model_copy(update={"environment": recorded_run
     ],
     ids=["dirty Record", "dirty start", "no footer", "red check", "oom", "missing"],
 )  # fmt: skip
-def test_what_is_no_standard_is_refused(
+def test_an_unfit_run_is_not_promoted(
     here: Path, capsys: pytest.CaptureFixture[str], change: Change, more: dict[str, Any], says: str
 ) -> None:
     rewrite(here, change, **more)
     assert promote() == Exit.USAGE
-    said = capsys.readouterr().err
-    assert says in said
-    assert "hint: " in said
+    output = capsys.readouterr().err
+    assert says in output
+    assert "hint: " in output
     assert not (here / "results" / "baselines").exists()
 
 
@@ -599,12 +601,12 @@ def test_a_footer_that_names_a_file_elsewhere_is_refused(here: Path, capsys: pyt
 def test_all_reasons_are_given_at_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rewrite(here, DIRTY, footer=False)
     assert promote(reason=" ") == Exit.USAGE
-    said = capsys.readouterr().err
-    assert "3 reasons not to make a baseline of it" in said
-    assert said.count("hint: ") == 3
+    output = capsys.readouterr().err
+    assert "3 reasons not to make a baseline of it" in output
+    assert output.count("hint: ") == 3
 
 
-# ---- what is told
+# ---- outputs
 
 
 @pytest.fixture
@@ -617,10 +619,10 @@ def worse(here: Path) -> Path:
     return here
 
 
-def test_every_output_tells_the_regression(worse: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_output_has_the_regression(worse: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    told = ["--junit", "a.xml", "--markdown", "a.md", "--annotations"]
-    assert main(["gate", "new", "--baseline", "quick", *told]) == Exit.FAIL
+    reported = ["--junit", "a.xml", "--markdown", "a.md", "--annotations"]
+    assert main(["gate", "new", "--baseline", "quick", *reported]) == Exit.FAIL
     printed = capsys.readouterr()
     line = next(line for line in printed.out.splitlines() if "fail: grew" in line)
     assert "[fused]" in line
@@ -634,11 +636,11 @@ def test_every_output_tells_the_regression(worse: Path, capsys: pytest.CaptureFi
     assert "| fail: grew |" in Path("a.md").read_text(encoding="utf-8")
 
 
-def test_a_byte_that_no_digit_shows_is_written_out() -> None:
+def test_a_difference_below_the_shown_digits_is_written_in_bytes() -> None:
     row = ComparisonRow(FindingKind.MEMORY, VerdictKind.FAIL, "a", ("0",), "adapter", "grew", 1_400_000, 1_400_001, "B")
-    told = Findings(verdict=Verdict(VerdictKind.FAIL, ""), rows=(row,), compared=1)
-    assert "adapter 1.3 MiB, now 1.3 MiB (+1 B" in github.lines(told)[0]
-    assert b"adapter: 1.3 MiB, now 1.3 MiB (+1 B" in junit.render(told)
+    reported = Findings(verdict=Verdict(VerdictKind.FAIL, ""), rows=(row,), compared=1)
+    assert "adapter 1.3 MiB, now 1.3 MiB (+1 B" in github.lines(reported)[0]
+    assert b"adapter: 1.3 MiB, now 1.3 MiB (+1 B" in junit.render(reported)
 
 
 def test_json_is_one_document_with_everything(worse: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -651,7 +653,7 @@ def test_json_is_one_document_with_everything(worse: Path, capsys: pytest.Captur
     assert set(document["kinds"]) == {kind.value for kind in FindingKind}
 
 
-def test_github_gets_annotations_unasked(
+def test_github_jobs_get_annotations_by_default(
     worse: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     capsys.readouterr()
@@ -662,7 +664,7 @@ def test_github_gets_annotations_unasked(
     assert "::error" in capsys.readouterr().err
 
 
-def test_markdown_stays_under_its_limit_and_says_what_is_left_out(base: store.Run) -> None:
+def test_markdown_stays_under_its_limit_and_counts_omitted_rows(base: store.Run) -> None:
     result = against(base, only("fused", red))
     whole = markdown.render(result, "a run").decode()
     sizes = [len(markdown.render(result, "a run", limit)) for limit in (1600, 2400, 3200)]
@@ -670,16 +672,16 @@ def test_markdown_stays_under_its_limit_and_says_what_is_left_out(base: store.Ru
     assert all(a <= b for a, b in pairwise(sizes))
     cut = markdown.render(result, "a run", 2400).decode()
     assert "lines left out, to stay under 1 MiB" in cut
-    assert "lora/forward/float32/init failed" in cut  # the worst comes first
+    assert "lora/forward/float32/init failed" in cut  # the most serious row comes first
     assert "left out" not in whole
     assert len(whole.encode()) < markdown.LIMIT_B
 
 
-def test_explain_tells_the_rule_of_every_kind() -> None:
+def test_explain_has_the_rule_of_every_kind() -> None:
     assert all(f"{kind.value}: " in explain("gate") for kind in FindingKind)
 
 
-# ---- the price
+# ---- cost
 
 
 @pytest.mark.slow
@@ -720,8 +722,8 @@ def test_a_thousand_cells_are_read_twice_for_hash_and_content_and_without_torch(
     assert "1000 Cells compared, no regression" in done.stdout
 
 
-def test_a_baseline_that_nothing_seals_is_no_green_light(tmp_path: Path) -> None:
-    """Else deleting its footer would be enough to let any of its numbers be edited."""
+def test_a_baseline_without_hashes_does_not_pass(tmp_path: Path) -> None:
+    """Otherwise a user could delete the footer and edit any number."""
     base = recorded_run.write_run(tmp_path / "base", footer=False, only=FEW)
     new = recorded_run.write_run(tmp_path / "new", only=FEW)
     judged = judge(base, new)

@@ -1,4 +1,4 @@
-"""`gate --pairs`: two sides run in turn, and what their Records say. Process runs are stood in for by made Records."""
+"""`gate --pairs`: two sides run in turn. Fake process runs return synthetic Records."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree as ET
 
 import psutil
@@ -33,7 +34,7 @@ from harness.records.record import Cell, Record, Status
 from harness.regression.outputs.files import Outputs
 from harness.regression.pairs import canary_file
 from harness.regression.pairs import gate as gate_pairs
-from harness.regression.pairs import sides as arms
+from harness.regression.pairs import sides as pair_sides
 from harness.regression.pairs.request import PairsRequest
 from harness.regression.pairs.sides import Side
 from harness.suites import loader
@@ -56,8 +57,8 @@ MIB = 2**20
 
 
 @dataclass
-class Stand:
-    """Stands in for the process runs: the new side's step takes `slower` times as long, and both have some noise.
+class FakeRuns:
+    """Fake process runs: the new side's step takes `slower` times as long, and both have some noise.
 
     slower_merged: so does its merged forward pass. luck: another draw of the noise. counted_B: what tensors took, of the new
     side or the old one.
@@ -74,16 +75,16 @@ class Stand:
     raises: BaseException | None = None
     ran: list[str] = field(default_factory=list)
     wrong: Callable[[Record], Record] = lambda record: record
-    luck: int = 1
+    draw: int = 1
     cores: set[int] = field(default_factory=set)
 
-    def __call__(self, arm: Side, suite: Path, cell: Cell, folder: Path, options: object = ()) -> Record:
+    def __call__(self, side: Side, suite: Path, cell: Cell, folder: Path, options: object = ()) -> Record:
         self.ran.append(folder.name)
         self.cores.add(environment.physical_cores())
         if self.raises is not None and len(self.ran) > 20:
             raise self.raises
         new = folder.name.endswith("-new") and "canary" not in folder.name
-        drawn = random.Random(f"{self.luck} {folder.name}")
+        drawn = random.Random(f"{self.draw} {folder.name}")
         record = recorded_run.record("fused", recorded_run.cells()["fused"])
         assert record.measurements is not None
         assert record.measurements.training is not None
@@ -117,150 +118,150 @@ class Stand:
 
 @pytest.fixture
 def gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Return a function from a Stand to (exit code, stdout, the document that was kept)."""
+    """Return a function from FakeRuns to (exit code, stdout, document)."""
 
-    def gate(stand: Stand, **changes: object) -> tuple[Exit, str, dict]:
+    def gate(fake: FakeRuns, **changes: object) -> tuple[Exit, str, dict]:
         suite = tmp_path / "gated.yaml"
         suite.write_text(SUITE, encoding="utf-8")
-        monkeypatch.setattr(arms, "run", stand)
+        monkeypatch.setattr(pair_sides, "run", fake)
         out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
-        asked = {"old": "reference", "new": "fused", "suite": str(suite), "out": out, "seed": 3}
-        asked |= {"canaries": tmp_path / "canaries.jsonl"} | changes
-        code = gate_pairs.gate(PairsRequest(**asked), as_json=False)  # type: ignore[arg-type]
+        requested = {"old": "reference", "new": "fused", "suite": str(suite), "out": out, "seed": 3}
+        requested |= {"canaries": tmp_path / "canaries.jsonl"} | changes
+        code = gate_pairs.gate(PairsRequest(**requested), as_json=False).exit  # type: ignore[arg-type]
         return code, capsys.readouterr().out, json.loads((out / gate_pairs.DOCUMENT).read_text())
 
     return gate
 
 
-def test_the_same_twice_is_proven_the_same_by_the_first_pairs(gated) -> None:
-    stand = Stand()
-    code, said, document = gated(stand)
+def test_the_first_pairs_prove_equal_sides_equal(gated) -> None:
+    fake = FakeRuns()
+    code, output, document = gated(fake)
     assert code == Exit.PASS
     (cell,) = document["cells"]
     assert cell["verdict"]["word"] == "same"
     assert cell["verdict"]["interval"][0] < cell["verdict"]["effect"] < cell["verdict"]["interval"][1]
     assert len(cell["pairs"]) == 6
-    assert len(stand.ran) == 2 * 6 + 2 * 6  # and the canary's
-    assert "pass: none of 1 Cells is slower, larger or worse" in said
+    assert len(fake.ran) == 2 * 6 + 2 * 6  # and those of the canary
+    assert "pass: none of 1 Cells is slower, larger or worse" in output
 
 
-def test_both_sides_begin_equally_often_and_in_an_order_that_the_seed_fixes(gated) -> None:
-    def began(stand: Stand) -> list[str]:
-        return [name.rpartition("-")[2] for name in stand.ran[: 2 * 6 : 2]]
+def test_both_sides_begin_equally_often_in_an_order_fixed_by_the_seed(gated) -> None:
+    def began(fake: FakeRuns) -> list[str]:
+        return [name.rpartition("-")[2] for name in fake.ran[: 2 * 6 : 2]]
 
-    one, again, other = Stand(), Stand(), Stand()
-    for stand, seed in ((one, 3), (again, 3), (other, 4)):
-        gated(stand, seed=seed, canary=False)
+    one, again, other = FakeRuns(), FakeRuns(), FakeRuns()
+    for fake, seed in ((one, 3), (again, 3), (other, 4)):
+        gated(fake, seed=seed, canary=False)
     assert began(one) == began(again)
     assert sorted(began(one)) == ["new"] * 3 + ["old"] * 3
     assert {tuple(began(s)) for s in (one, other)} - {("old", "new") * 3}
 
 
 @pytest.mark.skipif(not hasattr(psutil.Process, "cpu_affinity"), reason="this system holds no process to a core")
-def test_on_a_cpu_both_sides_have_one_core_unless_asked_otherwise(gated) -> None:
+def test_on_a_cpu_both_sides_have_one_core_by_default(gated) -> None:
     mine = environment.physical_cores()
-    one, asked = Stand(), Stand()
+    one, requested = FakeRuns(), FakeRuns()
     _, _, document = gated(one)
-    gated(asked, cores=mine)
-    assert (one.cores, asked.cores) == ({1}, {mine})
+    gated(requested, cores=mine)
+    assert (one.cores, requested.cores) == ({1}, {mine})
     assert len(document["cores"]) == 1
     assert environment.physical_cores() == mine
 
 
 @pytest.mark.parametrize("slower", [1.05, 1.2])
-def test_a_slow_down_is_found_by_fresh_pairs_alone(gated, slower: float) -> None:
-    stand = Stand(slower=slower)
-    code, said, document = gated(stand)
+def test_fresh_pairs_alone_find_a_slow_down(gated, slower: float) -> None:
+    fake = FakeRuns(slower=slower)
+    code, output, document = gated(fake)
     assert code == Exit.FAIL
     (cell,) = document["cells"]
     assert (cell["verdict"]["word"], cell["verdict"]["stage"], cell["verdict"]["n"]) == ("slower", "fresh", 10)
     low, high = cell["verdict"]["interval"]
     assert low < slower - 1 < high
-    assert any("fresh-0" in name for name in stand.ran)
-    assert "is slower" in said
+    assert any("fresh-0" in name for name in fake.ran)
+    assert "is slower" in output
 
 
-def test_a_speed_up_is_told_and_no_failure(gated) -> None:
-    code, _, document = gated(Stand(slower=0.5))
+def test_a_speed_up_is_listed_and_passes(gated) -> None:
+    code, _, document = gated(FakeRuns(slower=0.5))
     assert code == Exit.PASS
     assert document["cells"][0]["verdict"]["word"] == "faster"
     assert "does it still do the same work?" in document["cells"][0]["verdict"]["sentence"]
 
 
-def test_a_slow_latency_is_found_beside_a_step_that_is_the_same(gated) -> None:
-    """And not that of the bare base, which the stand doubles: no adapter has a part in it."""
-    code, said, document = gated(Stand(slower_merged=1.05))
+def test_a_slow_latency_is_found_where_the_step_is_unchanged(gated) -> None:
+    """The latency of the bare base doubles, but is not judged: no adapter takes part in it."""
+    code, output, document = gated(FakeRuns(slower_merged=1.05))
     assert code == Exit.FAIL
     (cell,) = document["cells"]
     assert cell["verdict"]["word"] == "same"
     found = {metric: time["verdict"]["word"] for metric, time in cell["latencies"].items()}
     assert found == {"latency_s/unmerged/forward/1x40": "same", "latency_s/merged/forward/1x40": "slower"}
-    assert f"{cell['name']}, merged forward 1x40 is slower" in said.splitlines()[-1]
+    assert f"{cell['name']}, merged forward 1x40 is slower" in output.splitlines()[-1]
     merged = cell["latencies"]["latency_s/merged/forward/1x40"]
     assert 1.03 < merged["new_s"] / merged["old_s"] < 1.07
     assert (
-        len([line for line in said.splitlines() if line.startswith(cell["name"])]) == 3
-    )  # a row of the table for each
+        len([line for line in output.splitlines() if line.startswith(cell["name"])]) == 3
+    )  # one row of the table each
 
 
 def test_one_time_may_be_judged_alone(gated) -> None:
-    code, _, document = gated(Stand(slower_merged=1.05), metric="step_s")
+    code, _, document = gated(FakeRuns(slower_merged=1.05), metric="step_s")
     assert (code, document["cells"][0]["latencies"]) == (Exit.PASS, {})
-    code, _, document = gated(Stand(slower_merged=1.05), metric="latency_s/merged/forward/1x40")
+    code, _, document = gated(FakeRuns(slower_merged=1.05), metric="latency_s/merged/forward/1x40")
     assert (code, document["cells"][0]["verdict"]) == (Exit.FAIL, None)
 
 
-def test_a_latency_that_the_new_side_has_no_more_is_a_finding(gated) -> None:
+def test_a_latency_that_the_new_side_lacks_is_a_finding(gated) -> None:
     def unmerged_only(record: Record) -> Record:
         assert record.measurements is not None
-        kept = [one for one in record.measurements.latency if one.variant != "merged"]
-        return record.model_copy(update={"measurements": record.measurements.model_copy(update={"latency": kept})})
+        saved = [one for one in record.measurements.latency if one.variant != "merged"]
+        return record.model_copy(update={"measurements": record.measurements.model_copy(update={"latency": saved})})
 
-    code, said, document = gated(Stand(wrong=unmerged_only))
+    code, output, document = gated(FakeRuns(wrong=unmerged_only))
     assert code == Exit.FAIL
     assert list(document["cells"][0]["latencies"]) == ["latency_s/unmerged/forward/1x40"]
-    assert "merged forward 1x40 is measured by the old side only" in said.splitlines()[-1]
+    assert "merged forward 1x40 is measured by the old side only" in output.splitlines()[-1]
 
 
-def test_what_cannot_be_decided_is_no_success_where_asked_strictly(gated) -> None:
-    code, said, document = gated(Stand(noise=0.5), strict=True)
+def test_undecided_pairs_do_not_pass_with_strict(gated) -> None:
+    code, output, document = gated(FakeRuns(noise=0.5), strict=True)
     assert code == Exit.INCONCLUSIVE
     assert document["cells"][0]["verdict"]["n"] == 20
-    assert "neither slower nor proven the same" in said
+    assert "neither slower nor proven the same" in output
 
 
 def test_memory_that_grew_in_every_run_is_found_and_noise_is_not(gated) -> None:
-    assert gated(Stand())[0] == Exit.PASS
-    code, said, document = gated(Stand(grown_B=2 * MIB))
+    assert gated(FakeRuns())[0] == Exit.PASS
+    code, output, document = gated(FakeRuns(grown_B=2 * MIB))
     assert code == Exit.FAIL
     (finding,) = document["findings"]
     assert (finding["kind"], finding["what"]) == ("memory", "training peak above imports")
-    assert "training peak above imports grew: old" in said
+    assert "training peak above imports grew: old" in output
 
 
 @pytest.mark.slow
 def test_one_disturbed_run_does_not_hide_memory_that_grew(gated) -> None:
-    """With peaks that differ by 1 MiB from process to process, over the 26 pairs of a time that stays undecided."""
-    found = [gated(Stand(noise=0.5, grown_B=3 * MIB, peak_noise_MiB=1.0, luck=luck))[0] for luck in range(4)]
+    """Peaks differ by 1 MiB between processes, over the 26 pairs of an undecided time."""
+    found = [gated(FakeRuns(noise=0.5, grown_B=3 * MIB, peak_noise_MiB=1.0, draw=draw))[0] for draw in range(4)]
     assert found == [Exit.FAIL] * 4
-    found = [gated(Stand(noise=0.5, peak_noise_MiB=1.0, luck=luck))[0] for luck in range(4)]
+    found = [gated(FakeRuns(noise=0.5, peak_noise_MiB=1.0, draw=draw))[0] for draw in range(4)]
     assert found == [Exit.PASS] * 4
 
 
-def test_two_mebibytes_of_tensors_are_found_whatever_the_process_takes(gated) -> None:
-    """Peaks of the process differ by 9 MiB, so that ranks do not see them."""
-    stand = Stand(peak_noise_MiB=9.0, counted_B=lambda new: 100 * MIB + 2 * MIB * new)
-    code, said, document = gated(stand, canary=False)
+def test_two_mebibytes_of_tensors_are_found_in_any_process(gated) -> None:
+    """Peaks of the process differ by 9 MiB, so that ranks do not detect the growth."""
+    fake = FakeRuns(peak_noise_MiB=9.0, counted_B=lambda new: 100 * MIB + 2 * MIB * new)
+    code, output, document = gated(fake, canary=False)
     assert code == Exit.FAIL
     found = {row["what"]: row for row in document["findings"]}
     row = found[COUNTED_PEAK]
     assert (row["kind"], row["word"], row["base"], row["new"]) == ("memory", "fail", 100 * MIB, 102 * MIB)
     assert found[PEAK]["word"] == "pass"
-    assert f"{COUNTED_PEAK} grew: counted, so that more than 65,536 B is a finding: old 104,857,600 B, new" in said
+    assert f"{COUNTED_PEAK} grew: counted, so that more than 65,536 B is a finding: old 104,857,600 B, new" in output
 
 
 def _peaks(*sides: tuple[int | None, int | None], source: str = "VmHWM") -> dict[str, ComparisonRow]:
-    """Judge pairs of Records with these counts (old, new); return the rows of peaks by what they compare."""
+    """Judge pairs of Records with these counts (old, new); return the rows of peaks by quantity."""
 
     def record(counted: int | None) -> Record:
         made = recorded_run.record("fused", recorded_run.cells()["fused"])
@@ -273,7 +274,7 @@ def _peaks(*sides: tuple[int | None, int | None], source: str = "VmHWM") -> dict
     return {row.what: row for row in rows if row.what in (PEAK, COUNTED_PEAK)}
 
 
-def test_what_is_counted_needs_one_pair_and_no_test() -> None:
+def test_counted_bytes_need_one_pair_and_no_test() -> None:
     for more, word in (
         (COUNTED_PEAK_B + 1, VerdictKind.FAIL),
         (COUNTED_PEAK_B, VerdictKind.PASS),
@@ -285,7 +286,7 @@ def test_what_is_counted_needs_one_pair_and_no_test() -> None:
     assert row.reason.startswith("shrank: ")
 
 
-def test_on_a_gpu_what_is_counted_is_the_peak_and_may_not_grow_at_all() -> None:
+def test_a_counted_peak_on_a_gpu_may_not_grow() -> None:
     (row,) = _peaks((MIB, MIB + 1), source=ALLOCATED).values()
     assert (row.what, row.word) == (COUNTED_PEAK, VerdictKind.FAIL)
     assert set(_peaks((None, None), source=ALLOCATED)) == {PEAK}
@@ -299,40 +300,42 @@ def test_counts_that_differ_between_equal_process_runs_are_judged_by_ranks() -> 
 
 
 @pytest.mark.parametrize(
-    ("sides", "said"),
+    ("sides", "output"),
     [
         ([(MIB, MIB), (MIB, None), (MIB, None)], "2 of 3 of the new side"),
         ([(MIB, MIB), (None, MIB)], "1 of 2 of the old side"),
         ([(MIB, None), (None, None)], "1 of 2 of the old side and 2 of 2 of the new side"),
     ],
 )
-def test_runs_that_were_not_counted_are_told_and_leave_memory_open(
-    sides: list[tuple[int | None, int | None]], said: str
+def test_runs_without_counts_are_listed_and_leave_memory_undecided(
+    sides: list[tuple[int | None, int | None]], output: str
 ) -> None:
     rows = _peaks(*sides)
     row = rows[COUNTED_PEAK]
-    assert (row.word, row.reason) == (VerdictKind.INCONCLUSIVE, f"not compared: not counted in {said}")
+    assert (row.word, row.reason) == (VerdictKind.INCONCLUSIVE, f"not compared: not counted in {output}")
     assert rows[PEAK].word is VerdictKind.PASS
     assert set(_peaks((None, None), (None, None))) == {PEAK}  # where torch cannot count
-    assert set(_peaks(*sides, source=ALLOCATED)) == {PEAK}  # there the peak is the same number
+    assert set(_peaks(*sides, source=ALLOCATED)) == {PEAK}  # the counted peak is the same number
 
 
-def test_a_count_that_is_lost_is_no_pass_of_the_gate(gated) -> None:
-    code, said, _ = gated(Stand(counted_B=lambda new: None if new else MIB), canary=False)
-    assert (code, said.splitlines()[-1].startswith("inconclusive: ")) == (Exit.PASS, True)
-    assert f"{COUNTED_PEAK} not compared: not counted in 6 of 6 of the new side" in said.splitlines()[-1]
-    assert gated(Stand(counted_B=lambda new: None if new else MIB), canary=False, strict=True)[0] == Exit.INCONCLUSIVE
+def test_a_missing_count_does_not_pass(gated) -> None:
+    code, output, _ = gated(FakeRuns(counted_B=lambda new: None if new else MIB), canary=False)
+    assert (code, output.splitlines()[-1].startswith("inconclusive: ")) == (Exit.PASS, True)
+    assert f"{COUNTED_PEAK} not compared: not counted in 6 of 6 of the new side" in output.splitlines()[-1]
+    assert (
+        gated(FakeRuns(counted_B=lambda new: None if new else MIB), canary=False, strict=True)[0] == Exit.INCONCLUSIVE
+    )
 
 
-def test_what_could_not_be_timed_is_no_success(gated) -> None:
-    """A single process run of the old side that failed says nothing of the new one."""
-    code, said, document = gated(Stand(old_fails_at=5))
+def test_cells_without_times_do_not_pass(gated) -> None:
+    """One failed process run of the old side is no finding about the new side."""
+    code, output, document = gated(FakeRuns(old_fails_at=5))
     assert code == Exit.NOTHING_COMPARED
     assert document["cells"][0]["verdict"] is None
-    assert "the old side is error" in said
+    assert "the old side is error" in output
 
 
-def test_one_cell_that_could_not_be_timed_is_not_lost_among_others() -> None:
+def test_one_cell_without_times_is_named() -> None:
     record = recorded_run.record("fused", recorded_run.cells()["fused"])
     same = decide([0.001, -0.001, 0.002, -0.002, 0.001, -0.001], [], Design())
     timed = CellComparison("timed", [(record, record)] * 6, {STEP: same})
@@ -343,16 +346,16 @@ def test_one_cell_that_could_not_be_timed_is_not_lost_among_others() -> None:
     assert judged.verdict.reason == "not timed: flaky (the old side is error)"
 
 
-def test_a_side_that_gives_no_record_is_told_of_its_cell(gated) -> None:
-    code, _, document = gated(Stand(slower=1.05, raises=HarnessError("revision 0123 gave no Record")))
+def test_a_side_without_a_record_is_named_with_its_cell(gated) -> None:
+    code, _, document = gated(FakeRuns(slower=1.05, raises=HarnessError("revision 0123 gave no Record")))
     assert code == Exit.NOTHING_COMPARED
     assert document["cells"][0]["because"] == "revision 0123 gave no Record"
 
 
-def test_interrupted_it_judges_and_keeps_what_was_measured(gated) -> None:
-    code, _, document = gated(Stand(slower=1.05, raises=KeyboardInterrupt()))
+def test_interrupted_pairs_are_judged_and_stored(gated) -> None:
+    code, _, document = gated(FakeRuns(slower=1.05, raises=KeyboardInterrupt()))
     assert document["cut"] == "ended by Ctrl-C"
-    assert len(document["cells"][0]["pairs"]) == 10  # all the first, and four of the fresh
+    assert len(document["cells"][0]["pairs"]) == 10  # all first pairs and four fresh ones
     assert document["cells"][0]["verdict"]["word"] == "inconclusive"
     assert (code, document["exit"]) == (Exit.INFRASTRUCTURE, 4)
 
@@ -363,13 +366,13 @@ def _other_count(record: Record) -> Record:
     return record.model_copy(update={"measurements": record.measurements.model_copy(update={"memory": memory})})
 
 
-def test_one_byte_more_of_what_is_counted_is_found(gated) -> None:
-    code, said, _ = gated(Stand(wrong=_other_count))
+def test_one_more_counted_byte_is_found(gated) -> None:
+    code, output, _ = gated(FakeRuns(wrong=_other_count))
     assert code == Exit.FAIL
-    assert "optimizer grew" in said
+    assert "optimizer grew" in output
 
 
-def test_what_is_refused_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refused_gate_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "pairs"
     assert main(["gate", "--pairs", "no-such-thing", "fused", "--suite", "sentinels", "--out", str(out)]) == Exit.USAGE
     assert "no-such-thing" in capsys.readouterr().err
@@ -377,11 +380,13 @@ def test_what_is_refused_leaves_no_folder(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_any_seed_is_the_one_that_is_used(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[PairsRequest] = []
-    monkeypatch.setattr(gate_pairs, "gate", lambda one, as_json: asked.append(one) or Exit.PASS)
+def test_the_option_sets_the_seed(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    requested: list[PairsRequest] = []
+    monkeypatch.setattr(
+        gate_pairs, "gate", lambda one, as_json: requested.append(one) or SimpleNamespace(exit=Exit.PASS)
+    )
     assert main(["gate", "--pairs", "reference", "fused", "--seed", str(seed)]) == Exit.PASS
-    assert [one.seed for one in asked] == [seed]
+    assert [one.seed for one in requested] == [seed]
 
 
 def _elsewhere(record: Record) -> Record:
@@ -389,14 +394,14 @@ def _elsewhere(record: Record) -> Record:
     return record.model_copy(update={"environment": changed})
 
 
-def test_what_differs_between_the_sides_besides_their_code_is_named_in_the_verdict(gated) -> None:
-    code, said, document = gated(Stand(wrong=_elsewhere))
+def test_other_differences_between_the_sides_are_named_in_the_verdict(gated) -> None:
+    code, output, document = gated(FakeRuns(wrong=_elsewhere))
     assert code == Exit.PASS
     assert document["residue"] == ["software torch: 2.9.1+cpu, 9.9 (6 of 6 pairs)"]
-    assert "not the same: software torch" in said.splitlines()[-1]
+    assert "not the same: software torch" in output.splitlines()[-1]
 
 
-def test_a_gpu_that_one_side_had_slower_is_named(gated) -> None:
+def test_a_lower_gpu_clock_of_one_side_is_named(gated) -> None:
     def hot(record: Record) -> Record:
         end = GpuState(uuid="GPU-1", sm_clock_Hz=1_200_000_000, throttle=["software-thermal"])
         phases = [
@@ -405,7 +410,7 @@ def test_a_gpu_that_one_side_had_slower_is_named(gated) -> None:
         ]
         return record.model_copy(update={"phases": phases})
 
-    _, _, document = gated(Stand(wrong=hot))
+    _, _, document = gated(FakeRuns(wrong=hot))
     assert document["residue"] == [
         "GPU throttled in training by: nothing, software-thermal (6 of 6 pairs)",
         "SM clock as training ended: unknown, 1,200 MHz",
@@ -415,40 +420,38 @@ def test_a_gpu_that_one_side_had_slower_is_named(gated) -> None:
 @pytest.mark.parametrize(
     ("status", "kind"), [(Status.NONCONFORMING, "parity"), (Status.OOM, "outcome"), (Status.ERROR, "outcome")]
 )
-def test_a_new_side_that_does_not_end_well_is_a_finding_and_gets_no_more_pairs(
-    gated, status: Status, kind: str
-) -> None:
-    stand = Stand(new_status=status)
-    code, said, document = gated(stand)
+def test_a_failed_new_side_is_a_finding_and_gets_no_more_pairs(gated, status: Status, kind: str) -> None:
+    fake = FakeRuns(new_status=status)
+    code, output, document = gated(fake)
     assert code == Exit.FAIL
     assert {finding["kind"] for finding in document["findings"]} == {kind}
     assert document["cells"][0]["verdict"] is None
-    assert len(stand.ran) == 2
-    assert f"the new side is {status.value}" in said
+    assert len(fake.ran) == 2
+    assert f"the new side is {status.value}" in output
 
 
 def test_too_many_alarms_of_canaries_close_the_gate(gated, tmp_path: Path) -> None:
     place = recorded_run.environment().id
     for number in range(40):
         canary_file.add(tmp_path / "canaries.jsonl", place, "0" * 16, [0.1 + 0.001 * (number + i) for i in range(6)])
-    code, said, _ = gated(Stand(slower=1.2))
+    code, output, _ = gated(FakeRuns(slower=1.2))
     assert code == Exit.INFRASTRUCTURE
-    assert "the gate is closed" in said
-    # Those of another machine do not count here.
+    assert "the gate is closed" in output
+    # Canaries of another machine do not count.
     moved = (tmp_path / "canaries.jsonl").read_text().replace(place, "elsewhere")
     (tmp_path / "canaries.jsonl").write_text(moved)
-    assert gated(Stand(slower=1.2))[0] == Exit.FAIL
+    assert gated(FakeRuns(slower=1.2))[0] == Exit.FAIL
 
 
-def test_each_gate_adds_a_canary_and_torn_lines_are_told(
+def test_each_gate_adds_a_canary_and_torn_lines_are_named(
     gated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "canaries.jsonl"
-    gated(Stand())
+    gated(FakeRuns())
     assert len(file.read_text().splitlines()) == 1
     newer = {**json.loads(file.read_text()), "schema": 2}
     file.write_text(file.read_text() + '{"at": "2026\n' + json.dumps(newer) + "\n")
-    gated(Stand())
+    gated(FakeRuns())
     lines = file.read_text().splitlines()
     assert len(lines) == 4
     found, broken = canary_file.read(file, recorded_run.environment().id, 0.25)
@@ -462,7 +465,7 @@ def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_revisions_are_checked_out_and_taken_away_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_revisions_are_checked_out_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     top = tmp_path / "checkout"
     top.mkdir()
     _git(top, "init", "-q")
@@ -473,9 +476,9 @@ def test_revisions_are_checked_out_and_taken_away_again(tmp_path: Path, monkeypa
         _git(top, "commit", "-qm", text)
         commits.append(_git(top, "rev-parse", "HEAD"))
     (top / "file").write_text("three")
-    monkeypatch.setattr(arms.resources, "checkout", lambda: top)
+    monkeypatch.setattr(pair_sides.resources, "checkout", lambda: top)
     plan = loader.load("smoke").plan
-    with arms.opened(commits[0], arms.HERE, plan) as (old, new):
+    with pair_sides.opened(commits[0], pair_sides.HERE, plan) as (old, new):
         assert old.code is not None
         assert (old.code / "file").read_text() == "one"
         assert new.code == top
@@ -483,12 +486,12 @@ def test_revisions_are_checked_out_and_taken_away_again(tmp_path: Path, monkeypa
         gone = old.code
     assert not gone.exists()
     assert len(_git(top, "worktree", "list").splitlines()) == 1
-    with arms.opened("HEAD", "HEAD", plan) as (old, new):
+    with pair_sides.opened("HEAD", "HEAD", plan) as (old, new):
         assert old == new  # A/A
     for wrong in ("no-such-revision", "--help"):
-        with pytest.raises(UsageError, match="neither a revision"), arms.opened("HEAD", wrong, plan):
+        with pytest.raises(UsageError, match="neither a revision"), pair_sides.opened("HEAD", wrong, plan):
             pass
-    with pytest.raises(UsageError, match="is an implementation"), arms.opened("fused", "HEAD", plan):
+    with pytest.raises(UsageError, match="is an implementation"), pair_sides.opened("fused", "HEAD", plan):
         pass
 
 
@@ -503,18 +506,18 @@ def test_a_revision_runs_with_its_own_entry_points(tmp_path: Path, monkeypatch: 
         )
         _git(top, "add", ".")
         _git(top, "commit", "-qm", module)
-    monkeypatch.setattr(arms.resources, "checkout", lambda: top)
-    with arms.opened("HEAD~1", arms.HERE, loader.load("smoke").plan) as (old, new):
+    monkeypatch.setattr(pair_sides.resources, "checkout", lambda: top)
+    with pair_sides.opened("HEAD~1", pair_sides.HERE, loader.load("smoke").plan) as (old, new):
         assert new.metadata is None
         points = (
             "from importlib.metadata import distribution as d; print([e.value for e in d('peft-harness').entry_points])"
         )
         command = [sys.executable, "-P", "-c", points]
-        done = subprocess.run(command, env=arms._variables(old), capture_output=True, text=True, check=True)
+        done = subprocess.run(command, env=pair_sides._variables(old), capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "['before']"
 
 
-_GUEST = """
+_PLUGIN = """
 from harness import Unsupported, implements
 
 @implements("lora", name="raises")
@@ -523,79 +526,79 @@ def implementations(model, config, generator):
 """
 
 
-def test_revisions_of_a_guests_own_repository_are_what_runs(
+def test_revisions_of_an_external_repository_run(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("PYTHONPATH", "PEFT_HARNESS_CACHE"):
-        monkeypatch.setenv(name, sandbox.environment[name])  # the plug-in is installed, from elsewhere
+        monkeypatch.setenv(name, sandbox.environment[name])  # the plug-in is installed from another folder
     monkeypatch.syspath_prepend(str(sandbox.folder / "plugin"))
     top = tmp_path / "guest"
     (top / "kernels" / "src").mkdir(parents=True)
     _git(top, "init", "-q")
     for number in ("one", "two"):
-        (top / "kernels" / "src" / "misbehaving.py").write_text(_GUEST.format(number))
+        (top / "kernels" / "src" / "misbehaving.py").write_text(_PLUGIN.format(number))
         _git(top, "add", ".")
         _git(top, "commit", "-qm", number)
     suite = Path(sandbox.suite("{implementation: raises}", "{implementation: reference}"))
     plan = loader.load(suite).plan
-    with arms.opened("HEAD~1", arms.HERE, plan, top / "kernels") as sides:
-        assert [pair.old for pair in arms.pairs(plan, naming.full(plan.cells), sides)] == [plan.cells[0]]
+    with pair_sides.opened("HEAD~1", pair_sides.HERE, plan, top / "kernels") as sides:
+        assert [pair.old for pair in pair_sides.pairs(plan, naming.full(plan.cells), sides)] == [plan.cells[0]]
         ours = loader.load("sentinels").plan
         with pytest.raises(UsageError, match="no Cell of this suite is computed by misbehaving"):
-            arms.pairs(ours, naming.full(ours.cells), sides)
-        said = [arms.run(arm, suite, plan.cells[0], tmp_path / str(i)).because for i, arm in enumerate(sides)]
-    assert ["revision one" in said[0], "revision two" in said[1]] == [True, True], said
+            pair_sides.pairs(ours, naming.full(ours.cells), sides)
+        output = [pair_sides.run(side, suite, plan.cells[0], tmp_path / str(i)).because for i, side in enumerate(sides)]
+    assert ["revision one" in output[0], "revision two" in output[1]] == [True, True], output
     strange = pytest.raises(HarnessError, match=r"holds no package of an installed plug-in; .*misbehaving from ")
-    with strange, arms.opened("HEAD~1", "HEAD", plan, top):
+    with strange, pair_sides.opened("HEAD~1", "HEAD", plan, top):
         pass
-    with pytest.raises(UsageError, match="is in no git checkout"), arms.opened("a", "b", plan, tmp_path):
+    with pytest.raises(UsageError, match="is in no git checkout"), pair_sides.opened("a", "b", plan, tmp_path):
         pass
-    with pytest.raises(UsageError, match="`raises` is not a revision of"), arms.opened("raises", ".", plan, top):
+    with pytest.raises(UsageError, match="`raises` is not a revision of"), pair_sides.opened("raises", ".", plan, top):
         pass
 
 
-def test_a_suite_that_trains_nothing_has_nothing_to_time(gated) -> None:
+def test_a_suite_without_training_is_refused(gated) -> None:
     with pytest.raises(UsageError, match="no Cell fits"):
-        gated(Stand(), only="id=untrained")
+        gated(FakeRuns(), only="id=untrained")
     with pytest.raises(UsageError, match="fused"):
-        gated(Stand(), old="reference", new="hf-peft")
+        gated(FakeRuns(), old="reference", new="hf-peft")
 
 
-# ---- the outputs that a gate against a baseline has too
+# ---- outputs shared with the gate against a baseline
 
 
 @dataclass
-class Told:
+class GateOutputs:
     code: Exit
     junit: ET.Element
     markdown: str
     annotations: list[str]
 
     def tags(self, suite: str) -> list[str]:
-        """What became of the Cells in one suite of the JUnit file: a tag each, `` of those that passed."""
+        """Return a tag for each Cell in one suite of the JUnit file; empty for passed Cells."""
         (found,) = [one for one in self.junit if one.get("name") == suite]
         return [case[0].tag if len(case) else "" for case in found.iter("testcase")]
 
 
 @pytest.fixture
-def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Return a function from a Stand to what the command line's outputs say."""
+def outputs_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Return a function from FakeRuns to the outputs of the command."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
     Path("gated.yaml").write_text(SUITE, encoding="utf-8")
 
-    def tell(stand: Stand, *more: str) -> Told:
-        monkeypatch.setattr(arms, "run", stand)
+    def run_gate(fake: FakeRuns, *more: str) -> GateOutputs:
+        monkeypatch.setattr(pair_sides, "run", fake)
         files = ["--junit", "a.xml", "--markdown", "a.md", "--annotations"]
         code = main(["gate", "--pairs", "reference", "fused", "--suite", "gated.yaml", "--seed", "3", *files, *more])
         notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("::")]
-        return Told(Exit(code), ET.parse("a.xml").getroot(), Path("a.md").read_text(encoding="utf-8"), notes)
+        return GateOutputs(Exit(code), ET.parse("a.xml").getroot(), Path("a.md").read_text(encoding="utf-8"), notes)
 
-    return tell
+    return run_gate
 
 
-def test_every_output_tells_a_slow_down(told) -> None:
-    found = told(Stand(slower=1.2))
+def test_every_output_has_a_slow_down(outputs_of) -> None:
+    found = outputs_of(FakeRuns(slower=1.2))
     assert found.code == Exit.FAIL
     assert found.tags("speed") == ["failure"]
     (line,) = [line for line in found.markdown.splitlines() if "| step |" in line]
@@ -607,39 +610,39 @@ def test_every_output_tells_a_slow_down(told) -> None:
     assert note.startswith("::error title=peft-harness gate%3A speed::tiny-llama")
 
 
-def test_every_output_leaves_open_what_is_undecided(told) -> None:
-    found = told(Stand(noise=0.5))
+def test_every_output_marks_undecided_rows(outputs_of) -> None:
+    found = outputs_of(FakeRuns(noise=0.5))
     assert found.code == Exit.PASS
     assert found.tags("speed") == ["skipped"]
     assert "| inconclusive: " in found.markdown
     assert [note.partition(" ")[0] for note in found.annotations] == ["::warning"] * 3  # of the step and two latencies
 
 
-def test_every_output_tells_what_is_no_time(told) -> None:
-    found = told(Stand(wrong=_other_count))
+def test_every_output_has_findings_other_than_times(outputs_of) -> None:
+    found = outputs_of(FakeRuns(wrong=_other_count))
     assert (found.code, found.tags("memory").count("failure"), found.tags("speed")) == (Exit.FAIL, 1, [""])
     assert any("memory::" in note and "optimizer" in note for note in found.annotations)
 
 
-def test_no_output_calls_a_gate_that_was_cut_short_a_pass(told) -> None:
-    found = told(Stand(raises=KeyboardInterrupt()))  # all pairs are there, and the canary's are not
+def test_no_output_calls_an_interrupted_gate_a_pass(outputs_of) -> None:
+    found = outputs_of(FakeRuns(raises=KeyboardInterrupt()))  # all pairs are complete, those of the canary are not
     assert found.code == Exit.INFRASTRUCTURE
     assert found.tags("missing") == ["error"]
     assert "not-run" in found.markdown.splitlines()[0]
     assert any("ended by Ctrl-C" in note for note in found.annotations)
 
 
-def test_times_of_a_closed_gate_are_no_finding_of_any_output(told, tmp_path: Path) -> None:
+def test_times_of_a_closed_gate_are_no_finding_in_any_output(outputs_of, tmp_path: Path) -> None:
     for number in range(40):
         ratios = [0.1 + 0.001 * (number + i) for i in range(6)]
         canary_file.add(tmp_path / canary_file.FILE, recorded_run.environment().id, "0" * 16, ratios)
-    found = told(Stand(slower=1.2))
+    found = outputs_of(FakeRuns(slower=1.2))
     assert (found.code, found.tags("speed")) == (Exit.INFRASTRUCTURE, ["error"])
     assert "the gate is closed" in found.markdown
 
 
-def test_a_file_that_cannot_be_written_is_said_before_anything_runs(gated) -> None:
-    stand = Stand()
+def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(gated) -> None:
+    fake = FakeRuns()
     with pytest.raises(UsageError, match="there is no folder nowhere"):
-        gated(stand, outputs=Outputs(junit=Path("nowhere") / "a.xml"))
-    assert not stand.ran
+        gated(fake, outputs=Outputs(junit=Path("nowhere") / "a.xml"))
+    assert not fake.ran

@@ -1,4 +1,4 @@
-"""The verb `history`: what is kept of runs, what is told of the nights, who decides, and what it costs."""
+"""The command `history`: stored runs, printed series, decisions and cost."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from support.histories import CELLS, FIRST
 FUSED = recorded_run.cells()["fused"]
 
 
-# What is kept.
+# Stored runs.
 
 
-def test_a_run_is_kept_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_stored_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = recorded_run.write_run(tmp_path / "run")
     folder = tmp_path / "history"
     add = ["history", "add", str(run.path), "--dir", str(folder)]
@@ -41,7 +41,7 @@ def test_a_run_is_kept_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_what_is_kept_of_a_record(tmp_path: Path) -> None:
+def test_the_stored_values_of_a_record(tmp_path: Path) -> None:
     run = recorded_run.write_run(tmp_path / "run", only=["fused"])
     assert main(["history", "add", str(run.path), "--dir", str(tmp_path / "history")]) == Exit.PASS
     history = night_files.read(tmp_path / "history")
@@ -59,7 +59,9 @@ def test_what_is_kept_of_a_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("red", ["lora/gradient/float32/warm", "lora/merge/float32/warm"])
-def test_no_speed_of_what_failed_a_check(red: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_times_after_a_failed_check_are_not_stored(
+    red: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(_: str, record: Record) -> Record:
         return record.model_copy(update={"checks": [*record.checks, CheckResult(check=red, outcome=Outcome.FAIL)]})
 
@@ -76,7 +78,7 @@ def test_no_speed_of_what_failed_a_check(red: str, tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize(("deed", "code"), [("torn", 4), ("changed", 1), ("newer", 4), ("missing", 4)])
-def test_what_is_left_out_is_named_and_the_rest_is_kept(
+def test_omissions_are_named_and_the_other_rows_are_stored(
     deed: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = recorded_run.write_run(tmp_path / "run", footer=deed == "changed")
@@ -96,7 +98,7 @@ def test_what_is_left_out_is_named_and_the_rest_is_kept(
     assert FUSED.cell_id not in {row["cell"] for row in rows}
 
 
-def test_a_run_without_its_hashes_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_hashes_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = recorded_run.write_run(tmp_path / "run", only=["fused"])
     add = ["history", "add", str(run.path), "--dir", str(tmp_path / "history")]
     assert main(add) == Exit.PASS
@@ -115,7 +117,7 @@ def test_a_run_is_a_pass_of_one_night_only(tmp_path: Path, capsys: pytest.Captur
     assert main([*add, "yesterday"]) == Exit.USAGE
 
 
-def test_a_night_that_cannot_be_read_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreadable_night_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = recorded_run.write_run(tmp_path / "run", only=["fused"])
     (tmp_path / "2026-01-05.jsonl").write_text('{"schema":2,"night":"2026-01-05"}\n')
     assert main(["history", "add", str(run.path), "--dir", str(tmp_path)]) == Exit.USAGE
@@ -123,11 +125,11 @@ def test_a_night_that_cannot_be_read_is_not_written_over(tmp_path: Path, capsys:
     assert (tmp_path / "2026-01-05.jsonl").read_text() == '{"schema":2,"night":"2026-01-05"}\n'
 
 
-# Who decides.
+# Decisions.
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "reported"),
     [
         ({"reason": "  "}, "an empty reason"),
         ({"night": "2025-12-31"}, "no night '2025-12-31' in this history"),
@@ -136,19 +138,19 @@ def test_a_night_that_cannot_be_read_is_not_written_over(tmp_path: Path, capsys:
         ({"metric": "accuracy"}, "no such metric in this history: 'accuracy'"),
     ],
 )
-def test_a_reset_that_says_nothing_is_refused(
-    changed: dict[str, str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_incomplete_reset_is_refused(
+    changed: dict[str, str], reported: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = histories.write(tmp_path / "h", CELLS, histories.noisy(0), nights=2)
     a = {"cell": FIRST, "metric": "step_s", "night": histories.night(1), "reason": "it is right"} | changed
     command = ["history", "reset", a["cell"], a["metric"], "--night", a["night"], "--reason", a["reason"]]
     assert main([*command, "--dir", str(folder), "--author", "A. Nyone"]) == Exit.USAGE
-    assert told in capsys.readouterr().err
+    assert reported in capsys.readouterr().err
     assert not (folder / night_files.RESETS).exists()
 
 
 @pytest.mark.parametrize(("verb", "text"), [(["reset"], "reason"), (["confirm", "--verdict", "regressed"], "evidence")])
-def test_all_mistakes_of_a_decision_are_told_at_once(
+def test_all_mistakes_of_a_decision_are_listed_at_once(
     verb: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for place in ("GLOBAL", "SYSTEM"):
@@ -157,22 +159,22 @@ def test_all_mistakes_of_a_decision_are_told_at_once(
     folder = histories.write(tmp_path / "h", CELLS, histories.noisy(0), nights=2)
     command = ["history", *verb, "nope", "speed", "--night", "2026-10-99", f"--{text}", " ", "--dir"]
     assert main([*command, str(folder)]) == Exit.USAGE
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     expected = [
         "CELL: no Cell 'nope' in this history", "METRIC: not a metric: 'speed'", "--night: no night '2026-10-99'",
         f"--{text}: an empty {text} explains nothing", "--author: no author",
     ]  # fmt: skip
-    assert f"{len(expected)} mistakes" in said
-    assert all(f"\n  {one}" in said for one in expected), said
+    assert f"{len(expected)} mistakes" in output
+    assert all(f"\n  {one}" in output for one in expected), output
     assert not {night_files.RESETS, night_files.CONFIRMATIONS} & {path.name for path in folder.iterdir()}
     (tmp_path / "empty").mkdir()
     assert main([*command, str(tmp_path / "empty"), "--author", "A"]) == Exit.USAGE
-    said = capsys.readouterr().err
-    assert "2 mistakes" in said
-    assert f"--dir: no night in {tmp_path / 'empty'}" in said
+    output = capsys.readouterr().err
+    assert "2 mistakes" in output
+    assert f"--dir: no night in {tmp_path / 'empty'}" in output
 
 
-def test_the_author_is_whom_git_knows(
+def test_the_author_is_the_git_user(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = histories.write(tmp_path / "h", CELLS, histories.noisy(0), nights=2)
@@ -198,13 +200,13 @@ def test_the_author_is_whom_git_knows(
     config.write_text("[user]\n\tname = N. Ight\n\temail = n@example.org\n")
     assert main(command) == Exit.PASS
     (line,) = night_files.read(folder).resets
-    assert (line["author"], line["reason"]) == ("N. Ight <n@example.org>", "new card")
+    assert (line.author, line.reason) == ("N. Ight <n@example.org>", "new card")
 
 
-# What it costs.
+# Cost.
 
 
-def test_show_imports_neither_torch_nor_what_judges(tmp_path: Path) -> None:
+def test_show_imports_neither_torch_nor_numpy(tmp_path: Path) -> None:
     folder = histories.write(tmp_path / "h", CELLS, histories.noisy(0), nights=2)
     code = (
         "import sys\nfrom harness.cli import main\n"
@@ -223,7 +225,7 @@ COUNTED = {
 }  # fmt: skip
 
 
-def test_detect_runs_no_function_for_each_value(tmp_path: Path) -> None:
+def test_detect_calls_no_function_per_value(tmp_path: Path) -> None:
     """A thousand Cells over ninety nights are four million values; a call for each of them takes minutes."""
     cells = histories.many(50)
     rng = random.Random(8)
@@ -232,7 +234,7 @@ def test_detect_runs_no_function_for_each_value(tmp_path: Path) -> None:
     timed = [
         "step_s",
         *(f"latency_s/{of}/forward/4x32" for of in variants),
-    ]  # with these, all that is kept of an encoder's
+    ]  # with these, all metrics of an encoder
 
     def values(cell: str, index: int, number: int) -> dict[str, float]:
         at = zlib.crc32(f"{cell} {index} {number}".encode()) % 99_000

@@ -1,4 +1,4 @@
-"""The verb `history detect`: what changed, what is the machine, what cannot be compared, and what is left out."""
+"""The command `history detect`: changes, changes of the machine, new series and omissions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from support.histories import CELLS, FIRST, SLOWER, detect, regressed
 
 
 def bytes_only(change: Mapping[int, int]) -> histories.Values:
-    """Return values in which FIRST's adapter has, from each night on, so many bytes."""
+    """Return sizes of adapters. change: the new size of FIRST's adapter, by night."""
 
     def values(cell: str, index: int, _: int) -> dict[str, float]:
         size = [n for since, n in sorted(change.items()) if since <= index][-1] if cell == FIRST else 1000
@@ -35,7 +36,7 @@ def bytes_only(change: Mapping[int, int]) -> histories.Values:
     return values
 
 
-def test_a_slow_down_is_told_with_what_lies_between_and_how_to_confirm_it(
+def test_a_slow_down_has_its_differences_and_a_command_to_confirm_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = histories.write(
@@ -57,18 +58,18 @@ def test_a_slow_down_is_told_with_what_lies_between_and_how_to_confirm_it(
     assert detect(folder, capsys, "--strict")[0] == Exit.INCONCLUSIVE
 
 
-def asked_of(confirm: str, monkeypatch: pytest.MonkeyPatch) -> PairsRequest:
-    """Give a printed command to the command line and return what it would have compared."""
-    asked: list[PairsRequest] = []
+def request_of(confirm: str, monkeypatch: pytest.MonkeyPatch) -> PairsRequest:
+    """Run a printed command with a fake gate and return its request."""
+    requested: list[PairsRequest] = []
 
-    def gate(what: PairsRequest, _: bool) -> Exit:
-        asked.append(what)
-        return Exit.PASS
+    def gate(what: PairsRequest, _: bool) -> SimpleNamespace:
+        requested.append(what)
+        return SimpleNamespace(exit=Exit.PASS)
 
     monkeypatch.setattr(gate_pairs, "gate", gate)
     name, *words = shlex.split(confirm)
     assert (name, main(words)) == ("peft-harness", Exit.PASS)
-    return asked[0]
+    return requested[0]
 
 
 @pytest.mark.parametrize("metric", ["step_s", "training_peak_B"])
@@ -89,13 +90,13 @@ def test_the_command_that_confirms_finds_the_cell_and_the_device(
         revision=lambda i: histories.SHAS[i >= SLOWER],
     )  # fmt: skip
     (c,) = detect(folder, capsys)[1]["candidates"]
-    asked = asked_of(c["between"]["confirm"], monkeypatch)
-    assert (asked.old, asked.new, asked.device) == ("a" * 12, "b" * 12, device)
-    plan = gate_pairs._trained(loader.load(asked.suite).plan, asked.only)
+    requested = request_of(c["between"]["confirm"], monkeypatch)
+    assert (requested.old, requested.new, requested.device) == ("a" * 12, "b" * 12, device)
+    plan = gate_pairs._trained(loader.load(requested.suite).plan, requested.only)
     assert [cell.cell_id for cell in plan.cells] == [slow]
 
 
-def test_what_all_cells_share_is_confirmed_by_their_whole_suite(
+def test_a_common_change_is_confirmed_by_the_whole_suite(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = histories.write(
@@ -103,11 +104,11 @@ def test_what_all_cells_share_is_confirmed_by_their_whole_suite(
         revision=lambda i: histories.SHAS[i >= 10],
     )  # fmt: skip
     (c,) = detect(folder, capsys)[1]["candidates"]
-    asked = asked_of(c["between"]["confirm"], monkeypatch)
-    assert (c["cell"], asked.suite, asked.only) == ("*", "quick", None)
+    requested = request_of(c["between"]["confirm"], monkeypatch)
+    assert (c["cell"], requested.suite, requested.only) == ("*", "quick", None)
 
 
-def test_what_pairs_do_not_measure_names_the_rerun_that_does(
+def test_a_metric_without_pairs_names_the_rerun_that_confirms_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cells = {c.cell_id: c for c in loader.load("quick").plan.cells}
@@ -119,19 +120,20 @@ def test_what_pairs_do_not_measure_names_the_rerun_that_does(
     (c,) = detect(folder, capsys)[1]["candidates"]
     assert c["between"]["confirm"] == ""
     assert main(["history", "detect", "--dir", str(folder)]) == Exit.PASS
-    said = "    confirm: not by pairs (pairs do not measure accuracy; a rerun of the suite by both does: `"
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(said)]
-    _, *words = shlex.split(line.removeprefix(said).removesuffix("`)"))
+    output = "    confirm: not by pairs (pairs do not measure accuracy; a rerun of the suite by both does: `"
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(output)]
+    _, *words = shlex.split(line.removeprefix(output).removesuffix("`)"))
     run = run_command.make_context("run", words[1:]).params
     assert [cell.cell_id for cell in select(loader.load(run["suite"]).plan, run["only"]).cells] == [worse]
     assert run["device"] == "cpu"
 
 
 @pytest.mark.parametrize(
-    ("what", "told"), [("suite", "put the path of its file in place of its name"), ("search", "which pairs leave out")]
+    ("what", "reported"),
+    [("suite", "put the path of its file in place of its name"), ("search", "which pairs leave out")],
 )
-def test_a_command_that_would_not_find_its_cell_says_so(
-    what: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_command_that_would_not_find_its_cell_has_a_remark(
+    what: str, reported: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = histories.write(
         tmp_path / "h", CELLS, histories.noisy(0, regressed), nights=14, revision=lambda i: histories.SHAS[i >= SLOWER]
@@ -144,13 +146,11 @@ def test_a_command_that_would_not_find_its_cell_says_so(
         for path in folder.glob("2026-*.jsonl"):
             path.write_text(path.read_text().replace('"suite":"quick"', '"suite":"our own"'))
     (c,) = detect(folder, capsys)[1]["candidates"]
-    assert told in c["between"]["because"]
+    assert reported in c["between"]["because"]
     assert ("--suite 'our own'" in c["between"]["confirm"]) == (what == "suite")
 
 
-def test_a_slow_down_counts_once_it_is_confirmed_and_no_more_once_accepted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_confirmed_slow_down_counts_until_it_is_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = histories.write(tmp_path / "h", CELLS, histories.noisy(0, regressed), nights=14)
     at = ["--night", histories.night(SLOWER), "--dir", str(folder), "--author", "A. Nyone"]
     assert (
@@ -163,7 +163,7 @@ def test_a_slow_down_counts_once_it_is_confirmed_and_no_more_once_accepted(
     )
     path = folder / night_files.CONFIRMATIONS
     later = path.read_text().splitlines()
-    later[1] = json.dumps(json.loads(later[1]) | {"made": "2099-01-01T00:00:00Z"})  # the same second would be a draw
+    later[1] = json.dumps(json.loads(later[1]) | {"made": "2099-01-01T00:00:00Z"})  # else both have the same second
     path.write_text("\n".join(later) + "\n")
     code, found = detect(folder, capsys, "--strict")
     assert (code, found["candidates"][0]["standing"]) == (Exit.PASS, "refuted")
@@ -176,7 +176,7 @@ def test_a_slow_down_counts_once_it_is_confirmed_and_no_more_once_accepted(
     ]
 
 
-def test_a_slow_down_that_was_taken_back_is_told_and_awaits_nobody(
+def test_a_reverted_slow_down_is_listed_and_needs_no_confirmation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = histories.noisy(1, lambda c, i: 1.06 if c == FIRST and 8 <= i < 16 else 1.0)
@@ -208,9 +208,7 @@ def test_one_bad_pass_of_three_is_outvoted(tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("sentinels", ["none", "quiet", "too"])
-def test_what_hits_every_cell_is_not_divided_away(
-    sentinels: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_change_of_every_cell_is_found(sentinels: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     usual = histories.noisy(4)
     rng = random.Random(5)
 
@@ -235,15 +233,13 @@ def test_what_hits_every_cell_is_not_divided_away(
     assert found["machine"] == []
 
 
-def test_what_hits_most_series_at_once_is_told_of_the_anchor_and_looks_reversed_beside_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_change_of_most_series_is_reported_for_the_anchor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # As the README warns: the anchor is the median of the series it judges.
     hit = set(list(CELLS)[:5])
     values = histories.noisy(4, lambda cell, i: 1.06 if cell in hit and i >= 10 else 1.0)
     folder = histories.write(tmp_path / "h", CELLS, values, nights=20)
-    told = {c["cell"]: c["worse"] for c in detect(folder, capsys)[1]["candidates"]}
-    assert told == {"*": True} | dict.fromkeys(set(CELLS) - hit, False)
+    reported = {c["cell"]: c["worse"] for c in detect(folder, capsys)[1]["candidates"]}
+    assert reported == {"*": True} | dict.fromkeys(set(CELLS) - hit, False)
 
 
 def test_another_torch_begins_a_new_series_and_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,7 +257,7 @@ def test_another_torch_begins_a_new_series_and_is_named(tmp_path: Path, capsys: 
 
 
 @pytest.mark.parametrize(
-    ("change", "code", "told"),
+    ("change", "code", "reported"),
     [
         ({0: 1000}, Exit.PASS, []),
         ({0: 1000, 1: 1001}, Exit.FAIL, [(1, 1000, 1001, True, None)]),
@@ -269,20 +265,20 @@ def test_another_torch_begins_a_new_series_and_is_named(tmp_path: Path, capsys: 
         ({0: 1000, 1: 1001, 3: 1000}, Exit.PASS, [(3, 1001, 1000, False, None), (1, 1000, 1001, True, 3)]),
     ],
 )
-def test_counted_bytes_are_told_on_their_first_night(
-    change: dict[int, int], code: int, told: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_counted_bytes_are_reported_on_the_first_night(
+    change: dict[int, int], code: int, reported: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = histories.write(tmp_path / "h", CELLS, bytes_only(change), nights=max(change) + 2, passes=1)
     got, found = detect(folder, capsys)
     seen = [(c["night"], c["before"], c["after"], c["worse"], c["settled"]) for c in found["candidates"]]
     name = {None: None} | {i: histories.night(i) for i in range(5)}
-    assert (got, seen) == (code, [(name[n], a, b, worse, name[s]) for n, a, b, worse, s in told])
+    assert (got, seen) == (code, [(name[n], a, b, worse, name[s]) for n, a, b, worse, s in reported])
     assert found["few_passes"][histories.night(0)] == 1
 
 
-@pytest.mark.parametrize(("more", "told"), [(0, False), (1, True)])
+@pytest.mark.parametrize(("more", "reported"), [(0, False), (1, True)])
 def test_a_peak_must_grow_by_sixteen_mebibytes(
-    more: int, told: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    more: int, reported: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def values(cell: str, index: int, _: int) -> dict[str, float]:
         return {
@@ -290,11 +286,11 @@ def test_a_peak_must_grow_by_sixteen_mebibytes(
         }
 
     folder = histories.write(tmp_path / "h", CELLS, values, nights=2)
-    assert bool(detect(folder, capsys)[1]["candidates"]) == told
+    assert bool(detect(folder, capsys)[1]["candidates"]) == reported
 
 
 @pytest.mark.parametrize(("more", "code"), [(0, Exit.PASS), (1, Exit.FAIL)])
-def test_what_a_step_takes_is_counted_and_may_grow_by_no_more_than_the_gate_lets_it(
+def test_a_counted_peak_has_the_margin_of_the_gate(
     more: int, code: Exit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def values(cell: str, index: int, _: int) -> dict[str, float]:
@@ -305,7 +301,7 @@ def test_what_a_step_takes_is_counted_and_may_grow_by_no_more_than_the_gate_lets
     assert (got, len(found["candidates"])) == (code, more)
 
 
-def test_a_fall_of_accuracy_is_worse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lower_accuracy_is_worse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = histories.write(
         tmp_path / "h", CELLS, lambda c, i, _: {"accuracy": 0.80 if c != FIRST or i < 7 else 0.78}, nights=12
     )
@@ -321,7 +317,7 @@ def test_nothing_to_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "reported"),
     [
         ("2026-01-03.jsonl", '{"schema":7,"night":"2026-01-03"}\n', "written with schema 7, this version reads 1"),
         ("2026-01-03.jsonl", "hello\n", "not a night"),
@@ -330,20 +326,20 @@ def test_nothing_to_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ("2026-01-03.jsonl", None, "a torn or foreign line"),
     ],
 )
-def test_what_cannot_be_read_is_named_and_the_rest_is_judged(
-    name: str, text: str | None, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_unreadable_files_are_named_and_the_others_are_judged(
+    name: str, text: str | None, reported: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = histories.write(tmp_path / "h", CELLS, histories.noisy(0, regressed), nights=14)
     path = folder / name
     path.write_text(path.read_text()[:-20] if text is None else text)
     code, found = detect(folder, capsys)
     assert code == Exit.INFRASTRUCTURE
-    assert any(file.startswith(name) and told in why for file, why in found["left_out"].items())
+    assert any(file.startswith(name) and reported in why for file, why in found["left_out"].items())
     assert [c["cell"] for c in found["candidates"]] == [FIRST]
 
 
 @pytest.mark.parametrize("value", ["NaN", "1e999", "-1", '"fast"', "null"])
-def test_a_value_that_is_no_number_is_left_out(value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_number_is_left_out(value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = histories.write(tmp_path / "h", CELLS, histories.noisy(0), nights=8)
     path = folder / f"{histories.night(2)}.jsonl"
     lines = path.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The verb `history detect`: what was measured once and is no more, who accepts it, and what is no loss."""
+"""The command `history detect`: series that are no longer measured, and their acceptance."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.histories import CELLS, FIRST, detect
 
 
 def losing(what: str, cell: str = FIRST) -> histories.Values:
-    """Return values of ten nights in which a Cell loses something on the ninth."""
+    """Return values of ten nights; on the ninth, a Cell lacks some."""
 
     def values(of: str, index: int, _: int) -> Mapping[str, float] | str:
         found = {"adapter_B": 1000.0, "accuracy": 0.8, "parameters": 10.0}
@@ -31,7 +31,7 @@ def losing(what: str, cell: str = FIRST) -> histories.Values:
 
 
 def drop(folder: Path, cell: str, since: int, until: int) -> None:
-    """Take a Cell's rows out of some nights, as a suite that no longer has it would."""
+    """Remove a Cell from some nights, like a suite that no longer has it."""
     for index in range(since, until):
         night = night_files.read_night(folder / f"{histories.night(index)}.jsonl", {})
         assert night is not None
@@ -40,7 +40,7 @@ def drop(folder: Path, cell: str, since: int, until: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "metric", "told"),
+    ("what", "metric", "reported"),
     [
         ("cell", "*", f"gone: no Record of these Cells on {histories.night(9)}, last on {histories.night(7)}, place "),
         (
@@ -51,8 +51,8 @@ def drop(folder: Path, cell: str, since: int, until: int) -> None:
         ("oom", "*", f"oom on {histories.night(9)}, ok on {histories.night(7)}"),
     ],
 )
-def test_what_disappeared_is_named_until_it_is_accepted_or_back(
-    what: str, metric: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_missing_series_is_named_until_it_is_accepted_or_back(
+    what: str, metric: str, reported: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = histories.write(tmp_path / "h", CELLS, losing(what), nights=10)
     if what == "cell":
@@ -60,12 +60,12 @@ def test_what_disappeared_is_named_until_it_is_accepted_or_back(
     command = ["history", "detect", "--dir", str(folder)]
     assert main(command) == Exit.INFRASTRUCTURE
     lines = capsys.readouterr().out.splitlines()
-    (at,) = [number for number, line in enumerate(lines) if told in line]
+    (at,) = [number for number, line in enumerate(lines) if reported in line]
     assert f"({FIRST})" in lines[at if what == "oom" else at + 1]
     other = list(CELLS)[1]
     assert main([*command, "--cell", other]) == Exit.PASS
     capsys.readouterr()
-    # The night of the last value accepts nothing that came after it.
+    # A reset on the night of the last value accepts no later loss.
     reset = ["history", "reset", FIRST, metric, "--reason", "dropped", "--author", "A", "--dir", str(folder), "--night"]
     assert main([*reset, histories.night(7)]) == Exit.PASS
     assert main(command) == Exit.INFRASTRUCTURE
@@ -74,13 +74,13 @@ def test_what_disappeared_is_named_until_it_is_accepted_or_back(
     assert (code, found["stopped"], found["gone"]) == (Exit.PASS, [], [])
 
 
-def test_a_cell_that_is_back_is_not_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cell_that_is_back_is_not_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = histories.write(tmp_path / "h", CELLS, losing("nothing"), nights=10)
     drop(folder, FIRST, 5, 9)
     assert detect(folder, capsys)[0] == Exit.PASS
 
 
-def test_another_place_takes_nothing_away_from_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_place_makes_no_series_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # The last nights are another machine's, which has fewer Cells from its beginning on.
     newer = histories.PLACE | {"CPU": "Example 2-core"}
     folder = histories.write(
@@ -91,7 +91,7 @@ def test_another_place_takes_nothing_away_from_one(tmp_path: Path, capsys: pytes
     assert (code, found["gone"]) == (Exit.PASS, [])
 
 
-def test_a_regression_outranks_what_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_regression_outranks_a_missing_series(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = histories.write(
         tmp_path / "h", CELLS, lambda c, i, _: {"adapter_B": 1001 if c == FIRST and i else 1000}, nights=4
     )
@@ -110,8 +110,8 @@ def test_a_cell_that_is_no_longer_measured_is_named(tmp_path: Path, capsys: pyte
     assert (stopped["cell"], stopped["status"], stopped["ok"]) == (FIRST, "oom", histories.night(8))
 
 
-def test_what_a_step_takes_need_not_be_counted_every_night(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is counted where memory has room for a copy of what the step changes, and there may be less of that."""
+def test_the_counted_peak_may_be_missing_on_some_nights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is counted only where memory has room for a copy of the tensors that the step changes."""
 
     def values(cell: str, index: int, _: int) -> dict[str, float]:
         return {"adapter_B": 8} | ({} if cell == FIRST and index == 9 else {"counted_peak_B": 2**30})
@@ -120,11 +120,11 @@ def test_what_a_step_takes_need_not_be_counted_every_night(tmp_path: Path, capsy
     assert (code, found["gone"]) == (Exit.PASS, [])
 
 
-@pytest.mark.parametrize(("source", "kept"), [(ALLOCATED, False), ("resident, sampled", True)])
-def test_a_gpus_peak_is_watched_once(source: str, kept: bool) -> None:
+@pytest.mark.parametrize(("source", "saved"), [(ALLOCATED, False), ("resident, sampled", True)])
+def test_a_gpu_peak_is_one_series(source: str, saved: bool) -> None:
     record = recorded_run.record("fused", recorded_run.cells()["fused"])
     assert record.measurements is not None
     memory = record.measurements.memory.model_copy(update={"counted_peak_B": 5, "source": source})
     measured = record.measurements.model_copy(update={"memory": memory})
     values = tracked_metrics.tracked(record.model_copy(update={"measurements": measured})).values
-    assert ("counted_peak_B" in values, "training_peak_B" in values) == (kept, True)
+    assert ("counted_peak_B" in values, "training_peak_B" in values) == (saved, True)

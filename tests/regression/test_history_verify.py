@@ -1,10 +1,11 @@
-"""What the last night makes one suspect, what pairs say of it; how soon a slow-down is found so, and how seldom none is."""
+"""Suspicions of the last night, and their confirmation by pairs; the detection rate and the false alarms of both."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from scipy.special import betaincinv
 
 from harness.analysis.statistics import anchor, change_points
 from harness.analysis.statistics.pair_design import Design
+from harness.analysis.statistics.paired import PairFinding
+from harness.analysis.tracked_metrics import STEP
 from harness.cli import main
 from harness.errors import Exit, HarnessError
 from harness.regression.history import night_files, verify
@@ -52,31 +55,28 @@ Paired = Callable[..., list[PairsRequest]]
 
 @pytest.fixture
 def paired(monkeypatch: pytest.MonkeyPatch) -> Paired:
-    """Let pairs say a word; return what they are asked."""
+    """Return a function that fakes the verdict of the pairs, and returns the list of requests."""
 
     def let(
         word: str | None, *, cut: str = "", closed: bool = False, fails: bool = False, elsewhere: bool = False
     ) -> list[PairsRequest]:
-        asked: list[PairsRequest] = []
+        requested: list[PairsRequest] = []
 
-        def gate(one: PairsRequest, as_json: bool) -> Exit:
-            asked.append(one)
+        def gate(one: PairsRequest, as_json: bool) -> SimpleNamespace:
+            requested.append(one)
             if fails:
                 raise HarnessError("gave no Record")
-            timed = {"word": word, "sentence": f"{word}, they say"} if word else None
-            told = {
-                "cells": [{"verdict": timed, "latencies": {MERGED: {"verdict": timed}}}], "seed": 3,
-                "cut": cut, "closed": closed, "canaries": "too many alarms",
-                "verdict": {"word": "not run", "reason": "nothing was timed"},
-            }  # fmt: skip
-            assert one.out is not None
-            one.out.mkdir(parents=True)
-            (one.out / gate_pairs.DOCUMENT).write_text(json.dumps(told))
-            return Exit.PASS
+            timed = SimpleNamespace(word=PairFinding(word), sentence=f"{word}, they say") if word else None
+            judged = SimpleNamespace(
+                cells=[SimpleNamespace(timed=dict.fromkeys((STEP, MERGED), timed))],
+                canaries=SimpleNamespace(closed=closed, sentence="too many alarms"),
+                verdict=SimpleNamespace(reason="nothing was timed"),
+            )
+            return SimpleNamespace(judged=judged, runner=SimpleNamespace(seed=3), interrupted=cut)
 
         monkeypatch.setattr(gate_pairs, "gate", gate)
-        monkeypatch.setattr(verify, "_other_place", lambda where, runs: ["CPU a -> b"] if elsewhere else [])
-        return asked
+        monkeypatch.setattr(verify, "_other_place", lambda place, result: ["CPU a -> b"] if elsewhere else [])
+        return requested
 
     return let
 
@@ -100,24 +100,24 @@ def test_a_slow_last_night_is_a_suspicion_and_fails_nothing(
     assert (code, found["candidates"]) == (Exit.PASS, [])
     (c,) = found["suspects"]
     assert (c["cell"], c["night"], c["standing"]) == (FIRST, histories.night(LAST), "suspect")
-    assert c["between"]["revisions"] == list(SHAS)  # also of a change that came the night before
+    assert c["between"]["revisions"] == list(SHAS)  # also for a change on the night before
     main(["history", "detect", "--dir", str(folder)])
     text = capsys.readouterr().out
     assert "suspicions: the last night lies above its level" in text
     assert f"confirm: peft-harness gate --pairs {SHAS[0][:12]} {SHAS[1][:12]} --suite quick --only {FIRST}" in text
 
 
-def test_what_is_faster_or_within_the_noise_is_no_suspicion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_faster_or_noisy_night_is_no_suspicion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, by in enumerate((0.9, 1.01)):
         assert detect(history(tmp_path / str(number), by=by), capsys)[1]["suspects"] == []
 
 
-def test_a_suspicion_that_pairs_confirm_fails_from_then_on(
+def test_a_confirmed_suspicion_fails_from_then_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
 ) -> None:
-    folder, asked = history(tmp_path), paired("slower")
+    folder, requested = history(tmp_path), paired("slower")
     assert settle(folder) == Exit.PASS
-    (one,) = asked
+    (one,) = requested
     assert (one.old, one.new, one.only, one.suite) == (SHAS[0][:12], SHAS[1][:12], FIRST, "quick")
     (line,) = written(folder)
     assert (line["verdict"], line["author"], line["revisions"]) == ("regressed", "A", list(SHAS))
@@ -127,26 +127,22 @@ def test_a_suspicion_that_pairs_confirm_fails_from_then_on(
     assert (code, [c["standing"] for c in found["candidates"]], found["suspects"]) == (Exit.FAIL, ["confirmed"], [])
 
 
-def test_the_first_pairs_bring_a_canary_and_a_suite_of_ones_own_is_named(tmp_path: Path, paired: Paired) -> None:
-    folder, asked = history(tmp_path, more=list(CELLS)[1]), paired("same")
+def test_only_the_first_pairs_have_a_canary_and_all_use_the_given_suite(tmp_path: Path, paired: Paired) -> None:
+    folder, requested = history(tmp_path, more=list(CELLS)[1]), paired("same")
     (mine := tmp_path / "mine.yaml").write_text("")
     assert settle(folder, "--suite", str(mine)) == Exit.PASS
-    assert [(one.canary, one.suite) for one in asked] == [(True, str(mine)), (False, str(mine))]
+    assert [(one.canary, one.suite) for one in requested] == [(True, str(mine)), (False, str(mine))]
 
 
-def test_a_suspicion_that_pairs_refute_is_none_and_is_tried_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
-) -> None:
-    folder, asked = history(tmp_path), paired("same")
-    assert (settle(folder), settle(folder), len(asked)) == (Exit.PASS, Exit.PASS, 1)
+def test_a_refuted_suspicion_is_tried_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired) -> None:
+    folder, requested = history(tmp_path), paired("same")
+    assert (settle(folder), settle(folder), len(requested)) == (Exit.PASS, Exit.PASS, 1)
     assert "nothing to try" in capsys.readouterr().out
     code, found = detect(folder, capsys, "--strict")
     assert (code, found["candidates"], found["suspects"]) == (Exit.PASS, [], [])
 
 
-def test_pairs_that_say_faster_refute_a_slow_down(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
-) -> None:
+def test_faster_pairs_refute_a_slow_down(tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired) -> None:
     folder = history(tmp_path)
     paired("faster")
     assert settle(folder) == Exit.PASS
@@ -155,7 +151,7 @@ def test_pairs_that_say_faster_refute_a_slow_down(
     assert (code, found["candidates"], found["suspects"]) == (Exit.PASS, [], [])
 
 
-def test_pairs_that_say_slower_make_a_speed_up_a_regression(
+def test_slower_pairs_make_a_speed_up_a_regression(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
 ) -> None:
     folder = history(tmp_path, since=LAST - 4, by=0.94)
@@ -165,7 +161,7 @@ def test_pairs_that_say_slower_make_a_speed_up_a_regression(
     assert detect(folder, capsys)[0] == Exit.FAIL
 
 
-def test_a_slow_down_of_another_library_is_not_refuted_by_pairs_of_the_code(
+def test_pairs_do_not_refute_a_slow_down_of_another_library(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
 ) -> None:
     folder = history(tmp_path, libraries=True)
@@ -175,17 +171,15 @@ def test_a_slow_down_of_another_library_is_not_refuted_by_pairs_of_the_code(
     assert len(detect(folder, capsys)[1]["suspects"]) == 1
 
 
-def test_what_somebody_confirms_by_hand_stands_on_later_nights_too(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_manual_confirmation_stands_on_later_nights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = history(tmp_path)
-    said = ["--verdict", "regressed", "--evidence", "12 pairs", "--dir", str(folder), "--author", "A"]
-    for metric, when in (("step_s", LAST - 6), ("*", LAST)):  # of no change, and of whatever is near
-        assert main(["history", "confirm", FIRST, metric, "--night", histories.night(when), *said]) == Exit.PASS
+    output = ["--verdict", "regressed", "--evidence", "12 pairs", "--dir", str(folder), "--author", "A"]
+    for metric, when in (("step_s", LAST - 6), ("*", LAST)):  # for no change, and for every change that is near
+        assert main(["history", "confirm", FIRST, metric, "--night", histories.night(when), *output]) == Exit.PASS
     assert capsys.readouterr().err.count("no change of step_s within 2 nights of") == 1
     assert not any("seen" in line for line in written(folder))
     (folder / night_files.CONFIRMATIONS).unlink()
-    assert main(["history", "confirm", FIRST, "step_s", "--night", histories.night(LAST - 1), *said]) == Exit.PASS
+    assert main(["history", "confirm", FIRST, "step_s", "--night", histories.night(LAST - 1), *output]) == Exit.PASS
     assert [line["night"] for line in written(folder)] == [histories.night(LAST)]
     after = history(tmp_path / "later", since=99, count=LAST + 2)
     name = f"{histories.night(LAST + 1)}.jsonl"
@@ -194,8 +188,8 @@ def test_what_somebody_confirms_by_hand_stands_on_later_nights_too(
     assert (code, [c["standing"] for c in found["candidates"]]) == (Exit.FAIL, ["confirmed"])
 
 
-def settled_otherwise(tmp_path: Path, paired: Paired, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Path:
-    """Return a history of which pairs confirmed the one suspicion, by a line that somebody has changed since."""
+def edited_confirmation(tmp_path: Path, paired: Paired, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Path:
+    """Return a history with one confirmed suspicion. change: edits the line of the confirmation."""
     folder = history(tmp_path)
     paired("slower")
     settle(folder)
@@ -205,29 +199,29 @@ def settled_otherwise(tmp_path: Path, paired: Paired, change: Callable[[dict[str
 
 
 @pytest.mark.parametrize(
-    "odd",
+    "damage",
     [{"seen": {}}, {"revisions": 5}, {"seen": {"old_night": "x", "place": 1, "before": 1.0, "after": 2.0}}],
     ids=str,
 )
-def test_a_decision_that_somebody_spoilt_is_left_out_and_named(
-    odd: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+def test_a_damaged_decision_is_left_out_and_named(
+    damage: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
 ) -> None:
-    folder = settled_otherwise(tmp_path, paired, lambda line: line | odd)
+    folder = edited_confirmation(tmp_path, paired, lambda line: line | damage)
     code, found = detect(folder, capsys)
     assert (code, list(found["left_out"])) == (Exit.INFRASTRUCTURE, [night_files.CONFIRMATIONS])
 
 
-def test_what_was_confirmed_at_a_place_that_is_not_there_changes_nothing(
+def test_a_confirmation_at_an_unknown_place_changes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
 ) -> None:
     def elsewhere(line: dict[str, Any]) -> dict[str, Any]:
         return line | {"seen": line["seen"] | {"place": "elsewhere"}, "metric": "latency_s"}
 
-    folder = settled_otherwise(tmp_path, paired, elsewhere)
+    folder = edited_confirmation(tmp_path, paired, elsewhere)
     assert detect(folder, capsys)[1]["candidates"] == []
 
 
-def test_what_was_confirmed_fails_until_it_is_reset_whatever_the_next_nights_show(
+def test_a_confirmed_slow_down_fails_until_it_is_reset(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
 ) -> None:
     folder = history(tmp_path)
@@ -244,7 +238,7 @@ def test_what_was_confirmed_fails_until_it_is_reset_whatever_the_next_nights_sho
     assert detect(folder, capsys)[0] == Exit.PASS
 
 
-def test_a_latency_is_tried_by_pairs_that_judge_it_alone(
+def test_the_pairs_of_a_latency_judge_only_that_latency(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
 ) -> None:
     step, since = histories.noisy(0), LAST - 4
@@ -256,28 +250,24 @@ def test_a_latency_is_tried_by_pairs_that_judge_it_alone(
     for path in folder.glob("2026-*.jsonl"):
         path.write_text(path.read_text().replace("0.20.0", "0.19.0"))
     assert [(c["cell"], c["metric"]) for c in detect(folder, capsys)[1]["candidates"]] == [(FIRST, MERGED)]
-    asked = paired("slower")
+    requested = paired("slower")
     assert settle(folder) == Exit.PASS
-    assert [one.metric for one in asked] == [MERGED]
+    assert [one.metric for one in requested] == [MERGED]
     assert [(line["cell"], line["metric"], line["verdict"]) for line in written(folder)] == [
         (FIRST, MERGED, "regressed")
     ]
 
 
-def test_what_all_cells_have_in_common_is_tried_by_nobody(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
-) -> None:
+def test_a_common_change_is_not_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired) -> None:
     values = histories.noisy(0, lambda cell, index: 1.1 if index >= LAST - 4 else 1.0)
     folder = histories.write(tmp_path / "h", CELLS, values, nights=LAST + 1, revision=lambda i: SHAS[i >= LAST - 4])
     assert [c["cell"] for c in detect(folder, capsys)[1]["candidates"]] == ["*"]
-    asked = paired("same")
-    assert (settle(folder), asked, written(folder)) == (Exit.PASS, [], [])
+    requested = paired("same")
+    assert (settle(folder), requested, written(folder)) == (Exit.PASS, [], [])
     assert "only times of single Cells are tried here: `peft-harness gate --pairs" in capsys.readouterr().out
 
 
-def test_pairs_stand_a_little_apart_as_the_place_of_a_change_may_be_off(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pairs_use_nights_at_a_distance_from_the_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shas = [f"{i:x}" * 40 for i in range(16)]
     values = histories.noisy(0, lambda cell, index: 1.06 if cell == FIRST and index >= 8 else 1.0)
     folder = histories.write(tmp_path / "h", CELLS, values, nights=LAST + 1, revision=lambda i: shas[i])
@@ -289,14 +279,14 @@ def test_pairs_stand_a_little_apart_as_the_place_of_a_change_may_be_off(
 def test_two_revisions_of_the_same_code_are_not_paired(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
 ) -> None:
-    folder, asked = history(tmp_path), paired("slower")
+    folder, requested = history(tmp_path), paired("slower")
     for path in folder.glob("2026-*.jsonl"):
         path.write_text(path.read_text().replace("code-bbbb", "code-aaaa"))
-    assert (settle(folder), asked) == (Exit.PASS, [])
+    assert (settle(folder), requested) == (Exit.PASS, [])
     assert "both nights ran the same code of two revisions" in capsys.readouterr().out
 
 
-def test_a_suspicion_of_a_place_that_has_ended_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_place_that_has_ended_has_no_suspicion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = history(tmp_path)
     late = histories.write(
         tmp_path / "other",
@@ -310,7 +300,7 @@ def test_a_suspicion_of_a_place_that_has_ended_is_none(tmp_path: Path, capsys: p
     assert detect(folder, capsys)[1]["suspects"] == []
 
 
-def test_what_was_refuted_of_two_revisions_says_nothing_of_a_later_one(
+def test_a_refutation_does_not_apply_to_later_revisions(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
 ) -> None:
     folder = history(tmp_path)
@@ -322,7 +312,7 @@ def test_what_was_refuted_of_two_revisions_says_nothing_of_a_later_one(
 
 
 @pytest.mark.parametrize(
-    ("word", "how", "code", "said"),
+    ("word", "how", "code", "output"),
     [
         ("inconclusive", {}, Exit.INCONCLUSIVE, "still open: inconclusive, they say"),
         ("slower", {"closed": True}, Exit.INCONCLUSIVE, "still open: too many alarms"),
@@ -337,42 +327,43 @@ def test_what_was_refuted_of_two_revisions_says_nothing_of_a_later_one(
         ("slower", {"fails": True}, Exit.INFRASTRUCTURE, "not tried: gave no Record"),
     ],
 )
-def test_what_pairs_do_not_decide_stays_a_suspicion(
-    word: str, how: dict[str, Any], code: Exit, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
+def test_undecided_pairs_leave_a_suspicion(
+    word: str, how: dict[str, Any], code: Exit, output: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    paired: Paired,
 ) -> None:  # fmt: skip
     folder = history(tmp_path)
     paired(word, **how)
     assert settle(folder) == code
-    assert said in capsys.readouterr().out
+    assert output in capsys.readouterr().out
     assert written(folder) == []
     assert [c["cell"] for c in detect(folder, capsys)[1]["suspects"]] == [FIRST]
 
 
-def test_who_signs_is_asked_before_anything_runs(
+def test_a_missing_author_is_refused_before_anything_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, paired: Paired
 ) -> None:
-    folder, asked = history(tmp_path), paired("slower")
-    monkeypatch.setenv("PATH", str(tmp_path))  # no git, so nobody
+    folder, requested = history(tmp_path), paired("slower")
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git, and so no author
     assert main(["history", "settle", "--dir", str(folder)]) == Exit.USAGE
     assert "--author: no author" in capsys.readouterr().err
-    assert asked == []
+    assert requested == []
 
 
-def test_the_largest_go_first_and_the_rest_is_named(
+def test_the_largest_changes_are_tried_first_and_the_others_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], paired: Paired
 ) -> None:
     other = list(CELLS)[3]
-    folder, asked = history(tmp_path, more=other), paired("slower", cut="ended by Ctrl-C")
-    assert settle(folder) == Exit.PASS  # what was decided stands
-    assert [one.only for one in asked] == [other]
+    folder, requested = history(tmp_path, more=other), paired("slower", cut="ended by Ctrl-C")
+    assert settle(folder) == Exit.PASS  # the decision stands
+    assert [one.only for one in requested] == [other]
     (left,) = [line for line in capsys.readouterr().out.splitlines() if "not tried, +" in line]
     assert f"`peft-harness gate --pairs {SHAS[0][:12]} {SHAS[1][:12]} --suite quick --only {FIRST}" in left
     assert settle(folder, "--most", "1") == Exit.PASS
-    assert [one.only for one in asked] == [other, FIRST]
+    assert [one.only for one in requested] == [other, FIRST]
 
 
 @pytest.mark.slow
-def test_a_noisy_series_is_no_more_often_suspected_than_a_calm_one() -> None:
+def test_a_noisy_series_is_suspected_as_rarely_as_a_calm_one() -> None:
     wild = np.random.default_rng(4).normal(0, 0.02, (1000, 60))  # a sixth of its nights lies 2 % above its level
     suspected = sum(_suspected(wild, row, 60, 0.02) for row in range(len(wild)))
     assert betaincinv(suspected + 1, len(wild) - suspected, 0.95) < 0.01
@@ -384,17 +375,17 @@ def _suspected(logs: Any, row: int, nights_: int, shared: float) -> bool:
 
 
 def _beside(logs: Any) -> tuple[Any, float]:
-    beside = logs - anchor.anchor(logs)
-    return beside, float(np.median([change_points.noise(row) for row in beside]))
+    relative = logs - anchor.anchor(logs)
+    return relative, float(np.median([change_points.noise(row) for row in relative]))
 
 
 @pytest.mark.slow
 def test_a_slow_down_of_three_per_cent_is_found_within_two_nights() -> None:
     suspected = tried = 0
     for seed in range(20):
-        beside, shared = _beside(simulated(seed, 0.03)[:, : NIGHT + 2])
+        relative, shared = _beside(simulated(seed, 0.03)[:, : NIGHT + 2])
         for row in range(20):
-            suspected += any(_suspected(beside, row, NIGHT + 1 + night, shared) for night in (0, 1))
+            suspected += any(_suspected(relative, row, NIGHT + 1 + night, shared) for night in (0, 1))
             tried += 1
     found = simulated_noise.many_nights(
         np.random.default_rng(1), suspected, Design(), simulated_noise.disturbed(0.03), 0.03
@@ -406,10 +397,10 @@ def test_a_slow_down_of_three_per_cent_is_found_within_two_nights() -> None:
 def test_less_than_one_false_alarm_a_month_and_few_trials_a_night() -> None:
     suspected = cell_nights = 0
     for seed in range(100, 106):
-        beside, shared = _beside(simulated(seed, 0.0))
-        for night in range(10, beside.shape[1] + 1):
-            suspected += sum(_suspected(beside, row, night, shared) for row in range(len(beside)))
-            cell_nights += len(beside)
+        relative, shared = _beside(simulated(seed, 0.0))
+        for night in range(10, relative.shape[1] + 1):
+            suspected += sum(_suspected(relative, row, night, shared) for row in range(len(relative)))
+            cell_nights += len(relative)
     alarms = simulated_noise.many_nights(
         np.random.default_rng(2), suspected, Design(), simulated_noise.disturbed(0.03)
     ).slower

@@ -4,16 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.bench.costs import (
-    BLOCK,
-    Cost,
-    TimedOperation,
-    adapted_linear,
-    dense_bytes,
-    linear_case,
-    low_rank,
-    packed_bytes,
-)
+from harness.bench.costs import BLOCK, Cost, TimedOperation, low_rank, packed_bytes
 from harness.bench.sizes import BenchSize
 
 VERA = 16
@@ -22,9 +13,49 @@ SEQUENCES, ADAPTERS = 8, 4
 """The batch of multi_lora_linear: eight sequences that share four adapters; one of each for a single token."""
 
 
+def _linear_case(s: BenchSize, **more: Any) -> dict[str, Any]:
+    return {"shape": [s.E, s.D], "rows": [s.tokens], "bias": False, **more}
+
+
 def _packed_linear() -> TimedOperation:
     cost = Cost(lambda s, i: packed_bytes(s) + i * s.tokens * (s.D + s.E), lambda s: (2 * s.tokens + 1) * s.weights)
-    return TimedOperation(lambda s: linear_case(s, block=BLOCK), cost, cost, per_token=True)
+    return TimedOperation(lambda s: _linear_case(s, block=BLOCK), cost, cost, per_token=True)
+
+
+def _adapted_linear(*, times: int = 1, trains: str = "AB", norm: bool = False, packed: bool = False) -> TimedOperation:
+    """Return x W^T plus a low-rank product.
+
+    times: the rank as a multiple of LoRA's. trains: `AB`, or the names of trained vectors. norm: whether the row norms of
+    W + s B A are needed, by way of W A^T (E x D x R products). packed: W is in 4 bits, and decoding each element costs one
+    more multiplication.
+    """
+
+    def case(s: BenchSize) -> dict[str, Any]:
+        return _linear_case(s, rank=s.rank * times, **({"block": BLOCK} if packed else {}))
+
+    def weight_bytes(s: BenchSize, i: int) -> float:
+        return packed_bytes(s) if packed else i * s.weights
+
+    def forward_flops(s: BenchSize) -> float:
+        rank = s.rank * times
+        of_norm = 2 * s.weights * rank + 2 * s.weights if norm else 0
+        return 2 * s.tokens * (s.weights + low_rank(s, rank)) + of_norm + s.weights * packed
+
+    def backward_flops(s: BenchSize) -> float:
+        # dx = dy W + dS A and dS = dy B; with A and B trained also dA = dS^T x and dB = dy^T S, else two sums.
+        low = 2 * s.tokens * low_rank(s, s.rank * times) * (2 if trains == "AB" else 1)
+        return 2 * s.tokens * s.weights + low + s.weights * packed
+
+    def forward_bytes(s: BenchSize, i: int) -> float:
+        return weight_bytes(s, i) + i * (low_rank(s, s.rank * times) + s.tokens * (s.D + s.E))
+
+    def backward_bytes(s: BenchSize, i: int) -> float:
+        written = low_rank(s, s.rank) if trains == "AB" else s.E + s.rank * times
+        read = low_rank(s, s.rank * times) + s.tokens * (s.D + s.E)  # A and B, x and dy
+        return weight_bytes(s, i) + i * (read + written + s.tokens * s.D)
+
+    forward, backward = Cost(forward_bytes, forward_flops), Cost(backward_bytes, backward_flops)
+    return TimedOperation(case, forward, backward, per_token=True)
 
 
 def _multi_lora_linear() -> TimedOperation:
@@ -37,35 +68,21 @@ def _multi_lora_linear() -> TimedOperation:
     def adapters(s: BenchSize) -> int:
         return low_rank(s, s.rank) * min(ADAPTERS, s.tokens)
 
-    return TimedOperation(
-        case,
-        Cost(
-            lambda s, i: i * (s.weights + adapters(s) + s.tokens * (s.D + s.E)),
-            lambda s: 2 * s.tokens * (s.weights + low_rank(s, s.rank)),
-        ),
-        Cost(  # W trains too
-            lambda s, i: i * (2 * s.weights + 2 * adapters(s) + s.tokens * (2 * s.D + s.E)),
-            lambda s: 4 * s.tokens * (s.weights + low_rank(s, s.rank)),
-        ),
-        per_token=True,
+    def flops(s: BenchSize) -> float:
+        return 2 * s.tokens * (s.weights + low_rank(s, s.rank))
+
+    forward = Cost(lambda s, i: i * (s.weights + adapters(s) + s.tokens * (s.D + s.E)), flops)
+    backward = Cost(  # W trains too
+        lambda s, i: i * (2 * s.weights + 2 * adapters(s) + s.tokens * (2 * s.D + s.E)), lambda s: 2 * flops(s)
     )
+    return TimedOperation(case, forward, backward, per_token=True)
 
 
 TIMED = {
     "nf4_linear": _packed_linear(),
-    "lora_linear": TimedOperation(lambda s: linear_case(s, rank=s.rank), *adapted_linear(dense_bytes), per_token=True),
-    "nf4_lora_linear": TimedOperation(
-        lambda s: linear_case(s, rank=s.rank, block=BLOCK),
-        *adapted_linear(lambda s, _: packed_bytes(s), decoded=True),
-        per_token=True,
-    ),
-    "dora_linear": TimedOperation(
-        lambda s: linear_case(s, rank=s.rank), *adapted_linear(dense_bytes, norm=True), per_token=True
-    ),
-    "vera_linear": TimedOperation(
-        lambda s: linear_case(s, rank=s.rank * VERA),
-        *adapted_linear(dense_bytes, times=VERA, trains="bd"),
-        per_token=True,
-    ),
+    "lora_linear": _adapted_linear(),
+    "nf4_lora_linear": _adapted_linear(packed=True),
+    "dora_linear": _adapted_linear(norm=True),
+    "vera_linear": _adapted_linear(times=VERA, trains="bd"),
     "multi_lora_linear": _multi_lora_linear(),
 }

@@ -1,9 +1,10 @@
-"""Check of several adapters in one batch: each row must be what its own adapter alone would compute."""
+"""Check of several adapters in one batch: each row must equal the result of its own adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,18 +29,18 @@ NAME = "multi-adapter"
 def check_rows(
     subject: Subject, adapters: Adapters, mixed: Mixed, forward: Callable[[], object], seed: int
 ) -> CheckResult:
-    """Judge every adapted layer inside the model, on its inputs there, row by row.
+    """Judge the output of every adapted layer inside the model, row by row.
 
-    forward: runs the model on a batch of one row per adapter. Row n of a layer's output must be what the float64
-    reference of the layer computes with adapter n, within the noise floor, as for a single adapter.
+    forward: runs the model on a batch of one row per adapter. Row n of a layer's output must equal the output of the float64
+    reference with adapter n, within the noise floor of a single adapter.
     """
     case = Case("trained", seed=seed, factors=parity_suite.load(subject.method).factors())
     with mixed(adapters):
-        seen = _seen(subject, forward)
+        calls = _observe_layers(subject, forward)
     found = []
-    for path in list(seen):
-        x, y = seen.pop(path)
-        truth, draws = reference_runs(subject, path, x, x.new_zeros(()), look=_each_alone(path, adapters))
+    for path in list(calls):
+        x, y = calls.pop(path)
+        truth, draws = reference_runs(subject, path, x, x.new_zeros(()), look=_row_by_row(path, adapters))
         found.append(prefix_tensor(path, noise_floor({"y": y}, truth, draws, subject.dtype, case.factor("forward"))))
     verdict = worst_of(found, "no adapted layer was run")
     return judged(subject, case, NAME, verdict, "" if verdict.passed else "rows do not follow their own adapters")
@@ -47,46 +48,44 @@ def check_rows(
 
 def rows_must_reach(subject: Subject, count: int, forward: Callable[[], object]) -> None:
     """Raise Unsupported unless every adapted layer gets exactly one row per row of the batch."""
-    for path, (x, _) in _seen(subject, forward).items():
+    for path, (x, _) in _observe_layers(subject, forward).items():
         if len(x) != count:
             raise Unsupported(f"{path} gets {len(x)} rows for a batch of {count}, which cannot be assigned to adapters")
 
 
-def _seen(subject: Subject, forward: Callable[[], object]) -> dict[str, tuple[Tensor, Tensor]]:
+def _observe_layers(subject: Subject, forward: Callable[[], object]) -> dict[str, tuple[Tensor, Tensor]]:
     """Run the model and return the input and output of the layer at each adapted path."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    calls: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def keep(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> None:
-            if not given:
-                raise Unsupported(f"{path} is called by keyword, so that its input cannot be observed")
-            seen[path] = given[0].detach().clone(), y.detach().clone()
-
-        return hook
+    def hook(path: str, _: nn.Module, arguments: tuple[Tensor, ...], y: Tensor) -> None:
+        if not arguments:
+            raise Unsupported(f"{path} is called by keyword, so that its input cannot be observed")
+        calls[path] = arguments[0].detach().clone(), y.detach().clone()
 
     with torch.no_grad(), ExitStack() as hooks:
         for path in subject.adapted.layers:
-            hooks.callback(subject.model.get_submodule(path).register_forward_hook(keep(path)).remove)
+            layer = subject.model.get_submodule(path)
+            hooks.callback(layer.register_forward_hook(partial(hook, path)).remove)
         forward()
-    return seen
+    return calls
 
 
 def draw_adapters(subject: Subject, count: int, seed: int) -> list[dict[str, Tensor]]:
-    """Return the trained adapter, and others of its shapes and its size that are drawn at random."""
+    """Return the trained adapter, and random ones of the same shapes and magnitude."""
     own = {name: t.detach().clone() for name, t in subject.adapted.tensors().items()}
     generator = torch.Generator().manual_seed(seed)
 
     def like(t: Tensor) -> Tensor:
         noise = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)
-        # A matrix that training has left at zero would make adapters that do nothing, and a check that sees nothing.
+        # A matrix that is still zero after training would make adapters that do nothing, and the check would see nothing.
         spread = float(t.double().std()) if t.numel() > 1 and bool(t.any()) else max(t.shape[-1], 1) ** -0.5
         return (noise * spread).to(t.dtype)
 
     return [own, *({name: like(t) for name, t in own.items()} for _ in range(count - 1))]
 
 
-def _each_alone(path: str, adapters: Adapters) -> Callable[..., dict[str, Tensor]]:
-    """Return an observation of the reference's layer: its output for row n with adapter n, for every n."""
+def _row_by_row(path: str, adapters: Adapters) -> Callable[..., dict[str, Tensor]]:
+    """Return a function that observes the reference's layer: its output for row n with adapter n, for every n."""
     start = f"{path}."
 
     def look(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, _: Tensor) -> dict[str, Tensor]:

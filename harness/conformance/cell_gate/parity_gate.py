@@ -1,4 +1,4 @@
-"""Parity gate of a Cell: measurements begin only after the Cell's own layers have passed it."""
+"""Parity gate of a Cell: measurements begin only after the Cell's own layers have passed the checks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from harness.errors import Unsupported
 from harness.methods.peft_config import UNREFERENCED
 from harness.records.record import CheckResult, Outcome
 
-_ALONE = "frozen"
-"""Method that trains the base's own layers instead of adding any."""
+_NO_ADAPTER = "frozen"
+"""Method that adds no layers to the base and trains nothing."""
 
 
 def gate(
@@ -38,20 +38,16 @@ def gate(
 ) -> list[CheckResult]:
     """Check a freshly attached subject at its start and at `warm`, then restore its start.
 
-    run_model: runs the whole model on fixed inputs. base_output: its output before attaching. start: the state to begin
-    from (None: the subject's own). forward: runs a given model on those inputs, differentiably. base: the quantisation
-    of the base, as in `nf4 by bitsandbytes`. The Method's parity suite and the checks' own declarations decide which
-    checks apply. If a packed base is wrong by itself, or the layers or their tensors are not the reference's, only these
-    results are returned.
+    run_model: runs the whole model on fixed inputs. base_output: its output before attaching. start: the initial tensors
+    (None: the subject's own). forward: runs a given model on those inputs, differentiably. base: the quantisation of the
+    base, as in `nf4 by bitsandbytes`. The Method's parity suite and the declarations of the checks decide which checks
+    apply. If a packed base is wrong, or if the layers or their tensors are not the reference's, the gate stops there.
     """
+    case = Case("init", seed=seed, inputs=run_model, base_output=base_output, forward=forward)
     if subject.method in UNREFERENCED:
-        return _without_reference(
-            subject, Case("init", seed=seed, inputs=run_model, base_output=base_output, forward=forward)
-        )
+        return _without_reference(subject, case)
     plan = parity_suite.load(subject.method)
-    factors = plan.factors()
-    case = Case("init", seed=seed, inputs=run_model, base_output=base_output, forward=forward, factors=factors)
-
+    case = replace(case, factors=plan.factors())
     names = [*plan.checks, *(["codes"] if subject.packed else [])]
 
     def run(stage: CellStage, in_state: Case) -> list[CheckResult]:
@@ -73,7 +69,7 @@ def gate(
 
 
 def _without_reference(subject: Subject, case: Case) -> list[CheckResult]:
-    """Check what needs no reference, and leave the subject at its start."""
+    """Run the checks that need no reference, and leave the subject at its start."""
     names = checks.without_reference()
     warmed, in_state = nudged(subject, case.generator(salt=1)), replace(case, state="warm")
     at_the_start = [*checks.of_cell(CellStage.ATTACHED, names), *checks.of_cell(CellStage.START, names)]
@@ -83,37 +79,39 @@ def _without_reference(subject: Subject, case: Case) -> list[CheckResult]:
 
 @dataclass(frozen=True)
 class _Base:
-    """Takes the Method's place in a check's id where the base alone is judged."""
+    """Subject of a check of the base without a Method."""
 
     method: str
     dtype: str
 
 
 def _packed_base(subject: Subject, case: Case, base: str) -> CheckResult:
-    """Judge every packed layer without an adapter, by the weight that its codes encode: a wrong product spoils every
-    Method.
+    """Judge every packed layer without an adapter, by the weight that its codes encode.
+
+    A layer with a wrong product would make every Method on it wrong.
     """
-    config = configure(_ALONE, {})
-    none = attach_reference(_ALONE, nn.Module(), config, None, case.generator())
-    alone = replace(subject, method=_ALONE, config=config, adapted=none)
+    config = configure(_NO_ADAPTER, {})
+    none = attach_reference(_NO_ADAPTER, nn.Module(), config, None, case.generator())
+    alone = replace(subject, method=_NO_ADAPTER, config=config, adapted=none)
     found = []
     for index, path in enumerate(subject.packed):
         layer = subject.original_base(path)
         x, dy = inputs(layer, case.tokens, DTYPES[subject.dtype], case.generator(index))
-        found.append(
-            prefix_tensor(
-                path, noise_floor(*observe_with_reference(alone, path, layer, x, dy, training=True), subject.dtype)
-            )
-        )
+        runs = observe_with_reference(alone, path, layer, x, dy, training=True)
+        found.append(prefix_tensor(path, noise_floor(*runs, subject.dtype)))
     verdict = worst_of(found, found[0].policy)
-    why = "" if verdict.passed else "a packed layer alone, without an adapter, does not compute what its codes say"
+    why = (
+        ""
+        if verdict.passed
+        else "a packed layer without an adapter does not multiply by the weight that its codes encode"
+    )
     return judged(_Base(f"base {base}".strip(), subject.dtype), case, "forward", verdict, why)
 
 
 def after_training(
     subject: Subject, seed: int, forward: Callable[[nn.Module], Tensor] | None = None
 ) -> list[CheckResult]:
-    """Run the checks that must wait until training is over, because some libraries merge into the base weight itself.
+    """Run the checks that must wait for the end of training, because some libraries merge into the base weight.
 
     forward: as in `gate`, for adapters without a reference. A check for which there is not enough memory is skipped.
     """

@@ -15,7 +15,7 @@ from harness.conformance.subject import DTYPES, Subject, load
 from harness.methods.spec import Adapted
 from harness.records.record import CheckResult
 
-# A whole life in two dozen steps: every kind of step is in it, and tfinal is no multiple of delta_t.
+# A complete schedule in 24 steps, with every kind of step. tfinal is no multiple of delta_t.
 _SHORT = {"total_steps": 24, "tinit": 4, "tfinal": 5, "delta_t": 3}
 
 
@@ -24,7 +24,7 @@ def check_importance(subject: Subject, case: Case) -> CheckResult:
     """After each step AdaLoRA's averages of sensitivity and uncertainty equal the reference's, for every weight.
 
     I = |w dL/dw|; I_bar <- beta1 I_bar + (1 - beta1) I; U_bar <- beta2 U_bar + (1 - beta2) |I - I_bar|  (eqs. 8 to
-    10). beta1 and beta2 differ here. Gradients are given, none is computed, and nothing is pruned yet.
+    10). beta1 and beta2 differ here. The check sets random gradients, and nothing is pruned yet.
     """
     fresh = case.attach_again(beta1=0.85, beta2=0.7)
     if fresh is None:
@@ -36,7 +36,7 @@ def check_importance(subject: Subject, case: Case) -> CheckResult:
     found = []
     for step in (1, 2, 3):
         for adapted in (fresh.adapted, truth, rounded):
-            _give_gradients(adapted, case.generator(salt=10 + step))
+            _set_gradients(adapted, case.generator(salt=10 + step))
             adapted.after_step(step)
         mine, exactly, roundly = (_averages(adapted) for adapted in (fresh.adapted, truth, rounded))
         verdict = noise_floor(mine, exactly, roundly, subject.dtype, case.factor("importance"))
@@ -50,27 +50,29 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
 
     b(t) = target + (start - target) (1 - (t - t_i) / (T - t_f - t_i))^3, rounded down  (eq. 12): at the end target_rank
     per layer on average. Between two prunings lambdas may grow back, as they do here at each step. In float32 and
-    float64 the lambdas that are left are the reference's, by the scores of eq. 7; in half precision two close ones may
-    change places.
+    float64 the same lambdas are left as in the reference, by the scores of eq. 7. In half precision two lambdas with close
+    scores may change places.
     """
     fresh = case.attach_again(**_SHORT)
     if fresh is None:
         return skipped(subject, case, "budget", "the case cannot attach again")
     truth = _reference(fresh, "float64")
-    odd = []
+    problems = []
     for step in range(1, _SHORT["total_steps"] + 1):
         for adapted in (fresh.adapted, truth):
             _set_tensors(adapted, DTYPES[subject.dtype], case.generator(salt=100 + step))
-            _give_gradients(adapted, case.generator(salt=200 + step), DTYPES[subject.dtype])
+            _set_gradients(adapted, case.generator(salt=200 + step), DTYPES[subject.dtype])
             adapted.after_step(step)
         mine, want = (_unmasked(adapted) for adapted in (fresh.adapted, truth))
         if int(mine.sum()) != int(want.sum()):
-            odd.append(
+            problems.append(
                 f"after step {step} {int(mine.sum())} of {len(mine)} lambdas are left, should be {int(want.sum())}"
             )
         elif subject.dtype in ("float32", "float64") and not torch.equal(mine, want):
-            odd.append(f"after step {step} {int((mine != want).sum())} lambdas are not those that the scores say")
-    return listed(subject, case, "budget", odd, f"{int(mine.sum())} of {len(mine)} lambdas left at the end")
+            problems.append(
+                f"after step {step} {int((mine != want).sum())} lambdas are left or pruned against the scores"
+            )
+    return listed(subject, case, "budget", problems, f"{int(mine.sum())} of {len(mine)} lambdas left at the end")
 
 
 @check()
@@ -80,7 +82,7 @@ def check_regularizer(subject: Subject, case: Case) -> CheckResult:
     gamma R(P, Q), where R is made of ||P^T P - I|| and ||Q Q^T - I|| over all layers  (eq. 4).
     """
     mine, truth, rounded = (
-        _added(adapted)
+        _regularizer(adapted)
         for adapted in (subject.adapted, _reference(subject, "float64"), _reference(subject, subject.dtype))
     )
     if not truth:
@@ -90,7 +92,7 @@ def check_regularizer(subject: Subject, case: Case) -> CheckResult:
 
 
 def _reference(subject: Subject, dtype: str) -> Adapted:
-    """Attach the reference to all layers together, since they share a budget, in the subject's present state."""
+    """Attach the reference, in the subject's present state, to all layers together: they share a budget."""
     adapted = subject.fresh_reference(dtype)
     places: dict[str, Any] = {**adapted.tensors(), **adapted.state()}
     with torch.no_grad():
@@ -104,8 +106,8 @@ def _averages(adapted: Adapted) -> dict[str, Tensor]:
     return {name: t.detach().clone() for name, t in adapted.state().items() if ".exp_avg_" in name}
 
 
-def _give_gradients(adapted: Adapted, generator: torch.Generator, rounded: torch.dtype | None = None) -> None:
-    """Give every tensor a random gradient, the same in every dtype, but for its rounding to `rounded`."""
+def _set_gradients(adapted: Adapted, generator: torch.Generator, rounded: torch.dtype | None = None) -> None:
+    """Give every tensor a random gradient, which differs between dtypes only by rounding. rounded: rounds it first."""
     for _, tensor in sorted(adapted.tensors().items()):
         drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
         tensor.grad = drawn.to(rounded or torch.float64).to(tensor.device, tensor.dtype)
@@ -113,20 +115,20 @@ def _give_gradients(adapted: Adapted, generator: torch.Generator, rounded: torch
 
 @torch.no_grad()
 def _set_tensors(adapted: Adapted, rounded: torch.dtype, generator: torch.Generator) -> None:
-    """Give every tensor a random value, none of them zero, as an optimizer might have left."""
+    """Fill every tensor with random values other than zero, as an optimizer might."""
     for _, tensor in sorted(adapted.tensors().items()):
         drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(rounded)
         tensor.copy_(torch.where(drawn == 0, torch.ones_like(drawn), drawn))
 
 
 def _unmasked(adapted: Adapted) -> Tensor:
-    """Return which lambdas are not zero, layer after layer."""
+    """Return the mask of the lambdas that are not zero, layer after layer."""
     named = sorted(adapted.tensors().items())
     return torch.cat([tensor.detach().flatten() != 0 for name, tensor in named if name.endswith(".E")])
 
 
-def _added(adapted: Adapted) -> dict[str, Tensor]:
-    """Return the term and its gradients; empty without one."""
+def _regularizer(adapted: Adapted) -> dict[str, Tensor]:
+    """Return the term of the loss and its gradients; empty without a term."""
     term = adapted.regularizer()
     if term is None:
         return {}

@@ -17,13 +17,12 @@ from harness.records.record import CheckResult
 def check_codes(subject: Subject, case: Case) -> CheckResult:
     """The packed base holds the reference's NF4 codes and absmax of the original weights, and the original biases.
 
-    A code may be one level off only where the element lies within two float32 units of the middle of two levels:
-    dividing by absmax and multiplying by its reciprocal, which are both in use, may differ there. A block of zeros
-    may have any codes and any absmax that decode to zero, since bitsandbytes' back ends differ.
+    A code may be one level off only where the element lies within two float32 units of the middle of two levels.
+    Libraries divide by absmax or multiply by its reciprocal, which may differ there. A block of zeros may have any
+    codes and any absmax that decode to zero, since bitsandbytes' back ends differ.
 
-    Where absmax is quantised too, it must decode to what the reference's double quantisation decodes to, up to the
-    rounding of the mean that is added back. The codes of a large model are judged as each layer is packed, piece by
-    piece.
+    If absmax is quantised too, its decoded values must equal those of the reference's double quantisation, up to the
+    rounding of the mean that is added back. The codes of a large model are judged in pieces, as each layer is packed.
     """
     if not subject.packed:
         return skipped(subject, case, "codes", "the base is not quantised")

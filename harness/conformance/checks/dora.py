@@ -1,4 +1,4 @@
-"""Checks of DoRA: magnitudes are norms, and rows of zeros do no harm."""
+"""Checks of DoRA: magnitudes, and rows of zeros."""
 
 from __future__ import annotations
 
@@ -29,10 +29,8 @@ def check_norm(subject: Subject, case: Case) -> CheckResult:
     per, found = subject.config.per, []
     for path in fresh.adapted.layers:
         W0 = fresh.original_weight(path)
-        start, truth, rounded = (
-            {"m at the start": m}
-            for m in (fresh.tensors_of(path)["m"].detach(), norms(W0.double(), per), norms(W0, per))
-        )
+        magnitudes = fresh.tensors_of(path)["m"].detach(), norms(W0.double(), per), norms(W0, per)
+        start, truth, rounded = ({"m at the start": m} for m in magnitudes)
         found.append(prefix_tensor(path, noise_floor(start, truth, rounded, subject.dtype, case.factor("norm"))))
     load(fresh.adapted, subject.adapted.tensors(), subject.state())
     twins = {path: subject.reference(path, subject.dtype) for path in fresh.adapted.layers}
@@ -56,7 +54,7 @@ def check_zero_rows(subject: Subject, case: Case) -> CheckResult:
     fresh = case.attach_again()
     if fresh is None:
         return skipped(subject, case, "zero_rows", "the case cannot attach again")
-    odd = []
+    problems = []
     for index, (path, layer) in enumerate(fresh.adapted.layers.items()):
         with torch.no_grad():
             weight: Tensor = fresh.bases[path].get_parameter("weight")
@@ -64,15 +62,15 @@ def check_zero_rows(subject: Subject, case: Case) -> CheckResult:
             fresh.tensors_of(path)["m"].flatten()[0] = 0
         x, dy = inputs(fresh.original_base(path), case.tokens, DTYPES[fresh.dtype], case.generator(index))
         seen = observe(layer, fresh.tensors_of(path), x, dy)
-        odd += [f"{path}: {name} is not finite" for name, t in seen.items() if not bool(t.isfinite().all())]
-    return listed(subject, case, "zero_rows", odd)
+        problems += [f"{path}: {name} is not finite" for name, t in seen.items() if not bool(t.isfinite().all())]
+    return listed(subject, case, "zero_rows", problems)
 
 
 @torch.no_grad()
 def _matrix(layer: nn.Module) -> Tensor:
-    """Return the matrix (E, D) of a layer of any kind: its images of the unit vectors, less that of zero."""
+    """Return the matrix (E, D) of a layer of any kind: its outputs for the unit vectors, minus its output for zero."""
     layer.eval()
     features = getattr(layer, "in_features", None) or layer.get_parameter("weight").shape[0]
     unit = torch.eye(int(features), dtype=floating_dtype(layer), device=next(layer.parameters()).device)
-    images: Tensor = layer(unit) - layer(torch.zeros_like(unit[:1]))
-    return images.T
+    outputs: Tensor = layer(unit) - layer(torch.zeros_like(unit[:1]))
+    return outputs.T

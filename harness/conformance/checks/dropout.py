@@ -21,7 +21,7 @@ from harness.conformance.tolerance_constants import DROPOUT_SIGMAS, DROPOUT_SURE
 from harness.records.record import CheckResult
 
 FEATURES = 32
-"""Number of features from which nearly every token drops at least one and retains at least one."""
+"""With this number of features or more, nearly every token drops at least one of them and retains at least one."""
 
 
 @check(States.WARM)
@@ -29,17 +29,17 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
     """Training mode drops features of the adapter's input as the config states; eval mode drops none.
 
     Each feature is dropped with probability p or scaled by 1/(1-p). The base gets all features, and the backward pass
-    uses the mask of the forward pass. Tokens of many features must not be dropped whole, a feature not in all tokens
-    alike, and not the same features at every call. No random numbers need agree.
+    uses the mask of the forward pass. A mask must not drop a token of many features as a whole, must differ between
+    tokens, and must differ between calls. The random numbers need not equal the reference's.
 
-    Every token has one feature only, so its output is the reference's with that feature kept or with it dropped. That
-    reveals the mask, with which the reference's gradients are computed. The binomial distribution bounds the number of
-    dropped features.
+    Every token has only one feature that is not zero. Its output must equal the reference's, with that feature retained
+    or dropped, which reveals the mask. The gradients are compared with those of the reference with this mask. The
+    binomial distribution bounds the number of dropped features.
     """
     p = getattr(subject.config, "dropout", 0.0)
     if not p:
-        return skipped(subject, case, "dropout", "the config drops nothing")
-    odd: list[str] = []
+        return skipped(subject, case, "dropout", "the config has no dropout")
+    problems: list[str] = []
     dropped = total = 0
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         base = subject.original_base(path)
@@ -51,14 +51,14 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
         where = torch.randint(0, x.shape[-1], (len(x),), generator=case.generator(index + 1)).to(x.device)
         only[rows, where] = 1 + x.abs().amax(-1)
         mine = observe(layer, subject.tensors_of(path), only, dy, training=True)
-        is_kept, is_dropped = (_rows_as(subject, path, mine["y"], only, dy, mask) for mask in (1 / (1 - p), 0.0))
-        if neither := int((~(is_kept | is_dropped)).sum()):
-            odd.append(f"{path}: {neither} of {len(x)} outputs are those of neither a kept nor a dropped feature")
+        is_retained, is_dropped = (_rows_as(subject, path, mine["y"], only, dy, mask) for mask in (1 / (1 - p), 0.0))
+        if neither := int((~(is_retained | is_dropped)).sum()):
+            problems.append(f"{path}: {neither} of {len(x)} outputs fit neither a retained nor a dropped feature")
             continue
-        total += int((is_kept ^ is_dropped).sum())
-        dropped += int((is_dropped & ~is_kept).sum())
-        if bool((is_kept ^ is_dropped).all()):
-            masked = partial(_masked, is_kept.double()[:, None] / (1 - p))
+        total += int((is_retained ^ is_dropped).sum())
+        dropped += int((is_dropped & ~is_retained).sum())
+        if bool((is_retained ^ is_dropped).all()):
+            masked = partial(_masked, is_retained.double()[:, None] / (1 - p))
             truth, draws = reference_runs(subject, path, only, dy, look=masked)
 
             def known(seen: dict[str, Tensor], rows: Tensor = rows, where: Tensor = where) -> dict[str, Tensor]:
@@ -68,19 +68,19 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
             factor = case.factor("gradient")
             verdict = noise_floor(known(mine), known(truth), map(known, draws), subject.dtype, factor)
             if not verdict.passed:
-                odd.append(f"{path}: with the forward pass's mask {verdict.tensor} is off by {verdict.error}")
+                problems.append(f"{path}: with the forward pass's mask {verdict.tensor} is off by {verdict.error}")
             if x.shape[-1] >= FEATURES and (whole := _whole_tokens(subject, path, layer, x, dy, p)) > len(x) // 2:
-                odd.append(f"{path}: {whole} of {len(x)} tokens are kept or dropped as a whole, not by the feature")
-            odd += [f"{path}: {how}" for how in _repeats(subject, path, layer, p)]
+                problems.append(f"{path}: {whole} of {len(x)} tokens are retained or dropped as a whole")
+            problems += [f"{path}: {problem}" for problem in _repeats(subject, path, layer, p)]
         again = noise_floor(*observe_with_reference(subject, path, layer, x, dy), subject.dtype, case.factor("forward"))
         if not again.passed:
-            odd.append(f"{path}: in eval mode {again.tensor} is off by {again.error} of {again.allowed}")
+            problems.append(f"{path}: in eval mode {again.tensor} is off by {again.error} of {again.allowed}")
     spread = DROPOUT_SIGMAS * (total * p * (1 - p)) ** 0.5
-    if not total and not odd:
-        return skipped(subject, case, "dropout", "at this state the adapter adds nothing")
-    if not odd and abs(dropped - p * total) > spread + 1:
-        odd.append(f"{dropped} of {total} features were dropped, should be {p * total:.0f} +- {spread:.0f}")
-    return listed(subject, case, "dropout", odd, f"{dropped} of {total} features dropped at p = {p:g}")
+    if not total and not problems:
+        return skipped(subject, case, "dropout", "in this state the adapter adds nothing")
+    if not problems and abs(dropped - p * total) > spread + 1:
+        problems.append(f"{dropped} of {total} features were dropped, should be {p * total:.0f} +- {spread:.0f}")
+    return listed(subject, case, "dropout", problems, f"{dropped} of {total} features dropped at p = {p:g}")
 
 
 def _rows_as(subject: Subject, path: str, y: Tensor, x: Tensor, dy: Tensor, mask: float) -> Tensor:
@@ -90,30 +90,30 @@ def _rows_as(subject: Subject, path: str, y: Tensor, x: Tensor, dy: Tensor, mask
 
 
 def _whole_tokens(subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: Tensor, p: float) -> int:
-    """Count the tokens of many features that training mode scales or drops as a whole."""
+    """Count the tokens of many features that training mode retains or drops as a whole."""
     y = observe(layer, {}, x, dy, training=True)["y"]
-    kept, dropped = (_rows_as(subject, path, y, x, dy, mask) for mask in (1 / (1 - p), 0.0))
-    return int((kept | dropped).sum())
+    retained, dropped = (_rows_as(subject, path, y, x, dy, mask) for mask in (1 / (1 - p), 0.0))
+    return int((retained | dropped).sum())
 
 
 def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterator[str]:
-    """Describe a mask that serves all tokens, or two calls. All tokens have the same single feature."""
+    """Describe a mask that is the same for all tokens or for two calls. All tokens have the same single feature."""
     tokens = math.ceil(DROPOUT_SURE_BITS / -math.log2(max(p, 1 - p)))
     x, dy = inputs(subject.original_base(path), tokens, DTYPES[subject.dtype], torch.Generator().manual_seed(0))
     only = torch.zeros_like(x)
     only[:, 0] = 1 + x.abs().amax()
     ys = [observe(layer, {}, only, dy, training=True)["y"] for _ in range(2)]
-    kept = [_rows_as(subject, path, y, only, dy, 1 / (1 - p)) for y in ys]
-    if bool(kept[0].all()) or not bool(kept[0].any()):
-        yield f"a feature is kept or dropped in all of {tokens} tokens alike"
-    elif bool((kept[0] == kept[1]).all()):
-        yield f"two calls drop the same of {tokens} features"
+    retained = [_rows_as(subject, path, y, only, dy, 1 / (1 - p)) for y in ys]
+    if bool(retained[0].all()) or not bool(retained[0].any()):
+        yield f"a feature is retained or dropped in all of {tokens} tokens"
+    elif bool((retained[0] == retained[1]).all()):
+        yield f"two calls drop the feature in the same of {tokens} tokens"
 
 
 def _masked(
     mask: Tensor | float, layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor
 ) -> dict[str, Tensor]:
-    """Observe the reference's layer in training mode with a product by `mask` (T, 1) in the place of its dropout."""
+    """Observe the reference's layer in training mode with a known mask (T, 1), or a factor, instead of its dropout."""
     for name, child in list(layer.named_modules()):
         if isinstance(child, nn.Dropout):
             parent, _, last = name.rpartition(".")
@@ -122,7 +122,7 @@ def _masked(
 
 
 class _Times(nn.Module):
-    """Multiplication by a known mask in place of dropout."""
+    """Multiplication by a known mask instead of dropout."""
 
     def __init__(self, mask: Tensor | float) -> None:
         super().__init__()

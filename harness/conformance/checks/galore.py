@@ -19,18 +19,20 @@ from reference.galore import Projector, galore_step, projector
 
 _STEPS, _GAP, _RANK = 5, 2, 2
 _LR, _DECAY = 0.1, 0.1
+Signs = tuple[float, ...]
+"""Signs of singular vectors, those of P first."""
 
 
 @check()
 def check_refresh(subject: Subject, case: Case) -> CheckResult:
     """GaLore's own optimizer moves the weights as the reference does, also across a refresh of the subspace.
 
-    Five steps on given gradients, with a new subspace at the third and the fifth: M and V are carried over from the
+    Five steps on random gradients, with a new subspace at the third and the fifth: M and V are carried over from the
     old subspace, and weight decay is not projected  (GaLore, algorithm 2). Before each step the weights are restored,
-    so that no step inherits another's rounding.
+    so that no step inherits the rounding of another.
 
-    The sign of a singular vector is arbitrary and shows after a refresh, since M is carried over: any choice is
-    right.
+    The sign of a singular vector is arbitrary. It shows after a refresh, since M is carried over, and any choice of
+    signs is right.
     """
     fresh = case.attach_again(rank=_RANK, update_gap=_GAP)
     if fresh is None:
@@ -41,20 +43,20 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
     for index, path in enumerate(fresh.adapted.layers):
         optimizer = fresh.adapted.optimizer(_LR, _DECAY)
         if optimizer is None:
-            return skipped(subject, case, "refresh", "the Method has no optimizer of its own")
+            return skipped(subject, case, "refresh", "the Method has no optimizer")
         tensors = fresh.tensors_of(path)
         gradients = [
             {name: _gradient(t, case.generator(salt=50 * index + step), decay) for name, t in tensors.items()}
             for step in range(_STEPS)
         ]
-        mine = _by_the_subject(optimizer, tensors, gradients)
-        best = min(_against(fresh, case, tensors, gradients, mine), key=lambda j: (not j.passed, j.ratio))
+        mine = _steps_of_subject(optimizer, tensors, gradients)
+        best = min(_judgements(fresh, case, tensors, gradients, mine), key=lambda j: (not j.passed, j.ratio))
         found.append(prefix_tensor(path, best))
     return judged(subject, case, "refresh", worst_of(found, found[0].policy))
 
 
 def _gradient(weight: Tensor, generator: torch.Generator, decay: float) -> Tensor:
-    """Draw a gradient in float64; each singular value of a matrix is `decay` of the one before, so subspaces are defined."""
+    """Draw a gradient in float64. Each singular value of a matrix is `decay` of the previous one: subspaces are unique."""
     drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
     if drawn.dim() != 2:
         return drawn.to(weight.device)
@@ -63,15 +65,15 @@ def _gradient(weight: Tensor, generator: torch.Generator, decay: float) -> Tenso
     return graded.to(weight.device)
 
 
-def _by_the_subject(
+def _steps_of_subject(
     optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], gradients: list[dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     start = {name: t.detach().clone() for name, t in tensors.items()}
     seen: dict[str, Tensor] = {}
-    for step, given in enumerate(gradients):
+    for step, gradient in enumerate(gradients):
         for name, tensor in tensors.items():
             tensor.data.copy_(start[name])
-            tensor.grad = given[name].to(tensor.dtype)
+            tensor.grad = gradient[name].to(tensor.dtype)
         optimizer.step()
         seen |= {f"step {step + 1} {name}": t.detach().clone() for name, t in tensors.items()}
     for name, tensor in tensors.items():
@@ -80,53 +82,52 @@ def _by_the_subject(
     return seen
 
 
-def _against(
+def _judgements(
     fresh: Subject, case: Case, tensors: dict[str, Tensor], gradients: list[dict[str, Tensor]], mine: dict[str, Tensor]
 ) -> Iterator[Judgement]:
-    """Judge by the reference, once for each choice of signs at the two refreshes."""
+    """Judge by the reference, for each choice of signs at the two refreshes, until one passes."""
     rank = min(_RANK, *next(t for t in tensors.values() if t.dim() == 2).shape)
     columns = 2 * rank if fresh.config.side == "full" else rank
     for signs in itertools.product((1.0, -1.0), repeat=2 * columns):
         chosen = {2: signs[:columns], 4: signs[columns:]}
-        truth, rounded = (_by_the_reference(fresh, tensors, gradients, d, chosen) for d in ("float64", fresh.dtype))
+        truth, rounded = (_steps_of_reference(fresh, tensors, gradients, d, chosen) for d in ("float64", fresh.dtype))
         judgement = noise_floor(mine, truth, rounded, fresh.dtype, case.factor("refresh"))
         yield judgement
         if judgement.passed:
             return
 
 
-def _by_the_reference(
-    fresh: Subject, tensors: dict[str, Tensor], gradients: list[dict[str, Tensor]], dtype: str, signs: dict[int, Any]
+def _steps_of_reference(
+    fresh: Subject, tensors: dict[str, Tensor], gradients: list[dict[str, Tensor]], dtype: str, signs: dict[int, Signs]
 ) -> dict[str, Tensor]:
     config, seen = fresh.config, {}
+    adam = {"beta1": config.beta1, "beta2": config.beta2, "eps": config.eps, "weight_decay": _DECAY}
     for name, tensor in tensors.items():
         low: dict[str, Any] = {"rank": 0}
         if name == "weight":
             low = {name: getattr(config, name) for name in ("rank", "update_gap", "scale", "side", "niter")}
         state: dict[str, Any] = {}
-        for step, given in enumerate(gradients):
-            G = given[name].to(DTYPES[fresh.dtype]).to(DTYPES[dtype])
+        for step, gradient in enumerate(gradients):
+            G = gradient[name].to(DTYPES[fresh.dtype]).to(DTYPES[dtype])
             W = tensor.detach().to(DTYPES[dtype]).clone()
-            knobs = {"beta1": config.beta1, "beta2": config.beta2, "eps": config.eps, "weight_decay": _DECAY}
             basis = None
             if low["rank"] and step % config.update_gap == 0:
                 old = Projector(state.get("P"), state.get("Q"))
                 how = (config.rank, config.side, config.niter, old)
-                basis = _turned(projector(G, *how), projector(G.double(), *how), signs.get(step))
-            galore_step(W, G, state, lr=_LR, given=basis, **low, **knobs)
+                basis = _turned(projector(G, *how), projector(G.double(), *how), signs.get(step, ()))
+            galore_step(W, G, state, lr=_LR, given=basis, **low, **adam)
             seen[f"step {step + 1} {name}"] = W
     return seen
 
 
-def _turned(basis: Projector, exactly: Projector, signs: tuple[float, ...] | None) -> Projector:
-    """Give the columns of `basis` the signs of `exactly`, then multiply them by `signs`."""
-    left = [] if signs is None else list(signs)
+def _turned(basis: Projector, exactly: Projector, signs: Signs) -> Projector:
+    """Give the columns of `basis` the signs of `exactly`, then multiply them by `signs`, if there are any."""
+    columns = 0 if basis.P is None else basis.P.shape[1]
+    return Projector(_with_signs(basis.P, exactly.P, signs[:columns]), _with_signs(basis.Q, exactly.Q, signs[columns:]))
 
-    def of(mine: Tensor | None, want: Tensor | None) -> Tensor | None:
-        if mine is None or want is None:
-            return None
-        turned = mine * (mine.double() * want).sum(0).sign().to(mine.dtype)
-        asked, left[: mine.shape[1]] = left[: mine.shape[1]], []
-        return turned * torch.tensor(asked, dtype=mine.dtype, device=mine.device) if asked else turned
 
-    return Projector(of(basis.P, exactly.P), of(basis.Q, exactly.Q))
+def _with_signs(mine: Tensor | None, want: Tensor | None, signs: Signs) -> Tensor | None:
+    if mine is None or want is None:
+        return None
+    turned = mine * (mine.double() * want).sum(0).sign().to(mine.dtype)
+    return turned * torch.tensor(signs, dtype=mine.dtype, device=mine.device) if signs else turned

@@ -19,8 +19,8 @@ from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load
 from harness.records.record import CheckResult
 
 HALF = 0.5
-"""Factor by which a moved adapter is scaled: a power of two, which rounds nothing."""
-_MOVED = "unmerged, with another adapter"
+"""Factor that changes an adapter: a power of two, so that nothing is rounded."""
+_CHANGED = "unmerged, with another adapter"
 
 
 @check(States.WARM, in_cell=[CellStage.TRAINED])
@@ -32,56 +32,57 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     if not subject.adapted.can_merge:
         return skipped(subject, case, "merge", "this Method has nothing to merge")
     if (fresh := case.attach_again()) is not None:
-        # Some libraries merge into the base weight and unmerge by subtracting, which leaves a rounding behind.
+        # Some libraries merge into the base weight and unmerge by subtracting, which leaves a rounding error.
         load(fresh.adapted, subject.adapted.tensors(), subject.state())
         subject = fresh
     xs = _inputs(subject, case)
     added = subject.added()
-    held = {name: t.detach().clone() for name, t in added.items()}
+    values = {name: t.detach().clone() for name, t in added.items()}
     modes = {path: layer.training for path, layer in subject.adapted.layers.items()}
+    outputs = {}
     with torch.no_grad():
         for layer in subject.adapted.layers.values():
             layer.eval()
-        # Before merging: references use the model's own base weights, and must show damage that merging does to these.
+        # Before merging: the references use the model's own base weights, and must show damage that merging does to these.
         expected = {path: _expected(subject, path, x) for path, x in xs.items()}
         subject.adapted.merge()
         for tensor in added.values():
-            tensor.mul_(-3).add_(1)  # a merged layer no longer looks at its adapter
+            tensor.mul_(-3).add_(1)  # a merged layer no longer depends on its adapter
         for path in xs:
             subject.model.get_submodule(path).eval()  # not chained: not every library's `eval` returns the module
-        merged = {path: subject.model.get_submodule(path)(x) for path, x in xs.items()}
-        load(subject.adapted, held)
+        outputs["after merging"] = _outputs(subject, xs)
+        load(subject.adapted, values)
         subject.adapted.unmerge()
-        after = {path: subject.model.get_submodule(path)(x) for path, x in xs.items()}
+        outputs["after unmerging"] = _outputs(subject, xs)
         for tensor in added.values():
             tensor.mul_(HALF)
-        moved = {path: subject.model.get_submodule(path)(x) for path, x in xs.items()}
-        load(subject.adapted, held)
+        outputs[_CHANGED] = _outputs(subject, xs)
+        load(subject.adapted, values)
     for path, training in modes.items():
         subject.adapted.layers[path].train(training)
-    worst: dict[str, Judgement] = {}
-    for when, outputs in {"after merging": merged, "after unmerging": after, _MOVED: moved}.items():
+    verdicts: dict[str, Judgement] = {}
+    for when, ys in outputs.items():
         found = []
-        for path, y in outputs.items():
-            truth, draws = expected[path][when == _MOVED]
+        for path, y in ys.items():
+            truth, draws = expected[path][when == _CHANGED]
             found.append(prefix_tensor(path, noise_floor({"y": y}, truth, draws, subject.dtype, case.factor("merge"))))
-        worst[when] = worst_of(found, found[0].policy if found else "noise-floor")
-    when, verdict = next(((when, v) for when, v in worst.items() if not v.passed), ("", worst[_MOVED]))
-    if verdict.passed:
-        verdict = worst_of([*worst.values()], verdict.policy)
-    return judged(subject, case, "merge", verdict, when)
+        verdicts[when] = worst_of(found, found[0].policy if found else "noise-floor")
+    failures = [when for when, verdict in verdicts.items() if not verdict.passed]
+    if failures:
+        return judged(subject, case, "merge", verdicts[failures[0]], failures[0])
+    return judged(subject, case, "merge", worst_of([*verdicts.values()], verdicts[_CHANGED].policy))
 
 
 def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Tensor], list[dict[str, Tensor]]]]:
     """Return (truth, draws of rounding errors) of one layer's output: with its adapter, and with HALF of it.
 
-    Layer by layer, and outputs alone: a large model leaves no memory for all reference layers at once.
+    One layer at a time: a large model leaves no memory for all reference layers at once.
     """
     whole = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
     half = copy.deepcopy(whole)
-    for twin in half:
-        for name in subject.added().keys() & {f"{path}.{name}" for name in twin.tensors}:
-            twin.tensors[name.removeprefix(f"{path}.")].mul_(HALF)
+    for reference in half:
+        for name in subject.added().keys() & {f"{path}.{name}" for name in reference.tensors}:
+            reference.tensors[name.removeprefix(f"{path}.")].mul_(HALF)
     found = []
     for wide, own in (whole, half):
         first = _merged(own, x)
@@ -98,11 +99,11 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
         return skipped(subject, case, "detach", "the case cannot attach again")
     xs = _inputs(fresh, case)
     fresh.adapted.detach()
-    strange = [f"{p} is not the base layer" for p, b in fresh.bases.items() if fresh.model.get_submodule(p) is not b]
-    if strange:
-        return listed(subject, case, "detach", strange)
+    others = [f"{p} is not the base layer" for p, b in fresh.bases.items() if fresh.model.get_submodule(p) is not b]
+    if others:
+        return listed(subject, case, "detach", others)
     with torch.no_grad():
-        mine = {path: fresh.model.get_submodule(path)(x) for path, x in xs.items()}
+        mine = _outputs(fresh, xs)
         base = {path: fresh.original_base(path)(x) for path, x in xs.items()}
     return judged(subject, case, "detach", exact(mine, base))
 
@@ -117,28 +118,33 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
     if fresh is None:
         return skipped(subject, case, "save", "the case cannot attach again")
     saved, places = ({*s.adapted.tensors(), *s.state()} for s in (subject, fresh))
-    if odd := sorted(places ^ saved):
-        return listed(subject, case, "save", [f"{name} is on one side only" for name in odd])
+    if saved != places:
+        names = [f"only one of the two adapters has {name}" for name in sorted(saved ^ places)]
+        return listed(subject, case, "save", names)
     load(fresh.adapted, subject.adapted.tensors(), subject.state())
     found = []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
-        mine = observe(layer, subject.tensors_of(path), x, dy)
-        found.append(
-            prefix_tensor(path, exact(observe(fresh.adapted.layers[path], fresh.tensors_of(path), x, dy), mine))
-        )
+        before = observe(layer, subject.tensors_of(path), x, dy)
+        loaded = observe(fresh.adapted.layers[path], fresh.tensors_of(path), x, dy)
+        found.append(prefix_tensor(path, exact(loaded, before)))
     return judged(subject, case, "save", worst_of(found, "exact"))
 
 
-def _merged(twin: ReferenceLayer, x: Tensor) -> dict[str, Tensor]:
-    """Return the output of the reference merged in its dtype: adding the update rounds the weight once more."""
-    merged = copy.deepcopy(twin)
+def _merged(reference: ReferenceLayer, x: Tensor) -> dict[str, Tensor]:
+    """Return the output of the reference after merging in its dtype, which rounds the weight once more."""
+    merged = copy.deepcopy(reference)
     merged.adapted.merge()
     return {"y": merged.adapted.model.get_submodule("layer").eval()(x)}
 
 
 def _output(layer: nn.Module, _: Mapping[str, Tensor], x: Tensor, __: Tensor) -> dict[str, Tensor]:
     return {"y": layer.eval()(x)}
+
+
+def _outputs(subject: Subject, xs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Run the layer of the model at each path on its input."""
+    return {path: subject.model.get_submodule(path)(x) for path, x in xs.items()}
 
 
 def _inputs(subject: Subject, case: Case) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Checks of PiSSA: the principal part of the weight trains, and the residual is frozen."""
+"""Checks of PiSSA's start: the residual and the principal part of the weight."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from reference.pissa import exact_svd
 def check_residual(subject: Subject, case: Case) -> CheckResult:
     """At PiSSA's start W_res + s B A is the original weight.
 
-    Within the error of the reference's own split in this dtype: W_res takes up what A and B lose by rounding  (PiSSA,
+    Within the error of the reference's own split in this dtype: W_res contains the rounding errors of A and B  (PiSSA,
     eqs. 2 to 5).
     """
     fresh = case.attach_again()
@@ -35,7 +35,10 @@ def check_residual(subject: Subject, case: Case) -> CheckResult:
     for path in fresh.bases:
         truth = {"residual + s B A": fresh.original_weight(path).double()}
         mine, rounded = (
-            {"residual + s B A": adapted.state()[f"{path}.residual"].detach().double() + _product(fresh, adapted, path)}
+            {
+                "residual + s B A": adapted.state()[f"{path}.residual"].detach().double()
+                + _principal(fresh, adapted, path)["s B A"]
+            }
             for adapted in (fresh.adapted, reference)
         )
         found.append(prefix_tensor(path, noise_floor(mine, truth, rounded, subject.dtype, case.factor("residual"))))
@@ -52,12 +55,12 @@ def check_principal(subject: Subject, case: Case) -> CheckResult:
     if fresh is None:
         return skipped(subject, case, "principal", "the case cannot attach again")
     if fresh.config.niter:
-        return skipped(subject, case, "principal", "a randomised SVD finds it only nearly")
+        return skipped(subject, case, "principal", "a randomised SVD only approximates it")
     reference, found = fresh.fresh_reference(fresh.dtype), []
     for path in fresh.bases:
         W = fresh.original_weight(path).double()
         mine, rounded = (_principal(fresh, adapted, path) for adapted in (fresh.adapted, reference))
-        draws = Draws(chain([rounded], _close_by(W, fresh)))
+        draws = Draws(chain([rounded], _perturbed(W, fresh)))
         truth = _best(*exact_svd(W, fresh.config.rank), fresh.config)
         found.append(prefix_tensor(path, noise_floor(mine, truth, draws, subject.dtype, case.factor("principal"))))
     return judged(subject, case, "principal", worst_of(found, found[0].policy))
@@ -68,11 +71,10 @@ def _best(U: Tensor, S: Tensor, Vt: Tensor, config: Any) -> dict[str, Tensor]:
     return {"s B A": (U * S) @ Vt, "A A^T": share, "B^T B": share}
 
 
-def _close_by(W: Tensor, subject: Subject) -> Iterator[dict[str, Tensor]]:
-    """Yield the result of other correct programs: where singular values are close, the least rounding turns the
-    vectors.
+def _perturbed(W: Tensor, subject: Subject) -> Iterator[dict[str, Tensor]]:
+    """Yield the results of other correct programs: where singular values are close, a rounding error turns the vectors.
 
-    Each decomposes the transpose of a weight that differs from W by less than rounding.
+    Each result is the SVD of the transpose of a weight that differs from W by less than rounding.
     """
     for seed in range(PERTURBED_DRAWS):
         near = perturbed(W, subject.dtype, torch.Generator().manual_seed(seed))
@@ -81,12 +83,6 @@ def _close_by(W: Tensor, subject: Subject) -> Iterator[dict[str, Tensor]]:
 
 
 def _principal(subject: Subject, adapted: Adapted, path: str) -> dict[str, Tensor]:
+    """Return s B A and the products of each factor with itself, in float64."""
     A, B = (adapted.tensors()[f"{path}.{letter}"].detach().double() for letter in "AB")
-    return {"s B A": _product(subject, adapted, path), "A A^T": A @ A.T, "B^T B": B.T @ B}
-
-
-def _product(subject: Subject, adapted: Adapted, path: str) -> Tensor:
-    """Return s B A in float64."""
-    A, B = (adapted.tensors()[f"{path}.{letter}"].detach().double() for letter in "AB")
-    product: Tensor = subject.config.alpha / subject.config.rank * (B @ A)
-    return product
+    return {"s B A": subject.config.alpha / subject.config.rank * (B @ A), "A A^T": A @ A.T, "B^T B": B.T @ B}

@@ -18,16 +18,16 @@ from harness.records.record import CheckResult
 
 @check(States.INIT)
 def check_initial(subject: Subject, case: Case) -> CheckResult:
-    """The implementation's own start has the distribution that the reference states, and the same tensors are zero.
+    """The implementation's own start has the reference's distribution, and the same tensors are zero.
 
-    A tensor that the reference fills with one value must hold that value. One that it draws or computes must have the
-    reference's mean and mean square, within the standard errors of two samples of that size. Random numbers come only
-    from the generator that `attach` is given: its seed decides the start, and two layers of one shape start
+    A tensor that the reference fills with one value must hold that value. A tensor that it draws or computes must have
+    the reference's mean and mean square, within the standard errors of two samples of that size. Random numbers come
+    only from the generator that `attach` gets: its seed decides the start, and two layers of one shape start
     differently.
     """
     bases = {path: subject.original_base(path) for path in subject.bases}
     wanted = initial_tensors(subject.method, bases, subject.config, case.generator(salt=2))
-    odd = []
+    problems = []
     fresh = case.attach_again()
     have = (subject if fresh is None else fresh).added()
     for name, want in wanted.items():
@@ -36,37 +36,39 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
         mine, want = have[name].detach().double(), want.double()
         if bool((want == want.flatten()[0]).all()):
             if not bool((mine == want.to(mine.dtype)).all()):
-                odd.append(
+                problems.append(
                     f"{name} starts at up to {float(mine.abs().max()):.3g}, should be {float(want.flatten()[0]):g}"
                 )
             continue
-        # The mean of n squares has a standard deviation of at most sqrt(2/n) of it, that of the normal distribution.
+        # Relative to the mean of n squares, its standard deviation is at most sqrt(2 / n), as for normal numbers.
         bound = INITIAL_SIGMAS * (2 / mine.numel() + 2 / want.numel()) ** 0.5
         ratio = float(mine.square().mean() / want.square().mean())
         if abs(ratio - 1) > bound:
-            odd.append(f"{name}: mean square is {ratio:.3g} of the reference's, should be 1 +- {bound:.2g}")
+            problems.append(f"{name}: mean square is {ratio:.3g} of the reference's, should be 1 +- {bound:.2g}")
         spread = INITIAL_SIGMAS * (2 * float(want.var(correction=0)) / mine.numel()) ** 0.5
         if abs(float(mine.mean() - want.mean())) > spread:
-            odd.append(f"{name}: mean is {float(mine.mean()):.3g}, should be {float(want.mean()):.3g} +- {spread:.2g}")
-    return listed(subject, case, "initial", [*odd, *_not_by_the_generator(case)])
+            problems.append(
+                f"{name}: mean is {float(mine.mean()):.3g}, should be {float(want.mean()):.3g} +- {spread:.2g}"
+            )
+    return listed(subject, case, "initial", [*problems, *_generator_problems(case)])
 
 
-def _not_by_the_generator(case: Case) -> Iterator[str]:
-    # torch's own generator differs between the first two, so that a draw from it shows.
+def _generator_problems(case: Case) -> Iterator[str]:
+    # The global generator differs between the first two, so that a draw from it shows.
     one, again, other = (_attached(case, seed, global_seed) for seed, global_seed in ((1, 1), (1, 2), (2, 1)))
     if one is None or again is None or other is None:
         return
     bases = {path: one.original_base(path) for path in one.bases}
-    mine, same, apart = (subject.added() for subject in (one, again, other))
+    mine, same_seed, other_seed = (subject.added() for subject in (one, again, other))
     drawn = sorted(drawn_tensors(one.method, bases, one.config) & mine.keys())
     for name in drawn:
-        if not torch.equal(mine[name], same[name]):
-            yield f"{name} starts otherwise with a generator of the same seed: it is drawn from elsewhere"
-        elif torch.equal(mine[name], apart[name]):
-            yield f"{name} starts alike with generators of two seeds"
-    for name, further in itertools.combinations(drawn, 2):
-        if mine[name].shape == mine[further].shape and torch.equal(mine[name], mine[further]):
-            yield f"{name} and {further} start alike"
+        if not torch.equal(mine[name], same_seed[name]):
+            yield f"{name} starts differently with a generator of the same seed: it is drawn from another generator"
+        elif torch.equal(mine[name], other_seed[name]):
+            yield f"{name} starts with the same values for two seeds"
+    for name, other_name in itertools.combinations(drawn, 2):
+        if mine[name].shape == mine[other_name].shape and torch.equal(mine[name], mine[other_name]):
+            yield f"{name} and {other_name} start with the same values"
 
 
 def _attached(case: Case, seed: int, global_seed: int) -> Subject | None:

@@ -25,12 +25,12 @@ STEPS = 3
 def check_trajectory(subject: Subject, case: Case) -> CheckResult:
     """Three optimizer steps of the whole model leave every trainable tensor where the float64 reference leaves it.
 
-    Each step has another gradient, the Method's own term of the loss and its work between steps. The optimizer is the
-    Method's own, or AdamW with weight decay, so that its moments are compared too.
+    Each step has another gradient, and includes the Method's own term of the loss and its work between steps. The
+    optimizer is the Method's own, or AdamW with weight decay, so that its moments are compared too.
     """
     if subject.dtype == "float64":
         return skipped(
-            subject, case, "trajectory", "the float64 reference cannot show how much noise the steps carry on"
+            subject, case, "trajectory", "a float64 reference does not show how much the steps amplify rounding errors"
         )
     fresh = case.attach_again()
     if fresh is None or case.forward is None:
@@ -60,7 +60,7 @@ def _trained(
     model: nn.Module, adapted: Adapted, forward: Callable[[nn.Module], Tensor], case: Case
 ) -> dict[str, Tensor]:
     """Train a few steps and return the trainable tensors."""
-    parameters = list(dict.fromkeys(adapted.parameters()))  # one listed twice is for the check `parameters`
+    parameters = list(dict.fromkeys(adapted.parameters()))  # the check `parameters` reports duplicates
     if not parameters:
         return {}
     optimizer = optimizer_of(adapted, parameters)

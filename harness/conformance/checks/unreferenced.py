@@ -1,4 +1,4 @@
-"""Checks that need no reference: an adapter is compared with itself and with the base model, as a whole model."""
+"""Checks that need no reference: they compare the adapted model with itself and with the base model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from harness.conformance.checks import CellStage, Reference, check
 from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.check_results import judged, listed, skipped
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor, perturbed
-from harness.conformance.subject import LARGEST_COPY, Subject
+from harness.conformance.subject import Subject, is_small
 from harness.errors import UsageError
 from harness.methods.peft_config import NO_REFERENCE
 from harness.methods.spec import Adapted
@@ -23,8 +23,8 @@ from harness.process.out_of_memory import shortage
 from harness.records.record import CheckResult
 
 _NUDGE = 0.05
-"""Distance by which a tensor is moved from its start, as a share of a random matrix that preserves lengths. Training
-moves about as far.
+"""Size of the noise that is added to a tensor, as a share of a random matrix that preserves lengths. Training moves a tensor
+about as far.
 """
 _TOO_LARGE = "the model is too large to be copied"
 
@@ -37,11 +37,11 @@ class Unreferenced(Adapted, Protocol):
     bases: Callable[[], Mapping[str, nn.Module]]
     """Maps paths to the layers under the adapter."""
     reloaded: Callable[[nn.Module], nn.Module]
-    """Saves the adapter, and returns the given model with the saved adapter loaded."""
+    """Saves the adapter, loads it into the given base model, and returns this model."""
 
 
 def nudged(subject: Subject, generator: torch.Generator) -> Subject:
-    """Return a copy of the subject with every trainable tensor slightly off its start, where gradients are not zero."""
+    """Return a copy of the subject with noise added to every trainable tensor, so that no gradient is zero."""
     adapted = copy.deepcopy(cast("Unreferenced", subject.adapted))
     with torch.no_grad():
         for tensor in adapted.tensors().values():
@@ -51,17 +51,12 @@ def nudged(subject: Subject, generator: torch.Generator) -> Subject:
     return replace(subject, model=adapted.model, adapted=adapted)
 
 
-def is_copyable(subject: Subject) -> bool:
-    """Return whether the model may be copied, also to float64."""
-    return sum(p.numel() for p in subject.model.parameters()) <= LARGEST_COPY
-
-
 @check(in_cell=[CellStage.ATTACHED], reference=Reference.ABSENT)
 def check_reference(subject: Subject, case: Case) -> CheckResult:
     """The Method has a reference to compare with.
 
-    An adapter without one (`method: peft`) skips this check, shows no times, and is tried only by the checks that
-    need no reference.
+    An adapter without a reference (`method: peft`) skips this check, has no times in reports, and only the checks that
+    need no reference try it.
     """
     return skipped(subject, case, "reference", NO_REFERENCE)
 
@@ -70,12 +65,12 @@ def check_reference(subject: Subject, case: Case) -> CheckResult:
 def check_start(subject: Subject, case: Case) -> CheckResult:
     """At its start the adapted model computes what the base model computes, if its library promises that.
 
-    To the last bit, or within twice what the base model itself loses in its dtype.
+    To the last bit, or within twice the rounding error of the base model in its dtype.
     """
     adapted = cast("Unreferenced", subject.adapted)
     if not adapted.starts_as_base:
-        return skipped(subject, case, "start", "this method or its config starts elsewhere than the base model")
-    mine, base = {"logits": _run(case, subject.model)}, {"logits": _given(case.base_output)}
+        return skipped(subject, case, "start", "this method or its config does not start as the base model")
+    mine, base = {"logits": _run(case, subject.model)}, {"logits": _base_output(case)}
     if (same := exact(mine, base)).passed:
         return judged(subject, case, "start", same, "to the last bit")
     if subject.original.model is None:
@@ -100,37 +95,38 @@ def check_untouched(subject: Subject, case: Case) -> CheckResult:
 
 @check(in_cell=[CellStage.WARM], reference=Reference.ABSENT)
 def check_reached(subject: Subject, case: Case) -> CheckResult:
-    """Away from the start every trainable tensor gets a finite gradient that is not all zero.
+    """With noise on the adapter, every trainable tensor gets a finite gradient that is not all zero.
 
-    A tensor that only scales a bias of zeros has no gradient there; it is tried again over biases that are not zero.
+    A tensor that only scales a bias of zeros gets a gradient of zero. The check tries it again with biases that are not
+    zero.
     """
-    odd = _unreached(subject, case)
-    if odd and is_copyable(subject):
-        elsewhere = _unreached(_without_zeros(subject, case.generator(salt=5)), case)
-        odd = {name: what for name, what in odd.items() if name in elsewhere}
-    if odd and all("trainable_tokens" in name for name in odd):
-        what = "none of the tokens that the adapter_config trains is in the texts that are tried"
-        raise UsageError(what, where=subject.method, hint="name tokens that the task's texts hold")
-    return listed(subject, case, "reached", list(odd.values()), f"{len(subject.adapted.tensors())} tensors")
+    problems = _unreached(subject, case)
+    if problems and is_small(subject.model):
+        remaining = _unreached(_without_zeros(subject, case.generator(salt=5)), case)
+        problems = {name: problem for name, problem in problems.items() if name in remaining}
+    if problems and all("trainable_tokens" in name for name in problems):
+        message = "no text of the task contains a token that the adapter_config trains"
+        raise UsageError(message, where=subject.method, hint="name tokens that the task's texts contain")
+    return listed(subject, case, "reached", list(problems.values()), f"{len(subject.adapted.tensors())} tensors")
 
 
 def _unreached(subject: Subject, case: Case) -> dict[str, str]:
     """Map each trainable tensor without a usable gradient to a description."""
-    seen, odd = _observed(subject, case), {}
+    seen, problems = _observed(subject, case), {}
     for name in subject.adapted.tensors():
         gradient = seen.get(f"grad {name}")
         if gradient is None:
-            odd[name] = f"{name} gets no gradient"
+            problems[name] = f"{name} gets no gradient"
         elif not bool(gradient.any()):
-            odd[name] = f"the gradient of {name} is zero"
+            problems[name] = f"the gradient of {name} is zero"
         elif not bool(torch.isfinite(gradient).all()):
-            odd[name] = f"the gradient of {name} is not finite"
-    return odd
+            problems[name] = f"the gradient of {name} is not finite"
+    return problems
 
 
 @torch.no_grad()
 def _without_zeros(subject: Subject, generator: torch.Generator) -> Subject:
-    """Return a copy in which no frozen parameter consists of zeros."""
+    """Return a copy in which no frozen parameter is all zero."""
     adapted = copy.deepcopy(cast("Unreferenced", subject.adapted))
     trains = {id(t) for t in adapted.tensors().values()}
     for parameter in adapted.model.parameters():
@@ -154,10 +150,10 @@ def check_reload(subject: Subject, case: Case) -> CheckResult:
 def check_merge_itself(subject: Subject, case: Case) -> CheckResult:
     """The merged model computes what the unmerged model computed, and the model unmerged again follows its adapter.
 
-    Within twice what the model loses in its dtype, or by weights that are rounded once more. The merged model no
-    longer depends on the adapter. Tried on a copy.
+    Within twice the rounding error of the model in its dtype, or of weights that are rounded once more. The merged
+    model no longer depends on the adapter. The check works on a copy.
     """
-    if not is_copyable(subject):
+    if not is_small(subject.model):
         return skipped(subject, case, "merge_itself", _TOO_LARGE)
     wide, near, mine = (copy.deepcopy(cast("Unreferenced", subject.adapted)) for _ in range(3))
     wide.model.double()
@@ -165,11 +161,12 @@ def check_merge_itself(subject: Subject, case: Case) -> CheckResult:
     draws = [_logits(case, cast("Unreferenced", subject.adapted)), _logits(case, near)]
     try:
         mine.merge()
-        held = [(t, t.detach().clone()) for t in _beside_the_base(mine)]
-        _scale([t for t, _ in held], -3)
+        added = _added(mine)
+        values = [tensor.detach().clone() for tensor in added]
+        _scale(added, -3)
         merged = _logits(case, mine)
         with torch.no_grad():
-            for tensor, value in held:
+            for tensor, value in zip(added, values, strict=True):
                 tensor.copy_(value)
         mine.unmerge()
     except (NotImplementedError, ValueError, AttributeError) as error:
@@ -180,9 +177,7 @@ def check_merge_itself(subject: Subject, case: Case) -> CheckResult:
     except RuntimeError as error:
         if shortage(error):
             raise
-        return skipped(
-            subject, case, "merge_itself", f"nothing to judge it by, since it cannot run in float64: {error}"
-        )
+        return skipped(subject, case, "merge_itself", f"the model cannot run in float64 as a reference: {error}")
     verdict = noise_floor(merged, truth, draws, subject.dtype, case.factor("merge_itself"))
     if not verdict.passed:
         return judged(subject, case, "merge_itself", verdict, "after merging")
@@ -206,7 +201,7 @@ def _scale(tensors: Iterable[Tensor], factor: float) -> None:
 
 @torch.no_grad()
 def _round_once_more(adapted: Unreferenced, dtype: str, generator: torch.Generator) -> None:
-    """Move every weight under the adapter by up to half a unit in the last place: the loss of writing into it."""
+    """Change every weight under the adapter by up to half a unit in the last place, as merging into it does."""
     trains = {id(t) for t in adapted.tensors().values()}
     for base in adapted.bases().values():
         for weight in base.parameters():
@@ -214,10 +209,8 @@ def _round_once_more(adapted: Unreferenced, dtype: str, generator: torch.Generat
                 weight.copy_(perturbed(weight.double(), dtype, generator))
 
 
-def _beside_the_base(adapted: Unreferenced) -> list[Tensor]:
-    """List the trainable tensors that are not the base's own once merged: merging LayerNorm tuning replaces the
-    base's.
-    """
+def _added(adapted: Unreferenced) -> list[Tensor]:
+    """List the trainable tensors that are not the base's after merging. LayerNorm tuning makes its tensors the base's."""
     own = {id(p) for base in adapted.bases().values() for p in base.parameters()}
     return [t for t in adapted.tensors().values() if id(t) not in own]
 
@@ -232,7 +225,7 @@ def _run(case: Case, model: nn.Module) -> Tensor:
 
 
 def _observed(subject: Subject, case: Case) -> dict[str, Tensor]:
-    """Return the logits of the whole model in eval mode, and the gradient of each tensor that trains."""
+    """Return the logits of the whole model in eval mode, and the gradient of each trainable tensor."""
     subject.model.eval()
     tensors = subject.adapted.tensors()
     logits = _forward(case, subject.model)
@@ -252,7 +245,7 @@ def _forward(case: Case, model: nn.Module) -> Tensor:
     return case.forward(model)
 
 
-def _given(output: Tensor | None) -> Tensor:
-    if output is None:
+def _base_output(case: Case) -> Tensor:
+    if case.base_output is None:
         raise ValueError("this check compares with the base model, and the case has not run it")
-    return output
+    return case.base_output

@@ -1,4 +1,4 @@
-"""Check of VeRA's frozen projections, which are made from a key."""
+"""Check of VeRA's frozen projections, which are drawn from a key."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from harness.records.record import CheckResult
 def check_projections(subject: Subject, case: Case) -> CheckResult:
     """VeRA's A and B equal the reference's, to the last bit.
 
-    They are drawn from the key alone and shared by all layers, so that a checkpoint needs only the key. Another key
+    They are drawn only from the key and shared by all layers, so that a checkpoint needs only the key. Another key
     gives other projections  (VeRA, section 3.1).
     """
     again = case.attach_again()
     other = None if again is None else case.attach_again(projection_key=subject.config.projection_key + 1)
     if again is None or other is None:
         return skipped(subject, case, "projections", "the case cannot attach again")
-    mine, second, strange = (_projections(s.state()) for s in (subject, again, other))
+    mine, repeated, other_key = (_projections(s.state()) for s in (subject, again, other))
     if not mine:
         return skipped(subject, case, "projections", "the implementation does not show its projections in state()")
-    same = sorted(name for name, tensor in mine.items() if name in strange and torch.equal(tensor, strange[name]))
+    same = sorted(name for name, tensor in mine.items() if name in other_key and torch.equal(tensor, other_key[name]))
     if same:
         return listed(subject, case, "projections", [f"{name} is the same for another key" for name in same])
-    verdict = exact(second, mine)
+    verdict = exact(repeated, mine)
     if not verdict.passed:
         return judged(subject, case, "projections", verdict, "attached twice with one key")
     reference = subject.fresh_reference(subject.dtype)

@@ -1,4 +1,4 @@
-"""Judgement of the codes of a packed weight: whole, or in pieces where memory is short."""
+"""Judgement of the codes of a packed weight, at once or in pieces to save memory."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from harness.conformance.subject import ExpectedCodes, PackedLayer
 from reference.operations import double_quant, nf4
 
 PIECE = 2**22
-"""Weights that are judged at a time, in float64: a whole number of blocks and of bytes."""
+"""Number of weights in a piece, which is judged in float64: a multiple of the block size."""
 _BLOCK = 64
 _SAME = Judgement(True, 0.0, 0.0, "codes", "", "exact", 0)
 
 
 def judge(form: PackedLayer, want: ExpectedCodes, bias: Tensor | None) -> tuple[Judgement, int]:
-    """Judge a packed weight and its bias. Also return the number of codes that are excused as ties (see the check
-    `codes`).
-    """
+    """Judge a packed weight and its bias; return the judgement and the number of ties (see the check `codes`)."""
     have, expected, ties = _comparable(form, want)
     if want.bias is not None:
         expected["bias"] = want.bias
@@ -32,9 +30,9 @@ def judge(form: PackedLayer, want: ExpectedCodes, bias: Tensor | None) -> tuple[
 
 
 def judge_in_pieces(form: PackedLayer, layer: nn.Linear, bias: Tensor | None) -> tuple[Judgement, int]:
-    """Judge by the dense `layer` itself, with the codes of no more than `PIECE` weights at a time in memory.
+    """Do the same as `judge` with the dense `layer`, and with the codes of at most `PIECE` weights in memory.
 
-    bias: of the packed layer. Returns as `judge`.
+    bias: bias of the packed layer.
     """
     flat = layer.weight.detach().flatten()
     n = flat.numel()
@@ -50,11 +48,11 @@ def judge_in_pieces(form: PackedLayer, layer: nn.Linear, bias: Tensor | None) ->
             data=form.data.flatten()[start // 2 : (start + PIECE) // 2],
             absmax=form.absmax[start // _BLOCK : (start + PIECE) // _BLOCK],
         )
-        other = nf4.unpack(piece.data, len(W)) != want
-        if not other.any() and (form.double or torch.equal(piece.absmax, scales)):
+        differs = nf4.unpack(piece.data, len(W)) != want
+        if not differs.any() and (form.double or torch.equal(piece.absmax, scales)):
             found.append(_SAME)
             continue
-        have, expected, tied = _comparable(piece, ExpectedCodes(want, scales, _near_tie(W, other), None))
+        have, expected, tied = _comparable(piece, ExpectedCodes(want, scales, _near_tie(W, differs), None))
         found.append(exact(have, expected))
         ties += tied
     if form.double:
@@ -64,24 +62,25 @@ def judge_in_pieces(form: PackedLayer, layer: nn.Linear, bias: Tensor | None) ->
     return worst_of(found, "exact"), ties
 
 
-def _near_tie(W: Tensor, asked: Tensor) -> Tensor:
-    """Return the mask of `nf4.near_tie`, computed only in the blocks that contain a requested element; elsewhere False."""
-    rows, wanted = (torch.nn.functional.pad(t, (0, -len(W) % _BLOCK)).view(-1, _BLOCK) for t in (W, asked))
-    mask = torch.zeros_like(wanted)
-    some = wanted.any(1)
-    mask[some] = nf4.near_tie(rows[some]).view(-1, _BLOCK)
+def _near_tie(W: Tensor, requested: Tensor) -> Tensor:
+    """Return the mask of `nf4.near_tie`, computed only in blocks with a requested element; elsewhere it is False."""
+    rows, requested = (torch.nn.functional.pad(t, (0, -len(W) % _BLOCK)).view(-1, _BLOCK) for t in (W, requested))
+    mask = torch.zeros_like(requested)
+    blocks = requested.any(1)
+    mask[blocks] = nf4.near_tie(rows[blocks]).view(-1, _BLOCK)
     return mask.flatten()[: len(W)]
 
 
 def _comparable(form: PackedLayer, want: ExpectedCodes) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
-    """Return the tensors that must be equal, on both sides, and the number of excused codes. A double-quantised absmax
-    is left out.
+    """Return the subject's tensors, the expected tensors and the number of ties.
+
+    The tensors must be equal. They do not include an absmax that is quantised too.
     """
     codes = nf4.unpack(form.data, want.codes.numel())
     tied = want.near_tie & ((codes.int() - want.codes.int()).abs() == 1)
     zero = (want.absmax == 0) & (form.absmax.abs() <= torch.finfo(torch.float32).tiny)
-    excused = tied | zero.repeat_interleave(form.block)[: codes.numel()]
-    have, expected = {"codes": torch.where(excused, want.codes, codes)}, {"codes": want.codes}
+    equivalent = tied | zero.repeat_interleave(form.block)[: codes.numel()]
+    have, expected = {"codes": torch.where(equivalent, want.codes, codes)}, {"codes": want.codes}
     if not form.double:
         have["absmax"] = torch.where(zero, want.absmax, form.absmax)
         expected["absmax"] = want.absmax
@@ -89,6 +88,6 @@ def _comparable(form: PackedLayer, want: ExpectedCodes) -> tuple[dict[str, Tenso
 
 
 def _judge_double_quantised(absmax: Tensor, want: Tensor) -> Judgement:
-    """Judge what a double-quantised absmax decodes to."""
-    twice = {"absmax": double_quant.dequantize(*double_quant.quantize(want))}
-    return noise_floor({"absmax": absmax}, twice, twice, "float32")
+    """Judge the decoded values of a double-quantised absmax."""
+    expected = {"absmax": double_quant.dequantize(*double_quant.quantize(want))}
+    return noise_floor({"absmax": absmax}, expected, expected, "float32")

@@ -1,4 +1,4 @@
-"""Codes and constants of blocks: their judgement, and input values that reveal wrong ones."""
+"""Codes and absmax of quantised blocks: input values, and the judgement of the result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Kind = Literal["normal", "levels", "ties", "zeros", "zero-blocks", "scales", "ti
 FiniteKind = Literal["normal", "levels", "zeros", "zero-blocks", "scales"]
 """Values whose decoded form every dtype holds."""
 UNCOMPARED = -1.0
-"""Placeholder on both sides where a value does not matter; a real absmax is never below 0."""
+"""Replaces an absmax that is not compared, on both sides. A real absmax is never negative."""
 
 
 def values(
@@ -25,9 +25,10 @@ def values(
 ) -> Tensor:
     """Return a tensor to quantise.
 
-    levels: the values of the code, from which `levels` and `ties` (halfway between two neighbours) are made, at an
-    absmax of 1 that makes every division exact. scales: blocks of magnitudes 10^5 apart. tiny: below the smallest
-    normal float32. nan, infinity: one such element in the second block, or in the first if there is no other.
+    levels: the values of the codes. The kinds `levels` and `ties` (halfway between two neighbours) consist of these, with
+    an absmax of 1, so that every division is exact. The kind `scales` has blocks of very different magnitudes, and `tiny`
+    has values below the smallest normal float32. `nan` and `infinity` have one such element, in the second block if there
+    is one.
     """
     drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
     flat = drawn.flatten()
@@ -54,27 +55,27 @@ def values(
 def judge_codes(
     mine: Mapping[str, Tensor], want: tuple[Tensor, Tensor], near_tie: Tensor, block: int, levels: Tensor
 ) -> tuple[Judgement, str]:
-    """Judge `codes` and `absmax` against the reference's; return the judgement and the number of excused codes.
+    """Compare `codes` and `absmax` with the reference's; return the judgement and the number of ties in words.
 
-    The value of a code counts: FP4's 0 and 8 are both zero. A neighbouring code is excused where the element is near a
-    tie. A block of zeros may have any codes and absmax that decode to zeros; a block with NaN or infinity may have any
-    codes with an absmax that is not finite: bitsandbytes' back ends differ there.
+    Codes of one value are equal: FP4's 0 and 8 are both zero. Where the element is near a tie, the neighbouring code is
+    right too. A block of zeros may have any codes and absmax that decode to zeros. A block with NaN or infinity may have
+    any codes with an absmax that is not finite. bitsandbytes' back ends differ there.
     """
     codes, absmax = want
     levels = levels.to(codes.device)
     if mine["codes"].shape != codes.shape or mine["absmax"].shape != absmax.shape:
         return exact(mine, {"codes": codes, "absmax": absmax}), ""
     rank = torch.unique(levels, return_inverse=True)[1]
-    apart = (rank[mine["codes"].long()] - rank[codes.long()]).abs()
-    tied = near_tie & (apart == 1)
+    distance = (rank[mine["codes"].long()] - rank[codes.long()]).abs()
+    tied = near_tie & (distance == 1)
     decoded = levels[mine["codes"].long()] * mine["absmax"].repeat_interleave(block)[: codes.numel()]
     largest = torch.nn.functional.pad(decoded.abs(), (0, -codes.numel() % block)).view(-1, block).amax(dim=1)
     vanishes = (absmax == 0) & (largest <= torch.finfo(torch.float32).tiny)
-    lost = ~absmax.isfinite() & ~mine["absmax"].isfinite()
-    meaningless = (vanishes | lost).repeat_interleave(block)[: codes.numel()]
+    nonfinite = ~absmax.isfinite() & ~mine["absmax"].isfinite()
+    meaningless = (vanishes | nonfinite).repeat_interleave(block)[: codes.numel()]
     have = {
-        "codes": torch.where((apart == 0) | tied | meaningless, codes, mine["codes"]),
-        "absmax": torch.where(vanishes | lost, UNCOMPARED, mine["absmax"]),
+        "codes": torch.where((distance == 0) | tied | meaningless, codes, mine["codes"]),
+        "absmax": torch.where(vanishes | nonfinite, UNCOMPARED, mine["absmax"]),
     }
     expected = {"codes": codes, "absmax": torch.where(vanishes | ~absmax.isfinite(), UNCOMPARED, absmax)}
     return exact(have, expected), f"{int(tied.sum())} codes on the other side of a tie"
@@ -83,7 +84,7 @@ def judge_codes(
 class FourBit:
     """The two Operations of a 4-bit format: arguments, references and the judgement of codes.
 
-    form: reference.operations.nf4 or fp4.
+    form: the module reference.operations.nf4 or fp4.
     """
 
     def __init__(self, form: Any) -> None:
@@ -96,7 +97,7 @@ class FourBit:
         return {"W": values(kind, shape, block, self.form.codebook(), dtype, generator), "block": block}
 
     def quantize(self, W: Tensor, block: int) -> tuple[Tensor, Tensor]:
-        """Return (packed, absmax): two codes a byte, the first in the high nibble; float32, one for each block."""
+        """Return (packed, absmax): two codes in a byte, the first in the high nibble; one float32 for each block."""
         codes, absmax = self.form.quantize(W, block)
         return self.form.pack(codes), absmax
 
@@ -122,7 +123,7 @@ class FourBit:
     def dequantize(
         self, packed: Tensor, absmax: Tensor, block: int, shape: Sequence[int], dtype: torch.dtype
     ) -> Tensor:
-        """Return level x absmax, formed in float32, as a tensor of `shape` and `dtype`."""
+        """Return level x absmax, computed in float32, as a tensor of `shape` and `dtype`."""
         numel = torch.Size(shape).numel()
         flat: Tensor = self.form.dequantize(nf4.unpack(packed, numel), absmax, block)
         return flat.view(tuple(shape)).to(dtype)

@@ -1,8 +1,8 @@
 """Worker of `check`: runs the parity suites of one entry point's implementations.
 
 `python -m harness.conformance.execution.worker FD LINE TASK`, where TASK is a WorkerTask as JSON. It writes the events of
-`worker_protocol` to the file descriptor FD; what a plug-in prints to stdout goes to stderr. It dies when the other end of
-the pipe LINE is gone.
+`worker_protocol` to the file descriptor FD. The output of a plug-in to stdout goes to stderr. The worker dies when the other
+end of the pipe LINE closes.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from harness.conformance.execution.worker_protocol import (
     CaseBegun,
     CheckEnded,
     ModuleMissing,
+    Target,
     TargetBegun,
     TargetEnded,
     WorkerTask,
+    send,
 )
 from harness.conformance.findings.outcomes import CheckOutcome, Execution
 from harness.methods.registry import Implementation, discover, format_error
@@ -33,35 +35,38 @@ def main(fd: int, line: int, task: WorkerTask) -> None:
         for target in task.targets:
             name, kind, what = target
             implementation = registry.find(kind, what, name)
-            emit(**TargetBegun(begin=target).model_dump(mode="json"))
-            _run(implementation, task, before, emit)
-            emit(**TargetEnded(end=target).model_dump(mode="json"))
+            send(emit, TargetBegun(begin=target))
+            _run(target, implementation, task, before, emit)
+            send(emit, TargetEnded(end=target))
 
 
-def _run(implementation: Implementation, task: WorkerTask, before: dict[str, object], emit: Emit) -> None:
-    """Report the outcome of every check. An exception outside a check is one more failure, and ends only this target."""
-    at = "start-up"
+def _run(
+    target: Target, implementation: Implementation, task: WorkerTask, before: dict[str, object], emit: Emit
+) -> None:
+    """Report the outcome of every check. An exception outside a check is a failure that ends only this target.
+
+    before: snapshot of the process-wide settings.
+    """
+    current = "start-up"
 
     def begin(case: str) -> None:
-        nonlocal at
-        at = case
-        emit(**CaseBegun(case=case).model_dump(mode="json"))
+        nonlocal current
+        current = case
+        send(emit, CaseBegun(case=case))
 
     def report(outcome: CheckOutcome) -> None:
-        emit(**CheckEnded.of(outcome).model_dump(mode="json"))
+        send(emit, CheckEnded(outcome=outcome))
 
-    target = implementation.name, implementation.kind, implementation.target
     try:
         for module in implementation.requires:
             begin(f"importing {module}")
             try:
                 import_module(module)
             except ModuleNotFoundError as error:
-                # "a.b" is not installed if there is no a, or no a.b; but it is, and broken, if the c that it needs is not.
+                # Module a.b is not installed if a or a.b is missing. If c is missing, which a.b imports, a.b is broken.
                 if not f"{module}.".startswith(f"{error.name}."):
                     raise
-                reason = f"needs {module}, which is not installed"
-                return emit(**ModuleMissing(missing=reason).model_dump(mode="json"))
+                return send(emit, ModuleMissing(missing=f"needs {module}, which is not installed"))
         from harness.conformance import process_settings
         from harness.conformance.execution import suite_run
 
@@ -72,9 +77,9 @@ def _run(implementation: Implementation, task: WorkerTask, before: dict[str, obj
         for outcome in suite_run.run(implementation, breadth=task.breadth, dtypes=task.dtypes, begin=begin):
             report(outcome)
     except Exception as error:  # noqa: BLE001  # an implementation may raise anything: it is a finding about it
-        why = f"raised {format_error(error)}; what comes after this was not tried"
+        why = f"raised {format_error(error)}; the remaining checks were not tried"
         raised = Execution.RAISED
-        report(CheckOutcome.of_whole_target(*target, check="alive", case=at, detail=why, execution=raised))
+        report(CheckOutcome.of_whole_target(*target, check="alive", case=current, detail=why, execution=raised))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Workers of `check`: implementations run in processes of their own, so that a crash or a hang is a finding. No torch."""
+"""Worker processes of `check`: a crash or a hang of an implementation is a finding about it. No torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class CheckFindings:
     missing: dict[Target, str] = field(default_factory=dict)
     """Target -> the module that it needs and that is not installed."""
     left: list[Target] = field(default_factory=list)
-    """Targets that were not run to their end because of an interruption."""
+    """Targets that have not ended: an interruption leaves some."""
 
     @property
     def not_tried(self) -> set[Target]:
@@ -61,13 +61,13 @@ def discover(patience: float = PATIENCE) -> Registry:
                 case PointBegun(begin=begun):
                     point = begun
                 case Offered():
-                    point, offered = "", event  # after this no single entry point is to blame
+                    point, offered = "", event  # all are imported: a later crash is the fault of no single entry point
                 case Died(died=how):
                     died = how
         if offered is not None:
-            there = tuple(Implementation(**fields, function=_not_callable) for fields in offered.offered)
+            implementations = tuple(Implementation(**fields, function=_not_callable) for fields in offered.offered)
             after = {"one of them": f"after importing them all {died}"} if died else {}
-            return Registry(there, offered.broken | broken | after)
+            return Registry(implementations, offered.broken | broken | after)
         if not point:
             raise HarnessError(f"loading the plug-ins: {died}", hint="its output is above")
         broken[point] = f"importing it: {died}"
@@ -87,39 +87,41 @@ class _Run:
     patience: float
 
     def task(self, task: WorkerTask, findings: CheckFindings) -> None:
-        """Run the targets; after a crash or a hang, those that had not begun in a new process."""
-        left = list(task.targets)
-        while left and not self.pool.stopped:
-            left = self._in_one_process(task, left, findings)
+        """Run the targets. After a crash or a hang, a new process runs those that had not begun."""
+        remaining = list(task.targets)
+        while remaining and not self.pool.stopped:
+            remaining = self._run_in_one_process(task, remaining, findings)
 
-    def _in_one_process(self, task: WorkerTask, targets: list[Target], findings: CheckFindings) -> list[Target]:
+    def _run_in_one_process(self, task: WorkerTask, targets: list[Target], findings: CheckFindings) -> list[Target]:
         """Run `targets` in one process; return those that did not begin."""
-        left, at, case = list(targets), targets[0], "start-up"
+        remaining, current, case = list(targets), targets[0], "start-up"
         began, before = time.monotonic(), len(findings.tried)
         for event in worker_events(self.pool, task.model_copy(update={"targets": targets}), self.patience):
             match event:
-                case TargetBegun(begin=at):
+                case TargetBegun(begin=current):
                     case = "start-up"
-                    left.remove(at)
+                    remaining.remove(current)
                     began, before = time.monotonic(), len(findings.tried)
-                    self.progress(f"checking {at[2]} by {at[0]} ...")
+                    self.progress(f"checking {current[2]} by {current[0]} ...")
                 case CaseBegun(case=case):
                     pass
                 case ModuleMissing(missing=reason):
-                    findings.missing[at] = reason
+                    findings.missing[current] = reason
                 case CheckEnded(outcome=outcome):
                     findings.tried.append(outcome)
                 case TargetEnded():
                     case = "afterwards"
-                    findings.left.remove(at)
-                    self.progress(_summary(at, findings.tried[before:], time.monotonic() - began))
+                    findings.left.remove(current)
+                    self.progress(_summary(current, findings.tried[before:], time.monotonic() - began))
                 case Died(died=how):
-                    findings.tried.append(CheckOutcome.of_whole_target(*at, check="alive", case=case, detail=how))
-                    if at in findings.left:
-                        findings.left.remove(at)
-                    self.progress(f"{at[2]} by {at[0]}: {how}")
-                    left = [one for one in left if one != at]  # it may have died before it began: do not retry forever
-        return left
+                    failure = CheckOutcome.of_whole_target(*current, check="alive", case=case, detail=how)
+                    findings.tried.append(failure)
+                    if current in findings.left:
+                        findings.left.remove(current)
+                    self.progress(f"{current[2]} by {current[0]}: {how}")
+                    # A target that kills the process before it begins must not be retried forever.
+                    remaining = [one for one in remaining if one != current]
+        return remaining
 
 
 def run(
@@ -145,6 +147,6 @@ def run(
     return findings, interrupted
 
 
-def _summary(at: Target, tried: Sequence[CheckOutcome], seconds: float) -> str:
+def _summary(target: Target, tried: Sequence[CheckOutcome], seconds: float) -> str:
     failed = sum(one.status is CheckStatus.FAIL for one in tried)
-    return f"checked {at[2]} by {at[0]}: {len(tried)} checks, {failed} failed, {seconds:.1f} s"
+    return f"checked {target[2]} by {target[0]}: {len(tried)} checks, {failed} failed, {seconds:.1f} s"

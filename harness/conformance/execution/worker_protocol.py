@@ -1,4 +1,4 @@
-"""Messages between `check` and its worker processes: the task of a worker, and the events that it reports. No torch.
+"""Messages between `check` and its workers: the task of a worker, and the events that it reports. No torch.
 
 An event is one JSON object on the worker's pipe; its keys identify it.
 """
@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from harness.conformance.case_selection import FEW, CaseSelection
-from harness.conformance.findings.outcomes import CheckOutcome, Execution
+from harness.conformance.findings.outcomes import CheckOutcome
 from harness.methods.registry import TargetKind
+from harness.process.event_pipe import Emit
 from harness.process.worker_pool import WorkerPool
 from harness.records.base_model import FrozenModel
 
@@ -21,7 +22,7 @@ Target = tuple[str, TargetKind, str]
 
 
 class WorkerTask(FrozenModel):
-    """The targets of one entry point, for one process, which pays for its imports once."""
+    """The targets of one entry point. One process runs them, so that it imports the entry point only once."""
 
     point: str
     targets: list[Target]
@@ -42,7 +43,7 @@ class Offered(FrozenModel):
     offered: list[dict[str, Any]]
     """Fields of the Implementations, without their functions."""
     broken: dict[str, str]
-    """Entry point -> why it cannot be used."""
+    """Entry point -> reason why it cannot be used."""
 
 
 class TargetBegun(FrozenModel):
@@ -73,19 +74,7 @@ class ModuleMissing(FrozenModel):
 class CheckEnded(FrozenModel):
     """A check has ended."""
 
-    tried: CheckOutcome
-    execution: Execution
-    """Execution of the outcome, which its own JSON omits."""
-
-    @classmethod
-    def of(cls, outcome: CheckOutcome) -> CheckEnded:
-        """Return the event of an outcome."""
-        return cls(tried=outcome, execution=outcome.execution)
-
-    @property
-    def outcome(self) -> CheckOutcome:
-        """The outcome with its execution."""
-        return self.tried.model_copy(update={"execution": self.execution})
+    outcome: CheckOutcome
 
 
 class Died(FrozenModel):
@@ -102,13 +91,18 @@ _DISCOVERY: TypeAdapter[DiscoveryEvent] = TypeAdapter(DiscoveryEvent)
 _WORKER: TypeAdapter[WorkerEvent] = TypeAdapter(WorkerEvent)
 
 
-def discovery_events(pool: WorkerPool, points: list[str], patience: float) -> Iterator[DiscoveryEvent | Died]:
+def send(emit: Emit, event: FrozenModel) -> None:
+    """Write an event to the pipe."""
+    emit(**event.model_dump(mode="json"))
+
+
+def discovery_events(pool: WorkerPool, points: list[str], patience: float) -> Iterator[DiscoveryEvent]:
     """Import the entry points in a worker and yield its events."""
     module = "harness.conformance.execution.discovery_worker"
     yield from _parsed(pool.events(module, {"points": points}, patience), _DISCOVERY)
 
 
-def worker_events(pool: WorkerPool, task: WorkerTask, patience: float) -> Iterator[WorkerEvent | Died]:
+def worker_events(pool: WorkerPool, task: WorkerTask, patience: float) -> Iterator[WorkerEvent]:
     """Run a task in a worker and yield its events."""
     module = "harness.conformance.execution.worker"
     yield from _parsed(pool.events(module, task.model_dump(mode="json"), patience), _WORKER)
@@ -118,7 +112,7 @@ def _parsed(events: Iterator[Mapping[str, Any]], event: TypeAdapter[_Event]) -> 
     for one in events:
         try:
             parsed = event.validate_python(one, strict=False)  # JSON has strings for enums, and lists for tuples
-        except ValidationError:  # the code under test has found the pipe
-            yield Died(died=f"wrote {str(one)[:40]!r} where only results are written; killed")
+        except ValidationError:  # the code under test has written to the pipe
+            yield Died(died=f"wrote {str(one)[:40]!r} to the pipe for results; killed")
             return
         yield parsed

@@ -1,11 +1,17 @@
 """Planted faults: copies of the reference with one mistake each, which the checks must notice (`check --self-test`).
 
-One file per Method, Operation or base. A fault is a function that changes a copy of the source, with a decorator that names
-the target and the checks that must catch it:
+One file per Method, base or group of Operations. Most faults replace code: they are rows of the table `FAULTS` of their
+file, formatted by hand so that the wrong code is next to the right code:
 
-    @planted("dora", "gradient", values={"rank": 3, "alpha": 8.0})
-    def does_not_detach_the_norm(its: PatchedCopy) -> None:
-        its.line("norm.detach() if self.detach_norm else norm", "norm")
+    line_fault("dora", "does_not_detach_the_norm", ["gradient"],
+        "norm.detach() if self.detach_norm else norm", "norm", values={"rank": 3, "alpha": 8.0}),
+
+Any other fault is a function that changes a copy of the source, with a decorator that names the target and the checks that
+must catch it:
+
+    @planted("lora", "merge", values={"rank": 3, "alpha": 8.0})
+    def forgets_to_unmerge(copy: PatchedCopy) -> None:
+        copy.change_adapted(lambda adapted: setattr(adapted, "unmerge", lambda: None))
 
 `planted_in_methods` plants a fault in every Method that it applies to. A Method takes part if its file here, named like the
 Method, has `CASE`, the FaultCase in which such faults are planted.
@@ -29,7 +35,7 @@ Spoil = Callable[[PatchedCopy], None]
 
 @dataclass(frozen=True)
 class FaultCase:
-    """The one case of the target's parity suite in which a fault shows."""
+    """The case in which a fault shows."""
 
     values: Values = field(default_factory=dict)
     """Values of the Method's config, or of an Operation's case."""
@@ -37,7 +43,7 @@ class FaultCase:
     layer: parity_suite.Kind = "linear"
     tokens: int = 9
     inputs: int = 40
-    """Features into the small model's first layer; its second maps back."""
+    """Input features of the first layer of the ParityModel; its second layer maps back."""
     outputs: int = 24
 
     def __str__(self) -> str:
@@ -81,7 +87,7 @@ class MethodsFault:
     values: Mapping[str, Any]
 
     def planted(self, cases: Mapping[str, FaultCase]) -> Iterator[Fault]:
-        """Yield the fault of each Method; cases: Method -> the case in which to plant it."""
+        """Yield the fault for each Method. cases: Method -> the case in which to plant it."""
         for method, case in cases.items():
             checks = parity_suite.load_plan(method).checks
             applies = not self.only or method in self.only
@@ -92,8 +98,22 @@ class MethodsFault:
                 yield Fault(self.name, method, self.spoil, self.expected, where)
 
 
+def line_fault(target: str, name: str, expected: Collection[str], *lines: str, file: str = "", **case: Any) -> Fault:
+    """Return the fault of `target` that replaces code lines.
+
+    lines: pairs of the right code and the wrong code that replaces it. file: see `PatchedCopy.replace_line`. case: fields of
+    the FaultCase that differ from the default.
+    """
+
+    def spoil(copy: PatchedCopy) -> None:
+        for right, wrong in zip(lines[::2], lines[1::2], strict=True):
+            copy.replace_line(right, wrong, file)
+
+    return Fault(name, target, spoil, tuple(expected), FaultCase(**case))
+
+
 def planted(target: str, *expected: str, **case: Any) -> Callable[[Spoil], Fault]:
-    """Make a function a fault of `target`. case: fields of the FaultCase that differ from the usual ones."""
+    """Make a function a fault of `target`. case: fields of the FaultCase that differ from the default."""
 
     def wrap(spoil: Spoil) -> Fault:
         return Fault(spoil.__name__, target, spoil, expected, FaultCase(**case))
@@ -104,7 +124,7 @@ def planted(target: str, *expected: str, **case: Any) -> Callable[[Spoil], Fault
 def planted_in_methods(
     *expected: str, only: Collection[str] = (), adds_layers: bool | None = None, **values: Any
 ) -> Callable[[Spoil], MethodsFault]:
-    """Make a function a fault of every Method with a parity suite that has the checks expected to catch it.
+    """Make a function a fault of every Method with a parity suite that has the expected checks.
 
     only: restrict to these Methods, if any are given. adds_layers: restrict to Methods that put (False: do not put) their
     own layers around the base's. values: values of the Method's config in addition to those of its CASE.
@@ -123,6 +143,7 @@ def every() -> tuple[Fault, ...]:
     cases = {name: found["CASE"] for name, found in modules.items() if isinstance(found.get("CASE"), FaultCase)}
     faults: list[Fault] = []
     for found in modules.values():
+        faults += found.get("FAULTS", [])
         for one in found.values():
             if isinstance(one, Fault):
                 faults.append(one)

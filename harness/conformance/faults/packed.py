@@ -1,4 +1,4 @@
-"""Base in NF4 by a copy of the reference quantiser, for faults of a base."""
+"""NF4 base that a copy of the reference quantiser packs, for faults of a base."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reference.shared.layers import replace
 _BLOCK = 64
 
 
-class PackedFault(nn.Linear):
+class PackedLinear(nn.Linear):
     """A linear layer that stores its weight in 4 bits and decodes it for each product."""
 
     def __init__(self, dense: nn.Linear, nf4: Any, double_quant: Any, dtype: torch.dtype) -> None:
@@ -37,14 +37,14 @@ class PackedFault(nn.Linear):
 def pack(
     copy: PatchedCopy, double: bool, model: nn.Module, paths: list[str], dtype: torch.dtype
 ) -> dict[str, tuple[Tensor, Tensor, int, bool]]:
-    """Replace the layers at `paths`; return path -> (bytes, absmax, block, double), as an implementation of a base does.
+    """Replace the layers at `paths`, as an implementation of a base does; return path -> (bytes, absmax, block, double).
 
     double: quantise absmax as well.
     """
     forms = {}
     double_quant = copy.module("reference.operations.double_quant") if double else None
     for path in paths:
-        packed = PackedFault(cast("nn.Linear", model.get_submodule(path)), copy.module(), double_quant, dtype)
+        packed = PackedLinear(cast("nn.Linear", model.get_submodule(path)), copy.module(), double_quant, dtype)
         replace(model, path, packed)
         forms[path] = (packed.weight.data, packed.get_buffer("absmax"), _BLOCK, double)
     return forms

@@ -17,55 +17,57 @@ from torch import Tensor, nn
 
 from harness.methods.spec import Adapted
 
-# layers is shared with the original: it holds nothing that a fault would change, and its functions compare modules.
-_SHARED = ("reference.shared.layers",)
+# No fault changes this module, and its functions compare classes of layers: a copy would define other classes.
+_NOT_COPIED = ("reference.shared.layers",)
 
-Forward = Callable[[Any, Tensor, Callable[[Tensor], Tensor]], Tensor]
-"""(layer, x, the right forward) -> y."""
+Right = Callable[[Tensor], Tensor]
+"""The right forward pass of a layer: x -> y."""
+Forward = Callable[[Any, Tensor, Right], Tensor]
+"""A wrong forward pass: (layer, x, the right one) -> y."""
 _PACKAGES = ("reference", "reference.operations", "reference.shared")
 
 
 class PatchedCopy:
-    """A copy of the module `name` and of the modules of the reference that it imports; the originals are never touched."""
+    """A copy of the module `name` and of the modules of the reference that it imports. The originals stay as they are."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._lines: dict[str, list[tuple[str, str]]] = {}
-        self._then: list[Callable[[Any], object]] = []
+        self._changes: list[Callable[[Any], object]] = []
         self._made: dict[str, ModuleType] = {}
 
-    def line(self, right: str, wrong: str, file: str = "") -> None:
+    def replace_line(self, right: str, wrong: str, file: str = "") -> None:
         """Replace the one occurrence of `right` by `wrong`.
 
-        file: `nf4` for reference/operations/nf4.py; by default the module itself.
-
-        Raises LookupError if there is not exactly one: the fault must follow the reference, or it proves nothing.
+        file: e.g. `nf4` for reference/operations/nf4.py; by default the module itself. Raises LookupError if the code does
+        not occur exactly once: a fault that no longer changes the reference proves nothing.
         """
         name = _module(file) if file else self.name
         count = _source(name).count(right)
         if count != 1:
-            raise LookupError(
-                f"{name} has {right!r} {count} times and not once: let the planted fault follow the reference"
-            )
+            raise LookupError(f"{name} has {right!r} {count} times, not once: adapt the planted fault to the reference")
         self._lines.setdefault(name, []).append((right, wrong))
 
-    def then(self, change: Callable[[Any], object]) -> None:
+    def change_adapted(self, change: Callable[[Any], object]) -> None:
         """Register a change of the Adapted that `attach` returns."""
-        self._then.append(change)
+        self._changes.append(change)
 
-    def forward(self, wrong: Forward) -> None:
+    def change_layers(self, change: Callable[[Any], object]) -> None:
+        """Register a change of every adapted layer."""
+        self.change_adapted(lambda adapted: [change(layer) for layer in adapted.layers.values()])
+
+    def replace_forward(self, wrong: Forward) -> None:
         """Let every adapted layer compute wrong(layer, x, the right forward)."""
 
-        def change(adapted: Any) -> None:
-            for layer in adapted.layers.values():
-                layer.forward = partial(_swapped, wrong, layer, layer.forward)
+        def change(layer: Any) -> None:
+            layer.forward = partial(_call_wrong, wrong, layer, layer.forward)  # unlike a closure, follows copy.deepcopy
 
-        self.then(change)
+        self.change_layers(change)
 
     def attach(self, model: nn.Module, config: Any, generator: torch.Generator) -> Adapted:
         """Attach as the copy does, then make the registered changes."""
         adapted: Adapted = self.module().attach(model, config, generator)
-        for change in self._then:
+        for change in self._changes:
             change(adapted)
         return adapted
 
@@ -85,17 +87,17 @@ class PatchedCopy:
     def _import(
         self, name: str, scope: Any = None, local: Any = None, names: Sequence[str] | None = (), level: int = 0
     ) -> object:
-        """Import as Python does, but give copies of the reference's modules."""
+        """Import as Python does, but return copies of the reference's modules."""
         real = builtins.__import__(name, scope, local, names, level)
         if name in _PACKAGES and names:
             return SimpleNamespace(**{n: self._copied(f"{name}.{n}") for n in names})
         return self._copied(name) if names and name.startswith("reference.") else real
 
     def _copied(self, name: str) -> ModuleType:
-        return import_module(name) if name in _SHARED else self.module(name)
+        return import_module(name) if name in _NOT_COPIED else self.module(name)
 
 
-def _swapped(wrong: Forward, layer: nn.Module, right: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _call_wrong(wrong: Forward, layer: nn.Module, right: Right, x: Tensor) -> Tensor:
     out: Tensor = wrong(layer, x, right)
     return out
 
@@ -105,5 +107,5 @@ def _module(file: str) -> str:
 
 
 def _source(name: str) -> str:
-    import_module(name)  # dataclasses of the copy look up their module by its name
+    import_module(name)  # dataclasses of the copy look up their module in sys.modules
     return inspect.getsource(sys.modules[name])

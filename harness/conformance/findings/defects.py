@@ -1,8 +1,8 @@
-"""Known defects of libraries: data, strict both ways. No torch.
+"""Known defects of libraries, read from a file. No torch.
 
-A failure that an entry explains is a known defect, not a failure: the check and the case must match the entry, and the
-failure must look as the entry describes. If an entry, or one of its checks, shows in none of its cases although they
-were tried with a version in its range, that is a failure: the library was fixed, or the check no longer sees the defect.
+An entry explains a failure if it names the check and the case, and the failure looks as the entry describes. Such a failure
+counts as a known defect. An entry that explains nothing is a failure itself, if its cases were tried with a version in its
+range: the library was fixed, or the check no longer sees the defect. The same applies to each check of an entry.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ class Defect(FrozenModel):
     cases: list[str] = Field(default=["*"], min_length=1)
     """Patterns of the case's name."""
     shows: list[str] = Field(default=[])
-    """Regular expressions; one of them must match in the tensor, worst element, policy or detail of the failure;
-    without any, every failure matches. An exception needs an expression that begins with `raised`.
+    """Regular expressions. One of them must match in the tensor, worst element, policy or detail of the failure. Without
+    any, every failure matches. An exception needs an expression that begins with `raised`.
     """
     at_most: float | None = Field(default=None, gt=0)
-    """Largest error of the defect, if any number would otherwise match."""
+    """Largest error of the defect; None if any error matches."""
     summary: str = Field(min_length=10)
     reproduction: str
-    """Script in the folder of the file of defects that needs only that library and torch."""
+    """Script next to the file of defects that needs only this library and torch."""
     link: str = ""
     sometimes: str = ""
-    """Why the defect shows only by chance or on some machines. Its reproduction then is the strict test."""
+    """Reason why the defect shows only by chance or on some machines. Then only its reproduction must show it."""
 
     @field_validator("versions")
     @classmethod
@@ -76,7 +76,7 @@ class Defect(FrozenModel):
         return value
 
     def matches(self, tried: CheckOutcome, pattern: str = "") -> bool:
-        """Return whether the defect should show in this outcome. pattern: by this one of its checks."""
+        """Return whether the defect should show in this outcome. pattern: the one of its checks to match; default: any."""
         return (
             tried.implementation == self.implementation
             and self.target in ("", tried.target)
@@ -86,13 +86,13 @@ class Defect(FrozenModel):
 
     def explains(self, tried: CheckOutcome) -> bool:
         """Return whether this outcome is a failure that looks like the defect."""
-        result, what = tried.result, _description(tried.result)
+        result, description = tried.result, _description(tried.result)
         if result.outcome is not Outcome.FAIL or not self.matches(tried):
             return False
         if tried.execution is Execution.RAISED:
-            return any(one.startswith("raised") and re.match(one, what) for one in self.shows)
+            return any(one.startswith("raised") and re.match(one, description) for one in self.shows)
         small = self.at_most is None or (result.error is not None and result.error <= self.at_most)
-        return small and (not self.shows or any(re.search(one, what) for one in self.shows))
+        return small and (not self.shows or any(re.search(one, description) for one in self.shows))
 
     def applies(self) -> bool:
         """Return whether the installed version is in the range."""
@@ -103,7 +103,7 @@ class Defect(FrozenModel):
 
 
 def _description(result: CheckResult) -> str:
-    """Return the text in which `shows` of a defect searches: the tensor, its worst element, the policy, the detail."""
+    """Return the text that `Defect.shows` must match: the tensor, its worst element, the policy and the detail."""
     return "; ".join(part for part in (result.tensor, result.worst, result.policy, result.detail) if part)
 
 
@@ -118,14 +118,14 @@ def path() -> Path:
 
 @cache
 def known() -> tuple[Defect, ...]:
-    """Read the known defects. Raises SuiteError with every mistake: unknown checks, duplicate ids, missing
-    reproductions.
+    """Read the known defects.
+
+    Raises SuiteError with every unknown check, duplicate id and missing reproduction.
     """
     file = path()
     document, keys = yaml_lines.load_model(file, _File)
-    defects = keys.defects
     problems, seen = [], set()
-    for index, defect in enumerate(defects):
+    for index, defect in enumerate(keys.defects):
         where = document.where("defects", index)
         if defect.id in seen:
             problems.append(Problem(where, f"the id {defect.id} is used twice", "give it another"))
@@ -139,32 +139,32 @@ def known() -> tuple[Defect, ...]:
             problems.append(Problem(where, f"{defect.id}: no file {defect.reproduction}", "write the reproduction"))
     if problems:
         raise SuiteError(problems)
-    return tuple(defects)
+    return tuple(keys.defects)
 
 
 def explained(tried: Iterable[CheckOutcome], defects: Sequence[Defect]) -> tuple[list[CheckOutcome], list[str]]:
-    """Return the outcomes, each failure marked with the first known defect that explains it; and the complaints.
+    """Return the outcomes, each failure with the id of the first defect that explains it; and the complaints.
 
-    A complaint is a defect, or some of its checks, that showed in none of the cases that were tried, whichever other
-    defect explains the failures there.
+    A complaint names a defect, or some of its checks, that showed in none of the cases that were tried. A defect shows in a
+    failure even if an earlier defect explains the failure as well.
     """
+    active = [defect for defect in defects if defect.applies()]
     marked = []
     due, shown = set[tuple[str, str]](), set[tuple[str, str]]()
-    active = [d for d in defects if d.applies()]
     for one in tried:
-        explaining = [d for d in active if d.explains(one)]
-        for d in active:
-            here = {(d.id, pattern) for pattern in d.checks if d.matches(one, pattern)}
-            due |= here if one.result.outcome is not Outcome.SKIPPED else set()
-            shown |= here if d in explaining else set()
+        explaining = [defect for defect in active if defect.explains(one)]
+        for defect in active:
+            matching = {(defect.id, pattern) for pattern in defect.checks if defect.matches(one, pattern)}
+            due |= matching if one.result.outcome is not Outcome.SKIPPED else set()
+            shown |= matching if defect in explaining else set()
         marked.append(one.model_copy(update={"defect": explaining[0].id}) if explaining else one)
     complaints = []
-    for d in active:
-        missing = [pattern for pattern in d.checks if (d.id, pattern) in due - shown]
-        if missing and not d.sometimes:
-            where = "" if not any((d.id, pattern) in shown for pattern in d.checks) else f" in {', '.join(missing)}"
+    for defect in active:
+        missing = [pattern for pattern in defect.checks if (defect.id, pattern) in due - shown]
+        if missing and not defect.sometimes:
+            where = f" in {', '.join(missing)}" if defect.id in {name for name, _ in shown} else ""
             complaints.append(
-                f"known defect {d.id} did not show{where} with {d.library} {version(d.library)}: it is fixed there, or the "
-                f"check no longer sees it; narrow it in {path().name} once {d.reproduction} agrees"
+                f"known defect {defect.id} did not show{where} with {defect.library} {version(defect.library)}: it is fixed "
+                f"there, or the check no longer sees it; run {defect.reproduction}, then narrow the entry in {path().name}"
             )
     return marked, complaints

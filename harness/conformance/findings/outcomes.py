@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from pydantic import Field
-
 from harness.methods.registry import TargetKind
 from harness.records.base_model import FrozenModel
 from harness.records.check import CheckResult, Outcome
@@ -13,7 +11,7 @@ from harness.records.check_id import CheckId
 
 
 class CheckStatus(StrEnum):
-    """Status of an outcome: a known defect is an expected failure, and is shown as one."""
+    """Status of an outcome. A known defect is an expected failure."""
 
     PASS = "pass"  # noqa: S105
     KNOWN_DEFECT = "known defect"
@@ -44,8 +42,7 @@ class CheckOutcome(FrozenModel):
     result: CheckResult
     defect: str = ""
     """Id of the known defect that explains the failure."""
-    execution: Execution = Field(default=Execution.COMPLETED, exclude=True)
-    """Omitted in JSON documents, which have `standing`."""
+    execution: Execution = Execution.COMPLETED
 
     @classmethod
     def of_whole_target(

@@ -1,4 +1,4 @@
-"""Result of one run of `check`: outcomes, skips with reasons, exit code, JSON document. No torch."""
+"""Report of one run of `check`: outcomes, skips with reasons, exit code and JSON document. No torch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class CheckReport:
 
     tried: list[CheckOutcome]
     skipped: dict[str, str] = field(default_factory=dict)
-    """"implementation target" -> why it was not tried."""
+    """"implementation target" -> reason why it was not tried."""
     complaints: list[str] = field(default_factory=list)
     """Known defects that did not show."""
     broken: dict[str, str] = field(default_factory=dict)
-    """Entry point -> why it cannot be loaded."""
+    """Entry point -> reason why it cannot be loaded."""
     defects: Sequence[Defect] = ()
     """All known defects, of any library."""
     plans: dict[str, ParitySuite] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class CheckReport:
     """Library -> version."""
     interrupted: bool = False
     untried: Sequence[str] = ()
-    """Implementations that were requested by name and not compared at all."""
+    """Implementations that were requested by name but not compared."""
 
     def count(self, status: CheckStatus) -> int:
         """Count the outcomes of one status."""
@@ -46,7 +46,7 @@ class CheckReport:
         """4 if interrupted; 1 for a failure, a broken plug-in or a known defect that did not show; 4 if an
         implementation that was requested by name was not compared; 5 if nothing was compared.
 
-        A failure that a known defect explains counts as compared.
+        A known defect counts as compared.
         """
         if self.interrupted:
             return Exit.INFRASTRUCTURE
@@ -60,7 +60,10 @@ class CheckReport:
 
     def document(self) -> dict[str, object]:
         """Return the JSON document."""
-        rows = [{**one.model_dump(mode="json"), "standing": one.status.value, "share": one.share} for one in self.tried]
+        rows = [
+            {**one.model_dump(mode="json", exclude={"execution"}), "standing": one.status.value, "share": one.share}
+            for one in self.tried
+        ]
         return {
             "schema": 2, "exit": int(self.exit), "interrupted": self.interrupted, "software": self.software, "checks": rows,
             "skipped": self.skipped, "complaints": self.complaints, "broken": self.broken, "untried": list(self.untried),

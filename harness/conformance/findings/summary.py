@@ -1,4 +1,4 @@
-"""Matrix of `check`: the content of its fields, and the description of a failure. No torch."""
+"""Summary of outcomes: the fields of the matrix of `check`, and the description of a failure. No torch."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def dtypes(tried: Iterable[CheckOutcome]) -> list[str]:
     return sort_dtypes(one.dtype for one in tried) or list(DTYPES)
 
 
-def sort_dtypes(there: Iterable[str]) -> list[str]:
+def sort_dtypes(names: Iterable[str]) -> list[str]:
     """List each dtype once, widest first."""
-    found = set(there)
+    found = set(names)
     return [dtype for dtype in DTYPES if dtype in found]
 
 
 def select_dtype(tried: Iterable[CheckOutcome], dtype: str) -> list[CheckOutcome]:
-    """Return the outcomes in a dtype, and those of the whole implementation: a crash is in every field of its row."""
+    """Return the outcomes in a dtype, and the outcomes without one: a crash counts in every field of its row."""
     return [one for one in tried if one.dtype in (dtype, "-")]
 
 
@@ -83,15 +83,16 @@ def format_field(field: MatrixField | None) -> str:
 
 def describe_failure(one: CheckOutcome) -> str:
     """Describe a failure in one line: check, case, error, place."""
-    # The id of a base's check has the name of the Method that runs on the base.
+    # The id of a check of a base names the Method on the base, not the base.
     base = f" {one.target}" if one.kind == "base" else ""
     return f"FAIL {one.implementation}{base} {one.result.check} ({one.case}): {' '.join(describe(one.result).split())}"
 
 
-def describe(r: CheckResult) -> str:
+def describe(result: CheckResult) -> str:
     """Describe a result in one line: error and allowance, tensor, worst element, detail, policy."""
-    size = f"error {r.error:.3g}, allowed {r.allowed:.3g}" if r.error is not None and r.allowed is not None else ""
-    place = " ".join(filter(None, [r.tensor, r.worst]))
-    nonfinite = f"{r.nonfinite} elements not finite" if r.nonfinite else ""
-    policy = f" [{r.policy}]" if r.policy not in ("", "exact") else ""
-    return ("; ".join(filter(None, [size, place, nonfinite, r.detail])) + policy).strip()
+    measured = result.error is not None and result.allowed is not None
+    size = f"error {result.error:.3g}, allowed {result.allowed:.3g}" if measured else ""
+    place = " ".join(filter(None, [result.tensor, result.worst]))
+    nonfinite = f"{result.nonfinite} elements not finite" if result.nonfinite else ""
+    policy = f" [{result.policy}]" if result.policy not in ("", "exact") else ""
+    return ("; ".join(filter(None, [size, place, nonfinite, result.detail])) + policy).strip()

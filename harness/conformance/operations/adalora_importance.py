@@ -31,8 +31,8 @@ def arguments(
 ) -> Arguments:
     """Draw the arguments of one call. shape: (out, in) of the layer.
 
-    The previous averages are as large as their updates, and in at least float32; a score is a millionth, which float16
-    cannot hold.
+    The previous averages are as large as their updates, and in at least float32. A score is about a millionth, which
+    float16 cannot represent.
     """
     shapes = {"A": (rank, shape[1]), "E": (rank, 1), "B": (shape[0], rank)}
     given: Arguments = {"beta1": beta1, "beta2": beta2}
@@ -46,10 +46,10 @@ def arguments(
 
 
 def reference(A: Tensor, E: Tensor, B: Tensor, beta1: float, beta2: float, **given: Tensor) -> tuple[Tensor, ...]:
-    """Return I_A, U_A, I_E, U_E, I_B, U_B after the step, and the scores (R,) by them; all in at least float32.
+    """Return I_A, U_A, I_E, U_E, I_B, U_B after the step, and the scores (R,), all in at least float32.
 
-    A (R, D), E (R, 1), B (out, R). given: for each of them grad_A and the previous averages, I_A of the sensitivity |w
-    grad| and U_A of the uncertainty, in the same shape  (arXiv:2303.10512, eqs. 7 to 11).
+    A (R, D), E (R, 1), B (out, R). given: grad_A, and the previous averages I_A of the sensitivity |w grad| and U_A of the
+    uncertainty, in the shape of A; likewise for E and B  (arXiv:2303.10512, eqs. 7 to 11).
     """
     layer = adalora.AdaLoraLinear(
         dense_linear(A.new_zeros(len(B), A.shape[1]), None), A, E, B, scaling=1.0, dropout=0.0
@@ -65,7 +65,7 @@ def reference(A: Tensor, E: Tensor, B: Tensor, beta1: float, beta2: float, **giv
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge all outputs by the noise floor of the averages' own dtype: float32 where the weights have 16 bits."""
+    """Judge all outputs by the noise floor of the averages' dtype, which is float32 for weights of 16 bits."""
     dtype = "float64" if given["A"].dtype == torch.float64 else "float32"
     wide = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float64)
     exactly = cloned(dict(given), wide)

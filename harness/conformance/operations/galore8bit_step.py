@@ -1,4 +1,4 @@
-"""galore8bit_step: one step of GaLore in a given subspace; its moments are 8-bit codes with an absmax per block of 256."""
+"""galore8bit_step: one step of GaLore in a given subspace, with 8-bit codes and an absmax per block of 256 as moments."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SIGNED = {"M": True, "V": False}
 
 @wraps(galore_step.arguments)  # the same settings
 def arguments(dtype: torch.dtype, generator: torch.Generator, **case: Any) -> Arguments:
-    """Draw the arguments of `galore_step`, with codes for moments."""
+    """Draw the arguments of `galore_step`, with codes instead of moments."""
     given = galore_step.arguments(dtype, generator, **case)
     for name, signed in _SIGNED.items():
         given[name], given[f"{name}_absmax"] = quantize_blockwise(given[name], dynamic_map(signed))
@@ -37,77 +37,71 @@ def reference(
     G: Tensor,
     P: Tensor | None,
     Q: Tensor | None,
-    M: Tensor,
-    M_absmax: Tensor,
-    V: Tensor,
-    V_absmax: Tensor,
-    side: str,
+    *,
     step: int,
-    lr: float,
-    scale: float,
     betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    **given: Any,
 ) -> tuple[Tensor, ...]:
-    """Return W, M, M_absmax, V and V_absmax after step number `step`."""
+    """Return W, M, M_absmax, V and V_absmax after step number `step`.
+
+    given: the last four before the step, and side, lr, scale, eps and weight_decay.
+    """
     bases = {name: t for name, t in (("P", P), ("Q", Q)) if t is not None}
-    codes = {"M": M.clone(), "M_absmax": M_absmax.clone(), "V": V.clone(), "V_absmax": V_absmax.clone()}
+    codes = {name: given.pop(name).clone() for name in OPERATION.outputs[1:]}
     W = W.clone()
-    galore.galore_step(
-        W, G, {"step": step - 1, **codes, **bases}, lr=lr, rank=min(t.shape[1] for t in bases.values()),
-        update_gap=1_000_000, scale=scale, side=side, weight_decay=weight_decay, beta1=betas[0], beta2=betas[1], eps=eps,
-    )  # fmt: skip
+    rank = min(t.shape[1] for t in bases.values())
+    state = {"step": step - 1, **codes, **bases}
+    galore.galore_step(W, G, state, rank=rank, update_gap=galore_step.NEVER, beta1=betas[0], beta2=betas[1], **given)
     return W, *codes.values()
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge W and every absmax by the noise floor of the gradient's dtype, in which the projected gradient is."""
+    """Judge W and every absmax by the noise floor of the gradient's dtype, which the projected gradient has too."""
     dtype = given["W"].dtype
     own = next(name for name, one in DTYPES.items() if one == dtype)
     # A float64 step also stores its constants in float32.
     exactly, roundly = (OPERATION.named(reference(**cloned(given, {dtype: to}))) for to in (torch.float64, dtype))
     judged = [noise_floor({"W": outputs["W"]}, {"W": exactly["W"]}, {"W": roundly["W"]}, own)]
     for name in _SIGNED:
-        constants, of = f"{name}_absmax", "float32" if own == "float64" else own
-        have, truth = (
-            {constants: outputs[constants]},
-            {constants: _largest(torch.stack(_parts(given, name)[:2]).sum(0))},
-        )
-        judged.append(noise_floor(have, truth, {constants: roundly[constants]}, of))
+        absmax = f"{name}_absmax"
+        decayed, new, _ = _parts(given, name)
+        truth = {absmax: _largest(decayed + new)}
+        narrow = "float32" if own == "float64" else own
+        judged.append(noise_floor({absmax: outputs[absmax]}, truth, {absmax: roundly[absmax]}, narrow))
     return worst_of(judged, "noise-floor"), ""
 
 
-def judge_both(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge every code by the moment in float64: it must be the code of that, or of a number within some roundings.
+def judge_codes_of_moments(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
+    """Judge every code by the moment in float64: it must be the code of a number within some rounding errors of that.
 
-    As in `adamw8bit_step`, except that the new part comes from a product, which is rounded in the gradient's dtype and with
-    it the block's absmax. Near zero, where codes are dense, such a range may include several codes.
+    As in `adamw8bit_step`, except that the new part comes from a product. The product, and with it the absmax of the block,
+    is rounded in the gradient's dtype. Near zero, where codes are dense, several codes may be right.
     """
-    own = max(torch.finfo(given["W"].dtype).eps, EPSILON["float32"])
+    eps = max(torch.finfo(given["W"].dtype).eps, EPSILON["float32"])
     judged, details = [], []
     for name, signed in _SIGNED.items():
         decayed, new, bound = _parts(given, name)
         value, levels = decayed + new, dynamic_map(signed).to(new.device)
         codes, absmax = quantize_blockwise(value, levels)
-        in_block = _each(_largest(bound), value)
-        reach = CODE_TIE_EPS * (EPSILON["float32"] * (decayed.abs() + new.abs()) + own * in_block)
-        scale, middles = _each(_largest(value), value), (levels[1:] + levels[:-1]).double() / 2
+        in_block = _repeat_blocks(_largest(bound), value)
+        reach = CODE_TIE_EPS * (EPSILON["float32"] * (decayed.abs() + new.abs()) + eps * in_block)
+        scale, middles = _repeat_blocks(_largest(value), value), (levels[1:] + levels[:-1]).double() / 2
         least, most = (torch.bucketize((value + sign * reach) / scale, middles) for sign in (-1, 1))
         within = (outputs[name] >= least) & (outputs[name] <= most)
-        # The absmax is judged by `judge`; here it marks the blocks of zeros.
+        # `judge` compares the absmax. Here it marks the blocks of zeros.
         mine = {
             "codes": torch.where(within, codes, outputs[name]),
             "absmax": torch.where(absmax == 0, outputs[f"{name}_absmax"], absmax),
         }
         one, _ = judge_codes(mine, (codes, absmax), torch.zeros_like(within), adamw8bit.BLOCK, levels)
         judged.append(replace(one, tensor=f"{name}: {one.tensor}"))
-        details.append(f"{name}: {int((within & (outputs[name] != codes)).sum())} codes are others within rounding")
+        details.append(f"{name}: {int((within & (outputs[name] != codes)).sum())} codes differ within rounding")
     return worst_of(judged, "exact"), "; ".join(details)
 
 
-def _each(of_blocks: Tensor, value: Tensor) -> Tensor:
+def _repeat_blocks(numbers: Tensor, value: Tensor) -> Tensor:
     """Repeat the number of each block for each of its elements."""
-    return of_blocks.repeat_interleave(adamw8bit.BLOCK)[: value.numel()]
+    return numbers.repeat_interleave(adamw8bit.BLOCK)[: value.numel()]
 
 
 def _largest(value: Tensor) -> Tensor:
@@ -116,9 +110,9 @@ def _largest(value: Tensor) -> Tensor:
 
 
 def _parts(given: Arguments, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return beta x the moment, (1 - beta) x R or R^2, and the bound of the second's rounding in eps; flat, float64.
+    """Return, flat and in float64: beta x the moment, (1 - beta) x R or R^2, and a bound of the latter's rounding in eps.
 
-    The rounding of a product is bounded by that of the magnitudes, |P|^T |G| |Q|; that of R^2 by twice |R| times as much.
+    |P|^T |G| |Q| bounds the rounding error of the product, and 2 |R| times this bounds the rounding error of R^2.
     """
     power, signed = (1, True) if name == "M" else (2, False)
     beta = given["betas"][power - 1]
@@ -136,5 +130,5 @@ OPERATION = Operation(
     arguments=arguments,
     reference=reference,
     judge=judge,
-    codes=judge_both,
+    codes=judge_codes_of_moments,
 )

@@ -1,8 +1,8 @@
-"""galore_step: one step of GaLore in a given subspace, with moments of before."""
+"""galore_step: one step of GaLore in a given subspace, with given moments."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from reference import galore
 
 Side = Literal["std", "reverse_std", "paper", "left", "right", "full"]
 Scale = Annotated[float, Factor((0.25, 1.0, 4.0), least=0.01, most=8.0)]
+NEVER = 1_000_000
+"""Steps between two refreshes: more than any case takes, so that the subspace stays."""
 
 
 def arguments(
@@ -29,9 +31,9 @@ def arguments(
     beta1: Beta = 0.9,
     beta2: Beta = 0.999,
 ) -> Arguments:
-    """Draw a weight, its gradient, orthonormal P (m, r) and/or Q (n, r) by the side, and moments of R's shape.
+    """Draw a weight, its gradient, moments of R's shape, and orthonormal P (m, r) or Q (n, r), or both, as `side` says.
 
-    step: the number of this step, from 2. lr is so large that the step is as large as the weight.
+    step: number of this step, at least 2. lr is so large that the step is as large as the weight.
     """
     m, n = shape
     left, right = galore.sides(m, n, side)
@@ -66,22 +68,17 @@ def reference(
     Q: Tensor | None,
     M: Tensor,
     V: Tensor,
-    side: str,
+    *,
     step: int,
-    lr: float,
-    scale: float,
     betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return W, M and V after step number `step`."""
+    """Return W, M and V after step number `step`. options: side, lr, scale, eps and weight_decay."""
     bases = {name: t for name, t in (("P", P), ("Q", Q)) if t is not None}
     state: Arguments = {"step": step - 1, "M": M.clone(), "V": V.clone(), **bases}
     W = W.clone()
-    galore.galore_step(
-        W, G, state, lr=lr, rank=min(t.shape[1] for t in bases.values()), update_gap=1_000_000, scale=scale, side=side,
-        weight_decay=weight_decay, beta1=betas[0], beta2=betas[1], eps=eps,
-    )  # fmt: skip
+    rank = min(t.shape[1] for t in bases.values())
+    galore.galore_step(W, G, state, rank=rank, update_gap=NEVER, beta1=betas[0], beta2=betas[1], **options)
     return W, state["M"], state["V"]
 
 

@@ -1,4 +1,4 @@
-"""paged_adamw: a few steps of AdamW with paged states, which changes no value."""
+"""paged_adamw: a few steps of AdamW with paged states. Paging changes no value."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Steps = Annotated[int, Factor((3, 1, 5), least=1, most=6)]
 def arguments(
     dtype: torch.dtype, generator: torch.Generator, *, sizes: Sizes, steps: Steps = 3, weight_decay: WeightDecay = 0.0
 ) -> Arguments:
-    """Draw two parameters of these sizes and their gradients of every step, which jump between three magnitudes.
+    """Draw two parameters of these sizes, and gradients of three magnitudes for the steps.
 
     eps is so large that small second moments, which float16 cannot represent, do not matter: torch stores them in the dtype
     of the parameter.
@@ -40,7 +40,7 @@ def steps(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], grads: Seq
 
 
 def reference(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **how: Any) -> tuple[Tensor, ...]:
-    """Return the parameters after the last step; nothing of the states may stay on the device between them."""
+    """Return the parameters after the last step. Between steps no state may stay on the device."""
     trained = [p.clone().requires_grad_(True) for p in params]
     steps(paged.Paged(torch.optim.AdamW(trained, **how), budget=0), trained, grads)
     return tuple(p.detach() for p in trained)

@@ -1,4 +1,4 @@
-"""paged_states: the states of a paged optimizer that are paged, on whichever device the parameters are."""
+"""paged_states: the states that a paged optimizer pages, for parameters on any device."""
 
 from __future__ import annotations
 

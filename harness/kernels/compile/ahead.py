@@ -53,13 +53,13 @@ class KernelVerdict:
     def line(self) -> str:
         """Return one line for the terminal."""
         status = f"FAIL: {'; '.join(self.faults)}" if self.faults else "ok"
-        it = self.found
-        if it is None:
+        code = self.found
+        if code is None:
             return f"{self.name:<44} sm_{self.architecture}  {status}"
-        matrix = "".join(f", {count} {name}" for name, count in it.matrix.items())
+        matrix = "".join(f", {count} {name}" for name, count in code.matrix.items())
         return (
-            f"{self.name:<44} sm_{self.architecture}  {it.registers:>3} registers, {it.shared:>6} B shared, "
-            f"{it.instructions:>5} instructions, {it.wide_loads} wide loads, {it.wide_stores} wide stores{matrix}"
+            f"{self.name:<44} sm_{self.architecture}  {code.registers:>3} registers, {code.shared:>6} B shared, "
+            f"{code.instructions:>5} instructions, {code.wide_loads} wide loads, {code.wide_stores} wide stores{matrix}"
             f"  {status}"
         )
 
@@ -105,16 +105,16 @@ def judge(module: str, architecture: int, limits: dict[str, int]) -> list[Kernel
     except Exception as error:  # noqa: BLE001 - a broken module must not hide the verdicts of others
         return [KernelVerdict(module, architecture, None, (f"does not import: {_short(error)}",))]
     verdicts = []
-    for one in specimens:
-        if architecture < one.oldest:
+    for specimen in specimens:
+        if architecture < specimen.oldest:
             continue
         try:
-            found = machine_code(one, architecture)
+            found = machine_code(specimen, architecture)
         except Exception as error:  # noqa: BLE001 - Triton raises many types
-            verdicts.append(KernelVerdict(one.name, architecture, None, (f"does not compile: {_short(error)}",)))
+            verdicts.append(KernelVerdict(specimen.name, architecture, None, (f"does not compile: {_short(error)}",)))
         else:
-            wrong = tuple(faults(one, found, architecture, limits.get(one.name)))
-            verdicts.append(KernelVerdict(one.name, architecture, found, wrong))
+            problems = tuple(faults(specimen, found, architecture, limits.get(specimen.name)))
+            verdicts.append(KernelVerdict(specimen.name, architecture, found, problems))
     return verdicts
 
 
@@ -149,25 +149,19 @@ def enter(table: Table, verdicts: list[KernelVerdict], version: str, architectur
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {__package__}.ahead", description=(__doc__ or "").partition("\n")[0]
-    )
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.ahead", description=summary)
+    capabilities = sorted(SHARED)
     parser.add_argument(
-        "--arch",
-        type=int,
-        action="append",
-        required=True,
-        choices=sorted(SHARED),
-        help="compute capability, such as 90",
+        "--arch", type=int, action="append", required=True, choices=capabilities, help="compute capability, such as 90"
     )
-    parser.add_argument(
-        "--module", action="append", help="module below harness/kernels/triton, such as nf4 [default: all]"
-    )
+    modules_help = "module below harness/kernels/triton, such as nf4 [default: all]"
+    parser.add_argument("--module", action="append", help=modules_help)
     parser.add_argument("--json", action="store_true", help="print the verdicts as JSON")
     parser.add_argument("--write", action="store_true", help=f"enter the measured registers in {REGISTERS.name}")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     known = modules()
-    if unknown := set(given.module or ()) - set(known):
+    if unknown := set(options.module or ()) - set(known):
         parser.error(f"unknown module {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 disables compilation; unset it")
@@ -175,22 +169,22 @@ def main(arguments: list[str] | None = None) -> int:
     from harness.kernels.compile.machine_code import version
 
     table: Table = json.loads(REGISTERS.read_text()) if REGISTERS.exists() else {}
-    chosen = [known[name] for name in given.module or known]
-    verdicts = judge_all(chosen, given.arch, table, version())
-    if given.write:
-        for architecture in given.arch:
-            enter(table, verdicts, version(), architecture, replace_all=not given.module)
+    chosen = [known[name] for name in options.module or known]
+    verdicts = judge_all(chosen, options.arch, table, version())
+    if options.write:
+        for architecture in options.arch:
+            enter(table, verdicts, version(), architecture, replace_all=not options.module)
         REGISTERS.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-        verdicts = judge_all(chosen, given.arch, table, version())
-    if given.json:
-        print(json.dumps({"triton": version(), "verdicts": [asdict(one) for one in verdicts]}, indent=1))
+        verdicts = judge_all(chosen, options.arch, table, version())
+    if options.json:
+        print(json.dumps({"triton": version(), "verdicts": [asdict(verdict) for verdict in verdicts]}, indent=1))
     else:
-        for one in verdicts:
-            print(one.line())
+        for verdict in verdicts:
+            print(verdict.line())
     if not verdicts:
         print("none of these modules has SPECIMENS", file=sys.stderr)
         return 2
-    return int(any(one.faults for one in verdicts))
+    return int(any(verdict.faults for verdict in verdicts))
 
 
 if __name__ == "__main__":

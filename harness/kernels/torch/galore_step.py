@@ -120,12 +120,13 @@ def galore_step_(
     weight_decay: float = 0.0,
     M_absmax: Tensor | None = None,
     V_absmax: Tensor | None = None,
+    side: str = "",
 ) -> None:
     """Take step number `step`, from 1, in the subspace of P and/or Q; W, M and V are updated in place.
 
     All tensors have one floating dtype, but M and V, which are contiguous, may be float32. With M_absmax and V_absmax, M
     and V are 8-bit codes as in `adamw8bit_step_`. As in the authors' code, eps is added to sqrt(V), the bias corrections
-    are part of the step size, and weight decay comes last, by the full lr.
+    are part of the step size, and weight decay comes last, by the full lr. side: ignored, since P and Q imply it.
     """
     if M.dtype == W.dtype and W.is_contiguous() and by_triton(W, G):
         from harness.kernels.triton import galore_step as gpu
@@ -161,16 +162,10 @@ def adam_step_(
         return
     # The fused kernel ignores strides and takes one dtype.
     packed = p.to(M.dtype).contiguous()
-    _adamw_(packed, g.to(M.dtype), M, V, step, betas, eps, lr * decay)
-    if packed is not p:
-        p.copy_(packed)
-
-
-def _adamw_(
-    p: Tensor, g: Tensor, M: Tensor, V: Tensor, step: int, betas: tuple[float, float], eps: float, lr: float
-) -> None:
     before = torch.full((), float(step - 1), dtype=torch.float32, device=p.device)
     adamw(
-        [p], [g.contiguous()], [M], [V], [], [before], fused=True, amsgrad=False, beta1=betas[0], beta2=betas[1], lr=lr,
-        weight_decay=0.0, eps=eps, maximize=False,
+        [packed], [g.to(M.dtype).contiguous()], [M], [V], [], [before], fused=True, amsgrad=False, beta1=betas[0],
+        beta2=betas[1], lr=lr * decay, weight_decay=0.0, eps=eps, maximize=False,
     )  # fmt: skip
+    if packed is not p:
+        p.copy_(packed)

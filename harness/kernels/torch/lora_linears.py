@@ -74,24 +74,24 @@ class _LoraLinears(torch.autograd.Function):
         if torch.is_grad_enabled():  # for a second derivative these need their graph
             As = _scaled(layers)
             S = x @ As.T
-        given = {at: dy for at, dy in enumerate(dys) if dy is not None}
-        if not given:
+        used = {at: dy for at, dy in enumerate(dys) if dy is not None}
+        if not used:
             return (None,) * len(ctx.needs_input_grad)
         ranks = [len(one.A) for one in layers]
-        if len(given) < len(layers):
-            As = torch.cat([As.split(ranks)[at] for at in given])
-        dS = torch.cat([dy @ layers[at].B for at, dy in given.items()], dim=1)
+        if len(used) < len(layers):
+            As = torch.cat([As.split(ranks)[at] for at in used])
+        dS = torch.cat([dy @ layers[at].B for at, dy in used.items()], dim=1)
         dx = None
         if ctx.needs_input_grad[0]:
-            for at, dy in given.items():
+            for at, dy in used.items():
                 dx = _product(dy, layers[at].W, transposed=True, onto=dx)
             dx = dx.addmm_(dS, As) if dx is not None else None
         needed = ctx.needs_input_grad[3:]
         gradients: list[Tensor | None] = [None] * len(factors)
-        dAs: Sequence[Any] = (dS.T @ x).split([ranks[at] for at in given]) if any(needed[2::4]) else [None] * len(given)
+        dAs: Sequence[Any] = (dS.T @ x).split([ranks[at] for at in used]) if any(needed[2::4]) else [None] * len(used)
         # Contiguous and first: on a CPU the other order takes half as long again.
         lows = S.T.contiguous().split(ranks)
-        for (at, dy), dA in zip(given.items(), dAs, strict=True):
+        for (at, dy), dA in zip(used.items(), dAs, strict=True):
             need_W, need_bias, need_A, need_B = needed[4 * at : 4 * at + 4]
             gradients[4 * at : 4 * at + 4] = [
                 dy.T @ x if need_W else None,
@@ -125,18 +125,17 @@ def lora_linears(x: Tensor, layers: Sequence[LoraFactors], precomputed: dict[Any
     to one node of the graph: a backward pass through one of them frees the saved tensors of all. precomputed: a dict of
     outputs that are not used yet, which a backward pass clears.
     """
+    precomputed = {} if precomputed is None else precomputed
     dense = [(one.W, one.bias, one.A, one.B, one.scaling) for one in layers if isinstance(one.W, Tensor)]
     tensors = [t for W, _, A, B, _ in dense for t in (W, A, B)]
     if len(dense) == len(layers) and multiplied_by_triton(x, *tensors) and all(frozen(*one[:2]) for one in dense):
         from harness.kernels.triton import lora_linears as gpu
 
-        return gpu.lora_linears(x, dense, {} if precomputed is None else precomputed)
+        return gpu.lora_linears(x, dense, precomputed)
     factors: list[Tensor | None] = []
     for one in layers:
         factors += [None if isinstance(one.W, PackedWeight) else one.W, one.bias, one.A, one.B]
-    outputs = _LoraLinears.apply(
-        x.reshape(-1, x.shape[-1]), tuple(layers), {} if precomputed is None else precomputed, *factors
-    )
+    outputs = _LoraLinears.apply(x.reshape(-1, x.shape[-1]), tuple(layers), precomputed, *factors)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 

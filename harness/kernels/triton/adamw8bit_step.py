@@ -95,8 +95,8 @@ def _launch(
     blocks = -(-p.numel() // BLOCK)
     if not (g.shape == p.shape and m.numel() == v.numel() == p.numel() and len(m_absmax) == len(v_absmax) == blocks):
         raise ValueError(
-            f"{p.numel()} parameters need as many gradients and codes, and {blocks} absmax; got {g.numel()} gradients, "
-            f"{m.numel()} and {v.numel()} codes, {len(m_absmax)} and {len(v_absmax)} absmax"
+            f"{p.numel()} parameters need gradients and codes of the same number, and {blocks} absmax; got {g.numel()} "
+            f"gradients, {m.numel()} and {v.numel()} codes, {len(m_absmax)} and {len(v_absmax)} absmax"
         )
     if blocks == 0:
         return

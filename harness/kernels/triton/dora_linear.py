@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from harness.kernels.torch.support.autocast import outside_autocast
+from harness.kernels.torch.support.autocast import once_outside_autocast
 from harness.kernels.triton.support.dora_dropout import dropped_backward, dropped_forward
 from harness.kernels.triton.support.dora_gain import dora_gain
 from harness.kernels.triton.support.low_rank_arguments import checked, contiguous, matrix
@@ -44,8 +43,7 @@ class _DoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @outside_autocast
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_outside_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, B, S, q, gain, norm, mask = ctx.saved_tensors
         need_x, need_A, need_B, need_m = (ctx.needs_input_grad[at] for at in (0, 3, 4, 5))
@@ -83,6 +81,5 @@ def dora_linear(
     requires a gradient.
     """
     checked(x, W, A, B, mask, bias=bias, m=m)
-    dropped = None if mask is None else matrix(mask)
-    y: Tensor = _DoraLinear.apply(matrix(x), W, contiguous(bias), A, B, m.contiguous(), scaling, dropped)
+    y: Tensor = _DoraLinear.apply(matrix(x), W, contiguous(bias), A, B, m.contiguous(), scaling, matrix(mask))
     return y.view(*x.shape[:-1], len(W))

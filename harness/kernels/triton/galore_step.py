@@ -17,11 +17,11 @@ from torch import Tensor
 from harness.kernels.compile.specimen import Specimen
 from harness.kernels.device import interpreted
 from harness.kernels.triton.support.launch import launch
-from harness.kernels.triton.support.rounding import load_as_float32, store_as, to_float32
+from harness.kernels.triton.support.matrix_product import product
+from harness.kernels.triton.support.rounding import load_as_float32, store_as
 
 _CHUNK = 1 << 14 if interpreted() else 1024
 _ROWS, _COLUMNS, _INNER = 64, 128, 32
-_WIDE = tl.constexpr(interpreted())  # the interpreter's tl.dot cannot multiply 16-bit numbers: convert to float32
 
 
 @triton.jit
@@ -45,19 +45,17 @@ def _back(
     tiles = tl.cdiv(n, columns)
     row = (tl.program_id(0) // tiles) * rows + tl.arange(0, rows)
     column = (tl.program_id(0) % tiles) * columns + tl.arange(0, columns)
-    product = tl.zeros([rows, columns], tl.float32)
+    total = tl.zeros([rows, columns], tl.float32)
     left = X + row[:, None].to(tl.int64) * stride_xm
     right = Y + column[None, :].to(tl.int64) * stride_yn
     for first in range(0, r, inner):
         k = first + tl.arange(0, inner)
         x = tl.load(left + k[None, :] * stride_xr, mask=(row < m)[:, None] & (k < r)[None, :], other=0.0)
         y = tl.load(right + k[:, None] * stride_yr, mask=(k < r)[:, None] & (column < n)[None, :], other=0.0)
-        if _WIDE:
-            x, y = to_float32(x), to_float32(y)
-        product = tl.dot(x, y, product, input_precision="ieee")
+        total = product(x, y, total)
     at = row[:, None].to(tl.int64) * n + column[None, :]
     mask = (row < m)[:, None] & (column < n)[None, :]
-    store_as(W_out + at, decay * (load_as_float32(W + at, mask=mask, other=0.0) - step_size * product), mask=mask)
+    store_as(W_out + at, decay * (load_as_float32(W + at, mask=mask, other=0.0) - step_size * total), mask=mask)
 
 
 @torch.no_grad()

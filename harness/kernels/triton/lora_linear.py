@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from harness.kernels.torch.support.autocast import outside_autocast
+from harness.kernels.torch.support.autocast import once_outside_autocast
 from harness.kernels.triton.support.low_rank_arguments import checked, contiguous, matrix
 from harness.kernels.triton.support.low_rank_gemm import low_rank_gemm
 from harness.kernels.triton.support.shrink import shrink
@@ -66,8 +65,7 @@ class _LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @outside_autocast
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_outside_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, B, S, mask = ctx.saved_tensors
         need_x, _, _, need_A, need_B = ctx.needs_input_grad[:5]
@@ -85,6 +83,5 @@ def lora_linear(
     W or bias requires a gradient.
     """
     checked(x, W, A, B, mask, bias=bias)
-    dropped = None if mask is None else matrix(mask)
-    y: Tensor = _LoraLinear.apply(matrix(x), W, contiguous(bias), A, B, scaling, dropped)
+    y: Tensor = _LoraLinear.apply(matrix(x), W, contiguous(bias), A, B, scaling, matrix(mask))
     return y.view(*x.shape[:-1], len(W))

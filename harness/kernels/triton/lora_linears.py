@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from harness.kernels.torch.support.autocast import outside_autocast
+from harness.kernels.torch.support.autocast import once_outside_autocast
 from harness.kernels.triton.support.low_rank_arguments import checked, contiguous, matrix
 from harness.kernels.triton.support.low_rank_gemm import low_rank_gemm
 from harness.kernels.triton.support.shrink import shrink
@@ -39,30 +38,29 @@ class _LoraLinears(torch.autograd.Function):
         return tuple(low_rank_gemm(x, W.T, low, B.T, scale=s, bias=bias) for W, bias, low, B, s in each)
 
     @staticmethod
-    @outside_autocast
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_outside_autocast
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
         ctx.precomputed.clear()
         x, S, *rest = ctx.saved_tensors
         count = len(ctx.ranks)
         Ws, As, Bs = rest[:count], rest[count : 2 * count], rest[2 * count :]
-        given = {at: dy for at, dy in enumerate(dys) if dy is not None}
+        used = {at: dy for at, dy in enumerate(dys) if dy is not None}
         needed = ctx.needs_input_grad
         gradients: list[Tensor | None] = [None] * (4 * count)
-        if not given:
+        if not used:
             return None, None, None, *gradients
-        dS = {at: shrink(dy, Bs[at], scale=ctx.scalings[at]) for at, dy in given.items()}
+        dS = {at: shrink(dy, Bs[at], scale=ctx.scalings[at]) for at, dy in used.items()}
         dx = None
         if needed[0]:
-            for at, dy in given.items():
+            for at, dy in used.items():
                 part = low_rank_gemm(dy, Ws[at], dS[at], As[at])
                 dx = part if dx is None else dx.add_(part)
-        if any(needed[3 + 4 * at + 2] for at in given):
-            dAs = outer_sum(x, torch.cat(list(dS.values()), dim=1)).T.split([ctx.ranks[at] for at in given])
-            for at, dA in zip(given, dAs, strict=True):
+        if any(needed[3 + 4 * at + 2] for at in used):
+            dAs = outer_sum(x, torch.cat(list(dS.values()), dim=1)).T.split([ctx.ranks[at] for at in used])
+            for at, dA in zip(used, dAs, strict=True):
                 gradients[4 * at + 2] = dA.to(x.dtype) if needed[3 + 4 * at + 2] else None
         lows = S.split(ctx.ranks, dim=1)
-        for at, dy in given.items():
+        for at, dy in used.items():
             if needed[3 + 4 * at + 3]:
                 gradients[4 * at + 3] = (ctx.scalings[at] * outer_sum(dy, lows[at])).to(x.dtype)
         return dx, None, None, *gradients

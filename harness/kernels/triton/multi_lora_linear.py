@@ -9,10 +9,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from harness.kernels.torch.support.autocast import outside_autocast
+from harness.kernels.torch.support.autocast import once_outside_autocast
 from harness.kernels.triton.support.grouped_lora import INNER, MOST_REGISTERS, expand, outer, shrink, tile
 from harness.kernels.triton.support.launch import launch
 
@@ -104,8 +103,7 @@ class _MultiLora(torch.autograd.Function):
         return y
 
     @staticmethod
-    @outside_autocast
-    @once_differentiable
+    @once_outside_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, ids, S, *_ = ctx.saved_tensors
         group, dy = ctx.group, dy.contiguous()
@@ -154,8 +152,8 @@ def multi_lora_linear(
         raise ValueError(f"ids must have shape ({len(x)},), one per sequence, got {tuple(chosen.shape)}")
     known = (chosen >= -1) & (chosen < count)
     if chosen.device.type == "cpu":
-        for wrong in chosen[~known].tolist():
-            raise ValueError(f"id {wrong}: must be an adapter, 0 to {count - 1}, or -1 for none")
+        for invalid in chosen[~known].tolist():
+            raise ValueError(f"id {invalid}: must be an adapter, 0 to {count - 1}, or -1 for none")
     else:
         torch._assert_async(known.all())
     if not count or not x.numel():

@@ -50,9 +50,9 @@ def _fused(
     for start in range(0, D, CHUNK):
         codes = tl.load(codes_at + start // 2)
         scale = tl.load(scale_at + start // BLOCK)[:, None]
-        even, odd = tl.split(tl.reshape(tl.load(x_at + start), [TOKENS, CHUNK // 2, 2]))
-        sums = product(to_dtype(level_by_selection(codes >> 4) * scale, dtype), tl.trans(even), sums)
-        sums = product(to_dtype(level_by_selection(codes & 15) * scale, dtype), tl.trans(odd), sums)
+        first, second = tl.split(tl.reshape(tl.load(x_at + start), [TOKENS, CHUNK // 2, 2]))
+        sums = product(to_dtype(level_by_selection(codes >> 4) * scale, dtype), tl.trans(first), sums)
+        sums = product(to_dtype(level_by_selection(codes & 15) * scale, dtype), tl.trans(second), sums)
     if bias is not None:
         sums += load_as_float32(bias + of_row)[:, None]
     here = (row < E)[:, None] & (token < tokens)[None, :]

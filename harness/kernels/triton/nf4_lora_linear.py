@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from harness.kernels.torch.support.autocast import outside_autocast
+from harness.kernels.torch.support.autocast import once_outside_autocast
 from harness.kernels.triton import lora_linear, nf4
 from harness.kernels.triton.support.low_rank_arguments import checked, contiguous, matrix
+
+Packed = tuple[Tensor, Tensor, int, Sequence[int]]
+"""Bytes, absmax, block and shape (E, D) of a weight."""
 
 
 class _Nf4LoraLinear(torch.autograd.Function):
@@ -23,31 +25,28 @@ class _Nf4LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        packed: Tensor,
-        absmax: Tensor,
-        block: int,
-        shape: Sequence[int],
+        weight: Packed,
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
         scaling: float,
         mask: Tensor | None,
     ) -> Tensor:
-        W = nf4.dequantize(packed, absmax, block, shape, x.dtype)
-        y, S = lora_linear.forward(x, W, bias, A, B, scaling, mask)
+        y, S = lora_linear.forward(x, nf4.dequantize(*weight, x.dtype), bias, A, B, scaling, mask)
+        packed, absmax, *ctx.layout = weight
         ctx.save_for_backward(x, packed, absmax, A, B, S, mask)
-        ctx.block, ctx.shape, ctx.scaling = block, shape, scaling
+        ctx.scaling = scaling
         return y
 
     @staticmethod
-    @outside_autocast
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_outside_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, packed, absmax, A, B, S, mask = ctx.saved_tensors
-        need_x, need_A, need_B = (ctx.needs_input_grad[at] for at in (0, 6, 7))
-        W = nf4.dequantize(packed, absmax, ctx.block, ctx.shape, x.dtype) if need_x else None
+        need_x, _, _, need_A, need_B = ctx.needs_input_grad[:5]
+        block, shape = ctx.layout
+        W = nf4.dequantize(packed, absmax, block, shape, x.dtype) if need_x else None
         dx, dA, dB = lora_linear.backward(dy, x, W, A, B, S, ctx.scaling, mask, (need_x, need_A, need_B))
-        return dx, None, None, None, None, None, dA, dB, None, None
+        return dx, None, None, dA, dB, None, None
 
 
 def nf4_lora_linear(
@@ -68,8 +67,6 @@ def nf4_lora_linear(
     as `lora_linear` and `nf4.dequantize` do.
     """
     checked(x, shape, A, B, mask, bias=bias)
-    dropped = None if mask is None else matrix(mask)
-    y: Tensor = _Nf4LoraLinear.apply(
-        matrix(x), packed, absmax, block, tuple(shape), contiguous(bias), A, B, scaling, dropped
-    )
+    weight = packed, absmax, block, tuple(shape)
+    y: Tensor = _Nf4LoraLinear.apply(matrix(x), weight, contiguous(bias), A, B, scaling, matrix(mask))
     return y.view(*x.shape[:-1], shape[0])

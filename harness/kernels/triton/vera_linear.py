@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from harness.kernels.torch.support.autocast import outside_autocast
+from harness.kernels.torch.support.autocast import once_outside_autocast
 from harness.kernels.triton.support.low_rank_arguments import checked, contiguous, matrix
 from harness.kernels.triton.support.low_rank_gemm import low_rank_gemm
 from harness.kernels.triton.support.shrink import shrink, shrink_and_sum
@@ -38,8 +37,7 @@ class _VeraLinear(torch.autograd.Function):
         return low_rank_gemm(x, W.T, h, B.T, term_scale=b, bias=bias)
 
     @staticmethod
-    @outside_autocast
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_outside_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         W, A, B, b, d, mask, u, h = ctx.saved_tensors
         need_x, need_b, need_d = (ctx.needs_input_grad[at] for at in (0, 5, 6))
@@ -70,6 +68,5 @@ def vera_linear(
     d: A and B are frozen. Raises ValueError for wrong shapes or dtypes, and if W or bias requires a gradient.
     """
     checked(x, W, A, B, mask, bias=bias, b=b, d=d)
-    dropped = None if mask is None else matrix(mask)
-    y: Tensor = _VeraLinear.apply(matrix(x), W, contiguous(bias), A, B, b.contiguous(), d.contiguous(), dropped)
+    y: Tensor = _VeraLinear.apply(matrix(x), W, contiguous(bias), A, B, b.contiguous(), d.contiguous(), matrix(mask))
     return y.view(*x.shape[:-1], len(W))

@@ -10,12 +10,12 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import Unsupported
-from harness.methods.registry import Implementation, implements
+from harness.methods.registry import Implementation, implementations_in, implements
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-_HOW: dict[str, Any] = {
+_OPERATION: dict[str, Any] = {
     "name": "bitsandbytes-triton", "kind": "operation", "dtypes": ("float32", "float16"), "devices": ("cpu",),
     "requires": ["triton", "bitsandbytes"],
 }  # fmt: skip
@@ -34,7 +34,7 @@ def _require_interpreter(blocks: int, values: Tensor | None = None) -> None:
 
 
 def _quantize(form: str) -> Implementation:
-    @implements(f"{form}_quantize", **_HOW)
+    @implements(f"{form}_quantize", **_OPERATION)
     def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
         import torch
 
@@ -54,7 +54,7 @@ def _quantize(form: str) -> Implementation:
 
 
 def _dequantize(form: str) -> Implementation:
-    @implements(f"{form}_dequantize", **_HOW)
+    @implements(f"{form}_dequantize", **_OPERATION)
     def dequantize(packed: Tensor, absmax: Tensor, block: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         import torch
 
@@ -72,7 +72,7 @@ nf4_quantize, fp4_quantize = _quantize("nf4"), _quantize("fp4")
 nf4_dequantize, fp4_dequantize = _dequantize("nf4"), _dequantize("fp4")
 
 
-@implements("dynamic_quantize", **_HOW)
+@implements("dynamic_quantize", **_OPERATION)
 def dynamic_quantize(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
     """Quantise by the 8-bit kernel with the dynamic map."""
     _require_interpreter(-(-x.numel() // block), x)
@@ -85,7 +85,7 @@ def dynamic_quantize(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tenso
     return codes, absmax.float()
 
 
-@implements("adamw8bit_step", **_HOW)
+@implements("adamw8bit_step", **_OPERATION)
 def adamw8bit_step(
     p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, step: int, lr: float,
     betas: tuple[float, float], eps: float, weight_decay: float,
@@ -98,8 +98,8 @@ def adamw8bit_step(
     from bitsandbytes.functional import create_dynamic_map
 
     # Its operators and its optimizer pass contiguous tensors to the kernels, and so does this.
-    given = {"p": p, "state1": m, "absmax1": m_absmax, "state2": v, "absmax2": v_absmax}
-    after = {name: t.clone(memory_format=torch.contiguous_format) for name, t in given.items()}
+    state = {"p": p, "state1": m, "absmax1": m_absmax, "state2": v, "absmax2": v_absmax}
+    after = {name: t.clone(memory_format=torch.contiguous_format) for name, t in state.items()}
     kernels_optim.optimizer_update_8bit_blockwise_impl(
         optimizer_name="adam", g=g.contiguous(),
         beta1=betas[0], beta2=betas[1], beta3=0.0, alpha=0.0, eps=eps, step=step, lr=lr,
@@ -111,4 +111,4 @@ def adamw8bit_step(
 
 def implementations() -> list[Implementation]:
     """Return the Implementations of this file."""
-    return [one for one in globals().values() if isinstance(one, Implementation)]
+    return implementations_in(__name__)

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from harness.errors import Unsupported
-from harness.methods.registry import Implementation, implements
+from harness.methods.registry import DTYPES, Implementation, implementations_in, implements
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
     from harness.methods.spec import Adapted
     from reference.galore import Config
-DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 @implements("galore", name="galore-torch", dtypes=DTYPES, requires=["galore_torch"])
@@ -37,64 +36,40 @@ def galore(model: nn.Module, config: Config, generator: Generator) -> Adapted:
             c = self.config
             projected = {id(layer.weight): layer.weight for layer in self.layers.values()}
             rest = [p for p in self.parameters() if id(p) not in projected]
-            how = {"rank": c.rank, "update_proj_gap": c.update_gap, "scale": c.scale, "proj_type": c.side}
-            groups: list[dict[str, Any]] = [
-                {"params": list(projected.values()), **how},
-                *([{"params": rest}] if rest else []),
-            ]
-            knobs: dict[str, Any] = {"lr": lr, "betas": (c.beta1, c.beta2), "eps": c.eps, "weight_decay": weight_decay}
+            projection = {"rank": c.rank, "update_proj_gap": c.update_gap, "scale": c.scale, "proj_type": c.side}
+            groups: list[dict[str, Any]] = [{"params": list(projected.values()), **projection}]
+            groups += [{"params": rest}] if rest else []
+            options: dict[str, Any] = {
+                "lr": lr,
+                "betas": (c.beta1, c.beta2),
+                "eps": c.eps,
+                "weight_decay": weight_decay,
+            }
             if bits == 8:
-                return _in_8_bits([{**group, "bits": bits} for group in groups], **knobs)
+                return _in_8_bits([{**group, "bits": bits} for group in groups], **options)
             from galore_torch import GaLoreAdamW
 
-            return GaLoreAdamW(groups, no_deprecation_warning=True, **knobs)
+            return GaLoreAdamW(groups, no_deprecation_warning=True, **options)
 
     adapted = attach(model, config, generator)
     return ByGaloreTorch(adapted.model, adapted.layers, adapted.config)
 
 
 @implements("galore_step", name="galore-torch", kind="operation", dtypes=DTYPES, requires=["galore_torch"])
-def galore_step(
-    W: Tensor,
-    G: Tensor,
-    P: Tensor | None,
-    Q: Tensor | None,
-    M: Tensor,
-    V: Tensor,
-    side: str,
-    step: int,
-    lr: float,
-    scale: float,
-    **how: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Take one step of GaLoreAdamW with given projector and moments."""
+def galore_step(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Take one step of GaLoreAdamW with given projector and moments; for the arguments see `_optimizer`."""
     from galore_torch import GaLoreAdamW
 
-    p, group, projector = _given(W, G, P, Q, side, scale)
-    optimizer = GaLoreAdamW([group], lr=lr, no_deprecation_warning=True, **how)
-    state = {"step": step - 1, "projector": projector, "exp_avg": M.clone(), "exp_avg_sq": V.clone()}
-    optimizer.state[p].update(state)
+    p, optimizer, state = _optimizer(GaLoreAdamW, no_deprecation_warning=True, **arguments)
+    state |= {"step": step - 1, "exp_avg": M.clone(), "exp_avg_sq": V.clone()}
     optimizer.step()
-    return p.detach(), optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]
+    return p.detach(), state["exp_avg"], state["exp_avg_sq"]
 
 
 @implements(
-    "galore_step", name="galore-torch-8bit", kind="operation", dtypes=("float32", "bfloat16", "float16"),
-    requires=["galore_torch", "bitsandbytes"],
+    "galore_step", name="galore-torch-8bit", kind="operation", requires=["galore_torch", "bitsandbytes"]
 )  # fmt: skip
-def galore_step_8bit(
-    W: Tensor,
-    G: Tensor,
-    P: Tensor | None,
-    Q: Tensor | None,
-    M: Tensor,
-    V: Tensor,
-    side: str,
-    step: int,
-    lr: float,
-    scale: float,
-    **how: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+def galore_step_8bit(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Take one step of GaLoreAdamW8bit with moments of fewer than 4096 elements, which it stores in float32.
 
     Returns them in the dtype of the given moments. Raises Unsupported for larger ones, which it stores in 8 bits.
@@ -104,53 +79,61 @@ def galore_step_8bit(
 
     if M.numel() >= 4096:
         raise Unsupported("GaLoreAdamW8bit stores moments of 4096 elements or more in 8 bits")
-    p, group, projector = _given(W, G, P, Q, side, scale)
-    optimizer = GaLoreAdamW8bit([group], lr=lr, **how)
-    p.data = torch.zeros_like(M)  # as in its own step when it creates the state
+    p, optimizer, state = _optimizer(GaLoreAdamW8bit, **arguments)
+    weight, p.data = p.data, torch.zeros_like(M)  # as in its own step when it creates the state
     optimizer.init_state(optimizer.param_groups[0], p, 0, 0)
-    p.data = W.clone()
-    state = optimizer.state[p]
-    state.update({"step": step - 1, "projector": projector})
+    p.data = weight
+    state["step"] = step - 1
     state["state1"].copy_(M)
     state["state2"].copy_(V)
-    # It synchronises CUDA after every parameter, even on a CPU, and raises without CUDA.
-    with patch("torch.cuda.synchronize") if not torch.cuda.is_available() else nullcontext():
+    with _without_cuda():
         optimizer.step()
     return p.detach(), state["state1"].to(M.dtype), state["state2"].to(V.dtype)
 
 
-def _in_8_bits(groups: list[dict[str, Any]], **how: Any) -> Any:
-    """Return a GaLoreAdamW8bit that also steps without CUDA."""
+def _without_cuda() -> Any:
+    """Return a context without `torch.cuda.synchronize`, which GaLoreAdamW8bit calls on a CPU too, where CUDA is missing."""
     import torch
+
+    return nullcontext() if torch.cuda.is_available() else patch("torch.cuda.synchronize")
+
+
+def _in_8_bits(groups: list[dict[str, Any]], **options: Any) -> Any:
+    """Return a GaLoreAdamW8bit that also steps without CUDA."""
     from galore_torch import GaLoreAdamW8bit
 
     class AnywhereGaLoreAdamW8bit(GaLoreAdamW8bit):  # type: ignore[misc]  # the package has no types
         def step(self, closure: Callable[[], float] | None = None) -> Any:
             """Take a step without the synchronisation of CUDA, which raises without CUDA."""
-            with patch("torch.cuda.synchronize") if not torch.cuda.is_available() else nullcontext():
+            with _without_cuda():
                 return super().step(closure)
 
-    return AnywhereGaLoreAdamW8bit(groups, **how)
+    return AnywhereGaLoreAdamW8bit(groups, **options)
 
 
-def _given(
-    W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, side: str, scale: float
-) -> tuple[Any, dict[str, Any], Any]:
-    """Return the parameter with its gradient, its group, and a projector that is not due for a refresh."""
+def _optimizer(
+    kind: Any, W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, side: str, scale: float, **options: Any
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Return a parameter with a gradient, its optimizer, and the state with a projector that is not due for a refresh.
+
+    options: of the optimizer, such as lr.
+    """
     import torch
     from galore_torch.galore_projector import GaLoreProjector
 
     p = torch.nn.Parameter(W.clone())
     p.grad = G.clone()
     rank = min(t.shape[1] for t in (P, Q) if t is not None)
-    rarely = {"rank": rank, "update_proj_gap": 1_000_000, "scale": scale, "proj_type": side}
-    projector = GaLoreProjector(rank, update_proj_gap=1_000_000, scale=scale, proj_type=side)
+    projection = {"update_proj_gap": 1_000_000, "scale": scale, "proj_type": side}
+    projector = GaLoreProjector(rank, **projection)
     # It stores P, and Q transposed; a list of both for `full`.
-    both = [*([P] if P is not None else []), *([Q.T.contiguous()] if Q is not None else [])]
-    projector.ortho_matrix = both if side == "full" else both[0]
-    return p, {"params": [p], **rarely}, projector
+    bases = [*([P] if P is not None else []), *([Q.T.contiguous()] if Q is not None else [])]
+    projector.ortho_matrix = bases if side == "full" else bases[0]
+    optimizer = kind([{"params": [p], "rank": rank, **projection}], **options)
+    optimizer.state[p]["projector"] = projector
+    return p, optimizer, optimizer.state[p]
 
 
 def implementations() -> list[Implementation]:
     """Return the Implementations of this file."""
-    return [one for one in globals().values() if isinstance(one, Implementation)]
+    return implementations_in(__name__)

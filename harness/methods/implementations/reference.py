@@ -7,14 +7,13 @@ import pkgutil
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from harness.methods.registry import Implementation, implements
+from harness.methods.registry import DTYPES, Implementation, implements
 from harness.methods.spec import methods
 
 if TYPE_CHECKING:
     from torch import Generator, nn
 
     from harness.methods.spec import Adapted
-DTYPES = ("float64", "float32", "bfloat16", "float16")
 OPERATIONS = "harness.conformance.operations"
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import Unsupported
-from harness.methods.registry import Implementation, implements
+from harness.methods.registry import Implementation, implementations_in, implements
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-DTYPES = ("float32", "bfloat16", "float16")
-_HOW: dict[str, Any] = {"name": "torchao", "kind": "operation", "dtypes": DTYPES, "requires": ["torchao"]}
+_OPERATION: dict[str, Any] = {"name": "torchao", "kind": "operation", "requires": ["torchao"]}
 BLOCK, SCALER_BLOCK = 64, 256
 
 
-@implements("nf4_quantize", **_HOW)
+@implements("nf4_quantize", **_OPERATION)
 def nf4_quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Return the bytes of `to_nf4` and the absmax that it divides by, before its own quantisation of the absmax.
 
@@ -29,7 +28,7 @@ def nf4_quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return packed.quantized_data.flatten(), nf4_tensor.get_block_absmax(W.flatten(), block).float()
 
 
-@implements("nf4-dq", **_HOW | {"kind": "base"})
+@implements("nf4-dq", **_OPERATION | {"kind": "base"})
 def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, int, bool]]:
     """Replace the linear layers at `paths` by layers on an NF4Tensor; return path -> (bytes, decoded absmax, block, True).
 
@@ -45,9 +44,8 @@ def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, 
 
         def __init__(self, dense: torch.nn.Linear) -> None:
             super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")
-            self.packed = [
-                nf4_tensor.to_nf4(dense.weight.detach(), BLOCK, SCALER_BLOCK)
-            ]  # in a list, or it is a buffer
+            # In a list, since a module would register a tensor as its own.
+            self.packed = [nf4_tensor.to_nf4(dense.weight.detach(), BLOCK, SCALER_BLOCK)]
             self.weight = torch.nn.Parameter(self.packed[0].quantized_data, requires_grad=False)
             self.compute_dtype = dtype
             if dense.bias is not None:
@@ -69,27 +67,27 @@ def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, 
     return forms
 
 
-@implements("adamw8bit_step", **_HOW)
-def adamw8bit_step(p: Tensor, g: Tensor, step: int, **others: Any) -> tuple[Tensor, ...]:
-    """Take one step of AdamW8bit from a given state. others: m, m_absmax, v, v_absmax and the optimizer's options.
+@implements("adamw8bit_step", **_OPERATION)
+def adamw8bit_step(p: Tensor, g: Tensor, step: int, **options: Any) -> tuple[Tensor, ...]:
+    """Take one step of AdamW8bit from a given state. options: m, m_absmax, v, v_absmax and the optimizer's options.
 
     Raises Unsupported for sizes with 32-bit states in torchao.
     """
     import torch
     from torchao.optim import AdamW8bit
 
-    given = {name: others.pop(name) for name in ("m", "m_absmax", "v", "v_absmax")}
+    moments = {name: options.pop(name) for name in ("m", "m_absmax", "v", "v_absmax")}
     if p.numel() < 4096 or p.numel() % 256:
         raise Unsupported("torchao has 32-bit states for fewer than 4096 elements, or no multiple of 256")
     p = torch.nn.Parameter(p.clone())
     p.grad = g.clone()
-    optimizer = AdamW8bit([p], **others)
+    optimizer = AdamW8bit([p], **options)
     state = {"step": torch.tensor(step - 1.0)}
-    for theirs, ours, signed in (("exp_avg", "m", True), ("exp_avg_sq", "v", False)):
+    for torchao_name, name, signed in (("exp_avg", "m", True), ("exp_avg_sq", "v", False)):
         moment = optimizer._new_buffer(p, signed)
-        moment.codes.copy_(given[ours].view(p.shape))
-        moment.scale.copy_(given[f"{ours}_absmax"])
-        state[theirs] = moment
+        moment.codes.copy_(moments[name].view(p.shape))
+        moment.scale.copy_(moments[f"{name}_absmax"])
+        state[torchao_name] = moment
     optimizer.state[p].update(state)
     with torch.compiler.set_stance("force_eager"):  # otherwise it compiles for every shape
         optimizer.step()
@@ -99,4 +97,4 @@ def adamw8bit_step(p: Tensor, g: Tensor, step: int, **others: Any) -> tuple[Tens
 
 def implementations() -> list[Implementation]:
     """Return the Implementations of this file."""
-    return [one for one in globals().values() if isinstance(one, Implementation)]
+    return implementations_in(__name__)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from harness.analysis.comparison import against_baseline
 from harness.analysis.comparison.baseline_rows import Margins
@@ -14,6 +11,7 @@ from harness.analysis.run_facts import analyse
 from harness.console import echo
 from harness.errors import Exit
 from harness.records import store
+from harness.regression import collector
 from harness.regression.baseline import store as baselines
 from harness.regression.outputs import document, terminal
 from harness.regression.outputs.files import Outputs
@@ -29,7 +27,7 @@ def gate(
     """
     outputs.refuse()
     found, path = baselines.find(baseline), store.find_run(name)
-    with _without_cycles():
+    with collector.paused():
         base, new = store.read_run(found.path), store.read_run(path)
         against = against_baseline.judge(analyse(base), analyse(new), margins=margins, strict=strict)
         title = f"{new.manifest.run} against {found.name}"
@@ -38,7 +36,7 @@ def gate(
         if as_json:
             echo(json.dumps(document.document(against, found, new), indent=1))
         else:
-            echo("\n".join([f"{title}: {_origin(found)}", "", *terminal.lines(against, all_rows=all_rows)]))
+            echo("\n".join([f"{title}: {found.origin}", "", *terminal.lines(against, all_rows=all_rows)]))
         outputs.annotate(against)
     return against.exit
 
@@ -56,40 +54,11 @@ def list_(as_json: bool) -> Exit:
     """Print the baselines."""
     known = baselines.known()
     if as_json:
-        rows = [
-            {"name": b.name, "path": str(b.path), "why": b.why}
-            | ({} if b.provenance is None else b.provenance.model_dump(mode="json", by_alias=True))
-            for b in known
-        ]
-        echo(json.dumps({"schema": document.SCHEMA, "baselines": rows}, indent=1))
+        echo(json.dumps({"schema": document.SCHEMA, "baselines": [b.document() for b in known]}, indent=1))
         return Exit.PASS
     for b in known:
-        echo(f"{b.name}: {_origin(b)}")
+        echo(f"{b.name}: {b.origin}")
     if not known:
-        print(
-            f"no baseline in {baselines.BASELINES}: `peft-harness baseline promote RUN NAME --reason ...`",
-            file=sys.stderr,
-        )
+        how = "`peft-harness baseline promote RUN NAME --reason ...`"
+        print(f"no baseline in {baselines.BASELINES}: {how}", file=sys.stderr)
     return Exit.PASS
-
-
-def _origin(baseline: baselines.Baseline) -> str:
-    provenance = baseline.provenance
-    if provenance is None:
-        return f"of unknown origin ({baseline.why})"
-    code = ", ".join(provenance.git_shas[:1] or provenance.code_versions[:1])[:12]
-    origin = f"run {provenance.run} at {code or 'unknown code'}"
-    return f"{origin}, promoted {provenance.promoted} by {provenance.author}: {provenance.reason}"
-
-
-@contextmanager
-def _without_cycles() -> Iterator[None]:
-    """Pause the garbage collector, which would scan thousands of Records again and again; none of them is in a cycle."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.freeze()  # so that its first run does not scan all that was read
-            gc.enable()

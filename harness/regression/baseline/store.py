@@ -10,11 +10,11 @@ import getpass
 import os
 import re
 import shutil
-import subprocess
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, ValidationError
 
@@ -24,6 +24,7 @@ from harness.records import naming, store
 from harness.records.base_model import FrozenModel
 from harness.records.record import SCHEMA, Status
 from harness.records.store import Run
+from harness.regression import git
 
 BASELINES = Path("results") / "baselines"
 PROVENANCE = "baseline.json"
@@ -60,6 +61,20 @@ class Baseline:
     why: str = ""
     """Reason why there is no provenance."""
 
+    @property
+    def origin(self) -> str:
+        """The origin, author and reason in words."""
+        p = self.provenance
+        if p is None:
+            return f"of unknown origin ({self.why})"
+        code = ", ".join(p.git_shas[:1] or p.code_versions[:1])[:12]
+        return f"run {p.run} at {code or 'unknown code'}, promoted {p.promoted} by {p.author}: {p.reason}"
+
+    def document(self) -> dict[str, Any]:
+        """Return the baseline and its provenance for JSON."""
+        provenance = self.provenance.model_dump(mode="json", by_alias=True) if self.provenance else {}
+        return {"name": self.name, "path": str(self.path), "why": self.why, **provenance}
+
 
 def known(baselines: Path = BASELINES) -> list[Baseline]:
     """List the baselines by name."""
@@ -70,12 +85,9 @@ def find(name: str, baselines: Path = BASELINES) -> Baseline:
     """Return a baseline by its name. Raises UsageError for an unknown name."""
     if _NAME.fullmatch(name) and (baselines / name / "run.json").is_file():
         return _read(baselines / name)
-    names = [path.parent.name for path in sorted(baselines.glob("[!.]*/run.json"))]
-    hint = (
-        did_you_mean(name, names, "there are")
-        if names
-        else "`peft-harness baseline promote RUN NAME --reason ...` makes one"
-    )
+    names = [baseline.name for baseline in known(baselines)]
+    hint = "`peft-harness baseline promote RUN NAME --reason ...` makes one"
+    hint = did_you_mean(name, names, "there are") if names else hint
     raise UsageError(f"no baseline `{name}`", where=str(baselines), hint=hint)
 
 
@@ -93,19 +105,12 @@ def promote(
         raise RefusedError(str(run.path), problems)
     versions = Counter(record.environment.code_version for record in run.records)
     shas = Counter(record.environment.git_sha for record in run.records if record.environment.git_sha)
-    replaced = _run_of(target)
+    old = _read(target).provenance if target.exists() else None
     provenance = Provenance(
-        schema=SCHEMA,
-        name=name,
-        run=run.manifest.run,
-        suite=run.manifest.suite,
-        code_versions=[version for version, _ in versions.most_common()],
-        git_shas=[sha for sha, _ in shas.most_common()],
-        author=author.strip() or _author(),
-        promoted=store.now(),
-        reason=reason.strip(),
-        replaces=replaced,
-    )
+        schema=SCHEMA, name=name, run=run.manifest.run, suite=run.manifest.suite,
+        code_versions=[version for version, _ in versions.most_common()], git_shas=[sha for sha, _ in shas.most_common()],
+        author=author.strip() or _author(), promoted=store.now(), reason=reason.strip(), replaces=old.run if old else "",
+    )  # fmt: skip
     sealed = run.footer.sha256 if run.footer else {}
     try:
         _copy(run.path, [*sealed, "footer.json"], target, provenance)
@@ -117,11 +122,10 @@ def promote(
 
 def _misnamed(name: str, reason: str) -> Iterator[Problem]:
     if not _NAME.fullmatch(name) or name.endswith("."):
-        yield Problem(
-            "NAME", f"{name!r} cannot be the name of a folder", "letters, digits, `.`, `_` and `-`, e.g. quick-cpu"
-        )
+        hint = "letters, digits, `.`, `_` and `-`, e.g. quick-cpu"
+        yield Problem("NAME", f"{name!r} cannot be the name of a folder", hint)
     if not reason.strip():
-        yield Problem("--reason", "is empty", "say why later runs are compared with this one")
+        yield Problem("--reason", "is empty", "give the reason why later runs are compared with this one")
 
 
 def _taken(target: Path, replace: bool) -> Iterator[Problem]:
@@ -138,14 +142,11 @@ def _unfit(run: Run) -> Iterator[Problem]:
     elif run.footer.how != "finished":
         yield Problem("footer.json", f"the run was {run.footer.how}", "finish it with --resume")
     elif not run.footer.sha256:
-        yield Problem(
-            "footer.json", "holds no hashes, so that a changed Record would not be seen", "run the suite again"
-        )
-    if run.missing():
-        absent = first_names([names[i] for i in run.missing()])
-        yield Problem(
-            "run.json", f"{plural(len(run.missing()), 'Cell')} without any Record: {absent}", "finish it with --resume"
-        )
+        what = "holds no hashes, so that a changed Record would not be detected"
+        yield Problem("footer.json", what, "run the suite again")
+    if missing := run.missing():
+        what = f"{plural(len(missing), 'Cell')} without any Record: {first_names([names[i] for i in missing])}"
+        yield Problem("run.json", what, "finish it with --resume")
     for file, why in run.broken.items():
         if file != "footer.json":
             yield Problem(f"cells/{file}", why, "move the file away and --resume the run")
@@ -205,25 +206,9 @@ def _read(path: Path) -> Baseline:
     return Baseline(path.name, path, found)
 
 
-def _run_of(target: Path) -> str:
-    old = _read(target).provenance if target.exists() else None
-    return old.run if old else ""
-
-
 def _author() -> str:
-    """Return the author: git's user, or the name of the account."""
-    found = [_git(key) for key in ("user.name", "user.email")]
-    if all(found):
-        return f"{found[0]} <{found[1]}>"
+    """Return git's user, or the name of the account."""
     try:
-        return found[0] or getpass.getuser()
+        return git.user() or getpass.getuser()
     except (OSError, KeyError):  # the account has no name, as in some containers
         return f"uid {os.getuid()}"
-
-
-def _git(key: str) -> str:
-    try:
-        done = subprocess.run(["git", "config", key], capture_output=True, text=True, check=False, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""

@@ -13,7 +13,7 @@ from harness.records import store
 from harness.records.record import Status
 from harness.records.store import Run
 from harness.regression.history import night_files
-from harness.regression.history.night_files import AttemptRow, Fields, Night, RunHeader
+from harness.regression.history.night_files import AttemptRow, Night, RunHeader
 
 
 @dataclass
@@ -58,6 +58,7 @@ def add(names: Sequence[str], folder: Path, night: str | None = None) -> Exit:
 
 
 def _add(run: Run, folder: Path, name: str, added: Added) -> None:
+    """Add one run to the night `name`, and write the files of the history if that changes them."""
     if not night_files.is_night(name):
         raise UsageError(f"has no start date: {run.manifest.started!r}", where=str(run.path), hint="give its --night")
     _refuse_other_night(run, folder, name)
@@ -66,21 +67,20 @@ def _add(run: Run, folder: Path, name: str, added: Added) -> None:
     path = folder / f"{name}.jsonl"
     night = (night_files.read_night(path, broken) if path.exists() else None) or Night(name)
     _refuse_broken(broken, path)
-    rows = {(row["cell"], row["run"]): row for row in night.rows}
-    places: dict[str, dict[str, str]] = {}
-    found = list(_rows(run, places, added))
-    new = {(row["cell"], row["run"]): row for row in found if rows.get((row["cell"], row["run"])) != row}
-    added.rows += len(found)
-    added.nights[name] = added.nights.get(name, 0) + len(new)
+    known = {(row["cell"], row["run"]): row for row in night.rows}
+    rows = {(row["cell"], row["run"]): row for row in _rows(run, night, added)}
+    new = sum(known.get(key) != row for key, row in rows.items())
+    added.rows += len(rows)
+    added.nights[name] = added.nights.get(name, 0) + new
     header = _header(run)
-    if new or (found and night.runs.get(header["run"]) != header):
-        cells: dict[str, Fields] = {r.cell_id: r.cell.model_dump(mode="json") for r in run.latest().values()}
-        known = night_files.cells(folder, broken)
+    if new or (rows and night.runs.get(header["run"]) != header):
+        cells = night_files.cells(folder, broken)
         _refuse_broken(broken, folder)
-        night_files.write_cells(folder, known | cells)
+        night_files.write_cells(
+            folder, cells | {r.cell_id: r.cell.model_dump(mode="json") for r in run.latest().values()}
+        )
         night.runs[header["run"]] = header
-        night.places |= places
-        night.rows = list((rows | new).values())
+        night.rows = list((known | rows).values())
         night_files.write_night(folder, night)
 
 
@@ -88,27 +88,26 @@ def _refuse_broken(broken: dict[str, str], where: Path) -> None:
     """Refuse to rewrite a file with unreadable parts: they would be deleted."""
     if broken:
         what = "; ".join(f"{file}: {why}" for file, why in broken.items())
-        raise UsageError(
-            f"not as `history add` left it: {what}", where=str(where), hint="restore it from git, then add"
-        )
+        hint = "restore it from git, then add"
+        raise UsageError(f"not as `history add` left it: {what}", where=str(where), hint=hint)
 
 
 def _header(run: Run) -> RunHeader:
-    m = run.manifest
-    e = m.environment
+    m, e = run.manifest, run.manifest.environment
     return {
         "run": m.run, "started": m.started, "suite": m.suite, "code_version": e.code_version, "git_sha": e.git_sha,
         "git_dirty": e.git_dirty, "software": dict(sorted(e.software.items())),
     }  # fmt: skip
 
 
-def _rows(run: Run, places: dict[str, dict[str, str]], added: Added) -> Iterator[AttemptRow]:
+def _rows(run: Run, night: Night, added: Added) -> Iterator[AttemptRow]:
+    """Yield a row for each Cell of a run; its place is added to the night."""
     for record in run.latest().values():
         if record.status is Status.SKIPPED:
             continue  # it cannot run here on any night
         place = tracked_metrics.place(record)
         place_id = tracked_metrics.place_id(place)
-        places[place_id] = place
+        night.places[place_id] = place
         row: AttemptRow = {"cell": record.cell_id, "run": record.run, "attempt": record.attempt, "on": place_id}
         if record.status is not Status.OK:
             row["status"] = record.status.value
@@ -122,13 +121,14 @@ def _rows(run: Run, places: dict[str, dict[str, str]], added: Added) -> Iterator
 
 def _note_problems(run: Run, added: Added) -> None:
     """Note the parts of a run that do not count, with the reasons."""
-    notes = [f"left out: {run.path}: {name}: {why}" for name, why in run.broken.items()]
-    notes += [f"left out: {run.path}: {name} {what}" for name, what in run.changed.items()]
-    notes += [f"left out: {run.path}: {cell_id} has no Record" for cell_id in run.missing()]
+    problems = [f"{name}: {why}" for name, why in run.broken.items()]
+    problems += [f"{name} {what}" for name, what in run.changed.items()]
+    problems += [f"{cell_id} has no Record" for cell_id in run.missing()]
+    added.left_out += [f"left out: {run.path}: {problem}" for problem in problems]
     unsealed = run.footer is not None and not run.footer.sha256
     if unsealed:
-        notes.append(f"{run.path}: its footer has no hashes, so that a changed Record would not be detected")
-    added.left_out += notes
+        what = "its footer has no hashes, so that a changed Record would not be detected"
+        added.left_out.append(f"{run.path}: {what}")
     if run.changed:
         added.findings.add(Exit.FAIL)
     if run.broken or run.missing() or unsealed:
@@ -138,14 +138,9 @@ def _note_problems(run: Run, added: Added) -> None:
 def _refuse_other_night(run: Run, folder: Path, name: str) -> None:
     """Refuse a run that is a pass of another night: it would count twice."""
     mark = f'{{"run":"{run.manifest.run}",'
-    for path in sorted(folder.glob("*.jsonl")):
-        if (
-            night_files.is_night(path.stem)
-            and path.stem != name
-            and mark in path.read_text(encoding="utf-8", errors="replace")
-        ):
-            raise UsageError(
-                f"run {run.manifest.run} is a pass of the night {path.stem} already",
-                where=f"--night {name}",
-                hint=f"add it with --night {path.stem}, or remove it from {path}",
-            )
+    others = [path for path in sorted(folder.glob("*.jsonl")) if night_files.is_night(path.stem) and path.stem != name]
+    for path in others:
+        if mark in path.read_text(encoding="utf-8", errors="replace"):
+            what = f"run {run.manifest.run} is a pass of the night {path.stem} already"
+            hint = f"add it with --night {path.stem}, or remove it from {path}"
+            raise UsageError(what, where=f"--night {name}", hint=hint)

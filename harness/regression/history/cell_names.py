@@ -7,8 +7,7 @@ from pydantic import ValidationError
 from harness.errors import UsageError
 from harness.records import naming
 from harness.records.record import Cell
-from harness.regression.history.decisions import EVERY
-from harness.regression.history.night_files import History
+from harness.regression.history.night_files import EVERY, History
 
 COMMON = "all that this place measures"
 

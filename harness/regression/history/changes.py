@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 from harness.analysis import tracked_metrics
 from harness.analysis.statistics import anchor, change_points
 from harness.analysis.statistics.change_points import FEWEST, LevelChange
-from harness.regression.history.decisions import EVERY, NEAR
+from harness.regression.history.night_files import EVERY, NEAR, Fields, History
 from harness.regression.history.series import HistorySeries
 
 if TYPE_CHECKING:
@@ -31,97 +32,121 @@ class Change:
     """A cell_id, or `*` for the common part of all series of a place."""
     metric: str
     place: str
-    nights: tuple[int, int]
-    """Indices of the last night of the old level and of the first night of the new one."""
+    old_night: str
+    """Last night of the old level."""
+    night: str
+    """First night of the new level."""
     before: float
     """Old level, in the unit of the metric; times are relative to their anchor, the anchor is a ratio."""
     after: float
     """New level."""
     worse: bool
-    settled: int | None = None
-    """Index of the night on which the old level came back."""
-    sure: bool = False
-    """Counted, so that there is nothing to confirm."""
-    young: bool = False
+    settled: str | None = None
+    """Night on which the old level came back."""
+    counted: bool = False
+    """An exact count, so that there is nothing to confirm."""
+    recent: bool = False
     """The new level has lasted one or two nights, so that it is only a suspicion."""
     note: str = ""
 
     @property
-    def change(self) -> float:
-        """The difference of a score; of other metrics after / before - 1, infinity if `before` is 0."""
+    def change(self) -> float | None:
+        """The difference of a score; of other metrics after / before - 1, None if `before` is 0."""
         if tracked_metrics.kind(self.metric) == "score":
             return self.after - self.before
-        return self.after / self.before - 1 if self.before else math.inf
+        return self.after / self.before - 1 if self.before else None
+
+    def document(self, name: str) -> dict[str, Any]:
+        """Return the change for JSON. name: of the Cell."""
+        return {
+            "cell": self.cell, "name": name, "metric": self.metric, "place": self.place, "night": self.night,
+            "before": self.before, "after": self.after, "change": self.change, "worse": self.worse,
+            "settled": self.settled, "note": self.note,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Unanchored:
+    """Times of a place that have no anchor, because there are too few series."""
+
+    place: str
+    metric: str
+    """Family of metrics."""
+    series: int
+
+
+@dataclass(frozen=True)
+class Unjudged:
+    """Nights of a place that have no anchor, so that their times are not judged."""
+
+    place: str
+    metric: str
+    """Family of metrics."""
+    nights: list[str]
 
 
 @dataclass
 class FoundChanges:
     """Changes of all series, and limits of the search."""
 
+    history: History
+    last: str
+    """Last night of all series; only a level that reaches it can be recent."""
     changes: list[Change] = field(default_factory=list)
     machine: list[Change] = field(default_factory=list)
     """Changes of an anchor that the sentinels share."""
-    unanchored: list[tuple[str, str, int]] = field(default_factory=list)
-    """Place, family of metrics and number of series, where these are too few for an anchor."""
-    loose: list[tuple[str, str, list[int]]] = field(default_factory=list)
-    """Place, family of metrics and those nights that have no anchor, so that their times are not judged."""
+    unanchored: list[Unanchored] = field(default_factory=list)
+    unjudged: list[Unjudged] = field(default_factory=list)
     compared: int = 0
     """Number of series that are long enough to show a change."""
-    last: int = 0
-    """Last night of the history; only a level that reaches it can be young."""
 
 
-def find_changes(
-    series: Sequence[HistorySeries], quantization: Mapping[str, str], sentinels: frozenset[str]
-) -> FoundChanges:
-    """Find the changes of all series.
+def find_changes(history: History, series: Sequence[HistorySeries], sentinels: frozenset[str]) -> FoundChanges:
+    """Find the changes of all series of a history.
 
-    quantization: of the base, by cell_id. sentinels: cell_ids. Their times, and those of the bare base models, only show
-    changes of the machine, and are never reported as changes.
+    sentinels: cell_ids. Their times, and those of the bare base models, only show changes of the machine, and are never
+    reported as changes.
     """
-    found = FoundChanges(last=max((night for one in series for night in one.nights), default=0))
+    found = FoundChanges(history, last=max((one.nights[-1] for one in series), default=""))
+    kinds: dict[str | None, list[HistorySeries]] = {}
     for one in series:
-        if tracked_metrics.kind(one.metric) in ("counted", "peak"):
-            found.compared += len(one.nights) > 1
-            found.changes += _counted(one)
-    scores = [one for one in series if tracked_metrics.kind(one.metric) == "score" and len(one.nights) >= FEWEST]
-    if scores:
+        kinds.setdefault(tracked_metrics.kind(one.metric), []).append(one)
+    for one in kinds.get("counted", []) + kinds.get("peak", []):
+        found.compared += len(one.nights) > 1
+        found.changes += _counted(one)
+    if scores := [one for one in kinds.get("score", []) if len(one.nights) >= FEWEST]:
         _scores(scores, found)
-    timed = [one for one in series if tracked_metrics.kind(one.metric) == "timed"]
-    for place in sorted({one.place for one in timed}):
-        here = [one for one in timed if one.place == place]
-        guards = [one for one in here if one.cell in sentinels or _of_base(one, quantization)]
-        watching = {id(one) for one in guards}
-        judged = [one for one in here if id(one) not in watching]
-        for family in sorted({one.metric.partition("/")[0] for one in judged}):
-            _timed(family, [one for one in judged if one.metric.partition("/")[0] == family], guards, found)
+    families: dict[tuple[str, str], list[HistorySeries]] = {}
+    guards: dict[str, list[HistorySeries]] = {}
+    for one in kinds.get("timed", []):
+        if one.cell in sentinels or _is_of_base(one, history.cells):
+            guards.setdefault(one.place, []).append(one)
+        else:
+            families.setdefault((one.place, one.metric.partition("/")[0]), []).append(one)
+    for (place, family), judged in sorted(families.items(), key=lambda item: item[0]):
+        _timed(family, judged, guards.get(place, []), found)
     return found
 
 
-def _of_base(one: HistorySeries, quantization: Mapping[str, str]) -> bool:
-    return tracked_metrics.sentinel(one.metric, quantization.get(one.cell, ""))
+def _is_of_base(one: HistorySeries, cells: Mapping[str, Fields]) -> bool:
+    base = cells.get(one.cell, {}).get("base")
+    return tracked_metrics.sentinel(one.metric, str(base.get("quantization", "")) if isinstance(base, dict) else "")
 
 
 def _counted(one: HistorySeries) -> Iterator[Change]:
     """Yield a change on the first night on which bytes or parameters differ from the level before."""
     if min(one.values) == max(one.values):
         return
-    level, last = one.values[0], one.nights[0]
-    levels = [(last, level)]
-    before = []
-    for night, value in zip(one.nights[1:], one.values[1:], strict=True):
+    levels = [("", one.nights[0], one.values[0])]  # the night before each level, its first night, its value
+    for last, night, value in zip(one.nights, one.nights[1:], one.values[1:], strict=False):
+        level = levels[-1][2]
         if abs(value - level) > tracked_metrics.slack(one.metric, level):
-            levels.append((night, value))
-            before.append(last)
-            level = value
-        last = night
-    for number, (last, (_, old), (night, new)) in enumerate(zip(before, levels, levels[1:], strict=False)):
-        worse = tracked_metrics.got_worse(one.metric, old, new)
-        allowed, counted = tracked_metrics.slack(one.metric, old), tracked_metrics.kind(one.metric) == "counted"
-        back = (n for n, later in levels[number + 2 :] if (later <= old + allowed if new > old else later == old))
-        yield Change(
-            one.cell, one.metric, one.place, (last, night), old, new, worse, next(back, None), sure=counted
-        )  # fmt: skip
+            levels.append((last, night, value))
+    counted = tracked_metrics.kind(one.metric) == "counted"
+    for number, ((_, _, old), (last, night, new)) in enumerate(pairwise(levels)):
+        worse, allowed = tracked_metrics.got_worse(one.metric, old, new), tracked_metrics.slack(one.metric, old)
+        back = (n for _, n, later in levels[number + 2 :] if (later <= old + allowed if new > old else later == old))
+        yield Change(one.cell, one.metric, one.place, last, night, old, new, worse, next(back, None), counted=counted)
 
 
 def _scores(scores: Sequence[HistorySeries], found: FoundChanges) -> None:
@@ -132,9 +157,7 @@ def _scores(scores: Sequence[HistorySeries], found: FoundChanges) -> None:
     for one, v in zip(scores, values, strict=True):
         found.compared += 1
         steps = change_points.steps(v, least=SCORE_LEAST, shared=shared, floor=_SCORE_FLOOR)
-        for number, step in enumerate(steps):
-            back = _back(steps[number + 1 :], step, SCORE_LEAST)
-            found.changes.append(_change(one, one.nights, step, step.before, step.after, step.change < 0, back))
+        found.changes += _changes(one, one.nights, steps, SCORE_LEAST)
 
 
 def _timed(family: str, judged: Sequence[HistorySeries], guards: Sequence[HistorySeries], found: FoundChanges) -> None:
@@ -146,24 +169,29 @@ def _timed(family: str, judged: Sequence[HistorySeries], guards: Sequence[Histor
     logs = _logs(judged, nights)
     common = anchor.anchor(logs)
     if not np.isfinite(common).any():
-        found.unanchored.append((place, family, len(judged)))
+        found.unanchored.append(Unanchored(place, family, len(judged)))
         relative = logs
     else:
         relative = logs - common
-        if loose := [night for night, value in zip(nights, common, strict=True) if math.isnan(value)]:
-            found.loose.append((place, family, loose))
+        if unanchored := [night for night, value in zip(nights, common, strict=True) if math.isnan(value)]:
+            found.unjudged.append(Unjudged(place, family, unanchored))
     rows = [(one, np.flatnonzero(np.isfinite(row)), row) for one, row in zip(judged, relative, strict=True)]
-    rows = [(one, there, row[there]) for one, there, row in rows if len(there) >= FEWEST]
+    rows = [(one, present, row[present]) for one, present, row in rows if len(present) >= FEWEST]
     noises = [change_points.noise(row) for _, _, row in rows]
     shared = float(np.median(noises)) if rows else 0.0
-    for (one, there, row), noise in zip(rows, noises, strict=True):
+    for (one, present, row), noise in zip(rows, noises, strict=True):
         found.compared += 1
-        own = nights if len(there) == len(nights) else [nights[i] for i in there]
-        steps = _steps(one, own, row, shared, noise)
-        found.changes += steps
+        own = nights if len(present) == len(nights) else [nights[i] for i in present]
+        changes = _log_changes(one, own, row, shared, noise)
+        found.changes += changes
         if own[-1] == found.last:
-            since = own.index(steps[-1].nights[1]) if steps else 0
-            found.changes += _suspicion(one, own, row, shared, noise, since)
+            since = own.index(changes[-1].night) if changes else 0
+            least = math.log1p(TIMED_LEAST)
+            if step := change_points.suspect(row, since=since, least=least, shared=shared, own=noise):
+                night, before, after = own[step.at - 1], math.exp(step.before), math.exp(step.after)
+                found.changes.append(
+                    Change(one.cell, one.metric, place, night, own[-1], before, after, worse=True, recent=True)
+                )
     _anchor(HistorySeries(EVERY, family, place, nights, [], []), common, _logs(guards, nights), found)
 
 
@@ -171,71 +199,47 @@ def _anchor(one: HistorySeries, common: Array, guards: Array, found: FoundChange
     """Judge the anchor: if the sentinels change too, the machine has changed, otherwise the code under test."""
     import numpy as np
 
-    there = np.isfinite(common)
-    moves = _steps(one, [one.nights[i] for i in np.flatnonzero(there)], common[there], 0.0)
+    def changes(logs: Array) -> list[Change]:
+        present = np.flatnonzero(np.isfinite(logs))
+        return _log_changes(one, [one.nights[i] for i in present], logs[present], 0.0)
+
+    of_anchor = changes(common)
     quiet = anchor.anchor(guards, anchor.FEWEST_SENTINELS) if len(guards) else np.full(len(common), np.nan)
-    both = there & np.isfinite(quiet)
-    if both.sum() < FEWEST:
-        few = "no sentinel shows whether it is the machine: name Cells whose code does not change (--sentinel)"
-        found.changes += [_noted(move, few) for move in moves]
-        return
     excess = common - quiet
-    own = _steps(one, [one.nights[i] for i in np.flatnonzero(both)], excess[both], 0.0)
-    found.changes += [_noted(move, "all series but the sentinels") for move in own]
-    found.machine += [move for move in moves if all(abs(move.nights[1] - o.nights[1]) > NEAR for o in own)]
+    if np.isfinite(excess).sum() < FEWEST:
+        few = "no sentinel shows whether it is the machine: name Cells whose code does not change (--sentinel)"
+        found.changes += [replace(change, note=few) for change in of_anchor]
+        return
+    of_code = changes(excess)
+    found.changes += [replace(change, note="all series but the sentinels") for change in of_code]
+    distance = found.history.distance
+    found.machine += [c for c in of_anchor if all(distance(c.night, other.night) > NEAR for other in of_code)]
 
 
-def _steps(
-    one: HistorySeries, nights: Sequence[int], logs: Array, shared: float, noise: float | None = None
+def _log_changes(
+    one: HistorySeries, nights: Sequence[str], logs: Array, shared: float, noise: float | None = None
 ) -> list[Change]:
+    """Return the changes of log times; their levels are times."""
     least = math.log1p(TIMED_LEAST)
-    found = change_points.steps(logs, least=least, shared=shared, own=noise)
-    return [
-        _change(
-            one, nights, step, math.exp(step.before), math.exp(step.after), step.change > 0,
-            _back(found[number + 1 :], step, least),
-        )
-        for number, step in enumerate(found)
-    ]  # fmt: skip
+    steps = change_points.steps(logs, least=least, shared=shared, own=noise)
+    changes = _changes(one, nights, steps, least)
+    return [replace(c, before=math.exp(c.before), after=math.exp(c.after), worse=not c.worse) for c in changes]
 
 
-def _suspicion(
-    one: HistorySeries, nights: Sequence[int], logs: Array, shared: float, noise: float, since: int
-) -> list[Change]:
-    step = change_points.suspect(logs, since=since, least=math.log1p(TIMED_LEAST), shared=shared, own=noise)
-    if step is None:
-        return []
-    edge = (nights[step.at - 1], nights[-1])
-    return [
-        Change(one.cell, one.metric, one.place, edge, math.exp(step.before), math.exp(step.after), True, young=True)
-    ]
+def _changes(one: HistorySeries, nights: Sequence[str], steps: Sequence[LevelChange], least: float) -> list[Change]:
+    """Return the changes of a series, where a lower level is worse."""
+    found = []
+    for number, step in enumerate(steps):
+        # The first later change that brings the level back to that before this one, or beyond.
+        sign = math.copysign(1.0, step.change)
+        back = (nights[s.at] for s in steps[number + 1 :] if sign * (s.after - step.before) < least)
+        before, night = nights[step.at - 1], nights[step.at]
+        worse, settled = step.change < 0, next(back, None)
+        found.append(Change(one.cell, one.metric, one.place, before, night, step.before, step.after, worse, settled))
+    return found
 
 
-def _change(
-    one: HistorySeries,
-    nights: Sequence[int],
-    step: LevelChange,
-    before: float,
-    after: float,
-    worse: bool,
-    back: LevelChange | None,
-) -> Change:
-    settled = nights[back.at] if back else None
-    edge = (nights[step.at - 1], nights[step.at])
-    return Change(one.cell, one.metric, one.place, edge, before, after, worse, settled)
-
-
-def _back(later: Sequence[LevelChange], step: LevelChange, least: float) -> LevelChange | None:
-    """Return the first later change that brings the level back to that before `step`, or beyond."""
-    sign = math.copysign(1.0, step.change)
-    return next((after for after in later if sign * (after.after - step.before) < least), None)
-
-
-def _noted(change: Change, note: str) -> Change:
-    return replace(change, note=note)
-
-
-def _logs(series: Sequence[HistorySeries], nights: Sequence[int]) -> Array:
+def _logs(series: Sequence[HistorySeries], nights: Sequence[str]) -> Array:
     """Return log times of shape (series, nights), float64; NaN where missing."""
     import numpy as np
 

@@ -6,90 +6,68 @@ the reason of an accepted slow-down is next to the code.
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 from harness.analysis import tracked_metrics
 from harness.console import echo
-from harness.errors import Exit, Problem, StoreError, UsageError, collect_errors, usage_error
+from harness.errors import Exit, Problem, UsageError, collect_errors, usage_error
 from harness.records import store
+from harness.regression import git
 from harness.regression.history import night_files
-from harness.regression.history.night_files import Decision, Evidence, History
+from harness.regression.history.night_files import EVERY, Decision, History
 
-EVERY = "*"
-NEAR = 2
-"""Uncertainty of the night of a change: a decision applies to a change up to this many nights away."""
 ConfirmationVerdict = Literal["regressed", "improved", "refuted"]
-_HINTS = {"--reason": "say why, e.g. which change it is", "--evidence": "say what was run and what it said"}
+_HINTS = {"--reason": "give the reason, e.g. the change that caused it", "--evidence": "name the test and its result"}
 
 
 def reset(folder: Path, cell: str, metric: str, night: str, reason: str, author: str | None) -> Decision:
-    """Accept the level of a series from `night` on, and store the decision.
-
-    cell: the start of a cell_id, or `*`. metric: a name, or `*`. author: git's user if None. Raises UsageError with every
-    mistake: a Cell, metric or night that is not in the history, an empty reason, no author.
-    """
-    _, decision = checked(folder, cell, metric, night, reason, author)
-    _append(folder, night_files.RESETS, decision)
+    """Accept the level of a series from `night` on, and store the decision. Arguments and errors as of `checked`."""
+    _, decision = checked(folder, cell, metric, night, reason, author, "--reason")
+    night_files.append_decision(folder, night_files.RESETS, decision)
     return decision
 
 
-def confirm(
-    folder: Path, cell: str, metric: str, night: str, verdict: ConfirmationVerdict, evidence: str, author: str | None,
-    revisions: Sequence[str] = (), seen: Evidence | None = None,
-) -> Decision:  # fmt: skip
-    """Store the verdict of pairs of runs on a change.
-
-    revisions: the two that were compared, if known. seen: the change as `detect` saw it. Other arguments and errors as for
-    `reset`.
-    """
-    _, decision = checked(folder, cell, metric, night, evidence, author, "--evidence")
-    decision["verdict"] = verdict
-    if revisions:
-        decision["revisions"] = list(revisions)
-    if seen:
-        decision["seen"] = seen
-    _append(folder, night_files.CONFIRMATIONS, decision)
-    return decision
+def confirm(folder: Path, decision: Decision, verdict: ConfirmationVerdict) -> Decision:
+    """Store a decision as the verdict on a change."""
+    confirmed = decision.model_copy(update={"verdict": verdict})
+    night_files.append_decision(folder, night_files.CONFIRMATIONS, confirmed)
+    return confirmed
 
 
 def print_decision(decision: Decision) -> Exit:
     """Print a decision that was stored."""
-    where = f"{decision['cell']} {decision['metric']} from {decision['night']} on"
-    echo(f"{where}, by {decision['author']}: {decision['reason']}")
+    echo(f"{decision.cell} {decision.metric} from {decision.night} on, by {decision.author}: {decision.reason}")
     return Exit.PASS
-
-
-def applies(decision: Decision, cell: str, metric: str) -> bool:
-    """Return whether a decision is about a series; one about `latency_s` is about every latency."""
-    return matches(decision["cell"], decision["metric"], cell, metric)
-
-
-def matches(of_cell: str, of_metric: str, cell: str, metric: str) -> bool:
-    """Return whether a pattern of Cell and metric, each a name, `*` or a family of metrics, includes a series."""
-    return of_cell in (cell, EVERY) and of_metric in (metric, metric.partition("/")[0], EVERY)
 
 
 def last_reset(resets: Iterable[Decision], cell: str, metric: str) -> str:
     """Return the night of the last reset of a series, or an empty string."""
-    return max((decision["night"] for decision in resets if applies(decision, cell, metric)), default="")
+    return max((decision.night for decision in resets if decision.applies(cell, metric)), default="")
+
+
+def new(cell: str, metric: str, night: str, reason: str, author: str) -> Decision:
+    """Return a decision of this moment."""
+    reason = " ".join(reason.split())
+    return Decision(cell=cell, metric=metric, night=night, reason=reason, author=author, made=store.now())
 
 
 def checked(
-    folder: Path, cell: str, metric: str, night: str, reason: str, author: str | None, option: str = "--reason"
+    folder: Path, cell: str, metric: str, night: str, reason: str, author: str | None, option: str
 ) -> tuple[History, Decision]:
     """Return the history and a decision about it; nothing is written.
 
-    option: the name of the option that gave `reason`. Raises UsageError with every mistake and its argument or option.
+    cell: the start of a cell_id, or `*`. metric: a name, or `*`. author: git's user if None. option: the name of the option
+    that gave `reason`. Raises UsageError with every mistake and its argument or option: a Cell, metric or night that is not
+    in the history, an empty reason, no author.
     """
     problems: list[Problem] = []
     with collect_errors(problems):
         history = _nonempty_history(folder)
     if not problems:
         with collect_errors(problems):
-            cell = find_cell(history.cells, cell)
+            cell = _find_cell(history.cells, cell)
         with collect_errors(problems):
             _check_metric(history, metric)
         with collect_errors(problems):
@@ -101,10 +79,7 @@ def checked(
         author = find_author(author)
     if problems:
         raise usage_error(problems)
-    return history, {
-        "schema": night_files.SCHEMA, "cell": cell, "metric": metric, "night": night, "reason": " ".join(reason.split()),
-        "author": str(author), "made": store.now(),
-    }  # fmt: skip
+    return history, new(cell, metric, night, reason, str(author))
 
 
 def _nonempty_history(folder: Path) -> History:
@@ -115,21 +90,7 @@ def _nonempty_history(folder: Path) -> History:
     return history
 
 
-def _check_metric(history: History, metric: str) -> None:
-    there = {name for n in history.nights for row in n.rows for name in row.get("values", ())}
-    if metric not in there | {name.partition("/")[0] for name in there} | {EVERY}:
-        what = "no such metric in this history" if tracked_metrics.kind(metric) else "not a metric"
-        raise UsageError(f"{what}: {metric!r}", where="METRIC", hint="`peft-harness history show` names them; or `*`")
-
-
-def _check_night(history: History, night: str) -> None:
-    nights = [n.night for n in history.nights]
-    if night not in nights:
-        hint = f"the last ones are {', '.join(nights[-3:])}"
-        raise UsageError(f"no night {night!r} in this history", where="--night", hint=hint)
-
-
-def find_cell(cells: Iterable[str], start: str) -> str:
+def _find_cell(cells: Iterable[str], start: str) -> str:
     """Return the one cell_id that starts with `start`; `*` stands for itself. Raises UsageError for none or several."""
     found = [EVERY] if start == EVERY else [cell_id for cell_id in cells if start and cell_id.startswith(start)]
     if len(found) == 1:
@@ -138,32 +99,22 @@ def find_cell(cells: Iterable[str], start: str) -> str:
     raise UsageError(what, where="CELL", hint="give (more of) its id, as `peft-harness history show` prints it; or `*`")
 
 
+def _check_metric(history: History, metric: str) -> None:
+    names = {name for night in history.nights for row in night.rows for name in row.get("values", ())}
+    if metric not in names | {name.partition("/")[0] for name in names} | {EVERY}:
+        what = "no such metric in this history" if tracked_metrics.kind(metric) else "not a metric"
+        raise UsageError(f"{what}: {metric!r}", where="METRIC", hint="`peft-harness history show` names them; or `*`")
+
+
+def _check_night(history: History, night: str) -> None:
+    if night not in history.index:
+        hint = f"the last ones are {', '.join(list(history.index)[-3:])}"
+        raise UsageError(f"no night {night!r} in this history", where="--night", hint=hint)
+
+
 def find_author(author: str | None) -> str:
-    """Return the author, or git's user if None. Raises UsageError if there is neither."""
-    if author and author.strip():
-        return author.strip()
-    name, email = (_git_setting(key) for key in ("user.name", "user.email"))
-    if name:
-        return name + (f" <{email}>" if email else "")
-    raise UsageError(
-        "no author: git has no user.name here", where="--author", hint='name the person who decides: --author "..."'
-    )
-
-
-def _git_setting(key: str) -> str:
-    try:
-        done = subprocess.run(["git", "config", key], capture_output=True, text=True, check=False, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip()
-
-
-def _append(folder: Path, name: str, decision: Decision) -> None:
-    """Add a line by rewriting the file; broken lines in it stay as they are."""
-    with night_files.locked(folder):
-        path = folder / name
-        try:
-            before = path.read_text(encoding="utf-8") if path.exists() else ""
-        except (OSError, UnicodeDecodeError) as error:
-            raise StoreError(f"cannot read: {error}", where=str(path), hint="restore it from git") from error
-        night_files.append_line(path, before, decision)
+    """Return the author, or git's user if there is none. Raises UsageError if git has no user."""
+    if found := (author or "").strip() or git.user():
+        return found
+    hint = 'name the person who decides: --author "..."'
+    raise UsageError("no author: git has no user.name here", where="--author", hint=hint)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,43 +13,36 @@ from typing import Any
 from harness.analysis import tracked_metrics
 from harness.console import echo
 from harness.errors import Exit
-from harness.regression.history import cell_names, changes, decisions, night_files
-from harness.regression.history.changes import Change, FoundChanges
+from harness.regression import collector
+from harness.regression.history import cell_names, changes, night_files
+from harness.regression.history.changes import Change
 from harness.regression.history.confirmations import confirmed_regressions
-from harness.regression.history.decisions import NEAR
 from harness.regression.history.differences import between
 from harness.regression.history.findings import (
     Detection,
     JudgedChange,
+    MissingSeries,
     PlaceChange,
-    ShownChange,
-    Standing,
-    Unanchored,
-    Unjudged,
-)  # fmt: skip
+    State,
+    StoppedCell,
+)
 from harness.regression.history.missing_series import missing_series, stopped_cells
-from harness.regression.history.night_files import Decision, History
+from harness.regression.history.night_files import NEAR, Decision, History
 from harness.regression.history.series import HistorySeries, series
 
 
-def detect(
-    folder: Path, cell: str | None, sentinel: str | None, as_json: bool, strict: bool, *, out: Callable[[str], Any] = echo
-) -> Exit:  # fmt: skip
+def detect(folder: Path, cell: str | None, sentinel: str | None, as_json: bool, strict: bool) -> Exit:
     """Print the changes and return the exit code; see the help of the command.
 
     cell, sentinel: expressions, as for `--only`. Raises UsageError for one that selects no Cell.
     """
     from harness.regression.history import table
 
-    # A history has millions of small objects, none of them garbage: the collector took half of the time.
-    gc.disable()
-    try:
+    with collector.paused():  # otherwise it takes half of the time
         history = night_files.read(folder)
         only = cell_names.select(history, cell) if cell else None
         found = detection(history, only=only, sentinel=sentinel, strict=strict)
-    finally:
-        gc.enable()
-    out(json.dumps(found.document(), indent=1) if as_json else table.detection_text(found))
+    echo(json.dumps(found.document(), indent=1) if as_json else table.detection_text(found))
     return found.exit
 
 
@@ -60,97 +52,52 @@ def detection(
     """Return all findings in a history. only: the Cells to report; all Cells are used for the anchors."""
     known = series(history)
     sentinels = cell_names.select(history, sentinel, "--sentinel") if sentinel else frozenset()
-    found = changes.find_changes(known, _quantization(history), sentinels)
+    found = changes.find_changes(history, known, sentinels)
     names = cell_names.names(history)
-    judged = [one for one in judge(history, found, names) if only is None or one.cell in only]
-    # A confirmed suspicion counts as a change, a refuted one does not.
-    candidates = [one for one in judged if one.standing not in ("suspect", "unfounded")]
-    stopped = [one for one in stopped_cells(history, names) if only is None or one.cell in only]
+
+    def reported(one: JudgedChange | StoppedCell | MissingSeries) -> bool:
+        return only is None or one.cell in only
+
+    judged = list(filter(reported, _judged(history, found.changes, names)))
+    stopped = list(filter(reported, stopped_cells(history, names)))
     missing = missing_series(history, known, names, {one.cell for one in stopped})
-    gone = [one for one in missing if only is None or one.cell in only]
-    nights = [night.night for night in history.nights]
     return Detection(
-        nights=nights,
-        series=len(known),
-        compared=found.compared,
-        candidates=candidates,
+        nights=list(history.index), series=len(known), compared=found.compared,
+        # A confirmed suspicion counts as a change, a refuted one does not.
+        candidates=[one for one in judged if one.standing not in ("suspect", "unfounded")],
         suspects=[one for one in judged if one.standing == "suspect"],
-        machine=[_shown(history, change, names) for change in found.machine],
-        residue=list(_place_changes(history, known)),
-        unanchored=[Unanchored(place, family, count) for place, family, count in found.unanchored],
-        loose=[Unjudged(place, family, [nights[i] for i in where]) for place, family, where in found.loose],
-        stopped=stopped,
-        gone=gone,
-        few_passes=_few_passes(history),
-        resets=history.resets,
-        left_out=dict(sorted(history.broken.items())),
-        exit=_exit(history, candidates, found, strict, missing=bool(stopped or gone)),
-    )
-
-
-def judge(history: History, found: FoundChanges, names: Mapping[str, str]) -> list[JudgedChange]:
-    """Return every change with its state, the open ones first."""
-    every = [*found.changes, *confirmed_regressions(history, found.changes)]
-    return [_judged(history, change, names) for change in sorted(every, key=_order)]
+        machine=found.machine, residue=list(_place_changes(history, known)), unanchored=found.unanchored,
+        loose=found.unjudged, stopped=stopped, gone=list(filter(reported, missing)), few_passes=_few_passes(history),
+        resets=history.resets, left_out=dict(sorted(history.broken.items())), strict=strict,
+    )  # fmt: skip
 
 
 def all_changes(history: History) -> list[JudgedChange]:
     """Return every change of every series, refuted ones included."""
-    found = changes.find_changes(series(history), _quantization(history), frozenset())
-    return judge(history, found, cell_names.names(history))
+    found = changes.find_changes(history, series(history), frozenset())
+    return _judged(history, found.changes, cell_names.names(history))
 
 
-def _exit(
-    history: History, candidates: Sequence[JudgedChange], found: FoundChanges, strict: bool, *, missing: bool
-) -> Exit:
-    unsettled = [c for c in candidates if c.settled is None]
-    if any(c.worse and c.standing in ("confirmed", "counted") for c in unsettled):
-        return Exit.FAIL
-    if missing:  # takes precedence over NOTHING_COMPARED: it may be the cause
-        return Exit.INFRASTRUCTURE
-    if not found.compared:
-        return Exit.NOTHING_COMPARED
-    if history.broken:
-        return Exit.INFRASTRUCTURE
-    return Exit.INCONCLUSIVE if strict and any(c.standing == "candidate" for c in unsettled) else Exit.PASS
+def _judged(history: History, found: Sequence[Change], names: Mapping[str, str]) -> list[JudgedChange]:
+    """Return every change with its state: open ones first, then worse ones, then the newest."""
+
+    def order(c: Change) -> tuple[Any, ...]:
+        return (c.settled is not None, not c.worse, -history.index[c.night], c.cell, c.metric, c.place)
+
+    every = sorted([*found, *confirmed_regressions(history, found)], key=order)
+    return [_judge(history, change, names.get(change.cell, change.cell)) for change in every]
 
 
-def _order(change: Change) -> tuple[bool, bool, int, str, str, str]:
-    """Sort open ones first, then worse ones, then the newest."""
-    return (change.settled is not None, not change.worse, -change.nights[1], change.cell, change.metric, change.place)
-
-
-def _shown(history: History, change: Change, names: Mapping[str, str]) -> ShownChange:
-    return ShownChange(**_fields(history, change, names))
-
-
-def _fields(history: History, change: Change, names: Mapping[str, str]) -> dict[str, Any]:
-    return {
-        "cell": change.cell,
-        "name": names.get(change.cell, change.cell),
-        "metric": change.metric,
-        "place": change.place,
-        "night": history.nights[change.nights[1]].night,
-        "before": change.before,
-        "after": change.after,
-        "change": change.change if math.isfinite(change.change) else None,
-        "worse": change.worse,
-        "settled": None if change.settled is None else history.nights[change.settled].night,
-        "note": change.note,
-    }
-
-
-def _judged(history: History, change: Change, names: Mapping[str, str]) -> JudgedChange:
+def _judge(history: History, change: Change, name: str) -> JudgedChange:
     differences = between(history, change)
+    state: State = "counted" if change.counted else "suspect" if change.recent else "candidate"
     confirmation = _confirmation(history, change, differences.paired)
-    fields = _fields(history, change, names)
-    standing: Standing = "counted" if change.sure else "suspect" if change.young else "candidate"
-    if confirmation is not None and confirmation.get("verdict") == "refuted":
-        standing = "unfounded" if change.young else "refuted"
+    if confirmation is not None and confirmation.verdict == "refuted":
+        state = "unfounded" if change.recent else "refuted"
     elif confirmation is not None:
-        standing = "confirmed"
-        fields["worse"] = confirmation.get("verdict") == "regressed"  # independent of the nights
-    return JudgedChange(**fields, standing=standing, confirmation=confirmation, between=differences)
+        state = "confirmed"
+        change = replace(change, worse=confirmation.verdict == "regressed")  # independent of the nights
+    return JudgedChange(**vars(change), name=name, standing=state, confirmation=confirmation, between=differences)
 
 
 def _confirmation(history: History, change: Change, revisions: tuple[str, str]) -> Decision | None:
@@ -158,50 +105,47 @@ def _confirmation(history: History, change: Change, revisions: tuple[str, str]) 
 
     `refuted` applies only to the revisions that were compared, not to a change that came with a later revision.
     """
-    index = {night.night: i for i, night in enumerate(history.nights)}
-    about = [
-        (-abs(index[line["night"]] - change.nights[1]), str(line.get("made", "")), line)
+    near = [
+        line
         for line in history.confirmations
-        if line["night"] in index
-        and line.get("verdict") in ("regressed", "improved", "refuted")
-        and (line.get("verdict") != "refuted" or line.get("revisions", list(revisions))[1:] == [revisions[1]])
-        and decisions.applies(line, change.cell, change.metric)
+        if line.applies(change.cell, change.metric)
+        and history.distance(line.night, change.night) <= NEAR
+        and line.verdict in ("regressed", "improved", "refuted")
+        and (line.verdict != "refuted" or line.revisions is None or line.revisions[1:] == [revisions[1]])
     ]
-    near = [one for one in about if -one[0] <= NEAR]
-    return max(near, key=lambda one: one[:2])[2] if near else None
+    return max(near, key=lambda line: (-history.distance(line.night, change.night), line.made or ""), default=None)
 
 
-def _place_changes(history: History, known: Sequence[HistorySeries]) -> Iterator[PlaceChange]:
+def _place_changes(history: History, known: Iterable[HistorySeries]) -> Iterator[PlaceChange]:
     """Yield each place that took over Cells from another one."""
-    where: dict[str, dict[str, str]] = {}
-    first: dict[str, int] = {}
-    last: dict[str, int] = {}
-    for index, night in enumerate(history.nights):
+    first: dict[str, str] = {}
+    last: dict[str, str] = {}
+    facts: dict[str, dict[str, str]] = {}
+    for night in history.nights:
         for place in {row["on"] for row in night.rows}:
-            where[place] = night.places[place]
-            first.setdefault(place, index)
-            last[place] = index
-    steps: dict[str, dict[str, HistorySeries]] = {}
+            first.setdefault(place, night.night)
+            last[place], facts[place] = night.night, night.places[place]
     cells: dict[str, set[str]] = {}
+    steps: dict[tuple[str, str], list[float]] = {}
     for one in known:
         cells.setdefault(one.place, set()).add(one.cell)
         if one.metric == tracked_metrics.STEP:
-            steps.setdefault(one.place, {})[one.cell] = one
+            steps[one.place, one.cell] = one.values
     for place in sorted(cells, key=lambda place: (first[place], place)):
-        same_device = [
-            o for o in cells
-            if first[o] < first[place] and where[o].get("device") == where[place].get("device") and cells[o] & cells[place]
+        earlier = [
+            other for other in cells
+            if first[other] < first[place] and facts[other].get("device") == facts[place].get("device")
+            and cells[other] & cells[place]
         ]  # fmt: skip
-        before = max(same_device, key=lambda o: (last[o], o), default=None)
-        if before is None:
+        if not earlier:
             continue
+        before = max(earlier, key=lambda other: (last[other], other))
         shared = cells[before] & cells[place]
-        both = [i for i in shared if i in steps.get(before, {}) and i in steps.get(place, {})]
-        ratios = [median(steps[place][i].values[:7]) / median(steps[before][i].values[-7:]) for i in both]
-        yield PlaceChange(
-            history.nights[first[place]].night, place, before, tracked_metrics.place_changes(where[before], where[place]),
-            len(shared), median(ratios) if ratios else None,
-        )  # fmt: skip
+        both = [cell for cell in shared if (before, cell) in steps and (place, cell) in steps]
+        ratios = [median(steps[place, cell][:7]) / median(steps[before, cell][-7:]) for cell in both]
+        changed = tracked_metrics.place_changes(facts[before], facts[place])
+        ratio = median(ratios) if ratios else None
+        yield PlaceChange(first[place], place, before, changed, len(shared), ratio)
 
 
 def _few_passes(history: History) -> dict[str, int]:
@@ -211,12 +155,3 @@ def _few_passes(history: History) -> dict[str, int]:
         for night in history.nights
     }
     return {night: fewest for night, fewest in counts.items() if fewest < night_files.PASSES}
-
-
-def _quantization(history: History) -> dict[str, str]:
-    """Return the quantisation of each Cell's base, by cell_id."""
-    found = {}
-    for cell_id, cell in history.cells.items():
-        base = cell.get("base")
-        found[cell_id] = str(base.get("quantization", "")) if isinstance(base, dict) else ""
-    return found

@@ -11,61 +11,22 @@ from typing import Any, Literal
 
 from harness.analysis import metrics, tracked_metrics
 from harness.errors import Exit
-from harness.regression.history import changes, night_files
-from harness.regression.history.decisions import EVERY
+from harness.regression.history import cell_names, changes, night_files
+from harness.regression.history.changes import Change, Unanchored, Unjudged
 from harness.regression.history.differences import Between
-from harness.regression.history.night_files import Decision, Evidence
+from harness.regression.history.night_files import EVERY, Decision, Evidence
 
-Standing = Literal["candidate", "suspect", "counted", "confirmed", "refuted", "unfounded"]
+State = Literal["candidate", "suspect", "counted", "confirmed", "refuted", "unfounded"]
 """State of a change: unconfirmed; on the last nights only; of exact counts; confirmed; refuted; a refuted suspicion."""
 
 
-@dataclass(frozen=True)
-class ShownSeries:
-    """A series with nights by their dates."""
-
-    cell: str
-    name: str
-    metric: str
-    place: str
-    nights: list[str]
-    values: list[float]
-    passes: list[int]
-    usual: float
-    """Median of the values."""
-
-
-@dataclass(frozen=True)
-class ShownChange:
-    """A change of level, with nights by their dates."""
-
-    cell: str
-    """A cell_id, or `*` for all series of a place."""
-    name: str
-    metric: str
-    place: str
-    night: str
-    """First night of the new level."""
-    before: float
-    after: float
-    change: float | None
-    """Difference of a score, else after / before - 1; None if the level was zero before."""
-    worse: bool
-    settled: str | None
-    """Night on which the old level came back."""
-    note: str
-
-    @property
-    def is_time(self) -> bool:
-        """True if the metric is a time."""
-        return tracked_metrics.kind(self.metric) == "timed"
-
-
-@dataclass(frozen=True)
-class JudgedChange(ShownChange):
+@dataclass(frozen=True, kw_only=True)
+class JudgedChange(Change):
     """A change of level, its state, and the differences between its nights."""
 
-    standing: Standing
+    name: str
+    """Name of the Cell."""
+    standing: State
     confirmation: Decision | None
     between: Between
 
@@ -77,17 +38,21 @@ class JudgedChange(ShownChange):
     @property
     def can_be_paired(self) -> bool:
         """True if pairs of runs can confirm the change: a time of a single Cell."""
-        return self.is_time and self.cell != EVERY and self.between.request is not None
+        is_time = tracked_metrics.kind(self.metric) == "timed"
+        return is_time and self.cell != EVERY and self.between.request is not None
 
     def evidence(self) -> Evidence:
         """Return the facts about this change that a verdict refers to."""
-        return {
-            "old_night": self.between.old_night, "place": self.place, "before": self.before, "after": self.after
-        }  # fmt: skip
+        return Evidence(old_night=self.old_night, place=self.place, before=self.before, after=self.after)
 
-    def document(self) -> dict[str, Any]:
-        """Return the change as a JSON-compatible dict."""
-        return {**vars(self), "between": self.between.document()}
+    def judged_document(self) -> dict[str, Any]:
+        """Return the change and its state for JSON."""
+        return {
+            **self.document(self.name),
+            "standing": self.standing,
+            "confirmation": self.confirmation.document() if self.confirmation else None,
+            "between": {"old_night": self.old_night, "new_night": self.night, **self.between.document()},
+        }
 
 
 @dataclass(frozen=True)
@@ -102,24 +67,6 @@ class PlaceChange:
     cells: int
     step_ratio: float | None
     """Median ratio of step times, new / old."""
-
-
-@dataclass(frozen=True)
-class Unanchored:
-    """Times of a place that have no anchor, because there are too few series."""
-
-    place: str
-    metric: str
-    series: int
-
-
-@dataclass(frozen=True)
-class Unjudged:
-    """Nights of a place without an anchor."""
-
-    place: str
-    metric: str
-    nights: list[str]
 
 
 @dataclass(frozen=True)
@@ -159,7 +106,7 @@ class Detection:
     """Number of series that are long enough to show a change."""
     candidates: list[JudgedChange]
     suspects: list[JudgedChange]
-    machine: list[ShownChange]
+    machine: list[Change]
     """Changes of an anchor that the sentinels share."""
     residue: list[PlaceChange]
     unanchored: list[Unanchored]
@@ -170,7 +117,24 @@ class Detection:
     """Nights on which a Cell had too few passes, with the smallest number of passes."""
     resets: Sequence[Decision]
     left_out: Mapping[str, str]
-    exit: Exit
+    """Reasons by file or file:line that could not be used."""
+    strict: bool
+    """Unconfirmed changes are no pass."""
+
+    @property
+    def exit(self) -> Exit:
+        """The exit code."""
+        present = [c for c in self.candidates if c.settled is None]
+        if any(c.worse and c.standing in ("confirmed", "counted") for c in present):
+            return Exit.FAIL
+        if self.stopped or self.gone:  # takes precedence over NOTHING_COMPARED: it may be the cause
+            return Exit.INFRASTRUCTURE
+        if not self.compared:
+            return Exit.NOTHING_COMPARED
+        if self.left_out:
+            return Exit.INFRASTRUCTURE
+        unconfirmed = any(c.standing == "candidate" for c in present)
+        return Exit.INCONCLUSIVE if self.strict and unconfirmed else Exit.PASS
 
     def document(self) -> dict[str, Any]:
         """Return the document of `--json`."""
@@ -180,14 +144,14 @@ class Detection:
         return {
             "schema": night_files.SCHEMA, "nights": self.nights, "series": self.series, "compared": self.compared,
             "least": thresholds,
-            "candidates": [one.document() for one in self.candidates],
-            "suspects": [one.document() for one in self.suspects],
-            "machine": [vars(one) for one in self.machine],
+            "candidates": [one.judged_document() for one in self.candidates],
+            "suspects": [one.judged_document() for one in self.suspects],
+            "machine": [one.document(cell_names.COMMON) for one in self.machine],
             "residue": [vars(one) for one in self.residue],
             "unanchored": [vars(one) for one in self.unanchored],
             "loose": [vars(one) for one in self.loose],
             "stopped": [vars(one) for one in self.stopped],
             "gone": [vars(one) for one in self.gone],
-            "few_passes": self.few_passes, "resets": list(self.resets), "left_out": dict(self.left_out),
-            "exit": int(self.exit),
+            "few_passes": self.few_passes, "resets": [line.document() for line in self.resets],
+            "left_out": dict(self.left_out), "exit": int(self.exit),
         }  # fmt: skip

@@ -5,7 +5,7 @@ results/history/<night>.jsonl        the night, its runs and places; then one ro
                 resets.jsonl         accepted levels; see `decisions`
                 confirmations.jsonl  verdicts on changes; see `decisions`
 
-Lines are TypedDicts: a history has up to a quarter of a million rows, and a row is used as it was read.
+Lines of a night are TypedDicts: a history has up to a quarter of a million rows, and a row is used as it was read.
 """
 
 from __future__ import annotations
@@ -18,21 +18,30 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, TypeGuard, TypeVar, cast
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, TypeVar, cast
+
+from pydantic import ConfigDict, Field, ValidationError
 
 from harness.errors import StoreError, UsageError, plural
 from harness.records import files
+from harness.records.base_model import FrozenModel
 
 SCHEMA = 1
 PASSES = 3
 """Passes of a full night: the median of three ignores one disturbed pass."""
 CELLS, RESETS, CONFIRMATIONS = "cells.jsonl", "resets.jsonl", "confirmations.jsonl"
+EVERY = "*"
+"""Stands for every Cell, or for every metric."""
+NEAR = 2
+"""Uncertainty of the night of a change: a decision applies to a change up to this many nights away."""
 
 Fields = dict[str, Any]
 """The fields of a Cell as JSON, of this or another version of the harness."""
 _NOT_A_LINE = "a torn or foreign line"
-_T = TypeVar("_T")
+_Line = TypeVar("_Line")
+_Word = Annotated[str, Field(min_length=1)]
 
 
 class AttemptRow(TypedDict):
@@ -61,8 +70,14 @@ class RunHeader(TypedDict):
     software: NotRequired[dict[str, str]]
 
 
-class Evidence(TypedDict):
-    """The change that a verdict is about, as `detect` saw it."""
+class _Stored(FrozenModel):
+    """Part of a decision; unknown keys of newer versions are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class Evidence(_Stored):
+    """The change that a verdict is about, as `detect` found it."""
 
     old_night: str
     place: str
@@ -70,21 +85,30 @@ class Evidence(TypedDict):
     after: float
 
 
-class Decision(TypedDict):
+class Decision(_Stored):
     """A line of resets.jsonl or confirmations.jsonl."""
 
-    schema: int
-    cell: str
-    metric: str
-    night: str
-    reason: str
-    author: str
-    made: NotRequired[str]
-    verdict: NotRequired[str]
+    schema_: Literal[1] = Field(alias="schema", default=1)
+    cell: _Word
+    metric: _Word
+    night: _Word
+    reason: _Word
+    author: _Word
+    made: str | None = None
+    """UTC, ISO 8601."""
+    verdict: str | None = None
     """Only of confirmations: `regressed`, `improved` or `refuted`."""
-    revisions: NotRequired[list[str]]
+    revisions: list[str] | None = None
     """The two revisions that were compared."""
-    seen: NotRequired[Evidence]
+    seen: Evidence | None = None
+
+    def applies(self, cell: str, metric: str) -> bool:
+        """Return whether the decision is about a series; one about `latency_s` is about every latency."""
+        return self.cell in (cell, EVERY) and self.metric in (metric, metric.partition("/")[0], EVERY)
+
+    def document(self) -> dict[str, Any]:
+        """Return the line for JSON."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 @dataclass
@@ -98,6 +122,10 @@ class Night:
     places: dict[str, dict[str, str]] = field(default_factory=dict)
     """By the id of the place."""
     rows: list[AttemptRow] = field(default_factory=list)
+
+    def rows_of(self, cell: str, place: str) -> Iterator[AttemptRow]:
+        """Yield the attempts at a Cell, or at every Cell (`*`), at a place."""
+        return (row for row in self.rows if cell in (EVERY, row["cell"]) and row["on"] == place)
 
 
 @dataclass(frozen=True)
@@ -114,24 +142,36 @@ class History:
     broken: dict[str, str]
     """Reasons by file or file:line that could not be used; the rest of the history is used."""
 
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Position of each night by its date."""
+        return {night.night: number for number, night in enumerate(self.nights)}
+
+    def distance(self, night: str, other: str) -> float:
+        """Return the number of nights between two dates; infinity if one is no night of this history."""
+        known = night in self.index and other in self.index
+        return abs(self.index[night] - self.index[other]) if known else math.inf
+
+    def night(self, day: str) -> Night:
+        """Return the night of a date."""
+        return self.nights[self.index[day]]
+
 
 def read(folder: Path) -> History:
     """Read a history; unreadable parts are named in `broken`. Raises UsageError if the folder does not exist."""
     if not folder.is_dir():
-        raise UsageError(
-            "no history in this folder", where=str(folder), hint="`peft-harness history add RUN` starts one"
-        )
+        hint = "`peft-harness history add RUN` starts one"
+        raise UsageError("no history in this folder", where=str(folder), hint=hint)
     broken: dict[str, str] = {}
     nights = [read_night(path, broken) for path in sorted(folder.glob("*.jsonl")) if _names_night(path, broken)]
     found = cells(folder, broken)
-    resets = tuple(_lines(folder / RESETS, broken, _is_decision))
-    confirmations = tuple(_lines(folder / CONFIRMATIONS, broken, _is_decision))
+    resets, confirmations = (tuple(_lines(folder / name, broken, _decision)) for name in (RESETS, CONFIRMATIONS))
     return History(folder, tuple(night for night in nights if night is not None), found, resets, confirmations, broken)
 
 
 def read_night(path: Path, broken: dict[str, str]) -> Night | None:
     """Read one night; return None, with the reason in `broken`, for a file that is not a night of this schema."""
-    lines = _lines(path, broken, _is_line)
+    lines = _lines(path, broken, _object)
     head = next(lines, None)
     if head is None or head.get("night") != path.stem:
         broken.setdefault(path.name, "not a night: the first line does not name the same night as the file")
@@ -152,63 +192,55 @@ def read_night(path: Path, broken: dict[str, str]) -> Night | None:
             night.places[line["place"]] = line["is"]
         else:
             bad += 1
-    before, night.rows = len(night.rows), _without_duplicates(night.rows)
-    bad += before - len(night.rows)
+    by_attempt = {(row["cell"], row["run"]): row for row in night.rows}
+    bad += len(night.rows) - len(by_attempt)  # a merge of two branches may have left duplicates
+    night.rows = list(by_attempt.values())
     if bad:
         reason = f"{plural(bad, 'line')} not written by `history add`"
         broken[path.name] = "; ".join(filter(None, [broken.get(path.name, ""), reason]))
     return night
 
 
-def _without_duplicates(rows: list[AttemptRow]) -> list[AttemptRow]:
-    """Return one row per attempt; a merge of two branches may have left two."""
-    known = {(row["cell"], row["run"]): row for row in rows}
-    return rows if len(known) == len(rows) else list(known.values())
-
-
 def cells(folder: Path, broken: dict[str, str]) -> dict[str, Fields]:
     """Read the fields of the Cells, by cell_id."""
-    return {line["cell_id"]: line["cell"] for line in _lines(folder / CELLS, broken, _is_cell)}
+    return dict(_lines(folder / CELLS, broken, _cell))
 
 
 def write_night(folder: Path, night: Night) -> None:
     """Write a night: headers first, then rows sorted by Cell and run, so that a diff shows the new rows."""
-    rows = sorted(night.rows, key=lambda row: (row["cell"], row["run"], row["on"]))
     lines: list[Mapping[str, object]] = [
         {"schema": SCHEMA, "night": night.night},
         *(night.runs[run] for run in sorted(night.runs)),
         *({"place": place, "is": night.places[place]} for place in sorted(night.places)),
-        *rows,
+        *sorted(night.rows, key=lambda row: (row["cell"], row["run"], row["on"])),
     ]
-    write_lines(folder / f"{night.night}.jsonl", lines)
+    _write(folder / f"{night.night}.jsonl", lines)
 
 
 def write_cells(folder: Path, cells: Mapping[str, Fields]) -> None:
     """Write the fields of the Cells, by cell_id."""
-    write_lines(folder / CELLS, [{"cell_id": cell_id, "cell": cells[cell_id]} for cell_id in sorted(cells)])
+    _write(folder / CELLS, [{"cell_id": cell_id, "cell": cells[cell_id]} for cell_id in sorted(cells)])
 
 
-def write_lines(path: Path, lines: Iterable[Mapping[str, object]]) -> None:
-    """Write one JSON object per line, atomically."""
-    _write(path, "".join(_text(line) for line in lines))
+def append_decision(folder: Path, name: str, decision: Decision) -> None:
+    """Add a line by rewriting the file; broken lines in it stay as they are."""
+    path = folder / name
+    with locked(folder):
+        try:
+            before = path.read_text(encoding="utf-8") if path.exists() else ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise StoreError(f"cannot read: {error}", where=str(path), hint="restore it from git") from error
+        _write(path, [decision.document()], before + ("\n" if before and not before.endswith("\n") else ""))
 
 
-def append_line(path: Path, before: str, line: Mapping[str, object]) -> None:
-    """Rewrite a file with one more line. before: its present text, which stays as it is, broken lines included."""
-    _write(path, before + ("\n" if before and not before.endswith("\n") else "") + _text(line))
-
-
-def _text(line: Mapping[str, object]) -> str:
-    return json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, lines: Iterable[Mapping[str, object]], before: str = "") -> None:
+    """Write one JSON object per line, atomically, after the text `before`."""
+    text = "".join(f"{json.dumps(line, separators=(',', ':'), allow_nan=False)}\n" for line in lines)
     try:
-        files.write_atomic(path, text.encode())
+        files.write_atomic(path, f"{before}{text}".encode())
     except StoreError as error:
-        raise StoreError(
-            error.what, where=error.where, hint="make room, or name another --dir; then add again"
-        ) from error
+        hint = "make room, or name another --dir; then add again"
+        raise StoreError(error.what, where=error.where, hint=hint) from error
 
 
 @contextlib.contextmanager
@@ -245,8 +277,11 @@ def _names_night(path: Path, broken: dict[str, str]) -> bool:
     return True
 
 
-def _lines(path: Path, broken: dict[str, str], fits: Callable[[Any], TypeGuard[_T]]) -> Iterator[_T]:
-    """Yield the lines of a file that fit; name the others, or a file that cannot be read, in `broken`."""
+def _lines(path: Path, broken: dict[str, str], parse: Callable[[Any], _Line | None]) -> Iterator[_Line]:
+    """Yield the parsed lines of a file; name the invalid ones, or a file that cannot be read, in `broken`.
+
+    parse: returns None for an invalid line.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -264,60 +299,42 @@ def _lines(path: Path, broken: dict[str, str], fits: Callable[[Any], TypeGuard[_
             except ValueError:
                 broken[f"{path.name}:{number}"] = _NOT_A_LINE
     for line in found:
-        if fits(line):
-            yield line
-        else:
+        parsed = parse(line)
+        if parsed is None:
             broken[path.name] = _NOT_A_LINE
+        else:
+            yield parsed
 
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not a number")
 
 
-def _is_line(line: Any) -> TypeGuard[dict[str, Any]]:
-    return isinstance(line, dict) and bool(line)
+def _object(line: Any) -> dict[str, Any] | None:
+    return line if isinstance(line, dict) and line else None
+
+
+def _cell(line: Any) -> tuple[str, Fields] | None:
+    cell_id, fields = (line.get("cell_id"), line.get("cell")) if isinstance(line, dict) else (None, None)
+    return (cell_id, fields) if isinstance(cell_id, str) and isinstance(fields, dict) else None
+
+
+def _decision(line: Any) -> Decision | None:
+    """Return a complete decision of this schema; one of a newer schema has no effect."""
+    try:
+        return Decision.model_validate(line)
+    except ValidationError:
+        return None
 
 
 def _is_row(line: Mapping[str, Any]) -> bool:
     values = line.get("values", {})
-    return (
-        isinstance(line.get("run"), str)
-        and isinstance(line.get("on"), str)
-        and isinstance(line["cell"], str)
-        and isinstance(values, dict)
-        and (not values or _are_numbers(values.values()))
-    )
+    words = (line["cell"], line.get("run"), line.get("on"))
+    return all(isinstance(word, str) for word in words) and isinstance(values, dict) and _are_numbers(values.values())
 
 
 def _are_numbers(values: Collection[Any]) -> bool:
     try:  # a Python loop takes a second for a quarter of a million rows
-        return bool(min(values) >= 0 and math.isfinite(sum(values)))
+        return not values or bool(min(values) >= 0 and math.isfinite(sum(values)))
     except (TypeError, OverflowError):
         return False
-
-
-def _is_cell(line: Any) -> TypeGuard[dict[str, Any]]:
-    return _is_line(line) and isinstance(line.get("cell_id"), str) and isinstance(line.get("cell"), dict)
-
-
-def _is_decision(line: Any) -> TypeGuard[Decision]:
-    """Accept a complete decision of this schema; one of a newer schema has no effect."""
-    if not _is_line(line):
-        return False
-    words = ("cell", "metric", "night", "reason", "author")
-    whole = line.get("schema") == SCHEMA and all(isinstance(line.get(word), str) and line[word] for word in words)
-    revisions, seen = line.get("revisions", []), line.get("seen")
-    return (
-        whole
-        and isinstance(revisions, list)
-        and all(isinstance(one, str) for one in revisions)
-        and (seen is None or _is_seen(seen))
-    )
-
-
-def _is_seen(seen: Any) -> bool:
-    return (
-        isinstance(seen, dict)
-        and all(isinstance(seen.get(word), str) for word in ("old_night", "place"))
-        and all(isinstance(seen.get(word), (int, float)) for word in ("before", "after"))
-    )

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import median
 
 from harness.analysis import tracked_metrics
 from harness.console import echo
 from harness.errors import Exit, UsageError
 from harness.regression.history import cell_names, night_files, table
-from harness.regression.history.findings import ShownSeries
 from harness.regression.history.series import series
 
 
@@ -22,31 +20,27 @@ def show(folder: Path, cell: str | None, metric: str | None, *, each_night: bool
     """
     history = night_files.read(folder)
     if metric is not None and not (tracked_metrics.kind(metric) or metric == tracked_metrics.LATENCY):
-        raise UsageError(
-            f"not a metric: {metric!r}", where="--metric", hint=f"name one of {', '.join(tracked_metrics.names())}"
-        )
+        hint = f"name one of {', '.join(tracked_metrics.names())}"
+        raise UsageError(f"not a metric: {metric!r}", where="--metric", hint=hint)
     names = cell_names.names(history)
-    rows = [
-        ShownSeries(
-            one.cell, names.get(one.cell, one.cell), one.metric, one.place, [history.nights[i].night for i in one.nights],
-            one.values, one.passes, median(one.values),
-        )
+    shown = [
+        one
         for one in series(history, cell_names.select(history, cell) if cell else None)
         if metric is None or metric in (one.metric, one.metric.partition("/")[0])
-    ]  # fmt: skip
+    ]
     places = {place: facts for night in history.nights for place, facts in night.places.items()}
     if as_json:
         document = {
-            "schema": night_files.SCHEMA, "places": places, "series": [vars(row) for row in rows],
-            "left_out": history.broken,
+            "schema": night_files.SCHEMA, "places": places,
+            "series": [one.document(names.get(one.cell, one.cell)) for one in shown], "left_out": history.broken,
         }  # fmt: skip
         echo(json.dumps(document, indent=1))
-    elif rows:
-        echo(table.series_text(rows, each_night=each_night))
-        for place in sorted({row.place for row in rows}):
+    elif shown:
+        echo(table.series_text(shown, names, each_night=each_night))
+        for place in sorted({one.place for one in shown}):
             echo(f"place {place}: {', '.join(f'{key} {value}' for key, value in places[place].items())}")
         for name, why in history.broken.items():
             echo(f"left out: {name}: {why}")
-    if not rows:
+    if not shown:
         return Exit.NOTHING_COMPARED
     return Exit.INFRASTRUCTURE if history.broken else Exit.PASS

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from harness.analysis import tracked_metrics
 from harness.analysis.statistics.anchor import FEWEST_SERIES
 from harness.console import align_columns
 from harness.errors import plural
-from harness.regression.history.decisions import EVERY
-from harness.regression.history.findings import Detection, JudgedChange, MissingSeries, ShownChange, ShownSeries
-from harness.regression.history.night_files import PASSES
+from harness.regression.history.changes import Change
+from harness.regression.history.findings import Detection, JudgedChange, MissingSeries
+from harness.regression.history.night_files import EVERY, PASSES
+from harness.regression.history.series import HistorySeries
 
 _SHOWN = 6
 """Nights that a sentence names; there may be hundreds."""
@@ -38,30 +39,28 @@ def detection_text(found: Detection) -> str:
     return "\n".join([*lines, *([""] if notes else []), *notes])
 
 
-def series_text(rows: Sequence[ShownSeries], *, each_night: bool) -> str:
-    """Return the text of `show`: one line per series, or per night of each series."""
-    table: list[tuple[str, ...]]
+def series_text(found: Sequence[HistorySeries], names: Mapping[str, str], *, each_night: bool) -> str:
+    """Return the text of `show`: one line per series, or per night of each series. names: by cell_id."""
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]] = []
     if each_night:
-        head: tuple[str, ...] = ("cell", "metric", "place", "night", "value", "passes")
-        table = [
-            (row.name, row.metric, row.place, night, value(row.metric, number), str(passes))
-            for row in rows
-            for night, number, passes in zip(row.nights, row.values, row.passes, strict=True)
-        ]
+        head = ("cell", "metric", "place", "night", "value", "passes")
+        for one in found:
+            name = names.get(one.cell, one.cell)
+            for night, number, passes in zip(one.nights, one.values, one.passes, strict=True):
+                rows.append((name, one.metric, one.place, night, _value(one.metric, number), str(passes)))
     else:
         head = ("cell", "name", "metric", "place", "nights", "last", "value", "usual", "value/usual")
-        table = [
-            (
-                row.cell, row.name, row.metric, row.place, str(len(row.nights)), row.nights[-1],
-                value(row.metric, row.values[-1]), value(row.metric, row.usual),
-                f"{row.values[-1] / row.usual:.3f}" if row.usual else "-",
-            )
-            for row in rows
-        ]  # fmt: skip
-    return "\n".join(align_columns([head, *table]))
+        for one in found:
+            last, usual = one.values[-1], one.usual
+            rows.append((
+                one.cell, names.get(one.cell, one.cell), one.metric, one.place, str(len(one.nights)), one.nights[-1],
+                _value(one.metric, last), _value(one.metric, usual), f"{last / usual:.3f}" if usual else "-",
+            ))  # fmt: skip
+    return "\n".join(align_columns([head, *rows]))
 
 
-def value(metric: str, number: float) -> str:
+def _value(metric: str, number: float) -> str:
     """Format a value with a unit for people."""
     kind = tracked_metrics.kind(metric)
     if kind == "timed":
@@ -72,9 +71,9 @@ def value(metric: str, number: float) -> str:
 
 
 def _row(c: JudgedChange) -> tuple[str, ...]:
+    levels = [f"{level:.3f}" if c.cell == EVERY else _value(c.metric, level) for level in (c.before, c.after)]
     unit = "points" if tracked_metrics.kind(c.metric) == "score" else "%"
     change = "from nothing" if c.change is None else f"{100 * c.change:+.2f} {unit}"
-    levels = [f"{level:.3f}" if c.cell == EVERY else value(c.metric, level) for level in (c.before, c.after)]
     return (c.night, c.name, c.metric, *levels, change, _standing(c))
 
 
@@ -85,7 +84,7 @@ def _standing(c: JudgedChange) -> str:
     if c.standing == "suspect":
         return f"{text}, if it lasts"
     if c.confirmation is not None:
-        return f"{text}, {c.standing} by {c.confirmation['author']}: {c.confirmation['reason']}"
+        return f"{text}, {c.standing} by {c.confirmation.author}: {c.confirmation.reason}"
     return text + (", counted" if c.standing == "counted" else ", not confirmed")
 
 
@@ -95,29 +94,25 @@ def _differences(group: Sequence[JudgedChange]) -> Iterator[str]:
         b = c.between
         code = [f"code {b.code[0] or 'unknown'} -> {b.code[1] or 'unknown'}"] if b.code[0] != b.code[1] else []
         facts = [*code, *b.software, *filter(None, [c.note])]
-        yield f"  {c.cell} {c.metric}, {b.old_night} to {b.new_night}: {'; '.join(facts) or 'the same code'}"
+        yield f"  {c.cell} {c.metric}, {c.old_night} to {c.night}: {'; '.join(facts) or 'the same code'}"
         if c.is_open:
             yield f"    confirm: {b.command or 'not by pairs'}" + (f" ({b.because})" if b.because else "")
 
 
 def _notes(found: Detection) -> Iterator[str]:
     yield from map(_machine, found.machine)
-    for one in found.residue:
-        ratio = f", step time x {one.step_ratio:.3f}" if one.step_ratio else ""
-        cells = plural(one.cells, "Cell")
-        yield f"not compared: {'; '.join(one.changed)} on {one.night}: series of {cells} start again{ratio}"
+    for new in found.residue:
+        ratio = f", step time x {new.step_ratio:.3f}" if new.step_ratio else ""
+        cells = plural(new.cells, "Cell")
+        yield f"not compared: {'; '.join(new.changed)} on {new.night}: series of {cells} start again{ratio}"
     for few in found.unanchored:
-        yield (
-            f"no anchor: only {few.series} series of {few.metric} at place {few.place}; a slow night of the machine looks "
-            "like a change"
-        )
-    for loose in found.loose:
-        yield (
-            f"not judged: {loose.metric} at place {loose.place} on {_nights(loose.nights)}: fewer than {FEWEST_SERIES} of "
-            "its usual series"
-        )
-    for stop in found.stopped:
-        yield f"not measured: {stop.name} ({stop.cell}): {stop.status} on {stop.night}, ok on {stop.ok}"
+        where = f"{few.series} series of {few.metric} at place {few.place}"
+        yield f"no anchor: only {where}; a slow night of the machine looks like a change"
+    for one in found.loose:
+        where = f"{one.metric} at place {one.place} on {_nights(one.nights)}"
+        yield f"not judged: {where}: fewer than {FEWEST_SERIES} of its usual series"
+    for cell in found.stopped:
+        yield f"not measured: {cell.name} ({cell.cell}): {cell.status} on {cell.night}, ok on {cell.ok}"
     yield from _missing(found.gone)
     if found.stopped or found.gone:
         yield (
@@ -127,17 +122,15 @@ def _notes(found: Detection) -> Iterator[str]:
     if found.few_passes:
         yield f"fewer than {PASSES} passes of a Cell, so medians are rough: {_nights(list(found.few_passes))}"
     for line in found.resets:
-        yield f"accepted from {line['night']} on: {line['cell']} {line['metric']}, by {line['author']}: {line['reason']}"
+        yield f"accepted from {line.night} on: {line.cell} {line.metric}, by {line.author}: {line.reason}"
     for name, why in found.left_out.items():
         yield f"left out: {name}: {why}"
 
 
-def _machine(change: ShownChange) -> str:
+def _machine(change: Change) -> str:
     by = "from nothing" if change.change is None else f"by {100 * change.change:+.1f} %"
-    return (
-        f"the machine: on {change.night} all {change.metric} of place {change.place} changed {by}, the sentinels too; "
-        "corrected by the anchor"
-    )
+    what = f"on {change.night} all {change.metric} of place {change.place} changed {by}"
+    return f"the machine: {what}, the sentinels too; corrected by the anchor"
 
 
 def _missing(gone: Sequence[MissingSeries]) -> Iterator[str]:

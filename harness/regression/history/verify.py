@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from harness.analysis import tracked_metrics
-from harness.analysis.statistics.paired import PairFinding
-from harness.analysis.tracked_metrics import STEP
+from harness.analysis.statistics.paired import PairFinding, PairVerdict
 from harness.console import echo
 from harness.errors import Exit, HarnessError
 from harness.records import store
@@ -20,25 +17,7 @@ from harness.regression.history.decisions import ConfirmationVerdict
 from harness.regression.history.detect import detection
 from harness.regression.history.findings import JudgedChange
 from harness.regression.pairs import gate
-from harness.regression.pairs.request import PairsRequest
-
-
-@dataclass(frozen=True)
-class PairsOutcome:
-    """Result of the pairs for one metric of one Cell."""
-
-    finding: str
-    """A PairFinding; empty if the metric was not timed."""
-    sentence: str
-    canaries: str
-    """The sentence on canaries, if they closed the gate."""
-    interrupted: bool
-    seed: int
-
-    @property
-    def failed(self) -> bool:
-        """True if the pairs gave no time, or were interrupted."""
-        return self.interrupted or not self.finding
+from harness.regression.pairs.gate import PairsResult
 
 
 def verify(
@@ -60,13 +39,17 @@ def verify(
     for number, change in enumerate(pairable[:most]):
         if change.between.request is None:
             continue
-        place = next(night.places[change.place] for night in history.nights if change.place in night.places)
         request = replace(change.between.request, out=runs / str(number), metric=change.metric, canary=canary)
-        request = replace(request, suite=str(suite)) if suite else request
-        code, interrupted = _try(folder, change, place, author, request)
-        canary = canary and not (runs / str(number) / gate.DOCUMENT).exists()
-        codes.append(code)
-        if interrupted:
+        try:
+            result = gate.gate(replace(request, suite=str(suite)) if suite else request, as_json=False)
+        except HarnessError as error:
+            echo(f"{change.name}: not tried: {error}")
+            codes.append(Exit.INFRASTRUCTURE)
+            continue
+        canary = False
+        place = history.night(change.night).places[change.place]
+        codes.append(_store_verdict(folder, change, place, result, author))
+        if result.interrupted:
             break
     for line in _not_tried(unconfirmed, pairable, len(codes)):
         echo(line)
@@ -75,73 +58,59 @@ def verify(
     return max(codes, default=Exit.PASS)
 
 
-def _try(
-    folder: Path, change: JudgedChange, place: Mapping[str, str], author: str, request: PairsRequest
-) -> tuple[Exit, bool]:
-    """Run the pairs of one change and store a clear verdict; return the exit code and whether they were interrupted."""
-    try:
-        outcome = _run_pairs(request)
-    except HarnessError as error:
-        echo(f"{change.name}: not tried: {error}")
-        return Exit.INFRASTRUCTURE, False
-    verdict, sentence = _verdict(outcome, change, place, request)
+def _store_verdict(
+    folder: Path, change: JudgedChange, place: Mapping[str, str], result: PairsResult, author: str
+) -> Exit:
+    """Store a clear verdict on a change, print it and return the exit code."""
+    verdict, reason = _verdict(change, place, result)
     if verdict is None:
-        echo(f"{change.name}: still open: {sentence}")
-        return (Exit.INFRASTRUCTURE if outcome.failed else Exit.INCONCLUSIVE), outcome.interrupted
-    decision = decisions.confirm(
-        folder, change.cell, change.metric, change.night, verdict, f"{sentence}; seed {outcome.seed}", author,
-        change.between.paired, change.evidence(),
-    )  # fmt: skip
-    echo(f"{change.name}: {verdict} from {change.night} on: {decision['reason']}")
-    return Exit.PASS, outcome.interrupted
+        echo(f"{change.name}: still open: {reason}")
+        failed = result.interrupted or _timed(change, result) is None
+        return Exit.INFRASTRUCTURE if failed else Exit.INCONCLUSIVE
+    reason = f"{reason}; seed {result.runner.seed}"
+    decision = decisions.new(change.cell, change.metric, change.night, reason, author)
+    evidence = {"revisions": list(change.between.paired), "seen": change.evidence()}
+    decision = decisions.confirm(folder, decision.model_copy(update=evidence), verdict)
+    echo(f"{change.name}: {verdict} from {change.night} on: {decision.reason}")
+    return Exit.PASS
+
+
+def _timed(change: JudgedChange, result: PairsResult) -> PairVerdict | None:
+    """Return the verdict of the pairs on the time that changed; None if it was not timed."""
+    return next((cell.timed.get(change.metric) for cell in result.judged.cells), None)
 
 
 def _verdict(
-    outcome: PairsOutcome, change: JudgedChange, place: Mapping[str, str], request: PairsRequest
+    change: JudgedChange, place: Mapping[str, str], result: PairsResult
 ) -> tuple[ConfirmationVerdict | None, str]:
     """Return the verdict on a change, or None, and the reason."""
-    if not outcome.finding:
-        return None, outcome.sentence
-    if outcome.canaries:
-        return None, outcome.canaries
-    if request.out is not None and (elsewhere := _other_place(place, request.out)):
-        return None, f"the pairs ran at another place than the night ({'; '.join(elsewhere)}): {outcome.sentence}"
-    verdict = _verdict_of(outcome.finding, change.worse)
+    timed, canaries = _timed(change, result), result.judged.canaries
+    if timed is None:
+        return None, result.judged.verdict.reason
+    if canaries.closed:
+        return None, canaries.sentence
+    if elsewhere := _other_place(place, result):
+        return None, f"the pairs ran at another place than the night ({'; '.join(elsewhere)}): {timed.sentence}"
+    if timed.word is PairFinding.INCONCLUSIVE:
+        return None, timed.sentence
+    verdict: ConfirmationVerdict
+    if timed.word is PairFinding.SLOWER:
+        verdict = "regressed"
+    elif timed.word is PairFinding.FASTER and not change.worse:
+        verdict = "improved"
+    else:
+        verdict = "refuted"
     if verdict == "refuted" and (libraries := change.between.libraries):
-        return None, f"not the code alone; since then {', '.join(libraries)}: {outcome.sentence}"
-    return verdict, outcome.sentence
+        return None, f"not the code alone; since then {', '.join(libraries)}: {timed.sentence}"
+    return verdict, timed.sentence
 
 
-def _verdict_of(finding: str, worse: bool) -> ConfirmationVerdict | None:
-    """Return the verdict on a change; a change for the worse is refuted if the new side is faster."""
-    if finding == PairFinding.SLOWER:
-        return "regressed"
-    if finding == PairFinding.FASTER:
-        return "refuted" if worse else "improved"
-    return "refuted" if finding == PairFinding.SAME else None
-
-
-def _other_place(place: Mapping[str, str], runs: Path) -> list[str]:
-    """List the differences between a place and the place of the runs in a folder, except for Cells that ran at once."""
-    folders = [run for run in sorted(runs.iterdir()) if (run / "run.json").is_file()]
-    here = [tracked_metrics.place(record) for run in folders for record in store.read_run(run).records]
+def _other_place(place: Mapping[str, str], result: PairsResult) -> list[str]:
+    """List the differences between a place and the place of the runs, except for Cells that ran at once."""
+    records = [record for one in result.runner.found for pair in one.records for record in pair]
     shared = {key: value for key, value in place.items() if key == tracked_metrics.BESIDE}
-    return sorted({difference for one in here for difference in tracked_metrics.place_changes(place, one | shared)})
-
-
-def _run_pairs(request: PairsRequest) -> PairsOutcome:
-    """Run the pairs of a request that has an `out`, and return the outcome for its metric."""
-    gate.gate(request, as_json=False)
-    document: dict[str, Any] = json.loads((Path(str(request.out)) / gate.DOCUMENT).read_text(encoding="utf-8"))
-    cell = document["cells"][0] if document["cells"] else {}
-    judged = (cell if request.metric == STEP else cell.get("latencies", {}).get(request.metric, {})).get("verdict")
-    return PairsOutcome(
-        finding=judged["word"] if judged else "",
-        sentence=judged["sentence"] if judged else document["verdict"]["reason"],
-        canaries=document["canaries"] if document["closed"] else "",
-        interrupted=bool(document["cut"]),
-        seed=document["seed"],
-    )
+    places = [tracked_metrics.place(record) | shared for record in records]
+    return sorted({difference for here in places for difference in tracked_metrics.place_changes(place, here)})
 
 
 def _not_tried(unconfirmed: Sequence[JudgedChange], pairable: Sequence[JudgedChange], tried: int) -> Iterator[str]:

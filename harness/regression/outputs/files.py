@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +24,12 @@ class Outputs:
     def refuse(self) -> None:
         """Raise UsageError for files that could not be written, before anything is compared."""
         given = {"--junit": self.junit, "--markdown": self.markdown}
-        odd = {option: why for option, file in given.items() if file is not None and (why := files.unwritable(file))}
-        if self.junit is not None and self.markdown is not None and self.junit.absolute() == self.markdown.absolute():
-            odd = {"--junit, --markdown": f"{self.junit} is to be two files at once"}
-        if odd:
-            raise UsageError(
-                "; ".join(odd.values()), where=", ".join(odd), hint="name a file in a folder that can be written"
-            )
+        problems = {option: why for option, file in given.items() if file and (why := files.unwritable(file))}
+        if self.junit and self.markdown and self.junit.absolute() == self.markdown.absolute():
+            problems = {"--junit, --markdown": f"both name {self.junit}"}
+        if problems:
+            hint = "name a file in a folder that can be written"
+            raise UsageError("; ".join(problems.values()), where=", ".join(problems), hint=hint)
 
     def write(self, findings: Findings, title: str) -> None:
         """Write the files."""
@@ -42,6 +40,6 @@ class Outputs:
 
     def annotate(self, findings: Findings) -> None:
         """Print the annotations to stderr, after the table."""
-        if self.annotations or os.environ.get("GITHUB_ACTIONS") == "true":
+        if self.annotations or github.is_job():
             for line in github.lines(findings):
                 print(line, file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from harness.analysis.comparison.baseline_rows import ComparisonRow, FindingKind, Unit, Value
 from harness.analysis.verdict_kind import VerdictKind
@@ -14,7 +14,6 @@ _SHOWN = 20
 _KERNEL_S = 1e-3
 """Shorter times are shown in µs."""
 ORDER = (VerdictKind.FAIL, VerdictKind.NOT_RUN, VerdictKind.INCONCLUSIVE, VerdictKind.PASS)
-LOUD = (VerdictKind.FAIL, VerdictKind.INCONCLUSIVE)
 
 
 def fields(row: ComparisonRow) -> tuple[str, ...]:
@@ -23,9 +22,14 @@ def fields(row: ComparisonRow) -> tuple[str, ...]:
     return (row.name, row.what, *values, delta(row), interval(row), verdict(row))
 
 
-def loud(row: ComparisonRow) -> bool:
+def needs_attention(row: ComparisonRow) -> bool:
     """Return whether a row is always shown."""
     return row.judged and row.word is not VerdictKind.PASS
+
+
+def by_severity(rows: Iterable[ComparisonRow]) -> list[ComparisonRow]:
+    """Return rows with the most serious verdict first."""
+    return sorted(rows, key=lambda row: ORDER.index(row.word))
 
 
 def shown_rows(
@@ -35,12 +39,12 @@ def shown_rows(
 
     all_rows: leave nothing out, rows that are equal in both runs included.
     """
-    mine = [row for row in rows if row.kind is kind]
-    same = [] if all_rows else [row for row in mine if row.same]
-    differ = sorted((row for row in mine if all_rows or not row.same), key=lambda row: ORDER.index(row.word))
-    shown, quiet = [row for row in differ if loud(row)], [row for row in differ if not loud(row)]
-    some = quiet if all_rows else quiet[:_SHOWN]
-    return [*shown, *some], len(quiet) - len(some), len(same)
+    of_kind = [row for row in rows if row.kind is kind]
+    different = by_severity(row for row in of_kind if all_rows or not row.same)
+    attention = [row for row in different if needs_attention(row)]
+    others = [row for row in different if not needs_attention(row)]
+    shown = others if all_rows else others[:_SHOWN]
+    return [*attention, *shown], len(others) - len(shown), len(of_kind) - len(different)
 
 
 def value(v: Value, unit: Unit) -> str:
@@ -56,12 +60,17 @@ def value(v: Value, unit: Unit) -> str:
     return _time(v) if unit == "s" else percent(v) if unit == "share" else f"{v:,}"
 
 
-def change(row: ComparisonRow) -> str:
-    """Format both values, and their difference if both look equal; empty without values."""
-    if not row.valued:
-        return ""
-    before, now = value(row.base, row.unit), value(row.new, row.unit)
-    return f"{before}, now {now}" + (f" ({delta(row)})" if before == now and row.base != row.new else "")
+def sentence(row: ComparisonRow, separator: str = ": ") -> str:
+    """Format a row as a sentence: both values, their difference if both look equal, and the reason.
+
+    separator: between the quantity and its values.
+    """
+    text = row.what
+    if row.valued:
+        before, now = value(row.base, row.unit), value(row.new, row.unit)
+        difference = f" ({delta(row)})" if before == now and row.base != row.new else ""
+        text += f"{separator}{before}, now {now}{difference}"
+    return f"{text}: {row.reason}" if row.reason else text
 
 
 def delta(row: ComparisonRow) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from harness.analysis.comparison.baseline_rows import ComparisonRow, FindingKind, Findings
@@ -12,10 +13,15 @@ _SHOWN = 10
 """GitHub shows this many of each level per step, and drops the rest silently."""
 
 
+def is_job() -> bool:
+    """Return whether this process runs in a job of GitHub Actions."""
+    return os.environ.get("GITHUB_ACTIONS") == "true"
+
+
 def lines(findings: Findings) -> list[str]:
     """Return the commands: one error per finding, one warning per undecided row; the last has the number of further ones."""
     failed, open_ = findings.of(VerdictKind.FAIL), findings.of(VerdictKind.NOT_RUN, VerdictKind.INCONCLUSIVE)
-    found = _level("error", failed, [f"not as its run left it: {what}" for what in findings.changed])
+    found = _level("error", failed, [f"changed since its run: {what}" for what in findings.changed])
     return found + _level("warning", open_, [f"unreadable: {why}" for why in findings.unreadable])
 
 
@@ -31,8 +37,7 @@ def _level(level: str, rows: Sequence[ComparisonRow], files: Sequence[str]) -> l
 def _sentence(row: ComparisonRow) -> str:
     if row.kind in (FindingKind.ENVIRONMENT, FindingKind.ASSETS):
         return f"{row.name}: {row.reason}"
-    values = f" {change}" if (change := formatting.change(row)) else ""
-    return f"{row.name}: {row.what}{values}: {row.reason}" if row.reason else f"{row.name}: {row.what}{values}"
+    return f"{row.name}: {formatting.sentence(row, ' ')}"
 
 
 def _data(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from xml.etree import ElementTree as ET
 
 from harness.analysis.comparison.baseline_rows import MEANING, ComparisonRow, FindingKind, Findings
@@ -27,15 +26,19 @@ def render(findings: Findings) -> bytes:
     root = ET.Element("testsuites", name="peft-harness gate")
     for kind in FindingKind:
         rows = [row for row in findings.rows if row.kind is kind]
+        by_name: dict[str, list[ComparisonRow]] = {}
         if not rows:
             continue
         suite = junit_xml.suite(root, kind.value)
         if not rows[0].judged:
             junit_xml.case(suite, kind.value, f"{len(rows)} rows", "skipped", MEANING[kind])
             continue
-        for name, mine in _by_name(rows).items():
-            worst = min((row.word for row in mine), key=formatting.ORDER.index)
-            text = "; ".join(_sentence(row) for row in mine if row.word is worst)
+        for row in rows:
+            by_name.setdefault(row.name, []).append(row)
+        for name, named in by_name.items():
+            by_severity = formatting.by_severity(named)
+            worst = by_severity[0].word
+            text = "; ".join(formatting.sentence(row) for row in by_severity if row.word is worst)
             junit_xml.case(suite, kind.value, name, _TAGS[worst], text)
     files = junit_xml.suite(root, "files")
     for what in findings.changed:
@@ -44,15 +47,3 @@ def render(findings: Findings) -> bytes:
         junit_xml.case(files, "files", why, "skipped", why)
     junit_xml.case(files, "gate", "compared", "" if findings.compared else "error", findings.verdict.reason)
     return junit_xml.document(root)
-
-
-def _by_name(rows: Sequence[ComparisonRow]) -> dict[str, list[ComparisonRow]]:
-    found: dict[str, list[ComparisonRow]] = {}
-    for row in rows:
-        found.setdefault(row.name, []).append(row)
-    return found
-
-
-def _sentence(row: ComparisonRow) -> str:
-    values = f": {change}" if (change := formatting.change(row)) else ""
-    return f"{row.what}{values}: {row.reason}" if row.reason else f"{row.what}{values}"

@@ -23,49 +23,35 @@ def render(findings: Findings, title: str, limit_B: int = LIMIT_B) -> bytes:  # 
     """Return the summary in UTF-8, smaller than `limit_B` bytes; its last line has the number of rows left out."""
     v = findings.verdict
     text = [f"## {icon(v.word)} {_clean(title)}: {v.word.value}\n\n{_clean(v.reason)}\n\n"]
-    used, left_out, total = len(text[0].encode()), 0, 0
-    room = limit_B - _ROOM_B
-    open_kind = ""
-    for kind, line in _lines(findings):
+    used, left_out, total, open_table = len(text[0].encode()), 0, 0, ""
+    for table, line in _lines(findings):
         total += 1
-        head = "" if kind == open_kind else f"\n### {kind}\n\n{_line(HEAD)}{_line(['---'] * len(HEAD))}"
-        size = len((head + line).encode())
-        if left_out or used + size > room:  # sorted by importance: after one omission, omit all
+        head = f"\n### {table}\n\n{_line(HEAD)}{_line(['---'] * len(HEAD))}" if table not in ("", open_table) else ""
+        size = len(f"{head}{line}".encode())
+        if left_out or used + size > limit_B - _ROOM_B:  # sorted by importance: after one omission, omit all
             left_out += 1
             continue
         text.append(head + line)
-        used, open_kind = used + size, kind
-    for why in (*findings.unreadable, *findings.changed):
-        line = f"\n- {_clean(why)}\n"
-        total += 1
-        if left_out or used + len(line.encode()) > room:
-            left_out += 1
-            continue
-        text.append(line)
-        used += len(line.encode())
+        used, open_table = used + size, table
     if left_out:
         text.append(f"\n{left_out} of {total} lines left out, to stay under 1 MiB: `--json` has all of them.\n")
     return "".join(text).encode()
 
 
 def _lines(findings: Findings) -> Iterator[tuple[str, str]]:
-    """Yield each line with the title of its table: rows of all kinds that need attention, then other differences."""
-    rows = [row for row in findings.rows if not row.same]
-    for loud in (True, False):
+    """Yield the title of a table and one of its lines: rows of all kinds that need attention, then other differences.
+
+    Lines about files come last; their title is empty.
+    """
+    rows = formatting.by_severity(row for row in findings.rows if not row.same)
+    for attention in (True, False):
         for kind in FindingKind:
-            mine = [row for row in rows if row.kind is kind and formatting.loud(row) is loud]
-            for row in sorted(mine, key=lambda row: formatting.ORDER.index(row.word)):
-                yield _title(kind, loud), _line(formatting.fields(row))
-
-
-def _title(kind: FindingKind, loud: bool) -> str:
-    return (
-        kind.value
-        if loud
-        else f"{kind.value}, passed"
-        if kind not in (FindingKind.TIME, FindingKind.NEW)
-        else kind.value
-    )
+            for row in rows:
+                if row.kind is kind and formatting.needs_attention(row) is attention:
+                    title = kind.value if attention or not row.judged else f"{kind.value}, passed"
+                    yield title, _line(formatting.fields(row))
+    for why in (*findings.unreadable, *findings.changed):
+        yield "", f"\n- {_clean(why)}\n"
 
 
 def _line(fields: Iterable[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,19 +19,13 @@ LAST = 200
 def add(path: Path, place: str, cell_id: str, log_ratios: Sequence[float]) -> None:
     """Add a canary. place: the environment id of its Records, within which canaries are counted together."""
     facts = {"schema": SCHEMA, "at": store.now(), "place": place, "cell_id": cell_id, "log_ratios": list(log_ratios)}
-    line = json.dumps(facts) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # One append per line, so that two gates can write to one file.
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(handle, line.encode())
-        finally:
-            os.close(handle)
+        with path.open("ab", buffering=0) as file:  # one write per line, so that two gates can append to one file
+            file.write(f"{json.dumps(facts)}\n".encode())
     except OSError as error:
-        raise StoreError(
-            f"the canary cannot be written: {error}", where=str(path), hint="make it a file that can be written to"
-        ) from error
+        what, hint = f"the canary cannot be written: {error}", "make it a file that can be written to"
+        raise StoreError(what, where=str(path), hint=hint) from error
 
 
 def read(path: Path, place: str, trim: float) -> tuple[Canaries, list[str]]:

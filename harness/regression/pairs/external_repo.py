@@ -15,6 +15,7 @@ from pathlib import Path
 from harness.errors import HarnessError, UsageError
 from harness.methods.registry import GROUP, Registry, entry_points_by_name
 from harness.records.record import Cell
+from harness.regression import git
 
 _PROBE = """
 import json, sys
@@ -47,16 +48,13 @@ class ExternalRepo:
 
 def find(folder: Path) -> ExternalRepo:
     """Return the repository of a folder. Raises UsageError for a folder that is in no git checkout."""
-    command = ["git", "-C", str(folder), "rev-parse", "--show-toplevel"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE_S)
+        done = git.run(folder, "rev-parse", "--show-toplevel")
     except OSError as error:
         raise UsageError(f"git cannot be run: {error}", where="--repo", hint="install git") from error
     if done.returncode:
-        why = "is in no git checkout" if folder.is_dir() else "is no folder"
-        raise UsageError(
-            f"{folder} {why}", where="--repo", hint="name the folder that holds your package, or its `src`"
-        )
+        what = f"{folder} is in no git checkout" if folder.is_dir() else f"{folder} is no folder"
+        raise UsageError(what, where="--repo", hint="name the folder that holds your package, or its `src`")
     top = Path(done.stdout.strip()).resolve()
     return ExternalRepo(top, folder.resolve().relative_to(top))
 
@@ -72,28 +70,25 @@ def packages(label: str, code: Path, variables: Mapping[str, str]) -> frozenset[
         timeout=_PATIENCE_S,
     )  # fmt: skip
     found: dict[str, list[str]] = json.loads(done.stdout) if done.returncode == 0 else {}
-    places = {package: where for package, where in found.items() if package != "harness"}
+    found.pop("harness", None)
     top = code.resolve()
-    mine = {
+    inside = {
         name
-        for name, where in places.items()
-        if where and all(Path(one).resolve().is_relative_to(top) for one in where)
+        for name, folders in found.items()
+        if folders and all(Path(folder).resolve().is_relative_to(top) for folder in folders)
     }
-    if mine:
-        return frozenset(mine)
-    others = ", ".join(f"{package} from {where[0] if where else 'nowhere'}" for package, where in places.items())
-    raise HarnessError(
-        f"{label} holds no package of an installed plug-in; imported would be: {others or 'none'}",
-        where=f"--repo, {code}",
-        hint=f"name the folder that holds the package, and install its entry point (`{GROUP}`), e.g. by `pip install -e`",
-    )
+    if inside:
+        return frozenset(inside)
+    others = ", ".join(f"{name} from {folders[0] if folders else 'nowhere'}" for name, folders in found.items())
+    what = f"{label} holds no package of an installed plug-in; imported would be: {others or 'none'}"
+    hint = f"name the folder that holds the package, and install its entry point (`{GROUP}`), e.g. by `pip install -e`"
+    raise HarnessError(what, where=f"--repo, {code}", hint=hint)
 
 
-def uses(cell: Cell, registry: Registry, of: frozenset[str]) -> bool:
+def uses(cell: Cell, registry: Registry, packages: frozenset[str]) -> bool:
     """Return whether the implementation of a Cell's Method or base is in one of these packages."""
     keys = [("method", cell.method, cell.implementation), ("base", cell.base.quantization, cell.base.implementation)]
     points = {(i.kind, i.target, i.name): i.point for i in registry.implementations}
-    there = entry_points_by_name()
-    return any(
-        points[key] in there and there[points[key]].module.partition(".")[0] in of for key in keys if key in points
-    )
+    entry_points = entry_points_by_name()
+    modules = [entry_points[points[key]].module for key in keys if key in points and points[key] in entry_points]
+    return any(module.partition(".")[0] in packages for module in modules)

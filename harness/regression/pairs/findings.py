@@ -17,15 +17,15 @@ _KINDS = {
 }
 
 
-def findings(judged: JudgedPairs, cut: str = "") -> Findings:
-    """Return one row per time of a Cell, and the other rows. cut: how the pairs were interrupted, or empty."""
+def findings(judged: JudgedPairs, interrupted: str = "") -> Findings:
+    """Return one row per time of a Cell, and the other rows. interrupted: how the pairs were interrupted, or empty."""
     verdict = judged.verdict
     rows = [*judged.rows, *(_speed(cell, metric, judged) for cell in judged.cells for metric in cell.timed or (STEP,))]
     reason = f"{verdict.reason}; {judged.canaries.sentence}"
     word = verdict.word
-    if cut:
-        rows.append(ComparisonRow(FindingKind.MISSING, VerdictKind.NOT_RUN, "all Cells", (), "pairs", cut))
-        word, reason = word if word is VerdictKind.FAIL else VerdictKind.NOT_RUN, f"{cut}; {reason}"
+    if interrupted:
+        rows.append(ComparisonRow(FindingKind.MISSING, VerdictKind.NOT_RUN, "all Cells", (), "pairs", interrupted))
+        word, reason = word if word is VerdictKind.FAIL else VerdictKind.NOT_RUN, f"{interrupted}; {reason}"
     compared = sum(bool(cell.timed) for cell in judged.cells) or len(judged.rows)
     return Findings(verdict=Verdict(word, reason, verdict.records), rows=tuple(rows), compared=compared)
 

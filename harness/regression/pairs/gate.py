@@ -6,8 +6,7 @@ import contextlib
 import json
 import secrets
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,100 +21,157 @@ from harness.records.files import write_atomic
 from harness.regression.pairs import canary_file, findings, table
 from harness.regression.pairs import sides as pair_sides
 from harness.regression.pairs.request import PairsRequest
-from harness.regression.pairs.schedule import Measured, PairsRunner
+from harness.regression.pairs.schedule import PairsRunner
 from harness.suites import loader
 from harness.suites.expand import Plan, select
 
 DOCUMENT, SCHEMA = "pairs.json", 1
 
 
-def gate(request: PairsRequest, as_json: bool, design: Design | None = None) -> Exit:
-    """Compare two sides by interleaved pairs, print a table or the document, and return the exit code.
+@dataclass(frozen=True)
+class PairsResult:
+    """Measured and judged pairs."""
+
+    request: PairsRequest
+    runner: PairsRunner
+    """The process runs."""
+    cores: list[int]
+    """The CPU cores of both sides; empty: any."""
+    canary: list[float] | None
+    """Log ratios of the canary of this gate, if it has one."""
+    interrupted: str
+    """How the pairs were interrupted; empty if they were not."""
+    judged: JudgedPairs
+
+    @property
+    def exit(self) -> Exit:
+        """The exit code: findings of interrupted pairs count, but such pairs are no success."""
+        code = self.judged.exit
+        return Exit.INFRASTRUCTURE if self.interrupted and code is not Exit.FAIL else code
+
+    def document(self) -> dict[str, Any]:
+        """Return the document of `--json`."""
+        request, judged = self.request, self.judged
+        old, new = (side.label for side in self.runner.sides)
+        cells = []
+        for one, cell in zip(self.runner.found, judged.cells, strict=True):
+            times = {metric: self._time(cell, metric) for metric in cell.timed}
+            cells.append({
+                "name": cell.name, "old": one.pair.old.cell_id, "new": one.pair.new.cell_id, "because": cell.because,
+                **times.pop(STEP, self._time(cell, STEP)), "latencies": times,
+                "pairs": [[before.run, after.run] for before, after in one.records],
+            })  # fmt: skip
+        return {
+            "schema": SCHEMA, "old": {"asked": request.old, "is": old}, "new": {"asked": request.new, "is": new},
+            "suite": request.suite, "only": request.only, "seed": self.runner.seed,
+            "design": asdict(self.runner.design), "cells": cells,
+            "findings": [asdict(row) for row in judged.rows if not row.same],
+            "residue": list(judged.residue), "canary": self.canary, "canaries": judged.canaries.sentence,
+            "closed": judged.canaries.closed,
+            "verdict": {"word": judged.verdict.word.value, "reason": judged.verdict.reason},
+            "cores": self.cores, "cut": self.interrupted, "exit": int(self.exit),
+        }  # fmt: skip
+
+    def _time(self, cell: CellComparison, metric: str) -> dict[str, Any]:
+        timed = cell.timed.get(metric)
+        return {
+            "old_s": cell.seconds(0, metric), "new_s": cell.seconds(1, metric),
+            "verdict": asdict(timed) if timed else None, "adjusted_p": self.judged.adjusted.get(cell.called(metric)),
+        }  # fmt: skip
+
+
+def gate(request: PairsRequest, as_json: bool, design: Design | None = None) -> PairsResult:
+    """Compare two sides by interleaved pairs, print a table or the document, and return the result.
 
     Raises UsageError for sides or Cells that cannot be compared, HarnessError if a side gives no Record at all.
     """
-    design = design or Design()
     request.outputs.refuse()
+    result = _measure(request, design or Design())
+    document = result.document()
+    write_atomic(result.runner.folder / DOCUMENT, json.dumps(document, indent=1, allow_nan=False).encode())
+    old, new = (side.label for side in result.runner.sides)
+    rows = findings.findings(result.judged, result.interrupted)
+    request.outputs.write(rows, f"{new} against {old}")
+    print(json.dumps(document, indent=1) if as_json else "\n".join(table.lines(result.judged)))
+    request.outputs.annotate(rows)
+    return result
+
+
+def _measure(request: PairsRequest, design: Design) -> PairsResult:
+    """Run and judge the pairs; after an interruption, judge those that were measured."""
     path = loader.find(request.suite)
     plan = _trained(loader.load(path).plan, request.only, request.suite)
     wanted = _cores(request)
-    if wanted is not None and wanted > (there := cores.available_cores()):
-        what = f"{wanted} cores requested, but this process may use only {there}"
-        raise UsageError(what, where="--cores", hint=f"give at most {there}")
+    if wanted is not None and wanted > (available := cores.available_cores()):
+        what = f"{wanted} cores requested, but this process may use only {available}"
+        raise UsageError(what, where="--cores", hint=f"give at most {available}")
     folder = _folder(request)
     seed = secrets.randbits(32) if request.seed is None else request.seed
-    names = naming.full(plan.cells)
-    canary: list[float] | None = None
-    no_canary, cut = "switched off", ""
-
-    def log(line: str) -> None:
-        print(line, file=sys.stderr)
-
+    runner: PairsRunner | None = None
     held: list[int] = []
-    bench: PairsRunner | None = None
+    canary: list[float] | None = None
+    no_canary, interrupted = "switched off", ""
     try:
         with (
             handle_termination(),
             cores.limit_cores(wanted) as held,
             pair_sides.opened(request.old, request.new, plan, request.repo) as sides,
         ):
-            matched = pair_sides.pairs(plan, names, sides)
-            bench = PairsRunner(sides, path, folder, design, seed, ("--device", request.device), log, request.metric)
+            matched = pair_sides.pairs(plan, naming.full(plan.cells), sides)
+            runner = PairsRunner(sides, path, folder, design, seed, ("--device", request.device), _log, request.metric)
             where = f"on core {', '.join(map(str, held))}" if held else "on any core"
-            log(
+            _log(
                 f"{sides[0].label} against {sides[1].label}: {len(matched)} Cells, {design.first} pairs each, up to "
                 f"{design.fresh[-1]} new ones where these do not decide; {where}; seed {seed}, into {folder}"
             )
-            bench.measure(matched)
+            runner.measure(matched)
             if request.canary:
-                watched = bench.found[seed % len(bench.found)]
-                canary, no_canary = bench.canary(watched.pair) if not watched.broken else (None, watched.broken)
-                if canary:
-                    place = watched.first[0][0].environment.id
-                    canary_file.add(request.canaries, place, watched.pair.old.cell_id, canary)
-    except HarnessError:
-        if bench is None:
-            _forget(folder)
-        raise
-    except KeyboardInterrupt as stopped:
-        if bench is None:
-            _forget(folder)
+                canary, no_canary = _canary(request, runner)
+    except (HarnessError, KeyboardInterrupt) as error:
+        if runner is None:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # nothing was run in it
+        if runner is None or isinstance(error, HarnessError):
             raise
-        cut = f"ended by {str(stopped) or 'Ctrl-C'}"
-        log(f"{cut}; the pairs measured so far are judged")
-    places = [one.first[0][0].environment.id for one in bench.found if one.first]
-    canaries, broken = canary_file.read(request.canaries, places[0] if places else "", design.trim)
+        interrupted = f"ended by {str(error) or 'Ctrl-C'}"
+        _log(f"{interrupted}; the pairs measured so far are judged")
+    place = next((one.first[0][0].environment.id for one in runner.found if one.first), "")
+    canaries, broken = canary_file.read(request.canaries, place, design.trim)
     for line in broken:
-        log(f"unreadable: {line}")
+        _log(f"unreadable: {line}")
     if no_canary:
-        log(f"no canary of this gate: {no_canary}")
+        _log(f"no canary of this gate: {no_canary}")
     cells = [
-        CellComparison(one.pair.name, one.records, one.verdicts(design, request.metric), one.broken or cut)
-        for one in bench.found
+        CellComparison(one.pair.name, one.records, one.verdicts(design, request.metric), one.broken or interrupted)
+        for one in runner.found
     ]
     judged = judge(cells, canaries, strict=request.strict)
-    labels = (bench.sides[0].label, bench.sides[1].label)
-    # Findings stand, but interrupted pairs are no success.
-    code = Exit.INFRASTRUCTURE if cut and judged.exit is not Exit.FAIL else judged.exit
-    document = _document(request, labels, seed, design, bench.found, judged, canary) | {
-        "cores": held, "cut": cut, "exit": int(code)
-    }  # fmt: skip
-    write_atomic(folder / DOCUMENT, json.dumps(document, indent=1, allow_nan=False).encode())
-    rows = findings.findings(judged, cut)
-    request.outputs.write(rows, f"{labels[1]} against {labels[0]}")
-    print(json.dumps(document, indent=1) if as_json else "\n".join(table.lines(judged)))
-    request.outputs.annotate(rows)
-    return code
+    return PairsResult(request, runner, held, canary, interrupted, judged)
+
+
+def _canary(request: PairsRequest, runner: PairsRunner) -> tuple[list[float] | None, str]:
+    """Run one Cell of the old side against itself; return and store its log ratios, or return None and the reason."""
+    watched = runner.found[runner.seed % len(runner.found)]
+    if watched.broken:
+        return None, watched.broken
+    canary, reason = runner.canary(watched.pair)
+    if canary:
+        canary_file.add(request.canaries, watched.first[0][0].environment.id, watched.pair.old.cell_id, canary)
+    return canary, reason
+
+
+def _log(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _trained(plan: Plan, only: str | None, suite: str = "") -> Plan:
     """Return the plan's Cells that train; others have no step to time."""
-    swept = {cell_id for tuning in plan.tuning for cell_id in tuning.sweep}
-    kept = tuple(cell for cell in plan.cells if cell.training.steps and cell.cell_id not in swept)
-    if not kept:
+    tries = {cell_id for tuning in plan.tuning for cell_id in tuning.sweep}
+    cells = tuple(cell for cell in plan.cells if cell.training.steps and cell.cell_id not in tries)
+    if not cells:
         what = "no Cell of this suite trains, and pairs compare the time of a training step"
         raise UsageError(what, where=f"--suite {suite}", hint="name a suite with `steps` above 0, such as sentinels")
-    trained = Plan(kept, {c.cell_id: plan.ids[c.cell_id] for c in kept}, ())
+    trained = Plan(cells, {c.cell_id: plan.ids[c.cell_id] for c in cells}, ())
     return select(trained, only) if only is not None else trained
 
 
@@ -123,7 +179,8 @@ def _cores(request: PairsRequest) -> int | None:
     """Return the requested cores, else one on a CPU and None on a GPU, where a process needs its threads.
 
     Threads on a CPU wait for each other, and for other work on their cores: the times of equal processes with two threads
-    spread at least twice as widely."""
+    spread at least twice as widely.
+    """
     if request.cores is None and (request.device == "cuda" or (request.device == "auto" and environment.gpus())):
         return None
     return request.cores or 1
@@ -135,40 +192,3 @@ def _folder(request: PairsRequest) -> Path:
         raise UsageError("is not empty", where=f"--out {folder}", hint="name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _forget(folder: Path) -> None:
-    """Delete a folder in which nothing was run."""
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
-def _document(
-    request: PairsRequest, labels: tuple[str, str], seed: int, design: Design, measured: Sequence[Measured],
-    judged: JudgedPairs, canary: list[float] | None,
-) -> dict[str, Any]:  # fmt: skip
-    cells = []
-    for one, cell in zip(measured, judged.cells, strict=True):
-        times = {metric: _time(cell, metric, judged) for metric in cell.timed}
-        cells.append({
-            "name": cell.name, "old": one.pair.old.cell_id, "new": one.pair.new.cell_id, "because": cell.because,
-            **times.pop(STEP, _time(cell, STEP, judged)), "latencies": times,
-            "pairs": [[old.run, new.run] for old, new in one.records],
-        })  # fmt: skip
-    return {
-        "schema": SCHEMA,
-        "old": {"asked": request.old, "is": labels[0]}, "new": {"asked": request.new, "is": labels[1]},
-        "suite": request.suite, "only": request.only, "seed": seed, "design": asdict(design), "cells": cells,
-        "findings": [asdict(row) for row in judged.rows if not row.same],
-        "residue": list(judged.residue), "canary": canary, "canaries": judged.canaries.sentence,
-        "closed": judged.canaries.closed,
-        "verdict": {"word": judged.verdict.word.value, "reason": judged.verdict.reason},
-    }  # fmt: skip
-
-
-def _time(cell: CellComparison, metric: str, judged: JudgedPairs) -> dict[str, Any]:
-    timed = cell.timed.get(metric)
-    return {
-        "old_s": cell.seconds(0, metric), "new_s": cell.seconds(1, metric), "verdict": asdict(timed) if timed else None,
-        "adjusted_p": judged.adjusted.get(cell.called(metric)),
-    }  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from harness.analysis.comparison.pair_ratio import log_ratio, times
@@ -89,9 +89,7 @@ class PairsRunner:
 
     def canary(self, pair: CellPair) -> tuple[list[float] | None, str]:
         """Run the first pairs of the old side against itself; return their log ratios, or None and the reason."""
-        twin = PairsRunner(
-            (self.sides[0], self.sides[0]), self.suite, self.folder, self.design, self.seed, self.options, self.log
-        )
+        twin = replace(self, sides=(self.sides[0], self.sides[0]))
         one = Measured(CellPair(f"canary {pair.name}", pair.old, pair.old))
         twin._run(one, one.first, self.design.first, "canary")
         return (_ratios(one.first), "") if not one.broken else (None, one.broken)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from harness.methods.registry import discover
 from harness.process.supervisor import Subprocess
 from harness.records import environment, store
 from harness.records.record import Cell, Record
+from harness.regression import git
 from harness.regression.pairs import external_repo
 from harness.suites.expand import Plan
 
@@ -63,54 +64,48 @@ def opened(old: str, new: str, plan: Plan, repo: Path | None = None) -> Iterator
     """
     if repo is not None:
         external = external_repo.find(repo)
-        with _revisions(external.top, (old, new), ()) as found:
-            sides = [Side(label, external.code(tree), _metadata(tree)) for label, tree in found]
-            theirs = [external_repo.packages(side.label, side.code or external.top, _variables(side)) for side in sides]
-            first, second = (replace(side, packages=theirs[0] & theirs[1]) for side in sides)
+        with _revisions(external.top, old, new, external.code) as sides:
+            of_sides = [external_repo.packages(s.label, s.code or external.top, _variables(s)) for s in sides]
+            first, second = (replace(side, packages=of_sides[0] & of_sides[1]) for side in sides)
             yield first, second
         return
     known = sorted({cell.implementation for cell in plan.cells})
     named = [name for name in (old, new) if name in known]
     if len(named) == 2:
-        yield tuple(Side(f"implementation {name}", implementation=name) for name in (old, new))  # type: ignore[misc]
+        yield Side(f"implementation {old}", implementation=old), Side(f"implementation {new}", implementation=new)
         return
     if named:
         other = new if old == named[0] else old
-        raise UsageError(
-            f"`{named[0]}` is an implementation of this suite's Cells, and `{other}` is not",
-            where="--pairs",
-            hint=did_you_mean(other, known, "implementations"),
-        )
+        what = f"`{named[0]}` is an implementation of this suite's Cells, and `{other}` is not"
+        raise UsageError(what, where="--pairs", hint=did_you_mean(other, known, "implementations"))
     top = resources.checkout()
     if top is None:
-        raise UsageError(
-            f"`{old}` and `{new}` are no implementations of this suite's Cells, and revisions need a checkout with git",
-            where="--pairs",
-            hint=f"name two of {', '.join(known)}, or run from a checkout",
-        )
-    with _revisions(top, (old, new), known) as found:
-        first, second = (Side(label, tree, _metadata(tree)) for label, tree in found)
-        yield first, second
+        what = f"`{old}` and `{new}` are no implementations of this suite's Cells; revisions need a checkout with git"
+        raise UsageError(what, where="--pairs", hint=f"name two of {', '.join(known)}, or run from a checkout")
+    with _revisions(top, old, new, known=known) as sides:
+        yield sides
 
 
 @contextlib.contextmanager
-def _revisions(top: Path, names: Sequence[str], known: Sequence[str]) -> Iterator[list[tuple[str, Path]]]:
-    """Check revisions out; yield the label and the folder of each. known: implementations, for the hint."""
-    commits = [None if name == HERE else _commit(top, name, known) for name in names]
+def _revisions(
+    top: Path, old: str, new: str, code: Callable[[Path], Path] = Path, known: Sequence[str] = ()
+) -> Iterator[tuple[Side, Side]]:
+    """Check two revisions out, and yield them as sides.
+
+    code: returns the folder to put on Python's path for a checkout. known: implementations, for the hint.
+    """
+    trees: dict[str, Path] = {HERE: top}
+    commits = [name if name == HERE else _commit(top, name, known) for name in (old, new)]
     with contextlib.ExitStack() as stack:
-        trees: dict[str | None, Path] = {None: top}
         for commit in commits:
             if commit not in trees:
-                trees[commit] = stack.enter_context(_checked_out(top, str(commit)))
-        yield [
-            (f"revision {commit[:12]}" if commit else "the checkout as it stands" + _changed(top), trees[commit])
-            for commit in commits
-        ]
+                trees[commit] = stack.enter_context(_checked_out(top, commit))
+        first, second = (Side(_label(top, commit), code(trees[commit]), _metadata(trees[commit])) for commit in commits)
+        yield first, second
 
 
 def pairs(plan: Plan, names: dict[str, str], sides: tuple[Side, Side]) -> list[CellPair]:
-    """Match the Cells of the plan: between implementations, Cells that are otherwise equal; between revisions, each with
-    itself.
+    """Match the Cells of the plan: each with itself, or with the otherwise equal Cell of the other implementation.
 
     names: by cell_id. Raises UsageError if nothing matches.
     """
@@ -119,27 +114,18 @@ def pairs(plan: Plan, names: dict[str, str], sides: tuple[Side, Side]) -> list[C
         registry = discover()
         mine = [cell for cell in plan.cells if external_repo.uses(cell, registry, packages)]
         if not mine:
-            raise UsageError(
-                f"no Cell of this suite is computed by {', '.join(sorted(packages))}",
-                where="--repo",
-                hint="choose a --suite that has Cells with an implementation of that package",
-            )
+            what = f"no Cell of this suite is computed by {', '.join(sorted(packages))}"
+            hint = "choose a --suite that has Cells with an implementation of that package"
+            raise UsageError(what, where="--repo", hint=hint)
         return [CellPair(names[cell.cell_id], cell, cell) for cell in mine]
     if old is None or new is None:
         return [CellPair(names[cell.cell_id], cell, cell) for cell in plan.cells]
-    found = {(_but(cell), cell.implementation): cell for cell in plan.cells}
-    matched = [
-        CellPair(names[cell.cell_id], cell, found[_but(cell), new])
-        for cell in plan.cells
-        if cell.implementation == old and (_but(cell), new) in found
-    ]
-    if not matched:
-        raise UsageError(
-            f"no Cell of {old} has an otherwise equal Cell of {new}",
-            where="--pairs",
-            hint=f"write `implementation: [{old}, {new}]` in the suite, or choose other Cells by --only",
-        )
-    return matched
+    by_rest = {_rest(cell): cell for cell in plan.cells if cell.implementation == new}
+    old_cells = [cell for cell in plan.cells if cell.implementation == old and _rest(cell) in by_rest]
+    if not old_cells:
+        hint = f"write `implementation: [{old}, {new}]` in the suite, or choose other Cells by --only"
+        raise UsageError(f"no Cell of {old} has an otherwise equal Cell of {new}", where="--pairs", hint=hint)
+    return [CellPair(names[cell.cell_id], cell, by_rest[_rest(cell)]) for cell in old_cells]
 
 
 def run(side: Side, suite: Path, cell: Cell, folder: Path, options: Sequence[str] = ()) -> Record:
@@ -157,12 +143,9 @@ def run(side: Side, suite: Path, cell: Cell, folder: Path, options: Sequence[str
     code, error = _ran(command, variables)
     records = store.read_run(folder).records if (folder / "run.json").is_file() else []
     if not records:
-        lines = error.strip().splitlines()
-        raise HarnessError(
-            f"{side.label} gave no Record of {cell.label} (exit code {code}): {' '.join(lines[-3:])}",
-            where=str(folder),
-            hint=f"run `{' '.join(command[3:])}` there",
-        )
+        last_lines = " ".join(error.strip().splitlines()[-3:])
+        what = f"{side.label} gave no Record of {cell.label} (exit code {code}): {last_lines}"
+        raise HarnessError(what, where=str(folder), hint=f"run `{' '.join(command[3:])}` there")
     return records[-1]
 
 
@@ -185,48 +168,44 @@ def _ran(command: Sequence[str], variables: dict[str, str]) -> tuple[int | None,
     return code, child.output
 
 
-def _but(cell: Cell) -> str:
+def _rest(cell: Cell) -> str:
+    """Return an id of all fields of a Cell but its implementation."""
     return cell.model_copy(update={"implementation": ""}).cell_id
-
-
-def _git(top: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["git", "-C", str(top), *arguments], capture_output=True, text=True, check=False)
 
 
 def _commit(top: Path, name: str, known: Sequence[str]) -> str:
     # `--end-of-options`: otherwise git would read a name that begins with a dash as an option.
-    found = _git(top, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
+    found = git.run(top, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
     if found.returncode:
-        two = f"two of {', '.join(known)}; or " if known else ""
-        raise UsageError(
-            f"`{name}` is {'neither' if known else 'not'} a revision of {top}"
-            + (" nor an implementation of this suite's Cells" if known else ""),
-            where="--pairs",
-            hint=f"name {two}commits, branches, tags, or `{HERE}` for the checkout as it stands",
-        )
+        what, hint = f"`{name}` is not a revision of {top}", "name "
+        if known:
+            what = f"`{name}` is neither a revision of {top} nor an implementation of this suite's Cells"
+            hint = f"name two of {', '.join(known)}; or "
+        hint += f"commits, branches, tags, or `{HERE}` for the checkout as it stands"
+        raise UsageError(what, where="--pairs", hint=hint)
     return found.stdout.strip()
 
 
-def _changed(top: Path) -> str:
-    return ", with uncommitted changes" if _git(top, "status", "--porcelain", "-uno").stdout.strip() else ""
+def _label(top: Path, commit: str) -> str:
+    if commit != HERE:
+        return f"revision {commit[:12]}"
+    changed = git.run(top, "status", "--porcelain", "-uno").stdout.strip()
+    return "the checkout as it stands" + (", with uncommitted changes" if changed else "")
 
 
 @contextlib.contextmanager
 def _checked_out(top: Path, commit: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="peft-harness-") as folder:
         tree = Path(folder) / commit[:12]
-        added = _git(top, "worktree", "add", "--detach", str(tree), commit)
+        added = git.run(top, "worktree", "add", "--detach", str(tree), commit)
         if added.returncode:
-            raise HarnessError(
-                f"git cannot check {commit[:12]} out: {added.stderr.strip()}",
-                where=str(top),
-                hint="see `git worktree list`, and `git worktree prune`",
-            )
+            what = f"git cannot check {commit[:12]} out: {added.stderr.strip()}"
+            raise HarnessError(what, where=str(top), hint="see `git worktree list`, and `git worktree prune`")
         try:
             _write_metadata(tree)
             yield tree
         finally:
-            _git(top, "worktree", "remove", "--force", str(tree))
+            git.run(top, "worktree", "remove", "--force", str(tree))
 
 
 def _metadata(tree: Path) -> Path | None:
@@ -245,7 +224,7 @@ def _write_metadata(tree: Path) -> None:
     info = tree.with_name(f"{tree.name}.metadata") / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
-    lines = [
-        line for group, points in groups.items() for line in (f"[{group}]", *(f"{k} = {v}" for k, v in points.items()))
+    sections = [
+        "\n".join([f"[{group}]", *(f"{k} = {v}" for k, v in points.items())]) for group, points in groups.items()
     ]
-    (info / "entry_points.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text("\n".join(sections) + "\n", encoding="utf-8")

@@ -6,18 +6,17 @@ from harness.analysis.comparison.baseline_costs import PEAK
 from harness.analysis.comparison.pair_verdict import CellComparison, JudgedPairs
 from harness.analysis.tracked_metrics import STEP
 from harness.analysis.verdict_kind import VerdictKind
-from harness.report.terminal import aligned
+from harness.console import align_columns
 
 _HEAD = ["Cell", "verdict", "old ms", "new ms", "change", "95 % interval", "adjusted p", "finds"]
 
 
 def lines(judged: JudgedPairs) -> list[str]:
     """Return the lines. finds: the smallest slow-down that the planned pairs find with 80 % power."""
-    found = aligned([_HEAD, *(_row(cell, metric, judged) for cell in judged.cells for metric in cell.timed or (STEP,))])
-    found.append("")
-    for cell in judged.cells:
-        if not cell.timed:
-            found.append(f"not timed: {cell.name}: {cell.because or 'it has no steps that could be timed'}")
+    rows = [_row(cell, metric, judged) for cell in judged.cells for metric in cell.timed or (STEP,)]
+    found = [*align_columns([_HEAD, *rows], right=range(2, len(_HEAD)), indent=""), ""]
+    untimed = [cell for cell in judged.cells if not cell.timed]
+    found += [f"not timed: {cell.name}: {cell.because or 'it has no steps that could be timed'}" for cell in untimed]
     for row in judged.rows:
         if row.word is not VerdictKind.PASS or (row.delta and not row.same and row.what != PEAK):
             values = "" if row.base is None or row.new is None else f" ({row.base} -> {row.new})"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,3 +23,8 @@ def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, *dys)
 
     return plain
+
+
+def once_outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a backward as `outside_autocast` does, and let a second derivative raise RuntimeError."""
+    return outside_autocast(once_differentiable(backward))

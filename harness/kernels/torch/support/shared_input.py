@@ -98,16 +98,16 @@ class InputGroup:
             return layer.forward_alone(x)
         joining: list[tuple[int, Any, LoraFactors]] = []
         for place, reference in sorted(self._members.items()):
-            one = reference()
-            if one is None or one is layer or self._unused[place] >= PATIENCE:
+            member = reference()
+            if member is None or member is layer or self._unused[place] >= PATIENCE:
                 continue
-            state, it = _state(one), _factors(one, x)
-            if state is not None and it is not None and _trains(it, x) == _trains(own, x):
-                joining.append((place, state, it))
+            state, factors = _state(member), _factors(member, x)
+            if state is not None and factors is not None and _trains(factors, x) == _trains(own, x):
+                joining.append((place, state, factors))
         if not joining:
             return layer.forward_alone(x)
-        output, *others = lora_linears(x, [own, *(it for _, _, it in joining)], call.precomputed)
-        call.precomputed |= {place: (state, y) for (place, state, _), y in zip(joining, others, strict=True)}
+        output, *outputs = lora_linears(x, [own, *(factors for _, _, factors in joining)], call.precomputed)
+        call.precomputed |= {place: (state, y) for (place, state, _), y in zip(joining, outputs, strict=True)}
         return output
 
 
@@ -166,20 +166,20 @@ def _same(one: tuple[Any, ...] | None, other: tuple[Any, ...] | None) -> bool:
 
 def _factors(layer: SharedInputLayer, x: Tensor) -> LoraFactors | None:
     """Return the layer's factors if they fit x, so that it can be computed together with others."""
-    it = layer.factors(x)
+    factors = layer.factors(x)
     if (
-        it is None
-        or it.A.shape[-1] != x.shape[-1]
-        or any(t.dtype != x.dtype or t.device != x.device for t in (it.A, it.B))
+        factors is None
+        or factors.A.shape[-1] != x.shape[-1]
+        or any(t.dtype != x.dtype or t.device != x.device for t in (factors.A, factors.B))
     ):
         return None
-    return it
+    return factors
 
 
-def _trains(it: LoraFactors, x: Tensor) -> bool:
+def _trains(factors: LoraFactors, x: Tensor) -> bool:
     """Return whether the output requires a gradient; outputs of one call must agree."""
-    dense = it.W if isinstance(it.W, Tensor) else None
-    return any(t is not None and t.requires_grad for t in (x, dense, it.bias, it.A, it.B))
+    dense = factors.W if isinstance(factors.W, Tensor) else None
+    return any(t is not None and t.requires_grad for t in (x, dense, factors.bias, factors.A, factors.B))
 
 
 def _has_hooks() -> bool:

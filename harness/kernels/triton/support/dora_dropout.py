@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -9,8 +11,9 @@ from torch import Tensor
 
 from harness.kernels.compile.specimen import Specimen
 from harness.kernels.triton.support.gemm_tiles import EXACT, LARGE, GemmTile, gemm_tile
-from harness.kernels.triton.support.launch import Launch, strides
-from harness.kernels.triton.support.matrix_product import accumulate, is_wide, program_tile
+from harness.kernels.triton.support.launch import Launch, meta
+from harness.kernels.triton.support.low_rank_gemm import Operands, low_rank_launch
+from harness.kernels.triton.support.matrix_product import accumulate, program_tile
 from harness.kernels.triton.support.rounding import load_as_float32, store_as
 
 
@@ -79,8 +82,8 @@ def dropped_forward(
     y, q = (torch.empty((len(x), len(W)), dtype=x.dtype, device=x.device) for _ in range(2))
     if y.numel():
         tile = gemm_tile(len(x), len(W), x.dtype, x.device, crowded=True).shallow()
-        more: dict[str, Tensor | float | None] = {"product": q, "bias": bias, "scale": float(scaling)}
-        _launch(_forward, tile, y, x, W.T, mask, S, B.T, less, more).run()
+        others = {"less": less, "product": q, "bias": bias, "scale": float(scaling)}
+        _launch(_forward, tile, (y, x, W.T, S, B.T), mask, **others).run()
     return y, q
 
 
@@ -89,34 +92,13 @@ def dropped_backward(dy: Tensor, W: Tensor, A: Tensor, dS: Tensor, mask: Tensor,
     dx = torch.empty((len(dy), W.shape[1]), dtype=dy.dtype, device=dy.device)
     if dx.numel():
         tile = gemm_tile(len(dy), W.shape[1], dy.dtype, dy.device, crowded=True).shallow()
-        _launch(_backward, tile, dx, dy, W, mask, dS, A, less, {}).run()
+        _launch(_backward, tile, (dx, dy, W, dS, A), mask, less=less).run()
     return dx
 
 
-def _launch(
-    kernel: object,
-    tile: GemmTile,
-    out: Tensor,
-    left: Tensor,
-    right: Tensor,
-    mask: Tensor,
-    S: Tensor,
-    T: Tensor,
-    less: Tensor,
-    more: dict[str, Tensor | float | None],
-) -> Launch:
-    (M, K), (R, N) = left.shape, T.shape
-    arguments = {
-        "out": out, "left": left, "right": right, "mask": mask, "S": S, "T": T, "less": less, **more,
-        "M": M, "N": N, "K": K, "R": R, **strides("left_m left_k", left), **strides("right_k right_n", right),
-        **strides("mask_m mask_n", mask), **strides("S_m S_r", S), **strides("T_r T_n", T),
-    }  # fmt: skip
+def _launch(kernel: Any, tile: GemmTile, operands: Operands, mask: Tensor, **others: Any) -> Launch:
     block_r = 16  # with two accumulators, more ranks at a time would spill registers
-    constants = {
-        **tile.constants(), "BLOCK_R": block_r, "EVEN_K": K % tile.k == 0, "EVEN_R": R % block_r == 0,
-        "WIDE": is_wide(N, right.stride(1), T.stride(1), mask.stride(1)),
-    }  # fmt: skip
-    return Launch(kernel, (tile.programs(M, N),), arguments, constants, tile.warps, tile.stages)
+    return low_rank_launch(kernel, tile, block_r, operands, mask, mask=mask, **others)
 
 
 def _specimens() -> list[Specimen]:
@@ -124,16 +106,14 @@ def _specimens() -> list[Specimen]:
     M, D, E = 8192, 4096, 14336
 
     def of(name: str, dtype: torch.dtype, tile: GemmTile, forward: bool, R: int = 16) -> Specimen:
-        def meta(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        less, mask, S = torch.empty(E, device="meta"), meta(M, D), meta(M, R)
+        W, less, mask, S = meta(dtype, E, D), meta(torch.float32, E), meta(dtype, M, D), meta(dtype, M, R)
+        of_x, of_y = meta(dtype, M, D), meta(dtype, M, E)
         if forward:
-            more: dict[str, Tensor | float | None] = {"product": meta(M, E), "bias": meta(E), "scale": 2.0}
-            launch = _launch(_forward, tile, meta(M, E), meta(M, D), meta(E, D).T, mask, S, meta(E, R).T, less, more)
+            others = {"less": less, "product": of_y, "bias": meta(dtype, E), "scale": 2.0}
+            launch = _launch(_forward, tile, (of_y, of_x, W.T, S, meta(dtype, E, R).T), mask, **others)
         else:
-            launch = _launch(_backward, tile, meta(M, D), meta(M, E), meta(E, D), mask, S, meta(R, D), less, {})
-        return launch.specimen(f"dora_dropout.{name}", "other" if dtype == torch.float32 else "gemm")
+            launch = _launch(_backward, tile, (of_x, of_y, W, S, meta(dtype, R, D)), mask, less=less)
+        return launch.specimen(f"dora_dropout.{name}")
 
     return [
         of("forward-bf16", torch.bfloat16, LARGE.shallow(), True),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from harness.kernels.compile.specimen import Specimen
 from harness.kernels.triton.support.gemm_tiles import rank_block
-from harness.kernels.triton.support.launch import Launch, strides
+from harness.kernels.triton.support.launch import Launch, meta, strides
 from harness.kernels.triton.support.matrix_product import product
 from harness.kernels.triton.support.rounding import load_as_float32, to_dtype, to_float32
 
@@ -81,12 +81,8 @@ def _specimens() -> list[Specimen]:
 
     def of(name: str, R: int, dtype: torch.dtype) -> Specimen:
         E, D = 14336, 4096
-        gain = torch.empty(E, device="meta")
-        norm, W, A, B, m = (
-            torch.empty(shape, dtype=dtype, device="meta") for shape in ((E,), (E, D), (R, D), (E, R), (E,))
-        )
-        launch = _launch(gain, norm, W, A, B, m, 2.0)
-        return launch.specimen(f"dora_gain.{name}", "gemm" if dtype != torch.float32 else "other")
+        norm, W, A, B, m = (meta(dtype, *shape) for shape in ((E,), (E, D), (R, D), (E, R), (E,)))
+        return _launch(meta(torch.float32, E), norm, W, A, B, m, 2.0).specimen(f"dora_gain.{name}")
 
     return [
         of("bf16-rank-16", 16, torch.bfloat16),

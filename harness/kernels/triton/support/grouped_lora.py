@@ -13,18 +13,12 @@ import triton
 import triton.language as tl
 
 from harness.kernels.compile.specimen import Specimen
-from harness.kernels.device import interpreted
-from harness.kernels.triton.support.rounding import load_as_float32, store_as, to_dtype, to_float32
+from harness.kernels.triton.support.matrix_product import product
+from harness.kernels.triton.support.rounding import load_as_float32, store_as, to_dtype
 
 INNER = 64  # features per iteration of a sum
 FIELDS = tl.constexpr(5)  # per adapter in the table: addresses of A and B, rank, offsets of dA and dB
 MOST_REGISTERS = 168  # of `expand` and `outer`; by default ptxas spills one to fit one more program
-_WIDE = tl.constexpr(interpreted())  # the interpreter's tl.dot cannot multiply 16-bit numbers: convert to float32
-
-
-@triton.jit
-def _operand(value):
-    return to_float32(value) if _WIDE else value
 
 
 @triton.jit
@@ -68,7 +62,7 @@ def shrink(
         # A (rank, features), B (features, rank)
         at = r[None, :] * features + k[:, None] if which == 0 else k[:, None] * rank + r[None, :]
         weight = tl.load(weights + at, mask=(k < features)[:, None] & (r < rank)[None, :], other=0.0)
-        total = tl.dot(_operand(part), _operand(weight), total, input_precision="ieee")
+        total = product(part, weight, total)
     total *= tl.load(scalings + adapter)
     place = S + tl.program_id(1).to(tl.int64) * plane + line[:, None] * width + r[None, :]
     tl.store(place, total, mask=here[:, None])
@@ -106,7 +100,7 @@ def expand(
         low = to_dtype(_low(S, line, token < tokens, r, plane, width, pieces, rows, ranks), out.dtype.element_ty)
         at = r[:, None] * features + column[None, :] if which == 0 else column[None, :] * rank + r[:, None]
         weight = tl.load(weights + at, mask=(r < rank)[:, None] & (column < features)[None, :], other=0.0)
-        update = tl.dot(_operand(low), _operand(weight), update, input_precision="ieee")
+        update = product(low, weight, update)
     mask = (token < tokens)[:, None] & (column < features)[None, :]
     place = out + line[:, None] * features + column[None, :]
     store_as(place, load_as_float32(place, mask=mask, other=0.0) + update, mask=mask)
@@ -133,7 +127,7 @@ def outer(
                 low = to_dtype(_low(S, line, here, r, plane, width, pieces, rows, ranks), x.dtype.element_ty)
                 mask = here[:, None] & (column < features)[None, :]
                 part = tl.load(x + line[:, None] * features + column[None, :], mask=mask, other=0.0)
-                total = tl.dot(tl.trans(_operand(low)), _operand(part), total, input_precision="ieee")
+                total = product(tl.trans(low), part, total)
     begin = out + tl.load(table + adapter * FIELDS + 3 + which)
     if which == 0:
         place = begin + r[:, None] * features + column[None, :]

@@ -44,8 +44,12 @@ class Launch:
             num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
-    def specimen(self, name: str, kind: Kind, *, oldest: int = 80) -> Specimen:
-        """Return the instance that this launch compiles: Triton specialises on 1, None and multiples of 16."""
+    def specimen(self, name: str, kind: Kind | None = None, *, oldest: int = 80) -> Specimen:
+        """Return the instance that this launch compiles: Triton specialises on 1, None and multiples of 16.
+
+        kind: by default `gemm` for a kernel with 16-bit tensors, else `other`, since no matrix unit multiplies float32.
+        """
+        halves = any(isinstance(one, Tensor) and one.element_size() == 2 for one in self.arguments.values())
         fixed = {n: one for n, one in self.arguments.items() if one is None or (type(one) is int and one == 1)}
         rest = {n: one for n, one in self.arguments.items() if n not in fixed}
         return Specimen(
@@ -54,7 +58,7 @@ class Launch:
             signature={n: _type(one) for n, one in rest.items()},
             constants={**fixed, **self.constants},
             divisible=tuple(n for n, one in rest.items() if isinstance(one, Tensor) or one % 16 == 0),
-            kind=kind,
+            kind=kind or ("gemm" if halves else "other"),
             oldest=oldest,
             num_warps=self.num_warps,
             num_stages=self.num_stages,
@@ -66,6 +70,11 @@ def _type(value: Any) -> str:
     if isinstance(value, Tensor):
         return _POINTERS[value.dtype]
     return "fp32" if isinstance(value, float) else "i32"
+
+
+def meta(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Return a tensor without memory, to describe a launch."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def strides(names: str, matrix: Tensor | None) -> dict[str, int]:

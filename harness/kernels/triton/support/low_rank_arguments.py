@@ -33,11 +33,11 @@ def checked(
             raise ValueError(f"{name} requires a gradient, but this kernel computes none for it")
 
 
-def matrix(x: Tensor) -> Tensor:
-    """Return x (..., D) as (tokens, D)."""
-    return x.reshape(-1, x.shape[-1])
+def matrix(x: Tensor | None) -> Tensor | None:
+    """Return x (..., D) as (tokens, D); None for None."""
+    return None if x is None else x.reshape(-1, x.shape[-1])
 
 
 def contiguous(vector: Tensor | None) -> Tensor | None:
-    """Return the vector, contiguous."""
+    """Return the vector, contiguous; None for None."""
     return None if vector is None else vector.contiguous()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from harness.kernels.compile.specimen import Kind, Specimen
+from harness.kernels.compile.specimen import Specimen
 from harness.kernels.triton.support.gemm_tiles import EXACT, FEW_ROWS, LARGE, LARGEST, GemmTile, gemm_tile, rank_block
-from harness.kernels.triton.support.launch import Launch, strides
+from harness.kernels.triton.support.launch import Launch, meta, strides
 from harness.kernels.triton.support.matrix_product import accumulate, is_wide, program_tile
 from harness.kernels.triton.support.rounding import load_as_float32, store_as
+
+Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""out (M, N), left (M, K), right (K, N), S (M, R), T (R, N)."""
 
 
 @triton.jit
@@ -71,60 +76,53 @@ def low_rank_gemm(
     if out.numel():
         crowded = any(one is not None for one in (left_scale, term_mask, product))
         tile = gemm_tile(M, N, left.dtype, left.device, crowded=crowded)
-        optional = {
-            "term_scale": term_scale, "term_mask": term_mask, "left_scale": left_scale,
-            "gain": gain, "bias": bias, "product": product,
-        }  # fmt: skip
-        _launch(tile, out, left, right, S, T, scale, optional).run()
+        _launch(
+            tile, (out, left, right, S, T), scale=float(scale), term_scale=term_scale, term_mask=term_mask,
+            left_scale=left_scale, gain=gain, bias=bias, product=product,
+        ).run()  # fmt: skip
     return out
 
 
-def _launch(
-    tile: GemmTile,
-    out: Tensor,
-    left: Tensor,
-    right: Tensor,
-    S: Tensor,
-    T: Tensor,
-    scale: float,
-    optional: dict[str, Tensor | None],
+def _launch(tile: GemmTile, operands: Operands, **others: Any) -> Launch:
+    block_r = rank_block(len(operands[-1]))
+    return low_rank_launch(_low_rank_gemm, tile, block_r, operands, others["term_mask"], **others)
+
+
+def low_rank_launch(
+    kernel: Any, tile: GemmTile, block_r: int, operands: Operands, mask: Tensor | None, /, **others: Any
 ) -> Launch:
+    """Return the launch of a product with a low-rank term. block_r: ranks per iteration; others: further arguments.
+
+    mask: the kernel's mask, which is also one of the `others`, under the kernel's name of it.
+    """
+    out, left, right, S, T = operands
     (M, K), (R, N) = left.shape, T.shape
-    term_mask = optional["term_mask"]
     arguments = {
-        "out": out, "left": left, "right": right, "S": S, "T": T, **optional, "scale": float(scale),
-        "M": M, "N": N, "K": K, "R": R,
+        "out": out, "left": left, "right": right, "S": S, "T": T, **others, "M": M, "N": N, "K": K, "R": R,
         **strides("left_m left_k", left), **strides("right_k right_n", right), **strides("S_m S_r", S),
-        **strides("T_r T_n", T), **strides("mask_m mask_n", term_mask),
+        **strides("T_r T_n", T), **strides("mask_m mask_n", mask),
     }  # fmt: skip
-    block_r = rank_block(R)
     constants = {
         **tile.constants(), "BLOCK_R": block_r, "EVEN_K": K % tile.k == 0, "EVEN_R": R % block_r == 0,
-        "WIDE": is_wide(N, right.stride(1), T.stride(1), 1 if term_mask is None else term_mask.stride(1)),
+        "WIDE": is_wide(N, right.stride(1), T.stride(1), 1 if mask is None else mask.stride(1)),
     }  # fmt: skip
-    return Launch(_low_rank_gemm, (tile.programs(M, N),), arguments, constants, tile.warps, tile.stages)
+    return Launch(kernel, (tile.programs(M, N),), arguments, constants, tile.warps, tile.stages)
 
 
 def _specimens() -> list[Specimen]:
     """Return specimens of the products in training of a layer 4096 -> 14336 with 8192 tokens."""
     M, D, E, R = 8192, 4096, 14336, 16
 
-    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def of(name: str, tile: GemmTile, dtype: torch.dtype, N: int, K: int, backward: bool, *given: str) -> Specimen:
+    def of(name: str, tile: GemmTile, dtype: torch.dtype, N: int, K: int, backward: bool, *optional: str) -> Specimen:
         shapes = {"term_mask": (M, N), "product": (M, N), "left_scale": (K,)}
-        floats = ("gain", "left_scale")
-        optional = {
-            key: meta(*shapes.get(key, (N,)), dtype=torch.float32 if key in floats else dtype) if key in given else None
-            for key in ("term_scale", "term_mask", "left_scale", "gain", "bias", "product")
-        }
-        right = meta(K, N, dtype=dtype) if backward else meta(N, K, dtype=dtype).T
-        T = meta(R, N, dtype=dtype) if backward else meta(N, R, dtype=dtype).T
-        operands = meta(M, N, dtype=dtype), meta(M, K, dtype=dtype), right, meta(M, R, dtype=dtype), T
-        kind: Kind = "gemm" if dtype != torch.float32 else "other"
-        launch = _launch(tile, *operands, 2.0, optional)
-        return launch.specimen(f"low_rank_gemm.{name}", kind, oldest=90 if tile == LARGEST else 80)
+        others: dict[str, Any] = dict.fromkeys(("term_scale", "term_mask", "left_scale", "gain", "bias", "product"))
+        for key in optional:
+            of_key = torch.float32 if key in ("gain", "left_scale") else dtype
+            others[key] = meta(of_key, *shapes.get(key, (N,)))
+        right, T = (meta(dtype, n, N) if backward else meta(dtype, N, n).T for n in (K, R))
+        operands = meta(dtype, M, N), meta(dtype, M, K), right, meta(dtype, M, R), T
+        launch = _launch(tile, operands, scale=2.0, **others)
+        return launch.specimen(f"low_rank_gemm.{name}", oldest=90 if tile == LARGEST else 80)
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     return [

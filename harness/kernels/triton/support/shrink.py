@@ -9,7 +9,7 @@ from torch import Tensor
 
 from harness.kernels.compile.specimen import Specimen
 from harness.kernels.device import interpreted
-from harness.kernels.triton.support.launch import Launch, strides
+from harness.kernels.triton.support.launch import Launch, meta, strides
 from harness.kernels.triton.support.matrix_product import accumulate
 from harness.kernels.triton.support.rounding import load_as_float32, store_as
 
@@ -58,7 +58,7 @@ def shrink(
     """
     out = torch.empty((len(left), right.shape[1]), dtype=left.dtype, device=left.device)
     if out.numel():
-        _launch(out, left, right, scale, mask, column_scale, unscaled, None, None).run()
+        _launch(out, left, right, scale, mask=mask, column_scale=column_scale, unscaled=unscaled).run()
     return out
 
 
@@ -71,7 +71,7 @@ def shrink_and_sum(left: Tensor, right: Tensor, column_scale: Tensor, times: Ten
     out = torch.empty((M, R), dtype=left.dtype, device=left.device)
     sums = torch.empty((triton.cdiv(M, _rows(M)), R), dtype=torch.float32, device=left.device)
     if out.numel():
-        _launch(out, left, right, 1.0, None, column_scale, None, times, sums).run()
+        _launch(out, left, right, 1.0, column_scale=column_scale, times=times, sums=sums).run()
     return out, sums.sum(0)
 
 
@@ -86,24 +86,16 @@ def _rows(M: int) -> int:
     return 64 if M >= 8192 else 32 if M >= 2048 else 16
 
 
-def _launch(
-    out: Tensor,
-    left: Tensor,
-    right: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    column_scale: Tensor | None,
-    unscaled: Tensor | None,
-    times: Tensor | None,
-    sums: Tensor | None,
-) -> Launch:
+def _launch(out: Tensor, left: Tensor, right: Tensor, scale: float, **optional: Tensor | None) -> Launch:
+    """Return the launch. optional: mask, column_scale, unscaled, times, sums."""
     (M, K), R = left.shape, right.shape[1]
     block_m, block_r = _rows(M), min(max(16, triton.next_power_of_2(R)), 128)
     block_k = 128 if interpreted() else _K_OF_RANKS[block_r] if left.element_size() == 2 else 32
+    none = dict.fromkeys(("mask", "column_scale", "unscaled", "times", "sums"))
     arguments = {
-        "out": out, "left": left, "right": right, "mask": mask, "column_scale": column_scale, "unscaled": unscaled,
-        "times": times, "sums": sums, "scale": float(scale), "M": M, "K": K, "R": R,
-        **strides("left_m left_k", left), **strides("right_k right_r", right), **strides("mask_m mask_k", mask),
+        "out": out, "left": left, "right": right, **none, **optional, "scale": float(scale), "M": M, "K": K, "R": R,
+        **strides("left_m left_k", left), **strides("right_k right_r", right),
+        **strides("mask_m mask_k", optional.get("mask")),
     }  # fmt: skip
     constants = {"BLOCK_M": block_m, "BLOCK_R": block_r, "BLOCK_K": block_k, "EVEN_K": K % block_k == 0}
     grid = (triton.cdiv(M, block_m), triton.cdiv(R, block_r))
@@ -114,20 +106,12 @@ def _specimens() -> list[Specimen]:
     """Return specimens of the products of a layer 4096 -> 14336 with 8192 tokens, of rank 16, and of VeRA's rank 256."""
 
     def of(name: str, M: int, K: int, R: int, dtype: torch.dtype, forward: bool, *, vera: bool = False) -> Specimen:
-        def meta(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        right = meta(R, K).T if forward else meta(K, R)
-        mask = meta(M, K) if forward and not vera else None
-        sums = torch.empty((M // 64, R), device="meta")
-        vera_only = (
-            meta(R),
-            meta(M, R) if forward else None,
-            None if forward else meta(M, R),
-            None if forward else sums,
-        )
-        launch = _launch(meta(M, R), meta(M, K), right, 2.0, mask, *(vera_only if vera else (None, None, None, None)))
-        return launch.specimen(f"shrink.{name}", "gemm" if dtype != torch.float32 else "other")
+        right = meta(dtype, R, K).T if forward else meta(dtype, K, R)
+        optional = {"mask": meta(dtype, M, K)} if forward and not vera else {}
+        if vera:
+            sums = {"times": meta(dtype, M, R), "sums": meta(torch.float32, M // 64, R)}
+            optional = {"column_scale": meta(dtype, R), **({"unscaled": meta(dtype, M, R)} if forward else sums)}
+        return _launch(meta(dtype, M, R), meta(dtype, M, K), right, 2.0, **optional).specimen(f"shrink.{name}")
 
     return [
         of("forward-mask-bf16", 8192, 4096, 16, torch.bfloat16, True),

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from harness.kernels.compile.specimen import Kind, Specimen
+from harness.kernels.compile.specimen import Specimen
 from harness.kernels.device import interpreted
-from harness.kernels.triton.support.launch import Launch, strides
+from harness.kernels.triton.support.launch import Launch, meta, strides
 from harness.kernels.triton.support.matrix_product import product
 from harness.kernels.triton.support.rounding import load_as_float32, to_dtype, to_float32
 
@@ -137,24 +137,20 @@ def _product_launch(out: Tensor, a: Tensor, b: Tensor, per_part: int) -> Launch:
 def _specimens() -> list[Specimen]:
     """Return specimens of the gradients of a layer 4096 -> 14336 with 8192 tokens, of rank 16, and of VeRA's rank 256."""
 
-    def of(name: str, N: int, R: int, dtype: torch.dtype, *given: str) -> Specimen:
-        def meta(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
+    def of(name: str, N: int, R: int, dtype: torch.dtype, *optional: str) -> Specimen:
+        mask = meta(dtype, 8192, N) if "mask" in optional else None
+        against = meta(dtype, N, R) if "against" in optional else None
+        launch = _outer_launch(meta(dtype, 8192, N), meta(dtype, 8192, R), mask, against)
+        return launch.specimen(f"token_sums.{name}")
 
-        mask = meta(8192, N) if "mask" in given else None
-        against = meta(N, R) if "against" in given else None
-        kind: Kind = "gemm" if dtype != torch.float32 else "other"
-        return _outer_launch(meta(8192, N), meta(8192, R), mask, against).specimen(f"token_sums.{name}", kind)
-
-    a = torch.empty((8192, 14336), dtype=torch.bfloat16, device="meta")
+    a = meta(torch.bfloat16, 8192, 14336)
+    product_launch = _product_launch(meta(torch.float32, 2, 14336), a, a, 4096)
     return [
         of("outer-bf16", 14336, 16, torch.bfloat16),
         of("outer-mask-bf16", 4096, 16, torch.bfloat16, "mask"),
         of("outer-against-bf16", 14336, 256, torch.bfloat16, "against"),
         of("outer-fp32", 4096, 16, torch.float32),
-        _product_launch(torch.empty((2, 14336), device="meta"), a, a, 4096).specimen(
-            "token_sums.product-bf16", "other"
-        ),
+        product_launch.specimen("token_sums.product-bf16", "other"),
     ]
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from harness.methods.implementations.bitsandbytes.quantisers import DTYPES, state_of
+from harness.methods.implementations.bitsandbytes.quantisers import state_of
 from harness.methods.registry import implements
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@implements("nf4_linear", name="bitsandbytes", kind="operation", dtypes=DTYPES, requires=["bitsandbytes"])
+@implements("nf4_linear", name="bitsandbytes", kind="operation", requires=["bitsandbytes"])
 def nf4_linear(
     x: Tensor, packed: Tensor, absmax: Tensor, block: int, shape: tuple[int, int], bias: Tensor | None, training: bool
 ) -> Any:

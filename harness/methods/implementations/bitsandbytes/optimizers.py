@@ -7,60 +7,59 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from harness.methods.implementations.bitsandbytes.quantisers import DTYPES
 from harness.methods.registry import implements
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-_HOW: dict[str, Any] = {"name": "bitsandbytes", "kind": "operation", "dtypes": DTYPES, "requires": ["bitsandbytes"]}
-_PAGED = _HOW | {"name": "bitsandbytes-paged"}
+_OPERATION: dict[str, Any] = {"name": "bitsandbytes", "kind": "operation", "requires": ["bitsandbytes"]}
+_PAGED = _OPERATION | {"name": "bitsandbytes-paged"}
 _NAMES = {"state1": "m", "absmax1": "m_absmax", "state2": "v", "absmax2": "v_absmax"}
 
 
-@implements("adamw8bit_step", **_HOW)
-def adamw8bit_step(p: Tensor, g: Tensor, step: int, **others: Any) -> tuple[Tensor, ...]:
-    """Take one step of AdamW8bit from a given state. others: m, m_absmax, v, v_absmax and the optimizer's options."""
+@implements("adamw8bit_step", **_OPERATION)
+def adamw8bit_step(p: Tensor, g: Tensor, step: int, **options: Any) -> tuple[Tensor, ...]:
+    """Take one step of AdamW8bit from a given state. options: m, m_absmax, v, v_absmax and the optimizer's options."""
     from bitsandbytes.optim import AdamW8bit
 
-    return _step8bit(AdamW8bit, p, g, step, **others)
+    return _step8bit(AdamW8bit, p, g, step, **options)
 
 
 @implements("adamw8bit_step", **_PAGED)
-def paged_adamw8bit_step(p: Tensor, g: Tensor, step: int, **others: Any) -> tuple[Tensor, ...]:
+def paged_adamw8bit_step(p: Tensor, g: Tensor, step: int, **options: Any) -> tuple[Tensor, ...]:
     """Take one step of PagedAdamW8bit; paging changes no value."""
     from bitsandbytes.optim import PagedAdamW8bit
 
     with _without_the_warning():
-        return _step8bit(PagedAdamW8bit, p, g, step, **others)
+        return _step8bit(PagedAdamW8bit, p, g, step, **options)
 
 
-def _step8bit(kind: Any, p: Tensor, g: Tensor, step: int, **others: Any) -> tuple[Tensor, ...]:
+def _step8bit(kind: Any, p: Tensor, g: Tensor, step: int, **options: Any) -> tuple[Tensor, ...]:
     import torch
 
-    given = {name: others.pop(name) for name in _NAMES.values()}
+    state_before = {name: options.pop(name) for name in _NAMES.values()}
     p = torch.nn.Parameter(p.clone())
     p.grad = g.clone()
-    optimizer = kind([p], min_8bit_size=0, **others)
+    optimizer = kind([p], min_8bit_size=0, **options)
     optimizer.init_state(optimizer.param_groups[0], p, 0, 0)
     state = optimizer.state[p]
     state["step"] = step - 1
-    for theirs, ours in _NAMES.items():
-        state[theirs].copy_(given[ours].view(state[theirs].shape))
+    for bnb_name, name in _NAMES.items():
+        state[bnb_name].copy_(state_before[name].view(state[bnb_name].shape))
     optimizer.step()
-    return p.detach(), *(state[theirs].flatten() for theirs in _NAMES)
+    return p.detach(), *(state[bnb_name].flatten() for bnb_name in _NAMES)
 
 
-@implements("paged_adamw", **_HOW)
-def paged_adamw(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **how: Any) -> tuple[Tensor, ...]:
+@implements("paged_adamw", **_OPERATION)
+def paged_adamw(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **options: Any) -> tuple[Tensor, ...]:
     """Take the steps of PagedAdamW."""
     from bitsandbytes.optim import PagedAdamW
 
     trained = _trained(params)
-    _steps(PagedAdamW, trained, grads, **how)
+    _steps(PagedAdamW, trained, grads, **options)
     return tuple(p.detach() for p in trained)
 
 
-@implements("paged_states", **_HOW)
+@implements("paged_states", **_OPERATION)
 def paged_states(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
     """Return 1 per parameter if PagedAdamW marks its first moment as paged, else 0."""
     from bitsandbytes.optim import PagedAdamW
@@ -90,11 +89,11 @@ def _trained(params: Sequence[Tensor]) -> list[nn.Parameter]:
     return [torch.nn.Parameter(p.clone()) for p in params]
 
 
-def _steps(kind: Any, trained: list[Any], grads: Sequence[Sequence[Tensor]], **how: Any) -> Any:
-    optimizer = kind(trained, **how)
+def _steps(kind: Any, trained: list[Any], grads: Sequence[Sequence[Tensor]], **options: Any) -> Any:
+    optimizer = kind(trained, **options)
     with _without_the_warning():
-        for several in grads:
-            for p, g in zip(trained, several, strict=True):
+        for step_grads in grads:
+            for p, g in zip(trained, step_grads, strict=True):
                 p.grad = g.clone()
             optimizer.step()
     return optimizer

@@ -9,12 +9,11 @@ from harness.methods.registry import Implementation, implements
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-DTYPES = ("float32", "bfloat16", "float16")
-_HOW: dict[str, Any] = {"name": "bitsandbytes", "kind": "operation", "dtypes": DTYPES, "requires": ["bitsandbytes"]}
+_OPERATION: dict[str, Any] = {"name": "bitsandbytes", "kind": "operation", "requires": ["bitsandbytes"]}
 
 
 def _quantize(form: str) -> Implementation:
-    @implements(f"{form}_quantize", **_HOW)
+    @implements(f"{form}_quantize", **_OPERATION)
     def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
         from bitsandbytes.functional import quantize_4bit
 
@@ -25,7 +24,7 @@ def _quantize(form: str) -> Implementation:
 
 
 def _dequantize(form: str) -> Implementation:
-    @implements(f"{form}_dequantize", **_HOW)
+    @implements(f"{form}_dequantize", **_OPERATION)
     def dequantize(packed: Tensor, absmax: Tensor, block: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
@@ -49,7 +48,7 @@ def state_of(absmax: Tensor, block: int, shape: tuple[int, ...], dtype: torch.dt
     return QuantState(absmax=absmax, shape=size, code=code, blocksize=block, quant_type=form, dtype=dtype)
 
 
-@implements("double_quantize", **_HOW)
+@implements("double_quantize", **_OPERATION)
 def double_quantize(absmax: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Subtract the mean and quantise the rest in blocks, as `quantize_4bit` does with compress_statistics."""
     from bitsandbytes.functional import quantize_blockwise
@@ -59,7 +58,7 @@ def double_quantize(absmax: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]
     return codes, state.absmax, offset
 
 
-@implements("double_dequantize", **_HOW)
+@implements("double_dequantize", **_OPERATION)
 def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, block: int) -> Tensor:
     """Decode the codes and add the mean, as `dequantize_4bit` does for a nested state."""
     from bitsandbytes.functional import dequantize_blockwise
@@ -68,7 +67,7 @@ def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, block: int
     return constants
 
 
-@implements("dynamic_quantize", **_HOW)
+@implements("dynamic_quantize", **_OPERATION)
 def dynamic_quantize(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
     """Quantise by `quantize_blockwise` with its dynamic map."""
     from bitsandbytes.functional import create_dynamic_map, quantize_blockwise

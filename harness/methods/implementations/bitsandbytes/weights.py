@@ -10,10 +10,9 @@ from harness.methods.registry import implements
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-DTYPES = ("float32", "bfloat16", "float16")
 
 
-@implements("nf4", name="bitsandbytes", kind="base", dtypes=DTYPES, requires=["bitsandbytes"])
+@implements("nf4", name="bitsandbytes", kind="base", requires=["bitsandbytes"])
 def nf4(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, int]]:
     """Replace the linear layers at `paths` by bitsandbytes' NF4 layers, in place; return path -> (bytes, absmax, block).
 
@@ -22,7 +21,7 @@ def nf4(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tup
     return _pack(model, paths, dtype, double=False)
 
 
-@implements("nf4-dq", name="bitsandbytes", kind="base", dtypes=DTYPES, requires=["bitsandbytes"])
+@implements("nf4-dq", name="bitsandbytes", kind="base", requires=["bitsandbytes"])
 def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, int, bool]]:
     """Quantise as `nf4`, with double quantisation; return path -> (bytes, decoded absmax, block, True)."""
     return {path: (*form, True) for path, form in _pack(model, paths, dtype, double=True).items()}
@@ -31,43 +30,42 @@ def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, 
 def _pack(
     model: nn.Module, paths: list[str], dtype: torch.dtype, double: bool
 ) -> dict[str, tuple[Tensor, Tensor, int]]:
-    import bitsandbytes
-    import torch
+    from torch import nn
 
     from reference.shared.layers import replace
 
     forms = {}
     layers: dict[str, Any] = {path: model.get_submodule(path) for path in paths}
     for path, dense in layers.items():
-        if not isinstance(dense, torch.nn.Linear):
+        if not isinstance(dense, nn.Linear):
             raise Unsupported(f"{path} is a {type(dense).__name__}; bitsandbytes packs linear layers")
     for path, dense in layers.items():
-        device = dense.weight.device
-        packed = bitsandbytes.nn.Linear4bit(
-            dense.in_features,
-            dense.out_features,
-            bias=dense.bias is not None,
-            compute_dtype=dtype,
-            compress_statistics=double,
-            quant_type="nf4",
-            device="meta",
-        )
-        packed.weight = bitsandbytes.nn.Params4bit(
-            dense.weight.detach().contiguous(),
-            requires_grad=False,
-            compress_statistics=double,
-            quant_type="nf4",
-            module=packed,
-        ).to(device)
-        if dense.bias is not None:
-            packed.bias = torch.nn.Parameter(dense.bias.detach().clone(), requires_grad=False)
-        # On CPUs with AVX512-BF16 its eval mode repacks the weight permanently and computes in bfloat16 regardless of
-        # compute_dtype; a later backward pass then has no gradient for the layer's input. Operation nf4_linear shows it.
-        packed.support_avx512bf16_for_cpu = False
-        replace(model, path, packed.train(dense.training))
+        packed = packed_layer(dense, dtype, double)
+        replace(model, path, packed)
         state = packed.weight.quant_state
         forms[path] = (packed.weight.data.flatten(), _absmax(state), int(state.blocksize))
     return forms
+
+
+def packed_layer(dense: nn.Linear, compute_dtype: torch.dtype, double: bool, block: int | None = None) -> Any:
+    """Return a Linear4bit with the weight of `dense` in NF4. block: None for bitsandbytes' default, 64."""
+    import bitsandbytes
+    import torch
+
+    weight = dense.weight.detach()
+    options = {"compress_statistics": double, "quant_type": "nf4"}
+    packed: Any = bitsandbytes.nn.Linear4bit(
+        dense.in_features, dense.out_features, dense.bias is not None, compute_dtype, device="meta", **options
+    )
+    packed.weight = bitsandbytes.nn.Params4bit(
+        weight.contiguous(), requires_grad=False, blocksize=block, module=packed, **options
+    ).to(weight.device)
+    if dense.bias is not None:
+        packed.bias = torch.nn.Parameter(dense.bias.detach().clone(), requires_grad=False)
+    # On CPUs with AVX512-BF16 its eval mode repacks the weight permanently and computes in bfloat16 regardless of
+    # compute_dtype; a later backward pass then has no gradient for the layer's input. Operation nf4_linear shows it.
+    packed.support_avx512bf16_for_cpu = False
+    return packed.train(dense.training)
 
 
 def _absmax(state: Any) -> Tensor:

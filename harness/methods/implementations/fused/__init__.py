@@ -7,12 +7,27 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from typing import TYPE_CHECKING
 
-from harness.methods.registry import Implementation
+from harness.methods.implementations.fused import bases, methods, operations
+from harness.methods.registry import DTYPES, Implementation, implements
+
+if TYPE_CHECKING:
+    from torch import Generator, nn
+
+    from harness.methods.spec import Adapted
 
 
 def implementations() -> list[Implementation]:
-    """Return the Implementations of this package's files. They import torch and the kernels on their first call."""
-    names = [file.name for file in pkgutil.iter_modules(__path__) if not file.ispkg]  # `layers` imports torch
-    files = [importlib.import_module(f"{__name__}.{name}") for name in names]
-    return [one for file in files for one in vars(file).values() if isinstance(one, Implementation)]
+    """Return an Implementation per Method, packed base and Operation. They import torch on their first call."""
+    names = [file.name for file in pkgutil.iter_modules(methods.__path__)]
+    return [*map(_method, names), bases.nf4, bases.nf4_dq, *operations.implementations()]
+
+
+def _method(name: str) -> Implementation:
+    @implements(name, name="fused", dtypes=DTYPES)
+    def attach(model: nn.Module, config: object, generator: Generator) -> Adapted:
+        adapted: Adapted = importlib.import_module(f"{methods.__name__}.{name}").attach(model, config, generator)
+        return adapted
+
+    return attach

@@ -6,30 +6,9 @@ and its output down. `inject_adapter_in_model`, which diffusers uses, would leav
 
 from __future__ import annotations
 
-from harness.methods.implementations.hf_peft.adalora import adalora
-from harness.methods.implementations.hf_peft.any_config import any_method
-from harness.methods.implementations.hf_peft.lora import dora, lora, pissa, reloaded_pissa
-from harness.methods.implementations.hf_peft.multi_lora import multi_lora_linear
-from harness.methods.implementations.hf_peft.qlora import qlora
-from harness.methods.implementations.hf_peft.vera import second_vera, vera
-from harness.methods.registry import Implementation
+from harness.methods.registry import Implementation, implementations_in
 
 
 def implementations() -> list[Implementation]:
     """Return the Implementations of this package. They import peft and torch on their first call."""
-    return [one for one in globals().values() if isinstance(one, Implementation)]
-
-
-__all__ = [
-    "adalora",
-    "any_method",
-    "dora",
-    "implementations",
-    "lora",
-    "multi_lora_linear",
-    "pissa",
-    "qlora",
-    "reloaded_pissa",
-    "second_vera",
-    "vera",
-]
+    return implementations_in(__name__)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import Unsupported
-from harness.methods.implementations.hf_peft.adapted import ADAPTER, DTYPES, PeftAdapted, tuner
-from harness.methods.registry import implements
+from harness.methods.implementations.hf_peft.adapted import ADAPTER, PeftAdapted, tuner
+from harness.methods.registry import DTYPES, implements
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -78,16 +78,16 @@ class PeftAdaLora(PeftAdapted):
         """Map names to the averages of sensitivity and of uncertainty, and to the last pruning's mask."""
         import torch
 
-        found, allocator = {}, self.tuner.rankallocator
+        tensors, allocator = {}, self.tuner.rankallocator
         for path, layer in self.layers.items():
             for letter, parameter in _tensors(layer).items():
                 name = f"{path}.lora_{letter}.{ADAPTER}"
                 for averages in (allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc):
                     averages.setdefault(name, torch.zeros_like(parameter))  # as at the allocator's first step
-                found[f"{path}.exp_avg_ipt_{letter}"] = allocator.exp_avg_ipt[name]
-                found[f"{path}.exp_avg_unc_{letter}"] = allocator.exp_avg_unc[name]
-            found[f"{path}.mask"] = self.masks[path]
-        return found
+                tensors[f"{path}.exp_avg_ipt_{letter}"] = allocator.exp_avg_ipt[name]
+                tensors[f"{path}.exp_avg_unc_{letter}"] = allocator.exp_avg_unc[name]
+            tensors[f"{path}.mask"] = self.masks[path]
+        return tensors
 
     def regularizer(self) -> Tensor:
         """Return peft's regulariser."""

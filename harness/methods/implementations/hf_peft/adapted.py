@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
-DTYPES = ("float64", "float32", "bfloat16", "float16")
 ADAPTER = "default"
 """peft's name of the attached adapter, part of its parameters' names."""
 
@@ -53,21 +52,25 @@ def second(model: nn.Module, peft_config: Any, generator: Generator) -> None:
     """Attach an adapter of twice the rank to `model`, then the adapter of `peft_config`, and activate the latter."""
     import torch
 
-    other = copy.deepcopy(peft_config)
-    other.r *= 2
-    both = peft_model(model, other, generator, name="other")
+    first_config = copy.deepcopy(peft_config)
+    first_config.r *= 2
+    wrapper = peft_model(model, first_config, generator, name="other")
     with torch.random.fork_rng():
         torch.manual_seed(generator.initial_seed())
-        both.add_adapter(ADAPTER, peft_config)
-    both.set_adapter(ADAPTER)
+        wrapper.add_adapter(ADAPTER, peft_config)
+    wrapper.set_adapter(ADAPTER)
 
 
 class PeftAdapted:
     """An Adapted with peft's layers. Names: `<path>.<letter of the paper>`.
 
-    trains, frozen: read the trainable and the frozen tensors of one of peft's layers. Subclasses override `regularizer` and
-    `after_step` where their method needs them.
+    Subclasses override `regularizer` and `after_step` where their method needs them.
     """
+
+    trains: NamedTensors
+    """Reads the trainable tensors of a layer."""
+    frozen: NamedTensors
+    """Reads the frozen tensors of a layer."""
 
     can_merge = True
 
@@ -110,11 +113,15 @@ class PeftAdapted:
         for layer in self.layers.values():
             layer.unmerge()
 
+    def bases(self) -> dict[str, nn.Module]:
+        """Map the paths of the adapted layers to their base layers."""
+        return {path: layer.base_layer for path, layer in self.layers.items()}
+
     def detach(self) -> None:
-        """Restore peft's base layers, as its `unload` does: with their current weights."""
+        """Restore the base layers, as peft's `unload` does: with their current weights."""
         from reference.shared.layers import replace
 
-        for path, layer in self.layers.items():
-            replace(self.model, path, layer.base_layer)
+        for path, base in self.bases().items():
+            replace(self.model, path, base)
         # Otherwise peft would treat the next adapter as a second one. `detach` may be called again.
         self.model.__dict__.pop("peft_config", None)

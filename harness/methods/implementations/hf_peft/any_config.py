@@ -6,21 +6,22 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import ImplementationError, Unsupported
+from harness.methods.implementations.hf_peft import prompts
 from harness.methods.implementations.hf_peft.adalora import orthogonality
-from harness.methods.implementations.hf_peft.adapted import ADAPTER, DTYPES, PeftAdapted
+from harness.methods.implementations.hf_peft.adapted import ADAPTER, PeftAdapted
 from harness.methods.peft_config import AdapterConfig
-from harness.methods.registry import implements
+from harness.methods.registry import DTYPES, implements
 from harness.process.out_of_memory import shortage
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 _REWRITING = ("pissa", "olora", "loftq")
 """LoRA's `init_lora_weights` that overwrite the base weight."""
-_NOT_THE_BASE = ("VBLORA", "UNILORA")
+_NEAR_THE_BASE = ("VBLORA", "UNILORA")
 """Methods that start near the base model, but not exactly at it."""
 _NAMED_STARTS = ("LORA", "LOKR")
 """Methods with named starts that equal the base model; others' (C3A's `gaussian`) are random."""
-_WATCH_STEPS = ("ADALORA", "ADAMSS")
+_ACT_BETWEEN_STEPS = ("ADALORA", "ADAMSS")
 """Methods that act between steps."""
 _STARTS = ("init_weights", "init_lora_weights", "init_ia3_weights")
 
@@ -35,24 +36,22 @@ def any_method(model: nn.Module, config: AdapterConfig, generator: Generator) ->
     import torch
     from peft import PeftConfig, PeftModel
 
-    from harness.methods.implementations.hf_peft import prompts
-
     keys = {**config.adapter_config, "inference_mode": False}  # true in saved adapters
     # The harness trains the head under any name.
     keys |= {"modules_to_save": None} if "modules_to_save" in keys else {}
     if keys.get("init_lora_weights") == "loftq" and not _gpu():
         raise Unsupported("peft's LoftQ quantises on a GPU, and there is none")
-    _refuse_unfit(keys.get("target_parameters"), {name for name, _ in model.named_parameters()})
-    with warnings.catch_warnings(record=True) as said, torch.random.fork_rng():
+    _check_target_parameters(keys.get("target_parameters"), {name for name, _ in model.named_parameters()})
+    with warnings.catch_warnings(record=True) as caught, torch.random.fork_rng():
         warnings.simplefilter("always")
         torch.manual_seed(generator.initial_seed())
         try:
-            wanted = PeftConfig.from_peft_type(**keys)
-            if wanted.is_prompt_learning:
-                around = prompts.attach(model, wanted, ADAPTER)
-                _try(model)
+            peft_config = PeftConfig.from_peft_type(**keys)
+            if peft_config.is_prompt_learning:
+                wrapper = prompts.attach(model, peft_config, ADAPTER)
+                _check_forward(model)
             else:
-                around = PeftModel(model, wanted, ADAPTER)  # as get_peft_model, without a wrapper around the head
+                wrapper = PeftModel(model, peft_config, ADAPTER)  # as get_peft_model, without a wrapper of the head
         except (TypeError, ValueError, KeyError, OSError, RuntimeError) as error:
             if shortage(error):
                 raise
@@ -60,15 +59,15 @@ def any_method(model: nn.Module, config: AdapterConfig, generator: Generator) ->
             raise ImplementationError(
                 what, where=str(keys["peft_type"]), hint="change its keys, or the model"
             ) from error
-    ignored = [str(w.message) for w in said if "Unexpected keyword arguments" in str(w.message)]
-    return (PromptPeft if wanted.is_prompt_learning else AnyPeft)(model, around, ignored)
+    ignored = [str(w.message) for w in caught if "Unexpected keyword arguments" in str(w.message)]
+    return (PromptPeft if peft_config.is_prompt_learning else AnyPeft)(model, wrapper, ignored)
 
 
-def _refuse_unfit(wanted: object, there: set[str]) -> None:
-    """Raise ImplementationError for `target_parameters` that match nothing: peft ignores them silently."""
-    for name in wanted if isinstance(wanted, list) else ():
-        if not any(own == name or own.endswith(f".{name}") for own in there):
-            ends = sorted({own.rpartition(".")[2] for own in there})
+def _check_target_parameters(names: object, parameters: set[str]) -> None:
+    """Raise ImplementationError for a name that matches no parameter: peft ignores it silently."""
+    for name in names if isinstance(names, list) else ():
+        if not any(parameter == name or parameter.endswith(f".{name}") for parameter in parameters):
+            ends = sorted({parameter.rpartition(".")[2] for parameter in parameters})
             what = f"target_parameters has `{name}`, which matches no parameter of the model"
             raise ImplementationError(what, where="peft", hint=f"its parameters end in {', '.join(ends)}")
 
@@ -79,7 +78,7 @@ def _gpu() -> bool:
     return torch.cuda.is_available() or torch.xpu.is_available()
 
 
-def _try(model: Any) -> None:
+def _check_forward(model: Any) -> None:
     """Run the model on two tokens: peft raises only then if it cannot use virtual tokens."""
     import torch
 
@@ -87,38 +86,41 @@ def _try(model: Any) -> None:
         model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device))
 
 
-def _tell_tasks(model: nn.Module) -> None:
-    """Pass the task of each text to Poly's layers, as its tuner's forward pass does; a Cell has one task."""
+def _select_task(model: nn.Module) -> None:
+    """Pass the task of each text to Poly's layers, as its tuner's forward pass does. A Cell has one task."""
     for module in model.modules():
         if hasattr(module, "poly_router"):
-            module.register_forward_pre_hook(_of_the_first_task, with_kwargs=True)
+            module.register_forward_pre_hook(_with_first_task, with_kwargs=True)
 
 
-def _of_the_first_task(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _with_first_task(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     import torch
 
     return inputs, options | {"task_ids": torch.zeros(len(inputs[0]), dtype=torch.long, device=inputs[0].device)}
 
 
 class AnyPeft(PeftAdapted):
-    """A model with any of peft's methods. Names are peft's own, because a method may share tensors.
+    """A model with any of peft's methods. Names are peft's own, because a method may share tensors."""
 
-    starts_as_base: whether the initial output is the base model's. rewrites_base: whether `attach` changes the base weight.
-    notes: messages for the Record.
-    """
+    starts_as_base: bool
+    """Whether the initial output is the base model's."""
+    rewrites_base: bool
+    """Whether `attach` changes the base weight."""
+    notes: list[str]
+    """Messages for the Record."""
 
-    def __init__(self, model: nn.Module, around: Any, notes: list[str]) -> None:
+    def __init__(self, model: nn.Module, wrapper: Any, notes: list[str]) -> None:
         super().__init__(model, lambda _: {})
-        self.around, self.notes = around, notes
-        self.trains_now = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        config = around.peft_config[ADAPTER]
+        self.wrapper, self.notes = wrapper, notes
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        config = wrapper.peft_config[ADAPTER]
         self.kind = config.peft_type.value
         # Adaption prompts wrap whole attention blocks, which are no tuner layers.
         self.layers |= {path: module for path, module in model.named_modules() if hasattr(module, "adaption_prompt")}
-        _tell_tasks(model)
+        _select_task(model)
         starts = [getattr(config, name, True) for name in _STARTS]
         approximates = "loftq" in starts or getattr(config, "kasa_config", None) is not None
-        self.starts_as_base = not (approximates or config.peft_type in _NOT_THE_BASE) and all(
+        self.starts_as_base = not (approximates or config.peft_type in _NEAR_THE_BASE) and all(
             start is True or (config.peft_type in _NAMED_STARTS and start is not False) for start in starts
         )
         self.rewrites_base = approximates or any(str(start).lower().startswith(_REWRITING) for start in starts)
@@ -129,32 +131,32 @@ class AnyPeft(PeftAdapted):
 
     def tensors(self) -> dict[str, Tensor]:
         """Map peft's names to the parameters that were trainable after attaching."""
-        return dict(self.trains_now)
+        return dict(self.trainable)
 
     def saved(self) -> dict[str, Tensor]:
         """Map names to the tensors of peft's `save_pretrained`."""
         from peft import get_peft_model_state_dict
 
-        found: dict[str, Any] = get_peft_model_state_dict(
-            self.around, adapter_name=ADAPTER, save_embedding_layers=False
+        tensors: dict[str, Any] = get_peft_model_state_dict(
+            self.wrapper, adapter_name=ADAPTER, save_embedding_layers=False
         )
-        return found
+        return tensors
 
     def regularizer(self) -> Tensor | None:
         """Return AdaLoRA's regulariser; no other supported method has one."""
-        return orthogonality(self.around.base_model, self.model) if self.kind == "ADALORA" else None
+        return orthogonality(self.wrapper.base_model, self.model) if self.kind == "ADALORA" else None
 
     def after_step(self, step: int) -> None:
         """Call peft's `update_and_allocate` for methods that act between steps."""
-        if self.kind in _WATCH_STEPS:
-            self.around.base_model.update_and_allocate(step)
+        if self.kind in _ACT_BETWEEN_STEPS:
+            self.wrapper.base_model.update_and_allocate(step)
 
     def merge(self) -> None:
         """Merge as peft's `merge_adapter` does. Raises NotImplementedError where peft cannot."""
-        if not hasattr(self.around.base_model, "merge_adapter"):
+        if not hasattr(self.wrapper.base_model, "merge_adapter"):
             raise NotImplementedError("it has no `merge_adapter`")
         try:
-            self.around.merge_adapter()
+            self.wrapper.merge_adapter()
         except RuntimeError as error:
             if shortage(error):
                 raise
@@ -162,15 +164,7 @@ class AnyPeft(PeftAdapted):
 
     def unmerge(self) -> None:
         """Unmerge as peft's `unmerge_adapter` does."""
-        self.around.unmerge_adapter()
-
-    def detach(self) -> None:
-        """Restore the base layers."""
-        from reference.shared.layers import replace
-
-        for path, base in self.bases().items():
-            replace(self.model, path, base)
-        self.model.__dict__.pop("peft_config", None)
+        self.wrapper.unmerge_adapter()
 
     def reloaded(self, base: nn.Module) -> nn.Module:
         """Save the adapter, load it into `base`, the original model, as another process would, and return `base`."""
@@ -180,7 +174,7 @@ class AnyPeft(PeftAdapted):
 
         with TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            self.around.save_pretrained(folder, save_embedding_layers=False)
+            self.wrapper.save_pretrained(folder, save_embedding_layers=False)
             self._load(base, folder, PeftConfig.from_pretrained(folder))
         return base
 
@@ -190,14 +184,14 @@ class AnyPeft(PeftAdapted):
         config.task_type = None  # otherwise peft would wrap a classifier's head
         # Trainable, because torch may choose other kernels for weights without gradients, which differ in the last digits.
         PeftModel.from_pretrained(base, folder, adapter_name=ADAPTER, config=config, is_trainable=True)
-        _tell_tasks(base)
+        _select_task(base)
 
 
 class PromptPeft(AnyPeft):
     """A model with virtual tokens before its text; there are no adapted layers and nothing to merge."""
 
-    def __init__(self, model: nn.Module, around: Any, notes: list[str]) -> None:
-        super().__init__(model, around, notes)
+    def __init__(self, model: nn.Module, wrapper: Any, notes: list[str]) -> None:
+        super().__init__(model, wrapper, notes)
         self.starts_as_base = False
 
     def merge(self) -> None:
@@ -206,17 +200,11 @@ class PromptPeft(AnyPeft):
 
     def detach(self) -> None:
         """Remove the virtual tokens."""
-        from harness.methods.implementations.hf_peft import prompts
-
         prompts.remove(self.model)
 
     def attach_again(self) -> None:
         """Undo `detach`."""
-        from harness.methods.implementations.hf_peft import prompts
-
-        prompts.restore(self.model, self.around)
+        prompts.restore(self.model, self.wrapper)
 
     def _load(self, base: nn.Module, folder: str, config: Any) -> None:
-        from harness.methods.implementations.hf_peft import prompts
-
         prompts.attach(base, config, ADAPTER).load_adapter(folder, ADAPTER)

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import Unsupported
-from harness.methods.implementations.hf_peft.adapted import ADAPTER, DTYPES, PeftAdapted, peft_model, tuner
-from harness.methods.registry import implements
+from harness.methods.implementations.hf_peft.adapted import ADAPTER, PeftAdapted, peft_model, tuner
+from harness.methods.registry import DTYPES, implements
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -24,8 +24,6 @@ def lora(model: nn.Module, config: reference_lora.Config, generator: Generator) 
 
     Raises Unsupported for a convolution with conv=loralib or init=orthogonal, and for init=orthogonal in float64.
     """
-    from peft import LoraConfig
-
     from reference.shared.layers import KINDS, floating_dtype, kind_of, targets
 
     found = targets(model, config.targets, KINDS)
@@ -38,11 +36,9 @@ def lora(model: nn.Module, config: reference_lora.Config, generator: Generator) 
             raise Unsupported(f"{path}: peft's LoRA of a convolution is conv=peft, not conv={config.conv}")
         if config.init == "orthogonal":
             raise Unsupported(f"{path}: peft supports init=orthogonal for linear layers only")
-    peft_config = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=list(kinds),
+    peft_config = lora_config(
+        config,
+        kinds,
         use_rslora=config.rslora,
         init_lora_weights=True if config.init == "kaiming" else config.init,
         # As users of GPT-2 set it. Otherwise peft sets it layer by layer and warns.
@@ -93,8 +89,6 @@ class PeftLora(PeftAdapted):
 @implements("dora", name="hf-peft", dtypes=DTYPES, requires=["peft"])
 def dora(model: nn.Module, config: reference_dora.Config, generator: Generator) -> PeftAdapted:
     """Attach peft's DoRA to linear layers. Raises Unsupported for per=input and for a norm with a gradient."""
-    from peft import LoraConfig
-
     from reference.shared.layers import targets
 
     found = targets(model, config.targets)  # raises for other kinds of layers
@@ -102,23 +96,15 @@ def dora(model: nn.Module, config: reference_dora.Config, generator: Generator) 
         raise Unsupported(f"peft's DoRA has one magnitude per output feature, not per {config.per}")
     if not config.detach_norm:
         raise Unsupported("peft's DoRA treats the norm as a constant in the backward pass")
-    peft_config = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=list(found),
-        use_dora=True,
-    )
-    tuner(model, peft_config, generator)
+    tuner(model, lora_config(config, found, use_dora=True), generator)
     return PeftAdapted(model, lambda layer: {**lora_tensors(layer), "m": layer.lora_magnitude_vector[ADAPTER].weight})
 
 
-# peft refuses to split a float64 weight.
-@implements("pissa", name="hf-peft", dtypes=("float32", "bfloat16", "float16"), requires=["peft"])
+@implements("pissa", name="hf-peft", requires=["peft"])
 def pissa(model: nn.Module, config: reference_pissa.Config, generator: Generator) -> PeftAdapted:
-    """Attach peft's PiSSA to linear layers and embeddings.
+    """Attach peft's PiSSA to linear layers and embeddings. peft refuses to split a float64 weight.
 
-    peft overwrites the base weight with the residual, so `detach` leaves a base without its principal part.
+    It overwrites the base weight with the residual, so `detach` leaves a base without its principal part.
     """
     from reference.shared.layers import targets
 
@@ -156,14 +142,18 @@ def reloaded_pissa(model: nn.Module, config: reference_pissa.Config, generator: 
 
 
 def _pissa(config: reference_pissa.Config, paths: Iterable[str]) -> Any:
-    """Return peft's config for these layers."""
+    """Return peft's config of PiSSA for these layers."""
+    start = f"pissa_niter_{config.niter}" if config.niter else "pissa"
+    return lora_config(config, paths, init_lora_weights=start)
+
+
+def lora_config(config: Any, paths: Iterable[str], **options: Any) -> Any:
+    """Return peft's LoraConfig for these layers, from the fields that the Configs of LoRA, DoRA, PiSSA and QLoRA share."""
     from peft import LoraConfig
 
+    dropout = getattr(config, "dropout", 0.0)
     return LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        target_modules=list(paths),
-        init_lora_weights=f"pissa_niter_{config.niter}" if config.niter else "pissa",
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=dropout, target_modules=list(paths), **options
     )
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from harness.methods.implementations.hf_peft.adapted import DTYPES
-from harness.methods.registry import implements
+from harness.methods.registry import DTYPES, implements
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,44 +12,44 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from harness.assets.text_models import CACHES
 from harness.errors import UsageError
 from harness.methods.peft_config import IN_THE_CACHE
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def attach(model: Any, wanted: Any, name: str) -> Any:
-    """Prepend the virtual tokens of peft's config `wanted` to every input of `model`; return peft's wrapper."""
+
+def attach(model: Any, config: Any, name: str) -> Any:
+    """Prepend the virtual tokens of a peft config to every input of `model`; return peft's wrapper."""
     from peft import PeftModelForCausalLM, PeftModelForSequenceClassification
 
     plain = copy.copy(model)  # shares all modules
     plain._modules = plain._modules.copy()  # except the virtual tokens, which only `model` gets
     if model.can_generate():
-        wanted.task_type, kind = "CAUSAL_LM", PeftModelForCausalLM
+        config.task_type, kind = "CAUSAL_LM", PeftModelForCausalLM
         plain.__class__ = _running(type(model), _numbered)
     else:
-        wanted.task_type, kind = "SEQ_CLS", PeftModelForSequenceClassification
-    around = kind(plain, wanted, name)
-    restore(model, around)
-    return around
+        config.task_type, kind = "SEQ_CLS", PeftModelForSequenceClassification
+    wrapper = kind(plain, config, name)
+    restore(model, wrapper)
+    return wrapper
 
 
-def restore(model: Any, around: Any) -> None:
-    """Run `model` through its wrapper `around`; also undoes `remove`."""
-    model.__dict__["around"] = around  # no submodule, which would register all parameters twice
-    model.__dict__["virtual_tokens"] = around.active_peft_config.num_virtual_tokens
-    model.prompt_encoder = around.prompt_encoder
+def restore(model: Any, wrapper: Any) -> None:
+    """Run `model` through peft's wrapper; this also undoes `remove`."""
+    model.__dict__["wrapper"] = wrapper  # no submodule, which would register all parameters twice
+    model.__dict__["virtual_tokens"] = wrapper.active_peft_config.num_virtual_tokens
+    model.prompt_encoder = wrapper.prompt_encoder
     model.__class__ = _running(type(model), _prompted)
 
 
 def remove(model: Any) -> None:
     """Undo `attach`."""
     (model.__class__,) = type(model).__bases__
-    del model.__dict__["around"], model.__dict__["virtual_tokens"]
+    del model.__dict__["wrapper"], model.__dict__["virtual_tokens"]
     del model.prompt_encoder
 
 
@@ -58,8 +58,8 @@ def _running(kind: Any, run: Callable[..., Any]) -> Any:
     own = kind.forward
 
     @functools.wraps(own)  # preserves the model's signature
-    def forward(self: Any, *args: Any, **given: Any) -> Any:
-        return run(self, own, *args, **given)
+    def forward(self: Any, *args: Any, **options: Any) -> Any:
+        return run(self, own, *args, **options)
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
@@ -70,47 +70,48 @@ def _prompted(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    **given: Any,
+    **options: Any,
 ) -> Any:
     """Run peft's forward pass, or the model's own if the cache already has the virtual tokens."""
-    around = model.around
-    plain, kind = around.base_model, around.active_peft_config.peft_type
+    import torch
+
+    wrapper = model.wrapper
+    plain, kind = wrapper.base_model, wrapper.active_peft_config.peft_type
     plain.training = model.training
-    cache = next((given[key] for key in CACHES if given.get(key) is not None), None)
+    cache = next((options[key] for key in CACHES if options.get(key) is not None), None)
     if cache is not None and cache.get_seq_length():
         if attention_mask is not None:
-            seen = attention_mask.new_ones((len(attention_mask), model.virtual_tokens))
-            attention_mask = torch.cat((seen, attention_mask), dim=1)
+            ones = attention_mask.new_ones((len(attention_mask), model.virtual_tokens))
+            attention_mask = torch.cat((ones, attention_mask), dim=1)
         if position_ids is not None:
-            given["position_ids"] = position_ids + model.virtual_tokens
-        return plain(input_ids=input_ids, attention_mask=attention_mask, **given)
+            options["position_ids"] = position_ids + model.virtual_tokens
+        return plain(input_ids=input_ids, attention_mask=attention_mask, **options)
     if kind in IN_THE_CACHE:
         if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             what = f"{kind.value} passes its tokens as a cache, which gradient checkpointing drops"
             raise UsageError(what, where="peft", hint="write `checkpointing: false`")
-        given = {key: value for key, value in given.items() if key not in CACHES}  # peft makes its own
+        options = {key: value for key, value in options.items() if key not in CACHES}  # peft makes its own
         if position_ids is not None:
-            given["position_ids"] = position_ids
+            options["position_ids"] = position_ids
     if kind == "MULTITASK_PROMPT_TUNING":
-        given["task_ids"] = torch.zeros(
-            len(input_ids), dtype=torch.long, device=input_ids.device
-        )  # the Cell's one task
-    seen = around(input_ids=input_ids, attention_mask=attention_mask, **given)
-    if seen.logits.dim() > 2:  # a causal model's, of the virtual tokens too
-        seen.logits = seen.logits[:, -input_ids.shape[1] :]
-    return seen
+        # A Cell has one task.
+        options["task_ids"] = torch.zeros(len(input_ids), dtype=torch.long, device=input_ids.device)
+    output = wrapper(input_ids=input_ids, attention_mask=attention_mask, **options)
+    if output.logits.dim() > 2:  # a causal model also returns the logits of the virtual tokens
+        output.logits = output.logits[:, -input_ids.shape[1] :]
+    return output
 
 
-def _numbered(model: Any, own: Any, **given: Any) -> Any:
+def _numbered(model: Any, own: Any, **options: Any) -> Any:
     """Run `own` with position ids that padding between virtual tokens and text does not shift.
 
     Also rename peft's cache as the model expects it; otherwise transformers warns, and from 5.40 on raises.
     """
-    takes = inspect.signature(own).parameters
-    mask = given.get("attention_mask")
-    if "position_ids" in takes and given.get("inputs_embeds") is not None and mask is not None:
-        given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0).long()
-    old, new = CACHES[1], CACHES[0]
-    if old in given and new in takes:
-        given[new] = given.pop(old)
-    return own(model, **given)
+    parameters = inspect.signature(own).parameters
+    mask = options.get("attention_mask")
+    if "position_ids" in parameters and options.get("inputs_embeds") is not None and mask is not None:
+        options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0).long()
+    new, old, *_ = CACHES
+    if old in options and new in parameters:
+        options[new] = options.pop(old)
+    return own(model, **options)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from harness.methods.implementations.hf_peft.adapted import ADAPTER, DTYPES, PeftAdapted, second, tuner
-from harness.methods.registry import implements
+from harness.methods.implementations.hf_peft.adapted import ADAPTER, PeftAdapted, second, tuner
+from harness.methods.registry import DTYPES, implements
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn

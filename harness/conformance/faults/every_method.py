@@ -1,36 +1,33 @@
-"""Faults that any Method can have."""
+"""Faults of every Method with the check that must catch them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from harness.conformance.faults import planted_in_methods
-from harness.conformance.faults.patched_copy import PatchedCopy
-
-Right = Callable[[Tensor], Tensor]
+from harness.conformance.faults.patched_copy import PatchedCopy, Right
 
 
 @planted_in_methods("strides")
-def reads_a_view_as_if_it_were_contiguous(its: PatchedCopy) -> None:
-    its.forward(lambda _, x, right: right(x.as_strided(x.shape, torch.empty(x.shape, device="meta").stride())))
+def reads_a_view_as_if_it_were_contiguous(copy: PatchedCopy) -> None:
+    copy.replace_forward(lambda _, x, right: right(x.as_strided(x.shape, torch.empty(x.shape, device="meta").stride())))
 
 
 @planted_in_methods("vector")
-def makes_a_matrix_of_a_vector(its: PatchedCopy) -> None:
-    its.forward(lambda _, x, right: right(torch.atleast_2d(x)))
+def turns_a_vector_into_a_matrix(copy: PatchedCopy) -> None:
+    copy.replace_forward(lambda _, x, right: right(torch.atleast_2d(x)))
 
 
 @planted_in_methods("poison")
-def leaves_a_column_unwritten(its: PatchedCopy) -> None:
+def leaves_a_column_unwritten(copy: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         out = right(x)
         return out + unwritten(out) if out.numel() else out
 
-    its.forward(forward)
+    copy.replace_forward(forward)
 
 
 def unwritten(like: Tensor) -> Tensor:
@@ -40,50 +37,46 @@ def unwritten(like: Tensor) -> Tensor:
 
 
 @planted_in_methods("model")
-def trains_only_behind_another(its: PatchedCopy) -> None:
+def passes_a_gradient_only_behind_another_layer(copy: PatchedCopy) -> None:
     """Mistake an input without a gradient, which the first layer of a model gets, for inference."""
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         with torch.set_grad_enabled(x.requires_grad):
             return right(x)
 
-    its.forward(forward)
+    copy.replace_forward(forward)
 
 
 @planted_in_methods("save")
-def computes_otherwise_at_its_first_use(its: PatchedCopy) -> None:
+def computes_differently_at_its_first_use(copy: PatchedCopy) -> None:
     """Compute differently at the first use, a state that no checkpoint contains."""
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         layer.used = getattr(layer, "used", 0) + 1
         return right(x) * (1.5 if layer.used == 1 else 1.0)
 
-    its.forward(forward)
+    copy.replace_forward(forward)
 
 
 @planted_in_methods("detach", adds_layers=True)
-def leaves_its_layers_behind(its: PatchedCopy) -> None:
-    its.then(lambda adapted: setattr(adapted, "detach", lambda: None))
+def leaves_its_layers_behind(copy: PatchedCopy) -> None:
+    copy.change_adapted(lambda adapted: setattr(adapted, "detach", lambda: None))
 
 
 @planted_in_methods("dropout", dropout=0.25)
-def drops_nothing(its: PatchedCopy) -> None:
-    def change(adapted: Any) -> None:
-        for layer in adapted.layers.values():
-            layer.dropout = nn.Identity()
-
-    its.then(change)
+def drops_nothing(copy: PatchedCopy) -> None:
+    copy.change_layers(lambda layer: setattr(layer, "dropout", nn.Identity()))
 
 
 @planted_in_methods("base", "identity", adds_layers=False)
-def changes_a_weight_when_it_is_attached(its: PatchedCopy) -> None:
-    its.then(lambda adapted: adapted.layers["first"].weight.data.mul_(1.01))
+def changes_a_weight_when_it_is_attached(copy: PatchedCopy) -> None:
+    copy.change_adapted(lambda adapted: adapted.layers["first"].weight.data.mul_(1.01))
 
 
 @planted_in_methods("base", adds_layers=True)
-def rounds_a_weight_that_it_does_not_adapt(its: PatchedCopy) -> None:
+def rounds_a_weight_that_it_does_not_adapt(copy: PatchedCopy) -> None:
     def change(adapted: Any) -> None:
         weight = adapted.model.other.weight
         weight.data = weight.data.bfloat16().to(weight.dtype)
 
-    its.then(change)
+    copy.change_adapted(change)

@@ -1,4 +1,10 @@
-"""DoRA's linear layer."""
+"""DoRA as one product with the low-rank term, and a gain per output.
+
+With dropout, which leaves d of x, the reference computes W0 x + b + (g - 1) W0 d + g s B A d, and this file
+W0 (x - d) + b + g (W0 d + s B A d): where W0 and s B A nearly cancel, they do so in the accumulator of one product. While g
+is 1 and B is 0, the output equals the base's within rounding, not to the last bit; near a dropout of 1, which makes d large,
+this costs digits.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from harness.errors import Unsupported
 from harness.kernels.device import multiplied_by_triton
 from harness.kernels.torch.dora_linear import dora_linear, gained, row_norms
 from harness.kernels.torch.lora_linear import is_plain, lora_linear_over
@@ -16,12 +23,13 @@ from harness.kernels.torch.lora_linears import LoraFactors, factors_over, lora_l
 from harness.kernels.torch.nf4_linear import Nf4Linear, packed_linear
 from harness.kernels.torch.nf4_lora_linear import packed_lora_linear
 from harness.kernels.torch.support.dropout import keep_mask
-from harness.kernels.torch.support.shared_input import SharedInputLayer
-from reference.dora import DoraLinear, gain
+from harness.kernels.torch.support.shared_input import SharedInputLayer, link
+from reference import dora
+from reference.shared.adapted import AdaptedLayers
 from reference.shared.layers import dense_weight
 
 
-class FusedDoraLinear(SharedInputLayer, DoraLinear):
+class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
     """Compute by `dora_linear`; over the fused NF4 by the product with the low-rank term, and the gain.
 
     Unlike the reference, it saves no decoded copy of a 4-bit weight for the backward pass.
@@ -38,7 +46,8 @@ class FusedDoraLinear(SharedInputLayer, DoraLinear):
             return self._by_calls(x) if by_calls else super().forward(x)
         drops = self.training and self.dropout.p
         if plain and (drops or multiplied_by_triton(x, self.A, self.B)):
-            return self._by_itself(x, self._mask(x) if drops else None)
+            mask = self._mask(x) if drops else None
+            return dora_linear(x, base.weight, base.bias, self.A, self.B, self.m, self.scaling, mask)
         W = base.packed_weight.in_buffer(x.dtype) if packed else base.weight
         norm = row_norms(W, self.A, self.B, self.scaling)  # now: the next call overwrites the buffer
         bias = None if base.bias is None else base.bias.to(x.dtype)
@@ -49,20 +58,17 @@ class FusedDoraLinear(SharedInputLayer, DoraLinear):
         return gained(z, packed_linear(x - dropped, base.packed_weight, bias), self.m, norm)
 
     def _mask(self, x: Tensor) -> Tensor:
-        mask, kept = keep_mask(x, self.dropout.p)
-        return mask / kept
+        mask, share = keep_mask(x, self.dropout.p)
+        return mask / share
 
     def _by_calls(self, x: Tensor) -> Tensor:
         """Compute as the reference, with W0 d by a call of the base, which decodes its weight each time."""
         base: Any = self.base
-        g = gain(self.m, row_norms(dense_weight(base), self.A, self.B, self.scaling))
+        g = dora.gain(self.m, row_norms(dense_weight(base), self.A, self.B, self.scaling))
         y: Tensor = base(x)
         dropped = self.dropout(x) if self.training and self.dropout.p else x
         W0_d = y if base.bias is None and dropped is x else _without_bias(base, dropped)
         return y + (g - 1) * W0_d + g * self.scaling * linear(linear(dropped, self.A), self.B)
-
-    def _by_itself(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        return dora_linear(x, self.base.weight, self.base.bias, self.A, self.B, self.m, self.scaling, mask)
 
     def forward_alone(self, x: Tensor) -> Tensor:
         """Return the product without gain and bias, without sharing work with other layers."""
@@ -87,3 +93,18 @@ def _without_bias(base: Any, x: Tensor) -> Tensor:
     finally:
         base.bias = bias
     return y
+
+
+def attach(model: nn.Module, config: dora.Config, generator: torch.Generator) -> AdaptedLayers:
+    """Attach layers that compute by `dora_linear` to `config.targets`.
+
+    Raises Unsupported for per=input and for a norm with a gradient. A layer over another quantised base computes as the
+    reference does, with the base's own product instead of one with its decoded weight.
+    """
+    if config.per != "output" or not config.detach_norm:
+        raise Unsupported("the fused DoRA supports per=output with detach_norm=true only")
+    adapted = dora.attach(model, config, generator)
+    for layer in adapted.layers.values():
+        layer.__class__ = FusedDoraLinear
+    link(adapted.layers)
+    return adapted

@@ -1,4 +1,4 @@
-"""QLoRA's linear layer."""
+"""QLoRA with the weight decoded into reused memory and the low-rank term added in place."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from harness.kernels.nf4_format import BLOCK2
 from harness.kernels.torch.nf4_lora_linear import packed_lora_linear
 from harness.kernels.torch.support.packed_weight import PackedWeight
-from reference.qlora import QloraLinear
+from reference import qlora
+from reference.shared.adapted import AdaptedLayers
 
 
-class FusedQloraLinear(QloraLinear):
+class FusedQloraLinear(qlora.QloraLinear):
     """Compute by `packed_lora_linear`."""
 
     def _packed(self) -> PackedWeight:
@@ -29,3 +30,14 @@ class FusedQloraLinear(QloraLinear):
         if self.dropout.p and self.training:
             mask = nn.functional.dropout(x.new_ones(x.shape), self.dropout.p)
         return packed_lora_linear(x, self._packed(), self.base.bias, self.A, self.B, self.scaling, mask)
+
+
+def attach(model: nn.Module, config: qlora.Config, generator: torch.Generator) -> AdaptedLayers:
+    """Attach layers that compute by `packed_lora_linear` to `config.targets`.
+
+    The original layers stay available for `detach`; a Cell offloads their weights while it trains.
+    """
+    adapted = qlora.attach(model, config, generator)
+    for layer in adapted.layers.values():
+        layer.__class__ = FusedQloraLinear
+    return adapted

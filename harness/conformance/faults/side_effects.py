@@ -1,0 +1,155 @@
+"""Faults that change other calls or the process."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.conformance.faults import line_fault, planted, planted_in_methods
+from harness.conformance.faults.patched_copy import PatchedCopy, Right
+
+_LORA = {"rank": 3, "alpha": 8.0}
+_BLOCKS = {"shape": [5, 96], "block": 64}
+_DECODED = "code.to(codes.device)[codes.flatten().long()] * scale"
+_RESULT = "multi_lora.multi_lora_linear(x, linear(x, W), As, Bs, scalings, ids)"
+
+# fmt: off
+FAULTS = [
+    line_fault("nf4_linear", "remembers_the_first_result_of_a_shape", ["overlap"],
+        "return linear(x, _FORM.dequantize(packed, absmax, block, shape, x.dtype), bias)",
+        "y = linear(x, _FORM.dequantize(packed, absmax, block, shape, x.dtype), bias)\n"
+        "    held = vars(reference).setdefault('held', {}).setdefault((y.shape, y.dtype), y.detach())\n"
+        "    return y - y.detach() + held", values={"shape": [48, 128], "rows": [9]}),
+    line_fault("nf4_dequantize", "decodes_into_one_buffer", ["overlap"],
+        f"return {_DECODED}",
+        f"values = {_DECODED}\n"
+        "    held = vars(dequantize_blockwise).setdefault('held', {}).setdefault(values.shape, values.clone())\n"
+        "    return held.copy_(values)", file="dynamic_map", values=_BLOCKS),
+    line_fault("multi_lora_linear", "remembers_the_weight_of_its_first_batch", ["overlap"], f"return {_RESULT}",
+        f"W = vars(reference).setdefault('held', {{}}).setdefault((W.shape, W.dtype), W)\n    return {_RESULT}",
+        values={"ids": [1, 0, -1, 1], "ranks": [3, 16], "shape": [63, 48]}),
+    line_fault("nf4_quantize", "allows_itself_lower_precision", ["settings"], "flat = x.detach().flatten().float()",
+        "flat = x.detach().flatten().float(); torch.set_float32_matmul_precision('medium')",
+        file="dynamic_map", values=_BLOCKS),
+]
+# fmt: on
+
+
+@planted_in_methods("overlap")
+def returns_one_buffer_at_every_call(copy: PatchedCopy) -> None:
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        out = right(x)
+        out.data = _write_into_buffer(layer, "_out", out)
+        return out
+
+    copy.replace_forward(forward)
+
+
+@planted_in_methods("overlap", only=["lora", "dora"])
+def saves_every_input_in_one_buffer(copy: PatchedCopy) -> None:
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        saved = 1 * x
+        saved.data = _write_into_buffer(layer, "_x", x)
+        return right(saved)
+
+    copy.replace_forward(forward)
+
+
+def _write_into_buffer(layer: Any, name: str, value: Tensor) -> Tensor:
+    """Overwrite the buffer `name` of the layer, which all calls of one shape share, with `value`; return the buffer."""
+    buffer: Tensor | None = vars(layer).get(name)
+    if buffer is None or buffer.shape != value.shape:
+        vars(layer)[name] = buffer = torch.empty_like(value).detach()
+    return buffer.copy_(value.detach())
+
+
+@planted("lora", "overlap", values=_LORA)
+def overwrites_the_previous_gradient(copy: PatchedCopy) -> None:
+    """Overwrite the gradient instead of adding to it."""
+
+    def change(adapted: Any) -> None:
+        for tensor in adapted.tensors().values():
+            tensor.register_post_accumulate_grad_hook(_subtract_previous)
+
+    copy.change_adapted(change)
+
+
+def _subtract_previous(tensor: Any) -> None:
+    latest, previous = tensor.grad, vars(tensor).get("_previous")
+    tensor.grad = latest if previous is None or previous[0] is not latest else latest - previous[1]
+    vars(tensor)["_previous"] = (tensor.grad, tensor.grad.clone())
+
+
+@planted_in_methods("settings")
+def changes_the_default_dtype(copy: PatchedCopy) -> None:
+    copy.change_adapted(lambda _: torch.set_default_dtype(torch.float16))
+
+
+@planted_in_methods("settings")
+def seeds_the_random_numbers_when_it_is_attached(copy: PatchedCopy) -> None:
+    copy.change_adapted(lambda _: torch.manual_seed(0))
+
+
+@planted("lora", "settings", values=_LORA)
+def switches_gradients_off_globally(copy: PatchedCopy) -> None:
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        out = right(x)
+        torch.set_grad_enabled(layer.training)
+        return out
+
+    copy.replace_forward(forward)
+
+
+@planted("lora", "settings", values=_LORA)
+def seeds_pythons_random_numbers(copy: PatchedCopy) -> None:
+    copy.change_adapted(lambda _: random.seed(0))
+
+
+@planted_in_methods("dropout", dropout=0.25)
+def drops_the_same_features_of_all_tokens(copy: PatchedCopy) -> None:
+    _replace_dropout(copy, lambda x, p: torch.rand(x.shape[-1], device=x.device) >= p)
+
+
+@planted_in_methods("dropout", dropout=0.25)
+def drops_the_same_features_at_every_call(copy: PatchedCopy) -> None:
+    _replace_dropout(
+        copy, lambda x, p: torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x.device) >= p
+    )
+
+
+class _Dropout(nn.Module):
+    def __init__(self, p: float, mask: Callable[[Tensor, float], Tensor]) -> None:
+        super().__init__()
+        self.p, self.mask = p, mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.mask(x, self.p) / (1 - self.p) if self.training else x
+
+
+def _replace_dropout(copy: PatchedCopy, mask: Callable[[Tensor, float], Tensor]) -> None:
+    copy.change_layers(lambda layer: setattr(layer, "dropout", _Dropout(layer.dropout.p, mask)))
+
+
+@planted_in_methods("trajectory", adds_layers=True)
+def shrinks_its_tensors_between_steps(copy: PatchedCopy) -> None:
+    def change(adapted: Any) -> None:
+        after = adapted.after_step
+
+        def after_step(step: int) -> None:
+            after(step)
+            with torch.no_grad():
+                for tensor in adapted.tensors().values():
+                    tensor.mul_(0.99)
+
+        adapted.after_step = after_step
+
+    copy.change_adapted(change)
+
+
+@planted_in_methods("trajectory", only=["galore"])
+def counts_only_its_first_step(copy: PatchedCopy) -> None:
+    copy.replace_line('state["step"] += 1', 'state["step"] = 1', file="galore")

@@ -1,0 +1,59 @@
+"""GaLore without temporaries of the weight's size and without a full SVD.
+
+The singular vectors of a gradient in float32 or less are eigenvectors of the smaller Gram matrix in float64, in which its
+products are exact, instead of an SVD in float32: squares in float64 resolve what an SVD in float32 resolves. A float64
+gradient gets an SVD. The randomised SVD (niter > 0) takes bases by Cholesky in float64 instead of Householder reflections
+where the columns are far enough from dependent; both span the same space. The sketch is the reference's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.kernels.torch.galore_step import adam_step_, galore_step_, refreshed
+from reference import galore
+from reference.shared import galore_moments
+
+
+class GaLore(galore.GaLore):
+    """The reference's optimizer, stepped by `galore_step_` and `adam_step_`. A refresh does not change the moments."""
+
+    @torch.no_grad()
+    def update(self, p: Tensor, G: Tensor, group: dict[str, Any]) -> None:
+        """Take one step of parameter p with its gradient G."""
+        state, rank = self.state[p], group["rank"]
+        steps = state.get("step", 0)
+        if rank and steps % group["update_gap"] == 0:
+            P, Q = refreshed(G, rank, group["side"], group["niter"], state.get("P"), state.get("Q"))
+            state |= {name: t for name, t in (("P", P), ("Q", Q)) if t is not None}
+        P, Q = state.get("P"), state.get("Q")
+        if "M" not in state:
+            state |= galore_moments.zeros(galore.project(G, galore.Projector(P, Q)).contiguous(), group["bits"])
+        state["step"] = steps + 1
+        options = {name: group[name] for name in ("lr", "eps", "weight_decay")}
+        options |= {name: state.get(name) for name in ("M_absmax", "V_absmax")}
+        options |= {"step": state["step"], "betas": (group["beta1"], group["beta2"])}
+        if rank:
+            galore_step_(p, G, P, Q, state["M"], state["V"], scale=group["scale"], **options)
+        else:
+            adam_step_(p, G, state["M"], state["V"], **options)
+
+
+class FusedGaLoreModel(galore.GaLoreModel):
+    """A model with weights that train by the fused GaLore."""
+
+    def optimizer(self, lr: float, weight_decay: float, bits: int = 32) -> galore.GaLore:
+        """Return the fused optimizer with the reference's groups."""
+        optimizer = super().optimizer(lr, weight_decay, bits)
+        optimizer.__class__ = GaLore  # same state, other step
+        return optimizer
+
+
+def attach(model: nn.Module, config: galore.Config, generator: torch.Generator) -> galore.GaLoreModel:
+    """Train with the fused GaLore; the reference selects layers and parameters."""
+    adapted = galore.attach(model, config, generator)
+    adapted.__class__ = FusedGaLoreModel
+    return adapted

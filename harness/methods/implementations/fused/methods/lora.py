@@ -1,0 +1,58 @@
+"""LoRA with the low-rank term added in place to the base's product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from harness.errors import Unsupported
+from harness.kernels.torch.lora_linear import lora_linear_over
+from harness.kernels.torch.lora_linears import LoraFactors, factors_over
+from harness.kernels.torch.support.dropout import keep_mask
+from harness.kernels.torch.support.shared_input import SharedInputLayer, link
+from reference import lora
+from reference.shared.adapted import AdaptedLayers
+
+
+class FusedLowRankLayer(SharedInputLayer):
+    """Compute by `lora_linear`; without dropout, together with layers of the same input."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+    dropout: nn.Dropout
+
+    def left_factor(self) -> Tensor:
+        """Return the factor (R, D) that x is multiplied by."""
+        return self.A
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W0 x + scaling B A x, shape (..., E)."""
+        if self.training and self.dropout.p:
+            mask, share = keep_mask(x, self.dropout.p)
+            return lora_linear_over(self.base, x, self.left_factor(), self.B, self.scaling / share, mask)
+        return self.input_group(self, x)
+
+    def forward_alone(self, x: Tensor) -> Tensor:
+        """Return the output without sharing work with other layers."""
+        return lora_linear_over(self.base, x, self.left_factor(), self.B, self.scaling)
+
+    def factors(self, x: Tensor) -> LoraFactors | None:
+        """Return the factors of the output, or None if the base layer must be called."""
+        return factors_over(self.base, x, self.left_factor(), self.B, self.scaling)
+
+
+class FusedLoraLinear(FusedLowRankLayer, lora.LoraLinear):
+    """LoRA's layer."""
+
+
+def attach(model: nn.Module, config: lora.Config, generator: torch.Generator) -> AdaptedLayers:
+    """Attach layers that compute by `lora_linear` to `config.targets`. Raises Unsupported for other than linear layers."""
+    adapted = lora.attach(model, config, generator)
+    for path, layer in adapted.layers.items():
+        if type(layer) is not lora.LoraLinear or not isinstance(layer.base, nn.Linear):
+            adapted.detach()
+            raise Unsupported(f"{path} is a {type(layer.base).__name__}; the fused LoRA supports linear layers only")
+    for layer in adapted.layers.values():
+        layer.__class__ = FusedLoraLinear  # same state, other forward pass
+    link(adapted.layers)
+    return adapted

@@ -1,0 +1,64 @@
+"""PiSSA without a full SVD, and with the low-rank term added in place to the residual's product.
+
+The exact SVD (niter = 0) of a weight in float32 or less takes the eigenvectors of the smaller Gram matrix in float64 instead
+of LAPACK's SVD in float32, unless the singular values span more than 2^12: squares in float64 resolve what an SVD in float32
+resolves. A float64 weight gets an SVD. The randomised SVD (niter > 0) takes bases by Cholesky in float64 instead of
+Householder reflections where the columns are far enough from dependent; both span the same space. The sketch is drawn as the
+reference draws it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from harness.kernels.torch.lora_linear import lora_linear
+from harness.kernels.torch.lora_linears import LoraFactors
+from harness.kernels.torch.support.range_finder import leading_svd, randomised_svd
+from harness.kernels.torch.support.shared_input import SharedInputLayer, link
+from reference import pissa
+from reference.shared.adapted import AdaptedLayers
+
+
+class FusedPissaLinear(SharedInputLayer, pissa.PissaLinear):
+    """Compute by `lora_linear` over the residual."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W_res x + b + scaling B A x, shape (..., E)."""
+        if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+            return super().forward(x)
+        return self.input_group(self, x)
+
+    def forward_alone(self, x: Tensor) -> Tensor:
+        """Return the output without sharing work with other layers."""
+        return lora_linear(x, self.get_buffer("residual"), self.base.bias, self.A, self.B, self.scaling)
+
+    def factors(self, x: Tensor) -> LoraFactors | None:
+        """Return the factors of the output."""
+        return LoraFactors(self.get_buffer("residual"), self.base.bias, self.A, self.B, self.scaling)
+
+
+def attach(model: nn.Module, config: pissa.Config, generator: torch.Generator) -> AdaptedLayers:
+    """Attach layers that compute by `lora_linear` over the residual. Raises ValueError as the reference does."""
+    adapted = pissa.attach(model, config, generator, split)
+    linear = {path: layer for path, layer in adapted.layers.items() if isinstance(layer, pissa.PissaLinear)}
+    for layer in linear.values():
+        layer.__class__ = FusedPissaLinear  # same state, other forward pass
+    link(linear)
+    return adapted
+
+
+def split(
+    W_ED: Tensor, config: pissa.Config, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (A (R, D), B (E, R), residual (E, D)) in `dtype`, as `reference.pissa.split` does."""
+    W = W_ED.to(torch.promote_types(W_ED.dtype, torch.float32))
+    scaling = config.alpha / config.rank
+    if config.niter:
+        U, S, V = randomised_svd(W, pissa.sketch(W, config.rank, generator), config.niter)
+    else:
+        U, S, V = leading_svd(W, config.rank)
+    U, Vt = pissa.signed(U, V.T)
+    root = (S / scaling).sqrt()
+    A, B = (root[:, None] * Vt).to(dtype).contiguous(), (U * root).to(dtype).contiguous()
+    return A, B, torch.addmm(W, B.to(W.dtype), A.to(W.dtype), alpha=-scaling).to(dtype)

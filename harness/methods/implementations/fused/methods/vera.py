@@ -1,0 +1,41 @@
+"""VeRA; layers with the same input share its product with A."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.kernels.torch.lora_linear import is_plain
+from harness.kernels.torch.support.dropout import keep_mask
+from harness.kernels.torch.vera_linear import SharedProjection, vera_linear
+from reference import vera
+from reference.shared.adapted import AdaptedLayers
+
+
+class FusedVeraLinear(vera.VeraLinear):
+    """Compute by `vera_linear`."""
+
+    shared: SharedProjection
+    """Cache of the product with A, shared by the layers of a model."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return W0 x + Lambda_b B Lambda_d A x, shape (..., E)."""
+        if not is_plain(self.base) or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+            return super().forward(x)
+        mask = None
+        if self.dropout.p and self.training:
+            mask, share = keep_mask(x, self.dropout.p)
+            mask = mask / share
+        return vera_linear(x, self.base.weight, self.base.bias, self.A, self.B, self.b, self.d, mask, self.shared)
+
+
+def attach(model: nn.Module, config: vera.Config, generator: torch.Generator) -> AdaptedLayers:
+    """Attach layers that compute by `vera_linear` to `config.targets`; over a quantised base they equal the reference's."""
+    adapted = vera.attach(model, config, generator)
+    shared = SharedProjection()
+    layers: dict[str, Any] = adapted.layers
+    for layer in layers.values():
+        layer.__class__, layer.shared = FusedVeraLinear, shared
+    return adapted

@@ -1,0 +1,43 @@
+"""`loralib`: LoRA's layers by its authors, in place of the model's, with the same weight tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from harness.methods.registry import DTYPES, Implementation, implements
+
+if TYPE_CHECKING:
+    from torch import Generator, nn
+
+    from harness.methods.spec import Adapted
+    from reference.lora import Config
+
+
+@implements("lora", name="loralib", dtypes=DTYPES, requires=["loralib"])
+def lora(model: nn.Module, config: Config, generator: Generator) -> Adapted:
+    """Replace the targets by loralib's Linear, Embedding or Conv2d.
+
+    A Conv1D becomes a Linear with fan_in_fan_out. loralib draws from torch's global generator, seeded here. Raises
+    Unsupported for rslora, conv=peft, packed weights, and subclasses with another forward pass.
+    """
+    from harness.methods.implementations.loralib.layers import attach
+
+    return attach(model, config, generator)
+
+
+@implements("lora", name="loralib-merging", dtypes=["float32"], requires=["loralib"])
+def merging(model: nn.Module, config: Config, generator: Generator) -> Adapted:
+    """Attach as `lora` does, with loralib's default merge_weights=True: `eval()` merges, `train()` unmerges."""
+    from harness.methods.implementations.loralib.layers import attach
+
+    adapted = attach(model, config, generator)
+    layers: dict[str, Any] = adapted.layers
+    for layer in layers.values():
+        layer.merge_weights = True
+        layer.train(layer.training)
+    return adapted
+
+
+def implementations() -> list[Implementation]:
+    """Return the Implementations of this file."""
+    return [lora, merging]
