@@ -124,6 +124,8 @@ class MethodCase:
     dtype: Dtype
     model: ModelForm = "plain"
     magnitude: Magnitude = "normal"
+    brief: bool = False
+    """Whether checks of every state are tried in the suite's last state only, where they see most."""
 
     def __str__(self) -> str:
         kind = "" if self.kind == "linear" else self.kind

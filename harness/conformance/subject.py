@@ -192,7 +192,7 @@ class Subject:
     def _build_reference(self, path: str, dtype: str) -> ReferenceLayer:
         alone = nn.Sequential(OrderedDict(layer=self.dense_base(path, DTYPES[dtype])))
         replaced = all(f"{path}.{name}" in self.state() for name in methods()[self.method].spec.start_from_weight)
-        config = quick_start(self.method, self.config) if replaced else self.config
+        config = _quick_start(self.method, self.config) if replaced else self.config
         adapted = attach_reference(self.method, alone, config, ("layer",), torch.Generator().manual_seed(0))
         return ReferenceLayer(adapted.layers["layer"], _select("layer", adapted.tensors()), adapted)
 
@@ -281,11 +281,11 @@ def initial_shapes(
     method: str, bases: Mapping[str, nn.Module], config: Any, generator: torch.Generator
 ) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the trainable tensors of the reference on `bases`, by name; empty without an adapter."""
-    started = _attach_to_skeleton(method, bases, quick_start(method, config), generator)
+    started = _attach_to_skeleton(method, bases, _quick_start(method, config), generator)
     return {name: tuple(t.shape) for name, t in started.tensors().items()} if started else {}
 
 
-def quick_start(method: str, config: Any) -> Any:
+def _quick_start(method: str, config: Any) -> Any:
     """Return a config that attaches the reference quickly, with the Method's shapes but not its start."""
     return replace(config, **methods()[method].spec.quick_start)
 

@@ -81,13 +81,12 @@ def check_repeatable(subject: OperationSubject, case: Case) -> CheckResult:
 def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
     """The outputs do not depend on the memory layout of the arguments.
 
-    Every floating argument is a view with gaps between its elements, or is transposed in memory, as a slice or a `.T`
-    is. The outputs are equal to the last bit or, since another layout may take another path, as right as `outputs`
+    Every tensor is a view with gaps between its elements, or is transposed in memory, as a slice or a `.T` is. The outputs are equal to the last bit or, since another layout may take another path, as right as `outputs`
     demands.
     """
     plain, found = subject.call(), []
     for name, change in (("every second element", _gapped), ("transposed", _transposed)):
-        given = operation_call.map_floats(cloned(subject.arguments), change)
+        given = operation_call.map_tensors(cloned(subject.arguments), change)
         mine = subject.operation.named(subject.function(**given))
         verdict = operation_call.ill_formed(mine, plain) or exact(
             operation_call.finite(mine), operation_call.finite(plain)
@@ -96,6 +95,30 @@ def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
             verdict = worst_of([one for one, _ in operation_call.judgements(subject, mine, case)], "as outputs")
         found.append(replace(verdict, tensor=f"{name}: {verdict.tensor}"))
     return judged(subject, case, "layouts", worst_of(found, "exact"))
+
+
+@check()
+def check_nonfinite(subject: OperationSubject, case: Case) -> CheckResult:
+    """A NaN in an argument reaches every output that it reaches in the reference.
+
+    One element of each floating argument in turn is NaN. Where the reference returns NaN, the Operation returns NaN or
+    infinity; otherwise a training run would go on with invented numbers.
+    """
+    if subject.arguments.get("scaling") == 0:
+        return skipped(subject, case, "nonfinite", "an update that is scaled by 0 need not be computed")
+    odd: list[str] = []
+    for name, tensor in operation_call.flatten(subject.arguments).items():
+        if not tensor.is_floating_point() or not tensor.numel() or not tensor.dim():
+            continue
+        given = cloned(subject.arguments)
+        middle = torch.unravel_index(torch.tensor(tensor.numel() // 2), tensor.shape)
+        operation_call.flatten(given)[name][middle] = torch.nan
+        want = subject.operation.named(subject.operation.reference(**cloned(given)))
+        mine = subject.operation.named(subject.function(**given))
+        for output, expected in want.items():
+            if expected.is_floating_point() and bool((expected.isnan() & mine[output].isfinite()).any()):
+                odd.append(f"a NaN in {name} does not reach {output}")
+    return listed(subject, case, "nonfinite", odd)
 
 
 @check()
@@ -123,8 +146,9 @@ def check_written(subject: OperationSubject, case: Case) -> CheckResult:
 
 
 def _gapped(tensor: Tensor) -> Tensor:
-    """Return the tensor as every second element of a buffer with NaN in the gaps."""
-    wide = tensor.new_full((*tensor.shape, 2), torch.nan)
+    """Return the tensor as every second element of a buffer with NaN, or the largest integer, in the gaps."""
+    floating = tensor.is_floating_point()
+    wide = tensor.new_full((*tensor.shape, 2), torch.nan if floating else torch.iinfo(tensor.dtype).max)
     wide[..., 0] = tensor
     return wide[..., 0]
 

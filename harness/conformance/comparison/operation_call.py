@@ -76,6 +76,11 @@ def gradients(
     return backward(*forward(subject, function, dtype), case)
 
 
+def map_tensors(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
+    """Apply `change` to every tensor inside arguments, except single numbers."""
+    return mapped(value, lambda one: change(one) if isinstance(one, Tensor) and one.dim() else one)
+
+
 def map_floats(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
     """Apply `change` to every floating tensor inside arguments, except single numbers."""
 

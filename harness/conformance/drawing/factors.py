@@ -68,7 +68,7 @@ Matrix = Annotated[
 ]
 Shape = Annotated[
     Sequence[int],
-    Factor(((5, 96), (64,), (1,), (63, 65), (3, 5, 7), (12, 1030), (257, 300)), dimensions=(1, 2, 3)),
+    Factor(((5, 96), (64,), (1,), (0, 64), (63, 65), (3, 5, 7), (12, 1030), (257, 300)), dimensions=(1, 2, 3)),
 ]
 Rows = Annotated[
     Sequence[int], Factor(((17,), (1,), (2, 1), (), (0,), (2, 3, 4), (130,), (515,)), dimensions=(1, 2, 3))

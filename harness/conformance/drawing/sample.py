@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from functools import cache
 from typing import Any, get_args
 
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ from harness.conformance.parity_suite import (
     OperationSuite,
     ParitySuite,
 )
-from harness.methods.spec import methods
+from harness.methods.spec import FieldInfo, methods
 
 AnyCase = MethodCase | OperationCase
 _SIDES = Factor(((24, 40), (32, 32), (12, 1030), (520, 16), (260, 270)), dimensions=(2,))
@@ -30,29 +32,32 @@ _SIDES = Factor(((24, 40), (32, 32), (12, 1030), (520, 16), (260, 270)), dimensi
 _LEAST_SIDE = 8
 _TOKENS = Factor((9, 1, 515), least=1, most=600)
 _CASE = ("kind", "sides", "tokens", "dtype", "model", "magnitude")
-_PLAIN = ("sides", "tokens", "dtype", "model", "magnitude")
-"""Factors that no implementation may refuse."""
+_SIZES = ("sides", "tokens", "model", "magnitude")
+"""Factors of a layer's size and input, which no implementation may refuse."""
 
 
 def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> Iterator[AnyCase]:
-    """Yield the suite's examples, then a sample in which every two settings meet in every pair of their levels.
+    """Yield the suite's examples, then a sample in two parts that covers pairs of levels.
 
-    Settings that an implementation may lack (an option of the Method, another kind of layer) are at their plainest level in
-    the first part of the sample, so that an implementation without them still meets every pair of the others.
+    In the first part, what an implementation may lack (an option of the Method, another kind of layer) is at its plainest
+    level, and every two of the other factors meet in every pair of their levels. In the second part every two settings, kinds
+    of layers and dtypes do.
     """
     yield from plan.cases(wanted, dtypes)
     factors = _factors(plan, dtypes)
     if not factors["dtype"].levels:
         return
     levels = {name: factor.levels for name, factor in factors.items()}
-    plain = {name: levels[name][:1] if _is_optional(name, factor) else levels[name] for name, factor in factors.items()}
+    plain = {name: levels[name][:1] if factor.optional else levels[name] for name, factor in factors.items()}
 
     def valid(chosen: dict[str, Any]) -> bool:
         return is_accepted(plan, case_of(plan, chosen))
 
     first = covering(plain, valid)
-    for row in [*first, *covering(levels, valid, given=first)]:
-        yield case_of(plan, values(row, levels))
+    settings = {name: levels[name] if name not in _SIZES else levels[name][:1] for name in levels}
+    for row in [*first, *covering(settings, valid, given=first)]:
+        case = case_of(plan, values(row, levels))
+        yield replace(case, brief=True) if isinstance(case, MethodCase) else case
 
 
 def random(plan: ParitySuite, dtypes: Collection[str]) -> st.SearchStrategy[AnyCase]:
@@ -66,7 +71,7 @@ def case_of(plan: ParitySuite, chosen: Mapping[str, Any]) -> AnyCase:
     settings = {name: list(v) if isinstance(v, tuple) else v for name, v in chosen.items() if name not in _CASE}
     if isinstance(plan, OperationSuite):
         return OperationCase(settings, chosen["dtype"], chosen.get("magnitude", "normal"))
-    fields = methods()[plan.method].fields
+    fields = _fields(plan.method)
     config = {n: v for n, v in settings.items() if n == "rank" or v != fields[n].default}
     inputs, outputs = (max(_LEAST_SIDE, side) for side in chosen["sides"])
     shape = CaseShape.model_validate({"tokens": chosen["tokens"], "in": inputs, "out": outputs})
@@ -79,7 +84,7 @@ def _factors(plan: ParitySuite, dtypes: Collection[str]) -> dict[str, Factor]:
         operation = operations.every()[plan.operation]
         found = of_signature(operation.arguments) | {"dtype": Factor(tuple(there))}
         return found | ({"magnitude": Factor(get_args(Magnitude))} if operation.inputs else {})
-    found = of_config(methods()[plan.method].fields)
+    found = of_config(_fields(plan.method))
     for name, bounds in plan.settings.items():
         found[name] = found[name].within(bounds.least, bounds.most)
     return found | {
@@ -92,5 +97,6 @@ def _factors(plan: ParitySuite, dtypes: Collection[str]) -> dict[str, Factor]:
     }
 
 
-def _is_optional(name: str, factor: Factor) -> bool:
-    return factor.optional and name not in _PLAIN
+@cache
+def _fields(method: str) -> dict[str, FieldInfo]:
+    return methods()[method].fields

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -10,7 +12,8 @@ import torch
 from harness.conformance.drawing.factors import LARGEST_SIZE
 from harness.conformance.execution.parity_model import ParityModel, is_built
 from harness.conformance.parity_suite import CaseShape, Kind, MethodCase, MethodSuite, OperationCase, ParitySuite
-from harness.conformance.subject import attach_reference, configure, quick_start
+from harness.conformance.subject import attach_reference, configure
+from harness.methods.spec import methods
 
 _LARGEST_DEEP = 4096
 """Elements of a weight in a model with many targets: each of its checks is made once per target."""
@@ -32,9 +35,14 @@ def is_accepted(plan: ParitySuite, case: MethodCase | OperationCase) -> bool:
 def _attaches(method: str, config: tuple[tuple[str, Any], ...], kind: Kind, inputs: int, outputs: int) -> bool:
     model = ParityModel(kind, CaseShape.model_validate({"tokens": 1, "in": inputs, "out": outputs}), torch.float32, 0)
     try:
-        resolved = quick_start(method, configure(method, dict(config)))
+        resolved = replace(configure(method, dict(config)), **_quick_start(method))
         names = model.targets if hasattr(resolved, "targets") else None
         attach_reference(method, model, resolved, names, torch.Generator().manual_seed(0))
     except ValueError:
         return False
     return True
+
+
+@cache
+def _quick_start(method: str) -> Mapping[str, int]:
+    return methods()[method].spec.quick_start

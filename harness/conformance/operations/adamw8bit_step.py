@@ -95,7 +95,8 @@ def judge_both(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgeme
 
 def _largest(value: Tensor) -> Tensor:
     """Return the largest magnitude of every block."""
-    return torch.stack([block.amax() for block in value.abs().split(adamw8bit.BLOCK)])
+    blocks = value.abs().split(adamw8bit.BLOCK) if value.numel() else ()
+    return torch.stack([block.amax() for block in blocks]) if blocks else value.new_zeros(0)
 
 
 def near_middle(value: Tensor, absmax: Tensor, reach: Tensor, levels: Tensor) -> Tensor:
