@@ -116,11 +116,11 @@ class AdapterWalk(RuleBasedStateMachine):
         """Add the gradients of a micro-batch."""
         self._all(f"backward({number})", lambda world: world.backward(number))
 
-    @rule()
+    @rule(number=st.integers(1, 9))
     @precondition(lambda self: not self.merged and not self.frozen)
-    def step(self) -> None:
-        """Take an optimizer step with what has been accumulated, and compare the tensors that it leaves."""
-        self._all("step()", lambda world: world.backward(0))
+    def step(self, number: int) -> None:
+        """Take an optimizer step with one more micro-batch, and compare the tensors that it leaves."""
+        self._all(f"step({number})", lambda world: world.backward(number))
         for world in self.worlds.every():
             world.step()
         subject, *references = self.worlds.every()
