@@ -13,23 +13,22 @@ if TYPE_CHECKING:
 
 __all__ = ["Implementation", "Unsupported", "__version__", "implements", "load"]
 
+_MODULES = {
+    "Implementation": "harness.methods.registry",
+    "implements": "harness.methods.registry",
+    "load": "harness.report.export.frames",
+    "Unsupported": "harness.errors",
+}
+"""The module of each public name."""
+
 
 def __getattr__(name: str) -> object:
-    """Import on first use, so that `import harness` costs nothing."""
+    """Import on first use, so that `import harness` is fast."""
+    from importlib import import_module
+    from importlib.metadata import version
+
     if name == "__version__":
-        from importlib.metadata import version
-
         return version("peft-harness")
-    if name == "Unsupported":
-        from harness.errors import Unsupported
-
-        return Unsupported
-    if name == "load":
-        from harness.report.export.frames import load
-
-        return load
-    if name in __all__:
-        import harness.methods.registry
-
-        return getattr(harness.methods.registry, name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

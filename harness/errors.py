@@ -1,4 +1,4 @@
-"""Exit codes, and errors with a place and a hint. Only `harness.console` prints them."""
+"""Exit codes, and errors with a location and a hint. Only `harness.console` prints them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import IntEnum
+from importlib import import_module
+from types import ModuleType
 
 
 class Exit(IntEnum):
@@ -21,16 +23,16 @@ class Exit(IntEnum):
 
 
 EXITS = {
-    Exit.PASS: "everything requested passed, or failed as a known defect says; or there was nothing to judge (`list`, "
+    Exit.PASS: "everything requested passed, or failed because of a known defect; or there was nothing to judge (`list`, "
     "`plan`, `explain`)",
-    Exit.FAIL: "a finding: an implementation computes something else, a claim of a paper is not reproduced, a comparison of "
+    Exit.FAIL: "a finding: an implementation computes wrong results, a claim of a paper is not reproduced, a comparison of "
     "the suite is refuted, a rerun differs without a named cause, a Record was changed after its run, or a history holds a "
     "change for the worse that is counted or confirmed",
     Exit.USAGE: "wrong use: an option, a name, a path, or a mistake in a suite; nothing was run",
     Exit.INCONCLUSIVE: "a question could not be decided either way; only with --strict",
     Exit.INFRASTRUCTURE: "Cells were not measured (out of memory, timeout, lost, ended by Ctrl-C, SIGTERM or SIGHUP), an "
     "implementation named to `check` could not be tried, or the machine failed: no GPU, no network, a full disk",
-    Exit.NOTHING_COMPARED: "nothing was measured or compared, so nothing can be green; or nothing is there to export",
+    Exit.NOTHING_COMPARED: "nothing was measured or compared, so nothing can pass; or there is nothing to export",
 }
 
 
@@ -81,12 +83,16 @@ def sort_problems(problems: Iterable[Problem]) -> list[Problem]:
     return sorted(set(problems), key=place)
 
 
+def _listed(count: str, problems: Sequence[Problem]) -> str:
+    return "\n".join([count, *(f"  {problem}" for problem in problems)])
+
+
 def usage_error(problems: Sequence[Problem]) -> UsageError:
     """Return one error for all mistakes on a command line."""
     if len(problems) == 1:
         (one,) = problems
         return UsageError(one.what, where=one.where, hint=one.hint)
-    return UsageError("\n".join([f"{len(problems)} mistakes", *(f"  {p}" for p in problems)]))
+    return UsageError(_listed(f"{len(problems)} mistakes", problems))
 
 
 @contextmanager
@@ -105,26 +111,25 @@ class SuiteError(UsageError):
 
     def __init__(self, problems: Sequence[Problem], file: str = "suite") -> None:
         """file: the kind of file, for the message."""
-        count = f"{plural(len(problems), 'mistake')} in the {file}"
-        super().__init__("\n".join([count, *(f"  {p}" for p in problems)]))
+        super().__init__(_listed(f"{plural(len(problems), 'mistake')} in the {file}", problems))
         self.problems = tuple(problems)
 
 
 class RefusedError(UsageError):
-    """A run that cannot become a baseline, with all reasons. Nothing was written."""
+    """A run that cannot become a baseline, with all reasons. No file was written."""
 
     code = "refused"
 
     def __init__(self, run: str, problems: Sequence[Problem]) -> None:
         count = f"{plural(len(problems), 'reason')} not to make a baseline of it"
-        super().__init__("\n".join([count, *(f"  {p}" for p in problems)]), where=run)
+        super().__init__(_listed(count, problems), where=run)
         self.problems = tuple(problems)
 
 
 class Unsupported(NotImplementedError):  # noqa: N818  # an answer of an implementation, not an error
-    """Raised by an implementation for a case that it does not offer: shown as `unsupported`, not as a failure.
+    """Raised by an implementation for a case that it does not support. It is shown as `unsupported`, not as a failure.
 
-    A plain NotImplementedError is a failure: torch raises it too, where a kernel or a gradient is missing.
+    A plain NotImplementedError is a failure: torch also raises it for a missing kernel or gradient.
     """
 
 
@@ -147,13 +152,23 @@ class ImplementationError(HarnessError):
     exit_code = Exit.USAGE
 
 
+def import_extra(module: str, where: str) -> ModuleType:
+    """Import an optional dependency of the extra of the same option, e.g. `ray`. Raises HarnessError with the extra."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        extra = where.rpartition(" ")[2]
+        hint = f"pip install 'peft-harness[{extra}]'"
+        raise HarnessError(f"{module} cannot be imported ({error})", where=where, hint=hint) from error
+
+
 def plural(count: int, noun: str) -> str:
     """Return e.g. `1 Cell` or `3 Cells`."""
     return f"{count} {noun}{'s' if count != 1 else ''}"
 
 
 def first_names(names: Sequence[str], most: int = 3) -> str:
-    """List at most so many names, and the number of the others."""
+    """List the first names, at most `most`, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{', '.join(names[:most])}{more}"
 

@@ -18,19 +18,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("peft-harness")
     group.addoption(
         "--harness-gate", action="append", default=[], metavar="BASELINE",
-        help="Compare this session's benchmarks with those of process runs that --benchmark-json kept: a file each (repeat "
-        "it), or a folder of them. Fails where one is slower, or where nothing was compared.",
+        help="Compare this session's benchmarks with files of --benchmark-json, one per process run: name each file (repeat "
+        "the option), or their folder. Fails if a benchmark is slower, or if nothing was compared.",
     )  # fmt: skip
     group.addoption(
         "--harness-gate-margin",
         type=float,
         default=10.0,
         metavar="PERCENT",
-        help="A slow-down that is no finding.  [10]",
+        help="Slow-down that is tolerated.  [10]",
     )
     group.addoption(
         "--harness-gate-strict", action="store_true",
-        help="Fail too where a benchmark stays inconclusive, is missing, or was kept on another machine only.",
+        help="Also fail if a benchmark is inconclusive, missing, or was only measured on another machine.",
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Conformance tests for third parties: a decorator that makes pytest tests of a function, and a helper for layers.
+"""Conformance tests for other projects: a decorator that makes pytest tests of a function, and a helper for layers.
 
     from harness.testing import conformance
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Conforming:
-    """A function that claims to be a Method, an Operation or a quantisation of the base. Calls go to the function."""
+    """A function that implements a Method, an Operation or a quantisation of the base. Calls go to the function."""
 
     implementation: Implementation
     breadth: CaseSelection = FEW
@@ -68,18 +68,17 @@ def conformance(
     drawn: int = 0,
     seed: int = 0,
 ) -> Callable[[Callable[..., Any]], Conforming]:
-    """Make pytest tests of a function that claims to be `target`: a Method's `attach` or an Operation.
+    """Make pytest tests of a function that implements `target`: a Method's `attach` or an Operation.
 
-    full: every config x shape x layer of the suite, instead of each at least once. drawn: number of additional cases,
-    with ranks and shapes drawn at random by `seed`. Raises UsageError for an unknown name or dtype, and if the suite has
-    no case in these dtypes: no tests at all would pass.
+    full: every config x shape x layer of the suite, instead of each at least once. drawn: number of additional cases with
+    random ranks and shapes. seed: of these. Raises UsageError for an unknown name or dtype, and if the suite has no case in
+    these dtypes: without tests, everything would pass.
     """
     if not isinstance(target, str):
-        raise UsageError("@conformance stands without a name", where="@conformance", hint='write @conformance("lora")')
+        raise UsageError("@conformance has no name", where="@conformance", hint='write @conformance("lora")')
     if not parity_suite.path_of(target).is_file():
-        raise UsageError(
-            f"nothing here is called {target!r}", where="@conformance", hint=did_you_mean(target, parity_suite.names())
-        )
+        hint = did_you_mean(target, parity_suite.names())
+        raise UsageError(f"no Method or Operation is called {target!r}", where="@conformance", hint=hint)
     kind, there = parity_suite.kind_of(target), parity_suite.load_plan(target).dtypes
 
     def wrap(function: Callable[..., Any]) -> Conforming:
@@ -106,10 +105,10 @@ def wrap_layers(
 ) -> AdaptedLayers:
     """Attach layers to a model: freeze the model, replace every target layer, and name the tensors.
 
-    make_layer: takes the base nn.Linear and returns the module that replaces it and holds its trainable Parameters
-    itself. names: the paper's letter -> the attribute (`{"A": "lora_A"}`); without it every Parameter has its own name.
-    update: takes such a module and returns the change of the base weight when merging; without it nothing merges. If
-    LoRA's config requests another start than the usual one (`init`), it is written into A and B afterwards.
+    make_layer: takes the base nn.Linear and returns the module that replaces it and has the trainable Parameters. names: the
+    paper's letter -> the attribute (`{"A": "lora_A"}`); by default, the names of the Parameters. update: takes such a module
+    and returns the change of the base weight for merging; without it, layers do not merge. If LoRA's config has another
+    `init` than the default, A and B are overwritten afterwards.
     """
     from harness.methods.wrap import wrap
 

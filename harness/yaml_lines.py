@@ -23,7 +23,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = {_TAG + kind for kind in ("null", "bool", "int", "float", "str")}
 _MAX_DEPTH = 100
-"""Nesting allowed in a file, whatever Python's recursion limit is: libraries raise that limit."""
+"""Maximum nesting in a file. Python's recursion limit is no bound, because libraries raise it."""
 _MAX_NODES = 200_000
 """Nested aliases multiply: a file of a few lines can stand for gigabytes."""
 _START = "`suite: NAME`, or see suites/smoke.yaml"
@@ -55,11 +55,11 @@ class Document:
     raw: bytes
     data: dict[str, Any]
     lines: dict[KeyPath, int]
-    """Line of each value; of a merged key, the line at its anchor."""
+    """Line of each value; for a merged key, the line at its anchor."""
     problems: list[Problem]
     """Mistakes that leave the rest of the file readable, such as a duplicate key."""
     unreadable: set[KeyPath]
-    """Values that could not be read; `data` has None in their place."""
+    """Unreadable values; `data` has None instead."""
 
     def at(self, path: KeyPath) -> Any:
         """Return the value at `path`."""
@@ -76,7 +76,7 @@ class Document:
 
 
 class WrittenFloat(float):
-    """A number with a fraction, and its characters in the file: `0.10` has two digits, 0.1 has one."""
+    """A number with a fraction, and its text in the file: `0.10` has two digits, 0.1 has one."""
 
     text: str
 
@@ -99,7 +99,7 @@ def read(path: Path, *, tags: bool = False, texts: bool = False, start: str = _S
     """Read a file. Raises SuiteError if it is no YAML or no mapping; other mistakes are in `Document.problems`.
 
     tags: allow tags such as `!function f.g`; the value is then the text after the tag. texts: read numbers with a fraction
-    as `Written`. start: the first key of such a file, for the hint.
+    as `WrittenFloat`. start: the first key of such a file, for the hint.
     """
     raw = _bytes(path)
     root = _compose(path, _decode(path, raw))
@@ -273,7 +273,7 @@ class _Builder:
                 yield key, value
 
     def _merged(self, node: MappingNode, inside: tuple[int, ...] = ()) -> Iterator[tuple[ScalarNode, Node]]:
-        """Yield the pairs that `<<` brings in, nearest first."""
+        """Yield the pairs of merged mappings (`<<`), nearest first."""
         if id(node) in inside:
             self._problem(node, "an alias that contains itself", "write the value out")
             return
@@ -292,7 +292,7 @@ class _Builder:
 def _problems(error: ValidationError, model: type[BaseModel], document: Document) -> Iterator[Problem]:
     for detail in error.errors(include_url=False):
         path = _data_path(document.data, detail["loc"])
-        if path not in document.unreadable:  # that is a problem of the document already
+        if path not in document.unreadable:  # which is already a problem of the document
             yield Problem(document.where(*path), *_sentence(dict(detail), path, model))
 
 
@@ -339,7 +339,7 @@ def _inner(annotation: Any) -> type[BaseModel] | None:
 
 
 def _data_path(data: Any, loc: tuple[str | int, ...]) -> KeyPath:
-    """Return pydantic's location in the data as written: a scalar that stands for a list of one has no index 0."""
+    """Return pydantic's location in the data of the file: a scalar in place of a list of one has no index 0."""
     path: KeyPath = ()
     for part in loc:
         if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int)):

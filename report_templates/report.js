@@ -1,5 +1,5 @@
 "use strict";
-// Sorting, filtering, downloads. The page is whole without it; the state of the tables lives in the URL's hash.
+// Sort, filter and download. The page is complete without this script. The hash of the URL stores the state of the tables.
 const numeric = (text) => text !== "" && Number.isFinite(Number(text));
 const order = (a, b) => (numeric(a) && numeric(b) ? Number(a) - Number(b) : a.localeCompare(b));
 const key = (row, column) => row.cells[column].dataset.v ?? null;
@@ -10,7 +10,7 @@ function sort(table, column, down) {
     const rows = rowsOf(body);
     rows.sort((a, b) => {
       const x = key(a, column), y = key(b, column);
-      // What was not measured stays below, whichever way one sorts.
+      // Missing values stay at the end in both orders.
       if (x === null || y === null) return (x === null) - (y === null);
       return down ? order(y, x) : order(x, y);
     });
@@ -35,7 +35,7 @@ function filter(table, text) {
   }
 }
 
-// `#?cells.sort=3,down&cells.filter=lora`: the question mark tells it from the anchor of a row.
+// `#?cells.sort=3,down&cells.filter=lora`: the question mark distinguishes it from the anchor of a row.
 const state = new URLSearchParams(location.hash.startsWith("#?") ? location.hash.slice(2) : "");
 function remember(name, value) {
   if (value) state.set(name, value);
@@ -78,7 +78,7 @@ function download(name, type, text) {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
-// A spreadsheet would run a field that begins like a formula; Records may come from strangers.
+// A spreadsheet would run a field that begins like a formula, and Records may come from other people.
 const field = (text) => `"${(/^[=+@\t\r-]/.test(text) && !numeric(text) ? `'${text}` : text).replaceAll('"', '""')}"`;
 
 for (const button of document.querySelectorAll("[data-csv]")) {

@@ -29,7 +29,7 @@ LIGHT = {
     ),
     "a bench's results": ("import harness.bench.run, harness.bench.table", {"torch"}),
     "verdicts of pairs": (
-        "from harness.analysis.statistics import canaries, pair_order, paired",
+        "from harness.analysis.statistics import canaries, pair_design, paired",
         {"torch", "numpy", "scipy"},
     ),
     "pairs that are judged": (

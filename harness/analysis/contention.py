@@ -15,13 +15,14 @@ LOAD_ABOVE = 0.5
 RULE = (
     f"busy: the steps waited for a CPU. The process got less than {ONE_CORE:g} s of CPU time per second of its"
     f" steps; or less than {ALL_THREADS:g} of the time of its threads, while the load average at the end of training was"
-    f" more than {LOAD_ABOVE:g} above the cores (or the threads, if they are more). Such times are not the Method's"
+    f" more than {LOAD_ABOVE:g} above the number of cores (or of threads, if they are more). Such times are not those of the"
+    " Method"
 )
 
 
 def busy(record: Record) -> str:
     """Return evidence that the steps of a Cell on a CPU waited; empty if they did not, or if it is unknown."""
-    training = record.measurements.training if record.measurements else None
+    training = record.training
     threads, wall = record.environment.threads, sum(training.step_seconds) if training else 0.0
     # With a GPU, the process itself may sleep.
     if training is None or training.cpu_seconds is None or not threads or wall <= 0 or record.device not in ("", "cpu"):

@@ -12,7 +12,8 @@ FEW = 5
 """Number of first and of last steps; their medians are compared, since a single batch may be hard."""
 TIMES = 2.0
 NATS = math.log(2)
-"""Both must be exceeded: a loss near 0 may double by chance, and the noise of a loss of 5 may reach this many nats."""
+"""Training diverged if the loss rose by more than this factor and by more than this many nats: a loss near 0 may double by
+chance, and a loss of 5 may vary by log(2)."""
 
 
 def rose(losses: Sequence[float]) -> str:
@@ -23,13 +24,10 @@ def rose(losses: Sequence[float]) -> str:
     first, last = median(losses[:few]), median(losses[-few:])
     if last <= TIMES * first or last <= first + NATS:
         return ""
-    steps = (
-        f"the medians of the first and the last {few} of {len(losses)} steps" if few > 1 else f"of {len(losses)} steps"
-    )
-    return f"the loss rose from {first:.3g} to {last:.3g} ({steps}): training diverged"
+    medians = f"the medians of the first and the last {few} " if few > 1 else ""
+    return f"the loss rose from {first:.3g} to {last:.3g} ({medians}of {len(losses)} steps): training diverged"
 
 
 def diverging(record: Record) -> str:
-    """Return the same for a Record."""
-    training = record.measurements.training if record.measurements else None
-    return rose(training.losses) if training else ""
+    """Return the same evidence for a Record."""
+    return rose(record.training.losses) if record.training else ""

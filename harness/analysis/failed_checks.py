@@ -20,29 +20,29 @@ def nonconforming(record: Record) -> bool:
 
 
 def diverged(record: Record) -> bool:
-    """Return whether training reached NaN or infinity; the usual cause is the recipe, not the Method's code."""
+    """Return whether training reached NaN or infinity; the usual cause is the recipe, not the code of the Method."""
     return record.failure is not None and record.failure.kind == "Diverged"
 
 
 def unreferenced(record: Record) -> str:
-    """Return a sentence if there was no reference to compare with, else an empty string."""
-    alone = (c for c in record.checks if c.id.check == "reference" and c.outcome is Outcome.SKIPPED)
-    return next((f"no speed without parity: {check.detail}" for check in alone), "")
+    """Return the reason for no speed if there was no reference to compare with; otherwise an empty string."""
+    skipped = (c for c in record.checks if c.id.check == "reference" and c.outcome is Outcome.SKIPPED)
+    return next((f"no speed without parity: {check.detail}" for check in skipped), "")
 
 
 def no_speed(record: Record) -> str:
     """Return the reason why no time of this Cell may be shown, or an empty string."""
-    return _because([c for c in failed(record) if not _of_merging(c) and not _of_mixing(c)]) or unreferenced(record)
+    return _refusal([c for c in failed(record) if not _of_merging(c) and not _of_mixing(c)]) or unreferenced(record)
 
 
 def no_merged_speed(record: Record) -> str:
     """Return the reason why no time of the merged model may be shown, or an empty string."""
-    return no_speed(record) or _because([c for c in failed(record) if _of_merging(c)])
+    return no_speed(record) or _refusal([c for c in failed(record) if _of_merging(c)])
 
 
 def no_mixed_speed(record: Record) -> str:
     """Return the reason why no time of several adapters in one batch may be shown, or an empty string."""
-    return no_speed(record) or _because([c for c in failed(record) if _of_mixing(c)])
+    return no_speed(record) or _refusal([c for c in failed(record) if _of_mixing(c)])
 
 
 def _of_mixing(check: CheckResult) -> bool:
@@ -53,5 +53,5 @@ def _of_merging(check: CheckResult) -> bool:
     return "merge" in check.id.check
 
 
-def _because(red: list[CheckResult]) -> str:
-    return f"no speed without parity: {', '.join(c.check for c in red)} failed" if red else ""
+def _refusal(failed: list[CheckResult]) -> str:
+    return f"no speed without parity: {', '.join(c.check for c in failed)} failed" if failed else ""

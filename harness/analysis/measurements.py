@@ -8,7 +8,7 @@ from harness.records.notes import concurrent_cells
 from harness.records.record import Cell, Latency, Record, TrainingMeasured
 
 STARTUP = "start-up"
-"""The phase from the start of the process to the Cell's first own work."""
+"""The phase from the start of the process to the first work on the Cell."""
 TRAIN = "train"
 _WHOLE_MACHINE = "rapl"
 
@@ -23,10 +23,15 @@ def step_time(training: TrainingMeasured) -> Median:
     return median_interval(training.step_seconds[steady(training)])
 
 
+def timed_training(record: Record) -> TrainingMeasured | None:
+    """Return the training of a Record; None if no step was timed."""
+    return record.training if record.training and record.training.step_seconds else None
+
+
 def step_seconds(record: Record) -> float | None:
     """Return the median time of a steady step, in seconds; None without training."""
-    training = record.measurements.training if record.measurements else None
-    return step_time(training).value if training and training.step_seconds else None
+    training = timed_training(record)
+    return step_time(training).value if training else None
 
 
 def step_rate(training: TrainingMeasured) -> Median | None:
@@ -41,8 +46,8 @@ def throughput(training: TrainingMeasured) -> float | None:
     return sum(training.tokens[steady(training)]) / seconds if seconds > 0 else None
 
 
-def beside_several(cell: Cell, latency: Latency) -> bool:
-    """Return whether a batch with one adapter, timed for comparison with several, looks like one that the Cell requests."""
+def timed_for_comparison(cell: Cell, latency: Latency) -> bool:
+    """Return whether a latency of the requested batch size was timed only to be compared with several adapters."""
     return latency.adapters == 1 and latency.batch == cell.evaluation.prompt_batch
 
 
@@ -61,23 +66,25 @@ def training_energy(record: Record) -> float | None:
 
 
 def not_its_own_energy(record: Record) -> str:
-    """Return the reason why a Record's joules include other Cells: the counter covers the whole machine, and other Cells ran
-    at the same time. Empty if the joules are the Cell's own, or there are none."""
+    """Return the reason why the joules of a Record include other Cells; empty if they do not, or if there are none.
+
+    They do if the counter covers the whole machine and other Cells ran at the same time.
+    """
     energy = record.measurements.energy if record.measurements else None
     # A failed Record does not name its counter; on a CPU there is only one.
     counter = energy.source if energy else _WHOLE_MACHINE if record.device in ("", "cpu") else ""
     cells = concurrent_cells(record)
     shared = cells > 1 and counter == _WHOLE_MACHINE
-    return f"the counter ({counter}) is the whole machine's; up to {cells} Cells ran at once" if shared else ""
+    return f"the counter ({counter}) covers the whole machine, where up to {cells} Cells ran at once" if shared else ""
 
 
 def training_gpu(record: Record) -> GpuPhase | None:
-    """Return the GPU's data of the training phase; None without a GPU or training."""
+    """Return the data of the GPU in the training phase; None without a GPU or training."""
     return next((p.gpu for p in record.phases if p.name == TRAIN and p.gpu), None)
 
 
 def above_imports(record: Record, memory: int) -> int:
-    """Return `memory` less that of the imports: libraries that a provider imports are not its method's cost."""
+    """Return `memory` minus that of the imports: the libraries of a provider are not a cost of the Method."""
     if record.measurements is not None:
         return max(0, memory - record.measurements.memory.baseline_B)
     started = [p.end_memory_B for p in record.phases if p.name == STARTUP and p.end_memory_B is not None]
@@ -85,7 +92,7 @@ def above_imports(record: Record, memory: int) -> int:
 
 
 def startup_seconds(record: Record) -> float:
-    """Return the Cell's own start-up: interpreter, imports."""
+    """Return the time of the start-up: interpreter, imports."""
     return sum(p.seconds for p in record.phases if p.name == STARTUP)
 
 

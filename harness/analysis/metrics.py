@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 from harness.analysis import failed_checks, measurements
 from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, FindingKind, Unit
 from harness.records.base_model import meaning
@@ -23,7 +25,7 @@ Number = int | float
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One number of a Record. Each consumer has a name for it; an empty name leaves the consumer out."""
+    """One number of a Record. Each consumer has a name for it; a consumer with an empty name leaves it out."""
 
     name: str
     """Key in the page's download."""
@@ -36,18 +38,18 @@ class Metric:
     why_missing: Callable[[Record], str] = lambda _: "not measured"
     """Returns the reason of a missing value."""
     kind: MetricKind | None = None
-    """How two values are compared: `timed` by statistics, `counted` exactly or within the slack, `peak` within the slack,
+    """Comparison of two values: `timed` by statistics, `counted` exactly or within the slack, `peak` within the slack,
     `score` by paired items; None for a number that is only shown."""
     better: Literal["lower", "higher"] | None = None
-    """The better direction; None where any difference is a regression."""
+    """The better direction; None if any difference is a regression."""
     slack_B: int = 0
     """History: a difference of up to this much is no change."""
     slack_share: float = 0.0
     """History: the same as a share of the level; the larger of the two counts."""
     applies: Callable[[Record], bool] = lambda _: True
-    """True if history and gate use the value of this Record."""
+    """Returns whether history and gate use the value of a Record."""
     always_there: bool = True
-    """History: whether a night without it is worth a message."""
+    """History: whether a night without the metric gets a message."""
     heading: str = ""
     """Column of the comparison table on the page, with the unit."""
     terminal_heading: str = ""
@@ -80,20 +82,20 @@ def _measured(part: str, field: str) -> Callable[[Record], Number | None]:
     return read
 
 
-def _parameters(field: str, **more: Any) -> Metric:
-    finding = FindingKind.PARAMETERS
-    return Metric(
-        name=f"parameters.{field}", unit="1", meaning=meaning(Parameters, field), read=_measured("parameters", field),
-        kind="counted", column=f"parameters.{field}", finding=finding, **more,
-    )  # fmt: skip
+_PARTS: dict[str, tuple[type[BaseModel], FindingKind]] = {
+    "parameters": (Parameters, FindingKind.PARAMETERS),
+    "memory": (Memory, FindingKind.MEMORY),
+    "checkpoint": (Checkpoint, FindingKind.CHECKPOINT),
+}
 
 
-def _bytes(part: str, model: type[Memory] | type[Checkpoint], field: str, **more: Any) -> Metric:
-    finding = FindingKind.MEMORY if part == "memory" else FindingKind.CHECKPOINT
-    return Metric(
-        name=f"{part}.{field}", unit="B", meaning=meaning(model, field), read=_measured(part, field), kind="counted",
-        better="lower", column=f"{part}.{field}", finding=finding, **more,
-    )  # fmt: skip
+def _counted(part: str, field: str, **more: Any) -> Metric:
+    """Return the metric of a counted field of the measurements: a number of scalars or of bytes."""
+    model, finding = _PARTS[part]
+    name = f"{part}.{field}"
+    size: dict[str, Any] = {"unit": "B", "better": "lower"} if field.endswith("_B") else {"unit": "1"}
+    read, about = _measured(part, field), meaning(model, field)
+    return Metric(name=name, meaning=about, read=read, kind="counted", column=name, finding=finding, **size, **more)
 
 
 def _peak(record: Record) -> int | None:
@@ -106,17 +108,16 @@ def _peak_above_imports(record: Record) -> int | None:
 
 
 def _tokens_per_s(record: Record) -> float | None:
-    training = record.measurements.training if record.measurements else None
-    return measurements.throughput(training) if training and training.step_seconds else None
+    training = measurements.timed_training(record)
+    return measurements.throughput(training) if training else None
 
 
 def _no_peak(record: Record) -> str:
-    trained = record.measurements is not None and record.measurements.training is not None
-    return "the training phase has no memory peak" if trained else "not trained"
+    return "the training phase has no memory peak" if record.training else "not trained"
 
 
 def _no_speed(record: Record) -> str:
-    trained = measurements.step_seconds(record) is not None
+    trained = measurements.timed_training(record) is not None
     return (failed_checks.no_speed(record) or "the clock did not move") if trained else "not trained"
 
 
@@ -127,54 +128,54 @@ TRAINABLE = Metric(
 )  # fmt: skip
 ACCURACY = Metric(
     name="accuracy", unit="share", kind="score", better="higher", read=_measured("accuracy", "value"),
-    meaning="share of the test items that are right, with the interval named in the Record, for one training run",
+    meaning="share of correct test items of one training run; the Record names the kind of its interval",
     why_missing=lambda _: "not scored", heading="Accuracy", terminal_heading="accuracy", column="accuracy",
     history="accuracy",
 )  # fmt: skip
-COUNTED_PEAK = _bytes(
-    "memory", Memory, "counted_peak_B", history="counted_peak_B", quantity="tensors at one time in a step",
+COUNTED_PEAK = _counted(
+    "memory", "counted_peak_B", history="counted_peak_B", quantity="tensors at one time in a step",
     slack_B=COUNTED_PEAK_B, always_there=False,
-    # On a GPU it is the training peak itself. It is missing if memory has no room to copy the tensors that a step changes.
+    # On a GPU it equals the training peak. It is missing if memory cannot hold a copy of the tensors that a step changes.
     applies=lambda record: record.measurements is not None and record.measurements.memory.source != ALLOCATED,
 )  # fmt: skip
 TRAINING_PEAK = Metric(
     name="training_peak_B", unit="B", kind="peak", better="lower", read=_peak, why_missing=_no_peak,
     meaning="highest memory in the training phase: resident on a CPU, imports included; allocated on a GPU",
-    # Training again at another learning rate moved the resident peak of nine Cells on a CPU by 6.2 MiB at most.
+    # The resident peaks of nine Cells on a CPU changed by at most 6.2 MiB between trainings at two learning rates.
     slack_B=16 * 2**20, slack_share=0.01,
     heading="Peak, MiB", terminal_heading="peak MiB", column="training_peak_B", history="training_peak_B",
     quantity="training peak",
 )  # fmt: skip
 PEAK_ABOVE_IMPORTS = Metric(
     name="training_peak_above_imports_B", unit="B", read=_peak_above_imports,
-    meaning="training peak less the memory of the process before the model was loaded",
+    meaning="training peak minus the memory of the process before the model was loaded",
     column="training_peak_above_imports_B",
 )  # fmt: skip
 STEP = Metric(
     name="step_s", unit="s", kind="timed", better="lower", read=measurements.step_seconds, why_missing=_no_speed,
-    meaning="median time of a steady step in this one process; missing where a check failed or was impossible",
+    meaning="median time of a steady step in this process; missing where a check failed or was impossible",
     finding=FindingKind.TIME,
     heading="Step, ms", terminal_heading="step ms", column="step_s", history="step_s", quantity="step",
 )  # fmt: skip
 TOKENS_PER_S = Metric(
     name="tokens_per_s", unit="1/s", kind="timed", better="higher", read=_tokens_per_s, why_missing=_no_speed,
-    meaning="real tokens, padding not counted, per second of the steady steps; missing as step_s is",
+    meaning="tokens without padding per second of the steady steps; missing where step_s is missing",
     heading="Tokens/s", terminal_heading="tok/s", column="tokens_per_s",
 )  # fmt: skip
 METRICS: tuple[Metric, ...] = (
-    _parameters("adapter", quantity="adapter parameters"),
-    _parameters("head", quantity="head parameters"),
+    _counted("parameters", "adapter", quantity="adapter parameters"),
+    _counted("parameters", "head", quantity="head parameters"),
     TRAINABLE,
-    _parameters("total", quantity="all parameters"),
+    _counted("parameters", "total", quantity="all parameters"),
     ACCURACY,
-    _bytes("memory", Memory, "weights_B", history="weights_B", quantity="weights"),
-    _bytes("memory", Memory, "adapter_B", history="adapter_B", quantity="adapter"),
-    _bytes("memory", Memory, "gradients_B", history="gradients_B", quantity="gradients"),
-    _bytes("memory", Memory, "optimizer_B", history="optimizer_B", quantity="optimizer"),
-    _bytes("memory", Memory, "optimizer_host_B", quantity="optimizer on the host"),
-    _bytes("checkpoint", Checkpoint, "adapter_file_B", history="adapter_file_B", quantity="adapter file"),
-    _bytes("checkpoint", Checkpoint, "head_B", quantity="head in it"),
-    _bytes("checkpoint", Checkpoint, "model_B", history="model_B", quantity="whole model"),
+    _counted("memory", "weights_B", history="weights_B", quantity="weights"),
+    _counted("memory", "adapter_B", history="adapter_B", quantity="adapter"),
+    _counted("memory", "gradients_B", history="gradients_B", quantity="gradients"),
+    _counted("memory", "optimizer_B", history="optimizer_B", quantity="optimizer"),
+    _counted("memory", "optimizer_host_B", quantity="optimizer on the host"),
+    _counted("checkpoint", "adapter_file_B", history="adapter_file_B", quantity="adapter file"),
+    _counted("checkpoint", "head_B", quantity="head in it"),
+    _counted("checkpoint", "model_B", history="model_B", quantity="whole model"),
     COUNTED_PEAK,
     TRAINING_PEAK,
     PEAK_ABOVE_IMPORTS,
@@ -182,7 +183,7 @@ METRICS: tuple[Metric, ...] = (
     STEP,
     Metric(
         name="training_energy_J", unit="J", better="lower", read=measurements.training_energy,
-        meaning="energy of the training phase; NA without a counter, under 2 s, and by rapl where Cells ran at once",
+        meaning="energy of the training phase; NA without a counter, under 2 s, and by rapl if several Cells ran at once",
         column="training_energy_J",
     ),
     Metric(
@@ -193,7 +194,7 @@ METRICS: tuple[Metric, ...] = (
 
 
 def in_history(name: str) -> Metric | None:
-    """Return the metric with this name in the history."""
+    """Return the metric with this name in the history; None for another name."""
     return next((metric for metric in METRICS if metric.history == name), None)
 
 

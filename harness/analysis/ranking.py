@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal
 
+from harness.analysis.grouping import group
 from harness.analysis.statistics import over_seeds, seed_spread
-from harness.analysis.statistics.intervals import LEVEL, detectable, holm, mcnemar, wilson
+from harness.analysis.statistics.intervals import LEVEL, detectable, holm, mcnemar, paired_difference, wilson
+from harness.analysis.statistics.over_seeds import Spread
 from harness.analysis.statistics.seed_spread import Prior
 from harness.records.record import Accuracy, Cell, Record
 from harness.records.store import Run
@@ -38,14 +41,12 @@ class Budget:
     @classmethod
     def of(cls, cell: Cell) -> Budget:
         """Return the budget of a Cell."""
-        t = cell.training
-        e = cell.evaluation
+        t, e = cell.training, cell.evaluation
         return cls(cell.model, cell.task, cell.dtype, t.steps, t.batch, t.max_tokens, e.items, e.skip)
 
     def same_test(self, other: Budget) -> bool:
         """Return whether both score the same items in the same way; the training may differ."""
-        mine, its = ((b.model, b.task, b.dtype, b.max_tokens, b.items, b.skip) for b in (self, other))
-        return mine == its
+        return replace(self, steps=other.steps, batch=other.batch) == other
 
 
 def why_not_comparable(left: Cell, right: Cell) -> str:
@@ -54,9 +55,9 @@ def why_not_comparable(left: Cell, right: Cell) -> str:
     untrained = 0 in (a.steps, b.steps)
     if a == b or (untrained and a.same_test(b)):
         return ""
-    skip = ("steps", "batch") if untrained else ()
-    unequal = [name for name in Budget.__annotations__ if name not in skip and getattr(a, name) != getattr(b, name)]
-    return ", ".join(f"{name} {getattr(a, name)} against {getattr(b, name)}" for name in unequal)
+    ignored = ("steps", "batch") if untrained else ()
+    unequal = {name: value for name, value in vars(a).items() if name not in ignored and value != getattr(b, name)}
+    return ", ".join(f"{name} {value} against {getattr(b, name)}" for name, value in unequal.items())
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,12 @@ class RankingEntry:
     difference: float = 0.0
     """Accuracy minus that of the best."""
     p: float | None = None
-    """p value of the paired test against the best, adjusted for the number of tests in the group; None where the
-    items differ, so that only the intervals are compared."""
+    """p value of the paired test against the best, adjusted for the number of tests in the group; None if the items differ,
+    so that only the intervals are compared."""
 
     @property
     def record(self) -> Record:
-        """The Record of the first seed; it represents all seeds in facts that do not depend on chance."""
+        """The Record of the first seed, which represents all seeds for facts that do not depend on the seed."""
         return self.records[0]
 
 
@@ -107,12 +108,12 @@ class Group:
     tries: int
     """Number of learning rates tried and scored for each recipe."""
     detectable: float | None
-    """Smallest difference that one comparison in this group can detect; None with nothing to compare."""
+    """Smallest difference that one comparison in this group can detect; None if there is nothing to compare."""
     disagreement: float
     """Share of items that `detectable` is computed from."""
     basis: Basis
-    """Source of `disagreement`: observed between the best and the recipe that differs most from it, among those
-    `tied` with it or among `all`, or assumed for `independent` answers. With several seeds it is `seeds`: the
+    """Source of `disagreement`. `tied` and `all`: observed between the best recipe and the one that differs most from it,
+    among the tied ones or among all. `independent`: assumed for independent answers. `seeds`, with several seeds: the
     largest standard error of a difference from the best."""
 
     @property
@@ -133,15 +134,13 @@ class Group:
     @property
     def data_differ(self) -> bool:
         """True if two runs with the same seed trained on different examples, or in a different order."""
-        orders: dict[int, set[str]] = {}
-        for record in (r for e in self.ranked for r in e.records):
-            training = record.measurements.training if record.measurements else None
-            if training and training.data_order_sha256:
-                orders.setdefault(record.cell.seed, set()).add(training.data_order_sha256)
-        return any(len(found) > 1 for found in orders.values())
+        trained = ((r.cell.seed, r.training) for e in self.ranked for r in e.records)
+        orders = {(seed, t.data_order_sha256) for seed, t in trained if t and t.data_order_sha256}
+        return len(orders) > len({seed for seed, _ in orders})
 
 
-_Scored = tuple[Record, ...]
+_Recipe = tuple[Record, ...]
+"""Scored Records of one recipe, by seed."""
 _Place = tuple[Budget, tuple[int, ...], int]
 
 
@@ -154,42 +153,40 @@ def groups(run: Run) -> tuple[Group, ...]:
     latest = run.latest()
     swept = {cell_id for tuning in run.manifest.tuning for cell_id in tuning.sweep}
     tries = {
-        cell_id: sum(i in latest and _scored(latest[i]) is not None for i in tuning.sweep)
+        cell_id: sum(i in latest and latest[i].accuracy is not None for i in tuning.sweep)
         for tuning in run.manifest.tuning
         for cell_id in tuning.cells
     }
-    recipes: dict[str, list[Record]] = {}
-    for record in latest.values():
-        if record.cell_id not in swept and _scored(record) is not None:
-            recipes.setdefault(record.cell.recipe_id, []).append(record)
-    trained: dict[_Place, list[_Scored]] = {}
-    untrained: list[_Scored] = []
-    for found in recipes.values():
-        records = tuple(sorted(found, key=lambda record: record.cell.seed))
-        cell = records[0].cell
-        if cell.training.steps:
-            seeds = tuple(record.cell.seed for record in records)
-            place = (Budget.of(cell), seeds if len(seeds) > 1 else (), tries.get(cell.cell_id, 0))
-            trained.setdefault(place, []).append(records)
-        else:
-            untrained.append(records)
+    scored = [record for record in latest.values() if record.cell_id not in swept and record.accuracy is not None]
+    recipes = [
+        tuple(sorted(records, key=lambda record: record.cell.seed))
+        for records in group((record.cell.recipe_id, record) for record in scored).values()
+    ]
 
-    def beside(budget: Budget) -> list[_Scored]:
-        return [u for u in untrained if Budget.of(u[0].cell).same_test(budget)]
+    def place(records: _Recipe) -> _Place:
+        cell, seeds = records[0].cell, tuple(record.cell.seed for record in records)
+        return Budget.of(cell), seeds if len(seeds) > 1 else (), tries.get(cell.cell_id, 0)
 
-    of_trained = [_group(budget, tried, scored, beside(budget)) for (budget, _, tried), scored in trained.items()]
-    alone: dict[Budget, list[_Scored]] = {}
-    for records in untrained:
-        budget = Budget.of(records[0].cell)
-        if not any(budget.same_test(other) for other, _, _ in trained):
-            alone.setdefault(budget, []).append(records)
-    return tuple(of_trained + [_group(budget, 0, [], scored) for budget, scored in alone.items()])
+    trained = group((place(records), records) for records in recipes if records[0].cell.training.steps)
+    untrained = group(
+        (Budget.of(records[0].cell), records) for records in recipes if not records[0].cell.training.steps
+    )
+    ranked = [
+        _group(budget, tried, same, [u for other, found in untrained.items() if other.same_test(budget) for u in found])
+        for (budget, _, tried), same in trained.items()
+    ]
+    unranked = [
+        _group(budget, 0, [], same)
+        for budget, same in untrained.items()
+        if not any(budget.same_test(other) for other, _, _ in trained)
+    ]
+    return tuple(ranked + unranked)
 
 
 def score(records: Sequence[Record], prior: Prior | None = None) -> Score:
-    """Return the accuracy of one Record with its own interval, or the mean of several with one over seeds and items.
+    """Return the accuracy of one Record, or the mean of several with an interval over seeds and items.
 
-    prior: the spread over seeds of other recipes.
+    prior: the spread of other recipes over seeds.
     """
     scored = accuracies(records)
     if len(scored) == 1:
@@ -199,7 +196,7 @@ def score(records: Sequence[Record], prior: Prior | None = None) -> Score:
     if found is None:
         return Score(fmean(a.value for a in scored), 0.0, 1.0, "none: the runs did not score the same items")
     low, high = found.interval
-    if not found.error:  # every run right on every item, or wrong on every item: the next item is still uncertain
+    if not found.error:  # all answers are correct, or all are wrong: the next item is still uncertain
         low, high = wilson(round(found.value * (n := len(scored[0].items))), n)
     how = over_seeds.MODERATED if prior else over_seeds.INTERVAL
     return Score(found.value, max(0.0, low), min(1.0, high), how)
@@ -207,49 +204,42 @@ def score(records: Sequence[Record], prior: Prior | None = None) -> Score:
 
 def accuracies(records: Sequence[Record]) -> list[Accuracy]:
     """Return the accuracy of each Record that has one."""
-    return [a for r in records if (a := _scored(r)) is not None]
+    return [r.accuracy for r in records if r.accuracy is not None]
 
 
-def _scored(record: Record) -> Accuracy | None:
-    return record.measurements.accuracy if record.measurements else None
-
-
-def _group(budget: Budget, tries: int, scored: Sequence[_Scored], untrained: Sequence[_Scored]) -> Group:
+def _group(budget: Budget, tries: int, trained: Sequence[_Recipe], untrained: Sequence[_Recipe]) -> Group:
     # Untrained Cells do not depend on the seed, so they carry no information about the spread of others.
-    spread = seed_spread.prior([accuracies(records) for records in scored])
-    priors = {records[0].id: spread for records in scored}
-    scores = {r[0].id: score(r, priors.get(r[0].id)) for r in (*scored, *untrained)}
-
-    def highest_first(some: Sequence[_Scored]) -> list[_Scored]:
-        return sorted(some, key=lambda records: -scores[records[0].id].value)
-
-    everyone = [*highest_first(scored), *highest_first(untrained)]
-    best = everyone[0]
-    found = {
-        r[0].id: RecipePair.of(best, r, (priors.get(best[0].id), priors.get(r[0].id)))
-        for r in everyone
-        if r is not best
-    }
-    # The same items chose the best recipe, so all pairs count as tests, not only those with the best.
-    pairs = len(everyone) * (len(everyone) - 1) // 2
-    p = holm({i: pair.p for i, pair in found.items() if pair is not None}, pairs)
+    spread = seed_spread.prior([accuracies(records) for records in trained])
+    priors = {records[0].id: spread for records in trained}
+    scores = {records[0].id: score(records, priors.get(records[0].id)) for records in (*trained, *untrained)}
+    trained, untrained = (
+        sorted(recipes, key=lambda records: -scores[records[0].id].value) for recipes in (trained, untrained)
+    )
+    best, *others = *trained, *untrained
     top = scores[best[0].id]
+    pairs = {r[0].id: RecipePair.of(best, r, (priors.get(best[0].id), priors.get(r[0].id))) for r in others}
+    # The same items chose the best recipe, so all pairs count as tests, not only those with the best.
+    tests = len(scores) * (len(scores) - 1) // 2
+    p = holm({i: pair.p for i, pair in pairs.items() if pair is not None}, tests)
 
-    def entry(records: _Scored, *, trained: bool) -> RankingEntry:
-        own, mine = p.get(records[0].id), scores[records[0].id]
-        separate = own <= 1 - LEVEL if own is not None else mine.high < top.low
-        ranked: Standing = "best" if records is best else "below" if separate else "tied"
-        return RankingEntry(records, mine, ranked if trained else "untrained", mine.value - top.value, own)
+    def standing(i: str) -> Standing:
+        if i == best[0].id:
+            return "best"
+        return "below" if (p[i] <= 1 - LEVEL if i in p else scores[i].high < top.low) else "tied"
 
-    ranked = tuple(entry(records, trained=True) for records in everyone[: len(scored)])
-    rivals = everyone[1 : len(scored)] or everyone[1:]
-    tied = [found[e.record.id] for e in ranked if e.standing == "tied"]
-    detects, basis, disagreement = _resolution(tied, [found[r[0].id] for r in rivals], best, top)
+    def entry(records: _Recipe, standing: Standing) -> RankingEntry:
+        found = scores[records[0].id]
+        return RankingEntry(records, found, standing, found.value - top.value, p.get(records[0].id))
+
+    ranked = tuple(entry(records, standing(records[0].id)) for records in trained)
+    rivals = [pairs[records[0].id] for records in trained[1:] or others]
+    tied = [pairs[e.record.id] for e in ranked if e.standing == "tied"]
+    detects, basis, disagreement = _resolution(tied, rivals, best, top)
     return Group(
         budget=budget,
         ranked=ranked,
-        untrained=tuple(entry(records, trained=False) for records in everyone[len(scored) :]),
-        seeds=tuple(sorted({r.cell.seed for records in (scored or untrained) for r in records})),
+        untrained=tuple(entry(records, "untrained") for records in untrained),
+        seeds=tuple(sorted({r.cell.seed for records in (trained or untrained) for r in records})),
         tries=tries,
         detectable=detects if rivals else None,
         disagreement=disagreement,
@@ -263,39 +253,52 @@ class RecipePair:
 
     difference: float
     """Difference of the accuracies."""
+    interval: tuple[float, float]
+    """Interval of the difference."""
     p: float
     """p value of no difference."""
     detectable: float
     """Smallest difference that this pair can show."""
-    disagreement: float | None
-    """Share of items that exactly one of two runs got right; None over several seeds."""
+    disagreement: float | None = None
+    """Share of items that exactly one of two runs answered correctly; None over several seeds."""
 
     @classmethod
     def of(cls, left: Sequence[Record], right: Sequence[Record], priors: Priors = (None, None)) -> RecipePair | None:
-        """Compare; None where the items are not the same, or one side has one run and the other several.
+        """Compare; None if the items are not the same, or if only one side has several runs.
 
-        priors: for each side the spread over seeds of other recipes.
+        priors: for each side, the spread of other recipes over seeds.
         """
         a, b = accuracies(left), accuracies(right)
         if (len(a) > 1) != (len(b) > 1):
             return None
-        if len(a) > 1:
-            spread = over_seeds.difference(a, b, priors)
-            return RecipePair(spread.value, spread.p, spread.detectable, None) if spread else None
-        table = _discordant(a[0], b[0])
-        if table is None:
+        return cls.of_runs(a[0], b[0]) if len(a) == 1 else cls.of_spread(over_seeds.difference(a, b, priors))
+
+    @classmethod
+    def of_spread(cls, spread: Spread | None) -> RecipePair | None:
+        """Return the comparison by an estimate over several seeds."""
+        return cls(spread.value, spread.interval, spread.p, spread.detectable) if spread else None
+
+    @classmethod
+    def of_runs(cls, left: Accuracy, right: Accuracy) -> RecipePair | None:
+        """Compare two runs; None unless they scored the same items."""
+        a, b, n = left.answers, right.answers, len(left.items)
+        if not n or a.keys() != b.keys() or not len(a) == n == len(right.items):
             return None
-        n, differ = len(a[0].items), sum(table)
-        return RecipePair((table[0] - table[1]) / n, mcnemar(*table), detectable(n, differ / n), differ / n)
+        counts = Counter((a[i], b[i]) for i in a)
+        both, only_left, only_right, neither = (counts[pair] for pair in ((1, 1), (1, 0), (0, 1), (0, 0)))
+        disagreement = (only_left + only_right) / n
+        interval = paired_difference(both, only_left, only_right, neither)
+        p = mcnemar(only_left, only_right)
+        return cls((only_left - only_right) / n, interval, p, detectable(n, disagreement), disagreement)
 
 
 def _resolution(
-    tied: Sequence[RecipePair | None], rivals: Sequence[RecipePair | None], best: _Scored, top: Score
+    tied: Sequence[RecipePair | None], rivals: Sequence[RecipePair | None], best: _Recipe, top: Score
 ) -> tuple[float | None, Basis, float]:
     """Return the smallest detectable difference, its basis, and the share of items behind it.
 
-    The pair that disagrees most is the hardest to separate, so it stands for the group. Ties take precedence: a pair with a
-    large difference is no guide to close pairs.
+    The pair that disagrees most is the hardest to separate, so it represents the group. Pairs of tied recipes take
+    precedence: a pair with a large difference says little about close pairs.
     """
     both: tuple[tuple[Basis, Sequence[RecipePair | None]], ...] = (("tied", tied), ("all", rivals))
     for basis, pairs in both:
@@ -305,13 +308,5 @@ def _resolution(
             if hardest.disagreement is None:
                 return hardest.detectable, "seeds", 0.0
             return hardest.detectable, basis, hardest.disagreement
-    share, first = 2 * top.value * (1 - top.value), _scored(best[0])
+    share, first = 2 * top.value * (1 - top.value), best[0].accuracy
     return (detectable(len(first.items), share) if first and first.items else None), "independent", share
-
-
-def _discordant(left: Accuracy, right: Accuracy) -> tuple[int, int] | None:
-    """Count the items that only `left`, and that only `right` got right; None unless both scored the same items."""
-    a, b = {i.id: i.correct for i in left.items}, {i.id: i.correct for i in right.items}
-    if not a or a.keys() != b.keys() or len(a) != len(left.items) or len(b) != len(right.items):
-        return None
-    return sum(a[i] > b[i] for i in a), sum(b[i] > a[i] for i in a)

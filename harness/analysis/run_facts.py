@@ -31,18 +31,13 @@ class RunFacts:
 
     @cached_property
     def latest(self) -> dict[str, Record]:
-        """The Record that counts, by cell_id; see `Run.latest`."""
+        """The Records that count, by cell_id; see `Run.latest`."""
         return self.run.latest()
 
     @cached_property
     def doubtful(self) -> dict[str, str]:
         """Changes made to the newest Records after the run, by cell_id; see `Run.doubtful`."""
         return self.run.doubtful()
-
-    @property
-    def how(self) -> str:
-        """End of the run: that of its footer, or `incomplete` without one."""
-        return self.run.footer.how if self.run.footer else "incomplete"
 
     @cached_property
     def verdict(self) -> RunVerdict:
@@ -87,12 +82,12 @@ class RunFacts:
         return f"{record.status.value}: {record.because}"
 
     def unfinished(self) -> str:
-        """Return the end of an unfinished run, as the rest of a sentence."""
+        """Describe the end of an unfinished run, as the rest of a sentence."""
         if self.run.footer is not None:
-            return f"was {self.run.footer.how}"
+            return f"was {self.run.how}"
         if _FOOTER in self.run.broken:
             return "has a footer that cannot be read, so it counts as cut off"
-        return "has no footer: it was cut off, or is still going on"
+        return "has no footer: it was cut off, or is still running"
 
     def entry_name(self, entry: RankingEntry) -> str:
         """Return the name of an entry of a ranking, unique within its model and task."""

@@ -1,4 +1,4 @@
-"""Values of a Record that the history stores, by metric, and the place where the Record was made.
+"""Values of a Record that the history stores, by metric, and the machine and software (the place) behind the Record.
 
 The metrics are those of `metrics.METRICS` with a name in the history, and `latency_s/<variant>/<kind>/<batch>x<tokens>`,
 medians of raw samples.
@@ -20,9 +20,9 @@ from harness.records.record import Record, Status
 STEP, PEAK = metrics.STEP.history, metrics.TRAINING_PEAK.history
 LATENCY = "latency_s"
 SENTINEL = f"{LATENCY}/base/"
-"""Prefix of latencies of the bare base model, which no adapter's code touches. Every Cell with latencies measures it."""
-BESIDE = "beside it"
-"""Key of a place that is present where other Cells ran at the same time."""
+"""Prefix of latencies of the bare base model. Every Cell with latencies measures them, and no adapter changes them."""
+CONCURRENT = "beside it"
+"""Key of a place, present if other Cells ran at the same time."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TrackedMetrics:
     values: dict[str, float]
     """Values by metric."""
     untimed: str = ""
-    """Reason for no times; empty if there are some."""
+    """Reason why `values` has no times; empty if it may have them."""
 
 
 def kind(metric: str) -> MetricKind | None:
@@ -49,25 +49,25 @@ def names() -> list[str]:
 
 
 def slack(metric: str, level: float) -> float:
-    """Return the largest difference from a level that is no change, of a metric that is neither a time nor a score."""
+    """Return the largest difference from a level that is no change. Not for times and scores."""
     declared = metrics.in_history(metric)
     return max(declared.slack_B, declared.slack_share * level) if declared else 0
 
 
 def got_worse(metric: str, old: float, new: float) -> bool:
-    """Return whether a change of a metric that is neither a time nor a score is a regression."""
+    """Return whether a change of a metric is a regression. Not for times and scores."""
     declared = metrics.in_history(metric)
     return declared.got_worse(old, new) if declared else new > old
 
 
 def tracked(record: Record) -> TrackedMetrics:
-    """Return the values of a Record: none unless it is ok, and no times of a Cell that waited for its CPU."""
+    """Return the values of an ok Record, without the times of a Cell that waited for its CPU; none of any other Record."""
     if record.measurements is None or record.status is not Status.OK:
         return TrackedMetrics({})
     values: dict[str, float] = {}
     for metric in metrics.METRICS:
-        tracked = metric.history and metric.kind != "timed" and metric.applies(record)
-        if tracked and (value := metric.read(record)) is not None:
+        is_tracked = metric.history and metric.kind != "timed" and metric.applies(record)
+        if is_tracked and (value := metric.read(record)) is not None:
             values[metric.history] = _short(value) if metric.kind == "score" else value
     untimed = failed_checks.no_speed(record)
     if not untimed and (busy := contention.busy(record)):
@@ -76,7 +76,7 @@ def tracked(record: Record) -> TrackedMetrics:
 
 
 def times(record: Record) -> dict[str, float]:
-    """Return the times of a Record in seconds, by metric: steady step and latencies; none that a failed check forbids."""
+    """Return the steady step and the latencies of a Record in seconds, by metric, except those that a failed check hides."""
     m = record.measurements
     if m is None:
         return {}
@@ -85,8 +85,8 @@ def times(record: Record) -> dict[str, float]:
     refused = {"merged": failed_checks.no_merged_speed(record), "multi-adapter": failed_checks.no_mixed_speed(record)}
     for one in m.latency:
         if one.seconds and not refused.get(one.variant):
-            beside = "-beside-several" if measurements.beside_several(record.cell, one) else ""
-            found[f"{LATENCY}/{one.variant}{beside}/{one.kind}/{one.batch}x{one.tokens}"] = median(one.seconds)
+            suffix = "-beside-several" if measurements.timed_for_comparison(record.cell, one) else ""
+            found[f"{LATENCY}/{one.variant}{suffix}/{one.kind}/{one.batch}x{one.tokens}"] = median(one.seconds)
     # A time of 0 is no measurement: the clock did not move.
     return {name: _short(seconds) for name, seconds in found.items() if seconds > 0}
 
@@ -97,8 +97,7 @@ def _short(value: float) -> float:
 
 
 def sentinel(metric: str, quantization: str) -> bool:
-    """Return whether a metric is a time of the bare, unquantised base: no code of a method or implementation can change
-    it."""
+    """Return whether a metric is a time of the bare, unquantised base, which no Method or implementation can change."""
     return metric.startswith(SENTINEL) and quantization == "none"
 
 
@@ -106,17 +105,17 @@ def place(record: Record) -> dict[str, str]:
     """Return the place of a Record: all facts that must be equal before its numbers are compared."""
     e = record.environment
     software = {name: e.software.get(name, "none") for name in ("torch", "triton")}
-    beside = {BESIDE: "other Cells"} if concurrent_cells(record) > 1 else {}
-    threads = {"threads": str(e.threads or "unknown")}
+    shared = software | {"threads": str(e.threads or "unknown")}
+    if concurrent_cells(record) > 1:
+        shared[CONCURRENT] = "other Cells"
     if record.device in ("", "cpu"):
-        names = {"CPU": "cpu", "architecture": "architecture", "cores": "cores"}
-        machine = {said: e.machine.get(name, "unknown") for said, name in names.items()}
-        return {"device": "cpu", **machine, **software, **threads, **beside}
+        keys = {"CPU": "cpu", "architecture": "architecture", "cores": "cores"}
+        return {"device": "cpu", **{name: e.machine.get(key, "unknown") for name, key in keys.items()}, **shared}
     # uuid, name, driver, memory: another card of the same model is the same place.
     gpu = [part.strip() for part in e.machine.get("gpu0", "").split(",")]
-    places = {"GPU": 1, "driver": 2, "memory": 3}
-    machine = {said: gpu[i] if len(gpu) > i else "unknown" for said, i in places.items()}
-    return {"device": record.device, **machine, **software, **threads, **beside}
+    positions = {"GPU": 1, "driver": 2, "memory": 3}
+    machine = {name: gpu[i] if len(gpu) > i else "unknown" for name, i in positions.items()}
+    return {"device": record.device, **machine, **shared}
 
 
 def place_id(of: Mapping[str, str]) -> str:
@@ -125,6 +124,6 @@ def place_id(of: Mapping[str, str]) -> str:
 
 
 def place_changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    """List the differences of two places, as `key this -> that`."""
+    """List the differences of two places, as `key old -> new`."""
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return [f"{key} {before.get(key, 'none')} -> {after.get(key, 'none')}" for key in keys]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from harness.analysis.ranking import Score
+from harness.analysis.ranking import Score, score
 from harness.records.manifest import Tuning
 from harness.records.record import Cell, Record
 from harness.records.store import Run
@@ -17,9 +17,9 @@ class Try:
     cell: Cell
     lr: float
     score: Score | None
-    """Accuracy; None where the Cell has none."""
+    """Accuracy; None if the Cell has none."""
     because: str
-    """Reason for no accuracy."""
+    """Reason for a missing accuracy."""
     chosen: bool
     """True if the suite chose this rate."""
 
@@ -42,21 +42,21 @@ class Search:
 
     @property
     def band(self) -> tuple[float, float] | None:
-        """The lowest and the highest accuracy over the learning rates; None where fewer than two were scored."""
-        values = [score.value for _, score in self.scored]
+        """The lowest and the highest accuracy over the learning rates; None if fewer than two were scored."""
+        values = [found.value for _, found in self.scored]
         return (min(values), max(values)) if len(values) > 1 else None
 
     @property
     def best(self) -> tuple[float, ...]:
         """The learning rates with the highest accuracy."""
-        top = max((score.value for _, score in self.scored), default=None)
-        return tuple(lr for lr, score in self.scored if score.value == top)
+        top = max((found.value for _, found in self.scored), default=None)
+        return tuple(lr for lr, found in self.scored if found.value == top)
 
     @property
     def better(self) -> tuple[float, ...]:
-        """Learning rates with an interval wholly above that of the chosen one: evidence of a poor choice."""
+        """Learning rates with an interval completely above that of the chosen one: evidence of a poor choice."""
         chosen = [t.score for t in self.tries if t.chosen and t.score]
-        return tuple(lr for lr, score in self.scored if chosen and score.low > max(c.high for c in chosen))
+        return tuple(lr for lr, found in self.scored if chosen and found.low > max(c.high for c in chosen))
 
     @property
     def at_edge(self) -> bool:
@@ -81,7 +81,6 @@ def searches(run: Run) -> tuple[Search, ...]:
 
 
 def _try(cell: Cell, record: Record | None, chosen: set[float]) -> Try:
-    accuracy = record.measurements.accuracy if record and record.measurements else None
     because = "there is no Record of it" if record is None else record.because or "it was not scored"
-    score = Score(accuracy.value, accuracy.low, accuracy.high, accuracy.interval) if accuracy else None
-    return Try(cell, cell.training.lr, score, because, cell.training.lr in chosen)
+    found = score([record]) if record and record.accuracy else None
+    return Try(cell, cell.training.lr, found, because, cell.training.lr in chosen)

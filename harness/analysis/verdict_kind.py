@@ -29,7 +29,7 @@ class Verdict:
 
 
 def joint(words: Iterable[VerdictKind]) -> VerdictKind:
-    """Return the joint verdict of several: one failure decides."""
+    """Return the joint verdict of several: the most serious one; NOT_RUN without any."""
     seen = set(words)
     for word in (VerdictKind.FAIL, VerdictKind.NOT_RUN, VerdictKind.INCONCLUSIVE):
         if word in seen:

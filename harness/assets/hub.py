@@ -47,11 +47,8 @@ def write_rows(source: Source, path: Path, progress: Progress) -> None:
         data = datasets.load_dataset(source.address, rows.subset or None, split=rows.split, revision=source.revision)
     missing = set(rows.columns.values()) - set(data.column_names)
     if missing:
-        raise AssetError(
-            f"{source.name} has no column {', '.join(sorted(missing))}",
-            where=_where(source),
-            hint=f"correct rows in the table; the columns are {', '.join(data.column_names)}",
-        )
+        hint = f"correct rows in the table; the columns are {', '.join(data.column_names)}"
+        raise AssetError(f"{source.name} has no column {', '.join(sorted(missing))}", where=_where(source), hint=hint)
     with path.open("w", encoding="utf-8") as file:
         for number, row in enumerate(data, 1):
             record = {"id": str(row.get(rows.id, number)), **{name: row[c] for name, c in rows.columns.items()}}
@@ -60,7 +57,7 @@ def write_rows(source: Source, path: Path, progress: Progress) -> None:
 
 @contextmanager
 def hub_errors(source: Source, *refusals: type[Exception]) -> Iterator[None]:
-    """Raise errors of the hub's clients as AssetErrors. refusals: errors that a network would not fix."""
+    """Raise errors of the hub's clients as AssetErrors. refusals: errors that a better network would not avoid."""
     import huggingface_hub.errors as hub
     from huggingface_hub import constants
 
@@ -72,25 +69,21 @@ def hub_errors(source: Source, *refusals: type[Exception]) -> Iterator[None]:
     try:
         yield
     except refused as error:
-        raise AssetError(
-            f"the hub does not give {source.name}: {_first_line(error)}",
-            where=_where(source),
-            hint="look at its name, revision and rows; if it is private or gated, accept its terms and `hf auth login`",
-        ) from error
+        what = f"the hub refuses {source.name}: {_first_line(error)}"
+        hint = "check its name, revision and rows; if it is private or gated, accept its terms and `hf auth login`"
+        raise AssetError(what, where=_where(source), hint=hint) from error
     except unreachable as error:
         if constants.HF_HUB_OFFLINE:
-            what = f"{source.name} is not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it"
+            what = f"{source.name} is not in the hub's cache, and HF_HUB_OFFLINE forbids fetching it"
             hint = f"unset HF_HUB_OFFLINE once, or copy the repository into {constants.HF_HUB_CACHE}"
         else:
             what = f"{source.name} is not in the hub's cache, and the hub cannot be reached: {_first_line(error)}"
             hint = "connect to a network for the first run, or set HF_ENDPOINT to a mirror; or name a local folder"
         raise AssetError(what, where=_where(source), hint=hint) from error
     except OSError as error:
-        raise AssetError(
-            f"cannot write the hub's cache: {error.strerror or error}",
-            where=str(error.filename or constants.HF_HUB_CACHE),
-            hint="free some space there, or set HF_HOME to a folder on a larger disk",
-        ) from error
+        what = f"cannot write the hub's cache: {error.strerror or error}"
+        hint = "free some space there, or set HF_HOME to a folder on a larger disk"
+        raise AssetError(what, where=str(error.filename or constants.HF_HUB_CACHE), hint=hint) from error
 
 
 def _where(source: Source) -> str:

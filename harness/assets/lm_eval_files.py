@@ -1,19 +1,28 @@
-"""Find and read lm-eval's own tasks as files, without importing lm-eval, which takes seconds to index them."""
+"""Find and read lm-eval's own tasks as files, and save their data, so that workers need no network.
+
+Importing lm-eval would take seconds to index its tasks.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from harness import yaml_lines
-from harness.errors import UsageError
+from harness.assets import hub
+from harness.assets.carrier import Progress
+from harness.assets.table import Source
+from harness.errors import AssetError, UsageError, closest_match
+from harness.records.files import combined_sha256
+from harness.records.files import sha256 as file_sha256
 
 PREFIX = "lm-eval:"
 LOCAL = ("json", "csv", "parquet", "text", "arrow")
@@ -25,14 +34,14 @@ _NAME = re.compile(r"lm-eval:(?P<task>[\w.+-]+)(?::(?P<filter>[\w.+-]+))?(?:@(?P
 
 @dataclass(frozen=True)
 class TaskFile:
-    """The task of lm-eval that `lm-eval:TASK:FILTER@REVISION` names; filter and revision may be empty."""
+    """A task of lm-eval, named `lm-eval:TASK:FILTER@REVISION`. Filter and revision may be empty."""
 
     task: str
     filter: str
     revision: str
     path: Path
     spec: dict[str, Any]
-    """The YAML with its `include` merged in. A function is its name."""
+    """The YAML, including the files that it includes. Functions are names."""
 
     @property
     def splits(self) -> dict[str, str]:
@@ -61,35 +70,36 @@ def find(text: str, folder: Path | None = None) -> TaskFile:
     name, where = match["task"], folder or tasks_folder()
     path, known = _path(where, name)
     if path is None:
-        close = get_close_matches(name, sorted(known), n=1)
-        hint = f"did you mean `{close[0]}`?" if close else "`lm-eval ls tasks` lists them"
+        close = closest_match(name, sorted(known))
+        hint = f"did you mean `{close}`?" if close else "`lm-eval ls tasks` lists them"
         raise UsageError(f"lm-eval has no task `{name}`", hint=hint)
     return TaskFile(name, match["filter"] or "", match["revision"] or "", path, _read(path))
 
 
 def tasks_folder() -> Path:
     """Return the folder of the tasks that come with lm-eval."""
-    found = importlib.util.find_spec("lm_eval")
-    if found is None or not found.submodule_search_locations:
+    if (package := _package()) is None:
         raise UsageError("lm-eval is not installed", hint="pip install lm-eval")
-    return Path(found.submodule_search_locations[0]) / "tasks"
+    return package / "tasks"
+
+
+def _package() -> Path | None:
+    found = importlib.util.find_spec("lm_eval")
+    return Path(found.origin).parent if found and found.origin else None
 
 
 @cache
 def filter_functions() -> tuple[str, ...]:
     """Return the filter functions of the installed lm-eval; empty if none are found."""
-    package = importlib.util.find_spec("lm_eval")
-    if package is None or package.origin is None:
-        return ()
-    files = Path(package.origin).parent.glob("filters/*.py")
+    files = package.glob("filters/*.py") if (package := _package()) else ()
     return tuple(sorted(name for file in files for name in _REGISTERED.findall(file.read_text(encoding="utf-8"))))
 
 
 def _path(folder: Path, name: str) -> tuple[Path | None, set[str]]:
     """Return the file of a task or None, and the names of the tasks that were read.
 
-    Reads first the file of that name, then the files of its family, then all fourteen thousand. A similar name does not
-    end the search: some tasks differ in one letter.
+    The search reads the file of that name, then the files of its family, then all fourteen thousand. A similar name does
+    not end it: some tasks differ in one letter.
     """
     files = _files(folder)
     known = {path.stem for path in files}
@@ -131,3 +141,63 @@ def _read(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
             raise UsageError("a task's file that includes itself", where=str(other), hint="correct its `include`")
         merged.update(_read(other, (*inside, path.resolve())))
     return {**merged, **own}
+
+
+def write_splits(source: Source, folder: Path, progress: Progress) -> None:
+    """Write the splits that the task of `source` uses as SPLIT.parquet."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    task = find(source.source)
+    spec = task.spec
+    options = {k: v for k, v in (spec.get("dataset_kwargs") or {}).items() if k != "trust_remote_code"}
+    if source.revision:
+        options["revision"] = source.revision
+    progress(f"{source.name}: its data", 0, None)
+    datasets.disable_progress_bars()  # the runner has its own
+    folder.mkdir()
+    for split in sorted(set(task.splits.values())):
+        # ValueError: a subset or split that the data do not have.
+        with hub.hub_errors(source, DatasetsError, ValueError), _local_file_errors(source, task):
+            data = datasets.load_dataset(spec["dataset_path"], spec.get("dataset_name"), split=split, **options)
+            data.to_parquet(folder / f"{split}.parquet")
+
+
+@contextmanager
+def _local_file_errors(source: Source, task: TaskFile) -> Iterator[None]:
+    """Raise errors about local data files as AssetErrors that do not mention the hub."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (DatasetsError, ValueError, FileNotFoundError, PermissionError) as error:
+        if task.spec["dataset_path"] not in LOCAL:
+            raise
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        what = f"cannot read the files of {source.name}: {reason}"
+        hint = f"look at its `dataset_kwargs` and at {', '.join(map(str, task.data_files))}"
+        raise AssetError(what, where=str(task.path), hint=hint) from error
+
+
+def count_rows(folder: Path, split: str) -> int:
+    """Return the number of rows of a split."""
+    from pyarrow.parquet import read_metadata
+
+    try:
+        return int(read_metadata(folder / f"{split}.parquet").num_rows)
+    except OSError as error:
+        raise AssetError(
+            f"no split {split}", where=str(folder), hint="remove this folder, so that it is written again"
+        ) from error
+
+
+def splits_sha256(folder: Path) -> str:
+    """Return one hash over all splits."""
+    return combined_sha256(sorted(folder.glob("*.parquet")))
+
+
+def fingerprint(source: Source) -> str:
+    """Return a hash over the task's file and its local data files, on which the data depend."""
+    task = find(source.source)
+    files = [file_sha256(path) for path in task.data_files if path.is_file()]
+    return hashlib.sha256(repr([sorted(task.spec.items()), files]).encode()).hexdigest()

@@ -1,17 +1,18 @@
-"""Check that a model's folder is complete: config, safetensors and tokenizer; for a shape, the config."""
+"""Check that a model's folder is complete (config, safetensors, tokenizer; for a shape, the config) and of a known type."""
 
 from __future__ import annotations
 
-import hashlib
+import ast
 import json
 from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from harness.assets import text_models
-from harness.assets.carrier import sha256
 from harness.assets.table import Source
 from harness.errors import AssetError
+from harness.records.files import combined_sha256, sha256
 
 _LONGEST_HEADER = 100_000_000
 """Bytes; the limit of safetensors."""
@@ -28,47 +29,40 @@ def check(folder: Path, source: Source) -> Path:
     if not folder.is_dir():
         raise AssetError(f"no folder for model {source.name}", where=str(folder), hint="correct its path")
     if not (folder / "config.json").is_file():
-        raise AssetError(
-            f"model {source.name} has no config.json",
-            where=str(folder),
-            hint="name the folder that `model.save_pretrained(FOLDER)` wrote",
-        )
-    if source.scheme == "shape":
-        refuse_architecture(_config(folder), source.name, source.kind, folder / "config.json")
-        return folder
-    absent = [path.name for path in _weights(folder) if not path.is_file()]
-    if absent:
-        pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
-        why = f", only pickled weights ({pickled[0]}), which can run code when they are loaded" if pickled else ""
-        raise AssetError(
-            f"model {source.name} has no {', '.join(absent[:3])}{why}",
-            where=str(folder),
-            hint="load it where you trust it and write it again with `model.save_pretrained(FOLDER)`"
-            if pickled
-            else "copy the folder again, or name one with safetensors weights",
-        )
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
-        raise AssetError(
-            f"model {source.name} has no tokenizer (none of {', '.join(_TOKENIZERS)})",
-            where=str(folder),
-            hint="write it there with `tokenizer.save_pretrained(FOLDER)`",
-        )
+        hint = "name the folder that `model.save_pretrained(FOLDER)` wrote"
+        raise AssetError(f"model {source.name} has no config.json", where=str(folder), hint=hint)
+    if source.scheme != "shape":
+        _refuse_incomplete(folder, source)
     refuse_architecture(_config(folder), source.name, source.kind, folder / "config.json")
     return folder
 
 
+def _refuse_incomplete(folder: Path, source: Source) -> None:
+    """Raise AssetError for missing weights or a missing tokenizer."""
+    absent = [path.name for path in _weights(folder) if not path.is_file()]
+    if absent:
+        pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
+        what = f"model {source.name} has no {', '.join(absent[:3])}"
+        hint = "copy the folder again, or name one with safetensors weights"
+        if pickled:
+            what += f", only pickled weights ({pickled[0]}), which can run code when they are loaded"
+            hint = "load it where you trust it and write it again with `model.save_pretrained(FOLDER)`"
+        raise AssetError(what, where=str(folder), hint=hint)
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        what = f"model {source.name} has no tokenizer (none of {', '.join(_TOKENIZERS)})"
+        raise AssetError(what, where=str(folder), hint="write it there with `tokenizer.save_pretrained(FOLDER)`")
+
+
 def weights_sha256(folder: Path) -> str:
-    """Return the SHA-256 of the weights: of the one file, or of the list of names and hashes of several."""
+    """Return the SHA-256 of a single file of weights, or one over several files."""
     files = _weights(folder)
-    if len(files) == 1:
-        return sha256(files[0])
-    return hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in files).encode()).hexdigest()
+    return sha256(files[0]) if len(files) == 1 else combined_sha256(files)
 
 
 def layers(folder: Path) -> set[str]:
     """Return the paths of the modules with weights in a model's folder, from the headers of its files.
 
-    A file that cannot be read is skipped: loading it reports the reason.
+    Unreadable files are skipped: loading them reports the reason.
     """
     paths = set()
     for file in _weights(folder):
@@ -83,14 +77,14 @@ def layers(folder: Path) -> set[str]:
 
 
 def positions(folder: Path) -> int | None:
-    """Return the maximal number of tokens by a model's config, or None without a limit."""
+    """Return the maximum number of tokens in a model's config, or None without a limit."""
     config = _config(folder)
     most = next((config[key] for key in _POSITIONS if key in config), None)
     return most if isinstance(most, int) and most > 0 else None
 
 
 def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: Path) -> None:
-    """Raise AssetError for an architecture that no Cell can score. A config without the answer is left to the Cell.
+    """Raise AssetError for an architecture that no Cell can score. An ambiguous config is accepted: the Cell checks it.
 
     where: the file of the config.
     """
@@ -107,18 +101,15 @@ def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: 
     # With `is_decoder` the same weights are a causal model.
     if kind == "causal" and masked is not None and config.get("is_decoder") is not True:
         raise AssetError(
-            f"model {name} is declared causal and is a masked language model ({masked}): it sees the answer that it is "
-            "to predict, so that no score of it would mean anything",
+            f"model {name} is declared causal and is a masked language model ({masked}): it sees the answer that it must "
+            "predict, so a score would have no meaning",
             where=str(where),
             hint="declare it in a row under `sources:` with `kind: encoder`",
         )
-    if isinstance(model_type, str) and text_models.lacks(kind, model_type):
+    if isinstance(model_type, str) and lacks_type(kind, model_type):
         does = "classifies texts" if kind == "encoder" else "predicts the next token"
-        raise AssetError(
-            f"model {name} is of the type `{model_type}`, of which the installed transformers has no class that {does}",
-            where=str(where),
-            hint="name a model of texts (a BERT, a Llama), and its `kind`",
-        )
+        what = f"model {name} has the type `{model_type}`, and the installed transformers has no such class that {does}"
+        raise AssetError(what, where=str(where), hint="name a model of texts (a BERT, a Llama), and its `kind`")
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -140,3 +131,32 @@ def _weights(folder: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AssetError("not an index of weights", where=str(index), hint="copy the folder again") from error
     return [folder / name for name in names]
+
+
+_NAMES = {"causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "encoder": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"}
+CACHES = ("cache", "past_key_values", "cache_params")
+"""Names of the key-value cache argument: since transformers 5.24, before it, and of state-space models before it."""
+_START, _END = " = OrderedDict(", "\n)\n"
+
+
+def lacks_type(kind: str, model_type: str) -> bool:
+    """Return whether the installed transformers knows this type but has no model of this kind (`causal`, `encoder`) for it.
+
+    False for an unknown type: the folder may have its code, or the Cell may run with another release.
+    """
+    there = _types(kind)
+    return bool(there) and model_type not in there and f'("{model_type}", ' in _source()
+
+
+@cache
+def _types(kind: str) -> frozenset[str]:
+    """Return the types of a kind; none if the source has changed its form."""
+    _, found, rest = _source().partition(_NAMES[kind] + _START)
+    return frozenset(dict(ast.literal_eval(rest.partition(_END)[0].strip()))) if found else frozenset()
+
+
+@cache
+def _source() -> str:
+    package = find_spec("transformers")
+    file = Path(package.origin).parent / "models" / "auto" / "modeling_auto.py" if package and package.origin else None
+    return file.read_text(encoding="utf-8") if file is not None and file.is_file() else ""

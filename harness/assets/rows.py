@@ -2,18 +2,85 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from harness.assets.formats import FORMATS, UnreadableError
 from harness.assets.table import Rows, Source
 from harness.errors import AssetError, Problem, UsageError
+
+_BATCH = 1024
+"""Rows of a parquet file that are in memory at once."""
+
+
+class UnreadableError(ValueError):
+    """The rest of a file cannot be read. line: in a parquet file, the number of the row."""
+
+    def __init__(self, line: int, why: str) -> None:
+        super().__init__(why)
+        self.line = line
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line, text) of every line that is not blank."""
+    with path.open("rb") as file:
+        # Split at \\n only: str.splitlines also splits at U+2028 and U+0085, which a sentence may hold.
+        for number, raw in enumerate(file, 1):
+            text = _decoded(raw, number).rstrip("\n")
+            if text.strip():
+                yield number, text
+
+
+def csv_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield (line, columns) of every row; the file's first line names the columns."""
+    reader = csv.DictReader(io.StringIO(_decoded(path.read_bytes(), 1), newline=""), strict=True)
+    line = 1
+    try:
+        for record in reader:
+            line = reader.line_num
+            yield line, record
+    except csv.Error as error:  # the start of the next record is unknown
+        raise UnreadableError(line + 1, str(error)) from error
+
+
+def parquet_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield (number of the row from 1, columns) of every row."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_BATCH):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield number, record
+    except ArrowException as error:
+        raise UnreadableError(number + 1, f"not parquet: {str(error).partition(chr(10))[0]}") from error
+
+
+def _decoded(raw: bytes, line: int) -> str:
+    """Return UTF-8 as text; a byte-order mark at the start of the file is dropped."""
+    try:
+        return raw.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UnreadableError(line + raw.count(b"\n", 0, error.start), "not UTF-8") from error
+
+
+FORMATS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
+    "valence-tsv": lines,
+    "jsonl": lines,
+    "csv": csv_records,
+    "parquet": parquet_records,
+}
+"""Readers by `rows.format`. Records of the first two are lines, of the others columns."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +138,9 @@ def read(source: Source, path: Path) -> list[AnyRow]:
 
 
 def problems(source: Source, path: Path, labels: int = 0, test: int = 0, *, trains: bool = True) -> list[Problem]:
-    """Return the mistakes in a data file of a task: of equal ones the first, and of all the first few.
+    """Return the first few different mistakes in a data file of a task.
 
-    labels: number of classes, 0 for a task without. test: number of test rows. trains: whether the rest must train.
+    labels: number of classes, 0 for a task without them. test: number of test rows. trains: whether other rows must train.
     """
     found, wrong = _examine(source, path)
     wrong_rows = [(line, f"cannot read {source.name}: {why}", _HINT) for line, why in wrong]
@@ -84,16 +151,16 @@ def problems(source: Source, path: Path, labels: int = 0, test: int = 0, *, trai
     ]
     if not wrong and trains and len(found) <= test:
         what = f"{source.name} has {len(found)} rows, and the task tests {test} of them: none is left to train on"
-        wrong_rows.append((1, what, f"give it more rows, or lower the task's `test` to at most {len(found) - 1}"))
+        wrong_rows.append((1, what, f"add rows, or lower the task's `test` to at most {len(found) - 1}"))
     elif not wrong and len(found) < test:
         what = f"{source.name} has {len(found)} rows, and the task tests {test}"
-        wrong_rows.append((1, what, f"give it more rows, or lower the task's `test` to at most {len(found)}"))
+        wrong_rows.append((1, what, f"add rows, or lower the task's `test` to at most {len(found)}"))
     first: dict[str, Problem] = {}
     for line, what, hint in sorted(wrong_rows):
         first.setdefault(what, Problem(f"{path}:{line}", what, hint))
     shown, rest = list(first.values())[:_SHOWN], list(first.values())[_SHOWN:]
     if rest:
-        shown.append(Problem(rest[0].where, f"{len(rest)} more mistakes from here on", "correct those above first"))
+        shown.append(Problem(rest[0].where, f"{len(rest)} more mistakes from here on", "correct the others first"))
     return shown
 
 
@@ -102,7 +169,7 @@ def _examine(source: Source, path: Path) -> tuple[list[tuple[int, AnyRow]], list
     if source.rows is None:
         raise UsageError(f"{source.name} is a model, not data", hint="name a source of kind data")
     rows = source.rows
-    if rows.format == "hub":  # fetched, it is jsonl, under our own names
+    if rows.format == "hub":  # saved as jsonl, with our names
         rows = Rows(format="jsonl", holds=rows.holds, longest=rows.longest)
     parse = _PARSERS.get(rows.format, _columns)
     found: list[tuple[int, AnyRow]] = []
@@ -123,17 +190,17 @@ def _examine(source: Source, path: Path) -> tuple[list[tuple[int, AnyRow]], list
     except OSError as error:
         raise AssetError(f"cannot read {source.name}: {error.strerror}", where=str(path), hint=_HINT) from error
     if not found and not wrong:
-        wrong.append((1, "not one row is left: `least` and `longest` drop them all" if some else "not one row"))
+        wrong.append((1, "no row is left: `least` and `longest` drop them all" if some else "no rows"))
     return found, wrong
 
 
 def split(
     rows: Sequence[AnyRow], test: int, seed: int, training: Sequence[AnyRow] | None = None
 ) -> tuple[list[AnyRow], list[AnyRow]]:
-    """Cut rows into (train, test) after one shuffle; the first `test` rows are the test set.
+    """Split rows into (train, test) after one shuffle. The first `test` rows are the test set.
 
-    training: rows of a training set, in order; they train instead of the rest. Rows that overlap with the test are
-    removed from train, see `without_overlap`.
+    training: rows of a training set, in order, instead of the other rows. Training rows that overlap with the test set are
+    removed, see `without_overlap`.
     """
     most = len(rows) - 1 if training is None else len(rows)
     if not 0 < test <= most:
@@ -147,10 +214,10 @@ def split(
 def without_overlap(trained: Sequence[_R], tested: Sequence[AnyRow]) -> list[_R]:
     """Return the rows of `trained` that do not overlap with `tested`, ignoring case and white space.
 
-    A row with a prompt or a label overlaps if its key is that of a test row; a `TextRow` already if it contains one.
+    A row with a prompt or a label overlaps if its key equals that of a test row; a `TextRow` if it contains such a key.
     """
     keys = {_plain(row.overlap_key) for row in tested}
-    # By their first characters, so that a text is searched once, not once for each key.
+    # Keys by their first characters, so that each text is searched only once.
     beginning: dict[int, dict[str, list[str]]] = {}
     for prompt in keys:
         size = min(len(prompt), _KEY)
@@ -187,7 +254,7 @@ _SHOWN = 5
 def _valence(record: str, _line: int, rows: Rows) -> LabelledRow | None:
     columns = record.split("\t", 2)
     if len(columns) != 3:
-        raise ValueError(f"{len(columns)} columns where id, valence and text should stand, with tabs between")
+        raise ValueError(f"{len(columns)} columns instead of id, valence and text with tabs between them")
     valence = float(columns[1])
     if not math.isfinite(valence):
         raise ValueError(f"valence is {columns[1]}")
@@ -199,7 +266,7 @@ def _valence(record: str, _line: int, rows: Rows) -> LabelledRow | None:
 def _json(record: str, line: int, rows: Rows) -> AnyRow | None:
     fields = json.loads(record)
     if not isinstance(fields, dict):
-        raise ValueError("not a JSON object")  # noqa: TRY004  # a mistake in the file, not of the caller
+        raise ValueError("not a JSON object")  # noqa: TRY004  # a mistake in the file
     return _columns(fields, line, rows)
 
 
@@ -230,7 +297,7 @@ def _label(label: object) -> int:
 
 def _text(text: object, name: str) -> str:
     if not isinstance(text, str):
-        raise ValueError(f"the {name} is {text!r}, which is no text")  # noqa: TRY004  # a mistake in the file, not of the caller
+        raise ValueError(f"the {name} is {text!r}, which is no text")  # noqa: TRY004  # a mistake in the file
     if not text.strip():
         raise ValueError(f"the {name} is empty")
     return text.strip()

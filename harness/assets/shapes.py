@@ -55,7 +55,7 @@ def preset(address: str) -> Preset | None:
     return replace(whole, name=address, config=first_blocks(whole.config, few), source=source)
 
 
-def first_blocks(config: dict[str, Any], few: int) -> dict[str, Any]:
+def first_blocks(config: Mapping[str, Any], few: int) -> dict[str, Any]:
     """Return a configuration with `few` blocks."""
     depth = next(key for key in DEPTHS if key in config)
     return {**config, depth: few}

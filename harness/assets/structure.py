@@ -1,4 +1,4 @@
-"""Build a model from its config on the meta device, without weights, and find names that fit no layer.
+"""Build a model from its config on the meta device, without weights, and find names that match no layer.
 
 `python -m harness.assets.structure JSON` takes a list of [FOLDER, KIND, NAMES] and prints a line for each: ANSWER, then
 JSON that maps names to the reason.
@@ -17,7 +17,7 @@ from harness.process.supervisor import ANSWER
 if TYPE_CHECKING:
     import torch
 
-_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+BUILD_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 """Errors of transformers for a config that it cannot build."""
 
 
@@ -45,13 +45,13 @@ def build(config: Mapping[str, Any], kind: str, dtype: torch.dtype) -> Any:
 
 
 def without_padding(model: Any) -> None:
-    """Let a classifier on a decoder take batches of texts of equal length without a padding token."""
+    """Allow batches of texts of equal length without a padding token, for a classifier on a decoder."""
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = -1  # the id of no token
 
 
 def misfits(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:
-    """Map the names that fit no layer which a Method can adapt to the reason."""
+    """Map each name that matches no adaptable layer to the reason."""
     import torch
 
     config = json.loads((Path(folder) / "config.json").read_bytes())
@@ -74,7 +74,7 @@ def model_misfits(model: Any, names: Sequence[str]) -> dict[str, str]:
 def _answer(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:
     try:
         return misfits(folder, kind, names)
-    except _ERRORS:
+    except BUILD_ERRORS:
         return {}
 
 

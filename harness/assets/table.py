@@ -1,8 +1,7 @@
-"""The table of models and data sets, by which a suite's names are resolved. Fetches nothing."""
+"""The table of models and data sets. It resolves the names of a suite, and fetches nothing."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from harness import resources, yaml_lines
 from harness.assets import generated, shapes
-from harness.errors import Problem, SuiteError, UsageError
+from harness.errors import Problem, SuiteError, UsageError, closest_match
 from harness.records.record import Bytes, FrozenModel
 
 ModelKind = Literal["encoder", "causal", "data"]
@@ -54,16 +53,16 @@ class Rows(FrozenModel):
     id: str = "id"
     """Column of the row's name; without it, the row's number is its name."""
     least: float = Field(default=0.0, ge=0)
-    """valence-tsv: rows with a smaller absolute valence are dropped, since people disagree about them."""
+    """valence-tsv: rows with a smaller absolute valence are dropped, because people disagree about them."""
     longest: int | None = Field(default=None, ge=1)
     """Rows with more characters, in prompt and answer or text, are dropped."""
     split: str = "train"
-    """hub: the split to read; train and test are taken from it."""
+    """hub: the split that contains training and test rows."""
     subset: str = ""
     """hub: the configuration, for a repository with several sets."""
 
     @model_validator(mode="after")
-    def _says_what_it_holds(self) -> Rows:
+    def _columns_match_holds(self) -> Rows:
         for column, holders in _HOLDERS.items():
             if getattr(self, column) != column and self.holds not in holders:
                 raise ValueError(f"rows hold {self.holds}, which have no {column}; write holds: {holders[0]}")
@@ -78,7 +77,7 @@ class Rows(FrozenModel):
 
 
 class Source(FrozenModel):
-    """One model or data set: where it comes from and how it is verified."""
+    """One model or data set: its origin and its verification."""
 
     name: str = Field(min_length=1)
     kind: ModelKind
@@ -129,7 +128,7 @@ class Source(FrozenModel):
         if self.kind == "data":
             if self.rows is None:
                 raise ValueError(
-                    f"data {self.name} needs rows; say how the file becomes {{id, text, label}} or {{id, prompt, answer}}"
+                    f"data {self.name} needs rows; describe the columns for {{id, text, label}} or {{id, prompt, answer}}"
                 )
             if self.scheme == "folder":
                 raise ValueError(f"data {self.name} is one file; write file:PATH")
@@ -194,10 +193,8 @@ def resolve(name: str, table: Mapping[str, Source], base: Path, kind: ModelKind 
         return with_absolute_path(Source(name=name, kind=preset.kind if preset else kind, source=name), base)
     if name.startswith(shapes.PATH_STARTS):
         if kind == "data":
-            raise UsageError(
-                f"data set {name!r} is a path, which does not say how to read its rows",
-                hint="give it a row under `sources:` with kind, source: file:PATH and rows",
-            )
+            hint = "give it a row under `sources:` with kind, source: file:PATH and rows"
+            raise UsageError(f"data set {name!r} is a path, which does not describe its rows", hint=hint)
         return with_absolute_path(Source(name=name, kind=kind, source=f"folder:{name}"), base)
     if match := _HUB_NAME.fullmatch(name):
         repository, revision = match["repository"], match["revision"] or ""
@@ -209,10 +206,10 @@ def resolve(name: str, table: Mapping[str, Source], base: Path, kind: ModelKind 
             )
         rows = Rows(format="hub") if kind == "data" else None
         return Source(name=name, kind=kind, source=f"hub:{repository}", revision=revision, rows=rows)
-    close = [f"shape:{name}"] if shapes.preset(name) else difflib.get_close_matches(name, table, n=1)
+    close = f"shape:{name}" if shapes.preset(name) else closest_match(name, table)
     raise UsageError(
         f"no model or data set named {name!r}",
-        hint=f"did you mean {close[0]!r}?"
+        hint=f"did you mean {close!r}?"
         if close
         else f"named in the table: {', '.join(sorted(table)) or 'nothing'}; "
         "or write org/name@revision for a hub repository, ./path for a local folder, shape:NAME for a model without weights",

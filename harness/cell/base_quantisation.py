@@ -1,4 +1,4 @@
-"""Pack a Cell's base in 4 bits, with the expected codes or their verdicts."""
+"""Pack a Cell's base in 4 bits, and store the expected codes or their verdicts for the parity gate."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class PackedBase:
 
     forms: dict[str, PackedLayer] = field(default_factory=dict)
     expected: dict[str, ExpectedCodes] = field(default_factory=dict)
-    """The codes of the reference quantiser; for small models, since they take half the memory of 16-bit weights."""
+    """The codes of the reference quantiser, for small models: they take half the memory of 16-bit weights."""
     judged: dict[str, tuple[Judgement, int]] = field(default_factory=dict)
-    """For other models, the verdict on each layer's codes as it was packed, and the number of ties."""
+    """For other models, the verdict on each layer's codes and the number of ties, found while packing."""
     note: str = ""
     """A sentence for the Record."""
 
@@ -39,10 +39,10 @@ def pack(
     registry: Registry,
     ready: Iterable[Collection[str]] | None = None,
 ) -> PackedBase:
-    """Pack the layers at `paths` in place, one by one: no more than one exists in both forms.
+    """Pack the layers at `paths` in place, one by one, so that at most one exists in both forms.
 
-    ready: yields paths of modules as soon as they have their weights, for a model that gets them meanwhile (None: all have
-    them). Raises UsageError for a layer that is not linear, before anything is packed.
+    ready: yields paths of modules as soon as they have their weights; None if all have them already. Raises UsageError for
+    a layer that is not linear, before anything is packed.
     """
     paths = list(paths)
     for path in paths:

@@ -1,4 +1,4 @@
-"""The state of a running Cell that its Record contains, also if the Cell fails."""
+"""The state of a running Cell. Its Record contains this state even if the Cell fails."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from harness.records.record import Cell, CheckResult, Note, Outcome
 
 @dataclass
 class CellRun:
-    """A Cell at work: its job, its instruments, and the facts so far."""
+    """A running Cell: its job, its instruments, and the results so far."""
 
     job: Job
     registry: Registry
@@ -35,7 +35,7 @@ class CellRun:
     layers: list[str] = field(default_factory=list)
     """Paths of the adapted layers."""
     adapted: Mapping[str, object] = field(default_factory=dict)
-    """Path -> the module that the implementation put there."""
+    """Path -> the implementation's module."""
 
     @property
     def cell(self) -> Cell:

@@ -1,4 +1,4 @@
-"""The data of a Cell: training batches, a few probe texts for the parity gate, and the scorer."""
+"""The data of a Cell: training batches, probe texts for the parity gate, and the scorer."""
 
 from __future__ import annotations
 
@@ -12,20 +12,30 @@ import torch
 from torch import Tensor, nn
 
 from harness.analysis.statistics.intervals import wilson
-from harness.assets import rows
+from harness.assets import rows, structure
 from harness.cell.evaluation import classification
 from harness.cell.job import Asset, Emit, Job
 from harness.cell.measure.latency import positions
 from harness.cell.training import loop
 from harness.cell.training import model as models
-from harness.cell.training.batches import Example, answer_examples, classification_examples, collate, order
-from harness.cell.training.texts import Prompts, answered_examples, rules
+from harness.cell.training.batches import (
+    Batch,
+    Example,
+    Prompts,
+    answer_examples,
+    answered_examples,
+    classification_examples,
+    collate,
+    order,
+    rules,
+)
 from harness.errors import UsageError
-from harness.records.record import Accuracy, Cell, Item
+from harness.records.record import Accuracy, Cell
 from harness.suites.task_schema import max_answer_tokens, too_long
 
 _PROBED, _PROBED_CAUSAL = 8, 4
-"""Texts of the parity gate: an encoder returns a few logits for each, a causal model one for each token it knows."""
+"""Texts of the parity gate: an encoder returns a few logits for each, a causal model one for each known token."""
+_PROBED_RANDOM, _PROBED_TOKENS = 2, 32
 
 
 class CellData:
@@ -82,7 +92,7 @@ class CellData:
         self.probe = collate(probe, self.pad, side).to(device)
 
     def logits(self, model: nn.Module) -> Tensor:
-        """Return the logits of a few test texts, differentiably; of a causal model only the last position's."""
+        """Return the logits of a few test texts, differentiably; for a causal model, only those of the last position."""
         if any(self.probe.answers):
             return loop.last_logits(model, self.probe.inputs, 1)
         return model(**self.probe.inputs).logits  # type: ignore[no-any-return]
@@ -101,19 +111,19 @@ class CellData:
         low, high = wilson(right, len(items))
         return Accuracy(
             metric=metric, scored_by=scored_by, value=right / len(items), low=low, high=high,
-            interval="Wilson 95 %", items=_listed(items), cut_items=cut,
+            interval="Wilson 95 %", items=sorted(items, key=lambda item: item.id), cut_items=cut,
         )  # fmt: skip
 
 
 def refuse_long(model: nn.Module, cell: Cell, answer: int = 0) -> None:
     """Raise UsageError if a Cell's texts, or a prompt and an answer of `answer` tokens, exceed its model's positions."""
-    # Positions of the model itself: a config does not show that RoBERTa reserves two for padding.
+    # Positions of the model, not of its config, which does not show that RoBERTa reserves two for padding.
     if problem := too_long(cell, positions(model), answer):
         raise UsageError(problem[0], hint=problem[1])
 
 
 def refuse_tokenless(examples: Sequence[Example], folder: str, special: int = 0) -> None:
-    """Raise UsageError if no text has a token other than the `special` ones that the tokenizer in `folder` adds to each."""
+    """Raise UsageError if no text has more tokens than the `special` ones that the tokenizer in `folder` adds."""
     if examples and all(len(example.tokens) <= special for example in examples):
         what = "the texts have no tokens: the tokenizer knows none of their characters"
         hint = "write the model's own tokenizer there with `tokenizer.save_pretrained(FOLDER)`"
@@ -131,7 +141,7 @@ def _split(job: Job, data: Asset) -> tuple[list[rows.AnyRow], list[rows.AnyRow]]
 
 def _own(job: Job, data: Asset) -> tuple[Any, list[Any], list[Any]]:
     """Return a task of lm-eval, its training rows and its test rows."""
-    from harness.cell.evaluation.own_task import OwnTask
+    from harness.cell.evaluation.lm_eval_task import OwnTask
 
     evaluation = job.cell.evaluation
     tested = range(evaluation.skip, evaluation.skip + evaluation.items)
@@ -140,7 +150,7 @@ def _own(job: Job, data: Asset) -> tuple[Any, list[Any], list[Any]]:
 
 
 class _Tokenised(Sequence[Example]):
-    """Rows as examples, each tokenised at first use: a short training uses few of them."""
+    """Rows as examples. Each is tokenised at its first use, because a short training uses few of them."""
 
     def __init__(
         self, texts: Sequence[rows.AnyRow], tokenise: Callable[[Sequence[rows.AnyRow]], list[Example]]
@@ -163,5 +173,51 @@ class _Tokenised(Sequence[Example]):
         return self._known[index]
 
 
-def _listed(items: list[Item]) -> list[Item]:
-    return sorted(items, key=lambda item: item.id)
+class RandomData:
+    """Batches of random tokens for the task `synthetic`, all of `max_tokens`, without padding; nothing is scored.
+
+    They depend on the seed, not on the Method. The loss is over every token but the first, or over random labels for an
+    encoder. Raises UsageError if the model reads fewer tokens.
+    """
+
+    cut_examples = None
+
+    def __init__(self, job: Job, loaded: models.Loaded) -> None:
+        cell, device = job.cell, torch.device(job.device)
+        refuse_long(loaded.model, cell)
+        training, vocabulary = cell.training, int(loaded.model.config.vocab_size)
+        generator = torch.Generator().manual_seed(cell.seed)
+        self._encoder = job.model.source.kind == "encoder"
+        if self._encoder:
+            structure.without_padding(loaded.model)
+        of = "the labels, which are random too" if self._encoder else "every token but the first"
+        self.text_rules = f"random tokens; loss of {of}; nothing is scored"
+
+        def sequences(count: int, tokens: int, name: str) -> Batch:
+            ids = torch.randint(0, vocabulary, (count, tokens), generator=generator).tolist()
+            if self._encoder:
+                labels = torch.randint(0, job.task.labels, (count,), generator=generator).tolist()
+                examples = [Example(f"{name}-{row}", tuple(ids[row]), label) for row, label in enumerate(labels)]
+                return collate(examples, 0, "right").to(device)
+            examples = [Example(f"{name}-{row}", tuple(one), 0, tokens - 1) for row, one in enumerate(ids)]
+            return collate(examples, 0, "left").to(device)
+
+        self.probe = sequences(_PROBED_RANDOM, min(training.max_tokens, _PROBED_TOKENS), "probe")
+        names = [f"random-{cell.seed}-{step}" for step in range(training.steps)]
+        self.batches = [sequences(training.batch, training.max_tokens, name) for name in names]
+        # With tokens and labels, because the names do not show number and length of the sequences.
+        drawn = hashlib.sha256(json.dumps([vocabulary, names]).encode())
+        for batch in self.batches:
+            drawn.update(json.dumps(batch.inputs["input_ids"].tolist()).encode())
+            if self._encoder:
+                drawn.update(json.dumps(batch.labels.tolist()).encode())
+        self.order_sha256 = drawn.hexdigest()
+
+    def logits(self, model: nn.Module) -> Tensor:
+        """Return the logits of two sequences, differentiably; for a causal model, only those of the last position."""
+        if self._encoder:
+            return model(**self.probe.inputs).logits  # type: ignore[no-any-return]
+        return loop.last_logits(model, self.probe.inputs, 1)
+
+    def evaluate(self, model: nn.Module) -> None:
+        """Score nothing: predictions of random tokens or labels have no meaning."""

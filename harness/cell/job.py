@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
 
 from harness.assets.table import Source
 from harness.records.notes import concurrency_note
-from harness.records.record import AssetUse, Cell, FrozenModel, Json
+from harness.records.record import AssetUse, Cell, FrozenModel, Json, Record
 from harness.suites.tasks import TaskSpec
 
 
@@ -47,23 +48,21 @@ class Job(FrozenModel):
     task: JobTask
     device: Literal["cpu", "cuda"]
     launched: float = 0.0
-    """time.time() at the start of the process: the start-up phase begins there."""
+    """time.time() at the start of the process, where the start-up phase begins."""
     threads: int | None = None
-    """Number of threads; None for all cores that it may use."""
+    """Number of threads; None for all available cores."""
     at_once: int = 1
-    """Number of Cells, including this one, that may run on the same machine at the same time."""
+    """Number of Cells, this one included, that may run on the same machine at the same time."""
     gpu: str = ""
-    """The UUID of its exclusive GPU; empty if the batch system assigns one, and on a CPU."""
+    """UUID of its exclusive GPU; empty if the batch system assigns one, or on a CPU."""
 
-    @property
-    def notes(self) -> list[str]:
-        """Notes of the Record on the machine's load."""
-        return concurrency_note(self.at_once)
-
-    @property
-    def assets(self) -> list[AssetUse]:
-        """The assets in the Record."""
-        return used(self.model, self.data, self.task)
+    def record(self, *, notes: Sequence[str] = (), **outcome: Any) -> Record:
+        """Return the Record of this attempt. outcome: the fields that the job does not determine."""
+        return Record(
+            run=self.run, cell_id=self.cell.cell_id, attempt=self.attempt, cell=self.cell, device=self.device,
+            assets=used(self.model, self.data, self.task), notes=[*concurrency_note(self.at_once), *notes],
+            concurrent_cells=self.at_once, **outcome,
+        )  # fmt: skip
 
 
 def used(model: Asset, data: Asset | None, task: JobTask) -> list[AssetUse]:

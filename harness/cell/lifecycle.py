@@ -1,4 +1,4 @@
-"""The lifecycle of a Cell: load, predict, quantise, attach, parity gate, train, count, save, evaluate, latency."""
+"""Run the phases of a Cell: load, predict, quantise, attach, parity gate, train, count, save, evaluate, latency."""
 
 from __future__ import annotations
 
@@ -8,33 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness.cell import base_quantisation, memory_ledger, training_phase, unreferenced_method
 from harness.cell.cell_run import CellRun
-from harness.cell.data import CellData
+from harness.cell.data import CellData, RandomData
 from harness.cell.job import Job
 from harness.cell.measure import checkpoint_size, latency, multi_adapter_latency
-from harness.cell.synthetic_data import RandomData
 from harness.cell.training import model as models
 from harness.cell.training import random_model
 from harness.cell.training.batches import Batch
+from harness.cell.training.head import adapted_layers, head_of, in_head
 from harness.cell.training.head import draw as draw_head
-from harness.cell.training.head import head_of, in_head, without_head_targets
 from harness.cell.training.offloaded_weights import OffloadedWeights, unused
 from harness.conformance.cell_gate import parity_gate
 from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.observations import inference
 from harness.conformance.findings.summary import describe
-from harness.conformance.subject import Original, Subject, adaptable_layers, configure, initial_tensors
+from harness.conformance.subject import Original, Subject, initial_tensors
 from harness.methods import experts
 from harness.methods.peft_config import UNREFERENCED
 from harness.process.out_of_memory import shortage
 from harness.records.cost import Checkpoint, Energy
-from harness.records.record import Accuracy, Latency, Measurements, Note, NoteKind, Outcome, Predicted
+from harness.records.record import Latency, Measurements, Note, NoteKind, Outcome, Predicted
 
 Predict = Callable[[Job, list[Batch]], Predicted | str]
-"""Predicts the memory ledger of a Cell and the peak of a step over its batches; or returns why it cannot."""
+"""Predicts the memory ledger of a Cell and the peak of a step over its batches, or returns the reason why not."""
 Data = CellData | RandomData
 
 
@@ -44,7 +43,7 @@ class Attached:
 
     subject: Subject
     logits: Callable[[], Tensor]
-    """Returns the logits of the probe texts, in inference."""
+    """Returns the logits of the probe texts, in inference mode."""
     base_logits: Tensor
     """The logits before attaching; deleted once they are compared."""
     start: dict[str, Tensor]
@@ -58,10 +57,13 @@ def measure(run: CellRun, predict: Predict) -> Measurements:
     model = loaded.model
     whole_model.one_by_one(model, run.dtype)
     model_B = checkpoint_size.model_bytes(model)  # before it is packed
-    data = _read_data(run, loaded)
+    with run.clock.phase("data"):
+        data: Data = CellData(run.job, loaded, run.emit) if run.job.data else RandomData(run.job, loaded)
     with run.clock.phase("predict"):
         predicted = predict(run.job, data.batches)
-    config, paths = _adapted_layers(run, loaded)
+    # Paths, not modules: references to modules would hold each unpacked weight while the base is packed.
+    config, paths = adapted_layers(model, cell.method, cell.config, loaded.head)
+    run.layers = [] if cell.method in UNREFERENCED else paths
     packed = _quantise(run, loaded, paths)
     attached = _attach(run, loaded, data, config, paths, packed)
     subject = attached.subject
@@ -80,10 +82,11 @@ def measure(run: CellRun, predict: Predict) -> Measurements:
                 trained = training_phase.train(run, subject, loaded.head, data, attached.start)
     memory = memory_ledger.memory(run, subject, trained, predicted)
     training = trained.measured if trained else None
-    del trained  # it holds the optimizer; its states are no part of the phases below
+    del trained  # frees the optimizer's states, which do not belong to the phases below
     model.zero_grad(set_to_none=True)
     checkpoint = _save(run, subject, loaded, model_B)
-    accuracy = _evaluate(run, data, model)
+    with run.clock.phase("evaluate"):
+        accuracy = data.evaluate(model)
     latencies = _time(run, subject, data, offloaded)
     return Measurements(
         parameters=parameters,
@@ -97,7 +100,7 @@ def measure(run: CellRun, predict: Predict) -> Measurements:
 
 
 def _load(run: CellRun) -> models.Loaded:
-    """Load the model. The weights of a shape are drawn now, or while its layers are packed."""
+    """Load the model. A shape gets random weights now, or while its layers are packed."""
     with run.clock.phase("load"):
         job, path, kind = run.job, Path(run.job.model.path), run.job.model.source.kind
         if job.model.source.scheme != "shape":
@@ -111,23 +114,6 @@ def _load(run: CellRun) -> models.Loaded:
             random_model.draw(model, run.device)
             head = draw_head(model, head, run.cell.seed)
         return models.Loaded(model, None, head)
-
-
-def _read_data(run: CellRun, loaded: models.Loaded) -> Data:
-    with run.clock.phase("data"):
-        return CellData(run.job, loaded, run.emit) if run.job.data else RandomData(run.job, loaded)
-
-
-def _adapted_layers(run: CellRun, loaded: models.Loaded) -> tuple[Any, list[str]]:
-    """Return the Method's config and the paths of the layers that it adapts, both without layers of the head.
-
-    Paths, not modules: these would keep every weight in its first form while the base is packed.
-    """
-    config = configure(run.cell.method, run.cell.config)
-    matched = adaptable_layers(loaded.model, config)
-    paths = [path for path in matched if not in_head(path, loaded.head)]
-    run.layers = [] if run.cell.method in UNREFERENCED else paths
-    return without_head_targets(config, matched, loaded.head), paths
 
 
 def _quantise(run: CellRun, loaded: models.Loaded, paths: list[str]) -> base_quantisation.PackedBase:
@@ -173,7 +159,7 @@ def _attach(
 
 
 def _check_parity(run: CellRun, attached: Attached, data: Data) -> None:
-    """Compare the adapted model with the reference; raises NonconformingError. Releases data that only this needs."""
+    """Compare the adapted model with the reference, and release data for this comparison. Raises NonconformingError."""
     subject, base = attached.subject, run.cell.base
     provider = f"{base.quantization} by {base.implementation}" if base.quantization != "none" else ""
     with run.clock.phase("parity"):
@@ -183,14 +169,14 @@ def _check_parity(run: CellRun, attached: Attached, data: Data) -> None:
                 start=attached.start, forward=data.logits, base=provider,
             )
         )  # fmt: skip
-    # Only the gate needed the copy and the codes, and memory is measured from here on.
+    # From here on memory is measured, and only the gate needed the copy and the codes.
     subject.original = Original(None)
     del attached.base_logits
     subject.expected_codes.clear()
 
 
 def _offload(run: CellRun, subject: Subject) -> OffloadedWeights:
-    """Release weights that no product uses, also of the base, until latencies are measured."""
+    """Release weights that no product uses, until latencies are measured."""
     folder = Path(run.job.folder)
     try:
         return OffloadedWeights(unused(subject.method, subject.adapted, subject.bases), folder)
@@ -204,18 +190,13 @@ def _save(run: CellRun, subject: Subject, loaded: models.Loaded, model_B: int) -
     with run.clock.phase("save"):
         added = subject.added()
         trains_base = bool(subject.adapted.tensors().keys() - added.keys())
-        # The library itself may save more, or less.
+        # The library may save more or fewer tensors.
         file = subject.adapted.saved() if hasattr(subject.adapted, "saved") else added
         return checkpoint_size.measure(file, loaded.head, model_B, Path(run.job.folder), trains_base=trains_base)
 
 
-def _evaluate(run: CellRun, data: Data, model: nn.Module) -> Accuracy | None:
-    with run.clock.phase("evaluate"):
-        return data.evaluate(model)
-
-
 def _time(run: CellRun, subject: Subject, data: Data, offloaded: OffloadedWeights) -> list[Latency]:
-    """Measure latencies; without memory return the reason, because training and accuracy are measured already."""
+    """Measure latencies. If memory runs out, return the reason: training and accuracy are already measured."""
     model: Any = subject.model
     cell = run.cell
     causal = run.job.model.source.kind == "causal"
@@ -239,7 +220,7 @@ def _latencies(
     """Measure latencies of one adapter and of several, and check the merged model."""
     evaluation, mixed = run.cell.evaluation, list[Latency]()
     if evaluation.latency:
-        # Before anything is merged: some libraries merge into the base weight, and lose a little of it.
+        # Before merging: some libraries merge into the base weight, which then changes a little.
         mixed, checks = multi_adapter_latency.measure(subject, run.cell, causal, vocabulary, run.registry)
         run.checks += checks
     refused = ""

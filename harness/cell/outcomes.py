@@ -1,4 +1,4 @@
-"""Exceptions that end a Cell with their own status: outcomes, not crashes. No torch."""
+"""Exceptions that end a Cell with a status: outcomes, not crashes. No torch."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ class CellOutcomeError(Exception):
 
 
 class NonconformingError(CellOutcomeError):
-    """A check failed: nothing of this Cell is measured."""
+    """A check failed, so the Cell is not measured."""
 
     status = Status.NONCONFORMING
 
 
-class Diverged(CellOutcomeError):  # noqa: N818  # Records have its name as the kind of their failure
+class Diverged(CellOutcomeError):  # noqa: N818  # Records store this name
     """Training gave a NaN or infinite loss or gradient."""
 
     status = Status.NONCONFORMING
 
 
-class Untrained(CellOutcomeError):  # noqa: N818  # Records have its name as the kind of their failure
+class Untrained(CellOutcomeError):  # noqa: N818  # Records store this name
     """Training gave no gradient at all."""
 
     status = Status.NONCONFORMING

@@ -1,4 +1,4 @@
-"""The training of a Cell: warm-up, steps, checks of changed and unchanged tensors, and the memory of one more step."""
+"""Train a Cell: warm-up, steps, checks of changed and unchanged tensors, and the memory of one more step."""
 
 from __future__ import annotations
 
@@ -10,26 +10,25 @@ from torch import Tensor, nn
 
 from harness.cell import weight_changes
 from harness.cell.cell_run import CellRun
-from harness.cell.data import CellData
+from harness.cell.data import CellData, RandomData
 from harness.cell.measure.memory import tensor_bytes
-from harness.cell.synthetic_data import RandomData
 from harness.cell.training import loop, optimizers
 from harness.cell.training import model as models
 from harness.cell.training.counted_step import copied_B, step_peak
-from harness.cell.training.update_tracker import UpdateTracker
+from harness.cell.weight_changes import UpdateTracker
 from harness.conformance.cell_gate.memory_headroom import free_B
 from harness.conformance.subject import Subject, sampled
 from harness.process.out_of_memory import shortage
 from harness.records.record import TrainingMeasured
 
-# The optimizer makes its state in step 1, and allocators grow: the first steps are marked as not steady.
+# The optimizer makes its state in step 1, and allocators grow, so the first steps are not steady.
 TIMING_WARMUP = 3
 WARMUP_PASSES = 2
 
 
 @dataclass
 class Trained:
-    """The results of a training; the optimizer still has its states."""
+    """The results of a training. The optimizer still has its states."""
 
     measured: TrainingMeasured
     optimizer: torch.optim.Optimizer
@@ -48,14 +47,14 @@ def train(
 ) -> Trained:
     """Train adapter and head over the data's batches.
 
-    start: name -> copy of a tensor's initial value; emptied. Raises NonconformingError for a tensor that moved or stayed
-    and should not have, and what `loop.train` raises.
+    start: name -> copy of a tensor's initial value; emptied. Raises NonconformingError if a frozen tensor changed or a
+    trained one did not, and the errors of `loop.train`.
     """
     cell, model, batches, adapted = run.cell, subject.model, data.batches, subject.adapted
     parameters = list(head.values())
     initial_state = weight_changes.state_sha256(adapted.tensors() | dict(head))
     frozen = weight_changes.fingerprints(model)
-    # Of a large model not everything that trains has a copy in `start`: samples show whether it moved.
+    # In a large model some trained tensors have no copy in `start`: samples of them show changes.
     tensors = weight_changes.base_weights(subject) | subject.added() if hasattr(subject.config, "targets") else {}
     samples_of = {name: sampled(t) for name, t in tensors.items() if name not in start}
     parts = UpdateTracker(samples_of, lambda t: sampled(optimizers.stored_value(t, optimizer)))
@@ -63,7 +62,7 @@ def train(
         {name: start[name] for name in adapted.tensors() if name in start},
         lambda t: optimizers.stored_value(t, optimizer),
     )
-    start.clear()  # the rest is not needed, and memory is measured: each copy goes as soon as its tensor has moved
+    start.clear()  # memory is measured: each copy is freed as soon as its tensor has changed
     optimizer, schedule = optimizers.make(adapted, parameters, cell.training, cell.optimizer, cell.implementation)
     with run.clock.phase("warm-up"), loop.drop_gradients(loop.trainable(adapted, parameters), cell.training.layerwise):
         model.train()
@@ -92,23 +91,14 @@ def train(
     gradients_B += layerwise.most_B if layerwise else 0
     after = weight_changes.fingerprints(model)
     thawed = [name for name in frozen if frozen[name] != after.get(name)]
-    # In the first step a tensor may have no gradient by design (LoRA's A, since B is zero); from the second on it must.
+    # In the first step a tensor may have no gradient by design (LoRA's A, because B is zero); later it must have one.
     now = adapted.tensors() if len(batches) > 1 else {}
     unchanged = whole.unchanged(now) + parts.unchanged(now)
-    run.require(
-        [
-            weight_changes.check_of_names(cell, "frozen", thawed, "changed"),
-            weight_changes.check_of_names(cell, "moved", unchanged, "never moved"),
-        ]
-    )
+    of_frozen = weight_changes.check_of_names(cell, "frozen", thawed, "changed")
+    run.require([of_frozen, weight_changes.check_of_names(cell, "moved", unchanged, "never moved")])
     measured = TrainingMeasured(
-        losses=samples.losses,
-        step_seconds=samples.seconds,
-        tokens=samples.tokens,
-        padded_tokens=samples.padded_tokens,
-        gradient_norms=samples.gradient_norms,
+        **vars(samples),
         timing_warmup=min(TIMING_WARMUP, len(samples.losses) - 1),
-        cpu_seconds=samples.cpu_seconds,
         optimizer=optimizers.facts(optimizer),
         text_rules=data.text_rules,
         cut_examples=data.cut_examples,
@@ -144,6 +134,6 @@ def _step_peak(
         except (MemoryError, RuntimeError) as error:
             if not shortage(error):
                 raise
-            # The training was done before and stays: only this number is missing.
+            # The training is complete; only this number is missing.
             run.notes.append(f"memory in a step was not counted: out of memory: {error}".partition("\n")[0])
             return None

@@ -1,4 +1,4 @@
-"""Methods without a reference: only the attached model shows their layers and initial values."""
+"""Methods without a reference: read their layers and initial values from the attached model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,8 @@ def attached_layers(adapted: Any, head: Collection[str]) -> tuple[dict[str, nn.M
     """
     bases: dict[str, nn.Module] = adapted.bases()
     if on_head := [path for path in bases if in_head(path, head)]:
-        raise UsageError(
-            f"the adapter_config adapts the head ({', '.join(on_head)}), which trains as a whole",
-            hint="name other `target_modules`, or add the head to `exclude_modules`",
-        )
+        what = f"the adapter_config adapts the head ({', '.join(on_head)}), which trains as a whole"
+        raise UsageError(what, hint="name other `target_modules`, or add the head to `exclude_modules`")
     return bases, {name: t.detach().clone() for name, t in adapted.tensors().items()}
 
 

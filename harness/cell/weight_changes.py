@@ -1,9 +1,9 @@
-"""Find the weights that training changed, and those that it must not change."""
+"""Find weights that training changed, and weights that it must not change."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +33,41 @@ def state_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def check_of_names(cell: Cell, name: str, odd: list[str], what: str) -> CheckResult:
-    """Return a check that passes if `odd`, names of tensors, is empty. what: the predicate of the message."""
+def check_of_names(cell: Cell, name: str, violations: list[str], what: str) -> CheckResult:
+    """Return a check that passes if there are no violations, which are names of tensors. what: the message's predicate."""
     return CheckResult(
         check=f"{cell.method}/{name}/{cell.dtype}/trained",
-        outcome=Outcome.FAIL if odd else Outcome.PASS,
-        error=float(len(odd)),
+        outcome=Outcome.FAIL if violations else Outcome.PASS,
+        error=float(len(violations)),
         allowed=0.0,
         policy="exact",
-        detail=f"{', '.join(odd[:3])} {what}" if odd else "",
+        detail=f"{', '.join(violations[:3])} {what}" if violations else "",
     )
+
+
+class UpdateTracker:
+    """Compares trained tensors with their initial values after each step, until each of them has changed.
+
+    Comparing after the last step would not suffice: AdaLoRA resets pruned values to zero, their initial value.
+    """
+
+    def __init__(self, start: Mapping[str, Tensor], look: Callable[[Tensor], Tensor]) -> None:
+        """start: name -> initial value. look: returns the part of a tensor to compare with it."""
+        self._start, self._look = dict(start), look
+
+    def observe(self, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Compare the tensors that have not changed yet. `tensors` is called only if there are any."""
+        now = tensors() if self._start else {}
+        for name in [name for name in self._start if name in now]:
+            if not _same(self._start[name], self._look(now[name])):
+                del self._start[name]
+
+    def unchanged(self, now: Mapping[str, Tensor]) -> list[str]:
+        """List the names in `now` of tensors that never changed."""
+        return [name for name in now if name in self._start]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors have equal values; equal dtypes are compared without a copy."""
+    wide = torch.promote_types(one.dtype, other.dtype)
+    return torch.equal(one.to(wide), other.to(wide))

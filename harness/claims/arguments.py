@@ -28,18 +28,12 @@ class Arguments:
         if one not in self.problems:
             self.problems.append(one)
 
-    def measure(self, name: str | None, at: KeyPath, inherited: bool, way: KeyPath) -> Measure | None:
-        """Return the measure of a claim at `at`, or the closest one to a misspelt name.
-
-        inherited: whether the name comes from the claim's table at `way`.
-        """
-        if not name:
-            return None
-        if name not in measures():
-            place = (*way, "measure") if inherited else (*at, "measure")
-            self.problem(place, f"unknown measure `{name}`", did_you_mean(name, measures()))
+    def measure(self, name: str | None, way: KeyPath) -> Measure | None:
+        """Return the measure that is named at `way`, or the closest one to a misspelt name."""
+        if name and name not in measures():
+            self.problem(way, f"unknown measure `{name}`", did_you_mean(name, measures()))
             name = closest_match(name, measures())
-        return measures().get(name)
+        return measures().get(name or "")
 
     def request(
         self, measure: Measure, arguments: Mapping[str, Any], at: KeyPath, also: list[KeyPath]
@@ -108,7 +102,7 @@ class Arguments:
             hint = "write a number that the paper prints, or {measure: NAME, with: {...}}"
             self.problem(way, f"{shortly(written)} is not a quantity", hint)
             return None
-        inner = self.measure(name, way, False, way)
+        inner = self.measure(name, (*way, "measure"))
         if inner is None:
             return None
         if inner.dimension == "property" or (dimensions and inner.dimension not in dimensions):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,8 +31,6 @@ _Text = Annotated[str, BeforeValidator(_text)]
 _PLACE = re.compile(r"\{\w+\}")
 _FILL = "use {printed}, or an argument or config key that every row has"
 _RULES = ("nearest", "cut", "magnitude")
-
-
 _MEASURED = "-measured"
 """Suffix of a paper's second file, with the claims that need Records."""
 _SMALL = "small scale"
@@ -140,83 +138,79 @@ class _Reading:
         self.arguments = Arguments(document, self.problems)
 
     def claims(self, keys: FileKeys) -> list[Claim]:
-        for name in ("paper", "title", "version"):
-            if not getattr(keys, name):
-                self.problem((), f"`{name}` is missing", _MISSING[name])
-        if keys.claims is None:
-            self.problem(
-                (), "`claims` is missing", "write a list of claims; `peft-harness explain claims` shows an example"
-            )
+        self._require({name: getattr(keys, name) for name in ("paper", "title", "version", "claims")}, ())
         return [
-            one for index, claim in enumerate(keys.claims or ()) for one in self._rows(keys, claim, ("claims", index))
+            claim
+            for index, table in enumerate(keys.claims or ())
+            for row, at in self._rows(table, ("claims", index))
+            if (claim := self._claim(keys, table, row, ("claims", index), at)) is not None
         ]
 
     def problem(self, way: KeyPath, what: str, hint: str) -> None:
         self.arguments.problem(way, what, hint)
 
-    def _rows(self, keys: FileKeys, table: ClaimKeys, way: KeyPath) -> Iterator[Claim]:
+    def _require(self, values: Mapping[str, Any], way: KeyPath) -> None:
+        for name, value in values.items():
+            if not value:
+                self.problem(way, f"`{name}` is missing", _MISSING[name.partition(" ")[0]])
+
+    def _rows(self, table: ClaimKeys, way: KeyPath) -> list[tuple[RowKeys, KeyPath]]:
+        """Return the rows of a table with their places; an entry without rows is its own only row."""
         if table.rows is None:
-            found = self._claim(keys, table, table, way, way)
-            if found is not None:
-                yield found
-            return
+            return [(table, way)]
         if table.printed:
             self.problem((*way, "printed"), "`printed` and `rows` exclude each other", "write `printed` in each row")
-        for index, row in enumerate(table.rows):
-            found = self._claim(keys, table, row, way, (*way, "rows", index))
-            if found is not None:
-                yield found
+        return [(row, (*way, "rows", index)) for index, row in enumerate(table.rows)]
 
     def _claim(self, keys: FileKeys, table: ClaimKeys, row: RowKeys, way: KeyPath, at: KeyPath) -> Claim | None:
-        """Return one claim, or None if it has problems, which are collected."""
+        """Return the claim of a row of the table at `way`, or None if it has problems, which are collected."""
         before = len(self.problems)
-        is_row = row is not table
-        values: dict[str, Any] = {}
-        for name in ("sentence", "source", "measure"):
-            values[name] = getattr(row, name) or getattr(table, name)
-        values["tier"], values["printed"] = table.tier, row.printed
-        for name, value in (*values.items(), ("id", row.id), *([("id of the table", table.id)] if is_row else [])):
-            place = at if name in ("printed", "id") else way
-            if not value:
-                self.problem(place, f"`{name}` is missing", _MISSING[name.partition(" ")[0]])
-        name = f"{table.id}-{row.id}" if is_row else str(row.id)
+        own = {key: value for key, value in row if value not in (None, {})}
+        merged = table.model_copy(
+            update=own | {"id": row.id, "printed": row.printed, "with_": {**table.with_, **row.with_}}
+        )
+        self._require({name: getattr(merged, name) for name in ("sentence", "source", "measure", "tier")}, way)
+        self._require({"printed": row.printed, "id": row.id}, at)
+        name = str(row.id)
+        if row is not table:
+            self._require({"id of the table": table.id}, way)
+            name = f"{table.id}-{row.id}"
         if row.id and table.id:
             self.ids.append((self.document.where(*at), name))
-        arguments = dict(table.with_) | (dict(row.with_) if is_row else {})
-        measure = self.arguments.measure(values["measure"], at, is_row and row.measure is None, way)
-        request = self.arguments.request(measure, arguments, (*at, "with"), [(*way, "with")]) if measure else None
-        figure = self._figure(values["printed"], measure, at)
-        rounding = self._rounding(row.rounding if row.rounding is not None else table.rounding, at)
-        otherwise = row.otherwise if row.otherwise is not None else table.otherwise
-        owner = at if row.otherwise is not None else way
+        measure = self.arguments.measure(merged.measure, (*(at if row.measure else way), "measure"))
+        places = [(*at, "with"), (*way, "with")]
+        request = self.arguments.request(measure, merged.with_, places[0], places[1:]) if measure else None
+        figure = self._figure(row.printed, measure, at)
+        rounding = self._rounding(merged.rounding, at)
+        others = (*(at if row.otherwise is not None else way), "otherwise")
         readings = [
             reading
-            for index, other in enumerate(otherwise or ())
-            if (reading := self._otherwise(other, values["measure"], measure, arguments, (*owner, "otherwise", index)))
+            for index, other in enumerate(merged.otherwise or ())
+            if (reading := self._otherwise(other, measure, merged.with_, (*others, index)))
         ]
-        sentence = self._filled(values["sentence"] or "", values["printed"] or "", arguments)
+        sentence = self._filled(merged.sentence or "", row.printed or "", merged.with_)
         if request and (left := _PLACE.findall(sentence)):
             place = at if row.sentence else way
             self.problem(place, f"the sentence has an unknown placeholder `{left[0]}`", _FILL)
-        if len(self.problems) > before or request is None or measure is None:
+        if len(self.problems) > before or request is None or measure is None or merged.tier is None:
             return None
         return Claim(
             id=name,
             sentence=" ".join(sentence.split()),
             paper=str(keys.paper),
             version=str(keys.version),
-            source=values["source"],
-            tier=values["tier"],
-            printed=values["printed"],
+            source=str(merged.source),
+            tier=merged.tier,
+            printed=str(row.printed),
             dimension=measure.dimension,
             request=request,
             figure=figure,
             rounding=rounding,
             otherwise=tuple(readings),
-            scale=table.scale or (_SMALL if values["tier"] == "trained" else ""),
-            headline=row.headline or table.headline or "",
-            needs=row.needs or table.needs or "",
-            note=" ".join((row.note or table.note or "").split()),
+            scale=table.scale or (_SMALL if merged.tier == "trained" else ""),
+            headline=merged.headline or "",
+            needs=merged.needs or "",
+            note=" ".join((merged.note or "").split()),
             where=self.document.where(*at),
         )
 
@@ -255,18 +249,17 @@ class _Reading:
         return Rounding("about", within)
 
     def _otherwise(
-        self, other: OtherwiseKeys, name: str | None, measure: Measure | None, arguments: Mapping[str, Any], at: KeyPath
+        self, other: OtherwiseKeys, measure: Measure | None, arguments: Mapping[str, Any], at: KeyPath
     ) -> Reading | None:
-        if not other.under:
-            self.problem(at, "`under` is missing", "name the convention, rank or unit of this reading")
-        chosen = measure
-        if other.measure and (chosen := self.arguments.measure(other.measure, at, False, at)) is None:
-            return None
+        self._require({"under": other.under}, at)
+        chosen = self.arguments.measure(other.measure, (*at, "measure")) if other.measure else measure
         if chosen is None or measure is None:
             return None
         is_same_unit = chosen.dimension == measure.dimension
         if not is_same_unit:
-            what = f"`{chosen.name}` is in {chosen.dimension}, but the claim's `{name}` is in {measure.dimension}"
+            what = (
+                f"`{chosen.name}` is in {chosen.dimension}, but the claim's `{measure.name}` is in {measure.dimension}"
+            )
             self.problem((*at, "measure"), what, "name a measure in the same unit")
         inherited = arguments if other.measure is None else {}
         changed = {**inherited, **other.with_}
@@ -281,6 +274,8 @@ _MISSING = {
     "paper": "name it in one word, e.g. `paper: lora`",
     "title": "write the paper's title",
     "version": "write the version that was read, e.g. `version: arXiv:2106.09685v2`",
+    "claims": "write a list of claims; `peft-harness explain claims` shows an example",
+    "under": "name the convention, rank or unit of this reading",
     "id": "write a unique name",
     "sentence": "write the claim in a sentence of your own",
     "source": "write the section or table, e.g. `source: Table 2`",

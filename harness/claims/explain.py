@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from harness.claims import claim_file
@@ -15,40 +16,15 @@ from harness.claims.judge import MEANING, plain
 from harness.claims.measure import Measure, measures
 from harness.claims.printed_number import RULES, UNITS, Rounding
 
-FORM = """\
+_EXAMPLE = Path(__file__).with_name("example.yaml")
+_FORM = """\
 A claim file is YAML. `peft-harness claims --file mine.yaml` computes it; suites/claims/ has those of the papers.
 
-  paper: mine                        # one word
-  title: "The Paper's Title"
-  version: arXiv:2401.00001v2        # the version that was read
-  claims:
-    - id: mine-params
-      sentence: With rank {rank}, LLaMA-7B trains {printed} of its parameters.
-      source: Table 3
-      tier: exact                    # or gpu-synthetic, trained: these need the Records of a run
-      printed: 0.12%                 # as printed: digits and unit
-      measure: trainable_share       # `peft-harness list measures`; `explain MEASURE` has its arguments
-      with: {model: llama-7b, method: lora, config: {rank: 8, targets: [q_proj, v_proj, up_proj]}}
-      rounding: nearest              # or cut, magnitude, {about: 5%}: `explain rounding`
-      otherwise:                     # other readings, tried if this one does not reproduce
-        - {under: "of base and adapter together", with: {of: base+adapter}}
-      headline: few parameters       # the headline it belongs to, for `claims --headlines`
-      needs: the text's length       # information that the paper omits, if it cannot be decided
-      note: a known explanation of a difference
-    - id: mine-table                 # a table: rows inherit missing keys
-      sentence: "{printed} are {rank} ranks of q."
-      source: Table 4
-      tier: exact
-      measure: trainable_parameters
-      with: {model: llama-7b, method: lora}
-      rows:                          # claims mine-table-r4 and mine-table-r8
-        - {id: r4, printed: 1.0M, with: {config: {rank: 4, targets: [q_proj]}}}
-        - {id: r8, printed: 2.1M, with: {config: {rank: 8, targets: [q_proj]}}}
-
-An argument that is a quantity is a number that the paper prints, or {measure: NAME, with: {...}}.
-Errors of a file are reported together, each with its line, and nothing is computed. Errors that only the model shows, such
-as an unknown layer in `targets`, are reported with their line when the claim is computed: the claim is `not-run`, the exit
-code 4. All other claims are computed."""
+{example}
+An argument that is a quantity is a number that the paper prints, or {{measure: NAME, with: {{...}}}}.
+All mistakes in a file are reported together, each with its line, and nothing is computed. A mistake that only the model
+shows, such as an unknown layer in `targets`, is reported when the claim is computed: this claim is `not-run`, the exit code
+is 4, and all other claims are computed."""
 
 ROUNDING = {
     "nearest": "the default: our result rounds to the printed figure, so it differs by at most half a unit of the last "
@@ -64,13 +40,10 @@ ROUNDING = {
 
 def topics() -> Iterator[tuple[str, Callable[[], str]]]:
     """Yield each topic with a function that returns its text."""
-    yield "claims", lambda: FORM
+    yield "claims", lambda: _FORM.format(example=textwrap.indent(_EXAMPLE.read_text(encoding="utf-8"), "  "))
     for verdict, text in MEANING.items():
         yield verdict.value, partial(_titled, f"verdict {verdict.value}", [f"{text}."])
-    yield (
-        "rounding",
-        partial(_titled, "rounding: the rule by which a result agrees with a printed figure", _rules()),
-    )
+    yield "rounding", partial(_titled, "rounding: the rule by which a result agrees with a printed figure", _rules())
     for name, measure in measures().items():
         yield name, partial(_measure, measure)
     for claim in claim_file.load(claim_file.paths(claim_file.names())):
@@ -78,11 +51,9 @@ def topics() -> Iterator[tuple[str, Callable[[], str]]]:
 
 
 def _rules() -> list[str]:
+    example = Rounding("about", Fraction(1, 20)).words
     rules = [f"{rule}: {text}." for rule, text in ROUNDING.items()]
-    return [
-        *rules,
-        f"The ledger shows every rule except `nearest`: `(rule: {Rounding('about', Fraction(1, 20)).words})`.",
-    ]
+    return [*rules, f"The ledger shows every rule except `nearest`: `(rule: {example})`."]
 
 
 def _titled(title: str, lines: Iterable[str]) -> str:

@@ -35,7 +35,7 @@ MEANING = {
 
 
 STAND_IN = "by a stand-in: "
-"""Beginning of the reason of a claim that was reproduced at a smaller scale."""
+"""Beginning of the reason if a claim was reproduced at a smaller scale."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class JudgedClaim(FrozenModel):
         """Our result as part of a sentence, with a rule looser than rounding; empty without a result."""
         is_property = any(isinstance(one.value, bool) for one in self.tried)
         rule = f" (rule: {self.rule})" if self.rule else ""
-        return f"{'ours' if is_property else 'we get'} {self.ours}{rule}" if self.ours else ""
+        return f"{'here it' if is_property else 'we get'} {self.ours}{rule}" if self.ours else ""
 
 
 def judge(claim: Claim, answers: Sequence[MeasureResult | Missing]) -> JudgedClaim:
@@ -110,13 +110,12 @@ def judge(claim: Claim, answers: Sequence[MeasureResult | Missing]) -> JudgedCla
     readings = [("", claim.request), *((one.under, one.request) for one in claim.otherwise)]
     tried = [_tried(claim, under, request, found) for (under, request), found in zip(readings, answers, strict=True)]
     for one, found in zip(tried, answers, strict=True):
-        if isinstance(found, Missing) or (words := _comes_out(claim, found)) is None:
+        if isinstance(found, Missing) or (words := _reproduces(claim, found)) is None:
             continue
         under = "; ".join(filter(None, [one.under, words]))
+        verdict = ClaimVerdict.UNDER if under else ClaimVerdict.REPRODUCED
         why = f"{STAND_IN}{claim.scale}" if claim.scale else ""
-        return _judged(
-            claim, ClaimVerdict.UNDER if under else ClaimVerdict.REPRODUCED, tried, one, under=under, why=why
-        )
+        return _judged(claim, verdict, tried, one, under=under, why=why)
     own, found = tried[0], answers[0]
     if isinstance(found, Missing):
         return _judged(claim, ClaimVerdict.NOT_RUN, tried, own, why=found.why, failed=found.failed)
@@ -126,18 +125,18 @@ def judge(claim: Claim, answers: Sequence[MeasureResult | Missing]) -> JudgedCla
         failed = any(other.failed for _, other in missing)
         return _judged(claim, ClaimVerdict.INCONCLUSIVE, tried, own, why=why, failed=failed)
     if claim.scale:
-        shows = "nothing is certain" if _open(claim, found) else "it comes out otherwise"
-        why = f"{shows} by a stand-in ({claim.scale}), which refutes no paper"
+        result = "is uncertain" if _open(claim, found) else "differs"
+        why = f"the result {result} at a smaller scale ({claim.scale}), which does not refute the paper"
         return _judged(claim, ClaimVerdict.INCONCLUSIVE, tried, own, why=why)
     if _open(claim, found):
-        why = "some of the values that it can have come out, and some do not"
+        why = "some of its possible values agree, and some do not"
         return _judged(claim, ClaimVerdict.INCONCLUSIVE, tried, own, why=claim.needs or why)
     for one, answer in zip(tried, answers, strict=True):
         if isinstance(answer, MeasureResult) and (allowed := _allowed(claim, answer)):
-            why = f"the printed figures that it is computed from are rounded; they allow {allowed}"
+            why = f"it is computed from rounded figures, which allow {allowed}"
             return _judged(claim, ClaimVerdict.INCONCLUSIVE, tried, one, why="; ".join(filter(None, [one.under, why])))
     if claim.needs and found.most is None:
-        return _judged(claim, ClaimVerdict.INCONCLUSIVE, tried, own, why=f"the paper leaves out {claim.needs}")
+        return _judged(claim, ClaimVerdict.INCONCLUSIVE, tried, own, why=f"the paper omits {claim.needs}")
     return _judged(claim, ClaimVerdict.NOT_REPRODUCED, tried, own)
 
 
@@ -148,7 +147,8 @@ def _placed(claim: Claim, answer: MeasureResult | Missing) -> MeasureResult | Mi
     return replace(answer, why=f"{claim.where}: {answer.why}")
 
 
-def _comes_out(claim: Claim, found: MeasureResult) -> str | None:
+def _reproduces(claim: Claim, found: MeasureResult) -> str | None:
+    """Return the reading of the figure that a result agrees with; empty for the plain one, None without agreement."""
     if claim.figure is None:
         return "" if found.value else None
     most = None if found.most is None else Fraction(found.most)
@@ -156,14 +156,14 @@ def _comes_out(claim: Claim, found: MeasureResult) -> str | None:
 
 
 def _open(claim: Claim, found: MeasureResult) -> bool:
-    """Return whether a range decides nothing; a property is undecided where `most` is true."""
+    """Return whether a range does not decide the claim; a property is undecided if `most` is true."""
     if claim.figure is None or found.most is None:
         return bool(found.most)
     return undecided(claim.figure, Fraction(found.value), claim.rounding, Fraction(found.most))
 
 
 def _allowed(claim: Claim, found: MeasureResult) -> str:
-    """Return the range of values that printed, rounded figures allow, if a part of it reproduces; else empty."""
+    """Return the range of values that rounded, printed figures allow, if a part of it agrees; else empty."""
     if claim.figure is None or found.within is None:
         return ""
     least, most = Fraction(found.within[0]), Fraction(found.within[1])

@@ -48,8 +48,8 @@ class MetaStep:
 
 
 @dataclass(eq=False)
-class _Held:
-    """Storage of a tensor that autograd saves; not the tensor, since a detached one refers to its origin."""
+class _Saved:
+    """Storage of a tensor that autograd saves; not the tensor, since a detached tensor refers to its origin."""
 
     storage: Any
 
@@ -59,7 +59,7 @@ class StepCounts:
     """A count for the first blocks and for each further one."""
 
     few: int
-    """Count of the first blocks and all that is outside of blocks."""
+    """Count of the first blocks and of everything outside of blocks."""
     each: int
     """Count of each further block."""
     further: int
@@ -114,22 +114,22 @@ def _operations(request: MetaStep, blocks: int) -> int:
 
 
 def _saved(request: MetaStep, blocks: int) -> int:
-    held: WeakSet[_Held] = WeakSet()  # only the graph holds them: tensors freed in the forward pass do not count
+    saved: WeakSet[_Saved] = WeakSet()  # only the graph refers to them: tensors freed in the forward pass do not count
 
-    def hold(t: Tensor) -> _Held:
-        held.add(one := _Held(t.untyped_storage()))
+    def save(t: Tensor) -> _Saved:
+        saved.add(one := _Saved(t.untyped_storage()))
         return one
 
     with _attached(request, blocks) as (model, adapted):
-        with torch.autograd.graph.saved_tensors_hooks(hold, _never):
+        with torch.autograd.graph.saved_tensors_hooks(save, _never):
             loss = _loss(model, adapted, request)
-        sizes = {one.storage._cdata: one.storage.nbytes() for one in held}
+        sizes = {one.storage._cdata: one.storage.nbytes() for one in saved}
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         del loss
     return sum(size for storage, size in sizes.items() if storage not in own)
 
 
-def _never(_: _Held) -> Tensor:
+def _never(_: _Saved) -> Tensor:
     raise NotImplementedError("saved tensors are only counted, without a backward pass")
 
 
@@ -155,7 +155,7 @@ def _loss(model: nn.Module, adapted: Any, request: MetaStep) -> Tensor:
     ids = torch.zeros(request.batch, request.tokens, dtype=torch.long, device="meta")
     config: Any = model.config
     flat = config.model_type in _FLAT_MASK
-    # Without a mask transformers searches the ids for padding; of a mask of pairs it reads no number.
+    # Without a mask transformers searches the ids for padding; it does not read the numbers of a mask of pairs.
     shape = (request.batch, request.tokens) if flat else (request.batch, 1, request.tokens, request.tokens)
     mask = torch.ones(shape, device="meta", dtype=DTYPES[request.dtype])
     logits = model(input_ids=ids, attention_mask=mask).logits.flatten(0, -2)

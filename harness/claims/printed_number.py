@@ -12,8 +12,8 @@ from typing import Any, Literal
 from harness.errors import did_you_mean
 
 Dimension = Literal["count", "bytes", "bits", "share", "ratio", "seconds", "rate", "number", "property"]
-"""Dimension of a measure. count: of things; share: of a whole; rate: tokens per second; property: true or false, without a
-figure."""
+"""Dimension of a measure. count: number of things; share: part of a whole; rate: tokens per second; property: true or false,
+without a figure."""
 
 _THOUSANDS: dict[str, Fraction] = {"K": Fraction(10**3), "M": Fraction(10**6), "B": Fraction(10**9)}
 _BYTES: dict[str, Fraction] = {
@@ -69,14 +69,14 @@ class Rounding:
     def words(self) -> str:
         """The rule in words; empty for `nearest`."""
         if self.rule == "about" and self.within:
-            return f"within {shown(self.within, 'share')} of what is printed"
+            return f"within {shown(self.within, 'share')} of the printed figure"
         return RULES[self.rule]
 
 
 _CUT = "digits cut off, not rounded"
 RULES = {
     "nearest": "", "cut": _CUT, "magnitude": "of the same order of magnitude, by the nearest power of ten",
-    "about": "exactly what is printed",
+    "about": "equal to the printed figure",
 }  # fmt: skip
 """Rules in words; `about` within 0%."""
 NEAREST = Rounding()
@@ -123,14 +123,14 @@ def shortly(written: Any) -> str:
 
 
 def agrees(printed: Printed, value: Fraction, rounding: Rounding, most: Fraction | None = None) -> str | None:
-    """Return the reading of the figure under which a number agrees with it: "" is the plain one, None means no agreement.
+    """Return the reading of the figure that a number agrees with: "" is the plain one, None means no agreement.
 
     Other readings: MB read as MiB, and digits cut off instead of rounded. most: if given, the number is only known to be in
     value..most, and all of this range must agree under one reading.
     """
     ends = [value, value if most is None else most]  # agreeing numbers form an interval, so its ends suffice
     for words, one, rule in _readings(printed, rounding):
-        if all(_comes_out(one, end, rule) for end in ends):
+        if all(_matches(one, end, rule) for end in ends):
             return words
     return None
 
@@ -140,7 +140,7 @@ def undecided(printed: Printed, value: Fraction, rounding: Rounding, most: Fract
     if agrees(printed, value, rounding, most) is not None:
         return False
     return any(
-        _comes_out(one, value, rule) or _comes_out(one, most, rule) or (not one.relation and value < one.number < most)
+        _matches(one, value, rule) or _matches(one, most, rule) or (not one.relation and value < one.number < most)
         for _, one, rule in _readings(printed, rounding)
     )
 
@@ -164,18 +164,18 @@ def _units(printed: Printed) -> Iterator[tuple[str, Printed]]:
             yield words, replace(printed, number=printed.number * factor, last=printed.last * factor, unit=binary)
 
 
-def _comes_out(printed: Printed, value: Fraction, rounding: Rounding) -> bool:
+def _matches(printed: Printed, value: Fraction, rounding: Rounding) -> bool:
     if printed.relation:
         n = printed.number
         return {"<": value < n, "<=": value <= n, ">": value > n, ">=": value >= n}[printed.relation]
-    away = value - printed.number
+    error = value - printed.number
     match rounding.rule:
         case "nearest":
-            return abs(away) * 2 <= printed.last
+            return abs(error) * 2 <= printed.last
         case "cut":
-            return 0 <= away < printed.last if printed.number >= 0 else -printed.last < away <= 0
+            return 0 <= error < printed.last if printed.number >= 0 else -printed.last < error <= 0
         case "about":
-            return abs(away) <= abs(printed.number) * rounding.within
+            return abs(error) <= abs(printed.number) * rounding.within
         case "magnitude":
             same_sign = value * printed.number > 0
             return same_sign and _power(abs(value)) == _power(abs(printed.number))

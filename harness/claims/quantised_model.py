@@ -1,4 +1,7 @@
-"""Attach QLoRA's reference to a shape on the meta device, to count its 4-bit weights and their bits."""
+"""Attach QLoRA's reference to a shape on the meta device, to count its 4-bit weights and their bits.
+
+Imports torch only when a model is built.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from torch import nn
-
 from harness.claims import attached_model
-from harness.conformance.subject import configure
-from harness.memory_model import counting
-from reference.operations.double_quant import BLOCK, bits_per_parameter
 
 
 @dataclass(frozen=True)
@@ -37,8 +35,15 @@ class Quantised:
         """Elements in 4 bits."""
         return sum(numel * number for numel, number in self.weights.items())
 
-    def bits(self, block: int, double: bool, second_block: int = BLOCK) -> int:
+    @property
+    def code_bits(self) -> int:
+        """Bits of the codes, whole bytes in each weight."""
+        return 8 * sum(-(-numel // 2) * number for numel, number in self.weights.items())
+
+    def bits(self, block: int, double: bool, second_block: int) -> int:
         """Return the bits of all codes and constants, as the reference counts them."""
+        from reference.operations.double_quant import bits_per_parameter
+
         of_each = {n: bits_per_parameter(n, block, double, second_block) * n for n in self.weights}
         return sum(round(of_each[n]) * number for n, number in self.weights.items())
 
@@ -51,10 +56,12 @@ def of(name: str, config: Mapping[str, Any]) -> Quantised:
 
 @lru_cache(maxsize=64)
 def _of(name: str, config: str) -> Quantised:
+    from torch import nn
+
     model = attached_model.model(name)
     linear = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     every = sum(p.numel() for p in model.parameters())
-    with counting.attached(model, "qlora", configure("qlora", json.loads(config))) as adapted:
+    with attached_model.attached(model, "qlora", json.loads(config)) as adapted:
         layers: Mapping[str, Any] = adapted.layers
         weights = Counter(layer.base.weight.numel() for layer in layers.values())
         return Quantised(

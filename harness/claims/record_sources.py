@@ -18,6 +18,7 @@ from harness.suites.expand import Plan
 from harness.suites.suite import Suite
 
 _named: list[Path] = []
+"""Run folders that are preferred to published ones."""
 
 
 def look_in(runs: Iterable[Path]) -> None:
@@ -82,8 +83,8 @@ def place(record: Record) -> str:
 
 
 def shared(record: Record) -> str:
-    """Return why other work affected the times of a Record; empty if none did."""
-    why = "other Cells ran at once" if concurrent_cells(record) > 1 else contention.busy(record)
+    """Return the reason why other work affected the times of a Record; empty if none did."""
+    why = "other Cells ran at the same time" if concurrent_cells(record) > 1 else contention.busy(record)
     hint = "run the suite again with --jobs 1 on an idle machine"
     return f"other work affected its times ({why}); {hint}" if why else ""
 
@@ -116,7 +117,7 @@ def _cells(suite: str, entry: str) -> list[str]:
     recipes = {cell.recipe_id: cell.label for cell in plan.cells if cell.cell_id in found}
     if len(recipes) > 1:
         labels = ", ".join(recipes.values())
-        raise ValueError(f"the entry `{entry}` of {suite} has Cells that differ in more than their seed: {labels}")
+        raise ValueError(f"the Cells of the entry `{entry}` of {suite} differ in more than their seed: {labels}")
     return found
 
 
@@ -134,5 +135,5 @@ def _unusable(record: Record | None) -> str:
         return "has no readable, unmodified Record"
     if record.status is Status.OOM:
         where = place(record)
-        return f"ran out of memory on {where}, so its memory is unknown; run it on a larger GPU"
+        return f"ran out of memory on {where}, so its peak is unknown; run it on a larger GPU"
     return "" if record.status is Status.OK else f"is {record.status.value}: {record.because}"

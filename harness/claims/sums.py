@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 
 from harness.claims.measure import MeasureResult
 
-Sizes = Counter[tuple[int, ...]]
-"""Shape -> number of tensors."""
+Shape = tuple[int, ...]
 
 
-def in_words(sizes: Sizes) -> str:
+def in_words(shapes: Iterable[Shape]) -> str:
     """Return a sum of sizes as text: `24 of 8x768 + 24 of 768x8 = 294,912`."""
+    counts = Counter(map(tuple, shapes))
     terms = [
         f"{number:,} of {'x'.join(map(str, shape)) or '1'}" if number > 1 else "x".join(map(str, shape))
-        for shape, number in sorted(sizes.items(), key=lambda item: -item[1])
+        for shape, number in counts.most_common()
     ]
-    return f"{' + '.join(terms) or '0'} = {total(sizes):,}"
+    return f"{' + '.join(terms) or '0'} = {total(counts.elements()):,}"
 
 
-def summed(sizes: Sizes) -> MeasureResult:
+def summed(shapes: Iterable[Shape]) -> MeasureResult:
     """Return the number of elements as the result of a measure."""
-    return MeasureResult(total(sizes), in_words(sizes))
+    every = list(shapes)
+    return MeasureResult(total(every), in_words(every))
 
 
-def total(sizes: Sizes) -> int:
+def total(shapes: Iterable[Shape]) -> int:
     """Return the number of elements."""
-    return sum(number * math.prod(shape) for shape, number in sizes.items())
+    return sum(map(math.prod, shapes))

@@ -72,7 +72,7 @@ def launch(argv: Sequence[str] | None = None) -> int:
         error.show()
         code = Exit.USAGE
     except click.Abort:  # Ctrl-C
-        code = report_error(HarnessError("interrupted", hint="what was finished is kept"))
+        code = report_error(HarnessError("interrupted", hint="finished results are saved"))
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx and error.ctx.parent else "peft-harness"  # e.g. `history add`
         message = " ".join(error.format_message().split())  # click puts choices on separate lines

@@ -20,9 +20,7 @@ def baseline() -> None:
 @click.argument("run")
 @click.argument("name")
 @click.option("--reason", required=True, metavar="TEXT", help="Why later runs are compared with this one.")
-@click.option(
-    "--author", default="", metavar="NAME", help="Who decides this.  [default: git's user.name and user.email]"
-)
+@options.author(default="")
 @click.option("--replace", is_flag=True, help="Replace an existing baseline of this name.")
 def promote(run: str, name: str, reason: str, author: str, replace: bool) -> Exit:
     """Make a run a baseline.
@@ -30,8 +28,8 @@ def promote(run: str, name: str, reason: str, author: str, replace: bool) -> Exi
     RUN is a folder, an id, the start of an id, or `latest`. Copies its run.json, Records and footer.json, and writes
     baseline.json with the author, the date, the origin and the reason.
 
-    Refuses, and lists all reasons: a Record made from uncommitted changes, a run without a footer, a run that was changed
-    after it ended, a Cell that did not end ok or failed a check in any attempt, and a NAME that exists.
+    Refuses, with all reasons: a Record made from uncommitted changes, a run without a footer, a run that was changed after
+    its end, a Cell that did not end ok or failed a check in any attempt, and an existing NAME.
     """
     from harness.regression.baseline import gate
 

@@ -31,7 +31,7 @@ from harness.errors import Exit
 )  # fmt: skip
 @click.option(
     "--pairs", type=click.IntRange(5, 10_000), default=12, show_default=True,
-    help="Pairs of samples, taken in turn from both implementations.",
+    help="Pairs of samples, taken alternately from both implementations.",
 )  # fmt: skip
 @options.device
 @click.option("--out", type=options.FOLDER, metavar="DIR", help="Also write one JSON file per benchmark.")
@@ -46,9 +46,9 @@ def bench(
 ) -> Exit:  # fmt: skip
     """Compare the speed of `fused` with other implementations.
 
-    Without --op and --step, times every operation that has benchmark sizes. Both implementations must first pass the checks
-    on the very call that is timed; otherwise no speed is printed. Ctrl-C, SIGTERM or SIGHUP stops the benchmarks: finished
-    ones are kept and printed, and the exit code is 4.
+    Without --op and --step, times every operation that has benchmark sizes. Prints a speed only if both implementations
+    pass the checks on the timed call. Ctrl-C, SIGTERM or SIGHUP stops the benchmarks: finished ones are saved and printed,
+    and the exit code is 4.
     """
     from harness.bench import run
     from harness.bench.planning import BenchRequest

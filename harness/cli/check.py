@@ -25,7 +25,7 @@ from harness.errors import Exit, Problem, SuiteError, UsageError, did_you_mean
 from harness.methods.peft_config import NO_REFERENCE, UNREFERENCED
 from harness.methods.registry import DTYPES, GROUP, Implementation, Registry, TargetKind, targets
 from harness.process.termination import handle_termination
-from harness.records.check_id import CheckId
+from harness.records.check import CheckId
 from harness.records.files import unwritable
 from harness.report import check_terminal
 
@@ -70,13 +70,12 @@ def check(request: CheckRequest, as_json: bool, junit: Path | None = None, html:
 def _check_writable(files: dict[str, Path | None]) -> None:
     """Raise UsageError for files that cannot be written, before the checks run for minutes."""
     given = {option: file for option, file in files.items() if file is not None}
-    odd = {option: why for option, file in given.items() if (why := unwritable(file))}
+    problems = {option: why for option, file in given.items() if (why := unwritable(file))}
     if len({file.absolute() for file in given.values()}) < len(given):
-        odd = {"--junit, --html": f"{given['--junit']} is given for both files"}
-    if odd:
-        raise UsageError(
-            "; ".join(odd.values()), where=", ".join(odd), hint="name a file in a folder that can be written"
-        )
+        problems = {"--junit, --html": f"both name {given['--junit']}"}
+    if problems:
+        hint = "name files in a writable folder"
+        raise UsageError("; ".join(problems.values()), where=", ".join(problems), hint=hint)
 
 
 def judge(request: CheckRequest) -> CheckReport:
@@ -96,9 +95,9 @@ def judge(request: CheckRequest) -> CheckReport:
         skipped |= {f"{name} {target}": why for (name, _, target), why in found.missing.items()}
         if interrupted:
             skipped |= {f"{name} {target}": "interrupted" for name, _, target in found.left}
-    # The omitted checks may be those that show a defect: the user, an interruption or a missing module left them out.
-    left_out = {target for found in findings for target in found.not_tried}
-    done = {target for task in tasks for target in task.targets} - left_out
+    # Checks that the user, an interruption or a missing module omitted may be those that show a defect.
+    omitted = {target for found in findings for target in found.not_tried}
+    done = {target for task in tasks for target in task.targets} - omitted
     due = [defect for defect in known if _was_fully_tried(defect, request, registry, done)]
     marked, _ = defects.explained([one for found in findings for one in found.tried], known)
     complaints = defects.explained(marked, due)[1]
@@ -128,18 +127,14 @@ def _was_fully_tried(
 
 
 def _may_show(defect: Defect, implementation: Implementation) -> bool:
-    """Return whether a defect could show in an implementation. Check ids of a base have the Method's name, not the
-    base's.
-    """
+    """Return whether a defect could show in an implementation. Check ids of a base contain the name of the Method."""
     if defect.target or implementation.kind == "base":
         return defect.target in ("", implementation.target)
     return any(fnmatchcase(implementation.target, CheckId.parse(pattern).target) for pattern in defect.checks)
 
 
 def _read(wanted: Sequence[Implementation]) -> tuple[dict[str, ParitySuite], Sequence[Defect]]:
-    """Read the parity suites of the implementations, and the known defects. Raises SuiteError with every mistake in
-    them.
-    """
+    """Read the parity suites of the implementations and the known defects. Raises SuiteError with all their mistakes."""
     plans: dict[str, ParitySuite] = {}
     known: Sequence[Defect] = ()
     problems: list[Problem] = []
@@ -168,9 +163,7 @@ def _is_requested(implementation: Implementation, request: CheckRequest) -> bool
 def _tasks(
     wanted: Sequence[Implementation], request: CheckRequest, plans: dict[str, ParitySuite]
 ) -> tuple[list[WorkerTask], dict[str, str]]:
-    """Group the implementations by entry point, since each process pays for its imports. Return tasks, and skips with
-    reasons.
-    """
+    """Return one task per entry point, since each process pays for its imports, and skipped targets with reasons."""
     grouped: dict[str, list[Implementation]] = {}
     skipped = {}
     for one in wanted:
@@ -196,13 +189,13 @@ def _tasks(
 
 def _why_no_case(one: Implementation, plan: ParitySuite, request: CheckRequest) -> str:
     """Return the reason why an implementation has no case left of the parity suite, or an empty string."""
-    there = [dtype for dtype in plan.dtypes if dtype in (request.dtypes or DTYPES)]
-    if set(one.dtypes) & set(there):
+    possible = [dtype for dtype in plan.dtypes if dtype in (request.dtypes or DTYPES)]
+    if set(one.dtypes) & set(possible):
         return ""
-    if not there:
+    if not possible:
         return f"its parity suite has cases in {', '.join(plan.dtypes)} only; requested: {', '.join(request.dtypes)}"
-    of_these = "of the requested dtypes, its" if request.dtypes else "its"
-    return f"offers {', '.join(one.dtypes)}; {of_these} parity suite has cases in {', '.join(there)}"
+    requested = "of the requested dtypes, its" if request.dtypes else "its"
+    return f"offers {', '.join(one.dtypes)}; {requested} parity suite has cases in {', '.join(possible)}"
 
 
 def _size(plan: ParitySuite) -> int:
@@ -212,25 +205,24 @@ def _size(plan: ParitySuite) -> int:
 
 def _require_known_names(request: CheckRequest, registry: Registry) -> None:
     """Raise one UsageError that lists every unknown name."""
-    odd = [f"unknown {one}" for one in _unknown(request, registry)] or list(_not_offered(request, registry))
-    if odd:
-        raise UsageError(
-            "; ".join(odd), hint="`peft-harness list implementations` shows implementations, their targets and dtypes"
-        )
+    mistakes = [f"unknown {one}" for one in _unknown(request, registry)] or list(_not_offered(request, registry))
+    if mistakes:
+        hint = "`peft-harness list implementations` shows implementations, their targets and dtypes"
+        raise UsageError("; ".join(mistakes), hint=hint)
 
 
 def _unknown(request: CheckRequest, registry: Registry) -> Iterator[str]:
     kinds = targets()
-    there = {kind: sorted(name for name, of in kinds.items() if of == kind) for kind in get_args(TargetKind)}
+    known_targets = {kind: sorted(name for name, of in kinds.items() if of == kind) for kind in get_args(TargetKind)}
     names = sorted({i.name for i in registry.implementations})
-    yours = f"; yours? name it in an entry point of the group {GROUP}, and install it"
+    yours = f"; for your own, add an entry point of the group {GROUP} and install it"
     if registry.broken:
         broken = ", ".join(f"`{point}` ({why})" for point, why in registry.broken.items())
-        yours += f"; or is it of an entry point that could not be used: {broken}"
+        yours += f"; entry points that could not be loaded: {broken}"
     for what, given, known in (
         ("implementation", request.implementations, names),
-        ("method", request.methods, [*there["method"], *there["base"]]),
-        ("operation", request.operations, there["operation"]),
+        ("method", request.methods, [*known_targets["method"], *known_targets["base"]]),
+        ("operation", request.operations, known_targets["operation"]),
         ("dtype", request.dtypes, DTYPES),
     ):
         for name in given:
@@ -238,7 +230,8 @@ def _unknown(request: CheckRequest, registry: Registry) -> Iterator[str]:
                 continue
             hint = did_you_mean(name, known, "there are")
             if what != "dtype" and name in kinds:
-                hint = f"that is of kind `{kinds[name]}`: {'--op' if kinds[name] == 'operation' else '--method'} {name}"
+                option = "--op" if kinds[name] == "operation" else "--method"
+                hint = f"it is of kind `{kinds[name]}`: {option} {name}"
             yield f"{what} {name!r}: {hint}{yours if what == 'implementation' else ''}"
 
 

@@ -24,16 +24,13 @@ from harness.errors import Exit, UsageError
     help="Also check N random ranks and shapes per parity suite.",
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), metavar="S", help="Random seed of --drawn.  [default: 0]")
-@click.option(
-    "--jobs", type=click.IntRange(1, 256), metavar="N",
-    help="Processes to run at the same time.  [default: one per core, at most 8]",
-)  # fmt: skip
+@options.jobs
 @click.option(
     "--patience", callback=options.finite_seconds, default=120.0, show_default=True, metavar="SECONDS",
     help="Stop an implementation that gives no result for this long.",
 )  # fmt: skip
 @options.junit
-@click.option("--html", type=options.FILE, metavar="FILE", help="Also write the results as an HTML page.")
+@options.html
 @click.option("--self-test", is_flag=True, help="Test the checks themselves: each planted fault must be detected.")
 @options.as_json
 def check(
@@ -43,10 +40,10 @@ def check(
 ) -> Exit:  # fmt: skip
     """Check implementations against the reference.
 
-    Without arguments, checks every implementation on everything that this machine can run. The reference is computed in
+    Without arguments, checks every implementation in all cases that this machine can run. The reference is computed in
     float64. Each plug-in runs in its own process: a crash or a hang counts as a failure, and the other plug-ins continue.
-    Ctrl-C or SIGTERM prints the results so far and exits with 4; the exit code is also 4 if an IMPLEMENTATION that you named
-    cannot be tested.
+    Ctrl-C or SIGTERM prints the results so far and exits with 4; the exit code is also 4 if a named IMPLEMENTATION cannot be
+    tested.
     """
     if self_test:
         if implementations or methods or operations or dtypes or full or drawn or seed is not None or junit or html:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import get_args
 
@@ -10,7 +9,6 @@ import click
 
 from harness.claims.claim import Tier
 from harness.cli import options
-from harness.console import echo
 from harness.errors import Exit, UsageError
 
 
@@ -21,7 +19,9 @@ from harness.errors import Exit, UsageError
     help="Only claims that need this: exact (arithmetic or a small tensor), gpu-synthetic (a GPU and random weights) or "
     f"trained (training on data). {options.AGAIN}",
 )  # fmt: skip
-@click.option("--id", "ids", multiple=True, metavar="ID", help=f"Only claims whose id starts with ID. {options.AGAIN}")
+@click.option(
+    "--id", "ids", multiple=True, metavar="ID", help=f"Only claims with an id that starts with ID. {options.AGAIN}"
+)
 @click.option(
     "--headlines", is_flag=True, help="Only claims of a paper's headline; --html then writes a page for these."
 )
@@ -33,10 +33,7 @@ from harness.errors import Exit, UsageError
     "--run", "runs", multiple=True, metavar="RUN",
     help=f"Decide claims by the Records of this run, before those of published runs. {options.AGAIN}",
 )  # fmt: skip
-@click.option(
-    "--jobs", type=click.IntRange(1, 256), metavar="N",
-    help="Processes to run at the same time.  [default: one per core, at most 8]",
-)  # fmt: skip
+@options.jobs
 @click.option("--strict", is_flag=True, help="Exit with 3 if a claim is inconclusive or was not run.")
 @click.option(
     "--show",
@@ -44,7 +41,7 @@ from harness.errors import Exit, UsageError
     metavar="FILE",
     help="Compute nothing; show a document written by --json.",
 )
-@click.option("--html", type=options.FILE, metavar="FILE", help="Also write the results as an HTML page.")
+@options.html
 @options.as_json
 def claims(
     papers: tuple[str, ...], tiers: tuple[Tier, ...], ids: tuple[str, ...], headlines: bool, files: tuple[Path, ...],
@@ -83,5 +80,5 @@ def claims(
             rows = compute.judged(selection.chosen(read, tiers, ids, headlines=headlines), jobs, folders)
     if page:
         claims_page.write_page(rows, software, page, headlines=headlines)
-    echo(json.dumps(document.document(rows, software), indent=1) if as_json else table.as_text(rows))
+    options.print_document(document.document(rows, software), as_json, lambda _: table.as_text(rows))
     return selection.exit_of(rows, strict=strict)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
 import sys
 import textwrap
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from harness.assets import cache, fetch
-from harness.console import echo
+from harness.cli import options
+from harness.console import align_columns
 from harness.errors import Exit
 from harness.methods.registry import discover
 from harness.records import environment, store
@@ -45,15 +45,14 @@ class Diagnosis:
 def report(as_json: bool, verbose: bool = False) -> Exit:
     """Print the findings; return INFRASTRUCTURE if something that the suite quick needs cannot run here."""
     findings = [*_machine(), *_implementations(), *_assets(), *_disk()]
-    if as_json:
-        rows = [{"subject": f.subject, "state": f.state, "detail": f.detail} for f in findings]
-        echo(json.dumps({"schema": 1, "findings": rows}, indent=1))
-    elif verbose:
-        width = max(len(f.subject) for f in findings)
-        echo("\n".join(f"{f.state:<5} {f.subject:<{width}}  {f.detail}" for f in findings))
-    else:
-        echo(summary_text(findings))
+    rows = [{"subject": f.subject, "state": f.state, "detail": f.detail} for f in findings]
+    text = _every_finding if verbose else summary_text
+    options.print_document({"schema": 1, "findings": rows}, as_json, lambda _: text(findings))
     return Exit.INFRASTRUCTURE if any(f.state == "no" for f in findings) else Exit.PASS
+
+
+def _every_finding(findings: Sequence[Diagnosis]) -> str:
+    return "\n".join(align_columns([(f.state, f.subject, f.detail) for f in findings]))
 
 
 def summary_text(findings: Sequence[Diagnosis]) -> str:

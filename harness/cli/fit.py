@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
 
 from harness.cli import options
-from harness.console import echo
 from harness.errors import Exit
 
 
@@ -53,7 +51,7 @@ def fit(
     """Predict what fits into a memory.
 
     Prints, for each method and base, the largest rank and batch that fit, and the parts of the memory. Nothing is trained
-    or downloaded: each prediction is the peak of a training step on fake tensors, which have shapes and no data.
+    or downloaded: each prediction is the peak of a training step on fake tensors, which have shapes but no data.
 
     MODEL is a shape from the papers (llama-7b ... llama-65b, llama-3-8b, llama-3-70b, gpt-3-175b-shape), a name that
     `peft-harness list models` shows, a folder with a config.json, or a repository in the local cache of the hub.
@@ -67,5 +65,5 @@ def fit(
     document = fitting.document_by_formulas(request, counted)
     if not formulas:
         document = fit_search.search_by_steps(request, counted, document)
-    echo(json.dumps(document, indent=1) if as_json else fit_table.as_text(document))
+    options.print_document(document, as_json, fit_table.as_text)
     return Exit.PASS

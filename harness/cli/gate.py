@@ -105,14 +105,14 @@ def gate(
       gate RUN --baseline NAME    Is anything larger, worse or wrong?
       gate --pairs OLD NEW        Is anything slower?
 
-    With --baseline, RUN is a folder, an id, the start of an id, or `latest`. Each Cell is compared by its checks, its
-    outcome, its parameters, bytes, files and answers. Times are shown and not judged, because two sessions on one machine
-    differ too much. The verdict names what differs around the Records: machine, driver, libraries, code.
+    With --baseline, RUN is a folder, an id, the start of an id, or `latest`. Compares the checks, outcome, parameters,
+    bytes, files and answers of each Cell. Times are shown but not judged, because two sessions on one machine differ too
+    much. The verdict names differences of the environment: machine, driver, libraries, code.
 
-    With --pairs, each Cell of a suite is run by both sides in turn, each time in its own process, in a random order that is
-    fixed beforehand. Each Cell gets six pairs. Where these do not prove that it is not slower, ten or twenty new pairs
-    decide alone. Judged are the training step, each latency that the suite measures (except those of the bare base model),
-    memory, parameters and outcomes. A Cell of OLD is also run against itself, as a canary: if canaries raise the alarm too
+    With --pairs, both sides run each Cell of a suite alternately, each time in its own process, in a random order that is
+    fixed beforehand. Each Cell gets six pairs. If these do not prove that it is not slower, ten or twenty new pairs decide
+    alone. The gate judges the training step, each latency that the suite measures (except those of the bare base model),
+    memory, parameters and outcomes. A Cell of OLD also runs against itself, as a canary: if canaries raise the alarm too
     often on this machine, the gate judges nothing.
 
     \b
@@ -125,8 +125,8 @@ def gate(
       3  no regression, but a question is undecided or the environment differs
          (with --strict)
       0  otherwise
-    An unreadable file that no Cell depends on is named and does not change the
-    exit code. `peft-harness explain gate` describes every kind of finding.
+    An unreadable file that no Cell depends on is reported but does not change
+    the exit code. `peft-harness explain gate` describes every kind of finding.
     """
     form = "--pairs" if pairs else "--baseline"
     _refuse_options_of_other_form(ctx, form)

@@ -15,9 +15,6 @@ _dir = click.option(
     help="Folder of the history.",
 )  # fmt: skip
 _cell = options.cells("--cell", "Only these Cells, e.g. `method=lora,rank=8`; syntax of `peft-harness run --only`.")
-_author = click.option(
-    "--author", metavar="NAME", help="Who decides this.  [default: git's user.name and user.email]"
-)  # fmt: skip
 _night = click.option("--night", required=True, metavar="DATE", help="First night of the new level, e.g. 2026-01-31.")
 
 
@@ -40,8 +37,8 @@ def add(runs: tuple[str, ...], night: str | None, folder: Path) -> Exit:
     """Add the results of runs to the history.
 
     RUN is a folder, an id, the start of an id, or `latest`; each run is one pass of its night. Stores step time, latencies,
-    peak and counted bytes, parameters and accuracy of each Cell. Times of a Cell that failed a check or had to wait for a
-    CPU are left out. Adding a run again stores only what is new.
+    peak and counted bytes, parameters and accuracy of each Cell, but no times of a Cell that failed a check or waited for a
+    CPU. Adding a run again stores only new numbers.
 
     \b
     Exit codes:
@@ -75,7 +72,7 @@ def show(cell: str | None, metric: str | None, each_night: bool, folder: Path, a
 @history.command()
 @_cell
 @options.cells(
-    "--sentinel", "Cells whose code does not change: a change of their times is a change of the machine. Same syntax."
+    "--sentinel", "Cells with code that does not change, so a change of their times shows a change of the machine."
 )  # fmt: skip
 @click.option("--strict", is_flag=True, help="Exit with 3 if a change is not confirmed.")
 @_dir
@@ -120,15 +117,15 @@ def detect(cell: str | None, sentinel: str | None, strict: bool, folder: Path, a
     "--suite", type=click.Path(path_type=Path, dir_okay=False, exists=True), metavar="FILE",
     help="File of the nightly suite, if it is not one of peft-harness.",
 )  # fmt: skip
-@_author
+@options.author()
 @_dir
 def settle(cell: str | None, most: int, out: Path | None, suite: Path | None, author: str | None, folder: Path) -> Exit:
     """Confirm or refute suspected changes by pairs of runs.
 
-    For each step time whose last night lies above its level, and each unconfirmed change of a time, runs `gate --pairs` with
-    the revisions before and after the change. The verdict `regressed`, `improved` or `refuted` is written to the history, as
-    by `history confirm`; an undecided change stays open. The first comparison includes a canary, a revision against itself;
-    if canaries raise the alarm too often on this machine, no verdict is written.
+    Runs `gate --pairs` with the revisions before and after each unconfirmed change of a time, and for each step time that
+    was above its level in the last night. Writes the verdict `regressed`, `improved` or `refuted` to the history, like
+    `history confirm`; an undecided change stays open. The first comparison includes a canary, a revision against itself; if
+    canaries raise the alarm too often on this machine, no verdict is written.
 
     \b
     Exit codes:
@@ -146,7 +143,7 @@ def settle(cell: str | None, most: int, out: Path | None, suite: Path | None, au
 @click.argument("metric", metavar="METRIC|*")
 @_night
 @click.option("--reason", required=True, metavar="TEXT", help="Why the new level is right.")
-@_author
+@options.author()
 @_dir
 def reset(cell: str, metric: str, night: str, reason: str, author: str | None, folder: Path) -> Exit:
     """Accept a new level.
@@ -167,13 +164,13 @@ def reset(cell: str, metric: str, night: str, reason: str, author: str | None, f
     "--verdict", required=True, type=click.Choice(["regressed", "improved", "refuted"]), help="What the test showed."
 )
 @click.option("--evidence", required=True, metavar="TEXT", help="Which test was run, and its result.")
-@_author
+@options.author()
 @_dir
 def confirm(cell: str, metric: str, night: str, verdict: Any, evidence: str, author: str | None, folder: Path) -> Exit:
     """Record the verdict on a change.
 
-    Use this after pairs of runs of both revisions have decided it. The verdict is stored in confirmations.jsonl, commit it
-    to git; it applies to a change of that series up to two nights away.
+    Use this after pairs of runs of both revisions have decided it. The verdict is stored in confirmations.jsonl (commit it
+    to git) and applies to a change of that series up to two nights away.
     """
     from harness.regression.history import confirm_manually, decisions
 

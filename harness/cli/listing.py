@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from harness.cli import options
-from harness.console import echo
 from harness.errors import Exit
 
 KINDS = ("methods", "implementations", "suites", "models", "tasks", "checks", "claims", "measures")
@@ -26,5 +23,5 @@ def list_(kinds: tuple[str, ...], as_json: bool) -> Exit:
 
     document = catalog.listing(kinds)
     text = catalog.as_text if kinds else catalog.overview_text
-    echo(json.dumps(document, indent=1) if as_json else text(document))
+    options.print_document(document, as_json, text)
     return Exit.PASS

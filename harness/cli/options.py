@@ -1,13 +1,16 @@
-"""Options that several commands share, so that they have one name, one meaning and one help text."""
+"""Options and output that several commands share, so that they have one name, one meaning and one help text."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from harness.console import echo
 
 _C = TypeVar("_C", bound=Callable[..., Any])
 
@@ -22,6 +25,11 @@ device = click.option(
     help="Device to measure on; auto takes a GPU if there is one.",
 )  # fmt: skip
 junit = click.option("--junit", type=FILE, metavar="FILE", help="Also write the results as JUnit XML.")
+html = click.option("--html", type=FILE, metavar="FILE", help="Also write the results as an HTML page.")
+jobs = click.option(
+    "--jobs", type=click.IntRange(1, 256), metavar="N",
+    help="Processes to run at the same time.  [default: one per core, at most 8]",
+)  # fmt: skip
 
 _GRAMMAR = """
 
@@ -36,6 +44,17 @@ _GRAMMAR = """
     match: `method=lora,implementation=fused,implementation=hf-peft`.
     If --only is repeated, its terms are joined.
     """
+
+
+def author(default: str | None = None) -> Callable[[_C], _C]:
+    """Return the option `--author` of a command that records a decision."""
+    text = "Who decides this.  [default: git's user.name and user.email]"
+    return click.option("--author", default=default, metavar="NAME", help=text)
+
+
+def print_document(document: Any, as_json: bool, as_text: Callable[[Any], str]) -> None:
+    """Print a document as JSON or as text."""
+    echo(json.dumps(document, indent=1) if as_json else as_text(document))
 
 
 def finite_seconds(_: click.Context, __: click.Parameter, value: float) -> float:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from harness.cli import options
-from harness.console import echo
 from harness.errors import Exit
 
 
@@ -18,9 +15,8 @@ from harness.errors import Exit
 def plan(suite: str, only: str | None, as_json: bool) -> Exit:
     """Validate a suite and list its Cells.
 
-    SUITE is a name (see `peft-harness list suites`) or a .yaml file. Nothing is trained. Memory is predicted from the
-    shapes of the models that are on this machine. The time of a Cell is that of its newest Record in results/runs; without
-    one it is unknown.
+    SUITE is a name (see `peft-harness list suites`) or a .yaml file. Nothing is trained. Parameters and memory are predicted
+    from the shapes of the models that are on this machine. The time of a Cell is that of its newest Record in results/runs.
     """
     from harness.report import plan_table
     from harness.suites import expand, loader, model_checks
@@ -29,5 +25,5 @@ def plan(suite: str, only: str | None, as_json: bool) -> Exit:
     cells = expand.select(read.plan, only) if only is not None else read.plan
     model_checks.check_models(read, cells)
     document = plan_table.planning(read, cells, predicted=plan_table.predictions(read, cells))
-    echo(json.dumps(document, indent=1) if as_json else plan_table.as_text(document))
+    options.print_document(document, as_json, plan_table.as_text)
     return Exit.PASS

@@ -11,7 +11,7 @@ from harness.console import echo
 from harness.errors import Exit
 
 _MOST_SERIOUS_FIRST = (Exit.FAIL, Exit.NOTHING_COMPARED, Exit.INFRASTRUCTURE, Exit.INCONCLUSIVE, Exit.PASS)
-"""Missing Cells do not undo a finding; see `analysis.verdict`."""
+"""A finding takes precedence over missing Cells; see `analysis.verdict`."""
 
 
 @click.command()
@@ -24,8 +24,8 @@ def report(runs: tuple[str, ...], out: Path | None, strict: bool) -> Exit:
     """Write the HTML report of runs.
 
     Also prints a summary of each run. RUN is a folder, an id, the start of an id, or `latest`. Several runs are compared
-    with each other: the losses of the Cells that they share must be equal bit by bit. The exit code is that of the most
-    serious verdict; 1 for a difference without a known cause, 5 if no Cell was repeated.
+    with each other: the losses of their common Cells must be equal bit by bit. The exit code is that of the most serious
+    verdict; 1 for a difference without a known cause, 5 if no Cell was repeated.
     """
     from harness.analysis.comparison import reproducibility
     from harness.analysis.run_facts import analyse_all

@@ -12,27 +12,26 @@ from harness.errors import Exit
 
 
 class _RunCommand(click.Command):
-    """Adds the options of the executors only when the command is parsed, since their import takes time."""
+    """Adds the options of the executors when the command is parsed, not on import."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the options of the command and of all executors."""
         from harness.runner import executors
 
         if not any(parameter.name == "executor" for parameter in self.params):
-            kinds = executors.kinds()
-            about = " ".join(["Where Cells run.", *(kind.help for kind in kinds.values() if kind.help)])
-            self.params.append(
-                click.Option(
-                    ["--executor"], type=click.Choice([*kinds]), default="local", show_default=True, help=about
-                )
-            )
+            found = executors.summaries()
+            names, about = [name for name, _, _ in found], [about for _, about, _ in found if about]
+            more = [option for _, _, option in found if option]
             self.params += [
                 click.Option(
-                    [f"--{option.name}"], multiple=True, metavar=option.metavar, help=f"{option.help} {options.AGAIN}"
-                )
-                for option in (kind.option for kind in kinds.values())
-                if option is not None
-            ]
+                    ["--executor"], type=click.Choice(names), default="local", show_default=True,
+                    help=" ".join(["Where Cells run.", *about]),
+                ),
+                *(
+                    click.Option([f"--{o.name}"], multiple=True, metavar=o.metavar, help=f"{o.help} {options.AGAIN}")
+                    for o in more
+                ),
+            ]  # fmt: skip
         return super().get_params(ctx)
 
 
@@ -58,7 +57,7 @@ def run(suite: str, only: str | None, executor: str, jobs: int | None, **rest: A
 
     SUITE is a name (see `peft-harness list suites`) or a .yaml file. Each Cell runs in its own process. With --jobs above
     1, the Cells that run at the same time share the CPU cores equally, and each has a GPU to itself. Ctrl-C, SIGTERM or
-    SIGHUP stops the run: finished Cells are kept and reported, and the exit code is 4.
+    SIGHUP stops the run: finished Cells are saved and reported, and the exit code is 4.
     """
     from harness.runner import executors
     from harness.runner.run import run_suite

@@ -5,14 +5,14 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness import errors
+from harness import errors, yaml_lines
+from harness.analysis import contention
 from harness.analysis.comparison.baseline_rows import MEANING
-from harness.cli.glossary import CELL_CHECKS, CHECK_RESULTS, OPTIMIZERS, SAME, STATUSES, TERMS
 from harness.conformance import checks
 from harness.errors import EXITS, HarnessError, UsageError, did_you_mean
 from harness.memory_model import activations, fit
@@ -55,6 +55,13 @@ def explain(name: str) -> str:
     return "\n\n".join(found)
 
 
+def glossary() -> dict[str, dict[str, str]]:
+    """Return the definitions of glossary.yaml by kind."""
+    data: dict[str, dict[str, str]] = yaml_lines.load(Path(__file__).with_name("glossary.yaml")).data
+    data["term"]["busy"] = contention.RULE
+    return data
+
+
 def _topics() -> Iterator[Topic]:
     for info in (methods() | UNREFERENCED).values():
         yield info.name, partial(_method, info)
@@ -63,7 +70,7 @@ def _topics() -> Iterator[Topic]:
         about = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
         text = f"{about}\n\nto check who offers it:\n  peft-harness check --op {file.stem}"
         yield file.stem, partial(_titled, f"operation {file.stem}", text)
-    kinds = "\n".join(line for kind, text in MEANING.items() for line in _wrapped(kind.value, text))
+    kinds = "\n".join(line for kind, text in MEANING.items() for line in _wrapped(f"{kind.value}: {text}.", "  "))
     yield "gate", partial(_titled, "gate: kinds of findings", kinds)
     yield "fit", partial(_titled, "fit", inspect.getdoc(fit) or "")
     for part, text in PARTS.items():
@@ -75,24 +82,28 @@ def _topics() -> Iterator[Topic]:
             yield kind.code, partial(_titled, f"error {kind.code}", text)
     for code, text in EXITS.items():
         yield str(int(code)), partial(_titled, f"exit code {code:d}", f"{text}.")
-    names = ", ".join(OPTIMIZERS)
-    yield (
-        "optimizer",
-        partial(
-            _titled, "optimizer", f"an axis of a suite's matrix: one of {names}; `peft-harness explain` describes each"
-        ),
+    defined = glossary()
+    axis = (
+        f"an axis of a suite's matrix: one of {', '.join(defined['optimizer'])}; `peft-harness explain` describes each"
     )
-    for optimizer, text in OPTIMIZERS.items():
-        yield optimizer, partial(_titled, f"optimizer {optimizer}", "\n".join(textwrap.wrap(f"{text}.", 100)))
+    yield "optimizer", partial(_titled, "optimizer", axis)
     for key, field in Training.model_fields.items():
         default = "" if field.is_required() else f"\ndefault: {str(field.default).lower()}"
         yield key, partial(_titled, f"training.{key}", f"{field.description or ''}{default}".strip())
     yield from _of_configs()
-    for word in (*TERMS, *SAME):
-        meant = SAME.get(word, word)
-        yield word, partial(_titled, meant, "\n".join(textwrap.wrap(f"{TERMS[meant]}.", 100)))
-    for status, text in STATUSES.items():
-        yield status.value, partial(_titled, f"status {status.value}", f"{text}.")
+    for kind, title in (("optimizer", "optimizer {}"), ("term", "{}"), ("status", "status {}")):
+        yield from _defined(defined[kind], title)
+    for word, meant in defined["alias"].items():
+        yield word, partial(_definition, meant, defined["term"][meant])
+
+
+def _defined(definitions: Mapping[str, str], title: str) -> Iterator[Topic]:
+    for word, text in definitions.items():
+        yield word, partial(_definition, title.format(word), text)
+
+
+def _definition(title: str, text: str) -> str:
+    return _titled(title, "\n".join(_wrapped(f"{text}.")))
 
 
 def _of_configs() -> Iterator[Topic]:
@@ -108,10 +119,8 @@ def _of_configs() -> Iterator[Topic]:
 def _of_checks() -> Iterator[Topic]:
     for check, text in checks.docstrings().items():
         yield check, partial(_check, check, text)
-    for word, text in CHECK_RESULTS.items():
-        yield word, partial(_titled, word, f"{text}.")
-    for check, text in CELL_CHECKS.items():
-        yield check, partial(_titled, f"check {check}, of a Cell", "\n".join(textwrap.wrap(f"{text}.", 100)))
+    yield from _defined(glossary()["check result"], "{}")
+    yield from _defined(glossary()["cell check"], "check {}, of a Cell")
 
 
 def _check(name: str, rule: str) -> str:
@@ -123,8 +132,6 @@ def _check(name: str, rule: str) -> str:
 
 def _example(check: str) -> tuple[str, str] | None:
     """Return the target and the command of an example of a check; None for a check that no parity suite names."""
-    from harness import yaml_lines
-
     for file in sorted(
         (data_folder("suites") / "parity").glob("*.yaml"), key=lambda file: (file.stem != "lora", file.stem)
     ):
@@ -151,7 +158,7 @@ def _defects() -> Iterator[Topic]:
 
 def _defect(defect: Defect, reproduction: Path) -> str:
     about = [
-        *textwrap.wrap(defect.summary, 100),
+        *_wrapped(defect.summary),
         "",
         f"library: {defect.library} {defect.versions}",
         *([f"link: {defect.link}"] if defect.link else []),
@@ -173,8 +180,8 @@ def _narrowed(patterns: Iterable[str]) -> str:
     return "".join(f" {'--method' if target in methods() else '--op'} {target}" for target in targets)
 
 
-def _wrapped(name: str, text: str) -> list[str]:
-    return textwrap.wrap(f"{name}: {text}.", 100, subsequent_indent="  ")
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(text, 100, subsequent_indent=indent)
 
 
 def _titled(title: str, text: str) -> str:
@@ -197,7 +204,7 @@ def _method(info: MethodInfo) -> str:
 
 
 def _indented(text: str) -> list[str]:
-    return textwrap.wrap(text, 100, initial_indent="    ", subsequent_indent="    ")
+    return textwrap.wrap(text, 100, initial_indent=" " * 4, subsequent_indent=" " * 4)
 
 
 def _field(field: FieldInfo) -> str:

@@ -7,7 +7,7 @@ that it saves; nothing is drawn or computed. `counting_worker` runs it in a sepa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,13 +17,13 @@ from torch.overrides import TorchFunctionMode
 
 from harness.assets import structure
 from harness.cell.measure.latency import positions
-from harness.cell.measure.memory import model_tensors
+from harness.cell.measure.memory import model_tensors, storage_bytes
 from harness.cell.training import model as models
-from harness.cell.training.head import head_of, in_head, without_head_targets
-from harness.conformance.subject import DTYPES, adaptable_layers, attach_reference, configure
+from harness.cell.training.head import adapted_layers, head_of, in_head
+from harness.conformance.subject import DTYPES, attach_reference, configure
 from harness.errors import AssetError, UsageError
 from harness.memory_model import activations, saved_activations, state_sizes
-from harness.memory_model.choices import BASES, OWN
+from harness.memory_model.ledger import BASES, OWN
 from harness.memory_model.messages import CountRequest, MethodCount, ModelCount
 from harness.methods import experts
 from harness.methods.peft_config import UNREFERENCED
@@ -31,12 +31,9 @@ from harness.methods.spec import Adapted
 from reference.shared import layers as surgery
 from reference.shared.layers import kind_of
 
-_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-"""Errors of transformers and the references for an invalid config; a failed prediction must not stop a Cell."""
-
 
 class SkipRandomDraws(TorchFunctionMode):
-    """Skip draws from a generator: values do not matter here, and draws for a large model take minutes."""
+    """Skip random numbers: values do not matter here, and drawing them for a large model takes minutes."""
 
     def __torch_function__(
         self,
@@ -77,8 +74,8 @@ def count(
         for one in configs:
             try:
                 counted = count_method(model, method, one, names, head, DTYPES[dtype])
-            except _ERRORS as error:  # of this config; the others are still counted
-                counted = _failed(one.get("rank"), _sentence(error))
+            except structure.BUILD_ERRORS as error:  # of this config; the others are still counted
+                counted = {"rank": one.get("rank"), "error": _sentence(error)}
                 model = structure.build(config, kind, DTYPES[dtype])  # the old one may be partly adapted
                 head = head_of(model, kind, lacks)
             found[method].append(counted)
@@ -123,13 +120,6 @@ def _attach(model: nn.Module, method: str, config: object) -> Adapted:
         return attach_reference(method, model, config, None, torch.Generator())
 
 
-def _failed(rank: int | None, error: str) -> MethodCount:
-    return MethodCount(
-        rank=rank, error=error, trainable=0, untouched=0, weights={}, adapter=0, gradients=0, optimizer={}, step=0,
-        layerwise=0, activations=None,
-    )  # fmt: skip
-
-
 def count_method(
     model: nn.Module,
     method: str,
@@ -141,24 +131,21 @@ def count_method(
     """Attach the reference of a Method, count, and detach it. names: targets for a config without its own."""
     rank = config.get("rank")
     if method in UNREFERENCED:
-        return _failed(rank, f"there is no reference of `{method}` to count")
+        return {"rank": rank, "error": f"there is no reference of `{method}` to count"}
     own, shape = {id(p) for p in model.parameters()}, saved_activations.llama_shape(model, dtype)
-    knobs = configure(method, {})
-    chosen = configure(method, ({"targets": names} if hasattr(knobs, "targets") else {}) | dict(config))
+    targets = {"targets": names} if hasattr(configure(method, {}), "targets") else {}
     try:
-        chosen = without_head_targets(chosen, adaptable_layers(model, chosen), head)
+        chosen, _ = adapted_layers(model, method, targets | dict(config), head)
         adapted = _attach(model, method, chosen)
-    except UsageError as error:
-        return _failed(rank, error.what)
-    except ValueError as error:
-        return _failed(rank, str(error))
+    except (UsageError, ValueError) as error:
+        return {"rank": rank, "error": error.what if isinstance(error, UsageError) else str(error)}
     layers = {path: layer for path, layer in adapted.layers.items() if not in_head(path, head)}
     added = [t for t in adapted.tensors().values() if id(t) not in own]
     for parameter in head.values():
         parameter.requires_grad_(True)
     trains = list({id(p): p for p in (*adapted.parameters(), *head.values())}.values())
     of_layers, calls = saved_activations.saved_by_layers(layers, dtype)
-    every = bytes_of(model_tensors(model)) - bytes_of(added)
+    every = storage_bytes(model_tensors(model)) - storage_bytes(added)
     own_optimizer, largest = adapted.optimizer(1e-3, 0.0) is not None, sorted(trains, key=nn.Parameter.numel)[-1:]
     found = MethodCount(
         rank=rank,
@@ -166,11 +153,11 @@ def count_method(
         trainable=sum(p.numel() for p in trains),
         untouched=experts.untouched(model),
         weights=_weights(every, _frozen(layers), calls, dtype),
-        adapter=bytes_of(added),
-        gradients=bytes_of(trains),
+        adapter=storage_bytes(added),
+        gradients=storage_bytes(trains),
         optimizer=state_sizes.optimizer_bytes(adapted, trains, dtype),
         step=state_sizes.bytes_in_step(trains, dtype, own=own_optimizer),
-        layerwise=bytes_of(largest) + state_sizes.bytes_in_step(largest, dtype, own=own_optimizer),
+        layerwise=storage_bytes(largest) + state_sizes.bytes_in_step(largest, dtype, own=own_optimizer),
         activations=None,
     )
     if shape is not None:
@@ -184,12 +171,6 @@ def count_method(
     return found
 
 
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the distinct storages of `tensors`, on the meta device too."""
-    storages = [t.untyped_storage() for t in tensors]
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
-
-
 def _weights(every: int, frozen: list[Tensor], calls: bool, dtype: torch.dtype) -> dict[str, int]:
     """Map each base that the Method supports to the bytes of everything except the adapter.
 
@@ -197,7 +178,7 @@ def _weights(every: int, frozen: list[Tensor], calls: bool, dtype: torch.dtype) 
     has its own form of the weights.
     """
     if not calls:
-        return {OWN: every - bytes_of(frozen)}
+        return {OWN: every - storage_bytes(frozen)}
     sizes = Counter(weight.numel() for weight in frozen)
     packed = {base: sum(number * (n * dtype.itemsize - state_sizes.packed_bytes(n, base)) for n, number in sizes.items())
               for base in BASES if base != "none" and sizes}  # fmt: skip
@@ -216,7 +197,7 @@ def answer(request: CountRequest) -> ModelCount:
         return count(**request)
     except AssetError as error:
         return {"error": error.what}
-    except _ERRORS as error:
+    except structure.BUILD_ERRORS as error:
         return {"error": _sentence(error)}
 
 

@@ -25,8 +25,6 @@ def main(argv: list[str]) -> None:
 
 
 def _answer(request: Any) -> ModelCount | StepAnswer:
-    if "largest" in request:
-        return isolated_step.search_largest(request)
     return isolated_step.answer(request) if "cell" in request else counting.answer(request)
 
 

@@ -1,6 +1,6 @@
-"""Compute the peak of a training step by a dry step: the Cell's own loop on fake tensors, with their bytes counted.
+"""Compute the peak of a training step by a dry step: run the Cell's loop on fake tensors and count their bytes.
 
-It begins as `harness.cell.training.counted_step` does: the optimizer has its states, and there is no gradient. Nothing is
+It begins like `harness.cell.training.counted_step`: the optimizer has its states, and there is no gradient. Nothing is
 loaded, so a shape may have any size. Run it in a separate process (`harness.memory_model.isolated_step`), because libraries
 cache tensors.
 """
@@ -8,7 +8,7 @@ cache tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
@@ -21,10 +21,11 @@ from harness.assets import shapes, structure
 from harness.cell.training import bypassed_layers, loop, optimizers
 from harness.cell.training import model as models
 from harness.cell.training.batches import Batch, Example, collate
-from harness.cell.training.head import head_of, in_head, without_head_targets
+from harness.cell.training.head import adapted_layers, head_of
 from harness.cell.training.offloaded_weights import release, unused
+from harness.cell.training.random_model import outermost_lists
 from harness.conformance.comparison import whole_model
-from harness.conformance.subject import DTYPES, adaptable_layers, configure
+from harness.conformance.subject import DTYPES
 from harness.errors import UsageError
 from harness.kernels.nf4_format import BLOCK2
 from harness.kernels.torch import adamw8bit_step
@@ -65,7 +66,7 @@ class _DecodedAnew(PackedWeight):
 
 
 class _Packed(Nf4Linear):
-    """A packed 4-bit layer, made without packing, which takes thousands of operations for a large weight."""
+    """A packed 4-bit layer, made without packing: packing a large weight takes thousands of operations."""
 
     def __init__(self, dense: nn.Linear, compute_dtype: torch.dtype, double: bool) -> None:
         nn.Linear.__init__(self, dense.in_features, dense.out_features, bias=False, device="meta")
@@ -109,10 +110,11 @@ def peak(step: DryStep, parts: Sequence[Batch]) -> int:
     blocks. Raises the errors of libraries that do not support fake tensors.
     """
     blocks = _depth(step.config)
-    # The first part starts without gradients, all others with them: of these the largest has the peak.
+    # The first part starts without gradients, the others with them, so that the largest of these has the highest peak.
     parts = [*parts[:1], *sorted(parts[1:], key=lambda part: part.padded_tokens)[-1:]]
     if blocks is not None and blocks > max(_FEW):
-        few, more = (_stages(_cut(step, count), parts, alike=True) for count in _FEW)
+        shallow = (replace(step, config=shapes.first_blocks(step.config, count)) for count in _FEW)
+        few, more = (_stages(one, parts, uniform=True) for one in shallow)
         if few is not None and more is not None:
             return max(few[s] + (blocks - _FEW[0]) * (more[s] - few[s]) for s in more)
     whole = _stages(step, parts)
@@ -127,13 +129,8 @@ def _depth(config: Mapping[str, Any]) -> int | None:
     return None if listed or not isinstance(number, int) else number
 
 
-def _cut(step: DryStep, blocks: int) -> DryStep:
-    key = next(key for key in shapes.DEPTHS if key in step.config)
-    return replace(step, config={**step.config, key: blocks})
-
-
-def _stages(step: DryStep, parts: Sequence[Batch], alike: bool = False) -> dict[str, int] | None:
-    """Take a step and return the peak of each stage. alike: return None if the model's blocks are not equal."""
+def _stages(step: DryStep, parts: Sequence[Batch], uniform: bool = False) -> dict[str, int] | None:
+    """Take a step and return the peak of each stage. uniform: return None if the model's blocks are not equal."""
     cell = step.cell
     model = structure.build(step.config, step.kind, DTYPES[cell.dtype])
     whole_model.one_by_one(model, DTYPES[cell.dtype])
@@ -144,10 +141,10 @@ def _stages(step: DryStep, parts: Sequence[Batch], alike: bool = False) -> dict[
         try:
             adapted, forms = _attached(step, model, head)
         except (ValueError, UsageError):
-            if alike:  # a target that only a deeper model has
+            if uniform:  # a target that only a deeper model has
                 return None
             raise
-        if alike and not _alike(model, _depth(step.config)):
+        if uniform and not _is_uniform(model, _depth(step.config)):
             return None
         for parameter in head.values():
             parameter.requires_grad_(True)
@@ -159,8 +156,8 @@ def _stages(step: DryStep, parts: Sequence[Batch], alike: bool = False) -> dict[
             try:
                 loop.step(adapted, parts, optimizer, seed=0)
             except AttributeError as error:
-                if said := bypassed_layers.explain(error, adapted.layers):
-                    raise UsageError(said) from error
+                if reason := bypassed_layers.explain(error, adapted.layers):
+                    raise UsageError(reason) from error
                 raise
     del forms, layerwise
     return dict(tracker.peaks)
@@ -187,19 +184,14 @@ def _fill(model: nn.Module) -> None:
 def _attached(step: DryStep, model: nn.Module, head: Mapping[str, nn.Parameter]) -> tuple[Adapted, list[Tensor | None]]:
     """Pack a 4-bit base and attach the Method; also return the constants that a worker stores."""
     cell = step.cell
-    config = configure(cell.method, cell.config)
-    matched = adaptable_layers(model, config)
-    packed = cell.base.quantization != "none"
-    paths = [path for path in matched if not in_head(path, head)]
-    config = without_head_targets(config, matched, head)
-    del matched
+    config, paths = adapted_layers(model, cell.method, cell.config, head)
     forms: list[Tensor | None] = []
     double = cell.base.quantization == "nf4-dq"
-    for path in paths if packed else ():
+    for path in paths if cell.base.quantization != "none" else ():
         dense = model.get_submodule(path)
         assert isinstance(dense, nn.Linear)  # noqa: S101
         layer: Nf4Linear = _Packed(dense, DTYPES[cell.dtype], double)
-        if cell.base.implementation == "fused":  # its own layer, for which `fused` has faster code
+        if cell.base.implementation == "fused":  # the layer of `fused`, which has faster code for it
             layer.__class__ = Nf4Linear
         replace_layer(model, path, layer)
         # A worker stores the decoded constants for the check of the codes.
@@ -213,18 +205,23 @@ def _attached(step: DryStep, model: nn.Module, head: Mapping[str, nn.Parameter])
 
 
 @contextmanager
-def _converting() -> Iterator[None]:
+def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
+    """Replace an attribute of a module or class inside the context."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _converting() -> AbstractContextManager[None]:
     """Let `module.to(dtype)` write to fake parameters; torch would swap them, which fails with weak references."""
 
     def become(old: Tensor, new: Tensor) -> None:
         old.data = new.data
 
-    swap = torch.utils.swap_tensors
-    torch.utils.swap_tensors = become
-    try:
-        yield
-    finally:
-        torch.utils.swap_tensors = swap
+    return _replaced(torch.utils, "swap_tensors", become)
 
 
 def _stepped(adapted: Adapted, head: list[nn.Parameter], cell: Cell) -> torch.optim.Optimizer:
@@ -237,23 +234,17 @@ def _stepped(adapted: Adapted, head: list[nn.Parameter], cell: Cell) -> torch.op
     return optimizer
 
 
-@contextmanager
-def _few_chunks() -> Iterator[None]:
+def _few_chunks() -> AbstractContextManager[None]:
     """Run three of the thousands of chunks of a step with 8-bit moments; they have the same peak as all.
 
-    These are the first, the second, which begins while the first's results exist, as any later one does, and the last.
+    These are the first, the second and the last. The second begins while the first's results exist, like any later one.
     """
     every = adamw8bit_step.firsts
-    adamw8bit_step.firsts = lambda n, chunk: sorted({*(found := every(n, chunk))[:2], *found[-1:]})
-    try:
-        yield
-    finally:
-        adamw8bit_step.firsts = every
+    return _replaced(adamw8bit_step, "firsts", lambda n, chunk: sorted({*(found := every(n, chunk))[:2], *found[-1:]}))
 
 
-@contextmanager
-def _decoded_at_once() -> Iterator[None]:
-    """Decode a large 4-bit weight in one operation, as compiled code does; thousands of pieces have the same peak."""
+def _decoded_at_once() -> AbstractContextManager[None]:
+    """Decode a large 4-bit weight in one operation, like compiled code; thousands of pieces have the same peak."""
 
     def decoded(self: PackedWeight, dtype: torch.dtype, out: Tensor | None) -> Tensor:
         if prod(self.shape) < LARGE:
@@ -262,22 +253,12 @@ def _decoded_at_once() -> Iterator[None]:
         return torch.empty(self.shape, dtype=dtype) if out is None else out.view(self.shape)
 
     by_pieces = PackedWeight._decoded
-    PackedWeight._decoded = decoded  # type: ignore[method-assign]  # for layers of Methods too
-    try:
-        yield
-    finally:
-        PackedWeight._decoded = by_pieces  # type: ignore[method-assign]
+    return _replaced(PackedWeight, "_decoded", decoded)  # the class, for layers of Methods too
 
 
-def _lists(model: nn.Module) -> list[nn.ModuleList]:
-    """Return the model's outermost ModuleLists."""
-    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    return [m for path, m in lists.items() if not any(path.startswith(f"{other}.") for other in lists)]
-
-
-def _alike(model: nn.Module, blocks: int | None) -> bool:
+def _is_uniform(model: nn.Module, blocks: int | None) -> bool:
     """Return whether the model has one list of `blocks` blocks with equal names, sizes and dtypes of tensors."""
-    lists = _lists(model)
+    lists = list(outermost_lists(model).values())
     if len(lists) != 1 or len(lists[0]) != blocks:
         return False
     tensors = [{**dict(block.named_parameters()), **dict(block.named_buffers())} for block in lists[0]]
@@ -304,7 +285,7 @@ def _staged(tracker: MemoryTracker, model: nn.Module, optimizer: torch.optim.Opt
         return hook
 
     hooks = [model.register_forward_pre_hook(enters("forward")), optimizer.register_step_pre_hook(enters("step"))]
-    for blocks in _lists(model)[:1]:
+    for blocks in list(outermost_lists(model).values())[:1]:
         hooks += [blocks[0].register_forward_hook(watched("first block"))] if len(blocks) > 1 else []
         hooks += [blocks[-1].register_forward_hook(watched("blocks"))]
     tracker.peaks.clear()

@@ -12,9 +12,10 @@ from functools import cache
 from typing import Any
 
 from harness.cell.training.bypassed_layers import NO_EFFECT
-from harness.memory_model import choices, counting_client, fit
+from harness.memory_model import counting_client, fit
 from harness.memory_model.fit import DOES_NOT_FIT, FitRequest, config_at
 from harness.memory_model.largest_batch import largest_fitting
+from harness.memory_model.ledger import OWN
 from harness.memory_model.messages import MethodCount, ModelCount, SearchOptions, StepAnswer, StepRequest
 from harness.methods.registry import discover
 from harness.methods.spec import methods
@@ -40,7 +41,7 @@ def search_by_steps(request: FitRequest, counted: ModelCount, document: Mapping[
     whether it fits: then it is the largest rank at which one text fits.
     """
     rows = [
-        row | {"peak_B": None, "peak_by": _provider(row["method"]), "no_peak": _untried(row)}
+        row | {"peak_B": None, "peak_by": _provider(row["method"]), "no_peak": "" if row["ledger"] else row["because"]}
         for row in document["rows"]
     ]
     there = [n for n, row in enumerate(rows) if not row["no_peak"]]
@@ -58,10 +59,6 @@ def search_by_steps(request: FitRequest, counted: ModelCount, document: Mapping[
 @cache
 def _provider(method: str) -> str:
     return OURS if OURS in discover().names("method", method) else _REFERENCE
-
-
-def _untried(row: Row) -> str:
-    return str(row["because"]) if row["ledger"] is None else ""
 
 
 class _Search:
@@ -137,7 +134,7 @@ class _Search:
         """Return the request for a row's step, over a base packed by `fused`, with a loss on every token."""
         info = methods()[row["method"]]
         targets = {"targets": self.document["targets"]} if "targets" in info.fields else {}
-        packed = row["base"] not in ("none", choices.OWN)
+        packed = row["base"] not in ("none", OWN)
         recipe = Training(
             steps=1, batch=batch, max_tokens=tokens, lr=1e-3, checkpointing=self.request.checkpointing,
             layerwise=self.request.layerwise and info.spec.trains_weights,
@@ -149,7 +146,7 @@ class _Search:
             implementation=_provider(row["method"]),
             config=config_at(info, row["rank"]) | targets,
             base=Base(quantization=row["base"], implementation=OURS) if packed else Base(),
-            optimizer="adamw" if row["optimizer"] == choices.OWN else row["optimizer"],
+            optimizer="adamw" if row["optimizer"] == OWN else row["optimizer"],
             dtype=self.document["dtype"],
             training=recipe,
             evaluation=Evaluation(items=0),

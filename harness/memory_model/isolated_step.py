@@ -22,7 +22,7 @@ from harness.assets import structure
 from harness.cell.training import model as models
 from harness.cell.training.batches import Batch
 from harness.errors import HarnessError, UsageError
-from harness.memory_model import dry_step, shape_cache
+from harness.memory_model import dry_step, memory_tracker
 from harness.memory_model.largest_batch import search
 from harness.memory_model.messages import StepAnswer, StepRequest
 from harness.methods.peft_config import UNREFERENCED
@@ -31,8 +31,7 @@ from harness.records.record import Cell
 
 TIMEOUT_S = 30.0
 _LATE = f"a step on fake tensors took more than {TIMEOUT_S:.0f} s"
-_ERRORS = (HarnessError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError,
-           TypeError, ValueError)  # fmt: skip
+_ERRORS = (*structure.BUILD_ERRORS, HarnessError, AssertionError)
 """Errors of code that does not support fake tensors; a failed prediction must not stop a Cell."""
 
 
@@ -78,13 +77,11 @@ def _attempts(step: dry_step.DryStep) -> dict[str, dry_step.DryStep]:
 
 
 def answer(request: StepRequest) -> StepAnswer:
-    """Return the peak of a Cell's step on texts of `max_tokens` tokens."""
-    return _answer(Cell.model_validate(request["cell"]), request, request["answer"])
-
-
-def search_largest(request: StepRequest) -> StepAnswer:
-    """Return `tried` and `peak_by` of a search as in `request["largest"]`; or `no_peak`."""
-    cell, options = Cell.model_validate(request["cell"]), dict[str, Any](request["largest"])
+    """Return the peak of a Cell's step on texts of `max_tokens` tokens; or the results of the search in `largest`."""
+    cell = Cell.model_validate(request["cell"])
+    if "largest" not in request:
+        return _answer(cell, request, request["answer"])
+    options = dict[str, Any](request["largest"])
     of, by = options.pop("of"), ""
     import_classes(json.dumps(request["config"]), request["kind"])
 
@@ -131,7 +128,7 @@ def _in_fork(run: Callable[[], int]) -> int | str:
         return "the process of a step on fake tensors ended without a result"
     found: int | str
     found, entries = pickle.loads(answer)  # noqa: S301  # of our own fork
-    shape_cache.outputs.update(entries)
+    memory_tracker.outputs.update(entries)
     return found
 
 
@@ -139,7 +136,7 @@ def _pickled_result(run: Callable[[], int]) -> bytes:
     """Pickle the result of `run`, or the reason why there is none, and its new entries of the shape cache."""
     os.environ["PEFT_HARNESS_COMPILE"] = "0"
     torch.set_num_threads(1)  # torch's pool of threads is the parent's
-    before = len(shape_cache.outputs)
+    before = len(memory_tracker.outputs)
     try:
         found: int | str = run()
     except DynamicOutputShapeException as error:
@@ -152,4 +149,4 @@ def _pickled_result(run: Callable[[], int]) -> bytes:
     except _ERRORS as error:
         first_line = (str(error).strip().splitlines() or [""])[0]
         found = f"a step on fake tensors failed: {type(error).__name__}: {first_line}"
-    return pickle.dumps((found, dict(islice(shape_cache.outputs.items(), before, None))))
+    return pickle.dumps((found, dict(islice(memory_tracker.outputs.items(), before, None))))

@@ -1,8 +1,16 @@
-"""Parts of the memory of a training step. No torch."""
+"""Parts of the memory of a training step, and the bases, optimizers and dtypes of predictions. No torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
+
+from harness.memory_model.messages import MethodCount
+from harness.records.record import Dtype, Optimizer, Quantization
+
+BASES, DTYPES, OPTIMIZERS = get_args(Quantization), get_args(Dtype), get_args(Optimizer)
+OWN = "its own"
+"""Base of a Method that makes its own: QLoRA's codes, PiSSA's residual."""
 
 PARTS = {
     "weights": "the model's weights and buffers, in the base's format, and frozen tensors of the Method (VeRA's "
@@ -32,6 +40,31 @@ class Ledger:
     activations: int
     logits: int
     step: int
+
+    @classmethod
+    def of(
+        cls,
+        one: MethodCount,
+        base: str,
+        optimizer: str,
+        logits: int | None,
+        tokens: int,
+        *,
+        checkpointing: bool,
+        layerwise: bool,
+    ) -> Ledger:
+        """Return the ledger of a Method's counts. logits: bytes per token, if known. tokens: of all texts of a batch."""
+        device, host = one["optimizer"][optimizer]
+        return cls(
+            weights=one["weights"][base],
+            adapter=one["adapter"],
+            gradients=one["layerwise"] if layerwise else one["gradients"],
+            optimizer=device,
+            host=host,
+            activations=one["activations"][checkpointing] * tokens if one["activations"] else 0,
+            logits=(logits or 0) * tokens,
+            step=0 if layerwise else one["step"],
+        )
 
     @property
     def lasting(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, Required, TypedDict
 
 
 class CountRequest(TypedDict):
@@ -22,11 +22,11 @@ class CountRequest(TypedDict):
     """Folder of an encoder's weights: its missing weights train too. Empty for a shape, which lacks none."""
 
 
-class MethodCount(TypedDict):
-    """Bytes of one Method with one config. With an error, every other value is empty."""
+class MethodCount(TypedDict, total=False):
+    """Bytes of one Method with one config. With an error, there are only `rank` and `error`."""
 
-    rank: int | None
-    error: str
+    rank: Required[int | None]
+    error: Required[str]
     """Reason why the Method cannot be attached; else empty."""
     trainable: int
     """Trainable parameters."""

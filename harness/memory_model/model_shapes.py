@@ -37,14 +37,12 @@ def find_model(name: str) -> ModelShape:
     if name in table:
         return _of_table(table[name])
     if name.startswith((".", "/", "~")):
-        return _in_folder(name, user_path(name))
+        path = user_path(name)
+        return _of_file(path / "config.json", name, str(path))
     if name.count("/") == 1:
         return _of_hub(name)
-    raise UsageError(
-        f"no model is named `{name}`",
-        where="MODEL",
-        hint=f"{did_you_mean(name, [*shapes.presets(), *table])}; or a folder (./path), or org/name in the hub's cache",
-    )
+    hint = f"{did_you_mean(name, [*shapes.presets(), *table])}; or a folder (./path), or org/name in the hub's cache"
+    raise UsageError(f"no model is named `{name}`", where="MODEL", hint=hint)
 
 
 def _of_table(source: Source) -> ModelShape:
@@ -54,10 +52,6 @@ def _of_table(source: Source) -> ModelShape:
         what = f"{source.name} is not on this machine, and `fit` downloads nothing"
         raise UsageError(what, where="MODEL", hint="run a suite with it first, e.g. `peft-harness run quick`")
     return ModelShape(source.name, shapes.read_config(here / "config.json", source.name), source.kind, source.source)
-
-
-def _in_folder(name: str, path: Path) -> ModelShape:
-    return _of_file(path / "config.json", name, str(path))
 
 
 def _of_hub(name: str) -> ModelShape:
@@ -70,11 +64,8 @@ def _of_hub(name: str) -> ModelShape:
     except HFValidationError as error:
         raise UsageError(f"`{name}` is no name on the hub: {error}", where="MODEL", hint="write org/name") from error
     if not isinstance(found, str):
-        raise UsageError(
-            f"{name} is not in the hub's cache, and `fit` downloads nothing",
-            where="MODEL",
-            hint=f"`hf download {repository} config.json`, or write ./{name} if it is a folder here",
-        )
+        hint = f"`hf download {repository} config.json`, or write ./{name} if it is a folder here"
+        raise UsageError(f"{name} is not in the hub's cache, and `fit` downloads nothing", where="MODEL", hint=hint)
     return _of_file(Path(found), name, f"hub:{repository}")
 
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from harness.memory_model.activations import LlamaShape, SavedActivations
 from reference.shared.layers import LINEAR, kind_of
 
-_PARTS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 _PART = {
     "self_attn.q_proj": 1, "self_attn.k_proj": 1, "self_attn.v_proj": 1, "self_attn.o_proj": 2, "mlp.gate_proj": 3,
     "mlp.up_proj": 3, "mlp.down_proj": 4,
@@ -23,10 +22,11 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 def llama_shape(model: Any, dtype: torch.dtype) -> LlamaShape | None:
     """Return the sizes of a model with a Llama's blocks (Mistral and Qwen2 too), or None for any other."""
     blocks = list(getattr(getattr(model, "model", None), "layers", ()))
-    if not blocks or any({name for name, _ in block.named_children()} != {*_PARTS, *_NORMS} for block in blocks):
+    children = {"self_attn", "mlp", *_NORMS}
+    if not blocks or any({name for name, _ in block.named_children()} != children for block in blocks):
         return None
     config, attention = model.config, blocks[0].self_attn
-    plain = all(hasattr(getattr(blocks[0], part), name) for part, names in _PARTS.items() for name in names)
+    plain = _PART.keys() <= {path for path, _ in blocks[0].named_modules()}
     if not plain or hasattr(attention, "q_norm") or getattr(config, "hidden_act", "") != "silu":
         return None
     return LlamaShape(

@@ -44,14 +44,9 @@ def parse_size(text: str) -> MemorySize:
 
 def _which(number: str, unit: str) -> str:
     """Return a message with the possible meanings of a size with a wrong or no unit."""
-    letter = unit[:1].upper()
-    if unit.lower() in ("k", "m", "g", "t", "") or unit.lower() in {known.lower() for known in UNITS}:
-        letter = letter or "G"
-        two, ten = next((u, UNITS[u]) for u in UNITS if u.upper() == f"{letter}IB"), UNITS
-        decimal = next(u for u in UNITS if u.upper() == f"{letter}B")
-        as_two, as_ten = int(float(number) * two[1]), int(float(number) * ten[decimal])
-        return (
-            f"`{number}{unit}` may be {number}{two[0]} ({as_two:,} bytes) or {number}{decimal} ({as_ten:,} bytes); write "
-            f"one of the two, in these letters"
-        )
-    return f"`{unit}` is no unit of memory; write one of {', '.join(UNITS)}"
+    if unit.lower() not in ("k", "m", "g", "t", "", *(name.lower() for name in UNITS)):
+        return f"`{unit}` is no unit of memory; write one of {', '.join(UNITS)}"
+    letter = (unit or "G")[0].upper()
+    names = [name for name in UNITS if name[0].upper() == letter]
+    meanings = " or ".join(f"{number}{name} ({int(float(number) * UNITS[name]):,} bytes)" for name in names)
+    return f"`{number}{unit}` may be {meanings}; write one of the two, in these letters"

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.cell.training.master_weights import SIXTEEN_BIT
-from harness.memory_model.choices import OPTIMIZERS
+from harness.cell.training.optimizers import SIXTEEN_BIT
+from harness.memory_model.ledger import OPTIMIZERS
 from harness.methods.spec import Adapted
 from reference import galore
 from reference.operations import adamw8bit, double_quant, paged

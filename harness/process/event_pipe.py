@@ -1,4 +1,4 @@
-"""The worker's end of the event pipe: JSON lines, which nothing that a plug-in prints can reach."""
+"""The worker's end of the event pipe, which carries JSON lines. Output of plug-ins does not reach it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Emit(Protocol):
 
 @contextmanager
 def event_writer(events: int, lifeline: int) -> Iterator[Emit]:
-    """Give a function that reports on the descriptor `events`, and send stdout to stderr, also what a C library prints.
+    """Yield a function that reports on the descriptor `events`, and send stdout to stderr, that of C libraries too.
 
-    A plug-in that forks inherits both; events of the fork are dropped. The process dies with the one that holds the other
-    end of the pipe `lifeline`. The last event is `done`, with the id of the process that watches the lifeline.
+    A fork of a plug-in inherits both, but its events are dropped. This process dies when the process at the other end of the
+    pipe `lifeline` does. The last event is `done`, with the id of the process that watches the lifeline.
     """
     watcher = die_with_parent(lifeline, events)
     os.dup2(2, 1)

@@ -9,9 +9,9 @@ import signal
 def die_with_parent(lifeline: int, *others: int) -> int:
     """Kill this process group when the other end of the pipe `lifeline` closes; return the id of the process that watches.
 
-    A parent that is killed closes the pipe, whatever killed it, also one that is gone already. A small process watches: a
+    The pipe closes when the parent ends in any way, even before this call. A small process watches the pipe: a
     thread of the worker would not run while a library holds the interpreter, and would be killed together with the worker
-    before it could reach the worker's children. `others` are descriptors that the watcher must not hold open.
+    before it could reach the worker's children. others: descriptors that the watcher must not hold open.
     """
     if watcher := os.fork():
         return watcher
@@ -21,4 +21,4 @@ def die_with_parent(lifeline: int, *others: int) -> int:
         os.read(lifeline, 1)  # nothing is ever written: this returns when the pipe closes
     finally:
         os.killpg(0, signal.SIGKILL)
-    raise SystemExit  # never: it has killed itself
+    raise SystemExit  # unreachable: the process has killed itself

@@ -1,4 +1,4 @@
-"""Recognise out-of-memory errors of all libraries. No torch: its classes are known by name."""
+"""Recognise out-of-memory errors of all libraries. No torch: its errors are recognised by their names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Shortage:
 
 
 def shortage(error: BaseException) -> Shortage | None:
-    """Return which memory ran out and the size of the allocation, or None if `error` is about something else."""
+    """Return the memory that ran out and the size of the allocation, or None if `error` has another cause."""
     text = str(error)
     if device := _DEVICE.search(text):
         return Shortage("device", _size(device))

@@ -1,24 +1,25 @@
-"""Start subprocesses, read what they write, and end them together with everything they started. No torch."""
+"""Start subprocesses, read their output, and end them together with all their children. No torch."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import os
 import select
 import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import IO, Self
 
 ANSWER = "answer: "
-"""Prefix of the lines in which a module of ours answers, among the lines that libraries print."""
+"""Prefix of answers on stdout, to separate them from the output of libraries."""
 
 _OUTPUT_LINES = 1000
 _CHUNK_B = 1 << 16
@@ -31,7 +32,7 @@ class Pipe:
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self.is_closed = False
-        """No process holds the writing end any more, and everything written has been read."""
+        """True once no process holds the writing end and all data are read."""
         self._rest = b""
 
     def readable(self, timeout: float = 0.0) -> bool:
@@ -39,23 +40,23 @@ class Pipe:
         return bool(select.select([self.descriptor], [], [], max(0.0, timeout))[0])
 
     def read(self) -> bytes:
-        """Return the next bytes, none at the end of the pipe; blocks if there are none yet."""
+        """Return the next bytes, or none at the end of the pipe. Blocks until there are some."""
         chunk = os.read(self.descriptor, _CHUNK_B)
         self.is_closed = not chunk
         return chunk
 
     def lines(self) -> list[bytes]:
-        """Return the next complete lines; blocks if there are no bytes yet."""
+        """Return the next complete lines. Blocks until there are some bytes."""
         *lines, self._rest = (self._rest + self.read()).split(b"\n")
         return lines
 
 
 class Subprocess:
-    """A process in a session of its own: Ctrl-C does not reach it, and `close` kills it with everything it started.
+    """A process in a separate session: Ctrl-C does not reach it, and `close` kills it together with its children.
 
-    A context manager that closes it. stdout and stderr that are `PIPE` are captured in `output`.
+    A context manager that closes it. `output` captures stdout and stderr if they are `PIPE`.
 
-    The command gets a descriptor for `events`, then one for `lifeline`, as decimal arguments before `arguments`. Raises
+    events, lifeline: add the descriptor of such a pipe to the command, as a decimal argument before `arguments`. Raises
     OSError if the process cannot be started.
     """
 
@@ -73,13 +74,13 @@ class Subprocess:
     ) -> None:
         inherited: list[int] = []
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
-            # The child has its own copies of its ends; with ours open no pipe would ever end.
+            # The child has copies of its ends. Ours must close, or the pipes would never end.
             if events:
                 reading, writing = os.pipe()
                 ours.callback(os.close, reading)
                 theirs.callback(os.close, writing)
                 self.events = Pipe(reading)
-                """The pipe on which it reports; only with `events`."""
+                """The pipe of its reports; only with `events`."""
                 inherited.append(writing)
             if lifeline:
                 reading, writing = os.pipe()
@@ -93,8 +94,8 @@ class Subprocess:
             self._ours = ours.pop_all()
         self.pid = self._process.pid
         self._lines: deque[str] = deque(maxlen=_OUTPUT_LINES)
-        # Into memory, not a file: on a full disk the file would lack just the line that says so. A thread, because a
-        # child with a full pipe would wait for a reader for ever.
+        # In memory, not in a file: on a full disk the file would lack the very line that reports it. In a thread, because
+        # a child with a full pipe would wait for a reader forever.
         self._listeners = [
             threading.Thread(target=self._listen, args=(pipe,), daemon=True)
             for pipe in (self._process.stdout, self._process.stderr)
@@ -128,7 +129,7 @@ class Subprocess:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended and all its events are read. A child of it may hold the pipe open for ever."""
+        """Whether it has ended and all its events are read. One of its children may hold the pipe open forever."""
         return self.events.is_closed or (self.exit_code is not None and not self.events.readable())
 
     def wait(self, timeout: float | None = None) -> int | None:
@@ -138,18 +139,18 @@ class Subprocess:
         return None
 
     def terminate(self, grace: float) -> None:
-        """Ask it to end by SIGTERM, and give it `grace` seconds for that."""
+        """Send SIGTERM, and wait up to `grace` seconds for its end."""
         self._process.terminate()
         self.wait(grace)
 
     def kill_group(self) -> None:
         """Kill its process group, also the children of a process that has ended."""
-        # All may be gone by now; of a group of zombies macOS says PermissionError.
+        # The group may have ended. For a group of zombies macOS raises PermissionError.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Kill what still runs of it, and close its pipes. A second call does nothing."""
+        """Kill the whole group, and close the pipes. A second call does nothing."""
         self.kill_group()
         self._process.wait()
         for listener in self._listeners:
@@ -164,9 +165,9 @@ class Subprocess:
 def python(
     arguments: Sequence[str], environment: Mapping[str, str], after: Sequence[str] = (), *, lifeline: bool = False
 ) -> Subprocess:
-    """Start this Python with `arguments`, capturing what it prints; `environment` is added to this process's own.
+    """Start this Python with `arguments`, and capture its output. environment: added to that of this process.
 
-    after: arguments that follow the descriptor of the lifeline.
+    after: arguments after the descriptor of the lifeline.
     """
     return Subprocess(
         [sys.executable, *arguments],
@@ -179,13 +180,18 @@ def python(
 
 
 def python_module(module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Subprocess:
-    """Start a module of ours that ends when this process does: its first argument is for `die_with_parent`."""
-    # -P: a file in the user's folder must not stand in for a library's module of the same name.
-    return python(["-P", "-m", module], environment, arguments, lifeline=True)
+    """Start a module that ends when this process does: its first argument is for `die_with_parent`."""
+    return python(module_arguments(module), environment, arguments, lifeline=True)
+
+
+def module_arguments(module: str) -> list[str]:
+    """Return the arguments by which Python runs a module."""
+    # -P: a file in the user's folder must not replace a library's module of the same name.
+    return ["-P", "-m", module]
 
 
 def signal_name(exit_code: int) -> str:
-    """Return the name of the signal that ended a process, or an empty string if none did."""
+    """Return the name of the signal that ended a process, or an empty string for a normal exit."""
     if exit_code >= 0:
         return ""
     with contextlib.suppress(ValueError):
@@ -194,38 +200,29 @@ def signal_name(exit_code: int) -> str:
 
 
 def run_in_fork(function: Callable[[], bytes], timeout: float) -> bytes | None:
-    """Return what `function` returns in a fork of this process; nothing if the fork died, None after `timeout` seconds.
+    """Return the result of `function` in a fork of this process; empty if the fork died, None after `timeout` seconds.
 
     The fork stays in this process's group, and ends with it. It prints nothing.
     """
-    reading, writing = os.pipe()
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_send_result, args=(function, sender))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which the child does not wait for
-        child = os.fork()
-    if child == 0:
-        os.close(reading)
-        _be_fork(function, writing)
-    os.close(writing)
+        warnings.simplefilter("ignore", DeprecationWarning)  # about threads, for which the child does not wait
+        child.start()
+    sender.close()
     try:
-        pipe, answer, until = Pipe(reading), b"", time.monotonic() + timeout
-        while pipe.readable(until - time.monotonic()):
-            answer += pipe.read()
-            if pipe.is_closed:
-                return answer
-        return None
+        return receiver.recv_bytes() if receiver.poll(timeout) else None
+    except (EOFError, OSError):
+        return b""
     finally:
-        os.close(reading)
-        os.kill(child, signal.SIGKILL)  # after its end this does nothing: it is not waited for yet
-        os.waitpid(child, 0)
+        receiver.close()
+        child.kill()
+        child.join()
 
 
-def _be_fork(function: Callable[[], bytes], writing: int) -> None:
-    """Write what `function` returns, and end: nothing that the parent does at its end is done twice."""
-    try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (1, 2):
-            os.dup2(nowhere, stream)
-        with open(writing, "wb") as pipe:
-            pipe.write(function())
-    finally:
-        os._exit(0)
+def _send_result(function: Callable[[], bytes], sender: Connection) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    sender.send_bytes(function())

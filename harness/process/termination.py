@@ -1,4 +1,4 @@
-"""Handle SIGTERM (Slurm, systemd, `timeout`, `kill`) and SIGHUP (a closed terminal) as Ctrl-C is handled."""
+"""Handle SIGTERM (Slurm, systemd, `timeout`, `kill`) and SIGHUP (a closed terminal) like Ctrl-C."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Terminated(KeyboardInterrupt):
-    """A signal asked this process to end; its text is the signal's name. A KeyboardInterrupt, so that both are one case."""
+    """A signal requests the end of this process; the text is its name. A KeyboardInterrupt, so that one handler suffices."""
 
 
 @contextmanager
 def handle_termination() -> Iterator[None]:
-    """Raise Terminated in the block on the first such signal, and ignore further ones, so that the clean end completes.
+    """Raise Terminated in the block on the first such signal, and ignore further ones, so that the cleanup completes.
 
-    A signal that is ignored already stays ignored: `nohup` sets that.
+    A signal that was ignored before stays ignored, as `nohup` requests.
     """
     terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
     handlers = {number: signal.getsignal(number) for number in TERMINATION_SIGNALS}
@@ -28,7 +28,7 @@ def handle_termination() -> Iterator[None]:
         for each in handlers:
             signal.signal(each, signal.SIG_IGN)
         if number == signal.SIGHUP:
-            # A write to a terminal that is gone is an error, and would break the clean end off.
+            # Writing to a closed terminal raises an error, which would interrupt the cleanup.
             for descriptor in terminals:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         raise Terminated(signal.Signals(number).name)

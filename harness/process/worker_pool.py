@@ -1,4 +1,4 @@
-"""Workers that report events: watched, and ended with everything they started. No torch."""
+"""Run workers that report events; watch them, and end them together with their children. No torch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from typing import Any
 
 import psutil
 
-from harness.process.supervisor import Subprocess, signal_name
+from harness.process.supervisor import Subprocess, module_arguments, signal_name
 
 _TOKEN = "PEFT_HARNESS_CHILD"  # noqa: S105
 _START_S = 120.0
-"""Silence allowed before the first event: a worker imports torch first, which is no fault of the code under test."""
+"""Minimum silence allowed before the first event: a worker imports torch first, which the tested code cannot speed up."""
 _GRACE_S = 20.0
 """Time for a worker to end after its last event; on a busy machine, closing torch takes seconds."""
 _TICK_S = 0.5
 
 
 class WorkerPool:
-    """The workers of one command, which Ctrl-C ends together."""
+    """The workers of one command. Ctrl-C ends them together."""
 
     def __init__(self) -> None:
         self.stopped = False
@@ -33,17 +33,17 @@ class WorkerPool:
         self._lock = threading.Lock()
 
     def stop(self) -> None:
-        """Kill every worker, and start no other."""
+        """Kill all workers, and start no more."""
         with self._lock:
             self.stopped = True
             for worker in self._alive:
                 worker.kill_group()
 
     def events(self, module: str, task: Mapping[str, Any], patience: float) -> Iterator[dict[str, Any]]:
-        """Run `python -m MODULE EVENTS LIFELINE TASK` and yield the events that it reports, until it reports `done`.
+        """Run `python -m MODULE EVENTS LIFELINE TASK`, and yield the events that it reports before `done`.
 
-        If the worker does not end well, the last event is `died`, with a sentence: after a crash, after `patience` seconds
-        without an event, or if it leaves a process behind. Nothing is left running, also if this process is killed.
+        If the worker fails, the last event is `died`, with the reason: a crash, `patience` seconds without an event, or a
+        process that it leaves behind. No process stays, even if this one is killed.
         """
         token = uuid.uuid4().hex
         with self._lock:
@@ -75,7 +75,7 @@ class WorkerPool:
 
     def _end(self, worker: Subprocess, token: str) -> None:
         worker.close()
-        for other in _marked(token):  # those that have left the process group
+        for other in _marked(token):  # those outside the process group
             with contextlib.suppress(psutil.Error):
                 other.kill()
         with self._lock:
@@ -83,15 +83,14 @@ class WorkerPool:
 
 
 def _start(module: str, task: Mapping[str, Any], token: str) -> Subprocess:
-    # The tensors are tiny, and threads that wait for each other would slow down what runs at the same time.
+    # The tensors are tiny, and threads that wait for each other would slow down other programs.
     environment = {"OMP_NUM_THREADS": "1", **os.environ, _TOKEN: token}
-    # -P: a file in the user's folder must not stand in for a library's module of the same name.
-    command = [sys.executable, "-P", "-m", module]
+    command = [sys.executable, *module_arguments(module)]
     return Subprocess(command, [json.dumps(task)], environment=environment, events=True, lifeline=True)
 
 
 def _events(worker: Subprocess, patience: float) -> Iterator[Any]:
-    """Yield the worker's events until it has ended; None once it was silent for too long."""
+    """Yield the worker's events until it ends, or None after too long a silence."""
     last, allowed = time.monotonic(), max(patience, _START_S)
     while not worker.is_over:
         if worker.events.readable(min(_TICK_S, patience)):
@@ -99,7 +98,7 @@ def _events(worker: Subprocess, patience: float) -> Iterator[Any]:
             for line in worker.events.lines():
                 try:
                     yield json.loads(line)
-                except ValueError:  # a plug-in has found the pipe
+                except ValueError:  # a plug-in has written to the pipe
                     yield line[:40]
         elif time.monotonic() - last >= allowed:
             yield None
@@ -107,7 +106,7 @@ def _events(worker: Subprocess, patience: float) -> Iterator[Any]:
 
 
 def _failure(worker: Subprocess, *, done: bool) -> str:
-    """Return how a worker ended that should be ending by now; an empty string if it ended well."""
+    """Return the failure of a worker that has reported its last event, or an empty string."""
     code = worker.wait(_GRACE_S)
     if code is None:
         return f"the process did not end within {_GRACE_S:g} s of its last event; killed"
@@ -119,7 +118,7 @@ def _failure(worker: Subprocess, *, done: bool) -> str:
 
 
 def _left_behind(worker: Subprocess, watcher: int, token: str) -> list[str]:
-    """Name the processes that a worker started and that do not end within a moment of it."""
+    """Name the processes that a worker started and that outlive it by more than `_GRACE_S` seconds."""
     deadline = time.monotonic() + _GRACE_S
     while names := [n for one in _marked(token) if one.pid not in (worker.pid, watcher) for n in _name(one)]:
         if time.monotonic() > deadline:
@@ -129,7 +128,7 @@ def _left_behind(worker: Subprocess, watcher: int, token: str) -> list[str]:
 
 
 def _marked(token: str) -> Iterator[psutil.Process]:
-    """Yield the living processes that inherited a worker's environment."""
+    """Yield the running processes that inherited a worker's environment."""
     for other in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if other.environ().get(_TOKEN) == token and other.status() != psutil.STATUS_ZOMBIE:

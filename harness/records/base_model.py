@@ -1,9 +1,9 @@
-"""Base class and units of the models of a run's files. No torch."""
+"""Base classes and units for the models of a run's files. No torch."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,6 +21,18 @@ class FrozenModel(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+class ExtendedModel(FrozenModel):
+    """A model with fields that were added after the first published Records."""
+
+    later_fields: ClassVar[tuple[str, ...]]
+    """Names of the added fields."""
+
+    def later(self) -> dict[str, Scalar]:
+        """Return the added fields that are not at their defaults."""
+        defaults = type(self).model_fields
+        return {n: value for n in self.later_fields if (value := getattr(self, n)) != defaults[n].default}
 
 
 def mistake(problem: ValidationError | None) -> str:

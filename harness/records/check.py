@@ -1,13 +1,40 @@
-"""Result of one check, as a Record holds it."""
+"""Result of one check, as a Record stores it, and the identifiers of checks."""
 
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import NamedTuple
 
 from pydantic import model_validator
 
 from harness.records.base_model import FrozenModel
-from harness.records.check_id import CheckId
+
+_SEPARATOR = "/"
+
+
+class CheckId(NamedTuple):
+    """Identifier of a check. Each part may also be a pattern, e.g. `lora/merge/*/*`."""
+
+    target: str
+    """The Method or Operation."""
+    check: str = ""
+    """The check's name, e.g. `gradient`."""
+    dtype: str = ""
+    state: str = ""
+    """`init`, `warm`, `trained` or `call`; `-` for a check without a state."""
+
+    def __str__(self) -> str:
+        return _SEPARATOR.join(self)
+
+    @property
+    def is_complete(self) -> bool:
+        """True if all four parts are present and none contains a separator."""
+        return all(self) and _SEPARATOR not in self.state
+
+    @classmethod
+    def parse(cls, text: str) -> CheckId:
+        """Split an identifier. Missing parts are empty, so an incomplete identifier from an old file is no error."""
+        return cls(*text.split(_SEPARATOR, 3))
 
 
 class Outcome(StrEnum):
@@ -44,6 +71,11 @@ class CheckResult(FrozenModel):
     def id(self) -> CheckId:
         """The parts of `check`."""
         return CheckId.parse(self.check)
+
+    @property
+    def share(self) -> float | None:
+        """The error as a share of the allowance; None if nothing was measured or allowed."""
+        return None if self.error is None or not self.allowed else self.error / self.allowed
 
     @model_validator(mode="after")
     def _numbers_decide_the_outcome(self) -> CheckResult:

@@ -1,4 +1,4 @@
-"""Costs of a Cell other than time and tensors, as its Record holds them: files, energy, the state of a GPU.
+"""Costs of a Cell other than time and tensors, as its Record stores them: files, energy, the state of a GPU.
 
 None always means "not measured", never 0.
 """
@@ -11,12 +11,12 @@ from harness.records.base_model import Bytes, FrozenModel
 
 
 class Checkpoint(FrozenModel):
-    """Sizes of what a user would save, in safetensors format."""
+    """Sizes of the files that a user would save, in safetensors format."""
 
     adapter_file_B: Bytes | None = None
-    """Size of one file with the adapter and the head: all that trains, nothing that can be made again (VeRA's
-    projections, PiSSA's residual). The file is written, measured and removed. None where there is neither adapter
-    nor head, see `because`."""
+    """Size of one file with the adapter and the head: all tensors that train, without those that can be computed
+    again (VeRA's projections, PiSSA's residual). The file is written, measured and removed. None if there is neither
+    adapter nor head, see `because`."""
     head_B: Bytes = 0
     """Part of the adapter file: the tensors of the head."""
     model_B: Bytes

@@ -1,4 +1,4 @@
-"""Environment of a Record: machine, software, code. No torch, so that the runner can use it before any worker starts."""
+"""The environment of a Record: machine, software, code. No torch, because the runner uses it before any worker starts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def code_version() -> str:
 
 @functools.cache
 def gpus() -> tuple[str, ...]:
-    """Return one line per NVIDIA GPU (uuid, name, driver, memory); empty without a driver, and where all are hidden."""
+    """Return one line per NVIDIA GPU (uuid, name, driver, memory); empty if there is no driver or all are hidden."""
     if _hidden(os.environ.get("CUDA_VISIBLE_DEVICES")):
         return ()
     try:
@@ -72,14 +72,14 @@ def _hidden(visible: str | None) -> bool:
 
 
 def physical_cores() -> int:
-    """Return the cores this process may use: its affinity and its cgroup's quota bound them, hyper-threads count once."""
+    """Return the physical cores that this process may use, by its affinity and its cgroup's quota."""
     import psutil
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     bounds = [usable, psutil.cpu_count(logical=False) or usable]
     quota = cgroup_cpus()
     if quota is not None:
-        bounds.append(int(quota))  # a thread beyond the whole cores would only wait for the others
+        bounds.append(int(quota))  # more threads than whole cores would only wait for each other
     return max(1, min(bounds))
 
 
@@ -168,15 +168,15 @@ def _git() -> tuple[str, bool | None]:
     if top is None or shutil.which("git") is None:
         return "", None
 
-    def ask(*words: str) -> str | None:
+    def git(*words: str) -> str | None:
         command = ["git", "-C", str(top), *words]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_GIT_S)
-        except (OSError, subprocess.TimeoutExpired):  # unknown, which is no error
+        except (OSError, subprocess.TimeoutExpired):  # an unknown state is no error
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    sha = ask("rev-parse", "HEAD")
-    # Files that runs write do not change the code: canaries, a night that is not committed yet.
-    status = ask("status", "--porcelain", "--", ".", ":!results")
+    sha = git("rev-parse", "HEAD")
+    # Files that runs write do not change the code.
+    status = git("status", "--porcelain", "--", ".", ":!results")
     return (sha or ""), (None if status is None else bool(status))

@@ -1,11 +1,13 @@
-"""Atomic writes of single files."""
+"""Write single files atomically, and hash them."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness.errors import StoreError
@@ -14,10 +16,21 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 """Errors of file systems without hard links."""
 
 
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def combined_sha256(paths: Sequence[Path]) -> str:
+    """Return one SHA-256 over the names and hashes of files."""
+    return hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in paths).encode()).hexdigest()
+
+
 def unwritable(file: Path) -> str:
     """Return the reason why a file cannot be written; empty if it can."""
-    if file.exists() and not file.is_file():  # it would be replaced, and all processes share /dev/null
-        return f"{file} is no file that could be replaced"
+    if file.exists() and not file.is_file():  # e.g. /dev/null, which all processes share, must not be replaced
+        return f"{file} is no regular file"
     if not file.parent.is_dir():
         return f"{file}: there is no folder {file.parent}"
     try:

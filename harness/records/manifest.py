@@ -1,4 +1,4 @@
-"""run.json and footer.json: the request of a run, and its end. Records of its Cells are in `record`."""
+"""run.json and footer.json: the request of a run, and its end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Comparison(FrozenModel):
 
 class Tuning(FrozenModel):
     """A declared search for a learning rate. The Cells of `sweep` differ from those of `cells` in the learning
-    rate, the seed and the test items, and are not ranked; they show how much the choice of `cells` matters."""
+    rate, the seed and the test items. They are not ranked; they show the effect of the choice."""
 
     entry: str
     """Id of the entry in the suite."""
@@ -52,7 +52,7 @@ class Manifest(FrozenModel):
     suite_sha256: str
     """Hash of the suite's file."""
     suite_text: str = ""
-    """The YAML as it was read: its file may be elsewhere, and change later. Empty in runs from before it was saved."""
+    """Content of the suite's file, which may change later. Empty in older runs."""
     comparisons: list[Comparison] = Field(default=[])
     """Questions of the suite."""
     tuning: list[Tuning] = Field(default=[])
@@ -78,20 +78,20 @@ class Footer(FrozenModel):
     ended: str
     """End in UTC, ISO 8601."""
     how: Literal["finished", "interrupted", "failed"]
-    """How the run ended."""
+    """End of the run."""
     counts: dict[str, int]
     """Records per status, of the last attempt at each Cell."""
     missing: list[str]
     """Expected Cells without any Record."""
     kept: int = 0
-    """Cells with a Record of an earlier invocation. The seconds below are those of the last invocation alone."""
+    """Cells with a Record of an earlier invocation. The seconds below belong to the last invocation only."""
     seconds_total: Seconds
     """Wall time of the last invocation."""
     seconds_in_cells: Seconds
     """Time in which a Cell was running."""
     seconds_outside: dict[str, float]
-    """The other time, by use: `startup`, `fetch`, `scheduling`. The page is made after the footer, in about half a
+    """Other time, by activity: `startup`, `fetch`, `scheduling`. The page is made after the footer, in about half a
     second."""
     sha256: dict[str, str] = Field(default={})
     """Hashes of run.json and of each Record, by path in the run's folder, so that later changes are detected.
-    Empty in runs from before hashes were saved."""
+    Empty in older runs."""

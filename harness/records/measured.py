@@ -1,4 +1,4 @@
-"""Measurements of one Cell, as its Record holds them: raw samples, counts, per-item results."""
+"""Measurements of one Cell, as its Record stores them: raw samples, counts, per-item results."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class TrainingMeasured(FrozenModel):
     timing_warmup: int
     """First steps that do not count as steady state."""
     cpu_seconds: Seconds | None = None
-    """CPU time of the whole process, all threads, over the time of all `step_seconds`. Far less than that time
-    times the threads means that they waited, e.g. for other processes."""
+    """CPU time of the whole process, all threads, over the time of all `step_seconds`. If it is far less than that
+    time multiplied by the threads, they waited, e.g. for other processes."""
     optimizer: dict[str, Json] = Field(default={})
-    """Optimizer as it was: its class, the pager of its states, and the numbers of each of its groups."""
+    """Optimizer: its class, the pager of its states, and the numbers of each of its groups."""
     text_rules: str = ""
     """Rules by which texts became tokens, and which tokens carry loss."""
     cut_examples: int | None = None
@@ -41,14 +41,14 @@ class TrainingMeasured(FrozenModel):
     """Hash over the ids of the examples of every batch, in order: equal for two Records that were trained on the
     same data."""
     initial_state_sha256: str = ""
-    """Hash over names, dtypes, shapes and bytes of all that trains, before the first step."""
+    """Hash over names, dtypes, shapes and bytes of all trained tensors, before the first step."""
 
 
 class Latency(FrozenModel):
     """Raw forward times of one variant of the model."""
 
     variant: Literal["base", "unmerged", "merged", "multi-adapter"]
-    """Variant of the model. `multi-adapter`: every row of the batch goes through an adapter of its own."""
+    """Variant of the model. `multi-adapter`: each row of the batch has a different adapter."""
     kind: Literal["forward", "prefill", "decode"]
     """Kind of pass. `decode` is seconds per generated token, with a key-value cache."""
     batch: int
@@ -60,8 +60,7 @@ class Latency(FrozenModel):
     because: str = ""
     """Reason for no samples."""
     adapters: int | None = None
-    """Adapters that a batch of several mixes: as many as rows, or 1 for the same batch through one adapter; None
-    for other batches."""
+    """Adapters in the batch: one per row, or 1 for the same batch with a single adapter; None for other variants."""
 
 
 class Item(FrozenModel):
@@ -74,7 +73,7 @@ class Item(FrozenModel):
 
 
 class Accuracy(FrozenModel):
-    """Accuracy on `items`, with its interval for a new sample of items. One seed tells nothing of other seeds."""
+    """Accuracy on `items`, with its interval for a new sample of items. The interval does not cover other seeds."""
 
     metric: str
     """Metric of the task."""
@@ -83,7 +82,7 @@ class Accuracy(FrozenModel):
     value: float
     """Share of the items that are right."""
     low: float
-    """Lower end of the interval for a new sample of items; it tells nothing of other seeds."""
+    """Lower end of the interval for a new sample of items; it does not cover other seeds."""
     high: float
     """Upper end of the same interval."""
     interval: str
@@ -92,6 +91,11 @@ class Accuracy(FrozenModel):
     """Scored items."""
     cut_items: int | None = None
     """Scored items that were longer than `max_tokens` and were cut; None: not counted."""
+
+    @property
+    def answers(self) -> dict[str, int]:
+        """Whether each item was answered correctly, 0 or 1, by the id of the item."""
+        return {item.id: item.correct for item in self.items}
 
     @model_validator(mode="after")
     def _items_decide_the_value(self) -> Accuracy:

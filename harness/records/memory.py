@@ -1,4 +1,4 @@
-"""Memory of a Cell, as its Record holds it: counted and predicted."""
+"""Memory of a Cell, as its Record stores it: counted and predicted."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ class Predicted(FrozenModel):
     (`harness/memory_model/dry_step.py`). In a Record it is of the batches that were trained on, in a plan of the
     longest texts. None without training, and where `no_peak` gives the reason."""
     peak_by: str = ""
-    """Code that took that step, where the Cell's own, or that of its base, cannot run on fake tensors."""
+    """Code that took that step, if the Cell's code, or its base, cannot run on fake tensors."""
     no_peak: str = ""
     """Reason for no predicted peak."""
     untouched: str = ""
-    """Number of weights that neither `all-linear` nor a base in 4 bits reaches although the Cell means all: those
-    of experts."""
+    """Number of weights that neither `all-linear` nor a base in 4 bits reaches although the Cell names all: weights of
+    experts."""
 
     @property
     def passing_B(self) -> int:  # noqa: N802  # a unit, as of the fields
-        """Memory that comes and goes in every step, as far as known: the larger of two parts that never exist together."""
+        """Known memory that each step allocates and frees: the larger of two parts that never exist together."""
         return max((self.activations_B or 0) + (self.logits_B or 0), self.step_B)
 
     @property
     def total_B(self) -> int:  # noqa: N802
-        """Highest memory on the device at one time, as far as known: by formulas or by a step, the larger."""
+        """Highest known memory on the device at one time: by formulas or by a step, whichever is larger."""
         by_formulas = self.weights_B + self.adapter_B + self.gradients_B + self.optimizer_B + self.passing_B
         # The step was on a CPU, whose memory is that of the device and the host.
         return max(by_formulas, (self.peak_B or 0) - self.optimizer_host_B)
@@ -67,7 +67,7 @@ class Memory(FrozenModel):
     adapter_B: Bytes
     """Trainable tensors."""
     gradients_B: Bytes
-    """Gradients of all that trains; with layer-wise updates those of the largest tensor, the most at one time."""
+    """Gradients of all trained tensors; with layer-wise updates those of the largest tensor, the most at one time."""
     optimizer_B: Bytes
     """Optimizer states on the device."""
     optimizer_host_B: Bytes = 0
@@ -77,9 +77,9 @@ class Memory(FrozenModel):
 
     On a CPU it is counted in one more step after the training, on the batch with the most tokens in one pass: existing
     tensors plus every allocation and release, so that equal programs have equal numbers. It includes GaLore's SVD only if
-    that step has one; `harness/cell/measure/allocations.py` lists what it does not see. On a GPU it is the highest of all
-    steps by torch's allocator. None without training, where memory had no room for the count (see `notes`), and in Records
-    from before it was counted.
+    that step has one; `harness/cell/measure/memory.py` lists the tensors that it misses. On a GPU it is the highest of
+    all steps by torch's allocator. None without training, if the memory did not suffice for the count (see `notes`), and in
+    older Records.
     """
     predicted: Predicted | None = None
     """Prediction from the model's shape."""

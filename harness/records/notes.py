@@ -1,4 +1,4 @@
-"""Facts about a Record that are plain text in the notes of older Records."""
+"""Read facts that older Records have only as text in their notes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from harness.records.record import NoteKind, Record
 
 _OLD_CONCURRENCY = re.compile(r"up to (\d+) Cells ran at once")
 _OLD_TEXTS = {NoteKind.UNREACHED_EXPERTS: "are neither adapted nor packed into 4 bits"}
-"""A part of the text of each kind, in Records without `typed_notes`."""
+"""A part of the text of each kind, for Records without `typed_notes`."""
 
 
 def concurrency_note(cells: int) -> list[str]:
@@ -25,6 +25,6 @@ def concurrent_cells(record: Record) -> int:
 
 def notes_of_kind(record: Record, kind: NoteKind) -> list[str]:
     """Return the texts of a Record's notes of one kind."""
-    if record.concurrent_cells is not None:  # saved since typed_notes are
+    if record.concurrent_cells is not None:  # added together with typed_notes
         return [note.text for note in record.typed_notes if note.kind is kind]
     return [note for note in record.notes if _OLD_TEXTS[kind] in note]

@@ -1,7 +1,7 @@
 """The Record of one attempt at a Cell: the request and the findings. No torch, no computation.
 
-Units are base units (seconds, bytes, 1); every number is finite. Fields are only ever added (`SCHEMA` counts removals
-and changes of meaning, so that an old reader refuses what it would misread).
+Units are base units (seconds, bytes, 1); every number is finite. Fields may be added. `SCHEMA` counts removals and changes
+of meaning, so that an old reader refuses a file that it would misread.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import json
 from collections.abc import Mapping
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from harness.records.base_model import Bytes as Bytes
+from harness.records.base_model import ExtendedModel, Joules
 from harness.records.base_model import FrozenModel as FrozenModel
-from harness.records.base_model import Joules
 from harness.records.base_model import Json as Json
 from harness.records.base_model import Scalar as Scalar
 from harness.records.base_model import Seconds as Seconds
@@ -32,7 +32,6 @@ from harness.records.measured import Parameters as Parameters
 from harness.records.measured import TrainingMeasured as TrainingMeasured
 from harness.records.memory import Memory as Memory
 from harness.records.memory import Predicted as Predicted
-from harness.records.training import LATER
 from harness.records.training import Training as Training
 
 SCHEMA = 1
@@ -71,10 +70,9 @@ class Base(FrozenModel):
 
 DECODED = 8
 """Tokens decoded after the prompt of a latency, repeatedly where more are requested; they take positions too."""
-_LATER = ("skip", "latency", "prompt_batch", "prompt_tokens", "passes")
 
 
-class Evaluation(FrozenModel):
+class Evaluation(ExtendedModel):
     """Scoring of a Cell and its latencies."""
 
     items: int
@@ -82,25 +80,21 @@ class Evaluation(FrozenModel):
     batch: int = 32
     """Test items per forward pass."""
     skip: int = 0
-    """Test items passed over before the first one that is scored. Items that choose a learning rate must not rank
-    it."""
+    """Test items before the first scored one. Items that choose a learning rate must not rank it."""
     latency: bool = True
-    """Whether latencies are measured. Of Cells that differ in the seed alone, one is enough."""
+    """Whether latencies are measured. One of several Cells that differ only in the seed is enough."""
     prompt_batch: int = 1
     """Prompts in a forward pass of a latency."""
     prompt_tokens: int = 32
-    """Tokens of each prompt of a latency, at most as many as the model has positions for."""
+    """Tokens of each prompt of a latency, limited to the model's positions."""
     passes: int | None = None
     """Minimum of timed passes (when decoding, tokens) for each variant of a latency; None: a few."""
+
+    later_fields: ClassVar = ("skip", "latency", "prompt_batch", "prompt_tokens", "passes")
 
     def untimed(self) -> Evaluation:
         """Return the same without latencies."""
         return Evaluation(items=self.items, batch=self.batch, skip=self.skip, latency=False)
-
-    def later(self) -> dict[str, Json]:
-        """Return the fields that old Records lack, where they are not at their defaults."""
-        defaults = Evaluation(items=0)
-        return {name: value for name in _LATER if (value := getattr(self, name)) != getattr(defaults, name)}
 
 
 class Cell(FrozenModel):
@@ -119,11 +113,11 @@ class Cell(FrozenModel):
     base: Base = Base()
     """Frozen weights under the adapter."""
     optimizer: Optimizer = "adamw"
-    """Optimizer of all that trains."""
+    """Optimizer of all trained tensors."""
     dtype: Dtype = "float32"
     """Dtype of weights and computation."""
     seed: int = 0
-    """Seed of everything that is drawn at random."""
+    """Seed of all random numbers."""
     training: Training
     """Training budget and recipe."""
     evaluation: Evaluation
@@ -141,10 +135,8 @@ class Cell(FrozenModel):
 
         Later fields of Training and Evaluation are included only where they are not at their defaults, so old ids stay.
         """
-        absent = {
-            "training": {*LATER} - self.training.later().keys(),
-            "evaluation": {*_LATER} - self.evaluation.later().keys(),
-        }
+        parts: dict[str, ExtendedModel] = {"training": self.training, "evaluation": self.evaluation}
+        absent = {name: {*part.later_fields} - part.later().keys() for name, part in parts.items()}
         values = self.model_dump(mode="json", exclude=absent)
         text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -174,7 +166,7 @@ class Cell(FrozenModel):
         optimizer = "" if self.optimizer == "adamw" else f" {self.optimizer}"
         settings = self.training.later() if self.training.steps else {}
         later = "".join(f" {name}" if value is True else f" {name}={value:g}" for name, value in settings.items())
-        # Only Cells of a search for a learning rate pass test items over.
+        # Only Cells of a search for a learning rate skip test items.
         tried = f" tried with lr={self.training.lr:g}" if self.evaluation.skip else ""
         return f"{self.model} {method}{rank} [{self.implementation}]{base}{dtype}{optimizer}{later}{tried}"
 
@@ -187,7 +179,7 @@ class Phase(FrozenModel):
     seconds: Seconds
     """Wall time."""
     peak_memory_B: Bytes | None = None
-    """Highest resident (CPU) or allocated (GPU) memory inside the phase; None where the system cannot tell."""
+    """Highest resident (CPU) or allocated (GPU) memory inside the phase; None if the system does not report it."""
     end_memory_B: Bytes | None = None
     """Memory at the end of the phase."""
     load_start: float | None = None
@@ -195,14 +187,14 @@ class Phase(FrozenModel):
     load_end: float | None = None
     """Load average at the end of the phase."""
     energy_J: Joules | None = None
-    """Energy by the counter `Energy.source`; None without a counter and for a phase of under 2 s, which no counter
+    """Energy by the counter `Energy.source`; None without a counter, and for phases of less than 2 s, which no counter
     resolves."""
     gpu: GpuPhase | None = None
     """State of the GPU; None on a CPU."""
 
 
 class Failure(FrozenModel):
-    """Reason why an attempt failed."""
+    """Cause of a failed attempt."""
 
     kind: str
     """Exception class, signal name, or the runner's own term."""
@@ -231,7 +223,7 @@ class Environment(FrozenModel):
     git_sha: str = ""
     """Commit of the checkout; empty outside one."""
     git_dirty: bool | None = None
-    """Whether the checkout had uncommitted changes; None where unknown."""
+    """Whether the checkout had uncommitted changes; None if unknown."""
     threads: int | None = None
     """Threads that torch computes with."""
     extra: dict[str, Json] = {}
@@ -263,7 +255,7 @@ class Provider(FrozenModel):
 
 
 class NoteKind(StrEnum):
-    """Kinds of notes that programs look for."""
+    """Kinds of notes for programs."""
 
     UNREACHED_EXPERTS = "unreached-experts"
 
@@ -294,16 +286,16 @@ class Record(FrozenModel):
     cell: Cell
     """The Cell that was attempted."""
     provider: Provider | None = None
-    """Distribution of the implementation; None where it was not loaded."""
+    """Distribution of the implementation; None if it was not loaded."""
     environment: Environment
     """Machine and software."""
     device: str = ""
     """Device: `cpu` or `cuda`."""
     assets: list[AssetUse] = []
-    """Model, data and task with their hashes, which a name alone does not give."""
+    """Model, data and task with their hashes: a name does not identify the content."""
     layers: list[str] = []
-    """Paths of the adapted layers (of every linear layer, for a Method without targets); empty where the attempt
-    did not come that far."""
+    """Paths of the adapted layers (of all linear layers, for a Method without targets); empty if the attempt ended
+    earlier."""
     started: str
     """Start of the attempt in UTC, ISO 8601."""
     duration_s: Seconds
@@ -317,12 +309,12 @@ class Record(FrozenModel):
     failure: Failure | None = None
     """Failure of an attempt that raised, was killed, or was prevented from running."""
     notes: list[str] = []
-    """Remarks that a reader of the numbers must know, e.g. why a rerun would not be bitwise equal."""
+    """Remarks for readers of the numbers, e.g. why a rerun would not be bitwise equal."""
     typed_notes: list[Note] = []
-    """The notes that programs look for, each also in `notes`; empty in Records from before it was saved."""
+    """Notes for programs, each also in `notes`; empty in older Records."""
     concurrent_cells: int | None = None
-    """Number of Cells, this one included, that may have run on the machine at the same time; None in Records from before
-    it was saved, see `harness.records.notes`."""
+    """Number of Cells, this one included, that may have run on the machine at the same time; None in older Records, see
+    `harness.records.notes`."""
 
     @model_validator(mode="after")
     def _status_decides_content(self) -> Record:
@@ -336,5 +328,15 @@ class Record(FrozenModel):
 
     @property
     def id(self) -> str:
-        """The name other files use for this Record: `cell_id.attempt`."""
+        """The name of this Record in other files: `cell_id.attempt`."""
         return f"{self.cell_id}.{self.attempt}"
+
+    @property
+    def training(self) -> TrainingMeasured | None:
+        """Measurements of the training; None without a training."""
+        return self.measurements.training if self.measurements else None
+
+    @property
+    def accuracy(self) -> Accuracy | None:
+        """Accuracy on the test items; None if the Cell was not scored."""
+        return self.measurements.accuracy if self.measurements else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import weakref
@@ -24,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 
 from harness.errors import StoreError, UsageError
 from harness.records.base_model import mistake
-from harness.records.files import write_atomic
+from harness.records.files import sha256, write_atomic
 from harness.records.manifest import Footer, Manifest
 from harness.records.record import SCHEMA, Record
 
@@ -36,7 +35,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 _TORN: dict[type[BaseModel], str] = {
     Manifest: "it lists the expected Cells: start a new run; the Records can still be read",
-    Record: "the file was torn or edited; move it away and `--resume` the run to measure that Cell again",
+    Record: "the file is incomplete or edited; move it away and `--resume` the run to measure that Cell again",
     Footer: "the run counts as incomplete: `--resume` it to finish it",
 }
 
@@ -62,11 +61,8 @@ def _read(path: Path, kind: type[_Model]) -> _Model:
         found, problem = None, error
     schema = _schema(text) if found is None else getattr(found, "schema_", 0)
     if schema > SCHEMA:
-        raise StoreError(
-            f"written with schema {schema}, this version reads up to {SCHEMA}",
-            where=str(path),
-            hint="install a newer peft-harness",
-        )
+        hint = "install a newer peft-harness"
+        raise StoreError(f"written with schema {schema}, this version reads up to {SCHEMA}", where=str(path), hint=hint)
     if found is None:
         raise StoreError(
             f"not a whole {kind.__name__}: {mistake(problem)}", where=str(path), hint=_TORN[kind]
@@ -96,19 +92,23 @@ class Run:
     footer: Footer | None
     """Content of footer.json; None for an unfinished run."""
     broken: dict[str, str] = field(default_factory=dict)
-    """Unreadable files, with the reason; they are shown, never silently dropped."""
+    """Unreadable files, with the reason. Reports list them."""
     changed: dict[str, str] = field(default_factory=dict)
-    """Files that were changed after the run, by path in the folder, with the change; changed Records do not
-    count."""
+    """Files that were changed after the run, by path in the folder, with the change. Changed Records do not count."""
+
+    @property
+    def how(self) -> str:
+        """End of the run: `finished`, `interrupted`, `failed`, or `incomplete` without a footer."""
+        return self.footer.how if self.footer else "incomplete"
 
     def latest(self) -> dict[str, Record]:
-        """Map cell_id to its newest attempt, in the manifest's order; Cells without a valid newest attempt are left out."""
+        """Map cell_ids to their newest attempts, in the manifest's order, without changed ones."""
         newest, doubtful = self._newest, self.doubtful()
         ids = [cell.cell_id for cell in self.manifest.cells]
         return {i: newest[i] for i in ids if i in newest and i not in doubtful}
 
     def doubtful(self) -> dict[str, str]:
-        """Map the cell_ids of changed newest attempts to the change. An older attempt must not replace one."""
+        """Map cell_ids of changed newest attempts to the change. An older attempt must not replace such an attempt."""
         newest = self._newest
         found = {}
         for name, what in self.changed.items():
@@ -130,8 +130,8 @@ class Run:
 class RunFolder:
     """The writer's side of one run folder.
 
-    `create` and `take` make it the only writer, until `release` or the end of the object or process. A worker writes its one
-    Record for the runner that holds the folder, and needs no separate lock.
+    `create` and `take` make it the only writer, until `release` or the end of the object or process. A worker, which writes
+    one Record for the runner, needs no lock.
     """
 
     def __init__(self, path: Path, lock: int | None = None) -> None:
@@ -177,11 +177,10 @@ class RunFolder:
         return self.path / "logs" / f"{cell_id}.{attempt}.txt"
 
     def next_attempt(self, cell_id: str) -> int:
-        """Return the number of the next attempt, counting from 1. Broken files, and hashed files that were removed, use up
-        their numbers."""
+        """Return the number of the next attempt, from 1. Numbers of broken and of removed files are not reused."""
         files = [*(self.path / "cells").glob(f"{cell_id}.*.json"), *(self.path / "logs").glob(f"{cell_id}.*.txt")]
         files += [Path(name) for name in _sealed(self.path) if name.startswith(f"cells/{cell_id}.")]
-        # Not every name has a number: a torn file may have been renamed to `.1.torn.json`.
+        # Not every name has a number: a user may have renamed a broken file to `.1.torn.json`.
         numbers = [p.stem.removeprefix(f"{cell_id}.").partition(".")[0] for p in files]
         return max((int(n) for n in numbers if n.isdecimal()), default=0) + 1
 
@@ -194,7 +193,7 @@ class RunFolder:
             raise StoreError("this attempt has a Record already", where=str(path)) from error
 
     def reopen(self) -> None:
-        """Remove the footer before the run is resumed. Its hashes are saved: otherwise a resumed run would hide changes."""
+        """Remove the footer before the run is resumed, but save its hashes: without them, changes would go unnoticed."""
         path = self.path / _FOOTER
         try:
             with contextlib.suppress(StoreError):
@@ -207,12 +206,12 @@ class RunFolder:
     def close(self, run: Run, footer: Footer) -> Run:
         """Write footer.json with the hashes of run.json and of all Records of `run`, just read; return the complete run.
 
-        Earlier hashes stay. The hash of a Record that was moved away, to measure its Cell again, is dropped.
+        Earlier hashes stay, except those of Records that were moved away to measure their Cells again.
         """
         known = _sealed(self.path)
         names = ["run.json", *run.changed, *(f"cells/{record.id}.json" for record in run.records)]
         there = {name: self.path / name for name in names if (self.path / name).is_file()}
-        sealed = {name: known.get(name) or _sha256(path) for name, path in there.items()}
+        sealed = {name: known.get(name) or sha256(path) for name, path in there.items()}
         closed = footer.model_copy(update={"sha256": sealed})
         write(self.path / _FOOTER, closed)
         (self.path / _REOPENED).unlink(missing_ok=True)
@@ -220,31 +219,26 @@ class RunFolder:
 
 
 def _lock(path: Path) -> int:
-    """Lock a file and return its descriptor. The kernel unlocks it when its holder dies, so no lock goes stale."""
+    """Lock a file and return its descriptor. The kernel releases the lock when its process dies."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise StoreError(f"cannot write to this run: {error.strerror}", where=str(path)) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The file names the holder for others; only the kernel knows whether the lock is held.
+        # The content names the process for others; only the kernel knows whether the lock is held.
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()} on {os.uname().nodename}\n".encode(), 0)
     except BlockingIOError as error:
         holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "unknown"
         os.close(descriptor)
-        raise UsageError(
-            f"another peft-harness is writing to this run: process {holder}",
-            where=str(path.parent),
-            hint="wait until it ends, or end it; or start a run of your own with another --out",
-        ) from error
+        what = f"another peft-harness is writing to this run: process {holder}"
+        hint = "wait until it ends, or end it; or start another run with another --out"
+        raise UsageError(what, where=str(path.parent), hint=hint) from error
     except OSError as error:
         os.close(descriptor)
-        raise StoreError(
-            f"cannot lock this run: {error.strerror}",
-            where=str(path),
-            hint="keep runs where files can be locked (--out)",
-        ) from error
+        hint = "use a folder (--out) on a file system with file locks"
+        raise StoreError(f"cannot lock this run: {error.strerror}", where=str(path), hint=hint) from error
     return descriptor
 
 
@@ -255,7 +249,7 @@ def refuse_used(path: Path) -> None:
 
 
 def read_record(path: Path) -> Record:
-    """Read one Record; raises StoreError for a torn file."""
+    """Read one Record. Raises StoreError for an incomplete file."""
     return _read(path, Record)
 
 
@@ -267,7 +261,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def read_run(path: Path) -> Run:
-    """Read a run folder, finished or not. Torn Records land in `broken`, as does a torn footer: that run is incomplete."""
+    """Read a run folder, finished or not. Incomplete files are in `broken`; without a footer the run is unfinished."""
     manifest = read_manifest(path)
     records, broken = [], {}
     for file in sorted((path / "cells").glob("*.json")):
@@ -297,11 +291,11 @@ def _changed(path: Path, records: Sequence[Record], broken: Mapping[str, str], *
     """Map each readable file that was changed after the run to its change; empty for a run without hashes."""
     known = _sealed(path)
     found = {}
-    for name, sha256 in known.items():
+    for name, expected in known.items():
         if not (path / name).is_file():
             if complete:  # otherwise it was moved away, and its Cell is measured again
                 found[name] = "was removed after the run"
-        elif Path(name).name not in broken and _sha256(path / name) != sha256:
+        elif Path(name).name not in broken and sha256(path / name) != expected:
             found[name] = "was changed after the run"
     if known and complete:
         names = (f"cells/{record.id}.json" for record in records)
@@ -315,11 +309,6 @@ def _sealed(path: Path) -> dict[str, str]:
         with contextlib.suppress(StoreError):
             return _read(path / name, Footer).sha256
     return {}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_run(name: str, runs: Path = RUNS) -> Path:

@@ -1,16 +1,15 @@
-"""Training budget and recipe of a Cell, as a suite requests them and a Record holds them. No torch."""
+"""Training budget and recipe of a Cell, as a suite requests them and a Record stores them. No torch."""
 
 from __future__ import annotations
 
-from harness.records.base_model import FrozenModel, Scalar
+from typing import ClassVar
 
-LATER = ("accumulate", "checkpointing", "lr_ratio", "compile", "layerwise")
-"""Fields of Training that were added after the first published Records."""
+from harness.records.base_model import ExtendedModel
 
 
-class Training(FrozenModel):
-    """Training budget and recipe. Cells that are compared share it, but for the learning rates and for what
-    changes only the cost (`accumulate`, `checkpointing`, `compile`, `layerwise`)."""
+class Training(ExtendedModel):
+    """Training budget and recipe. Compared Cells share it, except for the learning rates and for options that
+    change only the cost (`accumulate`, `checkpointing`, `compile`, `layerwise`)."""
 
     steps: int
     """Optimizer steps; 0: evaluation only (zero-shot)."""
@@ -19,7 +18,7 @@ class Training(FrozenModel):
     lr: float = 1e-3
     """Peak learning rate: reached by linear warm-up, then linearly down to zero at the last step."""
     head_lr: float | None = None
-    """Learning rate of a new task head; None: `lr`."""
+    """Learning rate of a new task head; None for `lr`."""
     warmup: int = 0
     """Steps of linear learning-rate warm-up."""
     weight_decay: float = 0.0
@@ -27,9 +26,9 @@ class Training(FrozenModel):
     max_tokens: int = 64
     """Length at which texts are truncated, in training and in evaluation."""
     accumulate: int = 1
-    """Micro-batches per optimizer step: the `batch` examples go through the model in so many equal parts. Their
+    """Micro-batches per optimizer step: the `batch` examples go through the model in this number of equal parts. Their
     gradients are summed, each weighted by its labels (for a causal model: the tokens of its answers), so that loss
-    and gradient are those of the whole batch up to rounding. Only the activations of one part are in memory at a
+    and gradient equal those of the whole batch up to rounding. Only the activations of one part are in memory at a
     time."""
     checkpointing: bool = False
     """Gradient checkpointing, by transformers: each block of the model saves only its input and is recomputed in
@@ -45,6 +44,4 @@ class Training(FrozenModel):
     largest one; losses are bitwise the same. For methods that train the model's own weights, in one pass a step,
     with an unscaled loss (no float16)."""
 
-    def later(self) -> dict[str, Scalar]:
-        """Return the later fields that are not at their defaults."""
-        return {n: value for n in LATER if (value := getattr(self, n)) != type(self).model_fields[n].default}
+    later_fields: ClassVar = ("accumulate", "checkpointing", "lr_ratio", "compile", "layerwise")

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from harness.analysis.grouping import group
 from harness.conformance.findings import defects, summary
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
-from harness.errors import EXITS, Exit
-from harness.records import files
+from harness.errors import EXITS, Exit, plural
 from harness.report import html
-from harness.report.formatting import figure, unmeasured
-from harness.report.tones import ICONS
+from harness.report.formatting import check_fields, field, unmeasured
+from harness.report.table_model import column, grouped
+from harness.report.tones import badge, icon, tone
 
 if TYPE_CHECKING:
     from harness.conformance.findings.defects import Defect
     from harness.conformance.findings.report import CheckReport
 
 TEMPLATE = "conformance.html.j2"
-_TONES = {CheckStatus.FAIL: "bad", CheckStatus.KNOWN_DEFECT: "open", CheckStatus.PASS: "good"}
 _WORDS = {
-    Exit.PASS: ("pass", "good"), Exit.FAIL: ("fail", "bad"), Exit.INFRASTRUCTURE: ("not all tried", "open"),
-    Exit.NOTHING_COMPARED: ("nothing compared", "open"),
+    Exit.PASS: "pass", Exit.FAIL: "fail", Exit.INFRASTRUCTURE: "not all tried", Exit.NOTHING_COMPARED: "nothing compared",
 }  # fmt: skip
 _NAMES = {CheckStatus.PASS: "passed", CheckStatus.FAIL: "failed", CheckStatus.KNOWN_DEFECT: "by known defects"}
 
@@ -35,70 +33,60 @@ def render(report: CheckReport) -> str:
 
 def write_page(report: CheckReport, out: Path) -> None:
     """Write the page to `out`, whole or not at all."""
-    files.write_atomic(out, render(report).encode(errors="backslashreplace"))
+    html.write_page(render(report), out)
 
 
 def build(report: CheckReport) -> dict[str, Any]:
     """Return the content of the page as one plain dict."""
-    word, tone = ("interrupted", "open") if report.interrupted else _WORDS[report.exit]
+    word = "interrupted" if report.interrupted else _WORDS[report.exit]
+    plans = sorted(report.plans.items())
     return {
-        "verdict": {"word": word, "tone": tone, "icon": ICONS[tone], "exit": f"exit code {int(report.exit)}"},
+        "verdict": badge(word) | {"exit": f"exit code {int(report.exit)}"},
         "reason": EXITS[report.exit] if report.exit is Exit.NOTHING_COMPARED else _reason(report),
         "counts": [
-            {"tone": _tone(s), "icon": ICONS[_tone(s)], "count": report.count(s), "word": _NAMES.get(s, s.value)}
-            for s in CheckStatus
-            if report.count(s)
+            {**badge(status), "count": count, "word": _NAMES.get(status, status.value)}
+            for status in CheckStatus
+            if (count := report.count(status))
         ],
         "alerts": _alerts(report),
         "matrix": _matrix(report),
-        "failures": [_failed(t) for t in report.tried if t.status is CheckStatus.FAIL],
+        "failures": [_failed(one) for one in report.tried if one.status is CheckStatus.FAIL],
         "defects": [_defect(defect, report) for defect in report.shown_defects()],
         "checks": [_by_check(*key, tried) for key, tried in summary.rows(report.tried).items()],
         "not_checked": _not_checked(report),
         "readings": [
-            {"target": target, "follows": plan.follows, "checks": ", ".join(plan.checks)}
-            for target, plan in sorted(report.plans.items())
+            {"target": target, "follows": plan.follows, "checks": ", ".join(plan.checks)} for target, plan in plans
         ],
         "looser": [
             {"target": target, "check": check, "factor": f"{one.factor:g}", "because": one.because, "link": one.link}
-            for target, plan in sorted(report.plans.items())
+            for target, plan in plans
             for check, one in plan.tolerances.items()
         ],
-        "software": [{"key": key, "value": value} for key, value in report.software.items()],
-        "generated": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "software": report.software,
     }
 
 
 def _reason(report: CheckReport) -> str:
     failed, shown = report.count(CheckStatus.FAIL), len(report.shown_defects())
-    parts = [f"{failed} checks failed" if failed else "no check failed unexpectedly"]
-    if shown:
-        parts.append(f"{shown} known defects of libraries showed")
-    if report.untried:
-        parts.append(f"requested, but not tried: {', '.join(report.untried)}")
-    if report.interrupted:
-        parts.append("interrupted: results so far")
-    return "; ".join(parts)
-
-
-def _tone(status: CheckStatus) -> str:
-    return _TONES.get(status, "quiet")
+    parts = [
+        f"{plural(failed, 'check')} failed" if failed else "no check failed unexpectedly",
+        f"{plural(shown, 'known defect')} of libraries showed" if shown else "",
+        f"requested, but not tried: {', '.join(report.untried)}" if report.untried else "",
+        "interrupted: results so far" if report.interrupted else "",
+    ]
+    return "; ".join(filter(None, parts))
 
 
 def _alerts(report: CheckReport) -> list[dict[str, Any]]:
-    found = [
-        ("Plug-ins that could not be loaded", [f"{name}: {why}" for name, why in report.broken.items()]),
-        ("Known defects that did not show", report.complaints),
-        (
-            "Implementations that did not stay alive",
-            [
-                f"{t.implementation} {t.target} ({t.case}): {t.result.detail}"
-                for t in report.tried
-                if t.check == "alive"
-            ],
-        ),
-    ]
-    return [{"text": text, "items": items} for text, items in found if items]
+    crashes = [one for one in report.tried if one.check == "alive"]
+    found = {
+        "Plug-ins that could not be loaded": [f"{name}: {why}" for name, why in report.broken.items()],
+        "Known defects that did not show": report.complaints,
+        "Implementations that crashed or hung": [
+            f"{one.implementation} {one.target} ({one.case}): {one.result.detail}" for one in crashes
+        ],
+    }
+    return [{"text": text, "items": items} for text, items in found.items() if items]
 
 
 def _matrix(report: CheckReport) -> dict[str, Any]:
@@ -108,31 +96,27 @@ def _matrix(report: CheckReport) -> dict[str, Any]:
         row = {
             "name": implementation, "title": f"{target} by {implementation}", "anchor": "", "record": "",
             "href": f"#{_anchor(target, implementation)}",
-            "figures": [_figure(summary.select_dtype(tried, dtype)) for dtype in dtypes],
+            "fields": [_field(summary.select_dtype(tried, dtype)) for dtype in dtypes],
         }  # fmt: skip
         groups.setdefault(target, []).append(row)
-    return {
-        "id": "matrix", "first": "Implementation", "notes": [],
-        "caption": "Implementations by method or operation and dtype",
-        "columns": [{"label": dtype, "number": False, "title": ""} for dtype in dtypes],
-        "groups": [{"title": target, "rows": rows} for target, rows in groups.items()],
-    }  # fmt: skip
+    columns = [column(dtype, number=False) for dtype in dtypes]
+    caption = "Implementations by method or operation and dtype"
+    return grouped("matrix", caption, columns, groups.items(), first="Implementation")
 
 
-def _figure(tried: list[CheckOutcome]) -> dict[str, Any]:
-    field = summary.summarise(tried)
-    if field is None:
+def _field(tried: list[CheckOutcome]) -> dict[str, Any]:
+    worst = summary.summarise(tried)
+    if worst is None:
         return unmeasured("no case in this dtype")
-    tone = _tone(field.status)
-    if field.status is CheckStatus.PASS:
-        small = "" if field.share is None else f"{field.share:.2f}"
-        return figure(f"{ICONS[tone]} pass", field.share or 0.0, small=small, tone=tone)
-    if field.status in (CheckStatus.FAIL, CheckStatus.KNOWN_DEFECT):
+    status, colour = worst.status, tone(worst.status)
+    if status is CheckStatus.PASS:
+        small = "" if worst.share is None else f"{worst.share:.2f}"
+        return field(f"{icon(status)} pass", worst.share or 0.0, small=small, tone=colour)
+    if status in (CheckStatus.FAIL, CheckStatus.KNOWN_DEFECT):
         # Passing fields sort by their share, at most 1; failures sort above them, by their number.
-        value = 1.0 + field.count
-        text = f"{ICONS[tone]} {field.status.value}"
-        return figure(text, value, small=f"{field.count} of {field.total}", tone=tone)
-    return figure(field.status.value, None, tone=tone, why=_reasons(tried))
+        small = f"{worst.count} of {worst.total}"
+        return field(f"{icon(status)} {status.value}", 1.0 + worst.count, small=small, tone=colour)
+    return field(status.value, None, tone=colour, why=_reasons(tried))
 
 
 def _reasons(tried: Iterable[CheckOutcome]) -> str:
@@ -144,13 +128,8 @@ def _anchor(target: str, implementation: str) -> str:
 
 
 def _failed(one: CheckOutcome) -> dict[str, str]:
-    r = one.result
-    return {
-        "implementation": one.implementation, "check": r.check, "case": one.case, "defect": one.defect,
-        "error": "" if r.error is None else f"{r.error:.3g}", "allowed": "" if r.allowed is None else f"{r.allowed:.3g}",
-        "share": "" if one.share is None else f"{one.share:.3g}", "tensor": r.tensor, "worst": r.worst,
-        "policy": r.policy, "detail": r.detail, "href": f"#{_anchor(one.target, one.implementation)}",
-    }  # fmt: skip
+    href = f"#{_anchor(one.target, one.implementation)}"
+    return check_fields(one.result) | {"implementation": one.implementation, "case": one.case, "href": href}
 
 
 def _defect(defect: Defect, report: CheckReport) -> dict[str, Any]:
@@ -158,40 +137,37 @@ def _defect(defect: Defect, report: CheckReport) -> dict[str, Any]:
     worst = max(shown, key=lambda one: one.share or 0.0)
     reproduction = defects.path().parent / defect.reproduction
     return {
-        **defect.model_dump(mode="json"), "count": len(shown), "worst": _failed(worst),
-        "installed": report.software.get(defect.library, ""), "source": reproduction.read_text(encoding="utf-8"),
+        **defect.model_dump(mode="json"), "count": len(shown), "source": reproduction.read_text(encoding="utf-8"),
+        "worst": {"check": worst.result.check, "case": worst.case, "result": summary.describe(worst.result)},
+        "installed": report.software.get(defect.library, ""),
     }  # fmt: skip
 
 
 def _by_check(target: str, implementation: str, tried: list[CheckOutcome]) -> dict[str, Any]:
     """Summarise one implementation by check, over all cases."""
     dtypes = summary.dtypes(tried)
-    names = list(dict.fromkeys(one.check for one in tried))
-    rows = []
-    for name in names:
-        mine = [one for one in tried if one.check == name]
-        rows.append({"name": name, "figures": [_figure(summary.select_dtype(mine, dtype)) for dtype in dtypes]})
+    checks = group((one.check, one) for one in tried)
+    rows = [
+        {"name": name, "fields": [_field(summary.select_dtype(same, dtype)) for dtype in dtypes]}
+        for name, same in checks.items()
+    ]
     whole = summary.summarise(tried)
     status = whole.status if whole is not None else CheckStatus.SKIPPED
-    return {
+    return badge(status) | {
         "anchor": _anchor(target, implementation), "title": f"{target} by {implementation}", "dtypes": dtypes, "rows": rows,
-        "word": status.value, "tone": _tone(status), "icon": ICONS[_tone(status)],
         "cases": len({(one.case, one.dtype) for one in tried}), "open": status is CheckStatus.FAIL,
     }  # fmt: skip
 
 
 def _not_checked(report: CheckReport) -> list[dict[str, Any]]:
     """List targets that were not tried or not compared, each reason once."""
-    counts: dict[tuple[str, str, str], list[str]] = {}
-    for one in report.tried:
-        if one.status in (CheckStatus.UNSUPPORTED, CheckStatus.SKIPPED):
-            key = (f"{one.implementation} {one.target}", one.status.value, f"{one.check}: {one.result.detail}")
-            counts.setdefault(key, []).append(one.dtype)
-    rows = [
-        {"name": name, "word": word, "why": why, "count": len(dtypes), "dtypes": ", ".join(summary.sort_dtypes(dtypes))}
-        for (name, word, why), dtypes in sorted(counts.items())
+    reasons = group(
+        ((f"{one.implementation} {one.target}", one.status.value, f"{one.check}: {one.result.detail}"), one.dtype)
+        for one in report.tried
+        if one.status in (CheckStatus.UNSUPPORTED, CheckStatus.SKIPPED)
+    )
+    rows = [(name, "not checked", why, "", "") for name, why in report.skipped.items()]
+    rows += [
+        (*key, str(len(dtypes)), ", ".join(summary.sort_dtypes(dtypes))) for key, dtypes in sorted(reasons.items())
     ]
-    whole = [
-        {"name": n, "word": "not checked", "why": why, "count": "", "dtypes": ""} for n, why in report.skipped.items()
-    ]
-    return [*whole, *rows]
+    return [dict(zip(("name", "word", "why", "count", "dtypes"), row, strict=True)) for row in rows]

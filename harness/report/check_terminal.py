@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -45,22 +46,19 @@ def print_matrix(report: CheckReport) -> None:
 def lines(report: CheckReport) -> list[str]:
     """Return lines: every failure, each known defect once, untried targets, counts."""
     failed = [one for one in report.tried if one.status is CheckStatus.FAIL]
-    said = [summary.describe_failure(one) for one in failed[:_MOST_LINES]]
+    found = [summary.describe_failure(one) for one in failed[:_MOST_LINES]]
     if len(failed) > _MOST_LINES:
-        said.append(f"... and {len(failed) - _MOST_LINES} more failures; --json, --html and --junit have them all")
-    defects: dict[str, int] = {}
-    for one in report.tried:
-        if one.status is CheckStatus.KNOWN_DEFECT:
-            defects[one.defect] = defects.get(one.defect, 0) + 1
-    said += [f"known defect {name}: {count} checks (`peft-harness explain {name}`)" for name, count in defects.items()]
-    said += [f"FAIL {complaint}" for complaint in report.complaints]
-    said += [f"BROKEN plug-in {name}: {why}" for name, why in report.broken.items()]
-    said += [f"not checked: {name}: {why}" for name, why in report.skipped.items()]
+        found.append(f"... and {len(failed) - _MOST_LINES} more failures; --json, --html and --junit list all")
+    defects = Counter(one.defect for one in report.tried if one.status is CheckStatus.KNOWN_DEFECT)
+    found += [f"known defect {name}: {count} checks (`peft-harness explain {name}`)" for name, count in defects.items()]
+    found += [f"FAIL {complaint}" for complaint in report.complaints]
+    found += [f"BROKEN plug-in {name}: {why}" for name, why in report.broken.items()]
+    found += [f"not checked: {name}: {why}" for name, why in report.skipped.items()]
     counts = {status: report.count(status) for status in CheckStatus}
     names = {CheckStatus.PASS: "passed", CheckStatus.FAIL: "failed", CheckStatus.KNOWN_DEFECT: "known defects"}
-    said.append(", ".join(f"{count} {names.get(s, s.value)}" for s, count in counts.items() if count or s in names))
+    found.append(", ".join(f"{count} {names.get(s, s.value)}" for s, count in counts.items() if count or s in names))
     if report.untried:
-        said.append(f"requested, but not tried: {', '.join(report.untried)}")
+        found.append(f"requested, but not tried: {', '.join(report.untried)}")
     if report.interrupted:
-        said.append("interrupted: results so far")
-    return said
+        found.append("interrupted: results so far")
+    return found

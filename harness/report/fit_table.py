@@ -1,150 +1,106 @@
-"""Text output of `fit`: one row per Method, base and optimizer, then notes on the accuracy of the prediction."""
+"""Text output of `fit`: one row per Method, base and optimizer, then exceptions, then one line of explanation."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from harness.conformance.tolerance_constants import FOOTPRINT_ACTIVATIONS, FOOTPRINT_LEDGER
+from harness.analysis.grouping import group
 from harness.console import align_columns
-from harness.memory_model.size_units import UNITS, MemorySize
+from harness.memory_model.size_units import MemorySize
 from harness.report.formatting import short_count
 
 _PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "total", "left")
-_WIDTH = 110
+_Row = Mapping[str, Any]
+_Write = Callable[[_Row], str]
 
 
 def as_text(document: Mapping[str, Any]) -> str:
     """Format a document of `fit` as text."""
     size = MemorySize(document["memory_B"], document["unit"])
-    checked, by_formula = document["checked"], document["activations_known"]
-    known = by_formula or checked
-    shown = [part for part in _PARTS if by_formula or part not in ("activations", "logits", "total" * checked)]
-    shown[-1:-1] = ["peak"] if checked else []
-    shown += ["host"] if any(row["ledger"] and row["ledger"]["host_B"] for row in document["rows"]) else []
+    possible = [row for row in document["rows"] if row["ledger"] is not None]
+    refused = [f"  {row['method']}: {row['because']}" for row in document["rows"] if row["ledger"] is None]
     several = len({row["optimizer"] for row in document["rows"]} - {"-"}) > 1
-    head = [
-        "method",
-        "base",
-        *(["optimizer"] if several else []),
-        "rank",
-        *(["batch", "longest"] if known else []),
-        "trains",
-        *shown,
+    columns = _columns(document, possible, size, several)
+    rows = [list(columns), *([write(row) for write in columns.values()] for row in possible)]
+    exceptions = [
+        *_left_out(document),
+        *_experts(document["rows"]),
+        *_without_step(document["rows"]),
+        *(["not possible:", *dict.fromkeys(refused)] if refused else []),
     ]
-    rows, refused = [head], []
-    for row in document["rows"]:
-        name = [row["method"], row["base"], *([row["optimizer"]] if several else [])]
-        if row["ledger"] is None:
-            refused.append(f"  {row['method']}: {row['because']}")
-            continue
-        at = [
-            str(row["rank"] or "-"),
-            *([_batch(row), _tokens(row["longest"])] if known else []),
-        ]
-        rows.append([*name, *at, short_count(row["trainable"]), *(_size(size, row, part) for part in shown)])
-    lines = [
-        *_heading(document, size, several),
-        "",
-        *align_columns(rows),
-        *(["", *left_out] if (left_out := _left_out(document)) else []),
-        *(["", "not possible:", *dict.fromkeys(refused)] if refused else []),
-    ]
-    return "\n".join([*lines, "", *_notes(document, size)])
+    blocks = [_heading(document, size, several), align_columns(rows), exceptions, [_explanation(document, size)]]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def _columns(document: Mapping[str, Any], rows: Sequence[_Row], size: MemorySize, several: bool) -> dict[str, _Write]:
+    """Return the columns of the table: for each heading, a function that writes the field of a row."""
+    checked, by_formula = document["checked"], document["activations_known"]
+    parts = [part for part in _PARTS if by_formula or part not in ("activations", "logits", "total" * checked)]
+    parts[-1:-1] = ["peak"] if checked else []
+    parts += ["host"] if any(row["ledger"]["host_B"] for row in rows) else []
+    columns: dict[str, _Write] = {"method": lambda row: row["method"], "base": lambda row: row["base"]}
+    if several:
+        columns["optimizer"] = lambda row: row["optimizer"]
+    columns["rank"] = lambda row: str(row["rank"] or "-")
+    if by_formula or checked:
+        columns["batch"] = lambda row: "-" if row["batch"] is None else str(row["batch"])
+        columns["longest"] = lambda row: "-" if row["longest"] is None else f"{row['longest']:,}"
+    columns["trainable"] = lambda row: short_count(row["trainable"])
+    return columns | {part: partial(_size, size, part) for part in parts}
 
 
 def _left_out(document: Mapping[str, Any]) -> list[str]:
     """List ranks that a Method does not support, although it supports others."""
     there = {row["method"] for row in document["rows"] if row["rank"] is not None}
-    found: dict[str, list[dict[str, Any]]] = {}
-    for one in document["left_out"]:
-        if one["method"] in there:
-            found.setdefault(one["method"], []).append(one)
+    found = group((one["method"], one) for one in document["left_out"] if one["method"] in there)
     return [
-        f"not tried of {method}: rank {', '.join(str(one['rank']) for one in several)}: {several[0]['because']}"
+        f"not tried for {method}: rank {', '.join(str(one['rank']) for one in several)}: {several[0]['because']}"
         for method, several in found.items()
     ]
 
 
 def _heading(document: Mapping[str, Any], size: MemorySize, several: bool) -> list[str]:
     one = next((row["optimizer"] for row in document["rows"] if row["optimizer"] != "-"), "")
-    keeps = ", gradient checkpointing" if document["gradient_checkpointing"] else ""
-    keeps += ", layer-wise updates where the weights themselves train" if document["layerwise_updates"] else ""
+    options = ", gradient checkpointing" if document["gradient_checkpointing"] else ""
+    options += ", layer-wise updates if the weights themselves train" if document["layerwise_updates"] else ""
     by = f", {one}" if one and not several else ""
     return [
         f"{document['model']} ({document['source']}): {document['parameters']:,} weights in {document['dtype']}",
         f"memory: {size.shown(size.number_B)} {size.unit} = {size.number_B:,} bytes; "
-        f"texts of {document['tokens']} tokens{by}{keeps}",
+        f"texts of {document['tokens']} tokens{by}{options}",
         f"adapted: {', '.join(document['targets'])}",
     ]
 
 
-def _notes(document: Mapping[str, Any], size: MemorySize) -> list[str]:
-    """Return the notes below the table: unit, accuracy, and rows with an exception."""
-    by_formula, checked, rows = document["activations_known"], document["checked"], document["rows"]
-    notes = [
-        f"Sizes in {size.unit} ({UNITS[size.unit]:,} bytes); a negative `left` does not fit. A prediction without allocator "
-        "waste, kernel workspaces and CUDA context: see `peft-harness explain fit`.",
-        *_untouched(rows),
-        *_steps(rows),
-    ]
-    if by_formula:
-        notes.append(
-            f"Tests: weights, adapter, gradients and optimizer within {FOOTPRINT_LEDGER:.0%} of the ledgers of real Cells, "
-            f"activations within {FOOTPRINT_ACTIVATIONS:.0%} of autograd's saved tensors in small Llamas."
-        )
-    elif not checked:
-        notes.append(
-            "Activations are not predicted: the closed form covers Llama-like models only. `left` is for them."
-        )
-    if not checked:
-        notes.append("Temporary tensors are not included: run without --formulas.")
-    return [line for text in notes for line in textwrap.wrap(text, _WIDTH)]
+def _explanation(document: Mapping[str, Any], size: MemorySize) -> str:
+    """Return one line: the unit, and the memory that the columns leave out. The rest is in `explain fit`."""
+    left_out = ["allocator waste", "kernel workspaces", "CUDA context"]
+    if not document["checked"]:
+        left_out.insert(0, "temporary tensors")
+        if not document["activations_known"]:
+            left_out.insert(0, "activations")
+    return f"sizes in {size.unit}; not included: {', '.join(left_out)} (`peft-harness explain fit`)"
 
 
-def _untouched(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    found: dict[str, list[str]] = {}
-    for row in rows:
-        if row["ledger"] and row["untouched"] and row["method"] not in found.setdefault(row["untouched"], []):
-            found[row["untouched"]].append(row["method"])
-    return [f"{', '.join(names)}: {what}." for what, names in found.items()]
+def _experts(rows: Sequence[_Row]) -> list[str]:
+    found = dict.fromkeys((row["untouched"], row["method"]) for row in rows if row["ledger"] and row["untouched"])
+    return [f"{', '.join(names)}: {what}" for what, names in group(found).items()]
 
 
-def _steps(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return notes on the code of the steps, and on rows without a step."""
-    by: dict[str, list[str]] = {}
-    for row in rows:
-        if row.get("peak_B") is not None and row["method"] not in by.setdefault(row["peak_by"], []):
-            by[row["peak_by"]].append(row["method"])
-    code = "; ".join(f"`{name}` of {', '.join(several)}" for name, several in by.items())
-    without_step: dict[str, list[str]] = {}
-    for row in rows:
-        if row["ledger"] and row.get("no_peak"):
-            name = f"{row['method']} on {row['base']} by {row['optimizer']}"
-            without_step.setdefault(row["no_peak"], []).append(name)
-    notes = [
-        f"peak: a training step on fake tensors ({code}), within {FOOTPRINT_LEDGER:.0%} of measured steps of small models."
-    ]
-    return (notes if by else []) + [f"Not checked: {', '.join(names)}; {why}." for why, names in without_step.items()]
+def _without_step(rows: Sequence[_Row]) -> list[str]:
+    """List the rows whose step could not be simulated, by reason."""
+    found = group(
+        (row["no_peak"], f"{row['method']} on {row['base']} by {row['optimizer']}")
+        for row in rows
+        if row["ledger"] and row.get("no_peak")
+    )
+    return [f"no training step simulated for {', '.join(names)}: {why}" for why, names in found.items()]
 
 
-def _batch(row: Mapping[str, Any]) -> str:
-    return "-" if row["batch"] is None else str(row["batch"])
-
-
-def _tokens(number: int | None) -> str:
-    return "-" if number is None else f"{number:,}"
-
-
-def _size(size: MemorySize, row: Mapping[str, Any], part: str) -> str:
-    peak, ledger = row.get("peak_B"), row["ledger"]
-    if part == "peak":
-        return "-" if peak is None else size.shown(peak)
-    if part == "left":
-        return _left(size, ledger["left_B"])
-    return "-" if ledger[f"{part}_B"] is None else size.shown(ledger[f"{part}_B"])
-
-
-def _left(size: MemorySize, number_B: int) -> str:
+def _size(size: MemorySize, part: str, row: _Row) -> str:
+    number_B = row.get("peak_B") if part == "peak" else row["ledger"][f"{part}_B"]
+    if number_B is None:
+        return "-"
     return f"-{size.shown(-number_B)}" if number_B < 0 else size.shown(number_B)

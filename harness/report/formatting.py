@@ -6,6 +6,7 @@ from typing import Any
 
 from harness.analysis.ranking import Score
 from harness.analysis.statistics.intervals import Median
+from harness.records.check import CheckResult
 from harness.records.record import Accuracy
 
 DASH = "—"
@@ -13,20 +14,20 @@ MINUS = "−"
 MIB = 1024 * 1024
 GIB = 1024 * MIB
 
-Figure = dict[str, Any]
+Field = dict[str, Any]
 """Content of a table cell: `text`, `value` to sort by (None if missing), `small` print, warning `flag`, tooltip `why`."""
 
 
-def figure(
+def field(
     text: str, value: float | str | None, *, small: str = "", why: str = "", tone: str = "", flag: str = ""
-) -> Figure:
-    """Return the figure of one value."""
+) -> Field:
+    """Return the field of one value."""
     return {"text": text, "value": value, "small": small, "why": why, "tone": tone, "flag": flag}
 
 
-def unmeasured(why: str) -> Figure:
-    """Return a dash, the figure of a value that was not measured."""
-    return figure(DASH, None, why=why, tone="quiet")
+def unmeasured(why: str) -> Field:
+    """Return a dash, the field of a value that was not measured."""
+    return field(DASH, None, why=why, tone="quiet")
 
 
 def mebibytes(size: int) -> str:
@@ -72,11 +73,24 @@ def probability(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
-def scientific(x: float | None, missing: str = DASH) -> str:
+def scientific(x: float | None) -> str:
     """Write an error or a bound to three digits."""
     if x is None:
-        return missing
+        return DASH
     return f"{x:.3g}" if x == 0 or 1e-3 <= abs(x) < 1000 else f"{x:.2e}"
+
+
+def check_fields(check: CheckResult) -> dict[str, str]:
+    """Write the numbers and texts of a check, for a row of a table."""
+    texts = {name: getattr(check, name) or DASH for name in ("tensor", "worst", "policy")}
+    nonfinite = f"{check.nonfinite} not finite" if check.nonfinite else ""
+    return texts | {
+        "check": check.check,
+        "error": scientific(check.error),
+        "allowed": scientific(check.allowed),
+        "share": DASH if check.share is None else f"{check.share:.2g}",
+        "detail": "; ".join(filter(None, [check.detail, nonfinite])),
+    }
 
 
 def accuracy(a: Accuracy | Score) -> str:

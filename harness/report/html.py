@@ -12,7 +12,7 @@ from harness import resources
 from harness.analysis.comparison.reproducibility import Rerun
 from harness.analysis.run_facts import RunFacts
 from harness.errors import UsageError
-from harness.records import files
+from harness.records import files, store
 from harness.report import view
 
 TEMPLATE = "report.html.j2"
@@ -40,7 +40,7 @@ def fill(template: str, page: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(template).render(
-        page=page,
+        page={**page, "generated": store.now()},
         # Two files of the package, never data: the only unescaped text on the page.
         style=Markup(style),  # noqa: S704
         script=Markup(script),  # noqa: S704
@@ -57,17 +57,22 @@ def policy(style: str, script: str) -> str:
 
 
 def page_path(out: Path, option: str = "--out") -> Path:
-    """Return `out` if a page may be written there; raises UsageError for another kind of file or a device."""
+    """Return `out` if it is an HTML file that may be written. Raises UsageError for another kind of file or a device."""
     if out.suffix.lower() not in (".html", ".htm") or (out.exists() and not out.is_file()):
         raise UsageError(
-            f"{out} is not a page", where=option, hint="name a file that ends in .html; it is written over"
+            f"{out} is not a page", where=option, hint="name a file that ends in .html; an existing one is replaced"
         )
     return out
 
 
+def write_page(page: str, out: Path) -> None:
+    """Write a page to `out`, whole or not at all."""
+    files.write_atomic(out, page.encode(errors="backslashreplace"))
+
+
 def write_report(analysed: Sequence[RunFacts], out: Path, again: Sequence[Rerun] | None = None) -> None:
     """Write the report of one or several runs to `out`, whole or not at all."""
-    files.write_atomic(out, render(analysed, again).encode())
+    write_page(render(analysed, again), out)
 
 
 def _hash(text: str) -> str:

@@ -1,59 +1,87 @@
-"""Figures of latencies: median, interval, percentiles, ratios; and the table of several adapters in one batch."""
+"""Tables of latencies: of base, unmerged and merged model, and of several adapters in one batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import median
 
 from harness.analysis import failed_checks
 from harness.analysis.run_facts import RunFacts
-from harness.analysis.statistics.intervals import median_interval
-from harness.analysis.statistics.percentiles import SHARES, needed, percentile
-from harness.records.record import Latency
+from harness.analysis.statistics.intervals import SHARES, median_interval, percentile, samples_needed
+from harness.records.record import Cell, Latency
 from harness.report import formatting
-from harness.report.formatting import Figure, figure, unmeasured
-from harness.report.table_model import Table, column, measurements, table
+from harness.report.formatting import Field, field, unmeasured
+from harness.report.table_model import Table, column, measured, table
 
-TITLE = "median with its 95 % interval, and the 95th percentile of 20 samples or more; the tooltip has all percentiles"
-
-
-def shown(latency: Latency | None, refused: str = "") -> Figure:
-    """Return the figure of a median with interval and percentiles. refused: reason why it may not be shown."""
-    if refused:
-        return unmeasured(refused)
-    if latency is None:
-        return unmeasured("not requested")
-    if not latency.seconds:
-        return unmeasured(latency.because or "no samples; the Record gives no reason")
-    m = median_interval(latency.seconds)
-    tail = percentile(latency.seconds, 0.95)
-    small = formatting.median_ms(m) + (f" p95 {formatting.milliseconds(tail)}" if tail is not None else "")
-    return figure(
-        formatting.milliseconds(m.value), m.value, small=small, why=f"{m.count} samples; {_percentiles(latency)}"
-    )
+_TITLE = "median with its 95 % interval, and the 95th percentile of 20 samples or more; the tooltip has all percentiles"
+_PASS = column("Pass", "kind of forward pass, batch x tokens", number=False)
 
 
-def _percentiles(latency: Latency) -> str:
-    found = []
-    for share in SHARES:
-        value, name = percentile(latency.seconds, share), f"p{100 * share:.0f}"
-        found.append(
-            f"{name} {formatting.milliseconds(value)} ms" if value is not None else f"no {name} under {needed(share)}"
-        )
-    return ", ".join(found)
+def latency(facts: RunFacts) -> Table:
+    """Tabulate forward times of base, unmerged and merged model, and their ratios."""
+    columns = [
+        _PASS,
+        *(column(f"{v}, ms", _TITLE) for v in ("Base", "Unmerged", "Merged")),
+        column("Unmerged / base", "ratio of medians: the cost of an adapter at inference"),
+        column("Merged / base", "ratio of medians: 1 if merging removes that cost"),
+    ]
+    return table(facts, "latency", "Latency of inference", columns, _latency_rows(facts))
 
 
-def ratio(latency: Latency | None, base: Latency | None, refused: str) -> Figure:
-    """Show a ratio of two medians."""
-    if refused:
-        return unmeasured(refused)
-    if not latency or not base or not latency.seconds or not base.seconds or not median(base.seconds):
-        return unmeasured("one of the two was not measured")
-    quotient = median(latency.seconds) / median(base.seconds)
-    return figure(f"{quotient:.2f}", quotient)
+def _latency_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Field]]]:
+    for record, m in measured(facts):
+        mixed = _mixed(m.latency)  # those have a separate table
+        alone = [x for x in m.latency if x not in mixed]
+        refused, merged_refused = failed_checks.no_speed(record), failed_checks.no_merged_speed(record)
+        for kind, batch, tokens in dict.fromkeys((x.kind, x.batch, x.tokens) for x in alone):
+            found = {x.variant: x for x in alone if (x.kind, x.batch, x.tokens) == (kind, batch, tokens)}
+            base, unmerged, merged = (found.get(v) for v in ("base", "unmerged", "merged"))
+            yield (
+                record.cell,
+                [
+                    _pass(kind, batch, tokens),
+                    _shown(base),
+                    _shown(unmerged, refused),
+                    _shown(merged, merged_refused),
+                    _ratio(unmerged, base, refused),
+                    _ratio(merged, base, merged_refused),
+                ],
+            )
 
 
-def mixed(found: Sequence[Latency]) -> list[Latency]:
+def several_adapters(facts: RunFacts) -> Table:
+    """Tabulate batches with another adapter in each row, compared with the same batch through one adapter."""
+    columns = [
+        _PASS,
+        column("Adapters", "number of adapters in the batch; always four"),
+        column("One for all, ms", f"the same batch through one unmerged adapter: {_TITLE}"),
+        column("One each, ms", _TITLE),
+        column("Each / all", "ratio of medians: the cost of mixing adapters"),
+    ]
+    return table(facts, "mixed", "Several adapters in one batch", columns, _adapter_rows(facts))
+
+
+def _adapter_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Field]]]:
+    for record, m in measured(facts):
+        refused, one_refused = failed_checks.no_mixed_speed(record), failed_checks.no_speed(record)
+        for x in m.latency:
+            if x.variant != "multi-adapter":
+                continue
+            same = [y for y in _mixed(m.latency) if (y.kind, y.batch, y.tokens) == (x.kind, x.batch, x.tokens)]
+            one = next((y for y in same if y.variant == "unmerged"), None)
+            yield (
+                record.cell,
+                [
+                    _pass(x.kind, x.batch, x.tokens),
+                    field(str(x.adapters), x.adapters),
+                    _shown(one, one_refused or ("" if one else x.because)),
+                    _shown(x, refused),
+                    _ratio(x, one, refused or x.because),
+                ],
+            )
+
+
+def _mixed(found: Sequence[Latency]) -> list[Latency]:
     """Return the batches of several adapters, and the batch of one adapter that they are compared with.
 
     Records from before 2026-11-26T14:00Z do not mark that batch, and have no other batch of its size.
@@ -63,30 +91,39 @@ def mixed(found: Sequence[Latency]) -> list[Latency]:
     return [x for x in found if (x.adapters is not None if marked else x.batch in batches)]
 
 
-def several(facts: RunFacts) -> Table:
-    """Tabulate batches with one adapter per row, compared with the same batch through one adapter."""
-    columns = [
-        column("What", "kind of forward pass, batch x tokens", number=False),
-        column("Adapters", "each row of the batch goes through another one; always four"),
-        column("One for all, ms", f"the same batch through one unmerged adapter: {TITLE}"),
-        column("One each, ms", TITLE),
-        column("Each / all", "ratio of medians: what mixing costs"),
-    ]
-    rows = []
-    for cell, m in measurements(facts):
-        record = facts.latest[cell.cell_id]
-        refused, one_refused = failed_checks.no_mixed_speed(record), failed_checks.no_speed(record)
-        for x in m.latency:
-            if x.variant != "multi-adapter":
-                continue
-            same = [y for y in mixed(m.latency) if (y.kind, y.batch, y.tokens) == (x.kind, x.batch, x.tokens)]
-            one = next((y for y in same if y.variant == "unmerged"), None)
-            figures = [
-                figure(f"{x.kind} {x.batch} × {x.tokens}", f"{x.kind} {x.batch:06} {x.tokens:06}"),
-                figure(str(x.adapters), x.adapters),
-                shown(one, one_refused or ("" if one else x.because)),
-                shown(x, refused),
-                ratio(x, one, refused or x.because),
-            ]
-            rows.append({"cell": cell, "figures": figures})
-    return table(facts, "mixed", "Several adapters in one batch", columns, rows)
+def _pass(kind: str, batch: int, tokens: int) -> Field:
+    return field(f"{kind} {batch} × {tokens}", f"{kind} {batch:06} {tokens:06}")
+
+
+def _shown(latency: Latency | None, refused: str = "") -> Field:
+    """Return the field of a median with interval and percentiles. refused: reason why it may not be shown."""
+    if refused:
+        return unmeasured(refused)
+    if latency is None:
+        return unmeasured("not requested")
+    if not latency.seconds:
+        return unmeasured(latency.because or "no samples; the Record gives no reason")
+    m = median_interval(latency.seconds)
+    tail = percentile(latency.seconds, 0.95)
+    small = formatting.median_ms(m) + (f" p95 {formatting.milliseconds(tail)}" if tail is not None else "")
+    why = f"{m.count} samples; {_percentiles(latency)}"
+    return field(formatting.milliseconds(m.value), m.value, small=small, why=why)
+
+
+def _percentiles(latency: Latency) -> str:
+    found = []
+    for share in SHARES:
+        value, name = percentile(latency.seconds, share), f"p{100 * share:.0f}"
+        missing = f"no {name} with fewer than {samples_needed(share)}"
+        found.append(missing if value is None else f"{name} {formatting.milliseconds(value)} ms")
+    return ", ".join(found)
+
+
+def _ratio(latency: Latency | None, base: Latency | None, refused: str) -> Field:
+    """Return the field of the ratio of two medians."""
+    if refused:
+        return unmeasured(refused)
+    if not latency or not base or not latency.seconds or not base.seconds or not median(base.seconds):
+        return unmeasured("one of the two was not measured")
+    quotient = median(latency.seconds) / median(base.seconds)
+    return field(f"{quotient:.2f}", quotient)

@@ -11,17 +11,18 @@ from harness.assets.table import resolve
 from harness.console import align_columns
 from harness.errors import StoreError, plural
 from harness.memory_model import plan_prediction
+from harness.memory_model.plan_prediction import PlannedMemory
 from harness.records import naming, store
-from harness.records.record import SCHEMA, Predicted, Record, Status
-from harness.report.formatting import mebibytes, seconds
+from harness.records.record import SCHEMA, Record, Status
+from harness.report.formatting import mebibytes, seconds, short_count
 from harness.suites.expand import Plan
 from harness.suites.suite import Suite
 
-_HEAD = ("cell", "id", "name", "memory, MiB", "weights", "activations", "last run")
+_HEAD = ("cell", "id", "name", "trainable", "memory, MiB", "weights", "activations", "last run")
 
 
-def predictions(suite: Suite, plan: Plan) -> dict[str, Predicted | str]:
-    """Predict the memory of every Cell of the plan from its model's shape, in one child process; see `footprint.cells`."""
+def predictions(suite: Suite, plan: Plan) -> dict[str, PlannedMemory | str]:
+    """Predict the memory of every Cell of the plan from its model's shape, in one child process; see `plan_prediction`."""
     base = suite.path.resolve().parent
     sources = {cell.model: resolve(cell.model, suite.sources, base) for cell in plan.cells}
     labels = {name: task.labels for name, task in suite.tasks.items()}
@@ -30,7 +31,7 @@ def predictions(suite: Suite, plan: Plan) -> dict[str, Predicted | str]:
 
 
 def planning(
-    suite: Suite, plan: Plan, runs: Path = store.RUNS, predicted: Mapping[str, Predicted | str] | None = None
+    suite: Suite, plan: Plan, runs: Path = store.RUNS, predicted: Mapping[str, PlannedMemory | str] | None = None
 ) -> dict[str, Any]:
     """Return the plan as one document, ready for JSON.
 
@@ -89,20 +90,21 @@ def as_text(document: Mapping[str, Any]) -> str:
     )
 
 
-def _predicted(found: Predicted | str | None) -> dict[str, Any]:
+def _predicted(found: PlannedMemory | str | None) -> dict[str, Any]:
     """Return the keys of a Cell's prediction. total_B: highest memory on the device at one time, as far as known."""
-    if not isinstance(found, Predicted):
+    if not isinstance(found, PlannedMemory):
         return {"predicted": None, "not_predicted": found or ""}
     return {"predicted": {**found.model_dump(), "total_B": found.total_B}, "not_predicted": ""}
 
 
-def _sizes(predicted: Mapping[str, Any] | None) -> tuple[str, str, str]:
-    """Return the total, the weights and the activations with logits, in MiB."""
+def _sizes(predicted: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Return the trainable parameters, and in MiB the total, the weights, and the activations with logits."""
     if predicted is None:
-        return ("-", "-", "-")
+        return ("-",) * 4
     activations = predicted["activations_B"]
     passing = "-" if activations is None else mebibytes(activations + (predicted["logits_B"] or 0))
-    return (mebibytes(predicted["total_B"]), mebibytes(predicted["weights_B"]), passing)
+    sizes = (mebibytes(predicted["total_B"]), mebibytes(predicted["weights_B"]), passing)
+    return (short_count(predicted["trainable"]), *sizes)
 
 
 def _notes(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from harness.analysis.comparison.reproducibility import Rerun
 from harness.analysis.verdict_kind import VerdictKind
 from harness.errors import plural
 from harness.records.store import Run
-from harness.report.tones import icon, tone
+from harness.report.tones import badge
 
 _NO_CAUSE = "no named cause: same machine, software, code, threads, model and data"
 
@@ -21,23 +21,17 @@ def section(runs: Sequence[Run], found: Sequence[Rerun]) -> dict[str, Any]:
     lacking = len(expected - {r.cell_id for r in found})
     if found and lacking and len(runs) > 1:
         sentence += f" {lacking} other{'s have' if lacking > 1 else ' has'} no second ok Record to compare."
-    return {
-        "sentence": sentence,
-        "word": word.value,
-        "icon": icon(word),
-        "tone": tone(word),
-        "rows": [_row(r) for r in found],
-    }
+    return badge(word) | {"sentence": sentence, "rows": [_row(r) for r in found]}
 
 
 def lines(runs: Sequence[Run], found: Sequence[Rerun]) -> list[str]:
     """Return the same section as lines for the terminal."""
     shown = section(runs, found)
-    said = ["", f"{shown['icon']} reproducibility: {shown['sentence']}"]
+    text = ["", f"{shown['icon']} reproducibility: {shown['sentence']}"]
     for row in shown["rows"]:
-        said.append(f"  {row['icon']} {row['name']}: losses {row['losses']}; answers {row['items']}")
-        said += [f"      {why}" for why in row["why"]]
-    return said
+        text.append(f"  {row['icon']} {row['name']}: losses {row['losses']}; answers {row['items']}")
+        text += [f"      {why}" for why in row["why"]]
+    return text
 
 
 def _whole(found: Sequence[Rerun]) -> tuple[VerdictKind, str]:
@@ -45,19 +39,15 @@ def _whole(found: Sequence[Rerun]) -> tuple[VerdictKind, str]:
     unexplained = sum(r.unexplained for r in found)
     explained = sum(not r.equal for r in found) - unexplained
     if not found:
-        return (
-            VerdictKind.NOT_RUN,
-            "Nothing was compared: no Cell has two ok Records, and a copy of a Record is no rerun.",
-        )
+        reason = "Nothing was compared: no Cell has two ok Records, and a copy of a Record is not a rerun."
+        return VerdictKind.NOT_RUN, reason
     if unexplained:
         more = f" and {explained} with a named cause" if explained else ""
-        return (
-            VerdictKind.FAIL,
-            f"Of {cells}, {unexplained} differ{'s' * (unexplained == 1)} without a named cause{more}.",
-        )
+        differ = "differs" if unexplained == 1 else "differ"
+        return VerdictKind.FAIL, f"Of {cells}, {unexplained} {differ} without a named cause{more}."
     if explained:
-        differ = f"{explained} differ{'s' * (explained == 1)}"
-        return VerdictKind.INCONCLUSIVE, f"Of {cells}, {differ}, with a named cause: that is no failure, nor a proof."
+        differ = f"{explained} differ{'s' * (explained == 1)} with a named cause"
+        return VerdictKind.INCONCLUSIVE, f"Of {cells}, {differ}: this is neither a failure nor a proof."
     return VerdictKind.PASS, f"{cells} gave the same losses and answers to the last bit."
 
 
@@ -65,15 +55,13 @@ def _row(r: Rerun) -> dict[str, Any]:
     word = VerdictKind.PASS if r.equal else VerdictKind.FAIL if r.unexplained else VerdictKind.INCONCLUSIVE
     same = {True: "equal to the last bit", False: "differ", None: "none to compare"}
     first = "" if r.first_step is None else f" from step {r.first_step}"
-    why = [*r.causes, *([_NO_CAUSE] if r.unexplained else []), *(f"they part at the {p}" for p in r.parted)]
-    return {
+    why = [*r.causes, *([_NO_CAUSE] if r.unexplained else []), *(f"the runs differ in the {d}" for d in r.seeded)]
+    return badge(word) | {
         "name": r.label,
         "records": [
             {"id": f"{run}/{record}", "text": f"{run} {record[:6]}….{record.rpartition('.')[2]}"}
             for run, record in r.records
         ],
-        "icon": icon(word),
-        "tone": tone(word),
         "losses": same[r.same_losses] + first,
         "items": same[r.same_items],
         "why": why,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -10,15 +11,16 @@ from typing import Any
 
 from harness.analysis import failed_checks, measurements
 from harness.analysis.comparison.reproducibility import strangers, usual_environment
+from harness.analysis.grouping import group
 from harness.analysis.run_facts import RunFacts
 from harness.analysis.trajectories import JudgedTrajectory
 from harness.analysis.verdict import QuestionVerdict
 from harness.conformance.findings.summary import describe
-from harness.records.record import CheckResult, Environment, Json, Outcome, Record, Status
+from harness.records.record import CheckResult, Environment, Failure, Json, Outcome, Record, Status
 from harness.report import formatting, links
-from harness.report.formatting import DASH, GIB
+from harness.report.formatting import DASH, GIB, check_fields
 from harness.report.svg import charts
-from harness.report.tones import icon, tone
+from harness.report.tones import badge
 
 Section = dict[str, Any]
 
@@ -29,12 +31,9 @@ OUTSIDE_TARGET = 0.10
 
 def curves(facts: RunFacts) -> list[Section]:
     """Draw the training losses, one chart per model and task; several seeds are averaged."""
-    titled: dict[str, dict[str, list[Record]]] = {}
-    for record in facts.latest.values():
-        if record.measurements and record.measurements.training and record.measurements.training.losses:
-            title = f"{record.cell.model} · {record.cell.task}"
-            titled.setdefault(title, {}).setdefault(record.cell.recipe_id, []).append(record)
-    series = {title: [_curve(facts, records) for records in found.values()] for title, found in titled.items()}
+    trained = [record for record in facts.latest.values() if record.training and record.training.losses]
+    recipes = group((record.cell.recipe_id, record) for record in trained).values()
+    series = group((f"{r[0].cell.model} · {r[0].cell.task}", _curve(facts, r)) for r in recipes)
     return [
         charts.learning(title, lines[i : i + _CURVES_IN_A_CHART])
         for title, lines in series.items()
@@ -44,7 +43,7 @@ def curves(facts: RunFacts) -> list[Section]:
 
 def _curve(facts: RunFacts, records: Sequence[Record]) -> charts.ChartSeries:
     """Return the mean loss of each step over runs that differ in the seed alone."""
-    losses = [r.measurements.training.losses for r in records if r.measurements and r.measurements.training]
+    losses = [r.training.losses for r in records if r.training]
     if len(losses) == 1:
         return charts.ChartSeries(facts.names[records[0].cell_id], losses[0])
     name = f"{facts.recipes[records[0].cell.recipe_id]}, {len(losses)} seeds"
@@ -53,16 +52,16 @@ def _curve(facts: RunFacts, records: Sequence[Record]) -> charts.ChartSeries:
 
 def losses(facts: RunFacts, judgement: QuestionVerdict) -> Section | None:
     """Show a `same-losses` comparison step by step; None for other comparisons."""
-    if judgement.losses is None:
+    subjects = judgement.trajectories
+    if subjects is None:
         return None
-    subjects = judgement.losses.subjects
-    measured_ones = [s for s in subjects if s.errors]
-    by_noise = [s for s in measured_ones if s.by == "noise"]
+    compared = [s for s in subjects if s.errors]
+    by_noise = [s for s in compared if s.by == "noise"]
     drawing = None
-    if measured_ones:
-        bound = (by_noise or measured_ones)[0]
+    if compared:
+        bound = (by_noise or compared)[0]
         allowed = charts.ChartSeries("allowed" if by_noise else "allowed growth", bound.allowed)
-        lines = [charts.ChartSeries(facts.names[s.cell_id], s.errors) for s in measured_ones]
+        lines = [charts.ChartSeries(facts.names[s.cell_id], s.errors) for s in compared]
         drawing = charts.errors("Distance from the float64 losses", lines, allowed)
     return {
         "says": judgement.comparison.says,
@@ -73,67 +72,41 @@ def losses(facts: RunFacts, judgement: QuestionVerdict) -> Section | None:
 
 
 def _subject(facts: RunFacts, s: JudgedTrajectory) -> Section:
-    return {
+    worst = (None, None) if s.step is None else (s.errors[s.step], s.allowed[s.step])
+    return badge(s.verdict.word) | {
         "name": facts.names[s.cell_id],
         "href": f"#{links.anchor(facts, s.cell_id)}",
-        "word": s.verdict.word.value,
-        "icon": icon(s.verdict.word),
-        "tone": tone(s.verdict.word),
         "ratio": formatting.scientific(s.ratio),
         "step": DASH if s.step is None else str(s.step),
-        "error": DASH if s.step is None else formatting.scientific(s.errors[s.step]),
-        "allowed": DASH if s.step is None else formatting.scientific(s.allowed[s.step]),
+        "error": formatting.scientific(worst[0]),
+        "allowed": formatting.scientific(worst[1]),
         "reason": s.verdict.reason,
     }
 
 
 def checks(facts: RunFacts) -> list[Section]:
-    """List each Cell's checks; Cells with a failed check are expanded."""
-    found = []
-    for record in facts.latest.values():
-        count = {outcome: sum(c.outcome is outcome for c in record.checks) for outcome in Outcome}
-        judged = [(r, c.check) for c in record.checks if (r := _share(c)) is not None]
-        tightest = max(judged, default=None)
-        summary = ", ".join(f"{n} {outcome.value}" for outcome, n in count.items() if n) or "no check was run"
-        red = [c.check for c in failed_checks.failed(record)]
-        if red:
-            summary += f": {', '.join(red)}"
-        elif tightest:
-            summary += f"; nearest to its bound: {tightest[1]} at {tightest[0]:.2g} of what is allowed"
-        word = "fail" if count[Outcome.FAIL] else "pass" if count[Outcome.PASS] else "not-run"
-        found.append(
-            {
-                **links.row(facts, record.cell),
-                "summary": summary,
-                "word": word,
-                "icon": icon(word) if record.checks else "–",
-                "tone": tone(word) if record.checks else "quiet",
-                "open": bool(count[Outcome.FAIL]),
-                "checks": [_check(c) for c in sorted(record.checks, key=lambda c: c.outcome is not Outcome.FAIL)],
-            }
-        )
-    return found
+    """List the checks of each Cell; Cells with a failed check are expanded."""
+    return [_checks(facts, record) for record in facts.latest.values()]
 
 
-def _share(check: CheckResult) -> float | None:
-    return check.error / check.allowed if check.error is not None and check.allowed else None
-
-
-def _check(c: CheckResult) -> Section:
-    share = _share(c)
-    notes = [c.detail, f"{c.nonfinite} not finite" if c.nonfinite else ""]
+def _checks(facts: RunFacts, record: Record) -> Section:
+    counts = Counter(c.outcome for c in record.checks)
+    summary = ", ".join(f"{counts[o]} {o.value}" for o in Outcome if counts[o]) or "no check was run"
+    failed = [c.check for c in failed_checks.failed(record)]
+    shares = [(c.share, c.check) for c in record.checks if c.share is not None]
+    if failed:
+        summary += f": {', '.join(failed)}"
+    elif shares:
+        share, check = max(shares)
+        summary += f"; largest error: {check} at {share:.2g} of its allowance"
+    word = "fail" if failed else "pass" if counts[Outcome.PASS] else "not-run"
+    failed_first = sorted(record.checks, key=lambda c: c.outcome is not Outcome.FAIL)
     return {
-        "check": c.check,
-        "outcome": c.outcome.value,
-        "icon": icon(c.outcome.value),
-        "tone": "quiet" if c.outcome is Outcome.SKIPPED else tone(c.outcome.value),
-        "error": formatting.scientific(c.error),
-        "allowed": formatting.scientific(c.allowed),
-        "share": DASH if share is None else f"{share:.2g}",
-        "tensor": c.tensor or DASH,
-        "worst": c.worst or DASH,
-        "policy": c.policy or DASH,
-        "detail": "; ".join(n for n in notes if n),
+        **links.row(facts, record.cell),
+        **badge(word, "" if record.checks else "quiet"),
+        "summary": summary,
+        "open": bool(failed),
+        "checks": [check_fields(c) | badge(c.outcome) for c in failed_first],
     }
 
 
@@ -143,7 +116,7 @@ def check_sentence(c: CheckResult) -> str:
 
 
 def duration(facts: RunFacts) -> str:
-    """Return the duration of a run as text. The footer of a resumed run covers its last invocation only."""
+    """Return the duration of a run as text. The footer of a resumed run covers only its last invocation."""
     footer = facts.run.footer
     inside = formatting.seconds(sum(r.duration_s for r in facts.latest.values()))
     if footer is None:
@@ -151,8 +124,8 @@ def duration(facts: RunFacts) -> str:
     if not footer.kept:
         return f"took {formatting.seconds(footer.seconds_total)}"
     return (
-        f"resumed: the last invocation took {formatting.seconds(footer.seconds_total)} and kept {footer.kept} of"
-        f" {len(facts.run.manifest.cells)} Cells from earlier; all Cells took {inside} together"
+        f"resumed: the last invocation took {formatting.seconds(footer.seconds_total)}, after {footer.kept} of"
+        f" {len(facts.run.manifest.cells)} Cells had been measured before; all Cells took {inside} together"
     )
 
 
@@ -171,18 +144,21 @@ def time(facts: RunFacts) -> Section:
 def _outside(facts: RunFacts) -> Section:
     footer = facts.run.footer
     if footer is None or footer.seconds_total <= 0:
-        return {"sentence": "Time outside the Cells: unknown, the run has no footer.", "tone": "open", "outside": []}
-    # Cells that run at once add up to more than the run, so the two times are not always complements.
+        return {
+            "sentence": "Time outside the Cells: unknown, since the run has no footer.",
+            "tone": "open",
+            "outside": [],
+        }
+    # The times of concurrent Cells add up to more than that of the run, so the two times are not always complements.
     named = sum(footer.seconds_outside.values())
     outside = max(named, footer.seconds_total - footer.seconds_in_cells)
     share = outside / footer.seconds_total
-    within = share < OUTSIDE_TARGET
     where = "In the last invocation, outside" if footer.kept else "Outside"
     parts = [*footer.seconds_outside.items(), *([("other", outside - named)] if outside - named > 0.05 else [])]
     return {
         "sentence": f"{where} the Cells: {formatting.seconds(outside)} of {formatting.seconds(footer.seconds_total)},"
         f" {formatting.percent(share)}; the aim is under {100 * OUTSIDE_TARGET:.0f} %.",
-        "tone": "good" if within else "bad",
+        "tone": "good" if share < OUTSIDE_TARGET else "bad",
         "outside": [{"name": name, "text": formatting.seconds(s)} for name, s in parts],
     }
 
@@ -190,37 +166,23 @@ def _outside(facts: RunFacts) -> Section:
 def environment(facts: RunFacts) -> Section:
     """Show the environment of most Records of the run, its assets, and the Records from other environments."""
     own = usual_environment(facts.run)
-    elsewhere = [
-        {"differences": "; ".join(differences), "cells": [links.row(facts, r.cell) for r in records]}
-        for differences, records in strangers(facts.run).items()
-        if differences
-    ]
-    assets = {a.name: a for r in facts.latest.values() for a in r.assets}
-    providers = {p.distribution: p.version for r in facts.latest.values() if (p := r.provider)}
-    return {
-        "blocks": [
-            {"title": "Machine", "rows": _pairs(_readable(own.machine) | _threads(own))},
-            {"title": "Software", "rows": _pairs(own.software)},
-            {"title": "Code", "rows": _pairs(_code(facts, own))},
-            {"title": "Implementations from", "rows": _pairs(providers)},
-            {"title": "Workers", "rows": _pairs(_workers(facts))},
-        ],
-        "assets": [
-            {
-                "name": a.name,
-                "source": a.source,
-                "revision": a.revision or DASH,
-                "licence": a.licence or DASH,
-                "sha256": a.sha256 or DASH,
-            }
-            for a in assets.values()
-        ],
-        "strangers": elsewhere,
+    blocks = {
+        "Machine": _readable(own.machine) | {"threads": "not recorded" if own.threads is None else str(own.threads)},
+        "Software": own.software,
+        "Code": _code(facts, own),
+        "Implementations from": {p.distribution: p.version for r in facts.latest.values() if (p := r.provider)},
+        "Workers": _workers(facts),
     }
-
-
-def _threads(e: Environment) -> dict[str, str]:
-    return {"threads": "not recorded" if e.threads is None else str(e.threads)}
+    assets = {a.name: a for r in facts.latest.values() for a in r.assets}
+    return {
+        "blocks": blocks,
+        "assets": [{key: value or DASH for key, value in a.model_dump().items()} for a in assets.values()],
+        "strangers": [
+            {"differences": differences, "cells": [links.row(facts, r.cell) for r in records]}
+            for differences, records in strangers(facts.run).items()
+            if differences
+        ],
+    }
 
 
 def _code(facts: RunFacts, e: Environment) -> dict[str, str]:
@@ -238,11 +200,8 @@ def _code(facts: RunFacts, e: Environment) -> dict[str, str]:
 
 def _workers(facts: RunFacts) -> dict[str, str]:
     """Return the facts that workers report about themselves; several values only if they differ."""
-    values: dict[str, dict[str, None]] = {}
-    for record in facts.latest.values():
-        for key, value in _flat(record.environment.extra):
-            values.setdefault(key, {})[value] = None
-    return {key: " | ".join(found) for key, found in values.items() if any(found)}
+    facts_of = (pair for record in facts.latest.values() for pair in _flat(record.environment.extra))
+    return {key: " | ".join(found) for key, found in group(dict.fromkeys(facts_of)).items() if any(found)}
 
 
 def _flat(extra: dict[str, Json]) -> Iterator[tuple[str, str]]:
@@ -261,39 +220,30 @@ def _readable(machine: dict[str, str]) -> dict[str, str]:
     }
 
 
-def _pairs(mapping: dict[str, str]) -> list[Section]:
-    return [{"key": key, "value": value} for key, value in mapping.items()]
-
-
 def failures(facts: RunFacts) -> list[Section]:
     """List every attempt that failed or that failed a check, earlier ones included."""
-    ill = [r for r in facts.run.records if r.status is not Status.OK or failed_checks.failed(r)]
-    return [_failure(facts, r) for r in ill if r.cell_id in facts.titles]
+    failed = [r for r in facts.run.records if r.status is not Status.OK or failed_checks.failed(r)]
+    return [_failure(facts, r) for r in failed if r.cell_id in facts.titles]
 
 
 def _failure(facts: RunFacts, record: Record) -> Section:
-    f = record.failure
-    memory = []
-    if f and f.requested_B is not None:
-        memory.append(f"requested {formatting.mebibytes(f.requested_B)} MiB")
-    if f and f.last_peak_B is not None:
-        memory.append(f"last peak {formatting.mebibytes(f.last_peak_B)} MiB")
-    superseded = facts.latest[record.cell_id].id != record.id if record.cell_id in facts.latest else False
+    failure = record.failure or Failure(kind="", message="")
+    sizes = {"requested": failure.requested_B, "last peak": failure.last_peak_B}
+    red = failed_checks.failed(record)
+    latest = facts.latest.get(record.cell_id, record)
     return {
         **links.row(facts, record.cell),
+        **badge(Status.NONCONFORMING if red else record.status),
+        **failure.model_dump(include={"kind", "message", "phase", "traceback"}),
         "name": facts.titles[record.cell_id],
         "record": record.id,
-        "status": "ok, but a check failed" if record.status is Status.OK else record.status.value,
-        "icon": icon(Status.NONCONFORMING if failed_checks.failed(record) else record.status),
-        "tone": tone(Status.NONCONFORMING if failed_checks.failed(record) else record.status),
+        "word": "ok, but a check failed" if record.status is Status.OK else record.status.value,
         "because": record.because or "Measured, although a check failed; speeds of what failed are not shown",
-        "superseded": "a later attempt exists" if superseded else "",
-        "kind": f.kind if f else "",
-        "message": f.message if f else "",
-        "phase": f.phase if f else "",
-        "memory": ", ".join(memory),
-        "traceback": f.traceback if f else "",
-        "checks": [check_sentence(c) for c in failed_checks.failed(record)],
+        "superseded": "a later attempt exists" if latest.id != record.id else "",
+        "memory": ", ".join(
+            f"{name} {formatting.mebibytes(size)} MiB" for name, size in sizes.items() if size is not None
+        ),
+        "checks": [check_sentence(c) for c in red],
         "log": f"logs/{record.id}.txt",
     }
 
@@ -317,8 +267,5 @@ def rerun(facts: RunFacts) -> Section:
 
 def notes(facts: RunFacts) -> list[Section]:
     """Collect the notes of the Records, each once."""
-    found: dict[str, list[str]] = {}
-    for record in facts.latest.values():
-        for note in record.notes:
-            found.setdefault(note, []).append(record.id)
+    found = group((note, record.id) for record in facts.latest.values() for note in record.notes)
     return [{"text": text, "sources": links.sources(facts, ids)} for text, ids in found.items()]

@@ -2,45 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from harness.analysis.run_facts import RunFacts
-from harness.records.record import Cell, Measurements
+from harness.records.record import Cell, Measurements, Record
 from harness.report import links
-from harness.report.formatting import Figure
+from harness.report.formatting import Field
 
 Table = dict[str, Any]
+Column = dict[str, Any]
 
 
-def column(label: str, title: str = "", *, number: bool = True, key: str = "") -> dict[str, Any]:
-    """Return a column's head. title: the tooltip; key: the name of the column for other renderers."""
+def column(label: str, title: str = "", *, number: bool = True, key: str = "") -> Column:
+    """Return the head of a column. title: the tooltip; key: the name of the column for other renderers."""
     return {"label": label, "title": title, "number": number, "key": key}
 
 
 def table(
-    facts: RunFacts, key: str, caption: str, columns: list[dict[str, Any]], rows: list[Table], notes: Sequence[str] = ()
+    facts: RunFacts,
+    key: str,
+    caption: str,
+    columns: list[Column],
+    rows: Iterable[tuple[Cell, list[Field]]],
+    *,
+    notes: Sequence[str] = (),
+    anchored: bool = False,
 ) -> Table:
-    """Group rows by model and task, in the manifest's order: sorting never mixes groups."""
-    groups: dict[tuple[str, str], list[Table]] = {}
-    for row in rows:
-        groups.setdefault((row["cell"].model, row["cell"].task), []).append(
-            {**links.row(facts, row["cell"]), "figures": row["figures"], "anchor": row.get("anchor", "")}
-        )
-    return {
-        "id": f"{facts.prefix}{key}",
-        "caption": caption,
-        "columns": columns,
-        "notes": list(notes),
-        "groups": [{"title": f"{model} · {task}", "rows": members} for (model, task), members in groups.items()],
-    }
+    """Group the rows of Cells by model and task, in the given order. anchored: links to a Cell lead to this table."""
+    groups: dict[str, list[Table]] = {}
+    for cell, fields in rows:
+        anchor = links.anchor(facts, cell.cell_id) if anchored else ""
+        row = {**links.row(facts, cell), "fields": fields, "anchor": anchor}
+        groups.setdefault(f"{cell.model} · {cell.task}", []).append(row)
+    return grouped(f"{facts.prefix}{key}", caption, columns, groups.items(), notes=notes)
 
 
-def by_key(columns: Sequence[dict[str, Any]], figures: Sequence[Figure]) -> dict[str, Figure]:
-    """Map the keys of a row's columns to its figures."""
-    return {c["key"]: f for c, f in zip(columns, figures, strict=True) if c["key"]}
+def grouped(
+    key: str,
+    caption: str,
+    columns: list[Column],
+    groups: Iterable[tuple[str, list[Table]]],
+    *,
+    first: str = "Cell",
+    notes: Sequence[str] = (),
+) -> Table:
+    """Return a table. groups: titles and rows. first: the heading of the first column."""
+    shown = [{"title": title, "rows": rows} for title, rows in groups]
+    return {"id": key, "caption": caption, "first": first, "columns": columns, "groups": shown, "notes": list(notes)}
 
 
-def measurements(facts: RunFacts) -> Sequence[tuple[Cell, Measurements]]:
-    """Return the Cells that were measured, in the order of their Records."""
-    return [(r.cell, r.measurements) for r in facts.latest.values() if r.measurements]
+def by_key(columns: Sequence[Column], fields: Sequence[Field]) -> dict[str, Field]:
+    """Map the keys of a row's columns to its fields."""
+    return {c["key"]: f for c, f in zip(columns, fields, strict=True) if c["key"]}
+
+
+def measured(facts: RunFacts) -> list[tuple[Record, Measurements]]:
+    """Return the Records with measurements, in the order of the manifest."""
+    return [(r, r.measurements) for r in facts.latest.values() if r.measurements]

@@ -1,16 +1,17 @@
-"""Summary of a run for the terminal: one aligned table, then the verdicts. Plain text of any width."""
+"""Summary of a run for the terminal: aligned tables, then the verdicts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from harness.analysis import divergence, failed_checks, metrics
+from harness.analysis.grouping import group
 from harness.analysis.run_facts import RunFacts
 from harness.console import align_columns
 from harness.records.notes import notes_of_kind
 from harness.records.record import NoteKind
 from harness.report import recipes, sections, tables
-from harness.report.formatting import Figure
+from harness.report.formatting import Field
 from harness.report.table_model import by_key
 from harness.report.tones import icon
 
@@ -20,11 +21,11 @@ def summary(f: RunFacts) -> list[str]:
     lines: list[str] = []
     table = tables.comparison(f)
     headings = {tables.STATUS: "status"} | {m.name: m.terminal_heading for m in metrics.shown() if m.terminal_heading}
-    for group in table["groups"]:
-        rows = [[group["title"], *headings.values()]]
-        for row in group["rows"]:
-            figures = by_key(table["columns"], row["figures"])
-            rows.append([row["name"], *(_text(figures[key]) for key in headings)])
+    for section in table["groups"]:
+        rows = [[section["title"], *headings.values()]]
+        for row in section["rows"]:
+            fields = by_key(table["columns"], row["fields"])
+            rows.append([row["name"], *(_text(fields[key]) for key in headings)])
         lines += [*_aligned(rows), ""]
     if means := recipes.lines(f):
         lines += [*_aligned(means), ""]
@@ -32,10 +33,11 @@ def summary(f: RunFacts) -> list[str]:
         lines.append(f"{icon(j.verdict.word)} {j.verdict.word.value}: {j.comparison.says}")
         lines.append(f"    {j.verdict.reason}")
     lines += [f"! {note}" for note in tables.short_notes(f)]
-    unreached: dict[str, list[str]] = {}  # the other notes are on the page only
-    for record in f.latest.values():
-        for note in notes_of_kind(record, NoteKind.UNREACHED_EXPERTS):
-            unreached.setdefault(note, []).append(f.titles[record.cell_id])
+    unreached = group(  # the other notes are on the page only
+        (note, f.titles[record.cell_id])
+        for record in f.latest.values()
+        for note in notes_of_kind(record, NoteKind.UNREACHED_EXPERTS)
+    )
     lines += [f"! {note}: {', '.join(names)}" for note, names in unreached.items()]
     p = f.verdict.parity
     lines.append(f"parity: {p.passed} checks passed, {p.failed} failed, {p.skipped} skipped")
@@ -45,7 +47,7 @@ def summary(f: RunFacts) -> list[str]:
         for c in failed_checks.failed(r)
     ]
     lines += [f"diverged: {f.titles[r.cell_id]}: {why}" for r in f.latest.values() if (why := divergence.diverging(r))]
-    if f.verdict.how != "finished":
+    if f.run.how != "finished":
         lines.append(f"incomplete: this run {f.unfinished()}")
     lines += [f"changed: {name} {what}, and does not count" for name, what in f.run.changed.items()]
     lines += [f"missing: {f.titles[i]} ({i})" for i in f.verdict.missing]
@@ -55,8 +57,8 @@ def summary(f: RunFacts) -> list[str]:
     return lines
 
 
-def _text(figure: Figure) -> str:
-    return " ".join(filter(None, [figure["text"], figure["small"], "!" if figure["flag"] else ""]))
+def _text(field: Field) -> str:
+    return " ".join(filter(None, [field["text"], field["small"], "!" if field["flag"] else ""]))
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from harness.analysis.run_facts import CHANGED
 from harness.analysis.verdict_kind import VerdictKind
+from harness.conformance.findings.outcomes import CheckStatus
 from harness.records.record import Status
 
 TONES: dict[str, str] = {
     VerdictKind.PASS: "good",
     VerdictKind.FAIL: "bad",
-    VerdictKind.INCONCLUSIVE: "open",
-    VerdictKind.NOT_RUN: "open",
     Status.OK: "good",
     Status.NONCONFORMING: "bad",
     Status.SKIPPED: "quiet",
+    CheckStatus.UNSUPPORTED: "quiet",
     CHANGED: "bad",
 }
 ICONS = {"good": "✓", "bad": "✗", "open": "?", "quiet": "–"}
@@ -27,3 +27,9 @@ def tone(word: str) -> str:
 def icon(word: str) -> str:
     """Return the sign shown with a verdict or status, so that the meaning never depends on colour alone."""
     return ICONS[tone(word)]
+
+
+def badge(word: str, colour: str = "") -> dict[str, str]:
+    """Return a verdict or status with its colour and sign, for a template. colour: another one than `tone` gives."""
+    colour = colour or tone(word)
+    return {"word": str(word), "tone": colour, "icon": ICONS[colour]}

@@ -1,4 +1,4 @@
-"""One attempt at a Cell: its worker is started, watched, timed out and killed as a tree."""
+"""One attempt at a Cell: start its worker, watch it, and kill it with all its children."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from typing import Any
 
 from harness.cell.job import Job
 from harness.errors import StoreError
-from harness.process.supervisor import Subprocess, signal_name
+from harness.process.supervisor import Subprocess, module_arguments, signal_name
 from harness.records import store
 from harness.records.record import Environment, Failure, Record, Status
 from harness.runner.oom_kills import KernelKills
 
-# -P: a file in the user's folder must not stand in for a library's module of the same name.
-WORKER = (sys.executable, "-P", "-m", "harness.runner.worker")
+WORKER = (sys.executable, *module_arguments("harness.runner.worker"))
 
 _LAST_LINES = 15
 _GRACE_S = 5.0
@@ -31,11 +30,11 @@ _GRACE_S = 5.0
 
 @dataclass(frozen=True)
 class RunContext:
-    """Facts that hold for every attempt of a run."""
+    """Facts that all attempts of a run share."""
 
     folder: store.RunFolder
     environment: Environment
-    """This machine's."""
+    """The environment of this machine."""
     timeout: float
     """Seconds for each attempt."""
 
@@ -51,7 +50,7 @@ class Ending:
     """A sentence."""
     phase: str = ""
     peak_B: int | None = None
-    """Peak memory of the phases before `phase`, as far as the worker reported it."""
+    """Peak memory of the phases before `phase`, if the worker reported it."""
 
 
 class Attempt:
@@ -81,7 +80,7 @@ class Attempt:
         return self._worker.events.descriptor
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """Give the events that the worker has written; blocks if there are none."""
+        """Yield the events that the worker has written. Blocks until there are some."""
         for line in self._worker.events.lines():
             with contextlib.suppress(ValueError):  # a line torn by a crash
                 event = json.loads(line)
@@ -105,7 +104,7 @@ class Attempt:
         return record_of(self.job, self._context, self._ending(late=late), self._started, self._begun)
 
     def kill(self) -> None:
-        """Kill the worker with everything it started, also what a worker that has ended left behind."""
+        """Kill the worker with all its children, also those of a worker that has ended."""
         self._worker.close()
         if self._worker.exit_code == -signal.SIGKILL:
             self._by_kernel = self._oom_kills.killed(self._worker.pid, alone=self.job.at_once == 1)
@@ -132,38 +131,26 @@ class Attempt:
 
 
 def record_of(job: Job, context: RunContext, ending: Ending, started: str, begun: float) -> Record:
-    """Return the Record of an attempt that is over; if its worker left none, write one with the cause of the end.
+    """Return the Record of an attempt that is over. If its worker wrote none, write one with the cause of the end.
 
-    started: UTC; begun: of time.monotonic(), in this process.
+    started: UTC. begun: by time.monotonic() of this process.
     """
     path = context.folder.record_path(job.cell.cell_id, job.attempt)
     if path.exists():
         return store.read_record(path)
-    record = Record(
-        run=job.run,
-        cell_id=job.cell.cell_id,
-        attempt=job.attempt,
+    log = _tail(context.folder.log_path(job.cell.cell_id, job.attempt))
+    record = job.record(
         status=ending.status,
         because=ending.because,
-        cell=job.cell,
         environment=context.environment,
-        device=job.device,
-        assets=job.assets,
         started=started,
         duration_s=time.monotonic() - begun,
-        failure=Failure(
-            kind=ending.kind,
-            message=_tail(context.folder.log_path(job.cell.cell_id, job.attempt)),
-            phase=ending.phase,
-            last_peak_B=ending.peak_B,
-        ),
-        notes=job.notes,
-        concurrent_cells=job.at_once,
+        failure=Failure(kind=ending.kind, message=log, phase=ending.phase, last_peak_B=ending.peak_B),
     )
     try:
         context.folder.write_record(record)
     except StoreError:
-        if path.exists():  # by now: on a network file system its worker's may be seen late
+        if path.exists():  # by now: on a network file system the worker's Record may appear late
             return store.read_record(path)
         raise
     return record
@@ -172,7 +159,7 @@ def record_of(job: Job, context: RunContext, ending: Ending, started: str, begun
 def _start(job: Job, log: Path, command: Sequence[str]) -> Subprocess:
     """Start the worker; raises StoreError."""
     try:
-        # The file has no name, so that even a killed runner leaves none behind.
+        # The file has no name, so that even a killed runner leaves no file.
         with tempfile.TemporaryFile() as stdin, log.open("ab") as output:
             stdin.write(job.model_dump_json(by_alias=True).encode())
             stdin.seek(0)
@@ -186,15 +173,13 @@ def _start(job: Job, log: Path, command: Sequence[str]) -> Subprocess:
                 stderr=subprocess.STDOUT,
             )
     except OSError as error:
-        raise StoreError(
-            f"cannot start a worker: {error.strerror or error}",
-            where=str(error.filename or log),
-            hint="free some space or memory, then `peft-harness run SUITE --resume RUN`; finished Cells are saved",
-        ) from error
+        what = f"cannot start a worker: {error.strerror or error}"
+        hint = "free some space or memory, then `peft-harness run SUITE --resume RUN`; finished Cells are saved"
+        raise StoreError(what, where=str(error.filename or log), hint=hint) from error
 
 
 def _worker_environment(threads: int | None = None, gpu: str = "") -> dict[str, str]:
-    """Return the worker's environment: its assets are on disk already, so it never uses the network."""
+    """Return the worker's environment, without network: its assets are on disk."""
     always = {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -202,13 +187,13 @@ def _worker_environment(threads: int | None = None, gpu: str = "") -> dict[str, 
         "PYTHONUNBUFFERED": "1",
         "PYTHONHASHSEED": "0",  # the order of a plug-in's sets must not differ between runs
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # a number in CUDA_VISIBLE_DEVICES is then that of nvidia-smi
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # numbers in CUDA_VISIBLE_DEVICES then mean the same as in nvidia-smi
     }
     if threads is not None:  # torch.set_num_threads does not reach a library with a separate OpenMP
         always["OMP_NUM_THREADS"] = str(threads)
     if gpu:
         always["CUDA_VISIBLE_DEVICES"] = gpu
-    # An address inside the process that set it: torch's compiler would read it in ours.
+    # An address inside the process that set it: torch's compiler would read it in the worker.
     inherited = {key: value for key, value in os.environ.items() if key != "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"}
     return inherited | always
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from harness.errors import HarnessError
 from harness.process import nvidia_smi
 
 _IDLE_MIB = 512
-"""Memory that the driver itself may hold on an idle card."""
+"""Memory that the driver itself may use on an idle card."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,11 @@ class GpuDevice:
     uuid: str
     used_mib: int
     processes: tuple[str, ...] = ()
-    """Processes of any user on it, as `process 12 (python, 300 MiB)`."""
+    """Processes of all users on the card, as `process 12 (python, 300 MiB)`."""
 
     @property
     def busy(self) -> str:
-        """A sentence on its users; empty if it is idle. A container hides processes of others, but not their memory."""
+        """A sentence about its users; empty if it is idle. A container hides processes of others, but not their memory."""
         if self.processes:
             return f"GPU {self.index} ({self.uuid}) is in use by {', '.join(self.processes)}"
         if self.used_mib > _IDLE_MIB:
@@ -34,41 +35,31 @@ class GpuDevice:
         return ""
 
 
-class GpuProbe:
-    """A call of `look` in a thread, so that a slow driver does not block the runner."""
+def probe(look: Callable[[], list[GpuDevice]]) -> Future[list[GpuDevice]]:
+    """Call `look` in a thread, so that a slow driver does not block the runner. The result may raise HarnessError."""
+    found: Future[list[GpuDevice]] = Future()
 
-    def __init__(self, look: Callable[[], list[GpuDevice]]) -> None:
-        self._look, self._over = look, threading.Event()
-        self._result: list[GpuDevice] | HarnessError = HarnessError("the GPUs could not be probed")
-        # A daemon: the end of a run does not wait for it.
-        threading.Thread(target=self._work, name="probe the GPUs", daemon=True).start()
-
-    def _work(self) -> None:
+    def work() -> None:
         try:
-            self._result = self._look()
+            found.set_result(look())
         except HarnessError as error:
-            self._result = error
+            found.set_exception(error)
         finally:
-            self._over.set()
+            if not found.done():
+                found.set_exception(HarnessError("the GPUs could not be probed"))
 
-    def over(self, within: float = 0.0) -> bool:
-        """Wait up to `within` seconds, and return whether there is an answer."""
-        return self._over.wait(within)
-
-    def result(self) -> list[GpuDevice]:
-        """Return the GPUs, once it is over; raises HarnessError if the driver did not answer."""
-        if isinstance(self._result, HarnessError):
-            raise self._result
-        return self._result
+    # A daemon: the end of a run does not wait for it, as it would for the threads of an executor.
+    threading.Thread(target=work, name="probe the GPUs", daemon=True).start()
+    return found
 
 
 def look() -> list[GpuDevice]:
     """Return the GPUs that this process may use, in the order of CUDA_VISIBLE_DEVICES where that is set.
 
-    A part of a card (MIG) is not listed: the list is empty then, and the batch system has chosen one.
+    A part of a card (MIG) is not listed: the list is then empty, and the batch system has chosen one.
     """
     processes: dict[str, list[str]] = {}
-    for uuid, pid, name, used in nvidia_smi.rows("compute-apps=gpu_uuid,pid,name,used_memory"):
+    for uuid, pid, used, name in nvidia_smi.rows("compute-apps=gpu_uuid,pid,used_memory,name"):
         processes.setdefault(uuid, []).append(f"process {pid} ({name.rsplit('/', 1)[-1]}, {used} MiB)")
     found = [
         GpuDevice(int(index), uuid, int(used) if used.isdecimal() else 0, tuple(processes.get(uuid, ())))
@@ -79,9 +70,7 @@ def look() -> list[GpuDevice]:
 
 
 def _chosen(cards: Sequence[GpuDevice], visible: str) -> list[GpuDevice]:
-    chosen = []
-    for word in filter(None, (word.strip() for word in visible.split(","))):
-        chosen += [
-            gpu for gpu in cards if word == str(gpu.index) or (word.startswith("GPU-") and gpu.uuid.startswith(word))
-        ]
-    return chosen
+    def names(word: str, card: GpuDevice) -> bool:
+        return word == str(card.index) or (word.startswith("GPU-") and card.uuid.startswith(word))
+
+    return [card for word in visible.split(",") for card in cards if names(word.strip(), card)]

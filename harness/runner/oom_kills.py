@@ -1,4 +1,4 @@
-"""Find processes that the kernel killed because memory ran out, by its log or its counters."""
+"""Find processes that the kernel killed because memory ran out, in its log or by its counters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 _NAMED = re.compile(rb"Killed process (\d+)|oom-kill:[^\n]*,pid=(\d+)")
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
-"""The kernel's log has the process ids of this namespace: in a container the same number is another process."""
+"""The namespace of the process ids in the kernel's log: in a container, a number means another process."""
 _COUNTERS = ("memory.events", "memory.oom_control")
 """Files of a cgroup, in v2 and in v1."""
 _MACHINE = "vmstat"
@@ -18,7 +18,7 @@ _MACHINE = "vmstat"
 
 
 class KernelKills:
-    """Watches for processes that the kernel kills because memory ran out, from now on.
+    """Watches, from now on, for processes that the kernel kills because memory runs out.
 
     log: the kernel's log; proc, cgroups: folders of its virtual file systems.
     """
@@ -40,10 +40,10 @@ class KernelKills:
             self._log = -1
 
     def killed(self, pid: int, alone: bool) -> bool | None:
-        """Return whether the kernel killed the process because memory ran out; None: perhaps.
+        """Return whether the kernel killed the process because memory ran out, or None if it may have.
 
-        alone: no other worker of this runner was running, so that a process killed in its cgroup can only be this one. If
-        the log can be read, it alone decides.
+        alone: no other worker of this runner was running, so that a process killed in its cgroup can only be this one. A
+        readable log is decisive.
         """
         if self._log >= 0:
             return pid in set(self._named())
@@ -58,7 +58,7 @@ class KernelKills:
             while True:
                 try:
                     lines = os.read(self._log, 65536)
-                except BrokenPipeError:  # some were overwritten before they were read
+                except BrokenPipeError:  # some lines were overwritten before they were read
                     continue
                 if not lines:
                     return

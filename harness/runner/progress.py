@@ -22,7 +22,7 @@ _MOST_LINES = 8
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Go on in silence: a closed stderr is no reason to stop measuring."""
+        """Print nothing more: a closed stderr must not end the measurement."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
@@ -32,11 +32,11 @@ class _RunningCell:
     began: float
     doing: str = "start-up"
     queued: bool = False
-    """A batch system has it, and does not report when it starts."""
+    """A batch system has it, and does not report its start."""
 
 
 class Progress:
-    """The progress display of one run, a Listener of its executor; every finished Cell leaves one line behind."""
+    """The progress display of one run, and the Listener of its executor. Each finished Cell leaves one line."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         self.console = _Console(stderr=True, highlight=False)
@@ -54,10 +54,9 @@ class Progress:
 
     def fetching(self, what: str, done: int, total: int | None) -> None:
         """Show a download or conversion; a callback for `assets.ensure`."""
-        size = (
-            f"{done / 2**20:.0f} of {total / 2**20:.0f} MiB" if total else (f"{done / 2**20:.0f} MiB" if done else "")
-        )
-        self._draw(f"{what} {size}".strip(), force=done in (0, total))
+        of = f" of {total / 2**20:.0f}" if total else ""
+        size = f" {done / 2**20:.0f}{of} MiB" if done or total else ""
+        self._draw(what + size, force=done in (0, total))
 
     def begin(self, cell: Cell) -> None:
         """Start showing a Cell."""
@@ -79,11 +78,11 @@ class Progress:
         self._draw()
 
     def tick(self) -> None:
-        """Redraw, so that the time goes on in a silent phase."""
+        """Redraw, so that the time advances in a silent phase."""
         self._draw()
 
     def end(self, record: Record) -> None:
-        """Leave the Cell's line behind."""
+        """Print the line of a finished Cell."""
         self._running.pop(record.cell_id, None)
         self._seconds.append(record.duration_s)
         measured = record.measurements
@@ -92,25 +91,23 @@ class Progress:
             f"accuracy {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]" if accuracy else record.because
         )
         first = result.splitlines()[0] if result else ""
-        # The report has the other reasons; memory is named here because another machine may have more.
-        short = next(
-            (one.because for one in (measured.latency if measured else []) if "out of memory" in one.because), ""
-        )
-        lost = f"  no latencies: {short}" if short else ""
-        self._leave(record.cell_id, record.status.value, f"{first}  {record.duration_s:.1f} s{lost}")
+        # The report has other reasons too. This one is shown here because another machine may have more memory.
+        reasons = [one.because for one in measured.latency if "out of memory" in one.because] if measured else []
+        untimed = f"  no latencies: {reasons[0]}" if reasons else ""
+        self._finished(record.cell_id, record.status.value, f"{first}  {record.duration_s:.1f} s{untimed}")
 
     def resumed(self, cell: Cell) -> None:
-        """Leave a line behind for a Cell that need not run again."""
-        self._leave(cell.cell_id, "resumed", "has an ok Record")
+        """Print the line of a Cell that need not run again."""
+        self._finished(cell.cell_id, "resumed", "has an ok Record")
 
-    def _leave(self, cell_id: str, how: str, result: str) -> None:
+    def _finished(self, cell_id: str, status: str, result: str) -> None:
         self._over += 1
-        self.say(f"{self._place(cell_id)}  {how:<13} {self._names[cell_id]}  {result}")
+        self.print(f"{self._place(cell_id)}  {status:<13} {self._names[cell_id]}  {result}")
 
     def _place(self, cell_id: str) -> str:
         return f"{self._numbers[cell_id]}/{len(self._numbers)}"
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         """Print one line above the live display."""
         # Text, not markup: names and messages come from suites and libraries.
         self.console.print(Text(line), soft_wrap=True)
@@ -124,10 +121,10 @@ class Progress:
     def _draw(self, line: str = "", *, force: bool = False) -> None:
         now = time.monotonic()
         if self._live is None:
-            # Some tools report the same line again and again.
+            # Some tools report the same line many times.
             if line and force and line != self._last_line:
                 self._last_line = line
-                self.say(line)
+                self.print(line)
             return
         if not force and now - self._drawn < _REDRAW_S:
             return
@@ -143,13 +140,13 @@ class Progress:
         ]
         if len(self._running) > len(shown):
             lines.append(f"and {len(self._running) - len(shown)} more running")
-        # The number of queued Cells that run is unknown here.
+        # How many queued Cells are running is unknown.
         if lines and self._seconds and not any(one.queued for one in self._running.values()):
             lines[-1] += f", {self._left(now)}"
         return lines
 
     def _left(self, now: float) -> str:
-        """Estimate the time left: every Cell takes as long as those so far, as many at a time as now."""
+        """Estimate the time left, for Cells of average duration and the current number at a time."""
         mean = sum(self._seconds) / len(self._seconds)
         spent = sum(min(mean, now - one.began) for one in self._running.values())
         left = (mean * (len(self._numbers) - self._over) - spent) / max(1, len(self._running))

@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,8 @@ from harness.suites.expand import Plan, select
 from harness.suites.suite import Suite
 
 DEFAULT_TIMEOUT_S = 3600.0
+_IN_CELLS = "cells"
+"""Activity in which a Cell is running."""
 
 _How = Literal["finished", "interrupted", "failed"]
 CellAssets = dict[str, tuple[Asset, Asset | None, JobTask]]
@@ -43,29 +45,18 @@ CellAssets = dict[str, tuple[Asset, Asset | None, JobTask]]
 
 
 class _Times:
-    """The account of the time outside the Cells, in seconds."""
+    """A stopwatch for the activities of a run."""
 
     def __init__(self) -> None:
-        self.outside: dict[str, float] = {}
-        """Name of an activity -> its seconds."""
-        self._began = self._mark = time.monotonic()
+        self.seconds: dict[str, float] = defaultdict(float)
+        """Seconds by activity."""
+        self._lap = time.monotonic()
 
-    def lap(self, name: str) -> None:
-        """Book the time since the last lap on an activity."""
+    def lap(self, activity: str) -> None:
+        """Add the time since the last lap to an activity."""
         now = time.monotonic()
-        self.outside[name] = self.outside.get(name, 0.0) + now - self._mark
-        self._mark = now
-
-    @property
-    def total(self) -> float:
-        """Time from the beginning to the last lap."""
-        return self._mark - self._began
-
-    def skip(self) -> float:
-        """Leave the time since the last lap out of the account, and return it."""
-        now = time.monotonic()
-        spent, self._mark = now - self._mark, now
-        return spent
+        self.seconds[activity] += now - self._lap
+        self._lap = now
 
 
 @termination.handle_termination()
@@ -97,14 +88,14 @@ def run_suite(
         progress = Progress(plan.cells)
         stack.callback(progress.close)
         assets = _fetch(suite, plan, progress)
-        model_checks.check_models(suite, plan)  # again: now every model is on this machine
+        model_checks.check_models(suite, plan)  # again, since all models are on this machine now
         times.lap("fetch")
         if old:
             folder, run_id, done = _reopen(old, here, assets, chosen, progress, is_remote=entered.is_remote)
         else:
             folder, run_id, done = _open(suite, plan, here, out, progress, stack)
         times.lap("scheduling")
-        with _naming_the_run(folder):
+        with _errors_name(folder):
             session = _Session(plan, assets, done, folder, run_id, chosen, times, progress)
             run = _measure(session, entered, RunContext(folder, here, timeout))
             progress.close()
@@ -113,24 +104,22 @@ def run_suite(
 
 @dataclass
 class _Session:
-    """The Cells of one invocation of `run`, and the account of its time."""
+    """The Cells of one invocation of `run`, and its times."""
 
     plan: Plan
     assets: CellAssets
     done: set[str]
-    """Ids of Cells that have a valid Record already."""
+    """Ids of Cells that already have a valid Record."""
     folder: store.RunFolder
     run_id: str
     device: Device
     times: _Times
     progress: Progress
-    in_cells: float = 0.0
-    """Seconds in which a Cell was running."""
 
     def jobs(self) -> Iterator[Job]:
-        """Yield the jobs of the Cells that are not done, as an executor has room for them."""
+        """Yield the jobs of the Cells that are not done. The executor takes one when it has room for it."""
         for cell in self.plan.cells:
-            self.book_cells()
+            self.times.lap(_IN_CELLS)
             if cell.cell_id in self.done:
                 self.progress.resumed(cell)
                 self.times.lap("scheduling")
@@ -144,13 +133,9 @@ class _Session:
             self.times.lap("scheduling")
             yield job
 
-    def book_cells(self) -> None:
-        """Book the time since the last lap on the Cells."""
-        self.in_cells += self.times.skip()
-
 
 def _measure(session: _Session, executor: Executor, context: RunContext) -> store.Run:
-    """Run the Cells that are not done, and write the footer however that ends; return the run as it is on disk then."""
+    """Run the Cells that are not done, and write the footer, also after an error. Return the run as it is on disk."""
     progress = session.progress
     how: _How = "finished"
     measured: set[str] = set()
@@ -158,33 +143,30 @@ def _measure(session: _Session, executor: Executor, context: RunContext) -> stor
         with contextlib.closing(executor.run(session.jobs(), context, progress)) as records:
             for record in records:
                 measured.add(record.cell_id)
-                session.book_cells()
+                session.times.lap(_IN_CELLS)
                 progress.end(record)
                 session.times.lap("scheduling")
-        session.book_cells()
     except KeyboardInterrupt as error:
         how = "interrupted"
-        session.book_cells()
         by = f" by {error}" if isinstance(error, termination.Terminated) else ""
-        progress.say(f"interrupted{by}: finished Cells are saved, and the report shows them")
+        progress.print(f"interrupted{by}: finished Cells are saved, and the report shows them")
     except BaseException:
-        session.book_cells()
         with contextlib.suppress(StoreError):  # the user must read the error that ended the run
             _finish(session, "failed", measured)
         raise
     run, footer = _finish(session, how, measured)
     if footer.kept:
-        everything = sum(record.duration_s for record in run.latest().values())
-        progress.say(
-            f"this resumed part took {footer.seconds_total:.1f} s; the Cells of the whole run took {everything:.1f} s, "
-            f"{footer.kept} of them measured earlier"
+        total = sum(record.duration_s for record in run.latest().values())
+        progress.print(
+            f"this resumed part took {footer.seconds_total:.1f} s; the Cells of the whole run took {total:.1f} s, "
+            f"{footer.kept} of them were measured earlier"
         )
     return run
 
 
 @contextlib.contextmanager
-def _naming_the_run(folder: store.RunFolder) -> Iterator[None]:
-    """Add to an error the folder of the Cells that were finished before it."""
+def _errors_name(folder: store.RunFolder) -> Iterator[None]:
+    """Add the folder of the finished Cells to every error."""
     try:
         yield
     except BaseException as error:
@@ -220,9 +202,9 @@ def _fetch(suite: Suite, plan: Plan, progress: Progress) -> CellAssets:
 
 
 def _find_old(plan: Plan, out: Path | None, resume: str | None, stack: contextlib.ExitStack) -> store.Run | None:
-    """Return the run to resume, if any, locked until `stack` ends.
+    """Return the run to resume, locked until `stack` ends, or None.
 
-    Raises UsageError or StoreError, before anything is fetched, for a folder that could not be written afterwards.
+    Raises UsageError or StoreError for a folder that cannot be written, before anything is fetched.
     """
     if resume is None:
         if out is not None:
@@ -235,41 +217,32 @@ def _find_old(plan: Plan, out: Path | None, resume: str | None, stack: contextli
     expected = {cell.cell_id for cell in manifest.cells}
     named = naming.full(plan.cells)
     if unknown := [name for cell_id, name in named.items() if cell_id not in expected]:
-        raise UsageError(
-            f"{len(unknown)} Cells of this suite are not in that run, e.g. {unknown[0]}",
-            where=f"--resume {manifest.run}",
-            hint="resume with the suite it was started with, or start a new run",
-        )
+        what = f"{len(unknown)} Cells of this suite are not in that run, e.g. {unknown[0]}"
+        hint = "resume with the suite it was started with, or start a new run"
+        raise UsageError(what, where=f"--resume {manifest.run}", hint=hint)
     stack.callback(store.RunFolder.take(path).release)
-    return store.read_run(path)  # only now: before, another runner may have written to it
+    return store.read_run(path)  # after locking, because another runner may have been writing to it
 
 
 def _reopen(
-    old: store.Run,
-    here: Environment,
-    assets: CellAssets,
-    device: str,
-    progress: Progress,
-    *,
-    is_remote: bool,
+    old: store.Run, here: Environment, assets: CellAssets, device: str, progress: Progress, *, is_remote: bool
 ) -> tuple[store.RunFolder, str, set[str]]:
     """Return an old run's folder, its id, and the ids of Cells that need not run again.
 
-    Their newest Record is `ok`, from the same machine, code, device, data and plug-in. is_remote: Cells run on machines
-    other than the runner's, so that the same software has to do.
+    Their newest Record is `ok`, from the same machine, code, device, data and plug-in. is_remote: Cells run on other
+    machines than the runner's, so that only the software is compared.
     """
     folder = store.RunFolder(old.path)
     executors.recall(old.path)
     if old.footer is None:
         why = "its footer.json cannot be read" if "footer.json" in old.broken else "it has no footer.json"
-        progress.say(f"run {old.manifest.run} is incomplete: {why}; it is resumed from its Cells' Records")
+        progress.print(f"run {old.manifest.run} is incomplete: {why}; it is resumed from its Cells' Records")
     folder.reopen()
-    doubtful = old.doubtful()
-    for problem in doubtful.values():
-        progress.say(f"{problem}: it does not count, and its Cell is measured again")
+    for problem in old.doubtful().values():
+        progress.print(f"{problem}: it does not count, and its Cell is measured again")
     done = {
         record.cell_id
-        for record in old.latest().values()  # those that report and verdict show
+        for record in old.latest().values()  # the Records in report and verdict
         if record.status is Status.OK
         and (record.environment.software == here.software if is_remote else record.environment.id == here.id)
         and record.environment.code_version == here.code_version
@@ -282,7 +255,7 @@ def _reopen(
 
 
 def _is_installed(provider: Provider) -> bool:
-    """Return whether an implementation would come from the same version of its package as before."""
+    """Return whether the same version of an implementation's package is installed."""
     try:
         return (importlib.metadata.version(provider.distribution) or "") == provider.version
     except importlib.metadata.PackageNotFoundError:
@@ -290,14 +263,9 @@ def _is_installed(provider: Provider) -> bool:
 
 
 def _open(
-    suite: Suite,
-    plan: Plan,
-    here: Environment,
-    out: Path | None,
-    progress: Progress,
-    stack: contextlib.ExitStack,
+    suite: Suite, plan: Plan, here: Environment, out: Path | None, progress: Progress, stack: contextlib.ExitStack
 ) -> tuple[store.RunFolder, str, set[str]]:
-    """Make the run folder, locked until `stack` ends; return it, the run's id, and no ids of finished Cells."""
+    """Make the run folder, locked until `stack` ends; return it, the run's id, and an empty set of finished Cells."""
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     unique = hashlib.sha256(f"{stamp}{os.getpid()}{time.monotonic_ns()}".encode()).hexdigest()[:6]
     run_id = f"{stamp}-{suite.name}-{unique}"
@@ -319,14 +287,16 @@ def _open(
     )
     folder = store.RunFolder.create(out or store.RUNS / run_id, manifest)
     stack.callback(folder.release)
-    progress.say(f"run {run_id}: {len(plan.cells)} Cells into {folder.path}")
+    progress.print(f"run {run_id}: {len(plan.cells)} Cells into {folder.path}")
     return folder, run_id, set()
 
 
 def _finish(session: _Session, how: _How, measured: set[str]) -> tuple[store.Run, Footer]:
-    """Read the run, write its footer, return both. measured: ids of the Cells that this invocation measured."""
-    run, times = store.read_run(session.folder.path), session.times
-    times.lap("scheduling")
+    """Read the run, write its footer, and return both. measured: ids of the Cells that this invocation measured."""
+    session.times.lap(_IN_CELLS)
+    run = store.read_run(session.folder.path)
+    session.times.lap("scheduling")
+    seconds = session.times.seconds
     footer = Footer(
         run=session.run_id,
         ended=store.now(),
@@ -334,9 +304,9 @@ def _finish(session: _Session, how: _How, measured: set[str]) -> tuple[store.Run
         counts=dict(Counter(record.status.value for record in run.latest().values())),
         missing=run.missing(),
         kept=len(run.latest().keys() - measured),
-        seconds_total=times.total,
-        seconds_in_cells=session.in_cells,
-        seconds_outside=times.outside,
+        seconds_total=sum(seconds.values()),
+        seconds_in_cells=seconds[_IN_CELLS],
+        seconds_outside={activity: spent for activity, spent in seconds.items() if activity != _IN_CELLS},
     )
     return session.folder.close(run, footer), footer
 
@@ -346,15 +316,12 @@ def _report(run: store.Run, *, strict: bool) -> Exit:
     try:
         print("\n".join(terminal.summary(facts)))
         html.write_report([facts], page, possible_reruns([run]))
-    except BrokenPipeError:  # the reader of stdout has left; the command handles it
+    except BrokenPipeError:  # stdout is closed; the command handles it
         raise
     except Exception as error:
         why = error.what if isinstance(error, HarnessError) else f"{type(error).__name__}: {error}"
-        raise HarnessError(
-            f"all Cells are measured and saved, but the report could not be made: {why}",
-            where=str(run.path),
-            hint=f"`peft-harness report {run.path}` tries again",
-        ) from error
+        what = f"all Cells are measured and saved, but making the report failed: {why}"
+        raise HarnessError(what, where=str(run.path), hint=f"`peft-harness report {run.path}` tries again") from error
     print(f"report: {page}")
     interrupted = run.footer is not None and run.footer.how == "interrupted"
     return Exit.INFRASTRUCTURE if interrupted else facts.verdict.exit_code(strict=strict)

@@ -1,4 +1,4 @@
-"""Prepare a task for workers: fetch its data, and check them before anything runs."""
+"""Prepare a task for workers: fetch its data, and check them before any Cell runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from harness.assets import splits
+from harness.assets import lm_eval_files
 from harness.assets.table import Source
 from harness.cell.job import Asset, JobTask
 from harness.errors import Problem, SuiteError
@@ -30,7 +30,7 @@ def ready(task: Task, items: int, where: str, fetched: Callable[[Source], Asset]
     if (
         task.upstream is not None
         and data
-        and items > (most := splits.count(Path(data.path), task.upstream.splits["test"]))
+        and items > (most := lm_eval_files.count_rows(Path(data.path), task.upstream.splits["test"]))
     ):
         what = f"`items` is {items}, those of `tune` included, and {task.name} has {most} test items"
         problems.append(Problem(where, what, f"write at most {most}"))

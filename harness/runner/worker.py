@@ -1,7 +1,7 @@
 """Run one Cell and write its Record: `python -m harness.runner.worker EVENTS LIFELINE < JOB.json`.
 
-JOB.json is a `Job`; EVENTS and LIFELINE are file descriptors: JSON lines for the runner's progress display go out on the
-first, and the worker ends when the other end of the second closes. The Record goes straight into the run folder.
+JOB.json is a `Job`; EVENTS and LIFELINE are file descriptors. The worker writes JSON lines for the runner's progress display
+to the first, and ends when the other end of the second closes. It writes the Record to the run folder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 import traceback
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.cell.job import Emit, Job
 from harness.cell.outcomes import CellOutcomeError
@@ -26,7 +26,7 @@ from harness.process.lifeline import die_with_parent
 from harness.process.out_of_memory import shortage
 from harness.process.termination import TERMINATION_SIGNALS
 from harness.records import environment, store
-from harness.records.record import Failure, Json, Measurements, Phase, Provider, Record, Status
+from harness.records.record import Failure, Json, Phase, Provider, Record, Status
 
 if TYPE_CHECKING:
     from harness.cell.cell_run import CellRun
@@ -37,8 +37,8 @@ _TRACEBACK_LINES = 40
 def main(argv: list[str]) -> int:
     """Run the worker; the exit code shows only whether a Record was written."""
     events, lifeline = int(argv[1]), int(argv[2])
-    # The runner handles the signals that ask for an end, and kills the whole group. A batch system signals every process
-    # of a job, and a worker that went first would leave a `lost` Record behind.
+    # The runner handles these signals, and kills the whole group. A batch system signals all processes of a job, and a
+    # worker that ended first would leave a `lost` Record.
     for number in (signal.SIGINT, *TERMINATION_SIGNALS):
         signal.signal(number, signal.SIG_IGN)
     die_with_parent(lifeline, events)
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
 def attempt(job: Job, emit: Emit) -> Record:
     """Run one Cell and return its Record, also after any error."""
     started = store.now()
-    # Only the start of the process is known by a wall clock, which may be set back; the rest is timed by a monotonic one.
+    # Only the start of the process is timed by a wall clock, which may be set back; the rest by a monotonic clock.
     before, begun = max(0.0, time.time() - job.launched), time.monotonic()
 
     def age() -> float:
@@ -64,58 +64,42 @@ def attempt(job: Job, emit: Emit) -> Record:
 
     emit("phase", name="start-up")
     registry = discover()
-    status, because, failure, run, measurements = Status.OK, "", None, None, None
-    phases: list[Phase] = []
-    provider = None
     threads = job.threads or environment.threads()
     facts: dict[str, object] = {"gpu": job.gpu} if job.gpu else {}
+    run: CellRun | None = None
+    outcome: dict[str, Any] = {"status": Status.OK}
     try:
         implementation = registry.find("method", job.cell.method, job.cell.implementation)
-        provider = Provider(distribution=implementation.distribution, version=implementation.version)
-        missing = _import_all(implementation, job, registry)
-        if missing:
-            status, because = Status.SKIPPED, missing
+        outcome["provider"] = Provider(distribution=implementation.distribution, version=implementation.version)
+        if missing := _import_all(implementation, job, registry):
+            outcome |= {"status": Status.SKIPPED, "because": missing}
         else:
             run, versions = _prepare(job, registry, emit, threads)
             facts = {**versions, **facts}
-            phases = run.clock.done
             peak = run.meter.peak() if run.meter.source == "VmHWM" else None
-            phases.append(Phase(name="start-up", seconds=age(), peak_memory_B=peak, end_memory_B=run.baseline_B))
-            measurements = _measure(run)
+            start_up = Phase(name="start-up", seconds=age(), peak_memory_B=peak, end_memory_B=run.baseline_B)
+            run.clock.done.append(start_up)
+            from harness.cell.lifecycle import measure
+            from harness.memory_model.cell_prediction import predict
+
+            outcome["measurements"] = measure(run, predict)
     except Exception as error:  # noqa: BLE001  # the one place where a crash becomes data
-        status, because = _classify(error, job, run)
-        if status is not Status.SKIPPED:
-            failure = _failure(error, run)
-    return Record(
-        run=job.run,
-        cell_id=job.cell.cell_id,
-        attempt=job.attempt,
-        status=status,
-        because=because,
-        cell=job.cell,
-        provider=provider,
-        environment=environment.describe(threads, {**facts, "variables": environment.thread_variables()}),
-        device=job.device,
-        assets=job.assets,
-        started=started,
-        duration_s=age(),
-        phases=phases,
-        checks=run.checks if run else [],
-        measurements=measurements,
-        failure=failure,
-        notes=[*job.notes, *(run.notes if run else [])],
-        typed_notes=run.typed_notes if run else [],
-        concurrent_cells=job.at_once,
-        layers=run.layers if run else [],
-    )
+        outcome["status"], outcome["because"] = _classify(error, job, run)
+        if outcome["status"] is not Status.SKIPPED:
+            outcome["failure"] = _failure(error, run)
+    if run:
+        outcome |= {"phases": run.clock.done, "checks": run.checks, "notes": run.notes}
+        outcome |= {"typed_notes": run.typed_notes, "layers": run.layers}
+    described = environment.describe(threads, {**facts, "variables": environment.thread_variables()})
+    return job.record(environment=described, started=started, duration_s=age(), **outcome)
 
 
 def _import_all(implementation: Implementation, job: Job, registry: Registry) -> str:
-    """Import what the Cell needs during start-up, so that no later phase pays for it; return an error message or ""."""
+    """Import the Cell's modules during start-up, so that no later phase pays for it; return an error message or ""."""
     needed = list(implementation.requires)
     if job.cell.base.quantization != "none":
         needed += registry.find("base", job.cell.base.quantization, job.cell.base.implementation).requires
-    needed += ["transformers.modeling_utils"]  # not `transformers`, which puts its own imports off to the first model
+    needed += ["transformers.modeling_utils"]  # not `transformers`, which delays its own imports until the first model
     needed += ["lm_eval.evaluator"] if job.model.source.kind == "causal" and job.data else []
     for module in needed:
         try:
@@ -126,7 +110,7 @@ def _import_all(implementation: Implementation, job: Job, registry: Registry) ->
 
 
 def _prepare(job: Job, registry: Registry, emit: Emit, threads: int) -> tuple[CellRun, dict[str, object]]:
-    """Import torch and what measures, set seed and threads; return the Cell's state and facts for its environment."""
+    """Import torch and the instruments, set seed and threads; return the Cell's state and facts for its environment."""
     import torch
     import transformers
 
@@ -141,18 +125,18 @@ def _prepare(job: Job, registry: Registry, emit: Emit, threads: int) -> tuple[Ce
     torch.set_num_threads(threads)
     torch.manual_seed(job.cell.seed)
     torch.set_deterministic_debug_mode("warn")  # unlike use_deterministic_algorithms it does not load the compiler
-    # Objects made by imports exist as long as the process. Hidden from the collector, a collection at each phase edge
-    # takes milliseconds instead of a third of a second, and one inside a timed step does not show in its time.
+    # Objects of imports exist as long as the process. If the collector ignores them, a collection between phases takes
+    # milliseconds instead of a third of a second, and one inside a timed step does not change its time.
     gc.collect()
     gc.freeze()
     device = torch.device(job.device)
     meter = PeakMeter(device)
     cuda = device.type == "cuda"
-    driver, because = gpu.find(device) if cuda else (None, "")
+    driver, because = gpu.find(f"GPU-{torch.cuda.get_device_properties(device).uuid}") if cuda else (None, "")
     watch = gpu.GpuWatch(device, driver) if cuda else None
 
     def announce(name: str) -> None:
-        # With the peak so far, for the Record of a worker that is killed.
+        # With the peak so far, for the Record of a killed worker.
         peaks = [phase.peak_memory_B for phase in clock.done]
         emit("phase", name=name, peak_B=max((p for p in peaks if p is not None), default=None))
 
@@ -160,28 +144,21 @@ def _prepare(job: Job, registry: Registry, emit: Emit, threads: int) -> tuple[Ce
     run = CellRun(job, registry, clock, meter, emit, baseline_B=meter.now())
     if cuda:
         run.notes.append(
-            "on a GPU some kernels sum in an order that varies from run to run; deterministic algorithms were asked for "
+            "on a GPU some kernels sum in an order that varies from run to run; deterministic algorithms were requested "
             "with warn_only, so a rerun may differ in the last bits"
         )
     built = _build(torch.__config__.show())
     return run, {"torch_build": built, "torch_commit": torch.version.git_version, "cuda": torch.version.cuda or ""}
 
 
-def _measure(run: CellRun) -> Measurements:
-    from harness.cell.lifecycle import measure
-    from harness.memory_model.cell_prediction import predict
-
-    return measure(run, predict)
-
-
 def _build(shown: str) -> list[str]:
-    """Return the lines of torch's build report on its compiler, libraries and CPU instructions, without its flags."""
+    """Return the compiler, libraries and CPU instructions of torch's build report, without its flags."""
     lines = [line.strip().removeprefix("- ") for line in shown.splitlines() if line.startswith("  - ")]
     return [line for line in lines if not line.startswith("Build settings")]
 
 
 def _classify(error: Exception, job: Job, run: CellRun | None) -> tuple[Status, str]:
-    """Return the status of a Cell that ended by `error`, and why, in one line."""
+    """Return the status of a Cell that ended with `error`, and a reason of one line."""
     text = _plain(str(error))
     first = text.splitlines()[0] if text else type(error).__name__
     if isinstance(error, Unsupported):
@@ -218,7 +195,7 @@ def _plain(text: str) -> str:
 
 if __name__ == "__main__":
     code = main(sys.argv)
-    # The Record is on disk. An orderly shutdown of libraries would cost a second a Cell, and some hang in it.
+    # The Record is on disk. An orderly shutdown of libraries would cost a second per Cell, and some of them hang.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

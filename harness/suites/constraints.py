@@ -38,7 +38,7 @@ def _starts(name: str, fields: Mapping[str, list[Any]]) -> Iterator[FieldProblem
         return
     for rank in fields.get("rank", ()):
         if rank % 2:
-            what = f"`init: orthogonal` of {name} shares the rank out in halves, and `rank` is {rank}"
+            what = f"`init: orthogonal` of {name} divides the rank into halves, but `rank` is {rank}"
             yield ("config", "init"), what, f"write an even rank, such as {rank + 1}, or another init"
 
 
@@ -46,13 +46,13 @@ def _budgets(name: str, fields: Mapping[str, list[Any]]) -> Iterator[FieldProble
     """Yield the first contradiction of each kind in AdaLoRA's rank schedule."""
     ranks = itertools.product(fields.get("target_rank", ()), fields.get("rank", ()))
     for target, rank in ((target, rank) for target, rank in ranks if target > rank):
-        what = f"`target_rank` of {name} is {target}, above its `rank` of {rank}, and the budget only falls"
+        what = f"`target_rank` of {name} is {target}, above its `rank` of {rank}, but pruning only lowers the rank"
         yield ("config", "target_rank"), what, f"write at most {rank}, or raise `rank`"
         break
     for first, last, total in itertools.product(*(fields.get(key, ()) for key in ("tinit", "tfinal", "total_steps"))):
         if first + last >= total:
-            what = f"`tinit` {first} and `tfinal` {last} of {name} leave no step of `total_steps` {total} to prune in"
-            yield ("config", "tinit"), what, f"write `tinit` and `tfinal` that are below {total} together"
+            what = f"`tinit` {first} and `tfinal` {last} of {name} leave no step of `total_steps` {total} for pruning"
+            yield ("config", "tinit"), what, f"write `tinit` and `tfinal` with a sum below {total}"
             break
 
 
@@ -60,7 +60,7 @@ def _schedules(name: str, fields: Mapping[str, list[Any]], steps: int) -> Iterat
     """Yield schedules over `total_steps` that do not end with the training."""
     for total in fields.get("total_steps", ()):
         if steps and total != steps:
-            what = f"`total_steps` of {name} is {total}, and the training has {steps} steps"
+            what = f"`total_steps` of {name} is {total}, but the training has {steps} steps"
             yield ("config", "total_steps"), what, f"write `total_steps: {steps}`"
 
 
@@ -69,15 +69,15 @@ def _bases(info: MethodInfo, bases: list[BaseKeys]) -> Iterator[FieldProblem]:
         if base.quantization == "none":
             continue
         if info.spec.trains_weights:
-            what = f"base {base.quantization} keeps frozen weights in 4 bits, and {info.name} trains the weights themselves"
+            what = f"base {base.quantization} has frozen weights in 4 bits, but {info.name} trains the weights"
             yield ("base", index), what, f"give {info.name} an entry without `base:`"
         elif info.name in UNREFERENCED:
-            what = f"{info.name} is offered on a base that is not quantised, and base is {base.quantization}"
+            what = f"{info.name} needs a base that is not quantised, but base is {base.quantization}"
             yield ("base", index), what, f"give {info.name} an entry without `base:`"
 
 
 def duplicate_problems(keys: CellKeys, config: Mapping[str, Mapping[str, list[Any]]]) -> Iterator[FieldProblem]:
-    """Yield values that an axis repeats: they would stand for the same Cell."""
+    """Yield values that an axis repeats: they would give the same Cell."""
     axes: dict[tuple[str, ...], Any] = {(key,): getattr(keys, key) for key in _AXES}
     axes |= {("training", key): values for key, values in keys.training}
     axes |= {("config", key): values for fields in config.values() for key, values in fields.items()}
@@ -86,7 +86,7 @@ def duplicate_problems(keys: CellKeys, config: Mapping[str, Mapping[str, list[An
         for value, times in counted.items():
             if times > 1:
                 what = f"`{way[-1]}` lists {shortened(value)} {times} times"
-                yield way, what, "remove a value that is listed twice"
+                yield way, what, "list each value once"
 
 
 def _shown(value: object) -> str:
@@ -100,9 +100,9 @@ def training_problems(
     training: Mapping[str, list[Any]],
     steps: int,
 ) -> Iterator[FieldProblem]:
-    """Yield values of `training` and `optimizer` that do not go with the Methods or with each other.
+    """Yield values of `training` and `optimizer` that contradict the Methods or each other.
 
-    config, steps: as in `combination_problems`. training: the values of each key that is given.
+    config, steps: as in `combination_problems`. training: the values of each key that the entry has.
     """
     infos = [methods[name] for name in config]
     yield from _optimizers(infos, keys, steps)
@@ -111,20 +111,20 @@ def training_problems(
     for index, layerwise in enumerate(training.get("layerwise", ())):
         if layerwise:
             for what, hint in _layerwise(infos, able, keys, training):
-                yield ("training", "layerwise", index), f"`layerwise` is true, and {what}", hint
+                yield ("training", "layerwise", index), f"`layerwise` is true, but {what}", hint
 
 
 def _optimizers(infos: list[MethodInfo], keys: CellKeys, steps: int) -> Iterator[FieldProblem]:
-    """Yield optimizers of entries that do not train, or of Methods with another optimizer of their own."""
+    """Yield optimizers of entries that do not train, or of Methods that have their own optimizer."""
     for index, optimizer in enumerate(keys.optimizer):
         if optimizer == "adamw":
             continue
         if not steps:
-            what = f"`optimizer` is {optimizer}, and nothing is trained in 0 steps"
-            yield ("optimizer", index), what, "write `optimizer: adamw` for what is not trained"
+            what = f"`optimizer` is {optimizer}, but nothing is trained in 0 steps"
+            yield ("optimizer", index), what, "write `optimizer: adamw`"
         for info in infos:
             if info.spec.optimizer and optimizer not in info.spec.optimizers:
-                what = f"`optimizer` is {optimizer}, and {info.name} steps by its own, {info.spec.optimizer}"
+                what = f"`optimizer` is {optimizer}, but {info.name} has its own, {info.spec.optimizer}"
                 hint = f"give {info.name} an entry with `optimizer: {'` or `'.join(info.spec.optimizers)}`"
                 yield ("optimizer", index), what, hint
 
@@ -132,13 +132,11 @@ def _optimizers(infos: list[MethodInfo], keys: CellKeys, steps: int) -> Iterator
 def _checkpointing(
     config: Mapping[str, Mapping[str, list[Any]]], training: Mapping[str, list[Any]]
 ) -> Iterator[FieldProblem]:
-    """Yield checkpointing of adapters that are passed in the cache, which recomputed blocks do not get."""
+    """Yield checkpointing of adapters whose tokens are in the cache, which recomputed blocks do not get."""
     adapters = {value["peft_type"] for fields in config.values() for value in fields.get(KEY, ())}
     for index, checkpointing in enumerate(training.get("checkpointing", ())):
         for kind in sorted(adapters & set(IN_THE_CACHE)) if checkpointing else ():
-            what = (
-                f"`checkpointing` is true, and {kind} gives its tokens as a cache, which gradient checkpointing drops"
-            )
+            what = f"`checkpointing` is true, but {kind} has its tokens in a cache, which checkpointing drops"
             yield ("training", "checkpointing", index), what, f"leave `checkpointing` out for {kind}"
 
 
@@ -148,18 +146,15 @@ def _layerwise(
     """Yield the reasons why `layerwise` is impossible: it frees each gradient during the backward pass."""
     for info in infos:
         if not info.spec.trains_weights:
-            what = f"{info.name} does not train the model's own weights, so that its gradients take little memory"
-            yield what, f"leave `layerwise` out for {info.name}; it is for {able}"
+            what = f"{info.name} does not train the model's own weights, so its gradients take little memory"
+            yield what, f"remove `layerwise` for {info.name}; it is for {able}"
     for parts in training.get("accumulate", ()):
         if parts != 1:
-            what = f"`accumulate` is {parts}: a gradient that is freed within its pass cannot be summed over {parts} passes"
-            yield what, "write `accumulate: 1`, or leave `layerwise` out"
+            what = f"`accumulate` is {parts}: a gradient that is freed in its pass cannot be summed over {parts} passes"
+            yield what, "write `accumulate: 1`, or remove `layerwise`"
             break
     if any(training.get("compile", ())):
-        yield (
-            "`compile` is true: a compiled backward pass hands out all gradients at its end",
-            "leave one of the two out",
-        )
+        yield "`compile` is true: a compiled backward pass returns all gradients at its end", "remove one of the two"
     if "float16" in keys.dtype:
-        what = "dtype is float16, whose loss scale needs all gradients before the first weight is stepped"
-        yield what, "write `dtype: bfloat16`, or leave `layerwise` out"
+        what = "dtype is float16: its loss scale needs all gradients before the first update"
+        yield what, "write `dtype: bfloat16`, or remove `layerwise`"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class SuiteEntry:
     latency: Timed
     tune: Tune | None
     places: dict[str, str]
-    """`file:line` of each key that only a model or the data can judge."""
+    """`file:line` of each key that is checked later, against the model or the data."""
 
 
 @dataclass
@@ -70,7 +71,7 @@ class SuiteContext:
     ids: dict[str, str] = field(default_factory=dict)
     """`file:line` by id of every entry."""
     entries: dict[str, CellKeys] = field(default_factory=dict)
-    """Merged keys by id of each complete entry, its values right or wrong."""
+    """Merged keys by id of each entry that has all required keys; its values may be invalid."""
 
     @property
     def folder(self) -> Path:
@@ -80,6 +81,16 @@ class SuiteContext:
     def problem(self, path: KeyPath, what: str, hint: str) -> None:
         """Add a mistake at `path`."""
         self.problems.append(Problem(self.document.where(*path), what, hint))
+
+    @contextmanager
+    def problem_if_raised(self, path: KeyPath) -> Iterator[None]:
+        """Add an error of the body as a mistake at `path`, or as the mistakes in the file that it names."""
+        try:
+            yield
+        except SuiteError as error:
+            self.problems += error.problems
+        except HarnessError as error:
+            self.problem(path, f"{error.what} ({error.where})" if error.where else error.what, error.hint)
 
 
 def check_entry(context: SuiteContext, block: KeyPath, cell: KeyPath) -> SuiteEntry | None:
@@ -163,8 +174,9 @@ class _EntryChecker:
         ids = self.context.ids
         name = self.keys.id or f"{'-'.join(self.keys.method or ['cell'])}-{len(ids) + 1}"
         if name in ids:
-            what = f"a second id `{name}`, first at {ids[name]}"
-            self.context.problem(self._path("id"), what, "rename one of the two")
+            self.context.problem(
+                self._path("id"), f"duplicate id `{name}`, first at {ids[name]}", "rename one of the two"
+            )
         ids.setdefault(name, self.context.document.where(*self.cell))
         return name
 
@@ -227,61 +239,47 @@ class _EntryChecker:
         return values
 
     def _model(self, name: str, path: KeyPath) -> Source | None:
-        sources = self.context.sources
-        try:
-            source = resolve(name, sources, self.context.folder)
-        except HarnessError as error:
-            self.context.problem(path, error.what, error.hint)
-            return None
-        if source.kind == "data":
-            models = ", ".join(s.name for s in sources.values() if s.kind != "data")
-            self.context.problem(path, f"`{name}` is a data set, not a model", f"models: {models}")
-            return None
-        try:
+        source = None
+        with self.context.problem_if_raised(path):
+            source = resolve(name, self.context.sources, self.context.folder)
+            if source.kind == "data":
+                models = ", ".join(s.name for s in self.context.sources.values() if s.kind != "data")
+                self.context.problem(path, f"`{name}` is a data set, not a model", f"models: {models}")
+                return None
             if source.scheme == "folder":
                 model_folder.check(Path(source.address), source)
             elif source.scheme == "shape":
                 shapes.config_of(source.address)
-        except HarnessError as error:
-            self.context.problem(path, f"{error.what} ({error.where})", error.hint)
         return source
 
     def _task(self, name: str, path: KeyPath, encoders: list[str]) -> None:
         context, items = self.context, self.keys.evaluation.items
-        try:
-            task = context.tasks.get(name) or tasks.load(name, context.folder, context.sources)
-        except SuiteError as error:
-            context.problems += error.problems
-            return
-        except HarnessError as error:
-            context.problem(path, error.what, error.hint)
-            return
-        context.tasks[name] = task
-        if task.data is None:
+        if name not in context.tasks:
+            with context.problem_if_raised(path):
+                context.tasks[name] = tasks.load(name, context.folder, context.sources)
+        task = context.tasks.get(name)
+        if task is None or task.data is None:
             return
         if not task.trains and self.steps:
-            what = f"{name} has no training split, and `steps` is {self.steps}"
-            hint = "write `steps: 0`, or a task of your own whose `metadata` names a training set"
+            what = f"{name} has no training split, but `steps` is {self.steps}"
+            hint = "write `steps: 0`, or your own task with a training set in its `metadata`"
             context.problem(self._path("training", "steps"), what, hint)
         if task.upstream is None and items is not None and items > task.test:
             what = f"`items` is {items}, but {name} has {task.test} test items"
             context.problem(self._path("evaluation", "items"), what, f"write at most {task.test}")
         if encoders and not task.labels:
-            what = f"{name} is for causal models, and {encoders[0]} is an encoder"
-            context.problem(path, what, "give it a causal model, or a task whose `metadata` has labels")
+            what = f"{name} is for causal models, but {encoders[0]} is an encoder"
+            context.problem(path, what, "write a causal model, or a task with `labels` in its `metadata`")
 
     def _offer(self, kind: str, target: str, name: str, path: KeyPath) -> None:
-        try:
+        with self.context.problem_if_raised(path):
             found = self.context.registry.find(kind, target, name)
-        except HarnessError as error:
-            self.context.problem(path, error.what, error.hint)
-            return
-        for i, dtype in enumerate(self.keys.dtype):
-            if dtype not in found.dtypes:
-                written = self._path("dtype", i)
-                hint = f"it offers {', '.join(found.dtypes)}"
-                what = f"`{name}` does not offer {target} in {dtype}"
-                self.context.problem(written if written != self.cell else path, what, hint)
+            for i, dtype in enumerate(self.keys.dtype):
+                if dtype not in found.dtypes:
+                    written = self._path("dtype", i)
+                    what = f"`{name}` does not offer {target} in {dtype}"
+                    hint = f"it offers {', '.join(found.dtypes)}"
+                    self.context.problem(written if written != self.cell else path, what, hint)
 
     def _base(self, base: BaseKeys, path: KeyPath) -> None:
         if base.quantization != "none" and base.implementation:
@@ -298,7 +296,7 @@ class _EntryChecker:
     def _training(self, config: dict[str, dict[str, list[Any]]]) -> list[Training]:
         axes = {key: _listed(value) for key, value in self.keys.training.model_dump(exclude_none=True).items()}
         if (count := math.prod(map(len, axes.values()))) > MAX_CELLS:
-            what = f"{count} Cells; the most is {MAX_CELLS}"
+            what = f"{count} Cells exceed the limit of {MAX_CELLS}"
             self.context.problem(self._path("training"), what, "shorten a list, or split the suite")
             return []
         training = [Training(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
@@ -331,8 +329,8 @@ class _EntryChecker:
             factors = self.context.methods[name].spec.factors
             if ratio != 1 and "B" not in factors:
                 having = ", ".join(n for n, info in self.context.methods.items() if "B" in info.spec.factors)
-                what = f"`lr_ratio` is {ratio:g}, and {name} trains no factor B"
-                self.context.problem(path, what, f"write `lr_ratio: 1` for {name}; those that do: {having}")
+                what = f"`lr_ratio` is {ratio:g}, but {name} trains no factor B"
+                self.context.problem(path, what, f"write `lr_ratio: 1` for {name}; methods with a factor B: {having}")
 
 
 def _merged(block: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from harness.methods.spec import methods
 from harness.records import naming
 from harness.records.manifest import Comparison, Tuning
 from harness.records.record import Cell
-from harness.records.training import LATER
 
 if TYPE_CHECKING:
     from harness.suites.entry import SuiteEntry
@@ -183,7 +182,7 @@ def _facts(cell: Cell, entry_id: str) -> dict[str, Any]:
         **{key: getattr(cell, key) for key in plain},
         "id": entry_id,
         "base": cell.base.quantization,
-        **{key: getattr(cell.training, key) for key in ("lr", "batch", "max_tokens", *LATER)},
+        **{key: getattr(cell.training, key) for key in ("lr", "batch", "max_tokens", *cell.training.later_fields)},
     }
 
 

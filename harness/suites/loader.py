@@ -75,7 +75,7 @@ def _sources(context: SuiteContext, keys: SuiteKeys) -> dict[str, Source]:
     for index, source in enumerate(keys.sources):
         # A cell_id holds only the name of a source, so a name must always stand for the same source.
         if source.name in sources:
-            context.problem(("sources", index), f"a second source named `{source.name}`", "rename it")
+            context.problem(("sources", index), f"duplicate source `{source.name}`", "rename it")
         sources[source.name] = with_absolute_path(source, context.folder)
     return sources
 
@@ -90,9 +90,9 @@ def _entry_paths(keys: SuiteKeys) -> Iterator[tuple[KeyPath, KeyPath]]:
 
 
 def _expand(context: SuiteContext, entries: list[SuiteEntry]) -> list[tuple[SuiteEntry, list[Cell]]]:
-    """Return each entry with its Cells; reports entries that hold the same Cell, or too many Cells."""
+    """Return each entry with its Cells; report entries with the same Cell, or too many Cells."""
     if (total := sum(map(expand.count, entries))) > MAX_CELLS:
-        what = f"{total} Cells; the most is {MAX_CELLS}"
+        what = f"{total} Cells exceed the limit of {MAX_CELLS}"
         context.problem(("matrix",), what, "shorten a list, or split the suite")
         return []
     expanded = [(entry, list(expand.cells(entry))) for entry in entries]
@@ -100,7 +100,7 @@ def _expand(context: SuiteContext, entries: list[SuiteEntry]) -> list[tuple[Suit
     for entry, cells in expanded:
         if equal := next((cell for cell in cells if cell.cell_id in first), None):
             other = first[equal.cell_id]
-            what = f"`{entry.id}` and `{other.id}` hold the same Cell, {equal.label}"
+            what = f"`{entry.id}` and `{other.id}` have the same Cell, {equal.label}"
             context.problems.append(Problem(entry.where, what, f"the other is at {other.where}"))
         first |= {cell.cell_id: entry for cell in cells if cell.cell_id not in first}
     return expanded
@@ -112,7 +112,7 @@ def _check_comparison(context: SuiteContext, path: KeyPath, keys: ComparisonKeys
         for i, name in enumerate(ids):
             if name not in context.ids:
                 context.problem(
-                    (*path, key, i), f"`{key}` names no id: `{name}`", did_you_mean(name, context.ids, "ids")
+                    (*path, key, i), f"unknown id `{name}` in `{key}`", did_you_mean(name, context.ids, "ids")
                 )
     if set(keys.left) & set(keys.right):
         context.problem(path, "compares an entry with itself", "name different ids")
@@ -129,8 +129,8 @@ def _check_scores(context: SuiteContext, path: KeyPath, entries: Mapping[str, Ce
         context.problem(path, "the two sides are not scored on the same items", "give them one task and one `items`")
     for name, entry in entries.items():
         if entry.is_synthetic:
-            what = f"`better` compares accuracies, and `{name}` scores nothing: its task is {SYNTHETIC}"
-            context.problem(path, what, "compare Cells that are scored, or use `same-losses`")
+            what = f"`better` compares accuracies, but `{name}` has none: its task is {SYNTHETIC}"
+            context.problem(path, what, "compare Cells with an accuracy, or use `same-losses`")
 
 
 def _check_losses(context: SuiteContext, path: KeyPath, entries: Mapping[str, CellKeys], right: list[str]) -> None:

@@ -142,7 +142,7 @@ def _labelled(name: str, document: Document, sources: Mapping[str, Source]) -> T
         what = f"`text` is `{metadata.text}`, but a row has {', '.join(task_schema.LABELLED)}"
         hint = f"write `text: text`, and in the data's source `rows: {{text: {metadata.text}}}`"
         problems.append(Problem(document.where("metadata", "text"), what, hint))
-    return _task(name, document, metadata, sources, problems, labels=metadata.labels, answers=None)
+    return _task(name, document, metadata, sources, problems, labels=metadata.labels)
 
 
 def _answered(name: str, document: Document, sources: Mapping[str, Source]) -> Task:
@@ -154,7 +154,7 @@ def _answered(name: str, document: Document, sources: Mapping[str, Source]) -> T
         what = f"`filter` is `{chosen}`, which `filter_list` does not name" if chosen else "`filter` is missing"
         problems.append(Problem(document.where("metadata", "filter"), what, f"write one of {', '.join(filters)}"))
     answers = Answers(loss=metadata.loss, eos=metadata.eos)
-    return _task(name, document, metadata, sources, problems, labels=0, answers=answers, filter_=chosen)
+    return _task(name, document, metadata, sources, problems, labels=0, answers=answers, filter=chosen)
 
 
 def _task(
@@ -163,17 +163,14 @@ def _task(
     metadata: Metadata,
     sources: Mapping[str, Source],
     problems: list[Problem],
-    *,
-    labels: int,
-    answers: Answers | None,
-    filter_: str = "none",
+    **fields: Any,
 ) -> Task:
-    """Return the task; raises SuiteError with `problems` and the mistakes in its sources."""
+    """Return the task; raises SuiteError with `problems` and the mistakes in its sources. fields: further ones of `Task`."""
     data = _source(document, "data", metadata.data, sources, problems)
     train = _source(document, "train", metadata.train, sources, problems) if metadata.train else None
     task = Task(
-        name=name, path=document.path, spec=document.data, data=data, train=train, labels=labels,
-        test=metadata.test, shuffle_seed=metadata.shuffle_seed, answers=answers, filter=filter_,
+        name=name, path=document.path, spec=document.data, data=data, train=train, test=metadata.test,
+        shuffle_seed=metadata.shuffle_seed, **fields,
     )  # fmt: skip
     if data is not None:
         problems += _unfit(document, task)
@@ -186,9 +183,8 @@ def _find(name: str, base: Path) -> Path:
     if name.endswith((".yaml", ".yml")):
         return base / user_path(name)
     if name not in names():
-        raise UsageError(
-            f"unknown task `{name}`", hint=did_you_mean(name, names(), "a path to an lm-eval YAML, or one of")
-        )
+        hint = did_you_mean(name, names(), "write the path of an lm-eval YAML, or one of")
+        raise UsageError(f"unknown task `{name}`", hint=hint)
     return data_folder("suites") / "tasks" / f"{name}.yaml"
 
 
@@ -209,10 +205,7 @@ def _upstream(name: str) -> Task:
     elif not any(isinstance(m, dict) and m.get("metric") == task_schema.METRICS[kind] for m in metrics):
         what, hint = f"has no metric {task_schema.METRICS[kind]}, which Records need", own_task
     elif absent := [str(path) for path in file.data_files if not path.is_file()]:
-        what, hint = (
-            f"reads missing files: {', '.join(absent)}",
-            "put them there, or start in the folder of their paths",
-        )
+        what, hint = f"reads missing files: {', '.join(absent)}", "start in the folder that their paths are relative to"
     elif (spec.get("generation_kwargs") or {}).get("do_sample"):
         what, hint = "samples its answers; answers are generated greedily here", own_task
     elif not file.revision and dataset not in lm_eval_files.LOCAL:

@@ -1,4 +1,4 @@
-"""Check `tune:` of a suite's entry: a declared search for the learning rate, so that every try is counted."""
+"""Check `tune:` of a suite's entry: a declared search for the learning rate, with a count of its trials."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from harness.suites.tasks import Task
 
 @dataclass(frozen=True)
 class Tune:
-    """A search: each learning rate is tried once for all Cells of the entry that differ in the learning rate only."""
+    """A search: Cells of the entry that differ in the learning rate only share one trial of each learning rate."""
 
     lr: tuple[float, ...]
     seed: int
     items: int
-    """Number of test items that score a try; they follow those of the entry's Cells."""
+    """Number of test items that score a trial; they follow those of the entry's Cells."""
     config: Mapping[str, Mapping[str, Any]]
-    """By Method, values that replace those of the entry, so that one rank may stand for all ranks.
+    """By Method, values that replace those of the entry, so that all ranks can share the trials of one rank.
 
-    None is the default of a field that came after the first published Records, and is left out of a Cell.
+    None is the default of a field that is newer than the first published Records, and is left out of a Cell.
     """
 
     def axes(self, method: str) -> dict[str, list[Any]]:
@@ -52,17 +52,17 @@ def read(
         problems.append((("lr",) if lr else (), what, "write `lr: [3e-4, 1e-3, 3e-3]`"))
     elif other := [t.lr for t in training if t.lr not in lr]:
         tried = ", ".join(f"{x:g}" for x in lr)
-        what = f"`lr` is {other[0]:g}, which `tune` does not try"
-        problems.append((("lr",), what, f"choose one of {tried}, or try it too"))
+        what = f"`lr` is {other[0]:g}, but `tune` does not try it"
+        problems.append((("lr",), what, f"choose one of {tried}, or add it to `tune`"))
     if not training[0].steps:
-        what = "`tune` searches for a learning rate, and nothing is trained in 0 steps"
+        what = "`tune` searches for a learning rate, but nothing is trained in 0 steps"
         problems.append(((), what, "remove `tune:` here"))
     if keys.seed in seeds:
-        what = f"`seed` is {keys.seed}, which the entry's Cells have too"
-        hint = f"write another, e.g. {max(seeds) + 100}: a choice must not be judged by its own runs"
+        what = f"`seed` is {keys.seed}, a seed of the entry's Cells"
+        hint = f"write another, e.g. {max(seeds) + 100}: the runs that choose a learning rate must not judge it"
         problems.append((("seed",), what, hint))
     if keys.items is None:
-        problems.append(((), "`tune` has no `items`", "say how many test items choose the learning rate"))
+        problems.append(((), "`tune` has no `items`", "add the number of test items that choose the learning rate"))
     problems += _items(keys.items or 0, scored, tasks)
     config = {info.name: _config(keys.config, info) for info in methods}
     problems += _config_problems(keys.config, methods)
@@ -72,10 +72,12 @@ def read(
 def _items(items: int, scored: int, tasks: Sequence[Task]) -> Iterator[FieldProblem]:
     for task in tasks:
         if task.data is None:
-            what = f"`tune` chooses by accuracy, and {task.name} is never scored"
+            what = f"`tune` chooses by accuracy, but {task.name} is never scored"
             yield (), what, "remove `tune:` here"
         elif task.upstream is None and items and scored + items > task.test:
-            what = f"`items` is {items}, but {task.name} has {task.test} test items, of which {scored} score the Cells"
+            what = (
+                f"`items` is {items}, but {task.name} has {task.test} test items, and {scored} of them score the Cells"
+            )
             left = task.test - scored
             yield ("items",), what, f"write at most {left}" if left > 0 else "lower `evaluation.items`"
 
@@ -89,15 +91,11 @@ def _config_problems(written: Mapping[str, Any], methods: Sequence[MethodInfo]) 
     for key, value in written.items():
         sharing = [info for info in methods if key in info.fields]
         if key == peft_config.KEY:
-            what = f"`tune.config` has an `{key}`, which is a method of its own and no value to vary"
-            yield ("config", key), what, "give it an entry with a `tune:` of its own"
+            what = f"`tune.config` has an `{key}`, but each adapter config is a method of its own"
+            yield ("config", key), what, "give it an entry with its own `tune:`"
         elif not sharing:
             known = dict.fromkeys(name for info in methods for name in info.fields)
-            yield (
-                ("config", key),
-                f"`tune.config` has a `{key}`, which no method here has",
-                did_you_mean(key, known, "keys"),
-            )
+            yield ("config", key), f"no method here has the `{key}` of `tune.config`", did_you_mean(key, known, "keys")
         else:
             for info in sharing:
                 for path, what, hint in info.fields[key].problems(value):

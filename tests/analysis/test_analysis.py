@@ -3,12 +3,13 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from harness.analysis import ranking, trajectories, verdict
 from harness.analysis.statistics import intervals
-from harness.analysis.verdict_kind import VerdictKind, joint
+from harness.analysis.verdict_kind import Verdict, VerdictKind, joint
 from harness.errors import Exit
 from harness.records import naming
 from harness.records.manifest import Comparison
@@ -104,15 +105,20 @@ def _records() -> dict[str, Record]:
     return {name: recorded_run.record(name, cell) for name, cell in recorded_run.cells().items()}
 
 
-def _same_losses(records: dict[str, Record]) -> trajectories.SameLosses:
+class SameLosses(NamedTuple):
+    verdict: Verdict
+    subjects: tuple[trajectories.JudgedTrajectory, ...]
+
+
+def _same_losses(records: dict[str, Record]) -> SameLosses:
     cells = {c.cell_id: c for c in recorded_run.cells().values()} | {r.cell_id: r.cell for r in records.values()}
-    asked = Comparison(
+    comparison = Comparison(
         kind="same-losses",
         left=[records[n].cell_id for n in ("reference", "fused", "hf-peft") if n in records],
         right=[recorded_run.cells()["float64"].cell_id],
         says="same",
     )
-    return trajectories.judge(asked, cells, {r.cell_id: r for r in records.values()})
+    return SameLosses(*trajectories.judge(comparison, cells, {r.cell_id: r for r in records.values()}))
 
 
 def _losses(record: Record) -> list[float]:
@@ -261,12 +267,12 @@ def test_cells_are_ranked_within_equal_budgets_only(tmp_path: Path) -> None:
     assert found[1].detectable is None
 
 
-def test_how_a_batch_is_gone_through_is_no_budget_and_the_optimizer_is_named(tmp_path: Path) -> None:
+def test_micro_batches_and_optimizer_are_not_part_of_the_budget(tmp_path: Path) -> None:
     records = _records()
     records["fused"] = in_parts(records["fused"])
     records["hf-peft"] = with_cell(records["hf-peft"], optimizer="adamw-8bit")
     cells = [record.cell for record in records.values()]
-    # One Cell is asked for, so that no comparison of the suite's is in the way; all are in the manifest.
+    # Only one Cell is requested, so the suite has no comparison; all Cells are in the manifest.
     run = recorded_run.write_run(
         tmp_path / "r", only=["head"], cells=cells, change=lambda *_: None, extra=list(records.values())
     )
@@ -307,13 +313,13 @@ def _better(left: str, right: str) -> list[Comparison]:
 @pytest.mark.parametrize(
     ("left", "right", "word", "reason"),
     [
-        ("reference", "head", VerdictKind.PASS, "the intervals lie apart"),
+        ("reference", "head", VerdictKind.PASS, "the intervals do not overlap"),
         ("head", "reference", VerdictKind.FAIL, "the opposite holds"),
         ("reference", "full", VerdictKind.INCONCLUSIVE, "the intervals overlap"),
         ("full", "reference", VerdictKind.INCONCLUSIVE, "the intervals overlap"),
         ("reference", "float64", VerdictKind.NOT_RUN, "dtype float32 against float64"),
         ("smollm-lora", "reference", VerdictKind.NOT_RUN, "not comparable: model"),
-        ("smollm-lora", "zero-shot", VerdictKind.PASS, "the intervals lie apart"),
+        ("smollm-lora", "zero-shot", VerdictKind.PASS, "the intervals do not overlap"),
     ],
 )
 def test_better(tmp_path: Path, left: str, right: str, word: VerdictKind, reason: str) -> None:
@@ -326,10 +332,10 @@ def test_better(tmp_path: Path, left: str, right: str, word: VerdictKind, reason
 
 def test_one_reversed_pair_refutes_all_of_them(tmp_path: Path) -> None:
     c = recorded_run.cells()
-    asked = Comparison(
+    comparison = Comparison(
         kind="better", left=[c["reference"].cell_id, c["head"].cell_id], right=[c["lora-r1"].cell_id], says="both"
     )
-    (judged,) = verdict.judge(recorded_run.write_run(tmp_path / "r", asked=lambda _: [asked])).judgements
+    (judged,) = verdict.judge(recorded_run.write_run(tmp_path / "r", asked=lambda _: [comparison])).judgements
     assert judged.verdict.word is VerdictKind.FAIL
     assert "1 of 2 pairs" in judged.verdict.reason
 
@@ -351,8 +357,9 @@ def _whole(tmp_path: Path, **kwargs: object) -> Run:
 
 
 def test_a_whole_run_passes(tmp_path: Path) -> None:
-    v = verdict.judge(_whole(tmp_path))
-    assert (v.verdict.word, v.exit_code(strict=True), v.counts, v.how) == (
+    run = _whole(tmp_path)
+    v = verdict.judge(run)
+    assert (v.verdict.word, v.exit_code(strict=True), v.counts, run.how) == (
         VerdictKind.PASS,
         Exit.PASS,
         {"ok": 10},
@@ -414,7 +421,7 @@ def test_divergence_is_not_called_another_method(tmp_path: Path) -> None:
     names = naming.full(recorded_run.cells().values())
     assert (v.exit, len(v.nonconforming)) == (Exit.FAIL, 2)
     assert v.verdict.reason.startswith(
-        f"1 Cell not computing what the Method says ({names[reference.cell_id]}: the gradient is exactly zero up to "
+        f"1 Cell departing from the Method ({names[reference.cell_id]}: the gradient is exactly zero up to "
         f"step 5); training of 1 Cell diverged ({names[recorded_run.cells()['fused'].cell_id]})"
     )
 
@@ -435,7 +442,7 @@ def test_nothing_measured_is_nothing_compared(tmp_path: Path) -> None:
     assert (v.verdict.word, v.exit) == (VerdictKind.NOT_RUN, Exit.NOTHING_COMPARED)
 
 
-def test_a_run_whose_every_cell_broke_is_the_machines_fault(tmp_path: Path) -> None:
+def test_a_run_in_which_every_cell_broke_is_infrastructure(tmp_path: Path) -> None:
     v = verdict.judge(_whole(tmp_path, change=lambda _, r: recorded_run.failed(r)))
     assert (v.verdict.word, v.exit) == (VerdictKind.INCONCLUSIVE, Exit.INFRASTRUCTURE)
 

@@ -51,7 +51,7 @@ def test_a_level_needs_three_nights() -> None:
     assert [step.at for step in change_points.steps(values, least=LEAST)] == [40]
 
 
-def test_a_real_but_small_change_is_not_told() -> None:
+def test_a_real_but_small_change_is_not_reported() -> None:
     values = level(60, 30, 0.018, sd=0.001)
     assert change_points.steps(values, least=LEAST) == ()
     assert len(change_points.steps(values, least=math.log1p(0.01))) == 1
@@ -94,15 +94,15 @@ def test_cells_that_came_later_do_not_move_the_anchor() -> None:
     logs[:10] = 0.0
     logs[:10, 35:] = math.log(1.14)
     logs[10:, 40:] = 5.0
-    beside = (logs - anchor.anchor(logs))[:10]
-    assert (np.ptp(beside, axis=1) < LEAST).all()
+    relative = (logs - anchor.anchor(logs))[:10]
+    assert (np.ptp(relative, axis=1) < LEAST).all()
 
 
-def told(logs: Array, first: int | None = None) -> list[list[int]]:
+def found_steps(logs: Array, first: int | None = None) -> list[list[int]]:
     """Return the places of each series' changes, or of the first ones', as `history detect` finds them on the last night."""
-    beside = logs - anchor.anchor(logs)
-    shared = float(np.median([change_points.noise(row) for row in beside]))
-    return [[step.at for step in change_points.steps(row, least=LEAST, shared=shared)] for row in beside[:first]]
+    relative = logs - anchor.anchor(logs)
+    shared = float(np.median([change_points.noise(row) for row in relative]))
+    return [[step.at for step in change_points.steps(row, least=LEAST, shared=shared)] for row in relative[:first]]
 
 
 def at_least(found: int, of: int) -> float:
@@ -120,7 +120,7 @@ def at_most(found: int, of: int) -> float:
 def test_a_slow_down_is_found_within_seven_nights(slower: float) -> None:
     found = tried = 0
     for seed in range(10):
-        places = told(simulated(seed, slower)[:, : NIGHT + 7], first=20)
+        places = found_steps(simulated(seed, slower)[:, : NIGHT + 7], first=20)
         found += sum(any(abs(at - NIGHT) <= 2 for at in of) for of in places)
         tried += len(places)
     assert at_least(found, tried) > 0.95
@@ -128,13 +128,13 @@ def test_a_slow_down_is_found_within_seven_nights(slower: float) -> None:
 
 @pytest.mark.slow
 def test_false_alarms_are_rarer_than_one_in_a_thousand_cell_nights() -> None:
-    # Judged on every night anew, as a nightly job does; a change that was told the night before is no second alarm.
+    # Judged on every night anew, as a nightly job does; a change that was found the night before is not a second alarm.
     alarms = cell_nights = 0
     for seed in range(100, 102):
         logs = simulated(seed, 0.0)
         known: list[list[int]] = [[] for _ in logs]
         for night in range(FEWEST, logs.shape[1] + 1):
-            for places, before in zip(told(logs[:, :night]), known, strict=True):
+            for places, before in zip(found_steps(logs[:, :night]), known, strict=True):
                 fresh = [at for at in places if all(abs(at - old) > 2 for old in before)]
                 alarms += len(fresh)
                 before += fresh

@@ -43,7 +43,7 @@ def test_a_metric_that_is_declared_once_is_shown_exported_tracked_and_judged(tmp
     assert row.split()[-1] == "4"
     table = view.build([facts])["runs"][0]["comparison"]
     at = [column["label"] for column in table["columns"]].index("Tensors")
-    assert table["groups"][0]["rows"][0]["figures"][at]["value"] == 4
+    assert table["groups"][0]["rows"][0]["fields"][at]["value"] == 4
     assert 'title="tensors that train"' in html.render([facts])
 
     numbers = frames.of([run])

@@ -1,4 +1,4 @@
-"""Accuracy over several training runs: what the interval and the test mean, who is ranked with whom, what the page says."""
+"""Accuracy over several training runs: interval, test, ranking, and their presentation."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def test_items_and_seeds_add_up() -> None:
     right = [accuracy([0, 1, 0, 0]), accuracy([0, 0, 0, 1])]
     found = over_seeds.difference(left, right)
     assert found is not None
-    apart = [1.0, 0.0, 0.0, 0.5]
-    parts = [variance(apart) / 4, variance([0.75, 0.5]) / 2, variance([0.25, 0.25]) / 2]
-    assert found.value == fmean(apart)
+    differences = [1.0, 0.0, 0.0, 0.5]
+    parts = [variance(differences) / 4, variance([0.75, 0.5]) / 2, variance([0.25, 0.25]) / 2]
+    assert found.value == fmean(differences)
     assert found.error**2 == pytest.approx(sum(parts))
     assert found.df == pytest.approx(sum(parts) ** 2 / (parts[0] ** 2 / 3 + parts[1] ** 2))
     low, high = found.interval
@@ -64,7 +64,7 @@ def _arm(rng: random.Random, hard: list[float], skill: float, spread: float) -> 
 
 
 @pytest.mark.slow
-def test_luck_with_seeds_is_not_taken_for_merit() -> None:
+def test_favourable_seeds_are_not_taken_for_a_better_method() -> None:
     """Two equal methods whose runs differ by 2 points: a test over items alone would call one better far too often."""
     rng, n, trials = random.Random(0), 300, 300
     by_both = by_items = 0
@@ -74,7 +74,7 @@ def test_luck_with_seeds_is_not_taken_for_merit() -> None:
         found = over_seeds.difference(left, right)
         assert found is not None
         by_both += found.p <= 1 - intervals.LEVEL
-        only = [over_seeds._by_id(run) for run in (left[0], right[0])]
+        only = [run.answers for run in (left[0], right[0])]
         table = [sum(only[s][i] > only[1 - s][i] for i in only[0]) for s in (0, 1)]
         by_items += intervals.mcnemar(*table) <= 1 - intervals.LEVEL
     assert intervals.wilson(by_both, trials)[0] <= 1 - intervals.LEVEL
@@ -98,7 +98,7 @@ def test_a_detectable_difference_is_found_and_a_third_of_it_mostly_not() -> None
 
 
 def _exact(value: float) -> Accuracy:
-    """Return an accuracy whose items leave nothing open: then only the seeds do. Its unit is not shares."""
+    """Return an accuracy without uncertainty from its items, so that only the seeds vary. Its unit is not a share."""
     items = [Item.model_construct(id=name, correct=value) for name in ("a", "b")]
     return Accuracy.model_construct(metric="acc", scored_by="harness", value=value, items=items)
 
@@ -109,8 +109,8 @@ def _group(rng: random.Random, skills: Sequence[float], seeds: int, width: float
     return [[_exact(rng.gauss(s, spread)) for _ in range(seeds)] for s, spread in zip(skills, spreads, strict=True)]
 
 
-def _apart(group: list[list[Accuracy]], *, moderated: bool = True) -> set[int]:
-    """Return which recipes the best is told apart from, as a ranking does it."""
+def _separated(group: list[list[Accuracy]], *, moderated: bool = True) -> set[int]:
+    """Return the recipes that a ranking separates from the best."""
     prior = seed_spread.prior(group) if moderated else None
     first, *others = sorted(range(len(group)), key=lambda n: -fmean(run.value for run in group[n]))
     found = {n: over_seeds.difference(group[first], group[n], (prior, prior)) for n in others}
@@ -132,7 +132,7 @@ def _apart(group: list[list[Accuracy]], *, moderated: bool = True) -> set[int]:
 )
 def test_moderated_spreads_make_no_false_order(recipes: int, seeds: int, width: float) -> None:
     rng, trials = random.Random(f"{recipes} {seeds} {width}"), 1_200
-    false = sum(bool(_apart(_group(rng, [0.0] * recipes, seeds, width))) for _ in range(trials))
+    false = sum(bool(_separated(_group(rng, [0.0] * recipes, seeds, width))) for _ in range(trials))
     assert intervals.wilson(false, trials)[0] <= 1 - intervals.LEVEL
 
 
@@ -140,7 +140,7 @@ def test_moderated_spreads_make_no_false_order(recipes: int, seeds: int, width: 
 def test_moderated_spreads_find_more() -> None:
     rng, trials = random.Random(3), 300
     groups = [_group(rng, [0.0] * 7 + [-10.0], 3, 0.7) for _ in range(trials)]
-    moderated, alone = (sum(7 in _apart(group, moderated=m) for group in groups) for m in (True, False))
+    moderated, alone = (sum(7 in _separated(group, moderated=m) for group in groups) for m in (True, False))
     assert intervals.wilson(moderated, trials)[0] > 1.5 * intervals.wilson(alone, trials)[1]
 
 
@@ -155,17 +155,17 @@ def test_spreads_that_do_not_differ_are_one_and_few_recipes_tell_nothing() -> No
     assert prior is not None
     pooled = fmean(variance([run.value for run in runs]) for runs in steady)
     assert (prior.df, prior.moderated(0.0, 2)) == (math.inf, (pooled, 12.0))
-    assert prior.moderated(1.0, 2) == (1.0, 12.0)  # a recipe whose seeds lie apart keeps its own
+    assert prior.moderated(1.0, 2) == (1.0, 12.0)  # a variance above the moderated one is not shrunk
 
 
 def test_equal_seeds_are_not_taken_for_no_spread_at_all() -> None:
     equal = [accuracy([1, 0, 1, 0])] * 3
     other = [[accuracy([1, 0, 1, 0]), accuracy([1, 1, 1, 0]), accuracy([0, 0, 1, 0])] for _ in range(5)]
     prior = seed_spread.prior([equal, *other])
-    alone, beside = over_seeds.mean(equal), over_seeds.mean(equal, prior)
+    alone, moderated = over_seeds.mean(equal), over_seeds.mean(equal, prior)
     assert alone is not None
-    assert beside is not None
-    assert alone.error < beside.error
+    assert moderated is not None
+    assert alone.error < moderated.error
 
 
 # ---- ranking
@@ -176,14 +176,14 @@ def _cells(*names: str, seeds: tuple[int, ...] = SEEDS) -> list[tuple[str, Cell]
     return [(name, every[name].model_copy(update={"seed": seed})) for name in names for seed in seeds]
 
 
-def _run(folder: Path, cells: list[tuple[str, Cell]], lost: tuple[str, ...] = (), **manifest: object) -> Run:
-    """Write a run of several seeds; `lost`: cell_ids whose Record is of a crash."""
+def _run(folder: Path, cells: list[tuple[str, Cell]], crashed: tuple[str, ...] = (), **manifest: object) -> Run:
+    """Write a run of several seeds; crashed: cell_ids with a failed Record."""
     records: list[Record] = []
     for name, cell in cells:
         good = recorded_run.record(name, cell)
         share = good.measurements.accuracy.value if good.measurements and good.measurements.accuracy else 0.0
         good = recorded_run.with_accuracy(good, share + 0.004 * (cell.seed % 3 - 1))
-        records.append(recorded_run.failed(good, Status.OOM) if cell.cell_id in lost else good)
+        records.append(recorded_run.failed(good, Status.OOM) if cell.cell_id in crashed else good)
     return recorded_run.write_run(
         folder, only=["head"], cells=[cell for _, cell in cells], change=lambda *_: None, extra=records,
         **manifest,
@@ -207,21 +207,21 @@ def test_seeds_of_a_recipe_are_one_place_in_the_ranking(tmp_path: Path) -> None:
 
 def test_a_recipe_that_lacks_a_seed_is_not_ranked_with_the_others(tmp_path: Path) -> None:
     cells = _cells("full", "reference")
-    found = ranking.groups(_run(tmp_path / "r", cells, lost=(cells[-1][1].cell_id,)))
+    found = ranking.groups(_run(tmp_path / "r", cells, crashed=(cells[-1][1].cell_id,)))
     assert [[(e.record.cell.method, len(e.records)) for e in g.ranked] for g in found] == [[("full", 3)], [("lora", 2)]]
-    page = Page(html.render([analyse(_run(tmp_path / "again", cells, lost=(cells[-1][1].cell_id,)))])).text
-    assert "Nothing else was given the same budget (and the same seeds)" in page
+    page = Page(html.render([analyse(_run(tmp_path / "again", cells, crashed=(cells[-1][1].cell_id,)))])).text
+    assert "No other recipe has the same budget and the same seeds" in page
 
 
 def test_better_over_seeds_is_judged_by_the_interval_of_the_difference(tmp_path: Path) -> None:
     cells = _cells("full", "reference", "head")
     ids = {name: [c.cell_id for n, c in cells if n == name] for name, _ in cells}
 
-    def asked(left: str, right: str) -> Comparison:
+    def better(left: str, right: str) -> Comparison:
         return Comparison(kind="better", left=ids[left], right=ids[right], says=f"{left} beats {right}")
 
     run = _run(
-        tmp_path / "r", cells, comparisons=[asked("full", "head"), asked("head", "full"), asked("full", "reference")]
+        tmp_path / "r", cells, comparisons=[better("full", "head"), better("head", "full"), better("full", "reference")]
     )
     words = [j.verdict.word for j in verdict.judge(run).judgements]
     assert words == [VerdictKind.PASS, VerdictKind.FAIL, VerdictKind.INCONCLUSIVE]
@@ -234,11 +234,11 @@ def test_better_over_seeds_is_judged_by_the_interval_of_the_difference(tmp_path:
 
 def test_terminal_and_page_show_means_with_their_test(tmp_path: Path) -> None:
     run = _run(tmp_path / "r", _cells("full", "reference", "head"))
-    said = "\n".join(terminal.summary(analyse(run)))
-    assert "over seeds" in said
+    lines = "\n".join(terminal.summary(analyse(run)))
+    assert "over seeds" in lines
     page = Page(html.render([analyse(run)])).text
     assert "Means over seeds" in page
-    assert "Each is the mean of 3 training runs (seeds 0, 1, 2)." in page
+    assert "Each accuracy is the mean of 3 training runs (seeds 0, 1, 2)." in page
     assert "exact McNemar, Holm-adjusted" not in page
 
 
@@ -275,7 +275,7 @@ def test_what_a_search_tried_is_shown_and_not_ranked(tmp_path: Path) -> None:
     page = Page(html.render([analyse(run)])).text
     assert "Learning rates that were tried" in page
     assert "3 learning rates tried for each" in page
-    assert "a try of the search for a learning rate: not ranked" in page
+    assert "a try of the search for a learning rate is not ranked" in page
 
 
 def test_unequal_searches_are_not_ranked_together(tmp_path: Path) -> None:

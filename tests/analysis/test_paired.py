@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import ttest_ind, wilcoxon
 
 from harness.analysis.comparison.pair_ratio import log_ratio
-from harness.analysis.statistics import canaries, pair_design, pair_order, paired, trimmed
+from harness.analysis.statistics import canaries, pair_design, paired, trimmed
 from harness.analysis.statistics.pair_design import Design
 from harness.analysis.statistics.paired import PairFinding, PairVerdict
 from harness.errors import HarnessError, UsageError
@@ -30,26 +30,26 @@ def spread(n: int, effect: float = 0.0, sd: float = SD) -> list[float]:
 @pytest.mark.parametrize("pairs", [2, 6, 10, 20])
 def test_drift_cancels_in_the_order(pairs: int) -> None:
     for seed in range(20):
-        arms = pair_order.order(pairs, seed)
-        signs = [1 if arm == "B" else -1 for arm in arms]
-        assert len(arms) == 2 * pairs
-        assert {arms[i : i + 2] for i in range(0, len(arms), 2)} == {"AB", "BA"}
+        sides = pair_design.order(pairs, seed)
+        signs = [1 if side == "B" else -1 for side in sides]
+        assert len(sides) == 2 * pairs
+        assert {sides[i : i + 2] for i in range(0, len(sides), 2)} == {"AB", "BA"}
         assert sum(sign * when for when, sign in enumerate(signs)) == 0
         if pairs % 4 == 0:
             assert sum(sign * when**2 for when, sign in enumerate(signs)) == 0
 
 
 def test_the_order_is_drawn_and_can_be_drawn_again() -> None:
-    drawn = [pair_order.order(6, seed) for seed in range(40)]
-    assert drawn == [pair_order.order(6, seed) for seed in range(40)]
-    assert {arms[0] for arms in drawn} == {"A", "B"}
-    assert {pair_order.order(2, seed) for seed in range(40)} == {"ABBA", "BAAB"}
+    drawn = [pair_design.order(6, seed) for seed in range(40)]
+    assert drawn == [pair_design.order(6, seed) for seed in range(40)]
+    assert {sides[0] for sides in drawn} == {"A", "B"}
+    assert {pair_design.order(2, seed) for seed in range(40)} == {"ABBA", "BAAB"}
     with pytest.raises(UsageError, match="5 pairs to order"):
-        pair_order.order(5, 0)
+        pair_design.order(5, 0)
 
 
 def trained(seconds: list[float], tokens: list[int]) -> Record:
-    """Return a Record whose steps took so long, on batches of so many tokens; the first step is warm-up."""
+    """Return a Record with these step times and tokens per batch; the first step is warm-up."""
     record = recorded_run.record("fused", recorded_run.cells()["fused"])
     assert record.measurements is not None
     assert record.measurements.training is not None
@@ -76,7 +76,7 @@ def test_a_side_whose_clock_did_not_move_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"first": 5}, "5 pairs"), ({"first": 4}, "4 pairs"), ({"fresh": (10, 15)}, "15 pairs"),
         ({"fresh": ()}, "fresh pairs ()"), ({"fresh": (20, 10)}, "fresh pairs (20, 10)"),
@@ -87,10 +87,10 @@ def test_a_side_whose_clock_did_not_move_is_named() -> None:
         ({"trim": 0.4}, "0.4 trimmed"),
     ],
 )  # fmt: skip
-def test_a_design_that_could_not_be_judged_is_refused(changes: dict[str, Any], says: str) -> None:
+def test_a_design_that_could_not_be_judged_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as refused:
         Design(**changes)
-    assert says in refused.value.what
+    assert message in refused.value.what
     assert refused.value.hint
 
 
@@ -132,7 +132,7 @@ def test_hodges_lehmann_and_its_interval() -> None:
     ],
 )
 def test_the_fresh_pairs_alone_judge(effect: float, word: PairFinding) -> None:
-    # 1.8 % is told neither from the margin of 1 % nor from that of 3 %: the pairs of this Cell are three times as unruly.
+    # 1.8 % cannot be separated from either margin, 1 % or 3 %, since the pairs of this Cell vary three times as much.
     sd = 3 * SD if word is PairFinding.INCONCLUSIVE else SD
     first = spread(6, 0.2)
     before = paired.decide(first, (), DESIGN)
@@ -152,7 +152,7 @@ def test_a_cell_that_the_first_pairs_prove_gets_no_more() -> None:
     assert (found.word, found.stage, found.n, found.more) == (PairFinding.SAME, "first", 6, 0)
 
 
-def test_what_looks_slower_gets_its_fresh_pairs_even_within_the_margin() -> None:
+def test_a_cell_that_looks_slower_gets_its_fresh_pairs_even_within_the_margin() -> None:
     for stage, n in (("first", 6), ("fresh", 10)):
         found = paired.judge(spread(n, 0.012, SD / 4), DESIGN, stage)  # type: ignore[arg-type]
         assert found.interval[1] < DESIGN.same_within
@@ -170,7 +170,7 @@ def test_too_wide_is_no_proof_and_calls_for_fresh_pairs() -> None:
     assert (last.word, last.more) == (PairFinding.INCONCLUSIVE, 0)
 
 
-def test_exchanging_the_arms_exchanges_slower_and_faster() -> None:
+def test_exchanging_the_sides_exchanges_slower_and_faster() -> None:
     there, back = (paired.judge(spread(10, effect), DESIGN, "fresh") for effect in (0.06, 1 / 1.06 - 1))
     assert (there.word, back.word) == (PairFinding.SLOWER, PairFinding.FASTER)
     assert there.p == pytest.approx(back.p)
@@ -205,14 +205,14 @@ def test_no_spread_at_all_is_no_verdict(effect: float) -> None:
     ("stage", "n", "planned"), [("first", 8, "6"), ("fresh", 12, "10 or 20"), ("fresh", 6, "10 or 20")]
 )
 def test_looking_when_none_is_planned_is_refused(stage: pair_design.Stage, n: int, planned: str) -> None:
-    with pytest.raises(UsageError, match="no look at so many is planned") as refused:
+    with pytest.raises(UsageError, match=f"no look at {n} pairs of the {stage} stage is planned") as refused:
         paired.judge(spread(n), DESIGN, stage)
     assert f"judge {planned} pairs" in refused.value.hint
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_ratio_that_is_no_number_is_refused(value: float) -> None:
-    with pytest.raises(HarnessError, match="no finite number"):
+    with pytest.raises(HarnessError, match="not finite"):
         paired.judge([*spread(9), value], DESIGN, "fresh")
 
 
@@ -227,7 +227,7 @@ def _with(p: float, stage: pair_design.Stage = "fresh") -> PairVerdict:
     return PairVerdict(PairFinding.INCONCLUSIVE, stage, 0.0, (0.0, 0.0), None, p, 10, None, 0, "")
 
 
-def test_the_family_is_asked_all_at_once() -> None:
+def test_p_values_are_adjusted_for_all_cells() -> None:
     found = paired.family({"a": _with(0.001), "b": _with(0.01), "c": _with(0.3), "d": _with(0.0001, "first")})
     # Both directions, 4 Cells: p 0.002, 0.02, 0.6, and 1 for the one without fresh pairs.
     assert found == {
@@ -249,7 +249,7 @@ def test_canaries_publish_their_rate_and_close_the_gate() -> None:
     assert "too few" in canaries.Canaries(1, 1).sentence
     assert "too few" not in well.sentence
     assert not canaries.Canaries(1, 1).closed
-    assert canaries.Canaries(1_000, 5_000).closed  # counts whose binomial coefficients are no float
+    assert canaries.Canaries(1_000, 5_000).closed  # the binomial coefficients of these counts exceed a float
     # At 3 times nominal itself the gate is closed by chance in at most 5 % of the nights, and one alarm less leaves it open.
     least = next(k for k in range(41) if canaries.Canaries(k, 40).closed)
     tail = sum(math.comb(40, k) * 0.15**k * 0.85 ** (40 - k) for k in range(least - 1, 41))

@@ -94,16 +94,16 @@ def test_an_equal_rerun_elsewhere_needs_no_cause(first: Run, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("field", "says"),
+    ("field", "sentence"),
     [("initial_state_sha256", "initial state: 1111, 2222"), ("data_order_sha256", "order of the data: 1111, 2222")],
 )
-def test_where_two_runs_parted_is_named_but_excuses_nothing(tmp_path: Path, field: str, says: str) -> None:
+def test_a_difference_determined_by_the_seed_explains_nothing(tmp_path: Path, field: str, sentence: str) -> None:
     one = _again(tmp_path / "one", lambda _, r: _trained(r, **{field: "1111"}))
     two = _again(tmp_path / "two", lambda n, r: _trained(_nudged(n, r), **{field: "2222"}))
     unequal = _unequal([one, two])
-    assert (unequal.parted, unequal.unexplained) == ((says,), True)
+    assert (unequal.seeded, unequal.unexplained) == ((sentence,), True)
     old = _again(tmp_path / "old", _nudged)
-    assert _unequal([one, old]).parted == ()
+    assert _unequal([one, old]).seeded == ()
 
 
 def test_two_reruns_elsewhere_are_compared_with_each_other(first: Run, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_failed_attempts_and_copies_are_no_reruns(first: Run, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("change", "code", "said"),
+    ("change", "code", "expected"),
     [
         (lambda _, r: r, 0, ["✓ reproducibility: 10 repeated Cells gave the same losses", "✓ minilm-l6 lora r=8 [fused]"]),
         (_nudged, 1, ["differs without a named cause", "✗ minilm-l6 lora r=8 [fused]: losses differ from step 7",
@@ -137,13 +137,13 @@ def test_failed_attempts_and_copies_are_no_reruns(first: Run, tmp_path: Path) ->
          ["? minilm-l6 lora r=8 [fused]: losses differ from step 7", "threads: 2, 4"]),
     ],
 )  # fmt: skip
-def test_report_of_two_runs_tells_and_exits_accordingly(
-    first: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Change, code: int, said: list[str]
+def test_report_compares_two_runs(
+    first: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Change, code: int, expected: list[str]
 ) -> None:
     again = _again(tmp_path / "again", change)
     assert main(["report", str(first.path), str(again.path), "-o", str(tmp_path / "r.html")]) == code
     shown = capsys.readouterr().out
-    assert [words for words in said if words not in shown] == []
+    assert [words for words in expected if words not in shown] == []
 
 
 def test_report_of_runs_that_share_no_cell_compared_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

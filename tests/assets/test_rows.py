@@ -55,7 +55,7 @@ def test_csv_and_jsonl_name_their_columns(tmp_path: Path) -> None:
         ('{"text": " ", "label": 1}\n', "jsonl", 1, "empty"),
         ("[1]\n", "jsonl", 1, "not a JSON object"),
         ("text,label\na,1\nb,good\n", "csv", 3, "'good'"),
-        ("", "csv", 1, "not one row"),
+        ("", "csv", 1, "no rows"),
     ],
 )
 def test_a_row_that_cannot_be_read_is_named_by_line(

@@ -171,7 +171,7 @@ def test_checkpointing_computes_each_block_twice_and_ends_with_its_context(folde
 
 def test_a_model_without_checkpointing_is_refused_with_a_hint() -> None:
     with (
-        pytest.raises(UsageError, match="Encoder cannot do gradient checkpointing") as refused,
+        pytest.raises(UsageError, match="Encoder does not support gradient checkpointing") as refused,
         models.checkpointing(Encoder(), True),
     ):
         pass

@@ -16,7 +16,7 @@ from safetensors.torch import load
 from torch import nn
 
 from harness.analysis.run_facts import analyse
-from harness.cell.measure import checkpoint_size, energy, gpu, nvml
+from harness.cell.measure import checkpoint_size, energy, gpu
 from harness.cell.measure.energy import EnergyMeter
 from harness.cell.measure.gpu import GpuWatch
 from harness.cell.measure.memory import PeakMeter
@@ -93,7 +93,7 @@ def spent(meter: EnergyMeter, clock: SimpleNamespace, seconds: float, do: Any = 
 
 
 def test_a_gpu_counts_the_joules_of_a_window(driver: Driver, clock: SimpleNamespace) -> None:
-    found, why = nvml.find(UUID)
+    found, why = gpu.find(UUID)
     assert (why, found is not None) == ("", True)
     meter = energy.meter(found, cuda=True)
     assert (meter.source, meter.because) == ("nvml", "")
@@ -105,26 +105,26 @@ def test_a_gpu_counts_the_joules_of_a_window(driver: Driver, clock: SimpleNamesp
 
 
 def test_a_window_that_no_counter_resolves_is_not_measured(driver: Driver, clock: SimpleNamespace) -> None:
-    meter = energy.meter(nvml.find(UUID)[0], cuda=True)
+    meter = energy.meter(gpu.find(UUID)[0], cuda=True)
     grown = lambda: driver.says.update(TotalEnergyConsumption=6_000)  # noqa: E731
     assert spent(meter, clock, energy.LEAST_S - 0.1, grown) is None
     assert spent(meter, clock, energy.LEAST_S, lambda: driver.says.update(TotalEnergyConsumption=8_000)) == 2.0
 
 
 def test_why_no_gpu_is_asked(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert nvml.find("GPU-of-somebody") == (None, "the GPU's driver refuses: Not Found")
+    assert gpu.find("GPU-of-somebody") == (None, "the GPU's driver refuses: Not Found")
     driver.says["TotalEnergyConsumption"] = None
-    old = energy.meter(nvml.find(UUID)[0], cuda=True)
+    old = energy.meter(gpu.find(UUID)[0], cuda=True)
     assert (old.source, old.because) == ("", "this GPU's driver counts no energy")
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    found, why = nvml.find(UUID)
+    found, why = gpu.find(UUID)
     assert found is None
     assert "pip install nvidia-ml-py" in why
     assert energy.meter(None, why, cuda=True) == EnergyMeter(None, why)
 
 
 def test_the_state_of_a_gpu_in_base_units(driver: Driver) -> None:
-    found, _ = nvml.find(UUID)
+    found, _ = gpu.find(UUID)
     assert found is not None
     assert found.state() == GpuState(
         uuid=UUID, sm_clock_Hz=1_755_000_000, memory_clock_Hz=1_755_000_000, power_W=310.5, temperature_C=61.0,
@@ -179,7 +179,7 @@ def test_a_phase_on_a_gpu_has_its_peaks_and_its_edges(driver: Driver, monkeypatc
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid=UUID.removeprefix("GPU-")))
     device = torch.device("cuda")
     monkeypatch.setattr(gpu, "_SAMPLE_S", 3600)  # the edges alone look
-    watch = GpuWatch(device, gpu.find(device)[0])
+    watch = GpuWatch(device, gpu.find(UUID)[0])
     phases = PhaseClock(PeakMeter(torch.device("cpu")), lambda _: None, gpu=watch)
 
     def work() -> None:
@@ -284,7 +284,11 @@ def test_joules_of_a_whole_machine_are_not_those_of_one_of_its_cells(source: str
     fused = next(r for r in run.records if r.cell.method == "lora" and r.cell.implementation == "fused")
     figures = row(view.build([analyse(run)])["runs"][0]["costs"], fused)
     assert figures["Energy of training, J"]["text"] == shown
-    why = "the counter (rapl) is the whole machine's; up to 2 Cells ran at once" if source == "rapl" else "by nvml"
+    why = (
+        "the counter (rapl) covers the whole machine, where up to 2 Cells ran at once"
+        if source == "rapl"
+        else "by nvml"
+    )
     assert figures["Energy of training, J"]["why"] == why
     exported = rows.cell(fused, "a", latest=True)
     joules = None if source == "rapl" else 450.0

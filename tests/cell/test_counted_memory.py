@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from harness.cell.measure.allocations import peak_while
+from harness.cell.measure.memory import peak_while
 from harness.cell.training import loop
 from harness.cell.training.counted_step import copied_B, step_peak
 from support.small_encoder import Encoder, batches, nothing, setting

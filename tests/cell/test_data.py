@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from harness.assets import fetch, generated, rows, table
 from harness.cell import data
+from harness.cell.data import RandomData
 from harness.cell.job import Job
-from harness.cell.synthetic_data import RandomData
 from harness.cell.training.batches import Example, order
 from harness.errors import UsageError
 from harness.records.record import Cell, Training

@@ -14,12 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from harness.assets.rows import AnsweredRow, TextRow
 from harness.assets.rows import read as read_rows
 from harness.assets.table import Source
-from harness.cell.evaluation.generation import generate
-from harness.cell.evaluation.likelihood import CausalScorer
+from harness.cell.evaluation.likelihood import CausalScorer, generate
 from harness.cell.evaluation.lm_eval_task import LmEvalTask
-from harness.cell.training.batches import Example, collate, order
+from harness.cell.training.batches import Example, Prompts, answered_examples, collate, order
 from harness.cell.training.loop import loss_of
-from harness.cell.training.texts import Prompts, answered_examples
 from harness.conformance.subject import configure
 from harness.errors import Exit
 from harness.methods.registry import discover
@@ -74,6 +72,10 @@ def read(model: Any, example: Example) -> tuple[str, str]:
 
 def of(model: Any, answer: str = " makes 1", limit: int = 60, loss: str = "answer", eos: bool = True) -> Example:
     return Prompts(model.tokenizer, limit).example("r", "Q: ab1\nA:", answer, loss, eos)
+
+
+def prompt_tokens(prompts: Prompts, text: str) -> list[int]:
+    return list(prompts.open("", text).tokens)
 
 
 def test_prompt_and_answer_are_one_text_whose_answer_carries_the_loss(model: Any) -> None:
@@ -132,8 +134,8 @@ class _Unbegun:
 
 def test_where_the_border_is_inside_a_token_the_two_are_tokenised_apart(model: Any) -> None:
     plain = Prompts(_Unbegun(model.tokenizer), 60)
-    assert plain.pair("a=", "1") == (plain.prompt_tokens("a="), plain.prompt_tokens("1"))
-    assert plain.pair("a", "=1") == (plain.prompt_tokens("a"), plain.prompt_tokens("z"))
+    assert plain.pair("a=", "1") == (prompt_tokens(plain, "a="), prompt_tokens(plain, "1"))
+    assert plain.pair("a", "=1") == (prompt_tokens(plain, "a"), prompt_tokens(plain, "z"))
 
 
 @pytest.mark.parametrize("loss", ["answer", "all"])
@@ -164,7 +166,7 @@ def alone(model: Any, prompt: list[int], most: int) -> list[int]:
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_what_is_written_is_the_likeliest_token_each_time(model: Any, batch: int) -> None:
-    prompts = [Prompts(model.tokenizer, 60).prompt_tokens(f"Q: {row.prompt}\nA:") for row in ROWS]
+    prompts = [prompt_tokens(Prompts(model.tokenizer, 60), f"Q: {row.prompt}\nA:") for row in ROWS]
     model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0)  # a model's file may say so
     said: list[tuple[int, int]] = []
     got = generate(model.train(), model.tokenizer, prompts, [], 9, batch, lambda *done: said.append(done))
@@ -179,7 +181,7 @@ def test_what_is_written_is_the_likeliest_token_each_time(model: Any, batch: int
 def test_an_adapted_model_writes_what_it_computes_without_a_cache(folder: Path, implementation: str) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     model.tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = [Prompts(model.tokenizer, 60).prompt_tokens(f"Q: {row.prompt}\nA:") for row in ROWS]
+    prompts = [prompt_tokens(Prompts(model.tokenizer, 60), f"Q: {row.prompt}\nA:") for row in ROWS]
     base = generate(model, model.tokenizer, prompts, [], 9, 5, lambda *_: None)
     config = configure("lora", {"rank": 4, "targets": ["q_proj", "k_proj", "v_proj", "down_proj"]})
     adapted = discover().find("method", "lora", implementation)(model, config, torch.Generator().manual_seed(0))
@@ -193,7 +195,7 @@ def test_an_adapted_model_writes_what_it_computes_without_a_cache(folder: Path, 
 
 
 def test_an_answer_ends_before_the_first_text_that_ends_answers(model: Any) -> None:
-    prompts = [Prompts(model.tokenizer, 60).prompt_tokens(f"Q: {row.prompt}\nA:") for row in ROWS]
+    prompts = [prompt_tokens(Prompts(model.tokenizer, 60), f"Q: {row.prompt}\nA:") for row in ROWS]
     whole = generate(model, model.tokenizer, prompts, [], 9, 5, lambda *_: None)
     longest = max(whole, key=len)
     end = longest[3:5]
@@ -252,7 +254,7 @@ def test_the_training_prompt_is_the_one_that_is_answered(model: Any, spec: dict[
 
 
 def test_prompts_that_were_cut_are_counted(model: Any, spec: dict[str, Any]) -> None:
-    lengths = [len(Prompts(model.tokenizer, 60).prompt_tokens(f"Q: {row.prompt}\nA:")) for row in ROWS]
+    lengths = [len(prompt_tokens(Prompts(model.tokenizer, 60), f"Q: {row.prompt}\nA:")) for row in ROWS]
     for limit in {*lengths, min(lengths) - 1}:
         scorer = CausalScorer(model, model.tokenizer, 5, limit, lambda done, of: None)
         LmEvalTask(spec, ROWS, "strict").score(scorer)

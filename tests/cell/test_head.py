@@ -167,7 +167,7 @@ def test_a_head_of_another_number_of_classes_is_drawn_anew_and_noted(tokenizer: 
     assert not loaded.head["classifier.bias"].any()
     assert torch.equal(loaded.head["pre_classifier.weight"], model.pre_classifier.weight)
     anew, kept = loaded.notes
-    assert "not of 2 classes: classifier.bias, classifier.weight initialised at random" in anew
+    assert "does not have 2 classes: classifier.bias, classifier.weight initialised at random" in anew
     assert "pre_classifier.bias from the checkpoint" in kept
 
 
@@ -177,7 +177,7 @@ def test_weights_of_other_sizes_than_the_config_says_are_refused(kind: str, toke
     folder = saved(model, tokenizer, tmp_path / "mine")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 61}))
-    with pytest.raises(AssetError, match=r"\.weight has the shape \(60, 8\), and by the config \(61, 8\)") as caught:
+    with pytest.raises(AssetError, match=r"\.weight has the shape \(60, 8\), and \(61, 8\) in the config") as caught:
         models.load(folder, kind, 2, torch.float32, CPU, seed=0)
     assert caught.value.where == str(folder)
     assert "correct config.json" in caught.value.hint

@@ -208,7 +208,7 @@ def test_layers_that_were_forgotten_before_are_put_back() -> None:
     ("method", "does", "message"),
     [
         ("detach", lambda: None, r"detach\(\) of reference\.\S+ left model.layers.0.self_attn.q_proj"),
-        ("unmerge", lambda: None, r"unmerge\(\) of reference\.\S+ did not put back model.layers.0.self_attn.q_proj"),
+        ("unmerge", lambda: None, r"unmerge\(\) of reference\.\S+ did not restore model.layers.0.self_attn.q_proj"),
         ("detach", lambda: {}["q"], r"detach\(\) of reference\.\S+ raised KeyError: 'q'"),
         ("merge", lambda: None.x, r"merge\(\) of reference\.\S+ raised AttributeError"),  # type: ignore[attr-defined]
     ],

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from harness.analysis import tracked_metrics
 from harness.analysis.run_facts import analyse
-from harness.analysis.statistics.percentiles import percentile
+from harness.analysis.statistics.intervals import percentile
 from harness.cell.measure import multi_adapter_latency
 from harness.conformance.subject import Subject, adaptable_layers, configure
 from harness.methods.registry import discover
@@ -248,7 +248,7 @@ def test_a_batch_as_large_as_the_mixed_one_is_its_own(tmp_path: Path) -> None:
     shown = row(built["mixed"], fused)
     assert (shown["One for all, ms"]["text"], shown["One each, ms"]["text"]) == ("2.00", "3.00")
     alone = row(built["latency"], fused)
-    assert (alone["What"]["text"], alone["Unmerged, ms"]["text"]) == ("forward 4 × 32", "7.00")
+    assert (alone["Pass"]["text"], alone["Unmerged, ms"]["text"]) == ("forward 4 × 32", "7.00")
     asked = fused.cell.evaluation.model_copy(update={"prompt_batch": 4})
     for cell, own, beside in (
         (fused.cell.model_copy(update={"evaluation": asked}), 0.007, 0.002),
@@ -283,17 +283,17 @@ def test_the_report_has_them_beside_one_adapter_for_all(tmp_path: Path) -> None:
     built = view.build([analyse(run)])["runs"][0]
     by_name = {r.cell.implementation: r for r in run.records if r.cell.method == "lora"}
     shown = row(built["mixed"], by_name["fused"])
-    assert (shown["What"]["text"], shown["Adapters"]["text"]) == ("forward 4 × 32", "4")
+    assert (shown["Pass"]["text"], shown["Adapters"]["text"]) == ("forward 4 × 32", "4")
     assert (shown["One for all, ms"]["text"], shown["One each, ms"]["text"]) == ("2.00", "3.00")
     assert shown["Each / all"]["text"] == "1.50"
     assert "p95 9.00" in shown["One each, ms"]["small"]
-    assert shown["One each, ms"]["why"] == "21 samples; p50 3.00 ms, p95 9.00 ms, no p99 under 100"
+    assert shown["One each, ms"]["why"] == "21 samples; p50 3.00 ms, p95 9.00 ms, no p99 with fewer than 100"
     red = row(built["mixed"], by_name["hf-peft"])
     assert red["One each, ms"]["value"] is red["Each / all"]["value"] is None
     assert "no speed without parity: lora/multi-adapter" in red["One each, ms"]["why"]
     assert red["One for all, ms"]["text"] == "2.00"  # the check of mixing says nothing of one adapter
     assert row(built["latency"], by_name["hf-peft"])["Unmerged, ms"]["value"] is not None
-    workloads = {r["figures"][0]["text"] for g in built["latency"]["groups"] for r in g["rows"]}
+    workloads = {r["fields"][0]["text"] for g in built["latency"]["groups"] for r in g["rows"]}
     assert not any("4 ×" in one for one in workloads)
     samples = [s for s in rows.samples(by_name["hf-peft"]) if s["variant"] == "multi-adapter"]
     assert {(s["latency_adapters"], s["latency_batch"]) for s in samples} == {(4, 4)}

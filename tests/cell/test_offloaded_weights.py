@@ -12,7 +12,7 @@ from harness.cell.measure.memory import model_tensors, tensor_bytes
 from harness.cell.training.offloaded_weights import OffloadedWeights, unused
 from harness.conformance.subject import adaptable_layers, configure
 from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER
-from harness.memory_model.choices import OWN
+from harness.memory_model.ledger import OWN
 from harness.methods.registry import discover
 from harness.records import store
 from support.sandbox import Sandbox

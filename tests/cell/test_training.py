@@ -17,8 +17,8 @@ from harness.cell import outcomes
 from harness.cell.evaluation.likelihood import CausalScorer
 from harness.cell.training import loop, optimizers
 from harness.cell.training.batches import Batch, Example, answer_examples, collate
-from harness.cell.training.master_weights import MasterWeights
-from harness.cell.training.update_tracker import UpdateTracker
+from harness.cell.training.optimizers import MasterWeights
+from harness.cell.weight_changes import UpdateTracker
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor
 from harness.conformance.subject import configure
 from harness.errors import UsageError
@@ -162,7 +162,7 @@ def test_training_trains_and_keeps_raw_numbers() -> None:
     assert reported == list(enumerate(samples.losses, 1))
     assert samples.tokens == [b.real_tokens for b in given]
     assert samples.padded_tokens == [b.padded_tokens for b in given]
-    assert min(samples.seconds) > 0
+    assert min(samples.step_seconds) > 0
     assert all(p.grad is not None for p in model.parameters())  # the last step's, for the memory ledger
 
 

@@ -56,7 +56,7 @@ def test_eq_12_as_printed_begins_too_high_and_ends_too_high() -> None:
 
 
 def test_a_schedule_without_a_step_to_prune_in_is_refused() -> None:
-    with pytest.raises(ValueError, match="leave no step of 2,370 for pruning; see `epochs` and `batch`"):
+    with pytest.raises(ValueError, match="leave no step of 2,370 for pruning; check `epochs` and `batch`"):
         adalora.budget_only_falls(**RTE | {"epochs": 30})
 
 
@@ -112,7 +112,7 @@ def test_pruning_that_touches_vectors_or_lasts_is_found(monkeypatch: pytest.Monk
 
 def test_kthvalue_drops_what_ties_with_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     assert adalora.keeps_exactly("reference").value
-    assert adalora.keeps_exactly("kthvalue").how.endswith(" 2 are kept of 4")
+    assert adalora.keeps_exactly("kthvalue").how.endswith(" 2 remain for a budget of 4")
     monkeypatch.setattr(
         reference.adalora, "largest_mask", lambda scores, count: scores >= torch.topk(scores, count).values[-1]
     )
@@ -131,13 +131,13 @@ def test_a_rank_that_is_not_printed_shows_no_figure_right_but_may_show_it_wrong(
 
 def test_a_rank_is_not_fitted_where_nearly_any_figure_has_one() -> None:
     assert baselines.at_some_rank(Fraction(500), Fraction(3000), Fraction(100), fitted=True).value == 3000
-    with pytest.raises(ValueError, match="one more rank is 499, less than 5 x 100: nearly any figure has one near"):
+    with pytest.raises(ValueError, match="one more rank is 499, less than 5 x 100; nearly any figure has one"):
         baselines.at_some_rank(Fraction(499), Fraction(2994), Fraction(100), fitted=True)
 
 
 def test_a_percentage_without_its_rank_is_right_under_a_fitted_one_or_wrong() -> None:
     found = verdicts(["adalora-bart-b013", "adalora-bart-b026", "adalora-bart-b110"])
-    nearest = "the whole rank that comes nearest, which is not printed"
+    nearest = "the nearest whole rank, since the paper prints none"
     assert found["adalora-bart-b026"].under == f"{nearest}; digits cut off, not rounded"
     assert found["adalora-bart-b013"].under == nearest
     assert found["adalora-bart-b110"].verdict is ClaimVerdict.NOT_REPRODUCED
@@ -147,14 +147,14 @@ def test_a_percentage_without_its_rank_is_right_under_a_fitted_one_or_wrong() ->
 def test_what_the_ledger_says_of_printed_counts() -> None:
     ids = ["adalora-lora-r8", "adalora-127m", "adalora-lora-share-r4", "adalora-fig1-mlp", "adalora-fig1-three-layers"]
     found = verdicts([*ids, "adalora-n72-b144", "adalora-schedule-eq12-start-rte"])
-    with_output = "the attention's output is adapted too, as in Figures 1 and 3"
+    with_output = "with the attention's output too, as in Figures 1 and 3"
     assert found["adalora-lora-r8"].under == found["adalora-n72-b144"].under == with_output
     assert found["adalora-lora-r8"].how.endswith(f"= {12 * 8 * (4 * (768 + 768) + 2 * (768 + 3072)):,}")
     assert found["adalora-127m"].verdict is ClaimVerdict.INCONCLUSIVE
     assert found["adalora-lora-share-r4"].verdict is ClaimVerdict.REPRODUCED
     assert found["adalora-fig1-mlp"].verdict is ClaimVerdict.INCONCLUSIVE
     assert found["adalora-fig1-three-layers"].verdict is ClaimVerdict.NOT_REPRODUCED
-    assert found["adalora-schedule-eq12-start-rte"].under.startswith("t - t_i over T - t_i - t_f")
+    assert found["adalora-schedule-eq12-start-rte"].under.startswith("(t - t_i) / (T - t_i - t_f)")
 
 
 def test_whole_minutes_decide_no_percentage_that_they_allow() -> None:
@@ -162,5 +162,5 @@ def test_whole_minutes_decide_no_percentage_that_they_allow() -> None:
     minutes = found["adalora-table15-pct-mnli-008"]
     least, most = Fraction("115.5") / Fraction("105.5") - 1, Fraction("116.5") / Fraction("104.5") - 1
     assert minutes.verdict is ClaimVerdict.INCONCLUSIVE
-    assert minutes.why.endswith(f"they allow {float(least * 100):.6g}% to {float(most * 100):.6g}%")
+    assert minutes.why.endswith(f"which allow {float(least * 100):.6g}% to {float(most * 100):.6g}%")
     assert found["adalora-table15-pct-mnli-016"].verdict is ClaimVerdict.REPRODUCED

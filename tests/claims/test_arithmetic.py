@@ -10,7 +10,7 @@ import pytest
 
 from harness.claims import claim_file
 from harness.claims.judge import ClaimVerdict, judge, plain
-from harness.claims.measures import arithmetic, galore
+from harness.claims.measures import arithmetic
 from harness.claims.worker import find
 
 CLAIM = "paper: made\ntitle: Made\nversion: v1\nclaims:\n  - {{id: a, sentence: s, source: t, tier: exact, {0}}}\n"
@@ -30,10 +30,10 @@ def test_a_sum_of_printed_figures_is_as_wide_as_all_of_them_leave_open() -> None
 
 
 def test_the_most_of_several_is_as_wide_as_any_of_them_leaves_open() -> None:
-    found = galore.most_share_less(of=[THREE, Fraction(9)], than=[TEN, TEN], last=ONE)
+    found = arithmetic.most_share_less(of=[THREE, Fraction(9)], than=[TEN, TEN], last=ONE)
     assert found.value == Fraction(7, 10)
     assert found.within == (1 - Fraction("3.5") / Fraction("9.5"), 1 - Fraction("2.5") / Fraction("10.5"))
-    assert galore.most_share_less(of=[THREE], than=[TEN]).within is None
+    assert arithmetic.most_share_less(of=[THREE], than=[TEN]).within is None
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_what_rounding_alone_explains_is_not_refuted(tmp_path: Path, asked: str,
     exact, rounded = (_judged(tmp_path, f"{asked}{last}}}") for last in ("", ", last: 1"))
     assert exact.verdict is ClaimVerdict.NOT_REPRODUCED
     assert rounded.verdict is ClaimVerdict.INCONCLUSIVE
-    assert f"they allow {allowed}" in rounded.why
+    assert f"which allow {allowed}" in rounded.why
 
 
 def test_what_rounding_does_not_explain_stays_refuted(tmp_path: Path) -> None:

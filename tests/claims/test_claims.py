@@ -161,11 +161,11 @@ def test_what_was_computed_is_shown_again(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"verdict": "maybe"}, "`verdict` of the claim wider is 'maybe'"),
-        ({"ours": 7}, "`ours` of the claim wider is 7"),
-        ({"tried": [{"under": ""}]}, "the claim wider lacks `tried.0.measure`"),
-        ({"more": 1}, "the claim wider has an unknown key `more`"),
-        ({"id": None}, "`id` of claim number 2 is None"),
+        ({"verdict": "maybe"}, "claim wider: verdict: "),
+        ({"ours": 7}, "claim wider: ours: "),
+        ({"tried": [{"under": ""}]}, "claim wider: tried.0.measure: "),
+        ({"more": 1}, "claim wider: more: "),
+        ({"id": None}, "claim number 2: id: "),
         ({"id": "one"}, "duplicate claim one"),
     ],
 )
@@ -465,8 +465,8 @@ def test_a_reading_that_was_not_computed_might_have_come_out(tmp_path: Path) -> 
     ("found", "verdict", "said"),
     [
         (MeasureResult(150, ""), ClaimVerdict.REPRODUCED, "by a stand-in: a rehearsal"),
-        (MeasureResult(200, ""), ClaimVerdict.INCONCLUSIVE, "it comes out otherwise by a stand-in"),
-        (MeasureResult(100, "", most=200), ClaimVerdict.INCONCLUSIVE, "nothing is certain by a stand-in"),
+        (MeasureResult(200, ""), ClaimVerdict.INCONCLUSIVE, "the result differs at a smaller scale"),
+        (MeasureResult(100, "", most=200), ClaimVerdict.INCONCLUSIVE, "the result is uncertain at a smaller scale"),
     ],
 )
 def test_nothing_is_refuted_at_a_reduced_scale(
@@ -560,7 +560,8 @@ def test_an_id_of_another_paper_is_told_with_its_paper(capsys: pytest.CaptureFix
 
 
 def test_the_example_that_explain_shows_is_a_claim_file(tmp_path: Path) -> None:
-    example = explain.FORM.partition("\n\n")[2].rpartition("\n\nAn argument")[0]
+    text = dict(explain.topics())["claims"]()
+    example = text.partition("\n\n")[2].rpartition("\n\nAn argument")[0]
     path = tmp_path / "mine.yaml"
     path.write_text("\n".join(one.removeprefix("  ") for one in example.splitlines()))
     assert [claim.id for claim in claim_file.load([path])] == ["mine-params", "mine-table-r4", "mine-table-r8"]

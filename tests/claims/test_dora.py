@@ -14,7 +14,7 @@ import torch
 import reference.dora
 from harness.claims import claim_file, compute
 from harness.claims.judge import ClaimVerdict, JudgedClaim, judge, plain
-from harness.claims.measures import bart_parameters, baselines, dora, reported_figures
+from harness.claims.measures import arithmetic, baselines, dora, models_without_presets
 from harness.claims.worker import answer, find
 
 D, KV, F, LAYERS, V = 8, 4, 16, 3, 100
@@ -85,10 +85,10 @@ def test_a_vision_tower_has_as_many_parameters_as_transformers_builds() -> None:
 def test_bart_attends_once_in_the_encoder_and_twice_in_the_decoder() -> None:
     config = {"rank": 2, "targets": ["q_proj", "v_proj"]}
     blocks = BART["encoder_layers"] + 2 * BART["decoder_layers"]
-    assert bart_parameters.bart_trainable_parameters(BART, "lora", config).value == blocks * 2 * 2 * (8 + 8)
+    assert models_without_presets.bart_trainable_parameters(BART, "lora", config).value == blocks * 2 * 2 * (8 + 8)
     norms = 2 + 2 * BART["encoder_layers"] + 3 * BART["decoder_layers"]
     biases = blocks * 4 * 8 + (BART["encoder_layers"] + BART["decoder_layers"]) * (16 + 8) + norms * 8
-    assert bart_parameters.bart_parameters(BART, only=["bias"]).value == biases
+    assert models_without_presets.bart_parameters(BART, only=["bias"]).value == biases
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_magnitude_belongs_to_an_output() -> None:
 
 
 def test_scores_of_one_task_count_once() -> None:
-    found = reported_figures.mean_score([[90.0, 80.0], 60.1], last=Fraction("0.1"))
+    found = arithmetic.mean_score([[90.0, 80.0], 60.1], last=Fraction("0.1"))
     assert found.value == Fraction("72.55")
     assert found.within == (Fraction("72.5"), Fraction("72.6"))
 
@@ -125,7 +125,7 @@ def test_scores_of_one_task_count_once() -> None:
 def test_printed_shares_come_out_under_the_convention_that_fits(tmp_path: Path) -> None:
     found = verdicts(tmp_path, ["dora-t15-lora-r8", "dora-t15-lora-r16", "dora-t15-dora-r4", "dora-t15-dora-r8"])
     assert found["dora-t15-lora-r8"].verdict is found["dora-t15-dora-r8"].verdict is ClaimVerdict.REPRODUCED
-    assert found["dora-t15-lora-r16"].under == "as a share of the model without what is added"
+    assert found["dora-t15-lora-r16"].under == "as a share of the model without the added parameters"
     assert found["dora-t15-dora-r4"].under == "digits cut off, not rounded"
 
 
@@ -143,7 +143,7 @@ def test_two_places_that_disagree_are_found(tmp_path: Path) -> None:
     found = verdicts(tmp_path, ids)
     assert found["dora-margin-llava"].verdict is ClaimVerdict.INCONCLUSIVE  # of rounded means it may be 0.6 and 0.7
     assert found["dora-margin-llava-text"].verdict is ClaimVerdict.REPRODUCED
-    assert found["dora-margin-13b-half"].under == "DoRA with the whole rank"
+    assert found["dora-margin-13b-half"].under == "DoRA with the full rank"
 
 
 def test_printed_figures_stand_for_all_that_is_rounded_to_them() -> None:
@@ -153,6 +153,6 @@ def test_printed_figures_stand_for_all_that_is_rounded_to_them() -> None:
     found = {c.id: judge(c, [compute._read(json.dumps(answer(plain(c.request))))]) for c in claims}
     mean = found["dora-mean-text-lora-r8"]
     assert (mean.verdict, mean.ours) == (ClaimVerdict.INCONCLUSIVE, "40.7625")
-    assert mean.why.endswith("are rounded; they allow 40.7125 to 40.8125")
+    assert mean.why.endswith("rounded figures, which allow 40.7125 to 40.8125")
     assert found["dora-mean-t6-7b-dora"].verdict is ClaimVerdict.NOT_REPRODUCED
     assert found["dora-table7-llama"].verdict is found["dora-margin-r4"].verdict is ClaimVerdict.REPRODUCED

@@ -71,7 +71,7 @@ def test_the_error_of_the_fast_svd_falls_with_iterations_to_nothing() -> None:
 def test_a_trained_pissa_is_a_lora_of_twice_the_rank_and_of_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     assert measures.pissa_is_a_lora(4, 8, 24, 32).value is True
     once = measures.pissa_is_a_lora(4, 4, 24, 32)
-    assert (once.value, once.how) == (False, "it is one of rank 8")
+    assert (once.value, once.how) == (False, "it is a LoRA of rank 8")
     to_lora = pissa.to_lora
 
     def sign_lost(*given: Any) -> tuple[Tensor, Tensor]:
@@ -119,12 +119,12 @@ def test_turns_and_the_step_of_the_residual_count() -> None:
 def test_a_turn_that_finds_the_same_is_named() -> None:
     as_printed = measures.each_turn_is_another(4, 5, "the step before", size=32)
     assert as_printed.value is False
-    assert as_printed.how == "A and B at t = 3 are those at t = 2; A and B at t = 5 are those at t = 4"
+    assert as_printed.how == "A and B at t = 3 equal those at t = 2; A and B at t = 5 equal those at t = 4"
     assert measures.each_turn_is_another(4, 5, "this step", size=32).value is True
 
 
 def test_more_singular_values_than_there_are_is_refused() -> None:
-    with pytest.raises(ValueError, match="a weight of 24 x 32 has fewer than 25 singular values; use a smaller `rank`"):
+    with pytest.raises(ValueError, match="a weight of 24 x 32 has fewer than 25 singular values; lower `rank`"):
         measures.pissa_splits_the_weight(25, 24, 32)
 
 
@@ -137,5 +137,5 @@ def test_the_papers_own_tables_get_their_verdicts() -> None:
         "pissa-lead-mistral", "pissa-fast-svd-table-rank-1",
     }  # fmt: skip
     # Seven wins are over one LoRA, the lead of 1.21 over another.
-    assert found["pissa-glue-wins"].under.startswith("LoRA with a Gaussian start")
-    assert found["pissa-lead-glue"].under.startswith("LoRA with Kaiming's start")
+    assert found["pissa-glue-wins"].under.startswith("LoRA with Gaussian initialisation")
+    assert found["pissa-lead-glue"].under.startswith("LoRA with Kaiming initialisation")

@@ -11,7 +11,7 @@ import torch
 
 from harness.claims import claim_file
 from harness.claims.judge import ClaimVerdict
-from harness.claims.measures import comparisons, four_bit, four_bit_bytes
+from harness.claims.measures import arithmetic, comparisons, four_bit, four_bit_bytes
 from harness.errors import SuiteError
 from reference.operations import double_quant, nf4
 from reference.operations.nf4 import codebook
@@ -85,7 +85,7 @@ def test_a_layer_that_is_left_out_is_named(shape: str) -> None:
     assert every.value is True
     few = four_bit_bytes.every_linear_layer_but_the_output(shape, config={"rank": 3, "targets": TARGETS[1:]})
     assert few.value is False
-    assert "left out: model.layers.0.self_attn.q_proj, model.layers.1.self_attn.q_proj" in few.how
+    assert "not the output: model.layers.0.self_attn.q_proj, model.layers.1.self_attn.q_proj" in few.how
 
 
 def test_levels_on_each_side_of_zero() -> None:
@@ -118,7 +118,7 @@ def test_equation_4_has_no_first_level_and_other_finite_ones() -> None:
     # By hand, k = 1: q_1 = (Q(1/3) + Q(2/3)) / 2 = 0 is the only finite one of two, so it cannot be scaled.
     assert four_bit.equation_4_gives([-1.0, 1.0], ends="left out").value is False
     # k = 2: q_1 .. q_3 of Q(1/5) .. Q(4/5) = -0.841621, -0.253347, 0.253347, 0.841621 are -0.547484, 0, 0.547484.
-    assert four_bit.equation_4_gives([-1.0, 0.0, 1.0, 1.0], ends="left out").how == "3 levels, not 4: -1, 0, 1"
+    assert four_bit.equation_4_gives([-1.0, 0.0, 1.0, 1.0], ends="left out").how == "3 levels instead of 4: -1, 0, 1"
 
 
 def test_the_error_of_a_type_is_that_of_the_nearest_level() -> None:
@@ -143,7 +143,7 @@ def test_bins_are_as_full_as_they_are() -> None:
     found = four_bit.equally_full_bins("nf4", block=64)
     assert found.value is False
     codes, _ = nf4.quantize(four_bit._normal(), 64)
-    assert f"{float((codes == 15).double().mean()):.2%} take the level 1," in found.how
+    assert f"{float((codes == 15).double().mean()):.2%} have the level 1," in found.how
 
 
 def test_the_type_of_the_constants_is_no_float_but_a_float_would_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,16 +166,16 @@ def test_blocks_that_begin_anew_in_each_row_are_seen(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(nf4, "quantize", by_rows)
     found = four_bit.blocks_run_over_rows(3, 65)
-    assert (found.value, found.how) == (False, "6 constants; 4 runs of 64, 6 if each row began anew")
+    assert (found.value, found.how) == (False, "6 constants; 4 runs of 64 in the flattened matrix, 6 row by row")
 
 
 def test_comparisons_by_hand() -> None:
-    assert comparisons.mean([1, 2, 6]).value == 3
+    assert arithmetic.mean([1, 2, 6]).value == 3
     assert comparisons.wins([3, 2, 5], [1, 2, 7]).value == 1
     assert comparisons.wins([3, 2], [1, 2]).how == "2 <= 2; 1 of 2 are larger"
     assert comparisons.increasing([1, 2, 3]).value is True
     assert comparisons.increasing([1, 1]).value is False
-    with pytest.raises(ValueError, match="`of` has 1 numbers and `over` 2; write as many in both"):
+    with pytest.raises(ValueError, match="`of` has 1 numbers and `over` has 2; write lists of equal length"):
         comparisons.wins([1], [1, 2])
 
 

@@ -33,10 +33,10 @@ def judged(folder: Path, printed: str, ours: str, rounding: str = "") -> JudgedC
     ("printed", "ours", "rounding", "verdict", "rule"),
     [
         ("10x", "6.857", "magnitude", "reproduced", MAGNITUDE),
-        ("3x", "3.4", "{about: 16%}", "reproduced", "within 16% of what is printed"),
-        ("3x", "3.5", "{about: 16%}", "not-reproduced", "within 16% of what is printed"),
+        ("3x", "3.4", "{about: 16%}", "reproduced", "within 16% of the printed figure"),
+        ("3x", "3.5", "{about: 16%}", "not-reproduced", "within 16% of the printed figure"),
         ("3x", "3.9", "cut", "reproduced", "digits cut off, not rounded"),
-        ("3x", "3", "{about: 0%}", "reproduced", "exactly what is printed"),
+        ("3x", "3", "{about: 0%}", "reproduced", "equal to the printed figure"),
         ("3x", "3.4", "nearest", "reproduced", ""),
         ("3x", "3.4", "", "reproduced", ""),
         ("> 3x", "3.4", "{about: 16%}", "reproduced", ""),  # the sign is the rule, and is printed
@@ -75,7 +75,7 @@ def test_a_ledger_without_rules_is_read_and_does_not_pass_for_rounding(
     said = capsys.readouterr().out
     assert "we get 6.857x  [t]" in said
     assert table.NO_RULES in said
-    assert '<td class="wrap" data-v="not said">not said</td>' in page.read_text()
+    assert '<td class="wrap" data-v="not recorded">not recorded</td>' in page.read_text()
     assert main(["claims", "--show", str(file), "--json"]) == Exit.PASS
     assert json.loads(capsys.readouterr().out)["claims"][0]["rule"] is None
 

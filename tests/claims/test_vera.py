@@ -13,7 +13,7 @@ import torch
 from harness.claims import attached_model, claim_file
 from harness.claims.judge import ClaimVerdict, judge, plain
 from harness.claims.measure import MeasureResult
-from harness.claims.measures import parameters, vera
+from harness.claims.measures import models_without_presets, parameters, vera
 from harness.claims.worker import find
 from harness.errors import SuiteError
 
@@ -49,14 +49,14 @@ def test_the_formula_holds_until_a_vector_is_not_trained(shape: str, monkeypatch
         True, "L = 6, d = 12; r = 1: VeRA 78, LoRA 144; r = 5: VeRA 102, LoRA 720"  # 6 (12 + r) and 2 * 6 * 12 r
     )  # fmt: skip
 
-    attached_model._trained.cache_clear()
+    attached_model._tensors.cache_clear()
     monkeypatch.setattr("reference.vera.VeraLinear.tensors", lambda layer: {"b": layer.b})
     assert not vera.counts_by_formula(shape, ["q_proj", "o_proj"], [1, 5]).value
-    attached_model._trained.cache_clear()
+    attached_model._tensors.cache_clear()
 
 
 def test_the_formula_is_refused_for_layers_that_are_not_square(shape: str) -> None:
-    with pytest.raises(ValueError, match=r"the formula is for square layers of one size, and q_proj, v_proj are not"):
+    with pytest.raises(ValueError, match=r"the formula is for square layers of one size; q_proj, v_proj are not"):
         vera.counts_by_formula(shape, ["q_proj", "v_proj"], [1])
 
 
@@ -106,11 +106,11 @@ def test_a_vision_transformer_is_counted_with_and_without_a_method() -> None:
     width, blocks, mlp = VISION["width"], VISION["blocks"], VISION["mlp"]
     linear = 4 * (width * width + width) + (width * mlp + mlp) + (mlp * width + width)
     outside = (3 * 4 * 4 * width + width) + width + (4 + 1) * width + 2 * width  # patches, class token, positions, norm
-    assert vera.vision_parameters(**VISION).value == blocks * (linear + 4 * width) + outside
+    assert models_without_presets.vision_parameters(**VISION).value == blocks * (linear + 4 * width) + outside
 
     targets = ["q_proj", "v_proj"]
     for method, each in (("vera", width + 3), ("lora", 2 * width * 3)):
-        found = vera.vision_trainable(**VISION, method=method, config={"rank": 3, "targets": targets})
+        found = models_without_presets.vision_trainable(**VISION, method=method, config={"rank": 3, "targets": targets})
         assert found.value == blocks * 2 * each
 
 

@@ -12,8 +12,7 @@ from typing import Any, get_args
 import click
 import pytest
 
-from harness.cli import app, catalog, listing, main
-from harness.cli.glossary import OPTIMIZERS, STATUSES
+from harness.cli import app, catalog, listing, main, topics
 from harness.errors import EXITS, Exit, HarnessError
 from harness.methods.peft_config import UNREFERENCED
 from harness.methods.spec import methods
@@ -27,19 +26,25 @@ from support import recorded_run
 COMMAND = (sys.executable, "-m", "harness.cli")
 
 
-@pytest.mark.parametrize(
-    "verb", [[], *([name] for name in app.commands.commands)], ids=lambda v: " ".join(v) or "(none)"
-)
+HEAVY = {"torch", "pydantic", "pandas", "jinja2", "rich", "numpy", "ruamel.yaml", "reference"}
+VERBS = [
+    *([name] for name in app.commands.commands),
+    *(
+        [group.name, name]
+        for group in app.commands.commands.values()
+        if isinstance(group, click.Group)
+        for name in group.commands
+    ),
+]
+
+
+@pytest.mark.parametrize("verb", [[], *VERBS], ids=lambda v: " ".join(v) or "(none)")
 def test_help_imports_nothing_heavy(verb: list[str]) -> None:
-    heavy = {"torch", "rich", "numpy"}
-    heavy |= (
-        {"pydantic", "ruamel.yaml", "jinja2", "reference"} if verb != ["run"] else set()
-    )  # `run` reads the options of executors
     # Asserted on modules, not on seconds: machines differ, and these are what would make it slow.
     code = (
         "import sys\nfrom harness.cli import main\n"
         f"code = main([*{verb!r}, '--help'])\n"
-        f"heavy = {heavy!r} & set(sys.modules)\n"
+        f"heavy = {HEAVY!r} & set(sys.modules)\n"
         "sys.exit(f'imports {heavy}' if heavy else code)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -191,15 +196,15 @@ def test_a_check_that_is_called_like_a_method_is_told_apart(capsys: pytest.Captu
 
 
 def test_every_optimizer_and_every_key_of_training_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    assert set(OPTIMIZERS) == set(get_args(Optimizer))
-    for key in (*OPTIMIZERS, *Training.model_fields):
+    assert set(topics.glossary()["optimizer"]) == set(get_args(Optimizer))
+    for key in (*get_args(Optimizer), *Training.model_fields):
         assert main(["explain", key]) == Exit.PASS
         assert len(capsys.readouterr().out.splitlines()) > 1, key
 
 
 def test_every_exit_code_and_status_is_explained() -> None:
     assert set(EXITS) == set(Exit)
-    assert set(STATUSES) == set(Status)
+    assert set(topics.glossary()["status"]) == set(Status)
 
 
 def test_run_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +268,7 @@ def test_what_is_no_bug_is_not_called_one(raised: str) -> None:
 @pytest.mark.parametrize(
     ("raised", "code", "message"),
     [
-        (KeyboardInterrupt(), Exit.INFRASTRUCTURE, "peft-harness: interrupted\n  hint: what was finished is kept\n"),
+        (KeyboardInterrupt(), Exit.INFRASTRUCTURE, "peft-harness: interrupted\n  hint: finished results are saved\n"),
         (HarnessError("no GPU", where="cuda", hint="buy one"), 4, "peft-harness: cuda: no GPU\n  hint: buy one\n"),
     ],
 )

@@ -198,7 +198,7 @@ def test_every_unknown_name_is_said_at_once(capsys: pytest.CaptureFixture[str]) 
     assert code == Exit.USAGE
     for part in (
         "implementation 'hf-pfet': did you mean `hf-peft`?", "implementation 'myplugin': there are: ",
-        "name it in an entry point of the group harness.implementations", "method 'lorra': did you mean `lora`?",
+        "add an entry point of the group harness.implementations", "method 'lorra': did you mean `lora`?",
         "operation 'nf4_quantise': did you mean `nf4_quantize`?", "dtype 'float8': ",
     ):  # fmt: skip
         assert part in said, part
@@ -213,7 +213,7 @@ def test_an_unknown_name_may_be_of_an_entry_point_that_could_not_be_used(
     assert main(["check", "wexit"]) == Exit.USAGE
     said = capsys.readouterr().err
     assert "'wexit': there are: acme;" in said  # entry points are no implementations
-    assert "could not be used: `b4` (TypeError: name must be a word), `torn` (SyntaxError: oh)" in said
+    assert "could not be loaded: `b4` (TypeError: name must be a word), `torn` (SyntaxError: oh)" in said
 
 
 def test_where_nothing_is_broken_an_unknown_name_says_nothing_of_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,9 +251,9 @@ def test_why_no_dtype_is_left_to_try(
     ("asked", "said"),
     [
         (["loralib", "--method", "dora"], "loralib does not offer dora, only lora"),
-        (["lora"], "that is of kind `method`: --method lora"),
-        (["--op", "lora"], "that is of kind `method`: --method lora"),
-        (["--method", "nf4_dequantize"], "that is of kind `operation`: --op nf4_dequantize"),
+        (["lora"], "it is of kind `method`: --method lora"),
+        (["--op", "lora"], "it is of kind `method`: --method lora"),
+        (["--method", "nf4_dequantize"], "it is of kind `operation`: --op nf4_dequantize"),
     ],
 )
 def test_names_in_the_wrong_place_are_said(asked: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -287,9 +287,9 @@ def test_a_file_that_cannot_be_written_is_said_before_the_work(
     assert f"there is no folder {tmp_path / 'no'}" in said
     assert "there is no folder /nowhere" in said
     assert main(["check", "--junit", str(there), "--html", str(there)]) == Exit.USAGE
-    assert "for both files" in capsys.readouterr().err
+    assert "both name " in capsys.readouterr().err
     assert main(["check", "--junit", "/dev/null"]) == Exit.USAGE
-    assert "--junit: /dev/null is no file that could be replaced" in capsys.readouterr().err
+    assert "--junit: /dev/null is no regular file" in capsys.readouterr().err
     monkeypatch.setattr(files.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(OSError(30, "Read-only")))
     assert main(["check", "--html", str(there)]) == Exit.USAGE
     assert f"--html: {there}: cannot write in {tmp_path}: Read-only" in capsys.readouterr().err

@@ -79,7 +79,7 @@ def test_nothing_is_written_over(held: str, tmp_path: Path, capsys: pytest.Captu
     before = sorted(tmp_path.rglob("*"))
     assert main(["export", str(run.path), "--format", "csv", "--out", str(out)]) == Exit.USAGE
     printed = capsys.readouterr()
-    what = "is no folder" if held == "no folder" else "holds something already"
+    what = "is not a folder" if held == "no folder" else "is not empty"
     assert printed.err == f"peft-harness: --out {out}: {what}\n  hint: name another folder, or move that one away\n"
     assert (printed.out, sorted(tmp_path.rglob("*"))) == ("", before)
 
@@ -167,7 +167,9 @@ def test_a_full_disk_is_said_with_its_hint(
     monkeypatch.setattr(os, "fsync", full)
     assert main(["export", str(run.path), "--format", "csv", "--out", str(out)]) == Exit.INFRASTRUCTURE
     said = capsys.readouterr().err
-    assert f"{out / 'cells.csv'}: the disk is full\n  hint: make room or name another --out, remove {out}, " in said
+    assert (
+        f"{out / 'cells.csv'}: the disk is full\n  hint: free some space or name another --out, remove {out}, " in said
+    )
     assert list(out.iterdir()) == []
 
 

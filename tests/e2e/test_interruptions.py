@@ -141,7 +141,7 @@ def test_the_times_of_a_resumed_run_are_its_own(story: dict[str, Stage]) -> None
     assert adds_up(footer)
     assert (
         f"this resumed part took {footer.seconds_total:.1f} s; the Cells of the whole run took "
-        f"{kept.duration_s + made.duration_s:.1f} s, 1 of them measured earlier"
+        f"{kept.duration_s + made.duration_s:.1f} s, 1 of them were measured earlier"
     ) in stage.finished.err
     first = story["interrupted"]
     assert first.run.footer is not None

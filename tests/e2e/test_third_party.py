@@ -190,7 +190,7 @@ def test_a_failure_says_all_that_one_needs(site: Path, tmp_path: Path) -> None:
 
 
 def test_a_name_that_nobody_knows_is_said_at_once() -> None:
-    with pytest.raises(UsageError, match="nothing here is called 'nf4_dequantise'") as caught:
+    with pytest.raises(UsageError, match="no Method or Operation is called 'nf4_dequantise'") as caught:
         conformance("nf4_dequantise")
     assert caught.value.hint == "did you mean `nf4_dequantize`?"
 

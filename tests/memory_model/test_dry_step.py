@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from harness.cell import base_quantisation
-from harness.cell.measure.allocations import peak_while
+from harness.cell.measure.memory import peak_while
 from harness.cell.training import loop, optimizers
 from harness.cell.training import model as models
 from harness.cell.training.batches import Batch
@@ -26,7 +26,7 @@ from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER
 from harness.kernels.torch import adamw8bit_step
 from harness.kernels.torch.nf4_linear import Nf4Linear
 from harness.kernels.torch.support import packed_weight
-from harness.memory_model import dry_step, isolated_step, shape_cache
+from harness.memory_model import dry_step, isolated_step, memory_tracker
 from harness.methods.registry import discover
 from harness.records.record import Base, Cell, Evaluation, Training
 
@@ -240,12 +240,12 @@ def test_no_product_is_asked_about_twice(monkeypatch: pytest.MonkeyPatch) -> Non
     one = cell("lora", training={"checkpointing": True})
     deep, parts = LLAMA | {"num_hidden_layers": 7}, dry_step.longest_batches(one, "causal", one.training.max_tokens)
     monkeypatch.setattr(FakeTensorMode, "dispatch", watched)
-    monkeypatch.setattr(shape_cache, "outputs", {})
+    monkeypatch.setattr(memory_tracker, "outputs", {})
     dry_step.peak(dry_step.DryStep(one, deep, "causal"), parts)
     assert asked
     assert all(asked.count(product) == 1 for product in asked)
 
-    shape_cache.outputs.clear()
+    memory_tracker.outputs.clear()
     isolated_step.peak(one, deep, "causal", parts)  # which tells what it asked
     asked.clear()
     dry_step.peak(dry_step.DryStep(one, deep, "causal"), parts)

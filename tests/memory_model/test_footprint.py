@@ -15,7 +15,7 @@ from harness.cell.training.offloaded_weights import release, unused
 from harness.conformance.subject import DTYPES, adaptable_layers, configure
 from harness.conformance.tolerance_constants import FOOTPRINT_ACTIVATIONS, FOOTPRINT_LEDGER
 from harness.memory_model import counting, saved_activations
-from harness.memory_model.choices import OPTIMIZERS, OWN
+from harness.memory_model.ledger import OPTIMIZERS, OWN
 from harness.methods.registry import discover
 from harness.records import store
 from harness.records.record import Base, Record, Training

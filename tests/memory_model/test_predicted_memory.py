@@ -79,7 +79,9 @@ def test_logits_are_predicted_where_every_token_has_a_loss() -> None:
 def test_what_a_step_took_is_the_total_where_it_is_more_than_the_formulas_know() -> None:
     plan = loader.load("smoke").plan
     first, second, *_ = (cell.cell_id for cell in plan.cells)
-    of_weights = Predicted(weights_B=700 * recorded_run.MIB, adapter_B=0, gradients_B=0, optimizer_B=0)
+    of_weights = plan_prediction.PlannedMemory(
+        weights_B=700 * recorded_run.MIB, adapter_B=0, gradients_B=0, optimizer_B=0, trainable=1_340_000
+    )
     known = {
         first: of_weights,
         second: of_weights.model_copy(
@@ -99,7 +101,7 @@ def test_what_a_step_took_is_the_total_where_it_is_more_than_the_formulas_know()
     assert document["estimate"]["predicted_B"] == 8000 * recorded_run.MIB
     said = plan_table.as_text(document)
     assert "largest predicted memory 8,000 MiB" in said
-    assert any(line.split()[-4:-2] == ["8,000", "700"] for line in said.splitlines())
+    assert any(line.split()[-6:-2] == ["1.34", "M", "8,000", "700"] for line in said.splitlines())
 
 
 def test_a_model_that_is_not_here_is_not_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-from harness.cell.evaluation.generation import generate
+from harness.cell.evaluation.likelihood import generate
 from harness.cell.training import loop, optimizers
 from harness.cell.training.batches import Batch, Example, collate
 from harness.cell.unreferenced_method import attached_layers

@@ -64,15 +64,15 @@ def test_a_record_that_was_changed_does_not_count(
     assert main(["report", str(run.path)]) == Exit.FAIL
     out = capsys.readouterr().out
     assert f"changed: {name} {what}, and does not count" in out
-    assert f"not as the run left them: {name}" in out.splitlines()[-2]
+    assert f"changed after the run: {name}" in out.splitlines()[-2]
     built = view.build([analyse(again)])["runs"][0]
     (alert,) = built["alerts"]
     assert alert["items"] == [f"{name} {what}"]
     assert "--resume measures its Cell again" in alert["text"]
-    assert {c["status"]: c["count"] for c in built["counts"]} == {"ok": 9, "changed": 1}
+    assert {c["word"]: c["count"] for c in built["counts"]} == {"ok": 9, "changed": 1}
     (shown,) = (r for g in built["comparison"]["groups"] for r in g["rows"] if r["record"] == FUSED.cell_id)
-    assert shown["figures"][0]["text"] == "✗ changed"
-    assert {figure["why"] for figure in shown["figures"]} == {f"{name} {what}"}
+    assert shown["fields"][0]["text"] == "✗ changed"
+    assert {figure["why"] for figure in shown["fields"]} == {f"{name} {what}"}
     words = Page(html.render([analyse(again)])).text
     assert "100.0 %" not in words
     assert f"{name} {what}" in words

@@ -413,7 +413,7 @@ def test_a_lower_gpu_clock_of_one_side_is_named(gated) -> None:
     _, _, document = gated(FakeRuns(wrong=hot))
     assert document["residue"] == [
         "GPU throttled in training by: nothing, software-thermal (6 of 6 pairs)",
-        "SM clock as training ended: unknown, 1,200 MHz",
+        "SM clock at the end of training: unknown, 1,200 MHz",
     ]
 
 

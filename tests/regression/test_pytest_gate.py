@@ -99,7 +99,7 @@ def test_saved_runs_of_another_machine_are_left_out_and_named() -> None:
     mixed = [*saved_runs(KERNEL), Saved(Path("x.json"), HERE | {"cpu": "a Xeon"}, {KERNEL: rounds(9)})]
     found = compare(mixed, session())
     assert words(found) == [(FindingKind.SPEED, VerdictKind.PASS), (FindingKind.ENVIRONMENT, VerdictKind.PASS)]
-    assert "5 runs kept" in found.rows[0].reason
+    assert "5 saved runs" in found.rows[0].reason
     assert (found.rows[1].name, found.rows[1].reason) == ("1 of 6 saved runs", "not used, cpu: a Xeon, here an EPYC")
     # A fact that a file lacks is no difference: an old pytest-benchmark does not store the cores.
     for less, more in ((HERE, HERE | {"cores": "8"}), (HERE | {"cores": "8"}, HERE)):
@@ -273,7 +273,7 @@ def test_a_kernel_with_a_busy_wait_of_thirty_per_cent_fails_the_session(
         assert project(f"--benchmark-json=saved/{number}.json")[0] == pytest.ExitCode.OK
     code, output = project("--harness-gate", "saved")
     assert code == pytest.ExitCode.OK, output
-    assert "3 runs kept; finds " in line_of(KERNEL, output)
+    assert "3 saved runs; finds " in line_of(KERNEL, output)
     monkeypatch.setenv("SLOWER", "1.3")
     code, output = project("--harness-gate", "saved")
     assert code == pytest.ExitCode.TESTS_FAILED, output

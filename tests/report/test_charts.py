@@ -22,7 +22,7 @@ def test_labels_overlap_neither_each_other_nor_a_point(seed: int) -> None:
     assert not any(b.overlaps(Box(x - 5, y - 5, 10, 10)) for b in boxes for x, y in points)
 
 
-def test_a_label_without_room_is_listed_not_squeezed_in() -> None:
+def test_a_label_without_room_is_listed() -> None:
     placed = labels.place([(10.0, 10.0)] * 2, ["a name", "a name"], Box(0, 0, 60, 20))
     assert sum(box is not None for box in placed) < 2
     point = charts.Point("a name of great length" * 4, 1.0, 0.5, 0.4, 0.6, True, "tip", "#x")
@@ -68,9 +68,9 @@ def test_phases_put_start_up_before_zero() -> None:
 @pytest.mark.parametrize("length", [10, 60, 200])
 def test_no_name_leaves_its_drawing(length: int) -> None:
     names = [f"{'lora r=8 [reference] ' * 20}"[:length] + f" seed={seed}" for seed in (0, 1)]
-    lives = [charts.PhaseBars(name, 2.0, [("train", 3.0)]) for name in names]
+    cells = [charts.PhaseBars(name, 2.0, [("train", 3.0)]) for name in names]
     series = [charts.ChartSeries(name, [3.0, 2.0, 1.0]) for name in names]
-    for drawing in (charts.phases("t", lives), charts.learning("t", series), charts.errors("t", series, series[0])):
+    for drawing in (charts.phases("t", cells), charts.learning("t", series), charts.errors("t", series, series[0])):
         shown = [m for m in drawing["marks"] if m["tag"] == "text" and "seed=" in m["text"]]
         assert {m["text"][-7:] for m in shown} == {" seed=0", " seed=1"}
         for mark in shown:

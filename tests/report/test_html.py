@@ -168,14 +168,13 @@ def test_cells_of_a_cluster_are_compared_with_each_other_and_not_with_the_runner
         node = "b" if name in ("fused", "full", "nf4") else "a"
         there = recorded_run.environment(id=node, machine={"cpu": f"CPU {node}"}, threads=4)
         at = made.model_copy(update={"environment": there})
-        # Of what was lost the runner itself has written the Record.
+        # The runner wrote the Record of the lost Cell.
         return recorded_run.failed(made, Status.LOST) if name == "lora-r1" else at
 
     run = recorded_run.write_run(tmp_path / "r", change=on_a_node)
     built = view.build([analyse(run)])["runs"][0]
     assert [a["items"] for a in built["alerts"]] == [["3 Cells: machine cpu: CPU a, CPU b"]]
-    machine = next(block["rows"] for block in built["environment"]["blocks"] if block["title"] == "Machine")
-    assert {row["key"]: row["value"] for row in machine} == {"cpu": "CPU a", "threads": "4"}
+    assert built["environment"]["blocks"]["Machine"] == {"cpu": "CPU a", "threads": "4"}
     (stranger,) = built["environment"]["strangers"]
     words = Page(html.render([analyse(run)])).text
     assert all(words.count(f"CPU a, CPU b: {c['title']}") == 1 for c in stranger["cells"][:1])
@@ -185,7 +184,7 @@ def test_cells_of_a_cluster_are_compared_with_each_other_and_not_with_the_runner
     assert view.build([analyse(alone)])["runs"][0]["alerts"] == []
 
 
-def test_test_items_that_were_cut_are_told_where_their_length_is(good: store.Run, tmp_path: Path) -> None:
+def test_the_number_of_cut_test_items_is_shown_with_the_limit(good: store.Run, tmp_path: Path) -> None:
     def cut(name: str, made: Record) -> Record:
         assert made.measurements is not None
         items = 312 if made.cell.model == "minilm-l6" else 0
@@ -194,8 +193,8 @@ def test_test_items_that_were_cut_are_told_where_their_length_is(good: store.Run
 
     run = recorded_run.write_run(tmp_path / "r", change=cut)
     built = view.build([analyse(run)])["runs"][0]
-    told = {group["budget"].partition(" test items")[2].partition(",")[0] for group in built["groups"]}
-    assert told == {" (312 of them cut)", ""}
+    texts = {group["budget"].partition(" test items")[2].partition(",")[0] for group in built["groups"]}
+    assert texts == {" (312 of them cut)", ""}
     fused = row(built["comparison"], run.latest()[recorded_run.cells()["fused"].cell_id])
     assert fused["Accuracy"]["why"].endswith("; 312 of 1,000 items were longer than 40 tokens, and cut")
     assert "cut" not in "".join(group["budget"] for group in view.build([analyse(good)])["runs"][0]["groups"])
@@ -220,7 +219,7 @@ def test_a_run_that_has_not_begun(tmp_path: Path) -> None:
     assert "10 expected Cells have no Record" in Page(html.render([analyse(run)])).text
 
 
-def test_what_is_not_measured_is_a_dash_with_its_reason(tmp_path: Path) -> None:
+def test_a_missing_value_is_a_dash_with_its_reason(tmp_path: Path) -> None:
     stop = lambda n, r: recorded_run.failed(r, Status.OOM, because="no room") if n == "full" else r  # noqa: E731
     run = recorded_run.write_run(tmp_path / "r", change=stop)
     built = view.build([analyse(run)])["runs"][0]
@@ -232,7 +231,7 @@ def test_what_is_not_measured_is_a_dash_with_its_reason(tmp_path: Path) -> None:
         (
             by_name["float64"],
             "Against the best",
-            "nothing else has this budget, these seeds and as many learning rates tried",
+            "no other recipe has this budget, these seeds and this number of learning rates tried",
         ),
     ):
         shown = row(built["comparison"], record)[column]
@@ -260,24 +259,26 @@ def test_the_numbers_are_those_of_the_records(good: store.Run) -> None:
     assert (raw["accuracy_low"], raw["accuracy_high"]) == (accuracy.low, accuracy.high)
 
 
-def test_the_ranking_says_what_it_cannot_see(good: store.Run) -> None:
+def test_the_ranking_states_its_limits(good: store.Run) -> None:
     first, second = view.build([analyse(good)])["runs"][0]["groups"]
-    said = " ".join(first["sentences"])
-    assert "Highest accuracy: full [reference]" in said
-    assert "Tied with it: lora r=8 [hf-peft]" in said
-    assert "One training run per Cell (seed 0)" in said
-    assert "Smallest difference" in said
+    sentences = " ".join(first["sentences"])
+    assert "Highest accuracy: full [reference]" in sentences
+    assert "Tied with it: lora r=8 [hf-peft]" in sentences
+    assert "One training run per Cell (seed 0)" in sentences
+    assert "Smallest difference" in sentences
     assert "without training: zero-shot" in " ".join(second["sentences"])
 
 
-def test_a_ranking_of_two_optimizers_says_so(good: store.Run, tmp_path: Path) -> None:
+def test_a_ranking_of_two_optimizers_names_them(good: store.Run, tmp_path: Path) -> None:
     cell = recorded_run.cells()["fused"].model_copy(update={"optimizer": "adamw-8bit"})
     other = recorded_run.record("fused", cell)
     cells = [*recorded_run.cells().values(), cell]
     run = recorded_run.write_run(tmp_path / "run", cells=cells, extra=[other])
-    said, before = (" ".join(view.build([analyse(one)])["runs"][0]["groups"][0]["sentences"]) for one in (run, good))
-    assert "The optimizers differ (adamw, adamw-8bit)" in said.replace("adamw-8bit, adamw", "adamw, adamw-8bit")
-    assert "lora r=8 [fused] adamw-8bit" in said
+    sentences, before = (
+        " ".join(view.build([analyse(one)])["runs"][0]["groups"][0]["sentences"]) for one in (run, good)
+    )
+    assert "The optimizers differ (adamw, adamw-8bit)" in sentences.replace("adamw-8bit, adamw", "adamw, adamw-8bit")
+    assert "lora r=8 [fused] adamw-8bit" in sentences
     assert "optimizers" not in before
 
 
@@ -316,7 +317,7 @@ def test_a_cell_is_rerun_from_the_suite_as_it_was_given(given: str, tmp_path: Pa
 
 def test_golden_keys_of_the_view(good: store.Run) -> None:
     built = view.build([analyse(good)])
-    assert sorted(built) == ["data", "generated", "reproducibility", "runs", "title"]
+    assert sorted(built) == ["data", "reproducibility", "runs", "title"]
     assert sorted(built["runs"][0]) == [
         "about", "alerts", "alone", "comparison", "costs", "counts", "curves", "duration", "ended", "environment",
         "failures", "gpus", "groups", "id", "latency", "memory", "mixed", "notes", "over_seeds", "parity",

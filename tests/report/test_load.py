@@ -32,8 +32,8 @@ FUSED = recorded_run.cells()["fused"]
 
 
 @pytest.fixture(scope="module")
-def said() -> list[dict[str, Any]]:
-    """The Records of a real run, read as JSON by nobody of ours."""
+def documents() -> list[dict[str, Any]]:
+    """Records of a real run, read as plain JSON."""
     return [json.loads(path.read_text()) for path in sorted((REAL / "cells").glob("*.json"))]
 
 
@@ -56,14 +56,14 @@ def cell(frame: Any, cell_id: str) -> Any:
 # ---- what the tables hold
 
 
-def test_a_row_per_attempt_says_what_its_record_says(numbers: Numbers, said: list[dict[str, Any]]) -> None:
-    assert len(numbers.cells) == len(said) == 10
-    for record in said:
+def test_a_row_per_attempt_holds_the_values_of_its_record(numbers: Numbers, documents: list[dict[str, Any]]) -> None:
+    assert len(numbers.cells) == len(documents) == 10
+    for record in documents:
         (row,) = of(numbers.cells, record).to_dict("records")
-        asked, m = record["cell"], record["measurements"]
-        assert all(row[name] == asked[name] for name in ("model", "task", "method", "implementation", "dtype", "seed"))
-        assert (row["status"], row["latest"], row["base"]) == ("ok", True, asked["base"]["quantization"])
-        assert (row["training.steps"], row["training.lr"]) == (asked["training"]["steps"], asked["training"]["lr"])
+        it, m = record["cell"], record["measurements"]
+        assert all(row[name] == it[name] for name in ("model", "task", "method", "implementation", "dtype", "seed"))
+        assert (row["status"], row["latest"], row["base"]) == ("ok", True, it["base"]["quantization"])
+        assert (row["training.steps"], row["training.lr"]) == (it["training"]["steps"], it["training"]["lr"])
         assert row["parameters.trainable"] == m["parameters"]["adapter"] + m["parameters"]["head"]
         right = [item["correct"] for item in m["accuracy"]["items"]]
         assert (row["accuracy"], row["accuracy_n"]) == (m["accuracy"]["value"], len(right))
@@ -87,10 +87,10 @@ def test_a_row_per_attempt_says_what_its_record_says(numbers: Numbers, said: lis
         assert row["environment.memory_B"] == int(e["machine"]["memory_B"])
 
 
-def test_every_knob_is_a_column_of_its_own(numbers: Numbers, said: list[dict[str, Any]]) -> None:
-    knobs = {f"config.{name}" for record in said for name in record["cell"]["config"]}
+def test_every_config_key_is_a_column(numbers: Numbers, documents: list[dict[str, Any]]) -> None:
+    knobs = {f"config.{name}" for record in documents for name in record["cell"]["config"]}
     assert {name for name in numbers.cells.columns if name.startswith("config.")} == knobs
-    for record in said:
+    for record in documents:
         (row,) = of(numbers.cells, record).to_dict("records")
         given = record["cell"]["config"]
         for knob in ("rank", "alpha", "dropout"):
@@ -100,9 +100,9 @@ def test_every_knob_is_a_column_of_its_own(numbers: Numbers, said: list[dict[str
     assert numbers.cells["rank"].equals(numbers.cells["config.rank"])
 
 
-def test_a_row_per_raw_sample(numbers: Numbers, said: list[dict[str, Any]]) -> None:
+def test_a_row_per_raw_sample(numbers: Numbers, documents: list[dict[str, Any]]) -> None:
     expected = 0
-    for record in said:
+    for record in documents:
         rows, m = of(numbers.samples, record), record["measurements"]
         series = m["training"] or {}
         for kind in ("step_seconds", "losses", "gradient_norms", "tokens", "padded_tokens"):
@@ -122,8 +122,8 @@ def test_a_row_per_raw_sample(numbers: Numbers, said: list[dict[str, Any]]) -> N
     assert len(numbers.samples) == expected > 3000
 
 
-def test_a_row_per_item_and_per_check(numbers: Numbers, said: list[dict[str, Any]]) -> None:
-    for record in said:
+def test_a_row_per_item_and_per_check(numbers: Numbers, documents: list[dict[str, Any]]) -> None:
+    for record in documents:
         items = of(numbers.items, record)
         assert [{"id": i.item, "correct": i.correct} for i in items.itertuples()] == record["measurements"]["accuracy"][
             "items"
@@ -133,11 +133,11 @@ def test_a_row_per_item_and_per_check(numbers: Numbers, said: list[dict[str, Any
             given = {name: value for name, value in check.items() if value not in ("", None)}
             assert {name: row[name] for name in given} == given
             assert all(pd.isna(row[name]) for name in check.keys() - given.keys())
-    assert len(numbers.items) == sum(len(r["measurements"]["accuracy"]["items"]) for r in said)
-    assert len(numbers.checks) == sum(len(r["checks"]) for r in said)
+    assert len(numbers.items) == sum(len(r["measurements"]["accuracy"]["items"]) for r in documents)
+    assert len(numbers.checks) == sum(len(r["checks"]) for r in documents)
 
 
-def test_what_was_not_measured_is_missing_and_never_nought(numbers: Numbers) -> None:
+def test_a_missing_value_is_na_and_never_zero(numbers: Numbers) -> None:
     row = cell(numbers.cells, ZERO_SHOT)
     never = ("config.rank", "rank", "step_s", "tokens_per_s", "training_peak_B", "phase_s.train", "because", "no_speed")
     assert [name for name in never if not pd.isna(row[name])] == []
@@ -233,7 +233,7 @@ def test_only_the_newest_attempt_is_marked_as_the_one_that_counts(tmp_path: Path
     assert cells["latest"].sum() == 10
 
 
-def test_several_runs_are_told_apart_and_a_copy_is_not_counted_twice(tmp_path: Path) -> None:
+def test_several_runs_are_distinguished_and_a_copy_counts_once(tmp_path: Path) -> None:
     first = recorded_run.write_run(tmp_path / "first", run="first")
     other = recorded_run.write_run(tmp_path / "other", run="other", only=["fused"])
     shutil.copytree(first.path, tmp_path / "copy")
@@ -243,7 +243,7 @@ def test_several_runs_are_told_apart_and_a_copy_is_not_counted_twice(tmp_path: P
     assert numbers.left_out == ()
 
 
-def test_knobs_of_several_sorts_are_text_and_long_numbers_stay_exact(tmp_path: Path) -> None:
+def test_config_keys_of_mixed_types_are_text_and_long_numbers_stay_exact(tmp_path: Path) -> None:
     seed = 2**63
     knobs = ({"a": True, "b": 1, "c": "x", "d": 2**60 + 1, "rank": "all"}, {"a": False, "b": 2.5, "c": 1, "d": None})
     cells = [FUSED.model_copy(update={"config": config, "seed": seed + i}) for i, config in enumerate(knobs)]
@@ -294,7 +294,7 @@ def test_records_of_one_attempt_that_differ_are_not_mixed(tmp_path: Path) -> Non
     other = recorded_run.write_run(
         tmp_path / "other", run="one", change=lambda n, r: recorded_run.failed(r) if n == "fused" else r
     )
-    with pytest.warns(UserWarning, match=f"Record {FUSED.cell_id}.1 is not as in another folder"):
+    with pytest.warns(UserWarning, match=f"Record {FUSED.cell_id}.1 differs from the one in another folder"):
         numbers = harness.load(first.path, other.path)
     assert cell(numbers.cells, FUSED.cell_id)["status"] == "ok"
 
@@ -310,7 +310,7 @@ def test_a_run_without_records_has_empty_tables_with_the_same_columns(tmp_path: 
     assert "accuracy" in empty.cells.columns
 
 
-def test_what_is_no_run_is_refused_like_report_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_run_is_refused_as_by_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="no run 'nowhere'"):
         harness.load("nowhere")
@@ -329,24 +329,24 @@ def test_import_harness_is_light_and_load_needs_no_torch() -> None:
     assert done.stdout == "['pandas']\n"
 
 
-def test_labels_tell_configurations_apart_and_not_seeds(tmp_path: Path) -> None:
+def test_labels_distinguish_configurations_but_not_seeds(tmp_path: Path) -> None:
     keys = {"peft_type": "LORA", "r": 4}
     configs: list[dict[str, Any]] = [keys, keys | {"bias": "all"}, {"peft_type": "IA3"}]
     peft = {"method": "peft", "implementation": "hf-peft"}
-    asked = [FUSED.model_copy(update=peft | {"config": {"adapter_config": one}}) for one in configs]
-    asked.append(asked[0].model_copy(update={"seed": 7}))
+    cells = [FUSED.model_copy(update=peft | {"config": {"adapter_config": one}}) for one in configs]
+    cells.append(cells[0].model_copy(update={"seed": 7}))
     notes = ["no reference", "a second; with a semicolon"]
     good = recorded_run.record("fused", FUSED)
     written = [
-        good.model_copy(update={"cell": one, "cell_id": one.cell_id, "notes": notes if one is asked[1] else []})
-        for one in asked
+        good.model_copy(update={"cell": one, "cell_id": one.cell_id, "notes": notes if one is cells[1] else []})
+        for one in cells
     ]
     run = recorded_run.write_run(
-        tmp_path / "run", only=["fused"], change=lambda *_: None, extra=written, footer=False, cells=asked
+        tmp_path / "run", only=["fused"], change=lambda *_: None, extra=written, footer=False, cells=cells
     )
     with pytest.warns(UserWarning, match="left out") if run.missing() else contextlib.nullcontext():
         frame = harness.load(run.path).cells
-    plain, biased, ia3, again = (cell(frame, one.cell_id) for one in asked)
+    plain, biased, ia3, again = (cell(frame, one.cell_id) for one in cells)
     assert plain["label"] == again["label"]
     assert len({plain["label"], biased["label"], ia3["label"]}) == 3
     assert biased["label"].endswith(" bias=all")

@@ -25,7 +25,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> store.Run:
 def _timed(
     r: Record, share: float, load_end: float | None, cores: str = "2", threads: int = 2, device: str = "cpu"
 ) -> Record:
-    """Return a Record whose steps got `share` seconds of CPU time per second."""
+    """Return a Record with `share` seconds of CPU time per second of its steps."""
     assert r.measurements is not None
     training = r.measurements.training
     if training is None:
@@ -63,7 +63,7 @@ def test_steps_that_waited_for_a_cpu_are_flagged(
     assert bool(contention.busy(record)) is flagged
 
 
-def test_a_busy_machine_is_said_beside_its_numbers_with_the_rule(good: store.Run, tmp_path: Path) -> None:
+def test_busy_cells_are_flagged_and_the_rule_is_shown(good: store.Run, tmp_path: Path) -> None:
     run = recorded_run.write_run(tmp_path / "r", change=lambda n, r: _timed(r, 0.5, 9.0) if n == "fused" else r)
     built = view.build([analyse(run)])
     fused = row(built["runs"][0]["comparison"], run.latest()[recorded_run.cells()["fused"].cell_id])
@@ -74,9 +74,9 @@ def test_a_busy_machine_is_said_beside_its_numbers_with_the_rule(good: store.Run
     words = Page(html.render([analyse(run)])).text
     assert words.count("! busy") == 3  # twice in the row, once with the rule
     assert contention.RULE in words
-    said = terminal.summary(analyse(run))
-    assert [line for line in said if line.endswith("] !") and "lora r=8 [fused]" in line]
-    assert [line for line in said if line.startswith("! busy: ") and "lora r=8 [fused]" in line]
+    text = terminal.summary(analyse(run))
+    assert [line for line in text if line.endswith("] !") and "lora r=8 [fused]" in line]
+    assert [line for line in text if line.startswith("! busy: ") and "lora r=8 [fused]" in line]
     # Records from before there was CPU time to compare say nothing.
     assert not view.build([analyse(good)])["runs"][0]["comparison"]["notes"]
     assert "busy" not in "\n".join(terminal.summary(analyse(good)))
@@ -98,7 +98,7 @@ def _with_red(check: str) -> Any:
     return lambda n, r: add(r) if n == "fused" else r
 
 
-def test_a_failed_merge_takes_the_merged_latency_away_and_fails_the_run(tmp_path: Path) -> None:
+def test_a_failed_merge_hides_the_merged_latency_and_fails_the_run(tmp_path: Path) -> None:
     run = recorded_run.write_run(tmp_path / "r", change=_with_red("lora/merge/float32/trained"))
     built = view.build([analyse(run)])["runs"][0]
     record = run.latest()[recorded_run.cells()["fused"].cell_id]
@@ -111,13 +111,13 @@ def test_a_failed_merge_takes_the_merged_latency_away_and_fails_the_run(tmp_path
     assert row(built["comparison"], record)["Status"]["text"] == "✗ ok, 1 failed check"
     assert built["verdict"]["word"] == "fail"
     assert "lora r=8 [fused]: lora/merge/float32/trained failed" in built["verdict"]["reason"]
-    told = "lora/merge/float32/trained: error 0.5, allowed 0.25; layer.0.query [3]: 1.5, should be 1"
-    assert built["alerts"][0]["items"] == [f"minilm-l6 lora r=8 [fused]: {told}"]
-    assert built["failures"][0]["checks"] == [told]
-    assert f"failed: minilm-l6 lora r=8 [fused]: {told}" in terminal.summary(analyse(run))
+    sentence = "lora/merge/float32/trained: error 0.5, allowed 0.25; layer.0.query [3]: 1.5, should be 1"
+    assert built["alerts"][0]["items"] == [f"minilm-l6 lora r=8 [fused]: {sentence}"]
+    assert built["failures"][0]["checks"] == [sentence]
+    assert f"failed: minilm-l6 lora r=8 [fused]: {sentence}" in terminal.summary(analyse(run))
 
 
-def test_any_other_failed_check_takes_all_speeds_away(tmp_path: Path) -> None:
+def test_any_other_failed_check_hides_all_speeds(tmp_path: Path) -> None:
     run = recorded_run.write_run(tmp_path / "r", change=_with_red("lora/forward/float32/warm"))
     built = view.build([analyse(run)])
     record = run.latest()[recorded_run.cells()["fused"].cell_id]
@@ -137,29 +137,29 @@ def test_a_check_shows_its_numbers_and_its_worst_element(tmp_path: Path) -> None
     assert "Worst element" in Page(html.render([analyse(run)])).text
 
 
-def test_a_resumed_run_says_whose_time_it_tells(good: store.Run) -> None:
+def test_the_duration_of_a_resumed_run(good: store.Run) -> None:
     assert good.footer is not None
     resumed = dataclasses.replace(good, footer=good.footer.model_copy(update={"kept": 4, "seconds_total": 75.0}))
     inside = sum(r.duration_s for r in good.latest().values())
-    said = view.build([analyse(resumed)])["runs"][0]["duration"]
-    assert said.startswith("resumed: the last invocation took 75.0 s and kept 4 of 10 Cells from earlier")
-    assert said.endswith(f"all Cells took {formatting.seconds(inside)} together")
+    text = view.build([analyse(resumed)])["runs"][0]["duration"]
+    assert text.startswith("resumed: the last invocation took 75.0 s, after 4 of 10 Cells had been measured before")
+    assert text.endswith(f"all Cells took {formatting.seconds(inside)} together")
     assert view.build([analyse(resumed)])["runs"][0]["time"]["sentence"].startswith(
         "In the last invocation, outside the Cells"
     )
 
 
-@pytest.mark.parametrize(("footer", "says"), [(None, "has no footer"), ("{torn", "has a footer that cannot be read")])
+@pytest.mark.parametrize(("footer", "reason"), [(None, "has no footer"), ("{torn", "has a footer that cannot be read")])
 def test_an_unfinished_run_is_reported_with_a_banner(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], footer: str | None, says: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], footer: str | None, reason: str
 ) -> None:
     folder = recorded_run.write_run(tmp_path / "r", footer=False).path
     if footer:
         (folder / "footer.json").write_text(footer)
     assert main(["report", str(folder)]) == 4
-    assert f"incomplete: this run {says}" in capsys.readouterr().out
+    assert f"incomplete: this run {reason}" in capsys.readouterr().out
     page = Page((folder / "report.html").read_text())
-    assert 0 < page.text.index(f"This run {says}") < page.text.index("Questions of the suite")
+    assert 0 < page.text.index(f"This run {reason}") < page.text.index("Questions of the suite")
     assert "took an unknown time" in page.text
     assert "81.0 %" in page.text
 
@@ -178,12 +178,12 @@ def test_an_unfinished_run_is_reported_with_a_banner(
     ],
 )
 def test_a_loss_that_ends_far_above_its_start(losses: list[float], rising: str) -> None:
-    said = divergence.rose(losses)
-    assert said.startswith(rising)
-    assert bool(said) == bool(rising)
+    text = divergence.rose(losses)
+    assert text.startswith(rising)
+    assert bool(text) == bool(rising)
 
 
-def test_a_finite_divergence_is_told_beside_what_was_measured(good: store.Run, tmp_path: Path) -> None:
+def test_a_finite_divergence_is_an_alert(good: store.Run, tmp_path: Path) -> None:
     away = [0.7 * 1.1**step for step in range(60)]
     run = recorded_run.write_run(
         tmp_path / "r", change=lambda n, r: recorded_run.with_losses(r, away) if n == "fused" else r

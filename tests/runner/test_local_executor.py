@@ -199,7 +199,7 @@ def test_a_gpu_that_stays_busy_is_said_and_is_no_success(tmp_path: Path) -> None
 def test_more_cells_at_a_time_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "gpus", lambda: ("a", "b"))
     assert Local(2, look=lambda: CARDS).device("auto") == "cuda"
-    with pytest.raises(HarnessError, match="3 Cells at a time want a GPU each, and there are 2") as caught:
+    with pytest.raises(HarnessError, match="3 Cells at a time need a GPU each, and there are 2") as caught:
         Local(3, look=lambda: CARDS).device("auto")
     assert "--jobs 2" in caught.value.hint
     assert Local(3, look=lambda: CARDS).device("cpu") == "cpu"
@@ -214,7 +214,7 @@ def test_what_nvidia_smi_says(
     tool = tmp_path / "nvidia-smi"
     tool.write_text(
         '#!/bin/sh\ncase "$1" in\n'
-        "*compute-apps*) echo 'GPU-aa, 41, /usr/bin/python3, 2048'; echo 'GPU-aa, 42, /opt/a,b, [N/A]';;\n"
+        "*compute-apps*) echo 'GPU-aa, 41, 2048, /usr/bin/python3'; echo 'GPU-aa, 42, [N/A], /opt/a,b';;\n"
         "*) echo '0, GPU-aa, 2100'; echo '1, GPU-bb, 700'; echo '2, GPU-cc, 3';;\nesac\n"
     )
     tool.chmod(0o755)

@@ -88,7 +88,7 @@ def test_a_folder_that_a_node_does_not_see(tmp_path: Path) -> None:
     executor = Joined(1, run.command())
     executor.device("cpu")
     works = (work.model_copy(update={"folder": str(tmp_path / "elsewhere")}) for work in run.works())
-    with pytest.raises(StoreError, match="is not there on ") as caught:
+    with pytest.raises(StoreError, match="is missing on ") as caught:
         list(executor.run(works, run.terms, run.nobody))
     assert caught.value.where == str(tmp_path / "elsewhere")
     assert "PEFT_HARNESS_CACHE" in caught.value.hint
@@ -107,7 +107,7 @@ def test_a_folder_that_one_node_of_two_does_not_see(tmp_path: Path, monkeypatch:
     )
     records = {r.cell.seed: r for r in executor.run(works, run.terms, run.nobody)}
     assert {seed: r.status for seed, r in records.items()} == {0: Status.LOST, 1: Status.OK}
-    assert records[0].because.startswith(f"it never started: {gone}: is not there on {os.uname().nodename}")
+    assert records[0].because.startswith(f"it never started: {gone}: is missing on {os.uname().nodename}")
 
 
 def test_half_a_gpu_on_a_node(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from harness.errors import Exit, HarnessError, UsageError
 from harness.records import environment, store
 from harness.records.record import Status
 from harness.runner.attempt import Ending
-from harness.runner.executors import node, slurm, slurm_states
+from harness.runner.executors import node, slurm
 from harness.runner.executors.slurm import LOCAL, Slurm
 from support import recorded_run, stub_attempts
 from support.processes import PATIENCE_S, eventually, gone
@@ -77,7 +77,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
     monkeypatch.delenv(LOCAL, raising=False)
-    monkeypatch.setattr(slurm, "_ASK_S", 0.3)
+    monkeypatch.setattr(slurm, "_POLL_S", 0.3)
     monkeypatch.setattr(node, "VISIBLE_S", 0.5)
     return folder
 
@@ -183,7 +183,7 @@ def test_the_queue_is_no_part_of_an_attempt(tmp_path: Path) -> None:
 
 
 def test_what_slurm_no_longer_knows_is_given_up(tmp_path: Path, cluster: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slurm_states, "_UNKNOWN_S", 0.0)
+    monkeypatch.setattr(slurm, "_UNKNOWN_S", 0.0)
     (cluster / "sacct").write_text("#!/bin/sh\necho 'JobID|State|NodeList'\n")
     (cluster / "squeue").write_text(_SQUEUE)
     (cluster / "squeue").chmod(0o755)
@@ -283,5 +283,5 @@ def test_options_of_sbatch(cluster: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "--slurm partition: is not KEY=VALUE" in capsys.readouterr().err
     assert main(["run", "smoke", "--slurm", "partition=gpu"]) == Exit.USAGE
     assert "is for --executor slurm" in capsys.readouterr().err
-    with Slurm(None, ["partition=x"]) as executor, pytest.raises(UsageError, match="not asked for a GPU"):
+    with Slurm(None, ["partition=x"]) as executor, pytest.raises(UsageError, match="request no GPU"):
         executor.device("cuda")

@@ -431,7 +431,7 @@ def test_all_mistakes_of_meaning_of_one_entry_are_reported(tmp_path: Path) -> No
         (8, "`accumulate` is 4"),
         (8, "`lr_ratio` is 8"),
         (12, "`optimizer` is paged-adamw"),
-        (13, "base nf4 keeps frozen weights in 4 bits"),
+        (13, "base nf4 has frozen weights in 4 bits"),
     ]
 
 

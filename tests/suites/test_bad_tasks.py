@@ -236,7 +236,7 @@ def test_one_set_may_be_tested_and_train_and_is_then_counted_for_both(tmp_path: 
 def test_an_encoder_writes_no_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, said = run(capsys, "plan", str(answered(tmp_path, suite=SUITE.replace("tiny-llama", "minilm-l6"))))
     assert code == Exit.USAGE
-    assert "suite.yaml:8: task.yaml is for causal models, and minilm-l6 is an encoder" in said
+    assert "suite.yaml:8: task.yaml is for causal models, but minilm-l6 is an encoder" in said
 
 
 # Local data: (what the file holds, line in it, message, mend). The task keeps 3 rows for its test.
@@ -251,7 +251,7 @@ BAD_DATA = {
     "a label that is a word": ("text,label\none,0\ntwo,good\n", 3, "label 'good' is no integer", "rows in the table"),
     "an empty text": ("text,label\none,0\n,1\n", 3, "the text is empty", "rows in the table"),
     "too few rows": ("text,label\none,0\ntwo,1\nthree,1\n", 1, "has 3 rows, and the task tests 3", "to at most 2"),
-    "nothing": ("", 1, "not one row", "rows in the table"),
+    "nothing": ("", 1, "no rows", "rows in the table"),
 }
 
 

@@ -246,7 +246,7 @@ def test_hub_data_are_read_at_their_commit(tmp_path: Path, monkeypatch: pytest.M
     assert asked == [(("openai/gsm8k", "main"), {"split": split, "revision": COMMIT}) for split in ("test", "train")]
     use = fetch.asset_use(task.data)
     assert (use.source, use.revision, len(use.sha256)) == ("lm-eval:gsm8k", COMMIT, 64)
-    from harness.cell.evaluation.own_task import OwnTask
+    from harness.cell.evaluation.lm_eval_task import OwnTask
 
     own = OwnTask(task.path, folder, range(1), "flexible-extract")
     assert own.training() == []  # the only question is in the test
@@ -259,7 +259,7 @@ MISTAKES = {
     "lm-eval:digits_written": ("has 2 filters", "lm-eval:digits_written:strict, lm-eval:digits_written:number"),
     "lm-eval:digits_written:loose": ("has 2 filters", "lm-eval:digits_written:number"),
     "lm-eval:untaught": ("does not pin its data, org/data", "write lm-eval:untaught@ and the 40 hex digits"),
-    f"lm-eval:untaught@{COMMIT}": ("has no training split, and `steps` is 3", "write `steps: 0`"),
+    f"lm-eval:untaught@{COMMIT}": ("has no training split, but `steps` is 3", "write `steps: 0`"),
     "lm-eval:sampled": ("samples its answers", "a task of your own"),
     "lm-eval:rolling": ("has the output type 'loglikelihood_rolling'", "multiple_choice or generate_until"),
     "lm-eval:program": ("is a Python class", "described in YAML"),

@@ -275,7 +275,7 @@ def test_own_sources_and_tasks_start_from_the_suites_folder(tmp_path: Path, monk
 
 def test_too_many_cells_are_refused_without_making_them(read) -> None:
     seeds = ", ".join(map(str, range(300)))
-    with pytest.raises(UsageError, match="90000 Cells; the most is 10000"):
+    with pytest.raises(UsageError, match="90000 Cells exceed the limit of 10000"):
         read(f"      - {{method: lora, seed: [{seeds}], config: {{rank: [{seeds.replace('0, 1', '1', 1)}, 300]}}}}")
 
 

@@ -110,7 +110,7 @@ def test_a_causal_class_that_looks_ahead_is_refused_as_it_is_loaded(
     dtype: torch.dtype, tokenizer: Path, tmp_path: Path
 ) -> None:
     folder = saved(bert(BertLMHeadModel), tokenizer, tmp_path / "mine")
-    with pytest.raises(AssetError, match="BertLMHeadModel is no causal model as it is configured") as caught:
+    with pytest.raises(AssetError, match="BertLMHeadModel is configured as no causal model") as caught:
         load(folder, dtype)
     assert caught.value.where == str(folder)
     assert "`kind: encoder`" in caught.value.hint
@@ -139,7 +139,7 @@ def test_what_reads_no_texts_is_neither(
     code, said = plan(folder, kind, capsys)
     assert code == Exit.USAGE
     assert (
-        f"kinds.yaml:6: model mine is of the type `vit`, of which the installed transformers has no class that {does}"
+        f"kinds.yaml:6: model mine has the type `vit`, and the installed transformers has no such class that {does}"
         in said
     )
 
@@ -147,7 +147,7 @@ def test_what_reads_no_texts_is_neither(
 def test_fit_refuses_what_a_suite_cannot_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for facts, says in (
         ({"model_type": "t5", "is_encoder_decoder": True}, "is an encoder-decoder (t5)"),
-        ({"model_type": "vit", "architectures": ["ViTForImageClassification"]}, "is of the type `vit`"),
+        ({"model_type": "vit", "architectures": ["ViTForImageClassification"]}, "has the type `vit`"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(facts))
         assert main(["fit", str(tmp_path), "--memory", "1GiB"]) == Exit.USAGE

@@ -85,7 +85,7 @@ def test_a_knob_that_stands_in_no_cell_at_its_default_may_be_searched(
 def test_a_search_in_a_schedule_of_another_length_is_refused(tmp_path: Path) -> None:
     sound = "method: adalora\n        config: {target_rank: 2, total_steps: 4, tinit: 1, tfinal: 1, "
     suite = SUITE.replace("method: lora\n        config: {", sound)
-    with pytest.raises(SuiteError, match="`total_steps` of adalora is 9, and the training has 4 steps"):
+    with pytest.raises(SuiteError, match="`total_steps` of adalora is 9, but the training has 4 steps"):
         _plan(tmp_path, "{lr: [1e-3, 1e-2], items: 4, config: {total_steps: 9}}", suite)
 
 
@@ -93,14 +93,14 @@ def test_a_search_in_a_schedule_of_another_length_is_refused(tmp_path: Path) -> 
     ("tune", "complaint"),
     [
         ("{lr: [1e-3], items: 4}", "tries fewer than two"),
-        ("{lr: [1e-4, 1e-2], items: 4}", "`lr` is 0.001, which `tune` does not try"),
-        ("{lr: [1e-3, 1e-2], items: 4, seed: 1}", "which the entry's Cells have too"),
-        ("{lr: [1e-3, 1e-2], items: 30}", "has 64 test items, of which 40 score"),
+        ("{lr: [1e-4, 1e-2], items: 4}", "`lr` is 0.001, but `tune` does not try it"),
+        ("{lr: [1e-3, 1e-2], items: 4, seed: 1}", "a seed of the entry's Cells"),
+        ("{lr: [1e-3, 1e-2], items: 30}", "has 64 test items, and 40 of them score"),
         ("{lr: [1e-3, 1e-2]}", "`tune` has no `items`"),
-        ("{lr: [1e-3, 1e-2], items: 4, config: {rang: 4}}", "which no method here has"),
+        ("{lr: [1e-3, 1e-2], items: 4, config: {rang: 4}}", "no method here has the `rang`"),
         ("{lr: [1e-3, 1e-2], items: 4, config: {rank: 0}}", "`rank` of lora"),
-        ("{lr: [1e-3, 1e-2], items: 4, config: {rank: 3, init: orthogonal}}", "shares the rank out in halves"),
-        ("{lr: [1e-3, 1e-2], items: 4, config: {adapter_config: ./here}}", "which is a method of its own"),
+        ("{lr: [1e-3, 1e-2], items: 4, config: {rank: 3, init: orthogonal}}", "divides the rank into halves"),
+        ("{lr: [1e-3, 1e-2], items: 4, config: {adapter_config: ./here}}", "is a method of its own"),
         ("{rates: [1e-3, 1e-2], items: 4}", "unknown key `rates`"),
     ],
 )

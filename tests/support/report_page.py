@@ -45,4 +45,4 @@ class Page(HTMLParser):
 
 def row(table: dict[str, Any], record: Record) -> dict[str, dict[str, Any]]:
     found = next(r for g in table["groups"] for r in g["rows"] if r["record"] == record.id)
-    return {c["label"]: f for c, f in zip(table["columns"], found["figures"], strict=True)}
+    return {c["label"]: f for c, f in zip(table["columns"], found["fields"], strict=True)}

@@ -1,7 +1,7 @@
 """Times of process runs with the noise of real ones, and the two-stage gate over many Cells at once. No torch.
 
 Sizes: L40S history and what is known of GPU timings. The log of a process run's time is the sum of
-a shift of the session, sd 2 %, common to both arms; the process's own luck, sd 0.8 %; a warming up of 1.5 % over the
+a shift of the session, sd 2 %, common to both sides; the noise of each process, sd 0.8 %; a warming up of 1.5 % over the
 session, fast at first; the median of 30 steps, autocorrelated (0.3) with sd 1.5 %, of which 2 % are slow by 10 to 100 %;
 and in a share of the processes a whole-process slow-down of 5 to 20 %.
 """
@@ -14,58 +14,58 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.analysis.statistics import pair_order
+from harness.analysis.statistics import pair_design
 from harness.analysis.statistics.pair_design import Design
 from harness.analysis.statistics.paired import look
 
 Floats = NDArray[np.float64]
-Luck = Callable[[np.random.Generator, tuple[int, int]], Floats]
+Noise = Callable[[np.random.Generator, tuple[int, int]], Floats]
 SESSION, PROCESS, WARMING, STEP, FOLLOWING = 0.02, 0.008, 0.015, 0.015, 0.3
 STEPS, SLOW_STEPS = 30, 0.02
 ORDERS = 16
 """Orders that the Cells of a simulated night share: each is drawn as a gate draws it."""
 
 
-def disturbed(share: float) -> Luck:
+def disturbed(share: float) -> Noise:
     """Return the noise of process runs of which `share` are slow as a whole."""
 
-    def luck(rng: np.random.Generator, shape: tuple[int, int]) -> Floats:
+    def noise(rng: np.random.Generator, shape: tuple[int, int]) -> Floats:
         own = rng.normal(0.0, PROCESS, shape) + _median_of_steps(rng, shape)
         hit = rng.random(shape) < share
         return own + np.where(hit, np.log1p(rng.uniform(0.05, 0.20, shape)), 0.0)
 
-    return luck
+    return noise
 
 
-def wider(factor: float) -> Luck:
+def wider(factor: float) -> Noise:
     """Return the noise of processes that differ so many times as much, as on a machine that others use too."""
 
-    def luck(rng: np.random.Generator, shape: tuple[int, int]) -> Floats:
+    def noise(rng: np.random.Generator, shape: tuple[int, int]) -> Floats:
         return rng.normal(0.0, factor * PROCESS, shape) + _median_of_steps(rng, shape)
 
-    return luck
+    return noise
 
 
-def two_speeds(share: float, apart: float) -> Luck:
+def two_speeds(share: float, gap: float) -> Noise:
     """Return the noise of processes of which `share` run in a mode that is slower by `apart`, as after autotuning."""
 
-    def luck(rng: np.random.Generator, shape: tuple[int, int]) -> Floats:
-        return rng.normal(0.0, PROCESS, shape) + np.log1p(apart) * (rng.random(shape) < share)
+    def noise(rng: np.random.Generator, shape: tuple[int, int]) -> Floats:
+        return rng.normal(0.0, PROCESS, shape) + np.log1p(gap) * (rng.random(shape) < share)
 
-    return luck
+    return noise
 
 
-def heavy_tailed(df: float) -> Luck:
-    """Return the noise of processes whose luck is Student's t."""
+def heavy_tailed(df: float) -> Noise:
+    """Return the noise of processes whose noise is Student's t."""
     return lambda rng, shape: PROCESS * rng.standard_t(df, shape)
 
 
-def log_ratios(rng: np.random.Generator, cells: int, pairs: int, luck: Luck, effect: float = 0.0) -> Floats:
+def log_ratios(rng: np.random.Generator, cells: int, pairs: int, noise: Noise, effect: float = 0.0) -> Floats:
     """Return log(B / A) of shape (cells, pairs) for a B that takes 1 + effect of A's time."""
-    arms = [pair_order.order(pairs, int(seed)) for seed in rng.integers(2**31, size=ORDERS)]
+    arms = [pair_design.order(pairs, int(seed)) for seed in rng.integers(2**31, size=ORDERS)]
     is_b = np.array([[arm == "B" for arm in order] for order in arms])[rng.integers(ORDERS, size=cells)]
     when = np.arange(2 * pairs) / (2 * pairs)
-    logs = luck(rng, (cells, 2 * pairs)) + rng.normal(0.0, SESSION, (cells, 1)) + WARMING * -np.expm1(-4 * when)
+    logs = noise(rng, (cells, 2 * pairs)) + rng.normal(0.0, SESSION, (cells, 1)) + WARMING * -np.expm1(-4 * when)
     logs += np.log1p(effect) * is_b
     by_pair, b_first = logs.reshape(cells, pairs, 2), is_b.reshape(cells, pairs, 2)[..., 0]
     return np.where(b_first, by_pair[..., 0] - by_pair[..., 1], by_pair[..., 1] - by_pair[..., 0])
@@ -89,16 +89,16 @@ class Nights:
         return Nights(cells, *counts, runs)
 
 
-def gate(rng: np.random.Generator, cells: int, design: Design, luck: Luck, effect: float = 0.0) -> Nights:
+def gate(rng: np.random.Generator, cells: int, design: Design, noise: Noise, effect: float = 0.0) -> Nights:
     """Send Cells through both stages, as `paired.decide` does one."""
-    found = look(log_ratios(rng, cells, design.first, luck, effect), design, "first")
+    found = look(log_ratios(rng, cells, design.first, noise, effect), design, "first")
     same, slower, faster = int(found.same.sum()), 0, 0
     suspects = cells - same
     runs = 2 * design.first * cells
     pairs = np.empty((suspects, 0))
     for planned in design.fresh:
         more = planned - pairs.shape[1]
-        pairs = np.hstack([pairs, log_ratios(rng, len(pairs), more, luck, effect)])
+        pairs = np.hstack([pairs, log_ratios(rng, len(pairs), more, noise, effect)])
         runs += 2 * more * len(pairs)
         found = look(pairs, design, "fresh")
         slower, faster, same = (
@@ -106,17 +106,17 @@ def gate(rng: np.random.Generator, cells: int, design: Design, luck: Luck, effec
             faster + int(found.faster.sum()),
             same + int(found.same.sum()),
         )
-        pairs = pairs[~found.settled]
+        pairs = pairs[~found.decided]
     return Nights(cells, suspects, slower, faster, same, runs / cells)
 
 
 def many_nights(
-    rng: np.random.Generator, cells: int, design: Design, luck: Luck, effect: float = 0.0, at_once: int = 5_000
+    rng: np.random.Generator, cells: int, design: Design, noise: Noise, effect: float = 0.0, at_once: int = 5_000
 ) -> Nights:
     """Do the same in portions that fit into a cache."""
     found = Nights(0, 0, 0, 0, 0, 0.0)
     for begin in range(0, cells, at_once):
-        found = found + gate(rng, min(at_once, cells - begin), design, luck, effect)
+        found = found + gate(rng, min(at_once, cells - begin), design, noise, effect)
     return found
 
 

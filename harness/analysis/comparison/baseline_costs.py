@@ -1,22 +1,26 @@
-"""Costs of a Cell compared with the baseline: scalars, bytes, files; times are shown and not judged."""
+"""Costs and training loss of a Cell compared with the baseline. Times are shown, not judged."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from statistics import median
+from statistics import fmean, median
 
 from harness.analysis import failed_checks, metrics
 from harness.analysis.comparison.baseline_rows import (
+    LOSS,
+    LOSS_SHARE,
     PROCESS_PEAK_B,
     PROCESS_SHARE,
     TIMES,
+    CellPair,
     ComparisonRow,
     FindingKind,
     Margins,
     Unit,
 )
-from harness.analysis.measurements import above_imports, beside_several, training_peak
-from harness.analysis.metrics import TRAINING_PEAK, Metric
+from harness.analysis.measurements import above_imports, timed_for_comparison, training_peak
+from harness.analysis.metrics import TRAINING_PEAK, Number
 from harness.analysis.verdict_kind import VerdictKind
 from harness.records.memory import ALLOCATED
 from harness.records.record import Cell, Latency, Record
@@ -24,112 +28,79 @@ from harness.records.record import Cell, Latency, Record
 PEAK = "training peak above imports"
 
 
-def rows(name: str, base: Record, new: Record, margins: Margins) -> Iterator[ComparisonRow]:
-    """Compare two ok Records of one Cell by every metric of the gate; nothing of Records without measurements."""
-    if base.measurements is None or new.measurements is None:
-        return
-    pair = _Pair(name, base, new)
-    yield from counted(name, base, new)
+def rows(pair: CellPair, margins: Margins) -> Iterator[ComparisonRow]:
+    """Compare two ok Records of one Cell by every metric of the gate, and by the training loss."""
+    yield from counted(pair)
     for metric in metrics.METRICS:
         if metric is TRAINING_PEAK:
-            yield from pair.peak(base.measurements.memory.source, new.measurements.memory.source, margins)
+            yield from _peak(pair, margins)
         elif metric.quantity and (metric.slack_B or metric.kind == "peak"):
-            yield from pair.within_slack(metric, margins)
-    before, now = _times(base), _times(new)
+            if not (metric.applies(pair.base) and metric.applies(pair.new)):
+                continue
+            limit, method = margins.growth_limit(metric.slack_B), "counted" if metric.kind == "counted" else "measured"
+            yield from _growth(pair, metric.quantity, metric.read(pair.base), metric.read(pair.new), limit, method)
+    before, now = _times(pair.base), _times(pair.new)
     for what in dict.fromkeys([*before, *now]):
-        if what in now or failed_checks.no_speed(new):  # a failed check has a separate row
+        if what in now or failed_checks.no_speed(pair.new):  # a failed check has a separate row
             yield pair.row(FindingKind.TIME, VerdictKind.NOT_RUN, what, TIMES, before.get(what), now.get(what), "s")
         else:
-            yield pair.missing_or_new(what, before[what], None, "s")
+            yield from _one_sided(pair, what, before[what], None, "s")
+    yield from _loss(pair)
 
 
-def counted(name: str, base: Record, new: Record) -> Iterator[ComparisonRow]:
-    """Compare the counted, and so exact, metrics: parameters, bytes of tensors, sizes of files."""
-    if base.measurements is None or new.measurements is None:
-        return
-    pair = _Pair(name, base, new)
+def counted(pair: CellPair) -> Iterator[ComparisonRow]:
+    """Compare the counted metrics, which are exact: parameters, bytes of tensors, sizes of files.
+
+    A count of scalars must not shrink either: the same recipe would train other parameters.
+    """
     for metric in metrics.METRICS:
-        if metric.quantity and metric.kind == "counted" and not metric.slack_B:
-            yield from pair.exact(metric)
-
-
-class _Pair:
-    """Two Records of one Cell, and the rows about them."""
-
-    def __init__(self, name: str, base: Record, new: Record) -> None:
-        self.name, self.base, self.new = name, base, new
-
-    def row(
-        self,
-        kind: FindingKind,
-        word: VerdictKind,
-        what: str,
-        reason: str,
-        base: float | None,
-        new: float | None,
-        unit: Unit,
-    ) -> ComparisonRow:
-        ids = (self.base.id, self.new.id)
-        return ComparisonRow(kind, word, self.name, (self.base.cell_id,), what, reason, base, new, unit, records=ids)
-
-    def exact(self, metric: Metric) -> Iterator[ComparisonRow]:
-        """Compare without a margin. A count of scalars may not shrink either: the same recipe would train something else."""
-        a, b = metric.read(self.base), metric.read(self.new)
-        if a is None and b is None:
-            return
+        if not metric.quantity or metric.kind != "counted" or metric.slack_B:
+            continue
+        a, b = metric.read(pair.base), metric.read(pair.new)
         if a is None or b is None:
-            yield self.missing_or_new(metric.quantity, a, b, metric.unit)
-            return
+            yield from _one_sided(pair, metric.quantity, a, b, metric.unit)
+            continue
         reason = "" if a == b else "grew" if b > a else "shrank"
         word = VerdictKind.FAIL if metric.got_worse(a, b) else VerdictKind.PASS
-        yield self.row(metric.finding, word, metric.quantity, reason, a, b, metric.unit)
+        yield pair.row(metric.finding, word, metric.quantity, reason, a, b, metric.unit)
 
-    def within_slack(self, metric: Metric, margins: Margins) -> Iterator[ComparisonRow]:
-        """Compare with the metric's margin in bytes; nothing where it does not apply to both."""
-        a, b = metric.read(self.base), metric.read(self.new)
-        if (a is None and b is None) or not (metric.applies(self.base) and metric.applies(self.new)):
-            return
-        if a is None or b is None:
-            yield self.missing_or_new(metric.quantity, a, b, metric.unit)
-            return
-        allowed = metric.slack_B if margins.memory_B is None else margins.memory_B
-        yield self._grown(metric.quantity, a, b, allowed, "counted" if metric.kind == "counted" else "measured")
 
-    def peak(self, before: str, now: str, margins: Margins) -> Iterator[ComparisonRow]:
-        """Compare the peaks of training; peaks from two sources do not compare."""
-        a, b = training_peak(self.base), training_peak(self.new)
-        if a is None and b is None:
-            return
-        what = TRAINING_PEAK.quantity
-        if before != now:
-            reason = f"taken in two ways: {before}, {now}"
-            yield self.row(FindingKind.MEMORY, VerdictKind.INCONCLUSIVE, what, reason, a, b, "B")
-            return
-        if now != ALLOCATED:
-            what = PEAK
-            a, b = (None if p is None else above_imports(r, p) for r, p in ((self.base, a), (self.new, b)))
-        if a is None or b is None:
-            yield self.missing_or_new(what, a, b, "B")
-            return
-        usual = 0 if now == ALLOCATED else max(PROCESS_PEAK_B, int(PROCESS_SHARE * a))
-        yield self._grown(what, a, b, usual if margins.memory_B is None else margins.memory_B, now)
+def _peak(pair: CellPair, margins: Margins) -> Iterator[ComparisonRow]:
+    """Compare the training peaks; peaks from two sources do not compare."""
+    a, b = training_peak(pair.base), training_peak(pair.new)
+    before, now = (r.measurements.memory.source if r.measurements else "" for r in (pair.base, pair.new))
+    what, limit = TRAINING_PEAK.quantity, 0
+    if before != now:
+        if a is not None or b is not None:
+            reason = f"measured in two ways: {before}, {now}"
+            yield pair.row(FindingKind.MEMORY, VerdictKind.INCONCLUSIVE, what, reason, a, b, "B")
+        return
+    if now != ALLOCATED:
+        a, b = (None if peak is None else above_imports(r, peak) for r, peak in ((pair.base, a), (pair.new, b)))
+        what, limit = PEAK, max(PROCESS_PEAK_B, int(PROCESS_SHARE * (a or 0)))
+    yield from _growth(pair, what, a, b, margins.growth_limit(limit), now)
 
-    def _grown(self, what: str, a: float, b: float, allowed: int, how: str) -> ComparisonRow:
-        grew = b - a
-        says = "" if not grew else "grew" if grew > allowed else "shrank" if -grew > allowed else "within the margin"
-        reason = f"{says} (margin {allowed:,} B, {how})" if says else ""
-        return self.row(
-            FindingKind.MEMORY, VerdictKind.FAIL if grew > allowed else VerdictKind.PASS, what, reason, a, b, "B"
-        )
 
-    def missing_or_new(self, what: str, base: float | None, new: float | None, unit: Unit) -> ComparisonRow:
-        if base is None:
-            return self.row(
-                FindingKind.NEW, VerdictKind.NOT_RUN, what, "was not measured in the baseline", base, new, unit
-            )
-        return self.row(
-            FindingKind.MISSING, VerdictKind.FAIL, what, "was measured in the baseline, and is not now", base, new, unit
-        )
+def _growth(
+    pair: CellPair, what: str, a: Number | None, b: Number | None, limit: int, method: str
+) -> Iterator[ComparisonRow]:
+    """Compare bytes that may grow up to a limit. method: how they were measured."""
+    if a is None or b is None:
+        yield from _one_sided(pair, what, a, b, "B")
+        return
+    change = "grew" if b - a > limit else "shrank" if a - b > limit else "within the margin" if b != a else ""
+    reason = f"{change} (margin {limit:,} B, {method})" if change else ""
+    word = VerdictKind.FAIL if b - a > limit else VerdictKind.PASS
+    yield pair.row(FindingKind.MEMORY, word, what, reason, a, b, "B")
+
+
+def _one_sided(pair: CellPair, what: str, a: Number | None, b: Number | None, unit: Unit) -> Iterator[ComparisonRow]:
+    """Report a value that one side lacks; nothing if both do."""
+    if b is not None:
+        yield pair.row(FindingKind.NEW, VerdictKind.NOT_RUN, what, "was not measured in the baseline", a, b, unit)
+    elif a is not None:
+        reason = "was measured in the baseline, and is not now"
+        yield pair.row(FindingKind.MISSING, VerdictKind.FAIL, what, reason, a, b, unit)
 
 
 def _times(record: Record) -> dict[str, float]:
@@ -143,6 +114,19 @@ def _times(record: Record) -> dict[str, float]:
 
 
 def _latency(cell: Cell, latency: Latency) -> str:
-    several = f" of {latency.adapters}" if latency.variant == "multi-adapter" else ""
-    several += " beside several" if beside_several(cell, latency) else ""
-    return f"{latency.kind} {latency.variant}{several}, {latency.batch} x {latency.tokens}"
+    adapters = f" of {latency.adapters}" if latency.variant == "multi-adapter" else ""
+    purpose = " for comparison" if timed_for_comparison(cell, latency) else ""
+    return f"{latency.kind} {latency.variant}{adapters}{purpose}, {latency.batch} x {latency.tokens}"
+
+
+def _loss(pair: CellPair) -> Iterator[ComparisonRow]:
+    """Compare the training losses; nothing if a side did not train, or trained on other batches."""
+    a, b = pair.base.training, pair.new.training
+    if a is None or b is None or a.data_order_sha256 != b.data_order_sha256:
+        return
+    before, now = (fmean(t.losses[-math.ceil(len(t.losses) / 4) :]) for t in (a, b))
+    rose = now > before + LOSS_SHARE * abs(before) + LOSS
+    change = "rose" if rose else "within the margin" if now != before else ""
+    reason = f"{change} (margin {100 * LOSS_SHARE:g} % and {LOSS:g})" if change else ""
+    word = VerdictKind.FAIL if rose else VerdictKind.PASS
+    yield pair.row(FindingKind.LOSS, word, "training loss", reason, before, now, "nats")

@@ -7,29 +7,31 @@ from enum import StrEnum
 from typing import Literal
 
 from harness.analysis.verdict_kind import Verdict, VerdictKind
+from harness.records.record import Record
 
 PROCESS_PEAK_B = 16 * 2**20
-"""Growth of a process's memory (VmHWM, or sampled) that is no finding.
+"""Largest growth of the memory of a process (VmHWM, or sampled) that is no finding.
 
-Measured in results/published/2026-11-25-tune-small-cpu, where three Cells each of nine methods differ in the learning rate
-alone: the training peak above the imports has a standard deviation of 1.7 MiB from process to process, at most 2.4 MiB (95 %
-bound, 18 degrees of freedom). Then the second of two processes takes 16 MiB more than the first once in a million."""
+It rests on results/published/2026-11-25-tune-small-cpu, where three Cells of each of nine methods differ in the learning
+rate alone. There the training peak above the imports has a standard deviation of 1.7 MiB from process to process, at most
+2.4 MiB (95 % bound, 18 degrees of freedom). With this deviation, the second of two processes takes 16 MiB more than the
+first in one of a million pairs."""
 PROCESS_SHARE = 0.05
-"""The same limit as a share of a large peak. Two runs of SmolLM2, with equal tensors in a step to the byte,
-differed by 2.7 % of 1.4 GiB. An allocator's waste grows with the requested memory."""
+"""The same limit as a share of a large peak. Two runs of SmolLM2 differed by 2.7 % of 1.4 GiB although the tensors of
+their steps had equal sizes: the overhead of an allocator grows with the requested memory."""
 COUNTED_PEAK_B = 64 * 2**10
-"""Growth of tensors at one time in a step, counted on a CPU, that is no finding: some scalars or a short vector. It is
-chosen, not measured: thirty Cells of a small Llama (six methods, packed bases, four providers, 32 and 16 bits, 8-bit and
-paged optimizers, checkpointing, torch.compile) took the same to the byte in each of two processes."""
+"""Largest growth of the tensors at one time in a step, counted on a CPU, that is no finding: some scalars or a short vector.
+The limit is chosen, not measured. Thirty Cells of a small Llama (six methods, packed bases, four providers, 32 and 16 bits,
+8-bit and paged optimizers, checkpointing, torch.compile) had equal peaks in two processes."""
 ACCURACY = 0.02
 """Largest drop of an accuracy that still counts as no worse."""
 LOOSER = 10.0
-"""Largest growth of a check's allowance without a finding: allowances follow the noise that each run
-measures, which differs between machines."""
+"""Largest growth of the allowance of a check that is no finding: each run measures the noise that its allowances follow, and
+the noise differs between machines."""
 LOSS_SHARE, LOSS = 0.1, 0.05
-"""Growth of a training loss that is no finding: a share of it plus nats. Chosen, not measured: the same Cell
-sees the same batches in the same order, so that only rounding differs, which may grow as it trains."""
-ONE_SEED = "one seed: this checkpoint, not the method"
+"""Largest growth of a training loss that is no finding: a share of the loss plus a number of nats. The limits are chosen,
+not measured. The Cell sees the same batches in the same order, so only rounding differs, and it may grow during training."""
+ONE_SEED = "one seed: valid for this checkpoint, not for the method"
 TIMES = "not judged here: `peft-harness gate --pairs` judges times"
 
 
@@ -53,45 +55,48 @@ class FindingKind(StrEnum):
 
 MEANING: dict[FindingKind, str] = {
     FindingKind.PARITY: (
-        "fails for a Cell that no longer computes its Method, or for a check that passed and now fails; inconclusive for a "
-        "check that passed and was not tried, or that allows more than ten times as much"
+        "the checks of a Cell. Fails if the Cell no longer computes its Method, or if a check passed before and fails now; "
+        "inconclusive if a check passed before and was not tried, or allows more than ten times as much"
     ),
-    FindingKind.OUTCOME: "fails for a Cell that was ok and now ends otherwise: oom, timeout, error, lost or skipped",
+    FindingKind.OUTCOME: (
+        "the status of a Cell. Fails if the Cell was ok and is not ok now: oom, timeout, error, lost or skipped"
+    ),
     FindingKind.MISSING: (
-        "a Cell, or one of its numbers, that the baseline has and the run has not. Fails where the run does not plan the "
-        "Cell, its Record was changed after the run, or the number was measured before; not-run where the run did not reach "
-        "the Cell, or its Record cannot be read"
+        "a Cell or a number that only the baseline has. Fails if the run does not plan the Cell, if its Record was changed "
+        "after the run, or if the number was measured before; not-run if the run did not reach the Cell, or if its Record "
+        "cannot be read"
     ),
-    FindingKind.NEW: "a Cell or a number that the run has and the baseline has not: shown, not judged",
-    FindingKind.PARAMETERS: "counts of scalars: fails at any difference, since the Cell is the same",
+    FindingKind.NEW: "a Cell or a number that only the run has: shown, not judged",
+    FindingKind.PARAMETERS: "counts of scalars. Fails at any difference, since the Cell is the same",
     FindingKind.MEMORY: (
-        "bytes of tensors, counted one by one: fails at one more. The peak of training: on a GPU as allocated, fails at one "
-        "byte more; on a CPU as counted in one step, at more than 64 KiB; of a process (VmHWM) above its imports, at more "
-        "than 16 MiB and a twentieth, which equal programs may differ in; or all three at more than --memory-bytes"
+        "bytes of tensors, and peaks of training. Counted bytes fail if they grow by one byte. A peak fails on a GPU if the "
+        "allocated memory grows by one byte; on a CPU if the tensors in one step grow by more than 64 KiB, or if the "
+        "process (VmHWM), above its imports, grows by more than 16 MiB and 5 %, which equal programs may differ by. "
+        "--memory-bytes replaces these three limits"
     ),
-    FindingKind.CHECKPOINT: "sizes of saved files: fails at one byte more",
+    FindingKind.CHECKPOINT: "sizes of saved files. Fails if a size grows by one byte",
     FindingKind.ACCURACY: (
-        "paired on the same items, and with several seeds also on the seeds. Passes where the 95 % interval of the "
-        "difference lies above minus the margin (--accuracy-points), fails where it does not and the drop is significant at "
-        "5 % over all comparisons of the gate together (Holm), else inconclusive. One seed speaks for this checkpoint, not "
-        "for the method"
+        "accuracies, paired on the same items and, with several seeds, on the same seeds. Passes if the 95 % interval of "
+        "the difference lies above minus the margin (--accuracy-points); otherwise fails if the drop is significant at 5 % "
+        "over all comparisons of the gate (Holm); otherwise inconclusive. With one seed the verdict is valid for this "
+        "checkpoint, not for the method"
     ),
     FindingKind.LOSS: (
-        "the training loss, mean over the last quarter of the steps: fails where it is higher by more than a tenth and "
-        "0.05. The batches are the same, so that only rounding may differ"
+        "the mean training loss over the last quarter of the steps. Fails if it rises by more than 10 % plus 0.05: the "
+        "batches are the same, so only rounding may differ"
     ),
-    FindingKind.ASSETS: "inconclusive where a model, a data set or a task is not the same",
+    FindingKind.ASSETS: "models, data sets and tasks. Inconclusive if one of them is not the same",
     FindingKind.ENVIRONMENT: (
-        "inconclusive where machine, driver, libraries, threads, variables or device differ, so that a difference need not "
-        "come from the code; another code version or commit is only shown"
+        "machine, driver, libraries, threads, variables and device. Inconclusive if one of them differs, since it may "
+        "explain other differences; another code version or commit is only shown"
     ),
     FindingKind.SPEED: (
-        "times that may be judged: of `gate --pairs`, with interleaved sides; of pytest's --harness-gate, by the spread of "
-        "saved process runs. Fails where slower, beyond a margin; inconclusive where neither that nor the opposite is "
-        "shown. Each reason gives the smallest detectable slow-down"
+        "times that can be judged: those of `gate --pairs`, from interleaved runs, and those of pytest --harness-gate, by "
+        "the spread of saved process runs. Fails if a time is slower by more than a margin; inconclusive if this is neither "
+        "proven nor excluded. Each reason gives the smallest detectable slow-down"
     ),
     FindingKind.TIME: (
-        "medians of one process each, from two sessions: shown, never judged. `peft-harness gate --pairs` judges times"
+        "medians of single processes from two sessions: shown, never judged. `peft-harness gate --pairs` judges times"
     ),
 }
 
@@ -108,19 +113,19 @@ class ComparisonRow:
     word: VerdictKind
     """Verdict."""
     name: str
-    """The Cell, the recipe, or the number of Cells."""
+    """Name of the Cell or recipe, or number of Cells."""
     cells: tuple[str, ...]
     """cell_ids."""
     what: str
     """Quantity."""
     reason: str = ""
-    """Reason of the verdict; empty if there is nothing to explain."""
+    """Reason of the verdict; may be empty."""
     base: Value = None
-    """Value in the baseline; None where missing."""
+    """Value in the baseline; None if missing."""
     new: Value = None
-    """Value in the run; None where missing."""
+    """Value in the run; None if missing."""
     unit: Unit = ""
-    """Unit of the values; empty for words and counts of checks."""
+    """Unit of the values; empty for words and for counts of checks."""
     interval: tuple[float, float] | None = None
     """Interval of new - base; of a speed, of new / base - 1."""
     records: tuple[str, ...] = ()
@@ -150,14 +155,36 @@ class ComparisonRow:
 
 
 @dataclass(frozen=True)
+class CellPair:
+    """Two Records of one Cell: of the baseline (or old side) and of the run (or new side)."""
+
+    name: str
+    """Name of the Cell."""
+    base: Record
+    new: Record
+
+    def row(
+        self, kind: FindingKind, word: VerdictKind, what: str, reason: str,
+        base: Value = None, new: Value = None, unit: Unit = "",
+    ) -> ComparisonRow:  # fmt: skip
+        """Return a row on this Cell."""
+        ids = (self.base.id, self.new.id)
+        return ComparisonRow(kind, word, self.name, (self.base.cell_id,), what, reason, base, new, unit, records=ids)
+
+
+@dataclass(frozen=True)
 class Margins:
-    """Differences that are no finding."""
+    """Largest differences that are no finding."""
 
     memory_B: int | None = None
-    """Growth of training peaks. None: exact as allocated, COUNTED_PEAK_B as counted on a CPU, the larger of
-    PROCESS_PEAK_B and PROCESS_SHARE of a process."""
+    """Growth of training peaks. None: 0 for allocated memory, COUNTED_PEAK_B for tensors counted on a CPU, the larger of
+    PROCESS_PEAK_B and PROCESS_SHARE for a process."""
     accuracy: float = ACCURACY
     """Drop of an accuracy."""
+
+    def growth_limit(self, default: int) -> int:
+        """Return the largest growth of a peak: `memory_B`, or `default` if it is None."""
+        return default if self.memory_B is None else self.memory_B
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +200,7 @@ class Findings:
     unreadable: tuple[str, ...] = ()
     """Unreadable files of both sides, with the reason."""
     changed: tuple[str, ...] = ()
-    """Files that are not as their run left them."""
+    """Files that were changed after their run."""
 
     def of(self, *words: VerdictKind) -> list[ComparisonRow]:
         """Return the judged rows with one of these words."""

@@ -6,64 +6,61 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from harness.analysis.comparison import reproducibility
 from harness.analysis.comparison.baseline_rows import ComparisonRow, FindingKind
+from harness.analysis.comparison.reproducibility import CODE_VERSION, Difference
+from harness.analysis.grouping import group
 from harness.analysis.measurements import training_gpu
 from harness.analysis.verdict_kind import VerdictKind
 from harness.errors import plural
 from harness.records.record import Environment, Record
 
-_CODE = ("code version: ", "commit: ", "uncommitted changes: ")
+CLOCK = "SM clock at the end of training"
+_CODE = (CODE_VERSION, "commit", "uncommitted changes")
 """Differences that a gate is meant to compare."""
+_Records = Sequence[tuple[Record, Record]]
 
 
-def rows(pairs: Sequence[tuple[Record, Record]]) -> Iterator[ComparisonRow]:
+def rows(pairs: _Records) -> Iterator[ComparisonRow]:
     """Group Cells by their differences in environment and assets; then compare the clocks of the GPUs over all Cells."""
-    surroundings: dict[tuple[str, ...], list[tuple[Record, Record]]] = {}
-    assets: dict[tuple[str, ...], list[tuple[Record, Record]]] = {}
-    for base, new in pairs:
-        surroundings.setdefault(tuple(_surroundings(base, new)), []).append((base, new))
-        assets.setdefault(tuple(reproducibility.asset_differences(base, new)), []).append((base, new))
-    for lines, same in surroundings.items():
-        if lines:
-            code = all(line.startswith(_CODE) for line in lines)
-            yield _row(FindingKind.ENVIRONMENT, VerdictKind.PASS if code else VerdictKind.INCONCLUSIVE, lines, same)
-    for lines, same in assets.items():
-        if lines:
-            yield _row(FindingKind.ASSETS, VerdictKind.INCONCLUSIVE, lines, same)
+    for kind, differences in (
+        (FindingKind.ENVIRONMENT, _surroundings),
+        (FindingKind.ASSETS, reproducibility.asset_differences),
+    ):
+        for found, same in group((tuple(differences(*pair)), pair) for pair in pairs).items():
+            if found:
+                code_only = kind is FindingKind.ENVIRONMENT and all(d.what in _CODE for d in found)
+                yield _row(kind, VerdictKind.PASS if code_only else VerdictKind.INCONCLUSIVE, found, same)
     clocks = [clocks_of(side) for side in zip(*pairs, strict=True)]
     if len(clocks) == 2 and clocks[0] != clocks[1]:
-        line = f"SM clock as training ended: {clocks[0]}, {clocks[1]}"
-        yield _row(FindingKind.ENVIRONMENT, VerdictKind.PASS, [line], pairs)
+        yield _row(FindingKind.ENVIRONMENT, VerdictKind.PASS, [Difference(CLOCK, *clocks)], pairs)
 
 
-def _row(
-    kind: FindingKind, word: VerdictKind, lines: Iterable[str], pairs: Sequence[tuple[Record, Record]]
-) -> ComparisonRow:
+def _row(kind: FindingKind, word: VerdictKind, found: Iterable[Difference], pairs: _Records) -> ComparisonRow:
     cells = tuple(base.cell_id for base, _ in pairs)
-    return ComparisonRow(kind, word, plural(len(cells), "Cell"), cells, kind.value, "; ".join(lines))
+    return ComparisonRow(kind, word, plural(len(cells), "Cell"), cells, kind.value, "; ".join(map(str, found)))
 
 
-def _surroundings(base: Record, new: Record) -> list[str]:
+def _surroundings(base: Record, new: Record) -> list[Difference]:
     # An unknown value is no difference: older Records, and Records of Cells that ended early, have fewer fields.
-    found = [line for line in reproducibility.surroundings(base, new) if "not recorded" not in line]
+    found = [difference for difference in reproducibility.surroundings(base, new) if difference.recorded]
     a, b = base.environment, new.environment
     if a.git_sha != b.git_sha:
-        found.append(f"commit: {a.git_sha[:12] or 'none'}, {b.git_sha[:12] or 'none'}")
+        found.append(Difference("commit", a.git_sha[:12] or "none", b.git_sha[:12] or "none"))
     if a.git_dirty != b.git_dirty:
-        found.append(f"uncommitted changes: {_dirty(a)}, {_dirty(b)}")
-    return found + slowed(base, new)
+        found.append(Difference("uncommitted changes", _dirty(a), _dirty(b)))
+    return found + throttling(base, new)
 
 
-def slowed(base: Record, new: Record) -> list[str]:
-    """Return the causes of throttling in training, where they differ between two Records."""
-    before, now = _throttled(base), _throttled(new)
-    return [f"GPU throttled in training by: {before or 'nothing'}, {now or 'nothing'}"] if before != now else []
+def throttling(base: Record, new: Record) -> list[Difference]:
+    """Return the causes of throttling in training if they differ between two Records."""
+    before, now = _throttle_reasons(base) or "nothing", _throttle_reasons(new) or "nothing"
+    return [Difference("GPU throttled in training by", before, now)] if before != now else []
 
 
 def _dirty(e: Environment) -> str:
     return "unknown" if e.git_dirty is None else "yes" if e.git_dirty else "no"
 
 
-def _throttled(record: Record) -> str:
+def _throttle_reasons(record: Record) -> str:
     gpu = training_gpu(record)
     states = [s for s in (gpu.start, gpu.end) if s is not None] if gpu else []
     return ", ".join(sorted({why for s in states for why in s.throttle or () if why != "idle"}))

@@ -17,32 +17,31 @@ def times(record: Record) -> dict[str, float]:
     return {metric: s for metric, s in tracked_metrics.times(record).items() if not metric.startswith(SENTINEL)}
 
 
-def named(metric: str) -> str:
-    """Return a metric in words, as in `step` and `merged decode 1x8`."""
+def metric_text(metric: str) -> str:
+    """Return a metric in words, e.g. `step` or `merged decode 1x8`."""
     return "step" if metric == STEP else metric.removeprefix(f"{LATENCY}/").replace("/", " ")
 
 
 def log_ratio(old: Record, new: Record, metric: str = STEP) -> float:
     """Return log(new / old) of a time of `times`, by default that of a steady step.
 
-    Two sides that train on the same batches are compared step by step, and the pair gets the median of these log ratios:
-    twice the tokens take twice the time, and the two sides may have different median steps. Otherwise the pair gets the
-    ratio of the two medians. Steps are no statistical units: steps of one process are not independent. Raises HarnessError
-    if a side lacks that time.
+    If both sides trained on the same batches, they are compared step by step, and the median of these log ratios is
+    returned: a batch with twice the tokens takes twice the time, so the two sides may have different median steps. Otherwise
+    the ratio of the two medians is returned. Steps are not statistical units: steps of one process are not independent.
+    Raises HarnessError if a side lacks that time.
     """
-    sides = [record.measurements.training if record.measurements else None for record in (old, new)]
-    if metric == STEP and (matched := _matched(*sides)):
+    if metric == STEP and (matched := _matched(old.training, new.training)):
         return median(math.log(after) - math.log(before) for before, after in matched)
-    taken = [times(record).get(metric) for record in (old, new)]
-    for which, seconds in zip(("old", "new"), taken, strict=True):
+    before, after = (times(record).get(metric) for record in (old, new))
+    for which, seconds in (("old", before), ("new", after)):
         if not seconds:
-            what = "has no steps that took any time" if metric == STEP else f"has no times of {named(metric)}"
+            what = "has no steps that took any time" if metric == STEP else f"has no times of {metric_text(metric)}"
             raise HarnessError(what, where=f"the {which} side", hint="time more of them per process")
-    return math.log(taken[1] or 0.0) - math.log(taken[0] or 0.0)
+    return math.log(after or 0.0) - math.log(before or 0.0)
 
 
 def _matched(old: TrainingMeasured | None, new: TrainingMeasured | None) -> list[tuple[float, float]]:
-    """Return the seconds of each steady step by both sides; none if their batches differ or a step took no time."""
+    """Return the times of each steady step on both sides; none if the batches differ or a step took no time."""
     if old is None or new is None:
         return []
     batches = [(side.data_order_sha256, side.padded_tokens, side.timing_warmup) for side in (old, new)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -9,15 +10,14 @@ from statistics import median
 from harness.analysis import failed_checks
 from harness.analysis.comparison import baseline_costs
 from harness.analysis.comparison.baseline_costs import PEAK
-from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, ComparisonRow, FindingKind
-from harness.analysis.comparison.environment_differences import clocks_of, slowed
-from harness.analysis.comparison.pair_ratio import named, times
-from harness.analysis.comparison.reproducibility import circumstances
+from harness.analysis.comparison.baseline_rows import COUNTED_PEAK_B, CellPair, ComparisonRow, FindingKind
+from harness.analysis.comparison.environment_differences import CLOCK, clocks_of, throttling
+from harness.analysis.comparison.pair_ratio import metric_text, times
+from harness.analysis.comparison.reproducibility import CODE_VERSION, PROVIDER, Difference, circumstances
 from harness.analysis.contention import busy
 from harness.analysis.metrics import COUNTED_PEAK, PEAK_ABOVE_IMPORTS, Metric, Number
 from harness.analysis.statistics.canaries import Canaries
-from harness.analysis.statistics.paired import PairFinding, family
-from harness.analysis.statistics.paired import PairVerdict as Timed
+from harness.analysis.statistics.paired import PairFinding, PairVerdict, family
 from harness.analysis.tracked_metrics import STEP
 from harness.analysis.verdict_kind import Verdict, VerdictKind
 from harness.errors import Exit
@@ -25,11 +25,13 @@ from harness.records.memory import ALLOCATED
 from harness.records.record import Record, Status
 
 Records = Sequence[tuple[Record, Record]]
-_MEANT = ("code version", "implementation from")
+_INTENDED = (CODE_VERSION, PROVIDER)
 """Intended differences between the two sides."""
+_SIDES = ("old", "new")
 PEAK_B = 2**20
-"""Difference of the medians of two process peaks that is no finding, however certain it is."""
+"""Largest difference of the medians of two process peaks that is no finding, even if it is certain."""
 _PEAK_LEVEL = 0.0011
+"""Level of the rank test of two process peaks; six process runs of each side can just reach it."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,14 @@ class CellComparison:
     """Name of the Cell."""
     records: Records
     """Pairs (old, new)."""
-    timed: Mapping[str, Timed] = field(default_factory=dict)
-    """Verdicts by metric; empty where nothing was timed."""
+    timed: Mapping[str, PairVerdict] = field(default_factory=dict)
+    """Verdicts by metric; empty if nothing was timed."""
     because: str = ""
     """Reason for no verdicts."""
 
-    def called(self, metric: str) -> str:
-        """Return the Cell's name, with the metric unless it is the step."""
-        return self.name if metric == STEP else f"{self.name}, {named(metric)}"
+    def title(self, metric: str) -> str:
+        """Return the name of the Cell, with the metric unless it is the step."""
+        return self.name if metric == STEP else f"{self.name}, {metric_text(metric)}"
 
     def seconds(self, side: int, metric: str = STEP) -> float | None:
         """Return the median time over the process runs of a side (0 old, 1 new)."""
@@ -71,7 +73,7 @@ class JudgedPairs:
     """All comparisons but those of times."""
     canaries: Canaries
     """False alarms of the old side against itself."""
-    residue: tuple[str, ...]
+    differences: tuple[str, ...]
     """Unintended differences between the two sides, and disturbed process runs."""
 
 
@@ -81,58 +83,63 @@ def judge(cells: Sequence[CellComparison], canaries: Canaries, *, strict: bool =
     Exit codes, the first that applies: NOTHING_COMPARED if no Cell is ok on both sides; FAIL if a Cell is slower, takes more
     memory, has other counts, or is ok only on the old side; INFRASTRUCTURE if a Cell could not be timed, or if the canaries
     close the gate, which then judges no time; INCONCLUSIVE, with `strict`, if a time of a Cell is undecided, or if only some
-    of its process runs counted their memory; otherwise PASS. Each time (step or latency) is judged separately, at the level
-    of the Design, which keeps false alarms rare enough for 500 times. The adjusted p are only shown: ten or twenty pairs
-    could not reach them. In simulations they would find +3 % in one Cell of 8 in 83 % of the gates instead of 99 %, and
-    in one Cell of 50 in 53 %.
+    of its process runs counted their memory; otherwise PASS.
+
+    Each time (step or latency) is judged separately, at the level of the Design, which keeps false alarms rare enough for
+    500 times. The adjusted p values are only shown, since ten or twenty pairs could not reach them: in simulations they find
+    +3 % in one Cell of 8 in 83 % of the gates instead of 99 %, and in one Cell of 50 in 53 %.
     """
     rows = [row for cell in cells for row in _rows(cell)]
-    verdicts = {cell.called(metric): timed for cell in cells for metric, timed in cell.timed.items()}
-    adjusted = family(verdicts)
+    verdicts = {cell.title(metric): timed for cell in cells for metric, timed in cell.timed.items()}
     slower = [] if canaries.closed else [name for name, timed in verdicts.items() if timed.word is PairFinding.SLOWER]
-    open_ = [name for name, timed in verdicts.items() if timed.word is PairFinding.INCONCLUSIVE]
-    uncounted = [row for row in rows if row.word is VerdictKind.INCONCLUSIVE]
-    red = [row for row in rows if row.word is VerdictKind.FAIL]
-    timed = [c for c in cells if c.timed]
-    lacking = [c for c in cells if not c.timed]
+    undecided = [name for name, timed in verdicts.items() if timed.word is PairFinding.INCONCLUSIVE]
+    failed, uncounted = (
+        [f"{row.name}: {row.what} {row.reason}" for row in rows if row.word is word]
+        for word in (VerdictKind.FAIL, VerdictKind.INCONCLUSIVE)
+    )
+    timed, untimed = ([c for c in cells if bool(c.timed) is is_timed] for is_timed in (True, False))
     word, code, reason = VerdictKind.PASS, Exit.PASS, f"none of {len(timed)} Cells is slower, larger or worse"
-    if not timed and not red:
+    if not timed and not failed:
         word, code, reason = VerdictKind.NOT_RUN, Exit.NOTHING_COMPARED, "nothing was compared: no Cell could be timed"
-    elif slower or red:
-        told = [f"{name} is slower" for name in slower] + [f"{row.name}: {row.what} {row.reason}" for row in red]
-        word, code, reason = VerdictKind.FAIL, Exit.FAIL, "; ".join(told)
+    elif slower or failed:
+        word, code, reason = (
+            VerdictKind.FAIL,
+            Exit.FAIL,
+            "; ".join([*(f"{name} is slower" for name in slower), *failed]),
+        )
     elif canaries.closed:
         word, code, reason = VerdictKind.NOT_RUN, Exit.INFRASTRUCTURE, f"no time was judged: {canaries.sentence}"
-    elif lacking:
-        told = [f"{c.name} ({c.because})" for c in lacking]
-        word, code, reason = VerdictKind.NOT_RUN, Exit.INFRASTRUCTURE, f"not timed: {', '.join(told)}"
-    elif open_ or uncounted:
+    elif untimed:
+        word, code = VerdictKind.NOT_RUN, Exit.INFRASTRUCTURE
+        reason = f"not timed: {', '.join(f'{c.name} ({c.because})' for c in untimed)}"
+    elif undecided or uncounted:
+        word, code = VerdictKind.INCONCLUSIVE, Exit.INCONCLUSIVE if strict else Exit.PASS
         what = "Cells" if len(verdicts) == len(timed) else f"times of {len(timed)} Cells"
-        told = [f"{len(open_)} of {len(verdicts)} {what} are neither slower nor proven the same"] if open_ else []
-        told += [f"{row.name}: {row.what} {row.reason}" for row in uncounted]
-        word, reason = VerdictKind.INCONCLUSIVE, "; ".join(told)
-        code = Exit.INCONCLUSIVE if strict else Exit.PASS
-    residue = _residue(cells)
-    if residue:
-        reason = "; ".join([reason, *(f"not the same: {what}" for what in residue)])
-    records = tuple(record.id for cell in cells for pair in cell.records for record in pair)
-    return JudgedPairs(Verdict(word, reason, records), code, tuple(cells), adjusted, tuple(rows), canaries, residue)
+        count = f"{len(undecided)} of {len(verdicts)} {what} are neither slower nor proven the same"
+        reason = "; ".join([*([count] if undecided else []), *uncounted])
+    differences = _differences(cells)
+    reason = "; ".join([reason, *(f"not the same: {what}" for what in differences)])
+    ids = tuple(record.id for cell in cells for pair in cell.records for record in pair)
+    verdict = Verdict(word, reason, ids)
+    return JudgedPairs(verdict, code, tuple(cells), family(verdicts), tuple(rows), canaries, differences)
 
 
-def _residue(cells: Sequence[CellComparison]) -> tuple[str, ...]:
-    found: dict[str, int] = {}
-    for cell in cells:
-        for old, new in cell.records:
-            changed = [what for what in circumstances(old, new) if not what.startswith(_MEANT)]
-            for what in (*changed, *slowed(old, new)):
-                found[what] = found.get(what, 0) + 1
-    pairs = sum(len(cell.records) for cell in cells)
-    told = [f"{what} ({count} of {pairs} pairs)" for what, count in found.items()]
-    clocks = [clocks_of([pair[side] for cell in cells for pair in cell.records]) for side in (0, 1)]
+def _differences(cells: Sequence[CellComparison]) -> tuple[str, ...]:
+    """List the unintended differences between the two sides, and the number of disturbed process runs."""
+    pairs = [pair for cell in cells for pair in cell.records]
+    counts = Counter(
+        difference
+        for pair in pairs
+        for difference in (*circumstances(*pair), *throttling(*pair))
+        if difference.what not in _INTENDED
+    )
+    found = [f"{difference} ({count} of {len(pairs)} pairs)" for difference, count in counts.items()]
+    clocks = [clocks_of([pair[side] for pair in pairs]) or "unknown" for side in (0, 1)]
     if clocks[0] != clocks[1]:
-        told.append(f"SM clock as training ended: {clocks[0] or 'unknown'}, {clocks[1] or 'unknown'}")
-    waited = sum(bool(busy(record)) for cell in cells for pair in cell.records for record in pair)
-    return (*told, *([f"{waited} of {2 * pairs} process runs waited for a CPU"] if waited else []))
+        found.append(str(Difference(CLOCK, *clocks)))
+    if waited := sum(bool(busy(record)) for pair in pairs for record in pair):
+        found.append(f"{waited} of {2 * len(pairs)} process runs waited for a CPU")
+    return tuple(found)
 
 
 def _ok(pair: tuple[Record, Record]) -> bool:
@@ -140,84 +147,54 @@ def _ok(pair: tuple[Record, Record]) -> bool:
 
 
 def _rows(cell: CellComparison) -> list[ComparisonRow]:
-    rows = [row for pair in cell.records if (row := _outcome(cell.name, pair))][:1]
-    whole = [pair for pair in cell.records if _ok(pair)]
-    if whole:
-        rows += baseline_costs.counted(cell.name, *whole[0])
-        rows += _untimed(cell.name, *whole[0])
-        rows += _peaks(cell.name, whole)
+    rows = [row for pair in cell.records if (row := _outcome(CellPair(cell.name, *pair)))][:1]
+    ok = [pair for pair in cell.records if _ok(pair)]
+    if ok:
+        first = CellPair(cell.name, *ok[0])
+        rows += baseline_costs.counted(first)
+        rows += _untimed(first)
+        rows += _peaks(first, ok)
     return rows
 
 
-def _outcome(name: str, pair: tuple[Record, Record]) -> ComparisonRow | None:
-    old, new = pair
-    if _ok(pair):
+def _outcome(pair: CellPair) -> ComparisonRow | None:
+    """Judge status and checks of one pair; None if both sides are ok and no further check failed."""
+    old, new = pair.base, pair.new
+    if _ok((old, new)):
         before = {check.check for check in failed_checks.failed(old)}
-        red = [check.check for check in failed_checks.failed(new) if check.check not in before]
-        if not red:
-            return None
-        reason = f"{', '.join(red)} failed, by the old side not"
-        return ComparisonRow(
-            FindingKind.PARITY, VerdictKind.FAIL, name, (old.cell_id,), "checks", reason, records=(old.id, new.id)
-        )
-    was_ok = old.status is Status.OK
-    kind = FindingKind.PARITY if was_ok and new.status is Status.NONCONFORMING else FindingKind.OUTCOME
-    return ComparisonRow(
-        kind, VerdictKind.FAIL if was_ok else VerdictKind.NOT_RUN, name, (old.cell_id,), "outcome",
-        new.because if was_ok else f"the old side is {old.status.value}: {old.because}",
-        old.status.value, new.status.value, records=(old.id, new.id),
-    )  # fmt: skip
+        failed = [check.check for check in failed_checks.failed(new) if check.check not in before]
+        reason = f"{', '.join(failed)} failed on the new side only"
+        return pair.row(FindingKind.PARITY, VerdictKind.FAIL, "checks", reason) if failed else None
+    statuses = old.status.value, new.status.value
+    if old.status is not Status.OK:
+        reason = f"the old side is {old.status.value}: {old.because}"
+        return pair.row(FindingKind.OUTCOME, VerdictKind.NOT_RUN, "outcome", reason, *statuses)
+    kind = FindingKind.PARITY if new.status is Status.NONCONFORMING else FindingKind.OUTCOME
+    return pair.row(kind, VerdictKind.FAIL, "outcome", new.because, *statuses)
 
 
-def _untimed(name: str, old: Record, new: Record) -> Iterator[ComparisonRow]:
+def _untimed(pair: CellPair) -> Iterator[ComparisonRow]:
     """Yield a row for each latency that only the old side has."""
-    there = times(new)
-    for metric, before in times(old).items():
+    there, reason = times(pair.new), "is measured by the old side only"
+    for metric, before in times(pair.base).items():
         if metric not in there:
-            reason, ids = "is measured by the old side only", (old.id, new.id)
-            yield ComparisonRow(
-                FindingKind.SPEED,
-                VerdictKind.FAIL,
-                name,
-                (old.cell_id,),
-                named(metric),
-                reason,
-                before,
-                None,
-                "s",
-                records=ids,
-            )
+            yield pair.row(FindingKind.SPEED, VerdictKind.FAIL, metric_text(metric), reason, before, None, "s")
 
 
-def _peaks(name: str, whole: Records) -> list[ComparisonRow]:
+def _peaks(first: CellPair, whole: Records) -> Iterator[ComparisonRow]:
     """Compare the training peaks over all process runs of both sides: the counted peaks, if known, and the process peaks.
 
     Counted peaks are equal in equal process runs, so a difference needs no test. A process peak also includes memory other
     than tensors, e.g. a library's own allocations; on a GPU both are one number.
     """
     allocated = any(m.memory.source == ALLOCATED for pair in whole for r in pair if (m := r.measurements) is not None)
-    counted = _sides(whole, COUNTED_PEAK)
-    of_process = _sides(whole, PEAK_ABOVE_IMPORTS)
-    rows = []
+    counted, of_process = _sides(whole, COUNTED_PEAK), _sides(whole, PEAK_ABOVE_IMPORTS)
     if counted is not None:
-        rows.append(_grown(name, whole, COUNTED_PEAK.quantity, counted, 0 if allocated else COUNTED_PEAK_B, exact=True))
-    elif not allocated and (lacking := _lacking(whole)):
-        word, ids = VerdictKind.INCONCLUSIVE, (whole[0][0].id, whole[0][1].id)
-        rows.append(
-            ComparisonRow(
-                FindingKind.MEMORY,
-                word,
-                name,
-                (whole[0][0].cell_id,),
-                COUNTED_PEAK.quantity,
-                lacking,
-                unit="B",
-                records=ids,
-            )
-        )
-    if of_process is not None and not (allocated and rows):
-        rows.append(_grown(name, whole, PEAK, of_process, 0 if allocated else PEAK_B, exact=False))
-    return rows
+        yield _grown(first, COUNTED_PEAK.quantity, counted, 0 if allocated else COUNTED_PEAK_B, exact=True)
+    elif not allocated and (reason := _uncounted(whole)):
+        yield first.row(FindingKind.MEMORY, VerdictKind.INCONCLUSIVE, COUNTED_PEAK.quantity, reason, unit="B")
+    if of_process is not None and not (allocated and counted is not None):
+        yield _grown(first, PEAK, of_process, 0 if allocated else PEAK_B, exact=False)
 
 
 def _sides(whole: Records, metric: Metric) -> tuple[list[Number], list[Number]] | None:
@@ -227,29 +204,32 @@ def _sides(whole: Records, metric: Metric) -> tuple[list[Number], list[Number]] 
     return there if len(there[0]) == len(there[1]) == len(whole) else None
 
 
-def _lacking(whole: Records) -> str:
+def _uncounted(whole: Records) -> str:
     """Describe the process runs of each side without counts, if others have them: that side has probably grown."""
     without = [sum(COUNTED_PEAK.read(pair[side]) is None for pair in whole) for side in (0, 1)]
-    told = [f"{n} of {len(whole)} of the {side} side" for n, side in zip(without, ("old", "new"), strict=True) if n]
+    parts = [f"{n} of {len(whole)} of the {side} side" for n, side in zip(without, _SIDES, strict=True) if n]
     # If no run has a count, none was possible: there is no training, or torch has no profiler.
-    return "" if sum(without) == 2 * len(whole) else f"not compared: not counted in {' and '.join(told)}"
+    return "" if sum(without) == 2 * len(whole) else f"not compared: not counted in {' and '.join(parts)}"
 
 
 def _grown(
-    name: str, whole: Records, what: str, sides: tuple[list[Number], list[Number]], allowed: int, *, exact: bool
+    first: CellPair, what: str, sides: tuple[list[Number], list[Number]], allowed: int, *, exact: bool
 ) -> ComparisonRow:
-    """Judge by the medians alone if `exact` and the runs of each side differ by `allowed` at most; otherwise also by
-    ranks, so that a single disturbed run decides nothing."""
+    """Compare a peak of all process runs.
+
+    The medians alone decide if `exact` and the runs of each side differ by at most `allowed`. Otherwise a rank test must
+    agree, so that a single disturbed run decides nothing.
+    """
     old, new = sides
     a, b = int(median(old)), int(median(new))
     alike = exact and all(max(side) - min(side) <= allowed for side in sides)
     grew = b - a > allowed and (alike or _higher(new, old))
     shrank = a - b > allowed and (alike or _higher(old, new))
-    how = f"counted, so that more than {allowed:,} B is a finding: " if alike else ""
-    span = f"old {_span(old)}, new {_span(new)} in {len(whole)} process runs each"
-    reason = f"{'grew: ' if grew else 'shrank: ' if shrank else ''}{how}{span}"
-    word, ids = VerdictKind.FAIL if grew else VerdictKind.PASS, (whole[0][0].id, whole[0][1].id)
-    return ComparisonRow(FindingKind.MEMORY, word, name, (whole[0][0].cell_id,), what, reason, a, b, "B", records=ids)
+    change = "grew: " if grew else "shrank: " if shrank else ""
+    rule = f"counted, so that more than {allowed:,} B is a finding: " if alike else ""
+    reason = f"{change}{rule}old {_span(old)}, new {_span(new)} in {len(old)} process runs each"
+    word = VerdictKind.FAIL if grew else VerdictKind.PASS
+    return first.row(FindingKind.MEMORY, word, what, reason, a, b, "B")
 
 
 def _span(values: Sequence[Number]) -> str:
@@ -257,8 +237,8 @@ def _span(values: Sequence[Number]) -> str:
     return f"{low:,} B" if low == high else f"{low:,} to {high:,} B"
 
 
-def _higher(these: Sequence[Number], those: Sequence[Number]) -> bool:
-    """Return whether `these` rank higher: one-sided, exact for small samples, at a level that six of each just reach."""
+def _higher(left: Sequence[Number], right: Sequence[Number]) -> bool:
+    """Return whether `left` ranks higher than `right`, by an exact one-sided test."""
     from scipy.stats import mannwhitneyu
 
-    return float(mannwhitneyu(these, those, alternative="greater", method="exact").pvalue) <= _PEAK_LEVEL
+    return float(mannwhitneyu(left, right, alternative="greater", method="exact").pvalue) <= _PEAK_LEVEL

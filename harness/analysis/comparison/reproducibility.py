@@ -1,22 +1,42 @@
 """Reproducibility: compare the losses of reruns bitwise, and find the first differing step and the causes.
 
 A different machine, library, code, thread count, model or data explains a difference. The order of the data and the initial
-state follow from the seed, which is part of the Cell. A difference in them shows where two runs diverged, and explains
-nothing.
+state follow from the seed, which is part of the Cell: a difference in them shows where two runs diverged, but not why.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 from harness.errors import Exit
 from harness.records import naming
-from harness.records.record import Environment, Record, Status, TrainingMeasured
+from harness.records.record import Environment, Record, Status
 from harness.records.store import Run
 
 _GPU = "on a GPU some kernels sum in an order that varies from run to run"
+_NOT_RECORDED = "not recorded"
+CODE_VERSION, PROVIDER = "code version", "implementation from"
+"""Names of differences in the code."""
+
+
+class Difference(NamedTuple):
+    """One difference between two Records."""
+
+    what: str
+    left: str
+    right: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.left}, {self.right}"
+
+    @property
+    def recorded(self) -> bool:
+        """False if a side is not recorded, so that the difference is not certain."""
+        return _NOT_RECORDED not in (self.left, self.right)
 
 
 @dataclass(frozen=True)
@@ -37,8 +57,8 @@ class Rerun:
     """First differing step, from 0."""
     causes: tuple[str, ...]
     """Differences in the circumstances of unequal Records."""
-    parted: tuple[str, ...]
-    """Other differences of unequal Records that the seed should have prevented."""
+    seeded: tuple[str, ...]
+    """Differences of unequal Records in facts that the seed determines."""
     unexplained: bool
     """True if some unequal Records have no cause."""
 
@@ -93,8 +113,8 @@ def _rerun(label: str, records: Sequence[Record]) -> Rerun:
         same_losses=None if _losses(records[0]) is None else all(_losses(a) == _losses(b) for a, b in pairs),
         same_items=None if _items(records[0]) is None else all(_items(a) == _items(b) for a, b in pairs),
         first_step=min((s for s in steps if s is not None), default=None),
-        causes=tuple(dict.fromkeys(cause for named in causes for cause in named)),
-        parted=tuple(dict.fromkeys(p for a, b in unequal for p in _parted(a, b))),
+        causes=tuple(dict.fromkeys(cause for found in causes for cause in found)),
+        seeded=tuple(dict.fromkeys(str(d) for a, b in unequal for d in _seeded_differences(a, b))),
         unexplained=not all(causes),
     )
 
@@ -103,34 +123,24 @@ def _earlier(before: Sequence[Record], record: Record) -> Record:
     return next((r for r in before if not circumstances(r, record)), before[0])
 
 
-def _training(record: Record) -> TrainingMeasured | None:
-    return record.measurements.training if record.measurements else None
-
-
 def _losses(record: Record) -> list[float] | None:
-    training = _training(record)
-    return training.losses if training else None
+    return record.training.losses if record.training else None
 
 
 def _items(record: Record) -> list[tuple[str, int]] | None:
-    accuracy = record.measurements.accuracy if record.measurements else None
-    return [(i.id, i.correct) for i in accuracy.items] if accuracy else None
+    return [(i.id, i.correct) for i in record.accuracy.items] if record.accuracy else None
 
 
 def _first_difference(left: list[float], right: list[float]) -> int | None:
-    for step, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return step
-    return None if len(left) == len(right) else min(len(left), len(right))
+    return next((step for step, (a, b) in enumerate(zip_longest(left, right)) if a != b), None)
 
 
 def _causes(left: Record, right: Record) -> list[str]:
-    named = circumstances(left, right)
-    return named or ([_GPU] if left.device not in ("", "cpu") else [])
+    return [str(d) for d in circumstances(left, right)] or ([_GPU] if left.device not in ("", "cpu") else [])
 
 
-def _parted(left: Record, right: Record) -> list[str]:
-    a, b = _training(left), _training(right)
+def _seeded_differences(left: Record, right: Record) -> list[Difference]:
+    a, b = left.training, right.training
     if a is None or b is None:
         return []
     hashes = {
@@ -138,33 +148,31 @@ def _parted(left: Record, right: Record) -> list[str]:
         "order of the data": (a.data_order_sha256, b.data_order_sha256),
     }
     # An older Record has no hash; an unknown value is no difference.
-    return [f"{what}: {x[:12]}, {y[:12]}" for what, (x, y) in hashes.items() if x and y and x != y]
+    return [Difference(what, x[:12], y[:12]) for what, (x, y) in hashes.items() if x and y and x != y]
 
 
-def circumstances(left: Record, right: Record) -> list[str]:
-    """List the differences in the inputs and surroundings of two Records of one Cell, as `what: this, that`."""
+def circumstances(left: Record, right: Record) -> list[Difference]:
+    """List the differences in the inputs and surroundings of two Records of one Cell."""
     return surroundings(left, right) + asset_differences(left, right)
 
 
-def surroundings(left: Record, right: Record) -> list[str]:
+def surroundings(left: Record, right: Record) -> list[Difference]:
     """List the differences in the surroundings of two Records: all of `circumstances` except model and data."""
     changed = environment_differences(left.environment, right.environment)
     a, b = (r.environment.extra.get("variables") for r in (left, right))
     if isinstance(a, dict) and isinstance(b, dict):
-        unequal = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-        changed += [f"variable {k}: {a.get(k, 'not set')}, {b.get(k, 'not set')}" for k in unequal]
-    if left.device != right.device:
-        changed.append(f"device: {left.device or 'not recorded'}, {right.device or 'not recorded'}")
-    makers = [
-        f"{r.provider.distribution} {r.provider.version}" if r.provider else "not recorded" for r in (left, right)
+        changed += _unequal(a, b, "not set", prefix="variable ")
+    providers = [f"{p.distribution} {p.version}" if (p := r.provider) else _NOT_RECORDED for r in (left, right)]
+    devices = [r.device or _NOT_RECORDED for r in (left, right)]
+    return changed + [
+        Difference(what, *values)
+        for what, values in (("device", devices), (PROVIDER, providers))
+        if values[0] != values[1]
     ]
-    if makers[0] != makers[1]:
-        changed.append(f"implementation from: {', '.join(makers)}")
-    return changed
 
 
-def asset_differences(left: Record, right: Record) -> list[str]:
-    """List the differences of two Records in models, data and tasks, as `what: this, that`."""
+def asset_differences(left: Record, right: Record) -> list[Difference]:
+    """List the differences of two Records in models, data and tasks."""
     if not left.assets or not right.assets:  # an older Record names none
         return []
     a, b = ({use.name: use for use in r.assets} for r in (left, right))
@@ -172,25 +180,31 @@ def asset_differences(left: Record, right: Record) -> list[str]:
     for name in dict.fromkeys([*a, *b]):
         x, y = a.get(name), b.get(name)
         if x is None or y is None:
-            found.append(f"{name}: {'used' if x else 'not used'}, {'used' if y else 'not used'}")
+            found.append(Difference(name, "used" if x else "not used", "used" if y else "not used"))
         elif x.sha256 != y.sha256:
-            found.append(f"{name}: sha256 {x.sha256[:12] or 'unknown'}, {y.sha256[:12] or 'unknown'}")
+            found.append(Difference(name, f"sha256 {x.sha256[:12] or 'unknown'}", y.sha256[:12] or "unknown"))
         elif x.revision != y.revision:
-            found.append(f"{name}: revision {x.revision or 'unknown'}, {y.revision or 'unknown'}")
+            found.append(Difference(name, f"revision {x.revision or 'unknown'}", y.revision or "unknown"))
     return found
 
 
-def environment_differences(left: Environment, right: Environment) -> list[str]:
-    """List the differences of two environments, as `key: this, that`."""
-    a, b = _flat(left), _flat(right)
-    changed = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
-    return [f"{key}: {a.get(key, 'none')}, {b.get(key, 'none')}" for key in changed]
+def environment_differences(left: Environment, right: Environment) -> list[Difference]:
+    """List the differences of two environments."""
+    return _unequal(_flat(left), _flat(right))
+
+
+def _unequal(
+    left: Mapping[str, Any], right: Mapping[str, Any], missing: str = "none", prefix: str = ""
+) -> list[Difference]:
+    """List the keys with unequal values. missing: text of a value that one side lacks."""
+    changed = [key for key in sorted(left.keys() | right.keys()) if left.get(key) != right.get(key)]
+    return [Difference(f"{prefix}{key}", str(left.get(key, missing)), str(right.get(key, missing))) for key in changed]
 
 
 def usual_environment(run: Run) -> Environment:
-    """Return the most frequent environment of a run's ok Records; on a tie with the runner's environment, that one.
+    """Return the most frequent environment of a run's ok Records; on a tie, the environment of the runner.
 
-    On a cluster, Cells may run on other machines than the runner's; several jobs share its threads.
+    On a cluster, Cells may run on other machines than the runner. Several jobs share the threads of one machine.
     """
     ok = [record.environment for record in run.latest().values() if record.status is Status.OK]
     found = Counter(_key(e) for e in ok)
@@ -198,15 +212,16 @@ def usual_environment(run: Run) -> Environment:
     return next(e for e in (run.manifest.environment, *ok) if found[_key(e)] == most)
 
 
-def strangers(run: Run) -> dict[tuple[str, ...], list[Record]]:
-    """Return the newest Records from other environments than the usual one, by the differences."""
+def strangers(run: Run) -> dict[str, list[Record]]:
+    """Return the newest Records from other environments than the usual one, by the differences as text."""
     usual = usual_environment(run)
-    found: dict[tuple[str, ...], list[Record]] = {}
+    found: dict[str, list[Record]] = {}
     for record in run.latest().values():
         here = _key(record.environment)
-        # For a worker that left no Record the runner writes one, with its own environment: it knows no other.
+        # If a worker left no Record, the runner wrote one with its own environment, since it knows no other.
         if here != _key(usual) and (record.status is Status.OK or here != _key(run.manifest.environment)):
-            found.setdefault(tuple(environment_differences(usual, record.environment)), []).append(record)
+            differences = environment_differences(usual, record.environment)
+            found.setdefault("; ".join(map(str, differences)), []).append(record)
     return found
 
 
@@ -216,4 +231,4 @@ def _key(e: Environment) -> tuple[str, ...]:
 
 def _flat(e: Environment) -> dict[str, str]:
     flat = {f"software {k}": v for k, v in e.software.items()} | {f"machine {k}": v for k, v in e.machine.items()}
-    return flat | {"threads": str(e.threads), "code version": e.code_version[:12]}
+    return flat | {"threads": str(e.threads), CODE_VERSION: e.code_version[:12]}

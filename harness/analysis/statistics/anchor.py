@@ -1,8 +1,8 @@
-"""Anchors of nights: the common factor of all series, that is, the machine's own good and bad nights.
+"""Anchors of nights: the factor by which the machine is slower or faster than usual, common to all series.
 
-Every time of a night is divided by the night's anchor, the median over series of value / the series' usual value. A slow
-night of the whole machine is then no change of any Cell. But neither is a slow-down of every Cell, so the anchor itself is
-watched too, as are sentinels: times that no code under test can change.
+Every time of a night is divided by the anchor of the night: the median over series of value / usual value of the series. So
+a slow night of the whole machine is no change of any Cell. But neither is a slow-down of every Cell, so the history also
+watches the anchor itself, and sentinels: times that no code under test can change.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ if TYPE_CHECKING:
 
 FEWEST_SERIES = 5
 """Fewest series for an anchor; with a single one, the series would be divided by itself."""
-
-
 FEWEST_SENTINELS = 3
 
 
 def anchor(logs: Array, fewest: int = FEWEST_SERIES) -> Array:
-    """Return the log of each night's anchor, shape (nights,), of log times of shape (series, nights), NaN where missing.
+    """Return the log of the anchor of each night, shape (nights,). logs: log times, shape (series, nights), NaN if missing.
 
-    NaN on nights with fewer series than `fewest`. Only series with half of the nights or more take part, since the usual
-    value of a new series comes from other nights.
+    The anchor is NaN on nights with fewer series than `fewest`. Only series with at least half of the nights take part: the
+    usual value of a new series comes from other nights.
     """
     import numpy as np
 

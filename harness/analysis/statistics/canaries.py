@@ -1,4 +1,4 @@
-"""A/A canaries: the false-alarm rate of pairs of one and the same side. A high rate closes the gate."""
+"""A/A canaries: pairs of the same side, for the rate of false alarms. A high rate closes the gate."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Canaries:
         if not 0 <= self.alarms <= self.runs or not 0 < self.nominal < 1:
             raise UsageError(
                 f"{self.alarms} alarms of {self.runs} A/A canaries, nominally {self.nominal:g}",
-                hint="count each canary once, and give the level of its test",
+                hint="count each canary once, and pass the level of its test",
             )
 
     @property
@@ -45,26 +45,24 @@ class Canaries:
 
     @property
     def closed(self) -> bool:
-        """True if the gate is closed: so many alarms have a probability of at most 1 - LEVEL at the limit (binomial)."""
+        """True if the gate is closed: at the limit, so many alarms have a probability of at most 1 - LEVEL (binomial)."""
         return self._closes(self.alarms)
 
     @property
     def sentence(self) -> str:
         """The rate and its consequence, as a sentence."""
         if not self.runs:
-            return "no A/A canaries: the false-alarm rate of this gate is not known here"
+            return "no A/A canaries: the rate of false alarms of this gate is unknown here"
         low, high = self.interval
-        rate = (
-            f"{self.alarms} of {self.runs} A/A canar{'ies' if self.runs != 1 else 'y'} alarmed: "
-            f"{100 * self.alarms / self.runs:.1f} % [{100 * low:.1f}, {100 * high:.1f}], nominally {100 * self.nominal:g} %"
-        )
+        share = f"{100 * self.alarms / self.runs:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+        noun = "canary" if self.runs == 1 else "canaries"
+        rate = f"{self.alarms} of {self.runs} A/A {noun} alarmed: {share}, nominally {100 * self.nominal:g} %"
         if self.closed:
             return (
-                f"{rate}. More than {TIMES:g} times nominal, so the gate is closed: look for other load, unsteady clocks, "
-                "or pairs that did not share a device"
+                f"{rate}. This is more than {TIMES:g} times nominal, so the gate is closed: look for other load, unsteady "
+                "clocks, or pairs that did not share a device"
             )
-        few = "" if self._closes(self.runs) else "; too few to close the gate"
-        return rate + few
+        return rate if self._closes(self.runs) else f"{rate}; too few to close the gate"
 
     def _closes(self, alarms: int) -> bool:
         if not alarms:
@@ -75,14 +73,13 @@ class Canaries:
 
 
 def canaries(log_ratios: Iterable[Sequence[float]], trim: float, nominal: float = NOMINAL) -> Canaries:
-    """Count the A/A canaries with pairs that differ from 0 in either direction, at the level `nominal`.
+    """Count the A/A canaries with log ratios that differ from 0 in either direction, at the level `nominal`.
 
-    The test has no margin, unlike the gate: a margin would hide noise of twice the expected size.
+    Unlike the gate, the test has no margin: a margin would hide noise of twice the expected size.
     """
-    alarms = runs = 0
+    alarms = []
     for pairs in log_ratios:
         seen = trimmed([list(pairs)], trim)
-        runs += 1
         up = float(seen.beyond(0.0)[0])
-        alarms += not bool(seen.still[0]) and 2 * min(up, 1 - up) <= nominal
-    return Canaries(alarms, runs, nominal)
+        alarms.append(not bool(seen.still[0]) and 2 * min(up, 1 - up) <= nominal)
+    return Canaries(sum(alarms), len(alarms), nominal)

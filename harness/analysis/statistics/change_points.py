@@ -1,8 +1,8 @@
-"""Changes of level in a series: an optimal segmentation by `ruptures`, and the changes that are large enough.
+"""Changes of level in a series: an optimal segmentation by `ruptures`, without the changes that are too small.
 
-Least squares with a penalty for each change (the linear kernel of ruptures.KernelCPD) on values that are divided by their
-own noise. A level has three nights at least, so a lone slow night is never a change; it is clipped beforehand, or it
-would still shift a neighbouring level. All on logarithms, where a relative change is the same at every level.
+The segmentation minimises squares plus a penalty for each change (the linear kernel of ruptures.KernelCPD); the values are
+divided by their noise. A level has at least three nights, so a single slow night is never a change. Such a night is clipped
+first, because it would shift a neighbouring level. Values are logarithms, so a relative change is the same at every level.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ LEVEL_NIGHTS = 3
 FEWEST = 2 * LEVEL_NIGHTS
 """The fewest nights of a series in which a change can be seen."""
 PENALTY = 18.0
-"""Penalty for a change, in squared noise: slightly above the chance gain at the best of a hundred places."""
+"""Penalty for a change, in squared noise: slightly more than noise gains at the best of a hundred positions."""
 SUSPICIOUS = 3.0
-"""Standard errors above its level at which the last night is suspicious: one night in 700 under normal noise."""
+"""Distance of the last night from its level, in standard errors, that is suspicious: one night in 700 under normal noise."""
 _SPIKE = 4.0
-"""Distance from the nights around it, in units of noise, at which a night is an outlier."""
+"""Distance of a night from its neighbours, in units of noise, that makes it an outlier."""
 _TO_SIGMA = 1.4826
-"""A normal distribution's standard deviation over its median absolute deviation."""
+"""Ratio of the standard deviation to the median absolute deviation of a normal distribution."""
 _OWN_NIGHTS = 10
-"""Weight of the noise shared by all series, in nights of a single series: six nights alone estimate noise badly."""
+"""Weight of the noise shared by all series, in nights of one series: six nights alone estimate noise badly."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class LevelChange:
 def noise(values: Array) -> float:
     """Return the standard deviation of the values around their levels, from the differences of neighbours.
 
-    A change of level is one difference among many, which the median ignores. 0 for fewer than two values.
+    A change of level is one difference among many, and the median ignores it. Returns 0 for fewer than two values.
     """
     import numpy as np
 
@@ -66,31 +66,31 @@ def noise(values: Array) -> float:
 def steps(
     values: Array, *, least: float, shared: float = 0.0, floor: float = 1e-4, own: float | None = None
 ) -> tuple[LevelChange, ...]:
-    """Return the changes of level of a series (1-d, finite), oldest first; none of fewer than FEWEST values.
+    """Return the changes of level of a series (1-d, finite), oldest first; none for fewer than FEWEST values.
 
-    least: smaller changes are left out. shared: the noise of similar series, if known. floor: the smallest assumed noise,
-    in the unit of the values: a constant series is not infinitely exact. own: the series' noise, if known.
+    least: smallest change to return. shared: noise of similar series, if known. floor: smallest assumed noise, in the unit
+    of the values, since a constant series is not infinitely exact. own: noise of the series, if known.
     """
     if len(values) < FEWEST or values.max() - values.min() < least:
         return ()
     from ruptures import KernelCPD
 
-    sigma = _believed(values, shared, floor, own)
-    calm = _without_spikes(values, sigma)
-    # Around its mean: the kernel sums squares, and a large common part would cost digits.
-    scaled = (calm - calm.mean()) / sigma
+    sigma = _pooled_noise(values, shared, floor, own)
+    clipped = _without_spikes(values, sigma)
+    # The kernel sums squares, so a large mean would cost digits.
+    scaled = (clipped - clipped.mean()) / sigma
     ends = KernelCPD(kernel="linear", min_size=LEVEL_NIGHTS).fit(scaled.reshape(-1, 1)).predict(pen=PENALTY)
-    return _worth_telling(values, [0, *ends], least) if len(ends) > 1 else ()
+    return _large_enough(values, [0, *ends], least) if len(ends) > 1 else ()
 
 
 def suspect(
     values: Array, *, since: int, least: float, shared: float = 0.0, floor: float = 1e-4, own: float | None = None
 ) -> LevelChange | None:
-    """Return a suspected change to a higher level that began on the last value or the one before; None without suspicion.
+    """Return a suspected change to a higher level that began with the last value or the one before; None without suspicion.
 
-    `steps` cannot find it, since two nights are no level. The last value lies above the level since `since` by `least`, and
-    by SUSPICIOUS times the joint uncertainty of value and level. Only a trial can confirm the change. Other arguments: see
-    `steps`. `at` is the index of the value before the last.
+    `steps` cannot find it, since two nights are no level. The change is suspected if the last value exceeds the level since
+    `since` by `least` and by SUSPICIOUS times the joint uncertainty of value and level. Only new runs can confirm it. See
+    `steps` for the other arguments. `at` of the change is the index of the value before the last.
     """
     import numpy as np
 
@@ -98,14 +98,14 @@ def suspect(
     level = values[since:-young]
     if len(level) < FEWEST:
         return None
-    sigma, before, after = _believed(values, shared, floor, own), _median(level), float(values[-1])
+    sigma, before, after = _pooled_noise(values, shared, floor, own), _median(level), float(values[-1])
     uncertain = sigma * float(np.sqrt(1 + np.pi / 2 / len(level)))  # the median of so many normal values
     if after - before < max(least, SUSPICIOUS * uncertain):
         return None
     return LevelChange(len(values) - young, before, after)
 
 
-def _believed(values: Array, shared: float, floor: float, own: float | None) -> float:
+def _pooled_noise(values: Array, shared: float, floor: float, own: float | None) -> float:
     """Return the noise of a series, from its own nights and the noise shared by all series."""
     sigma = noise(values) if own is None else own
     if shared:
@@ -114,10 +114,10 @@ def _believed(values: Array, shared: float, floor: float, own: float | None) -> 
     return max(sigma, floor)
 
 
-def _worth_telling(values: Array, edges: Sequence[int], least: float) -> tuple[LevelChange, ...]:
+def _large_enough(values: Array, edges: Sequence[int], least: float) -> tuple[LevelChange, ...]:
     """Merge neighbouring levels, the closest first, until all differ by `least` or more and enough nights support each.
 
-    A median does not show support: with two slow nights of three it is slow, whatever the third is.
+    A median does not prove support: it is slow with two slow nights of three, regardless of the third.
     """
     bounds = [int(edge) for edge in edges]
     while True:
@@ -126,17 +126,17 @@ def _worth_telling(values: Array, edges: Sequence[int], least: float) -> tuple[L
         if not found:
             return ()
         sides = ((values[a:b], values[b:c]) for a, b, c in zip(bounds, bounds[1:], bounds[2:], strict=False))
-        sizes = [abs(step.change) if _borne(step, *of) else 0.0 for step, of in zip(found, sides, strict=True)]
+        sizes = [abs(step.change) if _supported(step, *of) else 0.0 for step, of in zip(found, sides, strict=True)]
         weakest = min(range(len(found)), key=sizes.__getitem__)
         if sizes[weakest] >= least:
             return tuple(found)
         del bounds[weakest + 1]
 
 
-def _borne(step: LevelChange, left: Array, right: Array) -> bool:
+def _supported(step: LevelChange, left: Array, right: Array) -> bool:
     """Return whether, on each side, at least LEVEL_NIGHTS values lie nearer to their own level than to the other."""
-    way, middle = (1 if step.change > 0 else -1), (step.before + step.after) / 2
-    nearer = ((way * (left - middle) < 0).sum(), (way * (right - middle) > 0).sum())
+    sign, middle = (1 if step.change > 0 else -1), (step.before + step.after) / 2
+    nearer = ((sign * (left - middle) < 0).sum(), (sign * (right - middle) > 0).sum())
     return bool(min(nearer) >= LEVEL_NIGHTS)
 
 
@@ -144,7 +144,7 @@ def _without_spikes(values: Array, sigma: float) -> Array:
     """Replace every value that lies far from the median of the five around it by that median (Hampel)."""
     import numpy as np
 
-    # Beyond either end there are no values: NaN sorts last, and the middle is that of four or three values.
+    # Both ends are padded with NaN, which sorts last, so the median there is that of four or three values.
     padded = np.concatenate([[np.nan] * 2, values, [np.nan] * 2])
     windows = np.lib.stride_tricks.sliding_window_view(padded, 5)
     ordered = np.sort(windows, axis=1)

@@ -1,18 +1,22 @@
-"""Intervals and tests based on counts: Wilson, order statistics, exact McNemar, Holm."""
+"""Intervals, tests and percentiles based on counts: Wilson, order statistics, exact McNemar, Holm."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
 from statistics import NormalDist, median
 
 LEVEL = 0.95
 POWER = 0.8
+SHARES = (0.50, 0.95, 0.99)
+"""Percentiles that reports show."""
 
 
 def wilson(correct: int, n: int, level: float = LEVEL) -> tuple[float, float]:
-    """Return the Wilson score interval of a proportion; (0, 1) when nothing was tried."""
+    """Return the Wilson score interval of a proportion; (0, 1) for n = 0."""
     if not 0 <= correct <= n:
         raise ValueError(f"{correct} correct of {n}")
     if n == 0:
@@ -64,7 +68,7 @@ def median_interval(samples: Sequence[float], level: float = LEVEL) -> Median:
 
 
 def mcnemar(only_left: int, only_right: int) -> float:
-    """Return the exact two-sided p of McNemar's test, from the items that exactly one of two Cells got right."""
+    """Return the exact two-sided p of McNemar's test, from the items that exactly one of two Cells answered correctly."""
     n, fewer = only_left + only_right, min(only_left, only_right)
     below = sum(math.comb(n, i) for i in range(fewer + 1))
     return min(1.0, 2 * below / 2**n) if n else 1.0
@@ -75,8 +79,8 @@ def paired_difference(
 ) -> tuple[float, float]:
     """Return the interval of left - right, two shares of the same items (Newcombe 1998, paired, his method 10).
 
-    Combines two Wilson intervals and the correlation of the answers. So it is valid for few items, and for equal answers,
-    where an interval from the variance of the differences would have no width.
+    It combines two Wilson intervals and the correlation of the answers. So it is valid for few items, and for equal answers,
+    for which an interval from the variance of the differences would have no width.
     """
     n = both + only_left + only_right + neither
     left, right = both + only_left, both + only_right
@@ -84,9 +88,9 @@ def paired_difference(
     if n == 0:
         return -1.0, 1.0
     a, b = left / n, right / n
-    apart = both * neither - only_left * only_right
+    covariance = both * neither - only_left * only_right
     scale = math.sqrt(left * right * (n - left) * (n - right))
-    correlation = (max(apart - n / 2, 0.0) if apart > 0 else apart) / scale if scale else 0.0
+    correlation = (max(covariance - n / 2, 0.0) if covariance > 0 else covariance) / scale if scale else 0.0
 
     def reach(x: float, y: float) -> float:
         return math.sqrt(max(0.0, x * x - 2 * correlation * x * y + y * y))
@@ -94,24 +98,33 @@ def paired_difference(
     return a - b - reach(a - a_low, b_high - b), a - b + reach(a_high - a, b - b_low)
 
 
-def holm(p_values: Mapping[str, float], asked: int = 0) -> dict[str, float]:
+def holm(p_values: Mapping[str, float], tests: int = 0) -> dict[str, float]:
     """Adjust p values for several tests (Holm's step-down).
 
-    asked: number of all tests, if `p_values` holds only some; these count as the smallest.
+    tests: number of all tests, if `p_values` holds only some; these count as the smallest.
     """
-    questions = max(asked, len(p_values))
-    adjusted: dict[str, float] = {}
-    highest = 0.0
-    for place, (name, p) in enumerate(sorted(p_values.items(), key=lambda pair: pair[1])):
-        highest = max(highest, min(1.0, (questions - place) * p))
-        adjusted[name] = highest
-    return adjusted
+    tests = max(tests, len(p_values))
+    ordered = sorted(p_values.items(), key=lambda pair: pair[1])
+    adjusted = (min(1.0, (tests - place) * p) for place, (_, p) in enumerate(ordered))
+    return dict(zip((name for name, _ in ordered), accumulate(adjusted, max), strict=True))
 
 
 def detectable(n: int, disagreement: float) -> float:
     """Return the smallest true difference of two accuracies that a two-sided test at 5 % finds with 80 % power.
 
-    disagreement: the share of items on which exactly one of the two is right; for independent answers 2 p (1 - p).
+    disagreement: the share of items that exactly one of the two answers correctly; for independent answers 2 p (1 - p).
     """
     z = NormalDist().inv_cdf(0.5 + LEVEL / 2) + NormalDist().inv_cdf(POWER)
     return z * math.sqrt(disagreement / n)
+
+
+def samples_needed(share: float) -> int:
+    """Return the smallest number of samples for a percentile: at least one sample must lie beyond it."""
+    return math.ceil(1 / (1 - Fraction(str(share))))
+
+
+def percentile(samples: Sequence[float], share: float) -> float | None:
+    """Return the smallest sample that is at least as large as `share` of all; None for too few samples."""
+    if len(samples) < samples_needed(share):
+        return None
+    return sorted(samples)[math.ceil(Fraction(str(share)) * len(samples)) - 1]

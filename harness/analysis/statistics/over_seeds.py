@@ -1,14 +1,14 @@
 """Accuracy over several training runs that differ in the seed alone: intervals and tests for new seeds and new items.
 
 A repeated comparison would have new test items and new training runs. The squared standard error is the sum of both
-contributions; a test over items alone would mistake lucky seeds for a better method. Items are paired, since every run
+contributions: a test over items alone would mistake favourable seeds for a better method. Items are paired, since every run
 scores the same ones (Miller, arXiv:2411.00640).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, variance
 
@@ -42,7 +42,7 @@ class Spread:
         """Two-sided p of a true value of 0."""
         if not self.error:
             return 1.0 if not self.value else 0.0
-        from scipy.special import stdtr  # takes a fifth of a second, and runs of one seed do not need it
+        from scipy.special import stdtr  # slow to import, and not needed for runs with one seed
 
         return float(2 * stdtr(self.df, -abs(self.value) / self.error))
 
@@ -55,12 +55,12 @@ class Spread:
 def mean(runs: Sequence[Accuracy], prior: Prior | None = None) -> Spread | None:
     """Return the mean accuracy of two or more runs; None unless all of them scored the same items.
 
-    prior: the variance between seeds of the other recipes, if known.
+    prior: the variance of the other recipes between seeds, if known.
     """
     if not same_items(runs):
         return None
     items = _means(runs)
-    return _spread(fmean(items), [_of_items(items), _of_seeds(runs, prior)])
+    return _spread(fmean(items), [_mean_error(items), _of_seeds(runs, prior)])
 
 
 def difference(
@@ -73,36 +73,36 @@ def difference(
     """
     if not same_items((*left, *right)):
         return None
-    apart = [a - b for a, b in zip(_means(left), _means(right), strict=True)]
+    differences = [a - b for a, b in zip(_means(left), _means(right), strict=True)]
     of_seeds = _spread(0.0, [_of_seeds(left, priors[0]), _of_seeds(right, priors[1])])
     most = min((one.most for one in priors if one is not None), default=math.inf)
-    return _spread(fmean(apart), [_of_items(apart), (of_seeds.error**2, min(of_seeds.df, most))])
+    return _spread(fmean(differences), [_mean_error(differences), (of_seeds.error**2, min(of_seeds.df, most))])
 
 
 def paired(left: Sequence[Accuracy], right: Sequence[Accuracy]) -> Spread | None:
     """Return mean(left) - mean(right), where left[i] and right[i] have the same seed; None unless all scored the same items.
 
     Its squared error is var(per-item difference of the means) / items + var(per-seed difference) / seeds. Effects of a seed
-    on both sides cancel, so even small differences between two versions of a program are found, and equal versions have no
-    error at all. Raises ValueError for sides of unequal length, or of fewer than two seeds.
+    on both sides cancel, so the comparison finds even small differences between two versions of a program, and equal
+    versions have no error at all. Raises ValueError for sides of unequal length, or of fewer than two seeds.
     """
     if len(left) != len(right) or len(left) < 2:
-        raise ValueError(f"{len(left)} and {len(right)} runs are no pairs of two or more seeds")
+        raise ValueError(f"{len(left)} and {len(right)} runs cannot be paired by two or more seeds")
     if not same_items((*left, *right)):
         return None
-    apart = [a - b for a, b in zip(_means(left), _means(right), strict=True)]
+    differences = [a - b for a, b in zip(_means(left), _means(right), strict=True)]
     per_seed = [a.value - b.value for a, b in zip(left, right, strict=True)]
-    return _spread(fmean(apart), [_of_items(apart), (variance(per_seed) / len(per_seed), len(per_seed) - 1)])
+    return _spread(fmean(differences), [_mean_error(differences), _mean_error(per_seed)])
 
 
 def same_items(runs: Sequence[Accuracy]) -> bool:
     """Return whether all runs scored the same items, at least one."""
-    scored = {frozenset(_by_id(run)) for run in runs}
+    scored = {frozenset(run.answers) for run in runs}
     return len(scored) == 1 and bool(*scored)
 
 
 def _spread(value: float, parts: Sequence[tuple[float, float]]) -> Spread:
-    """Add up squared errors, each with its degrees of freedom (Satterthwaite 1946)."""
+    """Add squared errors, each with its degrees of freedom (Satterthwaite 1946)."""
     total = sum(square for square, _ in parts)
     if math.isinf(total):
         return Spread(value, math.inf, 1)
@@ -110,7 +110,8 @@ def _spread(value: float, parts: Sequence[tuple[float, float]]) -> Spread:
     return Spread(value, math.sqrt(total), total * total / weight if weight else math.inf)
 
 
-def _of_items(values: Sequence[float]) -> tuple[float, float]:
+def _mean_error(values: Sequence[float]) -> tuple[float, float]:
+    """Return the squared error of the mean of values, and its degrees of freedom."""
     return (variance(values) / len(values), len(values) - 1) if len(values) > 1 else (math.inf, 1)
 
 
@@ -123,12 +124,8 @@ def _of_seeds(runs: Sequence[Accuracy], prior: Prior | None = None) -> tuple[flo
 
 def _means(runs: Sequence[Accuracy]) -> list[float]:
     """Return each item's mean over the runs, in the order of the items' ids."""
-    tables = [_by_id(run) for run in runs]
-    return [fmean(table[i] for table in tables) for i in sorted(tables[0])]
-
-
-def _by_id(run: Accuracy) -> Mapping[str, int]:
-    return {item.id: item.correct for item in run.items}
+    answers = [run.answers for run in runs]
+    return [fmean(one[i] for one in answers) for i in sorted(answers[0])]
 
 
 def _quantile(share: float, df: float) -> float:

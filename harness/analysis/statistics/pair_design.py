@@ -1,44 +1,47 @@
-"""Design of an A/B comparison by pairs: numbers of pairs, looks at them, and levels of significance."""
+"""Design of an A/B comparison: order of the process runs, numbers of pairs, looks at the pairs, levels of significance."""
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import Literal
 
 from harness.analysis.statistics.trimmed import cut
-from harness.errors import UsageError
+from harness.errors import UsageError, plural
 
 Stage = Literal["first", "fresh"]
+BLOCKS = ("ABBA", "BAAB")
 FEWEST = 6
-"""Fewest pairs: five allow no interval at 95 %, neither by order statistics nor by signed ranks."""
+"""Fewest pairs: five allow no interval at 95 %, neither from order statistics nor from signed ranks."""
 
 
 @dataclass(frozen=True)
 class Design:
-    """Numbers of pairs, looks at them, and levels of an alarm. The level bounds the false alarms under any
-    symmetric noise. On steady machines, where the pairs spread little compared with the margin, false alarms are
-    far rarer. Elsewhere, e.g. with a kernel that runs at one of two speeds in each process, they come near the
-    level; the mde80 of such a Cell shows this."""
+    """Numbers of pairs, looks at them, and levels of an alarm.
+
+    The level bounds the rate of false alarms under any symmetric noise. On steady machines, where the pairs vary little
+    compared with the margin, false alarms are far rarer. Elsewhere, e.g. if a kernel runs at one of two speeds in each
+    process, the rate comes near the level; the mde80 of such a Cell shows this.
+    """
 
     first: int = 6
     """Pairs of every Cell."""
     fresh: tuple[int, ...] = (10, 20)
     """Total number of fresh pairs at each planned look."""
     levels: tuple[float, ...] = (0.001, 0.009)
-    """Level of the alarm at each of these looks, one-sided and in each direction; their sum is the total level.
-    The first look has few degrees of freedom, so its level is stricter."""
+    """One-sided level of the alarm at each of these looks, in each direction. The first look has few degrees of freedom, so
+    its level is stricter."""
     slower_by: float = 0.01
-    """Margin of a slow-down."""
+    """Largest slow-down that is no finding."""
     same_within: float = 0.03
-    """Margin of an unchanged Cell."""
+    """Largest change of a Cell that counts as unchanged."""
     interval: float = 0.95
-    """Level of the interval that must lie within `same_within` to prove a Cell unchanged. There are up to three
-    looks at a Cell; one that is slower by `same_within` is called unchanged in at most (1 - interval) / 2 of them
-    each time."""
+    """Level of the interval that must lie within `same_within` to prove a Cell unchanged. Each of up to three looks calls a
+    Cell that is slower by `same_within` unchanged with a probability of at most (1 - interval) / 2."""
     suspect: float = 0.10
-    """Level at which a change beyond `suspect_by` calls for fresh pairs."""
+    """Level at which a change of more than `suspect_by` requires fresh pairs."""
     suspect_by: float = 0.005
-    """Margin of a suspicion."""
+    """Smallest suspicious change."""
     trim: float = 0.25
     """Share trimmed at either end."""
 
@@ -46,25 +49,25 @@ class Design:
         """Raise UsageError for a design that cannot reach a verdict."""
         for count in (self.first, *self.fresh):
             if count < FEWEST or count % 2:
-                raise _bad(f"{count} pairs: drift cancels between two pairs", f"an even number, {FEWEST} or more")
+                raise _bad(f"{count} pairs, but drift cancels between two pairs", f"an even number, {FEWEST} or more")
         if not self.fresh or any(b <= a for a, b in zip(self.fresh, self.fresh[1:], strict=False)):
-            raise _bad(f"fresh pairs {self.fresh}", "how many there are in all at each look, e.g. (10, 20)")
+            raise _bad(f"fresh pairs {self.fresh}", "the total number at each look, in rising order, e.g. (10, 20)")
         if len(self.levels) != len(self.fresh):
             raise _bad(f"{len(self.levels)} levels for {len(self.fresh)} looks at fresh pairs", "a level per look")
         for level in (*self.levels, sum(self.levels), self.interval, self.suspect):
             if not 0 < level < 1:
-                raise _bad(f"a level of {level:g}", "levels between 0 and 1, those of the looks in sum too")
+                raise _bad(f"a level of {level:g}", "levels between 0 and 1; the sum over the looks too")
         if not 0 <= self.suspect_by <= self.slower_by < self.same_within < 1:
             raise _bad(
                 f"margins {self.suspect_by:g}, {self.slower_by:g}, {self.same_within:g}",
                 "0 <= suspect_by <= slower_by < same_within < 1",
             )
         if not 0 <= self.trim < 0.5 or any(n - 2 * cut(n, self.trim) < 3 for n in (self.first, *self.fresh)):
-            raise _bad(f"a share of {self.trim:g} trimmed at either end", "a share that leaves 3 pairs or more")
+            raise _bad(f"a share of {self.trim:g} trimmed at either end", "a share that leaves at least 3 pairs")
 
     @property
     def level(self) -> float:
-        """The level of the alarm over all looks, one-sided, in each direction."""
+        """The one-sided level of the alarm over all looks, in each direction."""
         return sum(self.levels)
 
     def looks(self, stage: Stage) -> tuple[int, ...]:
@@ -74,3 +77,22 @@ class Design:
 
 def _bad(what: str, wanted: str) -> UsageError:
     return UsageError(what, where="design of the pairs", hint=f"give {wanted}")
+
+
+def order(pairs: int, seed: int) -> str:
+    """Return the side of each process run, two per pair, in blocks of two pairs: "ABBABAAB...".
+
+    A linear drift cancels within every block. The numbers of blocks that begin with A and with B differ by at most one, so a
+    quadratic drift cancels between blocks. The order of the blocks is random, so that periodic noise favours no side.
+    """
+    if pairs < 2 or pairs % 2:
+        raise UsageError(
+            f"{plural(pairs, 'pair')} to order: drift cancels within blocks of two pairs",
+            hint="request an even number of pairs",
+        )
+    rng = random.Random(seed)  # noqa: S311  # not for security
+    blocks = pairs // 2
+    first = rng.randrange(2)
+    kinds = [BLOCKS[(first + i) % 2] for i in range(blocks)]
+    rng.shuffle(kinds)
+    return "".join(kinds)

@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from harness.analysis.statistics.pair_design import Design
 
 _HALVINGS = 50
-_FAR = 60
+FAR = 60
 """Upper end of the search, in standard errors: a slow-down of this size is always detected."""
 
 
 def reach(scale: float, design: Design) -> float:
-    """Return the log ratio of a slow-down detected with a power of POWER. scale: sd of a pair's log ratio."""
+    """Return the log ratio of a slow-down that is found with a power of POWER. scale: sd of the log ratio of a pair."""
     low = math.log1p(design.slower_by)
-    return least(lambda change: power(change, scale, design), low, low + _FAR * scale / math.sqrt(design.first))
+    return least(lambda change: power(change, scale, design), low, low + FAR * scale / math.sqrt(design.first))
 
 
 def least(found: Callable[[float], float], low: float, high: float) -> float:
-    """Return the smallest change between `low` and `high` detected with a power of POWER; the power grows with it."""
+    """Return the smallest change between `low` and `high` that is found with a power of POWER; the power grows with it."""
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if found(middle) >= POWER else (middle, high)
@@ -34,9 +34,9 @@ def least(found: Callable[[float], float], low: float, high: float) -> float:
 def power(change: float, scale: float, design: Design) -> float:
     """Return the probability that a log ratio of `change` is called slower (noncentral t).
 
-    The product of two kinds of probability: no look before the last calls the Cell unchanged, and the last look finds the
-    change. The product treats the looks as independent, so it is rather too low than too high. Changes found early are,
-    give or take, found at the last look too.
+    It is the product of two kinds of probability: no look before the last calls the Cell unchanged, and the last look finds
+    the change. The product treats the looks as independent, so it rather is too low than too high. Almost all changes that
+    are found early are found at the last look too.
     """
     last = design.fresh[-1]
     chance = _found(change - math.log1p(design.slower_by), scale, last, design.trim, design.levels[-1])
@@ -47,8 +47,7 @@ def power(change: float, scale: float, design: Design) -> float:
 
 
 def found(errors: float, df: float, level: float) -> float:
-    """Return the probability that a one-sided t test at `level` detects an effect `errors` standard errors past its
-    margin."""
+    """Return the probability that a one-sided t test at `level` finds an effect `errors` standard errors past its margin."""
     from scipy.special import nctdtr, stdtrit
 
     return 1.0 - float(nctdtr(df, errors, float(stdtrit(df, 1 - level))))

@@ -1,14 +1,14 @@
-"""Verdict on one process run of a benchmark against saved runs. For pytest, where nothing is interleaved.
+"""Verdict on one process run of a benchmark against saved runs, e.g. of pytest, which are not interleaved.
 
 A run counts as one number, the median of its rounds: rounds of one process share its conditions (addresses, clocks,
 neighbours), so more rounds predict the next process no better. The new run is compared with the prediction interval of the
 saved runs, in log ratios: if nothing changed, it is another sample from the same distribution. Nothing is trimmed, since
-the new run may be disturbed as well.
+the new run may be disturbed too.
 
-The level holds for normal noise. If each process runs at one of two speeds, e.g. by its memory layout, a few saved runs may
-all have the same speed. But under any noise a run lies beyond all n saved runs in only one of n + 1 sessions, and up to ten
-saved runs, only such a run raises an alarm. The saved runs are older, and the machine may have changed since: the margin
-covers this, their spread does not. Smaller differences need interleaved runs of both sides (`paired`).
+The level holds for normal noise. If each process runs at one of two speeds, e.g. because of its memory layout, a few saved
+runs may all have the same speed. But under any noise, a run lies beyond all n saved runs in only one of n + 1 sessions, and
+with up to ten saved runs only such a run raises an alarm. The saved runs are older, and the machine may have changed since:
+the margin allows for this, their spread does not. Smaller differences need interleaved runs of both sides (`paired`).
 """
 
 from __future__ import annotations
@@ -20,26 +20,24 @@ from enum import StrEnum
 from statistics import NormalDist, fmean, median
 
 from harness.analysis.statistics.intervals import LEVEL, POWER, median_interval
-from harness.analysis.statistics.pair_power import found, least
+from harness.analysis.statistics.pair_power import FAR, found, least
 from harness.analysis.statistics.paired import IMPLAUSIBLE
 from harness.analysis.statistics.trimmed import single, trimmed
 from harness.errors import plural
 
 MARGIN = 0.10
-"""Largest slow-down that is no finding: sessions on one machine differ by some per cent without any change."""
+"""Largest slow-down that is no finding: sessions on one machine differ by some per cent without a change."""
 ALARM = 0.01
 """One-sided level of `slower`, and of `faster`, for each benchmark separately."""
 FEWEST = 3
-"""Fewest saved runs that estimate their own spread."""
+"""Fewest saved runs whose spread is estimated."""
 ASSUMED = 0.05
-"""Assumed standard deviation of process runs with fewer saved runs, or without any spread; the verdict always names it.
+"""Assumed standard deviation of process runs if there are fewer saved runs, or no spread; the verdict always names it.
 
-In 14 process runs each of five small kernels (add, copy, matmul, softmax, a loop of Python) on a shared machine with two
-cores it was 0.9 % to 8.5 %, and 5 % in the mean square."""
+Five small kernels (add, copy, matmul, softmax, a Python loop) had 0.9 % to 8.5 % in 14 process runs each on a shared machine
+with two cores, 5 % in the mean square."""
 _ROUNDS = 0.9
 """Level of the interval of one run's median, used with fewer than FEWEST runs; five rounds are enough for it."""
-_FAR = 60
-"""Upper end of the search, in standard errors: a slow-down of this size is always detected."""
 _LARGEST = 700.0
 """Largest log ratio with a finite exponential."""
 
@@ -73,26 +71,26 @@ class JudgedBenchmark:
     """Verdict as a sentence."""
 
 
-def judge(kept: Sequence[Sequence[float]], new: Sequence[float], margin: float = MARGIN) -> JudgedBenchmark:
-    """Judge the rounds of one process run by the rounds of saved runs; seconds, all above 0.
+def judge(saved: Sequence[Sequence[float]], new: Sequence[float], margin: float = MARGIN) -> JudgedBenchmark:
+    """Judge the rounds of one process run by the rounds of saved runs; all in seconds, above 0.
 
     `slower` if the ratio exceeds 1 + margin at the level ALARM, `faster` if its inverse does; `not slower` if the whole
     interval at LEVEL lies below 1 + margin; otherwise inconclusive.
     """
-    centres = [math.log(median(rounds)) for rounds in kept]
-    n, limit, seconds, centre = len(kept), math.log1p(margin), median(new), fmean(centres)
-    noise = _noise(kept, new, centres)
+    centres = [math.log(median(rounds)) for rounds in saved]
+    n, limit, seconds, centre = len(saved), math.log1p(margin), median(new), fmean(centres)
+    noise = _noise(saved, new, centres)
     change = math.log(seconds) - centre
-    up, down = (single(one, noise.error, noise.df, n) for one in (change, -change))
-    low, high = (_share(float(end[0])) for end in up.interval(LEVEL))
-    p = {Pace.SLOWER: float(up.beyond(limit)[0]), Pace.FASTER: float(down.beyond(limit)[0])}
+    seen = single(change, noise.error, noise.df, n)
+    low, high = (_share(float(end[0])) for end in seen.interval(LEVEL))
+    p = {Pace.SLOWER: float(seen.beyond(limit)[0]), Pace.FASTER: float(seen.mirrored.beyond(limit)[0])}
     pace = next((pace for pace, chance in p.items() if chance <= ALARM), Pace.INCONCLUSIVE)
     if pace is Pace.INCONCLUSIVE and high < margin:
         pace = Pace.NOT_SLOWER
-    far = limit + _FAR * noise.unbiased
+    far = limit + FAR * noise.unbiased
     mde80 = _share(least(lambda true: found((true - limit) / noise.unbiased, noise.df, ALARM), limit, far))
-    said = f"{_words(pace, margin, p.get(pace, 1.0), change)}; {_rests(n, noise.assumed, mde80)}"
-    return JudgedBenchmark(pace, math.exp(centre), seconds, (low, high), n, mde80, said)
+    sentence = f"{_verdict(pace, margin, p.get(pace, 1.0), change)}; {_evidence(n, noise.assumed, mde80)}"
+    return JudgedBenchmark(pace, math.exp(centre), seconds, (low, high), n, mde80, sentence)
 
 
 @dataclass(frozen=True)
@@ -106,14 +104,14 @@ class _Noise:
     assumed: bool
 
 
-def _noise(kept: Sequence[Sequence[float]], new: Sequence[float], centres: Sequence[float]) -> _Noise:
-    n = len(kept)
+def _noise(saved: Sequence[Sequence[float]], new: Sequence[float], centres: Sequence[float]) -> _Noise:
+    n = len(saved)
     if n >= FEWEST:
         seen = trimmed([list(centres)], 0.0)
-        if not seen.still[0]:  # otherwise the clock is too coarse to show a spread
+        if not seen.still[0]:  # otherwise the clock is too coarse for a spread
             error, scale = float(seen.error[0]), float(seen.scale[0])
             return _Noise(error * math.sqrt(n + 1), scale * math.sqrt(1 + 1 / n), seen.df, assumed=False)
-    within = _within(new) ** 2 + sum(_within(rounds) ** 2 for rounds in kept) / n**2
+    within = _within(new) ** 2 + sum(_within(rounds) ** 2 for rounds in saved) / n**2
     error = math.sqrt(ASSUMED**2 * (1 + 1 / n) + within)
     return _Noise(error, error, math.inf, assumed=True)
 
@@ -126,7 +124,7 @@ def _within(rounds: Sequence[float]) -> float:
     return math.log(seen.high / seen.low) / (2 * NormalDist().inv_cdf(0.5 + _ROUNDS / 2))
 
 
-def _words(pace: Pace, margin: float, p: float, change: float) -> str:
+def _verdict(pace: Pace, margin: float, p: float, change: float) -> str:
     by = f"by more than {100 * margin:g} %"
     if pace is Pace.INCONCLUSIVE:
         return f"neither slower {by} nor proven not to be"
@@ -136,12 +134,12 @@ def _words(pace: Pace, margin: float, p: float, change: float) -> str:
     return f"{pace.value} {by} at p = {p:.1g}{doubt}"
 
 
-def _rests(n: int, assumed: bool, mde80: float) -> str:
+def _evidence(n: int, assumed: bool, mde80: float) -> str:
     """Return the evidence of a verdict, and the smallest detectable slow-down, as text."""
-    runs = f"{plural(n, 'run')} kept"
+    runs = plural(n, "saved run")
     if assumed:
-        why = f"{FEWEST} tell it" if n < FEWEST else "they show none"
-        runs += f", so a deviation of {100 * ASSUMED:g} % from run to run is assumed ({why})"
+        why = f"{FEWEST} runs could show it" if n < FEWEST else "they show none"
+        runs += f", so a deviation of {100 * ASSUMED:g} % between runs is assumed ({why})"
     return f"{runs}; finds {100 * mde80:.0f} % with {100 * POWER:.0f} % power"
 
 

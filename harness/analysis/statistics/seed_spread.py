@@ -1,9 +1,10 @@
 """Spread of accuracies over seeds, moderated by all recipes of a group: three seeds alone estimate it badly.
 
-The variances of the recipes count as samples of one distribution; its mean and width are estimated from them. Each variance
-shrinks towards that mean, the more the fewer its seeds (the moderated t of Smyth 2004, doi:10.2202/1544-6115.1027). This is
-too optimistic for the best of several recipes, so a variance above the moderated one stays as it is, and the others' degrees
-of freedom count half. So equal recipes are ordered wrongly in less than 5 % of simulations with any spreads (tests).
+The variances of the recipes are treated as samples of one distribution, whose mean and width are estimated from them. Each
+variance shrinks towards this mean, more strongly with fewer seeds (the moderated t of Smyth 2004,
+doi:10.2202/1544-6115.1027). This is too optimistic for the best of several recipes, so a variance above the moderated one
+is not shrunk, and the degrees of freedom of the other recipes count half. In simulations with any spreads (tests), equal
+recipes are then ordered wrongly in less than 5 % of cases.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from harness.records.record import Accuracy
 FEWEST, FEWEST_SEEDS = 5, 3
 """Fewest recipes, and fewest seeds of each, for an estimate of the distribution of variances."""
 _COUNTS = 0.5
-"""Share of the others' degrees of freedom that counts: the distribution is an estimate, and the best recipe was picked."""
+"""Weight of the degrees of freedom of the other recipes: the distribution is estimated, and the best recipe was selected."""
 
 
 @dataclass(frozen=True)
@@ -27,26 +28,26 @@ class Prior:
 
     variance: float
     df: float
-    """Degrees of freedom; infinite where nothing shows that the variances differ."""
+    """Degrees of freedom; infinite if the variances do not differ significantly."""
     most: float
     """Degrees of freedom of all seeds together: the maximum for a moderated variance."""
 
     def moderated(self, own: float, df: float) -> tuple[float, float]:
-        """Return the moderated variance of a recipe and its degrees of freedom. own, df: the same of its seeds alone."""
+        """Return the moderated variance of a recipe and its degrees of freedom. own, df: the same from its seeds alone."""
         if math.isinf(self.df):
             return max(own, self.variance), self.most
-        drawn = (self.df * self.variance + df * own) / (self.df + df)
-        return max(own, drawn), min(df + _COUNTS * self.df, self.most)
+        shrunk = (self.df * self.variance + df * own) / (self.df + df)
+        return max(own, shrunk), min(df + _COUNTS * self.df, self.most)
 
 
 def prior(recipes: Sequence[Sequence[Accuracy]]) -> Prior | None:
-    """Return the prior of recipes with equally many seeds; None if the recipes or seeds are too few."""
+    """Return the prior of recipes with the same number of seeds; None if there are too few recipes or seeds."""
     seeds = {len(runs) for runs in recipes}
     if len(recipes) < FEWEST or len(seeds) > 1 or min(seeds) < FEWEST_SEEDS:
         return None
     (n,) = seeds
     df = n - 1
-    # Equal accuracies are exact only to half an item either way.
+    # Rounding to whole items limits the precision of equal accuracies.
     logs = [math.log(max(variance([run.value for run in runs]), _least(runs))) for runs in recipes]
     from scipy.special import digamma, polygamma
 
@@ -56,8 +57,9 @@ def prior(recipes: Sequence[Sequence[Accuracy]]) -> Prior | None:
     if beyond <= 0:
         pooled = fmean(variance([run.value for run in runs]) for runs in recipes)
         return Prior(max(pooled, min(_least(runs) for runs in recipes)), math.inf, most)
-    its = 2 * _trigamma_inverse(beyond)
-    return Prior(math.exp(fmean(logs) - centre + float(digamma(its / 2)) - math.log(its / 2)), its, most)
+    prior_df = 2 * _trigamma_inverse(beyond)
+    scale = math.exp(fmean(logs) - centre + float(digamma(prior_df / 2)) - math.log(prior_df / 2))
+    return Prior(scale, prior_df, most)
 
 
 def _least(runs: Sequence[Accuracy]) -> float:

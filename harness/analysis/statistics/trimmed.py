@@ -1,7 +1,7 @@
 """The trimmed t and the Hodges-Lehmann estimate of log ratios; pairs along the last axis, any number of Cells before it.
 
-The mean of each Cell's n values leaves out the `cut` highest and lowest; the variance replaces them by their neighbours
-(Yuen 1974). So a disturbed process run costs a pair, not the verdict. numpy and scipy are imported on the first computation,
+The mean of the n values of a Cell leaves out the `cut` highest and lowest; the variance replaces them by their neighbours
+(Yuen 1974). So a disturbed process run costs a pair, not the verdict. numpy and scipy are imported by the first computation,
 since code that only reads verdicts needs neither.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Mask = NDArray[np.bool_]
 
 STILL = 1e-9
-"""A standard error of a log ratio up to this counts as none: no two real processes are that equal."""
+"""Largest standard error of a log ratio that counts as no spread: no two real processes are so equal."""
 
 
 def cut(n: int, share: float) -> int:
@@ -38,7 +38,7 @@ class Trimmed:
 
     @property
     def still(self) -> Mask:
-        """Cells without spread, for which no t exists."""
+        """Cells without spread, which have no t."""
         return self.error <= STILL
 
     def beyond(self, margin: float) -> Array:
@@ -49,6 +49,11 @@ class Trimmed:
         still = self.still
         t = (self.mean - margin) / np.where(still, 1.0, self.error)
         return np.asarray(np.where(still, 1.0, stdtr(self.df, -t)))
+
+    @property
+    def mirrored(self) -> Trimmed:
+        """The same for exchanged sides."""
+        return Trimmed(-self.mean, self.error, self.df, self.n)
 
     def interval(self, level: float) -> tuple[Array, Array]:
         """Return the two-sided interval at `level`."""
@@ -70,13 +75,13 @@ def trimmed(log_ratios: Any, share: float) -> Trimmed:
 
     ordered = np.sort(np.asarray(log_ratios, dtype=np.float64), axis=-1)
     n = ordered.shape[-1]
-    away = cut(n, share)
-    kept = n - 2 * away
+    ends = cut(n, share)
+    used = n - 2 * ends
     centre = ordered[..., n // 2 : n // 2 + 1]  # so that equal values have a spread of exactly 0
-    pulled = np.clip(ordered, ordered[..., away : away + 1], ordered[..., n - 1 - away : n - away]) - centre
-    squares = (pulled**2).sum(axis=-1) - pulled.sum(axis=-1) ** 2 / n
-    error = np.sqrt(np.maximum(squares, 0.0) / (kept * (kept - 1)))
-    return Trimmed(ordered[..., away : n - away].mean(axis=-1), error, kept - 1, n)
+    clipped = np.clip(ordered, ordered[..., ends : ends + 1], ordered[..., n - 1 - ends : n - ends]) - centre
+    squares = (clipped**2).sum(axis=-1) - clipped.sum(axis=-1) ** 2 / n
+    error = np.sqrt(np.maximum(squares, 0.0) / (used * (used - 1)))
+    return Trimmed(ordered[..., ends : n - ends].mean(axis=-1), error, used - 1, n)
 
 
 def single(mean: float, error: float, df: float, n: int) -> Trimmed:
@@ -87,7 +92,7 @@ def single(mean: float, error: float, df: float, n: int) -> Trimmed:
 
 
 def hodges_lehmann(log_ratios: Any, level: float) -> tuple[float, tuple[float, float] | None]:
-    """Return the median of all pairwise means of n values, with its exact interval; None where n is too small for one.
+    """Return the median of all pairwise means of n values, with its exact interval; None if n is too small for one.
 
     The interval holds for any symmetric distribution, at `level` at least (inverted signed-rank test).
     """
@@ -103,7 +108,7 @@ def hodges_lehmann(log_ratios: Any, level: float) -> tuple[float, tuple[float, f
 
 def _signed_rank(n: int, tail: float) -> int | None:
     """Return the largest k with P(T <= k) <= tail for the signed-rank sum T of n values; None if no k fulfils it."""
-    ways = [1] + [0] * (n * (n + 1) // 2)  # subsets of the ranks by their sum
+    ways = [1] + [0] * (n * (n + 1) // 2)  # numbers of subsets of the ranks, by their sum
     for rank in range(1, n + 1):
         for total in range(len(ways) - 1, rank - 1, -1):
             ways[total] += ways[total - rank]

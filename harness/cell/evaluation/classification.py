@@ -1,4 +1,4 @@
-"""Score an encoder with a classification head: the largest logit wins."""
+"""Score an encoder with a classification head by its largest logit."""
 
 from __future__ import annotations
 

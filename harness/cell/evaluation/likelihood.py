@@ -1,26 +1,25 @@
-"""A causal language model for lm-eval: answers and their likelihoods, computed with no more logits than needed."""
+"""A causal language model for lm-eval: likelihoods of answers with few logits, and greedy generation in batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
 from lm_eval.api.model import TemplateLM
-from torch import nn
+from torch import Tensor, nn
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from harness.cell.evaluation.generation import generate
-from harness.cell.training.batches import Example, collate, refuse_long_answers
+from harness.cell.training.batches import Example, Prompts, collate, refuse_long_answers
 from harness.cell.training.loop import last_logits
-from harness.cell.training.texts import Prompts
 from harness.suites.task_schema import MAX_GEN_TOKS
 
 
 class CausalScorer(TemplateLM):  # type: ignore[misc]
     """Answers log-likelihood and generation requests for `model`.
 
-    Requests that need the same forward pass share it: choices of one token cost one pass over the prompt. max_tokens:
-    longer sequences lose their beginning. `cut` has lm-eval's numbers of the items that lost some of it.
+    Requests share equal forward passes: choices of one token cost one pass over the prompt. max_tokens: longer sequences
+    lose their beginning. `cut` has lm-eval's numbers of these items.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
         self.model.eval()
         device = next(self.model.parameters()).device
         self._too_long = [len(context) + len(answer) > self.max_tokens for _, context, answer in requests]
-        # The last answer token is only ever predicted, never read: leaving it off makes one-token choices share a pass.
+        # The model need not read the last answer token. Without it, choices of one token share a pass.
         passes: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
         for index, (_, context, answer) in enumerate(requests):
             refuse_long_answers(len(answer), self.max_tokens)
@@ -71,15 +70,15 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
         pad = self.tokenizer.pad_token_id
         for start in range(0, len(ordered), self.batch):
             chosen = ordered[start : start + self.batch]
-            count = max(len(answer) for _, wanted in chosen for _, answer in wanted)
+            count = max(len(answer) for _, answers in chosen for _, answer in answers)
             inputs = collate([Example("", sequence, 0) for sequence, _ in chosen], pad, "left").to(device)
             log_p = torch.log_softmax(last_logits(self.model, inputs.inputs, count).float(), dim=-1)
-            for row, (_, wanted) in enumerate(chosen):
-                for index, answer in wanted:
+            for row, (_, answers) in enumerate(chosen):
+                for index, answer in answers:
                     ids = torch.tensor(answer, device=device)
-                    mine = log_p[row, -len(answer) :]
-                    likelihood = mine.gather(1, ids[:, None]).sum()
-                    results[index] = (float(likelihood), bool((mine.argmax(-1) == ids).all()))
+                    own = log_p[row, -len(answer) :]
+                    likelihood = own.gather(1, ids[:, None]).sum()
+                    results[index] = (float(likelihood), bool((own.argmax(-1) == ids).all()))
             self.report(min(start + self.batch, len(ordered)), len(ordered))
         return results
 
@@ -100,3 +99,64 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
         tokens = [list(one.tokens) for one in examples]
         most = int(options.get("max_gen_toks", MAX_GEN_TOKS))
         return generate(self.model, self.tokenizer, tokens, until, most, self.batch, self.report)
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    until: Sequence[str],
+    most: int,
+    batch: int,
+    report: Callable[[int, int], None],
+) -> list[str]:
+    """Return the model's answers, in the order of the prompts, without the text of `until` that ends an answer.
+
+    most: maximum tokens of an answer. Prompts of similar length share a batch, padded on the left.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    config = _greedy(model, tokenizer, most)
+    answers = [""] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(by_length), batch):
+        chosen = by_length[start : start + batch]
+        padded = collate([Example("", tuple(prompts[i]), 0) for i in chosen], tokenizer.pad_token_id, "left").to(device)
+        ids, mask = padded.inputs["input_ids"], padded.inputs["attention_mask"]
+        ends = StoppingCriteriaList([_Ends(tokenizer, until, ids.shape[1])])
+        written = model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=ends)
+        texts = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+        for i, text in zip(chosen, texts, strict=True):
+            answers[i] = min((text.partition(end)[0] for end in until), key=len, default=text)
+        report(min(start + batch, len(by_length)), len(by_length))
+    return answers
+
+
+def _greedy(model: nn.Module, tokenizer: Any, most: int) -> GenerationConfig:
+    """Return a config for the likeliest token. It overrides all options in the model's own file."""
+    # An instruction-tuned Llama ends its turns with another token than the tokenizer's.
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    return GenerationConfig(
+        max_new_tokens=most, do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50, repetition_penalty=1.0,
+        no_repeat_ngram_size=0, min_new_tokens=0, use_cache=True, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=sorted(ends),
+    )  # fmt: skip
+
+
+class _Ends(StoppingCriteria):  # type: ignore[misc]
+    """Ends each answer of a batch at the first text of `until`."""
+
+    def __init__(self, tokenizer: Any, until: Sequence[str], prompt: int) -> None:
+        self._tokenizer, self._until, self._prompt = tokenizer, until, prompt
+        # A token has at least one byte. Two more tokens, because decoding may change the first one.
+        self._window = 2 + max((len(text.encode()) for text in until), default=0)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        ended = [False] * len(input_ids)
+        if self._until:
+            first = max(self._prompt, input_ids.shape[1] - self._window)
+            tails = self._tokenizer.batch_decode(input_ids[:, first:], skip_special_tokens=True)
+            ended = [any(text in tail for text in self._until) for tail in tails]
+        return torch.tensor(ended, device=input_ids.device)

@@ -1,13 +1,14 @@
-"""A local YAML task as lm-eval runs it, fed from rows in memory; its prompt is also the training prompt."""
+"""Tasks as lm-eval runs them: local ones with rows in memory, and lm-eval's own with their fetched splits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
-from harness.assets.rows import AnyRow, LabelledRow
+from harness.assets.rows import AnsweredRow, AnyRow, LabelledRow, without_overlap
 from harness.cell.evaluation.likelihood import CausalScorer
 from harness.errors import UsageError
 from harness.records.record import Item
@@ -15,7 +16,7 @@ from harness.suites.task_schema import METRICS
 
 
 class LmEvalTask:
-    """A task. config: its YAML. test: the rows to score. judge: the filter that decides exact match."""
+    """A local task. config: its YAML. test: the rows to score. judge: the filter that decides exact match."""
 
     def __init__(self, config: dict[str, Any], test: Sequence[AnyRow], judge: str = "none") -> None:
         import datasets
@@ -26,7 +27,7 @@ class LmEvalTask:
         self._places = range(len(test))
 
     _places: range
-    """Positions of the tested documents among all of the task's; one for each of `ids`."""
+    """Positions of the tested documents in the task, one for each of `ids`."""
 
     def _take(self, config: dict[str, Any], data: Any, judge: str) -> None:
         from lm_eval.api.task import ConfigurableTask
@@ -70,15 +71,84 @@ class LmEvalTask:
         """Run lm-eval; return one 0/1 Item per test row."""
         from lm_eval.evaluator import evaluate
 
-        # Not `limit`, which always begins with the first. A range: lm-eval tests every document for membership.
+        # Not `limit`, which starts at the first document. A range, because lm-eval tests each document for membership.
         samples: Any = {self.name: self._places}
         outcome = evaluate(
             lm=scorer, task_dict={self.name: self.task}, samples=samples, bootstrap_iters=0, log_samples=True
         )
         key = METRICS[self.task.OUTPUT_TYPE]
-        # Each sample occurs once for each filter.
+        # Each sample occurs once per filter.
         scored = [s for s in outcome["samples"][self.name] if s["filter"] == self._judge]
         if len(scored) != len(self.ids):
             raise UsageError(f"lm-eval scored {len(scored)} of {len(self.ids)} items by the filter `{self._judge}`")
         scored.sort(key=lambda sample: sample["doc_id"])
         return [Item(id=self.ids[self._places.index(s["doc_id"])], correct=int(s[key])) for s in scored]
+
+
+OwnRow = LabelledRow | AnsweredRow
+_SHOTS_SEED = 1234
+"""lm-eval's own default; it selects the few-shot examples."""
+
+
+class OwnTask(LmEvalTask):
+    """A task of lm-eval. Training prompts lack the few-shot examples and the description that a test prompt may have.
+
+    file: its YAML. folder: its splits. tested: positions of the test items to score. judge: the filter that decides.
+    """
+
+    def __init__(self, file: Path, folder: Path, tested: range, judge: str) -> None:
+        import datasets
+
+        # Its public functions first read all of lm-eval's tasks, which takes seconds.
+        from lm_eval.tasks._yaml_loader import load_yaml
+        from pyarrow.parquet import read_table
+
+        config = load_yaml(file)
+        data = datasets.DatasetDict({p.stem: datasets.Dataset(read_table(p)) for p in sorted(folder.glob("*.parquet"))})
+        self._take(config, data, judge)
+        self.task.set_fewshot_seed(_SHOTS_SEED)
+        every = list(self.task.eval_docs)
+        if not tested or tested.stop > len(every):
+            # The task's `process_docs` may have dropped some rows of the file.
+            what = f"items {tested.start + 1} to {tested.stop} are selected, and {self.name} tests {len(every)}"
+            hint = f"`evaluation.items`, and those of `tune` after them, may be at most {len(every)} together"
+            raise UsageError(what, where=str(file), hint=hint)
+        docs, self._places = every[tested.start : tested.stop], tested
+        self.ids = [f"{self._split}-{number}" for number in tested]
+        self._docs: dict[str, Any] = dict(zip(self.ids, docs, strict=True))
+
+    def tested(self) -> list[OwnRow]:
+        """Return the test items as rows, with the prompts that training would give them."""
+        return [self._row(name, self._docs[name]) for name in self.ids]
+
+    def training(self) -> list[OwnRow]:
+        """Return the training split as rows, without those that are also test items."""
+        docs = {f"train-{number}": doc for number, doc in enumerate(self.task.training_docs() or [])}
+        self._docs |= docs
+        return without_overlap([self._row(name, doc) for name, doc in docs.items()], self.tested())
+
+    def prompt(self, row: Any) -> str:
+        """Return the text before the answer."""
+        return str(row.overlap_key)
+
+    def answers(self, row: Any) -> list[str]:
+        """Return the choices as lm-eval scores them, each after the delimiter."""
+        return self._choices(self._docs[row.id])
+
+    def pair(self, row: Any) -> tuple[str, str]:
+        """Return prompt and answer; the answer begins with the delimiter."""
+        return row.prompt, f"{self.task.config.target_delimiter}{row.answer}"
+
+    @property
+    def _split(self) -> str:
+        return str(self.task.config.test_split or self.task.config.validation_split)
+
+    def _row(self, name: str, doc: Any) -> OwnRow:
+        text, target = self.task.doc_to_text(doc), self.task.doc_to_target(doc)
+        if not isinstance(text, str):
+            raise UsageError(f"{self.name} has several prompts and one answer", hint="name a task of one prompt")
+        if not self._chooses:
+            return AnsweredRow(name, text, str(target[0] if isinstance(target, list) else target))
+        choices = self.task.doc_to_choice(doc)
+        label = target[0] if isinstance(target, list) else target
+        return LabelledRow(name, text, label if isinstance(label, int) else choices.index(label))

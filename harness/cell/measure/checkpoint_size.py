@@ -11,18 +11,17 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from harness.cell.measure.memory import tensor_bytes
+from harness.cell.measure.memory import storage_bytes, tensor_bytes
 from harness.records.cost import Checkpoint
 
 
 def model_bytes(model: torch.nn.Module) -> int:
-    """Return the bytes of the tensors that `model` would be saved with; shared ones count once.
+    """Return the bytes of the saved tensors of `model`; shared ones count once.
 
-    Call it before the model is packed or adapted: merged and unpacked, or fully trained, it has these shapes again. The
-    model of a shape may still be on the meta device, where storages have no address: they are compared by identity.
+    Call it before the model is packed or adapted: merged and unpacked, or fully trained, it has the same shapes. It may
+    still be on the meta device.
     """
-    storages = [tensor.untyped_storage() for tensor in model.state_dict().values()]
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    return storage_bytes(model.state_dict().values())
 
 
 def measure(

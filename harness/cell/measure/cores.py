@@ -1,4 +1,4 @@
-"""Limit a timed process to few cores."""
+"""Limit a timed process to a few cores."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def available_cores() -> int:
 def limit_cores(count: int | None) -> Iterator[list[int]]:
     """Limit this process, and those that it starts, to `count` of its cores (None: all); yield their numbers.
 
-    It selects those with the highest numbers, because interrupts mostly go to the lowest. Where the system has no affinities
-    (macOS), it yields an empty list and limits nothing.
+    It selects the highest numbers, because the lowest cores handle most interrupts. On a system without affinities (macOS)
+    it limits nothing, and yields an empty list.
     """
     process = psutil.Process()
     if not hasattr(process, "cpu_affinity"):

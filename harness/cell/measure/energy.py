@@ -2,75 +2,38 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from harness.cell.measure.nvml import NvmlGpu
+from harness.cell.measure.gpu import NvmlGpu
 
 LEAST_S = 2.0
-"""Shortest window. NVML's counter moves every 20 to 100 ms: a shorter one may be wrong by many per cent."""
+"""Shortest window. NVML's counter moves every 20 to 100 ms: a shorter window may be wrong by many per cent."""
 RAPL = Path("/sys/class/powercap")
 _MOST_W = 1000.0
-"""No package draws more. A counter of RAPL wraps at some 262 kJ; after two wraps their number is unknown."""
+"""Upper bound of a package's power. RAPL wraps at about 262 kJ; after that energy, the number of wraps is unknown."""
 
 
-class Counter(Protocol):
-    """A source of energy readings."""
+@dataclass
+class Counter:
+    """A source of energy readings: one GPU, or all CPU packages (Intel's and AMD's)."""
 
     source: str
-
-    def now(self) -> list[float] | None:
-        """Return the readings of its counters in joules, or None if they cannot be read."""
-
-    def between(self, before: list[float], after: list[float], seconds: float) -> float | None:
-        """Return joules from one reading to another, or None if these do not determine it."""
-
-
-@dataclass
-class NvmlCounter:
-    """The counter of one GPU; it restarts only with the driver."""
-
-    gpu: NvmlGpu
-    source: str = "nvml"
-
-    def now(self) -> list[float] | None:
-        """Return joules since the driver was loaded."""
-        spent = self.gpu.energy()
-        return None if spent is None else [spent]
+    """`nvml` or `rapl`."""
+    read: Callable[[], list[float] | None]
+    """Returns joules, one number per device; None if they cannot be read."""
+    maxima: list[float]
+    """Joules at which each number wraps to zero; infinity if it does not."""
 
     def between(self, before: list[float], after: list[float], seconds: float) -> float | None:
-        """Return the difference; None if the driver was reloaded."""
-        return after[0] - before[0] if after[0] >= before[0] else None
-
-
-@dataclass
-class RaplCounter:
-    """The counters of the CPU packages (Intel's and AMD's); each wraps at its own maximum."""
-
-    packages: list[Path]
-    source: str = "rapl"
-
-    def now(self) -> list[float] | None:
-        """Return joules, one number per package."""
-        try:
-            return [_joules(package / "energy_uj") for package in self.packages]
-        except (OSError, ValueError):
+        """Return joules from one reading to another. None if a number may have wrapped twice, or has restarted."""
+        if seconds * _MOST_W > min(self.maxima):
             return None
-
-    def between(self, before: list[float], after: list[float], seconds: float) -> float | None:
-        """Return the sum of the differences; None if a counter may have wrapped twice."""
-        total = 0.0
-        for package, one, other in zip(self.packages, before, after, strict=True):
-            try:
-                ring = _joules(package / "max_energy_range_uj")
-            except (OSError, ValueError):
-                return None
-            if seconds * _MOST_W > ring:
-                return None
-            total += (other - one) % ring
-        return total
+        total = sum((end - start) % most for start, end, most in zip(before, after, self.maxima, strict=True))
+        return total if math.isfinite(total) else None
 
 
 @dataclass
@@ -79,7 +42,7 @@ class EnergyMeter:
 
     counter: Counter | None
     because: str = ""
-    """The reason why there is no counter."""
+    """Reason for no counter."""
 
     @property
     def source(self) -> str:
@@ -88,7 +51,7 @@ class EnergyMeter:
 
     def start(self) -> None:
         """Begin a window."""
-        self._before = self.counter.now() if self.counter else None
+        self._before = self.counter.read() if self.counter else None
         self._began = time.monotonic()
 
     def joules(self) -> float | None:
@@ -96,7 +59,7 @@ class EnergyMeter:
         seconds = time.monotonic() - self._began
         if self.counter is None or self._before is None or seconds < LEAST_S:
             return None
-        after = self.counter.now()
+        after = self.counter.read()
         return None if after is None else self.counter.between(self._before, after, seconds)
 
 
@@ -107,14 +70,15 @@ def meter(gpu: NvmlGpu | None, because: str = "", *, cuda: bool = False, root: P
             return EnergyMeter(None, because)
         if gpu.energy() is None:
             return EnergyMeter(None, "this GPU's driver counts no energy")
-        return EnergyMeter(NvmlCounter(gpu))
+        return EnergyMeter(Counter("nvml", lambda: None if (spent := gpu.energy()) is None else [spent], [math.inf]))
     packages = [zone for zone in sorted(root.glob("intel-rapl:*")) if _is_package(zone)]
     if not packages:
         return EnergyMeter(None, f"this machine shows no energy counter of its CPU ({root})")
-    counter = RaplCounter(packages)
-    if counter.now() is None:
-        return EnergyMeter(None, f"{packages[0] / 'energy_uj'} may not be read; its mode is for its owner to change")
-    return EnergyMeter(counter)
+    counters, maxima = ([zone / name for zone in packages] for name in ("energy_uj", "max_energy_range_uj"))
+    limits = _joules(maxima)
+    if limits is None or _joules(counters) is None:
+        return EnergyMeter(None, f"{counters[0]} may not be read; its mode is for its owner to change")
+    return EnergyMeter(Counter("rapl", lambda: _joules(counters), limits))
 
 
 def _is_package(zone: Path) -> bool:
@@ -125,5 +89,9 @@ def _is_package(zone: Path) -> bool:
         return False
 
 
-def _joules(file: Path) -> float:
-    return int(file.read_text()) / 1e6
+def _joules(files: Sequence[Path]) -> list[float] | None:
+    """Return the content of files in microjoules, or None if they cannot be read."""
+    try:
+        return [int(file.read_text()) / 1e6 for file in files]
+    except (OSError, ValueError):
+        return None

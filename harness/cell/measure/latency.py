@@ -1,4 +1,4 @@
-"""Latency of the base, the unmerged and the merged model: raw times, with alternating variants."""
+"""Latency of the base, the unmerged and the merged model: raw times of alternating variants."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from harness.assets.text_models import CACHES
+from harness.assets.model_folder import CACHES
 from harness.errors import ImplementationError
 from harness.methods.spec import Adapted
 from harness.records.record import DECODED, Evaluation, Latency
@@ -23,10 +23,10 @@ Variant = Literal["base", "unmerged", "merged", "multi-adapter"]
 PassKind = Literal["forward", "prefill", "decode"]
 WARMUP = 1
 BLOCKS = 4
-"""An even number, so that every variant comes as early as late on average."""
+"""An even number, so that the average position of all variants is equal."""
 PER_BLOCK = 3
 SLOW_S, FEWER = 0.1, 2
-"""Forward passes that take longer than SLOW_S seconds: FEWER a block, eight in all; six is the least for a 95 % interval."""
+"""A block has only FEWER forward passes if one takes more than SLOW_S seconds: eight in all. A 95 % interval needs six."""
 _ORDER: tuple[Variant, ...] = ("base", "unmerged", "merged")
 
 
@@ -42,19 +42,19 @@ def measure(
 ) -> list[Latency]:
     """Return forward (encoder) or prefill and decode (causal) times for every variant.
 
-    Variants alternate in blocks, in an order that is reversed from each block to the next, so that a slow spell of the
-    machine affects all of them and a drift affects none more than the others; after each change of variant the first runs
-    are discarded. The model is left as it was. Raises ImplementationError if the adapter's own methods fail.
+    Variants alternate in blocks, in an order that reverses from each block to the next. So a slow period of the machine
+    affects all variants, and a drift affects them equally. After each change of variant the first runs are discarded.
+    Afterwards the model is in its previous state. Raises ImplementationError if the adapter's own methods fail.
 
-    evaluation: number and length of prompts, and number of passes; if that is open, twelve, or eight slow ones.
-    merged_refused: the reason why merging must not be tried, or empty. layers: path -> adapted layer from before a call of
-    `detach`, which may forget them; None if there was no call.
+    evaluation: number and length of prompts, and number of passes (default: twelve, or eight slow ones). merged_refused: the
+    reason for not merging, or empty. layers: path -> adapted layer, from before a call of `detach`, which may drop them;
+    None if there was no call.
     """
     timed = Prompt(adapted.model, causal, vocabulary, evaluation)
     block = timed.block
     refused: dict[Variant, str] = {}
     if not adapted.can_merge:
-        because = "there is no adapter: the trained model is shaped like its base"
+        because = "there is no adapter: the trained model has the structure of its base"
         for _ in range(blocks):
             block("base")
         refused = {"unmerged": because, "merged": because}
@@ -69,21 +69,21 @@ def measure(
 
 
 def interleaved(variants: Sequence[Variant], blocks: int = BLOCKS) -> Iterator[Variant]:
-    """Yield each variant once a block; the last one of a block is the first one of the next."""
+    """Yield each variant once per block, in an order that reverses from block to block."""
     for index in range(blocks):
         yield from variants[:: -1 if index % 2 else 1]
 
 
 def unmeasured(model: nn.Module, causal: bool, vocabulary: int, because: str, evaluation: Evaluation) -> list[Latency]:
-    """Return the result of `measure` without times, and the reason."""
+    """Return the result of `measure` without times, with the reason."""
     timed = Prompt(model, causal, vocabulary, evaluation)
     return [found for variant in _ORDER for found in timed.latencies(variant, because)]
 
 
 class Prompt:
-    """A batch of prompts of equal length for one model, and the times measured with it so far.
+    """A batch of prompts of equal length for one model, and its times so far.
 
-    batch: number of prompts, if not that of `evaluation`.
+    batch: number of prompts, instead of that of `evaluation`.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Prompt:
 
     @cached_property
     def ids(self) -> Tensor:
-        """The prompts, made at first use: a result without times may be one because memory ran out."""
+        """The prompts, made at first use: memory may have run out for a result without times."""
         drawn = torch.randint(0, self.vocabulary, self.shape, generator=torch.Generator().manual_seed(0))
         return drawn.to(next(self.model.parameters()).device)
 
@@ -127,20 +127,20 @@ class Prompt:
 
 
 def positions(model: nn.Module) -> int | None:
-    """Return how many tokens a model can read at once, or None if its config sets no limit."""
+    """Return the maximum number of tokens that a model reads at once, or None if its config sets no limit."""
     most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if not isinstance(most, int) or most < 1:
         return None
     most -= getattr(model, "virtual_tokens", 0)
     for name, module in model.named_modules():
-        # RoBERTa numbers its positions from the padding's index on.
+        # RoBERTa starts its positions at the index of the padding.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(most - module.padding_idx - 1)
     return most
 
 
 def _prompt(model: nn.Module, causal: bool, tokens: int) -> tuple[int, str]:
-    """Return the length of the prompt, and the reason why nothing can be decoded after it, or an empty string."""
+    """Return the length of the prompt, and the reason for not decoding after it, or an empty string."""
     most = positions(model) or tokens + DECODED
     if not causal:
         return min(tokens, most), ""
@@ -165,13 +165,13 @@ class _Variants:
         self.attach()
 
     def attach(self) -> None:
-        """Put the adapted layers back, also into `Adapted.layers`, which `detach` may have emptied."""
+        """Restore the adapted layers, also in `Adapted.layers`, which `detach` may have emptied."""
         for path, layer in self._layers.items():
             replace(self._adapted.model, path, layer)
         with self._guarded("layers"):
             self._adapted.layers.update(self._layers)
         if self._off and (again := getattr(self._adapted, "attach_again", None)) is not None:
-            again()  # virtual tokens, which are no layer
+            again()  # e.g. for virtual tokens, which are not a layer
         self._off = False
 
     @contextmanager
@@ -188,19 +188,19 @@ class _Variants:
             self.attach()
 
     def merge(self) -> None:
-        """Merge; some libraries do it inside the layer, so that the module at its path proves nothing."""
+        """Merge. Some libraries merge inside the layer, so the module at its path shows nothing."""
         with self._guarded("merge()"):
             self._adapted.merge()
 
     def unmerge(self) -> None:
-        """Unmerge; the adapted layers must be back."""
+        """Unmerge, and check that the adapted layers are back."""
         with self._guarded("unmerge()"):
             self._adapted.unmerge()
         if gone := [path for path, is_adapted in self._adapted_paths() if not is_adapted]:
-            raise self._fault("unmerge()", f"did not put back {gone[0]} and {len(gone) - 1} other layers")
+            raise self._fault("unmerge()", f"did not restore {gone[0]} and {len(gone) - 1} other layers")
 
     def detach(self) -> None:
-        """Detach; no adapted layer may be left, or its time would be taken for the base's."""
+        """Detach, and check that no adapted layer is left: its time would count as the base's."""
         with self._guarded("detach()"):
             self._adapted.detach()
         self._off = True
@@ -215,7 +215,7 @@ class _Variants:
     def _guarded(self, call: str) -> Iterator[None]:
         try:
             yield
-        except (AttributeError, LookupError, TypeError, ValueError) as error:  # not RuntimeError: memory may run out
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # RuntimeError may be a lack of memory
             raise self._fault(call, f"raised {type(error).__name__}: {error}") from error
 
     def _fault(self, call: str, did: str) -> ImplementationError:
@@ -223,7 +223,7 @@ class _Variants:
         return ImplementationError(
             f"the implementation is at fault, not the model: {call} of {kind.__module__}.{kind.__qualname__} {did}",
             where="latency phase",
-            hint="its merge(), unmerge() and detach() must work after the layers were put back; report it to its authors",
+            hint="its merge(), unmerge() and detach() must work after the layers were restored; report it to its authors",
         )
 
 

@@ -1,17 +1,22 @@
-"""Peak memory of the process in a phase, and the memory of tensors, counted one by one."""
+"""Peak memory of the process in a phase, and the memory of tensors: existing ones, and each allocation of a function."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.profiler import kineto_available
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from harness.methods.checksums import tensors_in
 
@@ -39,7 +44,7 @@ class PeakMeter:
             threading.Thread(target=self._sample, daemon=True).start()
 
     def reset(self) -> None:
-        """Give freed memory back to the system and start a new peak."""
+        """Release freed memory to the system, and start a new peak."""
         gc.collect()
         if self.source == "cuda allocated":
             torch.cuda.empty_cache()
@@ -88,11 +93,17 @@ class PeakMeter:
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the distinct storages under `tensors`: shared (tied) weights count once."""
+    """Return the bytes of the distinct storages of `tensors` outside the meta device: shared (tied) weights count once."""
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type != "meta"
     }
     return sum(storages.values())
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of the distinct storages of `tensors`, also on the meta device, where storages have no address."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def model_tensors(model: torch.nn.Module) -> list[Tensor]:
@@ -116,7 +127,56 @@ def _status_bytes(key: str) -> int:
 
 
 def _trim() -> None:
-    """Give the C heap's free pages back, or a phase's garbage would count in the next peak. glibc only."""
+    """Release free pages of the C heap, so that a phase's garbage does not count in the next peak. glibc only."""
     libc: Any = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
+
+
+def peak_while(run: Callable[[], object]) -> int | None:
+    """Return the peak bytes of CPU tensors, including earlier ones, while `run` runs.
+
+    The peak of the process (VmHWM) differs by megabytes between equal runs. This peak is equal to the byte, because it adds
+    up the sizes of requests to torch's allocator. None if torch was built without its profiler.
+
+    Not counted: tensors of imports (the garbage collector does not list them, see `harness/runner/worker.py`), allocations
+    of other libraries and of Python threads, and earlier tensors without a storage (sparse ones, and remains of a transform
+    such as vmap). An earlier tensor that `run` frees counts to the end.
+    """
+    if not kineto_available():
+        return None
+    # Otherwise the profiler writes two lines to stderr each time. It reads this variable at its first use.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    before = tensor_bytes(_existing())
+    collects = gc.isenabled()
+    gc.disable()  # garbage may hold tensors, and the time of a collection depends on all objects
+    try:
+        with torch.autograd.profiler.profile(profile_memory=True) as profile:
+            run()
+    finally:
+        if collects:
+            gc.enable()
+    results: Any = profile.kineto_results
+    events: list[Any] = sorted(results.events(), key=lambda event: event.start_ns())
+    # The size of a release is negative.
+    changes = (int(event.nbytes()) for event in events if event.name() == "[memory]")
+    return before + max(accumulate(changes, initial=0))
+
+
+def _existing() -> list[Tensor]:
+    """List the tensors in CPU memory; for a wrapper, the tensors inside it."""
+    gc.collect()
+    # `isinstance` would load lazy modules and proxies.
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
+    return [
+        t
+        for t in tensors
+        if has_storage(t)
+        and not is_traceable_wrapper_subclass(t)
+        and t.untyped_storage().device.type == "cpu"  # a compiler's fake tensors have the device `cpu`
+    ]
+
+
+def has_storage(tensor: Tensor) -> bool:
+    """Return whether a tensor has a storage: not one of an unused lazy module, a sparse one, or one inside vmap."""
+    return not is_lazy(tensor) and torch._C._has_storage(tensor)

@@ -1,4 +1,4 @@
-"""Latency of a batch in which each row has its own adapter, checked before it is timed."""
+"""Check and time a batch in which each row has a different adapter."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ERRORS = (
     TypeError,
     ValueError,
 )
-"""Errors of a plug-in's `multi_lora_linear` or `mixed` for layers that it was not written for, or without memory."""
+"""Errors of a plug-in's `multi_lora_linear` or `mixed` for unexpected layers, or without memory."""
 OPERATION, METHOD = "multi_lora_linear", "lora"
 
 
@@ -42,9 +42,9 @@ def measure(
 ) -> tuple[list[Latency], list[CheckResult]]:
     """Return times of a batch with ADAPTERS adapters and with one adapter, and the check of the former.
 
-    The two alternate in blocks. If the implementation cannot mix adapters, or the check fails, there are reasons instead
-    of times. An implementation mixes adapters by its Operation `multi_lora_linear`, or by a method `mixed` of its Adapted:
-    a function of several adapters (each as `tensors()`) that returns a context manager.
+    The two alternate in blocks. If the implementation cannot mix adapters, or the check fails, the result has reasons
+    instead of times. An implementation mixes adapters by its Operation `multi_lora_linear`, or by a method `mixed` of its
+    Adapted: a function of several adapters (each as `tensors()`) that returns a context manager.
     """
     prompt = Prompt(subject.model, causal, vocabulary, cell.evaluation, ADAPTERS)
     try:
@@ -73,14 +73,14 @@ def measure(
 def _failed(
     prompt: Prompt, subject: Subject, cell: Cell, error: BaseException
 ) -> tuple[list[Latency], list[CheckResult]]:
-    """Return the reason why several adapters could not be tried; training and accuracy are measured already."""
+    """Return the reason why several adapters failed: training and accuracy are already measured."""
     because = f"could not be tried: {type(error).__name__}: {error}".partition("\n")[0]
     case = Case("trained", seed=cell.seed)
     return _untimed(prompt, because), [skipped(subject, case, multi_adapter.NAME, because)]
 
 
 def _untimed(prompt: Prompt, because: str) -> list[Latency]:
-    """Return latencies without times, which differ by their adapters from a batch of this size that a suite requests."""
+    """Return latencies without times. Their adapters separate them from a batch of this size that a suite requests."""
     return prompt.latencies("unmerged", because, 1) + prompt.latencies("multi-adapter", because, ADAPTERS)
 
 
@@ -90,7 +90,7 @@ def _run(prompt: Prompt) -> None:
 
 
 def _mixer(subject: Subject, cell: Cell, registry: Registry) -> Mixed:
-    """Return the function by which this implementation mixes adapters; raises Unsupported if it cannot mix."""
+    """Return the function that mixes adapters. Raises Unsupported if this implementation has none."""
     if (own := getattr(subject.adapted, "mixed", None)) is not None:
         return own  # type: ignore[no-any-return]
     if cell.method != METHOD:
@@ -129,13 +129,9 @@ class _MixedLinear(nn.Module):
     def __init__(self, call: Callable[..., Any], base: Any, path: str, adapters: Adapters, config: Any) -> None:
         super().__init__()
         self.call, self.base = call, base
-        self.As, self.Bs = (self._tensors(path, letter, adapters) for letter in ("A", "B"))
+        self.As, self.Bs = ([adapter[f"{path}.{letter}"] for adapter in adapters] for letter in ("A", "B"))
         self.scalings, self.ids = [config.scaling] * len(adapters), torch.arange(len(adapters))
         self.train(base.training)
-
-    @staticmethod
-    def _tensors(path: str, letter: str, adapters: Adapters) -> list[Tensor]:
-        return [adapter[f"{path}.{letter}"] for adapter in adapters]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return W x with each row's own update, and the bias."""

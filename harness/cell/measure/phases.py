@@ -14,9 +14,9 @@ from harness.records.record import Phase
 
 
 class PhaseClock:
-    """Times phases one after the other; `done` lists them, the running one included if it fails.
+    """Measures phases one after the other. `done` lists them, including one that failed.
 
-    energy, gpu: None if there is no such meter.
+    energy, gpu: None without such a meter.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class PhaseClock:
 
 
 def _load() -> float | None:
-    """Return the load average over one minute, of the whole machine."""
+    """Return the machine's load average over one minute, if the system has one."""
     try:
         return os.getloadavg()[0]
     except OSError:

@@ -1,4 +1,4 @@
-"""Texts to batches of tokens: truncation, padding, data order and loss mask, the same for every method."""
+"""Tokenise texts into batches: truncation, padding, data order and loss mask, the same for every Method."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.assets.rows import AnyRow, TextRow
 from harness.errors import UsageError
+from harness.suites.tasks import Answers
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,9 @@ class Example:
     label: int
     """The class."""
     answer: int = 0
-    """For causal models, the number of last tokens that carry loss."""
+    """For causal models, the number of last tokens with a loss."""
     cut: bool = False
-    """A part was left out, because it is too long; not recorded for labelled texts of causal models."""
+    """True if the text was too long and was cut; not recorded for labelled texts of causal models."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Batch:
         return sum(self.answers) or len(self.answers)
 
     def parts(self, count: int) -> list[Batch]:
-        """Return `count` batches of neighbouring texts, each padded only to its own longest text."""
+        """Return `count` batches of neighbouring texts, each padded to its longest text."""
         if count == 1:
             return [self]
         size = -(-len(self.answers) // count)
@@ -66,21 +68,19 @@ class Batch:
 
 
 def order(examples: Sequence[Example], steps: int, batch: int, seed: int) -> list[list[Example]]:
-    """Return `steps` lists of `batch` examples: `order_indices`, looked up."""
+    """Return `steps` lists of `batch` examples, in the order of `order_indices`."""
     return [[examples[i] for i in group] for group in order_indices(examples, steps, batch, seed)]
 
 
 def order_indices(examples: Sequence[Example], steps: int, batch: int, seed: int) -> list[list[int]]:
     """Return `steps` lists of `batch` positions in `examples`: the data order of a seed, the same for every method.
 
-    Epochs are shuffled; within a pool of eight batches, examples are sorted by length, which saves padding, and the
-    batches of a pool are shuffled again. Raises UsageError if there is no example.
+    Epochs are shuffled. To save padding, the examples of each pool of eight batches are sorted by length; then the batches
+    of the pool are shuffled. Raises UsageError if there is no example.
     """
     if not examples:
-        raise UsageError(
-            "there is no example to train on: every text outside the test set is also in it",
-            hint="give the data more rows, or lower the task's `test`",
-        )
+        hint = "add rows to the data, or lower the task's `test`"
+        raise UsageError("there is no example to train on: every text outside the test set is also in it", hint=hint)
     rng = random.Random(seed)  # noqa: S311
     stream: list[int] = []
     pools: list[list[int]] = []
@@ -97,7 +97,7 @@ def order_indices(examples: Sequence[Example], steps: int, batch: int, seed: int
 
 
 def collate(examples: Sequence[Example], pad: int, side: str) -> Batch:
-    """Pad to the longest; `side` is `right` for encoders and `left` for causal models, so that answers end together."""
+    """Pad to the longest text. side: `right` for encoders; `left` for causal models, so that all answers end together."""
     length = max(len(e.tokens) for e in examples)
     ids = torch.full((len(examples), length), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -126,7 +126,7 @@ def classification_examples(rows: Sequence[Any], tokenizer: Any, max_tokens: int
     if special >= max_tokens:
         what = f"`training.max_tokens` is {max_tokens}, and the tokenizer adds {special} special tokens to every text"
         raise UsageError(what, hint=f"raise it to at least {special + 1}")
-    # Not verbose: it would warn of texts that are cut below.
+    # Not verbose: it would warn about texts that are cut below.
     whole = tokenizer([row.text for row in rows], verbose=False)["input_ids"] if rows else []
     return [
         Example(row.id, tuple(ids), row.label)
@@ -145,9 +145,9 @@ def answer_examples(
     encode_pair: Callable[[str, str], tuple[list[int], list[int]]],
     max_tokens: int,
 ) -> list[Example]:
-    """Tokenise prompt and right answer for a causal model; too long a prompt loses its beginning, as in evaluation.
+    """Tokenise prompt and right answer for a causal model. A prompt that is too long loses its beginning, as in evaluation.
 
-    The loss is over the answer's tokens alone. Raises UsageError for an answer that leaves no room for its prompt.
+    The loss is over the answer's tokens only. Raises UsageError for an answer that leaves no room for its prompt.
     """
     pairs = [encode_pair(prompt(row), answers(row)[row.label]) for row in rows]
     if pairs:
@@ -165,3 +165,77 @@ def refuse_long_answers(longest: int, max_tokens: int) -> None:
             f"an answer has {longest} tokens, which leaves no room for a prompt in `training.max_tokens`, {max_tokens}",
             hint=f"raise it to at least {longest + 1}, better to the length of a whole prompt and its answer",
         )
+
+
+class Prompts:
+    """Tokenises prompts and answers, for training and for generation.
+
+    A prompt begins with the beginning-of-sequence token, if the tokenizer adds one. A prompt that is too long loses its
+    beginning, but not that token. An answer that is longer than the limit loses its end and the end-of-sequence token.
+    max_tokens: limit of prompt and answer in training, and of the prompt in generation.
+    """
+
+    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+        self._tokenizer, self._limit = tokenizer, max_tokens
+        bos = tokenizer.bos_token_id
+        self._start = [bos] if bos is not None and tokenizer.encode("a")[:1] == [bos] else []
+
+    def open(self, name: str, prompt: str) -> Example:
+        """Return the prompt of a generation as an example without an answer."""
+        plain = self._plain(prompt)
+        tokens = self._cut(plain, self._limit)
+        return Example(name, tuple(tokens), 0, cut=len(tokens) < len(self._start) + len(plain))
+
+    def pair(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of a prompt, uncut, and of its answer.
+
+        Both are tokenised together. If a token spans prompt and answer, they are tokenised separately, because a generating
+        model reads the tokens of the prompt alone.
+        """
+        before, whole = self._plain(prompt), self._plain(prompt + answer)
+        together = whole[: len(before)] == before
+        return before, whole[len(before) :] if together else self._plain(answer)
+
+    def example(self, name: str, prompt: str, answer: str, loss: str, eos: bool) -> Example:
+        """Return one example. loss: `answer`, or `all` for every token but the first."""
+        before, behind = self.pair(prompt, answer)
+        # An answer needs a token before it.
+        start = self._start if prompt or self._start else [self._tokenizer.eos_token_id]
+        behind = behind + [self._tokenizer.eos_token_id] * eos
+        answer_ids = behind[: self._limit - 1]
+        head = self._cut(before, self._limit - len(answer_ids), start)
+        tokens = tuple(head + answer_ids)
+        cut = len(tokens) < len(start) + len(before) + len(behind)
+        return Example(name, tokens, 0, len(tokens) - 1 if loss == "all" else len(answer_ids), cut)
+
+    def _plain(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _cut(self, tokens: list[int], limit: int, start: list[int] | None = None) -> list[int]:
+        start = self._start if start is None else start
+        room = limit - len(start)
+        return start[:limit] + (tokens[-room:] if room > 0 else [])
+
+
+def answered_examples(
+    some: Sequence[AnyRow], prompts: Prompts, parts: Callable[[AnyRow], tuple[str, str]], answers: Answers
+) -> list[Example]:
+    """Tokenise rows. parts: returns prompt and answer of a row. In a row that is a text, all tokens have a loss."""
+    return [
+        prompts.example(row.id, "", row.text, "all", answers.eos)
+        if isinstance(row, TextRow)
+        else prompts.example(row.id, *parts(row), answers.loss, answers.eos)
+        for row in some
+    ]
+
+
+def rules(answers: Answers | None) -> str:
+    """Return a sentence for the Record about the tokens with a loss."""
+    if answers is None:
+        return "loss over the right choice's tokens alone (an encoder: its label); the prompt loses its beginning"
+    of = "the answer's tokens alone" if answers.loss == "answer" else "all tokens but the first"
+    end = "with" if answers.eos else "without"
+    return (
+        f"loss over {of}, {end} an end-of-sequence token (a row that is a text: over all); the prompt begins as the "
+        "tokenizer begins texts, and loses its beginning where both are too long, a longer answer its end"
+    )

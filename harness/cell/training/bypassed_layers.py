@@ -1,4 +1,4 @@
-"""Recognise a model that reads an adapted layer's weight instead of calling the layer, as Mamba does."""
+"""Recognise a model, e.g. Mamba, that reads an adapted layer's weight instead of calling the layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ NO_EFFECT = "no adapter on it counts"
 
 
 def explain(error: Exception, layers: Mapping[str, object]) -> str:
-    """Return a message if `error` comes from such a model, else an empty string. layers: path -> adapted layer."""
+    """Return a message if such a model raised `error`, else an empty string. layers: path -> adapted layer."""
     path = next((path for path, layer in layers.items() if layer is getattr(error, "obj", None)), None)
     if path is None or not isinstance(error, AttributeError):
         return ""

@@ -1,4 +1,4 @@
-"""Count the memory of one more step after the training, tensor by tensor, and undo its changes."""
+"""Count the memory of one more training step, tensor by tensor, and undo its changes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harness.cell.measure.allocations import has_storage, peak_while
-from harness.cell.measure.memory import tensor_bytes
+from harness.cell.measure.memory import has_storage, peak_while, tensor_bytes
 from harness.cell.training import loop
 from harness.cell.training.batches import Batch
 from harness.methods.spec import Adapted
@@ -26,14 +25,14 @@ def step_peak(
 ) -> int | None:
     """Return the peak bytes of CPU tensors in a training step; None if torch cannot count them.
 
-    The step uses the batch with the most tokens in the model at once, and the optimizer's state exists. It is not timed,
-    because counting slows it down. It is step T + 1, after the last: work that an optimizer does every n steps (in GaLore
-    the SVD) is in it only if T + 1 is such a step. The Method's `after_step` is not called.
+    The step uses the batch with the most tokens in the model at once, and the optimizer already has its state. It is not
+    timed, because counting slows it down. It is step T + 1, after the last: it includes periodic work of an optimizer
+    (GaLore's SVD) only if that is due in T + 1. The Method's `after_step` is not called.
 
     Restored afterwards, also if the step fails: trained parameters; the model's buffers (a BatchNorm's statistics), except
-    those that the Method made and does not train, which may be as large as the weights; the random states of torch, Python
-    and numpy, and of a generator that is an attribute of a module. Not restored: the optimizer; gradients, which are
-    dropped; and other state of code, e.g. a counter or a cache that is no buffer, or a generator in a closure.
+    untrained ones of the Method, which may be as large as the weights; the random states of torch, Python and numpy, and of
+    generators that are attributes of modules. Not restored: the optimizer; gradients, which are dropped; other state, e.g. a
+    counter, a cache that is no buffer, or a generator in a closure.
     """
     parts = most_tokens(batches, accumulate)
     optimizer.zero_grad(set_to_none=True)
@@ -51,13 +50,13 @@ def most_tokens(batches: Sequence[Batch], accumulate: int) -> list[Batch]:
 
 
 def copied_B(adapted: Adapted, head: Sequence[nn.Parameter]) -> int:  # noqa: N802  # a unit
-    """Return how many bytes of the model `step_peak` copies, to restore them."""
+    """Return the bytes of the model that `step_peak` copies."""
     return tensor_bytes([*loop.trainable(adapted, head), *_buffers(adapted)])
 
 
 @contextmanager
 def _restored(adapted: Adapted, trainable: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
-    """Restore at the end what the step changes; yield the tensors that were made for that."""
+    """Restore the step's changes at the end; yield the copies for that."""
     saved = [*trainable, *_buffers(adapted)]
     # A module may replace its buffer by a new tensor.
     places = [
@@ -82,11 +81,11 @@ def _restored(adapted: Adapted, trainable: Sequence[nn.Parameter]) -> Iterator[l
                 setattr(module, name, buffer)
         with torch.no_grad():
             for t, copy in zip(saved, copies, strict=True):
-                if not torch.equal(t, copy):  # an expanded tensor cannot be written to, nor was it
+                if not torch.equal(t, copy):  # an expanded tensor cannot be written, and is unchanged
                     t.copy_(copy)
 
 
 def _buffers(adapted: Adapted) -> list[Tensor]:
-    """List the model's buffers that a step may change: no packed constants, no PiSSA's residual."""
+    """List the buffers that a step may change, without e.g. packed constants and PiSSA's residual."""
     frozen = {t.untyped_storage().data_ptr() for t in adapted.state().values()}
     return [b for b in adapted.model.buffers() if has_storage(b) and b.untyped_storage().data_ptr() not in frozen]

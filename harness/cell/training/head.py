@@ -1,4 +1,4 @@
-"""The classification head of an encoder: it trains as a whole with every Method, and no adapter sits on it."""
+"""The classification head of an encoder. It trains as a whole with every Method, without an adapter."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from harness.conformance.subject import adaptable_layers, configure
 from harness.errors import UsageError
 from harness.methods.spec import TARGET_WORDS
 
@@ -19,8 +20,8 @@ _SPREAD = 0.02
 def head_of(model: nn.Module, kind: str, lacks: Collection[str] = ()) -> dict[str, nn.Parameter]:
     """Return the parameters of an encoder's head by name: those outside the encoder itself, new or from a checkpoint.
 
-    lacks: names of the parameters that the checkpoint lacks. Those inside the encoder, such as the pooler of a masked
-    language model, belong to the head too: they start at random, and must train.
+    lacks: names of the parameters that the checkpoint lacks. The head includes those inside the encoder, such as the pooler
+    of a masked language model: they start at random, and must train.
     """
     if kind != "encoder":
         return {}
@@ -30,10 +31,10 @@ def head_of(model: nn.Module, kind: str, lacks: Collection[str] = ()) -> dict[st
 
 @torch.no_grad()
 def draw(model: nn.Module, names: Collection[str], seed: int) -> dict[str, nn.Parameter]:
-    """Draw parameters of the head, of these names, in place from the Cell's seed alone, and return them by name.
+    """Draw these parameters of the head in place, from the Cell's seed alone, and return them by name.
 
-    It draws matrices and the biases of linear layers. Other parameters stay as the model's own initialiser has left them: a
-    norm that starts at zero would pass nothing on, and no gradient back.
+    Matrices are random, biases of linear layers zero. Others stay as the model's initialiser has set them: a norm that
+    starts at zero has an output of zero, and no gradient.
     """
     generator = torch.Generator().manual_seed(seed)
     head = {name: model.get_parameter(name) for name in names}
@@ -47,23 +48,25 @@ def draw(model: nn.Module, names: Collection[str], seed: int) -> dict[str, nn.Pa
     return head
 
 
-def without_head_targets(config: Any, matched: Collection[str], head: Collection[str]) -> Any:
-    """Return a Method's config without targets in the head. matched: paths of all layers that the targets fit.
+def adapted_layers(
+    model: nn.Module, method: str, config: dict[str, Any], head: Collection[str]
+) -> tuple[Any, list[str]]:
+    """Return a Method's config and the paths of the layers that it adapts, both without layers of the head.
 
-    The targets are paths then; also in place of a word such as `all-linear`, which only the model resolves. Raises
-    UsageError if none is left.
+    The targets in the result may be paths, e.g. instead of `all-linear`, which only the model resolves. Raises UsageError if
+    all targets are in the head.
     """
-    if not hasattr(config, "targets"):
-        return config
-    paths = tuple(path for path in matched if not in_head(path, head))
-    if len(paths) == len(matched) and not TARGET_WORDS & {*config.targets}:
-        return config
+    chosen = configure(method, config)
+    matched = list(adaptable_layers(model, chosen))
+    paths = [path for path in matched if not in_head(path, head)]
+    if not hasattr(chosen, "targets") or (len(paths) == len(matched) and not TARGET_WORDS & {*chosen.targets}):
+        return chosen, paths
     if not paths:
-        what = f"`targets` name nothing but the head ({', '.join(matched)}), which trains as a whole anyway"
+        what = f"`targets` name only the head ({', '.join(matched)}), which trains as a whole"
         raise UsageError(what, hint="name layers of the model, or choose `method: frozen`")
-    return replace(config, targets=paths)
+    return replace(chosen, targets=tuple(paths)), paths
 
 
 def in_head(path: str, head: Collection[str]) -> bool:
-    """Return whether the layer at `path` is a part of the head. head: names of its parameters."""
+    """Return whether the layer at `path` is part of the head. head: names of its parameters."""
     return any(name.startswith(f"{path}.") for name in head)

@@ -1,4 +1,4 @@
-"""The training loop: forward, backward, optimizer step, and the raw numbers of each step. Nothing else is timed."""
+"""The training loop: forward, backward, optimizer step, and the raw numbers of each step. It times nothing else."""
 
 from __future__ import annotations
 
@@ -16,44 +16,42 @@ from harness.analysis import divergence
 from harness.cell.outcomes import Diverged, Untrained
 from harness.cell.training import optimizers
 from harness.cell.training.batches import Batch
-from harness.cell.training.master_weights import MasterWeights
+from harness.cell.training.optimizers import MasterWeights
 from harness.methods.spec import Adapted
 from reference.shared.layerwise import Layerwise
 
 MAX_STEP_SEED = 2**31
 ZERO_GRADIENT_STEPS = 5
-"""Number of first steps with a zero gradient after which nothing trains. Later ones can be honest: in 16 bits a batch that
-is already right has a loss of exactly zero, and so has every batch of a model that has memorised its data."""
+"""If this many first steps have a zero gradient, nothing trains. A later zero may be valid: in 16 bits, the loss of a batch
+that the model already predicts is exactly zero."""
 
 
 @dataclass
 class StepSamples:
-    """Raw numbers, one per step."""
+    """Raw numbers, one per step, with the names of `TrainingMeasured`."""
 
     losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
     gradient_norms: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     padded_tokens: list[int] = field(default_factory=list)
     cpu_seconds: float = 0.0
-    """CPU time of the whole process over the timed parts of all steps."""
+    """CPU time of the process in the timed parts of all steps."""
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the mean cross-entropy, of the labels (encoders) or of the answers' tokens (causal models)."""
-    if not any(batch.answers):
-        logits = model(**batch.inputs).logits
-        return nn.functional.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, batch.labels)
-    longest = max(batch.answers)
-    logits = last_logits(model, batch.inputs, longest + 1)
-    rows = [logits[row, -n - 1 : -1] for row, n in enumerate(batch.answers)]
-    wanted = [batch.inputs["input_ids"][row, -n:] for row, n in enumerate(batch.answers)]
-    flat = torch.cat(rows)
-    return nn.functional.cross_entropy(flat.float() if flat.dtype != torch.float64 else flat, torch.cat(wanted))
+    """Return the mean cross-entropy over the labels (encoders) or the answers' tokens (causal models)."""
+    if any(batch.answers):
+        every = last_logits(model, batch.inputs, max(batch.answers) + 1)
+        logits = torch.cat([every[row, -n - 1 : -1] for row, n in enumerate(batch.answers)])
+        labels = torch.cat([batch.inputs["input_ids"][row, -n:] for row, n in enumerate(batch.answers)])
+    else:
+        logits, labels = model(**batch.inputs).logits, batch.labels
+    return nn.functional.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, labels)
 
 
 def last_logits(model: nn.Module, inputs: dict[str, Tensor], count: int) -> Tensor:
-    """Return the logits of the last `count` positions (N, count, vocabulary), and compute no others if the model can."""
+    """Return the logits of the last `count` positions (N, count, vocabulary), and compute only these if possible."""
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         return model(**inputs, logits_to_keep=count, use_cache=False).logits  # type: ignore[no-any-return]
     return model(**inputs, use_cache=False).logits[:, -count:]  # type: ignore[no-any-return]
@@ -61,7 +59,7 @@ def last_logits(model: nn.Module, inputs: dict[str, Tensor], count: int) -> Tens
 
 @contextmanager
 def drop_gradients(tensors: Iterable[Tensor], wanted: bool) -> Iterator[None]:
-    """If `wanted`, drop each gradient as soon as it is computed: layer-wise training has no room for all of them."""
+    """If `wanted`, drop each gradient as soon as it is computed: layer-wise training must not store all of them."""
     hooks = [t.register_post_accumulate_grad_hook(_drop) for t in tensors] if wanted else []
     try:
         yield
@@ -75,7 +73,7 @@ def _drop(tensor: Tensor) -> None:
 
 
 def notes(optimizer: torch.optim.Optimizer, losses: Sequence[float] = ()) -> list[str]:
-    """Return sentences for the Record, on the optimizer and on a rising loss."""
+    """Return sentences for the Record about the optimizer and a rising loss."""
     return [sentence for sentence in (*optimizers.notes(optimizer), divergence.rose(losses)) if sentence]
 
 
@@ -90,15 +88,15 @@ def train(
     accumulate: int = 1,
     layerwise: Layerwise | None = None,
 ) -> StepSamples:
-    """Train over `batches`, one optimizer step each; calls report(step, loss) after each, outside the timed region.
+    """Take one optimizer step for each batch, and call report(step, loss) after it, outside the timed region.
 
-    A batch goes through the model in `accumulate` parts; with dropout each part draws its own masks. layerwise: steps the
-    weights within the backward pass; None if the optimizer does.
+    A batch goes through the model in `accumulate` parts; with dropout each part draws different masks. layerwise: steps the
+    weights within the backward pass; None if the optimizer steps them.
 
-    The global random state is set from (seed, step) before every step, so that an implementation which draws more or
-    fewer random numbers than another does not shift the next step's dropout masks. Where float16 gradients overflow, the
-    same batch is used again with half the loss scale: no step is skipped, and its time counts. Raises Diverged; and
-    Untrained if the first steps, at most `SILENT`, all have a gradient of exactly zero.
+    Before every step the global random state is set from (seed, step), so that the dropout masks do not depend on the number
+    of random numbers that an implementation draws. If float16 gradients overflow, the same batch is used again with half
+    the loss scale: no step is skipped, and its time counts. Raises Diverged; and Untrained if the first steps, at most
+    `ZERO_GRADIENT_STEPS`, all have a gradient of exactly zero.
     """
     model, samples, trained = adapted.model, StepSamples(), trainable(adapted, head)
     model.train()
@@ -112,7 +110,7 @@ def train(
         adapted.after_step(index + 1)
         value = float(loss)
         _synchronize(batch)
-        samples.seconds.append(time.perf_counter() - started)
+        samples.step_seconds.append(time.perf_counter() - started)
         samples.cpu_seconds += time.process_time() - cpu
         schedule.step()
         norm = layerwise.norm(trained) if layerwise else _norm(trained, optimizer)
@@ -129,12 +127,12 @@ def train(
 
 
 def trainable(adapted: Adapted, head: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """Return the trained parameters, each once: an adapter that trains all biases has that of the head too."""
+    """Return the trained parameters, each once: an adapter that trains all biases has those of the head too."""
     return list({id(p): p for p in (*adapted.parameters(), *head)}.values())
 
 
 def step(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.Optimizer, seed: int) -> Tensor:
-    """Take one step over the parts of a batch, and return its loss; `seed` is set again for a second try in float16."""
+    """Take one step over the parts of a batch, and return its loss. `seed` is set again for a second attempt in float16."""
     loss = _backward(adapted, parts, optimizer)
     while isinstance(optimizer, MasterWeights) and bool(loss.isfinite()) and optimizer.lower_loss_scale():
         torch.manual_seed(seed)
@@ -144,13 +142,13 @@ def step(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.Optimi
 
 
 def _backward(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.Optimizer) -> Tensor:
-    """Return the task's loss over all parts; the gradients include the Method's own term, which the loss does not."""
-    optimizer.zero_grad(set_to_none=True)  # before the step: the last one's gradients stay, for the memory ledger
+    """Return the task's loss over all parts. Unlike the loss, the gradients include the Method's own term."""
+    optimizer.zero_grad(set_to_none=True)  # here, so that the last step's gradients stay for the memory ledger
     scale = optimizer.loss_scale if isinstance(optimizer, MasterWeights) else 1.0
     labels = sum(part.scored for part in parts)
     losses: list[Tensor] = []
     for part in parts:
-        # Parts have as many texts, but answers may differ in length: a mean of means would favour short ones.
+        # Parts have equal numbers of texts, but answers may differ in length: a mean of means would favour short ones.
         loss = loss_of(adapted.model, part) * (part.scored / labels)
         term = None if losses else adapted.regularizer()  # of the step, not of each part
         ((loss if term is None else loss + term) * scale).backward()

@@ -1,4 +1,4 @@
-"""Load a model for a task; an encoder with its own classification head, or a new one that depends on the seed alone."""
+"""Load a model for a task. An encoder has its own classification head, or a new one from the seed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from harness.process.out_of_memory import shortage
 
 _COMPILER = ("torch._dynamo", "torch._inductor")
 _PROBED_TOKENS = 4
-"""The smallest length that a suite may set."""
+"""The minimum length in a suite."""
 _NAMED = 6
-"""Weights that a note names: those of any usual head."""
+"""Maximum number of weights that a note names; enough for a usual head."""
 
 
 @dataclass
@@ -40,34 +40,28 @@ class Loaded:
 def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.device, seed: int) -> Loaded:
     """Load an encoder with a classification head of `labels` classes, or a causal model, from a local folder.
 
-    A head of another number of classes is replaced by a new one, as with transformers' `ignore_mismatched_sizes`. Raises
-    AssetError for a folder that cannot be read, lacks weights of a causal model, or does not fit its config.json.
+    A new head replaces one with another number of classes, as with transformers' `ignore_mismatched_sizes`. Raises
+    AssetError for a folder that cannot be read, lacks weights of a causal model, or does not match its config.json.
     """
     from transformers import AutoTokenizer
 
     model, info = _read(path, kind, dtype=dtype, **({"num_labels": labels} if kind == "encoder" else {}))
     missing = sorted(info["missing_keys"])
     if kind == "causal" and missing:
-        raise AssetError(
-            f"the checkpoint lacks {len(missing)} weights of a causal model: {_some(missing)}",
-            where=str(path),
-            hint="is it an encoder? then declare it with kind: encoder",
-        )
+        what = f"the checkpoint lacks {len(missing)} weights of a causal model: {_some(missing)}"
+        raise AssetError(what, where=str(path), hint="is it an encoder? then declare it with kind: encoder")
     trains = head.head_of(model, kind, missing)
     sizes = {name: (tuple(saved), tuple(wanted)) for name, saved, wanted in info["mismatched_keys"]}
     if wrong := sorted(sizes.keys() - trains.keys()):
         saved, wanted = sizes[wrong[0]]
-        raise AssetError(
-            f"the weights are not those of its config.json: {wrong[0]} has the shape {saved}, and by the config {wanted}",
-            where=str(path),
-            hint="copy or fetch its folder again, or correct config.json",
-        )
+        what = f"the weights do not match its config.json: {wrong[0]} has the shape {saved}, and {wanted} in the config"
+        raise AssetError(what, where=str(path), hint="copy or fetch its folder again, or correct config.json")
     written = conv1d.as_linear(model)
     model.to(device)
     if kind == "causal" and (share := foresight(model)) > FORESIGHT:
         raise AssetError(
-            f"{type(model).__name__} is no causal model as it is configured: its output depends on later tokens too "
-            f"({share:.2g} of its gradient), so it sees the answers, and no score of it would mean anything",
+            f"{type(model).__name__} is configured as no causal model: its output depends on later tokens too "
+            f"({share:.2g} of its gradient), so it sees the answers, and a score would have no meaning",
             where=str(path),
             hint="declare it with `kind: encoder`; a decoder of such a family has `is_decoder: true` in config.json",
         )
@@ -80,7 +74,7 @@ def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.d
     if inside := [name for name in drawn if name.startswith(start)]:
         notes.append(f"the checkpoint lacks {_some(inside)}: initialised at random, they train with the head")
     if others := [name for name in drawn if name in sizes]:
-        notes.append(f"the checkpoint's head is not of {labels} classes: {_some(others)} initialised at random")
+        notes.append(f"the checkpoint's head does not have {labels} classes: {_some(others)} initialised at random")
     if own := [name for name in trains if name not in drawn]:
         notes.append(f"the head has {_some(own)} from the checkpoint: training continues from there")
     return Loaded(model, tokenizer, {name: model.get_parameter(name) for name in sorted(trains)}, notes)
@@ -98,11 +92,9 @@ def _read(path: Path, kind: str, **options: Any) -> tuple[Any, dict[str, Any]]:
         if shortage(error):
             raise
         first = (str(error).splitlines() or [""])[0]
-        raise AssetError(
-            f"the model cannot be read: {type(error).__name__}: {first}",
-            where=str(path),
-            hint="copy or fetch its folder again, or take one that this release of transformers knows",
-        ) from error
+        what = f"the model cannot be read: {type(error).__name__}: {first}"
+        hint = "copy or fetch its folder again, or choose a model that this release of transformers knows"
+        raise AssetError(what, where=str(path), hint=hint) from error
     return model, info
 
 
@@ -113,9 +105,9 @@ def _some(names: list[str]) -> str:
 
 @cache
 def lacks(checkpoint: str) -> frozenset[str]:
-    """Return the names of an encoder's weights that the checkpoint in a folder lacks; none for no folder (a shape).
+    """Return the names of the weights that an encoder's checkpoint lacks; empty without a folder (for a shape).
 
-    No weight is read: the model is loaded onto the meta device. Raises AssetError as `load` does.
+    No weight is read: the model is loaded onto the meta device. Raises AssetError like `load`.
     """
     return frozenset(_read(Path(checkpoint), "encoder", device_map="meta")[1]["missing_keys"] if checkpoint else ())
 
@@ -124,14 +116,15 @@ def lacks(checkpoint: str) -> frozenset[str]:
 def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
     """If `wanted`, use gradient checkpointing per block of a transformers model inside the context.
 
-    Without reentrance, or no adapter in the first block would have a gradient. Raises UsageError for a model without it.
+    Without reentrance, because adapters in the first block would get no gradient with it. Raises UsageError for a model
+    that does not support checkpointing.
     """
     if not wanted:
         yield
         return
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise UsageError(
-            f"{type(model).__name__} cannot do gradient checkpointing", hint="write `checkpointing: false`"
+            f"{type(model).__name__} does not support gradient checkpointing", hint="write `checkpointing: false`"
         )
     # The old name, and the new one in transformers 5.0.
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
@@ -144,7 +137,7 @@ def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def compiled(model: nn.Module, wanted: bool, notes: list[str]) -> Iterator[None]:
-    """If `wanted`, compile the calls of a model by torch.compile inside the context, and add a note on the result.
+    """If `wanted`, compile the calls of a model by torch.compile inside the context, and add a note about the result.
 
     Modules and names stay the same. Raises UsageError if the compiler fails.
     """
@@ -161,14 +154,12 @@ def compiled(model: nn.Module, wanted: bool, notes: list[str]) -> Iterator[None]
     except Exception as error:
         if type(error).__module__.startswith(_COMPILER) and not shortage(error):
             reason = next(filter(None, (line.strip() for line in str(error).splitlines())), type(error).__name__)
-            raise UsageError(
-                f"torch.compile failed: {type(error).__name__}: {reason}",
-                where=type(model).__name__,
-                hint="on a CPU it needs a C++ compiler with OpenMP (g++); or write `compile: false`",
-            ) from error
+            what = f"torch.compile failed: {type(error).__name__}: {reason}"
+            hint = "on a CPU it needs a C++ compiler with OpenMP (g++); or write `compile: false`"
+            raise UsageError(what, where=type(model).__name__, hint=hint) from error
         raise
     finally:
-        # A model of many lengths or layers may exceed the compiler's limits, which then runs the rest uncompiled.
+        # Many lengths or layers may exceed the compiler's limits. Then it runs the rest uncompiled.
         graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
         tried, done = (counters["frames"][name] for name in ("total", "ok"))
         notes.append(
@@ -180,18 +171,17 @@ def compiled(model: nn.Module, wanted: bool, notes: list[str]) -> Iterator[None]
 
 
 def graphs() -> int:
-    """Return how many graphs torch.compile has made inside the context of `compiled` so far."""
+    """Return the number of graphs that torch.compile has made so far inside the context of `compiled`."""
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
 
 
 def foresight(model: Any) -> float:
-    """Return how much of the logits at the first positions depends on the last token: 0 for a causal model.
+    """Return the dependence of the logits at the first positions on the last token: 0 for a causal model.
 
-    It is the norm of the gradient at the last token's embedding, as a share of that at all embeddings. Comparing two runs
-    that differ in the last token would show less in 16 bits: its effect may be below the rounding, but a gradient without a
-    path is exactly zero in every dtype.
+    It is the norm of the gradient at the last token's embedding, divided by that at all embeddings. Without a path this
+    gradient is exactly zero in every dtype, whereas rounding in 16 bits could hide the effect of a different last token.
     """
     found: list[Tensor] = []
 

@@ -1,7 +1,7 @@
 """Offload weights that no product uses while a Method trains.
 
 QLoRA multiplies by its codes and PiSSA by its residual. Only `detach`, which restores the model, and its check need the
-weights that these were made from; the memory in the papers is without them, and so is the memory measured here.
+original weights. The papers do not include them in the memory, so the measurement here does not either.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from harness.methods.spec import Adapted, methods
 def unused(method: str, adapted: Adapted, bases: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     """Map paths of adapted layers to weights that the Method has replaced by another form.
 
-    bases: path -> the layer under the adapter. Weights that another module uses too (a tied embedding) are left out, and so
-    is a weight that is itself that form.
+    bases: path -> the layer under the adapter. The map excludes weights that another module also uses (a tied embedding),
+    and weights that are themselves the other form.
     """
     info = methods().get(method)
     if info is None or not (instead := info.spec.replaces_weight):
@@ -42,16 +42,16 @@ def unused(method: str, adapted: Adapted, bases: Mapping[str, nn.Module]) -> dic
 
 
 def release(weights: Mapping[str, nn.Parameter]) -> None:
-    """Release the memory of these weights; the parameters stay, without elements."""
+    """Release the memory of these weights. The parameters stay, without elements."""
     for weight in weights.values():
         weight.data = weight.data.new_empty(0)
 
 
 class OffloadedWeights:
-    """Offloaded weights: from a CPU to a file, because its memory is measured, from a GPU to the host's memory.
+    """Weights that were moved from a CPU, whose memory is measured, to a file, or from a GPU to the host's memory.
 
-    folder: place for that file, which has no name and ends with this process. Raises OSError or RuntimeError if it cannot
-    be written; nothing is released then.
+    folder: for that file, which has no name and ends with this process. If it cannot be written, no weight is released, and
+    the constructor raises OSError or RuntimeError.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], folder: Path) -> None:
@@ -62,7 +62,7 @@ class OffloadedWeights:
         if any(device.type != "cpu" for device in self._devices.values()):
             self._copies = {path: weight.detach().cpu() for path, weight in weights.items()}
         elif weights:
-            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # it is read when everything is measured
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # `restore` reads it
             torch.save({path: weight.detach() for path, weight in weights.items()}, self._file)
         release(weights)
 

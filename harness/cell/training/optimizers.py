@@ -1,4 +1,4 @@
-"""The optimizer of a Cell: its class, groups and schedule, and its description for the Record."""
+"""The optimizer of a Cell: its class, groups and schedule, float32 master weights, and its description for the Record."""
 
 from __future__ import annotations
 
@@ -13,16 +13,83 @@ import harness.kernels.torch.optimizers.adamw8bit
 import harness.kernels.torch.optimizers.paged
 import reference.operations.adamw8bit
 import reference.operations.paged
-from harness.cell.training.master_weights import SIXTEEN_BIT, MasterWeights
 from harness.errors import Unsupported, UsageError
 from harness.methods.spec import Adapted
 from harness.records.record import Json, Optimizer, Training
 from reference.shared.layerwise import Layerwise
 
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+FIRST_LOSS_SCALE = 2.0**10
+"""A power of two, so that scaling does not round. With it, float16 represents gradients down to 6e-11."""
+
+
+class MasterWeights(torch.optim.Optimizer):
+    """An optimizer over float32 copies (masters) of its parameters. After each step the parameters are the rounded masters.
+
+    In float16, AdamW's eps of 1e-8 and the square of a small gradient are 0; in bfloat16, rounding removes a step of a
+    thousandth of a weight. Float32 masters, as in mixed-precision training, avoid both. The masters adopt values that other
+    code writes to a parameter between two steps. `state` includes the masters, so that the memory ledger counts them.
+
+    inner: a new optimizer over the parameters; it steps the masters from now on. `loss_scale` multiplies the loss before
+    its backward pass and divides gradients; it is 1 if no parameter is float16 (`scales` is False). `lower_loss_scale`
+    halves it. It never grows, which keeps runs simple.
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__([dict(group) for group in inner.param_groups], dict(inner.defaults))
+        self.inner = inner
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        for group, masters in zip(self.param_groups, inner.param_groups, strict=True):
+            masters["params"] = [_master(p) for p in group["params"]]
+            self._pairs += zip(group["params"], masters["params"], strict=True)
+        self.scales = any(p.dtype == torch.float16 for p, _ in self._pairs)
+        self.loss_scale = FIRST_LOSS_SCALE if self.scales else 1.0
+
+    def master_of(self, parameter: Tensor) -> Tensor:
+        """Return the master of a parameter, which shows steps that are too small for 16 bits."""
+        return next((m.detach() for p, m in self._pairs if p is parameter), parameter.detach())
+
+    def lower_loss_scale(self) -> bool:
+        """If a gradient is infinite or NaN and the loss scale is above 1, halve the scale and return True."""
+        finite = [p.grad.isfinite().all() for p, _ in self._pairs if p.grad is not None]
+        if self.loss_scale == 1.0 or not finite or bool(torch.stack(finite).all()):  # waits once for a GPU
+            return False
+        self.loss_scale /= 2
+        return True
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """Return a parameter's gradient in float32, divided by the loss scale."""
+        return None if parameter.grad is None else _wide(parameter.grad) / self.loss_scale
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Take one step; `closure` is not used."""
+        for group, masters in zip(self.param_groups, self.inner.param_groups, strict=True):
+            masters["lr"] = group["lr"]  # the schedule writes to the outer groups
+        stepped = [(p, master) for p, master in self._pairs if p.grad is not None]
+        for p, master in stepped:
+            master.grad = self.gradient(p)
+            master.copy_(torch.where(p == master.to(p.dtype), master, p))  # else p was written to since the last step
+        self.inner.step()
+        for p, master in stepped:
+            p.copy_(master)
+            master.grad = None
+        for p, master in stepped if self.state else self._pairs:
+            self.state[p] = {"master": master, **self.inner.state[master]}
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in SIXTEEN_BIT else tensor
+
+
+def _master(parameter: Tensor) -> Tensor:
+    return _wide(parameter.detach()).clone().requires_grad_(True)
+
+
 BETAS, EPS = (0.9, 0.999), 1e-8
-"""AdamW's, as in its paper and as torch's defaults; set here, so that no release of torch changes them unnoticed."""
+"""Those of AdamW's paper and torch's defaults; set here, so that a release of torch cannot change them unnoticed."""
 PAGE_BUDGET_B = 0
-"""Bytes of paged states that stay on the device between two steps: none, where paging saves most and costs most."""
+"""Bytes of paged states that stay on the device between two steps: none, which saves and costs most."""
 _OURS = (harness.kernels.torch.optimizers.adamw8bit.AdamW8bit, harness.kernels.torch.optimizers.paged.Paged)
 _REFERENCES = (reference.operations.adamw8bit.AdamW8bit, reference.operations.paged.Paged)
 
@@ -37,33 +104,32 @@ def make(
     """Return the optimizer over adapter and head, and its schedule: linear warm-up, then linearly down to zero.
 
     It is the result of `build`, with float32 master weights if a trained tensor is float16 or bfloat16; or the Method's own
-    optimizer with the head added, its moments in 8 bits for `adamw-8bit`. That one steps bfloat16 weights directly, as
-    GaLore's paper does to save memory. In float16, which cannot represent second moments, it has float32 masters too.
+    optimizer, which also steps the head, with moments in 8 bits for `adamw-8bit`. The latter steps bfloat16 weights
+    directly, as GaLore's paper does to save memory. In float16, which cannot represent second moments, it has float32
+    masters too.
 
-    Raises UsageError if nothing trains, and if the Method cannot use `name` or `lr_ratio`; and Unsupported if an
+    Raises UsageError if nothing trains, or if the Method cannot use `name` or `lr_ratio`; and Unsupported if an
     implementation's own optimizer has no moments in 8 bits.
     """
     heads = {id(p) for p in head}
     body = [p for p in adapted.parameters() if id(p) not in heads]
     if not body and not head:
-        raise UsageError(
-            "nothing of this model trains: the method adds no tensors, and a causal model has no head to train",
-            hint="write `training: {steps: 0}`, or choose a method that trains",
-        )
+        what = "nothing of this model trains: the method adds no tensors, and a causal model has no head to train"
+        raise UsageError(what, hint="write `training: {steps: 0}`, or choose a method that trains")
     head_lr = recipe.lr if recipe.head_lr is None else recipe.head_lr
     of_head: list[dict[str, Any]] = [{"params": list(head), "lr": head_lr}] if head else []
     own = _own(adapted, recipe, name)
     if own is None:
         groups = [*_of_body(adapted, body, recipe), *of_head]
         optimizer = build(name, implementation, groups, recipe.lr, recipe.weight_decay)
-        lacking = {*SIXTEEN_BIT}  # in float32 and float64 nothing is gained by a second copy
+        lacking = {*SIXTEEN_BIT}  # a second copy of float32 and float64 would be useless
     else:
         if name.startswith("paged-") or recipe.lr_ratio != 1:
             problem = (
                 f"a paged `optimizer` or `lr_ratio` was chosen, and this method steps by {type(own).__name__}, its own"
             )
             raise UsageError(problem, hint="write `optimizer: adamw` or `adamw-8bit`, and leave `lr_ratio` out")
-        for group in of_head:  # a Method's own optimizer has its own tensors only
+        for group in of_head:  # a Method's own optimizer has only the Method's tensors
             own.add_param_group(group)
         optimizer, lacking = own, {torch.float16}
     if lacking & {p.dtype for p in (*body, *head)}:
@@ -101,7 +167,7 @@ def layerwise(optimizer: torch.optim.Optimizer, recipe: Training) -> Layerwise |
         raise UsageError(problem, hint="write `accumulate: 1`")
     if isinstance(optimizer, MasterWeights) and optimizer.scales:
         problem = (
-            "`layerwise` frees each gradient before the others are there, and the loss scale of float16 needs them all"
+            "`layerwise` frees each gradient before the others exist, and the loss scale of float16 needs them all"
         )
         raise UsageError(problem, hint="write `dtype: bfloat16`")
     return Layerwise(optimizer, gradient_of(optimizer))
@@ -115,9 +181,10 @@ def gradient_of(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], Tensor |
 def build(name: Optimizer, implementation: str, groups: Any, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """Return a new optimizer over `groups`.
 
-    `adamw` is torch's for every Cell. With moments of 8 bits, and paged, it is the reference's for a Cell of `reference` and
-    ours (harness/kernels) for any other: the provider of the layers must not select the optimizer, or two implementations
-    would differ in more than their layers. So bitsandbytes' optimizers are checked as Operations, and step no Cell.
+    `adamw` is always torch's. Optimizers with 8-bit moments or paged states are the reference's for Cells of
+    `reference`, and ours (harness/kernels) for all others: if the provider of the layers selected the optimizer, two
+    implementations would differ in more than their layers. So bitsandbytes' optimizers are checked as Operations, but
+    step no Cell.
     """
     AdamW8bit, Paged = _REFERENCES if implementation == "reference" else _OURS
     kind = AdamW8bit if name.endswith("-8bit") else torch.optim.AdamW
@@ -126,7 +193,7 @@ def build(name: Optimizer, implementation: str, groups: Any, lr: float, weight_d
 
 
 def _of_body(adapted: Adapted, body: Sequence[nn.Parameter], recipe: Training) -> list[dict[str, Any]]:
-    """Return the groups of the Method's tensors; with LoRA+ its factors B have a group of their own."""
+    """Return the groups of the Method's tensors; with LoRA+ the factors B are a separate group."""
     if recipe.lr_ratio == 1:
         return [{"params": list(body), "lr": recipe.lr}] if body else []
     faster = {id(tensor) for name, tensor in adapted.tensors().items() if name.rpartition(".")[2] == "B"}
@@ -163,26 +230,22 @@ def stored_value(parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
 
 
 def notes(optimizer: torch.optim.Optimizer) -> list[str]:
-    """Return sentences for the Record: on arithmetic in 16 bits, on states in 8 bits, and on paged states."""
-    sentences, states = [_of_halves(optimizer)], optimizer.state.values()
-    narrow = sum(any(_is(value, torch.uint8) for value in state.values()) for state in states)
-    if _has_codes(optimizer) and states:
+    """Return sentences for the Record about arithmetic in 16 bits, states in 8 bits, and paged states."""
+    sentences, states = [_note_on_16_bits(optimizer)], optimizer.state.values()
+    narrow = sum(any(isinstance(v, Tensor) and v.dtype == torch.uint8 for v in state.values()) for state in states)
+    if _has_8bit_moments(optimizer) and states:
         share = f"{narrow} of {len(states)} tensors that train"
         sentences.append(f"{share} have moments in 8 bits; those of fewer than 4096 elements have theirs in 32")
     if (paging := _paging(optimizer)) is not None and states:
         count = len(paging.where())
-        vain = "; on a CPU they move from memory to memory, which takes time and saves nothing"
+        useless = "; on a CPU they move from memory to memory, which takes time and saves nothing"
         on_cpu = all(p.device.type == "cpu" for group in optimizer.param_groups for p in group["params"])
         share = f"states of {count} of {len(states)} tensors that train were paged, those of at least 100,000 elements"
-        sentences.append(share + (vain if count and on_cpu else ""))
+        sentences.append(share + (useless if count and on_cpu else ""))
     return [sentence for sentence in sentences if sentence]
 
 
-def _is(value: object, dtype: torch.dtype) -> bool:
-    return isinstance(value, Tensor) and value.dtype == dtype
-
-
-def _of_halves(optimizer: torch.optim.Optimizer) -> str:
+def _note_on_16_bits(optimizer: torch.optim.Optimizer) -> str:
     name = type(_stepping(optimizer)).__name__
     if not isinstance(optimizer, MasterWeights):
         halves = {p.dtype for group in optimizer.param_groups for p in group["params"]} & {*SIXTEEN_BIT}
@@ -190,12 +253,12 @@ def _of_halves(optimizer: torch.optim.Optimizer) -> str:
             f"{name}, the Method's own, updates 16-bit weights directly: rounding drops small steps" if halves else ""
         )
     scaled = f", and the loss was scaled by {optimizer.loss_scale:g} for its backward pass" if optimizer.scales else ""
-    stored = "master weights" if _has_codes(optimizer) else "master weights and moments"
+    stored = "master weights" if _has_8bit_moments(optimizer) else "master weights and moments"
     return f"{name} stored float32 {stored} for the trained 16-bit tensors{scaled}"
 
 
 def _chain(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """Return an optimizer and those inside it: masters, then paging, and last the one that computes the steps."""
+    """Return an optimizer and those inside it: masters, paging, and last the one that computes the steps."""
     inner = getattr(optimizer, "inner", None)
     return [optimizer, *(_chain(inner) if isinstance(inner, torch.optim.Optimizer) else [])]
 
@@ -208,7 +271,7 @@ def _paging(optimizer: torch.optim.Optimizer) -> Any:
     return next((one for one in _chain(optimizer) if isinstance(one, (_OURS[1], _REFERENCES[1]))), None)
 
 
-def _has_codes(optimizer: torch.optim.Optimizer) -> bool:
+def _has_8bit_moments(optimizer: torch.optim.Optimizer) -> bool:
     stepping = _stepping(optimizer)
     return isinstance(stepping, (_OURS[0], _REFERENCES[0])) or any(g.get("bits") == 8 for g in stepping.param_groups)
 

@@ -1,7 +1,7 @@
-"""A model of random weights from its config.json alone: built without weights, which it gets block by block.
+"""Build a model from its config.json without weights, and then draw random weights block by block.
 
-A block (an entry of the model's list of layers) has all its weights before the next one has any, so that code that packs
-it in between never holds the whole model in 16 bits.
+A block (an entry of the model's list of layers) gets all its weights before the next block gets any. So the blocks can be
+packed one by one, and the whole model never exists in 16 bits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from harness.assets import shapes, structure
 from harness.errors import AssetError
 
 SEED = 0
-"""Seed of the weights, independent of the Cell's: all Cells of a shape start from the same numbers."""
+"""Seed of the weights. It does not depend on the Cell's seed, so all Cells of a shape start with equal weights."""
 NOTE = (
     f"the weights are random (seed {SEED}, the spread of the model's own initialiser), because only a shape was named: "
     "memory and speed are those of the shape, losses and texts mean nothing, and no accuracy was measured"
@@ -29,7 +29,7 @@ _REST = "the rest"
 
 
 def build(folder: Path, dtype: torch.dtype, kind: str = "causal", labels: int = 0) -> Any:
-    """Return the model of `folder`/config.json on the meta device: every layer, no weights.
+    """Return the model of `folder`/config.json on the meta device: all layers, no weights.
 
     labels: classes of an encoder's head. Raises AssetError if transformers has no model of this kind for the config.
     """
@@ -38,35 +38,33 @@ def build(folder: Path, dtype: torch.dtype, kind: str = "causal", labels: int = 
         return structure.build(shapes.with_classes(facts, labels) if kind == "encoder" else facts, kind, dtype)
     except (KeyError, ValueError) as error:
         what = "encoder with a classification head" if kind == "encoder" else "causal model"
-        raise AssetError(
-            f"no {what} can be made of it: {error}",
-            where=str(folder / "config.json"),
-            hint="correct `model_type`, or check the version of transformers",
-        ) from error
+        what = f"no {what} can be made of it: {error}"
+        hint = "correct `model_type`, or check the version of transformers"
+        raise AssetError(what, where=str(folder / "config.json"), hint=hint) from error
 
 
 def drawn(model: Any, device: torch.device) -> Iterator[set[str]]:
-    """Give a model on the meta device its weights, part by part; yield the paths of the modules that just got theirs.
+    """Draw the weights of a model on the meta device, part by part, and yield the paths of the modules of each part.
 
-    First the modules outside the blocks, then one block after the other. Each part is drawn on `device` from its own seed,
-    by the model's initialiser for training from scratch: with its spread nothing overflows in 16 bits.
-    Raises AssetError for a weight that the initialiser leaves unset.
+    The first part has the modules outside the blocks; then each block is a part. Each part has its own seed, and uses the
+    model's initialiser for training from scratch on `device`: its spread avoids overflow in 16 bits. Raises AssetError for
+    a weight that the initialiser does not set.
     """
     parts: dict[str, dict[str, nn.Module]] = {_REST: {}}
-    blocks = _blocks(model)
+    blocks = [f"{path}.{name}" for path, m in outermost_lists(model).items() for name, _ in m.named_children()]
     for path, module in model.named_modules():
         block = next((b for b in blocks if path == b or path.startswith(f"{b}.")), _REST)
         parts.setdefault(block, {})[path] = module
-    # Only weights that several modules share are referenced here: others must be freed once they are packed.
+    # Only shared weights are referenced here. Others must be freed once they are packed.
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     homes: dict[int, nn.Parameter | None] = {key: None for key, count in uses.items() if count > 1}
     for part in list(parts):
         _draw(model, part, parts[part], device, homes)
-        yield set(parts.pop(part))  # no reference to the layers: they are packed next
+        yield set(parts.pop(part))  # without references to the layers, which are packed next
 
 
 def draw(model: Any, device: torch.device) -> None:
-    """Give a model on the meta device all its weights. Raises AssetError as `drawn` does."""
+    """Draw all weights of a model on the meta device. Raises AssetError like `drawn`."""
     for _ in drawn(model, device):
         pass
 
@@ -93,20 +91,16 @@ def _draw(
     for path, module in modules.items():
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if tensor.is_floating_point() and bool(tensor.isnan().any()):
-                raise AssetError(
-                    f"{type(model).__name__} has no initialiser for {path}.{name}, so its shape cannot be filled",
-                    where="phase load",
-                    hint="name a model with weights",
-                )
+                what = f"{type(model).__name__} has no initialiser for {path}.{name}, so its shape cannot be filled"
+                raise AssetError(what, where="phase load", hint="name a model with weights")
 
 
 def _unset(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor of this shape that shows if it is never set: NaN, or zero for integers."""
+    """Return a tensor of this shape with NaN, which shows a missing initialisation, or zeros for integers."""
     return torch.full_like(tensor, torch.nan if tensor.is_floating_point() else 0, device=device)
 
 
-def _blocks(model: nn.Module) -> list[str]:
-    """List the paths of the entries of the model's outermost lists of modules."""
-    lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    outer = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
-    return [f"{path}.{name}" for path in outer for name, _ in model.get_submodule(path).named_children()]
+def outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Map paths to the ModuleLists of a model that are not inside another one."""
+    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    return {path: m for path, m in lists.items() if not any(path.startswith(f"{other}.") for other in lists)}

@@ -7,6 +7,7 @@ from collections import Counter
 from fractions import Fraction
 from typing import Any, Literal
 
+from harness.claims import attached_model
 from harness.claims.measure import MeasureResult, Model, Positive, measure
 
 
@@ -16,19 +17,16 @@ def kept_parameters(model: Model, targets: list[str], rank: Positive, budget: Po
 
     rank: triplets of a layer before pruning. A triplet consists of its lambda and two vectors.
     """
-    from harness.claims import attached_model
-
+    config = {"rank": 1, "target_rank": 1, "targets": targets}
     sizes: Counter[str] = Counter()
-    for name, shape in attached_model.trained(
-        model, "adalora", {"rank": 1, "target_rank": 1, "targets": targets}, {}
-    ).items():
+    for name, shape in attached_model.trained(model, "adalora", config, {}).items():
         sizes[name.rpartition(".")[0]] += math.prod(shape)
     triplets = sorted(size for size in sizes.values() for _ in range(rank))
     if budget > len(triplets):
         raise ValueError(f"a budget of {budget} exceeds the {len(triplets)} initial triplets; raise `rank`")
     least, most = sum(triplets[:budget]), sum(triplets[-budget:])
-    layers = " and ".join(f"{number} of {size:,}" for size, number in sorted(Counter(sizes.values()).items()))
-    how = f"{budget} triplets, at most {rank} of a layer; a triplet of the layers is {layers}: {least:,} to {most:,}"
+    layers = " and ".join(f"{size:,} in {number} layers" for size, number in sorted(Counter(sizes.values()).items()))
+    how = f"{budget} triplets, at most {rank} per layer; a triplet has {layers}: {least:,} to {most:,}"
     return MeasureResult(least, how, most)
 
 
@@ -81,9 +79,8 @@ def budget_only_falls(
     b = [budget(t, config, layers) for t in range(config.total_steps + 1)]
     warm, last = set(b[: t_i + 1]), set(b[config.total_steps - t_f :])
     holds = warm == {rank * layers} and last == {target_rank * layers} and b == sorted(b, reverse=True)
-    return MeasureResult(
-        holds, f"{b[0]} until step {t_i:,}, {b[-1]} from step {len(b) - 1 - t_f:,} of {len(b) - 1:,} on"
-    )
+    steps = len(b) - 1
+    return MeasureResult(holds, f"{b[0]} until step {t_i:,}, {b[-1]} after step {steps - t_f:,} of {steps:,}")
 
 
 @measure("property")
@@ -108,10 +105,9 @@ def regularizer_is_eq_4(form: Literal["mean-norm", "squared-sum"]) -> MeasureRes
 
     single, double = ([_layer(seed, dtype) for seed in (0, 1)] for dtype in ("float32", "float64"))
     have, truth = orthogonality(single, form).detach(), by_traces(double)
-    found = noise_floor({"R": have}, {"R": truth}, {"R": by_traces(single)}, "float32")
-    return MeasureResult(
-        found.passed, f"two layers of rank 4: eq. 4 gives {truth.item():.6g}, `{form}` {have.item():.6g}"
-    )
+    judged = noise_floor({"R": have}, {"R": truth}, {"R": by_traces(single)}, "float32")
+    how = f"two layers of rank 4: eq. 4 gives {truth.item():.6g}, `{form}` gives {have.item():.6g}"
+    return MeasureResult(judged.passed, how)
 
 
 @measure("property")
@@ -123,14 +119,13 @@ def scored_weights_are(weights: Literal["before", "after"]) -> MeasureResult:
     _descend(adapted, layer)
     before = {name: tensor.detach().clone() for name, tensor in layer.tensors().items()}
     _descend(adapted, layer)
-    taken = before if weights == "before" else layer.tensors()
+    chosen = before if weights == "before" else layer.tensors()
     adapted.after_step(1)
-    # In the same order of operations, so that the bits are equal.
-    expected = {name: (1 - adapted.config.beta1) * (taken[name] * t.grad).abs() for name, t in layer.tensors().items()}
+    # The order of operations is that of the reference, so the bits are equal.
+    expected = {name: (1 - adapted.config.beta1) * (chosen[name] * t.grad).abs() for name, t in layer.tensors().items()}
     holds = all(torch.equal(expected[name], layer.get_buffer(f"exp_avg_ipt_{name}")) for name in expected)
-    return MeasureResult(
-        holds, f"after one step the average of |w dL/dw| is {'' if holds else 'not '}that of the w {weights} it"
-    )
+    how = f"the average of |w dL/dw| after one step is {'' if holds else 'not '}that of the weights {weights} the step"
+    return MeasureResult(holds, how)
 
 
 @measure("property")
@@ -145,12 +140,12 @@ def pruned_triplets_recover() -> MeasureResult:
     _descend(adapted, layer)
     vectors = {name: layer.tensors()[name].detach().clone() for name in ("A", "B")}
     adapted.after_step(adapted.config.delta_t)
-    kept, untouched = int((layer.E != 0).sum()), all(torch.equal(t, layer.tensors()[n]) for n, t in vectors.items())
+    nonzero, unchanged = int((layer.E != 0).sum()), all(torch.equal(t, layer.tensors()[n]) for n, t in vectors.items())
     _descend(adapted, layer)
     adapted.after_step(adapted.config.delta_t + 1)
     grown = int((layer.E != 0).sum())
-    how = f"of {len(layer.E)} lambdas pruning leaves {kept}, and the next step has {grown} again; the vectors are "
-    return MeasureResult(kept < grown == len(layer.E) and untouched, how + ("untouched" if untouched else "changed"))
+    how = f"nonzero lambdas of {len(layer.E)}: {nonzero} after pruning, {grown} after the next step; the vectors are "
+    return MeasureResult(nonzero < grown == len(layer.E) and unchanged, how + ("unchanged" if unchanged else "changed"))
 
 
 @measure("property")
@@ -166,9 +161,9 @@ def keeps_exactly(rule: Literal["reference", "kthvalue"]) -> MeasureResult:
     scores, budget = torch.tensor([3.0, 1.0, 1.0, 1.0, 1.0, 2.0, 0.5, 1.0]), 4
     least = torch.kthvalue(scores, len(scores) - budget).values
     mask = largest_mask(scores, budget) if rule == "reference" else scores > least
-    return MeasureResult(
-        int(mask.sum()) == budget, f"of 8 triplets, 5 of them with one score, {int(mask.sum())} are kept of {budget}"
-    )
+    remaining = int(mask.sum())
+    how = f"8 triplets, 5 with equal scores: {remaining} remain for a budget of {budget}"
+    return MeasureResult(remaining == budget, how)
 
 
 def _config(examples: int, batch: int, epochs: int, t_i: int, t_f: int, rank: int, target_rank: int) -> Any:
@@ -176,7 +171,9 @@ def _config(examples: int, batch: int, epochs: int, t_i: int, t_f: int, rank: in
 
     steps = -(-examples // batch) * epochs
     if t_i + t_f >= steps:
-        raise ValueError(f"t_i {t_i:,} + t_f {t_f:,} leave no step of {steps:,} for pruning; see `epochs` and `batch`")
+        raise ValueError(
+            f"t_i {t_i:,} + t_f {t_f:,} leave no step of {steps:,} for pruning; check `epochs` and `batch`"
+        )
     return Config(rank=rank, target_rank=target_rank, total_steps=steps, tinit=t_i, tfinal=t_f)
 
 

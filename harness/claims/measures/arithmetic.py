@@ -1,40 +1,51 @@
-"""Measures: arithmetic with printed numbers or results of other measures. No torch."""
+"""Measures: arithmetic with printed numbers or results of other measures. No torch.
+
+`last` is a unit in the last digit of the coarsest printed figure among the arguments; 0 if they are exact.
+"""
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
+from typing import Any
 
-from harness.claims.measure import Count, Counts, MeasureResult, Quantity, Sizes, measure
+from harness.claims.interval import ONE, ZERO, Interval
+from harness.claims.measure import Count, Counts, MeasureResult, Quantities, Quantity, Sizes, measure
 
 
 @measure("ratio")
 def ratio(of: Quantity, to: Quantity, last: Quantity = Fraction(0)) -> MeasureResult:
     """The ratio `of` / `to`. last: for printed figures, a unit in the last digit of the coarser one."""
-    return MeasureResult(of / to, f"{written(of)} / {written(to)}", within=quotients(of, to, last) if last else None)
+    return quotient(of, to, last).from_printed(f"{written(of)} / {written(to)}")
 
 
 @measure("share")
 def share(of: Quantity, to: Quantity, last: Quantity = Fraction(0)) -> MeasureResult:
     """`of` as a share of `to`. last: for printed figures, a unit in the last digit of the coarser one."""
-    return MeasureResult(of / to, f"{written(of)} / {written(to)}", within=quotients(of, to, last) if last else None)
+    return ratio(of, to, last)
 
 
 @measure("share")
 def share_less(of: Quantity, than: Quantity, last: Quantity = Fraction(0)) -> MeasureResult:
     """Relative reduction of `of` from `than`. last: for printed figures, a unit in the last digit of the coarser one."""
-    least, most = quotients(of, than, last)
-    return MeasureResult(
-        1 - of / than, f"1 - {written(of)} / {written(than)}", within=(1 - most, 1 - least) if last else None
-    )
+    return (ONE - quotient(of, than, last)).from_printed(f"1 - {written(of)} / {written(than)}")
 
 
 @measure("share")
 def share_more(of: Quantity, than: Quantity, last: Quantity = Fraction(0)) -> MeasureResult:
     """Relative increase of `of` over `than`. last: for printed figures, a unit in the last digit of the coarser one."""
-    least, most = quotients(of, than, last)
-    return MeasureResult(
-        of / than - 1, f"{written(of)} / {written(than)} - 1", within=(least - 1, most - 1) if last else None
-    )
+    return (quotient(of, than, last) - ONE).from_printed(f"{written(of)} / {written(than)} - 1")
+
+
+@measure("share")
+def most_share_less(of: Quantities, than: Quantities, last: Quantity = Fraction(0)) -> MeasureResult:
+    """Largest relative reduction of an element of `of` from the element of `than` at its position, as in `up to`.
+
+    last: for printed figures, a unit in the last digit of the coarsest one; for sums, multiplied by the number of terms.
+    """
+    shares = [ONE - quotient(one, other, last) for one, other in zip(of, than, strict=True)]
+    largest = Interval(*(max(getattr(one, end) for one in shares) for end in ("value", "least", "most")))
+    return largest.from_printed(f"the largest of {', '.join(f'{float(100 * one.value):.4g}%' for one in shares)}")
 
 
 @measure("count")
@@ -46,19 +57,14 @@ def count_sum(of: Counts) -> MeasureResult:
 @measure("count")
 def count_product(of: Counts) -> MeasureResult:
     """The product of counts."""
-    product = Fraction(1)
-    for one in of:
-        product *= one
-    return MeasureResult(product, " x ".join(map(written, of)))
+    return MeasureResult(math.prod(of, start=Fraction(1)), " x ".join(map(written, of)))
 
 
 @measure("bytes")
 def bytes_sum(of: Sizes, last: Quantity = Fraction(0)) -> MeasureResult:
     """The sum of bytes. last: for printed figures, a unit in the last digit of the coarsest one."""
-    found = sum(of, Fraction(0))
-    half = len(of) * last / 2  # half a last digit of each
-    within = (found - half, found + half) if last else None
-    return MeasureResult(found, " + ".join(f"{written(one)} B" for one in of), within=within)
+    found = sum((Interval.printed(one, last) for one in of), ZERO)
+    return found.from_printed(" + ".join(f"{written(one)} B" for one in of))
 
 
 @measure("bytes")
@@ -67,19 +73,41 @@ def bytes_of(count: Count, each: Quantity) -> MeasureResult:
     return MeasureResult(count * each, f"{written(count)} x {written(each)} B")
 
 
+@measure("bytes")
+def bytes_saved(of: Quantity, than: Quantity) -> MeasureResult:
+    """Bytes by which `of` is less than `than`."""
+    return MeasureResult(than - of, f"{written(than)} B - {written(of)} B")
+
+
 @measure("number")
 def difference(of: Quantity, less: Quantity, last: Quantity = Fraction(0)) -> MeasureResult:
     """`of` - `less`. last: for printed figures, a unit in the last digit of the coarser one."""
-    found = of - less  # half a last digit of each
-    return MeasureResult(
-        found, f"{written(of)} - {written(less)}", within=(found - last, found + last) if last else None
-    )
+    found = Interval.printed(of, last) - Interval.printed(less, last)
+    return found.from_printed(f"{written(of)} - {written(less)}")
 
 
-def quotients(of: Fraction, to: Fraction, last: Fraction) -> tuple[Fraction, Fraction]:
-    """Return the range of `of / to` for positive numbers rounded to `last`."""
-    half = last / 2
-    return (of - half) / (to + half), (of + half) / (to - half)
+@measure("number")
+def mean(of: Quantities, last: Quantity = Fraction(0)) -> MeasureResult:
+    """The unweighted mean of numbers. last: for printed figures, a unit in the last digit of the coarsest one."""
+    found = Interval.printed(sum(of, Fraction(0)) / len(of), last)
+    return found.from_printed(f"({' + '.join(map(written, of))}) / {len(of)}")
+
+
+@measure("number")
+def mean_score(of: list[Any], last: Quantity) -> MeasureResult:
+    """The mean of printed scores; a list among them, e.g. accuracy and F1 of one task, counts as its own mean.
+
+    last: a unit in the last digit of the scores, 0.1 or 0.01.
+    """
+    tasks = [one if isinstance(one, list) else [one] for one in of]
+    scores = [sum((Fraction(str(score)) for score in task), Fraction(0)) / len(task) for task in tasks]
+    found = Interval.printed(sum(scores, Fraction(0)) / len(scores), last)
+    return found.from_printed(f"({' + '.join(f'{float(one):g}' for one in scores)}) / {len(scores)}")
+
+
+def quotient(of: Fraction, to: Fraction, last: Fraction) -> Interval:
+    """Return `of / to` for positive numbers rounded to `last`."""
+    return Interval.printed(of, last) / Interval.printed(to, last)
 
 
 def written(value: Fraction) -> str:

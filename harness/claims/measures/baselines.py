@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from harness.claims import attached_model
 from harness.claims.measure import MeasureResult, Model, Positive, Quantity, measure
 from harness.claims.measures.arithmetic import written
 from harness.claims.sums import summed
 
 Sides = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 """The sides of a matrix, e.g. `[1024, 4096]`."""
-_TELLING = 5
-"""A rank is fitted only if at most one in so many figures has a whole rank that gives it."""
+_MIN_STEP = 5
+"""A rank is fitted only if one more rank changes a figure by at least this many units of its last digit."""
 
 
 @measure("share")
 def added_share(of: Quantity, model: Model, whole: Literal["base", "base+adapter"] = "base+adapter") -> MeasureResult:
     """Parameters added to a model, as a share of the model (`base`), or of model and added ones (`base+adapter`)."""
-    from harness.claims import attached_model
-
-    base = sum(p.numel() for p in attached_model.parameters(model).values())
-    return MeasureResult(
-        of / (base + of * (whole != "base")), f"{written(of)} / ({base:,}{' + it' * (whole != 'base')})"
-    )
+    base = attached_model.parameter_count(model)
+    if whole == "base":
+        return MeasureResult(of / base, f"{written(of)} / {base:,}")
+    return MeasureResult(of / (base + of), f"{written(of)} / ({base:,} + {written(of)})")
 
 
 @measure("count")
@@ -35,8 +33,7 @@ def prefixes(model: Model, tokens: Positive, before: list[str] = ["k_proj", "v_p
 
     before: last parts of the paths of the layers that compute these, whose outputs give the length of the vectors.
     """
-    sizes: Counter[tuple[int, ...]] = Counter((tokens, layer.out_features) for layer in _layers(model, before))
-    return summed(sizes)
+    return summed((tokens, layer.out_features) for layer in _layers(model, before))
 
 
 @measure("count")
@@ -52,19 +49,15 @@ def bottlenecks(
         raise ValueError("`bottlenecks` needs `after` or `beside`")
     ends = [(layer.out_features, layer.out_features) for layer in _layers(model, after)]
     ends += [(layer.in_features, layer.out_features) for layer in _layers(model, beside)]
-    sizes: Counter[tuple[int, ...]] = Counter()
-    for first, last in ends:
-        sizes.update([(size, first), (last, size), *([(size,), (last,)] if bias else [])])
-    return summed(sizes)
+    biases = [width for _, last in ends for width in (size, last)] if bias else []
+    return summed([*((size, first) for first, _ in ends), *((last, size) for _, last in ends), *((b,) for b in biases)])
 
 
 @measure("count")
 def linear_layers(sides: list[Sides], bias: bool = True) -> MeasureResult:
     """Parameters of linear layers of these sides (in, out), with or without biases."""
-    sizes: Counter[tuple[int, ...]] = Counter()
-    for inputs, outputs in sides:
-        sizes.update([(inputs, outputs), *([(outputs,)] if bias else [])])
-    return summed(sizes)
+    weights = [(inputs, outputs) for inputs, outputs in sides]
+    return summed([*weights, *((outputs,) for _, outputs in weights if bias)])
 
 
 @measure("count")
@@ -103,18 +96,17 @@ def of_some(start: Fraction, step: Fraction, to: Fraction, last: Fraction, fitte
     nearest = max(1, round((to - start) / step))
     value = start + nearest * step
     before = f"{written(start)} + " if start else ""
-    if fitted and step < _TELLING * last:
-        why = f"one more {what} is {written(step)}, less than {_TELLING} x {written(last)}: nearly any figure has one near"
+    if fitted and step < _MIN_STEP * last:
+        why = f"one more {what} is {written(step)}, less than {_MIN_STEP} x {written(last)}; nearly any figure has one"
         raise ValueError(why)
     gives = abs(value - to) * 2 <= last or 0 <= value - to < last  # rounded, or its digits cut
     if fitted or not gives:
         return MeasureResult(value, f"{what} {nearest}: {before}{nearest} x {written(step)}")
-    how = f"{what} 1 to {nearest + 1}, which is not printed: {before}{written(step)} for each"
+    how = f"{what} 1 to {nearest + 1}; the paper does not print it: {before}{written(step)} for each"
     return MeasureResult(start + step, how, most=value + step)
 
 
 def _layers(model: str, names: list[str] | None) -> list[Any]:
-    from harness.claims import attached_model
     from reference.shared import layers
 
     return list(layers.targets(attached_model.model(model), names).values()) if names else []

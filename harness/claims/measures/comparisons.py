@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from itertools import pairwise
 
 from harness.claims.measure import MeasureResult, Quantities, Quantity, measure
 from harness.claims.measures.arithmetic import written
-
-
-@measure("number")
-def mean(of: Quantities, last: Quantity = Fraction(0)) -> MeasureResult:
-    """The unweighted mean of numbers. last: for printed figures, a unit in the last digit of the coarsest one."""
-    found = sum(of, Fraction(0)) / len(of)
-    within = (found - last / 2, found + last / 2) if last else None
-    return MeasureResult(found, f"({' + '.join(map(written, of))}) / {len(of)}", within=within)
 
 
 @measure("count")
@@ -24,15 +15,28 @@ def wins(of: Quantities, over: Quantities) -> MeasureResult:
     Raises ValueError for lists of different lengths.
     """
     if len(of) != len(over):
-        raise ValueError(f"`of` has {len(of)} numbers and `over` {len(over)}; write as many in both")
+        raise ValueError(f"`of` has {len(of)} numbers and `over` has {len(over)}; write lists of equal length")
     pairs = list(zip(of, over, strict=True))
-    won = [f"{written(one)} > {written(other)}" for one, other in pairs if one > other]
-    lost = [f"{written(one)} <= {written(other)}" for one, other in pairs if one <= other]
-    return MeasureResult(len(won), "; ".join([*lost, f"{len(won)} of {len(pairs)} are larger"]))
+    not_larger = [f"{written(one)} <= {written(other)}" for one, other in pairs if one <= other]
+    count = len(pairs) - len(not_larger)
+    return MeasureResult(count, "; ".join([*not_larger, f"{count} of {len(pairs)} are larger"]))
 
 
 @measure("property")
 def increasing(of: Quantities) -> MeasureResult:
     """Check whether each number is larger than the previous one."""
-    rises = all(one < after for one, after in pairwise(of))
-    return MeasureResult(rises, ", ".join(map(written, of)))
+    return MeasureResult(all(one < after for one, after in pairwise(of)), ", ".join(map(written, of)))
+
+
+@measure("property")
+def falls_by(of: Quantity, to: Quantity, share: Quantity) -> MeasureResult:
+    """Check whether `to` is less than `of` by exactly this share of `of`, such as 2/3."""
+    less = 1 - to / of
+    shown = less if less.denominator < 100 else float(less)
+    return MeasureResult(less == share, f"1 - {written(to)} / {written(of)} = {shown}")
+
+
+@measure("number")
+def printed_elsewhere(figure: Quantity, place: str) -> MeasureResult:
+    """The figure that the paper prints for the same quantity in another place."""
+    return MeasureResult(figure, f"{written(figure)} in {place}")

@@ -14,7 +14,7 @@ def _check(name: str) -> str:
     from harness.conformance import checks
 
     if name not in (there := checks.docstrings()):
-        raise ValueError(f"no check is called `{name}`; {did_you_mean(name, there)}")
+        raise ValueError(f"unknown check `{name}`; {did_you_mean(name, there)}")
     return name
 
 
@@ -42,11 +42,10 @@ def conforms(method: Method, check: Check, implementation: str = "reference") ->
     results = [o.result for case in plan.cases(FEW, ["float32"]) for o in suite_run.run_case(one, plan, case)]
     tried = [r for r in results if r.outcome is not Outcome.SKIPPED]
     if not tried:
-        raise NotRunError(
-            f"a case of {method} that `{implementation}` offers: {results[0].detail if results else 'none'}"
-        )
+        why = results[0].detail if results else "its parity suite has no case in float32"
+        raise NotRunError(f"`{implementation}` offers no case of {method}: {why}")
     failed = [r for r in tried if r.outcome is Outcome.FAIL]
     shares = [r.error / r.allowed for r in tried if r.error is not None and r.allowed]
-    worst = f", the largest error {max(shares):.2g} of what is allowed" if shares else ""
+    worst = f", largest error {max(shares):.2g} of the tolerance" if shares else ""
     passed = f"{len(tried) - len(failed)} of {len(tried)} cases in float32 pass `{check}`{worst}"
     return MeasureResult(not failed, f"{passed}: {failed[0].detail}" if failed and failed[0].detail else passed)

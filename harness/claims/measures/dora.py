@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any, Literal
 
+from harness.claims import attached_model
 from harness.claims.measure import Config, MeasureResult, Method, Model, measure
 from harness.claims.sums import summed
 
@@ -16,15 +16,11 @@ _OUT, _IN, _RANK, _TOKENS = 24, 40, 4, 64
 def with_magnitudes(model: Model, method: Method, config: Config, magnitudes: list[str]) -> MeasureResult:
     """Trainable parameters of a Method for directions together with DoRA's magnitudes.
 
-    magnitudes: last parts of the paths of layers with magnitudes, as many as DoRA attaches. With `lora` this is DoRA, with
-    `vera` DVoRA.
+    magnitudes: last parts of the paths of layers with magnitudes. With `lora` this is DoRA, with `vera` DVoRA.
     """
-    from harness.claims import attached_model
-
-    directions = Counter(attached_model.trained(model, method, config, {}).values())
+    directions = attached_model.trained(model, method, config, {}).values()
     every = attached_model.trained(model, "dora", {"rank": 1, "targets": magnitudes}, {})
-    own = Counter(shape for name, shape in every.items() if name.endswith(".m"))
-    return summed(directions + own)
+    return summed([*directions, *(shape for name, shape in every.items() if name.endswith(".m"))])
 
 
 @measure("property")
@@ -32,7 +28,7 @@ def one_magnitude_per(axis: Literal["input", "output"]) -> MeasureResult:
     """Check whether a DoRA layer has, by default, one magnitude per input or per output."""
     have = len(_layer(_drawn("float64"), detach_norm=True).m)
     wanted = _IN if axis == "input" else _OUT
-    return MeasureResult(have == wanted, f"a layer of {_IN} inputs and {_OUT} outputs has {have} magnitudes")
+    return MeasureResult(have == wanted, f"a layer with {_IN} inputs and {_OUT} outputs has {have} magnitudes")
 
 
 @measure("property")
@@ -46,9 +42,8 @@ def gradient_is(equation: Literal["eq. 6", "eq. 11"], detach_norm: bool) -> Meas
     layer = _layer(drawn, detach_norm)
     (layer(drawn["x"]) * drawn["dy"]).sum().backward()
     have = {name: tensor.grad for name, tensor in layer.tensors().items()}
-    return _judged(
-        have, _by_equation(_drawn("float64"), equation), _by_equation(drawn, equation), "gradients of A, B and m"
-    )
+    truth, rounded = (_by_equation(tensors, equation) for tensors in (_drawn("float64"), drawn))
+    return _judged(have, truth, rounded, "gradients of A, B and m")
 
 
 @measure("property")
@@ -112,8 +107,8 @@ def _layer(drawn: dict[str, Any], detach_norm: bool) -> Any:
 def _judged(have: dict[str, Any], truth: dict[str, Any], rounded: dict[str, Any], what: str) -> MeasureResult:
     from harness.conformance.comparison.tolerance_policies import noise_floor
 
-    found = noise_floor(have, truth, rounded, "float32")
+    judged = noise_floor(have, truth, rounded, "float32")
+    of_layer = f"{what} of a {_OUT} x {_IN} layer"
     return MeasureResult(
-        found.passed, f"{what} of a {_OUT} x {_IN} layer: {found.tensor} is off by {found.error:.2g}, of which"
-        f" {found.allowed:.2g} is rounding"
-    )  # fmt: skip
+        judged.passed, f"{of_layer}: error of {judged.tensor} {judged.error:.2g}, allowed {judged.allowed:.2g}"
+    )

@@ -21,8 +21,8 @@ def step_peak(suite: Suite, cell: Entry) -> MeasureResult:
     own = record_sources.cell(suite, cell)
     peak, by = _peak(suite, cell)
     host = predicted(own).optimizer_host_B
-    how = f"a training step of {own.label} at its whole shape, without data, by {by or 'its own code'} for a CPU: {peak:,} B"
-    return MeasureResult(peak - host, f"{how}, of which {host:,} B are paged states in host memory" if host else how)
+    how = f"a training step of {own.label} on fake tensors, in CPU code of {by or 'the Cell'}: {peak:,} B"
+    return MeasureResult(peak - host, f"{how}, with {host:,} B of paged states in host memory" if host else how)
 
 
 @measure("bytes")
@@ -38,10 +38,10 @@ def _peak(suite: str, entry: str) -> tuple[int, str]:
 
     cell = record_sources.cell(suite, entry)
     if not cell.model.startswith(shapes.PREFIX):
-        raise NotRunError(f"a shape: {cell.model} has its weights in files")
+        raise NotRunError(f"`cell` must have a shape as its model; {cell.model} has its weights in files")
     config, kind = shape_of(cell)
     isolated_step.import_classes(json.dumps(config), kind)
     found = isolated_step.peak(cell, config, kind, dry_step.longest_batches(cell, kind, cell.training.max_tokens))
     if "peak_B" not in found:
-        raise NotRunError(f"a step that can be taken without data: {found.get('no_peak', 'this Cell trains nothing')}")
+        raise NotRunError(f"the step cannot run on fake tensors: {found.get('no_peak', 'this Cell trains nothing')}")
     return int(found["peak_B"]), str(found["peak_by"])

@@ -24,7 +24,7 @@ def levels(type: Type, side: Literal["both", "negative", "positive"] = "both", z
     values = _levels(type).unique()
     chosen = {"both": values.isfinite(), "negative": values <= 0, "positive": values >= 0}[side]
     found = values[chosen & ((values != 0) | zero)].tolist()
-    return MeasureResult(len(found), f"levels from {found[0]:.6g} to {found[-1]:.6g}" if found else "none")
+    return MeasureResult(len(found), f"levels from {found[0]:.6g} to {found[-1]:.6g}" if found else "no levels")
 
 
 @measure("property")
@@ -44,7 +44,7 @@ def equation_4_gives(printed: list[float], ends: Literal["as printed", "left out
     import torch
 
     number = len(printed) + 1
-    # Python's has no quantile of 0.
+    # NormalDist has no quantile of 0.
     quantiles = [-float("inf"), *(NormalDist().inv_cdf(i / number) for i in range(1, number))]
     q = torch.tensor([(low + high) / 2 for low, high in pairwise(quantiles)])
     if ends == "as printed" and not q.isfinite().all():
@@ -66,8 +66,8 @@ def equally_full_bins(type: Type, block: Positive = 64) -> MeasureResult:
     allowed = INITIAL_SIGMAS * (equal * (1 - equal) / codes.numel()) ** 0.5
     shares = counts / codes.numel()
     least, most = int(shares.argmin()), int(shares.argmax())
-    ends = f"{shares[least]:.2%} take the level {table[least]:.4g}, {shares[most]:.2%} the level {table[most]:.4g}"
-    how = f"of {codes.numel():,} weights {ends}; equal is {equal:.2%}"
+    ends = f"{shares[least]:.2%} have the level {table[least]:.4g}, {shares[most]:.2%} the level {table[most]:.4g}"
+    how = f"of {codes.numel():,} weights {ends}; equal shares are {equal:.2%}"
     return MeasureResult(bool(((shares - equal).abs() <= allowed).all()), how)
 
 
@@ -86,10 +86,8 @@ def squared_error(type: Type, block: Positive = 64, double: bool = False) -> Mea
     if double:
         absmax = double_quant.dequantize(*double_quant.quantize(absmax))
     error = dequantize_blockwise(codes, absmax, table, block).double() - weights.double()
-    found = float(error.square().mean())
-    return MeasureResult(
-        found, f"{type}, block {block}{', constants in 8 bits' * double}: mean squared error {found:.6g}"
-    )
+    found, constants = float(error.square().mean()), ", constants in 8 bits" * double
+    return MeasureResult(found, f"{type}, block {block}{constants}: mean squared error {found:.6g}")
 
 
 @measure("number")
@@ -105,7 +103,9 @@ def constants_error(centred: bool = True, block: Positive = 64) -> MeasureResult
         table = dynamic_map(signed=True)
         back = dequantize_blockwise(*quantize_blockwise(absmax, table, double_quant.BLOCK), table, double_quant.BLOCK)
     found = float(((back - absmax).abs() / absmax).double().mean())
-    return MeasureResult(found, f"{'less' if centred else 'not less'} their mean: mean relative error {found:.4%}")
+    return MeasureResult(
+        found, f"{'with' if centred else 'without'} subtracting the mean: mean relative error {found:.4%}"
+    )
 
 
 @measure("property")
@@ -117,12 +117,12 @@ def constants_are(type: Literal["e4m3", "e5m2"]) -> MeasureResult:
 
     table = dynamic_map(signed=True)
     format_ = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[type]
-    every = torch.arange(256, dtype=torch.uint8).view(format_).float()
-    every = every[every.isfinite()]
-    theirs = (every / every.max()).unique()
-    shared = int(torch.isin(table, theirs).sum())
-    how = f"{shared} of the {len(table)} values that are used are among the {len(theirs)} of {type}"
-    return MeasureResult(shared == len(table) == len(theirs), how)
+    floats = torch.arange(256, dtype=torch.uint8).view(format_).float()
+    floats = floats[floats.isfinite()]
+    floats = (floats / floats.max()).unique()
+    shared = int(torch.isin(table, floats).sum())
+    how = f"{shared} of the {len(table)} values of the constants are among the {len(floats)} of {type}"
+    return MeasureResult(shared == len(table) == len(floats), how)
 
 
 @measure("property")
@@ -133,8 +133,8 @@ def blocks_run_over_rows(rows: Positive, columns: Positive, block: Positive = 64
     weights = _normal()[: rows * columns].view(rows, columns)
     _, absmax = nf4.quantize(weights, block)
     runs = [float(run.abs().max()) for run in weights.flatten().split(block)]
-    anew = rows * -(-columns // block)
-    how = f"{absmax.numel()} constants; {len(runs)} runs of {block}, {anew} if each row began anew"
+    by_row = rows * -(-columns // block)
+    how = f"{absmax.numel()} constants; {len(runs)} runs of {block} in the flattened matrix, {by_row} row by row"
     return MeasureResult(absmax.tolist() == runs, how)
 
 
@@ -184,6 +184,6 @@ def _same(have: Tensor, want: Tensor) -> MeasureResult:
 
     if len(have) != len(want):
         ends = ", ".join(f"{value:.4g}" for value in have.tolist())
-        return MeasureResult(False, f"{len(have)} levels, not {len(want)}: {ends}")
+        return MeasureResult(False, f"{len(have)} levels instead of {len(want)}: {ends}")
     difference = float((have - want).abs().max())
-    return MeasureResult(torch.equal(have, want), f"{len(have)} levels, the largest difference {difference:.3g}")
+    return MeasureResult(torch.equal(have, want), f"{len(have)} levels, largest difference {difference:.3g}")

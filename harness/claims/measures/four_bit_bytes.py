@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Literal
 
+from harness.claims import attached_model, quantised_model
 from harness.claims.measure import Config, MeasureResult, Method, Model, Positive, measure
 
 
@@ -44,41 +45,34 @@ def four_bit_bytes(
     in 16 bits, 12 with its gradient in 16 bits and Adam's moments in 32. Raises ValueError for a Method without
     quantisation.
     """
-    from harness.claims import quantised_model
     from harness.conformance.subject import configure
     from reference.operations.double_quant import BLOCK
 
     if method != "qlora":
         raise ValueError(f"{method} has no 4-bit weights; `method` must be qlora")
     found, settings = quantised_model.of(model, config), configure(method, config)
-    packed = found.bits(settings.block, settings.double_quant) // 8
-    how = [
-        f"{found.elements:,} weights in 4 bits with {_in_words(settings.double_quant, settings.block, BLOCK)}: {packed:,} B"
-    ]
-    how += [f"{found.rest:,} others x {rest} B"] * bool(rest)
-    how += [f"{found.adapters:,} of the adapters x {adapters} B"] * bool(adapters)
+    packed = found.bits(settings.block, settings.double_quant, BLOCK) // 8
+    constants = _in_words(settings.double_quant, settings.block, BLOCK)
+    how = [f"{found.elements:,} weights in 4 bits with constants of {constants} bits: {packed:,} B"]
+    how += [f"{found.rest:,} other weights x {rest} B"] * bool(rest)
+    how += [f"{found.adapters:,} adapter weights x {adapters} B"] * bool(adapters)
     return MeasureResult(packed + found.rest * rest + found.adapters * adapters, " + ".join(how))
 
 
 @measure("property")
 def every_linear_layer_but_the_output(model: Model, method: Method = "qlora", config: Config = {}) -> MeasureResult:
     """Check whether QLoRA quantises and adapts every linear layer of a model except the one that computes the logits."""
-    from harness.claims import attached_model, quantised_model
-
     found, built = quantised_model.of(model, config), attached_model.model(model)
     output = {path for path, layer in built.named_modules() if layer is built.get_output_embeddings()}
     left = ", ".join(sorted(set(found.outside) - output)[:3])
-    how = f"{len(found.inside)} layers are in 4 bits; linear and not: {', '.join(found.outside) or 'none'}"
-    return MeasureResult(set(found.outside) == output, how + (f"; left out: {left}" if left else ""))
+    how = f"{len(found.inside)} layers in 4 bits; other linear layers: {', '.join(found.outside) or 'none'}"
+    return MeasureResult(set(found.outside) == output, how + (f"; not the output: {left}" if left else ""))
 
 
 def _constants(model: str, double: bool, block: int, second_block: int) -> tuple[int, int]:
     """Return (bits of all constants, number of quantised weights)."""
-    from harness.claims import quantised_model
-
     found = quantised_model.of(model, {})
-    codes = 8 * sum(-(-numel // 2) * number for numel, number in found.weights.items())
-    return found.bits(block, double, second_block) - codes, found.elements
+    return found.bits(block, double, second_block) - found.code_bits, found.elements
 
 
 def _in_words(double: bool, block: int, second_block: int) -> str:

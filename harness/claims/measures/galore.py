@@ -6,8 +6,9 @@ from collections import Counter
 from fractions import Fraction
 from typing import Any, Literal
 
-from harness.claims.measure import Config, Count, MeasureResult, Method, Model, Positive, Quantities, Quantity, measure
-from harness.claims.measures.arithmetic import quotients, written
+from harness.claims import attached_model
+from harness.claims.measure import Config, Count, MeasureResult, Method, Model, Positive, Quantity, measure
+from harness.claims.measures.arithmetic import written
 from harness.claims.measures.parameters import fitting
 
 Side = Literal["std", "reverse_std", "paper", "left", "right", "full"]
@@ -33,7 +34,7 @@ def optimizer_bytes(
     how = f"moments {in_moments:,} x {written(Fraction(moments))} B"
     if in_projectors:
         shapes = [f"{number} of {shape}" for (shape, _, projector), number in states.items() if projector]
-        how += f" + projectors {in_projectors:,} x {written(Fraction(projectors))} B; projected are {', '.join(shapes)}"
+        how += f" + projectors {in_projectors:,} x {written(Fraction(projectors))} B; projected: {', '.join(shapes)}"
     return MeasureResult(in_moments * Fraction(moments) + in_projectors * Fraction(projectors), how)
 
 
@@ -42,9 +43,8 @@ def matrix_states(rows: Positive, columns: Positive, rank: Positive, side: Side 
     """Numbers in GaLore's state of one matrix: its projector and two moments."""
     from reference.galore import state_elements
 
-    return MeasureResult(
-        state_elements(rows, columns, rank, side), f"projector and two moments of {rows}x{columns}, r = {rank}"
-    )
+    count = state_elements(rows, columns, rank, side)
+    return MeasureResult(count, f"projector and two moments of {rows}x{columns}, r = {rank}")
 
 
 @measure("count")
@@ -58,9 +58,9 @@ def refresh_operations(model: Model, method: Method, config: Config = {}) -> Mea
         if projector:
             n, m = sorted(map(int, shape.split("x")))
             shapes[m, n] += number
-    said = " + ".join(f"{number} x (6 x {m} x {n}^2 + 20 x {n}^3)" for (m, n), number in shapes.items())
+    terms = " + ".join(f"{number} x (6 x {m} x {n}^2 + 20 x {n}^3)" for (m, n), number in shapes.items())
     whole = sum(number * (6 * m * n**2 + 20 * n**3) for (m, n), number in shapes.items())
-    return MeasureResult(whole, f"{said} = {whole:.4g}")
+    return MeasureResult(whole, f"{terms} = {whole:.4g}")
 
 
 @measure("share")
@@ -71,18 +71,10 @@ def refresh_share_by_operations(refresh: Count, step: Count, gap: Positive) -> M
     """
     share = refresh / (gap * step)
     how = (
-        f"{float(refresh):.6g} / ({gap} x {float(step):.6g}) = {float(100 * share):.3g}%, if both take as long for each"
+        f"{float(refresh):.6g} / ({gap} x {float(step):.6g}) = {float(100 * share):.3g}% with equal time per operation"
     )
-    return MeasureResult(
-        share,
-        f"{how}; a tenth it would be if those of a decomposition took {float(1 / (10 * share)):.3g} times as long",
-    )
-
-
-@measure("bytes")
-def bytes_saved(of: Quantity, than: Quantity) -> MeasureResult:
-    """Bytes by which `of` is less than `than`."""
-    return MeasureResult(than - of, f"{written(than)} B - {written(of)} B")
+    tenth = f"a tenth if an operation of a decomposition takes {float(1 / (10 * share)):.3g} times as long"
+    return MeasureResult(share, f"{how}; {tenth}")
 
 
 @measure("bytes")
@@ -91,26 +83,9 @@ def left_after_saving(saved: Quantity, share: Quantity) -> MeasureResult:
     return MeasureResult(saved / share - saved, f"{written(saved)} B / {written(100 * share)}% - {written(saved)} B")
 
 
-@measure("share")
-def most_share_less(of: Quantities, than: Quantities, last: Quantity = Fraction(0)) -> MeasureResult:
-    """Largest relative reduction of an element of `of` from the element of `than` at its position, as in `up to`.
-
-    last: for printed figures, a unit in the last digit of the coarsest one; for sums, multiplied by the number of terms.
-    """
-    pairs = list(zip(of, than, strict=True))
-    shares = [1 - one / other for one, other in pairs]
-    least, most = zip(*(quotients(one, other, last) for one, other in pairs), strict=True)
-    within = (max(1 - one for one in most), max(1 - one for one in least)) if last else None
-    return MeasureResult(
-        max(shares), f"the largest of {', '.join(f'{float(100 * one):.4g}%' for one in shares)}", within=within
-    )
-
-
 @measure("count")
 def width(model: Model) -> MeasureResult:
     """The hidden size of a model."""
-    from harness.claims import attached_model
-
     size = int(attached_model.model(model).config.hidden_size)
     return MeasureResult(size, f"hidden_size {size}")
 
@@ -125,12 +100,12 @@ def heads_divide(width: Positive, heads: Positive) -> MeasureResult:
 def states_by_formula(rows: Positive, columns: Positive, ranks: list[Positive]) -> MeasureResult:
     """Check whether after a step of Adam GaLore has mn + mr + 2nr numbers and LoRA mn + 3mr + 3nr, m <= n (Table 1)."""
     m, n = min(rows, columns), max(rows, columns)
-    said, right = [], True
+    shown, holds = [], True
     for rank in ranks:
-        galore, lora = rows * columns + _held_by_galore(rows, columns, rank), _held_by_lora(rows, columns, rank)
-        right = right and galore == m * n + m * rank + 2 * n * rank and lora == m * n + 3 * m * rank + 3 * n * rank
-        said.append(f"r = {rank}: GaLore {galore:,}, LoRA {lora:,}")
-    return MeasureResult(right, f"{rows}x{columns}, {'; '.join(said)}")
+        galore, lora = _galore_numbers(rows, columns, rank), _lora_numbers(rows, columns, rank)
+        holds = holds and galore == m * n + m * rank + 2 * n * rank and lora == m * n + 3 * m * rank + 3 * n * rank
+        shown.append(f"r = {rank}: GaLore {galore:,}, LoRA {lora:,}")
+    return MeasureResult(holds, f"{rows}x{columns}, {'; '.join(shown)}")
 
 
 @measure("property")
@@ -141,8 +116,8 @@ def full_rank_keeps_gradient(rows: Positive, columns: Positive, side: Side) -> M
 
     G = _gradient(rows, columns, 0)
     basis = projector(G, min(rows, columns), side)
-    there_and_back = project_back(project(G, basis), basis)
-    judged = noise_floor({"G": there_and_back}, {"G": G}, {"G": G}, "float64")
+    restored = project_back(project(G, basis), basis)
+    judged = noise_floor({"G": restored}, {"G": G}, {"G": G}, "float64")
     return MeasureResult(judged.passed, f"relative difference {judged.error:.2g}, allowed {judged.allowed:.2g}")
 
 
@@ -152,22 +127,21 @@ def scale_ignores_rank(rows: Positive, columns: Positive, ranks: list[Positive],
     from harness.conformance.comparison.tolerance_policies import noise_floor
 
     G = _gradient(rows, columns, 0)
-    worst, right = [], True
+    shown, holds = [], True
     for rank in ranks:
         scaled, plain = (_step(G, rank=rank, scale=one)[0] for one in (float(scale), 1.0))
-        want = {"W": plain * float(scale)}
-        judged = noise_floor({"W": scaled}, want, want, "float64")
-        right = right and judged.passed
-        worst.append(f"r = {rank}: {float(scaled.norm() / plain.norm()):.6g}")
-    return MeasureResult(right, f"length of the step, in that of scale 1: {', '.join(worst)}")
+        expected = {"W": plain * float(scale)}
+        holds = holds and noise_floor({"W": scaled}, expected, expected, "float64").passed
+        shown.append(f"r = {rank}: {float(scaled.norm() / plain.norm()):.6g}")
+    return MeasureResult(holds, f"norm of the step / norm of the step with scale 1: {', '.join(shown)}")
 
 
 @measure("property")
 def projects(rows: Positive, columns: Positive, on: Literal["left", "right"], side: Side = "std") -> MeasureResult:
     """Check whether a step projects a gradient of this shape on the left (P^T G) or on the right (G Q)."""
     state = _step(_gradient(rows, columns, 0), rank=2, side=side)[1]
-    used = [name for letter, name in (("P", "left"), ("Q", "right")) if letter in state]
-    return MeasureResult(used == [on], f"side `{side}` projects {rows}x{columns} on the {' and the '.join(used)}")
+    found = [name for letter, name in (("P", "left"), ("Q", "right")) if letter in state]
+    return MeasureResult(found == [on], f"side `{side}` projects {rows}x{columns} on the {' and the '.join(found)}")
 
 
 @measure("property")
@@ -193,26 +167,23 @@ def refreshes_every(gap: Positive, steps: Positive, side: Side = "std") -> Measu
         after = [state[letter] for letter in "PQ" if letter in state]
         if not before or not all(map(torch.equal, before, after)):
             fresh.append(t)
-    found = fresh == [t for t in range(steps) if t % gap == 0]
-    return MeasureResult(found, f"of steps 0 to {steps - 1}, new at {', '.join(map(str, fresh))}")
+    expected = [t for t in range(steps) if t % gap == 0]
+    return MeasureResult(fresh == expected, f"of steps 0 to {steps - 1}, refreshed at {', '.join(map(str, fresh))}")
 
 
 def _states(model: str, method: str, config: Config, also: list[str] | None) -> Counter[tuple[str, int, int]]:
     """Count trainable tensors by shape, elements of their moments, and elements of their projector."""
-    from harness.claims import attached_model
-    from harness.conformance.subject import configure
-    from harness.memory_model import counting
     from reference.galore import sides, state_elements
 
     built = attached_model.model(model)
-    named = dict(built.named_parameters())
+    named = attached_model.parameters(model)
     own = [named[name] for name in fitting(named, also or [])]
     found: Counter[tuple[str, int, int]] = Counter()
-    with counting.attached(built, method, configure(method, config)) as adapted:
+    with attached_model.attached(built, method, config) as adapted:
         optimizer = adapted.optimizer(1e-3, 0.0)
         groups = [{"params": adapted.parameters()}] if optimizer is None else optimizer.param_groups
-        trains = {id(p): (p, group) for group in [{"params": own}, *groups] for p in group["params"]}
-        for p, group in trains.values():
+        trained = {id(p): (p, group) for group in [{"params": own}, *groups] for p in group["params"]}
+        for p, group in trained.values():
             shape, rank = "x".join(map(str, p.shape)), group.get("rank", 0)
             if not rank:
                 found[shape, 2 * p.numel(), 0] += 1
@@ -241,12 +212,13 @@ def _step(G: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
     return W, state
 
 
-def _held_by_galore(rows: int, columns: int, rank: int) -> int:
+def _galore_numbers(rows: int, columns: int, rank: int) -> int:
+    """Count the weight and GaLore's state after a step."""
     state = _step(_gradient(rows, columns, 0), rank=rank, side="paper")[1]
-    return sum(t.numel() for name, t in state.items() if name != "step")
+    return rows * columns + sum(int(t.numel()) for name, t in state.items() if name != "step")
 
 
-def _held_by_lora(rows: int, columns: int, rank: int) -> int:
+def _lora_numbers(rows: int, columns: int, rank: int) -> int:
     """Count the weight, the two factors and their moments after a step of torch's AdamW."""
     import torch
 

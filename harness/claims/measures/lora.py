@@ -6,9 +6,12 @@ Imports torch only when a measure is computed.
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from typing import Any, Literal
 
+from harness.claims import attached_model
 from harness.claims.measure import Config, MeasureResult, Method, Model, Positive, measure
 from harness.claims.measures.parameters import Split
 
@@ -18,27 +21,20 @@ _INPUTS, _OUTPUTS, _TOKENS = 12, 20, 7
 @measure("property")
 def rank_times_sides(model: Model, method: Method, config: Config = {}, split: Split = {}) -> MeasureResult:
     """Check whether a Method trains r (in + out) numbers per adapted layer, so 2 d r in a square one, and no bias."""
-    import json
-
-    from torch import Size
-
-    from harness.claims import attached_model
     from harness.conformance.subject import configure
 
     layers = dict(attached_model.model(model, json.dumps(split)).named_modules())
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for name, shape in attached_model.trained(model, method, config, split).items():
-        path = name.rpartition(".")[0]
-        counts[path] = counts.get(path, 0) + Size(shape).numel()
+        counts[name.rpartition(".")[0]] += math.prod(shape)
     rank = configure(method, config).rank
     for path, count in counts.items():
-        expected = rank * sum(_sides(layers[path]))
+        expected = rank * sum(attached_model.sides(layers[path]))
         if count != expected:
-            return MeasureResult(False, f"{path} trains {count:,}, and r (in + out) is {expected:,}")
-    sides = sorted({_sides(layers[path]) for path in counts})
-    return MeasureResult(
-        bool(counts), f"{len(counts)} layers, {', '.join(f'{rank} x ({a:,} + {b:,})' for a, b in sides)} each"
-    )
+            return MeasureResult(False, f"{path} trains {count:,}, but r (in + out) is {expected:,}")
+    sides = sorted({attached_model.sides(layers[path]) for path in counts})
+    of_each = ", ".join(f"{rank} x ({a:,} + {b:,})" for a, b in sides)
+    return MeasureResult(bool(counts), f"{len(counts)} layers, each with {of_each}")
 
 
 @measure("property")
@@ -51,9 +47,8 @@ def only_b_learns_at_first() -> MeasureResult:
     x, y = _whole((_TOKENS, _INPUTS), 1), _whole((_TOKENS, _OUTPUTS), 2)
     (adapted.model(x) * y).sum().backward()
     a, b = (int(torch.count_nonzero(t.grad)) for t in (layer.A, layer.B))
-    return MeasureResult(
-        a == 0 < b, f"{a} of A's {layer.A.numel()} gradients are not zero, {b} of B's {layer.B.numel()}"
-    )
+    how = f"nonzero gradients: {a} of {layer.A.numel()} in A, {b} of {layer.B.numel()} in B"
+    return MeasureResult(a == 0 < b, how)
 
 
 @measure("property")
@@ -73,8 +68,8 @@ def update_is_scaled_by(
             x = _whole((_TOKENS, _INPUTS), 5)
             scale = alpha / (rank if factor == "alpha/r" else math.sqrt(rank))
             if not torch.equal(adapted.model(x), scale * (x @ layer.A.T @ layer.B.T)):
-                return MeasureResult(False, f"at rank {rank} B A x is not multiplied by {scale:g}")
-    return MeasureResult(bool(ranks), f"to the bit at ranks {', '.join(map(str, ranks))}, alpha {alpha}")
+                return MeasureResult(False, f"at rank {rank} the update is not {scale:g} B A x")
+    return MeasureResult(bool(ranks), f"equal bit by bit at ranks {', '.join(map(str, ranks))}, alpha {alpha}")
 
 
 @measure("property")
@@ -89,9 +84,8 @@ def subtracting_restores_the_base() -> MeasureResult:
         merged: Any = layer.merged()
         moved = int(torch.count_nonzero(merged.weight - layer.base.weight))
         left = int(torch.count_nonzero(merged.weight - layer.delta() - layer.base.weight))
-    return MeasureResult(
-        left == 0 < moved, f"merging changed {moved} of {layer.base.weight.numel()} weights; {left} stayed changed"
-    )
+    how = f"merging changed {moved} of {layer.base.weight.numel()} weights; subtracting restored all but {left}"
+    return MeasureResult(left == 0 < moved, how)
 
 
 @measure("property")
@@ -118,7 +112,7 @@ def b_learns_faster(ratio: Positive) -> MeasureResult:
     optimizer, _ = optimizers.make(adapted, [], Training(steps=1, lr=2.0**-10, lr_ratio=float(ratio)))
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     a, b = rates[id(layer.A)], rates[id(layer.B)]
-    return MeasureResult(b == ratio * a, f"A at {a:g}, B at {b:g}")
+    return MeasureResult(b == ratio * a, f"learning rate of A {a:g}, of B {b:g}")
 
 
 def _plain() -> Any:
@@ -145,14 +139,9 @@ def _attach(model: Any, **config: Any) -> Any:
 def _whole(shape: Any, seed: int) -> Any:
     import torch
 
-    drawn = torch.randint(1, 5, tuple(shape), generator=torch.Generator().manual_seed(seed))
-    return drawn.double()
+    return torch.randint(1, 5, tuple(shape), generator=torch.Generator().manual_seed(seed)).double()
 
 
 def _architecture(model: Any) -> list[tuple[str, str]]:
     modules = [(path, type(module).__name__) for path, module in model.named_modules()]
     return modules + [(name, str(tuple(tensor.shape))) for name, tensor in model.state_dict().items()]
-
-
-def _sides(layer: Any) -> tuple[int, int]:
-    return (layer.nx, layer.nf) if hasattr(layer, "nf") else (layer.in_features, layer.out_features)

@@ -1,20 +1,20 @@
 """Measures: trainable parameters of LoRA's baselines, by the formulas of arXiv:2106.09685, section 5.1.
 
-Width d and depth L are those of the model. Imports torch only when a measure is computed.
+Width d and depth L are those of the model.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from fractions import Fraction
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from harness.claims import attached_model
 from harness.claims.measure import MeasureResult, Model, Positive, Quantity, measure
 from harness.claims.measures.baselines import of_some
-from harness.claims.sums import in_words, total
+from harness.claims.sums import Shape, in_words, total
 
 Tokens = Annotated[int, Field(ge=0)]
 """A parameter that is a number of virtual tokens."""
@@ -28,7 +28,11 @@ _PER_BLOCK = {"houlsby": (2, 0), "lin": (1, 1), "pfeiffer": (1, 0)}
 @measure("count")
 def adapters(model: Model, design: Design, rank: Positive) -> MeasureResult:
     """Adapters of a bottleneck of `rank`: L_Adpt (2 d r + r + d) + 2 L_LN d, two layers with biases each."""
-    return _adapters(*_width_and_depth(model), design, rank)
+    d, depth = _width_and_depth(model)
+    number, norms = (depth * each for each in _PER_BLOCK[design])
+    count = number * (2 * d * rank + rank + d) + 2 * norms * d
+    trained_norms = f" + 2 x {norms} x {d:,}" if norms else ""
+    return MeasureResult(count, f"{number} x (2 x {d:,} x {rank} + {rank} + {d:,}){trained_norms}")
 
 
 @measure("count")
@@ -65,28 +69,17 @@ def prefix_layer_of_some_length(model: Model, printed: Quantity, last: Quantity,
 @measure("count")
 def last_blocks(model: Model, blocks: Positive) -> MeasureResult:
     """Parameters of the last blocks of a model."""
-    from harness.claims import attached_model
-
-    of_block: dict[int, Counter[tuple[int, ...]]] = {}
+    of_block: dict[int, list[Shape]] = {}
     for name, tensor in attached_model.parameters(model).items():
         if index := re.search(r"\.(\d+)\.", name):
-            of_block.setdefault(int(index[1]), Counter())[tuple(tensor.shape)] += 1
+            of_block.setdefault(int(index[1]), []).append(tuple(tensor.shape))
     if blocks > len(of_block):
         raise ValueError(f"`blocks` is {blocks}, but the model has {len(of_block)} blocks")
     last = sorted(of_block)[-blocks:]
-    sizes = sum((of_block[index] for index in last), Counter[tuple[int, ...]]())
+    sizes = [shape for index in last for shape in of_block[index]]
     return MeasureResult(total(sizes), f"blocks {last[0]} to {last[-1]}: {in_words(sizes)}")
 
 
-def _adapters(d: int, depth: int, design: str, rank: int) -> MeasureResult:
-    number, norms = (depth * each for each in _PER_BLOCK[design])
-    count = number * (2 * d * rank + rank + d) + 2 * norms * d
-    trained_norms = f" + 2 x {norms} x {d:,}" if norms else ""
-    return MeasureResult(Fraction(count), f"{number} x (2 x {d:,} x {rank} + {rank} + {d:,}){trained_norms}")
-
-
 def _width_and_depth(model: str) -> tuple[int, int]:
-    from harness.claims import attached_model
-
     config = attached_model.model(model).config
     return config.hidden_size, config.num_hidden_layers

@@ -6,10 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Literal
 
+from harness.claims import attached_model
 from harness.claims.measure import Config, MeasureResult, Method, Model, measure
-from harness.claims.sums import in_words, summed, total
+from harness.claims.sums import Shape, in_words, summed, total
 
 Split = dict[str, list[str]]
 """Fused layers and their parts, e.g. `{c_attn: [q, k, v]}` of GPT-2; then `q` and `v` can be targets."""
@@ -22,7 +23,9 @@ def parameters(model: Model, without: list[str] | None = None, only: list[str] |
     without, only: regular expressions of parameter names to exclude or to count exclusively. Raises ValueError for one that
     matches no name.
     """
-    return summed(_parameters(model, without, only))
+    every = attached_model.parameters(model)
+    left_out = fitting(every, without) if without else []
+    return summed(tuple(every[name].shape) for name in fitting(every, only) if name not in left_out)
 
 
 @measure("count")
@@ -51,10 +54,8 @@ def frozen_tensors_of_the_method(
     only: list[str] | None = None,
 ) -> MeasureResult:
     """Elements of a Method's frozen tensors (VeRA's projections); shared tensors count once."""
-    from harness.claims import attached_model
-
     every = attached_model.frozen(model, method, config, split)
-    return summed(Counter(every[name] for name in fitting(every, only)))
+    return summed(every[name] for name in fitting(every, only))
 
 
 @measure("share")
@@ -68,9 +69,8 @@ def trainable_share(
     also: list[str] | None = None,
 ) -> MeasureResult:
     """Trainable parameters as a share of the model (`base`), or of the model and the Method's (`base+adapter`)."""
-
     trained = _trained(model, method, config, split, only, also)
-    top, base = total(trained), total(_parameters(model))
+    top, base = total(trained), attached_model.parameter_count(model)
     bottom = base + top if of == "base+adapter" else base
     return MeasureResult(Fraction(top, bottom), f"{top:,} / {bottom:,}, with {in_words(trained)}")
 
@@ -78,8 +78,6 @@ def trainable_share(
 @measure("count")
 def adapted_layers(model: Model, method: Method, config: Config = {}, split: Split = {}) -> MeasureResult:
     """Number of layers that a Method adapts."""
-    from harness.claims import attached_model
-
     paths = {name.rpartition(".")[0] for name in attached_model.trained(model, method, config, split)}
     ends = Counter(path.rpartition(".")[2] for path in paths)
     return MeasureResult(len(paths), " + ".join(f"{number} of {name}" for name, number in sorted(ends.items())))
@@ -87,23 +85,13 @@ def adapted_layers(model: Model, method: Method, config: Config = {}, split: Spl
 
 def _trained(
     model: str, method: str, config: Config, split: Split, only: list[str] | None, also: list[str] | None
-) -> Any:
-    from harness.claims import attached_model
-
+) -> list[Shape]:
     by_method = attached_model.trained(model, method, config, split)
     sizes = {name: by_method[name] for name in fitting(by_method, only)}
     if also:
         own = attached_model.parameters(model)
         sizes |= {name: tuple(own[name].shape) for name in fitting(own, also)}
-    return Counter(sizes.values())
-
-
-def _parameters(model: str, without: list[str] | None = None, only: list[str] | None = None) -> Any:
-    from harness.claims import attached_model
-
-    every = attached_model.parameters(model)
-    left_out = set(fitting(every, without)) if without else set()
-    return Counter(tuple(every[name].shape) for name in fitting(every, only) if name not in left_out)
+    return list(sizes.values())
 
 
 def fitting(names: Iterable[str], patterns: list[str] | None) -> list[str]:

@@ -14,8 +14,6 @@ from harness.claims.measure import MeasureResult, Positive, measure
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from harness.conformance.comparison.tolerance_policies import Judgement
-
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 ResidualOf = Literal["this step", "the step before"]
 _SEED = 0
@@ -32,15 +30,15 @@ def pissa_splits_the_weight(
     """
     W = _weight(rows, columns, decay)
     A, B, residual, scaling = _split(W, rank, niter, dtype)
-    whole = {"residual + s B A": residual.double() + scaling * B.double() @ A.double()}
-    return _judged(whole, {"residual + s B A": W}, dtype)
+    total = {"residual + s B A": residual.double() + scaling * B.double() @ A.double()}
+    return _judged(total, {"residual + s B A": W}, dtype)
 
 
 @measure("property")
 def pissa_takes_the_principal_part(
     rank: Positive, rows: Positive = 96, columns: Positive = 128, decay: float = 0.5, dtype: Dtype = "float64"
 ) -> MeasureResult:
-    """Check whether s B A is made of the largest singular values and their vectors, and each factor has half of each value.
+    """Check whether s B A consists of the largest singular values and vectors, and each factor has the root of each value.
 
     Compared with the values and vectors of the synthetic weight: s B A = U_r S_r V_r^T, s A A^T = s B^T B = S_r.
     """
@@ -49,9 +47,9 @@ def pissa_takes_the_principal_part(
     U, S, V = _parts(rows, columns, decay)
     A, B, _, scaling = _split((U * S) @ V.T, rank, 0, dtype)
     A, B = A.double(), B.double()
-    mine = {"s B A": scaling * B @ A, "s A A^T": scaling * A @ A.T, "s B^T B": scaling * B.T @ B}
+    found = {"s B A": scaling * B @ A, "s A A^T": scaling * A @ A.T, "s B^T B": scaling * B.T @ B}
     best, values = (U[:, :rank] * S[:rank]) @ V[:, :rank].T, torch.diag(S[:rank])
-    return _judged(mine, {"s B A": best, "s A A^T": values, "s B^T B": values}, dtype)
+    return _judged(found, {"s B A": best, "s A A^T": values, "s B^T B": values}, dtype)
 
 
 @measure("number")
@@ -79,7 +77,7 @@ def pissa_is_a_lora(rank: Positive, lora_rank: Positive, rows: Positive = 96, co
     A, B = A0 + _normal(*A0.shape), B0 - _normal(*B0.shape)  # as if trained
     A2, B2 = pissa.to_lora(A0, B0, A, B)
     if len(A2) != lora_rank:
-        return MeasureResult(False, f"it is one of rank {len(A2)}")
+        return MeasureResult(False, f"it is a LoRA of rank {len(A2)}")
     lora = {"W + s B' A'": W + scaling * B2 @ A2}
     return _judged(lora, {"W + s B' A'": residual + scaling * B @ A}, "float64")
 
@@ -128,7 +126,7 @@ def quantisation_error_reduced(
     if by == "loftq":
         found = _nuclear(W - _loftq(W, rank, iterations))
     else:
-        residual, product = list(_turns(W, rank, iterations, residual_of))[-1]
+        *_, (residual, product) = _iterate(W, rank, iterations, residual_of)
         found = _nuclear(W - _nf4(residual) - product)
     return MeasureResult(1 - found / plain, f"{by} in {iterations} iterations: 1 - {found:.5g} / {plain:.5g}")
 
@@ -143,16 +141,16 @@ def each_turn_is_another(
     """
     import torch
 
-    products = [product for _, product in _turns(_weight(size, size, decay), rank, iterations, residual_of)]
-    same = [turn for turn, (one, after) in enumerate(pairwise(products), start=2) if torch.equal(one, after)]
-    how = "; ".join(f"A and B at t = {turn} are those at t = {turn - 1}" for turn in same)
-    return MeasureResult(not same, how or f"{len(products)} different pairs of A and B")
+    products = [product for _, product in _iterate(_weight(size, size, decay), rank, iterations, residual_of)]
+    equal = [t for t, (one, after) in enumerate(pairwise(products), start=2) if torch.equal(one, after)]
+    how = "; ".join(f"A and B at t = {t} equal those at t = {t - 1}" for t in equal)
+    return MeasureResult(not equal, how or f"{len(products)} different pairs of A and B")
 
 
-def _turns(W: Tensor, rank: int, iterations: int, residual_of: ResidualOf) -> Iterator[tuple[Tensor, Tensor]]:
+def _iterate(W: Tensor, rank: int, iterations: int, residual_of: ResidualOf) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (W_res, B A) after each iteration of Algorithm 1; PiSSA's initialisation is the first.
 
-    As printed, no line sets the A_1 and B_1 that line 5 reads at t = 2: those of the initialisation are taken.
+    As printed, no line sets the A_1 and B_1 that line 5 reads at t = 2; the initial ones are used instead.
     """
     product = before = _principal(W, rank)
     residual = W - product
@@ -203,9 +201,7 @@ def _split(W: Tensor, rank: int, niter: int, dtype: str) -> tuple[Tensor, Tensor
     from reference import pissa
 
     if rank > min(W.shape):
-        raise ValueError(
-            f"a weight of {W.shape[0]} x {W.shape[1]} has fewer than {rank} singular values; use a smaller `rank`"
-        )
+        raise ValueError(f"a weight of {W.shape[0]} x {W.shape[1]} has fewer than {rank} singular values; lower `rank`")
     config = pissa.Config(rank=rank, alpha=2.0 * rank, niter=niter)
     A, B, residual = pissa.split(W, config, DTYPES[dtype], torch.Generator().manual_seed(_SEED))
     return A, B, residual, config.alpha / config.rank
@@ -231,14 +227,13 @@ def _normal(rows: int, columns: int, seed: int = 3) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _judged(mine: dict[str, Tensor], truth: dict[str, Tensor], dtype: str) -> MeasureResult:
+def _judged(found: dict[str, Tensor], truth: dict[str, Tensor], dtype: str) -> MeasureResult:
     """Judge by the error of rounding the truth to the dtype, as the conformance suite does."""
     from harness.conformance.comparison.tolerance_policies import noise_floor
     from harness.conformance.subject import DTYPES
 
     rounded: dict[str, Any] = {name: t.to(DTYPES[dtype]).double() for name, t in truth.items()}
-    found: Judgement = noise_floor(mine, truth, rounded, dtype)
-    error = "not finite" if found.error is None else f"{found.error:.2g}"
-    return MeasureResult(
-        found.passed, f"{found.tensor}: error {error}, allowed {found.allowed or 0:.2g} ({found.policy})"
-    )
+    judged = noise_floor(found, truth, rounded, dtype)
+    error = "not finite" if judged.error is None else f"{judged.error:.2g}"
+    how = f"{judged.tensor}: error {error}, allowed {judged.allowed or 0:.2g} ({judged.policy})"
+    return MeasureResult(judged.passed, how)

@@ -1,4 +1,4 @@
-"""Measures: memory of Cells, from the Records of a run, and functions that all measures of Records share. No torch.
+"""Measures: memory of Cells, from the Records of a run, and functions that all measures of Records share.
 
 An uncertain measurement is an interval, and all of it must agree with a claim.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +16,8 @@ from pydantic import AfterValidator, Field, ValidationInfo
 from harness import resources
 from harness.analysis import measurements
 from harness.assets import shapes
-from harness.claims import record_sources
+from harness.claims import attached_model, record_sources
+from harness.claims.interval import ONE, Interval
 from harness.claims.measure import FOLDER, MeasureResult, Model, NotRunError, measure
 from harness.errors import SuiteError, did_you_mean
 from harness.records.record import Cell, Predicted, Record
@@ -56,31 +56,7 @@ LABELS = 2
 """Labels of an encoder's new head, as in tasks with random labels."""
 _RECIPE = ("method", "base", "dtype", "optimizer")
 """Fields that a Cell shares with its rehearsal at a smaller size."""
-_LEFT_OUT = "CUDA's own context, and what the allocator holds beyond tensors, are left out"
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A measurement with its least and largest possible value, equal if it is certain."""
-
-    value: Fraction
-    least: Fraction
-    most: Fraction
-
-    @classmethod
-    def around(cls, value: float, least: float, most: float) -> Interval:
-        """Return the interval of these three numbers."""
-        return cls(Fraction(value), Fraction(least), Fraction(most))
-
-    def over(self, other: Interval) -> Interval:
-        """Return the quotient with the widest interval that both allow. Raises NotRunError for a divisor of 0."""
-        if not other.least > 0:
-            raise NotRunError("the divisor was measured as 0")
-        return Interval(self.value / other.value, self.least / other.most, self.most / other.least)
-
-    def found(self, how: str) -> MeasureResult:
-        """Return the interval as the result of a measure."""
-        return MeasureResult(self.least, how, None if self.least == self.most else self.most)
+_LEFT_OUT = "without CUDA's context and memory that the allocator holds beyond tensors"
 
 
 @measure("bytes")
@@ -90,7 +66,7 @@ def peak_memory(suite: Suite, cell: Entry) -> MeasureResult:
     On a GPU of tensors, without its context; on a CPU of the process, minus its memory after imports.
     """
     (own,) = record_sources.records(suite, cell)
-    return _peak(own).found(f"{_peaks(own)}; {record_sources.place(own[0])}")
+    return _peak(own).measured(f"{_peaks(own)}; {record_sources.place(own[0])}")
 
 
 @measure("bytes")
@@ -103,36 +79,33 @@ def device_memory(suite: Suite, cell: Entry) -> MeasureResult:
     peak, seen = _peak(own), [gpu for record in own if (gpu := measurements.training_gpu(record))]
     held = max((gpu.reserved_B for gpu in seen if gpu.reserved_B), default=0)
     used = max((gpu.driver_B for gpu in seen if gpu.driver_B), default=0)
-    said = [_peaks(own), f"the allocator held {held:,} B" * bool(held)]
+    how = [_peaks(own), f"the allocator held {held:,} B" * bool(held)]
     if seen:
-        said += [f"its driver counted {used:,} B, with CUDA's context" if used else "CUDA's context is not counted"]
+        how += [f"the driver counted {used:,} B, with CUDA's context" if used else "without CUDA's context"]
     whole = Interval(peak.value, peak.least, max(peak.most, Fraction(held), Fraction(used)))
-    return whole.found(f"{', '.join(filter(None, said))}; {record_sources.place(own[0])}")
+    return whole.measured(f"{', '.join(filter(None, how))}; {record_sources.place(own[0])}")
 
 
 @measure("ratio")
 def memory_ratio(suite: Suite, of: Entry, to: Entry) -> MeasureResult:
     """Ratio of the peak memory of training of `of` and `to`."""
-    (a, b) = pair(suite, of, to)
-    return _peak(a).over(_peak(b)).found(f"{_peaks(a)} / {_peaks(b)}; {record_sources.place(a[0])}")
+    a, b = pair(suite, of, to)
+    return over(_peak(a), _peak(b)).measured(f"{_peaks(a)} / {_peaks(b)}; {record_sources.place(a[0])}")
 
 
 @measure("share")
 def memory_less(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
     """Relative reduction of the peak memory of training of `of` from `than`."""
-    (a, b) = pair(suite, of, than)
-    quotient = _peak(a).over(_peak(b))
-    less = Interval(1 - quotient.value, 1 - quotient.most, 1 - quotient.least)
-    return less.found(f"1 - {_peaks(a)} / {_peaks(b)}; {record_sources.place(a[0])}")
+    a, b = pair(suite, of, than)
+    less = ONE - over(_peak(a), _peak(b))
+    return less.measured(f"1 - {_peaks(a)} / {_peaks(b)}; {record_sources.place(a[0])}")
 
 
 @measure("bytes")
 def memory_more(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
     """Difference in bytes between the peak memory of training of `of` and `than`."""
-    (a, b) = pair(suite, of, than)
-    x, y = _peak(a), _peak(b)
-    more = Interval(x.value - y.value, x.least - y.most, x.most - y.least)
-    return more.found(f"{_peaks(a)} - {_peaks(b)}; {record_sources.place(a[0])}")
+    a, b = pair(suite, of, than)
+    return (_peak(a) - _peak(b)).measured(f"{_peaks(a)} - {_peaks(b)}; {record_sources.place(a[0])}")
 
 
 @measure("bytes")
@@ -142,7 +115,7 @@ def extrapolated_memory(suite: Suite, cells: Depths) -> MeasureResult:
     With three or more Cells each pair of neighbouring depths gives a line; the result is the range of all lines.
     """
     value, how, own = _extrapolated(suite, cells)
-    return value.found(f"{how}; {record_sources.place(own)}")
+    return value.measured(f"{how}; {record_sources.place(own)}")
 
 
 @measure("ratio")
@@ -150,8 +123,8 @@ def extrapolated_memory_ratio(suite: Suite, of: Depths, to: Depths) -> MeasureRe
     """Ratio of `of` and `to`, each as in `extrapolated_memory`."""
     for a, b in zip(of, to, strict=True):
         pair(suite, a, b)
-    (x, told, own), (y, its, _) = _extrapolated(suite, of), _extrapolated(suite, to)
-    return x.over(y).found(f"({told}) / ({its}); {record_sources.place(own)}")
+    (x, above, own), (y, below, _) = _extrapolated(suite, of), _extrapolated(suite, to)
+    return over(x, y).measured(f"({above}) / ({below}); {record_sources.place(own)}")
 
 
 @measure("bytes")
@@ -165,14 +138,16 @@ def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: Entry)
     temporaries.
     """
     at = record_sources.cell(whole_suite, whole)
-    whole_is = predicted(at)
-    value, how, own = _scaled(suite, cells, at.model.removeprefix(shapes.PREFIX), whole_is.optimizer_B)
+    prediction = predicted(at)
+    value, how, own = _scaled(suite, cells, at.model.removeprefix(shapes.PREFIX), prediction.optimizer_B)
     if unlike := [key for key in _RECIPE if getattr(own.cell, key) != getattr(at, key)]:
         raise ValueError(f"{own.cell.label} is not a rehearsal of {at.label}: different {', '.join(unlike)}")
-    if whole_is.activations_B is None or whole_is.logits_B is None:
-        raise NotRunError(f"a formula for what {at.label} keeps for its backward pass, which is not known")
-    passing = whole_is.activations_B + whole_is.logits_B
-    how += f"; at most {passing:,} B of activations and logits on top, by formula for {_pass(at)}; {_LEFT_OUT}"
+    if prediction.activations_B is None or prediction.logits_B is None:
+        raise NotRunError(f"there is no formula for the activations of {at.label}")
+    passing = prediction.activations_B + prediction.logits_B
+    recomputed = ", with checkpointing" if at.training.checkpointing else ""
+    texts = f"{at.training.batch} x {at.training.max_tokens} tokens{recomputed}"
+    how += f"; at most {passing:,} B more for activations and logits, by formula for {texts}; {_LEFT_OUT}"
     return MeasureResult(value.least, f"{how}; {record_sources.place(own)}", value.most + passing)
 
 
@@ -181,8 +156,8 @@ def scaled_memory_ratio(suite: Suite, of: Depths, to: Depths, model: Model) -> M
     """Ratio of `of` and `to`, each as in `scaled_memory`, without activations."""
     for a, b in zip(of, to, strict=True):
         pair(suite, a, b)
-    (x, told, own), (y, its, _) = _scaled(suite, of, model), _scaled(suite, to, model)
-    return x.over(y).found(f"({told}) / ({its}), without activations; {record_sources.place(own)}")
+    (x, above, own), (y, below, _) = _scaled(suite, of, model), _scaled(suite, to, model)
+    return over(x, y).measured(f"({above}) / ({below}), without activations; {record_sources.place(own)}")
 
 
 @measure("count")
@@ -197,6 +172,13 @@ def trained_parameters(suite: Suite, cell: Entry) -> MeasureResult:
 def undecidable(needs: str) -> MeasureResult:
     """A property that the harness cannot decide, e.g. a score of GPT-3. needs: the requirement."""
     raise NotRunError(f"it takes {needs}")
+
+
+def over(x: Interval, y: Interval) -> Interval:
+    """Return the quotient of two measurements. Raises NotRunError for a divisor of 0."""
+    if not y.least > 0:
+        raise NotRunError("the divisor was measured as 0")
+    return x / y
 
 
 def pair(suite: str, of: str, to: str) -> tuple[list[Record], list[Record]]:
@@ -219,13 +201,13 @@ def _depths(suite: str, cells: Sequence[str]) -> tuple[str, dict[int, list[Recor
 
 def _extrapolated(suite: str, cells: Sequence[str]) -> tuple[Interval, str, Record]:
     model, at = _depths(suite, cells)
-    blocks, lines, said = _blocks(model), [], []
+    blocks, lines, terms = _blocks(model), [], []
     for low, high in itertools.pairwise(at):
         least, most = _peak(at[low]).value, _peak(at[high]).value
         each = (most - least) / (high - low)
         lines.append(least + (blocks - low) * each)
-        said.append(f"{int(least):,} B at {low} + {blocks - low} x {float(each):,.0f} B")
-    how = f"{' or '.join(said)}, of {blocks} blocks"
+        terms.append(f"{int(least):,} B at {low} + {blocks - low} x {float(each):,.0f} B")
+    how = f"{' or '.join(terms)}, for {blocks} blocks"
     return Interval(lines[-1], min(lines), max(lines)), how, next(iter(at.values()))[0]
 
 
@@ -233,18 +215,20 @@ def _scaled(suite: str, cells: Sequence[str], model: str, paged: int | None = No
     """Scale counted bytes to a model. paged: bytes of a paged optimizer's states on the GPU at this size."""
     narrow, at = _depths(suite, cells)
     if [*at] != [1, 2]:
-        raise ValueError(f"{', '.join(cells)} have {', '.join(map(str, at))} blocks; the law wants 1 and 2")
+        raise ValueError(f"{', '.join(cells)} have {', '.join(map(str, at))} blocks; name Cells with 1 and 2 blocks")
     one, two = (_counted(own[0]) for own in at.values())
     block, rest = _sizes(narrow)
     per_block, per_rest = (two - one) / block, (one - (two - one)) / rest
     block, rest = _sizes(model)
     value = per_block * block * _blocks(model) + per_rest * rest
     how = f"{float(per_block):.4g} B x {_blocks(model)} x {block:,} + {float(per_rest):.4g} B x {rest:,} parameters"
-    how += f", bytes each as of {narrow}"
+    how += f", with the bytes per parameter of {narrow}"
     if _is_paged(at[1][0]):
         if paged is None:
-            raise ValueError(f"{at[1][0].cell.label} pages its optimizer: how much stays on a GPU depends on the size")
-        value, how = value + paged, f"{how}, + {paged:,} B of the paged optimizer that stay on the GPU"
+            raise ValueError(
+                f"{at[1][0].cell.label} pages its optimizer: its states on a GPU are not proportional to size"
+            )
+        value, how = value + paged, f"{how}, + {paged:,} B of states that the paged optimizer leaves on the GPU"
     return Interval(value, value, value), how, at[1][0]
 
 
@@ -254,16 +238,14 @@ def _blocks(address: str) -> int:
 
 def _sizes(model: str) -> tuple[int, int]:
     """Return the number of parameters of one block, and outside of blocks."""
-    from harness.claims import attached_model
-
-    one, two = (sum(p.numel() for p in attached_model.parameters(f"{model}/{n}-blocks").values()) for n in (1, 2))
+    one, two = (attached_model.parameter_count(f"{model}/{n}-blocks") for n in (1, 2))
     return two - one, 2 * one - two
 
 
 def _counted(record: Record) -> Fraction:
     memory = record.measurements.memory if record.measurements else None
     if memory is None or memory.predicted is None:
-        raise NotRunError(f"the Record of {record.cell.label} does not say what the optimizer's step adds")
+        raise NotRunError(f"the Record of {record.cell.label} lacks the memory of the optimizer's step")
     states = 0 if _is_paged(record) else memory.optimizer_B  # paged states on a GPU are not proportional to parameters
     return Fraction(memory.weights_B + memory.adapter_B + memory.gradients_B + states + memory.predicted.step_B)
 
@@ -280,7 +262,7 @@ def predicted(cell: Cell) -> Predicted:
     counted = counting.answer(plan_prediction.count_request(cell, config, kind, LABELS))
     found = plan_prediction.prediction(cell, counted, every_token=True)
     if isinstance(found, str):
-        raise NotRunError(f"the memory of {cell.label}, which cannot be predicted: {found}")
+        raise NotRunError(f"the memory of {cell.label} cannot be predicted: {found}")
     return found
 
 
@@ -294,11 +276,6 @@ def shape_of(cell: Cell) -> tuple[dict[str, Any], str]:
     return (shapes.with_classes(config, LABELS) if kind == "encoder" else config), kind
 
 
-def _pass(cell: Cell) -> str:
-    again = ", with checkpointing" if cell.training.checkpointing else ""
-    return f"{cell.training.batch} x {cell.training.max_tokens} tokens{again}"
-
-
 def _peak(own: Sequence[Record]) -> Interval:
     peaks = [
         measurements.above_imports(record, peak)
@@ -306,11 +283,11 @@ def _peak(own: Sequence[Record]) -> Interval:
         if (peak := measurements.training_peak(record)) is not None
     ]
     if len(peaks) < len(own):
-        raise NotRunError(f"the system did not say how much {own[0].cell.label} took")
+        raise NotRunError(f"the system gave no peak memory of {own[0].cell.label}")
     return Interval.around(max(peaks), min(peaks), max(peaks))
 
 
 def _peaks(own: Sequence[Record]) -> str:
     x = _peak(own)
     several = f" to {int(x.most):,}" if x.least != x.most else ""
-    return f"{int(x.least):,}{several} B at most while training ({own[0].cell.label})"
+    return f"peak of {int(x.least):,}{several} B in training ({own[0].cell.label})"

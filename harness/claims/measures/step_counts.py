@@ -1,8 +1,8 @@
 """Measures: operations and bytes of one training step, counted on a shape without weights. Imports torch only when computed.
 
-They rehearse claims about speed without a GPU. If matrix products dominate, time is proportional to their operations: for N
-weights, a token takes 2 N in the forward pass and 4 N in the backward pass, half of these for gradients of weights, which
-frozen weights do not have. Not counted: other operations (norms, dequantisation, an optimizer's step) and data movement.
+They stand in for measurements of speed on a GPU. If matrix products dominate, time is proportional to their operations: with
+N weights, a token takes 2 N in the forward pass and 4 N in the backward pass, half of them for gradients of weights; frozen
+weights have none. Not counted: other operations (norms, dequantisation, an optimizer's step) and data movement.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from fractions import Fraction
 from typing import Literal
 
 from harness.claims.measure import Config, Count, MeasureResult, Method, Model, Positive, measure
-from harness.claims.measures.arithmetic import written
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -35,7 +34,7 @@ def training_operations(
 
     step = meta_step.step(model, method, config, tokens, batch, checkpointing=checkpointing)
     counts = meta_step.operations(step)
-    return MeasureResult(counts.whole, f"{counts.in_words()}, blocks after the first two, = {counts.whole:.4g}")
+    return MeasureResult(counts.whole, f"{counts.in_words()}, two blocks and each further one, = {counts.whole:.4g}")
 
 
 @measure("share")
@@ -47,8 +46,8 @@ def time_more_by_operations(of: Count, than: Count) -> MeasureResult:
     """
     more = of / than - 1
     ends = sorted((Fraction(0), more))
-    how = f"{_rounded(of)} / {_rounded(than)} - 1 = {float(100 * more):+.3g}% if products of matrices fill the time"
-    return MeasureResult(ends[0], f"{how}, 0 if they take none of it", ends[1])
+    how = f"{float(of):.6g} / {float(than):.6g} - 1 = {float(100 * more):+.3g}% if matrix products take all the time"
+    return MeasureResult(ends[0], f"{how}, 0 if they take no time", ends[1])
 
 
 @measure("bytes")
@@ -63,10 +62,5 @@ def kept_for_backward(
     from harness.claims import meta_step
 
     counts = meta_step.saved_bytes(meta_step.step(model, method, config, tokens, batch, dtype=dtype))
-    return MeasureResult(
-        counts.whole, f"{counts.in_words(' B')}, blocks after the first two, = {written(Fraction(counts.whole))} B"
-    )
-
-
-def _rounded(count: Fraction) -> str:
-    return f"{float(count):.6g}"
+    how = f"{counts.in_words(' B')}, two blocks and each further one, = {counts.whole:,} B"
+    return MeasureResult(counts.whole, how)

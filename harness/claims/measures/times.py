@@ -12,8 +12,9 @@ from harness.analysis import failed_checks, measurements
 from harness.analysis.statistics.intervals import LEVEL, Median, median_interval
 from harness.analysis.statistics.process_runs import ASSUMED, FEWEST
 from harness.claims import record_sources
+from harness.claims.interval import ONE, Interval
 from harness.claims.measure import MeasureResult, NotRunError, measure
-from harness.claims.measures.records import Entry, Interval, Suite, pair
+from harness.claims.measures.records import Entry, Suite, over, pair
 from harness.records.record import Latency, Record, TrainingMeasured
 
 Variant = Literal["base", "unmerged", "merged"]
@@ -27,8 +28,8 @@ def step_time(suite: Suite, cell: Entry) -> MeasureResult:
     Times hold for the machine of the Records only.
     """
     (own,) = record_sources.records(suite, cell)
-    seconds, rests = _between_processes(_steps(own), own)
-    return seconds.found(f"a step of {own[0].cell.label}, {rests}; {record_sources.place(own[0])}")
+    seconds, processes = _between_processes(_steps(own), own)
+    return seconds.measured(f"a step of {own[0].cell.label}, {processes}; {record_sources.place(own[0])}")
 
 
 @measure("rate")
@@ -38,8 +39,8 @@ def throughput(suite: Suite, cell: Entry) -> MeasureResult:
     Reports divide all tokens by all seconds, which has no interval; the two differ if texts differ in length.
     """
     (own,) = record_sources.records(suite, cell)
-    rate, rests = _between_processes(_merge([_rate(record) for record in own]), own)
-    return rate.found(f"steps of {own[0].cell.label}, {rests}; {record_sources.place(own[0])}")
+    rate, processes = _between_processes(_merge([_rate(record) for record in own]), own)
+    return rate.measured(f"steps of {own[0].cell.label}, {processes}; {record_sources.place(own[0])}")
 
 
 @measure("ratio")
@@ -48,20 +49,15 @@ def step_time_ratio(suite: Suite, of: Entry, to: Entry) -> MeasureResult:
 
     With few processes the interval is widened by an assumed deviation between processes.
     """
-    (a, b) = pair(suite, of, to)
-    x, y = _steps(a), _steps(b)
-    quotient, rests = _between_processes(x.over(y), a, b)
-    return quotient.found(f"{_seconds(x)} / {_seconds(y)} a step; {rests}; {record_sources.place(a[0])}")
+    ratio, times, how = _compared(suite, of, to, _steps)
+    return ratio.measured(f"{times} per step; {how}")
 
 
 @measure("share")
 def step_time_more(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
     """Relative increase of the step time of `of` over `than`; negative if shorter."""
-    (a, b) = pair(suite, of, than)
-    x, y = _steps(a), _steps(b)
-    quotient, rests = _between_processes(x.over(y), a, b)
-    more = Interval(quotient.value - 1, quotient.least - 1, quotient.most - 1)
-    return more.found(f"{_seconds(x)} / {_seconds(y)} - 1; {rests}; {record_sources.place(a[0])}")
+    ratio, times, how = _compared(suite, of, than, _steps)
+    return (ratio - ONE).measured(f"{times} per step, minus 1; {how}")
 
 
 @measure("ratio")
@@ -70,18 +66,15 @@ def latency_ratio(suite: Suite, cell: Entry, of: Variant, to: Variant, at: Kind)
     (own,) = record_sources.records(suite, cell)
     x, y = (_merge([_latency(record, variant, at) for record in own]) for variant in (of, to))
     shape = next(one for one in _latencies(own[0]) if one.kind == at)
-    said = f"{at} of {shape.batch} x {shape.tokens} tokens, {of} {_seconds(x)} / {to} {_seconds(y)}"
-    return x.over(y).found(f"{said}; {record_sources.place(own[0])}")
+    how = f"{at} of {shape.batch} x {shape.tokens} tokens, {of} {_seconds(x)} / {to} {_seconds(y)}"
+    return over(x, y).measured(f"{how}; {record_sources.place(own[0])}")
 
 
 @measure("ratio")
 def phase_ratio(suite: Suite, phase: str, of: Entry, to: Entry) -> MeasureResult:
     """Ratio of the times of a phase, e.g. `attach`, of `of` and `to`; the interval covers variation between processes."""
-    (a, b) = pair(suite, of, to)
-    x, y = (_merge([_phase(record, phase) for record in side]) for side in (a, b))
-    quotient, rests = _between_processes(x.over(y), a, b)
-    said = f"{float(x.value):.3g} s / {float(y.value):.3g} s of {phase}"
-    return quotient.found(f"{said}; {rests}; {record_sources.place(a[0])}")
+    ratio, times, how = _compared(suite, of, to, lambda own: _merge([_phase(record, phase) for record in own]))
+    return ratio.measured(f"{times} for {phase}; {how}")
 
 
 @measure("share")
@@ -94,11 +87,19 @@ def refresh_share(suite: Suite, cell: Entry) -> MeasureResult:
     (own,) = record_sources.records(suite, cell)
     training, gap = own[0].measurements and own[0].measurements.training, own[0].cell.config.get("update_gap")
     if not training or not isinstance(gap, int):
-        raise ValueError(f"{own[0].cell.label} trains nothing that refreshes projectors")
+        raise ValueError(f"{own[0].cell.label} has no projectors to refresh")
     first, usual = Fraction(training.step_seconds[0]), Fraction(_step_time(own[0]).value)
     how = f"at most ({float(first):.4g} s - {float(usual):.4g} s) / {gap} / {float(usual):.4g} s"
     how += ", as a first step also warms up"
     return MeasureResult(0, f"{how}; {record_sources.place(own[0])}", max(Fraction(0), first - usual) / gap / usual)
+
+
+def _compared(suite: str, of: str, to: str, time: Callable[[Sequence[Record]], Interval]) -> tuple[Interval, str, str]:
+    """Return the ratio of two times, the times as text, and processes and place as text."""
+    a, b = pair(suite, of, to)
+    x, y = time(a), time(b)
+    ratio, processes = _between_processes(over(x, y), a, b)
+    return ratio, f"{_seconds(x)} / {_seconds(y)}", f"{processes}; {record_sources.place(a[0])}"
 
 
 def _merge(intervals: Sequence[Interval]) -> Interval:
@@ -117,7 +118,7 @@ def _step(record: Record) -> Interval:
 
 def _rate(record: Record) -> Interval:
     if (rate := measurements.step_rate(_trained(record))) is None:
-        raise NotRunError(f"a step of {record.cell.label} in which the clock moves")
+        raise NotRunError(f"every step of {record.cell.label} took 0 s by the clock")
     return _certain(rate, f"steps of {record.cell.label}")
 
 
@@ -151,7 +152,7 @@ def _latency(record: Record, variant: Variant, kind: Kind) -> Interval:
         raise NotRunError(f"{record.cell.label}: {why}")
     one = next((x for x in _latencies(record) if (x.variant, x.kind) == (variant, kind)), None)
     if one is None or not one.seconds:
-        why = one.because if one else "its Record holds no such time"
+        why = one.because if one else "its Record has no such time"
         raise NotRunError(f"{kind} of {record.cell.label} was not timed {variant}: {why}")
     return _certain(median_interval(one.seconds), f"passes of {record.cell.label}")
 
@@ -182,4 +183,4 @@ def _between_processes(found: Interval, *sides: Sequence[Record]) -> tuple[Inter
     factor = Fraction(math.exp(NormalDist().inv_cdf(0.5 + LEVEL / 2) * error))
     wider = Interval(found.value, found.least / factor, found.most * factor)
     seen = f"{float(found.least):.4g} to {float(found.most):.4g}"
-    return wider, f"{each}, so {seen} is widened by a deviation of {100 * ASSUMED:g} % from one to another, assumed"
+    return wider, f"{each}, so {seen} is widened by an assumed deviation of {100 * ASSUMED:g} % between processes"

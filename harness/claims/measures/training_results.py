@@ -20,7 +20,7 @@ from harness.records.record import Accuracy, Record
 
 @measure("property")
 def scores_higher(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
-    """Check whether the mean accuracy of `of` is above that of `than`; undecided if the interval of the difference has 0."""
+    """Check whether the mean accuracy of `of` is above that of `than`; undecided if the difference may be 0."""
     spread, how = _scores(suite, of, than)
     return _above(spread, 0.0, how)
 
@@ -37,20 +37,23 @@ def loss_falls_faster(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
     """Check whether the mean training loss of `of` is below that of `than`, paired by seed, on the same batches."""
     a, b = _seeds(suite, of, than)
     means = [[fmean(_losses(record)) for record in side] for side in (a, b)]
-    differences = [its - own for own, its in zip(*means, strict=True)]
+    differences = [right - left for left, right in zip(*means, strict=True)]
     spread = Spread(fmean(differences), math.sqrt(variance(differences) / len(differences)), len(differences) - 1)
-    how = f"mean loss over all steps {fmean(means[0]):.4f} against {fmean(means[1]):.4f}, {_difference(spread, 1, 4)}"
-    return _above(spread, 0.0, f"{how} lower, {len(differences)} seeds; {_small(a, b)}")
+    how = f"mean loss over all steps {fmean(means[0]):.4f} and {fmean(means[1]):.4f}, lower by {_difference(spread, 1, 4)}"
+    return _above(spread, 0.0, f"{how}, {len(differences)} seeds; {_setup(a, b)}")
 
 
 def _scores(suite: str, of: str, than: str) -> tuple[Spread, str]:
     a, b = _seeds(suite, of, than)
-    mine, its = ([_accuracy(record) for record in side] for side in (a, b))
-    spread = over_seeds.difference(mine, its)
+    left, right = ([_accuracy(record) for record in side] for side in (a, b))
+    spread = over_seeds.difference(left, right)
     if spread is None:
         raise NotRunError(f"{of} and {than} were not scored on the same items")
-    means = f"{100 * fmean(x.value for x in mine):.1f} % against {100 * fmean(x.value for x in its):.1f} %"
-    return spread, f"accuracy {means}, {_difference(spread, 100, 2)} points, {len(mine)} seeds; {_small(a, b)}"
+    means = f"{100 * fmean(x.value for x in left):.1f} % and {100 * fmean(x.value for x in right):.1f} %"
+    return (
+        spread,
+        f"accuracy {means}, difference {_difference(spread, 100, 2)} points, {len(left)} seeds; {_setup(a, b)}",
+    )
 
 
 def _above(spread: Spread, least: float, how: str) -> MeasureResult:
@@ -69,7 +72,7 @@ def _seeds(suite: str, of: str, than: str) -> tuple[list[Record], list[Record]]:
     record_sources.comparable(a, b)
     seeds = [[record.cell.seed for record in side] for side in (a, b)]
     if seeds[0] != seeds[1] or len(a) < 2:
-        raise ValueError(f"{of} has the seeds {seeds[0]} and {than} {seeds[1]}; both need the same, two or more")
+        raise ValueError(f"{of} has the seeds {seeds[0]} and {than} {seeds[1]}; both need the same two seeds or more")
     return a, b
 
 
@@ -87,7 +90,7 @@ def _losses(record: Record) -> list[float]:
     return training.losses
 
 
-def _small(a: Sequence[Record], b: Sequence[Record]) -> str:
+def _setup(a: Sequence[Record], b: Sequence[Record]) -> str:
     cell = a[0].cell
-    names = f"{cell.label} against {b[0].cell.label}"
+    names = f"{cell.label} and {b[0].cell.label}"
     return f"{names}, {cell.training.steps} steps on {cell.task}; {record_sources.place(a[0])}"

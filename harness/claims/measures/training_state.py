@@ -1,14 +1,13 @@
-"""Measures: bytes of weights, gradients and Adam's moments in training. Imports torch only when computed."""
+"""Measures: bytes of weights, gradients and Adam's moments in training."""
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Annotated
 
 from pydantic import Field
 
-from harness.claims.measure import Config, MeasureResult, Method, Model, Quantity, measure
-from harness.claims.measures.arithmetic import written
+from harness.claims import attached_model
+from harness.claims.measure import Config, MeasureResult, Method, Model, measure
 from harness.claims.measures.parameters import Split
 from harness.claims.sums import total
 
@@ -30,15 +29,12 @@ def adam_training(
 
     `full` trains all parameters, `frozen` none.
     """
-    from harness.claims import attached_model
-
     own = attached_model.parameters(model)
     trained = attached_model.trained(model, method, config, split)
-    base = sum(p.numel() for p in own.values())
-    trains = total(Counter(trained.values()))
-    added = total(Counter(shape for name, shape in trained.items() if name not in own))
-    how = f"{weight} B x {base + added:,} + ({gradient} + 2 x {moment}) B x {trains:,}"
-    return MeasureResult(weight * (base + added) + (gradient + 2 * moment) * trains, how)
+    trains = total(trained.values())
+    weights = attached_model.parameter_count(model) + total(trained[name] for name in trained.keys() - own.keys())
+    how = f"{weight} B x {weights:,} + ({gradient} + 2 x {moment}) B x {trains:,}"
+    return MeasureResult(weight * weights + (gradient + 2 * moment) * trains, how)
 
 
 @measure("bytes")
@@ -48,17 +44,6 @@ def full_finetuning_of_unknown_precision(model: Model) -> MeasureResult:
     From 6 bytes per parameter (weights and moments in 16 bits, gradients freed after use) to the 16 of mixed precision
     (arXiv:1910.02054, section 3.1: weights and gradients in 16 bits; master weights and both moments in 32).
     """
-    from harness.claims import attached_model
-
-    count = sum(p.numel() for p in attached_model.parameters(model).values())
+    count = attached_model.parameter_count(model)
     least, most = 2 + 2 * 2, 2 + 2 + 4 + 2 * 4
     return MeasureResult(least * count, f"(2 + 2 x 2) B to (2 + 2 + 4 + 2 x 4) B x {count:,}", most=most * count)
-
-
-@measure("property")
-def falls_by(of: Quantity, to: Quantity, share: Quantity) -> MeasureResult:
-    """Check whether `to` is less than `of` by exactly this share of `of`, such as 2/3."""
-    less = 1 - to / of
-    return MeasureResult(
-        less == share, f"1 - {written(to)} / {written(of)} = {less if less.denominator < 100 else float(less)}"
-    )

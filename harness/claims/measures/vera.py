@@ -1,38 +1,34 @@
-"""Measures: VeRA's parameter counts and random projections, and vision transformers, for which there are no presets."""
+"""Measures: VeRA's parameter counts and random projections."""
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any
-
-from harness.claims.measure import Config, MeasureResult, Method, Model, Positive, measure
+from harness.claims import attached_model
+from harness.claims.measure import MeasureResult, Model, Positive, measure
 from harness.claims.measures.parameters import Split
-from harness.claims.sums import summed, total
+from harness.claims.sums import total
 
 
 @measure("property")
 def counts_by_formula(model: Model, targets: list[str], ranks: list[Positive], split: Split = {}) -> MeasureResult:
     """Check whether VeRA trains L (d + r) numbers and LoRA 2 L d r, attached to L square layers of width d (section 3.2)."""
-    from harness.claims import attached_model
-
-    said, right = [], True
+    shown, holds = [], True
     for rank in ranks:
         config = {"rank": rank, "targets": targets}
         vera, lora = (attached_model.trained(model, method, config, split) for method in ("vera", "lora"))
         widths = {shape[-1] for name, shape in lora.items() if name.endswith(".A")}
         heights = {shape[0] for name, shape in lora.items() if name.endswith(".B")}
         if widths != heights or len(widths) != 1:
-            raise ValueError(f"the formula is for square layers of one size, and {', '.join(targets)} are not")
+            raise ValueError(f"the formula is for square layers of one size; {', '.join(targets)} are not")
         (d,), layers = widths, len(lora) // 2
-        of_vera, of_lora = (total(Counter(every.values())) for every in (vera, lora))
-        right = right and of_vera == layers * (d + rank) and of_lora == 2 * layers * d * rank
-        said.append(f"r = {rank}: VeRA {of_vera:,}, LoRA {of_lora:,}")
-    return MeasureResult(right, f"L = {layers}, d = {d:,}; {'; '.join(said)}")
+        of_vera, of_lora = total(vera.values()), total(lora.values())
+        holds = holds and of_vera == layers * (d + rank) and of_lora == 2 * layers * d * rank
+        shown.append(f"r = {rank}: VeRA {of_vera:,}, LoRA {of_lora:,}")
+    return MeasureResult(holds, f"L = {layers}, d = {d:,}; {'; '.join(shown)}")
 
 
 @measure("property")
 def is_kaiming_uniform(inputs: Positive, outputs: Positive, rank: Positive) -> MeasureResult:
-    """Check whether A (r, in) and B (out, r) are, to the last bit, drawn by PyTorch's `kaiming_uniform_`.
+    """Check whether A (r, in) and B (out, r) equal, bit by bit, draws of PyTorch's `kaiming_uniform_`.
 
     With its defaults: uniform in +-sqrt(6 / fan_in). PyTorch initialises an nn.Linear in +-sqrt(1 / fan_in) instead.
     """
@@ -42,10 +38,10 @@ def is_kaiming_uniform(inputs: Positive, outputs: Positive, rank: Positive) -> M
 
     A, B = projections(0, rank, inputs, outputs)
     generator = torch.Generator().manual_seed(0)
-    again = [torch.nn.init.kaiming_uniform_(torch.empty(t.shape), generator=generator) for t in (A, B)]
+    expected = [torch.nn.init.kaiming_uniform_(torch.empty(t.shape), generator=generator) for t in (A, B)]
     largest = [float(t.abs().max() * (fan / 6) ** 0.5) for t, fan in ((A, inputs), (B, rank))]
-    same = torch.equal(A, again[0]) and torch.equal(B, again[1])
-    return MeasureResult(same, f"largest of A {largest[0]:.4f} sqrt(6/{inputs}), of B {largest[1]:.4f} sqrt(6/{rank})")
+    how = f"largest of A {largest[0]:.4f} sqrt(6/{inputs}), of B {largest[1]:.4f} sqrt(6/{rank})"
+    return MeasureResult(torch.equal(A, expected[0]) and torch.equal(B, expected[1]), how)
 
 
 @measure("property")
@@ -60,61 +56,14 @@ def product_keeps_variance(inputs: Positive, outputs: Positive, ranks: list[Posi
     from harness.conformance.tolerance_constants import INITIAL_SIGMAS
     from reference.vera import projections
 
-    said, right = [], True
+    shown, holds = [], True
     for rank in ranks:
         draws = []
         for key in range(64):
             A, B = projections(key, rank, inputs, outputs)
             draws.append((B @ A).double().square().mean() * inputs / 4)
-        of = torch.stack(draws)
-        mean, error = float(of.mean()), float(of.std() / len(draws) ** 0.5)
-        right = right and abs(mean - 1) <= INITIAL_SIGMAS * error
-        said.append(f"r = {rank}: {mean:.4f} +- {error:.4f}")
-    return MeasureResult(right, f"variance in units of 4 / {inputs}: {', '.join(said)}")
-
-
-@measure("count")
-def vision_parameters(
-    width: Positive, blocks: Positive, heads: Positive, mlp: Positive, patch: Positive, pixels: Positive
-) -> MeasureResult:
-    """Parameters of a vision transformer without its head. patch, pixels: the side of a patch and of the image."""
-
-    sizes = Counter(tuple(p.shape) for p in _vision(width, blocks, heads, mlp, patch, pixels).parameters())
-    return summed(sizes)
-
-
-@measure("count")
-def vision_trainable(
-    width: Positive,
-    blocks: Positive,
-    heads: Positive,
-    mlp: Positive,
-    patch: Positive,
-    pixels: Positive,
-    method: Method,
-    config: Config = {},
-) -> MeasureResult:
-    """Trainable parameters of a Method attached to a vision transformer, without a new head."""
-    from harness.conformance.subject import configure
-    from harness.memory_model import counting
-
-    model = _vision(width, blocks, heads, mlp, patch, pixels)
-    with counting.attached(model, method, configure(method, config)) as adapted:
-        sizes = Counter(tuple(p.shape) for p in adapted.parameters())
-    return summed(sizes)
-
-
-def _vision(width: int, blocks: int, heads: int, mlp: int, patch: int, pixels: int) -> Any:
-    import torch
-    from transformers import ViTConfig, ViTModel
-
-    config = ViTConfig(
-        hidden_size=width,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        intermediate_size=mlp,
-        patch_size=patch,
-        image_size=pixels,
-    )
-    with torch.device("meta"):
-        return ViTModel(config, add_pooling_layer=False).requires_grad_(False)
+        variances = torch.stack(draws)
+        mean, error = float(variances.mean()), float(variances.std() / len(draws) ** 0.5)
+        holds = holds and abs(mean - 1) <= INITIAL_SIGMAS * error
+        shown.append(f"r = {rank}: {mean:.4f} +- {error:.4f}")
+    return MeasureResult(holds, f"variance in units of 4 / {inputs}: {', '.join(shown)}")

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from harness.conformance.case import Case
 from harness.conformance.comparison.tolerance_policies import Judgement
-from harness.records.check_id import CheckId
+from harness.records.check import CheckId
 from harness.records.record import CheckResult, Outcome
 
 

@@ -35,8 +35,7 @@ from harness.conformance.subject import (
 )
 from harness.errors import Unsupported
 from harness.methods.registry import Implementation
-from harness.records.check import CheckResult, Outcome
-from harness.records.check_id import CheckId
+from harness.records.check import CheckId, CheckResult, Outcome
 
 SEED = 20
 CPU = torch.device("cpu")

@@ -22,8 +22,7 @@ from harness.conformance import checks
 from harness.conformance.findings.outcomes import CheckOutcome, Execution
 from harness.errors import Problem, SuiteError, did_you_mean
 from harness.records.base_model import FrozenModel
-from harness.records.check import CheckResult, Outcome
-from harness.records.check_id import CheckId
+from harness.records.check import CheckId, CheckResult, Outcome
 from harness.resources import data_folder
 
 

@@ -6,8 +6,7 @@ from enum import StrEnum
 
 from harness.methods.registry import TargetKind
 from harness.records.base_model import FrozenModel
-from harness.records.check import CheckResult, Outcome
-from harness.records.check_id import CheckId
+from harness.records.check import CheckId, CheckResult, Outcome
 
 
 class CheckStatus(StrEnum):
@@ -79,6 +78,4 @@ class CheckOutcome(FrozenModel):
     @property
     def share(self) -> float | None:
         """The error as a share of the allowance; None if nothing was measured or allowed."""
-        if self.result.error is None or not self.result.allowed:
-            return None
-        return self.result.error / self.result.allowed
+        return self.result.share

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,31 +52,47 @@ def between(history: History, change: Change) -> Between:
     before, after = _passes_around(history, change, *_outer_nights(history, change))
     paired, libraries = (_revision(before), _revision(after)), _changed_libraries(before, after)
     request = _request(change, after, history.night(change.night).places[change.place], paired)
-    uncommitted = bool(before.get("git_dirty") or after.get("git_dirty"))
-    remarks = ["a night ran changes that are in no commit"] if uncommitted else []
-    unknown_suite = [] if _ships(request.suite) else [
+    remarks = [] if _ships(request.suite) else [
         "the suite is not one of the harness's own: put the path of its file in place of its name"
     ]  # fmt: skip
-    refusal: list[str] = []
-    if change.counted:
-        refusal = ["counted: there is nothing to confirm"]
-    elif not _measured_by_pairs(change.metric):
-        rerun = f"pairs do not measure {change.metric}; a rerun of the suite by both does: `{_rerun(request)}`"
-        refusal = [rerun, *unknown_suite, *remarks]
-    elif _is_search(history, change.cell):
-        refusal = ["it is a try of a search for a learning rate, which pairs leave out; rerun the suite", *remarks]
-    elif not all(paired):
-        refusal = ["a night was not run from a git checkout: no revisions to build the pairs from"]
-    elif paired[0] == paired[1]:
-        refusal = ["both nights ran the same revision" + ", with changes that are in no commit" * uncommitted]
-    elif not uncommitted and before.get("code_version") and before.get("code_version") == after.get("code_version"):
-        refusal = ["both nights ran the same code of two revisions: look at libraries, driver and machine"]
-    today = [f"pairs run both with today's libraries, and {', '.join(libraries)} since"] if libraries else []
-    because = "; ".join(refusal or [*unknown_suite, *today, *remarks])
+    reason = _why_no_pairs(history, change, before, after)
+    if not reason and libraries:
+        remarks.append(f"pairs run both with today's libraries, and {', '.join(libraries)} since")
+    elif reason and not _measured_by_pairs(change.metric):
+        reason = f"{reason}: `{request.rerun_command()}`"
+    elif reason:
+        remarks = []  # they are about a command
+    if not change.counted and _uncommitted(before, after):
+        remarks.append("a night ran changes that are in no commit")
+    because = "; ".join([*filter(None, [reason]), *remarks])
     return Between(
-        code, (_revision(old), _revision(new)), _changed_libraries(old, new), None if refusal else request, because,
+        code, (_revision(old), _revision(new)), _changed_libraries(old, new), None if reason else request, because,
         paired, libraries,
     )  # fmt: skip
+
+
+def _why_no_pairs(history: History, change: Change, before: RunHeader, after: RunHeader) -> str:
+    """Return the reason why pairs of the revisions of two passes cannot confirm a change; empty if they can."""
+    revisions = (_revision(before), _revision(after))
+    if change.counted:
+        return "counted: there is nothing to confirm"
+    if not _measured_by_pairs(change.metric):
+        return f"pairs do not measure {change.metric}; a rerun of the suite by both does"
+    if _is_search(history, change.cell):
+        return "it is a try of a search for a learning rate, which pairs leave out; rerun the suite"
+    if not all(revisions):
+        return "a night was not run from a git checkout: no revisions to build the pairs from"
+    if revisions[0] == revisions[1]:
+        return "both nights ran the same revision"
+    same_code = before.get("code_version") and before.get("code_version") == after.get("code_version")
+    if same_code and not _uncommitted(before, after):
+        return "both nights ran the same code of two revisions: look at libraries, driver and machine"
+    return ""
+
+
+def _uncommitted(before: RunHeader, after: RunHeader) -> bool:
+    """Return whether a pass ran changes that are in no commit."""
+    return bool(before.get("git_dirty") or after.get("git_dirty"))
 
 
 def _request(change: Change, run: RunHeader, place: Mapping[str, str], paired: tuple[str, str]) -> PairsRequest:
@@ -89,14 +104,6 @@ def _request(change: Change, run: RunHeader, place: Mapping[str, str], paired: t
     device = device if device in ("cpu", "cuda") else "auto"
     old, new = (revision[:12] for revision in paired)
     return PairsRequest(old, new, suite=str(run.get("suite", "")), only=only, device=device, cores=cores)
-
-
-def _rerun(request: PairsRequest) -> str:
-    """Return the command that runs the Cells of a request again."""
-    words = ["peft-harness", "run", request.suite]
-    words += ["--only", request.only] if request.only is not None else []
-    words += ["--device", request.device] if request.device != "auto" else []
-    return shlex.join(words)
 
 
 def _measured_by_pairs(metric: str) -> bool:

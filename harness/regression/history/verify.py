@@ -108,7 +108,7 @@ def _verdict(
 def _other_place(place: Mapping[str, str], result: PairsResult) -> list[str]:
     """List the differences between a place and the place of the runs, except for Cells that ran at once."""
     records = [record for one in result.runner.found for pair in one.records for record in pair]
-    shared = {key: value for key, value in place.items() if key == tracked_metrics.BESIDE}
+    shared = {key: value for key, value in place.items() if key == tracked_metrics.CONCURRENT}
     places = [tracked_metrics.place(record) | shared for record in records]
     return sorted({difference for here in places for difference in tracked_metrics.place_changes(place, here)})
 

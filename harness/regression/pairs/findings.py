@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from harness.analysis.comparison.baseline_rows import ComparisonRow, FindingKind, Findings
-from harness.analysis.comparison.pair_ratio import named
+from harness.analysis.comparison.pair_ratio import metric_text
 from harness.analysis.comparison.pair_verdict import CellComparison, JudgedPairs
 from harness.analysis.statistics.paired import PairFinding
 from harness.analysis.tracked_metrics import STEP
@@ -35,8 +35,12 @@ def _speed(cell: CellComparison, metric: str, judged: JudgedPairs) -> Comparison
     ids = tuple(dict.fromkeys(record.cell_id for pair in cell.records for record in pair))
     if timed is None:
         why = f"not timed: {cell.because or 'it has no steps that could be timed'}"
-        return ComparisonRow(FindingKind.SPEED, VerdictKind.NOT_RUN, cell.name, ids, named(metric), why, old, new, "s")
+        return ComparisonRow(
+            FindingKind.SPEED, VerdictKind.NOT_RUN, cell.name, ids, metric_text(metric), why, old, new, "s"
+        )
     word, reason = _KINDS[timed.word], timed.sentence.removeprefix("inconclusive: ")
     if judged.canaries.closed:
         word, reason = VerdictKind.NOT_RUN, f"the canaries closed the gate, so this is not judged: {reason}"
-    return ComparisonRow(FindingKind.SPEED, word, cell.name, ids, named(metric), reason, old, new, "s", timed.interval)
+    return ComparisonRow(
+        FindingKind.SPEED, word, cell.name, ids, metric_text(metric), reason, old, new, "s", timed.interval
+    )

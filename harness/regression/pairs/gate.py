@@ -66,7 +66,7 @@ class PairsResult:
             "suite": request.suite, "only": request.only, "seed": self.runner.seed,
             "design": asdict(self.runner.design), "cells": cells,
             "findings": [asdict(row) for row in judged.rows if not row.same],
-            "residue": list(judged.residue), "canary": self.canary, "canaries": judged.canaries.sentence,
+            "residue": list(judged.differences), "canary": self.canary, "canaries": judged.canaries.sentence,
             "closed": judged.canaries.closed,
             "verdict": {"word": judged.verdict.word.value, "reason": judged.verdict.reason},
             "cores": self.cores, "cut": self.interrupted, "exit": int(self.exit),
@@ -76,7 +76,7 @@ class PairsResult:
         timed = cell.timed.get(metric)
         return {
             "old_s": cell.seconds(0, metric), "new_s": cell.seconds(1, metric),
-            "verdict": asdict(timed) if timed else None, "adjusted_p": self.judged.adjusted.get(cell.called(metric)),
+            "verdict": asdict(timed) if timed else None, "adjusted_p": self.judged.adjusted.get(cell.title(metric)),
         }  # fmt: skip
 
 

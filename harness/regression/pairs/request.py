@@ -40,8 +40,13 @@ class PairsRequest:
 
     def command(self) -> str:
         """Return the shell command that makes this request."""
-        words = ["peft-harness", "gate", "--pairs", self.old, self.new, "--suite", self.suite]
-        words += ["--only", self.only] if self.only is not None else []
-        words += ["--device", self.device] if self.device != "auto" else []
-        words += ["--cores", str(self.cores)] if self.cores is not None else []
-        return shlex.join(words)
+        words = ["peft-harness", "gate", "--pairs", self.old, self.new, "--suite", self.suite, *self._selection()]
+        return shlex.join(words + (["--cores", str(self.cores)] if self.cores is not None else []))
+
+    def rerun_command(self) -> str:
+        """Return the shell command that runs the Cells of this request again."""
+        return shlex.join(["peft-harness", "run", self.suite, *self._selection()])
+
+    def _selection(self) -> list[str]:
+        cells = ["--only", self.only] if self.only is not None else []
+        return cells + (["--device", self.device] if self.device != "auto" else [])

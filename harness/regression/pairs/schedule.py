@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from harness.analysis.comparison.pair_ratio import log_ratio, times
-from harness.analysis.statistics.pair_design import Design
-from harness.analysis.statistics.pair_order import order
+from harness.analysis.statistics.pair_design import Design, order
 from harness.analysis.statistics.paired import PairVerdict, decide
 from harness.analysis.tracked_metrics import STEP
 from harness.errors import HarnessError

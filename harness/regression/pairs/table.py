@@ -34,6 +34,6 @@ def _row(cell: CellComparison, metric: str, judged: JudgedPairs) -> list[str]:
         return [cell.name, "not timed", *times, "-", "-", "-", "-"]
     low, high = v.interval
     return [
-        cell.called(metric), v.word.value, *times, f"{100 * v.effect:+.1f} %", f"[{100 * low:+.1f}, {100 * high:+.1f}]",
-        f"{judged.adjusted[cell.called(metric)]:.2g}", "-" if v.mde80 is None else f"{100 * v.mde80:.1f} %",
+        cell.title(metric), v.word.value, *times, f"{100 * v.effect:+.1f} %", f"[{100 * low:+.1f}, {100 * high:+.1f}]",
+        f"{judged.adjusted[cell.title(metric)]:.2g}", "-" if v.mde80 is None else f"{100 * v.mde80:.1f} %",
     ]  # fmt: skip

@@ -1,8 +1,8 @@
 """Columns of the export tables: dtype, unit and meaning of each.
 
-Meanings come from the metrics and from the docstrings of Record fields; other columns are described here. Units are base
-units: `s`, `B` (bytes), `J`, `W`, `Hz`, `°C`, `1` (a number, a share, a count); empty if a column is no quantity. A missing
-value is NA, never 0 and never an empty text.
+Meanings come from the metrics and from the docstrings of Record fields; this module describes the other columns. Units are
+base units: `s`, `B` (bytes), `J`, `W`, `Hz`, `°C`, `1` (a number, a share, a count); empty for a column that is no quantity.
+A missing value is NA, never 0 and never an empty text.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ _UNITS = {"B": "B", "J": "J", "W": "W", "Hz": "Hz", "C": "°C", "s": "s"}
 GPU_EDGES = ("start", "end")
 GPU_PHASE = ("reserved_B", "driver_B", "alloc_retries", "ooms")
 GPU_STATE = tuple(GpuState.model_fields)
+FAILURE = ("kind", "message", "phase", "requested_B", "last_peak_B")
+SOFTWARE = ("python", "torch", "transformers")
+ENVIRONMENT = ("id", "threads", "code_version", "git_sha", "git_dirty")
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,16 @@ _KEY = (
     Column("run", TEXT, "", "Id of the run"),
     Column("cell_id", TEXT, "", "Id of the Cell: the same in every run with the same Cell"),
     Column(
-        "attempt", INTEGER, "1", "number of the attempt at the Cell, from 1; with run and cell_id the key of all tables"
+        "attempt",
+        INTEGER,
+        "1",
+        "Number of the attempt at the Cell, from 1; with run and cell_id the key of all tables",
     ),
 )
 
 
 def _cells() -> tuple[Column, ...]:
-    """Return the columns of the table `cells`; metrics that the list does not name come last."""
+    """Return the columns of the table `cells`, with further metrics after the named ones."""
     exported = {metric.column: _metric(metric) for metric in metrics.METRICS if metric.column}
 
     def measured(*names: str) -> tuple[Column, ...]:
@@ -103,12 +109,12 @@ def _cells() -> tuple[Column, ...]:
     gpu = _fields("gpu.", GpuPhase, GPU_PHASE)
     for edge in GPU_EDGES:
         states = _fields(f"gpu.{edge}.", GpuState, GPU_STATE)
-        gpu += tuple(replace(column, meaning=f"{column.meaning}, as training {edge}ed") for column in states)
+        gpu += tuple(replace(column, meaning=f"{column.meaning}, at the {edge} of training") for column in states)
     before = (
         *_KEY,
         Column("latest", BOOLEAN, "", "Whether this is the newest attempt at its Cell in the run; older ones do not count"),
         *_fields("", Record, ("status", "because")),
-        Column("label", TEXT, "", "A name for plots, shared by Cells that differ in the seed alone"),
+        Column("label", TEXT, "", "Name for plots, shared by Cells that differ only in the seed"),
         *_fields("", Cell, ("model", "task", "method", "implementation")),
         _field("provider", Provider, "distribution"),
         _field("provider_version", Provider, "version"),
@@ -116,7 +122,7 @@ def _cells() -> tuple[Column, ...]:
         _field("base_implementation", Base, "implementation"),
         *_fields("", Cell, ("optimizer", "dtype", "seed")),
         _field("device", Record, "device"),
-        Column("rank", INTEGER, "1", "config.rank, or r of an adapter_config, where it is a whole number"),
+        Column("rank", INTEGER, "1", "config.rank, or r of an adapter_config, if it is a whole number"),
         Column("config.*", "", "1", "A key of the method's config; lists and mappings as JSON; NA: no such key, or unset"),
         *_fields("training.", Training, (
             "steps", "batch", "lr", "head_lr", "warmup", "weight_decay", "max_tokens", "accumulate", "checkpointing",
@@ -127,7 +133,7 @@ def _cells() -> tuple[Column, ...]:
         )),
         *measured("parameters.adapter", "parameters.head", "parameters.trainable", "parameters.total", "accuracy"),
         *_fields("accuracy_", Accuracy, ("low", "high")),
-        Column("accuracy_n", INTEGER, "1", "Test items scored"),
+        Column("accuracy_n", INTEGER, "1", "Number of scored test items"),
         *_fields("accuracy_", Accuracy, ("metric", "interval")),
         *_fields("", Accuracy, ("scored_by", "cut_items")),
         *_fields("", TrainingMeasured, ("text_rules", "cut_examples")),
@@ -138,34 +144,31 @@ def _cells() -> tuple[Column, ...]:
         *_fields("memory.predicted.", Predicted, Predicted.model_fields),
         _field("memory.not_predicted", Memory, "not_predicted"),
         *measured("step_s"),
-        Column("step_low_s", FLOAT, "s", "Lower end of the 95 % interval of step_s, over the steps of this one process"),
+        Column("step_low_s", FLOAT, "s", "Lower end of the 95 % interval of step_s, over the steps of this process"),
         Column("step_high_s", FLOAT, "s", "Upper end of the same interval"),
-        Column("step_n", INTEGER, "1", "Steady steps behind step_s"),
+        Column("step_n", INTEGER, "1", "Number of steady steps behind step_s"),
         *measured("tokens_per_s"),
     )  # fmt: skip
     duration = measured("duration_s")
     after = (
         Column("no_speed", TEXT, "", "Reason for no speed of this Cell: a check failed, or there is no reference"),
-        Column("busy", TEXT, "", "Evidence, in numbers, that the steps waited for a CPU that others were using"),
+        Column("busy", TEXT, "", "Evidence that the steps waited for a CPU in use by other programs"),
         replace(_field("notes", Record, "notes"), meaning=f"{meaning(Record, 'notes')}; a list, as JSON"),
         Column("started", TIME, "", "Start of the attempt"),
         *duration,
         Column("phase_s.*", FLOAT, "s", "Wall time of a phase of the attempt"),
         Column("phase_peak_B.*", INTEGER, "B", "Highest memory inside the phase"),
-        Column("phase_energy_J.*", FLOAT, "J", "Energy of a phase; NA as training_energy_J"),
+        Column("phase_energy_J.*", FLOAT, "J", "Energy of a phase; NA for the same reasons as training_energy_J"),
         *gpu,
-        *_fields("failure.", Failure, ("kind", "message", "phase", "requested_B", "last_peak_B")),
-        _field("environment.id", Environment, "id"),
-        *(
-            Column(f"environment.{name}", TEXT, "", f"Version of {name}")
-            for name in ("python", "torch", "transformers")
-        ),
+        *_fields("failure.", Failure, FAILURE),
+        *_fields("environment.", Environment, ENVIRONMENT[:1]),
+        *(Column(f"environment.{name}", TEXT, "", f"Version of {name}") for name in SOFTWARE),
         Column("environment.os", TEXT, "", "System and release"),
         Column("environment.cpu", TEXT, "", "Model name of the CPU"),
-        Column("environment.cores", INTEGER, "1", "Physical cores the process could use"),
+        Column("environment.cores", INTEGER, "1", "Physical cores that the process could use"),
         Column("environment.memory_B", INTEGER, "B", "Memory of the machine"),
         Column("environment.gpu", TEXT, "", "The first GPU: uuid, name, driver, memory"),
-        *_fields("environment.", Environment, ("threads", "code_version", "git_sha", "git_dirty")),
+        *_fields("environment.", Environment, ENVIRONMENT[1:]),
     )
     return (*before, *exported.values(), *after)
 
@@ -175,14 +178,14 @@ _SAMPLES = (
     Column("kind", TEXT, "", "One of step_seconds, losses, gradient_norms, tokens, padded_tokens (one per optimizer step); "
            "latency_forward, latency_prefill (per call), latency_decode (per generated token)"),
     Column("variant", TEXT, "", "Variant of a latency: base, unmerged, merged, multi-adapter"),
-    Column("latency_batch", INTEGER, "1", "Prompts in the batch of a latency"),
-    Column("latency_tokens", INTEGER, "1", "Tokens of the prompt of a latency; for decode tokens generated"),
-    Column("latency_adapters", INTEGER, "1", "Adapters that a batch mixes, or 1 for the same batch through one adapter"),
-    Column("index", INTEGER, "1", "Number of the sample within its kind and variant, in the order taken, from 0"),
+    Column("latency_batch", INTEGER, "1", "Number of prompts in the batch of a latency"),
+    Column("latency_tokens", INTEGER, "1", "Number of tokens of the prompt of a latency; for decode, of generated tokens"),
+    Column("latency_adapters", INTEGER, "1", "Number of adapters in the batch; 1 for the same batch through one adapter"),
+    Column("index", INTEGER, "1", "Number of the sample within its kind and variant, in the order of measurement, from 0"),
     Column("value", FLOAT, "", "The sample, in the unit of the column `unit`"),
     Column("unit", TEXT, "", "s or 1: losses are in nats, tokens are counts"),
-    Column("warmup", BOOLEAN, "", "Whether it is a warm-up step: real, but not in step_s and tokens_per_s"),
-    Column("no_speed", TEXT, "", "Reason why no speed may be derived from a time: a check failed, or there is no reference"),
+    Column("warmup", BOOLEAN, "", "Whether it is a warm-up step, which step_s and tokens_per_s leave out"),
+    Column("no_speed", TEXT, "", "Reason for no speed from the time: a check failed, or there is no reference"),
 )  # fmt: skip
 
 _ITEMS = (

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Numbers:
-    """Numbers of one or several runs. `run`, `cell_id` and `attempt` join the rows of all tables. Missing values
-    are NA."""
+    """Numbers of one or several runs. `run`, `cell_id` and `attempt` join the rows of all tables. Missing values are NA."""
 
     cells: DataFrame
     """A row per attempt at a Cell; `latest` marks the attempts that count."""
@@ -37,8 +36,7 @@ class Numbers:
     columns: DataFrame
     """Table, column, dtype, unit (`s`, `B`, `1`) and meaning of each column."""
     left_out: tuple[str, ...] = ()
-    """One sentence per omission: files that cannot be read or were changed after the run, and Cells without a
-    Record."""
+    """One sentence for each unreadable file, each file that was changed after the run, and each Cell without a Record."""
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(getattr(self, name))} {name}" for name in TABLES)
@@ -48,8 +46,8 @@ class Numbers:
 def load(run: str | Path, *more: str | Path) -> Numbers:
     """Load the numbers of one or several runs: each a folder, an id, the start of an id, or `latest`.
 
-    Files that are torn, or were changed after the run, are omitted with a warning and listed in `left_out`. Raises
-    UsageError for a name that is no run, StoreError for an unreadable run.json.
+    Files that are torn or were changed after the run are omitted with a warning, and listed in `left_out`. Raises UsageError
+    if there is no run of that name, StoreError for an unreadable run.json.
     """
     numbers = of([store.read_run(store.find_run(str(name))) for name in (run, *more)])
     for what in numbers.left_out:
@@ -66,36 +64,26 @@ def of(runs: Sequence[store.Run]) -> Numbers:
         left_out += _left_out(run)
         for record in sorted(run.records, key=_place(run)):
             if found.setdefault((record.run, record.id), record) != record:
-                left_out.append(
-                    f"{run.path}: Record {record.id} is not as in another folder of this run, loaded before"
-                )
+                left_out.append(f"{run.path}: Record {record.id} differs from the one in another folder of this run")
         for record in run.latest().values():
             newest[_cell(record)] = max(record.attempt, newest.get(_cell(record), 0))
     names = naming.recipes(record.cell for record in found.values())
-    made: dict[str, list[ExportRow]] = {
-        "cells": [
-            rows.cell(record, names[record.cell.recipe_id], latest=newest.get(_cell(record)) == record.attempt)
-            for record in found.values()
-        ],
-        "samples": [row for record in found.values() for row in rows.samples(record)],
-        "items": [row for record in found.values() for row in rows.items(record)],
-        "checks": [row for record in found.values() for row in rows.checks(record)],
-    }
-    frames = {table: _frame(table, made[table]) for table in TABLES}
+    made: dict[str, list[ExportRow]] = {table: [] for table in TABLES}
+    for record in found.values():
+        latest = newest.get(_cell(record)) == record.attempt
+        made["cells"].append(rows.cell(record, names[record.cell.recipe_id], latest=latest))
+        made["samples"] += rows.samples(record)
+        made["items"] += rows.items(record)
+        made["checks"] += rows.checks(record)
+    frames = {table: _frame(table, its_rows) for table, its_rows in made.items()}
     described = [
-        {
-            "table": table,
-            "column": c.name,
-            "dtype": str(frame.dtypes[c.name]),
-            "unit": c.unit or None,
-            "meaning": c.meaning,
-        }
+        (table, c.name, str(frame.dtypes[c.name]), c.unit or None, c.meaning)
         for table, (frame, declared) in frames.items()
         for c in declared
     ]
     return Numbers(
         **{table: frame for table, (frame, _) in frames.items()},
-        columns=pd.DataFrame(described, dtype=TEXT),
+        columns=pd.DataFrame(described, columns=["table", "column", "dtype", "unit", "meaning"], dtype=TEXT),
         left_out=tuple(dict.fromkeys(left_out)),
     )
 
@@ -106,10 +94,10 @@ def _cell(record: Record) -> tuple[str, str]:
 
 def _left_out(run: store.Run) -> list[str]:
     names = naming.full(run.manifest.cells)
-    said = [f"{name} {what}, and does not count" for name, what in run.changed.items()]
-    said += [f"{name} cannot be read: {why}" for name, why in run.broken.items()]
-    said += [f"{names[i]} ({i}) has no Record" for i in run.missing()]
-    return [f"{run.path}: {what}" for what in said]
+    sentences = [f"{name} {what}, and does not count" for name, what in run.changed.items()]
+    sentences += [f"{name} cannot be read: {why}" for name, why in run.broken.items()]
+    sentences += [f"{names[i]} ({i}) has no Record" for i in run.missing()]
+    return [f"{run.path}: {sentence}" for sentence in sentences]
 
 
 def _place(run: store.Run) -> Callable[[Record], tuple[int, int]]:
@@ -127,13 +115,13 @@ def _frame(table: str, made: Sequence[ExportRow]) -> tuple[DataFrame, list[Colum
 
 
 def _array(values: list[Value], dtype: str) -> Any:
-    """Return an array with NA for None and for an empty text, which a Record has if a text does not apply."""
+    """Return an array with NA for None and for an empty text: Records have empty texts where a text does not apply."""
     given = [None if value == "" else value for value in values]
     if dtype == TIME:
         return pd.to_datetime(pd.Series(given, dtype=TEXT), utc=True, errors="coerce", format="ISO8601").astype(TIME)
     dtype = dtype or _kind(given)
     if dtype == INTEGER and any(isinstance(value, int) and value.bit_length() > 63 for value in given):
-        dtype = TEXT  # 64 bits cannot hold the number, e.g. a seed; as text it stays exact
+        dtype = TEXT  # 64 bits cannot hold the number, e.g. a seed; as text it remains exact
     if dtype == TEXT:
         given = [value if value is None or isinstance(value, str) else json.dumps(value) for value in given]
     return pd.array(given, dtype=dtype)
@@ -141,9 +129,9 @@ def _array(values: list[Value], dtype: str) -> Any:
 
 def _kind(given: Iterable[Value]) -> str:
     """Return the narrowest dtype that holds the values of a config key exactly; text for mixed types."""
-    sorts = {type(value) for value in given if value is not None}
-    if sorts == {bool}:
+    types = {type(value) for value in given if value is not None}
+    if types == {bool}:
         return BOOLEAN
-    if sorts == {int}:
+    if types == {int}:
         return INTEGER
-    return FLOAT if sorts in ({float}, {int, float}) else TEXT
+    return FLOAT if types in ({float}, {int, float}) else TEXT

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from harness.analysis import contention, failed_checks, measurements, metrics
 from harness.records.cost import Checkpoint, Energy
-from harness.records.record import ADAPTER_CONFIG, Environment, Json, Measurements, Memory, Predicted, Record
-from harness.report.export.columns import GPU_EDGES, GPU_PHASE, GPU_STATE
+from harness.records.memory import Memory, Predicted
+from harness.records.record import ADAPTER_CONFIG, Environment, Evaluation, Json, Record
+from harness.records.training import Training
+from harness.report.export.columns import ENVIRONMENT, FAILURE, GPU_EDGES, GPU_PHASE, GPU_STATE, SOFTWARE
 
 Value = bool | int | float | str | None
 ExportRow = dict[str, Value]
@@ -21,40 +23,39 @@ def key(record: Record) -> ExportRow:
 
 def cell(record: Record, label: str, *, latest: bool) -> ExportRow:
     """Return the one row of an attempt."""
-    asked, failure = record.cell, record.failure
-    keys = asked.config.get(ADAPTER_CONFIG)
-    rank = keys.get("r") if isinstance(keys, dict) else asked.config.get("rank")
+    it = record.cell
+    keys = it.config.get(ADAPTER_CONFIG)
+    rank = keys.get("r") if isinstance(keys, dict) else it.config.get("rank")
     return {
         **key(record),
         "latest": latest,
         "status": record.status.value,
         "because": record.because,
         "label": label,
-        **{name: getattr(asked, name) for name in ("model", "task", "method", "implementation")},
-        "provider": record.provider.distribution if record.provider else None,
-        "provider_version": record.provider.version if record.provider else None,
-        "base": asked.base.quantization,
-        "base_implementation": asked.base.implementation,
-        **{name: getattr(asked, name) for name in ("optimizer", "dtype", "seed")},
+        **_fields("", it, ("model", "task", "method", "implementation", "optimizer", "dtype", "seed")),
+        "provider": getattr(record.provider, "distribution", None),
+        "provider_version": getattr(record.provider, "version", None),
+        "base": it.base.quantization,
+        "base_implementation": it.base.implementation,
         "device": record.device,
         "rank": rank if isinstance(rank, int) and not isinstance(rank, bool) else None,
-        **{f"config.{name}": _plain(value) for name, value in asked.config.items()},
-        **{f"training.{name}": value for name, value in asked.training.model_dump().items()},
-        **{f"evaluation.{name}": value for name, value in asked.evaluation.model_dump().items()},
-        **_measured(record.measurements),
-        **_of_training(record),
+        **{f"config.{name}": _plain(value) for name, value in it.config.items()},
+        **_fields("training.", it.training, Training.model_fields),
+        **_fields("evaluation.", it.evaluation, Evaluation.model_fields),
+        **_measured(record),
         **{metric.column: metric.value(record) for metric in metrics.METRICS if metric.column},
         "notes": json.dumps(record.notes, ensure_ascii=False) if record.notes else None,
         "started": record.started,
         **_phases(record),
         **_gpu(record),
-        "failure.kind": failure.kind if failure else None,
-        "failure.message": failure.message if failure else None,
-        "failure.phase": failure.phase if failure else None,
-        "failure.requested_B": failure.requested_B if failure else None,
-        "failure.last_peak_B": failure.last_peak_B if failure else None,
+        **_fields("failure.", record.failure, FAILURE),
         **_environment(record.environment),
     }
+
+
+def _fields(prefix: str, part: object, names: Iterable[str]) -> ExportRow:
+    """Return the columns of the fields of a part of the Record; None for a missing part."""
+    return {f"{prefix}{name}": getattr(part, name, None) for name in names}
 
 
 def samples(record: Record) -> Iterator[ExportRow]:
@@ -88,8 +89,7 @@ def samples(record: Record) -> Iterator[ExportRow]:
 
 def items(record: Record) -> Iterator[ExportRow]:
     """Yield a row per scored test item."""
-    accuracy = record.measurements.accuracy if record.measurements else None
-    for index, item in enumerate(accuracy.items if accuracy else ()):
+    for index, item in enumerate(record.accuracy.items if record.accuracy else ()):
         yield {**key(record), "task": record.cell.task, "index": index, "item": item.id, "correct": item.correct}
 
 
@@ -103,37 +103,21 @@ def _plain(value: Json) -> Value:
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
-def _measured(m: Measurements | None) -> ExportRow:
-    a = m.accuracy if m else None
-    found: ExportRow = {
-        "accuracy_low": a.low if a else None,
-        "accuracy_high": a.high if a else None,
-        "accuracy_n": len(a.items) if a else None,
-        "accuracy_metric": a.metric if a else None,
-        "accuracy_interval": a.interval if a else None,
-        "scored_by": a.scored_by if a else None,
-        "cut_items": a.cut_items if a else None,
-    }
-    for part, model in (("memory", Memory), ("checkpoint", Checkpoint), ("energy", Energy)):
-        has = getattr(m, part) if m else None
-        for name in model.model_fields:
-            if name != "predicted":
-                found[f"{part}.{name}"] = getattr(has, name) if has else None
-    predicted = m.memory.predicted if m else None
-    for name in Predicted.model_fields:
-        found[f"memory.predicted.{name}"] = getattr(predicted, name) if predicted else None
-    return found
-
-
-def _of_training(record: Record) -> ExportRow:
-    """Return the details of the training's speed; none if a check failed, as in the report."""
-    t = record.measurements.training if record.measurements else None
+def _measured(record: Record) -> ExportRow:
+    """Return accuracy, memory, files, energy and the details of the training; no times if a check failed."""
+    m, a = record.measurements, record.accuracy
     no_speed = failed_checks.no_speed(record)
-    timed = t if t and t.step_seconds and not no_speed else None
+    timed = measurements.timed_training(record) if not no_speed else None
     step = measurements.step_time(timed) if timed else None
     return {
-        "text_rules": t.text_rules if t else None,
-        "cut_examples": t.cut_examples if t else None,
+        **_fields("accuracy_", a, ("low", "high", "metric", "interval")),
+        "accuracy_n": len(a.items) if a else None,
+        **_fields("", a, ("scored_by", "cut_items")),
+        **_fields("memory.", m and m.memory, (name for name in Memory.model_fields if name != "predicted")),
+        **_fields("memory.predicted.", m and m.memory.predicted, Predicted.model_fields),
+        **_fields("checkpoint.", m and m.checkpoint, Checkpoint.model_fields),
+        **_fields("energy.", m and m.energy, Energy.model_fields),
+        **_fields("", record.training, ("text_rules", "cut_examples")),
         "step_low_s": step.low if step else None,
         "step_high_s": step.high if step else None,
         "step_n": step.count if step else None,
@@ -161,24 +145,20 @@ def _phases(record: Record) -> ExportRow:
 def _gpu(record: Record) -> ExportRow:
     """Return the GPU columns of the training phase."""
     gpu = measurements.training_gpu(record)
-    found: ExportRow = {f"gpu.{name}": getattr(gpu, name, None) for name in GPU_PHASE}
+    found = _fields("gpu.", gpu, GPU_PHASE)
     for edge in GPU_EDGES:
-        state = getattr(gpu, edge, None)
-        for name in GPU_STATE:
-            value = getattr(state, name, None)
-            found[f"gpu.{edge}.{name}"] = ", ".join(value) if isinstance(value, list) else value
-    return found
+        found |= _fields(f"gpu.{edge}.", getattr(gpu, edge, None), GPU_STATE)
+    return {name: ", ".join(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
 def _environment(e: Environment) -> ExportRow:
     found: ExportRow = {
-        "id": e.id,
-        **{name: e.software.get(name) for name in ("python", "torch", "transformers")},
+        **{name: e.software.get(name) for name in SOFTWARE},
         **{name: e.machine.get(name) for name in ("os", "cpu")},
         "cores": _count(e.machine, "cores"),
         "memory_B": _count(e.machine, "memory_B"),
         "gpu": e.machine.get("gpu0"),
-        **{name: getattr(e, name) for name in ("threads", "code_version", "git_sha", "git_dirty")},
+        **_fields("", e, ENVIRONMENT),
     }
     return {f"environment.{name}": value for name, value in found.items()}
 

@@ -21,15 +21,15 @@ Format = Literal["parquet", "csv"]
 def export(names: Sequence[str], form: Format, out: Path | None = None) -> Exit:
     """Write the tables of runs into a folder, print the files, return the exit code.
 
-    out: `export-<form>` in the first run's folder if None. Returns 1 if a file was changed after its run, 5 if there is
+    out: `export-<form>` in the folder of the first run if None. Returns 1 if a file was changed after its run, 5 if there is
     nothing to export, 4 if a Record cannot be read or is missing. Raises UsageError for a folder that is not empty, a name
-    that is no run, and a format that no installed library can write; StoreError if a file cannot be written.
+    without a run, and a format that no installed library can write; StoreError if a file cannot be written.
     """
     if form == "parquet":
-        _want_pyarrow()
+        _require_pyarrow()
     paths = [store.find_run(name) for name in names]
     folder = out or paths[0] / f"export-{form}"
-    _refuse_used(folder)
+    _require_empty(folder)
 
     from harness.report.export import frames  # pandas is slow to import: check the folder first
 
@@ -37,42 +37,41 @@ def export(names: Sequence[str], form: Format, out: Path | None = None) -> Exit:
     numbers = frames.of(runs)
     for what in numbers.left_out:
         print(f"left out: {what}", file=sys.stderr)
+    changed = any(run.changed for run in runs)
     if numbers.cells.empty:
         print("nothing to export: no Record that counts", file=sys.stderr)
-        return Exit.FAIL if any(run.changed for run in runs) else Exit.NOTHING_COMPARED
-    _make(folder)
+        return Exit.FAIL if changed else Exit.NOTHING_COMPARED
+    _create(folder)
     for table in (*TABLES, "columns"):
         frame = getattr(numbers, table)
         path = folder / f"{table}.{form}"
         _write(path, _bytes(frame, form))
         print(f"{path}: {len(frame)} rows, {len(frame.columns)} columns")
-    if any(run.changed for run in runs):
+    if changed:
         return Exit.FAIL
     return Exit.INFRASTRUCTURE if any(run.broken or run.missing() for run in runs) else Exit.PASS
 
 
-def _want_pyarrow() -> None:
+def _require_pyarrow() -> None:
     try:
         import pyarrow.parquet  # noqa: F401  # the import is the test
     except ImportError as error:
-        raise UsageError(
-            f"Parquet is written by pyarrow, which cannot be imported: {error}",
-            where="--format parquet",
-            hint="`pip install pyarrow`, or take --format csv",
-        ) from error
+        what = f"Parquet is written by pyarrow, which cannot be imported: {error}"
+        hint = "`pip install pyarrow`, or take --format csv"
+        raise UsageError(what, where="--format parquet", hint=hint) from error
 
 
-def _refuse_used(folder: Path) -> None:
+def _require_empty(folder: Path) -> None:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        what = "holds something already" if folder.is_dir() else "is no folder"
+        what = "is not empty" if folder.is_dir() else "is not a folder"
         raise UsageError(what, where=f"--out {folder}", hint="name another folder, or move that one away")
 
 
-def _make(folder: Path) -> None:
+def _create(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        what = f"cannot make the folder: {error.strerror}"
+        what = f"cannot create the folder: {error.strerror}"
         raise UsageError(what, where=f"--out {folder}", hint="name a place where files can be written") from error
 
 
@@ -89,5 +88,5 @@ def _write(path: Path, data: bytes) -> None:
     try:
         files.write_atomic(path, data)
     except StoreError as error:
-        hint = f"make room or name another --out, remove {path.parent}, and export again"
+        hint = f"free some space or name another --out, remove {path.parent}, and export again"
         raise StoreError(error.what, where=error.where, hint=hint) from error

@@ -9,7 +9,7 @@ Drawing = dict[str, Any]
 
 
 class Canvas:
-    """Collects marks. Colours are class names, so that one style sheet serves light, dark and print."""
+    """A list of marks. Colours are class names, so that one style sheet works for light, dark and print."""
 
     def __init__(self, title: str, description: str, width: int, height: int) -> None:
         self.title, self.description, self.width, self.height = title, description, width, height

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from harness.report import formatting
@@ -15,7 +16,7 @@ from harness.report.svg.scales import Scale, linear, logarithmic
 _HUES = 8  # colour classes c0..c7 in the style sheet, each with its own dash pattern
 _FILLS = 9  # f0..f8
 _NAMES = 420.0
-"""Largest width of names in a drawing; longer names are cut, and complete in the tooltip."""
+"""Largest width of names in a drawing; a longer name is cut, and the tooltip shows all of it."""
 
 
 @dataclass(frozen=True)
@@ -62,28 +63,20 @@ def cost(
     log: bool,
 ) -> Drawing:
     """Draw accuracy against a cost with intervals, the Pareto front and a name next to every point."""
-    width, height, left, right, top, bottom = 600, 380, 52, 590, 12, 336
     front = pareto([(p.cost, p.value) for p in points])
     description = (
         f"{len(points)} Cells. On the Pareto front (cheaper and better than all others): "
         + ", ".join(points[i].label for i in front)
         + ". The table below holds the same numbers."
     )
-    c = Canvas(title, description, width, height)
-    heights = [v for p in points for v in (p.low, p.high)] + [v for level in levels for v in (level.low, level.high)]
-    y = linear(heights, bottom, top)
-    costs = [p.cost for p in points]
-    shown = costs + [s.cost for s in stopped]
+    plot = _Plot(Canvas(title, description, 600, 380), left=52, right=590, top=12, bottom=336)
+    c, left, right, top, bottom = plot.canvas, plot.left, plot.right, plot.top, plot.bottom
+    intervals: Sequence[Point | Level] = [*points, *levels]
+    y = linear([v for one in intervals for v in (one.low, one.high)], bottom, top)
+    shown = [p.cost for p in points] + [s.cost for s in stopped]
     x = logarithmic(shown, left + 8, right - 8, 0.09) if log else linear(shown, left + 8, right - 8, 0.12)
-
-    for tick in y.ticks(7):
-        c.line(left, y.at(tick), right, y.at(tick), "grid")
-        c.text(left - 7, y.at(tick) + 4, f"{100 * tick:.4g} %", "tick", "end")
-    for tick in x.ticks(6):
-        c.line(x.at(tick), bottom, x.at(tick), bottom + 4, "axis")
-        c.text(x.at(tick), bottom + 18, formatting.short_count(tick) if log else f"{tick:,.6g}", "tick", "middle")
-    c.line(left, bottom, right, bottom, "axis")
-    c.text((left + right) / 2, height - 8, axis, "axis-name", "middle")
+    plot.y_axis(y, [(tick, f"{100 * tick:.4g} %") for tick in y.ticks(7)])
+    plot.x_axis(x, axis, [(t, formatting.short_count(t) if log else f"{t:,.6g}") for t in x.ticks(6)])
 
     taken = []
     for level in levels:
@@ -93,13 +86,14 @@ def cost(
         c.text(left + 6, y.at(level.value) - 5, text, "label plain")
         taken.append(Box(left + 6, y.at(level.value) - 16, labels.text_width(text), 15))
     for k, s in enumerate(stopped):
-        at, height_of_text = x.at(s.cost), bottom - 6 - 15 * k
+        at, height = x.at(s.cost), bottom - 6 - 15 * k
         c.line(at, top, at, bottom, "stopped")
-        text, flip = f"✕ {s.label}", at > (left + right) / 2
-        c.text(at - 5 if flip else at + 5, height_of_text, text, "label", "end" if flip else "start")
-        long = labels.text_width(text)
-        taken.append(Box(at - 5 - long if flip else at + 5, height_of_text - 11, long, 15))
-    steps = [(x.at(costs[i]), y.at(points[i].value)) for i in front]
+        text, to_the_left = f"✕ {s.label}", at > (left + right) / 2
+        width = labels.text_width(text)
+        c.text(at - 5 if to_the_left else at + 5, height, text, "label", "end" if to_the_left else "start")
+        taken.append(Box(at - 5 - width if to_the_left else at + 5, height - 11, width, 15))
+    spots = [(x.at(p.cost), y.at(p.value)) for p in points]
+    steps = [spots[i] for i in front]
     corners = [q for k, p in enumerate(steps) for q in ([(p[0], steps[k - 1][1])] if k else []) + [p]]
     c.path(corners, "front")
     taken += [
@@ -107,21 +101,44 @@ def cost(
         for a, b in itertools.pairwise(corners)
     ]
 
-    spots = [(x.at(k), y.at(p.value)) for k, p in zip(costs, points, strict=True)]
     bars = [Box(sx - 2, y.at(p.high), 4, y.at(p.low) - y.at(p.high)) for (sx, _), p in zip(spots, points, strict=True)]
     boxes = labels.place(spots, [p.label for p in points], Box(left, top, right - left, bottom - top), bars + taken)
     for (sx, sy), p, box in zip(spots, points, boxes, strict=True):
         c.line(sx, y.at(p.low), sx, y.at(p.high), "bar")
-        if box:
-            ax, ay = labels.anchor((sx, sy), box)
-            if (ax - sx) ** 2 + (ay - sy) ** 2 > 14**2:
-                c.line(sx, sy, ax, ay, "leader")
+        if box and math.dist((sx, sy), end := labels.anchor((sx, sy), box)) > 14:
+            c.line(sx, sy, *end, "leader")
     for (sx, sy), p, box in zip(spots, points, boxes, strict=True):
         c.dot(sx, sy, "dot tied" if p.tied else "dot", p.tip, p.href)
         if box:
             _label(c, p.label, sx, box)
     unnamed = [f"{p.label} ({p.tip})" for p, box in zip(points, boxes, strict=True) if box is None]
     return c.drawing(unnamed=unnamed)
+
+
+@dataclass(frozen=True)
+class _Plot:
+    """A canvas and the area inside its axes."""
+
+    canvas: Canvas
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+    def y_axis(self, y: Scale, ticks: Iterable[tuple[float, str]]) -> None:
+        """Draw a line across the plot for each tick, with its text at the left."""
+        for tick, text in ticks:
+            self.canvas.line(self.left, y.at(tick), self.right, y.at(tick), "grid")
+            self.canvas.text(self.left - 7, y.at(tick) + 4, text, "tick", "end")
+
+    def x_axis(self, x: Scale, name: str, ticks: Iterable[tuple[float, str]]) -> None:
+        """Draw the axis at the bottom, with ticks and its name."""
+        c = self.canvas
+        for tick, text in ticks:
+            c.line(x.at(tick), self.bottom, x.at(tick), self.bottom + 4, "axis")
+            c.text(x.at(tick), self.bottom + 18, text, "tick", "middle")
+        c.line(self.left, self.bottom, self.right, self.bottom, "axis")
+        c.text((self.left + self.right) / 2, c.height - 8, name, "axis-name", "middle")
 
 
 def _label(c: Canvas, text: str, x: float, box: Box) -> None:
@@ -160,20 +177,14 @@ def smooth(values: Sequence[float], reach: int = 2) -> list[float]:
 
 def learning(title: str, series: Sequence[ChartSeries]) -> Drawing:
     """Draw the training loss of every step, faint, and its moving mean, each named at its end."""
-    c, x, left, right, top, bottom = _steps(
-        title,
-        f"Training loss of {len(series)} Cells, step by step: the mean of five steps over the raw values.",
-        series,
-    )
-    y = linear([v for s in series for v in s.values], bottom, top)
-    for tick in y.ticks():
-        c.line(left, y.at(tick), right, y.at(tick), "grid")
-        c.text(left - 7, y.at(tick) + 4, f"{tick:.3g}", "tick", "end")
-    lines = [[(x.at(t), y.at(v)) for t, v in enumerate(smooth(s.values))] for s in series]
+    description = f"Training loss of {len(series)} Cells, step by step: the mean of five steps over the raw values."
+    plot, x = _over_steps(title, description, series)
+    y = linear([v for s in series for v in s.values], plot.bottom, plot.top)
+    plot.y_axis(y, [(tick, f"{tick:.3g}") for tick in y.ticks()])
     for k, s in enumerate(series):
-        c.path([(x.at(t), y.at(v)) for t, v in enumerate(s.values)], f"raw c{k % _HUES}")
-    _named(c, series, lines, right, top, bottom)
-    return c.drawing(unnamed=[])
+        plot.canvas.path([(x.at(t), y.at(v)) for t, v in enumerate(s.values)], f"raw c{k % _HUES}")
+    _named(plot, x, y, [ChartSeries(s.label, smooth(s.values)) for s in series])
+    return plot.canvas.drawing(unnamed=[])
 
 
 def errors(title: str, series: Sequence[ChartSeries], allowed: ChartSeries) -> Drawing:
@@ -181,56 +192,36 @@ def errors(title: str, series: Sequence[ChartSeries], allowed: ChartSeries) -> D
 
     Errors of 0, and errors too small for the axis, lie on its lower edge.
     """
-    c, x, left, right, top, bottom = _steps(
-        title,
-        "Distance of each Cell's loss from the float64 loss, step by step, and the bound it is judged by.",
-        series,
+    description = (
+        "Distance of the loss of each Cell from the float64 loss, step by step, and the largest allowed distance."
     )
+    plot, x = _over_steps(title, description, series)
     positive = [v for s in (*series, allowed) for v in s.values if v > 0] or [1.0]
     # Two losses may agree to many digits by chance; such a dip must not flatten the other curves.
     deepest = min((v for v in allowed.values if v > 0), default=0.0) / 1e3
-    y = logarithmic([max(min(positive), deepest), max(positive)], bottom, top)
-    for tick in y.ticks():
-        c.line(left, y.at(tick), right, y.at(tick), "grid")
-        c.text(left - 7, y.at(tick) + 4, f"{tick:.0e}", "tick", "end")
-    everything = [*series, allowed]
-    lines = [[(x.at(t), y.at(v)) for t, v in enumerate(s.values)] for s in everything]
-    _named(c, everything, lines, right, top, bottom, bound=len(series))
-    return c.drawing(unnamed=[])
+    y = logarithmic([max(min(positive), deepest), max(positive)], plot.bottom, plot.top)
+    plot.y_axis(y, [(tick, f"{tick:.0e}") for tick in y.ticks()])
+    _named(plot, x, y, [*series, allowed], bound=len(series))
+    return plot.canvas.drawing(unnamed=[])
 
 
-def _steps(
-    title: str, description: str, series: Sequence[ChartSeries]
-) -> tuple[Canvas, Scale, float, float, float, float]:
-    """Start a chart over training steps, with room for names at the right."""
+def _over_steps(title: str, description: str, series: Sequence[ChartSeries]) -> tuple[_Plot, Scale]:
+    """Start a chart over training steps, with room for names at the right; return it and its x scale."""
     longest = max((labels.text_width(s.label) for s in series), default=0.0)
-    width, height, left, top, bottom = 880, 320, 56, 10, 276
-    right = width - min(_NAMES, longest) - 24
-    c = Canvas(title, description, width, height)
-    x = Scale(0, max(1, *(len(s.values) - 1 for s in series)), left, right)
-    for tick in x.ticks(8):
-        if tick == int(tick):
-            c.line(x.at(tick), bottom, x.at(tick), bottom + 4, "axis")
-            c.text(x.at(tick), bottom + 18, f"{tick:.0f}", "tick", "middle")
-    c.line(left, bottom, right, bottom, "axis")
-    c.text((left + right) / 2, height - 8, "optimizer step", "axis-name", "middle")
-    return c, x, left, right, top, bottom
+    width = 880
+    plot = _Plot(Canvas(title, description, width, 320), 56, width - min(_NAMES, longest) - 24, 10, 276)
+    x = Scale(0, max(1, *(len(s.values) - 1 for s in series)), plot.left, plot.right)
+    plot.x_axis(x, "optimizer step", [(tick, f"{tick:.0f}") for tick in x.ticks(8) if tick == int(tick)])
+    return plot, x
 
 
-def _named(
-    c: Canvas,
-    series: Sequence[ChartSeries],
-    lines: Sequence[Sequence[tuple[float, float]]],
-    right: float,
-    top: float,
-    bottom: float,
-    bound: int | None = None,
-) -> None:
-    """Draw lines with their names at the right end, spread so that they do not overlap."""
-    heights = labels.spread([line[-1][1] for line in lines], top + 6, bottom)
+def _named(plot: _Plot, x: Scale, y: Scale, series: Sequence[ChartSeries], bound: int | None = None) -> None:
+    """Draw lines with their names at the right end, spread so that they do not overlap. bound: index of the allowance."""
+    lines = [[(x.at(t), y.at(v)) for t, v in enumerate(s.values)] for s in series]
+    heights = labels.spread([line[-1][1] for line in lines], plot.top + 6, plot.bottom)
+    c, right = plot.canvas, plot.right
     for k, (s, line, at) in enumerate(zip(series, lines, heights, strict=True)):
-        kind = "bound" if k == bound else f"curve c{k % _HUES}"
-        c.path(line, kind, tip=s.label)
+        c.path(line, "bound" if k == bound else f"curve c{k % _HUES}", tip=s.label)
         c.path([line[-1], (right + 8, at), (right + 16, at)], "leader" if k == bound else f"lead c{k % _HUES}")
         c.text(right + 20, at + 4, labels.fitted(s.label, _NAMES), "label")
 
@@ -249,19 +240,19 @@ class PhaseBars:
     """Names and times of the phases."""
 
 
-def phases(title: str, lives: Sequence[PhaseBars]) -> Drawing:
+def phases(title: str, cells: Sequence[PhaseBars]) -> Drawing:
     """Draw the time of each Cell by phase, with its start-up to the left of the zero line."""
-    names = list(dict.fromkeys(name for life in lives for name, _ in life.phases))
-    names.sort(key=lambda name: name == NO_PHASE)
+    names = sorted(dict.fromkeys(name for cell in cells for name, _ in cell.phases), key=lambda name: name == NO_PHASE)
     kinds = {name: "fill rest" if name == NO_PHASE else f"fill f{k % _FILLS}" for k, name in enumerate(names)}
     row, top = 24, 50
-    height = top + row * len(lives) + 42
-    left = 12 + min(_NAMES, max(labels.text_width(life.label) for life in lives))
+    bottom = top + row * len(cells)
+    left = 12 + min(_NAMES, max(labels.text_width(cell.label) for cell in cells))
     right = 880.0 - 74
-    before = max(life.startup for life in lives)
-    after = max(sum(s for _, s in life.phases) for life in lives)
+    before = max(cell.startup for cell in cells)
+    after = max(sum(s for _, s in cell.phases) for cell in cells)
     total = (before + after) or 1.0
-    c = Canvas(title, f"Seconds in each phase of {len(lives)} Cells; start-up to the left of zero.", 880, height)
+    description = f"Seconds in each phase of {len(cells)} Cells; start-up to the left of zero."
+    c = Canvas(title, description, 880, bottom + 42)
     x = Scale(-before, -before + total * 1.02, left, right)
 
     along, line = 12.0, 6.0
@@ -271,24 +262,19 @@ def phases(title: str, lives: Sequence[PhaseBars]) -> Drawing:
         c.rectangle(along, line, 11, 11, kind)
         c.text(along + 16, line + 10, name, "label")
         along += labels.text_width(name) + 26
-    bottom = top + row * len(lives)
     for tick in x.ticks(8):
         c.line(x.at(tick), top - 4, x.at(tick), bottom, "axis" if tick == 0 else "grid")
         c.text(x.at(tick), bottom + 15, f"{abs(tick):.3g}", "tick", "middle")
-    c.text((left + right) / 2, height - 6, "seconds (start-up left of 0)", "axis-name", "middle")
-    for i, life in enumerate(lives):
-        y = top + i * row
-        c.text(left - 8, y + 13, labels.fitted(life.label, _NAMES), "label", "end", tip=life.label)
-        c.rectangle(
-            x.at(-life.startup), y + 3, x.at(0) - x.at(-life.startup), 13, "startup", _tip("start-up", life.startup)
-        )
-        at = 0.0
-        for name, spent in life.phases:
-            c.rectangle(x.at(at), y + 3, x.at(at + spent) - x.at(at), 13, kinds[name], _tip(name, spent))
+    c.text((left + right) / 2, c.height - 6, "seconds (start-up left of 0)", "axis-name", "middle")
+    for i, cell in enumerate(cells):
+        y, at = top + i * row, -cell.startup
+        c.text(left - 8, y + 13, labels.fitted(cell.label, _NAMES), "label", "end", tip=cell.label)
+        for name, kind, spent in [
+            ("start-up", "startup", cell.startup),
+            *((name, kinds[name], spent) for name, spent in cell.phases),
+        ]:
+            tip = f"{name}: {formatting.seconds(spent)}"
+            c.rectangle(x.at(at), y + 3, x.at(at + spent) - x.at(at), 13, kind, tip)
             at += spent
-        c.text(x.at(at) + 6, y + 13, formatting.seconds(life.startup + at), "tick")
+        c.text(x.at(at) + 6, y + 13, formatting.seconds(cell.startup + at), "tick")
     return c.drawing(unnamed=[])
-
-
-def _tip(name: str, spent: float) -> str:
-    return f"{name}: {formatting.seconds(spent)}"

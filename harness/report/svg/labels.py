@@ -40,12 +40,12 @@ class Box:
 
 
 def text_width(text: str) -> float:
-    """Return an upper estimate of a label's width: the reader's font is unknown."""
+    """Return an upper estimate of the width of a label: the font of the reader is unknown."""
     return 0.6 * SIZE * len(text) + 2
 
 
 def fitted(text: str, width: float) -> str:
-    """Return a label no wider than `width`, cut at its start: labels differ at their ends."""
+    """Return a label no wider than `width`, cut at its start, since labels differ at their ends."""
     room = int((width - 2) / (0.6 * SIZE))
     return text if len(text) <= room else f"…{text[len(text) - room + 1 :]}"
 
@@ -53,14 +53,14 @@ def fitted(text: str, width: float) -> str:
 def place(
     points: Sequence[tuple[float, float]], texts: Sequence[str], bounds: Box, avoid: Sequence[Box] = ()
 ) -> list[Box | None]:
-    """Return a box for each text, near its point, over no dot and no other text; None where there is no room.
+    """Return a box for each text, near its point, which covers no dot and no other text; None if there is no room.
 
-    avoid: boxes that names cover only if there is no better place, e.g. interval bars.
+    avoid: boxes that texts cover only if there is no better place, e.g. interval bars.
     """
     dots = [Box(x - _DOT, y - _DOT, 2 * _DOT, 2 * _DOT) for x, y in points]
     placed: list[Box | None] = [None] * len(points)
     taken: list[Box] = list(dots)
-    # From the right: there is least room at the right edge.
+    # Start at the right, where there is least room.
     for i in sorted(range(len(points)), key=lambda i: (-points[i][0], points[i][1])):
         width = text_width(texts[i])
         best: tuple[float, Box] | None = None
@@ -89,7 +89,7 @@ def _candidates(point: tuple[float, float], width: float) -> list[tuple[Box, flo
             left = x + dx if dx > 1e-6 else x + dx - width
             if angle in (80, 100, 260, 280):
                 left = x + dx - width / 2
-            # Slightly higher cost to the left and below, so that similar neighbours get similar places.
+            # The cost is slightly higher to the left and below, so that similar neighbours get similar places.
             cost = radius + (3 if dx < 0 else 0) + (1 if dy > 0 else 0)
             found.append((Box(left, y + dy - _LINE / 2, width, _LINE), cost))
     return found
@@ -115,7 +115,7 @@ def _crosses(point: tuple[float, float], box: Box, other: Box) -> bool:
 
 
 def spread(wanted: Sequence[float], low: float, high: float, gap: float = _LINE) -> list[float]:
-    """Return heights near the `wanted` ones that are at least `gap` apart, for names at the ends of lines.
+    """Return heights near the `wanted` ones with a distance of at least `gap`, for names at the ends of lines.
 
     Preserves the order; heights that do not fit between low and high exceed `high`.
     """

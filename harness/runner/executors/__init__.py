@@ -1,14 +1,18 @@
-"""Executors by name. Each is one module of this package that declares EXECUTOR, and starts the worker once per attempt."""
+"""Executors by name. Each is a module of this package that declares EXECUTOR. It starts a worker for each attempt."""
 
 from __future__ import annotations
 
+import ast
 import pkgutil
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
 from harness.errors import UsageError
-from harness.runner.executors.executor import Executor, ExecutorKind
+from harness.runner.executors.executor import Executor, ExecutorKind, ExecutorOption
+
+Summary = tuple[str, str, ExecutorOption | None]
+"""Name, help and option of an executor."""
 
 
 def kinds() -> dict[str, ExecutorKind]:
@@ -18,27 +22,47 @@ def kinds() -> dict[str, ExecutorKind]:
     return {kind.name: kind for kind in declared if kind is not None}
 
 
+def summaries() -> list[Summary]:
+    """Return the summary of every executor, read from its source: importing the executors would slow down `--help`."""
+    return [
+        _summary(node.value)
+        for folder in __path__
+        for file in sorted(Path(folder).glob("*.py"))
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "EXECUTOR"
+        if isinstance(node.value, ast.Call)
+    ]
+
+
 def option_names() -> list[str]:
     """Return the names of all executors' options."""
-    return [kind.option.name for kind in kinds().values() if kind.option]
+    return [option.name for _, _, option in summaries() if option]
+
+
+def _summary(declaration: ast.Call) -> Summary:
+    values = {str(keyword.arg): keyword.value for keyword in declaration.keywords}
+    name = declaration.args[0] if declaration.args else values["name"]
+    about, option = values.get("help"), values.get("option")
+    return (
+        ast.literal_eval(name),
+        ast.literal_eval(about) if about else "",
+        ExecutorOption(*map(ast.literal_eval, option.args)) if isinstance(option, ast.Call) else None,
+    )
 
 
 def choose(name: str, jobs: int | None = None, options: Mapping[str, Sequence[str]] | None = None) -> Executor:
-    """Return the executor of that name. jobs: Cells at a time, None as it sees fit; options: values by option name."""
-    found = kinds()
+    """Return the executor called `name`. jobs: Cells at a time, None for its default; options: values by option name."""
+    found, given = kinds(), options or {}
     for kind in found.values():
-        values = (options or {}).get(kind.option.name, ()) if kind.option else ()
-        if values and kind.option and kind.name != name:
-            raise UsageError(
-                f"is for --executor {kind.name}",
-                where=f"--{kind.option.name} {values[0]}",
-                hint=f"leave it out, or add --executor {kind.name}",
-            )
+        if kind.name != name and kind.option and (values := given.get(kind.option.name)):
+            hint = f"leave it out, or add --executor {kind.name}"
+            raise UsageError(f"is for --executor {kind.name}", where=f"--{kind.option.name} {values[0]}", hint=hint)
     option = found[name].option
-    return found[name].make(jobs, (options or {}).get(option.name, ()) if option else ())
+    return found[name].make(jobs, given.get(option.name, ()) if option else ())
 
 
 def recall(folder: Path) -> None:
-    """End the Cells that a killed runner of the run in `folder` left behind, by any executor."""
+    """End the Cells that a killed runner of the run in `folder` has left running, with any executor."""
     for kind in kinds().values():
-        kind.recall(folder)
+        if kind.recall:
+            kind.recall(folder)

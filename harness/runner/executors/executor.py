@@ -1,4 +1,4 @@
-"""Protocols of an executor and of the listener it reports to, and the declaration by which an executor is found."""
+"""Protocols of an executor and of its listener, and the declaration of an executor."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
-from harness.cell.job import Job
-from harness.records.record import Cell, Record
-from harness.runner.attempt import RunContext
+if TYPE_CHECKING:
+    from harness.cell.job import Job
+    from harness.records.record import Cell, Record
+    from harness.runner.attempt import RunContext
 
 Device = Literal["cpu", "cuda"]
 
@@ -25,11 +26,11 @@ class Listener(Protocol):
         """Its worker reports an event."""
 
     def tick(self) -> None:
-        """Called about once a second, also while nothing happens. What it raises ends the run."""
+        """Called about once a second, even if nothing happens. An exception ends the run."""
 
 
 class Executor(Protocol):
-    """Runs attempts. A context manager: entering finds the machines, or raises HarnessError; leaving gives them back."""
+    """Runs attempts. A context manager: entering finds the machines, or raises HarnessError; leaving releases them."""
 
     is_remote: bool
     """True if Cells run on other machines than the runner's."""
@@ -44,15 +45,15 @@ class Executor(Protocol):
         """Return the device that Cells will run on; raises HarnessError if it is not available."""
 
     def run(self, queue: Iterator[Job], context: RunContext, listener: Listener) -> Generator[Record, None, None]:
-        """Yield the Record of each attempt as it ends, in any order. Closing the iterator kills what still runs.
+        """Yield the Record of each attempt as it ends, in any order. Closing the iterator kills running attempts.
 
-        An attempt's log exists from the moment that `queue` yields the job, so its number is never used again.
+        An attempt's log exists as soon as `queue` yields the job, so its number is never reused.
         """
 
 
 @dataclass(frozen=True)
 class ExecutorOption:
-    """A command-line option of one executor, which may be given several times."""
+    """A command-line option of one executor. It may occur several times."""
 
     name: str
     """Without its dashes."""
@@ -60,20 +61,19 @@ class ExecutorOption:
     help: str
 
 
-def _recall_nothing(folder: Path) -> None:
-    """Do nothing: a local worker ends with its runner."""
-
-
 @dataclass(frozen=True)
 class ExecutorKind:
-    """The declaration of an executor: the constant EXECUTOR of its module in this package."""
+    """The declaration of an executor: the constant EXECUTOR of its module in this package.
+
+    `--help` reads `name`, `help` and `option` from the source (`executors.options`), so they are written as literals.
+    """
 
     name: str
     """The value of `--executor`."""
     make: Callable[[int | None, Sequence[str]], Executor]
-    """Makes one from the number of Cells at a time (None: as it sees fit) and the values of `option`."""
+    """Makes an executor from the number of Cells at a time (None: its default) and the values of `option`."""
     help: str = ""
-    """A sentence for `--help`, which names the environment variables that it reads."""
+    """A sentence for `--help` about the environment variables that it reads."""
     option: ExecutorOption | None = None
-    recall: Callable[[Path], None] = _recall_nothing
-    """Ends the Cells that a killed runner of the run in this folder left behind."""
+    recall: Callable[[Path], None] | None = None
+    """Ends the Cells that a killed runner of the run in this folder has left running; None if they end with it."""

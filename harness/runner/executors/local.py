@@ -5,6 +5,7 @@ from __future__ import annotations
 import selectors
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, wait
 from typing import Literal
 
 from harness.cell.job import Job
@@ -17,16 +18,17 @@ from harness.runner.executors.executor import Device, ExecutorKind, Listener
 
 GPU_PATIENCE_S = 60.0
 _PROBE_S = 2.0
-"""Seconds between two probes of the GPUs; nvidia-smi takes a third of a second itself."""
+"""Seconds between two probes of the GPUs; nvidia-smi itself takes a third of a second."""
 _ANSWER_S = 0.1
-"""Seconds between two looks for the answer of a probe."""
+"""Seconds between two checks for the answer of a probe."""
+Probe = Future[list[gpus.GpuDevice]]
 
 
 class Local:
     """The executor `local`.
 
     jobs: Cells at a time. command: the worker's, to which two file descriptors are added. look: returns the GPUs.
-    patience: seconds that a Cell waits for a GPU while this run uses none: for other users, or for the driver to answer.
+    patience: seconds that a Cell waits for other users of the GPUs, or for the driver, while this run uses no GPU.
     """
 
     is_remote = False
@@ -50,24 +52,18 @@ class Local:
         """Return `cuda` if there is a GPU, unless another device is requested."""
         found = environment.gpus() if requested != "cpu" else ()
         if requested == "cuda" and not found:
-            raise HarnessError(
-                "no NVIDIA GPU was found",
-                where="--device cuda",
-                hint="run with --device cpu, or see `peft-harness doctor`",
-            )
+            hint = "run with --device cpu, or see `peft-harness doctor`"
+            raise HarnessError("no NVIDIA GPU was found", where="--device cuda", hint=hint)
         if found and (cards := self._look()) and self.jobs > len(cards):
-            raise HarnessError(
-                f"{self.jobs} Cells at a time want a GPU each, and there are {len(cards)}",
-                where=f"--jobs {self.jobs}",
-                hint=f"--jobs {len(cards)}, or --device cpu",
-            )
+            what = f"{self.jobs} Cells at a time need a GPU each, and there are {len(cards)}"
+            raise HarnessError(what, where=f"--jobs {self.jobs}", hint=f"--jobs {len(cards)}, or --device cpu")
         return "cuda" if found else "cpu"
 
     def run(self, queue: Iterator[Job], context: RunContext, listener: Listener) -> Generator[Record, None, None]:
         """Run the queue; see Executor.run."""
         running: list[Attempt] = []
         waiting: Job | None = None
-        probe: gpus.GpuProbe | None = None
+        probe: Probe | None = None
         since = probed = 0.0
         with selectors.DefaultSelector() as selector:
             try:
@@ -81,11 +77,11 @@ class Local:
                         if waiting.device == "cuda" and probe is None:
                             if time.monotonic() - probed < _PROBE_S:
                                 break
-                            probe, probed = gpus.GpuProbe(self._look), time.monotonic()
-                        if probe is not None and not probe.over():
+                            probe, probed = gpus.probe(self._look), time.monotonic()
+                        if probe is not None and not probe.done():
                             break
                         if any(attempt.job.gpu for attempt in running):
-                            since = probed  # a card of this run comes free, however long its Cell takes
+                            since = probed  # this run will release a card, however long its Cell takes
                         placed, busy = self._place(waiting, probe, [attempt.job.gpu for attempt in running])
                         probe = None
                         if placed is not None:
@@ -108,9 +104,9 @@ class Local:
                     attempt.kill()
 
     def _follow(
-        self, selector: selectors.BaseSelector, running: list[Attempt], listener: Listener, probe: gpus.GpuProbe | None
+        self, selector: selectors.BaseSelector, running: list[Attempt], listener: Listener, probe: Probe | None
     ) -> Iterator[Record]:
-        """Pass on events of the workers for at most a second, and yield the Records of attempts that have ended."""
+        """Forward events of the workers for at most a second, and yield the Records of attempts that have ended."""
         now = time.monotonic()
         left = min((attempt.deadline - now for attempt in running), default=1.0)
         if running:
@@ -118,7 +114,7 @@ class Local:
                 for event in key.data.read():
                     listener.event(key.data.job.cell, event)
         elif probe is not None:
-            probe.over(1.0)
+            wait([probe], 1.0)
         else:
             time.sleep(1.0)
         listener.tick()
@@ -127,14 +123,14 @@ class Local:
             running.remove(attempt)  # `end` kills it even after an error
             yield attempt.end()
 
-    def _place(self, job: Job, probe: gpus.GpuProbe | None, used: Sequence[str]) -> tuple[Job | None, str]:
-        """Return `job` with its share of this machine; or None and the reason. probe: a finished GpuProbe."""
+    def _place(self, job: Job, probe: Probe | None, used: Sequence[str]) -> tuple[Job | None, str]:
+        """Return `job` with its share of this machine; or None and the reason. probe: a finished one."""
         share: dict[str, object] = {}
         if self.jobs > 1:
             share = {"threads": max(1, environment.threads() // self.jobs), "at_once": self.jobs}
         try:
             cards = probe.result() if probe is not None else []
-        except HarnessError as error:  # running Cells are well; it may answer the next time
+        except HarnessError as error:  # running Cells are not affected, and the next probe may succeed
             return None, error.what
         if not cards:
             return job.model_copy(update=share), ""

@@ -1,4 +1,4 @@
-"""Run a share of the Cells on a machine of a cluster, one after the other, as `local` does."""
+"""Run a share of the Cells on a machine of a cluster, one after the other, like `local`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from harness.runner.attempt import WORKER, Ending, RunContext, record_of
 from harness.runner.executors.local import Local
 
 VISIBLE_S = 60.0
-"""Seconds until a network file system shows a file that another machine has written."""
+"""Seconds until a network file system shows a file from another machine."""
 _BEGUN = "begun on "
 
 
@@ -55,20 +55,20 @@ def run_jobs(
 ) -> None:
     """Run attempts (each a Job as JSON) on this machine, until done or until the file `permit` is deleted.
 
-    Every attempt leaves its Record in the run's folder. Raises MissingPathError where that folder, or an asset, is missing.
+    Every attempt leaves its Record in the run's folder. Raises MissingPathError if that folder, or an asset, is missing.
     """
     jobs = [Job.model_validate_json(spec) for spec in specs]
     folder, node = store.RunFolder(Path(jobs[0].folder)), os.uname().nodename
     for needed in {jobs[0].folder, *(path for job in jobs for path in _paths(job))}:
         if not Path(needed).exists():
             error = MissingPathError(
-                f"is not there on {node}",
+                f"is missing on {node}",
                 where=needed,
                 hint="keep the run (--out) and the cache (PEFT_HARNESS_CACHE) on a file system that every machine sees",
             )
             error.node = node
             raise error
-    most = environment.threads()  # nodes differ: another one's share may be more than this one has
+    most = environment.threads()  # nodes differ: the share may be more than this one has
     jobs = [job.model_copy(update={"threads": min(job.threads, most)}) if job.threads else job for job in jobs]
     context = RunContext(folder, environment.describe(most), timeout)
     listener = _Listener(Path(permit) if permit else None)
@@ -94,9 +94,9 @@ def _each(jobs: Sequence[Job], folder: store.RunFolder, node: str) -> Iterator[J
 
 
 def final_record(job: Job, context: RunContext, ending: Ending, submitted: str, over: float) -> Record:
-    """Return the Record of an attempt on a machine that has been silent since `over` (time.monotonic()): its own, if any.
+    """Return the Record of an attempt on another machine, or write one. over: its end, by time.monotonic().
 
-    Its time is counted from when a machine started it. An attempt that was never started is lost, however its machine ended.
+    Its duration begins when a machine started it. An attempt that was never started is lost, however its machine ended.
     """
     started = _started(context.folder.log_path(job.cell.cell_id, job.attempt))
     if started is None:
@@ -104,7 +104,7 @@ def final_record(job: Job, context: RunContext, ending: Ending, submitted: str, 
         return record_of(job, context, ending, submitted, time.monotonic())
     waited = time.monotonic() - over
     age = (datetime.now(UTC) - started).total_seconds() - waited
-    begun = time.monotonic() - max(0.0, age)  # the clocks of two machines may differ
+    begun = time.monotonic() - max(0.0, age)  # clocks of two machines may differ
     return record_of(job, context, ending, started.strftime("%Y-%m-%dT%H:%M:%SZ"), begun)
 
 

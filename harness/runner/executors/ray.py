@@ -1,6 +1,6 @@
 """Run Cells as tasks of a Ray cluster. RAY_ADDRESS names the cluster; without it a Ray is started on this machine.
 
-A task starts the same worker command as `local` does, and the worker dies with it. Nothing is retried: if Ray loses a
+A task starts the same worker command as `local`, and the worker dies with the task. Nothing is retried: if Ray loses a
 worker or a node, the Record is `lost`, and `--resume` makes a new attempt. Progress shows Cells, not their phases.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from harness.cell.job import Job
-from harness.errors import HarnessError, StoreError
+from harness.errors import HarnessError, StoreError, import_extra
 from harness.records import environment, store
 from harness.records.record import Record, Status
 from harness.runner.attempt import Ending, RunContext
@@ -26,12 +26,12 @@ JOIN_PATIENCE_S = 120.0
 _LOOK_S = 0.2
 _NO_RECORD = "no Record"
 _STORE_B = 80 * 2**20
-"""The smallest object store that Ray accepts: nothing goes through it."""
+"""The smallest object store that Ray accepts; no Cell uses it."""
 
 
 @dataclass(frozen=True)
 class _Finished:
-    """An attempt with an ended task; its Record may become visible later."""
+    """An attempt whose task has ended. Its Record may become visible later."""
 
     job: Job
     ending: Ending
@@ -42,24 +42,22 @@ class _Finished:
     """When the Record must be visible."""
 
     def is_known(self, context: RunContext) -> bool:
-        """Return whether its Record is visible or will never be; raises StoreError for one in an invisible folder."""
+        """Return whether its Record is visible, or never will be. Raises StoreError if its folder is not visible here."""
         path = context.folder.record_path(self.job.cell.cell_id, self.job.attempt)
         if path.exists() or time.monotonic() < self.until:
             return path.exists()
         if self.ending.kind == _NO_RECORD:
-            raise StoreError(
-                "a machine of the cluster wrote this Record, and it is not seen here",
-                where=str(path),
-                hint="keep the run (--out) on a file system that every machine sees",
-            )
+            what = "a machine of the cluster wrote this Record, but it is not visible here"
+            hint = "keep the run (--out) on a file system that every machine sees"
+            raise StoreError(what, where=str(path), hint=hint)
         return True
 
 
 class Ray:
     """The executor `ray`.
 
-    jobs: Cells at a time, None for as many as the cluster holds. command: the worker's, instead of the usual one.
-    patience: seconds that a cluster is given to bring what one Cell needs, at the start and when nodes have gone.
+    jobs: Cells at a time, None for as many as the cluster can run. command: replaces the usual command of the worker.
+    patience: seconds to wait for a node that can run one Cell, at the start and after nodes were lost.
     """
 
     is_remote = True
@@ -80,16 +78,11 @@ class Ray:
 
     def __enter__(self) -> Ray:
         address = os.environ.get("RAY_ADDRESS", "")
-        # A task that is run again would be an attempt without a number. Ray reads these when it is imported.
+        # A retried task would be an attempt without a number. Ray reads these variables on import.
         os.environ.update(RAY_task_oom_retries="0", RAY_USAGE_STATS_ENABLED="0")
         # Ray installs a handler for SIGTERM, the signal that ends a run.
         handler = signal.getsignal(signal.SIGTERM)
-        try:
-            import ray
-        except ImportError as error:
-            raise HarnessError(
-                f"Ray cannot be imported ({error})", where="--executor ray", hint="pip install 'peft-harness[ray]'"
-            ) from error
+        ray: Any = import_extra("ray", "--executor ray")
         options: dict[str, Any] = {"address": address or "local", "log_to_driver": False, "logging_level": "ERROR"}
         if not address:
             cores = environment.physical_cores()
@@ -106,9 +99,9 @@ class Ray:
             signal.signal(signal.SIGTERM, handler)
         self._ray = ray
         if not address:
-            self._patience = 0.0  # no other machine knows of it, so none joins
+            self._patience = 0.0  # no other machine can join
             self._max_threads = environment.threads()
-            self._visible_s = 0.0  # its files are visible here at once
+            self._visible_s = 0.0  # its files are visible here immediately
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -147,7 +140,7 @@ class Ray:
                 if not running and not finished:
                     if not more:
                         return
-                    self._wait_for_room()  # every node has gone
+                    self._wait_for_room()  # all nodes are lost
                     continue
                 ready: list[Any] = []
                 if running:
@@ -168,14 +161,14 @@ class Ray:
                     ray.cancel(reference, force=True)
 
     def _ending(self, reference: Any) -> Ending:
-        """Return how a task ended, for the case that it left no Record."""
+        """Return the end of a task, for an attempt without a Record."""
         errors = self._ray.exceptions
         try:
             self._ray.get(reference)
         except errors.RayTaskError as error:
             if isinstance(error.cause, node.MissingPathError):
                 self._blind.add(error.cause.node)
-                if len(self._blind) < len(self._nodes()):  # others may see it
+                if len(self._blind) < len(self._nodes()):  # other nodes may see it
                     return Ending(Status.LOST, "unseen", str(error.cause))
             raise error.cause from error
         except errors.OutOfMemoryError as error:
@@ -202,12 +195,12 @@ class Ray:
         return min(sum(self._room()), self.jobs or sum(self._room()))
 
     def _cells_per_node(self) -> int:
-        """Return how many Cells may be on the same node at a time."""
+        """Return the maximum number of Cells on one node at a time."""
         most = max(self._room(), default=1)
         return max(1, min(most, self.jobs or most))
 
     def _share(self) -> int:
-        """Return the cores of a Cell: a node's, divided by its GPUs, or by what `jobs` puts on it; at least one."""
+        """Return the cores of each Cell: those of a node, divided by its GPUs or by its share of `jobs`; at least one."""
         nodes = [one for one in self._nodes() if self._device == "cpu" or int(one.get("GPU", 0))]
         if self._device == "cuda":
             return max(1, int(min(one.get("CPU", 0) // int(one["GPU"]) for one in nodes)))
@@ -215,7 +208,7 @@ class Ray:
         return max(1, min(min(cores), sum(cores) // (self.jobs or 1)))
 
     def _wait_for_room(self) -> None:
-        """Wait until one Cell fits somewhere; raises HarnessError if that does not happen in time."""
+        """Wait until one Cell fits on a node. Raises HarnessError after `patience` seconds."""
         deadline = time.monotonic() + self._patience
         while not any(self._room()):
             if time.monotonic() >= deadline:
@@ -238,7 +231,5 @@ def _first_line(error: Exception, otherwise: str) -> str:
 
 
 EXECUTOR = ExecutorKind(
-    "ray",
-    lambda jobs, _: Ray(jobs),
-    help="ray connects to RAY_ADDRESS, or starts Ray on this machine.",
+    "ray", lambda jobs, _: Ray(jobs), help="ray connects to RAY_ADDRESS, or starts Ray on this machine."
 )

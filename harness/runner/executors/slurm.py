@@ -1,7 +1,7 @@
-"""Run Cells as one array of a Slurm cluster, through submitit: one Cell per element, several where Slurm's limit needs it.
+"""Run Cells as one array of a Slurm cluster, through submitit: one Cell per element, or several if Slurm limits the array.
 
-The array outlives its runner: Records that it finishes count when the run is resumed, and resuming recalls the rest.
-Slurm never starts an element again (`--no-requeue`): a retry is a new attempt, by `--resume`.
+The array outlives its runner: a resumed run uses the Records that it has finished, and recalls the other elements. Slurm
+never restarts an element (`--no-requeue`): a retry is a new attempt, by `--resume`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import time
 import uuid
 from collections.abc import Generator, Iterator, Sequence
@@ -17,16 +18,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness.cell.job import Job
-from harness.errors import HarnessError, UsageError
+from harness.errors import HarnessError, UsageError, import_extra
 from harness.records import environment, store
 from harness.records.record import Record, Status
 from harness.runner.attempt import Ending, RunContext
 from harness.runner.executors import node
 from harness.runner.executors.executor import Device, ExecutorKind, ExecutorOption, Listener
-from harness.runner.executors.slurm_states import States
 
 LOCAL = "PEFT_HARNESS_SLURM"
-"""Environment variable: `local` makes elements processes of this machine."""
+"""Environment variable: with `local`, elements are processes of this machine."""
 _EXCHANGE = "slurm"
 """Folder of submitit's files in the run folder."""
 _PERMIT = "wanted-"
@@ -36,10 +36,17 @@ _MOST_ELEMENTS = 1000
 _START_MIN = 5
 """Minutes that an element may take in addition to its Cells."""
 _LOOK_S = 0.5
-_ASK_S = 15.0
+_POLL_S = 15.0
 _GRACE_S = 10.0
 _CANCEL_S, _CANCEL_LOOK_S = 45.0, 1.0
 """Slurm itself gives a process 30 s (KillWait)."""
+GONE = "GONE"
+_UNKNOWN_S = 600.0  # Slurm's accounting may be that late
+_QUERY_TIMEOUT_S = 30.0
+# With --no-requeue, a preempted job never restarts.
+_FINAL = frozenset({
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT",
+})  # fmt: skip
 _STATES = {"TIMEOUT": Status.TIMEOUT, "OUT_OF_MEMORY": Status.OOM}
 
 
@@ -47,8 +54,8 @@ class Element:
     """One element of the array; called by submitit, on the element's machine."""
 
     def __call__(self, specs: list[str], timeout: float, command: list[str] | None, permit: str) -> None:
-        """Run its Cells one after the other, and ignore Slurm's warning signal: its accounting has the cause of the end."""
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # submitit would ask Slurm to start this element again
+        """Run its Cells one after the other. Slurm's warning signal is ignored: its accounting has the cause of the end."""
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # submitit would requeue this element
         node.run_jobs(specs, timeout, command, permit)
 
 
@@ -76,15 +83,7 @@ class Slurm:
                 where="--executor slurm",
                 hint=f"run it on a login node, or with --executor local; {LOCAL}=local tries the same path on this machine",
             )
-        try:
-            import submitit
-        except ImportError as error:
-            raise HarnessError(
-                f"submitit cannot be imported ({error})",
-                where="--executor slurm",
-                hint="pip install 'peft-harness[slurm]'",
-            ) from error
-        self._submitit = submitit
+        self._submitit = import_extra("submitit", "--executor slurm")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -95,7 +94,7 @@ class Slurm:
         has_gpu = "gpu" in self._options.get("gres", "") or any(key.startswith("gpus") for key in self._options)
         if requested == "cuda" and not has_gpu and not self._here:
             hint = "add --slurm gres=gpu:1, or --slurm gpus-per-node=1"
-            raise UsageError("Slurm is not asked for a GPU", where="--device cuda", hint=hint)
+            raise UsageError("the options for Slurm request no GPU", where="--device cuda", hint=hint)
         return "cuda" if requested == "cuda" or (requested == "auto" and has_gpu) else "cpu"
 
     def run(self, queue: Iterator[Job], context: RunContext, listener: Listener) -> Generator[Record, None, None]:
@@ -106,7 +105,7 @@ class Slurm:
         if not jobs:
             return
         count = min(len(jobs), (self.jobs or 1) if self._here else _MOST_ELEMENTS)
-        if self._here and count > 1:  # no Slurm gives each its share
+        if self._here and count > 1:  # without Slurm, nothing else divides the machine
             threads = max(1, environment.threads() // count)
             jobs = [job.model_copy(update={"threads": threads, "at_once": count}) for job in jobs]
         for job in jobs:
@@ -121,11 +120,11 @@ class Slurm:
             elements = self._submit(exchange, shares, context, permit)
             yield from self._gather(dict(zip(elements, shares, strict=True)), context, listener)
         except BaseException:
-            permit.unlink(missing_ok=True)  # a running element sees that within seconds; a waiting one need not start
+            permit.unlink(missing_ok=True)  # running elements notice within seconds; waiting ones end at their start
             if not self._here:
                 for element in elements:
                     element.cancel(check=False)
-                _await_cancelled(elements)  # or the footer would be written while they still write Records
+                _await_cancelled(elements)  # they must not write Records after the footer
             raise
         finally:
             _await_local(elements if self._here else ())
@@ -136,7 +135,7 @@ class Slurm:
         minutes = math.ceil(len(shares[0]) * context.timeout / 60) + _START_MIN
         executor.update_parameters(timeout_min=minutes, name="peft-harness")
         if not self._here:
-            # Slurm gets the user's options as they were written; they override the time derived from --timeout.
+            # The user's options are passed on unchanged; they override the time derived from --timeout.
             executor.update_parameters(
                 slurm_array_parallelism=self.jobs or _MOST_ELEMENTS,
                 slurm_additional_parameters={"no-requeue": True, **self._options},
@@ -150,17 +149,17 @@ class Slurm:
             raise HarnessError(
                 f"sbatch refuses the array: {reason}",
                 where=" ".join(f"--slurm {key}={value}" for key, value in self._options.items()) or "--executor slurm",
-                hint="see what this Slurm takes (`sinfo`, `sacctmgr show assoc`), give it with --slurm KEY=VALUE, "
+                hint="look up what this Slurm accepts (`sinfo`, `sacctmgr show assoc`), pass it by --slurm KEY=VALUE, "
                 "and `--resume` the run",
             ) from error
 
     def _gather(
         self, shares: dict[Any, list[Job]], context: RunContext, listener: Listener
     ) -> Generator[Record, None, None]:
-        """Yield each Record as it appears; for an element that leaves none, a Record with the cause of its end."""
+        """Yield each Record as it appears; for an element without one, yield a Record with the cause of its end."""
         left = {job.cell.cell_id: job for share in shares.values() for job in share}
         submitted = store.now()
-        states, ask_s, last = States(here=self._here), _LOOK_S if self._here else _ASK_S, 0.0
+        states, poll_s, last = States(here=self._here), _LOOK_S if self._here else _POLL_S, 0.0
         visible_s = 0.0 if self._here else node.VISIBLE_S
         ended: dict[Any, tuple[str, float]] = {}
         while left:
@@ -169,7 +168,7 @@ class Slurm:
             for job in seen:
                 del left[job.cell.cell_id]
                 yield store.read_record(context.folder.record_path(job.cell.cell_id, job.attempt))
-            if not seen and time.monotonic() - last >= ask_s:
+            if not seen and time.monotonic() - last >= poll_s:
                 last = time.monotonic()
                 waiting = [
                     element
@@ -189,13 +188,13 @@ class Slurm:
 
 
 def recall(folder: Path) -> None:
-    """Recall the Cells of an array that a killed runner of this run left behind: they end within seconds."""
+    """End the array of a killed runner of this run: its elements notice within seconds."""
     for permit in folder.glob(f"{_EXCHANGE}/{_PERMIT}*"):
         permit.unlink(missing_ok=True)
 
 
 def _ending(element: Any, state: str) -> Ending:
-    """Return how an element ended: Slurm's state, and the error that it raised, as far as known."""
+    """Return the end of an element: Slurm's state, and the error that it raised, if known."""
     raised = ""
     if element.paths.result_pickle.exists() and (error := element.exception()) is not None:
         lines = str(error).strip().splitlines()
@@ -216,7 +215,7 @@ def _await_cancelled(elements: Sequence[Any]) -> None:
 
 
 def _await_local(elements: Sequence[Any]) -> None:
-    """Wait a little for processes of this machine that are about to end, and cancel those that do not."""
+    """Wait briefly for processes of this machine, and cancel those that do not end."""
     deadline = time.monotonic() + _GRACE_S
     while any(not element.done() for element in elements) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -232,6 +231,51 @@ def _option(text: str) -> tuple[str, str]:
             "is not KEY=VALUE", where=f"--slurm {text}", hint="write e.g. --slurm partition=gpu --slurm gres=gpu:1"
         )
     return key.strip().lstrip("-").replace("_", "-"), value.strip()
+
+
+class States:
+    """The states of submitit's jobs: submitit itself takes PREEMPTED for running and SUSPENDED for ended.
+
+    here: whether they are processes of this machine.
+    """
+
+    def __init__(self, *, here: bool) -> None:
+        self._here = here
+        self._unknown: dict[str, float] = {}
+
+    def ended(self, jobs: Sequence[Any]) -> list[tuple[Any, str]]:
+        """Return the jobs that have ended, each with Slurm's state. One query covers all."""
+        if self._here:
+            return [(job, str(job.state)) for job in jobs if job.done()]
+        if jobs:
+            jobs[0].watcher.clear()  # otherwise it never queries a job again that it once took for ended
+        found = [(job, state) for job in jobs if (state := self._final(job))]
+        late = [job for job in jobs if time.monotonic() - self._unknown.get(job.job_id, math.inf) >= _UNKNOWN_S]
+        queue = _queue({job.job_id.split("_")[0] for job in late}) if late else None
+        return found if queue is None else [*found, *((job, GONE) for job in late if job.job_id not in queue)]
+
+    def _final(self, job: Any) -> str:
+        parts = str(job.state).split()  # e.g. `CANCELLED by 1000`
+        state = parts[0].upper() if parts else "UNKNOWN"
+        if state not in _FINAL and job.paths.result_pickle.exists():  # accounting is behind
+            state = "COMPLETED"
+        if state == "UNKNOWN":
+            self._unknown.setdefault(job.job_id, time.monotonic())
+        else:
+            self._unknown.pop(job.job_id, None)
+        return state if state in _FINAL else ""
+
+
+def _queue(arrays: set[str]) -> set[str] | None:
+    """Return the elements that wait or run; None if there is no answer. For clusters without accounting."""
+    command = ["squeue", "--noheader", "--array", "--format=%i", "--jobs", ",".join(sorted(arrays))]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if found.returncode and "Invalid job id" not in found.stderr:  # which is the answer for a job that ended long ago
+        return None
+    return set(found.stdout.split())
 
 
 EXECUTOR = ExecutorKind(

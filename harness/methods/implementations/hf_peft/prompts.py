@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from harness.assets.text_models import CACHES
+from harness.assets.model_folder import CACHES
 from harness.errors import UsageError
 from harness.methods.peft_config import IN_THE_CACHE
 

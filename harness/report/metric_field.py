@@ -1,4 +1,4 @@
-"""Figures of metrics: the value in the unit of its column, and the details that some metrics add."""
+"""Fields of metrics: the value in the unit of its column, with further details for some metrics."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from typing import Any
 
 from harness.analysis import contention, measurements
 from harness.analysis.metrics import Metric, Number
-from harness.analysis.statistics.intervals import Median
 from harness.records.record import Record
 from harness.report import formatting
-from harness.report.formatting import Figure, figure, unmeasured
+from harness.report.formatting import Field, field, unmeasured
 
 
-def metric_figure(metric: Metric, record: Record) -> Figure:
-    """Return the figure of a metric of one Record; a dash with the reason where it has no value."""
+def metric_field(metric: Metric, record: Record) -> Field:
+    """Return the field of a metric of one Record; a dash with the reason if it has no value."""
     value = metric.value(record)
     if value is None:
         return unmeasured(metric.why_missing(record))
     details = _DETAILS.get(metric.name)
-    return figure(written(metric, value), value) | (details(record) if details else {})
+    return field(written(metric, value), value) | (details(record) if details else {})
 
 
 def written(metric: Metric, value: Number) -> str:
@@ -35,17 +34,17 @@ def written(metric: Metric, value: Number) -> str:
 
 def _of_parameters(record: Record) -> dict[str, Any]:
     m = record.measurements
-    return {"why": f"{formatting.short_count(m.parameters.total)} in all"} if m else {}
+    return {"why": f"{formatting.short_count(m.parameters.total)} parameters in total"} if m else {}
 
 
 def _of_accuracy(record: Record) -> dict[str, Any]:
-    a = record.measurements.accuracy if record.measurements else None
+    a = record.accuracy
     if a is None:
         return {}
     why = f"{a.metric}, {a.interval}, scored by {a.scored_by}"
     if a.cut_items:
-        longer = f"{a.cut_items:,} of {len(a.items):,} items were longer than {record.cell.training.max_tokens} tokens"
-        why += f"; {longer}, and cut"
+        limit = record.cell.training.max_tokens
+        why += f"; {a.cut_items:,} of {len(a.items):,} items were longer than {limit} tokens, and cut"
     return {"small": formatting.interval(a), "why": why}
 
 
@@ -55,17 +54,12 @@ def _of_rate(record: Record) -> dict[str, Any]:
 
 
 def _of_step(record: Record) -> dict[str, Any]:
-    busy, step = contention.busy(record), _step(record)
-    return {
-        "small": formatting.median_ms(step) if step else "",
-        "why": "; ".join(filter(None, [f"{step.count} steps" if step else "", busy])),
-        "flag": "busy" if busy else "",
-    }
-
-
-def _step(record: Record) -> Median | None:
-    training = record.measurements.training if record.measurements else None
-    return measurements.step_time(training) if training and training.step_seconds else None
+    training, rate = measurements.timed_training(record), _of_rate(record)
+    if training is None:
+        return rate
+    step = measurements.step_time(training)
+    why = "; ".join(filter(None, [f"{step.count} steps", rate["why"]]))
+    return rate | {"small": formatting.median_ms(step), "why": why}
 
 
 _DETAILS: dict[str, Callable[[Record], dict[str, Any]]] = {

@@ -1,0 +1,49 @@
+"""Numbers known to lie in an interval: repeated measurements, and printed figures with rounded digits. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from harness.claims.measure import MeasureResult, Number
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number with its least and largest possible value, equal if it is certain."""
+
+    value: Fraction
+    least: Fraction
+    most: Fraction
+
+    @classmethod
+    def around(cls, value: Number, least: Number, most: Number) -> Interval:
+        """Return the interval of these three numbers."""
+        return cls(Fraction(value), Fraction(least), Fraction(most))
+
+    @classmethod
+    def printed(cls, value: Number, last: Number) -> Interval:
+        """Return the numbers that round to a printed figure. last: a unit in its last digit; 0 for an exact number."""
+        exact, half = Fraction(value), Fraction(last) / 2
+        return cls(exact, exact - half, exact + half)
+
+    def __add__(self, other: Interval) -> Interval:
+        return Interval(self.value + other.value, self.least + other.least, self.most + other.most)
+
+    def __sub__(self, other: Interval) -> Interval:
+        return Interval(self.value - other.value, self.least - other.most, self.most - other.least)
+
+    def __truediv__(self, other: Interval) -> Interval:
+        """Divide by an interval of positive numbers."""
+        return Interval(self.value / other.value, self.least / other.most, self.most / other.least)
+
+    def from_printed(self, how: str) -> MeasureResult:
+        """Return the result of arithmetic with printed figures."""
+        return MeasureResult(self.value, how, within=None if self.least == self.most else (self.least, self.most))
+
+    def measured(self, how: str) -> MeasureResult:
+        """Return the result of a measurement."""
+        return MeasureResult(self.least, how, most=None if self.least == self.most else self.most)
+
+
+ZERO, ONE = Interval.around(0, 0, 0), Interval.around(1, 1, 1)

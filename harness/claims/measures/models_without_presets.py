@@ -1,0 +1,74 @@
+"""Measures: parameters of BART and of vision transformers, for which there are no shape presets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.claims import attached_model
+from harness.claims.measure import Config, MeasureResult, Method, Positive, measure
+from harness.claims.sums import summed
+
+Shape = dict[str, int]
+"""Arguments of transformers' BartConfig: `{d_model: 768, encoder_layers: 6, ...}`."""
+
+
+@measure("count")
+def bart_parameters(shape: Shape, only: list[str] | None = None) -> MeasureResult:
+    """Parameters of BART without a head, tied ones once. only: substrings of the names of counted parameters."""
+    named = _bart(shape).named_parameters()
+    count = sum(p.numel() for name, p in named if not only or any(part in name for part in only))
+    return MeasureResult(count, f"{count:,} parameters on the meta device")
+
+
+@measure("count")
+def bart_trainable_parameters(shape: Shape, method: Method, config: Config) -> MeasureResult:
+    """Trainable parameters of a Method attached to BART."""
+    return _trainable(_bart(shape), method, config)
+
+
+@measure("count")
+def vision_parameters(
+    width: Positive, blocks: Positive, heads: Positive, mlp: Positive, patch: Positive, pixels: Positive
+) -> MeasureResult:
+    """Parameters of a vision transformer without its head. patch, pixels: the side of a patch and of the image."""
+    return summed(p.shape for p in _vision(width, blocks, heads, mlp, patch, pixels).parameters())
+
+
+@measure("count")
+def vision_trainable(
+    width: Positive,
+    blocks: Positive,
+    heads: Positive,
+    mlp: Positive,
+    patch: Positive,
+    pixels: Positive,
+    method: Method,
+    config: Config = {},
+) -> MeasureResult:
+    """Trainable parameters of a Method attached to a vision transformer, without a new head."""
+    return _trainable(_vision(width, blocks, heads, mlp, patch, pixels), method, config)
+
+
+def _trainable(model: Any, method: str, config: Config) -> MeasureResult:
+    with attached_model.attached(model, method, config) as adapted:
+        return summed(p.shape for p in adapted.parameters())
+
+
+def _bart(shape: Shape) -> Any:
+    import torch
+    from transformers import BartConfig, BartModel
+
+    with torch.device("meta"):
+        return BartModel(BartConfig(**shape)).requires_grad_(False)
+
+
+def _vision(width: int, blocks: int, heads: int, mlp: int, patch: int, pixels: int) -> Any:
+    import torch
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(
+        hidden_size=width, num_hidden_layers=blocks, num_attention_heads=heads, intermediate_size=mlp, patch_size=patch,
+        image_size=pixels,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return ViTModel(config, add_pooling_layer=False).requires_grad_(False)
