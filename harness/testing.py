@@ -39,9 +39,19 @@ class Conforming:
 
     def cases(self) -> Iterator[tuple[str, Callable[[], list[CheckOutcome]]]]:
         """Yield each case's name, and a function that runs every check of the suite on it."""
+        from harness.conformance.drawing import sample
+
         plan = parity_suite.load_plan(self.implementation.target)
-        for case in plan.cases(self.breadth, self.implementation.dtypes):
+        for case in sample.fixed(plan, self.breadth, self.implementation.dtypes):
             yield f"{case} {case.dtype}", partial(self._run, plan, case)
+        if self.breadth.drawn:
+            yield f"{self.breadth.drawn} drawn, seed {self.breadth.seed}", partial(self._search, plan)
+
+    def _search(self, plan: parity_suite.ParitySuite) -> list[CheckOutcome]:
+        from harness.conformance.drawing.search import search
+
+        name = f"{self.implementation.name}-{self.implementation.target}"
+        return search(plan, self.breadth, self.implementation.dtypes, lambda case: self._run(plan, case), name)
 
     def _run(
         self, plan: parity_suite.ParitySuite, case: parity_suite.MethodCase | parity_suite.OperationCase

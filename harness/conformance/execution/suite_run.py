@@ -17,6 +17,7 @@ from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.checks import States
 from harness.conformance.comparison.magnitudes import vary
 from harness.conformance.drawing import sample
+from harness.conformance.drawing.sample import AnyCase
 from harness.conformance.execution.parity_model import ParityModel, whole
 from harness.conformance.findings.outcomes import CheckOutcome, Execution
 from harness.conformance.operation import Arguments, OperationSubject
@@ -57,10 +58,18 @@ def run(
     """
     wanted = [dtype for dtype in implementation.dtypes if dtype in (dtypes or implementation.dtypes)]
     plan = parity_suite.load_plan(implementation.target)
-    for case in sample.fixed(plan, breadth, wanted):
+
+    def tried(case: AnyCase) -> Iterator[CheckOutcome]:
         if begin is not None:
             begin(f"{case} {case.dtype}")
         yield from run_case(implementation, plan, case)
+
+    for case in sample.fixed(plan, breadth, wanted):
+        yield from tried(case)
+    if breadth.drawn:
+        from harness.conformance.drawing.search import search  # imports Hypothesis
+
+        yield from search(plan, breadth, wanted, tried, f"{implementation.name}-{implementation.target}")
 
 
 def run_case(
