@@ -36,7 +36,7 @@ class Factor:
     least: float | None = None
     """Smallest drawn number; None if only levels are drawn."""
     most: float | None = None
-    """Largest drawn number."""
+    """Largest drawn number, or largest number of elements of drawn sizes."""
     dimensions: tuple[int, ...] = ()
     """Lengths of a drawn list; empty for a setting that is no list. Without `least`, its items are the sizes of a tensor of at
     most ELEMENTS elements; otherwise numbers within the bounds."""
@@ -71,7 +71,7 @@ Shape = Annotated[
     Factor(((5, 96), (64,), (1,), (0, 64), (63, 65), (3, 5, 7), (12, 1030), (257, 300)), dimensions=(1, 2, 3)),
 ]
 Rows = Annotated[
-    Sequence[int], Factor(((17,), (1,), (2, 1), (), (0,), (2, 3, 4), (130,), (515,)), dimensions=(1, 2, 3))
+    Sequence[int], Factor(((17,), (1,), (2, 1), (), (0,), (2, 3, 4), (130,), (515,)), most=300, dimensions=(1, 2, 3))
 ]
 
 

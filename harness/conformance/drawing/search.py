@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.errors import FlakyFailure, Unsatisfiable
 
-from harness.assets.cache import cache_folder
+from harness.assets import cache as asset_cache
 from harness.conformance.case_selection import CaseSelection
 from harness.conformance.drawing import sample
 from harness.conformance.drawing.sample import AnyCase
@@ -72,4 +72,4 @@ def _failure_of(check: str) -> type[AssertionError]:
 
 
 def _folder(name: str) -> Path:
-    return cache_folder() / "hypothesis" / name
+    return asset_cache.root() / "hypothesis" / name

@@ -21,13 +21,13 @@ def of_factor(factor: Factor) -> st.SearchStrategy[Any]:
         least, most = min(factor.dimensions), max(factor.dimensions)
         drawn = st.lists(whole, min_size=least, max_size=most).map(tuple)
     elif factor.dimensions:
-        drawn = st.sampled_from(factor.dimensions).flatmap(sizes)
+        drawn = st.sampled_from(factor.dimensions).flatmap(lambda n: sizes(n, int(factor.most or ELEMENTS)))
     elif factor.least is None or factor.most is None:
         return levels
     elif isinstance(factor.levels[0], int):
         drawn = st.one_of(_whole(int(factor.least), int(factor.most)), st.integers(int(factor.least), int(factor.most)))
     else:
-        drawn = st.floats(factor.least, factor.most, allow_nan=False, width=32)
+        drawn = st.floats(factor.least, factor.most, allow_nan=False).map(lambda v: float(f"{v:.3g}"))
     return st.one_of(levels, drawn)
 
 
@@ -37,7 +37,7 @@ def case_values(factors: dict[str, Factor]) -> st.SearchStrategy[dict[str, Any]]
 
 
 @st.composite
-def sizes(draw: st.DrawFn, dimensions: int, elements: int = ELEMENTS) -> tuple[int, ...]:
+def sizes(draw: st.DrawFn, dimensions: int, elements: int) -> tuple[int, ...]:
     """Draw the sides of a tensor with at most `elements` elements; small sides are as likely as large ones."""
     sides: list[int] = []
     left = elements
