@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from harness.assets import shapes
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -18,17 +20,22 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Shapes of tensors, by name."""
 
 
+def config_and_kind(name: str) -> tuple[dict[str, Any], str]:
+    """Return the config.json of a shape, and the model kind."""
+    from harness.memory_model import model_shapes
+
+    config, preset = shapes.config_of(name), shapes.preset(name)
+    return config, preset.kind if preset else model_shapes.model_kind(config)
+
+
 @lru_cache(maxsize=4)
 def model(name: str, split: str = "{}") -> Any:
     """Return the model of a shape on the meta device. split: as in `split_layers`, in JSON."""
     import torch
 
-    from harness.assets import shapes, structure
-    from harness.memory_model import model_shapes
+    from harness.assets import structure
 
-    config = shapes.config_of(name)
-    preset = shapes.preset(name)
-    built = structure.build(config, preset.kind if preset else model_shapes.model_kind(config), torch.float32)
+    built = structure.build(*config_and_kind(name), torch.float32)
     built.requires_grad_(False)
     split_layers(built, json.loads(split))
     return built

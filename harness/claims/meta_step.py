@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from harness.assets import shapes, structure
 from harness.cell.measure.latency import positions
 from harness.cell.training.model import checkpointing
-from harness.conformance.subject import DTYPES, configure
-from harness.memory_model import counting, model_shapes
+from harness.claims import attached_model
+from harness.conformance.subject import DTYPES
 
 _FEW = 2
 """Blocks after which each further one has equal counts; the first may need no gradient of its input."""
@@ -135,17 +135,15 @@ def _never(_: _Saved) -> Tensor:
 
 @contextmanager
 def _attached(request: MetaStep, blocks: int) -> Iterator[tuple[Any, Any]]:
-    config, preset = shapes.config_of(request.model), shapes.preset(request.model)
-    kind = preset.kind if preset else model_shapes.model_kind(config)
-    facts = shapes.first_blocks(config, blocks) | {"use_cache": False}
-    model = structure.build(facts, kind, DTYPES[request.dtype])
+    config, kind = attached_model.config_and_kind(request.model)
+    model = structure.build(shapes.first_blocks(config, blocks) | {"use_cache": False}, kind, DTYPES[request.dtype])
     if (most := positions(model)) is not None and request.tokens > most:
         raise ValueError(f"{request.tokens} tokens exceed the {most} positions of {request.model}")
     model.set_attn_implementation("eager")  # explicit matrix products: a fused kernel would hide them
     model.requires_grad_(False)
     with (
         checkpointing(model, request.checkpointing),
-        counting.attached(model, request.method, configure(request.method, json.loads(request.config))) as adapted,
+        attached_model.attached(model, request.method, json.loads(request.config)) as adapted,
     ):
         yield model, adapted
 

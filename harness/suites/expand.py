@@ -26,11 +26,11 @@ class Plan:
     cells: tuple[Cell, ...]
     """Cells that are ranked, then those that search for learning rates."""
     ids: dict[str, str]
-    """The suite's id of its entry, by cell_id."""
+    """Id of the entry of each Cell, by cell_id."""
     comparisons: tuple[Comparison, ...]
-    """All comparisons of the suite, also after `only`: a question without its Cells counts as not answered."""
+    """All comparisons of the suite, also after `select`: a question without its Cells counts as not answered."""
     tuning: tuple[Tuning, ...] = ()
-    """All searches of the suite, also after `only`."""
+    """All searches of the suite, also after `select`."""
 
 
 def expand(entries: Sequence[tuple[SuiteEntry, Sequence[Cell]]], comparisons: Sequence[ComparisonKeys]) -> Plan:
@@ -66,8 +66,8 @@ def count(entry: SuiteEntry) -> int:
 
 
 def cells(entry: SuiteEntry) -> Iterator[Cell]:
-    """Yield an entry's Cells; the last axis, the seed, turns fastest."""
-    # Untimed seeds keep their prompts: their recipe is that of the timed seed.
+    """Yield an entry's Cells; the last axis, the seed, varies fastest."""
+    # Untimed seeds have the prompts of the timed seed too, so that their recipe is the same.
     evaluation = entry.evaluation.untimed() if entry.latency == "never" else entry.evaluation
     for model, task, base, (method, config), implementation, optimizer, dtype, training, seed in itertools.product(
         entry.model,
@@ -129,10 +129,10 @@ def select(plan: Plan, expr: str) -> Plan:
     for term in filter(None, (part.strip() for part in expr.split(","))):
         key, equals, value = (part.strip() for part in term.partition("="))
         if equals and not key:
-            raise UsageError(f"`{term}` names no key", where=f"--only {expr}", hint="write key=value, or one word")
+            raise UsageError(f"`{term}` has no key", where=f"--only {expr}", hint="write key=value, or one word")
         wanted.setdefault(key if equals else "", []).append(value if equals else key)
     swept = {cell_id for tuning in plan.tuning for cell_id in tuning.sweep}
-    # Later fields at their defaults are in no Cell; they can still be named.
+    # Cells do not contain later fields at their defaults; an expression can still name them.
     later_defaults = {
         name: {key: knob.default for key, knob in info.fields.items() if knob.omit_default}
         for name, info in methods().items()
@@ -163,7 +163,7 @@ def select(plan: Plan, expr: str) -> Plan:
         for key, value in ((key, value) for key, values in wanted.items() for value in values):
             if any(has(cell, key, value) for cell in plan.cells):
                 continue
-            term, hint = value, "leave that term out"
+            term, hint = value, "remove this term"
             if key:
                 values = {_shown(fact.get(key)) for fact in facts.values()} - {""}
                 term, hint = f"{key}={value}", did_you_mean(value, sorted(values), f"`{key}` is")

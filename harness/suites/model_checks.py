@@ -1,8 +1,8 @@
 """Check the layers and tokens of Cells against their models, if these are on this machine. No torch.
 
-Runs before anything is fetched, and again when all models are here. The headers of the weight files answer most questions.
-For targets that are not in them (a tied or new layer has no separate weights, a shape has none at all) one child process
-builds all models without weights.
+Runs before anything is fetched, and again when all models are here. Most targets are found in the headers of the weight
+files. For the others (a tied or new layer has no separate weights, a shape has no weights) one child process builds all
+models without weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from harness.suites.suite import Suite
 
 _TIMEOUT_S = 120.0
-"""For each model that is built."""
+"""Seconds for building one model."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def _too_long(folder: Path, kind: str, cells: list[tuple[Cell, dict[str, str]]],
         prompt = cell.evaluation.later().get("prompt_tokens")  # the default is cut to the positions of the model
         decoded = DECODED if kind == "causal" else 0
         if cell.evaluation.latency and isinstance(prompt, int) and prompt + decoded > most:
-            more = f", and {decoded} are decoded after them" if decoded else ""
-            what = f"`prompts` have {prompt} tokens{more}; {cell.model} has {most} positions"
+            more = f" and {decoded} decoded ones" if decoded else ""
+            what = f"`prompts` have {prompt} tokens{more}, but {cell.model} has {most} positions"
             yield Problem(places["tokens"], what, f"write at most {most - decoded}")
 
 
@@ -98,19 +98,19 @@ def _no_layers(unseen: Sequence[_Unseen]) -> Iterator[Problem]:
 
 
 def _none_of_them(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[Problem]:
-    """Yield adapter configs without any target_modules of the model: peft ignores names that fit no layer, if one does."""
+    """Yield adapter configs with target_modules that match no layer of the model; peft itself needs only one match."""
     paths = model_folder.layers(folder)
     for cell, places in cells:
         config = cell.config.get("adapter_config")
         names = config.get("target_modules") if isinstance(config, dict) else None
         if paths and isinstance(names, list) and names and not any(_seen(str(name), paths) for name in names):
-            what = f"`adapter_config`: none of its target_modules ({', '.join(map(str, names))}) is a layer of {cell.model}"
+            what = f"`adapter_config`: no target_modules ({', '.join(map(str, names))}) is a layer of {cell.model}"
             ends = sorted({path.rpartition(".")[2] for path in paths})
             yield Problem(places["adapter_config"], what, f"it has {', '.join(ends)}")
 
 
 def _seen(name: str, paths: Collection[str]) -> bool:
-    """Return whether a name certainly fits a layer; for a word such as `attention` a similar name is enough."""
+    """Return whether a name matches a layer; for a word such as `attention` a similar name is enough."""
     if name in TARGET_WORDS:
         return name != "attention" or any("attn" in path or "attention" in path.lower() for path in paths)
     return any(path == name or path.endswith(f".{name}") for path in paths)
@@ -118,9 +118,9 @@ def _seen(name: str, paths: Collection[str]) -> bool:
 
 @functools.cache
 def _misfits(requests: tuple[tuple[Path, str, tuple[str, ...]], ...]) -> list[dict[str, str]]:
-    """Map the names that fit no layer to the reason, for each (folder, kind, names).
+    """Map the names that match no layer to the reason, for each (folder, kind, names).
 
-    A model that cannot be built here has no entries: its Cells report the failure, with the whole traceback.
+    A model that cannot be built here has no entries: its Cells report the failure, with the full traceback.
     """
     found: list[dict[str, str]] = []
     while left := requests[len(found) :]:
@@ -131,5 +131,5 @@ def _misfits(requests: tuple[tuple[Path, str, tuple[str, ...]], ...]) -> list[di
         answers = [line.removeprefix(supervisor.ANSWER) for line in lines if line.startswith(supervisor.ANSWER)]
         found += map(json.loads, answers)
         if len(answers) < len(left):
-            found.append({})  # the process ended, or hung, at this model; try the others again
+            found.append({})  # the process ended or hung at this model; continue with the others
     return found

@@ -106,7 +106,7 @@ class CellKeys(Keys):
     tune: TuneKeys | None = None
 
     def missing(self) -> list[str]:
-        """List the keys that every entry needs, from itself or its block, and this one lacks."""
+        """List the required keys that neither the entry nor its block has."""
         needed = {"model": self.model, "task": self.task, "method": self.method}
         missing = [key for key, values in needed.items() if not values]
         if self.training.steps is None:

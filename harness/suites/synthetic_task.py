@@ -25,11 +25,11 @@ def problems(keys: CellKeys, models: Mapping[int, Source]) -> Iterator[FieldProb
     if not keys.is_synthetic:
         for i, source in models.items():
             if source.scheme == "shape":
-                what = f"`{source.name}` has no tokenizer and no trained weights, so no text and no score"
+                what = f"`{source.name}` has no tokenizer and no trained weights, so it cannot read or score texts"
                 yield ("model", i), what, f"write `task: {SYNTHETIC}`, which measures memory and speed"
     elif len(keys.task) > 1:
-        what = f"`{SYNTHETIC}` is never scored, and the other tasks of the entry are"
-        yield ("task", keys.task.index(SYNTHETIC)), what, "give it an entry of its own"
+        what = f"`{SYNTHETIC}` is never scored, but the other tasks of the entry are"
+        yield ("task", keys.task.index(SYNTHETIC)), what, "give it a separate entry"
     elif keys.evaluation.items is not None:
-        what = f"`items` is {keys.evaluation.items}, and `{SYNTHETIC}` scores nothing"
-        yield ("evaluation", "items"), what, "leave `items` out"
+        what = f"`items` is {keys.evaluation.items}, but `{SYNTHETIC}` is never scored"
+        yield ("evaluation", "items"), what, "remove `items`"

@@ -1,4 +1,4 @@
-"""Check the lm-eval keys of a task: only keys that training follows too, so that scoring matches training."""
+"""Check the lm-eval keys of a task: only keys that training supports too, so that scoring matches training."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _Found = Iterator[tuple[KeyPath, str, str]]
 
 
 def problems(document: Document, labels: int | None) -> list[Problem]:
-    """Return missing keys, and keys that training or scoring would not follow. labels: None for a task without classes."""
+    """Return missing keys, and keys that training or scoring do not support. labels: None for a task without classes."""
     return [Problem(document.where(*path), what, hint) for path, what, hint in _found(document.data, labels)]
 
 
@@ -73,31 +73,29 @@ def too_long(cell: Cell, positions: int | None, answer: int) -> tuple[str, str] 
     if positions is None or virtual + limit + answer <= positions:
         return None
     if limit > positions:
-        return f"`max_tokens` is {limit}, and {cell.model} has {positions} positions", f"write at most {positions}"
+        return f"`max_tokens` is {limit}, but {cell.model} has {positions} positions", f"write at most {positions}"
     exceed = f"exceed the {positions} positions of {cell.model}"
     if virtual:
-        what = f"{virtual} virtual tokens, {limit} of a text and {answer} of an answer {exceed}"
+        what = f"{virtual} virtual tokens, a text of {limit} and an answer of {answer} {exceed}"
         return what, "lower `max_tokens`, or `num_virtual_tokens`"
-    return (
-        f"a prompt of {limit} tokens and an answer of {answer} {exceed}",
-        "lower `max_tokens`, or the task's `max_gen_toks`",
-    )
+    what = f"a prompt of {limit} tokens and an answer of {answer} {exceed}"
+    return what, "lower `max_tokens`, or the task's `max_gen_toks`"
 
 
 def _found(data: dict[str, Any], labels: int | None) -> _Found:
     kind = data.get("output_type", "multiple_choice")
     if not isinstance(kind, str) or kind not in _OWN:
-        yield ("output_type",), f"`output_type` is {kind!r}", f"write one that is offered: {', '.join(_OWN)}"
+        yield ("output_type",), f"`output_type` is {kind!r}", f"write one of {', '.join(_OWN)}"
         kind = "multiple_choice"
     needed = (*_NEEDED, *_OWN[kind])
-    honoured = (*needed, *_FREE, *(("filter_list",) if kind == "generate_until" else ()))
+    supported = (*needed, *_FREE, *(("filter_list",) if kind == "generate_until" else ()))
     for key in needed:
         if key not in data:
             yield (key,), f"`{key}` is missing", f"an lm-eval task needs `{key}:`"
     for key, value in data.items():
-        if key not in honoured and value:  # an empty text or a zero has no effect
-            hint = _REFUSED.get(key) or did_you_mean(key, honoured, "remove it; keys that are honoured")
-            yield (key,), f"`{key}` is not honoured: models are trained without it", hint
+        if key not in supported and value:  # an empty text or a zero has no effect
+            hint = _REFUSED.get(key) or did_you_mean(key, supported, "remove it; supported keys")
+            yield (key,), f"`{key}` is not supported: training ignores it", hint
     if not isinstance(data.get("target_delimiter", ""), str):
         yield ("target_delimiter",), f"`target_delimiter` is {data['target_delimiter']!r}", "write a text in quotes"
     if kind == "generate_until":
@@ -116,7 +114,7 @@ def _found(data: dict[str, Any], labels: int | None) -> _Found:
 
 def _choices(data: dict[str, Any], labels: int | None) -> _Found:
     if data.get("doc_to_target", "label") not in _TARGETS:
-        what = f"`doc_to_target` is {data['doc_to_target']!r}; training takes the choice that the row's label numbers"
+        what = f"`doc_to_target` is {data['doc_to_target']!r}; training uses the row's label as index of the choice"
         yield ("doc_to_target",), what, "write label"
     choices = data.get("doc_to_choice")
     if isinstance(choices, list) and labels is not None and len(choices) != labels:
@@ -136,10 +134,10 @@ def _templates(data: dict[str, Any], keys: tuple[str, ...], columns: tuple[str, 
         try:
             names = meta.find_undeclared_variables(jinja.parse(template)) - set(jinja.globals)
         except TemplateSyntaxError as error:
-            yield (key,), f"`{key}` is no template: {error.message}", "correct its braces"
+            yield (key,), f"`{key}` is not a template: {error.message}", "correct its braces"
             continue
         for name in sorted(names - set(columns)):
-            what = f"`{key}` uses `{name}`, which no row has"
+            what = f"`{key}` uses `{name}`, but rows have no such key"
             yield (key,), what, did_you_mean(name, columns, "keys of a row")
 
 
@@ -158,7 +156,7 @@ def _generation(given: Any) -> _Found:
         yield (key, "max_gen_toks"), f"`max_gen_toks` is {most!r}", "write the most tokens of an answer, at least 1"
     for name, value in given.items():
         if name not in ("until", "max_gen_toks", "do_sample", "temperature"):
-            yield (key, name), f"`{name}` is not honoured: answers are generated greedily", "remove it"
+            yield (key, name), f"`{name}` is not supported: answers are generated greedily", "remove it"
         elif name in ("do_sample", "temperature") and value:
             yield (key, name), f"`{name}` is {value!r}: answers are generated greedily", "remove it"
 
@@ -184,7 +182,7 @@ def _filters(listed: Any) -> _Found:
             yield path, "not a filter", form
             continue
         if one["name"] in seen:
-            yield (*path, "name"), f"a second filter named `{one['name']}`", "rename one of the two"
+            yield (*path, "name"), f"duplicate filter `{one['name']}`", "rename one of the two"
         seen.add(one["name"])
         for j, step in enumerate(steps):
             if known and step["function"] not in known:
@@ -193,4 +191,4 @@ def _filters(listed: Any) -> _Found:
             try:
                 re.compile(str(step.get("regex_pattern", "")))
             except re.error as error:
-                yield (*path, "filter", j, "regex_pattern"), f"`regex_pattern` is no pattern: {error}", "correct it"
+                yield (*path, "filter", j, "regex_pattern"), f"`regex_pattern` is not a pattern: {error}", "correct it"

@@ -74,7 +74,7 @@ class AnsweredFile(BaseModel):
 
 
 class TaskSpec(FrozenModel):
-    """The part of a task that a worker gets as it is."""
+    """The part of a task that a worker receives."""
 
     name: str
     spec: dict[str, Any]
@@ -106,7 +106,7 @@ class Task(TaskSpec):
         return self.upstream is None or "train" in self.upstream.splits
 
     def problems(self, role: Role, source: Source, path: Path) -> list[Problem]:
-        """Return the mistakes in the file at `path` of one of the task's sources, as its role needs it."""
+        """Return the mistakes in the file of one of the task's sources. role: the use of the source in the task."""
         if self.upstream is not None:
             return []  # lm-eval reads it
         if role == "train":
@@ -139,7 +139,7 @@ def _labelled(name: str, document: Document, sources: Mapping[str, Source]) -> T
     metadata = yaml_lines.validate(document, LabelledFile).metadata
     problems = task_schema.problems(document, metadata.labels)
     if metadata.text != "text":
-        what = f"`text` is `{metadata.text}`, but a row has {', '.join(task_schema.LABELLED)}"
+        what = f"`text` is `{metadata.text}`, but rows have {', '.join(task_schema.LABELLED)}"
         hint = f"write `text: text`, and in the data's source `rows: {{text: {metadata.text}}}`"
         problems.append(Problem(document.where("metadata", "text"), what, hint))
     return _task(name, document, metadata, sources, problems, labels=metadata.labels)
@@ -151,7 +151,7 @@ def _answered(name: str, document: Document, sources: Mapping[str, Source]) -> T
     filters = task_schema.filters(document.data)
     chosen = metadata.filter or (filters[0] if len(filters) == 1 else "")
     if filters and chosen not in filters:
-        what = f"`filter` is `{chosen}`, which `filter_list` does not name" if chosen else "`filter` is missing"
+        what = f"`filter` is `{chosen}`, but `filter_list` has no such filter" if chosen else "`filter` is missing"
         problems.append(Problem(document.where("metadata", "filter"), what, f"write one of {', '.join(filters)}"))
     answers = Answers(loss=metadata.loss, eos=metadata.eos)
     return _task(name, document, metadata, sources, problems, labels=0, answers=answers, filter=chosen)
@@ -195,7 +195,7 @@ def _upstream(name: str) -> Task:
     kind = spec.get("output_type", "generate_until")
     dataset = spec.get("dataset_path")
     metrics = spec.get("metric_list") or [{"metric": "acc" if kind == "multiple_choice" else "exact_match"}]
-    own_task = "write a task of your own"
+    own_task = "write your own task"
     if "class" in spec:
         what, hint = "is a Python class, not a YAML task", "name a task that is described in YAML"
     elif "custom_dataset" in spec or not isinstance(dataset, str) or "test" not in file.splits:
@@ -248,7 +248,7 @@ def _unfit(document: Document, task: Task) -> list[Problem]:
         where, holds = document.where("metadata", key), source.rows.holds
         wanted = ("labels",) if task.labels else ("answers", "text") if key == "train" else ("answers",)
         if holds not in wanted:
-            what = f"the rows of {source.name} hold {holds}, and this task's `{key}` needs {' or '.join(wanted)}"
+            what = f"the rows of {source.name} have {holds}, but this task's `{key}` needs {' or '.join(wanted)}"
             problems.append(Problem(where, what, f"write `rows: {{holds: {wanted[0]}, ...}}` in its source"))
         elif source.scheme == "file":
             try:

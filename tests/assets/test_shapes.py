@@ -107,7 +107,7 @@ def test_what_does_not_go_with_a_shape_is_told_at_once_with_its_line(tmp_path: P
 @pytest.mark.parametrize(
     ("asked", "what"),
     [
-        ({"more": "evaluation: {items: 4}"}, "`synthetic` scores nothing"),
+        ({"more": "evaluation: {items: 4}"}, "`synthetic` is never scored"),
         ({"task": "[synthetic, toy-sentiment]"}, "`synthetic` is never scored"),
         ({"config": {}}, "names no `model_type`"),
         ({"model": '"shape:./nowhere.json"'}, "cannot read its config.json"),

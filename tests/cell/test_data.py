@@ -76,7 +76,7 @@ def test_no_more_tokens_than_the_loaded_model_has_positions(monkeypatch: pytest.
     )
     cell = next(c for c in loader.load("smoke").plan.cells if c.method == "lora")
     assert cell.training.max_tokens == 24
-    with pytest.raises(UsageError, match=r"`max_tokens` is 24, and tiny-llama has 23 positions") as caught:
+    with pytest.raises(UsageError, match=r"`max_tokens` is 24, but tiny-llama has 23 positions") as caught:
         _data(cell, None, monkeypatch, TEXTS, model)
     assert caught.value.hint == "write at most 23"
 

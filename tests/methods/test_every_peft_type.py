@@ -212,7 +212,7 @@ def test_a_suite_that_checkpoints_a_prefix_is_refused(kind: str, refused: int, t
     try:
         loader.load(tmp_path / "suite.yaml")
     except SuiteError as error:
-        messages = [p.what for p in error.problems if "which gradient checkpointing drops" in p.what]
+        messages = [p.what for p in error.problems if "in a cache, which checkpointing drops" in p.what]
     assert len(messages) == refused
 
 
@@ -223,7 +223,7 @@ def test_prompt_tuning_completes_a_run(sandbox: Sandbox, tmp_path: Path) -> None
     refused = sandbox.command("run", str(suite), "--out", "run")
     assert refused.code == Exit.USAGE
     assert (
-        "suite.yaml:8: 4 virtual tokens, 254 of a text and 0 of an answer exceed the 256 positions of tiny-llama"
+        "suite.yaml:8: 4 virtual tokens, a text of 254 and an answer of 0 exceed the 256 positions of tiny-llama"
         in refused.err
     )
     suite.write_text(SUITE.replace("MOST", "24"), encoding="utf-8")

@@ -486,8 +486,8 @@ def test_a_shared_key_may_belong_to_an_unknown_method(tmp_path: Path) -> None:
         (["plan", "smoke", "--only", "dora"], "--only dora: no Cell fits", "id=lora-float64"),
         (["plan", "smoke", "--only", ""], "no Cell fits", "id=lora-float64"),
         (["plan", "smoke", "--only", "method=lora,method=lor"], "no Cell fits `method=lor`", "did you mean `lora`?"),
-        (["plan", "smoke", "--only", "lora,nope"], "no Cell fits `nope`", "leave that term out"),
-        (["plan", "smoke", "--only", "=lora"], "`=lora` names no key", "write key=value, or one word"),
+        (["plan", "smoke", "--only", "lora,nope"], "no Cell fits `nope`", "remove this term"),
+        (["plan", "smoke", "--only", "=lora"], "`=lora` has no key", "write key=value, or one word"),
         (
             ["fit", "~nobody-of-this-name/m", "--memory", "1GiB"],
             "is no path: Could not",

@@ -260,7 +260,7 @@ MISTAKES = {
     "lm-eval:digits_written:loose": ("has 2 filters", "lm-eval:digits_written:number"),
     "lm-eval:untaught": ("does not pin its data, org/data", "write lm-eval:untaught@ and the 40 hex digits"),
     f"lm-eval:untaught@{COMMIT}": ("has no training split, but `steps` is 3", "write `steps: 0`"),
-    "lm-eval:sampled": ("samples its answers", "a task of your own"),
+    "lm-eval:sampled": ("samples its answers", "write your own task"),
     "lm-eval:rolling": ("has the output type 'loglikelihood_rolling'", "multiple_choice or generate_until"),
     "lm-eval:program": ("is a Python class", "described in YAML"),
     "lm-eval:a b": ("names no task of lm-eval", "write lm-eval:TASK"),

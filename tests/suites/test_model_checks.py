@@ -109,7 +109,7 @@ def test_no_more_tokens_than_positions(
     monkeypatch.setenv("PEFT_HARNESS_CACHE", str(folder / "empty"))
     tokens = new.strip("{}").removeprefix("max_tokens: ")
     assert refused(folder, old, new) == [
-        (line, f"`max_tokens` is {tokens}, and {model} has {most} positions", f"write at most {most}")
+        (line, f"`max_tokens` is {tokens}, but {model} has {most} positions", f"write at most {most}")
         for line, model, most in expected
     ]
 
@@ -119,12 +119,12 @@ def test_no_longer_prompt_than_the_model_reads(folder: Path) -> None:
     """The usual 32 tokens are cut to it, as nobody has asked for them; nor has who wants no latencies."""
     prompts = "{batch: 4}\n        prompts: {tokens: 25}"
     assert refused(folder, "{batch: 4}", prompts) == [
-        (18, "`prompts` have 25 tokens; bert has 24 positions", "write at most 24")
+        (18, "`prompts` have 25 tokens, but bert has 24 positions", "write at most 24")
     ]
     assert refused(folder, "{batch: 4}", prompts.replace("25", "24")) == []
     assert refused(folder, "{batch: 4}", f"{prompts}\n        latency: never") == []
     causal = "[q_proj, v_proj]}, prompts: {tokens: 33}"
-    what = "`prompts` have 33 tokens, and 8 are decoded after them; tied has 40 positions"
+    what = "`prompts` have 33 tokens and 8 decoded ones, but tied has 40 positions"
     assert refused(folder, "[q_proj, v_proj]}", causal) == [(13, what, "write at most 32")]
     assert refused(folder, "[q_proj, v_proj]}", causal.replace("33", "32")) == []
 
@@ -230,7 +230,7 @@ def test_nothing_runs_before_the_suite_fits(
     path = folder / "fit.yaml"
     path.write_text(SUITE.replace("max_tokens: 16", "max_tokens: 25"), encoding="utf-8")
     assert main([verb[0], str(path), *verb[1:]]) == Exit.USAGE
-    assert f"{path}:10: `max_tokens` is 25, and bert has 24 positions" in capsys.readouterr().err
+    assert f"{path}:10: `max_tokens` is 25, but bert has 24 positions" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

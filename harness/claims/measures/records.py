@@ -268,11 +268,7 @@ def predicted(cell: Cell) -> Predicted:
 
 def shape_of(cell: Cell) -> tuple[dict[str, Any], str]:
     """Return the config.json of a Cell's shape, and the model kind."""
-    from harness.memory_model import model_shapes
-
-    address = cell.model.removeprefix(shapes.PREFIX)
-    preset, config = shapes.preset(address), shapes.config_of(address)
-    kind = preset.kind if preset else model_shapes.model_kind(config)
+    config, kind = attached_model.config_and_kind(cell.model.removeprefix(shapes.PREFIX))
     return (shapes.with_classes(config, LABELS) if kind == "encoder" else config), kind
 
 
