@@ -124,8 +124,9 @@ class MethodCase:
     dtype: Dtype
     model: ModelForm = "plain"
     magnitude: Magnitude = "normal"
-    brief: bool = False
-    """Whether checks of every state are tried in the suite's last state only, where they see most."""
+    sampled: bool = False
+    """Whether the case is part of the sample: only checks of sizes and settings are tried, and those of every state only in
+    the last one, where they see most."""
 
     def __str__(self) -> str:
         kind = "" if self.kind == "linear" else self.kind
@@ -176,6 +177,8 @@ class OperationCase:
     """Keyword arguments of the function that draws the Operation's arguments."""
     dtype: Dtype
     magnitude: Magnitude = "normal"
+    sampled: bool = False
+    """As in MethodCase."""
 
     def __str__(self) -> str:
         magnitude = "" if self.magnitude == "normal" else f"magnitude={self.magnitude}"

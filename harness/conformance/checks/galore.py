@@ -23,7 +23,7 @@ Signs = tuple[float, ...]
 """Signs of singular vectors, those of P first."""
 
 
-@check()
+@check(of_sizes=False)
 def check_refresh(subject: Subject, case: Case) -> CheckResult:
     """GaLore's own optimizer moves the weights as the reference does, also across a refresh of the subspace.
 

@@ -75,7 +75,7 @@ def check_gradient(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "gradient", case.once(_judge_layers, subject).gradients)
 
 
-@check(States.WARM)
+@check(States.WARM, of_sizes=False)
 def check_strides(subject: Subject, case: Case) -> CheckResult:
     """Outputs and gradients equal the reference's for other memory layouts, and for an input without tokens.
 
@@ -96,7 +96,7 @@ def check_strides(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "strides", worst_of(found, found[0].policy))
 
 
-@check(States.WARM)
+@check(States.WARM, of_sizes=False)
 def check_vector(subject: Subject, case: Case) -> CheckResult:
     """For a single vector (D,) the output (E,) and the gradients equal the reference's."""
     found = []

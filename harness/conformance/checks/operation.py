@@ -52,7 +52,7 @@ def check_backward(subject: OperationSubject, case: Case) -> CheckResult:
     return judged(subject, case, "backward", verdict)
 
 
-@check()
+@check(of_sizes=False)
 def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
     """A call leaves its arguments as they were."""
     given = cloned(subject.arguments)
@@ -68,7 +68,7 @@ def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
     )
 
 
-@check()
+@check(of_sizes=False)
 def check_repeatable(subject: OperationSubject, case: Case) -> CheckResult:
     """Two calls with the same arguments return the same, to the last bit."""
     first = {name: t.detach().clone() for name, t in subject.call().items()}
@@ -121,7 +121,7 @@ def check_nonfinite(subject: OperationSubject, case: Case) -> CheckResult:
     return listed(subject, case, "nonfinite", odd)
 
 
-@check()
+@check(of_sizes=False)
 def check_written(subject: OperationSubject, case: Case) -> CheckResult:
     """No output and no gradient contains memory that was never written.
 

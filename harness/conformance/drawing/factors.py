@@ -64,15 +64,13 @@ Numel = Annotated[int, Factor((1024, 1, 600, 4097, 65_700), least=1, most=ELEMEN
 Block = Literal[64, 32, 128, 256, 512, 1024, 2048, 4096]
 Matrix = Annotated[
     Sequence[int],
-    Factor(((24, 40), (24, 24), (1, 33), (63, 48), (12, 1030), (520, 12), (257, 300), (9, 2050)), dimensions=(2,)),
+    Factor(((24, 40), (24, 24), (1, 33), (12, 1030), (520, 12), (257, 300)), dimensions=(2,)),
 ]
 Shape = Annotated[
     Sequence[int],
     Factor(((5, 96), (64,), (1,), (0, 64), (63, 65), (3, 5, 7), (12, 1030), (257, 300)), dimensions=(1, 2, 3)),
 ]
-Rows = Annotated[
-    Sequence[int], Factor(((17,), (1,), (2, 1), (), (0,), (2, 3, 4), (130,), (515,)), most=300, dimensions=(1, 2, 3))
-]
+Rows = Annotated[Sequence[int], Factor(((17,), (1,), (), (0,), (2, 3, 4), (515,)), most=300, dimensions=(1, 2, 3))]
 
 
 def of_field(field: FieldInfo) -> Factor | None:

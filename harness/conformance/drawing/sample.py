@@ -56,8 +56,7 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     first = covering(plain, valid)
     settings = {name: levels[name] if name not in _SIZES else levels[name][:1] for name in levels}
     for row in [*first, *covering(settings, valid, given=first)]:
-        case = case_of(plan, values(row, levels))
-        yield replace(case, brief=True) if isinstance(case, MethodCase) else case
+        yield replace(case_of(plan, values(row, levels)), sampled=True)
 
 
 def random(plan: ParitySuite, dtypes: Collection[str]) -> st.SearchStrategy[AnyCase]:

@@ -140,10 +140,10 @@ def _run_method(runner: CaseRunner, plan: MethodSuite, of: MethodCase, device: t
                 yield failure
                 return
         for name in plan.checks:
-            states = checks.every()[name].states
-            if of.brief and states is States.ALL and state != plan.states[-1]:
+            one = checks.every()[name]
+            if of.sampled and (not one.of_sizes or (one.states is States.ALL and state != plan.states[-1])):
                 continue
-            if states.include(state, plan.states):
+            if one.states.include(state, plan.states):
                 yield runner.check(name, subject, in_state)
 
 
@@ -159,7 +159,8 @@ def _run_operation(runner: CaseRunner, plan: OperationSuite, of: OperationCase) 
     subject = OperationSubject(operation, runner.implementation, of.dtype, draw(SEED), lambda: draw(SEED + 1))
     case = Case("call", seed=SEED, factors=plan.factors())
     for name in plan.checks:
-        yield runner.check(name, subject, case)
+        if checks.every()[name].of_sizes or not of.sampled:
+            yield runner.check(name, subject, case)
 
 
 def attach(
