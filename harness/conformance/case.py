@@ -47,8 +47,8 @@ class Case:
     """Runs a given model on those inputs, differentiably."""
     forward_of: Callable[[nn.Module], Callable[[nn.Module], Tensor]] | None = None
     """Returns `forward` for another model that `fresh` made."""
-    walks: int = 3
-    """Number of random walks."""
+    walks: int = 0
+    """Number of random walks; 0 where a part of the sample is enough, also for other long checks."""
     fresh: Attach | None = None
     """Attaches the implementation again, to the same weights; None where the case cannot (a Cell's own model)."""
     factors: Mapping[str, float] = field(default_factory=dict)

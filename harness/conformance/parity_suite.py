@@ -23,7 +23,7 @@ Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Kind = Literal["linear", "conv1d", "embedding", "conv2d", "conv2d-dilated", "conv2d-reflect"]
 ModelForm = Literal["plain", "wide", "deep"]
 """The parity model: two targets; `wide` has an untargeted layer that is larger than both, `deep` has ten targets."""
-Magnitude = Literal["normal", "large", "small", "outlier", "zero-rows", "integers"]
+Magnitude = Literal["normal", "large", "outlier", "zero-rows", "small", "integers"]
 """The values of a drawn input; see `harness.conformance.comparison.magnitudes`."""
 
 

@@ -54,10 +54,11 @@ class Call:
         """Run the layer forward and backward; return outputs and gradients in the shapes of `self.x` and `self.dy`."""
         tensors = self.tensors if layer is None else _tensors_of_copy(self.layer, layer, self.tensors)
         seen = observe(layer or self.layer, tensors, x, dy, training=self.training)
-        shapes = {"y": self.dy.shape, "grad x": self.x.shape}
-        return {
-            n: t.reshape(shapes[n]) if n in shapes and t.numel() == shapes[n].numel() else t for n, t in seen.items()
-        }
+        if seen["y"].shape == dy.shape:
+            seen["y"] = seen["y"].reshape(self.dy.shape)
+        if "grad x" in seen:
+            seen["grad x"] = seen["grad x"].reshape(self.x.shape)
+        return seen
 
     def output(self, training: bool) -> dict[str, Tensor]:
         """Return the output alone."""
@@ -204,7 +205,7 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
         forms = (
             (FORMS_OF_ROWS if isinstance(base, nn.Linear) else {})
             | FORMS
-            | (LONG_FORMS if _is_tried_long(index, case) else {})
+            | (LONG_FORMS if index == 0 and case.walks else {})
         )
         for name, form in forms.items():
             mine = form(call)
@@ -312,8 +313,3 @@ def _leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_small(arguments: Mapping[str, Any]) -> bool:
     return sum(t.numel() for t in operation_call.flatten(dict(arguments)).values()) < SMALL
-
-
-def _is_tried_long(index: int, case: Case) -> bool:
-    """Return whether a layer is called many times: the first one of the smallest cases."""
-    return index == 0 and case.tokens == 1 and case.magnitude == "normal"

@@ -33,8 +33,8 @@ def check_walk(subject: Subject, case: Case) -> CheckResult:
     base = next(iter(subject.bases.values()), None)
     if case.fresh is None or case.forward is None or not isinstance(base, nn.Linear) or base.weight.numel() > LARGEST:
         return skipped(subject, case, "walk", "walks are taken with small linear layers")
-    if case.magnitude != "normal" or case.tokens != 1:
-        return skipped(subject, case, "walk", "walks do not depend on a layer's input")
+    if not case.walks:
+        return skipped(subject, case, "walk", "a part of the sample is enough")
     forward, start = case.forward, case.attach_again()
     if start is None:
         return skipped(subject, case, "walk", "the case cannot attach again")

@@ -8,25 +8,38 @@ from typing import Any
 
 Row = dict[str, int]
 """Factor -> index of its level."""
-_Pair = tuple[tuple[str, int], tuple[str, int]]
+Pair = tuple[tuple[str, int], tuple[str, int]]
+
+
+def every_pair(levels: Mapping[str, Sequence[Any]]) -> list[Pair]:
+    """List the pairs of levels of two factors."""
+    return [
+        ((one, i), (other, j))
+        for one, other in itertools.combinations(levels, 2)
+        for i in range(len(levels[one]))
+        for j in range(len(levels[other]))
+    ]
+
+
+def every_level(levels: Mapping[str, Sequence[Any]], beside: str) -> list[Pair]:
+    """List the levels of all factors, each paired with the first level of the last factor, `beside`."""
+    return [((name, i), (beside, 0)) for name in levels if name != beside for i in range(len(levels[name]))]
 
 
 def covering(
-    levels: Mapping[str, Sequence[Any]], valid: Callable[[dict[str, Any]], bool], given: Iterable[Row] = ()
+    levels: Mapping[str, Sequence[Any]],
+    wanted: Iterable[Pair],
+    valid: Callable[[dict[str, Any]], bool],
+    given: Iterable[Row] = (),
 ) -> list[Row]:
-    """Return rows that contain every pair of levels of two factors that occurs in a valid row.
+    """Return rows that contain the wanted pairs of levels, as far as they occur in valid rows.
 
     The rows are always the same. They are built greedily: each begins with a pair that is missing, and takes for every
     other factor the level that adds most missing pairs. valid: whether a row of values can be tried. given: rows that count
-    as covered. A pair that no row completes validly is left out.
+    as covered.
     """
     names = list(levels)
-    missing = {
-        ((one, i), (other, j)): None
-        for one, other in itertools.combinations(names, 2)
-        for i in range(len(levels[one]))
-        for j in range(len(levels[other]))
-    }
+    missing = dict.fromkeys(wanted)
     for row in given:
         _cover(missing, row, names)
     rows: list[Row] = []
@@ -41,7 +54,7 @@ def covering(
     return rows
 
 
-def _completed(pair: _Pair, missing: Mapping[_Pair, None], levels: Mapping[str, Sequence[Any]]) -> Iterator[Row]:
+def _completed(pair: Pair, missing: Mapping[Pair, None], levels: Mapping[str, Sequence[Any]]) -> Iterator[Row]:
     """Yield rows with the pair: the one that covers most, then others in which one factor after the other is plain."""
     row = dict(pair)
     for name in levels:
@@ -60,12 +73,12 @@ def _completed(pair: _Pair, missing: Mapping[_Pair, None], levels: Mapping[str, 
         yield dict(plain)
 
 
-def _cover(missing: dict[_Pair, None], row: Row, names: Sequence[str]) -> None:
+def _cover(missing: dict[Pair, None], row: Row, names: Sequence[str]) -> None:
     for one, other in itertools.combinations([name for name in names if name in row], 2):
         missing.pop(((one, row[one]), (other, row[other])), None)
 
 
-def _key(levels: Mapping[str, Sequence[Any]], one: tuple[str, int], other: tuple[str, int]) -> _Pair:
+def _key(levels: Mapping[str, Sequence[Any]], one: tuple[str, int], other: tuple[str, int]) -> Pair:
     order = list(levels)
     return (one, other) if order.index(one[0]) < order.index(other[0]) else (other, one)
 

@@ -100,7 +100,7 @@ def _of_whole_number(field: FieldInfo) -> Factor:
         most = int(field.maximum)
         return Factor(_distinct((field.default, 7, 2**31, most)), least, most)
     most = int(min(field.maximum if field.maximum is not None else math.inf, max(LARGEST_SIZE, field.default)))
-    levels = (field.default, least, 3, 65, 130)
+    levels = (field.default, least, 3, 130)
     return Factor(_distinct(tuple(level for level in levels if least <= level <= most)), least, most)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from harness.conformance import operations
 from harness.conformance.case_selection import CaseSelection
 from harness.conformance.drawing import strategies
-from harness.conformance.drawing.covering import covering, values
+from harness.conformance.drawing.covering import covering, every_level, every_pair, values
 from harness.conformance.drawing.factors import Factor, of_config, of_signature
 from harness.conformance.execution.acceptance import is_accepted
 from harness.conformance.parity_suite import (
@@ -31,6 +31,7 @@ _SIDES = Factor(((24, 40), (32, 32), (12, 1030), (520, 16), (260, 270)), dimensi
 """In x out of the first adapted layer."""
 _LEAST_SIDE = 8
 _TOKENS = Factor((9, 1, 515), least=1, most=600)
+_MAGNITUDES = Factor(get_args(Magnitude)[:4])
 _CASE = ("kind", "sides", "tokens", "dtype", "model", "magnitude")
 _SIZES = ("sides", "tokens", "model", "magnitude")
 """Factors of a layer's size and input, which no implementation may refuse."""
@@ -40,8 +41,8 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     """Yield the suite's examples, then a sample in two parts that covers pairs of levels.
 
     In the first part, what an implementation may lack (an option of the Method, another kind of layer) is at its plainest
-    level, and every two of the other factors meet in every pair of their levels. In the second part every two settings, kinds
-    of layers and dtypes do.
+    level, and every two of the other factors meet in every pair of their levels. In the second part each of its other levels
+    occurs; with `wanted.full`, every two settings, kinds of layers and dtypes meet.
     """
     yield from plan.cases(wanted, dtypes)
     factors = _factors(plan, dtypes)
@@ -53,9 +54,10 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     def valid(chosen: dict[str, Any]) -> bool:
         return is_accepted(plan, case_of(plan, chosen))
 
-    first = covering(plain, valid)
+    first = covering(plain, every_pair(plain), valid)
     settings = {name: levels[name] if name not in _SIZES else levels[name][:1] for name in levels}
-    for row in [*first, *covering(settings, valid, given=first)]:
+    further = every_pair(settings) if wanted.full else every_level(settings, beside="dtype")
+    for row in [*first, *covering(settings, further, valid, given=first)]:
         yield replace(case_of(plan, values(row, levels)), sampled=True)
 
 
@@ -81,8 +83,8 @@ def _factors(plan: ParitySuite, dtypes: Collection[str]) -> dict[str, Factor]:
     there = sorted((dtype for dtype in plan.dtypes if dtype in dtypes), key=lambda dtype: dtype != "float32")
     if isinstance(plan, OperationSuite):
         operation = operations.every()[plan.operation]
-        found = of_signature(operation.arguments) | {"dtype": Factor(tuple(there))}
-        return found | ({"magnitude": Factor(get_args(Magnitude))} if operation.inputs else {})
+        varied = {"magnitude": _MAGNITUDES} if operation.inputs else {}
+        return of_signature(operation.arguments) | varied | {"dtype": Factor(tuple(there))}
     found = of_config(_fields(plan.method))
     for name, bounds in plan.settings.items():
         found[name] = found[name].within(bounds.least, bounds.most)
@@ -90,9 +92,9 @@ def _factors(plan: ParitySuite, dtypes: Collection[str]) -> dict[str, Factor]:
         "kind": Factor(tuple(plan.layers), optional=True),
         "sides": _SIDES,
         "tokens": _TOKENS,
-        "dtype": Factor(tuple(there)),
         "model": Factor(get_args(ModelForm)),
-        "magnitude": Factor(get_args(Magnitude)),
+        "magnitude": _MAGNITUDES,
+        "dtype": Factor(tuple(there)),
     }
 
 

@@ -55,7 +55,7 @@ class ParityModel(nn.Module):
             if self.wide is not None:
                 y = y + self.wide(torch.cat([x, h], dim=-1))[..., : y.shape[-1]]
             for there, back in zip(self.more[::2], self.more[1::2], strict=True):
-                y = back(torch.tanh(there(y)))
+                y = y + back(torch.tanh(there(x)))
         return y
 
 

@@ -17,8 +17,8 @@ from harness.conformance.subject import load
 from harness.methods.spec import Adapted
 
 Forward = Callable[[nn.Module], Tensor]
-TOLD_APART = 1.5
-"""Factor by which tensors are changed where a following rule must restore them."""
+CHANGE = 1.5
+"""Factor by which tensors are changed before they are restored."""
 
 
 @dataclass
@@ -67,14 +67,15 @@ class World:
 
     def deepcopy(self) -> None:
         """Continue with a deep copy of everything."""
-        self.model, self.adapted, self.optimizer = copy.deepcopy((self.model, self.adapted, self.optimizer))
+        everything = self.model, self.adapted, self.optimizer, self.trained
+        self.model, self.adapted, self.optimizer, self.trained = copy.deepcopy(everything)
 
     def reload_model(self) -> None:
         """Change every tensor, and restore the model from its state_dict."""
         saved = {name: t.clone() if isinstance(t, Tensor) else t for name, t in self.model.state_dict().items()}
         with torch.no_grad():
             for tensor in self.adapted.tensors().values():
-                tensor.mul_(TOLD_APART)
+                tensor.mul_(CHANGE)
         self.model.load_state_dict(saved)
 
     def resume(self) -> None:
