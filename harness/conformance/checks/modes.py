@@ -208,6 +208,8 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
             | (LONG_FORMS if index == 0 and case.walks else {})
         )
         for name, form in forms.items():
+            if form is _copied and not _owns(layer, call.tensors):
+                continue
             mine = form(call)
             names = mine.keys() if "grad" not in " ".join(mine) else truth.keys() - ({"grad x"} - mine.keys())
             wanted = {n: truth[n] for n in names if n in truth}
@@ -233,7 +235,7 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
                 yield _named(
                     path, "the gradient of a gradient", noise_floor(mine, truth, rounded, subject.dtype, factor)
                 )
-        if path in subject.packed:
+        if path in subject.packed or not _owns(layer, tensors):
             continue
         other = OTHER_DTYPE[subject.dtype]
         there = cast(x, other), dy.to(DTYPES[other])
@@ -251,7 +253,8 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
         yield _named(path, f"by a copy in {other}", noise_floor(mine, truth, rounded, other, factor))
         if subject.dtype == "float32":
             with torch.autocast(x.device.type, torch.bfloat16):
-                mine, rounded = (observe(of, {}, x, dy.bfloat16()) for of in (layer, own.layer))
+                twins = ((layer, tensors), (own.layer, own.tensors))
+                mine, rounded = (observe(*twin, x, dy.bfloat16()) for twin in twins)
             truth = {"y": subject.reference(path, "float64").layer.eval()(cast(x, "float64")).detach()}
             mine, rounded = ({"y": seen["y"]} for seen in (mine, rounded))
             yield _named(path, "under autocast", noise_floor(mine, truth, rounded, "bfloat16", factor))
@@ -273,6 +276,11 @@ def _second(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tens
 
 def _named(path: str, form: str, judgement: Judgement) -> Judgement:
     return prefix_tensor(f"{path} {form}" if path else form, judgement)
+
+
+def _owns(layer: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether a copy of the layer has copies of its tensors; an adapter of hooks holds them elsewhere."""
+    return {id(t) for t in tensors.values()} <= {id(p) for p in layer.parameters()}
 
 
 def _tensors_of_copy(layer: nn.Module, other: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

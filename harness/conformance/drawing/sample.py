@@ -32,7 +32,6 @@ _SIDES = Factor(((24, 40), (32, 32), (12, 1030), (520, 16), (260, 270)), dimensi
 _LEAST_SIDE = 8
 _TOKENS = Factor((9, 1, 515), least=1, most=600)
 _MAGNITUDES = Factor(get_args(Magnitude)[:4])
-_CASE = ("kind", "sides", "tokens", "dtype", "model", "magnitude")
 _SIZES = ("sides", "tokens", "model", "magnitude")
 """Factors of a layer's size and input, which no implementation may refuse."""
 
@@ -69,11 +68,13 @@ def random(plan: ParitySuite, dtypes: Collection[str]) -> st.SearchStrategy[AnyC
 
 def case_of(plan: ParitySuite, chosen: Mapping[str, Any]) -> AnyCase:
     """Return the case with these values of its factors. Settings at a Config's default are left out."""
-    settings = {name: list(v) if isinstance(v, tuple) else v for name, v in chosen.items() if name not in _CASE}
     if isinstance(plan, OperationSuite):
+        settings = {
+            n: list(v) if isinstance(v, tuple) else v for n, v in chosen.items() if n not in ("dtype", "magnitude")
+        }
         return OperationCase(settings, chosen["dtype"], chosen.get("magnitude", "normal"))
     fields = _fields(plan.method)
-    config = {n: v for n, v in settings.items() if n == "rank" or v != fields[n].default}
+    config = {n: v for n, v in chosen.items() if n in fields and (n == "rank" or v != fields[n].default)}
     inputs, outputs = (max(_LEAST_SIDE, side) for side in chosen["sides"])
     shape = CaseShape.model_validate({"tokens": chosen["tokens"], "in": inputs, "out": outputs})
     return MethodCase(config, chosen["kind"], shape, chosen["dtype"], chosen["model"], chosen["magnitude"])

@@ -141,14 +141,14 @@ class AdapterWalk(RuleBasedStateMachine):
         self._all(f"train({training})", lambda world: world.set_training(training))
 
     @rule()
-    @precondition(lambda self: not self.merged)
+    @precondition(lambda self: not self.merged and self.worlds.subject.owns_tensors())
     def deepcopy(self) -> None:
         """Continue with a deep copy."""
         self._all("deepcopy()", World.deepcopy)
         self._compare("backward")
 
     @rule()
-    @precondition(lambda self: not self.merged)
+    @precondition(lambda self: not self.merged and self.worlds.subject.owns_tensors())
     def load_state_dict(self) -> None:
         """Save and load the model."""
         self._all("load_state_dict()", World.reload_model)

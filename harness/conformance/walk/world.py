@@ -65,6 +65,10 @@ class World:
         for group in self.optimizer.param_groups:
             group["lr"] *= factor
 
+    def owns_tensors(self) -> bool:
+        """Return whether the trained tensors are parameters of the model; those of an adapter of hooks are elsewhere."""
+        return {id(t) for t in self.adapted.parameters()} <= {id(p) for p in self.model.parameters()}
+
     def deepcopy(self) -> None:
         """Continue with a deep copy of everything."""
         everything = self.model, self.adapted, self.optimizer, self.trained
