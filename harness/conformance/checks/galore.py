@@ -29,8 +29,8 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
     """GaLore's own optimizer moves the weights as the reference does, also across a refresh of the subspace.
 
     Five steps on random gradients, with a new subspace at the third and the fifth, and three steps with a new subspace
-    at each: M and V are carried over from the old subspace, and weight decay is not projected  (GaLore, algorithm 2). Before each step the weights are restored,
-    so that no step inherits the rounding of another.
+    at each: M and V are carried over from the old subspace, and weight decay is not projected  (GaLore,
+    algorithm 2). Before each step the weights are restored, so that no step inherits the rounding of another.
 
     The sign of a singular vector is arbitrary. It shows after a refresh, since M is carried over, and any choice of
     signs is right.

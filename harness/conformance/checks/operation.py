@@ -81,7 +81,8 @@ def check_repeatable(subject: OperationSubject, case: Case) -> CheckResult:
 def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
     """The outputs do not depend on the memory layout of the arguments.
 
-    Every tensor is a view with gaps between its elements, or is transposed in memory, as a slice or a `.T` is. The outputs are equal to the last bit or, since another layout may take another path, as right as `outputs`
+    Every tensor is a view with gaps between its elements, or is transposed in memory, as a slice or a `.T` is. The
+    outputs are equal to the last bit or, since another layout may take another path, as right as `outputs`
     demands.
     """
     plain, found = subject.call(), []

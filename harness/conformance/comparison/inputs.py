@@ -20,8 +20,8 @@ def inputs(
 ) -> tuple[Tensor, Tensor]:
     """Return x and dy for `base`, drawn in float64 so that every dtype sees the same numbers.
 
-    Linear: (T, D) and (T, E). Embedding: token numbers (T,) and (T, dim). Conv2d: a few images (N, C, H, W). magnitude: of x,
-    see `magnitudes.vary`.
+    Linear: (T, D) and (T, E). Embedding: token numbers (T,) and (T, dim). Conv2d: a few images (N, C, H, W). magnitude:
+    of x, see `magnitudes.vary`.
     """
     layer: Any = base
     if isinstance(base, nn.Embedding):

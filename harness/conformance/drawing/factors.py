@@ -38,8 +38,8 @@ class Factor:
     most: float | None = None
     """Largest drawn number, or largest number of elements of drawn sizes."""
     dimensions: tuple[int, ...] = ()
-    """Lengths of a drawn list; empty for a setting that is no list. Without `least`, its items are the sizes of a tensor of at
-    most ELEMENTS elements; otherwise numbers within the bounds."""
+    """Lengths of a drawn list; empty for a setting that is no list. Without `least`, its items are the sizes of a tensor of
+    at most ELEMENTS elements; otherwise numbers within the bounds."""
     optional: bool = False
     """Whether an implementation may lack all levels but the first."""
 

@@ -26,7 +26,8 @@ FAULTS = [
         f"x = x.nan_to_num(0.0)\n    return {_UPDATE}", values=_LAYER),
     line_fault("nf4_quantize", "quantises_a_tensor_with_a_gradient_from_its_magnitudes", ["calls"],
         "flat = x.detach().flatten().float()",
-        "flat = (x.detach().abs() if x.requires_grad else x.detach()).flatten().float()", file="dynamic_map", values=_BLOCKS),
+        "flat = (x.detach().abs() if x.requires_grad else x.detach()).flatten().float()",
+        file="dynamic_map", values=_BLOCKS),
 ]
 # fmt: on
 
