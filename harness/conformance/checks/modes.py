@@ -220,44 +220,36 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
 
 
 def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
-    """Judge a copy in another dtype, a call under autocast, and the gradient of a gradient."""
-    for index, path in enumerate(list(subject.adapted.layers)[:1]):
-        base, layer = subject.original_base(path), subject.adapted.layers[path]
-        tensors, training = subject.tensors_of(path), subject.trains_plainly
-        x, dy = inputs(base, ROWS, DTYPES[subject.dtype], case.generator(index + 720))
-        own = subject.reference(path, subject.dtype)
-        factor = case.factor("calls")
-        if x.is_floating_point():
-            mine, rounded = (_second(*of, x, dy) for of in ((layer, tensors), (own.layer, own.tensors)))
-            wide = subject.reference(path, "float64")
-            truth = _second(wide.layer, wide.tensors, x.double(), dy.double())
-            if rounded:
-                yield _named(
-                    path, "the gradient of a gradient", noise_floor(mine, truth, rounded, subject.dtype, factor)
-                )
-        if path in subject.packed or not _owns(layer, tensors):
-            continue
-        other = OTHER_DTYPE[subject.dtype]
-        there = cast(x, other), dy.to(DTYPES[other])
-        moved = copy.deepcopy(layer).to(DTYPES[other])
-        mine = observe(moved, _tensors_of_copy(layer, moved, tensors), *there, training=training)
-        rounded, truth = (
-            observe(
-                twin, _tensors_of_copy(own.layer, twin, own.tensors), cast(there[0], dtype), there[1].to(DTYPES[dtype])
-            )
-            for dtype, twin in (
-                (other, copy.deepcopy(own.layer).to(DTYPES[other])),
-                ("float64", copy.deepcopy(own.layer).to(DTYPES[other]).double()),
-            )
-        )
-        yield _named(path, f"by a copy in {other}", noise_floor(mine, truth, rounded, other, factor))
-        if subject.dtype == "float32":
-            with torch.autocast(x.device.type, torch.bfloat16):
-                twins = ((layer, tensors), (own.layer, own.tensors))
-                mine, rounded = (observe(*twin, x, dy.bfloat16()) for twin in twins)
-            truth = {"y": subject.reference(path, "float64").layer.eval()(cast(x, "float64")).detach()}
-            mine, rounded = ({"y": seen["y"]} for seen in (mine, rounded))
-            yield _named(path, "under autocast", noise_floor(mine, truth, rounded, "bfloat16", factor))
+    """Judge the first layer: the gradient of a gradient, a copy in another dtype, and a call under autocast."""
+    path = next(iter(subject.adapted.layers), None)
+    if path is None:
+        return
+    layer, tensors = subject.adapted.layers[path], subject.tensors_of(path)
+    x, dy = inputs(subject.original_base(path), ROWS, DTYPES[subject.dtype], case.generator(720))
+    own, factor = subject.reference(path, subject.dtype), case.factor("calls")
+    if x.is_floating_point() and (rounded := _second(own.layer, own.tensors, x, dy)):
+        wide = subject.reference(path, "float64")
+        truth = _second(wide.layer, wide.tensors, x.double(), dy.double())
+        verdict = noise_floor(_second(layer, tensors, x, dy), truth, rounded, subject.dtype, factor)
+        yield _named(path, "the gradient of a gradient", verdict)
+    if path in subject.packed or not _owns(layer, tensors):
+        return
+    other = OTHER_DTYPE[subject.dtype]
+    x_other, dy_other = cast(x, other), dy.to(DTYPES[other])
+
+    def moved(of: nn.Module, named: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+        """Observe a copy in `other`, computing in `dtype`."""
+        made = copy.deepcopy(of).to(DTYPES[other]).to(DTYPES[dtype])
+        named = _tensors_of_copy(of, made, named)
+        return observe(made, named, cast(x_other, dtype), dy_other.to(DTYPES[dtype]), training=subject.trains_plainly)
+
+    expected = (moved(own.layer, own.tensors, dtype) for dtype in ("float64", other))
+    yield _named(path, f"by a copy in {other}", noise_floor(moved(layer, tensors, other), *expected, other, factor))
+    if subject.dtype == "float32":
+        with torch.autocast(x.device.type, torch.bfloat16):
+            mine, rounded = ({"y": observe(of, {}, x, dy[:0])["y"]} for of in (layer, own.layer))
+        truth = {"y": observe(subject.reference(path, "float64").layer, {}, cast(x, "float64"), dy[:0])["y"]}
+        yield _named(path, "under autocast", noise_floor(mine, truth, rounded, "bfloat16", factor))
 
 
 def _second(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:

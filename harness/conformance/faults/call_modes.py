@@ -85,7 +85,8 @@ class _Once(torch.autograd.Function):
 def has_no_second_derivative(copy: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         update = layer.scaling * (layer.B @ layer.A)
-        return right(x) - x @ update.T + _Once.apply(x, update)  # type: ignore[no-untyped-call]
+        product: Tensor = _Once.apply(x, update)  # type: ignore[no-untyped-call]
+        return right(x) - x @ update.T + product
 
     copy.replace_forward(forward)
 
@@ -177,6 +178,7 @@ def keeps_the_weight_of_its_first_model(copy: PatchedCopy) -> None:
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         stale = held.setdefault((layer.A.shape, layer.A.dtype, x.requires_grad), layer.A.detach().clone())
-        return right(x) + 0.0 * x.sum() + (x @ (stale - layer.A.detach()).T).sum() * 0.01
+        difference: Tensor = x @ (stale - layer.A.detach()).T
+        return right(x) + difference.sum() * 0.01
 
     copy.replace_forward(forward)

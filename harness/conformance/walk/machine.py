@@ -43,7 +43,7 @@ class WalkFailedError(AssertionError):
 
     def __init__(self, judgement: Judgement, rules: list[str]) -> None:
         super().__init__(judgement.tensor)
-        self.judgement, self.rules = judgement, rules
+        self.judgement, self.taken = judgement, rules
 
 
 def walk(make: Callable[[], Worlds], walks: int, number: int) -> WalkFailedError | None:
@@ -83,11 +83,11 @@ class AdapterWalk(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.worlds = type(self).start()
-        self.rules: list[str] = []
+        self.taken: list[str] = []
         self.merged = self.frozen = False
 
     def _all(self, name: str, act: Callable[[World], None]) -> None:
-        self.rules.append(name)
+        self.taken.append(name)
         for world in self.worlds.every():
             act(world)
 
@@ -101,13 +101,13 @@ class AdapterWalk(RuleBasedStateMachine):
     def _judge(self, mine: dict[str, Tensor], truth: dict[str, Tensor], rounded: dict[str, Tensor]) -> None:
         judgement = carried_noise(mine, truth, rounded, self.worlds.dtype, self.worlds.factor)
         if not judgement.passed:
-            raise WalkFailedError(judgement, self.rules)
+            raise WalkFailedError(judgement, self.taken)
 
     @rule(look=st.sampled_from(list(LOOKS)))
     @precondition(lambda self: not self.merged)
     def compare(self, look: str) -> None:
         """Run the model, as it is, in one of the modes of torch."""
-        self.rules.append(f"compare({look!r})")
+        self.taken.append(f"compare({look!r})")
         self._compare(look)
 
     @rule(number=st.integers(1, 9))
@@ -187,7 +187,7 @@ class AdapterWalk(RuleBasedStateMachine):
     @rule()
     def second_model(self) -> None:
         """Attach to another model of other shapes, and train it for a step."""
-        self.rules.append("second_model()")
+        self.taken.append("second_model()")
         other = self.worlds.another()
         other.backward(1)
         other.step()
