@@ -243,8 +243,10 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
         named = _tensors_of_copy(of, made, named)
         return observe(made, named, cast(x_other, dtype), dy_other.to(DTYPES[dtype]), training=subject.trains_plainly)
 
-    expected = (moved(own.layer, own.tensors, dtype) for dtype in ("float64", other))
-    yield _named(path, f"by a copy in {other}", noise_floor(moved(layer, tensors, other), *expected, other, factor))
+    truth, rounded = (moved(own.layer, own.tensors, dtype) for dtype in ("float64", other))
+    yield _named(
+        path, f"by a copy in {other}", noise_floor(moved(layer, tensors, other), truth, rounded, other, factor)
+    )
     if subject.dtype == "float32":
         with torch.autocast(x.device.type, torch.bfloat16):
             mine, rounded = ({"y": observe(of, {}, x, dy[:0])["y"]} for of in (layer, own.layer))

@@ -86,7 +86,8 @@ def has_no_second_derivative(copy: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         update = layer.scaling * (layer.B @ layer.A)
         product: Tensor = _Once.apply(x, update)  # type: ignore[no-untyped-call]
-        return right(x) - x @ update.T + product
+        y: Tensor = right(x) - x @ update.T + product
+        return y
 
     copy.replace_forward(forward)
 

@@ -43,7 +43,7 @@ class WalkFailedError(AssertionError):
 
     def __init__(self, judgement: Judgement, rules: list[str]) -> None:
         super().__init__(judgement.tensor)
-        self.judgement, self.taken = judgement, rules
+        self.judgement, self.rules = judgement, rules
 
 
 def walk(make: Callable[[], Worlds], walks: int, number: int) -> WalkFailedError | None:
