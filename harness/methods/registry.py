@@ -206,6 +206,7 @@ def discover(only: Collection[str] | None = None, begin: Callable[[str], None] |
         except (Exception, SystemExit) as error:  # noqa: BLE001
             reasons.append(format_error(error))
             offered = []
+        distribution, version = _provider(point)  # reads the METADATA file each time
         for implementation in offered:
             key = (implementation.kind, implementation.target, implementation.name)
             if misfit := _misfit(implementation, known):
@@ -213,7 +214,6 @@ def discover(only: Collection[str] | None = None, begin: Callable[[str], None] |
             elif key in found:
                 reasons.append(f"{implementation} is offered twice, first by {found[key].distribution}")
             else:
-                distribution, version = _provider(point)
                 found[key] = replace(implementation, distribution=distribution, version=version, point=name)
         if reasons:
             broken[name] = "; ".join(reasons)

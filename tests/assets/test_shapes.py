@@ -28,7 +28,7 @@ from harness.methods.registry import discover
 from harness.records.record import AssetUse, Base, Cell, Evaluation, Measurements, Outcome, Status, Training
 from harness.suites import loader
 from harness.suites.schema import SYNTHETIC
-from support.sandbox import Sandbox
+from support.sandbox import ForkSandbox
 
 # Rows of whole blocks of 64: bitsandbytes decodes others wrongly on some CPUs, which is another test's matter.
 TINY = {
@@ -465,15 +465,15 @@ def test_what_attaching_changes_in_a_large_model_is_seen(tmp_path: Path, monkeyp
         lived(tmp_path, "lora")
 
 
-def test_a_run_of_shapes_from_the_command_line(sandbox: Sandbox) -> None:
-    path = written(sandbox.folder)
-    (sandbox.folder / "encoder.json").write_text(json.dumps(ROBERTA), encoding="utf-8")
+def test_a_run_of_shapes_from_the_command_line(fork_sandbox: ForkSandbox) -> None:
+    path = written(fork_sandbox.folder)
+    (fork_sandbox.folder / "encoder.json").write_text(json.dumps(ROBERTA), encoding="utf-8")
     row = '  - {name: encoder, kind: encoder, source: "shape:./encoder.json"}\n'
     text = path.read_text(encoding="utf-8").replace("sources:\n", f"sources:\n{row}")
     path.write_text(text.replace("id: full,", "id: full, model: encoder,"), encoding="utf-8")
-    finished = sandbox.command("run", str(path), "--out", "run")
+    finished = fork_sandbox.command("run", str(path), "--out", "run")
     assert finished.code == Exit.PASS, finished.err
-    run = sandbox.read()
+    run = fork_sandbox.read()
     assert {record.status for record in run.records} == {Status.OK}
     for record in run.records:
         assert record.measurements is not None
@@ -481,7 +481,7 @@ def test_a_run_of_shapes_from_the_command_line(sandbox: Sandbox) -> None:
         assert [use.name for use in record.assets] == [record.cell.model, SYNTHETIC]
         assert bool(record.measurements.parameters.head) == (record.cell.model == "encoder")
         assert len(record.assets[0].sha256) == 64
-    page = (sandbox.run_folder / "report.html").read_text(encoding="utf-8")
+    page = (fork_sandbox.run_folder / "report.html").read_text(encoding="utf-8")
     assert "No Cell was scored, so there is no ranking" in page
     assert "the weights are random" in page
 

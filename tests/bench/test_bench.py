@@ -491,6 +491,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "sizes", lambda shapes, per_token: [BenchSize("tiny", 64, 64, 4, 2)])
 
 
+@pytest.mark.usefixtures("forks")
 @pytest.mark.slow
 def test_a_bench_writes_a_file_per_benchmark_with_raw_samples(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -659,12 +660,13 @@ def test_files_that_could_not_be_written_are_written_at_the_end(
     assert len(list(out.iterdir())) == 4
 
 
+@pytest.mark.usefixtures("forks")
 @pytest.mark.slow
 def test_a_step_without_a_supported_layer_is_not_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "gpus", lambda: ())
-    requested = BenchRequest(steps=["lora-nf4"], vs=["loralib"], pairs=5)
+    requested = BenchRequest(steps=["lora-nf4"], vs=["loralib"], pairs=5, backbone=LITTLE)
     assert command.bench(requested, False, None, None) is Exit.NOTHING_COMPARED
     assert "not-run: model.layers.0.self_attn.q_proj: loralib has no layer" in capsys.readouterr().out
 

@@ -76,6 +76,7 @@ def test_a_step_without_data_tells_it_in_the_same_words() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_fit_says_that_such_a_row_is_not_possible(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts = MAMBA | {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(facts))

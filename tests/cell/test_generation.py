@@ -26,7 +26,7 @@ from harness.suites import loader
 from harness.suites.tasks import Answers
 from harness.yaml_lines import load as read_yaml
 from support import digit_task
-from support.sandbox import Sandbox
+from support.sandbox import ForkSandbox
 
 ROWS = [
     AnsweredRow(f"r{i}", prompt, f"makes {prompt[-1]}") for i, prompt in enumerate(("ab1", "c2", "defgh3", "i4", "jk5"))
@@ -330,16 +330,16 @@ def rehearsed(folder: Path) -> Path:
     return folder / "suite.yaml"
 
 
-def test_llama_8b_rehearsed(sandbox: Sandbox) -> None:
-    path = rehearsed(sandbox.folder)
+def test_llama_8b_rehearsed(fork_sandbox: ForkSandbox) -> None:
+    path = rehearsed(fork_sandbox.folder)
     plan = loader.load(path).plan
     original = loader.load("llama-8b").plan
     assert list(plan.ids.values()) == list(original.ids.values())
     wanted = {("full", "reference"), ("lora-r32", "hf-peft")}
     chosen = [c.cell_id for c in plan.cells if (plan.ids[c.cell_id], c.implementation) in wanted]
-    finished = sandbox.command("run", str(path), "--out", "run", "--only", ",".join(chosen))
+    finished = fork_sandbox.command("run", str(path), "--out", "run", "--only", ",".join(chosen))
     assert finished.code == Exit.PASS, finished.err + finished.out
-    run = sandbox.read()
+    run = fork_sandbox.read()
     assert [record.status for record in run.records] == [Status.OK] * 2
     cells = {plan.ids[record.cell_id]: record for record in run.records}
     full, lora = (accuracy(cells[name]) for name in ("full", "lora-r32"))

@@ -29,7 +29,7 @@ from harness.records.record import Predicted, Status
 from harness.report import plan_table
 from harness.suites import loader
 from support.model_folders import saved
-from support.sandbox import Sandbox
+from support.sandbox import ForkSandbox
 
 SMALL = {"vocab_size": 60, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 8}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
@@ -100,7 +100,7 @@ def test_a_head_of_the_checkpoint_is_kept_as_it_is_and_noted(tokenizer: Path, tm
 
 
 def test_a_head_of_the_checkpoint_trains_with_every_method_as_with_peft_itself(
-    tokenizer: Path, sandbox: Sandbox, tmp_path: Path
+    tokenizer: Path, fork_sandbox: ForkSandbox, tmp_path: Path
 ) -> None:
     folder = saved(distilbert(), tokenizer, tmp_path / "mine")
     stock = get_peft_model(
@@ -115,8 +115,8 @@ def test_a_head_of_the_checkpoint_trains_with_every_method_as_with_peft_itself(
     )
     suite = tmp_path / "heads.yaml"
     suite.write_text(SUITE + "".join(f"      - {cell}\n" for cell in cells), encoding="utf-8")
-    finished = sandbox.command("run", str(suite), "--out", "run")
-    records = {record.cell.method: record for record in sandbox.read().records}
+    finished = fork_sandbox.command("run", str(suite), "--out", "run")
+    records = {record.cell.method: record for record in fork_sandbox.read().records}
     assert {name: record.status for name, record in records.items()} == dict.fromkeys(records, Status.OK), finished.err
     counts = {name: record.measurements.parameters for name, record in records.items() if record.measurements}
     head = sum(p.numel() for name, p in stock.named_parameters() if "modules_to_save" in name)
@@ -127,7 +127,7 @@ def test_a_head_of_the_checkpoint_trains_with_every_method_as_with_peft_itself(
 
 
 def test_what_a_checkpoint_lacks_of_the_encoder_trains_with_the_head_and_is_predicted(
-    tokenizer: Path, sandbox: Sandbox, tmp_path: Path
+    tokenizer: Path, fork_sandbox: ForkSandbox, tmp_path: Path
 ) -> None:
     small = {**SMALL, "hidden_size": 64, "intermediate_size": 64}
     folder = saved(BertForMaskedLM(BertConfig(**small)), tokenizer, tmp_path / "mine")
@@ -140,10 +140,10 @@ def test_what_a_checkpoint_lacks_of_the_encoder_trains_with_the_head_and_is_pred
     path = tmp_path / "heads.yaml"
     cells = f"      - {{id: all, {lora} all-linear}}}}\n      - {{id: named, {lora} [dense]}}}}\n"  # the pooler's too
     path.write_text(SUITE + cells, encoding="utf-8")
-    finished = sandbox.command("run", str(path), "--out", "run")
+    finished = fork_sandbox.command("run", str(path), "--out", "run")
     suite = loader.load(path)
     planned = plan_table.predictions(suite, suite.plan)
-    for record in sandbox.read().records:
+    for record in fork_sandbox.read().records:
         assert record.measurements is not None, finished.err
         assert record.measurements.parameters.head == 64 * 64 + 64 + 2 * 64 + 2
         memory, before = record.measurements.memory, planned[record.cell_id]

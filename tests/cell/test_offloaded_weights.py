@@ -15,7 +15,7 @@ from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER
 from harness.memory_model.ledger import OWN
 from harness.methods.registry import discover
 from harness.records import store
-from support.sandbox import Sandbox
+from support.sandbox import ForkSandbox
 from support.small_llama import METHODS, llama, off, predicted
 
 IDS = torch.arange(32)[None]
@@ -87,15 +87,17 @@ def test_a_full_disk_leaves_the_weights_where_they_were(tmp_path: Path) -> None:
     assert all(weight.numel() for weight in weights.values())
 
 
-def test_a_cell_of_qlora_has_the_weights_that_are_predicted(sandbox: Sandbox) -> None:
-    suite = sandbox.suite("{id: q, method: qlora, config: {rank: 4, alpha: 8, targets: [q_proj, v_proj, down_proj]}}")
-    assert sandbox.command("run", suite, "--out", "run").code == 0
-    (record,) = store.read_run(sandbox.run_folder).records
+def test_a_cell_of_qlora_has_the_weights_that_are_predicted(fork_sandbox: ForkSandbox) -> None:
+    suite = fork_sandbox.suite(
+        "{id: q, method: qlora, config: {rank: 4, alpha: 8, targets: [q_proj, v_proj, down_proj]}}"
+    )
+    assert fork_sandbox.command("run", suite, "--out", "run").code == 0
+    (record,) = store.read_run(fork_sandbox.run_folder).records
     assert record.measurements is not None
     memory = record.measurements.memory
     assert memory.predicted is not None
     assert memory.weights_B == memory.predicted.weights_B
     assert {(x.variant, bool(x.seconds)) for x in record.measurements.latency} >= {("base", True), ("unmerged", True)}
     assert not [
-        path for path in sandbox.run_folder.rglob("*") if "set-aside" in path.name or path.name.startswith("tmp")
+        path for path in fork_sandbox.run_folder.rglob("*") if "set-aside" in path.name or path.name.startswith("tmp")
     ]

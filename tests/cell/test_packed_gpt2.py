@@ -16,7 +16,7 @@ from harness.methods.implementations.bitsandbytes.weights import nf4
 from harness.methods.registry import discover
 from harness.records.record import Base, Outcome, Record
 from reference.shared.layers import dense_weight
-from support.sandbox import Sandbox
+from support.sandbox import ForkSandbox
 
 SUITE = """\
 suite: packed
@@ -47,17 +47,17 @@ def gpt2(**more: Any) -> Any:
 
 
 @pytest.fixture
-def records(sandbox: Sandbox) -> dict[str, Record]:
+def records(fork_sandbox: ForkSandbox) -> dict[str, Record]:
     """Return the Records of the suite's two Cells, by their methods."""
-    folder = sandbox.folder / "gpt2"
+    folder = fork_sandbox.folder / "gpt2"
     generated.tiny_llama(folder)
     for name in ("config.json", "model.safetensors", "generation_config.json"):
         (folder / name).unlink(missing_ok=True)
     gpt2(vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2).save_pretrained(folder)
-    (sandbox.folder / "packed.yaml").write_text(SUITE, encoding="utf-8")
-    finished = sandbox.command("run", "packed.yaml", "--out", "run")
+    (fork_sandbox.folder / "packed.yaml").write_text(SUITE, encoding="utf-8")
+    finished = fork_sandbox.command("run", "packed.yaml", "--out", "run")
     assert finished.code == Exit.PASS, finished.err
-    return {record.cell.method: record for record in sandbox.read().records}
+    return {record.cell.method: record for record in fork_sandbox.read().records}
 
 
 def test_cells_over_a_packed_gpt2(records: dict[str, Record]) -> None:

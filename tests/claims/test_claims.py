@@ -25,6 +25,7 @@ from harness.errors import Exit, SuiteError
 from harness.methods.registry import Registry, implements
 from reference import lora
 from support.processes import eventually, gone
+from support.sandbox import ForkSandbox
 
 SHAPE = {
     "model_type": "llama", "vocab_size": 100, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2,
@@ -107,9 +108,8 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str]:
         line(folder, str(2 * TRAINED), more=f", otherwise: [{ranks}]").replace("id: one", "id: other"),
         line(folder, "1").replace("v_proj", "nowhere").replace("id: one", "id: wrong"),
     ]
-    command = [sys.executable, "-m", "harness.cli", "claims", "--file", str(write(folder, "".join(claims))), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout
+    done = ForkSandbox(folder, {}).command("claims", "--file", str(write(folder, "".join(claims))), "--json")
+    return done.code, done.out
 
 
 @pytest.mark.slow

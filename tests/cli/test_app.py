@@ -97,6 +97,7 @@ def test_list_checks_are_those_of_the_conformance_suite(capsys: pytest.CaptureFi
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["plan", "smoke", "--only", "method=lora"]) == Exit.PASS
@@ -108,6 +109,7 @@ def test_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize(
     "words", [["--only", "method=lora", "--only", "dtype=float64"], ["--only", "method=lora,dtype=float64"]]
 )
@@ -118,6 +120,7 @@ def test_only_given_twice_is_one_expression(words: list[str], capsys: pytest.Cap
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_plan_json_holds_whole_cells(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "smoke", "--json"]) == Exit.PASS
     document = json.loads(capsys.readouterr().out)

@@ -28,7 +28,7 @@ from harness.records.record import CheckResult, Outcome
 from harness.report import check_junit, check_page
 from support.processes import eventually
 from support.report_page import Page
-from support.sandbox import Sandbox
+from support.sandbox import ForkSandbox, Sandbox
 
 EVIL = "x</script><img src=x onerror=alert(1)>\x00\udcff"
 SCRIPT = "print('<b>wrong</b>')\n"
@@ -177,15 +177,17 @@ def test_exit_codes(report: CheckReport, change: dict, code: Exit) -> None:
     assert CheckReport(**{**vars(report), **change}).exit is code
 
 
-def test_everything_is_written_at_once(sandbox: Sandbox) -> None:
-    done = sandbox.command("check", "reference", "--method", "frozen", "--json", "--junit", "a.xml", "--html", "a.html")
+def test_everything_is_written_at_once(fork_sandbox: ForkSandbox) -> None:
+    done = fork_sandbox.command(
+        "check", "reference", "--method", "frozen", "--json", "--junit", "a.xml", "--html", "a.html"
+    )
     assert done.code == Exit.PASS, done.err
     document = json.loads(done.out)
     assert document["exit"] == 0
     assert {row["standing"] for row in document["checks"]} <= {"pass", "skipped"}
     assert "torch" in document["software"]
-    assert len(list(ET.parse(sandbox.folder / "a.xml").iter("testcase"))) == len(document["checks"])
-    assert "frozen" in Page((sandbox.folder / "a.html").read_text(encoding="utf-8")).text
+    assert len(list(ET.parse(fork_sandbox.folder / "a.xml").iter("testcase"))) == len(document["checks"])
+    assert "frozen" in Page((fork_sandbox.folder / "a.html").read_text(encoding="utf-8")).text
     assert "checked frozen by reference" in done.err
 
 
@@ -429,6 +431,7 @@ defects:
 """
 
 
+@pytest.mark.usefixtures("forks")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "complained"),

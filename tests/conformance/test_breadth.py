@@ -97,6 +97,7 @@ def test_an_operation_that_is_wrong_beyond_130_tokens_only_fails(
     assert all("tokens=515" in one.case for one in failed)
 
 
+@pytest.mark.usefixtures("forks")
 @pytest.mark.slow
 def test_a_seed_draws_the_same_cases_and_another_seed_others(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -108,6 +108,7 @@ def test_the_readme_is_short_and_begins_with_a_command() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize("command", ["plan ./mine.yaml", "claims lora --id", "fit llama-7b"])
 def test_the_readme_prints_real_output(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

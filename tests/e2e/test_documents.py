@@ -97,7 +97,8 @@ def test_list(command: Command, kind: str) -> None:
 
 
 @pytest.mark.parametrize("suite", ["smoke", pytest.param("quick", marks=pytest.mark.slow)])
-def test_plan_and_cell_ids(command: Command, suite: str) -> None:
+def test_plan_and_cell_ids(command: Command, suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFT_HARNESS_CACHE", str(tmp_path))  # no memory is predicted of a model that is not here
     printed = command(f"plan-{suite}", "plan", suite, "--json")
     document, old = json.loads(printed), expected(f"plan-{suite}")
     assert document.keys() == old.keys()
@@ -107,11 +108,20 @@ def test_plan_and_cell_ids(command: Command, suite: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_fit(command: Command) -> None:
-    printed = command("fit", "fit", "llama-7b", "--memory", "24GiB", "--formulas", "--json")
-    assert without_prose(json.loads(printed)) == expected("fit")
+    some = ("lora", "qlora", "galore", "full", "frozen")
+    words = [word for method in some for word in ("--method", method)]
+    printed = command("fit", "fit", "llama-7b", "--memory", "24GiB", "--formulas", "--json", *words)
+    document, old = without_prose(json.loads(printed)), expected("fit")
+    rows = {row["method"]: [] for row in old["rows"]}
+    for row in old.pop("rows"):
+        rows[row["method"]].append(row)
+    assert document.pop("rows") == [row for method in some for row in rows[method]]
+    assert document == old
 
 
+@pytest.mark.usefixtures("forks")
 @pytest.mark.slow
 def test_claims(command: Command) -> None:
     printed = command("claims-lora", "claims", "lora", "--tier", "exact", "--json")

@@ -12,21 +12,21 @@ from harness.records import store
 from harness.records.record import Outcome, Record
 from harness.records.schemas import FOLDER
 from harness.report import terminal
-from support.sandbox import Sandbox
+from support.sandbox import ForkSandbox
 
 # Rows of whole blocks: what bitsandbytes does on some CPUs with others is not the matter here.
 _CELL = "{{id: {0}, config: {{targets: [q_proj, v_proj]}}, base: {{quantization: {0}, implementation: bitsandbytes}}}}"
 WIDTH, NARROW, LAYERS, BLOCK = 64, 32, 2, 64
 
 
-def test_a_suite_names_it_and_its_cells_live(sandbox: Sandbox) -> None:
-    suite = sandbox.suite(*(_CELL.format(base) for base in ("nf4", "nf4-dq")))
-    planned = sandbox.command("plan", suite, "--only", "base=nf4-dq", "--json")
+def test_a_suite_names_it_and_its_cells_live(fork_sandbox: ForkSandbox) -> None:
+    suite = fork_sandbox.suite(*(_CELL.format(base) for base in ("nf4", "nf4-dq")))
+    planned = fork_sandbox.command("plan", suite, "--only", "base=nf4-dq", "--json")
     (cell,) = json.loads(planned.out)["cells"]
     assert cell["label"] == "tiny-llama lora r=4 [reference] on nf4-dq (bitsandbytes)"
-    finished = sandbox.command("run", suite, "--out", "run")
+    finished = fork_sandbox.command("run", suite, "--out", "run")
     assert finished.code == Exit.PASS, finished.err
-    run = sandbox.read()
+    run = fork_sandbox.read()
     once, twice = run.latest().values()
     assert _codes(twice).outcome is Outcome.PASS
     assert sum(check.outcome is Outcome.PASS for check in twice.checks) == sum(

@@ -16,7 +16,7 @@ from harness.errors import Exit
 from harness.records import store
 from harness.records.record import Status
 from support.processes import eventually, gone
-from support.run_records import adds_up, one_message
+from support.run_records import adds_up, losses, one_message, trained
 from support.sandbox import Finished, Sandbox, make_sandbox
 
 pytestmark = pytest.mark.e2e
@@ -99,6 +99,17 @@ def test_ctrl_c_ends_cleanly_with_a_report_of_what_there_is(story: dict[str, Sta
     assert stage.run.footer.seconds_in_cells > stage.run.records[0].duration_s
     assert first.cell_id in stage.page
     assert "the run is interrupted" in stage.finished.out
+
+
+def test_a_rerun_gives_the_same_losses_to_the_last_bit(
+    smoke: tuple[Finished, store.Run], story: dict[str, Stage]
+) -> None:
+    (again,) = story["interrupted"].run.records
+    earlier = smoke[1].latest()[again.cell_id]
+    assert earlier.run != again.run
+    assert losses(again) == losses(earlier)
+    for what in ("gradient_norms", "data_order_sha256", "initial_state_sha256"):
+        assert getattr(trained(again), what) == getattr(trained(earlier), what)
 
 
 def test_a_killed_runner_loses_nothing_that_was_finished(story: dict[str, Stage]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from harness.errors import Exit
 from harness.records.record import Outcome, Status
-from support.sandbox import Sandbox
+from support.sandbox import ForkSandbox
 
 SUITE = """\
 suite: packed
@@ -22,10 +22,10 @@ matrix:
 """
 
 
-def test_a_library_over_packed_weights_is_measured_or_says_why_not(sandbox: Sandbox) -> None:
-    (sandbox.folder / "packed.yaml").write_text(SUITE, encoding="utf-8")
-    ended = sandbox.command("run", "packed.yaml", "--out", "run")
-    records = {record.cell.implementation: record for record in sandbox.read().records}
+def test_a_library_over_packed_weights_is_measured_or_says_why_not(fork_sandbox: ForkSandbox) -> None:
+    (fork_sandbox.folder / "packed.yaml").write_text(SUITE, encoding="utf-8")
+    ended = fork_sandbox.command("run", "packed.yaml", "--out", "run")
+    records = {record.cell.implementation: record for record in fork_sandbox.read().records}
     # peft merges into 4 bits by packing again, which loses: that is a finding, and what was measured stands beside it.
     peft = records["hf-peft"]
     red = [one.check for one in peft.checks if one.outcome is Outcome.FAIL]

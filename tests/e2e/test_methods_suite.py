@@ -6,7 +6,7 @@ from harness.errors import Exit
 from harness.methods.spec import methods
 from harness.records.record import Record, Status
 from harness.suites import loader, model_checks
-from support.sandbox import Sandbox
+from support.sandbox import ForkSandbox
 
 # Steps of 1e-6 are far below what bfloat16 can tell apart: only the masters move.
 _UNSEEN = "{implementation: reference, method: dora, dtype: bfloat16, training: {lr: 1e-6}}"
@@ -27,10 +27,10 @@ def test_the_suite_holds_every_method_and_fits() -> None:
     } | {("peft", "float32")}
 
 
-def test_other_methods_live_through_a_run_in_sixteen_bits(sandbox: Sandbox) -> None:
-    finished = sandbox.command("run", sandbox.suite(_UNSEEN, _OWN_OPTIMIZER, _SHRINKING), "--out", "run")
+def test_other_methods_live_through_a_run_in_sixteen_bits(fork_sandbox: ForkSandbox) -> None:
+    finished = fork_sandbox.command("run", fork_sandbox.suite(_UNSEEN, _OWN_OPTIMIZER, _SHRINKING), "--out", "run")
     assert finished.code == Exit.PASS, finished.err
-    records = {record.cell.method: record for record in sandbox.read().records}
+    records = {record.cell.method: record for record in fork_sandbox.read().records}
     assert {method: record.status for method, record in records.items()} == dict.fromkeys(
         ("dora", "galore", "adalora"), Status.OK
     )

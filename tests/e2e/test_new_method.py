@@ -126,7 +126,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(top: Path, *arguments: str, code: int | None = 0) -> str:
     command = [sys.executable, "-P", "-m", "harness.cli", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(top), "COLUMNS": "200"}
+    # An empty cache: a plan predicts no memory of a model that is not here, which takes a process with torch.
+    environment = os.environ | {"PYTHONPATH": str(top), "COLUMNS": "200", "PEFT_HARNESS_CACHE": str(top / "cache")}
     done = subprocess.run(command, cwd=top, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert code in (None, done.returncode), done.stdout + done.stderr
     return done.stdout

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from harness.assets import cache
 from harness.records import store
 from harness.records.record import Record, Status
+from harness.suites import loader
+from support.sandbox import make_fork_sandbox
 
 pytestmark = pytest.mark.real
 ASKED = "id=head,id=lora-r8,id=lora-r8-nf4,id=zero-shot,implementation=reference"
+FEWER = {
+    "steps: 72": "steps: 40", "items: 1000": "items: 400", "items: 200, batch: 20": "items: 100, batch: 20",
+    "id: head\n": "id: head\n        latency: never\n",
+    "id: zero-shot\n": "id: zero-shot\n        latency: never\n",
+    "id: lora-r8-nf4\n": "id: lora-r8-nf4\n        latency: never\n        training: {steps: 8, warmup: 2}\n"
+                         "        evaluation: {items: 50}\n",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> store.Run:
-    out = tmp_path_factory.mktemp("real") / "run"
-    command = [sys.executable, "-m", "harness.cli", "run", "quick", "--only", ASKED, "--out", str(out)]
-    subprocess.run(command, check=False, cwd=out.parent)
-    return store.read_run(out)
+    """The quick suite with fewer steps and reviews: enough to tell the Methods apart."""
+    folder = tmp_path_factory.mktemp("real")
+    text = (loader.data_folder("suites") / "quick.yaml").read_text(encoding="utf-8")
+    for old, new in FEWER.items():
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "fewer.yaml").write_text(text, encoding="utf-8")
+    sandbox = make_fork_sandbox(folder, cache.root())
+    sandbox.command("run", "fewer.yaml", "--only", ASKED, "--out", "run")
+    return sandbox.read()
 
 
 def named(run: store.Run, **facts: object) -> Record:

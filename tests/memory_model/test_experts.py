@@ -29,6 +29,8 @@ MIXTRAL = {
 STACKED = 2 * 4 * (2 * 48 * 32 + 32 * 48)  # blocks, experts, gate and up, down
 SAID = f"the experts are stacked weights and no linear layers: {STACKED:,} of "
 
+pytestmark = pytest.mark.usefixtures("forks")
+
 
 def built() -> Any:
     return structure.build(MIXTRAL, "causal", torch.float32).requires_grad_(False)

@@ -17,11 +17,12 @@ from harness.assets import generated, shapes
 from harness.cli import main
 from harness.conformance.tolerance_constants import FOOTPRINT_LEDGER
 from harness.errors import Exit, UsageError
-from harness.memory_model import counting_client, fit, isolated_step, largest_batch, model_shapes, size_units
+from harness.memory_model import fit, isolated_step, largest_batch, model_shapes, size_units
 from harness.memory_model.counting import count
 from harness.memory_model.ledger import OPTIMIZERS, OWN, Ledger
 from harness.records.record import Cell
 from harness.report import fit_table
+from support import forked_modules
 
 # Weights as the papers print them, in thousand millions: tables 2, 3 and 2.1.
 PRINTED = {
@@ -40,10 +41,15 @@ RELEASED = {
 ASKED = ("lora", "qlora", "full", "galore", "frozen")
 
 
+pytestmark = pytest.mark.usefixtures("forks")
+
+
 @pytest.fixture(scope="module")
 def of_llama_7b() -> dict[str, Any]:
-    """What the child process counts for Llama-7B; once for all tests."""
-    return fit.count_model(fit.fit_request("llama-7b", "24GiB", ASKED, optimizers=OPTIMIZERS))
+    """Count Llama-7B once for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        forked_modules.use(patch)
+        return fit.count_model(fit.fit_request("llama-7b", "24GiB", ASKED, optimizers=OPTIMIZERS))
 
 
 @pytest.fixture
@@ -249,7 +255,6 @@ def test_a_step_says_what_fits(
         return {"peak_B": took(cell.model_dump(mode="json")), "peak_by": ""}
 
     monkeypatch.setattr(isolated_step, "peak", peak)
-    monkeypatch.setattr(counting_client, "run_requests", answered_here)
     found = document(capsys, *words, steps=True)
     for one in found["rows"]:
         at = {"batch": one["batch"], "max_tokens": 512}
@@ -300,12 +305,6 @@ def test_what_cannot_be_tried_is_said_unless_something_fits() -> None:
     assert largest_batch.largest_fitting(found, 100) == 7
 
 
-def answered_here(questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Answer as the child process does, by the words of JSON."""
-    said = [isolated_step.answer(one) for one in questions]
-    return list(json.loads(json.dumps(said)))
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("counted")
 @pytest.mark.parametrize(
@@ -327,7 +326,6 @@ def test_where_formulas_are_wrong_about_the_rank_a_step_chooses_it(
         }
 
     monkeypatch.setattr(isolated_step, "peak", peak)
-    monkeypatch.setattr(counting_client, "run_requests", answered_here)
     words = ("--memory", memory, "--method", "lora", "--base", "none")
     (by_formulas,), (one,) = document(capsys, *words)["rows"], document(capsys, *words, steps=True)["rows"]
     assert by_formulas["rank"] != one["rank"] == rank

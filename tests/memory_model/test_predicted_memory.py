@@ -25,7 +25,7 @@ from support.sandbox import Sandbox
 
 
 @pytest.fixture
-def _no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_steps(forks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the steps without data out, a second each: only what the formulas say is looked at."""
     counted = counting_client.run_requests
 
@@ -212,6 +212,7 @@ def test_the_peak_of_a_step_is_shown_beside_the_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forks")
 def test_cells_that_differ_in_seed_or_learning_rate_share_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     suite = loader.load("headline-rehearsal")
     plan = suite.plan

@@ -26,7 +26,7 @@ from harness.methods.implementations.hf_peft.any_config import any_method
 from harness.methods.peft_config import KEY, NO_REFERENCE, PEFT, AdapterConfigField
 from harness.records.record import CheckResult, Outcome, Status
 from harness.suites import loader
-from support.sandbox import Sandbox
+from support.sandbox import ForkSandbox
 
 LAYERS = ["first", "second"]
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -408,10 +408,10 @@ def test_the_types_are_the_installed_pefts() -> None:
     assert set(peft_schema.peft_types()) == {one.value for one in peft.PeftType}
 
 
-def test_a_run_completes_and_reports_no_time(sandbox: Sandbox, tmp_path: Path) -> None:
-    finished = sandbox.command("run", str(suite(tmp_path, IA3)), "--out", "run")
+def test_a_run_completes_and_reports_no_time(fork_sandbox: ForkSandbox, tmp_path: Path) -> None:
+    finished = fork_sandbox.command("run", str(suite(tmp_path, IA3)), "--out", "run")
     assert finished.code == Exit.PASS, finished.err
-    (record,) = sandbox.read().records
+    (record,) = fork_sandbox.read().records
     assert record.status is Status.OK
     assert {path.rpartition(".")[2] for path in record.layers} == {"v_proj", "down_proj"}
     assert record.measurements is not None

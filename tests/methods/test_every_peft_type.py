@@ -25,7 +25,7 @@ from harness.methods.peft_config import KEY, AdapterConfigField
 from harness.methods.peft_schema import peft_types
 from harness.records.record import CheckResult, Outcome, Status, Training
 from harness.suites import loader
-from support.sandbox import Sandbox
+from support.sandbox import ForkSandbox
 
 VOCABULARY = 32
 SMALL: dict[str, Any] = {
@@ -216,20 +216,20 @@ def test_a_suite_that_checkpoints_a_prefix_is_refused(kind: str, refused: int, t
     assert len(messages) == refused
 
 
-def test_prompt_tuning_completes_a_run(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_prompt_tuning_completes_a_run(fork_sandbox: ForkSandbox, tmp_path: Path) -> None:
     saved("PROMPT_TUNING", tmp_path)
     suite = tmp_path / "suite.yaml"
     suite.write_text(SUITE.replace("MOST", "254"), encoding="utf-8")
-    refused = sandbox.command("run", str(suite), "--out", "run")
+    refused = fork_sandbox.command("run", str(suite), "--out", "run")
     assert refused.code == Exit.USAGE
     assert (
         "suite.yaml:8: 4 virtual tokens, a text of 254 and an answer of 0 exceed the 256 positions of tiny-llama"
         in refused.err
     )
     suite.write_text(SUITE.replace("MOST", "24"), encoding="utf-8")
-    finished = sandbox.command("run", str(suite), "--out", "run")
+    finished = fork_sandbox.command("run", str(suite), "--out", "run")
     assert finished.code == Exit.PASS, finished.err
-    (record,) = sandbox.read().records
+    (record,) = fork_sandbox.read().records
     assert record.status is Status.OK
     assert record.layers == []
     measured = record.measurements

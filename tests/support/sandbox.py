@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn, TextIO
 
+import pytest
+
+from harness.cli import main
 from harness.records import store
+from support import forked_modules
 from support.processes import PATIENCE_S, eventually
 
 # -P: the current folder must not lend its modules to the command.
@@ -159,9 +167,48 @@ class Sandbox:
         return pids
 
 
+class ForkSandbox(Sandbox):
+    """Runs the command in this process, and processes of the harness's modules as forks of it."""
+
+    def command(self, *arguments: str) -> Finished:
+        with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as captured:
+            for name, value in {**self.environment, "OMP_NUM_THREADS": "1"}.items():
+                patch.setenv(name, value)
+            patch.syspath_prepend(self.folder / "plugin")
+            patch.chdir(self.folder)
+            forked_modules.use(patch)
+            out, err = (captured.enter_context(_captured(name)) for name in ("stdout", "stderr"))
+            code = main(list(arguments))
+            return Finished(code, *(stream.seek(0) or stream.read() for stream in (out, err)))
+
+    def start(self, *arguments: str) -> NoReturn:
+        raise TypeError("a test of processes takes the fixture `sandbox`")
+
+
+@contextlib.contextmanager
+def _captured(name: str) -> Iterator[TextIO]:
+    """Capture a stream of this process, and of its children."""
+    real: TextIO = getattr(sys, name)
+    number = {"stdout": 1, "stderr": 2}[name]
+    kept = os.dup(number)
+    with tempfile.TemporaryFile("w+", encoding="utf-8", buffering=1) as stream:
+        os.dup2(stream.fileno(), number)
+        setattr(sys, name, stream)
+        try:
+            yield stream
+        finally:
+            setattr(sys, name, real)
+            os.dup2(kept, number)
+            os.close(kept)
+
+
 def _hear_ctrl_c() -> None:
     """Let the command hear SIGINT even if these tests run in the background of a shell, which ignores it for them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def make_fork_sandbox(folder: Path, cache: Path) -> ForkSandbox:
+    return ForkSandbox(**vars(make_sandbox(folder, cache)))
 
 
 def make_sandbox(folder: Path, cache: Path) -> Sandbox:
