@@ -17,11 +17,11 @@ from harness.errors import Exit, UsageError
 @click.option("--dtype", "dtypes", multiple=True, metavar="D", help=f"Check only this dtype. {options.AGAIN}")
 @click.option(
     "--full", is_flag=True,
-    help="Check every combination of config, shape and layer.  [default: each of them at least once]",
+    help="Check every combination of config, shape and layer, and every pair of settings.  [default: each of them at least once]",
 )  # fmt: skip
 @click.option(
     "--drawn", type=click.IntRange(0, 100_000), default=0, show_default=True, metavar="N",
-    help="Also check N random ranks and shapes per parity suite.",
+    help="Also check N random cases per parity suite; shrink each failure to a smallest case.",
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), metavar="S", help="Random seed of --drawn.  [default: 0]")
 @options.jobs
