@@ -19,6 +19,13 @@ class CaseSelection:
     """Number of random cases in addition to the fixed sample."""
     seed: int = 0
     """Seed of the random cases."""
+    wide: bool = False
+    """Also a fixed sample of all settings, and the checks of calls, walks and NaN; `full` and `drawn` imply it."""
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the sample and the checks of calls, walks and NaN are tried."""
+        return self.wide or self.full or self.drawn > 0
 
 
 FEW = CaseSelection()

@@ -133,7 +133,7 @@ def check(as_json: bool) -> Exit:
 def _failed(implementation: Implementation, where: FaultCase) -> tuple[str, ...]:
     """Return the checks that fail in the one case, in the suite's order."""
     case = where.of_operation() if implementation.kind == "operation" else where.of_method()
-    outcomes = suite_run.run_case(implementation, _plan(implementation.target), case)
+    outcomes = suite_run.run_case(implementation, _plan(implementation.target), case, wide=True)
     return tuple(dict.fromkeys(one.check for one in outcomes if one.result.outcome is Outcome.FAIL))
 
 

@@ -28,6 +28,7 @@ from reference import lora
 from reference.operations import multi_lora
 
 DRAWN = CaseSelection(drawn=60, seed=11)
+WIDE = CaseSelection(wide=True)
 LEVELS = {"a": [1, 2, 3], "b": ["x", "y"], "c": [True, False], "d": [0.0, 0.5, 1.0, 2.0]}
 
 
@@ -48,8 +49,8 @@ def test_a_covering_sample_has_every_pair_of_levels_that_is_valid() -> None:
 @pytest.mark.parametrize("target", ["lora", "galore", "lora_linear", "multi_lora_linear", "adamw8bit_step"])
 def test_the_fixed_sample_is_always_the_same_and_has_every_setting(target: str) -> None:
     plan = parity_suite.load_plan(target)
-    cases = list(sample.fixed(plan, FEW, DTYPES))
-    assert cases == list(sample.fixed(plan, FEW, DTYPES))
+    cases = list(sample.fixed(plan, WIDE, DTYPES))
+    assert cases == list(sample.fixed(plan, WIDE, DTYPES))
     if isinstance(plan, parity_suite.MethodSuite):
         sampled = [case.config for case in cases if isinstance(case, parity_suite.MethodCase) and case.sampled]
         factors = of_config(methods()[target].fields)
@@ -77,7 +78,7 @@ def test_an_implementation_that_is_wrong_at_other_ranks_only_fails_a_drawn_case(
     )
     monkeypatch.setattr(parity_suite, "load_plan", lambda _: plan)
     mine = Implementation("mine", "method", "lora", wrong_at_other_ranks, dtypes=("float32",))
-    usual = {one.status.value for one in suite_run.run(mine)}
+    usual = {one.status.value for one in suite_run.run(mine, breadth=WIDE)}
     drawn = [one for one in suite_run.run(mine, breadth=DRAWN) if one.status.value == "fail"]
     assert "fail" not in usual
     assert {one.check for one in drawn} & {"forward", "gradient"}
@@ -92,7 +93,8 @@ def test_an_operation_that_is_wrong_beyond_130_tokens_only_fails(
         return torch.cat([y[:, :130], 0 * y[:, 130:]], dim=1)
 
     mine = Implementation("mine", "operation", "multi_lora_linear", tiled, dtypes=("float32",))
-    failed = [one for one in suite_run.run(mine) if one.status.value == "fail"]
+    failed = [one for one in suite_run.run(mine, breadth=WIDE) if one.status.value == "fail"]
+    assert "fail" not in {one.status.value for one in suite_run.run(mine)}
     assert {one.check for one in failed} >= {"outputs", "backward"}
     assert all("tokens=515" in one.case for one in failed)
 
@@ -119,7 +121,7 @@ def test_a_seed_draws_the_same_cases_and_another_seed_others(
         ]
         assert main([*asked, "--json"]) == Exit.PASS
         cases = dict.fromkeys(row["case"] for row in json.loads(capsys.readouterr().out)["checks"])
-        fixed = {str(case) for case in sample.fixed(parity_suite.load_plan("multi_lora_linear"), FEW, ["float32"])}
+        fixed = {str(case) for case in sample.fixed(parity_suite.load_plan("multi_lora_linear"), WIDE, ["float32"])}
         return [case for case in cases if case not in fixed]
 
     assert drawn("3") == drawn("3") != drawn("4")

@@ -20,7 +20,7 @@ LARGEST = 2_000
 """Elements of the first weight of a model that is walked with: a walk attaches to many copies of it."""
 
 
-@check(States.INIT)
+@check(States.INIT, only_wide=True)
 def check_walk(subject: Subject, case: Case) -> CheckResult:
     """Random walks leave outputs, gradients and tensors where the float64 reference, taken through the same walk, has them.
 

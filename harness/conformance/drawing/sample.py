@@ -37,13 +37,15 @@ _SIZES = ("sides", "tokens", "model", "magnitude")
 
 
 def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> Iterator[AnyCase]:
-    """Yield the suite's examples, then a sample in two parts that covers pairs of levels.
+    """Yield the suite's examples and, with `wanted.is_wide`, a sample in two parts that covers pairs of levels.
 
     In the first part, what an implementation may lack (an option of the Method, another kind of layer) is at its plainest
     level, and every two of the other factors meet in every pair of their levels. In the second part each of its other levels
     occurs; with `wanted.full`, every two settings, kinds of layers and dtypes meet.
     """
     yield from plan.cases(wanted, dtypes)
+    if not wanted.is_wide:
+        return
     factors = _factors(plan, dtypes)
     if not factors["dtype"].levels:
         return

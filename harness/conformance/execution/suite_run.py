@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -64,7 +64,7 @@ def run(
     def tried(case: AnyCase) -> Iterator[CheckOutcome]:
         if begin is not None:
             begin(f"{case} {case.dtype}")
-        yield from run_case(implementation, plan, case)
+        yield from run_case(implementation, plan, case, wide=breadth.is_wide)
 
     for case in sample.fixed(plan, breadth, wanted):
         yield from tried(case)
@@ -75,14 +75,25 @@ def run(
 
 
 def run_case(
-    implementation: Implementation, plan: ParitySuite, of: MethodCase | OperationCase, device: torch.device = CPU
+    implementation: Implementation,
+    plan: ParitySuite,
+    of: MethodCase | OperationCase,
+    device: torch.device = CPU,
+    *,
+    wide: bool = False,
 ) -> Iterator[CheckOutcome]:
-    """Yield the outcome of every check of one case. device: where a Method's case runs; an Operation's runs on the CPU."""
+    """Yield the outcome of every check of one case.
+
+    device: where a Method's case runs; an Operation's runs on the CPU. wide: also the checks that only a wide selection
+    tries.
+    """
     runner = CaseRunner(implementation, str(of), of.dtype)
+    every = {name: checks.every()[name] for name in plan.checks}
+    tried = [name for name, one in every.items() if (wide or not one.only_wide) and (one.of_sizes or not of.sampled)]
     if isinstance(plan, OperationSuite) and isinstance(of, OperationCase):
-        yield from _run_operation(runner, plan, of)
+        yield from _run_operation(runner, plan, of, tried)
     elif isinstance(plan, MethodSuite) and isinstance(of, MethodCase):
-        yield from _run_method(runner, plan, of, device)
+        yield from _run_method(runner, plan, of, device, tried)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +135,9 @@ class CaseRunner:
         )  # fmt: skip
 
 
-def _run_method(runner: CaseRunner, plan: MethodSuite, of: MethodCase, device: torch.device) -> Iterator[CheckOutcome]:
+def _run_method(
+    runner: CaseRunner, plan: MethodSuite, of: MethodCase, device: torch.device, tried: Sequence[str]
+) -> Iterator[CheckOutcome]:
     """Run a case of a Method, or of a quantised base: each check in the states that it names."""
     attaching = CheckId(plan.method, "attach", of.dtype, "init")
     with process_settings.restored() as disturbed:  # by the imports, perhaps, that the first attaching does
@@ -141,15 +154,17 @@ def _run_method(runner: CaseRunner, plan: MethodSuite, of: MethodCase, device: t
             if failure is not None:
                 yield failure
                 return
-        for name in plan.checks:
-            one = checks.every()[name]
-            if of.sampled and (not one.of_sizes or (one.states is States.ALL and state != plan.states[-1])):
+        for name in tried:
+            states = checks.every()[name].states
+            if of.sampled and states is States.ALL and state != plan.states[-1]:
                 continue
-            if one.states.include(state, plan.states):
+            if states.include(state, plan.states):
                 yield runner.check(name, subject, in_state)
 
 
-def _run_operation(runner: CaseRunner, plan: OperationSuite, of: OperationCase) -> Iterator[CheckOutcome]:
+def _run_operation(
+    runner: CaseRunner, plan: OperationSuite, of: OperationCase, tried: Sequence[str]
+) -> Iterator[CheckOutcome]:
     operation = operations.every()[plan.operation]
 
     def draw(seed: int) -> Arguments:
@@ -160,9 +175,8 @@ def _run_operation(runner: CaseRunner, plan: OperationSuite, of: OperationCase) 
 
     subject = OperationSubject(operation, runner.implementation, of.dtype, draw(SEED), lambda: draw(SEED + 1))
     case = Case("call", seed=SEED, factors=plan.factors())
-    for name in plan.checks:
-        if checks.every()[name].of_sizes or not of.sampled:
-            yield runner.check(name, subject, case)
+    for name in tried:
+        yield runner.check(name, subject, case)
 
 
 def attach(
