@@ -39,8 +39,8 @@ from harness.errors import Exit, UsageError
 @options.as_json
 def check(
     implementations: tuple[str, ...], methods: tuple[str, ...], operations: tuple[str, ...], dtypes: tuple[str, ...],
-    full: bool, wide: bool, drawn: int, seed: int | None, jobs: int | None, patience: float, junit: Path | None, html: Path | None,
-    self_test: bool, as_json: bool,
+    full: bool, wide: bool, drawn: int, seed: int | None, jobs: int | None, patience: float, junit: Path | None,
+    html: Path | None, self_test: bool, as_json: bool,
 ) -> Exit:  # fmt: skip
     """Check implementations against the reference.
 
