@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from harness.conformance import checks, parity_suite
-from harness.conformance.case_selection import FEW
+from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import exact
 from harness.conformance.drawing import sample
@@ -59,7 +59,7 @@ def test_the_implementations_of_lora_conform(name: str, dtype: str, monkeypatch:
 
 @pytest.mark.parametrize("target", ["frozen", "full"])
 def test_the_baselines_conform(target: str) -> None:
-    tried = list(suite_run.run(method("reference", target)))
+    tried = list(suite_run.run(method("reference", target), breadth=CaseSelection(wide=True)))
     assert failed(tried) == set()
     assert {t.check for t in tried if t.status is CheckStatus.PASS} == set(parity_suite.load(target).checks)
 

@@ -55,7 +55,7 @@ def covering(
 
 
 def _completed(pair: Pair, missing: Mapping[Pair, None], levels: Mapping[str, Sequence[Any]]) -> Iterator[Row]:
-    """Yield rows with the pair: the one that covers most, then others in which one factor after the other is plain."""
+    """Yield rows with the pair: the one that covers most, then others with one factor changed, then plainer and plainer ones."""
     row = dict(pair)
     for name in levels:
         if name not in row:
@@ -66,7 +66,8 @@ def _completed(pair: Pair, missing: Mapping[Pair, None], levels: Mapping[str, Se
     yield row
     changeable = [name for name in levels if name not in dict(pair)]
     for name in changeable:
-        yield row | {name: 0}
+        for level in range(len(levels[name])):
+            yield row | {name: level}
     plain = dict(row)
     for name in changeable:
         plain[name] = 0
