@@ -55,7 +55,7 @@ def covering(
 
 
 def _completed(pair: Pair, missing: Mapping[Pair, None], levels: Mapping[str, Sequence[Any]]) -> Iterator[Row]:
-    """Yield rows with the pair: the one that covers most, then others with one factor changed, then plainer and plainer ones."""
+    """Yield rows with the pair: the one that covers most, then others with one factor changed, then plainer ones."""
     row = dict(pair)
     for name in levels:
         if name not in row:
