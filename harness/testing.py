@@ -39,16 +39,26 @@ class Conforming:
 
     def cases(self) -> Iterator[tuple[str, Callable[[], list[CheckOutcome]]]]:
         """Yield each case's name, and a function that runs every check of the suite on it."""
+        from harness.conformance.drawing import sample
+
         plan = parity_suite.load_plan(self.implementation.target)
-        for case in plan.cases(self.breadth, self.implementation.dtypes):
+        for case in sample.fixed(plan, self.breadth, self.implementation.dtypes):
             yield f"{case} {case.dtype}", partial(self._run, plan, case)
+        if self.breadth.drawn:
+            yield f"{self.breadth.drawn} drawn, seed {self.breadth.seed}", partial(self._search, plan)
+
+    def _search(self, plan: parity_suite.ParitySuite) -> list[CheckOutcome]:
+        from harness.conformance.drawing.search import search
+
+        name = f"{self.implementation.name}-{self.implementation.target}"
+        return search(plan, self.breadth, self.implementation.dtypes, lambda case: self._run(plan, case), name)
 
     def _run(
         self, plan: parity_suite.ParitySuite, case: parity_suite.MethodCase | parity_suite.OperationCase
     ) -> list[CheckOutcome]:
         from harness.conformance.execution import suite_run
 
-        return list(suite_run.run_case(self.implementation, plan, case))
+        return list(suite_run.run_case(self.implementation, plan, case, wide=self.breadth.is_wide))
 
 
 def verdict(tried: Iterable[CheckOutcome]) -> tuple[str, str]:
@@ -65,12 +75,14 @@ def conformance(
     *,
     dtypes: Iterable[str] = ("float32", "bfloat16", "float16"),
     full: bool = False,
+    wide: bool = False,
     drawn: int = 0,
     seed: int = 0,
 ) -> Callable[[Callable[..., Any]], Conforming]:
     """Make pytest tests of a function that implements `target`: a Method's `attach` or an Operation.
 
-    full: every config x shape x layer of the suite, instead of each at least once. drawn: number of additional cases with
+    full: every config x shape x layer of the suite, instead of each at least once. wide: also a fixed
+    sample that covers pairs of settings, and checks of calls, walks and NaN. drawn: number of additional cases with
     random ranks and shapes. seed: of these. Raises UsageError for an unknown name or dtype, and if the suite has no case in
     these dtypes: without tests, everything would pass.
     """
@@ -90,7 +102,7 @@ def conformance(
         if not set(implementation.dtypes) & set(there):
             what = f"the parity suite of {target} has no case in {', '.join(implementation.dtypes)}"
             raise UsageError(what, where="@conformance", hint=f"its dtypes are {', '.join(there)}")
-        return Conforming(implementation, CaseSelection(full, drawn, seed))
+        return Conforming(implementation, CaseSelection(full, drawn, seed, wide))
 
     return wrap
 

@@ -17,11 +17,15 @@ from harness.errors import Exit, UsageError
 @click.option("--dtype", "dtypes", multiple=True, metavar="D", help=f"Check only this dtype. {options.AGAIN}")
 @click.option(
     "--full", is_flag=True,
-    help="Check every combination of config, shape and layer.  [default: each of them at least once]",
+    help="Check every combination of config, shape and layer, and all of --wide.  [default: each of them at least once]",
+)  # fmt: skip
+@click.option(
+    "--wide", is_flag=True,
+    help="Also check a fixed sample that covers pairs of settings, and modes of calls, random walks and NaN.",
 )  # fmt: skip
 @click.option(
     "--drawn", type=click.IntRange(0, 100_000), default=0, show_default=True, metavar="N",
-    help="Also check N random ranks and shapes per parity suite.",
+    help="Also check N random cases per parity suite, and all of --wide; shrink each failure.",
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), metavar="S", help="Random seed of --drawn.  [default: 0]")
 @options.jobs
@@ -35,8 +39,8 @@ from harness.errors import Exit, UsageError
 @options.as_json
 def check(
     implementations: tuple[str, ...], methods: tuple[str, ...], operations: tuple[str, ...], dtypes: tuple[str, ...],
-    full: bool, drawn: int, seed: int | None, jobs: int | None, patience: float, junit: Path | None, html: Path | None,
-    self_test: bool, as_json: bool,
+    full: bool, wide: bool, drawn: int, seed: int | None, jobs: int | None, patience: float, junit: Path | None,
+    html: Path | None, self_test: bool, as_json: bool,
 ) -> Exit:  # fmt: skip
     """Check implementations against the reference.
 
@@ -46,7 +50,18 @@ def check(
     tested.
     """
     if self_test:
-        if implementations or methods or operations or dtypes or full or drawn or seed is not None or junit or html:
+        if (
+            implementations
+            or methods
+            or operations
+            or dtypes
+            or full
+            or wide
+            or drawn
+            or seed is not None
+            or junit
+            or html
+        ):
             raise UsageError(
                 "tests every planted fault and takes no option but --json",
                 where="--self-test",
@@ -62,6 +77,6 @@ def check(
         raise UsageError(
             "has no effect without --drawn", where="--seed", hint="add the number of cases, e.g. --drawn 50"
         )
-    breadth = CaseSelection(full, drawn, seed or 0)
+    breadth = CaseSelection(full, drawn, seed or 0, wide)
     request = command.CheckRequest(implementations, methods, operations, dtypes, breadth, jobs, patience)
     return command.check(request, as_json, junit, html)

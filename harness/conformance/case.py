@@ -36,6 +36,8 @@ class Case:
     """`init` (as attached), `warm` (random adapter tensors), `trained`, or `call` for an Operation. The subject is in it."""
     tokens: int = 16
     """Rows of a layer's input."""
+    magnitude: str = "normal"
+    """Magnitude of a layer's input, see `comparison.magnitudes`."""
     seed: int = 0
     inputs: Callable[[], Tensor] | None = None
     """Runs the whole model on fixed inputs and returns its output; None where only layers are run."""
@@ -43,6 +45,10 @@ class Case:
     """The same before attaching."""
     forward: Callable[[nn.Module], Tensor] | None = None
     """Runs a given model on those inputs, differentiably."""
+    forward_of: Callable[[nn.Module], Callable[[nn.Module], Tensor]] | None = None
+    """Returns `forward` for another model that `fresh` made."""
+    walks: int = 0
+    """Number of random walks; 0 where a part of the sample is enough, also for other long checks."""
     fresh: Attach | None = None
     """Attaches the implementation again, to the same weights; None where the case cannot (a Cell's own model)."""
     factors: Mapping[str, float] = field(default_factory=dict)

@@ -30,6 +30,8 @@ class Operation:
     """Reference of the call. Arguments in the case's dtype, and that dtype itself, may come as float64."""
     differentiable: tuple[str, ...] = ()
     """Arguments with gradients that are compared."""
+    inputs: tuple[str, ...] = ()
+    """Arguments that are also tried at other magnitudes, see `comparison.magnitudes`."""
     judge: Judge | None = None
     """(outputs of the subject, arguments) -> Judgement and a detail. None: every output within the noise floor of the
     reference in float64.

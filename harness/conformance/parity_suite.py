@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from harness import yaml_lines
-from harness.conformance import case_selection, checks
+from harness.conformance import checks
 from harness.conformance.case_selection import CaseSelection, Values
 from harness.errors import Problem, SuiteError, UsageError, did_you_mean
 from harness.methods.registry import DTYPES
@@ -21,6 +21,10 @@ from harness.resources import data_folder
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Kind = Literal["linear", "conv1d", "embedding", "conv2d", "conv2d-dilated", "conv2d-reflect"]
+ModelForm = Literal["plain", "wide", "deep"]
+"""The parity model: two targets; `wide` has an untargeted layer that is larger than both, `deep` has ten targets."""
+Magnitude = Literal["normal", "large", "outlier", "zero-rows", "small", "integers"]
+"""The values of a drawn input; see `harness.conformance.comparison.magnitudes`."""
 
 
 class CaseShape(FrozenModel):
@@ -47,6 +51,14 @@ class Tolerance(FrozenModel):
     link: str = ""
 
 
+class SettingRange(FrozenModel):
+    """Bounds of a setting that are narrower than its Config's, with their reason."""
+
+    least: float | None = None
+    most: float | None = None
+    because: str = Field(min_length=10)
+
+
 class MethodSuite(FrozenModel):
     """The cases of one Method: every config x kind of layer x shape x dtype, and the checks in every state."""
 
@@ -61,6 +73,8 @@ class MethodSuite(FrozenModel):
     configs: list[Values] = Field(min_length=1)
     layers: list[Kind] = Field(default=["linear"], min_length=1)
     shapes: list[CaseShape] = Field(min_length=1)
+    settings: dict[str, SettingRange] = Field(default={})
+    """Settings that are drawn from a narrower range."""
     dtypes: list[Dtype] = Field(min_length=1)
     tolerances: dict[str, Tolerance] = Field(default={})
 
@@ -69,7 +83,7 @@ class MethodSuite(FrozenModel):
         return {check: looser.factor for check, looser in self.tolerances.items()}
 
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[MethodCase]:
-        """Yield the cases in those of `dtypes` that the suite has: all of the product, or few; and those drawn at random.
+        """Yield the suite's examples in those of `dtypes` that it has: all of the product, or few.
 
         The few: the first kind of layer, the only one that many implementations support, is combined with every config and
         every shape in float32 (or, if not requested, in the first requested dtype), and with another share of them in each
@@ -83,19 +97,6 @@ class MethodSuite(FrozenModel):
                 yield MethodCase(config, kind, shape, dtype)
         else:
             yield from self._few(there)
-        dice = wanted.dice(self.base or self.method)
-        for _ in range(wanted.drawn):
-            sides = [
-                case_selection.draw_log_uniform(dice, case_selection.LEAST_FEATURES, case_selection.LARGEST_FEATURES)
-                for _ in range(2)
-            ]
-            config = case_selection.draw_config(dice, dice.choice(self.configs), min(sides))
-            tokens = case_selection.draw_log_uniform(dice, 1, case_selection.LARGEST_TOKENS)
-            shape = CaseShape.model_validate({"tokens": tokens, "in": sides[0], "out": sides[1]})
-            kind = dice.choice([self.layers[0], dice.choice(self.layers)])  # half of them of the kind that all offer
-            dtype = dice.choice(self.dtypes)
-            if dtype in there:  # a seed draws the same cases for all requested dtypes
-                yield MethodCase(config, kind, shape, dtype)
 
     def _few(self, dtypes: Sequence[Dtype]) -> Iterator[MethodCase]:
         for dtype in dtypes:
@@ -121,10 +122,19 @@ class MethodCase:
     kind: Kind
     shape: CaseShape
     dtype: Dtype
+    model: ModelForm = "plain"
+    magnitude: Magnitude = "normal"
+    sampled: bool = False
+    """Whether the case is part of the sample: only checks of sizes and settings are tried, and those of every state only in
+    the last one, where they see most."""
 
     def __str__(self) -> str:
         kind = "" if self.kind == "linear" else self.kind
-        return " ".join(filter(None, [in_words(self.config), kind, str(self.shape)]))
+        model, magnitude = (
+            "" if value == usual else f"{name}={value}"
+            for name, value, usual in (("model", self.model, "plain"), ("magnitude", self.magnitude, "normal"))
+        )
+        return " ".join(filter(None, [in_words(self.config), kind, str(self.shape), model, magnitude]))
 
 
 class OperationSuite(FrozenModel):
@@ -143,7 +153,7 @@ class OperationSuite(FrozenModel):
         return {check: looser.factor for check, looser in self.tolerances.items()}
 
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[OperationCase]:
-        """Yield the cases: all in every requested dtype, or few; and those drawn at random.
+        """Yield the suite's examples: all in every requested dtype, or few.
 
         The few: every case in float32 (or, if not requested, in the first requested dtype), and another share of them in
         each other dtype.
@@ -154,11 +164,6 @@ class OperationSuite(FrozenModel):
         for dtype in there:
             every = slice(None) if wanted.full else _share(self.dtypes, there, dtype)[1]
             yield from (OperationCase(values, dtype) for values in self.values[every] or self.values)
-        dice = wanted.dice(self.operation)
-        for _ in range(wanted.drawn):
-            values, dtype = case_selection.draw_call(dice, dice.choice(self.values)), dice.choice(self.dtypes)
-            if dtype in there:
-                yield OperationCase(values, dtype)
 
 
 ParitySuite = MethodSuite | OperationSuite
@@ -171,9 +176,13 @@ class OperationCase:
     values: Values
     """Keyword arguments of the function that draws the Operation's arguments."""
     dtype: Dtype
+    magnitude: Magnitude = "normal"
+    sampled: bool = False
+    """As in MethodCase."""
 
     def __str__(self) -> str:
-        return in_words(self.values)
+        magnitude = "" if self.magnitude == "normal" else f"magnitude={self.magnitude}"
+        return " ".join(filter(None, [in_words(self.values), magnitude]))
 
 
 def _drops(config: Values) -> bool:
@@ -229,7 +238,7 @@ def load(method: str) -> MethodSuite:
     if (plan.base or plan.method) != method:
         what = "base" if plan.base else "method"
         problems.append(Problem(document.where(what), f"`{what}` is not {method!r}", "it must be the file's own name"))
-    problems += [*_of_checks(document, plan), *_of_configs(document, plan)]
+    problems += [*_of_checks(document, plan), *_of_configs(document, plan), *_of_settings(document, plan)]
     if problems:
         raise SuiteError(problems)
     return plan
@@ -263,6 +272,13 @@ def _of_checks(document: yaml_lines.Document, plan: MethodSuite | OperationSuite
                 document.where("tolerances", name), f"a tolerance for {name!r}, which is not tried here",
                 did_you_mean(name, plan.checks, "checks here"),
             )  # fmt: skip
+
+
+def _of_settings(document: yaml_lines.Document, plan: MethodSuite) -> Iterator[Problem]:
+    fields = methods()[plan.method].fields if plan.method in methods() else {}
+    for name in plan.settings.keys() - fields.keys():
+        where = document.where("settings", name)
+        yield Problem(where, f"{plan.method} has no setting {name!r}", did_you_mean(name, fields, "settings"))
 
 
 def _of_configs(document: yaml_lines.Document, plan: MethodSuite) -> Iterator[Problem]:

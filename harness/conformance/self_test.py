@@ -16,7 +16,7 @@ import torch
 from harness.conformance import checks, faults, operations, parity_suite
 from harness.conformance.checks import Reference
 from harness.conformance.execution import suite_run
-from harness.conformance.faults import Fault, FaultCase
+from harness.conformance.faults import Fault
 from harness.conformance.faults.packed import pack
 from harness.conformance.faults.patched_copy import PatchedCopy
 from harness.errors import Exit
@@ -98,12 +98,12 @@ def run(planted: Iterable[Fault] | None = None) -> SelfTestReport:
 
 
 def _run(every: Sequence[Fault], complete: bool) -> SelfTestReport:
-    verdicts = [FaultVerdict(fault, _failed(_spoilt(fault), fault.case)) for fault in every]
-    cases = {(fault.target, str(fault.case)): fault for fault in every}
+    verdicts = [FaultVerdict(fault, _failed(_spoilt(fault), fault)) for fault in every]
+    cases = {(fault.target, str(fault.case), _needs_wide(fault)): fault for fault in every}
     wrong = [
         f"{fault.target}/{check} ({fault.case})"
         for fault in cases.values()
-        for check in _failed(_implementation(fault.target, PatchedCopy(_source(fault.target))), fault.case)
+        for check in _failed(_implementation(fault.target, PatchedCopy(_source(fault.target))), fault)
     ]
     useful = {name for verdict in verdicts for name in verdict.caught}
     idle = (
@@ -130,11 +130,16 @@ def check(as_json: bool) -> Exit:
     return report.exit
 
 
-def _failed(implementation: Implementation, where: FaultCase) -> tuple[str, ...]:
-    """Return the checks that fail in the one case, in the suite's order."""
-    case = where.of_operation() if implementation.kind == "operation" else where.of_method()
-    outcomes = suite_run.run_case(implementation, _plan(implementation.target), case)
+def _failed(implementation: Implementation, fault: Fault) -> tuple[str, ...]:
+    """Return the checks that fail in the fault's case, in the suite's order."""
+    case = fault.case.of_operation() if implementation.kind == "operation" else fault.case.of_method()
+    outcomes = suite_run.run_case(implementation, _plan(implementation.target), case, wide=_needs_wide(fault))
     return tuple(dict.fromkeys(one.check for one in outcomes if one.result.outcome is Outcome.FAIL))
+
+
+def _needs_wide(fault: Fault) -> bool:
+    """Return whether a check that must catch the fault is tried by a wide selection only; such checks take long."""
+    return any(checks.every()[name].only_wide for name in fault.expected)
 
 
 def _spoilt(fault: Fault) -> Implementation:

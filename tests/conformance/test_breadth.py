@@ -1,4 +1,4 @@
-"""Cases drawn at random besides those of the suites: who is right at the suites' own sizes only is found out."""
+"""The fixed sample of cases that covers pairs of settings, and random cases."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ import torch
 from torch import nn
 
 from harness.cli import main
-from harness.conformance import parity_suite
+from harness.conformance import operations, parity_suite
 from harness.conformance.case_selection import FEW, CaseSelection
+from harness.conformance.drawing import sample
+from harness.conformance.drawing.covering import covering, every_pair, values
+from harness.conformance.drawing.factors import of_config, of_signature
 from harness.conformance.execution import suite_run
 from harness.errors import Exit
 from harness.methods.registry import DTYPES, Implementation
@@ -23,22 +27,38 @@ from harness.records.record import Outcome
 from reference import lora
 from reference.operations import multi_lora
 
-DRAWN = CaseSelection(drawn=8, seed=11)  # among them rank 101, and more than 130 tokens
+DRAWN = CaseSelection(drawn=60, seed=11)
+WIDE = CaseSelection(wide=True)
+LEVELS = {"a": [1, 2, 3], "b": ["x", "y"], "c": [True, False], "d": [0.0, 0.5, 1.0, 2.0]}
 
 
-def beyond(target: str, breadth: CaseSelection) -> list[Any]:
-    """Return the cases that are drawn."""
+def test_a_covering_sample_has_every_pair_of_levels_that_is_valid() -> None:
+    def valid(row: dict[str, Any]) -> bool:
+        return not (row["a"] == 3 and row["c"])
+
+    rows = [values(row, LEVELS) for row in covering(LEVELS, every_pair(LEVELS), valid)]
+    assert all(map(valid, rows))
+    for one, other in itertools.combinations(LEVELS, 2):
+        met = {(row[one], row[other]) for row in rows}
+        assert set(itertools.product(LEVELS[one], LEVELS[other])) - met == (
+            {(3, True)} if (one, other) == ("a", "c") else set()
+        )
+    assert len(rows) < 24 < 48
+
+
+@pytest.mark.parametrize("target", ["lora", "galore", "lora_linear", "multi_lora_linear", "adamw8bit_step"])
+def test_the_fixed_sample_is_always_the_same_and_has_every_setting(target: str) -> None:
     plan = parity_suite.load_plan(target)
-    return list(plan.cases(breadth))[len(list(plan.cases(FEW))) :]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", parity_suite.names())
-def test_a_seed_always_draws_the_same_cases_and_another_seed_others(target: str) -> None:
-    first = beyond(target, DRAWN)
-    assert len(first) == DRAWN.drawn
-    assert first == beyond(target, DRAWN)
-    assert first != beyond(target, CaseSelection(drawn=8, seed=12))
+    cases = list(sample.fixed(plan, WIDE, DTYPES))
+    assert cases == list(sample.fixed(plan, WIDE, DTYPES))
+    if isinstance(plan, parity_suite.MethodSuite):
+        sampled = [case.config for case in cases if isinstance(case, parity_suite.MethodCase) and case.sampled]
+        factors = of_config(methods()[target].fields)
+    else:
+        sampled = [case.values for case in cases if isinstance(case, parity_suite.OperationCase) and case.sampled]
+        factors = of_signature(operations.every()[target].arguments)
+    for name in factors:
+        assert len({str(values.get(name)) for values in sampled}) > 1, name
 
 
 def wrong_at_other_ranks(model: Any, config: lora.Config, generator: torch.Generator) -> Any:
@@ -49,33 +69,62 @@ def wrong_at_other_ranks(model: Any, config: lora.Config, generator: torch.Gener
 
 
 @pytest.mark.slow
-def test_an_implementation_that_is_wrong_at_other_ranks_only_fails_a_drawn_case() -> None:
+def test_an_implementation_that_is_wrong_at_other_ranks_only_fails_a_drawn_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEFT_HARNESS_CACHE", str(tmp_path))
+    plan = parity_suite.load("lora").model_copy(
+        update={"configs": [{"rank": 3}], "layers": ["linear"], "dtypes": ["float32"]}
+    )
+    monkeypatch.setattr(parity_suite, "load_plan", lambda _: plan)
     mine = Implementation("mine", "method", "lora", wrong_at_other_ranks, dtypes=("float32",))
-    usual = {one.status.value for one in suite_run.run(mine)}
+    usual = {one.status.value for one in suite_run.run(mine, breadth=WIDE)}
     drawn = [one for one in suite_run.run(mine, breadth=DRAWN) if one.status.value == "fail"]
     assert "fail" not in usual
-    assert {one.check for one in drawn} >= {"forward", "gradient"}
-    assert all(64 < int(one.case.split("rank=")[1].split()[0]) < 128 for one in drawn)
+    assert {one.check for one in drawn} & {"forward", "gradient"}
+    assert {one.case for one in drawn} == {"rank=65 9x24x40"}  # shrunk to the smallest
 
 
-def test_an_operation_that_is_wrong_beyond_130_tokens_only_fails_a_drawn_case() -> None:
+def test_an_operation_that_is_wrong_beyond_130_tokens_only_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def tiled(x: torch.Tensor, W: torch.Tensor, **rest: Any) -> torch.Tensor:
         y = multi_lora.multi_lora_linear(x, torch.nn.functional.linear(x, W), **rest)
         return torch.cat([y[:, :130], 0 * y[:, 130:]], dim=1)
 
     mine = Implementation("mine", "operation", "multi_lora_linear", tiled, dtypes=("float32",))
-    assert {one.status.value for one in suite_run.run(mine)} == {"pass"}
-    failed = [one for one in suite_run.run(mine, breadth=DRAWN) if one.status.value == "fail"]
+    failed = [one for one in suite_run.run(mine, breadth=WIDE) if one.status.value == "fail"]
+    assert "fail" not in {one.status.value for one in suite_run.run(mine)}
     assert {one.check for one in failed} >= {"outputs", "backward"}
+    assert all("tokens=515" in one.case for one in failed)
 
 
 @pytest.mark.usefixtures("forks")
 @pytest.mark.slow
-def test_check_draws_what_it_is_asked_to_and_names_the_sizes(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["check", "reference", "--op", "multi_lora_linear", "--dtype", "float32", "--drawn", "8", "--seed", "3"]
-    assert main([*asked, "--json"]) == Exit.PASS
-    cases = {row["case"] for row in json.loads(capsys.readouterr().out)["checks"]}
-    assert cases & {str(case) for case in beyond("multi_lora_linear", CaseSelection(drawn=8, seed=3))}
+def test_a_seed_draws_the_same_cases_and_another_seed_others(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEFT_HARNESS_CACHE", str(tmp_path))
+
+    def drawn(seed: str) -> list[str]:
+        asked = [
+            "check",
+            "reference",
+            "--op",
+            "multi_lora_linear",
+            "--dtype",
+            "float32",
+            "--drawn",
+            "8",
+            "--seed",
+            seed,
+        ]
+        assert main([*asked, "--json"]) == Exit.PASS
+        cases = dict.fromkeys(row["case"] for row in json.loads(capsys.readouterr().out)["checks"])
+        fixed = {str(case) for case in sample.fixed(parity_suite.load_plan("multi_lora_linear"), WIDE, ["float32"])}
+        return [case for case in cases if case not in fixed]
+
+    assert drawn("3") == drawn("3") != drawn("4")
 
 
 def test_nothing_can_be_drawn_of_the_planted_faults(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from harness.conformance import checks, parity_suite
-from harness.conformance.case_selection import FEW
+from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import exact
+from harness.conformance.drawing import sample
 from harness.conformance.execution import suite_run
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.conformance.subject import DTYPES, warm
@@ -58,7 +59,7 @@ def test_the_implementations_of_lora_conform(name: str, dtype: str, monkeypatch:
 
 @pytest.mark.parametrize("target", ["frozen", "full"])
 def test_the_baselines_conform(target: str) -> None:
-    tried = list(suite_run.run(method("reference", target)))
+    tried = list(suite_run.run(method("reference", target), breadth=CaseSelection(wide=True)))
     assert failed(tried) == set()
     assert {t.check for t in tried if t.status is CheckStatus.PASS} == set(parity_suite.load(target).checks)
 
@@ -104,5 +105,5 @@ def test_tensors_that_cannot_be_listed_are_one_finding_in_each_case(small: parit
 
     broken = implements("lora", name="broken", dtypes=["float32"])(attach)
     findings = [t.result for t in suite_run.run(broken) if t.result.check == "lora/attach/float32/init"]
-    assert len(findings) == len(list(small.cases(FEW)))
+    assert len(findings) == len(list(sample.fixed(small, FEW, ["float32"])))
     assert all("ZeroDivisionError" in f.detail for f in findings)

@@ -80,6 +80,10 @@ class Check(Generic[_Subject]):
     states: States
     in_cell: tuple[CellStage, ...]
     reference: Reference
+    of_sizes: bool
+    """Whether the property depends on sizes and settings. Otherwise it is tried with the suite's examples alone."""
+    only_wide: bool
+    """Whether the check is tried only with `CaseSelection.is_wide`."""
 
     def __call__(self, subject: _Subject, case: Case) -> CheckResult:
         """Try the check."""
@@ -87,14 +91,22 @@ class Check(Generic[_Subject]):
 
 
 def check(
-    states: States = States.ALL, *, in_cell: Iterable[CellStage] = (), reference: Reference = Reference.REQUIRED
+    states: States = States.ALL,
+    *,
+    in_cell: Iterable[CellStage] = (),
+    reference: Reference = Reference.REQUIRED,
+    of_sizes: bool = True,
+    only_wide: bool = False,
 ) -> Callable[[Callable[[_Subject, Case], CheckResult]], Check[_Subject]]:
-    """Declare a function `check_NAME` to be the check NAME. in_cell: where a Cell's parity gate tries it too."""
+    """Declare a function `check_NAME` to be the check NAME. in_cell: where a Cell's parity gate tries it too.
+    of_sizes: see `Check`."""
 
     def declare(function: Callable[[_Subject, Case], CheckResult]) -> Check[_Subject]:
         if not function.__name__.startswith(_PREFIX):
             raise TypeError(f"a check is called {_PREFIX}NAME, not {function.__name__}")
-        return Check(function.__name__.removeprefix(_PREFIX), function, states, tuple(in_cell), reference)
+        return Check(
+            function.__name__.removeprefix(_PREFIX), function, states, tuple(in_cell), reference, of_sizes, only_wide
+        )
 
     return declare
 

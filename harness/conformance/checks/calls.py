@@ -21,7 +21,7 @@ from harness.conformance.subject import DTYPES, Subject
 from harness.records.record import CheckResult
 
 
-@check(States.WARM)
+@check(States.WARM, of_sizes=False)
 def check_overlap(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Two calls with different inputs of one shape may be under way at once.
 

@@ -17,42 +17,49 @@ from harness.conformance.subject import DTYPES, Subject
 from harness.records.record import CheckResult
 from reference.galore import Projector, galore_step, projector
 
-_STEPS, _GAP, _RANK = 5, 2, 2
+_HISTORIES = ((5, 2, 2), (3, 1, 2))
+"""Steps, update gap and rank: each history has two refreshes after the first step."""
 _LR, _DECAY = 0.1, 0.1
 Signs = tuple[float, ...]
 """Signs of singular vectors, those of P first."""
 
 
-@check()
+@check(of_sizes=False)
 def check_refresh(subject: Subject, case: Case) -> CheckResult:
     """GaLore's own optimizer moves the weights as the reference does, also across a refresh of the subspace.
 
-    Five steps on random gradients, with a new subspace at the third and the fifth: M and V are carried over from the
-    old subspace, and weight decay is not projected  (GaLore, algorithm 2). Before each step the weights are restored,
-    so that no step inherits the rounding of another.
+    Five steps on random gradients, with a new subspace at the third and the fifth, and three steps with a new subspace
+    at each: M and V are carried over from the old subspace, and weight decay is not projected  (GaLore,
+    algorithm 2). Before each step the weights are restored, so that no step inherits the rounding of another.
 
     The sign of a singular vector is arbitrary. It shows after a refresh, since M is carried over, and any choice of
     signs is right.
     """
-    fresh = case.attach_again(rank=_RANK, update_gap=_GAP)
-    if fresh is None:
-        return skipped(subject, case, "refresh", "the case cannot attach again")
+    found = []
+    for steps, gap, rank in _HISTORIES:
+        fresh = case.attach_again(rank=rank, update_gap=gap)
+        if fresh is None:
+            return skipped(subject, case, "refresh", "the case cannot attach again")
+        if fresh.adapted.optimizer(_LR, _DECAY) is None:
+            return skipped(subject, case, "refresh", "the Method has no optimizer")
+        found += list(_of_layers(fresh, case, steps))
+    return judged(subject, case, "refresh", worst_of(found, found[0].policy))
+
+
+def _of_layers(fresh: Subject, case: Case, steps: int) -> Iterator[Judgement]:
     # Singular values that fall slowly distinguish a randomised SVD from the exact one.
     decay = 0.9 if fresh.config.niter else 0.5
-    found = []
     for index, path in enumerate(fresh.adapted.layers):
         optimizer = fresh.adapted.optimizer(_LR, _DECAY)
-        if optimizer is None:
-            return skipped(subject, case, "refresh", "the Method has no optimizer")
+        assert optimizer is not None  # noqa: S101  # the caller has looked
         tensors = fresh.tensors_of(path)
         gradients = [
             {name: _gradient(t, case.generator(salt=50 * index + step), decay) for name, t in tensors.items()}
-            for step in range(_STEPS)
+            for step in range(steps)
         ]
         mine = _steps_of_subject(optimizer, tensors, gradients)
         best = min(_judgements(fresh, case, tensors, gradients, mine), key=lambda j: (not j.passed, j.ratio))
-        found.append(prefix_tensor(path, best))
-    return judged(subject, case, "refresh", worst_of(found, found[0].policy))
+        yield prefix_tensor(f"{path}, update_gap {fresh.config.update_gap}", best)
 
 
 def _gradient(weight: Tensor, generator: torch.Generator, decay: float) -> Tensor:
@@ -86,10 +93,11 @@ def _judgements(
     fresh: Subject, case: Case, tensors: dict[str, Tensor], gradients: list[dict[str, Tensor]], mine: dict[str, Tensor]
 ) -> Iterator[Judgement]:
     """Judge by the reference, for each choice of signs at the two refreshes, until one passes."""
-    rank = min(_RANK, *next(t for t in tensors.values() if t.dim() == 2).shape)
+    rank = min(fresh.config.rank, *next(t for t in tensors.values() if t.dim() == 2).shape)
+    first, second = range(fresh.config.update_gap, len(gradients), fresh.config.update_gap)
     columns = 2 * rank if fresh.config.side == "full" else rank
     for signs in itertools.product((1.0, -1.0), repeat=2 * columns):
-        chosen = {2: signs[:columns], 4: signs[columns:]}
+        chosen = {first: signs[:columns], second: signs[columns:]}
         truth, rounded = (_steps_of_reference(fresh, tensors, gradients, d, chosen) for d in ("float64", fresh.dtype))
         judgement = noise_floor(mine, truth, rounded, fresh.dtype, case.factor("refresh"))
         yield judgement

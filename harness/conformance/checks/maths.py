@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.conformance.case import Case
 from harness.conformance.checks import CellStage, States, check
@@ -26,7 +26,8 @@ from harness.conformance.comparison.tolerance_policies import (
     worst_of,
 )
 from harness.conformance.subject import DTYPES, LARGEST_COPY, Subject
-from harness.conformance.tolerance_constants import CARRIED_DRAWS, CARRIED_FACTOR
+from harness.conformance.tolerance_constants import CARRIED_DRAWS, CARRIED_FACTOR, PERTURBED_DRAWS
+from harness.methods.spec import Adapted
 from harness.records.record import CheckResult
 
 
@@ -75,7 +76,7 @@ def check_gradient(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "gradient", case.once(_judge_layers, subject).gradients)
 
 
-@check(States.WARM)
+@check(States.WARM, of_sizes=False)
 def check_strides(subject: Subject, case: Case) -> CheckResult:
     """Outputs and gradients equal the reference's for other memory layouts, and for an input without tokens.
 
@@ -86,7 +87,7 @@ def check_strides(subject: Subject, case: Case) -> CheckResult:
         base = subject.original_base(path)
         if not takes_rows(base):
             continue
-        x, dy = inputs(base, case.tokens, DTYPES[subject.dtype], case.generator(index))
+        x, dy = inputs(base, case.tokens, DTYPES[subject.dtype], case.generator(index), case.magnitude)
         x, dy = x.T.contiguous().T, dy[:1].expand(dy.shape)
         for rows in (slice(None), slice(0, 0)):
             runs = observe_with_reference(subject, path, layer, x[rows], dy[rows])
@@ -96,7 +97,7 @@ def check_strides(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "strides", worst_of(found, found[0].policy))
 
 
-@check(States.WARM)
+@check(States.WARM, of_sizes=False)
 def check_vector(subject: Subject, case: Case) -> CheckResult:
     """For a single vector (D,) the output (E,) and the gradients equal the reference's."""
     found = []
@@ -120,29 +121,49 @@ def check_step(subject: Subject, case: Case) -> CheckResult:
     found = []
     for index, path in enumerate(subject.adapted.layers):
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
-        runs = [(subject.adapted.layers[path], subject.tensors_of(path), subject.adapted, subject.dtype)]
-        for dtype in ("float64", subject.dtype):
-            twin = subject.reference(path, dtype)
-            runs.append((twin.layer, twin.tensors, twin.adapted, dtype))
-        moved = []
-        for layer, tensors, adapted, dtype in runs:
-            before = {n: t.detach().clone() for n, t in tensors.items()}
-            gradients = observe(layer, tensors, cast(x, dtype), dy.to(DTYPES[dtype]))
-            for name, tensor in tensors.items():
-                tensor.grad = gradients.get(f"grad {name}")
-            if before:
-                optimizer_of(adapted, tensors.values()).step()
-            moved.append({n: t.detach().clone() for n, t in tensors.items()})
-            with torch.no_grad():
-                for name, tensor in tensors.items():
-                    tensor.copy_(before[name])
-                    tensor.grad = None
-        mine, truth, rounded = moved
+        mine = _moved(subject.adapted.layers[path], subject.tensors_of(path), subject.adapted, x, dy)
+        truth = _moved_reference(subject, path, "float64", x, dy)
         if truth:
-            found.append(prefix_tensor(path, noise_floor(mine, truth, rounded, subject.dtype, case.factor("step"))))
+            draws = _moved_draws(subject, path, x, dy)
+            found.append(prefix_tensor(path, noise_floor(mine, truth, draws, subject.dtype, case.factor("step"))))
     if not found:
         return skipped(subject, case, "step", "nothing trains")
     return judged(subject, case, "step", worst_of(found, found[0].policy))
+
+
+def _moved(
+    layer: nn.Module, tensors: Mapping[str, Tensor], adapted: Adapted, x: Tensor, dy: Tensor
+) -> dict[str, Tensor]:
+    """Return the tensors after one optimizer step; the layer keeps those of before."""
+    before = {n: t.detach().clone() for n, t in tensors.items()}
+    gradients = observe(layer, tensors, x, dy)
+    for name, tensor in tensors.items():
+        tensor.grad = gradients.get(f"grad {name}")
+    if before:
+        optimizer_of(adapted, tensors.values()).step()
+    moved = {n: t.detach().clone() for n, t in tensors.items()}
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(before[name])
+            tensor.grad = None
+    return moved
+
+
+def _moved_reference(subject: Subject, path: str, dtype: str, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    twin = subject.reference(path, dtype)
+    return _moved(twin.layer, twin.tensors, twin.adapted, cast(x, dtype), dy.to(DTYPES[dtype]))
+
+
+def _moved_draws(subject: Subject, path: str, x: Tensor, dy: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Draw rounding errors: the reference in the subject's dtype, then in float64 with perturbed inputs.
+
+    The second shows how much the step amplifies them, such as GaLore's SVD, where the subject is in float64 itself.
+    """
+    yield _moved_reference(subject, path, subject.dtype, x, dy)
+    for seed in range(PERTURBED_DRAWS):
+        generator = torch.Generator().manual_seed(seed)
+        moved = (perturbed(t, subject.dtype, generator) for t in (cast(x, "float64"), dy.double()))
+        yield _moved_reference(subject, path, "float64", *moved)
 
 
 @check(in_cell=[CellStage.WARM])

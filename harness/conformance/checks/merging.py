@@ -91,7 +91,7 @@ def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Te
     return found
 
 
-@check(States.INIT)
+@check(States.INIT, of_sizes=False)
 def check_detach(subject: Subject, case: Case) -> CheckResult:
     """Detaching restores the base layers themselves, with their weights and outputs."""
     fresh = case.attach_again()
@@ -108,7 +108,7 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "detach", exact(mine, base))
 
 
-@check(States.WARM)
+@check(States.WARM, of_sizes=False)
 def check_save(subject: Subject, case: Case) -> CheckResult:
     """`tensors()` and `state()` are the whole state of an adapter.
 

@@ -52,7 +52,7 @@ def check_backward(subject: OperationSubject, case: Case) -> CheckResult:
     return judged(subject, case, "backward", verdict)
 
 
-@check()
+@check(of_sizes=False)
 def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
     """A call leaves its arguments as they were."""
     given = cloned(subject.arguments)
@@ -61,37 +61,68 @@ def check_arguments(subject: OperationSubject, case: Case) -> CheckResult:
         subject,
         case,
         "arguments",
-        exact(_told(operation_call.flatten(given)), _told(operation_call.flatten(subject.arguments))),
+        exact(
+            operation_call.finite(operation_call.flatten(given)),
+            operation_call.finite(operation_call.flatten(subject.arguments)),
+        ),
     )
 
 
-@check()
+@check(of_sizes=False)
 def check_repeatable(subject: OperationSubject, case: Case) -> CheckResult:
     """Two calls with the same arguments return the same, to the last bit."""
     first = {name: t.detach().clone() for name, t in subject.call().items()}
-    return judged(subject, case, "repeatable", exact(_told(subject.call()), _told(first)))
+    return judged(
+        subject, case, "repeatable", exact(operation_call.finite(subject.call()), operation_call.finite(first))
+    )
 
 
 @check()
 def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
     """The outputs do not depend on the memory layout of the arguments.
 
-    Every floating argument is a view with gaps between its elements, or is transposed in memory, as a slice or a `.T`
-    is. The outputs are equal to the last bit or, since another layout may take another path, as right as `outputs`
+    Every tensor is a view with gaps between its elements, or is transposed in memory, as a slice or a `.T` is. The
+    outputs are equal to the last bit or, since another layout may take another path, as right as `outputs`
     demands.
     """
     plain, found = subject.call(), []
     for name, change in (("every second element", _gapped), ("transposed", _transposed)):
-        given = operation_call.map_floats(cloned(subject.arguments), change)
+        given = operation_call.map_tensors(cloned(subject.arguments), change)
         mine = subject.operation.named(subject.function(**given))
-        verdict = operation_call.ill_formed(mine, plain) or exact(_told(mine), _told(plain))
+        verdict = operation_call.ill_formed(mine, plain) or exact(
+            operation_call.finite(mine), operation_call.finite(plain)
+        )
         if not verdict.passed:
             verdict = worst_of([one for one, _ in operation_call.judgements(subject, mine, case)], "as outputs")
         found.append(replace(verdict, tensor=f"{name}: {verdict.tensor}"))
     return judged(subject, case, "layouts", worst_of(found, "exact"))
 
 
-@check()
+@check(only_wide=True)
+def check_nonfinite(subject: OperationSubject, case: Case) -> CheckResult:
+    """A NaN in an argument reaches every output that it reaches in the reference.
+
+    One element of each floating argument in turn is NaN. Where the reference returns NaN, the Operation returns NaN or
+    infinity; otherwise a training run would go on with invented numbers.
+    """
+    if subject.arguments.get("scaling") == 0:
+        return skipped(subject, case, "nonfinite", "an update that is scaled by 0 need not be computed")
+    odd: list[str] = []
+    for name, tensor in operation_call.flatten(subject.arguments).items():
+        if not tensor.is_floating_point() or not tensor.numel() or not tensor.dim():
+            continue
+        given = cloned(subject.arguments)
+        middle = torch.unravel_index(torch.tensor(tensor.numel() // 2), tensor.shape)
+        operation_call.flatten(given)[name][middle] = torch.nan
+        want = subject.operation.named(subject.operation.reference(**cloned(given)))
+        mine = subject.operation.named(subject.function(**given))
+        for output, expected in want.items():
+            if expected.is_floating_point() and bool((expected.isnan() & mine[output].isfinite()).any()):
+                odd.append(f"a NaN in {name} does not reach {output}")
+    return listed(subject, case, "nonfinite", odd)
+
+
+@check(of_sizes=False)
 def check_written(subject: OperationSubject, case: Case) -> CheckResult:
     """No output and no gradient contains memory that was never written.
 
@@ -116,8 +147,9 @@ def check_written(subject: OperationSubject, case: Case) -> CheckResult:
 
 
 def _gapped(tensor: Tensor) -> Tensor:
-    """Return the tensor as every second element of a buffer with NaN in the gaps."""
-    wide = tensor.new_full((*tensor.shape, 2), torch.nan)
+    """Return the tensor as every second element of a buffer with NaN, or the largest integer, in the gaps."""
+    floating = tensor.is_floating_point()
+    wide = tensor.new_full((*tensor.shape, 2), torch.nan if floating else torch.iinfo(tensor.dtype).max)
     wide[..., 0] = tensor
     return wide[..., 0]
 
@@ -125,10 +157,3 @@ def _gapped(tensor: Tensor) -> Tensor:
 def _transposed(tensor: Tensor) -> Tensor:
     """Return the tensor with its last dimension the slowest in memory; a vector stays as it is."""
     return tensor.transpose(0, -1).contiguous().transpose(0, -1)
-
-
-def _told(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Separate finite values from the positions of NaN and infinity, so that a NaN in its place is no difference."""
-    finite = {name: t.detach().nan_to_num(0.0, 0.0, 0.0) for name, t in named.items()}
-    how = {f"{n}, NaN or infinite": t.isnan() + 2 * t.isposinf() + 3 * t.isneginf() for n, t in named.items()}
-    return finite | how

@@ -13,7 +13,7 @@ from harness.conformance.subject import DTYPES, Subject
 from harness.records.record import CheckResult
 
 
-@check(States.INIT)
+@check(States.INIT, of_sizes=False)
 def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Attaching and computing change no process-wide setting, and seed no random numbers.
 

@@ -17,7 +17,7 @@ from harness.methods import checksums
 from harness.records.record import CheckResult
 
 
-@check(in_cell=[CellStage.ATTACHED])
+@check(in_cell=[CellStage.ATTACHED], of_sizes=False)
 def check_layers(subject: Subject, case: Case) -> CheckResult:
     """The adapter sits on exactly the layers that the config's targets name, and nothing else of the model trains.
 
@@ -62,7 +62,7 @@ def check_parameters(subject: Subject, case: Case) -> CheckResult:
     return listed(subject, case, "parameters", odd, f"{total:,} scalars")
 
 
-@check(States.INIT, in_cell=[CellStage.START], reference=Reference.UNUSED)
+@check(States.INIT, in_cell=[CellStage.START], reference=Reference.UNUSED, of_sizes=False)
 def check_base(subject: Subject, case: Case) -> CheckResult:
     """Attaching changes no parameter and no buffer of the model, not by one bit.
 
@@ -92,7 +92,7 @@ def check_base(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "base", exact({n: now[n].detach() for n in before}, {n: then[n] for n in before}))
 
 
-@check(States.WARM)
+@check(States.WARM, of_sizes=False)
 def check_inputs(subject: Subject, case: Case) -> CheckResult:
     """Forward and backward change neither the input, nor the incoming gradient, nor any weight, the base's included."""
     found = []
@@ -110,7 +110,7 @@ def check_inputs(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "inputs", worst_of(found, "exact"))
 
 
-@check(States.WARM)
+@check(States.WARM, of_sizes=False)
 def check_deterministic(subject: Subject, case: Case) -> CheckResult:
     """Two runs on the same input give the same output and gradients, to the last bit."""
     found = []
@@ -121,7 +121,7 @@ def check_deterministic(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "deterministic", worst_of(found, "exact"))
 
 
-@check(States.WARM)
+@check(States.WARM, of_sizes=False)
 def check_poison(subject: Subject, case: Case) -> CheckResult:
     """No output and no gradient contains memory that was never written.
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.conformance.comparison.magnitudes import vary
 from harness.conformance.subject import DTYPES
 
 SIDE = 5
@@ -14,10 +15,13 @@ IMAGES = 2
 """Height and width, and number, of a convolution's input images. Each pixel is a token."""
 
 
-def inputs(base: nn.Module, tokens: int, dtype: torch.dtype, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def inputs(
+    base: nn.Module, tokens: int, dtype: torch.dtype, generator: torch.Generator, magnitude: str = "normal"
+) -> tuple[Tensor, Tensor]:
     """Return x and dy for `base`, drawn in float64 so that every dtype sees the same numbers.
 
-    Linear: (T, D) and (T, E). Embedding: token numbers (T,) and (T, dim). Conv2d: a few images (N, C, H, W).
+    Linear: (T, D) and (T, E). Embedding: token numbers (T,) and (T, dim). Conv2d: a few images (N, C, H, W). magnitude:
+    of x, see `magnitudes.vary`.
     """
     layer: Any = base
     if isinstance(base, nn.Embedding):
@@ -34,7 +38,7 @@ def inputs(base: nn.Module, tokens: int, dtype: torch.dtype, generator: torch.Ge
         x = torch.randn(tokens, D, generator=generator, dtype=torch.float64)
         dy = torch.randn(tokens, E, generator=generator, dtype=torch.float64)
     device = next(base.parameters()).device
-    return x.to(device, dtype), dy.to(device, dtype)
+    return vary(x, magnitude, dtype).to(device, dtype), dy.to(device, dtype)
 
 
 def cast(x: Tensor, dtype: str) -> Tensor:

@@ -76,6 +76,11 @@ def gradients(
     return backward(*forward(subject, function, dtype), case)
 
 
+def map_tensors(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
+    """Apply `change` to every tensor inside arguments, except single numbers."""
+    return mapped(value, lambda one: change(one) if isinstance(one, Tensor) and one.dim() else one)
+
+
 def map_floats(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
     """Apply `change` to every floating tensor inside arguments, except single numbers."""
 
@@ -106,3 +111,10 @@ def _perturbed(exactly: Arguments, dtype: str, generator: torch.Generator) -> Ar
 
 def _reference(subject: OperationSubject, arguments: Arguments) -> dict[str, Tensor]:
     return subject.operation.named(subject.operation.reference(**cloned(arguments)))
+
+
+def finite(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Separate finite values from the positions of NaN and infinity, so that a NaN in its place is no difference."""
+    finite = {name: t.detach().nan_to_num(0.0, 0.0, 0.0) for name, t in named.items()}
+    how = {f"{n}, NaN or infinite": t.isnan() + 2 * t.isposinf() + 3 * t.isneginf() for n, t in named.items()}
+    return finite | how

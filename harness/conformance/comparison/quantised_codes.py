@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from harness.conformance.comparison.tolerance_policies import Judgement, exact
+from harness.conformance.drawing.factors import Block, Shape
 from harness.conformance.operation import Arguments
 from reference.operations import nf4
 
 Kind = Literal["normal", "levels", "ties", "zeros", "zero-blocks", "scales", "tiny", "huge", "nan", "infinity"]
+FiniteKind = Literal["normal", "levels", "zeros", "zero-blocks", "scales"]
+"""Values whose decoded form every dtype holds."""
 UNCOMPARED = -1.0
 """Replaces an absmax that is not compared, on both sides. A real absmax is never negative."""
 
@@ -88,7 +91,7 @@ class FourBit:
         self.form = form
 
     def arguments(
-        self, dtype: torch.dtype, generator: torch.Generator, *, shape: Sequence[int], block: int, kind: Kind = "normal"
+        self, dtype: torch.dtype, generator: torch.Generator, *, shape: Shape, block: Block, kind: Kind = "normal"
     ) -> Arguments:
         """Draw a tensor to quantise."""
         return {"W": values(kind, shape, block, self.form.codebook(), dtype, generator), "block": block}
@@ -110,7 +113,7 @@ class FourBit:
         return judge_codes(mine, (codes, absmax), near_tie, block, self.form.codebook())
 
     def packed_arguments(
-        self, dtype: torch.dtype, generator: torch.Generator, *, shape: Sequence[int], block: int, kind: Kind = "normal"
+        self, dtype: torch.dtype, generator: torch.Generator, *, shape: Shape, block: Block, kind: FiniteKind = "normal"
     ) -> Arguments:
         """Draw a packed weight; every code occurs if it is long enough."""
         given = self.arguments(torch.float32, generator, shape=shape, block=block, kind=kind)

@@ -1,4 +1,4 @@
-"""Small model of the parity suites: two layers to adapt, one to leave alone, none square."""
+"""Small model of the parity suites: layers to adapt, and layers to leave alone."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from harness.conformance.comparison.inputs import SIDE
 from harness.conformance.comparison.observations import inference
-from harness.conformance.parity_suite import CaseShape, Kind
+from harness.conformance.parity_suite import CaseShape, Kind, ModelForm
 
-TARGETS = ("first", "second")
+_PAIRS = 4
+"""Further pairs of targets of a `deep` model."""
 _GEOMETRIES: dict[str, dict[str, Any]] = {
     "conv2d": {"padding": 1},
     "conv2d-dilated": {"padding": 2, "dilation": 2},
@@ -24,13 +25,18 @@ _GEOMETRIES: dict[str, dict[str, Any]] = {
 class ParityModel(nn.Module):
     """`first` (D to E, with bias), `other` (E to E, never adapted), `second` (E to D, without bias where there is a choice).
 
-    Weights are normal with standard deviation 1/sqrt(in), drawn in float64.
+    form `wide`: also `wide` (D + E to D + E, never adapted), larger than every target in both dimensions. form `deep`: also
+    the targets `more.0` to `more.7`. Weights are normal with standard deviation 1/sqrt(in), drawn in float64.
     """
 
-    def __init__(self, kind: Kind, shape: CaseShape, dtype: torch.dtype, seed: int) -> None:
+    def __init__(self, kind: Kind, shape: CaseShape, dtype: torch.dtype, seed: int, form: ModelForm = "plain") -> None:
         super().__init__()
         self.kind, D, E = kind, shape.inputs, shape.outputs
         self.first, self.other, self.second = _layers(kind, D, E)
+        self.wide = nn.Linear(D + E, D + E) if form == "wide" else None
+        pairs = [_layers(kind, D, E) for _ in range(_PAIRS if form == "deep" else 0)]
+        self.more = nn.ModuleList(layer for there, _, back in pairs for layer in (there, back))
+        self.targets = ("first", "second", *(f"more.{index}" for index in range(len(self.more))))
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.parameters():
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -44,8 +50,18 @@ class ParityModel(nn.Module):
         if self.kind == "embedding":
             y = self.other(self.first(x) + self.second(x))
         else:
-            y = self.second(torch.tanh(self.other(torch.tanh(self.first(x)))))
+            h = torch.tanh(self.first(x))
+            y = self.second(torch.tanh(self.other(h)))
+            if self.wide is not None:
+                y = y + self.wide(torch.cat([x, h], dim=-1))[..., : y.shape[-1]]
+            for there, back in zip(self.more[::2], self.more[1::2], strict=True):
+                y = y + back(torch.tanh(there(x)))
         return y
+
+
+def is_built(kind: Kind, form: ModelForm) -> bool:
+    """Return whether there is such a model of this kind of layer: the larger forms exist for rows of features."""
+    return form == "plain" or kind in ("linear", "conv1d")
 
 
 def _layers(kind: Kind, D: int, E: int) -> tuple[nn.Module, nn.Module, nn.Module]:

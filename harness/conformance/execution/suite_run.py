@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +14,11 @@ from torch import nn
 from harness.conformance import checks, operations, parity_suite, process_settings
 from harness.conformance.case import Case
 from harness.conformance.case_selection import FEW, CaseSelection
-from harness.conformance.execution.parity_model import TARGETS, ParityModel, whole
+from harness.conformance.checks import States
+from harness.conformance.comparison.magnitudes import vary
+from harness.conformance.drawing import sample
+from harness.conformance.drawing.sample import AnyCase
+from harness.conformance.execution.parity_model import ParityModel, whole
 from harness.conformance.findings.outcomes import CheckOutcome, Execution
 from harness.conformance.operation import Arguments, OperationSubject
 from harness.conformance.parity_suite import MethodCase, MethodSuite, OperationCase, OperationSuite, ParitySuite
@@ -35,6 +39,8 @@ from harness.methods.registry import Implementation
 from harness.records.check import CheckId, CheckResult, Outcome
 
 SEED = 20
+WALKS = 8
+"""Random walks of a case."""
 CPU = torch.device("cpu")
 _T = TypeVar("_T")
 
@@ -54,21 +60,40 @@ def run(
     """
     wanted = [dtype for dtype in implementation.dtypes if dtype in (dtypes or implementation.dtypes)]
     plan = parity_suite.load_plan(implementation.target)
-    for case in plan.cases(breadth, wanted):
+
+    def tried(case: AnyCase) -> Iterator[CheckOutcome]:
         if begin is not None:
             begin(f"{case} {case.dtype}")
-        yield from run_case(implementation, plan, case)
+        yield from run_case(implementation, plan, case, wide=breadth.is_wide)
+
+    for case in sample.fixed(plan, breadth, wanted):
+        yield from tried(case)
+    if breadth.drawn:
+        from harness.conformance.drawing.search import search  # imports Hypothesis
+
+        yield from search(plan, breadth, wanted, tried, f"{implementation.name}-{implementation.target}")
 
 
 def run_case(
-    implementation: Implementation, plan: ParitySuite, of: MethodCase | OperationCase, device: torch.device = CPU
+    implementation: Implementation,
+    plan: ParitySuite,
+    of: MethodCase | OperationCase,
+    device: torch.device = CPU,
+    *,
+    wide: bool = False,
 ) -> Iterator[CheckOutcome]:
-    """Yield the outcome of every check of one case. device: where a Method's case runs; an Operation's runs on the CPU."""
+    """Yield the outcome of every check of one case.
+
+    device: where a Method's case runs; an Operation's runs on the CPU. wide: also the checks that only a wide selection
+    tries.
+    """
     runner = CaseRunner(implementation, str(of), of.dtype)
+    every = {name: checks.every()[name] for name in plan.checks}
+    tried = [name for name, one in every.items() if (wide or not one.only_wide) and (one.of_sizes or not of.sampled)]
     if isinstance(plan, OperationSuite) and isinstance(of, OperationCase):
-        yield from _run_operation(runner, plan, of)
+        yield from _run_operation(runner, plan, of, tried)
     elif isinstance(plan, MethodSuite) and isinstance(of, MethodCase):
-        yield from _run_method(runner, plan, of, device)
+        yield from _run_method(runner, plan, of, device, tried)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +135,9 @@ class CaseRunner:
         )  # fmt: skip
 
 
-def _run_method(runner: CaseRunner, plan: MethodSuite, of: MethodCase, device: torch.device) -> Iterator[CheckOutcome]:
+def _run_method(
+    runner: CaseRunner, plan: MethodSuite, of: MethodCase, device: torch.device, tried: Sequence[str]
+) -> Iterator[CheckOutcome]:
     """Run a case of a Method, or of a quantised base: each check in the states that it names."""
     attaching = CheckId(plan.method, "attach", of.dtype, "init")
     with process_settings.restored() as disturbed:  # by the imports, perhaps, that the first attaching does
@@ -127,20 +154,28 @@ def _run_method(runner: CaseRunner, plan: MethodSuite, of: MethodCase, device: t
             if failure is not None:
                 yield failure
                 return
-        for name in plan.checks:
-            if checks.every()[name].states.include(state, plan.states):
+        for name in tried:
+            states = checks.every()[name].states
+            if of.sampled and states is States.ALL and state != plan.states[-1]:
+                continue
+            if states.include(state, plan.states):
                 yield runner.check(name, subject, in_state)
 
 
-def _run_operation(runner: CaseRunner, plan: OperationSuite, of: OperationCase) -> Iterator[CheckOutcome]:
+def _run_operation(
+    runner: CaseRunner, plan: OperationSuite, of: OperationCase, tried: Sequence[str]
+) -> Iterator[CheckOutcome]:
     operation = operations.every()[plan.operation]
 
     def draw(seed: int) -> Arguments:
-        return operation.arguments(DTYPES[of.dtype], torch.Generator().manual_seed(seed), **of.values)
+        dtype = DTYPES[of.dtype]
+        given = operation.arguments(dtype, torch.Generator().manual_seed(seed), **of.values)
+        varied = {name: vary(given[name].double(), of.magnitude, dtype).to(dtype) for name in operation.inputs}
+        return given | varied if of.magnitude != "normal" else given
 
     subject = OperationSubject(operation, runner.implementation, of.dtype, draw(SEED), lambda: draw(SEED + 1))
     case = Case("call", seed=SEED, factors=plan.factors())
-    for name in plan.checks:
+    for name in tried:
         yield runner.check(name, subject, case)
 
 
@@ -154,7 +189,7 @@ def attach(
     method = plan.method
 
     def built(shape: parity_suite.CaseShape) -> ParityModel:
-        return ParityModel(of.kind, shape, DTYPES[of.dtype], SEED).eval().to(device)
+        return ParityModel(of.kind, shape, DTYPES[of.dtype], SEED, of.model).eval().to(device)
 
     pristine = built(of.shape)
     # One weight and one config: one reference, shared by every subject made here.
@@ -164,7 +199,7 @@ def attach(
         model = built(of.shape.square()) if square else copy.deepcopy(pristine)
         resolved = configure(method, of.config | changed)
         if hasattr(resolved, "targets"):
-            resolved = dataclasses.replace(resolved, targets=TARGETS)
+            resolved = dataclasses.replace(resolved, targets=model.targets)
         bases = _adaptable(model, resolved)
         packed: dict[str, PackedLayer] = {}
         expected: dict[str, ExpectedCodes] = {}
@@ -190,15 +225,16 @@ def attach(
     original = subject.original.model
     assert original is not None  # noqa: S101  # a parity model is small enough to be copied
     case = Case(
-        "init", tokens=of.shape.tokens, seed=SEED, inputs=run_model, base_output=whole(original)[0](),
-        forward=forward, fresh=fresh, factors=plan.factors(),
+        "init", tokens=of.shape.tokens, magnitude=of.magnitude, seed=SEED, inputs=run_model,
+        base_output=whole(original)[0](), walks=0 if of.sampled and of.shape.tokens > 1 else WALKS, forward=forward,
+        forward_of=lambda model: whole(model)[1], fresh=fresh, factors=plan.factors(),
     )  # fmt: skip
     return subject, case
 
 
 def _adaptable(model: ParityModel, config: Any) -> dict[str, nn.Module]:
     if hasattr(config, "targets"):
-        return {name: model.get_submodule(name) for name in TARGETS}
+        return {name: model.get_submodule(name) for name in model.targets}
     return adaptable_layers(model, config)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from harness.conformance.comparison.functional_layer import dense_linear
 from harness.conformance.comparison.operation_call import map_floats
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed
+from harness.conformance.drawing.factors import Beta, Matrix, Rank
 from harness.conformance.operation import Arguments, Operation, cloned, draw
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from reference import adalora
@@ -23,10 +24,10 @@ def arguments(
     dtype: torch.dtype,
     generator: torch.Generator,
     *,
-    shape: Sequence[int],
-    rank: int,
-    beta1: float = 0.85,
-    beta2: float = 0.7,
+    shape: Matrix,
+    rank: Rank,
+    beta1: Beta = 0.85,
+    beta2: Beta = 0.7,
 ) -> Arguments:
     """Draw the arguments of one call. shape: (out, in) of the layer.
 

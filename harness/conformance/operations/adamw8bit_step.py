@@ -11,6 +11,7 @@ from torch import Tensor
 
 from harness.conformance.comparison.quantised_codes import judge_codes
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
+from harness.conformance.drawing.factors import Beta, Eps, FirstStep, Shape, WeightDecay
 from harness.conformance.operation import Arguments, Operation, cloned, draw
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance_constants import CODE_TIE_EPS, EPSILON
@@ -24,9 +25,12 @@ def arguments(
     dtype: torch.dtype,
     generator: torch.Generator,
     *,
-    shape: list[int],
-    step: int = 7,
-    weight_decay: float = 0.0,
+    shape: Shape,
+    step: FirstStep = 7,
+    weight_decay: WeightDecay = 0.0,
+    beta1: Beta = 0.9,
+    beta2: Beta = 0.999,
+    eps: Eps = 1e-8,
     gradient: Literal["dense", "sparse"] = "dense",
 ) -> Arguments:
     """Draw a parameter, its gradient and its state. step 1: the state is that before the first, all zero.
@@ -44,7 +48,7 @@ def arguments(
     if step > 1:
         state["m"], state["m_absmax"] = quantize_blockwise(m, dynamic_map(signed=True))
         state["v"], state["v_absmax"] = quantize_blockwise(v.square(), dynamic_map(signed=False))
-    how = {"step": step, "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay}
+    how = {"step": step, "lr": 0.1, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
     return {"p": p, "g": g, **state, **how}
 
 
@@ -91,7 +95,8 @@ def judge_both(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgeme
 
 def _largest(value: Tensor) -> Tensor:
     """Return the largest magnitude of every block."""
-    return torch.stack([block.amax() for block in value.abs().split(adamw8bit.BLOCK)])
+    blocks = value.abs().split(adamw8bit.BLOCK) if value.numel() else ()
+    return torch.stack([block.amax() for block in blocks]) if blocks else value.new_zeros(0)
 
 
 def near_middle(value: Tensor, absmax: Tensor, reach: Tensor, levels: Tensor) -> Tensor:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from harness.conformance.operation import Arguments, Operation
 from harness.conformance.operations import double_quantize
+from harness.conformance.operations.double_quantize import Blocks, Spread
 from reference.operations import double_quant
 
 
 def arguments(
-    dtype: torch.dtype, generator: torch.Generator, *, blocks: int, block: int = 256, spread: float = 1.0
+    dtype: torch.dtype, generator: torch.Generator, *, blocks: Blocks, block: Literal[256] = 256, spread: Spread = 1.0
 ) -> Arguments:
     """Draw constants in two levels."""
     given = double_quantize.arguments(dtype, generator, blocks=blocks, block=block, spread=spread)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from harness.conformance.comparison.quantised_codes import judge_codes
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
+from harness.conformance.drawing.factors import Factor
 from harness.conformance.operation import Arguments, Operation, draw
 from reference.operations import double_quant, nf4
 from reference.operations.dynamic_map import dynamic_map, quantize_blockwise
 
+Blocks = Annotated[int, Factor((256, 1, 257, 1000, 4096), least=1, most=20_000)]
+Spread = Annotated[float, Factor((1.0, 0.0, 0.05, 2.0), least=0.0, most=3.0)]
+
 
 def arguments(
-    dtype: torch.dtype, generator: torch.Generator, *, blocks: int, block: int = 256, spread: float = 1.0
+    dtype: torch.dtype, generator: torch.Generator, *, blocks: Blocks, block: Literal[256] = 256, spread: Spread = 1.0
 ) -> Arguments:
     """Draw the absmax of a weight with block magnitudes of 10^(normal x spread)."""
     return {"absmax": 10.0 ** draw(generator, dtype, blocks, spread=spread), "block": block}

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from harness.conformance.comparison.quantised_codes import Kind, judge_codes, values
 from harness.conformance.comparison.tolerance_policies import Judgement
+from harness.conformance.drawing.factors import Numel
 from harness.conformance.operation import Arguments, Operation
 from reference.operations import nf4
 from reference.operations.dynamic_map import dynamic_map, quantize_blockwise
+
+Block = Literal[256, 64, 128, 512, 1024, 2048, 4096]
 
 
 def arguments(
     dtype: torch.dtype,
     generator: torch.Generator,
     *,
-    numel: int,
-    block: int = 256,
+    numel: Numel,
+    block: Block = 256,
     signed: bool = True,
     kind: Kind = "normal",
 ) -> Arguments:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from reference.operations.dynamic_map import dequantize_blockwise, dynamic_map, 
 _SIGNED = {"M": True, "V": False}
 
 
+@wraps(galore_step.arguments)  # the same settings
 def arguments(dtype: torch.dtype, generator: torch.Generator, **case: Any) -> Arguments:
     """Draw the arguments of `galore_step`, with codes instead of moments."""
     given = galore_step.arguments(dtype, generator, **case)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
+from harness.conformance.drawing.factors import Beta, Eps, Factor, Matrix, Rank, Step, WeightDecay
 from harness.conformance.operation import Arguments, Operation, draw
 from reference import galore
 
+Side = Literal["std", "reverse_std", "paper", "left", "right", "full"]
+Scale = Annotated[float, Factor((0.25, 1.0, 4.0), least=0.01, most=8.0)]
 NEVER = 1_000_000
 """Steps between two refreshes: more than any case takes, so that the subspace stays."""
 
@@ -19,12 +21,15 @@ def arguments(
     dtype: torch.dtype,
     generator: torch.Generator,
     *,
-    shape: Sequence[int],
-    rank: int,
-    side: str = "std",
-    step: int = 7,
-    weight_decay: float = 0.0,
-    eps: float = 1e-6,
+    shape: Matrix,
+    rank: Rank,
+    side: Side = "std",
+    step: Step = 7,
+    weight_decay: WeightDecay = 0.0,
+    eps: Eps = 1e-6,
+    scale: Scale = 0.25,
+    beta1: Beta = 0.9,
+    beta2: Beta = 0.999,
 ) -> Arguments:
     """Draw a weight, its gradient, moments of R's shape, and orthonormal P (m, r) or Q (n, r), or both, as `side` says.
 
@@ -49,8 +54,8 @@ def arguments(
         "side": side,
         "step": step,
         "lr": 4.0,
-        "scale": 0.25,
-        "betas": (0.9, 0.999),
+        "scale": scale,
+        "betas": (beta1, beta2),
         "eps": eps,
         "weight_decay": weight_decay,
     }

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from harness.conformance.comparison.functional_layer import apply_layer, dense_linear, draw_inputs, draw_low_rank
+from harness.conformance.drawing.factors import Dropout, Matrix, Rank, Rows, Scaling
 from harness.conformance.operation import Arguments, Operation, draw
 from reference import lora
 
@@ -16,12 +15,12 @@ def arguments(
     dtype: torch.dtype,
     generator: torch.Generator,
     *,
-    shape: Sequence[int],
-    rows: Sequence[int],
-    rank: int,
-    scaling: float = 1.75,
+    shape: Matrix,
+    rows: Rows,
+    rank: Rank,
+    scaling: Scaling = 1.75,
     bias: bool = True,
-    dropout: float = 0.0,
+    dropout: Dropout = 0.0,
 ) -> Arguments:
     """Draw the arguments of one call. shape: (E, D); rows: the leading dimensions of x; dropout: 0 gives no mask."""
     return {
@@ -39,4 +38,4 @@ def reference(
     return apply_layer(lora.LoraLinear(dense_linear(W, bias), A, B, scaling, dropout=0.0), x, mask, {"A": A, "B": B})
 
 
-OPERATION = Operation("lora_linear", ("y",), arguments, reference, differentiable=("x", "A", "B"))
+OPERATION = Operation("lora_linear", ("y",), arguments, reference, differentiable=("x", "A", "B"), inputs=("x",))

@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from harness.conformance.drawing.factors import LARGEST_SIZE, LENGTHS, Factor, Matrix, Tokens
 from harness.conformance.operation import Arguments, Operation, draw
 from reference.operations import multi_lora
+
+Ids = Annotated[
+    Sequence[int],
+    Factor(
+        ((1, 0, -1, 1), (0,), (-1, -1), (0, -1, 0), (4, 3, -1, 0, 2, 1, 0, 5, 11), (2, 2, 0, 1, 0, 2)),
+        least=-1,
+        most=11,
+        dimensions=LENGTHS,
+    ),
+]
+Ranks = Annotated[
+    Sequence[int],
+    Factor(((3, 16), (4,), (1, 1, 8), (64, 4, 17, 2, 130), (2,) * 12), least=1, most=LARGEST_SIZE, dimensions=LENGTHS),
+]
 
 
 def arguments(
     dtype: torch.dtype,
     generator: torch.Generator,
     *,
-    ids: Sequence[int],
-    ranks: Sequence[int],
-    shape: Sequence[int],
-    tokens: int = 3,
+    ids: Ids,
+    ranks: Ranks,
+    shape: Matrix,
+    tokens: Tokens = 3,
+    index: Literal["int64", "int32"] = "int64",
 ) -> Arguments:
-    """Draw the arguments of one call. ids: the adapter of each sequence, or -1; shape: (D, E); ranks: one an adapter."""
+    """Draw the arguments of one call. ids: the adapter of each sequence, or -1; shape: (D, E); ranks: one per adapter.
+
+    An id beyond the adapters is taken modulo their number. index: the dtype of ids.
+    """
     D, E = shape
     return {
         "x": draw(generator, dtype, len(ids), tokens, D),
@@ -29,7 +49,7 @@ def arguments(
         "As": [draw(generator, dtype, rank, D, spread=D**-0.5) for rank in ranks],
         "Bs": [draw(generator, dtype, E, rank, spread=rank**-0.5) for rank in ranks],
         "scalings": [0.5 + index for index in range(len(ranks))],
-        "ids": torch.tensor(ids),
+        "ids": torch.tensor([n if n < len(ranks) else n % len(ranks) for n in ids], dtype=getattr(torch, index)),
     }
 
 
@@ -46,4 +66,5 @@ OPERATION = Operation(
     arguments=arguments,
     reference=reference,
     differentiable=("x", "W", "As", "Bs"),
+    inputs=("x",),
 )

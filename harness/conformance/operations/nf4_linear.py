@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from harness.conformance.comparison.quantised_codes import FourBit
+from harness.conformance.drawing.factors import Block, Matrix, Rows
 from harness.conformance.operation import Arguments, Operation, draw
 from reference.operations import nf4
 
@@ -19,9 +20,9 @@ def arguments(
     dtype: torch.dtype,
     generator: torch.Generator,
     *,
-    shape: Sequence[int],
-    rows: Sequence[int],
-    block: int = 64,
+    shape: Matrix,
+    rows: Rows,
+    block: Block = 64,
     bias: bool = True,
     training: bool = True,
 ) -> Arguments:
@@ -49,4 +50,4 @@ def reference(
     return linear(x, _FORM.dequantize(packed, absmax, block, shape, x.dtype), bias)
 
 
-OPERATION = Operation("nf4_linear", ("y",), arguments, reference, differentiable=("x",))
+OPERATION = Operation("nf4_linear", ("y",), arguments, reference, differentiable=("x",), inputs=("x",))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from harness.conformance.comparison.functional_layer import apply_layer, dense_linear, draw_inputs, draw_low_rank
 from harness.conformance.comparison.quantised_codes import FourBit
+from harness.conformance.drawing.factors import Block, Dropout, Matrix, Rank, Rows, Scaling
 from harness.conformance.operation import Arguments, Operation
 from reference import lora
 from reference.operations import nf4
@@ -20,13 +21,13 @@ def arguments(
     dtype: torch.dtype,
     generator: torch.Generator,
     *,
-    shape: Sequence[int],
-    rows: Sequence[int],
-    rank: int,
-    block: int = 64,
-    scaling: float = 1.75,
+    shape: Matrix,
+    rows: Rows,
+    rank: Rank,
+    block: Block = 64,
+    scaling: Scaling = 1.75,
     bias: bool = True,
-    dropout: float = 0.0,
+    dropout: Dropout = 0.0,
 ) -> Arguments:
     """Draw the arguments of one call. shape: (E, D); rows: the leading dimensions of x; dropout: 0 gives no mask."""
     packed = _FORM.packed_arguments(dtype, generator, shape=shape, block=block)
@@ -59,4 +60,4 @@ def reference(
     return apply_layer(lora.LoraLinear(base, A, B, scaling, dropout=0.0), x, mask, {"A": A, "B": B})
 
 
-OPERATION = Operation("nf4_lora_linear", ("y",), arguments, reference, differentiable=("x", "A", "B"))
+OPERATION = Operation("nf4_lora_linear", ("y",), arguments, reference, differentiable=("x", "A", "B"), inputs=("x",))

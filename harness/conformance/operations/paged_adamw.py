@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from harness.conformance.drawing.factors import Factor, WeightDecay
 from harness.conformance.operation import Arguments, Operation, draw
 from reference.operations import paged
 
+Sizes = Annotated[Sequence[int], Factor(((1000, 100_000), (99_999, 100_001)))]
+Steps = Annotated[int, Factor((3, 1, 5), least=1, most=6)]
+
 
 def arguments(
-    dtype: torch.dtype, generator: torch.Generator, *, sizes: Sequence[int], steps: int = 3, weight_decay: float = 0.0
+    dtype: torch.dtype, generator: torch.Generator, *, sizes: Sizes, steps: Steps = 3, weight_decay: WeightDecay = 0.0
 ) -> Arguments:
     """Draw two parameters of these sizes, and gradients of three magnitudes for the steps.
 

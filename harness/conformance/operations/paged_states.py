@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from harness.conformance.drawing.factors import Factor
 from harness.conformance.operation import Arguments, Operation, draw
 from harness.conformance.operations import paged_adamw
 from reference.operations import paged
 
+Sizes = Annotated[Sequence[int], Factor(((1000, 99_999, 100_000, 200_000),))]
 
-def arguments(dtype: torch.dtype, generator: torch.Generator, *, sizes: Sequence[int]) -> Arguments:
+
+def arguments(dtype: torch.dtype, generator: torch.Generator, *, sizes: Sizes) -> Arguments:
     """Draw parameters of these sizes and one gradient each."""
     return {"params": [draw(generator, dtype, n) for n in sizes], "grads": [draw(generator, dtype, n) for n in sizes]}
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from harness.conformance.comparison.functional_layer import apply_layer, dense_linear, draw_inputs, draw_low_rank
+from harness.conformance.drawing.factors import Dropout, Matrix, Rank, Rows
 from harness.conformance.operation import Arguments, Operation, draw
 from reference import vera
 
@@ -16,11 +15,11 @@ def arguments(
     dtype: torch.dtype,
     generator: torch.Generator,
     *,
-    shape: Sequence[int],
-    rows: Sequence[int],
-    rank: int,
+    shape: Matrix,
+    rows: Rows,
+    rank: Rank,
     bias: bool = True,
-    dropout: float = 0.0,
+    dropout: Dropout = 0.0,
 ) -> Arguments:
     """Draw the arguments of one call. shape: (E, D); rows: the leading dimensions of x; dropout: 0 gives no mask.
 
@@ -42,4 +41,4 @@ def reference(
     return apply_layer(vera.VeraLinear(dense_linear(W, bias), A, B, b, d, dropout=0.0), x, mask, {"b": b, "d": d})
 
 
-OPERATION = Operation("vera_linear", ("y",), arguments, reference, differentiable=("x", "b", "d"))
+OPERATION = Operation("vera_linear", ("y",), arguments, reference, differentiable=("x", "b", "d"), inputs=("x",))

@@ -1,0 +1,320 @@
+"""Checks of the ways to call an implementation: modes of torch, shapes and layouts of the input, copies and repetition."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from threading import Barrier
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from harness.conformance.case import Case
+from harness.conformance.checks import States, check
+from harness.conformance.comparison import operation_call
+from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
+from harness.conformance.comparison.inputs import cast, inputs
+from harness.conformance.comparison.layer_comparison import reference_runs
+from harness.conformance.comparison.observations import observe, preserved_state
+from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, worst_of
+from harness.conformance.operation import OperationSubject, cloned
+from harness.conformance.subject import DTYPES, Subject
+from harness.records.record import CheckResult
+
+ROWS = 4
+REPEATS = 110
+"""Calls of one layer: enough for a fault in every 100th."""
+SMALL = 3_000
+"""Elements of the arguments of an Operation that is called so often."""
+THREADS = 2
+OTHER_DTYPE = {"float64": "float32", "float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
+"""dtype -> the dtype of a copy."""
+LAYERS = 2
+"""Layers that are tried: all layers of a model are of one class."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One layer, and an input for it with its incoming gradient."""
+
+    layer: nn.Module
+    tensors: Mapping[str, Tensor]
+    x: Tensor
+    """(ROWS, D), token numbers (ROWS,), or a few images."""
+    dy: Tensor
+    training: bool
+    """Whether the layer may be in training mode: without dropout the two modes compute the same."""
+
+    def observe(self, x: Tensor, dy: Tensor, layer: nn.Module | None = None) -> dict[str, Tensor]:
+        """Run the layer forward and backward; return outputs and gradients in the shapes of `self.x` and `self.dy`."""
+        tensors = self.tensors if layer is None else _tensors_of_copy(self.layer, layer, self.tensors)
+        seen = observe(layer or self.layer, tensors, x, dy, training=self.training)
+        if seen["y"].shape == dy.shape:
+            seen["y"] = seen["y"].reshape(self.dy.shape)
+        if "grad x" in seen:
+            seen["grad x"] = seen["grad x"].reshape(self.x.shape)
+        return seen
+
+    def output(self, training: bool) -> dict[str, Tensor]:
+        """Return the output alone."""
+        with preserved_state(self.layer, self.tensors, training):
+            return {"y": self.layer(self.x).detach().clone()}
+
+
+Form = Callable[[Call], dict[str, Tensor]]
+
+
+def _reshaped(*shape: int) -> Form:
+    return lambda call: call.observe(call.x.reshape(*shape, -1), call.dy.reshape(*shape, -1))
+
+
+def _swapped(call: Call) -> dict[str, Tensor]:
+    """Swap batch and tokens in memory: a transposed view of three dimensions."""
+    x, dy = (t.reshape(2, 2, -1).transpose(0, 1).contiguous().transpose(0, 1) for t in (call.x, call.dy))
+    return call.observe(x, dy)
+
+
+def _sliced(call: Call) -> dict[str, Tensor]:
+    """Take every second row of a larger tensor."""
+    wide = torch.stack([call.x, torch.full_like(call.x, torch.nan)], dim=1).flatten(0, 1)
+    return call.observe(wide[::2], call.dy)
+
+
+def _no_grad(call: Call) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return call.output(call.training)
+
+
+def _inference(call: Call) -> dict[str, Tensor]:
+    with torch.inference_mode():
+        return call.output(training=False)
+
+
+def _constant_input(call: Call) -> dict[str, Tensor]:
+    """Give an input that needs no gradient, as the first layer of a model gets."""
+    with preserved_state(call.layer, call.tensors, call.training):
+        y = call.layer(call.x)
+        if y.requires_grad:
+            y.backward(call.dy)
+        gradients = {f"grad {n}": t.grad.detach().clone() for n, t in call.tensors.items() if t.grad is not None}
+        return {"y": y.detach().clone()} | gradients
+
+
+def _frozen(call: Call) -> dict[str, Tensor]:
+    """Switch the gradients of the trained tensors off and on again around a call."""
+    for tensor in call.tensors.values():
+        tensor.requires_grad_(False)
+    try:
+        return call.output(call.training)
+    finally:
+        for tensor in call.tensors.values():
+            tensor.requires_grad_(True)
+
+
+def _checkpointed(call: Call) -> dict[str, Tensor]:
+    layer = partial(checkpoint, call.layer, use_reentrant=False)
+    leaf = call.x.detach().clone().requires_grad_(call.x.is_floating_point())
+    with preserved_state(call.layer, call.tensors, call.training):
+        y = layer(leaf)
+        if y.requires_grad:
+            y.backward(call.dy)
+        seen = {"y": y.detach().clone()} | ({} if leaf.grad is None else {"grad x": leaf.grad})
+        return seen | {f"grad {n}": t.grad.detach().clone() for n, t in call.tensors.items() if t.grad is not None}
+
+
+def _copied(call: Call) -> dict[str, Tensor]:
+    return call.observe(call.x, call.dy, layer=copy.deepcopy(call.layer))
+
+
+def _repeated(call: Call) -> dict[str, Tensor]:
+    """Call many times in training mode, and return an output that differs from the first, if there is one."""
+    first = call.output(call.training)
+    later = (call.output(call.training) for _ in range(REPEATS))
+    return next((one for one in later if not torch.equal(one["y"], first["y"])), first)
+
+
+def _threaded(call: Call) -> dict[str, Tensor]:
+    """Call with different inputs in several threads at once, and return one that differs from the same call alone."""
+    gate = Barrier(THREADS)
+
+    def run(x: Tensor) -> list[Tensor]:
+        gate.wait()
+        with torch.no_grad():
+            return [call.layer(x).clone() for _ in range(8)]
+
+    with preserved_state(call.layer, call.tensors, training=False):
+        with torch.no_grad():
+            alone = call.layer(call.x).clone()
+        others = [call.x, *(call.x.flip(0) for _ in range(THREADS - 1))]
+        with ThreadPoolExecutor(THREADS) as threads:
+            mine = next(iter(list(threads.map(run, others))))
+    return {"y": next((one for one in mine if not torch.equal(one, alone)), alone)}
+
+
+FORMS_OF_ROWS: dict[str, Form] = {
+    "one token per sequence": _reshaped(ROWS, 1),
+    "four dimensions": _reshaped(2, 1, 2),
+    "batch and tokens transposed": _swapped,
+    "every second row of a tensor": _sliced,
+}
+"""Calls with rows of features in other shapes and layouts."""
+FORMS: dict[str, Form] = {
+    "under no_grad in training mode": _no_grad,
+    "under inference_mode": _inference,
+    "with an input that needs no gradient": _constant_input,
+    "with frozen tensors": _frozen,
+    "under activation checkpointing": _checkpointed,
+    "by a deep copy": _copied,
+}
+"""Calls with the same input in other modes."""
+LONG_FORMS: dict[str, Form] = {
+    f"{REPEATS} times": _repeated,
+    f"in {THREADS} threads": _threaded,
+}
+"""Many calls with the same input, for one layer of a case."""
+
+
+@check(States.WARM, only_wide=True)
+def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
+    """Every way to call an implementation gives what the reference gives for the same numbers.
+
+    A layer: sequences of one token, four dimensions, transposed and sliced inputs; no_grad, inference_mode, autocast and
+    activation checkpointing; an input or adapter without gradients; a deep copy, and one in float64; the gradient of a
+    gradient; many calls, and calls in two threads. An Operation: no_grad, inference_mode, arguments that need a gradient,
+    many calls, and calls in two threads.
+    """
+    found = list(_of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
+    if not found:
+        return skipped(subject, case, "calls", "there is no layer to call")
+    return judged(subject, case, "calls", worst_of(found, found[0].policy))
+
+
+def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
+    for index, path in enumerate(list(subject.adapted.layers)[:LAYERS]):
+        base, layer = subject.original_base(path), subject.adapted.layers[path]
+        generator = case.generator(index + 700)
+        x, dy = inputs(base, ROWS, DTYPES[subject.dtype], generator, case.magnitude)
+        call = Call(layer, subject.tensors_of(path), x, dy, subject.trains_plainly)
+        truth, draws = reference_runs(subject, path, x, dy)
+        # transformers' Conv1D itself takes no strided input.
+        forms = (
+            (FORMS_OF_ROWS if isinstance(base, nn.Linear) else {})
+            | FORMS
+            | (LONG_FORMS if index == 0 and case.walks else {})
+        )
+        for name, form in forms.items():
+            if form is _copied and not _owns(layer, call.tensors):
+                continue
+            mine = form(call)
+            names = mine.keys() if "grad" not in " ".join(mine) else truth.keys() - ({"grad x"} - mine.keys())
+            wanted = {n: truth[n] for n in names if n in truth}
+            own = ({n: t for n, t in draw.items() if n in wanted} for draw in draws)
+            yield _named(path, name, noise_floor(mine, wanted, own, subject.dtype, case.factor("calls")))
+
+    yield from _in_other_precisions(subject, case)
+
+
+def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
+    """Judge the first layer: the gradient of a gradient, a copy in another dtype, and a call under autocast."""
+    path = next(iter(subject.adapted.layers), None)
+    if path is None:
+        return
+    layer, tensors = subject.adapted.layers[path], subject.tensors_of(path)
+    x, dy = inputs(subject.original_base(path), ROWS, DTYPES[subject.dtype], case.generator(720))
+    own, factor = subject.reference(path, subject.dtype), case.factor("calls")
+    if x.is_floating_point() and (rounded := _second(own.layer, own.tensors, x, dy)):
+        wide = subject.reference(path, "float64")
+        truth = _second(wide.layer, wide.tensors, x.double(), dy.double())
+        verdict = noise_floor(_second(layer, tensors, x, dy), truth, rounded, subject.dtype, factor)
+        yield _named(path, "the gradient of a gradient", verdict)
+    rounded_alike = {t.dtype for t in tensors.values()} <= {
+        DTYPES[subject.dtype]
+    }  # not so if an adapter stays in float32
+    if path in subject.packed or not rounded_alike or not _owns(layer, tensors):
+        return
+    other = OTHER_DTYPE[subject.dtype]
+    x_other, dy_other = cast(x, other), dy.to(DTYPES[other])
+
+    def moved(of: nn.Module, named: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+        """Observe a copy in `other`, computing in `dtype`."""
+        made = copy.deepcopy(of).to(DTYPES[other]).to(DTYPES[dtype])
+        named = _tensors_of_copy(of, made, named)
+        return observe(made, named, cast(x_other, dtype), dy_other.to(DTYPES[dtype]), training=subject.trains_plainly)
+
+    truth, rounded = (moved(own.layer, own.tensors, dtype) for dtype in ("float64", other))
+    yield _named(
+        path, f"by a copy in {other}", noise_floor(moved(layer, tensors, other), truth, rounded, other, factor)
+    )
+    if subject.dtype == "float32":
+        with torch.autocast(x.device.type, torch.bfloat16):
+            mine, rounded = ({"y": observe(of, {}, x, dy[:0])["y"]} for of in (layer, own.layer))
+        truth = {"y": observe(subject.reference(path, "float64").layer, {}, cast(x, "float64"), dy[:0])["y"]}
+        yield _named(path, "under autocast", noise_floor(mine, truth, rounded, "bfloat16", factor))
+
+
+def _second(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """Return the gradients of `tensors` of the sum of x times the gradient of x; empty if x gets none."""
+    leaf = x.detach().clone().requires_grad_(True)
+    with preserved_state(layer, tensors, training=False):
+        y = layer(leaf)
+        if not y.requires_grad:
+            return {}
+        first = torch.autograd.grad(y, leaf, dy, create_graph=True)[0]
+        if not first.requires_grad:
+            return {}
+        (first * x).sum().backward()
+        return {f"grad {n}": t.grad.detach().clone() for n, t in tensors.items() if t.grad is not None}
+
+
+def _named(path: str, form: str, judgement: Judgement) -> Judgement:
+    return prefix_tensor(f"{path} {form}" if path else form, judgement)
+
+
+def _owns(layer: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether a copy of the layer has copies of its tensors; an adapter of hooks holds them elsewhere."""
+    return {id(t) for t in tensors.values()} <= {id(p) for p in layer.parameters()}
+
+
+def _tensors_of_copy(layer: nn.Module, other: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a copy of `layer` that stand for `tensors`."""
+    names = {id(t): name for name, t in layer.named_parameters(remove_duplicate=False)}
+    copies: dict[str, Tensor] = dict(other.named_parameters(remove_duplicate=False))
+    return {name: copies[names[id(t)]] for name, t in tensors.items() if id(t) in names}
+
+
+def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
+    plain = {name: t.detach().clone() for name, t in subject.call().items()}
+
+    def judge(form: str, mine: dict[str, Tensor]) -> Judgement:
+        verdict = operation_call.ill_formed(mine, plain) or exact(
+            operation_call.finite(mine), operation_call.finite(plain)
+        )
+        if not verdict.passed:
+            verdict = worst_of([one for one, _ in operation_call.judgements(subject, mine, case)], "as outputs")
+        return replace(verdict, tensor=f"{form}: {verdict.tensor}")
+
+    with torch.no_grad():
+        yield judge("under no_grad", subject.call())
+    with torch.inference_mode():
+        yield judge("under inference_mode", subject.call())
+    yield judge("with arguments that need a gradient", _detached(subject.call(**_leaves(subject.arguments))))
+    calls = (subject.call() for _ in range(REPEATS if _is_small(subject.arguments) else 2))
+    different = (one for one in calls if not exact(operation_call.finite(one), operation_call.finite(plain)).passed)
+    yield judge(f"{REPEATS} times", next(different, plain))
+
+
+def _detached(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach() for name, t in named.items()}
+
+
+def _leaves(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return operation_call.map_floats(cloned(dict(arguments)), lambda t: t.requires_grad_(True))
+
+
+def _is_small(arguments: Mapping[str, Any]) -> bool:
+    return sum(t.numel() for t in operation_call.flatten(dict(arguments)).values()) < SMALL

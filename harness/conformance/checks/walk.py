@@ -1,0 +1,74 @@
+"""Check of random walks through the life of an adapter."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from harness.conformance.case import Case
+from harness.conformance.checks import States, check
+from harness.conformance.comparison import whole_model
+from harness.conformance.comparison.check_results import judged, listed, skipped
+from harness.conformance.subject import Subject, attach_reference, load, warm
+from harness.conformance.tolerance_constants import TRAJECTORY_FACTOR
+from harness.conformance.walk.machine import Worlds, walk
+from harness.conformance.walk.world import Forward, World
+from harness.methods.spec import Adapted
+from harness.records.record import CheckResult
+
+LARGEST = 2_000
+"""Elements of the first weight of a model that is walked with: a walk attaches to many copies of it."""
+
+
+@check(States.INIT, only_wide=True)
+def check_walk(subject: Subject, case: Case) -> CheckResult:
+    """Random walks leave outputs, gradients and tensors where the float64 reference, taken through the same walk, has them.
+
+    A walk has up to 20 rules: forward and backward, micro-batches, optimizer steps, a scheduler, train and eval, no_grad,
+    inference_mode, checkpointing, hooks, deepcopy, load_state_dict, resuming from a file, merging and unmerging, freezing,
+    and a second model in the process. A failure is shrunk to the shortest walk that shows it.
+    """
+    if subject.dtype == "float64":
+        return skipped(subject, case, "walk", "the float64 reference cannot show how much noise the rules carry on")
+    base = next(iter(subject.bases.values()), None)
+    if case.fresh is None or case.forward is None or not isinstance(base, nn.Linear) or base.weight.numel() > LARGEST:
+        return skipped(subject, case, "walk", "walks are taken with small linear layers")
+    if not case.walks:
+        return skipped(subject, case, "walk", "a part of the sample is enough")
+    forward, start = case.forward, case.attach_again()
+    if start is None:
+        return skipped(subject, case, "walk", "the case cannot attach again")
+    warm(start.added(), case.generator(salt=1))
+    failure = walk(lambda: _worlds(start, case, forward), case.walks, case.seed)
+    if failure is None:
+        return listed(subject, case, "walk", [], f"{case.walks} walks")
+    return judged(subject, case, "walk", failure.judgement, "; ".join(["attach()", *failure.rules]))
+
+
+def _worlds(start: Subject, case: Case, forward: Forward) -> Worlds:
+    """Return the worlds of a walk, all in the state of `start`."""
+
+    def subject() -> tuple[nn.Module, Adapted]:
+        again = case.attach_again()
+        if again is None:
+            raise ValueError("the case cannot attach again")
+        return again.model, again.adapted
+
+    def reference(dtype: str) -> tuple[nn.Module, Adapted]:
+        model = whole_model.base(start, dtype)
+        generator = torch.Generator().manual_seed(0)
+        return model, attach_reference(start.method, model, start.config, start.bases, generator)
+
+    def another() -> World:
+        other = case.attach_again(square=True)
+        if other is None or case.forward_of is None:
+            raise ValueError("the case cannot attach again")
+        return World(other.model, other.adapted, subject, case.forward_of(other.model), start.trains_plainly)
+
+    made = []
+    for attach in (subject, lambda: reference("float64"), lambda: reference(start.dtype)):
+        model, adapted = attach()
+        load(adapted, start.adapted.tensors(), start.state())
+        made.append(World(model, adapted, attach, forward, start.trains_plainly))
+    factor = case.factors.get("walk", TRAJECTORY_FACTOR)
+    return Worlds(made[0], made[1], made[2], start.dtype, factor, another)

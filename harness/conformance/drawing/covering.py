@@ -1,0 +1,89 @@
+"""A small sample of cases in which every pair of levels of two factors occurs. No torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+Row = dict[str, int]
+"""Factor -> index of its level."""
+Pair = tuple[tuple[str, int], tuple[str, int]]
+
+
+def every_pair(levels: Mapping[str, Sequence[Any]]) -> list[Pair]:
+    """List the pairs of levels of two factors."""
+    return [
+        ((one, i), (other, j))
+        for one, other in itertools.combinations(levels, 2)
+        for i in range(len(levels[one]))
+        for j in range(len(levels[other]))
+    ]
+
+
+def every_level(levels: Mapping[str, Sequence[Any]], beside: str) -> list[Pair]:
+    """List the levels of all factors, each paired with the first level of the last factor, `beside`."""
+    return [((name, i), (beside, 0)) for name in levels if name != beside for i in range(len(levels[name]))]
+
+
+def covering(
+    levels: Mapping[str, Sequence[Any]],
+    wanted: Iterable[Pair],
+    valid: Callable[[dict[str, Any]], bool],
+    given: Iterable[Row] = (),
+) -> list[Row]:
+    """Return rows that contain the wanted pairs of levels, as far as they occur in valid rows.
+
+    The rows are always the same. They are built greedily: each begins with a pair that is missing, and takes for every
+    other factor the level that adds most missing pairs. valid: whether a row of values can be tried. given: rows that count
+    as covered.
+    """
+    names = list(levels)
+    missing = dict.fromkeys(wanted)
+    for row in given:
+        _cover(missing, row, names)
+    rows: list[Row] = []
+    while missing:
+        pair = next(iter(missing))
+        found = next((row for row in _completed(pair, missing, levels) if valid(values(row, levels))), None)
+        if found is None:
+            del missing[pair]
+            continue
+        _cover(missing, found, names)
+        rows.append(found)
+    return rows
+
+
+def _completed(pair: Pair, missing: Mapping[Pair, None], levels: Mapping[str, Sequence[Any]]) -> Iterator[Row]:
+    """Yield rows with the pair: the one that covers most, then others with one factor changed, then plainer ones."""
+    row = dict(pair)
+    for name in levels:
+        if name not in row:
+            row[name] = max(
+                range(len(levels[name])),
+                key=lambda level: sum(_key(levels, (name, level), at) in missing for at in row.items()),
+            )
+    yield row
+    changeable = [name for name in levels if name not in dict(pair)]
+    for name in changeable:
+        for level in range(len(levels[name])):
+            yield row | {name: level}
+    plain = dict(row)
+    for name in changeable:
+        plain[name] = 0
+        yield dict(plain)
+
+
+def _cover(missing: dict[Pair, None], row: Row, names: Sequence[str]) -> None:
+    for one, other in itertools.combinations([name for name in names if name in row], 2):
+        missing.pop(((one, row[one]), (other, row[other])), None)
+
+
+def _key(levels: Mapping[str, Sequence[Any]], one: tuple[str, int], other: tuple[str, int]) -> Pair:
+    order = list(levels)
+    return (one, other) if order.index(one[0]) < order.index(other[0]) else (other, one)
+
+
+def values(row: Row, levels: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """Return the levels of a row."""
+    return {name: levels[name][row[name]] for name in levels}

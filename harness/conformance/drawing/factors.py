@@ -1,0 +1,135 @@
+"""Factors of a case: every setting of a Method or an Operation, with the values that cases try. No torch.
+
+The settings are found, never listed: those of a Method are the fields of its Config, those of an Operation the keyword
+parameters of its `arguments`, whose annotations hold a `Factor`:
+
+    def arguments(dtype, generator, *, shape: Matrix, rows: Rows, rank: Rank, bias: bool = True) -> Arguments: ...
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from harness.methods.spec import FieldInfo
+
+ELEMENTS = 80_000
+"""Largest number of elements of a drawn tensor: above the 65,536 at which some kernels begin another block, and small enough
+for a tenth of a second per case."""
+LARGEST_SIZE = 160
+"""Largest drawn rank or block of a setting without a smaller maximum: above the tiles of 128 of the kernels."""
+LENGTHS = tuple(range(1, 13))
+"""Lengths of drawn lists: of sequences, of adapters."""
+_KEY = 2**31
+"""A whole number with a maximum from here on is a key or a seed, not a size."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A setting of a case."""
+
+    levels: tuple[Any, ...]
+    """Representative values. The fixed sample covers every pair of levels of two factors; the first one is the plainest."""
+    least: float | None = None
+    """Smallest drawn number; None if only levels are drawn."""
+    most: float | None = None
+    """Largest drawn number, or largest number of elements of drawn sizes."""
+    dimensions: tuple[int, ...] = ()
+    """Lengths of a drawn list; empty for a setting that is no list. Without `least`, its items are the sizes of a tensor of
+    at most ELEMENTS elements; otherwise numbers within the bounds."""
+    optional: bool = False
+    """Whether an implementation may lack all levels but the first."""
+
+    def within(self, least: float | None, most: float | None) -> Factor:
+        """Return the factor with narrower bounds; levels outside become the nearest bound."""
+        low = self.least if least is None else least
+        high = self.most if most is None else most
+        levels = dict.fromkeys(type(v)(min(max(v, low or 0), math.inf if high is None else high)) for v in self.levels)
+        return replace(self, levels=tuple(levels), least=low, most=high)
+
+
+Rank = Annotated[int, Factor((3, 1, 16, 65, 130), least=1, most=LARGEST_SIZE)]
+Scaling = Annotated[float, Factor((1.75, 0.0, 0.3, 16.0, -2.0), least=-64.0, most=64.0)]
+Dropout = Annotated[float, Factor((0.0, 0.25, 0.5, 0.75), least=0.0, most=0.95, optional=True)]
+Tokens = Annotated[int, Factor((3, 1, 130, 515), least=1, most=600)]
+Step = Annotated[int, Factor((7, 2, 50, 1000), least=2, most=10_000)]
+FirstStep = Annotated[int, Factor((7, 1, 2, 50, 1000), least=1, most=10_000)]
+WeightDecay = Annotated[float, Factor((0.0, 0.1, 0.5), least=0.0, most=1.0)]
+Beta = Annotated[float, Factor((0.9, 0.0, 0.5, 0.999), least=0.0, most=0.999)]
+Eps = Annotated[float, Factor((1e-6, 1e-8, 1e-3, 0.1), least=1e-8, most=1.0)]
+Numel = Annotated[int, Factor((1024, 1, 600, 4097, 65_700), least=1, most=ELEMENTS)]
+Block = Literal[64, 32, 128, 256, 512, 1024, 2048, 4096]
+Matrix = Annotated[
+    Sequence[int],
+    Factor(((24, 40), (24, 24), (1, 33), (12, 1030), (520, 12), (257, 300)), dimensions=(2,)),
+]
+Shape = Annotated[
+    Sequence[int],
+    Factor(((5, 96), (64,), (1,), (0, 64), (63, 65), (3, 5, 7), (12, 1030), (257, 300)), dimensions=(1, 2, 3)),
+]
+Rows = Annotated[Sequence[int], Factor(((17,), (1,), (), (0,), (2, 3, 4), (515,)), most=300, dimensions=(1, 2, 3))]
+
+
+def of_field(field: FieldInfo) -> Factor | None:
+    """Return the factor of a field of a Config, or None for a list of layers."""
+    if field.is_list:
+        return None
+    if field.type == "bool":
+        return Factor((field.default, not field.default), optional=True)
+    if field.choices is not None:
+        others = tuple(choice for choice in field.choices if choice != field.default)
+        return Factor((field.default, *others), optional=field.type == "str")
+    if field.type == "int":
+        return _of_whole_number(field)
+    least, most = field.minimum, field.maximum
+    if most is not None and most <= 1:
+        levels = (field.default, least or 0.0, 0.25, 0.5, 0.75)
+        return Factor(_distinct(levels), least, min(most, 0.95), optional=field.default == least)
+    size = abs(field.default) or 1.0
+    levels = (field.default, size / 64, size * 8, *((0.0, -size) if least is not None and least < 0 else ()))
+    low = max(least if least is not None else 0.0, -size * 64)
+    return Factor(_distinct(levels), low, min(most if most is not None else math.inf, size * 64))
+
+
+def _of_whole_number(field: FieldInfo) -> Factor:
+    least = int(field.minimum or 0)
+    if field.maximum is not None and field.maximum >= _KEY:
+        most = int(field.maximum)
+        return Factor(_distinct((field.default, 7, 2**31, most)), least, most)
+    most = int(min(field.maximum if field.maximum is not None else math.inf, max(LARGEST_SIZE, field.default)))
+    levels = (field.default, least, 3, 130)
+    return Factor(_distinct(tuple(level for level in levels if least <= level <= most)), least, most)
+
+
+def of_config(fields: Mapping[str, FieldInfo]) -> dict[str, Factor]:
+    """Map the fields of a Config to their factors."""
+    found = {name: of_field(field) for name, field in fields.items()}
+    return {name: factor for name, factor in found.items() if factor is not None}
+
+
+def of_signature(function: Callable[..., object]) -> dict[str, Factor]:
+    """Map the keyword-only parameters of a function to their factors, in order.
+
+    Raises TypeError for a parameter whose annotation has no Factor and is neither a bool nor a Literal.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: _of_hint(p, hints[p.name]) for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _of_hint(parameter: inspect.Parameter, hint: Any) -> Factor:
+    for one in get_args(hint)[1:] if get_origin(hint) is Annotated else ():
+        if isinstance(one, Factor):
+            return one
+    if hint is bool:
+        return Factor((True, False))
+    if get_origin(hint) is Literal:
+        return Factor(get_args(hint))
+    raise TypeError(f"parameter {parameter.name!r}: annotate it with Annotated[..., Factor(...)], a Literal or bool")
+
+
+def _distinct(levels: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(levels))

@@ -1,0 +1,106 @@
+"""Cases of a target: the examples of its parity suite, a fixed sample that covers pairs of settings, and random ones."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any, get_args
+
+from hypothesis import strategies as st
+
+from harness.conformance import operations
+from harness.conformance.case_selection import CaseSelection
+from harness.conformance.drawing import strategies
+from harness.conformance.drawing.covering import covering, every_level, every_pair, values
+from harness.conformance.drawing.factors import Factor, of_config, of_signature
+from harness.conformance.execution.acceptance import is_accepted
+from harness.conformance.parity_suite import (
+    CaseShape,
+    Magnitude,
+    MethodCase,
+    ModelForm,
+    OperationCase,
+    OperationSuite,
+    ParitySuite,
+)
+from harness.methods.spec import FieldInfo, methods
+
+AnyCase = MethodCase | OperationCase
+_SIDES = Factor(((24, 40), (32, 32), (12, 1030), (520, 16), (260, 270)), dimensions=(2,))
+"""In x out of the first adapted layer."""
+_LEAST_SIDE = 8
+_TOKENS = Factor((9, 1, 515), least=1, most=600)
+_MAGNITUDES = Factor(get_args(Magnitude)[:4])
+_SIZES = ("sides", "tokens", "model", "magnitude")
+"""Factors of a layer's size and input, which no implementation may refuse."""
+
+
+def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> Iterator[AnyCase]:
+    """Yield the suite's examples and, with `wanted.is_wide`, a sample in two parts that covers pairs of levels.
+
+    In the first part, what an implementation may lack (an option of the Method, another kind of layer) is at its plainest
+    level, and every two of the other factors meet in every pair of their levels. In the second part each of its other levels
+    occurs; with `wanted.full`, every two settings, kinds of layers and dtypes meet.
+    """
+    yield from plan.cases(wanted, dtypes)
+    if not wanted.is_wide:
+        return
+    factors = _factors(plan, dtypes)
+    if not factors["dtype"].levels:
+        return
+    levels = {name: factor.levels for name, factor in factors.items()}
+    plain = {name: levels[name][:1] if factor.optional else levels[name] for name, factor in factors.items()}
+
+    def valid(chosen: dict[str, Any]) -> bool:
+        return is_accepted(plan, case_of(plan, chosen))
+
+    first = covering(plain, every_pair(plain), valid)
+    settings = {name: levels[name] if name not in _SIZES else levels[name][:1] for name in levels}
+    further = every_pair(settings) if wanted.full else every_level(settings, beside="dtype")
+    for row in [*first, *covering(settings, further, valid, given=first)]:
+        yield replace(case_of(plan, values(row, levels)), sampled=True)
+
+
+def random(plan: ParitySuite, dtypes: Collection[str]) -> st.SearchStrategy[AnyCase]:
+    """Return a strategy for cases of the suite that the reference accepts."""
+    drawn = strategies.case_values(_factors(plan, dtypes))
+    return drawn.map(lambda chosen: case_of(plan, chosen)).filter(lambda case: is_accepted(plan, case))
+
+
+def case_of(plan: ParitySuite, chosen: Mapping[str, Any]) -> AnyCase:
+    """Return the case with these values of its factors. Settings at a Config's default are left out."""
+    if isinstance(plan, OperationSuite):
+        settings = {
+            n: list(v) if isinstance(v, tuple) else v for n, v in chosen.items() if n not in ("dtype", "magnitude")
+        }
+        return OperationCase(settings, chosen["dtype"], chosen.get("magnitude", "normal"))
+    fields = _fields(plan.method)
+    config = {n: v for n, v in chosen.items() if n in fields and (n == "rank" or v != fields[n].default)}
+    inputs, outputs = (max(_LEAST_SIDE, side) for side in chosen["sides"])
+    shape = CaseShape.model_validate({"tokens": chosen["tokens"], "in": inputs, "out": outputs})
+    return MethodCase(config, chosen["kind"], shape, chosen["dtype"], chosen["model"], chosen["magnitude"])
+
+
+def _factors(plan: ParitySuite, dtypes: Collection[str]) -> dict[str, Factor]:
+    there = sorted((dtype for dtype in plan.dtypes if dtype in dtypes), key=lambda dtype: dtype != "float32")
+    if isinstance(plan, OperationSuite):
+        operation = operations.every()[plan.operation]
+        varied = {"magnitude": _MAGNITUDES} if operation.inputs else {}
+        return of_signature(operation.arguments) | varied | {"dtype": Factor(tuple(there))}
+    found = of_config(_fields(plan.method))
+    for name, bounds in plan.settings.items():
+        found[name] = found[name].within(bounds.least, bounds.most)
+    return found | {
+        "kind": Factor(tuple(plan.layers), optional=True),
+        "sides": _SIDES,
+        "tokens": _TOKENS,
+        "model": Factor(get_args(ModelForm)),
+        "magnitude": _MAGNITUDES,
+        "dtype": Factor(tuple(there)),
+    }
+
+
+@cache
+def _fields(method: str) -> dict[str, FieldInfo]:
+    return methods()[method].fields

@@ -1,0 +1,75 @@
+"""Search for a failing case: random cases by Hypothesis, each failure shrunk to a smallest case that still shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+
+from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
+from hypothesis.database import DirectoryBasedExampleDatabase
+from hypothesis.errors import FlakyFailure, Unsatisfiable
+
+from harness.assets import cache as asset_cache
+from harness.conformance.case_selection import CaseSelection
+from harness.conformance.drawing import sample
+from harness.conformance.drawing.sample import AnyCase
+from harness.conformance.findings import defects
+from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
+from harness.conformance.parity_suite import ParitySuite
+
+
+def search(
+    plan: ParitySuite,
+    wanted: CaseSelection,
+    dtypes: Sequence[str],
+    run_case: Callable[[AnyCase], Iterable[CheckOutcome]],
+    name: str,
+) -> list[CheckOutcome]:
+    """Try `wanted.drawn` random cases and return their outcomes; of failures, those of the smallest cases alone.
+
+    The cases follow from `wanted.seed`. Failures of before, which are stored in the cache under `name`, are tried first. A
+    failure that a known defect explains ends nothing and is not shrunk.
+    """
+    outcomes: list[CheckOutcome] = []
+    smallest: dict[str, list[CheckOutcome]] = {}
+
+    @seed(wanted.seed)
+    @settings(
+        max_examples=wanted.drawn,
+        database=DirectoryBasedExampleDatabase(_folder(name)),
+        phases=(Phase.reuse, Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+        deadline=None,
+        report_multiple_bugs=True,
+        verbosity=Verbosity.quiet,
+        print_blob=False,
+    )
+    @given(sample.random(plan, dtypes))
+    def try_case(case: AnyCase) -> None:
+        tried, _ = defects.explained(run_case(case), defects.known())
+        failed = [one for one in tried if one.status is CheckStatus.FAIL]
+        if failed:
+            smallest[failed[0].check] = tried
+            raise _failure_of(failed[0].check)(str(case))
+        if not smallest:  # later cases are steps of the shrinking
+            outcomes.extend(tried)
+
+    try:
+        try_case()
+    except (AssertionError, FlakyFailure, BaseExceptionGroup):
+        if not smallest:
+            raise
+    except Unsatisfiable:
+        return []
+    return [*outcomes, *(one for several in smallest.values() for one in several)]
+
+
+@cache
+def _failure_of(check: str) -> type[AssertionError]:
+    """Return the exception of a check: Hypothesis takes failures of one type for the same."""
+    return type(f"{check}Failed", (AssertionError,), {})
+
+
+def _folder(name: str) -> Path:
+    return asset_cache.root() / "hypothesis" / name

@@ -1,0 +1,54 @@
+"""Hypothesis strategies for the factors of a case."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from hypothesis import strategies as st
+
+from harness.conformance.drawing.factors import ELEMENTS, Factor
+
+LARGEST_SIDE = 4096
+
+
+def of_factor(factor: Factor) -> st.SearchStrategy[Any]:
+    """Return a strategy for one factor: half of the values are its levels. Shrinks towards the first level."""
+    levels = st.sampled_from(factor.levels)
+    drawn: st.SearchStrategy[Any]
+    if factor.dimensions and factor.least is not None and factor.most is not None:
+        whole = st.integers(int(factor.least), int(factor.most))
+        least, most = min(factor.dimensions), max(factor.dimensions)
+        drawn = st.lists(whole, min_size=least, max_size=most).map(tuple)
+    elif factor.dimensions:
+        drawn = st.sampled_from(factor.dimensions).flatmap(lambda n: sizes(n, int(factor.most or ELEMENTS)))
+    elif factor.least is None or factor.most is None:
+        return levels
+    elif isinstance(factor.levels[0], int):
+        drawn = st.one_of(_whole(int(factor.least), int(factor.most)), st.integers(int(factor.least), int(factor.most)))
+    else:
+        drawn = st.floats(factor.least, factor.most, allow_nan=False).map(lambda v: float(f"{v:.3g}"))
+    return st.one_of(levels, drawn)
+
+
+def case_values(factors: dict[str, Factor]) -> st.SearchStrategy[dict[str, Any]]:
+    """Return a strategy for one value of every factor."""
+    return st.fixed_dictionaries({name: of_factor(factor) for name, factor in factors.items()})
+
+
+@st.composite
+def sizes(draw: st.DrawFn, dimensions: int, elements: int) -> tuple[int, ...]:
+    """Draw the sides of a tensor with at most `elements` elements; small sides are as likely as large ones."""
+    sides: list[int] = []
+    left = elements
+    for _ in range(dimensions):
+        sides.append(draw(_whole(1, max(1, min(LARGEST_SIDE, left)))))
+        left //= sides[-1]
+    return tuple(draw(st.permutations(sides)))
+
+
+def _whole(least: int, most: int) -> st.SearchStrategy[int]:
+    """Return a strategy for whole numbers with a uniform logarithm."""
+    low = max(1, least)
+    exponents = st.integers(0, max(0, math.floor(math.log2(most / low))) if most > low else 0)
+    return exponents.flatmap(lambda e: st.integers(low << e, min(most, (low << (e + 1)) - 1)))

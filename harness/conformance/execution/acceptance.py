@@ -1,0 +1,48 @@
+"""Acceptance of cases by the reference: some settings contradict each other, or do not fit a kind of layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+
+from harness.conformance.drawing.factors import LARGEST_SIZE
+from harness.conformance.execution.parity_model import ParityModel, is_built
+from harness.conformance.parity_suite import CaseShape, Kind, MethodCase, MethodSuite, OperationCase, ParitySuite
+from harness.conformance.subject import attach_reference, configure
+from harness.methods.spec import methods
+
+_LARGEST_DEEP = 4096
+"""Elements of a weight in a model with many targets: each of its checks is made once per target."""
+
+
+def is_accepted(plan: ParitySuite, case: MethodCase | OperationCase) -> bool:
+    """Return whether the reference can be attached with the settings of a case; any case of an Operation is accepted."""
+    if not isinstance(case, MethodCase) or not isinstance(plan, MethodSuite):
+        return True
+    if not is_built(case.kind, case.model):
+        return False
+    if case.model == "deep" and case.shape.inputs * case.shape.outputs > _LARGEST_DEEP:
+        return False
+    sides = (min(side, LARGEST_SIZE) for side in (case.shape.inputs, case.shape.outputs))  # no rank is larger
+    return _attaches(plan.method, tuple(sorted(case.config.items())), case.kind, *sides)
+
+
+@lru_cache(maxsize=4096)
+def _attaches(method: str, config: tuple[tuple[str, Any], ...], kind: Kind, inputs: int, outputs: int) -> bool:
+    model = ParityModel(kind, CaseShape.model_validate({"tokens": 1, "in": inputs, "out": outputs}), torch.float32, 0)
+    try:
+        resolved = replace(configure(method, dict(config)), **_quick_start(method))
+        names = model.targets if hasattr(resolved, "targets") else None
+        attach_reference(method, model, resolved, names, torch.Generator().manual_seed(0))
+    except ValueError:
+        return False
+    return True
+
+
+@cache
+def _quick_start(method: str) -> Mapping[str, int]:
+    return methods()[method].spec.quick_start

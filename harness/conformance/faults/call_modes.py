@@ -1,0 +1,185 @@
+"""Faults that show in one mode, layout or history of a call."""
+
+from __future__ import annotations
+
+import copy as copying
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.conformance.faults import line_fault, planted_in_methods
+from harness.conformance.faults.patched_copy import PatchedCopy, Right
+
+_ADAPTERS = ["lora", "dora", "vera", "adalora"]
+_BLOCKS = {"shape": [5, 96], "block": 64}
+_LAYER = {"shape": [48, 128], "rows": [9], "rank": 8}
+_UPDATE = 'apply_layer(lora.LoraLinear(dense_linear(W, bias), A, B, scaling, dropout=0.0), x, mask, {"A": A, "B": B})'
+
+# fmt: off
+FAULTS = [
+    line_fault("lora_linear", "skips_the_update_without_gradients", ["calls"], f"return {_UPDATE}",
+        f"y = {_UPDATE}\n    return y if torch.is_grad_enabled() else dense_linear(W, bias)(x)", values=_LAYER),
+    line_fault("lora_linear", "loses_the_update_under_inference_mode", ["calls"], f"return {_UPDATE}",
+        f"y = {_UPDATE}\n    return dense_linear(W, bias)(x) if torch.is_inference_mode_enabled() else y", values=_LAYER),
+    line_fault("lora_linear", "turns_a_nan_of_the_input_into_zero", ["nonfinite"], f"return {_UPDATE}",
+        f"x = x.nan_to_num(0.0)\n    return {_UPDATE}", values=_LAYER),
+    line_fault("nf4_quantize", "quantises_a_tensor_with_a_gradient_from_its_magnitudes", ["calls"],
+        "flat = x.detach().flatten().float()",
+        "flat = (x.detach().abs() if x.requires_grad else x.detach()).flatten().float()",
+        file="dynamic_map", values=_BLOCKS),
+]
+# fmt: on
+
+
+@planted_in_methods("calls", only=_ADAPTERS)
+def skips_the_update_of_single_tokens(copy: PatchedCopy) -> None:
+    copy.replace_forward(lambda layer, x, right: layer.base(x) if x.dim() == 3 and x.shape[1] == 1 else right(x))
+
+
+@planted_in_methods("calls", only=_ADAPTERS)
+def skips_the_update_in_training_without_gradients(copy: PatchedCopy) -> None:
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        return right(x) if torch.is_grad_enabled() or not layer.training else layer.base(x)
+
+    copy.replace_forward(forward)
+
+
+@planted_in_methods("calls", only=_ADAPTERS)
+def skips_the_update_in_inference_mode(copy: PatchedCopy) -> None:
+    copy.replace_forward(lambda layer, x, right: layer.base(x) if torch.is_inference_mode_enabled() else right(x))
+
+
+@planted_in_methods("calls", only=_ADAPTERS)
+def skips_the_update_under_autocast(copy: PatchedCopy) -> None:
+    copy.replace_forward(lambda layer, x, right: layer.base(x) if torch.is_autocast_enabled("cpu") else right(x))
+
+
+@planted_in_methods("calls", only=_ADAPTERS)
+def flattens_four_dimensions(copy: PatchedCopy) -> None:
+    copy.replace_forward(lambda _, x, right: right(x.flatten(0, 1)) if x.dim() == 4 else right(x))
+
+
+@planted_in_methods("calls", only=_ADAPTERS)
+def is_wrong_at_every_fiftieth_call(copy: PatchedCopy) -> None:
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        vars(layer)["calls"] = vars(layer).get("calls", 0) + 1
+        return right(x) * (1.1 if vars(layer)["calls"] % 50 == 0 else 1.0)
+
+    copy.replace_forward(forward)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return x @ weight.T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return dy @ ctx.saved_tensors[0], None
+
+
+@planted_in_methods("calls", only=["lora"])
+def has_no_second_derivative(copy: PatchedCopy) -> None:
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        update = layer.scaling * (layer.B @ layer.A)
+        product: Tensor = _Once.apply(x, update)  # type: ignore[no-untyped-call]
+        y: Tensor = right(x) - x @ update.T + product
+        return y
+
+    copy.replace_forward(forward)
+
+
+class _Forgetful(nn.Module):
+    """A mixin for layers whose copies forget their scaling."""
+
+    scaling: float
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        made = self.__class__.__new__(self.__class__)
+        memo[id(self)] = made
+        vars(made).update({name: copying.deepcopy(value, memo) for name, value in vars(self).items()})
+        made.scaling = 1.0
+        return made
+
+
+@planted_in_methods("calls", "walk", only=["lora", "adalora"])
+def copies_forget_the_scaling(copy: PatchedCopy) -> None:
+    def change(layer: Any) -> None:
+        layer.__class__ = type("Forgetful", (_Forgetful, type(layer)), {})
+
+    copy.change_layers(change)
+
+
+@planted_in_methods("calls", only=["lora", "adalora"])
+def loses_the_scaling_in_another_dtype(copy: PatchedCopy) -> None:
+    def change(layer: Any) -> None:
+        right = type(layer)
+
+        def apply(self: Any, function: Any, recurse: bool = True) -> Any:
+            before = self.A.dtype
+            right._apply(self, function, recurse)
+            self.scaling = self.scaling if self.A.dtype == before else 1.0
+            return self
+
+        layer.__class__ = type("Moved", (right,), {"_apply": apply})
+
+    copy.change_layers(change)
+
+
+@planted_in_methods("walk", only=["lora", "adalora"])
+def merges_into_the_base_and_stays_there(copy: PatchedCopy) -> None:
+    """Merge in place and forget to subtract when unmerging."""
+
+    def change(adapted: Any) -> None:
+        unmerge = adapted.unmerge
+
+        def unmerge_and_keep() -> None:
+            with torch.no_grad():
+                for layer in adapted.layers.values():
+                    layer.base.weight.add_(layer.delta())
+            unmerge()
+
+        adapted.unmerge = unmerge_and_keep
+
+    copy.change_adapted(change)
+
+
+@planted_in_methods("walk", only=["galore"])
+def resumes_without_its_projectors(copy: PatchedCopy) -> None:
+    def change(adapted: Any) -> None:
+        right = adapted.optimizer
+
+        def optimizer(*given: Any) -> Any:
+            made = right(*given)
+            state_dict = made.state_dict
+
+            def without_projectors() -> dict[str, Any]:
+                saved: dict[str, Any] = state_dict()
+                for state in saved["state"].values():
+                    for letter in ("P", "Q"):
+                        if letter in state:
+                            state[letter] = torch.linalg.qr(torch.ones_like(state[letter])).Q
+                return saved
+
+            made.state_dict = without_projectors
+            return made
+
+        adapted.optimizer = optimizer
+
+    copy.change_adapted(change)
+
+
+@planted_in_methods("walk", only=["lora", "dora", "adalora"])
+def keeps_the_weight_of_its_first_model(copy: PatchedCopy) -> None:
+    """Cache A by its shape and dtype, over all models of the process."""
+    held: dict[Any, Tensor] = {}
+
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        stale = held.setdefault((layer.A.shape, layer.A.dtype, x.requires_grad), layer.A.detach().clone())
+        difference: Tensor = x @ (stale - layer.A.detach()).T
+        return right(x) + difference.sum() * 0.01
+
+    copy.replace_forward(forward)

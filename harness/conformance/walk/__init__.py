@@ -1,0 +1,1 @@
+"""Random walks through the life of an adapter."""

@@ -1,0 +1,198 @@
+"""The rules of a walk: a state machine of Hypothesis that takes an implementation and the reference through one life."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
+from hypothesis import strategies as st
+from hypothesis.errors import FlakyFailure
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from torch import Tensor
+
+from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise
+from harness.conformance.walk.world import LOOKS, World
+
+RULES = 20
+"""Rules of one walk, at most."""
+
+
+@dataclass(frozen=True)
+class Worlds:
+    """The programs that take the same walk."""
+
+    subject: World
+    wide: World
+    """The reference in float64."""
+    own: World
+    """The reference in the subject's dtype."""
+    dtype: str
+    factor: float
+    """Factor on the reference's own error."""
+    another: Callable[[], World]
+    """Attaches the subject to another model."""
+
+    def every(self) -> tuple[World, World, World]:
+        """Return all of them."""
+        return self.subject, self.wide, self.own
+
+
+class WalkFailedError(AssertionError):
+    """The implementation has left the reference's path."""
+
+    def __init__(self, judgement: Judgement, rules: list[str]) -> None:
+        super().__init__(judgement.tensor)
+        self.judgement, self.rules = judgement, rules
+
+
+def walk(make: Callable[[], Worlds], walks: int, number: int) -> WalkFailedError | None:
+    """Take `walks` random walks, the same for a `number`; return the shortest failure, if there is one.
+
+    make: makes the worlds of a walk, all in the same state.
+    """
+
+    class Walk(AdapterWalk):
+        start = staticmethod(make)
+
+    chosen = settings(
+        max_examples=walks,
+        stateful_step_count=RULES,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink),
+        print_blob=False,
+        report_multiple_bugs=False,
+        verbosity=Verbosity.quiet,
+    )
+    try:
+        run_state_machine_as_test(seed(number)(Walk), settings=chosen)
+    except WalkFailedError as failure:
+        return failure
+    except FlakyFailure as flaky:  # a rule fails at some calls only
+        return next((one for one in flaky.exceptions if isinstance(one, WalkFailedError)), None)
+    return None
+
+
+class AdapterWalk(RuleBasedStateMachine):
+    """One walk: every rule does the same in every world, and compares them."""
+
+    start: Callable[[], Worlds]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.worlds = type(self).start()
+        self.taken: list[str] = []
+        self.merged = self.frozen = False
+
+    def _all(self, name: str, act: Callable[[World], None]) -> None:
+        self.taken.append(name)
+        for world in self.worlds.every():
+            act(world)
+
+    def _compare(self, look: str) -> None:
+        """Compare outputs and gradients."""
+        mine, truth, rounded = (world.look(look) for world in self.worlds.every())
+        if mine.keys() - truth.keys() <= {"calls of hooks"}:
+            mine = {name: t for name, t in mine.items() if name in truth}
+        self._judge(mine, truth, rounded)
+
+    def _judge(self, mine: dict[str, Tensor], truth: dict[str, Tensor], rounded: dict[str, Tensor]) -> None:
+        judgement = carried_noise(mine, truth, rounded, self.worlds.dtype, self.worlds.factor)
+        if not judgement.passed:
+            raise WalkFailedError(judgement, self.taken)
+
+    @rule(look=st.sampled_from(list(LOOKS)))
+    @precondition(lambda self: not self.merged)
+    def compare(self, look: str) -> None:
+        """Run the model, as it is, in one of the modes of torch."""
+        self.taken.append(f"compare({look!r})")
+        self._compare(look)
+
+    @rule(number=st.integers(1, 9))
+    @precondition(lambda self: not self.merged and not self.frozen)
+    def backward(self, number: int) -> None:
+        """Add the gradients of a micro-batch."""
+        self._all(f"backward({number})", lambda world: world.backward(number))
+
+    @rule(number=st.integers(1, 9))
+    @precondition(lambda self: not self.merged and not self.frozen)
+    def step(self, number: int) -> None:
+        """Take an optimizer step with one more micro-batch, and compare the tensors that it leaves."""
+        self._all(f"step({number})", lambda world: world.backward(number))
+        for world in self.worlds.every():
+            world.step()
+        subject, *references = self.worlds.every()
+        mine, truth, rounded = ({n: t.detach() for n, t in w.adapted.tensors().items()} for w in self.worlds.every())
+        self._judge(mine, truth, rounded)
+        for world in references:
+            world.sync(subject.adapted.tensors(), subject.adapted.state())
+
+    @rule(factor=st.sampled_from([0.5, 2.0]))
+    def scheduler(self, factor: float) -> None:
+        """Change the learning rate."""
+        self._all(f"scheduler({factor})", lambda world: world.scale_learning_rate(factor))
+
+    @rule(training=st.booleans())
+    @precondition(lambda self: not self.merged)
+    def train(self, training: bool) -> None:
+        """Change the mode of the model."""
+        self._all(f"train({training})", lambda world: world.set_training(training))
+
+    @rule()
+    @precondition(lambda self: not self.merged and self.worlds.subject.owns_tensors())
+    def deepcopy(self) -> None:
+        """Continue with a deep copy."""
+        self._all("deepcopy()", World.deepcopy)
+        self._compare("backward")
+
+    @rule()
+    @precondition(lambda self: not self.merged and self.worlds.subject.owns_tensors())
+    def load_state_dict(self) -> None:
+        """Save and load the model."""
+        self._all("load_state_dict()", World.reload_model)
+        self._compare("backward")
+
+    @rule()
+    @precondition(lambda self: not self.merged and not self.frozen)
+    def resume(self) -> None:
+        """Continue from a checkpoint in a fresh model."""
+        self._all("resume()", World.resume)
+        self._compare("backward")
+
+    @rule()
+    @precondition(lambda self: not self.merged and self.worlds.subject.adapted.can_merge)
+    def merge(self) -> None:
+        """Merge the adapter; the merged model computes the same."""
+        self._all("merge()", lambda world: world.adapted.merge())
+        self.merged = True
+        self._compare("no_grad")
+
+    @rule()
+    @precondition(lambda self: self.merged)
+    def unmerge(self) -> None:
+        """Undo the merge."""
+        self._all("unmerge()", lambda world: world.adapted.unmerge())
+        self.merged = False
+        self._compare("no_grad")
+
+    @rule()
+    @precondition(lambda self: not self.merged)
+    def requires_grad(self) -> None:
+        """Switch the gradients of the adapter off, or on again."""
+        self.frozen = not self.frozen
+        self._all(f"requires_grad({not self.frozen})", lambda world: world.freeze(self.frozen))
+
+    @rule()
+    def second_model(self) -> None:
+        """Attach to another model of other shapes, and train it for a step."""
+        self.taken.append("second_model()")
+        other = self.worlds.another()
+        other.backward(1)
+        other.step()
+
+    def teardown(self) -> None:
+        """Compare once more at the end."""
+        if not self.merged:
+            self._compare("backward")

@@ -1,0 +1,191 @@
+"""A world of a walk: one model with an attached implementation or reference, and what a training program does with them."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from harness.conformance.comparison.optimizer_steps import optimizer_of
+from harness.conformance.subject import load
+from harness.methods.spec import Adapted
+
+Forward = Callable[[nn.Module], Tensor]
+CHANGE = 1.5
+"""Factor by which tensors are changed before they are restored."""
+
+
+@dataclass
+class World:
+    """One of the programs that take the same walk."""
+
+    model: nn.Module
+    adapted: Adapted
+    attach: Callable[[], tuple[nn.Module, Adapted]]
+    """Attaches to a fresh copy of the same model."""
+    forward: Forward
+    """Runs a model on the inputs of the walk."""
+    may_train: bool
+    """Whether training mode computes the same as eval mode: without dropout."""
+
+    def __post_init__(self) -> None:
+        self.optimizer = self._new_optimizer()
+        self.steps = 0
+        self.trained = self.adapted.parameters()
+        self.set_training(self.may_train)
+
+    def set_training(self, training: bool) -> None:
+        """Set the mode of the model."""
+        self.model.train(training and self.may_train)
+
+    def backward(self, seed: int) -> None:
+        """Add the gradients of one micro-batch."""
+        y = self.forward(self.model)
+        if y.requires_grad:
+            y.backward(incoming(y, seed))
+
+    def step(self) -> None:
+        """Add the Method's own term of the loss, take an optimizer step, and do the Method's work after it."""
+        term = self.adapted.regularizer()
+        if term is not None:
+            term.backward()
+        self.optimizer.step()
+        self.steps += 1
+        self.adapted.after_step(self.steps)
+        self.optimizer.zero_grad()
+
+    def scale_learning_rate(self, factor: float) -> None:
+        """Change the learning rate, as a scheduler does."""
+        for group in self.optimizer.param_groups:
+            group["lr"] *= factor
+
+    def owns_tensors(self) -> bool:
+        """Return whether the trained tensors are parameters of the model; those of an adapter of hooks are elsewhere."""
+        return {id(t) for t in self.adapted.parameters()} <= {id(p) for p in self.model.parameters()}
+
+    def deepcopy(self) -> None:
+        """Continue with a deep copy of everything."""
+        everything = self.model, self.adapted, self.optimizer, self.trained
+        self.model, self.adapted, self.optimizer, self.trained = copy.deepcopy(everything)
+
+    def reload_model(self) -> None:
+        """Change every tensor, and restore the model from its state_dict."""
+        saved = {name: t.clone() if isinstance(t, Tensor) else t for name, t in self.model.state_dict().items()}
+        with torch.no_grad():
+            for tensor in self.adapted.tensors().values():
+                tensor.mul_(CHANGE)
+        self.model.load_state_dict(saved)
+
+    def resume(self) -> None:
+        """Continue in a fresh model with the tensors, the state and the optimizer's state_dict, through a file."""
+        file = io.BytesIO()
+        tensors, state = self.adapted.tensors(), self.adapted.state()
+        torch.save({"tensors": tensors, "state": state, "optimizer": self.optimizer.state_dict()}, file)
+        file.seek(0)
+        saved = torch.load(file, weights_only=False)
+        gradients = {name: t.grad for name, t in tensors.items()}
+        self.model, self.adapted = self.attach()
+        load(self.adapted, saved["tensors"], saved["state"])
+        for name, tensor in self.adapted.tensors().items():
+            tensor.grad = gradients[name]
+        self.optimizer = self._new_optimizer()
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.set_training(self.may_train)
+
+    def freeze(self, frozen: bool) -> None:
+        """Switch the gradients of the trained tensors off or on."""
+        if frozen:
+            self.trained = self.adapted.parameters()
+        for tensor in self.trained:
+            tensor.requires_grad_(not frozen)
+
+    def look(self, how: str) -> dict[str, Tensor]:
+        """Return the model's output and, if gradients flow, those of the trained tensors. how: a key of LOOKS."""
+        return LOOKS[how](self)
+
+    def sync(self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """Take over tensors and state, so that roundings of one step are not judged again after the next."""
+        mine, held = self.adapted.tensors(), self.adapted.state()
+        load(
+            self.adapted,
+            {name: value for name, value in tensors.items() if name in mine},
+            {name: value for name, value in state.items() if name in held and held[name].shape == value.shape},
+        )
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return optimizer_of(self.adapted, list(dict.fromkeys(self.adapted.parameters())))
+
+
+def incoming(y: Tensor, seed: int) -> Tensor:
+    """Return a gradient for the output y, the same numbers in every dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype)
+
+
+def _with_gradients(world: World, forward: Forward) -> dict[str, Tensor]:
+    tensors = world.adapted.tensors()
+    held = {name: t.grad for name, t in tensors.items()}
+    try:
+        for tensor in tensors.values():
+            tensor.grad = None
+        y = forward(world.model)
+        if y.requires_grad:
+            y.backward(incoming(y, seed=0))
+        gradients = {f"grad {name}": t.grad.detach().clone() for name, t in tensors.items() if t.grad is not None}
+        return {"y": y.detach().clone()} | gradients
+    finally:
+        for name, tensor in tensors.items():
+            tensor.grad = held[name]
+
+
+def _plainly(world: World) -> dict[str, Tensor]:
+    return _with_gradients(world, world.forward)
+
+
+def _checkpointed(world: World) -> dict[str, Tensor]:
+    def forward(model: nn.Module) -> Tensor:
+        y: Any = checkpoint(world.forward, model, use_reentrant=False)
+        return y  # type: ignore[no-any-return]
+
+    return _with_gradients(world, forward)
+
+
+def _hooked(world: World) -> dict[str, Tensor]:
+    """Look with a forward hook on every adapted layer; each must be called once."""
+    calls: list[str] = []
+    handles = [
+        world.model.get_submodule(path).register_forward_hook(lambda *_, path=path: calls.append(path))
+        for path in world.adapted.layers
+    ]
+    try:
+        seen = _with_gradients(world, world.forward)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen | {"calls of hooks": torch.tensor([float(calls.count(path)) for path in world.adapted.layers])}
+
+
+def _no_grad(world: World) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return {"y": world.forward(world.model).clone()}
+
+
+def _inference(world: World) -> dict[str, Tensor]:
+    with torch.inference_mode():
+        y = world.forward(world.model)
+    return {"y": y.clone()}
+
+
+LOOKS: dict[str, Callable[[World], dict[str, Tensor]]] = {
+    "backward": _plainly,
+    "no_grad": _no_grad,
+    "inference_mode": _inference,
+    "checkpoint": _checkpointed,
+    "hooks": _hooked,
+}
