@@ -360,7 +360,7 @@ def test_all_mistakes_of_a_config_are_reported_with_their_lines(tmp_path: Path) 
         for p in caught.value.problems
     ]
     expected = [
-        (8, "`checkpointing` is true, and CARTRIDGE"), (8, "`checkpointing` is true, and PREFIX_TUNING"),
+        (8, "`checkpointing` is true, but CARTRIDGE"), (8, "`checkpointing` is true, but PREFIX_TUNING"),
         (12, " has arrow_config"), (12, " has init_lora_weights eva"), (12, " has peft_type lorra"),
         (13, " has lora_alpha nan"), (13, " has modules_to_save 5"),
         (14, " (./config.json) has num_virtual_tokens None"), (14, " (./config.json) has task_type SEQ_CLS, and the model"),
@@ -380,14 +380,14 @@ def test_a_model_that_is_named_directly_has_a_kind_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ("base: {quantization: nf4, implementation: fused}", "peft is offered on a base that is not quantised"),
+        ("base: {quantization: nf4, implementation: fused}", "peft needs a base that is not quantised"),
         (
             "base: {quantization: nf4, implementation: fused}\n    method: galore\n    config: {rank: 2}",
-            "base nf4 keeps frozen weights in 4 bits, and galore trains the weights themselves",
+            "base nf4 has frozen weights in 4 bits, but galore trains the weights",
         ),
         (
             "method: lora\n    config: {rank: [2, 3], init: orthogonal}",
-            "shares the rank out in halves, and `rank` is 3",
+            "divides the rank into halves, but `rank` is 3",
         ),
     ],
 )

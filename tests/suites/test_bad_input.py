@@ -185,7 +185,7 @@ MEANING = {
         "method: vera\n        training: {lr_ratio: [1, 16]}\n        config: {rank: 4,", 13, "`lr_ratio` 16 vera factor B",
     ),
     "more items than there are": ("items: 8", "items: 66", 9, "`items` 66 toy-sentiment 64"),
-    "duplicate id": ("id: exact", "id: a", 14, "second id `a`"),
+    "duplicate id": ("id: exact", "id: a", 14, "duplicate id `a`"),
     "equal cells": ("dtype: float64", "dtype: float32", 14, "`exact` `a` same Cell"),
     "a value listed twice": ("id: a", "id: a\n        seed: [1, 1]", 12, "`seed` 1 2 times"),
     "a base listed twice": ("id: a", "id: a\n        base: [{}, {}]", 12, "`base` none 2 times"),
@@ -211,7 +211,7 @@ MEANING = {
     ),
     "source of a taken name": (
         "matrix:", "sources:\n  - {name: tiny-llama, kind: causal, source: 'made:tiny-llama'}\nmatrix:", 6,
-        "second source `tiny-llama`",
+        "duplicate source `tiny-llama`",
     ),
 }  # fmt: skip
 """Mistakes of the second stage: names, combinations, duplicates."""
