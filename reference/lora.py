@@ -138,9 +138,10 @@ class LoraLinear(LowRankLayer):
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
-    """Freeze `model` and wrap every target in a LoRA layer; each draws from `generator` in order of the paths.
+    """Freeze `model` and wrap every target in a LoRA layer. The layers draw from `generator` in the order of their paths.
 
-    Raises ValueError, and leaves the model unchanged, if a target names no layer, or a layer without a LoRA.
+    Raises ValueError, and leaves the model unchanged, if a target names no layer, or one that LoRA cannot adapt
+    with this config.
     """
     layers: dict[str, AdaptedLayer] = {}
     for path, base in targets(model, config.targets, KINDS).items():

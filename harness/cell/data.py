@@ -31,7 +31,7 @@ from harness.cell.training.batches import (
 )
 from harness.errors import UsageError
 from harness.records.record import Accuracy, Cell
-from harness.suites.task_schema import max_answer_tokens, too_long
+from harness.suites.lm_eval_keys import max_answer_tokens, too_long
 
 _PROBED, _PROBED_CAUSAL = 8, 4
 """Texts of the parity gate: an encoder returns a few logits for each, a causal model one for each known token."""
@@ -174,10 +174,10 @@ class _Tokenised(Sequence[Example]):
 
 
 class RandomData:
-    """Batches of random tokens for the task `synthetic`, all of `max_tokens`, without padding; nothing is scored.
+    """Batches of random tokens for the task `synthetic`. Every text has `max_tokens` tokens; nothing is scored.
 
     They depend on the seed, not on the Method. The loss is over every token but the first, or over random labels for an
-    encoder. Raises UsageError if the model reads fewer tokens.
+    encoder. Raises UsageError if `max_tokens` exceeds the model's limit.
     """
 
     cut_examples = None

@@ -17,7 +17,7 @@ from harness.cli.baseline import baseline
 from harness.cli.bench import bench
 from harness.cli.check_command import check
 from harness.cli.claims import claims
-from harness.cli.doctor import doctor
+from harness.cli.doctor_command import doctor
 from harness.cli.explain import explain
 from harness.cli.export import export
 from harness.cli.fit import fit

@@ -23,7 +23,9 @@ from harness.errors import Exit, UsageError
     "--id", "ids", multiple=True, metavar="ID", help=f"Only claims with an id that starts with ID. {options.AGAIN}"
 )
 @click.option(
-    "--headlines", is_flag=True, help="Only claims of a paper's headline; --html then writes a page for these."
+    "--headlines",
+    is_flag=True,
+    help="Only claims that belong to a paper's headline. --html then writes the headlines' page.",
 )
 @click.option(
     "--file", "files", multiple=True, type=click.Path(path_type=Path), metavar="YAML",

@@ -1,22 +1,140 @@
-"""The command `doctor`."""
+"""Findings of `doctor`: the parts that this machine can run, and the reasons why others cannot run."""
 
 from __future__ import annotations
 
-import click
+import importlib.util
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
+from harness.assets import cache, fetch
 from harness.cli import options
+from harness.console import align_columns
 from harness.errors import Exit
+from harness.methods.registry import discover
+from harness.records import environment, store
+from harness.suites import loader
+
+_GIB = 2**30
+_MIN_FREE_B = 2 * _GIB
+_WIDTH = 100
+_STATES = ("no", "note", "ok")
+"""Most serious first."""
 
 
-@click.command()
-@click.option("--verbose", "-v", is_flag=True, help="List every finding, also those that are fine.")
-@options.as_json
-def doctor(verbose: bool, as_json: bool) -> Exit:
-    """Show what this machine can run, and why not.
+@dataclass(frozen=True)
+class Diagnosis:
+    """One finding."""
 
-    Looks at the processor, the GPU, the installed libraries, the implementations, the models and data of the suite quick,
-    and the free disk space. Exits with 4 if something that the suite quick needs is missing.
-    """
-    from harness.cli import diagnosis
+    group: str
+    """Heading in the summary."""
+    subject: str
+    state: Literal["ok", "note", "no"]
+    """`no`: something cannot run; `note`: worth knowing."""
+    detail: str
+    summary: str = ""
+    """Text that findings of one group and state share; these are then counted in one line."""
+    shown: str = ""
+    """Name of the finding in that line; empty: the finding is only counted."""
 
-    return diagnosis.report(as_json, verbose)
+
+def report(as_json: bool, verbose: bool = False) -> Exit:
+    """Print the findings; return INFRASTRUCTURE if something that the suite quick needs cannot run here."""
+    findings = [*_machine(), *_implementations(), *_assets(), *_disk()]
+    rows = [{"subject": f.subject, "state": f.state, "detail": f.detail} for f in findings]
+    text = _every_finding if verbose else summary_text
+    options.print_document({"schema": 1, "findings": rows}, as_json, lambda _: text(findings))
+    return Exit.INFRASTRUCTURE if any(f.state == "no" for f in findings) else Exit.PASS
+
+
+def _every_finding(findings: Sequence[Diagnosis]) -> str:
+    return "\n".join(align_columns([(f.state, f.subject, f.detail) for f in findings]))
+
+
+def summary_text(findings: Sequence[Diagnosis]) -> str:
+    """Return one line per problem, note and group, the most serious first; findings with the same summary are counted."""
+    lines: dict[tuple[int, str, str], list[Diagnosis]] = {}
+    for f in findings:
+        lines.setdefault((_STATES.index(f.state), f.group, f.summary or f.subject), []).append(f)
+    width = max(len(f.group) for f in findings)
+    text: list[str] = []
+    for (state, group, _), members in sorted(lines.items(), key=lambda item: item[0][0]):
+        head = f"{_STATES[state]:<5} {group:<{width}}  "
+        indent = " " * len(head)
+        text += textwrap.wrap(
+            _sentence(members), _WIDTH, initial_indent=head, subsequent_indent=indent, break_on_hyphens=False
+        )
+    problems = sum(f.state == "no" for f in findings)
+    return "\n".join([*text, "", f"{problems or 'no'} problem{'s' * (problems != 1)}; --verbose lists every finding"])
+
+
+def _sentence(members: Sequence[Diagnosis]) -> str:
+    first = members[0]
+    if not first.summary:
+        return f"{first.subject}: {first.detail}"
+    names = ", ".join(f.shown for f in members if f.shown)
+    return f"{len(members)} {first.summary}" + (f": {names}" if names else "")
+
+
+def _machine() -> list[Diagnosis]:
+    here = environment.describe(environment.threads())
+    gpus = environment.gpus()
+    processor = f"{here.machine['cpu']}, {here.threads} cores used, {here.machine['architecture']}"
+    no_gpu = "no NVIDIA GPU: --device auto takes the CPU; GPU rows stay not-run"
+    exact_peaks = Path("/proc/self/clear_refs").exists()
+    peaks = "per phase from the kernel (VmHWM)" if exact_peaks else "sampled every 20 ms: short peaks are missed"
+    return [
+        Diagnosis("machine", "python", "ok", f"{here.software['python']} at {sys.executable}"),
+        Diagnosis("machine", "processor", "ok", processor),
+        Diagnosis("machine", "memory", "ok", f"{int(here.machine['memory_B']) / _GIB:.1f} GiB"),
+        *[Diagnosis("machine", "GPU", "ok", line, line) for line in gpus],
+        *([] if gpus else [Diagnosis("machine", "GPU", "note", no_gpu)]),
+        Diagnosis("machine", "environment", "ok", f"id {here.id}, code {here.code_version}"),
+        *[
+            Diagnosis("libraries", name, "ok", version, "installed", f"{name} {version}")
+            for name, version in here.software.items()
+            if name != "python"
+        ],
+        Diagnosis("machine", "memory peaks", "ok" if exact_peaks else "note", peaks),
+    ]
+
+
+def _implementations() -> list[Diagnosis]:
+    registry = discover()
+    found = []
+    for one in registry.implementations:
+        if missing := [m for m in one.requires if importlib.util.find_spec(m) is None]:
+            why = f"not installed: {', '.join(missing)}; its Cells are skipped"
+            summary = f"{one.kind}s cannot run, {', '.join(missing)} not installed"
+            found.append(Diagnosis("implementations", str(one), "note", why, summary, f"{one.target} by {one.name}"))
+        else:
+            found.append(Diagnosis("implementations", str(one), "ok", one.distribution, "can run"))
+    return found + [Diagnosis("plug-ins", name, "no", why) for name, why in registry.broken.items()]
+
+
+def _assets() -> list[Diagnosis]:
+    found = []
+    for source in loader.load("quick").sources.values():
+        if fetch.is_local(source):
+            found.append(Diagnosis("models and data", source.name, "ok", "ready", "ready", source.name))
+        else:
+            detail, summary = f"will be fetched: {source.source}", "will be fetched on first use"
+            found.append(Diagnosis("models and data", source.name, "note", detail, summary, source.name))
+    if importlib.util.find_spec("pip") is None:
+        detail = "not in this environment, so carriers cannot be fetched: python -m ensurepip"
+        found.append(Diagnosis("models and data", "pip", "no", detail))
+    return found
+
+
+def _disk() -> list[Diagnosis]:
+    found = []
+    for name, place in (("cache", cache.root()), ("runs", store.RUNS.resolve())):
+        there = next(p for p in (place, *place.parents) if p.exists())
+        free = shutil.disk_usage(there).free
+        detail = f"{free / _GIB:.1f} GiB free at {place}"
+        found.append(Diagnosis("disk", f"disk of the {name}", "ok" if free >= _MIN_FREE_B else "no", detail))
+    return found

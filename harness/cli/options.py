@@ -19,7 +19,7 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 AGAIN = "Repeatable."
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
-strict = click.option("--strict", is_flag=True, help="Exit with 3 if any question stays undecided.")
+strict = click.option("--strict", is_flag=True, help="Exit with 3 if a comparison stays undecided.")
 device = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
     help="Device to measure on; auto takes a GPU if there is one.",

@@ -60,7 +60,7 @@ class Case:
         return torch.Generator().manual_seed(self.seed * 1_000_003 + salt)
 
     def factor(self, check: str) -> float:
-        """Return the factor on the reference's own rounding error that a check allows."""
+        """Return the largest error that a check allows, as a multiple of the reference's own rounding error."""
         return self.factors.get(check, NOISE_FACTOR)
 
     def attach_again(self, **config: Any) -> Subject | None:

@@ -104,10 +104,10 @@ def longest_batches(cell: Cell, kind: str, answer: int) -> list[Batch]:
 
 
 def peak(step: DryStep, parts: Sequence[Batch]) -> int:
-    """Return the peak in bytes of a step over `parts`, without the bytes of batches.
+    """Return the peak memory of a step over `parts`, in bytes; the batches themselves do not count.
 
-    A model with many equal blocks is extrapolated from two models with few: each stage's peak is linear in the number of
-    blocks. Raises the errors of libraries that do not support fake tensors.
+    For a model with many equal blocks, the peak is extrapolated from two models with few: in each stage it is linear in
+    the number of blocks. Does not catch the errors of libraries that do not support fake tensors.
     """
     blocks = _depth(step.config)
     # The first part starts without gradients, the others with them, so that the largest of these has the highest peak.

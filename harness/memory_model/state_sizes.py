@@ -30,11 +30,13 @@ def packed_bytes(numel: int, base: str) -> int:
 
 
 def adamw_bytes(numels: Iterable[int], name: str, dtype: torch.dtype) -> tuple[int, int]:
-    """Return the bytes of an AdamW state (on the device, in host memory). numels: elements of each trainable tensor.
+    """Return the size of an AdamW state in bytes, as a pair: device memory, host memory.
 
-    As in Cells (`harness.cell.training.optimizers`): float32 masters of 16-bit weights, moments in float32 or in 8 bits
-    (arXiv:2110.02861). Paged optimizers have the moments of tensors of at least 100,000 elements in host memory
-    (arXiv:2305.14314, section 3).
+    numels: number of elements of each trainable tensor.
+
+    Sizes follow the optimizers of Cells (`harness.cell.training.optimizers`): 16-bit weights have float32 master copies, and
+    moments are in the weight's dtype, at least float32, or in 8 bits (arXiv:2110.02861). Paged optimizers store moments in
+    host memory if the tensor has at least 100,000 elements (arXiv:2305.14314, section 3).
     """
     device = host = 0
     for n in numels:

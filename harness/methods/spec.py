@@ -37,7 +37,7 @@ FieldProblem = tuple[tuple[str | int, ...], str, str]
 
 
 class Adapted(Protocol):
-    """Result of `attach(model, config, generator)` of a Method or of an Implementation."""
+    """An adapted model, as the `attach(model, config, generator)` of every Method and Implementation returns it."""
 
     model: nn.Module
     """The model that was passed to `attach`."""

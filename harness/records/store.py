@@ -1,8 +1,11 @@
-"""Run folders on disk: `run.json` first, one file per attempt, `footer.json` last; each file whole or absent.
+"""Run folders on disk. A run writes `run.json` first, then one file per attempt, and `footer.json` last.
+
+No file is ever half-written.
 
 results/runs/<run>/run.json  cells/<cell_id>.<attempt>.json  logs/  footer.json  report.html  lock
 
-The footer holds the hashes of the other files. They are no signature: an edit that also rewrites the footer leaves no trace.
+The footer holds the hashes of the other files. The hashes are no signature: an edit
+leaves no trace if it also rewrites the footer.
 """
 
 from __future__ import annotations
@@ -324,7 +327,9 @@ def find_run(name: str, runs: Path = RUNS) -> Path:
     if matches:
         raise UsageError(f"{name!r} fits {len(matches)} runs", where=str(runs), hint="give more of its id")
     if folder := next((folder for folder in (Path(name), runs / name) if folder.is_dir()), None):
-        raise UsageError("is no run: it has no run.json", where=str(folder), hint="copy it from where the run was made")
+        raise UsageError(
+            "is no run: it has no run.json", where=str(folder), hint="copy it from the machine that made the run"
+        )
     recent = ", ".join(p.name for p in known[-3:])
     raise UsageError(
         f"no run {name!r}", where=str(runs), hint=f"runs here: {recent}" if recent else "`peft-harness run quick` first"

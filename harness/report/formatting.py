@@ -104,7 +104,7 @@ def interval(a: Accuracy | Score) -> str:
 
 
 def median_ms(m: Median) -> str:
-    """Write the interval of a median in ms; if there are too few samples, their number."""
+    """Return a median's interval in ms as text. With too few samples, return their number."""
     if m.low is None or m.high is None:
         return f"n = {m.count}"
     return f"[{milliseconds(m.low)}, {milliseconds(m.high)}]"

@@ -157,7 +157,7 @@ def record_of(job: Job, context: RunContext, ending: Ending, started: str, begun
 
 
 def _start(job: Job, log: Path, command: Sequence[str]) -> Subprocess:
-    """Start the worker; raises StoreError."""
+    """Start the worker. Raises StoreError if the system cannot start it."""
     try:
         # The file has no name, so that even a killed runner leaves no file.
         with tempfile.TemporaryFile() as stdin, log.open("ab") as output:

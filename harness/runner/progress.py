@@ -1,4 +1,7 @@
-"""Progress on stderr: running Cells with phase, step and loss, and the time left; plain lines if stderr is no terminal."""
+"""Show progress on stderr: phase, step and loss of each running Cell, and the time left.
+
+Prints plain lines if stderr is no terminal.
+"""
 
 from __future__ import annotations
 

@@ -255,7 +255,7 @@ def _reopen(
 
 
 def _is_installed(provider: Provider) -> bool:
-    """Return whether the same version of an implementation's package is installed."""
+    """Return whether the recorded version of the implementation's package is installed."""
     try:
         return (importlib.metadata.version(provider.distribution) or "") == provider.version
     except importlib.metadata.PackageNotFoundError:

@@ -20,7 +20,7 @@ from harness.errors import Problem, SuiteError
 from harness.methods.spec import TARGET_WORDS
 from harness.process import supervisor
 from harness.records.record import DECODED
-from harness.suites.task_schema import max_answer_tokens, too_long
+from harness.suites.lm_eval_keys import max_answer_tokens, too_long
 
 if TYPE_CHECKING:
     from harness.records.record import Cell

@@ -14,7 +14,7 @@ from harness.assets.table import Rows, Source, resolve
 from harness.errors import HarnessError, Problem, SuiteError, UsageError, did_you_mean, plural, sort_problems
 from harness.records.record import FrozenModel
 from harness.resources import data_folder, user_path
-from harness.suites import task_schema
+from harness.suites import lm_eval_keys
 from harness.suites.schema import SYNTHETIC
 from harness.yaml_lines import Document
 
@@ -137,9 +137,9 @@ def load(name: str, base: Path, sources: Mapping[str, Source]) -> Task:
 
 def _labelled(name: str, document: Document, sources: Mapping[str, Source]) -> Task:
     metadata = yaml_lines.validate(document, LabelledFile).metadata
-    problems = task_schema.problems(document, metadata.labels)
+    problems = lm_eval_keys.problems(document, metadata.labels)
     if metadata.text != "text":
-        what = f"`text` is `{metadata.text}`, but rows have {', '.join(task_schema.LABELLED)}"
+        what = f"`text` is `{metadata.text}`, but rows have {', '.join(lm_eval_keys.LABELLED)}"
         hint = f"write `text: text`, and in the data's source `rows: {{text: {metadata.text}}}`"
         problems.append(Problem(document.where("metadata", "text"), what, hint))
     return _task(name, document, metadata, sources, problems, labels=metadata.labels)
@@ -147,8 +147,8 @@ def _labelled(name: str, document: Document, sources: Mapping[str, Source]) -> T
 
 def _answered(name: str, document: Document, sources: Mapping[str, Source]) -> Task:
     metadata = yaml_lines.validate(document, AnsweredFile).metadata
-    problems = task_schema.problems(document, None)
-    filters = task_schema.filters(document.data)
+    problems = lm_eval_keys.problems(document, None)
+    filters = lm_eval_keys.filters(document.data)
     chosen = metadata.filter or (filters[0] if len(filters) == 1 else "")
     if filters and chosen not in filters:
         what = f"`filter` is `{chosen}`, but `filter_list` has no such filter" if chosen else "`filter` is missing"
@@ -191,7 +191,7 @@ def _find(name: str, base: Path) -> Path:
 def _upstream(name: str) -> Task:
     """Return one of lm-eval's own tasks. Raises UsageError for one that cannot be run here."""
     file = lm_eval_files.find(name)
-    spec, filters = file.spec, task_schema.filters(file.spec)
+    spec, filters = file.spec, lm_eval_keys.filters(file.spec)
     kind = spec.get("output_type", "generate_until")
     dataset = spec.get("dataset_path")
     metrics = spec.get("metric_list") or [{"metric": "acc" if kind == "multiple_choice" else "exact_match"}]
@@ -200,10 +200,10 @@ def _upstream(name: str) -> Task:
         what, hint = "is a Python class, not a YAML task", "name a task that is described in YAML"
     elif "custom_dataset" in spec or not isinstance(dataset, str) or "test" not in file.splits:
         what, hint = "names no data set with a test split", f"{own_task}, with its data in `metadata`"
-    elif kind not in task_schema.METRICS:
-        what, hint = f"has the output type {kind!r}", f"choose a task of type {' or '.join(task_schema.METRICS)}"
-    elif not any(isinstance(m, dict) and m.get("metric") == task_schema.METRICS[kind] for m in metrics):
-        what, hint = f"has no metric {task_schema.METRICS[kind]}, which Records need", own_task
+    elif kind not in lm_eval_keys.METRICS:
+        what, hint = f"has the output type {kind!r}", f"choose a task of type {' or '.join(lm_eval_keys.METRICS)}"
+    elif not any(isinstance(m, dict) and m.get("metric") == lm_eval_keys.METRICS[kind] for m in metrics):
+        what, hint = f"has no metric {lm_eval_keys.METRICS[kind]}, which Records need", own_task
     elif absent := [str(path) for path in file.data_files if not path.is_file()]:
         what, hint = f"reads missing files: {', '.join(absent)}", "start in the folder that their paths are relative to"
     elif (spec.get("generation_kwargs") or {}).get("do_sample"):

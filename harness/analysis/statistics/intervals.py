@@ -68,7 +68,7 @@ def median_interval(samples: Sequence[float], level: float = LEVEL) -> Median:
 
 
 def mcnemar(only_left: int, only_right: int) -> float:
-    """Return the exact two-sided p of McNemar's test, from the items that exactly one of two Cells answered correctly."""
+    """Return the exact two-sided p-value of McNemar's test, from the numbers of items that only one Cell answered."""
     n, fewer = only_left + only_right, min(only_left, only_right)
     below = sum(math.comb(n, i) for i in range(fewer + 1))
     return min(1.0, 2 * below / 2**n) if n else 1.0

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from harness.cell.training.batches import Example, Prompts, collate, refuse_long_answers
 from harness.cell.training.loop import last_logits
-from harness.suites.task_schema import MAX_GEN_TOKS
+from harness.suites.lm_eval_keys import MAX_GEN_TOKS
 
 
 class CausalScorer(TemplateLM):  # type: ignore[misc]

@@ -12,7 +12,7 @@ from harness.assets.rows import AnsweredRow, AnyRow, LabelledRow, without_overla
 from harness.cell.evaluation.likelihood import CausalScorer
 from harness.errors import UsageError
 from harness.records.record import Item
-from harness.suites.task_schema import METRICS
+from harness.suites.lm_eval_keys import METRICS
 
 
 class LmEvalTask:

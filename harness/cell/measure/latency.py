@@ -103,7 +103,7 @@ class Prompt:
         return drawn.to(next(self.model.parameters()).device)
 
     def block(self, variant: Variant) -> None:
-        """Measure a block of times of the model as it is."""
+        """Time the model in its current state, and add the samples."""
         for kind in self.kinds:
             if kind == "decode" and self.no_decoding:
                 continue
@@ -200,7 +200,7 @@ class _Variants:
             raise self._fault("unmerge()", f"did not restore {gone[0]} and {len(gone) - 1} other layers")
 
     def detach(self) -> None:
-        """Detach, and check that no adapted layer is left: its time would count as the base's."""
+        """Detach the adapter. Raises if a layer is still adapted, because its time would be recorded as the base's."""
         with self._guarded("detach()"):
             self._adapted.detach()
         self._off = True

@@ -49,7 +49,7 @@ def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.d
     missing = sorted(info["missing_keys"])
     if kind == "causal" and missing:
         what = f"the checkpoint lacks {len(missing)} weights of a causal model: {_some(missing)}"
-        raise AssetError(what, where=str(path), hint="is it an encoder? then declare it with kind: encoder")
+        raise AssetError(what, where=str(path), hint="declare an encoder with `kind: encoder`")
     trains = head.head_of(model, kind, missing)
     sizes = {name: (tuple(saved), tuple(wanted)) for name, saved, wanted in info["mismatched_keys"]}
     if wrong := sorted(sizes.keys() - trains.keys()):

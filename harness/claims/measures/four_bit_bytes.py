@@ -13,10 +13,10 @@ from harness.claims.measure import Config, MeasureResult, Method, Model, Positiv
 def constant_bits(
     model: Model, double: bool = True, block: Positive = 64, second_block: Positive = 256
 ) -> MeasureResult:
-    """Bits per weight of the block constants, over all layers that QLoRA quantises in a model.
+    """Return the bits that the block constants take per weight, over all layers that QLoRA quantises in a model.
 
-    double: whether the constants, 32 bits per `block` weights, are in 8 bits, with 32 bits per `second_block` constants and
-    32 for their mean in each layer.
+    double: whether the constants are quantised too. A constant (one per `block` weights) then has 8 bits, not 32. There
+    are 32 further bits per `second_block` constants, and 32 per layer for their mean.
     """
     bits, weights = _constants(model, double, block, second_block)
     return MeasureResult(Fraction(bits, weights), f"{_in_words(double, block, second_block)}: {bits:,} / {weights:,}")

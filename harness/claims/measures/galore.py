@@ -213,7 +213,7 @@ def _step(G: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _galore_numbers(rows: int, columns: int, rank: int) -> int:
-    """Count the weight and GaLore's state after a step."""
+    """Return how many numbers the weight and GaLore's state hold after a step."""
     state = _step(_gradient(rows, columns, 0), rank=rank, side="paper")[1]
     return rows * columns + sum(int(t.numel()) for name, t in state.items() if name != "step")
 

@@ -267,7 +267,7 @@ def predicted(cell: Cell) -> Predicted:
 
 
 def shape_of(cell: Cell) -> tuple[dict[str, Any], str]:
-    """Return the config.json of a Cell's shape, and the model kind."""
+    """Return the config.json of the Cell's model, and the model kind."""
     config, kind = attached_model.config_and_kind(cell.model.removeprefix(shapes.PREFIX))
     return (shapes.with_classes(config, LABELS) if kind == "encoder" else config), kind
 

@@ -47,7 +47,7 @@ def check_rows(
 
 
 def rows_must_reach(subject: Subject, count: int, forward: Callable[[], object]) -> None:
-    """Raise Unsupported unless every adapted layer gets exactly one row per row of the batch."""
+    """Raise Unsupported if the input of an adapted layer has another number of rows than the batch."""
     for path, (x, _) in _observe_layers(subject, forward).items():
         if len(x) != count:
             raise Unsupported(f"{path} gets {len(x)} rows for a batch of {count}, which cannot be assigned to adapters")

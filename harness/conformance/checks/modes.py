@@ -281,7 +281,7 @@ def _owns(layer: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _tensors_of_copy(layer: nn.Module, other: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a copy of `layer` that stand for `tensors`."""
+    """Map the names in `tensors` to the same parameters of `other`, a copy of `layer`."""
     names = {id(t): name for name, t in layer.named_parameters(remove_duplicate=False)}
     copies: dict[str, Tensor] = dict(other.named_parameters(remove_duplicate=False))
     return {name: copies[names[id(t)]] for name, t in tensors.items() if id(t) in names}

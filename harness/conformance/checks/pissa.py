@@ -47,9 +47,9 @@ def check_residual(subject: Subject, case: Case) -> CheckResult:
 
 @check()
 def check_principal(subject: Subject, case: Case) -> CheckResult:
-    """At PiSSA's start s B A is the best approximation of the weight at its rank, U_r S_r V_r^T.
+    """At PiSSA's start, s B A equals U_r S_r V_r^T, the best rank-r approximation of the weight.
 
-    Each factor has half of every singular value: A A^T = B^T B = S_r / s  (PiSSA, eqs. 2 and 3).
+    Each factor holds the square root of every singular value: A A^T = B^T B = S_r / s  (PiSSA, eqs. 2 and 3).
     """
     fresh = case.attach_again()
     if fresh is None:

@@ -43,7 +43,7 @@ class CheckFindings:
 
     @property
     def not_tried(self) -> set[Target]:
-        """Targets without findings, or without all of them."""
+        """Targets for which some or all findings are missing."""
         return {*self.missing, *self.left}
 
 
@@ -69,7 +69,7 @@ def discover(patience: float = PATIENCE) -> Registry:
             after = {"one of them": f"after importing them all {died}"} if died else {}
             return Registry(implementations, offered.broken | broken | after)
         if not point:
-            raise HarnessError(f"loading the plug-ins: {died}", hint="its output is above")
+            raise HarnessError(f"loading the plug-ins: {died}", hint="read the output of the plug-in process above")
         broken[point] = f"importing it: {died}"
         points = [one for one in points if one != point]
 

@@ -1,4 +1,4 @@
-"""Faults that show in one mode, layout or history of a call."""
+"""Faults that appear only in one mode, with one memory layout, or after certain earlier calls."""
 
 from __future__ import annotations
 

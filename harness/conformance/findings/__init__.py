@@ -1,1 +1,1 @@
-"""Findings: the outcome of each check, the known defects of libraries, and the report of one `check`. No torch."""
+"""Findings: outcomes of checks, known defects of libraries, and the report of the command `check`. No torch."""

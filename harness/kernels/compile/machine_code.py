@@ -49,9 +49,9 @@ def version() -> str:
 
 
 def machine_code(specimen: Specimen, architecture: int) -> MachineCode:
-    """Compile with the installed Triton for sm_`architecture` and return the counts.
+    """Compile `specimen` with the installed Triton for sm_`architecture`, and return cuobjdump's counts.
 
-    Passes on Triton's errors; raises RuntimeError if cuobjdump fails. Does not work in a process that runs Triton's
+    Does not catch Triton's errors. Raises RuntimeError if cuobjdump fails. Does not work in a process that runs Triton's
     interpreter.
     """
     names = specimen.kernel.arg_names

@@ -94,7 +94,8 @@ def _scores(
     rank: tl.constexpr,
     columns: tl.constexpr,
 ):
-    """Compute the lambdas and scores of one layer. layers: first job and tiles per row of A; first job and tiles of B."""
+    """Compute the lambdas and scores of one layer. layers: four numbers per layer: index of
+    A's first job, tiles per row of A, index of B's first job, tiles of B."""
     layer = tl.program_id(0).to(tl.int64)
     row, place = table + layer * _COLUMNS, layers + 4 * layer
     first_a, tiles_a = tl.load(place).to(tl.int64), tl.load(place + 1)

@@ -104,7 +104,7 @@ def _in_8_bits(groups: list[dict[str, Any]], **options: Any) -> Any:
 
     class AnywhereGaLoreAdamW8bit(GaLoreAdamW8bit):  # type: ignore[misc]  # the package has no types
         def step(self, closure: Callable[[], float] | None = None) -> Any:
-            """Take a step without the synchronisation of CUDA, which raises without CUDA."""
+            """Take a step, but skip the call that synchronises CUDA: it raises on a machine without CUDA."""
             with _without_cuda():
                 return super().step(closure)
 

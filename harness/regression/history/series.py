@@ -19,7 +19,7 @@ _Nights = list[tuple[str, list[dict[str, float]]]]
 
 @dataclass(frozen=True)
 class HistorySeries:
-    """The values of one metric of a Cell at one place."""
+    """One metric's values for one Cell and place, in order of nights."""
 
     cell: str
     metric: str

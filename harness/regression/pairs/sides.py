@@ -200,7 +200,9 @@ def _checked_out(top: Path, commit: str) -> Iterator[Path]:
         added = git.run(top, "worktree", "add", "--detach", str(tree), commit)
         if added.returncode:
             what = f"git cannot check {commit[:12]} out: {added.stderr.strip()}"
-            raise HarnessError(what, where=str(top), hint="see `git worktree list`, and `git worktree prune`")
+            raise HarnessError(
+                what, where=str(top), hint="run `git worktree list`, and remove stale worktrees by `git worktree prune`"
+            )
         try:
             _write_metadata(tree)
             yield tree

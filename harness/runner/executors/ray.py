@@ -93,7 +93,7 @@ class Ray:
             raise HarnessError(
                 f"no Ray answers: {_first_line(error, type(error).__name__)}",
                 where=f"RAY_ADDRESS={address}" if address else "a Ray of this machine's own",
-                hint="set RAY_ADDRESS to the head's host:6379, or unset it to start a Ray here",
+                hint="set RAY_ADDRESS to HOST:6379 of Ray's head, or unset it to start Ray on this machine",
             ) from error
         finally:
             signal.signal(signal.SIGTERM, handler)

@@ -46,7 +46,7 @@ class Lane:
         return torch.cuda.stream(self.stream)
 
     def mark(self) -> torch.cuda.Event | None:
-        """Return an event after all copies queued so far."""
+        """Return an event that occurs after all copies queued so far."""
         return None if self.stream is None else self.stream.record_event()
 
     def finish(self) -> None:

@@ -34,7 +34,7 @@ class SharedInputLayer(nn.Module):
     scaling: float
 
     def forward_alone(self, x: Tensor) -> Tensor:
-        """Return the output of this layer only."""
+        """Return this layer's output without those of the other layers of its group."""
         raise NotImplementedError
 
     def factors(self, x: Tensor) -> LoraFactors | None:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def nf4(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, int]]:
     """Replace the linear layers at `paths` by bitsandbytes' NF4 layers, in place; return path -> (bytes, absmax, block).
 
-    Blocks of 64, no double quantisation; matrix products and biases in `dtype`. Raises Unsupported for other layers.
+    Uses blocks of 64 weights without double quantisation. Matrix products and biases are in `dtype`.
+    Raises Unsupported for other layers.
     """
     return _pack(model, paths, dtype, double=False)
 

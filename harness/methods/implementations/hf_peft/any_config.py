@@ -57,7 +57,7 @@ def any_method(model: nn.Module, config: AdapterConfig, generator: Generator) ->
                 raise
             what = f"peft refuses this adapter_config: {error}"
             raise ImplementationError(
-                what, where=str(keys["peft_type"]), hint="change its keys, or the model"
+                what, where=str(keys["peft_type"]), hint="correct its keys, or choose another model"
             ) from error
     ignored = [str(w.message) for w in caught if "Unexpected keyword arguments" in str(w.message)]
     return (PromptPeft if peft_config.is_prompt_learning else AnyPeft)(model, wrapper, ignored)
