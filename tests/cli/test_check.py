@@ -271,7 +271,7 @@ def test_names_in_the_wrong_place_are_said(asked: list[str], said: str, capsys: 
         ["--patience", "nan"],
         ["--patience", "soon"],
         ["--jobs", "many"],
-        ["--wide"],
+        ["--deep"],
     ],
 )
 def test_a_wrong_option_is_refused(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
