@@ -86,10 +86,10 @@ class MethodSuite(FrozenModel):
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[MethodCase]:
         """Yield the suite's examples in those of `dtypes` that it has: with `wanted.full` every combination, else few.
 
-        Among the few, the first kind of layer (the only one that many implementations support) meets every config and every
-        shape in float32 (or, if float32 is not requested, in the first requested dtype), and another share of them in each
-        other dtype. The other kinds are shared out likewise, each with one config and one shape per dtype. Every share has
-        a config with dropout, if the suite has one.
+        Among the few, the first kind of layer (the only one that many implementations support) meets every config and
+        every shape in float32 (or, if float32 is not requested, in the first requested dtype), and another share of
+        them in each other dtype. The other kinds are shared out likewise, each with one config and one shape per dtype.
+        Every share has a config with dropout, if the suite has one.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:
@@ -127,8 +127,8 @@ class MethodCase:
     model: ModelForm = "plain"
     magnitude: Magnitude = "normal"
     sampled: bool = False
-    """Whether the case is part of the sample. Such a case tries only the checks that depend on sizes and settings. Checks of
-    every state are tried only in the last state, where they see most.
+    """Whether the case is part of the sample. Such a case tries only the checks that depend on sizes and settings.
+    Checks of every state are tried only in the last state, where they see most.
     """
 
     def __str__(self) -> str:
@@ -158,8 +158,8 @@ class OperationSuite(FrozenModel):
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[OperationCase]:
         """Yield the suite's examples: with `wanted.full` every case in every requested dtype, else few.
 
-        The few are every case in float32 (or, if float32 is not requested, in the first requested dtype), and another share
-        of the cases in each other dtype.
+        The few are every case in float32 (or, if float32 is not requested, in the first requested dtype), and another
+        share of the cases in each other dtype.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:
@@ -195,8 +195,8 @@ def _drops(config: Values) -> bool:
 def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype) -> tuple[int, slice]:
     """Return an index of `dtype`, and the slice of a list that this dtype meets.
 
-    float32 (or, if float32 is not requested, the first requested dtype) meets the whole list. Each of the n other dtypes
-    meets every n-th item, from its index on.
+    float32 (or, if float32 is not requested, the first requested dtype) meets the whole list. Each of the n other
+    dtypes meets every n-th item, from its index on.
     """
     whole = "float32" if "float32" in wanted else wanted[0]
     others = [one for one in there if one != whole]

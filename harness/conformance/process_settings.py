@@ -90,8 +90,8 @@ def seed(value: int) -> None:
 def find_seeding(act: Callable[[], object]) -> list[str]:
     """List a description of each random number generator that `act` seeds. The states of all generators are restored.
 
-    A generator counts as seeded if it returns the same next number after two calls of `act` from different states, which
-    drawing alone does not cause.
+    A generator counts as seeded if it returns the same next number after two calls of `act` from different states,
+    which drawing alone does not cause.
     """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     python, numpy = random.getstate(), np.random.get_state()

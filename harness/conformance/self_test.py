@@ -63,8 +63,8 @@ class SelfTestReport:
 
     @property
     def exit(self) -> Exit:
-        """The exit code: 1 if an expected check missed a fault, the correct reference failed, or a check caught no fault;
-        5 without faults; otherwise 0.
+        """The exit code: 1 if an expected check missed a fault, the correct reference failed, or a check caught no
+        fault; 5 without faults; otherwise 0.
         """
         if self.caught < len(self.verdicts) or self.wrong or self.idle:
             return Exit.FAIL

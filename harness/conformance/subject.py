@@ -60,8 +60,8 @@ class ExpectedCodes:
 
 
 LARGEST_COPY = 300_000_000
-"""Largest number of parameters of a model that is copied. A small machine cannot hold two copies of a larger one, one of
-them in float64.
+"""Largest number of parameters of a model that is copied. A small machine cannot hold two copies of a larger one, one
+of them in float64.
 """
 
 
@@ -75,8 +75,8 @@ class Original:
     """The model before attaching. It is a copy, since an implementation may write into the weights that it adapts."""
 
     model: nn.Module | None
-    """The copy; None if the model is too large. The subject's base layers then stand for the original, once `crc32` shows
-    that none of them changed.
+    """The copy; None if the model is too large. The subject's base layers then stand for the original, once `crc32`
+    shows that none of them changed.
     """
     crc32: dict[str, int] = field(default_factory=dict)
     """Checksums of every parameter, of its quantisation state, and of every buffer."""
@@ -247,10 +247,10 @@ def initial_tensors(
 ) -> dict[str, Tensor]:
     """Return the reference's initial adapter tensors over `bases`, drawn from `generator`; empty without an adapter.
 
-    Every implementation starts from these tensors, so that training runs can be compared step by step (see `load_start`).
-    They include a residual that the start computes from the weight (PiSSA), because the factors of another program's SVD
-    do not fit it. To save memory, the result for a large model omits base weights that train (GaLore), and is empty if
-    the start has a residual.
+    Every implementation starts from these tensors, so that training runs can be compared step by step (see
+    `load_start`). They include a residual that the start computes from the weight (PiSSA), because the factors of
+    another program's SVD do not fit it. To save memory, the result for a large model omits base weights that train
+    (GaLore), and is empty if the start has a residual.
     """
     started = _attach_to_skeleton(method, bases, config, generator)
     if started is None:

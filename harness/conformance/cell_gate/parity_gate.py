@@ -38,11 +38,11 @@ def gate(
 ) -> list[CheckResult]:
     """Check a freshly attached subject at its start and at `warm`, restore its start, and return the results.
 
-    run_model: runs the whole model on fixed inputs. base_output: output of the model before attaching. start: the initial
-    tensors (None: the subject's own). forward: runs a given model on the same inputs, differentiably. base: the
-    quantisation of the base, such as `nf4 by bitsandbytes`. The Method's parity suite and the declarations of the checks
-    decide which checks apply. The gate stops early if a packed base is wrong, or if the layers or their tensors are not
-    the reference's.
+    run_model: runs the whole model on fixed inputs. base_output: output of the model before attaching. start: the
+    initial tensors (None: the subject's own). forward: runs a given model on the same inputs, differentiably. base: the
+    quantisation of the base, such as `nf4 by bitsandbytes`. The Method's parity suite and the declarations of the
+    checks decide which checks apply. The gate stops early if a packed base is wrong, or if the layers or their tensors
+    are not the reference's.
     """
     case = Case("init", seed=seed, inputs=run_model, base_output=base_output, forward=forward)
     if subject.method in UNREFERENCED:

@@ -40,7 +40,7 @@ class States(Enum):
     INIT = auto()
     """As attached."""
     WARM = auto()
-    """Only in `warm`, if the suite lists it; otherwise in every state listed. At the start, where most updates are zero, such
+    """Only `warm`, if the suite lists it; otherwise every state listed. At the start, where most updates are zero, such
     a check shows nothing new."""
 
     def include(self, state: str, listed: Iterable[str]) -> bool:
@@ -100,8 +100,8 @@ def check(
     of_sizes: bool = True,
     only_wide: bool = False,
 ) -> Callable[[Callable[[_Subject, Case], CheckResult]], Check[_Subject]]:
-    """Return a decorator that makes the function `check_NAME` the check NAME. in_cell: stages at which a Cell's parity gate
-    tries it too. Other parameters: see `Check`. Raises TypeError for a function with another name."""
+    """Return a decorator that makes the function `check_NAME` the check NAME. in_cell: stages at which a Cell's parity
+    gate tries it too. Other parameters: see `Check`. Raises TypeError for a function with another name."""
 
     def declare(function: Callable[[_Subject, Case], CheckResult]) -> Check[_Subject]:
         if not function.__name__.startswith(_PREFIX):

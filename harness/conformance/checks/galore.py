@@ -63,8 +63,8 @@ def _of_layers(fresh: Subject, case: Case, steps: int) -> Iterator[Judgement]:
 
 
 def _gradient(weight: Tensor, generator: torch.Generator, decay: float) -> Tensor:
-    """Draw a gradient in float64. Each singular value of a matrix is `decay` times the previous one, so that subspaces are
-    unique.
+    """Draw a gradient in float64. Each singular value of a matrix is `decay` times the previous one, so that subspaces
+    are unique.
     """
     drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
     if drawn.dim() != 2:

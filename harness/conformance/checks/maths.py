@@ -188,8 +188,8 @@ def check_model(subject: Subject, case: Case) -> CheckResult:
 def _carried(subject: Subject, case: Case) -> Iterator[Mapping[str, Tensor]]:
     """Yield draws of the whole model's rounding errors: the reference in the subject's dtype, then with perturbed weights.
 
-    A sensitive model carries all roundings into one direction, so that a single draw may be almost zero in every tensor at
-    once. A weight moves to its neighbour in the dtype, since a model loses most in its intermediate results.
+    A sensitive model carries all roundings into one direction, so that a single draw may be almost zero in every tensor
+    at once. A weight moves to its neighbour in the dtype, since a model loses most in its intermediate results.
     """
     forward = case.forward
     if forward is None:

@@ -23,8 +23,8 @@ from harness.process.out_of_memory import shortage
 from harness.records.record import CheckResult
 
 _NUDGE = 0.05
-"""Size of the noise that is added to a tensor, as a share of a random matrix that preserves lengths. It is about as far as
-training moves a tensor.
+"""Size of the noise that is added to a tensor, as a share of a random matrix that preserves lengths. It is about as far
+as training moves a tensor.
 """
 _TOO_LARGE = "the model is too large to be copied"
 
@@ -41,7 +41,7 @@ class Unreferenced(Adapted, Protocol):
 
 
 def nudged(subject: Subject, generator: torch.Generator) -> Subject:
-    """Return a copy of the subject with noise added to every trainable tensor, so that no gradient need be zero."""
+    """Return a copy of the subject with noise on every trainable tensor, so that its start makes no gradient zero."""
     adapted = copy.deepcopy(cast("Unreferenced", subject.adapted))
     with torch.no_grad():
         for tensor in adapted.tensors().values():

@@ -58,9 +58,9 @@ def runs_of(
 ) -> tuple[dict[str, Tensor], Draws]:
     """Return an observation of `wide`, the reference in float64, and draws of the rounding errors of a program in `dtype`.
 
-    The first draw is `own`, the reference in that dtype, which may happen to have almost no rounding error. The other draws
-    are the reference in float64 with every input moved by up to half a unit in the last place of `dtype`, as rounding might
-    move it; `wide` retains the moved tensors. look: may change the layer that it observes.
+    The first draw is `own`, the reference in that dtype, which may happen to have almost no rounding error. The other
+    draws are the reference in float64 with every input moved by up to half a unit in the last place of `dtype`, as
+    rounding might move it; `wide` retains the moved tensors. look: may change the layer that it observes.
     """
     held = [(t, t.detach().clone()) for t in (*wide.layer.parameters(), *wide.layer.buffers()) if t.is_floating_point()]
     exactly = cast(x, "float64"), dy.double()

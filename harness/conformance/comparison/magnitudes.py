@@ -14,9 +14,10 @@ _OUTLIER = 2.0**6
 def vary(drawn: Tensor, magnitude: str, dtype: torch.dtype) -> Tensor:
     """Return inputs of another magnitude, made from the normal noise `drawn` (..., D), with its shape and dtype.
 
-    dtype: the dtype to which the inputs will be cast. magnitude: `normal` changes nothing; `large` and `small` multiply and
-    divide by a power of two (small enough in float16 not to overflow); `outlier` makes one feature large; `zero-rows` sets
-    every second row to zero; `integers` gives integers, many of them beyond 2^11, which a cast to 16 bits rounds.
+    dtype: the dtype to which the inputs will be cast. magnitude: `normal` changes nothing; `large` and `small` multiply
+    and divide by a power of two (small enough in float16 not to overflow); `outlier` makes one feature large;
+    `zero-rows` sets every second row to zero; `integers` gives integers, many of them beyond 2^11, which a cast to 16
+    bits rounds.
     """
     factor = _LARGE.get(dtype, _LARGE_ELSEWHERE)
     if magnitude == "large":

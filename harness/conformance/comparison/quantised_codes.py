@@ -26,9 +26,9 @@ def values(
     """Return a tensor to quantise, of `shape` and `dtype`.
 
     levels: the values of the codes. The kind `levels` consists of these values and `ties` of values halfway between two
-    neighbours, both with an absmax of 1, so that every division is exact. The kind `scales` has blocks of very different
-    magnitudes, and `tiny` has values below the smallest normal float32. `nan` and `infinity` have one such element, in the
-    second block if there is one.
+    neighbours, both with an absmax of 1, so that every division is exact. The kind `scales` has blocks of very
+    different magnitudes, and `tiny` has values below the smallest normal float32. `nan` and `infinity` have one such
+    element, in the second block if there is one.
     """
     drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
     flat = drawn.flatten()
@@ -57,9 +57,10 @@ def judge_codes(
 ) -> tuple[Judgement, str]:
     """Compare `codes` and `absmax` with the reference's; return the judgement and the number of ties in words.
 
-    Two codes with the same value count as equal: FP4's 0 and 8 are both zero. For an element near a tie, the neighbouring
-    code is right too. A block of zeros may have any codes and absmax that decode to zeros, and a block with NaN or infinity
-    may have any codes with an absmax that is not finite, since bitsandbytes' back ends differ for such blocks.
+    Two codes with the same value count as equal: FP4's 0 and 8 are both zero. For an element near a tie, the
+    neighbouring code is right too. A block of zeros may have any codes and absmax that decode to zeros, and a block
+    with NaN or infinity may have any codes with an absmax that is not finite, since bitsandbytes' back ends differ for
+    such blocks.
     """
     codes, absmax = want
     levels = levels.to(codes.device)

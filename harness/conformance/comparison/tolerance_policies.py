@@ -60,11 +60,12 @@ def noise_floor(
     """Judge the subject's errors by the errors of the reference itself in the subject's dtype.
 
     truth: the reference in float64. rounded: the reference in `dtype`, or several draws of its error. The largest draw
-    counts, and no more draws are made once the judgement passes. Three errors of each tensor must stay within a multiple of
-    the reference's own errors plus a floor in units of eps: the relative Frobenius norm of the difference; the largest
-    element of the difference, relative to the root mean square, which reveals one wrong element among many; and the
-    projection of the difference on the truth, which reveals a slightly wrong factor, as rounding does not cause it. Missing
-    or surplus tensors fail. A tensor is not judged if the reference itself may lose more than the share CEILING of it.
+    counts, and no more draws are made once the judgement passes. Three errors of each tensor must stay within a
+    multiple of the reference's own errors plus a floor in units of eps: the relative Frobenius norm of the difference;
+    the largest element of the difference, relative to the root mean square, which reveals one wrong element among many;
+    and the projection of the difference on the truth, which reveals a slightly wrong factor, as rounding does not cause
+    it. Missing or surplus tensors fail. A tensor is not judged if the reference itself may lose more than the share
+    CEILING of it.
     """
     policy = f"noise-floor: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
     if odd := sorted(set(subject) ^ set(truth)):

@@ -29,8 +29,8 @@ def one_by_one(model: Any, dtype: torch.dtype) -> None:
 def reference(subject: Subject, dtype: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return the model before attaching, in `dtype` and with the reference's layers, and its trainable tensors by name.
 
-    A comparison with it therefore reveals changes that the implementation makes outside its layers. Raises ValueError if
-    there is no copy of the original.
+    A comparison with it therefore reveals changes that the implementation makes outside its layers. Raises ValueError
+    if there is no copy of the original.
     """
     if subject.original.model is None:
         raise ValueError("the model was too large to be copied before attaching")

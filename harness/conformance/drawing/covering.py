@@ -34,8 +34,9 @@ def covering(
 ) -> list[Row]:
     """Return rows that contain the wanted pairs of levels, as far as valid rows contain these pairs.
 
-    The result is deterministic. Each row begins with a missing pair and takes, for every other factor, the level that adds
-    most missing pairs. valid: returns whether a row of values can be tried. given: rows whose pairs are covered already.
+    The result is deterministic. Each row begins with a missing pair and takes, for every other factor, the level that
+    adds most missing pairs. valid: returns whether a row of values can be tried. given: rows whose pairs are covered
+    already.
     """
     names = list(levels)
     missing = dict.fromkeys(wanted)

@@ -38,8 +38,8 @@ class Factor:
     most: float | None = None
     """Largest drawn number, or largest number of elements of drawn sizes."""
     dimensions: tuple[int, ...] = ()
-    """Possible lengths of a drawn list; empty for a setting that is no list. If `least` is None, the items are the sizes
-    of a tensor with at most ELEMENTS elements; otherwise they are numbers within the bounds."""
+    """Possible lengths of a drawn list; empty for a setting that is no list. If `least` is None, the items are the
+    sizes of a tensor with at most ELEMENTS elements; otherwise they are numbers within the bounds."""
     optional: bool = False
     """Whether an implementation may support the first level only."""
 

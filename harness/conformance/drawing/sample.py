@@ -39,10 +39,10 @@ _SIZES = ("sides", "tokens", "model", "magnitude")
 def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> Iterator[AnyCase]:
     """Yield the suite's examples and, with `wanted.is_wide`, a sample in two parts that covers pairs of levels.
 
-    An optional factor is one that an implementation may lack, such as an option of the Method or another kind of layer. In
-    the first part, optional factors are at their plainest level, and every pair of levels of two other factors occurs. In
-    the second part, every other level of an optional factor occurs; with `wanted.full`, so does every pair of settings,
-    kinds of layers and dtypes.
+    An optional factor is one that an implementation may lack, such as an option of the Method or another kind of layer.
+    In the first part, optional factors are at their plainest level, and every pair of levels of two other factors
+    occurs. In the second part, every other level of an optional factor occurs; with `wanted.full`, so does every pair
+    of settings, kinds of layers and dtypes.
     """
     yield from plan.cases(wanted, dtypes)
     if not wanted.is_wide:

@@ -28,8 +28,8 @@ def search(
 ) -> list[CheckOutcome]:
     """Try `wanted.drawn` random cases and return their outcomes; of a failing case, only those of the shrunk case.
 
-    `wanted.seed` decides the cases. Earlier failures, stored in the cache under `name`, are tried first. A failure that a
-    known defect explains is not shrunk, and the search goes on.
+    `wanted.seed` decides the cases. Earlier failures, stored in the cache under `name`, are tried first. A failure that
+    a known defect explains is not shrunk, and the search goes on.
     """
     outcomes: list[CheckOutcome] = []
     smallest: dict[str, list[CheckOutcome]] = {}

@@ -25,9 +25,9 @@ _GEOMETRIES: dict[str, dict[str, Any]] = {
 class ParityModel(nn.Module):
     """A model of three layers: `first` (D to E, with bias), `other` (E to E, never adapted) and `second` (E to D).
 
-    `second` has no bias if its kind allows that. The form `wide` adds a layer `wide` (D + E to D + E, never adapted), which
-    is larger than every target in both dimensions. The form `deep` adds the targets `more.0` to `more.7`. Weights are
-    normal with standard deviation 1/sqrt(in), drawn in float64.
+    `second` has no bias if its kind allows that. The form `wide` adds a layer `wide` (D + E to D + E, never adapted),
+    which is larger than every target in both dimensions. The form `deep` adds the targets `more.0` to `more.7`. Weights
+    are normal with standard deviation 1/sqrt(in), drawn in float64.
     """
 
     def __init__(self, kind: Kind, shape: CaseShape, dtype: torch.dtype, seed: int, form: ModelForm = "plain") -> None:

@@ -54,9 +54,9 @@ def run(
 ) -> Iterator[CheckOutcome]:
     """Yield the outcome of every check of every case.
 
-    dtypes: restricts the cases to these dtypes, if any are given. begin: called with the name of each case at its start. An
-    exception in a check or in the implementation is a failure of that check or of `attach`; a harness.Unsupported from
-    the implementation means that it does not offer the case.
+    dtypes: restricts the cases to these dtypes, if any are given. begin: called with the name of each case at its
+    start. An exception in a check or in the implementation is a failure of that check or of `attach`; a
+    harness.Unsupported from the implementation means that it does not offer the case.
     """
     wanted = [dtype for dtype in implementation.dtypes if dtype in (dtypes or implementation.dtypes)]
     plan = parity_suite.load_plan(implementation.target)

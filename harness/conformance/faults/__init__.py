@@ -13,8 +13,8 @@ must catch it:
     def forgets_to_unmerge(copy: PatchedCopy) -> None:
         copy.change_adapted(lambda adapted: setattr(adapted, "unmerge", lambda: None))
 
-`planted_in_methods` plants a fault in every Method to which the fault applies. A Method takes part if its file here, named
-like the Method, has `CASE`, the FaultCase in which such faults are planted.
+`planted_in_methods` plants a fault in every Method to which the fault applies. A Method takes part if its file here,
+named like the Method, has `CASE`, the FaultCase in which such faults are planted.
 """
 
 from __future__ import annotations
@@ -129,8 +129,9 @@ def planted_in_methods(
 ) -> Callable[[Spoil], MethodsFault]:
     """Return a decorator that makes a function a fault of every Method whose parity suite has the expected checks.
 
-    only: restricts the fault to these Methods, if any are given. adds_layers: restricts it to Methods that wrap the base's
-    layers in their own (True) or do not (False). values: values of the Method's config in addition to those of its CASE.
+    only: restricts the fault to these Methods, if any are given. adds_layers: restricts it to Methods that wrap the
+    base's layers in their own (True) or do not (False). values: values of the Method's config in addition to those of
+    its CASE.
     """
 
     def wrap(spoil: Spoil) -> MethodsFault:

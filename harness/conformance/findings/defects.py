@@ -1,9 +1,9 @@
 """Known defects of libraries, read from a file. No torch.
 
-An entry explains a failure if it names the check and the case, and the failure looks as the entry describes. Such a failure
-counts as a known defect. If the cases of an entry were tried with a version in its range, and the entry explains nothing,
-that is a failure itself: the library was fixed, or the check no longer sees the defect. The same applies to each check that
-an entry names.
+An entry explains a failure if it names the check and the case, and the failure looks as the entry describes. Such a
+failure counts as a known defect. If the cases of an entry were tried with a version in its range, and the entry
+explains nothing, that is a failure itself: the library was fixed, or the check no longer sees the defect. The same
+applies to each check that an entry names.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Defect(FrozenModel):
     cases: list[str] = Field(default=["*"], min_length=1)
     """Patterns of the names of affected cases."""
     shows: list[str] = Field(default=[])
-    """Regular expressions, one of which must match in the tensor, worst element, policy or detail of the failure. If the
-    list is empty, every failure matches except an exception, which needs an expression that begins with `raised`.
+    """Regular expressions, one of which must match in the tensor, worst element, policy or detail of the failure. If
+    the list is empty, every failure matches except an exception, which needs an expression that begins with `raised`.
     """
     at_most: float | None = Field(default=None, gt=0)
     """Largest error of the defect; None if any error matches."""

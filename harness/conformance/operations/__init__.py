@@ -1,7 +1,7 @@
 """The Operations: kernel-level functions, each with its arguments, its reference and the judgement of its outputs.
 
-Each Operation has a file of its name, which defines `OPERATION`. An implementation of kind `operation` is a function that
-takes the same arguments and returns the outputs in order, as one tensor or a tuple.
+Each Operation has a file of its name, which defines `OPERATION`. An implementation of kind `operation` is a function
+that takes the same arguments and returns the outputs in order, as one tensor or a tuple.
 """
 
 from __future__ import annotations

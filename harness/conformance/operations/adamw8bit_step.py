@@ -35,8 +35,8 @@ def arguments(
 ) -> Arguments:
     """Draw a parameter, its gradient and its state. For step 1 the state is all zero, as before the first step.
 
-    gradient: with `sparse`, half the elements of every block, and all elements of every second block, never had a gradient.
-    lr is so large that the step is as large as the parameter.
+    gradient: with `sparse`, half the elements of every block, and all elements of every second block, never had a
+    gradient. lr is so large that the step is as large as the parameter.
     """
     p, g = (draw(generator, dtype, *shape) for _ in range(2))
     m, v = (draw(generator, torch.float32, g.numel(), spread=0.1) for _ in range(2))

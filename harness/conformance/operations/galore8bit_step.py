@@ -74,8 +74,9 @@ def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, s
 def judge_codes_of_moments(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
     """Judge every code: it must be the code of a number within some rounding errors of the float64 moment.
 
-    This differs from `adamw8bit_step` in that the new part of a moment comes from a product. The product, and with it the
-    absmax of the block, is rounded in the gradient's dtype. Near zero, where codes are dense, several codes may be right.
+    This differs from `adamw8bit_step` in that the new part of a moment comes from a product. The product, and with it
+    the absmax of the block, is rounded in the gradient's dtype. Near zero, where codes are dense, several codes may be
+    right.
     """
     eps = max(torch.finfo(given["W"].dtype).eps, EPSILON["float32"])
     judged, details = [], []

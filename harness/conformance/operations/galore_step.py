@@ -33,8 +33,8 @@ def arguments(
 ) -> Arguments:
     """Draw a weight, its gradient, moments of R's shape, and orthonormal P (m, r), Q (n, r) or both.
 
-    side: decides which of P and Q exist. step: number of this step, at least 2. lr is so large that the step is as large as
-    the weight.
+    side: decides which of P and Q exist. step: number of this step, at least 2. lr is so large that the step is as
+    large as the weight.
     """
     m, n = shape
     left, right = galore.sides(m, n, side)

@@ -40,8 +40,8 @@ def arguments(
 ) -> Arguments:
     """Draw the arguments of one call.
 
-    ids: the adapter of each sequence, or -1 for none; an id beyond the adapters is taken modulo their number. ranks: one per
-    adapter. shape: (D, E). index: the dtype of ids.
+    ids: the adapter of each sequence, or -1 for none; an id beyond the adapters is taken modulo their number. ranks:
+    one per adapter. shape: (D, E). index: the dtype of ids.
     """
     D, E = shape
     return {

@@ -21,8 +21,8 @@ def arguments(
 ) -> Arguments:
     """Draw two parameters of these sizes, and gradients of three magnitudes for the steps.
 
-    torch stores moments in the parameter's dtype, and float16 cannot represent small second moments. eps is so large that
-    these do not matter.
+    torch stores moments in the parameter's dtype, and float16 cannot represent small second moments. eps is so large
+    that these do not matter.
     """
     return {
         "params": [draw(generator, dtype, size) for size in sizes],
