@@ -48,7 +48,7 @@ class Case:
     forward_of: Callable[[nn.Module], Callable[[nn.Module], Tensor]] | None = None
     """Returns `forward` for another model that `fresh` made."""
     walks: int = 0
-    """Number of random walks. In a case with 0, other long checks are skipped too: some cases of the sample suffice."""
+    """Number of random walks; with 0, the case also skips other long checks, for which some cases are enough."""
     fresh: Attach | None = None
     """Attaches the implementation again, to the same weights; None if the case cannot (a Cell's own model)."""
     factors: Mapping[str, float] = field(default_factory=dict)

@@ -35,7 +35,7 @@ class CaseShape(FrozenModel):
     outputs: int = Field(ge=1, alias="out")
 
     def square(self) -> CaseShape:
-        """Return the shape with as many input as output features, so that both layers have one size."""
+        """Return the shape with the smaller number of features as input and output, so that both layers have one size."""
         side = min(self.inputs, self.outputs)
         return CaseShape.model_validate({"tokens": self.tokens, "in": side, "out": side})
 

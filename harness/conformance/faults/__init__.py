@@ -51,14 +51,14 @@ class FaultCase:
         return " ".join(filter(None, [parity_suite.in_words(self.values), self.layer, shape, self.dtype]))
 
     def of_method(self) -> parity_suite.MethodCase:
-        """Return the case as a case of a Method or a base."""
+        """Return this case as the MethodCase of a Method or a base."""
         shape = {"tokens": self.tokens, "in": self.inputs, "out": self.outputs}
         return parity_suite.MethodCase(
             self.values, self.layer, parity_suite.CaseShape.model_validate(shape), self.dtype
         )
 
     def of_operation(self) -> parity_suite.OperationCase:
-        """Return the case as a case of an Operation."""
+        """Return this case as an OperationCase."""
         return parity_suite.OperationCase(self.values, self.dtype)
 
 
