@@ -33,7 +33,7 @@ class Case:
     """One seeded input for the checks, in one state of the subject."""
 
     state: str
-    """`init` (as attached), `warm` (random adapter tensors), `trained`, or `call` for an Operation. The subject is in it."""
+    """The subject's state: `init` (as attached), `warm` (random adapter tensors), `trained`, `call` for an Operation."""
     tokens: int = 16
     """Rows of a layer's input."""
     magnitude: str = "normal"
@@ -42,21 +42,21 @@ class Case:
     inputs: Callable[[], Tensor] | None = None
     """Runs the whole model on fixed inputs and returns its output; None where only layers are run."""
     base_output: Tensor | None = None
-    """The same before attaching."""
+    """Output of the model before attaching, on the same inputs as `inputs`."""
     forward: Callable[[nn.Module], Tensor] | None = None
-    """Runs a given model on those inputs, differentiably."""
+    """Runs a given model on the same inputs, differentiably."""
     forward_of: Callable[[nn.Module], Callable[[nn.Module], Tensor]] | None = None
     """Returns `forward` for another model that `fresh` made."""
     walks: int = 0
-    """Number of random walks; 0 where a part of the sample is enough, also for other long checks."""
+    """Number of random walks; with 0, the case also skips other long checks, for which some cases are enough."""
     fresh: Attach | None = None
-    """Attaches the implementation again, to the same weights; None where the case cannot (a Cell's own model)."""
+    """Attaches the implementation again, to the same weights; None if the case cannot (a Cell's own model)."""
     factors: Mapping[str, float] = field(default_factory=dict)
-    """Check name -> factor on the noise floor, where it is not the usual one."""
+    """Check name -> factor on the noise floor, for checks that do not use NOISE_FACTOR."""
     _computed: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def generator(self, salt: int = 0) -> torch.Generator:
-        """Return a fresh generator of this case; another one for each `salt`."""
+        """Return a fresh generator, seeded by the case's seed and by `salt`."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + salt)
 
     def factor(self, check: str) -> float:

@@ -11,20 +11,20 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class CaseSelection:
-    """Selection of the cases of a target."""
+    """Settings that select cases of a target."""
 
     full: bool = False
-    """All configs x shapes x layers x dtypes of the parity suite; otherwise each of them at least once."""
+    """Whether to try the parity suite's configs x shapes x layers x dtypes; otherwise each of them at least once."""
     drawn: int = 0
     """Number of random cases in addition to the fixed sample."""
     seed: int = 0
     """Seed of the random cases."""
     wide: bool = False
-    """Also a fixed sample of all settings, and the checks of calls, walks and NaN; `full` and `drawn` imply it."""
+    """Whether to try also a fixed sample of all settings, and the checks of calls, walks and NaN; see `is_wide`."""
 
     @property
     def is_wide(self) -> bool:
-        """Whether the sample and the checks of calls, walks and NaN are tried."""
+        """Whether the sample and the checks of calls, walks and NaN are tried; `full` and `drawn` imply `wide`."""
         return self.wide or self.full or self.drawn > 0
 
 

@@ -23,24 +23,24 @@ class Operation:
 
     name: str
     outputs: tuple[str, ...]
-    """Names, in order."""
+    """Names of the outputs, in order."""
     arguments: Callable[..., Arguments]
     """(dtype, generator, **case) -> keyword arguments of a call."""
     reference: Callable[..., object]
-    """Reference of the call. Arguments in the case's dtype, and that dtype itself, may come as float64."""
+    """The correct function. It must also accept float64 for arguments in the case's dtype, and for that dtype itself."""
     differentiable: tuple[str, ...] = ()
-    """Arguments with gradients that are compared."""
+    """Names of the arguments whose gradients are compared."""
     inputs: tuple[str, ...] = ()
-    """Arguments that are also tried at other magnitudes, see `comparison.magnitudes`."""
+    """Names of the arguments that are also tried at other magnitudes, see `comparison.magnitudes`."""
     judge: Judge | None = None
-    """(outputs of the subject, arguments) -> Judgement and a detail. None: every output within the noise floor of the
-    reference in float64.
+    """(outputs of the subject, arguments) -> Judgement and a detail. If None, every output must be within the noise
+    floor of the float64 reference.
     """
     codes: Judge | None = None
-    """The same for outputs that are codes, which the check `output_codes` judges."""
+    """Like `judge`, for outputs that are codes; the check `output_codes` calls it."""
 
     def named(self, returned: object) -> dict[str, Tensor]:
-        """Name the outputs that a call returned. Raises TypeError if they are not the outputs of the Operation."""
+        """Map names to the outputs of a call. Raises TypeError for a wrong number of outputs, or one that is no tensor."""
         several = (returned,) if isinstance(returned, Tensor) else returned
         if not isinstance(several, tuple | list) or len(several) != len(self.outputs):
             raise TypeError(f"{self.name} should return {', '.join(self.outputs)}; got {type(returned).__name__}")
@@ -62,18 +62,19 @@ class OperationSubject:
 
     @property
     def method(self) -> str:
-        """The name in check ids."""
+        """The Operation's name, which stands in check ids where a Method's name would."""
         return self.operation.name
 
     def call(self, **changed: Any) -> dict[str, Tensor]:
-        """Call the implementation on clones of the arguments."""
+        """Call the implementation on clones of the arguments; map names to its outputs. changed: other arguments."""
         return self.operation.named(self.function(**{**cloned(self.arguments), **changed}))
 
 
 def cloned(value: _T, dtypes: Mapping[torch.dtype, torch.dtype] | None = None) -> _T:
-    """Clone every tensor inside arguments. dtypes: what has one of these dtypes, or is one, takes the other.
+    """Return a copy of arguments with every tensor cloned.
 
-    A float32 absmax in a bfloat16 case stays float32, its dtype by definition.
+    dtypes: dtype -> the dtype that replaces it, in tensors and among the arguments. A float32 absmax in a bfloat16 case
+    stays float32, since an absmax is float32 by definition.
     """
     become = dtypes or {}
 
@@ -89,7 +90,7 @@ def cloned(value: _T, dtypes: Mapping[torch.dtype, torch.dtype] | None = None) -
 
 
 def mapped(value: _T, change: Callable[[object], object]) -> _T:
-    """Apply `change` to everything in arguments, at any depth of dicts, lists and tuples."""
+    """Return arguments with `change` applied to every item, at any depth of dicts, lists and tuples."""
     changed: object
     if isinstance(value, dict):
         changed = {key: mapped(one, change) for key, one in value.items()}

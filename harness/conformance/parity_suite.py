@@ -22,20 +22,20 @@ from harness.resources import data_folder
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Kind = Literal["linear", "conv1d", "embedding", "conv2d", "conv2d-dilated", "conv2d-reflect"]
 ModelForm = Literal["plain", "wide", "deep"]
-"""The parity model: two targets; `wide` has an untargeted layer that is larger than both, `deep` has ten targets."""
+"""Forms of the ParityModel: `plain` has two targets, `wide` also a larger layer to leave alone, `deep` ten targets."""
 Magnitude = Literal["normal", "large", "outlier", "zero-rows", "small", "integers"]
 """The values of a drawn input; see `harness.conformance.comparison.magnitudes`."""
 
 
 class CaseShape(FrozenModel):
-    """Rows x in x out of the first adapted layer; the second maps back."""
+    """Rows of the input, and input and output features of the first adapted layer; the second layer maps back."""
 
     tokens: int = Field(ge=1)
     inputs: int = Field(ge=1, alias="in")
     outputs: int = Field(ge=1, alias="out")
 
     def square(self) -> CaseShape:
-        """Return the shape with two layers of one size, the smaller."""
+        """Return the shape with the smaller number of features as input and output, so that both layers have one size."""
         side = min(self.inputs, self.outputs)
         return CaseShape.model_validate({"tokens": self.tokens, "in": side, "out": side})
 
@@ -44,7 +44,7 @@ class CaseShape(FrozenModel):
 
 
 class Tolerance(FrozenModel):
-    """A factor on the noise floor other than the usual one, with its reason, which the report shows."""
+    """A factor that replaces the usual factor on the noise floor, with a reason that the report shows."""
 
     factor: float = Field(gt=0, le=1000)
     because: str = Field(min_length=10)
@@ -52,7 +52,7 @@ class Tolerance(FrozenModel):
 
 
 class SettingRange(FrozenModel):
-    """Bounds of a setting that are narrower than its Config's, with their reason."""
+    """Bounds of a setting that are narrower than the bounds in the Config, with their reason."""
 
     least: float | None = None
     most: float | None = None
@@ -64,17 +64,18 @@ class MethodSuite(FrozenModel):
 
     method: str
     base: str = ""
-    """Quantisation of the base weights that is judged, under the reference's adapter; empty where the Method is judged.
+    """The quantisation of the base weights that the suite judges, under the reference's adapter; empty if the suite
+    judges the Method.
     """
     follows: str = "the paper"
-    """Reading of the paper that the cases follow where readings differ."""
+    """The interpretation of the paper that the cases follow where interpretations differ."""
     checks: list[str] = Field(min_length=1)
     states: list[Literal["init", "warm"]] = Field(min_length=1)
     configs: list[Values] = Field(min_length=1)
     layers: list[Kind] = Field(default=["linear"], min_length=1)
     shapes: list[CaseShape] = Field(min_length=1)
     settings: dict[str, SettingRange] = Field(default={})
-    """Settings that are drawn from a narrower range."""
+    """Setting -> the narrower range from which it is drawn."""
     dtypes: list[Dtype] = Field(min_length=1)
     tolerances: dict[str, Tolerance] = Field(default={})
 
@@ -83,11 +84,12 @@ class MethodSuite(FrozenModel):
         return {check: looser.factor for check, looser in self.tolerances.items()}
 
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[MethodCase]:
-        """Yield the suite's examples in those of `dtypes` that it has: all of the product, or few.
+        """Yield the suite's examples in those of `dtypes` that it has: with `wanted.full` every combination, else few.
 
-        The few: the first kind of layer, the only one that many implementations support, is combined with every config and
-        every shape in float32 (or, if not requested, in the first requested dtype), and with another share of them in each
-        other dtype; so is each other kind, with one config per dtype. Dropout is in every share.
+        Among the few, the first kind of layer (the only one that many implementations support) meets every config and
+        every shape in float32 (or, if float32 is not requested, in the first requested dtype), and another share of
+        them in each other dtype. The other kinds are shared out likewise, each with one config and one shape per dtype.
+        Every share has a config with dropout, if the suite has one.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:
@@ -125,8 +127,9 @@ class MethodCase:
     model: ModelForm = "plain"
     magnitude: Magnitude = "normal"
     sampled: bool = False
-    """Whether the case is part of the sample: only checks of sizes and settings are tried, and those of every state only in
-    the last one, where they see most."""
+    """Whether the case is part of the sample. Such a case tries only the checks that depend on sizes and settings.
+    Checks of every state are tried only in the last state, where they see most.
+    """
 
     def __str__(self) -> str:
         kind = "" if self.kind == "linear" else self.kind
@@ -153,10 +156,10 @@ class OperationSuite(FrozenModel):
         return {check: looser.factor for check, looser in self.tolerances.items()}
 
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[OperationCase]:
-        """Yield the suite's examples: all in every requested dtype, or few.
+        """Yield the suite's examples: with `wanted.full` every case in every requested dtype, else few.
 
-        The few: every case in float32 (or, if not requested, in the first requested dtype), and another share of them in
-        each other dtype.
+        The few are every case in float32 (or, if float32 is not requested, in the first requested dtype), and another
+        share of the cases in each other dtype.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:
@@ -178,7 +181,7 @@ class OperationCase:
     dtype: Dtype
     magnitude: Magnitude = "normal"
     sampled: bool = False
-    """As in MethodCase."""
+    """Whether the case is part of the sample, as in MethodCase."""
 
     def __str__(self) -> str:
         magnitude = "" if self.magnitude == "normal" else f"magnitude={self.magnitude}"
@@ -190,8 +193,10 @@ def _drops(config: Values) -> bool:
 
 
 def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype) -> tuple[int, slice]:
-    """Return the index of a dtype among the others, and the slice of a list that it meets: all, or every n-th for n
-    others.
+    """Return an index of `dtype`, and the slice of a list that this dtype meets.
+
+    float32 (or, if float32 is not requested, the first requested dtype) meets the whole list. Each of the n other
+    dtypes meets every n-th item, from its index on.
     """
     whole = "float32" if "float32" in wanted else wanted[0]
     others = [one for one in there if one != whole]
@@ -219,7 +224,7 @@ def kind_of(name: str) -> Literal["method", "operation", "base"]:
 
 
 def load_plan(name: str) -> ParitySuite:
-    """Read the parity suite of a Method, a base or an Operation. Raises as `load` does."""
+    """Read the parity suite of a Method, a base or an Operation. Raises the errors of `load`."""
     return load_operation(name) if kind_of(name) == "operation" else load(name)
 
 
@@ -231,7 +236,7 @@ def in_words(values: Values) -> str:
 def load(method: str) -> MethodSuite:
     """Read the parity suite of a Method, or of a quantisation of the base.
 
-    Raises UsageError for a missing suite, SuiteError with all of its mistakes.
+    Raises UsageError if there is no such suite, and SuiteError with every mistake in it.
     """
     document, plan = yaml_lines.load_model(_existing(method), MethodSuite)
     problems: list[Problem] = []
@@ -245,7 +250,10 @@ def load(method: str) -> MethodSuite:
 
 
 def load_operation(name: str) -> OperationSuite:
-    """Read an Operation's parity suite. Raises UsageError for a missing one, SuiteError with all of its mistakes."""
+    """Read an Operation's parity suite.
+
+    Raises UsageError if there is no such suite, and SuiteError with every mistake in it.
+    """
     document, plan = yaml_lines.load_model(_existing(name), OperationSuite)
     if problems := list(_of_checks(document, plan)):
         raise SuiteError(problems)

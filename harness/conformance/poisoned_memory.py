@@ -1,4 +1,4 @@
-"""Poisoned memory: fresh buffers are filled with NaN, or the largest integer."""
+"""Poisoned memory: torch fills fresh buffers with NaN, or with the largest integer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SWITCH: Any = torch.utils.deterministic
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Let torch fill every fresh buffer, by its own switch; restore the switch afterwards."""
+    """Turn on torch's switch that fills every fresh buffer; restore the switch afterwards."""
     with process_settings.restored():
         torch.use_deterministic_algorithms(True, warn_only=True)
         _SWITCH.fill_uninitialized_memory = True

@@ -43,7 +43,7 @@ _SETTINGS: dict[str, _Setting] = {
     "autocast on the GPU": (partial(torch.is_autocast_enabled, "cuda"), partial(torch.set_autocast_enabled, "cuda")),
 }
 if hasattr(torch.backends, "fp32_precision"):
-    # `set_float32_matmul_precision` sets several of these. Reading it raises an error after one of these was set.
+    # `set_float32_matmul_precision` sets several of these; once one of them was set, its getter raises an error.
     _SETTINGS |= {f"the precision of float32 products by {path}": _precision(path) for path in _BACKENDS}
 else:
     _SETTINGS["the precision of float32 products"] = (
@@ -53,18 +53,18 @@ else:
 
 
 def snapshot() -> dict[str, object]:
-    """Read all settings."""
+    """Map the name of every setting to its value."""
     return {name: read() for name, (read, _) in _SETTINGS.items()}
 
 
 def list_changes(before: dict[str, object]) -> list[str]:
-    """Describe the settings that differ from `before`."""
+    """List a description of each setting that differs from `before`, a result of `snapshot`."""
     return [f"{name} is {value}, was {before[name]}" for name, value in snapshot().items() if value != before[name]]
 
 
 @contextmanager
 def restored() -> Iterator[list[str]]:
-    """Restore all settings at the end; the list then describes the changes."""
+    """Restore all settings at the end. The list is then filled with descriptions of the changes."""
     before, changes = snapshot(), list[str]()
     try:
         yield changes
@@ -81,16 +81,17 @@ def restore(before: dict[str, object]) -> None:
 
 
 def seed(value: int) -> None:
-    """Seed torch. torch.manual_seed is slow: it records the call stack for a GPU that is initialised later."""
+    """Seed torch faster than torch.manual_seed does, which records the call stack for a GPU that is initialised later."""
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(value)
 
 
 def find_seeding(act: Callable[[], object]) -> list[str]:
-    """Describe the random number generators that `act` seeds: it leaves them in the same state from two different states.
+    """List a description of each random number generator that `act` seeds. The states of all generators are restored.
 
-    It may draw from them. Their states are restored.
+    A generator counts as seeded if it returns the same next number after two calls of `act` from different states,
+    which drawing alone does not cause.
     """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     python, numpy = random.getstate(), np.random.get_state()
@@ -104,7 +105,7 @@ def find_seeding(act: Callable[[], object]) -> list[str]:
 
 
 def _draw_after(act: Callable[[], object], value: int) -> dict[str, float]:
-    """Seed every generator with `value`, call `act`, and return the next number of each."""
+    """Seed every generator with `value`, call `act`, and map each generator's name to its next number."""
     seed(value)
     random.seed(value)
     np.random.seed(value)  # the generator that older code draws from

@@ -1,6 +1,6 @@
-"""Self-test: check that the expected checks catch the planted faults. In this process.
+"""Self-test: check, in this process, that the expected checks catch the planted faults.
 
-Every fault goes through one case of its target's parity suite, and so does the right reference.
+Each faulty copy of the reference runs through the fault's case, and the correct reference runs through the same case.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from harness.records.record import Outcome
 
 @dataclass(frozen=True)
 class FaultVerdict:
-    """Result of one fault."""
+    """Whether the checks caught one fault."""
 
     fault: Fault
     caught: tuple[str, ...]
@@ -52,7 +52,7 @@ class SelfTestReport:
 
     verdicts: Sequence[FaultVerdict]
     wrong: Sequence[str] = field(default=())
-    """Failures of the right reference."""
+    """Failures of the correct reference."""
     idle: Sequence[str] = field(default=())
     """Checks that catch no fault."""
 
@@ -63,15 +63,15 @@ class SelfTestReport:
 
     @property
     def exit(self) -> Exit:
-        """1 for a fault that is not caught as expected, a failure of the right reference, or a check that catches no
-        fault.
+        """The exit code: 1 if an expected check missed a fault, the correct reference failed, or a check caught no
+        fault; 5 without faults; otherwise 0.
         """
         if self.caught < len(self.verdicts) or self.wrong or self.idle:
             return Exit.FAIL
         return Exit.PASS if self.verdicts else Exit.NOTHING_COMPARED
 
     def lines(self) -> Iterator[str]:
-        """Yield a line for each fault, the failures, and the catch rate."""
+        """Yield one line per fault, then the failures, then the catch rate."""
         width = max((len(f"{v.fault.target} {v.fault.name}") for v in self.verdicts), default=0)
         for verdict in self.verdicts:
             others = [name for name in verdict.caught if name not in verdict.fault.expected]
@@ -87,7 +87,7 @@ class SelfTestReport:
 
 
 def run(planted: Iterable[Fault] | None = None) -> SelfTestReport:
-    """Run all faults, or only those given: then no check counts as idle."""
+    """Try all faults, or only `planted`, and return the report. With `planted` given, no check counts as idle."""
     every = list(faults.every() if planted is None else planted)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are tiny, and threads would wait for each other
@@ -117,7 +117,7 @@ def _run(every: Sequence[Fault], complete: bool) -> SelfTestReport:
 
 
 def check(as_json: bool) -> Exit:
-    """Run the self-test, print it, and return the exit code."""
+    """Run the self-test, print its report as text or JSON, and return the exit code."""
     report = run()
     if as_json:
         document = {
@@ -131,14 +131,14 @@ def check(as_json: bool) -> Exit:
 
 
 def _failed(implementation: Implementation, fault: Fault) -> tuple[str, ...]:
-    """Return the checks that fail in the fault's case, in the suite's order."""
+    """Return the names of the checks that fail in the fault's case, each once, in the suite's order."""
     case = fault.case.of_operation() if implementation.kind == "operation" else fault.case.of_method()
     outcomes = suite_run.run_case(implementation, _plan(implementation.target), case, wide=_needs_wide(fault))
     return tuple(dict.fromkeys(one.check for one in outcomes if one.result.outcome is Outcome.FAIL))
 
 
 def _needs_wide(fault: Fault) -> bool:
-    """Return whether a check that must catch the fault is tried by a wide selection only; such checks take long."""
+    """Return whether an expected check is tried only by a wide selection, as checks that take long are."""
     return any(checks.every()[name].only_wide for name in fault.expected)
 
 

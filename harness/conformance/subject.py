@@ -44,44 +44,46 @@ class PackedLayer:
 
 @dataclass(frozen=True)
 class ExpectedCodes:
-    """Codes of the reference quantiser for a weight."""
+    """Codes and absmax that the reference quantiser gives for a weight, and the layer's bias."""
 
     codes: Tensor
     absmax: Tensor
     near_tie: Tensor
-    """Mask of the elements with a code that the last bit of a division decides."""
+    """Mask of the elements for which the last bit of a division decides the code."""
     bias: Tensor | None
 
     @classmethod
     def of(cls, layer: nn.Linear) -> ExpectedCodes:
-        """Quantise the weight of `layer` by the reference; its bias is expected unchanged."""
+        """Quantise the weight of `layer` by the reference and return its codes; the bias is expected unchanged."""
         bias = None if layer.bias is None else layer.bias.detach().clone()
         return cls(*nf4.quantize(layer.weight), nf4.near_tie(layer.weight), bias)
 
 
 LARGEST_COPY = 300_000_000
-"""Parameters. A second and a float64 copy of a larger model would not fit on a small machine."""
+"""Largest number of parameters of a model that is copied. A small machine cannot hold two copies of a larger one, one
+of them in float64.
+"""
 
 
 def is_small(model: nn.Module) -> bool:
-    """Return whether a model may be copied, also to float64."""
+    """Return whether a model has few enough parameters to be copied, also to float64."""
     return sum(p.numel() for p in model.parameters()) <= LARGEST_COPY
 
 
 @dataclass(frozen=True)
 class Original:
-    """The model before attaching: a copy, since an implementation may write into the weights that it adapts."""
+    """The model before attaching. It is a copy, since an implementation may write into the weights that it adapts."""
 
     model: nn.Module | None
-    """None if it is too large to be copied. The subject's base layers then stand for it, once `crc32` shows that none
-    changed.
+    """The copy; None if the model is too large. The subject's base layers then stand for the original, once `crc32`
+    shows that none of them changed.
     """
     crc32: dict[str, int] = field(default_factory=dict)
     """Checksums of every parameter, of its quantisation state, and of every buffer."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Original:
-        """Copy `model`, or take its checksums if it is too large."""
+        """Return a copy of `model`, or only its checksums if it is too large to be copied."""
         if is_small(model):
             return cls(copy.deepcopy(model))
         named = dict(model.named_parameters())
@@ -93,7 +95,7 @@ class Original:
 
 @dataclass
 class ReferenceLayer:
-    """The reference's layer for one of the subject's, in the subject's present state."""
+    """The reference's layer that corresponds to one layer of the subject, in the subject's present state."""
 
     layer: nn.Module
     tensors: dict[str, Tensor]
@@ -122,9 +124,9 @@ class Subject:
     judged_codes: dict[str, tuple[Judgement, int]] = field(default_factory=dict)
     """Path -> (judgement of its codes, number of ties), for models too large to hold all expected codes at once."""
     disturbed: list[str] = field(default_factory=list)
-    """Process-wide settings that attaching changed."""
+    """Descriptions of the process-wide settings that attaching changed."""
     reference_cache: dict[tuple[str, str], ReferenceLayer] | None = None
-    """(path, dtype) -> the reference's layer, for small models: an SVD or quantisation of W is done only once."""
+    """(path, dtype) -> the reference's layer, for small models, so that W is decomposed or quantised only once."""
 
     def tensors_of(self, path: str) -> dict[str, Tensor]:
         """Map short names to the trainable tensors of the layer at `path`."""
@@ -136,23 +138,23 @@ class Subject:
 
     @property
     def trains_plainly(self) -> bool:
-        """True if training mode can be compared: without dropout it draws no random numbers."""
+        """True if training mode draws no random numbers, so that it can be compared: the config has no dropout."""
         return not getattr(self.config, "dropout", 0.0)
 
     def added(self) -> dict[str, Tensor]:
-        """Map canonical names to the tensors that the Method added, without those of the model itself (full
-        fine-tuning).
+        """Map canonical names to the trainable tensors that the Method added, without the model's own parameters, which
+        train in full fine-tuning.
         """
         own = {id(p) for base in self.bases.values() for p in base.parameters()}
         own |= {id(p) for p in self.own}
         return {name: t for name, t in self.adapted.tensors().items() if id(t) not in own}
 
     def original_base(self, path: str) -> nn.Module:
-        """Return the base layer before attaching: of the copy, or the layer itself if there is no copy."""
+        """Return the base layer before attaching: the copy's layer, or the layer itself if there is no copy."""
         return self.bases[path] if self.original.model is None else self.original.model.get_submodule(path)
 
     def dense_base(self, path: str, dtype: torch.dtype) -> nn.Module:
-        """Return a plain copy of the base layer of `path` in `dtype`, decoded by the reference if it is packed."""
+        """Return a plain copy of the base layer at `path` in `dtype`. The reference decodes a packed weight."""
         base: Any = self.original_base(path)
         if path not in self.packed:
             return copy.deepcopy(base).to(dtype)  # type: ignore[no-any-return]
@@ -170,12 +172,12 @@ class Subject:
         return dense_weight(base)
 
     def fresh_reference(self, dtype: str) -> Adapted:
-        """Attach the reference to plain copies of all base layers together, in `dtype`, at its own start."""
+        """Attach the reference to plain copies of all base layers in `dtype`; return it at its own start."""
         model = skeleton({path: self.dense_base(path, DTYPES[dtype]) for path in self.bases})
         return attach_reference(self.method, model, self.config, list(self.bases), torch.Generator().manual_seed(0))
 
     def reference(self, path: str, dtype: str) -> ReferenceLayer:
-        """Build the reference's layer on this base weight in `dtype`, in the subject's present state."""
+        """Return the reference's layer over the base weight at `path` in `dtype`, in the subject's present state."""
         if self.reference_cache is None:
             reference = self._build_reference(path, dtype)
         else:
@@ -203,7 +205,7 @@ def _select(path: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def configure(method: str, config: dict[str, Any]) -> Any:
-    """Return the Method's Config with `config`'s values; lists become tuples. Raises TypeError for an unknown key."""
+    """Return the Method's Config with these values; lists become tuples. Raises TypeError for an unknown key."""
     if method in UNREFERENCED:
         return AdapterConfig(**config)
     kind = importlib.import_module(f"reference.{method}").Config
@@ -213,21 +215,21 @@ def configure(method: str, config: dict[str, Any]) -> Any:
 def attach_reference(
     method: str, model: nn.Module, config: Any, names: Iterable[str] | None, generator: torch.Generator
 ) -> Adapted:
-    """Attach the reference; `names` replaces the config's targets, if it has any."""
+    """Attach the reference and return it. If `names` is given and the config has targets, `names` replaces them."""
     if names is not None and any(f.name == "targets" for f in fields(config)):
         config = replace(config, targets=tuple(names))
     return importlib.import_module(f"reference.{method}").attach(model, config, generator)  # type: ignore[no-any-return]
 
 
 def adaptable_layers(model: nn.Module, config: Any) -> dict[str, nn.Module]:
-    """Map path to layer: the config's targets, or every linear layer if the Method names none."""
+    """Map paths to layers: the config's targets, or every linear layer if the config has no targets."""
     if hasattr(config, "targets"):
         return targets(model, config.targets, KINDS)
     return {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
 def skeleton(layers: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a module with just these layers at their paths: a model to attach to without touching the real one."""
+    """Return a module that has only these layers, at their paths. Attaching to it leaves the real model unchanged."""
     root = nn.Module()
     for path, layer in layers.items():
         parent = root
@@ -245,10 +247,10 @@ def initial_tensors(
 ) -> dict[str, Tensor]:
     """Return the reference's initial adapter tensors over `bases`, drawn from `generator`; empty without an adapter.
 
-    Every implementation starts from these, so that training runs can be compared step by step (see `load_start`). They
-    include what a start subtracts from the weight (PiSSA's residual): factors of another program's SVD do not fit it.
-    Where weights of the bases themselves train (GaLore), those of a large model are left out for lack of memory, and so
-    is the whole of a start that would need a copy of them.
+    Every implementation starts from these tensors, so that training runs can be compared step by step (see
+    `load_start`). They include a residual that the start computes from the weight (PiSSA), because the factors of
+    another program's SVD do not fit it. To save memory, the result for a large model omits base weights that train
+    (GaLore), and is empty if the start has a residual.
     """
     started = _attach_to_skeleton(method, bases, config, generator)
     if started is None:
@@ -267,9 +269,9 @@ def initial_tensors(
 
 
 def drawn_tensors(method: str, bases: Mapping[str, nn.Module], config: Any) -> set[str]:
-    """Name the initial tensors over `bases` that the reference draws.
+    """Return the names of the initial tensors over `bases` that the reference draws at random.
 
-    None for a start that is an SVD of the weight, which may draw on the way.
+    The set is empty if the start is an SVD of the weight.
     """
     if methods()[method].spec.start_from_weight:
         return set()
@@ -280,13 +282,13 @@ def drawn_tensors(method: str, bases: Mapping[str, nn.Module], config: Any) -> s
 def initial_shapes(
     method: str, bases: Mapping[str, nn.Module], config: Any, generator: torch.Generator
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the trainable tensors of the reference on `bases`, by name; empty without an adapter."""
+    """Map the names of the reference's trainable tensors on `bases` to their shapes; empty without an adapter."""
     started = _attach_to_skeleton(method, bases, _quick_start(method, config), generator)
     return {name: tuple(t.shape) for name, t in started.tensors().items()} if started else {}
 
 
 def _quick_start(method: str, config: Any) -> Any:
-    """Return a config that attaches the reference quickly, with the Method's shapes but not its start."""
+    """Return a config with which the reference attaches quickly: only its initial values differ, not its shapes."""
     return replace(config, **methods()[method].spec.quick_start)
 
 
@@ -302,15 +304,15 @@ _SAMPLE = 4096
 
 
 def sampled(tensor: Tensor) -> Tensor:
-    """Return at most 4096 elements of a tensor, evenly spread, flat: enough to see whether training changed it."""
+    """Return a flat copy of at most 4096 evenly spread elements. They show whether training changed the tensor."""
     return tensor.detach().flatten()[:: -(-tensor.numel() // _SAMPLE)].clone()
 
 
 @torch.no_grad()
 def load(adapted: Adapted, values: Mapping[str, Tensor], state: Mapping[str, Tensor] | None = None) -> None:
-    """Copy `values` into the trainable tensors of the same names, and `state` into the Method's frozen ones.
+    """Copy `values` into the trainable tensors of the same names, and `state` into the Method's frozen tensors.
 
-    Raises KeyError for a name that is not there.
+    Raises KeyError for a name that `adapted` does not have.
     """
     places = adapted.tensors()
     for name, value in values.items():
@@ -321,10 +323,7 @@ def load(adapted: Adapted, values: Mapping[str, Tensor], state: Mapping[str, Ten
 
 
 def load_start(adapted: Adapted, start: Mapping[str, Tensor]) -> None:
-    """Load `initial_tensors`.
-
-    An implementation that does not show all tensors that belong to them stays at its own start.
-    """
+    """Load the result of `initial_tensors`; load nothing if `adapted` lacks one of them, so that it keeps its own start."""
     state = adapted.state()
     rest = {name: value for name, value in start.items() if name in state}
     tensors = {name: value for name, value in start.items() if name not in rest}
@@ -334,9 +333,9 @@ def load_start(adapted: Adapted, start: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def warm(tensors: dict[str, Tensor], generator: torch.Generator) -> None:
-    """Fill every tensor with noise, scaled so that the update is as large as the weight that it updates.
+    """Fill every tensor with noise, scaled so that the update is about as large as the weight.
 
-    At LoRA's own start B is zero, so that the gradient of A is zero for any code: a check there sees nothing.
+    At LoRA's own start B is zero, so that the gradient of A is zero in wrong code too: a check there would see nothing.
     """
     for tensor in tensors.values():
         spread = (tensor.numel() / tensor.shape[0]) ** -0.5 if tensor.dim() > 1 else 1.0  # 1 / sqrt(fan in)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-"""Distance from 1 to the next number of each dtype."""
+"""dtype -> distance from 1 to the next larger number."""
 
 # Largest error of a subject, as a multiple of the reference's own error in the same dtype. Two correct programs that sum in
-# different orders differ from float64 by independent rounding errors of similar size: a factor of 1 is a coin toss.
+# different orders have independent rounding errors of similar size, so that with a factor of 1 half of them would fail.
 NOISE_FACTOR = 2.0
 
 # For a tensor of n numbers, NOISE_FACTOR is multiplied by (1 + 4 / n): two draws of many roundings have similar norms, but a
@@ -15,14 +15,14 @@ NOISE_FACTOR = 2.0
 FEW_NUMBERS = 4.0
 
 # Number of draws of rounding errors in addition to the reference in the dtype; each moves the inputs within their last
-# place. A single draw may happen to have almost no error, and a correct program would then fail.
+# place. With a single draw, which may happen to have almost no error, a correct program could fail.
 PERTURBED_DRAWS = 2
 
 # Floor added to the allowance, in units of eps. Where the reference happens to be exact (one product, a copy), a factor
 # times zero would demand bitwise equality: the relative Frobenius error of one rounding is about 0.3 eps. In float32 and
 # float64 every term of a sum is rounded too: n terms in sequence lose sqrt(n / 24) eps, sums in blocks a tenth of that; 8
-# eps are 1500 terms. In 16 bits, products are summed in float32, here and on every GPU. No wider reference shows the noise
-# of the float64 one: sums of 1000 terms had errors of 20 eps, and of 142 eps in the largest element.
+# eps are 1500 terms. In 16 bits, products are summed in float32, here and on every GPU. For float64 no wider reference
+# exists: there, sums of 1000 terms had errors of 20 eps, and of 142 eps in the largest element.
 NOISE_FLOOR_EPS = {"float64": 64.0, "float32": 8.0, "float16": 0.5, "bfloat16": 0.5}
 
 # Factor on that floor for the largest element relative to the root mean square: the largest of a few thousand normal numbers
@@ -33,18 +33,19 @@ LARGEST_EPS = 4.0
 LARGEST_FACTOR = 2.0
 
 # Rounding goes up as often as down, so its projection on the truth shrinks with the root of the number of independent
-# roundings; that of a wrong factor does not. In a low-rank product as few as sqrt(n) of n are independent.
+# roundings. The projection of a wrong factor does not shrink. In a low-rank product, only sqrt(n) of n roundings may be
+# independent.
 BIAS_SIGMAS = 4.0
 
-# An 8-bit code of a moment may be the neighbouring one if the moment is within this many float32 units of the middle of the
-# two: two products, a sum and a division are four roundings, and correct programs order and fuse them differently.
+# An 8-bit code of a moment may be the neighbouring code if the moment is within this many float32 units of the middle of the
+# two. A moment takes four roundings (two products, a sum, a division), which correct programs order and fuse differently.
 CODE_TIE_EPS = 4.0
 
 # Means over random draws may be off by this many standard errors: about one false alarm in some hundred thousand.
 INITIAL_SIGMAS = 5.0
 DROPOUT_SIGMAS = 5.0
 
-# The check observes enough tokens that a correct mask treats all of them alike only once in two to this power.
+# The check observes so many tokens that a correct mask treats all of them alike only once in two to this power.
 DROPOUT_SURE_BITS = 30.0
 
 # A tensor is not judged if the reference in the subject's dtype may itself be off by more than this share of the value.
@@ -54,10 +55,10 @@ CEILING = 0.5
 # 16 bits, the errors of correct programs were up to 3.9 times as large in one tensor, and 1.5 times in the median.
 CARRIED_FACTOR = 4.0
 
-# Further draws of that noise, made if the first does not explain the subject's error. In a model of 30 blocks with large
-# random VeRA vectors, the gradient errors of one correct float32 run were 5 to 15 times those of another: such a model
-# carries all roundings into one direction, and one of two normal numbers is 4 times as far from zero as the other in 16 % of
-# all pairs. One that is 4 times as far as each of eight others occurs once in 7,000.
+# Number of further draws of that noise, made if the first draw does not explain the subject's error. In a model of 30 blocks
+# with large random VeRA vectors, the gradient errors of one correct float32 run were 5 to 15 times those of another. Such a
+# model carries all roundings into one direction, like a single normal number. In 16 % of all pairs of normal numbers, the
+# first is at least 4 times as far from zero as the second; it is 4 times as far as each of eight others once in 7,000 cases.
 CARRIED_DRAWS = 7
 
 # Largest error of the losses of a training run, as a multiple of the reference's largest error so far. It exceeds the factor
@@ -68,17 +69,16 @@ TRAJECTORY_FACTOR = 4.0
 # the exact value, and a factor times zero would then demand bitwise equality.
 TRAJECTORY_FLOOR_EPS = 8.0
 
-# The reference defines the noise, so the noise cannot judge it. Its own distance from float64 may grow by this many eps per
-# step, times the largest loss so far: rounding errors accumulate, but a wrong gradient departs much faster.
+# The reference defines the noise, so the noise cannot judge the reference. Its distance from float64 may grow by this many
+# eps per step, times the largest loss so far: rounding errors accumulate, but a wrong gradient departs much faster.
 REFERENCE_GROWTH_EPS = 16.0
 
 # Share of the gradient of a causal model's first outputs that may reach a later token. A mask gives exactly zero; a causal
 # convolution by Fourier transforms gives a few eps of float32. One fresh layer of a BERT of 8 features gives 5e-4.
 FORESIGHT = 2.0**-16
 
-# Largest relative difference between the prediction of `fit` and the ledger of a real Cell. Both count the same tensors, so
-# most of it is exact; small tensors such as a packed weight's table of 16 levels are not predicted, and matter only in small
-# layers.
+# Largest relative difference between the prediction of `fit` and the ledger of a real Cell. Both count the same tensors.
+# Only small tensors, such as a packed weight's table of 16 levels, are not predicted; they matter only in small layers.
 FOOTPRINT_LEDGER = 0.03
 
 # Bytes: a report ignores smaller differences from the prediction, which tables of 16 levels and counters cause.

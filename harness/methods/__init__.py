@@ -1,1 +1,1 @@
-"""Methods: their specs, read from `reference/`, and the registry of their implementations."""
+"""Methods: their specs, which are read from `reference/`, and the registry of implementations."""

@@ -20,13 +20,16 @@ def crc32_by_name(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def quantisation_state(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors in the `quant_state` of packed parameters (bitsandbytes), as `<name>.<index>`."""
+    """Map `<name>.<index>` to the tensors in the `quant_state` of packed parameters (bitsandbytes)."""
     found = {name: tensors_in(getattr(parameter, "quant_state", None)) for name, parameter in named.items()}
     return {f"{name}.{index}": tensor for name, tensors in found.items() for index, tensor in enumerate(tensors)}
 
 
 def tensors_in(value: object, depth: int = 3) -> list[Tensor]:
-    """List the tensors in `value`, its items and attributes; bitsandbytes nests one quantisation state in another."""
+    """List the tensors in `value`, its items and its attributes, down to `depth`.
+
+    bitsandbytes nests one quantisation state in another.
+    """
     if isinstance(value, Tensor):
         return [value]
     parts = value if isinstance(value, list | tuple) else getattr(value, "__dict__", {}).values()

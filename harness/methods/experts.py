@@ -1,4 +1,4 @@
-"""Stacked weights of experts, which `all-linear` and a 4-bit base do not reach: they are not linear layers. No torch."""
+"""Stacked expert weights. They are no linear layers, so `all-linear` and a 4-bit base do not reach them. No torch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ ALL_LINEAR = "all-linear"
 
 
 def untouched(model: nn.Module) -> int:
-    """Return the number of expert weights that neither train nor have one of HF peft's adapters.
+    """Return the number of expert weights that neither train nor have an adapter of HF peft. model: ready to train.
 
-    Experts are modules with `Expert` in the name of their class, as in transformers, with the matrices of a whole block as
-    their own parameters. Call it for a model that is ready to train.
+    Experts are modules with `Expert` in their class name, as in transformers; the matrices of all experts of a block
+    are their own parameters.
     """
     return sum(
         p.numel()
@@ -49,5 +49,8 @@ def note(number: int, weights: int) -> str:
 
 
 def notes(cell: Cell, model: nn.Module, weights: int) -> list[str]:
-    """Return the Record's notes on untouched experts of a model that is ready to train; weights: without its adapter."""
+    """Return the Record's notes on untouched experts of a model that is ready to train.
+
+    weights: number of the model's weights without its adapter.
+    """
     return [text] if means_all(cell) and (text := note(untouched(model), weights)) else []

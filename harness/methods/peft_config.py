@@ -1,7 +1,7 @@
-"""`method: peft`: any method of HF peft by its adapter_config.json, without a reference. No torch.
+"""`method: peft`: any method of HF peft, configured by an adapter_config.json and without a reference. No torch.
 
-The file is read with the suite, and the Cell stores its content: a cell_id hashes the content, not the path. Only peft, in
-the worker, finds invalid values and layers that the model does not have.
+The harness reads the file together with the suite, and the Cell stores the content, so that a cell_id hashes the
+content and not the path. peft finds invalid values and unknown layers later, in the worker.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _UNSUPPORTED_INITS = {
 _VIRTUAL = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE")
 """Types with virtual tokens before every text."""
 IN_THE_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
-"""Types with virtual tokens as keys and values of every block; for the others they are embeddings."""
+"""Types whose virtual tokens are keys and values of every block; those of other types are embeddings."""
 _CAUSAL_ONLY = dict.fromkeys(IN_THE_CACHE, "passes its tokens as a key-value cache, which no encoder has") | {
     "ADAPTION_PROMPT": "supports the attention of Llama, Mistral and GPT-2 only"
 }
@@ -157,7 +157,7 @@ class AdapterConfigField(FieldInfo):
             yield ("modules_to_save",), problem, f"take {names} out of `modules_to_save`"
 
     def misfits(self, value: Any, kind: str) -> Iterator[FieldProblem]:
-        """Yield reasons why a config does not suit a model of this kind (`causal`, `encoder`)."""
+        """Yield every reason why a config does not suit a model of this kind (`causal`, `encoder`)."""
         if kind == "encoder" and (reason := _CAUSAL_ONLY.get(value["peft_type"])):
             yield (
                 ("peft_type",),
@@ -193,7 +193,7 @@ def _type_problems(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
 
 
 def _unknown_keys(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
-    """Yield the keys that peft would ignore, except null ones, which other versions of peft write."""
+    """Yield a problem for every key that peft would ignore, except keys with null, which other versions of peft write."""
     kind = value.get("peft_type")
     known = peft_schema.keys_of(kind) if isinstance(kind, str) and kind not in _UNSUPPORTED_TYPES else frozenset()
     for key in value:
@@ -204,7 +204,10 @@ def _unknown_keys(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
 
 
 def _json_problems(config: Any) -> Iterator[FieldProblem]:
-    """Yield values that JSON can read but not write: NaN, 1e999, half a surrogate pair. A cell_id cannot hash them."""
+    """Yield a problem for every value that Python reads from JSON but JSON cannot express, as a cell_id cannot hash it.
+
+    Such values are NaN, 1e999 and half a surrogate pair.
+    """
     todo: list[tuple[tuple[str | int, ...], Any]] = [((), config)]
     while todo:
         path, value = todo.pop()
@@ -223,7 +226,7 @@ def _path(path: tuple[str | int, ...]) -> str:
 
 
 def virtual_tokens(config: Mapping[str, Any]) -> int:
-    """Return the number of virtual tokens that a Cell's config adds before every text; they take positions of the model."""
+    """Return the number of virtual tokens that a Cell's config adds before every text; they take up model positions."""
     keys = config.get(KEY)
     count = keys.get("num_virtual_tokens") if isinstance(keys, dict) else None
     return max(count, 0) if isinstance(count, int) and not isinstance(count, bool) else 0

@@ -1,4 +1,4 @@
-"""The `peft_type`s of the installed peft and their keys, read from its source because its import takes seconds. No torch."""
+"""The installed peft's `peft_type`s and their keys, read from the source because importing peft takes seconds. No torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _classes(*patterns: str) -> dict[str, ast.ClassDef]:
 
 
 def _lineage(name: str, configs: dict[str, ast.ClassDef]) -> Iterator[ast.ClassDef]:
-    """Yield a class and its base classes."""
+    """Yield the syntax trees of a class and its base classes."""
     if name in configs:
         yield configs[name]
         for base in configs[name].bases:
@@ -48,7 +48,7 @@ def _lineage(name: str, configs: dict[str, ast.ClassDef]) -> Iterator[ast.ClassD
 
 
 def _fields(node: ast.ClassDef) -> Iterator[str]:
-    """Yield the annotated fields of a class."""
+    """Yield the names of the annotated fields of a class."""
     for line in node.body:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
             yield line.target.id

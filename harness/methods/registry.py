@@ -1,4 +1,4 @@
-"""Implementations from the entry point group `harness.implementations`, the harness's own included.
+"""Implementations from the entry point group `harness.implementations`, including the harness's own.
 
 No torch here: an Implementation imports its libraries inside its function.
 """
@@ -42,13 +42,13 @@ class Implementation:
     target: str
     """The Method (`lora`), Operation (`nf4_linear`) or quantisation (`nf4`) that it implements."""
     function: Callable[..., Any]
-    """The code. A Method's takes (model, config, generator) and returns an Adapted."""
+    """The code. For a Method, it takes (model, config, generator) and returns an Adapted."""
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
-    """Supported dtypes, of `DTYPES`."""
+    """Supported dtypes, a part of `DTYPES`."""
     devices: tuple[str, ...] = ("cpu", "cuda")
     """Supported device types."""
     requires: tuple[str, ...] = ()
-    """Modules imported at a Cell's start-up, outside every measured phase; without them the Cell is skipped."""
+    """Modules that a Cell imports at its start-up, outside every measured phase. If one is missing, the Cell is skipped."""
     distribution: str = ""
     """Distribution of the entry point."""
     version: str = ""
@@ -101,9 +101,9 @@ def implements(
     devices: Iterable[str] = ("cpu", "cuda"),
     requires: Iterable[str] = (),
 ) -> Callable[[Callable[..., Any]], Implementation]:
-    """Mark a function as an Implementation of `target`. Registration is left to the entry point.
+    """Return a decorator that makes a function an Implementation of `target`. An entry point must register it.
 
-    kind: derived from `target` by default.
+    kind: by default, the kind of `target`.
     """
 
     def wrap(function: Callable[..., Any]) -> Implementation:
@@ -114,7 +114,7 @@ def implements(
 
 
 def implementations_in(name: str) -> list[Implementation]:
-    """Return the Implementations of a module, or of the modules directly in a package, by its dotted name."""
+    """Return the Implementations in the module `name` (dotted), or in the modules directly in the package `name`."""
     found = import_module(name)
     modules = [file.name for file in pkgutil.iter_modules(getattr(found, "__path__", ())) if not file.ispkg]
     namespaces = [vars(found), *(vars(import_module(f"{name}.{module}")) for module in modules)]
@@ -123,7 +123,7 @@ def implementations_in(name: str) -> list[Implementation]:
 
 @cache
 def targets() -> dict[str, TargetKind]:
-    """Map every possible target to its kind, by the names of files; Operations and bases are neither imported nor read."""
+    """Map every possible target to its kind. File names reveal Operations and bases, which are neither imported nor read."""
     found: dict[str, TargetKind] = {file.stem: "base" for file in (data_folder("suites") / "parity").glob("*.yaml")}
     found |= {file.stem: "operation" for file in _OPERATIONS.glob("*.py") if not file.stem.startswith("_")}
     return found | dict.fromkeys([*methods(), *UNREFERENCED], "method")
@@ -135,14 +135,14 @@ class Registry:
 
     implementations: tuple[Implementation, ...] = ()
     broken: dict[str, str] = field(default_factory=dict)
-    """Entry points that failed entirely or in part, by name as in `entry_points_by_name`, with the reason."""
+    """Name of an entry point that failed entirely or in part, as in `entry_points_by_name` -> the reason."""
 
     def names(self, kind: str, target: str) -> list[str]:
         """List the names of the Implementations of `target`, sorted."""
         return sorted(i.name for i in self.implementations if (i.kind, i.target) == (kind, target))
 
     def find(self, kind: str, target: str, name: str) -> Implementation:
-        """Return one Implementation. Raises ImplementationError with the nearest name, or with the plug-in's own error."""
+        """Return one Implementation, or raise ImplementationError with the nearest name or the plug-in's own error."""
         for implementation in self.implementations:
             if (implementation.kind, implementation.target, implementation.name) == (kind, target, name):
                 return implementation
@@ -171,9 +171,9 @@ def format_error(error: BaseException) -> str:
 
 
 def entry_points_by_name() -> dict[str, EntryPoint]:
-    """Map names to the group's entry points, the harness's own first; none is loaded.
+    """Map names to the group's entry points, the harness's own first, without loading any.
 
-    A repeated name gets the distribution's name appended.
+    If a name occurs again, the distribution's name is appended to it.
     """
     found: dict[str, EntryPoint] = {}
     for point in sorted(entry_points(group=GROUP), key=_order):
@@ -221,7 +221,7 @@ def discover(only: Collection[str] | None = None, begin: Callable[[str], None] |
 
 
 def _misfit(implementation: Implementation, known: dict[str, TargetKind]) -> str:
-    """Return the problem of an Implementation with an unknown target or another kind, or an empty string."""
+    """Return a description of an unknown target or a kind that is not the target's, or an empty string."""
     target, kind = implementation.target, implementation.kind
     if target not in known:
         return f"{implementation}: unknown target {target!r}; {did_you_mean(target, known, 'there are')}"

@@ -1,6 +1,6 @@
-"""The Methods, read from the source of `reference/` without importing it, and so without torch.
+"""The Methods, read from the source of `reference/` without importing that package, and so without torch.
 
-A file of `reference/` with `SPEC = ReferenceSpec(...)` is a Method; there is no other list.
+A file of `reference/` with `SPEC = ReferenceSpec(...)` is a Method; there is no other list of Methods.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ FieldProblem = tuple[tuple[str | int, ...], str, str]
 
 
 class Adapted(Protocol):
-    """An adapted model, as the `attach(model, config, generator)` of every Method and Implementation returns it."""
+    """An adapted model: the result of `attach(model, config, generator)` of every Method and Implementation."""
 
     model: nn.Module
     """The model that was passed to `attach`."""
     layers: dict[str, Any]
     """Adapted layers, by module path."""
     can_merge: bool
-    """True if `merge` folds an adapter into the weights; False without an adapter."""
+    """Whether `merge` folds an adapter into the weights; False if there is no adapter."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Map the Method's canonical names, `<path>.<letter>`, to the trainable tensors."""
@@ -119,7 +119,10 @@ class FieldInfo:
         return str(self.default).lower() if self.type == "bool" else str(self.default)
 
     def resolved(self, value: Any, folder: Path) -> Any:
-        """Return the value with files read that it names, relative to the suite's `folder`; here unchanged."""
+        """Return the value with a file name replaced by the file's content; here return it unchanged.
+
+        folder: folder of the suite, to which file names are relative.
+        """
         return value
 
     def misfits(self, value: Any, kind: str) -> Iterator[FieldProblem]:
@@ -127,7 +130,7 @@ class FieldInfo:
         yield from ()
 
     def is_legible(self, value: Any) -> bool:
-        """Return whether a value, valid or not, is complete enough for further checks; here whether it is valid."""
+        """Return whether a value, even an invalid one, is complete enough for further checks; here whether it is valid."""
         return not self.problem(value)
 
     def canonical(self, value: Any) -> Any:
@@ -208,7 +211,7 @@ def _is_spec(node: ast.Assign) -> bool:
 
 
 def _evaluated(node: ast.expr) -> Any:
-    """Evaluate literals and calls of the classes in `reference/spec.py`; nothing is imported."""
+    """Return the value of literals and of calls of the classes in `reference/spec.py`, without importing anything."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _SPEC_CLASSES:
         arguments = {str(keyword.arg): _evaluated(keyword.value) for keyword in node.keywords}
         return _SPEC_CLASSES[node.func.id](*map(_evaluated, node.args), **arguments)
@@ -218,7 +221,7 @@ def _evaluated(node: ast.expr) -> Any:
 
 
 def _fields(body: Sequence[ast.stmt]) -> Iterator[tuple[str, FieldInfo]]:
-    """Yield the name and description of each annotated field, with the string literal below it."""
+    """Yield the name and the FieldInfo of each annotated field; the string literal below a field describes it."""
     for node, below in zip(body, [*body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign):
             yield ast.unparse(node.target), _field(node, _text(below))

@@ -1,4 +1,4 @@
-"""An Adapted made from a third party's layers. See `harness.testing.wrap_layers`."""
+"""An Adapted that is made from a third party's layers; see `harness.testing.wrap_layers`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def wrap(
     names: Mapping[str, str] | None,
     update: Callable[[Any], Tensor] | None,
 ) -> AdaptedLayers:
-    """Freeze `model` and replace every target by `make_layer(target)`. Raises Unsupported for other than linear layers."""
+    """Freeze `model`, replace every target by `make_layer(target)`, and return the Adapted.
+
+    Raises Unsupported for a target that is no linear layer.
+    """
     bases = targets(model, config.targets, KINDS)
     for path, base in bases.items():
         if kind_of(base) != "linear":
@@ -67,7 +70,7 @@ class WrappedLayers(AdaptedLayers):
         return tensors
 
     def state(self) -> dict[str, Tensor]:
-        """Return nothing: other tensors of the layers are not compared."""
+        """Return an empty dict: frozen tensors of the layers are not compared."""
         return {}
 
     def parameters(self) -> list[nn.Parameter]:

@@ -1,1 +1,1 @@
-"""The parity gate of a Cell: the checks that run inside a Cell, around its measurements."""
+"""The parity gate of a Cell: checks that run inside the Cell, before and after its measurements."""

@@ -1,4 +1,4 @@
-"""Memory headroom for merging a packed base: the dense and the packed weights are in memory at the same time."""
+"""Memory headroom for merging a packed base, during which dense and packed weights are in memory at the same time."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from harness.conformance.subject import DTYPES, Subject
 
 _CHECK_B = 32
-"""Bytes that the check needs for each weight of the largest layer: it copies one layer at a time in float64."""
+"""Bytes that the check `merge` needs for each weight of the largest layer; it copies one layer at a time in float64."""
 
 
 def merge_shortage(subject: Subject) -> str:
     """Return the reason why there is too little memory to merge the layers of a packed base, or an empty string.
 
-    A library that packs each merged weight again needs less memory than this estimate. It is refused all the same, because a
-    process that the system kills has measured nothing.
+    The estimate is too high for a library that packs each merged weight again. Such a merge is skipped too, because the
+    system may kill a process without enough memory, and all its measurements would be lost.
     """
     sizes = [_weights(subject.original_base(path)) for path in subject.packed]
     if not sizes:
@@ -33,7 +33,7 @@ def merge_shortage(subject: Subject) -> str:
 
 
 def free_B(device: torch.device) -> int:  # noqa: N802  # a unit
-    """Return the bytes that can still be allocated on a device. On a GPU, unused memory that torch has reserved counts."""
+    """Return the bytes that can still be allocated on a device, including unused memory that torch has reserved on a GPU."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

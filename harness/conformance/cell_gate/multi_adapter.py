@@ -29,10 +29,10 @@ NAME = "multi-adapter"
 def check_rows(
     subject: Subject, adapters: Adapters, mixed: Mixed, forward: Callable[[], object], seed: int
 ) -> CheckResult:
-    """Judge the output of every adapted layer inside the model, row by row.
+    """Judge the output of every adapted layer inside the model, row by row; return the result of the check.
 
-    forward: runs the model on a batch of one row per adapter. Row n of a layer's output must equal the output of the float64
-    reference with adapter n, within the noise floor of a single adapter.
+    Row n of a layer's output must equal the output of the float64 reference with adapter n, within the noise floor of a
+    single adapter. forward: runs the model on a batch of one row per adapter.
     """
     case = Case("trained", seed=seed, factors=parity_suite.load(subject.method).factors())
     with mixed(adapters):
@@ -47,14 +47,17 @@ def check_rows(
 
 
 def rows_must_reach(subject: Subject, count: int, forward: Callable[[], object]) -> None:
-    """Raise Unsupported if the input of an adapted layer has another number of rows than the batch."""
+    """Run the model and raise Unsupported if the input of an adapted layer has more or fewer than `count` rows."""
     for path, (x, _) in _observe_layers(subject, forward).items():
         if len(x) != count:
             raise Unsupported(f"{path} gets {len(x)} rows for a batch of {count}, which cannot be assigned to adapters")
 
 
 def _observe_layers(subject: Subject, forward: Callable[[], object]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Run the model and return the input and output of the layer at each adapted path."""
+    """Run the model and map each adapted path to the layer's input and output.
+
+    Raises Unsupported for a layer that is called by keyword.
+    """
     calls: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook(path: str, _: nn.Module, arguments: tuple[Tensor, ...], y: Tensor) -> None:
@@ -71,13 +74,13 @@ def _observe_layers(subject: Subject, forward: Callable[[], object]) -> dict[str
 
 
 def draw_adapters(subject: Subject, count: int, seed: int) -> list[dict[str, Tensor]]:
-    """Return the trained adapter, and random ones of the same shapes and magnitude."""
+    """Return `count` adapters: the subject's own, then random ones of the same shapes and magnitude."""
     own = {name: t.detach().clone() for name, t in subject.adapted.tensors().items()}
     generator = torch.Generator().manual_seed(seed)
 
     def like(t: Tensor) -> Tensor:
         noise = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)
-        # A matrix that is still zero after training would make adapters that do nothing, and the check would see nothing.
+        # A matrix that is still zero after training must not stay zero: the check would see nothing of such an adapter.
         spread = float(t.double().std()) if t.numel() > 1 and bool(t.any()) else max(t.shape[-1], 1) ** -0.5
         return (noise * spread).to(t.dtype)
 
@@ -85,7 +88,7 @@ def draw_adapters(subject: Subject, count: int, seed: int) -> list[dict[str, Ten
 
 
 def _row_by_row(path: str, adapters: Adapters) -> Callable[..., dict[str, Tensor]]:
-    """Return a function that observes the reference's layer: its output for row n with adapter n, for every n."""
+    """Return a function that runs the reference's layer and returns its output, with row n computed by adapter n."""
     start = f"{path}."
 
     def look(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, _: Tensor) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from harness.methods.peft_config import UNREFERENCED
 from harness.records.record import CheckResult, Outcome
 
 _NO_ADAPTER = "frozen"
-"""Method that adds no layers to the base and trains nothing."""
+"""The Method that adds no layers to the base and trains nothing."""
 
 
 def gate(
@@ -36,12 +36,13 @@ def gate(
     forward: Callable[[nn.Module], Tensor] | None = None,
     base: str = "",
 ) -> list[CheckResult]:
-    """Check a freshly attached subject at its start and at `warm`, then restore its start.
+    """Check a freshly attached subject at its start and at `warm`, restore its start, and return the results.
 
-    run_model: runs the whole model on fixed inputs. base_output: its output before attaching. start: the initial tensors
-    (None: the subject's own). forward: runs a given model on those inputs, differentiably. base: the quantisation of the
-    base, as in `nf4 by bitsandbytes`. The Method's parity suite and the declarations of the checks decide which checks
-    apply. If a packed base is wrong, or if the layers or their tensors are not the reference's, the gate stops there.
+    run_model: runs the whole model on fixed inputs. base_output: output of the model before attaching. start: the
+    initial tensors (None: the subject's own). forward: runs a given model on the same inputs, differentiably. base: the
+    quantisation of the base, such as `nf4 by bitsandbytes`. The Method's parity suite and the declarations of the
+    checks decide which checks apply. The gate stops early if a packed base is wrong, or if the layers or their tensors
+    are not the reference's.
     """
     case = Case("init", seed=seed, inputs=run_model, base_output=base_output, forward=forward)
     if subject.method in UNREFERENCED:
@@ -69,7 +70,7 @@ def gate(
 
 
 def _without_reference(subject: Subject, case: Case) -> list[CheckResult]:
-    """Run the checks that need no reference, and leave the subject at its start."""
+    """Run the checks that need no reference, leave the subject at its start, and return the results."""
     names = checks.without_reference()
     warmed, in_state = nudged(subject, case.generator(salt=1)), replace(case, state="warm")
     at_the_start = [*checks.of_cell(CellStage.ATTACHED, names), *checks.of_cell(CellStage.START, names)]
@@ -86,9 +87,9 @@ class _Base:
 
 
 def _packed_base(subject: Subject, case: Case, base: str) -> CheckResult:
-    """Judge every packed layer without an adapter, by the weight that its codes encode.
+    """Compare every packed layer without its adapter with the weight that its codes encode.
 
-    A layer with a wrong product would make every Method on it wrong.
+    A layer with a wrong product would make every Method on top of it wrong.
     """
     config = configure(_NO_ADAPTER, {})
     none = attach_reference(_NO_ADAPTER, nn.Module(), config, None, case.generator())
@@ -111,9 +112,9 @@ def _packed_base(subject: Subject, case: Case, base: str) -> CheckResult:
 def after_training(
     subject: Subject, seed: int, forward: Callable[[nn.Module], Tensor] | None = None
 ) -> list[CheckResult]:
-    """Run the checks that must wait for the end of training, because some libraries merge into the base weight.
+    """Run the checks that come after training, because some libraries merge into the base weight; return the results.
 
-    forward: as in `gate`, for adapters without a reference. A check for which there is not enough memory is skipped.
+    forward: as in `gate`, for adapters without a reference. A check without enough memory is skipped.
     """
     if why := memory_headroom.merge_shortage(subject):
         return [skipped(subject, Case("trained", seed=seed), "merge", why)]

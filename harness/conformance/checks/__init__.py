@@ -1,13 +1,14 @@
 """The checks: each tests one property that an implementation can violate, and returns numbers.
 
-One file per topic. A check is a function with this decorator, which also states when the check is tried:
+There is one file per topic. A check is a function with this decorator, which also declares when the check is tried:
 
     @check(States.WARM)
     def check_strides(subject: Subject, case: Case) -> CheckResult:
         ...
 
-It is found by the decorator, and its name is the function's without `check_`; parity suites (`suites/parity/*.yaml`) refer
-to it by that name, and `peft-harness explain strides` prints the docstring. A check leaves the subject as it found it.
+The harness finds checks by this decorator. A check's name is its function's name without `check_`: parity suites
+(`suites/parity/*.yaml`) refer to a check by its name, and `peft-harness explain strides` prints its docstring. A check
+restores the subject's state before it returns.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class States(Enum):
     INIT = auto()
     """As attached."""
     WARM = auto()
-    """`warm` if the suite lists it. At the start, where most updates are zero, such a check sees nothing more."""
+    """Only `warm`, if the suite lists it; otherwise every state listed. At the start, where most updates are zero, such
+    a check shows nothing new."""
 
     def include(self, state: str, listed: Iterable[str]) -> bool:
         """Return whether a suite that lists these states tries the check in `state`."""
@@ -52,9 +54,9 @@ class CellStage(Enum):
     """The stages of a Cell at which the parity gate tries a check."""
 
     ATTACHED = auto()
-    """First of all. If such a check fails, the gate tries no other."""
+    """Before all other checks. If such a check fails, the gate tries no other."""
     START = auto()
-    """At the state from which training starts."""
+    """In the state from which training starts."""
     WARM = auto()
     """With random adapter tensors."""
     TRAINED = auto()
@@ -62,7 +64,7 @@ class CellStage(Enum):
 
 
 class Reference(Enum):
-    """Availability of a reference that a check requires."""
+    """Whether a check needs a reference of the Method."""
 
     REQUIRED = auto()
     UNUSED = auto()
@@ -73,7 +75,7 @@ class Reference(Enum):
 
 @dataclass(frozen=True)
 class Check(Generic[_Subject]):
-    """A check, and the states and stages in which it is tried."""
+    """A check, with the states and stages in which it is tried."""
 
     name: str
     function: Callable[[_Subject, Case], CheckResult]
@@ -81,12 +83,12 @@ class Check(Generic[_Subject]):
     in_cell: tuple[CellStage, ...]
     reference: Reference
     of_sizes: bool
-    """Whether the property depends on sizes and settings. Otherwise it is tried with the suite's examples alone."""
+    """Whether the property depends on sizes and settings. If not, the check is tried only with the suite's examples."""
     only_wide: bool
     """Whether the check is tried only with `CaseSelection.is_wide`."""
 
     def __call__(self, subject: _Subject, case: Case) -> CheckResult:
-        """Try the check."""
+        """Run the check and return its result."""
         return self.function(subject, case)
 
 
@@ -98,8 +100,8 @@ def check(
     of_sizes: bool = True,
     only_wide: bool = False,
 ) -> Callable[[Callable[[_Subject, Case], CheckResult]], Check[_Subject]]:
-    """Declare a function `check_NAME` to be the check NAME. in_cell: where a Cell's parity gate tries it too.
-    of_sizes: see `Check`."""
+    """Return a decorator that makes the function `check_NAME` the check NAME. in_cell: stages at which a Cell's parity
+    gate tries it too. Other parameters: see `Check`. Raises TypeError for a function with another name."""
 
     def declare(function: Callable[[_Subject, Case], CheckResult]) -> Check[_Subject]:
         if not function.__name__.startswith(_PREFIX):
@@ -116,7 +118,7 @@ AnyCheck = Check[Any]
 
 @cache
 def every() -> dict[str, AnyCheck]:
-    """Map names to checks, file by file."""
+    """Map the names of all checks to the checks, in the order of the files."""
     return {
         one.name: one
         for module in pkgutil.iter_modules(__path__)
@@ -126,12 +128,12 @@ def every() -> dict[str, AnyCheck]:
 
 
 def of_cell(stage: CellStage, names: Iterable[str]) -> list[AnyCheck]:
-    """List those of the named checks that a Cell's parity gate tries at `stage`, in the order of the names."""
+    """List the checks among `names` that a Cell's parity gate tries at `stage`, in the order of the names."""
     return [every()[name] for name in names if stage in every()[name].in_cell]
 
 
 def without_reference() -> list[str]:
-    """List the checks that are tried for adapters without a reference."""
+    """List the names of the checks that are tried for adapters without a reference."""
     return [name for name, one in every().items() if one.reference is not Reference.REQUIRED]
 
 

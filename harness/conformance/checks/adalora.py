@@ -20,7 +20,7 @@ from harness.records.record import CheckResult
 # A complete schedule in 24 steps, with every kind of step. tfinal is no multiple of delta_t.
 _SHORT = {"total_steps": 24, "tinit": 4, "tfinal": 5, "delta_t": 3}
 _LARGEST = 20_000
-"""Elements of an adapter that takes two dozen steps."""
+"""Largest number of elements of an adapter with which the check takes two dozen steps."""
 
 
 @check()
@@ -95,9 +95,9 @@ def check_regularizer(subject: Subject, case: Case) -> CheckResult:
 
 
 def _regularizers_in_dtype(subject: Subject) -> Iterator[dict[str, Tensor]]:
-    """Draw rounding errors: the reference in the subject's dtype, then in float64 with perturbed tensors.
+    """Yield draws of rounding errors: the reference in the subject's dtype, then in float64 with perturbed tensors.
 
-    The term is a single number, which the first may happen to round exactly.
+    The term is a single number, which the first draw may happen to compute exactly.
     """
     yield _regularizer(_reference(subject, subject.dtype))
     for seed in range(PERTURBED_DRAWS):
@@ -109,7 +109,7 @@ def _regularizers_in_dtype(subject: Subject) -> Iterator[dict[str, Tensor]]:
 
 
 def _reference(subject: Subject, dtype: str) -> Adapted:
-    """Attach the reference, in the subject's present state, to all layers together: they share a budget."""
+    """Attach the reference to all layers together, since they share a budget; return it in the subject's present state."""
     adapted = subject.fresh_reference(dtype)
     places: dict[str, Any] = {**adapted.tensors(), **adapted.state()}
     with torch.no_grad():
@@ -124,7 +124,7 @@ def _averages(adapted: Adapted) -> dict[str, Tensor]:
 
 
 def _set_gradients(adapted: Adapted, generator: torch.Generator, rounded: torch.dtype | None = None) -> None:
-    """Give every tensor a random gradient, which differs between dtypes only by rounding. rounded: rounds it first."""
+    """Give every tensor a random gradient, the same in every dtype up to rounding. rounded: round it to this dtype first."""
     for _, tensor in sorted(adapted.tensors().items()):
         drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
         tensor.grad = drawn.to(rounded or torch.float64).to(tensor.device, tensor.dtype)
@@ -145,7 +145,7 @@ def _unmasked(adapted: Adapted) -> Tensor:
 
 
 def _regularizer(adapted: Adapted) -> dict[str, Tensor]:
-    """Return the term of the loss and its gradients; empty without a term."""
+    """Return the term of the loss as `term` and its gradients by name; empty if the loss has no such term."""
     term = adapted.regularizer()
     if term is None:
         return {}

@@ -54,7 +54,7 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
 def _both(
     layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor, *, training: bool = False
 ) -> dict[str, Tensor]:
-    """Observe `layer` on x[0] and x[1] with both calls under way; the gradients of its tensors are those of both."""
+    """Observe `layer` on x[0] and x[1] with both calls under way. The gradients of its tensors sum those of both calls."""
     with preserved_state(layer, tensors, training):
         leaves = [one.detach().clone().requires_grad_(one.is_floating_point()) for one in x]
         ys = [layer(leaf) for leaf in leaves]

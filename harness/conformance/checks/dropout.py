@@ -62,7 +62,7 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
             truth, draws = reference_runs(subject, path, only, dy, look=masked)
 
             def known(seen: dict[str, Tensor], rows: Tensor = rows, where: Tensor = where) -> dict[str, Tensor]:
-                """Leave out the gradients of features with an unknown mask."""
+                """Return the observation without the gradients of features with an unknown mask."""
                 return {**seen, "grad x": seen["grad x"][rows, where]}
 
             factor = case.factor("gradient")
@@ -84,7 +84,7 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
 
 
 def _rows_as(subject: Subject, path: str, y: Tensor, x: Tensor, dy: Tensor, mask: float) -> Tensor:
-    """Return a mask of the rows of `y` that are the reference's output with `mask` in place of its dropout."""
+    """Return a mask of the rows of `y` that equal the reference's output with `mask` in place of its dropout."""
     truth, draws = reference_runs(subject, path, x, dy, look=partial(_masked, mask))
     return rows_within(y, truth["y"], [draw["y"] for draw in draws], subject.dtype)
 
@@ -97,7 +97,10 @@ def _whole_tokens(subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: 
 
 
 def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterator[str]:
-    """Describe a mask that is the same for all tokens or for two calls. All tokens have the same single feature."""
+    """Yield a description of a mask that is the same for all tokens or for two calls.
+
+    The check gives every token the same single feature.
+    """
     tokens = math.ceil(DROPOUT_SURE_BITS / -math.log2(max(p, 1 - p)))
     x, dy = inputs(subject.original_base(path), tokens, DTYPES[subject.dtype], torch.Generator().manual_seed(0))
     only = torch.zeros_like(x)

@@ -18,7 +18,7 @@ from harness.records.record import CheckResult
 from reference.galore import Projector, galore_step, projector
 
 _HISTORIES = ((5, 2, 2), (3, 1, 2))
-"""Steps, update gap and rank: each history has two refreshes after the first step."""
+"""Number of steps, update gap and rank of each run. Each run has two refreshes after the first step."""
 _LR, _DECAY = 0.1, 0.1
 Signs = tuple[float, ...]
 """Signs of singular vectors, those of P first."""
@@ -63,7 +63,9 @@ def _of_layers(fresh: Subject, case: Case, steps: int) -> Iterator[Judgement]:
 
 
 def _gradient(weight: Tensor, generator: torch.Generator, decay: float) -> Tensor:
-    """Draw a gradient in float64. Each singular value of a matrix is `decay` of the previous one: subspaces are unique."""
+    """Draw a gradient in float64. Each singular value of a matrix is `decay` times the previous one, so that subspaces
+    are unique.
+    """
     drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
     if drawn.dim() != 2:
         return drawn.to(weight.device)
@@ -92,7 +94,7 @@ def _steps_of_subject(
 def _judgements(
     fresh: Subject, case: Case, tensors: dict[str, Tensor], gradients: list[dict[str, Tensor]], mine: dict[str, Tensor]
 ) -> Iterator[Judgement]:
-    """Judge by the reference, for each choice of signs at the two refreshes, until one passes."""
+    """Yield a judgement for each choice of signs at the two refreshes of the reference, until one judgement passes."""
     rank = min(fresh.config.rank, *next(t for t in tensors.values() if t.dim() == 2).shape)
     first, second = range(fresh.config.update_gap, len(gradients), fresh.config.update_gap)
     columns = 2 * rank if fresh.config.side == "full" else rank
@@ -129,7 +131,7 @@ def _steps_of_reference(
 
 
 def _turned(basis: Projector, exactly: Projector, signs: Signs) -> Projector:
-    """Give the columns of `basis` the signs of `exactly`, then multiply them by `signs`, if there are any."""
+    """Return `basis` with the signs of the columns of `exactly`, multiplied by `signs` if there are any."""
     columns = 0 if basis.P is None else basis.P.shape[1]
     return Projector(_with_signs(basis.P, exactly.P, signs[:columns]), _with_signs(basis.Q, exactly.Q, signs[columns:]))
 

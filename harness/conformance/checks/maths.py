@@ -50,8 +50,8 @@ def check_identity(subject: Subject, case: Case) -> CheckResult:
         )
     with torch.no_grad():
         truth = {"logits": case.forward(whole_model.base(subject, "float64"))}
-        # A start in this dtype may lose what the base loses in it, or what the reference's own start loses, which takes an
-        # SVD of every weight to find out.
+        # In this dtype a start may lose as much as the base loses, or as the reference's own start loses. The latter needs
+        # an SVD of every weight.
         starts = (whole_model.start(subject, subject.dtype) for _ in range(1))
         draws = chain([base], ({"logits": case.forward(start)} for start in starts))
         verdict = noise_floor(mine, truth, draws, subject.dtype, case.factor("identity"))
@@ -134,7 +134,7 @@ def check_step(subject: Subject, case: Case) -> CheckResult:
 def _moved(
     layer: nn.Module, tensors: Mapping[str, Tensor], adapted: Adapted, x: Tensor, dy: Tensor
 ) -> dict[str, Tensor]:
-    """Return the tensors after one optimizer step; the layer keeps those of before."""
+    """Return the tensors after one optimizer step; the layer's own tensors are restored."""
     before = {n: t.detach().clone() for n, t in tensors.items()}
     gradients = observe(layer, tensors, x, dy)
     for name, tensor in tensors.items():
@@ -155,9 +155,9 @@ def _moved_reference(subject: Subject, path: str, dtype: str, x: Tensor, dy: Ten
 
 
 def _moved_draws(subject: Subject, path: str, x: Tensor, dy: Tensor) -> Iterator[dict[str, Tensor]]:
-    """Draw rounding errors: the reference in the subject's dtype, then in float64 with perturbed inputs.
+    """Yield draws of rounding errors: the reference in the subject's dtype, then in float64 with perturbed inputs.
 
-    The second shows how much the step amplifies them, such as GaLore's SVD, where the subject is in float64 itself.
+    The second draw shows how much the step amplifies rounding errors (GaLore's SVD does), even for a float64 subject.
     """
     yield _moved_reference(subject, path, subject.dtype, x, dy)
     for seed in range(PERTURBED_DRAWS):
@@ -186,12 +186,10 @@ def check_model(subject: Subject, case: Case) -> CheckResult:
 
 
 def _carried(subject: Subject, case: Case) -> Iterator[Mapping[str, Tensor]]:
-    """Draw the rounding errors of the whole model: by the reference in the subject's dtype, then with perturbed
-    weights.
+    """Yield draws of the whole model's rounding errors: the reference in the subject's dtype, then with perturbed weights.
 
-    A sensitive model carries all roundings into one direction, so that a single draw may be next to nothing in every
-    tensor at once. Weights are moved to a neighbour in the dtype, since a model loses most in its intermediate
-    results.
+    A sensitive model carries all roundings into one direction, so that a single draw may be almost zero in every tensor
+    at once. A weight moves to its neighbour in the dtype, since a model loses most in its intermediate results.
     """
     forward = case.forward
     if forward is None:
@@ -209,13 +207,13 @@ def _carried(subject: Subject, case: Case) -> Iterator[Mapping[str, Tensor]]:
 
 
 def _only(run: dict[str, Tensor], output: bool) -> dict[str, Tensor]:
-    """Select the output of a run, or all its gradients."""
+    """Return only the output of a run if `output`, else only its gradients."""
     return {name: t for name, t in run.items() if (name == "y") == output}
 
 
 @dataclass(frozen=True)
 class _LayerJudgements:
-    """The worst judgement over all adapted layers."""
+    """The worst judgements over all adapted layers."""
 
     outputs: Judgement
     gradients: Judgement

@@ -43,7 +43,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
     with torch.no_grad():
         for layer in subject.adapted.layers.values():
             layer.eval()
-        # Before merging: the references use the model's own base weights, and must show damage that merging does to these.
+        # Built before merging: the references use the model's own base weights, and must show if merging damages these.
         expected = {path: _expected(subject, path, x) for path, x in xs.items()}
         subject.adapted.merge()
         for tensor in added.values():
@@ -74,9 +74,9 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
 
 
 def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Tensor], list[dict[str, Tensor]]]]:
-    """Return (truth, draws of rounding errors) of one layer's output: with its adapter, and with HALF of it.
+    """Return two pairs (truth, draws of rounding errors) of one layer's output: with its adapter, and with HALF of it.
 
-    One layer at a time: a large model leaves no memory for all reference layers at once.
+    The check calls this for one layer at a time, because all reference layers of a large model would not fit into memory.
     """
     whole = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
     half = copy.deepcopy(whole)
@@ -143,7 +143,7 @@ def _output(layer: nn.Module, _: Mapping[str, Tensor], x: Tensor, __: Tensor) ->
 
 
 def _outputs(subject: Subject, xs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Run the layer of the model at each path on its input."""
+    """Map each path to the output of the model's layer there, for its input in `xs`."""
     return {path: subject.model.get_submodule(path)(x) for path, x in xs.items()}
 
 

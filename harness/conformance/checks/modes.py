@@ -1,4 +1,4 @@
-"""Checks of the ways to call an implementation: modes of torch, shapes and layouts of the input, copies and repetition."""
+"""Check of the ways to call an implementation: modes of torch, shapes and layouts of the input, copies and repetition."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from harness.records.record import CheckResult
 
 ROWS = 4
 REPEATS = 110
-"""Calls of one layer: enough for a fault in every 100th."""
+"""Number of calls of one layer, enough to find a fault in every 100th call."""
 SMALL = 3_000
-"""Elements of the arguments of an Operation that is called so often."""
+"""Number of elements in an Operation's arguments up to which it is called so often."""
 THREADS = 2
 OTHER_DTYPE = {"float64": "float32", "float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
 """dtype -> the dtype of a copy."""
 LAYERS = 2
-"""Layers that are tried: all layers of a model are of one class."""
+"""Number of layers that are tried. All layers of a model are of one class."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Call:
     """(ROWS, D), token numbers (ROWS,), or a few images."""
     dy: Tensor
     training: bool
-    """Whether the layer may be in training mode: without dropout the two modes compute the same."""
+    """Whether the layer may be in training mode, which computes the same as eval mode if there is no dropout."""
 
     def observe(self, x: Tensor, dy: Tensor, layer: nn.Module | None = None) -> dict[str, Tensor]:
         """Run the layer forward and backward; return outputs and gradients in the shapes of `self.x` and `self.dy`."""
@@ -61,7 +61,7 @@ class Call:
         return seen
 
     def output(self, training: bool) -> dict[str, Tensor]:
-        """Return the output alone."""
+        """Return only the output, computed in training mode or eval mode."""
         with preserved_state(self.layer, self.tensors, training):
             return {"y": self.layer(self.x).detach().clone()}
 
@@ -74,13 +74,13 @@ def _reshaped(*shape: int) -> Form:
 
 
 def _swapped(call: Call) -> dict[str, Tensor]:
-    """Swap batch and tokens in memory: a transposed view of three dimensions."""
+    """Call with batch and tokens swapped in memory: a transposed view of three dimensions."""
     x, dy = (t.reshape(2, 2, -1).transpose(0, 1).contiguous().transpose(0, 1) for t in (call.x, call.dy))
     return call.observe(x, dy)
 
 
 def _sliced(call: Call) -> dict[str, Tensor]:
-    """Take every second row of a larger tensor."""
+    """Call with every second row of a larger tensor."""
     wide = torch.stack([call.x, torch.full_like(call.x, torch.nan)], dim=1).flatten(0, 1)
     return call.observe(wide[::2], call.dy)
 
@@ -96,7 +96,7 @@ def _inference(call: Call) -> dict[str, Tensor]:
 
 
 def _constant_input(call: Call) -> dict[str, Tensor]:
-    """Give an input that needs no gradient, as the first layer of a model gets."""
+    """Call with an input that needs no gradient, as the first layer of a model is called."""
     with preserved_state(call.layer, call.tensors, call.training):
         y = call.layer(call.x)
         if y.requires_grad:
@@ -132,14 +132,16 @@ def _copied(call: Call) -> dict[str, Tensor]:
 
 
 def _repeated(call: Call) -> dict[str, Tensor]:
-    """Call many times in training mode, and return an output that differs from the first, if there is one."""
+    """Call many times in training mode; return an output that differs from the first, or the first if none differs."""
     first = call.output(call.training)
     later = (call.output(call.training) for _ in range(REPEATS))
     return next((one for one in later if not torch.equal(one["y"], first["y"])), first)
 
 
 def _threaded(call: Call) -> dict[str, Tensor]:
-    """Call with different inputs in several threads at once, and return one that differs from the same call alone."""
+    """Call with different inputs in several threads at once; return an output that differs from the same call without
+    threads, or that call's own output if none differs.
+    """
     gate = Barrier(THREADS)
 
     def run(x: Tensor) -> list[Tensor]:
@@ -162,7 +164,7 @@ FORMS_OF_ROWS: dict[str, Form] = {
     "batch and tokens transposed": _swapped,
     "every second row of a tensor": _sliced,
 }
-"""Calls with rows of features in other shapes and layouts."""
+"""Name -> a call with rows of features in another shape or layout."""
 FORMS: dict[str, Form] = {
     "under no_grad in training mode": _no_grad,
     "under inference_mode": _inference,
@@ -171,12 +173,12 @@ FORMS: dict[str, Form] = {
     "under activation checkpointing": _checkpointed,
     "by a deep copy": _copied,
 }
-"""Calls with the same input in other modes."""
+"""Name -> a call with the same input in another mode."""
 LONG_FORMS: dict[str, Form] = {
     f"{REPEATS} times": _repeated,
     f"in {THREADS} threads": _threaded,
 }
-"""Many calls with the same input, for one layer of a case."""
+"""Name -> many calls with the same input; tried for one layer of a case."""
 
 
 @check(States.WARM, only_wide=True)
@@ -220,7 +222,7 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
 
 
 def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
-    """Judge the first layer: the gradient of a gradient, a copy in another dtype, and a call under autocast."""
+    """Yield judgements of the first layer: the gradient of a gradient, a copy in another dtype, a call under autocast."""
     path = next(iter(subject.adapted.layers), None)
     if path is None:
         return
@@ -241,7 +243,7 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
     x_other, dy_other = cast(x, other), dy.to(DTYPES[other])
 
     def moved(of: nn.Module, named: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-        """Observe a copy in `other`, computing in `dtype`."""
+        """Observe a copy with its values rounded to `other`, computing in `dtype`."""
         made = copy.deepcopy(of).to(DTYPES[other]).to(DTYPES[dtype])
         named = _tensors_of_copy(of, made, named)
         return observe(made, named, cast(x_other, dtype), dy_other.to(DTYPES[dtype]), training=subject.trains_plainly)
@@ -258,7 +260,7 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
 
 
 def _second(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """Return the gradients of `tensors` of the sum of x times the gradient of x; empty if x gets none."""
+    """Differentiate the sum of x times the gradient of x; return the gradients of `tensors`, or nothing if x gets none."""
     leaf = x.detach().clone().requires_grad_(True)
     with preserved_state(layer, tensors, training=False):
         y = layer(leaf)
@@ -276,7 +278,7 @@ def _named(path: str, form: str, judgement: Judgement) -> Judgement:
 
 
 def _owns(layer: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether a copy of the layer has copies of its tensors; an adapter of hooks holds them elsewhere."""
+    """Return whether `tensors` are parameters of the layer, so that copying it copies them, unlike an adapter of hooks."""
     return {id(t) for t in tensors.values()} <= {id(p) for p in layer.parameters()}
 
 

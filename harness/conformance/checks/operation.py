@@ -155,5 +155,5 @@ def _gapped(tensor: Tensor) -> Tensor:
 
 
 def _transposed(tensor: Tensor) -> Tensor:
-    """Return the tensor with its last dimension the slowest in memory; a vector stays as it is."""
+    """Return the tensor with the first and last dimensions swapped in memory; a vector is unchanged."""
     return tensor.transpose(0, -1).contiguous().transpose(0, -1)

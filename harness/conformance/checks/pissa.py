@@ -72,9 +72,9 @@ def _best(U: Tensor, S: Tensor, Vt: Tensor, config: Any) -> dict[str, Tensor]:
 
 
 def _perturbed(W: Tensor, subject: Subject) -> Iterator[dict[str, Tensor]]:
-    """Yield the results of other correct programs: where singular values are close, a rounding error turns the vectors.
+    """Yield results of other correct programs. Where singular values are close, a rounding error turns the vectors.
 
-    Each result is the SVD of the transpose of a weight that differs from W by less than rounding.
+    Each result comes from the SVD of the transpose of a weight that differs from W by less than rounding.
     """
     for seed in range(PERTURBED_DRAWS):
         near = perturbed(W, subject.dtype, torch.Generator().manual_seed(seed))

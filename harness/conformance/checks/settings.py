@@ -33,7 +33,7 @@ def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResu
 
 
 def _use(subject: Subject | None, case: Case) -> None:
-    """Do with a freshly attached subject what training does, then merge and unmerge it."""
+    """Run every layer of a freshly attached subject forward and backward in both modes, then merge and unmerge it."""
     if subject is None:
         return
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):

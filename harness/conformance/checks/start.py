@@ -54,7 +54,7 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
 
 
 def _generator_problems(case: Case) -> Iterator[str]:
-    # The global generator differs between the first two, so that a draw from it shows.
+    # The global generator is in another state for the second subject, so that a draw from it shows.
     one, again, other = (_attached(case, seed, global_seed) for seed, global_seed in ((1, 1), (1, 2), (2, 1)))
     if one is None or again is None or other is None:
         return

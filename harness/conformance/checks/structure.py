@@ -73,7 +73,7 @@ def check_base(subject: Subject, case: Case) -> CheckResult:
     original, crc32 = subject.original.model, subject.original.crc32
     named = dict(original.named_parameters() if original else zip(crc32, subject.own, strict=False))
     before = [*named, *dict(original.named_buffers())] if original else [*crc32]
-    # Parameters by identity: an adapter may move them to other names. Buffers of the adapted layers likewise.
+    # Compare parameters by identity, as an adapter may rename them, and likewise buffers of the adapted layers.
     now: dict[str, Tensor] = dict(zip(named, subject.own, strict=True))
     now |= checksums.quantisation_state(now) if original is None else {}
     for path, base in subject.bases.items():

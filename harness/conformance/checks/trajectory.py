@@ -46,7 +46,7 @@ def check_trajectory(subject: Subject, case: Case) -> CheckResult:
         return _trained(model, adapted, forward, case)
 
     def end_of_reference(dtype: str, seed: int | None = None) -> dict[str, Tensor]:
-        """Train the reference; with a seed, from tensors that are moved within their last place."""
+        """Train the reference and return its tensors. With a seed, it starts from tensors moved within their last place."""
         model = whole_model.base(fresh, dtype)
         adapted = attach_reference(fresh.method, model, fresh.config, None, torch.Generator().manual_seed(0))
         moved = start
@@ -60,7 +60,7 @@ def check_trajectory(subject: Subject, case: Case) -> CheckResult:
     mine, truth = end(fresh.model, fresh.adapted), end_of_reference("float64")
     if not truth:
         return skipped(subject, case, "trajectory", "nothing trains")
-    # One program may happen to lose next to nothing: others of the same dtype start within its rounding errors.
+    # One run in this dtype may happen to have almost no error. Further runs start within the dtype's rounding errors.
     draws = (end_of_reference(subject.dtype, seed) for seed in (None, *range(PERTURBED_DRAWS)))
     factor = case.factors.get("trajectory", TRAJECTORY_FACTOR)
     return judged(subject, case, "trajectory", carried_noise(mine, truth, draws, subject.dtype, factor))

@@ -23,14 +23,14 @@ from harness.process.out_of_memory import shortage
 from harness.records.record import CheckResult
 
 _NUDGE = 0.05
-"""Size of the noise that is added to a tensor, as a share of a random matrix that preserves lengths. Training moves a tensor
-about as far.
+"""Size of the noise that is added to a tensor, as a share of a random matrix that preserves lengths. It is about as far
+as training moves a tensor.
 """
 _TOO_LARGE = "the model is too large to be copied"
 
 
 class Unreferenced(Adapted, Protocol):
-    """An adapter of a library's own kind, attached by `method: peft`."""
+    """An adapter that `method: peft` attaches, of any kind that its library has."""
 
     starts_as_base: bool
     """True if the library promises that the initial output is the base model's."""
@@ -41,7 +41,7 @@ class Unreferenced(Adapted, Protocol):
 
 
 def nudged(subject: Subject, generator: torch.Generator) -> Subject:
-    """Return a copy of the subject with noise added to every trainable tensor, so that no gradient is zero."""
+    """Return a copy of the subject with noise on every trainable tensor, so that its start makes no gradient zero."""
     adapted = copy.deepcopy(cast("Unreferenced", subject.adapted))
     with torch.no_grad():
         for tensor in adapted.tensors().values():
@@ -126,7 +126,7 @@ def _unreached(subject: Subject, case: Case) -> dict[str, str]:
 
 @torch.no_grad()
 def _without_zeros(subject: Subject, generator: torch.Generator) -> Subject:
-    """Return a copy in which no frozen parameter is all zero."""
+    """Return a copy of the subject in which no frozen parameter is all zero."""
     adapted = copy.deepcopy(cast("Unreferenced", subject.adapted))
     trains = {id(t) for t in adapted.tensors().values()}
     for parameter in adapted.model.parameters():
@@ -201,7 +201,7 @@ def _scale(tensors: Iterable[Tensor], factor: float) -> None:
 
 @torch.no_grad()
 def _round_once_more(adapted: Unreferenced, dtype: str, generator: torch.Generator) -> None:
-    """Change every weight under the adapter by up to half a unit in the last place, as merging into it does."""
+    """Change every weight under the adapter by up to half a unit in the last place, as rounding after a merge would."""
     trains = {id(t) for t in adapted.tensors().values()}
     for base in adapted.bases().values():
         for weight in base.parameters():
@@ -210,7 +210,7 @@ def _round_once_more(adapted: Unreferenced, dtype: str, generator: torch.Generat
 
 
 def _added(adapted: Unreferenced) -> list[Tensor]:
-    """List the trainable tensors that are not the base's after merging. LayerNorm tuning makes its tensors the base's."""
+    """List the trainable tensors that do not belong to the base after merging; those of LayerNorm tuning do."""
     own = {id(p) for base in adapted.bases().values() for p in base.parameters()}
     return [t for t in adapted.tensors().values() if id(t) not in own]
 

@@ -1,4 +1,4 @@
-"""Check of random walks through the life of an adapter."""
+"""Check of random walks: sequences of calls that a training program may make."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from harness.methods.spec import Adapted
 from harness.records.record import CheckResult
 
 LARGEST = 2_000
-"""Elements of the first weight of a model that is walked with: a walk attaches to many copies of it."""
+"""Largest number of elements of a model's first weight in a walk, which attaches to many copies of the model."""
 
 
 @check(States.INIT, only_wide=True)

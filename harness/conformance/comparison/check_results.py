@@ -25,7 +25,7 @@ class Named(Protocol):
 
 
 def judged(subject: Named, case: Case, name: str, judgement: Judgement, detail: str = "") -> CheckResult:
-    """Return a judgement as the result of the check `name`. One that could not decide is a skip with its reason."""
+    """Return a judgement as the result of the check `name`. If `decided` is False, the result is a skip with a reason."""
     if not judgement.decided:
         return skipped(subject, case, name, judgement.worst)
     return CheckResult(
@@ -42,7 +42,7 @@ def judged(subject: Named, case: Case, name: str, judgement: Judgement, detail: 
 
 
 def listed(subject: Named, case: Case, name: str, odd: Sequence[str], otherwise: str = "") -> CheckResult:
-    """Return a pass if `odd` is empty, else a failure with its first few sentences. otherwise: detail of a pass."""
+    """Return a pass if `odd` is empty, else a failure whose detail is the first few items. otherwise: detail of a pass."""
     return CheckResult(
         check=identifier(subject, case, name),
         outcome=Outcome.FAIL if odd else Outcome.PASS,
@@ -54,7 +54,7 @@ def listed(subject: Named, case: Case, name: str, odd: Sequence[str], otherwise:
 
 
 def skipped(subject: Named, case: Case, name: str, because: str) -> CheckResult:
-    """Return a skip with its reason."""
+    """Return a skip of the check `name`. because: its reason."""
     return CheckResult(check=identifier(subject, case, name), outcome=Outcome.SKIPPED, detail=because)
 
 
@@ -64,5 +64,5 @@ def identifier(subject: Named, case: Case, name: str) -> str:
 
 
 def prefix_tensor(path: str, judgement: Judgement) -> Judgement:
-    """Return the judgement with the layer or call in front of the name of its tensor."""
+    """Return the judgement with `path`, the name of a layer or a call, in front of its tensor's name."""
     return replace(judgement, tensor=f"{path}: {judgement.tensor}")

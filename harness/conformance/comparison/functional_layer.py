@@ -1,4 +1,4 @@
-"""Layer of the reference as a function of its tensors, for Operations that are a layer's forward pass."""
+"""A layer of the reference as a function of its tensors, for Operations that compute a layer's forward pass."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from harness.conformance.operation import Arguments, draw
 
 
 class Masked(nn.Module):
-    """Dropout by a mask that is given: 0 or 1 / (1 - p), of the shape of x; None drops nothing."""
+    """Dropout by a given mask of the shape of x, with elements 0 or 1 / (1 - p). Without a mask, nothing is dropped."""
 
     def __init__(self, mask: Tensor | None) -> None:
         super().__init__()
         self.mask = mask
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x with the features of the mask dropped."""
+        """Return x times the mask."""
         return x if self.mask is None else x * self.mask
 
 
 def apply_layer(layer: nn.Module, x: Tensor, mask: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return layer(x) with `tensors` in place of the layer's own, and `mask` in place of its dropout.
+    """Return layer(x), computed with `tensors` instead of the layer's own tensors and with `mask` instead of its dropout.
 
-    Gradients reach `tensors`; the layer's own are leaves, which would pass none on.
+    Gradients reach `tensors`. The layer's own tensors are leaves, which would pass no gradients on.
     """
     layer.dropout = Masked(mask)
     y: Tensor = torch.func.functional_call(layer, dict(tensors), (x,))
@@ -50,7 +50,7 @@ def draw_inputs(
     bias: bool,
     dropout: float,
 ) -> Arguments:
-    """Draw the inputs of such a layer: x (*rows, D), bias (E,) or None, mask (like x) or None.
+    """Draw the inputs of a linear layer with dropout: x (*rows, D), bias (E,) or None, mask (like x) or None.
 
     shape: (E, D). dropout: the probability that an element of x is dropped; 0 gives no mask.
     """
@@ -65,7 +65,7 @@ def draw_inputs(
 
 
 def draw_low_rank(dtype: torch.dtype, generator: torch.Generator, shape: Sequence[int], rank: int) -> dict[str, Tensor]:
-    """Draw A (R, D) and B (E, R), neither of them zero. For noise of size 1, B A gives noise of size 1."""
+    """Draw A (R, D) and B (E, R), neither of them zero. If x is noise of size 1, so is B A x."""
     E, D = shape
     return {
         "A": draw(generator, dtype, rank, D, spread=D**-0.5),

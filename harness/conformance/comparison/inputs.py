@@ -12,16 +12,16 @@ from harness.conformance.subject import DTYPES
 
 SIDE = 5
 IMAGES = 2
-"""Height and width, and number, of a convolution's input images. Each pixel is a token."""
+"""Height (and width) and number of a convolution's input images. Each pixel is a token."""
 
 
 def inputs(
     base: nn.Module, tokens: int, dtype: torch.dtype, generator: torch.Generator, magnitude: str = "normal"
 ) -> tuple[Tensor, Tensor]:
-    """Return x and dy for `base`, drawn in float64 so that every dtype sees the same numbers.
+    """Return an input x and an incoming gradient dy for `base`, drawn in float64 so that every dtype sees the same numbers.
 
     Linear: (T, D) and (T, E). Embedding: token numbers (T,) and (T, dim). Conv2d: a few images (N, C, H, W). magnitude:
-    of x, see `magnitudes.vary`.
+    magnitude of x, see `magnitudes.vary`.
     """
     layer: Any = base
     if isinstance(base, nn.Embedding):
@@ -42,7 +42,7 @@ def inputs(
 
 
 def cast(x: Tensor, dtype: str) -> Tensor:
-    """Return x in `dtype`; token numbers are unchanged."""
+    """Return x in `dtype`, or x itself if it holds token numbers."""
     return x.to(DTYPES[dtype]) if x.is_floating_point() else x
 
 

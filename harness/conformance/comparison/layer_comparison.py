@@ -1,4 +1,4 @@
-"""Comparison of a layer of the subject with the reference's: in float64, and with draws of rounding errors."""
+"""Comparison of the subject's layer with the reference's layer in float64, and with draws of rounding errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harness.conformance.subject import ReferenceLayer, Subject
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 
 Look = Callable[..., dict[str, Tensor]]
-"""`observe`, or another function with its parameters."""
+"""`observe`, or another function with the parameters of `observe`."""
 
 
 class Draws:
@@ -40,7 +40,7 @@ def observe_with_reference(
     training: bool = False,
     look: Look = observe,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Draws]:
-    """Observe the subject's layer; return this with `reference_runs` on the same input."""
+    """Observe the subject's layer; return the observation, followed by the results of `reference_runs` on the same input."""
     mine = look(layer, subject.tensors_of(path), x, dy, training=training)
     return mine, *reference_runs(subject, path, x, dy, look=look)
 
@@ -48,7 +48,7 @@ def observe_with_reference(
 def reference_runs(
     subject: Subject, path: str, x: Tensor, dy: Tensor, *, look: Look = observe
 ) -> tuple[dict[str, Tensor], Draws]:
-    """Observe the reference in float64, and draws of the errors of a program in the subject's dtype; see `runs_of`."""
+    """Return `runs_of` for the reference's layer at `path`, in float64 and in the subject's dtype."""
     wide, own = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
     return runs_of(wide, own, subject.dtype, x, dy, look=look)
 
@@ -56,11 +56,11 @@ def reference_runs(
 def runs_of(
     wide: ReferenceLayer, own: ReferenceLayer, dtype: str, x: Tensor, dy: Tensor, *, look: Look = observe
 ) -> tuple[dict[str, Tensor], Draws]:
-    """Observe the reference in float64, `wide`, and draws of the errors of a program in `dtype`.
+    """Return an observation of `wide`, the reference in float64, and draws of the rounding errors of a program in `dtype`.
 
-    The first draw is the reference in that dtype, `own`. It may happen to round to almost nothing. The others are the
-    reference in float64 with every input moved by up to half a unit in the last place of the dtype, as rounding might;
-    `wide` retains the moved tensors. look: may change the layer that it observes.
+    The first draw is `own`, the reference in that dtype, which may happen to have almost no rounding error. The other
+    draws are the reference in float64 with every input moved by up to half a unit in the last place of `dtype`, as
+    rounding might move it; `wide` retains the moved tensors. look: may change the layer that it observes.
     """
     held = [(t, t.detach().clone()) for t in (*wide.layer.parameters(), *wide.layer.buffers()) if t.is_floating_point()]
     exactly = cast(x, "float64"), dy.double()

@@ -1,4 +1,4 @@
-"""Magnitudes of drawn inputs: values at which rounding, overflow or a wrong mean shows that normal noise hides."""
+"""Magnitudes of drawn inputs. Some reveal errors of rounding, an overflow or a wrong mean that normal noise hides."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 
 _LARGE = {torch.float16: 2.0**7}
-"""Factor of large and small inputs in dtypes of few exponents; sums of products must stay finite."""
+"""dtype -> factor of large and small inputs, for dtypes with a small range: sums of products must stay finite."""
 _LARGE_ELSEWHERE = 2.0**60
 _OUTLIER = 2.0**6
 
 
 def vary(drawn: Tensor, magnitude: str, dtype: torch.dtype) -> Tensor:
-    """Return inputs of another magnitude, float64, of the shape of `drawn` (..., D), which is normal noise.
+    """Return inputs of another magnitude, made from the normal noise `drawn` (..., D), with its shape and dtype.
 
-    magnitude: `normal`; `large` (float16: above 64, where a factor of 1024 overflows) and `small`, powers of two away;
-    `outlier`, one large feature; `zero-rows`, every second row; `integers`, beyond 2^11,
-    which a cast to 16 bits rounds.
+    dtype: the dtype to which the inputs will be cast. magnitude: `normal` changes nothing; `large` and `small` multiply
+    and divide by a power of two (small enough in float16 not to overflow); `outlier` makes one feature large;
+    `zero-rows` sets every second row to zero; `integers` gives integers, many of them beyond 2^11, which a cast to 16
+    bits rounds.
     """
     factor = _LARGE.get(dtype, _LARGE_ELSEWHERE)
     if magnitude == "large":

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 def observe(
     layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor, *, training: bool = False
 ) -> dict[str, Tensor]:
-    """Run `layer` forward on x (..., D), or on token numbers, and backward from dy (..., E), in training mode or not.
+    """Run `layer` forward on x (..., D), or on token numbers, and backward from dy (..., E), in training mode or eval mode.
 
-    tensors: canonical short name -> trainable tensor of the layer. Returns `y`, `grad x` and `grad <name>`. A tensor
-    without a gradient is left out, so that a comparison notices; all are left out if dy does not fit y. The layer's
-    gradients are restored.
+    tensors: canonical short name -> trainable tensor of the layer. Returns `y`, `grad x` and `grad <name>`. If a tensor
+    has no gradient, its entry is missing, which a comparison notices; if dy does not fit y, all gradients are missing.
+    The layer's own gradients are restored.
     """
     leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.is_floating_point())
     with preserved_state(layer, tensors, training):
@@ -49,10 +49,10 @@ def preserved_state(layer: nn.Module, tensors: Mapping[str, Tensor], training: b
 
 
 def inference(model: nn.Module, forward: Callable[[Any], Tensor]) -> Callable[[], Tensor]:
-    """Return a function that returns `forward(model)` while nothing requires a gradient.
+    """Return a function that runs `forward(model)` while no parameter requires a gradient, and returns the output.
 
-    Otherwise torch picks another matrix product, also in inference mode, which rounds differently for reasons other
-    than the adapter.
+    If a parameter requires a gradient, torch may choose another matrix product, even in inference mode. Its rounding
+    would differ for a reason other than the adapter.
     """
 
     def run() -> Tensor:

@@ -18,7 +18,10 @@ _T = TypeVar("_T")
 
 
 def judge(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> tuple[Judgement, str]:
-    """Judge outputs by the Operation's own rule, or by the noise floor; before that their dtype, shape and device."""
+    """Judge dtype, shape and device of the outputs, then their values by the Operation's own rule or the noise floor.
+
+    Returns the judgement and a detail.
+    """
     own = _reference(subject, subject.arguments)
     if (odd := ill_formed(mine, own)) is not None:
         return odd, ""
@@ -35,7 +38,7 @@ def judge(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> tup
 
 
 def ill_formed(mine: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Judgement | None:
-    """Return a failure for the first tensor with another dtype, shape or device than the reference's."""
+    """Return a failure for the first tensor whose dtype, shape or device differs from the reference's, or None."""
     for name in mine.keys() & own.keys():
         forms = ({"dtype": t.dtype, "shape": tuple(t.shape), "device": t.device} for t in (mine[name], own[name]))
         for (part, have), want in zip(next(forms).items(), next(forms).values(), strict=True):
@@ -45,7 +48,7 @@ def ill_formed(mine: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Judgeme
 
 
 def judgements(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> Iterator[tuple[Judgement, str]]:
-    """Judge outputs by all rules of the Operation."""
+    """Yield a judgement of the outputs, with its detail, for every rule of the Operation."""
     yield judge(subject, mine, case)
     if subject.operation.codes is not None:
         yield subject.operation.codes(mine, subject.arguments)
@@ -54,7 +57,7 @@ def judgements(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -
 def forward(
     subject: OperationSubject, function: Callable[..., object], dtype: torch.dtype
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Call `function` on the arguments in `dtype`; return the first output, and the leaves that gradients reach."""
+    """Call `function` on the arguments in `dtype`; return the first output, and the differentiable arguments by name."""
     given = cloned(subject.arguments, {DTYPES[subject.dtype]: dtype})
     leaves = {n: t for n, t in flatten(given).items() if n.partition("[")[0] in subject.operation.differentiable}
     for leaf in leaves.values():
@@ -63,7 +66,7 @@ def forward(
 
 
 def backward(y: Tensor, leaves: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
-    """Send a gradient backward from `y`; return the gradients of the leaves, zeros for a missing one."""
+    """Send a random gradient backward from `y`; map `grad <name>` to the gradient of each leaf, zeros if it has none."""
     dy = torch.randn(y.shape, generator=case.generator(salt=3), dtype=torch.float64)
     y.backward(dy.to(y.device, y.dtype))
     return {f"grad {n}": torch.zeros_like(t) if t.grad is None else t.grad for n, t in leaves.items()}
@@ -72,17 +75,17 @@ def backward(y: Tensor, leaves: dict[str, Tensor], case: Case) -> dict[str, Tens
 def gradients(
     subject: OperationSubject, function: Callable[..., object], dtype: torch.dtype, case: Case
 ) -> dict[str, Tensor]:
-    """Return the gradients of the differentiable arguments, computed in `dtype`."""
+    """Map `grad <name>` to the gradient of each differentiable argument, computed in `dtype`."""
     return backward(*forward(subject, function, dtype), case)
 
 
 def map_tensors(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
-    """Apply `change` to every tensor inside arguments, except single numbers."""
+    """Return arguments with `change` applied to every tensor except single numbers."""
     return mapped(value, lambda one: change(one) if isinstance(one, Tensor) and one.dim() else one)
 
 
 def map_floats(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
-    """Apply `change` to every floating tensor inside arguments, except single numbers."""
+    """Return arguments with `change` applied to every floating-point tensor except single numbers."""
 
     def one(it: object) -> object:
         return change(it) if isinstance(it, Tensor) and it.is_floating_point() and it.dim() else it
@@ -91,7 +94,7 @@ def map_floats(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
 
 
 def flatten(value: object, name: str = "") -> dict[str, Tensor]:
-    """Name every tensor inside arguments: `x`, `As[0]`."""
+    """Map names such as `x` and `As[0]` to the tensors inside arguments."""
     if isinstance(value, Tensor):
         return {name: value}
     found: dict[str, Tensor] = {}
@@ -105,7 +108,7 @@ def flatten(value: object, name: str = "") -> dict[str, Tensor]:
 
 
 def _perturbed(exactly: Arguments, dtype: str, generator: torch.Generator) -> Arguments:
-    """Return arguments in float64 with elements moved by up to the rounding error of `dtype`."""
+    """Return `exactly` with the elements of its float64 tensors moved by up to the rounding error of `dtype`."""
     return map_floats(exactly, lambda t: perturbed(t, dtype, generator) if t.dtype == torch.float64 else t)
 
 
@@ -114,7 +117,7 @@ def _reference(subject: OperationSubject, arguments: Arguments) -> dict[str, Ten
 
 
 def finite(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Separate finite values from the positions of NaN and infinity, so that a NaN in its place is no difference."""
+    """Separate finite values from the positions of NaN and infinity, so that NaN in the same place compares as equal."""
     finite = {name: t.detach().nan_to_num(0.0, 0.0, 0.0) for name, t in named.items()}
     how = {f"{n}, NaN or infinite": t.isnan() + 2 * t.isposinf() + 3 * t.isneginf() for n, t in named.items()}
     return finite | how

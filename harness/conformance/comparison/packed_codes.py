@@ -1,4 +1,4 @@
-"""Judgement of the codes of a packed weight, at once or in pieces to save memory."""
+"""Judgement of a packed weight's codes: of all codes at once, or in pieces to save memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness.conformance.subject import ExpectedCodes, PackedLayer
 from reference.operations import double_quant, nf4
 
 PIECE = 2**22
-"""Number of weights in a piece, which is judged in float64: a multiple of the block size."""
+"""Number of weights that are judged at a time, in float64; a multiple of the block size."""
 _BLOCK = 64
 _SAME = Judgement(True, 0.0, 0.0, "codes", "", "exact", 0)
 
@@ -30,9 +30,9 @@ def judge(form: PackedLayer, want: ExpectedCodes, bias: Tensor | None) -> tuple[
 
 
 def judge_in_pieces(form: PackedLayer, layer: nn.Linear, bias: Tensor | None) -> tuple[Judgement, int]:
-    """Do the same as `judge` with the dense `layer`, and with the codes of at most `PIECE` weights in memory.
+    """Judge as `judge` does, but hold the expected codes of at most `PIECE` weights in memory.
 
-    bias: bias of the packed layer.
+    layer: the dense layer. bias: bias of the packed layer.
     """
     flat = layer.weight.detach().flatten()
     n = flat.numel()
@@ -63,7 +63,7 @@ def judge_in_pieces(form: PackedLayer, layer: nn.Linear, bias: Tensor | None) ->
 
 
 def _near_tie(W: Tensor, requested: Tensor) -> Tensor:
-    """Return the mask of `nf4.near_tie`, computed only in blocks with a requested element; elsewhere it is False."""
+    """Return the mask of `nf4.near_tie` for blocks with a requested element; it is False in all other blocks."""
     rows, requested = (torch.nn.functional.pad(t, (0, -len(W) % _BLOCK)).view(-1, _BLOCK) for t in (W, requested))
     mask = torch.zeros_like(requested)
     blocks = requested.any(1)
@@ -74,7 +74,7 @@ def _near_tie(W: Tensor, requested: Tensor) -> Tensor:
 def _comparable(form: PackedLayer, want: ExpectedCodes) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
     """Return the subject's tensors, the expected tensors and the number of ties.
 
-    The tensors must be equal. They do not include an absmax that is quantised too.
+    For correct codes the tensors are equal. They do not include an absmax that is quantised too.
     """
     codes = nf4.unpack(form.data, want.codes.numel())
     tied = want.near_tie & ((codes.int() - want.codes.int()).abs() == 1)

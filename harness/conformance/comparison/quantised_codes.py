@@ -15,20 +15,20 @@ from reference.operations import nf4
 
 Kind = Literal["normal", "levels", "ties", "zeros", "zero-blocks", "scales", "tiny", "huge", "nan", "infinity"]
 FiniteKind = Literal["normal", "levels", "zeros", "zero-blocks", "scales"]
-"""Values whose decoded form every dtype holds."""
+"""Kinds of values that every dtype can represent after decoding."""
 UNCOMPARED = -1.0
-"""Replaces an absmax that is not compared, on both sides. A real absmax is never negative."""
+"""Value that replaces an absmax that is not compared, on both sides. A real absmax is never negative."""
 
 
 def values(
     kind: Kind, shape: Sequence[int], block: int, levels: Tensor, dtype: torch.dtype, generator: torch.Generator
 ) -> Tensor:
-    """Return a tensor to quantise.
+    """Return a tensor to quantise, of `shape` and `dtype`.
 
-    levels: the values of the codes. The kinds `levels` and `ties` (halfway between two neighbours) consist of these, with
-    an absmax of 1, so that every division is exact. The kind `scales` has blocks of very different magnitudes, and `tiny`
-    has values below the smallest normal float32. `nan` and `infinity` have one such element, in the second block if there
-    is one.
+    levels: the values of the codes. The kind `levels` consists of these values and `ties` of values halfway between two
+    neighbours, both with an absmax of 1, so that every division is exact. The kind `scales` has blocks of very
+    different magnitudes, and `tiny` has values below the smallest normal float32. `nan` and `infinity` have one such
+    element, in the second block if there is one.
     """
     drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
     flat = drawn.flatten()
@@ -57,9 +57,10 @@ def judge_codes(
 ) -> tuple[Judgement, str]:
     """Compare `codes` and `absmax` with the reference's; return the judgement and the number of ties in words.
 
-    Codes of one value are equal: FP4's 0 and 8 are both zero. Where the element is near a tie, the neighbouring code is
-    right too. A block of zeros may have any codes and absmax that decode to zeros. A block with NaN or infinity may have
-    any codes with an absmax that is not finite. bitsandbytes' back ends differ there.
+    Two codes with the same value count as equal: FP4's 0 and 8 are both zero. For an element near a tie, the
+    neighbouring code is right too. A block of zeros may have any codes and absmax that decode to zeros, and a block
+    with NaN or infinity may have any codes with an absmax that is not finite, since bitsandbytes' back ends differ for
+    such blocks.
     """
     codes, absmax = want
     levels = levels.to(codes.device)
@@ -82,7 +83,7 @@ def judge_codes(
 
 
 class FourBit:
-    """The two Operations of a 4-bit format: arguments, references and the judgement of codes.
+    """Arguments, references and the judgement of codes for the two Operations of a 4-bit format.
 
     form: the module reference.operations.nf4 or fp4.
     """
@@ -102,7 +103,7 @@ class FourBit:
         return self.form.pack(codes), absmax
 
     def judge(self, outputs: Mapping[str, Tensor], arguments: Arguments) -> tuple[Judgement, str]:
-        """Judge packed codes and absmax."""
+        """Judge packed codes and absmax; return the judgement and the number of ties in words."""
         W, block = arguments["W"], arguments["block"]
         packed, absmax = self.quantize(W, block)
         if outputs["packed"].shape != packed.shape:
@@ -115,7 +116,7 @@ class FourBit:
     def packed_arguments(
         self, dtype: torch.dtype, generator: torch.Generator, *, shape: Shape, block: Block, kind: FiniteKind = "normal"
     ) -> Arguments:
-        """Draw a packed weight; every code occurs if it is long enough."""
+        """Draw a packed weight, in which every code occurs if it is long enough."""
         given = self.arguments(torch.float32, generator, shape=shape, block=block, kind=kind)
         packed, absmax = self.quantize(**given)
         return {"packed": packed, "absmax": absmax, "block": block, "shape": tuple(shape), "dtype": dtype}

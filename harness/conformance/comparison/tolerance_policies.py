@@ -22,16 +22,16 @@ from harness.conformance.tolerance_constants import (
 )
 
 _ROUNDED_SUMS = ("float32", "float64")
-"""Dtypes in which a sum is rounded at every term; those of 16 bits are summed in float32."""
+"""Dtypes in which a sum is rounded at every term. Numbers of 16 bits are summed in float32."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """The worst tensor of an observation."""
+    """Result of a comparison: whether all tensors passed, and the tensor that uses most of its allowance."""
 
     passed: bool
     error: float | None
-    """In the norm that `policy` names; None if it is not finite or nothing could be compared."""
+    """Error in the norm that `policy` names; None if the error is not finite or nothing could be compared."""
     allowed: float | None
     tensor: str
     worst: str
@@ -40,7 +40,7 @@ class Judgement:
     nonfinite: int
     """Number of elements that are NaN or infinite."""
     decided: bool = True
-    """False where the reference itself is too inaccurate to judge by; `worst` has the reason."""
+    """False if the reference itself is too inaccurate to judge by; `worst` then has the reason."""
 
     @property
     def ratio(self) -> float:
@@ -57,14 +57,15 @@ def noise_floor(
     dtype: str,
     factor: float = NOISE_FACTOR,
 ) -> Judgement:
-    """Judge against the error of the reference itself in the subject's dtype.
+    """Judge the subject's errors by the errors of the reference itself in the subject's dtype.
 
-    truth: the reference in float64. rounded: the reference in `dtype`, or several draws of its error; the
-    largest counts, and draws end when the judgement passes. Three errors of each tensor must stay within a multiple of
-    the reference's own and a floor in units of eps: the relative Frobenius norm of the difference; its largest element,
-    relative to the root mean square (one wrong element of many); and its projection on the truth (a slightly wrong
-    factor, which rounding does not give). Missing or surplus tensors fail. A tensor is not judged if the reference itself
-    may lose more than CEILING of it.
+    truth: the reference in float64. rounded: the reference in `dtype`, or several draws of its error. The largest draw
+    counts, and no more draws are made once the judgement passes. Three errors of each tensor must stay within a
+    multiple of the reference's own errors plus a floor in units of eps: the relative Frobenius norm of the difference;
+    the largest element of the difference, relative to the root mean square, which reveals one wrong element among many;
+    and the projection of the difference on the truth, which reveals a slightly wrong factor, as rounding does not cause
+    it. Missing or surplus tensors fail. A tensor is not judged if the reference itself may lose more than the share
+    CEILING of it.
     """
     policy = f"noise-floor: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
     if odd := sorted(set(subject) ^ set(truth)):
@@ -78,7 +79,7 @@ def _by_draws(
     policy: str,
     judge: Callable[[Sequence[Mapping[str, _Error]]], Judgement],
 ) -> Judgement:
-    """Judge by the errors of the draws so far, after each, until it passes: no more draws are made than are needed."""
+    """Judge after each draw, by the errors of all draws so far, and make no more draws once the judgement passes."""
     drawn: list[dict[str, _Error]] = []
     verdict = worst_of([], policy)
     for draw in [rounded] if isinstance(rounded, Mapping) else rounded:
@@ -102,7 +103,7 @@ def _within_noise(
     for name, expected in truth.items():
         errors, eps = [errors_of[name] for errors_of in drawn], EPSILON[dtype]
         own = _largest(errors)
-        # By the first draw alone, the reference's own: a later draw must not excuse a tensor that fails.
+        # Decide this by the first draw alone, the reference's own: a later draw must not excuse a tensor that fails.
         undecided = not factor * errors[0].norm + floor * eps <= CEILING  # also where the reference overflows
         if (refused := _incomparable(name, subject[name], expected, policy, undecided)) is not None:
             judged.append(refused)
@@ -135,8 +136,8 @@ def carried_noise(
     """Judge tensors that passed through many layers, as `noise_floor` judges those of one layer.
 
     All following layers carry and amplify the rounding of one layer, and a whole tensor grows or shrinks with it. So the
-    projection on the truth is meaningless, and one tensor is a single draw of the reference's own noise: the median over
-    all tensors counts if it is larger. rounded: as in `noise_floor`.
+    projection on the truth is not judged. Also, the reference's error of one tensor is a single draw of noise: if the
+    median over all tensors is larger, the median replaces it. rounded: as in `noise_floor`.
     """
     policy = f"carried-noise: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
     if odd := sorted(set(subject) ^ set(truth)):
@@ -155,7 +156,7 @@ def _within_carried(
     policy: str,
 ) -> Judgement:
     own = {name: _largest([errors[name] for errors in drawn]) for name in truth}
-    # By the first draw alone, as in `noise_floor`; also where the reference overflows.
+    # Decide this by the first draw alone, as in `noise_floor`; also where the reference overflows.
     lost = [name for name, one in drawn[0].items() if not factor * one.norm <= CEILING]
     kept = [one for name, one in own.items() if name not in lost]
     usual = [median([getattr(one, measure) for one in kept] or [0.0]) for measure in ("norm", "largest")]
@@ -199,7 +200,7 @@ def exact(subject: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Judg
 
 
 def worst_of(judged: list[Judgement], policy: str) -> Judgement:
-    """Return the judgement that uses most of its allowance. No judgement at all is a failure."""
+    """Return the judgement that uses most of its allowance, with the non-finite elements of all; a failure for none."""
     if not judged:
         return Judgement(False, None, None, "", "nothing was observed", policy, 0)
     worst = max([j for j in judged if j.decided] or judged, key=lambda j: (not j.passed, j.ratio))
@@ -215,7 +216,7 @@ def perturbed(value: Tensor, dtype: str, generator: torch.Generator) -> Tensor:
 
 
 def rows_within(value: Tensor, truth: Tensor, draws: Iterable[Tensor], dtype: str) -> Tensor:
-    """Return a mask (T,) of the rows of `value` (T, E) that are within the noise floor of `truth`. draws: of the error."""
+    """Return a mask (T,) of the rows of `value` (T, E) within the noise floor of `truth`. draws: as `rounded` there."""
 
     def off(some: Tensor) -> Tensor:
         difference: Tensor = torch.linalg.vector_norm(some.detach().double() - truth.double(), dim=-1)
@@ -234,7 +235,7 @@ def _undecidable(lost: Sequence[str], dtype: str, policy: str) -> Judgement:
 
 
 def _factor(factor: float, tensor: Tensor) -> float:
-    """Return the factor on the reference's own error for a tensor of this many numbers."""
+    """Return the factor on the reference's own error for `tensor`; it is larger for a tensor of few numbers."""
     return factor * (1 + FEW_NUMBERS / max(1, tensor.numel()))
 
 
@@ -268,9 +269,9 @@ class _Error:
 
 
 def _incomparable(name: str, value: Tensor, truth: Tensor, policy: str, undecided: bool = False) -> Judgement | None:
-    """Return a failure for a tensor of another shape, or with elements that are not finite.
+    """Return a failure for a tensor with a wrong shape or with elements that are not finite; otherwise None.
 
-    undecided: the reference in this dtype is itself too inaccurate, and may be infinite where it overflows.
+    undecided: whether the reference in this dtype is itself too inaccurate; where it overflows, it may be infinite.
     """
     if value.shape != truth.shape:
         shapes = f"shape {tuple(value.shape)}, should be {tuple(truth.shape)}"
@@ -282,7 +283,7 @@ def _incomparable(name: str, value: Tensor, truth: Tensor, policy: str, undecide
 
 
 def _with_worst_element(judgement: Judgement, subject: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Judgement:
-    """Add the worst element of the one tensor that is reported; finding it for all would take longer than judging."""
+    """Return the judgement with the worst element of its tensor: finding it for every tensor would take too long."""
     if judgement.worst or judgement.tensor not in truth:
         return judgement
     return replace(judgement, worst=_describe_worst_element(subject[judgement.tensor], truth[judgement.tensor]))

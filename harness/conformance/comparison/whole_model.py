@@ -21,16 +21,16 @@ def copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def one_by_one(model: Any, dtype: torch.dtype) -> None:
-    """Let a model in float64 multiply its experts one by one: grouped products do not exist in float64."""
+    """If `dtype` is float64, let `model` multiply its experts one by one: float64 has no grouped products."""
     if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
 
 
 def reference(subject: Subject, dtype: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return (model, trainable tensors): the model before attaching in `dtype`, with the reference's layers in it.
+    """Return the model before attaching, in `dtype` and with the reference's layers, and its trainable tensors by name.
 
-    Changes that the implementation makes outside its layers therefore show. Raises ValueError if there is no copy of the
-    original.
+    A comparison with it therefore reveals changes that the implementation makes outside its layers. Raises ValueError
+    if there is no copy of the original.
     """
     if subject.original.model is None:
         raise ValueError("the model was too large to be copied before attaching")
@@ -73,7 +73,7 @@ def start(subject: Subject, dtype: str) -> nn.Module:
 def observe(
     model: nn.Module, tensors: Mapping[str, Tensor], subject: Subject, forward: Callable[[nn.Module], Tensor]
 ) -> dict[str, Tensor]:
-    """Run forward and backward; return `logits` and `grad <name>`. The model's own dropout is off; its mode is restored."""
+    """Run the model forward and backward; return `logits` and `grad <name>`. The model's own dropout is off meanwhile."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     for path in subject.adapted.layers:

@@ -12,7 +12,7 @@ Pair = tuple[tuple[str, int], tuple[str, int]]
 
 
 def every_pair(levels: Mapping[str, Sequence[Any]]) -> list[Pair]:
-    """List the pairs of levels of two factors."""
+    """List every pair of levels of two different factors."""
     return [
         ((one, i), (other, j))
         for one, other in itertools.combinations(levels, 2)
@@ -22,7 +22,7 @@ def every_pair(levels: Mapping[str, Sequence[Any]]) -> list[Pair]:
 
 
 def every_level(levels: Mapping[str, Sequence[Any]], beside: str) -> list[Pair]:
-    """List the levels of all factors, each paired with the first level of the last factor, `beside`."""
+    """List every level of every factor but `beside`, the last one, each paired with the first level of `beside`."""
     return [((name, i), (beside, 0)) for name in levels if name != beside for i in range(len(levels[name]))]
 
 
@@ -32,11 +32,11 @@ def covering(
     valid: Callable[[dict[str, Any]], bool],
     given: Iterable[Row] = (),
 ) -> list[Row]:
-    """Return rows that contain the wanted pairs of levels, as far as they occur in valid rows.
+    """Return rows that contain the wanted pairs of levels, as far as valid rows contain these pairs.
 
-    The rows are always the same. They are built greedily: each begins with a pair that is missing, and takes for every
-    other factor the level that adds most missing pairs. valid: whether a row of values can be tried. given: rows that count
-    as covered.
+    The result is deterministic. Each row begins with a missing pair and takes, for every other factor, the level that
+    adds most missing pairs. valid: returns whether a row of values can be tried. given: rows whose pairs are covered
+    already.
     """
     names = list(levels)
     missing = dict.fromkeys(wanted)
@@ -55,7 +55,7 @@ def covering(
 
 
 def _completed(pair: Pair, missing: Mapping[Pair, None], levels: Mapping[str, Sequence[Any]]) -> Iterator[Row]:
-    """Yield rows with the pair: the one that covers most, then others with one factor changed, then plainer ones."""
+    """Yield rows with the pair: first the row that covers most, then rows with one factor changed, then plainer rows."""
     row = dict(pair)
     for name in levels:
         if name not in row:
@@ -85,5 +85,5 @@ def _key(levels: Mapping[str, Sequence[Any]], one: tuple[str, int], other: tuple
 
 
 def values(row: Row, levels: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """Return the levels of a row."""
+    """Map the names of factors to the levels in a row."""
     return {name: levels[name][row[name]] for name in levels}

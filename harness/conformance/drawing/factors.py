@@ -1,7 +1,7 @@
 """Factors of a case: every setting of a Method or an Operation, with the values that cases try. No torch.
 
-The settings are found, never listed: those of a Method are the fields of its Config, those of an Operation the keyword
-parameters of its `arguments`, whose annotations hold a `Factor`:
+No list names the settings. A Method's settings are the fields of its Config. An Operation's settings are the keyword
+parameters of its function `arguments`, whose annotations hold a `Factor`:
 
     def arguments(dtype, generator, *, shape: Matrix, rows: Rows, rank: Rank, bias: bool = True) -> Arguments: ...
 """
@@ -17,14 +17,14 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from harness.methods.spec import FieldInfo
 
 ELEMENTS = 80_000
-"""Largest number of elements of a drawn tensor: above the 65,536 at which some kernels begin another block, and small enough
-for a tenth of a second per case."""
+"""Largest number of elements of a drawn tensor: more than the 65,536 at which some kernels begin another block, and few
+enough for a tenth of a second per case."""
 LARGEST_SIZE = 160
-"""Largest drawn rank or block of a setting without a smaller maximum: above the tiles of 128 of the kernels."""
+"""Largest drawn rank or block, if its setting has no smaller maximum: larger than the kernels' tiles of 128."""
 LENGTHS = tuple(range(1, 13))
-"""Lengths of drawn lists: of sequences, of adapters."""
+"""Possible lengths of drawn lists, such as lists of sequences or of adapters."""
 _KEY = 2**31
-"""A whole number with a maximum from here on is a key or a seed, not a size."""
+"""A whole number whose maximum is at least this is a key or a seed, not a size."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,16 @@ class Factor:
     """A setting of a case."""
 
     levels: tuple[Any, ...]
-    """Representative values. The fixed sample covers every pair of levels of two factors; the first one is the plainest."""
+    """Representative values, the plainest first. The fixed sample covers every pair of levels of two factors."""
     least: float | None = None
     """Smallest drawn number; None if only levels are drawn."""
     most: float | None = None
     """Largest drawn number, or largest number of elements of drawn sizes."""
     dimensions: tuple[int, ...] = ()
-    """Lengths of a drawn list; empty for a setting that is no list. Without `least`, its items are the sizes of a tensor of
-    at most ELEMENTS elements; otherwise numbers within the bounds."""
+    """Possible lengths of a drawn list; empty for a setting that is no list. If `least` is None, the items are the
+    sizes of a tensor with at most ELEMENTS elements; otherwise they are numbers within the bounds."""
     optional: bool = False
-    """Whether an implementation may lack all levels but the first."""
+    """Whether an implementation may support the first level only."""
 
     def within(self, least: float | None, most: float | None) -> Factor:
         """Return the factor with narrower bounds; levels outside become the nearest bound."""

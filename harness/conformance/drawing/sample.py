@@ -1,4 +1,4 @@
-"""Cases of a target: the examples of its parity suite, a fixed sample that covers pairs of settings, and random ones."""
+"""Cases of a target: its parity suite's examples, a fixed sample that covers pairs of settings, and random cases."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ from harness.methods.spec import FieldInfo, methods
 
 AnyCase = MethodCase | OperationCase
 _SIDES = Factor(((24, 40), (32, 32), (12, 1030), (520, 16), (260, 270)), dimensions=(2,))
-"""In x out of the first adapted layer."""
+"""Input and output features of the first adapted layer."""
 _LEAST_SIDE = 8
 _TOKENS = Factor((9, 1, 515), least=1, most=600)
 _MAGNITUDES = Factor(get_args(Magnitude)[:4])
 _SIZES = ("sides", "tokens", "model", "magnitude")
-"""Factors of a layer's size and input, which no implementation may refuse."""
+"""Names of the factors for a layer's size and input, of which an implementation must support every level."""
 
 
 def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> Iterator[AnyCase]:
     """Yield the suite's examples and, with `wanted.is_wide`, a sample in two parts that covers pairs of levels.
 
-    In the first part, what an implementation may lack (an option of the Method, another kind of layer) is at its plainest
-    level, and every two of the other factors meet in every pair of their levels. In the second part each of its other levels
-    occurs; with `wanted.full`, every two settings, kinds of layers and dtypes meet.
+    An optional factor is one that an implementation may lack, such as an option of the Method or another kind of layer.
+    In the first part, optional factors are at their plainest level, and every pair of levels of two other factors
+    occurs. In the second part, every other level of an optional factor occurs; with `wanted.full`, so does every pair
+    of settings, kinds of layers and dtypes.
     """
     yield from plan.cases(wanted, dtypes)
     if not wanted.is_wide:
@@ -63,7 +64,7 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
 
 
 def random(plan: ParitySuite, dtypes: Collection[str]) -> st.SearchStrategy[AnyCase]:
-    """Return a strategy for cases of the suite that the reference accepts."""
+    """Return a Hypothesis strategy for those cases of the suite that the reference accepts."""
     drawn = strategies.case_values(_factors(plan, dtypes))
     return drawn.map(lambda chosen: case_of(plan, chosen)).filter(lambda case: is_accepted(plan, case))
 

@@ -1,4 +1,4 @@
-"""Search for a failing case: random cases by Hypothesis, each failure shrunk to a smallest case that still shows it."""
+"""Search for failing cases: Hypothesis draws random cases and shrinks each failure to a smallest case that still fails."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def search(
     run_case: Callable[[AnyCase], Iterable[CheckOutcome]],
     name: str,
 ) -> list[CheckOutcome]:
-    """Try `wanted.drawn` random cases and return their outcomes; of failures, those of the smallest cases alone.
+    """Try `wanted.drawn` random cases and return their outcomes; of a failing case, only those of the shrunk case.
 
-    The cases follow from `wanted.seed`. Failures of before, which are stored in the cache under `name`, are tried first. A
-    failure that a known defect explains ends nothing and is not shrunk.
+    `wanted.seed` decides the cases. Earlier failures, stored in the cache under `name`, are tried first. A failure that
+    a known defect explains is not shrunk, and the search goes on.
     """
     outcomes: list[CheckOutcome] = []
     smallest: dict[str, list[CheckOutcome]] = {}
@@ -52,7 +52,7 @@ def search(
         if failed:
             smallest[failed[0].check] = tried
             raise _failure_of(failed[0].check)(str(case))
-        if not smallest:  # later cases are steps of the shrinking
+        if not smallest:  # after a failure, cases are steps of the shrinking
             outcomes.extend(tried)
 
     try:
@@ -67,7 +67,7 @@ def search(
 
 @cache
 def _failure_of(check: str) -> type[AssertionError]:
-    """Return the exception of a check: Hypothesis takes failures of one type for the same."""
+    """Return the exception type for failures of a check: Hypothesis treats failures of one type as the same failure."""
     return type(f"{check}Failed", (AssertionError,), {})
 
 

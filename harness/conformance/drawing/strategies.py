@@ -13,7 +13,7 @@ LARGEST_SIDE = 4096
 
 
 def of_factor(factor: Factor) -> st.SearchStrategy[Any]:
-    """Return a strategy for one factor: half of the values are its levels. Shrinks towards the first level."""
+    """Return a strategy for the values of one factor. Half of the values are levels; it shrinks to the first level."""
     levels = st.sampled_from(factor.levels)
     drawn: st.SearchStrategy[Any]
     if factor.dimensions and factor.least is not None and factor.most is not None:
@@ -32,7 +32,7 @@ def of_factor(factor: Factor) -> st.SearchStrategy[Any]:
 
 
 def case_values(factors: dict[str, Factor]) -> st.SearchStrategy[dict[str, Any]]:
-    """Return a strategy for one value of every factor."""
+    """Return a strategy for dicts with one value of every factor."""
     return st.fixed_dictionaries({name: of_factor(factor) for name, factor in factors.items()})
 
 

@@ -16,11 +16,11 @@ from harness.conformance.subject import attach_reference, configure
 from harness.methods.spec import methods
 
 _LARGEST_DEEP = 4096
-"""Elements of a weight in a model with many targets: each of its checks is made once per target."""
+"""Largest number of elements of a weight in a model with many targets, where a check does its work once per target."""
 
 
 def is_accepted(plan: ParitySuite, case: MethodCase | OperationCase) -> bool:
-    """Return whether the reference can be attached with the settings of a case; any case of an Operation is accepted."""
+    """Return whether the reference can be attached with the settings of a case; True for every case of an Operation."""
     if not isinstance(case, MethodCase) or not isinstance(plan, MethodSuite):
         return True
     if not is_built(case.kind, case.model):

@@ -17,7 +17,7 @@ from harness.process.event_pipe import event_writer
 
 
 def main(fd: int, line: int, points: list[str]) -> None:
-    """Load the entry points of these names."""
+    """Load the entry points with these names, and report the Implementations that they offer."""
     with event_writer(fd, line) as emit:
         registry = discover(only=points, begin=lambda point: send(emit, PointBegun(begin=point)))
         names = [field.name for field in dataclasses.fields(Implementation) if field.name != "function"]

@@ -1,4 +1,4 @@
-"""Small model of the parity suites: layers to adapt, and layers to leave alone."""
+"""Small model of the parity suites, with layers to adapt and layers that must not be adapted."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from harness.conformance.comparison.observations import inference
 from harness.conformance.parity_suite import CaseShape, Kind, ModelForm
 
 _PAIRS = 4
-"""Further pairs of targets of a `deep` model."""
+"""Number of pairs of targets that a `deep` model has in addition to `first` and `second`."""
 _GEOMETRIES: dict[str, dict[str, Any]] = {
     "conv2d": {"padding": 1},
     "conv2d-dilated": {"padding": 2, "dilation": 2},
     "conv2d-reflect": {"padding": 1, "padding_mode": "reflect"},
 }
-"""Options of both convolutions other than the kernel size."""
+"""Kind -> options of both adapted convolutions, without the kernel size."""
 
 
 class ParityModel(nn.Module):
-    """`first` (D to E, with bias), `other` (E to E, never adapted), `second` (E to D, without bias where there is a choice).
+    """A model of three layers: `first` (D to E, with bias), `other` (E to E, never adapted) and `second` (E to D).
 
-    form `wide`: also `wide` (D + E to D + E, never adapted), larger than every target in both dimensions. form `deep`: also
-    the targets `more.0` to `more.7`. Weights are normal with standard deviation 1/sqrt(in), drawn in float64.
+    `second` has no bias if its kind allows that. The form `wide` adds a layer `wide` (D + E to D + E, never adapted),
+    which is larger than every target in both dimensions. The form `deep` adds the targets `more.0` to `more.7`. Weights
+    are normal with standard deviation 1/sqrt(in), drawn in float64.
     """
 
     def __init__(self, kind: Kind, shape: CaseShape, dtype: torch.dtype, seed: int, form: ModelForm = "plain") -> None:
@@ -60,7 +61,7 @@ class ParityModel(nn.Module):
 
 
 def is_built(kind: Kind, form: ModelForm) -> bool:
-    """Return whether there is such a model of this kind of layer: the larger forms exist for rows of features."""
+    """Return whether a model of this form exists for this kind of layer; layers of features have all forms."""
     return form == "plain" or kind in ("linear", "conv1d")
 
 
@@ -79,7 +80,7 @@ def _layers(kind: Kind, D: int, E: int) -> tuple[nn.Module, nn.Module, nn.Module
 
 
 def _channels(features: int) -> int:
-    """Return how many channels stand for so many features: with a kernel of 3 x 3, about as many numbers."""
+    """Return a number of channels in place of `features`; with a kernel of 3 x 3 they are about as many numbers."""
     return max(2, features // 9)
 
 
@@ -91,7 +92,7 @@ def _input(kind: Kind, D: int, generator: torch.Generator, dtype: torch.dtype) -
 
 
 def whole(model: nn.Module) -> tuple[Callable[[], Tensor], Callable[[nn.Module], Tensor]]:
-    """Return (run, forward): run the ParityModel itself in eval mode; run a given one, differentiably."""
+    """Return two functions: the first runs `model` in eval mode, the second runs a given model, differentiably."""
 
     def forward(some: nn.Module) -> Tensor:
         weight = some.get_parameter("other.weight")

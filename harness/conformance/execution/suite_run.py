@@ -1,4 +1,4 @@
-"""Run of a parity suite: every case of an implementation, check by check, in this process."""
+"""Run of a parity suite: tries every check in every case of an implementation, in this process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from harness.records.check import CheckId, CheckResult, Outcome
 
 SEED = 20
 WALKS = 8
-"""Random walks of a case."""
+"""Number of random walks in a case."""
 CPU = torch.device("cpu")
 _T = TypeVar("_T")
 
@@ -54,9 +54,9 @@ def run(
 ) -> Iterator[CheckOutcome]:
     """Yield the outcome of every check of every case.
 
-    dtypes: only these, if any are given. begin: called with the name of each case before it starts. An exception inside a
-    check or inside the implementation is a failure of that check or of `attach`; a harness.Unsupported from the
-    implementation means that it does not offer the case.
+    dtypes: restricts the cases to these dtypes, if any are given. begin: called with the name of each case at its
+    start. An exception in a check or in the implementation is a failure of that check or of `attach`; a
+    harness.Unsupported from the implementation means that it does not offer the case.
     """
     wanted = [dtype for dtype in implementation.dtypes if dtype in (dtypes or implementation.dtypes)]
     plan = parity_suite.load_plan(implementation.target)
@@ -84,8 +84,8 @@ def run_case(
 ) -> Iterator[CheckOutcome]:
     """Yield the outcome of every check of one case.
 
-    device: where a Method's case runs; an Operation's runs on the CPU. wide: also the checks that only a wide selection
-    tries.
+    device: device of a Method's case; an Operation's case runs on the CPU. wide: try also the checks that only a wide
+    selection tries.
     """
     runner = CaseRunner(implementation, str(of), of.dtype)
     every = {name: checks.every()[name] for name in plan.checks}
@@ -106,7 +106,7 @@ class CaseRunner:
     dtype: str
 
     def check(self, name: str, subject: Subject | OperationSubject, case: Case) -> CheckOutcome:
-        """Run one check. What it does to the process is undone: only the check `settings` may find it."""
+        """Run one check and return its outcome. Its changes to process-wide settings are undone."""
 
         def run() -> CheckResult:
             with torch.random.fork_rng(), process_settings.restored():
@@ -117,7 +117,7 @@ class CaseRunner:
         return found if isinstance(found, CheckOutcome) else self._outcome(found)
 
     def attempt(self, check: CheckId, act: Callable[[], _T]) -> _T | CheckOutcome:
-        """Return what `act` returns, or, if it raises, that as the outcome of `check`."""
+        """Return the result of `act`; if `act` raises an exception, return it as an outcome of `check`."""
         try:
             return act()
         except Unsupported as error:
@@ -138,9 +138,9 @@ class CaseRunner:
 def _run_method(
     runner: CaseRunner, plan: MethodSuite, of: MethodCase, device: torch.device, tried: Sequence[str]
 ) -> Iterator[CheckOutcome]:
-    """Run a case of a Method, or of a quantised base: each check in the states that it names."""
+    """Run a case of a Method or of a quantised base; each check runs in the states that it declares."""
     attaching = CheckId(plan.method, "attach", of.dtype, "init")
-    with process_settings.restored() as disturbed:  # by the imports, perhaps, that the first attaching does
+    with process_settings.restored() as disturbed:  # the imports of the first attaching may disturb settings too
         made = runner.attempt(attaching, lambda: attach(runner.implementation, plan, of, device))
     if isinstance(made, CheckOutcome):
         yield made
@@ -185,7 +185,7 @@ def attach(
     of: MethodCase,
     device: torch.device = CPU,
 ) -> tuple[Subject, Case]:
-    """Attach an implementation to a fresh parity model on `device`; return it and the case around it."""
+    """Attach an implementation to a fresh parity model on `device`; return the subject and its case in state `init`."""
     method = plan.method
 
     def built(shape: parity_suite.CaseShape) -> ParityModel:
@@ -214,7 +214,7 @@ def attach(
             adapted = attach_reference(method, model, resolved, None, generator)
         else:
             adapted = implementation(model, resolved, generator)
-        # Not for other configs or weights, nor for a base that its implementation may pack differently each time.
+        # Other configs or weights need another reference, and an implementation may pack its base differently each time.
         shared = {} if changed or square or plan.base else cache
         return Subject(
             method, resolved, of.dtype, model, adapted, bases, own, original, packed, expected, reference_cache=shared

@@ -43,7 +43,7 @@ def main(fd: int, line: int, task: WorkerTask) -> None:
 def _run(
     target: Target, implementation: Implementation, task: WorkerTask, before: dict[str, object], emit: Emit
 ) -> None:
-    """Report the outcome of every check. An exception outside a check is a failure that ends only this target.
+    """Report the outcome of every check. An exception outside a check counts as a failure and ends only this target.
 
     before: snapshot of the process-wide settings.
     """

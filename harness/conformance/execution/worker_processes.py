@@ -1,4 +1,4 @@
-"""Worker processes of `check`: a crash or a hang of an implementation is a finding about it. No torch."""
+"""Worker processes of `check`, so that a crash or a hang of an implementation is a finding about it. No torch."""
 
 from __future__ import annotations
 
@@ -37,20 +37,21 @@ class CheckFindings:
 
     tried: list[CheckOutcome] = field(default_factory=list)
     missing: dict[Target, str] = field(default_factory=dict)
-    """Target -> the module that it needs and that is not installed."""
+    """Target -> the reason why it cannot run here: it needs a module that is not installed."""
     left: list[Target] = field(default_factory=list)
-    """Targets that have not ended: an interruption leaves some."""
+    """Targets that have not ended, because the run was interrupted."""
 
     @property
     def not_tried(self) -> set[Target]:
-        """Targets for which some or all findings are missing."""
+        """Targets without a complete set of findings."""
         return {*self.missing, *self.left}
 
 
 def discover(patience: float = PATIENCE) -> Registry:
-    """Import the entry points of the installed distributions in another process: a plug-in may hang or crash on import.
+    """Return the Registry of the installed distributions; the functions of its Implementations cannot be called.
 
-    The functions of the Implementations returned cannot be called.
+    Another process imports the entry points, because a plug-in may hang or crash on import. Raises HarnessError if that
+    process dies before its first import.
     """
     pool, points = WorkerPool(), list(entry_points_by_name())
     broken: dict[str, str] = {}
@@ -61,7 +62,7 @@ def discover(patience: float = PATIENCE) -> Registry:
                 case PointBegun(begin=begun):
                     point = begun
                 case Offered():
-                    point, offered = "", event  # all are imported: a later crash is the fault of no single entry point
+                    point, offered = "", event  # all are imported: no single entry point causes a later crash
                 case Died(died=how):
                     died = how
         if offered is not None:
@@ -87,7 +88,7 @@ class _Run:
     patience: float
 
     def task(self, task: WorkerTask, findings: CheckFindings) -> None:
-        """Run the targets. After a crash or a hang, a new process runs those that had not begun."""
+        """Run the targets of a task. After a crash or a hang, a new process runs the targets that had not begun."""
         remaining = list(task.targets)
         while remaining and not self.pool.stopped:
             remaining = self._run_in_one_process(task, remaining, findings)
@@ -127,7 +128,9 @@ class _Run:
 def run(
     tasks: Sequence[WorkerTask], jobs: int, progress: Callable[[str], None], patience: float = PATIENCE
 ) -> tuple[list[CheckFindings], bool]:
-    """Run all tasks, `jobs` processes at a time; return their findings, in order, and whether Ctrl-C interrupted.
+    """Run all tasks in at most `jobs` processes at a time.
+
+    Return the findings of the tasks, in order, and whether Ctrl-C interrupted the run.
 
     progress: called with a line when a target begins and when it ends. patience: see PATIENCE.
     """

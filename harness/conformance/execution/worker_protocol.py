@@ -28,7 +28,7 @@ class WorkerTask(FrozenModel):
     targets: list[Target]
     breadth: CaseSelection = FEW
     dtypes: tuple[str, ...] = ()
-    """Only these, if any are given."""
+    """The dtypes to try; all if empty."""
 
 
 class PointBegun(FrozenModel):
@@ -78,7 +78,7 @@ class CheckEnded(FrozenModel):
 
 
 class Died(FrozenModel):
-    """The process ended, or was killed, before its work was done. The last event."""
+    """The process ended, or was killed, before its work was done. This is the last event."""
 
     died: str
 
@@ -92,7 +92,7 @@ _WORKER: TypeAdapter[WorkerEvent] = TypeAdapter(WorkerEvent)
 
 
 def send(emit: Emit, event: FrozenModel) -> None:
-    """Write an event to the pipe."""
+    """Write an event to the pipe as JSON."""
     emit(**event.model_dump(mode="json"))
 
 

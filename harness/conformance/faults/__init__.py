@@ -1,7 +1,7 @@
 """Planted faults: copies of the reference with one mistake each, which the checks must notice (`check --self-test`).
 
-One file per Method, base or group of Operations. Most faults replace code: they are rows of the table `FAULTS` of their
-file, formatted by hand so that the wrong code is next to the right code:
+There is one file per Method, base or group of Operations. Most faults replace code. They are rows of their file's table
+`FAULTS`, formatted by hand so that the wrong code is next to the right code:
 
     line_fault("dora", "does_not_detach_the_norm", ["gradient"],
         "norm.detach() if self.detach_norm else norm", "norm", values={"rank": 3, "alpha": 8.0}),
@@ -13,8 +13,8 @@ must catch it:
     def forgets_to_unmerge(copy: PatchedCopy) -> None:
         copy.change_adapted(lambda adapted: setattr(adapted, "unmerge", lambda: None))
 
-`planted_in_methods` plants a fault in every Method that it applies to. A Method takes part if its file here, named like the
-Method, has `CASE`, the FaultCase in which such faults are planted.
+`planted_in_methods` plants a fault in every Method to which the fault applies. A Method takes part if its file here,
+named like the Method, has `CASE`, the FaultCase in which such faults are planted.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class FaultCase:
         return " ".join(filter(None, [parity_suite.in_words(self.values), self.layer, shape, self.dtype]))
 
     def of_method(self) -> parity_suite.MethodCase:
-        """Return it as a case of a Method or a base."""
+        """Return this case as the MethodCase of a Method or a base."""
         shape = {"tokens": self.tokens, "in": self.inputs, "out": self.outputs}
         return parity_suite.MethodCase(
             self.values, self.layer, parity_suite.CaseShape.model_validate(shape), self.dtype
         )
 
     def of_operation(self) -> parity_suite.OperationCase:
-        """Return it as a case of an Operation."""
+        """Return this case as an OperationCase."""
         return parity_suite.OperationCase(self.values, self.dtype)
 
 
@@ -113,7 +113,10 @@ def line_fault(target: str, name: str, expected: Collection[str], *lines: str, f
 
 
 def planted(target: str, *expected: str, **case: Any) -> Callable[[Spoil], Fault]:
-    """Make a function a fault of `target`. case: fields of the FaultCase that differ from the default."""
+    """Return a decorator that makes a function a fault of `target`.
+
+    expected: checks that must catch it. case: fields of the FaultCase that differ from the default.
+    """
 
     def wrap(spoil: Spoil) -> Fault:
         return Fault(spoil.__name__, target, spoil, expected, FaultCase(**case))
@@ -124,10 +127,11 @@ def planted(target: str, *expected: str, **case: Any) -> Callable[[Spoil], Fault
 def planted_in_methods(
     *expected: str, only: Collection[str] = (), adds_layers: bool | None = None, **values: Any
 ) -> Callable[[Spoil], MethodsFault]:
-    """Make a function a fault of every Method with a parity suite that has the expected checks.
+    """Return a decorator that makes a function a fault of every Method whose parity suite has the expected checks.
 
-    only: restrict to these Methods, if any are given. adds_layers: restrict to Methods that put (False: do not put) their
-    own layers around the base's. values: values of the Method's config in addition to those of its CASE.
+    only: restricts the fault to these Methods, if any are given. adds_layers: restricts it to Methods that wrap the
+    base's layers in their own (True) or do not (False). values: values of the Method's config in addition to those of
+    its CASE.
     """
 
     def wrap(spoil: Spoil) -> MethodsFault:

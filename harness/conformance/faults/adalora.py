@@ -23,7 +23,7 @@ FAULTS = [
     _adalora("does_not_apply_the_mask", ["budget"],
         "masked_fill_(~self.get_buffer", "masked_fill_(False & self.get_buffer"),
     _adalora("keeps_the_least_important", ["budget"], "descending=True", "descending=False"),
-    # Add the scores of a triplet instead of averaging them, so that the wider side dominates.
+    # Sum the scores of a triplet instead of averaging them, so that the wider side dominates.
     _adalora("sums_the_scores_of_a_triplet", ["budget"],
         "s_B.mean(dim=0) + s_A.mean(dim=1)", "s_B.sum(dim=0) + s_A.sum(dim=1)"),
     _adalora("leaves_the_uncertainty_out_of_the_score", ["budget"], "return I_bar * U_bar", "return I_bar"),

@@ -14,7 +14,7 @@ _dora = partial(line_fault, "dora", values=_USUAL)
 
 # fmt: off
 FAULTS = [
-    # Take the norm over the wrong axis; on a square layer no shape shows it.
+    # Take the norm over the wrong axis, which does not change the shapes on a square layer.
     _dora("takes_the_norm_of_the_other_axis", ["forward", "norm"],
         'dim=1 if per == "output" else 0', 'dim=0 if per == "output" else 1', inputs=32, outputs=32),
     _dora("has_a_magnitude_for_each_input", ["parameters"],

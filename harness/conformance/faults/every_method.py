@@ -1,4 +1,4 @@
-"""Faults of every Method with the check that must catch them."""
+"""Faults of every Method whose parity suite has the check that must catch them."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def leaves_a_column_unwritten(copy: PatchedCopy) -> None:
 
 
 def unwritten(like: Tensor) -> Tensor:
-    """Return zeros, or NaN if torch fills fresh memory with NaN, like a buffer that is never written."""
+    """Return zeros; where torch fills fresh memory with NaN, return NaN, as a buffer that is never written would have."""
     fresh = torch.empty_like(like)
     return torch.where(fresh.isnan(), fresh, 0.0)
 
 
 @planted_in_methods("model")
 def passes_a_gradient_only_behind_another_layer(copy: PatchedCopy) -> None:
-    """Mistake an input without a gradient, which the first layer of a model gets, for inference."""
+    """Take an input that needs no gradient, which the first layer of a model gets, as a sign of inference."""
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         with torch.set_grad_enabled(x.requires_grad):

@@ -71,7 +71,7 @@ FAULTS = [
     _dora("divides_zero_by_zero_in_a_layer", ["outputs", "backward"],
         "return torch.where(some, m, 0.0) / torch.where(some, norm, 1.0)", "return m / norm",
         values={**_PLAIN, "kind": "zero-rows"}),
-    # Compute ||W||^2 + 2 s <W, B A> + s^2 ||B A||^2: right on paper, but only as exact as its largest term.
+    # Compute ||W||^2 + 2 s <W, B A> + s^2 ||B A||^2. The formula is correct, but its largest term limits its accuracy.
     _dora("computes_the_norm_from_products", ["outputs", "backward"], _NORM,
         "s, A, B = self.scaling, self.A, self.B\n"
         "        cross, own = ((W0_ED @ A.T) * B).sum(1), ((B @ (A @ A.T)) * B).sum(1)\n"
@@ -109,7 +109,7 @@ FAULTS = [
         dtype="bfloat16"),
     _importance("changes_its_averages_in_place", ["arguments"], "    return (*averages, layer.scores())",
         "    given['I_A'].copy_(averages[0])\n    return (*averages, layer.scores())", file=""),
-    # Compute scores in float16, where most products of two such averages are zero.
+    # Compute scores in float16, in which most products of two such averages underflow to zero.
     _importance("scores_in_float16", ["outputs"],
         "return I_bar * U_bar", "return (I_bar.half() * U_bar.half()).float()", dtype="float16"),
 ]

@@ -27,7 +27,7 @@ FAULTS = [
     _lora("divides_by_the_root_of_the_rank", ["forward", "gradient", "merge"],
         "math.sqrt(self.rank) if self.rslora else self.rank", "self.rank",
         "R, s, p = config.rank, config.scaling", "R, s, p = config.rank, config.alpha / config.rank**0.5"),
-    # Swap A and B, which runs only on a square layer.
+    # Swap A and B, which raises no error on a square layer.
     _lora("swaps_a_and_b", ["forward", "gradient"],
         _PRODUCT, "self.scaling * (x_TD @ self.B @ self.A)", inputs=32, outputs=32),
     _lora("detaches_a", ["gradient", "step"], _INPUT, "self.dropout(x_TD) @ self.A.detach().T"),
@@ -50,7 +50,7 @@ FAULTS = [
         layer="conv1d", inputs=32, outputs=32),
     _lora("starts_with_both_zero", ["initial"],
         "A.uniform_(-bound, bound, generator=generator)", "A.zero_()", file="lora_start"),
-    # Draw A by Kaiming with the gain of VeRA.
+    # Draw A by Kaiming's rule with the gain of VeRA.
     _lora("starts_with_a_too_wide", ["initial"],
         "bound = 1 / math.sqrt(inputs)", "bound = math.sqrt(6 / inputs)", file="lora_start"),
     _lora("draws_its_start_from_the_global_generator", ["initial"],

@@ -37,7 +37,7 @@ FAULTS = [
     _quantize("pads_an_odd_length_at_its_start", ["outputs"],
         "(0, codes.numel() % 2), value=fill", "(codes.numel() % 2, 0), value=fill",
         file="nf4", values={"shape": [63, 65], "block": 64}),
-    # Use the largest code with an absmax of 1; code 7 with any absmax, or any code with an absmax of 0, would be right.
+    # Use the largest code with an absmax of 1. Correct would be code 7 with any absmax, or any code with an absmax of 0.
     _quantize("decodes_a_block_of_zeros_to_ones", ["outputs"],
         "torch.where(absmax[:, None] == 0, torch.zeros_like", "torch.where(absmax[:, None] == 0, torch.ones_like",
         "    midpoints =", "    absmax = torch.where(absmax == 0, 1.0, absmax)\n    midpoints =",
@@ -107,10 +107,10 @@ FAULTS = [
         "(x[rows] @ A.T @ B.T)", "(x[rows] @ A.as_strided(A.shape, (A.shape[1], 1)).T @ B.T)"),
     _dequantize("reads_constants_as_if_they_were_contiguous", ["layouts"],
         "scale = absmax.float()", "scale = absmax.as_strided(absmax.shape, (1,)).float()"),
-    # Add zeros, or NaN if torch fills fresh memory with NaN, like a buffer that is never written.
+    # Add fresh memory that is zero unless torch fills it with NaN, as a buffer that is never written would be.
     _nf4_linear("adds_an_unwritten_buffer", ["written"],
         "return linear(x, ", "x = x + torch.where((e := torch.empty_like(x)).isnan(), e, 0.0)\n    return linear(x, "),
-    # Return the right codes, or the largest integers if torch fills fresh memory with them.
+    # Return the right codes unless torch fills fresh memory with the largest integer; then return those integers.
     _double_quantize("leaves_its_codes_unwritten", ["written"], "return codes, constants, offset",
         "fresh = torch.empty_like(codes)\n    return torch.where(fresh.min() == 255, fresh, codes), constants, offset"),
     _adamw("changes_its_parameter_in_place", ["arguments"], "    p = p.clone()\n", "", file=""),

@@ -39,7 +39,7 @@ def pack(
 ) -> dict[str, tuple[Tensor, Tensor, int, bool]]:
     """Replace the layers at `paths`, as an implementation of a base does; return path -> (bytes, absmax, block, double).
 
-    double: quantise absmax as well.
+    double: quantise absmax as well; the absmax that is returned is then the decoded one.
     """
     forms = {}
     double_quant = copy.module("reference.operations.double_quant") if double else None

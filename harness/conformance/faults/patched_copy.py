@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from harness.methods.spec import Adapted
 
-# No fault changes this module, and its functions compare classes of layers: a copy would define other classes.
+# Functions of this module compare classes of layers, and a copy would define other classes. No fault changes the module.
 _NOT_COPIED = ("reference.shared.layers",)
 
 Right = Callable[[Tensor], Tensor]
@@ -28,7 +28,7 @@ _PACKAGES = ("reference", "reference.operations", "reference.shared")
 
 
 class PatchedCopy:
-    """A copy of the module `name` and of the modules of the reference that it imports. The originals stay as they are."""
+    """A copy of the module `name` and of the reference's modules that this module imports. The originals do not change."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -40,7 +40,7 @@ class PatchedCopy:
         """Replace the one occurrence of `right` by `wrong`.
 
         file: e.g. `nf4` for reference/operations/nf4.py; by default the module itself. Raises LookupError if the code does
-        not occur exactly once: a fault that no longer changes the reference proves nothing.
+        not occur exactly once, since a fault that no longer changes the reference proves nothing.
         """
         name = _module(file) if file else self.name
         count = _source(name).count(right)
@@ -57,7 +57,7 @@ class PatchedCopy:
         self.change_adapted(lambda adapted: [change(layer) for layer in adapted.layers.values()])
 
     def replace_forward(self, wrong: Forward) -> None:
-        """Let every adapted layer compute wrong(layer, x, the right forward)."""
+        """Register a change after which every adapted layer computes wrong(layer, x, its right forward)."""
 
         def change(layer: Any) -> None:
             layer.forward = partial(_call_wrong, wrong, layer, layer.forward)  # unlike a closure, follows copy.deepcopy
@@ -65,7 +65,7 @@ class PatchedCopy:
         self.change_layers(change)
 
     def attach(self, model: nn.Module, config: Any, generator: torch.Generator) -> Adapted:
-        """Attach as the copy does, then make the registered changes."""
+        """Attach as the copy does, make the registered changes, and return the Adapted."""
         adapted: Adapted = self.module().attach(model, config, generator)
         for change in self._changes:
             change(adapted)

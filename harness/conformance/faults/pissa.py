@@ -22,7 +22,7 @@ FAULTS = [
         "return U[:, :rank], S[:rank], Vt[:rank]", "return U[:, -rank:], S[-rank:], Vt[-rank:]"),
     _pissa("pairs_values_with_the_wrong_vectors", ["principal"],
         "return U[:, :rank], S[:rank], Vt[:rank]", "return U[:, :rank], S[1 : rank + 1], Vt[:rank]"),
-    # The product is right; its gradients are of another size.
+    # Scale the factors so that their product stays right, but their gradients have another size.
     _pissa("gives_all_of_s_to_a", ["principal"],
         "(root[:, None] * Vt).to(dtype)", "(root[:, None] ** 2 * Vt).to(dtype)",
         "(U * root).to(dtype)", "U.to(dtype)"),

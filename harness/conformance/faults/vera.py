@@ -23,7 +23,7 @@ FAULTS = [
         "A, B = (t.to(dtype) for t in projections(config.projection_key, config.rank, D, E))"),
     _vera("draws_b_before_a", ["projections"], "return kaiming(rank, in_features), kaiming(out_features, rank)",
         "return (kaiming(out_features, rank), kaiming(rank, in_features))[::-1]"),
-    # Swap b and d, which runs only if the rank equals the width.
+    # Swap b and d, which raises no error if the rank equals the width.
     _vera("swaps_b_and_d", ["forward", "gradient"],
         "h_TR = self.d * (self.dropout(x_TD) @ self.A.T)", "h_TR = self.b * (self.dropout(x_TD) @ self.A.T)",
         "self.base(x_TD) + self.b * (h_TR @ self.B.T)", "self.base(x_TD) + self.d * (h_TR @ self.B.T)",

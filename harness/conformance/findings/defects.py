@@ -1,8 +1,9 @@
 """Known defects of libraries, read from a file. No torch.
 
-An entry explains a failure if it names the check and the case, and the failure looks as the entry describes. Such a failure
-counts as a known defect. An entry that explains nothing is a failure itself, if its cases were tried with a version in its
-range: the library was fixed, or the check no longer sees the defect. The same applies to each check of an entry.
+An entry explains a failure if it names the check and the case, and the failure looks as the entry describes. Such a
+failure counts as a known defect. If the cases of an entry were tried with a version in its range, and the entry
+explains nothing, that is a failure itself: the library was fixed, or the check no longer sees the defect. The same
+applies to each check that an entry names.
 """
 
 from __future__ import annotations
@@ -31,29 +32,29 @@ class Defect(FrozenModel):
 
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
     library: str
-    """The distribution."""
+    """Distribution that has the defect."""
     versions: str
-    """A range, e.g. `>=0.19`."""
+    """Range of affected versions, e.g. `>=0.19`."""
     implementation: str
-    """Implementation that shows it here."""
+    """Implementation that shows the defect here."""
     target: str = ""
-    """Target of the implementation; empty for all its targets."""
+    """Affected target of the implementation; empty for all its targets."""
     checks: list[str] = Field(min_length=1)
     """Patterns of check ids, e.g. `dora/zero_rows/*/*`."""
     cases: list[str] = Field(default=["*"], min_length=1)
-    """Patterns of the case's name."""
+    """Patterns of the names of affected cases."""
     shows: list[str] = Field(default=[])
-    """Regular expressions. One of them must match in the tensor, worst element, policy or detail of the failure. Without
-    any, every failure matches. An exception needs an expression that begins with `raised`.
+    """Regular expressions, one of which must match in the tensor, worst element, policy or detail of the failure. If
+    the list is empty, every failure matches except an exception, which needs an expression that begins with `raised`.
     """
     at_most: float | None = Field(default=None, gt=0)
     """Largest error of the defect; None if any error matches."""
     summary: str = Field(min_length=10)
     reproduction: str
-    """Script next to the file of defects that needs only this library and torch."""
+    """Name of a script next to the file of defects; the script needs only this library and torch."""
     link: str = ""
     sometimes: str = ""
-    """Reason why the defect shows only by chance or on some machines. Then only its reproduction must show it."""
+    """Reason why the defect shows only by chance or on some machines. If given, only the reproduction must show it."""
 
     @field_validator("versions")
     @classmethod
@@ -75,7 +76,7 @@ class Defect(FrozenModel):
         return value
 
     def matches(self, tried: CheckOutcome, pattern: str = "") -> bool:
-        """Return whether the defect should show in this outcome. pattern: the one of its checks to match; default: any."""
+        """Return whether the defect should show in this outcome. pattern: pattern in `checks` to match; by default any."""
         return (
             tried.implementation == self.implementation
             and self.target in ("", tried.target)
@@ -94,7 +95,7 @@ class Defect(FrozenModel):
         return small and (not self.shows or any(re.search(one, description) for one in self.shows))
 
     def applies(self) -> bool:
-        """Return whether the installed version is in the range."""
+        """Return whether the library is installed in a version in the range."""
         try:
             return version(self.library) in SpecifierSet(self.versions, prereleases=True)
         except PackageNotFoundError:
@@ -111,7 +112,7 @@ class _File(FrozenModel):
 
 
 def path() -> Path:
-    """Return the file of known defects."""
+    """Return the path of the file of known defects."""
     return data_folder("suites") / "parity" / "defects" / "known.yaml"
 
 
@@ -142,7 +143,7 @@ def known() -> tuple[Defect, ...]:
 
 
 def explained(tried: Iterable[CheckOutcome], defects: Sequence[Defect]) -> tuple[list[CheckOutcome], list[str]]:
-    """Return the outcomes, each failure with the id of the first defect that explains it; and the complaints.
+    """Return (outcomes, complaints); each failed outcome has the id of the first defect that explains it.
 
     A complaint names a defect, or some of its checks, that showed in none of the cases that were tried. A defect shows in a
     failure even if an earlier defect explains the failure as well.

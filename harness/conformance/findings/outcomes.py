@@ -10,7 +10,7 @@ from harness.records.check import CheckId, CheckResult, Outcome
 
 
 class CheckStatus(StrEnum):
-    """Status of an outcome. A known defect is an expected failure."""
+    """Status of an outcome; `KNOWN_DEFECT` is a failure that a known defect explains."""
 
     PASS = "pass"  # noqa: S105
     KNOWN_DEFECT = "known defect"
@@ -20,7 +20,7 @@ class CheckStatus(StrEnum):
 
 
 class Execution(StrEnum):
-    """End of the run of a check."""
+    """How the run of a check ended."""
 
     COMPLETED = "completed"
     UNSUPPORTED = "unsupported"
@@ -30,7 +30,7 @@ class Execution(StrEnum):
 
 
 class CheckOutcome(FrozenModel):
-    """One check of one case."""
+    """Outcome of one check of one case."""
 
     implementation: str
     kind: TargetKind
@@ -40,7 +40,7 @@ class CheckOutcome(FrozenModel):
     """Config and shape in words."""
     result: CheckResult
     defect: str = ""
-    """Id of the known defect that explains the failure."""
+    """Id of the known defect that explains the failure; empty if none does."""
     execution: Execution = Execution.COMPLETED
 
     @classmethod
@@ -55,7 +55,7 @@ class CheckOutcome(FrozenModel):
         detail: str,
         execution: Execution = Execution.COMPLETED,
     ) -> CheckOutcome:
-        """Return a failure of the implementation as a whole: in no dtype and no state."""
+        """Return a failure of the implementation as a whole, which has no dtype and no state."""
         result = CheckResult(check=str(CheckId(target, check, "-", "-")), outcome=Outcome.FAIL, detail=detail)
         return cls(
             implementation=implementation, kind=kind, target=target, dtype="-", case=case, result=result, execution=execution

@@ -19,7 +19,7 @@ class CheckReport:
     skipped: dict[str, str] = field(default_factory=dict)
     """"implementation target" -> reason why it was not tried."""
     complaints: list[str] = field(default_factory=list)
-    """Known defects that did not show."""
+    """Descriptions of known defects that did not show."""
     broken: dict[str, str] = field(default_factory=dict)
     """Entry point -> reason why it cannot be loaded."""
     defects: Sequence[Defect] = ()
@@ -33,7 +33,7 @@ class CheckReport:
     """Implementations that were requested by name but not compared."""
 
     def count(self, status: CheckStatus) -> int:
-        """Count the outcomes of one status."""
+        """Return the number of outcomes with this status."""
         return sum(one.status is status for one in self.tried)
 
     def shown_defects(self) -> list[Defect]:
@@ -43,8 +43,9 @@ class CheckReport:
 
     @property
     def exit(self) -> Exit:
-        """4 if interrupted; 1 for a failure, a broken plug-in or a known defect that did not show; 4 if an
-        implementation that was requested by name was not compared; 5 if nothing was compared.
+        """The exit code, by the first rule that applies: 4 if interrupted; 1 for a failure, a broken plug-in or a known
+        defect that did not show; 4 if an implementation that was requested by name was not compared; 5 if nothing was
+        compared; 0 otherwise.
 
         A known defect counts as compared.
         """

@@ -23,17 +23,17 @@ class MatrixField:
     """One field of the matrix."""
 
     status: CheckStatus
-    """The worst status in it."""
+    """The worst status in the field."""
     count: int
-    """Outcomes with that status."""
+    """Number of outcomes with that status."""
     total: int
-    """Outcomes that were compared; all outcomes if none was."""
+    """Number of outcomes that were compared; number of all outcomes if none was compared."""
     share: float | None
-    """The worst error of the checks that passed, as a share of the allowance; None if nothing was measured."""
+    """Largest error of the checks that passed, as a share of the allowance; None if nothing was measured."""
 
 
 def rows(tried: Iterable[CheckOutcome]) -> dict[tuple[str, str], list[CheckOutcome]]:
-    """Group outcomes by (target, implementation), sorted."""
+    """Group outcomes by (target, implementation); the groups are sorted."""
     found: dict[tuple[str, str], list[CheckOutcome]] = {}
     for one in tried:
         found.setdefault((one.target, one.implementation), []).append(one)
@@ -52,12 +52,12 @@ def sort_dtypes(names: Iterable[str]) -> list[str]:
 
 
 def select_dtype(tried: Iterable[CheckOutcome], dtype: str) -> list[CheckOutcome]:
-    """Return the outcomes in a dtype, and the outcomes without one: a crash counts in every field of its row."""
+    """Return the outcomes in a dtype, and the outcomes without a dtype: a crash counts in every field of its row."""
     return [one for one in tried if one.dtype in (dtype, "-")]
 
 
 def summarise(tried: Sequence[CheckOutcome]) -> MatrixField | None:
-    """Summarise one field; None if nothing was tried."""
+    """Return the summary of one field; None if nothing was tried."""
     statuses = [one.status for one in tried]
     worst = next((status for status in _WORST_FIRST if status in statuses), None)
     if worst is None:
@@ -69,7 +69,7 @@ def summarise(tried: Sequence[CheckOutcome]) -> MatrixField | None:
 
 
 def format_field(field: MatrixField | None) -> str:
-    """Format a field: the status, and the share of the allowance that the worst error used."""
+    """Format a field as its status with the number of failures, or with the largest error as a share of the allowance."""
     if field is None:
         return "-"
     if field.status is CheckStatus.FAIL:

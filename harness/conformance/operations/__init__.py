@@ -1,7 +1,7 @@
 """The Operations: kernel-level functions, each with its arguments, its reference and the judgement of its outputs.
 
-One file each, named like the Operation, with `OPERATION` in it. An implementation of kind `operation` is a function of
-the same arguments that returns the outputs in order: one tensor or a tuple.
+Each Operation has a file of its name, which defines `OPERATION`. An implementation of kind `operation` is a function
+that takes the same arguments and returns the outputs in order, as one tensor or a tuple.
 """
 
 from __future__ import annotations
@@ -15,6 +15,6 @@ from harness.conformance.operation import Operation
 
 @cache
 def every() -> dict[str, Operation]:
-    """Map names to Operations."""
+    """Map the names of all Operations to the Operations."""
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     return {name: importlib.import_module(f"{__name__}.{name}").OPERATION for name in names}

@@ -31,7 +31,7 @@ def arguments(
 ) -> Arguments:
     """Draw the arguments of one call. shape: (out, in) of the layer.
 
-    The previous averages are as large as their updates, and in at least float32. A score is about a millionth, which
+    The previous averages are as large as their updates, and are float32 or float64: a score is about a millionth, which
     float16 cannot represent.
     """
     shapes = {"A": (rank, shape[1]), "E": (rank, 1), "B": (shape[0], rank)}
@@ -46,7 +46,7 @@ def arguments(
 
 
 def reference(A: Tensor, E: Tensor, B: Tensor, beta1: float, beta2: float, **given: Tensor) -> tuple[Tensor, ...]:
-    """Return I_A, U_A, I_E, U_E, I_B, U_B after the step, and the scores (R,), all in at least float32.
+    """Return I_A, U_A, I_E, U_E, I_B, U_B after the step, and the scores (R,), all in float32 or float64.
 
     A (R, D), E (R, 1), B (out, R). given: grad_A, and the previous averages I_A of the sensitivity |w grad| and U_A of the
     uncertainty, in the shape of A; likewise for E and B  (arXiv:2303.10512, eqs. 7 to 11).

@@ -33,10 +33,10 @@ def arguments(
     eps: Eps = 1e-8,
     gradient: Literal["dense", "sparse"] = "dense",
 ) -> Arguments:
-    """Draw a parameter, its gradient and its state. step 1: the state is that before the first, all zero.
+    """Draw a parameter, its gradient and its state. For step 1 the state is all zero, as before the first step.
 
-    sparse: in every block half the elements, and every second block as a whole, never had a gradient. lr is so large that
-    the step is as large as the parameter.
+    gradient: with `sparse`, half the elements of every block, and all elements of every second block, never had a
+    gradient. lr is so large that the step is as large as the parameter.
     """
     p, g = (draw(generator, dtype, *shape) for _ in range(2))
     m, v = (draw(generator, torch.float32, g.numel(), spread=0.1) for _ in range(2))
@@ -63,7 +63,7 @@ def reference(
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge p by the noise floor, and every absmax by that of float32, in which the moments are."""
+    """Judge p by the noise floor of its dtype, and every absmax by that of float32, the dtype of the moments."""
     dtype = given["p"].dtype
     own = next(name for name, one in DTYPES.items() if one == dtype)
     exactly, roundly = (OPERATION.named(reference(**cloned(given, {dtype: to}))) for to in (torch.float64, dtype))
@@ -77,7 +77,9 @@ def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, s
 
 
 def judge_both(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge every code by the moment in float64, unless that is within some roundings of the middle of two levels."""
+    """Judge every code by the float64 moment; where this is within a few roundings of the middle of two levels, either
+    level is right.
+    """
     judged, details = [], []
     for name, signed in (("m", True), ("v", False)):
         decayed, new = _parts(given, name)
@@ -100,7 +102,7 @@ def _largest(value: Tensor) -> Tensor:
 
 
 def near_middle(value: Tensor, absmax: Tensor, reach: Tensor, levels: Tensor) -> Tensor:
-    """Mask elements within `reach` of the middle of two levels times their block's absmax."""
+    """Return a mask of the elements within `reach` of the middle of two levels, which are scaled by the block's absmax."""
     scale = absmax.repeat_interleave(adamw8bit.BLOCK)[: value.numel()]
     middles = (levels[:-1] + levels[1:]) / 2
     scaled = torch.where(scale == 0, 0.0, value / scale)
@@ -110,7 +112,7 @@ def near_middle(value: Tensor, absmax: Tensor, reach: Tensor, levels: Tensor) ->
 
 
 def _parts(given: Arguments, name: str) -> tuple[Tensor, Tensor]:
-    """Return beta x the moment, and (1 - beta) x g or g^2, float64 and flat."""
+    """Return beta x the moment, and (1 - beta) x g (for m) or g^2 (for v), both float64 and flat."""
     which = _CODES.index(name)
     state = {key: given[key] for key in ("m", "m_absmax", "v", "v_absmax")}
     beta, g = given["betas"][which], given["g"].double().flatten()

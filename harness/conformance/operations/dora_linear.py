@@ -14,8 +14,8 @@ from reference import dora
 
 Kind = Literal["normal", "zero-rows", "cancelled"]
 _LEFT = 1 / 16
-"""Remainder of an update that W almost cancels: a smaller one has no direction after rounding in 16 bits; with a larger
-one, a norm computed from the products of W, A and B instead of V would pass."""
+"""Share that remains of an update that W almost cancels. A smaller remainder has no direction after rounding in 16
+bits. With a larger one, a norm computed from products of W, A and B instead of V would pass."""
 
 
 def arguments(
@@ -32,12 +32,13 @@ def arguments(
 ) -> Arguments:
     """Draw the arguments of one call. shape: (E, D); rows: the leading dimensions of x; dropout: 0 gives no mask.
 
-    kind: every fourth row of V = W + scaling B A is like the others (`normal`); zero, like those of W and B, as in published
-    weights; or a sixteenth of the update, which W cancels. m is noise of either sign, not the norm that it starts at.
+    kind: decides every fourth row of V = W + scaling B A: it is like the others (`normal`), or it is zero in V, W and
+    B, as in published weights, or W cancels all but a sixteenth of the update. m is noise of either sign, unlike DoRA's
+    start.
     """
     W = draw(generator, torch.float64, *shape, spread=shape[1] ** -0.5)
     A, B = draw_low_rank(torch.float64, generator, shape, rank).values()
-    # If the two happen to have opposite signs, V may be nearly zero in any row of a layer of few features.
+    # If W and the update happen to have opposite signs, V may be nearly zero in any row of a layer of few features.
     B = torch.where(((B @ A) * W).sum(dim=1, keepdim=True) * scaling < 0, -B, B)
     fourth = slice(1, None, 4)
     if kind == "zero-rows":

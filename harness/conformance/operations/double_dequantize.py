@@ -1,4 +1,4 @@
-"""double_dequantize: the absmax of 4-bit blocks, back from 8 bits and their mean."""
+"""double_dequantize: decodes the absmax of 4-bit blocks from 8-bit codes and a mean."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from reference.operations import double_quant
 def arguments(
     dtype: torch.dtype, generator: torch.Generator, *, blocks: Blocks, block: Literal[256] = 256, spread: Spread = 1.0
 ) -> Arguments:
-    """Draw constants in two levels."""
+    """Draw the absmax of 4-bit blocks, quantised to 8-bit codes."""
     given = double_quantize.arguments(dtype, generator, blocks=blocks, block=block, spread=spread)
     codes, absmax2, offset = double_quant.quantize(**given)
     return {"codes": codes, "absmax2": absmax2, "offset": offset, "block": block}
 
 
 def reference(codes: Any, absmax2: Any, offset: Any, block: int) -> Any:
-    """Return the constants: dequant(c1, c2) of QLoRA's eq. 6, and the mean added back."""
+    """Return the decoded absmax: dequant(c1, c2) of QLoRA's eq. 6, plus the mean."""
     return double_quant.dequantize(codes, absmax2, offset, block)
 
 

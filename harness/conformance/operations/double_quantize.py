@@ -1,4 +1,4 @@
-"""double_quantize: the absmax of 4-bit blocks, less their mean, in 8 bits."""
+"""double_quantize: subtracts the mean from the absmax of 4-bit blocks and quantises the rest to 8 bits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def arguments(
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge the mean by the noise floor of a sum, and the codes by what that very mean makes of the constants."""
+    """Judge the mean by the noise floor of a sum, and the codes by the reference's codes for the subject's own mean."""
     absmax, block, levels = given["absmax"], given["block"], dynamic_map(signed=True)
     truth, rounded = {"offset": absmax.double().mean()}, {"offset": absmax.mean()}
     mean = noise_floor({"offset": outputs["offset"]}, truth, rounded, "float32")

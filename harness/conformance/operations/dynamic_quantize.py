@@ -1,4 +1,4 @@
-"""dynamic_quantize: a tensor in blocks of 8-bit codes of the dynamic map, the form of optimizer states and absmax."""
+"""dynamic_quantize: quantises a tensor in blocks to 8-bit codes of the dynamic map, as for optimizer states and absmax."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def arguments(
     signed: bool = True,
     kind: Kind = "normal",
 ) -> Arguments:
-    """Draw a tensor to quantise; squares if it is to be unsigned."""
+    """Draw a tensor to quantise; without `signed` its elements are not negative."""
     x = values(kind, [numel], block, dynamic_map(signed), dtype, generator)
     return {"x": x if signed else x.abs(), "block": block, "signed": signed}
 
@@ -38,7 +38,7 @@ def reference(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge the codes: the nearest, but where rounding decides between two."""
+    """Judge the codes: each must be the nearest one, unless rounding decides between two."""
     x, block, levels = given["x"], given["block"], dynamic_map(given["signed"])
     return judge_codes(outputs, reference(**given), nf4.near_tie(x, block, levels), block, levels)
 

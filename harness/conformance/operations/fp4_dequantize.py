@@ -1,4 +1,4 @@
-"""fp4_dequantize: packed FP4 codes and the absmax of every block, back to a tensor."""
+"""fp4_dequantize: decodes packed FP4 codes and the absmax of every block to a tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fp4_quantize: a tensor in blocks of FP4, two codes a byte, and the largest magnitude of every block."""
+"""fp4_quantize: quantises a tensor in blocks to FP4, two codes per byte, and returns the absmax of every block too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""galore8bit_step: one step of GaLore in a given subspace, with 8-bit codes and an absmax per block of 256 as moments."""
+"""galore8bit_step: one step of GaLore in a given subspace. The moments are 8-bit codes with an absmax per block of 256."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SIGNED = {"M": True, "V": False}
 
 @wraps(galore_step.arguments)  # the same settings
 def arguments(dtype: torch.dtype, generator: torch.Generator, **case: Any) -> Arguments:
-    """Draw the arguments of `galore_step`, with codes instead of moments."""
+    """Draw the arguments of `galore_step`, with codes and absmax instead of the moments."""
     given = galore_step.arguments(dtype, generator, **case)
     for name, signed in _SIGNED.items():
         given[name], given[f"{name}_absmax"] = quantize_blockwise(given[name], dynamic_map(signed))
@@ -44,7 +44,7 @@ def reference(
 ) -> tuple[Tensor, ...]:
     """Return W, M, M_absmax, V and V_absmax after step number `step`.
 
-    given: the last four before the step, and side, lr, scale, eps and weight_decay.
+    given: M, M_absmax, V and V_absmax before the step, and side, lr, scale, eps and weight_decay.
     """
     bases = {name: t for name, t in (("P", P), ("Q", Q)) if t is not None}
     codes = {name: given.pop(name).clone() for name in OPERATION.outputs[1:]}
@@ -56,7 +56,7 @@ def reference(
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge W and every absmax by the noise floor of the gradient's dtype, which the projected gradient has too."""
+    """Judge W and every absmax by the noise floor of the gradient's dtype, which is also that of the projected gradient."""
     dtype = given["W"].dtype
     own = next(name for name, one in DTYPES.items() if one == dtype)
     # A float64 step also stores its constants in float32.
@@ -72,10 +72,11 @@ def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, s
 
 
 def judge_codes_of_moments(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge every code by the moment in float64: it must be the code of a number within some rounding errors of that.
+    """Judge every code: it must be the code of a number within some rounding errors of the float64 moment.
 
-    As in `adamw8bit_step`, except that the new part comes from a product. The product, and with it the absmax of the block,
-    is rounded in the gradient's dtype. Near zero, where codes are dense, several codes may be right.
+    This differs from `adamw8bit_step` in that the new part of a moment comes from a product. The product, and with it
+    the absmax of the block, is rounded in the gradient's dtype. Near zero, where codes are dense, several codes may be
+    right.
     """
     eps = max(torch.finfo(given["W"].dtype).eps, EPSILON["float32"])
     judged, details = [], []
@@ -100,7 +101,7 @@ def judge_codes_of_moments(outputs: Mapping[str, Tensor], given: Arguments) -> t
 
 
 def _repeat_blocks(numbers: Tensor, value: Tensor) -> Tensor:
-    """Repeat the number of each block for each of its elements."""
+    """Return the number of each block, repeated for each element of the block."""
     return numbers.repeat_interleave(adamw8bit.BLOCK)[: value.numel()]
 
 
@@ -110,9 +111,9 @@ def _largest(value: Tensor) -> Tensor:
 
 
 def _parts(given: Arguments, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return, flat and in float64: beta x the moment, (1 - beta) x R or R^2, and a bound of the latter's rounding in eps.
+    """Return, flat and in float64: beta x the moment, (1 - beta) x R or R^2, and a bound on its rounding error, in eps.
 
-    |P|^T |G| |Q| bounds the rounding error of the product, and 2 |R| times this bounds the rounding error of R^2.
+    |P|^T |G| |Q| bounds the rounding error of R, and 2 |R| times this bounds the rounding error of R^2.
     """
     power, signed = (1, True) if name == "M" else (2, False)
     beta = given["betas"][power - 1]

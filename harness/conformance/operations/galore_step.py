@@ -14,7 +14,7 @@ from reference import galore
 Side = Literal["std", "reverse_std", "paper", "left", "right", "full"]
 Scale = Annotated[float, Factor((0.25, 1.0, 4.0), least=0.01, most=8.0)]
 NEVER = 1_000_000
-"""Steps between two refreshes: more than any case takes, so that the subspace stays."""
+"""Steps between two refreshes: more than in any case, so that the subspace never changes."""
 
 
 def arguments(
@@ -31,9 +31,10 @@ def arguments(
     beta1: Beta = 0.9,
     beta2: Beta = 0.999,
 ) -> Arguments:
-    """Draw a weight, its gradient, moments of R's shape, and orthonormal P (m, r) or Q (n, r), or both, as `side` says.
+    """Draw a weight, its gradient, moments of R's shape, and orthonormal P (m, r), Q (n, r) or both.
 
-    step: number of this step, at least 2. lr is so large that the step is as large as the weight.
+    side: decides which of P and Q exist. step: number of this step, at least 2. lr is so large that the step is as
+    large as the weight.
     """
     m, n = shape
     left, right = galore.sides(m, n, side)

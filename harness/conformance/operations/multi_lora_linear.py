@@ -1,4 +1,4 @@
-"""multi_lora_linear: one linear layer for a batch of sequences with LoRA adapters of their own."""
+"""multi_lora_linear: one linear layer for a batch of sequences, each with its own LoRA adapter or none."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ def arguments(
     tokens: Tokens = 3,
     index: Literal["int64", "int32"] = "int64",
 ) -> Arguments:
-    """Draw the arguments of one call. ids: the adapter of each sequence, or -1; shape: (D, E); ranks: one per adapter.
+    """Draw the arguments of one call.
 
-    An id beyond the adapters is taken modulo their number. index: the dtype of ids.
+    ids: the adapter of each sequence, or -1 for none; an id beyond the adapters is taken modulo their number. ranks:
+    one per adapter. shape: (D, E). index: the dtype of ids.
     """
     D, E = shape
     return {
@@ -56,7 +57,7 @@ def arguments(
 def reference(
     x: Tensor, W: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], scalings: Sequence[float], ids: Tensor
 ) -> Tensor:
-    """Return x W^T + scalings[i] x As[i]^T Bs[i]^T with i = ids[n], for each sequence n; (N, T, E)."""
+    """Return x W^T + scalings[i] x As[i]^T Bs[i]^T with i = ids[n] for each sequence n, shape (N, T, E)."""
     return multi_lora.multi_lora_linear(x, linear(x, W), As, Bs, scalings, ids)
 
 

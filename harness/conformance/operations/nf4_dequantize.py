@@ -1,4 +1,4 @@
-"""nf4_dequantize: packed NF4 codes and the absmax of every block, back to a tensor."""
+"""nf4_dequantize: decodes packed NF4 codes and the absmax of every block to a tensor."""
 
 from __future__ import annotations
 

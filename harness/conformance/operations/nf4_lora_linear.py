@@ -54,7 +54,8 @@ def reference(
 ) -> Tensor:
     """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E), with W decoded and cast to the dtype of x.
 
-    QLoRA's forward pass (arXiv:2305.14314, eq. 5) is LoRA's on the decoded weight; reference/qlora.py would encode one.
+    QLoRA's forward pass (arXiv:2305.14314, eq. 5) is LoRA's on the decoded weight. The layer of reference/qlora.py does
+    not fit here, since it encodes a dense weight itself.
     """
     base = dense_linear(_FORM.dequantize(packed, absmax, block, shape, x.dtype), bias)
     return apply_layer(lora.LoraLinear(base, A, B, scaling, dropout=0.0), x, mask, {"A": A, "B": B})

@@ -1,4 +1,4 @@
-"""nf4_quantize: a tensor in blocks of NF4, two codes a byte, and the largest magnitude of every block."""
+"""nf4_quantize: quantises a tensor in blocks to NF4, two codes per byte, and returns the absmax of every block too."""
 
 from __future__ import annotations
 

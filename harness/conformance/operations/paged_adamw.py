@@ -21,8 +21,8 @@ def arguments(
 ) -> Arguments:
     """Draw two parameters of these sizes, and gradients of three magnitudes for the steps.
 
-    eps is so large that small second moments, which float16 cannot represent, do not matter: torch stores them in the dtype
-    of the parameter.
+    torch stores moments in the parameter's dtype, and float16 cannot represent small second moments. eps is so large
+    that these do not matter.
     """
     return {
         "params": [draw(generator, dtype, size) for size in sizes],
@@ -40,7 +40,7 @@ def steps(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], grads: Seq
 
 
 def reference(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **how: Any) -> tuple[Tensor, ...]:
-    """Return the parameters after the last step. Between steps no state may stay on the device."""
+    """Return the parameters after the last step."""
     trained = [p.clone().requires_grad_(True) for p in params]
     steps(paged.Paged(torch.optim.AdamW(trained, **how), budget=0), trained, grads)
     return tuple(p.detach() for p in trained)

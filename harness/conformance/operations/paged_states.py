@@ -1,4 +1,4 @@
-"""paged_states: the states that a paged optimizer pages, for parameters on any device."""
+"""paged_states: whether a paged optimizer pages the states of a parameter, for parameters on any device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def arguments(dtype: torch.dtype, generator: torch.Generator, *, sizes: Sizes) -
 
 
 def reference(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
-    """Return for each parameter whether its states are paged, as 1 or 0."""
+    """Return a float tensor with one number per parameter: 1 if its states are paged, else 0."""
     trained = [p.clone().requires_grad_(True) for p in params]
     optimizer = paged.Paged(torch.optim.AdamW(trained), budget=0)
     paged_adamw.steps(optimizer, trained, [grads])

@@ -23,7 +23,7 @@ def arguments(
 ) -> Arguments:
     """Draw the arguments of one call. shape: (E, D); rows: the leading dimensions of x; dropout: 0 gives no mask.
 
-    A and B are noise of the size of the layer; `attach` selects the slices of a larger pair.
+    A and B are noise of the layer's own shape. In a model, `attach` takes them as slices of a larger pair.
     """
     return {
         "W": draw(generator, dtype, *shape, spread=shape[1] ** -0.5),

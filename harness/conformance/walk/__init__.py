@@ -1,1 +1,1 @@
-"""Random walks through the life of an adapter."""
+"""Random walks: an implementation and the reference take the same random steps of a training program."""

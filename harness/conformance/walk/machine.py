@@ -1,4 +1,4 @@
-"""The rules of a walk: a state machine of Hypothesis that takes an implementation and the reference through one life."""
+"""The rules of a walk: a Hypothesis state machine that treats an implementation and the reference alike."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from harness.conformance.comparison.tolerance_policies import Judgement, carried
 from harness.conformance.walk.world import LOOKS, World
 
 RULES = 20
-"""Rules of one walk, at most."""
+"""Largest number of rules in one walk."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,17 @@ class Worlds:
     """The reference in the subject's dtype."""
     dtype: str
     factor: float
-    """Factor on the reference's own error."""
+    """Largest error of the subject, as a multiple of the reference's own error."""
     another: Callable[[], World]
     """Attaches the subject to another model."""
 
     def every(self) -> tuple[World, World, World]:
-        """Return all of them."""
+        """Return the three worlds."""
         return self.subject, self.wide, self.own
 
 
 class WalkFailedError(AssertionError):
-    """The implementation has left the reference's path."""
+    """The implementation departed from the reference. rules: the rules of the walk so far."""
 
     def __init__(self, judgement: Judgement, rules: list[str]) -> None:
         super().__init__(judgement.tensor)
@@ -47,9 +47,9 @@ class WalkFailedError(AssertionError):
 
 
 def walk(make: Callable[[], Worlds], walks: int, number: int) -> WalkFailedError | None:
-    """Take `walks` random walks, the same for a `number`; return the shortest failure, if there is one.
+    """Take `walks` random walks; return the failure of the shortest walk that fails, or None.
 
-    make: makes the worlds of a walk, all in the same state.
+    make: makes the worlds of a walk, all in the same state. number: seed of the walks.
     """
 
     class Walk(AdapterWalk):
@@ -76,7 +76,7 @@ def walk(make: Callable[[], Worlds], walks: int, number: int) -> WalkFailedError
 
 
 class AdapterWalk(RuleBasedStateMachine):
-    """One walk: every rule does the same in every world, and compares them."""
+    """One walk: every rule does the same in every world; some rules then compare the worlds."""
 
     start: Callable[[], Worlds]
 
@@ -106,7 +106,7 @@ class AdapterWalk(RuleBasedStateMachine):
     @rule(look=st.sampled_from(list(LOOKS)))
     @precondition(lambda self: not self.merged)
     def compare(self, look: str) -> None:
-        """Run the model, as it is, in one of the modes of torch."""
+        """Run the model in its present state, in one of the ways of LOOKS, and compare."""
         self.taken.append(f"compare({look!r})")
         self._compare(look)
 
@@ -119,7 +119,7 @@ class AdapterWalk(RuleBasedStateMachine):
     @rule(number=st.integers(1, 9))
     @precondition(lambda self: not self.merged and not self.frozen)
     def step(self, number: int) -> None:
-        """Take an optimizer step with one more micro-batch, and compare the tensors that it leaves."""
+        """Add one more micro-batch, take an optimizer step, and compare the resulting tensors."""
         self._all(f"step({number})", lambda world: world.backward(number))
         for world in self.worlds.every():
             world.step()
@@ -137,7 +137,7 @@ class AdapterWalk(RuleBasedStateMachine):
     @rule(training=st.booleans())
     @precondition(lambda self: not self.merged)
     def train(self, training: bool) -> None:
-        """Change the mode of the model."""
+        """Put the model in training mode or in eval mode."""
         self._all(f"train({training})", lambda world: world.set_training(training))
 
     @rule()
@@ -150,7 +150,7 @@ class AdapterWalk(RuleBasedStateMachine):
     @rule()
     @precondition(lambda self: not self.merged and self.worlds.subject.owns_tensors())
     def load_state_dict(self) -> None:
-        """Save and load the model."""
+        """Restore the model from its state_dict after its tensors were changed."""
         self._all("load_state_dict()", World.reload_model)
         self._compare("backward")
 
@@ -164,7 +164,7 @@ class AdapterWalk(RuleBasedStateMachine):
     @rule()
     @precondition(lambda self: not self.merged and self.worlds.subject.adapted.can_merge)
     def merge(self) -> None:
-        """Merge the adapter; the merged model computes the same."""
+        """Merge the adapter, and check that the merged model computes the same."""
         self._all("merge()", lambda world: world.adapted.merge())
         self.merged = True
         self._compare("no_grad")
@@ -186,13 +186,13 @@ class AdapterWalk(RuleBasedStateMachine):
 
     @rule()
     def second_model(self) -> None:
-        """Attach to another model of other shapes, and train it for a step."""
+        """Attach to another model with other shapes, and train that one for a step."""
         self.taken.append("second_model()")
         other = self.worlds.another()
         other.backward(1)
         other.step()
 
     def teardown(self) -> None:
-        """Compare once more at the end."""
+        """Compare the worlds once more at the end."""
         if not self.merged:
             self._compare("backward")

@@ -18,7 +18,7 @@ from harness.methods.spec import Adapted
 
 Forward = Callable[[nn.Module], Tensor]
 CHANGE = 1.5
-"""Factor by which tensors are changed before they are restored."""
+"""Factor by which `reload_model` changes the tensors before it restores them."""
 
 
 @dataclass
@@ -32,7 +32,7 @@ class World:
     forward: Forward
     """Runs a model on the inputs of the walk."""
     may_train: bool
-    """Whether training mode computes the same as eval mode: without dropout."""
+    """Whether training mode computes the same as eval mode, as it does without dropout."""
 
     def __post_init__(self) -> None:
         self.optimizer = self._new_optimizer()
@@ -41,7 +41,7 @@ class World:
         self.set_training(self.may_train)
 
     def set_training(self, training: bool) -> None:
-        """Set the mode of the model."""
+        """Put the model in training mode, if `training` and `may_train` are true, else in eval mode."""
         self.model.train(training and self.may_train)
 
     def backward(self, seed: int) -> None:
@@ -66,16 +66,16 @@ class World:
             group["lr"] *= factor
 
     def owns_tensors(self) -> bool:
-        """Return whether the trained tensors are parameters of the model; those of an adapter of hooks are elsewhere."""
+        """Return whether the trained tensors are parameters of the model; an adapter of hooks holds them elsewhere."""
         return {id(t) for t in self.adapted.parameters()} <= {id(p) for p in self.model.parameters()}
 
     def deepcopy(self) -> None:
-        """Continue with a deep copy of everything."""
+        """Continue with a deep copy of the model, its adapter and its optimizer."""
         everything = self.model, self.adapted, self.optimizer, self.trained
         self.model, self.adapted, self.optimizer, self.trained = copy.deepcopy(everything)
 
     def reload_model(self) -> None:
-        """Change every tensor, and restore the model from its state_dict."""
+        """Take the model's state_dict, change every adapter tensor, and restore the model from the state_dict."""
         saved = {name: t.clone() if isinstance(t, Tensor) else t for name, t in self.model.state_dict().items()}
         with torch.no_grad():
             for tensor in self.adapted.tensors().values():
@@ -83,7 +83,7 @@ class World:
         self.model.load_state_dict(saved)
 
     def resume(self) -> None:
-        """Continue in a fresh model with the tensors, the state and the optimizer's state_dict, through a file."""
+        """Save tensors, state and the optimizer's state_dict to a file, and continue with them in a fresh model."""
         file = io.BytesIO()
         tensors, state = self.adapted.tensors(), self.adapted.state()
         torch.save({"tensors": tensors, "state": state, "optimizer": self.optimizer.state_dict()}, file)
@@ -106,11 +106,11 @@ class World:
             tensor.requires_grad_(not frozen)
 
     def look(self, how: str) -> dict[str, Tensor]:
-        """Return the model's output and, if gradients flow, those of the trained tensors. how: a key of LOOKS."""
+        """Return the model's output and any gradients of the trained tensors, by name. how: a key of LOOKS."""
         return LOOKS[how](self)
 
     def sync(self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """Take over tensors and state, so that roundings of one step are not judged again after the next."""
+        """Load these tensors and this state, so that the next comparison does not judge old rounding errors again."""
         mine, held = self.adapted.tensors(), self.adapted.state()
         load(
             self.adapted,
@@ -123,7 +123,7 @@ class World:
 
 
 def incoming(y: Tensor, seed: int) -> Tensor:
-    """Return a gradient for the output y, the same numbers in every dtype."""
+    """Return a random gradient for the output y, drawn in float64 so that every dtype sees the same numbers."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype)
 
@@ -157,7 +157,7 @@ def _checkpointed(world: World) -> dict[str, Tensor]:
 
 
 def _hooked(world: World) -> dict[str, Tensor]:
-    """Look with a forward hook on every adapted layer; each must be called once."""
+    """Run with a forward hook on every adapted layer; also return how often each hook was called."""
     calls: list[str] = []
     handles = [
         world.model.get_submodule(path).register_forward_hook(lambda *_, path=path: calls.append(path))

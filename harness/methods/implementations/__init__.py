@@ -1,1 +1,1 @@
-"""One adapter file per provider. Third-party libraries are imported inside the functions, so that listing is cheap."""
+"""Implementations, one file or package per provider. Functions import third-party libraries, so that listing is fast."""

@@ -1,7 +1,8 @@
 """`bitsandbytes-triton`: bitsandbytes' Triton kernels (for XPU and others), run by Triton's interpreter.
 
 The interpreter must be on before Triton is imported: `TRITON_INTERPRET=1 peft-harness check bitsandbytes-triton`. Each
-function allocates and calls as bitsandbytes.backends.triton.ops does, which itself requires an accelerator.
+function allocates tensors and calls kernels as bitsandbytes.backends.triton.ops does, since that module itself requires
+an accelerator.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ _OPERATION: dict[str, Any] = {
     "requires": ["triton", "bitsandbytes"],
 }  # fmt: skip
 MAX_BLOCKS = 64
-"""Blocks up to which a case runs: the interpreter takes some milliseconds for each program."""
+"""Largest number of blocks of a case: the interpreter takes some milliseconds for each program."""
 
 
 def _require_interpreter(blocks: int, values: Tensor | None = None) -> None:
-    """Raise Unsupported without the interpreter, for too many blocks, and for NaN in `values`."""
+    """Raise Unsupported if the interpreter is off, if there are too many blocks, or if `values` contain NaN."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise Unsupported("set TRITON_INTERPRET=1: on a CPU, Triton's kernels run only in its interpreter")
     if blocks > MAX_BLOCKS:
@@ -74,7 +75,7 @@ nf4_dequantize, fp4_dequantize = _dequantize("nf4"), _dequantize("fp4")
 
 @implements("dynamic_quantize", **_OPERATION)
 def dynamic_quantize(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """Quantise by the 8-bit kernel with the dynamic map."""
+    """Return the codes and absmax of the 8-bit kernel with the dynamic map."""
     _require_interpreter(-(-x.numel() // block), x)
     from bitsandbytes.backends.triton import kernels_8bit_quant
     from bitsandbytes.functional import create_dynamic_map
@@ -90,14 +91,14 @@ def adamw8bit_step(
     p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, step: int, lr: float,
     betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Take one step by the fused kernel."""
+    """Take one step with the fused kernel; return p, m, m_absmax, v, v_absmax."""
     import torch
 
     _require_interpreter(len(m_absmax))
     from bitsandbytes.backends.triton import kernels_optim
     from bitsandbytes.functional import create_dynamic_map
 
-    # Its operators and its optimizer pass contiguous tensors to the kernels, and so does this.
+    # bitsandbytes' operators and optimizer pass contiguous tensors to the kernels, and so does this function.
     state = {"p": p, "state1": m, "absmax1": m_absmax, "state2": v, "absmax2": v_absmax}
     after = {name: t.clone(memory_format=torch.contiguous_format) for name, t in state.items()}
     kernels_optim.optimizer_update_8bit_blockwise_impl(

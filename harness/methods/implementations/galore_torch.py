@@ -1,4 +1,4 @@
-"""`galore-torch`: GaLore by its authors' package."""
+"""`galore-torch`: GaLore by the package of its authors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 @implements("galore", name="galore-torch", dtypes=DTYPES, requires=["galore_torch"])
 def galore(model: nn.Module, config: Config, generator: Generator) -> Adapted:
-    """Train with GaLoreAdamW, or GaLoreAdamW8bit for 8-bit moments; the reference selects layers and parameters.
+    """Return a model whose optimizer is GaLoreAdamW, or GaLoreAdamW8bit for 8-bit moments.
+
+    The reference selects the layers and parameters.
 
     Raises Unsupported for side=paper and for niter > 0, which the package does not have.
     """
@@ -57,7 +59,7 @@ def galore(model: nn.Module, config: Config, generator: Generator) -> Adapted:
 
 @implements("galore_step", name="galore-torch", kind="operation", dtypes=DTYPES, requires=["galore_torch"])
 def galore_step(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Take one step of GaLoreAdamW with given projector and moments; for the arguments see `_optimizer`."""
+    """Take one step of GaLoreAdamW with given projector and moments; return W, M, V. For arguments see `_optimizer`."""
     from galore_torch import GaLoreAdamW
 
     p, optimizer, state = _optimizer(GaLoreAdamW, no_deprecation_warning=True, **arguments)
@@ -70,9 +72,10 @@ def galore_step(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple[Tens
     "galore_step", name="galore-torch-8bit", kind="operation", requires=["galore_torch", "bitsandbytes"]
 )  # fmt: skip
 def galore_step_8bit(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Take one step of GaLoreAdamW8bit with moments of fewer than 4096 elements, which it stores in float32.
+    """Take one step of GaLoreAdamW8bit with moments of fewer than 4096 elements, which GaLoreAdamW8bit stores in float32.
 
-    Returns them in the dtype of the given moments. Raises Unsupported for larger ones, which it stores in 8 bits.
+    Returns W, M and V; the moments have the dtype of the given ones. Raises Unsupported for larger moments, which
+    GaLoreAdamW8bit stores in 8 bits.
     """
     import torch
     from galore_torch import GaLoreAdamW8bit
@@ -92,14 +95,14 @@ def galore_step_8bit(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple
 
 
 def _without_cuda() -> Any:
-    """Return a context without `torch.cuda.synchronize`, which GaLoreAdamW8bit calls on a CPU too, where CUDA is missing."""
+    """Return a context in which `torch.cuda.synchronize` does nothing without CUDA, as GaLoreAdamW8bit always calls it."""
     import torch
 
     return nullcontext() if torch.cuda.is_available() else patch("torch.cuda.synchronize")
 
 
 def _in_8_bits(groups: list[dict[str, Any]], **options: Any) -> Any:
-    """Return a GaLoreAdamW8bit that also steps without CUDA."""
+    """Return a GaLoreAdamW8bit that can also step without CUDA."""
     from galore_torch import GaLoreAdamW8bit
 
     class AnywhereGaLoreAdamW8bit(GaLoreAdamW8bit):  # type: ignore[misc]  # the package has no types
@@ -114,9 +117,9 @@ def _in_8_bits(groups: list[dict[str, Any]], **options: Any) -> Any:
 def _optimizer(
     kind: Any, W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, side: str, scale: float, **options: Any
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """Return a parameter with a gradient, its optimizer, and the state with a projector that is not due for a refresh.
+    """Return a parameter with its gradient, its optimizer, and its state with a projector that is not due for a refresh.
 
-    options: of the optimizer, such as lr.
+    options: options of the optimizer, such as lr.
     """
     import torch
     from galore_torch.galore_projector import GaLoreProjector
@@ -126,7 +129,7 @@ def _optimizer(
     rank = min(t.shape[1] for t in (P, Q) if t is not None)
     projection = {"update_proj_gap": 1_000_000, "scale": scale, "proj_type": side}
     projector = GaLoreProjector(rank, **projection)
-    # It stores P, and Q transposed; a list of both for `full`.
+    # The projector stores P, or the transpose of Q; for `full`, a list of both.
     bases = [*([P] if P is not None else []), *([Q.T.contiguous()] if Q is not None else [])]
     projector.ortho_matrix = bases if side == "full" else bases[0]
     optimizer = kind([{"params": [p], "rank": rank, **projection}], **options)

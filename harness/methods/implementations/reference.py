@@ -1,4 +1,4 @@
-"""`reference`: the references of all Methods and Operations, as one Implementation each."""
+"""`reference`: one Implementation for the reference of each Method and Operation."""
 
 from __future__ import annotations
 

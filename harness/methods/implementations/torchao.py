@@ -16,9 +16,9 @@ BLOCK, SCALER_BLOCK = 64, 256
 
 @implements("nf4_quantize", **_OPERATION)
 def nf4_quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Return the bytes of `to_nf4` and the absmax that it divides by, before its own quantisation of the absmax.
+    """Return the bytes of `to_nf4` and the absmax by which it divides, before it quantises the absmax too.
 
-    Raises Unsupported for three dimensions and for sizes that its blocks do not divide.
+    Raises Unsupported for three dimensions and for sizes that torchao's blocks do not divide.
     """
     from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
 
@@ -32,7 +32,7 @@ def nf4_quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
 def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, int, bool]]:
     """Replace the linear layers at `paths` by layers on an NF4Tensor; return path -> (bytes, decoded absmax, block, True).
 
-    Raises Unsupported for sizes that its blocks do not divide.
+    Raises Unsupported for sizes that torchao's blocks do not divide.
     """
     import torch
     from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
@@ -44,7 +44,7 @@ def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, 
 
         def __init__(self, dense: torch.nn.Linear) -> None:
             super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")
-            # In a list, since a module would register a tensor as its own.
+            # The tensor is in a list, since a module would register a tensor as its own.
             self.packed = [nf4_tensor.to_nf4(dense.weight.detach(), BLOCK, SCALER_BLOCK)]
             self.weight = torch.nn.Parameter(self.packed[0].quantized_data, requires_grad=False)
             self.compute_dtype = dtype
@@ -69,9 +69,10 @@ def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, 
 
 @implements("adamw8bit_step", **_OPERATION)
 def adamw8bit_step(p: Tensor, g: Tensor, step: int, **options: Any) -> tuple[Tensor, ...]:
-    """Take one step of AdamW8bit from a given state. options: m, m_absmax, v, v_absmax and the optimizer's options.
+    """Take one step of AdamW8bit from a given state; return p, m, m_absmax, v, v_absmax.
 
-    Raises Unsupported for sizes with 32-bit states in torchao.
+    options: m, m_absmax, v, v_absmax and the optimizer's options. Raises Unsupported for sizes for which torchao has
+    32-bit states.
     """
     import torch
     from torchao.optim import AdamW8bit

@@ -1,4 +1,4 @@
-"""`bitsandbytes`: 4-bit base weights, and its quantisers, its 4-bit layer and its optimizers as Operations."""
+"""`bitsandbytes`: 4-bit base weights; also its quantisers, 4-bit layer and optimizers as Operations."""
 
 from __future__ import annotations
 

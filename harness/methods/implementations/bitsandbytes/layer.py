@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def nf4_linear(
     x: Tensor, packed: Tensor, absmax: Tensor, block: int, shape: tuple[int, int], bias: Tensor | None, training: bool
 ) -> Any:
-    """Run a Linear4bit with the compute dtype of x."""
+    """Return the output of a Linear4bit on x, with the dtype of x as its compute dtype."""
     import bitsandbytes
     import torch
 

@@ -1,4 +1,4 @@
-"""bitsandbytes' 8-bit and paged AdamW, through their own `step`."""
+"""bitsandbytes' 8-bit and paged AdamW, called through their method `step`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ _NAMES = {"state1": "m", "absmax1": "m_absmax", "state2": "v", "absmax2": "v_abs
 
 @implements("adamw8bit_step", **_OPERATION)
 def adamw8bit_step(p: Tensor, g: Tensor, step: int, **options: Any) -> tuple[Tensor, ...]:
-    """Take one step of AdamW8bit from a given state. options: m, m_absmax, v, v_absmax and the optimizer's options."""
+    """Take one step of AdamW8bit from a given state; return p, m, m_absmax, v, v_absmax.
+
+    options: m, m_absmax, v, v_absmax and the optimizer's options.
+    """
     from bitsandbytes.optim import AdamW8bit
 
     return _step8bit(AdamW8bit, p, g, step, **options)
@@ -26,7 +29,7 @@ def adamw8bit_step(p: Tensor, g: Tensor, step: int, **options: Any) -> tuple[Ten
 
 @implements("adamw8bit_step", **_PAGED)
 def paged_adamw8bit_step(p: Tensor, g: Tensor, step: int, **options: Any) -> tuple[Tensor, ...]:
-    """Take one step of PagedAdamW8bit; paging changes no value."""
+    """Take one step of PagedAdamW8bit; return what `adamw8bit_step` returns, as paging changes no value."""
     from bitsandbytes.optim import PagedAdamW8bit
 
     with _without_the_warning():
@@ -51,7 +54,7 @@ def _step8bit(kind: Any, p: Tensor, g: Tensor, step: int, **options: Any) -> tup
 
 @implements("paged_adamw", **_OPERATION)
 def paged_adamw(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **options: Any) -> tuple[Tensor, ...]:
-    """Take the steps of PagedAdamW."""
+    """Take one step of PagedAdamW with each list of gradients; return the parameters."""
     from bitsandbytes.optim import PagedAdamW
 
     trained = _trained(params)
@@ -61,7 +64,7 @@ def paged_adamw(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **o
 
 @implements("paged_states", **_OPERATION)
 def paged_states(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
-    """Return 1 per parameter if PagedAdamW marks its first moment as paged, else 0."""
+    """Return a float tensor with one number per parameter: 1 if PagedAdamW marks its first moment as paged, else 0."""
     from bitsandbytes.optim import PagedAdamW
 
     return _are_paged(PagedAdamW, params, grads)
@@ -69,7 +72,7 @@ def paged_states(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
 
 @implements("paged_states", **_PAGED)
 def paged_8bit_states(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
-    """Return 1 per parameter if PagedAdamW8bit marks its first moment as paged, else 0."""
+    """Return a float tensor with one number per parameter: 1 if PagedAdamW8bit marks its first moment as paged, else 0."""
     from bitsandbytes.optim import PagedAdamW8bit
 
     return _are_paged(PagedAdamW8bit, params, grads)

@@ -1,4 +1,4 @@
-"""bitsandbytes' blockwise quantisers, through `bitsandbytes.functional`."""
+"""bitsandbytes' blockwise quantisers, called through `bitsandbytes.functional`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,10 @@ def state_of(absmax: Tensor, block: int, shape: tuple[int, ...], dtype: torch.dt
 
 @implements("double_quantize", **_OPERATION)
 def double_quantize(absmax: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Subtract the mean and quantise the rest in blocks, as `quantize_4bit` does with compress_statistics."""
+    """Subtract the mean and quantise the rest in blocks, as `quantize_4bit` does with compress_statistics.
+
+    Returns the codes, their absmax and the mean.
+    """
     from bitsandbytes.functional import quantize_blockwise
 
     offset = absmax.mean()
@@ -60,7 +63,7 @@ def double_quantize(absmax: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]
 
 @implements("double_dequantize", **_OPERATION)
 def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, block: int) -> Tensor:
-    """Decode the codes and add the mean, as `dequantize_4bit` does for a nested state."""
+    """Return the decoded codes plus the mean, as `dequantize_4bit` computes them for a nested state."""
     from bitsandbytes.functional import dequantize_blockwise
 
     constants: Tensor = dequantize_blockwise(codes, absmax=absmax2, blocksize=block) + offset
@@ -69,7 +72,7 @@ def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, block: int
 
 @implements("dynamic_quantize", **_OPERATION)
 def dynamic_quantize(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """Quantise by `quantize_blockwise` with its dynamic map."""
+    """Return the codes and absmax of `quantize_blockwise` with its dynamic map."""
     from bitsandbytes.functional import create_dynamic_map, quantize_blockwise
 
     codes, state = quantize_blockwise(x, code=create_dynamic_map(signed=signed).to(x.device), blocksize=block)

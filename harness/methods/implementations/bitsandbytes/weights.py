@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 def nf4(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, int]]:
     """Replace the linear layers at `paths` by bitsandbytes' NF4 layers, in place; return path -> (bytes, absmax, block).
 
-    Uses blocks of 64 weights without double quantisation. Matrix products and biases are in `dtype`.
-    Raises Unsupported for other layers.
+    The blocks have 64 weights, without double quantisation. Matrix products and biases are in `dtype`. Raises
+    Unsupported for other layers.
     """
     return _pack(model, paths, dtype, double=False)
 
 
 @implements("nf4-dq", name="bitsandbytes", kind="base", requires=["bitsandbytes"])
 def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, int, bool]]:
-    """Quantise as `nf4`, with double quantisation; return path -> (bytes, decoded absmax, block, True)."""
+    """Replace layers as `nf4` does, with double quantisation; return path -> (bytes, decoded absmax, block, True)."""
     return {path: (*form, True) for path, form in _pack(model, paths, dtype, double=True).items()}
 
 
@@ -63,8 +63,8 @@ def packed_layer(dense: nn.Linear, compute_dtype: torch.dtype, double: bool, blo
     ).to(weight.device)
     if dense.bias is not None:
         packed.bias = torch.nn.Parameter(dense.bias.detach().clone(), requires_grad=False)
-    # On CPUs with AVX512-BF16 its eval mode repacks the weight permanently and computes in bfloat16 regardless of
-    # compute_dtype; a later backward pass then has no gradient for the layer's input. Operation nf4_linear shows it.
+    # On CPUs with AVX512-BF16, eval mode repacks the weight permanently and computes in bfloat16, whatever compute_dtype is.
+    # A later backward pass then has no gradient for the layer's input. The Operation nf4_linear shows this.
     packed.support_avx512bf16_for_cpu = False
     return packed.train(dense.training)
 

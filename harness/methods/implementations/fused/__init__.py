@@ -1,4 +1,4 @@
-"""`fused`: the optimised code of `harness/kernels`, as Methods, packed bases and Operations.
+"""`fused`: implementations of Methods, packed bases and Operations by the optimised code of `harness/kernels`.
 
 Only the computation differs from the reference: adapted layers, initial state and merging are the reference's.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def implementations() -> list[Implementation]:
-    """Return an Implementation per Method, packed base and Operation. They import torch on their first call."""
+    """Return one Implementation per Method, packed base and Operation. They import torch on their first call."""
     names = [file.name for file in pkgutil.iter_modules(methods.__path__)]
     return [*map(_method, names), bases.nf4, bases.nf4_dq, *operations.implementations()]
 

@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 def nf4(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, int]]:
     """Replace the linear layers at `paths` by packed ones, in place; return path -> (bytes, absmax, block).
 
-    Blocks of 64, no double quantisation; matrix products and biases in `dtype`. Raises Unsupported for other layers.
+    The blocks have 64 weights, without double quantisation. Matrix products and biases are in `dtype`. Raises
+    Unsupported for other layers.
     """
     return _pack(model, paths, dtype, double=False)
 
 
 @implements("nf4-dq", name="fused", kind="base", dtypes=DTYPES)
 def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, int, bool]]:
-    """Quantise as `nf4`, with double quantisation; return path -> (bytes, decoded absmax, block, True)."""
+    """Replace layers as `nf4` does, with double quantisation; return path -> (bytes, decoded absmax, block, True)."""
     return {path: (*form, True) for path, form in _pack(model, paths, dtype, double=True).items()}
 
 

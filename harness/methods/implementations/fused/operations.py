@@ -14,7 +14,7 @@ _ALONE = (
     "adalora_importance", "adamw8bit_step", "dora_linear", "dynamic_quantize", "galore_step", "lora_linear",
     "multi_lora_linear", "nf4_linear", "nf4_lora_linear", "vera_linear",
 )  # fmt: skip
-"""Operations with a module of their own name."""
+"""Operations whose function and module have the Operation's name."""
 _FUNCTIONS = {name: f"{name}.{name}" for name in _ALONE} | {
     "galore8bit_step": "galore_step.galore8bit_step",
     "nf4_quantize": "nf4.quantize",
@@ -22,7 +22,7 @@ _FUNCTIONS = {name: f"{name}.{name}" for name in _ALONE} | {
     "double_quantize": "nf4.double_quantize",
     "double_dequantize": "nf4.double_dequantize",
 }
-"""Operation -> module and function."""
+"""Operation -> module and function in `harness/kernels/torch`."""
 _OPERATION: dict[str, Any] = {"name": "fused", "kind": "operation", "dtypes": DTYPES}
 
 
@@ -43,13 +43,15 @@ def _operation(name: str, path: str) -> Implementation:
 
 @implements("paged_adamw", **_OPERATION)
 def paged_adamw(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **options: Any) -> tuple[Tensor, ...]:
-    """Take steps of torch's AdamW; states of 100,000 elements or more are on the host between two steps."""
+    """Take steps of torch's AdamW and return the parameters. Between steps, states of 100,000 elements or more are on
+    the host.
+    """
     return tuple(p.detach() for p in _paged_steps(params, grads, **options)[1])
 
 
 @implements("paged_states", **_OPERATION)
 def paged_states(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
-    """Return for each parameter whether its states are paged, as 1 or 0."""
+    """Return a float tensor with one number per parameter: 1 if its states are paged, else 0."""
     import torch
 
     optimizer, trained = _paged_steps(params, [grads])

@@ -1,4 +1,4 @@
-"""peft's AdaLoRA: the layers, the term that its forward pass adds to the loss, and its allocator."""
+"""peft's AdaLoRA: its layers, the term that its forward pass adds to the loss, and its allocator."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def adalora(model: nn.Module, config: Config, generator: Generator) -> PeftAdapt
 
 def orthogonality(tuner: Any, model: nn.Module) -> Tensor:
     """Return the scalar that the forward pass of peft's AdaLoraModel adds to a model's loss."""
-    # Run its forward pass on a stand-in with a loss of zero; it reads only outputs and parameters.
+    # Run the tuner's forward pass on a stand-in with a loss of zero; the pass reads only outputs and parameters.
     factor = next(p for name, p in model.named_parameters() if f"lora_A.{ADAPTER}" in name)
     outputs = SimpleNamespace(loss=factor.detach().new_zeros(()))
     stand_in = SimpleNamespace(
@@ -63,7 +63,7 @@ def _tensors(layer: Any) -> dict[str, Tensor]:
 
 
 class PeftAdaLora(PeftAdapted):
-    """A model with peft's AdaLoRA layers. The averages are the allocator's; `mask` (R, 1) is its rank pattern."""
+    """A model with peft's AdaLoRA layers. The averages and the `mask` (R, 1), its rank pattern, are the allocator's."""
 
     def __init__(self, model: nn.Module, adalora_model: Any) -> None:
         import torch
@@ -90,11 +90,11 @@ class PeftAdaLora(PeftAdapted):
         return tensors
 
     def regularizer(self) -> Tensor:
-        """Return peft's regulariser."""
+        """Return the scalar that peft's AdaLoRA adds to the loss."""
         return orthogonality(self.tuner, self.model)
 
     def after_step(self, step: int) -> None:
-        """Call peft's allocator with the current masks, which may have been loaded, and read them back."""
+        """Call peft's allocator with the current masks, which may have been loaded, and read the new masks."""
         import torch
 
         config, names = self.tuner.peft_config[ADAPTER], {path: f"{path}.lora_E.{ADAPTER}" for path in self.layers}

@@ -1,4 +1,4 @@
-"""Attach peft's layers to a model, and present them as an Adapted."""
+"""Functions that attach peft's layers to a model, and the Adapted that holds these layers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 ADAPTER = "default"
-"""peft's name of the attached adapter, part of its parameters' names."""
+"""Name of the attached adapter in peft, and so a part of its parameters' names."""
 
 NamedTensors = Callable[[Any], dict[str, Any]]
-"""A function from one of peft's layers to tensors by the paper's letters."""
+"""A function that maps the paper's letters to the tensors of one of peft's layers."""
 
 
 def tuner(model: nn.Module, peft_config: Any, generator: Generator) -> Any:
@@ -36,7 +36,7 @@ def peft_model(model: nn.Module, peft_config: Any, generator: Generator, name: s
 
 @contextmanager
 def _marked(model: nn.Module) -> Iterator[None]:
-    """Mark a model with 4-bit layers as transformers does; otherwise peft treats a Linear4bit as an nn.Linear."""
+    """Mark a model with 4-bit layers as transformers marks it; otherwise peft treats a Linear4bit as an nn.Linear."""
     packed = any(type(module).__name__ == "Linear4bit" for module in model.modules())
     if not packed or hasattr(model, "is_loaded_in_4bit"):
         yield
@@ -49,7 +49,7 @@ def _marked(model: nn.Module) -> Iterator[None]:
 
 
 def second(model: nn.Module, peft_config: Any, generator: Generator) -> None:
-    """Attach an adapter of twice the rank to `model`, then the adapter of `peft_config`, and activate the latter."""
+    """Attach an adapter of twice the rank to `model`, then the adapter of `peft_config`, which becomes the active one."""
     import torch
 
     first_config = copy.deepcopy(peft_config)
@@ -82,11 +82,11 @@ class PeftAdapted:
         self.layers: dict[str, Any] = layers
 
     def tensors(self) -> dict[str, Tensor]:
-        """Map canonical names to peft's own parameters."""
+        """Map canonical names to the trainable tensors, which are peft's own parameters."""
         return {f"{path}.{name}": t for path, layer in self.layers.items() for name, t in self.trains(layer).items()}
 
     def state(self) -> dict[str, Tensor]:
-        """Map canonical names to peft's own tensors, or to views of them."""
+        """Map canonical names to the Method's frozen tensors: peft's own tensors, or views of them."""
         return {f"{path}.{name}": t for path, layer in self.layers.items() for name, t in self.frozen(layer).items()}
 
     def parameters(self) -> list[Tensor]:
@@ -104,12 +104,12 @@ class PeftAdapted:
         """Do nothing: there is no schedule."""
 
     def merge(self) -> None:
-        """Merge as peft does: into the base weight, in place; a 4-bit base is packed again, which loses a little."""
+        """Merge as peft does: into the base weight, in place. A 4-bit base is packed again, which adds a rounding error."""
         for layer in self.layers.values():
             layer.merge()
 
     def unmerge(self) -> None:
-        """Unmerge as peft does: by subtraction."""
+        """Unmerge as peft does, by subtraction."""
         for layer in self.layers.values():
             layer.unmerge()
 
@@ -118,7 +118,7 @@ class PeftAdapted:
         return {path: layer.base_layer for path, layer in self.layers.items()}
 
     def detach(self) -> None:
-        """Restore the base layers, as peft's `unload` does: with their current weights."""
+        """Restore the base layers with their current weights, as peft's `unload` does."""
         from reference.shared.layers import replace
 
         for path, base in self.bases().items():

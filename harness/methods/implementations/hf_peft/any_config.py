@@ -1,4 +1,4 @@
-"""Any method of peft by its adapter_config.json, without a reference."""
+"""Any method of peft, configured by an adapter_config.json; it has no reference."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from harness.process.out_of_memory import shortage
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 _REWRITING = ("pissa", "olora", "loftq")
-"""LoRA's `init_lora_weights` that overwrite the base weight."""
+"""Values of LoRA's `init_lora_weights` with which peft overwrites the base weight."""
 _NEAR_THE_BASE = ("VBLORA", "UNILORA")
 """Methods that start near the base model, but not exactly at it."""
 _NAMED_STARTS = ("LORA", "LOKR")
-"""Methods with named starts that equal the base model; others' (C3A's `gaussian`) are random."""
+"""Methods whose named starts equal the base model; named starts of other methods (C3A's `gaussian`) are random."""
 _ACT_BETWEEN_STEPS = ("ADALORA", "ADAMSS")
 """Methods that act between steps."""
 _STARTS = ("init_weights", "init_lora_weights", "init_ia3_weights")
@@ -30,8 +30,8 @@ _STARTS = ("init_weights", "init_lora_weights", "init_ia3_weights")
 def any_method(model: nn.Module, config: AdapterConfig, generator: Generator) -> AnyPeft:
     """Attach the adapter of `config.adapter_config`.
 
-    Raises ImplementationError with peft's message where peft refuses the config: unknown layers, values out of range. Raises
-    Unsupported for LoftQ without a GPU, because peft quantises only there.
+    Raises ImplementationError with peft's message if peft refuses the config, for example for unknown layers or values
+    out of range. Raises Unsupported for LoftQ without a GPU, because peft quantises only on a GPU.
     """
     import torch
     from peft import PeftConfig, PeftModel
@@ -64,7 +64,7 @@ def any_method(model: nn.Module, config: AdapterConfig, generator: Generator) ->
 
 
 def _check_target_parameters(names: object, parameters: set[str]) -> None:
-    """Raise ImplementationError for a name that matches no parameter: peft ignores it silently."""
+    """Raise ImplementationError for a name that matches no parameter, because peft would ignore it silently."""
     for name in names if isinstance(names, list) else ():
         if not any(parameter == name or parameter.endswith(f".{name}") for parameter in parameters):
             ends = sorted({parameter.rpartition(".")[2] for parameter in parameters})
@@ -79,7 +79,7 @@ def _gpu() -> bool:
 
 
 def _check_forward(model: Any) -> None:
-    """Run the model on two tokens: peft raises only then if it cannot use virtual tokens."""
+    """Run the model on two tokens, because peft raises an error only then if the model cannot use virtual tokens."""
     import torch
 
     with torch.no_grad():
@@ -87,7 +87,7 @@ def _check_forward(model: Any) -> None:
 
 
 def _select_task(model: nn.Module) -> None:
-    """Pass the task of each text to Poly's layers, as its tuner's forward pass does. A Cell has one task."""
+    """Pass the task of each text to Poly's layers, as the forward pass of Poly's tuner does. A Cell has one task."""
     for module in model.modules():
         if hasattr(module, "poly_router"):
             module.register_forward_pre_hook(_with_first_task, with_kwargs=True)
@@ -100,10 +100,10 @@ def _with_first_task(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, A
 
 
 class AnyPeft(PeftAdapted):
-    """A model with any of peft's methods. Names are peft's own, because a method may share tensors."""
+    """A model with any of peft's methods. Tensors have peft's names, because layers may share tensors."""
 
     starts_as_base: bool
-    """Whether the initial output is the base model's."""
+    """Whether the initial output equals the base model's."""
     rewrites_base: bool
     """Whether `attach` changes the base weight."""
     notes: list[str]
@@ -134,7 +134,7 @@ class AnyPeft(PeftAdapted):
         return dict(self.trainable)
 
     def saved(self) -> dict[str, Tensor]:
-        """Map names to the tensors of peft's `save_pretrained`."""
+        """Map names to the tensors that peft's `save_pretrained` saves."""
         from peft import get_peft_model_state_dict
 
         tensors: dict[str, Any] = get_peft_model_state_dict(
@@ -143,7 +143,7 @@ class AnyPeft(PeftAdapted):
         return tensors
 
     def regularizer(self) -> Tensor | None:
-        """Return AdaLoRA's regulariser; no other supported method has one."""
+        """Return the scalar that AdaLoRA adds to the loss, or None for other methods, none of which adds one."""
         return orthogonality(self.wrapper.base_model, self.model) if self.kind == "ADALORA" else None
 
     def after_step(self, step: int) -> None:
@@ -167,7 +167,7 @@ class AnyPeft(PeftAdapted):
         self.wrapper.unmerge_adapter()
 
     def reloaded(self, base: nn.Module) -> nn.Module:
-        """Save the adapter, load it into `base`, the original model, as another process would, and return `base`."""
+        """Save the adapter, load it into the original model `base` as another process would, and return `base`."""
         from tempfile import TemporaryDirectory
 
         from peft import PeftConfig
@@ -182,20 +182,20 @@ class AnyPeft(PeftAdapted):
         from peft import PeftModel
 
         config.task_type = None  # otherwise peft would wrap a classifier's head
-        # Trainable, because torch may choose other kernels for weights without gradients, which differ in the last digits.
+        # Load it as trainable: for weights without gradients torch may choose kernels that differ in the last digits.
         PeftModel.from_pretrained(base, folder, adapter_name=ADAPTER, config=config, is_trainable=True)
         _select_task(base)
 
 
 class PromptPeft(AnyPeft):
-    """A model with virtual tokens before its text; there are no adapted layers and nothing to merge."""
+    """A model with virtual tokens before its text. It has no adapted layers and nothing to merge."""
 
     def __init__(self, model: nn.Module, wrapper: Any, notes: list[str]) -> None:
         super().__init__(model, wrapper, notes)
         self.starts_as_base = False
 
     def merge(self) -> None:
-        """Raise NotImplementedError."""
+        """Raise NotImplementedError: virtual tokens cannot be merged."""
         raise NotImplementedError("virtual tokens are a part of the input, not of the weights")
 
     def detach(self) -> None:

@@ -1,4 +1,4 @@
-"""Methods of peft's LoraConfig: LoRA on every kind of layer, DoRA, PiSSA."""
+"""The Methods that peft's LoraConfig offers: LoRA on every kind of layer, DoRA and PiSSA."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def lora(model: nn.Module, config: reference_lora.Config, generator: Generator) 
         kinds,
         use_rslora=config.rslora,
         init_lora_weights=True if config.init == "kaiming" else config.init,
-        # As users of GPT-2 set it. Otherwise peft sets it layer by layer and warns.
+        # Users of GPT-2 set this too. Otherwise peft sets it layer by layer and warns.
         fan_in_fan_out="Conv1D" in kinds.values(),
     )
     return PeftLora(peft_model(model, peft_config, generator), peft_config)
@@ -56,10 +56,10 @@ class PeftLora(PeftAdapted):
 
     @contextmanager
     def mixed(self, adapters: Sequence[Mapping[str, Tensor]]) -> Iterator[None]:
-        """Send row n of each batch through adapter n (in the form of `tensors()`), by peft's `adapter_names`.
+        """Send row n of each batch through adapter n by peft's `adapter_names`. An adapter has the form of `tensors()`.
 
-        peft passes the names to its layers by hooks that it sets at every call of its wrapper; here they stay set, since
-        the inner model is called.
+        peft sets hooks that pass the names to its layers at every call of its wrapper. The harness calls the inner
+        model, so the hooks stay set here.
         """
         import torch
 
@@ -104,7 +104,7 @@ def dora(model: nn.Module, config: reference_dora.Config, generator: Generator) 
 def pissa(model: nn.Module, config: reference_pissa.Config, generator: Generator) -> PeftAdapted:
     """Attach peft's PiSSA to linear layers and embeddings. peft refuses to split a float64 weight.
 
-    It overwrites the base weight with the residual, so `detach` leaves a base without its principal part.
+    peft overwrites the base weight with the residual, so `detach` leaves a base without its principal part.
     """
     from reference.shared.layers import targets
 
@@ -117,7 +117,7 @@ def pissa(model: nn.Module, config: reference_pissa.Config, generator: Generator
 def reloaded_pissa(model: nn.Module, config: reference_pissa.Config, generator: Generator) -> PeftAdapted:
     """Attach peft's PiSSA, save the adapter, and load it into the original model, as another process would.
 
-    Raises Unsupported without `niter`, because the exact SVD is the same every time, and for embeddings.
+    Raises Unsupported for embeddings, and without `niter`, because the exact SVD is the same every time.
     """
     from tempfile import TemporaryDirectory
 
@@ -158,7 +158,7 @@ def lora_config(config: Any, paths: Iterable[str], **options: Any) -> Any:
 
 
 def _residual(layer: Any) -> Tensor:
-    """Return the residual as (out, in); an embedding stores it transposed."""
+    """Return the residual, shape (out, in); an embedding stores the transpose."""
     weight: Tensor = layer.base_layer.weight.data
     return weight.T if ADAPTER in layer.lora_embedding_A else weight
 

@@ -1,4 +1,4 @@
-"""peft's batch of mixed adapters: `adapter_names` in the forward pass."""
+"""peft's LoRA with several adapters in one batch, selected by `adapter_names` in the forward pass."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from harness.methods.registry import DTYPES, implements
 if TYPE_CHECKING:
     from torch import Tensor
 _NONE = "__base__"
-"""peft's name of no adapter."""
+"""The adapter name with which peft uses no adapter."""
 
 
 @implements("multi_lora_linear", name="hf-peft", kind="operation", dtypes=DTYPES, requires=["peft"])
 def multi_lora_linear(
     x: Tensor, W: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], scalings: Sequence[float], ids: Tensor
 ) -> Any:
-    """Run one of peft's layers with several adapters on a batch that names one per sequence.
+    """Run one of peft's layers with several adapters on a batch that names one adapter per sequence; return its output.
 
-    Adapters in 16 bits are cast to float32, as peft does when it loads them.
+    Adapters in 16 bits are cast to float32, as peft casts them on loading.
     """
     import torch
     from peft import LoraConfig, get_peft_model

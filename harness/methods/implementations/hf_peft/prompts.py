@@ -1,9 +1,10 @@
 """peft's prompt learning in place: virtual tokens before every text, by the forward pass of peft's own model.
 
-peft wraps a model for these methods; the harness trains, scores and times the model itself. So the model gets a class with a
-forward pass that calls peft's wrapper and returns the logits of the text alone. It corrects two things: padding before a
-text must not shift positions, but peft drops the position ids; and peft 0.21 generates incorrectly with transformers from
-5.24 on, because it reads the cache under its old name and repeats its tokens before every new one.
+peft wraps a model for these methods, but the harness trains, scores and times the model itself. So the model gets a
+class whose forward pass calls peft's wrapper and returns the logits of the text alone. This forward pass corrects two
+errors. peft drops the position ids, so that padding before a text would shift positions. And peft 0.21 generates
+incorrectly with transformers from 5.24 on: it reads the cache under its old name, and repeats its virtual tokens before
+every new token.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def attach(model: Any, config: Any, name: str) -> Any:
 
 
 def restore(model: Any, wrapper: Any) -> None:
-    """Run `model` through peft's wrapper; this also undoes `remove`."""
+    """Let `model` run through peft's wrapper; this also undoes `remove`."""
     model.__dict__["wrapper"] = wrapper  # no submodule, which would register all parameters twice
     model.__dict__["virtual_tokens"] = wrapper.active_peft_config.num_virtual_tokens
     model.prompt_encoder = wrapper.prompt_encoder
@@ -72,7 +73,10 @@ def _prompted(
     position_ids: Tensor | None = None,
     **options: Any,
 ) -> Any:
-    """Run peft's forward pass, or the model's own if the cache already has the virtual tokens."""
+    """Run peft's forward pass, or the model's own if the cache already has the virtual tokens; return the output.
+
+    Raises UsageError if gradient checkpointing is on in training and the virtual tokens are passed as a cache.
+    """
     import torch
 
     wrapper = model.wrapper
@@ -103,9 +107,9 @@ def _prompted(
 
 
 def _numbered(model: Any, own: Any, **options: Any) -> Any:
-    """Run `own` with position ids that padding between virtual tokens and text does not shift.
+    """Run `own` with position ids that padding between virtual tokens and text does not shift; return its output.
 
-    Also rename peft's cache as the model expects it; otherwise transformers warns, and from 5.40 on raises.
+    Pass peft's cache under the name that the model expects; otherwise transformers warns, and from 5.40 on raises an error.
     """
     parameters = inspect.signature(own).parameters
     mask = options.get("attention_mask")

@@ -31,7 +31,7 @@ def qlora(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted
 
 
 def _packed_tensors(layer: Any) -> dict[str, Tensor]:
-    """Map the reference's names to bitsandbytes' tensors: two, or four with double quantisation."""
+    """Map the reference's names to bitsandbytes' tensors: two tensors, or four with double quantisation."""
     weight = layer.base_layer.weight
     quantised = weight.quant_state
     tensors = {"codes": weight.data.flatten(), "absmax": quantised.absmax}

@@ -22,7 +22,7 @@ def vera(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
 
 @implements("vera", name="hf-peft-second", dtypes=["float32"], requires=["peft"])
 def second_vera(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
-    """Attach peft's VeRA to a model with another VeRA adapter of twice the rank; peft refuses a smaller one."""
+    """Attach peft's VeRA to a model that already has a VeRA adapter of twice the rank; peft refuses a smaller first one."""
     second(model, _config(model, config), generator)
     return PeftAdapted(model, _vectors, _projections)
 
@@ -48,7 +48,7 @@ def _vectors(layer: Any) -> dict[str, Tensor]:
 
 
 def _projections(layer: Any) -> dict[str, Tensor]:
-    """Return a layer's slices of the shared pair, as in peft's forward pass."""
+    """Return a layer's slices A and B of the shared projections, as peft's forward pass takes them."""
     return {
         "A": layer.vera_A[ADAPTER][:, : layer.in_features],
         "B": layer.vera_B[ADAPTER][: layer.out_features],

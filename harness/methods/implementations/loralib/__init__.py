@@ -1,4 +1,4 @@
-"""`loralib`: LoRA's layers by its authors, in place of the model's, with the same weight tensors."""
+"""`loralib`: LoRA by its authors' package. Its layers replace the model's layers and share their weight tensors."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def lora(model: nn.Module, config: Config, generator: Generator) -> Adapted:
     """Replace the targets by loralib's Linear, Embedding or Conv2d.
 
-    A Conv1D becomes a Linear with fan_in_fan_out. loralib draws from torch's global generator, seeded here. Raises
-    Unsupported for rslora, conv=peft, packed weights, and subclasses with another forward pass.
+    A Conv1D becomes a Linear with fan_in_fan_out. loralib draws from torch's global generator, which is seeded here.
+    Raises Unsupported for rslora, conv=peft, packed weights, and subclasses with another forward pass.
     """
     from harness.methods.implementations.loralib.layers import attach
 

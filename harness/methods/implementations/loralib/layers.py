@@ -16,7 +16,7 @@ from reference.shared.lora_start import write_initial_factors
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> LoralibLayers:
-    """Replace the targets by loralib's layers."""
+    """Replace the targets by loralib's layers and return the Adapted. Raises Unsupported for other configs and layers."""
     if config.rslora:
         raise Unsupported("loralib has no rslora: its scaling is alpha / r")
     bases = targets(model, config.targets, KINDS)
@@ -24,7 +24,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Lora
         torch.manual_seed(generator.initial_seed())
         layers = {path: _layer(path, base, config) for path, base in bases.items()}
     for path, layer in layers.items():
-        if config.init != "kaiming":  # loralib's own start; its users write any other themselves
+        if config.init != "kaiming":  # kaiming is loralib's own start; its users write any other start themselves
             if kind_of(bases[path]) not in ("linear", "Conv1D"):
                 raise Unsupported(f"{path}: init={config.init} with loralib supports linear layers only")
             write_initial_factors(config.init, layer.lora_A, layer.lora_B, generator)

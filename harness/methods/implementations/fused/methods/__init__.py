@@ -1,4 +1,4 @@
-"""Methods of `fused`, one file each: the reference's layers with another forward pass, and `attach`.
+"""Methods of `fused`, one file each, with `attach` and the reference's layers with another forward pass.
 
-The layers are classes of modules, so that a model can be pickled. The files import torch.
+The layer classes are defined at module level, so that a model can be pickled. The files import torch.
 """

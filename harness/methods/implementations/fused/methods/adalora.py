@@ -15,7 +15,7 @@ from reference import adalora
 
 
 class FusedAdaLoraLinear(FusedLowRankLayer, adalora.AdaLoraLinear):
-    """Compute as the fused LoRA, with A scaled by lambda."""
+    """AdaLoRA's layer, computed as the fused LoRA with A scaled by lambda."""
 
     def left_factor(self) -> Tensor:
         """Return Lambda Q, shape (R, D)."""
@@ -23,7 +23,7 @@ class FusedAdaLoraLinear(FusedLowRankLayer, adalora.AdaLoraLinear):
 
 
 class FusedAdaLora(adalora.AdaLoraAdapted):
-    """Update the averages of all layers together."""
+    """A model with AdaLoRA that updates the averages of all layers together."""
 
     def observe(self) -> None:
         """Update every layer's importance with the current gradients."""

@@ -1,9 +1,9 @@
-"""DoRA as one product with the low-rank term, and a gain per output.
+"""DoRA computed as one product with the low-rank term, and a gain per output.
 
-With dropout, which leaves d of x, the reference computes W0 x + b + (g - 1) W0 d + g s B A d, and this file
-W0 (x - d) + b + g (W0 d + s B A d): where W0 and s B A nearly cancel, they do so in the accumulator of one product. While g
-is 1 and B is 0, the output equals the base's within rounding, not to the last bit; near a dropout of 1, which makes d large,
-this costs digits.
+Let d be x after dropout. The reference computes W0 x + b + (g - 1) W0 d + g s B A d; this file computes W0 (x - d) + b
++ g (W0 d + s B A d). If W0 and s B A nearly cancel, they do so in the accumulator of one product. If g is 1 and B is 0,
+the output equals the base's output within rounding, but not to the last bit. A dropout near 1 makes d large, so that
+digits are lost.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from reference.shared.layers import dense_weight
 
 
 class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
-    """Compute by `dora_linear`; over the fused NF4 by the product with the low-rank term, and the gain.
+    """DoRA's layer, computed by `dora_linear`, or over the fused NF4 by a product with the low-rank term and the gain.
 
-    Unlike the reference, it saves no decoded copy of a 4-bit weight for the backward pass.
+    Unlike the reference, the layer saves no decoded copy of a 4-bit weight for the backward pass.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
             mask = self._mask(x) if drops else None
             return dora_linear(x, base.weight, base.bias, self.A, self.B, self.m, self.scaling, mask)
         W = base.packed_weight.in_buffer(x.dtype) if packed else base.weight
-        norm = row_norms(W, self.A, self.B, self.scaling)  # now: the next call overwrites the buffer
+        norm = row_norms(W, self.A, self.B, self.scaling)  # before the next call, which overwrites the buffer
         bias = None if base.bias is None else base.bias.to(x.dtype)
         if not drops:
             return gained(self.input_group(self, x), bias, self.m, norm)
@@ -62,7 +62,7 @@ class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
         return mask / share
 
     def _by_calls(self, x: Tensor) -> Tensor:
-        """Compute as the reference, with W0 d by a call of the base, which decodes its weight each time."""
+        """Return the output as the reference computes it, but call the base for W0 d; it decodes its weight each time."""
         base: Any = self.base
         g = dora.gain(self.m, row_norms(dense_weight(base), self.A, self.B, self.scaling))
         y: Tensor = base(x)
@@ -86,7 +86,7 @@ class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
 
 
 def _without_bias(base: Any, x: Tensor) -> Tensor:
-    """Return W0 x exactly; (W0 x + b) - b would round."""
+    """Return W0 x, computed without the bias: (W0 x + b) - b would round."""
     bias, base.bias = base.bias, None
     try:
         y: Tensor = base(x)
@@ -99,7 +99,7 @@ def attach(model: nn.Module, config: dora.Config, generator: torch.Generator) ->
     """Attach layers that compute by `dora_linear` to `config.targets`.
 
     Raises Unsupported for per=input and for a norm with a gradient. A layer over another quantised base computes as the
-    reference does, with the base's own product instead of one with its decoded weight.
+    reference does, but calls the base instead of multiplying by its decoded weight.
     """
     if config.per != "output" or not config.detach_norm:
         raise Unsupported("the fused DoRA supports per=output with detach_norm=true only")

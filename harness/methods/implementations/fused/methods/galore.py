@@ -1,9 +1,10 @@
 """GaLore without temporaries of the weight's size and without a full SVD.
 
-The singular vectors of a gradient in float32 or less are eigenvectors of the smaller Gram matrix in float64, in which its
-products are exact, instead of an SVD in float32: squares in float64 resolve what an SVD in float32 resolves. A float64
-gradient gets an SVD. The randomised SVD (niter > 0) takes bases by Cholesky in float64 instead of Householder reflections
-where the columns are far enough from dependent; both span the same space. The sketch is the reference's.
+The singular vectors of a gradient in float32 or less come from the eigenvectors of the smaller Gram matrix in float64,
+not from an SVD in float32. float64 holds the products of float32 numbers exactly, so that the squared singular values
+are as precise as the values of an SVD in float32. A float64 gradient gets an SVD. The randomised SVD (niter > 0)
+computes bases by Cholesky in float64 instead of Householder reflections if the columns are far enough from dependent;
+both span the same space. The sketch is the reference's.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from reference.shared import galore_moments
 
 
 class GaLore(galore.GaLore):
-    """The reference's optimizer, stepped by `galore_step_` and `adam_step_`. A refresh does not change the moments."""
+    """The reference's optimizer with steps by `galore_step_` and `adam_step_`. A refresh does not change the moments."""
 
     @torch.no_grad()
     def update(self, p: Tensor, G: Tensor, group: dict[str, Any]) -> None:
@@ -53,7 +54,7 @@ class FusedGaLoreModel(galore.GaLoreModel):
 
 
 def attach(model: nn.Module, config: galore.Config, generator: torch.Generator) -> galore.GaLoreModel:
-    """Train with the fused GaLore; the reference selects layers and parameters."""
+    """Return the model as the reference prepares it, with the fused optimizer; the reference selects what trains."""
     adapted = galore.attach(model, config, generator)
     adapted.__class__ = FusedGaLoreModel
     return adapted

@@ -15,7 +15,7 @@ from reference.shared.adapted import AdaptedLayers
 
 
 class FusedLowRankLayer(SharedInputLayer):
-    """Compute by `lora_linear`; without dropout, together with layers of the same input."""
+    """A low-rank layer, computed by `lora_linear`; without dropout, together with layers that have the same input."""
 
     A: nn.Parameter
     B: nn.Parameter
@@ -33,7 +33,7 @@ class FusedLowRankLayer(SharedInputLayer):
         return self.input_group(self, x)
 
     def forward_alone(self, x: Tensor) -> Tensor:
-        """Return the output without sharing work with other layers."""
+        """Return the output, shape (..., E), without sharing work with other layers."""
         return lora_linear_over(self.base, x, self.left_factor(), self.B, self.scaling)
 
     def factors(self, x: Tensor) -> LoraFactors | None:

@@ -13,7 +13,7 @@ from reference.shared.adapted import AdaptedLayers
 
 
 class FusedQloraLinear(qlora.QloraLinear):
-    """Compute by `packed_lora_linear`."""
+    """QLoRA's layer, computed by `packed_lora_linear`."""
 
     def _packed(self) -> PackedWeight:
         shape = self.base.out_features, self.base.in_features

@@ -15,7 +15,7 @@ from reference.shared.adapted import AdaptedLayers
 
 
 class FusedVeraLinear(vera.VeraLinear):
-    """Compute by `vera_linear`."""
+    """VeRA's layer, computed by `vera_linear`."""
 
     shared: SharedProjection
     """Cache of the product with A, shared by the layers of a model."""
@@ -32,7 +32,7 @@ class FusedVeraLinear(vera.VeraLinear):
 
 
 def attach(model: nn.Module, config: vera.Config, generator: torch.Generator) -> AdaptedLayers:
-    """Attach layers that compute by `vera_linear` to `config.targets`; over a quantised base they equal the reference's."""
+    """Attach layers that compute by `vera_linear` to `config.targets`, or as the reference does over a quantised base."""
     adapted = vera.attach(model, config, generator)
     shared = SharedProjection()
     layers: dict[str, Any] = adapted.layers
