@@ -20,7 +20,7 @@ from harness.process.out_of_memory import shortage
 
 _COMPILER = ("torch._dynamo", "torch._inductor")
 _PROBED_TOKENS = 4
-"""The smallest `max_tokens` that a suite may have."""
+"""Tokens of a probe text: the smallest `max_tokens` that a suite may have."""
 _NAMED = 6
 """Maximum number of weights that a note names. A usual head has no more."""
 

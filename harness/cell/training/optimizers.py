@@ -88,7 +88,7 @@ def _master(parameter: Tensor) -> Tensor:
 
 
 BETAS, EPS = (0.9, 0.999), 1e-8
-"""The values in AdamW's paper and torch's defaults. They are set here, because a release of torch may change its defaults."""
+"""The values of AdamW's paper and torch's defaults. They are set here, because torch may change its defaults."""
 PAGE_BUDGET_B = 0
 """Bytes of paged states that stay on the device between two steps. With 0, paging saves the most memory and is slowest."""
 _OURS = (harness.kernels.torch.optimizers.adamw8bit.AdamW8bit, harness.kernels.torch.optimizers.paged.Paged)
