@@ -10,7 +10,7 @@ from pathlib import Path
 
 _NAMED = re.compile(rb"Killed process (\d+)|oom-kill:[^\n]*,pid=(\d+)")
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
-"""Inode of the namespace of process ids in the kernel's log. In a container, the same number is another process."""
+"""The namespace of the process ids in the kernel's log. In a container, the same id belongs to another process."""
 _COUNTERS = ("memory.events", "memory.oom_control")
 """Files of a cgroup, in v2 and in v1."""
 _MACHINE = "vmstat"

@@ -166,7 +166,7 @@ def _measure(session: _Session, executor: Executor, context: RunContext) -> stor
 
 @contextlib.contextmanager
 def _errors_name(folder: store.RunFolder) -> Iterator[None]:
-    """Add the folder of the run to the message of every error inside the context."""
+    """Add a note with the folder of the finished Cells to every error inside the context."""
     try:
         yield
     except BaseException as error:

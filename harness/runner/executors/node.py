@@ -23,7 +23,7 @@ _BEGUN = "begun on "
 
 
 class RecalledError(HarnessError):
-    """The runner wants to end its Cells on this machine."""
+    """Ends the Cells on this machine, because the run was ended or resumed elsewhere."""
 
 
 class MissingPathError(StoreError):

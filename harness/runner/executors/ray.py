@@ -42,7 +42,7 @@ class _Finished:
     """Time by time.monotonic() until which the Record may become visible."""
 
     def is_known(self, context: RunContext) -> bool:
-        """Return whether the Record is visible, or can no longer appear. Raises StoreError if its folder is not visible."""
+        """Return whether the Record is visible, or will never be. Raises StoreError if a Record exists only elsewhere."""
         path = context.folder.record_path(self.job.cell.cell_id, self.job.attempt)
         if path.exists() or time.monotonic() < self.until:
             return path.exists()
@@ -71,7 +71,7 @@ class Ray:
         self._cpus = 1
         """Cores of each Cell."""
         self._max_threads: int = 2**20
-        """Maximum number of threads of a Cell if Ray runs on this machine only; a cluster's machines set their own limit."""
+        """Maximum number of threads per Cell if Ray runs only on this machine; machines of a cluster have own limits."""
         self._visible_s = node.VISIBLE_S
         self._blind: set[str] = set()
         """Nodes that do not see the run folder or an asset."""
