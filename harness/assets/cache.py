@@ -59,8 +59,8 @@ def staging(what: str) -> Iterator[Path]:
     """Create a folder on the cache's file system, yield it, and remove it at the end of the block.
 
     The process locks the folder, so that a later process recognises and removes the folders of killed processes. Raises
-    AssetError for a full disk, a folder that cannot be written, and any OSError inside the block. what: name of the asset for
-    messages.
+    AssetError for a full disk, a folder that cannot be written, and any OSError inside the block. what: name of the asset
+    for messages.
     """
     with _asset_errors(what):
         base = root() / "staging"

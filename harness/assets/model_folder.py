@@ -135,7 +135,7 @@ def _weights(folder: Path) -> list[Path]:
 
 _NAMES = {"causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "encoder": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"}
 CACHES = ("cache", "past_key_values", "cache_params")
-"""Names of the key-value cache argument: since transformers 5.24, in older releases, and there for state-space models."""
+"""Names of the key-value cache argument: since transformers 5.24, in older releases, and in these for state-space models."""
 _START, _END = " = OrderedDict(", "\n)\n"
 
 

@@ -1,7 +1,7 @@
 """Build a model from its config on the meta device, without weights, and find names that match no layer.
 
-`python -m harness.assets.structure JSON` takes a list of [FOLDER, KIND, NAMES]. For each entry it prints a line: ANSWER, then
-a JSON object that maps each name without a layer to the reason.
+`python -m harness.assets.structure JSON` takes a list of [FOLDER, KIND, NAMES]. For each entry it prints a line: ANSWER,
+then a JSON object that maps each name without a layer to the reason.
 """
 
 from __future__ import annotations

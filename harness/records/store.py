@@ -191,7 +191,7 @@ class RunFolder:
         return max((int(n) for n in numbers if n.isdecimal()), default=0) + 1
 
     def write_record(self, record: Record) -> None:
-        """Write one Record. Raises FileExistsError if it exists already."""
+        """Write one Record. Raises StoreError if the attempt has a Record already."""
         path = self.record_path(record.cell_id, record.attempt)
         try:
             write(path, record, new=True)
