@@ -91,7 +91,7 @@ def count(
 def default_targets(model: nn.Module) -> list[str]:
     """Return targets that match all linear layers except the output layer.
 
-    A target is the shortest end of a layer's path that matches no layer of another kind.
+    Each target is the shortest end of a layer's path that matches no module outside these layers.
     """
     inner = surgery.targets(model, ("all-linear",), surgery.LINEAR)
     outside = {end for path, _ in model.named_modules() if path not in inner for end in _ends(path)}

@@ -227,7 +227,7 @@ def best_row(
     base: str,
     optimizer: str,
 ) -> FitRow:
-    """Return the row with the largest rank x batch that fits; if activations are unknown, with the largest rank that fits."""
+    """Return the row of the largest rank x batch that fits; if activations are unknown, of the largest rank that fits."""
     found: tuple[int, FitRow] | None = None
     room, logits, most = request.memory.number_B, counted["logits"], counted["positions"]
     layerwise = request.layerwise and methods()[method].spec.trains_weights

@@ -59,9 +59,7 @@ def peak(
         if not isinstance(found, str):
             return {"peak_B": found + others_B, "peak_by": by}
         errors.append(found)
-        if (
-            found == _LATE
-        ):  # slow code works in small pieces, so that the reference's peak would be too low
+        if found == _LATE:  # slow code works in small pieces, so that the reference's peak would be too low
             break
     return {"no_peak": errors[0]}
 

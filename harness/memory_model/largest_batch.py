@@ -11,7 +11,7 @@ _MAX_STEPS = 24
 def search(
     peak: Callable[[int], int | str], room: int, first: int, lasting: int, most: int | None = None, grain: float = 0.0
 ) -> dict[int, int] | str:
-    """Map the size of each tried step to its peak in bytes; or return the reason why no step can run.
+    """Map the size of each tried step to its peak in bytes; or, if no tried step fits, return the reason of a failed step.
 
     peak: returns the bytes of a step of a given size, monotonically increasing, or the reason why it cannot run. room: bytes
     available. first: size to begin with. lasting: estimated bytes of an empty step. most: largest size to try. grain:
@@ -38,8 +38,8 @@ def largest_fitting(tried: Mapping[int, int], room: int) -> int:
 def _next(tried: Mapping[int, int], room: int, lasting: int, most: int | None, grain: float, streak: int) -> int | None:
     """Return the next size to try, or None if the largest fitting size is known within the grain.
 
-    Interpolates linearly between the bounds. The peak is a maximum over stages, and so not quite linear; therefore it bisects
-    if several steps in a row (`streak`) have moved the same bound.
+    Interpolates linearly between the bounds, but bisects if several steps in a row (`streak`) have moved the same bound: the
+    peak is a maximum over stages, and so not quite linear.
     """
     fits = largest_fitting(tried, room)
     fails = min((n for n, peak in tried.items() if peak > room), default=None)

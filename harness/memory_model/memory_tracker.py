@@ -1,8 +1,8 @@
 """Count the bytes of existing tensors while a program runs on fake tensors.
 
 A cache stores the outputs of operations, because torch would take several times as long to compute them, and a step repeats
-the same operations for every block and every trainable tensor. Entries describe shapes and hold no tensors, so that no tensor
-lives longer than without the cache.
+the same operations for every block and every trainable tensor. Entries describe shapes and hold no tensors, so that no
+tensor lives longer than without the cache.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ outputs: dict[Hashable, _Output] = {}
 
 
 def cached_output(fake: FakeTensorMode, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return `func(*args, **kwargs)` from the cache if possible. At least one argument is a tensor; tensors may have data."""
+    """Return `func(*args, **kwargs)`, from the cache if possible. At least one argument is a tensor, maybe with data."""
     if func._schema.is_mutable:
         made = args[0] if _writes_only(func, args) else func(*args, **kwargs)
         return kwargs.get("out", made)  # torch's own cache would return another tensor than `out`

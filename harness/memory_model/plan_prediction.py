@@ -47,7 +47,7 @@ def prediction(cell: Cell, counted: ModelCount, *, on_cpu: bool = False, every_t
     on_cpu: whether host memory is also the device's memory, so that paged states count too. every_token: whether every token
     has a loss (`loss: all`), as in the task `synthetic`.
 
-    Activations and logits are those of texts with `max_tokens` tokens. This is an upper bound, and exact for `synthetic`. The
+    Activations and logits are those of texts with `max_tokens` tokens: an upper bound, which is exact for `synthetic`. The
     function predicts neither compiled models, nor logits of tasks with a loss on answers only.
     """
     if error := counted.get("error"):

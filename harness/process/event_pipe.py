@@ -22,8 +22,8 @@ class Emit(Protocol):
 def event_writer(events: int, lifeline: int) -> Iterator[Emit]:
     """Yield a function that writes events to the descriptor `events`, and redirect stdout to stderr, also for C libraries.
 
-    A fork that a plug-in makes inherits both, but its events are dropped. This process dies when the process at the other end
-    of the pipe `lifeline` dies. The last event is `done`, with the id of the process that watches the lifeline.
+    A fork that a plug-in makes inherits both, but its events are dropped. This process dies when the process at the other
+    end of the pipe `lifeline` dies. The last event is `done`, with the id of the process that watches the lifeline.
     """
     watcher = die_with_parent(lifeline, events)
     os.dup2(2, 1)

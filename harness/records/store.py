@@ -4,8 +4,8 @@ Every file is complete: no reader sees a part of a file.
 
 results/runs/<run>/run.json  cells/<cell_id>.<attempt>.json  logs/  footer.json  report.html  lock
 
-The footer holds the hashes of the other files. The hashes are no signature: if somebody changes a file and also its hash in
-the footer, the change leaves no trace.
+The footer holds the hashes of the other files. The hashes are no signature: a change of a file leaves no trace if its hash
+in the footer is changed too.
 """
 
 from __future__ import annotations
