@@ -1,1 +1,1 @@
-"""Models and data: declared in one table, fetched once, verified and cached."""
+"""Models and data. One table declares them; each is fetched once, verified and cached."""

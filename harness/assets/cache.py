@@ -1,4 +1,4 @@
-"""The cache folder, which holds complete entries only: an entry is built in `staging/` and then renamed into place.
+"""The cache folder. It holds only complete entries: an entry is built in `staging/` and then renamed to its final path.
 
 Folders: models/NAME-KEY/, data/NAME-KEY/, carriers/ (files that users put there), staging/.
 """
@@ -22,7 +22,7 @@ from harness.assets.table import Source
 from harness.errors import AssetError
 
 FORMAT = 1
-"""Version of the unpacking and conversion of assets: entries of another version are built again."""
+"""Version of the code that unpacks and converts assets. Entries of another version are built again."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _ROOM = "free some space, or set PEFT_HARNESS_CACHE to a folder on a larger disk"
@@ -34,7 +34,7 @@ def root() -> Path:
         return Path(chosen).expanduser().absolute()
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "peft-harness"
-    # By the XDG specification, a relative path is ignored.
+    # The XDG specification says that relative paths are ignored.
     user = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return (user if user.is_absolute() else Path.home() / ".cache") / "peft-harness"
 
@@ -45,7 +45,7 @@ def carriers() -> Path:
 
 
 def entry_folder(source: Source, fingerprint: str = "") -> Path:
-    """Return the folder of a source. It depends on hash, revision, member and `fingerprint`."""
+    """Return the path of a source's entry. It depends on hash, revision and member of the source, and on `fingerprint`."""
     facts = [FORMAT, source.source, source.sha256, source.revision, source.member, fingerprint]
     if source.kind == "data" and source.scheme == "hub" and source.rows is not None:
         facts.append(source.rows.model_dump_json())
@@ -56,10 +56,11 @@ def entry_folder(source: Source, fingerprint: str = "") -> Path:
 
 @contextmanager
 def staging(what: str) -> Iterator[Path]:
-    """Create a folder for `what` on the cache's file system, and remove it at the end of the block.
+    """Create a folder on the cache's file system, yield it, and remove it at the end of the block.
 
-    The process locks the folder, so that later processes can remove folders of killed ones. Raises AssetError for a full
-    disk, a folder that cannot be written, and any OSError inside the block.
+    The process locks the folder, so that a later process recognises and removes the folders of killed processes. Raises
+    AssetError for a full disk, a folder that cannot be written, and any OSError inside the block. what: name of the asset
+    for messages.
     """
     with _asset_errors(what):
         base = root() / "staging"
@@ -79,7 +80,7 @@ def staging(what: str) -> Iterator[Path]:
 
 
 def promote(made: Path, destination: Path) -> None:
-    """Rename a finished folder to its destination atomically. If another process was faster, its result stays."""
+    """Rename a finished folder to its destination atomically. If another process was faster, the other result stays."""
     for path in [*made.rglob("*"), made]:
         _fsync(path)
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +111,7 @@ def disk_full(what: str) -> AssetError:
 
 @contextmanager
 def _asset_errors(what: str) -> Iterator[None]:
-    """Raise an OSError as an AssetError with a hint."""
+    """Turn every OSError inside the context into an AssetError with a hint."""
     try:
         yield
     except OSError as error:
@@ -122,13 +123,13 @@ def _asset_errors(what: str) -> Iterator[None]:
 
 
 def _sweep(base: Path) -> None:
-    """Remove the folders of ended processes: they are no longer locked."""
+    """Remove the unlocked folders in `base`: their processes have ended."""
     for folder in base.iterdir():
         if folder.is_dir():
             try:
                 lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
             except OSError:
-                continue  # its process has just removed it, or it belongs to another user
+                continue  # the folder was just removed, or belongs to another user
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

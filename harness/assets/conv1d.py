@@ -1,4 +1,4 @@
-"""Convert transformers' Conv1D, the linear layer of GPT-2 with a transposed weight, to `nn.Linear`."""
+"""Convert transformers' Conv1D to `nn.Linear`. GPT-2 uses Conv1D, a linear layer with a transposed weight."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ NOTE = "{} Conv1D layers are linear layers here, with the same weights, so that 
 
 
 def as_linear(model: nn.Module) -> int:
-    """Replace each Conv1D by a linear layer with the same bias and the transposed weight, (out, in); return their number.
+    """Replace each Conv1D by a linear layer, and return the number of replaced layers.
 
-    Most methods and libraries only adapt linear layers. `check` tests adapters of Conv1D itself.
+    The linear layer has the same bias and the transposed weight, (out, in). Most Methods and libraries adapt only linear
+    layers. `check` tests adapters of Conv1D itself.
     """
     found = [(path, layer) for path, layer in model.named_modules(remove_duplicate=False) if kind_of(layer) == "Conv1D"]
     made: dict[int, nn.Linear] = {}  # a shared layer stays shared

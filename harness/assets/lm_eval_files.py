@@ -1,6 +1,6 @@
-"""Find and read lm-eval's own tasks as files, and save their data, so that workers need no network.
+"""Find and read the files of lm-eval's own tasks, and save their data, so that workers need no network.
 
-Importing lm-eval would take seconds to index its tasks.
+lm-eval is not imported, because its import takes seconds to index its tasks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from harness.records.files import sha256 as file_sha256
 
 PREFIX = "lm-eval:"
 LOCAL = ("json", "csv", "parquet", "text", "arrow")
-"""Loaders of `datasets` for local files, which have no revision."""
+"""Names of the loaders in `datasets` that read local files. Local files have no revision."""
 _TASK = re.compile(rb"""^["']?task["']?: *["']?([\w.+-]+)["']?[ \t\r]*(?:#.*)?$""", re.MULTILINE)
 _REGISTERED = re.compile(r"""^@register_filter\(["']([\w-]+)["']\)""", re.MULTILINE)
 _NAME = re.compile(r"lm-eval:(?P<task>[\w.+-]+)(?::(?P<filter>[\w.+-]+))?(?:@(?P<revision>[0-9a-f]{40}))?", re.ASCII)
@@ -34,18 +34,18 @@ _NAME = re.compile(r"lm-eval:(?P<task>[\w.+-]+)(?::(?P<filter>[\w.+-]+))?(?:@(?P
 
 @dataclass(frozen=True)
 class TaskFile:
-    """A task of lm-eval, named `lm-eval:TASK:FILTER@REVISION`. Filter and revision may be empty."""
+    """lm-eval's own task with the name `lm-eval:TASK:FILTER@REVISION`. Filter and revision may be empty."""
 
     task: str
     filter: str
     revision: str
     path: Path
     spec: dict[str, Any]
-    """The YAML, including the files that it includes. Functions are names."""
+    """Content of the YAML file and the files that it includes. Functions are represented by their names."""
 
     @property
     def splits(self) -> dict[str, str]:
-        """The splits by use: `test`, and if there are any, `train` and `fewshot`."""
+        """Use of a split -> its name. Uses are `test` and, if the task has such splits, `train` and `fewshot`."""
         spec = self.spec
         test = spec.get("test_split") or spec.get("validation_split")
         shots = spec.get("fewshot_split") or (spec.get("fewshot_config") or {}).get("split")
@@ -54,7 +54,7 @@ class TaskFile:
 
     @property
     def data_files(self) -> list[Path]:
-        """The local files that it reads."""
+        """The local data files that the task reads."""
         files = (self.spec.get("dataset_kwargs") or {}).get("data_files", [])
         listed = list(files.values()) if isinstance(files, dict) else [files]
         flat = [name for one in listed for name in (one if isinstance(one, list) else [one])]
@@ -62,7 +62,10 @@ class TaskFile:
 
 
 def find(text: str, folder: Path | None = None) -> TaskFile:
-    """Find a task by its name in a suite. Raises UsageError for an unknown name. folder: of lm-eval's tasks."""
+    """Return the task with the name `text` in a suite. Raises UsageError for an unknown name.
+
+    folder: folder of lm-eval's tasks; None for the installed ones.
+    """
     match = _NAME.fullmatch(text)
     if match is None:
         hint = "write lm-eval:TASK, lm-eval:TASK:FILTER, and @ with the 40 hex digits of its data's commit"
@@ -90,16 +93,16 @@ def _package() -> Path | None:
 
 @cache
 def filter_functions() -> tuple[str, ...]:
-    """Return the filter functions of the installed lm-eval; empty if none are found."""
+    """Return the names of the filter functions of the installed lm-eval; empty if none are found."""
     files = package.glob("filters/*.py") if (package := _package()) else ()
     return tuple(sorted(name for file in files for name in _REGISTERED.findall(file.read_text(encoding="utf-8"))))
 
 
 def _path(folder: Path, name: str) -> tuple[Path | None, set[str]]:
-    """Return the file of a task or None, and the names of the tasks that were read.
+    """Return the file of a task or None, and the names of the tasks that the search has read.
 
-    The search reads the file of that name, then the files of its family, then all fourteen thousand. A similar name does
-    not end it: some tasks differ in one letter.
+    The search reads the file with the task's name, then the files of its family, then all fourteen thousand. A similar name
+    does not end the search, because some names differ in one letter.
     """
     files = _files(folder)
     known = {path.stem for path in files}
@@ -117,7 +120,7 @@ def _path(folder: Path, name: str) -> tuple[Path | None, set[str]]:
 
 
 def _named(files: Iterable[Path]) -> dict[str, Path]:
-    """Map the names of tasks to the first of the files that has them."""
+    """Map the name of each task to the first file that defines it."""
     found: dict[str, Path] = {}
     for path in files:
         for name in _TASK.findall(path.read_bytes()):
@@ -165,7 +168,7 @@ def write_splits(source: Source, folder: Path, progress: Progress) -> None:
 
 @contextmanager
 def _local_file_errors(source: Source, task: TaskFile) -> Iterator[None]:
-    """Raise errors about local data files as AssetErrors that do not mention the hub."""
+    """Turn errors about local data files into AssetErrors that do not mention the hub."""
     from datasets.exceptions import DatasetsError
 
     try:
@@ -192,12 +195,12 @@ def count_rows(folder: Path, split: str) -> int:
 
 
 def splits_sha256(folder: Path) -> str:
-    """Return one hash over all splits."""
+    """Return one SHA-256 in hex digits over all splits in a folder."""
     return combined_sha256(sorted(folder.glob("*.parquet")))
 
 
 def fingerprint(source: Source) -> str:
-    """Return a hash over the task's file and its local data files, on which the data depend."""
+    """Return a hash over the task's file and its local data files, because the saved data depend on them."""
     task = find(source.source)
     files = [file_sha256(path) for path in task.data_files if path.is_file()]
     return hashlib.sha256(repr([sorted(task.spec.items()), files]).encode()).hexdigest()

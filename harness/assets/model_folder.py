@@ -1,4 +1,4 @@
-"""Check that a model's folder is complete (config, safetensors, tokenizer; for a shape, the config) and of a known type."""
+"""Check that a model's folder is complete (config, safetensors, tokenizer; for a shape, the config) and its type known."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from harness.errors import AssetError
 from harness.records.files import combined_sha256, sha256
 
 _LONGEST_HEADER = 100_000_000
-"""Bytes; the limit of safetensors."""
+"""Maximum bytes of a header, by the limit of safetensors."""
 _INDEX = "model.safetensors.index.json"
-_POSITIONS = ("max_position_embeddings", "n_positions")  # GPT-2's name is the second
+_POSITIONS = ("max_position_embeddings", "n_positions")  # GPT-2 uses the second name
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TWO_SIDED = ("ForMaskedLM", "ForPreTraining")
@@ -25,7 +25,7 @@ _TWO_SIDED = ("ForMaskedLM", "ForPreTraining")
 
 
 def check(folder: Path, source: Source) -> Path:
-    """Return the folder. Raises AssetError if it lacks a file, or for a model that cannot be trained here."""
+    """Return `folder`. Raises AssetError if it lacks a file, or if its model cannot be trained here."""
     if not folder.is_dir():
         raise AssetError(f"no folder for model {source.name}", where=str(folder), hint="correct its path")
     if not (folder / "config.json").is_file():
@@ -54,7 +54,7 @@ def _refuse_incomplete(folder: Path, source: Source) -> None:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Return the SHA-256 of a single file of weights, or one over several files."""
+    """Return the SHA-256 in hex digits of the file of weights, or one combined hash if there are several files."""
     files = _weights(folder)
     return sha256(files[0]) if len(files) == 1 else combined_sha256(files)
 
@@ -62,7 +62,7 @@ def weights_sha256(folder: Path) -> str:
 def layers(folder: Path) -> set[str]:
     """Return the paths of the modules with weights in a model's folder, from the headers of its files.
 
-    Unreadable files are skipped: loading them reports the reason.
+    Unreadable files are skipped; the later loading reports the reason.
     """
     paths = set()
     for file in _weights(folder):
@@ -77,16 +77,16 @@ def layers(folder: Path) -> set[str]:
 
 
 def positions(folder: Path) -> int | None:
-    """Return the maximum number of tokens in a model's config, or None without a limit."""
+    """Return the maximum number of tokens by a model's config, or None if the config has no limit."""
     config = _config(folder)
     most = next((config[key] for key in _POSITIONS if key in config), None)
     return most if isinstance(most, int) and most > 0 else None
 
 
 def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: Path) -> None:
-    """Raise AssetError for an architecture that no Cell can score. An ambiguous config is accepted: the Cell checks it.
+    """Raise AssetError for an architecture that no Cell can score.
 
-    where: the file of the config.
+    An ambiguous config is accepted, because the Cell checks its model again. where: the file of the config.
     """
     model_type = config.get("model_type")
     if config.get("is_encoder_decoder") is True:
@@ -98,7 +98,7 @@ def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: 
         )
     names = config.get("architectures")
     masked = next((n for n in names if str(n).endswith(_TWO_SIDED)), None) if isinstance(names, list) else None
-    # With `is_decoder` the same weights are a causal model.
+    # With `is_decoder` in the config, the same weights are a causal model.
     if kind == "causal" and masked is not None and config.get("is_decoder") is not True:
         raise AssetError(
             f"model {name} is declared causal and is a masked language model ({masked}): it sees the answer that it must "
@@ -113,7 +113,7 @@ def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: 
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """Return a model's config; empty if it cannot be read: loading it reports the reason."""
+    """Return a model's config; empty if it cannot be read. The later loading reports the reason."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):
@@ -135,14 +135,14 @@ def _weights(folder: Path) -> list[Path]:
 
 _NAMES = {"causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "encoder": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"}
 CACHES = ("cache", "past_key_values", "cache_params")
-"""Names of the key-value cache argument: since transformers 5.24, before it, and of state-space models before it."""
+"""Names of the key-value cache argument: since transformers 5.24, in older releases, and in these for state-space models."""
 _START, _END = " = OrderedDict(", "\n)\n"
 
 
 def lacks_type(kind: str, model_type: str) -> bool:
     """Return whether the installed transformers knows this type but has no model of this kind (`causal`, `encoder`) for it.
 
-    False for an unknown type: the folder may have its code, or the Cell may run with another release.
+    Returns False for an unknown type: the folder may contain its code, or the Cell may run with another release.
     """
     there = _types(kind)
     return bool(there) and model_type not in there and f'("{model_type}", ' in _source()
@@ -150,7 +150,7 @@ def lacks_type(kind: str, model_type: str) -> bool:
 
 @cache
 def _types(kind: str) -> frozenset[str]:
-    """Return the types of a kind; none if the source has changed its form."""
+    """Return the model types of a kind; empty if the source of transformers has an unknown form."""
     _, found, rest = _source().partition(_NAMES[kind] + _START)
     return frozenset(dict(ast.literal_eval(rest.partition(_END)[0].strip()))) if found else frozenset()
 

@@ -17,11 +17,11 @@ from harness.assets.table import Rows, Source
 from harness.errors import AssetError, Problem, UsageError
 
 _BATCH = 1024
-"""Rows of a parquet file that are in memory at once."""
+"""Maximum number of rows of a parquet file in memory at the same time."""
 
 
 class UnreadableError(ValueError):
-    """The rest of a file cannot be read. line: in a parquet file, the number of the row."""
+    """The rest of a file cannot be read. line: number of the line, or of the row in a parquet file."""
 
     def __init__(self, line: int, why: str) -> None:
         super().__init__(why)
@@ -29,7 +29,7 @@ class UnreadableError(ValueError):
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line, text) of every line that is not blank."""
+    """Yield (number of the line from 1, text) of every line that is not blank."""
     with path.open("rb") as file:
         # Split at \\n only: str.splitlines also splits at U+2028 and U+0085, which a sentence may hold.
         for number, raw in enumerate(file, 1):
@@ -39,7 +39,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def csv_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield (line, columns) of every row; the file's first line names the columns."""
+    """Yield (number of the line, columns) of every row. The first line of the file names the columns."""
     reader = csv.DictReader(io.StringIO(_decoded(path.read_bytes(), 1), newline=""), strict=True)
     line = 1
     try:
@@ -67,7 +67,7 @@ def parquet_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _decoded(raw: bytes, line: int) -> str:
-    """Return UTF-8 as text; a byte-order mark at the start of the file is dropped."""
+    """Return the text of UTF-8 bytes, without a byte-order mark at the start of the file."""
     try:
         return raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -80,7 +80,7 @@ FORMATS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
     "csv": csv_records,
     "parquet": parquet_records,
 }
-"""Readers by `rows.format`. Records of the first two are lines, of the others columns."""
+"""Value of `rows.format` -> its reader. The first two readers yield lines, the others columns."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ _R = TypeVar("_R", bound=AnyRow)
 
 
 def read(source: Source, path: Path) -> list[AnyRow]:
-    """Read every row of a data file, in order. Raises AssetError for the first row that cannot be read."""
+    """Return every row of a data file, in order. Raises AssetError for the first row that cannot be read."""
     found, wrong = _examine(source, path)
     if wrong:
         line, why = wrong[0]
@@ -140,7 +140,8 @@ def read(source: Source, path: Path) -> list[AnyRow]:
 def problems(source: Source, path: Path, labels: int = 0, test: int = 0, *, trains: bool = True) -> list[Problem]:
     """Return the first few different mistakes in a data file of a task.
 
-    labels: number of classes, 0 for a task without them. test: number of test rows. trains: whether other rows must train.
+    labels: number of classes; 0 for a task without classes. test: number of test rows. trains: whether the file must also
+    have rows for training.
     """
     found, wrong = _examine(source, path)
     wrong_rows = [(line, f"cannot read {source.name}: {why}", _HINT) for line, why in wrong]
@@ -197,10 +198,10 @@ def _examine(source: Source, path: Path) -> tuple[list[tuple[int, AnyRow]], list
 def split(
     rows: Sequence[AnyRow], test: int, seed: int, training: Sequence[AnyRow] | None = None
 ) -> tuple[list[AnyRow], list[AnyRow]]:
-    """Split rows into (train, test) after one shuffle. The first `test` rows are the test set.
+    """Shuffle rows once, and return (training rows, test rows). The first `test` shuffled rows are the test set.
 
-    training: rows of a training set, in order, instead of the other rows. Training rows that overlap with the test set are
-    removed, see `without_overlap`.
+    training: rows of a separate training set, in order; None to train on the remaining rows. Training rows that overlap with
+    the test set are removed, see `without_overlap`.
     """
     most = len(rows) - 1 if training is None else len(rows)
     if not 0 < test <= most:
@@ -214,10 +215,11 @@ def split(
 def without_overlap(trained: Sequence[_R], tested: Sequence[AnyRow]) -> list[_R]:
     """Return the rows of `trained` that do not overlap with `tested`, ignoring case and white space.
 
-    A row with a prompt or a label overlaps if its key equals that of a test row; a `TextRow` if it contains such a key.
+    A LabelledRow or AnsweredRow overlaps if its key equals the key of a test row. A TextRow overlaps if its text contains
+    the key of a test row.
     """
     keys = {_plain(row.overlap_key) for row in tested}
-    # Keys by their first characters, so that each text is searched only once.
+    # Keys are grouped by their first characters, so that each text is searched only once.
     beginning: dict[int, dict[str, list[str]]] = {}
     for prompt in keys:
         size = min(len(prompt), _KEY)
@@ -304,4 +306,4 @@ def _text(text: object, name: str) -> str:
 
 
 _PARSERS: dict[str, Callable[[Any, int, Rows], AnyRow | None]] = {"valence-tsv": _valence, "jsonl": _json}
-"""Parsers of records that are lines, by format; other records have columns."""
+"""Format -> parser of its lines. Records of other formats have columns."""

@@ -1,4 +1,4 @@
-"""Model shapes: configurations without weights, from a preset of `shapes.yaml` or a config.json. No torch."""
+"""Model shapes: configurations without weights, from a preset of `shapes.yaml` or a config.json. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from harness import resources, yaml_lines
 from harness.errors import UsageError, did_you_mean
 
 PREFIX = "shape:"
-"""As in `shape:llama-7b` and `shape:./config.json`."""
+"""Prefix of the name of a shape, e.g. `shape:llama-7b` or `shape:./config.json`."""
 PATH_STARTS = ("./", "../", "/", "~")
 _PRESETS = Path(__file__).with_name("shapes.yaml")
 _CUT = re.compile(r"(?P<name>[^/]+)/(?P<blocks>[1-9]\d*)-blocks?")
-"""A preset of its true width with its first blocks only: `llama-65b/2-blocks`."""
+"""Address of a preset's first blocks in full width, e.g. `llama-65b/2-blocks`."""
 DEPTHS = ("num_hidden_layers", "n_layer")
-"""Names of the number of blocks in configurations."""
+"""Keys that configurations use for the number of blocks."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Preset:
     name: str
     kind: Literal["encoder", "causal"]
     config: dict[str, Any]
-    """As in config.json."""
+    """Content of config.json."""
     source: str
-    """The publication of its numbers."""
+    """The publication that the numbers are from."""
 
 
 @functools.cache
@@ -56,7 +56,7 @@ def preset(address: str) -> Preset | None:
 
 
 def first_blocks(config: Mapping[str, Any], few: int) -> dict[str, Any]:
-    """Return a configuration with `few` blocks."""
+    """Return the configuration with only its first `few` blocks."""
     depth = next(key for key in DEPTHS if key in config)
     return {**config, depth: few}
 
@@ -67,7 +67,7 @@ def blocks(config: dict[str, Any]) -> int:
 
 
 def address_problem(address: str) -> str:
-    """Return "MISTAKE; HINT" for an address that is neither a path nor a preset, or an empty string."""
+    """Return "MISTAKE; HINT" for an address that is neither a path nor a preset; otherwise an empty string."""
     if address.startswith(PATH_STARTS) or preset(address):
         return ""
     cut = _CUT.fullmatch(address)
@@ -84,7 +84,10 @@ def config_of(address: str) -> dict[str, Any]:
 
 
 def read_config(path: Path, name: str = "") -> dict[str, Any]:
-    """Read a model's config.json. Raises UsageError if it cannot be read, is not JSON or has no `model_type`."""
+    """Return the content of a model's config.json.
+
+    Raises UsageError if the file cannot be read, is not JSON or has no `model_type`.
+    """
     who = f"model {name}: " if name else ""
     try:
         config = json.loads(path.read_bytes())

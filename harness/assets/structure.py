@@ -1,7 +1,7 @@
 """Build a model from its config on the meta device, without weights, and find names that match no layer.
 
-`python -m harness.assets.structure JSON` takes a list of [FOLDER, KIND, NAMES] and prints a line for each: ANSWER, then
-JSON that maps names to the reason.
+`python -m harness.assets.structure JSON` takes a list of [FOLDER, KIND, NAMES]. For each entry it prints a line: ANSWER,
+then a JSON object that maps each name without a layer to the reason.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     import torch
 
 BUILD_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-"""Errors of transformers for a config that it cannot build."""
+"""Errors that transformers may raise for a config that it cannot build."""
 
 
 def build(config: Mapping[str, Any], kind: str, dtype: torch.dtype) -> Any:
-    """Return the model of this config.json on the meta device, in training mode: every layer, no weights, no Conv1D.
+    """Return the model of a config.json on the meta device, in training mode.
 
-    Raises ValueError for a type that transformers does not have.
+    The model has every layer, but no weights. Linear layers replace each Conv1D. Raises ValueError for a type that
+    transformers does not have.
     """
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -45,7 +46,7 @@ def build(config: Mapping[str, Any], kind: str, dtype: torch.dtype) -> Any:
 
 
 def without_padding(model: Any) -> None:
-    """Allow batches of texts of equal length without a padding token, for a classifier on a decoder."""
+    """Let a classifier on a decoder accept batches of texts of equal length without a padding token."""
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = -1  # the id of no token
 
@@ -59,7 +60,7 @@ def misfits(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:
 
 
 def model_misfits(model: Any, names: Sequence[str]) -> dict[str, str]:
-    """Return the misfits of a model that is already built."""
+    """Map each name that matches no adaptable layer of `model` to the reason."""
     from reference.shared.layers import KINDS, targets
 
     found = {}

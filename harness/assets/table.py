@@ -33,7 +33,7 @@ _HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>.*))?",
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HOLDERS = {"prompt": ("answers",), "answer": ("answers",), "text": ("labels", "text"), "label": ("labels",)}
-"""Kinds of rows (`holds`) that have each part."""
+"""Part of a row -> the kinds of rows (`holds`) that have this part."""
 
 
 class Rows(FrozenModel):
@@ -72,7 +72,7 @@ class Rows(FrozenModel):
 
     @property
     def columns(self) -> dict[str, str]:
-        """Columns in the file by our names, without the id."""
+        """Name of a part of a row -> its column in the file, without the id."""
         return {name: getattr(self, name) for name, holders in _HOLDERS.items() if self.holds in holders}
 
 

@@ -20,13 +20,13 @@ from reference.shared.layers import kind_of
 
 @dataclass
 class PackedBase:
-    """The packed layers, by path."""
+    """The packed layers of a model. The keys of every dict are paths of layers."""
 
     forms: dict[str, PackedLayer] = field(default_factory=dict)
     expected: dict[str, ExpectedCodes] = field(default_factory=dict)
     """The codes of the reference quantiser, for small models: they take half the memory of 16-bit weights."""
     judged: dict[str, tuple[Judgement, int]] = field(default_factory=dict)
-    """For other models, the verdict on each layer's codes and the number of ties, found while packing."""
+    """For large models: the verdict on each layer's codes, and the number of ties. Both are computed while packing."""
     note: str = ""
     """A sentence for the Record."""
 
@@ -39,10 +39,11 @@ def pack(
     registry: Registry,
     ready: Iterable[Collection[str]] | None = None,
 ) -> PackedBase:
-    """Pack the layers at `paths` in place, one by one, so that at most one exists in both forms.
+    """Pack the layers at `paths` in place and return their packed forms.
 
-    ready: yields paths of modules as soon as they have their weights; None if all have them already. Raises UsageError for
-    a layer that is not linear, before anything is packed.
+    Layers are packed one by one, so that at most one exists in both forms. ready: yields sets of paths of modules that
+    have just received their weights; None if all modules have weights already. Raises UsageError before packing starts if
+    a layer is not linear.
     """
     paths = list(paths)
     for path in paths:

@@ -28,14 +28,14 @@ class CellRun:
     emit: Emit
     """Reports progress to the runner."""
     baseline_B: int
-    """Memory of the process before the model is loaded, in bytes."""
+    """Memory in bytes that the process has before it loads the model."""
     checks: list[CheckResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     typed_notes: list[Note] = field(default_factory=list)
     layers: list[str] = field(default_factory=list)
     """Paths of the adapted layers."""
     adapted: Mapping[str, object] = field(default_factory=dict)
-    """Path -> the implementation's module."""
+    """Path of each adapted layer -> the module that the implementation has put there."""
 
     @property
     def cell(self) -> Cell:
@@ -53,7 +53,7 @@ class CellRun:
         return DTYPES[self.cell.dtype]
 
     def require(self, results: Sequence[CheckResult]) -> None:
-        """Add the results of checks. Raises NonconformingError if one failed."""
+        """Store the results of checks. Raises NonconformingError if a check failed."""
         self.checks += results
         failed = next((result for result in results if result.outcome is Outcome.FAIL), None)
         if failed is not None:

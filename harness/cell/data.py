@@ -34,12 +34,12 @@ from harness.records.record import Accuracy, Cell
 from harness.suites.lm_eval_keys import max_answer_tokens, too_long
 
 _PROBED, _PROBED_CAUSAL = 8, 4
-"""Texts of the parity gate: an encoder returns a few logits for each, a causal model one for each known token."""
+"""Number of probe texts. An encoder returns a few logits per text, a causal model one logit per known token."""
 _PROBED_RANDOM, _PROBED_TOKENS = 2, 32
 
 
 class CellData:
-    """The Cell's batches and its scorer, from its task."""
+    """The batches, the probe texts and the scorer that a Cell's task defines."""
 
     def __init__(self, job: Job, loaded: models.Loaded, emit: Emit) -> None:
         cell, task = job.cell, job.task
@@ -92,13 +92,13 @@ class CellData:
         self.probe = collate(probe, self.pad, side).to(device)
 
     def logits(self, model: nn.Module) -> Tensor:
-        """Return the logits of a few test texts, differentiably; for a causal model, only those of the last position."""
+        """Return differentiable logits of a few test texts; a causal model computes only those of the last position."""
         if any(self.probe.answers):
             return loop.last_logits(model, self.probe.inputs, 1)
         return model(**self.probe.inputs).logits  # type: ignore[no-any-return]
 
     def evaluate(self, model: nn.Module) -> Accuracy:
-        """Score the test items."""
+        """Score the test items and return the accuracy."""
         if self._lm_task is None:
             metric, scored_by = "accuracy", "harness"
             items = classification.score(model, self._test, self.pad, self._cell.evaluation.batch, self._progress)
@@ -117,13 +117,16 @@ class CellData:
 
 def refuse_long(model: nn.Module, cell: Cell, answer: int = 0) -> None:
     """Raise UsageError if a Cell's texts, or a prompt and an answer of `answer` tokens, exceed its model's positions."""
-    # Positions of the model, not of its config, which does not show that RoBERTa reserves two for padding.
+    # The model knows its positions; the config does not show that RoBERTa reserves two of them for padding.
     if problem := too_long(cell, positions(model), answer):
         raise UsageError(problem[0], hint=problem[1])
 
 
 def refuse_tokenless(examples: Sequence[Example], folder: str, special: int = 0) -> None:
-    """Raise UsageError if no text has more tokens than the `special` ones that the tokenizer in `folder` adds."""
+    """Raise UsageError if every text consists of special tokens only.
+
+    special: number of special tokens that the tokenizer in `folder` adds to a text.
+    """
     if examples and all(len(example.tokens) <= special for example in examples):
         what = "the texts have no tokens: the tokenizer knows none of their characters"
         hint = "write the model's own tokenizer there with `tokenizer.save_pretrained(FOLDER)`"
@@ -140,7 +143,7 @@ def _split(job: Job, data: Asset) -> tuple[list[rows.AnyRow], list[rows.AnyRow]]
 
 
 def _own(job: Job, data: Asset) -> tuple[Any, list[Any], list[Any]]:
-    """Return a task of lm-eval, its training rows and its test rows."""
+    """Return lm-eval's own task, its training rows and its test rows."""
     from harness.cell.evaluation.lm_eval_task import OwnTask
 
     evaluation = job.cell.evaluation
@@ -150,7 +153,7 @@ def _own(job: Job, data: Asset) -> tuple[Any, list[Any], list[Any]]:
 
 
 class _Tokenised(Sequence[Example]):
-    """Rows as examples. Each is tokenised at its first use, because a short training uses few of them."""
+    """Rows as examples. A row is tokenised at its first use, because a short training uses few rows."""
 
     def __init__(
         self, texts: Sequence[rows.AnyRow], tokenise: Callable[[Sequence[rows.AnyRow]], list[Example]]
@@ -176,8 +179,8 @@ class _Tokenised(Sequence[Example]):
 class RandomData:
     """Batches of random tokens for the task `synthetic`. Every text has `max_tokens` tokens; nothing is scored.
 
-    They depend on the seed, not on the Method. The loss is over every token but the first, or over random labels for an
-    encoder. Raises UsageError if `max_tokens` exceeds the model's limit.
+    The tokens depend on the seed, not on the Method. A causal model has a loss on every token except the first; an encoder
+    has random labels. The constructor raises UsageError if `max_tokens` exceeds the model's positions.
     """
 
     cut_examples = None
@@ -205,7 +208,7 @@ class RandomData:
         self.probe = sequences(_PROBED_RANDOM, min(training.max_tokens, _PROBED_TOKENS), "probe")
         names = [f"random-{cell.seed}-{step}" for step in range(training.steps)]
         self.batches = [sequences(training.batch, training.max_tokens, name) for name in names]
-        # With tokens and labels, because the names do not show number and length of the sequences.
+        # The hash includes tokens and labels, because the names do not show the number and length of the sequences.
         drawn = hashlib.sha256(json.dumps([vocabulary, names]).encode())
         for batch in self.batches:
             drawn.update(json.dumps(batch.inputs["input_ids"].tolist()).encode())
@@ -214,10 +217,10 @@ class RandomData:
         self.order_sha256 = drawn.hexdigest()
 
     def logits(self, model: nn.Module) -> Tensor:
-        """Return the logits of two sequences, differentiably; for a causal model, only those of the last position."""
+        """Return differentiable logits of two sequences; a causal model computes only those of the last position."""
         if self._encoder:
             return model(**self.probe.inputs).logits  # type: ignore[no-any-return]
         return loop.last_logits(model, self.probe.inputs, 1)
 
     def evaluate(self, model: nn.Module) -> None:
-        """Score nothing: predictions of random tokens or labels have no meaning."""
+        """Return None, because predictions of random tokens or labels have no meaning."""

@@ -1,4 +1,4 @@
-"""A worker's job: one Cell with all assets resolved to local paths. A worker fetches nothing."""
+"""The job of a worker: one Cell, and the local path of each of its assets. A worker fetches nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Emit(Protocol):
     """Reports progress to the runner."""
 
     def __call__(self, event: str, /, **facts: Json) -> None:
-        """Report one event, with its facts."""
+        """Report an event with its facts."""
 
 
 class Asset(FrozenModel):
@@ -32,7 +32,7 @@ class JobTask(TaskSpec):
     use: AssetUse
     train: Asset | None = None
     file: str = ""
-    """Path of the YAML, for a task of lm-eval."""
+    """Path of the YAML file of lm-eval's own task; empty for other tasks."""
 
 
 class Job(FrozenModel):
@@ -48,16 +48,16 @@ class Job(FrozenModel):
     task: JobTask
     device: Literal["cpu", "cuda"]
     launched: float = 0.0
-    """time.time() at the start of the process, where the start-up phase begins."""
+    """time.time() at the start of the process, when the start-up phase begins."""
     threads: int | None = None
     """Number of threads; None for all available cores."""
     at_once: int = 1
     """Number of Cells, this one included, that may run on the same machine at the same time."""
     gpu: str = ""
-    """UUID of its exclusive GPU; empty if the batch system assigns one, or on a CPU."""
+    """UUID of the GPU that only this Cell uses; empty on a CPU, or if the batch system assigns a GPU."""
 
     def record(self, *, notes: Sequence[str] = (), **outcome: Any) -> Record:
-        """Return the Record of this attempt. outcome: the fields that the job does not determine."""
+        """Return the Record of this attempt. outcome: values of the fields that the job does not determine."""
         return Record(
             run=self.run, cell_id=self.cell.cell_id, attempt=self.attempt, cell=self.cell, device=self.device,
             assets=used(self.model, self.data, self.task), notes=[*concurrency_note(self.at_once), *notes],
@@ -66,5 +66,5 @@ class Job(FrozenModel):
 
 
 def used(model: Asset, data: Asset | None, task: JobTask) -> list[AssetUse]:
-    """List the assets that a Cell uses, for its Record."""
+    """Return the Record's entries for the assets that a Cell uses."""
     return [model.use, *(asset.use for asset in (data, task.train) if asset), task.use]

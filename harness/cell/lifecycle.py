@@ -33,25 +33,28 @@ from harness.records.cost import Checkpoint, Energy
 from harness.records.record import Latency, Measurements, Note, NoteKind, Outcome, Predicted
 
 Predict = Callable[[Job, list[Batch]], Predicted | str]
-"""Predicts the memory ledger of a Cell and the peak of a step over its batches, or returns the reason why not."""
+"""Returns the predicted memory ledger of a Cell and the peak of a step over its batches, or a reason for no prediction."""
 Data = CellData | RandomData
 
 
 @dataclass
 class Attached:
-    """The adapted model, and data that only the parity gate needs."""
+    """The adapted model, and the data that only the parity gate needs."""
 
     subject: Subject
     logits: Callable[[], Tensor]
     """Returns the logits of the probe texts, in inference mode."""
     base_logits: Tensor
-    """The logits before attaching; deleted once they are compared."""
+    """The logits of the model before attaching. The parity gate deletes them after the comparison."""
     start: dict[str, Tensor]
     """Name -> copy of a trained tensor's initial value."""
 
 
 def measure(run: CellRun, predict: Predict) -> Measurements:
-    """Run the phases of a Cell. Raises CellOutcomeError, and any error of the code that runs."""
+    """Run the phases of a Cell and return its measurements.
+
+    Raises CellOutcomeError if a phase ends the Cell, and passes on every other error.
+    """
     cell = run.cell
     loaded = _load(run)
     model = loaded.model
@@ -100,7 +103,7 @@ def measure(run: CellRun, predict: Predict) -> Measurements:
 
 
 def _load(run: CellRun) -> models.Loaded:
-    """Load the model. A shape gets random weights now, or while its layers are packed."""
+    """Load and return the model. A shape gets random weights now, or later while its layers are packed."""
     with run.clock.phase("load"):
         job, path, kind = run.job, Path(run.job.model.path), run.job.model.source.kind
         if job.model.source.scheme != "shape":
@@ -117,7 +120,7 @@ def _load(run: CellRun) -> models.Loaded:
 
 
 def _quantise(run: CellRun, loaded: models.Loaded, paths: list[str]) -> base_quantisation.PackedBase:
-    """Pack the layers at `paths` in place, if the Cell's base is quantised."""
+    """If the Cell's base is quantised, pack the layers at `paths` in place; return the packed layers."""
     base, model = run.cell.base, loaded.model
     if base.quantization == "none":
         return base_quantisation.PackedBase()
@@ -133,7 +136,7 @@ def _quantise(run: CellRun, loaded: models.Loaded, paths: list[str]) -> base_qua
 def _attach(
     run: CellRun, loaded: models.Loaded, data: Data, config: Any, paths: list[str], packed: base_quantisation.PackedBase
 ) -> Attached:
-    """Attach the implementation to the model."""
+    """Attach the implementation to the model and return the adapted model."""
     cell, model = run.cell, loaded.model
     with run.clock.phase("attach"):
         model.eval()
@@ -159,7 +162,10 @@ def _attach(
 
 
 def _check_parity(run: CellRun, attached: Attached, data: Data) -> None:
-    """Compare the adapted model with the reference, and release data for this comparison. Raises NonconformingError."""
+    """Compare the adapted model with the reference, and then release the data of the comparison.
+
+    Raises NonconformingError if they differ.
+    """
     subject, base = attached.subject, run.cell.base
     provider = f"{base.quantization} by {base.implementation}" if base.quantization != "none" else ""
     with run.clock.phase("parity"):
@@ -169,14 +175,14 @@ def _check_parity(run: CellRun, attached: Attached, data: Data) -> None:
                 start=attached.start, forward=data.logits, base=provider,
             )
         )  # fmt: skip
-    # From here on memory is measured, and only the gate needed the copy and the codes.
+    # Memory is measured from here on. Only the parity gate needed the copy and the codes.
     subject.original = Original(None)
     del attached.base_logits
     subject.expected_codes.clear()
 
 
 def _offload(run: CellRun, subject: Subject) -> OffloadedWeights:
-    """Release weights that no product uses, until latencies are measured."""
+    """Release weights that no product uses, until latencies are measured; return the object that restores them."""
     folder = Path(run.job.folder)
     try:
         return OffloadedWeights(unused(subject.method, subject.adapted, subject.bases), folder)
@@ -186,7 +192,7 @@ def _offload(run: CellRun, subject: Subject) -> OffloadedWeights:
 
 
 def _save(run: CellRun, subject: Subject, loaded: models.Loaded, model_B: int) -> Checkpoint:
-    """Measure the size of the adapter as a library saves it."""
+    """Return the sizes of the files that a user would save."""
     with run.clock.phase("save"):
         added = subject.added()
         trains_base = bool(subject.adapted.tensors().keys() - added.keys())
@@ -196,7 +202,7 @@ def _save(run: CellRun, subject: Subject, loaded: models.Loaded, model_B: int) -
 
 
 def _time(run: CellRun, subject: Subject, data: Data, offloaded: OffloadedWeights) -> list[Latency]:
-    """Measure latencies. If memory runs out, return the reason: training and accuracy are already measured."""
+    """Return latencies. If memory runs out, return the reason: training and accuracy are measured already."""
     model: Any = subject.model
     cell = run.cell
     causal = run.job.model.source.kind == "causal"
@@ -217,7 +223,7 @@ def _time(run: CellRun, subject: Subject, data: Data, offloaded: OffloadedWeight
 def _latencies(
     run: CellRun, subject: Subject, causal: bool, vocabulary: int, forward: Callable[..., Tensor]
 ) -> list[Latency]:
-    """Measure latencies of one adapter and of several, and check the merged model."""
+    """Return latencies with one adapter and with several adapters, and check the merged model."""
     evaluation, mixed = run.cell.evaluation, list[Latency]()
     if evaluation.latency:
         # Before merging: some libraries merge into the base weight, which then changes a little.

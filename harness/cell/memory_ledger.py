@@ -1,4 +1,4 @@
-"""Parameters and memory of a Cell, counted tensor by tensor."""
+"""Count the parameters and the memory of a Cell, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from harness.records.record import Memory, Parameters, Predicted
 def parameters(adapted: Adapted, head: Mapping[str, nn.Parameter], model: nn.Module) -> Parameters:
     """Count the weights of the adapter, the head and the whole model."""
     heads: set[int] = {id(p) for p in head.values()}
-    # A packed 4-bit parameter holds two weights a byte; count weights, not bytes.
+    # A packed 4-bit parameter holds two weights per byte. The sum counts weights, not bytes.
     states: list[tuple[nn.Parameter, Any]] = [(p, getattr(p, "quant_state", None)) for p in model.parameters()]
     return Parameters(
         adapter=sum(p.numel() for p in adapted.parameters() if id(p) not in heads),
@@ -28,7 +28,7 @@ def parameters(adapted: Adapted, head: Mapping[str, nn.Parameter], model: nn.Mod
 
 
 def memory(run: CellRun, subject: Subject, trained: Trained | None, predicted: Predicted | str) -> Memory:
-    """Count the bytes of weights, adapter, gradients and optimizer states; predicted: a str is the reason for none."""
+    """Return the bytes of weights, adapter, gradients and optimizer states. predicted: a str if there is no prediction."""
     added = subject.added()
     adapter = {id(tensor) for tensor in added.values()}
     states = optimizer_tensors(trained.optimizer) if trained else []

@@ -1,4 +1,4 @@
-"""Exceptions that end a Cell with a status: outcomes, not crashes. No torch."""
+"""Exceptions that end a Cell with a status. They are outcomes, not crashes. Imports no torch."""
 
 from __future__ import annotations
 

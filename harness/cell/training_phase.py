@@ -45,10 +45,10 @@ def train(
     data: CellData | RandomData,
     start: dict[str, Tensor],
 ) -> Trained:
-    """Train adapter and head over the data's batches.
+    """Train adapter and head on the batches of `data`, and return the results.
 
-    start: name -> copy of a tensor's initial value; emptied. Raises NonconformingError if a frozen tensor changed or a
-    trained one did not, and the errors of `loop.train`.
+    start: name -> copy of a tensor's initial value; the function empties this dict. Raises NonconformingError if a frozen
+    tensor changed or a trained one did not, and the errors of `loop.train`.
     """
     cell, model, batches, adapted = run.cell, subject.model, data.batches, subject.adapted
     parameters = list(head.values())
@@ -122,9 +122,9 @@ def _step_peak(
     data: CellData | RandomData,
     optimizer: torch.optim.Optimizer,
 ) -> int | None:
-    """Return the peak bytes of tensors within a step, or None, with a note, where they cannot be counted."""
+    """Return the peak bytes of tensors within a step. If they cannot be counted, add a note and return None."""
     if run.device.type != "cpu":
-        return run.clock.done[-1].peak_memory_B  # of the training: the allocator's own count
+        return run.clock.done[-1].peak_memory_B  # the peak of the training by torch's allocator
     if 2 * copied_B(subject.adapted, head) > free_B(run.device):
         run.notes.append("memory in a step was not counted: a second copy of the trained tensors might not fit")
         return None

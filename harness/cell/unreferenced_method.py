@@ -1,4 +1,4 @@
-"""Methods without a reference: read their layers and initial values from the attached model."""
+"""Read the layers and initial values of a Method without a reference from the attached model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from harness.methods.peft_config import NO_REFERENCE
 def attached_layers(adapted: Any, head: Collection[str]) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
     """Return the base layers under the adapted ones, by path, and copies of the trained tensors, by name.
 
-    head: names of the parameters of the head. Raises UsageError if the adapter adapts it.
+    head: names of the head's parameters. Raises UsageError if the adapter adapts the head.
     """
     bases: dict[str, nn.Module] = adapted.bases()
     if on_head := [path for path in bases if in_head(path, head)]:

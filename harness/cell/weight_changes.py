@@ -1,4 +1,4 @@
-"""Find weights that training changed, and weights that it must not change."""
+"""Check that training changed the trained tensors and no others."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from harness.records.record import Cell, CheckResult, Outcome
 
 
 def fingerprints(model: nn.Module) -> dict[str, int]:
-    """Return a checksum of every frozen parameter."""
+    """Map the name of every frozen parameter to its checksum."""
     return checksums.crc32_by_name({name: p for name, p in model.named_parameters() if not p.requires_grad})
 
 
 def base_weights(subject: Subject) -> dict[str, Tensor]:
-    """Return the trained tensors that are the adapted layers' own weights."""
+    """Return the trained tensors, by name, that are weights of the adapted layers themselves."""
     own = {id(p) for base in subject.bases.values() for p in base.parameters()}
     return {name: t for name, t in subject.adapted.tensors().items() if id(t) in own}
 
 
 def state_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Hash names, dtypes, shapes and bytes, in the order of names."""
+    """Return the SHA-256 in hex digits over names, dtypes, shapes and bytes, in the order of names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -34,7 +34,10 @@ def state_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def check_of_names(cell: Cell, name: str, violations: list[str], what: str) -> CheckResult:
-    """Return a check that passes if there are no violations, which are names of tensors. what: the message's predicate."""
+    """Return a check that passes if `violations`, a list of names of tensors, is empty.
+
+    what: predicate of the message, after the names.
+    """
     return CheckResult(
         check=f"{cell.method}/{name}/{cell.dtype}/trained",
         outcome=Outcome.FAIL if violations else Outcome.PASS,
@@ -52,22 +55,22 @@ class UpdateTracker:
     """
 
     def __init__(self, start: Mapping[str, Tensor], look: Callable[[Tensor], Tensor]) -> None:
-        """start: name -> initial value. look: returns the part of a tensor to compare with it."""
+        """Copy `start` (name -> initial value). look: returns the part of a tensor to compare with its initial value."""
         self._start, self._look = dict(start), look
 
     def observe(self, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Compare the tensors that have not changed yet. `tensors` is called only if there are any."""
+        """Compare the tensors that have not changed yet. Does not call `tensors` if all have changed."""
         now = tensors() if self._start else {}
         for name in [name for name in self._start if name in now]:
             if not _same(self._start[name], self._look(now[name])):
                 del self._start[name]
 
     def unchanged(self, now: Mapping[str, Tensor]) -> list[str]:
-        """List the names in `now` of tensors that never changed."""
+        """List the names in `now` whose tensors never changed."""
         return [name for name in now if name in self._start]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors have equal values; equal dtypes are compared without a copy."""
+    """Return whether two tensors have equal values. Tensors of the same dtype are compared without a copy."""
     wide = torch.promote_types(one.dtype, other.dtype)
     return torch.equal(one.to(wide), other.to(wide))

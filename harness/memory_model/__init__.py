@@ -1,1 +1,1 @@
-"""Prediction of training memory from shapes: no weights are read, and nothing trains."""
+"""Predict the memory of a training from a model's shape, without reading weights or training."""

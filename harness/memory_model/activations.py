@@ -24,7 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _WIDE = 4
-"""Bytes of float32, the dtype of a Llama's norms and the narrowest dtype of a loss."""
+"""Bytes of a float32. A Llama's norms compute in float32, and a loss in float32 or wider."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,17 @@ class SavedActivations:
     """Activations that the layers of one Method save."""
 
     blocks: int
-    """Blocks that a gradient reaches: those from the first layer that trains on."""
+    """Number of blocks that a gradient reaches: the block with the first trained layer, and all later blocks."""
     before: int
-    """Parts (norm, attention, norm, MLP) of the first such block that come before that layer."""
+    """Number of parts (norm, attention, norm, MLP) before the first trained layer in its block."""
     attention: int
-    """Blocks in which q, k or v saves its input."""
+    """Number of blocks in which q, k or v saves its input."""
     mlp: int
-    """Blocks in which gate or up saves its input."""
+    """Number of blocks in which gate or up saves its input."""
     down: int
-    """Blocks in which down saves its input."""
+    """Number of blocks in which down saves its input."""
     norms: int
-    """Norms with a trainable weight."""
+    """Number of norms with a trainable weight."""
     last: bool
     """Whether the output layer saves its input."""
     layers_B: int
@@ -81,5 +81,5 @@ def bytes_per_token(shape: LlamaShape, saved: SavedActivations, checkpointing: b
 
 
 def logit_bytes_per_token(shape: LlamaShape) -> int:
-    """Return the bytes of logits, their logarithms and the gradient of these, per token with a loss."""
+    """Return the bytes per token with a loss: its logits, their logarithms, and the gradient of the logarithms."""
     return shape.vocabulary * (shape.size + 2 * max(shape.size, _WIDE))

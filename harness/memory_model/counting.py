@@ -33,7 +33,7 @@ from reference.shared.layers import kind_of
 
 
 class SkipRandomDraws(TorchFunctionMode):
-    """Skip random numbers: values do not matter here, and drawing them for a large model takes minutes."""
+    """Skips the drawing of random numbers: only sizes matter here, and the draws for a large model take minutes."""
 
     def __torch_function__(
         self,
@@ -74,9 +74,9 @@ def count(
         for one in configs:
             try:
                 counted = count_method(model, method, one, names, head, DTYPES[dtype])
-            except structure.BUILD_ERRORS as error:  # of this config; the others are still counted
+            except structure.BUILD_ERRORS as error:  # only this config fails; the others are still counted
                 counted = {"rank": one.get("rank"), "error": _sentence(error)}
-                model = structure.build(config, kind, DTYPES[dtype])  # the old one may be partly adapted
+                model = structure.build(config, kind, DTYPES[dtype])  # the old model may be partly adapted
                 head = head_of(model, kind, lacks)
             found[method].append(counted)
     return {
@@ -89,21 +89,24 @@ def count(
 
 
 def default_targets(model: nn.Module) -> list[str]:
-    """Return the names of all linear layers except the output: the shortest end of each path that matches no other layer."""
+    """Return targets that match all linear layers except the output layer.
+
+    Each target is the shortest end of a layer's path that matches no module outside these layers.
+    """
     inner = surgery.targets(model, ("all-linear",), surgery.LINEAR)
     outside = {end for path, _ in model.named_modules() if path not in inner for end in _ends(path)}
     return list(dict.fromkeys(next((end for end in _ends(path) if end not in outside), path) for path in inner))
 
 
 def _ends(path: str) -> list[str]:
-    """List the ends of a dotted path, the shortest first and the whole of it last."""
+    """List the ends of a dotted path, from the shortest to the whole path."""
     parts = path.split(".")
     return [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
 
 
 @contextmanager
 def attached(model: nn.Module, method: str, config: object) -> Iterator[Adapted]:
-    """Attach the reference of a Method to a model on the meta device, without draws, and detach it at the end.
+    """Attach the reference of a Method to a model on the meta device, without random draws, and detach it at the end.
 
     Raises ValueError for a config that does not match the model.
     """
@@ -128,7 +131,10 @@ def count_method(
     head: Mapping[str, nn.Parameter],
     dtype: torch.dtype,
 ) -> MethodCount:
-    """Attach the reference of a Method, count, and detach it. names: targets for a config without its own."""
+    """Attach the reference of a Method, count its bytes, detach it, and return the counts.
+
+    names: targets for a config that has none.
+    """
     rank = config.get("rank")
     if method in UNREFERENCED:
         return {"rank": rank, "error": f"there is no reference of `{method}` to count"}
@@ -186,7 +192,7 @@ def _weights(every: int, frozen: list[Tensor], calls: bool, dtype: torch.dtype) 
 
 
 def _frozen(layers: Mapping[str, Any]) -> list[Tensor]:
-    """List the weights of linear layers that a 4-bit base would pack: those that do not train."""
+    """List the weights that a 4-bit base would pack: the frozen weights of linear layers."""
     under = [getattr(layer, "base", layer) for layer in layers.values()]
     return [layer.weight for layer in under if kind_of(layer) in surgery.LINEAR and not layer.weight.requires_grad]
 

@@ -1,4 +1,4 @@
-"""Send requests to one child process with torch, which counts and takes steps on fake tensors. No torch here."""
+"""Send requests to one child process, which counts and takes steps on fake tensors. Only the child imports torch."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 from harness.process.supervisor import python_module
 
 TIMEOUT_S = 600.0
-"""Time for all requests together."""
+"""Time limit for all requests together."""
 
 
 def run_requests(requests: Sequence[Mapping[str, Any]]) -> list[Any] | str:
     """Send all requests (`harness.memory_model.messages`) to one child process; return its answers, or an error.
 
-    Answers are in the order of the requests. If time runs out, those of the last steps are missing.
+    Answers are in the order of the requests. If time runs out, the answers to the last requests are missing.
     """
     if not requests:
         return []
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "requests.json"  # a command line is too short
+        file = Path(folder) / "requests.json"  # the requests are too long for a command line
         file.write_text(json.dumps(requests), encoding="utf-8")
         with python_module("harness.memory_model.counting_worker", [str(file)], {"HF_HUB_OFFLINE": "1"}) as child:
             code = child.wait(TIMEOUT_S)

@@ -1,8 +1,8 @@
 """Compute the peak of a training step by a dry step: run the Cell's loop on fake tensors and count their bytes.
 
-It begins like `harness.cell.training.counted_step`: the optimizer has its states, and there is no gradient. Nothing is
-loaded, so a shape may have any size. Run it in a separate process (`harness.memory_model.isolated_step`), because libraries
-cache tensors.
+The dry step begins like `harness.cell.training.counted_step`: the optimizer has its states, and there is no gradient. No
+weights are loaded, so a shape may have any size. Run dry steps in a separate process (`harness.memory_model.isolated_step`),
+because libraries cache tensors.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ from harness.records.record import Cell
 from reference.shared.layers import replace as replace_layer
 
 _FEW = (2, 3)
-"""Blocks of the two models that are extrapolated to a deeper one; with fewer, one block would be first and last."""
+"""Numbers of blocks of the two models from which a deeper model is extrapolated. In a smaller model, a single block would
+be both first and last."""
 
 
 @dataclass(frozen=True)
 class DryStep:
-    """A step to take."""
+    """The description of a step to take."""
 
     cell: Cell
     config: Mapping[str, Any]
@@ -66,7 +67,7 @@ class _DecodedAnew(PackedWeight):
 
 
 class _Packed(Nf4Linear):
-    """A packed 4-bit layer, made without packing: packing a large weight takes thousands of operations."""
+    """A packed 4-bit layer. It is made without packing, because packing a large weight takes thousands of operations."""
 
     def __init__(self, dense: nn.Linear, compute_dtype: torch.dtype, double: bool) -> None:
         nn.Linear.__init__(self, dense.in_features, dense.out_features, bias=False, device="meta")
@@ -89,12 +90,15 @@ class _Packed(Nf4Linear):
 
 @cache
 def registry() -> Registry:
-    """Return the installed Implementations, discovered once, because discovery is slow."""
+    """Return the registry of installed Implementations. They are discovered only once, because discovery is slow."""
     return discover()
 
 
 def longest_batches(cell: Cell, kind: str, answer: int) -> list[Batch]:
-    """Return the parts of a batch of texts of `max_tokens` tokens. answer: tokens with a loss, for a causal model."""
+    """Return the parts of a batch whose texts have `max_tokens` tokens.
+
+    answer: number of tokens with a loss in each text of a causal model.
+    """
     training = cell.training
     rows, side = -(-training.batch // training.accumulate), "left" if kind == "causal" else "right"
     example = Example(
@@ -104,13 +108,13 @@ def longest_batches(cell: Cell, kind: str, answer: int) -> list[Batch]:
 
 
 def peak(step: DryStep, parts: Sequence[Batch]) -> int:
-    """Return the peak memory of a step over `parts`, in bytes; the batches themselves do not count.
+    """Return the peak memory of a step over `parts`, in bytes, without the memory of the batches themselves.
 
-    For a model with many equal blocks, the peak is extrapolated from two models with few: in each stage it is linear in
-    the number of blocks. Does not catch the errors of libraries that do not support fake tensors.
+    For a model with many equal blocks, the peak is extrapolated from two models with few blocks, because the peak of each
+    stage is linear in the number of blocks. Passes on the errors of libraries that do not support fake tensors.
     """
     blocks = _depth(step.config)
-    # The first part starts without gradients, the others with them, so that the largest of these has the highest peak.
+    # The first part starts without gradients. All later parts start with gradients, so the largest has the highest peak.
     parts = [*parts[:1], *sorted(parts[1:], key=lambda part: part.padded_tokens)[-1:]]
     if blocks is not None and blocks > max(_FEW):
         shallow = (replace(step, config=shapes.first_blocks(step.config, count)) for count in _FEW)
@@ -141,7 +145,7 @@ def _stages(step: DryStep, parts: Sequence[Batch], uniform: bool = False) -> dic
         try:
             adapted, forms = _attached(step, model, head)
         except (ValueError, UsageError):
-            if uniform:  # a target that only a deeper model has
+            if uniform:  # a target may exist only in a deeper model
                 return None
             raise
         if uniform and not _is_uniform(model, _depth(step.config)):
@@ -178,11 +182,11 @@ def _fill(model: nn.Module) -> None:
         tensors: Any
         for tensors in (module._parameters, module._buffers):
             tensors.update({name: of(tensor) for name, tensor in tensors.items() if tensor is not None})
-    del old  # alive until here, so that ids are unique
+    del old  # the old tensors live until here, so that ids are unique
 
 
 def _attached(step: DryStep, model: nn.Module, head: Mapping[str, nn.Parameter]) -> tuple[Adapted, list[Tensor | None]]:
-    """Pack a 4-bit base and attach the Method; also return the constants that a worker stores."""
+    """Pack a 4-bit base and attach the Method. Return the adapted model, and the constants that a worker stores."""
     cell = step.cell
     config, paths = adapted_layers(model, cell.method, cell.config, head)
     forms: list[Tensor | None] = []
@@ -191,7 +195,7 @@ def _attached(step: DryStep, model: nn.Module, head: Mapping[str, nn.Parameter])
         dense = model.get_submodule(path)
         assert isinstance(dense, nn.Linear)  # noqa: S101
         layer: Nf4Linear = _Packed(dense, DTYPES[cell.dtype], double)
-        if cell.base.implementation == "fused":  # the layer of `fused`, which has faster code for it
+        if cell.base.implementation == "fused":  # use the layer of `fused`, because `fused` has faster code for it
             layer.__class__ = Nf4Linear
         replace_layer(model, path, layer)
         # A worker stores the decoded constants for the check of the codes.
@@ -216,7 +220,7 @@ def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
 
 
 def _converting() -> AbstractContextManager[None]:
-    """Let `module.to(dtype)` write to fake parameters; torch would swap them, which fails with weak references."""
+    """Let `module.to(dtype)` write to fake parameters. torch would swap them, but weak references forbid a swap."""
 
     def become(old: Tensor, new: Tensor) -> None:
         old.data = new.data
@@ -225,7 +229,7 @@ def _converting() -> AbstractContextManager[None]:
 
 
 def _stepped(adapted: Adapted, head: list[nn.Parameter], cell: Cell) -> torch.optim.Optimizer:
-    """Return the Cell's optimizer after one step, so that it has its states, without gradients."""
+    """Take one step so that the Cell's optimizer has its states; drop the gradients, and return the optimizer."""
     optimizer, _ = optimizers.make(adapted, head, cell.training, cell.optimizer, cell.implementation)
     for parameter in loop.trainable(adapted, head):
         parameter.grad = torch.empty_like(parameter)
@@ -235,16 +239,17 @@ def _stepped(adapted: Adapted, head: list[nn.Parameter], cell: Cell) -> torch.op
 
 
 def _few_chunks() -> AbstractContextManager[None]:
-    """Run three of the thousands of chunks of a step with 8-bit moments; they have the same peak as all.
+    """Run three of the thousands of chunks of a step with 8-bit moments. The peak is the same as with all chunks.
 
-    These are the first, the second and the last. The second begins while the first's results exist, like any later one.
+    These three are the first, the second and the last chunk. Like every later chunk, the second begins while the results of
+    its predecessor exist.
     """
     every = adamw8bit_step.firsts
     return _replaced(adamw8bit_step, "firsts", lambda n, chunk: sorted({*(found := every(n, chunk))[:2], *found[-1:]}))
 
 
 def _decoded_at_once() -> AbstractContextManager[None]:
-    """Decode a large 4-bit weight in one operation, like compiled code; thousands of pieces have the same peak."""
+    """Decode a large 4-bit weight in one operation, like compiled code. The peak is the same as with thousands of pieces."""
 
     def decoded(self: PackedWeight, dtype: torch.dtype, out: Tensor | None) -> Tensor:
         if prod(self.shape) < LARGE:
@@ -268,9 +273,10 @@ def _is_uniform(model: nn.Module, blocks: int | None) -> bool:
 
 @contextmanager
 def _staged(tracker: MemoryTracker, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Begin a stage for: forward and the head's backward pass, the last blocks' backward pass, the first's, the step.
+    """Divide a step into stages, so that memory grows or shrinks by the same amount with every block of a stage.
 
-    Within a stage, memory grows or shrinks by the same amount with every block, so that its peak is at one end.
+    The peak of a stage is then at its start or end. The stages are: forward pass and the head's backward pass, the backward
+    pass of the last blocks, that of the first blocks, and the optimizer's step.
     """
 
     def enters(stage: str) -> Callable[..., None]:

@@ -34,9 +34,9 @@ from harness.methods import experts
 from harness.methods.spec import MethodInfo, methods
 
 RANKS = tuple(2**n for n in range(9))
-"""Default ranks to try: 1 to 256, the range of the Methods' papers."""
+"""Default ranks to try: from 1 to 256, the range in the Methods' papers."""
 TOKENS = 512
-"""Default tokens per text, if the model reads that many."""
+"""Default number of tokens per text. It is lower for a model that reads fewer tokens."""
 DOES_NOT_FIT = "does not fit"
 
 
@@ -47,18 +47,18 @@ class FitRequest:
     model: ModelShape
     memory: size_units.MemorySize
     methods: dict[str, tuple[int | None, ...]]
-    """Ranks to try, by Method; (None,) for a Method without a rank."""
+    """Method -> ranks to try; (None,) for a Method without a rank."""
     bases: tuple[str, ...]
     optimizers: tuple[str, ...]
     targets: tuple[str, ...]
     """Layers to adapt; empty for every linear layer except the output."""
     tokens: int | None
-    """Tokens per text; None for `TOKENS`, or fewer if the model reads no more."""
+    """Tokens per text. None means `TOKENS`, or the model's limit if this is lower."""
     dtype: str
     checkpointing: bool
-    """Gradient checkpointing."""
+    """Whether to use gradient checkpointing."""
     layerwise: bool = False
-    """Layer-wise updates, for Methods that train the model's own weights."""
+    """Whether to use layer-wise updates, for Methods that train the model's own weights."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def fit_request(
     checkpointing: bool = False,
     layerwise: bool = False,
 ) -> FitRequest:
-    """Validate the arguments of `fit`. Raises UsageError with every problem."""
+    """Validate the arguments of `fit`, and return them as a request. Raises UsageError with every problem."""
     problems: list[Problem] = []
 
     def known(option: str, given: Sequence[str], there: Sequence[str], what: str) -> tuple[str, ...]:
@@ -138,9 +138,9 @@ def fit_request(
 
 
 def document_by_formulas(request: FitRequest, counted: ModelCount) -> dict[str, Any]:
-    """Return the closed-form results as one document for JSON; sizes in bytes. counted: result of `count_model`.
+    """Return the closed-form results as one document for JSON, with sizes in bytes. counted: result of `count_model`.
 
-    Raises UsageError for targets that the model does not have, and for texts longer than it reads.
+    Raises UsageError for targets that match no layer, and for texts that are longer than the model reads.
     """
     if misfits := counted.get("misfits"):
         hint = f"name layers of {request.model.name}"
@@ -175,7 +175,7 @@ def document_by_formulas(request: FitRequest, counted: ModelCount) -> dict[str, 
 
 
 def count_model(request: FitRequest) -> ModelCount:
-    """Count the model in a child process, without weights. Raises UsageError with the child's error."""
+    """Count the model in a child process, without weights, and return the counts. Raises UsageError if the child fails."""
     configs = {name: [config_at(methods()[name], rank) for rank in ranks] for name, ranks in request.methods.items()}
     message: CountRequest = {
         "config": request.model.config, "kind": request.model.kind, "dtype": request.dtype, "methods": configs,
@@ -191,7 +191,7 @@ def count_model(request: FitRequest) -> ModelCount:
 
 
 def config_at(info: MethodInfo, rank: int | None) -> dict[str, Any]:
-    """Return a Method's config at a rank, with other ranks (AdaLoRA's target) limited to it."""
+    """Return a Method's config at a rank. Other ranks in it (AdaLoRA's target) are limited to this rank."""
     if rank is None:
         return {}
     others = {k: min(f.default, rank) for k, f in info.fields.items() if k.endswith("_rank")}
@@ -266,7 +266,7 @@ def best_row(
 
 
 def row_document(row: FitRow) -> dict[str, Any]:
-    """Return a row in the form of the document."""
+    """Return a row as an entry of the JSON document."""
     parts = {f"{part}_B": size for part, size in asdict(row.ledger).items()} if row.ledger else None
     if parts and row.batch is None:
         parts |= {"activations_B": None, "logits_B": None}  # unknown, not zero

@@ -1,7 +1,7 @@
 """Search what fits by the peaks of training steps on fake tensors, starting from the closed-form results. No torch.
 
-Closed-form estimates leave out temporary tensors; a step on fake tensors has them all. It runs the code of `fused`, or of
-the reference if `fused` does not implement the Method.
+Closed-form estimates leave out temporary tensors; a step on fake tensors includes all of them. The step runs the code of
+`fused`, or of the reference if `fused` does not implement the Method.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BATCH_PARTS = ("activations_B", "logits_B")
 _MAX_BATCH = 2**16
 """Largest batch to try."""
 _GRAIN = 0.01
-"""Relative distance between the longest text that fits and a length that does not."""
+"""Relative distance between the longest text that fits and the shortest text that was found too long."""
 
 Row = dict[str, Any]
 
@@ -36,9 +36,9 @@ Row = dict[str, Any]
 def search_by_steps(request: FitRequest, counted: ModelCount, document: Mapping[str, Any]) -> dict[str, Any]:
     """Return the closed-form document with batch, longest text and peak by steps.
 
-    peak_B: peak of the row's batch, or of one text if none fits; None if no step could be taken: then `no_peak` has the
-    reason and the row stays as it was. peak_by: code of the step. The rank stays, unless steps and closed form disagree
-    whether it fits: then it is the largest rank at which one text fits.
+    peak_B: peak of the row's batch, or of one text if no text fits. It is None if no step could be taken; then `no_peak` has
+    the reason, and the row is unchanged. peak_by: code that took the step. The rank is unchanged, unless steps and closed
+    form disagree whether it fits: then the row has the largest rank at which one text fits.
     """
     rows = [
         row | {"peak_B": None, "peak_by": _provider(row["method"]), "no_peak": "" if row["ledger"] else row["because"]}
@@ -122,7 +122,7 @@ class _Search:
     def _largest(
         self, row: Row, of: str, tokens: int, *, first: int, most: int | None, grain: float = 0.0
     ) -> StepRequest:
-        # Paged states are in host memory, which is the device's memory in a step on a CPU.
+        # Paged states are in host memory. In a step on a CPU, this memory is also the device's memory.
         host = row["ledger"]["host_B"]
         options: SearchOptions = {
             "of": of, "room": self.room + host, "first": first, "most": most, "grain": grain,
@@ -185,7 +185,7 @@ def _answers(requests: list[StepRequest]) -> list[StepAnswer]:
 
 
 def _tried(row: Row, found: StepAnswer) -> dict[int, int]:
-    """Return the peaks on the device by batch or length; JSON turned these into strings."""
+    """Map each batch or length, which JSON has turned into a string, to the peak on the device in bytes."""
     return {int(number): peak - row["ledger"]["host_B"] for number, peak in found.get("tried", {}).items()}
 
 

@@ -1,6 +1,6 @@
 """Take dry steps in separate processes, so that libraries' caches of fake tensors do not reach a run.
 
-Each process is a fork, which has the libraries imported already: it starts in a hundredth of a second instead of ten.
+Each process is a fork. It has imported the libraries already, so that it starts in a hundredth of a second instead of ten.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from harness.records.record import Cell
 TIMEOUT_S = 30.0
 _LATE = f"a step on fake tensors took more than {TIMEOUT_S:.0f} s"
 _ERRORS = (*structure.BUILD_ERRORS, HarnessError, AssertionError)
-"""Errors of code that does not support fake tensors; a failed prediction must not stop a Cell."""
+"""Errors that code without support for fake tensors may raise. A failed prediction must not stop a Cell."""
 
 
 def peak(
@@ -43,10 +43,10 @@ def peak(
     others_B: int = 0,
     lacks: frozenset[str] = frozenset(),
 ) -> StepAnswer:
-    """Return the peak of a step over `parts`, plus others_B bytes of other data; empty for a Cell without training.
+    """Return the peak of a step over `parts`, plus `others_B` bytes of other data; empty for a Cell without training.
 
-    lacks: names of an encoder's weights that its checkpoint lacks. Layers of the same size and decoding replace a 4-bit
-    base; the Method's reference replaces a library that does not support fake tensors.
+    lacks: names of an encoder's weights that its checkpoint lacks. Layers with the same size and decoding replace a 4-bit
+    base. The Method's reference replaces a library that does not support fake tensors.
     """
     if cell.training.steps == 0:
         return {}
@@ -59,15 +59,13 @@ def peak(
         if not isinstance(found, str):
             return {"peak_B": found + others_B, "peak_by": by}
         errors.append(found)
-        if (
-            found == _LATE
-        ):  # slow code works in small pieces and needs little memory: the reference's peak would mislead
+        if found == _LATE:  # slow code works in small pieces, so that the reference's peak would be too low
             break
     return {"no_peak": errors[0]}
 
 
 def _attempts(step: dry_step.DryStep) -> dict[str, dry_step.DryStep]:
-    """Map descriptions of replaced code to the step to try, the Cell's own first."""
+    """Map a description of the replaced code to each step to try. The first step replaces none of the Cell's code."""
     cell, base = step.cell, step.cell.base.quantization != "none"
     found = {"a stand-in for the base" * base: step}
     if cell.method not in UNREFERENCED and cell.implementation != "reference":
@@ -113,7 +111,7 @@ def _answer(cell: Cell, request: StepRequest, answer: int) -> StepAnswer:
 
 
 def bytes_of(batches: Sequence[Batch]) -> int:
-    """Return the bytes of the tensors of batches."""
+    """Return the number of bytes in the tensors of batches."""
     return sum(t.nbytes for batch in batches for t in (*batch.inputs.values(), batch.labels))
 
 

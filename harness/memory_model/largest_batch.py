@@ -1,17 +1,17 @@
-"""Search the largest batch, or the longest text, that fits, with few steps, because each is slow. No torch."""
+"""Search the largest batch or the longest text that fits. Takes few steps, because a step is slow. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
 _MAX_STEPS = 24
-"""Highest number of steps. Three usually suffice: one for the bytes per text, one that fits, one more that does not."""
+"""Maximum number of steps. Three usually suffice: one for the bytes per text, one that fits, and one that does not fit."""
 
 
 def search(
     peak: Callable[[int], int | str], room: int, first: int, lasting: int, most: int | None = None, grain: float = 0.0
 ) -> dict[int, int] | str:
-    """Return the peaks of the tried steps by their size, or the reason why there is none.
+    """Map the size of each tried step to its peak in bytes; or, if no tried step fits, return the reason of a failed step.
 
     peak: returns the bytes of a step of a given size, monotonically increasing, or the reason why it cannot run. room: bytes
     available. first: size to begin with. lasting: estimated bytes of an empty step. most: largest size to try. grain:
@@ -38,8 +38,8 @@ def largest_fitting(tried: Mapping[int, int], room: int) -> int:
 def _next(tried: Mapping[int, int], room: int, lasting: int, most: int | None, grain: float, streak: int) -> int | None:
     """Return the next size to try, or None if the largest fitting size is known within the grain.
 
-    Interpolate linearly between the bounds, or bisect if the last two steps moved the same bound (`streak`): the peak is the
-    maximum over stages, so not linear.
+    Interpolates linearly between the bounds, but bisects if several steps in a row (`streak`) have moved the same bound: the
+    peak is a maximum over stages, and so not quite linear.
     """
     fits = largest_fitting(tried, room)
     fails = min((n for n, peak in tried.items() if peak > room), default=None)

@@ -10,7 +10,7 @@ from harness.records.record import Dtype, Optimizer, Quantization
 
 BASES, DTYPES, OPTIMIZERS = get_args(Quantization), get_args(Dtype), get_args(Optimizer)
 OWN = "its own"
-"""Base of a Method that makes its own: QLoRA's codes, PiSSA's residual."""
+"""Name of the base if a Method makes its own form of the weights: QLoRA's codes, PiSSA's residual."""
 
 PARTS = {
     "weights": "the model's weights and buffers, in the base's format, and frozen tensors of the Method (VeRA's "
@@ -25,12 +25,12 @@ PARTS = {
     "logits": "the logits of every token, their logarithms in at least float32, and the gradient of these: an estimate",
     "step": "float32 gradients of the masters, which exist only during the optimizer's step, without activations",
 }
-"""Description of each part, by its name in `Ledger`."""
+"""Name of a part in `Ledger` -> its description."""
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Bytes of each part of `PARTS`."""
+    """Number of bytes of each part in `PARTS`."""
 
     weights: int
     adapter: int
@@ -53,7 +53,7 @@ class Ledger:
         checkpointing: bool,
         layerwise: bool,
     ) -> Ledger:
-        """Return the ledger of a Method's counts. logits: bytes per token, if known. tokens: of all texts of a batch."""
+        """Return the ledger for a Method's counts. logits: bytes per token, if known. tokens: tokens of the whole batch."""
         device, host = one["optimizer"][optimizer]
         return cls(
             weights=one["weights"][base],

@@ -1,8 +1,8 @@
 """Count the bytes of existing tensors while a program runs on fake tensors.
 
-A cache stores the outputs of operations, because torch takes several times as long to compute them, and a step repeats the
-same operations for every block and every trainable tensor. Entries are shapes, not tensors, so that no tensor lives longer
-than without the cache.
+A cache stores the outputs of operations, because torch would take several times as long to compute them, and a step repeats
+the same operations for every block and every trainable tensor. Entries describe shapes and hold no tensors, so that no
+tensor lives longer than without the cache.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class _NotCacheable(Exception):  # noqa: N818
 
 
 outputs: dict[Hashable, _Output] = {}
-"""The cache, with entries from child processes too. It can be pickled."""
+"""The cache. It also has entries from child processes, and can be pickled."""
 
 
 def cached_output(fake: FakeTensorMode, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return `func(*args, **kwargs)`, where at least one argument is a tensor; some may have data."""
+    """Return `func(*args, **kwargs)`, from the cache if possible. At least one argument is a tensor, maybe with data."""
     if func._schema.is_mutable:
         made = args[0] if _writes_only(func, args) else func(*args, **kwargs)
         return kwargs.get("out", made)  # torch's own cache would return another tensor than `out`
@@ -71,7 +71,7 @@ def _writes_only(func: OpOverload, args: tuple[Any, ...]) -> bool:
 
 
 def _key(value: object, given: list[Tensor]) -> Hashable:
-    """Return the key of an argument; append its tensors to `given`. Raises _NotCacheable."""
+    """Return the key of an argument, and append its tensors to `given`. Raises _NotCacheable if it has no key."""
     if isinstance(value, Tensor):
         given.append(value)
         return isinstance(value, FakeTensor), value.shape, value.stride(), value.dtype, value.storage_offset()
@@ -112,16 +112,16 @@ _GROUPED = _aten._grouped_mm.default
 _UNSET = {_aten.empty, _aten.empty_strided}
 _FILLED = {_aten.zeros, _aten.ones, _aten.full, _aten.rand, _aten.randn}
 _REAL_B = 2**24
-"""Bytes up to which tensors without fake inputs (masks, positions) have real data, because programs branch on them."""
+"""Maximum bytes of a tensor without fake inputs (mask, positions) that has real data, because programs branch on it."""
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Count the bytes of storages that operations allocate and free, as torch's CPU allocator would.
+    """Counts the bytes of storages that operations allocate and free, like torch's CPU allocator.
 
     Weights, states and activations are fake tensors (`FakeTensor`), which have shapes, dtypes and strides, and no data.
     Small tensors without fake inputs, such as the mask of a batch of real ids, have data, so that programs branch as in a
-    run. The value of a fake tensor is 1, or True: everything is finite. Memory that a kernel allocates and frees internally
-    is not counted.
+    run. If a program reads the value of a fake tensor, it gets 1 or True, so that all values are finite. Memory that a
+    kernel allocates and frees internally is not counted.
     """
 
     def __init__(self) -> None:
@@ -129,9 +129,9 @@ class MemoryTracker(TorchDispatchMode):
         self.fake, self._engine_refs = FakeTensorMode(allow_non_fake_inputs=True), _engine_refs()
         self.now, self.stage = 0, ""
         self.attaching = True
-        """Whether new filled tensors (`torch.zeros`) are weights or states, and so fake, however small."""
+        """Whether new filled tensors (`torch.zeros`) are weights or states. These are fake even if they are small."""
         self.peaks: dict[str, int] = defaultdict(int)
-        """Highest count of each stage, by its name."""
+        """Name of a stage -> its highest number of bytes."""
         self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def enter(self, stage: str) -> None:
@@ -148,8 +148,8 @@ class MemoryTracker(TorchDispatchMode):
             return args[0].fake_device
         if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return args[0].dtype == torch.bool or (1.0 if args[0].is_floating_point() else 1)
-        # Autograd accumulates in place if nothing else references the first gradient, but out of place for subclasses of
-        # Tensor, such as FakeTensor.
+        # Autograd accumulates in place if no other code references the first gradient. For subclasses of Tensor, such as
+        # FakeTensor, it always accumulates out of place.
         if func is _aten.add.Tensor and _in_backward(args[0]) and _references(args[0]) <= self._engine_refs:
             return args[0].add_(args[1])
         made = self._made(func, args, kwargs)
@@ -160,13 +160,13 @@ class MemoryTracker(TorchDispatchMode):
 
     def _made(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is _FLASH:
-            # The real output has the query's layout, the fake one does not: a further copy would be counted.
+            # The real output has the query's layout, but the fake output does not: an additional copy would be counted.
             return torch.empty_like(args[0]), *func(*args, **kwargs)[1:]
-        if func is _GROUPED:  # a CPU supports more dtypes, but its fake kernel only bfloat16
+        if func is _GROUPED:  # the CPU's kernel supports more dtypes, the fake kernel only bfloat16
             return _of_experts(*args, **kwargs)
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
             return cached_output(self.fake, func, args, kwargs)
-        with self.fake:  # no tensor inputs, e.g. `torch.zeros`: look at the size first
+        with self.fake:  # there are no tensor inputs, e.g. `torch.zeros`: find the size first
             made = func(*args, **kwargs)
         no_data = func.overloadpacket in (_UNSET | _FILLED if self.attaching else _UNSET)
         large = not isinstance(made, Tensor) or made.untyped_storage().nbytes() > _REAL_B
@@ -189,13 +189,13 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def _of_experts(rows: Tensor, weights: Tensor, offsets: Tensor, *_: object, **__: object) -> Tensor:
-    """Return an empty output of a grouped product: of rows with their experts' matrices, or of the latter's gradient."""
+    """Return an empty output of a grouped product: rows times their experts' matrices, or the gradient of the matrices."""
     own = () if weights.dim() > 2 else (len(offsets),)
     return rows.new_empty(*own, rows.shape[-2], weights.shape[-1])
 
 
 class _Watch(TorchDispatchMode):
-    """Record the number of references to a gradient while autograd accumulates it."""
+    """Records the number of references to a gradient while autograd accumulates it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,9 +210,9 @@ class _Watch(TorchDispatchMode):
 
 
 def _engine_refs() -> int:
-    """Return the number of references to a gradient that only autograd holds, while it accumulates.
+    """Return the number of references, during accumulation, to a gradient that only autograd holds.
 
-    Measured each time, because it depends on the process. An operand in other code has one more.
+    The number is measured, because it depends on the process. If other code holds the gradient, there is one more reference.
     """
     watch = _Watch()
     with FakeTensorMode():

@@ -1,4 +1,4 @@
-"""Requests to the counting process and its answers, as JSON. No torch."""
+"""Requests to the counting process and its answers, as JSON. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NotRequired, Required, TypedDict
 
 
 class CountRequest(TypedDict):
-    """Count the bytes of one model for several Methods."""
+    """A request to count the bytes of one model for several Methods."""
 
     config: Mapping[str, Any]
     """The model's config.json."""
@@ -15,7 +15,7 @@ class CountRequest(TypedDict):
     """`causal` or `encoder`."""
     dtype: str
     methods: dict[str, list[dict[str, Any]]]
-    """Configs to count, by Method."""
+    """Method -> configs to count."""
     targets: list[str]
     """Layers for configs without targets; empty for every linear layer except the output."""
     checkpoint: NotRequired[str]
@@ -33,11 +33,11 @@ class MethodCount(TypedDict, total=False):
     untouched: int
     """Weights of experts that do not train."""
     weights: dict[str, int]
-    """Bytes of everything except the adapter, by base."""
+    """Base -> bytes of everything except the adapter."""
     adapter: int
     gradients: int
     optimizer: dict[str, tuple[int, int]]
-    """State bytes (on the device, in host memory), by optimizer."""
+    """Optimizer -> bytes of its states (on the device, in host memory)."""
     step: int
     """Bytes that exist only while the optimizer steps."""
     layerwise: int
@@ -47,7 +47,7 @@ class MethodCount(TypedDict, total=False):
 
 
 class ModelCount(TypedDict, total=False):
-    """Counts of one model: `error` alone, `misfits` alone, or the rest."""
+    """Counts of one model. It has only `error`, only `misfits`, or all other keys."""
 
     error: str
     """Reason why the model cannot be built or counted."""
@@ -64,7 +64,7 @@ class ModelCount(TypedDict, total=False):
 
 
 class StepRequest(TypedDict):
-    """Take a Cell's training step on fake tensors."""
+    """A request to take a Cell's training step on fake tensors."""
 
     cell: dict[str, Any]
     config: Mapping[str, Any]
@@ -72,11 +72,11 @@ class StepRequest(TypedDict):
     kind: str
     """`causal` or `encoder`."""
     answer: int
-    """Tokens of each text that carry loss."""
+    """Number of tokens with a loss in each text."""
     checkpoint: NotRequired[str]
-    """As in CountRequest."""
+    """See `CountRequest.checkpoint`."""
     largest: NotRequired[SearchOptions]
-    """Search the largest step that fits, instead of one step."""
+    """Options of a search for the largest step that fits; without this key, the request is for one step."""
 
 
 class SearchOptions(TypedDict):
@@ -92,12 +92,12 @@ class SearchOptions(TypedDict):
 
 
 class StepAnswer(TypedDict, total=False):
-    """Peak of a step, or the reason why there is none."""
+    """The peak of a step, or the reason why there is no peak."""
 
     peak_B: int
     peak_by: str
-    """Code that took the step, if not the Cell's own."""
+    """Code that took the step, if it was not the Cell's own code."""
     no_peak: str
     """Reason why there is no peak."""
     tried: dict[int, int]
-    """Peaks of a search by batch or length; JSON turns the keys into strings."""
+    """Batch or length of each step of a search -> its peak. JSON turns the keys into strings."""

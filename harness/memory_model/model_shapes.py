@@ -1,4 +1,7 @@
-"""Find a model's config.json by its name: presets, the table of models, folders, the hub's cache. No torch, no download."""
+"""Find a model's config.json by its name, in presets, the table of models, folders and the hub's cache.
+
+Imports no torch, and downloads nothing.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class ModelShape:
 
 
 def find_model(name: str) -> ModelShape:
-    """Return the model called `name`. Raises UsageError for an unknown name, or without a config on this machine."""
+    """Return the model called `name`. Raises UsageError if the name is unknown, or its config is not on this machine."""
     if preset := shapes.preset(name.removeprefix(shapes.PREFIX)):
         return ModelShape(preset.name, preset.config, preset.kind, f"shape of {preset.source}")
     table = {s.name: s for s in load_table(data_folder("suites") / "sources.yaml").values() if s.kind != "data"}
@@ -46,7 +49,7 @@ def find_model(name: str) -> ModelShape:
 
 
 def _of_table(source: Source) -> ModelShape:
-    # Generated models take seconds; any other would be a download.
+    # Only a generated model is fetched here: generating it takes seconds, and any other model would be a download.
     here = fetch.ensure(source) if source.scheme == "made" else fetch.local_folder(source)
     if here is None:
         what = f"{source.name} is not on this machine, and `fit` downloads nothing"
@@ -70,7 +73,7 @@ def _of_hub(name: str) -> ModelShape:
 
 
 def _of_file(file: Path, name: str, source: str) -> ModelShape:
-    """Return the model of a config.json. Raises AssetError for an unsupported architecture."""
+    """Return the model that a config.json describes. Raises AssetError for an unsupported architecture."""
     config = shapes.read_config(file, name)
     kind = model_kind(config)
     refuse_architecture(config, name, kind, file)

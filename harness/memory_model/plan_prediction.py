@@ -1,6 +1,6 @@
-"""Predict the memory of a plan's Cells from shapes. No torch: one child process counts for all of them.
+"""Predict the memory of a plan's Cells from shapes. Imports no torch: one child process counts for all Cells.
 
-Cells with the same step share one step on fake tensors (`harness.memory_model.isolated_step`). A Cell's worker counts in the
+Cells with equal steps share one step on fake tensors (`harness.memory_model.isolated_step`). A Cell's worker counts in the
 same way before it loads its model (`harness.memory_model.counting`).
 """
 
@@ -44,11 +44,11 @@ def count_request(cell: Cell, config: Mapping[str, Any], kind: str, labels: int,
 def prediction(cell: Cell, counted: ModelCount, *, on_cpu: bool = False, every_token: bool = False) -> Predicted | str:
     """Return the ledger of a Cell from its counts, or the reason why there is none.
 
-    on_cpu: whether host memory is the device's, so that paged states count too. every_token: whether every token has a loss
-    (`loss: all`), as in the task `synthetic`.
+    on_cpu: whether host memory is also the device's memory, so that paged states count too. every_token: whether every token
+    has a loss (`loss: all`), as in the task `synthetic`.
 
-    Activations and logits are those of texts of `max_tokens` tokens: an upper bound, exact for `synthetic`. Not predicted:
-    compiled models, and logits of tasks with a loss on answers only.
+    Activations and logits are those of texts with `max_tokens` tokens: an upper bound, which is exact for `synthetic`. The
+    function predicts neither compiled models, nor logits of tasks with a loss on answers only.
     """
     if error := counted.get("error"):
         return str(error)
@@ -99,7 +99,7 @@ def predictions(
     counts: dict[str, CountRequest] = {}
     steps: dict[str, StepRequest] = {}
     for cell, one in requests.values():
-        # One count per model: Cells that differ only in a seed or a batch share it.
+        # Cells that differ only in a seed or a batch share one count.
         configs = counts.setdefault(_count_key(one), {**one, "methods": {}})["methods"].setdefault(cell.method, [])
         configs += [cell.config] if cell.config not in configs else []
         step = _step(cell, one, every_token)

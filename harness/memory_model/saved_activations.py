@@ -51,7 +51,7 @@ def sum_over_llama(model: Any, saved: Mapping[str, tuple[bool, int]], trains: Co
         return sum(any(saved.get(path, (False, 0))[0] for path in of_block) for of_block in paths)
 
     norms = [getattr(block, name) for block in blocks for name in _NORMS] + [model.model.norm]
-    # The first part, of four per block, that trains: earlier ones save nothing.
+    # Find the first part (of four per block) that trains: earlier parts save nothing.
     starts = [
         4 * i + part for i in range(len(blocks)) for name, part in _PART.items() if f"model.layers.{i}.{name}" in trains
     ]
@@ -71,8 +71,8 @@ def sum_over_llama(model: Any, saved: Mapping[str, tuple[bool, int]], trains: Co
 def saved_by_layers(layers: Mapping[str, Any], dtype: torch.dtype) -> tuple[dict[str, tuple[bool, int]], bool]:
     """Map the path of each linear layer to whether it saves its input, and to its other saved bytes per token.
 
-    Also return whether every layer calls its base layer. One that does not (PiSSA with its residual, QLoRA with its codes)
-    has the weight in another form, and a program that saves memory drops the original.
+    Also return whether every layer calls its base layer. A layer that does not (PiSSA with its residual, QLoRA with its
+    codes) has the weight in another form, and a program that saves memory drops the original weight.
     """
     known: dict[tuple[type, int, int, bool], tuple[bool, int]] = {}
     saved, every = {}, True
@@ -97,8 +97,8 @@ def saved_by_layers(layers: Mapping[str, Any], dtype: torch.dtype) -> tuple[dict
 def _saved(layer: nn.Module, features: int, dtype: torch.dtype) -> tuple[bool, int]:
     """Return whether a layer saves its input for its backward pass, and its other saved bytes per token.
 
-    The bytes are the difference between two lengths: a decoded weight, which does not grow with the tokens, is no
-    activation.
+    The bytes are the difference between calls with two lengths, because a saved tensor that does not grow with the number of
+    tokens, such as a decoded weight, is no activation.
     """
 
     def measure(tokens: int) -> tuple[bool, int]:

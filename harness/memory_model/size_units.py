@@ -10,12 +10,12 @@ UNITS = {
 }  # fmt: skip
 _FORM = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?|\.\d+)\s*(?P<unit>[A-Za-z]*)\s*", re.ASCII)
 DIGITS, _MAX_B = 20, 2**60
-"""Highest number of digits, and of bytes, of a valid size."""
+"""Maximum number of digits of a valid size, and its maximum number of bytes."""
 
 
 @dataclass(frozen=True)
 class MemorySize:
-    """A number of bytes and the unit of its input, with GiB instead of TiB."""
+    """A number of bytes, and the unit in which it was given (GiB if this was TiB, GB if this was TB)."""
 
     number_B: int
     unit: str
@@ -27,7 +27,7 @@ class MemorySize:
 
 
 def parse_size(text: str) -> MemorySize:
-    """Parse `24GiB` or `24 GB`. Raises ValueError with a hint for anything else."""
+    """Parse a size such as `24GiB` or `24 GB`, and return it. Raises ValueError with a hint for any other text."""
     match = _FORM.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is no size of memory; write a number and its unit: 24GiB or 24GB")

@@ -1,4 +1,4 @@
-"""Bytes of 4-bit weights and of optimizer states, by the references' own formulas."""
+"""Compute the bytes of 4-bit weights and of optimizer states, by the formulas of the references."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reference.operations import adamw8bit, double_quant, paged
 from reference.shared import galore_moments
 
 BLOCK = 64
-"""Weights per constant of NF4, in QLoRA and bitsandbytes."""
+"""Number of weights that share a constant of NF4, in QLoRA and bitsandbytes."""
 _STEP_B = 4
 """Bytes of the step count that torch's AdamW has for each tensor."""
 
@@ -24,7 +24,7 @@ _STEP_B = 4
 def packed_bytes(numel: int, base: str) -> int:
     """Return the bytes of a weight in `nf4` or `nf4-dq`: codes and constants (QLoRA, arXiv:2305.14314, section 3).
 
-    The table of 16 levels is a constant of the type and not counted.
+    The table of 16 levels is the same for all weights, and is not counted.
     """
     return round(double_quant.bits_per_parameter(numel, BLOCK, double=base == "nf4-dq") * numel / 8)
 

@@ -1,4 +1,4 @@
-"""The worker's end of the event pipe, which carries JSON lines. Output of plug-ins does not reach it."""
+"""The worker's end of the event pipe. The pipe carries JSON lines; output of plug-ins does not reach it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Emit(Protocol):
 
 @contextmanager
 def event_writer(events: int, lifeline: int) -> Iterator[Emit]:
-    """Yield a function that reports on the descriptor `events`, and send stdout to stderr, that of C libraries too.
+    """Yield a function that writes events to the descriptor `events`, and redirect stdout to stderr, also for C libraries.
 
-    A fork of a plug-in inherits both, but its events are dropped. This process dies when the process at the other end of the
-    pipe `lifeline` does. The last event is `done`, with the id of the process that watches the lifeline.
+    A fork that a plug-in makes inherits both, but its events are dropped. This process dies when the process at the other
+    end of the pipe `lifeline` dies. The last event is `done`, with the id of the process that watches the lifeline.
     """
     watcher = die_with_parent(lifeline, events)
     os.dup2(2, 1)

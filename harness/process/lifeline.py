@@ -1,4 +1,4 @@
-"""A pipe by which a worker notices that its parent is gone, and ends with its children."""
+"""A pipe that lets a worker and its children end when the worker's parent has ended."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import signal
 def die_with_parent(lifeline: int, *others: int) -> int:
     """Kill this process group when the other end of the pipe `lifeline` closes; return the id of the process that watches.
 
-    The pipe closes when the parent ends in any way, even before this call. A small process watches the pipe: a
-    thread of the worker would not run while a library holds the interpreter, and would be killed together with the worker
-    before it could reach the worker's children. others: descriptors that the watcher must not hold open.
+    The pipe closes when the parent ends in any way, even before this call. A small process watches the pipe. A thread of
+    the worker could not: it would not run while a library holds the interpreter, and would be killed together with the
+    worker before it could kill the worker's children. others: descriptors that the watcher must not hold open.
     """
     if watcher := os.fork():
         return watcher
     try:
         for other in others:
             os.close(other)
-        os.read(lifeline, 1)  # nothing is ever written: this returns when the pipe closes
+        os.read(lifeline, 1)  # no process writes to the pipe: this returns when the pipe closes
     finally:
         os.killpg(0, signal.SIGKILL)
     raise SystemExit  # unreachable: the process has killed itself

@@ -1,4 +1,4 @@
-"""Query nvidia-smi: lines or fields. No library is needed."""
+"""Query nvidia-smi, and return its output as lines or as fields. Needs no library."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import subprocess
 from harness.errors import HarnessError
 
 _PATIENCE_S = 20.0
-"""Time for an answer: an idle driver wakes up every card first."""
+"""Time limit for an answer. An idle driver first wakes up every GPU."""
 
 
 def lines(query: str, units: bool = True) -> list[str]:
-    """Return the output of `--query-QUERY`, a line per card or process; empty if nvidia-smi is not installed.
+    """Return the output of `--query-QUERY`, a line per GPU or process; empty if nvidia-smi is not installed.
 
-    units: add its unit to each number. Raises HarnessError if nvidia-smi does not answer.
+    units: whether each number has a unit. Raises HarnessError if nvidia-smi does not answer.
     """
     tool = shutil.which("nvidia-smi")
     if tool is None:
@@ -29,7 +29,7 @@ def lines(query: str, units: bool = True) -> list[str]:
 
 
 def rows(query: str) -> list[list[str]]:
-    """Return the output of `--query-QUERY` in fields, numbers without units. Only the last field may contain commas."""
+    """Return the lines of `--query-QUERY` as lists of fields. Numbers have no units. Only the last field may have commas."""
     commas = query.count(",")
     found = ([field.strip() for field in line.split(",", commas)] for line in lines(query, units=False))
     return [row for row in found if len(row) == commas + 1]

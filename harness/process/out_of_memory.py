@@ -1,4 +1,4 @@
-"""Recognise out-of-memory errors of all libraries. No torch: its errors are recognised by their names."""
+"""Recognise out-of-memory errors of all libraries. Imports no torch: torch's errors are recognised by their names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Shortage:
 
 
 def shortage(error: BaseException) -> Shortage | None:
-    """Return the memory that ran out and the size of the allocation, or None if `error` has another cause."""
+    """Return which memory ran out and the size of the allocation, or None if `error` has another cause."""
     text = str(error)
     if device := _DEVICE.search(text):
         return Shortage("device", _size(device))
@@ -45,6 +45,6 @@ def shortage(error: BaseException) -> Shortage | None:
 
 
 def _size(found: re.Match[str]) -> int | None:
-    """Return the bytes in the one pair of groups that matched, if any did."""
+    """Return the number of bytes from the pair of groups that matched, or None if none matched."""
     pairs = zip(found.groups()[::2], found.groups()[1::2], strict=True)
     return next((int(float(number) * _UNITS[unit or ""]) for number, unit in pairs if number), None)

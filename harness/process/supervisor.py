@@ -1,4 +1,4 @@
-"""Start subprocesses, read their output, and end them together with all their children. No torch."""
+"""Start subprocesses, read their output, and end them together with all their children. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import IO, Self
 
 ANSWER = "answer: "
-"""Prefix of answers on stdout, to separate them from the output of libraries."""
+"""Prefix of answers on stdout. It distinguishes them from the output of libraries."""
 
 _OUTPUT_LINES = 1000
 _CHUNK_B = 1 << 16
@@ -32,7 +32,7 @@ class Pipe:
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self.is_closed = False
-        """True once no process holds the writing end and all data are read."""
+        """True once no process holds the writing end, and all data have been read."""
         self._rest = b""
 
     def readable(self, timeout: float = 0.0) -> bool:
@@ -40,13 +40,13 @@ class Pipe:
         return bool(select.select([self.descriptor], [], [], max(0.0, timeout))[0])
 
     def read(self) -> bytes:
-        """Return the next bytes, or none at the end of the pipe. Blocks until there are some."""
+        """Return the next bytes; b"" at the end of the pipe. Blocks until there are bytes."""
         chunk = os.read(self.descriptor, _CHUNK_B)
         self.is_closed = not chunk
         return chunk
 
     def lines(self) -> list[bytes]:
-        """Return the next complete lines. Blocks until there are some bytes."""
+        """Return the next complete lines, maybe none. Blocks until there are bytes."""
         *lines, self._rest = (self._rest + self.read()).split(b"\n")
         return lines
 
@@ -54,10 +54,10 @@ class Pipe:
 class Subprocess:
     """A process in a separate session: Ctrl-C does not reach it, and `close` kills it together with its children.
 
-    A context manager that closes it. `output` captures stdout and stderr if they are `PIPE`.
+    The end of a `with` block calls `close`. `output` has the last lines of stdout and stderr if they are `PIPE`.
 
-    events, lifeline: add the descriptor of such a pipe to the command, as a decimal argument before `arguments`. Raises
-    OSError if the process cannot be started.
+    events, lifeline: whether to make such a pipe, and to add its descriptor as a decimal argument before `arguments`. The
+    constructor raises OSError if the process cannot be started.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class Subprocess:
     ) -> None:
         inherited: list[int] = []
         with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
-            # The child has copies of its ends. Ours must close, or the pipes would never end.
+            # The child has copies of its ends of the pipes. This process must close its own copies, or no pipe would end.
             if events:
                 reading, writing = os.pipe()
                 ours.callback(os.close, reading)
                 theirs.callback(os.close, writing)
                 self.events = Pipe(reading)
-                """The pipe of its reports; only with `events`."""
+                """The pipe with the events of the process; exists only with `events`."""
                 inherited.append(writing)
             if lifeline:
                 reading, writing = os.pipe()
@@ -94,8 +94,8 @@ class Subprocess:
             self._ours = ours.pop_all()
         self.pid = self._process.pid
         self._lines: deque[str] = deque(maxlen=_OUTPUT_LINES)
-        # In memory, not in a file: on a full disk the file would lack the very line that reports it. In a thread, because
-        # a child with a full pipe would wait for a reader forever.
+        # Lines are stored in memory: on a full disk, a file would lack the line that reports the full disk. A thread reads
+        # them, because a child with a full pipe would wait forever for a reader.
         self._listeners = [
             threading.Thread(target=self._listen, args=(pipe,), daemon=True)
             for pipe in (self._process.stdout, self._process.stderr)
@@ -114,47 +114,47 @@ class Subprocess:
 
     @property
     def output(self) -> str:
-        """The last lines of its captured output; complete once it is closed."""
+        """The last lines of the captured output. All output has been read once the process is closed."""
         return "".join(self._lines)
 
     @property
     def reports_full_disk(self) -> bool:
-        """Whether its captured output mentions a full disk or an exceeded quota."""
+        """Whether the captured output mentions a full disk or an exceeded quota."""
         return any(sign in self.output for sign in _FULL_DISK)
 
     @property
     def exit_code(self) -> int | None:
-        """The exit code, negative after a signal; None while it runs."""
+        """The exit code, negative after a signal; None while the process runs."""
         return self._process.poll()
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended and all its events are read. One of its children may hold the pipe open forever."""
+        """Whether the process has ended and all its events are read. A child may hold the pipe open, even forever."""
         return self.events.is_closed or (self.exit_code is not None and not self.events.readable())
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Return the exit code, or None if it still runs after `timeout` seconds."""
+        """Return the exit code, or None if the process still runs after `timeout` seconds."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(timeout)
         return None
 
     def terminate(self, grace: float) -> None:
-        """Send SIGTERM, and wait up to `grace` seconds for its end."""
+        """Send SIGTERM, and wait up to `grace` seconds for the end of the process."""
         self._process.terminate()
         self.wait(grace)
 
     def kill_group(self) -> None:
-        """Kill its process group, also the children of a process that has ended."""
+        """Kill the process group: the process and its children, even if the process itself has ended."""
         # The group may have ended. For a group of zombies macOS raises PermissionError.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Kill the whole group, and close the pipes. A second call does nothing."""
+        """Kill the whole process group, and close the pipes. A second call does nothing."""
         self.kill_group()
         self._process.wait()
         for listener in self._listeners:
-            listener.join(timeout=2)  # the pipe ends with the last process that holds it
+            listener.join(timeout=2)  # the pipe ends when the last process that holds it has ended
         self._ours.close()
 
     def _listen(self, pipe: IO[bytes]) -> None:
@@ -165,9 +165,9 @@ class Subprocess:
 def python(
     arguments: Sequence[str], environment: Mapping[str, str], after: Sequence[str] = (), *, lifeline: bool = False
 ) -> Subprocess:
-    """Start this Python with `arguments`, and capture its output. environment: added to that of this process.
+    """Start a process of this Python with `arguments`, capture its output, and return it.
 
-    after: arguments after the descriptor of the lifeline.
+    environment: variables in addition to those of this process. after: arguments after the descriptor of the lifeline.
     """
     return Subprocess(
         [sys.executable, *arguments],
@@ -180,7 +180,7 @@ def python(
 
 
 def python_module(module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Subprocess:
-    """Start a module that ends when this process does: its first argument is for `die_with_parent`."""
+    """Start and return a process that runs `module`. Its first argument is a descriptor for `die_with_parent`."""
     return python(module_arguments(module), environment, arguments, lifeline=True)
 
 
@@ -200,15 +200,15 @@ def signal_name(exit_code: int) -> str:
 
 
 def run_in_fork(function: Callable[[], bytes], timeout: float) -> bytes | None:
-    """Return the result of `function` in a fork of this process; empty if the fork died, None after `timeout` seconds.
+    """Return the result of `function` in a fork of this process; b"" if the fork died, None after `timeout` seconds.
 
-    The fork stays in this process's group, and ends with it. It prints nothing.
+    The fork stays in the process group of this process, so that it is killed with this group. It prints nothing.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_send_result, args=(function, sender))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # about threads, for which the child does not wait
+        warnings.simplefilter("ignore", DeprecationWarning)  # about threads; the child does not wait for any
         child.start()
     sender.close()
     try:

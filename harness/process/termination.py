@@ -11,14 +11,17 @@ TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Terminated(KeyboardInterrupt):
-    """A signal requests the end of this process; the text is its name. A KeyboardInterrupt, so that one handler suffices."""
+    """A signal requests the end of this process. The text is the name of the signal.
+
+    It is a KeyboardInterrupt, so that the same handlers catch Ctrl-C and signals.
+    """
 
 
 @contextmanager
 def handle_termination() -> Iterator[None]:
-    """Raise Terminated in the block on the first such signal, and ignore further ones, so that the cleanup completes.
+    """Raise Terminated in the block on the first SIGTERM or SIGHUP. Ignore further ones, so that the cleanup completes.
 
-    A signal that was ignored before stays ignored, as `nohup` requests.
+    A signal that was ignored before the block stays ignored, as `nohup` requires.
     """
     terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
     handlers = {number: signal.getsignal(number) for number in TERMINATION_SIGNALS}

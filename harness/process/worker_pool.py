@@ -1,4 +1,4 @@
-"""Run workers that report events; watch them, and end them together with their children. No torch."""
+"""Run workers that report events; watch them, and end them together with their children. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from harness.process.supervisor import Subprocess, module_arguments, signal_name
 
 _TOKEN = "PEFT_HARNESS_CHILD"  # noqa: S105
 _START_S = 120.0
-"""Minimum silence allowed before the first event: a worker imports torch first, which the tested code cannot speed up."""
+"""Minimum time allowed before the first event. A worker imports torch first, and tested code cannot shorten this import."""
 _GRACE_S = 20.0
-"""Time for a worker to end after its last event; on a busy machine, closing torch takes seconds."""
+"""Time limit for the end of a worker after its last event. On a busy machine, the shutdown of torch takes seconds."""
 _TICK_S = 0.5
 
 
 class WorkerPool:
-    """The workers of one command. Ctrl-C ends them together."""
+    """The workers of one command. Ctrl-C ends all of them."""
 
     def __init__(self) -> None:
         self.stopped = False
@@ -43,7 +43,7 @@ class WorkerPool:
         """Run `python -m MODULE EVENTS LIFELINE TASK`, and yield the events that it reports before `done`.
 
         If the worker fails, the last event is `died`, with the reason: a crash, `patience` seconds without an event, or a
-        process that it leaves behind. No process stays, even if this one is killed.
+        process that the worker leaves behind. No process remains, even if this process is killed.
         """
         token = uuid.uuid4().hex
         with self._lock:
@@ -75,7 +75,7 @@ class WorkerPool:
 
     def _end(self, worker: Subprocess, token: str) -> None:
         worker.close()
-        for other in _marked(token):  # those outside the process group
+        for other in _marked(token):  # processes outside the process group
             with contextlib.suppress(psutil.Error):
                 other.kill()
         with self._lock:
@@ -90,7 +90,7 @@ def _start(module: str, task: Mapping[str, Any], token: str) -> Subprocess:
 
 
 def _events(worker: Subprocess, patience: float) -> Iterator[Any]:
-    """Yield the worker's events until it ends, or None after too long a silence."""
+    """Yield the worker's events until it ends. Yield None after `patience` seconds without an event."""
     last, allowed = time.monotonic(), max(patience, _START_S)
     while not worker.is_over:
         if worker.events.readable(min(_TICK_S, patience)):
@@ -128,7 +128,7 @@ def _left_behind(worker: Subprocess, watcher: int, token: str) -> list[str]:
 
 
 def _marked(token: str) -> Iterator[psutil.Process]:
-    """Yield the running processes that inherited a worker's environment."""
+    """Yield the running processes that have `token` in their environment, because they inherited it from a worker."""
     for other in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if other.environ().get(_TOKEN) == token and other.status() != psutil.STATUS_ZOMBIE:

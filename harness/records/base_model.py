@@ -1,4 +1,4 @@
-"""Base classes and units for the models of a run's files. No torch."""
+"""Base classes and units for the models of a run's files. Imports no torch."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class ExtendedModel(FrozenModel):
     """Names of the added fields."""
 
     def later(self) -> dict[str, Scalar]:
-        """Return the added fields that are not at their defaults."""
+        """Return the names and values of those added fields that differ from their defaults."""
         defaults = type(self).model_fields
         return {n: value for n in self.later_fields if (value := getattr(self, n)) != defaults[n].default}
 
 
 def mistake(problem: ValidationError | None) -> str:
-    """Return the first validation error of a file with its location, and the number of further errors."""
+    """Return a text with the first validation error of a file, its location, and the number of further errors."""
     found = problem.errors(include_url=False, include_context=False, include_input=False) if problem else []
     if not found:
         return "nothing in it"

@@ -1,4 +1,4 @@
-"""Result of one check, as a Record stores it, and the identifiers of checks."""
+"""The result of one check in a Record, and the identifiers of checks."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class CheckId(NamedTuple):
 
     @property
     def is_complete(self) -> bool:
-        """True if all four parts are present and none contains a separator."""
+        """True if all four parts are present and no part contains a separator."""
         return all(self) and _SEPARATOR not in self.state
 
     @classmethod
     def parse(cls, text: str) -> CheckId:
-        """Split an identifier. Missing parts are empty, so an incomplete identifier from an old file is no error."""
+        """Split an identifier and return its parts. Missing parts are empty, because old files may lack some."""
         return cls(*text.split(_SEPARATOR, 3))
 
 
@@ -74,7 +74,7 @@ class CheckResult(FrozenModel):
 
     @property
     def share(self) -> float | None:
-        """The error as a share of the allowance; None if nothing was measured or allowed."""
+        """The error divided by the allowed error; None if no error was measured or allowed."""
         return None if self.error is None or not self.allowed else self.error / self.allowed
 
     @model_validator(mode="after")

@@ -1,6 +1,6 @@
-"""Costs of a Cell other than time and tensors, as its Record stores them: files, energy, the state of a GPU.
+"""Costs in a Cell's Record other than time and tensors: files, energy, the state of a GPU.
 
-None always means "not measured", never 0.
+A value that was not measured is None, never 0.
 """
 
 from __future__ import annotations

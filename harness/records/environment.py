@@ -1,4 +1,4 @@
-"""The environment of a Record: machine, software, code. No torch, because the runner uses it before any worker starts."""
+"""Describe the environment of a Record: machine, software, code. Imports no torch, because the runner imports it too."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _GPU_QUERY = "gpu=uuid,name,driver_version,memory.total"
 
 
 def describe(threads: int | None = None, extra: dict[str, object] | None = None) -> Environment:
-    """Return the environment of this process. `threads`, `extra` are not part of its id."""
+    """Return the environment of this process. Its id does not depend on `threads` and `extra`."""
     software = {"python": platform.python_version()} | _versions()
     machine = _machine()
     text = json.dumps([software, machine], sort_keys=True)
@@ -46,7 +46,7 @@ def describe(threads: int | None = None, extra: dict[str, object] | None = None)
 
 @functools.cache
 def code_version() -> str:
-    """Return the SHA-256 (12 hex) over the Python files of harness/ and reference/, names and contents."""
+    """Return 12 hex digits of the SHA-256 over names and contents of the Python files of harness/ and reference/."""
     digest = hashlib.sha256()
     package = Path(__file__).resolve().parent.parent
     for folder in (package, package.parent / "reference"):
@@ -67,12 +67,12 @@ def gpus() -> tuple[str, ...]:
 
 
 def _hidden(visible: str | None) -> bool:
-    """Return whether CUDA shows no GPU: it reads the list up to the first invalid entry."""
+    """Return whether CUDA_VISIBLE_DEVICES hides all GPUs. CUDA reads this list up to the first invalid entry."""
     return visible is not None and visible.split(",")[0].strip() in ("", "-1", "NoDevFiles")
 
 
 def physical_cores() -> int:
-    """Return the physical cores that this process may use, by its affinity and its cgroup's quota."""
+    """Return the number of physical cores that this process may use, by its affinity and its cgroup's quota."""
     import psutil
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -84,18 +84,18 @@ def physical_cores() -> int:
 
 
 def threads() -> int:
-    """Return the number of compute threads: one for each physical core, or OMP_NUM_THREADS if that is less.
+    """Return the number of compute threads: one per physical core, or OMP_NUM_THREADS if this number is less.
 
-    More threads than cores wait for each other in loops.
+    If there are more threads than cores, threads wait for each other in busy loops.
     """
     limit = os.environ.get("OMP_NUM_THREADS", "")
     return min(physical_cores(), int(limit)) if limit.isdecimal() and int(limit) else physical_cores()
 
 
 def cgroup_cpus(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Return the CPU time per second that the kernel grants, or None without a limit. Limits of all parents apply.
+    """Return the CPU seconds per second that the kernel grants to this process, or None without a limit.
 
-    Reads cgroups v2 and v1; in v1 the controller of CPU time has its own tree.
+    The limits of all parent cgroups apply. Reads cgroups v2 and v1; in v1 the controller of CPU time has its own tree.
     """
     try:
         lines = [line.split(":", 2) for line in of.read_text().splitlines()]
@@ -115,7 +115,10 @@ def cgroup_cpus(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self
 
 
 def _quota(folder: Path) -> tuple[int, int]:
-    """Return the quota and the period of a cgroup in microseconds; a quota below 0 is no limit. The root has no files."""
+    """Return the quota and the period of a cgroup in microseconds. A quota below 0 means no limit.
+
+    The root cgroup has no files, and no limit.
+    """
     for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         try:
             quota, period = " ".join((folder / file).read_text() for file in files).split()

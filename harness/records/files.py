@@ -23,12 +23,12 @@ def sha256(path: Path) -> str:
 
 
 def combined_sha256(paths: Sequence[Path]) -> str:
-    """Return one SHA-256 over the names and hashes of files."""
+    """Return one SHA-256 in hex digits over the names and hashes of files."""
     return hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in paths).encode()).hexdigest()
 
 
 def unwritable(file: Path) -> str:
-    """Return the reason why a file cannot be written; empty if it can."""
+    """Return the reason why a file cannot be written; empty if it can be written."""
     if file.exists() and not file.is_file():  # e.g. /dev/null, which all processes share, must not be replaced
         return f"{file} is no regular file"
     if not file.parent.is_dir():
@@ -41,7 +41,7 @@ def unwritable(file: Path) -> str:
 
 
 def write_atomic(path: Path, data: bytes, *, new: bool = False) -> None:
-    """Write `data` so that `path` is either the old file or the whole new one, even through a power cut.
+    """Write `data` so that `path` has either the old content or the whole new content, even after a power cut.
 
     new: raise FileExistsError instead of replacing an old file.
     """
@@ -69,12 +69,15 @@ def write_atomic(path: Path, data: bytes, *, new: bool = False) -> None:
             else "choose another folder with --out",
         ) from error
     finally:
-        with contextlib.suppress(OSError):  # on a read-only disk even a missing file cannot be removed
+        with contextlib.suppress(OSError):  # a read-only disk refuses even the removal of a missing file
             temporary.unlink(missing_ok=True)
 
 
 def _publish(temporary: Path, path: Path) -> None:
-    """Give a file its name unless the name exists, atomically: two machines may try at the same time."""
+    """Give a file the name `path`, atomically, because two machines may try at the same time.
+
+    Raises FileExistsError if `path` exists.
+    """
     try:
         os.link(temporary, path)
     except OSError as error:

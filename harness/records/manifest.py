@@ -1,4 +1,4 @@
-"""run.json and footer.json: the request of a run, and its end."""
+"""Models of run.json, the request of a run, and of footer.json, the end of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measurements of one Cell, as its Record stores them: raw samples, counts, per-item results."""
+"""Measurements in a Cell's Record: raw samples, counts, per-item results."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Accuracy(FrozenModel):
 
     @property
     def answers(self) -> dict[str, int]:
-        """Whether each item was answered correctly, 0 or 1, by the id of the item."""
+        """Id of each item -> 1 if the answer is right, 0 if not."""
         return {item.id: item.correct for item in self.items}
 
     @model_validator(mode="after")
@@ -116,7 +116,7 @@ class Parameters(FrozenModel):
 
     @property
     def trainable(self) -> int:
-        """Scalars that the optimizer updates."""
+        """Number of scalars that the optimizer updates."""
         return self.adapter + self.head
 
 

@@ -1,11 +1,11 @@
-"""Memory of a Cell, as its Record stores it: counted and predicted."""
+"""Counted and predicted memory in a Cell's Record."""
 
 from __future__ import annotations
 
 from harness.records.base_model import Bytes, FrozenModel
 
 ALLOCATED = "cuda allocated"
-"""`Memory.source` of peaks that torch's allocator counted; these are exact."""
+"""The value of `Memory.source` if torch's allocator counted the peaks, which are then exact."""
 
 
 class Predicted(FrozenModel):
@@ -43,14 +43,14 @@ class Predicted(FrozenModel):
 
     @property
     def passing_B(self) -> int:  # noqa: N802  # a unit, as of the fields
-        """Known memory that each step allocates and frees: the larger of two parts that never exist together."""
+        """Known bytes that each step allocates and frees: the larger of two parts that never exist at the same time."""
         return max((self.activations_B or 0) + (self.logits_B or 0), self.step_B)
 
     @property
     def total_B(self) -> int:  # noqa: N802
-        """Highest known memory on the device at one time: by formulas or by a step, whichever is larger."""
+        """Highest known bytes on the device at one time: the larger of the peaks by formulas and by a step."""
         by_formulas = self.weights_B + self.adapter_B + self.gradients_B + self.optimizer_B + self.passing_B
-        # The step was on a CPU, whose memory is that of the device and the host.
+        # The step was on a CPU, where the device's memory is also the host's memory.
         return max(by_formulas, (self.peak_B or 0) - self.optimizer_host_B)
 
 

@@ -1,4 +1,4 @@
-"""Unique names for the Cells of a run: their labels, and the coordinates that differ where two share a label."""
+"""Make unique names for the Cells of a run: their labels, and the differing coordinates if two Cells share a label."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
 from harness.records.record import Cell, Json
 
-# Names of coordinates with an ambiguous last part.
+# Names for coordinates whose last part is ambiguous.
 _SHORT_KEYS = {
     "evaluation.batch": "evaluation batch",
     "base.implementation": "quantised by",
@@ -22,14 +22,14 @@ def full(cells: Iterable[Cell]) -> dict[str, str]:
 
 
 def in_group(cells: Iterable[Cell]) -> dict[str, str]:
-    """Map each cell_id to a name that is unique within its model and task, without these two."""
+    """Map each cell_id to a name without model and task. It is unique among the Cells with the same model and task."""
     return _named(cells, short, lambda cell: (cell.model, cell.task, short(cell)))
 
 
 def recipes(cells: Iterable[Cell], *, inside: bool = False) -> dict[str, str]:
-    """Map each recipe_id to a name for all Cells that differ in the seed alone.
+    """Map each recipe_id to one name for all Cells that differ only in the seed.
 
-    inside: unique within model and task only, as by `in_group`.
+    inside: whether names omit model and task, and are unique only within them, like those of `in_group`.
     """
     seedless = [cell.recipe for cell in cells]
     return in_group(seedless) if inside else full(seedless)
@@ -41,9 +41,9 @@ def short(cell: Cell) -> str:
 
 
 def _named(cells: Iterable[Cell], name: Callable[[Cell], str], place: Callable[[Cell], Hashable]) -> dict[str, str]:
-    """Name Cells; if Cells of one place would share a name, add the coordinates that differ.
+    """Map each cell_id to a name. If Cells of one place would share a name, add the coordinates that differ.
 
-    The name of a Cell omits coordinates at their defaults.
+    A name omits the coordinates that have their default values.
     """
     sharing: dict[Hashable, dict[str, Cell]] = {}
     for cell in cells:
@@ -53,7 +53,7 @@ def _named(cells: Iterable[Cell], name: Callable[[Cell], str], place: Callable[[
         where = {i: dict(_coordinates(cell.model_dump(mode="json"))) for i, cell in group.items()}
         keys = list(dict.fromkeys(key for values in where.values() for key in values))
         differing = [key for key in keys if len({values.get(key, "unset") for values in where.values()}) > 1]
-        # Only one of several seeds has latencies: the name shows this only if nothing else differs.
+        # Only one of several seeds has latencies. A name shows this fact only if nothing else differs.
         named = [key for key in differing if key != _TIMED]
         if len({tuple(values.get(key) for key in named) for values in where.values()}) == len(where):
             differing = named

@@ -8,7 +8,7 @@ from harness.records.record import NoteKind, Record
 
 _OLD_CONCURRENCY = re.compile(r"up to (\d+) Cells ran at once")
 _OLD_TEXTS = {NoteKind.UNREACHED_EXPERTS: "are neither adapted nor packed into 4 bits"}
-"""A part of the text of each kind, for Records without `typed_notes`."""
+"""Kind of a note -> a part of its text, for Records without `typed_notes`."""
 
 
 def concurrency_note(cells: int) -> list[str]:
@@ -17,7 +17,7 @@ def concurrency_note(cells: int) -> list[str]:
 
 
 def concurrent_cells(record: Record) -> int:
-    """Return the number of Cells, this one included, that may have run at once on the Record's machine."""
+    """Return how many Cells, this one included, may have run on the Record's machine at the same time."""
     if record.concurrent_cells is not None:
         return record.concurrent_cells
     return next((int(found[1]) for note in record.notes if (found := _OLD_CONCURRENCY.search(note))), 1)
@@ -25,6 +25,6 @@ def concurrent_cells(record: Record) -> int:
 
 def notes_of_kind(record: Record, kind: NoteKind) -> list[str]:
     """Return the texts of a Record's notes of one kind."""
-    if record.concurrent_cells is not None:  # added together with typed_notes
+    if record.concurrent_cells is not None:  # Records have had this field as long as typed_notes
         return [note.text for note in record.typed_notes if note.kind is kind]
     return [note for note in record.notes if _OLD_TEXTS[kind] in note]

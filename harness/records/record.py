@@ -1,4 +1,4 @@
-"""The Record of one attempt at a Cell: the request and the findings. No torch, no computation.
+"""The Record of one attempt at a Cell: the request and the findings. Imports no torch, and computes nothing.
 
 Units are base units (seconds, bytes, 1); every number is finite. Fields may be added. `SCHEMA` counts removals and changes
 of meaning, so that an old reader refuses a file that it would misread.
@@ -69,7 +69,8 @@ class Base(FrozenModel):
 
 
 DECODED = 8
-"""Tokens decoded after the prompt of a latency, repeatedly where more are requested; they take positions too."""
+"""Number of tokens decoded after the prompt of a latency. If more are requested, decoding is repeated. The tokens take
+positions of the model too."""
 
 
 class Evaluation(ExtendedModel):
@@ -93,7 +94,7 @@ class Evaluation(ExtendedModel):
     later_fields: ClassVar = ("skip", "latency", "prompt_batch", "prompt_tokens", "passes")
 
     def untimed(self) -> Evaluation:
-        """Return the same without latencies."""
+        """Return the same evaluation without latencies."""
         return Evaluation(items=self.items, batch=self.batch, skip=self.skip, latency=False)
 
 
@@ -124,16 +125,17 @@ class Cell(FrozenModel):
     """Scoring and latencies."""
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Cell:
-        """Return a copy; a changed one has its own id."""
+        """Return a copy. A changed copy has a different cell_id."""
         copied = super().model_copy(update=update, deep=deep)
         copied.__dict__.pop("cell_id", None)
         return copied
 
     @cached_property
     def cell_id(self) -> str:
-        """First 16 hex digits of the SHA-256 of the canonical JSON of this Cell.
+        """The first 16 hex digits of the SHA-256 over the Cell's canonical JSON.
 
-        Later fields of Training and Evaluation are included only where they are not at their defaults, so old ids stay.
+        The JSON includes later fields of Training and Evaluation only if they differ from their defaults, so that the ids
+        of older Cells stay the same.
         """
         parts: dict[str, ExtendedModel] = {"training": self.training, "evaluation": self.evaluation}
         absent = {name: {*part.later_fields} - part.later().keys() for name, part in parts.items()}
@@ -143,7 +145,7 @@ class Cell(FrozenModel):
 
     @property
     def recipe(self) -> Cell:
-        """This Cell with seed 0 and latencies: equal for Cells that differ in the seed or in having latencies."""
+        """This Cell with seed 0 and with latencies. Cells that differ only in these two points have equal recipes."""
         if self.seed == 0 and self.evaluation.latency:
             return self
         timed = self.evaluation.model_copy(update={"latency": True})
@@ -151,12 +153,12 @@ class Cell(FrozenModel):
 
     @property
     def recipe_id(self) -> str:
-        """The recipe's cell_id: equal for repeats of one Cell with other seeds."""
+        """The cell_id of the recipe. Repeats of a Cell with other seeds have the same recipe_id."""
         return self.recipe.cell_id
 
     @property
     def label(self) -> str:
-        """A short name for tables and progress lines; unique inside most suites, `cell_id` always is."""
+        """A short name for tables and progress lines. It is unique in most suites; `cell_id` is always unique."""
         rank = f" r={self.config['rank']}" if "rank" in self.config else ""
         method = "zero-shot" if self.method == "frozen" and self.training.steps == 0 else self.method
         if isinstance(any_method := self.config.get(ADAPTER_CONFIG), dict):  # `method: peft` names only the library
@@ -166,7 +168,7 @@ class Cell(FrozenModel):
         optimizer = "" if self.optimizer == "adamw" else f" {self.optimizer}"
         settings = self.training.later() if self.training.steps else {}
         later = "".join(f" {name}" if value is True else f" {name}={value:g}" for name, value in settings.items())
-        # Only Cells of a search for a learning rate skip test items.
+        # Cells skip test items only in a search for a learning rate.
         tried = f" tried with lr={self.training.lr:g}" if self.evaluation.skip else ""
         return f"{self.model} {method}{rank} [{self.implementation}]{base}{dtype}{optimizer}{later}{tried}"
 

@@ -1,11 +1,11 @@
-"""Run folders on disk. A run writes `run.json` first, then one file per attempt, and `footer.json` last.
+"""Read and write run folders. A run writes `run.json` first, then one file per attempt, and `footer.json` last.
 
-No file is ever half-written.
+Every file is complete: no reader sees a part of a file.
 
 results/runs/<run>/run.json  cells/<cell_id>.<attempt>.json  logs/  footer.json  report.html  lock
 
-The footer holds the hashes of the other files. The hashes are no signature: an edit
-leaves no trace if it also rewrites the footer.
+The footer holds the hashes of the other files. The hashes are no signature: a change of a file leaves no trace if its hash
+in the footer is changed too.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def now() -> str:
 
 
 def write(path: Path, model: BaseModel, *, new: bool = False) -> None:
-    """Write a Manifest, Record or Footer as JSON. new: as for `write_atomic`."""
+    """Write a Manifest, Record or Footer as JSON. new: raise FileExistsError instead of replacing an old file."""
     write_atomic(path, model.model_dump_json(by_alias=True, indent=1).encode() + b"\n", new=new)
 
 
@@ -74,7 +74,7 @@ def _read(path: Path, kind: type[_Model]) -> _Model:
 
 
 def _schema(text: bytes) -> int:
-    """Return the schema number in a file that does not match this version's model; 0 without a number."""
+    """Return the schema number of a file that does not match this version's model; 0 if the file has no number."""
     try:
         number = json.loads(text).get("schema", 0)
     except (ValueError, AttributeError, RecursionError):
@@ -84,34 +84,34 @@ def _schema(text: bytes) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as it is on disk."""
+    """The content of a run folder."""
 
     path: Path
     """Folder of the run."""
     manifest: Manifest
     """Content of run.json."""
     records: tuple[Record, ...]
-    """All readable Records, every attempt."""
+    """The readable Records of all attempts."""
     footer: Footer | None
     """Content of footer.json; None for an unfinished run."""
     broken: dict[str, str] = field(default_factory=dict)
-    """Unreadable files, with the reason. Reports list them."""
+    """Name of an unreadable file -> the reason. Reports list these files."""
     changed: dict[str, str] = field(default_factory=dict)
-    """Files that were changed after the run, by path in the folder, with the change. Changed Records do not count."""
+    """Path in the folder of a file that was changed after the run -> the change. Changed Records do not count."""
 
     @property
     def how(self) -> str:
-        """End of the run: `finished`, `interrupted`, `failed`, or `incomplete` without a footer."""
+        """How the run ended: `finished`, `interrupted`, `failed`, or `incomplete` without a footer."""
         return self.footer.how if self.footer else "incomplete"
 
     def latest(self) -> dict[str, Record]:
-        """Map cell_ids to their newest attempts, in the manifest's order, without changed ones."""
+        """Map cell_ids to the Records of their newest attempts, in the manifest's order, without changed Records."""
         newest, doubtful = self._newest, self.doubtful()
         ids = [cell.cell_id for cell in self.manifest.cells]
         return {i: newest[i] for i in ids if i in newest and i not in doubtful}
 
     def doubtful(self) -> dict[str, str]:
-        """Map cell_ids of changed newest attempts to the change. An older attempt must not replace such an attempt."""
+        """Map cell_ids to the change of the newest attempt's Record, if it was changed. No older Record may replace it."""
         newest = self._newest
         found = {}
         for name, what in self.changed.items():
@@ -133,8 +133,8 @@ class Run:
 class RunFolder:
     """The writer's side of one run folder.
 
-    `create` and `take` make it the only writer, until `release` or the end of the object or process. A worker, which writes
-    one Record for the runner, needs no lock.
+    `create` and `take` lock the folder until `release`, or until the object or the process ends, so that there is no other
+    writer. A worker, which writes one Record for the runner, needs no lock.
     """
 
     def __init__(self, path: Path, lock: int | None = None) -> None:
@@ -143,7 +143,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, manifest: Manifest) -> RunFolder:
-        """Make the folder and write run.json; raises UsageError for a folder that already holds a run."""
+        """Make the folder, lock it, write run.json, and return its RunFolder.
+
+        Raises UsageError for a folder that already holds a run.
+        """
         refuse_used(path)
         try:
             for sub in ("cells", "logs"):
@@ -163,7 +166,7 @@ class RunFolder:
 
     @classmethod
     def take(cls, path: Path) -> RunFolder:
-        """Lock a run folder for writing; raises UsageError if another process has locked it."""
+        """Lock a run folder for writing, and return its RunFolder. Raises UsageError if another process has locked it."""
         return cls(path, _lock(path / "lock"))
 
     def release(self) -> None:
@@ -172,11 +175,11 @@ class RunFolder:
             self._unlock()  # a second call does nothing
 
     def record_path(self, cell_id: str, attempt: int) -> Path:
-        """Return the path of a Record."""
+        """Return the path of an attempt's Record."""
         return self.path / "cells" / f"{cell_id}.{attempt}.json"
 
     def log_path(self, cell_id: str, attempt: int) -> Path:
-        """Return the path of a worker's stdout and stderr."""
+        """Return the path of the log with a worker's stdout and stderr."""
         return self.path / "logs" / f"{cell_id}.{attempt}.txt"
 
     def next_attempt(self, cell_id: str) -> int:
@@ -188,7 +191,7 @@ class RunFolder:
         return max((int(n) for n in numbers if n.isdecimal()), default=0) + 1
 
     def write_record(self, record: Record) -> None:
-        """Write one Record; an existing one is never replaced."""
+        """Write one Record. Raises StoreError if the attempt has a Record already."""
         path = self.record_path(record.cell_id, record.attempt)
         try:
             write(path, record, new=True)
@@ -207,9 +210,10 @@ class RunFolder:
             raise StoreError(f"cannot write to this run: {error.strerror}", where=str(path)) from error
 
     def close(self, run: Run, footer: Footer) -> Run:
-        """Write footer.json with the hashes of run.json and of all Records of `run`, just read; return the complete run.
+        """Write footer.json with the hashes of run.json and of all Records of `run`, and return the complete run.
 
-        Earlier hashes stay, except those of Records that were moved away to measure their Cells again.
+        run: the run as it was just read. Hashes of an earlier footer stay, except for Records that the user moved away so
+        that their Cells are measured again.
         """
         known = _sealed(self.path)
         names = ["run.json", *run.changed, *(f"cells/{record.id}.json" for record in run.records)]
@@ -229,7 +233,7 @@ def _lock(path: Path) -> int:
         raise StoreError(f"cannot write to this run: {error.strerror}", where=str(path)) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The content names the process for others; only the kernel knows whether the lock is held.
+        # The content shows other processes who holds the lock. Only the kernel knows whether it is held.
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()} on {os.uname().nodename}\n".encode(), 0)
     except BlockingIOError as error:
@@ -246,25 +250,25 @@ def _lock(path: Path) -> int:
 
 
 def refuse_used(path: Path) -> None:
-    """Raise UsageError if `path` holds a run, or Records without one."""
+    """Raise UsageError if the folder `path` holds a run, or Records without a run.json."""
     if (path / "run.json").exists() or any(path.glob("cells/*.json")):
         raise UsageError("holds a run already", where=str(path), hint="name another --out, or --resume it")
 
 
 def read_record(path: Path) -> Record:
-    """Read one Record. Raises StoreError for an incomplete file."""
+    """Read and return one Record. Raises StoreError for an incomplete file."""
     return _read(path, Record)
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read run.json only."""
+    """Read only run.json of a run folder, and return it."""
     if not (path / "run.json").is_file():
         raise UsageError("not a run folder (no run.json)", where=str(path), hint="name a run id or its folder")
     return _read(path / "run.json", Manifest)
 
 
 def read_run(path: Path) -> Run:
-    """Read a run folder, finished or not. Incomplete files are in `broken`; without a footer the run is unfinished."""
+    """Read a finished or unfinished run folder, and return the run. `Run.broken` lists the files that cannot be read."""
     manifest = read_manifest(path)
     records, broken = [], {}
     for file in sorted((path / "cells").glob("*.json")):
@@ -291,12 +295,12 @@ def read_run(path: Path) -> Run:
 
 
 def _changed(path: Path, records: Sequence[Record], broken: Mapping[str, str], *, complete: bool) -> dict[str, str]:
-    """Map each readable file that was changed after the run to its change; empty for a run without hashes."""
+    """Map each readable file that was changed after the run to the change; empty for a run without hashes."""
     known = _sealed(path)
     found = {}
     for name, expected in known.items():
         if not (path / name).is_file():
-            if complete:  # otherwise it was moved away, and its Cell is measured again
+            if complete:  # in an unfinished run, the user moved the file away so that its Cell is measured again
                 found[name] = "was removed after the run"
         elif Path(name).name not in broken and sha256(path / name) != expected:
             found[name] = "was changed after the run"
@@ -307,7 +311,7 @@ def _changed(path: Path, records: Sequence[Record], broken: Mapping[str, str], *
 
 
 def _sealed(path: Path) -> dict[str, str]:
-    """Return the hashes in a run's footer, or in the previous footer of a resumed run; empty without any."""
+    """Return the hashes in a run's footer, or in the previous footer of a resumed run; empty if there are none."""
     for name in (_FOOTER, _REOPENED):
         with contextlib.suppress(StoreError):
             return _read(path / name, Footer).sha256
@@ -315,7 +319,7 @@ def _sealed(path: Path) -> dict[str, str]:
 
 
 def find_run(name: str, runs: Path = RUNS) -> Path:
-    """Resolve a run's folder, id, unique prefix of its id, or `latest`."""
+    """Return the folder of a run. name: its folder, its id, a unique prefix of its id, or `latest`."""
     if (Path(name) / "run.json").is_file():
         return Path(name)
     known: Sequence[Path] = sorted(p.parent for p in runs.glob("*/run.json")) if runs.is_dir() else []

@@ -1,4 +1,4 @@
-"""Training budget and recipe of a Cell, as a suite requests them and a Record stores them. No torch."""
+"""Training budget and recipe of a Cell, in a suite and in its Record. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Run suites: each Cell in a fresh process, by an executor; finished Cells stay on disk even if a process dies."""
+"""Run suites. An executor runs each Cell in a new process; finished Cells stay on disk even if a process dies."""

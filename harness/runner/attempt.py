@@ -41,22 +41,22 @@ class RunContext:
 
 @dataclass(frozen=True)
 class Ending:
-    """The end of an attempt that left no Record."""
+    """The cause and the phase in which an attempt ended without a Record."""
 
     status: Status
     kind: str
-    """For `Failure.kind`."""
+    """The value of `Failure.kind`."""
     because: str
-    """A sentence."""
+    """A sentence with the cause."""
     phase: str = ""
     peak_B: int | None = None
     """Peak memory of the phases before `phase`, if the worker reported it."""
 
 
 class Attempt:
-    """A worker that runs one Cell. Raises StoreError if it cannot be started.
+    """A worker that runs one Cell. The constructor raises StoreError if the worker cannot be started.
 
-    Call `read` when the descriptor `events` is readable, and `end` once it `is_over`; or `kill`.
+    Call `read` whenever the descriptor `events` is readable, and `end` once `is_over` is true. Call `kill` to give up.
     """
 
     def __init__(self, job: Job, context: RunContext, command: Sequence[str] = WORKER) -> None:
@@ -76,11 +76,11 @@ class Attempt:
 
     @property
     def events(self) -> int:
-        """The file descriptor to wait on."""
+        """The file descriptor that becomes readable when the worker has written an event."""
         return self._worker.events.descriptor
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """Yield the events that the worker has written. Blocks until there are some."""
+        """Yield the events that the worker has written. Blocks until there is one."""
         for line in self._worker.events.lines():
             with contextlib.suppress(ValueError):  # a line torn by a crash
                 event = json.loads(line)
@@ -94,7 +94,7 @@ class Attempt:
         return time.monotonic() >= self.deadline or self._worker.is_over
 
     def end(self) -> Record:
-        """Kill remaining processes and return the Record; write one if the worker could not."""
+        """Kill remaining processes and return the Record. If the worker has written none, write one."""
         late = not self._worker.events.is_closed and time.monotonic() >= self.deadline
         try:
             if not late:
@@ -104,7 +104,7 @@ class Attempt:
         return record_of(self.job, self._context, self._ending(late=late), self._started, self._begun)
 
     def kill(self) -> None:
-        """Kill the worker with all its children, also those of a worker that has ended."""
+        """Kill the worker and all its children, even if the worker itself has ended."""
         self._worker.close()
         if self._worker.exit_code == -signal.SIGKILL:
             self._by_kernel = self._oom_kills.killed(self._worker.pid, alone=self.job.at_once == 1)
@@ -133,7 +133,7 @@ class Attempt:
 def record_of(job: Job, context: RunContext, ending: Ending, started: str, begun: float) -> Record:
     """Return the Record of an attempt that is over. If its worker wrote none, write one with the cause of the end.
 
-    started: UTC. begun: by time.monotonic() of this process.
+    started: start of the attempt in UTC. begun: the same time by time.monotonic() of this process.
     """
     path = context.folder.record_path(job.cell.cell_id, job.attempt)
     if path.exists():
@@ -150,14 +150,14 @@ def record_of(job: Job, context: RunContext, ending: Ending, started: str, begun
     try:
         context.folder.write_record(record)
     except StoreError:
-        if path.exists():  # by now: on a network file system the worker's Record may appear late
+        if path.exists():  # on a network file system the worker's Record may have appeared after the first test
             return store.read_record(path)
         raise
     return record
 
 
 def _start(job: Job, log: Path, command: Sequence[str]) -> Subprocess:
-    """Start the worker. Raises StoreError if the system cannot start it."""
+    """Start and return the worker. Raises StoreError if the system cannot start it."""
     try:
         # The file has no name, so that even a killed runner leaves no file.
         with tempfile.TemporaryFile() as stdin, log.open("ab") as output:
@@ -179,7 +179,7 @@ def _start(job: Job, log: Path, command: Sequence[str]) -> Subprocess:
 
 
 def _worker_environment(threads: int | None = None, gpu: str = "") -> dict[str, str]:
-    """Return the worker's environment, without network: its assets are on disk."""
+    """Return the worker's environment variables. They forbid downloads, because all assets are on disk."""
     always = {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -193,7 +193,7 @@ def _worker_environment(threads: int | None = None, gpu: str = "") -> dict[str, 
         always["OMP_NUM_THREADS"] = str(threads)
     if gpu:
         always["CUDA_VISIBLE_DEVICES"] = gpu
-    # An address inside the process that set it: torch's compiler would read it in the worker.
+    # The value is an address in the process that set the variable; torch's compiler would read it in the worker.
     inherited = {key: value for key, value in os.environ.items() if key != "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"}
     return inherited | always
 

@@ -17,17 +17,20 @@ _IDLE_MIB = 512
 
 @dataclass(frozen=True)
 class GpuDevice:
-    """A card."""
+    """A GPU of this machine."""
 
     index: int
     uuid: str
     used_mib: int
     processes: tuple[str, ...] = ()
-    """Processes of all users on the card, as `process 12 (python, 300 MiB)`."""
+    """Descriptions of all users' processes on the GPU, e.g. `process 12 (python, 300 MiB)`."""
 
     @property
     def busy(self) -> str:
-        """A sentence about its users; empty if it is idle. A container hides processes of others, but not their memory."""
+        """A sentence about the users of the GPU; empty if it is idle.
+
+        A container hides the processes of others, but not the memory that they use.
+        """
         if self.processes:
             return f"GPU {self.index} ({self.uuid}) is in use by {', '.join(self.processes)}"
         if self.used_mib > _IDLE_MIB:
@@ -36,7 +39,10 @@ class GpuDevice:
 
 
 def probe(look: Callable[[], list[GpuDevice]]) -> Future[list[GpuDevice]]:
-    """Call `look` in a thread, so that a slow driver does not block the runner. The result may raise HarnessError."""
+    """Call `look` in a thread, so that a slow driver does not block the runner, and return the future GPUs.
+
+    `result()` raises the HarnessError of `look`, if any.
+    """
     found: Future[list[GpuDevice]] = Future()
 
     def work() -> None:
@@ -48,7 +54,7 @@ def probe(look: Callable[[], list[GpuDevice]]) -> Future[list[GpuDevice]]:
             if not found.done():
                 found.set_exception(HarnessError("the GPUs could not be probed"))
 
-    # A daemon: the end of a run does not wait for it, as it would for the threads of an executor.
+    # The thread is a daemon, so that the end of a run does not wait for it. It would wait for threads of concurrent.futures.
     threading.Thread(target=work, name="probe the GPUs", daemon=True).start()
     return found
 
@@ -56,7 +62,7 @@ def probe(look: Callable[[], list[GpuDevice]]) -> Future[list[GpuDevice]]:
 def look() -> list[GpuDevice]:
     """Return the GPUs that this process may use, in the order of CUDA_VISIBLE_DEVICES where that is set.
 
-    A part of a card (MIG) is not listed: the list is then empty, and the batch system has chosen one.
+    If CUDA_VISIBLE_DEVICES names a part of a GPU (MIG), the list is empty: the batch system has chosen the device.
     """
     processes: dict[str, list[str]] = {}
     for uuid, pid, used, name in nvidia_smi.rows("compute-apps=gpu_uuid,pid,used_memory,name"):

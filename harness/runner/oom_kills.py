@@ -1,4 +1,4 @@
-"""Find processes that the kernel killed because memory ran out, in its log or by its counters."""
+"""Find processes that the kernel killed because memory ran out, by the kernel's log or counters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 _NAMED = re.compile(rb"Killed process (\d+)|oom-kill:[^\n]*,pid=(\d+)")
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
-"""The namespace of the process ids in the kernel's log: in a container, a number means another process."""
+"""The namespace of the process ids in the kernel's log. In a container, the same id belongs to another process."""
 _COUNTERS = ("memory.events", "memory.oom_control")
 """Files of a cgroup, in v2 and in v1."""
 _MACHINE = "vmstat"
@@ -40,10 +40,10 @@ class KernelKills:
             self._log = -1
 
     def killed(self, pid: int, alone: bool) -> bool | None:
-        """Return whether the kernel killed the process because memory ran out, or None if it may have.
+        """Return whether the kernel killed the process because memory ran out; None if this is possible but not certain.
 
-        alone: no other worker of this runner was running, so that a process killed in its cgroup can only be this one. A
-        readable log is decisive.
+        alone: whether no other worker of this runner was running; then a process killed in the worker's cgroup is this one.
+        If the kernel's log is readable, only the log decides.
         """
         if self._log >= 0:
             return pid in set(self._named())
@@ -53,7 +53,7 @@ class KernelKills:
         return None if machine > self._machine else False
 
     def _named(self) -> Iterator[int]:
-        """Yield the ids of the processes that were killed according to the log."""
+        """Yield the ids of the processes that the kernel killed according to its log."""
         with contextlib.suppress(BlockingIOError):  # the end of the log
             while True:
                 try:
@@ -65,7 +65,7 @@ class KernelKills:
                 yield from (int(found[1] or found[2]) for found in _NAMED.finditer(lines))
 
     def _counts(self) -> tuple[int | None, int]:
-        """Return the numbers of processes killed in this cgroup, None if unknown, and on the machine."""
+        """Return the number of processes killed in this cgroup (None if unknown), and the number on the machine."""
         own = next(
             (n for folder in self._folders() for name in _COUNTERS if (n := _count(folder / name)) is not None), None
         )

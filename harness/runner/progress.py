@@ -1,6 +1,6 @@
 """Show progress on stderr: phase, step and loss of each running Cell, and the time left.
 
-Prints plain lines if stderr is no terminal.
+If stderr is no terminal, the display consists of plain lines.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MOST_LINES = 8
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Print nothing more: a closed stderr must not end the measurement."""
+        """Stop printing. A closed stderr must not end the measurement."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
@@ -35,7 +35,7 @@ class _RunningCell:
     began: float
     doing: str = "start-up"
     queued: bool = False
-    """A batch system has it, and does not report its start."""
+    """Whether a batch system has the Cell. A batch system does not report the Cell's start."""
 
 
 class Progress:
@@ -56,7 +56,7 @@ class Progress:
             self._live.start()
 
     def fetching(self, what: str, done: int, total: int | None) -> None:
-        """Show a download or conversion; a callback for `assets.ensure`."""
+        """Show a download or conversion. This is the callback for `assets.fetch.ensure`."""
         of = f" of {total / 2**20:.0f}" if total else ""
         size = f" {done / 2**20:.0f}{of} MiB" if done or total else ""
         self._draw(what + size, force=done in (0, total))
@@ -67,7 +67,7 @@ class Progress:
         self._draw(force=True)
 
     def event(self, cell: Cell, event: dict[str, Any]) -> None:
-        """Take one event of a Cell's worker."""
+        """Show the event that a Cell's worker has reported."""
         if event.get("event") == "phase":
             doing = str(event["name"])
         elif event.get("event") == "step":
@@ -81,7 +81,7 @@ class Progress:
         self._draw()
 
     def tick(self) -> None:
-        """Redraw, so that the time advances in a silent phase."""
+        """Redraw the display, so that the time advances even in a phase without events."""
         self._draw()
 
     def end(self, record: Record) -> None:
@@ -94,13 +94,13 @@ class Progress:
             f"accuracy {accuracy.value:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}]" if accuracy else record.because
         )
         first = result.splitlines()[0] if result else ""
-        # The report has other reasons too. This one is shown here because another machine may have more memory.
+        # Other reasons are only in the report. This reason is shown, because another machine may have more memory.
         reasons = [one.because for one in measured.latency if "out of memory" in one.because] if measured else []
         untimed = f"  no latencies: {reasons[0]}" if reasons else ""
         self._finished(record.cell_id, record.status.value, f"{first}  {record.duration_s:.1f} s{untimed}")
 
     def resumed(self, cell: Cell) -> None:
-        """Print the line of a Cell that need not run again."""
+        """Print the line of a Cell that the resumed run does not run again."""
         self._finished(cell.cell_id, "resumed", "has an ok Record")
 
     def _finished(self, cell_id: str, status: str, result: str) -> None:
@@ -143,13 +143,13 @@ class Progress:
         ]
         if len(self._running) > len(shown):
             lines.append(f"and {len(self._running) - len(shown)} more running")
-        # How many queued Cells are running is unknown.
+        # The number of queued Cells that are running is unknown.
         if lines and self._seconds and not any(one.queued for one in self._running.values()):
             lines[-1] += f", {self._left(now)}"
         return lines
 
     def _left(self, now: float) -> str:
-        """Estimate the time left, for Cells of average duration and the current number at a time."""
+        """Return the estimated time left. Assumes Cells of average duration, and the current number of Cells at a time."""
         mean = sum(self._seconds) / len(self._seconds)
         spent = sum(min(mean, now - one.began) for one in self._running.values())
         left = (mean * (len(self._numbers) - self._over) - spent) / max(1, len(self._running))

@@ -1,4 +1,4 @@
-"""A whole run: resolve, fetch, write run.json, run the Cells, write the footer, make the report."""
+"""Make a whole run: resolve, fetch, write run.json, run the Cells, write the footer, make the report."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from harness.suites.suite import Suite
 
 DEFAULT_TIMEOUT_S = 3600.0
 _IN_CELLS = "cells"
-"""Activity in which a Cell is running."""
+"""Name of the activity in which a Cell is running."""
 
 _How = Literal["finished", "interrupted", "failed"]
 CellAssets = dict[str, tuple[Asset, Asset | None, JobTask]]
@@ -49,11 +49,11 @@ class _Times:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        """Seconds by activity."""
+        """Name of an activity -> seconds."""
         self._lap = time.monotonic()
 
     def lap(self, activity: str) -> None:
-        """Add the time since the last lap to an activity."""
+        """Add the time since the previous call to `activity`."""
         now = time.monotonic()
         self.seconds[activity] += now - self._lap
         self._lap = now
@@ -71,9 +71,9 @@ def run_suite(
     strict: bool = False,
     executor: Executor | None = None,
 ) -> Exit:
-    """Run a suite and report it. Prints the summary on stdout and returns the exit code.
+    """Run a suite, write its report, print the summary on stdout, and return the exit code.
 
-    executor: runs the Cells; None for one at a time, on this machine.
+    executor: runs the Cells; None to run one Cell at a time on this machine.
     """
     times = _Times()
     suite = loader.load(suite_name)
@@ -104,12 +104,12 @@ def run_suite(
 
 @dataclass
 class _Session:
-    """The Cells of one invocation of `run`, and its times."""
+    """The Cells and the times of one invocation of `run`."""
 
     plan: Plan
     assets: CellAssets
     done: set[str]
-    """Ids of Cells that already have a valid Record."""
+    """Ids of the Cells that need not run again."""
     folder: store.RunFolder
     run_id: str
     device: Device
@@ -117,7 +117,7 @@ class _Session:
     progress: Progress
 
     def jobs(self) -> Iterator[Job]:
-        """Yield the jobs of the Cells that are not done. The executor takes one when it has room for it."""
+        """Yield the jobs of the Cells that are not done. The executor takes a job when it can run another Cell."""
         for cell in self.plan.cells:
             self.times.lap(_IN_CELLS)
             if cell.cell_id in self.done:
@@ -135,7 +135,7 @@ class _Session:
 
 
 def _measure(session: _Session, executor: Executor, context: RunContext) -> store.Run:
-    """Run the Cells that are not done, and write the footer, also after an error. Return the run as it is on disk."""
+    """Run the Cells that are not done, write the footer, and return the run on disk. Also writes it after an error."""
     progress = session.progress
     how: _How = "finished"
     measured: set[str] = set()
@@ -166,7 +166,7 @@ def _measure(session: _Session, executor: Executor, context: RunContext) -> stor
 
 @contextlib.contextmanager
 def _errors_name(folder: store.RunFolder) -> Iterator[None]:
-    """Add the folder of the finished Cells to every error."""
+    """Add a note with the folder of the finished Cells to every error inside the context."""
     try:
         yield
     except BaseException as error:
@@ -175,7 +175,10 @@ def _errors_name(folder: store.RunFolder) -> Iterator[None]:
 
 
 def _fetch(suite: Suite, plan: Plan, progress: Progress) -> CellAssets:
-    """Fetch every model and data set of the plan. Raises SuiteError for data that do not fit their task."""
+    """Fetch every model and data set of the plan, and return the assets of each Cell.
+
+    Raises SuiteError for data that do not fit their task.
+    """
     base = suite.path.resolve().parent
     ready: dict[str, Asset] = {}
     tasks: dict[str, tuple[Asset | None, JobTask]] = {}
@@ -227,10 +230,10 @@ def _find_old(plan: Plan, out: Path | None, resume: str | None, stack: contextli
 def _reopen(
     old: store.Run, here: Environment, assets: CellAssets, device: str, progress: Progress, *, is_remote: bool
 ) -> tuple[store.RunFolder, str, set[str]]:
-    """Return an old run's folder, its id, and the ids of Cells that need not run again.
+    """Return an old run's folder, its id, and the ids of the Cells that need not run again.
 
-    Their newest Record is `ok`, from the same machine, code, device, data and plug-in. is_remote: Cells run on other
-    machines than the runner's, so that only the software is compared.
+    A Cell need not run again if its newest Record is `ok`, and comes from the same machine, code, device, data and plug-in.
+    is_remote: whether Cells run on other machines than the runner; then only the software is compared, not the machine.
     """
     folder = store.RunFolder(old.path)
     executors.recall(old.path)
@@ -242,7 +245,7 @@ def _reopen(
         progress.print(f"{problem}: it does not count, and its Cell is measured again")
     done = {
         record.cell_id
-        for record in old.latest().values()  # the Records in report and verdict
+        for record in old.latest().values()  # the report and the verdict use the same Records
         if record.status is Status.OK
         and (record.environment.software == here.software if is_remote else record.environment.id == here.id)
         and record.environment.code_version == here.code_version
@@ -265,7 +268,7 @@ def _is_installed(provider: Provider) -> bool:
 def _open(
     suite: Suite, plan: Plan, here: Environment, out: Path | None, progress: Progress, stack: contextlib.ExitStack
 ) -> tuple[store.RunFolder, str, set[str]]:
-    """Make the run folder, locked until `stack` ends; return it, the run's id, and an empty set of finished Cells."""
+    """Make the run folder, locked until `stack` ends. Return the folder, the run's id, and an empty set of Cell ids."""
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     unique = hashlib.sha256(f"{stamp}{os.getpid()}{time.monotonic_ns()}".encode()).hexdigest()[:6]
     run_id = f"{stamp}-{suite.name}-{unique}"

@@ -16,9 +16,10 @@ from harness.suites.tasks import Task, TaskSpec
 
 
 def ready(task: Task, items: int, where: str, fetched: Callable[[Source], Asset]) -> tuple[Asset | None, JobTask]:
-    """Return the task's data and its part of a Job. Raises SuiteError for data that do not fit.
+    """Return the task's data (None for `synthetic`) and the task of a Job. Raises SuiteError for data that do not fit.
 
-    items: number of the last test item that a Cell scores; where: the place in the suite that sets it.
+    items: number of the last test item that a Cell scores. where: place in the suite that sets `items`. fetched: returns
+    the asset of a source.
     """
     data = fetched(task.data) if task.data else None
     train = fetched(task.train) if task.train else None

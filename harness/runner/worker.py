@@ -1,7 +1,7 @@
 """Run one Cell and write its Record: `python -m harness.runner.worker EVENTS LIFELINE < JOB.json`.
 
 JOB.json is a `Job`; EVENTS and LIFELINE are file descriptors. The worker writes JSON lines for the runner's progress display
-to the first, and ends when the other end of the second closes. It writes the Record to the run folder.
+to EVENTS, and ends when the other end of LIFELINE closes. It writes the Record to the run folder.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TRACEBACK_LINES = 40
 
 
 def main(argv: list[str]) -> int:
-    """Run the worker; the exit code shows only whether a Record was written."""
+    """Run the worker and return its exit code, which shows only whether a Record was written."""
     events, lifeline = int(argv[1]), int(argv[2])
     # The runner handles these signals, and kills the whole group. A batch system signals all processes of a job, and a
     # worker that ended first would leave a `lost` Record.
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
 def attempt(job: Job, emit: Emit) -> Record:
     """Run one Cell and return its Record, also after any error."""
     started = store.now()
-    # Only the start of the process is timed by a wall clock, which may be set back; the rest by a monotonic clock.
+    # A wall clock, which may be set back, times only the start of the process. A monotonic clock times the rest.
     before, begun = max(0.0, time.time() - job.launched), time.monotonic()
 
     def age() -> float:
@@ -95,7 +95,7 @@ def attempt(job: Job, emit: Emit) -> Record:
 
 
 def _import_all(implementation: Implementation, job: Job, registry: Registry) -> str:
-    """Import the Cell's modules during start-up, so that no later phase pays for it; return an error message or ""."""
+    """Import the Cell's modules during start-up, so that no later phase includes imports; return an error message or ""."""
     needed = list(implementation.requires)
     if job.cell.base.quantization != "none":
         needed += registry.find("base", job.cell.base.quantization, job.cell.base.implementation).requires
@@ -110,7 +110,10 @@ def _import_all(implementation: Implementation, job: Job, registry: Registry) ->
 
 
 def _prepare(job: Job, registry: Registry, emit: Emit, threads: int) -> tuple[CellRun, dict[str, object]]:
-    """Import torch and the instruments, set seed and threads; return the Cell's state and facts for its environment."""
+    """Import torch and the instruments, and set seed and threads.
+
+    Returns the Cell's state, and facts for the environment of its Record.
+    """
     import torch
     import transformers
 
@@ -125,8 +128,8 @@ def _prepare(job: Job, registry: Registry, emit: Emit, threads: int) -> tuple[Ce
     torch.set_num_threads(threads)
     torch.manual_seed(job.cell.seed)
     torch.set_deterministic_debug_mode("warn")  # unlike use_deterministic_algorithms it does not load the compiler
-    # Objects of imports exist as long as the process. If the collector ignores them, a collection between phases takes
-    # milliseconds instead of a third of a second, and one inside a timed step does not change its time.
+    # Objects that imports made exist as long as the process. If the collector ignores them, a collection between phases
+    # takes milliseconds instead of a third of a second, and a collection inside a timed step does not change its time.
     gc.collect()
     gc.freeze()
     device = torch.device(job.device)
@@ -136,7 +139,7 @@ def _prepare(job: Job, registry: Registry, emit: Emit, threads: int) -> tuple[Ce
     watch = gpu.GpuWatch(device, driver) if cuda else None
 
     def announce(name: str) -> None:
-        # With the peak so far, for the Record of a killed worker.
+        # The event includes the peak so far, for the Record of a killed worker.
         peaks = [phase.peak_memory_B for phase in clock.done]
         emit("phase", name=name, peak_B=max((p for p in peaks if p is not None), default=None))
 
@@ -195,7 +198,7 @@ def _plain(text: str) -> str:
 
 if __name__ == "__main__":
     code = main(sys.argv)
-    # The Record is on disk. An orderly shutdown of libraries would cost a second per Cell, and some of them hang.
+    # The Record is on disk. An orderly shutdown of the libraries would take a second per Cell, and some libraries hang.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

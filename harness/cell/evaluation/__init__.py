@@ -1,1 +1,1 @@
-"""Evaluation: what a model scores on a task, item by item."""
+"""Score a model on the items of a task."""

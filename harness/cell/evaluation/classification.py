@@ -1,4 +1,4 @@
-"""Score an encoder with a classification head by its largest logit."""
+"""Score an encoder with a classification head: its prediction is the class with the largest logit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from harness.records.record import Item
 def score(
     model: nn.Module, examples: Sequence[Example], pad: int, batch: int, report: Callable[[int, int], None]
 ) -> list[Item]:
-    """Return one 0/1 Item per example, in the examples' order. Batches hold texts of similar length."""
+    """Return one Item per example, in the order of the examples.
+
+    pad: id of the padding token. batch: texts per forward pass; texts of similar length share a batch. report: receives
+    the number of scored examples and the number of all examples after each batch.
+    """
     model.eval()
     device = next(model.parameters()).device
     by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))

@@ -1,4 +1,4 @@
-"""A causal language model for lm-eval: likelihoods of answers with few logits, and greedy generation in batches."""
+"""Adapt a causal language model to lm-eval: likelihoods of answers from few logits, and greedy generation in batches."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from harness.suites.lm_eval_keys import MAX_GEN_TOKS
 class CausalScorer(TemplateLM):  # type: ignore[misc]
     """Answers log-likelihood and generation requests for `model`.
 
-    Requests share equal forward passes: choices of one token cost one pass over the prompt. max_tokens: longer sequences
-    lose their beginning. `cut` has lm-eval's numbers of these items.
+    Requests with equal inputs share a forward pass: choices of one token cost one pass over the prompt. max_tokens: a longer
+    sequence loses its beginning. `cut` contains the numbers by which lm-eval identifies the items that were cut.
     """
 
     def __init__(
@@ -33,20 +33,20 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """The id that stands for an empty context."""
+        """The id of the token that replaces an empty context."""
         return int(self.tokenizer.eos_token_id)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return token ids; without special tokens unless requested."""
+        """Return the token ids of a text, without special tokens unless `add_special_tokens` is true."""
         return list(self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Return (context ids, continuation ids) as scoring uses them, for training on the same tokens."""
+        """Return (context ids, continuation ids), the same tokens in training as in scoring."""
         context_ids, continuation_ids = self._encode_pair(context, continuation)
         return list(context_ids), list(continuation_ids)
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return (log-likelihood, greedy) of every request, in their order."""
+        """Return (log-likelihood, whether the answer is the greedy one) for each request, in the order of the requests."""
         self._too_long = []
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
         self.cut |= {request.doc_id for request, cut in zip(requests, self._too_long, strict=False) if cut}
@@ -59,7 +59,7 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
         self.model.eval()
         device = next(self.model.parameters()).device
         self._too_long = [len(context) + len(answer) > self.max_tokens for _, context, answer in requests]
-        # The model need not read the last answer token. Without it, choices of one token share a pass.
+        # The model need not read the last token of an answer. Without this token, choices of one token share a pass.
         passes: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
         for index, (_, context, answer) in enumerate(requests):
             refuse_long_answers(len(answer), self.max_tokens)
@@ -83,13 +83,13 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
         return results
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> NoReturn:
-        """Refuse: perplexity tasks are not offered yet."""
+        """Raise NotImplementedError: perplexity tasks are not supported yet."""
         raise NotImplementedError(
             "perplexity tasks (loglikelihood_rolling) are not offered; use multiple_choice or generate_until"
         )
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Return greedy answers. The prompt is cut as in training, without room for the answer."""
+        """Return the greedy answer to each request. A prompt is cut as in training, but leaves no room for the answer."""
         prompts = Prompts(self.tokenizer, self.max_tokens)
         # All requests of a task have the same options.
         options = requests[0].args[1]
@@ -111,9 +111,10 @@ def generate(
     batch: int,
     report: Callable[[int, int], None],
 ) -> list[str]:
-    """Return the model's answers, in the order of the prompts, without the text of `until` that ends an answer.
+    """Return the model's answers in the order of the prompts.
 
-    most: maximum tokens of an answer. Prompts of similar length share a batch, padded on the left.
+    until: texts that end an answer; the answer does not include them. most: maximum number of tokens of an answer. Prompts
+    of similar length share a batch, which is padded on the left.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -134,7 +135,7 @@ def generate(
 
 
 def _greedy(model: nn.Module, tokenizer: Any, most: int) -> GenerationConfig:
-    """Return a config for the likeliest token. It overrides all options in the model's own file."""
+    """Return a config that selects the likeliest token. It overrides every option of the model's own file."""
     # An instruction-tuned Llama ends its turns with another token than the tokenizer's.
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
@@ -150,7 +151,7 @@ class _Ends(StoppingCriteria):  # type: ignore[misc]
 
     def __init__(self, tokenizer: Any, until: Sequence[str], prompt: int) -> None:
         self._tokenizer, self._until, self._prompt = tokenizer, until, prompt
-        # A token has at least one byte. Two more tokens, because decoding may change the first one.
+        # A token has at least one byte. Two tokens are added, because decoding may change the first token of the window.
         self._window = 2 + max((len(text.encode()) for text in until), default=0)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tasks as lm-eval runs them: local ones with rows in memory, and lm-eval's own with their fetched splits."""
+"""Tasks that lm-eval runs: local tasks, whose rows are in memory, and lm-eval's own tasks, whose splits were fetched."""
 
 from __future__ import annotations
 
@@ -61,17 +61,17 @@ class LmEvalTask:
         return self.prompt(row), f"{self.task.config.target_delimiter}{self.task.doc_to_target(asdict(row))}"
 
     def answers(self, row: LabelledRow) -> list[str]:
-        """Return the choices as lm-eval scores them, each with the delimiter before it."""
+        """Return the choices that lm-eval scores. Each begins with the delimiter."""
         return self._choices(asdict(row))
 
     def _choices(self, doc: Any) -> list[str]:
         return [f"{self.task.config.target_delimiter}{choice}" for choice in self.task.doc_to_choice(doc)]
 
     def score(self, scorer: CausalScorer) -> list[Item]:
-        """Run lm-eval; return one 0/1 Item per test row."""
+        """Run lm-eval and return one Item per test row."""
         from lm_eval.evaluator import evaluate
 
-        # Not `limit`, which starts at the first document. A range, because lm-eval tests each document for membership.
+        # `limit` would start at the first document. A range is fast, because lm-eval tests each document for membership.
         samples: Any = {self.name: self._places}
         outcome = evaluate(
             lm=scorer, task_dict={self.name: self.task}, samples=samples, bootstrap_iters=0, log_samples=True
@@ -99,7 +99,7 @@ class OwnTask(LmEvalTask):
     def __init__(self, file: Path, folder: Path, tested: range, judge: str) -> None:
         import datasets
 
-        # Its public functions first read all of lm-eval's tasks, which takes seconds.
+        # lm-eval's public functions would first read all its tasks, which takes seconds.
         from lm_eval.tasks._yaml_loader import load_yaml
         from pyarrow.parquet import read_table
 
@@ -118,11 +118,11 @@ class OwnTask(LmEvalTask):
         self._docs: dict[str, Any] = dict(zip(self.ids, docs, strict=True))
 
     def tested(self) -> list[OwnRow]:
-        """Return the test items as rows, with the prompts that training would give them."""
+        """Return the test items as rows, with prompts in the form of training."""
         return [self._row(name, self._docs[name]) for name in self.ids]
 
     def training(self) -> list[OwnRow]:
-        """Return the training split as rows, without those that are also test items."""
+        """Return the rows of the training split that are not test items."""
         docs = {f"train-{number}": doc for number, doc in enumerate(self.task.training_docs() or [])}
         self._docs |= docs
         return without_overlap([self._row(name, doc) for name, doc in docs.items()], self.tested())
@@ -132,7 +132,7 @@ class OwnTask(LmEvalTask):
         return str(row.overlap_key)
 
     def answers(self, row: Any) -> list[str]:
-        """Return the choices as lm-eval scores them, each after the delimiter."""
+        """Return the choices that lm-eval scores. Each begins with the delimiter."""
         return self._choices(self._docs[row.id])
 
     def pair(self, row: Any) -> tuple[str, str]:

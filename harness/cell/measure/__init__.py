@@ -1,1 +1,1 @@
-"""Measuring: memory, latency, and the environment that the numbers belong to."""
+"""Measure memory, latency, energy, file sizes and the state of the GPU."""

@@ -1,4 +1,4 @@
-"""Checkpoint sizes: of the adapter's file, which is written, and of the whole model, which is summed up."""
+"""Measure checkpoint sizes: write the adapter's file, and sum up the tensors of the whole model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from harness.records.cost import Checkpoint
 
 
 def model_bytes(model: torch.nn.Module) -> int:
-    """Return the bytes of the saved tensors of `model`; shared ones count once.
+    """Return the bytes of the tensors that a checkpoint of `model` contains; a shared tensor counts once.
 
-    Call it before the model is packed or adapted: merged and unpacked, or fully trained, it has the same shapes. It may
-    still be on the meta device.
+    Call this function before the model is packed or adapted: a merged and unpacked model, or a fully trained one, has the
+    same shapes. The model may still be on the meta device.
     """
     return storage_bytes(model.state_dict().values())
 
@@ -29,8 +29,8 @@ def measure(
 ) -> Checkpoint:
     """Write adapter and head as one safetensors file into `folder`, and return the sizes.
 
-    trains_base: the model's own weights are trained, so that all of them must be saved. The file has no name, so that
-    nothing is left even if the process is killed. A full disk is a reason in the result, not an error.
+    trains_base: whether the model's own weights are trained, so that all of them must be saved. The file has no name, so
+    that no file remains even if the process is killed. If the disk is full, the result has the reason; no error is raised.
     """
     if trains_base or not (adapter or head):
         because = "the model's own weights are trained: all of them are saved" if trains_base else "nothing is trained"

@@ -1,4 +1,4 @@
-"""Energy in joules, if a driver or the kernel counts it. Never estimated; None if unknown, never 0."""
+"""Read energy in joules from the counters of a driver or the kernel. Unknown energy is None, never 0 or an estimate."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 from harness.cell.measure.gpu import NvmlGpu
 
 LEAST_S = 2.0
-"""Shortest window. NVML's counter moves every 20 to 100 ms: a shorter window may be wrong by many per cent."""
+"""Shortest window. NVML updates its counter every 20 to 100 ms: a shorter window may be wrong by many per cent."""
 RAPL = Path("/sys/class/powercap")
 _MOST_W = 1000.0
-"""Upper bound of a package's power. RAPL wraps at about 262 kJ; after that energy, the number of wraps is unknown."""
+"""Upper bound of a package's power. RAPL's counter wraps at about 262 kJ, and the number of wraps cannot be read."""
 
 
 @dataclass
@@ -24,12 +24,12 @@ class Counter:
     source: str
     """`nvml` or `rapl`."""
     read: Callable[[], list[float] | None]
-    """Returns joules, one number per device; None if they cannot be read."""
+    """Returns joules, one number per device; None if a counter cannot be read."""
     maxima: list[float]
-    """Joules at which each number wraps to zero; infinity if it does not."""
+    """Joules at which each number wraps to zero; infinity for a number that does not wrap."""
 
     def between(self, before: list[float], after: list[float], seconds: float) -> float | None:
-        """Return joules from one reading to another. None if a number may have wrapped twice, or has restarted."""
+        """Return the joules between two readings; None if a number may have wrapped twice, or has restarted."""
         if seconds * _MOST_W > min(self.maxima):
             return None
         total = sum((end - start) % most for start, end, most in zip(before, after, self.maxima, strict=True))
@@ -42,7 +42,7 @@ class EnergyMeter:
 
     counter: Counter | None
     because: str = ""
-    """Reason for no counter."""
+    """Reason why there is no counter; else empty."""
 
     @property
     def source(self) -> str:
@@ -55,7 +55,7 @@ class EnergyMeter:
         self._began = time.monotonic()
 
     def joules(self) -> float | None:
-        """Return the energy since `start`; None without a counter, or in a window shorter than LEAST_S seconds."""
+        """Return the joules since `start`; None without a counter, or in a window shorter than LEAST_S seconds."""
         seconds = time.monotonic() - self._began
         if self.counter is None or self._before is None or seconds < LEAST_S:
             return None
@@ -64,7 +64,7 @@ class EnergyMeter:
 
 
 def meter(gpu: NvmlGpu | None, because: str = "", *, cuda: bool = False, root: Path = RAPL) -> EnergyMeter:
-    """Return a meter of the GPU, or of the CPU's packages if not `cuda`. because: the reason why `gpu` is None."""
+    """Return a meter of the GPU, or of the CPU packages unless `cuda`. because: the reason why `gpu` is None."""
     if cuda:
         if gpu is None:
             return EnergyMeter(None, because)
@@ -82,7 +82,7 @@ def meter(gpu: NvmlGpu | None, because: str = "", *, cuda: bool = False, root: P
 
 
 def _is_package(zone: Path) -> bool:
-    """Return whether a zone is a package, not a part of one (`intel-rapl:0:0`) and not the platform (`psys`)."""
+    """Return whether a zone is a package. Others are a part of a package (`intel-rapl:0:0`) or the platform (`psys`)."""
     try:
         return (zone / "name").read_text().startswith("package")
     except OSError:
@@ -90,7 +90,7 @@ def _is_package(zone: Path) -> bool:
 
 
 def _joules(files: Sequence[Path]) -> list[float] | None:
-    """Return the content of files in microjoules, or None if they cannot be read."""
+    """Read files, each with a number in microjoules. Return joules, or None if a file cannot be read."""
     try:
         return [int(file.read_text()) / 1e6 for file in files]
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The state of an NVIDIA GPU by NVML, and the numbers of its allocator and driver during a phase."""
+"""Read the state of an NVIDIA GPU through NVML, and the memory of a phase from torch's allocator and the driver."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _REASONS: dict[int, Throttle] = {
     0x080: "power-brake",
     0x100: "display-clocks",
 }
-"""NVML's bits, `nvmlClocksEventReason*`."""
+"""Reasons for reduced clocks, by NVML's bits `nvmlClocksEventReason*`."""
 _SAMPLE_S = 0.1
 
 
@@ -34,7 +34,7 @@ class NvmlGpu:
         self._nvml, self._handle, self.uuid = nvml, handle, uuid
 
     def energy(self) -> float | None:
-        """Return joules since the driver was loaded; supported since Volta."""
+        """Return the joules since the driver was loaded. GPUs support this query since Volta."""
         spent = self._read(self._nvml.nvmlDeviceGetTotalEnergyConsumption)
         return None if spent is None else spent / 1000  # from mJ
 
@@ -49,7 +49,7 @@ class NvmlGpu:
         clocks = [self._read(nvml.nvmlDeviceGetClockInfo, which) for which in (nvml.NVML_CLOCK_SM, nvml.NVML_CLOCK_MEM)]
         power = self._read(nvml.nvmlDeviceGetPowerUsage)
         degrees = self._read(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU)
-        # The function has another name since CUDA 12.
+        # CUDA 12 renamed the function.
         events = getattr(nvml, "nvmlDeviceGetCurrentClocksEventReasons", None)
         reasons = self._read(events or nvml.nvmlDeviceGetCurrentClocksThrottleReasons)
         sm, memory = (None if clock is None else int(clock) * _MHZ for clock in clocks)
@@ -89,7 +89,7 @@ def find(uuid: str) -> tuple[NvmlGpu | None, str]:
 
 
 class GpuWatch:
-    """Watches one GPU, one phase at a time. gpu: None if NVML is not available; torch's numbers do not need it."""
+    """Watches one GPU, one phase at a time. gpu: None without NVML; then only torch's numbers are read."""
 
     def __init__(self, device: torch.device, gpu: NvmlGpu | None) -> None:
         self.device, self.gpu = device, gpu
@@ -98,7 +98,7 @@ class GpuWatch:
             threading.Thread(target=self._sample_on, daemon=True).start()
 
     def begin(self) -> None:
-        """Begin a phase. PeakMeter resets the peak of torch's allocator."""
+        """Begin a phase. `PeakMeter.reset` must have reset the peak of torch's allocator."""
         self._before = self._counts()
         self._start = self.gpu.state() if self.gpu else None
         self._driver = 0

@@ -1,4 +1,4 @@
-"""Latency of the base, the unmerged and the merged model: raw times of alternating variants."""
+"""Measure raw latencies of three alternating variants: the base, the unmerged model and the merged model."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ Variant = Literal["base", "unmerged", "merged", "multi-adapter"]
 PassKind = Literal["forward", "prefill", "decode"]
 WARMUP = 1
 BLOCKS = 4
-"""An even number, so that the average position of all variants is equal."""
+"""Number of blocks; even, so that all variants have the same average position."""
 PER_BLOCK = 3
 SLOW_S, FEWER = 0.1, 2
-"""A block has only FEWER forward passes if one takes more than SLOW_S seconds: eight in all. A 95 % interval needs six."""
+"""If a forward pass takes more than SLOW_S seconds, a block has only FEWER passes: eight in total. A 95 % interval needs
+six."""
 _ORDER: tuple[Variant, ...] = ("base", "unmerged", "merged")
 
 
@@ -40,15 +41,15 @@ def measure(
     blocks: int = BLOCKS,
     layers: Mapping[str, nn.Module] | None = None,
 ) -> list[Latency]:
-    """Return forward (encoder) or prefill and decode (causal) times for every variant.
+    """Return the times of every variant: forward times for an encoder, prefill and decode times for a causal model.
 
-    Variants alternate in blocks, in an order that reverses from each block to the next. So a slow period of the machine
-    affects all variants, and a drift affects them equally. After each change of variant the first runs are discarded.
-    Afterwards the model is in its previous state. Raises ImplementationError if the adapter's own methods fail.
+    Variants alternate in blocks, and each block reverses the order of the last one. So a slow period of the machine affects
+    all variants, and a drift affects them equally. The first runs after each change of variant are discarded. At the end the
+    model is in its previous state. Raises ImplementationError if the adapter's own methods fail.
 
-    evaluation: number and length of prompts, and number of passes (default: twelve, or eight slow ones). merged_refused: the
-    reason for not merging, or empty. layers: path -> adapted layer, from before a call of `detach`, which may drop them;
-    None if there was no call.
+    evaluation: number and length of prompts, and number of passes (default: twelve, or eight if they are slow).
+    merged_refused: the reason for not merging, or empty. layers: path -> adapted layer, saved before a call of `detach`
+    which may have emptied `Adapted.layers`; None if `detach` was not called.
     """
     timed = Prompt(adapted.model, causal, vocabulary, evaluation)
     block = timed.block
@@ -75,7 +76,7 @@ def interleaved(variants: Sequence[Variant], blocks: int = BLOCKS) -> Iterator[V
 
 
 def unmeasured(model: nn.Module, causal: bool, vocabulary: int, because: str, evaluation: Evaluation) -> list[Latency]:
-    """Return the result of `measure` without times, with the reason."""
+    """Return the latencies that `measure` would return, but with the reason `because` instead of times."""
     timed = Prompt(model, causal, vocabulary, evaluation)
     return [found for variant in _ORDER for found in timed.latencies(variant, because)]
 
@@ -83,7 +84,7 @@ def unmeasured(model: nn.Module, causal: bool, vocabulary: int, because: str, ev
 class Prompt:
     """A batch of prompts of equal length for one model, and its times so far.
 
-    batch: number of prompts, instead of that of `evaluation`.
+    batch: number of prompts; None for the number in `evaluation`.
     """
 
     def __init__(
@@ -98,12 +99,12 @@ class Prompt:
 
     @cached_property
     def ids(self) -> Tensor:
-        """The prompts, made at first use: memory may have run out for a result without times."""
+        """The prompts. They are made at first use, because a result without times may follow a lack of memory."""
         drawn = torch.randint(0, self.vocabulary, self.shape, generator=torch.Generator().manual_seed(0))
         return drawn.to(next(self.model.parameters()).device)
 
     def block(self, variant: Variant) -> None:
-        """Time the model in its current state, and add the samples."""
+        """Time the model in its current state, and store the samples as those of `variant`."""
         for kind in self.kinds:
             if kind == "decode" and self.no_decoding:
                 continue
@@ -111,7 +112,7 @@ class Prompt:
             self.samples.setdefault((variant, kind), []).extend(run(self.model, self.ids, self.causal, self.passes))
 
     def latencies(self, variant: Variant, because: str = "", adapters: int | None = None) -> list[Latency]:
-        """Return the times of a variant, for each kind. because: the reason why there are none."""
+        """Return a Latency for each kind of pass. because: the reason why there are no times."""
         return [
             Latency(
                 variant=variant,
@@ -133,7 +134,7 @@ def positions(model: nn.Module) -> int | None:
         return None
     most -= getattr(model, "virtual_tokens", 0)
     for name, module in model.named_modules():
-        # RoBERTa starts its positions at the index of the padding.
+        # RoBERTa's positions start after the index of the padding token.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(most - module.padding_idx - 1)
     return most
@@ -152,13 +153,13 @@ def _prompt(model: nn.Module, causal: bool, tokens: int) -> tuple[int, str]:
 
 
 def _cache(model: nn.Module) -> str:
-    """Return the name of a model's key-value cache, as argument and in its output, or an empty string."""
+    """Return the name that a model's key-value cache has as argument and in the output; empty without a cache."""
     takes = inspect.signature(model.forward).parameters
     return next((name for name in CACHES if name in takes), "")
 
 
 class _Variants:
-    """Changes between the variants by the adapter's own methods, and verifies that they did."""
+    """Changes between the variants by the adapter's own methods, and verifies each change."""
 
     def __init__(self, adapted: Adapted, layers: Mapping[str, nn.Module]) -> None:
         self._adapted, self._layers, self._off = adapted, dict(layers), False
@@ -176,7 +177,7 @@ class _Variants:
 
     @contextmanager
     def active(self, variant: Variant) -> Iterator[None]:
-        """Make a variant active, and the attached model again afterwards."""
+        """Make a variant active inside the context, and attach the adapter again at the end."""
         if variant == "merged":
             self.merge()
         elif variant == "base":
@@ -188,19 +189,19 @@ class _Variants:
             self.attach()
 
     def merge(self) -> None:
-        """Merge. Some libraries merge inside the layer, so the module at its path shows nothing."""
+        """Merge the adapter. Some libraries merge inside the layer, so the module at its path cannot show the change."""
         with self._guarded("merge()"):
             self._adapted.merge()
 
     def unmerge(self) -> None:
-        """Unmerge, and check that the adapted layers are back."""
+        """Unmerge the adapter, and check that the adapted layers are back."""
         with self._guarded("unmerge()"):
             self._adapted.unmerge()
         if gone := [path for path, is_adapted in self._adapted_paths() if not is_adapted]:
             raise self._fault("unmerge()", f"did not restore {gone[0]} and {len(gone) - 1} other layers")
 
     def detach(self) -> None:
-        """Detach the adapter. Raises if a layer is still adapted, because its time would be recorded as the base's."""
+        """Detach the adapter. Raises ImplementationError if a layer is still adapted: its time would count as the base's."""
         with self._guarded("detach()"):
             self._adapted.detach()
         self._off = True
@@ -250,7 +251,7 @@ def _forward(model: nn.Module, ids: Tensor, causal: bool, passes: int | None) ->
 
 @torch.inference_mode()
 def _decode(model: nn.Module, ids: Tensor, causal: bool, passes: int | None) -> list[float]:
-    """Return seconds per token of greedy decoding, one after the other, with a key-value cache."""
+    """Return the seconds of each token of greedy decoding with a key-value cache."""
     times: list[float] = []
     while len(times) < (passes or 1):
         times += _decoded(model, ids)
@@ -258,7 +259,7 @@ def _decode(model: nn.Module, ids: Tensor, causal: bool, passes: int | None) -> 
 
 
 def _decoded(model: nn.Module, ids: Tensor) -> list[float]:
-    """Return the times of the tokens after one prompt, without the first one, which warms up."""
+    """Return the times of the tokens after one prompt, without the first token, which warms up."""
     name, output = _cache(model), model(input_ids=ids, use_cache=True)
     times = []
     for _ in range(DECODED):

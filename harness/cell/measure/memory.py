@@ -1,4 +1,4 @@
-"""Peak memory of the process in a phase, and the memory of tensors: existing ones, and each allocation of a function."""
+"""Measure the peak memory of a phase, the memory of existing tensors, and the tensors that a function allocates."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _SAMPLE_S = 0.02
 
 
 class PeakMeter:
-    """Peak memory since the last `reset`, in bytes.
+    """Measures the peak memory since the last `reset`, in bytes.
 
-    On a GPU: allocated bytes. On Linux: VmHWM, which the kernel resets on demand (a child's ru_maxrss would carry its
-    parent's peak). Elsewhere: the resident size, sampled by a thread, so that short peaks are missed.
+    On a GPU this is the peak of allocated bytes. On Linux it is VmHWM, which the kernel resets on demand; ru_maxrss of a
+    child would include its parent's peak. Elsewhere a thread samples the resident size, so that short peaks are missed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -61,13 +61,13 @@ class PeakMeter:
             torch.cuda.synchronize(self.device)
 
     def peak(self) -> int:
-        """Return the peak since `reset`."""
+        """Return the peak since `reset`, in bytes."""
         if self.source == "cuda allocated":
             return int(torch.cuda.max_memory_allocated(self.device))
         return _status_bytes("VmHWM") if self.source == "VmHWM" else max(self._sampled, self.now())
 
     def now(self) -> int:
-        """Return the memory in use."""
+        """Return the memory in use, in bytes."""
         if self.source == "cuda allocated":
             return int(torch.cuda.memory_allocated(self.device))
         if self.source == "VmHWM":
@@ -93,7 +93,7 @@ class PeakMeter:
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the distinct storages of `tensors` outside the meta device: shared (tied) weights count once."""
+    """Return the bytes of the storages of `tensors` outside the meta device. A storage of tied weights counts once."""
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type != "meta"
     }
@@ -101,13 +101,13 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the distinct storages of `tensors`, also on the meta device, where storages have no address."""
+    """Return the bytes of the storages of `tensors`, including those on the meta device. A shared storage counts once."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def model_tensors(model: torch.nn.Module) -> list[Tensor]:
-    """List parameters, buffers, and the scales of quantised weights."""
+    """List a model's parameters, its buffers, and the scales of its quantised weights."""
     found: list[Tensor] = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters():
         found += tensors_in(getattr(parameter, "quant_state", None))
@@ -115,7 +115,7 @@ def model_tensors(model: torch.nn.Module) -> list[Tensor]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """List the tensors of an optimizer's state, and of objects in it: galore-torch has its projectors in some."""
+    """List the tensors in an optimizer's state and in objects of the state, where galore-torch stores its projectors."""
     return [t for state in optimizer.state.values() for value in state.values() for t in tensors_in(value)]
 
 
@@ -127,25 +127,25 @@ def _status_bytes(key: str) -> int:
 
 
 def _trim() -> None:
-    """Release free pages of the C heap, so that a phase's garbage does not count in the next peak. glibc only."""
+    """Release free pages of the C heap, so that a phase's garbage does not count in the next peak. Needs glibc."""
     libc: Any = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def peak_while(run: Callable[[], object]) -> int | None:
-    """Return the peak bytes of CPU tensors, including earlier ones, while `run` runs.
+    """Call `run`, and return the peak bytes of CPU tensors, earlier tensors included; None if torch has no profiler.
 
-    The peak of the process (VmHWM) differs by megabytes between equal runs. This peak is equal to the byte, because it adds
-    up the sizes of requests to torch's allocator. None if torch was built without its profiler.
+    The peak of the process (VmHWM) differs by megabytes between equal runs. This peak is the same to the byte, because it
+    adds up the sizes of requests to torch's allocator.
 
-    Not counted: tensors of imports (the garbage collector does not list them, see `harness/runner/worker.py`), allocations
-    of other libraries and of Python threads, and earlier tensors without a storage (sparse ones, and remains of a transform
-    such as vmap). An earlier tensor that `run` frees counts to the end.
+    Not counted: tensors that imports made (the garbage collector does not list them, see `harness/runner/worker.py`),
+    allocations of other libraries and of Python threads, and earlier tensors without a storage (sparse ones, and remains of
+    a transform such as vmap). An earlier tensor that `run` frees still counts until the end.
     """
     if not kineto_available():
         return None
-    # Otherwise the profiler writes two lines to stderr each time. It reads this variable at its first use.
+    # Without this variable, the profiler writes two lines to stderr each time. It reads the variable at its first use.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     before = tensor_bytes(_existing())
     collects = gc.isenabled()
@@ -164,7 +164,7 @@ def peak_while(run: Callable[[], object]) -> int | None:
 
 
 def _existing() -> list[Tensor]:
-    """List the tensors in CPU memory; for a wrapper, the tensors inside it."""
+    """List the tensors in CPU memory. A wrapper is replaced by the tensors inside."""
     gc.collect()
     # `isinstance` would load lazy modules and proxies.
     tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
@@ -178,5 +178,5 @@ def _existing() -> list[Tensor]:
 
 
 def has_storage(tensor: Tensor) -> bool:
-    """Return whether a tensor has a storage: not one of an unused lazy module, a sparse one, or one inside vmap."""
+    """Return whether a tensor has a storage. Tensors of an unused lazy module, sparse ones, and those in vmap have none."""
     return not is_lazy(tensor) and torch._C._has_storage(tensor)

@@ -33,18 +33,18 @@ _ERRORS = (
     TypeError,
     ValueError,
 )
-"""Errors of a plug-in's `multi_lora_linear` or `mixed` for unexpected layers, or without memory."""
+"""Errors that a plug-in's `multi_lora_linear` or `mixed` may raise for unexpected layers, or if memory runs out."""
 OPERATION, METHOD = "multi_lora_linear", "lora"
 
 
 def measure(
     subject: Subject, cell: Cell, causal: bool, vocabulary: int, registry: Registry
 ) -> tuple[list[Latency], list[CheckResult]]:
-    """Return times of a batch with ADAPTERS adapters and with one adapter, and the check of the former.
+    """Return the times of a batch with ADAPTERS adapters and with one adapter, and the check of mixed adapters.
 
-    The two alternate in blocks. If the implementation cannot mix adapters, or the check fails, the result has reasons
-    instead of times. An implementation mixes adapters by its Operation `multi_lora_linear`, or by a method `mixed` of its
-    Adapted: a function of several adapters (each as `tensors()`) that returns a context manager.
+    The two batches alternate in blocks. If the implementation cannot mix adapters, or the check fails, the result has the
+    reason instead of times. An implementation mixes adapters by its Operation `multi_lora_linear`, or by a method `mixed` of
+    its Adapted, which takes several adapters (each in the form of `tensors()`) and returns a context manager.
     """
     prompt = Prompt(subject.model, causal, vocabulary, cell.evaluation, ADAPTERS)
     try:
@@ -73,14 +73,17 @@ def measure(
 def _failed(
     prompt: Prompt, subject: Subject, cell: Cell, error: BaseException
 ) -> tuple[list[Latency], list[CheckResult]]:
-    """Return the reason why several adapters failed: training and accuracy are already measured."""
+    """Return latencies and a skipped check, with the error as the reason: training and accuracy are measured already."""
     because = f"could not be tried: {type(error).__name__}: {error}".partition("\n")[0]
     case = Case("trained", seed=cell.seed)
     return _untimed(prompt, because), [skipped(subject, case, multi_adapter.NAME, because)]
 
 
 def _untimed(prompt: Prompt, because: str) -> list[Latency]:
-    """Return latencies without times. Their adapters separate them from a batch of this size that a suite requests."""
+    """Return latencies without times.
+
+    Their field `adapters` distinguishes them from latencies of an equal batch that a suite requests.
+    """
     return prompt.latencies("unmerged", because, 1) + prompt.latencies("multi-adapter", because, ADAPTERS)
 
 
@@ -90,7 +93,7 @@ def _run(prompt: Prompt) -> None:
 
 
 def _mixer(subject: Subject, cell: Cell, registry: Registry) -> Mixed:
-    """Return the function that mixes adapters. Raises Unsupported if this implementation has none."""
+    """Return the function that mixes adapters. Raises Unsupported if the implementation has no such function."""
     if (own := getattr(subject.adapted, "mixed", None)) is not None:
         return own  # type: ignore[no-any-return]
     if cell.method != METHOD:
@@ -124,7 +127,7 @@ def _by_operation(subject: Subject, call: Callable[..., Any]) -> Mixed:
 
 
 class _MixedLinear(nn.Module):
-    """A linear layer in which each row has its own adapter, by an Operation `multi_lora_linear`. x (N, ..., D)."""
+    """A linear layer that calls the Operation `multi_lora_linear`, so that each row has its own adapter. x (N, ..., D)."""
 
     def __init__(self, call: Callable[..., Any], base: Any, path: str, adapters: Adapters, config: Any) -> None:
         super().__init__()
@@ -134,6 +137,6 @@ class _MixedLinear(nn.Module):
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W x with each row's own update, and the bias."""
+        """Return W x plus the update of each row's own adapter plus the bias."""
         y: Tensor = self.call(x=x, W=self.base.weight, As=self.As, Bs=self.Bs, scalings=self.scalings, ids=self.ids)
         return y if self.base.bias is None else y + self.base.bias

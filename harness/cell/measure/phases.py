@@ -1,4 +1,4 @@
-"""The phases of a Cell, each with its wall time and memory peak."""
+"""Measure the phases of a Cell: wall time, memory peak, load, energy and the state of the GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from harness.records.record import Phase
 class PhaseClock:
     """Measures phases one after the other. `done` lists them, including one that failed.
 
-    energy, gpu: None without such a meter.
+    energy, gpu: meters; None if the machine has no such meter.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class PhaseClock:
 
 
 def _load() -> float | None:
-    """Return the machine's load average over one minute, if the system has one."""
+    """Return the machine's load average over one minute; None if the system has none."""
     try:
         return os.getloadavg()[0]
     except OSError:

@@ -1,1 +1,1 @@
-"""Training: one plain loop, the same data order for every method."""
+"""Train a model in one plain loop, with the same data order for every Method."""

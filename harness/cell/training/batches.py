@@ -24,9 +24,9 @@ class Example:
     label: int
     """The class."""
     answer: int = 0
-    """For causal models, the number of last tokens with a loss."""
+    """For causal models, the number of tokens at the end that have a loss."""
     cut: bool = False
-    """True if the text was too long and was cut; not recorded for labelled texts of causal models."""
+    """True if the text was too long and was cut; always False for labelled texts of causal models."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Batch:
     """Answer lengths in tokens (N,), 0 for encoders."""
     real_tokens: int
     padded_tokens: int
-    """Including the real ones."""
+    """Number of tokens of the batch, padding included: N * L."""
 
     def to(self, device: torch.device) -> Batch:
         """Return this batch on `device`."""
@@ -50,11 +50,11 @@ class Batch:
 
     @property
     def scored(self) -> int:
-        """The number of terms of its mean loss: tokens of answers, or texts."""
+        """The number of terms in the mean loss of the batch: the tokens of answers, or the texts for an encoder."""
         return sum(self.answers) or len(self.answers)
 
     def parts(self, count: int) -> list[Batch]:
-        """Return `count` batches of neighbouring texts, each padded to its longest text."""
+        """Divide the batch into `count` batches of neighbouring texts, each padded to its longest text, and return them."""
         if count == 1:
             return [self]
         size = -(-len(self.answers) // count)
@@ -73,10 +73,10 @@ def order(examples: Sequence[Example], steps: int, batch: int, seed: int) -> lis
 
 
 def order_indices(examples: Sequence[Example], steps: int, batch: int, seed: int) -> list[list[int]]:
-    """Return `steps` lists of `batch` positions in `examples`: the data order of a seed, the same for every method.
+    """Return `steps` lists of `batch` positions in `examples`. This data order depends on the seed, not on the Method.
 
-    Epochs are shuffled. To save padding, the examples of each pool of eight batches are sorted by length; then the batches
-    of the pool are shuffled. Raises UsageError if there is no example.
+    Each epoch is shuffled. To save padding, the examples of each pool of eight batches are sorted by length; then the
+    batches of the pool are shuffled. Raises UsageError if there is no example.
     """
     if not examples:
         hint = "add rows to the data, or lower the task's `test`"
@@ -97,7 +97,10 @@ def order_indices(examples: Sequence[Example], steps: int, batch: int, seed: int
 
 
 def collate(examples: Sequence[Example], pad: int, side: str) -> Batch:
-    """Pad to the longest text. side: `right` for encoders; `left` for causal models, so that all answers end together."""
+    """Return a Batch of the examples, padded to the longest one with the token `pad`.
+
+    side: `right` for encoders; `left` for causal models, so that all answers end at the same position.
+    """
     length = max(len(e.tokens) for e in examples)
     ids = torch.full((len(examples), length), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -118,15 +121,15 @@ def collate(examples: Sequence[Example], pad: int, side: str) -> Batch:
 
 
 def classification_examples(rows: Sequence[Any], tokenizer: Any, max_tokens: int) -> list[Example]:
-    """Tokenise rows (id, text, label) for an encoder, truncated to `max_tokens` with its special tokens.
+    """Tokenise rows (id, text, label) for an encoder, truncate them to `max_tokens`, and return the examples.
 
-    Raises UsageError if these leave no room for text.
+    `max_tokens` includes the special tokens. Raises UsageError if the special tokens leave no room for text.
     """
     special = tokenizer.num_special_tokens_to_add()
     if special >= max_tokens:
         what = f"`training.max_tokens` is {max_tokens}, and the tokenizer adds {special} special tokens to every text"
         raise UsageError(what, hint=f"raise it to at least {special + 1}")
-    # Not verbose: it would warn about texts that are cut below.
+    # A verbose tokenizer would warn about texts that are cut below.
     whole = tokenizer([row.text for row in rows], verbose=False)["input_ids"] if rows else []
     return [
         Example(row.id, tuple(ids), row.label)
@@ -145,9 +148,10 @@ def answer_examples(
     encode_pair: Callable[[str, str], tuple[list[int], list[int]]],
     max_tokens: int,
 ) -> list[Example]:
-    """Tokenise prompt and right answer for a causal model. A prompt that is too long loses its beginning, as in evaluation.
+    """Tokenise the prompt and the right answer of each row for a causal model, and return the examples.
 
-    The loss is over the answer's tokens only. Raises UsageError for an answer that leaves no room for its prompt.
+    A prompt that is too long loses its beginning, as in evaluation. Only the tokens of the answer have a loss. Raises
+    UsageError if an answer leaves no room for its prompt.
     """
     pairs = [encode_pair(prompt(row), answers(row)[row.label]) for row in rows]
     if pairs:
@@ -170,9 +174,9 @@ def refuse_long_answers(longest: int, max_tokens: int) -> None:
 class Prompts:
     """Tokenises prompts and answers, for training and for generation.
 
-    A prompt begins with the beginning-of-sequence token, if the tokenizer adds one. A prompt that is too long loses its
-    beginning, but not that token. An answer that is longer than the limit loses its end and the end-of-sequence token.
-    max_tokens: limit of prompt and answer in training, and of the prompt in generation.
+    A prompt begins with the beginning-of-sequence token, if the tokenizer adds this token. A prompt that is too long loses
+    its beginning, but not this token. An answer that is longer than the limit loses its end and the end-of-sequence token.
+    max_tokens: limit of prompt and answer together in training, and of the prompt in generation.
     """
 
     def __init__(self, tokenizer: Any, max_tokens: int) -> None:
@@ -181,13 +185,13 @@ class Prompts:
         self._start = [bos] if bos is not None and tokenizer.encode("a")[:1] == [bos] else []
 
     def open(self, name: str, prompt: str) -> Example:
-        """Return the prompt of a generation as an example without an answer."""
+        """Return an example with a prompt for generation and no answer."""
         plain = self._plain(prompt)
         tokens = self._cut(plain, self._limit)
         return Example(name, tuple(tokens), 0, cut=len(tokens) < len(self._start) + len(plain))
 
     def pair(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-        """Return the tokens of a prompt, uncut, and of its answer.
+        """Return the tokens of a prompt and those of its answer, both uncut.
 
         Both are tokenised together. If a token spans prompt and answer, they are tokenised separately, because a generating
         model reads the tokens of the prompt alone.
@@ -197,9 +201,9 @@ class Prompts:
         return before, whole[len(before) :] if together else self._plain(answer)
 
     def example(self, name: str, prompt: str, answer: str, loss: str, eos: bool) -> Example:
-        """Return one example. loss: `answer`, or `all` for every token but the first."""
+        """Return one example. loss: `answer`, or `all` for every token except the first."""
         before, behind = self.pair(prompt, answer)
-        # An answer needs a token before it.
+        # A model predicts a token only from earlier tokens, so an answer needs a token before it.
         start = self._start if prompt or self._start else [self._tokenizer.eos_token_id]
         behind = behind + [self._tokenizer.eos_token_id] * eos
         answer_ids = behind[: self._limit - 1]
@@ -220,7 +224,10 @@ class Prompts:
 def answered_examples(
     some: Sequence[AnyRow], prompts: Prompts, parts: Callable[[AnyRow], tuple[str, str]], answers: Answers
 ) -> list[Example]:
-    """Tokenise rows. parts: returns prompt and answer of a row. In a row that is a text, all tokens have a loss."""
+    """Tokenise rows and return the examples. parts: returns prompt and answer of a row.
+
+    In a TextRow all tokens have a loss.
+    """
     return [
         prompts.example(row.id, "", row.text, "all", answers.eos)
         if isinstance(row, TextRow)
@@ -230,7 +237,7 @@ def answered_examples(
 
 
 def rules(answers: Answers | None) -> str:
-    """Return a sentence for the Record about the tokens with a loss."""
+    """Return a sentence for the Record that says which tokens have a loss."""
     if answers is None:
         return "loss over the right choice's tokens alone (an encoder: its label); the prompt loses its beginning"
     of = "the answer's tokens alone" if answers.loss == "answer" else "all tokens but the first"

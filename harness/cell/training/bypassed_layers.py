@@ -1,4 +1,4 @@
-"""Recognise a model, e.g. Mamba, that reads an adapted layer's weight instead of calling the layer."""
+"""Recognise a model, e.g. Mamba, that reads the weight of an adapted layer instead of calling this layer."""
 
 from __future__ import annotations
 

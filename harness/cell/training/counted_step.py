@@ -25,14 +25,14 @@ def step_peak(
 ) -> int | None:
     """Return the peak bytes of CPU tensors in a training step; None if torch cannot count them.
 
-    The step uses the batch with the most tokens in the model at once, and the optimizer already has its state. It is not
-    timed, because counting slows it down. It is step T + 1, after the last: it includes periodic work of an optimizer
-    (GaLore's SVD) only if that is due in T + 1. The Method's `after_step` is not called.
+    The step uses the batch with the most tokens in the model at once, and the optimizer already has its states. The step is
+    not timed, because counting slows it down. It comes after the last step T of the training: it includes periodic work of
+    an optimizer (GaLore's SVD) only if this work is due in step T + 1. The Method's `after_step` is not called.
 
-    Restored afterwards, also if the step fails: trained parameters; the model's buffers (a BatchNorm's statistics), except
-    untrained ones of the Method, which may be as large as the weights; the random states of torch, Python and numpy, and of
-    generators that are attributes of modules. Not restored: the optimizer; gradients, which are dropped; other state, e.g. a
-    counter, a cache that is no buffer, or a generator in a closure.
+    The function restores, also if the step fails: trained parameters; the model's buffers (a BatchNorm's statistics), except
+    untrained buffers of the Method, which may be as large as the weights; and the random states of torch, Python, numpy and
+    the generators that are attributes of modules. It does not restore the optimizer, the gradients (they are dropped) or
+    other state, e.g. a counter, a cache that is no buffer, or a generator in a closure.
     """
     parts = most_tokens(batches, accumulate)
     optimizer.zero_grad(set_to_none=True)
@@ -56,7 +56,7 @@ def copied_B(adapted: Adapted, head: Sequence[nn.Parameter]) -> int:  # noqa: N8
 
 @contextmanager
 def _restored(adapted: Adapted, trainable: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
-    """Restore the step's changes at the end; yield the copies for that."""
+    """Undo the changes of a step at the end of the context; yield the copies for this purpose."""
     saved = [*trainable, *_buffers(adapted)]
     # A module may replace its buffer by a new tensor.
     places = [
@@ -86,6 +86,6 @@ def _restored(adapted: Adapted, trainable: Sequence[nn.Parameter]) -> Iterator[l
 
 
 def _buffers(adapted: Adapted) -> list[Tensor]:
-    """List the buffers that a step may change, without e.g. packed constants and PiSSA's residual."""
+    """List the buffers that a step may change. Packed constants and PiSSA's residual, for example, are not among them."""
     frozen = {t.untyped_storage().data_ptr() for t in adapted.state().values()}
     return [b for b in adapted.model.buffers() if has_storage(b) and b.untyped_storage().data_ptr() not in frozen]

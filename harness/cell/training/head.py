@@ -1,4 +1,4 @@
-"""The classification head of an encoder. It trains as a whole with every Method, without an adapter."""
+"""The classification head of an encoder. With every Method the whole head trains, without an adapter."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ _SPREAD = 0.02
 
 
 def head_of(model: nn.Module, kind: str, lacks: Collection[str] = ()) -> dict[str, nn.Parameter]:
-    """Return the parameters of an encoder's head by name: those outside the encoder itself, new or from a checkpoint.
+    """Return the parameters of an encoder's head by name. They may be new, or come from a checkpoint.
 
-    lacks: names of the parameters that the checkpoint lacks. The head includes those inside the encoder, such as the pooler
-    of a masked language model: they start at random, and must train.
+    The head consists of the parameters outside the encoder itself, and of the parameters in `lacks`.
+    lacks: names of the parameters that the checkpoint lacks, such as the pooler of a masked language model. They start at
+    random, and must train.
     """
     if kind != "encoder":
         return {}
@@ -31,10 +32,10 @@ def head_of(model: nn.Module, kind: str, lacks: Collection[str] = ()) -> dict[st
 
 @torch.no_grad()
 def draw(model: nn.Module, names: Collection[str], seed: int) -> dict[str, nn.Parameter]:
-    """Draw these parameters of the head in place, from the Cell's seed alone, and return them by name.
+    """Initialise these parameters of the head in place, from the Cell's seed alone, and return them by name.
 
-    Matrices are random, biases of linear layers zero. Others stay as the model's initialiser has set them: a norm that
-    starts at zero has an output of zero, and no gradient.
+    Matrices become random, and biases of linear layers zero. Other parameters keep the values of the model's initialiser: a
+    norm whose weight starts at zero would have an output and a gradient of zero.
     """
     generator = torch.Generator().manual_seed(seed)
     head = {name: model.get_parameter(name) for name in names}
@@ -53,8 +54,8 @@ def adapted_layers(
 ) -> tuple[Any, list[str]]:
     """Return a Method's config and the paths of the layers that it adapts, both without layers of the head.
 
-    The targets in the result may be paths, e.g. instead of `all-linear`, which only the model resolves. Raises UsageError if
-    all targets are in the head.
+    The targets in the returned config may be paths, e.g. instead of `all-linear`, which only the model can resolve. Raises
+    UsageError if all targets are in the head.
     """
     chosen = configure(method, config)
     matched = list(adaptable_layers(model, chosen))

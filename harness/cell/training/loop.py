@@ -28,7 +28,7 @@ that the model already predicts is exactly zero."""
 
 @dataclass
 class StepSamples:
-    """Raw numbers, one per step, with the names of `TrainingMeasured`."""
+    """Raw numbers of each step. The fields have the names of `TrainingMeasured`."""
 
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
@@ -36,7 +36,7 @@ class StepSamples:
     tokens: list[int] = field(default_factory=list)
     padded_tokens: list[int] = field(default_factory=list)
     cpu_seconds: float = 0.0
-    """CPU time of the process in the timed parts of all steps."""
+    """CPU time of the process, summed over the timed parts of all steps."""
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -51,7 +51,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def last_logits(model: nn.Module, inputs: dict[str, Tensor], count: int) -> Tensor:
-    """Return the logits of the last `count` positions (N, count, vocabulary), and compute only these if possible."""
+    """Return the logits of the last `count` positions, (N, count, vocabulary). If possible, compute only these logits."""
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         return model(**inputs, logits_to_keep=count, use_cache=False).logits  # type: ignore[no-any-return]
     return model(**inputs, use_cache=False).logits[:, -count:]  # type: ignore[no-any-return]
@@ -59,7 +59,7 @@ def last_logits(model: nn.Module, inputs: dict[str, Tensor], count: int) -> Tens
 
 @contextmanager
 def drop_gradients(tensors: Iterable[Tensor], wanted: bool) -> Iterator[None]:
-    """If `wanted`, drop each gradient as soon as it is computed: layer-wise training must not store all of them."""
+    """If `wanted`, drop each gradient as soon as it is computed: layer-wise training must not store all gradients."""
     hooks = [t.register_post_accumulate_grad_hook(_drop) for t in tensors] if wanted else []
     try:
         yield
@@ -95,8 +95,8 @@ def train(
 
     Before every step the global random state is set from (seed, step), so that the dropout masks do not depend on the number
     of random numbers that an implementation draws. If float16 gradients overflow, the same batch is used again with half
-    the loss scale: no step is skipped, and its time counts. Raises Diverged; and Untrained if the first steps, at most
-    `ZERO_GRADIENT_STEPS`, all have a gradient of exactly zero.
+    the loss scale: no step is skipped, and the time of the first attempt counts. Raises Diverged if a loss or gradient is
+    NaN or infinite, and Untrained if the first steps, at most `ZERO_GRADIENT_STEPS`, all have a gradient of exactly zero.
     """
     model, samples, trained = adapted.model, StepSamples(), trainable(adapted, head)
     model.train()
@@ -127,12 +127,15 @@ def train(
 
 
 def trainable(adapted: Adapted, head: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """Return the trained parameters, each once: an adapter that trains all biases has those of the head too."""
+    """Return each trained parameter once: an adapter that trains all biases and the head may share some."""
     return list({id(p): p for p in (*adapted.parameters(), *head)}.values())
 
 
 def step(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.Optimizer, seed: int) -> Tensor:
-    """Take one step over the parts of a batch, and return its loss. `seed` is set again for a second attempt in float16."""
+    """Take one step over the parts of a batch, and return its loss, a scalar tensor.
+
+    seed: seed of the global random state, set again for each further attempt in float16.
+    """
     loss = _backward(adapted, parts, optimizer)
     while isinstance(optimizer, MasterWeights) and bool(loss.isfinite()) and optimizer.lower_loss_scale():
         torch.manual_seed(seed)
@@ -142,15 +145,18 @@ def step(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.Optimi
 
 
 def _backward(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.Optimizer) -> Tensor:
-    """Return the task's loss over all parts. Unlike the loss, the gradients include the Method's own term."""
-    optimizer.zero_grad(set_to_none=True)  # here, so that the last step's gradients stay for the memory ledger
+    """Compute the gradients, and return the task's loss over all parts.
+
+    The gradients include the Method's own term of the loss; the returned loss does not.
+    """
+    optimizer.zero_grad(set_to_none=True)  # here, so that the memory ledger can read the gradients of the last step
     scale = optimizer.loss_scale if isinstance(optimizer, MasterWeights) else 1.0
     labels = sum(part.scored for part in parts)
     losses: list[Tensor] = []
     for part in parts:
         # Parts have equal numbers of texts, but answers may differ in length: a mean of means would favour short ones.
         loss = loss_of(adapted.model, part) * (part.scored / labels)
-        term = None if losses else adapted.regularizer()  # of the step, not of each part
+        term = None if losses else adapted.regularizer()  # once per step, not once per part
         ((loss if term is None else loss + term) * scale).backward()
         losses.append(loss.detach())
     return torch.stack(losses).sum()
@@ -164,7 +170,7 @@ def _norm(trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> 
 def _diverged(
     loss: float, norm: float, samples: StepSamples, optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> str:
-    """Return a message with the step, the last loss, the usual causes and the hint."""
+    """Return a message with the step, the last loss, the usual causes and a hint."""
     step = len(samples.losses) + 1
     last = f"; the loss of step {step - 1} was {samples.losses[-1]:.4g}" if samples.losses else ""
     rate = max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)

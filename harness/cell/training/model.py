@@ -20,9 +20,9 @@ from harness.process.out_of_memory import shortage
 
 _COMPILER = ("torch._dynamo", "torch._inductor")
 _PROBED_TOKENS = 4
-"""The minimum length in a suite."""
+"""Tokens of a probe text: the smallest `max_tokens` that a suite may have."""
 _NAMED = 6
-"""Maximum number of weights that a note names; enough for a usual head."""
+"""Maximum number of weights that a note names. A usual head has no more."""
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Loaded:
     model: Any
     tokenizer: Any
     head: dict[str, nn.Parameter]
-    """Path -> parameter of an encoder's head, trained by every Method."""
+    """Path -> parameter of an encoder's head. Every Method trains the head."""
     notes: list[str] = field(default_factory=list)
     """Sentences for the Record."""
 
@@ -99,15 +99,15 @@ def _read(path: Path, kind: str, **options: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _some(names: list[str]) -> str:
-    """List the first names of weights, and their number."""
+    """Return a text with the first names of weights and the number of all."""
     return ", ".join(names[:_NAMED]) + (f" ... ({len(names)} in all)" if len(names) > _NAMED else "")
 
 
 @cache
 def lacks(checkpoint: str) -> frozenset[str]:
-    """Return the names of the weights that an encoder's checkpoint lacks; empty without a folder (for a shape).
+    """Return the names of the weights that an encoder's checkpoint lacks; empty for a shape, which has no checkpoint.
 
-    No weight is read: the model is loaded onto the meta device. Raises AssetError like `load`.
+    No weight is read, because the model is loaded onto the meta device. Raises AssetError like `load`.
     """
     return frozenset(_read(Path(checkpoint), "encoder", device_map="meta")[1]["missing_keys"] if checkpoint else ())
 
@@ -116,8 +116,8 @@ def lacks(checkpoint: str) -> frozenset[str]:
 def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
     """If `wanted`, use gradient checkpointing per block of a transformers model inside the context.
 
-    Without reentrance, because adapters in the first block would get no gradient with it. Raises UsageError for a model
-    that does not support checkpointing.
+    Checkpointing is not reentrant: with reentrance, adapters in the first block would get no gradient. Raises UsageError
+    for a model that does not support checkpointing.
     """
     if not wanted:
         yield
@@ -126,7 +126,7 @@ def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
         raise UsageError(
             f"{type(model).__name__} does not support gradient checkpointing", hint="write `checkpointing: false`"
         )
-    # The old name, and the new one in transformers 5.0.
+    # transformers 5.0 renamed the attribute.
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
     try:
@@ -139,7 +139,7 @@ def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
 def compiled(model: nn.Module, wanted: bool, notes: list[str]) -> Iterator[None]:
     """If `wanted`, compile the calls of a model by torch.compile inside the context, and add a note about the result.
 
-    Modules and names stay the same. Raises UsageError if the compiler fails.
+    The modules and their names stay the same. Raises UsageError if the compiler fails.
     """
     if not wanted:
         yield
@@ -178,10 +178,11 @@ def graphs() -> int:
 
 
 def foresight(model: Any) -> float:
-    """Return the dependence of the logits at the first positions on the last token: 0 for a causal model.
+    """Return how much the logits at the first positions depend on the last token: 0 for a causal model.
 
-    It is the norm of the gradient at the last token's embedding, divided by that at all embeddings. Without a path this
-    gradient is exactly zero in every dtype, whereas rounding in 16 bits could hide the effect of a different last token.
+    The number is the norm of the gradient at the last token's embedding, divided by the norm of the gradient at all
+    embeddings. If the logits do not depend on the token, its gradient is exactly zero in every dtype. Comparing the logits
+    of two different last tokens would be weaker: rounding in 16 bits could hide the difference.
     """
     found: list[Tensor] = []
 
@@ -198,6 +199,6 @@ def foresight(model: Any) -> float:
         (gradient,) = torch.autograd.grad(logits, found[0], dy.to(logits))
     finally:
         hook.remove()
-    of_tokens = gradient.double().flatten(0, -2)  # one text, whichever of batch and length comes first
+    of_tokens = gradient.double().flatten(0, -2)  # a single text, so the order of batch and length does not matter
     every = of_tokens.norm()
     return float(of_tokens[-1].norm() / every) if every > 0 else 0.0

@@ -1,7 +1,7 @@
 """Offload weights that no product uses while a Method trains.
 
-QLoRA multiplies by its codes and PiSSA by its residual. Only `detach`, which restores the model, and its check need the
-original weights. The papers do not include them in the memory, so the measurement here does not either.
+QLoRA multiplies by its codes and PiSSA by its residual. Only `detach`, which restores the model, and the check of `detach`
+need the original weights. The papers do not include these weights in the memory, so this measurement does not either.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def unused(method: str, adapted: Adapted, bases: Mapping[str, nn.Module]) -> dic
     """Map paths of adapted layers to weights that the Method has replaced by another form.
 
     bases: path -> the layer under the adapter. The map excludes weights that another module also uses (a tied embedding),
-    and weights that are themselves the other form.
+    and weights that are themselves the replaced form.
     """
     info = methods().get(method)
     if info is None or not (instead := info.spec.replaces_weight):
@@ -42,7 +42,7 @@ def unused(method: str, adapted: Adapted, bases: Mapping[str, nn.Module]) -> dic
 
 
 def release(weights: Mapping[str, nn.Parameter]) -> None:
-    """Release the memory of these weights. The parameters stay, without elements."""
+    """Release the memory of these weights. The parameters remain, but have no elements."""
     for weight in weights.values():
         weight.data = weight.data.new_empty(0)
 
@@ -50,8 +50,8 @@ def release(weights: Mapping[str, nn.Parameter]) -> None:
 class OffloadedWeights:
     """Weights that were moved from a CPU, whose memory is measured, to a file, or from a GPU to the host's memory.
 
-    folder: for that file, which has no name and ends with this process. If it cannot be written, no weight is released, and
-    the constructor raises OSError or RuntimeError.
+    folder: folder of the file. The file has no name, and vanishes with this process. If it cannot be written, no weight is
+    released, and the constructor raises OSError or RuntimeError.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], folder: Path) -> None:

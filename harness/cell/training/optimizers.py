@@ -27,12 +27,13 @@ class MasterWeights(torch.optim.Optimizer):
     """An optimizer over float32 copies (masters) of its parameters. After each step the parameters are the rounded masters.
 
     In float16, AdamW's eps of 1e-8 and the square of a small gradient are 0; in bfloat16, rounding removes a step of a
-    thousandth of a weight. Float32 masters, as in mixed-precision training, avoid both. The masters adopt values that other
-    code writes to a parameter between two steps. `state` includes the masters, so that the memory ledger counts them.
+    thousandth of a weight. Float32 masters, as in mixed-precision training, avoid both errors. If other code writes to a
+    parameter between two steps, the master adopts the new value. `state` includes the masters, so that the memory ledger
+    counts them.
 
     inner: a new optimizer over the parameters; it steps the masters from now on. `loss_scale` multiplies the loss before
     its backward pass and divides gradients; it is 1 if no parameter is float16 (`scales` is False). `lower_loss_scale`
-    halves it. It never grows, which keeps runs simple.
+    halves the scale, which never grows again.
     """
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
@@ -46,11 +47,11 @@ class MasterWeights(torch.optim.Optimizer):
         self.loss_scale = FIRST_LOSS_SCALE if self.scales else 1.0
 
     def master_of(self, parameter: Tensor) -> Tensor:
-        """Return the master of a parameter, which shows steps that are too small for 16 bits."""
+        """Return the master of a parameter. The master shows steps that are too small for 16 bits."""
         return next((m.detach() for p, m in self._pairs if p is parameter), parameter.detach())
 
     def lower_loss_scale(self) -> bool:
-        """If a gradient is infinite or NaN and the loss scale is above 1, halve the scale and return True."""
+        """If a gradient is infinite or NaN and the loss scale is above 1, halve the scale and return True; else False."""
         finite = [p.grad.isfinite().all() for p, _ in self._pairs if p.grad is not None]
         if self.loss_scale == 1.0 or not finite or bool(torch.stack(finite).all()):  # waits once for a GPU
             return False
@@ -58,7 +59,7 @@ class MasterWeights(torch.optim.Optimizer):
         return True
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
-        """Return a parameter's gradient in float32, divided by the loss scale."""
+        """Return a parameter's gradient in float32, divided by the loss scale; None without a gradient."""
         return None if parameter.grad is None else _wide(parameter.grad) / self.loss_scale
 
     @torch.no_grad()
@@ -69,7 +70,7 @@ class MasterWeights(torch.optim.Optimizer):
         stepped = [(p, master) for p, master in self._pairs if p.grad is not None]
         for p, master in stepped:
             master.grad = self.gradient(p)
-            master.copy_(torch.where(p == master.to(p.dtype), master, p))  # else p was written to since the last step
+            master.copy_(torch.where(p == master.to(p.dtype), master, p))  # if they differ, other code has written to p
         self.inner.step()
         for p, master in stepped:
             p.copy_(master)
@@ -87,9 +88,9 @@ def _master(parameter: Tensor) -> Tensor:
 
 
 BETAS, EPS = (0.9, 0.999), 1e-8
-"""Those of AdamW's paper and torch's defaults; set here, so that a release of torch cannot change them unnoticed."""
+"""The values of AdamW's paper and torch's defaults. They are set here, because torch may change its defaults."""
 PAGE_BUDGET_B = 0
-"""Bytes of paged states that stay on the device between two steps: none, which saves and costs most."""
+"""Bytes of paged states that stay on the device between two steps. With 0, paging saves the most memory and is slowest."""
 _OURS = (harness.kernels.torch.optimizers.adamw8bit.AdamW8bit, harness.kernels.torch.optimizers.paged.Paged)
 _REFERENCES = (reference.operations.adamw8bit.AdamW8bit, reference.operations.paged.Paged)
 
@@ -101,14 +102,14 @@ def make(
     name: Optimizer = "adamw",
     implementation: str = "",
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Return the optimizer over adapter and head, and its schedule: linear warm-up, then linearly down to zero.
+    """Return the optimizer over adapter and head, and its schedule: linear warm-up, then a linear decrease to zero.
 
-    It is the result of `build`, with float32 master weights if a trained tensor is float16 or bfloat16; or the Method's own
-    optimizer, which also steps the head, with moments in 8 bits for `adamw-8bit`. The latter steps bfloat16 weights
-    directly, as GaLore's paper does to save memory. In float16, which cannot represent second moments, it has float32
-    masters too.
+    If the Method has no optimizer of its own, `build` makes the optimizer; it has float32 master weights if a trained
+    tensor is float16 or bfloat16. A Method's own optimizer also steps the head, and has moments in 8 bits for `adamw-8bit`.
+    It steps bfloat16 weights directly, as GaLore's paper does to save memory, but has float32 masters of float16 weights,
+    because float16 cannot represent second moments.
 
-    Raises UsageError if nothing trains, or if the Method cannot use `name` or `lr_ratio`; and Unsupported if an
+    Raises UsageError if nothing trains, or if the Method cannot use `name` or `lr_ratio`. Raises Unsupported if an
     implementation's own optimizer has no moments in 8 bits.
     """
     heads = {id(p) for p in head}
@@ -144,7 +145,7 @@ def make(
 
 
 def _own(adapted: Adapted, recipe: Training, name: Optimizer) -> torch.optim.Optimizer | None:
-    """Return the Method's own optimizer, or None; with moments in 8 bits if `name` requests them."""
+    """Return the Method's own optimizer, or None if it has none. The moments have 8 bits if `name` requests this."""
     if not name.endswith("8bit"):
         return adapted.optimizer(recipe.lr, recipe.weight_decay)
     if "bits" in inspect.signature(adapted.optimizer).parameters:
@@ -156,7 +157,7 @@ def _own(adapted: Adapted, recipe: Training, name: Optimizer) -> torch.optim.Opt
 
 
 def layerwise(optimizer: torch.optim.Optimizer, recipe: Training) -> Layerwise | None:
-    """Step every weight within the backward pass from now on, if the recipe has layer-wise updates.
+    """If the recipe has layer-wise updates, step every weight within the backward pass from now on; else return None.
 
     Raises UsageError if a step needs several backward passes, or all gradients at once.
     """
@@ -174,17 +175,17 @@ def layerwise(optimizer: torch.optim.Optimizer, recipe: Training) -> Layerwise |
 
 
 def gradient_of(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], Tensor | None]:
-    """Return a function that reads a parameter's gradient, without a loss scale."""
+    """Return a function that returns a parameter's gradient, divided by the loss scale."""
     return optimizer.gradient if isinstance(optimizer, MasterWeights) else lambda p: p.grad
 
 
 def build(name: Optimizer, implementation: str, groups: Any, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """Return a new optimizer over `groups`.
 
-    `adamw` is always torch's. Optimizers with 8-bit moments or paged states are the reference's for Cells of
-    `reference`, and ours (harness/kernels) for all others: if the provider of the layers selected the optimizer, two
-    implementations would differ in more than their layers. So bitsandbytes' optimizers are checked as Operations, but
-    step no Cell.
+    `adamw` is always torch's optimizer. With 8-bit moments or paged states, Cells of `reference` use the reference's
+    optimizer, and all other Cells use the one in harness/kernels: if each implementation provided its own optimizer, two
+    implementations would differ in more than their layers. So bitsandbytes' optimizers are checked as Operations, but no
+    Cell uses them.
     """
     AdamW8bit, Paged = _REFERENCES if implementation == "reference" else _OURS
     kind = AdamW8bit if name.endswith("-8bit") else torch.optim.AdamW
@@ -193,7 +194,7 @@ def build(name: Optimizer, implementation: str, groups: Any, lr: float, weight_d
 
 
 def _of_body(adapted: Adapted, body: Sequence[nn.Parameter], recipe: Training) -> list[dict[str, Any]]:
-    """Return the groups of the Method's tensors; with LoRA+ the factors B are a separate group."""
+    """Return the parameter groups of the Method's tensors. With LoRA+ the factors B are a separate group."""
     if recipe.lr_ratio == 1:
         return [{"params": list(body), "lr": recipe.lr}] if body else []
     faster = {id(tensor) for name, tensor in adapted.tensors().items() if name.rpartition(".")[2] == "B"}
@@ -205,10 +206,7 @@ def _of_body(adapted: Adapted, body: Sequence[nn.Parameter], recipe: Training) -
 
 
 def facts(optimizer: torch.optim.Optimizer) -> dict[str, Json]:
-    """Return an optimizer's class, its paging and its groups, as JSON.
-
-    `lr` is the peak of the schedule.
-    """
+    """Return an optimizer's class, its paging and its groups, as JSON. `lr` is the peak of the schedule."""
     groups: list[Any] = []
     for group in optimizer.param_groups:
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in group.items() if k != "params"}
@@ -258,7 +256,7 @@ def _note_on_16_bits(optimizer: torch.optim.Optimizer) -> str:
 
 
 def _chain(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """Return an optimizer and those inside it: masters, paging, and last the one that computes the steps."""
+    """Return an optimizer and the optimizers inside it. The last one computes the steps; others add masters or paging."""
     inner = getattr(optimizer, "inner", None)
     return [optimizer, *(_chain(inner) if isinstance(inner, torch.optim.Optimizer) else [])]
 

@@ -1,7 +1,7 @@
 """Build a model from its config.json without weights, and then draw random weights block by block.
 
-A block (an entry of the model's list of layers) gets all its weights before the next block gets any. So the blocks can be
-packed one by one, and the whole model never exists in 16 bits.
+A block is an entry of the model's list of layers. Each block gets all its weights before the next block gets any, so that
+the blocks can be packed one by one, and the whole model never exists in 16 bits.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ def build(folder: Path, dtype: torch.dtype, kind: str = "causal", labels: int = 
 def drawn(model: Any, device: torch.device) -> Iterator[set[str]]:
     """Draw the weights of a model on the meta device, part by part, and yield the paths of the modules of each part.
 
-    The first part has the modules outside the blocks; then each block is a part. Each part has its own seed, and uses the
-    model's initialiser for training from scratch on `device`: its spread avoids overflow in 16 bits. Raises AssetError for
-    a weight that the initialiser does not set.
+    The first part has the modules outside the blocks; every further part is a block. Each part has its own seed. The model's
+    initialiser for training from scratch draws the weights on `device`, because its standard deviations avoid overflow in
+    16 bits. Raises AssetError for a weight that the initialiser does not set.
     """
     parts: dict[str, dict[str, nn.Module]] = {_REST: {}}
     blocks = [f"{path}.{name}" for path, m in outermost_lists(model).items() for name, _ in m.named_children()]
     for path, module in model.named_modules():
         block = next((b for b in blocks if path == b or path.startswith(f"{b}.")), _REST)
         parts.setdefault(block, {})[path] = module
-    # Only shared weights are referenced here. Others must be freed once they are packed.
+    # Hold references to shared weights only: other weights must be freed once they are packed.
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     homes: dict[int, nn.Parameter | None] = {key: None for key, count in uses.items() if count > 1}
     for part in list(parts):
@@ -96,11 +96,11 @@ def _draw(
 
 
 def _unset(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor of this shape with NaN, which shows a missing initialisation, or zeros for integers."""
+    """Return a tensor of the same shape on `device`, filled with NaN to reveal a missing initialisation; integers are 0."""
     return torch.full_like(tensor, torch.nan if tensor.is_floating_point() else 0, device=device)
 
 
 def outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Map paths to the ModuleLists of a model that are not inside another one."""
+    """Map paths to those ModuleLists of a model that are not inside another ModuleList."""
     lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     return {path: m for path, m in lists.items() if not any(path.startswith(f"{other}.") for other in lists)}

@@ -13,11 +13,11 @@ from harness.records.record import Record
 FOLDER = Path(__file__).resolve().parent
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
-"""JSON Schema dialect of the files; without it, a validator would apply its newest one."""
+"""The JSON Schema dialect of the files. Without this entry, a validator would apply its newest dialect."""
 
 
 def current() -> dict[str, str]:
-    """Map file name to the schema text of the models as they are now."""
+    """Map each schema's file name to the text that the current models give."""
     kinds: dict[str, type[BaseModel]] = {
         "run.schema.json": Manifest,
         "record.schema.json": Record,

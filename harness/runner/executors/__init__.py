@@ -1,4 +1,4 @@
-"""Executors by name. Each is a module of this package that declares EXECUTOR. It starts a worker for each attempt."""
+"""Find executors by name. An executor starts a worker for each attempt; its module here declares a constant EXECUTOR."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness.errors import UsageError
 from harness.runner.executors.executor import Executor, ExecutorKind, ExecutorOption
 
 Summary = tuple[str, str, ExecutorOption | None]
-"""Name, help and option of an executor."""
+"""(name, help, option) of an executor."""
 
 
 def kinds() -> dict[str, ExecutorKind]:
@@ -23,7 +23,7 @@ def kinds() -> dict[str, ExecutorKind]:
 
 
 def summaries() -> list[Summary]:
-    """Return the summary of every executor, read from its source: importing the executors would slow down `--help`."""
+    """Return the summary of every executor. Reads the source, because importing the executors would slow down `--help`."""
     return [
         _summary(node.value)
         for folder in __path__
@@ -51,7 +51,10 @@ def _summary(declaration: ast.Call) -> Summary:
 
 
 def choose(name: str, jobs: int | None = None, options: Mapping[str, Sequence[str]] | None = None) -> Executor:
-    """Return the executor called `name`. jobs: Cells at a time, None for its default; options: values by option name."""
+    """Return the executor called `name`.
+
+    jobs: number of Cells at a time; None for the executor's default. options: option name -> values.
+    """
     found, given = kinds(), options or {}
     for kind in found.values():
         if kind.name != name and kind.option and (values := given.get(kind.option.name)):
@@ -62,7 +65,7 @@ def choose(name: str, jobs: int | None = None, options: Mapping[str, Sequence[st
 
 
 def recall(folder: Path) -> None:
-    """End the Cells that a killed runner of the run in `folder` has left running, with any executor."""
+    """End the Cells that a killed runner of the run in `folder` has left running, whichever executor it used."""
     for kind in kinds().values():
         if kind.recall:
             kind.recall(folder)

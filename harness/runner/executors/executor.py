@@ -20,20 +20,20 @@ class Listener(Protocol):
     """Receives the progress of a run."""
 
     def begin(self, cell: Cell) -> None:
-        """An attempt at this Cell has begun."""
+        """Handle the start of an attempt at `cell`."""
 
     def event(self, cell: Cell, event: dict[str, Any]) -> None:
-        """Its worker reports an event."""
+        """Handle an event that the worker of `cell` has reported."""
 
     def tick(self) -> None:
-        """Called about once a second, even if nothing happens. An exception ends the run."""
+        """Update the listener. The executor calls this about once a second; an exception ends the run."""
 
 
 class Executor(Protocol):
-    """Runs attempts. A context manager: entering finds the machines, or raises HarnessError; leaving releases them."""
+    """Runs attempts. Entering the context finds the machines, or raises HarnessError; leaving it releases them."""
 
     is_remote: bool
-    """True if Cells run on other machines than the runner's."""
+    """True if Cells run on other machines than the runner."""
 
     def __enter__(self) -> Self: ...
 
@@ -42,12 +42,12 @@ class Executor(Protocol):
     ) -> None: ...
 
     def device(self, requested: Literal["auto", "cpu", "cuda"]) -> Device:
-        """Return the device that Cells will run on; raises HarnessError if it is not available."""
+        """Return the device that Cells will run on. Raises HarnessError if the requested device is not available."""
 
     def run(self, queue: Iterator[Job], context: RunContext, listener: Listener) -> Generator[Record, None, None]:
         """Yield the Record of each attempt as it ends, in any order. Closing the iterator kills running attempts.
 
-        An attempt's log exists as soon as `queue` yields the job, so its number is never reused.
+        The log of an attempt exists as soon as `queue` yields the job, so that no later attempt gets the same number.
         """
 
 
@@ -56,7 +56,7 @@ class ExecutorOption:
     """A command-line option of one executor. It may occur several times."""
 
     name: str
-    """Without its dashes."""
+    """Name of the option without dashes."""
     metavar: str
     help: str
 
@@ -65,7 +65,7 @@ class ExecutorOption:
 class ExecutorKind:
     """The declaration of an executor: the constant EXECUTOR of its module in this package.
 
-    `--help` reads `name`, `help` and `option` from the source (`executors.options`), so they are written as literals.
+    `--help` reads `name`, `help` and `option` from the source (`executors.summaries`), so they must be literals.
     """
 
     name: str
@@ -73,7 +73,7 @@ class ExecutorKind:
     make: Callable[[int | None, Sequence[str]], Executor]
     """Makes an executor from the number of Cells at a time (None: its default) and the values of `option`."""
     help: str = ""
-    """A sentence for `--help` about the environment variables that it reads."""
+    """A sentence for `--help` about the environment variables that the executor reads."""
     option: ExecutorOption | None = None
     recall: Callable[[Path], None] | None = None
-    """Ends the Cells that a killed runner of the run in this folder has left running; None if they end with it."""
+    """Ends the Cells that a killed runner of the run in this folder has left running; None if Cells end with the runner."""

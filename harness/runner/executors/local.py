@@ -1,4 +1,4 @@
-"""Run Cells on this machine: up to `jobs` at a time, each in a separate process; on GPUs, each with exclusive use of one."""
+"""Run up to `jobs` Cells at a time on this machine. Each Cell has its own process and, on GPUs, a GPU of its own."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ Probe = Future[list[gpus.GpuDevice]]
 class Local:
     """The executor `local`.
 
-    jobs: Cells at a time. command: the worker's, to which two file descriptors are added. look: returns the GPUs.
-    patience: seconds that a Cell waits for other users of the GPUs, or for the driver, while this run uses no GPU.
+    jobs: number of Cells at a time. command: starts a worker; two file descriptors are added as arguments. look: returns the
+    GPUs. patience: seconds that a Cell waits for other users of the GPUs, or for the driver, while this run uses no GPU.
     """
 
     is_remote = False
@@ -60,7 +60,7 @@ class Local:
         return "cuda" if found else "cpu"
 
     def run(self, queue: Iterator[Job], context: RunContext, listener: Listener) -> Generator[Record, None, None]:
-        """Run the queue; see Executor.run."""
+        """Run the queue, and yield each Record; see Executor.run."""
         running: list[Attempt] = []
         waiting: Job | None = None
         probe: Probe | None = None
@@ -124,7 +124,10 @@ class Local:
             yield attempt.end()
 
     def _place(self, job: Job, probe: Probe | None, used: Sequence[str]) -> tuple[Job | None, str]:
-        """Return `job` with its share of this machine; or None and the reason. probe: a finished one."""
+        """Return `job` with its share of this machine and "", or None and the reason for waiting.
+
+        probe: a finished probe of the GPUs.
+        """
         share: dict[str, object] = {}
         if self.jobs > 1:
             share = {"threads": max(1, environment.threads() // self.jobs), "at_once": self.jobs}

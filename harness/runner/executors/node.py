@@ -23,7 +23,7 @@ _BEGUN = "begun on "
 
 
 class RecalledError(HarnessError):
-    """The runner has recalled its Cells."""
+    """Ends the Cells on this machine, because the run was ended or resumed elsewhere."""
 
 
 class MissingPathError(StoreError):
@@ -53,9 +53,9 @@ class _Listener:
 def run_jobs(
     specs: Sequence[str], timeout: float, command: Sequence[str] | None = None, permit: str | None = None
 ) -> None:
-    """Run attempts (each a Job as JSON) on this machine, until done or until the file `permit` is deleted.
+    """Run attempts (each a Job as JSON) on this machine, until all are done or the file `permit` is deleted.
 
-    Every attempt leaves its Record in the run's folder. Raises MissingPathError if that folder, or an asset, is missing.
+    Every attempt leaves its Record in the run's folder. Raises MissingPathError if this folder or an asset is missing.
     """
     jobs = [Job.model_validate_json(spec) for spec in specs]
     folder, node = store.RunFolder(Path(jobs[0].folder)), os.uname().nodename
@@ -68,7 +68,7 @@ def run_jobs(
             )
             error.node = node
             raise error
-    most = environment.threads()  # nodes differ: the share may be more than this one has
+    most = environment.threads()  # nodes differ: this node may have fewer threads than the share
     jobs = [job.model_copy(update={"threads": min(job.threads, most)}) if job.threads else job for job in jobs]
     context = RunContext(folder, environment.describe(most), timeout)
     listener = _Listener(Path(permit) if permit else None)
@@ -86,7 +86,7 @@ def _paths(job: Job) -> Iterator[str]:
 
 
 def _each(jobs: Sequence[Job], folder: store.RunFolder, node: str) -> Iterator[Job]:
-    """Yield jobs as they are started; the log of each begins with machine and time, for `final_record`."""
+    """Yield each job at its start, and write machine and time into its log for `final_record`."""
     for job in jobs:
         with contextlib.suppress(OSError):  # the worker reports errors of the folder
             folder.log_path(job.cell.cell_id, job.attempt).write_text(f"{_BEGUN}{node} at {store.now()}\n")
@@ -94,9 +94,10 @@ def _each(jobs: Sequence[Job], folder: store.RunFolder, node: str) -> Iterator[J
 
 
 def final_record(job: Job, context: RunContext, ending: Ending, submitted: str, over: float) -> Record:
-    """Return the Record of an attempt on another machine, or write one. over: its end, by time.monotonic().
+    """Return the Record of an attempt on another machine; if there is none, write it.
 
-    Its duration begins when a machine started it. An attempt that was never started is lost, however its machine ended.
+    over: end of the attempt, by time.monotonic(). The duration begins when a machine has started the attempt. An attempt
+    that was never started gets the status `lost`, however its machine ended.
     """
     started = _started(context.folder.log_path(job.cell.cell_id, job.attempt))
     if started is None:

@@ -31,18 +31,18 @@ _STORE_B = 80 * 2**20
 
 @dataclass(frozen=True)
 class _Finished:
-    """An attempt whose task has ended. Its Record may become visible later."""
+    """An attempt with an ended task. The Record may become visible later."""
 
     job: Job
     ending: Ending
     submitted: str
     since: float
-    """When the task ended, by time.monotonic()."""
+    """Time by time.monotonic() at which the task ended."""
     until: float
-    """When the Record must be visible."""
+    """Time by time.monotonic() until which the Record may become visible."""
 
     def is_known(self, context: RunContext) -> bool:
-        """Return whether its Record is visible, or never will be. Raises StoreError if its folder is not visible here."""
+        """Return whether the Record is visible, or will never be. Raises StoreError if a Record exists only elsewhere."""
         path = context.folder.record_path(self.job.cell.cell_id, self.job.attempt)
         if path.exists() or time.monotonic() < self.until:
             return path.exists()
@@ -56,7 +56,7 @@ class _Finished:
 class Ray:
     """The executor `ray`.
 
-    jobs: Cells at a time, None for as many as the cluster can run. command: replaces the usual command of the worker.
+    jobs: number of Cells at a time; None for the maximum of the cluster. command: replaces the usual command of the worker.
     patience: seconds to wait for a node that can run one Cell, at the start and after nodes were lost.
     """
 
@@ -71,14 +71,14 @@ class Ray:
         self._cpus = 1
         """Cores of each Cell."""
         self._max_threads: int = 2**20
-        """Threads that this machine's own Ray may give a Cell; machines of a cluster have limits of their own."""
+        """Maximum number of threads per Cell if Ray runs only on this machine; machines of a cluster have own limits."""
         self._visible_s = node.VISIBLE_S
         self._blind: set[str] = set()
         """Nodes that do not see the run folder or an asset."""
 
     def __enter__(self) -> Ray:
         address = os.environ.get("RAY_ADDRESS", "")
-        # A retried task would be an attempt without a number. Ray reads these variables on import.
+        # A retried task would be an attempt without a number. Ray reads these variables when it is imported.
         os.environ.update(RAY_task_oom_retries="0", RAY_USAGE_STATS_ENABLED="0")
         # Ray installs a handler for SIGTERM, the signal that ends a run.
         handler = signal.getsignal(signal.SIGTERM)
@@ -115,7 +115,7 @@ class Ray:
         return self._device
 
     def run(self, queue: Iterator[Job], context: RunContext, listener: Listener) -> Generator[Record, None, None]:
-        """Run the queue; see Executor.run."""
+        """Run the queue, and yield each Record; see Executor.run."""
         ray = self._ray
         task = ray.remote(
             num_cpus=self._cpus, num_gpus=int(self._device == "cuda"), max_retries=0, max_calls=1
@@ -161,14 +161,14 @@ class Ray:
                     ray.cancel(reference, force=True)
 
     def _ending(self, reference: Any) -> Ending:
-        """Return the end of a task, for an attempt without a Record."""
+        """Return the Ending of an attempt whose task has ended without a Record."""
         errors = self._ray.exceptions
         try:
             self._ray.get(reference)
         except errors.RayTaskError as error:
             if isinstance(error.cause, node.MissingPathError):
                 self._blind.add(error.cause.node)
-                if len(self._blind) < len(self._nodes()):  # other nodes may see it
+                if len(self._blind) < len(self._nodes()):  # other nodes may see the path
                     return Ending(Status.LOST, "unseen", str(error.cause))
             raise error.cause from error
         except errors.OutOfMemoryError as error:
@@ -186,7 +186,7 @@ class Ray:
         return sum(int(one.get("GPU", 0)) for one in self._nodes())
 
     def _room(self) -> list[int]:
-        """Return how many Cells fit on each node."""
+        """Return, for each node, the number of Cells that fit on it."""
         if self._device == "cuda":
             return [min(int(one.get("GPU", 0)), int(one.get("CPU", 0)) // self._cpus) for one in self._nodes()]
         return [int(one.get("CPU", 0)) // self._cpus for one in self._nodes()]
@@ -200,7 +200,7 @@ class Ray:
         return max(1, min(most, self.jobs or most))
 
     def _share(self) -> int:
-        """Return the cores of each Cell: those of a node, divided by its GPUs or by its share of `jobs`; at least one."""
+        """Return the cores of each Cell: a node's cores divided by its GPUs or by its share of `jobs`; at least 1."""
         nodes = [one for one in self._nodes() if self._device == "cpu" or int(one.get("GPU", 0))]
         if self._device == "cuda":
             return max(1, int(min(one.get("CPU", 0) // int(one["GPU"]) for one in nodes)))

@@ -1,7 +1,7 @@
-"""Run Cells as one array of a Slurm cluster, through submitit: one Cell per element, or several if Slurm limits the array.
+"""Run Cells as one Slurm array, through submitit. An element runs one Cell, or several if Slurm limits the array.
 
-The array outlives its runner: a resumed run uses the Records that it has finished, and recalls the other elements. Slurm
-never restarts an element (`--no-requeue`): a retry is a new attempt, by `--resume`.
+The array outlives its runner: a resumed run uses the Records that the array has finished, and ends the other elements. Slurm
+never restarts an element (`--no-requeue`): only `--resume` tries again, with a new attempt.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from harness.runner.executors import node
 from harness.runner.executors.executor import Device, ExecutorKind, ExecutorOption, Listener
 
 LOCAL = "PEFT_HARNESS_SLURM"
-"""Environment variable: with `local`, elements are processes of this machine."""
+"""Environment variable. If its value is `local`, elements are processes on this machine."""
 _EXCHANGE = "slurm"
-"""Folder of submitit's files in the run folder."""
+"""Folder for submitit's files, in the run folder."""
 _PERMIT = "wanted-"
-"""Start of the name of a file in it: elements end when it is deleted."""
+"""Prefix of a file name in the folder of submitit. Elements end when the file is deleted."""
 _MOST_ELEMENTS = 1000
 """Slurm's MaxArraySize is 1001 unless its administrator changes it."""
 _START_MIN = 5
@@ -39,9 +39,9 @@ _LOOK_S = 0.5
 _POLL_S = 15.0
 _GRACE_S = 10.0
 _CANCEL_S, _CANCEL_LOOK_S = 45.0, 1.0
-"""Slurm itself gives a process 30 s (KillWait)."""
+"""Slurm itself waits 30 s for the end of a process (KillWait)."""
 GONE = "GONE"
-_UNKNOWN_S = 600.0  # Slurm's accounting may be that late
+_UNKNOWN_S = 600.0  # Slurm's accounting may be late by this time
 _QUERY_TIMEOUT_S = 30.0
 # With --no-requeue, a preempted job never restarts.
 _FINAL = frozenset({
@@ -51,10 +51,13 @@ _STATES = {"TIMEOUT": Status.TIMEOUT, "OUT_OF_MEMORY": Status.OOM}
 
 
 class Element:
-    """One element of the array; called by submitit, on the element's machine."""
+    """One element of the array. submitit calls it on the machine of the element."""
 
     def __call__(self, specs: list[str], timeout: float, command: list[str] | None, permit: str) -> None:
-        """Run its Cells one after the other. Slurm's warning signal is ignored: its accounting has the cause of the end."""
+        """Run the Cells of the element one after the other.
+
+        The element ignores Slurm's warning signal, because Slurm's accounting has the cause of the end.
+        """
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # submitit would requeue this element
         node.run_jobs(specs, timeout, command, permit)
 
@@ -62,7 +65,8 @@ class Element:
 class Slurm:
     """The executor `slurm`.
 
-    jobs: Cells at a time, None for as many as Slurm allows. options: KEY=VALUE of sbatch. command: the worker's.
+    jobs: number of Cells at a time; None for the maximum of Slurm. options: options of sbatch, each KEY=VALUE. command:
+    replaces the usual command of the worker.
     """
 
     is_remote = True
@@ -73,7 +77,7 @@ class Slurm:
         self.jobs, self._command = jobs, list(command) if command else None
         self._options = dict(_option(text) for text in options)
         self._here = os.environ.get(LOCAL) == "local"
-        """Elements are processes of this machine: there is no Slurm."""
+        """Whether elements are processes on this machine, without Slurm."""
         self._submitit: Any = None
 
     def __enter__(self) -> Slurm:
@@ -98,7 +102,7 @@ class Slurm:
         return "cuda" if requested == "cuda" or (requested == "auto" and has_gpu) else "cpu"
 
     def run(self, queue: Iterator[Job], context: RunContext, listener: Listener) -> Generator[Record, None, None]:
-        """Run the queue, submitted as a whole; see Executor.run."""
+        """Submit the whole queue, and yield each Record; see Executor.run."""
         exchange = context.folder.path.resolve() / _EXCHANGE
         exchange.mkdir(exist_ok=True)
         jobs = list(queue)
@@ -120,7 +124,7 @@ class Slurm:
             elements = self._submit(exchange, shares, context, permit)
             yield from self._gather(dict(zip(elements, shares, strict=True)), context, listener)
         except BaseException:
-            permit.unlink(missing_ok=True)  # running elements notice within seconds; waiting ones end at their start
+            permit.unlink(missing_ok=True)  # running elements end within seconds, waiting ones at their start
             if not self._here:
                 for element in elements:
                     element.cancel(check=False)
@@ -188,13 +192,13 @@ class Slurm:
 
 
 def recall(folder: Path) -> None:
-    """End the array of a killed runner of this run: its elements notice within seconds."""
+    """End the elements of an array that a killed runner of this run has left. They end within seconds."""
     for permit in folder.glob(f"{_EXCHANGE}/{_PERMIT}*"):
         permit.unlink(missing_ok=True)
 
 
 def _ending(element: Any, state: str) -> Ending:
-    """Return the end of an element: Slurm's state, and the error that it raised, if known."""
+    """Return the Ending of an element: Slurm's state, and the error that the element raised, if known."""
     raised = ""
     if element.paths.result_pickle.exists() and (error := element.exception()) is not None:
         lines = str(error).strip().splitlines()
@@ -215,7 +219,7 @@ def _await_cancelled(elements: Sequence[Any]) -> None:
 
 
 def _await_local(elements: Sequence[Any]) -> None:
-    """Wait briefly for processes of this machine, and cancel those that do not end."""
+    """Wait briefly for elements on this machine, and cancel those that do not end."""
     deadline = time.monotonic() + _GRACE_S
     while any(not element.done() for element in elements) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -234,9 +238,9 @@ def _option(text: str) -> tuple[str, str]:
 
 
 class States:
-    """The states of submitit's jobs: submitit itself takes PREEMPTED for running and SUSPENDED for ended.
+    """Determines the states of submitit's jobs. submitit itself treats PREEMPTED as running and SUSPENDED as ended.
 
-    here: whether they are processes of this machine.
+    here: whether the jobs are processes on this machine.
     """
 
     def __init__(self, *, here: bool) -> None:
@@ -244,11 +248,11 @@ class States:
         self._unknown: dict[str, float] = {}
 
     def ended(self, jobs: Sequence[Any]) -> list[tuple[Any, str]]:
-        """Return the jobs that have ended, each with Slurm's state. One query covers all."""
+        """Return the jobs that have ended, each with Slurm's state. One query covers all jobs."""
         if self._here:
             return [(job, str(job.state)) for job in jobs if job.done()]
         if jobs:
-            jobs[0].watcher.clear()  # otherwise it never queries a job again that it once took for ended
+            jobs[0].watcher.clear()  # otherwise it would not query a job again that it once considered ended
         found = [(job, state) for job in jobs if (state := self._final(job))]
         late = [job for job in jobs if time.monotonic() - self._unknown.get(job.job_id, math.inf) >= _UNKNOWN_S]
         queue = _queue({job.job_id.split("_")[0] for job in late}) if late else None
@@ -267,13 +271,13 @@ class States:
 
 
 def _queue(arrays: set[str]) -> set[str] | None:
-    """Return the elements that wait or run; None if there is no answer. For clusters without accounting."""
+    """Return the elements of `arrays` that wait or run; None if Slurm does not answer. Used without Slurm's accounting."""
     command = ["squeue", "--noheader", "--array", "--format=%i", "--jobs", ",".join(sorted(arrays))]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if found.returncode and "Invalid job id" not in found.stderr:  # which is the answer for a job that ended long ago
+    if found.returncode and "Invalid job id" not in found.stderr:  # Slurm has forgotten a job that ended long ago
         return None
     return set(found.stdout.split())
 
