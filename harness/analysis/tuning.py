@@ -1,4 +1,4 @@
-"""Declared searches for learning rates: compare the score of each rate with that of the suite's choice."""
+"""Declared searches for learning rates: the score of each rate, compared with the score of the chosen rate."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Search:
 
     @property
     def at_edge(self) -> bool:
-        """True if the best rate is the lowest or the highest one tried: a better one may lie beyond."""
+        """True if each best rate is the lowest or the highest rate tried: a better rate may lie beyond."""
         ends = {self.tries[0].lr, self.tries[-1].lr}
         return bool(self.best) and set(self.best) <= ends
 

@@ -1,4 +1,4 @@
-"""A/A canaries: pairs of the same side, for the rate of false alarms. A high rate closes the gate."""
+"""A/A canaries: pairs of runs of one side, which measure the rate of false alarms. A high rate closes the gate."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Canaries:
 
     @property
     def closed(self) -> bool:
-        """True if the gate is closed: at the limit, so many alarms have a probability of at most 1 - LEVEL (binomial)."""
+        """True if the gate is closed: a rate at the limit gives so many alarms with a probability of at most 1 - LEVEL."""
         return self._closes(self.alarms)
 
     @property

@@ -23,7 +23,7 @@ LEVEL_NIGHTS = 3
 FEWEST = 2 * LEVEL_NIGHTS
 """The fewest nights of a series in which a change can be seen."""
 PENALTY = 18.0
-"""Penalty for a change, in squared noise: slightly more than noise gains at the best of a hundred positions."""
+"""Penalty for a change, in squared noise: slightly more than pure noise gains at the best of a hundred positions."""
 SUSPICIOUS = 3.0
 """Distance of the last night from its level, in standard errors, that is suspicious: one night in 700 under normal noise."""
 _SPIKE = 4.0
@@ -117,7 +117,7 @@ def _pooled_noise(values: Array, shared: float, floor: float, own: float | None)
 def _large_enough(values: Array, edges: Sequence[int], least: float) -> tuple[LevelChange, ...]:
     """Merge neighbouring levels, the closest first, until all differ by `least` or more and enough nights support each.
 
-    A median does not prove support: it is slow with two slow nights of three, regardless of the third.
+    The median alone proves no support: two slow nights of three make the median slow, whatever the third night is.
     """
     bounds = [int(edge) for edge in edges]
     while True:

@@ -61,7 +61,10 @@ class Look:
 
 
 def look(log_ratios: Any, design: Design, stage: Stage) -> Look:
-    """Judge log ratios of shape (..., n), with a planned n. The first stage calls no Cell slower or faster."""
+    """Judge log ratios of shape (..., n) at a planned n. The first stage calls no Cell slower or faster.
+
+    Raises UsageError if no look at n pairs is planned, HarnessError if a log ratio is not finite.
+    """
     import numpy as np
 
     seen = trimmed(log_ratios, design.trim)

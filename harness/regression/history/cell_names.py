@@ -31,7 +31,7 @@ def names(history: History) -> dict[str, str]:
 
 
 def select(history: History, expr: str, option: str = "--cell") -> frozenset[str]:
-    """Return the cell_ids that an expression selects, as `--only` does; raises UsageError if there are none."""
+    """Return the cell_ids that an expression selects, as `--only` does. Raises UsageError if the expression selects none."""
     from harness.suites import expand
 
     known = cells(history)

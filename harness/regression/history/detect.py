@@ -101,7 +101,7 @@ def _judge(history: History, change: Change, name: str) -> JudgedChange:
 
 
 def _confirmation(history: History, change: Change, revisions: tuple[str, str]) -> Decision | None:
-    """Return the last verdict on a change; one on its own night goes before one on a night nearby.
+    """Return the last verdict on a change; a verdict on its own night goes before a verdict on a night nearby.
 
     `refuted` applies only to the revisions that were compared, not to a change that came with a later revision.
     """

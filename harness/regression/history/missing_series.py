@@ -53,6 +53,6 @@ def missing_series(
 
 
 def _status(attempts: Iterable[AttemptRow]) -> str:
-    """Return `ok` if any attempt ended ok, else their statuses."""
+    """Return `ok` if any attempt ended ok, else the statuses of all attempts."""
     statuses = sorted({str(row.get("status", "ok")) for row in attempts})
     return "ok" if "ok" in statuses else " and ".join(statuses) or NO_RECORD

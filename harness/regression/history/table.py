@@ -14,7 +14,7 @@ from harness.regression.history.night_files import EVERY, PASSES
 from harness.regression.history.series import HistorySeries
 
 _SHOWN = 6
-"""Nights that a sentence names; there may be hundreds."""
+"""Largest number of nights that a sentence names; there may be hundreds."""
 _HEAD = ("since", "cell", "metric", "before", "after", "change", "")
 
 
