@@ -47,7 +47,7 @@ def throughput(training: TrainingMeasured) -> float | None:
 
 
 def timed_for_comparison(cell: Cell, latency: Latency) -> bool:
-    """Return whether a latency of one adapter, at the requested batch size, is there for comparison with several adapters."""
+    """Return whether a latency of one adapter was timed, at the requested batch size, only to compare it with several."""
     return latency.adapters == 1 and latency.batch == cell.evaluation.prompt_batch
 
 

@@ -86,7 +86,7 @@ class RankingEntry:
     standing: Standing
     """Place relative to the best."""
     difference: float = 0.0
-    """Accuracy minus that of the best."""
+    """Accuracy minus the accuracy of the best recipe."""
     p: float | None = None
     """p value of the paired test against the best, adjusted for the number of tests in the group; None if the items differ,
     so that only the intervals are compared."""
@@ -122,7 +122,7 @@ class Group:
 
     @property
     def entries(self) -> tuple[RankingEntry, ...]:
-        """All entries, ranked ones first."""
+        """All entries: first the trained recipes, then the untrained."""
         return self.ranked + self.untrained
 
     @property
@@ -301,7 +301,7 @@ def _resolution(
 ) -> tuple[float | None, Basis, float]:
     """Return the smallest detectable difference, its basis, and the share of items answered differently.
 
-    The pair that disagrees most is the hardest to separate, so this pair represents the group. Pairs of tied recipes take
+    The pair that disagrees most is the hardest to separate, so it represents the group. Pairs of tied recipes take
     precedence: a pair with a large difference says little about close pairs.
     """
     both: tuple[tuple[Basis, Sequence[RecipePair | None]], ...] = (("tied", tied), ("all", rivals))

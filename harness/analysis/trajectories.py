@@ -104,8 +104,8 @@ def _measure(subject: Record, exact: Record, noise: Record) -> JudgedTrajectory:
     dtype = subject.cell.dtype
     true_losses = _losses(exact)
     errors = [abs(a - b) for a, b in zip(_losses(subject), true_losses, strict=True)]
-    # The largest loss so far, not the loss of the step, sets the scale: the loss of a well-fitted batch is a small difference
-    # of large logits, and its rounding error follows the logits.
+    # The largest loss so far, not the loss of the step, sets the scale: the loss of a well-fitted batch is a small
+    # difference of large logits, and its rounding error follows the logits.
     scale = list(accumulate(map(abs, true_losses), max))
     eps = tolerance_constants.EPSILON[dtype]
     # A float64 run and the reference run itself have no other noise as a bound, only the growth of rounding errors.

@@ -54,7 +54,7 @@ class Search:
 
     @property
     def better(self) -> tuple[float, ...]:
-        """Learning rates with an interval completely above that of the chosen one: evidence of a poor choice."""
+        """Learning rates whose interval lies completely above the interval of the chosen rate: evidence of a poor choice."""
         chosen = [t.score for t in self.tries if t.chosen and t.score]
         return tuple(lr for lr, found in self.scored if chosen and found.low > max(c.high for c in chosen))
 

@@ -250,7 +250,7 @@ def _whole(
 
 
 def _conform(ok: list[Record]) -> str:
-    """Return a sentence that the measured Cells conform, with the number of those without a reference."""
+    """Return a sentence that the measured Cells conform, with the number of Cells that had no reference."""
     unreferenced = sum(bool(parity.unreferenced(r)) for r in ok)
     exception = f", {unreferenced} of them without a reference to compare with" if unreferenced else ""
     return f"all {len(ok)} measured Cells conform{exception}"

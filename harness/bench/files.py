@@ -56,7 +56,7 @@ class Folder:
         self._pending: dict[Path, dict[str, Any]] = {}
 
     def save(self, row: BenchRow) -> None:
-        """Write the file of the next row; on failure print it and continue, so that later rows are still measured."""
+        """Write the file of the next row; on failure print the error and continue, so that later rows are still measured."""
         if self.path is None:
             return
         file = self.path / f"{self._count:03d}-{_slug(row)}.json"

@@ -95,7 +95,7 @@ _MAKE = "`pytest --benchmark-json=FILE` writes one"
 
 @dataclass(frozen=True)
 class Saved:
-    """A file of pytest-benchmark, which holds one process run."""
+    """Content of a file of pytest-benchmark: one process run."""
 
     path: Path
     place: Mapping[str, str]

@@ -28,7 +28,7 @@ class Samples(FrozenModel):
     ours: list[Seconds] = Field(min_length=1)
     other: list[Seconds] = Field(min_length=1)
     limit: list[Seconds] = Field(default=[])
-    """Times of the program that is a lower bound of both, if there is one."""
+    """Times of a third program that bounds both from below, if there is one."""
     first: list[Literal["ours", "other"]]
     """The side that began each pair."""
     warmup: dict[str, list[Seconds]] = Field(default={})
@@ -69,11 +69,11 @@ class BenchRow(FrozenModel):
     other: str
     outcome: Outcome
     because: str = ""
-    """Why it was not measured."""
+    """Reason why the row was not measured."""
     differs: str = ""
     """Differences between the two computations, if there are any."""
     judged: str = ""
-    """The size on which parity was judged, if smaller than the timed one."""
+    """The size on which parity was judged, if smaller than the timed size."""
     parity: list[CheckOutcome] = Field(default=[])
     """Every check that had to pass."""
     samples: Samples | None = None

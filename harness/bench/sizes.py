@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 MOST_WEIGHTS = {"cpu": 2**24, "cuda": 2**26}
-"""Largest weight, in elements, that the float64 reference judges; it needs some ten float64 copies."""
+"""Largest weight, in elements, that the float64 reference judges, which needs some ten float64 copies."""
 MOST_PRODUCTS = {"cpu": 2**31, "cuda": 2**40}
 """Most multiplications in a product of the float64 reference, which computes about ten: each takes seconds on a CPU."""
 

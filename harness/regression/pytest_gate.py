@@ -1,4 +1,4 @@
-"""Pytest plugin of `--harness-gate`: compare the benchmarks of a session with saved ones; a slower one fails the session.
+"""Pytest plugin of `--harness-gate`: compare the benchmarks of a session with saved runs; a slower benchmark fails it.
 
 Only a session with this option imports this module. No torch, unless the tests import it.
 """

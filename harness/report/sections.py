@@ -221,7 +221,7 @@ def _readable(machine: dict[str, str]) -> dict[str, str]:
 
 
 def failures(facts: RunFacts) -> list[Section]:
-    """List every attempt that failed or that failed a check, earlier ones included."""
+    """Return every attempt that failed or failed a check, also attempts that a later one superseded."""
     failed = [r for r in facts.run.records if r.status is not Status.OK or failed_checks.failed(r)]
     return [_failure(facts, r) for r in failed if r.cell_id in facts.titles]
 

@@ -31,7 +31,8 @@ LOOSER = 10.0
 the noise differs between machines."""
 LOSS_SHARE, LOSS = 0.1, 0.05
 """Largest growth of a training loss that is no finding: a share of the loss plus a number of nats. The limits are chosen,
-not measured. The Cell sees the same batches in the same order, so only rounding differs, and it may grow during training."""
+not measured. The Cell sees the same batches in the same order, so only rounding differs, and its effect may grow during
+training."""
 ONE_SEED = "one seed: valid for this checkpoint, not for the method"
 TIMES = "not judged here: `peft-harness gate --pairs` judges times"
 

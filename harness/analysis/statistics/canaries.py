@@ -11,7 +11,7 @@ from harness.errors import UsageError
 
 NOMINAL = 0.05
 TIMES = 3.0
-"""Largest accepted false-alarm rate, as a multiple of the nominal one."""
+"""Largest accepted false-alarm rate, as a multiple of the nominal rate."""
 
 
 @dataclass(frozen=True)

@@ -86,11 +86,11 @@ def steps(
 def suspect(
     values: Array, *, since: int, least: float, shared: float = 0.0, floor: float = 1e-4, own: float | None = None
 ) -> LevelChange | None:
-    """Return a suspected change to a higher level that began with the last value or the one before; None without suspicion.
+    """Return a suspected change to a higher level in the last two values; None without suspicion.
 
-    `steps` cannot find it, since two nights are no level. The change is suspected if the last value exceeds the level since
-    `since` by `least` and by SUSPICIOUS times the joint uncertainty of value and level. Only new runs can confirm it. See
-    `steps` for the other arguments. `at` of the change is the index of the value before the last.
+    `steps` cannot find this change, since two nights are no level. The change is suspected if the last value exceeds the
+    level since `since` by `least` and by SUSPICIOUS times the joint uncertainty of value and level. Only new runs can
+    confirm it. See `steps` for the other arguments. `at` of the change is the index of the value before the last.
     """
     import numpy as np
 
@@ -141,7 +141,7 @@ def _supported(step: LevelChange, left: Array, right: Array) -> bool:
 
 
 def _without_spikes(values: Array, sigma: float) -> Array:
-    """Replace every value that lies far from the median of the five around it by that median (Hampel)."""
+    """Return the values, each far outlier replaced by the median of the five values around it (Hampel)."""
     import numpy as np
 
     # Both ends are padded with NaN, which sorts last, so the median there is that of four or three values.

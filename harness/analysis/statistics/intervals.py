@@ -30,7 +30,7 @@ def wilson(correct: int, n: int, level: float = LEVEL) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Median:
-    """A median and its interval from order statistics; no interval when the samples are too few for the level."""
+    """A median and its interval from order statistics; `low` and `high` are None for too few samples."""
 
     value: float
     low: float | None
@@ -48,7 +48,7 @@ def _half_cumulative(n: int) -> Iterator[tuple[int, int]]:
 
 
 def median_interval(samples: Sequence[float], level: float = LEVEL) -> Median:
-    """Return the median with the narrowest symmetric pair of order statistics that covers it with at least `level`.
+    """Return the median, and the narrowest symmetric pair of order statistics that covers it with at least `level`.
 
     Valid for independent samples of any distribution. Steps of one process are not independent of each other, so the
     interval does not apply to another process. Raises ValueError without samples.
@@ -112,7 +112,7 @@ def holm(p_values: Mapping[str, float], tests: int = 0) -> dict[str, float]:
 def detectable(n: int, disagreement: float) -> float:
     """Return the smallest true difference of two accuracies that a two-sided test at 5 % finds with 80 % power.
 
-    disagreement: the share of items that exactly one of the two answers correctly; for independent answers 2 p (1 - p).
+    disagreement: the share of items that exactly one side answers correctly; 2 p (1 - p) for independent answers.
     """
     z = NormalDist().inv_cdf(0.5 + LEVEL / 2) + NormalDist().inv_cdf(POWER)
     return z * math.sqrt(disagreement / n)

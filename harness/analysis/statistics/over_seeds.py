@@ -2,7 +2,7 @@
 
 A repeated comparison would have new test items and new training runs. The squared standard error is the sum of both
 contributions: a test over items alone would mistake favourable seeds for a better method. Items are paired, since every run
-scores the same ones (Miller, arXiv:2411.00640).
+scores the same items (Miller, arXiv:2411.00640).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Spread:
     error: float
     """Standard error."""
     df: float
-    """Degrees of freedom of its t distribution."""
+    """Degrees of freedom of the t distribution of the estimate."""
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -66,7 +66,7 @@ def mean(runs: Sequence[Accuracy], prior: Prior | None = None) -> Spread | None:
 def difference(
     left: Sequence[Accuracy], right: Sequence[Accuracy], priors: tuple[Prior | None, Prior | None] = (None, None)
 ) -> Spread | None:
-    """Return mean(left) - mean(right); None unless all of them scored the same items.
+    """Return mean(left) - mean(right); None unless all runs scored the same items.
 
     The squared error of the difference is var(per-item difference of the runs' means) / items, plus var(accuracies) /
     runs of each side. priors: one per side, as in `mean`; a prior shared by both counts once.

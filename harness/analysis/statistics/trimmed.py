@@ -107,7 +107,7 @@ def hodges_lehmann(log_ratios: Any, level: float) -> tuple[float, tuple[float, f
 
 
 def _signed_rank(n: int, tail: float) -> int | None:
-    """Return the largest k with P(T <= k) <= tail for the signed-rank sum T of n values; None if no k fulfils it."""
+    """Return the largest k with P(T <= k) <= tail for the signed-rank sum T of n values; None if there is no such k."""
     ways = [1] + [0] * (n * (n + 1) // 2)  # numbers of subsets of the ranks, by their sum
     for rank in range(1, n + 1):
         for total in range(len(ways) - 1, rank - 1, -1):

@@ -40,7 +40,7 @@ class Provenance(FrozenModel):
     run: str
     suite: str
     code_versions: list[str]
-    """Code versions of its Records, the most frequent first."""
+    """Code versions of the Records, the most frequent first."""
     git_shas: list[str]
     author: str
     promoted: str

@@ -13,7 +13,7 @@ COMMON = "all that this place measures"
 
 
 def cells(history: History) -> dict[str, Cell]:
-    """Return the Cells by cell_id, without Cells of other versions that this one cannot parse."""
+    """Return the Cells by cell_id, without Cells of other versions of the harness that this version cannot parse."""
     found = {}
     for cell_id, fields in history.cells.items():
         try:

@@ -139,7 +139,7 @@ def _is_search(history: History, cell: str) -> bool:
 
 
 def _passes_around(history: History, change: Change, old: str, new: str) -> tuple[RunHeader, RunHeader]:
-    """Return the last pass of the Cell on the old night, and the first one on the new night."""
+    """Return the last pass of the Cell on the old night, and its first pass on the new night."""
 
     def passes(day: str) -> list[RunHeader]:
         night = history.night(day)
@@ -150,7 +150,7 @@ def _passes_around(history: History, change: Change, old: str, new: str) -> tupl
 
 
 def _revision(run: RunHeader) -> str:
-    """Return the commit, or an empty string for a value that is no commit: it becomes part of a shell command."""
+    """Return the commit, or an empty string for a value that is no commit: a revision becomes part of a shell command."""
     sha = str(run.get("git_sha", ""))
     return sha if re.fullmatch("[0-9a-f]{7,64}", sha) else ""
 

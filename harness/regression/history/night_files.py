@@ -103,7 +103,7 @@ class Decision(_Stored):
     seen: Evidence | None = None
 
     def applies(self, cell: str, metric: str) -> bool:
-        """Return whether the decision is about a series; one about `latency_s` is about every latency."""
+        """Return whether the decision is about a series; a decision about `latency_s` is about every latency."""
         return self.cell in (cell, EVERY) and self.metric in (metric, metric.partition("/")[0], EVERY)
 
     def document(self) -> dict[str, Any]:
@@ -245,7 +245,7 @@ def _write(path: Path, lines: Iterable[Mapping[str, object]], before: str = "") 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make the folder and lock it; the kernel unlocks it if the process dies. Raises UsageError if it cannot be made."""
+    """Lock the folder, made if missing; the kernel unlocks it if the process dies. Raises UsageError if making it fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
@@ -320,7 +320,7 @@ def _cell(line: Any) -> tuple[str, Fields] | None:
 
 
 def _decision(line: Any) -> Decision | None:
-    """Return a complete decision of this schema; one of a newer schema has no effect."""
+    """Return a complete decision of this schema, or None; decisions of a newer schema have no effect."""
     try:
         return Decision.model_validate(line)
     except ValidationError:

@@ -43,7 +43,7 @@ class HistorySeries:
 
 
 def series(history: History, only: Container[str] | None = None) -> list[HistorySeries]:
-    """Return the non-empty series of a history, or those of the Cells in `only`; each starts at its last reset.
+    """Return the non-empty series of a history, or of its Cells in `only`. Each series starts at its last reset.
 
     A new place (another machine, driver or torch) starts a new series.
     """

@@ -76,14 +76,14 @@ def _store_verdict(
 
 
 def _timed(change: JudgedChange, result: PairsResult) -> PairVerdict | None:
-    """Return the verdict of the pairs on the time that changed; None if it was not timed."""
+    """Return the verdict of the pairs on the time that changed; None if the pairs lack that time."""
     return next((cell.timed.get(change.metric) for cell in result.judged.cells), None)
 
 
 def _verdict(
     change: JudgedChange, place: Mapping[str, str], result: PairsResult
 ) -> tuple[ConfirmationVerdict | None, str]:
-    """Return the verdict on a change, or None if there is no clear one, and the reason."""
+    """Return the verdict on a change, or None if no verdict is clear, and the reason."""
     timed, canaries = _timed(change, result), result.judged.canaries
     if timed is None:
         return None, result.judged.verdict.reason

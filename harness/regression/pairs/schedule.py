@@ -68,7 +68,7 @@ class PairsRunner:
     options: Sequence[str] = ()
     """Further options of `peft-harness run`."""
     log: Callable[[str], None] = print
-    """Takes one line of progress per pair."""
+    """Prints a line of progress for each pair."""
     only: str = ""
     """The one metric to judge; empty: all."""
     found: list[Measured] = field(default_factory=list)

@@ -25,7 +25,7 @@ from harness.suites.expand import Plan
 _PATIENCE_S = 15.0
 """Time for a terminated run to kill its worker and write its footer."""
 HERE = "."
-"""Name of the checkout as it stands, with uncommitted changes."""
+"""Name of the checkout with its uncommitted changes."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _ran(command: Sequence[str], variables: dict[str, str]) -> tuple[int | None,
 
 
 def _rest(cell: Cell) -> str:
-    """Return an id of all fields of a Cell but its implementation."""
+    """Return an id of all fields of a Cell except its implementation."""
     return cell.model_copy(update={"implementation": ""}).cell_id
 
 
