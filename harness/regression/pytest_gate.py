@@ -1,4 +1,4 @@
-"""Pytest plugin of `--harness-gate`: compare the benchmarks of a session with saved runs; a slower benchmark fails it.
+"""Pytest plugin of `--harness-gate`: compare a session with saved runs; a slower benchmark fails the session.
 
 Only a session with this option imports this module. No torch, unless the tests import it.
 """
