@@ -7,10 +7,10 @@ from harness.errors import plural
 from harness.records.record import Record
 
 ONE_CORE = 0.9
-"""At any moment of a step at least one thread has work, so an undisturbed process gets about one core or more."""
+"""Least CPU seconds per second of an undisturbed step: at any moment of a step, at least one thread has work."""
 ALL_THREADS = 0.8
 LOAD_ABOVE = 0.5
-"""Load average of other processes, beyond one runnable thread per core."""
+"""Load average beyond one runnable thread per core, above which other processes compete for the cores."""
 
 RULE = (
     f"busy: the steps waited for a CPU. The process got less than {ONE_CORE:g} s of CPU time per second of its"
@@ -21,10 +21,10 @@ RULE = (
 
 
 def busy(record: Record) -> str:
-    """Return evidence that the steps of a Cell on a CPU waited; empty if they did not, or if it is unknown."""
+    """Return evidence that the steps of a Cell waited for a CPU; an empty string if there is none, and on a GPU."""
     training = record.training
     threads, wall = record.environment.threads, sum(training.step_seconds) if training else 0.0
-    # With a GPU, the process itself may sleep.
+    # The process may sleep while a GPU computes.
     if training is None or training.cpu_seconds is None or not threads or wall <= 0 or record.device not in ("", "cpu"):
         return ""
     used = training.cpu_seconds / wall

@@ -9,7 +9,7 @@ from statistics import median
 from harness.records.record import Record
 
 FEW = 5
-"""Number of first and of last steps; their medians are compared, since a single batch may be hard."""
+"""Number of steps at either end of the training. Medians over them are compared, since a single batch may be hard."""
 TIMES = 2.0
 NATS = math.log(2)
 """Training diverged if the loss rose by more than this factor and by more than this many nats: a loss near 0 may double by
@@ -17,7 +17,7 @@ chance, and a loss of 5 may vary by log(2)."""
 
 
 def rose(losses: Sequence[float]) -> str:
-    """Return evidence that the loss ended far above its beginning; empty if it did not, or with too few steps."""
+    """Return evidence that the loss ended far above its beginning; an empty string otherwise or for fewer than two steps."""
     few = min(FEW, len(losses) // 2)
     if not few:
         return ""
@@ -29,5 +29,5 @@ def rose(losses: Sequence[float]) -> str:
 
 
 def diverging(record: Record) -> str:
-    """Return the same evidence for a Record."""
+    """Return the evidence of `rose` for the losses of a Record; an empty string without training."""
     return rose(record.training.losses) if record.training else ""

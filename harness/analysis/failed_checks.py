@@ -1,7 +1,7 @@
-"""Failed checks of a Record, and the times they suppress: no speed is shown without parity.
+"""Failed checks of a Record, and the times that they hide: no speed is shown without parity.
 
-A Cell that fails the parity gate has no measurements. Merging is checked after training, and a Record may come from
-anywhere, so an `ok` one may carry a failed check too.
+A Cell that fails the parity gate has no measurements. An `ok` Record may have a failed check too: merging is checked only
+after training, and another program may have written the Record.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def failed(record: Record) -> list[CheckResult]:
 
 
 def nonconforming(record: Record) -> bool:
-    """Return whether a Record departs from its Method; an `ok` Record may, too."""
+    """Return whether a Record departs from its Method: by its status, or by a failed check of an `ok` Record."""
     return record.status is Status.NONCONFORMING or bool(failed(record))
 
 
@@ -25,7 +25,7 @@ def diverged(record: Record) -> bool:
 
 
 def unreferenced(record: Record) -> str:
-    """Return the reason for no speed if there was no reference to compare with; otherwise an empty string."""
+    """Return why a Record without a reference to compare with has no speed; an empty string if it has a reference."""
     skipped = (c for c in record.checks if c.id.check == "reference" and c.outcome is Outcome.SKIPPED)
     return next((f"no speed without parity: {check.detail}" for check in skipped), "")
 

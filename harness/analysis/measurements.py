@@ -14,12 +14,12 @@ _WHOLE_MACHINE = "rapl"
 
 
 def steady(training: TrainingMeasured) -> slice:
-    """Return the steps that count as steady state; all steps if the run was no longer than its warm-up."""
+    """Return a slice of the steady steps; it selects all steps if the run was no longer than its warm-up."""
     return slice(training.timing_warmup if training.timing_warmup < len(training.step_seconds) else 0, None)
 
 
 def step_time(training: TrainingMeasured) -> Median:
-    """Return the median time of a steady step."""
+    """Return the median time of a steady step in seconds, with its interval."""
     return median_interval(training.step_seconds[steady(training)])
 
 
@@ -35,30 +35,30 @@ def step_seconds(record: Record) -> float | None:
 
 
 def step_rate(training: TrainingMeasured) -> Median | None:
-    """Return the median over steady steps of real tokens (no padding) per second; None if a step's clock did not move."""
+    """Return the median tokens per second of a steady step, without padding; None if the clock did not move in a step."""
     seconds, tokens = training.step_seconds[steady(training)], training.tokens[steady(training)]
     return median_interval([t / s for t, s in zip(tokens, seconds, strict=True)]) if min(seconds) > 0 else None
 
 
 def throughput(training: TrainingMeasured) -> float | None:
-    """Return real tokens (no padding) per second of steady steps; None if the clock did not move."""
+    """Return the tokens per second over all steady steps, without padding; None if the clock did not move."""
     seconds = sum(training.step_seconds[steady(training)])
     return sum(training.tokens[steady(training)]) / seconds if seconds > 0 else None
 
 
 def timed_for_comparison(cell: Cell, latency: Latency) -> bool:
-    """Return whether a latency of the requested batch size was timed only to be compared with several adapters."""
+    """Return whether a latency of one adapter was timed, at the requested batch size, only to compare it with several."""
     return latency.adapters == 1 and latency.batch == cell.evaluation.prompt_batch
 
 
 def training_peak(record: Record) -> int | None:
-    """Return the highest memory inside the training phase; None without training or measurement."""
+    """Return the highest memory in the training phase, in bytes; None without training or measurement."""
     peaks = [p.peak_memory_B for p in record.phases if p.name == TRAIN]
     return max((peak for peak in peaks if peak is not None), default=None)
 
 
 def training_energy(record: Record) -> float | None:
-    """Return the energy of the training phase in joules; None without training or counter; see `not_its_own_energy`."""
+    """Return the joules of the training phase; None without training or counter, or if they include other Cells."""
     if not_its_own_energy(record):
         return None
     found = [p.energy_J for p in record.phases if p.name == TRAIN and p.energy_J is not None]
@@ -66,9 +66,9 @@ def training_energy(record: Record) -> float | None:
 
 
 def not_its_own_energy(record: Record) -> str:
-    """Return the reason why the joules of a Record include other Cells; empty if they do not, or if there are none.
+    """Return the reason why the joules of a Record include other Cells; an empty string if they do not.
 
-    They do if the counter covers the whole machine and other Cells ran at the same time.
+    Joules include other Cells if the counter covers the whole machine and several Cells ran at the same time.
     """
     energy = record.measurements.energy if record.measurements else None
     # A failed Record does not name its counter; on a CPU there is only one.
@@ -79,12 +79,12 @@ def not_its_own_energy(record: Record) -> str:
 
 
 def training_gpu(record: Record) -> GpuPhase | None:
-    """Return the data of the GPU in the training phase; None without a GPU or training."""
+    """Return the state of the GPU in the training phase; None without a GPU or training."""
     return next((p.gpu for p in record.phases if p.name == TRAIN and p.gpu), None)
 
 
 def above_imports(record: Record, memory: int) -> int:
-    """Return `memory` minus that of the imports: the libraries of a provider are not a cost of the Method."""
+    """Return `memory` minus the memory of the imports, in bytes, at least 0: a library is no cost of the Method."""
     if record.measurements is not None:
         return max(0, memory - record.measurements.memory.baseline_B)
     started = [p.end_memory_B for p in record.phases if p.name == STARTUP and p.end_memory_B is not None]
@@ -92,10 +92,10 @@ def above_imports(record: Record, memory: int) -> int:
 
 
 def startup_seconds(record: Record) -> float:
-    """Return the time of the start-up: interpreter, imports."""
+    """Return the seconds of the start-up: of the interpreter and the imports."""
     return sum(p.seconds for p in record.phases if p.name == STARTUP)
 
 
 def unaccounted_seconds(record: Record) -> float:
-    """Return the part of the Cell's duration that lies in none of its phases."""
+    """Return the seconds of the Cell's duration that lie in none of its phases."""
     return max(0.0, record.duration_s - sum(p.seconds for p in record.phases))

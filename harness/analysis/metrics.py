@@ -1,4 +1,4 @@
-"""Metrics: one declaration for each Record number that the harness shows, exports, tracks or judges.
+"""Metrics: one declaration for each number of a Record that the harness shows, exports, tracks or judges.
 
 `METRICS` feeds the comparison table (terminal and page), the export table `cells`, the history and the baseline gate. A new
 metric is one entry here. A latency is many samples, not one number: see `tracked_metrics.times`.
@@ -25,7 +25,7 @@ Number = int | float
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One number of a Record. Each consumer has a name for it; a consumer with an empty name leaves it out."""
+    """One number of a Record. Each consumer has its own name for the number; an empty name leaves the number out."""
 
     name: str
     """Key in the page's download."""
@@ -36,20 +36,20 @@ class Metric:
     read: Callable[[Record], Number | None]
     """Returns the value, None where it was not measured."""
     why_missing: Callable[[Record], str] = lambda _: "not measured"
-    """Returns the reason of a missing value."""
+    """Returns the reason why the value is missing."""
     kind: MetricKind | None = None
     """Comparison of two values: `timed` by statistics, `counted` exactly or within the slack, `peak` within the slack,
     `score` by paired items; None for a number that is only shown."""
     better: Literal["lower", "higher"] | None = None
     """The better direction; None if any difference is a regression."""
     slack_B: int = 0
-    """History: a difference of up to this much is no change."""
+    """History: largest difference in bytes that is no change."""
     slack_share: float = 0.0
-    """History: the same as a share of the level; the larger of the two counts."""
+    """History: largest difference that is no change, as a share of the level; the larger of both slacks counts."""
     applies: Callable[[Record], bool] = lambda _: True
     """Returns whether history and gate use the value of a Record."""
     always_there: bool = True
-    """History: whether a night without the metric gets a message."""
+    """History: True if a night without the metric gets a message."""
     heading: str = ""
     """Column of the comparison table on the page, with the unit."""
     terminal_heading: str = ""
@@ -64,7 +64,7 @@ class Metric:
     """Kind of the gate's finding."""
 
     def value(self, record: Record) -> Number | None:
-        """Return the value to show: None if it is missing, or a speed of a Cell that failed a check."""
+        """Return the value to show; None for a missing value, and for a time that `no_speed` hides."""
         return None if self.kind == "timed" and failed_checks.no_speed(record) else self.read(record)
 
     def got_worse(self, old: float, new: float) -> bool:
@@ -90,7 +90,7 @@ _PARTS: dict[str, tuple[type[BaseModel], FindingKind]] = {
 
 
 def _counted(part: str, field: str, **more: Any) -> Metric:
-    """Return the metric of a counted field of the measurements: a number of scalars or of bytes."""
+    """Return the metric of a counted field of `Measurements.<part>`, in scalars or bytes."""
     model, finding = _PARTS[part]
     name = f"{part}.{field}"
     size: dict[str, Any] = {"unit": "B", "better": "lower"} if field.endswith("_B") else {"unit": "1"}
@@ -135,7 +135,8 @@ ACCURACY = Metric(
 COUNTED_PEAK = _counted(
     "memory", "counted_peak_B", history="counted_peak_B", quantity="tensors at one time in a step",
     slack_B=COUNTED_PEAK_B, always_there=False,
-    # On a GPU it equals the training peak. It is missing if memory cannot hold a copy of the tensors that a step changes.
+    # On a GPU, this peak equals the training peak. On a CPU, no peak is counted if memory cannot hold a copy of the tensors
+    # that a step changes.
     applies=lambda record: record.measurements is not None and record.measurements.memory.source != ALLOCATED,
 )  # fmt: skip
 TRAINING_PEAK = Metric(

@@ -1,4 +1,4 @@
-"""Rankings of recipes by accuracy, within equal budgets, with ties as ties."""
+"""Rankings of recipes by accuracy within equal budgets. Recipes that no test separates are tied."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ Priors = tuple[Prior | None, Prior | None]
 class Budget:
     """Settings that must be equal before two accuracies may be ranked.
 
-    Learning rates may differ: each method chooses its own. `accumulate`, `checkpointing`, `compile` and `layerwise` change
-    the cost of a step, not its result. The optimizer may differ; names and report show it, see `Group.optimizers`.
+    Learning rates may differ: each method chooses its own. `accumulate`, `checkpointing`, `compile` and `layerwise`
+    change the cost of a step, not its result. The optimizer may differ; names and report show the optimizer, see
+    `Group.optimizers`.
     """
 
     model: str
@@ -45,12 +46,15 @@ class Budget:
         return cls(cell.model, cell.task, cell.dtype, t.steps, t.batch, t.max_tokens, e.items, e.skip)
 
     def same_test(self, other: Budget) -> bool:
-        """Return whether both score the same items in the same way; the training may differ."""
+        """Return whether both budgets score the same items in the same way; their steps and batches may differ."""
         return replace(self, steps=other.steps, batch=other.batch) == other
 
 
 def why_not_comparable(left: Cell, right: Cell) -> str:
-    """Return the reason why two accuracies may not be compared, or an empty string. An untrained Cell spends no budget."""
+    """Return the reason why two accuracies may not be compared, or an empty string.
+
+    Steps and batch are ignored if a Cell is untrained.
+    """
     a, b = Budget.of(left), Budget.of(right)
     untrained = 0 in (a.steps, b.steps)
     if a == b or (untrained and a.same_test(b)):
@@ -62,7 +66,7 @@ def why_not_comparable(left: Cell, right: Cell) -> str:
 
 @dataclass(frozen=True)
 class Score:
-    """An accuracy, or the mean over seeds, with its interval."""
+    """Accuracy of one run, or mean accuracy over seeds, with its interval."""
 
     value: float
     low: float
@@ -82,7 +86,7 @@ class RankingEntry:
     standing: Standing
     """Place relative to the best."""
     difference: float = 0.0
-    """Accuracy minus that of the best."""
+    """Accuracy minus the accuracy of the best recipe."""
     p: float | None = None
     """p value of the paired test against the best, adjusted for the number of tests in the group; None if the items differ,
     so that only the intervals are compared."""
@@ -95,7 +99,7 @@ class RankingEntry:
 
 @dataclass(frozen=True)
 class Group:
-    """Recipes with one budget, best first, then untrained ones."""
+    """Recipes with one budget: trained recipes, best first, then untrained recipes."""
 
     budget: Budget
     """Shared budget."""
@@ -110,7 +114,7 @@ class Group:
     detectable: float | None
     """Smallest difference that one comparison in this group can detect; None if there is nothing to compare."""
     disagreement: float
-    """Share of items that `detectable` is computed from."""
+    """Share of items answered differently, which gives `detectable`; 0 if the basis is `seeds`."""
     basis: Basis
     """Source of `disagreement`. `tied` and `all`: observed between the best recipe and the one that differs most from it,
     among the tied ones or among all. `independent`: assumed for independent answers. `seeds`, with several seeds: the
@@ -118,12 +122,12 @@ class Group:
 
     @property
     def entries(self) -> tuple[RankingEntry, ...]:
-        """All entries, ranked ones first."""
+        """All entries: first the trained recipes, then the untrained."""
         return self.ranked + self.untrained
 
     @property
     def optimizers(self) -> tuple[str, ...]:
-        """The optimizers of its trained Cells, by their names in suites."""
+        """The optimizers of the trained Cells, by their names in suites."""
         return tuple(dict.fromkeys(e.record.cell.optimizer for e in self.ranked))
 
     @property
@@ -147,7 +151,7 @@ _Place = tuple[Budget, tuple[int, ...], int]
 def groups(run: Run) -> tuple[Group, ...]:
     """Sort a run's accuracies into groups of equal budget, in the order of the manifest.
 
-    A recipe that lacks a seed is in a separate group: otherwise the seeds that worked would stand for those that failed.
+    A recipe that lacks a seed is in a separate group: otherwise the seeds that worked would stand for the seeds that failed.
     The tries of a search for a learning rate are not ranked.
     """
     latest = run.latest()
@@ -184,7 +188,7 @@ def groups(run: Run) -> tuple[Group, ...]:
 
 
 def score(records: Sequence[Record], prior: Prior | None = None) -> Score:
-    """Return the accuracy of one Record, or the mean of several with an interval over seeds and items.
+    """Return the accuracy of one Record, or the mean accuracy of several with an interval for new seeds and items.
 
     prior: the spread of other recipes over seeds.
     """
@@ -264,7 +268,7 @@ class RecipePair:
 
     @classmethod
     def of(cls, left: Sequence[Record], right: Sequence[Record], priors: Priors = (None, None)) -> RecipePair | None:
-        """Compare; None if the items are not the same, or if only one side has several runs.
+        """Compare two recipes; return None if the items are not the same, or if only one side has several runs.
 
         priors: for each side, the spread of other recipes over seeds.
         """
@@ -275,12 +279,12 @@ class RecipePair:
 
     @classmethod
     def of_spread(cls, spread: Spread | None) -> RecipePair | None:
-        """Return the comparison by an estimate over several seeds."""
+        """Return the comparison that an estimate over several seeds gives; None without an estimate."""
         return cls(spread.value, spread.interval, spread.p, spread.detectable) if spread else None
 
     @classmethod
     def of_runs(cls, left: Accuracy, right: Accuracy) -> RecipePair | None:
-        """Compare two runs; None unless they scored the same items."""
+        """Compare two runs; return None unless they scored the same items."""
         a, b, n = left.answers, right.answers, len(left.items)
         if not n or a.keys() != b.keys() or not len(a) == n == len(right.items):
             return None
@@ -295,7 +299,7 @@ class RecipePair:
 def _resolution(
     tied: Sequence[RecipePair | None], rivals: Sequence[RecipePair | None], best: _Recipe, top: Score
 ) -> tuple[float | None, Basis, float]:
-    """Return the smallest detectable difference, its basis, and the share of items behind it.
+    """Return the smallest detectable difference, its basis, and the share of items answered differently.
 
     The pair that disagrees most is the hardest to separate, so it represents the group. Pairs of tied recipes take
     precedence: a pair with a large difference says little about close pairs.

@@ -1,4 +1,4 @@
-"""Facts derived from one loaded run; each is computed once, on first use."""
+"""Facts derived from one loaded run. Each fact is computed once, on first use."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class RunFacts:
 
     @cached_property
     def entries(self) -> dict[str, RankingEntry]:
-        """The entry of a ranking that a Cell belongs to, by cell_id."""
+        """The ranking entry of each ranked Cell, by cell_id."""
         return {r.cell_id: e for g in self.groups for e in g.entries for r in e.records}
 
     @cached_property
@@ -82,7 +82,7 @@ class RunFacts:
         return f"{record.status.value}: {record.because}"
 
     def unfinished(self) -> str:
-        """Describe the end of an unfinished run, as the rest of a sentence."""
+        """Return a predicate for a sentence about an unfinished run, which says how the run ended."""
         if self.run.footer is not None:
             return f"was {self.run.how}"
         if _FOOTER in self.run.broken:

@@ -1,7 +1,7 @@
 """Values of a Record that the history stores, by metric, and the machine and software (the place) behind the Record.
 
-The metrics are those of `metrics.METRICS` with a name in the history, and `latency_s/<variant>/<kind>/<batch>x<tokens>`,
-medians of raw samples.
+The metrics are all of `metrics.METRICS` that have a name in the history, and the median latencies, named
+`latency_s/<variant>/<kind>/<batch>x<tokens>`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class TrackedMetrics:
     values: dict[str, float]
     """Values by metric."""
     untimed: str = ""
-    """Reason why `values` has no times; empty if it may have them."""
+    """Reason why `values` has no times; empty if times are allowed."""
 
 
 def kind(metric: str) -> MetricKind | None:
@@ -44,24 +44,27 @@ def kind(metric: str) -> MetricKind | None:
 
 
 def names() -> list[str]:
-    """Return the names of all metrics, the family of latencies as one."""
+    """Return the names of all metrics; one name stands for all latencies."""
     return [LATENCY, *(metric.history for metric in metrics.METRICS if metric.history)]
 
 
 def slack(metric: str, level: float) -> float:
-    """Return the largest difference from a level that is no change. Not for times and scores."""
+    """Return the largest difference from `level` that is no change. `metric` must be neither a time nor a score."""
     declared = metrics.in_history(metric)
     return max(declared.slack_B, declared.slack_share * level) if declared else 0
 
 
 def got_worse(metric: str, old: float, new: float) -> bool:
-    """Return whether a change of a metric is a regression. Not for times and scores."""
+    """Return whether a change of a metric is a regression. `metric` must be neither a time nor a score."""
     declared = metrics.in_history(metric)
     return declared.got_worse(old, new) if declared else new > old
 
 
 def tracked(record: Record) -> TrackedMetrics:
-    """Return the values of an ok Record, without the times of a Cell that waited for its CPU; none of any other Record."""
+    """Return the values of an ok Record, without times if `no_speed` hides them or the Cell waited for a CPU.
+
+    A Record with another status has no values.
+    """
     if record.measurements is None or record.status is not Status.OK:
         return TrackedMetrics({})
     values: dict[str, float] = {}
@@ -111,7 +114,7 @@ def place(record: Record) -> dict[str, str]:
     if record.device in ("", "cpu"):
         keys = {"CPU": "cpu", "architecture": "architecture", "cores": "cores"}
         return {"device": "cpu", **{name: e.machine.get(key, "unknown") for name, key in keys.items()}, **shared}
-    # uuid, name, driver, memory: another card of the same model is the same place.
+    # The text has uuid, name, driver and memory. Another card of the same model is the same place.
     gpu = [part.strip() for part in e.machine.get("gpu0", "").split(",")]
     positions = {"GPU": 1, "driver": 2, "memory": 3}
     machine = {name: gpu[i] if len(gpu) > i else "unknown" for name, i in positions.items()}
@@ -119,7 +122,7 @@ def place(record: Record) -> dict[str, str]:
 
 
 def place_id(of: Mapping[str, str]) -> str:
-    """Return the id of a place in files, 12 hex digits."""
+    """Return the id of a place, as written in files: 12 hex digits."""
     return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
 
 

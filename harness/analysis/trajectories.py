@@ -1,10 +1,11 @@
-"""Comparison of training runs: the losses of Cells against those in float64, step by step, within the noise floor.
+"""Comparison of training runs: the losses of each Cell against the losses of its float64 run, step by step.
 
-With err(t) = |loss(t) - loss64(t)|, the error of a Cell at step t may be
+The error of a Cell at step t is err(t) = |loss(t) - loss64(t)|. The largest allowed error is
 
     TRAJECTORY_FACTOR * (largest err of the reference run in the dtype of the Cell up to t)  +  floor(t)
 
-The reference run defines this noise, so it has another bound: its error may grow by a fixed number of eps at each step.
+The reference run defines this noise, so another bound applies to this run: its error may grow by a fixed number of eps at
+each step.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def judge(
 ) -> tuple[Verdict, tuple[JudgedTrajectory, ...]]:
     """Judge a `same-losses` comparison: every Cell of `left` against its float64 counterpart in `right`.
 
-    records: by cell_id. Returns the verdict and the verdicts on the Cells of `left`.
+    cells, records: by cell_id. Returns the joint verdict, and the verdict on each Cell of `left`.
     """
     subjects = tuple(_judge_one(cells[i], comparison.right, cells, records) for i in comparison.left)
     names = naming.full(cells.values())
@@ -103,11 +104,11 @@ def _measure(subject: Record, exact: Record, noise: Record) -> JudgedTrajectory:
     dtype = subject.cell.dtype
     true_losses = _losses(exact)
     errors = [abs(a - b) for a, b in zip(_losses(subject), true_losses, strict=True)]
-    # The largest loss so far, instead of that of the step: the loss of a well-fitted batch is a small difference of large
-    # logits, and its rounding error follows the logits.
+    # The largest loss so far, not the loss of the step, sets the scale: the loss of a well-fitted batch is a small
+    # difference of large logits, and its rounding error follows the logits.
     scale = list(accumulate(map(abs, true_losses), max))
     eps = tolerance_constants.EPSILON[dtype]
-    # A run in float64, and the reference in any dtype, can only be compared with their own noise.
+    # A float64 run and the reference run itself have no other noise as a bound, only the growth of rounding errors.
     by = "growth" if subject.id == noise.id or dtype == EXACT else "noise"
     if by == "growth":
         allowed = [tolerance_constants.REFERENCE_GROWTH_EPS * eps * (t + 1) * s for t, s in enumerate(scale)]
@@ -157,7 +158,7 @@ def _other_batches(left: Record, right: Record) -> str:
 
 
 def _training_settings(cell: Cell) -> dict[str, object]:
-    """Return the settings that determine the losses; scoring and micro-batches do not."""
+    """Return the settings that determine the exact losses, without implementation, dtype, scoring and micro-batches."""
     how = {"accumulate", "checkpointing", "compile", "layerwise"}
     return cell.model_dump(
         mode="json", exclude={"implementation": True, "dtype": True, "evaluation": True, "training": how}
@@ -165,7 +166,7 @@ def _training_settings(cell: Cell) -> dict[str, object]:
 
 
 def _differences(left: Cell, right: Cell) -> list[str]:
-    """Return the differences of two Cells other than implementation and dtype."""
+    """Return the settings of `_training_settings` that differ between two Cells, with both values."""
     a, b = _training_settings(left), _training_settings(right)
     return [f"{key} {a[key]} against {b[key]}" for key in a if a[key] != b[key]]
 

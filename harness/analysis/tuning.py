@@ -1,4 +1,4 @@
-"""Declared searches for learning rates: compare the score of each rate with that of the suite's choice."""
+"""Declared searches for learning rates: the score of each rate, compared with the score of the chosen rate."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ class Search:
 
     @property
     def better(self) -> tuple[float, ...]:
-        """Learning rates with an interval completely above that of the chosen one: evidence of a poor choice."""
+        """Learning rates whose interval lies completely above the interval of the chosen rate: evidence of a poor choice."""
         chosen = [t.score for t in self.tries if t.chosen and t.score]
         return tuple(lr for lr, found in self.scored if chosen and found.low > max(c.high for c in chosen))
 
     @property
     def at_edge(self) -> bool:
-        """True if the best rate is the lowest or the highest one tried: a better one may lie beyond."""
+        """True if each best rate is the lowest or the highest rate tried: a better rate may lie beyond."""
         ends = {self.tries[0].lr, self.tries[-1].lr}
         return bool(self.best) and set(self.best) <= ends
 

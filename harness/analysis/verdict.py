@@ -20,7 +20,7 @@ from harness.records.record import Cell, Outcome, Record, Status
 from harness.records.store import Run
 
 _SHOWN = 4
-"""Most reasons for a missing verdict in one sentence; a matrix may have hundreds."""
+"""Largest number of reasons for a missing verdict in one sentence; a matrix may have hundreds of reasons."""
 UNMEASURED = (Status.OOM, Status.TIMEOUT, Status.ERROR, Status.LOST)
 
 
@@ -115,7 +115,7 @@ class _PairOutcome:
     """Verdict on one pair of recipes."""
 
     gap: float
-    """Lower end of the difference; the pair with the lowest one speaks most against the question."""
+    """Lower end of the interval of the difference; the pair with the lowest end is the strongest evidence against a yes."""
     sentence: str
     kind: VerdictKind = field(compare=False)
 
@@ -146,7 +146,7 @@ def _better(comparison: Comparison, cells: Mapping[str, Cell], latest: Mapping[s
 
 
 def _recipes(ids: list[str], cells: Mapping[str, Cell]) -> list[list[Cell]]:
-    """Group the Cells that differ in the seed alone, in the order of their seeds."""
+    """Return groups of Cells that differ in the seed alone, each in the order of the seeds."""
     found: dict[str, list[Cell]] = {cells[i].recipe_id: [] for i in ids}
     for cell in sorted((cells[i] for i in ids), key=lambda cell: cell.seed):
         found[cell.recipe_id].append(cell)
@@ -156,9 +156,10 @@ def _recipes(ids: list[str], cells: Mapping[str, Cell]) -> list[list[Cell]]:
 def _compare(
     left: list[Cell], right: list[Cell], latest: Mapping[str, Record], names: Mapping[str, str]
 ) -> list[_PairOutcome]:
-    """Judge one pair of recipes; return all reasons if they cannot be judged.
+    """Judge one pair of recipes. Return one outcome, or one for each reason why the pair cannot be judged.
 
-    With several seeds, the interval of the difference decides; with one run of each, the two intervals of the accuracies.
+    With several seeds, the interval of the difference decides. With one run of each recipe, the intervals of both
+    accuracies decide.
     """
 
     def not_run(*sentences: str) -> list[_PairOutcome]:
@@ -249,7 +250,7 @@ def _whole(
 
 
 def _conform(ok: list[Record]) -> str:
-    """Return a sentence that the measured Cells conform, with the number of those without a reference."""
+    """Return a sentence that the measured Cells conform, with the number of Cells that had no reference."""
     unreferenced = sum(bool(parity.unreferenced(r)) for r in ok)
     exception = f", {unreferenced} of them without a reference to compare with" if unreferenced else ""
     return f"all {len(ok)} measured Cells conform{exception}"

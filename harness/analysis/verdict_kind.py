@@ -1,4 +1,4 @@
-"""Verdicts: a kind, a reason, and the Records behind it."""
+"""Verdicts: each has a kind, a reason, and the Records that it rests on."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Verdict:
     reason: str
     """Reason, as a sentence."""
     records: tuple[str, ...] = ()
-    """Ids of the Records behind it."""
+    """Ids of the Records that the verdict rests on."""
 
 
 def joint(words: Iterable[VerdictKind]) -> VerdictKind:
-    """Return the joint verdict of several: the most serious one; NOT_RUN without any."""
+    """Return the most serious of several verdicts; NOT_RUN if there are none."""
     seen = set(words)
     for word in (VerdictKind.FAIL, VerdictKind.NOT_RUN, VerdictKind.INCONCLUSIVE):
         if word in seen:

@@ -1,4 +1,4 @@
-"""A training step as a user takes it: a small Llama, a Method attached by an implementation, and its optimizer."""
+"""A training step as in a user's program: a small Llama, a Method attached by an implementation, and its optimizer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ GATED_TOKENS = 16
 
 
 def llama(shape: Backbone, dtype: torch.dtype, device: torch.device) -> Any:
-    """Return a Llama with random weights, equal at every call."""
+    """Return a Llama with random weights that are equal at every call."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -55,13 +55,13 @@ def llama(shape: Backbone, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def batch(shape: Backbone, step: int, device: torch.device) -> Tensor:
-    """Return the token ids (batch, tokens) of a step, equal for every implementation."""
+    """Return the int64 token ids of a step, shape (batch, tokens), equal for every implementation."""
     generator = torch.Generator().manual_seed(SEED + step)
     return torch.randint(0, shape.vocabulary, (shape.batch, shape.tokens), generator=generator).to(device)
 
 
 def loss_of(model: Any, ids: Tensor) -> Tensor:
-    """Return the mean cross-entropy of next-token prediction, in float32 or float64."""
+    """Return the mean cross-entropy of next-token prediction, a scalar: float64 for float64 logits, else float32."""
     logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, :-1]
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return nn.functional.cross_entropy(wide.flatten(0, 1), ids[:, 1:].flatten())
@@ -88,7 +88,7 @@ class AdaptedLlama:
     """A Llama with a Method attached, which takes training steps."""
 
     def __init__(self, implementation: Implementation, setting: StepSetting, packer: str = "") -> None:
-        """packer: the implementation that packs the base, if the step quantises it."""
+        """Build the model and attach the Method. packer: the implementation that packs a quantised base."""
         step, dtype = setting.step, setting.dtype
         self.shape, self.device, self.base, self.packer = setting.shape, setting.device, step.base, packer
         self.losses: list[float] = []
@@ -134,7 +134,7 @@ class AdaptedLlama:
         self.adapted.after_step(len(self.losses))
 
     def parity(self) -> list[CheckResult]:
-        """Run the parity gate of a Cell, then judge the loss of a whole batch and its gradients."""
+        """Return the results of a Cell's parity gate and, if none failed, of the loss and gradients of a whole batch."""
         base = f"{self.base} by {self.packer}" if self.packer else ""
         run_model = inference(self.model, self._logits)
         found = parity_gate.gate(
@@ -165,9 +165,9 @@ class AdaptedLlama:
 
 
 def frozen_pass(shape: Backbone, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """Return a lower bound of a step as a function: the dense backbone forward, and backward to the embeddings' output.
+    """Return a function that takes no longer than a step: the dense backbone forward, and backward to the embeddings.
 
-    Nothing trains; every call takes the batch of step 0.
+    Nothing is trained, and every call uses the batch of step 0.
     """
     model, ids = llama(shape, dtype, device).requires_grad_(False).train(), batch(shape, 0, device)
     embedded = model.get_input_embeddings()

@@ -44,5 +44,5 @@ def packed_bytes(s: BenchSize) -> float:
 
 
 def low_rank(s: BenchSize, rank: int) -> int:
-    """Return the number of elements of A and B."""
+    """Return the number of elements of A and B together."""
     return rank * (s.D + s.E)

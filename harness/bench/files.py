@@ -1,4 +1,4 @@
-"""Files that a bench writes: paths are checked before anything runs, each row is written when it is measured. No torch."""
+"""Files that a bench writes: paths are checked before anything runs; each row is written once it is measured. No torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _check_file(file: Path, where: str) -> None:
 
 
 def write(path: Path, document: dict[str, Any]) -> None:
-    """Write a document atomically. Raises StoreError."""
+    """Write a JSON document, whole or not at all. Raises StoreError if the file cannot be written."""
     try:
         files.write_atomic(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
     except StoreError as error:
@@ -48,7 +48,7 @@ def write(path: Path, document: dict[str, Any]) -> None:
 
 
 class Folder:
-    """The folder of `--out`, or none. Files that cannot be written are tried once more by `finish`."""
+    """Writer of the files in the folder of `--out`, if there is one. `finish` retries files that could not be written."""
 
     def __init__(self, path: Path | None, environment: Environment) -> None:
         self.path, self.environment = path, environment
@@ -56,7 +56,7 @@ class Folder:
         self._pending: dict[Path, dict[str, Any]] = {}
 
     def save(self, row: BenchRow) -> None:
-        """Write the file of the next row; on failure print it and continue, so that later rows are still measured."""
+        """Write the file of the next row; on failure print the error and continue, so that later rows are still measured."""
         if self.path is None:
             return
         file = self.path / f"{self._count:03d}-{_slug(row)}.json"

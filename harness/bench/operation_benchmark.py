@@ -57,7 +57,7 @@ class OperationBenchmark:
         self.limits = ceilings.measure(self.clock, DTYPES[self.dtype])
 
     def rows(self, size: BenchSize) -> Iterator[BenchRow]:
-        """Yield the rows of one size: of the call, and of the call with its gradients if it is differentiable."""
+        """Yield the rows of one size: one for the call and, if it is differentiable, one for the call with its gradients."""
         arguments = self._arguments(size)
         parity = [one for it in (self.ours, self.other) for one in self._parity(it, self._judged(size))]
         forward = [one for one in parity if one.check != GRADIENT]
@@ -77,7 +77,7 @@ class OperationBenchmark:
         parity: Sequence[CheckOutcome],
         costs: Sequence[Cost],
     ) -> BenchRow:
-        """Return a row. costs: of each timed pass, the second one backward."""
+        """Time the call if parity holds, and return its row. costs: the cost of each timed pass, forward first."""
         checks, outcome, because = judge_parity(parity)
         samples = None
         if outcome == "measured":
@@ -95,7 +95,7 @@ class OperationBenchmark:
         )  # fmt: skip
 
     def _arguments(self, size: BenchSize, seed: int = suite_run.SEED) -> dict[str, Any]:
-        """Draw the arguments as the checks draw them, and move them to the device."""
+        """Return the arguments of a call on the device, drawn as the checks draw them."""
         generator = torch.Generator().manual_seed(seed)
         drawn = self.definition.arguments(DTYPES[self.dtype], generator, **self.timed.case(size))
         moved: dict[str, Any] = mapped(drawn, lambda one: one.to(self.device) if isinstance(one, Tensor) else one)
@@ -112,7 +112,7 @@ class OperationBenchmark:
                 yield runner.check(name, subject, case)
 
     def _overhead(self, backward: bool) -> dict[str, float]:
-        """Return the seconds of a call of tiny size, by side; omit a side that does not support it."""
+        """Return the seconds of a call of tiny size, by side, without sides that do not support this size."""
         arguments, found = self._arguments(TINY), {}
         for side, implementation in (("ours", self.ours), ("other", self.other)):
             run = self._call(implementation, arguments, backward)

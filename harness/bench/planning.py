@@ -29,7 +29,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """The benchmarks to run: without operations and steps, every timed Operation."""
+    """The benchmarks to run. A request without operations and steps runs every timed Operation."""
 
     operations: Sequence[str] = ()
     vs: Sequence[str] = ()
@@ -74,7 +74,7 @@ class BenchTask:
         return {**asdict(self), "backbone": asdict(request.backbone), "pairs": request.pairs, "threads": threads}
 
     def of_one(self, index: int) -> BenchTask:
-        """Return the same step by one of the implementations, to measure its memory."""
+        """Return the task of the same step by only the implementation at `index`, to measure its memory."""
         return replace(self, names=self.names[index : index + 1], packers=self.packers[index : index + 1])
 
     def row(self, outcome: Literal["not-run", "failed"], because: str, number: int = 0) -> BenchRow:
@@ -151,7 +151,7 @@ class _Plan:
                 self._add(replace(task, packers=packers))
 
     def _others(self, name: str, kind: str, target: str) -> list[str]:
-        """Return the implementations to compare with; add rows with the reason why one cannot be compared."""
+        """Return the implementations to compare with; add a row with the reason for each that cannot be compared."""
         ours = self.request.ours
         offering = self.registry.names(kind, target)
         others = [other for other in offering if other != ours]
@@ -174,7 +174,7 @@ class _Plan:
         return tuple(dict.fromkeys(self.registry.find(kind, target, name).point for name in names))
 
     def _add(self, task: BenchTask, no_case: str = "") -> None:
-        """Add a task, or a row with the reason why it cannot run. no_case: such a reason."""
+        """Add a task, or a row with the reason why it cannot run. no_case: a reason in the parity suite, or empty."""
         if why_not := self._unsupported(task) or no_case:
             self.rows.append(task.row("not-run", why_not))
         else:

@@ -27,7 +27,7 @@ _TIMER = {"cpu": "perf_counter", "cuda": "torch.cuda.Event"}
 
 
 def document(rows: Sequence[BenchRow], environment: Environment) -> dict[str, Any]:
-    """Return the measured rows as pytest-benchmark would have saved them."""
+    """Return the document that pytest-benchmark would have saved for the measured rows."""
     return {
         "machine_info": {
             "node": platform.node(), "processor": platform.processor(), "machine": platform.machine(),
@@ -95,7 +95,7 @@ _MAKE = "`pytest --benchmark-json=FILE` writes one"
 
 @dataclass(frozen=True)
 class Saved:
-    """A file of pytest-benchmark, which holds one process run."""
+    """Content of a file of pytest-benchmark: one process run."""
 
     path: Path
     place: Mapping[str, str]
@@ -127,9 +127,9 @@ def read(paths: Sequence[Path]) -> list[Saved]:
 
 
 def place(machine_info: Mapping[str, Any]) -> dict[str, str]:
-    """Return the facts of a `machine_info` that must agree for times to be compared, if it has them.
+    """Return the facts of a `machine_info` that must agree for times to be compared; missing facts are left out.
 
-    Not the host name or the kernel: a container gets a new name each time it starts.
+    Host name and kernel are no such facts: a container gets a new name each time it starts.
     """
     cpu = machine_info.get("cpu")
     cpu = cpu if isinstance(cpu, Mapping) else {}

@@ -15,9 +15,9 @@ from harness.records.record import FrozenModel, Json, Seconds
 
 Outcome = Literal["measured", "refused", "not-run", "failed"]
 NO_GPU, INTERRUPTED = "no GPU", "interrupted"
-"""Beginnings of the reason of a row that was not run."""
+"""Two ways in which the reason of a row that was not run may begin."""
 MOSTLY_CALL = 0.2
-"""Share of a time that is call overhead, from which the ratio describes the call more than the work."""
+"""Largest share of call overhead in a time; above it, the ratio describes the call rather than the work."""
 FEWEST = next(n for n in count(1) if median_interval([0.0] * n).low is not None)
 """Fewest pairs for which the ratio has an interval."""
 
@@ -28,17 +28,17 @@ class Samples(FrozenModel):
     ours: list[Seconds] = Field(min_length=1)
     other: list[Seconds] = Field(min_length=1)
     limit: list[Seconds] = Field(default=[])
-    """Times of the program that is a lower bound of both, if there is one."""
+    """Times of a third program that bounds both from below, if there is one."""
     first: list[Literal["ours", "other"]]
     """The side that began each pair."""
     warmup: dict[str, list[Seconds]] = Field(default={})
     """Side -> times before the samples."""
     calls: dict[str, int] = Field(default={})
-    """Side -> calls per sample; a sample is their mean."""
+    """Side -> calls per sample; a sample is the mean time of these calls."""
     overhead: dict[str, Seconds] = Field(default={})
     """Side -> time of a call of tiny size."""
     parts: dict[str, list[list[Seconds]]] = Field(default={})
-    """Side -> times that each sample was computed from, if it was."""
+    """Side -> for each sample, the times from which it was computed; empty if samples were timed directly."""
 
 
 class Ceilings(FrozenModel):
@@ -69,11 +69,11 @@ class BenchRow(FrozenModel):
     other: str
     outcome: Outcome
     because: str = ""
-    """Why it was not measured."""
+    """Reason why the row was not measured."""
     differs: str = ""
     """Differences between the two computations, if there are any."""
     judged: str = ""
-    """The size on which parity was judged, if smaller than the timed one."""
+    """The size on which parity was judged, if smaller than the timed size."""
     parity: list[CheckOutcome] = Field(default=[])
     """Every check that had to pass."""
     samples: Samples | None = None
@@ -100,32 +100,32 @@ class BenchRow(FrozenModel):
 
     @property
     def ratio(self) -> Median | None:
-        """Median over pairs of the other's time over ours: above 1, ours is faster."""
+        """Median over pairs of the other's time / our time, with its interval; above 1, ours is faster."""
         if self.samples is None:
             return None
         return median_interval([b / a for a, b in zip(self.samples.ours, self.samples.other, strict=True)])
 
     @property
     def limit_ratio(self) -> float | None:
-        """Median over pairs of our time over that of the limit; 1 is the least."""
+        """Median over pairs of our time / the time of the limit; None without a limit."""
         if self.samples is None or not self.samples.limit:
             return None
         return median(a / least for a, least in zip(self.samples.ours, self.samples.limit, strict=True))
 
     @property
     def products_ratio(self) -> float | None:
-        """FLOPs of our products over those of the frozen pass: `limit_ratio` if all other work took no time."""
+        """FLOPs of our products / FLOPs of the frozen pass: the `limit_ratio` if other work took no time."""
         return None if self.products is None else self.products.ours / self.products.frozen
 
     @property
     def least_s(self) -> float | None:
-        """Least time by the roofline: bytes at the rate of a copy, or FLOPs at that of a product, whichever is longer."""
+        """Least time by the roofline, in seconds: of bytes at the rate of a copy or FLOPs at the rate of a product."""
         if self.ceilings is None or self.bytes is None or self.flops is None:
             return None
         return max(self.bytes / self.ceilings.copy_B_per_s, self.flops / self.ceilings.gemm_FLOP_per_s)
 
     def share(self, seconds: Sequence[float]) -> float | None:
-        """Return the share of the roofline that these times reach; above 1 where a cache holds all data."""
+        """Return the share of the roofline that these times reach, above 1 if a cache holds all data; None if unknown."""
         return None if self.least_s is None else self.least_s / median(seconds)
 
     @property
@@ -139,7 +139,7 @@ class BenchRow(FrozenModel):
 
     @property
     def memory_ratio(self) -> float | None:
-        """The other's memory over ours; see `step_memory`."""
+        """The other's `step_memory` / our `step_memory`; None if either is unknown."""
         ours, other = self.step_memory(self.ours), self.step_memory(self.other)
         return None if not ours or not other else other / ours
 

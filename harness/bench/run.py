@@ -23,7 +23,7 @@ from harness.records.environment import threads as usable
 from harness.records.record import Environment
 
 PATIENCE_S = 900.0
-"""A worker without an event for so long is killed. The reference takes minutes of CPU at the largest sizes."""
+"""Seconds without an event after which a worker is killed. The reference takes minutes of CPU at the largest sizes."""
 
 
 @dataclass
@@ -64,7 +64,10 @@ class BenchReport:
 
 
 def bench(request: BenchRequest, as_json: bool, out: Path | None = None, export: Path | None = None) -> Exit:
-    """Run the benchmarks, print the table, write the requested files, and return the exit code."""
+    """Run the benchmarks, print the table, write the requested files, and return the exit code.
+
+    Raises UsageError for an unusable request or under Triton's interpreter; StoreError if a file cannot be written.
+    """
     if os.environ.get("TRITON_INTERPRET") == "1":
         what = "Triton's interpreter is on: times would be meaningless"
         raise UsageError(what, where="TRITON_INTERPRET", hint="unset it")

@@ -1,13 +1,13 @@
-"""Sizes that are timed, and the smaller ones that are judged: layers of Llama-3-8B and 70B, and small ones. No torch."""
+"""Sizes of timed calls, and smaller sizes to judge them: layers of Llama-3-8B and 70B, and small layers. No torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 MOST_WEIGHTS = {"cpu": 2**24, "cuda": 2**26}
-"""Largest weight, in elements, that the float64 reference judges; it needs some ten float64 copies."""
+"""Largest weight, in elements, that the float64 reference judges, which needs some ten float64 copies."""
 MOST_PRODUCTS = {"cpu": 2**31, "cuda": 2**40}
-"""Most multiplications of a product that the float64 reference computes, about ten times: some seconds each on a CPU."""
+"""Most multiplications in a product of the float64 reference, which computes about ten: each takes seconds on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class BenchSize:
         return self.E * self.D
 
     def judged(self, device: str, per_token: bool) -> BenchSize:
-        """Return the size at which the reference judges: this one, or fewer rows of x or of the weight if that is too slow.
+        """Return the size at which the reference judges: this size, or fewer rows of x or the weight if it is too slow.
 
         The longer side of the weight stays the longer one.
         """

@@ -68,9 +68,10 @@ def row(
 
 
 def memory(setting: StepSetting, implementation: Implementation, packer: str = "") -> dict[str, int]:
-    """Return the memory of this process in bytes: peak during a few steps, before them (rest), and before the model (bare).
+    """Return the memory of this process in bytes, by name.
 
-    The last is the memory of imported libraries.
+    `peak_B` is the peak during a few steps, `rest_B` the memory before these steps, and `bare_B` the memory before the
+    model, used by imported libraries.
     """
     import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -79,7 +80,7 @@ def memory(setting: StepSetting, implementation: Implementation, packer: str = "
     bare = meter.now()
     run: _Galore | AdaptedLlama
     if setting.step.method == "galore":
-        # No variable for the weight, which the layer copies: it would stay alive and count as memory of the step.
+        # The layer copies the weight; a variable would keep the original alive, as memory of the step.
         size = (setting.shape.features,) * 2
         run = _Galore(setting, implementation, torch.zeros(size, dtype=DTYPES[setting.dtype], device=setting.device))
     else:
@@ -144,9 +145,10 @@ class _Products:
 
 
 def _galore(setting: StepSetting, both: Sequence[Implementation], pairs: int, facts: dict[str, Any]) -> BenchRow:
-    """Time whole cycles of one refresh and some ordinary steps; a sample is the mean over `GALORE_GAP` steps like them.
+    """Return the row of GaLore's step, timed in whole cycles of one refresh and some ordinary steps.
 
-    Parity: the whole suite of the Method on layers of fewer features, on the timed device.
+    A sample is the mean step with one refresh per `GALORE_GAP` steps. The whole suite of the Method judges parity, on
+    layers of fewer features, on the timed device.
     """
     plan, features = parity_suite.load(setting.step.method), setting.shape.features
     small = parity_suite.CaseShape.model_validate({"tokens": 16, "in": JUDGED_FEATURES, "out": JUDGED_FEATURES})
@@ -208,7 +210,7 @@ def _cycles(both: Sequence[_Galore], pairs: int, device: torch.device) -> Sample
 
 
 def _per_step(times: list[float]) -> float:
-    """Return the mean step with one refresh per `GALORE_GAP` steps, from the times of a cycle with one refresh in it."""
+    """Return the mean time of a step with one refresh per `GALORE_GAP` steps. times: of a cycle with one refresh."""
     ordinary = median(times)
     refresh = max(sum(times) - (len(times) - 1) * ordinary, ordinary)
     return ((GALORE_GAP - 1) * ordinary + refresh) / GALORE_GAP

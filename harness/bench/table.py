@@ -22,7 +22,7 @@ def as_text(rows: Sequence[BenchRow]) -> str:
 
 def _fields(row: BenchRow) -> tuple[str, ...]:
     start = (row.name, row.shape, row.dtype, row.device)
-    if row.outcome != "measured" or row.samples is None:  # the row of a step without memory has samples, and failed
+    if row.outcome != "measured" or row.samples is None:  # a step is `failed`, with samples, if its memory is unknown
         reason = f"{row.outcome}: {row.because}".replace(f"not-run: {NO_GPU}", f"not-run ({NO_GPU})")
         return (*start, "-", row.other, "-", "-", "-", "-", reason)
     ours, other = median(row.samples.ours), median(row.samples.other)
@@ -59,7 +59,7 @@ def _memory(row: BenchRow) -> str:
 
 
 def _parity(row: BenchRow) -> str:
-    """Name the passed checks, and the largest error as a share of the allowance."""
+    """Return as text the passed checks, and the largest error as a share of its allowance."""
     passed = [one for one in row.parity if one.status is CheckStatus.PASS]
     in_order = sorted(passed, key=lambda one: one.implementation == row.ours)
     ids = list(dict.fromkeys(one.result.check for one in in_order))

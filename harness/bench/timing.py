@@ -24,14 +24,14 @@ LEAST_S = 0.005
 MOST_CALLS = 1000
 """Most calls in a sample."""
 FLUSH_B = 256 * 2**20
-"""Bytes written to flush the L2 cache: more than any holds."""
+"""Bytes written to flush the L2 cache: more than any L2 cache holds."""
 HEAD_START = 2_000_000
 """Cycles, about a millisecond, that the GPU waits before a timed call while the host queues it. Queueing takes up to half of
-that, longer than flushing the cache; without the wait a small call would be timed by the host's speed."""
+this time, longer than flushing the cache; without the wait a small call would be timed by the host's speed."""
 
 
 class Clock:
-    """Timer of calls on a device: CUDA events on a GPU, one call each with a cold L2 cache; the wall clock on a CPU."""
+    """Timer of calls on a device. CUDA events time each call on a GPU, with a cold L2 cache; the wall clock on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -83,7 +83,7 @@ def pairs(
     clock: Clock, ours: Run, other: Run, count: int, *, limit: Run | None = None,
     overhead: Mapping[str, float] | None = None, single: bool = False,
 ) -> Samples:  # fmt: skip
-    """Return `count` pairs of samples in alternating order.
+    """Return `count` pairs of samples, in seconds per call, timed in alternating order.
 
     limit: a program timed once per pair, after both. overhead: copied into the result. single: one call per sample, even if
     it is short.

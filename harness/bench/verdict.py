@@ -12,7 +12,7 @@ from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 def judge_parity(parity: Sequence[CheckOutcome]) -> tuple[list[CheckOutcome], Outcome, str]:
     """Return the results with known defects marked, the outcome of the benchmark, and the reason if it is not measured.
 
-    Every check must pass. One exception: if 8-bit codes of a library are not the nearest ones and this is a known defect,
+    Every check must pass. One exception: if 8-bit codes of a library are not the nearest codes and this is a known defect,
     the time is reported with the defect. Skipped checks are ignored, but an implementation needs at least one passed check.
     """
     marked = defects.explained(parity, defects.known())[0]

@@ -21,7 +21,7 @@ from harness.process.event_pipe import Emit, event_writer
 
 
 def main(fd: int, line: int, task: dict[str, Any]) -> None:
-    """Run one task, as `harness.bench.planning` makes it."""
+    """Run one task, a document of `harness.bench.planning.BenchTask`, and emit its events."""
     # Before torch is imported: torch.set_num_threads does not reach every copy of OpenMP.
     os.environ["OMP_NUM_THREADS"] = str(task["threads"])
     with event_writer(fd, line) as emit:

@@ -18,7 +18,7 @@ _KINDS = {
     Pace.INCONCLUSIVE: VerdictKind.INCONCLUSIVE,
 }
 _ALWAYS = ("torch", "gpu")
-"""Facts that a run records if it used them; if one is missing, the run did not use it."""
+"""Facts that are recorded only if torch or a GPU is in use. So a missing fact is compared too."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Session:
     """Results of a pytest session."""
 
     place: Mapping[str, str]
-    """As in `Saved`."""
+    """Facts about the machine, as in `Saved.place`."""
     rounds: Mapping[str, Sequence[float]]
-    """As in `Saved`, in seconds."""
+    """Full name of a benchmark -> seconds of each round."""
     absent: Mapping[str, str]
     """Reason why a saved benchmark has no rounds here, by name; only for benchmarks that the session should run."""
     failed: frozenset[str] = frozenset()
@@ -42,8 +42,8 @@ class Session:
 def compare(saved_runs: Sequence[Saved], session: Session, margin: float = MARGIN) -> Findings:
     """Judge each benchmark of the session by the saved runs of the same full name, machine, Python and torch.
 
-    The verdict is FAIL if any is slower or a case of @conformance failed; NOT_RUN if none was compared; INCONCLUSIVE if any
-    stays undecided, is missing, or was saved on another machine only; else PASS.
+    The verdict is FAIL if a benchmark is slower, its test failed or a case of @conformance failed; NOT_RUN if no benchmark
+    was compared; INCONCLUSIVE if one stays undecided, is missing, or was saved on another machine only; else PASS.
     """
     differences = {saved.path: _other_place(saved.place, session.place) for saved in saved_runs}
     names = dict.fromkeys(name for saved in saved_runs for name in saved.rounds)
@@ -95,9 +95,10 @@ def _speed(name: str, saved: Sequence[Sequence[float]], session: Session, margin
 
 
 def _other_place(saved: Mapping[str, str], here: Mapping[str, str]) -> str:
-    """Return the differences between the place of a saved run and this one, of facts that both have.
+    """Return the differences between the place of a saved run and this place, or an empty string.
 
-    For torch and the GPU one side is enough: sessions on a GPU and on a CPU do not compare.
+    A fact is compared if both places have it. For torch and the GPU one place is enough, since sessions on a GPU and on a
+    CPU do not compare.
     """
     none = "none in use"
     facts = [fact for fact in {**saved, **here} if fact in _ALWAYS or (fact in saved and fact in here)]

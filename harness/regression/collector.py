@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Pause the garbage collector: it would scan millions of objects again and again, and none of them is in a cycle."""
+    """Pause the garbage collector in this context: it would scan millions of objects again and again, none in a cycle."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,6 +1,6 @@
-"""Pytest plugin of `--harness-gate`: compare the benchmarks of a session with saved ones; a slower one fails the session.
+"""Pytest plugin of `--harness-gate`: compare a session with saved runs; a slower benchmark fails the session.
 
-Only such a session imports this. No torch, unless its tests do.
+Only a session with this option imports this module. No torch, unless the tests import it.
 """
 
 from __future__ import annotations
@@ -65,18 +65,18 @@ class Gate:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Judge, and fail the session if anything is slower or nothing was compared."""
+        """Judge the session; fail it by the verdict FAIL or NOT_RUN, with the strict option also by INCONCLUSIVE."""
         if session.exitstatus not in _JUDGED:
             return
         self.findings = benchmarks.compare(self.saved, self._session(), self.margin)
         word, strict = self.findings.verdict.word, self.config.getoption("harness_gate_strict")
-        # Not 5 if nothing was compared: many scripts ignore pytest's exit code 5.
+        # The exit code is not 5 even if nothing was compared: many scripts ignore pytest's exit code 5.
         if word in (VerdictKind.FAIL, VerdictKind.NOT_RUN) or (strict and word is VerdictKind.INCONCLUSIVE):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     @pytest.hookimpl(trylast=True)
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """Print the table, after pytest-benchmark's own, the verdict last."""
+        """Print the table after the tables of pytest-benchmark, with the verdict last."""
         terminalreporter.section("peft-harness gate")
         if self.findings is None:
             terminalreporter.write_line("not judged: the session was interrupted")
@@ -86,7 +86,7 @@ class Gate:
             terminalreporter.write_line(line)
 
     def _benchmarks(self) -> Any:
-        """Return pytest-benchmark's session; raises UsageError if it is missing or times nothing."""
+        """Return pytest-benchmark's session. Raises UsageError if the plugin is missing or times nothing."""
         plugin = self.config.pluginmanager.get_plugin("pytest-benchmark")
         if plugin is None:
             what = "pytest-benchmark is not installed, or is blocked by `-p no:benchmark`"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def render(report: CheckReport) -> bytes:
-    """Return one suite per implementation of a method or operation, and one for failures of whole plug-ins.
+    """Return a JUnit file: one suite per implementation of a method or operation, and one for the other findings.
 
     A known defect is a skipped test, like an expected failure in pytest's files.
     """
@@ -36,7 +36,7 @@ def render(report: CheckReport) -> bytes:
 
 
 def write_junit(report: CheckReport, out: Path) -> None:
-    """Write the file, whole or not at all."""
+    """Write the JUnit file to `out`, whole or not at all."""
     files.write_atomic(out, render(report))
 
 

@@ -27,7 +27,7 @@ _NAMES = {CheckStatus.PASS: "passed", CheckStatus.FAIL: "failed", CheckStatus.KN
 
 
 def render(report: CheckReport) -> str:
-    """Return the page."""
+    """Return the page as HTML."""
     return html.fill(TEMPLATE, build(report))
 
 
@@ -144,7 +144,7 @@ def _defect(defect: Defect, report: CheckReport) -> dict[str, Any]:
 
 
 def _by_check(target: str, implementation: str, tried: list[CheckOutcome]) -> dict[str, Any]:
-    """Summarise one implementation by check, over all cases."""
+    """Return the results of one implementation by check, over all cases."""
     dtypes = summary.dtypes(tried)
     checks = group((one.check, one) for one in tried)
     rows = [
@@ -160,7 +160,7 @@ def _by_check(target: str, implementation: str, tried: list[CheckOutcome]) -> di
 
 
 def _not_checked(report: CheckReport) -> list[dict[str, Any]]:
-    """List targets that were not tried or not compared, each reason once."""
+    """List the targets that were not tried or not compared, each with its reasons."""
     reasons = group(
         ((f"{one.implementation} {one.target}", one.status.value, f"{one.check}: {one.result.detail}"), one.dtype)
         for one in report.tried

@@ -75,7 +75,7 @@ def _heading(document: Mapping[str, Any], size: MemorySize, several: bool) -> li
 
 
 def _explanation(document: Mapping[str, Any], size: MemorySize) -> str:
-    """Return one line: the unit, and the memory that the columns leave out. The rest is in `explain fit`."""
+    """Return one line: the unit, and the memory that the columns leave out. `explain fit` has the details."""
     left_out = ["allocator waste", "kernel workspaces", "CUDA context"]
     if not document["checked"]:
         left_out.insert(0, "temporary tensors")

@@ -31,13 +31,13 @@ def unmeasured(why: str) -> Field:
 
 
 def mebibytes(size: int) -> str:
-    """Write bytes in MiB; small sizes have two decimals."""
+    """Format bytes in MiB; small sizes have two decimals."""
     mib = size / MIB
     return f"{mib:,.0f}" if mib >= 10 else f"{mib:.2f}"
 
 
 def short_count(n: float) -> str:
-    """Write a count to three digits with k, M or G."""
+    """Format a count to three digits with k, M or G."""
     for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if n >= unit:
             return f"{n / unit:.3g}{name}"
@@ -45,7 +45,7 @@ def short_count(n: float) -> str:
 
 
 def seconds(s: float) -> str:
-    """Write a duration."""
+    """Format a duration."""
     if s >= 120:
         minutes, rest = divmod(round(s), 60)
         return f"{minutes} min {rest:02d} s"
@@ -53,35 +53,35 @@ def seconds(s: float) -> str:
 
 
 def milliseconds(s: float) -> str:
-    """Write seconds as ms to about three digits."""
+    """Format seconds as ms to about three digits."""
     ms = 1000 * s
     return f"{ms:,.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
 
 
 def percent(share: float) -> str:
-    """Write a share of 1 in per cent with one digit."""
+    """Format a share of 1 in per cent with one digit."""
     return f"{100 * share:.1f} %"
 
 
 def points(difference: float) -> str:
-    """Write a difference of two shares in signed percentage points."""
+    """Format a difference of two shares in signed percentage points."""
     return f"{MINUS if difference < 0 else '+'}{abs(100 * difference):.1f} points"
 
 
 def probability(p: float) -> str:
-    """Write a p value."""
+    """Format a p value."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
 def scientific(x: float | None) -> str:
-    """Write an error or a bound to three digits."""
+    """Format an error or a bound to three digits."""
     if x is None:
         return DASH
     return f"{x:.3g}" if x == 0 or 1e-3 <= abs(x) < 1000 else f"{x:.2e}"
 
 
 def check_fields(check: CheckResult) -> dict[str, str]:
-    """Write the numbers and texts of a check, for a row of a table."""
+    """Format the numbers and texts of a check, for a row of a table."""
     texts = {name: getattr(check, name) or DASH for name in ("tensor", "worst", "policy")}
     nonfinite = f"{check.nonfinite} not finite" if check.nonfinite else ""
     return texts | {
@@ -94,22 +94,22 @@ def check_fields(check: CheckResult) -> dict[str, str]:
 
 
 def accuracy(a: Accuracy | Score) -> str:
-    """Write an accuracy with its interval, in per cent."""
+    """Format an accuracy with its interval, in per cent."""
     return f"{percent(a.value)} {interval(a)}"
 
 
 def interval(a: Accuracy | Score) -> str:
-    """Write the interval of an accuracy, in per cent."""
+    """Format the interval of an accuracy, in per cent."""
     return f"[{100 * a.low:.1f}, {100 * a.high:.1f}]"
 
 
 def median_ms(m: Median) -> str:
-    """Return a median's interval in ms as text. With too few samples, return their number."""
+    """Format the interval of a median in ms; with too few samples, their number."""
     if m.low is None or m.high is None:
         return f"n = {m.count}"
     return f"[{milliseconds(m.low)}, {milliseconds(m.high)}]"
 
 
 def sentence(text: str) -> str:
-    """Write a text with an initial capital."""
+    """Format a text with an initial capital."""
     return f"{text[:1].upper()}{text[1:]}"

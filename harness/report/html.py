@@ -24,7 +24,7 @@ def render(analysed: Sequence[RunFacts], again: Sequence[Rerun] | None = None) -
 
 
 def fill(template: str, page: Mapping[str, Any]) -> str:
-    """Fill a template. Names and messages are untrusted, so everything is escaped."""
+    """Return a filled template. Names and messages are untrusted, so everything is escaped."""
     # A late import, so that `peft-harness --help` stays fast.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup

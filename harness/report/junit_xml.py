@@ -10,19 +10,19 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def suite(root: ET.Element, name: str) -> ET.Element:
-    """Add a suite."""
+    """Add a suite to `root`, and return it."""
     return ET.SubElement(root, "testsuite", name=_clean(name))
 
 
 def case(suite: ET.Element, kind: str, name: str, tag: str, message: str) -> None:
-    """Add a case. tag: `failure`, `error` or `skipped`; empty for a passed case."""
+    """Add a case to a suite. tag: `failure`, `error` or `skipped`; empty for a passed case."""
     case = ET.SubElement(suite, "testcase", classname=_clean(kind), name=_clean(name))
     if tag:
         ET.SubElement(case, tag, message=_clean(message))
 
 
 def document(root: ET.Element) -> bytes:
-    """Count the cases of each suite, and return the file."""
+    """Store the number of cases in each suite, and return the file in UTF-8."""
     for found in root:
         for key, tag in (("tests", "testcase"), ("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
             found.set(key, str(len(list(found.iter(tag)))))

@@ -82,7 +82,7 @@ def _adapter_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Field]]]:
 
 
 def _mixed(found: Sequence[Latency]) -> list[Latency]:
-    """Return the batches of several adapters, and the batch of one adapter that they are compared with.
+    """Return the batches of several adapters, and the batch of one adapter with which they are compared.
 
     Records from before 2026-11-26T14:00Z do not mark that batch, and have no other batch of its size.
     """

@@ -22,7 +22,7 @@ def metric_field(metric: Metric, record: Record) -> Field:
 
 
 def written(metric: Metric, value: Number) -> str:
-    """Write a value in the unit of the column: bytes as MiB, shares as per cent, step times as ms."""
+    """Format a value in the unit of the column: bytes as MiB, shares as per cent, step times as ms."""
     if metric.unit == "B":
         return formatting.mebibytes(round(value))
     if metric.unit == "share":

@@ -22,7 +22,7 @@ _HEAD = ("cell", "id", "name", "trainable", "memory, MiB", "weights", "activatio
 
 
 def predictions(suite: Suite, plan: Plan) -> dict[str, PlannedMemory | str]:
-    """Predict the memory of every Cell of the plan from its model's shape, in one child process; see `plan_prediction`."""
+    """Return the predicted memory of each Cell, or the reason why there is none, by cell_id; see `plan_prediction`."""
     base = suite.path.resolve().parent
     sources = {cell.model: resolve(cell.model, suite.sources, base) for cell in plan.cells}
     labels = {name: task.labels for name, task in suite.tasks.items()}
@@ -35,8 +35,8 @@ def planning(
 ) -> dict[str, Any]:
     """Return the plan as one document, ready for JSON.
 
-    Nothing is guessed: a Cell without a finished Record in `runs` has no estimate of time, and a Cell that is not in
-    `predicted` has none of memory.
+    Nothing is guessed: a Cell whose newest Record in `runs` is not ok has no estimate of time, and a Cell that is not in
+    `predicted` has no estimate of memory.
     """
     named = naming.full(plan.cells)
     newest = _newest({cell.cell_id for cell in plan.cells}, runs)

@@ -80,7 +80,7 @@ def _over(
     refused: str = "",
     ends: bool = False,
 ) -> Field:
-    """Return the field of the median over seeds. missing: reason if no seed has a value. ends: show the range too."""
+    """Return the field of the median over seeds. missing: reason if no seed has a value. ends: also show the range."""
     values = [x for r in records if (x := value(r)) is not None]
     if refused or not values:
         return unmeasured(refused or missing)

@@ -30,7 +30,7 @@ OUTSIDE_TARGET = 0.10
 
 
 def curves(facts: RunFacts) -> list[Section]:
-    """Draw the training losses, one chart per model and task; several seeds are averaged."""
+    """Return charts of the training losses by model and task; the losses of several seeds are averaged."""
     trained = [record for record in facts.latest.values() if record.training and record.training.losses]
     recipes = group((record.cell.recipe_id, record) for record in trained).values()
     series = group((f"{r[0].cell.model} · {r[0].cell.task}", _curve(facts, r)) for r in recipes)
@@ -51,7 +51,7 @@ def _curve(facts: RunFacts, records: Sequence[Record]) -> charts.ChartSeries:
 
 
 def losses(facts: RunFacts, judgement: QuestionVerdict) -> Section | None:
-    """Show a `same-losses` comparison step by step; None for other comparisons."""
+    """Return the steps and verdicts of a `same-losses` comparison; None for other comparisons."""
     subjects = judgement.trajectories
     if subjects is None:
         return None
@@ -130,7 +130,7 @@ def duration(facts: RunFacts) -> str:
 
 
 def time(facts: RunFacts) -> Section:
-    """Show the time in each Cell, and outside the Cells."""
+    """Return the time in each Cell, and outside the Cells."""
     bars = []
     for record in facts.latest.values():
         spent = [(p.name, p.seconds) for p in record.phases if p.name != measurements.STARTUP]
@@ -164,7 +164,7 @@ def _outside(facts: RunFacts) -> Section:
 
 
 def environment(facts: RunFacts) -> Section:
-    """Show the environment of most Records of the run, its assets, and the Records from other environments."""
+    """Return the environment of most Records of the run, its assets, and the Records from other environments."""
     own = usual_environment(facts.run)
     blocks = {
         "Machine": _readable(own.machine) | {"threads": "not recorded" if own.threads is None else str(own.threads)},
@@ -213,7 +213,7 @@ def _flat(extra: dict[str, Json]) -> Iterator[tuple[str, str]]:
 
 
 def _readable(machine: dict[str, str]) -> dict[str, str]:
-    """Write sizes in bytes with readable units."""
+    """Return the facts of a machine with sizes in GiB instead of bytes."""
     return {
         key.removesuffix("_B"): f"{int(value) / GIB:.1f} GiB" if key.endswith("_B") and value.isdecimal() else value
         for key, value in machine.items()
@@ -221,7 +221,7 @@ def _readable(machine: dict[str, str]) -> dict[str, str]:
 
 
 def failures(facts: RunFacts) -> list[Section]:
-    """List every attempt that failed or that failed a check, earlier ones included."""
+    """Return every attempt that failed or failed a check, also attempts that a later one superseded."""
     failed = [r for r in facts.run.records if r.status is not Status.OK or failed_checks.failed(r)]
     return [_failure(facts, r) for r in failed if r.cell_id in facts.titles]
 
@@ -249,7 +249,7 @@ def _failure(facts: RunFacts, record: Record) -> Section:
 
 
 def rerun(facts: RunFacts) -> Section:
-    """Give the commands that repeat the run, or one Cell of it."""
+    """Return the commands that repeat the run, or one of its Cells."""
     m = facts.run.manifest
     # As given on the command line: a path, or the name of a suite of the harness.
     paths = [word for word in m.argv[2:] if Path(word).name == m.suite_file]
@@ -266,6 +266,6 @@ def rerun(facts: RunFacts) -> Section:
 
 
 def notes(facts: RunFacts) -> list[Section]:
-    """Collect the notes of the Records, each once."""
+    """Return the different notes of the Records, each with its sources."""
     found = group((note, record.id) for record in facts.latest.values() for note in record.notes)
     return [{"text": text, "sources": links.sources(facts, ids)} for text, ids in found.items()]

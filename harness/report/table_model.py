@@ -29,7 +29,7 @@ def table(
     notes: Sequence[str] = (),
     anchored: bool = False,
 ) -> Table:
-    """Group the rows of Cells by model and task, in the given order. anchored: links to a Cell lead to this table."""
+    """Return a table of Cells, grouped by model and task in the given order. anchored: links to a Cell lead to it."""
     groups: dict[str, list[Table]] = {}
     for cell, fields in rows:
         anchor = links.anchor(facts, cell.cell_id) if anchored else ""
@@ -53,7 +53,7 @@ def grouped(
 
 
 def by_key(columns: Sequence[Column], fields: Sequence[Field]) -> dict[str, Field]:
-    """Map the keys of a row's columns to its fields."""
+    """Return the fields of a row by the keys of its columns, without columns that have no key."""
     return {c["key"]: f for c, f in zip(columns, fields, strict=True) if c["key"]}
 
 

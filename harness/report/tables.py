@@ -24,7 +24,7 @@ _EXPECTED = (
 STATUS = "status"
 """Key of the comparison table's first column; the key of a metric is its name."""
 _NAMED = 3
-"""Busy Cells that the note names; each is also flagged in its row."""
+"""Number of busy Cells that the note names; the row of each busy Cell has a flag too."""
 
 
 def comparison(facts: RunFacts) -> Table:

@@ -30,6 +30,6 @@ def icon(word: str) -> str:
 
 
 def badge(word: str, colour: str = "") -> dict[str, str]:
-    """Return a verdict or status with its colour and sign, for a template. colour: another one than `tone` gives."""
+    """Return a verdict or status with its colour and sign, for a template. colour: replaces that of `tone`."""
     colour = colour or tone(word)
     return {"word": str(word), "tone": colour, "icon": ICONS[colour]}

@@ -165,7 +165,7 @@ def _budget(g: Group) -> str:
 
 
 def _sentences(f: RunFacts, g: Group) -> list[str]:
-    """Return the ranking as sentences: the best, those tied with it, the limits of the comparison."""
+    """Return the ranking as sentences: the best entry, the entries tied with it, the limits of the comparison."""
 
     def listed(entries: Sequence[RankingEntry]) -> str:
         return ", ".join(f"{f.entry_name(e)} ({_gap(e)})" for e in entries)

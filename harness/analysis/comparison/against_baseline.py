@@ -34,7 +34,7 @@ class Against(Findings):
     margins: Margins
     """Margins of the comparison."""
     notes: tuple[str, ...]
-    """Further grounds of the verdict."""
+    """Further reasons for the verdict."""
 
 
 def judge(base: RunFacts, new: RunFacts, *, margins: Margins | None = None, strict: bool = False) -> Against:
@@ -112,7 +112,7 @@ def _status(record: Record | None) -> str | None:
 
 
 def _torn(side: RunFacts) -> dict[str, str]:
-    """Map the cell_ids of unreadable newest attempts to the file and the reason. An older attempt must not replace one."""
+    """Map the cell_id of each unreadable newest attempt to its file and the reason: no older attempt may replace it."""
     found = {}
     for name, why in side.run.broken.items():
         cell_id, _, attempt = Path(name).stem.partition(".")
@@ -122,7 +122,7 @@ def _torn(side: RunFacts) -> dict[str, str]:
 
 
 def _conformance(pair: CellPair) -> ComparisonRow:
-    """Judge the status of a Cell and its checks: one row."""
+    """Return one row that judges the status of a Cell and its checks."""
     base, new = pair.base, pair.new
     statuses = (base.status.value, new.status.value)
     if base.status is not Status.OK:
@@ -152,7 +152,7 @@ def _looser(base: Record, new: Record) -> list[str]:
 
 
 def _recipe_names(cells: Mapping[str, Cell], names: Mapping[str, str]) -> dict[str, str]:
-    """Name recipes; one with a single Cell has the name of this Cell."""
+    """Return names by recipe_id; a recipe with a single Cell has the name of this Cell."""
     recipes = group((cell.recipe_id, cell) for cell in cells.values())
     several = [cell for same in recipes.values() if len(same) > 1 for cell in same]
     return {recipe: names[same[0].cell_id] for recipe, same in recipes.items()} | naming.recipes(several)

@@ -51,7 +51,7 @@ def rows(pair: CellPair, margins: Margins) -> Iterator[ComparisonRow]:
 def counted(pair: CellPair) -> Iterator[ComparisonRow]:
     """Compare the counted metrics, which are exact: parameters, bytes of tensors, sizes of files.
 
-    A count of scalars must not shrink either: the same recipe would train other parameters.
+    A count of scalars must not shrink either, since the recipe would then have other parameters.
     """
     for metric in metrics.METRICS:
         if not metric.quantity or metric.kind != "counted" or metric.slack_B:
@@ -66,7 +66,7 @@ def counted(pair: CellPair) -> Iterator[ComparisonRow]:
 
 
 def _peak(pair: CellPair, margins: Margins) -> Iterator[ComparisonRow]:
-    """Compare the training peaks; peaks from two sources do not compare."""
+    """Compare the training peaks; peaks from two sources are inconclusive."""
     a, b = training_peak(pair.base), training_peak(pair.new)
     before, now = (r.measurements.memory.source if r.measurements else "" for r in (pair.base, pair.new))
     what, limit = TRAINING_PEAK.quantity, 0
@@ -95,7 +95,7 @@ def _growth(
 
 
 def _one_sided(pair: CellPair, what: str, a: Number | None, b: Number | None, unit: Unit) -> Iterator[ComparisonRow]:
-    """Report a value that one side lacks; nothing if both do."""
+    """Yield a row for a value that one side lacks; no row if both sides lack the value."""
     if b is not None:
         yield pair.row(FindingKind.NEW, VerdictKind.NOT_RUN, what, "was not measured in the baseline", a, b, unit)
     elif a is not None:
@@ -104,7 +104,7 @@ def _one_sided(pair: CellPair, what: str, a: Number | None, b: Number | None, un
 
 
 def _times(record: Record) -> dict[str, float]:
-    """Return the medians of a Record's times, by quantity; none of a Cell that failed a check."""
+    """Return the medians of a Record's times in seconds, by quantity; no times if `no_speed` hides them."""
     m = record.measurements
     if m is None or failed_checks.no_speed(record):
         return {}
@@ -120,7 +120,7 @@ def _latency(cell: Cell, latency: Latency) -> str:
 
 
 def _loss(pair: CellPair) -> Iterator[ComparisonRow]:
-    """Compare the training losses; nothing if a side did not train, or trained on other batches."""
+    """Yield a row on the training losses; no row if a side did not train, or trained on other batches."""
     a, b = pair.base.training, pair.new.training
     if a is None or b is None or a.data_order_sha256 != b.data_order_sha256:
         return

@@ -17,8 +17,9 @@ rate alone. There the training peak above the imports has a standard deviation o
 2.4 MiB (95 % bound, 18 degrees of freedom). With this deviation, the second of two processes takes 16 MiB more than the
 first in one of a million pairs."""
 PROCESS_SHARE = 0.05
-"""The same limit as a share of a large peak. Two runs of SmolLM2 differed by 2.7 % of 1.4 GiB although the tensors of
-their steps had equal sizes: the overhead of an allocator grows with the requested memory."""
+"""Largest growth of a process peak that is no finding, as a share of the peak. Two runs of SmolLM2 differed by 2.7 % of
+1.4 GiB although the tensors of their steps had equal sizes: the overhead of an allocator grows with the requested
+memory."""
 COUNTED_PEAK_B = 64 * 2**10
 """Largest growth of the tensors at one time in a step, counted on a CPU, that is no finding: some scalars or a short vector.
 The limit is chosen, not measured. Thirty Cells of a small Llama (six methods, packed bases, four providers, 32 and 16 bits,
@@ -30,7 +31,8 @@ LOOSER = 10.0
 the noise differs between machines."""
 LOSS_SHARE, LOSS = 0.1, 0.05
 """Largest growth of a training loss that is no finding: a share of the loss plus a number of nats. The limits are chosen,
-not measured. The Cell sees the same batches in the same order, so only rounding differs, and it may grow during training."""
+not measured. The Cell sees the same batches in the same order, so only rounding differs, and its effect may grow during
+training."""
 ONE_SEED = "one seed: valid for this checkpoint, not for the method"
 TIMES = "not judged here: `peft-harness gate --pairs` judges times"
 
@@ -148,7 +150,7 @@ class ComparisonRow:
 
     @property
     def delta(self) -> float | None:
-        """New minus base, of numbers."""
+        """`new` minus `base`; None unless both are numbers."""
         if isinstance(self.base, int | float) and isinstance(self.new, int | float):
             return self.new - self.base
         return None
@@ -167,7 +169,7 @@ class CellPair:
         self, kind: FindingKind, word: VerdictKind, what: str, reason: str,
         base: Value = None, new: Value = None, unit: Unit = "",
     ) -> ComparisonRow:  # fmt: skip
-        """Return a row on this Cell."""
+        """Return a row about this Cell, with the ids of both Records."""
         ids = (self.base.id, self.new.id)
         return ComparisonRow(kind, word, self.name, (self.base.cell_id,), what, reason, base, new, unit, records=ids)
 
@@ -183,7 +185,7 @@ class Margins:
     """Drop of an accuracy."""
 
     def growth_limit(self, default: int) -> int:
-        """Return the largest growth of a peak: `memory_B`, or `default` if it is None."""
+        """Return the largest growth of a peak: `memory_B`, or `default` if `memory_B` is None."""
         return default if self.memory_B is None else self.memory_B
 
 

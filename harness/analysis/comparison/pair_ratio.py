@@ -23,7 +23,7 @@ def metric_text(metric: str) -> str:
 
 
 def log_ratio(old: Record, new: Record, metric: str = STEP) -> float:
-    """Return log(new / old) of a time of `times`, by default that of a steady step.
+    """Return log(new / old) of one of the `times`, by default of a steady step.
 
     If both sides trained on the same batches, they are compared step by step, and the median of these log ratios is
     returned: a batch with twice the tokens takes twice the time, so the two sides may have different median steps. Otherwise

@@ -29,7 +29,7 @@ _INTENDED = (CODE_VERSION, PROVIDER)
 """Intended differences between the two sides."""
 _SIDES = ("old", "new")
 PEAK_B = 2**20
-"""Largest difference of the medians of two process peaks that is no finding, even if it is certain."""
+"""Largest difference of the medians of two process peaks that is no finding, even if the difference is certain."""
 _PEAK_LEVEL = 0.0011
 """Level of the rank test of two process peaks; six process runs of each side can just reach it."""
 
@@ -70,7 +70,7 @@ class JudgedPairs:
     adjusted: Mapping[str, float]
     """Benjamini-Hochberg adjusted p of each time, by name."""
     rows: tuple[ComparisonRow, ...]
-    """All comparisons but those of times."""
+    """All comparisons except of times."""
     canaries: Canaries
     """False alarms of the old side against itself."""
     differences: tuple[str, ...]
@@ -158,7 +158,7 @@ def _rows(cell: CellComparison) -> list[ComparisonRow]:
 
 
 def _outcome(pair: CellPair) -> ComparisonRow | None:
-    """Judge status and checks of one pair; None if both sides are ok and no further check failed."""
+    """Return a row on status and checks of one pair; None if both sides are ok and no further check failed."""
     old, new = pair.base, pair.new
     if _ok((old, new)):
         before = {check.check for check in failed_checks.failed(old)}

@@ -71,8 +71,8 @@ class Rerun:
 def reruns(runs: Sequence[Run]) -> tuple[Rerun, ...]:
     """Compare the ok Records of every Cell that has two or more in `runs`, in the order of the manifests.
 
-    Each Record is compared with the first one from the same circumstances, or else with the first of all. A copy of a
-    Record (a run named twice, a copied folder) is no rerun.
+    Each Record is compared with the first Record from the same circumstances, or else with the first of all Records. A
+    copy of a Record (a run named twice, a copied folder) is no rerun.
     """
     cells = {cell.cell_id: cell for run in runs for cell in run.manifest.cells}
     by_cell: dict[str, list[Record]] = {cell_id: [] for cell_id in cells}
@@ -87,13 +87,13 @@ def reruns(runs: Sequence[Run]) -> tuple[Rerun, ...]:
 
 
 def possible_reruns(runs: Sequence[Run]) -> tuple[Rerun, ...] | None:
-    """Return `reruns`; None for a single run with one attempt at each Cell, which cannot have any."""
+    """Return `reruns`; None for a single run with one attempt at each Cell, which cannot have reruns."""
     repeated = len(runs) > 1 or any(len(run.records) > len(run.latest()) for run in runs)
     return reruns(runs) if repeated else None
 
 
 def judge(found: Sequence[Rerun], *, strict: bool = False) -> Exit:
-    """Return the exit code of a comparison: an unexplained difference is a failure, an explained one is none."""
+    """Return the exit code of a comparison: an unexplained difference is a failure, an explained difference is not."""
     if any(r.unexplained for r in found):
         return Exit.FAIL
     if not found:
@@ -213,7 +213,7 @@ def usual_environment(run: Run) -> Environment:
 
 
 def strangers(run: Run) -> dict[str, list[Record]]:
-    """Return the newest Records from other environments than the usual one, by the differences as text."""
+    """Return the newest Records from unusual environments, by their differences from the usual environment as text."""
     usual = usual_environment(run)
     found: dict[str, list[Record]] = {}
     for record in run.latest().values():

@@ -1,8 +1,8 @@
 """Anchors of nights: the factor by which the machine is slower or faster than usual, common to all series.
 
-Every time of a night is divided by the anchor of the night: the median over series of value / usual value of the series. So
-a slow night of the whole machine is no change of any Cell. But neither is a slow-down of every Cell, so the history also
-watches the anchor itself, and sentinels: times that no code under test can change.
+Every time of a night is divided by the anchor of the night: the median over series of value / usual value of the series.
+So a slow night of the whole machine is no change of any Cell. But a slow-down of every Cell would be hidden too, so the
+history also watches the anchor itself, and sentinels: times that no code under test can change.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from harness.analysis.statistics.change_points import Array
 
 FEWEST_SERIES = 5
-"""Fewest series for an anchor; with a single one, the series would be divided by itself."""
+"""Fewest series for an anchor; a single series would be divided by itself."""
 FEWEST_SENTINELS = 3
 
 

@@ -1,4 +1,4 @@
-"""A/A canaries: pairs of the same side, for the rate of false alarms. A high rate closes the gate."""
+"""A/A canaries: pairs of runs of one side, which measure the rate of false alarms. A high rate closes the gate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from harness.errors import UsageError
 
 NOMINAL = 0.05
 TIMES = 3.0
-"""Largest accepted false-alarm rate, as a multiple of the nominal one."""
+"""Largest accepted false-alarm rate, as a multiple of the nominal rate."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Canaries:
 
     @property
     def closed(self) -> bool:
-        """True if the gate is closed: at the limit, so many alarms have a probability of at most 1 - LEVEL (binomial)."""
+        """True if the gate is closed: a rate at the limit gives so many alarms with a probability of at most 1 - LEVEL."""
         return self._closes(self.alarms)
 
     @property

@@ -23,7 +23,7 @@ LEVEL_NIGHTS = 3
 FEWEST = 2 * LEVEL_NIGHTS
 """The fewest nights of a series in which a change can be seen."""
 PENALTY = 18.0
-"""Penalty for a change, in squared noise: slightly more than noise gains at the best of a hundred positions."""
+"""Penalty for a change, in squared noise: slightly more than pure noise gains at the best of a hundred positions."""
 SUSPICIOUS = 3.0
 """Distance of the last night from its level, in standard errors, that is suspicious: one night in 700 under normal noise."""
 _SPIKE = 4.0
@@ -86,11 +86,11 @@ def steps(
 def suspect(
     values: Array, *, since: int, least: float, shared: float = 0.0, floor: float = 1e-4, own: float | None = None
 ) -> LevelChange | None:
-    """Return a suspected change to a higher level that began with the last value or the one before; None without suspicion.
+    """Return a suspected change to a higher level in the last two values; None without suspicion.
 
-    `steps` cannot find it, since two nights are no level. The change is suspected if the last value exceeds the level since
-    `since` by `least` and by SUSPICIOUS times the joint uncertainty of value and level. Only new runs can confirm it. See
-    `steps` for the other arguments. `at` of the change is the index of the value before the last.
+    `steps` cannot find this change, since two nights are no level. The change is suspected if the last value exceeds the
+    level since `since` by `least` and by SUSPICIOUS times the joint uncertainty of value and level. Only new runs can
+    confirm it. See `steps` for the other arguments. `at` of the change is the index of the value before the last.
     """
     import numpy as np
 
@@ -117,7 +117,7 @@ def _pooled_noise(values: Array, shared: float, floor: float, own: float | None)
 def _large_enough(values: Array, edges: Sequence[int], least: float) -> tuple[LevelChange, ...]:
     """Merge neighbouring levels, the closest first, until all differ by `least` or more and enough nights support each.
 
-    A median does not prove support: it is slow with two slow nights of three, regardless of the third.
+    The median alone proves no support: two slow nights of three make the median slow, whatever the third night is.
     """
     bounds = [int(edge) for edge in edges]
     while True:
@@ -141,7 +141,7 @@ def _supported(step: LevelChange, left: Array, right: Array) -> bool:
 
 
 def _without_spikes(values: Array, sigma: float) -> Array:
-    """Replace every value that lies far from the median of the five around it by that median (Hampel)."""
+    """Return the values, each far outlier replaced by the median of the five values around it (Hampel)."""
     import numpy as np
 
     # Both ends are padded with NaN, which sorts last, so the median there is that of four or three values.

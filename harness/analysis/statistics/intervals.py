@@ -16,7 +16,7 @@ SHARES = (0.50, 0.95, 0.99)
 
 
 def wilson(correct: int, n: int, level: float = LEVEL) -> tuple[float, float]:
-    """Return the Wilson score interval of a proportion; (0, 1) for n = 0."""
+    """Return the Wilson score interval of a proportion; (0, 1) for n = 0. Raises ValueError unless 0 <= correct <= n."""
     if not 0 <= correct <= n:
         raise ValueError(f"{correct} correct of {n}")
     if n == 0:
@@ -30,7 +30,7 @@ def wilson(correct: int, n: int, level: float = LEVEL) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Median:
-    """A median and its interval from order statistics; no interval when the samples are too few for the level."""
+    """A median and its interval from order statistics; `low` and `high` are None for too few samples."""
 
     value: float
     low: float | None
@@ -48,10 +48,10 @@ def _half_cumulative(n: int) -> Iterator[tuple[int, int]]:
 
 
 def median_interval(samples: Sequence[float], level: float = LEVEL) -> Median:
-    """Return the median with the narrowest symmetric pair of order statistics that covers it with at least `level`.
+    """Return the median, and the narrowest symmetric pair of order statistics that covers it with at least `level`.
 
     Valid for independent samples of any distribution. Steps of one process are not independent of each other, so the
-    interval does not apply to another process.
+    interval does not apply to another process. Raises ValueError without samples.
     """
     if not samples:
         raise ValueError("no samples")
@@ -79,8 +79,8 @@ def paired_difference(
 ) -> tuple[float, float]:
     """Return the interval of left - right, two shares of the same items (Newcombe 1998, paired, his method 10).
 
-    It combines two Wilson intervals and the correlation of the answers. So it is valid for few items, and for equal answers,
-    for which an interval from the variance of the differences would have no width.
+    The interval combines two Wilson intervals and the correlation of the answers. So it is valid for few items, and for
+    equal answers, for which an interval from the variance of the differences would have no width.
     """
     n = both + only_left + only_right + neither
     left, right = both + only_left, both + only_right
@@ -99,9 +99,9 @@ def paired_difference(
 
 
 def holm(p_values: Mapping[str, float], tests: int = 0) -> dict[str, float]:
-    """Adjust p values for several tests (Holm's step-down).
+    """Return p values adjusted for several tests (Holm's step-down), by name.
 
-    tests: number of all tests, if `p_values` holds only some; these count as the smallest.
+    tests: number of all tests, if `p_values` holds only some of them; the given p values count as the smallest.
     """
     tests = max(tests, len(p_values))
     ordered = sorted(p_values.items(), key=lambda pair: pair[1])
@@ -112,7 +112,7 @@ def holm(p_values: Mapping[str, float], tests: int = 0) -> dict[str, float]:
 def detectable(n: int, disagreement: float) -> float:
     """Return the smallest true difference of two accuracies that a two-sided test at 5 % finds with 80 % power.
 
-    disagreement: the share of items that exactly one of the two answers correctly; for independent answers 2 p (1 - p).
+    disagreement: the share of items that exactly one side answers correctly; 2 p (1 - p) for independent answers.
     """
     z = NormalDist().inv_cdf(0.5 + LEVEL / 2) + NormalDist().inv_cdf(POWER)
     return z * math.sqrt(disagreement / n)

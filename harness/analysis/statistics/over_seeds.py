@@ -2,7 +2,7 @@
 
 A repeated comparison would have new test items and new training runs. The squared standard error is the sum of both
 contributions: a test over items alone would mistake favourable seeds for a better method. Items are paired, since every run
-scores the same ones (Miller, arXiv:2411.00640).
+scores the same items (Miller, arXiv:2411.00640).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Spread:
     error: float
     """Standard error."""
     df: float
-    """Degrees of freedom of its t distribution."""
+    """Degrees of freedom of the t distribution of the estimate."""
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -66,10 +66,10 @@ def mean(runs: Sequence[Accuracy], prior: Prior | None = None) -> Spread | None:
 def difference(
     left: Sequence[Accuracy], right: Sequence[Accuracy], priors: tuple[Prior | None, Prior | None] = (None, None)
 ) -> Spread | None:
-    """Return mean(left) - mean(right); None unless all of them scored the same items.
+    """Return mean(left) - mean(right); None unless all runs scored the same items.
 
-    Its squared error is var(per-item difference of the runs' means) / items, plus var(accuracies) / runs of each side.
-    priors: one per side, as in `mean`; a prior shared by both counts once.
+    The squared error of the difference is var(per-item difference of the runs' means) / items, plus var(accuracies) /
+    runs of each side. priors: one per side, as in `mean`; a prior shared by both counts once.
     """
     if not same_items((*left, *right)):
         return None
@@ -82,9 +82,10 @@ def difference(
 def paired(left: Sequence[Accuracy], right: Sequence[Accuracy]) -> Spread | None:
     """Return mean(left) - mean(right), where left[i] and right[i] have the same seed; None unless all scored the same items.
 
-    Its squared error is var(per-item difference of the means) / items + var(per-seed difference) / seeds. Effects of a seed
-    on both sides cancel, so the comparison finds even small differences between two versions of a program, and equal
-    versions have no error at all. Raises ValueError for sides of unequal length, or of fewer than two seeds.
+    The squared error of the difference is var(per-item difference of the means) / items + var(per-seed difference) /
+    seeds. Effects of a seed on both sides cancel, so the comparison finds even small differences between two versions of
+    a program, and equal versions have no error at all. Raises ValueError for sides of unequal length, or of fewer than
+    two seeds.
     """
     if len(left) != len(right) or len(left) < 2:
         raise ValueError(f"{len(left)} and {len(right)} runs cannot be paired by two or more seeds")
@@ -96,13 +97,13 @@ def paired(left: Sequence[Accuracy], right: Sequence[Accuracy]) -> Spread | None
 
 
 def same_items(runs: Sequence[Accuracy]) -> bool:
-    """Return whether all runs scored the same items, at least one."""
+    """Return whether all runs scored the same items, and at least one item."""
     scored = {frozenset(run.answers) for run in runs}
     return len(scored) == 1 and bool(*scored)
 
 
 def _spread(value: float, parts: Sequence[tuple[float, float]]) -> Spread:
-    """Add squared errors, each with its degrees of freedom (Satterthwaite 1946)."""
+    """Return a value with the sum of squared errors, each given with its degrees of freedom (Satterthwaite 1946)."""
     total = sum(square for square, _ in parts)
     if math.isinf(total):
         return Spread(value, math.inf, 1)

@@ -84,6 +84,7 @@ def order(pairs: int, seed: int) -> str:
 
     A linear drift cancels within every block. The numbers of blocks that begin with A and with B differ by at most one, so a
     quadratic drift cancels between blocks. The order of the blocks is random, so that periodic noise favours no side.
+    Raises UsageError unless `pairs` is even and at least 2.
     """
     if pairs < 2 or pairs % 2:
         raise UsageError(

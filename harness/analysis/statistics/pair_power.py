@@ -24,7 +24,10 @@ def reach(scale: float, design: Design) -> float:
 
 
 def least(found: Callable[[float], float], low: float, high: float) -> float:
-    """Return the smallest change between `low` and `high` that is found with a power of POWER; the power grows with it."""
+    """Return the smallest change between `low` and `high` that is found with a power of POWER.
+
+    found: returns the power for a change, which must grow with the change.
+    """
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if found(middle) >= POWER else (middle, high)
@@ -34,9 +37,9 @@ def least(found: Callable[[float], float], low: float, high: float) -> float:
 def power(change: float, scale: float, design: Design) -> float:
     """Return the probability that a log ratio of `change` is called slower (noncentral t).
 
-    It is the product of two kinds of probability: no look before the last calls the Cell unchanged, and the last look finds
-    the change. The product treats the looks as independent, so it rather is too low than too high. Almost all changes that
-    are found early are found at the last look too.
+    The result is the product of two kinds of probability: no look before the last calls the Cell unchanged, and the last
+    look finds the change. The product treats the looks as independent, so it is too low rather than too high. Almost all
+    changes that are found early are found at the last look too.
     """
     last = design.fresh[-1]
     chance = _found(change - math.log1p(design.slower_by), scale, last, design.trim, design.levels[-1])

@@ -45,7 +45,7 @@ class Look:
     seen: Trimmed
     """Trimmed means and their errors."""
     p: Array
-    """One-sided p value of a change beyond `slower_by`, in the direction of the effect. At a fresh look it is weighted by
+    """One-sided p value of a change beyond `slower_by`, in the direction of the effect. At a fresh look p is weighted by
     the part of the level of this look, so that an alarm is always a p of at most `Design.level`."""
     slower: Mask
     """Cells that are slower."""
@@ -61,7 +61,10 @@ class Look:
 
 
 def look(log_ratios: Any, design: Design, stage: Stage) -> Look:
-    """Judge log ratios of shape (..., n), with a planned n. The first stage calls no Cell slower or faster."""
+    """Judge log ratios of shape (..., n) at a planned n. The first stage calls no Cell slower or faster.
+
+    Raises UsageError if no look at n pairs is planned, HarnessError if a log ratio is not finite.
+    """
     import numpy as np
 
     seen = trimmed(log_ratios, design.trim)
@@ -151,7 +154,7 @@ def decide(first: Sequence[float], fresh: Sequence[float], design: Design) -> Pa
 def family(verdicts: Mapping[str, PairVerdict]) -> dict[str, float]:
     """Return Benjamini-Hochberg adjusted p values of a change, in either direction, for the verdicts of one report.
 
-    A Cell without fresh pairs counts with p = 1: its first pairs proved that it needed none.
+    A Cell without fresh pairs counts with p = 1: its first pairs proved that the Cell needed none.
     """
     if not verdicts:
         return {}

@@ -2,7 +2,7 @@
 
 A run counts as one number, the median of its rounds: rounds of one process share its conditions (addresses, clocks,
 neighbours), so more rounds predict the next process no better. The new run is compared with the prediction interval of the
-saved runs, in log ratios: if nothing changed, it is another sample from the same distribution. Nothing is trimmed, since
+saved runs, in log ratios: if nothing changed, this run is another sample from their distribution. Nothing is trimmed, since
 the new run may be disturbed too.
 
 The level holds for normal noise. If each process runs at one of two speeds, e.g. because of its memory layout, a few saved
@@ -32,7 +32,7 @@ ALARM = 0.01
 FEWEST = 3
 """Fewest saved runs whose spread is estimated."""
 ASSUMED = 0.05
-"""Assumed standard deviation of process runs if there are fewer saved runs, or no spread; the verdict always names it.
+"""Assumed standard deviation of process runs if too few runs are saved, or without spread; the verdict names it.
 
 Five small kernels (add, copy, matmul, softmax, a Python loop) had 0.9 % to 8.5 % in 14 process runs each on a shared machine
 with two cores, 5 % in the mean square."""
@@ -95,7 +95,7 @@ def judge(saved: Sequence[Sequence[float]], new: Sequence[float], margin: float 
 
 @dataclass(frozen=True)
 class _Noise:
-    """Standard error of the log ratio of the new run to the saved ones."""
+    """Standard error of the log ratio of the new run to the saved runs."""
 
     error: float
     unbiased: float

@@ -1,10 +1,10 @@
-"""Spread of accuracies over seeds, moderated by all recipes of a group: three seeds alone estimate it badly.
+"""Spread of accuracies over seeds, moderated by all recipes of a group: three seeds alone give a poor estimate.
 
-The variances of the recipes are treated as samples of one distribution, whose mean and width are estimated from them. Each
-variance shrinks towards this mean, more strongly with fewer seeds (the moderated t of Smyth 2004,
-doi:10.2202/1544-6115.1027). This is too optimistic for the best of several recipes, so a variance above the moderated one
-is not shrunk, and the degrees of freedom of the other recipes count half. In simulations with any spreads (tests), equal
-recipes are then ordered wrongly in less than 5 % of cases.
+The variances of the recipes are treated as samples of one distribution, whose mean and width are estimated from them.
+Each variance shrinks towards this mean, more strongly with fewer seeds (the moderated t of Smyth 2004,
+doi:10.2202/1544-6115.1027). Such shrinkage is too optimistic for the best of several recipes, so a variance above the
+moderated one is not shrunk, and the degrees of freedom of the other recipes count half. In simulations with any spreads
+(tests), equal recipes are then ordered wrongly in less than 5 % of cases.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Prior:
     """Degrees of freedom of all seeds together: the maximum for a moderated variance."""
 
     def moderated(self, own: float, df: float) -> tuple[float, float]:
-        """Return the moderated variance of a recipe and its degrees of freedom. own, df: the same from its seeds alone."""
+        """Return the moderated variance of a recipe and its degrees of freedom. own, df: both from its seeds alone."""
         if math.isinf(self.df):
             return max(own, self.variance), self.most
         shrunk = (self.df * self.variance + df * own) / (self.df + df)

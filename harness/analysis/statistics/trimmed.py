@@ -52,7 +52,7 @@ class Trimmed:
 
     @property
     def mirrored(self) -> Trimmed:
-        """The same for exchanged sides."""
+        """The trimmed means with exchanged sides."""
         return Trimmed(-self.mean, self.error, self.df, self.n)
 
     def interval(self, level: float) -> tuple[Array, Array]:
@@ -70,7 +70,7 @@ class Trimmed:
 
 
 def trimmed(log_ratios: Any, share: float) -> Trimmed:
-    """Return the trimmed mean of log ratios of shape (..., n)."""
+    """Return the trimmed means of log ratios of shape (..., n), one per Cell. share: trimmed at either end."""
     import numpy as np
 
     ordered = np.sort(np.asarray(log_ratios, dtype=np.float64), axis=-1)
@@ -85,14 +85,14 @@ def trimmed(log_ratios: Any, share: float) -> Trimmed:
 
 
 def single(mean: float, error: float, df: float, n: int) -> Trimmed:
-    """Return the t of one Cell from a given mean and error. df: `math.inf` if the error is known."""
+    """Return the `Trimmed` of one Cell from a given mean and error. df: `math.inf` if the error is known."""
     import numpy as np
 
     return Trimmed(np.asarray([mean]), np.asarray([error]), df, n)
 
 
 def hodges_lehmann(log_ratios: Any, level: float) -> tuple[float, tuple[float, float] | None]:
-    """Return the median of all pairwise means of n values, with its exact interval; None if n is too small for one.
+    """Return the median of all pairwise means of n values, and its exact interval, or None if n is too small for one.
 
     The interval holds for any symmetric distribution, at `level` at least (inverted signed-rank test).
     """
@@ -107,7 +107,7 @@ def hodges_lehmann(log_ratios: Any, level: float) -> tuple[float, tuple[float, f
 
 
 def _signed_rank(n: int, tail: float) -> int | None:
-    """Return the largest k with P(T <= k) <= tail for the signed-rank sum T of n values; None if no k fulfils it."""
+    """Return the largest k with P(T <= k) <= tail for the signed-rank sum T of n values; None if there is no such k."""
     ways = [1] + [0] * (n * (n + 1) // 2)  # numbers of subsets of the ranks, by their sum
     for rank in range(1, n + 1):
         for total in range(len(ways) - 1, rank - 1, -1):

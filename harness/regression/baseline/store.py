@@ -1,7 +1,7 @@
 """Baselines on disk, each in results/baselines/NAME, to be committed to git.
 
 A folder holds run.json, footer.json and cells/ unchanged, so that the hashes of the footer still hold, and baseline.json
-with their origin. No logs and no page.
+with their origin. A baseline has neither logs nor a page.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ class Provenance(FrozenModel):
     run: str
     suite: str
     code_versions: list[str]
-    """Code versions of its Records, the most frequent first."""
+    """Code versions of the Records, the most frequent first."""
     git_shas: list[str]
     author: str
     promoted: str
-    """UTC, ISO 8601."""
+    """Time of the promotion: UTC, ISO 8601."""
     reason: str
     replaces: str = ""
-    """The run that the baseline of this name held before."""
+    """Id of the run that the baseline of this name held before."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _read(path: Path) -> Baseline:
 
 
 def _author() -> str:
-    """Return git's user, or the name of the account."""
+    """Return git's user, or the name of the account if git has no user."""
     try:
         return git.user() or getpass.getuser()
     except (OSError, KeyError):  # the account has no name, as in some containers

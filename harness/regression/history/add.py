@@ -18,7 +18,7 @@ from harness.regression.history.night_files import AttemptRow, Night, RunHeader
 
 @dataclass
 class Added:
-    """Result of one call."""
+    """Result of one call of `add`."""
 
     left_out: list[str] = field(default_factory=list)
     """One sentence per omission, with the reason."""
@@ -85,7 +85,7 @@ def _add(run: Run, folder: Path, name: str, added: Added) -> None:
 
 
 def _refuse_broken(broken: dict[str, str], where: Path) -> None:
-    """Refuse to rewrite a file with unreadable parts: they would be deleted."""
+    """Refuse to rewrite a file with unreadable parts, since rewriting would delete them."""
     if broken:
         what = "; ".join(f"{file}: {why}" for file, why in broken.items())
         hint = "restore it from git, then add"
@@ -136,7 +136,7 @@ def _note_problems(run: Run, added: Added) -> None:
 
 
 def _refuse_other_night(run: Run, folder: Path, name: str) -> None:
-    """Refuse a run that is a pass of another night: it would count twice."""
+    """Refuse a run that is already a pass of another night, since the run would count twice."""
     mark = f'{{"run":"{run.manifest.run}",'
     others = [path for path in sorted(folder.glob("*.jsonl")) if night_files.is_night(path.stem) and path.stem != name]
     for path in others:

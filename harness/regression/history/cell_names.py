@@ -13,7 +13,7 @@ COMMON = "all that this place measures"
 
 
 def cells(history: History) -> dict[str, Cell]:
-    """Return the Cells by cell_id, without Cells of other versions that this one cannot parse."""
+    """Return the Cells by cell_id, without Cells of other versions of the harness that this version cannot parse."""
     found = {}
     for cell_id, fields in history.cells.items():
         try:
@@ -31,7 +31,7 @@ def names(history: History) -> dict[str, str]:
 
 
 def select(history: History, expr: str, option: str = "--cell") -> frozenset[str]:
-    """Return the cell_ids that an expression selects, as `--only` does; raises UsageError if there are none."""
+    """Return the cell_ids that an expression selects, as `--only` does. Raises UsageError if the expression selects none."""
     from harness.suites import expand
 
     known = cells(history)

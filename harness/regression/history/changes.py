@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from harness.analysis.statistics.change_points import Array
 
 TIMED_LEAST = 0.02
-"""Smallest change of a time that counts; pairs of runs can still confirm it at a reasonable cost."""
+"""Smallest share by which a time must change to count; pairs of runs can confirm so small a change at a reasonable cost."""
 SCORE_LEAST = 0.01
 """Smallest change of an accuracy that counts: one percentage point."""
 _SCORE_FLOOR = SCORE_LEAST / 5
@@ -44,20 +44,20 @@ class Change:
     settled: str | None = None
     """Night on which the old level came back."""
     counted: bool = False
-    """An exact count, so that there is nothing to confirm."""
+    """True for an exact count, which needs no confirmation."""
     recent: bool = False
-    """The new level has lasted one or two nights, so that it is only a suspicion."""
+    """True if the new level has lasted one or two nights, so that the change is only a suspicion."""
     note: str = ""
 
     @property
     def change(self) -> float | None:
-        """The difference of a score; of other metrics after / before - 1, None if `before` is 0."""
+        """after - before of a score; after / before - 1 of another metric, or None if `before` is 0."""
         if tracked_metrics.kind(self.metric) == "score":
             return self.after - self.before
         return self.after / self.before - 1 if self.before else None
 
     def document(self, name: str) -> dict[str, Any]:
-        """Return the change for JSON. name: of the Cell."""
+        """Return the change for JSON. name: the name of its Cell."""
         return {
             "cell": self.cell, "name": name, "metric": self.metric, "place": self.place, "night": self.night,
             "before": self.before, "after": self.after, "change": self.change, "worse": self.worse,

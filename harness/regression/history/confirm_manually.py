@@ -14,10 +14,10 @@ from harness.regression.history.night_files import NEAR, Decision
 def confirm(
     folder: Path, cell: str, metric: str, night: str, verdict: ConfirmationVerdict, evidence: str, author: str | None
 ) -> Decision:
-    """Store a verdict, and warn if no change is near.
+    """Store and return a verdict, and warn if no change is near.
 
-    A verdict on a change of exactly this series is stored with the night and the levels of the change, so that it stands on
-    later nights too. Raises UsageError as `decisions.checked` does.
+    A verdict on a change of exactly this series is stored with the night and the levels of the change, so that the
+    verdict applies on later nights too. Raises UsageError as `decisions.checked` does.
     """
     history, decision = decisions.checked(folder, cell, metric, night, evidence, author, "--evidence")
     changes = [c for c in all_changes(history) if decision.applies(c.cell, c.metric)]

@@ -1,7 +1,7 @@
 """Decisions about a history: accepted levels, and verdicts on changes.
 
-Each is a line of resets.jsonl or confirmations.jsonl with its author, time and reason. The files are committed to git, so
-the reason of an accepted slow-down is next to the code.
+Each decision is a line of resets.jsonl or confirmations.jsonl with its author, time and reason. The files are committed
+to git, so the reason of an accepted slow-down is next to the code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _HINTS = {"--reason": "give the reason, e.g. the change that caused it", "--evid
 
 
 def reset(folder: Path, cell: str, metric: str, night: str, reason: str, author: str | None) -> Decision:
-    """Accept the level of a series from `night` on, and store the decision. Arguments and errors as of `checked`."""
+    """Accept the level of a series from `night` on, and store the decision. For arguments and errors, see `checked`."""
     _, decision = checked(folder, cell, metric, night, reason, author, "--reason")
     night_files.append_decision(folder, night_files.RESETS, decision)
     return decision
@@ -48,7 +48,7 @@ def last_reset(resets: Iterable[Decision], cell: str, metric: str) -> str:
 
 
 def new(cell: str, metric: str, night: str, reason: str, author: str) -> Decision:
-    """Return a decision of this moment."""
+    """Return a decision made now."""
     reason = " ".join(reason.split())
     return Decision(cell=cell, metric=metric, night=night, reason=reason, author=author, made=store.now())
 

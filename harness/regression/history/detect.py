@@ -34,7 +34,7 @@ from harness.regression.history.series import HistorySeries, series
 def detect(folder: Path, cell: str | None, sentinel: str | None, as_json: bool, strict: bool) -> Exit:
     """Print the changes and return the exit code; see the help of the command.
 
-    cell, sentinel: expressions, as for `--only`. Raises UsageError for one that selects no Cell.
+    cell, sentinel: expressions, as for `--only`. Raises UsageError for an expression that selects no Cell.
     """
     from harness.regression.history import table
 
@@ -73,13 +73,13 @@ def detection(
 
 
 def all_changes(history: History) -> list[JudgedChange]:
-    """Return every change of every series, refuted ones included."""
+    """Return every change of every series, also refuted changes."""
     found = changes.find_changes(history, series(history), frozenset())
     return _judged(history, found.changes, cell_names.names(history))
 
 
 def _judged(history: History, found: Sequence[Change], names: Mapping[str, str]) -> list[JudgedChange]:
-    """Return every change with its state: open ones first, then worse ones, then the newest."""
+    """Return every change with its state: open changes first, then changes for the worse, then the newest."""
 
     def order(c: Change) -> tuple[Any, ...]:
         return (c.settled is not None, not c.worse, -history.index[c.night], c.cell, c.metric, c.place)
@@ -101,7 +101,7 @@ def _judge(history: History, change: Change, name: str) -> JudgedChange:
 
 
 def _confirmation(history: History, change: Change, revisions: tuple[str, str]) -> Decision | None:
-    """Return the last verdict on a change; one on its own night goes before one on a night nearby.
+    """Return the last verdict on a change; a verdict on its own night goes before a verdict on a night nearby.
 
     `refuted` applies only to the revisions that were compared, not to a change that came with a later revision.
     """

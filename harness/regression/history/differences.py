@@ -26,11 +26,11 @@ class Between:
     software: tuple[str, ...]
     """`name old -> new` for every library that changed."""
     request: PairsRequest | None
-    """Compares the `paired` revisions; None if pairs cannot confirm the change."""
+    """Request to compare the `paired` revisions; None if pairs cannot confirm the change."""
     because: str
     """Reason why there is no request, or a remark on it."""
     paired: tuple[str, str]
-    """Revisions of two nights with a larger distance, since the night of a change is uncertain."""
+    """Revisions of two nights further apart, since the night of a change is uncertain."""
     libraries: tuple[str, ...]
     """`name old -> new` for every library that changed between the `paired` nights."""
 
@@ -107,15 +107,15 @@ def _request(change: Change, run: RunHeader, place: Mapping[str, str], paired: t
 
 
 def _measured_by_pairs(metric: str) -> bool:
-    """Return whether pairs of runs judge a metric: times that code can change, and peaks."""
+    """Return whether pairs of runs judge a metric: a peak, or a time that code can change."""
     kind = tracked_metrics.kind(metric)
     return kind == "peak" or (kind == "timed" and not metric.startswith(tracked_metrics.SENTINEL))
 
 
 def _outer_nights(history: History, change: Change) -> tuple[str, str]:
-    """Return the nights to compare: NEAR further from the change on either side, as far as its Cell has them there.
+    """Return the two nights to compare: on either side NEAR nights further from the change, if its Cell has so many.
 
-    Levels last longer than that; a recent one ends with its last night.
+    A level lasts longer than NEAR nights. A recent level does not, so its first night is compared.
     """
     begin = last_reset(history.resets, change.cell, change.metric)
     nights = [
@@ -139,7 +139,7 @@ def _is_search(history: History, cell: str) -> bool:
 
 
 def _passes_around(history: History, change: Change, old: str, new: str) -> tuple[RunHeader, RunHeader]:
-    """Return the last pass of the Cell on the old night, and the first one on the new night."""
+    """Return the last pass of the Cell on the old night, and its first pass on the new night."""
 
     def passes(day: str) -> list[RunHeader]:
         night = history.night(day)
@@ -150,7 +150,7 @@ def _passes_around(history: History, change: Change, old: str, new: str) -> tupl
 
 
 def _revision(run: RunHeader) -> str:
-    """Return the commit, or an empty string for a value that is no commit: it becomes part of a shell command."""
+    """Return the commit, or an empty string for a value that is no commit: a revision becomes part of a shell command."""
     sha = str(run.get("git_sha", ""))
     return sha if re.fullmatch("[0-9a-f]{7,64}", sha) else ""
 

@@ -17,7 +17,8 @@ from harness.regression.history.differences import Between
 from harness.regression.history.night_files import EVERY, Decision, Evidence
 
 State = Literal["candidate", "suspect", "counted", "confirmed", "refuted", "unfounded"]
-"""State of a change: unconfirmed; on the last nights only; of exact counts; confirmed; refuted; a refuted suspicion."""
+"""States of a change, in this order: unconfirmed, only on the last nights, of exact counts, confirmed, refuted, and
+a refuted suspicion."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +58,13 @@ class JudgedChange(Change):
 
 @dataclass(frozen=True)
 class PlaceChange:
-    """A place that took over Cells from another one."""
+    """A place that took over Cells from another place."""
 
     night: str
     place: str
     instead_of: str
     changed: list[str]
-    """Differences, as `key this -> that`."""
+    """Differences between the places, as `key old -> new`."""
     cells: int
     step_ratio: float | None
     """Median ratio of step times, new / old."""
@@ -119,7 +120,7 @@ class Detection:
     left_out: Mapping[str, str]
     """Reasons by file or file:line that could not be used."""
     strict: bool
-    """Unconfirmed changes are no pass."""
+    """True if unconfirmed changes are no pass."""
 
     @property
     def exit(self) -> Exit:

@@ -16,7 +16,7 @@ NO_RECORD = "no Record"
 def stopped_cells(history: History, names: Mapping[str, str]) -> Iterator[StoppedCell]:
     """Yield the Cells that ended ok once, and did not on the last night that ran them.
 
-    A Cell is accepted, and left out, if all its metrics were reset on a night after its last good one.
+    A Cell is accepted, and left out, if all its metrics were reset on a night after its last good night.
     """
     latest: dict[str, tuple[str, str]] = {}
     last_ok: dict[str, str] = {}
@@ -38,7 +38,7 @@ def missing_series(
 ) -> Iterator[MissingSeries]:
     """Yield metrics of a Cell that an earlier night of a place has and its last night lacks, grouped by their last night.
 
-    known: series since their last reset, so that accepted ones are left out. stopped: Cells that `stopped_cells` yields.
+    known: series since their last reset, so that accepted series are left out. stopped: Cells that `stopped_cells` yields.
     """
     last = {place: night for night in history.nights for place in night.places}
     missing: dict[tuple[str, str, str], list[str]] = {}
@@ -53,6 +53,6 @@ def missing_series(
 
 
 def _status(attempts: Iterable[AttemptRow]) -> str:
-    """Return `ok` if any attempt ended ok, else their statuses."""
+    """Return `ok` if any attempt ended ok, else the statuses of all attempts."""
     statuses = sorted({str(row.get("status", "ok")) for row in attempts})
     return "ok" if "ok" in statuses else " and ".join(statuses) or NO_RECORD

@@ -5,7 +5,7 @@ results/history/<night>.jsonl        the night, its runs and places; then one ro
                 resets.jsonl         accepted levels; see `decisions`
                 confirmations.jsonl  verdicts on changes; see `decisions`
 
-Lines of a night are TypedDicts: a history has up to a quarter of a million rows, and a row is used as it was read.
+Lines of a night are TypedDicts: a history has up to a quarter of a million rows, and a row is used unchanged.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class AttemptRow(TypedDict):
     on: str
     """Id of the place."""
     values: NotRequired[dict[str, float]]
-    """By metric, if the attempt ended ok."""
+    """Values by metric; present if the attempt ended ok."""
     status: NotRequired[str]
-    """Otherwise its status."""
+    """Status of the attempt; present if it did not end ok."""
 
 
 class RunHeader(TypedDict):
@@ -95,15 +95,15 @@ class Decision(_Stored):
     reason: _Word
     author: _Word
     made: str | None = None
-    """UTC, ISO 8601."""
+    """Time of the decision: UTC, ISO 8601."""
     verdict: str | None = None
-    """Only of confirmations: `regressed`, `improved` or `refuted`."""
+    """Verdict of a confirmation: `regressed`, `improved` or `refuted`; None for a reset."""
     revisions: list[str] | None = None
     """The two revisions that were compared."""
     seen: Evidence | None = None
 
     def applies(self, cell: str, metric: str) -> bool:
-        """Return whether the decision is about a series; one about `latency_s` is about every latency."""
+        """Return whether the decision is about a series; a decision about `latency_s` is about every latency."""
         return self.cell in (cell, EVERY) and self.metric in (metric, metric.partition("/")[0], EVERY)
 
     def document(self) -> dict[str, Any]:
@@ -116,11 +116,11 @@ class Night:
     """One night."""
 
     night: str
-    """Its date, YYYY-MM-DD."""
+    """Date of the night, YYYY-MM-DD."""
     runs: dict[str, RunHeader] = field(default_factory=dict)
-    """By run id."""
+    """Headers by run id."""
     places: dict[str, dict[str, str]] = field(default_factory=dict)
-    """By the id of the place."""
+    """Places by id."""
     rows: list[AttemptRow] = field(default_factory=list)
 
     def rows_of(self, cell: str, place: str) -> Iterator[AttemptRow]:
@@ -134,13 +134,13 @@ class History:
 
     folder: Path
     nights: tuple[Night, ...]
-    """Oldest first."""
+    """Nights, oldest first."""
     cells: dict[str, Fields]
-    """By cell_id."""
+    """Fields of the Cells, by cell_id."""
     resets: tuple[Decision, ...]
     confirmations: tuple[Decision, ...]
     broken: dict[str, str]
-    """Reasons by file or file:line that could not be used; the rest of the history is used."""
+    """Reason for each file or file:line that could not be used; the rest of the history is used."""
 
     @cached_property
     def index(self) -> dict[str, int]:
@@ -148,7 +148,7 @@ class History:
         return {night.night: number for number, night in enumerate(self.nights)}
 
     def distance(self, night: str, other: str) -> float:
-        """Return the number of nights between two dates; infinity if one is no night of this history."""
+        """Return the number of nights between two dates; infinity if either date is no night of this history."""
         known = night in self.index and other in self.index
         return abs(self.index[night] - self.index[other]) if known else math.inf
 
@@ -245,7 +245,7 @@ def _write(path: Path, lines: Iterable[Mapping[str, object]], before: str = "") 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make the folder and lock it; the kernel unlocks it if the process dies. Raises UsageError if it cannot be made."""
+    """Lock the folder, made if missing; the kernel unlocks it if the process dies. Raises UsageError if making it fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
@@ -320,7 +320,7 @@ def _cell(line: Any) -> tuple[str, Fields] | None:
 
 
 def _decision(line: Any) -> Decision | None:
-    """Return a complete decision of this schema; one of a newer schema has no effect."""
+    """Return a complete decision of this schema, or None; decisions of a newer schema have no effect."""
     try:
         return Decision.model_validate(line)
     except ValidationError:

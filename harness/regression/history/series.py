@@ -14,7 +14,7 @@ from harness.regression.history import decisions
 from harness.regression.history.night_files import History
 
 _Nights = list[tuple[str, list[dict[str, float]]]]
-"""Per night its date and the values of its passes."""
+"""For each night, its date and the values of its passes."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class HistorySeries:
     cell: str
     metric: str
     place: str
-    """Its id."""
+    """Id of the place."""
     nights: list[str]
     """Dates, ascending."""
     values: list[float]
-    """Per night the median of the passes; of counted bytes and parameters the maximum."""
+    """Median of the passes of each night; for counted bytes and parameters, the maximum."""
     passes: list[int]
     """Number of passes per night."""
 
@@ -38,12 +38,12 @@ class HistorySeries:
         return median(self.values)
 
     def document(self, name: str) -> dict[str, Any]:
-        """Return the series for JSON. name: of its Cell."""
+        """Return the series for JSON. name: the name of its Cell."""
         return {"cell": self.cell, "name": name, **vars(self), "usual": self.usual}
 
 
 def series(history: History, only: Container[str] | None = None) -> list[HistorySeries]:
-    """Return the non-empty series of a history, or those of the Cells in `only`; each starts at its last reset.
+    """Return the non-empty series of a history, or of its Cells in `only`. Each series starts at its last reset.
 
     A new place (another machine, driver or torch) starts a new series.
     """
@@ -88,7 +88,7 @@ def _since(one: HistorySeries, history: History) -> HistorySeries:
 
 
 def _medians(order: Sequence[str], passes: list[dict[str, float]]) -> list[float]:
-    """Return the value of each metric of a night; every pass has its metrics in this order."""
+    """Return the values of a night, one per metric in `order`. passes: values by metric, in the same order."""
     together = zip(order, zip(*(values.values() for values in passes), strict=True), strict=True)
     return [got[0] if got.count(got[0]) == len(got) else _median(metric, got) for metric, got in together]
 

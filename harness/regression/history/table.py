@@ -14,7 +14,7 @@ from harness.regression.history.night_files import EVERY, PASSES
 from harness.regression.history.series import HistorySeries
 
 _SHOWN = 6
-"""Nights that a sentence names; there may be hundreds."""
+"""Largest number of nights that a sentence names; there may be hundreds."""
 _HEAD = ("since", "cell", "metric", "before", "after", "change", "")
 
 
@@ -40,7 +40,7 @@ def detection_text(found: Detection) -> str:
 
 
 def series_text(found: Sequence[HistorySeries], names: Mapping[str, str], *, each_night: bool) -> str:
-    """Return the text of `show`: one line per series, or per night of each series. names: by cell_id."""
+    """Return the text of `show`: one line per series or, with `each_night`, per night of each series. names: by cell_id."""
     head: tuple[str, ...]
     rows: list[tuple[str, ...]] = []
     if each_night:

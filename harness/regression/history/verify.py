@@ -25,7 +25,7 @@ def verify(
 ) -> Exit:
     """Run the pairs, print one line per change and return the exit code; see the help of the command.
 
-    suite: the file of the nightly suite, if it is not one that ships. Only the first pairs have a canary. Raises UsageError
+    suite: the file of the nightly suite, if it does not ship. Only the first pairs have a canary. Raises UsageError
     for a cell that selects nothing, and if there is no author.
     """
     author = decisions.find_author(author)  # before anything runs: without an author, no verdict could be stored
@@ -76,14 +76,14 @@ def _store_verdict(
 
 
 def _timed(change: JudgedChange, result: PairsResult) -> PairVerdict | None:
-    """Return the verdict of the pairs on the time that changed; None if it was not timed."""
+    """Return the verdict of the pairs on the time that changed; None if the pairs lack that time."""
     return next((cell.timed.get(change.metric) for cell in result.judged.cells), None)
 
 
 def _verdict(
     change: JudgedChange, place: Mapping[str, str], result: PairsResult
 ) -> tuple[ConfirmationVerdict | None, str]:
-    """Return the verdict on a change, or None, and the reason."""
+    """Return the verdict on a change, or None if no verdict is clear, and the reason."""
     timed, canaries = _timed(change, result), result.judged.canaries
     if timed is None:
         return None, result.judged.verdict.reason
@@ -106,7 +106,7 @@ def _verdict(
 
 
 def _other_place(place: Mapping[str, str], result: PairsResult) -> list[str]:
-    """List the differences between a place and the place of the runs, except for Cells that ran at once."""
+    """List the differences between a place and the place of the runs, except for Cells that ran at the same time."""
     records = [record for one in result.runner.found for pair in one.records for record in pair]
     shared = {key: value for key, value in place.items() if key == tracked_metrics.CONCURRENT}
     places = [tracked_metrics.place(record) | shared for record in records]

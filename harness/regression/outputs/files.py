@@ -32,7 +32,7 @@ class Outputs:
             raise UsageError("; ".join(problems.values()), where=", ".join(problems), hint=hint)
 
     def write(self, findings: Findings, title: str) -> None:
-        """Write the files."""
+        """Write the requested files."""
         if self.junit is not None:
             files.write_atomic(self.junit, junit.render(findings))
         if self.markdown is not None:

@@ -17,7 +17,7 @@ ORDER = (VerdictKind.FAIL, VerdictKind.NOT_RUN, VerdictKind.INCONCLUSIVE, Verdic
 
 
 def fields(row: ComparisonRow) -> tuple[str, ...]:
-    """Return a row's fields, as many as HEAD has."""
+    """Return the fields of a row, one for each heading in HEAD."""
     values = (value(row.base, row.unit), value(row.new, row.unit)) if row.valued else ("", "")
     return (row.name, row.what, *values, delta(row), interval(row), verdict(row))
 
@@ -90,7 +90,7 @@ def delta(row: ComparisonRow) -> str:
 
 
 def interval(row: ComparisonRow) -> str:
-    """Format the interval of the difference, in points; of a time in per cent."""
+    """Format the interval of the difference in points, or for a time in per cent."""
     if row.interval is None:
         return ""
     low, high = (f"{MINUS if x < 0 else '+'}{100 * abs(x):.1f}" for x in row.interval)
@@ -98,7 +98,7 @@ def interval(row: ComparisonRow) -> str:
 
 
 def verdict(row: ComparisonRow) -> str:
-    """Format the verdict of a row with its reason; of a row that is not judged, the reason alone."""
+    """Format the verdict of a row with its reason; for a row that is not judged, only the reason."""
     if not row.judged:
         return row.reason
     return f"{row.word.value}: {row.reason}" if row.reason else row.word.value

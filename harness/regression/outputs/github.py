@@ -19,7 +19,7 @@ def is_job() -> bool:
 
 
 def lines(findings: Findings) -> list[str]:
-    """Return the commands: one error per finding, one warning per undecided row; the last has the number of further ones."""
+    """Return the commands: one error per finding, one warning per undecided row; the last has the number of the rest."""
     failed, open_ = findings.of(VerdictKind.FAIL), findings.of(VerdictKind.NOT_RUN, VerdictKind.INCONCLUSIVE)
     found = _level("error", failed, [f"changed since its run: {what}" for what in findings.changed])
     return found + _level("warning", open_, [f"unreadable: {why}" for why in findings.unreadable])

@@ -15,7 +15,7 @@ _ORDER = (*_NOT_JUDGED, *(kind for kind in FindingKind if kind not in _NOT_JUDGE
 """A terminal shows the end, so that kinds that are judged come last."""
 _GROUPED = (FindingKind.ENVIRONMENT, FindingKind.ASSETS)
 _WORDS = ("what", "verdict")
-"""Columns that are aligned to the left, as is the first one."""
+"""Columns that are aligned to the left, like the first column."""
 
 
 def lines(findings: Findings, *, all_rows: bool = False, first: str = HEAD[0]) -> list[str]:

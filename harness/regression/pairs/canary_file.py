@@ -17,7 +17,7 @@ LAST = 200
 
 
 def add(path: Path, place: str, cell_id: str, log_ratios: Sequence[float]) -> None:
-    """Add a canary. place: the environment id of its Records, within which canaries are counted together."""
+    """Add a canary. place: the environment id of its Records, and canaries of one place are counted together."""
     facts = {"schema": SCHEMA, "at": store.now(), "place": place, "cell_id": cell_id, "log_ratios": list(log_ratios)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Revisions of another repository than the harness's: its packages, and the Cells that run them.
+"""Revisions of a repository other than the harness's: its packages, and the Cells that run them.
 
 Only the Python code of the plug-in's package is switched; each side must find compiled code and other packages itself.
 """
@@ -62,8 +62,8 @@ def find(folder: Path) -> ExternalRepo:
 def packages(label: str, code: Path, variables: Mapping[str, str]) -> frozenset[str]:
     """Return the packages of plug-ins that are imported from `code`.
 
-    label: names the side in messages. variables: environment of the processes that will run it. Raises HarnessError without
-    any package, since both sides would then run the installed one.
+    label: names the side in messages. variables: environment of the processes that will run it. Raises HarnessError if there
+    is no such package, since both sides would then run the installed package.
     """
     done = subprocess.run(
         [sys.executable, "-P", "-c", _PROBE, GROUP], env=dict(variables), capture_output=True, text=True, check=False,

@@ -23,7 +23,7 @@ class PairsRequest:
     out: Path | None = None
     """Folder for run folders and the document; None: a new one in results/runs."""
     repo: Path | None = None
-    """Checkout with the revisions `old` and `new`; None: the one of the harness, or `old` and `new` are implementations."""
+    """Checkout with the revisions `old` and `new`; None: the harness's checkout, or `old` and `new` are implementations."""
     device: str = "auto"
     cores: int | None = None
     """CPU cores for each side; None: one on a CPU, all on a GPU."""

@@ -62,22 +62,22 @@ class PairsRunner:
     """Old and new."""
     suite: Path
     folder: Path
-    """Gets one run folder per process."""
+    """Folder of the run folders, one per process."""
     design: Design
     seed: int
     options: Sequence[str] = ()
     """Further options of `peft-harness run`."""
     log: Callable[[str], None] = print
-    """Takes one line of progress per pair."""
+    """Prints a line of progress for each pair."""
     only: str = ""
     """The one metric to judge; empty: all."""
     found: list[Measured] = field(default_factory=list)
     """Results so far, also after an interruption."""
 
     def measure(self, pairs: Sequence[CellPair]) -> None:
-        """Run the first pairs of all Cells; then the planned fresh pairs for undecided Cells.
+        """Run the first pairs of all Cells, then the planned fresh pairs of undecided Cells.
 
-        A Cell with a side that does not end ok gets no further pairs: it is a finding already, or cannot be timed.
+        A Cell with a side that does not end ok gets no further pairs: such a Cell is a finding already, or cannot be timed.
         """
         self.found = [Measured(pair) for pair in pairs]
         for one in self.found:

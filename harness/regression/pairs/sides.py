@@ -25,7 +25,7 @@ from harness.suites.expand import Plan
 _PATIENCE_S = 15.0
 """Time for a terminated run to kill its worker and write its footer."""
 HERE = "."
-"""Name of the checkout as it stands, with uncommitted changes."""
+"""Name of the checkout with its uncommitted changes."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Side:
     """One side of a comparison."""
 
     label: str
-    """Names the side in sentences."""
+    """Name of the side in sentences."""
     code: Path | None = None
     """First entry of Python's path: a folder with another `harness`, or with a plug-in's package; None: as installed."""
     metadata: Path | None = None
-    """Folder with the revision's own entry points: the installed ones may name modules that it does not have."""
+    """Folder with the revision's own entry points: the installed entry points may name modules that the revision lacks."""
     implementation: str | None = None
     """Only Cells of this implementation run, if the sides are implementations."""
     packages: frozenset[str] | None = None
@@ -46,10 +46,10 @@ class Side:
 
 @dataclass(frozen=True)
 class CellPair:
-    """A Cell as each side runs it."""
+    """Two Cells to compare, one of each side."""
 
     name: str
-    """Common name of both."""
+    """Common name of both Cells."""
     old: Cell
     new: Cell
 
@@ -58,9 +58,10 @@ class CellPair:
 def opened(old: str, new: str, plan: Plan, repo: Path | None = None) -> Iterator[tuple[Side, Side]]:
     """Yield the two sides; revisions are checked out until the context ends.
 
-    old, new: implementations of the suite's Cells, or else revisions. repo: a folder in the checkout of a plug-in; the names
-    are then its revisions, and the harness is the running one. Raises UsageError for an unknown name, for an implementation
-    compared with a revision, and for a folder in no checkout; HarnessError if a revision has no package of a plug-in.
+    old, new: implementations of the suite's Cells, or else revisions. repo: a folder in the checkout of a plug-in; the
+    names are then revisions of the plug-in, and the harness is the running one. Raises UsageError for an unknown name,
+    for an implementation compared with a revision, and for a folder in no checkout; HarnessError if a revision has no
+    package of a plug-in.
     """
     if repo is not None:
         external = external_repo.find(repo)
@@ -169,7 +170,7 @@ def _ran(command: Sequence[str], variables: dict[str, str]) -> tuple[int | None,
 
 
 def _rest(cell: Cell) -> str:
-    """Return an id of all fields of a Cell but its implementation."""
+    """Return an id of all fields of a Cell except its implementation."""
     return cell.model_copy(update={"implementation": ""}).cell_id
 
 

@@ -12,7 +12,7 @@ _HEAD = ["Cell", "verdict", "old ms", "new ms", "change", "95 % interval", "adju
 
 
 def lines(judged: JudgedPairs) -> list[str]:
-    """Return the lines. finds: the smallest slow-down that the planned pairs find with 80 % power."""
+    """Return the lines. Column `finds`: the smallest slow-down that the planned pairs find with 80 % power."""
     rows = [_row(cell, metric, judged) for cell in judged.cells for metric in cell.timed or (STEP,)]
     found = [*align_columns([_HEAD, *rows], right=range(2, len(_HEAD)), indent=""), ""]
     untimed = [cell for cell in judged.cells if not cell.timed]

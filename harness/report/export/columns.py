@@ -54,7 +54,7 @@ class Column:
     """A column of a table."""
 
     name: str
-    """Name; one that ends in `.*` stands for many columns: `config.*` for every key of a method's config."""
+    """Name; a name that ends in `.*` stands for many columns: `config.*` for every key of a method's config."""
     dtype: str
     """The dtype in pandas."""
     unit: str
@@ -96,7 +96,7 @@ _KEY = (
 
 
 def _cells() -> tuple[Column, ...]:
-    """Return the columns of the table `cells`, with further metrics after the named ones."""
+    """Return the columns of the table `cells`, with further metrics after the named columns."""
     exported = {metric.column: _metric(metric) for metric in metrics.METRICS if metric.column}
 
     def measured(*names: str) -> tuple[Column, ...]:

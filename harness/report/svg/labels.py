@@ -53,7 +53,7 @@ def fitted(text: str, width: float) -> str:
 def place(
     points: Sequence[tuple[float, float]], texts: Sequence[str], bounds: Box, avoid: Sequence[Box] = ()
 ) -> list[Box | None]:
-    """Return a box for each text, near its point, which covers no dot and no other text; None if there is no room.
+    """Return a box near its point for each text, covering no dot and no other text; None if there is no room.
 
     avoid: boxes that texts cover only if there is no better place, e.g. interval bars.
     """
