@@ -1,9 +1,10 @@
-"""A product with a packed NF4 weight: for few tokens one launch decodes and multiplies; for many the weight is decoded first.
+"""A product with a packed NF4 weight: one launch that decodes and multiplies for few tokens, decoding first for many.
 
-With few tokens, reading the weight takes all the time, and NF4 makes it a quarter as long. With many tokens it is faster to
-decode once and let torch multiply. `crossover.json` has the number of tokens that separates the two. The fused kernel computes y^T = W x^T: decoded
-values go from registers into matrix instructions without passing through shared memory, and a tile may have as few as 16
-tokens. A byte holds two neighbours along D, so that a chunk is two products, one per parity of the columns.
+With few tokens, reading the weight takes nearly all the time, and NF4 makes it a quarter as long. With many tokens it is
+faster to decode once and let torch multiply. `crossover.json` has the number of tokens that separates the two. The fused
+kernel computes y^T = W x^T: decoded values go from registers into matrix instructions without passing through shared
+memory, and a tile may have as few as 16 tokens. A byte holds two neighbours along D, so that a chunk is two products, one
+per parity of the columns.
 """
 
 from __future__ import annotations

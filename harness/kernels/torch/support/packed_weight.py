@@ -67,10 +67,10 @@ class PackedWeight:
         return self._decoded(dtype, None)
 
     def in_buffer(self, dtype: torch.dtype) -> Tensor:
-        """Return the matrix in memory that this thread's next call overwrites: use it immediately.
+        """Return the decoded matrix (E, D) in memory that this thread's next call overwrites: use it immediately.
 
-        The buffer has the size of the largest matrix so far. On a GPU the memory is fresh, since torch's allocator caches it
-        and knows about streams.
+        The buffer has the size of the largest matrix so far. On a GPU the memory is fresh, since torch's allocator caches
+        memory and knows about streams.
         """
         on_cpu = self.packed.device.type == "cpu"
         return self._decoded(dtype, _own.buffers.take(prod(self.shape), dtype) if on_cpu else None)

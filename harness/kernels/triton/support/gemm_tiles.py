@@ -65,7 +65,7 @@ def gemm_tile(M: int, N: int, dtype: torch.dtype, device: torch.device, *, crowd
 
 
 def rank_block(R: int) -> int:
-    """Return the ranks per iteration: a small rank R, rounded up to the size of a matrix instruction, or a part of it."""
+    """Return the ranks per iteration: R rounded up to a power of two, from 16 (for matrix instructions) to 64."""
     return min(max(16, 1 << (R - 1).bit_length()), 64)
 
 
