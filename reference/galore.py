@@ -163,8 +163,8 @@ def projector(G: Tensor, rank: int, side: str = "std", niter: int = 0, old: Proj
     """Return the first `rank` singular vectors of G on the sides that `side` selects, in G's dtype.
 
     G = U S V^T; P = U[:, :r], Q = V[:, :r]  (eqs. 12 and 13). The signs of singular vectors are arbitrary; they cancel in
-    the update, where P and Q occur twice. niter: 0 for the exact SVD, else subspace iterations of a randomised SVD that starts
-    from `old`. Raises ValueError if G is not finite.
+    the update, where P and Q occur twice. niter: 0 for the exact SVD, else the number of subspace iterations of a randomised
+    SVD that starts from `old`. Raises ValueError if G is not finite.
     """
     if not G.isfinite().all():
         raise ValueError(

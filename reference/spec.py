@@ -1,7 +1,7 @@
 """Facts about a reference that the harness reads from its source, without torch.
 
-The file of a Method has one `SPEC = ReferenceSpec(...)`. `harness.methods.spec` evaluates it from the syntax tree, so that it
-may contain only literals. The file of an Operation has a `SPEC` for its readers.
+The file of a Method has one `SPEC = ReferenceSpec(...)` of literals only, since `harness.methods.spec` evaluates it from
+the syntax tree. The file of an Operation has a `SPEC` for its readers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """NF4: the 4-bit NormalFloat of QLoRA. Dettmers et al., NeurIPS 2023, arXiv:2305.14314. An Operation, not a Method.
 
-A tensor is split into blocks of consecutive elements of its flattened form; each block is divided by its largest
-magnitude (absmax, float32) and rounded to the nearest of 16 levels. Two 4-bit codes share a byte.
+A flattened tensor is split into blocks of consecutive elements. Each block is divided by its largest magnitude (absmax,
+float32) and rounded to the nearest of 16 levels. Two 4-bit codes share a byte.
 """
 
 from __future__ import annotations

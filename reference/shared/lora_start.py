@@ -1,8 +1,9 @@
 """Initial A and B of LoRA, selected by `init` in its Config. Not a Method.
 
-kaiming: A is uniform in +-1/sqrt(in), B is zero, as by default in loralib and HF peft. gaussian: A is normal, B is zero, as in
-the paper (arXiv:2106.09685, section 4.1), which states no standard deviation; ours is 1/r, as in HF peft. orthogonal: neither
-is zero, but B A is (HF peft's `init_lora_weights="orthogonal"`, after datta0.github.io/posts/rethink-lora-init).
+kaiming: A is uniform in +-1/sqrt(in), B is zero: the default of loralib and HF peft. gaussian: A is normal, B is zero, as
+in the paper (arXiv:2106.09685, section 4.1). The paper states no standard deviation; ours is 1/r, as in HF peft.
+orthogonal: neither is zero, but B A is (`init_lora_weights="orthogonal"` of HF peft, after
+datta0.github.io/posts/rethink-lora-init).
 """
 
 from __future__ import annotations

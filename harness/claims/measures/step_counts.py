@@ -42,8 +42,9 @@ def training_operations(
 def time_more_by_operations(of: Count, than: Count) -> MeasureResult:
     """Relative increase in time of `of` over `than`, if time is proportional to operations. of, than: operations.
 
-    The range begins at 0, for work that both share, and ends at the increase in operations. The range is no bound: it
-    does not include an optimizer's step, norms, dequantisation and communication, and no time is measured.
+    The result is a range: 0 if all time is spent on other work that both share, and the increase in operations if matrix
+    products take all the time. The range is no bound: an optimizer's step, norms, dequantisation and communication are not
+    included, and no time is measured.
     """
     more = of / than - 1
     ends = sorted((Fraction(0), more))

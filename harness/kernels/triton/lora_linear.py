@@ -1,7 +1,7 @@
 """LoRA's linear layer on a GPU: the update is added in the accumulator of the frozen product, forward and backward.
 
-Compared with the frozen layer, the forward pass reads x once more, and the backward pass reads x and dy twice more. Apart
-from y, no tensor of y's size is written. S = (x mask) A^T, tokens x rank, is saved for the backward pass.
+Compared with the frozen layer, the forward pass reads x once more, and the backward pass reads x once and dy twice more.
+Apart from y, no tensor of y's size is written. S = (x mask) A^T, tokens x rank, is saved for the backward pass.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def lora_linear(
     """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E). LoRA, arXiv:2106.09685, eq. 3.
 
     x (..., D), W (E, D), bias (E,) or None, A (R, D), B (E, R), mask like x, 0 or 1 / (1 - p), or None: of one dtype,
-    float32, bfloat16 or float16. Differentiable once, in x, A and B. Raises ValueError for wrong shapes or dtypes, and if
-    W or bias requires a gradient.
+    float32, bfloat16 or float16. The result is differentiable once, in x, A and B. Raises ValueError for wrong shapes
+    or dtypes, and if W or bias requires a gradient.
     """
     checked(x, W, A, B, mask, bias=bias)
     y: Tensor = _LoraLinear.apply(matrix(x), W, contiguous(bias), A, B, scaling, matrix(mask))

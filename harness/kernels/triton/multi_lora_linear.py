@@ -136,9 +136,10 @@ def multi_lora_linear(
 ) -> Tensor:
     """Return x W^T + s_i x A_i^T B_i^T with i = ids[n] for each of N sequences, or only the first term if ids[n] is -1.
 
-    x (N, ..., D), W (E, D), As[i] (R_i, D), Bs[i] (E, R_i), all of one dtype of float32, bfloat16 and float16.
-    Differentiable once, in x, W, As and Bs; the gradient of an unused adapter is zero. Raises ValueError for wrong shapes
-    or dtypes, and for an id that is neither -1 nor an adapter; a wrong id on a GPU fails at the next synchronisation.
+    x (N, ..., D), W (E, D), As[i] (R_i, D), Bs[i] (E, R_i), all of one dtype of float32, bfloat16 and float16. The
+    result is differentiable once, in x, W, As and Bs; the gradient of an unused adapter is zero. Raises ValueError for
+    wrong shapes or dtypes, and for an id that is neither -1 nor an adapter; a wrong id on a GPU fails at the next
+    synchronisation.
     """
     count = len(As)
     if not count == len(Bs) == len(scalings):

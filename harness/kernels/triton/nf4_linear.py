@@ -139,10 +139,10 @@ def nf4_linear(
 ) -> Tensor:
     """Return x W^T + bias, shape (..., E), for x (..., D) and W (E, D) packed as `nf4.quantize` does, cast to x's dtype.
 
-    Sums in float32. Twice differentiable in x and bias; the backward pass decodes the weight again. The decoded weight is
-    in fresh memory: unlike a buffer held here, torch's allocator knows the stream that uses the memory, and reserves it for
-    a CUDA graph that is being captured. training: ignored. Raises ValueError for a block that is not a power of two of at
-    least 32, and if the length of `packed` or `absmax` does not fit `shape`.
+    Sums in float32. The result is twice differentiable in x and bias; the backward pass decodes the weight again. The
+    decoded weight is in fresh memory: unlike a buffer held here, torch's allocator knows the stream that uses the
+    memory, and reserves it for a CUDA graph that is being captured. training: ignored. Raises ValueError for a block
+    that is not a power of two of at least 32, and if the length of `packed` or `absmax` does not fit `shape`.
     """
     check_sizes(packed, absmax, block, shape)
     E, D = shape

@@ -217,7 +217,7 @@ class Paged(torch.optim.Optimizer):
         slot.free = lane.mark()
 
     def _evict(self, p: Tensor) -> None:
-        """Move to the host those large states of p that are on the device outside of slots."""
+        """Move the large states of p to the host. None of them may be in a slot."""
         large = _large(self.state[p])
         self._resident.pop(p, None)
         self.peak = max(self.peak, self.resident + bytes_of(large))

@@ -146,7 +146,10 @@ def _context(x: Tensor) -> tuple[Any, ...]:
 
 
 def _state(layer: SharedInputLayer) -> tuple[Any, ...] | None:
-    """Return the state of a layer: its tensors with version, address and requires_grad; None if one has no version."""
+    """Return the state of a layer: its scaling, whether its base is plain, and its tensors; None if one has no version.
+
+    Each tensor comes with its version, address and requires_grad.
+    """
     base = layer.base
     tensors = [
         (t, (t._version, t.data_ptr(), t.requires_grad)) if not t.is_inference() else None

@@ -68,8 +68,8 @@ def low_rank_gemm(
     """Return gain * ((left * left_scale) @ right + term_mask * (scale S @ T) * term_scale) + bias, shape (M, N).
 
     left (M, K), right (K, N), S (M, R), T (R, N), term_mask (M, N), all of one dtype, with any strides; contiguous
-    vectors: term_scale, gain, bias (N,), left_scale (K,). Summed in float32 and rounded once. product: a contiguous (M, N)
-    output for the value before the gain.
+    vectors: term_scale, gain, bias (N,), left_scale (K,). The sum is in float32 and rounded once. product: a contiguous
+    (M, N) output for the value before the gain.
     """
     M, N = len(left), right.shape[1]
     out = torch.empty((M, N), dtype=left.dtype, device=left.device)
