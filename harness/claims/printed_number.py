@@ -46,11 +46,11 @@ class Printed:
 
     text: str
     number: Fraction
-    """In base units (1, byte, second)."""
+    """The figure in base units (1, byte, second)."""
     last: Fraction
     """One unit of the last digit, in base units."""
     unit: str
-    """As printed."""
+    """The unit as printed; empty without a unit."""
     relation: str = ""
     """The relation that our number must have to the figure (`<`, `<=`, `>`, `>=`), if any."""
     dimension: Dimension = "number"
@@ -61,7 +61,7 @@ class Rounding:
     """The rule by which a computed number agrees with a printed figure."""
 
     rule: Literal["nearest", "cut", "magnitude", "about"] = "nearest"
-    """`cut`: digits dropped; `magnitude`: the same power of ten; `about`: within a share."""
+    """`cut`: the figure drops further digits; `magnitude`: only the power of ten counts; `about`: within a share."""
     within: Fraction = Fraction(0)
     """Largest difference for `about`, as a share of the printed figure."""
 
@@ -117,7 +117,7 @@ def exact(written: Any) -> Fraction | None:
 
 
 def shortly(written: Any) -> str:
-    """Return a value as text for a message, shortened."""
+    """Return a value as a shortened text for a message."""
     text = repr(written)
     return text if len(text) <= _QUOTED else f"{text[: _QUOTED - 4]} ..."
 

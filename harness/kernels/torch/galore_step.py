@@ -1,6 +1,6 @@
 """One step of GaLore (Zhao et al., arXiv:2403.03507): AdamW in a subspace, with one temporary of the subspace's size.
 
-    R = P^T G Q                                   one product (two if both sides are projected)
+    R = P^T G Q                                   one product (two products if both sides are projected)
     -N = one step of AdamW from 0 with lr 1       torch's fused kernel: R, M and V are read once
     W = (1 - lr decay) (W - lr scale P N Q^T)     one product that accumulates in W's memory
 

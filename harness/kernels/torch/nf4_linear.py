@@ -36,7 +36,7 @@ class _Product(torch.autograd.Function):
 
 
 def product(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
-    """Return x W^T + bias (T, E) for x (T, D), or x W (T, D) for x (T, E) if `transposed`. Differentiable in x and bias."""
+    """Return x W^T + bias (T, E) for x (T, D), or if `transposed` x W (T, D) for x (T, E), with gradients of x and bias."""
     y: Tensor = _Product.apply(x, bias, weight, transposed)
     return y
 

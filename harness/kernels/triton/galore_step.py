@@ -1,7 +1,8 @@
 """One step of GaLore in a given subspace (arXiv:2403.03507, algorithm 2): project, Adam on the small matrix, project back.
 
-cuBLAS projects: no kernel in published measurements is faster. Adam is one elementwise pass over R. The projection back is
-one product. Its epilogue subtracts from W, decays W and rounds once, so that the full-size update is never stored.
+cuBLAS projects, since no kernel in published measurements is faster. Adam is one elementwise pass over R. The
+projection back is one product. Its epilogue subtracts from W, decays W and rounds once, so that the full-size update is
+never stored.
 """
 
 from __future__ import annotations

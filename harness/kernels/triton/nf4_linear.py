@@ -139,9 +139,9 @@ def nf4_linear(
 ) -> Tensor:
     """Return x W^T + bias, shape (..., E), for x (..., D) and W (E, D) packed as `nf4.quantize` does, cast to x's dtype.
 
-    Sums in float32. The result is twice differentiable in x and bias; the backward pass decodes the weight again. The
-    decoded weight is in fresh memory: unlike a buffer held here, torch's allocator knows the stream that uses the
-    memory, and reserves it for a CUDA graph that is being captured. training: ignored. Raises ValueError for a block
+    The sum is in float32. The result is twice differentiable in x and bias; the backward pass decodes the weight again.
+    The decoded weight is in fresh memory and not in a buffer: torch's allocator knows which stream uses the memory, and
+    reserves the memory for a CUDA graph that is being captured. training: ignored. Raises ValueError for a block
     that is not a power of two of at least 32, and if the length of `packed` or `absmax` does not fit `shape`.
     """
     check_sizes(packed, absmax, block, shape)

@@ -1,7 +1,7 @@
 """Grouped kernels of several LoRA adapters: each sequence finds its adapter by its id in a table of addresses.
 
 `shrink` sums over features, S = s x A^T or s dy B; `expand` adds S B^T or S A to the product with W, which cuBLAS computes;
-`outer` sums over tokens, S^T x or S^T dy. The host neither waits nor sorts. No atomics: each sum has a fixed order.
+`outer` sums over tokens, S^T x or S^T dy. The host neither waits nor sorts. Each sum has a fixed order, without atomics.
 """
 
 from __future__ import annotations
