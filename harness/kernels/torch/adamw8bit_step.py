@@ -19,7 +19,7 @@ from harness.kernels.torch.dynamic_quantize import CHUNK, decode, encode, tables
 BLOCK = 256
 """Elements per absmax."""
 MIN_8BIT_SIZE = 4096
-"""Elements from which moments are 8-bit."""
+"""Least number of elements of a tensor with 8-bit moments."""
 
 
 def init_state(p: Tensor, min_8bit_size: int = MIN_8BIT_SIZE) -> dict[str, Tensor]:
