@@ -159,7 +159,7 @@ def importance(I_bar: Tensor, U_bar: Tensor) -> Tensor:
 
 
 def triplet_scores(s_A: Tensor, s_E: Tensor, s_B: Tensor) -> Tensor:
-    """Return S (R,): s of each lambda, plus the mean of s over its column of P and over its row of Q (eq. 7).
+    """Return S (R,): for each triplet, s of lambda plus the mean s of its column of P and of its row of Q (eq. 7).
 
     s_A (R, D), s_E (R, 1), s_B (E, R): the importance of every weight.
     """
@@ -167,9 +167,9 @@ def triplet_scores(s_A: Tensor, s_E: Tensor, s_B: Tensor) -> Tensor:
 
 
 def budget(step: int, config: Config, layers: int) -> int:
-    """Return b(t): how many triplets of `layers` adapted layers together may keep their lambda after step t (eq. 12).
+    """Return b(t), the number of triplets in `layers` adapted layers that may keep their lambda after step t (eq. 12).
 
-    rank * layers up to tinit, then falling as a cube, target_rank * layers from total_steps - tfinal on.
+    The budget is rank * layers up to tinit, then falls as a cube, and is target_rank * layers from total_steps - tfinal on.
     """
     start, target = config.rank * layers, config.target_rank * layers
     end = config.total_steps - config.tfinal
@@ -182,7 +182,7 @@ def budget(step: int, config: Config, layers: int) -> int:
 
 
 def largest_mask(scores: Tensor, count: int) -> Tensor:
-    """Return a mask (N,), True at the `count` largest of `scores` (N,); ties go to the first (eq. 6)."""
+    """Return a mask (N,), True at the `count` largest `scores` (N,); the first of equal scores wins (eq. 6)."""
     order = torch.sort(scores, descending=True, stable=True).indices
     mask = torch.zeros_like(scores, dtype=torch.bool)
     mask[order[:count]] = True
@@ -223,13 +223,13 @@ class AdaLoraLinear(AdaptedLayer):
         return {"A": self.A, "E": self.E, "B": self.B}
 
     def state(self) -> dict[str, Tensor]:
-        """Map exp_avg_ipt_<tensor> to I_bar, exp_avg_unc_<tensor> to U_bar, `mask` (R, 1) to the last pruning's mask."""
+        """Map exp_avg_ipt_<tensor> to I_bar, exp_avg_unc_<tensor> to U_bar, and `mask` to the last pruning's mask (R, 1)."""
         averages = {f"{kind}_{n}": self.get_buffer(f"{kind}_{n}") for kind in _AVERAGES for n in self.tensors()}
         return averages | {"mask": self.get_buffer("mask")}
 
     @torch.no_grad()
     def observe(self, beta1: float, beta2: float) -> None:
-        """Update I_bar and U_bar of every weight (eqs. 8 to 10). A weight without a gradient has I = 0."""
+        """Update I_bar and U_bar of every weight (eqs. 8 to 10). A weight without a gradient gets I = 0."""
         for name, w in self.tensors().items():
             I_bar, U_bar = self.get_buffer(f"exp_avg_ipt_{name}"), self.get_buffer(f"exp_avg_unc_{name}")
             grad = torch.zeros_like(w) if w.grad is None else w.grad
@@ -259,7 +259,7 @@ class AdaLoraAdapted(AdaptedLayers):
         self.config, self.adalora = config, dict(layers)
 
     def regularizer(self) -> Tensor | None:
-        """Return gamma R(P, Q) over all layers (eq. 4 and the objective above it), or None where gamma is 0."""
+        """Return gamma R(P, Q) over all layers (eq. 4 and the objective above it), or None if gamma is 0."""
         if self.config.orthogonality == 0:
             return None
         return self.config.orthogonality * orthogonality(list(self.adalora.values()), self.config.regularization)
@@ -267,8 +267,8 @@ class AdaLoraAdapted(AdaptedLayers):
     def after_step(self, step: int) -> None:
         """Score the weights and prune to b(step) every delta_t steps. Call after optimizer step `step`, before zero_grad.
 
-        `step` counts from 1. Scores are updated until total_steps - tfinal. Every delta_t-th step after tinit prunes; a
-        pruned lambda may grow back until the next pruning. The mask of step total_steps - tfinal stays until the end.
+        `step` counts from 1. The averages are updated until total_steps - tfinal. Every delta_t-th step after tinit prunes;
+        a pruned lambda may grow again until the next pruning. The mask of step total_steps - tfinal stays until the end.
         """
         config, layers = self.config, list(self.adalora.values())
         end = config.total_steps - config.tfinal
@@ -296,7 +296,7 @@ class AdaLoraAdapted(AdaptedLayers):
 def orthogonality(layers: list[AdaLoraLinear], form: str) -> Tensor:
     """Return R(P, Q) over `layers`, a scalar with a graph.
 
-    squared-sum: the sum of ||P^T P - I||^2 and ||Q Q^T - I||^2 (Frobenius, eq. 4). mean-norm: the mean of the norms.
+    squared-sum: the sum of all ||P^T P - I||^2 and ||Q Q^T - I||^2 (Frobenius, eq. 4). mean-norm: the mean of these norms.
     """
     grams = [gram for layer in layers for gram in (layer.B.T @ layer.B, layer.A @ layer.A.T)]
     gaps = [gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device) for gram in grams]
@@ -306,7 +306,7 @@ def orthogonality(layers: list[AdaLoraLinear], form: str) -> Tensor:
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaLoraAdapted:
-    """Freeze `model` and wrap every target in an AdaLoraLinear; A, then B, are N(0, 0.02^2) from `generator`, E is 0.
+    """Freeze `model` and wrap every target in an AdaLoraLinear; A, then B, is drawn from N(0, 0.02^2), and E is 0.
 
     Raises ValueError if a target names no linear layer, or if the ranks or the schedule are inconsistent.
     """

@@ -86,16 +86,16 @@ class Config:
 
 
 def norms(V_ED: Tensor, per: str = "output") -> Tensor:
-    """Return the Euclidean norms of a weight (E, D): (E,) of its rows for `output`, (D,) of its columns for `input`.
+    """Return the Euclidean norms of a weight (E, D): of its rows, (E,), for `output`; of its columns, (D,), for `input`.
 
-    Where the entries are so small that their squares vanish, the norm is 0.
+    If the entries are so small that their squares vanish, the norm is 0.
     """
     norm: Tensor = torch.linalg.vector_norm(V_ED, dim=1 if per == "output" else 0)
     return norm
 
 
 def gain(m: Tensor, norm: Tensor) -> Tensor:
-    """Return g = m / norm, and 0 where the norm is 0; exactly 1 where the two are equal and not 0."""
+    """Return g = m / norm, and 0 where the norm is 0. Where m equals the norm, and is not 0, g is exactly 1."""
     some = norm > 0
     return torch.where(some, m, 0.0) / torch.where(some, norm, 1.0)
 
@@ -103,7 +103,7 @@ def gain(m: Tensor, norm: Tensor) -> Tensor:
 class DoraLinear(LowRankLayer):
     """A linear layer (..., D) -> (..., E) with the weight m V' / ||V'||, V' = W0 + s B A.
 
-    A (R, D), B (E, R), m (E,), or (D,) with one magnitude per input. The bias is the base's and is not scaled. `base` is an
+    A (R, D), B (E, R), m (E,), or m (D,) with one magnitude per input. The base's bias is added unscaled. `base` is an
     nn.Linear or a quantised subclass.
     """
 
@@ -122,8 +122,8 @@ class DoraLinear(LowRankLayer):
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return W' x + b = W0 x + b + (g - 1) W0 x + g s B A x with g = m / ||W0 + s B A||, shape (..., E).
 
-        Written as an addition to the base's output, as in both codes: the start is the base's output to the last bit, and
-        dropout can spare W0 x. With one magnitude per input, g multiplies the features of x instead.
+        The result is the base's output plus further terms, as in the authors' code and HF peft: the initial output is the
+        base's to the last bit, and dropout can spare W0 x. With one magnitude per input, g multiplies the features of x.
         """
         W0_ED = dense_weight(self.base)
         norm = norms(self.direction(W0_ED), self.per)
@@ -141,7 +141,7 @@ class DoraLinear(LowRankLayer):
         return {**super().tensors(), "m": self.m}
 
     def merged(self) -> nn.Linear:
-        """Return a linear layer with the weight W'; its rows (columns, if per input) have the norms |m|."""
+        """Return a linear layer with the weight W'. Its rows (with one magnitude per input: its columns) have norm |m|."""
         dense = dense_copy(self.base)
         with torch.no_grad():
             V_ED = self.direction(dense.weight)

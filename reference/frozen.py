@@ -24,15 +24,15 @@ class FrozenWeightsModel(AdaptedModel):
     """A model as it was loaded."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return nothing: nothing trains, also where the caller trains a head."""
+        """Return an empty mapping, since the Method trains nothing, even if the caller trains a head."""
         return {}
 
     def parameters(self) -> list[nn.Parameter]:
-        """Return nothing: nothing trains."""
+        """Return an empty list, since the Method trains nothing."""
         return []
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> FrozenWeightsModel:
-    """Freeze `model`."""
+    """Freeze `model`; nothing is drawn."""
     model.requires_grad_(False)
     return FrozenWeightsModel(model, linear_layers(model))

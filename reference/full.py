@@ -34,6 +34,6 @@ class FullModel(AdaptedModel):
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> FullModel:
-    """Let every parameter of `model` train."""
+    """Make every parameter of `model` trainable; nothing is drawn."""
     model.requires_grad_(True)
     return FullModel(model, linear_layers(model))

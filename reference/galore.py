@@ -162,9 +162,9 @@ def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
 def projector(G: Tensor, rank: int, side: str = "std", niter: int = 0, old: Projector | None = None) -> Projector:
     """Return the first `rank` singular vectors of G on the sides that `side` selects, in G's dtype.
 
-    G = U S V^T; P = U[:, :r], Q = V[:, :r]  (eqs. 12 and 13). The sign of a singular vector is arbitrary; it cancels in the
-    update, where P and Q occur twice. niter: 0 for the exact SVD, else subspace iterations of a randomised SVD that starts
-    from `old`. Raises ValueError if G is not finite.
+    G = U S V^T; P = U[:, :r], Q = V[:, :r]  (eqs. 12 and 13). The signs of singular vectors are arbitrary; they cancel in
+    the update, where P and Q occur twice. niter: 0 for the exact SVD, else the number of subspace iterations of a randomised
+    SVD that starts from `old`. Raises ValueError if G is not finite.
     """
     if not G.isfinite().all():
         raise ValueError(
@@ -203,7 +203,7 @@ def project(G: Tensor, basis: Projector) -> Tensor:
 
 
 def project_back(N: Tensor, basis: Projector) -> Tensor:
-    """Return P N Q^T, shape (m, n); alpha is not in it."""
+    """Return P N Q^T, shape (m, n), without the factor alpha."""
     full = N if basis.P is None else basis.P @ N
     return full if basis.Q is None else full @ basis.Q.T
 
@@ -250,9 +250,9 @@ def galore_step(
 ) -> None:
     """Take one step of W (m, n) with the gradient G (m, n); W and `state` change in place.
 
-    rank 0: no projection, plain Adam, any shape. state: empty before the first step; then step (int, steps taken), M and V
-    (`galore_moments.zeros`), P and/or Q. The projector is recomputed at steps 1, T + 1, 2 T + 1, ... given: the projector
-    to use there instead, so that two programs can be compared in one subspace.
+    rank 0 means plain Adam for any shape, without a projection. state: empty before the first step; then step (int, number
+    of steps), M and V (`galore_moments.zeros`), P and/or Q. Steps 1, T + 1, 2 T + 1 and so on compute a new projector.
+    given: a projector to use there instead, so that two programs can be compared in one subspace.
     """
     if rank and state.get("step", 0) % update_gap == 0:
         fresh = given or projector(G, rank, side, niter, Projector(state.get("P"), state.get("Q")))
@@ -265,14 +265,17 @@ def galore_step(
 
 
 def state_elements(m: int, n: int, rank: int, side: str = "std") -> int:
-    """Count the elements of an (m, n) weight's state: projector and two moments; mr + 2nr on the left (table 1)."""
+    """Return the number of elements in the state of an (m, n) weight: projector and two moments.
+
+    With a left projector this is mr + 2nr (table 1).
+    """
     r = min(rank, m, n)
     left, right = sides(m, n, side)
     return r * (m * left + n * right) + 2 * (r if left else m) * (r if right else n)
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Raise ValueError for an option of a group that is out of range, and for a projected parameter that is no matrix."""
+    """Raise ValueError if an option of a group is out of range, or if a projected parameter is no matrix."""
     for name, least in (("rank", 0), ("update_gap", 1), ("niter", 0)):
         if not isinstance(group[name], Integral) or group[name] < least:
             raise ValueError(f"GaLore: {name} must be an integer of at least {least}, got {group[name]!r}")
@@ -294,10 +297,10 @@ def check_group(group: dict[str, Any]) -> None:
 
 
 class GaLore(torch.optim.Optimizer):
-    """Adam in a subspace for groups with a `rank`, plain Adam for groups without; the state is tensors and a count only.
+    """Adam in a subspace for groups with a `rank`, plain Adam for other groups. The state has only tensors and a count.
 
     Options of a group: rank, update_gap, scale, side, niter, lr, weight_decay, beta1, beta2, eps, bits. With bits=8, moments
-    of at least 4096 elements are codes, projected or not; smaller ones are float32.
+    of at least 4096 elements are codes, projected or not; smaller moments are float32.
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, eps: float = 1e-6) -> None:
@@ -309,8 +312,8 @@ class GaLore(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group. A parameter of another group moves to it, so that a head may have its own learning rate.
 
-        Raises ValueError, and changes nothing, for an option out of range, or for a parameter that is no matrix in a group
-        with a rank.
+        Raises ValueError, and changes nothing, if an option is out of range, or if a group with a rank has a parameter that
+        is no matrix.
         """
         given = param_group["params"]
         param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
@@ -356,7 +359,7 @@ class GaLoreModel(AdaptedModel):
         self.config = config
 
     def optimizer(self, lr: float, weight_decay: float, bits: int = 32) -> GaLore:
-        """Return GaLore for the targets' weights, plain Adam for other trainable ones. bits: of moments, 8 or 32."""
+        """Return GaLore for the targets' weights, with plain Adam for other parameters. bits: of the moments, 8 or 32."""
         c = self.config
         betas = {"beta1": c.beta1, "beta2": c.beta2, "bits": bits}
         low = {"rank": c.rank, "update_gap": c.update_gap, "scale": c.scale, "side": c.side, "niter": c.niter}
@@ -370,7 +373,7 @@ class GaLoreModel(AdaptedModel):
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> GaLoreModel:
     """Make the targets' weights trainable, and every other parameter if `train_rest`; nothing is drawn.
 
-    Raises ValueError if a target names no linear layer, or one with a packed weight (4 bits), which has no gradient.
+    Raises ValueError if a target names no linear layer, or a layer with a packed weight (4 bits), which has no gradient.
     """
     layers = targets(model, config.targets)
     for path, layer in layers.items():

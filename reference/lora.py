@@ -114,7 +114,7 @@ class Config:
 
     @property
     def scaling(self) -> float:
-        """Factor of B A: alpha / r (section 4.1), or alpha / sqrt(r) with rslora."""
+        """The factor of B A: alpha / r (section 4.1), or alpha / sqrt(r) with rslora."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
@@ -140,8 +140,8 @@ class LoraLinear(LowRankLayer):
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
     """Freeze `model` and wrap every target in a LoRA layer. The layers draw from `generator` in the order of their paths.
 
-    Raises ValueError, and leaves the model unchanged, if a target names no layer, or one that LoRA cannot adapt
-    with this config.
+    Raises ValueError, and leaves the model unchanged, if a target names no layer, or a layer that LoRA cannot adapt with
+    this config.
     """
     layers: dict[str, AdaptedLayer] = {}
     for path, base in targets(model, config.targets, KINDS).items():

@@ -111,7 +111,7 @@ def exact_svd(W_ED: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fast_svd(W_ED: Tensor, rank: int, niter: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Return an approximate (U (E, R), S (R,), Vt (R, D)), with LAPACK's signs."""
+    """Return approximations of (U (E, R), S (R,), Vt (R, D)) by a randomised SVD, with LAPACK's signs."""
     return randomised_svd(W_ED, sketch(W_ED, rank, generator), niter)
 
 
@@ -132,7 +132,7 @@ def split(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (A (R, D), B (E, R), residual (E, D)) in `dtype`, with residual + (alpha / r) B A = W (eqs. 2 to 4).
 
-    The SVD and the subtraction run in float32, or in float64 for a float64 W. `generator` is drawn from if niter > 0.
+    The SVD and the subtraction run in float32, or in float64 for a float64 W. If niter > 0, the sketch uses `generator`.
     """
     W = W_ED.to(torch.promote_types(W_ED.dtype, torch.float32))
     scaling = config.alpha / config.rank
@@ -151,8 +151,8 @@ def split(
 def to_lora(A0: Tensor, B0: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Return (A' (2R, D), B' (E, 2R)): a LoRA on the original weight that is equal to a PiSSA (appendix).
 
-    A0 (R, D), B0 (E, R): initial factors; A, B: trained ones. W + s B' A' = W_res + s B A with the same s: LoRA's rank is
-    2R, so its alpha is twice PiSSA's.
+    A0 (R, D), B0 (E, R): initial factors; A, B: trained factors. W + s B' A' = W_res + s B A with the same s. Since the LoRA
+    has rank 2R, its alpha is twice that of the PiSSA.
     """
     # W = W_res + s B0 A0, so W_res + s B A = W + s (B A - B0 A0) = W + s [B, -B0] [A; A0].
     return torch.cat([A, A0], dim=0), torch.cat([B, -B0], dim=1)
@@ -209,7 +209,7 @@ class PissaEmbedding(AdaptedLayer):
         return y_TE
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Map LoRA's letters to what trains."""
+        """Map LoRA's letters to the trainable parameters."""
         return self.adapted.tensors()
 
     def state(self) -> dict[str, Tensor]:
@@ -226,8 +226,8 @@ def attach(
 ) -> AdaptedLayers:
     """Freeze `model` and replace every target by a PissaLinear or a PissaEmbedding, in order of the paths.
 
-    split: another implementation of `split`, for a faster start. Raises ValueError if a target names no such layer, or if
-    rank exceeds the smaller side of a target's weight.
+    split: another implementation of `split`, for a faster start. Raises ValueError if a target names no linear layer or
+    embedding, or if the rank exceeds the smaller side of a target's weight.
     """
     found = targets(model, config.targets, ("linear", "embedding"))
     for path, base in found.items():

@@ -150,7 +150,7 @@ class QloraLinear(LowRankLayer):
         return y_TE
 
     def state(self) -> dict[str, Tensor]:
-        """Map names to the 4-bit weight: codes and absmax, and with double quantisation absmax2 and offset."""
+        """Map names to the tensors of the 4-bit weight: codes, absmax, and with double quantisation absmax2 and offset."""
         names = ("codes", "absmax", "absmax2", "offset") if self.two_levels else ("codes", "absmax")
         return {name: getattr(self, name) for name in names}
 
@@ -165,8 +165,8 @@ class QloraLinear(LowRankLayer):
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
     """Freeze `model` and replace every target by a QloraLinear; A is drawn as LoRA's, in order of the paths.
 
-    A packed target is decoded and quantised again. Unlike with LoRA, the initial output differs from the base model's, by
-    the quantisation error. Raises ValueError if a target names no linear layer.
+    A packed target is decoded and quantised again. Unlike with LoRA, the initial output differs from the output of the base
+    model, by the quantisation error. Raises ValueError if a target names no linear layer.
     """
     model.requires_grad_(False)
     layers = {}

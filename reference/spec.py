@@ -1,7 +1,7 @@
 """Facts about a reference that the harness reads from its source, without torch.
 
-Every file of a Method has one `SPEC = ReferenceSpec(...)` of literals only: `harness.methods.spec` evaluates it from the
-syntax tree. References of Operations have one for their readers.
+The file of a Method has one `SPEC = ReferenceSpec(...)` of literals only, since `harness.methods.spec` evaluates it from
+the syntax tree. The file of an Operation has a `SPEC` for its readers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Deviation:
     topic: str
     """Subject of the difference, a few words."""
     paper: str
-    """Statement of the paper; in an Implementation, the reference's computation."""
+    """Statement of the paper; for a deviation of an Implementation, the computation of the reference."""
     here: str
     """Behaviour of this code."""
     why: str

@@ -17,19 +17,19 @@ from harness.yaml_lines import Document, KeyPath
 
 
 class Arguments:
-    """Checks of one file; errors are appended to `problems`."""
+    """Checks the measures of one file, and appends errors to `problems`."""
 
     def __init__(self, document: Document, problems: list[Problem]) -> None:
         self.document, self.problems = document, problems
 
     def problem(self, way: KeyPath, what: str, hint: str) -> None:
-        """Add a problem, once if several claims share it."""
+        """Add a problem, but only once if several claims share it."""
         one = Problem(self.document.where(*way), what, hint)
         if one not in self.problems:
             self.problems.append(one)
 
     def measure(self, name: str | None, way: KeyPath) -> Measure | None:
-        """Return the measure that is named at `way`, or the closest one to a misspelt name."""
+        """Return the measure `name`; for a misspelt name add a problem, and return the closest measure, if any."""
         if name and name not in measures():
             self.problem(way, f"unknown measure `{name}`", did_you_mean(name, measures()))
             name = closest_match(name, measures())
@@ -38,7 +38,10 @@ class Arguments:
     def request(
         self, measure: Measure, arguments: Mapping[str, Any], at: KeyPath, also: list[KeyPath]
     ) -> MeasureRequest | None:
-        """Check the arguments of a measure. also: further places of a key, since a row inherits those of its table."""
+        """Return the request of a measure, or None if its arguments have problems, which are added.
+
+        at: place of the arguments. also: further places of a key, since a row inherits the keys of its table.
+        """
         before = len(self.problems)
         plain = {key: value for key, value in arguments.items() if key not in measure.nested}
         nested = {

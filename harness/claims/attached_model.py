@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Shapes of tensors, by name."""
+"""Tensor name -> shape."""
 
 
 def config_and_kind(name: str) -> tuple[dict[str, Any], str]:
@@ -69,7 +69,7 @@ def sides(layer: Any) -> tuple[int, int]:
 
 @contextmanager
 def attached(built: Any, method: str, config: Mapping[str, Any]) -> Iterator[Any]:
-    """Attach the reference of a Method, and detach it at the end. Raises ValueError for a config that does not fit."""
+    """Attach a Method's reference, yield the result, and detach it. Raises ValueError for a config that does not fit."""
     from harness.conformance.subject import configure
     from harness.memory_model import counting
 
@@ -89,7 +89,7 @@ def _tensors(name: str, split: str, method: str, config: str) -> tuple[Shapes, S
 
 
 def _storages(tensors: Mapping[str, Tensor]) -> Shapes:
-    """Map the name of each storage to its shape: layers may share one, and use slices of it."""
+    """Map the name of each storage to its shape, since layers may share a storage and use slices of it."""
     found: dict[int, tuple[str, tuple[int, ...]]] = {}
     for name, t in tensors.items():
         whole = t if t._base is None else t._base
@@ -98,7 +98,7 @@ def _storages(tensors: Mapping[str, Tensor]) -> Shapes:
 
 
 def trained(name: str, method: str, config: Mapping[str, Any], split: Mapping[str, Sequence[str]]) -> Shapes:
-    """Return the shapes of the trainable tensors, each tensor once, with the Method's reference attached to a shape.
+    """Attach the Method's reference to a shape, and return the shapes of the trainable tensors, each tensor once.
 
     Raises ValueError for a config that does not fit the model.
     """
@@ -106,15 +106,15 @@ def trained(name: str, method: str, config: Mapping[str, Any], split: Mapping[st
 
 
 def frozen(name: str, method: str, config: Mapping[str, Any], split: Mapping[str, Sequence[str]]) -> Shapes:
-    """Return the shapes of the Method's frozen tensors; tensors that layers share (VeRA's pair) once."""
+    """Return the shapes of the Method's frozen tensors, each once, also if layers share it (VeRA's pair)."""
     return _tensors(name, json.dumps(split), method, json.dumps(config))[1]
 
 
 def parameters(name: str, split: Mapping[str, Sequence[str]] | None = None) -> dict[str, Tensor]:
-    """Return the parameters of a shape by name, a tied one once."""
+    """Map names to the parameters of a shape; a tied parameter has one name."""
     return dict(model(name, json.dumps(split or {})).named_parameters())
 
 
 def parameter_count(name: str) -> int:
-    """Return the number of parameters of a shape, tied ones once."""
+    """Return the number of parameters of a shape; tied parameters count once."""
     return sum(p.numel() for p in parameters(name).values())

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from harness.claims.printed_number import NEAREST, Dimension, Printed, Rounding
 
 Tier = Literal["exact", "gpu-synthetic", "trained"]
-"""Needed to decide a claim: arithmetic or small tensors; a GPU with random weights; training on data."""
+"""Requirement of a claim: arithmetic or small tensors; a GPU with random weights; training on data."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Claim:
     """The printed figure; None for a property."""
     rounding: Rounding = NEAREST
     otherwise: tuple[Reading, ...] = ()
-    """Readings to try in order if the paper's own does not reproduce."""
+    """Readings to try in this order if the paper's own reading does not reproduce the claim."""
     scale: str = ""
-    """Description of a measurement at a smaller scale than the paper's; a different result then refutes nothing."""
+    """Description of the measurement if its scale is smaller than the paper's: a different result then refutes nothing."""
     headline: str = ""
-    """The headline it belongs to, if any."""
+    """The headline to which the claim belongs, if any."""
     needs: str = ""
     """Information that the paper leaves out, if the claim cannot be decided."""
     note: str = ""

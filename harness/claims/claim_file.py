@@ -86,7 +86,7 @@ def names() -> list[str]:
 
 
 def paths(papers: Iterable[str]) -> list[Path]:
-    """Return the files of papers, without and with Records. Raises UsageError for an unknown paper."""
+    """Return the claim files of papers: claims without and with Records. Raises UsageError for an unknown paper."""
     found = []
     for paper in papers:
         if paper not in names():
@@ -102,7 +102,7 @@ def _folder() -> Path:
 
 
 def load(paths: Iterable[Path]) -> list[Claim]:
-    """Read claim files. Raises SuiteError with the errors of all of them."""
+    """Read claim files and return their claims. Raises SuiteError with the errors of all files."""
     found: list[Claim] = []
     problems: list[Problem] = []
     first: dict[str, str] = {}
@@ -129,7 +129,7 @@ def load(paths: Iterable[Path]) -> list[Claim]:
 
 
 class _Reading:
-    """Reader of one file; collects claims, problems, and the ids of all claims with their places."""
+    """Reads one file, and collects its claims, its problems, and the ids of its claims with their places."""
 
     def __init__(self, document: Document) -> None:
         self.document = document
@@ -163,7 +163,7 @@ class _Reading:
         return [(row, (*way, "rows", index)) for index, row in enumerate(table.rows)]
 
     def _claim(self, keys: FileKeys, table: ClaimKeys, row: RowKeys, way: KeyPath, at: KeyPath) -> Claim | None:
-        """Return the claim of a row of the table at `way`, or None if it has problems, which are collected."""
+        """Return the claim of a row of the table at `way`; if it has problems, collect them and return None."""
         before = len(self.problems)
         own = {key: value for key, value in row if value not in (None, {})}
         merged = table.model_copy(

@@ -17,13 +17,13 @@ from harness.claims.measure import MeasureResult
 from harness.process.supervisor import Subprocess, python_module
 
 _PATIENCE_S = 1800.0
-"""A worker that takes longer is killed."""
+"""Seconds after which a worker is killed."""
 
 
 def judged(claims: Sequence[Claim], jobs: int | None = None, runs: Sequence[Path] = ()) -> list[JudgedClaim]:
-    """Judge claims in parallel, in `jobs` processes [default: one per core, at most 8].
+    """Judge claims in `jobs` parallel processes [default: one per core, at most 8], and return them judged, in order.
 
-    Claims of one model share a process, which builds the model once. runs: folders of runs preferred for Records.
+    Claims of one model share a process, which builds the model once. runs: folders of runs with preferred Records.
     """
     shares = _shares(claims, jobs or min(os.cpu_count() or 1, 8))
     found: dict[str, list[MeasureResult | Missing]] = {}
@@ -51,7 +51,7 @@ def judged(claims: Sequence[Claim], jobs: int | None = None, runs: Sequence[Path
 
 
 def _wait(worker: Subprocess) -> str:
-    """Wait for a worker to end; return the reason for measures that it did not compute."""
+    """Wait until a worker ends, and return the reason why measures may be missing."""
     if worker.wait(_PATIENCE_S) is None:
         return f"not computed within {_PATIENCE_S:.0f} s"
     output = worker.output.strip().splitlines()
@@ -74,7 +74,7 @@ def _shares(claims: Sequence[Claim], jobs: int) -> list[list[Claim]]:
 
 
 def _model(request: Any) -> str:
-    """Return the model of a request or of a nested one; empty if it has none."""
+    """Return the model of a request or of a request in its arguments; empty if there is none."""
     if isinstance(request, dict):
         if isinstance(request.get("model"), str):
             return str(request["model"])

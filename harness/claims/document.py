@@ -25,7 +25,10 @@ def document(rows: Sequence[JudgedClaim], software: Mapping[str, str]) -> dict[s
 
 
 def read(path: Path) -> tuple[list[JudgedClaim], dict[str, str]]:
-    """Read a ledger written by `--json`. Raises UsageError for any other, damaged or newer file."""
+    """Read a ledger that `--json` wrote. Returns the judged claims and the software versions.
+
+    Raises UsageError for a damaged file, one of a newer version, and one that is no ledger.
+    """
     again = "compute the claims again: `peft-harness claims --json > FILE`"
 
     def refuse(what: str, hint: str = f"name a file of `peft-harness claims --json`, or {again}") -> UsageError:

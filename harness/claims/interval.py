@@ -10,7 +10,7 @@ from harness.claims.measure import MeasureResult, Number
 
 @dataclass(frozen=True)
 class Interval:
-    """A number with its least and largest possible value, equal if it is certain."""
+    """A number with its least and largest possible value. The three are equal for a certain number."""
 
     value: Fraction
     least: Fraction
@@ -23,7 +23,7 @@ class Interval:
 
     @classmethod
     def printed(cls, value: Number, last: Number) -> Interval:
-        """Return the numbers that round to a printed figure. last: a unit in its last digit; 0 for an exact number."""
+        """Return the interval of numbers that round to a printed figure. last: a unit in its last digit; 0 if exact."""
         exact, half = Fraction(value), Fraction(last) / 2
         return cls(exact, exact - half, exact + half)
 
@@ -38,11 +38,11 @@ class Interval:
         return Interval(self.value / other.value, self.least / other.most, self.most / other.least)
 
     def from_printed(self, how: str) -> MeasureResult:
-        """Return the result of arithmetic with printed figures."""
+        """Return this interval as the result of arithmetic with printed figures. how: the arithmetic as text."""
         return MeasureResult(self.value, how, within=None if self.least == self.most else (self.least, self.most))
 
     def measured(self, how: str) -> MeasureResult:
-        """Return the result of a measurement."""
+        """Return this interval as the result of a measurement. how: the arithmetic as text."""
         return MeasureResult(self.least, how, most=None if self.least == self.most else self.most)
 
 

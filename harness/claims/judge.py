@@ -77,19 +77,19 @@ class JudgedClaim(FrozenModel):
     under: str
     """The convention of `reproduced-under`."""
     ours: str
-    """Our result, of the reading that decides."""
+    """Our result under the reading that decides."""
     how: str
-    """The arithmetic of this reading."""
+    """The arithmetic of our result."""
     why: str
     """Reason of the verdict."""
     note: str
     rule: str | None = None
     """The looser rule of comparison in words; empty for plain rounding, None in ledgers of an older version."""
     scale: str = ""
-    """Description of a measurement at a smaller scale than the paper's (a rehearsal, a small model)."""
+    """Description of the measurement if its scale is smaller than the paper's (a rehearsal, a small model)."""
     tried: list[MeasureOutcome]
     failed: bool = False
-    """True if the claim should have been computed and was not."""
+    """True if the computation of the claim failed."""
 
     @property
     def stood_in(self) -> bool:
@@ -98,14 +98,14 @@ class JudgedClaim(FrozenModel):
 
     @property
     def got(self) -> str:
-        """Our result as part of a sentence, with a rule looser than rounding; empty without a result."""
+        """Our result as part of a sentence, with the rule if it is looser than rounding; empty without a result."""
         is_property = any(isinstance(one.value, bool) for one in self.tried)
         rule = f" (rule: {self.rule})" if self.rule else ""
         return f"{'here it' if is_property else 'we get'} {self.ours}{rule}" if self.ours else ""
 
 
 def judge(claim: Claim, answers: Sequence[MeasureResult | Missing]) -> JudgedClaim:
-    """Judge a claim by the answers for its own reading and then for each of `otherwise`."""
+    """Return the judged claim. answers: the result for its own reading, then for each reading of `otherwise`."""
     answers = [_placed(claim, one) for one in answers]
     readings = [("", claim.request), *((one.under, one.request) for one in claim.otherwise)]
     tried = [_tried(claim, under, request, found) for (under, request), found in zip(readings, answers, strict=True)]
@@ -141,14 +141,14 @@ def judge(claim: Claim, answers: Sequence[MeasureResult | Missing]) -> JudgedCla
 
 
 def _placed(claim: Claim, answer: MeasureResult | Missing) -> MeasureResult | Missing:
-    """Add the place of the claim to the reason of a failed measure."""
+    """Return an answer; the reason of a failed measure also names the place of the claim."""
     if isinstance(answer, MeasureResult) or not answer.failed:
         return answer
     return replace(answer, why=f"{claim.where}: {answer.why}")
 
 
 def _reproduces(claim: Claim, found: MeasureResult) -> str | None:
-    """Return the reading of the figure that a result agrees with; empty for the plain one, None without agreement."""
+    """Return the reading of the figure under which the result agrees; empty for the plain reading, None for none."""
     if claim.figure is None:
         return "" if found.value else None
     most = None if found.most is None else Fraction(found.most)
@@ -156,14 +156,14 @@ def _reproduces(claim: Claim, found: MeasureResult) -> str | None:
 
 
 def _open(claim: Claim, found: MeasureResult) -> bool:
-    """Return whether a range does not decide the claim; a property is undecided if `most` is true."""
+    """Return whether the range of a result leaves the claim undecided; a property is undecided if `most` is true."""
     if claim.figure is None or found.most is None:
         return bool(found.most)
     return undecided(claim.figure, Fraction(found.value), claim.rounding, Fraction(found.most))
 
 
 def _allowed(claim: Claim, found: MeasureResult) -> str:
-    """Return the range of values that rounded, printed figures allow, if a part of it agrees; else empty."""
+    """Return as text the range that rounded, printed figures allow, if a part of it agrees; else empty."""
     if claim.figure is None or found.within is None:
         return ""
     least, most = Fraction(found.within[0]), Fraction(found.within[1])
@@ -190,7 +190,7 @@ def _tried(claim: Claim, under: str, request: MeasureRequest, found: MeasureResu
 
 
 def plain(value: Any) -> Any:
-    """Return a request, with nested requests and fractions, for JSON."""
+    """Return a value for JSON: requests, also nested ones, as mappings; fractions as numbers, or as text if inexact."""
     if isinstance(value, MeasureRequest):
         return {"measure": value.measure, "with": {key: plain(one) for key, one in value.arguments.items()}}
     if isinstance(value, Fraction):

@@ -1,4 +1,4 @@
-"""Measures: functions that compute one quantity from a model's shape, a method and arithmetic. No torch here.
+"""Measures: functions that compute one quantity, or check one property, for claims. No torch here.
 
 A function in a module of `harness.claims.measures` is marked `@measure(dimension)`. Its parameters are the keys of a claim's
 `with:`, checked by their annotations. It imports torch inside, so that claim files are checked without torch.
@@ -36,7 +36,7 @@ class MeasureResult:
     most: Number | None = None
     """The largest possible value, if the paper omits something or the measurement is uncertain; `value` is the least."""
     within: tuple[Number, Number] | None = None
-    """The range that rounded, printed figures allow, if the value is computed from them."""
+    """The range that rounded, printed figures allow, if the value is computed from such figures."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Nested:
     """Marks a parameter that is a number, or the result of another measure."""
 
     dimensions: tuple[Dimension, ...] = ()
-    """Allowed dimensions of that measure; empty for all except properties."""
+    """Allowed dimensions of the other measure. Empty: all dimensions except properties."""
     is_list: bool = False
 
 
@@ -79,7 +79,7 @@ Sizes = Annotated[list[Any], Nested(("bytes",), is_list=True)]
 
 
 class NotRunError(Exception):
-    """Raised by a measure that cannot be computed here, with its requirement."""
+    """Raised by a measure that cannot be computed here. The message names the missing requirement."""
 
 
 FOLDER = "folder"
@@ -122,7 +122,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 def measure(dimension: Dimension) -> Callable[[Callable[..., MeasureResult]], Callable[..., MeasureResult]]:
-    """Mark a function as a measure of this dimension."""
+    """Return a decorator that marks a function as a measure of this dimension."""
 
     def mark(function: Callable[..., MeasureResult]) -> Callable[..., MeasureResult]:
         function.dimension = dimension  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
 """Count a training step of a shape on the meta device, with a Method's reference attached: operations and saved bytes.
 
 The step runs forward and backward as in `harness.cell.training.loop`: gradients are computed only where a trainable tensor
-needs them, so not for frozen weights, and not before the first trainable layer. A deep model runs with two and with three
-blocks; the difference is the same for each further block.
+needs them, not for frozen weights, and not before the first trainable layer. A deep model runs with two and with three
+blocks; each further block adds the difference again.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from harness.claims import attached_model
 from harness.conformance.subject import DTYPES
 
 _FEW = 2
-"""Blocks after which each further one has equal counts; the first may need no gradient of its input."""
+"""Number of first blocks; all further blocks have equal counts. The very first block may need no gradient of its input."""
 _FLAT_MASK = ("deberta", "deberta-v2")
-"""Model types with an attention mask of one number per token; others take one per pair of tokens."""
+"""Model types whose attention mask has one number per token; other masks have one number per pair of tokens."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class MetaStep:
 
 @dataclass(eq=False)
 class _Saved:
-    """Storage of a tensor that autograd saves; not the tensor, since a detached tensor refers to its origin."""
+    """The storage of a tensor that autograd saves. The tensor itself is not stored: a detached one refers to its origin."""
 
     storage: Any
 
@@ -77,7 +77,7 @@ class StepCounts:
 
 
 def step(model: str, method: str, config: Mapping[str, Any], tokens: int, batch: int, **others: Any) -> MetaStep:
-    """Return the step with these arguments; others: further fields of `MetaStep`."""
+    """Return the `MetaStep` with these arguments. others: further fields of `MetaStep`."""
     return MetaStep(model, method, json.dumps(config), tokens, batch, **others)
 
 
@@ -153,7 +153,7 @@ def _loss(model: nn.Module, adapted: Any, request: MetaStep) -> Tensor:
     ids = torch.zeros(request.batch, request.tokens, dtype=torch.long, device="meta")
     config: Any = model.config
     flat = config.model_type in _FLAT_MASK
-    # Without a mask transformers searches the ids for padding; it does not read the numbers of a mask of pairs.
+    # Without a mask, transformers searches the ids for padding. It does not read the numbers of a mask of pairs.
     shape = (request.batch, request.tokens) if flat else (request.batch, 1, request.tokens, request.tokens)
     mask = torch.ones(shape, device="meta", dtype=DTYPES[request.dtype])
     logits = model(input_ids=ids, attention_mask=mask).logits.flatten(0, -2)

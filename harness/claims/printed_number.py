@@ -21,7 +21,7 @@ _BYTES: dict[str, Fraction] = {
     for power, prefix in enumerate("KMGT", start=1)
     for end, base in (("B", 1000), ("iB", 1024))
 }
-# A bare letter is a paper's shorthand for the decimal unit; reading it as the binary one is reported.
+# A bare letter is a paper's shorthand for the decimal unit. If only the binary unit agrees, the verdict says so.
 UNITS: dict[Dimension, dict[str, Fraction]] = {
     "count": {"": Fraction(1), **_THOUSANDS},
     "bytes": {"B": Fraction(1), **_BYTES, **{letter: _BYTES[f"{letter}B"] for letter in "KMGT"}},
@@ -46,13 +46,13 @@ class Printed:
 
     text: str
     number: Fraction
-    """In base units (1, byte, second)."""
+    """The figure in base units (1, byte, second)."""
     last: Fraction
     """One unit of the last digit, in base units."""
     unit: str
-    """As printed."""
+    """The unit as printed; empty without a unit."""
     relation: str = ""
-    """The relation that our number must have to it (`<`, `<=`, `>`, `>=`), if any."""
+    """The relation that our number must have to the figure (`<`, `<=`, `>`, `>=`), if any."""
     dimension: Dimension = "number"
 
 
@@ -61,7 +61,7 @@ class Rounding:
     """The rule by which a computed number agrees with a printed figure."""
 
     rule: Literal["nearest", "cut", "magnitude", "about"] = "nearest"
-    """`cut`: digits dropped; `magnitude`: the same power of ten; `about`: within a share."""
+    """`cut`: the figure drops further digits; `magnitude`: only the power of ten counts; `about`: within a share."""
     within: Fraction = Fraction(0)
     """Largest difference for `about`, as a share of the printed figure."""
 
@@ -104,7 +104,7 @@ def _example(dimension: Dimension) -> str:
 
 
 def exact(written: Any) -> Fraction | None:
-    """Return a written number, such as `1.5e6`, `2/3`, `20%`, exactly; None for anything else."""
+    """Return a written number, such as `1.5e6`, `2/3` or `20%`, as an exact fraction; None for anything else."""
     if isinstance(written, bool) or not isinstance(written, int | float | str):
         return None
     text = getattr(written, "text", str(written)).strip()
@@ -117,16 +117,16 @@ def exact(written: Any) -> Fraction | None:
 
 
 def shortly(written: Any) -> str:
-    """Return a value as text for a message, shortened."""
+    """Return a value as a shortened text for a message."""
     text = repr(written)
     return text if len(text) <= _QUOTED else f"{text[: _QUOTED - 4]} ..."
 
 
 def agrees(printed: Printed, value: Fraction, rounding: Rounding, most: Fraction | None = None) -> str | None:
-    """Return the reading of the figure that a number agrees with: "" is the plain one, None means no agreement.
+    """Return the reading of the figure under which a number agrees: "" is the plain reading, None means no agreement.
 
-    Other readings: MB read as MiB, and digits cut off instead of rounded. most: if given, the number is only known to be in
-    value..most, and all of this range must agree under one reading.
+    Other readings take MB for MiB, or digits as cut off instead of rounded. most: if given, the number is only known to be
+    in value..most, and all of this range must agree under one reading.
     """
     ends = [value, value if most is None else most]  # agreeing numbers form an interval, so its ends suffice
     for words, one, rule in _readings(printed, rounding):
@@ -148,7 +148,7 @@ def undecided(printed: Printed, value: Fraction, rounding: Rounding, most: Fract
 def _readings(printed: Printed, rounding: Rounding) -> Iterator[tuple[str, Printed, Rounding]]:
     for words, one in _units(printed):
         yield words, one, rounding
-    # A cut figure covers all numbers up to the next one, 1x nearly up to 2x: too much if that is over a quarter of it.
+    # A cut figure covers all numbers up to the next figure, `1x` nearly up to 2x. Below 4 units that is too much.
     if rounding.rule == "nearest" and not printed.relation and abs(printed.number) >= 4 * printed.last:
         for words, one in _units(printed):
             yield "; ".join(filter(None, [_CUT, words])), one, Rounding("cut")

@@ -49,8 +49,8 @@ class Quantised:
 
 
 def of(name: str, config: Mapping[str, Any]) -> Quantised:
-    """Attach QLoRA to a shape and count. Raises ValueError for a config that does not fit the model."""
-    # Block size and double quantisation change no layer, so that a large model is attached once.
+    """Attach QLoRA to a shape and return the counts. Raises ValueError for a config that does not fit the model."""
+    # Block size and double quantisation change no layer, so that one attached model serves all of them.
     return _of(name, json.dumps({key: value for key, value in config.items() if key not in ("block", "double_quant")}))
 
 

@@ -29,7 +29,7 @@ def look_in(runs: Iterable[Path]) -> None:
 
 @cache
 def runs_of(suite: str) -> tuple[store.Run, ...]:
-    """Return the complete runs of a suite (name or file): given ones, then published ones, newest first."""
+    """Return the complete runs of a suite (name or file): preferred runs, then published ones, the newest first."""
     top = checkout()  # a wheel has no published runs
     published = sorted(path.parent for path in (top / "results" / "published").glob("*/run.json")) if top else []
     found: list[store.Run] = []
@@ -42,10 +42,10 @@ def runs_of(suite: str) -> tuple[store.Run, ...]:
 
 
 def records(suite: str, *entries: str) -> list[list[Record]]:
-    """Return for each entry id of a suite the Records of its Cells, one per seed; all of one run.
+    """Return for each entry id of a suite the Records of its Cells, one per seed. All Records are of one run.
 
-    Raises NotRunError with the needed command if no complete run has all of them with status `ok`; ValueError for an unknown
-    entry.
+    Raises NotRunError with the needed command if no complete run has all these Records with status `ok`, and ValueError
+    for an unknown entry.
     """
     wanted = [_cells(suite, entry) for entry in entries]
     cells = [cell_id for ids in wanted for cell_id in ids]
@@ -61,7 +61,7 @@ def records(suite: str, *entries: str) -> list[list[Record]]:
 
 
 def cell(suite: str, entry: str) -> Cell:
-    """Return the Cell of an entry, the first of several seeds. Raises ValueError for an unknown entry."""
+    """Return the Cell of an entry, with its first seed. Raises ValueError for an unknown entry."""
     first = _cells(suite, entry)[0]
     return next(one for one in _plan(suite).cells if one.cell_id == first)
 
@@ -75,7 +75,7 @@ def comparable(*sides: Sequence[Record]) -> None:
 
 
 def place(record: Record) -> str:
-    """Return machine and run of a Record."""
+    """Return the machine and the run of a Record as text."""
     machine = record.environment.machine
     gpu = machine.get("gpu0", "").split(",")
     name = gpu[1].strip() if record.device == "cuda" and len(gpu) > 1 else machine.get("cpu", "an unknown machine")

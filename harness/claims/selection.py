@@ -21,7 +21,7 @@ def chosen(
 ) -> list[_Claim]:
     """Return the claims of these tiers with these id prefixes. Raises UsageError for a prefix without claims.
 
-    headlines: only claims that belong to a headline; raises UsageError if none does.
+    headlines: return only claims that belong to a headline. Raises UsageError if none of them does.
     """
     known = [claim.id for claim in claims]
     wrong = [start for start in ids if not any(name.startswith(start) for name in known)]
@@ -39,7 +39,7 @@ def chosen(
 
 
 def _hint(start: str, known: Sequence[str]) -> str:
-    """Name the papers with such ids, else the closest ids."""
+    """Return a hint for an unknown id: the papers whose claims begin like it, else the closest ids."""
     every = claim_file.load(claim_file.paths(claim_file.names()))
     if papers := sorted({claim.paper for claim in every if claim.id.startswith(start)} if start else ()):
         return f"claims of {' and '.join(papers)} match: `peft-harness claims {' '.join(papers)} --id {start}`"

@@ -9,7 +9,7 @@ from harness.claims.judge import ClaimVerdict, JudgedClaim
 from harness.errors import plural
 
 _WIDEST_HOW = 160
-"""Most characters of arithmetic in a line; the JSON document and the page have all of it."""
+"""Most characters of arithmetic in a line; the JSON document and the page have the whole arithmetic."""
 
 NO_RULES = "This ledger is from an older version, which does not show rules looser than rounding."
 
@@ -28,7 +28,7 @@ def as_text(rows: Sequence[JudgedClaim]) -> str:
 
 
 def summary(rows: Sequence[JudgedClaim]) -> str:
-    """Return the number of claims per verdict."""
+    """Return the number of claims per verdict, as text."""
     counts = Counter(row.verdict for row in rows)
     stand_ins = Counter(row.verdict for row in rows if row.stood_in)
     parts = ", ".join(

@@ -48,7 +48,7 @@ def _quantity(value: Any) -> Any:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Return the result of a measure for JSON; or the reason for a missing one, and whether that is a failure."""
+    """Return the result of a measure for JSON. Without a result, return the reason, and whether it is a failure."""
     try:
         found = find(request)
         numbers = {name: _written(value) for name, value in (("value", found.value), ("most", found.most))}
@@ -62,7 +62,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """Return an error as part of a sentence; with its type if its message is not meant for users, such as a KeyError."""
+    """Return an error as part of a sentence, with its type if its message is not for users, such as that of a KeyError."""
     if isinstance(error, HarnessError):
         return f"{error.what} ({error.where})" if error.where else error.what
     return str(error) if isinstance(error, ValueError) and str(error) else f"{type(error).__name__}: {error}"

@@ -1,6 +1,6 @@
 """The command group `peft-harness`, its entry point and its error handling.
 
-Each command is a module of this package that imports its work only when it runs, so that `--help` answers at once.
+Each command is a module of this package. It imports its implementation only when it runs, so that `--help` answers at once.
 Results go to stdout; progress and diagnostics go to stderr.
 """
 
@@ -33,7 +33,7 @@ from harness.errors import Exit, HarnessError, UsageError
 
 class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; click itself would exit with 1, a finding, when the reader of stdout has closed it."""
+        """Run a command, and return its exit code: INFRASTRUCTURE, not click's 1, if the reader of stdout has closed it."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError:

@@ -1,4 +1,4 @@
-"""The names that a suite can use, found in the registry, the suites and the claim files."""
+"""The names that `list` shows, found in the registry, the suites and the claim files."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from harness.suites import loader, tasks
 ListRow = dict[str, Any]
 _WIDTH = 100
 _SHOWN = 20
-"""Names of a kind in the overview."""
+"""Most names of a kind in the overview."""
 
 
 def listing(kinds: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the rows of each kind, or of all kinds, as one document, ready for JSON."""
+    """Return a document for JSON with the rows of these kinds, or of all kinds if none is given."""
     registry = discover()
     document: dict[str, Any] = {"schema": SCHEMA}
     for kind in kinds or KINDS:

@@ -1,4 +1,4 @@
-"""Command `check`: compare implementations with their references. No torch: workers compute."""
+"""Work of the command `check`: compare implementations with their references. No torch: workers compute."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from harness.report import check_terminal
 
 @dataclass(frozen=True)
 class CheckRequest:
-    """The targets of a check: everything, if nothing is named."""
+    """The targets of a check. Without names, these are all targets."""
 
     implementations: Sequence[str] = ()
     methods: Sequence[str] = ()
@@ -46,7 +46,7 @@ class CheckRequest:
 
 
 def check(request: CheckRequest, as_json: bool, junit: Path | None = None, html: Path | None = None) -> Exit:
-    """Check, print, write the requested files, and return the exit code."""
+    """Run the checks, print the report, write the requested files, and return the exit code."""
     _check_writable({"--junit": junit, "--html": html})
     with handle_termination():
         report = judge(request)
@@ -79,7 +79,10 @@ def _check_writable(files: dict[str, Path | None]) -> None:
 
 
 def judge(request: CheckRequest) -> CheckReport:
-    """Run the requested checks, each entry point in a separate process. Raises UsageError for unknown names."""
+    """Run the requested checks, each entry point in its own process. Returns the report.
+
+    Raises UsageError for unknown names.
+    """
     from harness.records.environment import describe
 
     registry = worker_processes.discover(request.patience)
@@ -95,7 +98,7 @@ def judge(request: CheckRequest) -> CheckReport:
         skipped |= {f"{name} {target}": why for (name, _, target), why in found.missing.items()}
         if interrupted:
             skipped |= {f"{name} {target}": "interrupted" for name, _, target in found.left}
-    # Checks that the user, an interruption or a missing module omitted may be those that show a defect.
+    # The user, an interruption or a missing module may have omitted the checks that show a defect.
     omitted = {target for found in findings for target in found.not_tried}
     done = {target for task in tasks for target in task.targets} - omitted
     due = [defect for defect in known if _was_fully_tried(defect, request, registry, done)]
@@ -127,14 +130,14 @@ def _was_fully_tried(
 
 
 def _may_show(defect: Defect, implementation: Implementation) -> bool:
-    """Return whether a defect could show in an implementation. Check ids of a base contain the name of the Method."""
+    """Return whether checks of an implementation could show a defect. Check ids of a base contain the Method's name."""
     if defect.target or implementation.kind == "base":
         return defect.target in ("", implementation.target)
     return any(fnmatchcase(implementation.target, CheckId.parse(pattern).target) for pattern in defect.checks)
 
 
 def _read(wanted: Sequence[Implementation]) -> tuple[dict[str, ParitySuite], Sequence[Defect]]:
-    """Read the parity suites of the implementations and the known defects. Raises SuiteError with all their mistakes."""
+    """Return the parity suites of the implementations, and the known defects. Raises SuiteError with all mistakes."""
     plans: dict[str, ParitySuite] = {}
     known: Sequence[Defect] = ()
     problems: list[Problem] = []
@@ -188,7 +191,7 @@ def _tasks(
 
 
 def _why_no_case(one: Implementation, plan: ParitySuite, request: CheckRequest) -> str:
-    """Return the reason why an implementation has no case left of the parity suite, or an empty string."""
+    """Return the reason why the request leaves an implementation no case of its parity suite; empty if some remain."""
     possible = [dtype for dtype in plan.dtypes if dtype in (request.dtypes or DTYPES)]
     if set(one.dtypes) & set(possible):
         return ""

@@ -37,9 +37,9 @@ class Diagnosis:
     """`no`: something cannot run; `note`: worth knowing."""
     detail: str
     summary: str = ""
-    """Text that findings of one group and state share; these are then counted in one line."""
+    """Text that several findings of one group and state share. The summary counts such findings in one line."""
     shown: str = ""
-    """Name of the finding in that line; empty: the finding is only counted."""
+    """Name of the finding in this line; if empty, the finding is only counted."""
 
 
 def report(as_json: bool, verbose: bool = False) -> Exit:

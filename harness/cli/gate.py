@@ -16,7 +16,7 @@ _C = TypeVar("_C", bound=Callable[..., Any])
 
 
 class _OptionOf(click.Option):
-    """An option of only one form of the command. `form` names it: `--baseline` or `--pairs`."""
+    """An option that belongs to one form of the command. form: option that selects the form, `--baseline` or `--pairs`."""
 
     def __init__(self, *args: Any, form: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -29,7 +29,7 @@ def _option(form: str, *names: str, **settings: Any) -> Callable[[_C], _C]:
 
 
 def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
-    """Parse a number of bytes, or a size with its unit."""
+    """Return the bytes of a size, which is a number of bytes or has a unit; None for None."""
     if value is None:
         return None
     from harness.memory_model import size_units

@@ -58,14 +58,14 @@ def print_document(document: Any, as_json: bool, as_text: Callable[[Any], str]) 
 
 
 def finite_seconds(_: click.Context, __: click.Parameter, value: float) -> float:
-    """Refuse NaN, infinity and values that are not above 0; click's FloatRange accepts the first two."""
+    """Return the value, but refuse NaN, infinity and values of at most 0; click's FloatRange accepts NaN and infinity."""
     if not 0 < value < math.inf:
         raise click.BadParameter(f"{value:g} is not a number of seconds above 0, e.g. 3600")
     return value
 
 
 def join(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> str | None:
-    """Join the expressions of a repeated option to one."""
+    """Return the expressions of a repeated option as one expression; None without any."""
     return ",".join(values) if values else None
 
 
@@ -75,6 +75,6 @@ def cells(name: str, help_: str) -> Callable[[_C], _C]:
 
 
 def only(command: click.Command) -> click.Command:
-    """Add `--only` and the description of its grammar to a command."""
+    """Return the command with the option `--only`, and with the grammar of its expressions in the help."""
     command.help = (command.help or "") + _GRAMMAR
     return cells("--only", "Use only these Cells, e.g. `method=lora,rank=8`. See below.")(command)

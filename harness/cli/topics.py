@@ -30,15 +30,15 @@ _OPERATIONS = Path(__file__).resolve().parents[1] / "conformance" / "operations"
 
 
 def explain(name: str) -> str:
-    """Return the texts about a name, which may be in capitals, or of a check in a Record, `lora/gradient/float32/warm`.
+    """Return the texts about a name (case does not matter), or about the check of an id, `lora/gradient/float32/warm`.
 
     Raises UsageError for an unknown name.
     """
     parts = name.split("/")
     wanted = (parts[1] if len(parts) == 4 else name).lower()
-    # The id of a check in a Record can mean nothing else, such as the Method `frozen`.
+    # An id with slashes can only mean a check, never its first part, such as the Method `frozen`.
     topics = [topic for topic in _of_checks() if len(parts) == 4 and topic[0] == wanted] or list(_topics())
-    # Claim files are read only for names without another text, so that a mistake in one does not hide the rest.
+    # Claim files are read only for names without another text, so that a mistake in a claim file does not hide other texts.
     for read in (_claims, _defects):
         if wanted not in {topic.lower() for topic, _ in topics}:
             topics += read()
@@ -56,7 +56,7 @@ def explain(name: str) -> str:
 
 
 def glossary() -> dict[str, dict[str, str]]:
-    """Return the definitions of glossary.yaml by kind."""
+    """Return the definitions in glossary.yaml: kind -> name -> text."""
     data: dict[str, dict[str, str]] = yaml_lines.load(Path(__file__).with_name("glossary.yaml")).data
     data["term"]["busy"] = contention.RULE
     return data
@@ -107,7 +107,7 @@ def _definition(title: str, text: str) -> str:
 
 
 def _of_configs() -> Iterator[Topic]:
-    """Yield each key of a `config:`, with its meaning for each Method."""
+    """Yield a topic for each key of a `config:`, with the key's meaning for each Method."""
     of_key: dict[str, list[str]] = {}
     for info in methods().values():
         for key, field in info.fields.items():
@@ -124,7 +124,7 @@ def _of_checks() -> Iterator[Topic]:
 
 
 def _check(name: str, rule: str) -> str:
-    """Return the rule of a check, and the command that runs it in the fewest cases."""
+    """Return a text with the rule of a check, and with the command that runs the check in the fewest cases."""
     example = _example(name)
     command = [f"to see it at work, on {example[0]} in one dtype:", f"  {example[1]}"] if example else []
     return _titled(f"check {name}", "\n".join([rule, *(["", *command] if command else [])]))
@@ -173,7 +173,7 @@ def _defect(defect: Defect, reproduction: Path) -> str:
 
 
 def _narrowed(patterns: Iterable[str]) -> str:
-    """Return the options that select the targets in patterns of check ids."""
+    """Return the command-line options that select the targets which these patterns of check ids name."""
     targets = sorted({pattern.partition("/")[0] for pattern in patterns})
     if any(set(target) & set("*?[") for target in targets):
         return ""

@@ -25,7 +25,7 @@ def _compiles() -> bool:
 
 
 def by_triton(*tensors: Tensor) -> bool:
-    """Return whether Triton computes with these tensors: all on a GPU or the interpreter on, and of a dtype it supports.
+    """Return whether Triton computes with these tensors: all on a GPU or the interpreter on, and all dtypes supported.
 
     Integer tensors (codes) may have any dtype.
     """
@@ -34,14 +34,14 @@ def by_triton(*tensors: Tensor) -> bool:
 
 
 def multiplied_by_triton(*tensors: Tensor) -> bool:
-    """Return whether Triton computes the matrix products of these tensors: like `by_triton`, but on a GPU not in float32.
+    """Return whether Triton multiplies these tensors as matrices: like `by_triton`, except float32 on a GPU.
 
-    Without TF32 no matrix unit multiplies float32, and cuBLAS is faster; and only torch knows whether TF32 is allowed. The
-    interpreter takes float32 too, so that these kernels are tested in every dtype.
+    Without TF32 no matrix unit multiplies float32, and cuBLAS is faster. Only torch knows whether the user allows TF32.
+    The interpreter takes float32 too, so that tests cover these kernels in every dtype.
     """
     return by_triton(*tensors) and (interpreted() or not any(t.dtype == torch.float32 for t in tensors))
 
 
 def frozen(*tensors: Tensor | None) -> bool:
-    """Return whether none of these requires a gradient: kernels of adapted layers compute none for the base."""
+    """Return whether no tensor requires a gradient: kernels of adapted layers compute no gradients of the base."""
     return not any(t is not None and t.requires_grad for t in tensors)

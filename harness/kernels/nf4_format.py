@@ -34,7 +34,7 @@ def levels() -> Tensor:
 
 
 def check_sizes(packed: Tensor, constants: Tensor, block: int, shape: Sequence[int]) -> None:
-    """Raise ValueError unless `packed` has the bytes of a tensor of `shape`, and `constants` one number per block."""
+    """Raise ValueError unless `packed` has one byte per two elements of `shape`, and `constants` one number per block."""
     count = prod(shape)
     if block < 1 or packed.numel() != -(-count // 2) or constants.numel() != -(-count // block):
         raise ValueError(
@@ -44,7 +44,7 @@ def check_sizes(packed: Tensor, constants: Tensor, block: int, shape: Sequence[i
 
 
 def check_second_sizes(codes: Tensor, absmax2: Tensor, offset: Tensor, block: int) -> None:
-    """Raise ValueError unless absmax2 has one number per block of `codes`, and offset is one number."""
+    """Raise ValueError unless `absmax2` has one number per block of `codes`, and `offset` is one number."""
     if block < 1 or absmax2.numel() != -(-codes.numel() // block) or offset.numel() != 1:
         raise ValueError(
             f"{codes.numel()} codes in blocks of {block} need {-(-codes.numel() // max(block, 1))} constants and 1 offset, "

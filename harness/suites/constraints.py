@@ -77,7 +77,7 @@ def _bases(info: MethodInfo, bases: list[BaseKeys]) -> Iterator[FieldProblem]:
 
 
 def duplicate_problems(keys: CellKeys, config: Mapping[str, Mapping[str, list[Any]]]) -> Iterator[FieldProblem]:
-    """Yield values that an axis repeats: they would give the same Cell."""
+    """Yield values that an axis repeats, since both would give one Cell."""
     axes: dict[tuple[str, ...], Any] = {(key,): getattr(keys, key) for key in _AXES}
     axes |= {("training", key): values for key, values in keys.training}
     axes |= {("config", key): values for fields in config.values() for key, values in fields.items()}
@@ -102,7 +102,7 @@ def training_problems(
 ) -> Iterator[FieldProblem]:
     """Yield values of `training` and `optimizer` that contradict the Methods or each other.
 
-    config, steps: as in `combination_problems`. training: the values of each key that the entry has.
+    config, steps: as in `combination_problems`. training: the values of each key of `training` that the entry has.
     """
     infos = [methods[name] for name in config]
     yield from _optimizers(infos, keys, steps)
@@ -132,7 +132,7 @@ def _optimizers(infos: list[MethodInfo], keys: CellKeys, steps: int) -> Iterator
 def _checkpointing(
     config: Mapping[str, Mapping[str, list[Any]]], training: Mapping[str, list[Any]]
 ) -> Iterator[FieldProblem]:
-    """Yield checkpointing of adapters whose tokens are in the cache, which recomputed blocks do not get."""
+    """Yield checkpointing of adapters that keep their tokens in the cache, since recomputed blocks get no cache."""
     adapters = {value["peft_type"] for fields in config.values() for value in fields.get(KEY, ())}
     for index, checkpointing in enumerate(training.get("checkpointing", ())):
         for kind in sorted(adapters & set(IN_THE_CACHE)) if checkpointing else ():
@@ -143,7 +143,7 @@ def _checkpointing(
 def _layerwise(
     infos: list[MethodInfo], able: str, keys: CellKeys, training: Mapping[str, list[Any]]
 ) -> Iterator[tuple[str, str]]:
-    """Yield the reasons why `layerwise` is impossible: it frees each gradient during the backward pass."""
+    """Yield the reasons why `layerwise`, which frees each gradient during the backward pass, is impossible here."""
     for info in infos:
         if not info.spec.trains_weights:
             what = f"{info.name} does not train the model's own weights, so its gradients take little memory"

@@ -1,4 +1,4 @@
-"""One entry of a suite: merge in its block's keys, look its names up, check its values."""
+"""Check one entry of a suite: merge it with its block's keys, look up its names, and check its values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from harness.suites.tuning import Tune
 from harness.yaml_lines import Document, KeyPath
 
 MAX_CELLS = 10_000
-"""At a minute each, ten thousand Cells take a week; more is a mistake."""
+"""Largest number of Cells. At a minute each, ten thousand Cells take a week; a larger number is a mistake."""
 _CHECKED_LATER = (
     ("config", "targets"),
     ("config", "adapter_config"),
@@ -36,7 +36,7 @@ _CHECKED_LATER = (
 
 @dataclass(frozen=True)
 class SuiteEntry:
-    """One entry of a suite, every axis a list. `expand` multiplies it out."""
+    """One entry of a suite, with a list for every axis. `expand` makes the Cells of all combinations."""
 
     id: str
     where: str
@@ -45,7 +45,7 @@ class SuiteEntry:
     task: list[str]
     base: list[Base]
     config: dict[str, dict[str, list[Any]]]
-    """By Method, the values of each of its fields, defaults filled in."""
+    """Method -> field -> values; fields that the entry omits have their default."""
     implementation: list[str]
     optimizer: list[Optimizer]
     dtype: list[Dtype]
@@ -55,12 +55,12 @@ class SuiteEntry:
     latency: Timed
     tune: Tune | None
     places: dict[str, str]
-    """`file:line` of each key that is checked later, against the model or the data."""
+    """Key -> `file:line`, for keys that are checked later against the model or the data."""
 
 
 @dataclass
 class SuiteContext:
-    """State that the checks of one suite share."""
+    """What the checks of one suite share: the file, the names that it may use, and the mistakes so far."""
 
     document: Document
     registry: Registry
@@ -69,13 +69,13 @@ class SuiteContext:
     sources: dict[str, Source] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
     ids: dict[str, str] = field(default_factory=dict)
-    """`file:line` by id of every entry."""
+    """Entry id -> `file:line`."""
     entries: dict[str, CellKeys] = field(default_factory=dict)
-    """Merged keys by id of each entry that has all required keys; its values may be invalid."""
+    """Entry id -> merged keys, for entries with all required keys. Their values may be invalid."""
 
     @property
     def folder(self) -> Path:
-        """The folder that relative paths start from."""
+        """The folder to which relative paths refer."""
         return self.document.path.resolve().parent
 
     def problem(self, path: KeyPath, what: str, hint: str) -> None:
@@ -84,7 +84,7 @@ class SuiteContext:
 
     @contextmanager
     def problem_if_raised(self, path: KeyPath) -> Iterator[None]:
-        """Add an error of the body as a mistake at `path`, or as the mistakes in the file that it names."""
+        """Return a context that turns a HarnessError into a mistake at `path`, and a SuiteError into its own mistakes."""
         try:
             yield
         except SuiteError as error:
@@ -94,9 +94,9 @@ class SuiteContext:
 
 
 def check_entry(context: SuiteContext, block: KeyPath, cell: KeyPath) -> SuiteEntry | None:
-    """Check the entry at `cell` in the block at `block`; None if anything is wrong with it.
+    """Check the entry at `cell` in the block at `block`. Returns the entry, or None if it has a mistake.
 
-    An entry that lacks keys is not checked any further.
+    If keys are missing, only these are reported.
     """
     return _EntryChecker(context, block, cell).check()
 
@@ -162,7 +162,7 @@ class _EntryChecker:
             self.context.problem(self._path(*path), what, hint)
 
     def _path(self, *rest: str | int) -> KeyPath:
-        """Return the place of a key: in the cell, else in its block, else the cell itself."""
+        """Return the path of a key in the entry, else in its block; if neither has the key, return the entry's path."""
         lines = self.context.document.lines
         for n in range(len(rest), 0, -1):
             for start in (self.cell, self.block):
@@ -193,9 +193,9 @@ class _EntryChecker:
         return configs
 
     def _unknown_config_keys(self) -> None:
-        """Report config keys that none of the Methods they apply to has.
+        """Report config keys that no Method in question has.
 
-        The entry's own config is for its own Methods; the block's config is for the Methods of all its entries.
+        The entry's own config applies to its own Methods; the block's config applies to the Methods of all its entries.
         """
         block = self.context.document.at(self.block)
         own = self.context.document.at(self.cell).get("config", {}) if self.cell != self.block else {}
@@ -211,11 +211,11 @@ class _EntryChecker:
             self.context.problem(self._path("config", key), what, did_you_mean(key, known, "keys"))
 
     def _config(self, info: MethodInfo, kinds: dict[str, str]) -> dict[str, list[Any]]:
-        """Return the valid values of each field of a Method. kinds: by name, of each known model."""
+        """Return the valid values of each field of a Method. kinds: name of each known model -> its kind."""
         values: dict[str, list[Any]] = {}
         for key, knob in info.fields.items():
             value = self.keys.config.get(key, knob.default)
-            # A list is an axis. The axis of a field with lists as values is a list of lists.
+            # A list is an axis. If the values of a field are lists, its axis is a list of lists.
             is_axis = isinstance(value, list) and (not knob.is_list or any(isinstance(v, list) for v in value))
             if is_axis and not value:
                 what = f"`{key}` is an empty list"
@@ -334,7 +334,7 @@ class _EntryChecker:
 
 
 def _merged(block: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any]:
-    """Merge deeply; the cell wins."""
+    """Return the deeply merged keys; a key of the cell replaces that of the block."""
     deeper = {
         key: _merged(block[key], value)
         for key, value in cell.items()

@@ -1,4 +1,4 @@
-"""Multiply the entries of a suite out into Cells, and select some of them by an expression."""
+"""Make the Cells of all combinations in the entries of a suite, and select Cells by an expression."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """The Cells of a suite, and the comparisons and searches that its report answers."""
+    """The Cells of a suite, and the comparisons and searches that its report evaluates."""
 
     cells: tuple[Cell, ...]
-    """Cells that are ranked, then those that search for learning rates."""
+    """Ranked Cells, then the Cells of the searches for learning rates."""
     ids: dict[str, str]
-    """Id of the entry of each Cell, by cell_id."""
+    """cell_id -> id of the Cell's entry."""
     comparisons: tuple[Comparison, ...]
-    """All comparisons of the suite, also after `select`: a question without its Cells counts as not answered."""
+    """All comparisons of the suite, also after `select`: a comparison without its Cells counts as not answered."""
     tuning: tuple[Tuning, ...] = ()
     """All searches of the suite, also after `select`."""
 
 
 def expand(entries: Sequence[tuple[SuiteEntry, Sequence[Cell]]], comparisons: Sequence[ComparisonKeys]) -> Plan:
-    """Build the plan of a suite from its entries, each with its Cells, in the order of the file."""
+    """Return the plan of a suite. entries: each entry with its Cells, in the order of the file."""
     found = {cell.cell_id: cell for _, cells in entries for cell in cells}
     ids = {cell.cell_id: entry.id for entry, cells in entries for cell in cells}
     of_entry = {entry.id: [cell.cell_id for cell in cells] for entry, cells in entries}
@@ -58,7 +58,7 @@ def expand(entries: Sequence[tuple[SuiteEntry, Sequence[Cell]]], comparisons: Se
 
 
 def count(entry: SuiteEntry) -> int:
-    """Return the maximum number of Cells of an entry, without making them."""
+    """Return the largest possible number of Cells of an entry, without making them."""
     axes = (entry.model, entry.task, entry.base, entry.implementation, entry.optimizer, entry.dtype)
     configs = sum(math.prod(len(values) for values in fields.values()) for fields in entry.config.values())
     searched = len(entry.tune.lr) if entry.tune else 0
@@ -67,7 +67,7 @@ def count(entry: SuiteEntry) -> int:
 
 def cells(entry: SuiteEntry) -> Iterator[Cell]:
     """Yield an entry's Cells; the last axis, the seed, varies fastest."""
-    # Untimed seeds have the prompts of the timed seed too, so that their recipe is the same.
+    # Untimed seeds also have the prompts of the timed seed, so that all seeds have one recipe.
     evaluation = entry.evaluation.untimed() if entry.latency == "never" else entry.evaluation
     for model, task, base, (method, config), implementation, optimizer, dtype, training, seed in itertools.product(
         entry.model,
@@ -93,14 +93,17 @@ def _of(entries: Sequence[str], cell_ids: Mapping[str, list[str]]) -> list[str]:
 
 
 def _searches(entry: SuiteEntry, cells: Sequence[Cell]) -> list[tuple[list[str], list[Cell]]]:
-    """Return (cell_ids, Cells that search for their learning rate). Cells that `tune` makes equal share a search."""
+    """Return the searches of an entry: cell_ids, and the Cells that search for their learning rate.
+
+    Cells that become equal by the config of `tune` share a search.
+    """
     tune = entry.tune
     if tune is None:
         return []
     found: dict[tuple[str, ...], tuple[list[str], list[Cell]]] = {}
     evaluation = entry.evaluation.untimed().model_copy(update={"items": tune.items, "skip": entry.evaluation.items})
     for cell in cells:
-        # As in `cells`: in the order of the Method's fields, without those that are None.
+        # As in `cells`, keys have the order of the Method's fields, and None is left out.
         values = {**cell.config, **tune.config.get(cell.method, {})}
         config = {key: values[key] for key in entry.config[cell.method] if values.get(key) is not None}
         fixed = {"config": config, "seed": tune.seed, "evaluation": evaluation}
@@ -118,12 +121,14 @@ def _configs(fields: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
 
 
 def select(plan: Plan, expr: str) -> Plan:
-    """Select the Cells that `expr` names. Raises UsageError if it names none, an unknown key, or a term without a Cell.
+    """Return the plan with only the Cells that `expr` selects.
 
     Terms are separated by commas. `key=value` compares one key: id, model, task, method, implementation, base, optimizer,
     dtype, seed, lr, batch, max_tokens, accumulate, checkpointing, lr_ratio, compile, layerwise, tune (true for Cells of a
     search), or a key of the config. A bare word is the start of a cell_id, or any part of the id or of the name that `plan`
     prints. Terms of the same key are alternatives; different keys must all match.
+
+    Raises UsageError if no Cell matches `expr` or one of its terms, and for an unknown key.
     """
     wanted: dict[str, list[str]] = {}
     for term in filter(None, (part.strip() for part in expr.split(","))):
@@ -132,7 +137,7 @@ def select(plan: Plan, expr: str) -> Plan:
             raise UsageError(f"`{term}` has no key", where=f"--only {expr}", hint="write key=value, or one word")
         wanted.setdefault(key if equals else "", []).append(value if equals else key)
     swept = {cell_id for tuning in plan.tuning for cell_id in tuning.sweep}
-    # Cells do not contain later fields at their defaults; an expression can still name them.
+    # A Cell omits newer fields at their defaults, but an expression can still name these fields.
     later_defaults = {
         name: {key: knob.default for key, knob in info.fields.items() if knob.omit_default}
         for name, info in methods().items()

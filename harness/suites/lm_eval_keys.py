@@ -19,17 +19,17 @@ ANSWERED = ("id", "prompt", "answer")
 """Keys of a row; its file may have other names for them."""
 
 MAX_GEN_TOKS = 256
-"""Most tokens of an answer, by default; as in lm-eval."""
+"""Default for the largest number of tokens of an answer, as in lm-eval."""
 
 _NEEDED = ("task", "output_type", "doc_to_text", "doc_to_target")
 _OWN = {
     "multiple_choice": ("doc_to_choice", "metric_list"),
     "generate_until": ("generation_kwargs", "metric_list"),
 }
-"""Additional keys that each kind of task needs."""
+"""Kind of task -> further required keys."""
 _FREE = ("target_delimiter", "metadata", "tag", "task_alias")
 METRICS = {"multiple_choice": "acc", "generate_until": "exact_match"}
-"""Metric of each kind of task: right or wrong for each item."""
+"""Kind of task -> metric, with the value right or wrong for each item."""
 _HARNESS_SETS = "remove it: data and splits come from `metadata`"
 _REFUSED = {
     "description": "put it into `doc_to_text`",
@@ -49,7 +49,10 @@ _Found = Iterator[tuple[KeyPath, str, str]]
 
 
 def problems(document: Document, labels: int | None) -> list[Problem]:
-    """Return missing keys, and keys that training or scoring do not support. labels: None for a task without classes."""
+    """Return problems: missing keys, and keys that training or scoring does not support.
+
+    labels: number of classes; None for a task without classes.
+    """
     return [Problem(document.where(*path), what, hint) for path, what, hint in _found(document.data, labels)]
 
 
@@ -60,14 +63,14 @@ def filters(data: dict[str, Any]) -> list[str]:
 
 
 def max_answer_tokens(spec: dict[str, Any]) -> int:
-    """Return the most tokens of a generated answer."""
+    """Return the largest number of tokens of a generated answer."""
     return int((spec.get("generation_kwargs") or {}).get("max_gen_toks", MAX_GEN_TOKS))
 
 
 def too_long(cell: Cell, positions: int | None, answer: int) -> tuple[str, str] | None:
-    """Return why the texts of a Cell exceed the positions of its model, and the hint; None if they do not.
+    """Return (reason, hint) if the texts of a Cell exceed the positions of its model, else None.
 
-    positions: None where the model has no limit. answer: tokens of a generated answer; 0 for a task with classes.
+    positions: None if the model has no limit. answer: tokens of a generated answer; 0 for a task with classes.
     """
     limit, virtual = cell.training.max_tokens, virtual_tokens(cell.config)
     if positions is None or virtual + limit + answer <= positions:

@@ -32,7 +32,7 @@ def names() -> list[str]:
 
 
 def find(name_or_path: str | Path) -> Path:
-    """Return a suite's file, from its name or its path."""
+    """Return the file of a suite with this name or path."""
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
         return path
@@ -43,9 +43,9 @@ def find(name_or_path: str | Path) -> Path:
 
 
 def load(name_or_path: str | Path, *, registry: Registry | None = None) -> Suite:
-    """Load a suite by its name or its path. `registry` defaults to the installed implementations.
+    """Load a suite by its name or its path. registry: by default, the installed implementations.
 
-    Raises SuiteError with all mistakes of the first stage that finds any.
+    Raises SuiteError with all mistakes of the first stage that finds mistakes.
     """
     document, keys = yaml_lines.load_model(find(name_or_path), SuiteKeys)
     context = SuiteContext(document, registry or discover(), methods() | UNREFERENCED)
@@ -73,7 +73,7 @@ def load(name_or_path: str | Path, *, registry: Registry | None = None) -> Suite
 def _sources(context: SuiteContext, keys: SuiteKeys) -> dict[str, Source]:
     sources = load_table(data_folder("suites") / "sources.yaml")
     for index, source in enumerate(keys.sources):
-        # A cell_id holds only the name of a source, so a name must always stand for the same source.
+        # A cell_id contains only the name of a source, so that a name must always mean the same source.
         if source.name in sources:
             context.problem(("sources", index), f"duplicate source `{source.name}`", "rename it")
         sources[source.name] = with_absolute_path(source, context.folder)
@@ -90,7 +90,7 @@ def _entry_paths(keys: SuiteKeys) -> Iterator[tuple[KeyPath, KeyPath]]:
 
 
 def _expand(context: SuiteContext, entries: list[SuiteEntry]) -> list[tuple[SuiteEntry, list[Cell]]]:
-    """Return each entry with its Cells; report entries with the same Cell, or too many Cells."""
+    """Return each entry with its Cells; report entries that share a Cell, and too many Cells."""
     if (total := sum(map(expand.count, entries))) > MAX_CELLS:
         what = f"{total} Cells exceed the limit of {MAX_CELLS}"
         context.problem(("matrix",), what, "shorten a list, or split the suite")

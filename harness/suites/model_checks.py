@@ -1,8 +1,8 @@
-"""Check the layers and tokens of Cells against their models, if these are on this machine. No torch.
+"""Check the layers and tokens of Cells against the models that are on this machine. No torch.
 
-Runs before anything is fetched, and again when all models are here. Most targets are found in the headers of the weight
-files. For the others (a tied or new layer has no separate weights, a shape has no weights) one child process builds all
-models without weights.
+The check runs before anything is fetched, and again when all models are here. The headers of the weight files show most
+targets. For other targets (a tied or new layer has no separate weights, a shape has no weights) one child process builds
+all models without weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from harness.suites.suite import Suite
 
 _TIMEOUT_S = 120.0
-"""Seconds for building one model."""
+"""Seconds that building one model may take."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class _Unseen:
     folder: Path
     kind: str
     wanted: dict[str, dict[str, str]]
-    """By target, the name of the model at each `file:line` that has the target."""
+    """Target -> `file:line` of the target -> name of the model there."""
 
 
 def check_models(suite: Suite, plan: Plan) -> None:
@@ -98,7 +98,7 @@ def _no_layers(unseen: Sequence[_Unseen]) -> Iterator[Problem]:
 
 
 def _none_of_them(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[Problem]:
-    """Yield adapter configs with target_modules that match no layer of the model; peft itself needs only one match."""
+    """Yield a problem for each adapter config in which no target_modules matches a layer; for peft one match is enough."""
     paths = model_folder.layers(folder)
     for cell, places in cells:
         config = cell.config.get("adapter_config")
@@ -118,9 +118,9 @@ def _seen(name: str, paths: Collection[str]) -> bool:
 
 @functools.cache
 def _misfits(requests: tuple[tuple[Path, str, tuple[str, ...]], ...]) -> list[dict[str, str]]:
-    """Map the names that match no layer to the reason, for each (folder, kind, names).
+    """Return for each request (folder, kind, names) a map from names that match no layer to the reason.
 
-    A model that cannot be built here has no entries: its Cells report the failure, with the full traceback.
+    The map is empty for a model that cannot be built here: its Cells report the failure with the full traceback.
     """
     found: list[dict[str, str]] = []
     while left := requests[len(found) :]:

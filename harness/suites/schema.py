@@ -1,4 +1,4 @@
-"""Keys of a suite's YAML, with their types and plausible ranges. Their meaning is checked by `loader`."""
+"""Keys of a suite's YAML, with their types and plausible ranges. `loader` checks their meaning."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from harness.records.record import Dtype, FrozenModel, Optimizer, Quantization
 
 _T = TypeVar("_T")
 OneOrMany = Annotated[list[_T], BeforeValidator(lambda v: v if isinstance(v, list) else [v]), Field(min_length=1)]
-"""An axis of the matrix: a list, or a scalar for a list of one."""
+"""An axis of the matrix: a list of values, or one value."""
 Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 Word = Annotated[str, Field(min_length=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -24,7 +24,7 @@ SYNTHETIC = "synthetic"
 
 
 class Keys(BaseModel):
-    """Base of the keys of a YAML file: strictly typed, and no others allowed."""
+    """Base class for the keys of a YAML file: values are strictly typed, and further keys are refused."""
 
     model_config = FrozenModel.model_config
 
@@ -67,7 +67,7 @@ class PromptKeys(Keys):
     batch: Positive | None = Field(default=None, serialization_alias="prompt_batch")
     tokens: Positive | None = Field(default=None, serialization_alias="prompt_tokens")
     passes: Annotated[int, Field(ge=6, le=1_000_000)] | None = None
-    """At least 6: fewer have no interval at 95 %."""
+    """At least 6, since fewer passes give no interval at 95 %."""
 
 
 class TuneKeys(Keys):

@@ -26,7 +26,7 @@ class Answers(FrozenModel):
     """Training on a task with texts as answers."""
 
     loss: Literal["answer", "all"] = "answer"
-    """Tokens with a loss: those of the answer, or all but the first."""
+    """Tokens that have a loss: the tokens of the answer, or all tokens except the first."""
     eos: bool = True
     """True if an answer ends with the tokenizer's end-of-sequence token."""
 
@@ -82,12 +82,12 @@ class TaskSpec(FrozenModel):
     labels: int
     """Number of classes for an encoder; 0: for causal models only."""
     test: int
-    """Number of test rows, the first after one shuffle with `shuffle_seed`; 0 for a task of lm-eval: all of its split."""
+    """Number of test rows: the first rows after a shuffle with `shuffle_seed`. 0 for a task of lm-eval: the whole split."""
     shuffle_seed: int
     answers: Answers | None = None
     """None for a task with classes."""
     filter: str = "none"
-    """lm-eval's filter by which a task is scored."""
+    """Name of lm-eval's filter that scores the task."""
 
 
 class Task(TaskSpec):
@@ -96,9 +96,9 @@ class Task(TaskSpec):
     path: Path
     data: Source | None
     train: Source | None = None
-    """Separate training set; without it, the rest of `data` trains."""
+    """Separate training set; if None, training uses the rows of `data` that do not test."""
     upstream: lm_eval_files.TaskFile | None = None
-    """One of lm-eval's own tasks, which has its own splits."""
+    """True for one of lm-eval's own tasks, which have their own splits."""
 
     @property
     def trains(self) -> bool:
@@ -106,7 +106,7 @@ class Task(TaskSpec):
         return self.upstream is None or "train" in self.upstream.splits
 
     def problems(self, role: Role, source: Source, path: Path) -> list[Problem]:
-        """Return the mistakes in the file of one of the task's sources. role: the use of the source in the task."""
+        """Return the mistakes in the file of a source of the task. role: use of the source in the task."""
         if self.upstream is not None:
             return []  # lm-eval reads it
         if role == "train":
@@ -122,8 +122,8 @@ def names() -> list[str]:
 def load(name: str, base: Path, sources: Mapping[str, Source]) -> Task:
     """Load a task by its name, or by its path from `base`.
 
-    Raises SuiteError in two stages, as `loader.load` does. The second one also reads data that are a local file, so that
-    mistakes in them are found before anything runs.
+    Raises SuiteError in two stages, as `loader.load` does. The second stage also reads local data files, so that it finds
+    their mistakes before anything runs.
     """
     if name == SYNTHETIC:
         return Task(name=name, path=Path(name), spec={}, data=None, labels=2, test=0, shuffle_seed=0)
@@ -165,7 +165,7 @@ def _task(
     problems: list[Problem],
     **fields: Any,
 ) -> Task:
-    """Return the task; raises SuiteError with `problems` and the mistakes in its sources. fields: further ones of `Task`."""
+    """Return the task. Raises SuiteError with `problems` and the mistakes in its sources. fields: further fields of Task."""
     data = _source(document, "data", metadata.data, sources, problems)
     train = _source(document, "train", metadata.train, sources, problems) if metadata.train else None
     task = Task(
@@ -189,7 +189,7 @@ def _find(name: str, base: Path) -> Path:
 
 
 def _upstream(name: str) -> Task:
-    """Return one of lm-eval's own tasks. Raises UsageError for one that cannot be run here."""
+    """Return one of lm-eval's own tasks. Raises UsageError if it cannot run here."""
     file = lm_eval_files.find(name)
     spec, filters = file.spec, lm_eval_keys.filters(file.spec)
     kind = spec.get("output_type", "generate_until")
@@ -227,7 +227,7 @@ def _upstream(name: str) -> Task:
 def _source(
     document: Document, key: str, name: str, sources: Mapping[str, Source], problems: list[Problem]
 ) -> Source | None:
-    """Return the source that `metadata` names at `key`; adds to `problems` if it is unknown or no data."""
+    """Return the source that `metadata` names at `key`. If it is unknown or no data, add a problem and return None."""
     try:
         source = resolve(name, sources, document.path.parent, kind="data")
         if source.kind == "data":
@@ -239,7 +239,7 @@ def _source(
 
 
 def _unfit(document: Document, task: Task) -> list[Problem]:
-    """Return mistakes in the task's sources: the kind of their rows, and every row of a local file."""
+    """Return the mistakes in the task's sources: in the kind of their rows, and in each row of a local file."""
     problems: list[Problem] = []
     roles: tuple[tuple[Role, Source | None], ...] = (("data", task.data), ("train", task.train))
     for key, source in roles:

@@ -1,4 +1,4 @@
-"""Check `tune:` of a suite's entry: a declared search for the learning rate, with a count of its trials."""
+"""Check `tune:` of a suite's entry: a declared search for the learning rate, with a known number of trials."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from harness.suites.tasks import Task
 
 @dataclass(frozen=True)
 class Tune:
-    """A search: Cells of the entry that differ in the learning rate only share one trial of each learning rate."""
+    """A search for the learning rate. Cells of the entry that differ only in `lr` share one trial of each learning rate."""
 
     lr: tuple[float, ...]
     seed: int
     items: int
     """Number of test items that score a trial; they follow those of the entry's Cells."""
     config: Mapping[str, Mapping[str, Any]]
-    """By Method, values that replace those of the entry, so that all ranks can share the trials of one rank.
+    """Method -> values that replace the entry's values, so that all ranks can share the trials of one rank.
 
-    None is the default of a field that is newer than the first published Records, and is left out of a Cell.
+    None is the default of a field that is newer than the first published Records; a Cell omits the field.
     """
 
     def axes(self, method: str) -> dict[str, list[Any]]:
@@ -41,9 +41,9 @@ def read(
     scored: int,
     tasks: Sequence[Task],
 ) -> tuple[Tune | None, list[FieldProblem]]:
-    """Check `tune:`. Returns the search, None if it has mistakes, and the mistakes; their paths start in `tune:`.
+    """Check `tune:`. Returns the search (None if it has mistakes) and the mistakes, with paths relative to `tune:`.
 
-    training, seeds: those of the entry's Cells. scored: number of test items that score the Cells.
+    training, seeds: of the entry's Cells. scored: number of test items that score the Cells.
     """
     problems: list[FieldProblem] = []
     lr = tuple(dict.fromkeys(keys.lr))

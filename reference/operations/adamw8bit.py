@@ -72,19 +72,19 @@ SPEC = ReferenceSpec(
 BLOCK = 256
 """Elements per absmax."""
 MIN_8BIT_SIZE = 4096
-"""Elements from which on a tensor has 8-bit moments."""
+"""Least number of elements of a tensor with 8-bit moments."""
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that a step computes in: float32, or float64 for float64 parameters."""
+    """Return the dtype of a step's arithmetic: float32, or float64 for float64 parameters."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def init_state(p: Tensor, min_8bit_size: int = MIN_8BIT_SIZE) -> dict[str, Tensor]:
     """Return the state before the first step: zero moments of p.numel() elements.
 
-    m, v: uint8 codes with m_absmax, v_absmax (float32, one per block), or if p has fewer than `min_8bit_size` elements
-    two tensors of the working dtype. absmax is 0, so that the codes, also 0, mean 0.
+    m, v: uint8 codes with m_absmax, v_absmax (float32, one per block). If p has fewer than `min_8bit_size` elements, the
+    state has only m and v, in the working dtype. Every absmax is 0, so that any code means 0.
     """
     n = p.numel()
     if n < min_8bit_size:
@@ -101,7 +101,7 @@ def state_bytes(numel: int, min_8bit_size: int = MIN_8BIT_SIZE) -> int:
 
 
 def moments(state: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Return the decoded first and second moment of a state, flat, in `dtype`."""
+    """Return the first and the second moment of a state, decoded, flat, in `dtype`."""
     if state["m"].dtype != torch.uint8:
         return state["m"].to(dtype), state["v"].to(dtype)
     m = dequantize_blockwise(state["m"], state["m_absmax"], dynamic_map(signed=True), BLOCK)
@@ -125,7 +125,7 @@ def adamw8bit_step(
         m_t = beta1 m_{t-1} + (1 - beta1) g          v_t = beta2 v_{t-1} + (1 - beta2) g^2
         p_t = (1 - lr weight_decay) p_{t-1} - lr (m_t / (1 - beta1^t)) / (sqrt(v_t / (1 - beta2^t)) + eps)
 
-    p is updated with the moments before they are encoded, and rounded to its own dtype once.
+    The update of p uses the moments before they are encoded, and rounds p to its own dtype once.
     """
     dtype = working_dtype(p.dtype)
     wide, g = p.to(dtype, copy=True), g.to(dtype)

@@ -1,7 +1,7 @@
 """Double quantisation: the block constants of a 4-bit weight in 8 bits. QLoRA section 3, arXiv:2305.14314. An Operation.
 
-The absmax of every 4-bit block (c2, float32) less one mean is quantised in blocks of 256 to 8 bits, each with a float32
-constant (c1): 0.127 bits per parameter instead of 0.5.
+The float32 absmax of each 4-bit block (c2) minus the mean of all of them is quantised to 8 bits, in blocks of 256 with a
+float32 constant (c1) each. The constants then take 0.127 bits per parameter instead of 0.5.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BLOCK = 256
 def quantize(absmax: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor, Tensor]:
     """Return (c2, c1, offset): uint8 codes as long as `absmax`, float32 constants of each block, float32 mean (0-d).
 
-    absmax: float32, 1-d and not empty. A NaN or an infinity in it makes the offset, and so everything, not finite.
+    absmax: float32, 1-d and not empty. With a NaN or an infinity in `absmax`, no result is finite after decoding.
     """
     flat = absmax.detach().flatten().float()
     offset = flat.mean()
@@ -50,15 +50,15 @@ def quantize(absmax: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor, Tensor
 
 
 def dequantize(c2: Tensor, c1: Tensor, offset: Tensor, block: int = BLOCK) -> Tensor:
-    """Return the constants (float32, as long as `c2`): dequant(c1, c2) of eq. 6, and the mean added back."""
+    """Return the block constants, float32, as long as `c2`: dequant(c1, c2) of eq. 6 plus the mean."""
     return dequantize_blockwise(c2, c1, dynamic_map(signed=True), block) + offset.float()
 
 
 def bits_per_parameter(numel: int, block: int = 64, double: bool = True, second_block: int = BLOCK) -> float:
     """Return the bits of a 4-bit weight of `numel` elements, divided by `numel`. Raises ValueError for an empty weight.
 
-    Counted: packed codes, in whole bytes; without double quantisation 32 bits per block; with it 8 per block, 32 per second
-    block and 32 for the mean. Not counted: code tables, which are constants of the type.
+    The packed codes count in whole bytes. Without double quantisation each block counts 32 bits; with it, each block counts
+    8 bits, each second block 32, and the mean 32. Code tables do not count, since they are constants of the type.
     """
     if numel < 1:
         raise ValueError("an empty weight has no bits per parameter")

@@ -1,9 +1,9 @@
 """The dynamic 8-bit code and blockwise quantisation with it. Dettmers et al., arXiv:2110.02861, section 2. An Operation.
 
-A code of 8 bits names one of 256 values in [-1, 1] (signed) or [0, 1]. The largest are spread evenly over 0.1 .. 1, and
-each decade below has half as many: an indicator bit that moves right leaves fewer bits for the fraction. A tensor is split
-into blocks of consecutive elements of its flattened form; each is divided by its largest magnitude and rounded to the
-nearest values. 8-bit optimizer states and QLoRA's double quantisation both use it.
+A code of 8 bits names one of 256 values in [-1, 1] (signed) or [0, 1]. The largest values are spread evenly over 0.1 .. 1,
+and each lower decade has half as many values: an indicator bit that moves right leaves fewer bits for the fraction. A
+flattened tensor is split into blocks of consecutive elements. Each block is divided by its largest magnitude and rounded to
+the nearest values. 8-bit optimizer states and QLoRA's double quantisation both use this code.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def quantize_blockwise(x: Tensor, code: Tensor, block: int = 256) -> tuple[Tenso
     """Return (codes, absmax): uint8 indices into `code` in the order of x.flatten(), float32 absmax of each block.
 
     x: any shape and floating dtype, read as float32. code: ascending values. The last block may be short. A tie takes the
-    lower index. A block of zeros has absmax 0 and the index of 0. A block with a NaN has absmax NaN, a block with an
-    infinity absmax infinity: no element of either is decoded to a finite value. Raises ValueError for a block below 1.
+    lower index. A block of zeros has absmax 0 and the index of 0. A NaN or an infinity in a block is also its absmax, so
+    that no element of the block is decoded to a finite value. Raises ValueError for a block below 1.
     """
     if block < 1:
         raise ValueError(f"a block must hold at least one element, got {block}")

@@ -1,7 +1,8 @@
 """FP4: a 4-bit float of sign, two exponent bits and one mantissa bit, scaled block by block. An Operation, not a Method.
 
-Blocks, absmax and packing are NF4's (nf4.py). A code is s e e m: bit 3 the sign, bits 2 and 1 the exponent field E,
-bit 0 the mantissa m. Its magnitude is (1 + m / 2) 2^(4 - E), or m / 16 where E is 0; all are divided by the largest, 12.
+Blocks, absmax and packing are those of NF4 (nf4.py). The bits of a code are s e e m: bit 3 is the sign, bits 2 and 1 are the
+exponent field E, and bit 0 is the mantissa m. The magnitude of a code is (1 + m / 2) 2^(4 - E), or m / 16 if E is 0. All
+magnitudes are divided by the largest one, 12.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def codebook() -> Tensor:
 def quantize(W: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
     """Return (codes, absmax): uint8 codes 0..15 in the order of W.flatten(), float32 absmax of each block.
 
-    W: any shape and floating dtype, read as float32. A magnitude exactly between two takes the smaller. A block of zeros
-    has absmax 0 and codes 0. NaN and infinity: as in nf4.py. Raises ValueError for a block below 1.
+    W: any shape and floating dtype, read as float32. A magnitude exactly between two values takes the smaller one. A block
+    of zeros has absmax 0 and codes 0. NaN and infinity: as in nf4.py. Raises ValueError for a block below 1.
     """
     magnitudes, order = codebook()[:_SIGN].sort()
     flat = W.detach().flatten().float()

@@ -58,9 +58,9 @@ def multi_lora_linear(
 ) -> Tensor:
     """Return base_out plus each sequence's own update, (N, ..., E), in the dtype of `base_out`.
 
-    x: (N, ..., D). base_out: W0 x and the bias, (N, ..., E). As[i]: (R_i, D). Bs[i]: (E, R_i). ids: one index into them
-    per sequence, or -1. Autograd passes through x, base_out and every A and B in use; unused ones have gradient None.
-    Raises ValueError if the lists differ in length, or if an id is not an integer, or neither -1 nor an adapter.
+    x: (N, ..., D). base_out: W0 x and the bias, (N, ..., E). As[i]: (R_i, D). Bs[i]: (E, R_i). ids: per sequence an index
+    into As and Bs, or -1. The result is differentiable in x, base_out and every A and B in use; an unused A or B gets the
+    gradient None. Raises ValueError if the lists differ in length, or if an id is no integer, or neither -1 nor an adapter.
     """
     chosen = torch.as_tensor(ids, device=x.device)
     if not len(As) == len(Bs) == len(scalings):

@@ -1,7 +1,7 @@
 """NF4: the 4-bit NormalFloat of QLoRA. Dettmers et al., NeurIPS 2023, arXiv:2305.14314. An Operation, not a Method.
 
-A tensor is split into blocks of consecutive elements of its flattened form; each block is divided by its largest
-magnitude (absmax, float32) and rounded to the nearest of 16 levels. Two 4-bit codes share a byte.
+A flattened tensor is split into blocks of consecutive elements. Each block is divided by its largest magnitude (absmax,
+float32) and rounded to the nearest of 16 levels. Two 4-bit codes share a byte.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def quantize(W: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
 
     W: any shape and floating dtype, read as float32. block: at least 1 (bitsandbytes: 32, 64, 128 ... 4096); blocks cross
     rows, and the last one may be short. An element exactly between two levels takes the lower one. A block of zeros has
-    absmax 0 and the code of zero (7). A block with a NaN has absmax NaN, a block with an infinity absmax infinity: no
-    element of either is decoded to a finite value.
+    absmax 0 and the code of zero (7). A NaN or an infinity in a block is also its absmax, so that no element of the block
+    is decoded to a finite value.
     """
     return quantize_blockwise(W, codebook(), block)
 
@@ -65,9 +65,9 @@ def quantize(W: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
 def near_tie(W: Tensor, block: int = 64, levels: Tensor | None = None) -> Tensor:
     """Return a flat mask of elements so near the middle of two levels that the rounding of W / absmax may decide.
 
-    Division by absmax and multiplication by its reciprocal differ by up to 1.5 units in the last place; codes of these
-    elements may differ by one level between correct programs. Where absmax is a power of two both are exact, and the mask is
-    False. Above 2^126 the reciprocal is subnormal and has two bits fewer. levels: ascending; the default is NF4's.
+    Division by absmax and multiplication by its reciprocal differ by up to 1.5 units in the last place, so that correct
+    programs may give these elements codes one level apart. If absmax is a power of two, both are exact, and the mask is
+    False. Above 2^126 the reciprocal is subnormal and has two bits fewer. levels: ascending; by default those of NF4.
     """
     flat = W.detach().flatten().float()
     absmax = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block).abs().amax(dim=1)

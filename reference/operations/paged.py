@@ -1,10 +1,10 @@
 """Paged optimizers. Dettmers et al., QLoRA, NeurIPS 2023, arXiv:2305.14314, section 3. An Operation, not a Method.
 
-Optimizer states are in memory that accelerator and host share: they move to the host when the accelerator runs short, and
-back for their update. No value changes.
+Optimizer states are in memory that accelerator and host share. They move to the host when the accelerator's memory runs
+short, and back for their update. No value changes.
 
-Here the paging is explicit. A page is all large states of one parameter. Pages have a budget of bytes on the device; the
-least recently used ones move to the host.
+Here the paging is explicit. A page consists of all large states of one parameter. Pages have a budget of bytes on the
+device; the least recently used pages move to the host.
 """
 
 from __future__ import annotations
@@ -71,11 +71,13 @@ def to_device(page: Tensor, device: torch.device) -> Tensor:
 class Paged(torch.optim.Optimizer):
     """Wrapper that pages the large states of `inner`, an optimizer with one state per parameter; its steps are unchanged.
 
-    Groups and state are shared with `inner`; its hooks run once per parameter. A learning rate schedule must get this
-    wrapper. Optimizers with state in their groups, or that read several parameters at once (LBFGS), cannot be paged.
+    The wrapper shares groups and state with `inner`; hooks of `inner` run once per parameter. A learning rate schedule must
+    get this wrapper. An optimizer cannot be paged if its groups hold state, or if it reads several parameters at once
+    (LBFGS).
 
-    budget: bytes of paged states on the device. The states of the parameter that is being updated are always there, so that
-    the peak is max(budget, the largest parameter's states) once all states exist. Raises ValueError for a negative budget.
+    budget: bytes of paged states on the device. The states of the parameter that is being updated are always on the device,
+    so that the peak is max(budget, largest states of a parameter) once all states exist. Raises ValueError for a negative
+    budget.
     """
 
     bytes_in: int
@@ -154,7 +156,7 @@ class Paged(torch.optim.Optimizer):
         self._admit(p)
 
     def _admit(self, p: Tensor) -> None:
-        """Count the states of `p` as on the device and used last."""
+        """Count the states of `p` as on the device and as used last."""
         size = self._size(p)
         self.resident += size - self._on_device.pop(p, 0)
         self.peak = max(self.peak, self.resident)

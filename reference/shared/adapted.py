@@ -40,7 +40,7 @@ class AdaptedModel:
         return None
 
     def optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer | None:
-        """Return the Method's own optimizer; None here: the caller chooses."""
+        """Return the Method's own optimizer; None here, so that the caller chooses."""
         return None
 
     def after_step(self, step: int) -> None:
@@ -76,7 +76,7 @@ class AdaptedLayer(nn.Module):
         return {}
 
     def delta(self) -> Tensor:
-        """Return the update of the base's weight, in its shape."""
+        """Return the update of the base's weight, in the weight's shape."""
         raise NotImplementedError
 
     def dense_base(self) -> nn.Module:
@@ -84,7 +84,7 @@ class AdaptedLayer(nn.Module):
         return dense_copy(self.base)
 
     def merged(self) -> Any:
-        """Return a plain layer that computes the same: the base with `delta()` added to its weight."""
+        """Return a plain layer with the same output: the base with `delta()` added to its weight."""
         dense: Any = self.dense_base()
         with torch.no_grad():
             dense.weight += self.delta().to(dense.weight.dtype)
@@ -131,7 +131,7 @@ class AdaptedLayers(AdaptedModel):
         return [t for layer in self.layers.values() for t in layer.tensors().values()]
 
     def merge(self) -> None:
-        """Replace each adapted layer by a plain layer that computes the same."""
+        """Replace each adapted layer by a plain layer with the same output."""
         for path, layer in self.layers.items():
             replace(self.model, path, layer.merged())
 

@@ -1,7 +1,7 @@
 """GaLore's two moments of a projected gradient R, in R's dtype or in 8 bits (arXiv:2403.03507, section 4.3).
 
-In 8 bits they are those of reference/operations/adamw8bit: codes of the dynamic map with an absmax per block of 256
-elements, decoded before a step and encoded after it. The names in the state are GaLore's.
+8-bit moments have the format of reference/operations/adamw8bit: codes of the dynamic map with an absmax per block of 256
+elements, decoded before a step and encoded after it. The names in the state are those of GaLore.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _SIGNED = {"M": True, "V": False}
 
 
 def zeros(R: Tensor, bits: int) -> dict[str, Tensor]:
-    """Return M and V before the first step. 32 bits: zeros of R's shape and dtype.
+    """Return M and V before the first step. With 32 bits, both are zeros of R's shape and dtype.
 
-    8 bits: for at least 4096 elements flat uint8 codes with M_absmax and V_absmax, float32, one per block; for fewer zeros
-    of R's shape in float32 (float64 for a float64 R).
+    With 8 bits and at least 4096 elements, both are flat uint8 codes, with M_absmax and V_absmax, float32, one per block.
+    With 8 bits and fewer elements, both are zeros of R's shape in float32 (float64 for a float64 R).
     """
     if bits == 32:
         return {name: torch.zeros_like(R) for name in _SIGNED}
@@ -32,7 +32,7 @@ def zeros(R: Tensor, bits: int) -> dict[str, Tensor]:
 
 
 def decode(state: Mapping[str, Any], R: Tensor) -> tuple[Tensor, Tensor]:
-    """Return M and V of R's shape: the tensors of the state themselves, or its decoded codes."""
+    """Return M and V of R's shape: the tensors of the state themselves, or decoded from the codes of the state."""
     if state["M"].dtype != torch.uint8:
         return state["M"], state["V"]
     codes = {name: state[f"{name[0].upper()}{name[1:]}"] for name in ("m", "v", "m_absmax", "v_absmax")}
@@ -41,7 +41,7 @@ def decode(state: Mapping[str, Any], R: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encode(state: Mapping[str, Any], M: Tensor, V: Tensor) -> None:
-    """Encode M and V into the codes of a state, in place; a state without codes already has the values."""
+    """Encode M and V into the codes of a state, in place. A state without codes already has the values."""
     if state["M"].dtype != torch.uint8:
         return
     for name, value in (("M", M), ("V", V)):

@@ -19,8 +19,8 @@ def kind_of(module: nn.Module) -> str:
 
     linear: nn.Linear or a quantised subclass. Conv1D: transformers' linear layer with the weight stored as (in, out).
     embedding, Conv2d: nn.Embedding, nn.Conv2d and subclasses with the same forward pass (an embedding may also multiply by
-    its `embed_scale`). Other subclasses transform their weight (a norm, quantisation), and so would have to transform an
-    update.
+    its `embed_scale`). Other subclasses transform their weight (a norm, quantisation), and would have to transform the
+    update of a Method too.
     """
     layer: Any = module
     if isinstance(module, nn.Linear):
@@ -43,8 +43,8 @@ def targets(model: nn.Module, names: Sequence[str], kinds: Sequence[str]) -> dic
 def targets(model: nn.Module, names: Sequence[str], kinds: Sequence[str] = LINEAR) -> dict[str, Any]:
     """Map path to layer for every layer with a path that is, or ends in, one of `names`, in the model's order.
 
-    A name may also be one of `WORDS`. kinds: those of `KINDS` that the Method adapts. Raises ValueError for a name that
-    matches no layer, or also a layer of another kind, which would silently stay unadapted.
+    A name may also be one of `WORDS`. kinds: the `KINDS` that the Method adapts. Raises ValueError if a name matches no
+    layer, or if it matches a layer of another kind, which would silently stay unadapted.
     """
     found: dict[str, Any] = {}
     for name in names:
@@ -78,9 +78,9 @@ def _attention(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _all_linear(model: nn.Module) -> dict[str, nn.Module]:
-    """Return all linear layers except those outside the model's trunk and the one that gives its logits.
+    """Return all linear layers, except layers outside the model's trunk and the layer that computes the logits.
 
-    The same as HF peft's `all-linear`, except for heads of several layers: peft leaves out the last one only.
+    HF peft's `all-linear` selects the same layers, except in heads of several layers: peft leaves out only the last one.
     """
     get_output: Any = getattr(model, "get_output_embeddings", lambda: None)
     output, trunk = get_output(), getattr(model, "base_model_prefix", "")
@@ -117,7 +117,7 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Set `module` at `path`."""
+    """Replace the module of `model` at `path` by `module`."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
 
@@ -133,8 +133,8 @@ def floating_dtype(base: nn.Module) -> torch.dtype:
 def dense_weight(base: nn.Linear | nn.Embedding) -> torch.Tensor:
     """Return the dense matrix (out, in) that `base` multiplies by.
 
-    An embedding multiplies one-hot rows by its table: the matrix is the table's transpose. The matrix of a packed layer is
-    its output for the unit vectors: exact, since each product is 1 w + 0 + 0 ...
+    An embedding multiplies one-hot rows by its table, so that the matrix is the table's transpose. A packed layer gives its
+    matrix as the output for the unit vectors. This is exact, since each product is 1 w + 0 + 0 ...
     """
     if isinstance(base, nn.Embedding):
         return base.weight.detach().T.contiguous()
@@ -158,7 +158,7 @@ def dense_copy(base: nn.Linear) -> nn.Linear: ...
 @overload
 def dense_copy(base: nn.Module) -> nn.Module: ...
 def dense_copy(base: nn.Module) -> nn.Module:
-    """Return an independent frozen layer with the same output as `base`, in its floating dtype.
+    """Return an independent frozen layer with the same output as `base`, in the floating dtype of `base`.
 
     A linear layer, packed or not, gives an nn.Linear; any other layer gives a copy.
     """

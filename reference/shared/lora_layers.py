@@ -1,7 +1,7 @@
 """LoRA on layers other than linear ones: embedding tables and 2-d convolutions, for `reference/lora.py`.
 
-The paper adapts matrices; each layer here is treated as one. Shape letters: N entries, E out, R rank, C channels in, G
-groups, K kernel side.
+The paper adapts matrices; the layers here treat their weights as matrices. Shape letters: N entries, E out, R rank, C
+channels in, G groups, K kernel side.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from reference.shared.layers import dense_copy
 class LoraEmbedding(LowRankLayer):
     """A frozen embedding table (N, E) with a low-rank update: a linear layer without bias on one-hot rows.
 
-    A (R, N), B (E, R). A base with `embed_scale` scales the update too, as it would after merging. As in the base, the entry
-    at padding_idx has no gradient, and scale_grad_by_freq divides by an entry's count. Raises ValueError for a base with
-    max_norm, which rewrites the table in every forward pass.
+    A (R, N), B (E, R). If the base has an `embed_scale`, it scales the update too, as after merging. As in the base, the
+    entry at padding_idx has no gradient, and scale_grad_by_freq divides a gradient by the entry's count. Raises ValueError
+    for a base with max_norm, which rewrites the table in every forward pass.
     """
 
     base: nn.Embedding
@@ -49,7 +49,7 @@ class LoraConv2d(LowRankLayer):
     """A frozen convolution (E, C/G, K, K) plus a K x K convolution A to R channels and a 1 x 1 convolution B (as HF peft).
 
     A (R, C, K, K) reads all channels and has the base's stride, padding, padding mode and dilation; B (E, R/G, 1, 1) has
-    its groups. The rank of the update, a matrix (E, C K K), is R. Raises ValueError if G does not divide R.
+    the base's groups. The update, as a matrix (E, C K K), has rank R. Raises ValueError if G does not divide R.
     """
 
     base: nn.Conv2d
@@ -61,7 +61,7 @@ class LoraConv2d(LowRankLayer):
         return y
 
     def delta(self) -> Tensor:
-        """Return scaling B A as a kernel (E, C, K, K), without groups: output e sees every channel in."""
+        """Return scaling B A as a kernel (E, C, K, K) without groups: each output sees every input channel."""
         G = self.base.groups
         R, C, *K = self.A.shape
         B_GER, A_GRD = self.B.reshape(G, -1, R // G), self.A.reshape(G, R // G, -1)
@@ -75,8 +75,8 @@ class LoraConv2d(LowRankLayer):
 class LoraConv2dKernel(LowRankLayer):
     """A frozen convolution (E, C/G, K, K) with a square kernel and the update B A, reshaped to it (as loralib).
 
-    A (R K, C K), B (E/G K, R K); B A is reshaped row by row. Its rank is up to R K. Raises ValueError for a kernel that is
-    not square.
+    A (R K, C K), B (E/G K, R K); B A has a rank up to R K and is reshaped row by row. Raises ValueError for a kernel that
+    is not square.
     """
 
     base: nn.Conv2d

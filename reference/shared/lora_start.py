@@ -1,8 +1,9 @@
 """Initial A and B of LoRA, selected by `init` in its Config. Not a Method.
 
-kaiming: A uniform in +-1/sqrt(in), B zero, the default of loralib and HF peft. gaussian: A normal, B zero, as in the paper
-(arXiv:2106.09685, section 4.1), which states no standard deviation; 1/r is HF peft's. orthogonal: neither is zero, but their
-product is (HF peft's `init_lora_weights="orthogonal"`, after datta0.github.io/posts/rethink-lora-init).
+kaiming: A is uniform in +-1/sqrt(in), B is zero: the default of loralib and HF peft. gaussian: A is normal, B is zero, as
+in the paper (arXiv:2106.09685, section 4.1). The paper states no standard deviation; ours is 1/r, as in HF peft.
+orthogonal: neither is zero, but B A is (`init_lora_weights="orthogonal"` of HF peft, after
+datta0.github.io/posts/rethink-lora-init).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def initial_factors(
 ) -> tuple[Tensor, Tensor]:
     """Return A (rank, inputs) and B (outputs, rank), drawn in float64 so that every dtype starts from the same numbers.
 
-    Raises ValueError for an odd rank with `orthogonal`, where A and B get half of the directions each.
+    Raises ValueError for an odd rank with `orthogonal`, which gives A and B half of the directions each.
     """
     if init == "orthogonal":
         return _orthogonal(rank, inputs, outputs, generator)

@@ -1,6 +1,6 @@
 """Leading singular vectors by a random sketch. Halko, Martinsson and Tropp, 2011, arXiv:0909.4061.
 
-Algorithm 4.4 computes a basis of the range by subspace iterations on W times the sketch, algorithm 5.1 the SVD.
+Algorithm 4.4 computes a basis of the range by subspace iterations on W times the sketch; algorithm 5.1 computes the SVD.
 Shape letters: W (E, D), K columns of the sketch.
 """
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def randomised_svd(W_ED: Tensor, sketch: Tensor, niter: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return an approximate (U (E, K), S (K,), Vt (K, D)) of the K largest singular values, with LAPACK's signs.
+    """Return approximations of (U (E, K), S (K,), Vt (K, D)) for the K largest singular values, with LAPACK's signs.
 
     sketch: (min(E, D), K). niter: subspace iterations; each multiplies the error of a singular vector by the square of
     (largest singular value outside the sketch / its own singular value).

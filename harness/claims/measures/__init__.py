@@ -1,1 +1,4 @@
-"""Measures: the functions of this package that are marked `@measure`, by name. Nothing else lists them."""
+"""Measures: the functions of this package that are marked `@measure`. No other file lists them.
+
+The command `explain` prints a measure's docstring: a phrase that names the quantity, or `Check whether ...` for a property.
+"""

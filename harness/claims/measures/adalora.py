@@ -45,8 +45,8 @@ def budget_at(
 ) -> MeasureResult:
     """The budget b(t) at the first or the last step of the cubic phase.
 
-    equation: eq. 12 with t - t_i - t_f, as printed, or the reference. The number of steps T is that of all epochs over
-    `examples`, with a smaller last batch.
+    equation: eq. 12 with t - t_i - t_f, as printed, or the reference. T counts the steps of all epochs over `examples`;
+    the last batch of an epoch may be smaller.
     """
     from reference.adalora import budget
 
@@ -150,9 +150,9 @@ def pruned_triplets_recover() -> MeasureResult:
 
 @measure("property")
 def keeps_exactly(rule: Literal["reference", "kthvalue"]) -> MeasureResult:
-    """Check whether exactly `budget` triplets remain where scores are equal.
+    """Check whether exactly `budget` triplets remain if scores are equal.
 
-    rule: the reference's, or torch.kthvalue with <=, as in the authors' code and HF peft.
+    rule: the rule of the reference, or torch.kthvalue with <=, as in the authors' code and HF peft.
     """
     import torch
 

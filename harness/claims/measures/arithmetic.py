@@ -39,7 +39,7 @@ def share_more(of: Quantity, than: Quantity, last: Quantity = Fraction(0)) -> Me
 
 @measure("share")
 def most_share_less(of: Quantities, than: Quantities, last: Quantity = Fraction(0)) -> MeasureResult:
-    """Largest relative reduction of an element of `of` from the element of `than` at its position, as in `up to`.
+    """Largest relative reduction of a number in `of` from the number in `than` at the same position, as in `up to`.
 
     last: for printed figures, a unit in the last digit of the coarsest one; for sums, multiplied by the number of terms.
     """

@@ -20,7 +20,7 @@ _MIN_STEP = 5
 
 @measure("share")
 def added_share(of: Quantity, model: Model, whole: Literal["base", "base+adapter"] = "base+adapter") -> MeasureResult:
-    """Parameters added to a model, as a share of the model (`base`), or of model and added ones (`base+adapter`)."""
+    """Parameters added to a model, as a share of the model (`base`), or of the model with them (`base+adapter`)."""
     base = attached_model.parameter_count(model)
     if whole == "base":
         return MeasureResult(of / base, f"{written(of)} / {base:,}")
@@ -90,8 +90,8 @@ def share_at_some_rank(of_rank_1: Quantity, to: Quantity, last: Quantity, fitted
 def of_some(start: Fraction, step: Fraction, to: Fraction, last: Fraction, fitted: bool, what: str) -> MeasureResult:
     """Return `start` plus the whole number of steps nearest to `to`, or a range if `to` is among the possible values.
 
-    A number of steps fitted to a figure cannot confirm the figure; if no number gives it, the figure is wrong. what: name of
-    a step. Raises ValueError as `at_some_rank` does.
+    A number of steps that is fitted to a figure cannot confirm the figure. If no number of steps gives the figure, the
+    figure is wrong. what: name of a step. Raises ValueError as `at_some_rank` does.
     """
     nearest = max(1, round((to - start) / step))
     value = start + nearest * step

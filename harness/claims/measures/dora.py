@@ -9,7 +9,7 @@ from harness.claims.measure import Config, MeasureResult, Method, Model, measure
 from harness.claims.sums import summed
 
 _OUT, _IN, _RANK, _TOKENS = 24, 40, 4, 64
-"""A layer that is not square, to distinguish the two axes."""
+"""Sides of a layer that is not square, so that a test can tell its axes apart."""
 
 
 @measure("count")
@@ -33,10 +33,10 @@ def one_magnitude_per(axis: Literal["input", "output"]) -> MeasureResult:
 
 @measure("property")
 def gradient_is(equation: Literal["eq. 6", "eq. 11"], detach_norm: bool) -> MeasureResult:
-    """Check whether autograd's gradients of A, B and m are those of an equation, and of eq. 7 for m.
+    """Check whether autograd's gradients agree with an equation (for A and B) and with eq. 7 (for m).
 
-    eq. 6: m / |V'| (I - V' V'^T / |V'|^2) dL/dW'; eq. 11: m / |V'| dL/dW'. detach_norm: whether the norm is a constant. In
-    float32, judged as the conformance suite judges gradients, by the equation in float64.
+    eq. 6: m / |V'| (I - V' V'^T / |V'|^2) dL/dW'; eq. 11: m / |V'| dL/dW'. detach_norm: whether the norm is a constant. The
+    gradients are in float32, the equations in float64. The tolerance is that of the conformance suite for gradients.
     """
     drawn = _drawn("float32")
     layer = _layer(drawn, detach_norm)
@@ -68,7 +68,7 @@ def gradient_leaves_direction(detach_norm: bool) -> MeasureResult:
 
 
 def _by_equation(drawn: dict[str, Any], equation: str) -> dict[str, Any]:
-    """Return the gradients of A, B and m, from that of W' (out, in)."""
+    """Return the gradients of A, B and m, computed from the gradient of W' (out, in) by an equation."""
     A, B, m = drawn["A"], drawn["B"], drawn["m"]
     V = drawn["W0"] + B @ A
     norm = V.square().sum(1, keepdim=True).sqrt()
@@ -79,7 +79,7 @@ def _by_equation(drawn: dict[str, Any], equation: str) -> dict[str, Any]:
 
 
 def _drawn(dtype: str) -> dict[str, Any]:
-    """Draw a trained layer, its inputs and the gradient of its outputs: the same numbers in every dtype."""
+    """Return a randomly drawn trained layer, its inputs and the gradient of its outputs; all dtypes get the same numbers."""
     import torch
 
     generator = torch.Generator().manual_seed(0)

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Type = Literal["nf4", "fp4", "e2m1", "e3m0", "int4", "int4-both-ends"]
-"""A 4-bit type. fp4: bitsandbytes' float; e2m1, e3m0: floats with these bits of exponent and mantissa; int4: -7 .. 7 over 7,
-like eq. 1 for 8 bits; int4-both-ends: -8 .. 7 over 8."""
+"""A 4-bit type. fp4: bitsandbytes' float; e2m1, e3m0: floats with these bits of exponent and mantissa; int4: -7 .. 7 divided
+by 7, like eq. 1 for 8 bits; int4-both-ends: -8 .. 7 divided by 8."""
 _DRAWN = 2**18
-"""Number of normal weights; the error of NF4 is then known to a third of a percent."""
+"""Number of normal weights. With this number the error of NF4 is known to a third of a percent."""
 
 
 @measure("count")
@@ -37,7 +37,7 @@ def nf4_has(printed: list[float]) -> MeasureResult:
 
 @measure("property")
 def equation_4_gives(printed: list[float], ends: Literal["as printed", "left out"] = "as printed") -> MeasureResult:
-    """Check eq. 4: q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2 over the largest gives the printed 2^k levels.
+    """Check whether q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2 over the largest q_i gives the printed levels.
 
     ends: include or leave out levels that are not finite.
     """
@@ -127,7 +127,7 @@ def constants_are(type: Literal["e4m3", "e5m2"]) -> MeasureResult:
 
 @measure("property")
 def blocks_run_over_rows(rows: Positive, columns: Positive, block: Positive = 64) -> MeasureResult:
-    """Check whether the constants of a matrix are the largest magnitudes of consecutive runs of its flattened form."""
+    """Check whether each constant of a matrix is the largest magnitude in a run of `block` flattened elements."""
     from reference.operations import nf4
 
     weights = _normal()[: rows * columns].view(rows, columns)
@@ -139,7 +139,7 @@ def blocks_run_over_rows(rows: Positive, columns: Positive, block: Positive = 64
 
 
 def _levels(type: Type) -> Tensor:
-    """Return the levels of a type in the order of their codes, float32, the largest magnitude 1."""
+    """Return the float32 levels of a type in the order of their codes, scaled so that the largest magnitude is 1."""
     import torch
 
     from reference.operations import fp4, nf4

@@ -13,10 +13,10 @@ from harness.claims.measure import Config, MeasureResult, Method, Model, Positiv
 def constant_bits(
     model: Model, double: bool = True, block: Positive = 64, second_block: Positive = 256
 ) -> MeasureResult:
-    """Return the bits that the block constants take per weight, over all layers that QLoRA quantises in a model.
+    """Bits of the block constants per weight, over all layers of a model that QLoRA quantises.
 
-    double: whether the constants are quantised too. A constant (one per `block` weights) then has 8 bits, not 32. There
-    are 32 further bits per `second_block` constants, and 32 per layer for their mean.
+    double: whether the constants are quantised too. Each constant (one per `block` weights) then has 8 bits instead of 32,
+    with 32 further bits per `second_block` constants, and 32 per layer for their mean.
     """
     bits, weights = _constants(model, double, block, second_block)
     return MeasureResult(Fraction(bits, weights), f"{_in_words(double, block, second_block)}: {bits:,} / {weights:,}")
@@ -24,7 +24,7 @@ def constant_bits(
 
 @measure("bytes")
 def double_quantisation_saves(model: Model, block: Positive = 64, second_block: Positive = 256) -> MeasureResult:
-    """Bytes that double quantisation of the constants saves over all layers that QLoRA quantises in a model."""
+    """Bytes that double quantisation of the constants saves, over all layers of a model that QLoRA quantises."""
     one, weights = _constants(model, False, block, second_block)
     two, _ = _constants(model, True, block, second_block)
     each = float(Fraction(one - two, weights))

@@ -12,7 +12,7 @@ from harness.claims.measures.arithmetic import written
 from harness.claims.measures.parameters import fitting
 
 Side = Literal["std", "reverse_std", "paper", "left", "right", "full"]
-"""Rule for the projected side of a matrix; `std` is that of the authors' code."""
+"""Rule that selects the projected side of a matrix. `std` is the rule of the authors' code."""
 
 
 @measure("bytes")
@@ -202,7 +202,7 @@ def _gradient(rows: int, columns: int, seed: int) -> Any:
 
 
 def _step(G: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """Return the weight after one step from zero, and the state."""
+    """Return the weight after one step from a zero weight, and the state."""
     import torch
 
     from reference.galore import galore_step
@@ -219,7 +219,7 @@ def _galore_numbers(rows: int, columns: int, rank: int) -> int:
 
 
 def _lora_numbers(rows: int, columns: int, rank: int) -> int:
-    """Count the weight, the two factors and their moments after a step of torch's AdamW."""
+    """Return how many numbers the weight, LoRA's two factors and their moments hold after a step of torch's AdamW."""
     import torch
 
     from harness.conformance.subject import attach_reference, configure

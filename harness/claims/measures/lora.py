@@ -20,7 +20,7 @@ _INPUTS, _OUTPUTS, _TOKENS = 12, 20, 7
 
 @measure("property")
 def rank_times_sides(model: Model, method: Method, config: Config = {}, split: Split = {}) -> MeasureResult:
-    """Check whether a Method trains r (in + out) numbers per adapted layer, so 2 d r in a square one, and no bias."""
+    """Check whether a Method trains r (in + out) numbers per adapted layer (2 d r if it is square), and no bias."""
     from harness.conformance.subject import configure
 
     layers = dict(attached_model.model(model, json.dumps(split)).named_modules())
@@ -90,7 +90,7 @@ def subtracting_restores_the_base() -> MeasureResult:
 
 @measure("property")
 def merged_has_the_bases_layers() -> MeasureResult:
-    """Check whether a model with merged LoRA has the same modules and shapes as before, so without extra computation."""
+    """Check whether merging LoRA gives a model with the modules and shapes of the base, and so no extra computation."""
     model = _plain()
     before = _architecture(model)
     adapted = _attach(model, rank=4, alpha=8)

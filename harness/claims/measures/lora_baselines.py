@@ -22,12 +22,12 @@ Design = Literal["houlsby", "lin", "pfeiffer"]
 """A parameter that is a design of adapters: `AdapterH`, `AdapterL` and `AdapterP` of the paper."""
 
 _PER_BLOCK = {"houlsby": (2, 0), "lin": (1, 1), "pfeiffer": (1, 0)}
-"""Adapters and layer norms that train in each block: after attention and MLP; after the MLP and a norm; after the MLP."""
+"""Design -> (adapters, trained layer norms) per block: after attention and MLP; after the MLP and a norm; after the MLP."""
 
 
 @measure("count")
 def adapters(model: Model, design: Design, rank: Positive) -> MeasureResult:
-    """Adapters of a bottleneck of `rank`: L_Adpt (2 d r + r + d) + 2 L_LN d, two layers with biases each."""
+    """Adapters with a bottleneck of `rank`: L_Adpt (2 d r + r + d) + 2 L_LN d. An adapter is two layers with biases."""
     d, depth = _width_and_depth(model)
     number, norms = (depth * each for each in _PER_BLOCK[design])
     count = number * (2 * d * rank + rank + d) + 2 * norms * d

@@ -1,7 +1,7 @@
 """Measures: paging of optimizer states, by its reference on a CPU. Imports torch only when computed.
 
-A simulated device of a given size holds the states and the memory of a batch; a long text needs more for one step. Moves are
-counted in bytes; their time on a GPU is not measured.
+A simulated device of a given size holds the states and the memory of a batch; a long text needs more memory for one step.
+The measure counts moved bytes, but not the time of the moves on a GPU.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def paging_survives_a_spike(
 ) -> MeasureResult:
     """Check whether paging lets a step with a memory spike succeed, without changing the training.
 
-    AdamW of `matrices` matrices, on a device that their states fill. In the middle step a long text takes the fraction
-    `spike` of it: states must leave, and the step must not exceed the device. In the end all weights must equal, to the
-    last bit, those of AdamW on a large enough device.
+    AdamW trains `matrices` matrices on a device that their states fill. In the middle step a long text takes the fraction
+    `spike` of the device: states must leave, and the step must not exceed the device. In the end all weights must equal,
+    to the last bit, the weights of AdamW on a large enough device.
     """
     import torch
 

@@ -20,8 +20,8 @@ Split = dict[str, list[str]]
 def parameters(model: Model, without: list[str] | None = None, only: list[str] | None = None) -> MeasureResult:
     """Parameters of a model, tied ones once.
 
-    without, only: regular expressions of parameter names to exclude or to count exclusively. Raises ValueError for one that
-    matches no name.
+    without, only: regular expressions. Parameters whose names match `without`, or do not match `only`, do not count.
+    Raises ValueError for an expression that matches no name.
     """
     every = attached_model.parameters(model)
     left_out = fitting(every, without) if without else []
@@ -39,8 +39,8 @@ def trainable_parameters(
 ) -> MeasureResult:
     """Trainable parameters of a Method attached to a model, without a classifier's new head.
 
-    only: regular expressions of the Method's tensors to count exclusively. also: of further trainable parameters of the
-    model, e.g. `classifier` or `embed_tokens`; parameters that the Method trains already count once.
+    only: regular expressions; only tensors of the Method that match one count. also: regular expressions of further
+    trainable parameters, e.g. `classifier` or `embed_tokens`; parameters that the Method trains too count once.
     """
     return summed(_trained(model, method, config, split, only, also))
 

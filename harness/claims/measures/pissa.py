@@ -38,9 +38,9 @@ def pissa_splits_the_weight(
 def pissa_takes_the_principal_part(
     rank: Positive, rows: Positive = 96, columns: Positive = 128, decay: float = 0.5, dtype: Dtype = "float64"
 ) -> MeasureResult:
-    """Check whether s B A consists of the largest singular values and vectors, and each factor has the root of each value.
+    """Check whether s B A has the largest singular values and vectors, with the root of each value in either factor.
 
-    Compared with the values and vectors of the synthetic weight: s B A = U_r S_r V_r^T, s A A^T = s B^T B = S_r.
+    The measure knows the values and vectors of the synthetic weight: s B A = U_r S_r V_r^T, s A A^T = s B^T B = S_r.
     """
     import torch
 
@@ -117,8 +117,8 @@ def quantisation_error_reduced(
 ) -> MeasureResult:
     """Relative reduction of the nuclear norm of W - (nf4(.) + B A) from that of W - nf4(W) (eqs. 6 to 8), before training.
 
-    The latter is the error of QLoRA, with B A = 0. by: loftq, with A and B from the SVD of W - nf4(W), then alternating;
-    qpissa, which quantises the residual of the principal part, and after the first iteration takes A and B of
+    W - nf4(W) is the error of QLoRA, since B A = 0. by: `loftq` takes A and B from the SVD of W - nf4(W), then alternates;
+    `qpissa` quantises the residual of the principal part, and after the first iteration takes A and B from the SVD of
     W - nf4(residual). residual_of: the step whose A and B update the residual (Algorithm 1, line 5).
     """
     W = _weight(size, size, decay)
@@ -135,7 +135,7 @@ def quantisation_error_reduced(
 def each_turn_is_another(
     rank: Positive, iterations: Positive, residual_of: ResidualOf, size: Positive = 128, decay: float = 0.5
 ) -> MeasureResult:
-    """Check whether each iteration of Algorithm 1 yields other A and B than the previous one.
+    """Check whether each iteration of Algorithm 1 changes A and B.
 
     residual_of: the step whose A and B update the residual (line 5).
     """
@@ -150,7 +150,7 @@ def each_turn_is_another(
 def _iterate(W: Tensor, rank: int, iterations: int, residual_of: ResidualOf) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (W_res, B A) after each iteration of Algorithm 1; PiSSA's initialisation is the first.
 
-    As printed, no line sets the A_1 and B_1 that line 5 reads at t = 2; the initial ones are used instead.
+    Line 5 reads A_1 and B_1 at t = 2, but no printed line sets them; the initial A and B are used instead.
     """
     product = before = _principal(W, rank)
     residual = W - product
@@ -228,7 +228,10 @@ def _normal(rows: int, columns: int, seed: int = 3) -> Tensor:
 
 
 def _judged(found: dict[str, Tensor], truth: dict[str, Tensor], dtype: str) -> MeasureResult:
-    """Judge by the error of rounding the truth to the dtype, as the conformance suite does."""
+    """Return whether `found` agrees with `truth`, judged by the error of rounding the truth to the dtype.
+
+    The conformance suite judges in the same way.
+    """
     from harness.conformance.comparison.tolerance_policies import noise_floor
     from harness.conformance.subject import DTYPES
 

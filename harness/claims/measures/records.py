@@ -1,6 +1,6 @@
 """Measures: memory of Cells, from the Records of a run, and functions that all measures of Records share.
 
-An uncertain measurement is an interval, and all of it must agree with a claim.
+An uncertain measurement is an interval. It reproduces a claim only if the whole interval agrees with the claim.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def _entry(name: str, info: ValidationInfo) -> str:
 Suite = Annotated[str, AfterValidator(_suite)]
 """A parameter that names a suite, or its path relative to the claim file."""
 Entry = Annotated[str, AfterValidator(_entry)]
-"""A parameter that names an entry of `suite` by id; a parameter `whole` of `whole_suite`."""
+"""A parameter that names an entry of `suite` by its id; a parameter `whole` names an entry of `whole_suite`."""
 Depths = Annotated[list[Entry], Field(min_length=2)]
 """Entries that differ only in the number of the model's blocks."""
 LABELS = 2
 """Labels of an encoder's new head, as in tasks with random labels."""
 _RECIPE = ("method", "base", "dtype", "optimizer")
-"""Fields that a Cell shares with its rehearsal at a smaller size."""
+"""Fields that are equal in a Cell and in its rehearsal at a smaller size."""
 _LEFT_OUT = "without CUDA's context and memory that the allocator holds beyond tensors"
 
 
@@ -63,7 +63,8 @@ _LEFT_OUT = "without CUDA's context and memory that the allocator holds beyond t
 def peak_memory(suite: Suite, cell: Entry) -> MeasureResult:
     """Peak memory of a Cell's training, as a range over seeds.
 
-    On a GPU of tensors, without its context; on a CPU of the process, minus its memory after imports.
+    On a GPU, the peak of the tensors, without CUDA's context. On a CPU, the peak of the process, minus its memory after
+    imports.
     """
     (own,) = record_sources.records(suite, cell)
     return _peak(own).measured(f"{_peaks(own)}; {record_sources.place(own[0])}")
@@ -73,7 +74,8 @@ def peak_memory(suite: Suite, cell: Entry) -> MeasureResult:
 def device_memory(suite: Suite, cell: Entry) -> MeasureResult:
     """Memory of a GPU that a Cell's training needs: from the peak of its tensors to the allocator's or the driver's total.
 
-    The driver includes CUDA's context, and other processes. Without these two numbers, and on a CPU, like `peak_memory`.
+    The driver's total includes CUDA's context and other processes. On a CPU, and if the Record has neither total, the
+    result is that of `peak_memory`.
     """
     (own,) = record_sources.records(suite, cell)
     peak, seen = _peak(own), [gpu for record in own if (gpu := measurements.training_gpu(record))]
@@ -129,13 +131,12 @@ def extrapolated_memory_ratio(suite: Suite, of: Depths, to: Depths) -> MeasureRe
 
 @measure("bytes")
 def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: Entry) -> MeasureResult:
-    """Memory of a Cell, if bytes are proportional to parameters, inside and outside of blocks.
+    """Memory of a Cell, scaled from a narrower model in proportion to the parameters, inside and outside of blocks.
 
-    cells: of a narrower model with one and with two blocks, with ranks smaller in proportion. Scaled are the counted
-    tensors: weights, adapter, gradients, the optimizer's states and the temporaries of its step. By
-    `harness.memory_model` for the whole Cell: states of a paged optimizer on the GPU, as small tensors are not paged, and
-    activations and logits. The result is a range, without activations and logits and with them in addition to the step's
-    temporaries.
+    cells: entries of a narrower model with one and with two blocks, with ranks smaller in proportion. The measure scales
+    the counted tensors: weights, adapter, gradients, the optimizer's states and the temporaries of its step.
+    `harness.memory_model` predicts activations, logits, and the states of a paged optimizer on the GPU (small tensors are
+    not paged). The result is a range: the least value has no activations and logits, the largest has all of them.
     """
     at = record_sources.cell(whole_suite, whole)
     prediction = predicted(at)
@@ -170,7 +171,7 @@ def trained_parameters(suite: Suite, cell: Entry) -> MeasureResult:
 
 @measure("property")
 def undecidable(needs: str) -> MeasureResult:
-    """A property that the harness cannot decide, e.g. a score of GPT-3. needs: the requirement."""
+    """A property that the harness cannot decide, e.g. a score of GPT-3. needs: what a decision would require."""
     raise NotRunError(f"it takes {needs}")
 
 
@@ -212,7 +213,10 @@ def _extrapolated(suite: str, cells: Sequence[str]) -> tuple[Interval, str, Reco
 
 
 def _scaled(suite: str, cells: Sequence[str], model: str, paged: int | None = None) -> tuple[Interval, str, Record]:
-    """Scale counted bytes to a model. paged: bytes of a paged optimizer's states on the GPU at this size."""
+    """Return the counted bytes of Cells scaled to a model, the arithmetic as text, and a Record of the Cells.
+
+    paged: bytes of a paged optimizer's states on the GPU at the size of that model.
+    """
     narrow, at = _depths(suite, cells)
     if [*at] != [1, 2]:
         raise ValueError(f"{', '.join(cells)} have {', '.join(map(str, at))} blocks; name Cells with 1 and 2 blocks")
@@ -237,7 +241,7 @@ def _blocks(address: str) -> int:
 
 
 def _sizes(model: str) -> tuple[int, int]:
-    """Return the number of parameters of one block, and outside of blocks."""
+    """Return the number of parameters of one block, and the number outside of blocks."""
     one, two = (attached_model.parameter_count(f"{model}/{n}-blocks") for n in (1, 2))
     return two - one, 2 * one - two
 

@@ -1,8 +1,9 @@
 """Measures: operations and bytes of one training step, counted on a shape without weights. Imports torch only when computed.
 
-They stand in for measurements of speed on a GPU. If matrix products dominate, time is proportional to their operations: with
-N weights, a token takes 2 N in the forward pass and 4 N in the backward pass, half of them for gradients of weights; frozen
-weights have none. Not counted: other operations (norms, dequantisation, an optimizer's step) and data movement.
+These counts stand in for measurements of speed on a GPU. If matrix products dominate, time is proportional to their
+operations. With N weights, a token takes 2 N operations in the forward pass and 4 N in the backward pass; half of the 4 N
+compute gradients of weights, which frozen weights do not need. Other operations (norms, dequantisation, an optimizer's step)
+and data movement are not counted.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ def training_operations(
 ) -> MeasureResult:
     """Operations of all matrix products in one training step, multiplications and additions.
 
-    Forward and backward of `batch` texts of `tokens` tokens, with full attention and a loss of every token, the reference
-    of the Method attached; with its own loss term (AdaLoRA's), without the optimizer's step. checkpointing: whether the
-    backward pass computes each block again.
+    The step is a forward and a backward pass of `batch` texts of `tokens` tokens, with the Method's reference attached,
+    full attention, a loss of every token, and the Method's own loss term (AdaLoRA's), but without the optimizer's step.
+    checkpointing: whether the backward pass computes each block again.
     """
     from harness.claims import meta_step
 
@@ -41,8 +42,9 @@ def training_operations(
 def time_more_by_operations(of: Count, than: Count) -> MeasureResult:
     """Relative increase in time of `of` over `than`, if time is proportional to operations. of, than: operations.
 
-    A range from 0, if all time is spent on other work that both share, to the ratio of the matrix products. It is no bound:
-    an optimizer's step, norms, dequantisation and communication are not included, and no time is measured.
+    The result is a range: 0 if all time is spent on other work that both share, and the increase in operations if matrix
+    products take all the time. The range is no bound: an optimizer's step, norms, dequantisation and communication are not
+    included, and no time is measured.
     """
     more = of / than - 1
     ends = sorted((Fraction(0), more))
@@ -56,8 +58,8 @@ def kept_for_backward(
 ) -> MeasureResult:
     """Bytes of tensors that autograd saves for the backward pass, without the model's parameters.
 
-    For `batch` texts of `tokens` tokens, without gradient checkpointing, with explicit attention, the reference of the
-    Method attached.
+    The step has `batch` texts of `tokens` tokens, explicit attention, no gradient checkpointing, and the Method's
+    reference attached.
     """
     from harness.claims import meta_step
 

@@ -34,9 +34,9 @@ def step_time(suite: Suite, cell: Entry) -> MeasureResult:
 
 @measure("rate")
 def throughput(suite: Suite, cell: Entry) -> MeasureResult:
-    """Tokens per second without padding: the median of the steps' rates, else like `step_time`.
+    """Tokens per second without padding: the median of the steps' rates, with an interval as for `step_time`.
 
-    Reports divide all tokens by all seconds, which has no interval; the two differ if texts differ in length.
+    Reports divide all tokens by all seconds instead, which gives no interval. The two differ if texts differ in length.
     """
     (own,) = record_sources.records(suite, cell)
     rate, processes = _between_processes(_merge([_rate(record) for record in own]), own)
@@ -45,9 +45,9 @@ def throughput(suite: Suite, cell: Entry) -> MeasureResult:
 
 @measure("ratio")
 def step_time_ratio(suite: Suite, of: Entry, to: Entry) -> MeasureResult:
-    """Ratio of the step times of `of` and `to`: medians with intervals of order statistics.
+    """Ratio of the step times of `of` and `to`: a ratio of medians, with an interval from order statistics.
 
-    With few processes the interval is widened by an assumed deviation between processes.
+    With few processes, an assumed deviation between processes widens the interval.
     """
     ratio, times, how = _compared(suite, of, to, _steps)
     return ratio.measured(f"{times} per step; {how}")
@@ -81,8 +81,8 @@ def phase_ratio(suite: Suite, phase: str, of: Entry, to: Entry) -> MeasureResult
 def refresh_share(suite: Suite, cell: Entry) -> MeasureResult:
     """Time share of GaLore's projector refreshes in training.
 
-    At most the excess of the first step, which has a refresh, over a median step, spread over the steps between two
-    refreshes. As a first step also warms up, the result is a range from 0 to that.
+    The first step has a refresh. Its excess over a median step, spread over the steps between two refreshes, is the
+    largest possible share. Since the first step also warms up, the result is a range from 0 to that share.
     """
     (own,) = record_sources.records(suite, cell)
     training, gap = own[0].measurements and own[0].measurements.training, own[0].cell.config.get("update_gap")
@@ -95,7 +95,7 @@ def refresh_share(suite: Suite, cell: Entry) -> MeasureResult:
 
 
 def _compared(suite: str, of: str, to: str, time: Callable[[Sequence[Record]], Interval]) -> tuple[Interval, str, str]:
-    """Return the ratio of two times, the times as text, and processes and place as text."""
+    """Return the ratio of two times, a text with the times, and a text with the processes and the place."""
     a, b = pair(suite, of, to)
     x, y = time(a), time(b)
     ratio, processes = _between_processes(over(x, y), a, b)
@@ -103,7 +103,7 @@ def _compared(suite: str, of: str, to: str, time: Callable[[Sequence[Record]], I
 
 
 def _merge(intervals: Sequence[Interval]) -> Interval:
-    """Return the interval that covers those of all processes."""
+    """Return the interval that covers the intervals of all processes."""
     values = sorted(x.value for x in intervals)
     return Interval(values[len(values) // 2], min(x.least for x in intervals), max(x.most for x in intervals))
 
@@ -173,7 +173,7 @@ def _seconds(x: Interval) -> str:
 
 
 def _between_processes(found: Interval, *sides: Sequence[Record]) -> tuple[Interval, str]:
-    """Widen a time or a ratio if too few processes show their variation; return it with the explanation."""
+    """Return a time or a ratio, widened if too few processes show their variation, and the explanation as text."""
     counts = [len(side) for side in sides]
     count = "one process" if max(counts) == 1 else f"{min(counts)} processes"
     each = count + " each" * (len(counts) > 1)

@@ -39,9 +39,9 @@ def adam_training(
 
 @measure("bytes")
 def full_finetuning_of_unknown_precision(model: Model) -> MeasureResult:
-    """Bytes of weights, gradients and Adam's moments of full fine-tuning if the paper does not state the precision.
+    """Bytes of weights, gradients and Adam's moments in full fine-tuning, if the paper does not state the precision.
 
-    From 6 bytes per parameter (weights and moments in 16 bits, gradients freed after use) to the 16 of mixed precision
+    From 6 bytes per parameter (weights and moments in 16 bits, gradients freed after use) to 16 bytes in mixed precision
     (arXiv:1910.02054, section 3.1: weights and gradients in 16 bits; master weights and both moments in 32).
     """
     count = attached_model.parameter_count(model)

@@ -48,8 +48,8 @@ def is_kaiming_uniform(inputs: Positive, outputs: Positive, rank: Positive) -> M
 def product_keeps_variance(inputs: Positive, outputs: Positive, ranks: list[Positive]) -> MeasureResult:
     """Check whether the elements of B A have the variance 4 / in at every rank, over 64 draws, within their standard error.
 
-    Kaiming's variance is 2 / fan_in: of A 2 / in, of B 2 / r; an element of B A sums r products: r (2 / in) (2 / r) = 4 /
-    in.
+    Kaiming's variance is 2 / fan_in: 2 / in for A, 2 / r for B. An element of B A sums r products, so that its variance is
+    r (2 / in) (2 / r) = 4 / in.
     """
     import torch
 

@@ -2,11 +2,11 @@
 
     python -m harness.kernels.compile.ahead --arch 80 --arch 90 --arch 100 [--module nf4] [--json] [--write]
 
-Every module below `harness.kernels.triton` may have a list SPECIMENS; nothing else lists them. A kernel fails if it spills
-registers, or needs more registers than `registers.json` allows for this specimen, architecture and minor version of Triton
-(`--write` enters the measured numbers), or more shared memory than the architecture has. Streaming kernels must load and
-store 128 bits at a time; matrix products must use matrix instructions. Prints one line per specimen and architecture. Exit
-codes: 1 if a specimen fails, 2 if there is nothing to judge.
+A module below `harness.kernels.triton` may define a list SPECIMENS; no other file lists specimens. A kernel fails if it
+spills registers, needs more shared memory than the architecture has, or needs more registers than `registers.json` allows
+for this specimen, architecture and minor version of Triton (`--write` enters the measured numbers). Streaming kernels
+must load and store 128 bits at a time; matrix products must use matrix instructions. The command prints one line per
+specimen and architecture. It exits with 1 if a specimen fails, and with 2 if there is nothing to judge.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class KernelVerdict:
     name: str
     architecture: int
     found: MachineCode | None
-    """Counts of its machine code; None if it did not compile."""
+    """Counts of the machine code; None if the specimen did not compile."""
     faults: tuple[str, ...]
-    """Reasons why it fails; empty if it passes."""
+    """Reasons why the specimen fails; empty if it passes."""
 
     def line(self) -> str:
         """Return one line for the terminal."""
@@ -72,7 +72,7 @@ def modules() -> dict[str, str]:
 
 
 def faults(specimen: Specimen, found: MachineCode, architecture: int, limit: int | None) -> Iterator[str]:
-    """Yield the faults of compiled code. limit: registers allowed per thread, None if the table has no entry."""
+    """Yield the faults of compiled code. limit: allowed registers per thread; None if the table has no entry."""
     if found.stack:
         yield f"{found.stack} B of stack: registers are spilled"
     if found.shared > SHARED[architecture]:
@@ -97,7 +97,7 @@ def faults(specimen: Specimen, found: MachineCode, architecture: int, limit: int
 
 
 def judge(module: str, architecture: int, limits: dict[str, int]) -> list[KernelVerdict]:
-    """Compile and judge the specimens of one module (dotted path); errors of import and compilation become faults."""
+    """Compile and judge the specimens of one module (dotted path). Errors of import and compilation become faults."""
     from harness.kernels.compile.machine_code import machine_code
 
     try:
@@ -140,7 +140,7 @@ def judge_all(chosen: list[str], architectures: list[int], table: Table, version
 
 
 def enter(table: Table, verdicts: list[KernelVerdict], version: str, architecture: int, *, replace_all: bool) -> None:
-    """Enter the measured registers in the table; replace_all: drop the entries of specimens that no longer exist."""
+    """Enter the measured registers in the table. replace_all: whether to drop the entries of specimens that are gone."""
     measured = {one.name: one.found.registers for one in verdicts if one.found and one.architecture == architecture}
     row = table.setdefault(version, {})
     before = {} if replace_all else row.get(f"sm_{architecture}", {})
@@ -148,7 +148,7 @@ def enter(table: Table, verdicts: list[KernelVerdict], version: str, architectur
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command."""
+    """Run the command and return its exit code."""
     summary = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog=f"python -m {__package__}.ahead", description=summary)
     capabilities = sorted(SHARED)

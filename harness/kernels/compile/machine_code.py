@@ -32,15 +32,15 @@ class MachineCode:
     """Bytes of shared memory per program."""
     instructions: int
     wide_loads: int
-    """Instructions that load 128 bits per thread from global memory, asynchronous copies to shared memory included."""
+    """Number of instructions that load 128 bits per thread from global memory, asynchronous copies included."""
     wide_stores: int
-    """Instructions that store 128 bits per thread to global memory."""
+    """Number of instructions that store 128 bits per thread to global memory."""
     narrow_loads: int
-    """Instructions that load 8 bits."""
+    """Number of instructions that load 8 bits."""
     matrix: dict[str, int]
-    """Matrix instructions by name."""
+    """Name of a matrix instruction -> its number."""
     fused_multiply_adds: int
-    """FFMA instructions."""
+    """Number of FFMA instructions."""
 
 
 def version() -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["streaming", "gemm", "other"]
-"""Streaming kernels must load and store 128 bits at a time, GEMMs use matrix instructions. No kernel may spill registers."""
+"""Streaming kernels must load and store 128 bits at a time; GEMMs must use matrix instructions; none may spill registers."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Specimen:
     kernel: Any
     """A function decorated by `triton.jit`."""
     signature: Mapping[str, str]
-    """Argument -> Triton's type (`*bf16`, `i32`), without the constants."""
+    """Argument -> Triton's type (`*bf16`, `i32`), for arguments that are no constexpr."""
     constants: Mapping[str, Any]
     """Argument -> value of a constexpr."""
     divisible: tuple[str, ...] = ()
@@ -32,8 +32,8 @@ class Specimen:
     separate_roundings: bool = False
     """Fail on any fused multiply-add. Not for kernels that divide: a division takes some."""
     narrow_loads: int = 0
-    """Allowed single-byte loads of a streaming kernel: from tables, of block constants, or for a ragged end."""
+    """Number of single-byte loads that a streaming kernel may have: from tables, of constants, or at a ragged end."""
     oldest: int = 80
-    """Oldest architecture it is compiled for."""
+    """Oldest architecture for which this specimen is compiled."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further options of Triton's compiler, such as maxnreg."""

@@ -19,7 +19,7 @@ from harness.kernels.torch.dynamic_quantize import CHUNK, decode, encode, tables
 BLOCK = 256
 """Elements per absmax."""
 MIN_8BIT_SIZE = 4096
-"""Elements from which moments are 8-bit."""
+"""Least number of elements of a tensor with 8-bit moments."""
 
 
 def init_state(p: Tensor, min_8bit_size: int = MIN_8BIT_SIZE) -> dict[str, Tensor]:
@@ -66,8 +66,9 @@ def adamw8bit_step_(
 ) -> None:
     """Take step number `step`, from 1, in place.
 
-    p, g: one shape, any floating dtype. m, v: uint8 codes, flat, one per element; m_absmax, v_absmax: float32, one per block
-    of 256. Computes in float32 (float64 for float64) and rounds p once. Weight decay comes before the update:
+    p, g: one shape, any floating dtype. m, v: uint8 codes, flat, one per element; m_absmax, v_absmax: float32, one per
+    block of 256. The step computes in float32 (float64 for float64) and rounds p once. Weight decay comes before the
+    update:
 
         m = beta1 m + (1 - beta1) g       v = beta2 v + (1 - beta2) g^2
         p = (1 - lr weight_decay) p - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)

@@ -14,10 +14,10 @@ from harness.kernels.torch.support.autocast import outside_autocast
 
 
 def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """Return ||W + scaling B A|| of every row, shape (E,), without a gradient (arXiv:2402.09353, section 4.3).
+    """Return the norm of each row of W + scaling B A, shape (E,), without a gradient (arXiv:2402.09353, section 4.3).
 
-    Forms the sum instead of combining the norms of its parts: on a CPU that takes a third longer, but it is accurate where
-    the parts cancel.
+    The function forms the sum instead of combining the norms of its parts. On a CPU the sum takes a third longer, but it
+    is accurate where the parts cancel.
     """
     with torch.no_grad():
         norm: Tensor = torch.linalg.vector_norm(torch.addmm(W, B, A, alpha=scaling), dim=1)
@@ -52,9 +52,9 @@ class _Gained(torch.autograd.Function):
 
 
 def gained(z: Tensor, onto: Tensor | None, m: Tensor, norm: Tensor) -> Tensor:
-    """Return (m / norm) z + onto, shape (..., E); the gain is 0 where the norm is 0.
+    """Return (m / norm) z + onto, shape (..., E); the gain m / norm is 0 where the norm is 0.
 
-    z (..., E); onto: (E,), the shape of z, or None; m, norm (E,). Differentiable in z, onto and m; the norm is constant.
+    z (..., E); onto: (E,), the shape of z, or None; m, norm (E,). The result is differentiable in z, onto and m.
     """
     flat = onto if onto is None or onto.dim() == 1 else onto.reshape(-1, onto.shape[-1])
     y: Tensor = _Gained.apply(z.reshape(-1, z.shape[-1]), flat, m, norm)
@@ -74,8 +74,8 @@ def dora_linear(
     """Return x W^T + bias + (g - 1) (x mask) W^T + g scaling ((x mask) A^T) B^T, shape (..., E) (eq. 5 with dropout).
 
     g = m / ||W + scaling B A|| per row, 0 where the norm is 0. x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), m (E,),
-    mask like x or None, all of one dtype. Twice differentiable in all but the mask, with the norm as a constant; in Triton
-    once, where a second derivative raises RuntimeError.
+    mask like x or None, all of one dtype. The result is twice differentiable in all but the mask, with the norm as a
+    constant. In Triton it is differentiable once; a second derivative raises RuntimeError.
     """
     if multiplied_by_triton(x, W, A, B, m) and frozen(W, bias):
         from harness.kernels.triton import dora_linear as gpu

@@ -1,8 +1,8 @@
-"""Blockwise 8-bit codes of the dynamic map (arXiv:2110.02861, section 2) on any device, exact, by two table look-ups.
+"""Exact blockwise 8-bit codes of the dynamic map (arXiv:2110.02861, section 2) by two table look-ups, on any device.
 
 The upper half of a float32 (sign, exponent and seven bits of the fraction) selects one of 65,536 buckets. No bucket
 contains two midpoints between neighbouring values: a table gives the number of midpoints below the bucket, and one
-comparison with the next midpoint decides. A binary search takes eight dependent steps, some thirty times as long on a CPU.
+comparison with the next midpoint decides. A binary search takes eight dependent steps: thirty times as long on a CPU.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Tables(NamedTuple):
     """Look-up tables of the dynamic map."""
 
     values: Tensor
-    """float32 (256,), ascending."""
+    """Values of the map: float32 (256,), ascending."""
     midpoints: Tensor
-    """float32 (256,), the last one infinite."""
+    """Midpoints between neighbouring values: float32 (256,); the last one is infinite."""
     below: Tensor
     """uint8 (65536,): number of midpoints below each bucket."""
 
@@ -63,7 +63,7 @@ def decode(codes: Tensor, absmax: Tensor, block: int, of: Tables) -> Tensor:
 
 
 def encode(x: Tensor, block: int, of: Tables) -> tuple[Tensor, Tensor]:
-    """Return (codes, absmax) of x, float32, contiguous and 1-d. A block of zeros has absmax 0 and the code of 0."""
+    """Return (codes, absmax) of x. x: float32, contiguous, 1-d. A block of zeros has absmax 0 and the code of 0."""
     rows = torch.nn.functional.pad(x, (0, -len(x) % block)).view(-1, block)
     absmax = rows.abs().amax(dim=1)
     divisor = torch.where(absmax == 0, 1.0, absmax)
@@ -74,7 +74,7 @@ def dynamic_quantize(x: Tensor, block: int = 256, signed: bool = True) -> tuple[
     """Return (codes, absmax): uint8 in the order of x.flatten(), and float32, one per block; the last may be short.
 
     x: any shape and floating dtype, read as float32. An element becomes the value nearest to x / absmax, the lower one at a
-    tie. The absmax of a block with a NaN or an infinity is that. Raises ValueError for a block below 1.
+    tie. A NaN or an infinity in a block is also its absmax. Raises ValueError for a block below 1.
     """
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")

@@ -1,6 +1,6 @@
 """One step of GaLore (Zhao et al., arXiv:2403.03507): AdamW in a subspace, with one temporary of the subspace's size.
 
-    R = P^T G Q                                   one product (two if both sides are projected)
+    R = P^T G Q                                   one product (two products if both sides are projected)
     -N = one step of AdamW from 0 with lr 1       torch's fused kernel: R, M and V are read once
     W = (1 - lr decay) (W - lr scale P N Q^T)     one product that accumulates in W's memory
 
@@ -124,9 +124,9 @@ def galore_step_(
 ) -> None:
     """Take step number `step`, from 1, in the subspace of P and/or Q; W, M and V are updated in place.
 
-    All tensors have one floating dtype, but M and V, which are contiguous, may be float32. With M_absmax and V_absmax, M
-    and V are 8-bit codes as in `adamw8bit_step_`. As in the authors' code, eps is added to sqrt(V), the bias corrections
-    are part of the step size, and weight decay comes last, by the full lr. side: ignored, since P and Q imply it.
+    All tensors have one floating dtype, except that M and V, which are contiguous, may be float32. With M_absmax and
+    V_absmax, M and V are 8-bit codes as in `adamw8bit_step_`. As in the authors' code, eps is added to sqrt(V), the bias
+    corrections are part of the step size, and weight decay comes last, by the full lr. side: ignored; P and Q imply it.
     """
     if M.dtype == W.dtype and W.is_contiguous() and by_triton(W, G):
         from harness.kernels.triton import galore_step as gpu
@@ -152,8 +152,8 @@ def adam_step_(
     p: Tensor, g: Tensor, M: Tensor, V: Tensor, *, step: int, lr: float, betas: tuple[float, float], eps: float,
     weight_decay: float, M_absmax: Tensor | None = None, V_absmax: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Take the same step without a subspace, in place; p of any shape, M and V contiguous, or codes."""
-    # torch's AdamW, and ours in 8 bits, add eps to sqrt(V / (1 - beta2^t)), and decay before the update.
+    """Take the step of `galore_step_` without a subspace, in place. p: any shape; M, V: contiguous, or 8-bit codes."""
+    # torch's AdamW, and ours in 8 bits, add eps to sqrt(V / (1 - beta2^t)), and apply weight decay before the update.
     decay, eps = 1 - lr * weight_decay, eps / math.sqrt(1 - betas[1] ** step)
     if weight_decay:
         p.mul_(decay)

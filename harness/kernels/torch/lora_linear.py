@@ -16,10 +16,10 @@ from harness.kernels.torch.support.autocast import outside_autocast
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Forward: one product and one addmm into it. Backward: the same for x, and two thin products.
+    """Forward: two products and one addmm into the large one. Backward: the same for x, and two thin products.
 
-    Saves x and S = (x mask) A^T (T, R). Compared with the plain expression, it avoids the update (T, E) and its scaled copy
-    in the forward pass, and a scaled copy of dy and a sum of two gradients of x in the backward pass.
+    The Function saves x and S = (x mask) A^T (T, R). Compared with the plain expression, the forward pass avoids the update
+    (T, E) and its scaled copy; the backward pass avoids a scaled copy of dy and a sum of two gradients of x.
     """
 
     @staticmethod
@@ -61,8 +61,8 @@ def lora_linear(
 ) -> Tensor:
     """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E) (arXiv:2106.09685, section 4.1).
 
-    x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), mask like x or None, all of one dtype. Twice differentiable in all
-    but the mask; in Triton once, where a second derivative raises RuntimeError.
+    x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), mask like x or None, all of one dtype. The result is twice
+    differentiable in all but the mask. In Triton it is differentiable once; a second derivative raises RuntimeError.
     """
     if multiplied_by_triton(x, W, A, B) and frozen(W, bias):
         from harness.kernels.triton import lora_linear as gpu
@@ -87,9 +87,9 @@ def lora_linear_over(
 ) -> Tensor:
     """Return base(x) + scaling ((x mask) A^T) B^T, shape (..., E).
 
-    An nn.Linear without hooks is computed by `lora_linear`, an `Nf4Linear` by `packed_lora_linear`. Any other base is
-    called, and its output is not modified, since it may be the input or a tensor that the base holds. The base is also
-    called under autocast and torch.compile, which fuses better.
+    `lora_linear` computes an nn.Linear without hooks, `packed_lora_linear` an `Nf4Linear`. Any other base is called. Its
+    output is not modified, since the output may be the input or a tensor that the base holds. The base is also called
+    under autocast and under torch.compile, which then fuses better.
     """
     inner: Any = base
     if not (torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling()):

@@ -32,9 +32,9 @@ class LoraFactors:
 
 
 class _LoraLinears(torch.autograd.Function):
-    """With As (ranks, D), the rows of all s A: S = x As^T is one product, and so are dx += dS As and dAs = dS^T x.
+    """Stacks s A of all layers to As (ranks, D), so that S = x As^T, dx += dS As and dAs = dS^T x are one product each.
 
-    The scaling is part of As, so that no tensor of the tokens' size is scaled. Saves x and S (T, ranks).
+    As includes the scaling, so that no tensor with a row per token is scaled. The Function saves x and S (T, ranks).
     """
 
     @staticmethod
@@ -108,7 +108,7 @@ def _scaled(layers: Sequence[LoraFactors]) -> Tensor:
 
 
 def _product(x: Tensor, W: Tensor | PackedWeight, *, transposed: bool, onto: Tensor | None = None) -> Tensor:
-    """Return x W^T, or x W if `transposed`; added to `onto`, if given, in place."""
+    """Return x W^T, or x W if `transposed`. With `onto`, return its sum with the product, in place where possible."""
     if isinstance(W, PackedWeight):
         if torch.is_grad_enabled():
             y = product(x, W, transposed=transposed)
@@ -121,9 +121,9 @@ def _product(x: Tensor, W: Tensor | PackedWeight, *, transposed: bool, onto: Ten
 def lora_linears(x: Tensor, layers: Sequence[LoraFactors], precomputed: dict[Any, Any] | None = None) -> list[Tensor]:
     """Return for each layer x W^T + bias + scaling (x A^T) B^T, shape (..., E).
 
-    x (..., D); all of one dtype. Twice differentiable in x, bias, A, B and every dense W; in Triton once. All outputs belong
-    to one node of the graph: a backward pass through one of them frees the saved tensors of all. precomputed: a dict of
-    outputs that are not used yet, which a backward pass clears.
+    x (..., D); all of one dtype. Results are twice differentiable in x, bias, A, B and every dense W; in Triton once. All
+    outputs belong to one node of the graph: a backward pass through one of them frees the saved tensors of all.
+    precomputed: a dict of outputs that are not used yet; a backward pass clears it.
     """
     precomputed = {} if precomputed is None else precomputed
     dense = [(one.W, one.bias, one.A, one.B, one.scaling) for one in layers if isinstance(one.W, Tensor)]
@@ -142,7 +142,7 @@ def lora_linears(x: Tensor, layers: Sequence[LoraFactors], precomputed: dict[Any
 def factors_over(base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> LoraFactors | None:
     """Return the factors of LoRA over this base, or None if the base itself must be called.
 
-    Also None over NF4 with Triton, where another kernel decodes, multiplies and adds.
+    The result is also None over NF4 with Triton, where another kernel decodes, multiplies and adds.
     """
     inner: Any = base
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():

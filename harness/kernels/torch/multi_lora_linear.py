@@ -40,7 +40,7 @@ def _rows(members: list[int], device: torch.device) -> Rows:
 
 
 def _of(t: Tensor, rows: Rows) -> Tensor:
-    """Return the tokens of some sequences of t (N, T, D) as a matrix; without a copy for a slice of contiguous ones."""
+    """Return the tokens of some sequences of t (N, T, D) as a matrix: a view for a slice of a contiguous t, else a copy."""
     chosen = t[rows] if isinstance(rows, slice) else t.index_select(0, rows)
     return chosen.reshape(-1, t.shape[-1])
 
@@ -54,7 +54,7 @@ def _add(to: Tensor, rows: Rows, low: Tensor, high: Tensor, scaling: float) -> N
 
 
 class _MultiLora(torch.autograd.Function):
-    """x (N, T, D), W (E, D), then As and Bs of the adapters in `members`."""
+    """Takes x (N, T, D), W (E, D), then the As and the Bs of the adapters in `members`."""
 
     @staticmethod
     def forward(
@@ -105,9 +105,9 @@ def multi_lora_linear(
 ) -> Tensor:
     """Return x W^T + s_i x A_i^T B_i^T with i = ids[n] for each of N sequences, or only the first term if ids[n] is -1.
 
-    x (N, ..., D), W (E, D), As[i] (R_i, D), Bs[i] (E, R_i), all of one floating dtype; ids (N,), integers. Differentiable
-    in x, W, and the As and Bs that are used; in torch twice. Raises ValueError if the lists differ in length, or an id is
-    not an integer or neither -1 nor an adapter. Without Triton, ids on an accelerator make the host wait for them.
+    x (N, ..., D), W (E, D), As[i] (R_i, D), Bs[i] (E, R_i), all of one floating dtype; ids (N,), integers. The result is
+    differentiable in x, W, and the As and Bs in use; in torch twice. Raises ValueError if the lists differ in length, or
+    if an id is not an integer, or neither -1 nor an adapter. Without Triton, the host waits for ids on an accelerator.
     """
     if not len(As) == len(Bs) == len(scalings):
         raise ValueError(f"each adapter needs an A, a B and a scaling, got {len(As)}, {len(Bs)} and {len(scalings)}")

@@ -1,8 +1,8 @@
-"""NF4 and double quantisation (arXiv:2305.14314), in torch in pieces that fit the cache; on a GPU by Triton.
+"""NF4 and double quantisation (arXiv:2305.14314): in torch, in pieces that fit the cache; on a GPU by Triton.
 
 Encoding divides the axis into cells with at most one midpoint each, looks up that midpoint and compares once. Decoding looks
 up both values of a byte as one 8-byte word. Whole blocks of a large tensor on a CPU go through compiled code instead
-(support/nf4_compiled.py), with the same bits as result.
+(support/nf4_compiled.py), which gives the same bits.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Return (packed, absmax): uint8 (ceil(n / 2),), the first code of a pair in the high nibble; float32, one per block.
 
     W: n values of any shape and floating dtype, read as float32. Blocks are consecutive in W.flatten(), may cross rows, and
-    the last may be short. A tie goes to the lower level. A block of zeros has absmax 0 and the code of 0; the absmax of a
-    block with a NaN or an infinity is that. Raises ValueError for a block below 1 or a W of integers.
+    the last may be short. A tie goes to the lower level. A block of zeros has absmax 0 and the code of 0. A block with a
+    NaN has absmax NaN, else one with an infinity has infinity. Raises ValueError for a block below 1 or a W of integers.
     """
     if block < 1 or not W.is_floating_point():
         raise ValueError(f"needs a block of at least 1 and a floating dtype, got {block} and {W.dtype}")
@@ -100,8 +100,8 @@ def dequantize(
 ) -> Tensor:
     """Return level x absmax, formed in float32 and cast once, as a tensor of `shape` and `dtype`.
 
-    packed, absmax: as returned by `quantize`. out: contiguous memory of that many values and that dtype for the result.
-    Raises ValueError if the length of packed or absmax does not fit `shape`.
+    packed, absmax: as returned by `quantize`. out: contiguous memory for the result, with its number of values and dtype.
+    Raises ValueError if the length of `packed` or `absmax` does not fit `shape`.
     """
     check_sizes(packed, absmax, block, shape)
     if by_triton(packed, absmax) and dtype in TRITON_DTYPES and triton_block(block):
@@ -126,7 +126,7 @@ def _decode(table: Tensor, packed: Tensor, absmax: Tensor, out: Tensor, block: i
 
 
 def double_quantize(absmax: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (codes, absmax2, offset): uint8, one per number; float32, one per block; float32 mean (0-d).
+    """Return (codes, absmax2, offset): uint8, one per number; float32, one per block; the float32 mean (0-d).
 
     absmax: float32, not empty. The mean is subtracted; each block is divided by its largest magnitude and encoded by the
     nearest value of the signed dynamic map, the lower one at a tie. A NaN or an infinity makes every result NaN through the
@@ -166,7 +166,7 @@ def dequantize_double(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Dequantise like `dequantize`, with an absmax in 8 bits: doubleDequant of QLoRA, arXiv:2305.14314, eq. 6.
+    """Return the result of `dequantize` for an absmax in 8 bits: doubleDequant of QLoRA, arXiv:2305.14314, eq. 6.
 
     codes, absmax2, offset: as returned by `double_quantize`; block2: its block. Raises ValueError as `dequantize` and
     `double_dequantize` do.
@@ -191,7 +191,7 @@ def _times_absmax(values: Tensor, absmax: Tensor, block: int, out: Tensor) -> No
 
 
 def _step(block: int, values: int, device: torch.device) -> int:
-    """Return the values per piece: an even number of blocks, so that no byte is split."""
+    """Return the number of values per piece: an even number of blocks, so that no byte is split."""
     return 2 * block * max(1, -(-size(values, device) // (2 * block)))
 
 

@@ -1,4 +1,4 @@
-"""Linear layer with a packed NF4 weight (arXiv:2305.14314), which is decoded for each forward and backward pass."""
+"""Linear layer that decodes its packed NF4 weight (arXiv:2305.14314) in each forward and each backward pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from harness.kernels.torch.support.packed_weight import PackedWeight
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + bias, or x W if `transposed`, for x (T, D or E). The derivative is the same product, transposed."""
+    """Computes x W^T + bias for x (T, D), or x W for x (T, E) if `transposed`. Its backward uses the other product."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: PackedWeight, transposed: bool) -> Tensor:
@@ -36,7 +36,7 @@ class _Product(torch.autograd.Function):
 
 
 def product(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
-    """Return x W^T + bias (T, E) for x (T, D), or x W (T, D) for x (T, E) if `transposed`. Differentiable in x and bias."""
+    """Return x W^T + bias (T, E) for x (T, D), or if `transposed` x W (T, D) for x (T, E), with gradients of x and bias."""
     y: Tensor = _Product.apply(x, bias, weight, transposed)
     return y
 
@@ -44,7 +44,7 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, tran
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """Return x W^T + bias, shape (..., E), for x (..., D), with W decoded and cast to the dtype of x.
 
-    Differentiable in x and bias, any number of times. Uses the plain expression under autocast and torch.compile.
+    The result is differentiable in x and bias, any number of times. Autocast and torch.compile get the plain expression.
     """
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         return linear(x, weight.decoded(x.dtype), bias)
@@ -67,8 +67,8 @@ def nf4_linear(
 ) -> Tensor:
     """Return x W^T + bias, shape (..., E), for x (..., D) and W (E, D) packed as `nf4.quantize` does.
 
-    Differentiable in x and bias. training: ignored, an argument for other implementations. Raises ValueError if the
-    length of packed or absmax does not fit `shape`.
+    The result is differentiable in x and bias. training: ignored; other implementations need it. Raises ValueError if the
+    length of `packed` or `absmax` does not fit `shape`.
     """
     E, D = shape
     return packed_linear(x, PackedWeight(packed, absmax, block, (E, D)), bias)
@@ -77,20 +77,20 @@ def nf4_linear(
 class Nf4Linear(nn.Linear):
     """A linear layer with a frozen weight in NF4: `weight` holds the packed bytes.
 
-    Products are formed in `compute_dtype`: inputs are cast to it, and outputs back. Constants are buffers of bytes, so that
-    `model.to(torch.bfloat16)`, which rounds floating tensors, does not change them, and their dtype is not mistaken for the
-    layer's.
+    The layer casts its input to `compute_dtype`, multiplies, and casts the output back. Constants are buffers of bytes:
+    `model.to(torch.bfloat16)`, which rounds floating tensors, does not change them, and a search for the dtype
+    of the layer does not find theirs.
     """
 
     absmax: Tensor
-    """Bytes of the float32 absmax, or of its 8-bit codes if double quantised."""
+    """Bytes of the float32 absmax; with double quantisation, its 8-bit codes."""
     absmax2: Tensor | None
-    """Bytes of the float32 absmax of these codes."""
+    """Bytes of the float32 absmax per block of these codes."""
     offset: Tensor | None
-    """Bytes of their float32 offset."""
+    """Bytes of the codes' float32 offset."""
 
     def __init__(self, dense: nn.Linear, compute_dtype: torch.dtype, block: int = 64, double: bool = False) -> None:
-        """Pack the weight of `dense`, and copy its bias, frozen. double: quantise the absmax too."""
+        """Pack the weight of `dense`, and copy its bias, frozen. double: whether to quantise the absmax too."""
         super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")
         packed, absmax = nf4.quantize(dense.weight, block)
         constants = nf4.double_quantize(absmax, BLOCK2) if double else (absmax, None, None)

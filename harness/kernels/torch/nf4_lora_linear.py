@@ -1,6 +1,6 @@
 """LoRA on packed NF4 (QLoRA, arXiv:2305.14314): decode the weight, multiply, and add the low-rank term in place.
 
-Saves x, the mask, A, B and S = (x mask) A^T (tokens x rank) for the backward pass, which decodes the weight again.
+The layer saves x, the mask, A, B and S = (x mask) A^T (tokens x rank). The backward pass decodes the weight again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from harness.kernels.torch.support.packed_weight import PackedWeight
 
 
 class _LoraProduct(torch.autograd.Function):
-    """x W^T + bias + s ((x mask) A^T) B^T for x, mask (T, D), A (R, D), B (E, R), all of one dtype."""
+    """Computes x W^T + bias + s ((x mask) A^T) B^T for x, mask (T, D), A (R, D), B (E, R), all of one dtype."""
 
     @staticmethod
     def forward(
@@ -67,9 +67,9 @@ def packed_lora_linear(
 ) -> Tensor:
     """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E), with W decoded and cast to the dtype of x.
 
-    x (..., D); A (R, D) and B (E, R) of its dtype; mask: dropout's, 0 or 1 / (1 - p), of the shape and dtype of x, or None.
-    Twice differentiable in x, A, B and bias; in Triton once, where a second derivative raises RuntimeError. Uses the plain
-    expression under autocast and torch.compile.
+    x (..., D); A (R, D) and B (E, R) of x's dtype; mask: of dropout, 0 or 1 / (1 - p), like x, or None. The result is twice
+    differentiable in x, A, B and bias. In Triton it is differentiable once; a second derivative raises RuntimeError.
+    Autocast and torch.compile get the plain expression.
     """
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         masked = x if mask is None else x * mask
@@ -98,7 +98,7 @@ def nf4_lora_linear(
 ) -> Tensor:
     """Return x W^T + bias + scaling ((x mask) A^T) B^T, for W (E, D) packed as `nf4.quantize` does: QLoRA's eq. 5.
 
-    Otherwise like `packed_lora_linear`. Raises ValueError if the length of packed or absmax does not fit `shape`.
+    Other arguments are those of `packed_lora_linear`. Raises ValueError if `packed` or `absmax` does not fit `shape`.
     """
     E, D = shape
     return packed_lora_linear(x, PackedWeight(packed, absmax, block, (E, D)), bias, A, B, scaling, mask)

@@ -13,10 +13,10 @@ from harness.kernels.torch.support.autocast import outside_autocast
 
 
 class _Projection(torch.autograd.Function):
-    """u = (x mask) A^T, with A frozen.
+    """Computes u = (x mask) A^T, with A frozen.
 
-    A and the mask are attributes of the node instead of saved tensors: a node that several layers share must survive the
-    backward pass of one of them, which frees saved tensors. Both tensors are alive anyway.
+    A and the mask are attributes of the node instead of saved tensors. A backward pass frees saved tensors, but a node that
+    several layers share must survive the backward pass of one of them. Both tensors are alive anyway.
     """
 
     @staticmethod
@@ -32,7 +32,7 @@ class _Projection(torch.autograd.Function):
 
 
 class _Scaled(torch.autograd.Function):
-    """y = x W^T + bias + b P, P = (d u) B^T. Saves u (T, R) and P (T, E), so that the gradient of b needs no product."""
+    """Computes x W^T + bias + b P, P = (d u) B^T. Saves u (T, R) and P (T, E): the gradient of b needs no product."""
 
     @staticmethod
     def forward(
@@ -71,8 +71,8 @@ class _Scaled(torch.autograd.Function):
 class SharedProjection:
     """Cache of the last u = x A^T for the next layers with the same x and A, such as q, k and v.
 
-    Only for calls without a mask, since every layer draws its own. The cache holds no reference to x or u: u lives in the
-    graph of an output, so that nothing is shared without gradients.
+    The cache serves only calls without a mask, since every layer draws its own mask. It keeps neither x nor u alive: u
+    lives in the graph of an output, so that layers without gradients share nothing.
     """
 
     def __init__(self) -> None:
@@ -108,8 +108,8 @@ def vera_linear(
     """Return x W^T + bias + b ((d ((x mask) A^T)) B^T), shape (..., E) (arXiv:2310.11454, eq. 2).
 
     x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), b (E,), d (R,), mask like x or None, all of one dtype.
-    Differentiable in x, bias, b and d. shared: cache of the product with A. Raises RuntimeError in the backward pass if W
-    requires a gradient.
+    The result is differentiable in x, bias, b and d. shared: cache of the product with A. The backward pass raises
+    RuntimeError if W requires a gradient.
     """
     if multiplied_by_triton(x, W, A, B, b, d) and frozen(W, bias):
         from harness.kernels.triton import vera_linear as gpu

@@ -192,7 +192,7 @@ def _uploaded(table: Tensor, device: torch.device) -> Tensor:
 def _jobs(
     shapes: tuple[tuple[int, int], ...], rank: int, columns: int, tile: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return the jobs of the programs and the place of each layer's jobs, cached by the shapes (D, out)."""
+    """Return the jobs of all programs, and the place of each layer's jobs. Cached by the shapes (D, out)."""
     jobs: list[tuple[int, int, int]] = []
     places = []
     for layer, (width, height) in enumerate(shapes):

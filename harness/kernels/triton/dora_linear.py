@@ -17,7 +17,7 @@ from harness.kernels.triton.support.token_sums import outer_sum, product_sum
 
 
 class _DoraLinear(torch.autograd.Function):
-    """Saves q = (x mask) W^T + scaling S B^T, which the gain multiplies, for the gradient of m."""
+    """DoRA's product with its gradients. It saves q = (x mask) W^T + scaling S B^T for the gradient of m."""
 
     @staticmethod
     def forward(
@@ -74,11 +74,11 @@ def dora_linear(
 ) -> Tensor:
     """Return x W^T + bias + (g - 1) (x mask) W^T + g scaling ((x mask) A^T) B^T, (..., E), with g = m / ||W + scaling B A||.
 
-    DoRA, arXiv:2402.09353, section 4.3. The norm is per row and constant in the backward pass; g is 0 where it is 0.
-    Dropout does not drop x W^T; without a mask y = g (x W^T + scaling (x A^T) B^T) + bias. x (..., D), W (E, D), bias
-    (E,) or None, A (R, D), B (E, R), m (E,), mask like x, 0 or 1 / (1 - p), or None: of one dtype, float32, bfloat16 or
-    float16. Differentiable once, in x, A, B and m. Raises ValueError for wrong shapes or dtypes, and if W or bias
-    requires a gradient.
+    DoRA, arXiv:2402.09353, section 4.3. The norm is per row and constant in the backward pass; g is 0 where the norm is
+    0. Dropout does not drop x W^T. Without a mask y = g (x W^T + scaling (x A^T) B^T) + bias. x (..., D), W (E, D),
+    bias (E,) or None, A (R, D), B (E, R), m (E,), mask like x, 0 or 1 / (1 - p), or None: of one dtype, float32,
+    bfloat16 or float16. The result is differentiable once, in x, A, B and m. Raises ValueError for wrong shapes or
+    dtypes, and if W or bias requires a gradient.
     """
     checked(x, W, A, B, mask, bias=bias, m=m)
     y: Tensor = _DoraLinear.apply(matrix(x), W, contiguous(bias), A, B, m.contiguous(), scaling, matrix(mask))

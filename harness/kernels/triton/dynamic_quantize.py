@@ -45,7 +45,7 @@ def dynamic_quantize(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tenso
     """Return (codes, absmax): uint8 in the order of x.flatten(), and float32, one per block; the last may be short.
 
     x: any shape, float32, bfloat16 or float16. An element becomes the value nearest to x / absmax, the lower one at a tie.
-    The absmax of a block with a NaN or an infinity is that. Raises ValueError for a block below 1.
+    A NaN or an infinity in a block is also its absmax. Raises ValueError for a block below 1.
     """
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")

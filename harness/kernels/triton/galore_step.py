@@ -1,7 +1,8 @@
 """One step of GaLore in a given subspace (arXiv:2403.03507, algorithm 2): project, Adam on the small matrix, project back.
 
-cuBLAS projects: no kernel in published measurements is faster. Adam is one elementwise pass over R. The projection back is
-one product; its epilogue subtracts from W, decays W and rounds once: the full-size update is never stored.
+cuBLAS projects, since no kernel in published measurements is faster. Adam is one elementwise pass over R. The
+projection back is one product. Its epilogue subtracts from W, decays W and rounds once, so that the full-size update is
+never stored.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def galore_step_(
     """Take step number `step`, from 1, in place.
 
     W, G (m, n). P (m, r) and/or Q (n, r): the bases of the subspace, None for the identity. M, V: the moments of
-    R = P^T G Q, in its shape. All in one dtype of float32, bfloat16 and float16. options: step, lr, scale (of the update,
+    R = P^T G Q, in R's shape. All in one dtype of float32, bfloat16 and float16. options: step, lr, scale (of the update,
     not of the decay), betas, eps (added to sqrt(V), before the bias correction), weight_decay (after the update), side
     (ignored: implied by P and Q). Raises ValueError unless W, M and V are contiguous and the shapes fit.
     """

@@ -1,7 +1,7 @@
 """LoRA's linear layer on a GPU: the update is added in the accumulator of the frozen product, forward and backward.
 
-In addition to the frozen layer, the forward pass reads x once more, the backward pass x and dy twice; only y is written in
-the size of y. S = (x mask) A^T, tokens x rank, is saved for the backward pass.
+Compared with the frozen layer, the forward pass reads x once more, and the backward pass reads x once and dy twice more.
+Apart from y, no tensor of y's size is written. S = (x mask) A^T, tokens x rank, is saved for the backward pass.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def backward(
     mask: Tensor | None,
     needed: tuple[bool, bool, bool],
 ) -> Gradients:
-    """Return the needed gradients of x, A and B, else None; dy (T, E), S as returned by `forward`.
+    """Return the gradients of x, A and B, each None if not `needed`. dy (T, E); S: as returned by `forward`.
 
     W may be None if the gradient of x is not needed.
     """
@@ -79,8 +79,8 @@ def lora_linear(
     """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E). LoRA, arXiv:2106.09685, eq. 3.
 
     x (..., D), W (E, D), bias (E,) or None, A (R, D), B (E, R), mask like x, 0 or 1 / (1 - p), or None: of one dtype,
-    float32, bfloat16 or float16. Differentiable once, in x, A and B. Raises ValueError for wrong shapes or dtypes, and if
-    W or bias requires a gradient.
+    float32, bfloat16 or float16. The result is differentiable once, in x, A and B. Raises ValueError for wrong shapes
+    or dtypes, and if W or bias requires a gradient.
     """
     checked(x, W, A, B, mask, bias=bias)
     y: Tensor = _LoraLinear.apply(matrix(x), W, contiguous(bias), A, B, scaling, matrix(mask))

@@ -23,7 +23,7 @@ Layer = tuple[Tensor, Tensor | None, Tensor, Tensor, float]
 
 
 class _LoraLinears(torch.autograd.Function):
-    """Saves x and S = x As^T, (T, ranks), with As the rows of all A."""
+    """The products with their gradients. Saves x and S = x As^T, (T, ranks), where As has the rows of all A."""
 
     @staticmethod
     def forward(
@@ -67,10 +67,11 @@ class _LoraLinears(torch.autograd.Function):
 
 
 def lora_linears(x: Tensor, layers: Sequence[Layer], precomputed: dict[Any, Any]) -> list[Tensor]:
-    """Return for each layer x W^T + bias + scaling (x A^T) B^T, shape (..., E); all outputs of one node of the graph.
+    """Return for each layer x W^T + bias + scaling (x A^T) B^T, shape (..., E). All outputs belong to one graph node.
 
-    x (..., D); all of one dtype, float32, bfloat16 or float16. Differentiable once, in x and every A and B. precomputed:
-    cleared by a backward pass. Raises ValueError for wrong shapes or dtypes, and if a W or a bias requires a gradient.
+    x (..., D); all of one dtype, float32, bfloat16 or float16. The result is differentiable once, in x and every A and
+    B. precomputed: a dict that a backward pass clears. Raises ValueError for wrong shapes or dtypes, and if a W or a
+    bias requires a gradient.
     """
     factors: list[Tensor | None] = []
     for W, bias, A, B, _ in layers:

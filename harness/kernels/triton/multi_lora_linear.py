@@ -21,7 +21,7 @@ _A, _B = 0, 1
 
 
 class _AdapterGroup:
-    """The adapters of one call, and their launches. W (E, D); x (N, T, D)."""
+    """The adapters of one call, and the launches of their products. W (E, D); x (N, T, D)."""
 
     def __init__(self, As: Sequence[Tensor], Bs: Sequence[Tensor], scalings: Sequence[float], x: Tensor) -> None:
         self.ranks = tuple(len(A) for A in As)
@@ -81,7 +81,7 @@ def _table(
     addresses: tuple[tuple[int, int], ...], ranks: tuple[int, ...], scalings: tuple[float, ...], D: int, E: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the table and the scalings on the device. Cached, so that adapters that do not move upload nothing."""
+    """Return the table and the scalings on the device. Cached: unmoved adapters cause no upload."""
     rows, before = [], 0
     for pair, rank in zip(addresses, ranks, strict=True):
         rows.append([*pair, rank, before * D, before * E])
@@ -136,9 +136,10 @@ def multi_lora_linear(
 ) -> Tensor:
     """Return x W^T + s_i x A_i^T B_i^T with i = ids[n] for each of N sequences, or only the first term if ids[n] is -1.
 
-    x (N, ..., D), W (E, D), As[i] (R_i, D), Bs[i] (E, R_i), all of one dtype of float32, bfloat16 and float16.
-    Differentiable once, in x, W, As and Bs; the gradient of an unused adapter is zero. Raises ValueError for wrong shapes
-    or dtypes, and for an id that is neither -1 nor an adapter; for ids on a GPU the next synchronisation fails instead.
+    x (N, ..., D), W (E, D), As[i] (R_i, D), Bs[i] (E, R_i), all of one dtype of float32, bfloat16 and float16. The
+    result is differentiable once, in x, W, As and Bs; the gradient of an unused adapter is zero. Raises ValueError for
+    wrong shapes or dtypes, and for an id that is neither -1 nor an adapter; a wrong id on a GPU fails at the next
+    synchronisation.
     """
     count = len(As)
     if not count == len(Bs) == len(scalings):

@@ -23,9 +23,9 @@ from harness.kernels.triton.support.rounding import load_as_float32, store_as
 
 _THREADS = 128
 _TILE, _QUANTIZED_TILE = 64 * _THREADS, 32 * _THREADS
-"""Values per program. A thread decodes two loads of 128 bits; it quantises fewer, since that takes more registers."""
+"""Values per program. A thread decodes two loads of 128 bits, but quantises less, since quantising takes more registers."""
 _GRAIN = tl.constexpr(32)
-"""Values with codes of 16 bytes."""
+"""Number of values whose codes take 16 bytes."""
 
 
 @triton.jit
@@ -125,7 +125,7 @@ def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Return (packed, absmax): uint8 (ceil(n / 2),), the first code of a pair in the high nibble; float32, one per block.
 
     W: n values of any shape, float32, bfloat16 or float16; blocks are consecutive in W.flatten(), and the last may be short.
-    A tie goes to the lower level. A block of zeros has absmax 0; the absmax of a block with a NaN or an infinity is that. An
+    A tie goes to the lower level. A block of zeros has absmax 0; a NaN or an infinity in a block is also its absmax. An
     odd length is padded with the code of 0. Raises ValueError for a block that is not a power of two of at least 32.
     """
     flat = W.detach().contiguous()
@@ -140,9 +140,8 @@ def dequantize(
 ) -> Tensor:
     """Return level x absmax, formed in float32 and rounded once, as a tensor of `shape` and `dtype`.
 
-    packed, absmax: as returned by `quantize`. out: contiguous memory of that many values for the result. Raises
-    ValueError for a block that is not a power of two of at least 32, and if the length of packed or absmax does not fit
-    `shape`.
+    packed, absmax: as returned by `quantize`. out: contiguous memory for the values of the result. Raises ValueError for
+    a block that is not a power of two of at least 32, and if the length of `packed` or `absmax` does not fit `shape`.
     """
     check_sizes(packed, absmax, block, shape)
     values, levels = _output(out, packed, shape, dtype), table(packed.device)
@@ -162,7 +161,7 @@ def double_dequantize(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Dequantise like `dequantize`, with an absmax of code[codes] x absmax2 + offset, float32 (arXiv:2305.14314, section 3).
+    """Return the result of `dequantize` for the absmax code[codes] x absmax2 + offset (arXiv:2305.14314, section 3).
 
     codes: uint8, one per block. absmax2: float32, one per `second_block` codes. offset: float32, one number. code: float32
     (256,), the values of the 8-bit type. Raises ValueError as `dequantize` does.
@@ -186,7 +185,7 @@ _BYTES, _FLOATS = "*u8", "*fp32"
 
 
 def _specimens(values: str, block: int, ragged: bool = False) -> list[Specimen]:
-    """Return the three kernels for values of one type; a ragged end takes another branch, with a load per value."""
+    """Return specimens of the three kernels for one type. ragged: with a ragged end, which is loaded value by value."""
     packed = {"packed": _BYTES, "levels": _FLOATS}
     twice = {"codes": _BYTES, "absmax2": _FLOATS, "offset": _FLOATS, "code": _FLOATS}
     return [

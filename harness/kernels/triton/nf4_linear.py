@@ -1,9 +1,10 @@
-"""A product with a packed NF4 weight: few tokens by one launch that decodes and multiplies, many by decoding first.
+"""A product with a packed NF4 weight: one launch that decodes and multiplies for few tokens, decoding first for many.
 
-With few tokens the time is that of reading the weight, which NF4 makes a quarter as long; with many, decoding once and
-multiplying by torch is faster. `crossover.json` has the number of tokens. The fused kernel computes y^T = W x^T: decoded
-values go from registers into matrix instructions without passing through shared memory, and a tile may have as few as 16
-tokens. A byte holds two neighbours along D, so that a chunk is two products, one per parity of the columns.
+With few tokens, reading the weight takes nearly all the time, and NF4 makes it a quarter as long. With many tokens it is
+faster to decode once and let torch multiply. `crossover.json` has the number of tokens that separates the two. The fused
+kernel computes y^T = W x^T: decoded values go from registers into matrix instructions without passing through shared
+memory, and a tile may have as few as 16 tokens. A byte holds two neighbours along D, so that a chunk is two products, one
+per parity of the columns.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def _fused(
     x, packed, absmax, bias, y, tokens, E, D, row_bytes,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """D is a multiple of BLOCK, and BLOCK of CHUNK: a chunk of a row has one absmax."""
+    """Compute one tile of y. D is a multiple of BLOCK, and BLOCK of CHUNK, so that a chunk of a row has one absmax."""
     dtype: tl.constexpr = x.dtype.element_ty
     row, token = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     # Beyond the end the last row and token are computed again, so that loads need no mask.
@@ -60,7 +61,7 @@ def _fused(
 
 
 def fused(x: Tensor, packed: Tensor, absmax: Tensor, block: int, shape: Sequence[int], bias: Tensor | None) -> Tensor:
-    """Return x W^T + bias, shape (T, E), for x (T, D), by the fused kernel. Not differentiable; else like `nf4_linear`.
+    """Return x W^T + bias, shape (T, E), for x (T, D), by the fused kernel: like `nf4_linear`, but without gradients.
 
     Raises ValueError if the kernel does not support D, block and dtype.
     """
@@ -138,10 +139,10 @@ def nf4_linear(
 ) -> Tensor:
     """Return x W^T + bias, shape (..., E), for x (..., D) and W (E, D) packed as `nf4.quantize` does, cast to x's dtype.
 
-    Sums in float32. Twice differentiable in x and bias; the backward pass decodes the weight again. The decoded weight is
-    in fresh memory: torch's allocator caches memory, knows the stream that uses it, and in the capture of a CUDA graph gives
-    memory that stays the graph's, unlike a buffer held here. training: ignored. Raises ValueError for a block that is not a
-    power of two of at least 32, and if the length of packed or absmax does not fit `shape`.
+    The sum is in float32. The result is twice differentiable in x and bias; the backward pass decodes the weight again.
+    The decoded weight is in fresh memory and not in a buffer: torch's allocator knows which stream uses the memory, and
+    reserves the memory for a CUDA graph that is being captured. training: ignored. Raises ValueError for a block
+    that is not a power of two of at least 32, and if the length of `packed` or `absmax` does not fit `shape`.
     """
     check_sizes(packed, absmax, block, shape)
     E, D = shape

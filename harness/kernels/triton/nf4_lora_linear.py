@@ -1,7 +1,7 @@
 """LoRA on a weight in NF4 (QLoRA, arXiv:2305.14314) on a GPU: decode the weight once per pass, then as `lora_linear`.
 
 A product that decodes while multiplying is slower at training sizes, since every tile of tokens would decode the weight
-again. The decoded weight is not saved for the backward pass, which decodes it again: that is the memory that packing saves.
+again. The backward pass decodes the weight again too: saving the decoded weight would undo the saving of packing.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def nf4_lora_linear(
 ) -> Tensor:
     """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E), with W decoded to the dtype of x. QLoRA, eq. 5.
 
-    packed, absmax, block, shape = (E, D): as `nf4.quantize` packs W. Other arguments as for `lora_linear`. Raises ValueError
-    as `lora_linear` and `nf4.dequantize` do.
+    packed, absmax, block, shape = (E, D): W as packed by `nf4.quantize`. Other arguments are those of `lora_linear`. Raises
+    ValueError as `lora_linear` and `nf4.dequantize` do.
     """
     checked(x, shape, A, B, mask, bias=bias)
     weight = packed, absmax, block, tuple(shape)

@@ -11,7 +11,9 @@ from harness.kernels.torch.adamw8bit_step import MIN_8BIT_SIZE, adamw8bit_step_,
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """AdamW with 8-bit moments for tensors of at least `min_8bit_size` elements. State: `step`, and that of `init_state`.
+    """AdamW with 8-bit moments for tensors of at least `min_8bit_size` elements.
+
+    The state of a parameter is `step` and the result of `init_state`.
 
     params: tensors or groups; a group may set every option, as in torch's AdamW.
     """
@@ -52,7 +54,7 @@ class AdamW8bit(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a `state_dict`; codes stay uint8, and 32-bit moments stay in 32 bits."""
+        """Load a `state_dict`. Codes stay uint8, and 32-bit moments stay in 32 bits."""
         super().load_state_dict(state_dict)
         restore_dtypes(self, state_dict)
 

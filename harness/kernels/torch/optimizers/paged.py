@@ -1,4 +1,4 @@
-"""A paged optimizer without managed memory: large states are on the host and pass through a few slots on the device.
+"""A paged optimizer without managed memory: large states live on the host and pass through a few slots on the device.
 
 In QLoRA (Dettmers et al., arXiv:2305.14314, section 3) the driver moves memory pages when memory is short; here copies are
 planned. A page is the large states of one parameter. Pages that fit a budget stay on the device. Of the others, the page of
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 MIN_PAGED_ELEMENTS = 100_000
-"""Elements from which a state is paged: the rule of bitsandbytes."""
+"""Least number of elements of a paged state: the rule of bitsandbytes."""
 MOST_SLOTS = 3
 _ALIGNMENT = 16
 """Bytes."""
@@ -97,12 +97,12 @@ class Paged(torch.optim.Optimizer):
 
     inner: the optimizer; groups and state are shared with it, and its hooks run once per parameter. It must not store
     values in its groups or combine parameters (like LBFGS), and its parameters must be on one device. budget: bytes of
-    paged states on the device. Once all states exist, pages and slots take at most max(budget, largest page); a state
-    being made or loaded comes in addition, and states that `inner` already has are on the device until they are taken
-    over. A budget below two pages allows one slot, without overlap of copies and updates. Raises ValueError for a
-    negative budget.
+    paged states on the device. Once all states exist, pages and slots take at most max(budget, largest page). A state
+    that is being made or loaded takes further memory, and states that `inner` already has stay on the device until this
+    wrapper takes them over. A budget below two pages allows one slot: copies and updates then do not overlap. Raises
+    ValueError for a negative budget.
 
-    The order of the parameters decides which pages stay, after each step that made states.
+    After each step that made states, the wrapper decides, in the order of the parameters, which pages stay.
     """
 
     def __init__(self, inner: torch.optim.Optimizer, budget: int) -> None:
@@ -187,7 +187,7 @@ class Paged(torch.optim.Optimizer):
         return made
 
     def _staged(self, parameters: list[Tensor]) -> Iterator[Slot]:
-        """Yield the slot with the page of each parameter; advance only after the previous page is being copied out."""
+        """Yield the slot with the page of each parameter. Advance only after the copy of the previous page has begun."""
         queue: list[tuple[Slot, dict[str, Tensor], torch.cuda.Event | None]] = []
         for k, p in enumerate(parameters):
             for follower in parameters[k + len(queue) : k + len(self._slots)]:
@@ -217,7 +217,7 @@ class Paged(torch.optim.Optimizer):
         slot.free = lane.mark()
 
     def _evict(self, p: Tensor) -> None:
-        """Move the large states of p, which are outside of slots, to the host."""
+        """Move the large states of p to the host. None of them may be in a slot."""
         large = _large(self.state[p])
         self._resident.pop(p, None)
         self.peak = max(self.peak, self.resident + bytes_of(large))

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 
 def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the backward of a Function so that it runs without autocast: it writes into memory of a fixed dtype."""
+    """Return the backward of a Function, wrapped to run without autocast, since it writes into memory of a fixed dtype."""
 
     @wraps(backward)
     def plain(ctx: Any, *dys: Tensor | None) -> Any:
@@ -26,5 +26,5 @@ def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def once_outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a backward as `outside_autocast` does, and let a second derivative raise RuntimeError."""
+    """Return a backward wrapped as by `outside_autocast`, for which a second derivative raises RuntimeError."""
     return outside_autocast(once_differentiable(backward))

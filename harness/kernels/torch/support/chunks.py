@@ -15,11 +15,11 @@ waits per call, another busy process on the machine makes it ten times slower.""
 _LARGE = 1 << 21
 """Values from which our own threads are faster, their start included."""
 _THREADS = 4
-"""Most threads: each holds Python's lock for a third of the time, so more would wait for it."""
+"""Largest number of threads: each holds Python's lock for a third of the time, so further threads would wait for it."""
 
 
 def size(values: int, device: torch.device) -> int:
-    """Return the values per piece of a tensor with this many values; on a GPU, all."""
+    """Return the number of values per piece of a tensor with `values` values; on a GPU one piece has all of them."""
     if device.type != "cpu":
         return max(values, 1)
     return _MANY if values >= _LARGE else _FEW
@@ -39,7 +39,7 @@ def for_each(work: Callable[..., None], pieces: Sequence[tuple[Any, ...]], value
 
 
 def _run_all(work: Callable[..., None], pieces: Sequence[tuple[Any, ...]], inference: bool) -> None:
-    # Both modes are per thread, and only inference mode may write to tensors that it made.
+    # Grad and inference mode are per thread, and only inference mode may write to tensors that were made in it.
     with torch.inference_mode(inference), torch.no_grad():
         for piece in pieces:
             work(*piece)

@@ -4,7 +4,7 @@ Compilation takes seconds, so it waits for the first large call. It happens once
 threads and modes (inference, autocast, default device) of later calls. One thread compiles; calls of other threads run
 uncompiled meanwhile. Measured for NF4 on two cores: 11 s for the first function and 1.6 s for each further one with an empty
 inductor cache on disk; 3.5 s (the import of inductor) and 0.2 s with a warm one. PEFT_HARNESS_COMPILE=0 in the environment
-switches it off; PEFT_HARNESS_COMPILE=1 also compiles for smaller tensors.
+switches compilation off; PEFT_HARNESS_COMPILE=1 also compiles for smaller tensors.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 LARGE = 1 << 21
-"""Values from which calls are compiled: a model with one such tensor has more of them. Below, the gain is less than the time
-that threads wait for each other on a busy machine."""
+"""Least number of values of a compiled call: a model with one such tensor has more of them. For smaller tensors the gain is
+less than the time that threads wait for each other on a busy machine."""
 _SMALL = 1 << 16
-"""The same with PEFT_HARNESS_COMPILE=1: below, a call takes longer than eager torch."""
+"""Least number of values with PEFT_HARNESS_COMPILE=1: a compiled call with fewer takes longer than eager torch."""
 
 _COMPILING = Lock()
-"""Held while compiling. One for all functions, since dynamo has a global lock for which a thread would wait."""
+"""Held while compiling. All functions share this lock, since a thread would wait for dynamo's global lock anyway."""
 
 _OPTIONS: dict[str, Any] = {
     # Otherwise the generated code has the number of threads of the first call.
@@ -71,7 +71,7 @@ class Compiled:
         self._failed = False
 
     def wanted(self, values: int, *tensors: Tensor) -> bool:
-        """Return whether to call this for `tensors` with this many values.
+        """Return whether to call the compiled function for `tensors`, which have this many values.
 
         The tensors must be plain CPU memory, the CPU must have wide vectors, and no torch mode may observe operations.
         """
@@ -83,7 +83,7 @@ class Compiled:
         return _has_vectors() and all(map(_plain, tensors))
 
     def __call__(self, *tensors: tuple[Tensor, torch.dtype, Sequence[int]], out: Sequence[Tensor]) -> bool:
-        """Run the function on views of `tensors`; return whether it ran. If not, the contents of `out` are undefined.
+        """Run the function on views of `tensors`, and return whether it ran. If False, the contents of `out` are undefined.
 
         tensors: each with the dtype and shape in which to view the beginning of its memory. out: the tensors written to.
         Errors of the compiler or of compiled code become one RuntimeWarning.
@@ -114,7 +114,7 @@ class Compiled:
         return True
 
     def _compile(self, views: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], object]:
-        """Compile the function by inductor, save the result and return it.
+        """Compile the function by inductor, save the compiled function and return it.
 
         Later calls bypass dynamo's guards, which would recompile for another number of threads, for autocast and for other
         settings that do not matter here.

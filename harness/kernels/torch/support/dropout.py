@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 _COARSE = 1 / 256
-"""Distance of a probability from 0 or 1 below which 16 random bits are too coarse."""
+"""16 random bits are too coarse for a probability that is nearer to 0 or 1 than this."""
 
 
 def keep_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
-    """Draw a dropout mask: a tensor of zeros and ones like x, and the probability of a one.
+    """Return (mask, keep): a drawn dropout mask of zeros and ones like x, and the probability of a one.
 
-    Divide the remaining features by that probability. It is 1 - p rounded to a multiple of 2^-16 (2^-32 if p is near 0 or
-    1), or 1 if p is 1. On a CPU torch draws a double per element, which is most of the cost of dropout; here one draw of 64
-    bits decides four elements, or two if p is near 0 or 1.
+    The caller divides the remaining features by `keep`: 1 - p, on a CPU rounded to a multiple of 2^-16 (2^-32 if p is near
+    0 or 1), or 1 if p is 1. On a CPU torch draws a double per element, which is most of the cost of dropout; here one draw
+    of 64 bits decides four elements, or two if p is near 0 or 1.
     """
     if p == 1:
         return torch.zeros_like(x, memory_format=torch.contiguous_format), 1.0

@@ -28,8 +28,8 @@ def _advise() -> Callable[..., Any] | None:
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return an uninitialised contiguous tensor, as torch.empty does.
 
-    On a CPU 64 MiB are 16384 pages, which the system allocates in 30 to 60 ms, or in 11 to 15 ms as pages of 2 MiB;
-    decoding into them takes less than either. If the advice is ignored, the result is the same.
+    On a CPU the system allocates 64 MiB in 30 to 60 ms as 16384 pages, but in 11 to 15 ms as pages of 2 MiB. Decoding a
+    weight into this memory takes less time than either. If the system ignores the advice, the result is the same.
     """
     out = torch.empty(tuple(shape), dtype=dtype, device=device)
     bytes_ = out.numel() * out.element_size()

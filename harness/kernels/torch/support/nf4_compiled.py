@@ -17,7 +17,7 @@ from harness.kernels.torch.support.compiled import Compiled, only_compiled
 _MAKING = Lock()
 """Held while a function is looked up, so that two threads do not compile it twice."""
 _BLOCKS = tuple(1 << i for i in range(5, 13))
-"""Supported blocks, 32 to 4096. Each is compiled separately, so that its loops have constant bounds."""
+"""Supported block sizes, 32 to 4096. Each has its own compiled code, so that loops have constant bounds."""
 
 
 def encode(values: Tensor, packed: Tensor, absmax: Tensor, block: int, levels: tuple[float, ...]) -> int:
@@ -101,7 +101,7 @@ def _decoder(block: int, levels: tuple[float, ...]) -> Compiled:
         return left[0]
 
     def bits(x: Tensor) -> Tensor:
-        """Return the bits of float32 numbers in the lower half of a word."""
+        """Return words with the bits of float32 numbers in their lower halves."""
         return x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
 
     def nf4_decode(packed: Tensor, absmax: Tensor, pairs: Tensor) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 def orthogonality(P: Iterable[Tensor], Q: Iterable[Tensor], form: str) -> Tensor:
     """Return R(P, Q), a scalar with a graph (arXiv:2303.10512, eq. 4).
 
-    P: matrices (out, R), whose columns should be orthonormal; Q: (R, in), whose rows should be. form: `squared-sum`, the sum
-    of the squared Frobenius norms of P^T P - I and Q Q^T - I; `mean-norm`, the mean of the norms.
+    P: matrices (out, R) that should have orthonormal columns. Q: matrices (R, in) that should have orthonormal rows. form:
+    `squared-sum` adds the squared Frobenius norms of all P^T P - I and Q Q^T - I; `mean-norm` is the mean of the norms.
     """
     alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
     for wide in (*(p.T for p in P), *Q):

@@ -19,7 +19,7 @@ class Buffers:
         self.by_dtype: dict[torch.dtype, Tensor] = {}
 
     def take(self, count: int, dtype: torch.dtype) -> Tensor:
-        """Return `count` elements, which the next call overwrites."""
+        """Return a tensor of `count` elements in memory that the next call overwrites."""
         if dtype not in self.by_dtype or self.by_dtype[dtype].numel() < count:
             self.by_dtype.pop(dtype, None)  # free the smaller one first
             with torch.inference_mode(False):  # else only inference mode could write to it
@@ -57,20 +57,20 @@ class PackedWeight:
     block2: int = 256
 
     def constants(self) -> Tensor:
-        """Return the absmax of every block, float32."""
+        """Return the float32 absmax of every block, decoded if it is in 8 bits."""
         if self.absmax2 is None or self.offset is None:
             return self.absmax
         return nf4.double_dequantize(self.absmax, self.absmax2, self.offset, self.block2)
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
-        """Return the matrix in fresh memory."""
+        """Return the decoded matrix (E, D) of this dtype in fresh memory."""
         return self._decoded(dtype, None)
 
     def in_buffer(self, dtype: torch.dtype) -> Tensor:
-        """Return the matrix in memory that this thread's next call overwrites: use it immediately.
+        """Return the decoded matrix (E, D) in memory that this thread's next call overwrites: use it immediately.
 
-        The buffer has the size of the largest matrix so far. On a GPU the memory is fresh, since torch's allocator caches it
-        and knows about streams.
+        The buffer has the size of the largest matrix so far. On a GPU the memory is fresh, since torch's allocator caches
+        memory and knows about streams.
         """
         on_cpu = self.packed.device.type == "cpu"
         return self._decoded(dtype, _own.buffers.take(prod(self.shape), dtype) if on_cpu else None)

@@ -16,8 +16,8 @@ SURE = 2.0**-12
 def orthonormal(Y: Tensor) -> Tensor:
     """Return an orthonormal basis (E, R) of the range of Y (E, R), E >= R.
 
-    For float32 by the Cholesky factor of Y^T Y in float64, an order of magnitude faster than Householder reflections on a
-    CPU; for nearly dependent columns, and for float64, by Householder reflections.
+    float32 uses the Cholesky factor of Y^T Y in float64, which on a CPU is an order of magnitude faster than Householder
+    reflections. Nearly dependent columns and float64 use Householder reflections.
     """
     if Y.dtype != torch.float64:
         wide = Y.double()
@@ -58,9 +58,9 @@ def randomised_svd(W: Tensor, sketch: Tensor, niter: int) -> tuple[Tensor, Tenso
 def leading_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return (U (E, R), S (R,), V (D, R)) of the R largest singular values, exact, with arbitrary signs.
 
-    W: float32 or float64. For float32 by the eigenvectors of the smaller Gram matrix in float64, in which its products are
-    exact; the vectors of the other side are W's products with them, divided by S. LAPACK's SVD if the range of S is too
-    large for that, or W is float64. Raises ValueError if W is not finite.
+    W: float32 or float64. For float32, the vectors of the shorter side are eigenvectors of the smaller Gram matrix in
+    float64, which holds products of float32 exactly; the vectors of the other side are W's products with them, divided by
+    S. If W is float64, or the range of S is too large, LAPACK computes the SVD. Raises ValueError if W is not finite.
     """
     if W.shape[0] < W.shape[1]:
         V, S, U = leading_svd(W.T, rank)
@@ -77,8 +77,8 @@ def leading_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def leading_vectors(W: Tensor, rank: int, left: bool, right: bool) -> tuple[Tensor | None, Tensor | None]:
     """Return (U (E, R) if `left` else None, V (D, R) if `right` else None) of `leading_svd`, contiguous.
 
-    The vectors of the shorter side alone need no division, and so work for a singular matrix too. Raises ValueError as
-    `leading_svd` does.
+    The vectors of the shorter side need no division, so that they are also right for a singular matrix. Raises ValueError
+    as `leading_svd` does.
     """
     shorter = right if W.shape[0] >= W.shape[1] else left
     if W.dtype != torch.float64 and shorter and left != right:

@@ -18,10 +18,10 @@ GROUPS = (
     ("q_lin", "k_lin", "v_lin"), ("to_q", "to_k", "to_v"), ("q", "k", "v"),
     ("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"),
 )  # fmt: skip
-"""Names of layers with the same input. Not by observed calls, so that the first step has the same bits as others."""
+"""Names of layers with the same input. Names, and not observed calls, so that the first step has the bits of later ones."""
 PATIENCE = 8
-"""Excess of unused over used outputs of a layer, as in cross-attention, from which it is no longer precomputed. It is then
-computed alone, which may round differently."""
+"""If a layer's unused outputs exceed its used ones by this number, as in cross-attention, it is no longer precomputed. It is
+then computed alone, which may round differently."""
 
 
 class SharedInputLayer(nn.Module):
@@ -74,7 +74,7 @@ class InputGroup:
         self._unused[layer.place] = 0
 
     def __call__(self, layer: SharedInputLayer, x: Tensor) -> Tensor:
-        """Return the layer's output."""
+        """Return the layer's output for x: a saved one if it is valid, else a computed one."""
         if len(self._members) < 2 or torch.compiler.is_compiling():
             return layer.forward_alone(x)
         if x.is_inference() or _has_hooks():  # an inference tensor has no version counter
@@ -122,7 +122,7 @@ class _Call:
         self._context = _context(x)
 
     def is_of(self, x: Tensor) -> bool:
-        """Return whether its input was this tensor, unmodified, in the same context."""
+        """Return whether this call had the input x, still unmodified, in the current context."""
         return self._x() is x and self._context == _context(x)
 
 
@@ -146,7 +146,10 @@ def _context(x: Tensor) -> tuple[Any, ...]:
 
 
 def _state(layer: SharedInputLayer) -> tuple[Any, ...] | None:
-    """Return the state of a layer: its tensors with version, address and requires_grad; None if one has no version."""
+    """Return the state of a layer: its scaling, whether its base is plain, and its tensors; None if one has no version.
+
+    Each tensor comes with its version, address and requires_grad.
+    """
     base = layer.base
     tensors = [
         (t, (t._version, t.data_ptr(), t.requires_grad)) if not t.is_inference() else None
@@ -158,14 +161,14 @@ def _state(layer: SharedInputLayer) -> tuple[Any, ...] | None:
 
 
 def _same(one: tuple[Any, ...] | None, other: tuple[Any, ...] | None) -> bool:
-    """Return whether two states have the same unmodified tensors. Compares objects, since ids are reused."""
+    """Return whether two states have the same unmodified tensors. Objects are compared, since Python reuses ids."""
     if one is None or other is None or one[:2] != other[:2] or len(one[2]) != len(other[2]):
         return False
     return all(t is u and before == now for (t, before), (u, now) in zip(one[2], other[2], strict=True))
 
 
 def _factors(layer: SharedInputLayer, x: Tensor) -> LoraFactors | None:
-    """Return the layer's factors if they fit x, so that it can be computed together with others."""
+    """Return the layer's factors if they fit x and allow a joint computation with other layers, else None."""
     factors = layer.factors(x)
     if (
         factors is None

@@ -24,7 +24,7 @@ def _forward(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """left @ right + less * product + term + bias, with term = scale S @ T, product = (left * mask) @ right + term."""
+    """Compute a tile of left @ right + less * product + t + bias; t = scale S @ T, product = (left * mask) @ right + t."""
     rows, columns = program_tile(M, N, BLOCK_M, BLOCK_N, WIDE)
     inside = (rows[:, None] < M) & (columns[None, :] < N)
     at = rows[:, None] * N + columns[None, :]
@@ -55,7 +55,7 @@ def _backward(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """left @ right + mask * ((left * less) @ right + S @ T)."""
+    """Compute one tile of left @ right + mask * ((left * less) @ right + S @ T)."""
     rows, columns = program_tile(M, N, BLOCK_M, BLOCK_N, WIDE)
     inside = (rows[:, None] < M) & (columns[None, :] < N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -1,9 +1,9 @@
 """The gain of DoRA, m / ||W + s B A|| per row (arXiv:2402.09353), in one pass over W that never writes B A.
 
-The norm n is that of the sum itself. The expansion n^2 = ||W||^2 + 2 s <B, W A^T> + s^2 <B, B (A A^T)> needs no B A either.
-But with N = ||W|| + ||s B A|| its error is eps N^2 / n^2, compared with eps N / n of the sum: it is useless for a row that
-the update cancels. It would not be faster: W A^T reads all of W with E D R multiplications, and so does the sum, tile by
-tile, with B A in the accumulator.
+The kernel computes the norm n from the sum itself. The expansion n^2 = ||W||^2 + 2 s <B, W A^T> + s^2 <B, B (A A^T)> needs
+no B A either. But with N = ||W|| + ||s B A|| the expansion has an error of eps N^2 / n^2, and the sum only eps N / n: the
+expansion is useless for a row that the update cancels. It would not be faster: W A^T reads all of W and takes E D R
+multiplications, and so does the sum, tile by tile, with B A in the accumulator.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _gain(
     gain, norm, W, A, B, m, scaling, E, D, R, W_e, W_d, A_r, A_d, B_e, B_r,
     BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, WHOLE_RANK: tl.constexpr,
 ):  # fmt: skip
-    """WHOLE_RANK: whether one block has all ranks, so that rows of B are read once."""
+    """Compute gain and norm of one block of rows. WHOLE_RANK: one block has all ranks, so that B is read once."""
     e = (tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)).to(tl.int64)
     r, d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     of_B = B + e[:, None] * B_e + r[None, :] * B_r

@@ -38,7 +38,7 @@ def buckets(signed: bool) -> Tensor:
     positive = torch.bucketize(magnitudes[:-1], inner)
     if not signed:
         return positive.to(torch.uint8)
-    # A negative bucket is (-upper, -lower]: a midpoint equal to -upper is below it, too.
+    # A negative bucket is (-upper, -lower], so that a midpoint equal to -upper is below the bucket, too.
     negative = torch.bucketize(-magnitudes[1:], inner, right=True)
     return torch.cat([positive, negative]).to(torch.uint8)
 

@@ -39,17 +39,17 @@ class GemmTile:
 LARGEST = GemmTile(128, 256, 64, warps=8, stages=3)
 LARGE = GemmTile(128, 128, 64, warps=8, stages=3)
 EXACT = GemmTile(64, 64, 32, warps=8, stages=3)
-"""For float32, which no matrix unit multiplies."""
+"""Tile for float32, which no matrix unit multiplies."""
 FEW_ROWS = (GemmTile(16, 32, 128, 4, 4), GemmTile(32, 64, 64, 4, 4), GemmTile(64, 64, 64, 4, 4))
 _INTERPRETED = GemmTile(128, 128, 128, 4, 1)
-"""Large, since for the interpreter a program costs more than its products."""
+"""Tile for the interpreter: large, since a program costs the interpreter more than its products."""
 
 
 def gemm_tile(M: int, N: int, dtype: torch.dtype, device: torch.device, *, crowded: bool = False) -> GemmTile:
     """Return the tile for an output (M, N).
 
-    crowded: whether registers hold another tile of the output's size, a factor or a second output. Not autotuned, so that
-    the same call rounds equally on every GPU of an architecture and in every process.
+    crowded: whether registers hold another tile of the output's size, a factor or a second output. The tile is not
+    autotuned, so that a call rounds equally on every GPU of an architecture and in every process.
     """
     if interpreted():
         return _INTERPRETED
@@ -65,7 +65,7 @@ def gemm_tile(M: int, N: int, dtype: torch.dtype, device: torch.device, *, crowd
 
 
 def rank_block(R: int) -> int:
-    """Return the ranks per iteration: all of a small rank, rounded up to the size of a matrix instruction."""
+    """Return the ranks per iteration: R rounded up to a power of two, from 16 (for matrix instructions) to 64."""
     return min(max(16, 1 << (R - 1).bit_length()), 64)
 
 

@@ -1,7 +1,7 @@
 """Grouped kernels of several LoRA adapters: each sequence finds its adapter by its id in a table of addresses.
 
 `shrink` sums over features, S = s x A^T or s dy B; `expand` adds S B^T or S A to the product with W, which cuBLAS computes;
-`outer` sums over tokens, S^T x or S^T dy. The host neither waits nor sorts. No atomics: each sum has a fixed order.
+`outer` sums over tokens, S^T x or S^T dy. The host neither waits nor sorts. Each sum has a fixed order, without atomics.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOST_REGISTERS = 168  # of `expand` and `outer`; by default ptxas spills one to 
 
 @triton.jit
 def _weights(table, adapter, which: tl.constexpr, dtype: tl.constexpr, aligned: tl.constexpr):
-    """Return the address of A or B of an adapter, and its rank. aligned: these are multiples of 16 bytes and of 8."""
+    """Return the address and the rank of an adapter's A or B. aligned: multiples of 16 bytes and of 8, respectively."""
     pointer = tl.load(table + adapter * FIELDS + which).to(tl.pointer_type(dtype))
     rank = tl.load(table + adapter * FIELDS + 2)
     if aligned:
@@ -137,7 +137,7 @@ def outer(
 
 
 def tile(dtype: torch.dtype, tokens: int) -> dict[str, int]:
-    """Return the largest tile of a program; in float32, without matrix instructions, more would spill registers."""
+    """Return the tile of a program: the largest one that spills no registers (smaller in float32)."""
     if dtype == torch.float32:
         return {"rows": 16 if tokens <= 16 else 32, "ranks": 16, "columns": 64}
     return {"rows": 16 if tokens <= 16 else 64, "ranks": 32, "columns": 128}

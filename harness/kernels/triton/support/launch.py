@@ -38,7 +38,7 @@ class Launch:
     num_stages: int = 3
 
     def run(self) -> None:
-        """Launch it."""
+        """Launch the kernel."""
         launch(
             self.kernel, self.grid, **self.arguments, **self.constants,
             num_warps=self.num_warps, num_stages=self.num_stages, enable_fp_fusion=True,

@@ -16,7 +16,7 @@ from harness.kernels.triton.support.matrix_product import accumulate, is_wide, p
 from harness.kernels.triton.support.rounding import load_as_float32, store_as
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""out (M, N), left (M, K), right (K, N), S (M, R), T (R, N)."""
+"""The matrices out (M, N), left (M, K), right (K, N), S (M, R), T (R, N)."""
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def _low_rank_gemm(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Compute the term first, so that the long loop adds to the same accumulator. None disables an argument."""
+    """Compute one tile. The low-rank term comes first, so that the long loop adds to it. None disables an argument."""
     rows, columns = program_tile(M, N, BLOCK_M, BLOCK_N, WIDE)
     inside = (rows[:, None] < M) & (columns[None, :] < N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -68,8 +68,8 @@ def low_rank_gemm(
     """Return gain * ((left * left_scale) @ right + term_mask * (scale S @ T) * term_scale) + bias, shape (M, N).
 
     left (M, K), right (K, N), S (M, R), T (R, N), term_mask (M, N), all of one dtype, with any strides; contiguous
-    vectors: term_scale, gain, bias (N,), left_scale (K,). Summed in float32 and rounded once. product: a contiguous (M, N)
-    output for the value before the gain.
+    vectors: term_scale, gain, bias (N,), left_scale (K,). The sum is in float32 and rounded once. product: a contiguous
+    (M, N) output for the value before the gain.
     """
     M, N = len(left), right.shape[1]
     out = torch.empty((M, N), dtype=left.dtype, device=left.device)
@@ -93,7 +93,7 @@ def low_rank_launch(
 ) -> Launch:
     """Return the launch of a product with a low-rank term. block_r: ranks per iteration; others: further arguments.
 
-    mask: the kernel's mask, which is also one of the `others`, under the kernel's name of it.
+    mask: the mask for the strides mask_*; `others` also has it, under the name of the kernel's argument.
     """
     out, left, right, S, T = operands
     (M, K), (R, N) = left.shape, T.shape

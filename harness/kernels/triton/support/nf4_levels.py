@@ -20,7 +20,7 @@ _MIDPOINT = tl.constexpr(tuple(((_VALUES[:-1] + _VALUES[1:]) / 2).tolist()))
 
 @cache
 def table(device: torch.device) -> Tensor:
-    """Return the levels, ascending, float32 (16,), on a device. Cached: do not write to it."""
+    """Return the levels, ascending, float32 (16,), on a device. The result is cached: do not write to it."""
     return _VALUES.to(device)
 
 

@@ -1,4 +1,4 @@
-"""Load and store 16-bit numbers in kernels: computed in float32, rounded once, to nearest, ties to even."""
+"""Load and store 16-bit numbers in kernels that compute in float32 and round once, to nearest, ties to even."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def to_dtype(value, dtype: tl.constexpr):
 
 @triton.jit
 def load_as_float32(pointer, mask=None, other=None):
-    """Load and convert by `to_float32`."""
+    """Return the loaded numbers, converted by `to_float32`."""
     return to_float32(tl.load(pointer, mask=mask, other=other))
 
 

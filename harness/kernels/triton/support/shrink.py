@@ -20,7 +20,7 @@ def _shrink(
     left_m, left_k, right_k, right_r, mask_m, mask_k,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """out, unscaled, times (M, R) and sums (blocks of M, R) are contiguous. None disables an argument."""
+    """Compute one tile. out, unscaled, times (M, R), sums (blocks of M, R): contiguous. None disables an argument."""
     block = tl.program_id(0)
     rows = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -65,7 +65,8 @@ def shrink(
 def shrink_and_sum(left: Tensor, right: Tensor, column_scale: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
     """Return (P * column_scale, the sum of P * times over the rows) with P = left @ right, which is not rounded.
 
-    left (M, K), right (K, R); times (M, R) and column_scale (R,) contiguous. Shapes (M, R) in their dtype, (R,) float32.
+    left (M, K), right (K, R); times (M, R) and column_scale (R,) contiguous. The results are (M, R), in the dtype of `left`,
+    and (R,), float32.
     """
     M, R = len(left), right.shape[1]
     out = torch.empty((M, R), dtype=left.dtype, device=left.device)
@@ -80,14 +81,14 @@ _K_OF_RANKS = {16: 128, 32: 64, 64: 64, 128: 32}
 
 
 def _rows(M: int) -> int:
-    """Return the rows per program: enough programs are more important than enough rows for each."""
+    """Return the number of rows per program: small enough that there are enough programs."""
     if interpreted():
         return 128
     return 64 if M >= 8192 else 32 if M >= 2048 else 16
 
 
 def _launch(out: Tensor, left: Tensor, right: Tensor, scale: float, **optional: Tensor | None) -> Launch:
-    """Return the launch. optional: mask, column_scale, unscaled, times, sums."""
+    """Return the launch of `_shrink`. optional: mask, column_scale, unscaled, times, sums."""
     (M, K), R = left.shape, right.shape[1]
     block_m, block_r = _rows(M), min(max(16, triton.next_power_of_2(R)), 128)
     block_k = 128 if interpreted() else _K_OF_RANKS[block_r] if left.element_size() == 2 else 32

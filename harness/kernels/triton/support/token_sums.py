@@ -14,7 +14,7 @@ from harness.kernels.triton.support.matrix_product import product
 from harness.kernels.triton.support.rounding import load_as_float32, to_dtype, to_float32
 
 _PROGRAMS = 256
-"""Programs that keep a large GPU busy. Fixed, so that a sum rounds equally on every GPU."""
+"""Number of programs that keeps a large GPU busy. It is fixed, so that a sum rounds equally on every GPU."""
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def product_sum(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _parts(M: int, programs: int, block: int) -> tuple[int, int]:
-    """Return the number of parts of the tokens, and the tokens per part, a multiple of `block`."""
+    """Return the number of parts into which M tokens are divided, and the tokens per part, a multiple of `block`."""
     wanted = min(triton.cdiv(_PROGRAMS, programs), triton.cdiv(M, 8 * block))
     per_part = triton.cdiv(triton.cdiv(max(M, 1), max(wanted, 1)), block) * block
     return triton.cdiv(max(M, 1), per_part), per_part
