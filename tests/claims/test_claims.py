@@ -200,7 +200,7 @@ def test_headlines_have_a_page_of_their_own(
     assert overview
     cells = [re.sub(r"<[^>]+>", "", cell).strip() for cell in overview[1].split("</td>") if cell]
     assert cells == ["✓ 1 reproduced", "–", "✓ 1 reproduced", "–"]
-    assert "of 2 claims that 1 headline is made of" in text
+    assert "of 2 claims in 1 headline." in text
     assert f'id="{other["id"]}"' not in text
     assert one["how"] in text
 
