@@ -148,7 +148,7 @@ def multi_lora_linear(
         raise ValueError(f"W and the adapters must be {x.dtype} like x")
     if any(A.shape != (B.shape[1], W.shape[1]) or len(B) != len(W) for A, B in zip(As, Bs, strict=True)):
         raise ValueError(f"for W {tuple(W.shape)} every A must be (R, {W.shape[1]}) and its B ({W.shape[0]}, R)")
-    chosen = torch.as_tensor(ids)
+    chosen = torch.as_tensor(ids).contiguous()  # the kernels read them one after the other
     if chosen.shape != x.shape[:1]:
         raise ValueError(f"ids must have shape ({len(x)},), one per sequence, got {tuple(chosen.shape)}")
     known = (chosen >= -1) & (chosen < count)
