@@ -14,17 +14,17 @@ class CaseSelection:
     """Settings that select cases of a target."""
 
     full: bool = False
-    """Whether to try the parity suite's configs x shapes x layers x dtypes; otherwise each of them at least once."""
+    """True for all configs x shapes x layers x dtypes of the parity suite, False for each of them at least once."""
     drawn: int = 0
     """Number of random cases in addition to the fixed sample."""
     seed: int = 0
     """Seed of the random cases."""
     wide: bool = False
-    """Whether to try also a fixed sample of all settings, and the checks of calls, walks and NaN; see `is_wide`."""
+    """True for a fixed sample of all settings too, and the checks of calls, walks and NaN; see `is_wide`."""
 
     @property
     def is_wide(self) -> bool:
-        """Whether the sample and the checks of calls, walks and NaN are tried; `full` and `drawn` imply `wide`."""
+        """True if the sample and the checks of calls, walks and NaN are tried; `full` and `drawn` imply `wide`."""
         return self.wide or self.full or self.drawn > 0
 
 

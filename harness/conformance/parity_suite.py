@@ -127,7 +127,7 @@ class MethodCase:
     model: ModelForm = "plain"
     magnitude: Magnitude = "normal"
     sampled: bool = False
-    """Whether the case is part of the sample. Such a case tries only the checks that depend on sizes and settings.
+    """True if the case is part of the sample. Such a case tries only the checks that depend on sizes and settings.
     Checks of every state are tried only in the last state, where they see most.
     """
 

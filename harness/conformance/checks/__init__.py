@@ -64,7 +64,7 @@ class CellStage(Enum):
 
 
 class Reference(Enum):
-    """Whether a check needs a reference of the Method."""
+    """A check's need for a reference of the Method."""
 
     REQUIRED = auto()
     UNUSED = auto()
@@ -83,9 +83,9 @@ class Check(Generic[_Subject]):
     in_cell: tuple[CellStage, ...]
     reference: Reference
     of_sizes: bool
-    """Whether the property depends on sizes and settings. If not, the check is tried only with the suite's examples."""
+    """True if the property depends on sizes and settings. If not, the check is tried only with the suite's examples."""
     only_wide: bool
-    """Whether the check is tried only with `CaseSelection.is_wide`."""
+    """True if the check is tried only with `CaseSelection.is_wide`."""
 
     def __call__(self, subject: _Subject, case: Case) -> CheckResult:
         """Run the check and return its result."""

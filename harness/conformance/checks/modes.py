@@ -48,7 +48,7 @@ class Call:
     """(ROWS, D), token numbers (ROWS,), or a few images."""
     dy: Tensor
     training: bool
-    """Whether the layer may be in training mode, which computes the same as eval mode if there is no dropout."""
+    """True if the layer may be in training mode: without dropout it computes the same as eval mode."""
 
     def observe(self, x: Tensor, dy: Tensor, layer: nn.Module | None = None) -> dict[str, Tensor]:
         """Run the layer forward and backward; return outputs and gradients in the shapes of `self.x` and `self.dy`."""
@@ -179,6 +179,8 @@ LONG_FORMS: dict[str, Form] = {
     f"in {THREADS} threads": _threaded,
 }
 """Name -> many calls with the same input; tried for one layer of a case."""
+WITHOUT_GRADIENTS = (_no_grad, _inference, _frozen, _repeated, _threaded)
+"""Forms that observe the output alone."""
 
 
 @check(States.WARM, only_wide=True)
@@ -186,9 +188,9 @@ def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Every way to call an implementation gives what the reference gives for the same numbers.
 
     A layer: sequences of one token, four dimensions, transposed and sliced inputs; no_grad, inference_mode, autocast and
-    activation checkpointing; an input or adapter without gradients; a deep copy, and one in float64; the gradient of a
-    gradient; many calls, and calls in two threads. An Operation: no_grad, inference_mode, arguments that need a gradient,
-    many calls, and calls in two threads.
+    activation checkpointing; an input or adapter without gradients; a deep copy, and one in another dtype; the gradient
+    of a gradient; many calls, and calls in two threads. An Operation: no_grad, inference_mode, arguments that need a
+    gradient, and many calls.
     """
     found = list(_of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
     if not found:
@@ -212,11 +214,12 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
         for name, form in forms.items():
             if form is _copied and not _owns(layer, call.tensors):
                 continue
-            mine = form(call)
-            names = mine.keys() if "grad" not in " ".join(mine) else truth.keys() - ({"grad x"} - mine.keys())
-            wanted = {n: truth[n] for n in names if n in truth}
+            missing = (
+                truth.keys() - {"y"} if form in WITHOUT_GRADIENTS else {"grad x"} if form is _constant_input else set()
+            )
+            wanted = {n: t for n, t in truth.items() if n not in missing}
             own = ({n: t for n, t in draw.items() if n in wanted} for draw in draws)
-            yield _named(path, name, noise_floor(mine, wanted, own, subject.dtype, case.factor("calls")))
+            yield _named(path, name, noise_floor(form(call), wanted, own, subject.dtype, case.factor("calls")))
 
     yield from _in_other_precisions(subject, case)
 
@@ -254,6 +257,7 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
     )
     if subject.dtype == "float32":
         with torch.autocast(x.device.type, torch.bfloat16):
+            # No gradients: dy[:0] fits no output.
             mine, rounded = ({"y": observe(of, {}, x, dy[:0])["y"]} for of in (layer, own.layer))
         truth = {"y": observe(subject.reference(path, "float64").layer, {}, cast(x, "float64"), dy[:0])["y"]}
         yield _named(path, "under autocast", noise_floor(mine, truth, rounded, "bfloat16", factor))

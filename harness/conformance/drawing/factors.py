@@ -41,7 +41,7 @@ class Factor:
     """Possible lengths of a drawn list; empty for a setting that is no list. If `least` is None, the items are the
     sizes of a tensor with at most ELEMENTS elements; otherwise they are numbers within the bounds."""
     optional: bool = False
-    """Whether an implementation may support the first level only."""
+    """True if an implementation may support the first level only."""
 
     def within(self, least: float | None, most: float | None) -> Factor:
         """Return the factor with narrower bounds; levels outside become the nearest bound."""

@@ -38,6 +38,11 @@ def skips_the_update_of_single_tokens(copy: PatchedCopy) -> None:
 
 
 @planted_in_methods("calls", only=_ADAPTERS)
+def passes_no_gradient_for_single_tokens(copy: PatchedCopy) -> None:
+    copy.replace_forward(lambda _, x, right: right(x).detach() if x.dim() == 3 and x.shape[1] == 1 else right(x))
+
+
+@planted_in_methods("calls", only=_ADAPTERS)
 def skips_the_update_in_training_without_gradients(copy: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         return right(x) if torch.is_grad_enabled() or not layer.training else layer.base(x)
