@@ -31,6 +31,8 @@ def values(
     element, in the second block if there is one.
     """
     drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    if not drawn.numel():
+        return drawn.to(dtype)  # every kind is the same
     flat = drawn.flatten()
     numel, number = flat.numel(), torch.arange(flat.numel())
     if kind in ("levels", "ties"):
