@@ -64,7 +64,7 @@ class Trimmed:
 
     @property
     def scale(self) -> Array:
-        """The sd of one pair under normal noise, derived from the error; unbiased, also for few pairs."""
+        """Standard deviation of one pair, derived from the error under normal noise. It is unbiased for few pairs too."""
         shrunk = math.sqrt(2 / self.df) * math.exp(math.lgamma((self.df + 1) / 2) - math.lgamma(self.df / 2))
         return self.error * math.sqrt(self.n) / shrunk
 
