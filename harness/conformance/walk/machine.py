@@ -71,10 +71,10 @@ def walk(make: Callable[[], Worlds], walks: int, number: int) -> WalkFailedError
     except WalkFailedError as failure:
         return failure
     except FlakyFailure as flaky:  # a rule fails at some calls only
-        failure = next((one for one in flaky.exceptions if isinstance(one, WalkFailedError)), None)
-        if failure is None:
+        failed = [one for one in flaky.exceptions if isinstance(one, WalkFailedError)]
+        if not failed:
             raise
-        return failure
+        return failed[0]
     return None
 
 
