@@ -36,11 +36,15 @@ from harness.errors import Exit, UsageError
 @options.junit
 @options.html
 @click.option("--self-test", is_flag=True, help="Test the checks themselves: each planted fault must be detected.")
+@click.option(
+    "--mutants", type=click.IntRange(0), is_flag=False, flag_value=0, metavar="[N]",
+    help="With --self-test: try N random changes of the reference and of our kernels instead, or all of them without N.",
+)  # fmt: skip
 @options.as_json
 def check(
     implementations: tuple[str, ...], methods: tuple[str, ...], operations: tuple[str, ...], dtypes: tuple[str, ...],
     full: bool, wide: bool, drawn: int, seed: int | None, jobs: int | None, patience: float, junit: Path | None,
-    html: Path | None, self_test: bool, as_json: bool,
+    html: Path | None, self_test: bool, mutants: int | None, as_json: bool,
 ) -> Exit:  # fmt: skip
     """Check implementations against the reference.
 
@@ -49,27 +53,27 @@ def check(
     Ctrl-C or SIGTERM prints the results so far and exits with 4; the exit code is also 4 if a named IMPLEMENTATION cannot be
     tested.
     """
+    if mutants is not None and not self_test:
+        raise UsageError("changes nothing without --self-test", where="--mutants", hint="add --self-test")
     if self_test:
-        if (
-            implementations
-            or methods
-            or operations
-            or dtypes
-            or full
-            or wide
-            or drawn
-            or seed is not None
-            or junit
-            or html
-        ):
+        if implementations or dtypes or full or wide or drawn or junit or html:
             raise UsageError(
-                "tests every planted fault and takes no option but --json",
-                where="--self-test",
-                hint="remove the others",
-            )
-        from harness.conformance import self_test as planted
+                "tests the checks, not an implementation", where="--self-test",
+                hint="remove all options but --json; --mutants also takes --method, --op, --seed and --jobs",
+            )  # fmt: skip
+        if mutants is None:
+            if methods or operations or seed is not None:
+                raise UsageError(
+                    "tries every planted fault",
+                    where="--self-test",
+                    hint="add --mutants, or remove all options but --json",
+                )
+            from harness.conformance import self_test as planted
 
-        return planted.check(as_json)
+            return planted.check(as_json)
+        from harness.conformance.mutants import run
+
+        return run.check(mutants or None, seed or 0, jobs, (*methods, *operations), as_json)
     from harness.cli import check as command
     from harness.conformance.case_selection import CaseSelection
 

@@ -103,7 +103,7 @@ def _run(every: Sequence[Fault], complete: bool) -> SelfTestReport:
     wrong = [
         f"{fault.target}/{check} ({fault.case})"
         for fault in cases.values()
-        for check in _failed(_implementation(fault.target, PatchedCopy(_source(fault.target))), fault)
+        for check in _failed(implementation(fault.target, PatchedCopy(source_module(fault.target))), fault)
     ]
     useful = {name for verdict in verdicts for name in verdict.caught}
     idle = (
@@ -143,9 +143,9 @@ def _needs_wide(fault: Fault) -> bool:
 
 
 def _spoilt(fault: Fault) -> Implementation:
-    copy = PatchedCopy(_source(fault.target))
+    copy = PatchedCopy(source_module(fault.target))
     fault.spoil(copy)
-    return _implementation(fault.target, copy)
+    return implementation(fault.target, copy)
 
 
 @cache
@@ -160,13 +160,15 @@ def _kind(target: str) -> TargetKind:
     return "operation" if target in operations.every() else "base"
 
 
-def _source(target: str) -> str:
+def source_module(target: str) -> str:
+    """Return the module whose copy implements a target."""
     if _kind(target) == "base":
         return "reference.operations.nf4"
     return f"harness.conformance.operations.{target}" if _kind(target) == "operation" else f"reference.{target}"
 
 
-def _implementation(target: str, copy: PatchedCopy) -> Implementation:
+def implementation(target: str, copy: PatchedCopy) -> Implementation:
+    """Return the Implementation of a target by a copy of its source module."""
     kind = _kind(target)
     function: Any = {"method": copy.attach, "base": partial(pack, copy, target == "nf4-dq")}.get(kind)
     if kind == "operation":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,27 @@ from harness.conformance.drawing.sample import AnyCase
 from harness.conformance.findings import defects
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.conformance.parity_suite import ParitySuite
+
+
+def cases(plan: ParitySuite, dtypes: Sequence[str], number: int, first_seed: int) -> list[AnyCase]:
+    """Return `number` random cases, or fewer if the suite has fewer. first_seed: decides the cases."""
+    drawn: list[AnyCase] = []
+
+    @seed(first_seed)
+    @settings(
+        max_examples=number,
+        database=None,
+        phases=(Phase.generate,),
+        suppress_health_check=list(HealthCheck),
+        deadline=None,
+    )
+    @given(sample.random(plan, dtypes))
+    def take(case: AnyCase) -> None:
+        drawn.append(case)
+
+    with suppress(Unsatisfiable):
+        take()
+    return drawn
 
 
 def search(

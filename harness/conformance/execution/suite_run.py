@@ -165,6 +165,13 @@ def _run_method(
 def _run_operation(
     runner: CaseRunner, plan: OperationSuite, of: OperationCase, tried: Sequence[str]
 ) -> Iterator[CheckOutcome]:
+    subject, case = call(runner.implementation, plan, of)
+    for name in tried:
+        yield runner.check(name, subject, case)
+
+
+def call(implementation: Implementation, plan: OperationSuite, of: OperationCase) -> tuple[OperationSubject, Case]:
+    """Draw the arguments of a case of an Operation; return the subject with them, and the case."""
     operation = operations.every()[plan.operation]
 
     def draw(seed: int) -> Arguments:
@@ -173,10 +180,8 @@ def _run_operation(
         varied = {name: vary(given[name].double(), of.magnitude, dtype).to(dtype) for name in operation.inputs}
         return given | varied if of.magnitude != "normal" else given
 
-    subject = OperationSubject(operation, runner.implementation, of.dtype, draw(SEED), lambda: draw(SEED + 1))
-    case = Case("call", seed=SEED, factors=plan.factors())
-    for name in tried:
-        yield runner.check(name, subject, case)
+    subject = OperationSubject(operation, implementation, of.dtype, draw(SEED), lambda: draw(SEED + 1))
+    return subject, Case("call", seed=SEED, factors=plan.factors())
 
 
 def attach(

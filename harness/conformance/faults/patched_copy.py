@@ -33,6 +33,7 @@ class PatchedCopy:
     def __init__(self, name: str) -> None:
         self.name = name
         self._lines: dict[str, list[tuple[str, str]]] = {}
+        self._sources: dict[str, str] = {}
         self._changes: list[Callable[[Any], object]] = []
         self._made: dict[str, ModuleType] = {}
 
@@ -47,6 +48,10 @@ class PatchedCopy:
         if count != 1:
             raise LookupError(f"{name} has {right!r} {count} times, not once: adapt the planted fault to the reference")
         self._lines.setdefault(name, []).append((right, wrong))
+
+    def replace_source(self, module: str, source: str) -> None:
+        """Replace the whole source of a module of the reference, given by its dotted name."""
+        self._sources[module] = source
 
     def change_adapted(self, change: Callable[[Any], object]) -> None:
         """Register a change of the Adapted that `attach` returns."""
@@ -75,7 +80,7 @@ class PatchedCopy:
         """Return the copy, or the copy of another module of the reference."""
         name = name or self.name
         if name not in self._made:
-            text = _source(name)
+            text = self._sources.get(name) or _source(name)
             for right, wrong in self._lines.get(name, []):
                 text = text.replace(right, wrong)
             copy = ModuleType(name)

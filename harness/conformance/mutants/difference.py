@@ -1,0 +1,84 @@
+"""Differential execution: digests of what an implementation computes in random cases, to compare a mutant with the original.
+
+A mutant that no check catches is either a hole in the checks or no mistake at all, such as another size of a buffer. If it
+computes the same bits as the original in random cases of other sizes and settings, it is probably no mistake.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from harness.conformance import parity_suite
+from harness.conformance.comparison import operation_call
+from harness.conformance.drawing.search import cases
+from harness.conformance.execution import suite_run
+from harness.conformance.parity_suite import MethodCase, MethodSuite, OperationCase, OperationSuite
+from harness.conformance.subject import DTYPES, warm
+from harness.conformance.walk.world import LOOKS, World
+from harness.methods.registry import Implementation
+
+SEED = 7919
+CASES = 40
+
+
+def digests(implementation: Implementation) -> list[str]:
+    """Return one digest per random case: of all outputs, gradients, tensors and states, or of the exception."""
+    plan = parity_suite.load_plan(implementation.target)
+    return [_digest(_observed(implementation, plan, case)) for case in cases(plan, implementation.dtypes, CASES, SEED)]
+
+
+def _digest(observed: Iterator[Mapping[str, object]]) -> str:
+    digest = hashlib.sha256()
+    try:
+        for named in observed:
+            for name, value in named.items():
+                digest.update(name.encode())
+                digest.update(_bytes(value) if isinstance(value, Tensor) else repr(value).encode())
+    except Exception as error:  # noqa: BLE001  # that a mutant raises is what the digest must show
+        digest.update(f"{type(error).__name__}: {error}".encode())
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    whole = tensor.detach().cpu().contiguous()
+    return f"{whole.dtype} {tuple(whole.shape)}".encode() + whole.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _observed(
+    implementation: Implementation, plan: parity_suite.ParitySuite, of: MethodCase | OperationCase
+) -> Iterator[Mapping[str, object]]:
+    torch.manual_seed(SEED)
+    if isinstance(plan, OperationSuite) and isinstance(of, OperationCase):
+        subject, case = suite_run.call(implementation, plan, of)
+        yield subject.call()
+        if subject.operation.differentiable:
+            yield operation_call.gradients(subject, subject.function, DTYPES[of.dtype], case)
+    elif isinstance(plan, MethodSuite) and isinstance(of, MethodCase):
+        yield from _life(implementation, plan, of)
+
+
+def _life(implementation: Implementation, plan: MethodSuite, of: MethodCase) -> Iterator[Mapping[str, object]]:
+    """Yield what a training program sees: of a fresh adapter, of training steps with dropout, of merging and detaching."""
+    subject, case = suite_run.attach(implementation, plan, of)
+    if case.forward is None:
+        return
+    model, adapted = subject.model, subject.adapted
+    world = World(model, adapted, lambda: (model, adapted), case.forward, may_train=True)
+    yield dict(adapted.tensors()) | dict(adapted.state())
+    warm(subject.added(), case.generator(salt=1))
+    for look in LOOKS.values():
+        yield look(world)
+    for step in range(4):
+        world.backward(step)
+        world.step()
+        yield dict(adapted.tensors()) | dict(adapted.state())
+    yield {"optimizer": copy.deepcopy(world.optimizer.state_dict())}
+    world.set_training(False)
+    for change in (adapted.merge, adapted.unmerge, adapted.detach):
+        change()
+        yield LOOKS["no_grad"](world)

@@ -1,0 +1,189 @@
+"""Mutation operators: for a node of the syntax tree, the changed code that a careless author might have written."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+_ARITHMETIC: dict[type[ast.operator], str] = {
+    ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Mod: "//", ast.Pow: "*",
+}  # fmt: skip
+_COMPARISONS: dict[type[ast.cmpop], str] = {
+    ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">", ast.Eq: "!=", ast.NotEq: "==",
+    ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in",
+}  # fmt: skip
+_TRANSPARENT = {"detach", "clone", "contiguous", "float", "double", "to", "abs", "sqrt", "clamp", "round", "square"}
+"""Methods whose call can be left out: `x.detach()` becomes `x`."""
+_TRANSPOSES = {"T", "mT", "H", "mH"}
+_PAIRS = (
+    ("sum", "mean"), ("min", "max"), ("amin", "amax"), ("argmin", "argmax"), ("minimum", "maximum"), ("floor", "ceil"),
+    ("zeros", "ones"), ("zeros_like", "ones_like"), ("new_zeros", "new_ones"), ("rand", "randn"), ("any", "all"),
+    ("add_", "sub_"), ("mul_", "div_"), ("addcmul_", "addcdiv_"), ("sqrt", "square"), ("qr", "svd"),
+)  # fmt: skip
+_TWINS = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])} | {
+    "float32": "bfloat16", "float64": "float32", "bfloat16": "float16", "float16": "bfloat16",
+    "uint8": "int16", "int8": "int16", "int32": "int64", "int64": "int32",
+}  # fmt: skip
+"""Attribute -> the attribute that a mutant has in its place."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of one node."""
+
+    kind: str
+    """Class of the mistake, e.g. `arithmetic`."""
+    node: ast.AST
+    """The node whose source text is replaced; it has a position."""
+    text: str
+
+
+def changes(node: ast.AST) -> Iterator[Change]:
+    """Yield every change of one node, without those of its children."""
+    operator = _OPERATORS.get(type(node))
+    if operator is not None:
+        yield from operator(node)
+
+
+def _arithmetic(node: ast.BinOp) -> Iterator[Change]:
+    left, right = _operand(node.left), _operand(node.right)
+    if isinstance(node.op, ast.MatMult):
+        yield Change("swapped arguments", node, f"({right} @ {left})")
+        return
+    if type(node.op) in _ARITHMETIC:
+        yield Change("arithmetic", node, f"({left} {_ARITHMETIC[type(node.op)]} {right})")
+    if isinstance(node.op, ast.Add | ast.Sub | ast.Mult | ast.Div | ast.Pow):
+        yield Change("omitted term", node, left)
+    if isinstance(node.op, ast.Add | ast.Mult):
+        yield Change("omitted term", node, right)
+
+
+def _comparison(node: ast.Compare) -> Iterator[Change]:
+    if len(node.ops) == 1:
+        left, right = _operand(node.left), _operand(node.comparators[0])
+        yield Change("comparison", node, f"({left} {_COMPARISONS[type(node.ops[0])]} {right})")
+
+
+def _logic(node: ast.BoolOp) -> Iterator[Change]:
+    other = " or " if isinstance(node.op, ast.And) else " and "
+    yield Change("branch", node, f"({other.join(map(_operand, node.values))})")
+    for left_out in range(len(node.values)):
+        kept = [_operand(value) for index, value in enumerate(node.values) if index != left_out]
+        yield Change("branch", node, f"({(' and ' if isinstance(node.op, ast.And) else ' or ').join(kept)})")
+
+
+def _sign(node: ast.UnaryOp) -> Iterator[Change]:
+    if isinstance(node.op, ast.USub) and not isinstance(node.operand, ast.Constant):
+        yield Change("arithmetic", node, _operand(node.operand))
+    elif isinstance(node.op, ast.Not):
+        yield Change("branch", node, _operand(node.operand))
+
+
+def _constant(node: ast.Constant) -> Iterator[Change]:
+    value = node.value
+    if isinstance(value, bool):
+        yield Change("constant", node, str(not value))
+    elif isinstance(value, int):
+        yield Change("constant", node, str(value + 1))
+        if value > 0:
+            yield Change("constant", node, str(value - 1))
+    elif isinstance(value, float):
+        yield Change("constant", node, str(2 * value if value else 1.0))
+
+
+def _branch(node: ast.If) -> Iterator[Change]:
+    if not only_raises(node.body):
+        yield Change("branch", node.test, "True")
+        yield Change("branch", node.test, "False")
+
+
+def _choice(node: ast.IfExp) -> Iterator[Change]:
+    yield Change("branch", node, _operand(node.body))
+    yield Change("branch", node, _operand(node.orelse))
+
+
+def _call(node: ast.Call) -> Iterator[Change]:
+    function = node.func
+    if isinstance(function, ast.Attribute) and function.attr in _TRANSPARENT and not _is_module(function.value):
+        yield Change("omitted call", node, _operand(function.value))
+    if len(node.args) >= 2 and not any(isinstance(one, ast.Starred) for one in node.args):
+        for first in range(len(node.args) - 1):
+            order = [*node.args]
+            order[first : first + 2] = order[first + 1], order[first]
+            written = [*map(ast.unparse, order), *(_keyword(one) for one in node.keywords)]
+            yield Change("swapped arguments", node, f"{ast.unparse(function)}({', '.join(written)})")
+
+
+def _attribute(node: ast.Attribute) -> Iterator[Change]:
+    if node.attr in _TRANSPOSES:
+        yield Change("axis", node, _operand(node.value))
+    elif node.attr in _TWINS:
+        kind = "dtype" if _is_module(node.value) and "int" in node.attr + _TWINS[node.attr] else "function"
+        kind = "dtype" if "float" in node.attr else kind
+        yield Change(kind, node, f"{_operand(node.value)}.{_TWINS[node.attr]}")
+
+
+def _slice(node: ast.Slice) -> Iterator[Change]:
+    lower, upper = (ast.unparse(one) if one else "" for one in (node.lower, node.upper))
+    if node.step is None:
+        if node.upper and not isinstance(node.upper, ast.Constant):
+            yield Change("off by one", node, f"{lower}:{_operand(node.upper)} - 1")
+        if node.lower and not isinstance(node.lower, ast.Constant):
+            yield Change("off by one", node, f"{_operand(node.lower)} + 1:{upper}")
+
+
+def _statement(node: ast.Expr) -> Iterator[Change]:
+    if isinstance(node.value, ast.Call):
+        yield Change("omitted statement", node, "pass")
+
+
+def _augmented(node: ast.AugAssign) -> Iterator[Change]:
+    yield Change("omitted statement", node, "pass")
+    if type(node.op) in _ARITHMETIC:
+        target, value = ast.unparse(node.target), ast.unparse(node.value)
+        yield Change("arithmetic", node, f"{target} {_ARITHMETIC[type(node.op)]}= {value}")
+
+
+def _assignment(node: ast.Assign) -> Iterator[Change]:
+    if all(isinstance(target, ast.Attribute | ast.Subscript) for target in node.targets):
+        yield Change("omitted statement", node, "pass")
+
+
+def _loop(node: ast.For) -> Iterator[Change]:
+    over = node.iter
+    if isinstance(over, ast.Call) and isinstance(over.func, ast.Name) and over.func.id == "range":
+        last = 0 if len(over.args) == 1 else 1
+        yield Change("off by one", over.args[last], f"{_operand(over.args[last])} - 1")
+
+
+def _return(node: ast.Return) -> Iterator[Change]:
+    if node.value is not None and isinstance(node.value, ast.BinOp | ast.Name | ast.Call | ast.Attribute):
+        yield Change("detached", node.value, f"{_operand(node.value)}.detach()")
+
+
+_OPERATORS: dict[type[ast.AST], Callable[..., Iterator[Change]]] = {
+    ast.BinOp: _arithmetic, ast.Compare: _comparison, ast.BoolOp: _logic, ast.UnaryOp: _sign, ast.Constant: _constant,
+    ast.If: _branch, ast.IfExp: _choice, ast.Call: _call, ast.Attribute: _attribute, ast.Slice: _slice,
+    ast.Expr: _statement, ast.AugAssign: _augmented, ast.Assign: _assignment, ast.For: _loop, ast.Return: _return,
+}  # fmt: skip
+
+
+def only_raises(body: list[ast.stmt]) -> bool:
+    """Return whether the body of a branch does nothing but raise an error."""
+    return all(isinstance(statement, ast.Raise) for statement in body)
+
+
+def _is_module(node: ast.expr) -> bool:
+    """Return whether the expression is a module, as `torch` in `torch.sqrt`."""
+    return ast.unparse(node) in ("torch", "math", "nn", "nn.functional", "torch.linalg", "F")
+
+
+def _keyword(node: ast.keyword) -> str:
+    return f"{node.arg}={ast.unparse(node.value)}" if node.arg else f"**{ast.unparse(node.value)}"
+
+
+def _operand(node: ast.expr) -> str:
+    text = ast.unparse(node)
+    simple = isinstance(node, ast.Name | ast.Constant | ast.Attribute | ast.Call | ast.Subscript)
+    return text if simple else f"({text})"

@@ -1,0 +1,261 @@
+"""Run of the mutants: choose them, try each in a fork, and report the rate and the survivors."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pkgutil import walk_packages
+from typing import Any
+
+import torch
+
+from harness import yaml_lines
+from harness.conformance import checks, operations, parity_suite
+from harness.conformance.mutants import difference, trial
+from harness.conformance.mutants.mutant import Mutant, mutants
+from harness.conformance.mutants.trial import Catch, Owner
+from harness.errors import Exit, UsageError, did_you_mean
+from harness.methods.spec import methods
+from harness.process import forks
+from harness.resources import data_folder
+
+PACKAGES = ("reference", "harness.kernels.torch", "harness.methods.implementations.fused.methods")
+"""Packages whose modules have mutants."""
+_LIMITS = forks.Limits(cpu_s=300, memory_b=8 << 30)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of one mutant."""
+
+    mutant: Mutant
+    targets: tuple[str, ...]
+    """The targets that call the changed function; empty if no case runs the changed statement."""
+    catch: Catch | None = None
+    died: str = ""
+    """How the process of the mutant ended before it had a result; this counts as caught, too."""
+    equivalent: str = ""
+    """Why the mutant is no mistake, from the list of equivalent mutants."""
+    same_bits: bool = False
+    """True if no check caught it, and it computes the same bits as the original in random cases."""
+
+    @property
+    def survives(self) -> bool:
+        """True if the mutant computes something else than the original, and no check failed."""
+        return bool(self.targets) and not (self.catch or self.died or self.equivalent or self.same_bits)
+
+    def document(self) -> dict[str, Any]:
+        """Return the JSON document."""
+        catch = self.catch
+        return {
+            "mutant": self.mutant.name, "kind": self.mutant.kind, "of": list(self.targets), "diff": self.mutant.diff(),
+            "caught": catch.form if catch else "died" if self.died else None, "check": catch.check if catch else self.died,
+            "raised": bool(catch and catch.raised), "equivalent": self.equivalent or None,
+            "same_bits": self.same_bits,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MutantReport:
+    """Results of all mutants that were chosen."""
+
+    verdicts: Sequence[Verdict]
+
+    def tried(self) -> list[Verdict]:
+        """List the mutants that count: those that were tried, and that change the results."""
+        return [one for one in self.verdicts if one.targets and not one.equivalent and not one.same_bits]
+
+    def survivors(self) -> list[Verdict]:
+        """List the mutants that no check caught."""
+        return [one for one in self.verdicts if one.survives]
+
+    @property
+    def exit(self) -> Exit:
+        """The exit code: 1 if a mutant survived, 5 if none was tried, else 0."""
+        if not self.tried():
+            return Exit.NOTHING_COMPARED
+        return Exit.FAIL if self.survivors() else Exit.PASS
+
+    def document(self) -> dict[str, Any]:
+        """Return the JSON document."""
+        tried = self.tried()
+        return {
+            "schema": 1, "tried": len(tried), "caught": len(tried) - len(self.survivors()),
+            "caught_by_default": sum(_by_default(one) for one in tried),
+            "equivalent": sum(bool(one.equivalent) for one in self.verdicts),
+            "same_bits": sum(one.same_bits for one in self.verdicts),
+            "not_run": sum(not one.targets for one in self.verdicts),
+            "mutants": [one.document() for one in self.verdicts],
+        }  # fmt: skip
+
+    def lines(self) -> Iterator[str]:
+        """Yield the survivors with their diffs, the rates by module and by class, and the rate of all."""
+        for one in self.survivors():
+            yield f"SURVIVES {one.mutant.name} ({one.mutant.kind}; checked: {', '.join(one.targets)})"
+            yield from (f"    {line}" for line in one.mutant.diff().splitlines())
+        yield from _table("file", self.tried(), lambda one: one.mutant.module)
+        yield from _table("class", self.tried(), lambda one: one.mutant.kind)
+        if idle := Counter(one.mutant.module for one in self.verdicts if not one.targets):
+            files = ", ".join(f"{module} {count}" for module, count in idle.most_common())
+            yield f"not counted, because no case on the CPU runs the statement: {idle.total()} ({files})"
+        if equivalent := sum(bool(one.equivalent) for one in self.verdicts):
+            yield f"not counted, because they are no mistake (suites/equivalent_mutants.yaml): {equivalent}"
+        if same := sum(one.same_bits for one in self.verdicts):
+            yield f"not counted, because they compute the same bits in {difference.CASES} random cases: {same}"
+        yield _rate("all", self.tried(), width=0)
+
+
+def check(number: int | None, seed: int, jobs: int | None, only: Sequence[str], as_json: bool) -> Exit:
+    """Try mutants, print the report as text or JSON, and return the exit code. jobs: by default one per processor.
+
+    Raises UsageError for a name in `only` that has no parity suite.
+    """
+    for name in only:
+        if name not in parity_suite.names():
+            raise UsageError(f"no parity suite for {name!r}", hint=did_you_mean(name, parity_suite.names(), "targets"))
+    jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    report = run(number, seed, jobs, only, lambda line: print(line, file=sys.stderr))
+    print(json.dumps(report.document(), indent=1) if as_json else "\n".join(report.lines()))
+    return report.exit
+
+
+def run(
+    number: int | None, seed: int, jobs: int, only: Collection[str], progress: Callable[[str], None]
+) -> MutantReport:
+    """Try `number` random mutants, or all if it is None, and return the report.
+
+    only: names of the targets whose checks are run; empty for all. progress: called with a line after every 50 mutants.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a fork of a process with several threads may hang
+    try:
+        return _run(number, seed, jobs, only, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(
+    number: int | None, seed: int, jobs: int, only: Collection[str], progress: Callable[[str], None]
+) -> MutantReport:
+    checks.every(), operations.every(), methods()  # imported once, before the forks
+    callers = _callers(jobs, only)
+    chosen = [mutant for module in _modules() for mutant in mutants(module)]
+    if only:
+        chosen = [one for one in chosen if callers[one.module, one.function]]
+    if number is not None:
+        drawn = random.Random(seed).sample(chosen, min(number, len(chosen)))  # noqa: S311
+        chosen = sorted(drawn, key=lambda mutant: (mutant.module, mutant.start))
+    reasons = _equivalent()
+    tasks: list[Mutant] = []
+    verdicts: dict[Mutant, Verdict] = {}
+    for mutant in chosen:
+        reason = reasons.get(mutant.name, reasons.get(mutant.module, ""))
+        verdicts[mutant] = Verdict(mutant, tuple(callers[mutant.module, mutant.function]), equivalent=reason)
+        if verdicts[mutant].targets and not reason:
+            tasks.append(mutant)
+
+    def act(mutant: Mutant) -> dict[str, Any] | bool:
+        catch = trial.try_mutant(mutant, verdicts[mutant].targets)
+        return catch if isinstance(catch, bool) else vars(catch)
+
+    for count, ended in enumerate(forks.run(tasks, act, jobs, _LIMITS), start=1):
+        catch = Catch(**ended.returned) if isinstance(ended.returned, dict) else None
+        targets: tuple[str, ...] = () if ended.returned is False else verdicts[ended.task].targets
+        verdicts[ended.task] = Verdict(ended.task, targets, catch, ended.died)
+        if count % 50 == 0:
+            alive = sum(one.survives for one in verdicts.values()) - (len(tasks) - count)
+            progress(f"{count} of {len(tasks)} mutants tried, {alive} survived")
+    survivors = [mutant for mutant, one in verdicts.items() if one.survives]
+    for mutant in _same_bits(survivors, verdicts, jobs):
+        verdicts[mutant] = replace(verdicts[mutant], same_bits=True)
+    return MutantReport([verdicts[mutant] for mutant in chosen])
+
+
+def _same_bits(survivors: Sequence[Mutant], verdicts: Mapping[Mutant, Verdict], jobs: int) -> Iterator[Mutant]:
+    """Yield those survivors that compute the same bits as the original in random cases of all their targets."""
+    wanted = {(trial.owner(one.module), target) for one in survivors for target in verdicts[one].targets}
+
+    def original(task: tuple[Owner, str]) -> list[str]:
+        return difference.digests(trial.implementation(task[1], task[0], None))
+
+    right = {ended.task: ended.returned for ended in forks.run(sorted(wanted), original, jobs, _LIMITS)}
+
+    def is_same(mutant: Mutant) -> bool:
+        of = trial.owner(mutant.module)
+        return all(
+            difference.digests(trial.implementation(target, of, mutant)) == right[of, target]
+            for target in verdicts[mutant].targets
+        )
+
+    yield from (ended.task for ended in forks.run(survivors, is_same, jobs, _LIMITS) if ended.returned)
+
+
+def _callers(jobs: int, only: Collection[str]) -> dict[tuple[str, str], list[str]]:
+    """Map (module, function) to the targets whose cases call the function.
+
+    The target whose calls reach the fewest functions comes first, because its checks are the quickest.
+    """
+    owners: tuple[Owner, ...] = ("reference", "fused")
+    asked = [(target, of) for of in owners for target in trial.targets(of) if not only or target in only]
+
+    def act(task: tuple[str, Owner]) -> list[tuple[str, str]]:
+        return sorted(trial.called_functions(*task))
+
+    found: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    ends = list(forks.run(asked, act, jobs, _LIMITS))
+    for ended in sorted(ends, key=lambda one: (len(one.returned or ()), one.task)):
+        if ended.died:
+            raise RuntimeError(f"the checks of {ended.task[0]} by {ended.task[1]} did not run: {ended.died}")
+        for module, function in ended.returned:
+            found[module, function].append(ended.task[0])
+    for module, function in list(found):
+        if function:
+            found[module, ""] = list(dict.fromkeys([*found[module, ""], *found[module, function]]))
+    return found
+
+
+def _modules() -> list[str]:
+    """List the modules that have mutants. `reference.shared.layers` has none, because no copy of it can be tried."""
+    found = []
+    for package in PACKAGES:
+        path = importlib.import_module(package).__path__
+        found += [m.name for m in walk_packages(path, f"{package}.") if not m.ispkg]
+    return [name for name in found if name not in ("reference.shared.layers", "reference.spec")]
+
+
+def _equivalent() -> dict[str, str]:
+    """Map names of mutants, or of modules, to the reason why a change there is no mistake."""
+    file = data_folder("suites") / "equivalent_mutants.yaml"
+    listed = yaml_lines.load(file).data
+    return {name: reason for reason, names in listed.items() for name in names}
+
+
+def _by_default(one: Verdict) -> bool:
+    return bool(one.died or (one.catch and one.catch.form == trial.DEFAULT))
+
+
+def _table(title: str, tried: Sequence[Verdict], key: Callable[[Verdict], str]) -> Iterator[str]:
+    groups: defaultdict[str, list[Verdict]] = defaultdict(list)
+    for one in tried:
+        groups[key(one)].append(one)
+    width = max(map(len, [title, *groups]), default=0)
+    yield f"{title:<{width}}  mutants  caught by default  with --wide"
+    yield from (_rate(name, group, width) for name, group in sorted(groups.items()))
+
+
+def _rate(name: str, tried: Sequence[Verdict], width: int) -> str:
+    caught, early = sum(not one.survives for one in tried), sum(map(_by_default, tried))
+    if not width:
+        raised = sum(bool(one.catch and one.catch.raised) for one in tried)
+        return (
+            f"{caught} of {len(tried)} mutants caught ({100 * caught / max(1, len(tried)):.1f} %), {early} of them by the "
+            f"default check; {raised} raised an exception"
+        )
+    count = max(1, len(tried))
+    return f"{name:<{width}}  {len(tried):7}  {100 * early / count:15.1f} %  {100 * caught / count:9.1f} %"

@@ -1,0 +1,138 @@
+"""Trial of a mutant: run the checks of every target that calls the changed function until one fails.
+
+A trial runs in a process of its own, made by a fork, because a mutant may hang, crash or leave the process changed.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import FrameType, ModuleType
+from typing import Literal
+
+from harness.conformance import parity_suite, self_test
+from harness.conformance.case_selection import CaseSelection
+from harness.conformance.drawing import sample
+from harness.conformance.execution import suite_run
+from harness.conformance.faults.patched_copy import PatchedCopy
+from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus, Execution
+from harness.conformance.mutants.mutant import Mutant
+from harness.methods.implementations import fused
+from harness.methods.registry import Implementation
+
+Owner = Literal["reference", "fused"]
+"""Whose code a module is."""
+_CODE = {"reference": ("reference.",), "fused": ("harness.kernels.torch.", f"{fused.methods.__name__}.")}
+PROBE = "_mutant_is_reached"
+"""Built-in function, in the process of a trial, that the changed statement calls."""
+DEFAULT, WIDE = "default", "wide"
+
+
+@dataclass(frozen=True)
+class Catch:
+    """How a mutant was caught."""
+
+    form: str
+    """The form of `check` that catches it: `default`, or `wide` if only `check --wide` does."""
+    check: str
+    """Id of the check that failed."""
+    raised: bool
+    """True if the mutant raised an exception, False if a comparison failed."""
+
+
+def owner(module: str) -> Owner:
+    """Return whose code a module is."""
+    return "reference" if module.startswith("reference.") else "fused"
+
+
+def implementation(target: str, of: Owner, mutant: Mutant | None) -> Implementation:
+    """Return the implementation of a target by a copy of the reference, or by `fused`, with the mutant's change.
+
+    A process must not ask for another mutant of `fused` later: its modules stay imported.
+    """
+    if of == "reference":
+        copy = PatchedCopy(self_test.source_module(target))
+        if mutant is not None:
+            copy.replace_source(mutant.module, mutant.source(PROBE))
+        return self_test.implementation(target, copy)
+    if mutant is not None:
+        _import_changed(mutant)
+    return next(one for one in fused.implementations() if one.target == target)
+
+
+def targets(of: Owner) -> list[str]:
+    """List the targets that the reference or `fused` implements and that have a parity suite."""
+    if of == "reference":
+        return parity_suite.names()
+    return [one.target for one in fused.implementations() if one.target in parity_suite.names()]
+
+
+def called_functions(target: str, of: Owner) -> set[tuple[str, str]]:
+    """Run the default cases of a target; return (module, qualified name) of the functions of `of` that they call.
+
+    The name of a nested function is that of the function around it. A module's own code has an empty name.
+    """
+    called: set[tuple[str, str]] = set()
+    inside = _CODE[of]
+
+    def trace(frame: FrameType, event: str, _: object) -> None:
+        module = frame.f_globals.get("__name__", "")
+        if event == "call" and isinstance(module, str) and module.startswith(inside):
+            name = frame.f_code.co_qualname
+            called.add((module, "" if name == "<module>" else name.split(".<locals>")[0]))
+
+    sys.setprofile(trace)
+    try:
+        for _ in outcomes(implementation(target, of, None), WIDE, limit=1):
+            pass
+        for _ in outcomes(implementation(target, of, None), DEFAULT):
+            pass
+    finally:
+        sys.setprofile(None)
+    return called
+
+
+def outcomes(of: Implementation, form: str, limit: int | None = None) -> Iterator[CheckOutcome]:
+    """Yield the outcome of every check of the default cases, or of those that only `check --wide` tries.
+
+    limit: number of cases; None for all.
+    """
+    plan = parity_suite.load_plan(of.target)
+    wanted = CaseSelection(wide=form == WIDE)
+    for number, case in enumerate(sample.fixed(plan, wanted, of.dtypes)):
+        if limit is not None and number >= limit:
+            return
+        yield from suite_run.run_case(of, plan, case, wide=wanted.is_wide)
+
+
+def try_mutant(mutant: Mutant, on: Sequence[str]) -> Catch | bool:
+    """Return how the checks of the targets `on` catch a mutant; if it survives, whether the changed statement ran."""
+    of, reached = owner(mutant.module), [mutant.probe[0] < 0]
+    setattr(builtins, PROBE, lambda: reached.__setitem__(0, True))
+    try:
+        made = [implementation(target, of, mutant) for target in on]
+    except Exception as error:  # noqa: BLE001  # the changed module may raise anything while it is imported
+        return Catch(DEFAULT, f"import: {type(error).__name__}", True)
+    for form in (DEFAULT, WIDE):
+        for one in made:
+            for outcome in outcomes(one, form):
+                if outcome.status is CheckStatus.FAIL:
+                    return Catch(form, outcome.check, outcome.execution is Execution.RAISED)
+    return reached[0]
+
+
+def _import_changed(mutant: Mutant) -> None:
+    """Import the changed source under the module's name, before anything else in this process imports it."""
+    if mutant.module in sys.modules:
+        return
+    spec = importlib.util.find_spec(mutant.module)
+    assert spec is not None  # noqa: S101
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    sys.modules[mutant.module] = module
+    exec(compile(mutant.source(PROBE), spec.origin or mutant.module, "exec"), vars(module))  # noqa: S102  # our own source
+    package, _, name = mutant.module.rpartition(".")
+    setattr(importlib.import_module(package), name, module)
