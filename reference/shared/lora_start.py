@@ -45,7 +45,7 @@ def linear_factors(base: nn.Linear, rank: int, generator: torch.Generator) -> tu
 
 
 def _orthogonal(rank: int, inputs: int, outputs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return A with rows in one half of an orthonormal basis of R^rank, B with columns in the other half: B A = 0."""
+    """Return A and B with B A = 0: the columns of A and the rows of B lie in orthogonal halves of R^rank."""
     if rank % 2:
         raise ValueError(f"rank {rank} is odd; init=orthogonal requires an even rank")
 
