@@ -123,7 +123,7 @@ class DoraLinear(LowRankLayer):
         """Return W' x + b = W0 x + b + (g - 1) W0 x + g s B A x with g = m / ||W0 + s B A||, shape (..., E).
 
         As in the authors' code and HF peft, the base's output W0 x + b is computed first, and the other terms are added.
-        The initial output therefore equals the base's to the last bit, and no dropout applies to the first W0 x. With one
+        The initial output therefore equals the base's to the last bit, and dropout does not apply to W0 x + b. With one
         magnitude per input, g multiplies the features of x.
         """
         W0_ED = dense_weight(self.base)

@@ -1,8 +1,8 @@
 """Layer-wise weight updates: the backward pass updates each weight and frees its gradient at once.
 
 LOMO (Lv et al., arXiv:2306.09782) introduced this method; GaLore's per-layer weight updates (arXiv:2403.03507, section 4.3)
-use it. The gradients never exist all at once: they take the memory of the largest one. The results equal those of a whole
-step bit by bit: once the gradient of a weight is complete, no other gradient of the pass reads the weight.
+use it. The gradients never exist all at once, so that they take only the memory of the largest one. The results equal those
+of a whole step bit for bit: once the gradient of a weight is complete, no other gradient of the pass reads the weight.
 """
 
 from __future__ import annotations

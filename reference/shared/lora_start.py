@@ -2,7 +2,7 @@
 
 kaiming: A is uniform in +-1/sqrt(in), B is zero: the default of loralib and HF peft. gaussian: A is normal, B is zero, as
 in the paper (arXiv:2106.09685, section 4.1). The paper states no standard deviation; ours is 1/r, as in HF peft.
-orthogonal: neither is zero, but B A is (`init_lora_weights="orthogonal"` of HF peft, after
+orthogonal: A and B are not zero, but B A is (`init_lora_weights="orthogonal"` of HF peft, after
 datta0.github.io/posts/rethink-lora-init).
 """
 

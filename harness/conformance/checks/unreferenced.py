@@ -210,7 +210,7 @@ def _round_once_more(adapted: Unreferenced, dtype: str, generator: torch.Generat
 
 
 def _added(adapted: Unreferenced) -> list[Tensor]:
-    """List the trainable tensors that do not belong to the base layers. After a merge of LayerNorm tuning, its tensors do."""
+    """List the trainable tensors that do not belong to the base layers. Those of merged LayerNorm tuning belong to them."""
     own = {id(p) for base in adapted.bases().values() for p in base.parameters()}
     return [t for t in adapted.tensors().values() if id(t) not in own]
 

@@ -38,7 +38,7 @@ def unwritten(like: Tensor) -> Tensor:
 
 @planted_in_methods("model")
 def passes_a_gradient_only_behind_another_layer(copy: PatchedCopy) -> None:
-    """Treat an input that needs no gradient as a sign of inference, although the first layer gets such inputs in training."""
+    """Treat an input that needs no gradient as a sign of inference. In training, the first layer gets such an input."""
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         with torch.set_grad_enabled(x.requires_grad):
