@@ -149,7 +149,10 @@ def smoothed(I_bar: Tensor, I: Tensor, beta1: float) -> Tensor:  # noqa: E741  #
 
 
 def uncertainty(U_bar: Tensor, I: Tensor, I_bar: Tensor, beta2: float) -> Tensor:  # noqa: E741
-    """Return the next average uncertainty, U_bar <- beta2 U_bar + (1 - beta2) |I - I_bar| (eq. 10); I_bar is the new one."""
+    """Return the next average uncertainty, U_bar <- beta2 U_bar + (1 - beta2) |I - I_bar| (eq. 10).
+
+    I_bar: the average sensitivity after its own update.
+    """
     return beta2 * U_bar + (1 - beta2) * (I - I_bar).abs()
 
 
@@ -159,9 +162,9 @@ def importance(I_bar: Tensor, U_bar: Tensor) -> Tensor:
 
 
 def triplet_scores(s_A: Tensor, s_E: Tensor, s_B: Tensor) -> Tensor:
-    """Return S (R,): for each triplet, s of lambda plus the mean s of its column of P and of its row of Q (eq. 7).
+    """Return S (R,), the score of each triplet: s of lambda + mean s of the column of P + mean s of the row of Q (eq. 7).
 
-    s_A (R, D), s_E (R, 1), s_B (E, R): the importance of every weight.
+    s_A (R, D), s_E (R, 1), s_B (E, R): the importance s of every weight.
     """
     return s_E[:, 0] + s_B.mean(dim=0) + s_A.mean(dim=1)
 
@@ -169,7 +172,8 @@ def triplet_scores(s_A: Tensor, s_E: Tensor, s_B: Tensor) -> Tensor:
 def budget(step: int, config: Config, layers: int) -> int:
     """Return b(t), the number of triplets in `layers` adapted layers that may keep their lambda after step t (eq. 12).
 
-    The budget is rank * layers up to tinit, then falls as a cube, and is target_rank * layers from total_steps - tfinal on.
+    The budget is rank * layers up to step tinit, then falls along a cubic curve, and is target_rank * layers from step
+    total_steps - tfinal on.
     """
     start, target = config.rank * layers, config.target_rank * layers
     end = config.total_steps - config.tfinal
@@ -265,10 +269,11 @@ class AdaLoraAdapted(AdaptedLayers):
         return self.config.orthogonality * orthogonality(list(self.adalora.values()), self.config.regularization)
 
     def after_step(self, step: int) -> None:
-        """Score the weights and prune to b(step) every delta_t steps. Call after optimizer step `step`, before zero_grad.
+        """Update the averages, and prune to b(step) where the schedule requires it.
 
-        `step` counts from 1. The averages are updated until total_steps - tfinal. Every delta_t-th step after tinit prunes;
-        a pruned lambda may grow again until the next pruning. The mask of step total_steps - tfinal stays until the end.
+        Call this after optimizer step `step` (from 1) and before zero_grad. The averages are updated before step
+        total_steps - tfinal. Every delta_t-th step after tinit prunes; a pruned lambda may grow again until the next
+        pruning. Step total_steps - tfinal prunes for the last time, and its mask applies to all later steps.
         """
         config, layers = self.config, list(self.adalora.values())
         end = config.total_steps - config.tfinal
@@ -296,7 +301,8 @@ class AdaLoraAdapted(AdaptedLayers):
 def orthogonality(layers: list[AdaLoraLinear], form: str) -> Tensor:
     """Return R(P, Q) over `layers`, a scalar with a graph.
 
-    squared-sum: the sum of all ||P^T P - I||^2 and ||Q Q^T - I||^2 (Frobenius, eq. 4). mean-norm: the mean of these norms.
+    squared-sum: the sum of all ||P^T P - I||^2 and ||Q Q^T - I||^2 (Frobenius, eq. 4). mean-norm: the mean of the norms,
+    not squared.
     """
     grams = [gram for layer in layers for gram in (layer.B.T @ layer.B, layer.A @ layer.A.T)]
     gaps = [gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device) for gram in grams]
@@ -306,7 +312,7 @@ def orthogonality(layers: list[AdaLoraLinear], form: str) -> Tensor:
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaLoraAdapted:
-    """Freeze `model` and wrap every target in an AdaLoraLinear; A, then B, is drawn from N(0, 0.02^2), and E is 0.
+    """Freeze `model` and wrap every target in an AdaLoraLinear. Draw A, then B, from N(0, 0.02^2); set E to 0.
 
     Raises ValueError if a target names no linear layer, or if the ranks or the schedule are inconsistent.
     """

@@ -2,7 +2,7 @@
 
     W' = m (W0 + s B A) / ||W0 + s B A||                                                    (paper, eq. 5; s = alpha / r)
 
-A frozen weight is split into direction and magnitude: LoRA moves the direction, m scales it, and starts at ||W0||.
+A frozen weight is split into direction and magnitude. LoRA moves the direction; m scales it and starts at ||W0||.
 A (R, D), B (E, R), m (E,) train; W0 (E, D) is frozen. Shape letters: T tokens, D in, E out, R rank.
 """
 
@@ -86,7 +86,7 @@ class Config:
 
 
 def norms(V_ED: Tensor, per: str = "output") -> Tensor:
-    """Return the Euclidean norms of a weight (E, D): of its rows, (E,), for `output`; of its columns, (D,), for `input`.
+    """Return the Euclidean norms of a weight (E, D): for `output` those of the rows (E,), for `input` of the columns (D,).
 
     If the entries are so small that their squares vanish, the norm is 0.
     """
@@ -95,7 +95,7 @@ def norms(V_ED: Tensor, per: str = "output") -> Tensor:
 
 
 def gain(m: Tensor, norm: Tensor) -> Tensor:
-    """Return g = m / norm, and 0 where the norm is 0. Where m equals the norm, and is not 0, g is exactly 1."""
+    """Return g = m / norm, and 0 where the norm is 0. Where m equals a norm that is not 0, g is exactly 1."""
     some = norm > 0
     return torch.where(some, m, 0.0) / torch.where(some, norm, 1.0)
 
@@ -103,8 +103,8 @@ def gain(m: Tensor, norm: Tensor) -> Tensor:
 class DoraLinear(LowRankLayer):
     """A linear layer (..., D) -> (..., E) with the weight m V' / ||V'||, V' = W0 + s B A.
 
-    A (R, D), B (E, R), m (E,), or m (D,) with one magnitude per input. The base's bias is added unscaled. `base` is an
-    nn.Linear or a quantised subclass.
+    A (R, D), B (E, R) and m train; m is (E,), or (D,) with one magnitude per input. The base's bias is added unscaled.
+    `base` is an nn.Linear or a quantised subclass.
     """
 
     base: nn.Linear
@@ -122,8 +122,9 @@ class DoraLinear(LowRankLayer):
     def forward(self, x_TD: Tensor) -> Tensor:
         """Return W' x + b = W0 x + b + (g - 1) W0 x + g s B A x with g = m / ||W0 + s B A||, shape (..., E).
 
-        The result is the base's output plus further terms, as in the authors' code and HF peft: the initial output is the
-        base's to the last bit, and dropout can spare W0 x. With one magnitude per input, g multiplies the features of x.
+        As in the authors' code and HF peft, the base's output W0 x + b is computed first, and the other terms are added.
+        The initial output therefore equals the base's to the last bit, and dropout does not apply to W0 x + b. With one
+        magnitude per input, g multiplies the features of x.
         """
         W0_ED = dense_weight(self.base)
         norm = norms(self.direction(W0_ED), self.per)

@@ -33,6 +33,6 @@ class FrozenWeightsModel(AdaptedModel):
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> FrozenWeightsModel:
-    """Freeze `model`; nothing is drawn."""
+    """Freeze `model`. Nothing is drawn from `generator`."""
     model.requires_grad_(False)
     return FrozenWeightsModel(model, linear_layers(model))

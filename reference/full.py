@@ -25,7 +25,7 @@ class FullModel(AdaptedModel):
     """A model with every parameter trainable."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Map each parameter's path to it; a parameter that two layers share (tied embeddings) has both paths."""
+        """Map paths to the parameters; a parameter that two layers share (tied embeddings) has both paths."""
         return dict(self.model.named_parameters(remove_duplicate=False))
 
     def parameters(self) -> list[nn.Parameter]:
@@ -34,6 +34,6 @@ class FullModel(AdaptedModel):
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> FullModel:
-    """Make every parameter of `model` trainable; nothing is drawn."""
+    """Make every parameter of `model` trainable. Nothing is drawn from `generator`."""
     model.requires_grad_(True)
     return FullModel(model, linear_layers(model))

@@ -2,7 +2,7 @@
 
     R_t = P_t^T G_t Q_t                        the gradient in a subspace             (definition 3.6, eq. 10)
     N_t = Adam(R_t)                            with moments of R's small shape                   (algorithm 2)
-    W_t = W_{t-1} - lr alpha P_t N_t Q_t^T     algorithm 2's G is minus the gradient, ours the gradient itself
+    W_t = W_{t-1} - lr alpha P_t N_t Q_t^T     algorithm 2 has a plus, because its G is the negative gradient
 
 P (m, r) or Q (n, r) holds the first singular vectors of a gradient and is recomputed every T steps; the other is the
 identity. The weights themselves train: there is no adapter. Shape letters: W and G are (m, n).
@@ -136,7 +136,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Projector:
-    """Bases of the subspace, with orthonormal columns; None is the identity."""
+    """Bases of the subspace, with orthonormal columns. None stands for the identity."""
 
     P: Tensor | None = None
     """Left basis (m, r)."""
@@ -197,7 +197,7 @@ def sketch(G: Tensor, rank: int, old: Projector) -> Tensor:
 
 
 def project(G: Tensor, basis: Projector) -> Tensor:
-    """Return R = P^T G Q: (r, n) on the left, (m, r) on the right, (r, r) on both."""
+    """Return R = P^T G Q, of shape (r, n) with P only, (m, r) with Q only, (r, r) with both."""
     R = G if basis.P is None else basis.P.T @ G
     return R if basis.Q is None else R @ basis.Q
 
@@ -251,8 +251,8 @@ def galore_step(
     """Take one step of W (m, n) with the gradient G (m, n); W and `state` change in place.
 
     rank 0 means plain Adam for any shape, without a projection. state: empty before the first step; then step (int, number
-    of steps), M and V (`galore_moments.zeros`), P and/or Q. Steps 1, T + 1, 2 T + 1 and so on compute a new projector.
-    given: a projector to use there instead, so that two programs can be compared in one subspace.
+    of steps), M and V (`galore_moments.zeros`), and P, Q or both. Steps 1, T + 1, 2 T + 1 and so on compute a new projector,
+    or use `given` instead if it is not None, so that two programs can be compared in one subspace.
     """
     if rank and state.get("step", 0) % update_gap == 0:
         fresh = given or projector(G, rank, side, niter, Projector(state.get("P"), state.get("Q")))
@@ -265,7 +265,7 @@ def galore_step(
 
 
 def state_elements(m: int, n: int, rank: int, side: str = "std") -> int:
-    """Return the number of elements in the state of an (m, n) weight: projector and two moments.
+    """Return the number of elements in the state of an (m, n) weight: those of the projector and of two moments.
 
     With a left projector this is mr + 2nr (table 1).
     """
@@ -297,10 +297,11 @@ def check_group(group: dict[str, Any]) -> None:
 
 
 class GaLore(torch.optim.Optimizer):
-    """Adam in a subspace for groups with a `rank`, plain Adam for other groups. The state has only tensors and a count.
+    """Adam in a subspace for groups with a `rank`, plain Adam for other groups.
 
-    Options of a group: rank, update_gap, scale, side, niter, lr, weight_decay, beta1, beta2, eps, bits. With bits=8, moments
-    of at least 4096 elements are codes, projected or not; smaller moments are float32.
+    The state of a parameter holds only tensors and the number of steps. Options of a group: rank, update_gap, scale, side,
+    niter, lr, weight_decay, beta1, beta2, eps, bits. With bits=8, moments of at least 4096 elements, projected or not, are
+    stored as codes; smaller moments are float32 (float64 for float64 gradients).
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, eps: float = 1e-6) -> None:
@@ -310,7 +311,7 @@ class GaLore(torch.optim.Optimizer):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group. A parameter of another group moves to it, so that a head may have its own learning rate.
+        """Add a group. Parameters that are in another group move to the new one, e.g. for a head's own learning rate.
 
         Raises ValueError, and changes nothing, if an option is out of range, or if a group with a rank has a parameter that
         is no matrix.
@@ -343,7 +344,7 @@ class GaLore(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the result of `state_dict`; codes keep their dtype."""
+        """Load a result of the method `state_dict`; 8-bit codes keep their dtype."""
         super().load_state_dict(state_dict)
         restore_dtypes(self, state_dict)
 
@@ -359,7 +360,7 @@ class GaLoreModel(AdaptedModel):
         self.config = config
 
     def optimizer(self, lr: float, weight_decay: float, bits: int = 32) -> GaLore:
-        """Return GaLore for the targets' weights, with plain Adam for other parameters. bits: of the moments, 8 or 32."""
+        """Return GaLore for the targets' weights, with plain Adam for other parameters. Moments have 8 or 32 `bits`."""
         c = self.config
         betas = {"beta1": c.beta1, "beta2": c.beta2, "bits": bits}
         low = {"rank": c.rank, "update_gap": c.update_gap, "scale": c.scale, "side": c.side, "niter": c.niter}
@@ -371,9 +372,9 @@ class GaLoreModel(AdaptedModel):
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> GaLoreModel:
-    """Make the targets' weights trainable, and every other parameter if `train_rest`; nothing is drawn.
+    """Make the targets' weights trainable, and every other parameter if `train_rest`. Nothing is drawn from `generator`.
 
-    Raises ValueError if a target names no linear layer, or a layer with a packed weight (4 bits), which has no gradient.
+    Raises ValueError if a target names no linear layer, or a layer with a packed weight (4 bits), which gets no gradient.
     """
     layers = targets(model, config.targets)
     for path, layer in layers.items():

@@ -114,7 +114,7 @@ class Config:
 
     @property
     def scaling(self) -> float:
-        """The factor of B A: alpha / r (section 4.1), or alpha / sqrt(r) with rslora."""
+        """Factor on B A: alpha / r (section 4.1), or alpha / sqrt(r) with rslora."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
@@ -132,7 +132,7 @@ class LoraLinear(LowRankLayer):
         return y_TE
 
     def delta(self) -> Tensor:
-        """Return scaling B A as the base stores its weight: (E, D), or (D, E) for a Conv1D."""
+        """Return scaling B A in the layout of the base's weight: (E, D), or (D, E) for a Conv1D."""
         update_ED = super().delta()
         return update_ED.T if kind_of(self.base) == "Conv1D" else update_ED
 

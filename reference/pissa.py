@@ -3,7 +3,7 @@
     W = U S V^T;  A, B from the r largest singular values (eqs. 2, 3);  W_res = the rest, frozen (eq. 4)
     h = W_res x + (alpha / r) B A x                                     (eq. 5)
 
-LoRA's form and its shapes, A (R, D), B (E, R), but A and B begin as the principal part of W, and W_res takes W's place.
+The form and the shapes are LoRA's, A (R, D), B (E, R). But A and B begin as the principal part of W, and W_res replaces W.
 Shape letters: T tokens, D in, E out, R rank.
 """
 
@@ -149,10 +149,10 @@ def split(
 
 
 def to_lora(A0: Tensor, B0: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (A' (2R, D), B' (E, 2R)): a LoRA on the original weight that is equal to a PiSSA (appendix).
+    """Return the factors A' (2R, D), B' (E, 2R) of a LoRA on the original weight that equals a trained PiSSA (appendix).
 
-    A0 (R, D), B0 (E, R): initial factors; A, B: trained factors. W + s B' A' = W_res + s B A with the same s. Since the LoRA
-    has rank 2R, its alpha is twice that of the PiSSA.
+    A0 (R, D), B0 (E, R): initial factors of the PiSSA; A, B: trained factors. W + s B' A' = W_res + s B A with the same s.
+    Since the LoRA has rank 2R, its alpha is twice that of the PiSSA.
     """
     # W = W_res + s B0 A0, so W_res + s B A = W + s (B A - B0 A0) = W + s [B, -B0] [A; A0].
     return torch.cat([A, A0], dim=0), torch.cat([B, -B0], dim=1)
@@ -181,7 +181,7 @@ class PissaLinear(LowRankLayer):
         return {"residual": self.get_buffer("residual")}
 
     def merged(self) -> nn.Linear:
-        """Return a linear layer with W_res + scaling B A."""
+        """Return a linear layer with the weight W_res + scaling B A."""
         dense = dense_copy(self.base)
         with torch.no_grad():
             dense.weight.copy_(self.get_buffer("residual") + self.delta())
@@ -217,7 +217,7 @@ class PissaEmbedding(AdaptedLayer):
         return {"residual": self.adapted.base.weight.data.T}
 
     def merged(self) -> Any:
-        """Return an embedding with (W_res + scaling B A)^T."""
+        """Return an embedding with the table (W_res + scaling B A)^T."""
         return self.adapted.merged()
 
 

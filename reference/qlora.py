@@ -165,8 +165,8 @@ class QloraLinear(LowRankLayer):
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
     """Freeze `model` and replace every target by a QloraLinear; A is drawn as LoRA's, in order of the paths.
 
-    A packed target is decoded and quantised again. Unlike with LoRA, the initial output differs from the output of the base
-    model, by the quantisation error. Raises ValueError if a target names no linear layer.
+    A packed target is decoded and quantised again. Unlike with LoRA, quantisation makes the initial output differ from the
+    output of the base model. Raises ValueError if a target names no linear layer.
     """
     model.requires_grad_(False)
     layers = {}

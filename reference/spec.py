@@ -1,7 +1,7 @@
 """Facts about a reference that the harness reads from its source, without torch.
 
 The file of a Method has one `SPEC = ReferenceSpec(...)` of literals only, since `harness.methods.spec` evaluates it from
-the syntax tree. The file of an Operation has a `SPEC` for its readers.
+the syntax tree. In the file of an Operation, `SPEC` only informs the reader.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ class Deviation:
     """A difference between a paper and the code here, with its reason."""
 
     topic: str
-    """Subject of the difference, a few words."""
+    """Subject of the difference, in a few words."""
     paper: str
-    """Statement of the paper; for a deviation of an Implementation, the computation of the reference."""
+    """Statement of the paper; for a deviation of an Implementation, what the reference computes."""
     here: str
     """Behaviour of this code."""
     why: str
@@ -29,13 +29,13 @@ class ReferenceSpec:
     """Description of a reference. Values are literals, so that they can be read without importing the file."""
 
     paper: str
-    """arXiv number with version, and sections where they matter; the reason where there is no paper."""
+    """arXiv number with version, and sections where they matter. If there is no paper, the reason."""
     deviations: tuple[Deviation, ...] = ()
     """Differences from the paper."""
     factors: tuple[str, ...] = ()
     """Letters of the trained low-rank factors. LoRA+ (`lr_ratio`) requires a B."""
     replaces_weight: str = ""
-    """Name in `state()` of the tensor that is multiplied instead of the base weight; empty if the base weight is."""
+    """Name in `state()` of the tensor that replaces the base weight in the product; empty if there is none."""
     start_from_weight: tuple[str, ...] = ()
     """Names in `state()` of tensors that `attach` computes from the weight together with the factors (PiSSA's residual)."""
     quick_start: Mapping[str, int] = field(default_factory=dict)
@@ -43,6 +43,6 @@ class ReferenceSpec:
     optimizer: str = ""
     """Name of the Method's own optimizer; empty if the suite chooses."""
     optimizers: tuple[str, ...] = ("adamw",)
-    """Values of a suite's `optimizer` that the Method's own optimizer supports."""
+    """Values of a suite's setting `optimizer` that the Method's own optimizer supports."""
     trains_weights: bool = False
     """Whether the model's own weights train, which excludes a quantised base."""

@@ -84,8 +84,8 @@ class Config:
 def projections(key: int, rank: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
     """Return the shared pair A (R, D), B (E, R), float32 on the CPU; D and E are those of the largest target.
 
-    The four arguments determine the pair: a checkpoint stores nothing else of it. Slices of a larger pair are not the pair
-    of a smaller size. Global generator, default dtype and default device have no effect.
+    The four arguments determine the pair, so that a checkpoint need not store it. A pair of a smaller size is not a slice of
+    a larger pair. Global generator, default dtype and default device have no effect.
     """
     generator = torch.Generator("cpu").manual_seed(key)
 
@@ -136,7 +136,7 @@ class VeraLinear(AdaptedLayer):
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
-    """Freeze `model` and wrap every target in a VeraLinear; all share one pair of projections, drawn from the key.
+    """Freeze `model` and wrap every target in a VeraLinear. All layers share one pair of projections, drawn from the key.
 
     `generator` is not used: nothing depends on the run's seed. Raises ValueError if a target names no linear layer.
     """

@@ -18,7 +18,7 @@ _T = TypeVar("_T")
 
 
 class Attach(Protocol):
-    """Attaches the implementation again."""
+    """A function that attaches the implementation again."""
 
     def __call__(self, *, seed: int = ..., square: bool = ..., **config: Any) -> Subject:
         """Return a freshly attached subject.
@@ -46,9 +46,9 @@ class Case:
     forward: Callable[[nn.Module], Tensor] | None = None
     """Runs a given model on the same inputs, differentiably."""
     forward_of: Callable[[nn.Module], Callable[[nn.Module], Tensor]] | None = None
-    """Returns `forward` for another model that `fresh` made."""
+    """Returns the `forward` of another model, one that `fresh` made."""
     walks: int = 0
-    """Number of random walks; with 0, the case also skips other long checks, for which some cases are enough."""
+    """Number of random walks. With 0, the case also skips other long checks, which need not run in every case."""
     fresh: Attach | None = None
     """Attaches the implementation again, to the same weights; None if the case cannot (a Cell's own model)."""
     factors: Mapping[str, float] = field(default_factory=dict)
@@ -74,5 +74,5 @@ class Case:
         """
         key = compute, id(subject)
         if key not in self._computed:
-            self._computed[key] = subject, compute(subject, self)  # the subject too, so that its id stays its own
+            self._computed[key] = subject, compute(subject, self)  # the subject too, so that its id is not reused
         return cast("_T", self._computed[key][1])

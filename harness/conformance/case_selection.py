@@ -14,17 +14,17 @@ class CaseSelection:
     """Settings that select cases of a target."""
 
     full: bool = False
-    """True for all configs x shapes x layers x dtypes of the parity suite, False for each of them at least once."""
+    """True selects every combination of the parity suite's configs, shapes, layers and dtypes. False selects few."""
     drawn: int = 0
     """Number of random cases in addition to the fixed sample."""
     seed: int = 0
     """Seed of the random cases."""
     wide: bool = False
-    """True for a fixed sample of all settings too, and the checks of calls, walks and NaN; see `is_wide`."""
+    """True adds a fixed sample of all settings, and the checks of calls, walks and NaN; see `is_wide`."""
 
     @property
     def is_wide(self) -> bool:
-        """True if the sample and the checks of calls, walks and NaN are tried; `full` and `drawn` imply `wide`."""
+        """True if the sample and the checks of calls, walks and NaN are tried; `full` and `drawn` imply this."""
         return self.wide or self.full or self.drawn > 0
 
 

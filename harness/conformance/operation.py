@@ -27,7 +27,7 @@ class Operation:
     arguments: Callable[..., Arguments]
     """(dtype, generator, **case) -> keyword arguments of a call."""
     reference: Callable[..., object]
-    """The correct function. It must also accept float64 for arguments in the case's dtype, and for that dtype itself."""
+    """The correct function. The harness calls it in the case's dtype, and with float64 everywhere in place of that dtype."""
     differentiable: tuple[str, ...] = ()
     """Names of the arguments whose gradients are compared."""
     inputs: tuple[str, ...] = ()
@@ -37,10 +37,10 @@ class Operation:
     floor of the float64 reference.
     """
     codes: Judge | None = None
-    """Like `judge`, for outputs that are codes; the check `output_codes` calls it."""
+    """Judges the outputs that are codes, for the check `output_codes`; a function like `judge`."""
 
     def named(self, returned: object) -> dict[str, Tensor]:
-        """Map names to the outputs of a call. Raises TypeError for a wrong number of outputs, or one that is no tensor."""
+        """Map names to the outputs of a call. Raises TypeError if their number is wrong, or if one of them is no tensor."""
         several = (returned,) if isinstance(returned, Tensor) else returned
         if not isinstance(several, tuple | list) or len(several) != len(self.outputs):
             raise TypeError(f"{self.name} should return {', '.join(self.outputs)}; got {type(returned).__name__}")
@@ -102,5 +102,5 @@ def mapped(value: _T, change: Callable[[object], object]) -> _T:
 
 
 def draw(generator: torch.Generator, dtype: torch.dtype, *shape: int, spread: float = 1.0) -> Tensor:
-    """Return normal noise, drawn in float64 so that every dtype sees the same numbers."""
+    """Return normal noise in `dtype`, drawn in float64 so that every dtype sees the same numbers."""
     return (torch.randn(*shape, generator=generator, dtype=torch.float64) * spread).to(dtype)

@@ -86,10 +86,10 @@ class MethodSuite(FrozenModel):
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[MethodCase]:
         """Yield the suite's examples in those of `dtypes` that it has: with `wanted.full` every combination, else few.
 
-        Among the few, the first kind of layer (the only one that many implementations support) meets every config and
-        every shape in float32 (or, if float32 is not requested, in the first requested dtype), and another share of
-        them in each other dtype. The other kinds are shared out likewise, each with one config and one shape per dtype.
-        Every share has a config with dropout, if the suite has one.
+        For the first kind of layer (the only one that many implementations support), the few cover every config and every
+        shape in one dtype: float32 or, if float32 is not requested, the first requested dtype. The other dtypes share the
+        configs and shapes out among them. Each dtype tries a config with dropout, if the suite has one. Every other kind of
+        layer occurs in that one dtype and in one of the others, with one config and one shape.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:
@@ -104,7 +104,7 @@ class MethodSuite(FrozenModel):
         for dtype in dtypes:
             shift, every = _share(self.dtypes, dtypes, dtype)
             configs, shapes = self.configs[every] or self.configs, self.shapes[every] or self.shapes
-            if not any(map(_drops, configs)):  # what differs in training, no other config shows
+            if not any(map(_drops, configs)):  # only dropout makes training mode differ
                 configs = [*configs, *filter(_drops, self.configs)][: len(configs) + 1]
             for index in range(max(len(configs), len(shapes))):
                 shape = shapes[(index + shift) % len(shapes)]
@@ -127,8 +127,8 @@ class MethodCase:
     model: ModelForm = "plain"
     magnitude: Magnitude = "normal"
     sampled: bool = False
-    """True if the case is part of the sample. Such a case tries only the checks that depend on sizes and settings.
-    Checks of every state are tried only in the last state, where they see most.
+    """True if the case is part of the sample. Such a case tries only the checks that depend on sizes and settings. It tries
+    a check with `States.ALL` only in the suite's last state, where the check sees most.
     """
 
     def __str__(self) -> str:
@@ -158,8 +158,8 @@ class OperationSuite(FrozenModel):
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[OperationCase]:
         """Yield the suite's examples: with `wanted.full` every case in every requested dtype, else few.
 
-        The few are every case in float32 (or, if float32 is not requested, in the first requested dtype), and another
-        share of the cases in each other dtype.
+        The few cover every case in one dtype: float32 or, if float32 is not requested, the first requested dtype. The other
+        dtypes share the cases out among them.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:
@@ -193,10 +193,10 @@ def _drops(config: Values) -> bool:
 
 
 def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype) -> tuple[int, slice]:
-    """Return an index of `dtype`, and the slice of a list that this dtype meets.
+    """Return an index of `dtype`, and the slice of a list of examples that are tried in this dtype.
 
-    float32 (or, if float32 is not requested, the first requested dtype) meets the whole list. Each of the n other
-    dtypes meets every n-th item, from its index on.
+    In float32 (or, if float32 is not requested, in the first requested dtype) all are tried. In each of the suite's n other
+    dtypes, every n-th example is tried, beginning at the index of the dtype.
     """
     whole = "float32" if "float32" in wanted else wanted[0]
     others = [one for one in there if one != whole]

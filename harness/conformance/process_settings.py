@@ -43,7 +43,8 @@ _SETTINGS: dict[str, _Setting] = {
     "autocast on the GPU": (partial(torch.is_autocast_enabled, "cuda"), partial(torch.set_autocast_enabled, "cuda")),
 }
 if hasattr(torch.backends, "fp32_precision"):
-    # `set_float32_matmul_precision` sets several of these; once one of them was set, its getter raises an error.
+    # `set_float32_matmul_precision` sets several of these settings. Once one of them was set, `get_float32_matmul_precision`
+    # raises an error.
     _SETTINGS |= {f"the precision of float32 products by {path}": _precision(path) for path in _BACKENDS}
 else:
     _SETTINGS["the precision of float32 products"] = (

@@ -36,7 +36,7 @@ class PackedLayer:
     data: Tensor
     """Bytes of two codes each."""
     absmax: Tensor
-    """float32, one per block; if `double`, decoded."""
+    """float32, one per block; decoded if `double`."""
     block: int
     double: bool = False
     """True if absmax is quantised too."""
@@ -54,7 +54,7 @@ class ExpectedCodes:
 
     @classmethod
     def of(cls, layer: nn.Linear) -> ExpectedCodes:
-        """Quantise the weight of `layer` by the reference and return its codes; the bias is expected unchanged."""
+        """Quantise the weight of `layer` by the reference; return its codes and absmax with the unchanged bias."""
         bias = None if layer.bias is None else layer.bias.detach().clone()
         return cls(*nf4.quantize(layer.weight), nf4.near_tie(layer.weight), bias)
 
@@ -138,7 +138,7 @@ class Subject:
 
     @property
     def trains_plainly(self) -> bool:
-        """True if training mode draws no random numbers, so that it can be compared: the config has no dropout."""
+        """True if the config has no dropout, so that outputs in training mode are not random and can be compared."""
         return not getattr(self.config, "dropout", 0.0)
 
     def added(self) -> dict[str, Tensor]:
@@ -150,7 +150,7 @@ class Subject:
         return {name: t for name, t in self.adapted.tensors().items() if id(t) not in own}
 
     def original_base(self, path: str) -> nn.Module:
-        """Return the base layer before attaching: the copy's layer, or the layer itself if there is no copy."""
+        """Return the layer of `original` at `path`, or the subject's own base layer if `original` is no copy."""
         return self.bases[path] if self.original.model is None else self.original.model.get_submodule(path)
 
     def dense_base(self, path: str, dtype: torch.dtype) -> nn.Module:
@@ -323,7 +323,7 @@ def load(adapted: Adapted, values: Mapping[str, Tensor], state: Mapping[str, Ten
 
 
 def load_start(adapted: Adapted, start: Mapping[str, Tensor]) -> None:
-    """Load the result of `initial_tensors`; load nothing if `adapted` lacks one of them, so that it keeps its own start."""
+    """Load a result of `initial_tensors`. If `adapted` lacks one of the tensors, load nothing: it keeps its own start."""
     state = adapted.state()
     rest = {name: value for name, value in start.items() if name in state}
     tensors = {name: value for name, value in start.items() if name not in rest}

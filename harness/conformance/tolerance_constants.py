@@ -14,22 +14,23 @@ NOISE_FACTOR = 2.0
 # correct programs failed, each on a tensor of one number.
 FEW_NUMBERS = 4.0
 
-# Number of draws of rounding errors in addition to the reference in the dtype; each moves the inputs within their last
-# place. With a single draw, which may happen to have almost no error, a correct program could fail.
+# Number of draws of rounding errors in addition to the first draw, which is the reference in the dtype. Each further draw
+# moves the inputs within their last place. The first draw may happen to have almost no error; judged by this draw alone, a
+# correct program could fail.
 PERTURBED_DRAWS = 2
 
 # Floor added to the allowance, in units of eps. Where the reference happens to be exact (one product, a copy), a factor
-# times zero would demand bitwise equality: the relative Frobenius error of one rounding is about 0.3 eps. In float32 and
-# float64 every term of a sum is rounded too: n terms in sequence lose sqrt(n / 24) eps, sums in blocks a tenth of that; 8
-# eps are 1500 terms. In 16 bits, products are summed in float32, here and on every GPU. For float64 no wider reference
-# exists: there, sums of 1000 terms had errors of 20 eps, and of 142 eps in the largest element.
+# times zero would demand bitwise equality, although the relative Frobenius error of one rounding is about 0.3 eps. In
+# float32 and float64 every term of a sum is rounded too: n terms in sequence lose sqrt(n / 24) eps, sums in blocks a tenth
+# of that. 8 eps allow for 1500 terms in sequence. In 16 bits, products are summed in float32, here and on every GPU. For
+# float64 no wider reference exists: there, sums of 1000 terms had errors of 20 eps, and of 142 eps in the largest element.
 NOISE_FLOOR_EPS = {"float64": 64.0, "float32": 8.0, "float16": 0.5, "bfloat16": 0.5}
 
-# Factor on that floor for the largest element relative to the root mean square: the largest of a few thousand normal numbers
-# is about four times the root mean square, and its rounding error is larger by the same factor.
+# Factor on NOISE_FLOOR_EPS for the error of the largest element, relative to the root mean square. The largest of a few
+# thousand normal numbers is about four times the root mean square, and its rounding error is larger by the same factor.
 LARGEST_EPS = 4.0
 
-# Additional factor on the largest element: the largest elements of two such samples differ more than their norms do.
+# Factor on the whole allowance of the largest element: the largest elements of two samples differ more than their norms do.
 LARGEST_FACTOR = 2.0
 
 # Rounding goes up as often as down, so its projection on the truth shrinks with the root of the number of independent
@@ -45,7 +46,7 @@ CODE_TIE_EPS = 4.0
 INITIAL_SIGMAS = 5.0
 DROPOUT_SIGMAS = 5.0
 
-# The check observes so many tokens that a correct mask treats all of them alike only once in two to this power.
+# Minus log2 of the probability that a correct mask treats all tokens alike that the check `dropout` observes.
 DROPOUT_SURE_BITS = 30.0
 
 # A tensor is not judged if the reference in the subject's dtype may itself be off by more than this share of the value.
@@ -55,22 +56,23 @@ CEILING = 0.5
 # 16 bits, the errors of correct programs were up to 3.9 times as large in one tensor, and 1.5 times in the median.
 CARRIED_FACTOR = 4.0
 
-# Number of further draws of that noise, made if the first draw does not explain the subject's error. In a model of 30 blocks
-# with large random VeRA vectors, the gradient errors of one correct float32 run were 5 to 15 times those of another. Such a
-# model carries all roundings into one direction, like a single normal number. In 16 % of all pairs of normal numbers, the
-# first is at least 4 times as far from zero as the second; it is 4 times as far as each of eight others once in 7,000 cases.
+# Number of further draws of a whole model's errors, made if the first draw does not explain the subject's error. In a model
+# of 30 blocks with large random VeRA vectors, the gradient errors of one correct float32 run were 5 to 15 times those of
+# another. Such a model carries all roundings into one direction, like a single normal number. In 16 % of all pairs of normal
+# numbers, the first is at least 4 times as far from zero as the second. It is 4 times as far as each of eight others only
+# once in 7,000 cases.
 CARRIED_DRAWS = 7
 
 # Largest error of the losses of a training run, as a multiple of the reference's largest error so far. It exceeds the factor
 # of one operation because both runs are single draws of a noise that each optimizer step carries on and amplifies.
 TRAJECTORY_FACTOR = 4.0
 
-# Floor added to that, in units of eps times the largest loss so far: at the first steps the reference may happen to round to
-# the exact value, and a factor times zero would then demand bitwise equality.
+# Floor added to the allowance of losses, in units of eps times the largest loss so far: at the first steps the reference may
+# happen to round to the exact value, and a factor times zero would then demand bitwise equality.
 TRAJECTORY_FLOOR_EPS = 8.0
 
-# The reference defines the noise, so the noise cannot judge the reference. Its distance from float64 may grow by this many
-# eps per step, times the largest loss so far: rounding errors accumulate, but a wrong gradient departs much faster.
+# The reference defines the noise, so the noise cannot judge the reference. The reference's distance from float64 may grow
+# by this many eps per step, times the largest loss so far: rounding errors accumulate, but a wrong gradient departs faster.
 REFERENCE_GROWTH_EPS = 16.0
 
 # Share of the gradient of a causal model's first outputs that may reach a later token. A mask gives exactly zero; a causal
@@ -81,7 +83,7 @@ FORESIGHT = 2.0**-16
 # Only small tensors, such as a packed weight's table of 16 levels, are not predicted; they matter only in small layers.
 FOOTPRINT_LEDGER = 0.03
 
-# Bytes: a report ignores smaller differences from the prediction, which tables of 16 levels and counters cause.
+# A report ignores differences from the prediction below this number of bytes; tables of 16 levels and counters cause them.
 FOOTPRINT_SHOWN_B = 2**20
 
 # Largest relative difference between activations by formula and the storages that autograd saves for the references. The

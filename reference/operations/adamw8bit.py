@@ -1,8 +1,9 @@
 """AdamW with blockwise 8-bit states. Dettmers et al., ICLR 2022, arXiv:2110.02861. An Operation, not a Method.
 
 Both moments are stored as 8-bit codes of the dynamic map (reference/operations/dynamic_map), with one absmax per block of
-256 elements. A step decodes them to 32 bits, updates as Adam does, and encodes them again: rounding happens between steps
-only. The first moment has the signed map, the second, which is never negative, the unsigned one.
+256 elements. A step decodes the moments to 32 bits, updates as Adam does, and encodes the moments again, so that they are
+rounded to codes only between steps. The first moment uses the signed map. The second moment is never negative and uses the
+unsigned map.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def adamw8bit_step(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> None:
-    """Take step number `step`, from 1; p and `state` change in place. p, g: the same shape, any floating dtype.
+    """Take step number `step` (from 1); change p and `state` in place. p and g have one shape, and any floating dtypes.
 
         m_t = beta1 m_{t-1} + (1 - beta1) g          v_t = beta2 v_{t-1} + (1 - beta2) g^2
         p_t = (1 - lr weight_decay) p_{t-1} - lr (m_t / (1 - beta1^t)) / (sqrt(v_t / (1 - beta2^t)) + eps)
@@ -145,7 +146,7 @@ def adamw8bit_step(
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """AdamW with 8-bit states for large tensors. State per parameter: `step` and the result of `init_state`."""
+    """AdamW with 8-bit states for large tensors. The state of a parameter is `step` and the result of `init_state`."""
 
     def __init__(
         self,
@@ -175,6 +176,6 @@ class AdamW8bit(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the result of `state_dict`; torch alone would cast the codes to the parameter's floating dtype."""
+        """Load a result of the method `state_dict`; torch alone would cast the codes to the parameter's floating dtype."""
         super().load_state_dict(state_dict)
         restore_dtypes(self, state_dict)

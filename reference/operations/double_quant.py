@@ -1,7 +1,8 @@
 """Double quantisation: the block constants of a 4-bit weight in 8 bits. QLoRA section 3, arXiv:2305.14314. An Operation.
 
-The float32 absmax of each 4-bit block (c2) minus the mean of all of them is quantised to 8 bits, in blocks of 256 with a
-float32 constant (c1) each. The constants then take 0.127 bits per parameter instead of 0.5.
+Each 4-bit block has a float32 absmax. The mean of all absmax is subtracted from each, and the differences are quantised to
+8-bit codes (c2), in blocks of 256 with one float32 constant (c1) each. The constants of a weight then take 0.127 bits per
+parameter instead of 0.5.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ BLOCK = 256
 
 
 def quantize(absmax: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (c2, c1, offset): uint8 codes as long as `absmax`, float32 constants of each block, float32 mean (0-d).
+    """Return (c2, c1, offset): uint8 codes as long as `absmax`, the float32 constant of each block, the float32 mean (0-d).
 
     absmax: float32, 1-d and not empty. With a NaN or an infinity in `absmax`, no result is finite after decoding.
     """

@@ -42,7 +42,7 @@ SPEC = ReferenceSpec(
 
 
 def dynamic_map(signed: bool = True) -> Tensor:
-    """Return the 256 values, ascending, float32: -0.993 .. 1 if signed, else 0 .. 1. Constructed, not pasted."""
+    """Return the 256 values, ascending, float32: -0.993 .. 1 if signed, else 0 .. 1. No table is copied."""
     decades = []
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32)

@@ -46,7 +46,7 @@ _SIGN = 8
 
 
 def codebook() -> Tensor:
-    """Return the 16 values in the order of their codes, float32: constructed, not pasted. Code 8 is minus zero."""
+    """Return the 16 values in the order of their codes, float32. They are computed, not copied. Code 8 is minus zero."""
     E, m = torch.meshgrid(torch.arange(4.0), torch.arange(2.0), indexing="ij")
     magnitudes = torch.where(E == 0, m / 16, (1 + m / 2) * 2 ** (4 - E)).flatten()
     magnitudes = magnitudes / magnitudes.max()
@@ -68,7 +68,7 @@ def quantize(W: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def near_tie(W: Tensor, block: int = 64) -> Tensor:
-    """Return a flat mask of elements so near the middle of two values that the rounding of W / absmax may decide."""
+    """Return a flat mask: True if an element is so near the middle of two values that rounding may decide its code."""
     return _near_tie(W.abs(), block, codebook()[:_SIGN].sort().values)
 
 
@@ -78,7 +78,7 @@ def dequantize(codes: Tensor, absmax: Tensor, block: int = 64) -> Tensor:
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Return uint8 bytes, the first code of each pair in the high nibble, padded with the code of zero to an even length.
+    """Return uint8 bytes of two codes each, the first in the high nibble. The code of zero pads an odd number of codes.
 
     `nf4.unpack` is the inverse.
     """

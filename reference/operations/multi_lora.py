@@ -2,7 +2,7 @@
 
     y_n = W0 x_n + s_i B_i A_i x_n   with i = ids[n]          (Punica, section 4: y := y + x A_i B_i, row by row)
 
-One base product for the whole batch; every sequence adds the update of its own adapter. Shape letters: N sequences,
+The whole batch has one base product; every sequence adds the update of its own adapter. Shape letters: N sequences,
 T tokens, D in, E out, R rank (one per adapter).
 """
 
@@ -58,9 +58,10 @@ def multi_lora_linear(
 ) -> Tensor:
     """Return base_out plus each sequence's own update, (N, ..., E), in the dtype of `base_out`.
 
-    x: (N, ..., D). base_out: W0 x and the bias, (N, ..., E). As[i]: (R_i, D). Bs[i]: (E, R_i). ids: per sequence an index
-    into As and Bs, or -1. The result is differentiable in x, base_out and every A and B in use; an unused A or B gets the
-    gradient None. Raises ValueError if the lists differ in length, or if an id is no integer, or neither -1 nor an adapter.
+    x: (N, ..., D). base_out: W0 x plus the bias, (N, ..., E). As[i]: (R_i, D). Bs[i]: (E, R_i). ids: for each sequence an
+    index into As and Bs, or -1. The result is differentiable in x, base_out and every A and B in use; an unused A or B gets
+    the gradient None. Raises ValueError if As, Bs and scalings differ in length, if ids are not one integer per sequence, or
+    if an id is neither -1 nor an index of an adapter.
     """
     chosen = torch.as_tensor(ids, device=x.device)
     if not len(As) == len(Bs) == len(scalings):

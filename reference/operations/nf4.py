@@ -37,7 +37,7 @@ SPEC = ReferenceSpec(
 
 
 def codebook() -> Tensor:
-    """Return the 16 levels, ascending from -1 to 1, float32: constructed, not pasted.
+    """Return the 16 levels, ascending from -1 to 1, float32. They are computed, not copied.
 
     0.9677083 is 1 - (1/30 + 1/32) / 2, halfway between the outermost quantiles of 15 and of 16 levels.
     """
@@ -63,11 +63,12 @@ def quantize(W: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def near_tie(W: Tensor, block: int = 64, levels: Tensor | None = None) -> Tensor:
-    """Return a flat mask of elements so near the middle of two levels that the rounding of W / absmax may decide.
+    """Return a flat mask: True if an element is so near the middle of two levels that rounding may decide its code.
 
     Division by absmax and multiplication by its reciprocal differ by up to 1.5 units in the last place, so that correct
-    programs may give these elements codes one level apart. If absmax is a power of two, both are exact, and the mask is
-    False. Above 2^126 the reciprocal is subnormal and has two bits fewer. levels: ascending; by default those of NF4.
+    programs may give these elements codes one level apart. If absmax is a power of two, both operations are exact, and the
+    mask is False. If absmax exceeds 2^126, its reciprocal is subnormal and has two bits fewer. levels: ascending; by default
+    those of NF4.
     """
     flat = W.detach().flatten().float()
     absmax = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block).abs().amax(dim=1)
@@ -88,12 +89,12 @@ def dequantize(codes: Tensor, absmax: Tensor, block: int = 64) -> Tensor:
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Return uint8 bytes, the first code of each pair in the high nibble, padded with the code of zero to an even length."""
+    """Return uint8 bytes of two codes each, the first in the high nibble. The code of zero pads an odd number of codes."""
     return pack_pairs(codes, fill=7)
 
 
 def pack_pairs(codes: Tensor, fill: int) -> Tensor:
-    """Return uint8 bytes of two 4-bit codes each, the first in the high nibble; `fill` pads an odd length."""
+    """Return uint8 bytes of two 4-bit codes each, the first in the high nibble. `fill` pads an odd number of codes."""
     padded = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=fill)
     return padded[0::2] << 4 | padded[1::2]
 

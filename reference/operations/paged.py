@@ -58,7 +58,7 @@ def is_paged(numel: int) -> bool:
 
 
 def to_host(state: Tensor) -> Tensor:
-    """Return a copy of `state` on the host, pinned if it comes from CUDA; the original may be freed."""
+    """Return a copy of `state` on the host, pinned if `state` is on CUDA. The caller may free the original."""
     page = torch.empty(state.shape, dtype=state.dtype, device="cpu", pin_memory=state.is_cuda)
     return page.copy_(state)
 
@@ -69,15 +69,15 @@ def to_device(page: Tensor, device: torch.device) -> Tensor:
 
 
 class Paged(torch.optim.Optimizer):
-    """Wrapper that pages the large states of `inner`, an optimizer with one state per parameter; its steps are unchanged.
+    """Wrapper that pages the large states of `inner`, an optimizer with one state per parameter. No result changes.
 
     The wrapper shares groups and state with `inner`; hooks of `inner` run once per parameter. A learning rate schedule must
     get this wrapper. An optimizer cannot be paged if its groups hold state, or if it reads several parameters at once
     (LBFGS).
 
-    budget: bytes of paged states on the device. The states of the parameter that is being updated are always on the device,
-    so that the peak is max(budget, largest states of a parameter) once all states exist. Raises ValueError for a negative
-    budget.
+    budget: bytes of paged states that may stay on the device. The states of the parameter that is being updated are always
+    on the device. Once all states exist, the peak is therefore the budget or the bytes of the largest page, whichever is
+    larger. Raises ValueError for a negative budget.
     """
 
     bytes_in: int
@@ -123,7 +123,7 @@ class Paged(torch.optim.Optimizer):
             self.bytes_out += size
 
     def where(self) -> dict[Tensor, str]:
-        """Map every parameter with paged states to their place, `device` or `host`."""
+        """Map every parameter with paged states to the place of these states, `device` or `host`."""
         return {p: "device" if p in self._on_device else "host" for p in self.state if self._names(p)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -156,7 +156,7 @@ class Paged(torch.optim.Optimizer):
         self._admit(p)
 
     def _admit(self, p: Tensor) -> None:
-        """Count the states of `p` as on the device and as used last."""
+        """Record that the states of `p` are on the device and were used last."""
         size = self._size(p)
         self.resident += size - self._on_device.pop(p, 0)
         self.peak = max(self.peak, self.resident)

@@ -12,7 +12,7 @@ from reference.shared.layers import dense_copy, replace
 
 
 class AdaptedModel:
-    """A model without adapter layers: nothing to merge or detach. Subclasses override what their Method does.
+    """A model without adapter layers, which has nothing to merge or detach. Subclasses override what their Method does.
 
     Names are the paths of the model's own parameters.
     """
@@ -44,20 +44,20 @@ class AdaptedModel:
         return None
 
     def after_step(self, step: int) -> None:
-        """Run the Method's work between optimizer steps; nothing here."""
+        """Do the Method's work after optimizer step `step`; here there is none."""
 
     def merge(self) -> None:
-        """Fold the adapter into the weights; nothing here."""
+        """Fold the adapter into the weights; here there is none."""
 
     def unmerge(self) -> None:
-        """Undo `merge`; nothing here."""
+        """Undo `merge`; here there is nothing to undo."""
 
     def detach(self) -> None:
-        """Restore the model as it was before `attach`; nothing here."""
+        """Restore the layers as they were before `attach`; here none was replaced."""
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """Map path to layer for every nn.Linear of a model."""
+    """Map paths to the nn.Linear layers of a model."""
     return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 

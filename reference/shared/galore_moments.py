@@ -32,7 +32,7 @@ def zeros(R: Tensor, bits: int) -> dict[str, Tensor]:
 
 
 def decode(state: Mapping[str, Any], R: Tensor) -> tuple[Tensor, Tensor]:
-    """Return M and V of R's shape: the tensors of the state themselves, or decoded from the codes of the state."""
+    """Return M and V in R's shape: the tensors in the state themselves, or decoded copies if the state holds codes."""
     if state["M"].dtype != torch.uint8:
         return state["M"], state["V"]
     codes = {name: state[f"{name[0].upper()}{name[1:]}"] for name in ("m", "v", "m_absmax", "v_absmax")}
@@ -41,7 +41,7 @@ def decode(state: Mapping[str, Any], R: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encode(state: Mapping[str, Any], M: Tensor, V: Tensor) -> None:
-    """Encode M and V into the codes of a state, in place. A state without codes already has the values."""
+    """Encode M and V into the codes of a state, in place. Do nothing if the state holds M and V themselves."""
     if state["M"].dtype != torch.uint8:
         return
     for name, value in (("M", M), ("V", V)):

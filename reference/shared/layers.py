@@ -41,10 +41,10 @@ def targets(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear]: ...
 @overload
 def targets(model: nn.Module, names: Sequence[str], kinds: Sequence[str]) -> dict[str, Any]: ...
 def targets(model: nn.Module, names: Sequence[str], kinds: Sequence[str] = LINEAR) -> dict[str, Any]:
-    """Map path to layer for every layer with a path that is, or ends in, one of `names`, in the model's order.
+    """Return the layers that `names` select, by path, in the model's order.
 
-    A name may also be one of `WORDS`. kinds: the `KINDS` that the Method adapts. Raises ValueError if a name matches no
-    layer, or if it matches a layer of another kind, which would silently stay unadapted.
+    A name is a whole path, the end of paths, or one of `WORDS`. kinds: the `KINDS` that the Method adapts. Raises ValueError
+    if a name matches no layer, or if it matches a layer of another kind, which would silently stay unadapted.
     """
     found: dict[str, Any] = {}
     for name in names:
@@ -65,7 +65,7 @@ def targets(model: nn.Module, names: Sequence[str], kinds: Sequence[str] = LINEA
 
 
 def _attention(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers inside the model's attention blocks: q, k, v and output, fused or not, and others.
+    """Return the linear layers inside the model's attention blocks: q, k, v and output, fused or not, and any others.
 
     A block is a module of a class named `...Attention`, as in transformers.
     """

@@ -1,8 +1,8 @@
 """Layer-wise weight updates: the backward pass updates each weight and frees its gradient at once.
 
 LOMO (Lv et al., arXiv:2306.09782) introduced this method; GaLore's per-layer weight updates (arXiv:2403.03507, section 4.3)
-use it. The gradients never exist all at once: they take the memory of the largest one. The results equal those of a whole
-step bit by bit: once the gradient of a weight is complete, no other gradient of the pass reads the weight.
+use it. The gradients never exist all at once, so that they take only the memory of the largest one. The results equal those
+of a whole step bit for bit: once the gradient of a weight is complete, no other gradient of the pass reads the weight.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ class Layerwise:
     """Hooks that step every parameter as soon as its gradient is complete; `optimizer.step()` then has nothing left to do.
 
     optimizer: must step each parameter independently, and skip parameters without a gradient. No parameter may have a
-    gradient now. gradient: returns the gradient of a parameter, for the norm; with None the parameter is not stepped.
-    Clipping by the global norm, loss scaling with retries and accumulation over several backward passes are not possible.
+    gradient yet. gradient: returns a parameter's gradient, of which `norm` is computed, or None to leave the parameter as
+    it is. Clipping by the global norm, loss scaling with retries and accumulation over several backward passes are not
+    possible.
     """
 
     most_B: int
@@ -37,7 +38,7 @@ class Layerwise:
         self._hooks = [p.register_post_accumulate_grad_hook(self._update) for p in trains]
 
     def norm(self, of: Iterable[Tensor]) -> float:
-        """Return the joint norm of the gradients of these parameters since the last call; 0 if there were none."""
+        """Return the joint norm of the gradients of the parameters `of` since the last call; 0 if there were none."""
         norms = [norm for p in of if (norm := self._norms.get(p)) is not None]
         self._norms.clear()
         return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0

@@ -15,11 +15,11 @@ from reference.shared.layers import dense_copy
 
 
 class LoraEmbedding(LowRankLayer):
-    """A frozen embedding table (N, E) with a low-rank update: a linear layer without bias on one-hot rows.
+    """A frozen embedding table (N, E) with a low-rank update; LoRA on a linear layer whose inputs are one-hot rows.
 
-    A (R, N), B (E, R). If the base has an `embed_scale`, it scales the update too, as after merging. As in the base, the
-    entry at padding_idx has no gradient, and scale_grad_by_freq divides a gradient by the entry's count. Raises ValueError
-    for a base with max_norm, which rewrites the table in every forward pass.
+    A (R, N), B (E, R). If the base has an `embed_scale`, it multiplies the update too, as it would after merging. As in the
+    base, the entry at padding_idx has no gradient, and scale_grad_by_freq divides a gradient by the entry's count. Raises
+    ValueError for a base with max_norm, which rewrites the table in every forward pass.
     """
 
     base: nn.Embedding
@@ -73,7 +73,7 @@ class LoraConv2d(LowRankLayer):
 
 
 class LoraConv2dKernel(LowRankLayer):
-    """A frozen convolution (E, C/G, K, K) with a square kernel and the update B A, reshaped to it (as loralib).
+    """A frozen convolution (E, C/G, K, K) with a square kernel. Its update is B A, reshaped to the kernel as in loralib.
 
     A (R K, C K), B (E/G K, R K); B A has a rank up to R K and is reshaped row by row. Raises ValueError for a kernel that
     is not square.
@@ -92,7 +92,7 @@ class LoraConv2dKernel(LowRankLayer):
 
 
 def convolve(base: nn.Conv2d, x: Tensor, kernel: Tensor, groups: int) -> Tensor:
-    """Convolve x with `kernel` in the base's geometry: its stride, padding, padding mode and dilation; no bias."""
+    """Convolve x with `kernel`, with the base's stride, padding, padding mode and dilation, but without bias."""
     padding: Any = base.padding
     if base.padding_mode != "zeros":
         x, padding = nn.functional.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
@@ -100,7 +100,7 @@ def convolve(base: nn.Conv2d, x: Tensor, kernel: Tensor, groups: int) -> Tensor:
 
 
 def ungrouped(base: nn.Conv2d) -> nn.Conv2d:
-    """Return a copy of `base` with one group; each output's kernel is 0 for channels of other groups."""
+    """Return an equal convolution with one group: the kernel of each output is 0 for the channels of other groups."""
     whole = dense_copy(base)
     assert isinstance(whole, nn.Conv2d)  # noqa: S101
     G, (E, c, *K) = base.groups, base.weight.shape

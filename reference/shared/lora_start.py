@@ -2,7 +2,7 @@
 
 kaiming: A is uniform in +-1/sqrt(in), B is zero: the default of loralib and HF peft. gaussian: A is normal, B is zero, as
 in the paper (arXiv:2106.09685, section 4.1). The paper states no standard deviation; ours is 1/r, as in HF peft.
-orthogonal: neither is zero, but B A is (`init_lora_weights="orthogonal"` of HF peft, after
+orthogonal: A and B are not zero, but B A is (`init_lora_weights="orthogonal"` of HF peft, after
 datta0.github.io/posts/rethink-lora-init).
 """
 
@@ -45,7 +45,7 @@ def linear_factors(base: nn.Linear, rank: int, generator: torch.Generator) -> tu
 
 
 def _orthogonal(rank: int, inputs: int, outputs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return A with rows in one half of an orthonormal basis of R^rank, B with columns in the other half: B A = 0."""
+    """Return A and B with B A = 0: the columns of A and the rows of B lie in orthogonal halves of R^rank."""
     if rank % 2:
         raise ValueError(f"rank {rank} is odd; init=orthogonal requires an even rank")
 

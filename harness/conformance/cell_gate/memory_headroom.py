@@ -14,10 +14,10 @@ _CHECK_B = 32
 
 
 def merge_shortage(subject: Subject) -> str:
-    """Return the reason why there is too little memory to merge the layers of a packed base, or an empty string.
+    """Return a message if there is too little memory to merge the layers of a packed base, else an empty string.
 
-    The estimate is too high for a library that packs each merged weight again. Such a merge is skipped too, because the
-    system may kill a process without enough memory, and all its measurements would be lost.
+    The estimate is too high for a library that packs each merged weight again. Such a merge is skipped too: if memory ran
+    out, the system might kill the process, and all measurements of the Cell would be lost.
     """
     sizes = [_weights(subject.original_base(path)) for path in subject.packed]
     if not sizes:

@@ -21,7 +21,7 @@ from harness.records.record import CheckResult
 Adapters = Sequence[Mapping[str, Tensor]]
 """The tensors of each adapter, by the names of `Adapted.tensors()`."""
 Mixed = Callable[[Adapters], AbstractContextManager[None]]
-"""Context in which row n of every batch goes through adapter n."""
+"""Returns a context in which row n of every batch goes through adapter n."""
 
 NAME = "multi-adapter"
 
@@ -80,7 +80,7 @@ def draw_adapters(subject: Subject, count: int, seed: int) -> list[dict[str, Ten
 
     def like(t: Tensor) -> Tensor:
         noise = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)
-        # A matrix that is still zero after training must not stay zero: the check would see nothing of such an adapter.
+        # A matrix that is still zero after training must become random: the check would see nothing of a zero adapter.
         spread = float(t.double().std()) if t.numel() > 1 and bool(t.any()) else max(t.shape[-1], 1) ** -0.5
         return (noise * spread).to(t.dtype)
 
@@ -88,7 +88,7 @@ def draw_adapters(subject: Subject, count: int, seed: int) -> list[dict[str, Ten
 
 
 def _row_by_row(path: str, adapters: Adapters) -> Callable[..., dict[str, Tensor]]:
-    """Return a function that runs the reference's layer and returns its output, with row n computed by adapter n."""
+    """Return a function that runs the reference's layer with adapter n for row n, and returns the output."""
     start = f"{path}."
 
     def look(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, _: Tensor) -> dict[str, Tensor]:

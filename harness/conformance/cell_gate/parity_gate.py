@@ -80,16 +80,16 @@ def _without_reference(subject: Subject, case: Case) -> list[CheckResult]:
 
 @dataclass(frozen=True)
 class _Base:
-    """Subject of a check of the base without a Method."""
+    """A base without a Method, as the subject of a check."""
 
     method: str
     dtype: str
 
 
 def _packed_base(subject: Subject, case: Case, base: str) -> CheckResult:
-    """Compare every packed layer without its adapter with the weight that its codes encode.
+    """Compare every packed layer, without its adapter, with a plain layer that has the decoded weight.
 
-    A layer with a wrong product would make every Method on top of it wrong.
+    If a packed layer multiplied wrongly, every Method on top of it would be wrong.
     """
     config = configure(_NO_ADAPTER, {})
     none = attach_reference(_NO_ADAPTER, nn.Module(), config, None, case.generator())
@@ -112,9 +112,10 @@ def _packed_base(subject: Subject, case: Case, base: str) -> CheckResult:
 def after_training(
     subject: Subject, seed: int, forward: Callable[[nn.Module], Tensor] | None = None
 ) -> list[CheckResult]:
-    """Run the checks that come after training, because some libraries merge into the base weight; return the results.
+    """Run the checks that must wait until training ends, because some libraries merge into the base weight.
 
-    forward: as in `gate`, for adapters without a reference. A check without enough memory is skipped.
+    Return the results, or only a skip of the check `merge` if memory is too small to merge. forward: as in `gate`, for
+    adapters without a reference.
     """
     if why := memory_headroom.merge_shortage(subject):
         return [skipped(subject, Case("trained", seed=seed), "merge", why)]

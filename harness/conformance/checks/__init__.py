@@ -40,11 +40,11 @@ class States(Enum):
     INIT = auto()
     """As attached."""
     WARM = auto()
-    """Only `warm`, if the suite lists it; otherwise every state listed. At the start, where most updates are zero, such
-    a check shows nothing new."""
+    """Only `warm` if the suite lists `warm`, else every state that the suite lists. Such a check shows nothing new at the
+    start, where most updates are zero."""
 
     def include(self, state: str, listed: Iterable[str]) -> bool:
-        """Return whether a suite that lists these states tries the check in `state`."""
+        """Return whether the check is tried in `state` by a suite that lists the states `listed`."""
         if self is States.INIT:
             return state == "init"
         return self is States.ALL or state == "warm" or "warm" not in listed
@@ -100,8 +100,8 @@ def check(
     of_sizes: bool = True,
     only_wide: bool = False,
 ) -> Callable[[Callable[[_Subject, Case], CheckResult]], Check[_Subject]]:
-    """Return a decorator that makes the function `check_NAME` the check NAME. in_cell: stages at which a Cell's parity
-    gate tries it too. Other parameters: see `Check`. Raises TypeError for a function with another name."""
+    """Return a decorator that makes the function `check_NAME` the check NAME. in_cell: stages at which the parity gate of
+    a Cell also tries the check. Other parameters: see `Check`. Raises TypeError for a function of another name."""
 
     def declare(function: Callable[[_Subject, Case], CheckResult]) -> Check[_Subject]:
         if not function.__name__.startswith(_PREFIX):

@@ -20,7 +20,7 @@ from harness.records.record import CheckResult
 # A complete schedule in 24 steps, with every kind of step. tfinal is no multiple of delta_t.
 _SHORT = {"total_steps": 24, "tinit": 4, "tfinal": 5, "delta_t": 3}
 _LARGEST = 20_000
-"""Largest number of elements of an adapter with which the check takes two dozen steps."""
+"""Largest number of elements of an adapter with which `check_budget` takes its 24 steps."""
 
 
 @check()
@@ -124,7 +124,7 @@ def _averages(adapted: Adapted) -> dict[str, Tensor]:
 
 
 def _set_gradients(adapted: Adapted, generator: torch.Generator, rounded: torch.dtype | None = None) -> None:
-    """Give every tensor a random gradient, the same in every dtype up to rounding. rounded: round it to this dtype first."""
+    """Give every tensor a random gradient, the same in every dtype up to rounding. rounded: dtype to round to first."""
     for _, tensor in sorted(adapted.tensors().items()):
         drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
         tensor.grad = drawn.to(rounded or torch.float64).to(tensor.device, tensor.dtype)

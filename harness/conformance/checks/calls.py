@@ -54,7 +54,7 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
 def _both(
     layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor, *, training: bool = False
 ) -> dict[str, Tensor]:
-    """Observe `layer` on x[0] and x[1] with both calls under way. The gradients of its tensors sum those of both calls."""
+    """Observe `layer` on x[0] and x[1]: forward, forward, backward, backward. Its tensors accumulate both gradients."""
     with preserved_state(layer, tensors, training):
         leaves = [one.detach().clone().requires_grad_(one.is_floating_point()) for one in x]
         ys = [layer(leaf) for leaf in leaves]

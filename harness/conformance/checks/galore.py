@@ -51,7 +51,7 @@ def _of_layers(fresh: Subject, case: Case, steps: int) -> Iterator[Judgement]:
     decay = 0.9 if fresh.config.niter else 0.5
     for index, path in enumerate(fresh.adapted.layers):
         optimizer = fresh.adapted.optimizer(_LR, _DECAY)
-        assert optimizer is not None  # noqa: S101  # the caller has looked
+        assert optimizer is not None  # noqa: S101  # the caller has checked this
         tensors = fresh.tensors_of(path)
         gradients = [
             {name: _gradient(t, case.generator(salt=50 * index + step), decay) for name, t in tensors.items()}
@@ -131,7 +131,7 @@ def _steps_of_reference(
 
 
 def _turned(basis: Projector, exactly: Projector, signs: Signs) -> Projector:
-    """Return `basis` with the signs of the columns of `exactly`, multiplied by `signs` if there are any."""
+    """Return `basis` with the sign of each column chosen as in `exactly`, then multiplied by `signs`, if any."""
     columns = 0 if basis.P is None else basis.P.shape[1]
     return Projector(_with_signs(basis.P, exactly.P, signs[:columns]), _with_signs(basis.Q, exactly.Q, signs[columns:]))
 

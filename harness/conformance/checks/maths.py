@@ -50,8 +50,8 @@ def check_identity(subject: Subject, case: Case) -> CheckResult:
         )
     with torch.no_grad():
         truth = {"logits": case.forward(whole_model.base(subject, "float64"))}
-        # In this dtype a start may lose as much as the base loses, or as the reference's own start loses. The latter needs
-        # an SVD of every weight.
+        # In this dtype, a start may be as inexact as the base, or as the reference's own start. The latter is computed only
+        # on demand, because it may need an SVD of every weight.
         starts = (whole_model.start(subject, subject.dtype) for _ in range(1))
         draws = chain([base], ({"logits": case.forward(start)} for start in starts))
         verdict = noise_floor(mine, truth, draws, subject.dtype, case.factor("identity"))
@@ -189,7 +189,8 @@ def _carried(subject: Subject, case: Case) -> Iterator[Mapping[str, Tensor]]:
     """Yield draws of the whole model's rounding errors: the reference in the subject's dtype, then with perturbed weights.
 
     A sensitive model carries all roundings into one direction, so that a single draw may be almost zero in every tensor
-    at once. A weight moves to its neighbour in the dtype, since a model loses most in its intermediate results.
+    at once. A perturbed weight may become a neighbouring number of the dtype. This stands for the rounding of intermediate
+    results, where a model loses most.
     """
     forward = case.forward
     if forward is None:

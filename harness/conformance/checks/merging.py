@@ -74,7 +74,7 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
 
 
 def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Tensor], list[dict[str, Tensor]]]]:
-    """Return two pairs (truth, draws of rounding errors) of one layer's output: with its adapter, and with HALF of it.
+    """Return two pairs (truth, draws of rounding errors) of a layer's output: with its adapter, and with HALF times it.
 
     The check calls this for one layer at a time, because all reference layers of a large model would not fit into memory.
     """

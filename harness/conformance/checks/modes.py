@@ -30,10 +30,10 @@ ROWS = 4
 REPEATS = 110
 """Number of calls of one layer, enough to find a fault in every 100th call."""
 SMALL = 3_000
-"""Number of elements in an Operation's arguments up to which it is called so often."""
+"""Largest number of elements in the arguments of an Operation that is called REPEATS times."""
 THREADS = 2
 OTHER_DTYPE = {"float64": "float32", "float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
-"""dtype -> the dtype of a copy."""
+"""dtype of a layer -> dtype to which a copy of the layer is cast."""
 LAYERS = 2
 """Number of layers that are tried. All layers of a model are of one class."""
 
@@ -106,7 +106,7 @@ def _constant_input(call: Call) -> dict[str, Tensor]:
 
 
 def _frozen(call: Call) -> dict[str, Tensor]:
-    """Switch the gradients of the trained tensors off and on again around a call."""
+    """Call while the trained tensors require no gradient."""
     for tensor in call.tensors.values():
         tensor.requires_grad_(False)
     try:
@@ -139,8 +139,8 @@ def _repeated(call: Call) -> dict[str, Tensor]:
 
 
 def _threaded(call: Call) -> dict[str, Tensor]:
-    """Call with different inputs in several threads at once; return an output that differs from the same call without
-    threads, or that call's own output if none differs.
+    """Call with different inputs in several threads at once. Return an output for `call.x` that differs from the output
+    without threads, or the latter if none differs.
     """
     gate = Barrier(THREADS)
 
@@ -239,14 +239,14 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
         yield _named(path, "the gradient of a gradient", verdict)
     rounded_alike = {t.dtype for t in tensors.values()} <= {
         DTYPES[subject.dtype]
-    }  # not so if an adapter stays in float32
+    }  # False if an adapter stays in float32
     if path in subject.packed or not rounded_alike or not _owns(layer, tensors):
         return
     other = OTHER_DTYPE[subject.dtype]
     x_other, dy_other = cast(x, other), dy.to(DTYPES[other])
 
     def moved(of: nn.Module, named: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-        """Observe a copy with its values rounded to `other`, computing in `dtype`."""
+        """Observe a copy of the layer in `dtype`, after rounding its values to `other`."""
         made = copy.deepcopy(of).to(DTYPES[other]).to(DTYPES[dtype])
         named = _tensors_of_copy(of, made, named)
         return observe(made, named, cast(x_other, dtype), dy_other.to(DTYPES[dtype]), training=subject.trains_plainly)
@@ -257,14 +257,14 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
     )
     if subject.dtype == "float32":
         with torch.autocast(x.device.type, torch.bfloat16):
-            # No gradients: dy[:0] fits no output.
+            # dy[:0] fits no output, so that no gradients are computed.
             mine, rounded = ({"y": observe(of, {}, x, dy[:0])["y"]} for of in (layer, own.layer))
         truth = {"y": observe(subject.reference(path, "float64").layer, {}, cast(x, "float64"), dy[:0])["y"]}
         yield _named(path, "under autocast", noise_floor(mine, truth, rounded, "bfloat16", factor))
 
 
 def _second(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """Differentiate the sum of x times the gradient of x; return the gradients of `tensors`, or nothing if x gets none."""
+    """Return the gradients, by name, of sum(x * dL/dx) with respect to `tensors`; empty if dL/dx has no graph."""
     leaf = x.detach().clone().requires_grad_(True)
     with preserved_state(layer, tensors, training=False):
         y = layer(leaf)
@@ -282,7 +282,7 @@ def _named(path: str, form: str, judgement: Judgement) -> Judgement:
 
 
 def _owns(layer: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether `tensors` are parameters of the layer, so that copying it copies them, unlike an adapter of hooks."""
+    """Return whether `tensors` are parameters of the layer. Only then does a copy of the layer have copies of them."""
     return {id(t) for t in tensors.values()} <= {id(p) for p in layer.parameters()}
 
 

@@ -72,9 +72,9 @@ def _best(U: Tensor, S: Tensor, Vt: Tensor, config: Any) -> dict[str, Tensor]:
 
 
 def _perturbed(W: Tensor, subject: Subject) -> Iterator[dict[str, Tensor]]:
-    """Yield results of other correct programs. Where singular values are close, a rounding error turns the vectors.
+    """Yield results that other correct programs might give, since rounding turns the vectors of close singular values.
 
-    Each result comes from the SVD of the transpose of a weight that differs from W by less than rounding.
+    Each result comes from an SVD of W^T, with W moved by up to half a unit in the last place.
     """
     for seed in range(PERTURBED_DRAWS):
         near = perturbed(W, subject.dtype, torch.Generator().manual_seed(seed))

@@ -32,7 +32,7 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
     have = (subject if fresh is None else fresh).added()
     for name, want in wanted.items():
         if name not in have or have[name].shape != want.shape:
-            continue  # `parameters` reports it
+            continue  # the check `parameters` reports it
         mine, want = have[name].detach().double(), want.double()
         if bool((want == want.flatten()[0]).all()):
             if not bool((mine == want.to(mine.dtype)).all()):
@@ -40,7 +40,7 @@ def check_initial(subject: Subject, case: Case) -> CheckResult:
                     f"{name} starts at up to {float(mine.abs().max()):.3g}, should be {float(want.flatten()[0]):g}"
                 )
             continue
-        # Relative to the mean of n squares, its standard deviation is at most sqrt(2 / n), as for normal numbers.
+        # The standard deviation of a mean of n squares is at most sqrt(2 / n) of this mean, as for normal numbers.
         bound = INITIAL_SIGMAS * (2 / mine.numel() + 2 / want.numel()) ** 0.5
         ratio = float(mine.square().mean() / want.square().mean())
         if abs(ratio - 1) > bound:

@@ -102,7 +102,7 @@ def check_inputs(subject: Subject, case: Case) -> CheckResult:
         before = {name: t.detach().clone() for name, t in held.items()}
         leaf = x.requires_grad_(True) if x.is_floating_point() else x
         y = layer(leaf)
-        if y.requires_grad and y.shape == dy.shape:  # otherwise `forward` and `gradient` report it
+        if y.requires_grad and y.shape == dy.shape:  # else the checks `forward` and `gradient` report it
             y.backward(dy)
         for tensor in subject.tensors_of(path).values():
             tensor.grad = None

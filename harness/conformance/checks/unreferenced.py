@@ -23,8 +23,8 @@ from harness.process.out_of_memory import shortage
 from harness.records.record import CheckResult
 
 _NUDGE = 0.05
-"""Size of the noise that is added to a tensor, as a share of a random matrix that preserves lengths. It is about as far
-as training moves a tensor.
+"""Size of the noise added to a tensor, relative to a random matrix that preserves lengths. Training moves a tensor about as
+far.
 """
 _TOO_LARGE = "the model is too large to be copied"
 
@@ -33,7 +33,7 @@ class Unreferenced(Adapted, Protocol):
     """An adapter that `method: peft` attaches, of any kind that its library has."""
 
     starts_as_base: bool
-    """True if the library promises that the initial output is the base model's."""
+    """True if the library promises an initial output equal to the base model's."""
     bases: Callable[[], Mapping[str, nn.Module]]
     """Maps paths to the layers under the adapter."""
     reloaded: Callable[[nn.Module], nn.Module]
@@ -41,7 +41,7 @@ class Unreferenced(Adapted, Protocol):
 
 
 def nudged(subject: Subject, generator: torch.Generator) -> Subject:
-    """Return a copy of the subject with noise on every trainable tensor, so that its start makes no gradient zero."""
+    """Return a copy of the subject with noise on every trainable tensor. No gradient is then zero because of the start."""
     adapted = copy.deepcopy(cast("Unreferenced", subject.adapted))
     with torch.no_grad():
         for tensor in adapted.tensors().values():
@@ -210,7 +210,7 @@ def _round_once_more(adapted: Unreferenced, dtype: str, generator: torch.Generat
 
 
 def _added(adapted: Unreferenced) -> list[Tensor]:
-    """List the trainable tensors that do not belong to the base after merging; those of LayerNorm tuning do."""
+    """List the trainable tensors that do not belong to the base layers. Those of merged LayerNorm tuning belong to them."""
     own = {id(p) for base in adapted.bases().values() for p in base.parameters()}
     return [t for t in adapted.tensors().values() if id(t) not in own]
 

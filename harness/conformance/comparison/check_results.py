@@ -42,7 +42,7 @@ def judged(subject: Named, case: Case, name: str, judgement: Judgement, detail: 
 
 
 def listed(subject: Named, case: Case, name: str, odd: Sequence[str], otherwise: str = "") -> CheckResult:
-    """Return a pass if `odd` is empty, else a failure whose detail is the first few items. otherwise: detail of a pass."""
+    """Return a pass if `odd` is empty, else a failure that names the first five items. otherwise: the detail of a pass."""
     return CheckResult(
         check=identifier(subject, case, name),
         outcome=Outcome.FAIL if odd else Outcome.PASS,

@@ -12,7 +12,7 @@ from harness.conformance.subject import DTYPES
 
 SIDE = 5
 IMAGES = 2
-"""Height (and width) and number of a convolution's input images. Each pixel is a token."""
+"""SIDE: height and width of a convolution's input images. IMAGES: their number. Each pixel is a token."""
 
 
 def inputs(

@@ -18,7 +18,7 @@ Look = Callable[..., dict[str, Tensor]]
 
 
 class Draws:
-    """Draws of rounding errors, made on demand and stored: most judgements need only the first."""
+    """Draws of rounding errors: observations that correct programs might give. Each is made on demand and stored."""
 
     def __init__(self, make: Iterator[dict[str, Tensor]]) -> None:
         self._make, self._made = make, list[dict[str, Tensor]]()
@@ -40,7 +40,7 @@ def observe_with_reference(
     training: bool = False,
     look: Look = observe,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Draws]:
-    """Observe the subject's layer; return the observation, followed by the results of `reference_runs` on the same input."""
+    """Observe the subject's layer. Return the observation, and both results of `reference_runs` on the same input."""
     mine = look(layer, subject.tensors_of(path), x, dy, training=training)
     return mine, *reference_runs(subject, path, x, dy, look=look)
 
@@ -48,7 +48,7 @@ def observe_with_reference(
 def reference_runs(
     subject: Subject, path: str, x: Tensor, dy: Tensor, *, look: Look = observe
 ) -> tuple[dict[str, Tensor], Draws]:
-    """Return `runs_of` for the reference's layer at `path`, in float64 and in the subject's dtype."""
+    """Return the result of `runs_of` for the reference's layer at `path`, in float64 and in the subject's dtype."""
     wide, own = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
     return runs_of(wide, own, subject.dtype, x, dy, look=look)
 
@@ -60,7 +60,7 @@ def runs_of(
 
     The first draw is `own`, the reference in that dtype, which may happen to have almost no rounding error. The other
     draws are the reference in float64 with every input moved by up to half a unit in the last place of `dtype`, as
-    rounding might move it; `wide` retains the moved tensors. look: may change the layer that it observes.
+    rounding might move it. Afterwards `wide` holds the moved tensors. look: may change the layer that it observes.
     """
     held = [(t, t.detach().clone()) for t in (*wide.layer.parameters(), *wide.layer.buffers()) if t.is_floating_point()]
     exactly = cast(x, "float64"), dy.double()

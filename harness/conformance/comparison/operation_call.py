@@ -66,7 +66,7 @@ def forward(
 
 
 def backward(y: Tensor, leaves: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
-    """Send a random gradient backward from `y`; map `grad <name>` to the gradient of each leaf, zeros if it has none."""
+    """Run backward from `y` with a random gradient. Map `grad <name>` to the gradient of each leaf, zeros if it has none."""
     dy = torch.randn(y.shape, generator=case.generator(salt=3), dtype=torch.float64)
     y.backward(dy.to(y.device, y.dtype))
     return {f"grad {n}": torch.zeros_like(t) if t.grad is None else t.grad for n, t in leaves.items()}
@@ -80,12 +80,12 @@ def gradients(
 
 
 def map_tensors(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
-    """Return arguments with `change` applied to every tensor except single numbers."""
+    """Return arguments with `change` applied to every tensor that is not 0-d."""
     return mapped(value, lambda one: change(one) if isinstance(one, Tensor) and one.dim() else one)
 
 
 def map_floats(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
-    """Return arguments with `change` applied to every floating-point tensor except single numbers."""
+    """Return arguments with `change` applied to every floating-point tensor that is not 0-d."""
 
     def one(it: object) -> object:
         return change(it) if isinstance(it, Tensor) and it.is_floating_point() and it.dim() else it
@@ -117,7 +117,7 @@ def _reference(subject: OperationSubject, arguments: Arguments) -> dict[str, Ten
 
 
 def finite(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Separate finite values from the positions of NaN and infinity, so that NaN in the same place compares as equal."""
+    """Replace NaN and infinity by 0 and add tensors that mark their places, so that NaN compares as equal to NaN."""
     finite = {name: t.detach().nan_to_num(0.0, 0.0, 0.0) for name, t in named.items()}
     how = {f"{n}, NaN or infinite": t.isnan() + 2 * t.isposinf() + 3 * t.isneginf() for n, t in named.items()}
     return finite | how

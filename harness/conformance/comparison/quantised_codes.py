@@ -17,7 +17,7 @@ Kind = Literal["normal", "levels", "ties", "zeros", "zero-blocks", "scales", "ti
 FiniteKind = Literal["normal", "levels", "zeros", "zero-blocks", "scales"]
 """Kinds of values that every dtype can represent after decoding."""
 UNCOMPARED = -1.0
-"""Value that replaces an absmax that is not compared, on both sides. A real absmax is never negative."""
+"""Value that replaces, on both sides, an absmax that is not compared. A real absmax is never negative."""
 
 
 def values(
@@ -32,7 +32,7 @@ def values(
     """
     drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
     if not drawn.numel():
-        return drawn.to(dtype)  # every kind is the same
+        return drawn.to(dtype)  # without elements, all kinds are equal
     flat = drawn.flatten()
     numel, number = flat.numel(), torch.arange(flat.numel())
     if kind in ("levels", "ties"):
@@ -85,7 +85,7 @@ def judge_codes(
 
 
 class FourBit:
-    """Arguments, references and the judgement of codes for the two Operations of a 4-bit format.
+    """Arguments, references and judgement of codes for both Operations of a 4-bit format: to quantise, and to decode.
 
     form: the module reference.operations.nf4 or fp4.
     """

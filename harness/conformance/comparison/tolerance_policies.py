@@ -63,9 +63,9 @@ def noise_floor(
     counts, and no more draws are made once the judgement passes. Three errors of each tensor must stay within a
     multiple of the reference's own errors plus a floor in units of eps: the relative Frobenius norm of the difference;
     the largest element of the difference, relative to the root mean square, which reveals one wrong element among many;
-    and the projection of the difference on the truth, which reveals a slightly wrong factor, as rounding does not cause
-    it. Missing or surplus tensors fail. A tensor is not judged if the reference itself may lose more than the share
-    CEILING of it.
+    and the projection of the difference on the truth, which reveals a slightly wrong factor, because rounding hardly
+    changes it. Missing or surplus tensors fail. A tensor is not judged if the reference's own error may exceed the share
+    CEILING of the tensor.
     """
     policy = f"noise-floor: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
     if odd := sorted(set(subject) ^ set(truth)):
@@ -200,7 +200,10 @@ def exact(subject: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Judg
 
 
 def worst_of(judged: list[Judgement], policy: str) -> Judgement:
-    """Return the judgement that uses most of its allowance, with the non-finite elements of all; a failure for none."""
+    """Return the judgement that uses most of its allowance, with the total of non-finite elements.
+
+    An undecided judgement counts only if all are undecided. Without any judgement, the result is a failure.
+    """
     if not judged:
         return Judgement(False, None, None, "", "nothing was observed", policy, 0)
     worst = max([j for j in judged if j.decided] or judged, key=lambda j: (not j.passed, j.ratio))
@@ -216,7 +219,7 @@ def perturbed(value: Tensor, dtype: str, generator: torch.Generator) -> Tensor:
 
 
 def rows_within(value: Tensor, truth: Tensor, draws: Iterable[Tensor], dtype: str) -> Tensor:
-    """Return a mask (T,) of the rows of `value` (T, E) within the noise floor of `truth`. draws: as `rounded` there."""
+    """Return a mask (T,) of the rows of `value` (T, E) within the noise floor of `truth`. draws: see `noise_floor`."""
 
     def off(some: Tensor) -> Tensor:
         difference: Tensor = torch.linalg.vector_norm(some.detach().double() - truth.double(), dim=-1)
@@ -271,7 +274,7 @@ class _Error:
 def _incomparable(name: str, value: Tensor, truth: Tensor, policy: str, undecided: bool = False) -> Judgement | None:
     """Return a failure for a tensor with a wrong shape or with elements that are not finite; otherwise None.
 
-    undecided: whether the reference in this dtype is itself too inaccurate; where it overflows, it may be infinite.
+    undecided: True if the reference itself is too inaccurate in this dtype. If it overflows, the subject may be infinite.
     """
     if value.shape != truth.shape:
         shapes = f"shape {tuple(value.shape)}, should be {tuple(truth.shape)}"
@@ -283,7 +286,10 @@ def _incomparable(name: str, value: Tensor, truth: Tensor, policy: str, undecide
 
 
 def _with_worst_element(judgement: Judgement, subject: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Judgement:
-    """Return the judgement with the worst element of its tensor: finding it for every tensor would take too long."""
+    """Describe the worst element of the judgement's tensor in the judgement, and return it.
+
+    Describing the worst element of every tensor would take too long.
+    """
     if judgement.worst or judgement.tensor not in truth:
         return judgement
     return replace(judgement, worst=_describe_worst_element(subject[judgement.tensor], truth[judgement.tensor]))

@@ -27,15 +27,15 @@ def one_by_one(model: Any, dtype: torch.dtype) -> None:
 
 
 def reference(subject: Subject, dtype: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return the model before attaching, in `dtype` and with the reference's layers, and its trainable tensors by name.
+    """Return a copy of the original model in `dtype` with the reference's layers, and its trainable tensors by name.
 
-    A comparison with it therefore reveals changes that the implementation makes outside its layers. Raises ValueError
+    A comparison with this copy also reveals changes that the implementation makes outside its layers. Raises ValueError
     if there is no copy of the original.
     """
     if subject.original.model is None:
         raise ValueError("the model was too large to be copied before attaching")
     model = copied(subject.original.model, DTYPES[dtype])
-    if not subject.added():  # full fine-tuning: what trains is the model itself
+    if not subject.added():  # full fine-tuning trains the model itself
         named = dict(model.named_parameters(remove_duplicate=False))
         tensors: dict[str, Tensor] = {name: named[name] for name in subject.adapted.tensors()}
         for tensor in tensors.values():
@@ -51,7 +51,7 @@ def reference(subject: Subject, dtype: str) -> tuple[nn.Module, dict[str, Tensor
 
 
 def base(subject: Subject, dtype: str) -> nn.Module:
-    """Return the model before attaching in `dtype`, in eval mode; a packed base is decoded.
+    """Return a copy of the model before attaching, in `dtype` and in eval mode, with a packed base decoded.
 
     Raises ValueError if there is no copy of the original.
     """
@@ -64,7 +64,7 @@ def base(subject: Subject, dtype: str) -> nn.Module:
 
 
 def start(subject: Subject, dtype: str) -> nn.Module:
-    """Return the model before attaching in `dtype` with the reference attached, at the reference's own start."""
+    """Return the result of `base` with the reference attached, at the reference's own start."""
     model = base(subject, dtype)
     attach_reference(subject.method, model, subject.config, None, torch.Generator().manual_seed(0))
     return model.eval()

@@ -22,7 +22,7 @@ def every_pair(levels: Mapping[str, Sequence[Any]]) -> list[Pair]:
 
 
 def every_level(levels: Mapping[str, Sequence[Any]], beside: str) -> list[Pair]:
-    """List every level of every factor but `beside`, the last one, each paired with the first level of `beside`."""
+    """Pair every level of every other factor with the first level of `beside`, the last factor; list the pairs."""
     return [((name, i), (beside, 0)) for name in levels if name != beside for i in range(len(levels[name]))]
 
 
@@ -34,9 +34,9 @@ def covering(
 ) -> list[Row]:
     """Return rows that contain the wanted pairs of levels, as far as valid rows contain these pairs.
 
-    The result is deterministic. Each row begins with a missing pair and takes, for every other factor, the level that
-    adds most missing pairs. valid: returns whether a row of values can be tried. given: rows whose pairs are covered
-    already.
+    The result is deterministic. Each row begins with a pair that is still missing. For every other factor, the row takes
+    the level that adds most missing pairs. valid: returns whether the values of a row can be tried. given: rows that exist
+    already, so that the result need not contain their pairs.
     """
     names = list(levels)
     missing = dict.fromkeys(wanted)
@@ -55,7 +55,9 @@ def covering(
 
 
 def _completed(pair: Pair, missing: Mapping[Pair, None], levels: Mapping[str, Sequence[Any]]) -> Iterator[Row]:
-    """Yield rows with the pair: first the row that covers most, then rows with one factor changed, then plainer rows."""
+    """Yield rows with `pair`: first the row that covers most missing pairs, then this row with one factor changed, then
+    ever plainer rows.
+    """
     row = dict(pair)
     for name in levels:
         if name not in row:

@@ -24,7 +24,7 @@ LARGEST_SIZE = 160
 LENGTHS = tuple(range(1, 13))
 """Possible lengths of drawn lists, such as lists of sequences or of adapters."""
 _KEY = 2**31
-"""A whole number whose maximum is at least this is a key or a seed, not a size."""
+"""An integer setting with a maximum of at least this number is a key or a seed, not a size."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Factor:
     """True if an implementation may support the first level only."""
 
     def within(self, least: float | None, most: float | None) -> Factor:
-        """Return the factor with narrower bounds; levels outside become the nearest bound."""
+        """Return the factor with narrower bounds; a level outside them is replaced by the nearest bound."""
         low = self.least if least is None else least
         high = self.most if most is None else most
         levels = dict.fromkeys(type(v)(min(max(v, low or 0), math.inf if high is None else high)) for v in self.levels)

@@ -33,7 +33,7 @@ _LEAST_SIDE = 8
 _TOKENS = Factor((9, 1, 515), least=1, most=600)
 _MAGNITUDES = Factor(get_args(Magnitude)[:4])
 _SIZES = ("sides", "tokens", "model", "magnitude")
-"""Names of the factors for a layer's size and input, of which an implementation must support every level."""
+"""Factors of a layer's size and input. An implementation must support every level of them."""
 
 
 def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> Iterator[AnyCase]:

@@ -48,10 +48,11 @@ def search(
     run_case: Callable[[AnyCase], Iterable[CheckOutcome]],
     name: str,
 ) -> list[CheckOutcome]:
-    """Try `wanted.drawn` random cases and return their outcomes; of a failing case, only those of the shrunk case.
+    """Try `wanted.drawn` random cases, and shrink each failure to its smallest case.
 
-    `wanted.seed` decides the cases. Earlier failures, stored in the cache under `name`, are tried first. A failure that
-    a known defect explains is not shrunk, and the search goes on.
+    Returns the outcomes of all cases before the first failure, and of the smallest cases. `wanted.seed` decides the cases.
+    Earlier failures, stored in the cache under `name`, are tried first. A failure that a known defect explains is not
+    shrunk, and the search goes on.
     """
     outcomes: list[CheckOutcome] = []
     smallest: dict[str, list[CheckOutcome]] = {}
@@ -74,7 +75,7 @@ def search(
         if failed:
             smallest[failed[0].check] = tried
             raise _failure_of(failed[0].check)(str(case))
-        if not smallest:  # after a failure, cases are steps of the shrinking
+        if not smallest:  # after a failure, cases may be steps of the shrinking
             outcomes.extend(tried)
 
     try:

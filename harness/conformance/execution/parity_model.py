@@ -46,7 +46,7 @@ class ParityModel(nn.Module):
         self.x = _input(kind, D, generator, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x through the three layers."""
+        """Return the output of the whole model for x."""
         y: Tensor
         if self.kind == "embedding":
             y = self.other(self.first(x) + self.second(x))
@@ -61,7 +61,7 @@ class ParityModel(nn.Module):
 
 
 def is_built(kind: Kind, form: ModelForm) -> bool:
-    """Return whether a model of this form exists for this kind of layer; layers of features have all forms."""
+    """Return whether a model of this form exists for this kind of layer. Only linear layers and Conv1D have all forms."""
     return form == "plain" or kind in ("linear", "conv1d")
 
 
@@ -80,7 +80,7 @@ def _layers(kind: Kind, D: int, E: int) -> tuple[nn.Module, nn.Module, nn.Module
 
 
 def _channels(features: int) -> int:
-    """Return a number of channels in place of `features`; with a kernel of 3 x 3 they are about as many numbers."""
+    """Return the number of channels that replaces `features`: a 3 x 3 kernel then reads about `features` numbers."""
     return max(2, features // 9)
 
 

@@ -98,7 +98,7 @@ def run_case(
 
 @dataclasses.dataclass(frozen=True)
 class CaseRunner:
-    """Runs the checks of one case of an implementation; an exception in one is a finding about the implementation."""
+    """Runs the checks of one case of an implementation; an exception in a check is a finding about the implementation."""
 
     implementation: Implementation
     case: str

@@ -37,13 +37,13 @@ class CheckFindings:
 
     tried: list[CheckOutcome] = field(default_factory=list)
     missing: dict[Target, str] = field(default_factory=dict)
-    """Target -> the reason why it cannot run here: it needs a module that is not installed."""
+    """Target -> reason why it cannot run here: a module is not installed."""
     left: list[Target] = field(default_factory=list)
     """Targets that have not ended, because the run was interrupted."""
 
     @property
     def not_tried(self) -> set[Target]:
-        """Targets without a complete set of findings."""
+        """The targets that could not run here, or had not ended when the run was interrupted."""
         return {*self.missing, *self.left}
 
 

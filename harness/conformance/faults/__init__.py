@@ -1,7 +1,7 @@
 """Planted faults: copies of the reference with one mistake each, which the checks must notice (`check --self-test`).
 
-There is one file per Method, base or group of Operations. Most faults replace code. They are rows of their file's table
-`FAULTS`, formatted by hand so that the wrong code is next to the right code:
+There is one file per Method, base or group of Operations. Most faults replace code lines. Such a fault is a row of the table
+`FAULTS` in its file. The table is formatted by hand, so that the wrong code is next to the right code:
 
     line_fault("dora", "does_not_detach_the_norm", ["gradient"],
         "norm.detach() if self.detach_norm else norm", "norm", values={"rank": 3, "alpha": 8.0}),
@@ -71,7 +71,7 @@ class Fault:
     spoil: Spoil
     """Makes the mistake in a copy of the target's source."""
     expected: tuple[str, ...]
-    """Checks that must catch it."""
+    """Checks that must catch the fault."""
     case: FaultCase
 
 
@@ -115,7 +115,7 @@ def line_fault(target: str, name: str, expected: Collection[str], *lines: str, f
 def planted(target: str, *expected: str, **case: Any) -> Callable[[Spoil], Fault]:
     """Return a decorator that makes a function a fault of `target`.
 
-    expected: checks that must catch it. case: fields of the FaultCase that differ from the default.
+    expected: checks that must catch the fault. case: fields of the FaultCase that differ from the default.
     """
 
     def wrap(spoil: Spoil) -> Fault:

@@ -31,14 +31,14 @@ def leaves_a_column_unwritten(copy: PatchedCopy) -> None:
 
 
 def unwritten(like: Tensor) -> Tensor:
-    """Return zeros; where torch fills fresh memory with NaN, return NaN, as a buffer that is never written would have."""
+    """Return zeros, or NaN while torch fills fresh memory with NaN, as a buffer that is never written would have."""
     fresh = torch.empty_like(like)
     return torch.where(fresh.isnan(), fresh, 0.0)
 
 
 @planted_in_methods("model")
 def passes_a_gradient_only_behind_another_layer(copy: PatchedCopy) -> None:
-    """Take an input that needs no gradient, which the first layer of a model gets, as a sign of inference."""
+    """Treat an input that needs no gradient as a sign of inference. In training, the first layer gets such an input."""
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         with torch.set_grad_enabled(x.requires_grad):
@@ -49,7 +49,7 @@ def passes_a_gradient_only_behind_another_layer(copy: PatchedCopy) -> None:
 
 @planted_in_methods("save")
 def computes_differently_at_its_first_use(copy: PatchedCopy) -> None:
-    """Compute differently at the first use, a state that no checkpoint contains."""
+    """Compute something else at the first call. No checkpoint contains the number of calls."""
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         layer.used = getattr(layer, "used", 0) + 1

@@ -32,7 +32,7 @@ FAULTS = [
     _lora_drop("drops_without_scaling_up", ["outputs", "backward"],
         _LORA_DOWN, "h_TR = (x_TD * (self.dropout.mask != 0)) @ self.A.T"),
     _lora_drop("ignores_the_mask", ["outputs", "backward"], _LORA_DOWN, "h_TR = x_TD @ self.A.T"),
-    # Compute the right output, but the gradient of x through the update without dropout.
+    # Compute the right output, but leave dropout out of the gradient of x through the update.
     _lora_drop("forgets_the_mask_in_the_backward_pass", ["backward"],
         _LORA_DOWN, "h_TR = (x_TD + (self.dropout(x_TD) - x_TD).detach()) @ self.A.T"),
     _lora("scales_forward_only", ["backward"],

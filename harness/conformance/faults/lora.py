@@ -166,7 +166,7 @@ def forgets_to_unmerge(copy: PatchedCopy) -> None:
 
 @planted("lora", "save", values=_USUAL)
 def has_state_that_is_not_saved(copy: PatchedCopy) -> None:
-    """Derive the scaling from B at the first use, a state that no checkpoint contains."""
+    """Leave out the update at the first call, unless B is zero. No checkpoint contains the number of calls."""
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         layer.calls = getattr(layer, "calls", 0) + 1

@@ -60,7 +60,7 @@ def saves_every_input_in_one_buffer(copy: PatchedCopy) -> None:
 
 
 def _write_into_buffer(layer: Any, name: str, value: Tensor) -> Tensor:
-    """Copy `value` into the layer's buffer `name`, which all calls of one shape share; return the buffer."""
+    """Copy `value` into the layer's buffer `name`, which all calls of one shape share, and return the buffer."""
     buffer: Tensor | None = vars(layer).get(name)
     if buffer is None or buffer.shape != value.shape:
         vars(layer)[name] = buffer = torch.empty_like(value).detach()

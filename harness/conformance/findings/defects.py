@@ -1,9 +1,9 @@
 """Known defects of libraries, read from a file. No torch.
 
 An entry explains a failure if it names the check and the case, and the failure looks as the entry describes. Such a
-failure counts as a known defect. If the cases of an entry were tried with a version in its range, and the entry
-explains nothing, that is a failure itself: the library was fixed, or the check no longer sees the defect. The same
-applies to each check that an entry names.
+failure counts as a known defect. If the cases of an entry were tried with a version in its range, but the defect did not
+show, the run fails: the library was fixed, or the check no longer sees the defect. The same applies to each check that an
+entry names.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Defect(FrozenModel):
         return value
 
     def matches(self, tried: CheckOutcome, pattern: str = "") -> bool:
-        """Return whether the defect should show in this outcome. pattern: pattern in `checks` to match; by default any."""
+        """Return whether the defect should show in this outcome. pattern: the one of `checks` to match; by default any."""
         return (
             tried.implementation == self.implementation
             and self.target in ("", tried.target)

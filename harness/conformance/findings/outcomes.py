@@ -20,7 +20,7 @@ class CheckStatus(StrEnum):
 
 
 class Execution(StrEnum):
-    """End of a check's run."""
+    """How the run of a check ended."""
 
     COMPLETED = "completed"
     UNSUPPORTED = "unsupported"

@@ -77,8 +77,8 @@ def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, s
 
 
 def judge_both(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge every code by the float64 moment; where this is within a few roundings of the middle of two levels, either
-    level is right.
+    """Judge every code by the float64 moment. If the moment is within a few roundings of the middle of two levels, both
+    levels are right.
     """
     judged, details = [], []
     for name, signed in (("m", True), ("v", False)):
@@ -102,7 +102,7 @@ def _largest(value: Tensor) -> Tensor:
 
 
 def near_middle(value: Tensor, absmax: Tensor, reach: Tensor, levels: Tensor) -> Tensor:
-    """Return a mask of the elements within `reach` of the middle of two levels, which are scaled by the block's absmax."""
+    """Return a mask of the elements within `reach` of the middle of two levels. Levels are scaled by the block's absmax."""
     scale = absmax.repeat_interleave(adamw8bit.BLOCK)[: value.numel()]
     middles = (levels[:-1] + levels[1:]) / 2
     scaled = torch.where(scale == 0, 0.0, value / scale)

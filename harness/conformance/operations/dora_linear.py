@@ -14,8 +14,8 @@ from reference import dora
 
 Kind = Literal["normal", "zero-rows", "cancelled"]
 _LEFT = 1 / 16
-"""Share that remains of an update that W almost cancels. A smaller remainder has no direction after rounding in 16
-bits. With a larger one, a norm computed from products of W, A and B instead of V would pass."""
+"""Share of the update that remains where W almost cancels it. A smaller remainder has no direction after rounding to 16
+bits. With a larger one, an inaccurate norm (from products of W, A and B instead of V) would pass."""
 
 
 def arguments(
@@ -32,9 +32,9 @@ def arguments(
 ) -> Arguments:
     """Draw the arguments of one call. shape: (E, D); rows: the leading dimensions of x; dropout: 0 gives no mask.
 
-    kind: decides every fourth row of V = W + scaling B A: it is like the others (`normal`), or it is zero in V, W and
-    B, as in published weights, or W cancels all but a sixteenth of the update. m is noise of either sign, unlike DoRA's
-    start.
+    kind: form of every fourth row of V = W + scaling B A. `normal`: like the other rows. `zero-rows`: zero in W and B, as
+    in published weights. `cancelled`: W cancels all but a sixteenth of the update. Unlike at DoRA's start, m is noise of
+    either sign.
     """
     W = draw(generator, torch.float64, *shape, spread=shape[1] ** -0.5)
     A, B = draw_low_rank(torch.float64, generator, shape, rank).values()

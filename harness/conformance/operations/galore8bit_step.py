@@ -56,7 +56,7 @@ def reference(
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge W and every absmax by the noise floor of the gradient's dtype, which is also that of the projected gradient."""
+    """Judge W and every absmax by the noise floor of the gradient's dtype, which is also the dtype of the projected one."""
     dtype = given["W"].dtype
     own = next(name for name, one in DTYPES.items() if one == dtype)
     # A float64 step also stores its constants in float32.
@@ -101,7 +101,7 @@ def judge_codes_of_moments(outputs: Mapping[str, Tensor], given: Arguments) -> t
 
 
 def _repeat_blocks(numbers: Tensor, value: Tensor) -> Tensor:
-    """Return the number of each block, repeated for each element of the block."""
+    """Return `numbers`, one per block, with each repeated for the elements of its block in `value`."""
     return numbers.repeat_interleave(adamw8bit.BLOCK)[: value.numel()]
 
 
@@ -111,7 +111,9 @@ def _largest(value: Tensor) -> Tensor:
 
 
 def _parts(given: Arguments, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return, flat and in float64: beta x the moment, (1 - beta) x R or R^2, and a bound on its rounding error, in eps.
+    """Return beta x the moment, (1 - beta) x R (or R^2 for V), and a bound on the latter's rounding error in units of eps.
+
+    All three are flat and in float64.
 
     |P|^T |G| |Q| bounds the rounding error of R, and 2 |R| times this bounds the rounding error of R^2.
     """

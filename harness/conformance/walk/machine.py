@@ -70,7 +70,7 @@ def walk(make: Callable[[], Worlds], walks: int, number: int) -> WalkFailedError
         run_state_machine_as_test(seed(number)(Walk), settings=chosen)
     except WalkFailedError as failure:
         return failure
-    except FlakyFailure as flaky:  # a rule fails at some calls only
+    except FlakyFailure as flaky:  # a rule fails at only some calls
         failed = [one for one in flaky.exceptions if isinstance(one, WalkFailedError)]
         if not failed:
             raise

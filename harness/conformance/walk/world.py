@@ -32,7 +32,7 @@ class World:
     forward: Forward
     """Runs a model on the inputs of the walk."""
     may_train: bool
-    """Whether training mode computes the same as eval mode, as it does without dropout."""
+    """Whether the model may be in training mode: without dropout, it computes the same as in eval mode."""
 
     def __post_init__(self) -> None:
         self.optimizer = self._new_optimizer()
@@ -51,7 +51,7 @@ class World:
             y.backward(incoming(y, seed))
 
     def step(self) -> None:
-        """Add the Method's own term of the loss, take an optimizer step, and do the Method's work after it."""
+        """Add the gradients of the Method's own loss term, take an optimizer step, and do the Method's work after it."""
         term = self.adapted.regularizer()
         if term is not None:
             term.backward()
@@ -66,7 +66,7 @@ class World:
             group["lr"] *= factor
 
     def owns_tensors(self) -> bool:
-        """Return whether the trained tensors are parameters of the model; an adapter of hooks holds them elsewhere."""
+        """Return whether the trained tensors are parameters of the model, rather than tensors that hooks hold."""
         return {id(t) for t in self.adapted.parameters()} <= {id(p) for p in self.model.parameters()}
 
     def deepcopy(self) -> None:
