@@ -19,7 +19,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def handle_termination() -> Iterator[None]:
-    """Raise Terminated in the block on the first SIGTERM or SIGHUP. Ignore further ones, so that the cleanup completes.
+    """Raise Terminated in the block on the first SIGTERM or SIGHUP; ignore further signals, so that cleanup completes.
 
     A signal that was ignored before the block stays ignored, as `nohup` requires.
     """
