@@ -1,4 +1,4 @@
-"""Measured rates of the machine: of a copy, and of a matrix product in a dtype."""
+"""Measure two rates of the machine: of a copy, and of a matrix product in a dtype."""
 
 from __future__ import annotations
 

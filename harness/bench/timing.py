@@ -20,9 +20,9 @@ SIDES: tuple[Side, Side] = ("ours", "other")
 WARMUP = 3
 """Calls before the samples."""
 LEAST_S = 0.005
-"""Shortest duration of a sample on a CPU; the sample is the mean of the calls in it."""
+"""Shortest duration of a sample on a CPU. A sample repeats a short call, and is the mean time of the calls."""
 MOST_CALLS = 1000
-"""Most calls in a sample."""
+"""Largest number of calls in a sample."""
 FLUSH_B = 256 * 2**20
 """Bytes written to flush the L2 cache: more than any L2 cache holds."""
 HEAD_START = 2_000_000
@@ -48,7 +48,7 @@ class Clock:
         return (time.perf_counter() - started) / calls
 
     def calls(self, seconds: float) -> int:
-        """Return the calls per sample for a call of this many seconds."""
+        """Return the number of calls per sample for a call that takes `seconds`."""
         return 1 if self.on_gpu else max(1, min(MOST_CALLS, math.ceil(LEAST_S / max(seconds, 1e-9))))
 
     def _event(self, run: Run, flush: torch.Tensor) -> float:
@@ -66,7 +66,7 @@ class Clock:
 def alternate(count: int) -> Iterator[tuple[Side, Side]]:
     """Yield the order of the sides in each pair: A B, B A, A B ..., a random side first.
 
-    Python's garbage collector is off meanwhile.
+    Python's garbage collector is off until the last pair is done.
     """
     order = SIDES if random.random() < 0.5 else SIDES[::-1]  # noqa: S311
     gc.collect()
