@@ -95,7 +95,7 @@ def galore_step_8bit(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple
 
 
 def _without_cuda() -> Any:
-    """Return a context in which `torch.cuda.synchronize` does nothing without CUDA, as GaLoreAdamW8bit always calls it."""
+    """Return a context in which `torch.cuda.synchronize`, which GaLoreAdamW8bit calls, does not raise without CUDA."""
     import torch
 
     return nullcontext() if torch.cuda.is_available() else patch("torch.cuda.synchronize")
