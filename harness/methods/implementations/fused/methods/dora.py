@@ -30,7 +30,7 @@ from reference.shared.layers import dense_weight
 
 
 class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
-    """DoRA's layer. `dora_linear` computes it over a dense base; over the fused NF4, the gain follows one product.
+    """DoRA's layer. Over a dense base, `dora_linear` computes it; over the fused NF4, one product and then `gained`.
 
     Unlike the reference, the layer saves no decoded copy of a 4-bit weight for the backward pass.
     """
