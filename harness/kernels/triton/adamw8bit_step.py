@@ -74,7 +74,7 @@ def adamw8bit_step(
 def adamw8bit_step_(
     p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, **options: Any
 ) -> None:
-    """Take step number `step`, from 1, in place.
+    """Take step number `step`, in place. The first step is 1.
 
     p, g: one shape, float32, bfloat16 or float16. m, v: uint8 codes of the signed and of the unsigned dynamic map, one
     per element; m_absmax, v_absmax: float32, one per block of 256. options: step, lr, betas, eps, weight_decay. The

@@ -45,7 +45,7 @@ class Launch:
         )  # fmt: skip
 
     def specimen(self, name: str, kind: Kind | None = None, *, oldest: int = 80) -> Specimen:
-        """Return the instance that this launch compiles: Triton specialises on 1, None and multiples of 16.
+        """Return the Specimen that this launch compiles. Triton specialises on 1, None and multiples of 16.
 
         kind: by default `gemm` for a kernel with 16-bit tensors, else `other`, since no matrix unit multiplies float32.
         """
