@@ -11,9 +11,9 @@ TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Terminated(KeyboardInterrupt):
-    """A signal requests the end of this process. The text is the name of the signal.
+    """Raised when a signal requests the end of this process. The text is the name of the signal.
 
-    It is a KeyboardInterrupt, so that the same handlers catch Ctrl-C and signals.
+    The class is a KeyboardInterrupt, so that the same handlers catch Ctrl-C and signals.
     """
 
 

@@ -118,7 +118,7 @@ def _failure(worker: Subprocess, *, done: bool) -> str:
 
 
 def _left_behind(worker: Subprocess, watcher: int, token: str) -> list[str]:
-    """Name the processes that were started by a worker and still run `_GRACE_S` seconds after it."""
+    """Name the processes that were started by a worker and still run `_GRACE_S` seconds after its end."""
     deadline = time.monotonic() + _GRACE_S
     while names := [n for one in _marked(token) if one.pid not in (worker.pid, watcher) for n in _name(one)]:
         if time.monotonic() > deadline:
