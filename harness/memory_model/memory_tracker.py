@@ -1,8 +1,8 @@
 """Count the bytes of existing tensors while a program runs on fake tensors.
 
-A cache stores the outputs of operations, because torch would take several times as long to compute them, and a step repeats
-the same operations for every block and every trainable tensor. Entries describe shapes and hold no tensors, so that no
-tensor lives longer than without the cache.
+A step repeats the same operations for every block and every trainable tensor. So a cache stores descriptions of the
+outputs, because torch would take several times as long to compute each output again. The cache holds no tensors, so
+that no tensor lives longer than without the cache.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class MemoryTracker(TorchDispatchMode):
         self.fake, self._engine_refs = FakeTensorMode(allow_non_fake_inputs=True), _engine_refs()
         self.now, self.stage = 0, ""
         self.attaching = True
-        """Whether new filled tensors (`torch.zeros`) are weights or states. These are fake even if they are small."""
+        """True before the step: new filled tensors (`torch.zeros`) are then weights or states, and fake even if small."""
         self.peaks: dict[str, int] = defaultdict(int)
         """Name of a stage -> its highest number of bytes."""
         self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
