@@ -28,9 +28,9 @@ from harness.errors import Unsupported, plural
 from harness.methods.registry import Implementation
 
 CHECKS = ("outputs", "output_codes")
-"""Checks that a timed call must pass if the Operation's parity suite has them."""
+"""Names of the checks that a timed call must pass, if the Operation's parity suite has them."""
 GRADIENT = "backward"
-"""Check that a timed backward pass must pass too."""
+"""Name of the check that a timed backward pass must pass in addition."""
 OVERHEAD_CALLS = 5
 """Number of calls of tiny size. Their median time is the overhead of a call."""
 

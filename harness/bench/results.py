@@ -75,7 +75,7 @@ class BenchRow(FrozenModel):
     judged: str = ""
     """The size on which parity was judged, if smaller than the timed size."""
     parity: list[CheckOutcome] = Field(default=[])
-    """Every check that had to pass."""
+    """Results of all checks that had to pass."""
     samples: Samples | None = None
     ceilings: Ceilings | None = None
     bytes: float | None = None

@@ -70,8 +70,8 @@ def row(
 def memory(setting: StepSetting, implementation: Implementation, packer: str = "") -> dict[str, int]:
     """Return the memory of this process in bytes, by name.
 
-    `peak_B` is the peak during a few steps, `rest_B` the memory before these steps, and `bare_B` the memory before the
-    model, used by imported libraries.
+    `peak_B` is the peak during a few steps, `rest_B` the memory before these steps, and `bare_B` the memory that
+    imported libraries use before the model is built.
     """
     import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -94,7 +94,7 @@ def memory(setting: StepSetting, implementation: Implementation, packer: str = "
 
 
 class _Galore:
-    """One weight with GaLore's optimizer; its gradients are the same for every implementation."""
+    """One weight with GaLore's optimizer. The gradients are the same for every implementation."""
 
     def __init__(self, setting: StepSetting, implementation: Implementation, weight: Tensor) -> None:
         step = setting.step
@@ -128,7 +128,7 @@ class _Galore:
 
 
 class _Products:
-    """The two products that every step of GaLore on a square weight needs, with the same gradients."""
+    """Computes only the two products that every GaLore step on a square weight needs, from the same gradients."""
 
     def __init__(self, like: _Galore) -> None:
         self.weight, self.like = like.weight.detach().clone(), like

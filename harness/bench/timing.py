@@ -26,12 +26,12 @@ MOST_CALLS = 1000
 FLUSH_B = 256 * 2**20
 """Bytes written to flush the L2 cache: more than any L2 cache holds."""
 HEAD_START = 2_000_000
-"""Cycles, about a millisecond, that the GPU waits before a timed call while the host queues it. Queueing takes up to half of
-this time, longer than flushing the cache; without the wait a small call would be timed by the host's speed."""
+"""Cycles, about a millisecond, that the GPU waits before a timed call while the host queues it. Queueing takes up to
+half of this time, which is longer than flushing the cache. Without the wait, a small call would take the host's time."""
 
 
 class Clock:
-    """Timer of calls on a device. CUDA events time each call on a GPU, with a cold L2 cache; the wall clock on a CPU."""
+    """Timer of calls. On a GPU, CUDA events time each call with a cold L2 cache. On a CPU, the wall clock is used."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -64,7 +64,7 @@ class Clock:
 
 
 def alternate(count: int) -> Iterator[tuple[Side, Side]]:
-    """Yield the order of the sides in each pair: A B, B A, A B ..., a random side first.
+    """Yield the order of the sides in each pair: A B, B A, A B ... Which side is A is random.
 
     Python's garbage collector is off until the last pair is done.
     """
@@ -85,8 +85,8 @@ def pairs(
 ) -> Samples:  # fmt: skip
     """Return `count` pairs of samples, in seconds per call, timed in alternating order.
 
-    limit: a program timed once per pair, after both. overhead: copied into the result. single: one call per sample, even if
-    it is short.
+    limit: a program timed once per pair, after both. overhead: copied into the result. single: whether a sample is
+    one call even if the call is short.
     """
     runs = {"ours": ours, "other": other} | ({"limit": limit} if limit is not None else {})
     warmup = {name: [clock.sample(run) for _ in range(WARMUP)] for name, run in runs.items()}
