@@ -59,7 +59,7 @@ _HEADS = {"classifier", "score"}
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Config of this Method."""
+    """Config of the Method `peft`."""
 
     adapter_config: dict[str, Any]
     """Keys of an adapter_config.json, unchanged."""

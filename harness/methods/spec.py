@@ -33,7 +33,7 @@ TARGET_WORDS = frozenset({"attention", "all-linear"})
 """Words that a suite may write instead of a list of layers; `reference.shared.layers.WORDS` defines them."""
 
 FieldProblem = tuple[tuple[str | int, ...], str, str]
-"""Path of keys inside the value, description of the problem, hint."""
+"""A problem of a value: the path of keys inside the value, a description, and a hint."""
 
 
 class Adapted(Protocol):

@@ -74,7 +74,7 @@ def galore_step(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple[Tens
 def galore_step_8bit(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Take one step of GaLoreAdamW8bit with moments of fewer than 4096 elements, which GaLoreAdamW8bit stores in float32.
 
-    Returns W, M and V; the moments have the dtype of the given ones. Raises Unsupported for larger moments, which
+    Returns W, M and V, each moment in the dtype of its argument. Raises Unsupported for larger moments, which
     GaLoreAdamW8bit stores in 8 bits.
     """
     import torch

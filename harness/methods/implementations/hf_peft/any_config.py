@@ -79,7 +79,7 @@ def _gpu() -> bool:
 
 
 def _check_forward(model: Any) -> None:
-    """Run the model on two tokens, because peft raises an error only then if the model cannot use virtual tokens."""
+    """Run the model on two tokens. Only then does peft raise an error if the model cannot use virtual tokens."""
     import torch
 
     with torch.no_grad():

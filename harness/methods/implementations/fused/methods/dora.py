@@ -30,7 +30,7 @@ from reference.shared.layers import dense_weight
 
 
 class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
-    """DoRA's layer. Over a dense base, `dora_linear` computes it; over the fused NF4, one product and then `gained`.
+    """DoRA's layer, computed by `dora_linear` over a dense base, and by one product and `gained` over the fused NF4.
 
     Unlike the reference, the layer saves no decoded copy of a 4-bit weight for the backward pass.
     """

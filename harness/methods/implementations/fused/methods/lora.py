@@ -46,7 +46,7 @@ class FusedLoraLinear(FusedLowRankLayer, lora.LoraLinear):
 
 
 def attach(model: nn.Module, config: lora.Config, generator: torch.Generator) -> AdaptedLayers:
-    """Attach layers that compute by `lora_linear` to `config.targets`. Raises Unsupported unless all are linear."""
+    """Attach layers that compute by `lora_linear` to `config.targets`. Raises Unsupported unless these are linear."""
     adapted = lora.attach(model, config, generator)
     for path, layer in adapted.layers.items():
         if type(layer) is not lora.LoraLinear or not isinstance(layer.base, nn.Linear):
