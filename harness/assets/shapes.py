@@ -44,7 +44,7 @@ def presets() -> dict[str, Preset]:
 
 @functools.cache
 def preset(address: str) -> Preset | None:
-    """Return the preset of an address, or None: `llama-65b`, or `llama-65b/2-blocks` for its first two blocks."""
+    """Return the preset `llama-65b`, or its first two blocks for `llama-65b/2-blocks`; None for other addresses."""
     cut = _CUT.fullmatch(address)
     if cut is None or cut["name"] not in presets():
         return presets().get(address)

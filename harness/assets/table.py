@@ -218,7 +218,7 @@ def resolve(name: str, table: Mapping[str, Source], base: Path, kind: ModelKind 
 
 
 def with_absolute_path(source: Source, base: Path) -> Source:
-    """Return the source; if it is local, make its path, which starts from `base`, absolute."""
+    """Return the source. The path of a local source, which starts from `base`, is made absolute."""
     if source.scheme not in ("folder", "file", "shape") or shapes.preset(source.address):
         return source
     path = (base / resources.user_path(source.address)).resolve()
