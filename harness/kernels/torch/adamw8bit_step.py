@@ -66,9 +66,9 @@ def adamw8bit_step_(
 ) -> None:
     """Take step number `step`, in place. The first step is 1.
 
-    p, g: one shape, any floating dtype. m, v: uint8 codes, flat, one per element; m_absmax, v_absmax: float32, one per
-    block of 256. The step computes in float32 (float64 for float64) and rounds p once. Weight decay comes before the
-    update:
+    p, g: of one shape and any floating dtype. m, v: uint8 codes, flat, one per element; m_absmax, v_absmax: float32,
+    one per block of 256. The step computes in float32 (float64 for float64) and rounds p once. Weight decay comes
+    before the update:
 
         m = beta1 m + (1 - beta1) g       v = beta2 v + (1 - beta2) g^2
         p = (1 - lr weight_decay) p - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)

@@ -25,7 +25,10 @@ OVERSAMPLE = 10
 
 
 def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
-    """Return whether an (m, n) matrix is projected on the left and on the right. Raises ValueError for an unknown side."""
+    """Return two bools: whether an (m, n) matrix is projected on the left, and on the right.
+
+    Raises ValueError for an unknown side.
+    """
     rules = {
         "std": (m < n, m >= n),
         "reverse_std": (m >= n, m < n),

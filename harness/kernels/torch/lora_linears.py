@@ -21,13 +21,13 @@ class LoraFactors:
     """Factors of y = x W^T + bias + scaling (x A^T) B^T."""
 
     W: Tensor | PackedWeight
-    """(E, D), dense or in NF4."""
+    """Shape (E, D), dense or in NF4."""
     bias: Tensor | None
-    """(E,)."""
+    """Shape (E,)."""
     A: Tensor
-    """(R, D)."""
+    """Shape (R, D)."""
     B: Tensor
-    """(E, R)."""
+    """Shape (E, R)."""
     scaling: float
 
 

@@ -197,5 +197,5 @@ def _step(block: int, values: int, device: torch.device) -> int:
 
 
 def triton_block(block: int) -> bool:
-    """Return whether the Triton kernels support this block: a power of two from 32 on."""
+    """Return whether the Triton kernels support this block: a power of two of at least 32."""
     return block >= 32 and block & (block - 1) == 0

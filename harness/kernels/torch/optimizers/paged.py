@@ -93,14 +93,14 @@ def to_host(state: Tensor) -> Tensor:
 
 
 class Paged(torch.optim.Optimizer):
-    """Wrapper that pages the large states of an optimizer with per-parameter state; its steps are unchanged.
+    """Wrapper that pages the large states of an optimizer, and changes no result of its steps.
 
-    inner: the optimizer; groups and state are shared with it, and its hooks run once per parameter. It must not store
-    values in its groups or combine parameters (like LBFGS), and its parameters must be on one device. budget: bytes of
-    paged states on the device. Once all states exist, pages and slots take at most max(budget, largest page). A state
-    that is being made or loaded takes further memory, and states that `inner` already has stay on the device until this
-    wrapper takes them over. A budget below two pages allows one slot: copies and updates then do not overlap. Raises
-    ValueError for a negative budget.
+    inner: the optimizer. The wrapper shares its groups and its state, and its hooks run once per parameter. `inner`
+    must not store values in its groups or combine parameters (like LBFGS), and must have all parameters on one device.
+    budget: bytes of paged states on the device. Once all states exist, pages and slots take at most max(budget, largest
+    page). A state that is being made or loaded takes further memory, and states that `inner` already has stay on the
+    device until this wrapper takes them over. A budget below two pages allows one slot: copies and updates then do not
+    overlap. Raises ValueError for a negative budget.
 
     After each step that made states, the wrapper decides, in the order of the parameters, which pages stay on the
     device.

@@ -1,7 +1,7 @@
 """NF4 encoding and decoding of whole blocks as float32 expressions that inductor vectorises completely.
 
 Both values of a byte form one word of twice their width, so that loads and stores are contiguous. A level is found by 15
-selections instead of a look-up, which inductor does not vectorise.
+selections, because inductor does not vectorise look-ups.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*f
 
 
 def launch(kernel: Any, grid: tuple[int, ...], /, *positional: Any, **named: Any) -> None:
-    """Launch on the device of the first tensor among the arguments."""
+    """Launch the kernel on the device of the first tensor among the arguments."""
     first = next(one for one in (*positional, *named.values()) if isinstance(one, Tensor))
     with torch.cuda.device_of(first):
         kernel[grid](*positional, **named)
