@@ -34,7 +34,7 @@ _NAME = re.compile(r"lm-eval:(?P<task>[\w.+-]+)(?::(?P<filter>[\w.+-]+))?(?:@(?P
 
 @dataclass(frozen=True)
 class TaskFile:
-    """One of lm-eval's own tasks, called `lm-eval:TASK:FILTER@REVISION` in a suite. Filter and revision may be empty."""
+    """A task of lm-eval, called `lm-eval:TASK:FILTER@REVISION` in a suite. FILTER and REVISION may be empty."""
 
     task: str
     filter: str

@@ -27,7 +27,7 @@ FLUSH_B = 256 * 2**20
 """Bytes written to flush the L2 cache: more than any L2 cache holds."""
 HEAD_START = 2_000_000
 """Cycles, about a millisecond, that the GPU waits before a timed call while the host queues it. Queueing takes up to
-half of this time, which is longer than flushing the cache. Without the wait, a small call would take the host's time."""
+half of this time, which is longer than flushing the cache. Without it, a small call would take the host's time."""
 
 
 class Clock:

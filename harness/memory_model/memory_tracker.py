@@ -129,7 +129,7 @@ class MemoryTracker(TorchDispatchMode):
         self.fake, self._engine_refs = FakeTensorMode(allow_non_fake_inputs=True), _engine_refs()
         self.now, self.stage = 0, ""
         self.attaching = True
-        """True before the step: new filled tensors (`torch.zeros`) are then weights or states, and fake even if small."""
+        """True before the step. New filled tensors (`torch.zeros`) are then weights or states, so they are fake."""
         self.peaks: dict[str, int] = defaultdict(int)
         """Name of a stage -> its highest number of bytes."""
         self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}

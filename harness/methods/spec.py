@@ -211,7 +211,7 @@ def _is_spec(node: ast.Assign) -> bool:
 
 
 def _evaluated(node: ast.expr) -> Any:
-    """Return the value of an expression of literals and calls of the classes in `reference/spec.py`. Imports nothing."""
+    """Return the value of an expression of literals and calls of the classes in `reference/spec.py`, with no import."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _SPEC_CLASSES:
         arguments = {str(keyword.arg): _evaluated(keyword.value) for keyword in node.keywords}
         return _SPEC_CLASSES[node.func.id](*map(_evaluated, node.args), **arguments)

@@ -65,8 +65,8 @@ def vera_linear(
 
     x (..., D), W (E, D), bias (E,) or None, A (R, D), B (E, R), b (E,), d (R,); mask: None, or 0 and 1 / (1 - p) in the
     shape of x. All are of one dtype: float32, bfloat16 or float16. A and B, which are frozen, may be slices of larger
-    matrices. The result is differentiable once, in x, b and d. Raises ValueError for wrong shapes or dtypes, and if W or
-    bias requires a gradient.
+    matrices. The result is differentiable once, in x, b and d. Raises ValueError for wrong shapes or dtypes, and if W
+    or bias requires a gradient.
     """
     checked(x, W, A, B, mask, bias=bias, b=b, d=d)
     y: Tensor = _VeraLinear.apply(matrix(x), W, contiguous(bias), A, B, b.contiguous(), d.contiguous(), matrix(mask))

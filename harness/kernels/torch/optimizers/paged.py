@@ -188,7 +188,7 @@ class Paged(torch.optim.Optimizer):
         return made
 
     def _staged(self, parameters: list[Tensor]) -> Iterator[Slot]:
-        """Yield the slot with each parameter's page. Advance only once the previous page is being copied to the host."""
+        """Yield the slot with each parameter's page. Advance only when the copy of the previous page has begun."""
         queue: list[tuple[Slot, dict[str, Tensor], torch.cuda.Event | None]] = []
         for k, p in enumerate(parameters):
             for follower in parameters[k + len(queue) : k + len(self._slots)]:

@@ -20,7 +20,7 @@ _REWRITING = ("pissa", "olora", "loftq")
 _NEAR_THE_BASE = ("VBLORA", "UNILORA")
 """Methods that start near the base model, but not exactly at it."""
 _NAMED_STARTS = ("LORA", "LOKR")
-"""Methods that start at the base model even if the config names a start. In contrast, C3A's start `gaussian` is random."""
+"""Methods that start at the base model even if the config names a start. (C3A's start `gaussian` is random.)"""
 _ACT_BETWEEN_STEPS = ("ADALORA", "ADAMSS")
 """Methods that act between steps."""
 _STARTS = ("init_weights", "init_lora_weights", "init_ia3_weights")
