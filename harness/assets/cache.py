@@ -58,8 +58,8 @@ def entry_folder(source: Source, fingerprint: str = "") -> Path:
 def staging(what: str) -> Iterator[Path]:
     """Create a folder on the cache's file system, yield it, and remove it at the end of the block.
 
-    The process locks the folder, so that a later process recognises and removes the folders of killed processes. Raises
-    AssetError for a full disk, a folder that cannot be written, and any OSError inside the block. what: name of the asset
+    The process locks the folder, so that a later process recognises and removes the folders of killed processes. Turns
+    any OSError that is raised in the block, such as that of a full disk, into an AssetError. what: name of the asset
     for messages.
     """
     with _asset_errors(what):
@@ -80,7 +80,7 @@ def staging(what: str) -> Iterator[Path]:
 
 
 def promote(made: Path, destination: Path) -> None:
-    """Rename a finished folder to its destination atomically. If another process was faster, the other result stays."""
+    """Rename a finished folder to its destination atomically. If another process was faster, its result stays."""
     for path in [*made.rglob("*"), made]:
         _fsync(path)
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def disk_full(what: str) -> AssetError:
 
 @contextmanager
 def _asset_errors(what: str) -> Iterator[None]:
-    """Turn every OSError inside the context into an AssetError with a hint."""
+    """Turn every OSError that is raised inside the context into an AssetError with a hint."""
     try:
         yield
     except OSError as error:

@@ -15,7 +15,7 @@ def as_linear(model: nn.Module) -> int:
     """Replace each Conv1D by a linear layer, and return the number of replaced layers.
 
     The linear layer has the same bias and the transposed weight, (out, in). Most Methods and libraries adapt only linear
-    layers. `check` tests adapters of Conv1D itself.
+    layers. `check` also tests adapters of Conv1D layers, which it does not replace.
     """
     found = [(path, layer) for path, layer in model.named_modules(remove_duplicate=False) if kind_of(layer) == "Conv1D"]
     made: dict[int, nn.Linear] = {}  # a shared layer stays shared

@@ -57,7 +57,7 @@ def write_rows(source: Source, path: Path, progress: Progress) -> None:
 
 @contextmanager
 def hub_errors(source: Source, *refusals: type[Exception]) -> Iterator[None]:
-    """Turn errors of the hub's clients into AssetErrors. refusals: errors that have other causes than the network."""
+    """Turn errors of the hub's clients into AssetErrors. refusals: further errors whose cause is not the network."""
     import huggingface_hub.errors as hub
     from huggingface_hub import constants
 

@@ -34,7 +34,7 @@ _NAME = re.compile(r"lm-eval:(?P<task>[\w.+-]+)(?::(?P<filter>[\w.+-]+))?(?:@(?P
 
 @dataclass(frozen=True)
 class TaskFile:
-    """lm-eval's own task with the name `lm-eval:TASK:FILTER@REVISION`. Filter and revision may be empty."""
+    """A task of lm-eval, called `lm-eval:TASK:FILTER@REVISION` in a suite. FILTER and REVISION may be empty."""
 
     task: str
     filter: str
@@ -62,7 +62,7 @@ class TaskFile:
 
 
 def find(text: str, folder: Path | None = None) -> TaskFile:
-    """Return the task with the name `text` in a suite. Raises UsageError for an unknown name.
+    """Return the task that a suite names `text`. Raises UsageError for an unknown name.
 
     folder: folder of lm-eval's tasks; None for the installed ones.
     """
@@ -147,7 +147,7 @@ def _read(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def write_splits(source: Source, folder: Path, progress: Progress) -> None:
-    """Write the splits that the task of `source` uses as SPLIT.parquet."""
+    """Write each split that the task of `source` uses into `folder`, as SPLIT.parquet."""
     import datasets
     from datasets.exceptions import DatasetsError
 

@@ -1,4 +1,4 @@
-"""Check that a model's folder is complete (config, safetensors, tokenizer; for a shape, the config) and its type known."""
+"""Check that a model's folder is complete (config, safetensors, tokenizer), and that the model can be trained here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from harness.errors import AssetError
 from harness.records.files import combined_sha256, sha256
 
 _LONGEST_HEADER = 100_000_000
-"""Maximum bytes of a header, by the limit of safetensors."""
+"""Largest size of a header in bytes, which is the limit of safetensors."""
 _INDEX = "model.safetensors.index.json"
 _POSITIONS = ("max_position_embeddings", "n_positions")  # GPT-2 uses the second name
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
@@ -77,7 +77,7 @@ def layers(folder: Path) -> set[str]:
 
 
 def positions(folder: Path) -> int | None:
-    """Return the maximum number of tokens by a model's config, or None if the config has no limit."""
+    """Return the maximum number of tokens that a model's config allows, or None if the config has no limit."""
     config = _config(folder)
     most = next((config[key] for key in _POSITIONS if key in config), None)
     return most if isinstance(most, int) and most > 0 else None
@@ -135,7 +135,7 @@ def _weights(folder: Path) -> list[Path]:
 
 _NAMES = {"causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "encoder": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"}
 CACHES = ("cache", "past_key_values", "cache_params")
-"""Names of the key-value cache argument: since transformers 5.24, in older releases, and in these for state-space models."""
+"""Names of the cache argument: since transformers 5.24; in older releases; in older releases for state-space models."""
 _START, _END = " = OrderedDict(", "\n)\n"
 
 

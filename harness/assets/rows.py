@@ -306,4 +306,4 @@ def _text(text: object, name: str) -> str:
 
 
 _PARSERS: dict[str, Callable[[Any, int, Rows], AnyRow | None]] = {"valence-tsv": _valence, "jsonl": _json}
-"""Format -> parser of its lines. Records of other formats have columns."""
+"""Format -> parser of its lines. `_columns` parses the records of all other formats."""

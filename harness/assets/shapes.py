@@ -18,7 +18,7 @@ PREFIX = "shape:"
 PATH_STARTS = ("./", "../", "/", "~")
 _PRESETS = Path(__file__).with_name("shapes.yaml")
 _CUT = re.compile(r"(?P<name>[^/]+)/(?P<blocks>[1-9]\d*)-blocks?")
-"""Address of a preset's first blocks in full width, e.g. `llama-65b/2-blocks`."""
+"""Address of a model with only the first blocks of a preset, e.g. `llama-65b/2-blocks`."""
 DEPTHS = ("num_hidden_layers", "n_layer")
 """Keys that configurations use for the number of blocks."""
 
@@ -44,7 +44,7 @@ def presets() -> dict[str, Preset]:
 
 @functools.cache
 def preset(address: str) -> Preset | None:
-    """Return the preset of an address such as `llama-65b`, or `llama-65b/2-blocks` for its first blocks; or None."""
+    """Return the preset `llama-65b`, or its first two blocks for `llama-65b/2-blocks`; None for other addresses."""
     cut = _CUT.fullmatch(address)
     if cut is None or cut["name"] not in presets():
         return presets().get(address)

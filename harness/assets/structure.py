@@ -46,7 +46,7 @@ def build(config: Mapping[str, Any], kind: str, dtype: torch.dtype) -> Any:
 
 
 def without_padding(model: Any) -> None:
-    """Let a classifier on a decoder accept batches of texts of equal length without a padding token."""
+    """Let a classifier on a decoder without a padding token accept batches of texts of equal length."""
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = -1  # the id of no token
 

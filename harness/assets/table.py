@@ -87,7 +87,7 @@ class Source(FrozenModel):
     bytes: Bytes | None = None
     """Size of the carrier, for progress and the check of free space."""
     member: str = ""
-    """Path in the carrier; a trailing `/` takes a folder, `!` enters an archive in the archive."""
+    """Path in the carrier. It ends in `/` for a folder. In OUTER!INNER, INNER is a path in the archive OUTER."""
     revision: str = ""
     """Commit of a hub repository."""
     licence: str = ""
@@ -162,7 +162,7 @@ class _Table(FrozenModel):
 
 
 def load_table(path: Path) -> dict[str, Source]:
-    """Read a table of sources by name. Raises SuiteError with all mistakes."""
+    """Read a table of sources; return each source under its name. Raises one SuiteError for all mistakes."""
     document, table = yaml_lines.load_model(path, _Table)
     sources: dict[str, Source] = {}
     problems: list[Problem] = []
@@ -179,7 +179,8 @@ def load_table(path: Path) -> dict[str, Source]:
 def resolve(name: str, table: Mapping[str, Source], base: Path, kind: ModelKind = "causal") -> Source:
     """Return the Source of a name in a suite: a row of the table, `org/name@revision`, `shape:NAME`, or a path from `base`.
 
-    kind: of a name that is not in the table. A path is a model's folder, so data always need a row. Raises UsageError.
+    kind: the kind of a source that is not in the table. A path names a model's folder; data need a row in the table.
+    Raises UsageError if the name is unknown or does not fit the kind.
     """
     if name in table:
         return with_absolute_path(table[name], base)
@@ -217,7 +218,7 @@ def resolve(name: str, table: Mapping[str, Source], base: Path, kind: ModelKind 
 
 
 def with_absolute_path(source: Source, base: Path) -> Source:
-    """Make the path of a local source absolute."""
+    """Return the source. The path of a local source, which starts from `base`, is made absolute."""
     if source.scheme not in ("folder", "file", "shape") or shapes.preset(source.address):
         return source
     path = (base / resources.user_path(source.address)).resolve()

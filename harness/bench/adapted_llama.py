@@ -36,7 +36,7 @@ from harness.records.record import Base, CheckResult
 SEED = 20
 LR, WEIGHT_DECAY = 1e-4, 0.0
 GATED_TOKENS = 16
-"""Tokens of the text for the parity gate; the loss and its gradients are judged on a whole batch."""
+"""Number of tokens in the text of the parity gate. The loss and its gradients are judged on a whole batch instead."""
 
 
 def llama(shape: Backbone, dtype: torch.dtype, device: torch.device) -> Any:
@@ -69,7 +69,7 @@ def loss_of(model: Any, ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StepSetting:
-    """A training step, and where it is timed."""
+    """A training step, with the model, dtype and device of its timing."""
 
     name: str
     """Name in `STEPS`."""
@@ -134,7 +134,7 @@ class AdaptedLlama:
         self.adapted.after_step(len(self.losses))
 
     def parity(self) -> list[CheckResult]:
-        """Return the results of a Cell's parity gate and, if none failed, of the loss and gradients of a whole batch."""
+        """Return the results of a Cell's parity gate. If none failed, also judge loss and gradients of a batch."""
         base = f"{self.base} by {self.packer}" if self.packer else ""
         run_model = inference(self.model, self._logits)
         found = parity_gate.gate(
@@ -165,9 +165,10 @@ class AdaptedLlama:
 
 
 def frozen_pass(shape: Backbone, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """Return a function that takes no longer than a step: the dense backbone forward, and backward to the embeddings.
+    """Return a function whose time is a lower bound for a step.
 
-    Nothing is trained, and every call uses the batch of step 0.
+    The function runs the dense backbone forward, and backward to the embeddings. It trains nothing, and every call uses
+    the batch of step 0.
     """
     model, ids = llama(shape, dtype, device).requires_grad_(False).train(), batch(shape, 0, device)
     embedded = model.get_input_embeddings()

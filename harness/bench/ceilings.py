@@ -1,4 +1,4 @@
-"""Measured rates of the machine: of a copy, and of a matrix product in a dtype."""
+"""Measure two rates of the machine: of a copy, and of a matrix product in a dtype."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REPEATS = 5
 COPIED_B = {"cpu": 2**28, "cuda": 2**30}
 """Bytes copied: more than any cache holds."""
 SIDE = {"cpu": 1536, "cuda": 8192}
-"""Rows and columns of the multiplied matrices."""
+"""Number of rows and of columns of the multiplied matrices."""
 
 
 def measure(clock: Clock, dtype: torch.dtype) -> Ceilings:

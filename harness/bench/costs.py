@@ -29,11 +29,11 @@ class TimedOperation:
     """Arguments and least costs of a timed Operation."""
 
     case: Callable[[BenchSize], dict[str, Any]]
-    """size -> the keyword arguments of the Operation's `arguments`."""
+    """size -> keyword arguments for the Operation's function `arguments`, which draws the inputs."""
     forward: Cost
     """Cost of the call."""
     backward: Cost | None = None
-    """Additional cost of a training step; None if nothing is differentiated."""
+    """Additional cost of the backward pass; None if only the call is timed."""
     per_token: bool = False
     """True if the time depends on the number of tokens."""
 

@@ -1,4 +1,4 @@
-"""Files that a bench writes: paths are checked before anything runs; each row is written once it is measured. No torch."""
+"""Write the files of a bench. Paths are checked before anything runs; rows are written one by one. No torch."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def write(path: Path, document: dict[str, Any]) -> None:
 
 
 class Folder:
-    """Writer of the files in the folder of `--out`, if there is one. `finish` retries files that could not be written."""
+    """Writer of the files in the folder of `--out`, or of nothing without `--out`. `finish` retries failed writes."""
 
     def __init__(self, path: Path | None, environment: Environment) -> None:
         self.path, self.environment = path, environment
@@ -56,7 +56,7 @@ class Folder:
         self._pending: dict[Path, dict[str, Any]] = {}
 
     def save(self, row: BenchRow) -> None:
-        """Write the file of the next row; on failure print the error and continue, so that later rows are still measured."""
+        """Write the file of the next row. On failure, print the error and return: later rows are still measured."""
         if self.path is None:
             return
         file = self.path / f"{self._count:03d}-{_slug(row)}.json"

@@ -1,4 +1,4 @@
-"""Process that probes torch for a usable GPU: `python -m harness.bench.gpu_probe FD LINE {}`; emits `unusable`, a reason."""
+"""Test whether torch can use a GPU, in a separate process: `python -m harness.bench.gpu_probe FD LINE {}`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from harness.process.event_pipe import event_writer
 
 
 def main(fd: int, line: int) -> None:
-    """Emit why torch cannot use a GPU; an empty string if it can."""
+    """Emit the event `unusable` with the reason why torch cannot use a GPU, or with an empty string if it can."""
     with event_writer(fd, line) as emit:
         import torch
 

@@ -27,7 +27,7 @@ class _Counter(TorchDispatchMode):
 
 
 def flops(step: Callable[[], Any]) -> int:
-    """Return the FLOPs of all products that torch runs in one call of `step`; a multiplication and an addition are two.
+    """Return the FLOPs of all products that torch runs in one call of `step`. A multiplication and an addition are two.
 
     Products inside Triton kernels are not counted.
     """

@@ -28,11 +28,11 @@ from harness.errors import Unsupported, plural
 from harness.methods.registry import Implementation
 
 CHECKS = ("outputs", "output_codes")
-"""Checks that a timed call must pass, where the Operation's parity suite has them."""
+"""Names of the checks that a timed call must pass, if the Operation's parity suite has them."""
 GRADIENT = "backward"
-"""Check that a timed backward pass must pass too."""
+"""Name of the check that a timed backward pass must pass in addition."""
 OVERHEAD_CALLS = 5
-"""Number of calls of tiny size; their median is the overhead."""
+"""Number of calls of tiny size. Their median time is the overhead of a call."""
 
 
 @dataclass
@@ -112,7 +112,7 @@ class OperationBenchmark:
                 yield runner.check(name, subject, case)
 
     def _overhead(self, backward: bool) -> dict[str, float]:
-        """Return the seconds of a call of tiny size, by side, without sides that do not support this size."""
+        """Map each side to the seconds of a call of tiny size, except a side that does not support this size."""
         arguments, found = self._arguments(TINY), {}
         for side, implementation in (("ours", self.ours), ("other", self.other)):
             run = self._call(implementation, arguments, backward)
@@ -124,7 +124,7 @@ class OperationBenchmark:
         return found
 
     def _call(self, implementation: Implementation, arguments: dict[str, Any], backward: bool) -> Callable[[], object]:
-        """Return the timed function: the call without gradients, or the call and its gradients."""
+        """Return the function to time: the call without gradients, or with `backward` the call and its gradients."""
         function = implementation.function
         if not backward:
 
@@ -151,6 +151,6 @@ class OperationBenchmark:
 
 
 def in_words(size: BenchSize, per_token: bool) -> str:
-    """Describe a size: `q_proj 4096x4096, 64 tokens`, the weight as output x input features."""
+    """Describe a size by its layer, output x input features, and tokens: `k_proj 1024x4096, 64 tokens`."""
     tokens = f", {plural(size.tokens, 'token')}" if per_token else ""
     return f"{size.layer} {size.E}x{size.D}{tokens}"

@@ -33,7 +33,10 @@ class BenchRequest:
 
     operations: Sequence[str] = ()
     vs: Sequence[str] = ()
-    """Implementations to compare with; by default all others, and the reference if there is no other."""
+    """Implementations to compare with. By default, all but the reference and variants of a library.
+
+    If the default leaves none, the reference is compared.
+    """
     steps: Sequence[str] = ()
     shapes: str = "small"
     dtypes: Sequence[str] = ()
@@ -55,7 +58,7 @@ class BenchTask:
     target: str
     """The Operation or Method that is implemented."""
     names: tuple[str, ...]
-    """The two implementations, ours first; one of them when memory is measured."""
+    """The two implementations, ours first; only one of them if the task measures memory."""
     points: tuple[str, ...]
     """Entry points of the implementations."""
     dtype: str
@@ -74,11 +77,11 @@ class BenchTask:
         return {**asdict(self), "backbone": asdict(request.backbone), "pairs": request.pairs, "threads": threads}
 
     def of_one(self, index: int) -> BenchTask:
-        """Return the task of the same step by only the implementation at `index`, to measure its memory."""
+        """Return the same task for only the implementation at `index`, to measure its memory."""
         return replace(self, names=self.names[index : index + 1], packers=self.packers[index : index + 1])
 
     def row(self, outcome: Literal["not-run", "failed"], because: str, number: int = 0) -> BenchRow:
-        """Return the row of a benchmark without samples. because: the reason. number: index of its size."""
+        """Return the row of a benchmark without samples. because: why it has none. number: index of its size."""
         shape = f"{self.sizes[number].layer} {self.sizes[number].E}x{self.sizes[number].D}" if self.sizes else "-"
         return BenchRow(
             name=self.name, shape=shape, dtype=self.dtype, device=self.device, ours=self.names[0], other=self.names[-1],
@@ -151,7 +154,7 @@ class _Plan:
                 self._add(replace(task, packers=packers))
 
     def _others(self, name: str, kind: str, target: str) -> list[str]:
-        """Return the implementations to compare with; add a row with the reason for each that cannot be compared."""
+        """Return the implementations to compare with. For each that cannot be compared, add a row with the reason."""
         ours = self.request.ours
         offering = self.registry.names(kind, target)
         others = [other for other in offering if other != ours]
@@ -174,7 +177,7 @@ class _Plan:
         return tuple(dict.fromkeys(self.registry.find(kind, target, name).point for name in names))
 
     def _add(self, task: BenchTask, no_case: str = "") -> None:
-        """Add a task, or a row with the reason why it cannot run. no_case: a reason in the parity suite, or empty."""
+        """Add a task, or a row with the reason why it cannot run. no_case: why it has no case, or empty."""
         if why_not := self._unsupported(task) or no_case:
             self.rows.append(task.row("not-run", why_not))
         else:

@@ -1,7 +1,8 @@
 """Write and read the JSON of pytest-benchmark. No torch.
 
-A bench is written for `pytest-benchmark compare` and other readers: each timed program is one benchmark; programs to be
-compared share a group. Files of any version can be read if they have the names of the benchmarks and their raw rounds.
+Other programs, such as `pytest-benchmark compare`, can read what this module writes: each timed program is one
+benchmark, and programs to be compared share a group. This module reads files of any version of pytest-benchmark, if
+they have the names of the benchmarks and their raw rounds.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ _MAKE = "`pytest --benchmark-json=FILE` writes one"
 
 @dataclass(frozen=True)
 class Saved:
-    """Content of a file of pytest-benchmark: one process run."""
+    """Content of a file of pytest-benchmark, which has the times of one process run."""
 
     path: Path
     place: Mapping[str, str]
@@ -105,7 +106,7 @@ class Saved:
 
 
 def read(paths: Sequence[Path]) -> list[Saved]:
-    """Read files, and all `*.json` in folders, recursively.
+    """Read files of pytest-benchmark, and return their contents. A folder stands for all `*.json` files below it.
 
     Raises UsageError for missing or invalid files, and for copies: one process run must not count twice.
     """
@@ -129,7 +130,7 @@ def read(paths: Sequence[Path]) -> list[Saved]:
 def place(machine_info: Mapping[str, Any]) -> dict[str, str]:
     """Return the facts of a `machine_info` that must agree for times to be compared; missing facts are left out.
 
-    Host name and kernel are no such facts: a container gets a new name each time it starts.
+    Host name and kernel need not agree, because a container gets a new host name each time it starts.
     """
     cpu = machine_info.get("cpu")
     cpu = cpu if isinstance(cpu, Mapping) else {}

@@ -15,9 +15,9 @@ from harness.records.record import FrozenModel, Json, Seconds
 
 Outcome = Literal["measured", "refused", "not-run", "failed"]
 NO_GPU, INTERRUPTED = "no GPU", "interrupted"
-"""Two ways in which the reason of a row that was not run may begin."""
+"""Beginnings of two reasons why a row was not run."""
 MOSTLY_CALL = 0.2
-"""Largest share of call overhead in a time; above it, the ratio describes the call rather than the work."""
+"""Largest share of call overhead in a time. Above this share, a ratio of times compares overheads rather than work."""
 FEWEST = next(n for n in count(1) if median_interval([0.0] * n).low is not None)
 """Fewest pairs for which the ratio has an interval."""
 
@@ -28,7 +28,7 @@ class Samples(FrozenModel):
     ours: list[Seconds] = Field(min_length=1)
     other: list[Seconds] = Field(min_length=1)
     limit: list[Seconds] = Field(default=[])
-    """Times of a third program that bounds both from below, if there is one."""
+    """Times of a third program, if there is one. They are a lower bound for both."""
     first: list[Literal["ours", "other"]]
     """The side that began each pair."""
     warmup: dict[str, list[Seconds]] = Field(default={})
@@ -42,7 +42,7 @@ class Samples(FrozenModel):
 
 
 class Ceilings(FrozenModel):
-    """Rates of the machine, measured in the same process."""
+    """Rates of the machine, measured in the process of the benchmark."""
 
     copy_B_per_s: float
     """Bytes read and written per second by a copy."""
@@ -75,7 +75,7 @@ class BenchRow(FrozenModel):
     judged: str = ""
     """The size on which parity was judged, if smaller than the timed size."""
     parity: list[CheckOutcome] = Field(default=[])
-    """Every check that had to pass."""
+    """Results of all checks that had to pass."""
     samples: Samples | None = None
     ceilings: Ceilings | None = None
     bytes: float | None = None
@@ -85,9 +85,9 @@ class BenchRow(FrozenModel):
     limit: str = "frozen pass"
     """Name of the lower bound in `samples.limit`."""
     products: Products | None = None
-    """FLOPs of a training step; None for Triton and for a library on NF4, since torch does not count their products."""
+    """FLOPs of a training step; None on a GPU and with a quantised base: torch does not count all of them."""
     memory: dict[str, dict[str, int]] = Field(default={})
-    """Implementation -> bytes of its process: `peak_B` in the steps, `rest_B` before them, `bare_B` before the model."""
+    """Implementation -> memory of its process: `peak_B` during steps, `rest_B` before, `bare_B` without a model."""
     losses: dict[str, list[float]] = Field(default={})
     """Implementation -> loss of each step."""
     facts: dict[str, Json] = Field(default={})
@@ -100,37 +100,40 @@ class BenchRow(FrozenModel):
 
     @property
     def ratio(self) -> Median | None:
-        """Median over pairs of the other's time / our time, with its interval; above 1, ours is faster."""
+        """Median of the other's time / our time over all pairs, with its interval. Above 1, ours is faster."""
         if self.samples is None:
             return None
         return median_interval([b / a for a, b in zip(self.samples.ours, self.samples.other, strict=True)])
 
     @property
     def limit_ratio(self) -> float | None:
-        """Median over pairs of our time / the time of the limit; None without a limit."""
+        """Median of our time / the time of the limit over all pairs; None without a limit."""
         if self.samples is None or not self.samples.limit:
             return None
         return median(a / least for a, least in zip(self.samples.ours, self.samples.limit, strict=True))
 
     @property
     def products_ratio(self) -> float | None:
-        """FLOPs of our products / FLOPs of the frozen pass: the `limit_ratio` if other work took no time."""
+        """Ratio of the FLOPs of our matrix products to those of the frozen pass; None if they were not counted.
+
+        `limit_ratio` would equal it if all other work took no time.
+        """
         return None if self.products is None else self.products.ours / self.products.frozen
 
     @property
     def least_s(self) -> float | None:
-        """Least time by the roofline, in seconds: of bytes at the rate of a copy or FLOPs at the rate of a product."""
+        """Least time by the roofline, in seconds: the longer of the time for the bytes and the time for the FLOPs."""
         if self.ceilings is None or self.bytes is None or self.flops is None:
             return None
         return max(self.bytes / self.ceilings.copy_B_per_s, self.flops / self.ceilings.gemm_FLOP_per_s)
 
     def share(self, seconds: Sequence[float]) -> float | None:
-        """Return the share of the roofline that these times reach, above 1 if a cache holds all data; None if unknown."""
+        """Return the least time / the median of these times; None if unknown. Above 1 if a cache holds all data."""
         return None if self.least_s is None else self.least_s / median(seconds)
 
     @property
     def mostly_call(self) -> list[str]:
-        """Sides (`ours`, `other`) that spend much of their time on call overhead."""
+        """Sides (`ours`, `other`) for which call overhead exceeds the share `MOSTLY_CALL` of the median time."""
         if self.samples is None:
             return []
         times = {"ours": self.samples.ours, "other": self.samples.other}
@@ -144,12 +147,12 @@ class BenchRow(FrozenModel):
         return None if not ours or not other else other / ours
 
     def step_memory(self, implementation: str) -> int | None:
-        """Return the peak in bytes minus the memory before the model: libraries are no part of a step."""
+        """Return the peak of a process minus its memory without a model, in bytes; None if unknown."""
         found = self.memory.get(implementation)
         return None if found is None else found["peak_B"] - found["bare_B"]
 
     def document(self) -> dict[str, Any]:
-        """Return all fields for JSON, and the numbers computed from the samples."""
+        """Return a document for JSON with all fields and with the numbers computed from the samples."""
         made: dict[str, Any] = {}
         if self.samples is not None:
             ratio = self.ratio

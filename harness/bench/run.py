@@ -40,7 +40,7 @@ class BenchReport:
     def exit(self) -> Exit:
         """The exit code: 4 if interrupted, 1 if a check failed, 4 if a worker failed, 0 if anything was measured, else 5.
 
-        4 also if nothing was measured because only a GPU was requested and none exists.
+        The code is also 4 if nothing was measured because only a GPU was requested and none exists.
         """
         if self.interrupted:
             return Exit.INFRASTRUCTURE
@@ -143,7 +143,7 @@ class TaskRunner:
     workers: WorkerPool
 
     def rows(self, task: BenchTask) -> Iterator[BenchRow]:
-        """Yield the rows of a task when they are measured; a failure becomes a row."""
+        """Yield the rows of a task. A failure becomes a row."""
         if task.kind == "operation":
             yield from self._operation(task)
             return
@@ -155,7 +155,7 @@ class TaskRunner:
             yield from found
 
     def _operation(self, task: BenchTask) -> Iterator[BenchRow]:
-        """Yield the rows of every size; after a size that failed, continue in a new process."""
+        """Yield the rows of every size, each as soon as it is measured. After a failure, continue in a new process."""
         remaining = task.sizes
         while remaining and not self.workers.stopped:
             at = 0
@@ -173,7 +173,7 @@ class TaskRunner:
             remaining = remaining[at + 1 :]
 
     def _events(self, task: BenchTask) -> Iterator[tuple[str, Any]]:
-        """Yield (`begin`, number), (`row`, BenchRow) and (`memory`, bytes) of one process; a failure becomes a row."""
+        """Yield (`begin`, number), (`row`, BenchRow) and (`memory`, bytes) of one process. A failure becomes a row."""
         at, error, complete = 0, "", False
         for event in self.workers.events("harness.bench.worker", task.document(self.request, self.threads), PATIENCE_S):
             if "begin" in event:

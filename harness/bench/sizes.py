@@ -1,13 +1,14 @@
-"""Sizes of timed calls, and smaller sizes to judge them: layers of Llama-3-8B and 70B, and small layers. No torch."""
+"""Sizes of timed calls (layers of Llama-3-8B and 70B, and small layers), and smaller sizes for parity. No torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 MOST_WEIGHTS = {"cpu": 2**24, "cuda": 2**26}
-"""Largest weight, in elements, that the float64 reference judges, which needs some ten float64 copies."""
+"""Largest number of elements of a weight for parity. The float64 reference holds about ten copies of the weight."""
 MOST_PRODUCTS = {"cpu": 2**31, "cuda": 2**40}
-"""Most multiplications in a product of the float64 reference, which computes about ten: each takes seconds on a CPU."""
+"""Largest number of multiplications per product for parity. The float64 reference computes about ten products, and each
+takes seconds on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class BenchSize:
         return self.E * self.D
 
     def judged(self, device: str, per_token: bool) -> BenchSize:
-        """Return the size at which the reference judges: this size, or fewer rows of x or the weight if it is too slow.
+        """Return the size for parity: this size, or fewer rows of x or of the weight if the reference is too slow.
 
         The longer side of the weight stays the longer one.
         """
@@ -44,7 +45,7 @@ class BenchSize:
 
 
 TINY = BenchSize("tiny", 128, 128, 1, 4)
-"""The time of a call of this size is overhead, which every call has."""
+"""A call of this size does hardly any work, so that its time is the overhead of a call."""
 
 _LAYERS = {
     "small": (("square", 512, 512), ("wide", 1536, 576)),
@@ -58,7 +59,7 @@ SHAPES = tuple(_LAYERS)
 
 
 def sizes(shapes: str, per_token: bool) -> list[BenchSize]:
-    """List the sizes of `small`, `8b` or `70b`; if `per_token`, each with every number of tokens."""
+    """List the sizes of `small`, `8b` or `70b`; if `per_token`, each layer with every number of tokens."""
     layers = _LAYERS[shapes]
     if not per_token:
         return [BenchSize(*layer) for layer in layers]

@@ -27,7 +27,7 @@ from reference.galore import project, projector
 JUDGED_FEATURES, JUDGED_RANK = 128, 16
 """Size of the layers on which GaLore is judged."""
 MEASURED_STEPS = 3
-"""Steps over which the memory peak is taken."""
+"""Number of steps during which the memory peak is measured."""
 
 
 def row(
@@ -70,8 +70,8 @@ def row(
 def memory(setting: StepSetting, implementation: Implementation, packer: str = "") -> dict[str, int]:
     """Return the memory of this process in bytes, by name.
 
-    `peak_B` is the peak during a few steps, `rest_B` the memory before these steps, and `bare_B` the memory before the
-    model, used by imported libraries.
+    `peak_B` is the peak during a few steps, `rest_B` the memory before these steps, and `bare_B` the memory that
+    imported libraries use before the model is built.
     """
     import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -94,7 +94,7 @@ def memory(setting: StepSetting, implementation: Implementation, packer: str = "
 
 
 class _Galore:
-    """One weight with GaLore's optimizer; its gradients are the same for every implementation."""
+    """One weight with GaLore's optimizer. The gradients are the same for every implementation."""
 
     def __init__(self, setting: StepSetting, implementation: Implementation, weight: Tensor) -> None:
         step = setting.step
@@ -128,7 +128,7 @@ class _Galore:
 
 
 class _Products:
-    """The two products that every step of GaLore on a square weight needs, with the same gradients."""
+    """Computes only the two products that every GaLore step on a square weight needs, from the same gradients."""
 
     def __init__(self, like: _Galore) -> None:
         self.weight, self.like = like.weight.detach().clone(), like
@@ -147,8 +147,8 @@ class _Products:
 def _galore(setting: StepSetting, both: Sequence[Implementation], pairs: int, facts: dict[str, Any]) -> BenchRow:
     """Return the row of GaLore's step, timed in whole cycles of one refresh and some ordinary steps.
 
-    A sample is the mean step with one refresh per `GALORE_GAP` steps. The whole suite of the Method judges parity, on
-    layers of fewer features, on the timed device.
+    A sample is the mean time of a step if one of `GALORE_GAP` steps is a refresh. Parity requires the whole parity
+    suite of the Method, on layers of fewer features, on the timed device.
     """
     plan, features = parity_suite.load(setting.step.method), setting.shape.features
     small = parity_suite.CaseShape.model_validate({"tokens": 16, "in": JUDGED_FEATURES, "out": JUDGED_FEATURES})
@@ -210,7 +210,7 @@ def _cycles(both: Sequence[_Galore], pairs: int, device: torch.device) -> Sample
 
 
 def _per_step(times: list[float]) -> float:
-    """Return the mean time of a step with one refresh per `GALORE_GAP` steps. times: of a cycle with one refresh."""
+    """Return the mean time of a step with one refresh per `GALORE_GAP` steps. times: of the steps of a cycle."""
     ordinary = median(times)
     refresh = max(sum(times) - (len(times) - 1) * ordinary, ordinary)
     return ((GALORE_GAP - 1) * ordinary + refresh) / GALORE_GAP

@@ -9,9 +9,9 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 GALORE_GAP = 200
 """Steps between two refreshes of GaLore's projector (arXiv:2403.03507)."""
 PRODUCTS = "its two products"
-"""Name of the limit of GaLore's step: except for the refresh, all other work has the size of the subspace."""
+"""Name of the lower bound for GaLore's step. Apart from the refresh, all other work is as small as the subspace."""
 CYCLE = 11
-"""Steps between two refreshes while timing: one refresh and ten ordinary steps, scaled to `GALORE_GAP` steps."""
+"""Steps per cycle while timing: one refresh and ten ordinary steps. Their times are scaled to `GALORE_GAP` steps."""
 
 
 @dataclass(frozen=True)

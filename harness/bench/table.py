@@ -59,7 +59,7 @@ def _memory(row: BenchRow) -> str:
 
 
 def _parity(row: BenchRow) -> str:
-    """Return as text the passed checks, and the largest error as a share of its allowance."""
+    """Show the last passed check, the number of others, the largest error / its allowance, and known defects."""
     passed = [one for one in row.parity if one.status is CheckStatus.PASS]
     in_order = sorted(passed, key=lambda one: one.implementation == row.ours)
     ids = list(dict.fromkeys(one.result.check for one in in_order))

@@ -20,18 +20,18 @@ SIDES: tuple[Side, Side] = ("ours", "other")
 WARMUP = 3
 """Calls before the samples."""
 LEAST_S = 0.005
-"""Shortest duration of a sample on a CPU; the sample is the mean of the calls in it."""
+"""Shortest duration of a sample on a CPU. A sample repeats a short call, and is the mean time of the calls."""
 MOST_CALLS = 1000
-"""Most calls in a sample."""
+"""Largest number of calls in a sample."""
 FLUSH_B = 256 * 2**20
 """Bytes written to flush the L2 cache: more than any L2 cache holds."""
 HEAD_START = 2_000_000
-"""Cycles, about a millisecond, that the GPU waits before a timed call while the host queues it. Queueing takes up to half of
-this time, longer than flushing the cache; without the wait a small call would be timed by the host's speed."""
+"""Cycles, about a millisecond, that the GPU waits before a timed call while the host queues it. Queueing takes up to
+half of this time, which is longer than flushing the cache. Without it, a small call would take the host's time."""
 
 
 class Clock:
-    """Timer of calls on a device. CUDA events time each call on a GPU, with a cold L2 cache; the wall clock on a CPU."""
+    """Timer of calls. On a GPU, CUDA events time each call with a cold L2 cache. On a CPU, the wall clock is used."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -48,7 +48,7 @@ class Clock:
         return (time.perf_counter() - started) / calls
 
     def calls(self, seconds: float) -> int:
-        """Return the calls per sample for a call of this many seconds."""
+        """Return the number of calls per sample for a call that takes `seconds`."""
         return 1 if self.on_gpu else max(1, min(MOST_CALLS, math.ceil(LEAST_S / max(seconds, 1e-9))))
 
     def _event(self, run: Run, flush: torch.Tensor) -> float:
@@ -64,9 +64,9 @@ class Clock:
 
 
 def alternate(count: int) -> Iterator[tuple[Side, Side]]:
-    """Yield the order of the sides in each pair: A B, B A, A B ..., a random side first.
+    """Yield the order of the sides in each pair: A B, B A, A B ... Which side is A is random.
 
-    Python's garbage collector is off meanwhile.
+    Python's garbage collector is off until the last pair is done.
     """
     order = SIDES if random.random() < 0.5 else SIDES[::-1]  # noqa: S311
     gc.collect()
@@ -85,8 +85,8 @@ def pairs(
 ) -> Samples:  # fmt: skip
     """Return `count` pairs of samples, in seconds per call, timed in alternating order.
 
-    limit: a program timed once per pair, after both. overhead: copied into the result. single: one call per sample, even if
-    it is short.
+    limit: a program timed once per pair, after both. overhead: copied into the result. single: whether a sample is
+    one call even if the call is short.
     """
     runs = {"ours": ours, "other": other} | ({"limit": limit} if limit is not None else {})
     warmup = {name: [clock.sample(run) for _ in range(WARMUP)] for name, run in runs.items()}

@@ -1,4 +1,4 @@
-"""Decide by the checks of two implementations whether their times may be reported. No torch."""
+"""Decide from the checks of two implementations whether their times may be reported. No torch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Worker process that benchmarks two implementations: `python -m harness.bench.worker FD LINE TASK`.
 
-Writes one JSON line per event to the file descriptor FD: `begin` and `end` with the number of a benchmark, `row`, `memory`,
-`missing`, `failed` with the error that ends the process, `done`. Output of plug-ins goes to stderr. Exits when the other end
-of the pipe LINE closes.
+The worker writes one JSON line per event to the file descriptor FD. The events are `begin` and `end` with the number of
+a benchmark, `row`, `memory`, `missing` with the reason, `failed` with the error that ends the process, and `done`.
+Output of plug-ins goes to stderr. The worker is killed when the other end of the pipe LINE closes.
 """
 
 from __future__ import annotations

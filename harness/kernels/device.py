@@ -15,7 +15,7 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @cache
 def interpreted() -> bool:
-    """Return whether Triton's interpreter, which takes CPU tensors, is on: TRITON_INTERPRET=1 before Triton is imported."""
+    """Return whether Triton's interpreter is on (TRITON_INTERPRET=1 before Triton's import). It takes CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 
 
@@ -25,16 +25,16 @@ def _compiles() -> bool:
 
 
 def by_triton(*tensors: Tensor) -> bool:
-    """Return whether Triton computes with these tensors: all on a GPU or the interpreter on, and all dtypes supported.
+    """Return whether Triton computes with these tensors.
 
-    Integer tensors (codes) may have any dtype.
+    All must be on a GPU, unless the interpreter is on. Floating tensors must have one of `TRITON_DTYPES`.
     """
     runs = interpreted() or (_compiles() and all(t.is_cuda for t in tensors))
     return runs and all(t.dtype in TRITON_DTYPES for t in tensors if t.is_floating_point())
 
 
 def multiplied_by_triton(*tensors: Tensor) -> bool:
-    """Return whether Triton multiplies these tensors as matrices: like `by_triton`, except float32 on a GPU.
+    """Return whether Triton multiplies these tensors: where `by_triton` is true, except for float32 on a GPU.
 
     Without TF32 no matrix unit multiplies float32, and cuBLAS is faster. Only torch knows whether the user allows TF32.
     The interpreter takes float32 too, so that tests cover these kernels in every dtype.

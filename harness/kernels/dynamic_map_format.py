@@ -12,8 +12,9 @@ from torch import Tensor
 def dynamic_map(device: torch.device, signed: bool = True) -> Tensor:
     """Return the 256 values, ascending, float32: -0.993 .. 1 if signed, else 0 .. 1. Cached: do not write to it.
 
-    Decade i of seven, from 10^(i - 6) down to a tenth of it, is divided into 2^i equal cells (2^(i + 1) if unsigned); their
-    centres are values, and so are 0 and 1. The result does not depend on torch's default dtype, device and mode.
+    Decade i of seven, 10^(i - 7) to 10^(i - 6), is divided into 2^i equal cells (2^(i + 1) if unsigned). The values are
+    the centres of the cells, 0 and 1, and if signed the negative centres. The result does not depend on torch's default
+    dtype, device and mode.
     """
     with torch.inference_mode(False):
         sizes = [2 ** (i + (not signed)) for i in range(7)]

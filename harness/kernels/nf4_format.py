@@ -20,8 +20,8 @@ ZERO = 7
 def levels() -> Tensor:
     """Return the 16 levels, ascending from -1 to 1, float32 (16,), on the CPU. Cached: do not write to it.
 
-    Quantiles of the normal distribution: eight above zero and seven below, at probabilities evenly spaced in float32 from
-    0.9677083, which is 1 - (1/30 + 1/32) / 2, down to 1/2. Zero is an additional level.
+    The levels are zero and quantiles of the normal distribution: eight above zero and seven below. Their probabilities
+    are evenly spaced in float32 from 0.9677083, which is 1 - (1/30 + 1/32) / 2, down to 1/2.
     """
 
     def upper(count: int) -> list[float]:

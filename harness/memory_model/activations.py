@@ -1,22 +1,29 @@
 """Closed-form estimate of the activations that a Llama saves for its backward pass. No torch.
 
-Saved per token and block, in bytes (s: bytes of a number in the model's dtype; D, F, Q, K: features of the residual stream,
-of the MLP, of all queries, of all keys; H heads), as autograd saves in transformers' Llama:
+The estimate counts the bytes that autograd saves in transformers' Llama. Each block saves, per token:
 
-    2 norms        2 (4 D + 4)            each its input in float32, and the inverse root
-    attention      s (2 Q + 2 K) + 4 H    q, k, v, output, a logarithm per head: by a kernel without a T x T matrix
+    2 norms        2 (4 D + 4)            each norm saves its input and an inverse root, both in float32
+    attention      s (2 Q + 2 K) + 4 H    q, k, v, the output, and a logarithm per head; no T x T matrix
     MLP            3 s F                  gate, silu(gate), up
 
-Depending on the Method also: a norm's output (s D) if a layer saves it as its input, the MLP's product (s F) likewise, a
-norm's normalised input (s D) if its weight trains, and the tensors of the adapted layers themselves, measured by a call on
-the meta device (`harness.memory_model.counting`). Outside the blocks: the last norm, and for the logits, their logarithms
-and the gradient of these V (s + 2 max(s, 4)).
+A number in the model's dtype has s bytes. D, F, Q and K are the numbers of features of the residual stream, of the MLP,
+of all queries and of all keys; H is the number of heads, and V the size of the vocabulary.
 
-Blocks before the first layer that trains save nothing. With gradient checkpointing each block saves only its input, s D, and
-one block at a time is recomputed. Not counted: the sines and cosines of positions, shared by all blocks.
+A Method may add:
 
-The same count for GPT-2's block in 16 bits is 34 D without the attention's matrix: Korthikanti et al. 2022,
-arXiv:2205.05198, eq. 1.
+    s D    for a norm's output, if an adapted layer saves it as its input
+    s F    for the MLP's product, if an adapted layer saves it as its input
+    s D    for a norm's normalised input, if the norm's weight trains
+
+Adapted layers save further tensors, which `harness.memory_model.saved_activations` measures. Outside the blocks, the
+last norm saves its input. The logits, their logarithms and the gradient of the logarithms take V (s + 2 max(s, 4))
+bytes.
+
+Blocks before the first trained layer save nothing. With gradient checkpointing each block saves only its input, s D,
+and one block at a time is recomputed. The sines and cosines of positions, which all blocks share, are not counted.
+
+By the same count, a block of GPT-2 in 16 bits saves 34 D bytes without the attention's matrix (Korthikanti et al. 2022,
+arXiv:2205.05198, eq. 1).
 """
 
 from __future__ import annotations
@@ -81,5 +88,5 @@ def bytes_per_token(shape: LlamaShape, saved: SavedActivations, checkpointing: b
 
 
 def logit_bytes_per_token(shape: LlamaShape) -> int:
-    """Return the bytes per token with a loss: its logits, their logarithms, and the gradient of the logarithms."""
+    """Return the bytes of a token with a loss: its logits, their logarithms, and the gradient of the logarithms."""
     return shape.vocabulary * (shape.size + 2 * max(shape.size, _WIDE))

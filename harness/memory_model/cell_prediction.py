@@ -17,7 +17,7 @@ from harness.records.record import Predicted
 
 
 def predict(work: Job, batches: list[Batch]) -> Predicted | str:
-    """Return a Cell's predicted memory ledger with the peak of a step over `batches`, or the reason why there is none."""
+    """Return a Cell's predicted memory with the peak of a step over `batches`, or why it cannot be predicted."""
     try:
         config = shapes.read_config(Path(work.model.path) / "config.json", work.model.source.name)
     except HarnessError as error:

@@ -1,7 +1,7 @@
 """Count the bytes of a training step on a model on the meta device, without weights.
 
-The reference of each Method is attached to count trainable tensors, and each adapted layer is called to count the tensors
-that it saves; nothing is drawn or computed. `counting_worker` runs it in a separate process.
+The module attaches the reference of each Method to count its trainable tensors, and calls each adapted layer to count
+the tensors that the layer saves. Nothing is computed. `counting_worker` runs this module in a separate process.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def count(
     targets: list[str],
     checkpoint: str = "",
 ) -> ModelCount:
-    """Count a model for every config of each Method. The arguments are documented in `CountRequest`.
+    """Count the bytes of a model for every config of each Method. The arguments are documented in `CountRequest`.
 
     If a target matches no layer of any Method, the result has only `misfits`. Raises ValueError for a model that
     transformers does not know, and AssetError for an unreadable checkpoint.
@@ -198,7 +198,7 @@ def _frozen(layers: Mapping[str, Any]) -> list[Tensor]:
 
 
 def answer(request: CountRequest) -> ModelCount:
-    """Return `count(**request)`, or an `error` for a model that cannot be built or counted."""
+    """Return `count(**request)`. If the model cannot be built or counted, the result has only `error`."""
     try:
         return count(**request)
     except AssetError as error:

@@ -1,4 +1,4 @@
-"""Send requests to one child process, which counts and takes steps on fake tensors. Only the child imports torch."""
+"""Send requests to a child process, which counts bytes or takes steps on fake tensors. Only the child imports torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIMEOUT_S = 600.0
 
 
 def run_requests(requests: Sequence[Mapping[str, Any]]) -> list[Any] | str:
-    """Send all requests (`harness.memory_model.messages`) to one child process; return its answers, or an error.
+    """Send all requests (`harness.memory_model.messages`) to one child process; return its answers, or why it failed.
 
     Answers are in the order of the requests. If time runs out, the answers to the last requests are missing.
     """

@@ -1,8 +1,8 @@
 """Compute the peak of a training step by a dry step: run the Cell's loop on fake tensors and count their bytes.
 
-The dry step begins like `harness.cell.training.counted_step`: the optimizer has its states, and there is no gradient. No
-weights are loaded, so a shape may have any size. Run dry steps in a separate process (`harness.memory_model.isolated_step`),
-because libraries cache tensors.
+When the dry step begins, the optimizer has its states, and there are no gradients, as in
+`harness.cell.training.counted_step`. No weights are loaded, so the model may have any size. Run dry steps in a separate
+process (`harness.memory_model.isolated_step`), because libraries cache tensors.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from harness.records.record import Cell
 from reference.shared.layers import replace as replace_layer
 
 _FEW = (2, 3)
-"""Numbers of blocks of the two models from which a deeper model is extrapolated. In a smaller model, a single block would
-be both first and last."""
+"""Numbers of blocks of the two models from which the peak of a deeper model is extrapolated. A model with one block
+would not do, because this block would be both the first and the last."""
 
 
 @dataclass(frozen=True)
 class DryStep:
-    """The description of a step to take."""
+    """A step to take."""
 
     cell: Cell
     config: Mapping[str, Any]
@@ -95,7 +95,7 @@ def registry() -> Registry:
 
 
 def longest_batches(cell: Cell, kind: str, answer: int) -> list[Batch]:
-    """Return the parts of a batch whose texts have `max_tokens` tokens.
+    """Return the parts (micro-batches) of a batch in which every text has `max_tokens` tokens.
 
     answer: number of tokens with a loss in each text of a causal model.
     """
@@ -111,7 +111,8 @@ def peak(step: DryStep, parts: Sequence[Batch]) -> int:
     """Return the peak memory of a step over `parts`, in bytes, without the memory of the batches themselves.
 
     For a model with many equal blocks, the peak is extrapolated from two models with few blocks, because the peak of each
-    stage is linear in the number of blocks. Passes on the errors of libraries that do not support fake tensors.
+    stage is linear in the number of blocks. Does not catch the errors of libraries that do not support fake
+    tensors.
     """
     blocks = _depth(step.config)
     # The first part starts without gradients. All later parts start with gradients, so the largest has the highest peak.
@@ -134,7 +135,10 @@ def _depth(config: Mapping[str, Any]) -> int | None:
 
 
 def _stages(step: DryStep, parts: Sequence[Batch], uniform: bool = False) -> dict[str, int] | None:
-    """Take a step and return the peak of each stage. uniform: return None if the model's blocks are not equal."""
+    """Take a step, and return the peak of each stage in bytes.
+
+    uniform: whether to return None if the model's blocks are not equal, or if a target is not in this model.
+    """
     cell = step.cell
     model = structure.build(step.config, step.kind, DTYPES[cell.dtype])
     whole_model.one_by_one(model, DTYPES[cell.dtype])
@@ -168,7 +172,7 @@ def _stages(step: DryStep, parts: Sequence[Batch], uniform: bool = False) -> dic
 
 
 def _fill(model: nn.Module) -> None:
-    """Replace the model's tensors, which are on the meta device, by fake ones; tied tensors stay tied."""
+    """Replace the model's tensors, which are on the meta device, by fake tensors. Tied tensors stay tied."""
     filled: dict[int, Tensor] = {}
 
     def of(old: Tensor) -> Tensor:
@@ -186,7 +190,7 @@ def _fill(model: nn.Module) -> None:
 
 
 def _attached(step: DryStep, model: nn.Module, head: Mapping[str, nn.Parameter]) -> tuple[Adapted, list[Tensor | None]]:
-    """Pack a 4-bit base and attach the Method. Return the adapted model, and the constants that a worker stores."""
+    """Pack a 4-bit base, and attach the Method. Return the adapted model, and the constants that a worker stores."""
     cell = step.cell
     config, paths = adapted_layers(model, cell.method, cell.config, head)
     forms: list[Tensor | None] = []
@@ -220,7 +224,10 @@ def _replaced(owner: Any, name: str, value: object) -> Iterator[None]:
 
 
 def _converting() -> AbstractContextManager[None]:
-    """Let `module.to(dtype)` write to fake parameters. torch would swap them, but weak references forbid a swap."""
+    """Return a context in which `module.to(dtype)` writes to fake parameters.
+
+    Otherwise torch would swap the parameters, and a swap fails for tensors with weak references.
+    """
 
     def become(old: Tensor, new: Tensor) -> None:
         old.data = new.data
@@ -239,17 +246,20 @@ def _stepped(adapted: Adapted, head: list[nn.Parameter], cell: Cell) -> torch.op
 
 
 def _few_chunks() -> AbstractContextManager[None]:
-    """Run three of the thousands of chunks of a step with 8-bit moments. The peak is the same as with all chunks.
+    """Return a context in which a step with 8-bit moments runs three of thousands of chunks. The peak stays the same.
 
-    These three are the first, the second and the last chunk. Like every later chunk, the second begins while the results of
-    its predecessor exist.
+    These three are the first, the second and the last chunk. The second chunk begins while the results of the first
+    exist. The chunks that are left out would begin in the same way.
     """
     every = adamw8bit_step.firsts
     return _replaced(adamw8bit_step, "firsts", lambda n, chunk: sorted({*(found := every(n, chunk))[:2], *found[-1:]}))
 
 
 def _decoded_at_once() -> AbstractContextManager[None]:
-    """Decode a large 4-bit weight in one operation, like compiled code. The peak is the same as with thousands of pieces."""
+    """Return a context in which one operation decodes a large 4-bit weight, as in compiled code.
+
+    The peak is the same as with decoding in thousands of pieces.
+    """
 
     def decoded(self: PackedWeight, dtype: torch.dtype, out: Tensor | None) -> Tensor:
         if prod(self.shape) < LARGE:
@@ -258,11 +268,11 @@ def _decoded_at_once() -> AbstractContextManager[None]:
         return torch.empty(self.shape, dtype=dtype) if out is None else out.view(self.shape)
 
     by_pieces = PackedWeight._decoded
-    return _replaced(PackedWeight, "_decoded", decoded)  # the class, for layers of Methods too
+    return _replaced(PackedWeight, "_decoded", decoded)  # in the class, so that layers of Methods use it too
 
 
 def _is_uniform(model: nn.Module, blocks: int | None) -> bool:
-    """Return whether the model has one list of `blocks` blocks with equal names, sizes and dtypes of tensors."""
+    """Return whether the model has one list of `blocks` blocks, equal in the names, shapes and dtypes of tensors."""
     lists = list(outermost_lists(model).values())
     if len(lists) != 1 or len(lists[0]) != blocks:
         return False
@@ -273,10 +283,10 @@ def _is_uniform(model: nn.Module, blocks: int | None) -> bool:
 
 @contextmanager
 def _staged(tracker: MemoryTracker, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Divide a step into stages, so that memory grows or shrinks by the same amount with every block of a stage.
+    """Divide a step into stages. Within a stage, every block of the model changes the memory by the same amount.
 
-    The peak of a stage is then at its start or end. The stages are: forward pass and the head's backward pass, the backward
-    pass of the last blocks, that of the first blocks, and the optimizer's step.
+    The peak of a stage is then at its start or end. There are four stages: the forward pass with the head's backward
+    pass, the backward pass of all blocks but the first, the backward pass of the first block, and the optimizer's step.
     """
 
     def enters(stage: str) -> Callable[..., None]:

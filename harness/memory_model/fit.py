@@ -1,21 +1,23 @@
-"""Search the largest training that fits into a memory, for each Method, base and optimizer. No torch.
+"""Find the largest training that fits into a given memory, for each Method, base and optimizer. No torch.
 
-A child process counts bytes (`harness.memory_model.counting`); the search is arithmetic. It maximises rank x batch for texts
-of a given length; of equal products the smallest rank wins.
+A child process counts bytes (`harness.memory_model.counting`); the search itself is arithmetic. It maximises rank x
+batch for texts of a given length, and takes the smallest rank among equal products.
 
 trainable: trainable parameters.
 longest: tokens of the longest single text at this rank, limited by what the model reads.
-peak: highest bytes of tensors in a training step on fake tensors, in the CPU code of `fused` (of `reference` for full
-  fine-tuning; `--json` names it); it decides what fits. Tests hold it to 3 % of measured steps of small models.
-total: sum of the closed forms, without temporary tensors; it chooses among ranks that fit.
-left: free memory, after the peak, or after the total with --formulas; negative if not even one text fits.
+peak: largest number of bytes in tensors during a training step on fake tensors. The peak decides what fits. The step
+  runs the CPU code of `fused`, or of `reference` for full fine-tuning; `--json` names this code. In tests, the peak
+  differs by at most 3 % from measured steps of small models.
+total: sum of the closed forms, without temporary tensors. The total chooses among the ranks that fit.
+left: the given memory minus the peak, or minus the total with --formulas. It is negative if not even one text fits.
 
-Weights, adapter, gradients and optimizer are held to 3 % of the ledgers of real Cells. Activations have a closed form for
-Llama-like models only, held to 2 % of what autograd saves in small Llamas.
+In tests, weights, adapter, gradients and optimizer differ by at most 3 % from the ledgers of real Cells. Activations
+have a closed form for Llama-like models only; in tests, it differs by at most 2 % from what autograd saves in small
+Llamas.
 
-Not predicted: waste of the allocator, workspaces of kernels, the CUDA context (hundreds of MiB), other programs. Libraries
-may need more than the references: in 16 bits, hf-peft casts inputs of adapters to float32. Nothing has been compared with a
-GPU yet. `harness/memory_model/README.md` has the accuracy of each part.
+The prediction leaves out waste of the allocator, workspaces of kernels, the CUDA context (hundreds of MiB) and other
+programs. Libraries may need more than the references: in 16 bits, hf-peft casts inputs of adapters to float32. Nothing
+has been compared with a GPU yet. `harness/memory_model/README.md` has the accuracy of each part.
 """
 
 from __future__ import annotations
@@ -82,7 +84,7 @@ class FitRow:
     left: int = 0
     """Free bytes of the memory; negative if nothing fits."""
     untouched: str = ""
-    """Note about weights that neither an adapter nor a packed base reaches; for all linear layers only."""
+    """Note about weights that neither an adapter nor a packed base reaches; empty if only named layers are adapted."""
 
 
 def fit_request(
@@ -99,7 +101,7 @@ def fit_request(
     checkpointing: bool = False,
     layerwise: bool = False,
 ) -> FitRequest:
-    """Validate the arguments of `fit`, and return them as a request. Raises UsageError with every problem."""
+    """Validate the arguments of `fit`, and return them as a request. Raises one UsageError for all problems."""
     problems: list[Problem] = []
 
     def known(option: str, given: Sequence[str], there: Sequence[str], what: str) -> tuple[str, ...]:
@@ -191,7 +193,10 @@ def count_model(request: FitRequest) -> ModelCount:
 
 
 def config_at(info: MethodInfo, rank: int | None) -> dict[str, Any]:
-    """Return a Method's config at a rank. Other ranks in it (AdaLoRA's target) are limited to this rank."""
+    """Return a Method's config at `rank`, or {} if `rank` is None.
+
+    Other ranks in the config, such as AdaLoRA's `target_rank`, are limited to `rank`.
+    """
     if rank is None:
         return {}
     others = {k: min(f.default, rank) for k, f in info.fields.items() if k.endswith("_rank")}
@@ -227,7 +232,11 @@ def best_row(
     base: str,
     optimizer: str,
 ) -> FitRow:
-    """Return the row of the largest rank x batch that fits; if activations are unknown, of the largest rank that fits."""
+    """Return the row with the largest rank x batch that fits.
+
+    If activations are unknown, the row has the largest rank that fits. If nothing fits, the row says so, at the first
+    rank.
+    """
     found: tuple[int, FitRow] | None = None
     room, logits, most = request.memory.number_B, counted["logits"], counted["positions"]
     layerwise = request.layerwise and methods()[method].spec.trains_weights

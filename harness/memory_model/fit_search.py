@@ -1,4 +1,4 @@
-"""Search what fits by the peaks of training steps on fake tensors, starting from the closed-form results. No torch.
+"""Find what fits by the peaks of training steps on fake tensors, starting from the closed-form results. No torch.
 
 Closed-form estimates leave out temporary tensors; a step on fake tensors includes all of them. The step runs the code of
 `fused`, or of the reference if `fused` does not implement the Method.
@@ -34,11 +34,12 @@ Row = dict[str, Any]
 
 
 def search_by_steps(request: FitRequest, counted: ModelCount, document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the closed-form document with batch, longest text and peak by steps.
+    """Return the closed-form document, with batch, longest text and peak of each row determined by steps.
 
-    peak_B: peak of the row's batch, or of one text if no text fits. It is None if no step could be taken; then `no_peak` has
-    the reason, and the row is unchanged. peak_by: code that took the step. The rank is unchanged, unless steps and closed
-    form disagree whether it fits: then the row has the largest rank at which one text fits.
+    peak_B: peak in bytes of the row's batch, or of one text if no text fits. If no step could be taken, peak_B is None,
+    `no_peak` has the reason, and the rest of the row is unchanged. peak_by: the code that took the step. A row changes
+    its rank only if steps and closed form disagree whether the rank fits: it gets the largest rank at which one text
+    fits.
     """
     rows = [
         row | {"peak_B": None, "peak_by": _provider(row["method"]), "no_peak": "" if row["ledger"] else row["because"]}
@@ -62,14 +63,14 @@ def _provider(method: str) -> str:
 
 
 class _Search:
-    """Searches over rows. All steps of a search go to one child process."""
+    """Searches for several rows at once. All steps of a search run in one child process."""
 
     def __init__(self, request: FitRequest, counted: ModelCount, document: Mapping[str, Any]) -> None:
         self.request, self.counted, self.document = request, counted, document
         self.room, self.tokens = int(document["memory_B"]), int(document["tokens"])
 
     def batches(self, rows: list[Row]) -> list[Row]:
-        """Return the rows with the largest batch that fits, and the longest single text that fits."""
+        """Return each row with the largest batch and the longest single text that fit."""
         most = self.counted["positions"]
         steps = [self._largest(row, "batch", self.tokens, first=row["batch"] or 1, most=_MAX_BATCH) for row in rows]
         for row in rows:
@@ -94,9 +95,10 @@ class _Search:
         return [rank for rank in tried if (rank < row["rank"] if row["because"] else rank > row["rank"])]
 
     def reranked(self, rows: list[Row], ranks: list[list[int]]) -> list[Row]:
-        """Return the rows at the largest of these ranks at which one text fits, or at the smallest if none does.
+        """Return each row at the largest of its `ranks` at which one text fits.
 
-        A row that fits stays as it is if none of the larger ranks fits.
+        If one text fits at none of them, a row that fits stays as it is, and any other row gets the smallest of its
+        ranks.
         """
         pairs = [(n, self._at(rows[n], rank)) for n, of_row in enumerate(ranks) for rank in sorted(of_row)]
         answers = _answers([self._step(one, 1, self.tokens) for _, one in pairs])
@@ -131,7 +133,7 @@ class _Search:
         return {**self._step(row, 1, tokens), "largest": options}
 
     def _step(self, row: Row, batch: int, tokens: int) -> StepRequest:
-        """Return the request for a row's step, over a base packed by `fused`, with a loss on every token."""
+        """Return the request for a row's step. `fused` packs a 4-bit base, and every token has a loss."""
         info = methods()[row["method"]]
         targets = {"targets": self.document["targets"]} if "targets" in info.fields else {}
         packed = row["base"] not in ("none", OWN)
@@ -171,7 +173,7 @@ class _Search:
                 ledger[part] = ledger[part] // row["batch"] * batch
             ledger["total_B"] = _lasting(row) + max(sum(ledger[part] for part in _BATCH_PARTS), ledger["step_B"])
         else:
-            ledger["total_B"] = None  # closed-form, without activations
+            ledger["total_B"] = None  # the closed form lacks activations
         by = _REFERENCE if _REFERENCE in found["peak_by"] else row["peak_by"]
         outcome = {"because": "" if fits else DOES_NOT_FIT, "peak_B": tried[batch], "peak_by": by}
         return row | {"batch": batch, "ledger": ledger} | outcome
@@ -185,7 +187,7 @@ def _answers(requests: list[StepRequest]) -> list[StepAnswer]:
 
 
 def _tried(row: Row, found: StepAnswer) -> dict[int, int]:
-    """Map each batch or length, which JSON has turned into a string, to the peak on the device in bytes."""
+    """Map each tried batch or length to its peak on the device in bytes. In `found`, JSON has made the keys strings."""
     return {int(number): peak - row["ledger"]["host_B"] for number, peak in found.get("tried", {}).items()}
 
 

@@ -1,6 +1,7 @@
 """Take dry steps in separate processes, so that libraries' caches of fake tensors do not reach a run.
 
-Each process is a fork. It has imported the libraries already, so that it starts in a hundredth of a second instead of ten.
+Each process is a fork of a process that has imported the libraries. A fork takes a hundredth of a second, and importing
+the libraries again would take ten seconds.
 """
 
 from __future__ import annotations
@@ -43,10 +44,11 @@ def peak(
     others_B: int = 0,
     lacks: frozenset[str] = frozenset(),
 ) -> StepAnswer:
-    """Return the peak of a step over `parts`, plus `others_B` bytes of other data; empty for a Cell without training.
+    """Return the peak of a step over `parts`, plus `others_B` bytes of other data.
 
-    lacks: names of an encoder's weights that its checkpoint lacks. Layers with the same size and decoding replace a 4-bit
-    base. The Method's reference replaces a library that does not support fake tensors.
+    The answer is empty for a Cell without training. lacks: names of an encoder's weights that its checkpoint lacks.
+    Layers with the same sizes and the same decoding replace the layers of a 4-bit base. If a library does not support
+    fake tensors, the Method's reference takes the step.
     """
     if cell.training.steps == 0:
         return {}
@@ -65,7 +67,7 @@ def peak(
 
 
 def _attempts(step: dry_step.DryStep) -> dict[str, dry_step.DryStep]:
-    """Map a description of the replaced code to each step to try. The first step replaces none of the Cell's code."""
+    """Map a description of the replaced code to each step to try. The first step uses the Cell's own implementation."""
     cell, base = step.cell, step.cell.base.quantization != "none"
     found = {"a stand-in for the base" * base: step}
     if cell.method not in UNREFERENCED and cell.implementation != "reference":
@@ -75,7 +77,10 @@ def _attempts(step: dry_step.DryStep) -> dict[str, dry_step.DryStep]:
 
 
 def answer(request: StepRequest) -> StepAnswer:
-    """Return the peak of a Cell's step on texts of `max_tokens` tokens; or the results of the search in `largest`."""
+    """Return the peak of a Cell's step on texts of `max_tokens` tokens.
+
+    If the request has `largest`, return the peaks of a search for the largest step that fits.
+    """
     cell = Cell.model_validate(request["cell"])
     if "largest" not in request:
         return _answer(cell, request, request["answer"])
@@ -131,9 +136,9 @@ def _in_fork(run: Callable[[], int]) -> int | str:
 
 
 def _pickled_result(run: Callable[[], int]) -> bytes:
-    """Pickle the result of `run`, or the reason why there is none, and its new entries of the shape cache."""
+    """Return a pickled pair: the result of `run`, or why it failed; and the entries that `run` added to the cache."""
     os.environ["PEFT_HARNESS_COMPILE"] = "0"
-    torch.set_num_threads(1)  # torch's pool of threads is the parent's
+    torch.set_num_threads(1)  # torch's pool of threads exists only in the parent
     before = len(memory_tracker.outputs)
     try:
         found: int | str = run()

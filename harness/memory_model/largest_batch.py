@@ -1,4 +1,4 @@
-"""Search the largest batch or the longest text that fits. Takes few steps, because a step is slow. Imports no torch."""
+"""Find the largest batch or the longest text that fits, in few steps, because a step is slow. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ _MAX_STEPS = 24
 def search(
     peak: Callable[[int], int | str], room: int, first: int, lasting: int, most: int | None = None, grain: float = 0.0
 ) -> dict[int, int] | str:
-    """Map the size of each tried step to its peak in bytes; or, if no tried step fits, return the reason of a failed step.
+    """Try steps of several sizes, and map each size to the peak in bytes.
 
-    peak: returns the bytes of a step of a given size, monotonically increasing, or the reason why it cannot run. room: bytes
-    available. first: size to begin with. lasting: estimated bytes of an empty step. most: largest size to try. grain:
-    relative distance at which the largest fitting and the smallest non-fitting size are close enough.
+    If a step fails before any size has fitted, return the reason instead.
+
+    peak: returns the peak of a step of a given size in bytes, which grows with the size, or the reason why the step
+    failed. room: bytes available. first: size to begin with. lasting: estimated bytes of an empty step. most: largest
+    size to try. grain: relative distance of the two bounds (see `_next`) at which the search ends.
     """
     tried: dict[int, int] = {}
     streak, last = 0, False
@@ -38,8 +40,9 @@ def largest_fitting(tried: Mapping[int, int], room: int) -> int:
 def _next(tried: Mapping[int, int], room: int, lasting: int, most: int | None, grain: float, streak: int) -> int | None:
     """Return the next size to try, or None if the largest fitting size is known within the grain.
 
-    Interpolates linearly between the bounds, but bisects if several steps in a row (`streak`) have moved the same bound: the
-    peak is a maximum over stages, and so not quite linear.
+    The bounds are the largest size that fits and the smallest that does not. The function interpolates linearly between
+    them, but bisects if several steps in a row (`streak`) have moved the same bound, because the peak is not quite
+    linear: it is a maximum over stages.
     """
     fits = largest_fitting(tried, room)
     fails = min((n for n, peak in tried.items() if peak > room), default=None)

@@ -73,5 +73,5 @@ class Ledger:
 
     @property
     def total(self) -> int:
-        """Highest bytes on the device at one time: activations are freed before the optimizer steps."""
+        """Largest number of bytes on the device at one time. Activations are freed before the optimizer steps."""
         return self.lasting + max(self.activations + self.logits, self.step)

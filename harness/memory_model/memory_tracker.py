@@ -1,8 +1,8 @@
 """Count the bytes of existing tensors while a program runs on fake tensors.
 
-A cache stores the outputs of operations, because torch would take several times as long to compute them, and a step repeats
-the same operations for every block and every trainable tensor. Entries describe shapes and hold no tensors, so that no
-tensor lives longer than without the cache.
+A step repeats the same operations for every block and every trainable tensor. So a cache stores descriptions of the
+outputs, because torch would take several times as long to compute each output again. The cache holds no tensors, so
+that no tensor lives longer than without the cache.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class _NotCacheable(Exception):  # noqa: N818
 
 
 outputs: dict[Hashable, _Output] = {}
-"""The cache. It also has entries from child processes, and can be pickled."""
+"""The cache: call of an operation -> its output. It also has entries from child processes, and can be pickled."""
 
 
 def cached_output(fake: FakeTensorMode, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return `func(*args, **kwargs)`, from the cache if possible. At least one argument is a tensor, maybe with data."""
+    """Return `func(*args, **kwargs)`, from the cache if possible. At least one argument is a tensor, fake or real."""
     if func._schema.is_mutable:
         made = args[0] if _writes_only(func, args) else func(*args, **kwargs)
         return kwargs.get("out", made)  # torch's own cache would return another tensor than `out`
@@ -112,7 +112,7 @@ _GROUPED = _aten._grouped_mm.default
 _UNSET = {_aten.empty, _aten.empty_strided}
 _FILLED = {_aten.zeros, _aten.ones, _aten.full, _aten.rand, _aten.randn}
 _REAL_B = 2**24
-"""Maximum bytes of a tensor without fake inputs (mask, positions) that has real data, because programs branch on it."""
+"""Largest size in bytes of a tensor with data, such as a mask or positions. Programs branch on such data."""
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -129,7 +129,7 @@ class MemoryTracker(TorchDispatchMode):
         self.fake, self._engine_refs = FakeTensorMode(allow_non_fake_inputs=True), _engine_refs()
         self.now, self.stage = 0, ""
         self.attaching = True
-        """Whether new filled tensors (`torch.zeros`) are weights or states. These are fake even if they are small."""
+        """True before the step. New filled tensors (`torch.zeros`) are then weights or states, so they are fake."""
         self.peaks: dict[str, int] = defaultdict(int)
         """Name of a stage -> its highest number of bytes."""
         self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -210,7 +210,7 @@ class _Watch(TorchDispatchMode):
 
 
 def _engine_refs() -> int:
-    """Return the number of references, during accumulation, to a gradient that only autograd holds.
+    """Return how many references a gradient has while autograd accumulates it and no other code holds it.
 
     The number is measured, because it depends on the process. If other code holds the gradient, there is one more reference.
     """

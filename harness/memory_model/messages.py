@@ -19,7 +19,7 @@ class CountRequest(TypedDict):
     targets: list[str]
     """Layers for configs without targets; empty for every linear layer except the output."""
     checkpoint: NotRequired[str]
-    """Folder of an encoder's weights: its missing weights train too. Empty for a shape, which lacks none."""
+    """Folder of an encoder's weights. Weights that it lacks train too. Empty for a shape, which lacks no weights."""
 
 
 class MethodCount(TypedDict, total=False):
@@ -31,7 +31,7 @@ class MethodCount(TypedDict, total=False):
     trainable: int
     """Trainable parameters."""
     untouched: int
-    """Weights of experts that do not train."""
+    """Number of expert weights that do not train."""
     weights: dict[str, int]
     """Base -> bytes of everything except the adapter."""
     adapter: int
@@ -41,7 +41,7 @@ class MethodCount(TypedDict, total=False):
     step: int
     """Bytes that exist only while the optimizer steps."""
     layerwise: int
-    """Bytes of gradients and of `step` with layer-wise updates: those of the largest tensor."""
+    """Bytes of gradients and of `step` with layer-wise updates, for which only the largest tensor counts."""
     activations: tuple[int, int] | None
     """Bytes per token (without, with) gradient checkpointing; None for a model without a formula."""
 
@@ -52,7 +52,7 @@ class ModelCount(TypedDict, total=False):
     error: str
     """Reason why the model cannot be built or counted."""
     misfits: dict[str, str]
-    """Requested targets that match no layer of any Method, with the reason."""
+    """Requested target that matches no layer of any Method -> the reason."""
     parameters: int
     targets: list[str]
     """Layers that configs without targets adapt."""

@@ -47,8 +47,8 @@ def prediction(cell: Cell, counted: ModelCount, *, on_cpu: bool = False, every_t
     on_cpu: whether host memory is also the device's memory, so that paged states count too. every_token: whether every token
     has a loss (`loss: all`), as in the task `synthetic`.
 
-    Activations and logits are those of texts with `max_tokens` tokens: an upper bound, which is exact for `synthetic`. The
-    function predicts neither compiled models, nor logits of tasks with a loss on answers only.
+    Activations and logits are those of texts with `max_tokens` tokens: an upper bound, which is exact for `synthetic`.
+    Both are None for a compiled model, and logits are None for a task with a loss on answers only.
     """
     if error := counted.get("error"):
         return str(error)
@@ -80,7 +80,7 @@ def prediction(cell: Cell, counted: ModelCount, *, on_cpu: bool = False, every_t
 def predictions(
     cells: Iterable[Cell], sources: Mapping[str, Source], labels: Mapping[str, int], every_token: Collection[str] = ()
 ) -> dict[str, PlannedMemory | str]:
-    """Map cell_ids to predictions, or to the reasons why there are none.
+    """Map each cell_id to the prediction, or to the reason why there is none.
 
     sources: models of the Cells, by name. labels: number of labels, by task. every_token: tasks with a loss on every token.
     Nothing is downloaded: a model that is not on this machine has no prediction.
@@ -125,7 +125,7 @@ def predictions(
 
 
 def _step(cell: Cell, one: CountRequest, every_token: Collection[str]) -> StepRequest:
-    """Return the request for a Cell's training step, without options that do not change its memory."""
+    """Return the request for a Cell's training step, with fixed values for options that do not change its memory."""
     training = cell.training.model_copy(update=_SAME)
     same = {"seed": 0, "evaluation": Evaluation(items=0), "task": "", "training": training}
     whole = cell.task in every_token or cell.evaluation.items == 0
@@ -144,7 +144,7 @@ def _count_key(request: CountRequest) -> str:
 
 
 def _local_model(source: Source) -> tuple[dict[str, Any], str] | str:
-    """Return a model's config.json and the folder of its weights (empty for a shape), or the reason why there is none."""
+    """Return a model's config.json and the folder of its weights (empty for a shape), or why they cannot be read."""
     try:
         if (here := fetch.local_folder(source)) is None:
             return f"{source.name} is not on this machine yet"

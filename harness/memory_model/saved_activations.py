@@ -15,12 +15,12 @@ _PART = {
     "self_attn.q_proj": 1, "self_attn.k_proj": 1, "self_attn.v_proj": 1, "self_attn.o_proj": 2, "mlp.gate_proj": 3,
     "mlp.up_proj": 3, "mlp.down_proj": 4,
 }  # fmt: skip
-"""Parts of a block (norm, attention, norm, MLP) before each layer."""
+"""Layer -> number of parts of its block (norm, attention, norm, MLP) that come before it."""
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def llama_shape(model: Any, dtype: torch.dtype) -> LlamaShape | None:
-    """Return the sizes of a model with a Llama's blocks (Mistral and Qwen2 too), or None for any other."""
+    """Return the sizes of a model with a Llama's blocks (Mistral and Qwen2 too), or None for any other model."""
     blocks = list(getattr(getattr(model, "model", None), "layers", ()))
     children = {"self_attn", "mlp", *_NORMS}
     if not blocks or any({name for name, _ in block.named_children()} != children for block in blocks):
@@ -46,7 +46,7 @@ def sum_over_llama(model: Any, saved: Mapping[str, tuple[bool, int]], trains: Co
     blocks = model.model.layers
 
     def number(part: str, *names: str) -> int:
-        """Count the blocks in which one of these layers saves its input; layers of one input save it once."""
+        """Count the blocks in which at least one of these layers saves the input that they share."""
         paths = [[f"model.layers.{index}.{part}.{name}" for name in names] for index in range(len(blocks))]
         return sum(any(saved.get(path, (False, 0))[0] for path in of_block) for of_block in paths)
 
@@ -69,10 +69,11 @@ def sum_over_llama(model: Any, saved: Mapping[str, tuple[bool, int]], trains: Co
 
 
 def saved_by_layers(layers: Mapping[str, Any], dtype: torch.dtype) -> tuple[dict[str, tuple[bool, int]], bool]:
-    """Map the path of each linear layer to whether it saves its input, and to its other saved bytes per token.
+    """Return what each linear layer saves, and whether every layer calls its base layer.
 
-    Also return whether every layer calls its base layer. A layer that does not (PiSSA with its residual, QLoRA with its
-    codes) has the weight in another form, and a program that saves memory drops the original weight.
+    The first result maps the path of each layer to a pair: whether the layer saves its input, and how many other bytes
+    it saves per token. A layer that does not call its base layer (PiSSA with its residual, QLoRA with its codes) has
+    the weight in another form, and a program that saves memory drops the original weight.
     """
     known: dict[tuple[type, int, int, bool], tuple[bool, int]] = {}
     saved, every = {}, True
@@ -95,7 +96,7 @@ def saved_by_layers(layers: Mapping[str, Any], dtype: torch.dtype) -> tuple[dict
 
 
 def _saved(layer: nn.Module, features: int, dtype: torch.dtype) -> tuple[bool, int]:
-    """Return whether a layer saves its input for its backward pass, and its other saved bytes per token.
+    """Return whether a layer saves its input for its backward pass, and how many other bytes it saves per token.
 
     The bytes are the difference between calls with two lengths, because a saved tensor that does not grow with the number of
     tokens, such as a decoded weight, is no activation.
@@ -111,7 +112,7 @@ def _saved(layer: nn.Module, features: int, dtype: torch.dtype) -> tuple[bool, i
 
 
 def saved_by(layer: nn.Module, *inputs: Tensor, **named: Tensor) -> dict[int, int]:
-    """Call a layer or a model and return the bytes that autograd saves for its backward pass, by storage."""
+    """Call a layer or a model, and map each storage that autograd saves for the backward pass to its size in bytes."""
     alive: list[Tensor] = []  # keeps the identities of storages unique
 
     def pack(t: Tensor) -> Tensor:
@@ -124,4 +125,4 @@ def saved_by(layer: nn.Module, *inputs: Tensor, **named: Tensor) -> dict[int, in
 
 
 def _storage(t: Tensor) -> int:
-    return int(t.untyped_storage()._cdata)  # its address would be 0 on the meta device
+    return int(t.untyped_storage()._cdata)  # the address of its data is 0 on the meta device

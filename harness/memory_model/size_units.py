@@ -15,7 +15,7 @@ DIGITS, _MAX_B = 20, 2**60
 
 @dataclass(frozen=True)
 class MemorySize:
-    """A number of bytes, and the unit in which it was given (GiB if this was TiB, GB if this was TB)."""
+    """A number of bytes, and the unit in which to show it: the unit of the user, but GiB for TiB and GB for TB."""
 
     number_B: int
     unit: str
@@ -43,7 +43,7 @@ def parse_size(text: str) -> MemorySize:
 
 
 def _which(number: str, unit: str) -> str:
-    """Return a message with the possible meanings of a size with a wrong or no unit."""
+    """Return an error message for a size with a wrong unit or without a unit. It lists the possible meanings."""
     if unit.lower() not in ("k", "m", "g", "t", "", *(name.lower() for name in UNITS)):
         return f"`{unit}` is no unit of memory; write one of {', '.join(UNITS)}"
     letter = (unit or "G")[0].upper()

@@ -51,7 +51,7 @@ def adamw_bytes(numels: Iterable[int], name: str, dtype: torch.dtype) -> tuple[i
 def optimizer_bytes(adapted: Adapted, trains: Sequence[nn.Parameter], dtype: torch.dtype) -> dict[str, tuple[int, int]]:
     """Map each optimizer that the Method supports to its bytes (on the device, in host memory).
 
-    Raises TypeError for a Method's own optimizer with an unknown state.
+    Raises TypeError if the Method has its own optimizer and its state is unknown.
     """
     optimizer = adapted.optimizer(1e-3, 0.0)
     if optimizer is None:
@@ -79,7 +79,10 @@ def _galore(p: nn.Parameter, group: dict[str, Any], itemsize: int, bits: int) ->
 
 
 def has_masters(dtype: torch.dtype, *, own: bool) -> bool:
-    """Return whether weights of this dtype have float32 masters; a Method's own optimizer steps bfloat16 directly."""
+    """Return whether weights of this dtype have float32 masters.
+
+    own: whether the optimizer is the Method's own, which updates bfloat16 weights directly.
+    """
     return dtype == torch.float16 if own else dtype in SIXTEEN_BIT
 
 

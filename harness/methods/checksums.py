@@ -26,7 +26,7 @@ def quantisation_state(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tensors_in(value: object, depth: int = 3) -> list[Tensor]:
-    """List the tensors in `value`, its items and its attributes, down to `depth`.
+    """List the tensors in `value`, its items and its attributes, down to `depth` levels.
 
     bitsandbytes nests one quantisation state in another.
     """

@@ -15,10 +15,10 @@ ALL_LINEAR = "all-linear"
 
 
 def untouched(model: nn.Module) -> int:
-    """Return the number of expert weights that neither train nor have an adapter of HF peft. model: ready to train.
+    """Return the number of expert weights that neither train nor have an adapter of HF peft.
 
-    Experts are modules with `Expert` in their class name, as in transformers; the matrices of all experts of a block
-    are their own parameters.
+    model: ready to train. Experts are modules with `Expert` in their class name, as in transformers. Such a module has
+    the matrices of all experts of a block as parameters.
     """
     return sum(
         p.numel()

@@ -46,20 +46,20 @@ _UNSUPPORTED_INITS = {
 _VIRTUAL = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE")
 """Types with virtual tokens before every text."""
 IN_THE_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
-"""Types whose virtual tokens are keys and values of every block; those of other types are embeddings."""
+"""Types whose virtual tokens are keys and values of every block. Virtual tokens of other types are embeddings."""
 _CAUSAL_ONLY = dict.fromkeys(IN_THE_CACHE, "passes its tokens as a key-value cache, which no encoder has") | {
     "ADAPTION_PROMPT": "supports the attention of Llama, Mistral and GPT-2 only"
 }
 """Types for causal models only, with the reason."""
 _KINDS = {"CAUSAL_LM": "causal", "SEQ_CLS": "encoder"}
-"""Kinds of models, by peft's `task_type`."""
+"""peft's `task_type` -> kind of the model."""
 _HEADS = {"classifier", "score"}
 """Entries that peft adds to `modules_to_save` of a classifier; the harness trains every head anyway."""
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Config of this Method."""
+    """Config of the Method `peft`."""
 
     adapter_config: dict[str, Any]
     """Keys of an adapter_config.json, unchanged."""
@@ -88,7 +88,10 @@ class AdapterConfigField(FieldInfo):
         return f"write `{KEY}: ./my-adapter/{FILE}`, as peft's `save_pretrained` makes it"
 
     def resolved(self, value: Any, folder: Path) -> Any:
-        """Read the file that a suite in `folder` names. Raises UsageError for a file that is not a JSON object."""
+        """Return the content of the file that `value` names, relative to `folder`; return any other value unchanged.
+
+        Raises UsageError if the file cannot be read or is not a JSON object.
+        """
         if not isinstance(value, str) or not value:
             return value
         hint = f"peft's `save_pretrained` writes an {FILE}"
@@ -204,9 +207,9 @@ def _unknown_keys(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
 
 
 def _json_problems(config: Any) -> Iterator[FieldProblem]:
-    """Yield a problem for every value that Python reads from JSON but JSON cannot express, as a cell_id cannot hash it.
+    """Yield a problem for every value that Python's JSON reader accepts but JSON cannot express.
 
-    Such values are NaN, 1e999 and half a surrogate pair.
+    Such values are NaN, 1e999 and half a surrogate pair. A cell_id cannot hash them.
     """
     todo: list[tuple[tuple[str | int, ...], Any]] = [((), config)]
     while todo:
@@ -246,4 +249,4 @@ PEFT = MethodInfo(
     path=Path(__file__),
 )
 UNREFERENCED = {PEFT.name: PEFT}
-"""Methods without a reference, by name: only checks that need none apply."""
+"""Name -> Method without a reference. Only checks that need no reference apply to it."""

@@ -101,7 +101,7 @@ def implements(
     devices: Iterable[str] = ("cpu", "cuda"),
     requires: Iterable[str] = (),
 ) -> Callable[[Callable[..., Any]], Implementation]:
-    """Return a decorator that makes a function an Implementation of `target`. An entry point must register it.
+    """Return a decorator that makes a function an Implementation of `target`. An entry point must offer the result.
 
     kind: by default, the kind of `target`.
     """
@@ -123,7 +123,7 @@ def implementations_in(name: str) -> list[Implementation]:
 
 @cache
 def targets() -> dict[str, TargetKind]:
-    """Map every possible target to its kind. File names reveal Operations and bases, which are neither imported nor read."""
+    """Map every possible target to its kind. Operations and bases have the names of files, which are not read."""
     found: dict[str, TargetKind] = {file.stem: "base" for file in (data_folder("suites") / "parity").glob("*.yaml")}
     found |= {file.stem: "operation" for file in _OPERATIONS.glob("*.py") if not file.stem.startswith("_")}
     return found | dict.fromkeys([*methods(), *UNREFERENCED], "method")
@@ -185,7 +185,7 @@ def entry_points_by_name() -> dict[str, EntryPoint]:
 
 
 def discover(only: Collection[str] | None = None, begin: Callable[[str], None] | None = None) -> Registry:
-    """Load every entry point of the group, the harness's own first, so that no plug-in can take one of their names.
+    """Load every entry point of the group, the harness's own first, so that no plug-in can take one of its names.
 
     only: names of the entry points to load, as in `entry_points_by_name`; begin: called with each name before loading.
     """
@@ -221,7 +221,7 @@ def discover(only: Collection[str] | None = None, begin: Callable[[str], None] |
 
 
 def _misfit(implementation: Implementation, known: dict[str, TargetKind]) -> str:
-    """Return a description of an unknown target or a kind that is not the target's, or an empty string."""
+    """Describe an unknown target, or a kind that is not the target's; return an empty string if both are right."""
     target, kind = implementation.target, implementation.kind
     if target not in known:
         return f"{implementation}: unknown target {target!r}; {did_you_mean(target, known, 'there are')}"

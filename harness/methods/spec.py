@@ -33,7 +33,7 @@ TARGET_WORDS = frozenset({"attention", "all-linear"})
 """Words that a suite may write instead of a list of layers; `reference.shared.layers.WORDS` defines them."""
 
 FieldProblem = tuple[tuple[str | int, ...], str, str]
-"""Path of keys inside the value, description of the problem, hint."""
+"""A problem of a value: the path of keys inside the value, a description, and a hint."""
 
 
 class Adapted(Protocol):
@@ -91,7 +91,7 @@ class FieldInfo:
     choices: tuple[Any, ...] | None = None
     """Valid values; None without a restriction."""
     omit_default: bool = False
-    """Leave the default out of a Cell: the field is younger than published Records, and cell_ids must not change."""
+    """Whether a Cell leaves the default out. A field younger than published Records must not change their cell_ids."""
     about: str = ""
     """Description, from the string below the field."""
 
@@ -119,18 +119,18 @@ class FieldInfo:
         return str(self.default).lower() if self.type == "bool" else str(self.default)
 
     def resolved(self, value: Any, folder: Path) -> Any:
-        """Return the value with a file name replaced by the file's content; here return it unchanged.
+        """Return the value, with a file name replaced by the content of the file. This class returns it unchanged.
 
         folder: folder of the suite, to which file names are relative.
         """
         return value
 
     def misfits(self, value: Any, kind: str) -> Iterator[FieldProblem]:
-        """Yield reasons why a valid value does not suit a model of this kind (`causal`, `encoder`)."""
+        """Yield the reasons why a valid value does not suit a model of this kind (`causal`, `encoder`)."""
         yield from ()
 
     def is_legible(self, value: Any) -> bool:
-        """Return whether a value, even an invalid one, is complete enough for further checks; here whether it is valid."""
+        """Return whether a value is complete enough for further checks. For this class, only a valid value is."""
         return not self.problem(value)
 
     def canonical(self, value: Any) -> Any:
@@ -183,7 +183,7 @@ class MethodInfo:
 
 
 def methods(folder: Path = _REFERENCE) -> dict[str, MethodInfo]:
-    """Read every Method in `folder`, sorted by name. Raises TypeError, with the file, for a malformed SPEC or Config."""
+    """Read every Method in `folder`; return them by name, sorted. Raises TypeError for a malformed SPEC or Config."""
     read = (_method(path, path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.py")))
     return {info.name: info for info in read if info is not None}
 
@@ -211,7 +211,7 @@ def _is_spec(node: ast.Assign) -> bool:
 
 
 def _evaluated(node: ast.expr) -> Any:
-    """Return the value of literals and of calls of the classes in `reference/spec.py`, without importing anything."""
+    """Return the value of an expression of literals and calls of the classes in `reference/spec.py`, with no import."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _SPEC_CLASSES:
         arguments = {str(keyword.arg): _evaluated(keyword.value) for keyword in node.keywords}
         return _SPEC_CLASSES[node.func.id](*map(_evaluated, node.args), **arguments)

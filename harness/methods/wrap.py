@@ -39,7 +39,7 @@ def wrap(
         tensors = wrapped.tensors()
         for path in bases:
             if {f"{path}.A", f"{path}.B"} <= tensors.keys():  # otherwise check `parameters` fails
-                # The layer drew its A from the generator of `attach`; seeded by A, this start depends on it too.
+                # The layer drew A from the generator of `attach`. A seeds this start, which thus depends on it too.
                 generator = torch.Generator().manual_seed(checksums.crc32(tensors[f"{path}.A"]))
                 write_initial_factors(config.init, tensors[f"{path}.A"], tensors[f"{path}.B"], generator)
     return wrapped

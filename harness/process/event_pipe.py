@@ -1,4 +1,4 @@
-"""The worker's end of the event pipe. The pipe carries JSON lines; output of plug-ins does not reach it."""
+"""The worker's end of the event pipe, which carries JSON lines. The output of plug-ins does not enter this pipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness.process.lifeline import die_with_parent
 
 
 class Emit(Protocol):
-    """Reports one event."""
+    """A function that reports one event."""
 
     def __call__(self, **event: Any) -> None:
         """Write the event as one JSON line."""
@@ -22,8 +22,8 @@ class Emit(Protocol):
 def event_writer(events: int, lifeline: int) -> Iterator[Emit]:
     """Yield a function that writes events to the descriptor `events`, and redirect stdout to stderr, also for C libraries.
 
-    A fork that a plug-in makes inherits both, but its events are dropped. This process dies when the process at the other
-    end of the pipe `lifeline` dies. The last event is `done`, with the id of the process that watches the lifeline.
+    If a plug-in forks this process, the fork's events are dropped. This process is killed when the other end of
+    the pipe `lifeline` closes. The last event is `done`, with the id of the process that watches the lifeline.
     """
     watcher = die_with_parent(lifeline, events)
     os.dup2(2, 1)

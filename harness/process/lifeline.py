@@ -1,4 +1,4 @@
-"""A pipe that lets a worker and its children end when the worker's parent has ended."""
+"""Kill a worker and its children when the worker's parent ends. A pipe between parent and worker reveals this end."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import signal
 
 
 def die_with_parent(lifeline: int, *others: int) -> int:
-    """Kill this process group when the other end of the pipe `lifeline` closes; return the id of the process that watches.
+    """Start a process that kills this process group when the other end of the pipe `lifeline` closes; return its id.
 
-    The pipe closes when the parent ends in any way, even before this call. A small process watches the pipe. A thread of
-    the worker could not: it would not run while a library holds the interpreter, and would be killed together with the
-    worker before it could kill the worker's children. others: descriptors that the watcher must not hold open.
+    The pipe closes when the parent ends in any way, even before this call. A thread of the worker could not watch the
+    pipe: it would not run while a library holds the interpreter, and if the worker were killed, it would end before it
+    could kill the worker's children. others: descriptors that the watching process must not hold open.
     """
     if watcher := os.fork():
         return watcher

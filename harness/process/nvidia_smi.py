@@ -12,7 +12,7 @@ _PATIENCE_S = 20.0
 
 
 def lines(query: str, units: bool = True) -> list[str]:
-    """Return the output of `--query-QUERY`, a line per GPU or process; empty if nvidia-smi is not installed.
+    """Return the lines that `nvidia-smi --query-QUERY` prints, one per GPU or process; none if it is not installed.
 
     units: whether each number has a unit. Raises HarnessError if nvidia-smi does not answer.
     """
@@ -29,7 +29,11 @@ def lines(query: str, units: bool = True) -> list[str]:
 
 
 def rows(query: str) -> list[list[str]]:
-    """Return the lines of `--query-QUERY` as lists of fields. Numbers have no units. Only the last field may have commas."""
+    """Return the lines of `--query-QUERY` as lists of fields. Numbers have no units.
+
+    Only the last field may contain commas. Lines with fewer fields than QUERY are left out. Raises HarnessError if
+    nvidia-smi does not answer.
+    """
     commas = query.count(",")
     found = ([field.strip() for field in line.split(",", commas)] for line in lines(query, units=False))
     return [row for row in found if len(row) == commas + 1]

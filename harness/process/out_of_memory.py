@@ -14,7 +14,7 @@ _DEVICE = re.compile(
     rf"|Tried to allocate {_SIZE}|C?UBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
 )
 _HOST = re.compile(
-    # torch; numpy; C++; the operating system, by mmap and by Rust
+    # Messages of torch, numpy, C++, and the operating system (first as mmap, then as Rust words them).
     rf"DefaultCPUAllocator: .*?tried to allocate {_SIZE}|Unable to allocate {_SIZE} for an array"
     r"|std::bad_alloc|Cannot allocate memory|\(os error 12\)",
     re.DOTALL,
@@ -45,6 +45,6 @@ def shortage(error: BaseException) -> Shortage | None:
 
 
 def _size(found: re.Match[str]) -> int | None:
-    """Return the number of bytes from the pair of groups that matched, or None if none matched."""
+    """Return the size that a message names, in bytes, or None. The groups of `found` are pairs (number, unit)."""
     pairs = zip(found.groups()[::2], found.groups()[1::2], strict=True)
     return next((int(float(number) * _UNITS[unit or ""]) for number, unit in pairs if number), None)

@@ -56,8 +56,8 @@ class Subprocess:
 
     The end of a `with` block calls `close`. `output` has the last lines of stdout and stderr if they are `PIPE`.
 
-    events, lifeline: whether to make such a pipe, and to add its descriptor as a decimal argument before `arguments`. The
-    constructor raises OSError if the process cannot be started.
+    events, lifeline: whether to open a pipe of this name. The process gets the descriptor of its end as a decimal
+    argument before `arguments`. The constructor raises OSError if the process cannot be started.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Subprocess:
                 ours.callback(os.close, reading)
                 theirs.callback(os.close, writing)
                 self.events = Pipe(reading)
-                """The pipe with the events of the process; exists only with `events`."""
+                """The pipe with the events of the process. This attribute exists only if `events` is true."""
                 inherited.append(writing)
             if lifeline:
                 reading, writing = os.pipe()
@@ -129,7 +129,10 @@ class Subprocess:
 
     @property
     def is_over(self) -> bool:
-        """Whether the process has ended and all its events are read. A child may hold the pipe open, even forever."""
+        """Whether all events are read: the pipe is closed, or the process has ended and the pipe is empty.
+
+        The first condition alone is not enough, because a child of the process may hold the pipe open forever.
+        """
         return self.events.is_closed or (self.exit_code is not None and not self.events.readable())
 
     def wait(self, timeout: float | None = None) -> int | None:
@@ -165,9 +168,9 @@ class Subprocess:
 def python(
     arguments: Sequence[str], environment: Mapping[str, str], after: Sequence[str] = (), *, lifeline: bool = False
 ) -> Subprocess:
-    """Start a process of this Python with `arguments`, capture its output, and return it.
+    """Start this Python with `arguments` in a subprocess whose output is captured, and return the subprocess.
 
-    environment: variables in addition to those of this process. after: arguments after the descriptor of the lifeline.
+    environment: variables in addition to those of this process. after: arguments that follow the lifeline's descriptor.
     """
     return Subprocess(
         [sys.executable, *arguments],
@@ -180,12 +183,12 @@ def python(
 
 
 def python_module(module: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Subprocess:
-    """Start and return a process that runs `module`. Its first argument is a descriptor for `die_with_parent`."""
+    """Start and return a subprocess that runs `module`. The module's first argument is the lifeline's descriptor."""
     return python(module_arguments(module), environment, arguments, lifeline=True)
 
 
 def module_arguments(module: str) -> list[str]:
-    """Return the arguments by which Python runs a module."""
+    """Return the arguments that make Python run a module."""
     # -P: a file in the user's folder must not replace a library's module of the same name.
     return ["-P", "-m", module]
 
@@ -200,15 +203,16 @@ def signal_name(exit_code: int) -> str:
 
 
 def run_in_fork(function: Callable[[], bytes], timeout: float) -> bytes | None:
-    """Return the result of `function` in a fork of this process; b"" if the fork died, None after `timeout` seconds.
+    """Run `function` in a fork of this process, and return the result.
 
-    The fork stays in the process group of this process, so that it is killed with this group. It prints nothing.
+    The result is b"" if the fork died, and None if it took more than `timeout` seconds. The fork stays in the process
+    group of this process, so that both are killed together. Output of the fork is discarded.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_send_result, args=(function, sender))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # about threads; the child does not wait for any
+        warnings.simplefilter("ignore", DeprecationWarning)  # a warning about threads; the child waits for none
         child.start()
     sender.close()
     try:

@@ -11,15 +11,15 @@ TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Terminated(KeyboardInterrupt):
-    """A signal requests the end of this process. The text is the name of the signal.
+    """Raised when a signal requests the end of this process. The text is the name of the signal.
 
-    It is a KeyboardInterrupt, so that the same handlers catch Ctrl-C and signals.
+    The class is a KeyboardInterrupt, so that the same handlers catch Ctrl-C and signals.
     """
 
 
 @contextmanager
 def handle_termination() -> Iterator[None]:
-    """Raise Terminated in the block on the first SIGTERM or SIGHUP. Ignore further ones, so that the cleanup completes.
+    """Raise Terminated in the block on the first SIGTERM or SIGHUP; ignore further signals, so that cleanup completes.
 
     A signal that was ignored before the block stays ignored, as `nohup` requires.
     """

@@ -18,7 +18,7 @@ from harness.process.supervisor import Subprocess, module_arguments, signal_name
 
 _TOKEN = "PEFT_HARNESS_CHILD"  # noqa: S105
 _START_S = 120.0
-"""Minimum time allowed before the first event. A worker imports torch first, and tested code cannot shorten this import."""
+"""Least time that a worker gets before its first event, because it imports torch first."""
 _GRACE_S = 20.0
 """Time limit for the end of a worker after its last event. On a busy machine, the shutdown of torch takes seconds."""
 _TICK_S = 0.5
@@ -106,7 +106,7 @@ def _events(worker: Subprocess, patience: float) -> Iterator[Any]:
 
 
 def _failure(worker: Subprocess, *, done: bool) -> str:
-    """Return the failure of a worker that has reported its last event, or an empty string."""
+    """Describe the failure of a worker after its last event; return an empty string if the worker has succeeded."""
     code = worker.wait(_GRACE_S)
     if code is None:
         return f"the process did not end within {_GRACE_S:g} s of its last event; killed"
@@ -118,7 +118,7 @@ def _failure(worker: Subprocess, *, done: bool) -> str:
 
 
 def _left_behind(worker: Subprocess, watcher: int, token: str) -> list[str]:
-    """Name the processes that a worker started and that outlive it by more than `_GRACE_S` seconds."""
+    """Name the processes that were started by a worker and still run `_GRACE_S` seconds after its end."""
     deadline = time.monotonic() + _GRACE_S
     while names := [n for one in _marked(token) if one.pid not in (worker.pid, watcher) for n in _name(one)]:
         if time.monotonic() > deadline:
@@ -128,7 +128,7 @@ def _left_behind(worker: Subprocess, watcher: int, token: str) -> list[str]:
 
 
 def _marked(token: str) -> Iterator[psutil.Process]:
-    """Yield the running processes that have `token` in their environment, because they inherited it from a worker."""
+    """Yield the running processes with `token` in their environment: a worker and its descendants, which inherit it."""
     for other in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if other.environ().get(_TOKEN) == token and other.status() != psutil.STATUS_ZOMBIE:

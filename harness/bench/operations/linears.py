@@ -10,7 +10,7 @@ from harness.bench.sizes import BenchSize
 VERA = 16
 """VeRA's rank as a multiple of LoRA's: 256."""
 SEQUENCES, ADAPTERS = 8, 4
-"""The batch of multi_lora_linear: eight sequences that share four adapters; one of each for a single token."""
+"""The batch of multi_lora_linear: eight sequences that share four adapters. A single token is one sequence."""
 
 
 def _linear_case(s: BenchSize, **more: Any) -> dict[str, Any]:
@@ -23,11 +23,11 @@ def _packed_linear() -> TimedOperation:
 
 
 def _adapted_linear(*, times: int = 1, trains: str = "AB", norm: bool = False, packed: bool = False) -> TimedOperation:
-    """Return x W^T plus a low-rank product.
+    """Return the TimedOperation of a layer that computes x W^T plus a low-rank product.
 
-    times: the rank as a multiple of LoRA's. trains: `AB`, or the names of trained vectors. norm: whether the row norms of
-    W + s B A are needed, by way of W A^T (E x D x R products). packed: W is in 4 bits, and decoding each element costs one
-    more multiplication.
+    times: the rank as a multiple of LoRA's. trains: `AB`, or the names of trained vectors. norm: whether the layer
+    computes the row norms of W + s B A, for which it needs the product W A^T (E D R multiplications). packed: whether W
+    is in 4 bits, so that decoding costs one more multiplication per element.
     """
 
     def case(s: BenchSize) -> dict[str, Any]:

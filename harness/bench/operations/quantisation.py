@@ -16,7 +16,7 @@ def _constants(s: BenchSize) -> int:
 
 
 def _double(flops: int) -> TimedOperation:
-    """Return the double quantisation of the absmax of a weight, or the way back. flops: per constant."""
+    """Return the TimedOperation that quantises or decodes the absmax of a weight. flops: FLOPs per absmax value."""
     return TimedOperation(
         lambda s: {"blocks": _constants(s), "block": BLOCK8, "spread": 0.05},
         Cost(lambda s, _: _constants(s) * (5 + 4 / BLOCK8), lambda s: flops * _constants(s)),

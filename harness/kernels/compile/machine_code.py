@@ -38,7 +38,7 @@ class MachineCode:
     narrow_loads: int
     """Number of instructions that load 8 bits."""
     matrix: dict[str, int]
-    """Name of a matrix instruction -> its number."""
+    """Name of a matrix instruction -> number of its occurrences."""
     fused_multiply_adds: int
     """Number of FFMA instructions."""
 

@@ -15,7 +15,7 @@ class Specimen:
     """One instance of a kernel, specialised as a launch would specialise it."""
 
     name: str
-    """Unique among all specimens; the key in registers.json."""
+    """Name in registers.json, unique among all specimens."""
     kernel: Any
     """A function decorated by `triton.jit`."""
     signature: Mapping[str, str]
@@ -28,9 +28,9 @@ class Specimen:
     num_warps: int = 4
     num_stages: int = 3
     fused_multiply_add: bool = False
-    """Allow fused multiply-adds, which round a * b + c once."""
+    """Whether to allow fused multiply-adds, which round a * b + c once."""
     separate_roundings: bool = False
-    """Fail on any fused multiply-add. Not for kernels that divide: a division takes some."""
+    """Whether any fused multiply-add is a fault. Kernels that divide need False, because a division takes some."""
     narrow_loads: int = 0
     """Number of single-byte loads that a streaming kernel may have: from tables, of constants, or at a ragged end."""
     oldest: int = 80

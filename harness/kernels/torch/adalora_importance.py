@@ -20,8 +20,9 @@ def adalora_importance_(
 ) -> None:  # fmt: skip
     """Update the averages of several layers by one step, in place (arXiv:2303.10512, eqs. 8 to 10).
 
-    Per layer: A (R, D), E (R, 1), B (out, R) of one floating dtype; their gradients, None for zeros; and for each of the
-    three the averages of its sensitivity (I) and uncertainty (U), in at least float32, the dtype of the arithmetic.
+    Each layer has A (R, D), E (R, 1) and B (out, R), of one floating dtype, and their gradients; None is a gradient of
+    zeros. I and U are the averages of the sensitivity and uncertainty of each of the three. Their dtype, at least
+    float32, is that of the arithmetic.
     """
     if by_triton(*A, *E, *B, *I_A, *I_E, *I_B):
         from harness.kernels.triton import adalora_importance as gpu
@@ -47,7 +48,7 @@ def adalora_importance(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Return I_A, U_A, I_E, U_E, I_B, U_B after one step, and the scores (R,) of one layer's triplets (eqs. 7 to 11).
 
-    Shapes and dtypes as in `adalora_importance_`; the arguments are not modified.
+    Shapes and dtypes are those of `adalora_importance_`. The arguments are not modified.
     """
     if by_triton(A, E, B, I_A, I_E, I_B):
         from harness.kernels.triton import adalora_importance as gpu

@@ -1,7 +1,7 @@
-"""One step of AdamW with 8-bit moments: decoded, updated and encoded again in chunks that fit the cache.
+"""One step of AdamW with 8-bit moments, which are decoded, updated and encoded again in chunks that fit the cache.
 
-Dettmers et al., arXiv:2110.02861: the first moment in the signed dynamic map, the second in the unsigned one, a float32
-absmax per block of 256. On a GPU Triton does the whole step in one launch.
+As in Dettmers et al., arXiv:2110.02861, the first moment has codes of the signed dynamic map, the second codes of the
+unsigned map, and each block of 256 has a float32 absmax. On a GPU Triton does the whole step in one launch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MIN_8BIT_SIZE = 4096
 
 
 def init_state(p: Tensor, min_8bit_size: int = MIN_8BIT_SIZE) -> dict[str, Tensor]:
-    """Return zero moments for p: m and v, uint8, and m_absmax and v_absmax, float32, one per 256 elements; all flat.
+    """Return zero moments for p, all flat: codes m, v (uint8), and m_absmax, v_absmax (float32, one per 256 elements).
 
     A tensor of fewer than `min_8bit_size` elements gets only m and v, of its shape, in float32 (float64 for float64).
     """
@@ -64,11 +64,11 @@ def adamw8bit_step_(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> None:
-    """Take step number `step`, from 1, in place.
+    """Take step number `step`, in place. The first step is 1.
 
-    p, g: one shape, any floating dtype. m, v: uint8 codes, flat, one per element; m_absmax, v_absmax: float32, one per
-    block of 256. The step computes in float32 (float64 for float64) and rounds p once. Weight decay comes before the
-    update:
+    p, g: of one shape and any floating dtype. m, v: uint8 codes, flat, one per element; m_absmax, v_absmax: float32,
+    one per block of 256. The step computes in float32 (float64 for float64) and rounds p once. Weight decay comes
+    before the update:
 
         m = beta1 m + (1 - beta1) g       v = beta2 v + (1 - beta2) g^2
         p = (1 - lr weight_decay) p - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
@@ -98,7 +98,7 @@ def adamw8bit_step_(
 
 
 def firsts(n: int, chunk: int) -> Sequence[int]:
-    """Return the start of each chunk of n elements. The memory model replaces this to run only a few chunks."""
+    """Return the first index of each chunk of n elements. The memory model replaces this function to run few chunks."""
     return range(0, n, chunk)
 
 

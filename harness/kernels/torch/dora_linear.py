@@ -25,7 +25,7 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 
 class _Gained(torch.autograd.Function):
-    """g z + onto, g = m / norm, for z (T, E), onto (E,) or (T, E). Saves z for the backward pass."""
+    """Computes g z + onto with g = m / norm, for z (T, E) and onto (E,) or (T, E). Saves z for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, onto: Tensor | None, m: Tensor, norm: Tensor) -> Tensor:

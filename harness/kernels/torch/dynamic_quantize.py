@@ -2,7 +2,8 @@
 
 The upper half of a float32 (sign, exponent and seven bits of the fraction) selects one of 65,536 buckets. No bucket
 contains two midpoints between neighbouring values: a table gives the number of midpoints below the bucket, and one
-comparison with the next midpoint decides. A binary search takes eight dependent steps: thirty times as long on a CPU.
+comparison with the next midpoint decides. A binary search would take eight dependent steps, and
+thirty times as long on a CPU.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def nearest(relative: Tensor, of: Tables) -> Tensor:
 
 
 def decode(codes: Tensor, absmax: Tensor, block: int, of: Tables) -> Tensor:
-    """Return values[codes] * absmax, float32, flat. codes: uint8, 1-d; absmax: one per block, the last may be short."""
+    """Return values[codes] * absmax, float32, flat. codes: uint8, 1-d. absmax: one per block."""
     decoded = of.values.index_select(0, codes.int())
     whole = len(decoded) // block * block
     decoded[:whole].view(-1, block).mul_(absmax[: whole // block, None])
@@ -71,7 +72,7 @@ def encode(x: Tensor, block: int, of: Tables) -> tuple[Tensor, Tensor]:
 
 
 def dynamic_quantize(x: Tensor, block: int = 256, signed: bool = True) -> tuple[Tensor, Tensor]:
-    """Return (codes, absmax): uint8 in the order of x.flatten(), and float32, one per block; the last may be short.
+    """Return (codes, absmax): uint8 in the order of x.flatten(); float32, one per block. The last block may be short.
 
     x: any shape and floating dtype, read as float32. An element becomes the value nearest to x / absmax, the lower one at a
     tie. A NaN or an infinity in a block is also its absmax. Raises ValueError for a block below 1.

@@ -25,7 +25,10 @@ OVERSAMPLE = 10
 
 
 def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
-    """Return whether an (m, n) matrix is projected on the left and on the right. Raises ValueError for an unknown side."""
+    """Return two bools: whether an (m, n) matrix is projected on the left, and on the right.
+
+    Raises ValueError for an unknown side.
+    """
     rules = {
         "std": (m < n, m >= n),
         "reverse_std": (m >= n, m < n),
@@ -66,7 +69,7 @@ def refreshed(
 
 
 def _sketch(W: Tensor, rank: int, P: Tensor | None, Q: Tensor | None) -> Tensor:
-    """Return the start, shape (smaller side, at most rank + OVERSAMPLE): the previous vectors, padded with random ones."""
+    """Return a sketch, (smaller side, at most rank + OVERSAMPLE): the previous vectors, padded with random ones."""
     m, n = W.shape
     smaller, larger = (Q, P) if m >= n else (P, Q)
     if smaller is None and larger is not None:
@@ -122,7 +125,7 @@ def galore_step_(
     V_absmax: Tensor | None = None,
     side: str = "",
 ) -> None:
-    """Take step number `step`, from 1, in the subspace of P and/or Q; W, M and V are updated in place.
+    """Take step number `step` (the first is 1) in the subspace of P and/or Q, and update W, M and V in place.
 
     All tensors have one floating dtype, except that M and V, which are contiguous, may be float32. With M_absmax and
     V_absmax, M and V are 8-bit codes as in `adamw8bit_step_`. As in the authors' code, eps is added to sqrt(V), the bias

@@ -16,7 +16,7 @@ from harness.kernels.torch.support.autocast import outside_autocast
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Forward: two products and one addmm into the large one. Backward: the same for x, and two thin products.
+    """Adds low-rank terms by addmm into the memory of the large products, forward and backward.
 
     The Function saves x and S = (x mask) A^T (T, R). Compared with the plain expression, the forward pass avoids the update
     (T, E) and its scaled copy; the backward pass avoids a scaled copy of dy and a sum of two gradients of x.
@@ -49,7 +49,7 @@ class _LoraLinear(torch.autograd.Function):
             dy.T @ x if need_W else None,
             dy.sum(0) if need_bias else None,
             dS.T @ dropped if need_A else None,
-            # The thin matrix first, and contiguous: on a CPU the other order takes half as long again.
+            # On a CPU, this takes two thirds of the time of the product with dy first.
             ((S.T.contiguous() * ctx.scaling) @ dy).T if need_B else None,
             None,
             None,

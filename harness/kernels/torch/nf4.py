@@ -60,7 +60,8 @@ def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
     W: n values of any shape and floating dtype, read as float32. Blocks are consecutive in W.flatten(), may cross rows, and
     the last may be short. A tie goes to the lower level. A block of zeros has absmax 0 and the code of 0. A block with a
-    NaN has absmax NaN, else one with an infinity has infinity. Raises ValueError for a block below 1 or a W of integers.
+    NaN has absmax NaN; any other block with an infinity has absmax infinity. Raises ValueError for a block below 1 or a
+    W of integers.
     """
     if block < 1 or not W.is_floating_point():
         raise ValueError(f"needs a block of at least 1 and a floating dtype, got {block} and {W.dtype}")
@@ -81,7 +82,7 @@ def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 def _encode(values: Tensor, packed: Tensor, absmax: Tensor, block: int) -> None:
-    """Write the packed codes and the absmax of whole blocks; the last one may be short."""
+    """Write the packed codes and the absmax of consecutive blocks. The last block may be short."""
     rest = -values.numel() % (2 * block)
     blocks = (pad(values, (0, rest)) if rest else values).float().view(-1, block)
     largest = blocks.abs().amax(dim=1)
@@ -120,7 +121,7 @@ def dequantize(
 
 
 def _decode(table: Tensor, packed: Tensor, absmax: Tensor, out: Tensor, block: int) -> None:
-    """Write the values of whole blocks to `out`; the last block may be short."""
+    """Write the values of consecutive blocks to `out`. The last block may be short."""
     pairs = table.index_select(0, packed.to(torch.int32)).view(torch.float32)
     _times_absmax(pairs[: out.numel()], absmax, block, out)
 
@@ -180,7 +181,7 @@ def dequantize_double(
 
 
 def _times_absmax(values: Tensor, absmax: Tensor, block: int, out: Tensor) -> None:
-    """Write values x absmax of their blocks, a float32 product, to `out`, rounded to its dtype."""
+    """Multiply values by the absmax of their blocks in float32, and write the products to `out`, in its dtype."""
     blocks, rest = divmod(values.numel(), block)
     if not rest:
         torch.mul(values.view(-1, block), absmax[:, None], out=out.view(-1, block))
@@ -196,5 +197,5 @@ def _step(block: int, values: int, device: torch.device) -> int:
 
 
 def triton_block(block: int) -> bool:
-    """Return whether the Triton kernels support this block: a power of two from 32 on."""
+    """Return whether the Triton kernels support this block: a power of two of at least 32."""
     return block >= 32 and block & (block - 1) == 0

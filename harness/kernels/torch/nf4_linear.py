@@ -77,9 +77,9 @@ def nf4_linear(
 class Nf4Linear(nn.Linear):
     """A linear layer with a frozen weight in NF4: `weight` holds the packed bytes.
 
-    The layer casts its input to `compute_dtype`, multiplies, and casts the output back. Constants are buffers of bytes:
-    `model.to(torch.bfloat16)`, which rounds floating tensors, does not change them, and a search for the dtype
-    of the layer does not find theirs.
+    The layer casts its input to `compute_dtype`, multiplies, and casts the output back. The constants are stored as
+    bytes, so that `model.to(torch.bfloat16)` does not round them, and code that looks for the dtype of the layer does
+    not find float32.
     """
 
     absmax: Tensor
@@ -90,7 +90,7 @@ class Nf4Linear(nn.Linear):
     """Bytes of the codes' float32 offset."""
 
     def __init__(self, dense: nn.Linear, compute_dtype: torch.dtype, block: int = 64, double: bool = False) -> None:
-        """Pack the weight of `dense`, and copy its bias, frozen. double: whether to quantise the absmax too."""
+        """Pack the weight of `dense` and copy its bias, both frozen. double: whether to quantise the absmax too."""
         super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")
         packed, absmax = nf4.quantize(dense.weight, block)
         constants = nf4.double_quantize(absmax, BLOCK2) if double else (absmax, None, None)
@@ -104,7 +104,7 @@ class Nf4Linear(nn.Linear):
 
     @property
     def packed_weight(self) -> PackedWeight:
-        """The weight as an argument of products."""
+        """The weight in the form that `packed_linear` takes."""
         shape = self.out_features, self.in_features
         if self.absmax2 is None or self.offset is None:
             return PackedWeight(self.weight, self.absmax.view(torch.float32), self.block, shape)

@@ -67,9 +67,9 @@ def packed_lora_linear(
 ) -> Tensor:
     """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E), with W decoded and cast to the dtype of x.
 
-    x (..., D); A (R, D) and B (E, R) of x's dtype; mask: of dropout, 0 or 1 / (1 - p), like x, or None. The result is twice
-    differentiable in x, A, B and bias. In Triton it is differentiable once; a second derivative raises RuntimeError.
-    Autocast and torch.compile get the plain expression.
+    x (..., D); A (R, D) and B (E, R) of x's dtype; mask: None, or 0 and 1 / (1 - p) in the shape of x. The result is
+    twice differentiable in x, A, B and bias. In Triton it is differentiable once; a second derivative raises
+    RuntimeError. Autocast and torch.compile get the plain expression.
     """
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         masked = x if mask is None else x * mask

@@ -32,7 +32,7 @@ class _Projection(torch.autograd.Function):
 
 
 class _Scaled(torch.autograd.Function):
-    """Computes x W^T + bias + b P, P = (d u) B^T. Saves u (T, R) and P (T, E): the gradient of b needs no product."""
+    """Computes x W^T + bias + b P with P = (d u) B^T. Saves u (T, R), and P (T, E) for the gradient of b."""
 
     @staticmethod
     def forward(

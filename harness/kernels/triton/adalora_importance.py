@@ -38,7 +38,7 @@ def _pointer(row, column, dtype: tl.constexpr, aligned: tl.constexpr):
 
 @triton.jit
 def _update(row, first: tl.constexpr, at, mask, beta1, rest1, beta2, rest2, dtype: tl.constexpr, aligned: tl.constexpr):
-    """Update I and U at these places and return I U. row + first: addresses of w, its gradient (0: none), I and U."""
+    """Update I and U at `at`, and return I U. row + first has the addresses of w, its gradient (or 0), I and U."""
     has_gradient = tl.broadcast_to(tl.load(row + first + 1), mask.shape) != 0
     w = load_as_float32(_pointer(row, first, dtype, aligned) + at, mask=mask, other=0.0)
     gradient = load_as_float32(_pointer(row, first + 1, dtype, aligned) + at, mask=mask & has_gradient, other=0.0)
@@ -59,7 +59,10 @@ def _weights(
     table, jobs, sums, beta1, rest1, beta2, rest2,
     dtype: tl.constexpr, rank: tl.constexpr, columns: tl.constexpr, tile: tl.constexpr, aligned: tl.constexpr,
 ):  # fmt: skip
-    """Update one tile of one A or B. jobs: layer, row of A or -1 for B, number of the tile. sums: `columns` per job."""
+    """Update one tile of one A or B, and store sums of I U.
+
+    jobs: three numbers per job: the layer; the row of A, or -1 for B; the number of the tile. sums: `columns` per job.
+    """
     job = tl.program_id(0).to(tl.int64)
     row = table + tl.load(jobs + 3 * job).to(tl.int64) * _COLUMNS
     which, number = tl.load(jobs + 3 * job + 1).to(tl.int64), tl.load(jobs + 3 * job + 2)
@@ -94,8 +97,10 @@ def _scores(
     rank: tl.constexpr,
     columns: tl.constexpr,
 ):
-    """Compute the lambdas and scores of one layer. layers: four numbers per layer: index of
-    A's first job, tiles per row of A, index of B's first job, tiles of B."""
+    """Update the lambdas of one layer, and compute its scores.
+
+    layers: four numbers per layer: index of A's first job, tiles per row of A, index of B's first job, tiles of B.
+    """
     layer = tl.program_id(0).to(tl.int64)
     row, place = table + layer * _COLUMNS, layers + 4 * layer
     first_a, tiles_a = tl.load(place).to(tl.int64), tl.load(place + 1)
@@ -130,9 +135,10 @@ def adalora_importance_(
 ) -> list[Tensor]:  # fmt: skip
     """Update the averages of several layers by one step, in place; return each layer's scores (R,), float32.
 
-    Per layer: A (R, D), E (R, 1), B (out, R) in one dtype of float32, bfloat16 and float16; their gradients, None for zeros;
-    and for each of the three the averages I of sensitivity and U of uncertainty, contiguous float32 for every dtype. Layers
-    of one rank, dtype and device share the launches. Raises ValueError for other states, shapes or dtypes.
+    Each layer has A (R, D), E (R, 1) and B (out, R), in one dtype of float32, bfloat16 and float16, and their
+    gradients; None is a gradient of zeros. I and U are the averages of the sensitivity and uncertainty of each of the
+    three, contiguous and always in float32. Layers of one rank, dtype and device share the launches. Raises ValueError
+    for other states, shapes or dtypes.
     """
     layers = list(
         zip(A, grad_A, I_A, U_A, E, grad_E, I_E, U_E, B, grad_B, I_B, U_B, strict=True)
@@ -184,7 +190,7 @@ def _group(
 
 
 def _uploaded(table: Tensor, device: torch.device) -> Tensor:
-    """Copy a table from the host asynchronously."""
+    """Return a copy of the table on the device. The copy is asynchronous."""
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
@@ -192,7 +198,7 @@ def _uploaded(table: Tensor, device: torch.device) -> Tensor:
 def _jobs(
     shapes: tuple[tuple[int, int], ...], rank: int, columns: int, tile: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return the jobs of all programs, and the place of each layer's jobs. Cached by the shapes (D, out)."""
+    """Return `jobs` of `_weights` and `layers` of `_scores`, int32, for layers of these shapes (D, out). Cached."""
     jobs: list[tuple[int, int, int]] = []
     places = []
     for layer, (width, height) in enumerate(shapes):

@@ -74,12 +74,12 @@ def adamw8bit_step(
 def adamw8bit_step_(
     p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, **options: Any
 ) -> None:
-    """Take step number `step`, from 1, in place.
+    """Take step number `step`, in place. The first step is 1.
 
-    p, g: one shape, float32, bfloat16 or float16. m, v: uint8 codes of the signed and of the unsigned dynamic map, one
-    per element; m_absmax, v_absmax: float32, one per block of 256. options: step, lr, betas, eps, weight_decay. The
-    step computes in float32 and rounds p once; weight decay comes before the update. Raises ValueError for wrong sizes,
-    and unless p and the state are contiguous.
+    p, g: of one shape, in float32, bfloat16 or float16. m, v: uint8 codes of the signed and of the unsigned dynamic
+    map, one per element; m_absmax, v_absmax: float32, one per block of 256. options: step, lr, betas, eps,
+    weight_decay. The step computes in float32 and rounds p once; weight decay comes before the update. Raises
+    ValueError for wrong sizes, and unless p and the state are contiguous.
     """
     state = [p, m, m_absmax, v, v_absmax]
     if not all(t.is_contiguous() for t in state):

@@ -76,9 +76,9 @@ def dora_linear(
 
     DoRA, arXiv:2402.09353, section 4.3. The norm is per row and constant in the backward pass; g is 0 where the norm is
     0. Dropout does not drop x W^T. Without a mask y = g (x W^T + scaling (x A^T) B^T) + bias. x (..., D), W (E, D),
-    bias (E,) or None, A (R, D), B (E, R), m (E,), mask like x, 0 or 1 / (1 - p), or None: of one dtype, float32,
-    bfloat16 or float16. The result is differentiable once, in x, A, B and m. Raises ValueError for wrong shapes or
-    dtypes, and if W or bias requires a gradient.
+    bias (E,) or None, A (R, D), B (E, R), m (E,); mask: None, or 0 and 1 / (1 - p) in the shape of x. All are of one
+    dtype: float32, bfloat16 or float16. The result is differentiable once, in x, A, B and m. Raises ValueError for
+    wrong shapes or dtypes, and if W or bias requires a gradient.
     """
     checked(x, W, A, B, mask, bias=bias, m=m)
     y: Tensor = _DoraLinear.apply(matrix(x), W, contiguous(bias), A, B, m.contiguous(), scaling, matrix(mask))

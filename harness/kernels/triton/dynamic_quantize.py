@@ -42,7 +42,7 @@ def _quantize(
 
 
 def dynamic_quantize(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """Return (codes, absmax): uint8 in the order of x.flatten(), and float32, one per block; the last may be short.
+    """Return (codes, absmax): uint8 in the order of x.flatten(); float32, one per block. The last block may be short.
 
     x: any shape, float32, bfloat16 or float16. An element becomes the value nearest to x / absmax, the lower one at a tie.
     A NaN or an infinity in a block is also its absmax. Raises ValueError for a block below 1.

@@ -73,7 +73,7 @@ def galore_step(
 def galore_step_(
     W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, V: Tensor, **options: Any
 ) -> None:
-    """Take step number `step`, from 1, in place.
+    """Take step number `step`, in place. The first step is 1.
 
     W, G (m, n). P (m, r) and/or Q (n, r): the bases of the subspace, None for the identity. M, V: the moments of
     R = P^T G Q, in R's shape. All in one dtype of float32, bfloat16 and float16. options: step, lr, scale (of the update,

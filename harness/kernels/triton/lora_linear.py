@@ -78,9 +78,9 @@ def lora_linear(
 ) -> Tensor:
     """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E). LoRA, arXiv:2106.09685, eq. 3.
 
-    x (..., D), W (E, D), bias (E,) or None, A (R, D), B (E, R), mask like x, 0 or 1 / (1 - p), or None: of one dtype,
-    float32, bfloat16 or float16. The result is differentiable once, in x, A and B. Raises ValueError for wrong shapes
-    or dtypes, and if W or bias requires a gradient.
+    x (..., D), W (E, D), bias (E,) or None, A (R, D), B (E, R); mask: None, or 0 and 1 / (1 - p) in the
+    shape of x. All are of one dtype: float32, bfloat16 or float16. The result is differentiable once, in x, A and B.
+    Raises ValueError for wrong shapes or dtypes, and if W or bias requires a gradient.
     """
     checked(x, W, A, B, mask, bias=bias)
     y: Tensor = _LoraLinear.apply(matrix(x), W, contiguous(bias), A, B, scaling, matrix(mask))

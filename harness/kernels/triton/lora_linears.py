@@ -67,7 +67,7 @@ class _LoraLinears(torch.autograd.Function):
 
 
 def lora_linears(x: Tensor, layers: Sequence[Layer], precomputed: dict[Any, Any]) -> list[Tensor]:
-    """Return for each layer x W^T + bias + scaling (x A^T) B^T, shape (..., E). All outputs belong to one graph node.
+    """Return x W^T + bias + scaling (x A^T) B^T, shape (..., E), for each layer. All outputs belong to one graph node.
 
     x (..., D); all of one dtype, float32, bfloat16 or float16. The result is differentiable once, in x and every A and
     B. precomputed: a dict that a backward pass clears. Raises ValueError for wrong shapes or dtypes, and if a W or a

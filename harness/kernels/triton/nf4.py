@@ -185,7 +185,7 @@ _BYTES, _FLOATS = "*u8", "*fp32"
 
 
 def _specimens(values: str, block: int, ragged: bool = False) -> list[Specimen]:
-    """Return specimens of the three kernels for one type. ragged: with a ragged end, which is loaded value by value."""
+    """Return specimens of the three kernels for one type. ragged: whether to load a ragged end value by value."""
     packed = {"packed": _BYTES, "levels": _FLOATS}
     twice = {"codes": _BYTES, "absmax2": _FLOATS, "offset": _FLOATS, "code": _FLOATS}
     return [

@@ -1,4 +1,4 @@
-"""A product with a packed NF4 weight: one launch that decodes and multiplies for few tokens, decoding first for many.
+"""Multiply by a packed NF4 weight: one launch decodes and multiplies for few tokens; for many, decoding comes first.
 
 With few tokens, reading the weight takes nearly all the time, and NF4 makes it a quarter as long. With many tokens it is
 faster to decode once and let torch multiply. `crossover.json` has the number of tokens that separates the two. The fused

@@ -1,4 +1,4 @@
-"""LoRA on a weight in NF4 (QLoRA, arXiv:2305.14314) on a GPU: decode the weight once per pass, then as `lora_linear`.
+"""LoRA on a weight in NF4 (QLoRA, arXiv:2305.14314) on a GPU: decode the weight once per pass, then use `lora_linear`.
 
 A product that decodes while multiplying is slower at training sizes, since every tile of tokens would decode the weight
 again. The backward pass decodes the weight again too: saving the decoded weight would undo the saving of packing.

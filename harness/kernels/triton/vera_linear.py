@@ -63,10 +63,10 @@ def vera_linear(
 ) -> Tensor:
     """Return x W^T + bias + b * ((d * ((x mask) A^T)) B^T), shape (..., E). VeRA, arXiv:2310.11454, eq. 2.
 
-    x (..., D), W (E, D), bias (E,) or None, A (R, D), B (E, R), b (E,), d (R,), mask like x, 0 or 1 / (1 - p), or None:
-    of one dtype, float32, bfloat16 or float16; A and B may be slices of a larger pair. The result is differentiable
-    once, in x, b and d: A and B are frozen. Raises ValueError for wrong shapes or dtypes, and if W or bias requires a
-    gradient.
+    x (..., D), W (E, D), bias (E,) or None, A (R, D), B (E, R), b (E,), d (R,); mask: None, or 0 and 1 / (1 - p) in the
+    shape of x. All are of one dtype: float32, bfloat16 or float16. A and B, which are frozen, may be slices of larger
+    matrices. The result is differentiable once, in x, b and d. Raises ValueError for wrong shapes or dtypes, and if W
+    or bias requires a gradient.
     """
     checked(x, W, A, B, mask, bias=bias, b=b, d=d)
     y: Tensor = _VeraLinear.apply(matrix(x), W, contiguous(bias), A, B, b.contiguous(), d.contiguous(), matrix(mask))

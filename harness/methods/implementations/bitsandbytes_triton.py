@@ -21,7 +21,7 @@ _OPERATION: dict[str, Any] = {
     "requires": ["triton", "bitsandbytes"],
 }  # fmt: skip
 MAX_BLOCKS = 64
-"""Largest number of blocks of a case: the interpreter takes some milliseconds for each program."""
+"""Largest number of blocks of a case. The interpreter takes some milliseconds for each program of a kernel."""
 
 
 def _require_interpreter(blocks: int, values: Tensor | None = None) -> None:

@@ -74,7 +74,7 @@ def galore_step(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple[Tens
 def galore_step_8bit(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Take one step of GaLoreAdamW8bit with moments of fewer than 4096 elements, which GaLoreAdamW8bit stores in float32.
 
-    Returns W, M and V; the moments have the dtype of the given ones. Raises Unsupported for larger moments, which
+    Returns W, M and V, each moment in the dtype of its argument. Raises Unsupported for larger moments, which
     GaLoreAdamW8bit stores in 8 bits.
     """
     import torch
@@ -95,7 +95,7 @@ def galore_step_8bit(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple
 
 
 def _without_cuda() -> Any:
-    """Return a context in which `torch.cuda.synchronize` does nothing without CUDA, as GaLoreAdamW8bit always calls it."""
+    """Return a context in which `torch.cuda.synchronize`, which GaLoreAdamW8bit calls, does not raise without CUDA."""
     import torch
 
     return nullcontext() if torch.cuda.is_available() else patch("torch.cuda.synchronize")

@@ -16,7 +16,7 @@ BLOCK, SCALER_BLOCK = 64, 256
 
 @implements("nf4_quantize", **_OPERATION)
 def nf4_quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Return the bytes of `to_nf4` and the absmax by which it divides, before it quantises the absmax too.
+    """Return the bytes of `to_nf4` and the absmax by which it divides. (`to_nf4` then quantises the absmax, too.)
 
     Raises Unsupported for three dimensions and for sizes that torchao's blocks do not divide.
     """
@@ -40,7 +40,7 @@ def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, 
     from reference.shared.layers import replace
 
     class Nf4Linear(torch.nn.Linear):
-        """A layer on an NF4Tensor. Its `weight` is the bytes, because an NF4Tensor cannot be compared."""
+        """A layer on an NF4Tensor. Its `weight` has the bytes, because an NF4Tensor cannot be compared."""
 
         def __init__(self, dense: torch.nn.Linear) -> None:
             super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")

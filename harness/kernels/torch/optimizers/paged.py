@@ -19,7 +19,7 @@ MIN_PAGED_ELEMENTS = 100_000
 """Least number of elements of a paged state: the rule of bitsandbytes."""
 MOST_SLOTS = 3
 _ALIGNMENT = 16
-"""Bytes."""
+"""Each state begins at a multiple of this number of bytes in a slot."""
 
 
 def is_paged(state: Any) -> bool:
@@ -46,7 +46,7 @@ class Lane:
         return torch.cuda.stream(self.stream)
 
     def mark(self) -> torch.cuda.Event | None:
-        """Return an event that occurs after all copies queued so far."""
+        """Return an event that occurs after all copies queued so far; None without CUDA."""
         return None if self.stream is None else self.stream.record_event()
 
     def finish(self) -> None:
@@ -56,7 +56,7 @@ class Lane:
 
 
 def _now(device: torch.device) -> torch.cuda.Event | None:
-    """Return an event after the computation queued so far."""
+    """Return an event that occurs after all computation queued so far; None without CUDA."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
@@ -66,7 +66,7 @@ class Slot:
     def __init__(self, size: int, device: torch.device) -> None:
         self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
         self.free = _now(device)
-        """Event after the previous page was copied to the host."""
+        """Event that occurs after the previous page is copied to the host."""
 
     def views(self, page: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors in the buffer with the shapes and dtypes of the page."""
@@ -93,16 +93,17 @@ def to_host(state: Tensor) -> Tensor:
 
 
 class Paged(torch.optim.Optimizer):
-    """Wrapper that pages the large states of an optimizer with per-parameter state; its steps are unchanged.
+    """Wrapper that pages the large states of an optimizer, and changes no result of its steps.
 
-    inner: the optimizer; groups and state are shared with it, and its hooks run once per parameter. It must not store
-    values in its groups or combine parameters (like LBFGS), and its parameters must be on one device. budget: bytes of
-    paged states on the device. Once all states exist, pages and slots take at most max(budget, largest page). A state
-    that is being made or loaded takes further memory, and states that `inner` already has stay on the device until this
-    wrapper takes them over. A budget below two pages allows one slot: copies and updates then do not overlap. Raises
-    ValueError for a negative budget.
+    inner: the optimizer. The wrapper shares its groups and its state, and its hooks run once per parameter. `inner`
+    must not store values in its groups or combine parameters (like LBFGS), and must have all parameters on one device.
+    budget: bytes of paged states on the device. Once all states exist, pages and slots take at most max(budget, largest
+    page). A state that is being made or loaded takes further memory, and states that `inner` already has stay on the
+    device until this wrapper takes them over. A budget below two pages allows one slot: copies and updates then do not
+    overlap. Raises ValueError for a negative budget.
 
-    After each step that made states, the wrapper decides, in the order of the parameters, which pages stay.
+    After each step that made states, the wrapper decides, in the order of the parameters, which pages stay on the
+    device.
     """
 
     def __init__(self, inner: torch.optim.Optimizer, budget: int) -> None:
@@ -113,7 +114,7 @@ class Paged(torch.optim.Optimizer):
         self.bytes_in = self.bytes_out = 0
         """Bytes copied to the device and to the host so far."""
         self.peak = 0
-        """Most bytes of pages and slots on the device so far."""
+        """Largest number of bytes of pages and slots on the device so far."""
         self._pages: dict[Tensor, dict[str, Tensor]] = {}  # on the host
         self._resident: dict[Tensor, int] = {}  # bytes
         self._slots: list[Slot] = []
@@ -187,7 +188,7 @@ class Paged(torch.optim.Optimizer):
         return made
 
     def _staged(self, parameters: list[Tensor]) -> Iterator[Slot]:
-        """Yield the slot with the page of each parameter. Advance only after the copy of the previous page has begun."""
+        """Yield the slot with each parameter's page. Advance only when the copy of the previous page has begun."""
         queue: list[tuple[Slot, dict[str, Tensor], torch.cuda.Event | None]] = []
         for k, p in enumerate(parameters):
             for follower in parameters[k + len(queue) : k + len(self._slots)]:

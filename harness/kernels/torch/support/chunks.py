@@ -13,7 +13,7 @@ _FEW, _MANY = 1 << 19, 3 << 13
 fewer than 32768 values, which torch does not split). A split operation waits for the slowest thread: with a hundred such
 waits per call, another busy process on the machine makes it ten times slower."""
 _LARGE = 1 << 21
-"""Values from which our own threads are faster, their start included."""
+"""Least number of values for which our own threads are faster, including the time to start them."""
 _THREADS = 4
 """Largest number of threads: each holds Python's lock for a third of the time, so further threads would wait for it."""
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 LARGE = 1 << 21
-"""Least number of values of a compiled call: a model with one such tensor has more of them. For smaller tensors the gain is
-less than the time that threads wait for each other on a busy machine."""
+"""Least number of values of a compiled call. A model with one such tensor has several, so that compilation pays. For
+smaller tensors, a call gains less than the time that threads wait for each other on a busy machine."""
 _SMALL = 1 << 16
 """Least number of values with PEFT_HARNESS_COMPILE=1: a compiled call with fewer takes longer than eager torch."""
 
@@ -158,7 +158,7 @@ def _plain(tensor: Tensor) -> bool:
 
 
 def _observed() -> bool:
-    """Return whether a torch mode or transform observes operations, and would miss compiled ones.
+    """Return whether a torch mode or transform observes operations. It would not see compiled operations.
 
     True if this torch lacks the private names that show it.
     """
@@ -174,7 +174,7 @@ def _observed() -> bool:
 
 @cache
 def _has_vectors() -> bool:
-    """Return whether inductor vectorises as measured. AVX also implies little-endian, which pairs of values rely on."""
+    """Return whether inductor vectorises here. AVX also implies little-endian, which pairs of values rely on."""
     return sys.platform != "win32" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 

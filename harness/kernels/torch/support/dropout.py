@@ -12,9 +12,9 @@ _COARSE = 1 / 256
 def keep_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
     """Return (mask, keep): a drawn dropout mask of zeros and ones like x, and the probability of a one.
 
-    The caller divides the remaining features by `keep`: 1 - p, on a CPU rounded to a multiple of 2^-16 (2^-32 if p is near
-    0 or 1), or 1 if p is 1. On a CPU torch draws a double per element, which is most of the cost of dropout; here one draw
-    of 64 bits decides four elements, or two if p is near 0 or 1.
+    `keep` is 1 if p is 1, else 1 - p, which on a CPU is rounded to a multiple of 2^-16 (2^-32 if p is near 0 or 1). The
+    caller divides the remaining features by `keep`. On a CPU torch draws a double per element, which is most of the
+    cost of dropout; here one draw of 64 bits decides four elements, or two if p is near 0 or 1.
     """
     if p == 1:
         return torch.zeros_like(x, memory_format=torch.contiguous_format), 1.0

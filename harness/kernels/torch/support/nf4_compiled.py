@@ -1,7 +1,7 @@
 """NF4 encoding and decoding of whole blocks as float32 expressions that inductor vectorises completely.
 
 Both values of a byte form one word of twice their width, so that loads and stores are contiguous. A level is found by 15
-selections instead of a look-up, which inductor does not vectorise.
+selections, because inductor does not vectorise look-ups.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def encode(values: Tensor, packed: Tensor, absmax: Tensor, block: int, levels: t
     """Write the packed codes and the absmax of all whole blocks of `values`; return the number of values encoded.
 
     values: (n,), any floating dtype, copied to float32. packed: uint8 (ceil(n / 2),). absmax: float32 (ceil(n / block),).
-    levels: the 16 of NF4. Returns 0 if compiled code is not used; memory after the encoded blocks is undefined.
+    levels: the 16 levels of NF4. Returns 0 if compiled code is not used; memory after the encoded blocks is undefined.
     """
     blocks = values.numel() // block
     count = blocks * block

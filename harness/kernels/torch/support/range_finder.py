@@ -90,7 +90,7 @@ def leading_vectors(W: Tensor, rank: int, left: bool, right: bool) -> tuple[Tens
 
 
 def _check_finite(W: Tensor) -> None:
-    """Raise ValueError unless W is finite; LAPACK calls such a matrix ill-conditioned, or silently returns NaN."""
+    """Raise ValueError unless W is finite. LAPACK would call W ill-conditioned, or silently return NaN."""
     if not W.isfinite().all():
         raise ValueError(
             "a matrix with NaN or infinity has no singular vectors; hint: check the weight or the gradient it comes from"

@@ -18,7 +18,8 @@ GROUPS = (
     ("q_lin", "k_lin", "v_lin"), ("to_q", "to_k", "to_v"), ("q", "k", "v"),
     ("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"),
 )  # fmt: skip
-"""Names of layers with the same input. Names, and not observed calls, so that the first step has the bits of later ones."""
+"""Names of layers with the same input. Names rather than observed calls form the groups, because the first step must
+round like later steps."""
 PATIENCE = 8
 """If a layer's unused outputs exceed its used ones by this number, as in cross-attention, it is no longer precomputed. It is
 then computed alone, which may round differently."""
@@ -122,7 +123,7 @@ class _Call:
         self._context = _context(x)
 
     def is_of(self, x: Tensor) -> bool:
-        """Return whether this call had the input x, still unmodified, in the current context."""
+        """Return whether this call had the input x in the current context, and x is not modified since."""
         return self._x() is x and self._context == _context(x)
 
 

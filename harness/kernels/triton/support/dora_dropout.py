@@ -1,4 +1,4 @@
-"""DoRA's two products under dropout, which does not drop x W^T: W times plain and masked x in one accumulator."""
+"""DoRA under dropout, which does not drop x W^T: the products of W with plain and masked x share one accumulator."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def relative(x, absmax):
 def nearly_relative(x, absmax):
     """Return x / absmax within two units in the last place, for a tenth of the work; 0 in a block of zeros.
 
-    The reciprocal of a subnormal number overflows, so both are scaled up first where absmax is small.
+    The reciprocal of a subnormal number overflows, so x and absmax are scaled up first if absmax is small.
     """
     boost = tl.where(absmax < 2.0**-60, 2.0**64, 1.0)
     reciprocal = tl.where(absmax == 0, 0.0, tl.div_rn(1.0, tl.where(absmax == 0, 1.0, absmax * boost)))

@@ -1,4 +1,4 @@
-"""Tile of a matrix product per program, chosen from a small table by shape, dtype and architecture."""
+"""Choose the tile of a matrix product that each program computes, by shape, dtype and architecture."""
 
 from __future__ import annotations
 

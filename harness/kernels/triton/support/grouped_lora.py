@@ -1,4 +1,4 @@
-"""Grouped kernels of several LoRA adapters: each sequence finds its adapter by its id in a table of addresses.
+"""Grouped kernels of several LoRA adapters. The id of a sequence's adapter is its place in a table of addresses.
 
 `shrink` sums over features, S = s x A^T or s dy B; `expand` adds S B^T or S A to the product with W, which cuBLAS computes;
 `outer` sums over tokens, S^T x or S^T dy. The host neither waits nor sorts. Each sum has a fixed order, without atomics.
@@ -23,7 +23,7 @@ MOST_REGISTERS = 168  # of `expand` and `outer`; by default ptxas spills one to 
 
 @triton.jit
 def _weights(table, adapter, which: tl.constexpr, dtype: tl.constexpr, aligned: tl.constexpr):
-    """Return the address and the rank of an adapter's A or B. aligned: multiples of 16 bytes and of 8, respectively."""
+    """Return the address and rank of an adapter's A or B. aligned: whether 16 divides the address and 8 the rank."""
     pointer = tl.load(table + adapter * FIELDS + which).to(tl.pointer_type(dtype))
     rank = tl.load(table + adapter * FIELDS + 2)
     if aligned:

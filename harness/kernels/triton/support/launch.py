@@ -18,7 +18,7 @@ _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*f
 
 
 def launch(kernel: Any, grid: tuple[int, ...], /, *positional: Any, **named: Any) -> None:
-    """Launch on the device of the first tensor among the arguments."""
+    """Launch the kernel on the device of the first tensor among the arguments."""
     first = next(one for one in (*positional, *named.values()) if isinstance(one, Tensor))
     with torch.cuda.device_of(first):
         kernel[grid](*positional, **named)
@@ -45,7 +45,7 @@ class Launch:
         )  # fmt: skip
 
     def specimen(self, name: str, kind: Kind | None = None, *, oldest: int = 80) -> Specimen:
-        """Return the instance that this launch compiles: Triton specialises on 1, None and multiples of 16.
+        """Return the Specimen that this launch compiles. Triton specialises on 1, None and multiples of 16.
 
         kind: by default `gemm` for a kernel with 16-bit tensors, else `other`, since no matrix unit multiplies float32.
         """

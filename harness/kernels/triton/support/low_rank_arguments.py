@@ -12,8 +12,8 @@ def checked(
 ) -> None:
     """Raise ValueError unless x, mask (..., D), weight (E, D), A (R, D), B (E, R) have these shapes and one dtype.
 
-    weight: a tensor, or the shape of a packed one. vectors: (E,) each, `d` (R,); None is ignored. Also raises ValueError if
-    the weight or the bias requires a gradient, which these kernels do not compute.
+    weight: a tensor, or the shape of a packed one. vectors: each of shape (E,), but `d` (R,); None is ignored. Also
+    raises ValueError if the weight or the bias requires a gradient, which these kernels do not compute.
     """
     (E, D), R = weight.shape if isinstance(weight, Tensor) else weight, len(A)
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {

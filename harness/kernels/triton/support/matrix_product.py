@@ -21,7 +21,7 @@ def product(left, right, acc):
 
 @triton.jit
 def program_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
-    """Return the rows (int64) and columns of this program; consecutive programs share them in L2.
+    """Return the rows (int64) and columns of this program's tile. Consecutive programs find the same ones in L2.
 
     WIDE: whether columns are int64 too, which takes registers; see `is_wide`.
     """

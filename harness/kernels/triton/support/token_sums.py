@@ -23,7 +23,7 @@ def _outer_sum(
     wide_m, wide_n, mask_m, mask_n, narrow_m, narrow_r, against_n, against_r,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Sum one part of the tokens: out[part] (N, R); with `against` (N, R), out[part, block of R] (N,)."""
+    """Sum one part of the tokens to out[part] (N, R), or with `against` (N, R) to out[part, block of R] (N,)."""
     part, block = tl.program_id(2).to(tl.int64), tl.program_id(1)
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     r = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -56,7 +56,7 @@ def _outer_sum(
 def _product_sum(
     out, a, b, M, N, per_part, a_m, a_n, b_m, b_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Sum one part of the tokens: out[part] (N,)."""
+    """Sum one part of the tokens to out[part] (N,)."""
     part = tl.program_id(1).to(tl.int64)
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     end = tl.minimum((part + 1) * per_part, M)

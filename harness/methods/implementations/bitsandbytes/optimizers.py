@@ -29,7 +29,7 @@ def adamw8bit_step(p: Tensor, g: Tensor, step: int, **options: Any) -> tuple[Ten
 
 @implements("adamw8bit_step", **_PAGED)
 def paged_adamw8bit_step(p: Tensor, g: Tensor, step: int, **options: Any) -> tuple[Tensor, ...]:
-    """Take one step of PagedAdamW8bit; return what `adamw8bit_step` returns, as paging changes no value."""
+    """Take one step of PagedAdamW8bit; return the same tensors as `adamw8bit_step`. Paging changes no value."""
     from bitsandbytes.optim import PagedAdamW8bit
 
     with _without_the_warning():

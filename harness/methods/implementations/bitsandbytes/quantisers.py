@@ -50,7 +50,7 @@ def state_of(absmax: Tensor, block: int, shape: tuple[int, ...], dtype: torch.dt
 
 @implements("double_quantize", **_OPERATION)
 def double_quantize(absmax: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Subtract the mean and quantise the rest in blocks, as `quantize_4bit` does with compress_statistics.
+    """Subtract the mean and quantise the differences in blocks, as `quantize_4bit` does with compress_statistics.
 
     Returns the codes, their absmax and the mean.
     """

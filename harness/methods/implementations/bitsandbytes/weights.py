@@ -70,7 +70,7 @@ def packed_layer(dense: nn.Linear, compute_dtype: torch.dtype, double: bool, blo
 
 
 def _absmax(state: Any) -> Tensor:
-    """Return the absmax of a QuantState, decoded as `dequantize_4bit` does if it is nested."""
+    """Return the absmax of a QuantState. If the state is nested, decode the absmax as `dequantize_4bit` does."""
     from bitsandbytes.functional import dequantize_blockwise
 
     absmax: Tensor = state.absmax

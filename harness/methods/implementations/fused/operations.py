@@ -43,8 +43,9 @@ def _operation(name: str, path: str) -> Implementation:
 
 @implements("paged_adamw", **_OPERATION)
 def paged_adamw(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **options: Any) -> tuple[Tensor, ...]:
-    """Take steps of torch's AdamW and return the parameters. Between steps, states of 100,000 elements or more are on
-    the host.
+    """Take one step of torch's AdamW with each list of gradients; return the parameters.
+
+    Between steps, states of 100,000 elements or more are on the host.
     """
     return tuple(p.detach() for p in _paged_steps(params, grads, **options)[1])
 

@@ -63,7 +63,7 @@ def _tensors(layer: Any) -> dict[str, Tensor]:
 
 
 class PeftAdaLora(PeftAdapted):
-    """A model with peft's AdaLoRA layers. The averages and the `mask` (R, 1), its rank pattern, are the allocator's."""
+    """A model with peft's AdaLoRA layers. peft's allocator owns the averages and the rank pattern, `mask` (R, 1)."""
 
     def __init__(self, model: nn.Module, adalora_model: Any) -> None:
         import torch

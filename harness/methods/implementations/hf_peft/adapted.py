@@ -62,15 +62,15 @@ def second(model: nn.Module, peft_config: Any, generator: Generator) -> None:
 
 
 class PeftAdapted:
-    """An Adapted with peft's layers. Names: `<path>.<letter of the paper>`.
+    """An Adapted with peft's layers. Tensors are named `<path>.<letter of the paper>`.
 
     Subclasses override `regularizer` and `after_step` where their method needs them.
     """
 
     trains: NamedTensors
-    """Reads the trainable tensors of a layer."""
+    """Function that returns the trainable tensors of a layer."""
     frozen: NamedTensors
-    """Reads the frozen tensors of a layer."""
+    """Function that returns the frozen tensors of a layer."""
 
     can_merge = True
 

@@ -20,7 +20,7 @@ _REWRITING = ("pissa", "olora", "loftq")
 _NEAR_THE_BASE = ("VBLORA", "UNILORA")
 """Methods that start near the base model, but not exactly at it."""
 _NAMED_STARTS = ("LORA", "LOKR")
-"""Methods whose named starts equal the base model; named starts of other methods (C3A's `gaussian`) are random."""
+"""Methods that start at the base model even if the config names a start. (C3A's start `gaussian` is random.)"""
 _ACT_BETWEEN_STEPS = ("ADALORA", "ADAMSS")
 """Methods that act between steps."""
 _STARTS = ("init_weights", "init_lora_weights", "init_ia3_weights")
@@ -79,7 +79,7 @@ def _gpu() -> bool:
 
 
 def _check_forward(model: Any) -> None:
-    """Run the model on two tokens, because peft raises an error only then if the model cannot use virtual tokens."""
+    """Run the model on two tokens. Only then does peft raise an error if the model cannot use virtual tokens."""
     import torch
 
     with torch.no_grad():

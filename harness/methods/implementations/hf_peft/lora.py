@@ -58,8 +58,8 @@ class PeftLora(PeftAdapted):
     def mixed(self, adapters: Sequence[Mapping[str, Tensor]]) -> Iterator[None]:
         """Send row n of each batch through adapter n by peft's `adapter_names`. An adapter has the form of `tensors()`.
 
-        peft sets hooks that pass the names to its layers at every call of its wrapper. The harness calls the inner
-        model, so the hooks stay set here.
+        At every call of its wrapper, peft sets hooks that pass the names to the layers. The harness calls the inner
+        model, so this context sets such hooks itself.
         """
         import torch
 

@@ -107,7 +107,7 @@ def _prompted(
 
 
 def _numbered(model: Any, own: Any, **options: Any) -> Any:
-    """Run `own` with position ids that padding between virtual tokens and text does not shift; return its output.
+    """Run `own` and return its output. Padding between virtual tokens and text does not shift the position ids.
 
     Pass peft's cache under the name that the model expects; otherwise transformers warns, and from 5.40 on raises an error.
     """

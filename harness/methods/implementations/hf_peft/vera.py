@@ -22,7 +22,10 @@ def vera(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
 
 @implements("vera", name="hf-peft-second", dtypes=["float32"], requires=["peft"])
 def second_vera(model: nn.Module, config: Config, generator: Generator) -> PeftAdapted:
-    """Attach peft's VeRA to a model that already has a VeRA adapter of twice the rank; peft refuses a smaller first one."""
+    """Attach peft's VeRA to a model that already has a VeRA adapter of twice the rank.
+
+    peft refuses the second adapter if the first has a smaller rank.
+    """
     second(model, _config(model, config), generator)
     return PeftAdapted(model, _vectors, _projections)
 

@@ -71,7 +71,7 @@ def _layer(path: str, base: Any, config: Config) -> Any:
 
 
 class LoralibLayers(WrappedLayers):
-    """An Adapted with loralib's layers. Names: `<path>.A`, `<path>.B`.
+    """An Adapted with loralib's layers. Tensors are named `<path>.A` and `<path>.B`.
 
     Linear, Conv1D: A (R, D), B (E, R). Embedding: A (R, num), B (dim, R). Conv2d: A (R k, in k), B (out/groups k, R k).
     """

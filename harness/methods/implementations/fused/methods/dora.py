@@ -30,7 +30,7 @@ from reference.shared.layers import dense_weight
 
 
 class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
-    """DoRA's layer, computed by `dora_linear`, or over the fused NF4 by a product with the low-rank term and the gain.
+    """DoRA's layer, computed by `dora_linear` over a dense base, and by one product and `gained` over the fused NF4.
 
     Unlike the reference, the layer saves no decoded copy of a 4-bit weight for the backward pass.
     """
@@ -62,7 +62,7 @@ class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
         return mask / share
 
     def _by_calls(self, x: Tensor) -> Tensor:
-        """Return the output as the reference computes it, but call the base for W0 d; it decodes its weight each time."""
+        """Compute the output like the reference, but call the base layer for W0 d. Each call decodes the weight."""
         base: Any = self.base
         g = dora.gain(self.m, row_norms(dense_weight(base), self.A, self.B, self.scaling))
         y: Tensor = base(x)

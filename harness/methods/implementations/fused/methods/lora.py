@@ -15,7 +15,7 @@ from reference.shared.adapted import AdaptedLayers
 
 
 class FusedLowRankLayer(SharedInputLayer):
-    """A low-rank layer, computed by `lora_linear`; without dropout, together with layers that have the same input."""
+    """A low-rank layer, computed by `lora_linear`. Without dropout, layers of the same input are computed at once."""
 
     A: nn.Parameter
     B: nn.Parameter
@@ -46,7 +46,7 @@ class FusedLoraLinear(FusedLowRankLayer, lora.LoraLinear):
 
 
 def attach(model: nn.Module, config: lora.Config, generator: torch.Generator) -> AdaptedLayers:
-    """Attach layers that compute by `lora_linear` to `config.targets`. Raises Unsupported for other than linear layers."""
+    """Attach layers that compute by `lora_linear` to `config.targets`. Raises Unsupported unless these are linear."""
     adapted = lora.attach(model, config, generator)
     for path, layer in adapted.layers.items():
         if type(layer) is not lora.LoraLinear or not isinstance(layer.base, nn.Linear):

@@ -1,10 +1,10 @@
 """PiSSA without a full SVD, and with the low-rank term added in place to the residual's product.
 
 The exact SVD (niter = 0) of a weight in float32 or less comes from the eigenvectors of the smaller Gram matrix in
-float64, not from LAPACK's SVD in float32, unless the singular values span more than 2^12: the squared values in float64
-are as precise as the values of an SVD in float32. A float64 weight gets an SVD. The randomised SVD (niter > 0) computes
-bases by Cholesky in float64 instead of Householder reflections if the columns are far enough from dependent; both span
-the same space. The sketch is drawn as the reference draws it.
+float64, not from LAPACK's SVD in float32, unless the singular values span more than a factor of 2^12. Their squares
+in float64 are as precise as the values of an SVD in float32. A float64 weight gets an SVD. The randomised SVD (niter >
+0) computes bases by Cholesky in float64 instead of Householder reflections if the columns are far enough from
+dependent; both span the same space. The sketch is drawn as the reference draws it.
 """
 
 from __future__ import annotations

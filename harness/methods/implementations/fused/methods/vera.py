@@ -1,4 +1,4 @@
-"""VeRA; layers with the same input share its product with A."""
+"""VeRA. Layers with the same input share the product of this input with A."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class FusedVeraLinear(vera.VeraLinear):
 
 
 def attach(model: nn.Module, config: vera.Config, generator: torch.Generator) -> AdaptedLayers:
-    """Attach layers that compute by `vera_linear` to `config.targets`, or as the reference does over a quantised base."""
+    """Attach VeRA to `config.targets`. Layers compute by `vera_linear`; over a quantised base, like the reference."""
     adapted = vera.attach(model, config, generator)
     shared = SharedProjection()
     layers: dict[str, Any] = adapted.layers
