@@ -98,8 +98,8 @@ def load(path: Path, *, tags: bool = False) -> Document:
 def read(path: Path, *, tags: bool = False, texts: bool = False, start: str = _START) -> Document:
     """Read a file and return it. Raises SuiteError if it is no YAML or no mapping.
 
-    Other mistakes are in `Document.problems`. tags: allow tags such as `!function f.g`; the value is then the text after
-    the tag. texts: read numbers with a fraction as `WrittenFloat`. start: the first key of such a file, for the hint.
+    Other mistakes are in `Document.problems`. tags: allow tags such as `!function f.g`; the value is then the text
+    after the tag. texts: read numbers with a fraction as `WrittenFloat`. start: the first key of such a file, for the hint.
     """
     raw = _bytes(path)
     root = _compose(path, _decode(path, raw))
