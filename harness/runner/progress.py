@@ -149,7 +149,10 @@ class Progress:
         return lines
 
     def _left(self, now: float) -> str:
-        """Return the time left as text, if all Cells take the average time and as many as now run at a time."""
+        """Return the estimated time left as text.
+
+        The estimate assumes that Cells take the average time, and that the same number runs at a time as now.
+        """
         mean = sum(self._seconds) / len(self._seconds)
         spent = sum(min(mean, now - one.began) for one in self._running.values())
         left = (mean * (len(self._numbers) - self._over) - spent) / max(1, len(self._running))

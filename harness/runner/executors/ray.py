@@ -74,7 +74,7 @@ class Ray:
         self._cpus = 1
         """Cores of each Cell."""
         self._max_threads: int = 2**20
-        """Maximum number of threads per Cell if Ray runs only on this machine; `node.run_jobs` limits those of others."""
+        """Maximum number of threads per Cell if Ray runs only on this machine. In a cluster each node has its limit."""
         self._visible_s = node.VISIBLE_S
         self._blind: set[str] = set()
         """Nodes that do not see the run folder or an asset."""

@@ -160,7 +160,10 @@ class Slurm:
     def _gather(
         self, shares: dict[Any, list[Job]], context: RunContext, listener: Listener
     ) -> Generator[Record, None, None]:
-        """Yield each Record as it appears. If an ended element left a Cell without one, yield one with the cause."""
+        """Yield each Record as it appears.
+
+        If an element has ended and one of its Cells has no Record, yield a Record with the cause of the element's end.
+        """
         left = {job.cell.cell_id: job for share in shares.values() for job in share}
         submitted = store.now()
         states, poll_s, last = States(here=self._here), _LOOK_S if self._here else _POLL_S, 0.0
