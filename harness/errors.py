@@ -105,7 +105,7 @@ def collect_errors(problems: list[Problem]) -> Iterator[None]:
 
 
 class SuiteError(UsageError):
-    """A suite, claim file or other YAML file has mistakes. Each mistake has a file and a line. Nothing was run."""
+    """A suite, claim file or other YAML file has mistakes; each has a file and a line. Nothing was run."""
 
     code = "suite"
 
