@@ -57,7 +57,7 @@ def _scores(suite: str, of: str, than: str) -> tuple[Spread, str]:
 
 
 def _above(spread: Spread, least: float, how: str) -> MeasureResult:
-    """Return whether a difference is above `least`; undecided if its interval has values on both sides of `least`."""
+    """Return whether a difference is above `least`. It is undecided if its interval has values on both sides of `least`."""
     low, high = spread.interval
     return MeasureResult(low > least, how, None if low > least or high < least else True)
 
