@@ -48,7 +48,7 @@ class Predicted(FrozenModel):
 
     @property
     def total_B(self) -> int:  # noqa: N802
-        """Highest known bytes on the device at one time: the larger of the peaks by formulas and by a step."""
+        """Highest known bytes on the device at one time: the larger one of two peaks, by formulas and by a step."""
         by_formulas = self.weights_B + self.adapter_B + self.gradients_B + self.optimizer_B + self.passing_B
         # The step was on a CPU, where the device's memory is also the host's memory.
         return max(by_formulas, (self.peak_B or 0) - self.optimizer_host_B)

@@ -69,7 +69,7 @@ def bytes_sum(of: Sizes, last: Quantity = Fraction(0)) -> MeasureResult:
 
 @measure("bytes")
 def bytes_of(count: Count, each: Quantity) -> MeasureResult:
-    """Bytes of `count` numbers of `each` bytes: 2 in 16 bits, 2 + 2 + 8 for a weight, its gradient and Adam's moments."""
+    """Bytes of `count` numbers. each: bytes per number, e.g. 2 in 16 bits, or 12 with a gradient and Adam's moments."""
     return MeasureResult(count * each, f"{written(count)} x {written(each)} B")
 
 

@@ -79,8 +79,10 @@ def _by_equation(drawn: dict[str, Any], equation: str) -> dict[str, Any]:
 
 
 def _drawn(dtype: str) -> dict[str, Any]:
-    """Return random tensors by name: a trained layer, its inputs, and the gradient of its outputs, with the same numbers in
-    every dtype."""
+    """Return random tensors by name: a trained layer, its inputs, and the gradient of its outputs.
+
+    All dtypes get the same numbers.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)

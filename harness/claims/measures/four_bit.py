@@ -92,7 +92,7 @@ def squared_error(type: Type, block: Positive = 64, double: bool = False) -> Mea
 
 @measure("number")
 def constants_error(centred: bool = True, block: Positive = 64) -> MeasureResult:
-    """Mean relative error of the constants of normal weights if 8 bits store each constant.
+    """Mean relative error of the block constants of normal weights, stored in 8 bits.
 
     centred: whether the mean of the constants is subtracted first.
     """

@@ -24,7 +24,7 @@ def optimizer_bytes(
     projectors: Quantity = 2,
     also: list[str] | None = None,
 ) -> MeasureResult:
-    """Bytes of Adam's states: two moments per trainable number. Where GaLore projects, smaller moments and a basis.
+    """Bytes of Adam's states: two moments per trainable number. GaLore's projection has smaller moments, and a basis.
 
     moments, projectors: bytes per number. also: regular expressions of further trainable parameters of the model.
     """
