@@ -21,7 +21,7 @@ _PATIENCE_S = 1800.0
 
 
 def judged(claims: Sequence[Claim], jobs: int | None = None, runs: Sequence[Path] = ()) -> list[JudgedClaim]:
-    """Judge claims in `jobs` parallel processes [default: one per core, at most 8], and return them judged, in order.
+    """Judge claims in `jobs` parallel processes [default: one per core, at most 8]. Return the judged claims in order.
 
     Claims of one model share a process, which builds the model once. runs: run folders whose Records are preferred to
     published ones.

@@ -67,7 +67,7 @@ class Memory(FrozenModel):
     adapter_B: Bytes
     """Trainable tensors."""
     gradients_B: Bytes
-    """Gradients of all trained tensors; with layer-wise updates, only the largest gradient, the most at one time."""
+    """Gradients of all trained tensors; with layer-wise updates, the largest gradient: only one exists at a time."""
     optimizer_B: Bytes
     """Optimizer states on the device."""
     optimizer_host_B: Bytes = 0

@@ -34,7 +34,7 @@ class Training(ExtendedModel):
     """Gradient checkpointing, by transformers: each block of the model saves only its input and is recomputed in
     the backward pass. It takes time and saves memory; losses are the same up to rounding."""
     lr_ratio: float = 1.0
-    """LoRA+ (arXiv:2402.12354): learning rate of every factor B, as a multiple of `lr`. All other tensors have `lr`."""
+    """LoRA+ (arXiv:2402.12354): learning rate of every factor B, as a multiple of `lr`, which is the rate of A."""
     compile: bool = False
     """torch.compile of the model's calls in the parity gate and in training, in place; scoring and latencies are
     not compiled. Losses are the same up to rounding."""

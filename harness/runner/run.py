@@ -53,7 +53,7 @@ class _Times:
         self._lap = time.monotonic()
 
     def lap(self, activity: str) -> None:
-        """Add the time since the previous call to `activity`."""
+        """Add the seconds since the previous call of this method to those of `activity`."""
         now = time.monotonic()
         self.seconds[activity] += now - self._lap
         self._lap = now

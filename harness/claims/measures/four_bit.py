@@ -37,9 +37,9 @@ def nf4_has(printed: list[float]) -> MeasureResult:
 
 @measure("property")
 def equation_4_gives(printed: list[float], ends: Literal["as printed", "left out"] = "as printed") -> MeasureResult:
-    """Check whether q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2 over the largest q_i gives the printed levels.
+    """Check whether the levels of eq. 4, divided by the largest one, are the printed levels.
 
-    ends: include or leave out levels that are not finite.
+    Eq. 4 is q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2. ends: include or leave out levels that are not finite.
     """
     import torch
 

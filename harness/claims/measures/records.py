@@ -72,10 +72,10 @@ def peak_memory(suite: Suite, cell: Entry) -> MeasureResult:
 
 @measure("bytes")
 def device_memory(suite: Suite, cell: Entry) -> MeasureResult:
-    """Memory of a GPU that a Cell's training needs: from the peak of its tensors to the allocator's or the driver's total.
+    """GPU memory that a Cell's training needs: a range from the peak of tensors to the allocator's or driver's total.
 
-    The driver's total includes CUDA's context and other processes. On a CPU, and if the Record has neither total, the
-    result is that of `peak_memory`.
+    The larger total counts. The driver's total includes CUDA's context and other processes. On a CPU, and if the Record
+    has neither total, the result is that of `peak_memory`.
     """
     (own,) = record_sources.records(suite, cell)
     peak, seen = _peak(own), [gpu for record in own if (gpu := measurements.training_gpu(record))]
