@@ -23,7 +23,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import on first use, so that `import harness` is fast."""
+    """Import a public name at its first use and return its value, so that `import harness` is fast."""
     from importlib import import_module
     from importlib.metadata import version
 

@@ -22,7 +22,7 @@ def echo(text: str) -> None:
 
 
 def align_columns(rows: Sequence[Sequence[str]], *, right: Container[int] = (), indent: str = "  ") -> list[str]:
-    """Format rows with columns of equal width, aligned to the left. right: columns aligned to the right instead."""
+    """Return one line per row, with columns aligned to the left. right: indices of columns to align to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     columns = [(">" if i in right else "<", width) for i, width in enumerate(widths)]
     padded = ([f"{cell:{sign}{width}}" for cell, (sign, width) in zip(row, columns, strict=True)] for row in rows)
@@ -35,7 +35,7 @@ def discard_stdout() -> None:
 
 
 def report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Report an unexpected exception as a bug of peft-harness, and exit; a `sys.excepthook`."""
+    """Report an unexpected exception as a bug of peft-harness, and exit. Serves as `sys.excepthook`."""
     if issubclass(kind, KeyboardInterrupt):
         return sys.__excepthook__(kind, error, trace)
     traceback.print_exception(kind, error, trace)

@@ -12,7 +12,7 @@ from types import ModuleType
 
 
 class Exit(IntEnum):
-    """Exit codes of the command, a contract (README, "Exit codes")."""
+    """Exit codes of the command. They are a contract; see README, "Exit codes"."""
 
     PASS = 0
     FAIL = 1
@@ -40,11 +40,11 @@ class HarnessError(Exception):
     """An error that a user can act on."""
 
     code = "error"
-    """Name for `peft-harness explain`."""
+    """Name of this kind of error in `peft-harness explain`."""
     exit_code = Exit.INFRASTRUCTURE
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
-        """what: one sentence. where: file and line, Cell or option. hint: how to fix it."""
+        """what: the error in one sentence. where: its file and line, its Cell or its option. hint: a way to fix it."""
         super().__init__(what)
         self.what, self.where, self.hint = what, where, hint
 
@@ -74,7 +74,7 @@ class Problem:
 
 
 def sort_problems(problems: Iterable[Problem]) -> list[Problem]:
-    """Sort the problems of files by file and line, without duplicates."""
+    """Return the problems of files without duplicates, sorted by file and line."""
 
     def place(problem: Problem) -> tuple[str, int, str]:
         path, _, line = problem.where.rpartition(":")
@@ -97,7 +97,7 @@ def usage_error(problems: Sequence[Problem]) -> UsageError:
 
 @contextmanager
 def collect_errors(problems: list[Problem]) -> Iterator[None]:
-    """Add a UsageError of the block to `problems` instead of raising it, so that more checks can follow."""
+    """Catch a UsageError that is raised inside the context and add it to `problems`, so that more checks can follow."""
     try:
         yield
     except UsageError as error:
@@ -105,18 +105,18 @@ def collect_errors(problems: list[Problem]) -> Iterator[None]:
 
 
 class SuiteError(UsageError):
-    """A suite, claim file or other YAML file with mistakes; each has a file and a line. Nothing was run."""
+    """A suite, claim file or other YAML file has mistakes; each has a file and a line. Nothing was run."""
 
     code = "suite"
 
     def __init__(self, problems: Sequence[Problem], file: str = "suite") -> None:
-        """file: the kind of file, for the message."""
+        """file: kind of the file, as the message names it."""
         super().__init__(_listed(f"{plural(len(problems), 'mistake')} in the {file}", problems))
         self.problems = tuple(problems)
 
 
 class RefusedError(UsageError):
-    """A run that cannot become a baseline, with all reasons. No file was written."""
+    """A run cannot become a baseline. All reasons are listed. No file was written."""
 
     code = "refused"
 
@@ -153,7 +153,10 @@ class ImplementationError(HarnessError):
 
 
 def import_extra(module: str, where: str) -> ModuleType:
-    """Import an optional dependency of the extra of the same option, e.g. `ray`. Raises HarnessError with the extra."""
+    """Import and return an optional dependency. where: the option that needs it; its last word names the extra.
+
+    Raises HarnessError with a hint to install the extra if the import fails.
+    """
     try:
         return import_module(module)
     except ImportError as error:
@@ -168,18 +171,18 @@ def plural(count: int, noun: str) -> str:
 
 
 def first_names(names: Sequence[str], most: int = 3) -> str:
-    """List the first names, at most `most`, and the number of the others."""
+    """Return a text with at most `most` of the names, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{', '.join(names[:most])}{more}"
 
 
 def closest_match(name: str, known: Iterable[str]) -> str:
-    """Return the known name that is most similar, or an empty string if none is close."""
+    """Return the known name that is most similar to `name`, or an empty string if none is close."""
     return next(iter(get_close_matches(name, list(known), n=1)), "")
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "known") -> str:
-    """Return "did you mean `NAME`?", or `otherwise` and all known names if none is close."""
+    """Return "did you mean `NAME`?" with the closest known name; `otherwise` and all known names if none is close."""
     names = list(known)
     close = closest_match(name, names)
     return f"did you mean `{close}`?" if close else f"{otherwise}: {', '.join(names) or 'none'}"

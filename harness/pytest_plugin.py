@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set up the gate if it is requested: not in a worker of xdist, and not if nothing runs."""
+    """Set up the gate if `--harness-gate` is given, but not in a worker of xdist, and not if pytest only collects."""
     if config.getoption("harness_gate") and not hasattr(config, "workerinput") and not config.option.collectonly:
         from harness.regression.pytest_gate import Gate
 
@@ -44,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    """Add torch's version and the GPU to what pytest-benchmark stores: both change times."""
+    """Add torch's version and the GPU's name to the `machine_info` that pytest-benchmark stores. Both affect times."""
     torch = sys.modules.get("torch")
     if torch is not None:
         machine_info.setdefault("torch", str(torch.__version__))
@@ -53,7 +53,7 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 
 def pytest_pycollect_makeitem(collector: Any, name: str, obj: Any) -> pytest.Collector | None:
-    """Collect every function decorated by `@conformance`, under any name."""
+    """Return a collector for a function that `@conformance` decorates, whatever its name; None for other objects."""
     testing = sys.modules.get("harness.testing")
     if testing is None or not isinstance(obj, testing.Conforming):
         return None
@@ -61,7 +61,7 @@ def pytest_pycollect_makeitem(collector: Any, name: str, obj: Any) -> pytest.Col
 
 
 class Suite(pytest.Collector):
-    """A decorated function."""
+    """The collector of a function that `@conformance` decorates."""
 
     def __init__(self, *, conforming: Any, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -74,7 +74,7 @@ class Suite(pytest.Collector):
 
 
 class CaseItem(pytest.Item):
-    """One case: every check of the suite."""
+    """The test of one case. It runs every check of the parity suite on the case."""
 
     def __init__(self, *, tries: Callable[[], Any], **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -91,7 +91,7 @@ class CaseItem(pytest.Item):
             pytest.skip(skipped)
 
     def reportinfo(self) -> tuple[Any, int | None, str]:
-        """Return the location of the function: pytest needs a line, or a skipping mark (such as --benchmark-only) fails."""
+        """Return path, line and name of the test. Without a line, a mark that skips (--benchmark-only) would fail."""
         suite = self.parent
         assert isinstance(suite, Suite)  # noqa: S101
         code = getattr(suite.conforming.implementation.function, "__code__", None)

@@ -1,4 +1,4 @@
-"""Paths: the suites and report templates of a checkout or a wheel, and paths that users write."""
+"""Find the suites and report templates of a checkout or a wheel, and read paths that users write."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def data_folder(name: str) -> Path:
 
 
 def user_path(path: str) -> Path:
-    """Return a path as a user wrote it, `~` expanded. Raises UsageError if it cannot be a path."""
+    """Return the path that a user wrote, with `~` expanded. Raises UsageError if the text cannot be a path."""
     hint = "write ./path, /path or ~/path"
     if "\0" in path:
         raise UsageError(f"{path!r} is no path: it holds a zero byte", hint=hint)

@@ -1,11 +1,11 @@
-"""Conformance tests for other projects: a decorator that makes pytest tests of a function, and a helper for layers.
+"""Conformance tests for other projects: a decorator that makes pytest tests for a function, and a helper for layers.
 
     from harness.testing import conformance
 
     @conformance("nf4_dequantize", dtypes=["float32", "bfloat16"])
     def dequantize(packed, absmax, block, shape, dtype): ...
 
-Each case of the parity suite becomes a test; nothing needs to be registered. No torch until the tests are collected.
+Each case of the parity suite becomes a test; nothing needs to be registered. Collecting the tests imports torch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Conforming:
-    """A function that implements a Method, an Operation or a quantisation of the base. Calls go to the function."""
+    """Wraps and calls a function that implements a Method, an Operation or a quantisation of the base."""
 
     implementation: Implementation
     breadth: CaseSelection = FEW
@@ -38,7 +38,7 @@ class Conforming:
         return self.implementation.function(*args, **kwargs)
 
     def cases(self) -> Iterator[tuple[str, Callable[[], list[CheckOutcome]]]]:
-        """Yield each case's name, and a function that runs every check of the suite on it."""
+        """Yield (name, run) for each fixed case, and one pair for all drawn cases. `run` returns outcomes of checks."""
         from harness.conformance.drawing import sample
 
         plan = parity_suite.load_plan(self.implementation.target)
@@ -62,7 +62,7 @@ class Conforming:
 
 
 def verdict(tried: Iterable[CheckOutcome]) -> tuple[str, str]:
-    """Return the failures, one line each, and the reason if nothing was compared."""
+    """Return a text with one line per failure, and the reason if nothing was compared. Either text may be empty."""
     every = list(tried)
     failed = [describe_failure(one) for one in every if one.status is CheckStatus.FAIL]
     compared = any(one.status is CheckStatus.PASS for one in every)
@@ -79,12 +79,15 @@ def conformance(
     drawn: int = 0,
     seed: int = 0,
 ) -> Callable[[Callable[..., Any]], Conforming]:
-    """Make pytest tests of a function that implements `target`: a Method's `attach` or an Operation.
+    """Return a decorator that makes pytest tests for a function.
 
-    full: every config x shape x layer of the suite, instead of each at least once. wide: also a fixed
-    sample that covers pairs of settings, and checks of calls, walks and NaN. drawn: number of additional cases with
-    random ranks and shapes. seed: of these. Raises UsageError for an unknown name or dtype, and if the suite has no case in
-    these dtypes: without tests, everything would pass.
+    target: the Method or Operation that the function implements; for a Method, the function is its `attach`. full: test
+    every combination of config, shape and layer in the suite, instead of each of them at least once. wide: also test a
+    fixed sample that covers pairs of settings, and check calls, walks and NaN. drawn: number of additional cases with
+    random ranks and shapes. seed: seed of the additional cases.
+
+    Raises UsageError if a name or dtype is unknown, or if the suite has no case in these dtypes: without tests,
+    everything would pass.
     """
     if not isinstance(target, str):
         raise UsageError("@conformance has no name", where="@conformance", hint='write @conformance("lora")')

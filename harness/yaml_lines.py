@@ -23,15 +23,15 @@ _Model = TypeVar("_Model", bound=BaseModel)
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = {_TAG + kind for kind in ("null", "bool", "int", "float", "str")}
 _MAX_DEPTH = 100
-"""Maximum nesting in a file. Python's recursion limit is no bound, because libraries raise it."""
+"""Maximum depth of nesting in a file. Python's recursion limit is no bound, because libraries increase it."""
 _MAX_NODES = 200_000
-"""Nested aliases multiply: a file of a few lines can stand for gigabytes."""
+"""Maximum number of values in a file. Nested aliases multiply: a file of a few lines can stand for gigabytes."""
 _START = "`suite: NAME`, or see suites/smoke.yaml"
 _SYNTAX_HINTS = {
     "\\t": "indent with spaces",
     "undefined alias": "write the value out, or define the anchor above this line",
 }
-"""Part of ruamel's message, and the hint for it."""
+"""Part of a message from ruamel -> the hint for this message."""
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 _TYPE_HINTS = {
     "int_type": "write a whole number, without quotes",
@@ -44,7 +44,7 @@ _TYPE_HINTS = {
     "dict_type": "write keys and values: {key: value}",
     "model_type": "write keys and values: {key: value}",
 }
-"""Hint by pydantic's type of the error."""
+"""Type of an error in pydantic -> the hint for this error."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Document:
     raw: bytes
     data: dict[str, Any]
     lines: dict[KeyPath, int]
-    """Line of each value; for a merged key, the line at its anchor."""
+    """Path of a value -> its line; for a merged key, the line at its anchor."""
     problems: list[Problem]
     """Mistakes that leave the rest of the file readable, such as a duplicate key."""
     unreadable: set[KeyPath]
-    """Unreadable values; `data` has None instead."""
+    """Paths of unreadable values. `data` has None in their place."""
 
     def at(self, path: KeyPath) -> Any:
         """Return the value at `path`."""
@@ -76,7 +76,7 @@ class Document:
 
 
 class WrittenFloat(float):
-    """A number with a fraction, and its text in the file: `0.10` has two digits, 0.1 has one."""
+    """A float that also has its text in the file, because `0.10` shows two digits and `0.1` only one."""
 
     text: str
 
@@ -88,7 +88,7 @@ class WrittenFloat(float):
 
 
 def load(path: Path, *, tags: bool = False) -> Document:
-    """Read a file that must be free of mistakes. Raises SuiteError with every mistake in its YAML."""
+    """Read a file and return it. Raises SuiteError with every mistake in its YAML."""
     document = read(path, tags=tags)
     if document.problems:
         raise SuiteError(sort_problems(document.problems))
@@ -96,10 +96,10 @@ def load(path: Path, *, tags: bool = False) -> Document:
 
 
 def read(path: Path, *, tags: bool = False, texts: bool = False, start: str = _START) -> Document:
-    """Read a file. Raises SuiteError if it is no YAML or no mapping; other mistakes are in `Document.problems`.
+    """Read a file and return it. Raises SuiteError if it is no YAML or no mapping.
 
-    tags: allow tags such as `!function f.g`; the value is then the text after the tag. texts: read numbers with a fraction
-    as `WrittenFloat`. start: the first key of such a file, for the hint.
+    Other mistakes are in `Document.problems`. tags: allow tags such as `!function f.g`; the value is then the text
+    after the tag. texts: read numbers with a fraction as `WrittenFloat`. start: the first key of such a file, for the hint.
     """
     raw = _bytes(path)
     root = _compose(path, _decode(path, raw))
@@ -117,15 +117,15 @@ def read(path: Path, *, tags: bool = False, texts: bool = False, start: str = _S
 
 
 def load_model(path: Path, model: type[_Model]) -> tuple[Document, _Model]:
-    """Read and validate a file. Raises SuiteError with every mistake in its YAML, its keys, their types and ranges."""
+    """Read a file; return it and its validated keys. Raises SuiteError with every mistake in YAML, keys and values."""
     document = read(path)
     return document, validate(document, model)
 
 
 def validate(document: Document, model: type[_Model]) -> _Model:
-    """Validate a document. Raises SuiteError with every mistake in its YAML, its keys, their types and ranges.
+    """Validate a document and return its keys. Raises SuiteError with every mistake in YAML, keys and values.
 
-    A validator of the model raises ValueError("MISTAKE; HINT").
+    The validators in `model` must raise ValueError("MISTAKE; HINT").
     """
     problems = list(document.problems)
     try:
@@ -138,7 +138,7 @@ def validate(document: Document, model: type[_Model]) -> _Model:
 
 
 def shortened(text: str) -> str:
-    """Return a text of at most 60 characters, cut where it is longer."""
+    """Return `text`; if it has more than 60 characters, cut it and add `...`."""
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -213,7 +213,7 @@ class _Builder:
             self._open.remove(id(node))
 
     def _count(self, nodes: int) -> None:
-        """Count visited nodes. Raises SuiteError where aliases make too many of them."""
+        """Add `nodes` to the number of visited nodes. Raises SuiteError if aliases make this number too large."""
         self._visited += nodes
         if self._visited > _MAX_NODES:
             what = f"more than {_MAX_NODES} values once aliases are followed"
@@ -273,7 +273,7 @@ class _Builder:
                 yield key, value
 
     def _merged(self, node: MappingNode, inside: tuple[int, ...] = ()) -> Iterator[tuple[ScalarNode, Node]]:
-        """Yield the pairs of merged mappings (`<<`), nearest first."""
+        """Yield the (key, value) pairs of the mappings that `node` merges (`<<`), the nearest mapping first."""
         if id(node) in inside:
             self._problem(node, "an alias that contains itself", "write the value out")
             return
@@ -292,12 +292,12 @@ class _Builder:
 def _problems(error: ValidationError, model: type[BaseModel], document: Document) -> Iterator[Problem]:
     for detail in error.errors(include_url=False):
         path = _data_path(document.data, detail["loc"])
-        if path not in document.unreadable:  # which is already a problem of the document
+        if path not in document.unreadable:  # an unreadable value is already a problem of the document
             yield Problem(document.where(*path), *_sentence(dict(detail), path, model))
 
 
 def _sentence(detail: dict[str, Any], path: KeyPath, model: type[BaseModel]) -> tuple[str, str]:
-    """Return the mistake and the hint."""
+    """Return a sentence about one of pydantic's errors, and a hint."""
     kind, given, limits = detail["type"], detail["input"], detail.get("ctx", {})
     name = next((part for part in reversed(detail["loc"]) if isinstance(part, str)), "")
     if kind == "extra_forbidden":
@@ -339,7 +339,7 @@ def _inner(annotation: Any) -> type[BaseModel] | None:
 
 
 def _data_path(data: Any, loc: tuple[str | int, ...]) -> KeyPath:
-    """Return pydantic's location in the data of the file: a scalar in place of a list of one has no index 0."""
+    """Return the path in the file for pydantic's location. A scalar that stands for a list of one has no index 0."""
     path: KeyPath = ()
     for part in loc:
         if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int)):

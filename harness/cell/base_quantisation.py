@@ -1,4 +1,4 @@
-"""Pack a Cell's base in 4 bits, and store the expected codes or their verdicts for the parity gate."""
+"""Pack a Cell's base in 4 bits. For the parity gate, store the expected codes, or the verdicts on the actual codes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PackedBase:
 
     forms: dict[str, PackedLayer] = field(default_factory=dict)
     expected: dict[str, ExpectedCodes] = field(default_factory=dict)
-    """The codes of the reference quantiser, for small models: they take half the memory of 16-bit weights."""
+    """For small models: the codes of the reference quantiser, which take half the memory of 16-bit weights."""
     judged: dict[str, tuple[Judgement, int]] = field(default_factory=dict)
     """For large models: the verdict on each layer's codes, and the number of ties. Both are computed while packing."""
     note: str = ""

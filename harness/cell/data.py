@@ -34,7 +34,7 @@ from harness.records.record import Accuracy, Cell
 from harness.suites.lm_eval_keys import max_answer_tokens, too_long
 
 _PROBED, _PROBED_CAUSAL = 8, 4
-"""Number of probe texts. An encoder returns a few logits per text, a causal model one logit per known token."""
+"""Numbers of probe texts for an encoder and for a causal model, which returns more logits per text."""
 _PROBED_RANDOM, _PROBED_TOKENS = 2, 32
 
 
@@ -153,7 +153,7 @@ def _own(job: Job, data: Asset) -> tuple[Any, list[Any], list[Any]]:
 
 
 class _Tokenised(Sequence[Example]):
-    """Rows as examples. A row is tokenised at its first use, because a short training uses few rows."""
+    """A sequence of examples made from rows. A row is tokenised at its first use: a short training uses few rows."""
 
     def __init__(
         self, texts: Sequence[rows.AnyRow], tokenise: Callable[[Sequence[rows.AnyRow]], list[Example]]

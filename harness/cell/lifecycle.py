@@ -1,4 +1,4 @@
-"""Run the phases of a Cell: load, predict, quantise, attach, parity gate, train, count, save, evaluate, latency."""
+"""Run the phases of a Cell: load, data, predict, quantise, attach, parity, train, count, save, evaluate, latency."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from harness.records.cost import Checkpoint, Energy
 from harness.records.record import Latency, Measurements, Note, NoteKind, Outcome, Predicted
 
 Predict = Callable[[Job, list[Batch]], Predicted | str]
-"""Returns the predicted memory ledger of a Cell and the peak of a step over its batches, or a reason for no prediction."""
+"""Returns the predicted memory of a Cell whose training uses these batches, or the reason why there is no prediction."""
 Data = CellData | RandomData
 
 
@@ -103,7 +103,7 @@ def measure(run: CellRun, predict: Predict) -> Measurements:
 
 
 def _load(run: CellRun) -> models.Loaded:
-    """Load and return the model. A shape gets random weights now, or later while its layers are packed."""
+    """Load and return the model. A shape gets random weights; if the base is quantised, `_quantise` draws them later."""
     with run.clock.phase("load"):
         job, path, kind = run.job, Path(run.job.model.path), run.job.model.source.kind
         if job.model.source.scheme != "shape":
@@ -202,7 +202,7 @@ def _save(run: CellRun, subject: Subject, loaded: models.Loaded, model_B: int) -
 
 
 def _time(run: CellRun, subject: Subject, data: Data, offloaded: OffloadedWeights) -> list[Latency]:
-    """Return latencies. If memory runs out, return the reason: training and accuracy are measured already."""
+    """Return latencies. If memory runs out, they have the reason instead of times, and the Cell does not fail."""
     model: Any = subject.model
     cell = run.cell
     causal = run.job.model.source.kind == "causal"

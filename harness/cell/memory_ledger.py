@@ -28,7 +28,10 @@ def parameters(adapted: Adapted, head: Mapping[str, nn.Parameter], model: nn.Mod
 
 
 def memory(run: CellRun, subject: Subject, trained: Trained | None, predicted: Predicted | str) -> Memory:
-    """Return the bytes of weights, adapter, gradients and optimizer states. predicted: a str if there is no prediction."""
+    """Return the bytes of weights, adapter, gradients and optimizer states.
+
+    predicted: the prediction, or the reason why there is none.
+    """
     added = subject.added()
     adapter = {id(tensor) for tensor in added.values()}
     states = optimizer_tensors(trained.optimizer) if trained else []

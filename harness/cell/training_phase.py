@@ -33,7 +33,7 @@ class Trained:
     measured: TrainingMeasured
     optimizer: torch.optim.Optimizer
     gradients_B: int
-    """Bytes of the gradients of the last step; with layer-wise updates, of the largest one."""
+    """Bytes of the gradients of the last step; with layer-wise updates, the bytes of the largest gradient."""
     step_peak_B: int | None
     """Peak bytes of tensors within a step; None where they cannot be counted."""
 

@@ -1,4 +1,4 @@
-"""Read the layers and initial values of a Method without a reference from the attached model."""
+"""For a Method without a reference: read its layers and initial values from the attached model."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def attached_layers(adapted: Any, head: Collection[str]) -> tuple[dict[str, nn.M
 
 
 def notes(adapted: Any) -> list[str]:
-    """Return sentences for the Record."""
+    """Return notes for the Record about the missing reference."""
     return [f"{NO_REFERENCE}: only what needs no reference was checked, and no time is shown", *adapted.notes]

@@ -36,7 +36,7 @@ def state_sha256(tensors: Mapping[str, Tensor]) -> str:
 def check_of_names(cell: Cell, name: str, violations: list[str], what: str) -> CheckResult:
     """Return a check that passes if `violations`, a list of names of tensors, is empty.
 
-    what: predicate of the message, after the names.
+    what: predicate of the message, e.g. `changed`. The names are its subject.
     """
     return CheckResult(
         check=f"{cell.method}/{name}/{cell.dtype}/trained",

@@ -1,4 +1,4 @@
-"""Check the measure names and arguments of a claim file, each error with its line. No torch."""
+"""Check the measure names and arguments of a claim file. Each error has its line. No torch."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Arguments:
     def request(
         self, measure: Measure, arguments: Mapping[str, Any], at: KeyPath, also: list[KeyPath]
     ) -> MeasureRequest | None:
-        """Return the request of a measure, or None if its arguments have problems, which are added.
+        """Return the request of a measure. If its arguments have problems, add the problems and return None.
 
-        at: place of the arguments. also: further places of a key, since a row inherits the keys of its table.
+        at: place of the arguments. also: places to search for further arguments: a row inherits those of its table.
         """
         before = len(self.problems)
         plain = {key: value for key, value in arguments.items() if key not in measure.nested}
@@ -96,7 +96,7 @@ class Arguments:
         return [self._quantity(one, (*way, index), nested.dimensions) for index, one in enumerate(written)]
 
     def _quantity(self, written: Any, way: KeyPath, dimensions: tuple[Dimension, ...]) -> Any:
-        """Return a printed number, or the request of another measure."""
+        """Return a printed number, or the request of another measure. If it is neither, add a problem and return None."""
         if (number := exact(written)) is not None:
             return number
         name = written.get("measure") if isinstance(written, dict) and written.keys() <= {"measure", "with"} else None

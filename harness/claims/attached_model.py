@@ -42,7 +42,7 @@ def model(name: str, split: str = "{}") -> Any:
 
 
 def split_layers(built: nn.Module, parts: Mapping[str, Sequence[str]]) -> None:
-    """Replace each layer named by a key by one layer per part, each with an equal share of its outputs.
+    """Replace each layer whose name is a key of `parts` by one layer per part, each with an equal share of the outputs.
 
     GPT-2 computes query, key and value in one product; papers adapt them separately. Raises ValueError if the outputs cannot
     be divided equally.
@@ -81,7 +81,7 @@ def attached(built: Any, method: str, config: Mapping[str, Any]) -> Iterator[Any
 def _tensors(name: str, split: str, method: str, config: str) -> tuple[Shapes, Shapes]:
     with attached(model(name, split), method, json.loads(config)) as adapted:
         own = {id(p) for p in adapted.parameters()}
-        first_name = {id(t): key for key, t in reversed(adapted.tensors().items())}  # a tied tensor has several
+        first_name = {id(t): key for key, t in reversed(adapted.tensors().items())}  # a tied tensor has several names
         trained = {
             key: tuple(t.shape) for key, t in adapted.tensors().items() if id(t) in own and first_name[id(t)] == key
         }
@@ -89,7 +89,7 @@ def _tensors(name: str, split: str, method: str, config: str) -> tuple[Shapes, S
 
 
 def _storages(tensors: Mapping[str, Tensor]) -> Shapes:
-    """Map the name of each storage to its shape, since layers may share a storage and use slices of it."""
+    """Return the shape of each storage, under the name of its first tensor. Layers may share a storage and slice it."""
     found: dict[int, tuple[str, tuple[int, ...]]] = {}
     for name, t in tensors.items():
         whole = t if t._base is None else t._base
@@ -98,7 +98,7 @@ def _storages(tensors: Mapping[str, Tensor]) -> Shapes:
 
 
 def trained(name: str, method: str, config: Mapping[str, Any], split: Mapping[str, Sequence[str]]) -> Shapes:
-    """Attach the Method's reference to a shape, and return the shapes of the trainable tensors, each tensor once.
+    """Attach the Method's reference to a shape, and return the shapes of its trainable tensors. A tied tensor occurs once.
 
     Raises ValueError for a config that does not fit the model.
     """
@@ -106,7 +106,7 @@ def trained(name: str, method: str, config: Mapping[str, Any], split: Mapping[st
 
 
 def frozen(name: str, method: str, config: Mapping[str, Any], split: Mapping[str, Sequence[str]]) -> Shapes:
-    """Return the shapes of the Method's frozen tensors, each once, also if layers share it (VeRA's pair)."""
+    """Return the shapes of the Method's frozen tensors. A tensor that layers share (VeRA's pair) occurs once."""
     return _tensors(name, json.dumps(split), method, json.dumps(config))[1]
 
 

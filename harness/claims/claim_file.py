@@ -37,7 +37,7 @@ _SMALL = "small scale"
 
 
 class OtherwiseKeys(Keys):
-    """One entry of `otherwise:`, changes to the claim's measure and arguments."""
+    """One entry of `otherwise:`. It changes the claim's measure and arguments."""
 
     under: Word | None = None
     measure: Word | None = None
@@ -45,7 +45,7 @@ class OtherwiseKeys(Keys):
 
 
 class RowKeys(Keys):
-    """One entry of `rows:`, a claim that inherits missing keys from its table."""
+    """One entry of `rows:`. It is a claim that inherits missing keys from its table."""
 
     id: Id | None = None
     sentence: Word | None = None
@@ -86,7 +86,10 @@ def names() -> list[str]:
 
 
 def paths(papers: Iterable[str]) -> list[Path]:
-    """Return the claim files of papers: claims without and with Records. Raises UsageError for an unknown paper."""
+    """Return the claim files of papers. A paper may have a second file, with the claims that need Records.
+
+    Raises UsageError for an unknown paper.
+    """
     found = []
     for paper in papers:
         if paper not in names():
@@ -216,7 +219,7 @@ class _Reading:
 
     @staticmethod
     def _filled(sentence: str, printed: str, arguments: Mapping[str, Any]) -> str:
-        """Fill the placeholders of a table's sentence, such as `{printed}`, `{rank}`, `{model}`, with the row's values."""
+        """Return a table's sentence with the row's values in place of `{printed}`, `{rank}`, `{model}` and so on."""
         config = arguments.get("config", {})
         flat = {**arguments, **(config if isinstance(config, dict) else {}), "printed": printed}
         for key, value in flat.items():

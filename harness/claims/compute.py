@@ -21,9 +21,10 @@ _PATIENCE_S = 1800.0
 
 
 def judged(claims: Sequence[Claim], jobs: int | None = None, runs: Sequence[Path] = ()) -> list[JudgedClaim]:
-    """Judge claims in `jobs` parallel processes [default: one per core, at most 8], and return them judged, in order.
+    """Judge claims in `jobs` parallel processes [default: one per core, at most 8]. Return the judged claims in order.
 
-    Claims of one model share a process, which builds the model once. runs: folders of runs with preferred Records.
+    Claims of one model share a process, which builds the model once. runs: run folders whose Records are preferred to
+    published ones.
     """
     shares = _shares(claims, jobs or min(os.cpu_count() or 1, 8))
     found: dict[str, list[MeasureResult | Missing]] = {}
@@ -74,7 +75,7 @@ def _shares(claims: Sequence[Claim], jobs: int) -> list[list[Claim]]:
 
 
 def _model(request: Any) -> str:
-    """Return the model of a request or of a request in its arguments; empty if there is none."""
+    """Return the model that a request, or a request in its arguments, names; empty if there is none."""
     if isinstance(request, dict):
         if isinstance(request.get("model"), str):
             return str(request["model"])

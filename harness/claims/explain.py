@@ -35,7 +35,7 @@ ROUNDING = {
     "{about: 5%}": "within that share of the figure, on either side. For measurements, and for figures that the paper "
     "mentions in passing",
 }
-"""Each `rounding` of a claim. The three looser rules are always shown next to our result."""
+"""`rounding` of a claim -> its explanation. The three looser rules are always shown next to our result."""
 
 
 def topics() -> Iterator[tuple[str, Callable[[], str]]]:

@@ -1,4 +1,4 @@
-"""Numbers known to lie in an interval: repeated measurements, and printed figures with rounded digits. No torch."""
+"""Uncertain numbers with an interval around them: repeated measurements, and rounded printed figures. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from harness.claims.measure import MeasureResult, Number
 
 @dataclass(frozen=True)
 class Interval:
-    """A number with its least and largest possible value. The three are equal for a certain number."""
+    """A number with its least and its largest possible value. For an exact number, all three are equal."""
 
     value: Fraction
     least: Fraction
@@ -34,7 +34,7 @@ class Interval:
         return Interval(self.value - other.value, self.least - other.most, self.most - other.least)
 
     def __truediv__(self, other: Interval) -> Interval:
-        """Divide by an interval of positive numbers."""
+        """Return the quotient. `other` must be an interval of positive numbers."""
         return Interval(self.value / other.value, self.least / other.most, self.most / other.least)
 
     def from_printed(self, how: str) -> MeasureResult:

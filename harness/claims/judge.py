@@ -75,7 +75,7 @@ class JudgedClaim(FrozenModel):
     printed: str
     verdict: ClaimVerdict
     under: str
-    """The convention of `reproduced-under`."""
+    """The convention, rank or unit under which the claim was reproduced; empty for the paper's own."""
     ours: str
     """Our result under the reading that decides."""
     how: str
@@ -141,14 +141,14 @@ def judge(claim: Claim, answers: Sequence[MeasureResult | Missing]) -> JudgedCla
 
 
 def _placed(claim: Claim, answer: MeasureResult | Missing) -> MeasureResult | Missing:
-    """Return an answer; the reason of a failed measure also names the place of the claim."""
+    """Return the answer. If the measure failed, add the place of the claim to the reason."""
     if isinstance(answer, MeasureResult) or not answer.failed:
         return answer
     return replace(answer, why=f"{claim.where}: {answer.why}")
 
 
 def _reproduces(claim: Claim, found: MeasureResult) -> str | None:
-    """Return the reading of the figure under which the result agrees; empty for the plain reading, None for none."""
+    """Return the reading of the figure under which the result agrees: "" is the plain reading, None means no agreement."""
     if claim.figure is None:
         return "" if found.value else None
     most = None if found.most is None else Fraction(found.most)
@@ -156,14 +156,14 @@ def _reproduces(claim: Claim, found: MeasureResult) -> str | None:
 
 
 def _open(claim: Claim, found: MeasureResult) -> bool:
-    """Return whether the range of a result leaves the claim undecided; a property is undecided if `most` is true."""
+    """Return whether the range of a result leaves the claim undecided. A property is undecided if `found.most` is true."""
     if claim.figure is None or found.most is None:
         return bool(found.most)
     return undecided(claim.figure, Fraction(found.value), claim.rounding, Fraction(found.most))
 
 
 def _allowed(claim: Claim, found: MeasureResult) -> str:
-    """Return as text the range that rounded, printed figures allow, if a part of it agrees; else empty."""
+    """Return, as text, the range that rounded printed figures allow, if only a part of it agrees; else an empty text."""
     if claim.figure is None or found.within is None:
         return ""
     least, most = Fraction(found.within[0]), Fraction(found.within[1])
@@ -190,7 +190,7 @@ def _tried(claim: Claim, under: str, request: MeasureRequest, found: MeasureResu
 
 
 def plain(value: Any) -> Any:
-    """Return a value for JSON: requests, also nested ones, as mappings; fractions as numbers, or as text if inexact."""
+    """Return a value for JSON. Requests, also nested ones, become dicts; fractions become numbers, or text if inexact."""
     if isinstance(value, MeasureRequest):
         return {"measure": value.measure, "with": {key: plain(one) for key, one in value.arguments.items()}}
     if isinstance(value, Fraction):

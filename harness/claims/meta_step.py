@@ -1,8 +1,8 @@
-"""Count a training step of a shape on the meta device, with a Method's reference attached: operations and saved bytes.
+"""Count the operations and saved bytes of a training step on the meta device, with a Method's reference on a shape.
 
 The step runs forward and backward as in `harness.cell.training.loop`: gradients are computed only where a trainable tensor
-needs them, not for frozen weights, and not before the first trainable layer. A deep model runs with two and with three
-blocks; each further block adds the difference again.
+needs them, not for frozen weights, and not before the first trainable layer. A deep model is counted with two and with
+three blocks. Each further block adds the difference between these two counts again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from harness.claims import attached_model
 from harness.conformance.subject import DTYPES
 
 _FEW = 2
-"""Number of first blocks; all further blocks have equal counts. The very first block may need no gradient of its input."""
+"""Number of first blocks, after which all blocks have equal counts. The very first may need no gradient of its input."""
 _FLAT_MASK = ("deberta", "deberta-v2")
 """Model types whose attention mask has one number per token; other masks have one number per pair of tokens."""
 
@@ -49,7 +49,10 @@ class MetaStep:
 
 @dataclass(eq=False)
 class _Saved:
-    """The storage of a tensor that autograd saves. The tensor itself is not stored: a detached one refers to its origin."""
+    """The storage of a tensor that autograd saves.
+
+    The tensor itself is not stored, because a detached tensor refers to the tensor that it comes from.
+    """
 
     storage: Any
 
@@ -83,7 +86,7 @@ def step(model: str, method: str, config: Mapping[str, Any], tokens: int, batch:
 
 @lru_cache(maxsize=128)
 def operations(request: MetaStep) -> StepCounts:
-    """Count the operations of all matrix products, multiplications and additions, by torch's FlopCounterMode.
+    """Count the operations (multiplications and additions) of all matrix products with torch's FlopCounterMode.
 
     Raises ValueError for a config that does not fit the model, or texts longer than its positions.
     """

@@ -78,7 +78,7 @@ RULES = {
     "nearest": "", "cut": _CUT, "magnitude": "of the same order of magnitude, by the nearest power of ten",
     "about": "equal to the printed figure",
 }  # fmt: skip
-"""Rules in words; `about` within 0%."""
+"""Rule -> the rule in words. The words for `about` are those for a share of 0%."""
 NEAREST = Rounding()
 
 
@@ -117,7 +117,7 @@ def exact(written: Any) -> Fraction | None:
 
 
 def shortly(written: Any) -> str:
-    """Return a value as a shortened text for a message."""
+    """Return a value as text for a message, cut if it is long."""
     text = repr(written)
     return text if len(text) <= _QUOTED else f"{text[: _QUOTED - 4]} ..."
 
@@ -136,7 +136,7 @@ def agrees(printed: Printed, value: Fraction, rounding: Rounding, most: Fraction
 
 
 def undecided(printed: Printed, value: Fraction, rounding: Rounding, most: Fraction) -> bool:
-    """Return whether a part of value..most agrees with the figure under a reading, and a part does not."""
+    """Return whether only a part of value..most agrees with the figure, under some reading."""
     if agrees(printed, value, rounding, most) is not None:
         return False
     return any(
@@ -187,7 +187,7 @@ def _power(value: Fraction) -> int:
 
 
 def shown(value: Fraction, dimension: Dimension, unit: str = "") -> str:
-    """Return a computed number as text in the unit of the printed figure, with exact digits where useful."""
+    """Return a computed number as text. unit: the unit of the printed figure, which counts and times show."""
     exact = f"{int(value):,}" if value.denominator == 1 else f"{float(value):.6g}"
     if dimension == "bytes":
         one = next((u for u in ("TB", "GB", "MB", "KB") if abs(value) >= _BYTES[u]), "B")

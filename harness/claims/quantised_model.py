@@ -22,9 +22,9 @@ class Quantised:
     weights: Counter[int]
     """Elements of a 4-bit weight -> number of such weights."""
     adapters: int
-    """Trainable elements."""
+    """Number of trainable elements."""
     rest: int
-    """Elements of other parameters: embeddings, output, norms."""
+    """Number of elements of other parameters: embeddings, output, norms."""
     inside: tuple[str, ...]
     """Paths of linear layers in 4 bits."""
     outside: tuple[str, ...]
@@ -32,12 +32,12 @@ class Quantised:
 
     @property
     def elements(self) -> int:
-        """Elements in 4 bits."""
+        """Number of elements in 4 bits."""
         return sum(numel * number for numel, number in self.weights.items())
 
     @property
     def code_bits(self) -> int:
-        """Bits of the codes, whole bytes in each weight."""
+        """Bits of all codes. The codes of each weight take whole bytes."""
         return 8 * sum(-(-numel // 2) * number for numel, number in self.weights.items())
 
     def bits(self, block: int, double: bool, second_block: int) -> int:

@@ -1,4 +1,4 @@
-"""Find the Records that decide a claim: of a given run, else of the newest published run of its suite. No torch."""
+"""Find the Records that decide a claim: from a given run, else from the newest published run of its suite. No torch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def runs_of(suite: str) -> tuple[store.Run, ...]:
 
 
 def records(suite: str, *entries: str) -> list[list[Record]]:
-    """Return for each entry id of a suite the Records of its Cells, one per seed. All Records are of one run.
+    """Return, for each entry id of a suite, the Records of its Cells, one per seed. All Records are from one run.
 
     Raises NotRunError with the needed command if no complete run has all these Records with status `ok`, and ValueError
     for an unknown entry.
@@ -83,7 +83,7 @@ def place(record: Record) -> str:
 
 
 def shared(record: Record) -> str:
-    """Return the reason why other work affected the times of a Record; empty if none did."""
+    """Return a sentence about other work that affected the times of a Record; empty if there was none."""
     why = "other Cells ran at the same time" if concurrent_cells(record) > 1 else contention.busy(record)
     hint = "run the suite again with --jobs 1 on an idle machine"
     return f"other work affected its times ({why}); {hint}" if why else ""

@@ -1,4 +1,4 @@
-"""Select claims, and derive the exit code of their verdicts. No torch."""
+"""Select claims, and derive the exit code from their verdicts. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness.claims.judge import ClaimVerdict, JudgedClaim
 from harness.errors import Exit, Problem, UsageError, usage_error
 
 _NAMED = 3
-"""Most ids in a message."""
+"""Maximum number of ids in a message."""
 _Claim = TypeVar("_Claim", Claim, JudgedClaim)
 
 
@@ -39,7 +39,7 @@ def chosen(
 
 
 def _hint(start: str, known: Sequence[str]) -> str:
-    """Return a hint for an unknown id: the papers whose claims begin like it, else the closest ids."""
+    """Return a hint for an unknown id prefix: papers with claims that begin with it, else the closest ids."""
     every = claim_file.load(claim_file.paths(claim_file.names()))
     if papers := sorted({claim.paper for claim in every if claim.id.startswith(start)} if start else ()):
         return f"claims of {' and '.join(papers)} match: `peft-harness claims {' '.join(papers)} --id {start}`"

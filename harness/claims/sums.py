@@ -22,11 +22,11 @@ def in_words(shapes: Iterable[Shape]) -> str:
 
 
 def summed(shapes: Iterable[Shape]) -> MeasureResult:
-    """Return the number of elements as the result of a measure."""
+    """Return the number of elements of tensors with these shapes, as the result of a measure."""
     every = list(shapes)
     return MeasureResult(total(every), in_words(every))
 
 
 def total(shapes: Iterable[Shape]) -> int:
-    """Return the number of elements."""
+    """Return the number of elements of tensors with these shapes."""
     return sum(map(math.prod, shapes))

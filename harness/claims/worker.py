@@ -22,7 +22,7 @@ _ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, StopIteration,
     TypeError, ValueError, re.error,
 )  # fmt: skip
-"""Errors of transformers and the references for a shape or a config that does not fit; they fail one claim only."""
+"""Errors that transformers and the references raise if a shape or a config does not fit. Each fails only its claim."""
 
 
 _LARGEST = 1e300
@@ -48,7 +48,7 @@ def _quantity(value: Any) -> Any:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Return the result of a measure for JSON. Without a result, return the reason, and whether it is a failure."""
+    """Return the result of a measure for JSON. If there is none, return the reason, and whether it is a failure."""
     try:
         found = find(request)
         numbers = {name: _written(value) for name, value in (("value", found.value), ("most", found.most))}
@@ -62,7 +62,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """Return an error as part of a sentence, with its type if its message is not for users, such as that of a KeyError."""
+    """Return an error as part of a sentence. Its type is added if its message is not for users, e.g. for a KeyError."""
     if isinstance(error, HarnessError):
         return f"{error.what} ({error.where})" if error.where else error.what
     return str(error) if isinstance(error, ValueError) and str(error) else f"{type(error).__name__}: {error}"

@@ -16,7 +16,7 @@ Json = Scalar | None | list[Any] | dict[str, Any]
 
 
 class FrozenModel(BaseModel):
-    """Immutable, strict, no unknown keys, no NaN or infinity."""
+    """An immutable and strictly typed model without unknown keys, NaN and infinity."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -36,7 +36,7 @@ class ExtendedModel(FrozenModel):
 
 
 def mistake(problem: ValidationError | None) -> str:
-    """Return a text with the first validation error of a file, its location, and the number of further errors."""
+    """Return a text with the first validation error in a file, its location, and the number of further errors."""
     found = problem.errors(include_url=False, include_context=False, include_input=False) if problem else []
     if not found:
         return "nothing in it"

@@ -20,8 +20,8 @@ class Checkpoint(FrozenModel):
     head_B: Bytes = 0
     """Part of the adapter file: the tensors of the head."""
     model_B: Bytes
-    """Size of the whole model as saved when merged or fully trained: unpacked, in the Cell's dtype, tied weights
-    once. Summed over the tensors; no such file is written."""
+    """Size of a file with the whole model, merged or fully trained: unpacked, in the Cell's dtype, each tied weight
+    once. The sizes of the tensors are summed; no such file is written."""
     because: str = ""
     """Reason for no adapter file."""
 
@@ -42,7 +42,7 @@ Throttle = Literal[
 
 
 class GpuState(FrozenModel):
-    """State of a GPU at one moment, from its driver. None: the driver does not report it."""
+    """State of a GPU at one moment, from its driver. A value that the driver does not report is None."""
 
     uuid: str
     """UUID of the GPU."""
@@ -71,6 +71,6 @@ class GpuPhase(FrozenModel):
     """Highest memory in use on the whole device by its driver's count, with contexts, other libraries and other
     processes. It is sampled ten times a second, so a short peak may be missed."""
     alloc_retries: int | None = None
-    """Times that the allocator freed its cache and tried again."""
+    """Number of times that the allocator freed its cache and tried again."""
     ooms: int | None = None
-    """Failed allocations, also those that were caught."""
+    """Number of failed allocations, also of those whose error was caught."""

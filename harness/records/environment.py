@@ -1,4 +1,4 @@
-"""Describe the environment of a Record: machine, software, code. Imports no torch, because the runner imports it too."""
+"""Describe the environment of a Record: machine, software, code. Imports no torch, so that the runner does not either."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def describe(threads: int | None = None, extra: dict[str, object] | None = None)
 
 @functools.cache
 def code_version() -> str:
-    """Return 12 hex digits of the SHA-256 over names and contents of the Python files of harness/ and reference/."""
+    """Return 12 hex digits of the SHA-256 over the names and contents of all .py files in harness/ and reference/."""
     digest = hashlib.sha256()
     package = Path(__file__).resolve().parent.parent
     for folder in (package, package.parent / "reference"):
@@ -84,9 +84,9 @@ def physical_cores() -> int:
 
 
 def threads() -> int:
-    """Return the number of compute threads: one per physical core, or OMP_NUM_THREADS if this number is less.
+    """Return the number of compute threads: one per physical core, or OMP_NUM_THREADS if it is lower.
 
-    If there are more threads than cores, threads wait for each other in busy loops.
+    With more threads than cores, threads would wait for each other in busy loops.
     """
     limit = os.environ.get("OMP_NUM_THREADS", "")
     return min(physical_cores(), int(limit)) if limit.isdecimal() and int(limit) else physical_cores()

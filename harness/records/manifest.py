@@ -78,7 +78,7 @@ class Footer(FrozenModel):
     ended: str
     """End in UTC, ISO 8601."""
     how: Literal["finished", "interrupted", "failed"]
-    """End of the run."""
+    """How the run ended."""
     counts: dict[str, int]
     """Records per status, of the last attempt at each Cell."""
     missing: list[str]

@@ -27,10 +27,10 @@ class TrainingMeasured(FrozenModel):
     gradient_norms: list[float]
     """Gradient norm of each step."""
     timing_warmup: int
-    """First steps that do not count as steady state."""
+    """Number of first steps that do not count as steady state."""
     cpu_seconds: Seconds | None = None
-    """CPU time of the whole process, all threads, over the time of all `step_seconds`. If it is far less than that
-    time multiplied by the threads, they waited, e.g. for other processes."""
+    """CPU time that all threads of the process spent during all `step_seconds`. If it is far less than the sum of
+    `step_seconds` multiplied by the number of threads, the threads waited, e.g. for other processes."""
     optimizer: dict[str, Json] = Field(default={})
     """Optimizer: its class, the pager of its states, and the numbers of each of its groups."""
     text_rules: str = ""
@@ -50,11 +50,11 @@ class Latency(FrozenModel):
     variant: Literal["base", "unmerged", "merged", "multi-adapter"]
     """Variant of the model. `multi-adapter`: each row of the batch has a different adapter."""
     kind: Literal["forward", "prefill", "decode"]
-    """Kind of pass. `decode` is seconds per generated token, with a key-value cache."""
+    """Kind of pass. A pass of `decode` generates one token, with a key-value cache."""
     batch: int
     """Prompts in the batch."""
     tokens: int
-    """Tokens of the prompt; for `decode` tokens generated."""
+    """Tokens of the prompt; for `decode`, generated tokens."""
     seconds: list[Seconds]
     """Seconds of each pass or token."""
     because: str = ""
@@ -105,7 +105,7 @@ class Accuracy(FrozenModel):
 
 
 class Parameters(FrozenModel):
-    """Counts of scalars. `adapter` and `head` train, the rest of `total` is frozen (or trains, for full fine-tuning)."""
+    """Counts of scalars. `adapter` and `head` train; the rest of `total` is frozen. Full fine-tuning has no rest."""
 
     adapter: Count
     """Scalars that the Method trains."""

@@ -30,16 +30,16 @@ class Predicted(FrozenModel):
     """Memory that exists only during the optimizer's step, without activations and logits: float32 gradients of
     its masters."""
     peak_B: Bytes | None = None
-    """Predicted `counted_peak_B`: a step of the Cell's own loop on fake tensors
-    (`harness/memory_model/dry_step.py`). In a Record it is of the batches that were trained on, in a plan of the
-    longest texts. None without training, and where `no_peak` gives the reason."""
+    """Predicted `counted_peak_B`: the peak of a step of the Cell's own loop on fake tensors
+    (`harness/memory_model/dry_step.py`). In a Record, the step has the batches that were trained on; in a plan, it has
+    the longest texts. None without training, and where `no_peak` gives the reason."""
     peak_by: str = ""
     """Code that took that step, if the Cell's code, or its base, cannot run on fake tensors."""
     no_peak: str = ""
     """Reason for no predicted peak."""
     untouched: str = ""
-    """Number of weights that neither `all-linear` nor a base in 4 bits reaches although the Cell names all: weights of
-    experts."""
+    """Note on weights of experts that are neither adapted nor packed, although the Cell adapts or packs all linear
+    layers; empty if there are none."""
 
     @property
     def passing_B(self) -> int:  # noqa: N802  # a unit, as of the fields
@@ -48,7 +48,7 @@ class Predicted(FrozenModel):
 
     @property
     def total_B(self) -> int:  # noqa: N802
-        """Highest known bytes on the device at one time: the larger of the peaks by formulas and by a step."""
+        """Highest known bytes on the device at one time: the larger one of two peaks, by formulas and by a step."""
         by_formulas = self.weights_B + self.adapter_B + self.gradients_B + self.optimizer_B + self.passing_B
         # The step was on a CPU, where the device's memory is also the host's memory.
         return max(by_formulas, (self.peak_B or 0) - self.optimizer_host_B)
@@ -67,7 +67,7 @@ class Memory(FrozenModel):
     adapter_B: Bytes
     """Trainable tensors."""
     gradients_B: Bytes
-    """Gradients of all trained tensors; with layer-wise updates those of the largest tensor, the most at one time."""
+    """Gradients of all trained tensors; with layer-wise updates, the largest gradient: only one exists at a time."""
     optimizer_B: Bytes
     """Optimizer states on the device."""
     optimizer_host_B: Bytes = 0

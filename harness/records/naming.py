@@ -29,7 +29,7 @@ def in_group(cells: Iterable[Cell]) -> dict[str, str]:
 def recipes(cells: Iterable[Cell], *, inside: bool = False) -> dict[str, str]:
     """Map each recipe_id to one name for all Cells that differ only in the seed.
 
-    inside: whether names omit model and task, and are unique only within them, like those of `in_group`.
+    inside: whether to return names like those of `in_group` instead of names like those of `full`.
     """
     seedless = [cell.recipe for cell in cells]
     return in_group(seedless) if inside else full(seedless)
@@ -41,9 +41,9 @@ def short(cell: Cell) -> str:
 
 
 def _named(cells: Iterable[Cell], name: Callable[[Cell], str], place: Callable[[Cell], Hashable]) -> dict[str, str]:
-    """Map each cell_id to a name. If Cells of one place would share a name, add the coordinates that differ.
+    """Map each cell_id to `name(cell)`. If Cells have equal `place(cell)`, add their differing coordinates to the name.
 
-    A name omits the coordinates that have their default values.
+    A name omits coordinates that its Cell does not set, unless two names would then be equal.
     """
     sharing: dict[Hashable, dict[str, Cell]] = {}
     for cell in cells:

@@ -12,7 +12,7 @@ _OLD_TEXTS = {NoteKind.UNREACHED_EXPERTS: "are neither adapted nor packed into 4
 
 
 def concurrency_note(cells: int) -> list[str]:
-    """Return the note that several Cells may run on a machine at the same time; empty for a single Cell."""
+    """Return a list with the note that `cells` Cells may run on a machine at the same time; empty for a single Cell."""
     return [f"up to {cells} Cells ran at once: its times share the machine"] if cells > 1 else []
 
 

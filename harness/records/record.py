@@ -74,14 +74,14 @@ positions of the model too."""
 
 
 class Evaluation(ExtendedModel):
-    """Scoring of a Cell and its latencies."""
+    """Settings for the scoring and for the latencies of a Cell."""
 
     items: int
     """Test items: the first `items` of the task's test split (after `skip`), the same for every Cell."""
     batch: int = 32
     """Test items per forward pass."""
     skip: int = 0
-    """Test items before the first scored one. Items that choose a learning rate must not rank it."""
+    """Test items before the first scored one. Items that choose a learning rate must not also score ranked Cells."""
     latency: bool = True
     """Whether latencies are measured. One of several Cells that differ only in the seed is enough."""
     prompt_batch: int = 1
@@ -215,7 +215,7 @@ class Environment(FrozenModel):
     """Machine and software that a Record was made with."""
 
     id: str
-    """Hash of `software` and `machine`: timings compare only where it is equal."""
+    """Hash of `software` and `machine`. Timings are comparable only if it is equal."""
     software: dict[str, str]
     """Versions by library."""
     machine: dict[str, str]
@@ -257,7 +257,7 @@ class Provider(FrozenModel):
 
 
 class NoteKind(StrEnum):
-    """Kinds of notes for programs."""
+    """Kinds of notes that programs read."""
 
     UNREACHED_EXPERTS = "unreached-experts"
 

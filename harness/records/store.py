@@ -97,7 +97,7 @@ class Run:
     broken: dict[str, str] = field(default_factory=dict)
     """Name of an unreadable file -> the reason. Reports list these files."""
     changed: dict[str, str] = field(default_factory=dict)
-    """Path in the folder of a file that was changed after the run -> the change. Changed Records do not count."""
+    """Path of a file that was changed, removed or added after the run -> the change. Such Records do not count."""
 
     @property
     def how(self) -> str:
@@ -111,7 +111,10 @@ class Run:
         return {i: newest[i] for i in ids if i in newest and i not in doubtful}
 
     def doubtful(self) -> dict[str, str]:
-        """Map cell_ids to the change of the newest attempt's Record, if it was changed. No older Record may replace it."""
+        """Return cell_id -> change, for each Cell whose newest Record was changed, removed or added after the run.
+
+        No older Record may replace such a Record.
+        """
         newest = self._newest
         found = {}
         for name, what in self.changed.items():
@@ -131,7 +134,7 @@ class Run:
 
 
 class RunFolder:
-    """The writer's side of one run folder.
+    """Writes one run folder.
 
     `create` and `take` lock the folder until `release`, or until the object or the process ends, so that there is no other
     writer. A worker, which writes one Record for the runner, needs no lock.
@@ -183,7 +186,7 @@ class RunFolder:
         return self.path / "logs" / f"{cell_id}.{attempt}.txt"
 
     def next_attempt(self, cell_id: str) -> int:
-        """Return the number of the next attempt, from 1. Numbers of broken and of removed files are not reused."""
+        """Return the number of the next attempt, from 1. It is never the number of a broken or removed file."""
         files = [*(self.path / "cells").glob(f"{cell_id}.*.json"), *(self.path / "logs").glob(f"{cell_id}.*.txt")]
         files += [Path(name) for name in _sealed(self.path) if name.startswith(f"cells/{cell_id}.")]
         # Not every name has a number: a user may have renamed a broken file to `.1.torn.json`.
@@ -212,8 +215,8 @@ class RunFolder:
     def close(self, run: Run, footer: Footer) -> Run:
         """Write footer.json with the hashes of run.json and of all Records of `run`, and return the complete run.
 
-        run: the run as it was just read. Hashes of an earlier footer stay, except for Records that the user moved away so
-        that their Cells are measured again.
+        run: the run as it was just read. Hashes of an earlier footer stay, except those of Records that the user moved away
+        so that their Cells are measured again.
         """
         known = _sealed(self.path)
         names = ["run.json", *run.changed, *(f"cells/{record.id}.json" for record in run.records)]
@@ -261,7 +264,7 @@ def read_record(path: Path) -> Record:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read only run.json of a run folder, and return it."""
+    """Read and return only run.json of a run folder. Raises UsageError if there is none."""
     if not (path / "run.json").is_file():
         raise UsageError("not a run folder (no run.json)", where=str(path), hint="name a run id or its folder")
     return _read(path / "run.json", Manifest)
@@ -295,7 +298,10 @@ def read_run(path: Path) -> Run:
 
 
 def _changed(path: Path, records: Sequence[Record], broken: Mapping[str, str], *, complete: bool) -> dict[str, str]:
-    """Map each readable file that was changed after the run to the change; empty for a run without hashes."""
+    """Return path -> change, for each file that was changed, removed or added after the run.
+
+    Files that cannot be read are left out. For a run without hashes the result is empty.
+    """
     known = _sealed(path)
     found = {}
     for name, expected in known.items():
@@ -319,7 +325,10 @@ def _sealed(path: Path) -> dict[str, str]:
 
 
 def find_run(name: str, runs: Path = RUNS) -> Path:
-    """Return the folder of a run. name: its folder, its id, a unique prefix of its id, or `latest`."""
+    """Return the folder of a run. name: its folder, its id, a unique prefix of its id, or `latest`.
+
+    Raises UsageError if no run or several runs match.
+    """
     if (Path(name) / "run.json").is_file():
         return Path(name)
     known: Sequence[Path] = sorted(p.parent for p in runs.glob("*/run.json")) if runs.is_dir() else []

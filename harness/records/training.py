@@ -16,13 +16,13 @@ class Training(ExtendedModel):
     batch: int = 16
     """Examples per step."""
     lr: float = 1e-3
-    """Peak learning rate: reached by linear warm-up, then linearly down to zero at the last step."""
+    """Peak learning rate. It is reached by a linear warm-up; then the rate falls linearly to zero at the last step."""
     head_lr: float | None = None
     """Learning rate of a new task head; None for `lr`."""
     warmup: int = 0
     """Steps of linear learning-rate warm-up."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of AdamW: a step reduces each weight by this times the learning rate."""
+    """Decoupled weight decay of AdamW: a step reduces each weight by a share, this number times the learning rate."""
     max_tokens: int = 64
     """Length at which texts are truncated, in training and in evaluation."""
     accumulate: int = 1
@@ -34,14 +34,14 @@ class Training(ExtendedModel):
     """Gradient checkpointing, by transformers: each block of the model saves only its input and is recomputed in
     the backward pass. It takes time and saves memory; losses are the same up to rounding."""
     lr_ratio: float = 1.0
-    """LoRA+ (arXiv:2402.12354): learning rate of every factor B as a multiple of `lr`, the rate of A and all else."""
+    """LoRA+ (arXiv:2402.12354): learning rate of every factor B, as a multiple of `lr`, which is the rate of A."""
     compile: bool = False
     """torch.compile of the model's calls in the parity gate and in training, in place; scoring and latencies are
     not compiled. Losses are the same up to rounding."""
     layerwise: bool = False
     """Layer-wise weight updates (GaLore, arXiv:2403.03507, section 4.3): each weight is updated within the
-    backward pass, as soon as its gradient is complete, which is then freed. The gradients take the memory of the
-    largest one; losses are bitwise the same. For methods that train the model's own weights, in one pass a step,
-    with an unscaled loss (no float16)."""
+    backward pass, as soon as its gradient is complete; then the gradient is freed. So the gradients take only the
+    memory of the largest one; losses are bitwise the same. It requires a method that trains the model's own weights,
+    one pass per step, and an unscaled loss (no float16)."""
 
     later_fields: ClassVar = ("accumulate", "checkpointing", "lr_ratio", "compile", "layerwise")

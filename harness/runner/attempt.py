@@ -36,18 +36,18 @@ class RunContext:
     environment: Environment
     """The environment of this machine."""
     timeout: float
-    """Seconds for each attempt."""
+    """Maximum duration of an attempt, in seconds."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """The cause and the phase in which an attempt ended without a Record."""
+    """Describes the end of an attempt that left no Record."""
 
     status: Status
     kind: str
     """The value of `Failure.kind`."""
     because: str
-    """A sentence with the cause."""
+    """The cause in a sentence."""
     phase: str = ""
     peak_B: int | None = None
     """Peak memory of the phases before `phase`, if the worker reported it."""

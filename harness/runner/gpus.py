@@ -39,9 +39,9 @@ class GpuDevice:
 
 
 def probe(look: Callable[[], list[GpuDevice]]) -> Future[list[GpuDevice]]:
-    """Call `look` in a thread, so that a slow driver does not block the runner, and return the future GPUs.
+    """Call `look` in a thread, so that a slow driver does not block the runner, and return a Future of the GPUs.
 
-    `result()` raises the HarnessError of `look`, if any.
+    The Future's `result()` raises the HarnessError of `look`, if any.
     """
     found: Future[list[GpuDevice]] = Future()
 

@@ -1,4 +1,4 @@
-"""Find processes that the kernel killed because memory ran out, by the kernel's log or counters."""
+"""Find out from the kernel's log or counters which processes it killed because memory ran out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MACHINE = "vmstat"
 
 
 class KernelKills:
-    """Watches, from now on, for processes that the kernel kills because memory runs out.
+    """Watches for processes that the kernel kills, from now on, because memory runs out.
 
     log: the kernel's log; proc, cgroups: folders of its virtual file systems.
     """

@@ -35,7 +35,7 @@ class _RunningCell:
     began: float
     doing: str = "start-up"
     queued: bool = False
-    """Whether a batch system has the Cell. A batch system does not report the Cell's start."""
+    """Whether the Cell is in a batch system. It may not run yet: batch systems do not report the start of a Cell."""
 
 
 class Progress:
@@ -149,7 +149,10 @@ class Progress:
         return lines
 
     def _left(self, now: float) -> str:
-        """Return the estimated time left. Assumes Cells of average duration, and the current number of Cells at a time."""
+        """Return the estimated time left as text.
+
+        The estimate assumes that Cells take the average time, and that the same number runs at a time as now.
+        """
         mean = sum(self._seconds) / len(self._seconds)
         spent = sum(min(mean, now - one.began) for one in self._running.values())
         left = (mean * (len(self._numbers) - self._over) - spent) / max(1, len(self._running))

@@ -53,7 +53,7 @@ class _Times:
         self._lap = time.monotonic()
 
     def lap(self, activity: str) -> None:
-        """Add the time since the previous call to `activity`."""
+        """Add the seconds since the previous call of this method to those of `activity`."""
         now = time.monotonic()
         self.seconds[activity] += now - self._lap
         self._lap = now
@@ -135,7 +135,7 @@ class _Session:
 
 
 def _measure(session: _Session, executor: Executor, context: RunContext) -> store.Run:
-    """Run the Cells that are not done, write the footer, and return the run on disk. Also writes it after an error."""
+    """Run the Cells that are not done, write the footer (also after an error), and return the run as it is on disk."""
     progress = session.progress
     how: _How = "finished"
     measured: set[str] = set()
@@ -166,7 +166,7 @@ def _measure(session: _Session, executor: Executor, context: RunContext) -> stor
 
 @contextlib.contextmanager
 def _errors_name(folder: store.RunFolder) -> Iterator[None]:
-    """Add a note with the folder of the finished Cells to every error inside the context."""
+    """Add a note with the folder of the finished Cells to every error that is raised inside the context."""
     try:
         yield
     except BaseException as error:
@@ -205,9 +205,9 @@ def _fetch(suite: Suite, plan: Plan, progress: Progress) -> CellAssets:
 
 
 def _find_old(plan: Plan, out: Path | None, resume: str | None, stack: contextlib.ExitStack) -> store.Run | None:
-    """Return the run to resume, locked until `stack` ends, or None.
+    """Return the run to resume, locked until `stack` is closed; None for a new run.
 
-    Raises UsageError or StoreError for a folder that cannot be written, before anything is fetched.
+    Raises UsageError or StoreError if the run's folder cannot be used. This happens before anything is fetched.
     """
     if resume is None:
         if out is not None:
@@ -268,7 +268,7 @@ def _is_installed(provider: Provider) -> bool:
 def _open(
     suite: Suite, plan: Plan, here: Environment, out: Path | None, progress: Progress, stack: contextlib.ExitStack
 ) -> tuple[store.RunFolder, str, set[str]]:
-    """Make the run folder, locked until `stack` ends. Return the folder, the run's id, and an empty set of Cell ids."""
+    """Make the run folder, locked until `stack` is closed. Return it, the run's id, and an empty set of Cell ids."""
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     unique = hashlib.sha256(f"{stamp}{os.getpid()}{time.monotonic_ns()}".encode()).hexdigest()[:6]
     run_id = f"{stamp}-{suite.name}-{unique}"
@@ -295,7 +295,7 @@ def _open(
 
 
 def _finish(session: _Session, how: _How, measured: set[str]) -> tuple[store.Run, Footer]:
-    """Read the run, write its footer, and return both. measured: ids of the Cells that this invocation measured."""
+    """Read the run, write its footer, and return run and footer. measured: ids of Cells that this invocation measured."""
     session.times.lap(_IN_CELLS)
     run = store.read_run(session.folder.path)
     session.times.lap("scheduling")

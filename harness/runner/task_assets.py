@@ -16,10 +16,10 @@ from harness.suites.tasks import Task, TaskSpec
 
 
 def ready(task: Task, items: int, where: str, fetched: Callable[[Source], Asset]) -> tuple[Asset | None, JobTask]:
-    """Return the task's data (None for `synthetic`) and the task of a Job. Raises SuiteError for data that do not fit.
+    """Return the task's data (None for `synthetic`) and its JobTask. Raises SuiteError if the data do not fit the task.
 
-    items: number of the last test item that a Cell scores. where: place in the suite that sets `items`. fetched: returns
-    the asset of a source.
+    items: number of the last test item that a Cell scores. where: `file:line` that sets `items`. fetched: fetches a source
+    and returns its asset.
     """
     data = fetched(task.data) if task.data else None
     train = fetched(task.train) if task.train else None

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
 
 
 def attempt(job: Job, emit: Emit) -> Record:
-    """Run one Cell and return its Record, also after any error."""
+    """Run one Cell and return its Record, even if an error ends the Cell."""
     started = store.now()
     # A wall clock, which may be set back, times only the start of the process. A monotonic clock times the rest.
     before, begun = max(0.0, time.time() - job.launched), time.monotonic()
@@ -155,7 +155,7 @@ def _prepare(job: Job, registry: Registry, emit: Emit, threads: int) -> tuple[Ce
 
 
 def _build(shown: str) -> list[str]:
-    """Return the compiler, libraries and CPU instructions of torch's build report, without its flags."""
+    """Return the lines of torch's build report that name compiler, libraries and CPU instructions, without the flags."""
     lines = [line.strip().removeprefix("- ") for line in shown.splitlines() if line.startswith("  - ")]
     return [line for line in lines if not line.startswith("Build settings")]
 

@@ -1,1 +1,1 @@
-"""Suites: YAML files read, validated and expanded into Cells; and the tasks they name."""
+"""Read and validate suites (YAML files) and the tasks that they name, and expand suites into Cells."""

@@ -22,9 +22,9 @@ def combination_problems(
     bases: list[BaseKeys],
     steps: int,
 ) -> Iterator[FieldProblem]:
-    """Yield combinations with which every Cell would fail.
+    """Yield a problem for each combination of values with which every Cell would fail.
 
-    config: by Method, the values of each of its fields. steps: steps of the training.
+    config: Method -> field -> values. steps: steps of the training.
     """
     for name, fields in config.items():
         yield from _starts(name, fields)
@@ -43,7 +43,7 @@ def _starts(name: str, fields: Mapping[str, list[Any]]) -> Iterator[FieldProblem
 
 
 def _budgets(name: str, fields: Mapping[str, list[Any]]) -> Iterator[FieldProblem]:
-    """Yield the first contradiction of each kind in AdaLoRA's rank schedule."""
+    """Yield the first problem of each kind in AdaLoRA's rank schedule."""
     ranks = itertools.product(fields.get("target_rank", ()), fields.get("rank", ()))
     for target, rank in ((target, rank) for target, rank in ranks if target > rank):
         what = f"`target_rank` of {name} is {target}, above its `rank` of {rank}, but pruning only lowers the rank"
@@ -57,7 +57,7 @@ def _budgets(name: str, fields: Mapping[str, list[Any]]) -> Iterator[FieldProble
 
 
 def _schedules(name: str, fields: Mapping[str, list[Any]], steps: int) -> Iterator[FieldProblem]:
-    """Yield schedules over `total_steps` that do not end with the training."""
+    """Yield a problem for each `total_steps` of a schedule that differs from the steps of the training."""
     for total in fields.get("total_steps", ()):
         if steps and total != steps:
             what = f"`total_steps` of {name} is {total}, but the training has {steps} steps"
@@ -77,7 +77,7 @@ def _bases(info: MethodInfo, bases: list[BaseKeys]) -> Iterator[FieldProblem]:
 
 
 def duplicate_problems(keys: CellKeys, config: Mapping[str, Mapping[str, list[Any]]]) -> Iterator[FieldProblem]:
-    """Yield values that an axis repeats, since both would give one Cell."""
+    """Yield a problem for each value that an axis lists more than once, because equal values give the same Cell."""
     axes: dict[tuple[str, ...], Any] = {(key,): getattr(keys, key) for key in _AXES}
     axes |= {("training", key): values for key, values in keys.training}
     axes |= {("config", key): values for fields in config.values() for key, values in fields.items()}
@@ -100,9 +100,9 @@ def training_problems(
     training: Mapping[str, list[Any]],
     steps: int,
 ) -> Iterator[FieldProblem]:
-    """Yield values of `training` and `optimizer` that contradict the Methods or each other.
+    """Yield a problem for each value of `training` or `optimizer` that contradicts a Method or another value.
 
-    config, steps: as in `combination_problems`. training: the values of each key of `training` that the entry has.
+    config, steps: as in `combination_problems`. training: key of `training` that the entry has -> values.
     """
     infos = [methods[name] for name in config]
     yield from _optimizers(infos, keys, steps)
@@ -115,7 +115,7 @@ def training_problems(
 
 
 def _optimizers(infos: list[MethodInfo], keys: CellKeys, steps: int) -> Iterator[FieldProblem]:
-    """Yield optimizers of entries that do not train, or of Methods that have their own optimizer."""
+    """Yield a problem for each optimizer that cannot be used: nothing trains, or a Method steps by its own optimizer."""
     for index, optimizer in enumerate(keys.optimizer):
         if optimizer == "adamw":
             continue
@@ -132,7 +132,7 @@ def _optimizers(infos: list[MethodInfo], keys: CellKeys, steps: int) -> Iterator
 def _checkpointing(
     config: Mapping[str, Mapping[str, list[Any]]], training: Mapping[str, list[Any]]
 ) -> Iterator[FieldProblem]:
-    """Yield checkpointing of adapters that keep their tokens in the cache, since recomputed blocks get no cache."""
+    """Yield a problem for checkpointing with adapters whose tokens are in the cache: recomputed blocks get no cache."""
     adapters = {value["peft_type"] for fields in config.values() for value in fields.get(KEY, ())}
     for index, checkpointing in enumerate(training.get("checkpointing", ())):
         for kind in sorted(adapters & set(IN_THE_CACHE)) if checkpointing else ():
@@ -143,7 +143,7 @@ def _checkpointing(
 def _layerwise(
     infos: list[MethodInfo], able: str, keys: CellKeys, training: Mapping[str, list[Any]]
 ) -> Iterator[tuple[str, str]]:
-    """Yield the reasons why `layerwise`, which frees each gradient during the backward pass, is impossible here."""
+    """Yield (reason, hint) for each reason why `layerwise`, which frees each gradient in its pass, is impossible here."""
     for info in infos:
         if not info.spec.trains_weights:
             what = f"{info.name} does not train the model's own weights, so its gradients take little memory"

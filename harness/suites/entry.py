@@ -60,7 +60,7 @@ class SuiteEntry:
 
 @dataclass
 class SuiteContext:
-    """What the checks of one suite share: the file, the names that it may use, and the mistakes so far."""
+    """The shared state of all checks of one suite: the file, the names that it may use, and the mistakes so far."""
 
     document: Document
     registry: Registry
@@ -84,7 +84,10 @@ class SuiteContext:
 
     @contextmanager
     def problem_if_raised(self, path: KeyPath) -> Iterator[None]:
-        """Return a context that turns a HarnessError into a mistake at `path`, and a SuiteError into its own mistakes."""
+        """Catch a HarnessError that is raised inside the context, and add a mistake at `path`.
+
+        For a SuiteError, add its own mistakes instead.
+        """
         try:
             yield
         except SuiteError as error:
@@ -96,7 +99,7 @@ class SuiteContext:
 def check_entry(context: SuiteContext, block: KeyPath, cell: KeyPath) -> SuiteEntry | None:
     """Check the entry at `cell` in the block at `block`. Returns the entry, or None if it has a mistake.
 
-    If keys are missing, only these are reported.
+    If the entry lacks keys, only the missing keys are reported.
     """
     return _EntryChecker(context, block, cell).check()
 
@@ -193,9 +196,10 @@ class _EntryChecker:
         return configs
 
     def _unknown_config_keys(self) -> None:
-        """Report config keys that no Method in question has.
+        """Report each config key that none of its Methods has.
 
-        The entry's own config applies to its own Methods; the block's config applies to the Methods of all its entries.
+        A key in the entry's own config must fit a Method of the entry; a key in the block's config must fit a Method of
+        any entry of the block.
         """
         block = self.context.document.at(self.block)
         own = self.context.document.at(self.cell).get("config", {}) if self.cell != self.block else {}
@@ -324,7 +328,7 @@ class _EntryChecker:
         return found
 
     def _ratio(self, config: dict[str, dict[str, list[Any]]], ratio: float, path: KeyPath) -> None:
-        """Report Methods without a factor B: LoRA+ multiplies the learning rate of B."""
+        """Report each Method without a factor B if `ratio` is not 1, because LoRA+ multiplies the learning rate of B."""
         for name in config:
             factors = self.context.methods[name].spec.factors
             if ratio != 1 and "B" not in factors:
@@ -334,7 +338,10 @@ class _EntryChecker:
 
 
 def _merged(block: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any]:
-    """Return the deeply merged keys; a key of the cell replaces that of the block."""
+    """Merge the keys of a cell into those of its block, also inside nested mappings, and return the result.
+
+    A key of the cell replaces the same key of the block.
+    """
     deeper = {
         key: _merged(block[key], value)
         for key, value in cell.items()

@@ -93,9 +93,9 @@ def _of(entries: Sequence[str], cell_ids: Mapping[str, list[str]]) -> list[str]:
 
 
 def _searches(entry: SuiteEntry, cells: Sequence[Cell]) -> list[tuple[list[str], list[Cell]]]:
-    """Return the searches of an entry: cell_ids, and the Cells that search for their learning rate.
+    """Return (cell_ids, sweep) for each search of an entry: the ids of the tuned Cells, and one Cell per learning rate.
 
-    Cells that become equal by the config of `tune` share a search.
+    Cells that the config of `tune` makes equal share a search.
     """
     tune = entry.tune
     if tune is None:
@@ -125,8 +125,8 @@ def select(plan: Plan, expr: str) -> Plan:
 
     Terms are separated by commas. `key=value` compares one key: id, model, task, method, implementation, base, optimizer,
     dtype, seed, lr, batch, max_tokens, accumulate, checkpointing, lr_ratio, compile, layerwise, tune (true for Cells of a
-    search), or a key of the config. A bare word is the start of a cell_id, or any part of the id or of the name that `plan`
-    prints. Terms of the same key are alternatives; different keys must all match.
+    search), or a key of the config. A bare word is the start of a cell_id, or any part of the entry's id or of the name
+    that `plan` prints. Terms of the same key are alternatives; different keys must all match.
 
     Raises UsageError if no Cell matches `expr` or one of its terms, and for an unknown key.
     """

@@ -1,4 +1,4 @@
-"""Check the lm-eval keys of a task: only keys that training supports too, so that scoring matches training."""
+"""Check the lm-eval keys of a task. Keys that training does not support are refused: scoring must match training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OWN = {
 """Kind of task -> further required keys."""
 _FREE = ("target_delimiter", "metadata", "tag", "task_alias")
 METRICS = {"multiple_choice": "acc", "generate_until": "exact_match"}
-"""Kind of task -> metric, with the value right or wrong for each item."""
+"""Kind of task -> metric whose value for an item is 1 (right) or 0 (wrong)."""
 _HARNESS_SETS = "remove it: data and splits come from `metadata`"
 _REFUSED = {
     "description": "put it into `doc_to_text`",
@@ -49,7 +49,7 @@ _Found = Iterator[tuple[KeyPath, str, str]]
 
 
 def problems(document: Document, labels: int | None) -> list[Problem]:
-    """Return problems: missing keys, and keys that training or scoring does not support.
+    """Return the problems of a task's file: missing keys, and keys that training or scoring does not support.
 
     labels: number of classes; None for a task without classes.
     """
@@ -57,7 +57,7 @@ def problems(document: Document, labels: int | None) -> list[Problem]:
 
 
 def filters(data: dict[str, Any]) -> list[str]:
-    """Return the names of lm-eval's filters; `none`, lm-eval's default, for a task without any."""
+    """Return the names of a task's filters; without filters, return `none`, the name of lm-eval's default filter."""
     listed = data.get("filter_list") or [{"name": "none"}]
     return [str(f["name"]) for f in listed if isinstance(f, dict) and "name" in f] if isinstance(listed, list) else []
 
@@ -145,7 +145,7 @@ def _templates(data: dict[str, Any], keys: tuple[str, ...], columns: tuple[str, 
 
 
 def _generation(given: Any) -> _Found:
-    """Check `generation_kwargs`: greedy, up to `max_gen_toks` tokens or the first text of `until`."""
+    """Check `generation_kwargs`. Answers are greedy, and end after `max_gen_toks` tokens or at a text of `until`."""
     key = "generation_kwargs"
     if not isinstance(given, dict):
         yield (key,), f"`{key}` is {given!r}", 'write {until: ["\\n\\n"], max_gen_toks: 256}'

@@ -32,7 +32,7 @@ def names() -> list[str]:
 
 
 def find(name_or_path: str | Path) -> Path:
-    """Return the file of a suite with this name or path."""
+    """Return the file of the suite with this name or path. Raises UsageError for an unknown name."""
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
         return path
@@ -81,7 +81,7 @@ def _sources(context: SuiteContext, keys: SuiteKeys) -> dict[str, Source]:
 
 
 def _entry_paths(keys: SuiteKeys) -> Iterator[tuple[KeyPath, KeyPath]]:
-    """Yield (block, cell) of every entry; a block without cells is an entry itself."""
+    """Yield the paths (block, cell) of every entry. A block without cells is an entry, with its own path as both paths."""
     for i, block in enumerate(keys.matrix):
         if block.cells is None:
             yield ("matrix", i), ("matrix", i)

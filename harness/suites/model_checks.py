@@ -98,7 +98,7 @@ def _no_layers(unseen: Sequence[_Unseen]) -> Iterator[Problem]:
 
 
 def _none_of_them(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[Problem]:
-    """Yield a problem for each adapter config in which no target_modules matches a layer; for peft one match is enough."""
+    """Yield a problem for each adapter config in which no target_modules matches a layer. PEFT needs only one match."""
     paths = model_folder.layers(folder)
     for cell, places in cells:
         config = cell.config.get("adapter_config")
@@ -118,9 +118,9 @@ def _seen(name: str, paths: Collection[str]) -> bool:
 
 @functools.cache
 def _misfits(requests: tuple[tuple[Path, str, tuple[str, ...]], ...]) -> list[dict[str, str]]:
-    """Return for each request (folder, kind, names) a map from names that match no layer to the reason.
+    """Return one dict per request (folder, kind, names): each name that matches no layer -> the reason.
 
-    The map is empty for a model that cannot be built here: its Cells report the failure with the full traceback.
+    The dict is empty for a model that cannot be built here: its Cells report the failure with the full traceback.
     """
     found: list[dict[str, str]] = []
     while left := requests[len(found) :]:

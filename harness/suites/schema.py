@@ -24,7 +24,7 @@ SYNTHETIC = "synthetic"
 
 
 class Keys(BaseModel):
-    """Base class for the keys of a YAML file: values are strictly typed, and further keys are refused."""
+    """Base class for the keys of a YAML file. Values are strictly typed, and unknown keys are refused."""
 
     model_config = FrozenModel.model_config
 
@@ -80,7 +80,7 @@ class TuneKeys(Keys):
 
 
 Timed = Literal["every-seed", "first-seed", "never"]
-"""Selects the Cells of an entry with measured latencies. Cells of `tune:` never have any."""
+"""The Cells of an entry for which latencies are measured. Cells of `tune:` never have latencies."""
 
 
 class CellKeys(Keys):
@@ -121,7 +121,7 @@ class CellKeys(Keys):
         return SYNTHETIC in self.task
 
     def evaluation_fields(self) -> dict[str, Any]:
-        """Return the fields of `records.record.Evaluation` that are given."""
+        """Return the fields of `records.record.Evaluation` that the entry sets."""
         prompts = self.prompts.model_dump(exclude_none=True, by_alias=True)
         return self.evaluation.model_dump(exclude_none=True) | prompts
 

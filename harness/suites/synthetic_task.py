@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def problems(keys: CellKeys, models: Mapping[int, Source]) -> Iterator[FieldProblem]:
-    """Yield a problem for each value of an entry that does not fit its task.
+    """Yield a problem for each value of an entry that does not fit the entry's task.
 
     models: the known models, by their index in the entry.
     """

@@ -1,4 +1,4 @@
-"""Load tasks: lm-eval YAML files with the data they are scored and trained on in `metadata`. No torch."""
+"""Load tasks: lm-eval YAML files whose `metadata` names the data for scoring and training. No torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Role = Literal["data", "train"]
 
 
 class Answers(FrozenModel):
-    """Training on a task with texts as answers."""
+    """Rules for training on a task with texts as answers."""
 
     loss: Literal["answer", "all"] = "answer"
     """Tokens that have a loss: the tokens of the answer, or all tokens except the first."""
@@ -32,7 +32,7 @@ class Answers(FrozenModel):
 
 
 class Metadata(BaseModel):
-    """`metadata` of a task, as far as peft-harness reads it; lm-eval stores further keys there."""
+    """The keys in `metadata` of a task that peft-harness reads. lm-eval stores further keys there."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="allow")
 
@@ -58,7 +58,7 @@ class AnsweredMetadata(Metadata):
 
 
 class LabelledFile(BaseModel):
-    """Top level of the file of a task with classes. lm-eval's own keys are checked by `task_schema`."""
+    """Top level of the file of a task with classes. `lm_eval_keys` checks the keys of lm-eval."""
 
     model_config = Metadata.model_config
 
@@ -78,11 +78,11 @@ class TaskSpec(FrozenModel):
 
     name: str
     spec: dict[str, Any]
-    """lm-eval's mapping, with `metadata`."""
+    """All keys of the task's file, `metadata` included."""
     labels: int
     """Number of classes for an encoder; 0: for causal models only."""
     test: int
-    """Number of test rows: the first rows after a shuffle with `shuffle_seed`. 0 for a task of lm-eval: the whole split."""
+    """Number of test rows: the first rows after a shuffle with `shuffle_seed`. 0 for lm-eval's own task: it has a split."""
     shuffle_seed: int
     answers: Answers | None = None
     """None for a task with classes."""
@@ -96,9 +96,9 @@ class Task(TaskSpec):
     path: Path
     data: Source | None
     train: Source | None = None
-    """Separate training set; if None, training uses the rows of `data` that do not test."""
+    """Separate training set; if None, training uses the rows of `data` that are not test rows."""
     upstream: lm_eval_files.TaskFile | None = None
-    """True for one of lm-eval's own tasks, which have their own splits."""
+    """File of one of lm-eval's own tasks, which have their own splits; None for other tasks."""
 
     @property
     def trains(self) -> bool:
@@ -106,7 +106,7 @@ class Task(TaskSpec):
         return self.upstream is None or "train" in self.upstream.splits
 
     def problems(self, role: Role, source: Source, path: Path) -> list[Problem]:
-        """Return the mistakes in the file of a source of the task. role: use of the source in the task."""
+        """Return the mistakes in `path`, the file of `source`. role: the role of this source in the task."""
         if self.upstream is not None:
             return []  # lm-eval reads it
         if role == "train":
@@ -122,8 +122,8 @@ def names() -> list[str]:
 def load(name: str, base: Path, sources: Mapping[str, Source]) -> Task:
     """Load a task by its name, or by its path from `base`.
 
-    Raises SuiteError in two stages, as `loader.load` does. The second stage also reads local data files, so that it finds
-    their mistakes before anything runs.
+    As in `loader.load`, there are two stages. Raises SuiteError with all mistakes of the first stage that finds any. The
+    second stage also reads local data files, so that their mistakes are found before anything runs.
     """
     if name == SYNTHETIC:
         return Task(name=name, path=Path(name), spec={}, data=None, labels=2, test=0, shuffle_seed=0)

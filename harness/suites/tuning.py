@@ -25,11 +25,11 @@ class Tune:
     config: Mapping[str, Mapping[str, Any]]
     """Method -> values that replace the entry's values, so that all ranks can share the trials of one rank.
 
-    None is the default of a field that is newer than the first published Records; a Cell omits the field.
+    The value None stands for the default of a field that is newer than the first published Records; a Cell omits it.
     """
 
     def axes(self, method: str) -> dict[str, list[Any]]:
-        """Return `config` of a Method in the form of an entry's axes."""
+        """Return the config of a Method as axes: field -> list with the one value."""
         return {key: [value] for key, value in self.config.get(method, {}).items()}
 
 
@@ -43,7 +43,7 @@ def read(
 ) -> tuple[Tune | None, list[FieldProblem]]:
     """Check `tune:`. Returns the search (None if it has mistakes) and the mistakes, with paths relative to `tune:`.
 
-    training, seeds: of the entry's Cells. scored: number of test items that score the Cells.
+    training, seeds: those of the entry's Cells. scored: number of test items that score these Cells.
     """
     problems: list[FieldProblem] = []
     lr = tuple(dict.fromkeys(keys.lr))

@@ -18,8 +18,8 @@ from harness.suites.lm_eval_keys import MAX_GEN_TOKS
 class CausalScorer(TemplateLM):  # type: ignore[misc]
     """Answers log-likelihood and generation requests for `model`.
 
-    Requests with equal inputs share a forward pass: choices of one token cost one pass over the prompt. max_tokens: a longer
-    sequence loses its beginning. `cut` contains the numbers by which lm-eval identifies the items that were cut.
+    Requests with equal inputs share a forward pass. So all choices of a single token together cost one pass over the
+    prompt. max_tokens: a longer sequence loses its beginning. `cut` contains lm-eval's numbers of the items that were cut.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
         return list(self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Return (context ids, continuation ids), the same tokens in training as in scoring."""
+        """Return (context ids, continuation ids). Training and scoring use the same tokens."""
         context_ids, continuation_ids = self._encode_pair(context, continuation)
         return list(context_ids), list(continuation_ids)
 
@@ -89,7 +89,7 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
         )
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Return the greedy answer to each request. A prompt is cut as in training, but leaves no room for the answer."""
+        """Return the greedy answer to each request. A prompt may fill all of `max_tokens`; a longer one is cut."""
         prompts = Prompts(self.tokenizer, self.max_tokens)
         # All requests of a task have the same options.
         options = requests[0].args[1]
@@ -135,8 +135,8 @@ def generate(
 
 
 def _greedy(model: nn.Module, tokenizer: Any, most: int) -> GenerationConfig:
-    """Return a config that selects the likeliest token. It overrides every option of the model's own file."""
-    # An instruction-tuned Llama ends its turns with another token than the tokenizer's.
+    """Return a config that selects the likeliest token. It overrides all options in the model's generation_config.json."""
+    # An instruction-tuned Llama ends its turns with another token than the end token of the tokenizer.
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
     return GenerationConfig(
@@ -147,11 +147,12 @@ def _greedy(model: nn.Module, tokenizer: Any, most: int) -> GenerationConfig:
 
 
 class _Ends(StoppingCriteria):  # type: ignore[misc]
-    """Ends each answer of a batch at the first text of `until`."""
+    """Ends each answer of a batch as soon as the answer contains a text of `until`."""
 
     def __init__(self, tokenizer: Any, until: Sequence[str], prompt: int) -> None:
         self._tokenizer, self._until, self._prompt = tokenizer, until, prompt
-        # A token has at least one byte. Two tokens are added, because decoding may change the first token of the window.
+        # Number of last tokens to search: a token has at least one byte. Decoding may change the first token of the window,
+        # so that two tokens are added.
         self._window = 2 + max((len(text.encode()) for text in until), default=0)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:

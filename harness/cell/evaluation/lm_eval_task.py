@@ -16,7 +16,7 @@ from harness.suites.lm_eval_keys import METRICS
 
 
 class LmEvalTask:
-    """A local task. config: its YAML. test: the rows to score. judge: the filter that decides exact match."""
+    """A local task. config: the keys of its file. test: the rows to score. judge: the filter that decides exact match."""
 
     def __init__(self, config: dict[str, Any], test: Sequence[AnyRow], judge: str = "none") -> None:
         import datasets
@@ -42,7 +42,7 @@ class LmEvalTask:
 
     @property
     def scored_by(self) -> str:
-        """lm-eval and its version."""
+        """The text `lm-eval VERSION`."""
         return f"lm-eval {version('lm-eval')}"
 
     @property
@@ -87,13 +87,14 @@ class LmEvalTask:
 
 OwnRow = LabelledRow | AnsweredRow
 _SHOTS_SEED = 1234
-"""lm-eval's own default; it selects the few-shot examples."""
+"""Seed that selects the few-shot examples; lm-eval has the same default."""
 
 
 class OwnTask(LmEvalTask):
     """A task of lm-eval. Training prompts lack the few-shot examples and the description that a test prompt may have.
 
-    file: its YAML. folder: its splits. tested: positions of the test items to score. judge: the filter that decides.
+    file: its YAML file. folder: folder with its splits. tested: positions of the test items to score. judge: the filter
+    that decides exact match.
     """
 
     def __init__(self, file: Path, folder: Path, tested: range, judge: str) -> None:
@@ -118,7 +119,7 @@ class OwnTask(LmEvalTask):
         self._docs: dict[str, Any] = dict(zip(self.ids, docs, strict=True))
 
     def tested(self) -> list[OwnRow]:
-        """Return the test items as rows, with prompts in the form of training."""
+        """Return the test items as rows. Their prompts have the form of training prompts."""
         return [self._row(name, self._docs[name]) for name in self.ids]
 
     def training(self) -> list[OwnRow]:

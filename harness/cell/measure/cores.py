@@ -16,10 +16,10 @@ def available_cores() -> int:
 
 @contextmanager
 def limit_cores(count: int | None) -> Iterator[list[int]]:
-    """Limit this process, and those that it starts, to `count` of its cores (None: all); yield their numbers.
+    """Limit this process and its future children to `count` of its cores (None: all), and yield the cores' numbers.
 
-    The function selects the highest numbers, because the lowest cores handle most interrupts. On a system without
-    affinities (macOS) it limits nothing and yields an empty list.
+    The function selects the cores with the highest numbers, because the lowest handle most interrupts. On a system
+    without affinities (macOS) it limits nothing and yields an empty list.
     """
     process = psutil.Process()
     if not hasattr(process, "cpu_affinity"):

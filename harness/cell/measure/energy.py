@@ -11,10 +11,12 @@ from pathlib import Path
 from harness.cell.measure.gpu import NvmlGpu
 
 LEAST_S = 2.0
-"""Shortest window. NVML updates its counter every 20 to 100 ms: a shorter window may be wrong by many per cent."""
+"""Shortest window to measure, in seconds. NVML updates its counter only every 20 to 100 ms, so that the energy of a shorter
+window may be wrong by many per cent."""
 RAPL = Path("/sys/class/powercap")
 _MOST_W = 1000.0
-"""Upper bound of a package's power. RAPL's counter wraps at about 262 kJ, and the number of wraps cannot be read."""
+"""Upper bound of a package's power, in watts. With it, a window is refused if RAPL's counter, which wraps at about 262 kJ,
+may have wrapped twice."""
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Counter:
 
 @dataclass
 class EnergyMeter:
-    """Measures one window at a time."""
+    """Measures the energy of one time window after another."""
 
     counter: Counter | None
     because: str = ""
@@ -82,7 +84,7 @@ def meter(gpu: NvmlGpu | None, because: str = "", *, cuda: bool = False, root: P
 
 
 def _is_package(zone: Path) -> bool:
-    """Return whether a zone is a package. Others are a part of a package (`intel-rapl:0:0`) or the platform (`psys`)."""
+    """Return whether a zone is a package. Other zones are parts of packages (`intel-rapl:0:0`) or the platform (`psys`)."""
     try:
         return (zone / "name").read_text().startswith("package")
     except OSError:

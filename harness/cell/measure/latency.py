@@ -43,9 +43,9 @@ def measure(
 ) -> list[Latency]:
     """Return the times of every variant: forward times for an encoder, prefill and decode times for a causal model.
 
-    Variants alternate in blocks, and each block reverses the order of the last one. So a slow period of the machine affects
-    all variants, and a drift affects them equally. The first runs after each change of variant are discarded. At the end the
-    model is in its previous state. Raises ImplementationError if the adapter's own methods fail.
+    Variants alternate in blocks, and each block reverses the order of the block before. So a slow period of the machine
+    affects all variants, and a drift affects them equally. The first runs after each change of variant are discarded. At
+    the end the model is in its previous state. Raises ImplementationError if the adapter's own methods fail.
 
     evaluation: number and length of prompts, and number of passes (default: twelve, or eight if they are slow).
     merged_refused: the reason for not merging, or empty. layers: path -> adapted layer, saved before a call of `detach`
@@ -99,7 +99,7 @@ class Prompt:
 
     @cached_property
     def ids(self) -> Tensor:
-        """The prompts. They are made at first use, because a result without times may follow a lack of memory."""
+        """The prompts, int64 (N, L). They are made at first use, because `unmeasured` needs none when memory is short."""
         drawn = torch.randint(0, self.vocabulary, self.shape, generator=torch.Generator().manual_seed(0))
         return drawn.to(next(self.model.parameters()).device)
 
@@ -141,7 +141,7 @@ def positions(model: nn.Module) -> int | None:
 
 
 def _prompt(model: nn.Module, causal: bool, tokens: int) -> tuple[int, str]:
-    """Return the length of the prompt, and the reason for not decoding after it, or an empty string."""
+    """Return the length of the prompt, and the reason why no tokens can be decoded after it (empty if they can)."""
     most = positions(model) or tokens + DECODED
     if not causal:
         return min(tokens, most), ""
@@ -159,7 +159,7 @@ def _cache(model: nn.Module) -> str:
 
 
 class _Variants:
-    """Changes between the variants by the adapter's own methods, and verifies each change."""
+    """Switches between the variants with the adapter's own methods, and checks the layers after `detach` and `unmerge`."""
 
     def __init__(self, adapted: Adapted, layers: Mapping[str, nn.Module]) -> None:
         self._adapted, self._layers, self._off = adapted, dict(layers), False
@@ -189,12 +189,12 @@ class _Variants:
             self.attach()
 
     def merge(self) -> None:
-        """Merge the adapter. Some libraries merge inside the layer, so the module at its path cannot show the change."""
+        """Merge the adapter. The layers are not checked, because some libraries merge inside the adapted layer."""
         with self._guarded("merge()"):
             self._adapted.merge()
 
     def unmerge(self) -> None:
-        """Unmerge the adapter, and check that the adapted layers are back."""
+        """Unmerge the adapter. Raises ImplementationError if an adapted layer is not back in its place."""
         with self._guarded("unmerge()"):
             self._adapted.unmerge()
         if gone := [path for path, is_adapted in self._adapted_paths() if not is_adapted]:
@@ -251,7 +251,7 @@ def _forward(model: nn.Module, ids: Tensor, causal: bool, passes: int | None) ->
 
 @torch.inference_mode()
 def _decode(model: nn.Module, ids: Tensor, causal: bool, passes: int | None) -> list[float]:
-    """Return the seconds of each token of greedy decoding with a key-value cache."""
+    """Decode greedily with a key-value cache, and return the seconds of each token. passes: minimum number of tokens."""
     times: list[float] = []
     while len(times) < (passes or 1):
         times += _decoded(model, ids)
@@ -259,7 +259,7 @@ def _decode(model: nn.Module, ids: Tensor, causal: bool, passes: int | None) -> 
 
 
 def _decoded(model: nn.Module, ids: Tensor) -> list[float]:
-    """Return the times of the tokens after one prompt, without the first token, which warms up."""
+    """Return the seconds of each token after one prompt, without the first token, which warms up."""
     name, output = _cache(model), model(input_ids=ids, use_cache=True)
     times = []
     for _ in range(DECODED):

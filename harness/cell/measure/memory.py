@@ -28,8 +28,8 @@ _SAMPLE_S = 0.02
 class PeakMeter:
     """Measures the peak memory since the last `reset`, in bytes.
 
-    On a GPU this is the peak of allocated bytes. On Linux it is VmHWM, which the kernel resets on demand; ru_maxrss of a
-    child would include its parent's peak. Elsewhere a thread samples the resident size, so that short peaks are missed.
+    On a GPU this is the peak of allocated bytes. On Linux it is VmHWM, which the kernel resets on demand. (ru_maxrss of a
+    child would include its parent's peak.) Elsewhere a thread samples the resident size, so that short peaks are missed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -164,7 +164,7 @@ def peak_while(run: Callable[[], object]) -> int | None:
 
 
 def _existing() -> list[Tensor]:
-    """List the tensors in CPU memory. A wrapper is replaced by the tensors inside."""
+    """List the tensors in CPU memory. Wrappers are left out; the tensors inside them are listed."""
     gc.collect()
     # `isinstance` would load lazy modules and proxies.
     tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]

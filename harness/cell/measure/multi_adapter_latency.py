@@ -73,7 +73,7 @@ def measure(
 def _failed(
     prompt: Prompt, subject: Subject, cell: Cell, error: BaseException
 ) -> tuple[list[Latency], list[CheckResult]]:
-    """Return latencies and a skipped check, with the error as the reason: training and accuracy are measured already."""
+    """Return latencies without times and a skipped check, with the error as the reason. The Cell does not fail."""
     because = f"could not be tried: {type(error).__name__}: {error}".partition("\n")[0]
     case = Case("trained", seed=cell.seed)
     return _untimed(prompt, because), [skipped(subject, case, multi_adapter.NAME, because)]
@@ -127,7 +127,7 @@ def _by_operation(subject: Subject, call: Callable[..., Any]) -> Mixed:
 
 
 class _MixedLinear(nn.Module):
-    """A linear layer that calls the Operation `multi_lora_linear`, so that each row has its own adapter. x (N, ..., D)."""
+    """A linear layer that calls the Operation `multi_lora_linear`, so that each row has its own adapter."""
 
     def __init__(self, call: Callable[..., Any], base: Any, path: str, adapters: Adapters, config: Any) -> None:
         super().__init__()
@@ -137,6 +137,6 @@ class _MixedLinear(nn.Module):
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W x plus the update of each row's own adapter plus the bias."""
+        """Return W x plus the update of each row's own adapter plus the bias. x: (N, ..., D)."""
         y: Tensor = self.call(x=x, W=self.base.weight, As=self.As, Bs=self.Bs, scalings=self.scalings, ids=self.ids)
         return y if self.base.bias is None else y + self.base.bias

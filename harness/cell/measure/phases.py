@@ -33,7 +33,7 @@ class PhaseClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure the body as phase `name`."""
+        """Measure the body of the context as phase `name`."""
         self.current = name
         self.announce(name)
         self.meter.reset()

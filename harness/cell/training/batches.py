@@ -22,7 +22,7 @@ class Example:
     id: str
     tokens: tuple[int, ...]
     label: int
-    """The class."""
+    """The class, or the index of the right choice; 0 if the answer is a text."""
     answer: int = 0
     """For causal models, the number of tokens at the end that have a loss."""
     cut: bool = False
@@ -36,9 +36,9 @@ class Batch:
     inputs: dict[str, Tensor]
     """Keyword arguments of the model, int64 (N, L)."""
     labels: Tensor
-    """(N,)."""
+    """Label of each text, int64 (N,)."""
     answers: tuple[int, ...]
-    """Answer lengths in tokens (N,), 0 for encoders."""
+    """Number of tokens of each answer; 0 for encoders."""
     real_tokens: int
     padded_tokens: int
     """Number of tokens of the batch, padding included: N * L."""
@@ -226,7 +226,7 @@ def answered_examples(
 ) -> list[Example]:
     """Tokenise rows and return the examples. parts: returns prompt and answer of a row.
 
-    In a TextRow all tokens have a loss.
+    In a TextRow every token except the first has a loss.
     """
     return [
         prompts.example(row.id, "", row.text, "all", answers.eos)

@@ -8,7 +8,10 @@ NO_EFFECT = "no adapter on it counts"
 
 
 def explain(error: Exception, layers: Mapping[str, object]) -> str:
-    """Return a message if such a model raised `error`, else an empty string. layers: path -> adapted layer."""
+    """Return a message if the model raised `error` because it bypasses an adapted layer, else an empty string.
+
+    layers: path -> adapted layer.
+    """
     path = next((path for path, layer in layers.items() if layer is getattr(error, "obj", None)), None)
     if path is None or not isinstance(error, AttributeError):
         return ""

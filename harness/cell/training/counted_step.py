@@ -45,18 +45,18 @@ def step_peak(
 
 
 def most_tokens(batches: Sequence[Batch], accumulate: int) -> list[Batch]:
-    """Return the parts of the batch with the most tokens in the model at once."""
+    """Return the parts of the batch that contains the largest part, by number of tokens with padding."""
     return max((batch.parts(accumulate) for batch in batches), key=lambda p: max(part.padded_tokens for part in p))
 
 
 def copied_B(adapted: Adapted, head: Sequence[nn.Parameter]) -> int:  # noqa: N802  # a unit
-    """Return the bytes of the model that `step_peak` copies."""
+    """Return how many bytes `step_peak` copies: trained parameters and buffers."""
     return tensor_bytes([*loop.trainable(adapted, head), *_buffers(adapted)])
 
 
 @contextmanager
 def _restored(adapted: Adapted, trainable: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
-    """Undo the changes of a step at the end of the context; yield the copies for this purpose."""
+    """Undo the changes of a step at the end of the context. Yield the copies that restore the state."""
     saved = [*trainable, *_buffers(adapted)]
     # A module may replace its buffer by a new tensor.
     places = [

@@ -1,4 +1,4 @@
-"""The training loop: forward, backward, optimizer step, and the raw numbers of each step. It times nothing else."""
+"""The training loop. It times forward pass, backward pass and optimizer step, and stores the raw numbers of each step."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def train(
 
 
 def trainable(adapted: Adapted, head: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """Return each trained parameter once: an adapter that trains all biases and the head may share some."""
+    """Return each trained parameter once. The head and an adapter that trains all biases may share some."""
     return list({id(p): p for p in (*adapted.parameters(), *head)}.values())
 
 

@@ -1,4 +1,4 @@
-"""Load a model for a task. An encoder has its own classification head, or a new one from the seed."""
+"""Load a model for a task. An encoder has the classification head of its checkpoint, or a new one from the seed."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ class Loaded:
 def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.device, seed: int) -> Loaded:
     """Load an encoder with a classification head of `labels` classes, or a causal model, from a local folder.
 
-    A new head replaces one with another number of classes, as with transformers' `ignore_mismatched_sizes`. Raises
-    AssetError for a folder that cannot be read, lacks weights of a causal model, or does not match its config.json.
+    A new head replaces a head with another number of classes, as with transformers' `ignore_mismatched_sizes`. Raises
+    AssetError if the folder cannot be read, lacks weights of a causal model or does not match its config.json, or if the
+    output of a causal model depends on later tokens.
     """
     from transformers import AutoTokenizer
 

@@ -21,7 +21,7 @@ def unused(method: str, adapted: Adapted, bases: Mapping[str, nn.Module]) -> dic
     """Map paths of adapted layers to weights that the Method has replaced by another form.
 
     bases: path -> the layer under the adapter. The map excludes weights that another module also uses (a tied embedding),
-    and weights that are themselves the replaced form.
+    and weights that share their storage with the new form.
     """
     info = methods().get(method)
     if info is None or not (instead := info.spec.replaces_weight):
@@ -48,7 +48,7 @@ def release(weights: Mapping[str, nn.Parameter]) -> None:
 
 
 class OffloadedWeights:
-    """Weights that were moved from a CPU, whose memory is measured, to a file, or from a GPU to the host's memory.
+    """Weights that were moved out of the measured memory: from a CPU to a file, or from a GPU to the host's memory.
 
     folder: folder of the file. The file has no name, and vanishes with this process. If it cannot be written, no weight is
     released, and the constructor raises OSError or RuntimeError.

@@ -26,9 +26,9 @@ FIRST_LOSS_SCALE = 2.0**10
 class MasterWeights(torch.optim.Optimizer):
     """An optimizer over float32 copies (masters) of its parameters. After each step the parameters are the rounded masters.
 
-    In float16, AdamW's eps of 1e-8 and the square of a small gradient are 0; in bfloat16, rounding removes a step of a
-    thousandth of a weight. Float32 masters, as in mixed-precision training, avoid both errors. If other code writes to a
-    parameter between two steps, the master adopts the new value. `state` includes the masters, so that the memory ledger
+    In float16, AdamW's eps of 1e-8 and the square of a small gradient become 0. In bfloat16, a step of a thousandth of a
+    weight is lost to rounding. Float32 masters, as in mixed-precision training, avoid both errors. If other code writes to
+    a parameter between two steps, the master adopts the new value. `state` includes the masters, so that the memory ledger
     counts them.
 
     inner: a new optimizer over the parameters; it steps the masters from now on. `loss_scale` multiplies the loss before
@@ -47,7 +47,7 @@ class MasterWeights(torch.optim.Optimizer):
         self.loss_scale = FIRST_LOSS_SCALE if self.scales else 1.0
 
     def master_of(self, parameter: Tensor) -> Tensor:
-        """Return the master of a parameter. The master shows steps that are too small for 16 bits."""
+        """Return a parameter's master, or the parameter if it has none. A master shows steps too small for 16 bits."""
         return next((m.detach() for p, m in self._pairs if p is parameter), parameter.detach())
 
     def lower_loss_scale(self) -> bool:
@@ -145,7 +145,7 @@ def make(
 
 
 def _own(adapted: Adapted, recipe: Training, name: Optimizer) -> torch.optim.Optimizer | None:
-    """Return the Method's own optimizer, or None if it has none. The moments have 8 bits if `name` requests this."""
+    """Return the Method's own optimizer, or None if it has none. The moments have 8 bits if `name` requests 8 bits."""
     if not name.endswith("8bit"):
         return adapted.optimizer(recipe.lr, recipe.weight_decay)
     if "bits" in inspect.signature(adapted.optimizer).parameters:
@@ -157,9 +157,10 @@ def _own(adapted: Adapted, recipe: Training, name: Optimizer) -> torch.optim.Opt
 
 
 def layerwise(optimizer: torch.optim.Optimizer, recipe: Training) -> Layerwise | None:
-    """If the recipe has layer-wise updates, step every weight within the backward pass from now on; else return None.
+    """If the recipe has layer-wise updates, step every weight within the backward pass from now on.
 
-    Raises UsageError if a step needs several backward passes, or all gradients at once.
+    Returns the object that does this; None without layer-wise updates. Raises UsageError if a step needs several backward
+    passes, or all gradients at once.
     """
     if not recipe.layerwise:
         return None
@@ -228,7 +229,7 @@ def stored_value(parameter: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
 
 
 def notes(optimizer: torch.optim.Optimizer) -> list[str]:
-    """Return sentences for the Record about arithmetic in 16 bits, states in 8 bits, and paged states."""
+    """Return notes for the Record about arithmetic in 16 bits, states in 8 bits, and paged states."""
     sentences, states = [_note_on_16_bits(optimizer)], optimizer.state.values()
     narrow = sum(any(isinstance(v, Tensor) and v.dtype == torch.uint8 for v in state.values()) for state in states)
     if _has_8bit_moments(optimizer) and states:

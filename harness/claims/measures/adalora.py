@@ -13,7 +13,7 @@ from harness.claims.measure import MeasureResult, Model, Positive, measure
 
 @measure("count")
 def kept_parameters(model: Model, targets: list[str], rank: Positive, budget: Positive) -> MeasureResult:
-    """Parameters of the remaining triplets after pruning to `budget`: the range over all choices of triplets.
+    """Parameters of the triplets that remain after pruning to `budget`, as a range over all choices of triplets.
 
     rank: triplets of a layer before pruning. A triplet consists of its lambda and two vectors.
     """
@@ -45,8 +45,8 @@ def budget_at(
 ) -> MeasureResult:
     """The budget b(t) at the first or the last step of the cubic phase.
 
-    equation: eq. 12 with t - t_i - t_f, as printed, or the reference. T counts the steps of all epochs over `examples`;
-    the last batch of an epoch may be smaller.
+    equation: eq. 12 as printed, with t - t_i - t_f, or the formula of the reference. T counts the steps of all epochs over
+    `examples`; the last batch of an epoch may be smaller.
     """
     from reference.adalora import budget
 
@@ -87,7 +87,7 @@ def budget_only_falls(
 def regularizer_is_eq_4(form: Literal["mean-norm", "squared-sum"]) -> MeasureResult:
     """Check whether R over two layers is the sum of |P^T P - I|^2 and |Q Q^T - I|^2, within float32 rounding.
 
-    form: `regularization` of the reference; the authors' code and HF peft compute `mean-norm`.
+    form: value of `regularization` for the reference. The authors' code and HF peft compute `mean-norm`.
     """
     import torch
 

@@ -27,21 +27,21 @@ def share(of: Quantity, to: Quantity, last: Quantity = Fraction(0)) -> MeasureRe
 
 @measure("share")
 def share_less(of: Quantity, than: Quantity, last: Quantity = Fraction(0)) -> MeasureResult:
-    """Relative reduction of `of` from `than`. last: for printed figures, a unit in the last digit of the coarser one."""
+    """Relative reduction: 1 - `of` / `than`. last: for printed figures, a unit in the last digit of the coarser one."""
     return (ONE - quotient(of, than, last)).from_printed(f"1 - {written(of)} / {written(than)}")
 
 
 @measure("share")
 def share_more(of: Quantity, than: Quantity, last: Quantity = Fraction(0)) -> MeasureResult:
-    """Relative increase of `of` over `than`. last: for printed figures, a unit in the last digit of the coarser one."""
+    """Relative increase: `of` / `than` - 1. last: for printed figures, a unit in the last digit of the coarser one."""
     return (quotient(of, than, last) - ONE).from_printed(f"{written(of)} / {written(than)} - 1")
 
 
 @measure("share")
 def most_share_less(of: Quantities, than: Quantities, last: Quantity = Fraction(0)) -> MeasureResult:
-    """Largest relative reduction of a number in `of` from the number in `than` at the same position, as in `up to`.
+    """Largest relative reduction, 1 - `of` / `than`, over the positions of two lists, for a claim with `up to`.
 
-    last: for printed figures, a unit in the last digit of the coarsest one; for sums, multiplied by the number of terms.
+    last: for printed figures, a unit in the last digit of the coarsest one; for sums, this unit times the number of terms.
     """
     shares = [ONE - quotient(one, other, last) for one, other in zip(of, than, strict=True)]
     largest = Interval(*(max(getattr(one, end) for one in shares) for end in ("value", "least", "most")))
@@ -69,7 +69,7 @@ def bytes_sum(of: Sizes, last: Quantity = Fraction(0)) -> MeasureResult:
 
 @measure("bytes")
 def bytes_of(count: Count, each: Quantity) -> MeasureResult:
-    """`count` numbers of `each` bytes: 2 in 16 bits, 12 with weights, gradients and Adam's moments at 2 + 2 + 8."""
+    """Bytes of `count` numbers. each: bytes per number, e.g. 2 in 16 bits, or 12 with a gradient and Adam's moments."""
     return MeasureResult(count * each, f"{written(count)} x {written(each)} B")
 
 
@@ -95,9 +95,9 @@ def mean(of: Quantities, last: Quantity = Fraction(0)) -> MeasureResult:
 
 @measure("number")
 def mean_score(of: list[Any], last: Quantity) -> MeasureResult:
-    """The mean of printed scores; a list among them, e.g. accuracy and F1 of one task, counts as its own mean.
+    """The mean of printed scores. A list among them, e.g. accuracy and F1 of one task, counts as one score, its mean.
 
-    last: a unit in the last digit of the scores, 0.1 or 0.01.
+    last: a unit in the last digit of the scores, e.g. 0.1.
     """
     tasks = [one if isinstance(one, list) else [one] for one in of]
     scores = [sum((Fraction(str(score)) for score in task), Fraction(0)) / len(task) for task in tasks]
@@ -106,10 +106,10 @@ def mean_score(of: list[Any], last: Quantity) -> MeasureResult:
 
 
 def quotient(of: Fraction, to: Fraction, last: Fraction) -> Interval:
-    """Return `of / to` for positive numbers rounded to `last`."""
+    """Return the interval of `of / to`, two positive numbers that are rounded to `last`."""
     return Interval.printed(of, last) / Interval.printed(to, last)
 
 
 def written(value: Fraction) -> str:
-    """Return a number as text: whole with commas, else with six digits."""
+    """Return a number as text: a whole number with commas, another number with six digits."""
     return f"{int(value):,}" if value.denominator == 1 else f"{float(value):.6g}"

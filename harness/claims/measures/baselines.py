@@ -31,7 +31,7 @@ def added_share(of: Quantity, model: Model, whole: Literal["base", "base+adapter
 def prefixes(model: Model, tokens: Positive, before: list[str] = ["k_proj", "v_proj"]) -> MeasureResult:
     """Parameters of prefix tuning: `tokens` trained vectors before the keys and the values of every layer.
 
-    before: last parts of the paths of the layers that compute these, whose outputs give the length of the vectors.
+    before: layers that compute keys and values, by the last parts of their paths. A vector is as long as their outputs.
     """
     return summed((tokens, layer.out_features) for layer in _layers(model, before))
 
@@ -42,8 +42,9 @@ def bottlenecks(
 ) -> MeasureResult:
     """Parameters of adapters with an inner width of `size`.
 
-    after: layers with an adapter on their output, of its width; beside: layers with a parallel adapter, from their inputs to
-    their outputs. Both are last parts of paths, or whole paths. bias: whether the two layers of an adapter have biases.
+    after: layers with an adapter on their output; it has the width of this output. beside: layers with a parallel adapter
+    from their inputs to their outputs. Both name layers by paths or by last parts of paths. bias: whether the two layers of
+    an adapter have biases.
     """
     if not after and not beside:
         raise ValueError("`bottlenecks` needs `after` or `beside`")
@@ -55,7 +56,7 @@ def bottlenecks(
 
 @measure("count")
 def linear_layers(sides: list[Sides], bias: bool = True) -> MeasureResult:
-    """Parameters of linear layers of these sides (in, out), with or without biases."""
+    """Parameters of linear layers with these sides (in, out), with or without biases."""
     weights = [(inputs, outputs) for inputs, outputs in sides]
     return summed([*weights, *((outputs,) for _, outputs in weights if bias)])
 
@@ -73,10 +74,10 @@ def vision_transformer(
 
 @measure("count")
 def at_some_rank(of_rank_1: Quantity, to: Quantity, last: Quantity, fitted: bool = False) -> MeasureResult:
-    """Parameters if the rank is not printed: of any whole rank, if one gives `to`; else of the nearest one.
+    """Parameters if the rank is not printed: a range over ranks if a whole rank gives `to`, else those of the nearest rank.
 
-    last: a unit in the last digit of `to`. fitted: take the nearest rank as if it were printed. Raises ValueError if that
-    would fit nearly any figure: if one more rank is less than 5 units of the last digit.
+    last: a unit in the last digit of `to`. fitted: take the nearest rank as if it were printed; raises ValueError if one
+    more rank adds less than 5 units of the last digit, because nearly any figure would then fit.
     """
     return of_some(Fraction(0), of_rank_1, to, last, fitted, "rank")
 
@@ -88,10 +89,10 @@ def share_at_some_rank(of_rank_1: Quantity, to: Quantity, last: Quantity, fitted
 
 
 def of_some(start: Fraction, step: Fraction, to: Fraction, last: Fraction, fitted: bool, what: str) -> MeasureResult:
-    """Return `start` plus the whole number of steps nearest to `to`, or a range if `to` is among the possible values.
+    """Return the value among `start + n * step` (n = 1, 2, ...) that is nearest to `to`.
 
-    A number of steps that is fitted to a figure cannot confirm the figure. If no number of steps gives the figure, the
-    figure is wrong. what: name of a step. Raises ValueError as `at_some_rank` does.
+    If this value gives the figure `to`, return a range of values, because an n that is fitted to the figure cannot confirm
+    it. If no n gives the figure, the figure is wrong. fitted, ValueError: as in `at_some_rank`. what: name of a step.
     """
     nearest = max(1, round((to - start) / step))
     value = start + nearest * step

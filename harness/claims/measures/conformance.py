@@ -26,7 +26,7 @@ Check = Annotated[str, AfterValidator(_check)]
 def conforms(method: Method, check: Check, implementation: str = "reference") -> MeasureResult:
     """Check whether an implementation passes one check in every float32 case of the Method's parity suite.
 
-    Like `peft-harness check IMPLEMENTATION --method METHOD`: judged by the reference in float64, with its tolerances.
+    The reference in float64 judges, with the tolerances of `peft-harness check IMPLEMENTATION --method METHOD`.
     """
     from harness.conformance import parity_suite
     from harness.conformance.case_selection import FEW

@@ -9,14 +9,14 @@ from harness.claims.measure import Config, MeasureResult, Method, Model, measure
 from harness.claims.sums import summed
 
 _OUT, _IN, _RANK, _TOKENS = 24, 40, 4, 64
-"""Sides of a layer that is not square, so that a test can tell its axes apart."""
+"""Sizes of a layer and its input. The layer is not square, so that a test can tell its axes apart."""
 
 
 @measure("count")
 def with_magnitudes(model: Model, method: Method, config: Config, magnitudes: list[str]) -> MeasureResult:
-    """Trainable parameters of a Method for directions together with DoRA's magnitudes.
+    """Trainable parameters of DoRA with another Method for the directions: `lora` gives DoRA itself, `vera` gives DVoRA.
 
-    magnitudes: last parts of the paths of layers with magnitudes. With `lora` this is DoRA, with `vera` DVoRA.
+    magnitudes: layers with magnitudes, by the last parts of their paths.
     """
     directions = attached_model.trained(model, method, config, {}).values()
     every = attached_model.trained(model, "dora", {"rank": 1, "targets": magnitudes}, {})
@@ -48,7 +48,7 @@ def gradient_is(equation: Literal["eq. 6", "eq. 11"], detach_norm: bool) -> Meas
 
 @measure("property")
 def gradient_leaves_direction(detach_norm: bool) -> MeasureResult:
-    """Check whether every row of the gradient of V' is orthogonal to V': removing the part along V' changes nothing."""
+    """Check whether the gradient of V' is orthogonal to V' in every row: removing the part along V' changes nothing."""
     import torch
 
     from reference.dora import gain, norms
@@ -79,7 +79,10 @@ def _by_equation(drawn: dict[str, Any], equation: str) -> dict[str, Any]:
 
 
 def _drawn(dtype: str) -> dict[str, Any]:
-    """Return a randomly drawn trained layer, its inputs and the gradient of its outputs; all dtypes get the same numbers."""
+    """Return random tensors by name: a trained layer, its inputs, and the gradient of its outputs.
+
+    All dtypes get the same numbers.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)

@@ -15,8 +15,8 @@ from harness.claims.measures.records import Entry, Suite, predicted, shape_of
 def step_peak(suite: Suite, cell: Entry) -> MeasureResult:
     """Peak memory of tensors in a training step of a Cell, by running the step's CPU code on fake tensors.
 
-    Tensors have no data, so that a model of any size works; texts have their maximum length. Paged states are in host memory
-    and not counted; nor are workspaces, allocator overhead and CUDA's context.
+    Tensors have no data, so that a model of any size works. Texts have their maximum length. The peak does not include
+    paged states (they are in host memory), workspaces, allocator overhead and CUDA's context.
     """
     own = record_sources.cell(suite, cell)
     peak, by = _peak(suite, cell)
@@ -27,7 +27,7 @@ def step_peak(suite: Suite, cell: Entry) -> MeasureResult:
 
 @measure("bytes")
 def step_peak_more(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
-    """Difference in bytes between the `step_peak` of `of` and of `than`."""
+    """The `step_peak` of `of` minus that of `than`."""
     a, b = step_peak(suite, of), step_peak(suite, than)
     return MeasureResult(a.value - b.value, f"{a.value:,} B - {b.value:,} B: {a.how}; {b.how}")
 

@@ -20,7 +20,7 @@ _DRAWN = 2**18
 
 @measure("count")
 def levels(type: Type, side: Literal["both", "negative", "positive"] = "both", zero: bool = True) -> MeasureResult:
-    """Levels of a 4-bit type on one side of zero, with or without zero; a level of two codes counts once."""
+    """Number of levels of a 4-bit type, on one or both sides of zero, with or without zero. Equal levels count once."""
     values = _levels(type).unique()
     chosen = {"both": values.isfinite(), "negative": values <= 0, "positive": values >= 0}[side]
     found = values[chosen & ((values != 0) | zero)].tolist()
@@ -37,9 +37,9 @@ def nf4_has(printed: list[float]) -> MeasureResult:
 
 @measure("property")
 def equation_4_gives(printed: list[float], ends: Literal["as printed", "left out"] = "as printed") -> MeasureResult:
-    """Check whether q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2 over the largest q_i gives the printed levels.
+    """Check whether the levels of eq. 4, divided by the largest one, are the printed levels.
 
-    ends: include or leave out levels that are not finite.
+    Eq. 4 is q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2. ends: include or leave out levels that are not finite.
     """
     import torch
 
@@ -92,7 +92,10 @@ def squared_error(type: Type, block: Positive = 64, double: bool = False) -> Mea
 
 @measure("number")
 def constants_error(centred: bool = True, block: Positive = 64) -> MeasureResult:
-    """Mean relative error of the constants of normal weights in 8 bits, with or without subtracting their mean first."""
+    """Mean relative error of the block constants of normal weights, stored in 8 bits.
+
+    centred: whether the mean of the constants is subtracted first.
+    """
     from reference.operations import double_quant
     from reference.operations.dynamic_map import dequantize_blockwise, dynamic_map, quantize_blockwise
 
@@ -157,7 +160,10 @@ def _levels(type: Type) -> Tensor:
 
 
 def _float(exponent: int, mantissa: int) -> Tensor:
-    """Return the values of a float of sign, exponent and mantissa with gradual underflow and no infinities."""
+    """Return the values of a float with these bits of exponent and mantissa, scaled so that the largest is 1.
+
+    The float has a sign and gradual underflow, but no infinities.
+    """
     import torch
 
     E, m = torch.meshgrid(torch.arange(2.0**exponent), torch.arange(2.0**mantissa), indexing="ij")

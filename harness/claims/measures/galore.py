@@ -24,7 +24,7 @@ def optimizer_bytes(
     projectors: Quantity = 2,
     also: list[str] | None = None,
 ) -> MeasureResult:
-    """Bytes of Adam's states: two moments per trainable number, or small moments and a basis where GaLore projects.
+    """Bytes of Adam's states: two moments per trainable number. GaLore's projection has smaller moments, and a basis.
 
     moments, projectors: bytes per number. also: regular expressions of further trainable parameters of the model.
     """
@@ -51,7 +51,8 @@ def matrix_states(rows: Positive, columns: Positive, rank: Positive, side: Side 
 def refresh_operations(model: Model, method: Method, config: Config = {}) -> MeasureResult:
     """Operations of one refresh of all projectors: a singular value decomposition of the gradient of each matrix.
 
-    6 m n^2 + 20 n^3 for m x n, m >= n, with both bases (R-SVD; Golub and Van Loan, Matrix Computations, section 8.6).
+    A matrix of m x n, m >= n, takes 6 m n^2 + 20 n^3 operations with both bases (R-SVD; Golub and Van Loan, Matrix
+    Computations, section 8.6).
     """
     shapes: Counter[tuple[int, int]] = Counter()
     for (shape, _, projector), number in _states(model, method, config, None).items():
@@ -65,7 +66,7 @@ def refresh_operations(model: Model, method: Method, config: Config = {}) -> Mea
 
 @measure("share")
 def refresh_share_by_operations(refresh: Count, step: Count, gap: Positive) -> MeasureResult:
-    """Time share of a refresh every `gap` steps, if time is proportional to operations. refresh, step: operations.
+    """Time share of a refresh every `gap` steps, if time is proportional to operations. refresh, step: their operations.
 
     An operation of a decomposition takes longer than one of a matrix product; no time is measured.
     """
@@ -79,7 +80,7 @@ def refresh_share_by_operations(refresh: Count, step: Count, gap: Positive) -> M
 
 @measure("bytes")
 def left_after_saving(saved: Quantity, share: Quantity) -> MeasureResult:
-    """Remaining bytes after saving `saved` bytes, which were `share` of the whole."""
+    """Bytes that remain after saving `saved` bytes, if these were the share `share` of the whole."""
     return MeasureResult(saved / share - saved, f"{written(saved)} B / {written(100 * share)}% - {written(saved)} B")
 
 
@@ -98,7 +99,7 @@ def heads_divide(width: Positive, heads: Positive) -> MeasureResult:
 
 @measure("property")
 def states_by_formula(rows: Positive, columns: Positive, ranks: list[Positive]) -> MeasureResult:
-    """Check whether after a step of Adam GaLore has mn + mr + 2nr numbers and LoRA mn + 3mr + 3nr, m <= n (Table 1)."""
+    """Check whether, after a step of Adam, GaLore has mn + mr + 2nr numbers and LoRA mn + 3mr + 3nr, m <= n (Table 1)."""
     m, n = min(rows, columns), max(rows, columns)
     shown, holds = [], True
     for rank in ranks:
@@ -110,7 +111,7 @@ def states_by_formula(rows: Positive, columns: Positive, ranks: list[Positive]) 
 
 @measure("property")
 def full_rank_keeps_gradient(rows: Positive, columns: Positive, side: Side) -> MeasureResult:
-    """Check whether at r = min(m, n) projecting a gradient and projecting it back restores it (section 3.3)."""
+    """Check whether, at r = min(m, n), projecting a gradient and projecting the result back restores it (section 3.3)."""
     from harness.conformance.comparison.tolerance_policies import noise_floor
     from reference.galore import project, project_back, projector
 
@@ -123,7 +124,7 @@ def full_rank_keeps_gradient(rows: Positive, columns: Positive, side: Side) -> M
 
 @measure("property")
 def scale_ignores_rank(rows: Positive, columns: Positive, ranks: list[Positive], scale: Quantity) -> MeasureResult:
-    """Check whether at every rank the step with a scale is `scale` times the step with scale 1 (section 4.4)."""
+    """Check whether, at every rank, the step with scale `scale` is `scale` times the step with scale 1 (section 4.4)."""
     from harness.conformance.comparison.tolerance_policies import noise_floor
 
     G = _gradient(rows, columns, 0)
@@ -172,7 +173,7 @@ def refreshes_every(gap: Positive, steps: Positive, side: Side = "std") -> Measu
 
 
 def _states(model: str, method: str, config: Config, also: list[str] | None) -> Counter[tuple[str, int, int]]:
-    """Count trainable tensors by shape, elements of their moments, and elements of their projector."""
+    """Count the trainable tensors for each (shape, elements of both moments, elements of the projector)."""
     from reference.galore import sides, state_elements
 
     built = attached_model.model(model)
@@ -202,7 +203,7 @@ def _gradient(rows: int, columns: int, seed: int) -> Any:
 
 
 def _step(G: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """Return the weight after one step from a zero weight, and the state."""
+    """Take one step from a zero weight, and return the new weight and the state."""
     import torch
 
     from reference.galore import galore_step

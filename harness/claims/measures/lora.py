@@ -20,7 +20,7 @@ _INPUTS, _OUTPUTS, _TOKENS = 12, 20, 7
 
 @measure("property")
 def rank_times_sides(model: Model, method: Method, config: Config = {}, split: Split = {}) -> MeasureResult:
-    """Check whether a Method trains r (in + out) numbers per adapted layer (2 d r if it is square), and no bias."""
+    """Check whether a Method trains r (in + out) numbers per adapted layer (2 d r if the layer is square), and no bias."""
     from harness.conformance.subject import configure
 
     layers = dict(attached_model.model(model, json.dumps(split)).named_modules())
@@ -39,7 +39,7 @@ def rank_times_sides(model: Model, method: Method, config: Config = {}, split: S
 
 @measure("property")
 def only_b_learns_at_first() -> MeasureResult:
-    """Check whether before the first step, with B = 0, the gradient of A is zero and that of B is not."""
+    """Check whether, before the first step, with B = 0, the gradient of A is zero and that of B is not."""
     import torch
 
     adapted = _attach(_plain(), rank=4, alpha=8)
@@ -55,7 +55,7 @@ def only_b_learns_at_first() -> MeasureResult:
 def update_is_scaled_by(
     factor: Literal["alpha/r", "alpha/sqrt(r)"], alpha: Positive, ranks: list[Positive]
 ) -> MeasureResult:
-    """Check whether the update is this multiple of B A x at every rank; `alpha/sqrt(r)` is with rslora."""
+    """Check whether the update is this multiple of B A x at every rank. `alpha/sqrt(r)` is the factor with rslora."""
     import torch
 
     for rank in ranks:

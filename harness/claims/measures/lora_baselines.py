@@ -22,12 +22,13 @@ Design = Literal["houlsby", "lin", "pfeiffer"]
 """A parameter that is a design of adapters: `AdapterH`, `AdapterL` and `AdapterP` of the paper."""
 
 _PER_BLOCK = {"houlsby": (2, 0), "lin": (1, 1), "pfeiffer": (1, 0)}
-"""Design -> (adapters, trained layer norms) per block: after attention and MLP; after the MLP and a norm; after the MLP."""
+"""Design -> (adapters, trained layer norms) per block. The adapters are after attention and MLP (`houlsby`), after MLP and
+norm (`lin`), or after the MLP (`pfeiffer`)."""
 
 
 @measure("count")
 def adapters(model: Model, design: Design, rank: Positive) -> MeasureResult:
-    """Adapters with a bottleneck of `rank`: L_Adpt (2 d r + r + d) + 2 L_LN d. An adapter is two layers with biases."""
+    """Parameters of adapters of width `rank`: L_Adpt (2 d r + r + d) + 2 L_LN d. An adapter is two layers with biases."""
     d, depth = _width_and_depth(model)
     number, norms = (depth * each for each in _PER_BLOCK[design])
     count = number * (2 * d * rank + rank + d) + 2 * norms * d
@@ -39,7 +40,7 @@ def adapters(model: Model, design: Design, rank: Positive) -> MeasureResult:
 def adapters_of_some_rank(
     model: Model, design: Design, printed: Quantity, last: Quantity, fitted: bool = False
 ) -> MeasureResult:
-    """Adapters if the rank is not printed; see `at_some_rank`."""
+    """Parameters of adapters if the rank is not printed; see `at_some_rank`."""
     d, depth = _width_and_depth(model)
     number, norms = (depth * each for each in _PER_BLOCK[design])
     return of_some(Fraction(number * d + 2 * norms * d), Fraction(number * (2 * d + 1)), printed, last, fitted, "rank")
@@ -47,21 +48,21 @@ def adapters_of_some_rank(
 
 @measure("count")
 def prefix_embedding(model: Model, prefix: Tokens, infix: Tokens) -> MeasureResult:
-    """Prefix-embedding tuning: trainable embeddings of virtual tokens, d (l_p + l_i)."""
+    """Parameters of prefix-embedding tuning, which trains embeddings of virtual tokens: d (l_p + l_i)."""
     d, _ = _width_and_depth(model)
     return MeasureResult(d * (prefix + infix), f"{d:,} x ({prefix} + {infix})")
 
 
 @measure("count")
 def prefix_layer(model: Model, prefix: Tokens, infix: Tokens) -> MeasureResult:
-    """Prefix-layer tuning: trainable activations of virtual tokens after every block, L d (l_p + l_i)."""
+    """Parameters of prefix-layer tuning, which trains activations of virtual tokens after every block: L d (l_p + l_i)."""
     d, depth = _width_and_depth(model)
     return MeasureResult(depth * d * (prefix + infix), f"{depth} x {d:,} x ({prefix} + {infix})")
 
 
 @measure("count")
 def prefix_layer_of_some_length(model: Model, printed: Quantity, last: Quantity, fitted: bool = False) -> MeasureResult:
-    """Prefix-layer tuning if the lengths are not printed; see `at_some_rank`, with tokens instead of ranks."""
+    """Parameters of prefix-layer tuning if the lengths are not printed; see `at_some_rank`, with tokens for ranks."""
     d, depth = _width_and_depth(model)
     return of_some(Fraction(0), Fraction(depth * d), printed, last, fitted, "token")
 

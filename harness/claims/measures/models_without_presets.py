@@ -14,7 +14,7 @@ Shape = dict[str, int]
 
 @measure("count")
 def bart_parameters(shape: Shape, only: list[str] | None = None) -> MeasureResult:
-    """Parameters of BART without a head, tied ones once. only: substrings of the names of counted parameters."""
+    """Parameters of BART without a head; tied ones count once. only: substrings of the names of counted parameters."""
     named = _bart(shape).named_parameters()
     count = sum(p.numel() for name, p in named if not only or any(part in name for part in only))
     return MeasureResult(count, f"{count:,} parameters on the meta device")

@@ -18,7 +18,7 @@ Split = dict[str, list[str]]
 
 @measure("count")
 def parameters(model: Model, without: list[str] | None = None, only: list[str] | None = None) -> MeasureResult:
-    """Parameters of a model, tied ones once.
+    """Parameters of a model; tied ones count once.
 
     without, only: regular expressions. Parameters whose names match `without`, or do not match `only`, do not count.
     Raises ValueError for an expression that matches no name.
@@ -39,8 +39,8 @@ def trainable_parameters(
 ) -> MeasureResult:
     """Trainable parameters of a Method attached to a model, without a classifier's new head.
 
-    only: regular expressions; only tensors of the Method that match one count. also: regular expressions of further
-    trainable parameters, e.g. `classifier` or `embed_tokens`; parameters that the Method trains too count once.
+    only: regular expressions; of the Method's tensors, only matching ones count. also: regular expressions of further
+    trainable parameters, e.g. `classifier` or `embed_tokens`; if the Method trains them too, they count once.
     """
     return summed(_trained(model, method, config, split, only, also))
 
@@ -68,7 +68,7 @@ def trainable_share(
     only: list[str] | None = None,
     also: list[str] | None = None,
 ) -> MeasureResult:
-    """Trainable parameters as a share of the model (`base`), or of the model and the Method's (`base+adapter`)."""
+    """Trainable parameters as a share of the model (`base`), or of the model together with them (`base+adapter`)."""
     trained = _trained(model, method, config, split, only, also)
     top, base = total(trained), attached_model.parameter_count(model)
     bottom = base + top if of == "base+adapter" else base

@@ -1,6 +1,6 @@
 """Measures: PiSSA's start, its fast SVD, its conversion to LoRA and QPiSSA's error, by the reference (arXiv:2404.02948).
 
-On synthetic weights: random singular vectors, and singular values that fall as a power of their index.
+The weights are synthetic: their singular vectors are random, and their singular values fall as a power of the index.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def pissa_splits_the_weight(
 def pissa_takes_the_principal_part(
     rank: Positive, rows: Positive = 96, columns: Positive = 128, decay: float = 0.5, dtype: Dtype = "float64"
 ) -> MeasureResult:
-    """Check whether s B A has the largest singular values and vectors, with the root of each value in either factor.
+    """Check whether s B A has the largest singular values and vectors, and each factor the square root of each value.
 
     The measure knows the values and vectors of the synthetic weight: s B A = U_r S_r V_r^T, s A A^T = s B^T B = S_r.
     """
@@ -228,9 +228,9 @@ def _normal(rows: int, columns: int, seed: int = 3) -> Tensor:
 
 
 def _judged(found: dict[str, Tensor], truth: dict[str, Tensor], dtype: str) -> MeasureResult:
-    """Return whether `found` agrees with `truth`, judged by the error of rounding the truth to the dtype.
+    """Return whether `found` agrees with `truth`.
 
-    The conformance suite judges in the same way.
+    As in the conformance suite, the tolerance comes from the error of rounding `truth` to the dtype.
     """
     from harness.conformance.comparison.tolerance_policies import noise_floor
     from harness.conformance.subject import DTYPES

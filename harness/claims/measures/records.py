@@ -55,7 +55,7 @@ Depths = Annotated[list[Entry], Field(min_length=2)]
 LABELS = 2
 """Labels of an encoder's new head, as in tasks with random labels."""
 _RECIPE = ("method", "base", "dtype", "optimizer")
-"""Fields that are equal in a Cell and in its rehearsal at a smaller size."""
+"""Fields of a Cell that its rehearsal at a smaller size must share."""
 _LEFT_OUT = "without CUDA's context and memory that the allocator holds beyond tensors"
 
 
@@ -72,10 +72,10 @@ def peak_memory(suite: Suite, cell: Entry) -> MeasureResult:
 
 @measure("bytes")
 def device_memory(suite: Suite, cell: Entry) -> MeasureResult:
-    """Memory of a GPU that a Cell's training needs: from the peak of its tensors to the allocator's or the driver's total.
+    """GPU memory that a Cell's training needs: a range from the peak of tensors to the allocator's or driver's total.
 
-    The driver's total includes CUDA's context and other processes. On a CPU, and if the Record has neither total, the
-    result is that of `peak_memory`.
+    The larger total counts. The driver's total includes CUDA's context and other processes. On a CPU, and if the Record
+    has neither total, the result is that of `peak_memory`.
     """
     (own,) = record_sources.records(suite, cell)
     peak, seen = _peak(own), [gpu for record in own if (gpu := measurements.training_gpu(record))]
@@ -90,14 +90,14 @@ def device_memory(suite: Suite, cell: Entry) -> MeasureResult:
 
 @measure("ratio")
 def memory_ratio(suite: Suite, of: Entry, to: Entry) -> MeasureResult:
-    """Ratio of the peak memory of training of `of` and `to`."""
+    """Ratio of the peak memory in training: `of` / `to`."""
     a, b = pair(suite, of, to)
     return over(_peak(a), _peak(b)).measured(f"{_peaks(a)} / {_peaks(b)}; {record_sources.place(a[0])}")
 
 
 @measure("share")
 def memory_less(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
-    """Relative reduction of the peak memory of training of `of` from `than`."""
+    """Relative reduction of the peak memory in training: 1 - `of` / `than`."""
     a, b = pair(suite, of, than)
     less = ONE - over(_peak(a), _peak(b))
     return less.measured(f"1 - {_peaks(a)} / {_peaks(b)}; {record_sources.place(a[0])}")
@@ -105,7 +105,7 @@ def memory_less(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
 
 @measure("bytes")
 def memory_more(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
-    """Difference in bytes between the peak memory of training of `of` and `than`."""
+    """Peak memory in training of `of` minus that of `than`, in bytes."""
     a, b = pair(suite, of, than)
     return (_peak(a) - _peak(b)).measured(f"{_peaks(a)} - {_peaks(b)}; {record_sources.place(a[0])}")
 
@@ -114,7 +114,7 @@ def memory_more(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
 def extrapolated_memory(suite: Suite, cells: Depths) -> MeasureResult:
     """Peak memory of training a whole model, extrapolated linearly from Cells with its first blocks.
 
-    With three or more Cells each pair of neighbouring depths gives a line; the result is the range of all lines.
+    With three or more Cells, each pair of neighbouring depths gives a line; the result is the range of all lines.
     """
     value, how, own = _extrapolated(suite, cells)
     return value.measured(f"{how}; {record_sources.place(own)}")
@@ -122,7 +122,7 @@ def extrapolated_memory(suite: Suite, cells: Depths) -> MeasureResult:
 
 @measure("ratio")
 def extrapolated_memory_ratio(suite: Suite, of: Depths, to: Depths) -> MeasureResult:
-    """Ratio of `of` and `to`, each as in `extrapolated_memory`."""
+    """Ratio `of` / `to` of two memories as in `extrapolated_memory`."""
     for a, b in zip(of, to, strict=True):
         pair(suite, a, b)
     (x, above, own), (y, below, _) = _extrapolated(suite, of), _extrapolated(suite, to)
@@ -131,10 +131,10 @@ def extrapolated_memory_ratio(suite: Suite, of: Depths, to: Depths) -> MeasureRe
 
 @measure("bytes")
 def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: Entry) -> MeasureResult:
-    """Memory of a Cell, scaled from a narrower model in proportion to the parameters, inside and outside of blocks.
+    """Memory of a Cell, scaled from a narrower model in proportion to the parameters, separately in and outside of blocks.
 
-    cells: entries of a narrower model with one and with two blocks, with ranks smaller in proportion. The measure scales
-    the counted tensors: weights, adapter, gradients, the optimizer's states and the temporaries of its step.
+    cells: entries of a narrower model with one and with two blocks; their ranks are smaller in proportion. The measure
+    scales the counted tensors: weights, adapter, gradients, the optimizer's states and the temporaries of its step.
     `harness.memory_model` predicts activations, logits, and the states of a paged optimizer on the GPU (small tensors are
     not paged). The result is a range: the least value has no activations and logits, the largest has all of them.
     """
@@ -154,7 +154,7 @@ def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: Entry)
 
 @measure("ratio")
 def scaled_memory_ratio(suite: Suite, of: Depths, to: Depths, model: Model) -> MeasureResult:
-    """Ratio of `of` and `to`, each as in `scaled_memory`, without activations."""
+    """Ratio `of` / `to` of two memories as in `scaled_memory`, without activations."""
     for a, b in zip(of, to, strict=True):
         pair(suite, a, b)
     (x, above, own), (y, below, _) = _scaled(suite, of, model), _scaled(suite, to, model)
@@ -163,7 +163,7 @@ def scaled_memory_ratio(suite: Suite, of: Depths, to: Depths, model: Model) -> M
 
 @measure("count")
 def trained_parameters(suite: Suite, cell: Entry) -> MeasureResult:
-    """Trained parameters of the Method of a Cell, without a new head."""
+    """Parameters that a Cell's Method trains, without a new head."""
     (own,) = record_sources.records(suite, cell)
     counts = {record.measurements.parameters.adapter for record in own if record.measurements}
     return MeasureResult(max(counts), f"counted in {own[0].cell.label}; {record_sources.place(own[0])}")
@@ -190,7 +190,10 @@ def pair(suite: str, of: str, to: str) -> tuple[list[Record], list[Record]]:
 
 
 def _depths(suite: str, cells: Sequence[str]) -> tuple[str, dict[int, list[Record]]]:
-    """Return the name of the model of some Cells, and their Records by number of blocks."""
+    """Return the model's name without its depth, and number of blocks -> Records, in ascending order.
+
+    Raises ValueError if the Cells differ in anything but the number of blocks.
+    """
     sides = record_sources.records(suite, *cells)
     names = {own[0].cell.model.removeprefix(shapes.PREFIX).partition("/")[0] for own in sides}
     else_equal = {own[0].cell.model_copy(update={"model": ""}).cell_id for own in sides}
@@ -213,9 +216,9 @@ def _extrapolated(suite: str, cells: Sequence[str]) -> tuple[Interval, str, Reco
 
 
 def _scaled(suite: str, cells: Sequence[str], model: str, paged: int | None = None) -> tuple[Interval, str, Record]:
-    """Return the counted bytes of Cells scaled to a model, the arithmetic as text, and a Record of the Cells.
+    """Scale the counted bytes of Cells to a model. Return the result, the arithmetic as text, and a Record of the Cells.
 
-    paged: bytes of a paged optimizer's states on the GPU at the size of that model.
+    paged: bytes of the states that a paged optimizer of that model leaves on the GPU.
     """
     narrow, at = _depths(suite, cells)
     if [*at] != [1, 2]:
@@ -241,7 +244,7 @@ def _blocks(address: str) -> int:
 
 
 def _sizes(model: str) -> tuple[int, int]:
-    """Return the number of parameters of one block, and the number outside of blocks."""
+    """Return the number of parameters in one block, and the number outside of all blocks."""
     one, two = (attached_model.parameter_count(f"{model}/{n}-blocks") for n in (1, 2))
     return two - one, 2 * one - two
 

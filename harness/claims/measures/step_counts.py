@@ -25,7 +25,7 @@ def training_operations(
     config: Config = {},
     checkpointing: bool = False,
 ) -> MeasureResult:
-    """Operations of all matrix products in one training step, multiplications and additions.
+    """Operations (multiplications and additions) of all matrix products in one training step.
 
     The step is a forward and a backward pass of `batch` texts of `tokens` tokens, with the Method's reference attached,
     full attention, a loss of every token, and the Method's own loss term (AdaLoRA's), but without the optimizer's step.
@@ -40,9 +40,9 @@ def training_operations(
 
 @measure("share")
 def time_more_by_operations(of: Count, than: Count) -> MeasureResult:
-    """Relative increase in time of `of` over `than`, if time is proportional to operations. of, than: operations.
+    """Relative increase in time, `of` / `than` - 1, if time is proportional to operations. of, than: operations.
 
-    The result is a range: 0 if all time is spent on other work that both share, and the increase in operations if matrix
+    The result is a range: 0 if both spend all time on the same other work, and the increase in operations if matrix
     products take all the time. The range is no bound: an optimizer's step, norms, dequantisation and communication are not
     included, and no time is measured.
     """

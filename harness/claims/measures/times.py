@@ -45,7 +45,7 @@ def throughput(suite: Suite, cell: Entry) -> MeasureResult:
 
 @measure("ratio")
 def step_time_ratio(suite: Suite, of: Entry, to: Entry) -> MeasureResult:
-    """Ratio of the step times of `of` and `to`: a ratio of medians, with an interval from order statistics.
+    """Ratio of the step times, `of` / `to`: a ratio of medians, with an interval from order statistics.
 
     With few processes, an assumed deviation between processes widens the interval.
     """
@@ -55,14 +55,14 @@ def step_time_ratio(suite: Suite, of: Entry, to: Entry) -> MeasureResult:
 
 @measure("share")
 def step_time_more(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
-    """Relative increase of the step time of `of` over `than`; negative if shorter."""
+    """Relative increase of the step time, `of` / `than` - 1; negative if `of` is faster."""
     ratio, times, how = _compared(suite, of, than, _steps)
     return (ratio - ONE).measured(f"{times} per step, minus 1; {how}")
 
 
 @measure("ratio")
 def latency_ratio(suite: Suite, cell: Entry, of: Variant, to: Variant, at: Kind) -> MeasureResult:
-    """Ratio of the times of a pass by two variants of a Cell's model, in the same process."""
+    """Ratio `of` / `to` of the times that two variants of a Cell's model take for a pass, in the same process."""
     (own,) = record_sources.records(suite, cell)
     x, y = (_merge([_latency(record, variant, at) for record in own]) for variant in (of, to))
     shape = next(one for one in _latencies(own[0]) if one.kind == at)
@@ -72,7 +72,7 @@ def latency_ratio(suite: Suite, cell: Entry, of: Variant, to: Variant, at: Kind)
 
 @measure("ratio")
 def phase_ratio(suite: Suite, phase: str, of: Entry, to: Entry) -> MeasureResult:
-    """Ratio of the times of a phase, e.g. `attach`, of `of` and `to`; the interval covers variation between processes."""
+    """Ratio `of` / `to` of the times of a phase, e.g. `attach`. The interval covers the variation between processes."""
     ratio, times, how = _compared(suite, of, to, lambda own: _merge([_phase(record, phase) for record in own]))
     return ratio.measured(f"{times} for {phase}; {how}")
 
@@ -95,7 +95,7 @@ def refresh_share(suite: Suite, cell: Entry) -> MeasureResult:
 
 
 def _compared(suite: str, of: str, to: str, time: Callable[[Sequence[Record]], Interval]) -> tuple[Interval, str, str]:
-    """Return the ratio of two times, a text with the times, and a text with the processes and the place."""
+    """Return the ratio of two times, a text with the two times, and a text with the processes and the place."""
     a, b = pair(suite, of, to)
     x, y = time(a), time(b)
     ratio, processes = _between_processes(over(x, y), a, b)
@@ -173,7 +173,10 @@ def _seconds(x: Interval) -> str:
 
 
 def _between_processes(found: Interval, *sides: Sequence[Record]) -> tuple[Interval, str]:
-    """Return a time or a ratio, widened if too few processes show their variation, and the explanation as text."""
+    """Return `found`, a time or a ratio, and a text with the number of processes.
+
+    If there are too few processes to show the variation between them, the interval is widened, and the text explains it.
+    """
     counts = [len(side) for side in sides]
     count = "one process" if max(counts) == 1 else f"{min(counts)} processes"
     each = count + " each" * (len(counts) > 1)

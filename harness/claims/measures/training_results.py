@@ -27,7 +27,7 @@ def scores_higher(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
 
 @measure("property")
 def scores_no_lower(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
-    """Check whether the mean accuracy of `of` is at most 2 points, the margin of `gate`, below that of `than`."""
+    """Check whether the mean accuracy of `of` is above that of `than` minus 2 points, the margin of `gate`."""
     spread, how = _scores(suite, of, than)
     return _above(spread, -ACCURACY, f"{how}; margin {100 * ACCURACY:g} points")
 
@@ -57,7 +57,7 @@ def _scores(suite: str, of: str, than: str) -> tuple[Spread, str]:
 
 
 def _above(spread: Spread, least: float, how: str) -> MeasureResult:
-    """Return whether a difference is above `least`; undecided if its interval has values on both sides of `least`."""
+    """Return whether a difference is above `least`. It is undecided if its interval has values on both sides of `least`."""
     low, high = spread.interval
     return MeasureResult(low > least, how, None if low > least or high < least else True)
 

@@ -12,7 +12,7 @@ from harness.claims.measures.parameters import Split
 from harness.claims.sums import total
 
 Each = Annotated[int, Field(ge=0)]
-"""A parameter: bytes per number; 0 if not stored, or not counted."""
+"""A parameter that is a number of bytes per element; 0 for elements that are not stored or not counted."""
 
 
 @measure("bytes")
@@ -25,7 +25,7 @@ def adam_training(
     gradient: Each = 2,
     moment: Each = 2,
 ) -> MeasureResult:
-    """Bytes of a model's weights, and of gradients and two moments of the trainable parameters of a Method.
+    """Bytes of a model's weights, plus those of gradients and two moments of the parameters that a Method trains.
 
     `full` trains all parameters, `frozen` none.
     """
@@ -41,8 +41,8 @@ def adam_training(
 def full_finetuning_of_unknown_precision(model: Model) -> MeasureResult:
     """Bytes of weights, gradients and Adam's moments in full fine-tuning, if the paper does not state the precision.
 
-    From 6 bytes per parameter (weights and moments in 16 bits, gradients freed after use) to 16 bytes in mixed precision
-    (arXiv:1910.02054, section 3.1: weights and gradients in 16 bits; master weights and both moments in 32).
+    The range is from 6 bytes per parameter (weights and moments in 16 bits, gradients freed after use) to 16 bytes in mixed
+    precision (arXiv:1910.02054, section 3.1: weights and gradients in 16 bits; master weights and both moments in 32).
     """
     count = attached_model.parameter_count(model)
     least, most = 2 + 2 * 2, 2 + 2 + 4 + 2 * 4

@@ -28,9 +28,9 @@ def counts_by_formula(model: Model, targets: list[str], ranks: list[Positive], s
 
 @measure("property")
 def is_kaiming_uniform(inputs: Positive, outputs: Positive, rank: Positive) -> MeasureResult:
-    """Check whether A (r, in) and B (out, r) equal, bit by bit, draws of PyTorch's `kaiming_uniform_`.
+    """Check whether A (r, in) and B (out, r) equal, bit by bit, draws of PyTorch's `kaiming_uniform_` with its defaults.
 
-    With its defaults: uniform in +-sqrt(6 / fan_in). PyTorch initialises an nn.Linear in +-sqrt(1 / fan_in) instead.
+    These draws are uniform in +-sqrt(6 / fan_in). PyTorch initialises an nn.Linear in +-sqrt(1 / fan_in) instead.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""JSON Schemas of a run's files, in this folder. `python -m harness.records.schemas` regenerates them."""
+"""JSON Schemas of a run's files. They are in this folder; `python -m harness.records.schemas` regenerates them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def current() -> dict[str, str]:
-    """Map each schema's file name to the text that the current models give."""
+    """Map the file name of each schema to its content according to the current models."""
     kinds: dict[str, type[BaseModel]] = {
         "run.schema.json": Manifest,
         "record.schema.json": Record,

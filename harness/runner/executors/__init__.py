@@ -53,7 +53,8 @@ def _summary(declaration: ast.Call) -> Summary:
 def choose(name: str, jobs: int | None = None, options: Mapping[str, Sequence[str]] | None = None) -> Executor:
     """Return the executor called `name`.
 
-    jobs: number of Cells at a time; None for the executor's default. options: option name -> values.
+    jobs: number of Cells at a time; None for the executor's default. options: option name -> values. Raises UsageError if
+    an option belongs to another executor.
     """
     found, given = kinds(), options or {}
     for kind in found.values():

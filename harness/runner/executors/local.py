@@ -124,9 +124,9 @@ class Local:
             yield attempt.end()
 
     def _place(self, job: Job, probe: Probe | None, used: Sequence[str]) -> tuple[Job | None, str]:
-        """Return `job` with its share of this machine and "", or None and the reason for waiting.
+        """Return (`job` with its share of this machine, ""), or (None, the reason why the job must wait).
 
-        probe: a finished probe of the GPUs.
+        probe: a finished probe of the GPUs. used: UUIDs of the GPUs of running Cells.
         """
         share: dict[str, object] = {}
         if self.jobs > 1:

@@ -86,7 +86,7 @@ def _paths(job: Job) -> Iterator[str]:
 
 
 def _each(jobs: Sequence[Job], folder: store.RunFolder, node: str) -> Iterator[Job]:
-    """Yield each job at its start, and write machine and time into its log for `final_record`."""
+    """Yield each job when it can start, after writing machine and time into its log for `final_record`."""
     for job in jobs:
         with contextlib.suppress(OSError):  # the worker reports errors of the folder
             folder.log_path(job.cell.cell_id, job.attempt).write_text(f"{_BEGUN}{node} at {store.now()}\n")
@@ -94,10 +94,10 @@ def _each(jobs: Sequence[Job], folder: store.RunFolder, node: str) -> Iterator[J
 
 
 def final_record(job: Job, context: RunContext, ending: Ending, submitted: str, over: float) -> Record:
-    """Return the Record of an attempt on another machine; if there is none, write it.
+    """Return the Record of an attempt on another machine; if the attempt left none, write one.
 
     over: end of the attempt, by time.monotonic(). The duration begins when a machine has started the attempt. An attempt
-    that was never started gets the status `lost`, however its machine ended.
+    that was never started gets the status `lost`, whatever the cause of its end.
     """
     started = _started(context.folder.log_path(job.cell.cell_id, job.attempt))
     if started is None:

@@ -31,7 +31,7 @@ _STORE_B = 80 * 2**20
 
 @dataclass(frozen=True)
 class _Finished:
-    """An attempt with an ended task. The Record may become visible later."""
+    """An attempt whose task has ended. Its Record may become visible later."""
 
     job: Job
     ending: Ending
@@ -42,7 +42,10 @@ class _Finished:
     """Time by time.monotonic() until which the Record may become visible."""
 
     def is_known(self, context: RunContext) -> bool:
-        """Return whether the Record is visible, or will never be. Raises StoreError if a Record exists only elsewhere."""
+        """Return whether the Record is visible here, or the wait for it is over.
+
+        Raises StoreError after the wait if another machine wrote the Record.
+        """
         path = context.folder.record_path(self.job.cell.cell_id, self.job.attempt)
         if path.exists() or time.monotonic() < self.until:
             return path.exists()
@@ -56,7 +59,7 @@ class _Finished:
 class Ray:
     """The executor `ray`.
 
-    jobs: number of Cells at a time; None for the maximum of the cluster. command: replaces the usual command of the worker.
+    jobs: number of Cells at a time; None for as many as fit. command: replaces the usual command of the worker.
     patience: seconds to wait for a node that can run one Cell, at the start and after nodes were lost.
     """
 
@@ -71,7 +74,7 @@ class Ray:
         self._cpus = 1
         """Cores of each Cell."""
         self._max_threads: int = 2**20
-        """Maximum number of threads per Cell if Ray runs only on this machine; machines of a cluster have own limits."""
+        """Maximum number of threads per Cell if Ray runs only on this machine. In a cluster each node has its limit."""
         self._visible_s = node.VISIBLE_S
         self._blind: set[str] = set()
         """Nodes that do not see the run folder or an asset."""

@@ -34,12 +34,12 @@ _PERMIT = "wanted-"
 _MOST_ELEMENTS = 1000
 """Slurm's MaxArraySize is 1001 unless its administrator changes it."""
 _START_MIN = 5
-"""Minutes that an element may take in addition to its Cells."""
+"""Minutes that an element may run in addition to the time of its Cells."""
 _LOOK_S = 0.5
 _POLL_S = 15.0
 _GRACE_S = 10.0
 _CANCEL_S, _CANCEL_LOOK_S = 45.0, 1.0
-"""Slurm itself waits 30 s for the end of a process (KillWait)."""
+"""Seconds to wait for the end of cancelled elements, and between two looks. Slurm itself waits 30 s (KillWait)."""
 GONE = "GONE"
 _UNKNOWN_S = 600.0  # Slurm's accounting may be late by this time
 _QUERY_TIMEOUT_S = 30.0
@@ -65,8 +65,8 @@ class Element:
 class Slurm:
     """The executor `slurm`.
 
-    jobs: number of Cells at a time; None for the maximum of Slurm. options: options of sbatch, each KEY=VALUE. command:
-    replaces the usual command of the worker.
+    jobs: number of Cells at a time; None for as many as Slurm allows. options: options of sbatch, each KEY=VALUE.
+    command: replaces the usual command of the worker.
     """
 
     is_remote = True
@@ -160,7 +160,10 @@ class Slurm:
     def _gather(
         self, shares: dict[Any, list[Job]], context: RunContext, listener: Listener
     ) -> Generator[Record, None, None]:
-        """Yield each Record as it appears; for an element without one, yield a Record with the cause of its end."""
+        """Yield each Record as it appears.
+
+        If an element has ended and one of its Cells has no Record, yield a Record with the cause of the element's end.
+        """
         left = {job.cell.cell_id: job for share in shares.values() for job in share}
         submitted = store.now()
         states, poll_s, last = States(here=self._here), _LOOK_S if self._here else _POLL_S, 0.0
@@ -198,7 +201,7 @@ def recall(folder: Path) -> None:
 
 
 def _ending(element: Any, state: str) -> Ending:
-    """Return the Ending of an element: Slurm's state, and the error that the element raised, if known."""
+    """Return the Ending of an element, with Slurm's state, and with the error that the element raised, if any is known."""
     raised = ""
     if element.paths.result_pickle.exists() and (error := element.exception()) is not None:
         lines = str(error).strip().splitlines()
@@ -271,7 +274,7 @@ class States:
 
 
 def _queue(arrays: set[str]) -> set[str] | None:
-    """Return the elements of `arrays` that wait or run; None if Slurm does not answer. Used without Slurm's accounting."""
+    """Return the waiting and running elements of `arrays`, without Slurm's accounting; None if Slurm does not answer."""
     command = ["squeue", "--noheader", "--array", "--format=%i", "--jobs", ",".join(sorted(arrays))]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S, check=False)
