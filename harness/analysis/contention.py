@@ -7,7 +7,7 @@ from harness.errors import plural
 from harness.records.record import Record
 
 ONE_CORE = 0.9
-"""Fewest CPU seconds per second of an undisturbed step: at any moment of a step, at least one thread has work."""
+"""Least CPU time of an undisturbed step, in seconds per second: at any moment of the step, at least one thread has work."""
 ALL_THREADS = 0.8
 LOAD_ABOVE = 0.5
 """If the load average exceeds the number of cores by more than this, other processes compete for the cores."""

@@ -25,7 +25,7 @@ def diverged(record: Record) -> bool:
 
 
 def unreferenced(record: Record) -> str:
-    """Return why a Record has no speed if it had no reference to compare with; an empty string if it had one."""
+    """Return why no speed is shown for a Record that had no reference to compare with; an empty string if it had one."""
     skipped = (c for c in record.checks if c.id.check == "reference" and c.outcome is Outcome.SKIPPED)
     return next((f"no speed without parity: {check.detail}" for check in skipped), "")
 

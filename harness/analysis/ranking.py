@@ -149,7 +149,7 @@ _Place = tuple[Budget, tuple[int, ...], int]
 
 
 def groups(run: Run) -> tuple[Group, ...]:
-    """Sort a run's accuracies into groups of equal budget, in the order of the manifest.
+    """Return the scored recipes of a run in groups of equal budget, in the order of the manifest.
 
     A recipe that lacks a seed is in a separate group: otherwise the seeds that worked would stand for the seeds that failed.
     The tries of a search for a learning rate are not ranked.

@@ -42,7 +42,7 @@ class JudgedTrajectory:
     ratio: float | None = None
     """Largest ratio of an error to its allowance."""
     step: int | None = None
-    """Step of the worst ratio, from 0."""
+    """Step of the largest ratio, from 0."""
 
 
 def judge(

@@ -156,7 +156,7 @@ def _looser(base: Record, new: Record) -> list[str]:
 
 
 def _recipe_names(cells: Mapping[str, Cell], names: Mapping[str, str]) -> dict[str, str]:
-    """Return names by recipe_id; a recipe with a single Cell has the name of this Cell."""
+    """Return the names of recipes, by recipe_id. A recipe with a single Cell has the name of this Cell."""
     recipes = group((cell.recipe_id, cell) for cell in cells.values())
     several = [cell for same in recipes.values() if len(same) > 1 for cell in same]
     return {recipe: names[same[0].cell_id] for recipe, same in recipes.items()} | naming.recipes(several)

@@ -104,7 +104,7 @@ def _one_sided(pair: CellPair, what: str, a: Number | None, b: Number | None, un
 
 
 def _times(record: Record) -> dict[str, float]:
-    """Return the medians of a Record's times in seconds, by quantity; no times if `no_speed` hides them."""
+    """Return the median times of a Record in seconds, by quantity; none if `no_speed` hides them."""
     m = record.measurements
     if m is None or failed_checks.no_speed(record):
         return {}

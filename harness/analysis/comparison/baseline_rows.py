@@ -122,7 +122,7 @@ class ComparisonRow:
     what: str
     """Quantity."""
     reason: str = ""
-    """Reason of the verdict; may be empty."""
+    """Reason for the verdict; may be empty."""
     base: Value = None
     """Value in the baseline; None if missing."""
     new: Value = None

@@ -1,4 +1,4 @@
-"""Log ratios of the times of one pair of process runs, new side over old."""
+"""Log ratios (new / old) of the times of one pair of process runs."""
 
 from __future__ import annotations
 

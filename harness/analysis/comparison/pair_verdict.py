@@ -1,4 +1,4 @@
-"""Verdict on an old and a new side from pairs of process runs: on times, memory and outcome of each Cell, and jointly."""
+"""Verdict on two sides, old and new, from the times, memory and outcomes of pairs of process runs."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ def judge(cells: Sequence[CellComparison], canaries: Canaries, *, strict: bool =
     """Judge all Cells of one comparison.
 
     The exit code is the first that applies. NOTHING_COMPARED: no Cell could be timed, and none failed. FAIL: on the new
-    side only, a Cell is slower, takes more memory, has other counts, or fails. INFRASTRUCTURE: the canaries close the
-    gate, which then judges no time, or a Cell could not be timed. INCONCLUSIVE, only with `strict`: a time of a Cell is
-    undecided, or only some of its process runs counted their memory. Otherwise PASS.
+    side, a Cell is slower, takes more memory, has other counts, or fails although the old side does not. INFRASTRUCTURE:
+    the canaries close the gate, which then judges no time, or a Cell could not be timed. INCONCLUSIVE, only with `strict`:
+    a time of a Cell is undecided, or only some of its process runs counted their memory. Otherwise PASS.
 
     Each time (a step or a latency) is judged separately. The level of the Design is strict enough for 500 times. The
     adjusted p values are shown but decide nothing, since ten or twenty pairs are too few for them. In simulated gates

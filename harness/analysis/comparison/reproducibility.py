@@ -69,7 +69,7 @@ class Rerun:
 
 
 def reruns(runs: Sequence[Run]) -> tuple[Rerun, ...]:
-    """Compare the ok Records of each Cell with two or more of them in `runs`; keep the order of the manifests.
+    """Compare the ok Records of each Cell that has several; return one Rerun per Cell, in the order of the manifests.
 
     Each Record is compared with an earlier one: the first from the same circumstances or, if there is none, the very
     first. A copy of a Record (a run named twice, a copied folder) is no rerun.
@@ -207,7 +207,7 @@ def _unequal(
 def usual_environment(run: Run) -> Environment:
     """Return the most frequent environment of a run's ok Records; on a tie, the environment of the runner.
 
-    Cells may run on other machines of a cluster than the runner, or with fewer threads if jobs share a machine.
+    On a cluster, Cells may run on other machines than the runner. Several jobs share the threads of one machine.
     """
     ok = [record.environment for record in run.latest().values() if record.status is Status.OK]
     found = Counter(_key(e) for e in ok)

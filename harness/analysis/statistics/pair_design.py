@@ -39,7 +39,7 @@ class Design:
     """Level of the interval that must lie within `same_within` to prove a Cell unchanged. If a Cell is slower by
     `same_within`, each of up to three looks calls it unchanged with a probability of at most (1 - interval) / 2."""
     suspect: float = 0.10
-    """Level at which a change of more than `suspect_by` requires fresh pairs."""
+    """Level of the test for a change of more than `suspect_by`. A significant change requires fresh pairs."""
     suspect_by: float = 0.005
     """Smallest suspicious change."""
     trim: float = 0.25

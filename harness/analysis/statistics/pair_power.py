@@ -40,7 +40,7 @@ def least(found: Callable[[float], float], low: float, high: float) -> float:
 def power(change: float, scale: float, design: Design) -> float:
     """Return the probability that a Cell with the true log ratio `change` is called slower (noncentral t).
 
-    The result is a product of probabilities: each look before the last does not call the Cell unchanged, and the last
+    The result multiplies two probabilities: that no look before the last calls the Cell unchanged, and that the last
     look finds the change. The product treats the looks as independent, so it is too low rather than too high. Almost
     all changes that an early look finds are found at the last look too.
     """

@@ -61,7 +61,7 @@ class Look:
 
 
 def look(log_ratios: Any, design: Design, stage: Stage) -> Look:
-    """Judge log ratios of shape (..., n), n pairs of each Cell, at a planned look.
+    """Judge log ratios at a planned look. Their shape is (..., n), with n pairs of each Cell.
 
     The first stage calls no Cell slower or faster. Raises UsageError if no look at n pairs is planned, HarnessError if
     a log ratio is not finite.

@@ -39,7 +39,7 @@ states it.
 Five small kernels (add, copy, matmul, softmax, a Python loop) had 0.9 % to 8.5 % in 14 process runs each on a shared
 machine with two cores; the root mean square was 5 %."""
 _ROUNDS = 0.9
-"""Level of the interval of one run's median, used with fewer than FEWEST runs; five rounds are enough for it."""
+"""Level of the interval of one run's median, which is used if fewer than FEWEST runs are saved. Five rounds are enough."""
 _LARGEST = 700.0
 """Largest log ratio with a finite exponential."""
 
@@ -74,7 +74,7 @@ class JudgedBenchmark:
 
 
 def judge(saved: Sequence[Sequence[float]], new: Sequence[float], margin: float = MARGIN) -> JudgedBenchmark:
-    """Judge a new process run by saved runs. saved, new: seconds of their rounds, above 0.
+    """Judge a new process run by saved runs. saved, new: seconds of the rounds, above 0.
 
     The verdict is `slower` if the ratio new / saved exceeds 1 + margin at the level ALARM, `faster` if the inverse
     ratio does, and `not slower` if the whole interval at LEVEL lies below 1 + margin; otherwise it is inconclusive.

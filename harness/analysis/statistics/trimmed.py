@@ -95,7 +95,7 @@ def single(mean: float, error: float, df: float, n: int) -> Trimmed:
 def hodges_lehmann(log_ratios: Any, level: float) -> tuple[float, tuple[float, float] | None]:
     """Return the median of all pairwise means of n values, and its exact interval, or None if n is too small for one.
 
-    For any symmetric distribution, the interval holds at `level` or more (inverted signed-rank test).
+    For any symmetric distribution, the level of the interval is at least `level` (inverted signed-rank test).
     """
     import numpy as np
 
