@@ -35,7 +35,7 @@ def as_text(document: Mapping[str, Any]) -> str:
 
 
 def _columns(document: Mapping[str, Any], rows: Sequence[_Row], size: MemorySize, several: bool) -> dict[str, _Write]:
-    """Return the columns of the table, as a function for each heading. The function returns the text for a row."""
+    """Return one function per column of the table, by heading. The function returns the text of the column in a row."""
     checked, by_formula = document["checked"], document["activations_known"]
     parts = [part for part in _PARTS if by_formula or part not in ("activations", "logits", "total" * checked)]
     parts[-1:-1] = ["peak"] if checked else []

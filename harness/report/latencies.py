@@ -1,4 +1,4 @@
-"""Tables of latencies: one compares the base, unmerged and merged model, one shows several adapters in one batch."""
+"""Tables of latencies: one compares the base, unmerged and merged model; the other shows several adapters in one batch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _latency_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Field]]]:
 
 
 def several_adapters(facts: RunFacts) -> Table:
-    """Return the table of batches in which each row uses another adapter, and of the same batches through one adapter."""
+    """Return a table that compares a batch with another adapter in each row to the same batch through one adapter."""
     columns = [
         _PASS,
         column("Adapters", "number of adapters in the batch; always four"),

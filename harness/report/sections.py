@@ -1,4 +1,4 @@
-"""Sections of the report without tables and rankings: parity, losses, time, environment, failures, rerun."""
+"""Sections of the report, except tables and rankings: parity, losses, time, environment, failures, rerun."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of the report. A table has columns, and groups of rows, which sorting never mixes."""
+"""Tables of the report. A table has columns and groups of rows; sorting never mixes the groups."""
 
 from __future__ import annotations
 

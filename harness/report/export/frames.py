@@ -116,7 +116,7 @@ def _frame(table: str, made: Sequence[ExportRow]) -> tuple[DataFrame, list[Colum
 
 
 def _array(values: list[Value], dtype: str) -> Any:
-    """Return an array with NA for None and for an empty text, since an empty text in a Record means that none applies."""
+    """Return an array with NA for None and for an empty text, since a Record has an empty text where no text applies."""
     given = [None if value == "" else value for value in values]
     if dtype == TIME:
         return pd.to_datetime(pd.Series(given, dtype=TEXT), utc=True, errors="coerce", format="ISO8601").astype(TIME)
