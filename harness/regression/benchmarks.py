@@ -1,4 +1,4 @@
-"""Compare the benchmarks of a pytest session with saved process runs; no speed without parity."""
+"""Compare the benchmarks of a pytest session with saved process runs. Without parity, no benchmark passes."""
 
 from __future__ import annotations
 

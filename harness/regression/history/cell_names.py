@@ -26,7 +26,7 @@ def cells(history: History) -> dict[str, Cell]:
 
 
 def names(history: History) -> dict[str, str]:
-    """Return names by cell_id; the key `*` has a name too."""
+    """Return the names of the Cells, by cell_id; `*` has a name too."""
     return {**naming.full(cells(history).values()), EVERY: COMMON}
 
 

@@ -197,7 +197,7 @@ def _timed(family: str, judged: Sequence[HistorySeries], guards: Sequence[Histor
 
 
 def _anchor(one: HistorySeries, common: Array, guards: Array, found: FoundChanges) -> None:
-    """Judge the anchor: if the sentinels change too, the machine has changed, otherwise the code under test."""
+    """Judge the anchor: if the sentinels change too, the machine has changed; otherwise the code under test has changed."""
     import numpy as np
 
     def changes(logs: Array) -> list[Change]:

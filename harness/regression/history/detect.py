@@ -38,7 +38,7 @@ def detect(folder: Path, cell: str | None, sentinel: str | None, as_json: bool, 
     """
     from harness.regression.history import table
 
-    with collector.paused():  # the collector takes half of the time
+    with collector.paused():  # garbage collection would take half of the time
         history = night_files.read(folder)
         only = cell_names.select(history, cell) if cell else None
         found = detection(history, only=only, sentinel=sentinel, strict=strict)

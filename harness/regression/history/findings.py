@@ -67,7 +67,7 @@ class PlaceChange:
     """Differences between the places, as `key old -> new`."""
     cells: int
     step_ratio: float | None
-    """Median over Cells of the step time, new place / old place; None if no Cell has both."""
+    """Median over Cells of the step time on the new place / on the old place; None if no Cell has both."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ results/history/<night>.jsonl        the night, its runs and places; then one ro
                 resets.jsonl         accepted levels; see `decisions`
                 confirmations.jsonl  verdicts on changes; see `decisions`
 
-Lines of a night are TypedDicts: a history has up to a quarter of a million rows, and a row is used unchanged.
+The lines of a night are TypedDicts, used as parsed, since a history has up to a quarter of a million rows.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def by_severity(rows: Iterable[ComparisonRow]) -> list[ComparisonRow]:
 def shown_rows(
     rows: Sequence[ComparisonRow], kind: FindingKind, *, all_rows: bool = False
 ) -> tuple[list[ComparisonRow], int, int]:
-    """Return the rows of a kind to show, the most serious first, the number left out, and the number of equal rows.
+    """Return the rows of a kind to show (the most serious first), the number left out, and the number of equal rows.
 
     A row is equal if it has the same value in both runs. all_rows: leave out no row, not even equal rows.
     """

@@ -1,4 +1,4 @@
-"""A request to compare two sides by pairs of runs, and the command that makes it."""
+"""A request to compare two sides by pairs of runs, and the shell commands for it."""
 
 from __future__ import annotations
 
