@@ -1,4 +1,4 @@
-"""Judge claims of a paper in this process, for claims that need no large model."""
+"""Judge claims that need no large model in this process, without a worker."""
 
 from __future__ import annotations
 

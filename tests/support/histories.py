@@ -73,7 +73,7 @@ def head(index: int, number: int, revision: str) -> RunHeader:
 
 
 def noisy(seed: int, level: Callable[[str, int], float] = lambda *_: 1.0, sd: float = 0.005) -> Values:
-    """Return a function for `values`: step times of about 0.1 s with noise, times the `level` of a Cell and night."""
+    """Return a function for `write`: noisy step times of 0.1 s, multiplied by the `level` of the Cell and night."""
     rng = random.Random(seed)
 
     def values(cell: str, index: int, _: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A plausible run folder like that of the suite quick, built from the models of Records without a run."""
+"""A plausible run folder like that of the suite quick, built from the classes of a Record without running anything."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Worker that measures nothing, for tests of executors: `stub_worker.py RECORDS ACTS EVENTS LIFELINE < WORK.json`.
 
-RECORDS/<seed>.json holds a Record for each seed. The worker writes it as the Record of its Cell, with the number of
-cores and the GPU that it was given as notes. ACTS maps seeds to something else to do: `hang` (and write the process id
-into the run's folder), `die` (by SIGKILL), `orphan` (kill the parent, then hang), or `slow` (wait 0.05 s, then write
-the Record).
+RECORDS/<seed>.json holds a Record for each seed. The worker writes it as the Record of its Cell; the notes hold the
+number of cores and the GPU that the worker was given. ACTS maps seeds to something else to do: `hang` (and write the
+process id into the run's folder), `die` (by SIGKILL), `orphan` (kill the parent, then hang), or `slow` (wait 0.05 s,
+then write the Record).
 """
 
 from __future__ import annotations
