@@ -130,10 +130,7 @@ def _was_fully_tried(
 
 
 def _may_show(defect: Defect, implementation: Implementation) -> bool:
-    """Return whether checks of an implementation could show a defect.
-
-    The check ids of a base contain the name of the Method that uses the base.
-    """
+    """Return whether checks of an implementation could show a defect. The check ids of a base name a Method instead."""
     if defect.target or implementation.kind == "base":
         return defect.target in ("", implementation.target)
     return any(fnmatchcase(implementation.target, CheckId.parse(pattern).target) for pattern in defect.checks)
