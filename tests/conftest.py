@@ -1,4 +1,4 @@
-"""Fixtures that many tests share: a sandbox for the command, and a finished smoke run."""
+"""Fixtures that many tests share, e.g. a sandbox for the command and a finished smoke run."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from support import forked_modules
 from support.once import once, shared_folder
 from support.sandbox import Finished, ForkSandbox, Sandbox, make_fork_sandbox, make_sandbox
 
-# Several workers at once, each with a thread per core, would wait for each other in loops. Before torch is imported.
+# With one thread per core, several workers would wait for each other in loops. This must precede the import of torch.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A process has Triton's interpreter, which the tests of this folder need, from its first import or never; without it the
-# kernels would need a GPU. tests/kernels/test_ahead.py judges what they compile to.
+# The tests in this folder need Triton's interpreter. A process has it from its first import of Triton on, or never. Without
+# the interpreter, the kernels would need a GPU. tests/kernels/test_ahead.py tests the compiled kernels.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
 TIERS = {"e2e", "slow", "cluster", "build", "real"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
+@pytest.hookimpl(tryfirst=True)  # run before pytest deselects tests by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark a test that runs the whole command in a sandbox as `e2e`."""
+    """Mark each test that runs the whole command in a sandbox as `e2e`, unless it has the mark of a tier."""
     for item in items:
         whole_command = {"sandbox", "fork_sandbox"} & set(getattr(item, "fixturenames", ()))
         if whole_command and not TIERS & {mark.name for mark in item.iter_markers()}:
@@ -41,9 +41,9 @@ _imported = 0
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Hide what was imported since the last test from the garbage collector, as the worker of a Cell does.
+    """Hide recent imports from the garbage collector, as the worker of a Cell does.
 
-    A Cell collects before each phase. With the imports of all tests a collection takes a third of a second.
+    A Cell collects garbage before each phase. With the imports of all tests, each collection takes a third of a second.
     """
     global _imported
     if len(sys.modules) > _imported:
@@ -54,7 +54,7 @@ def pytest_runtest_setup() -> None:
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tokenizer of the tiny Llama, and nothing else."""
+    """Return a folder that holds only the tokenizer of the tiny Llama."""
     from harness.assets import generated
 
     generated.tiny_llama(folder := tmp_path_factory.mktemp("tokenizer"))
@@ -65,7 +65,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache that holds what the harness generates, once the first run has generated it."""
+    """Return a cache folder. The first run of the harness generates its models and data; later runs reuse them."""
     folder = shared_folder(tmp_path_factory) / "cache"
     folder.mkdir(exist_ok=True)
     return folder
@@ -73,7 +73,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def forks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the harness fork this process, which has imported torch, where it would start Python anew."""
+    """Make the harness fork this process, which has imported torch, where it would start a new Python."""
     forked_modules.use(monkeypatch)
 
 
@@ -84,13 +84,16 @@ def sandbox(tmp_path: Path, cache: Path) -> Sandbox:
 
 @pytest.fixture
 def fork_sandbox(tmp_path: Path, cache: Path, forks: None) -> ForkSandbox:
-    """A sandbox for tests of what happens in a Cell, not of its process: quicker, since nothing is imported again."""
+    """Return a sandbox for tests of the work in a Cell, not of its process. It is fast, since nothing is imported again."""
     return make_fork_sandbox(tmp_path, cache)
 
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Finished, store.Run]:
-    """`peft-harness run smoke`, once for all workers, in a folder whose files have the names of modules."""
+    """Run `peft-harness run smoke` once for all workers; return its output and the run.
+
+    Files in the current folder have names of modules, so that an import from this folder ends the command.
+    """
 
     def make(folder: Path) -> dict[str, Any]:
         sandbox = make_sandbox(folder, cache)

@@ -1,1 +1,1 @@
-"""Analysis of Records: metrics, intervals, rankings, verdicts. Imports no torch, changes nothing on disk."""
+"""Analysis of Records: metrics, intervals, rankings, verdicts. It imports no torch and changes nothing on disk."""

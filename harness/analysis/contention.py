@@ -7,10 +7,10 @@ from harness.errors import plural
 from harness.records.record import Record
 
 ONE_CORE = 0.9
-"""Least CPU seconds per second of an undisturbed step: at any moment of a step, at least one thread has work."""
+"""Least CPU time of an undisturbed step, in seconds per second: at any moment of the step, at least one thread has work."""
 ALL_THREADS = 0.8
 LOAD_ABOVE = 0.5
-"""Load average beyond one runnable thread per core, above which other processes compete for the cores."""
+"""If the load average exceeds the number of cores by more than this, other processes compete for the cores."""
 
 RULE = (
     f"busy: the steps waited for a CPU. The process got less than {ONE_CORE:g} s of CPU time per second of its"
@@ -21,7 +21,7 @@ RULE = (
 
 
 def busy(record: Record) -> str:
-    """Return evidence that the steps of a Cell waited for a CPU; an empty string if there is none, and on a GPU."""
+    """Return evidence that the steps of a Cell waited for a CPU; an empty string without evidence, and on a GPU."""
     training = record.training
     threads, wall = record.environment.threads, sum(training.step_seconds) if training else 0.0
     # The process may sleep while a GPU computes.

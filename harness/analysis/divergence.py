@@ -12,8 +12,8 @@ FEW = 5
 """Number of steps at either end of the training. Medians over them are compared, since a single batch may be hard."""
 TIMES = 2.0
 NATS = math.log(2)
-"""Training diverged if the loss rose by more than this factor and by more than this many nats: a loss near 0 may double by
-chance, and a loss of 5 may vary by log(2)."""
+"""Training diverged if the loss rose by more than the factor TIMES and by more than NATS. Chance may double a loss near
+0, and may change a loss of 5 by log(2)."""
 
 
 def rose(losses: Sequence[float]) -> str:

@@ -25,7 +25,7 @@ def diverged(record: Record) -> bool:
 
 
 def unreferenced(record: Record) -> str:
-    """Return why a Record without a reference to compare with has no speed; an empty string if it has a reference."""
+    """Return why no speed is shown for a Record that had no reference to compare with; an empty string if it had one."""
     skipped = (c for c in record.checks if c.id.check == "reference" and c.outcome is Outcome.SKIPPED)
     return next((f"no speed without parity: {check.detail}" for check in skipped), "")
 

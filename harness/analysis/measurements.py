@@ -47,7 +47,7 @@ def throughput(training: TrainingMeasured) -> float | None:
 
 
 def timed_for_comparison(cell: Cell, latency: Latency) -> bool:
-    """Return whether a latency of one adapter was timed, at the requested batch size, only to compare it with several."""
+    """Return whether a latency of one adapter, at the requested batch size, is only for comparison with several adapters."""
     return latency.adapters == 1 and latency.batch == cell.evaluation.prompt_batch
 
 
@@ -58,7 +58,7 @@ def training_peak(record: Record) -> int | None:
 
 
 def training_energy(record: Record) -> float | None:
-    """Return the joules of the training phase; None without training or counter, or if they include other Cells."""
+    """Return the joules of the training phase; None without training or counter, or if they include those of other Cells."""
     if not_its_own_energy(record):
         return None
     found = [p.energy_J for p in record.phases if p.name == TRAIN and p.energy_J is not None]
@@ -66,9 +66,9 @@ def training_energy(record: Record) -> float | None:
 
 
 def not_its_own_energy(record: Record) -> str:
-    """Return the reason why the joules of a Record include other Cells; an empty string if they do not.
+    """Return the reason why the joules of a Record include those of other Cells; an empty string if they do not.
 
-    Joules include other Cells if the counter covers the whole machine and several Cells ran at the same time.
+    This is so if the counter covers the whole machine and several Cells ran at the same time.
     """
     energy = record.measurements.energy if record.measurements else None
     # A failed Record does not name its counter; on a CPU there is only one.
@@ -84,7 +84,7 @@ def training_gpu(record: Record) -> GpuPhase | None:
 
 
 def above_imports(record: Record, memory: int) -> int:
-    """Return `memory` minus the memory of the imports, in bytes, at least 0: a library is no cost of the Method."""
+    """Return `memory` minus the memory of the imports, in bytes, at least 0. A library is no cost of the Method."""
     if record.measurements is not None:
         return max(0, memory - record.measurements.memory.baseline_B)
     started = [p.end_memory_B for p in record.phases if p.name == STARTUP and p.end_memory_B is not None]
@@ -92,7 +92,7 @@ def above_imports(record: Record, memory: int) -> int:
 
 
 def startup_seconds(record: Record) -> float:
-    """Return the seconds of the start-up: of the interpreter and the imports."""
+    """Return the seconds of the start-up phase: the start of the interpreter, and the imports."""
     return sum(p.seconds for p in record.phases if p.name == STARTUP)
 
 

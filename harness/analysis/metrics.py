@@ -34,22 +34,22 @@ class Metric:
     meaning: str
     """One sentence without a full stop: tooltip in the table, description of the export column."""
     read: Callable[[Record], Number | None]
-    """Returns the value, None where it was not measured."""
+    """Returns the value; None if it was not measured."""
     why_missing: Callable[[Record], str] = lambda _: "not measured"
     """Returns the reason why the value is missing."""
     kind: MetricKind | None = None
-    """Comparison of two values: `timed` by statistics, `counted` exactly or within the slack, `peak` within the slack,
-    `score` by paired items; None for a number that is only shown."""
+    """How two values are compared: `timed` by statistics, `counted` exactly or within the slack, `peak` within the
+    slack, `score` by paired items; None for a number that is only shown."""
     better: Literal["lower", "higher"] | None = None
     """The better direction; None if any difference is a regression."""
     slack_B: int = 0
-    """History: largest difference in bytes that is no change."""
+    """Largest difference, in bytes, that is no change in the history."""
     slack_share: float = 0.0
-    """History: largest difference that is no change, as a share of the level; the larger of both slacks counts."""
+    """Largest difference that is no change in the history, as a share of the level. The larger of the two slacks counts."""
     applies: Callable[[Record], bool] = lambda _: True
     """Returns whether history and gate use the value of a Record."""
     always_there: bool = True
-    """History: True if a night without the metric gets a message."""
+    """True if the history reports a night that lacks the metric."""
     heading: str = ""
     """Column of the comparison table on the page, with the unit."""
     terminal_heading: str = ""
@@ -73,7 +73,7 @@ class Metric:
 
 
 def _measured(part: str, field: str) -> Callable[[Record], Number | None]:
-    """Return a reader of a field of `Measurements.<part>`."""
+    """Return a function that reads `Measurements.<part>.<field>` from a Record."""
 
     def read(record: Record) -> Number | None:
         value: Number | None = getattr(getattr(record.measurements, part, None), field, None)
@@ -90,7 +90,7 @@ _PARTS: dict[str, tuple[type[BaseModel], FindingKind]] = {
 
 
 def _counted(part: str, field: str, **more: Any) -> Metric:
-    """Return the metric of a counted field of `Measurements.<part>`, in scalars or bytes."""
+    """Return the metric of the counted field `Measurements.<part>.<field>`, in scalars or bytes."""
     model, finding = _PARTS[part]
     name = f"{part}.{field}"
     size: dict[str, Any] = {"unit": "B", "better": "lower"} if field.endswith("_B") else {"unit": "1"}

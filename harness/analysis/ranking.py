@@ -26,7 +26,7 @@ class Budget:
     """Settings that must be equal before two accuracies may be ranked.
 
     Learning rates may differ: each method chooses its own. `accumulate`, `checkpointing`, `compile` and `layerwise`
-    change the cost of a step, not its result. The optimizer may differ; names and report show the optimizer, see
+    change the cost of a step, not its result. Optimizers may differ too: names and reports show them, see
     `Group.optimizers`.
     """
 
@@ -93,7 +93,7 @@ class RankingEntry:
 
     @property
     def record(self) -> Record:
-        """The Record of the first seed, which represents all seeds for facts that do not depend on the seed."""
+        """The Record of the first seed; it stands for all seeds in facts that do not depend on the seed."""
         return self.records[0]
 
 
@@ -114,11 +114,11 @@ class Group:
     detectable: float | None
     """Smallest difference that one comparison in this group can detect; None if there is nothing to compare."""
     disagreement: float
-    """Share of items answered differently, which gives `detectable`; 0 if the basis is `seeds`."""
+    """Share of items that two recipes answered differently; `detectable` follows from it. 0 if the basis is `seeds`."""
     basis: Basis
-    """Source of `disagreement`. `tied` and `all`: observed between the best recipe and the one that differs most from it,
-    among the tied ones or among all. `independent`: assumed for independent answers. `seeds`, with several seeds: the
-    largest standard error of a difference from the best."""
+    """Source of `detectable`. `tied` and `all`: the answers of the best recipe and of the recipe that differs most from
+    it, among the tied recipes or among all. `independent`: the assumption that answers are independent. `seeds`, with
+    several seeds: the largest standard error of a difference from the best recipe."""
 
     @property
     def entries(self) -> tuple[RankingEntry, ...]:
@@ -149,7 +149,7 @@ _Place = tuple[Budget, tuple[int, ...], int]
 
 
 def groups(run: Run) -> tuple[Group, ...]:
-    """Sort a run's accuracies into groups of equal budget, in the order of the manifest.
+    """Return the scored recipes of a run in groups of equal budget, in the order of the manifest.
 
     A recipe that lacks a seed is in a separate group: otherwise the seeds that worked would stand for the seeds that failed.
     The tries of a search for a learning rate are not ranked.
@@ -190,7 +190,7 @@ def groups(run: Run) -> tuple[Group, ...]:
 def score(records: Sequence[Record], prior: Prior | None = None) -> Score:
     """Return the accuracy of one Record, or the mean accuracy of several with an interval for new seeds and items.
 
-    prior: the spread of other recipes over seeds.
+    prior: the spread over seeds, estimated from all recipes of the group.
     """
     scored = accuracies(records)
     if len(scored) == 1:
@@ -222,7 +222,7 @@ def _group(budget: Budget, tries: int, trained: Sequence[_Recipe], untrained: Se
     best, *others = *trained, *untrained
     top = scores[best[0].id]
     pairs = {r[0].id: RecipePair.of(best, r, (priors.get(best[0].id), priors.get(r[0].id))) for r in others}
-    # The same items chose the best recipe, so all pairs count as tests, not only those with the best.
+    # These items also chose the best recipe, so all pairs of recipes count as tests, not only the pairs with the best.
     tests = len(scores) * (len(scores) - 1) // 2
     p = holm({i: pair.p for i, pair in pairs.items() if pair is not None}, tests)
 
@@ -260,9 +260,9 @@ class RecipePair:
     interval: tuple[float, float]
     """Interval of the difference."""
     p: float
-    """p value of no difference."""
+    """p value for the hypothesis of no difference."""
     detectable: float
-    """Smallest difference that this pair can show."""
+    """Smallest difference that this pair can detect."""
     disagreement: float | None = None
     """Share of items that exactly one of two runs answered correctly; None over several seeds."""
 
@@ -270,7 +270,7 @@ class RecipePair:
     def of(cls, left: Sequence[Record], right: Sequence[Record], priors: Priors = (None, None)) -> RecipePair | None:
         """Compare two recipes; return None if the items are not the same, or if only one side has several runs.
 
-        priors: for each side, the spread of other recipes over seeds.
+        priors: for each side, the spread over seeds, estimated from all recipes of the group.
         """
         a, b = accuracies(left), accuracies(right)
         if (len(a) > 1) != (len(b) > 1):
@@ -279,7 +279,7 @@ class RecipePair:
 
     @classmethod
     def of_spread(cls, spread: Spread | None) -> RecipePair | None:
-        """Return the comparison that an estimate over several seeds gives; None without an estimate."""
+        """Return the comparison for an estimated difference over several seeds; None without an estimate."""
         return cls(spread.value, spread.interval, spread.p, spread.detectable) if spread else None
 
     @classmethod
@@ -301,7 +301,7 @@ def _resolution(
 ) -> tuple[float | None, Basis, float]:
     """Return the smallest detectable difference, its basis, and the share of items answered differently.
 
-    The pair that disagrees most is the hardest to separate, so it represents the group. Pairs of tied recipes take
+    The pair that disagrees most is the hardest to separate, so it represents the group. Pairs with tied recipes take
     precedence: a pair with a large difference says little about close pairs.
     """
     both: tuple[tuple[Basis, Sequence[RecipePair | None]], ...] = (("tied", tied), ("all", rivals))

@@ -82,7 +82,7 @@ class RunFacts:
         return f"{record.status.value}: {record.because}"
 
     def unfinished(self) -> str:
-        """Return a predicate for a sentence about an unfinished run, which says how the run ended."""
+        """Return how an unfinished run ended, as the predicate of a sentence about the run."""
         if self.run.footer is not None:
             return f"was {self.run.how}"
         if _FOOTER in self.run.broken:

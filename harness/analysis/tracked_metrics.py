@@ -1,4 +1,4 @@
-"""Values of a Record that the history stores, by metric, and the machine and software (the place) behind the Record.
+"""Values of a Record that the history stores, and the place of the Record: its machine and software.
 
 The metrics are all of `metrics.METRICS` that have a name in the history, and the median latencies, named
 `latency_s/<variant>/<kind>/<batch>x<tokens>`.
@@ -95,7 +95,7 @@ def times(record: Record) -> dict[str, float]:
 
 
 def _short(value: float) -> float:
-    """Round to six digits: smaller differences are no finding, and files stay small."""
+    """Round to six significant digits: smaller differences are no finding, and files stay small."""
     return float(f"{value:.6g}")
 
 
@@ -127,6 +127,6 @@ def place_id(of: Mapping[str, str]) -> str:
 
 
 def place_changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    """List the differences of two places, as `key old -> new`."""
+    """List the differences between two places, as `key old -> new`."""
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return [f"{key} {before.get(key, 'none')} -> {after.get(key, 'none')}" for key in keys]

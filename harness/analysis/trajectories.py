@@ -4,8 +4,7 @@ The error of a Cell at step t is err(t) = |loss(t) - loss64(t)|. The largest all
 
     TRAJECTORY_FACTOR * (largest err of the reference run in the dtype of the Cell up to t)  +  floor(t)
 
-The reference run defines this noise, so another bound applies to this run: its error may grow by a fixed number of eps at
-each step.
+The reference run cannot be judged by its own noise. Instead, its error may grow by a fixed number of eps at each step.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class JudgedTrajectory:
     ratio: float | None = None
     """Largest ratio of an error to its allowance."""
     step: int | None = None
-    """Step of the worst ratio, from 0."""
+    """Step of the largest ratio, from 0."""
 
 
 def judge(
@@ -158,7 +157,7 @@ def _other_batches(left: Record, right: Record) -> str:
 
 
 def _training_settings(cell: Cell) -> dict[str, object]:
-    """Return the settings that determine the exact losses, without implementation, dtype, scoring and micro-batches."""
+    """Return the settings that determine the exact losses: all except implementation, dtype, scoring and micro-batches."""
     how = {"accumulate", "checkpointing", "compile", "layerwise"}
     return cell.model_dump(
         mode="json", exclude={"implementation": True, "dtype": True, "evaluation": True, "training": how}

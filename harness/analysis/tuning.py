@@ -26,7 +26,7 @@ class Try:
 
 @dataclass(frozen=True)
 class Search:
-    """Tries of one entry, by rising learning rate."""
+    """One declared search, with its tries by rising learning rate."""
 
     tuning: Tuning
     """The declared search."""
@@ -37,7 +37,7 @@ class Search:
 
     @property
     def scored(self) -> tuple[tuple[float, Score], ...]:
-        """Learning rate and score of every try that has one."""
+        """Pairs (learning rate, score) of all tries with a score."""
         return tuple((t.lr, t.score) for t in self.tries if t.score)
 
     @property

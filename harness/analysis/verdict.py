@@ -74,9 +74,9 @@ class RunVerdict:
 def judge(run: Run) -> RunVerdict:
     """Judge every comparison of a run, then the run.
 
-    Exit codes, the first that holds: FAIL for a nonconforming Cell, a refuted comparison or a file that was changed after
-    the run, since no missing Cell can undo such a finding; NOTHING_COMPARED if no Cell was measured; INFRASTRUCTURE if some
-    Cells were not measured; otherwise PASS, also with open questions (see `exit_code`).
+    The exit code is the first that applies. FAIL: a nonconforming Cell, a refuted comparison, or a file that was
+    changed after the run, since no missing Cell can undo such a finding. NOTHING_COMPARED: no Cell was measured.
+    INFRASTRUCTURE: some Cells were not measured. Otherwise PASS, also with open questions (see `exit_code`).
     """
     latest = run.latest()
     missing = tuple(run.missing())
@@ -115,7 +115,7 @@ class _PairOutcome:
     """Verdict on one pair of recipes."""
 
     gap: float
-    """Lower end of the interval of the difference; the pair with the lowest end is the strongest evidence against a yes."""
+    """Lower end of the interval of the difference left - right. The pair with the smallest value represents all pairs."""
     sentence: str
     kind: VerdictKind = field(compare=False)
 
@@ -223,7 +223,7 @@ def _whole(
         ), Exit.FAIL
 
     ok = [r for r in latest.values() if r.status is Status.OK]
-    # A Cell that was prevented from running is a fault of the machine; a Cell that cannot run here is not.
+    # The machine is at fault if it prevented a Cell from running, but not if the Cell cannot run on it.
     bad = [r for r in latest.values() if r.status in UNMEASURED or (r.status is Status.SKIPPED and r.failure)]
     if not ok and not bad:
         ids = [r.id for r in latest.values()]
@@ -250,7 +250,7 @@ def _whole(
 
 
 def _conform(ok: list[Record]) -> str:
-    """Return a sentence that the measured Cells conform, with the number of Cells that had no reference."""
+    """Return the sentence that all measured Cells conform, with the number of Cells that had no reference."""
     unreferenced = sum(bool(parity.unreferenced(r)) for r in ok)
     exception = f", {unreferenced} of them without a reference to compare with" if unreferenced else ""
     return f"all {len(ok)} measured Cells conform{exception}"

@@ -1,4 +1,4 @@
-"""Command line of peft-harness: one module per command, shared options."""
+"""Command line of peft-harness: one module per command, and the options that commands share."""
 
 from __future__ import annotations
 

@@ -33,7 +33,10 @@ from harness.errors import Exit, HarnessError, UsageError
 
 class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command, and return its exit code: INFRASTRUCTURE, not click's 1, if the reader of stdout has closed it."""
+        """Run a command and return its exit code.
+
+        If the reader of stdout has closed it, the exit code is INFRASTRUCTURE, not click's 1.
+        """
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
@@ -61,11 +64,11 @@ def commands() -> None:
 
 
 def launch(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code."""
-    sys.excepthook = report_bug  # Python's default hook would exit with 1, which means a finding
+    """Run `peft-harness` with these arguments (by default those of the process) and return its exit code."""
+    sys.excepthook = report_bug  # Python's default hook exits with 1, which means a finding
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # an ASCII terminal must not end in a crash
+            stream.reconfigure(errors="backslashreplace")  # an ASCII terminal must not cause a crash
     try:
         code = int(commands.main(args=argv, prog_name="peft-harness", standalone_mode=False) or 0)
     except click.exceptions.NoArgsIsHelpError as error:

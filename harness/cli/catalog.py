@@ -1,4 +1,4 @@
-"""The names that `list` shows, found in the registry, the suites and the claim files."""
+"""Names that `list` shows, from the registry, the suites and the claim files."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from harness.suites import loader, tasks
 ListRow = dict[str, Any]
 _WIDTH = 100
 _SHOWN = 20
-"""Most names of a kind in the overview."""
+"""Largest number of names of a kind in the overview."""
 
 
 def listing(kinds: Sequence[str] = ()) -> dict[str, Any]:
-    """Return a document for JSON with the rows of these kinds, or of all kinds if none is given."""
+    """Return a JSON document with the rows of these kinds, or of all kinds if none is given."""
     registry = discover()
     document: dict[str, Any] = {"schema": SCHEMA}
     for kind in kinds or KINDS:
@@ -36,7 +36,7 @@ def listing(kinds: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def overview_text(document: Mapping[str, Any]) -> str:
-    """Return one paragraph per kind: the number of its rows and their names."""
+    """Return one paragraph per kind, with the number of its rows and their names."""
     lines = []
     for kind, rows in document.items():
         if kind == "schema" or (kind == "broken" and not rows):

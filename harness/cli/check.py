@@ -1,4 +1,4 @@
-"""Work of the command `check`: compare implementations with their references. No torch: workers compute."""
+"""Work of the command `check`: compare implementations with their references. Only its worker processes import torch."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from harness.report import check_terminal
 
 @dataclass(frozen=True)
 class CheckRequest:
-    """The targets of a check. Without names, these are all targets."""
+    """Targets and options of a check. An empty sequence of names stands for all names."""
 
     implementations: Sequence[str] = ()
     methods: Sequence[str] = ()
     operations: Sequence[str] = ()
     dtypes: Sequence[str] = ()
     breadth: CaseSelection = FEW
-    """Selection of the cases of every suite."""
+    """Selection of cases from every parity suite."""
     jobs: int | None = None
     patience: float = worker_processes.PATIENCE
     """Seconds without a result after which an implementation counts as hanging."""
@@ -50,7 +50,7 @@ def check(request: CheckRequest, as_json: bool, junit: Path | None = None, html:
     _check_writable({"--junit": junit, "--html": html})
     with handle_termination():
         report = judge(request)
-    # Printing and each file are independent: a full disk or a closed stdout must not prevent the others.
+    # Printing and each file are independent: a full disk or a closed stdout does not prevent the other outputs.
     with contextlib.ExitStack() as afterwards:
         if html is not None:
             from harness.report.check_page import write_page
@@ -68,7 +68,7 @@ def check(request: CheckRequest, as_json: bool, junit: Path | None = None, html:
 
 
 def _check_writable(files: dict[str, Path | None]) -> None:
-    """Raise UsageError for files that cannot be written, before the checks run for minutes."""
+    """Raise UsageError if a file cannot be written, before the checks run for minutes."""
     given = {option: file for option, file in files.items() if file is not None}
     problems = {option: why for option, file in given.items() if (why := unwritable(file))}
     if len({file.absolute() for file in given.values()}) < len(given):
@@ -79,7 +79,7 @@ def _check_writable(files: dict[str, Path | None]) -> None:
 
 
 def judge(request: CheckRequest) -> CheckReport:
-    """Run the requested checks, each entry point in its own process. Returns the report.
+    """Run the requested checks, with one process per entry point, and return the report.
 
     Raises UsageError for unknown names.
     """
@@ -98,7 +98,7 @@ def judge(request: CheckRequest) -> CheckReport:
         skipped |= {f"{name} {target}": why for (name, _, target), why in found.missing.items()}
         if interrupted:
             skipped |= {f"{name} {target}": "interrupted" for name, _, target in found.left}
-    # The user, an interruption or a missing module may have omitted the checks that show a defect.
+    # The options, an interruption or a missing module may have left out the checks that show a defect.
     omitted = {target for found in findings for target in found.not_tried}
     done = {target for task in tasks for target in task.targets} - omitted
     due = [defect for defect in known if _was_fully_tried(defect, request, registry, done)]
@@ -116,7 +116,7 @@ def judge(request: CheckRequest) -> CheckReport:
 def _was_fully_tried(
     defect: Defect, request: CheckRequest, registry: Registry, done: set[tuple[str, TargetKind, str]]
 ) -> bool:
-    """Return whether all checks that could show a defect were tried, so that its absence is a finding."""
+    """Return whether all checks that could show a defect were tried. Only then a defect that did not show is a finding."""
     by_dtype = all(
         dtype in request.dtypes
         or not any(fnmatchcase(dtype, CheckId.parse(pattern).dtype) for pattern in defect.checks)
@@ -130,14 +130,17 @@ def _was_fully_tried(
 
 
 def _may_show(defect: Defect, implementation: Implementation) -> bool:
-    """Return whether checks of an implementation could show a defect. Check ids of a base contain the Method's name."""
+    """Return whether checks of an implementation could show a defect. The check ids of a base name a Method instead."""
     if defect.target or implementation.kind == "base":
         return defect.target in ("", implementation.target)
     return any(fnmatchcase(implementation.target, CheckId.parse(pattern).target) for pattern in defect.checks)
 
 
 def _read(wanted: Sequence[Implementation]) -> tuple[dict[str, ParitySuite], Sequence[Defect]]:
-    """Return the parity suites of the implementations, and the known defects. Raises SuiteError with all mistakes."""
+    """Return the parity suites of the implementations, by target, and the known defects.
+
+    Raises SuiteError with the mistakes of all files.
+    """
     plans: dict[str, ParitySuite] = {}
     known: Sequence[Defect] = ()
     problems: list[Problem] = []
@@ -166,7 +169,10 @@ def _is_requested(implementation: Implementation, request: CheckRequest) -> bool
 def _tasks(
     wanted: Sequence[Implementation], request: CheckRequest, plans: dict[str, ParitySuite]
 ) -> tuple[list[WorkerTask], dict[str, str]]:
-    """Return one task per entry point, since each process pays for its imports, and skipped targets with reasons."""
+    """Return one task per entry point, and the reasons for the targets that are skipped.
+
+    A task has all targets of its entry point, so that a process imports the entry point once.
+    """
     grouped: dict[str, list[Implementation]] = {}
     skipped = {}
     for one in wanted:
@@ -186,12 +192,12 @@ def _tasks(
         )
         for point, several in grouped.items()
     ]
-    # Longest tasks first, so that no core is idle for long at the end.
+    # The longest tasks come first, so that no core is idle for long at the end.
     return sorted(tasks, key=lambda task: -sum(_size(plans[target]) for *_, target in task.targets)), skipped
 
 
 def _why_no_case(one: Implementation, plan: ParitySuite, request: CheckRequest) -> str:
-    """Return the reason why the request leaves an implementation no case of its parity suite; empty if some remain."""
+    """Return why the request leaves no case of its parity suite for an implementation; empty if there is a case."""
     possible = [dtype for dtype in plan.dtypes if dtype in (request.dtypes or DTYPES)]
     if set(one.dtypes) & set(possible):
         return ""
@@ -207,7 +213,7 @@ def _size(plan: ParitySuite) -> int:
 
 
 def _require_known_names(request: CheckRequest, registry: Registry) -> None:
-    """Raise one UsageError that lists every unknown name."""
+    """Raise one UsageError with all unknown names."""
     mistakes = [f"unknown {one}" for one in _unknown(request, registry)] or list(_not_offered(request, registry))
     if mistakes:
         hint = "`peft-harness list implementations` shows implementations, their targets and dtypes"
@@ -239,7 +245,7 @@ def _unknown(request: CheckRequest, registry: Registry) -> Iterator[str]:
 
 
 def _not_offered(request: CheckRequest, registry: Registry) -> Iterator[str]:
-    """Describe each requested implementation that offers no requested target."""
+    """Describe each requested implementation that offers none of the requested targets."""
     for name in request.implementations:
         offers = [i for i in registry.implementations if i.name == name]
         if offers and not any(_is_requested(i, request) for i in offers):

@@ -1,4 +1,4 @@
-"""The command `claims`. No torch: child processes compute."""
+"""The command `claims`. Only its child processes import torch."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def claims(
     else:
         read = claim_file.load([*claim_file.paths(papers or (() if files else claim_file.names())), *files])
         folders = [store.find_run(name).resolve() for name in runs]
-        with handle_termination():  # otherwise a child could outlive this process
+        with handle_termination():  # without this, a child could outlive this process
             software = environment.describe().software
             rows = compute.judged(selection.chosen(read, tiers, ids, headlines=headlines), jobs, folders)
     if page:

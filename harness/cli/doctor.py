@@ -23,7 +23,7 @@ _GIB = 2**30
 _MIN_FREE_B = 2 * _GIB
 _WIDTH = 100
 _STATES = ("no", "note", "ok")
-"""Most serious first."""
+"""States of a finding, the most serious first."""
 
 
 @dataclass(frozen=True)
@@ -31,19 +31,20 @@ class Diagnosis:
     """One finding."""
 
     group: str
-    """Heading in the summary."""
+    """Heading of the finding in the summary."""
     subject: str
     state: Literal["ok", "note", "no"]
-    """`no`: something cannot run; `note`: worth knowing."""
+    """`no`: something cannot run. `note`: worth knowing. `ok`: neither."""
     detail: str
     summary: str = ""
-    """Text that several findings of one group and state share. The summary counts such findings in one line."""
+    """Text that several findings of one group and state share. The summary joins these findings to one line with their
+    number."""
     shown: str = ""
-    """Name of the finding in this line; if empty, the finding is only counted."""
+    """Name of the finding in the joint line; if empty, the line only counts the finding."""
 
 
 def report(as_json: bool, verbose: bool = False) -> Exit:
-    """Print the findings; return INFRASTRUCTURE if something that the suite quick needs cannot run here."""
+    """Print the findings. Return INFRASTRUCTURE if something that the suite quick needs cannot run here, otherwise PASS."""
     findings = [*_machine(), *_implementations(), *_assets(), *_disk()]
     rows = [{"subject": f.subject, "state": f.state, "detail": f.detail} for f in findings]
     text = _every_finding if verbose else summary_text
@@ -56,7 +57,7 @@ def _every_finding(findings: Sequence[Diagnosis]) -> str:
 
 
 def summary_text(findings: Sequence[Diagnosis]) -> str:
-    """Return one line per problem, note and group, the most serious first; findings with the same summary are counted."""
+    """Return one line per finding, the most serious first. Findings with the same `summary` share a line."""
     lines: dict[tuple[int, str, str], list[Diagnosis]] = {}
     for f in findings:
         lines.setdefault((_STATES.index(f.state), f.group, f.summary or f.subject), []).append(f)

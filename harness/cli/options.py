@@ -1,4 +1,4 @@
-"""Options and output that several commands share, so that they have one name, one meaning and one help text."""
+"""Options and output that several commands share. So an option has the same name, meaning and help in all of them."""
 
 from __future__ import annotations
 
@@ -58,14 +58,17 @@ def print_document(document: Any, as_json: bool, as_text: Callable[[Any], str]) 
 
 
 def finite_seconds(_: click.Context, __: click.Parameter, value: float) -> float:
-    """Return the value, but refuse NaN, infinity and values of at most 0; click's FloatRange accepts NaN and infinity."""
+    """Return the value. Raises BadParameter for NaN, infinity and values of at most 0.
+
+    click's FloatRange would accept NaN and infinity.
+    """
     if not 0 < value < math.inf:
         raise click.BadParameter(f"{value:g} is not a number of seconds above 0, e.g. 3600")
     return value
 
 
 def join(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> str | None:
-    """Return the expressions of a repeated option as one expression; None without any."""
+    """Return the expressions of a repeated option, joined to one expression; None if the option is not given."""
     return ",".join(values) if values else None
 
 
@@ -75,6 +78,6 @@ def cells(name: str, help_: str) -> Callable[[_C], _C]:
 
 
 def only(command: click.Command) -> click.Command:
-    """Return the command with the option `--only`, and with the grammar of its expressions in the help."""
+    """Add the option `--only` to a command, and the grammar of its expressions to the command's help."""
     command.help = (command.help or "") + _GRAMMAR
     return cells("--only", "Use only these Cells, e.g. `method=lora,rank=8`. See below.")(command)

@@ -12,10 +12,10 @@ from harness.errors import Exit
 
 
 class _RunCommand(click.Command):
-    """Adds the options of the executors when the command is parsed, not on import."""
+    """The command `run`. It adds the options of the executors when it is parsed, not on import."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """Return the options of the command and of all executors."""
+        """Return the options of the command, including those of all executors."""
         from harness.runner import executors
 
         if not any(parameter.name == "executor" for parameter in self.params):

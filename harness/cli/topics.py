@@ -1,4 +1,4 @@
-"""Texts of `explain`, read from the definition of each name."""
+"""Texts that `explain` prints. Each text comes from the place that defines the name."""
 
 from __future__ import annotations
 
@@ -30,22 +30,23 @@ _OPERATIONS = Path(__file__).resolve().parents[1] / "conformance" / "operations"
 
 
 def explain(name: str) -> str:
-    """Return the texts about a name (case does not matter), or about the check of an id, `lora/gradient/float32/warm`.
+    """Return the texts about a name, or about the check in a check id such as `lora/gradient/float32/warm`.
 
-    Raises UsageError for an unknown name.
+    Upper and lower case are the same. Raises UsageError for an unknown name.
     """
     parts = name.split("/")
     wanted = (parts[1] if len(parts) == 4 else name).lower()
-    # An id with slashes can only mean a check, never its first part, such as the Method `frozen`.
+    # A check id stands only for its check, never for its first part, which may be another name (the Method `frozen`).
     topics = [topic for topic in _of_checks() if len(parts) == 4 and topic[0] == wanted] or list(_topics())
-    # Claim files are read only for names without another text, so that a mistake in a claim file does not hide other texts.
+    # Claim files are read last, and only if the name has no other text: a mistake in a claim file must not hide other
+    # texts.
     for read in (_claims, _defects):
         if wanted not in {topic.lower() for topic, _ in topics}:
             topics += read()
     found = [text() for topic, text in topics if topic.lower() == wanted]
     if not found:
         hint = did_you_mean(wanted, sorted({topic for topic, _ in topics}))
-        if not hint.startswith("did you mean"):  # a list of all names would fill the screen
+        if not hint.startswith("did you mean"):  # otherwise the hint would list all names, and fill the screen
             hint = (
                 "`peft-harness list methods`, `list checks`, `list claims` and `list measures` show names; operations, known"
                 " defects, optimizers, keys of `training:` and `config:`, verdicts, errors, exit codes (0 to 5), statuses"
@@ -56,7 +57,7 @@ def explain(name: str) -> str:
 
 
 def glossary() -> dict[str, dict[str, str]]:
-    """Return the definitions in glossary.yaml: kind -> name -> text."""
+    """Return the definitions in glossary.yaml, as texts by kind and name."""
     data: dict[str, dict[str, str]] = yaml_lines.load(Path(__file__).with_name("glossary.yaml")).data
     data["term"]["busy"] = contention.RULE
     return data
@@ -107,7 +108,7 @@ def _definition(title: str, text: str) -> str:
 
 
 def _of_configs() -> Iterator[Topic]:
-    """Yield a topic for each key of a `config:`, with the key's meaning for each Method."""
+    """Yield one topic per key of a `config:`, with the meaning of the key for each Method."""
     of_key: dict[str, list[str]] = {}
     for info in methods().values():
         for key, field in info.fields.items():
@@ -124,14 +125,14 @@ def _of_checks() -> Iterator[Topic]:
 
 
 def _check(name: str, rule: str) -> str:
-    """Return a text with the rule of a check, and with the command that runs the check in the fewest cases."""
+    """Return a text with the rule of a check, and a command that runs the check in few cases."""
     example = _example(name)
     command = [f"to see it at work, on {example[0]} in one dtype:", f"  {example[1]}"] if example else []
     return _titled(f"check {name}", "\n".join([rule, *(["", *command] if command else [])]))
 
 
 def _example(check: str) -> tuple[str, str] | None:
-    """Return the target and the command of an example of a check; None for a check that no parity suite names."""
+    """Return an example of a check, as (target, command); None if no parity suite names the check."""
     for file in sorted(
         (data_folder("suites") / "parity").glob("*.yaml"), key=lambda file: (file.stem != "lora", file.stem)
     ):
@@ -173,7 +174,7 @@ def _defect(defect: Defect, reproduction: Path) -> str:
 
 
 def _narrowed(patterns: Iterable[str]) -> str:
-    """Return the command-line options that select the targets which these patterns of check ids name."""
+    """Return command-line options that select the targets in these patterns of check ids; empty if a target is a pattern."""
     targets = sorted({pattern.partition("/")[0] for pattern in patterns})
     if any(set(target) & set("*?[") for target in targets):
         return ""

@@ -1,1 +1,1 @@
-"""Regressions: baselines, pairs of runs and the history of nightly runs. No torch."""
+"""Detection of regressions: baselines, pairs of runs, and the history of nightly runs. It imports no torch."""

@@ -1,4 +1,4 @@
-"""Compare the benchmarks of a pytest session with saved process runs; no speed without parity."""
+"""Compare the benchmarks of a pytest session with saved process runs. Without parity, no benchmark passes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KINDS = {
     Pace.INCONCLUSIVE: VerdictKind.INCONCLUSIVE,
 }
 _ALWAYS = ("torch", "gpu")
-"""Facts that are recorded only if torch or a GPU is in use. So a missing fact is compared too."""
+"""Facts that a session records only while torch or a GPU is in use. A missing fact is therefore a difference too."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Session:
     place: Mapping[str, str]
     """Facts about the machine, as in `Saved.place`."""
     rounds: Mapping[str, Sequence[float]]
-    """Full name of a benchmark -> seconds of each round."""
+    """Seconds of each round, by full name of a benchmark."""
     absent: Mapping[str, str]
-    """Reason why a saved benchmark has no rounds here, by name; only for benchmarks that the session should run."""
+    """Reason why a saved benchmark has no rounds here, by name. Benchmarks that this session need not run are left out."""
     failed: frozenset[str] = frozenset()
     """Names of failed tests."""
     cases_passed: int = 0
@@ -40,10 +40,11 @@ class Session:
 
 
 def compare(saved_runs: Sequence[Saved], session: Session, margin: float = MARGIN) -> Findings:
-    """Judge each benchmark of the session by the saved runs of the same full name, machine, Python and torch.
+    """Judge each benchmark of the session by saved runs with the same full name, machine, Python and torch.
 
-    The verdict is FAIL if a benchmark is slower, its test failed or a case of @conformance failed; NOT_RUN if no benchmark
-    was compared; INCONCLUSIVE if one stays undecided, is missing, or was saved on another machine only; else PASS.
+    The verdict is the first that applies. FAIL: a benchmark is slower, or its test or a case of @conformance failed.
+    NOT_RUN: no benchmark was compared. INCONCLUSIVE: a benchmark is undecided, is missing, or was saved only on another
+    machine. Otherwise PASS.
     """
     differences = {saved.path: _other_place(saved.place, session.place) for saved in saved_runs}
     names = dict.fromkeys(name for saved in saved_runs for name in saved.rounds)
@@ -97,8 +98,8 @@ def _speed(name: str, saved: Sequence[Sequence[float]], session: Session, margin
 def _other_place(saved: Mapping[str, str], here: Mapping[str, str]) -> str:
     """Return the differences between the place of a saved run and this place, or an empty string.
 
-    A fact is compared if both places have it. For torch and the GPU one place is enough, since sessions on a GPU and on a
-    CPU do not compare.
+    A fact is compared if both places have it. Torch and the GPU are compared even if only one place has them, since
+    sessions on a GPU and on a CPU do not compare.
     """
     none = "none in use"
     facts = [fact for fact in {**saved, **here} if fact in _ALWAYS or (fact in saved and fact in here)]

@@ -1,4 +1,4 @@
-"""Pause Python's garbage collector."""
+"""Pause of Python's garbage collector."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Pause the garbage collector in this context: it would scan millions of objects again and again, none in a cycle."""
+    """Pause the garbage collector in this context.
+
+    It would scan millions of objects again and again, none of them in a cycle.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if was_enabled:
-            gc.freeze()  # so that its next run does not scan these objects
+            gc.freeze()  # the next collection must not scan these objects
             gc.enable()

@@ -1,4 +1,4 @@
-"""Run git, and read its user."""
+"""Run git, and read the name of its user."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def user() -> str:
-    """Return git's user as `NAME <EMAIL>`, or only the name; empty if git has no user.name here."""
+    """Return git's user as `NAME <EMAIL>`, or only the name; an empty string if git has no user.name here."""
     try:
         name, email = (run(Path(), "config", key).stdout.strip() for key in ("user.name", "user.email"))
     except OSError:

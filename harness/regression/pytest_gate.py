@@ -1,6 +1,6 @@
-"""Pytest plugin of `--harness-gate`: compare a session with saved runs; a slower benchmark fails the session.
+"""Pytest plugin of `--harness-gate`: compare a session with saved runs. A slower benchmark fails the session.
 
-Only a session with this option imports this module. No torch, unless the tests import it.
+Only a session with this option imports this module. It imports no torch, unless the tests do.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from harness.regression.outputs import github, terminal
 
 _OPTION = "--harness-gate"
 _JUDGED = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
-"""Exit codes of sessions that ended; an interrupted session keeps its exit code."""
+"""Exit codes of sessions that are judged. An interrupted session keeps its exit code."""
 
 
 class Gate:
-    """Collects the results of a session, and judges them at its end."""
+    """Collects the results of a session, and judges the session at its end."""
 
     def __init__(self, config: pytest.Config, conforming: type[pytest.Item]) -> None:
         self.config, self.conforming = config, conforming
@@ -38,7 +38,7 @@ class Gate:
         self._outcomes: dict[str, str] = {}
 
     def pytest_sessionstart(self) -> None:
-        """Refuse, before any test runs, a session that cannot be judged."""
+        """Raise pytest.UsageError, before any test runs, if the session cannot be judged."""
         try:
             self._benchmarks()
             self.margin = _margin(self.config.getoption("harness_gate_margin"))
@@ -57,7 +57,7 @@ class Gate:
         self._cases = {item.nodeid for item in session.items if isinstance(item, self.conforming)}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note the outcome of each test; a failed teardown is a failure."""
+        """Note the outcome of each test. A failed teardown makes the test a failure."""
         if report.failed or (report.skipped and self._outcomes.get(report.nodeid) != "failed"):
             self._outcomes[report.nodeid] = report.outcome
         elif report.when == "call":
@@ -65,18 +65,18 @@ class Gate:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Judge the session; fail it by the verdict FAIL or NOT_RUN, with the strict option also by INCONCLUSIVE."""
+        """Judge the session. It fails with the verdict FAIL or NOT_RUN; with the strict option also with INCONCLUSIVE."""
         if session.exitstatus not in _JUDGED:
             return
         self.findings = benchmarks.compare(self.saved, self._session(), self.margin)
         word, strict = self.findings.verdict.word, self.config.getoption("harness_gate_strict")
-        # The exit code is not 5 even if nothing was compared: many scripts ignore pytest's exit code 5.
+        # If nothing was compared, the exit code is not 5, which many scripts ignore.
         if word in (VerdictKind.FAIL, VerdictKind.NOT_RUN) or (strict and word is VerdictKind.INCONCLUSIVE):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     @pytest.hookimpl(trylast=True)
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """Print the table after the tables of pytest-benchmark, with the verdict last."""
+        """Print the table after the tables of pytest-benchmark; the verdict comes last."""
         terminalreporter.section("peft-harness gate")
         if self.findings is None:
             terminalreporter.write_line("not judged: the session was interrupted")
@@ -86,7 +86,7 @@ class Gate:
             terminalreporter.write_line(line)
 
     def _benchmarks(self) -> Any:
-        """Return pytest-benchmark's session. Raises UsageError if the plugin is missing or times nothing."""
+        """Return the session of pytest-benchmark. Raises UsageError if this plugin is missing or times nothing."""
         plugin = self.config.pluginmanager.get_plugin("pytest-benchmark")
         if plugin is None:
             what = "pytest-benchmark is not installed, or is blocked by `-p no:benchmark`"
@@ -121,7 +121,7 @@ class Gate:
         return "this session has no such test"
 
     def _covers(self, argument: str, name: str) -> bool:
-        """Return whether an argument of pytest (a file, folder or test) or `testpaths` includes this full name."""
+        """Return whether an argument of pytest (a file, folder or test) or of `testpaths` includes this full name."""
         (path, _, selected), (file, _, test) = argument.partition("::"), name.partition("::")
         start = (self.config.invocation_params.dir / path).resolve()
         inside = (self.config.rootpath / file).resolve().is_relative_to(start)

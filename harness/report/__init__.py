@@ -1,1 +1,1 @@
-"""Reports: HTML pages, terminal tables, JUnit, exports. No torch, no network."""
+"""Reports: HTML pages, terminal tables, JUnit files, exports. They import no torch and need no network."""

@@ -1,4 +1,4 @@
-"""JUnit file of a `check`. No torch."""
+"""JUnit file of a `check`. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def render(report: CheckReport) -> bytes:
     """Return a JUnit file: one suite per implementation of a method or operation, and one for the other findings.
 
-    A known defect is a skipped test, like an expected failure in pytest's files.
+    A known defect becomes a skipped test, as pytest does with an expected failure.
     """
     root = ET.Element("testsuites", name="peft-harness check")
     for (target, implementation), tried in summary.rows(report.tried).items():
@@ -36,7 +36,7 @@ def render(report: CheckReport) -> bytes:
 
 
 def write_junit(report: CheckReport, out: Path) -> None:
-    """Write the JUnit file to `out`, whole or not at all."""
+    """Write the JUnit file to `out`; after an error, `out` is as before."""
     files.write_atomic(out, render(report))
 
 

@@ -1,4 +1,4 @@
-"""HTML page of a `check`, in the style of a run's report. No torch."""
+"""HTML page of a `check`, in the style of a run's report. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def render(report: CheckReport) -> str:
 
 
 def write_page(report: CheckReport, out: Path) -> None:
-    """Write the page to `out`, whole or not at all."""
+    """Write the page to `out`; after an error, `out` is as before."""
     html.write_page(render(report), out)
 
 
 def build(report: CheckReport) -> dict[str, Any]:
-    """Return the content of the page as one plain dict."""
+    """Return the content of the page as one dict of plain values."""
     word = "interrupted" if report.interrupted else _WORDS[report.exit]
     plans = sorted(report.plans.items())
     return {
@@ -113,7 +113,8 @@ def _field(tried: list[CheckOutcome]) -> dict[str, Any]:
         small = "" if worst.share is None else f"{worst.share:.2f}"
         return field(f"{icon(status)} pass", worst.share or 0.0, small=small, tone=colour)
     if status in (CheckStatus.FAIL, CheckStatus.KNOWN_DEFECT):
-        # Passing fields sort by their share, at most 1; failures sort above them, by their number.
+        # The value sorts the column. A pass has its share (at most 1); a failure sorts above it, by the number of
+        # failures.
         small = f"{worst.count} of {worst.total}"
         return field(f"{icon(status)} {status.value}", 1.0 + worst.count, small=small, tone=colour)
     return field(status.value, None, tone=colour, why=_reasons(tried))
@@ -144,7 +145,7 @@ def _defect(defect: Defect, report: CheckReport) -> dict[str, Any]:
 
 
 def _by_check(target: str, implementation: str, tried: list[CheckOutcome]) -> dict[str, Any]:
-    """Return the results of one implementation by check, over all cases."""
+    """Return the section on one implementation: a row per check, with its worst result over all cases in each dtype."""
     dtypes = summary.dtypes(tried)
     checks = group((one.check, one) for one in tried)
     rows = [
@@ -160,7 +161,7 @@ def _by_check(target: str, implementation: str, tried: list[CheckOutcome]) -> di
 
 
 def _not_checked(report: CheckReport) -> list[dict[str, Any]]:
-    """List the targets that were not tried or not compared, each with its reasons."""
+    """List the targets that were not checked, one row for each reason."""
     reasons = group(
         ((f"{one.implementation} {one.target}", one.status.value, f"{one.check}: {one.result.detail}"), one.dtype)
         for one in report.tried

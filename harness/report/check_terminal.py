@@ -21,14 +21,14 @@ _STYLES = {CheckStatus.FAIL: "bold red", CheckStatus.KNOWN_DEFECT: "yellow", Che
 
 
 def print_matrix(report: CheckReport) -> None:
-    """Print a table of methods and operations by implementation and dtype, then every failure and defect, and counts."""
+    """Print a table of results by target, implementation and dtype; below it, print `lines`."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, _PIPE_WIDTH)
     dtypes = summary.dtypes(report.tried)
     table = Table(box=None, pad_edge=False)
     for heading in ("method or operation", "implementation"):
-        table.add_column(heading, overflow="fold")  # names are never cut
+        table.add_column(heading, overflow="fold")  # long names fold, so that they are never cut
     for dtype in dtypes:
         table.add_column(dtype, justify="right", overflow="fold")
     for (target, implementation), tried in summary.rows(report.tried).items():

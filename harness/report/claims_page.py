@@ -1,4 +1,4 @@
-"""HTML page of the claim ledger, by paper or of the headlines, in the style of a run's report. No torch."""
+"""HTML page of the claim ledger, by paper or only the headlines, in the style of a run's report. It imports no torch."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from harness.report.tones import badge
 LEDGER = "claims.html.j2"
 HEADLINES = "headlines.html.j2"
 _WAYS = ("by arithmetic", "on a GPU", "by a rehearsal", "by training")
-"""Columns: the ways to decide a claim."""
+"""Columns of the headlines: the ways to decide a claim."""
 _TONES = {ClaimVerdict.REPRODUCED: "good", ClaimVerdict.NOT_REPRODUCED: "bad", ClaimVerdict.NOT_RUN: "quiet"}
 
 
 def write_page(rows: Sequence[JudgedClaim], software: Mapping[str, str], out: Path, *, headlines: bool = False) -> None:
-    """Write the page to `out`, whole or not at all. headlines: only the headlines instead of the whole ledger."""
+    """Write the page to `out`; after an error, `out` is as before. headlines: only the headlines, not the whole ledger."""
     html.write_page(html.fill(HEADLINES if headlines else LEDGER, build(rows, software)), out)
 
 
 def build(rows: Sequence[JudgedClaim], software: Mapping[str, str]) -> dict[str, Any]:
-    """Return the content of the page as one plain dict."""
-    rows = sorted(rows, key=lambda row: row.version)  # arXiv numbers are chronological
+    """Return the content of the page as one dict of plain values."""
+    rows = sorted(rows, key=lambda row: row.version)  # numbers of arXiv papers are chronological
     papers = group((row.paper, row) for row in rows)
     headlines = group((row.headline, row) for row in rows if row.headline)
     findings = [

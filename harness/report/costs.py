@@ -18,7 +18,7 @@ _HARMLESS = ("idle",)
 
 
 def costs(facts: RunFacts) -> Table:
-    """Tabulate checkpoint sizes and the energy of training."""
+    """Return the table of checkpoint sizes and of the energy of training."""
     columns = [
         column("Adapter's file, MiB", "size of a safetensors file with the adapter and the head; the file was deleted"),
         column("Head in it, MiB", "size of the tensors of the head in that file"),
@@ -67,7 +67,7 @@ def _no_energy(record: Record, m: Measurements) -> str:
 
 
 def gpus(facts: RunFacts) -> Table:
-    """Tabulate the state of the GPU in the training phase; no rows for runs on a CPU."""
+    """Return the table of the GPU's state in the training phase; it has no rows for Cells on a CPU."""
     columns = [
         column(
             "Reserved peak, MiB", "highest memory that torch's allocator reserved in the training phase, used or not"

@@ -1,4 +1,4 @@
-"""Text output of `fit`: one row per Method, base and optimizer, then exceptions, then one line of explanation."""
+"""Text output of `fit`: a row for each Method, base and optimizer, then exceptions, then one line of explanation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def as_text(document: Mapping[str, Any]) -> str:
 
 
 def _columns(document: Mapping[str, Any], rows: Sequence[_Row], size: MemorySize, several: bool) -> dict[str, _Write]:
-    """Return the columns of the table: for each heading, a function that writes the field of a row."""
+    """Return one function per column of the table, by heading. The function returns the text of the column in a row."""
     checked, by_formula = document["checked"], document["activations_known"]
     parts = [part for part in _PARTS if by_formula or part not in ("activations", "logits", "total" * checked)]
     parts[-1:-1] = ["peak"] if checked else []
@@ -52,7 +52,7 @@ def _columns(document: Mapping[str, Any], rows: Sequence[_Row], size: MemorySize
 
 
 def _left_out(document: Mapping[str, Any]) -> list[str]:
-    """List ranks that a Method does not support, although it supports others."""
+    """List the ranks that a Method does not support, for each Method that supports other ranks."""
     there = {row["method"] for row in document["rows"] if row["rank"] is not None}
     found = group((one["method"], one) for one in document["left_out"] if one["method"] in there)
     return [
@@ -75,7 +75,7 @@ def _heading(document: Mapping[str, Any], size: MemorySize, several: bool) -> li
 
 
 def _explanation(document: Mapping[str, Any], size: MemorySize) -> str:
-    """Return one line: the unit, and the memory that the columns leave out. `explain fit` has the details."""
+    """Return one line with the unit and with the memory that the columns leave out. `explain fit` has the details."""
     left_out = ["allocator waste", "kernel workspaces", "CUDA context"]
     if not document["checked"]:
         left_out.insert(0, "temporary tensors")

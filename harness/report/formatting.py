@@ -1,4 +1,4 @@
-"""Formatting of numbers. A missing number is a dash with its reason, never 0."""
+"""Formatting of numbers. A missing number is shown as a dash with its reason, never as 0."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ MIB = 1024 * 1024
 GIB = 1024 * MIB
 
 Field = dict[str, Any]
-"""Content of a table cell: `text`, `value` to sort by (None if missing), `small` print, warning `flag`, tooltip `why`."""
+"""Content of a table cell: its `text`, the `value` to sort by (None if missing), `small` print, the colour `tone`, a
+warning `flag`, and the tooltip `why`."""
 
 
 def field(
     text: str, value: float | str | None, *, small: str = "", why: str = "", tone: str = "", flag: str = ""
 ) -> Field:
-    """Return the field of one value."""
+    """Return a field with these contents."""
     return {"text": text, "value": value, "small": small, "why": why, "tone": tone, "flag": flag}
 
 
 def unmeasured(why: str) -> Field:
-    """Return a dash, the field of a value that was not measured."""
+    """Return a field with a dash, for a value that was not measured. why: the reason."""
     return field(DASH, None, why=why, tone="quiet")
 
 
 def mebibytes(size: int) -> str:
-    """Format bytes in MiB; small sizes have two decimals."""
+    """Format bytes in MiB, without decimals from 10 MiB on and with two decimals below."""
     mib = size / MIB
     return f"{mib:,.0f}" if mib >= 10 else f"{mib:.2f}"
 
 
 def short_count(n: float) -> str:
-    """Format a count to three digits with k, M or G."""
+    """Format a count with three digits and k, M or G."""
     for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if n >= unit:
             return f"{n / unit:.3g}{name}"
@@ -45,7 +46,7 @@ def short_count(n: float) -> str:
 
 
 def seconds(s: float) -> str:
-    """Format a duration."""
+    """Format a duration in min, s or ms."""
     if s >= 120:
         minutes, rest = divmod(round(s), 60)
         return f"{minutes} min {rest:02d} s"
@@ -53,18 +54,18 @@ def seconds(s: float) -> str:
 
 
 def milliseconds(s: float) -> str:
-    """Format seconds as ms to about three digits."""
+    """Format seconds in ms with about three digits."""
     ms = 1000 * s
     return f"{ms:,.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
 
 
 def percent(share: float) -> str:
-    """Format a share of 1 in per cent with one digit."""
+    """Format a share of 1 in per cent with one decimal."""
     return f"{100 * share:.1f} %"
 
 
 def points(difference: float) -> str:
-    """Format a difference of two shares in signed percentage points."""
+    """Format the difference of two shares in percentage points, with its sign."""
     return f"{MINUS if difference < 0 else '+'}{abs(100 * difference):.1f} points"
 
 
@@ -74,14 +75,14 @@ def probability(p: float) -> str:
 
 
 def scientific(x: float | None) -> str:
-    """Format an error or a bound to three digits."""
+    """Format an error or a bound with three digits; None becomes a dash."""
     if x is None:
         return DASH
     return f"{x:.3g}" if x == 0 or 1e-3 <= abs(x) < 1000 else f"{x:.2e}"
 
 
 def check_fields(check: CheckResult) -> dict[str, str]:
-    """Format the numbers and texts of a check, for a row of a table."""
+    """Format the numbers and texts of a check, for one row of a table."""
     texts = {name: getattr(check, name) or DASH for name in ("tensor", "worst", "policy")}
     nonfinite = f"{check.nonfinite} not finite" if check.nonfinite else ""
     return texts | {
@@ -104,12 +105,12 @@ def interval(a: Accuracy | Score) -> str:
 
 
 def median_ms(m: Median) -> str:
-    """Format the interval of a median in ms; with too few samples, their number."""
+    """Format the interval of a median in ms. With too few samples for an interval, format their number."""
     if m.low is None or m.high is None:
         return f"n = {m.count}"
     return f"[{milliseconds(m.low)}, {milliseconds(m.high)}]"
 
 
 def sentence(text: str) -> str:
-    """Format a text with an initial capital."""
+    """Return a text with a capital first letter."""
     return f"{text[:1].upper()}{text[1:]}"

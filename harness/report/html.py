@@ -1,4 +1,4 @@
-"""Write the report: one HTML file that needs no network and runs only its own script."""
+"""Report of runs: one HTML file that needs no network and runs only its own script."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ TEMPLATE = "report.html.j2"
 
 
 def render(analysed: Sequence[RunFacts], again: Sequence[Rerun] | None = None) -> str:
-    """Return the page of one or several runs. again: their reruns; None if none are possible."""
+    """Return the page of one or several runs. again: reruns of their Cells; None if reruns are impossible."""
     return fill(TEMPLATE, view.build(analysed, again))
 
 
 def fill(template: str, page: Mapping[str, Any]) -> str:
-    """Return a filled template. Names and messages are untrusted, so everything is escaped."""
-    # A late import, so that `peft-harness --help` stays fast.
+    """Return a filled template. Everything is escaped, since names and messages are untrusted."""
+    # The import is late, so that `peft-harness --help` stays fast.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -41,7 +41,7 @@ def fill(template: str, page: Mapping[str, Any]) -> str:
     )
     return environment.get_template(template).render(
         page={**page, "generated": store.now()},
-        # Two files of the package, never data: the only unescaped text on the page.
+        # These two files of the package, never data, are the only unescaped text on the page.
         style=Markup(style),  # noqa: S704
         script=Markup(script),  # noqa: S704
         policy=policy(style, script),
@@ -49,7 +49,7 @@ def fill(template: str, page: Mapping[str, Any]) -> str:
 
 
 def policy(style: str, script: str) -> str:
-    """Return the Content-Security-Policy under which only this style and this script run."""
+    """Return a Content-Security-Policy that allows only this style and this script."""
     return (
         f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:;"
         " base-uri 'none'; form-action 'none'"
@@ -57,7 +57,7 @@ def policy(style: str, script: str) -> str:
 
 
 def page_path(out: Path, option: str = "--out") -> Path:
-    """Return `out` if it is an HTML file that may be written. Raises UsageError for another kind of file or a device."""
+    """Return `out` if an HTML file may be written there. Raises UsageError for a folder, a device or another suffix."""
     if out.suffix.lower() not in (".html", ".htm") or (out.exists() and not out.is_file()):
         raise UsageError(
             f"{out} is not a page", where=option, hint="name a file that ends in .html; an existing one is replaced"
@@ -66,12 +66,12 @@ def page_path(out: Path, option: str = "--out") -> Path:
 
 
 def write_page(page: str, out: Path) -> None:
-    """Write a page to `out`, whole or not at all."""
+    """Write a page to `out`; after an error, `out` is as before."""
     files.write_atomic(out, page.encode(errors="backslashreplace"))
 
 
 def write_report(analysed: Sequence[RunFacts], out: Path, again: Sequence[Rerun] | None = None) -> None:
-    """Write the report of one or several runs to `out`, whole or not at all."""
+    """Write the report of one or several runs to `out`; after an error, `out` is as before."""
     write_page(render(analysed, again), out)
 
 

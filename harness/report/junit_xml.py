@@ -1,11 +1,11 @@
-"""JUnit files for CI servers: suites of cases, each passed, failed, in error or skipped."""
+"""JUnit files for CI servers: suites of cases. A case is passed, failed, in error or skipped."""
 
 from __future__ import annotations
 
 import re
 from xml.etree import ElementTree as ET
 
-# Characters that XML 1.0 cannot represent, not even escaped.
+# XML 1.0 cannot represent these characters, not even escaped.
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -22,7 +22,7 @@ def case(suite: ET.Element, kind: str, name: str, tag: str, message: str) -> Non
 
 
 def document(root: ET.Element) -> bytes:
-    """Store the number of cases in each suite, and return the file in UTF-8."""
+    """Store the counts of cases in each suite, and return the file in UTF-8."""
     for found in root:
         for key, tag in (("tests", "testcase"), ("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
             found.set(key, str(len(list(found.iter(tag)))))

@@ -1,4 +1,4 @@
-"""Tables of latencies: of base, unmerged and merged model, and of several adapters in one batch."""
+"""Tables of latencies: one compares the base, unmerged and merged model; the other shows several adapters in one batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PASS = column("Pass", "kind of forward pass, batch x tokens", number=False)
 
 
 def latency(facts: RunFacts) -> Table:
-    """Tabulate forward times of base, unmerged and merged model, and their ratios."""
+    """Return the table with the forward times of the base, unmerged and merged model, and their ratios."""
     columns = [
         _PASS,
         *(column(f"{v}, ms", _TITLE) for v in ("Base", "Unmerged", "Merged")),
@@ -30,7 +30,7 @@ def latency(facts: RunFacts) -> Table:
 
 def _latency_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Field]]]:
     for record, m in measured(facts):
-        mixed = _mixed(m.latency)  # those have a separate table
+        mixed = _mixed(m.latency)  # a separate table shows these
         alone = [x for x in m.latency if x not in mixed]
         refused, merged_refused = failed_checks.no_speed(record), failed_checks.no_merged_speed(record)
         for kind, batch, tokens in dict.fromkeys((x.kind, x.batch, x.tokens) for x in alone):
@@ -50,7 +50,7 @@ def _latency_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Field]]]:
 
 
 def several_adapters(facts: RunFacts) -> Table:
-    """Tabulate batches with another adapter in each row, compared with the same batch through one adapter."""
+    """Return a table that compares a batch with another adapter in each row to the same batch through one adapter."""
     columns = [
         _PASS,
         column("Adapters", "number of adapters in the batch; always four"),
@@ -82,9 +82,10 @@ def _adapter_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Field]]]:
 
 
 def _mixed(found: Sequence[Latency]) -> list[Latency]:
-    """Return the batches of several adapters, and the batch of one adapter with which they are compared.
+    """Return the batches of several adapters, and the batch of one adapter for comparison.
 
-    Records from before 2026-11-26T14:00Z do not mark that batch, and have no other batch of its size.
+    Records from before 2026-11-26T14:00Z do not mark the batch for comparison, but they have no other batch of its
+    size.
     """
     batches = {x.batch for x in found if x.variant == "multi-adapter"}
     marked = any(x.adapters == 1 for x in found)
@@ -96,7 +97,7 @@ def _pass(kind: str, batch: int, tokens: int) -> Field:
 
 
 def _shown(latency: Latency | None, refused: str = "") -> Field:
-    """Return the field of a median with interval and percentiles. refused: reason why it may not be shown."""
+    """Return the field of a latency: its median with interval and percentiles. refused: reason not to show it."""
     if refused:
         return unmeasured(refused)
     if latency is None:
@@ -120,7 +121,7 @@ def _percentiles(latency: Latency) -> str:
 
 
 def _ratio(latency: Latency | None, base: Latency | None, refused: str) -> Field:
-    """Return the field of the ratio of two medians."""
+    """Return the field with the ratio of two medians. refused: reason not to show it."""
     if refused:
         return unmeasured(refused)
     if not latency or not base or not latency.seconds or not base.seconds or not median(base.seconds):

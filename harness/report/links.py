@@ -1,4 +1,4 @@
-"""Links within a page: anchors of Cells, and the identifying fields of a Cell's row."""
+"""Links within a page: anchors of Cells, and the fields that identify the row of a Cell."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def anchor(facts: RunFacts, cell_id: str) -> str:
 
 
 def row(facts: RunFacts, cell: Cell) -> dict[str, str]:
-    """Return the fields that identify a Cell's row in any table."""
+    """Return the fields that identify the row of a Cell in any table."""
     record = facts.latest.get(cell.cell_id)
     return {
         "name": facts.names[cell.cell_id],
@@ -25,5 +25,5 @@ def row(facts: RunFacts, cell: Cell) -> dict[str, str]:
 
 
 def sources(facts: RunFacts, record_ids: Sequence[str]) -> list[dict[str, str]]:
-    """Return links to the rows of Records."""
+    """Return links to the rows of these Records in the comparison table."""
     return [{"id": i, "href": f"#{anchor(facts, i.split('.')[0])}"} for i in record_ids]

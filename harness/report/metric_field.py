@@ -1,4 +1,4 @@
-"""Fields of metrics: the value in the unit of its column, with further details for some metrics."""
+"""Fields of metrics. A field shows the value in the unit of its column, and further details for some metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness.report.formatting import Field, field, unmeasured
 
 
 def metric_field(metric: Metric, record: Record) -> Field:
-    """Return the field of a metric of one Record; a dash with the reason if it has no value."""
+    """Return the field of a metric for one Record; a dash with the reason if the Record has no value."""
     value = metric.value(record)
     if value is None:
         return unmeasured(metric.why_missing(record))

@@ -1,4 +1,4 @@
-"""Plan of a suite as a document and as text: its Cells, their predicted memory and their newest Records."""
+"""Plan of a suite, as a document and as text: the Cells, their predicted memory and their newest Records."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def planning(
 ) -> dict[str, Any]:
     """Return the plan as one document, ready for JSON.
 
-    Nothing is guessed: a Cell whose newest Record in `runs` is not ok has no estimate of time, and a Cell that is not in
-    `predicted` has no estimate of memory.
+    Nothing is guessed. A Cell has an estimate of time only if its newest Record in `runs` is ok, and an estimate of
+    memory only if it is in `predicted`.
     """
     named = naming.full(plan.cells)
     newest = _newest({cell.cell_id for cell in plan.cells}, runs)
@@ -91,14 +91,14 @@ def as_text(document: Mapping[str, Any]) -> str:
 
 
 def _predicted(found: PlannedMemory | str | None) -> dict[str, Any]:
-    """Return the keys of a Cell's prediction. total_B: highest memory on the device at one time, as far as known."""
+    """Return a Cell's prediction, or why it has none. total_B: highest known memory of the device at one time."""
     if not isinstance(found, PlannedMemory):
         return {"predicted": None, "not_predicted": found or ""}
     return {"predicted": {**found.model_dump(), "total_B": found.total_B}, "not_predicted": ""}
 
 
 def _sizes(predicted: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """Return the trainable parameters, and in MiB the total, the weights, and the activations with logits."""
+    """Return four texts: the trainable parameters; in MiB, the total, the weights, and activations plus logits."""
     if predicted is None:
         return ("-",) * 4
     activations = predicted["activations_B"]
@@ -108,7 +108,7 @@ def _sizes(predicted: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 
 def _notes(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield the scope of the predictions, then the Cells with no or only a partial prediction, each reason once."""
+    """Yield the scope of the predictions, then each reason for a missing or partial prediction, with its number of Cells."""
     predicted = [row["predicted"] for row in cells if row["predicted"]]
     if predicted:
         yield (
@@ -131,7 +131,7 @@ def _newest(wanted: set[str], runs: Path) -> dict[str, Record]:
             try:
                 newest[cell_id] = store.read_record(path)
             except StoreError:
-                continue  # torn: use an older one; `report` shows the torn file
+                continue  # a torn file: use an older one; `report` shows the torn file
     return newest
 
 

@@ -17,7 +17,7 @@ from harness.report.tables import standing_field
 
 
 def over_seeds(facts: RunFacts) -> Table | None:
-    """Tabulate recipes that ran with several seeds, best first within an equal budget; None without any."""
+    """Return the table of recipes with several seeds, best first within an equal budget; None without such a recipe."""
     columns = [
         column("Seeds", "number of scored training runs", key="seeds"),
         column("Accuracy", f"mean over the seeds; brackets: {INTERVAL}", key="accuracy"),
@@ -80,7 +80,7 @@ def _over(
     refused: str = "",
     ends: bool = False,
 ) -> Field:
-    """Return the field of the median over seeds. missing: reason if no seed has a value. ends: also show the range."""
+    """Return the field with the median over seeds. missing: reason if no seed has a value. ends: also show the range."""
     values = [x for r in records if (x := value(r)) is not None]
     if refused or not values:
         return unmeasured(refused or missing)
@@ -89,7 +89,7 @@ def _over(
 
 
 def searched(facts: RunFacts) -> Table | None:
-    """Tabulate the score of each learning rate of a declared search; None without any search."""
+    """Return the table of declared searches, with the accuracy of each learning rate; None without a search."""
     found = tuning.searches(facts.run)
     if not found:
         return None
@@ -141,7 +141,10 @@ def _choice(search: tuning.Search) -> str:
 
 
 def lines(facts: RunFacts) -> list[list[str]]:
-    """Return the means over seeds as rows for a terminal, with headings above each group; empty without any."""
+    """Return the table of means over seeds as rows of text for a terminal; an empty list without several seeds.
+
+    Each group of recipes starts with a row of headings.
+    """
     table = over_seeds(facts)
     headings = {"seeds": "seeds", "accuracy": "accuracy", "rank": "against the best"}
     rows: list[list[str]] = []

@@ -1,4 +1,4 @@
-"""Reruns of Cells, for the page and the terminal: bitwise equality, differences and their causes."""
+"""Reruns of Cells, for the page and the terminal: whether they are bitwise equal, how they differ, and why."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NO_CAUSE = "no named cause: same machine, software, code, threads, model and da
 
 
 def section(runs: Sequence[Run], found: Sequence[Rerun]) -> dict[str, Any]:
-    """Return the view of the reruns `found` in `runs`: equal and unequal Cells, with the causes of differences."""
+    """Return the section on the reruns `found` in `runs`: equal and unequal Cells, with the causes of differences."""
     expected = {cell.cell_id for run in runs for cell in run.manifest.cells}
     word, sentence = _whole(found)
     lacking = len(expected - {r.cell_id for r in found})

@@ -1,4 +1,4 @@
-"""Sections of the report other than tables and rankings: parity, losses, time, environment, failures, rerun."""
+"""Sections of the report, except tables and rankings: parity, losses, time, environment, failures, rerun."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Section = dict[str, Any]
 
 _CURVES_IN_A_CHART = 10
 OUTSIDE_TARGET = 0.10
-"""Largest acceptable share of the run's time outside the Cells."""
+"""Largest acceptable share of a run's time that is spent outside the Cells."""
 
 
 def curves(facts: RunFacts) -> list[Section]:
-    """Return charts of the training losses by model and task; the losses of several seeds are averaged."""
+    """Return charts of the training losses, by model and task. A recipe with several seeds has one curve, of mean losses."""
     trained = [record for record in facts.latest.values() if record.training and record.training.losses]
     recipes = group((record.cell.recipe_id, record) for record in trained).values()
     series = group((f"{r[0].cell.model} · {r[0].cell.task}", _curve(facts, r)) for r in recipes)
@@ -42,7 +42,7 @@ def curves(facts: RunFacts) -> list[Section]:
 
 
 def _curve(facts: RunFacts, records: Sequence[Record]) -> charts.ChartSeries:
-    """Return the mean loss of each step over runs that differ in the seed alone."""
+    """Return the curve of one recipe: in each step, the mean loss over its seeds."""
     losses = [r.training.losses for r in records if r.training]
     if len(losses) == 1:
         return charts.ChartSeries(facts.names[records[0].cell_id], losses[0])
@@ -51,7 +51,7 @@ def _curve(facts: RunFacts, records: Sequence[Record]) -> charts.ChartSeries:
 
 
 def losses(facts: RunFacts, judgement: QuestionVerdict) -> Section | None:
-    """Return the steps and verdicts of a `same-losses` comparison; None for other comparisons."""
+    """Return the chart and the verdicts of a `same-losses` comparison; None for other comparisons."""
     subjects = judgement.trajectories
     if subjects is None:
         return None
@@ -85,7 +85,7 @@ def _subject(facts: RunFacts, s: JudgedTrajectory) -> Section:
 
 
 def checks(facts: RunFacts) -> list[Section]:
-    """List the checks of each Cell; Cells with a failed check are expanded."""
+    """Return the checks of each Cell. A Cell with a failed check is expanded."""
     return [_checks(facts, record) for record in facts.latest.values()]
 
 
@@ -111,12 +111,12 @@ def _checks(facts: RunFacts, record: Record) -> Section:
 
 
 def check_sentence(c: CheckResult) -> str:
-    """Describe a check in one sentence, with the numbers it has."""
+    """Describe a check in one sentence, with the numbers that it measured."""
     return f"{c.check}: {described}" if (described := describe(c)) else c.check
 
 
 def duration(facts: RunFacts) -> str:
-    """Return the duration of a run as text. The footer of a resumed run covers only its last invocation."""
+    """Return the duration of a run as text. If the run was resumed, its footer covers only the last invocation."""
     footer = facts.run.footer
     inside = formatting.seconds(sum(r.duration_s for r in facts.latest.values()))
     if footer is None:
@@ -130,7 +130,7 @@ def duration(facts: RunFacts) -> str:
 
 
 def time(facts: RunFacts) -> Section:
-    """Return the time in each Cell, and outside the Cells."""
+    """Return the section on time: the phases of each Cell, and the time outside the Cells."""
     bars = []
     for record in facts.latest.values():
         spent = [(p.name, p.seconds) for p in record.phases if p.name != measurements.STARTUP]
@@ -149,7 +149,7 @@ def _outside(facts: RunFacts) -> Section:
             "tone": "open",
             "outside": [],
         }
-    # The times of concurrent Cells add up to more than that of the run, so the two times are not always complements.
+    # Concurrent Cells may take more time together than the run, so the difference below may be too small, or negative.
     named = sum(footer.seconds_outside.values())
     outside = max(named, footer.seconds_total - footer.seconds_in_cells)
     share = outside / footer.seconds_total
@@ -164,7 +164,7 @@ def _outside(facts: RunFacts) -> Section:
 
 
 def environment(facts: RunFacts) -> Section:
-    """Return the environment of most Records of the run, its assets, and the Records from other environments."""
+    """Return the usual environment of the run, its assets, and the Records from other environments."""
     own = usual_environment(facts.run)
     blocks = {
         "Machine": _readable(own.machine) | {"threads": "not recorded" if own.threads is None else str(own.threads)},
@@ -199,7 +199,7 @@ def _code(facts: RunFacts, e: Environment) -> dict[str, str]:
 
 
 def _workers(facts: RunFacts) -> dict[str, str]:
-    """Return the facts that workers report about themselves; several values only if they differ."""
+    """Return the facts that workers report about themselves. A fact has several values if the workers differ."""
     facts_of = (pair for record in facts.latest.values() for pair in _flat(record.environment.extra))
     return {key: " | ".join(found) for key, found in group(dict.fromkeys(facts_of)).items() if any(found)}
 
@@ -213,7 +213,7 @@ def _flat(extra: dict[str, Json]) -> Iterator[tuple[str, str]]:
 
 
 def _readable(machine: dict[str, str]) -> dict[str, str]:
-    """Return the facts of a machine with sizes in GiB instead of bytes."""
+    """Return the facts about a machine, with sizes in GiB instead of bytes."""
     return {
         key.removesuffix("_B"): f"{int(value) / GIB:.1f} GiB" if key.endswith("_B") and value.isdecimal() else value
         for key, value in machine.items()
@@ -221,7 +221,7 @@ def _readable(machine: dict[str, str]) -> dict[str, str]:
 
 
 def failures(facts: RunFacts) -> list[Section]:
-    """Return every attempt that failed or failed a check, also attempts that a later one superseded."""
+    """Return every attempt that failed, or has a failed check, even if there is a later attempt."""
     failed = [r for r in facts.run.records if r.status is not Status.OK or failed_checks.failed(r)]
     return [_failure(facts, r) for r in failed if r.cell_id in facts.titles]
 
@@ -249,9 +249,9 @@ def _failure(facts: RunFacts, record: Record) -> Section:
 
 
 def rerun(facts: RunFacts) -> Section:
-    """Return the commands that repeat the run, or one of its Cells."""
+    """Return the commands that repeat the run or one of its Cells."""
     m = facts.run.manifest
-    # As given on the command line: a path, or the name of a suite of the harness.
+    # The suite as given on the command line: a path, or the name of a suite of the harness.
     paths = [word for word in m.argv[2:] if Path(word).name == m.suite_file]
     names = [word for word in m.argv[2:] if word == m.suite_file.rpartition(".")[0]]
     suite = shlex.quote([*paths, *names, m.suite_file][0])
@@ -266,6 +266,6 @@ def rerun(facts: RunFacts) -> Section:
 
 
 def notes(facts: RunFacts) -> list[Section]:
-    """Return the different notes of the Records, each with its sources."""
+    """Return each different note of the Records, with links to the Records that have it."""
     found = group((note, record.id) for record in facts.latest.values() for note in record.notes)
     return [{"text": text, "sources": links.sources(facts, ids)} for text, ids in found.items()]

@@ -1,4 +1,4 @@
-"""Sortable tables: comparison, memory."""
+"""Sortable tables of the report: comparison and memory."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _EXPECTED = (
 STATUS = "status"
 """Key of the comparison table's first column; the key of a metric is its name."""
 _NAMED = 3
-"""Number of busy Cells that the note names; the row of each busy Cell has a flag too."""
+"""Number of busy Cells that the note names. The row of every busy Cell has a flag."""
 
 
 def comparison(facts: RunFacts) -> Table:
-    """Tabulate every expected Cell, measured or not: its status, its metrics, its Record."""
+    """Return the comparison table: for every expected Cell, measured or not, its status, metrics and Record."""
     columns = [column("Status", number=False, key=STATUS)]
     for metric in metrics.shown():
         columns.append(column(metric.heading, metric.meaning, key=metric.name))
@@ -57,26 +57,26 @@ def _fields(facts: RunFacts, cell: Cell) -> Iterator[Field]:
 
 
 def _busy(facts: RunFacts) -> list[tuple[str, str]]:
-    """List the names of busy Cells, each with the evidence."""
+    """Return the name of each busy Cell, with the evidence."""
     return [(facts.titles[r.cell_id], why) for r in facts.latest.values() if (why := contention.busy(r))]
 
 
 def _unreferenced_note(facts: RunFacts) -> list[str]:
-    """Return a note on Cells without a reference, so that they do not seem checked."""
+    """Return a note that names the Cells without a reference, so that they do not seem checked."""
     found = [(facts.titles[r.cell_id], why) for r in facts.latest.values() if (why := failed_checks.unreferenced(r))]
     names = ", ".join(title for title, _ in found)
     return [f"{found[0][1]}, nor for the claims of their papers: {names}."] if found else []
 
 
 def short_notes(facts: RunFacts) -> list[str]:
-    """Return the notes of the comparison for the terminal; the page has the rule and the numbers."""
+    """Return the notes on the comparison table for the terminal. The page also has the rule and the numbers."""
     names = first_names([name for name, _ in _busy(facts)], _NAMED)
     text = f"busy: other programs used the CPU, so these times are too high: {names}. Rule: peft-harness explain busy"
     return [*_unreferenced_note(facts), *([text] if names else [])]
 
 
 def _busy_note(facts: RunFacts) -> list[str]:
-    """Return a note with the rule of the flag on busy Cells, if any row has the flag."""
+    """Return a note with the rule for busy Cells; an empty list if no Cell was busy."""
     found = [f"{name}, {why}" for name, why in _busy(facts)]
     more = f"; and {len(found) - _NAMED} more Cells" if len(found) > _NAMED else ""
     return [f"{contention.RULE}: {'; '.join(found[:_NAMED])}{more}."] if found else []
@@ -109,7 +109,7 @@ def _standing(facts: RunFacts, cell: Cell) -> Field:
 
 
 def standing_field(entry: RankingEntry) -> Field:
-    """Return the field of a place in a ranking."""
+    """Return the field with the place of an entry in its ranking."""
     if entry.standing == "best":
         return field("best", 0.0, tone="good")
     why = "the test items are not the same, so only the intervals are compared"
@@ -121,7 +121,7 @@ def standing_field(entry: RankingEntry) -> Field:
 
 
 def memory(facts: RunFacts) -> Table:
-    """Tabulate the ledger: bytes counted by tensor, then the process's peak in every phase."""
+    """Return the memory table: the ledger (bytes counted by tensor), then the peak of the process in every phase."""
     names = list(dict.fromkeys(p.name for r in facts.latest.values() for p in r.phases))
     columns = [
         column("After imports", "memory of the process before the model was loaded"),
@@ -161,7 +161,10 @@ def _memory_rows(facts: RunFacts, phases: list[str]) -> Iterator[tuple[Cell, lis
 
 
 def _with_prediction(memory: Memory, part: str, counted: int | None = None) -> Field:
-    """Return the field of one part of the ledger, with its prediction in small print. counted: by default `<part>_B`."""
+    """Return the field of one part of the ledger, with its prediction in small print.
+
+    counted: bytes of the part; `<part>_B` by default.
+    """
     size: int = getattr(memory, f"{part}_B") if counted is None else counted
     if memory.predicted is None:
         return _bytes(size) | {"why": f"not predicted: {memory.not_predicted}" if memory.not_predicted else ""}
@@ -176,7 +179,7 @@ def _with_prediction(memory: Memory, part: str, counted: int | None = None) -> F
 
 
 def _in_step(memory: Memory) -> Field:
-    """Return the field of the tensors in a step: counted, with the prediction on fake tensors in small print."""
+    """Return the field with the counted memory of tensors in one step. Small print: the prediction on fake tensors."""
     if (counted := memory.counted_peak_B) is None:
         return unmeasured("not trained, or not counted")
     predicted = memory.predicted
@@ -187,7 +190,7 @@ def _in_step(memory: Memory) -> Field:
 
 
 def _with_host(memory: Memory) -> Field:
-    """Return the field of the optimizer, with its state in the host's memory, which no other field includes."""
+    """Return the field of the optimizer. It also shows the state in the host's memory, which no other field includes."""
     shown = _with_prediction(memory, "optimizer")
     expected = memory.predicted.optimizer_host_B if memory.predicted else 0
     if not (memory.optimizer_host_B or expected):
@@ -220,7 +223,7 @@ def _bytes(size: int | None, missing: str = "") -> Field:
 
 
 def raw(facts: RunFacts) -> list[dict[str, Any]]:
-    """Return the comparison's numbers in base units, for download."""
+    """Return the numbers of the comparison table in base units, for download."""
     return [_raw(facts, cell, facts.latest.get(cell.cell_id)) for cell in facts.run.manifest.cells]
 
 

@@ -17,7 +17,7 @@ from harness.report.tones import icon
 
 
 def summary(f: RunFacts) -> list[str]:
-    """Return the lines of a run's table and verdicts."""
+    """Return the summary of a run as lines of text."""
     lines: list[str] = []
     table = tables.comparison(f)
     headings = {tables.STATUS: "status"} | {m.name: m.terminal_heading for m in metrics.shown() if m.terminal_heading}
@@ -33,7 +33,7 @@ def summary(f: RunFacts) -> list[str]:
         lines.append(f"{icon(j.verdict.word)} {j.verdict.word.value}: {j.comparison.says}")
         lines.append(f"    {j.verdict.reason}")
     lines += [f"! {note}" for note in tables.short_notes(f)]
-    unreached = group(  # the other notes are on the page only
+    unreached = group(  # only the page shows the other notes
         (note, f.titles[record.cell_id])
         for record in f.latest.values()
         for note in notes_of_kind(record, NoteKind.UNREACHED_EXPERTS)
@@ -62,5 +62,5 @@ def _text(field: Field) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align columns: names and statuses to the left, numbers to the right."""
+    """Align columns of text: the first two (name, status) to the left, the numbers to the right."""
     return align_columns(rows, right=range(2, len(rows[0])), indent="")

@@ -25,11 +25,11 @@ def tone(word: str) -> str:
 
 
 def icon(word: str) -> str:
-    """Return the sign shown with a verdict or status, so that the meaning never depends on colour alone."""
+    """Return the sign of a verdict or status, so that its meaning never depends on colour alone."""
     return ICONS[tone(word)]
 
 
 def badge(word: str, colour: str = "") -> dict[str, str]:
-    """Return a verdict or status with its colour and sign, for a template. colour: replaces that of `tone`."""
+    """Return a verdict or status with its colour and sign, for a template. colour: by default that of `tone`."""
     colour = colour or tone(word)
     return {"word": str(word), "tone": colour, "icon": ICONS[colour]}

@@ -1,4 +1,4 @@
-"""Content of the report page, as one plain dict: templates look up and loop, they never compute."""
+"""Content of the report page, as one dict of plain values. Templates look up and loop, but compute nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from harness.report.tones import badge
 
 
 def build(analysed: Sequence[RunFacts], again: Sequence[Rerun] | None = None) -> dict[str, Any]:
-    """Return the view of one or several runs. again: their reruns; None if none are possible."""
+    """Return the content of the page of one or several runs. again: reruns of their Cells; None if reruns are impossible."""
     return {
         "title": " and ".join(dict.fromkeys(f.run.manifest.title or f.run.manifest.suite for f in analysed)),
         "runs": [_run(f) for f in analysed],
@@ -83,7 +83,7 @@ def _verdict(f: RunFacts) -> dict[str, Any]:
 
 
 def _alerts(f: RunFacts) -> list[dict[str, Any]]:
-    """Return the alerts: unfinished run, missing Cells, changed or torn files, Records from other environments."""
+    """Return the alerts, e.g. on an unfinished run, missing Cells, changed or torn files, and other environments."""
     latest = f.latest.values()
     missing, broken = len(f.verdict.missing), len(f.run.broken)
     resume = f"peft-harness run SUITE --resume {f.run.manifest.run} measures the rest"
@@ -145,7 +145,7 @@ def _group(f: RunFacts, g: Group) -> dict[str, Any]:
 
 
 def _alone(f: RunFacts, g: Group) -> dict[str, Any]:
-    """Return the view of an entry that is alone in its budget."""
+    """Return the view of the only entry with its budget."""
     (entry,) = g.entries
     cell, accuracy = entry.record.cell, formatting.accuracy(entry.score)
     title = f"{cell.model} {f.entry_name(entry)}"
@@ -156,7 +156,7 @@ def _budget(g: Group) -> str:
     b = g.budget
     training = f"{b.steps} steps × {b.batch} examples" if b.steps else "no training"
     items = f"{b.items:,} test items" + (f" after the first {b.skip:,}" if b.skip else "")
-    # The number of cut items is None in Records that did not count them.
+    # Older Records did not count the cut items, so that the number is None.
     cut = max((r.accuracy.cut_items or 0 for e in g.entries for r in e.records if r.accuracy), default=0)
     items += f" ({cut:,} of them cut)" if cut else ""
     seeds = f", seeds {', '.join(map(str, g.seeds))}" if len(g.seeds) > 1 else ""
@@ -165,7 +165,7 @@ def _budget(g: Group) -> str:
 
 
 def _sentences(f: RunFacts, g: Group) -> list[str]:
-    """Return the ranking as sentences: the best entry, the entries tied with it, the limits of the comparison."""
+    """Return the ranking as sentences: on the best entry, on the others compared with it, and on the scope of the tests."""
 
     def listed(entries: Sequence[RankingEntry]) -> str:
         return ", ".join(f"{f.entry_name(e)} ({_gap(e)})" for e in entries)
@@ -194,7 +194,7 @@ def _sentences(f: RunFacts, g: Group) -> list[str]:
 
 
 def _scope(g: Group) -> list[str]:
-    """Return sentences on the scope of a group's tests and their smallest detectable difference."""
+    """Return sentences on the scope of a group's tests, and on the smallest difference that they can detect."""
     seeds = ", ".join(map(str, g.seeds))
     if len(g.ranked[0].records if g.ranked else ()) > 1:
         moderated = any(entry.score.means == MODERATED for entry in g.ranked)
@@ -247,7 +247,7 @@ def _records(e: RankingEntry) -> str:
 
 
 def _peak(e: RankingEntry) -> float | None:
-    """Return the training peak above the imports, in MiB; for several seeds the median."""
+    """Return the training peak above the imports in MiB, the median over seeds; None if no seed has a peak."""
     peaks = [peak / formatting.MIB for r in e.records if (peak := metrics.PEAK_ABOVE_IMPORTS.read(r)) is not None]
     return median(peaks) if peaks else None
 
@@ -267,7 +267,7 @@ def _memory_chart(f: RunFacts, g: Group, levels: Sequence[charts.Level]) -> dict
 
 
 def _last_peak(record: Record | None) -> int | None:
-    """Return the last peak of a Cell that ran out of memory."""
+    """Return the last peak of a Cell that ran out of memory, in bytes; None for another Cell."""
     return record.failure.last_peak_B if record and record.status is Status.OOM and record.failure else None
 
 
@@ -281,7 +281,7 @@ def _size_chart(f: RunFacts, g: Group, levels: Sequence[charts.Level]) -> dict[s
 
 
 def _undrawn(f: RunFacts, g: Group) -> list[dict[str, str]]:
-    """List the Cells of this budget that have no point, with the reason."""
+    """Return the Cells with this budget that have no point in a chart, each with the reason."""
     found = []
     for cell in f.run.manifest.cells:
         if Budget.of(cell) == g.budget and cell.cell_id not in f.entries:

@@ -1,1 +1,1 @@
-"""Helpers of the tests, which import them as `support.<module>`."""
+"""Helpers of the tests. Tests import them as `support.<module>`."""

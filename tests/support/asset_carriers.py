@@ -71,7 +71,7 @@ def model_files(folder: Path) -> Path:
 
 @contextmanager
 def index(carrier: Path) -> Iterator[str]:
-    """Serve one file as a package index; gives its URL."""
+    """Serve one file as a package index, and yield the URL of the index."""
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args: object) -> None:

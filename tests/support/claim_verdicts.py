@@ -1,4 +1,4 @@
-"""Claims of a paper judged in this process: what needs no large model takes no other."""
+"""Judge claims that need no large model in this process, without a worker."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from harness.claims.worker import find
 
 
 def verdicts(paper: str, starts: tuple[str, ...]) -> dict[str, JudgedClaim]:
-    """Map the ids that begin so to what became of them."""
+    """Return the judged claims with an id that begins with one of `starts`, by id."""
     found = {}
     for claim in claim_file.load(claim_file.paths([paper])):
         if claim.id.startswith(starts):

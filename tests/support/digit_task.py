@@ -1,4 +1,4 @@
-"""A tiny Llama on disk that reads single characters, and rows for it to learn: a generative task without a download."""
+"""Generative task without a download: a tiny Llama on disk that reads single characters, and rows for it to learn."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ metadata: {data: digits-test, train: digits-train, test: 20, shuffle_seed: 0, fi
 
 
 def model(folder: Path, positions: int = 64) -> Path:
-    """Write a Llama with seeded random weights and a tokenizer of one token a character, which begins texts with <s>."""
+    """Write a Llama with seeded random weights and its tokenizer. Each character is a token; a text begins with <s>."""
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -50,7 +50,7 @@ def model(folder: Path, positions: int = 64) -> Path:
 
 
 def rows(path: Path, count: int, seed: int, says: str = "makes") -> Path:
-    """Write rows that ask for the digit among letters: `kb3` is answered by `makes 3`."""
+    """Write rows that ask for the digit in a text: the answer to `kb3` is `makes 3`."""
     chance = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):

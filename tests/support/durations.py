@@ -1,6 +1,6 @@
 """Record how long tests take: `python tests/support/durations.py TIER=JUNIT.xml ...` updates tests/durations.json.
 
-The files come from pytest, e.g. `python -m pytest -m e2e --junitxml=e2e.xml`, on a machine that does nothing else.
+pytest writes the JUnit files, e.g. with `python -m pytest -m e2e --junitxml=e2e.xml`, on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SLOWEST = 10
 
 
 def read(report: Path) -> dict[str, Any]:
-    """Return the wall time of a run of pytest, the sum of each file and the slowest tests, in seconds."""
+    """Return the wall time of a pytest run, the time of each test file, and the slowest tests, in seconds."""
     (suite,) = ET.parse(report).getroot().iter("testsuite")
     files: dict[str, float] = defaultdict(float)
     tests: dict[str, float] = {}

@@ -1,7 +1,7 @@
-"""Processes of the harness's own modules as forks of this process, which has imported torch already.
+"""Run the harness's own modules in forks of this process, which has imported torch already.
 
-The import of torch, transformers and lm-eval takes longer than a small Cell. Only tests of what happens inside a process
-use forks: the environment's variables that a library reads on import are those of this process.
+The import of torch, transformers and lm-eval takes longer than a small Cell. A library that reads environment variables on
+import has those of this process, not those of the fork. So forks are only for tests of the work inside a process.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _IMPORTED = (
     "harness.cell.lifecycle", "harness.memory_model.cell_prediction", "lm_eval.evaluator",
     "transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama", "transformers.modeling_utils",
 )  # fmt: skip
-"""What a fork would import, each anew."""
+"""Modules that each fork would otherwise import anew."""
 
 
 class ForkedModule:
-    """Stands in for `subprocess.Popen` in `supervisor.Subprocess`: runs `-m MODULE ARGUMENT ...` or a script in a fork."""
+    """Replacement for `subprocess.Popen` in `supervisor.Subprocess`. Runs `-m MODULE ARGUMENT ...` or a script in a fork."""
 
     def __init__(
         self, command: Sequence[str], *, env: Mapping[str, str] | None, stdin: int | IO[bytes],
@@ -86,7 +86,10 @@ def _descriptor(stream: int | IO[bytes] | None) -> int | None:
 def _become(
     argv: list[str], environment: Mapping[str, str], streams: Sequence[int | None], kept: Collection[int]
 ) -> NoReturn:
-    """Become the process of a module: its session, its streams, no other open file, its environment; and end."""
+    """Turn this fork into the process of a module: set its session, streams and environment, run the module, and exit.
+
+    All other open files are closed.
+    """
     code = 1
     try:
         os.setsid()
@@ -101,9 +104,9 @@ def _become(
         variables = dict(environment)
         os.environ.clear()
         os.environ.update(variables)
-        gc.freeze()  # what was imported before is none of its objects
+        gc.freeze()  # objects of earlier imports are not its own
         if torch := sys.modules.get("torch"):
-            torch.set_num_threads(1)  # its pool of threads is the parent's
+            torch.set_num_threads(1)  # a fork has no threads of its parent's pool
         is_module = argv[0] == "-m"
         sys.argv = argv[is_module:]
         run = runpy.run_module if is_module else runpy.run_path
@@ -128,14 +131,14 @@ def _exit_code(run: Callable[[], object]) -> int:
 
 
 def _popen(command: Sequence[str], **how: Any) -> Any:
-    """Start a program; fork for what is part of the harness."""
+    """Start a program: a module or script of the harness in a fork, any other as usual."""
     ours = command[1:3] == ["-P", "-m"] and command[3].startswith("harness.")
     ours |= command[1] == "-P" and Path(command[2]).is_relative_to(PACKAGE)
     return ForkedModule(command, **how) if ours else subprocess.Popen(command, **how)
 
 
 def use(patch: pytest.MonkeyPatch) -> None:
-    """Let `supervisor` fork where it would start Python anew."""
+    """Make `supervisor` fork this process where it would start a new Python."""
     for module in _IMPORTED:
         importlib.import_module(module)
     patch.setattr(supervisor, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": _popen}))

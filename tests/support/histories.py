@@ -1,4 +1,4 @@
-"""Histories for tests: nights made of runs' Records, or of numbers drawn at random, written as `history add` would."""
+"""Histories for tests, in the format of `history add`, with values that each test chooses or draws at random."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Values = Callable[[str, int, int], Mapping[str, float] | str]
 
 
 def night(index: int) -> str:
-    """Return the name of a night, counting from 0."""
+    """Return the date of a night, counted from 0."""
     return (date(2026, 1, 1) + timedelta(days=index)).isoformat()
 
 
 def many(count: int) -> dict[str, Cell]:
-    """Return so many Cells of one recipe, by their ids."""
+    """Return `count` Cells of one recipe, by cell_id."""
     made = (recorded_run.cells(seed)["fused"] for seed in range(count))
     return {cell.cell_id: cell for cell in made}
 
@@ -44,7 +44,10 @@ def write(
     place: Callable[[int], dict[str, str]] = lambda _: PLACE,
     revision: Callable[[int], str] = lambda _: SHAS[0],
 ) -> Path:
-    """Write a history. values: takes cell_id, index of the night and pass; a word in place of numbers is a status."""
+    """Write a history.
+
+    values: returns the values of a pass, or its status if it did not end ok; called with cell_id, night and pass.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     night_files.write_cells(folder, {i: cell.model_dump(mode="json") for i, cell in cells.items()})
     for index in range(nights):
@@ -70,7 +73,7 @@ def head(index: int, number: int, revision: str) -> RunHeader:
 
 
 def noisy(seed: int, level: Callable[[str, int], float] = lambda *_: 1.0, sd: float = 0.005) -> Values:
-    """Return step times of some 100 ms with noise, times `level` of a Cell and night."""
+    """Return a function for `write`: noisy step times of 0.1 s, multiplied by the `level` of the Cell and night."""
     rng = random.Random(seed)
 
     def values(cell: str, index: int, _: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""LoRA on one layer of every kind: the layers, their inputs, and one pass forwards and backwards."""
+"""LoRA on one layer of each kind: the layers, their inputs, and a forward and backward pass."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 
 
 class Scaled(nn.Embedding):
-    """As Gemma's: what is looked up is multiplied by a number."""
+    """Embedding whose output is multiplied by a number, as in Gemma."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -43,7 +43,7 @@ MADE: dict[str, Callable[[], nn.Module]] = {
     "embedding": lambda: nn.Embedding(20, 10, padding_idx=3),
     "scaled": lambda: Scaled(20, 10),
 } | {name: lambda g=g: nn.Conv2d(6, 8, 3, **g) for name, g in GEOMETRIES.items()}
-# A convolution in another dtype than float64 costs a tenth of a second: the hardest geometry stands for all.
+# A convolution in another dtype than float64 takes 0.1 s. So only the hardest geometry is tested in all dtypes.
 COSTLY = set(GEOMETRIES) - {"everything"}
 CASES = [(n, d) for n in MADE for d in DTYPES if n not in COSTLY or d == "float64"]
 
@@ -77,7 +77,7 @@ def warmed(name: str, dtype: str = "float64", attach: Callable[..., Any] = lora.
 
 
 def run(adapted: Any, x: Tensor) -> dict[str, Tensor]:
-    """Return the output, and the gradients of the input and of what trains, from one fixed incoming gradient."""
+    """Return the output `y`, and the gradients of the input `x` and of all trained tensors, for a fixed gradient of `y`."""
     leaf = x.clone().requires_grad_(x.is_floating_point())
     y = adapted.model(leaf)
     dy = torch.randn(y.shape, generator=generator(2), dtype=torch.float64).to(y.dtype)

@@ -1,4 +1,4 @@
-"""Models of transformers saved as folders."""
+"""Folders with saved models of transformers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def saved(model: Any, tokenizer: Path, folder: Path) -> Path:
-    """Save a model of transformers with a tokenizer that need not be its own."""
+    """Save a model of transformers, add the files of a tokenizer, and return the folder."""
     model.save_pretrained(folder)
     for file in tokenizer.iterdir():
         if not (folder / file.name).exists():

@@ -1,4 +1,4 @@
-"""What one of all workers of pytest-xdist makes for the others: they may share the tests of a file."""
+"""Work that one pytest-xdist worker does for all workers. The tests of a file may run in several workers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import pytest
 
 
 def shared_folder(factory: pytest.TempPathFactory) -> Path:
-    """Return the temporary folder of the whole session."""
+    """Return the temporary folder that all workers of the session share."""
     base = factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]) -> tuple[Path, Any]:
-    """Return a folder of the session, and what `make` returned for it, which JSON can hold; the first caller makes it."""
+    """Return a folder of the session, and the JSON value that `make` returned for it. Only the first caller runs `make`."""
     folder = shared_folder(factory) / name
     made = folder / "made.json"
     with folder.with_suffix(".lock").open("w") as lock:

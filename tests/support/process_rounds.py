@@ -1,10 +1,10 @@
-"""Made rounds of process runs, in seconds."""
+"""Artificial rounds of process runs, in seconds."""
 
 from __future__ import annotations
 
 
 def rounds(seconds: float, spread: float = 0.01) -> list[float]:
-    """Twenty rounds of a process run whose median is `seconds`."""
+    """Return twenty rounds of a process run with the median `seconds`."""
     return [seconds * (1 + spread * (i - 9.5) / 10) for i in range(20)]
 
 

@@ -1,4 +1,4 @@
-"""Waiting for other processes."""
+"""Wait for other processes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import psutil
 
-# For what takes seconds; a machine that is busy with other things takes longer.
+# for events that take seconds; they take longer on a busy machine
 PATIENCE_S = 120.0
 
 
 def eventually(happens: Callable[[], bool], what: str) -> None:
-    """Wait until `happens()`, and fail if it never does."""
+    """Wait until `happens()` is true; fail after PATIENCE_S seconds."""
     deadline = time.monotonic() + PATIENCE_S
     while not happens():
         assert time.monotonic() < deadline, f"in vain waited until {what}"
@@ -20,7 +20,7 @@ def eventually(happens: Callable[[], bool], what: str) -> None:
 
 
 def gone(pid: int) -> bool:
-    """Whether the process has ended, if only its parent has yet to hear of it; it may do so while it is looked at."""
+    """Return whether a process has ended. A zombie has ended too."""
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""A plausible run folder, built from the Records' own models: what the quick suite leaves on disk, without a run."""
+"""A plausible run folder like that of the suite quick, built from the classes of a Record without running anything."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from harness.records.record import (
 STARTED = "2026-01-05T09:00:00Z"
 MIB = 1024 * 1024
 
-# id in the suite: accuracy, adapter, head, peak MiB, ms per step
+# by id in the suite: accuracy, adapter parameters, head parameters, peak in MiB, ms per step
 _QUICK: dict[str, tuple[float, int, int, int, float]] = {
     "head": (0.65, 0, 770, 712, 41.0),
     "full": (0.82, 22_713_986, 770, 1085, 128.0),
@@ -53,7 +53,7 @@ _QUICK: dict[str, tuple[float, int, int, int, float]] = {
 
 
 def cells(seed: int = 0) -> dict[str, Cell]:
-    """Return ten Cells like the quick suite's, by a short name each."""
+    """Return ten Cells like those of the suite quick, by short name."""
     small = {"model": "minilm-l6", "task": "movie-sentiment", "seed": seed, "evaluation": Evaluation(items=1000)}
     large = {"model": "smollm2-135m-instruct", "task": "movie-sentiment", "seed": seed}
     large["evaluation"] = Evaluation(items=200)
@@ -84,7 +84,7 @@ def cells(seed: int = 0) -> dict[str, Cell]:
 
 
 def comparisons(c: dict[str, Cell]) -> list[Comparison]:
-    """Return the quick suite's three questions."""
+    """Return the three questions of the suite quick."""
     r8 = [c[name].cell_id for name in ("reference", "fused", "hf-peft")]
     return [
         Comparison(kind="better", left=r8, right=[c["head"].cell_id], says="LoRA scores higher than the head alone"),
@@ -116,7 +116,7 @@ def assets(sha256: str = "a" * 64, model: str = "minilm-l6") -> list[AssetUse]:
 
 
 def losses(cell: Cell) -> list[float]:
-    """Return losses that fall with training: the same for every implementation but for rounding in its dtype."""
+    """Return falling losses, one per step. Implementations of a recipe differ only by the rounding of their dtype."""
     what = f"{cell.model}{cell.method}{cell.config}{cell.base}{cell.seed}"
     exact, noise = random.Random(what), random.Random(f"{what}{cell.implementation}{cell.dtype}")
     pace = {"frozen": 0.25, "full": 1.2, "lora": 1.0}[cell.method]
@@ -130,7 +130,7 @@ def losses(cell: Cell) -> list[float]:
 
 
 def items(cell: Cell, share: float) -> list[Item]:
-    """Return per-item results of exactly this accuracy; Cells agree on which items are hard."""
+    """Return scored items with exactly this accuracy. The same items are hard for all Cells."""
     n = cell.evaluation.items
     hard = random.Random(f"items{cell.task}")
     own = random.Random(f"{cell.method}{cell.config}{cell.base}{cell.seed}")
@@ -213,7 +213,7 @@ def checks(cell: Cell) -> list[CheckResult]:
 
 
 def record(name: str, cell: Cell, run: str = "recorded", attempt: int = 1, **changes: Any) -> Record:
-    """Return the ok Record of one of `cells()`, with any of its fields replaced."""
+    """Return the ok Record of a Cell of `cells()`, with the fields in `changes` replaced."""
     share, adapter, head, peak, ms = _QUICK[name]
     training = _training(cell, ms)
     spent = sum(training.step_seconds) if training else 0.0
@@ -263,7 +263,7 @@ def record(name: str, cell: Cell, run: str = "recorded", attempt: int = 1, **cha
 
 
 def failed(good: Record, status: Status = Status.ERROR, **changes: Any) -> Record:
-    """Return the Record of the same Cell, had it ended badly."""
+    """Return a Record of the same Cell that did not end ok."""
     fields = {
         "schema": 1,
         **{key: getattr(good, key) for key in ("run", "cell_id", "attempt", "cell", "environment", "started")},
@@ -307,11 +307,11 @@ def write_run(
     asked: Callable[[dict[str, Cell]], list[Comparison]] = comparisons,
     **manifest: Any,
 ) -> store.Run:
-    """Write a run folder and read it back.
+    """Write a run folder, and return the run as read from it.
 
-    change: takes a Cell's short name and its ok Record, returns what is written in its stead, None for nothing.
-    footer: False leaves the run unfinished. only: the Cells expected. extra: Records of further attempts.
-    asked: the suite's comparisons. manifest: fields of run.json to replace.
+    change: takes the short name and the ok Record of a Cell; returns the Record to write, or None for no Record.
+    footer: False leaves the run unfinished. only: short names of the expected Cells; empty: all. extra: Records of
+    further attempts. asked: returns the comparisons of the suite. manifest: fields of run.json to replace.
     """
     every = cells()
     expected = {name: every[name] for name in only or every}

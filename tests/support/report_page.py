@@ -1,4 +1,4 @@
-"""A report as its readers meet it: the page as a browser parses it, a table's row by the names of its columns."""
+"""A report as its readers see it: the page as a browser parses it, and the rows of its tables by column names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from harness.records.record import Record
 
 
 class Page(HTMLParser):
-    """What a browser would make of the page: elements with their attributes, text, and raw script and style."""
+    """Parsed page: elements with their attributes, the text, and the raw scripts and styles."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

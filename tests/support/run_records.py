@@ -1,4 +1,4 @@
-"""Records of a run that a test has made."""
+"""Access to the Records of a run that a test has made."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def losses(record: Record) -> list[float]:
 
 
 def adds_up(footer: Footer) -> bool:
-    """All times are differences of readings of one clock, each rounded in its last place."""
+    """Return whether the times of a footer add up to its total, up to rounding.
+
+    Each time is a difference of two clock readings, which are rounded in the last place.
+    """
     parts = [footer.seconds_in_cells, *footer.seconds_outside.values()]
     readings = 2 * (len(parts) + sum(footer.counts.values()))
     return abs(footer.seconds_total - sum(parts)) <= readings * EPSILON["float64"] * time.monotonic()

@@ -1,4 +1,4 @@
-"""The command in a folder of its own, with a cache and with a plug-in that misbehaves."""
+"""Run the command in a test's own folder, with a cache and with a plug-in that misbehaves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from harness.records import store
 from support import forked_modules
 from support.processes import PATIENCE_S, eventually
 
-# -P: the current folder must not lend its modules to the command.
+# -P: the command must not import modules from the current folder.
 COMMAND = (sys.executable, "-P", "-m", "harness.cli")
 
 _PLUGIN = """
@@ -72,14 +72,14 @@ def implementations():
     return [raises, greedy, wrong, nan, *BY_IMPORT.values()]
 """
 
-# What a Cell's start-up imports first, so that a test needs not wait for torch.
+# The start-up of a Cell imports these modules first, so that tests need not wait for torch.
 _ON_IMPORT = {
     "killed": "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
     "exits": "import sys\nsys.exit('no licence for this library')",
     "leaves": "import os\nprint('last words', flush=True)\nos._exit(7)",
     "crashes": "import ctypes\nctypes.string_at(0)",
     "starved": "raise MemoryError('nothing left')",
-    # Holds the interpreter, so that no thread of the worker can run, and has a child.
+    # keeps the interpreter lock, so that no thread of the worker can run, and starts a child
     "hangs": (
         "import ctypes, os, subprocess, sys\n"
         "from pathlib import Path\n"
@@ -100,7 +100,7 @@ _ON_IMPORT = {
     ),
 }
 
-# The same Cells as those of the smoke suite, so that losses can be compared.
+# The Cells are those of the smoke suite, so that losses can be compared.
 _SUITE = """
 suite: faults
 title: Implementations that misbehave
@@ -119,7 +119,7 @@ matrix:
 
 @dataclass(frozen=True)
 class Finished:
-    """A command that has ended."""
+    """Result of a command that has ended."""
 
     code: int
     out: str
@@ -128,7 +128,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Sandbox:
-    """Runs the command with the plug-in installed and a cache of its own. `folder` is the test's, and where it runs."""
+    """Runs the command with the plug-in installed and with a given cache. `folder` is the test's, and the current folder."""
 
     folder: Path
     environment: dict[str, str]
@@ -160,7 +160,7 @@ class Sandbox:
         return store.read_run(self.run_folder)
 
     def hanging(self) -> list[int]:
-        """Wait for the plug-in `hangs` to hang; return the worker's process id and that of its child."""
+        """Wait until the plug-in `hangs` hangs; return the process ids of the worker and of its child."""
         eventually((self.folder / "pids").exists, "the plug-in hangs")
         pids = [int(pid) for pid in (self.folder / "pids").read_text().split()]
         (self.folder / "pids").unlink()
@@ -168,7 +168,7 @@ class Sandbox:
 
 
 class ForkSandbox(Sandbox):
-    """Runs the command in this process, and processes of the harness's modules as forks of it."""
+    """Runs the command in this process, and the harness's modules in forks of this process."""
 
     def command(self, *arguments: str) -> Finished:
         with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as captured:
@@ -187,7 +187,7 @@ class ForkSandbox(Sandbox):
 
 @contextlib.contextmanager
 def _captured(name: str) -> Iterator[TextIO]:
-    """Capture a stream of this process, and of its children."""
+    """Capture a stream of this process and of its children; yield the file with the output."""
     real: TextIO = getattr(sys, name)
     number = {"stdout": 1, "stderr": 2}[name]
     kept = os.dup(number)
@@ -203,7 +203,7 @@ def _captured(name: str) -> Iterator[TextIO]:
 
 
 def _hear_ctrl_c() -> None:
-    """Let the command hear SIGINT even if these tests run in the background of a shell, which ignores it for them."""
+    """Let the command receive SIGINT, even if the tests run in the background of a shell, where it would be ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -1,4 +1,4 @@
-"""Step times of Cells over many nights, drawn at random."""
+"""Simulated step times of Cells over many nights."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 LEAST = math.log1p(0.02)
 NIGHT = 45
-"""On which a tenth of the simulated Cells become slower."""
+"""First night on which a tenth of the simulated Cells are slower."""
 
 
 def simulated(seed: int, slower: float, cells: int = 200, nights: int = 60) -> Array:
-    """Return log times of shape (cells, nights), medians of three passes, the first tenth of the Cells slower from NIGHT on.
+    """Return log step times, shape (cells, nights). The first tenth of the Cells is slower from NIGHT on.
 
-    A pass of a Cell: its level; the night's shift, 2 %; the process, 0.8 %; the median of 30 steps of 1.5 % noise; one in
-    33 is slower by 5 to 20 %. On night 30 the whole machine becomes slower by 14 %.
+    A time is the median of three passes. The time of a pass is the product of the level of the Cell, the shift of the night
+    (sd 2 %), the noise of the process (sd 0.8 %) and the median of 30 steps (sd 1.5 % each); one pass in 33 is slower by
+    5 to 20 %. On night 30 the whole machine becomes slower by 14 %.
     """
     rng = np.random.default_rng(seed)
     shared = rng.normal(0, 0.02, nights)

@@ -1,9 +1,9 @@
-"""Times of process runs with the noise of real ones, and the two-stage gate over many Cells at once. No torch.
+"""Simulated times of process runs with realistic noise, and the two-stage gate for many Cells. It imports no torch.
 
-Sizes: L40S history and what is known of GPU timings. The log of a process run's time is the sum of
-a shift of the session, sd 2 %, common to both sides; the noise of each process, sd 0.8 %; a warming up of 1.5 % over the
-session, fast at first; the median of 30 steps, autocorrelated (0.3) with sd 1.5 %, of which 2 % are slow by 10 to 100 %;
-and in a share of the processes a whole-process slow-down of 5 to 20 %.
+The sizes of the noise come from a history on an L40S and from known GPU timings. The logarithm of a time is a sum of: a
+shift of the session (sd 2 %), which both sides share; the noise of the process (sd 0.8 %); a warm-up of 1.5 % over the
+session, fast at first; and the median of 30 autocorrelated steps (0.3, sd 1.5 %), of which 2 % are slow by 10 to 100 %.
+In a given share of the processes, the whole process is slower by 5 to 20 %.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Noise = Callable[[np.random.Generator, tuple[int, int]], Floats]
 SESSION, PROCESS, WARMING, STEP, FOLLOWING = 0.02, 0.008, 0.015, 0.015, 0.3
 STEPS, SLOW_STEPS = 30, 0.02
 ORDERS = 16
-"""Orders that the Cells of a simulated night share: each is drawn as a gate draws it."""
+"""Number of orders of process runs that the simulated Cells share. Each order is drawn as a gate draws it."""
 
 
 def disturbed(share: float) -> Noise:
-    """Return the noise of process runs of which `share` are slow as a whole."""
+    """Return a noise in which a `share` of the process runs is slow as a whole."""
 
     def noise(rng: np.random.Generator, shape: tuple[int, int]) -> Floats:
         own = rng.normal(0.0, PROCESS, shape) + _median_of_steps(rng, shape)
@@ -38,7 +38,7 @@ def disturbed(share: float) -> Noise:
 
 
 def wider(factor: float) -> Noise:
-    """Return the noise of processes that differ so many times as much, as on a machine that others use too."""
+    """Return a noise in which processes vary `factor` times as much, as on a machine with other users."""
 
     def noise(rng: np.random.Generator, shape: tuple[int, int]) -> Floats:
         return rng.normal(0.0, factor * PROCESS, shape) + _median_of_steps(rng, shape)
@@ -47,7 +47,7 @@ def wider(factor: float) -> Noise:
 
 
 def two_speeds(share: float, gap: float) -> Noise:
-    """Return the noise of processes of which `share` run in a mode that is slower by `apart`, as after autotuning."""
+    """Return a noise in which a `share` of the processes runs in a mode that is slower by `gap`, e.g. after autotuning."""
 
     def noise(rng: np.random.Generator, shape: tuple[int, int]) -> Floats:
         return rng.normal(0.0, PROCESS, shape) + np.log1p(gap) * (rng.random(shape) < share)
@@ -56,12 +56,12 @@ def two_speeds(share: float, gap: float) -> Noise:
 
 
 def heavy_tailed(df: float) -> Noise:
-    """Return the noise of processes whose noise is Student's t."""
+    """Return a noise with Student's t distribution."""
     return lambda rng, shape: PROCESS * rng.standard_t(df, shape)
 
 
 def log_ratios(rng: np.random.Generator, cells: int, pairs: int, noise: Noise, effect: float = 0.0) -> Floats:
-    """Return log(B / A) of shape (cells, pairs) for a B that takes 1 + effect of A's time."""
+    """Return log(B / A), shape (cells, pairs), where B takes 1 + effect times as long as A."""
     arms = [pair_design.order(pairs, int(seed)) for seed in rng.integers(2**31, size=ORDERS)]
     is_b = np.array([[arm == "B" for arm in order] for order in arms])[rng.integers(ORDERS, size=cells)]
     when = np.arange(2 * pairs) / (2 * pairs)
@@ -73,7 +73,7 @@ def log_ratios(rng: np.random.Generator, cells: int, pairs: int, noise: Noise, e
 
 @dataclass(frozen=True)
 class Nights:
-    """Verdicts over simulated Cells, counted; runs: process runs per Cell."""
+    """Counts of the verdicts on simulated Cells. runs: mean number of process runs per Cell."""
 
     cells: int
     suspects: int
@@ -90,7 +90,7 @@ class Nights:
 
 
 def gate(rng: np.random.Generator, cells: int, design: Design, noise: Noise, effect: float = 0.0) -> Nights:
-    """Send Cells through both stages, as `paired.decide` does one."""
+    """Judge many Cells in two stages, as `paired.decide` judges one Cell."""
     found = look(log_ratios(rng, cells, design.first, noise, effect), design, "first")
     same, slower, faster = int(found.same.sum()), 0, 0
     suspects = cells - same
@@ -113,7 +113,7 @@ def gate(rng: np.random.Generator, cells: int, design: Design, noise: Noise, eff
 def many_nights(
     rng: np.random.Generator, cells: int, design: Design, noise: Noise, effect: float = 0.0, at_once: int = 5_000
 ) -> Nights:
-    """Do the same in portions that fit into a cache."""
+    """Return the result of `gate` for many Cells, in portions of `at_once` Cells that fit into a cache."""
     found = Nights(0, 0, 0, 0, 0, 0.0)
     for begin in range(0, cells, at_once):
         found = found + gate(rng, min(at_once, cells - begin), design, noise, effect)
@@ -121,7 +121,10 @@ def many_nights(
 
 
 def _median_of_steps(rng: np.random.Generator, shape: tuple[int, int]) -> Floats:
-    """Return the median of each process's steps; the steps along the first axis, so that each follows the last."""
+    """Return the median of the steps of each process, in the given shape.
+
+    The steps lie along the first axis, since each step is correlated with the one before.
+    """
     steps = rng.standard_normal((STEPS, *shape), dtype=np.float32)
     steps *= np.float32(STEP)
     fresh = np.float32(np.sqrt(1 - FOLLOWING**2))

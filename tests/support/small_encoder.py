@@ -18,7 +18,7 @@ EXAMPLES = [Example(f"e{i}", tuple(range(1, 2 + i * 7 % 13)), i % 2) for i in ra
 
 
 class Encoder(nn.Module):
-    """Counts tokens; enough of an encoder to be trained."""
+    """Minimal encoder for training: it adds up the embeddings of the tokens."""
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Encoder(nn.Module):
 
 
 def setting(model: nn.Module, method: str = "full", implementation: str = "reference", **recipe: Any) -> Any:
-    """Attach a method to a model; return train()'s arguments up to the schedule, by name."""
+    """Attach a method to a model; return the first arguments of train(), up to `schedule`, by name."""
     attach = discover().find("method", method, implementation)
     config = {} if method == "full" else {"rank": 2, "targets": ["head"]}
     adapted = attach(model, configure(method, config), torch.Generator().manual_seed(0))
@@ -45,4 +45,4 @@ def batches(steps: int) -> list[Batch]:
 
 
 def nothing(step: int, loss: float) -> None:
-    """Report to nobody."""
+    """Report no progress."""

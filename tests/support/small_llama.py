@@ -1,4 +1,4 @@
-"""A small Llama, a config of every Method for it, and the memory that is predicted of them."""
+"""A small Llama, a config of every Method for it, and the predicted memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def off(predicted: int, measured: int) -> float:
-    """Return how far a prediction is from what was measured, as a share of that."""
+    """Return |predicted - measured| / measured. If `measured` is 0, return 1 for a positive prediction, otherwise 0."""
     return abs(predicted - measured) / measured if measured else float(predicted > 0)
 
 

@@ -1,4 +1,4 @@
-"""Attempts whose worker is stub_worker.py: what an executor does is seen in milliseconds, without torch."""
+"""Attempts with stub_worker.py as their worker, so that tests of executors take milliseconds and need no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SOURCE = table.Source(name="tiny-llama", kind="causal", source="made:tiny-llama"
 
 
 def stub(folder: Path, cells: Sequence[Cell], here: Environment, acts: Mapping[int, str] | None = None) -> list[str]:
-    """Return the worker's command. acts: what a Cell of that seed does instead of leaving its Record."""
+    """Return the worker's command. acts: by seed, what the worker does instead of writing the Record of the Cell."""
     records = folder / "records"
     records.mkdir(exist_ok=True)
     for cell in cells:
@@ -31,7 +31,7 @@ def stub(folder: Path, cells: Sequence[Cell], here: Environment, acts: Mapping[i
 
 
 class Nobody:
-    """Listens to nothing, and keeps what it heard."""
+    """A listener that only stores what it hears."""
 
     def __init__(self) -> None:
         self.heard: list[tuple[int, Any]] = []
@@ -47,7 +47,7 @@ class Nobody:
 
 
 class Stubbed:
-    """A run folder whose Cells differ in their seeds only; `run` gives the Records of an executor by seed."""
+    """A run folder with Cells that differ only in their seeds. `run` returns the Records of an executor, by seed."""
 
     def __init__(self, path: Path, count: int, timeout: float = 60.0) -> None:
         self.here = environment.describe(2)

@@ -1,8 +1,9 @@
-"""A worker that measures nothing, for tests of who starts it: `stub_worker.py RECORDS ACTS EVENTS LIFELINE < WORK.json`.
+"""Worker that measures nothing, for tests of executors: `stub_worker.py RECORDS ACTS EVENTS LIFELINE < WORK.json`.
 
-It leaves RECORDS/<seed>.json, a Record without its run and attempt, as that of its Cell, with the cores and the GPU that it
-was given as notes. ACTS maps seeds to what a Cell does instead: `hang` (its process id is in the run's folder then), `die`
-(by SIGKILL), `orphan` (kill its parent, and hang), or before it does: `slow` (wait a twentieth of a second).
+RECORDS/<seed>.json holds a Record for each seed. The worker writes it as the Record of its Cell; the notes hold the
+number of cores and the GPU that the worker was given. ACTS maps seeds to something else to do: `hang` (and write the
+process id into the run's folder), `die` (by SIGKILL), `orphan` (kill the parent, then hang), or `slow` (wait 0.05 s,
+then write the Record).
 """
 
 from __future__ import annotations

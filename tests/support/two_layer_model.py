@@ -1,4 +1,4 @@
-"""What the tests of the references share: a model of two layers, seeded noise, and the judgement against float64."""
+"""Shared by the tests of the references: a model of two layers, seeded noise, and the comparison with float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from harness.conformance.subject import DTYPES
 
 
 class Two(nn.Module):
-    """q_proj 12 -> 10 with a bias, v_proj 10 -> 7 without; 120 and 70 weights: blocks of 64 cross rows."""
+    """q_proj maps 12 to 10 with a bias, v_proj maps 10 to 7 without. So blocks of 64 weights do not end where rows end."""
 
     LAST = 7
 
@@ -33,6 +33,9 @@ def draw(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tens
 
 
 def assert_same(have: dict[str, Tensor], want: dict[str, Tensor], dtype: str = "float64") -> None:
-    """Judge by the policy; `want` is in float64, and what rounding it to `dtype` loses is the noise."""
+    """Assert that `have` agrees with `want` by the noise-floor policy.
+
+    `want` is in float64. The noise is the error of rounding `want` to `dtype`.
+    """
     judged = noise_floor(have, want, {n: t.to(DTYPES[dtype]) for n, t in want.items()}, dtype)
     assert judged.passed, judged

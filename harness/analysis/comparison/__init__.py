@@ -1,1 +1,1 @@
-"""Comparisons of two runs: with a baseline, with a rerun, and of A/B pairs."""
+"""Comparisons: of a run with a baseline, of reruns with each other, and of the two sides of A/B pairs."""

@@ -1,6 +1,6 @@
-"""Judge a run against a baseline: each Cell by the kinds of `baseline_rows`, then the run.
+"""Judge a run against a baseline: first each Cell, then the whole run.
 
-"Nothing compared" is never a pass, and every verdict lists the differences of the environments.
+If nothing was compared, the run does not pass. Every verdict lists the differences between the environments.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from harness.records import naming
 from harness.records.record import Cell, Outcome, Record, Status
 
 _DIFFERENCES = (FindingKind.ENVIRONMENT, FindingKind.ASSETS)
-"""Kinds that every verdict lists last."""
+"""Kinds of rows that every verdict lists last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +38,12 @@ class Against(Findings):
 
 
 def judge(base: RunFacts, new: RunFacts, *, margins: Margins | None = None, strict: bool = False) -> Against:
-    """Compare every Cell of the baseline with its Record in the run.
+    """Compare each Cell of the baseline with its Record in the run; return the verdict, the exit code and all rows.
 
-    Exit codes, the first that holds: NOTHING_COMPARED if no Cell has a Record on both sides; FAIL for any failed row or a
-    file that was changed after its run; INFRASTRUCTURE for Cells that were not reached or have an unreadable Record, and for
-    a run that did not finish; with `strict` INCONCLUSIVE for any inconclusive row; otherwise PASS.
+    The exit code is the first that applies. NOTHING_COMPARED: no Cell has a Record on both sides. FAIL: a row failed,
+    or a file was changed after its run. INFRASTRUCTURE: a Cell was not reached or its Record is unreadable, the run did
+    not finish, or a side has no hashes of its files. INCONCLUSIVE, only with `strict`: a row is inconclusive. Otherwise
+    PASS.
     """
     margins = margins or Margins()
     cells = {cell.cell_id: cell for side in (base, new) for cell in side.run.manifest.cells}
@@ -71,7 +72,7 @@ def judge(base: RunFacts, new: RunFacts, *, margins: Margins | None = None, stri
 
 
 def _matched(base: RunFacts, new: RunFacts, names: Mapping[str, str]) -> tuple[list[CellPair], list[ComparisonRow]]:
-    """Pair the Records of each Cell of the baseline; return a row for every Cell that lacks one."""
+    """Return the two Records of each Cell that can be compared, and a row for each other Cell of either side."""
     expected, planned = ({cell.cell_id for cell in side.run.manifest.cells} for side in (base, new))
     sides = {"baseline": base, "run": new}
     torn = {side: _torn(facts) for side, facts in sides.items()}
@@ -112,7 +113,10 @@ def _status(record: Record | None) -> str | None:
 
 
 def _torn(side: RunFacts) -> dict[str, str]:
-    """Map the cell_id of each unreadable newest attempt to its file and the reason: no older attempt may replace it."""
+    """Return the file and the reason, by cell_id, for each Cell whose newest attempt is unreadable.
+
+    An older attempt must not replace it.
+    """
     found = {}
     for name, why in side.run.broken.items():
         cell_id, _, attempt = Path(name).stem.partition(".")
@@ -122,7 +126,7 @@ def _torn(side: RunFacts) -> dict[str, str]:
 
 
 def _conformance(pair: CellPair) -> ComparisonRow:
-    """Return one row that judges the status of a Cell and its checks."""
+    """Return a row that judges the status and the checks of one Cell."""
     base, new = pair.base, pair.new
     statuses = (base.status.value, new.status.value)
     if base.status is not Status.OK:
@@ -144,7 +148,7 @@ def _conformance(pair: CellPair) -> ComparisonRow:
 
 
 def _looser(base: Record, new: Record) -> list[str]:
-    """List the checks that allow much more than before, the loosest first, each with the factor."""
+    """List the checks whose allowance grew by more than the factor LOOSER, each with its factor, the largest first."""
     before = {c.check: c.allowed for c in base.checks if c.outcome is Outcome.PASS and c.allowed}
     times = {c.check: c.allowed / before[c.check] for c in new.checks if c.allowed and c.check in before}
     found = sorted((x for x in times.items() if x[1] > LOOSER), key=lambda x: -x[1])
@@ -152,14 +156,14 @@ def _looser(base: Record, new: Record) -> list[str]:
 
 
 def _recipe_names(cells: Mapping[str, Cell], names: Mapping[str, str]) -> dict[str, str]:
-    """Return names by recipe_id; a recipe with a single Cell has the name of this Cell."""
+    """Return the names of recipes, by recipe_id. A recipe with a single Cell has the name of this Cell."""
     recipes = group((cell.recipe_id, cell) for cell in cells.values())
     several = [cell for same in recipes.values() if len(same) > 1 for cell in same]
     return {recipe: names[same[0].cell_id] for recipe, same in recipes.items()} | naming.recipes(several)
 
 
 def _whole(against: Against, strict: bool) -> tuple[Verdict, Exit]:
-    """Return the verdict on all rows and the exit code."""
+    """Return the verdict on the whole run, and the exit code."""
     files = [plural(len(against.unreadable), "unreadable file")] if against.unreadable else []
     changed = [f"changed files: {', '.join(against.changed)}"] if against.changed else []
     differences = [f"{row.reason} ({row.name})" for row in against.rows if row.kind in _DIFFERENCES]
@@ -187,6 +191,6 @@ def _whole(against: Against, strict: bool) -> tuple[Verdict, Exit]:
 
 
 def _counted(rows: Sequence[ComparisonRow]) -> list[str]:
-    """List the kinds of findings, each with its first Cells and the number of others."""
+    """Describe each kind of finding in `rows`: its first Cells, and the number of others."""
     kinds = group(dict.fromkeys((row.kind, row.name) for row in rows))
     return [f"{kind.value}: {first_names(kinds[kind])}" for kind in FindingKind if kind in kinds]

@@ -29,7 +29,7 @@ PEAK = "training peak above imports"
 
 
 def rows(pair: CellPair, margins: Margins) -> Iterator[ComparisonRow]:
-    """Compare two ok Records of one Cell by every metric of the gate, and by the training loss."""
+    """Yield rows that compare two ok Records of one Cell: by every metric of the gate, and by the training loss."""
     yield from counted(pair)
     for metric in metrics.METRICS:
         if metric is TRAINING_PEAK:
@@ -41,7 +41,7 @@ def rows(pair: CellPair, margins: Margins) -> Iterator[ComparisonRow]:
             yield from _growth(pair, metric.quantity, metric.read(pair.base), metric.read(pair.new), limit, method)
     before, now = _times(pair.base), _times(pair.new)
     for what in dict.fromkeys([*before, *now]):
-        if what in now or failed_checks.no_speed(pair.new):  # a failed check has a separate row
+        if what in now or failed_checks.no_speed(pair.new):  # the row of the failed check explains a hidden time
             yield pair.row(FindingKind.TIME, VerdictKind.NOT_RUN, what, TIMES, before.get(what), now.get(what), "s")
         else:
             yield from _one_sided(pair, what, before[what], None, "s")
@@ -49,9 +49,9 @@ def rows(pair: CellPair, margins: Margins) -> Iterator[ComparisonRow]:
 
 
 def counted(pair: CellPair) -> Iterator[ComparisonRow]:
-    """Compare the counted metrics, which are exact: parameters, bytes of tensors, sizes of files.
+    """Yield a row for each metric that is counted exactly: numbers of parameters, bytes of tensors, sizes of files.
 
-    A count of scalars must not shrink either, since the recipe would then have other parameters.
+    A smaller number of parameters is a regression too, since the recipe has other parameters then.
     """
     for metric in metrics.METRICS:
         if not metric.quantity or metric.kind != "counted" or metric.slack_B:
@@ -66,7 +66,7 @@ def counted(pair: CellPair) -> Iterator[ComparisonRow]:
 
 
 def _peak(pair: CellPair, margins: Margins) -> Iterator[ComparisonRow]:
-    """Compare the training peaks; peaks from two sources are inconclusive."""
+    """Yield a row on the training peaks; it is inconclusive if the two peaks were measured in different ways."""
     a, b = training_peak(pair.base), training_peak(pair.new)
     before, now = (r.measurements.memory.source if r.measurements else "" for r in (pair.base, pair.new))
     what, limit = TRAINING_PEAK.quantity, 0
@@ -84,7 +84,7 @@ def _peak(pair: CellPair, margins: Margins) -> Iterator[ComparisonRow]:
 def _growth(
     pair: CellPair, what: str, a: Number | None, b: Number | None, limit: int, method: str
 ) -> Iterator[ComparisonRow]:
-    """Compare bytes that may grow up to a limit. method: how they were measured."""
+    """Yield a row on a number of bytes that may grow by at most `limit`. method: how the bytes were measured."""
     if a is None or b is None:
         yield from _one_sided(pair, what, a, b, "B")
         return
@@ -104,7 +104,7 @@ def _one_sided(pair: CellPair, what: str, a: Number | None, b: Number | None, un
 
 
 def _times(record: Record) -> dict[str, float]:
-    """Return the medians of a Record's times in seconds, by quantity; no times if `no_speed` hides them."""
+    """Return the median times of a Record in seconds, by quantity; none if `no_speed` hides them."""
     m = record.measurements
     if m is None or failed_checks.no_speed(record):
         return {}

@@ -12,27 +12,28 @@ from harness.records.record import Record
 PROCESS_PEAK_B = 16 * 2**20
 """Largest growth of the memory of a process (VmHWM, or sampled) that is no finding.
 
-It rests on results/published/2026-11-25-tune-small-cpu, where three Cells of each of nine methods differ in the learning
-rate alone. There the training peak above the imports has a standard deviation of 1.7 MiB from process to process, at most
-2.4 MiB (95 % bound, 18 degrees of freedom). With this deviation, the second of two processes takes 16 MiB more than the
-first in one of a million pairs."""
+The limit rests on results/published/2026-11-25-tune-small-cpu, where three Cells of each of nine methods differ only in
+the learning rate. Their training peak above the imports varies between processes with a standard deviation of 1.7 MiB
+(at most 2.4 MiB: 95 % bound, 18 degrees of freedom). Even at 2.4 MiB, the second of two processes takes 16 MiB more
+than the first in only one of a million pairs."""
 PROCESS_SHARE = 0.05
 """Largest growth of a process peak that is no finding, as a share of the peak. Two runs of SmolLM2 differed by 2.7 % of
 1.4 GiB although the tensors of their steps had equal sizes: the overhead of an allocator grows with the requested
 memory."""
 COUNTED_PEAK_B = 64 * 2**10
-"""Largest growth of the tensors at one time in a step, counted on a CPU, that is no finding: some scalars or a short vector.
-The limit is chosen, not measured. Thirty Cells of a small Llama (six methods, packed bases, four providers, 32 and 16 bits,
-8-bit and paged optimizers, checkpointing, torch.compile) had equal peaks in two processes."""
+"""Largest growth of the counted peak (the bytes of all tensors at one time in a step, on a CPU) that is no finding. It
+has room for some scalars or a short vector. The limit is chosen, not measured. Thirty Cells of a small Llama (six
+methods, packed bases, four providers, 32 and 16 bits, 8-bit and paged optimizers, checkpointing, torch.compile) had
+equal peaks in two processes."""
 ACCURACY = 0.02
-"""Largest drop of an accuracy that still counts as no worse."""
+"""Largest drop of an accuracy that is no finding."""
 LOOSER = 10.0
-"""Largest growth of the allowance of a check that is no finding: each run measures the noise that its allowances follow, and
-the noise differs between machines."""
+"""Largest factor by which the allowance of a check may grow without a finding. Allowances follow the noise that each
+run measures, and this noise differs between machines."""
 LOSS_SHARE, LOSS = 0.1, 0.05
-"""Largest growth of a training loss that is no finding: a share of the loss plus a number of nats. The limits are chosen,
-not measured. The Cell sees the same batches in the same order, so only rounding differs, and its effect may grow during
-training."""
+"""Largest growth of a training loss that is no finding: a share of the loss plus a number of nats. The limits are
+chosen, not measured. Both runs see the same batches in the same order, so they differ only by rounding, whose effect
+may grow during training."""
 ONE_SEED = "one seed: valid for this checkpoint, not for the method"
 TIMES = "not judged here: `peft-harness gate --pairs` judges times"
 
@@ -117,11 +118,11 @@ class ComparisonRow:
     name: str
     """Name of the Cell or recipe, or number of Cells."""
     cells: tuple[str, ...]
-    """cell_ids."""
+    """cell_ids of the compared Cells."""
     what: str
     """Quantity."""
     reason: str = ""
-    """Reason of the verdict; may be empty."""
+    """Reason for the verdict; may be empty."""
     base: Value = None
     """Value in the baseline; None if missing."""
     new: Value = None
@@ -129,9 +130,9 @@ class ComparisonRow:
     unit: Unit = ""
     """Unit of the values; empty for words and for counts of checks."""
     interval: tuple[float, float] | None = None
-    """Interval of new - base; of a speed, of new / base - 1."""
+    """Interval of new - base; for the kind SPEED, of new / base - 1."""
     records: tuple[str, ...] = ()
-    """Ids of the Records, the baseline's first."""
+    """Ids of the Records, in pairs: base, then new."""
 
     @property
     def judged(self) -> bool:
@@ -158,7 +159,7 @@ class ComparisonRow:
 
 @dataclass(frozen=True)
 class CellPair:
-    """Two Records of one Cell: of the baseline (or old side) and of the run (or new side)."""
+    """Two Records of one Cell: `base` from the baseline or the old side, `new` from the run or the new side."""
 
     name: str
     """Name of the Cell."""
@@ -179,13 +180,14 @@ class Margins:
     """Largest differences that are no finding."""
 
     memory_B: int | None = None
-    """Growth of training peaks. None: 0 for allocated memory, COUNTED_PEAK_B for tensors counted on a CPU, the larger of
-    PROCESS_PEAK_B and PROCESS_SHARE for a process."""
+    """Growth of a training peak, in bytes. None chooses a limit by the kind of peak: 0 for allocated memory,
+    COUNTED_PEAK_B for tensors counted on a CPU, and for the memory of a process PROCESS_PEAK_B or PROCESS_SHARE of the
+    peak, the larger of both."""
     accuracy: float = ACCURACY
     """Drop of an accuracy."""
 
     def growth_limit(self, default: int) -> int:
-        """Return the largest growth of a peak: `memory_B`, or `default` if `memory_B` is None."""
+        """Return the largest growth of a peak that is no finding: `memory_B`, or `default` if `memory_B` is None."""
         return default if self.memory_B is None else self.memory_B
 
 
@@ -205,5 +207,5 @@ class Findings:
     """Files that were changed after their run."""
 
     def of(self, *words: VerdictKind) -> list[ComparisonRow]:
-        """Return the judged rows with one of these words."""
+        """Return the judged rows with one of these verdicts."""
         return [row for row in self.rows if row.judged and row.word in words]

@@ -1,4 +1,4 @@
-"""Accuracies of a run compared with its baseline: the same items and seeds, paired."""
+"""Compare the accuracies of a run with those of its baseline, paired by item and by seed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _Matched = tuple[Record, Record]
 def rows(pairs: Sequence[_Matched], names: Mapping[str, str], margins: Margins) -> list[ComparisonRow]:
     """Compare the accuracies of Cells with two ok Records; Cells that differ only in the seed are compared together.
 
-    pairs: Records of the baseline and of the run. names: names by recipe_id.
+    pairs: the two Records of each Cell (baseline, run). names: names of recipes, by recipe_id.
     """
     found = []
     pairs = sorted(pairs, key=lambda pair: pair[0].cell.seed)
@@ -33,7 +33,7 @@ def rows(pairs: Sequence[_Matched], names: Mapping[str, str], margins: Margins) 
             reason = f"seed {base.cell.seed} was not scored in the baseline"
             found.append(_row(FindingKind.NEW, VerdictKind.NOT_RUN, name, [(base, new)], reason))
     differences = {recipe: _difference(same) for recipe, same in recipes.items()}
-    # Equal answers cannot differ by chance, so they do not count as tests.
+    # A recipe with equal answers on both sides cannot differ by chance, so it does not count as a test.
     adjusted = holm({r: d.p for r, d in differences.items() if isinstance(d, RecipePair)})
     for recipe, same in recipes.items():
         difference = differences[recipe]
@@ -47,7 +47,7 @@ def rows(pairs: Sequence[_Matched], names: Mapping[str, str], margins: Margins) 
 
 
 def _difference(pairs: Sequence[_Matched]) -> RecipePair | tuple[VerdictKind, str]:
-    """Return the difference, new minus base, or a verdict and its reason if there is nothing to estimate."""
+    """Return the comparison of new with base; if there is nothing to estimate, return a verdict and its reason instead."""
     base, new = (accuracies(side) for side in zip(*pairs, strict=True))
     metrics = dict.fromkeys(a.metric for a in (*base, *new))
     if len(metrics) > 1:

@@ -1,4 +1,4 @@
-"""Differences of environment and assets between a run and its baseline, each listed once for all Cells that share it."""
+"""Differences in environment and assets between a run and its baseline. Cells with the same differences share a row."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from harness.records.record import Environment, Record
 
 CLOCK = "SM clock at the end of training"
 _CODE = (CODE_VERSION, "commit", "uncommitted changes")
-"""Differences that a gate is meant to compare."""
+"""Names of differences that are no finding, since a gate compares two versions of the code."""
 _Records = Sequence[tuple[Record, Record]]
 
 
 def rows(pairs: _Records) -> Iterator[ComparisonRow]:
-    """Group Cells by their differences in environment and assets; then compare the clocks of the GPUs over all Cells."""
+    """Yield a row for each set of differences in environment or assets, with the Cells that share it.
+
+    If the clocks of the GPUs, taken over all Cells, differ between the two sides, a last row shows them.
+    """
     for kind, differences in (
         (FindingKind.ENVIRONMENT, _surroundings),
         (FindingKind.ASSETS, reproducibility.asset_differences),
@@ -51,7 +54,7 @@ def _surroundings(base: Record, new: Record) -> list[Difference]:
 
 
 def throttling(base: Record, new: Record) -> list[Difference]:
-    """Return the causes of throttling in training if they differ between two Records."""
+    """Return the difference between the causes of GPU throttling during training; an empty list if they are equal."""
     before, now = _throttle_reasons(base) or "nothing", _throttle_reasons(new) or "nothing"
     return [Difference("GPU throttled in training by", before, now)] if before != now else []
 
@@ -67,7 +70,7 @@ def _throttle_reasons(record: Record) -> str:
 
 
 def clocks_of(records: Sequence[Record]) -> str:
-    """Return the range of the clocks in MHz; empty without a GPU."""
+    """Return the range of the GPU clocks at the end of training, as text in MHz; an empty string without a GPU."""
     gpus = [gpu for r in records if (gpu := training_gpu(r)) is not None]
     found = sorted({gpu.end.sm_clock_Hz // 10**6 for gpu in gpus if gpu.end and gpu.end.sm_clock_Hz})
     return "" if not found else f"{found[0]:,} MHz" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,} MHz"

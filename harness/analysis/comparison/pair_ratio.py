@@ -1,4 +1,4 @@
-"""Log ratios of the times of one pair of process runs, new side over old."""
+"""Log ratios (new / old) of the times of one pair of process runs."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ from harness.records.record import Record, TrainingMeasured
 
 
 def times(record: Record) -> dict[str, float]:
-    """Return the times, in seconds, that code can change: the step, and latencies except those of the bare base."""
+    """Return the times that the code under test can change, in seconds, by metric.
+
+    These are the step and all latencies except those of the bare base model.
+    """
     return {metric: s for metric, s in tracked_metrics.times(record).items() if not metric.startswith(SENTINEL)}
 
 
 def metric_text(metric: str) -> str:
-    """Return a metric in words, e.g. `step` or `merged decode 1x8`."""
+    """Return the name of a metric in words, e.g. `step` or `merged decode 1x8`."""
     return "step" if metric == STEP else metric.removeprefix(f"{LATENCY}/").replace("/", " ")
 
 
 def log_ratio(old: Record, new: Record, metric: str = STEP) -> float:
     """Return log(new / old) of one of the `times`, by default of a steady step.
 
-    If both sides trained on the same batches, they are compared step by step, and the median of these log ratios is
-    returned: a batch with twice the tokens takes twice the time, so the two sides may have different median steps. Otherwise
-    the ratio of the two medians is returned. Steps are not statistical units: steps of one process are not independent.
-    Raises HarnessError if a side lacks that time.
+    If both sides trained on the same batches, the result is the median of the log ratios of the single steps. A ratio
+    of medians could compare steps on different batches, and a batch with twice the tokens takes twice the time. For
+    other times and other batches, the result is the log ratio of the two medians. Steps of one process are not
+    independent of each other, so they are no statistical units. Raises HarnessError if a side lacks that time.
     """
     if metric == STEP and (matched := _matched(old.training, new.training)):
         return median(math.log(after) - math.log(before) for before, after in matched)
@@ -41,7 +44,7 @@ def log_ratio(old: Record, new: Record, metric: str = STEP) -> float:
 
 
 def _matched(old: TrainingMeasured | None, new: TrainingMeasured | None) -> list[tuple[float, float]]:
-    """Return the times of each steady step on both sides; none if the batches differ or a step took no time."""
+    """Return the seconds (old, new) of each steady step; an empty list if the batches differ or a step took no time."""
     if old is None or new is None:
         return []
     batches = [(side.data_order_sha256, side.padded_tokens, side.timing_warmup) for side in (old, new)]

@@ -1,4 +1,4 @@
-"""Verdict on two sides from pairs of process runs: times, memory and outcome of each Cell, and the whole."""
+"""Verdict on two sides, old and new, from the times, memory and outcomes of pairs of process runs."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from harness.records.record import Record, Status
 
 Records = Sequence[tuple[Record, Record]]
 _INTENDED = (CODE_VERSION, PROVIDER)
-"""Intended differences between the two sides."""
+"""Names of differences that are intended between the two sides."""
 _SIDES = ("old", "new")
 PEAK_B = 2**20
-"""Largest difference of the medians of two process peaks that is no finding, even if the difference is certain."""
+"""Largest difference between the median process peaks of two sides, in bytes, that is no finding even if it is certain."""
 _PEAK_LEVEL = 0.0011
-"""Level of the rank test of two process peaks; six process runs of each side can just reach it."""
+"""Level of the rank test on process peaks. Six process runs per side are just enough to reach it."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,18 @@ class CellComparison:
     name: str
     """Name of the Cell."""
     records: Records
-    """Pairs (old, new)."""
+    """Pairs of Records (old, new)."""
     timed: Mapping[str, PairVerdict] = field(default_factory=dict)
     """Verdicts by metric; empty if nothing was timed."""
     because: str = ""
-    """Reason for no verdicts."""
+    """Reason why `timed` is empty."""
 
     def title(self, metric: str) -> str:
-        """Return the name of the Cell, with the metric unless it is the step."""
+        """Return the name of the Cell, followed by the metric unless the metric is the step."""
         return self.name if metric == STEP else f"{self.name}, {metric_text(metric)}"
 
     def seconds(self, side: int, metric: str = STEP) -> float | None:
-        """Return the median time over the process runs of a side (0 old, 1 new)."""
+        """Return the median of a time over all process runs of a side (0 old, 1 new); None if no run has this time."""
         found = [s for pair in self.records if (s := times(pair[side]).get(metric)) is not None]
         return median(found) if found else None
 
@@ -68,26 +68,27 @@ class JudgedPairs:
     cells: tuple[CellComparison, ...]
     """Comparisons of the Cells."""
     adjusted: Mapping[str, float]
-    """Benjamini-Hochberg adjusted p of each time, by name."""
+    """p value of each time after the Benjamini-Hochberg adjustment, by name."""
     rows: tuple[ComparisonRow, ...]
-    """All comparisons except of times."""
+    """All comparisons except those of times."""
     canaries: Canaries
-    """False alarms of the old side against itself."""
+    """Count of false alarms when the old side is compared with itself."""
     differences: tuple[str, ...]
-    """Unintended differences between the two sides, and disturbed process runs."""
+    """Unintended differences between the two sides, and the number of disturbed process runs."""
 
 
 def judge(cells: Sequence[CellComparison], canaries: Canaries, *, strict: bool = False) -> JudgedPairs:
     """Judge all Cells of one comparison.
 
-    Exit codes, the first that applies: NOTHING_COMPARED if no Cell is ok on both sides; FAIL if a Cell is slower, takes more
-    memory, has other counts, or is ok only on the old side; INFRASTRUCTURE if a Cell could not be timed, or if the canaries
-    close the gate, which then judges no time; INCONCLUSIVE, with `strict`, if a time of a Cell is undecided, or if only some
-    of its process runs counted their memory; otherwise PASS.
+    The exit code is the first that applies. NOTHING_COMPARED: no Cell could be timed, and none failed. FAIL: on the new
+    side, a Cell is slower, takes more memory, has other counts, or fails although the old side does not. INFRASTRUCTURE:
+    the canaries close the gate, which then judges no time, or a Cell could not be timed. INCONCLUSIVE, only with `strict`:
+    a time of a Cell is undecided, or only some of its process runs counted their memory. Otherwise PASS.
 
-    Each time (step or latency) is judged separately, at the level of the Design, which keeps false alarms rare enough for
-    500 times. The adjusted p values are only shown, since ten or twenty pairs could not reach them: in simulations they find
-    +3 % in one Cell of 8 in 83 % of the gates instead of 99 %, and in one Cell of 50 in 53 %.
+    Each time (a step or a latency) is judged separately. The level of the Design is strict enough for 500 times. The
+    adjusted p values are shown but decide nothing, since ten or twenty pairs are too few for them. In simulated gates
+    with one Cell that is 3 % slower, adjusted p values find it in 83 % of the gates with 8 Cells, instead of 99 %, and
+    in 53 % of the gates with 50 Cells.
     """
     rows = [row for cell in cells for row in _rows(cell)]
     verdicts = {cell.title(metric): timed for cell in cells for metric, timed in cell.timed.items()}
@@ -158,7 +159,10 @@ def _rows(cell: CellComparison) -> list[ComparisonRow]:
 
 
 def _outcome(pair: CellPair) -> ComparisonRow | None:
-    """Return a row on status and checks of one pair; None if both sides are ok and no further check failed."""
+    """Return a row on the status and the checks of one pair.
+
+    Returns None if both sides are ok and no check failed on the new side only.
+    """
     old, new = pair.base, pair.new
     if _ok((old, new)):
         before = {check.check for check in failed_checks.failed(old)}
@@ -174,7 +178,7 @@ def _outcome(pair: CellPair) -> ComparisonRow | None:
 
 
 def _untimed(pair: CellPair) -> Iterator[ComparisonRow]:
-    """Yield a row for each latency that only the old side has."""
+    """Yield a row for each latency that only the old side measured."""
     there, reason = times(pair.new), "is measured by the old side only"
     for metric, before in times(pair.base).items():
         if metric not in there:
@@ -182,10 +186,10 @@ def _untimed(pair: CellPair) -> Iterator[ComparisonRow]:
 
 
 def _peaks(first: CellPair, whole: Records) -> Iterator[ComparisonRow]:
-    """Compare the training peaks over all process runs of both sides: the counted peaks, if known, and the process peaks.
+    """Yield rows on the training peaks over all process runs of both sides: counted peaks, if known, and process peaks.
 
-    Counted peaks are equal in equal process runs, so a difference needs no test. A process peak also includes memory other
-    than tensors, e.g. a library's own allocations; on a GPU both are one number.
+    Counted peaks are equal in equal process runs, so a difference needs no test. A process peak also includes memory
+    other than tensors, e.g. a library's own allocations. On a GPU, both peaks are the same number.
     """
     allocated = any(m.memory.source == ALLOCATED for pair in whole for r in pair if (m := r.measurements) is not None)
     counted, of_process = _sides(whole, COUNTED_PEAK), _sides(whole, PEAK_ABOVE_IMPORTS)
@@ -198,27 +202,30 @@ def _peaks(first: CellPair, whole: Records) -> Iterator[ComparisonRow]:
 
 
 def _sides(whole: Records, metric: Metric) -> tuple[list[Number], list[Number]] | None:
-    """Return the value of a metric in all process runs, old and new; None if one of them lacks it."""
+    """Return the values of a metric in all process runs, as (old, new); None if a process run lacks the metric."""
     old, new = ([metric.read(pair[side]) for pair in whole] for side in (0, 1))
     there = [n for n in old if n is not None], [n for n in new if n is not None]
     return there if len(there[0]) == len(there[1]) == len(whole) else None
 
 
 def _uncounted(whole: Records) -> str:
-    """Describe the process runs of each side without counts, if others have them: that side has probably grown."""
+    """Return how many process runs of each side lack a counted peak, as text; an empty string if all of them lack it.
+
+    A step that needs too much memory is not counted, so a side with missing counts has probably grown.
+    """
     without = [sum(COUNTED_PEAK.read(pair[side]) is None for pair in whole) for side in (0, 1)]
     parts = [f"{n} of {len(whole)} of the {side} side" for n, side in zip(without, _SIDES, strict=True) if n]
-    # If no run has a count, none was possible: there is no training, or torch has no profiler.
+    # If all runs lack the count, it was impossible: there is no training, or torch has no profiler.
     return "" if sum(without) == 2 * len(whole) else f"not compared: not counted in {' and '.join(parts)}"
 
 
 def _grown(
     first: CellPair, what: str, sides: tuple[list[Number], list[Number]], allowed: int, *, exact: bool
 ) -> ComparisonRow:
-    """Compare a peak of all process runs.
+    """Compare one kind of memory peak between the old and the new side, over all process runs.
 
-    The medians alone decide if `exact` and the runs of each side differ by at most `allowed`. Otherwise a rank test must
-    agree, so that a single disturbed run decides nothing.
+    If `exact` is set and the runs of each side differ by at most `allowed`, the medians alone decide. Otherwise a rank
+    test must agree, so that a single disturbed run decides nothing.
     """
     old, new = sides
     a, b = int(median(old)), int(median(new))
@@ -238,7 +245,7 @@ def _span(values: Sequence[Number]) -> str:
 
 
 def _higher(left: Sequence[Number], right: Sequence[Number]) -> bool:
-    """Return whether `left` ranks higher than `right`, by an exact one-sided test."""
+    """Return whether the values of `left` rank higher than those of `right`, by an exact one-sided rank test."""
     from scipy.stats import mannwhitneyu
 
     return float(mannwhitneyu(left, right, alternative="greater", method="exact").pvalue) <= _PEAK_LEVEL

@@ -35,7 +35,7 @@ class Difference(NamedTuple):
 
     @property
     def recorded(self) -> bool:
-        """False if a side is not recorded, so that the difference is not certain."""
+        """True if both values are recorded; otherwise the difference is uncertain."""
         return _NOT_RECORDED not in (self.left, self.right)
 
 
@@ -54,13 +54,13 @@ class Rerun:
     same_items: bool | None
     """True if the answers are equal; None without scoring."""
     first_step: int | None
-    """First differing step, from 0."""
+    """First differing step, from 0; None if no step differs."""
     causes: tuple[str, ...]
     """Differences in the circumstances of unequal Records."""
     seeded: tuple[str, ...]
     """Differences of unequal Records in facts that the seed determines."""
     unexplained: bool
-    """True if some unequal Records have no cause."""
+    """True if the difference between two Records has no known cause."""
 
     @property
     def equal(self) -> bool:
@@ -69,10 +69,10 @@ class Rerun:
 
 
 def reruns(runs: Sequence[Run]) -> tuple[Rerun, ...]:
-    """Compare the ok Records of every Cell that has two or more in `runs`, in the order of the manifests.
+    """Compare the ok Records of each Cell that has several; return one Rerun per Cell, in the order of the manifests.
 
-    Each Record is compared with the first Record from the same circumstances, or else with the first of all Records. A
-    copy of a Record (a run named twice, a copied folder) is no rerun.
+    Each Record is compared with an earlier one: the first from the same circumstances or, if there is none, the very
+    first. A copy of a Record (a run named twice, a copied folder) is no rerun.
     """
     cells = {cell.cell_id: cell for run in runs for cell in run.manifest.cells}
     by_cell: dict[str, list[Record]] = {cell_id: [] for cell_id in cells}
@@ -87,13 +87,16 @@ def reruns(runs: Sequence[Run]) -> tuple[Rerun, ...]:
 
 
 def possible_reruns(runs: Sequence[Run]) -> tuple[Rerun, ...] | None:
-    """Return `reruns`; None for a single run with one attempt at each Cell, which cannot have reruns."""
+    """Return the `reruns`; None for a single run with one attempt at each Cell, since it cannot contain reruns."""
     repeated = len(runs) > 1 or any(len(run.records) > len(run.latest()) for run in runs)
     return reruns(runs) if repeated else None
 
 
 def judge(found: Sequence[Rerun], *, strict: bool = False) -> Exit:
-    """Return the exit code of a comparison: an unexplained difference is a failure, an explained difference is not."""
+    """Return FAIL for an unexplained difference, and NOTHING_COMPARED without reruns.
+
+    With `strict`, an explained difference returns INCONCLUSIVE. Otherwise returns PASS.
+    """
     if any(r.unexplained for r in found):
         return Exit.FAIL
     if not found:
@@ -173,7 +176,7 @@ def surroundings(left: Record, right: Record) -> list[Difference]:
 
 def asset_differences(left: Record, right: Record) -> list[Difference]:
     """List the differences of two Records in models, data and tasks."""
-    if not left.assets or not right.assets:  # an older Record names none
+    if not left.assets or not right.assets:  # an older Record names no assets
         return []
     a, b = ({use.name: use for use in r.assets} for r in (left, right))
     found = []
@@ -189,14 +192,14 @@ def asset_differences(left: Record, right: Record) -> list[Difference]:
 
 
 def environment_differences(left: Environment, right: Environment) -> list[Difference]:
-    """List the differences of two environments."""
+    """List the differences between two environments."""
     return _unequal(_flat(left), _flat(right))
 
 
 def _unequal(
     left: Mapping[str, Any], right: Mapping[str, Any], missing: str = "none", prefix: str = ""
 ) -> list[Difference]:
-    """List the keys with unequal values. missing: text of a value that one side lacks."""
+    """List the differences of two mappings, one per key. missing: text for a key that one side lacks."""
     changed = [key for key in sorted(left.keys() | right.keys()) if left.get(key) != right.get(key)]
     return [Difference(f"{prefix}{key}", str(left.get(key, missing)), str(right.get(key, missing))) for key in changed]
 
@@ -213,7 +216,7 @@ def usual_environment(run: Run) -> Environment:
 
 
 def strangers(run: Run) -> dict[str, list[Record]]:
-    """Return the newest Records from unusual environments, by their differences from the usual environment as text."""
+    """Return the newest Records from other environments than the usual one, grouped by a text that lists the differences."""
     usual = usual_environment(run)
     found: dict[str, list[Record]] = {}
     for record in run.latest().values():

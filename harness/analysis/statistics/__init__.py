@@ -1,1 +1,1 @@
-"""Statistics: intervals, paired tests, change points. Knows samples, not Records."""
+"""Statistics: intervals, paired tests, change points. They take samples, not Records."""

@@ -1,8 +1,8 @@
-"""Anchors of nights: the factor by which the machine is slower or faster than usual, common to all series.
+"""Anchor of a night: the factor by which the whole machine was slower or faster than usual.
 
-Every time of a night is divided by the anchor of the night: the median over series of value / usual value of the series.
-So a slow night of the whole machine is no change of any Cell. But a slow-down of every Cell would be hidden too, so the
-history also watches the anchor itself, and sentinels: times that no code under test can change.
+The anchor is the median of value / usual value over all series. Every time of a night is divided by the anchor of the
+night, so a slow night of the whole machine is no change of any Cell. But this also hides a slow-down of every Cell. So
+the history also watches the anchor itself, and sentinels: times that no code under test can change.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ FEWEST_SENTINELS = 3
 
 
 def anchor(logs: Array, fewest: int = FEWEST_SERIES) -> Array:
-    """Return the log of the anchor of each night, shape (nights,). logs: log times, shape (series, nights), NaN if missing.
+    """Return the log of each night's anchor, shape (nights,). logs: log times, shape (series, nights), NaN if missing.
 
-    The anchor is NaN on nights with fewer series than `fewest`. Only series with at least half of the nights take part: the
-    usual value of a new series comes from other nights.
+    The anchor is NaN on nights with fewer series than `fewest`. A series takes part only if it has values in at least
+    half of the nights: the usual value of a younger series would come from other nights.
     """
     import numpy as np
 
@@ -38,7 +38,7 @@ def anchor(logs: Array, fewest: int = FEWEST_SERIES) -> Array:
 
 
 def _median(values: Array, axis: int) -> Array:
-    """Return the median without NaN; NaN for no values, without a warning."""
+    """Return the median along `axis` without NaN; where all values are NaN, it is NaN, without a warning."""
     import numpy as np
 
     ordered = np.sort(values, axis=axis)  # NaN comes last

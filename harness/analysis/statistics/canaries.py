@@ -1,4 +1,4 @@
-"""A/A canaries: pairs of runs of one side, which measure the rate of false alarms. A high rate closes the gate."""
+"""A/A canaries: comparisons of one side with itself, which measure the rate of false alarms. A high rate closes the gate."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Canaries:
     """False alarms of A/A runs."""
 
     alarms: int
-    """Runs that alarmed."""
+    """Number of A/A runs with an alarm."""
     runs: int
-    """All A/A runs."""
+    """Number of A/A runs."""
     nominal: float = NOMINAL
-    """Expected share of alarms, by the level of the test."""
+    """Expected share of alarms: the level of the test."""
 
     def __post_init__(self) -> None:
         """Raise UsageError for impossible counts."""
@@ -40,12 +40,12 @@ class Canaries:
 
     @property
     def limit(self) -> float:
-        """The rate that must not be exceeded."""
+        """Largest accepted false-alarm rate."""
         return min(1.0, TIMES * self.nominal)
 
     @property
     def closed(self) -> bool:
-        """True if the gate is closed: a rate at the limit gives so many alarms with a probability of at most 1 - LEVEL."""
+        """True if the gate is closed: at the accepted rate, so many alarms have a probability of at most 1 - LEVEL."""
         return self._closes(self.alarms)
 
     @property
@@ -73,9 +73,9 @@ class Canaries:
 
 
 def canaries(log_ratios: Iterable[Sequence[float]], trim: float, nominal: float = NOMINAL) -> Canaries:
-    """Count the A/A canaries with log ratios that differ from 0 in either direction, at the level `nominal`.
+    """Count the A/A canaries and their alarms. A canary alarms if its log ratios differ from 0 at the level `nominal`.
 
-    Unlike the gate, the test has no margin: a margin would hide noise of twice the expected size.
+    The test is two-sided. Unlike the gate, it has no margin: a margin would hide noise of twice the expected size.
     """
     alarms = []
     for pairs in log_ratios:

@@ -1,8 +1,9 @@
 """Changes of level in a series: an optimal segmentation by `ruptures`, without the changes that are too small.
 
-The segmentation minimises squares plus a penalty for each change (the linear kernel of ruptures.KernelCPD); the values are
-divided by their noise. A level has at least three nights, so a single slow night is never a change. Such a night is clipped
-first, because it would shift a neighbouring level. Values are logarithms, so a relative change is the same at every level.
+The values are divided by their noise. The segmentation minimises the sum of the squared deviations from the levels plus
+a penalty for each change (ruptures.KernelCPD with the linear kernel). A level has at least three nights, so a single
+slow night is never a change. The median of its neighbours replaces such a night first, because it would shift the level
+next to it. Values are logarithms, so a relative change is the same at every level.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ LEVEL_NIGHTS = 3
 FEWEST = 2 * LEVEL_NIGHTS
 """The fewest nights of a series in which a change can be seen."""
 PENALTY = 18.0
-"""Penalty for a change, in squared noise: slightly more than pure noise gains at the best of a hundred positions."""
+"""Penalty for a change, in units of the squared noise. Pure noise gains slightly less at the best of a hundred positions."""
 SUSPICIOUS = 3.0
-"""Distance of the last night from its level, in standard errors, that is suspicious: one night in 700 under normal noise."""
+"""Distance of the last night from the level before it, in standard errors, that is suspicious. Normal noise reaches it
+in one night of 700."""
 _SPIKE = 4.0
-"""Distance of a night from its neighbours, in units of noise, that makes it an outlier."""
+"""Distance from its neighbours, in units of the noise, that makes a night an outlier."""
 _TO_SIGMA = 1.4826
 """Ratio of the standard deviation to the median absolute deviation of a normal distribution."""
 _OWN_NIGHTS = 10
-"""Weight of the noise shared by all series, in nights of one series: six nights alone estimate noise badly."""
+"""Weight of the noise that all series share, as a number of nights of one series. Six nights alone estimate noise badly."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,15 @@ class LevelChange:
 
     @property
     def change(self) -> float:
-        """The difference of the levels."""
+        """The new level minus the old level."""
         return self.after - self.before
 
 
 def noise(values: Array) -> float:
-    """Return the standard deviation of the values around their levels, from the differences of neighbours.
+    """Return the standard deviation of the values around their levels, estimated from differences of neighbours.
 
-    A change of level is one difference among many, and the median ignores it. Returns 0 for fewer than two values.
+    A change of level is one difference among many, so the median of the differences ignores it. Returns 0 for fewer
+    than two values.
     """
     import numpy as np
 
@@ -68,8 +71,9 @@ def steps(
 ) -> tuple[LevelChange, ...]:
     """Return the changes of level of a series (1-d, finite), oldest first; none for fewer than FEWEST values.
 
-    least: smallest change to return. shared: noise of similar series, if known. floor: smallest assumed noise, in the unit
-    of the values, since a constant series is not infinitely exact. own: noise of the series, if known.
+    least: smallest change to return. shared: noise of similar series; 0 if unknown. own: noise of the series; estimated
+    if None. floor: smallest assumed noise, since even a constant series is not infinitely exact. All are in the unit of
+    the values.
     """
     if len(values) < FEWEST or values.max() - values.min() < least:
         return ()
@@ -88,9 +92,10 @@ def suspect(
 ) -> LevelChange | None:
     """Return a suspected change to a higher level in the last two values; None without suspicion.
 
-    `steps` cannot find this change, since two nights are no level. The change is suspected if the last value exceeds the
-    level since `since` by `least` and by SUSPICIOUS times the joint uncertainty of value and level. Only new runs can
-    confirm it. See `steps` for the other arguments. `at` of the change is the index of the value before the last.
+    `steps` cannot find this change, since two nights are no level. The old level is the median from the index `since`
+    on, without the last two values. A change is suspected if the last value exceeds the old level by `least`, and by
+    SUSPICIOUS times the joint uncertainty of both. Only new runs can confirm it. `at` of the change is the index of the
+    value before the last. See `steps` for the other arguments.
     """
     import numpy as np
 
@@ -99,7 +104,7 @@ def suspect(
     if len(level) < FEWEST:
         return None
     sigma, before, after = _pooled_noise(values, shared, floor, own), _median(level), float(values[-1])
-    uncertain = sigma * float(np.sqrt(1 + np.pi / 2 / len(level)))  # the median of so many normal values
+    uncertain = sigma * float(np.sqrt(1 + np.pi / 2 / len(level)))  # the variance of a median is pi / 2 / n
     if after - before < max(least, SUSPICIOUS * uncertain):
         return None
     return LevelChange(len(values) - young, before, after)
@@ -117,7 +122,8 @@ def _pooled_noise(values: Array, shared: float, floor: float, own: float | None)
 def _large_enough(values: Array, edges: Sequence[int], least: float) -> tuple[LevelChange, ...]:
     """Merge neighbouring levels, the closest first, until all differ by `least` or more and enough nights support each.
 
-    The median alone proves no support: two slow nights of three make the median slow, whatever the third night is.
+    Medians do not show this support: two slow nights of three make the median slow, whatever the third night is.
+    Returns the remaining changes.
     """
     bounds = [int(edge) for edge in edges]
     while True:
@@ -141,7 +147,7 @@ def _supported(step: LevelChange, left: Array, right: Array) -> bool:
 
 
 def _without_spikes(values: Array, sigma: float) -> Array:
-    """Return the values, each far outlier replaced by the median of the five values around it (Hampel)."""
+    """Return the values with each far outlier replaced by the median of the five values around it (Hampel)."""
     import numpy as np
 
     # Both ends are padded with NaN, which sorts last, so the median there is that of four or three values.

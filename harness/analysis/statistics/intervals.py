@@ -48,10 +48,10 @@ def _half_cumulative(n: int) -> Iterator[tuple[int, int]]:
 
 
 def median_interval(samples: Sequence[float], level: float = LEVEL) -> Median:
-    """Return the median, and the narrowest symmetric pair of order statistics that covers it with at least `level`.
+    """Return the median, and the narrowest symmetric pair of order statistics that covers it with probability `level`.
 
-    Valid for independent samples of any distribution. Steps of one process are not independent of each other, so the
-    interval does not apply to another process. Raises ValueError without samples.
+    The probability is at least `level` for independent samples of any distribution. Steps of one process are not
+    independent of each other, so the interval does not apply to another process. Raises ValueError without samples.
     """
     if not samples:
         raise ValueError("no samples")
@@ -68,7 +68,10 @@ def median_interval(samples: Sequence[float], level: float = LEVEL) -> Median:
 
 
 def mcnemar(only_left: int, only_right: int) -> float:
-    """Return the exact two-sided p-value of McNemar's test, from the numbers of items that only one Cell answered."""
+    """Return the exact two-sided p value of McNemar's test.
+
+    The arguments count the items that only one side answered correctly.
+    """
     n, fewer = only_left + only_right, min(only_left, only_right)
     below = sum(math.comb(n, i) for i in range(fewer + 1))
     return min(1.0, 2 * below / 2**n) if n else 1.0
@@ -77,10 +80,10 @@ def mcnemar(only_left: int, only_right: int) -> float:
 def paired_difference(
     both: int, only_left: int, only_right: int, neither: int, level: float = LEVEL
 ) -> tuple[float, float]:
-    """Return the interval of left - right, two shares of the same items (Newcombe 1998, paired, his method 10).
+    """Return the interval of left - right for two shares of the same items (Newcombe 1998, paired, method 10).
 
     The interval combines two Wilson intervals and the correlation of the answers. So it is valid for few items, and for
-    equal answers, for which an interval from the variance of the differences would have no width.
+    equal answers, where an interval from the variance of the differences would have no width.
     """
     n = both + only_left + only_right + neither
     left, right = both + only_left, both + only_right
@@ -101,7 +104,7 @@ def paired_difference(
 def holm(p_values: Mapping[str, float], tests: int = 0) -> dict[str, float]:
     """Return p values adjusted for several tests (Holm's step-down), by name.
 
-    tests: number of all tests, if `p_values` holds only some of them; the given p values count as the smallest.
+    tests: number of all tests, if `p_values` holds only some of them; the other p values are assumed to be larger.
     """
     tests = max(tests, len(p_values))
     ordered = sorted(p_values.items(), key=lambda pair: pair[1])

@@ -1,7 +1,7 @@
 """Accuracy over several training runs that differ in the seed alone: intervals and tests for new seeds and new items.
 
-A repeated comparison would have new test items and new training runs. The squared standard error is the sum of both
-contributions: a test over items alone would mistake favourable seeds for a better method. Items are paired, since every run
+A repeated comparison would have new test items and new training runs. The squared standard error adds the contributions
+of both: a test over items alone would mistake favourable seeds for a better method. Items are paired, since every run
 scores the same items (Miller, arXiv:2411.00640).
 """
 
@@ -39,7 +39,7 @@ class Spread:
 
     @property
     def p(self) -> float:
-        """Two-sided p of a true value of 0."""
+        """Two-sided p value for a true value of 0."""
         if not self.error:
             return 1.0 if not self.value else 0.0
         from scipy.special import stdtr  # slow to import, and not needed for runs with one seed
@@ -55,7 +55,7 @@ class Spread:
 def mean(runs: Sequence[Accuracy], prior: Prior | None = None) -> Spread | None:
     """Return the mean accuracy of two or more runs; None unless all of them scored the same items.
 
-    prior: the variance of the other recipes between seeds, if known.
+    prior: the spread over seeds, estimated from all recipes of a group, if known.
     """
     if not same_items(runs):
         return None
@@ -103,7 +103,7 @@ def same_items(runs: Sequence[Accuracy]) -> bool:
 
 
 def _spread(value: float, parts: Sequence[tuple[float, float]]) -> Spread:
-    """Return a value with the sum of squared errors, each given with its degrees of freedom (Satterthwaite 1946)."""
+    """Return a Spread from a value and its squared errors, each with its degrees of freedom (Satterthwaite 1946)."""
     total = sum(square for square, _ in parts)
     if math.isinf(total):
         return Spread(value, math.inf, 1)

@@ -21,29 +21,29 @@ class Design:
 
     The level bounds the rate of false alarms under any symmetric noise. On steady machines, where the pairs vary little
     compared with the margin, false alarms are far rarer. Elsewhere, e.g. if a kernel runs at one of two speeds in each
-    process, the rate comes near the level; the mde80 of such a Cell shows this.
+    process, the rate comes near the level; a large mde80 reveals such a Cell.
     """
 
     first: int = 6
-    """Pairs of every Cell."""
+    """Number of pairs that every Cell gets."""
     fresh: tuple[int, ...] = (10, 20)
     """Total number of fresh pairs at each planned look."""
     levels: tuple[float, ...] = (0.001, 0.009)
-    """One-sided level of the alarm at each of these looks, in each direction. The first look has few degrees of freedom, so
-    its level is stricter."""
+    """One-sided level of the alarm at each look at fresh pairs, in each direction. The first of these looks has few
+    degrees of freedom, so its level is stricter."""
     slower_by: float = 0.01
     """Largest slow-down that is no finding."""
     same_within: float = 0.03
     """Largest change of a Cell that counts as unchanged."""
     interval: float = 0.95
-    """Level of the interval that must lie within `same_within` to prove a Cell unchanged. Each of up to three looks calls a
-    Cell that is slower by `same_within` unchanged with a probability of at most (1 - interval) / 2."""
+    """Level of the interval that must lie within `same_within` to prove a Cell unchanged. If a Cell is slower by
+    `same_within`, each of up to three looks calls it unchanged with a probability of at most (1 - interval) / 2."""
     suspect: float = 0.10
-    """Level at which a change of more than `suspect_by` requires fresh pairs."""
+    """Level of the test for a change of more than `suspect_by`. A significant change requires fresh pairs."""
     suspect_by: float = 0.005
     """Smallest suspicious change."""
     trim: float = 0.25
-    """Share trimmed at either end."""
+    """Share of the pairs that is trimmed at either end."""
 
     def __post_init__(self) -> None:
         """Raise UsageError for a design that cannot reach a verdict."""
@@ -80,11 +80,11 @@ def _bad(what: str, wanted: str) -> UsageError:
 
 
 def order(pairs: int, seed: int) -> str:
-    """Return the side of each process run, two per pair, in blocks of two pairs: "ABBABAAB...".
+    """Return the side of each process run, two runs per pair, in blocks of two pairs: "ABBABAAB...".
 
-    A linear drift cancels within every block. The numbers of blocks that begin with A and with B differ by at most one, so a
-    quadratic drift cancels between blocks. The order of the blocks is random, so that periodic noise favours no side.
-    Raises UsageError unless `pairs` is even and at least 2.
+    A linear drift cancels within every block. The numbers of blocks that begin with A and with B differ by at most one,
+    so a quadratic drift cancels between blocks. The order of the blocks is random, so that periodic noise favours no
+    side. Raises UsageError unless `pairs` is even and at least 2.
     """
     if pairs < 2 or pairs % 2:
         raise UsageError(

@@ -18,15 +18,18 @@ FAR = 60
 
 
 def reach(scale: float, design: Design) -> float:
-    """Return the log ratio of a slow-down that is found with a power of POWER. scale: sd of the log ratio of a pair."""
+    """Return the log ratio of the smallest slow-down that is found with the power POWER.
+
+    scale: standard deviation of the log ratio of a pair.
+    """
     low = math.log1p(design.slower_by)
     return least(lambda change: power(change, scale, design), low, low + FAR * scale / math.sqrt(design.first))
 
 
 def least(found: Callable[[float], float], low: float, high: float) -> float:
-    """Return the smallest change between `low` and `high` that is found with a power of POWER.
+    """Return the smallest change between `low` and `high` that is found with the power POWER.
 
-    found: returns the power for a change, which must grow with the change.
+    found: returns the power for a change, and must grow with the change.
     """
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
@@ -35,11 +38,11 @@ def least(found: Callable[[float], float], low: float, high: float) -> float:
 
 
 def power(change: float, scale: float, design: Design) -> float:
-    """Return the probability that a log ratio of `change` is called slower (noncentral t).
+    """Return the probability that a Cell with the true log ratio `change` is called slower (noncentral t).
 
-    The result is the product of two kinds of probability: no look before the last calls the Cell unchanged, and the last
-    look finds the change. The product treats the looks as independent, so it is too low rather than too high. Almost all
-    changes that are found early are found at the last look too.
+    The result multiplies two probabilities: that no look before the last calls the Cell unchanged, and that the last
+    look finds the change. The product treats the looks as independent, so it is too low rather than too high. Almost
+    all changes that an early look finds are found at the last look too.
     """
     last = design.fresh[-1]
     chance = _found(change - math.log1p(design.slower_by), scale, last, design.trim, design.levels[-1])
@@ -61,7 +64,7 @@ def _found(beyond: float, scale: float, n: int, share: float, level: float) -> f
 
 
 def _too_wide(scale: float, n: int, design: Design) -> float:
-    """Return the probability that the interval is too wide for any verdict."""
+    """Return the probability that the interval is too wide to prove a Cell unchanged."""
     from scipy.special import chdtrc, stdtrit
 
     df = _df(n, design.trim)

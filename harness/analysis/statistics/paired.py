@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from harness.analysis.statistics.trimmed import Array, Mask
 
 IMPLAUSIBLE = 0.3
-"""Speed-up (share) beyond which the sentence asks if the code still does the same work."""
+"""Speed-up, as a share, beyond which the sentence asks whether the code still does the same work."""
 
 
 class PairFinding(StrEnum):
@@ -45,8 +45,8 @@ class Look:
     seen: Trimmed
     """Trimmed means and their errors."""
     p: Array
-    """One-sided p value of a change beyond `slower_by`, in the direction of the effect. At a fresh look p is weighted by
-    the part of the level of this look, so that an alarm is always a p of at most `Design.level`."""
+    """One-sided p value of a change beyond `slower_by`, in the direction of the effect. At a look at fresh pairs, it is
+    multiplied by `Design.level` / level of this look, so that an alarm is always a p of at most `Design.level`."""
     slower: Mask
     """Cells that are slower."""
     faster: Mask
@@ -56,14 +56,15 @@ class Look:
 
     @property
     def decided(self) -> Mask:
-        """Cells with a verdict other than inconclusive."""
+        """True for each Cell with a verdict other than inconclusive."""
         return self.slower | self.faster | self.same
 
 
 def look(log_ratios: Any, design: Design, stage: Stage) -> Look:
-    """Judge log ratios of shape (..., n) at a planned n. The first stage calls no Cell slower or faster.
+    """Judge log ratios at a planned look. Their shape is (..., n), with n pairs of each Cell.
 
-    Raises UsageError if no look at n pairs is planned, HarnessError if a log ratio is not finite.
+    The first stage calls no Cell slower or faster. Raises UsageError if no look at n pairs is planned, HarnessError if
+    a log ratio is not finite.
     """
     import numpy as np
 
@@ -87,7 +88,7 @@ def look(log_ratios: Any, design: Design, stage: Stage) -> Look:
         return Look(seen, np.minimum(up, down), none, none, within & ~suspected)
     level = design.levels[design.fresh.index(seen.n)]
     slower, faster = up <= level, down <= level
-    # A Cell that looks slower gets all planned pairs, even if it lies within `same_within`.
+    # A suspected Cell gets all planned pairs, even if it lies within `same_within`.
     same = within & ~slower & ~faster & (~suspected | (seen.n == design.fresh[-1]))
     return Look(seen, np.minimum(1.0, np.minimum(up, down) * design.level / level), slower, faster, same)
 
@@ -101,15 +102,15 @@ class PairVerdict:
     stage: Stage
     """Stage that decided."""
     effect: float
-    """B / A - 1, by Hodges-Lehmann."""
+    """Hodges-Lehmann estimate of B / A - 1."""
     interval: tuple[float, float]
-    """Interval of the trimmed mean, which decides."""
+    """Interval of B / A - 1 by the trimmed mean, on which the verdict rests."""
     rank_interval: tuple[float, float] | None
     """Hodges-Lehmann interval, valid for any symmetric noise; None if n is too small."""
     p: float
     """p value, see `Look`."""
     n: int
-    """Pairs of this stage."""
+    """Number of pairs of this stage."""
     mde80: float | None
     """Smallest slow-down that all planned looks detect with 80 % power at this spread; None without a spread."""
     more: int
@@ -154,7 +155,7 @@ def decide(first: Sequence[float], fresh: Sequence[float], design: Design) -> Pa
 def family(verdicts: Mapping[str, PairVerdict]) -> dict[str, float]:
     """Return Benjamini-Hochberg adjusted p values of a change, in either direction, for the verdicts of one report.
 
-    A Cell without fresh pairs counts with p = 1: its first pairs proved that the Cell needed none.
+    A Cell without fresh pairs counts with p = 1, since only fresh pairs can raise an alarm.
     """
     if not verdicts:
         return {}

@@ -1,14 +1,15 @@
-"""Verdict on one process run of a benchmark against saved runs, e.g. of pytest, which are not interleaved.
+"""Verdict on a new process run of a benchmark, e.g. of pytest, against saved runs that are not interleaved with it.
 
 A run counts as one number, the median of its rounds: rounds of one process share its conditions (addresses, clocks,
-neighbours), so more rounds predict the next process no better. The new run is compared with the prediction interval of the
-saved runs, in log ratios: if nothing changed, this run is another sample from their distribution. Nothing is trimmed, since
-the new run may be disturbed too.
+neighbours), so more rounds predict the next process no better. The new run is compared with the prediction interval of
+the saved runs, in log ratios: if nothing changed, this run is another sample from their distribution. Nothing is
+trimmed, since the new run may be disturbed too.
 
-The level holds for normal noise. If each process runs at one of two speeds, e.g. because of its memory layout, a few saved
-runs may all have the same speed. But under any noise, a run lies beyond all n saved runs in only one of n + 1 sessions, and
-with up to ten saved runs only such a run raises an alarm. The saved runs are older, and the machine may have changed since:
-the margin allows for this, their spread does not. Smaller differences need interleaved runs of both sides (`paired`).
+The level holds for normal noise. If each process runs at one of two speeds, e.g. because of its memory layout, a few
+saved runs may all have the same speed. But under any noise, an unchanged run lies beyond all n saved runs in only one
+of n + 1 sessions, and with up to ten saved runs only such a run raises an alarm. The saved runs are older, and the
+machine may have changed since: the margin allows for this, their spread does not. Smaller differences need interleaved
+runs of both sides (`paired`).
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ ALARM = 0.01
 FEWEST = 3
 """Fewest saved runs whose spread is estimated."""
 ASSUMED = 0.05
-"""Assumed standard deviation of process runs if too few runs are saved, or without spread; the verdict names it.
+"""Standard deviation of process runs that is assumed if too few runs are saved or if they have no spread. The verdict
+states it.
 
-Five small kernels (add, copy, matmul, softmax, a Python loop) had 0.9 % to 8.5 % in 14 process runs each on a shared machine
-with two cores, 5 % in the mean square."""
+Five small kernels (add, copy, matmul, softmax, a Python loop) had 0.9 % to 8.5 % in 14 process runs each on a shared
+machine with two cores; the root mean square was 5 %."""
 _ROUNDS = 0.9
-"""Level of the interval of one run's median, used with fewer than FEWEST runs; five rounds are enough for it."""
+"""Level of the interval of one run's median, which is used if fewer than FEWEST runs are saved. Five rounds are enough."""
 _LARGEST = 700.0
 """Largest log ratio with a finite exponential."""
 
@@ -72,10 +74,10 @@ class JudgedBenchmark:
 
 
 def judge(saved: Sequence[Sequence[float]], new: Sequence[float], margin: float = MARGIN) -> JudgedBenchmark:
-    """Judge the rounds of one process run by the rounds of saved runs; all in seconds, above 0.
+    """Judge a new process run by saved runs. saved, new: seconds of the rounds, above 0.
 
-    `slower` if the ratio exceeds 1 + margin at the level ALARM, `faster` if its inverse does; `not slower` if the whole
-    interval at LEVEL lies below 1 + margin; otherwise inconclusive.
+    The verdict is `slower` if the ratio new / saved exceeds 1 + margin at the level ALARM, `faster` if the inverse
+    ratio does, and `not slower` if the whole interval at LEVEL lies below 1 + margin; otherwise it is inconclusive.
     """
     centres = [math.log(median(rounds)) for rounds in saved]
     n, limit, seconds, centre = len(saved), math.log1p(margin), median(new), fmean(centres)
@@ -99,7 +101,7 @@ class _Noise:
 
     error: float
     unbiased: float
-    """Unbiased estimate of the same error, also from few runs."""
+    """Estimate of the same error that is unbiased even for few runs."""
     df: float
     assumed: bool
 
@@ -117,7 +119,7 @@ def _noise(saved: Sequence[Sequence[float]], new: Sequence[float], centres: Sequ
 
 
 def _within(rounds: Sequence[float]) -> float:
-    """Return the standard error of the log of a run's median, from its rounds; ASSUMED if there are too few rounds."""
+    """Return the standard error of the logarithm of one run's median; ASSUMED if the run has too few rounds."""
     seen = median_interval(rounds, _ROUNDS)
     if seen.low is None or seen.high is None:
         return ASSUMED

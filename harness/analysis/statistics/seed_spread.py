@@ -3,8 +3,8 @@
 The variances of the recipes are treated as samples of one distribution, whose mean and width are estimated from them.
 Each variance shrinks towards this mean, more strongly with fewer seeds (the moderated t of Smyth 2004,
 doi:10.2202/1544-6115.1027). Such shrinkage is too optimistic for the best of several recipes, so a variance above the
-moderated one is not shrunk, and the degrees of freedom of the other recipes count half. In simulations with any spreads
-(tests), equal recipes are then ordered wrongly in less than 5 % of cases.
+moderated one is not shrunk, and the degrees of freedom of the other recipes count half. With every spread that the
+tests simulate, equal recipes are then called unequal in less than 5 % of cases.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from harness.records.record import Accuracy
 FEWEST, FEWEST_SEEDS = 5, 3
 """Fewest recipes, and fewest seeds of each, for an estimate of the distribution of variances."""
 _COUNTS = 0.5
-"""Weight of the degrees of freedom of the other recipes: the distribution is estimated, and the best recipe was selected."""
+"""Weight of the degrees of freedom of the other recipes. It is below 1 because the distribution is only estimated, and
+because the best recipe was selected."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Prior:
     """Degrees of freedom of all seeds together: the maximum for a moderated variance."""
 
     def moderated(self, own: float, df: float) -> tuple[float, float]:
-        """Return the moderated variance of a recipe and its degrees of freedom. own, df: both from its seeds alone."""
+        """Return the moderated variance of a recipe, and its degrees of freedom. own, df: both from its own seeds."""
         if math.isinf(self.df):
             return max(own, self.variance), self.most
         shrunk = (self.df * self.variance + df * own) / (self.df + df)
@@ -63,7 +64,7 @@ def prior(recipes: Sequence[Sequence[Accuracy]]) -> Prior | None:
 
 
 def _least(runs: Sequence[Accuracy]) -> float:
-    """Return the variance of rounding to whole items."""
+    """Return the variance that rounding to whole items gives an accuracy."""
     return 1 / (12 * max(1, len(runs[0].items)) ** 2)
 
 

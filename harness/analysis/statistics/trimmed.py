@@ -1,8 +1,9 @@
-"""The trimmed t and the Hodges-Lehmann estimate of log ratios; pairs along the last axis, any number of Cells before it.
+"""Trimmed t statistics and Hodges-Lehmann estimates of log ratios.
 
-The mean of the n values of a Cell leaves out the `cut` highest and lowest; the variance replaces them by their neighbours
-(Yuen 1974). So a disturbed process run costs a pair, not the verdict. numpy and scipy are imported by the first computation,
-since code that only reads verdicts needs neither.
+The last axis of an array holds the pairs of a Cell; the leading axes hold the Cells. The mean of the n values of a Cell
+leaves out the `cut` highest and lowest; the variance replaces them by their neighbours (Yuen 1974). So a disturbed
+process run costs a pair, not the verdict. numpy and scipy are imported by the first computation, since code that only
+reads verdicts needs neither.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ STILL = 1e-9
 
 
 def cut(n: int, share: float) -> int:
-    """Return the number of values, of n, that are trimmed at either end."""
+    """Return how many of n values are trimmed at either end."""
     return int(share * n)
 
 
@@ -38,11 +39,11 @@ class Trimmed:
 
     @property
     def still(self) -> Mask:
-        """Cells without spread, which have no t."""
+        """True for each Cell without spread; such a Cell has no t."""
         return self.error <= STILL
 
     def beyond(self, margin: float) -> Array:
-        """Return the one-sided p of a true log ratio of at most `margin`; 1 without spread."""
+        """Return the one-sided p value of each Cell for a true log ratio of at most `margin`; 1 without spread."""
         import numpy as np
         from scipy.special import stdtr
 
@@ -52,7 +53,7 @@ class Trimmed:
 
     @property
     def mirrored(self) -> Trimmed:
-        """The trimmed means with exchanged sides."""
+        """The same result with exchanged sides."""
         return Trimmed(-self.mean, self.error, self.df, self.n)
 
     def interval(self, level: float) -> tuple[Array, Array]:
@@ -70,7 +71,7 @@ class Trimmed:
 
 
 def trimmed(log_ratios: Any, share: float) -> Trimmed:
-    """Return the trimmed means of log ratios of shape (..., n), one per Cell. share: trimmed at either end."""
+    """Return the trimmed means of log ratios of shape (..., n), one per Cell. share: part trimmed at either end."""
     import numpy as np
 
     ordered = np.sort(np.asarray(log_ratios, dtype=np.float64), axis=-1)
@@ -94,7 +95,7 @@ def single(mean: float, error: float, df: float, n: int) -> Trimmed:
 def hodges_lehmann(log_ratios: Any, level: float) -> tuple[float, tuple[float, float] | None]:
     """Return the median of all pairwise means of n values, and its exact interval, or None if n is too small for one.
 
-    The interval holds for any symmetric distribution, at `level` at least (inverted signed-rank test).
+    For any symmetric distribution, the level of the interval is at least `level` (inverted signed-rank test).
     """
     import numpy as np
 
@@ -108,7 +109,7 @@ def hodges_lehmann(log_ratios: Any, level: float) -> tuple[float, tuple[float, f
 
 def _signed_rank(n: int, tail: float) -> int | None:
     """Return the largest k with P(T <= k) <= tail for the signed-rank sum T of n values; None if there is no such k."""
-    ways = [1] + [0] * (n * (n + 1) // 2)  # numbers of subsets of the ranks, by their sum
+    ways = [1] + [0] * (n * (n + 1) // 2)  # ways[s]: number of subsets of the ranks with the sum s
     for rank in range(1, n + 1):
         for total in range(len(ways) - 1, rank - 1, -1):
             ways[total] += ways[total - rank]

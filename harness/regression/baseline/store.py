@@ -1,7 +1,7 @@
-"""Baselines on disk, each in results/baselines/NAME, to be committed to git.
+"""Baselines on disk: each is a folder results/baselines/NAME, to be committed to git.
 
-A folder holds run.json, footer.json and cells/ unchanged, so that the hashes of the footer still hold, and baseline.json
-with their origin. A baseline has neither logs nor a page.
+The folder holds unchanged copies of run.json, footer.json and cells/, so that the hashes in the footer still hold. Its
+baseline.json names the origin of the baseline. A baseline has neither logs nor a page.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
 
 
 class Provenance(FrozenModel):
-    """Content of baseline.json: the origin of a baseline, its author and the reason."""
+    """Content of baseline.json: the origin of a baseline, its author, and the reason for it."""
 
     schema_: int = Field(default=SCHEMA, alias="schema")
     name: str
@@ -47,7 +47,7 @@ class Provenance(FrozenModel):
     """Time of the promotion: UTC, ISO 8601."""
     reason: str
     replaces: str = ""
-    """Id of the run that the baseline of this name held before."""
+    """Id of the run that was the baseline of this name before."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Baseline:
 
     @property
     def origin(self) -> str:
-        """The origin, author and reason in words."""
+        """Origin, author and reason of the baseline, in words."""
         p = self.provenance
         if p is None:
             return f"of unknown origin ({self.why})"
@@ -94,10 +94,10 @@ def find(name: str, baselines: Path = BASELINES) -> Baseline:
 def promote(
     run: Run, name: str, *, reason: str, author: str = "", replace: bool = False, baselines: Path = BASELINES
 ) -> Baseline:
-    """Copy a run to a baseline, atomically.
+    """Make a run the baseline `name` by an atomic copy.
 
-    Raises RefusedError for a run that is unfit to be a baseline, and for a name that exists; StoreError if files
-    cannot be written.
+    Raises RefusedError if the run is unfit to be a baseline or if the name is taken; StoreError if files cannot be
+    written.
     """
     target = baselines / name
     problems = [*_misnamed(name, reason), *_taken(target, replace), *_unfit(run)]
@@ -177,7 +177,10 @@ def _hint(status: Status) -> str:
 
 
 def _copy(run: Path, files: Iterable[str], target: Path, provenance: Provenance) -> None:
-    """Make the new folder next to the old one, then swap them; names of temporary folders start with a dot."""
+    """Copy the files into a new folder next to the old one, then swap both.
+
+    The names of temporary folders start with a dot.
+    """
     fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
     try:
@@ -210,5 +213,5 @@ def _author() -> str:
     """Return git's user, or the name of the account if git has no user."""
     try:
         return git.user() or getpass.getuser()
-    except (OSError, KeyError):  # the account has no name, as in some containers
+    except (OSError, KeyError):  # this user has no account name, as in some containers
         return f"uid {os.getuid()}"

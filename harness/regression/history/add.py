@@ -21,20 +21,21 @@ class Added:
     """Result of one call of `add`."""
 
     left_out: list[str] = field(default_factory=list)
-    """One sentence per omission, with the reason."""
+    """One sentence with the reason for each part that was left out."""
     nights: dict[str, int] = field(default_factory=dict)
-    """Number of new rows by night."""
+    """Number of new rows, by night."""
     rows: int = 0
-    """Number of rows in the runs, new or not."""
+    """Number of rows from the runs, new or not."""
     findings: set[Exit] = field(default_factory=set)
 
 
 def add(names: Sequence[str], folder: Path, night: str | None = None) -> Exit:
     """Add runs to a history, print what was added and return the exit code.
 
-    night: the night of all runs; None: the UTC date on which each run started. Returns 1 if a file was changed after its
-    run, 4 if a Record is missing or cannot be read, or nothing would show a change, and 5 if there is nothing to add. Raises
-    UsageError for a run that does not exist, an invalid date, and a run that another night has already.
+    night: the night of all runs; if None, each run belongs to the UTC date of its start. Returns FAIL if a file was
+    changed after its run, NOTHING_COMPARED if there is nothing to add, INFRASTRUCTURE if a Record is missing or
+    unreadable or a footer has no hashes. Raises UsageError if a run does not exist, if the date is invalid, or if
+    another night already has a run.
     """
     if night is not None and not night_files.is_night(night):
         raise UsageError(f"not a date: {night!r}", where="--night", hint="write it as 2026-01-31")
@@ -58,7 +59,7 @@ def add(names: Sequence[str], folder: Path, night: str | None = None) -> Exit:
 
 
 def _add(run: Run, folder: Path, name: str, added: Added) -> None:
-    """Add one run to the night `name`, and write the files of the history if that changes them."""
+    """Add one run to the night `name`, and write the files of the history if they change."""
     if not night_files.is_night(name):
         raise UsageError(f"has no start date: {run.manifest.started!r}", where=str(run.path), hint="give its --night")
     _refuse_other_night(run, folder, name)
@@ -85,7 +86,7 @@ def _add(run: Run, folder: Path, name: str, added: Added) -> None:
 
 
 def _refuse_broken(broken: dict[str, str], where: Path) -> None:
-    """Refuse to rewrite a file with unreadable parts, since rewriting would delete them."""
+    """Raise UsageError if a file has unreadable parts, since rewriting the file would delete them."""
     if broken:
         what = "; ".join(f"{file}: {why}" for file, why in broken.items())
         hint = "restore it from git, then add"
@@ -101,10 +102,10 @@ def _header(run: Run) -> RunHeader:
 
 
 def _rows(run: Run, night: Night, added: Added) -> Iterator[AttemptRow]:
-    """Yield a row for each Cell of a run; its place is added to the night."""
+    """Yield a row for each Cell of a run that can run here, and add the place of the Cell to the night."""
     for record in run.latest().values():
         if record.status is Status.SKIPPED:
-            continue  # it cannot run here on any night
+            continue  # this Cell cannot run here on any night
         place = tracked_metrics.place(record)
         place_id = tracked_metrics.place_id(place)
         night.places[place_id] = place
@@ -120,7 +121,7 @@ def _rows(run: Run, night: Night, added: Added) -> Iterator[AttemptRow]:
 
 
 def _note_problems(run: Run, added: Added) -> None:
-    """Note the parts of a run that do not count, with the reasons."""
+    """Add to `added` the parts of a run that do not count, with the reasons."""
     problems = [f"{name}: {why}" for name, why in run.broken.items()]
     problems += [f"{name} {what}" for name, what in run.changed.items()]
     problems += [f"{cell_id} has no Record" for cell_id in run.missing()]
@@ -136,7 +137,7 @@ def _note_problems(run: Run, added: Added) -> None:
 
 
 def _refuse_other_night(run: Run, folder: Path, name: str) -> None:
-    """Refuse a run that is already a pass of another night, since the run would count twice."""
+    """Raise UsageError if the run is already a pass of another night, since it would count twice."""
     mark = f'{{"run":"{run.manifest.run}",'
     others = [path for path in sorted(folder.glob("*.jsonl")) if night_files.is_night(path.stem) and path.stem != name]
     for path in others:

@@ -1,4 +1,4 @@
-"""Names of the Cells of a history, and their selection by an expression."""
+"""Names of the Cells in a history, and their selection by an expression."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COMMON = "all that this place measures"
 
 
 def cells(history: History) -> dict[str, Cell]:
-    """Return the Cells by cell_id, without Cells of other versions of the harness that this version cannot parse."""
+    """Return the Cells by cell_id. Cells of other versions of the harness are left out if this version cannot parse them."""
     found = {}
     for cell_id, fields in history.cells.items():
         try:
@@ -26,7 +26,7 @@ def cells(history: History) -> dict[str, Cell]:
 
 
 def names(history: History) -> dict[str, str]:
-    """Return a name for each cell_id, and for `*`."""
+    """Return the names of the Cells, by cell_id; `*` has a name too."""
     return {**naming.full(cells(history).values()), EVERY: COMMON}
 
 

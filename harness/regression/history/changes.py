@@ -1,4 +1,4 @@
-"""Changes of level in a history: of times relative to their anchor, of the anchor, of bytes and of scores."""
+"""Find changes of level in a history: of times relative to their anchor, of the anchor itself, of bytes and of scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from harness.analysis.statistics.change_points import Array
 
 TIMED_LEAST = 0.02
-"""Smallest share by which a time must change to count; pairs of runs can confirm so small a change at a reasonable cost."""
+"""Smallest change of a time that counts, as a share. Pairs of runs can confirm so small a change at a reasonable cost."""
 SCORE_LEAST = 0.01
 """Smallest change of an accuracy that counts: one percentage point."""
 _SCORE_FLOOR = SCORE_LEAST / 5
@@ -37,9 +37,10 @@ class Change:
     night: str
     """First night of the new level."""
     before: float
-    """Old level, in the unit of the metric; times are relative to their anchor, the anchor is a ratio."""
+    """Old level, in the unit of the metric. The level of a time is relative to its anchor; the level of an anchor is a
+    ratio."""
     after: float
-    """New level."""
+    """New level, in the same unit."""
     worse: bool
     settled: str | None = None
     """Night on which the old level came back."""
@@ -51,7 +52,7 @@ class Change:
 
     @property
     def change(self) -> float | None:
-        """after - before of a score; after / before - 1 of another metric, or None if `before` is 0."""
+        """`after` - `before` of a score; `after` / `before` - 1 of another metric, or None if `before` is 0."""
         if tracked_metrics.kind(self.metric) == "score":
             return self.after - self.before
         return self.after / self.before - 1 if self.before else None
@@ -71,7 +72,7 @@ class Unanchored:
 
     place: str
     metric: str
-    """Family of metrics."""
+    """Family of metrics: the part of their names before the first `/`."""
     series: int
 
 
@@ -81,7 +82,7 @@ class Unjudged:
 
     place: str
     metric: str
-    """Family of metrics."""
+    """Family of metrics: the part of their names before the first `/`."""
     nights: list[str]
 
 
@@ -91,10 +92,10 @@ class FoundChanges:
 
     history: History
     last: str
-    """Last night of all series; only a level that reaches it can be recent."""
+    """Last night of all series. Only a level that includes this night can be recent."""
     changes: list[Change] = field(default_factory=list)
     machine: list[Change] = field(default_factory=list)
-    """Changes of an anchor that the sentinels share."""
+    """Changes of an anchor that also appear in the sentinels, so that the machine has changed."""
     unanchored: list[Unanchored] = field(default_factory=list)
     unjudged: list[Unjudged] = field(default_factory=list)
     compared: int = 0
@@ -104,8 +105,8 @@ class FoundChanges:
 def find_changes(history: History, series: Sequence[HistorySeries], sentinels: frozenset[str]) -> FoundChanges:
     """Find the changes of all series of a history.
 
-    sentinels: cell_ids. Their times, and those of the bare base models, only show changes of the machine, and are never
-    reported as changes.
+    sentinels: cell_ids of Cells that show changes of the machine. Their times, and those of the bare base models, are
+    never reported as changes.
     """
     found = FoundChanges(history, last=max((one.nights[-1] for one in series), default=""))
     kinds: dict[str | None, list[HistorySeries]] = {}
@@ -134,10 +135,10 @@ def _is_of_base(one: HistorySeries, cells: Mapping[str, Fields]) -> bool:
 
 
 def _counted(one: HistorySeries) -> Iterator[Change]:
-    """Yield a change on the first night on which bytes or parameters differ from the level before."""
+    """Yield a change for each night on which bytes or parameters leave their level."""
     if min(one.values) == max(one.values):
         return
-    levels = [("", one.nights[0], one.values[0])]  # the night before each level, its first night, its value
+    levels = [("", one.nights[0], one.values[0])]  # (last night of the level before, first night, value) of each level
     for last, night, value in zip(one.nights, one.nights[1:], one.values[1:], strict=False):
         level = levels[-1][2]
         if abs(value - level) > tracked_metrics.slack(one.metric, level):
@@ -161,7 +162,7 @@ def _scores(scores: Sequence[HistorySeries], found: FoundChanges) -> None:
 
 
 def _timed(family: str, judged: Sequence[HistorySeries], guards: Sequence[HistorySeries], found: FoundChanges) -> None:
-    """Judge the times of one family at one place, relative to the anchor; then the anchor, relative to the sentinels."""
+    """Judge the times of one family at one place, divided by the anchor; then judge the anchor against the sentinels."""
     import numpy as np
 
     place = judged[0].place
@@ -196,7 +197,7 @@ def _timed(family: str, judged: Sequence[HistorySeries], guards: Sequence[Histor
 
 
 def _anchor(one: HistorySeries, common: Array, guards: Array, found: FoundChanges) -> None:
-    """Judge the anchor: if the sentinels change too, the machine has changed, otherwise the code under test."""
+    """Judge the anchor: if the sentinels change too, the machine has changed; otherwise the code under test has changed."""
     import numpy as np
 
     def changes(logs: Array) -> list[Change]:
@@ -219,7 +220,7 @@ def _anchor(one: HistorySeries, common: Array, guards: Array, found: FoundChange
 def _log_changes(
     one: HistorySeries, nights: Sequence[str], logs: Array, shared: float, noise: float | None = None
 ) -> list[Change]:
-    """Return the changes of log times; their levels are times."""
+    """Return the changes of log times; the levels of a change are times again."""
     least = math.log1p(TIMED_LEAST)
     steps = change_points.steps(logs, least=least, shared=shared, own=noise)
     changes = _changes(one, nights, steps, least)
@@ -227,10 +228,10 @@ def _log_changes(
 
 
 def _changes(one: HistorySeries, nights: Sequence[str], steps: Sequence[LevelChange], least: float) -> list[Change]:
-    """Return the changes of a series, where a lower level is worse."""
+    """Return the changes of a series in which a lower level is worse."""
     found = []
     for number, step in enumerate(steps):
-        # The first later change that brings the level back to that before this one, or beyond.
+        # Nights on which a later change brings the level back to that before this change, or beyond.
         sign = math.copysign(1.0, step.change)
         back = (nights[s.at] for s in steps[number + 1 :] if sign * (s.after - step.before) < least)
         before, night = nights[step.at - 1], nights[step.at]
@@ -247,6 +248,6 @@ def _logs(series: Sequence[HistorySeries], nights: Sequence[str]) -> Array:
     found = np.full((len(series), len(nights)), np.nan)
     for row, one in enumerate(series):
         values = np.array(one.values, dtype=float)
-        values[values <= 0] = np.nan  # not measured by a clock: the file was edited
+        values[values <= 0] = np.nan  # no clock measured this: the file was edited
         found[row, [column[night] for night in one.nights]] = np.log(values)
     return found

@@ -1,4 +1,4 @@
-"""`history confirm`: store the verdict of a person on a change that `detect` shows."""
+"""`history confirm`: store a person's verdict on a change that `detect` shows."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def confirm(
 ) -> Decision:
     """Store and return a verdict, and warn if no change is near.
 
-    A verdict on a change of exactly this series is stored with the night and the levels of the change, so that the
-    verdict applies on later nights too. Raises UsageError as `decisions.checked` does.
+    If the verdict is on a change of exactly this series, the night and the levels of the change are stored with it, so
+    that the verdict applies on later nights too. Raises UsageError as `decisions.checked` does.
     """
     history, decision = decisions.checked(folder, cell, metric, night, evidence, author, "--evidence")
     changes = [c for c in all_changes(history) if decision.applies(c.cell, c.metric)]

@@ -1,4 +1,4 @@
-"""Confirmed slow-downs, which stand until they are reset, even if later nights do not show them."""
+"""Confirmed slow-downs. They stand until they are reset, even if later nights do not show them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from harness.regression.history.night_files import NEAR, History
 
 
 def confirmed_regressions(history: History, found: Sequence[Change]) -> Iterator[Change]:
-    """Yield the slow-downs stored by `history settle` that are not in `found`.
+    """Yield the slow-downs that `history settle` has stored and that are not in `found`.
 
-    `found` lacks a slow-down if its level is only one or two nights old, or if later nights were not as slow.
+    A slow-down is not in `found` if its level is only one or two nights old, or if later nights were not as slow.
     """
     for line in history.confirmations:
         seen = line.seen

@@ -1,7 +1,7 @@
 """Decisions about a history: accepted levels, and verdicts on changes.
 
-Each decision is a line of resets.jsonl or confirmations.jsonl with its author, time and reason. The files are committed
-to git, so the reason of an accepted slow-down is next to the code.
+Each decision is a line of resets.jsonl or confirmations.jsonl, with its author, time and reason. The files are
+committed to git, so the code and the reason of an accepted slow-down are in one place.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def reset(folder: Path, cell: str, metric: str, night: str, reason: str, author:
 
 
 def confirm(folder: Path, decision: Decision, verdict: ConfirmationVerdict) -> Decision:
-    """Store a decision as the verdict on a change."""
+    """Store a decision with its verdict on a change, and return the decision."""
     confirmed = decision.model_copy(update={"verdict": verdict})
     night_files.append_decision(folder, night_files.CONFIRMATIONS, confirmed)
     return confirmed
 
 
 def print_decision(decision: Decision) -> Exit:
-    """Print a decision that was stored."""
+    """Print a stored decision."""
     echo(f"{decision.cell} {decision.metric} from {decision.night} on, by {decision.author}: {decision.reason}")
     return Exit.PASS
 
@@ -48,7 +48,7 @@ def last_reset(resets: Iterable[Decision], cell: str, metric: str) -> str:
 
 
 def new(cell: str, metric: str, night: str, reason: str, author: str) -> Decision:
-    """Return a decision made now."""
+    """Return a decision that is made now."""
     reason = " ".join(reason.split())
     return Decision(cell=cell, metric=metric, night=night, reason=reason, author=author, made=store.now())
 
@@ -56,11 +56,11 @@ def new(cell: str, metric: str, night: str, reason: str, author: str) -> Decisio
 def checked(
     folder: Path, cell: str, metric: str, night: str, reason: str, author: str | None, option: str
 ) -> tuple[History, Decision]:
-    """Return the history and a decision about it; nothing is written.
+    """Return the history and a checked decision about it, without writing anything.
 
-    cell: the start of a cell_id, or `*`. metric: a name, or `*`. author: git's user if None. option: the name of the option
-    that gave `reason`. Raises UsageError with every mistake and its argument or option: a Cell, metric or night that is not
-    in the history, an empty reason, no author.
+    cell: the start of a cell_id, or `*`. metric: a name, or `*`. author: git's user if None. option: the name of the
+    option that gave `reason`. Raises UsageError with all mistakes: a Cell, metric or night that is not in the history,
+    an empty reason, no author.
     """
     problems: list[Problem] = []
     with collect_errors(problems):

@@ -1,4 +1,4 @@
-"""`history detect`: find changes of level, their state and the differences between their nights."""
+"""`history detect`: find the changes of level, their states, and the differences between their nights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def detect(folder: Path, cell: str | None, sentinel: str | None, as_json: bool, 
     """
     from harness.regression.history import table
 
-    with collector.paused():  # otherwise it takes half of the time
+    with collector.paused():  # garbage collection would take half of the time
         history = night_files.read(folder)
         only = cell_names.select(history, cell) if cell else None
         found = detection(history, only=only, sentinel=sentinel, strict=strict)
@@ -49,7 +49,7 @@ def detect(folder: Path, cell: str | None, sentinel: str | None, as_json: bool, 
 def detection(
     history: History, *, only: frozenset[str] | None = None, sentinel: str | None = None, strict: bool = False
 ) -> Detection:
-    """Return all findings in a history. only: the Cells to report; all Cells are used for the anchors."""
+    """Return all findings in a history. only: cell_ids to report; the anchors use all Cells."""
     known = series(history)
     sentinels = cell_names.select(history, sentinel, "--sentinel") if sentinel else frozenset()
     found = changes.find_changes(history, known, sentinels)
@@ -63,7 +63,7 @@ def detection(
     missing = missing_series(history, known, names, {one.cell for one in stopped})
     return Detection(
         nights=list(history.index), series=len(known), compared=found.compared,
-        # A confirmed suspicion counts as a change, a refuted one does not.
+        # A confirmed suspicion counts as a change; a refuted suspicion does not.
         candidates=[one for one in judged if one.standing not in ("suspect", "unfounded")],
         suspects=[one for one in judged if one.standing == "suspect"],
         machine=found.machine, residue=list(_place_changes(history, known)), unanchored=found.unanchored,
@@ -73,13 +73,13 @@ def detection(
 
 
 def all_changes(history: History) -> list[JudgedChange]:
-    """Return every change of every series, also refuted changes."""
+    """Return every change of every series, including refuted changes."""
     found = changes.find_changes(history, series(history), frozenset())
     return _judged(history, found.changes, cell_names.names(history))
 
 
 def _judged(history: History, found: Sequence[Change], names: Mapping[str, str]) -> list[JudgedChange]:
-    """Return every change with its state: open changes first, then changes for the worse, then the newest."""
+    """Return every change with its state, sorted: lasting before settled, worse before better, new before old."""
 
     def order(c: Change) -> tuple[Any, ...]:
         return (c.settled is not None, not c.worse, -history.index[c.night], c.cell, c.metric, c.place)
@@ -96,14 +96,15 @@ def _judge(history: History, change: Change, name: str) -> JudgedChange:
         state = "unfounded" if change.recent else "refuted"
     elif confirmation is not None:
         state = "confirmed"
-        change = replace(change, worse=confirmation.verdict == "regressed")  # independent of the nights
+        change = replace(change, worse=confirmation.verdict == "regressed")  # whatever the nights show
     return JudgedChange(**vars(change), name=name, standing=state, confirmation=confirmation, between=differences)
 
 
 def _confirmation(history: History, change: Change, revisions: tuple[str, str]) -> Decision | None:
-    """Return the last verdict on a change; a verdict on its own night goes before a verdict on a night nearby.
+    """Return the last verdict on a change. A verdict on the same night takes precedence over one on a night nearby.
 
-    `refuted` applies only to the revisions that were compared, not to a change that came with a later revision.
+    A verdict `refuted` applies only to the revisions that were compared, not to a change that came with a later
+    revision.
     """
     near = [
         line
@@ -117,7 +118,7 @@ def _confirmation(history: History, change: Change, revisions: tuple[str, str]) 
 
 
 def _place_changes(history: History, known: Iterable[HistorySeries]) -> Iterator[PlaceChange]:
-    """Yield each place that took over Cells from another one."""
+    """Yield each place that took over Cells from an earlier place."""
     first: dict[str, str] = {}
     last: dict[str, str] = {}
     facts: dict[str, dict[str, str]] = {}
@@ -149,7 +150,7 @@ def _place_changes(history: History, known: Iterable[HistorySeries]) -> Iterator
 
 
 def _few_passes(history: History) -> dict[str, int]:
-    """Return the nights on which a Cell had fewer than PASSES passes, with the smallest number."""
+    """Return the smallest number of passes of a Cell, for each night on which it is below PASSES."""
     counts = {
         night.night: min(Counter(f"{row['cell']} {row['on']}" for row in night.rows).values(), default=0)
         for night in history.nights

@@ -20,23 +20,23 @@ class Between:
     """Differences from the last night of the old level to the first night of the new one."""
 
     code: tuple[str, str]
-    """Code versions of the harness."""
+    """Code versions of the harness, (old, new)."""
     revisions: tuple[str, str]
-    """Git revisions; empty if not recorded."""
+    """Git revisions, (old, new); empty if not recorded."""
     software: tuple[str, ...]
-    """`name old -> new` for every library that changed."""
+    """Libraries that changed, as `name old -> new`."""
     request: PairsRequest | None
     """Request to compare the `paired` revisions; None if pairs cannot confirm the change."""
     because: str
-    """Reason why there is no request, or a remark on it."""
+    """Reason why there is no request, or remarks on the request."""
     paired: tuple[str, str]
-    """Revisions of two nights further apart, since the night of a change is uncertain."""
+    """Revisions (old, new) of two nights that are further apart, since the night of a change is uncertain."""
     libraries: tuple[str, ...]
-    """`name old -> new` for every library that changed between the `paired` nights."""
+    """Libraries that changed between the `paired` nights, as `name old -> new`."""
 
     @property
     def command(self) -> str:
-        """The command that confirms the change, or an empty string."""
+        """Shell command that confirms the change; empty if there is no request."""
         return self.request.command() if self.request else ""
 
     def document(self) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class Between:
 
 
 def between(history: History, change: Change) -> Between:
-    """Compare a Cell's last pass before a change with its first pass after it, at the same place (`*`: any Cell's)."""
+    """Compare a Cell's last pass before a change with its first pass after it, at one place. `*`: passes of any Cell."""
     old, new = _passes_around(history, change, change.old_night, change.night)
     code = (str(old.get("code_version", "")), str(new.get("code_version", "")))
     before, after = _passes_around(history, change, *_outer_nights(history, change))
@@ -61,7 +61,7 @@ def between(history: History, change: Change) -> Between:
     elif reason and not _measured_by_pairs(change.metric):
         reason = f"{reason}: `{request.rerun_command()}`"
     elif reason:
-        remarks = []  # they are about a command
+        remarks = []  # the remarks are about a command, and there is none
     if not change.counted and _uncommitted(before, after):
         remarks.append("a night ran changes that are in no commit")
     because = "; ".join([*filter(None, [reason]), *remarks])
@@ -96,9 +96,9 @@ def _uncommitted(before: RunHeader, after: RunHeader) -> bool:
 
 
 def _request(change: Change, run: RunHeader, place: Mapping[str, str], paired: tuple[str, str]) -> PairsRequest:
-    """Return the comparison of two revisions in the suite of a run, with the device and the threads of its place."""
+    """Return a request to compare two revisions by the suite of a run, with the device and the threads of its place."""
     device, threads = str(place.get("device", "")).partition(":")[0], str(place.get("threads"))
-    # A change may appear only with as many threads as in that night.
+    # The change may appear only with the number of threads of that night.
     cores = int(threads) if device == "cpu" and threads.isdecimal() else None
     only = None if change.cell == EVERY else change.cell
     device = device if device in ("cpu", "cuda") else "auto"
@@ -113,9 +113,10 @@ def _measured_by_pairs(metric: str) -> bool:
 
 
 def _outer_nights(history: History, change: Change) -> tuple[str, str]:
-    """Return the two nights to compare: on either side NEAR nights further from the change, if its Cell has so many.
+    """Return the two nights to compare.
 
-    A level lasts longer than NEAR nights. A recent level does not, so its first night is compared.
+    Each is up to NEAR nights further from the change than `change` says, since that night is uncertain. The new level lasts
+    longer than NEAR nights, unless it is recent; then its first night is compared.
     """
     begin = last_reset(history.resets, change.cell, change.metric)
     nights = [
@@ -128,12 +129,12 @@ def _outer_nights(history: History, change: Change) -> tuple[str, str]:
 
 
 def _ships(suite: str) -> bool:
-    """Return whether a suite comes with the harness."""
+    """Return whether a suite is part of the harness."""
     return bool(re.fullmatch(r"[\w.-]+", suite)) and (resources.data_folder("suites") / f"{suite}.yaml").is_file()
 
 
 def _is_search(history: History, cell: str) -> bool:
-    """Return whether a Cell only tries a learning rate: only these Cells skip test items."""
+    """Return whether a Cell only tries a learning rate. Only such Cells skip test items."""
     evaluation = history.cells.get(cell, {}).get("evaluation")
     return isinstance(evaluation, dict) and bool(evaluation.get("skip"))
 
@@ -150,7 +151,7 @@ def _passes_around(history: History, change: Change, old: str, new: str) -> tupl
 
 
 def _revision(run: RunHeader) -> str:
-    """Return the commit, or an empty string for a value that is no commit: a revision becomes part of a shell command."""
+    """Return the commit; an empty string if the value is no commit, since a revision becomes part of a shell command."""
     sha = str(run.get("git_sha", ""))
     return sha if re.fullmatch("[0-9a-f]{7,64}", sha) else ""
 

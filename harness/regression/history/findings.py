@@ -17,13 +17,13 @@ from harness.regression.history.differences import Between
 from harness.regression.history.night_files import EVERY, Decision, Evidence
 
 State = Literal["candidate", "suspect", "counted", "confirmed", "refuted", "unfounded"]
-"""States of a change, in this order: unconfirmed, only on the last nights, of exact counts, confirmed, refuted, and
-a refuted suspicion."""
+"""State of a change. candidate: unconfirmed. suspect: seen only on the last nights. counted: an exact count changed.
+confirmed, refuted: by a verdict. unfounded: a refuted suspicion."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedChange(Change):
-    """A change of level, its state, and the differences between its nights."""
+    """A change of level with its state and the differences between its nights."""
 
     name: str
     """Name of the Cell."""
@@ -43,7 +43,7 @@ class JudgedChange(Change):
         return is_time and self.cell != EVERY and self.between.request is not None
 
     def evidence(self) -> Evidence:
-        """Return the facts about this change that a verdict refers to."""
+        """Return the facts about this change that are stored with a verdict."""
         return Evidence(old_night=self.old_night, place=self.place, before=self.before, after=self.after)
 
     def judged_document(self) -> dict[str, Any]:
@@ -67,12 +67,12 @@ class PlaceChange:
     """Differences between the places, as `key old -> new`."""
     cells: int
     step_ratio: float | None
-    """Median ratio of step times, new / old."""
+    """Median over Cells of the step time on the new place / on the old place; None if no Cell has both."""
 
 
 @dataclass(frozen=True)
 class StoppedCell:
-    """A Cell that ended ok once, and did not on its last night."""
+    """A Cell that once ended ok, but not on its last night."""
 
     cell: str
     name: str
@@ -84,7 +84,7 @@ class StoppedCell:
 
 @dataclass(frozen=True)
 class MissingSeries:
-    """Metrics of a Cell that are missing on the last night of their place."""
+    """Metrics of a Cell that an earlier night of a place has, and the last night of this place lacks."""
 
     cell: str
     name: str
@@ -92,7 +92,7 @@ class MissingSeries:
     metrics: list[str]
     night: str
     last: str
-    """Last night that had them."""
+    """Last night that had these metrics."""
     status: str
     """Status of the Cell on the last night of the place; `ok` if only these metrics are missing."""
 
@@ -108,19 +108,19 @@ class Detection:
     candidates: list[JudgedChange]
     suspects: list[JudgedChange]
     machine: list[Change]
-    """Changes of an anchor that the sentinels share."""
+    """Changes of an anchor that also appear in the sentinels, so that the machine has changed."""
     residue: list[PlaceChange]
     unanchored: list[Unanchored]
     loose: list[Unjudged]
     stopped: list[StoppedCell]
     gone: list[MissingSeries]
     few_passes: dict[str, int]
-    """Nights on which a Cell had too few passes, with the smallest number of passes."""
+    """Smallest number of passes of a Cell, for each night on which it is too small."""
     resets: Sequence[Decision]
     left_out: Mapping[str, str]
-    """Reasons by file or file:line that could not be used."""
+    """Reason for each file or file:line that could not be used."""
     strict: bool
-    """True if unconfirmed changes are no pass."""
+    """True if an unconfirmed change is no pass."""
 
     @property
     def exit(self) -> Exit:
@@ -128,7 +128,7 @@ class Detection:
         present = [c for c in self.candidates if c.settled is None]
         if any(c.worse and c.standing in ("confirmed", "counted") for c in present):
             return Exit.FAIL
-        if self.stopped or self.gone:  # takes precedence over NOTHING_COMPARED: it may be the cause
+        if self.stopped or self.gone:  # first, since it may be the reason why nothing was compared
             return Exit.INFRASTRUCTURE
         if not self.compared:
             return Exit.NOTHING_COMPARED
@@ -138,7 +138,7 @@ class Detection:
         return Exit.INCONCLUSIVE if self.strict and unconfirmed else Exit.PASS
 
     def document(self) -> dict[str, Any]:
-        """Return the document of `--json`."""
+        """Return the JSON document of `history detect --json`."""
         thresholds = {
             "time": changes.TIMED_LEAST, "accuracy": changes.SCORE_LEAST, "peak_B": metrics.TRAINING_PEAK.slack_B
         }  # fmt: skip

@@ -5,7 +5,7 @@ results/history/<night>.jsonl        the night, its runs and places; then one ro
                 resets.jsonl         accepted levels; see `decisions`
                 confirmations.jsonl  verdicts on changes; see `decisions`
 
-Lines of a night are TypedDicts: a history has up to a quarter of a million rows, and a row is used unchanged.
+The lines of a night are TypedDicts, used as parsed, since a history has up to a quarter of a million rows.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ PASSES = 3
 """Passes of a full night: the median of three ignores one disturbed pass."""
 CELLS, RESETS, CONFIRMATIONS = "cells.jsonl", "resets.jsonl", "confirmations.jsonl"
 EVERY = "*"
-"""Stands for every Cell, or for every metric."""
+"""Stands for every Cell or every metric."""
 NEAR = 2
-"""Uncertainty of the night of a change: a decision applies to a change up to this many nights away."""
+"""Uncertainty of the night of a change: a decision also applies to a change that is up to this many nights away."""
 
 Fields = dict[str, Any]
-"""The fields of a Cell as JSON, of this or another version of the harness."""
+"""Fields of a Cell as JSON, written by this or another version of the harness."""
 _NOT_A_LINE = "a torn or foreign line"
 _Line = TypeVar("_Line")
 _Word = Annotated[str, Field(min_length=1)]
@@ -59,7 +59,7 @@ class AttemptRow(TypedDict):
 
 
 class RunHeader(TypedDict):
-    """Facts shared by all rows of a run, to find differences from the night before."""
+    """Facts that all rows of a run share. They show how the run differs from that of the night before."""
 
     run: str
     started: NotRequired[str]
@@ -71,7 +71,7 @@ class RunHeader(TypedDict):
 
 
 class _Stored(FrozenModel):
-    """Part of a decision; unknown keys of newer versions are ignored."""
+    """Part of a decision. Unknown keys, which newer versions write, are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -99,15 +99,15 @@ class Decision(_Stored):
     verdict: str | None = None
     """Verdict of a confirmation: `regressed`, `improved` or `refuted`; None for a reset."""
     revisions: list[str] | None = None
-    """The two revisions that were compared."""
+    """The two revisions that were compared, (old, new)."""
     seen: Evidence | None = None
 
     def applies(self, cell: str, metric: str) -> bool:
-        """Return whether the decision is about a series; a decision about `latency_s` is about every latency."""
+        """Return whether the decision is about a series. A decision about `latency_s` is about every latency."""
         return self.cell in (cell, EVERY) and self.metric in (metric, metric.partition("/")[0], EVERY)
 
     def document(self) -> dict[str, Any]:
-        """Return the line for JSON."""
+        """Return the decision for JSON."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
@@ -118,13 +118,13 @@ class Night:
     night: str
     """Date of the night, YYYY-MM-DD."""
     runs: dict[str, RunHeader] = field(default_factory=dict)
-    """Headers by run id."""
+    """Headers of the runs, by run id."""
     places: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Places by id."""
+    """Facts about the places, by id of the place."""
     rows: list[AttemptRow] = field(default_factory=list)
 
     def rows_of(self, cell: str, place: str) -> Iterator[AttemptRow]:
-        """Yield the attempts at a Cell, or at every Cell (`*`), at a place."""
+        """Yield the attempts at a Cell (`*`: at every Cell) at a place."""
         return (row for row in self.rows if cell in (EVERY, row["cell"]) and row["on"] == place)
 
 
@@ -140,11 +140,11 @@ class History:
     resets: tuple[Decision, ...]
     confirmations: tuple[Decision, ...]
     broken: dict[str, str]
-    """Reason for each file or file:line that could not be used; the rest of the history is used."""
+    """Reason for each file or file:line that could not be used. The rest of the history is used."""
 
     @cached_property
     def index(self) -> dict[str, int]:
-        """Position of each night by its date."""
+        """Position of each night, by its date."""
         return {night.night: number for number, night in enumerate(self.nights)}
 
     def distance(self, night: str, other: str) -> float:
@@ -158,7 +158,7 @@ class History:
 
 
 def read(folder: Path) -> History:
-    """Read a history; unreadable parts are named in `broken`. Raises UsageError if the folder does not exist."""
+    """Read a history; name the unreadable parts in `broken`. Raises UsageError if the folder does not exist."""
     if not folder.is_dir():
         hint = "`peft-harness history add RUN` starts one"
         raise UsageError("no history in this folder", where=str(folder), hint=hint)
@@ -170,7 +170,7 @@ def read(folder: Path) -> History:
 
 
 def read_night(path: Path, broken: dict[str, str]) -> Night | None:
-    """Read one night; return None, with the reason in `broken`, for a file that is not a night of this schema."""
+    """Read one night. If the file is not a night of this schema, return None and put the reason into `broken`."""
     lines = _lines(path, broken, _object)
     head = next(lines, None)
     if head is None or head.get("night") != path.stem:
@@ -193,7 +193,7 @@ def read_night(path: Path, broken: dict[str, str]) -> Night | None:
         else:
             bad += 1
     by_attempt = {(row["cell"], row["run"]): row for row in night.rows}
-    bad += len(night.rows) - len(by_attempt)  # a merge of two branches may have left duplicates
+    bad += len(night.rows) - len(by_attempt)  # a merge of two branches may leave duplicates
     night.rows = list(by_attempt.values())
     if bad:
         reason = f"{plural(bad, 'line')} not written by `history add`"
@@ -202,12 +202,12 @@ def read_night(path: Path, broken: dict[str, str]) -> Night | None:
 
 
 def cells(folder: Path, broken: dict[str, str]) -> dict[str, Fields]:
-    """Read the fields of the Cells, by cell_id."""
+    """Read the fields of the Cells, by cell_id. For `broken`, see `_lines`."""
     return dict(_lines(folder / CELLS, broken, _cell))
 
 
 def write_night(folder: Path, night: Night) -> None:
-    """Write a night: headers first, then rows sorted by Cell and run, so that a diff shows the new rows."""
+    """Write a night: the headers, then the rows sorted by Cell and run, so that a diff shows the new rows."""
     lines: list[Mapping[str, object]] = [
         {"schema": SCHEMA, "night": night.night},
         *(night.runs[run] for run in sorted(night.runs)),
@@ -223,7 +223,7 @@ def write_cells(folder: Path, cells: Mapping[str, Fields]) -> None:
 
 
 def append_decision(folder: Path, name: str, decision: Decision) -> None:
-    """Add a line by rewriting the file; broken lines in it stay as they are."""
+    """Add a decision to a file by rewriting the file. Broken lines in the file stay as they are."""
     path = folder / name
     with locked(folder):
         try:
@@ -234,7 +234,7 @@ def append_decision(folder: Path, name: str, decision: Decision) -> None:
 
 
 def _write(path: Path, lines: Iterable[Mapping[str, object]], before: str = "") -> None:
-    """Write one JSON object per line, atomically, after the text `before`."""
+    """Write the text `before`, then one JSON object per line, atomically."""
     text = "".join(f"{json.dumps(line, separators=(',', ':'), allow_nan=False)}\n" for line in lines)
     try:
         files.write_atomic(path, f"{before}{text}".encode())
@@ -245,7 +245,10 @@ def _write(path: Path, lines: Iterable[Mapping[str, object]], before: str = "") 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock the folder, made if missing; the kernel unlocks it if the process dies. Raises UsageError if making it fails."""
+    """Lock a folder, and create it if it is missing. If the process dies, the kernel unlocks the folder.
+
+    Raises UsageError if the folder cannot be created.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
@@ -253,7 +256,7 @@ def locked(folder: Path) -> Iterator[None]:
         what = f"cannot make the folder: {error.strerror}"
         raise UsageError(what, where=f"--dir {folder}", hint="name a folder that can be written") from error
     try:
-        with contextlib.suppress(OSError):  # some file systems have no locks; store the results anyway
+        with contextlib.suppress(OSError):  # some file systems have no locks; the results are stored anyway
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -278,7 +281,7 @@ def _names_night(path: Path, broken: dict[str, str]) -> bool:
 
 
 def _lines(path: Path, broken: dict[str, str], parse: Callable[[Any], _Line | None]) -> Iterator[_Line]:
-    """Yield the parsed lines of a file; name the invalid ones, or a file that cannot be read, in `broken`.
+    """Yield the parsed lines of a file. Invalid lines, or an unreadable file, are named in `broken`.
 
     parse: returns None for an invalid line.
     """
@@ -289,7 +292,7 @@ def _lines(path: Path, broken: dict[str, str], parse: Callable[[Any], _Line | No
     except (OSError, UnicodeDecodeError) as error:
         broken[path.name] = f"cannot read: {error}"
         return
-    try:  # one document is parsed four times as fast as single lines
+    try:  # json parses one document four times as fast as single lines
         found = json.loads(f"[{text.rstrip().replace(chr(10), ',')}]", parse_constant=_refuse)
     except ValueError:
         found = []
@@ -320,7 +323,7 @@ def _cell(line: Any) -> tuple[str, Fields] | None:
 
 
 def _decision(line: Any) -> Decision | None:
-    """Return a complete decision of this schema, or None; decisions of a newer schema have no effect."""
+    """Return the decision of a line; None if it is incomplete or of a newer schema, so that it has no effect."""
     try:
         return Decision.model_validate(line)
     except ValidationError:
@@ -334,7 +337,7 @@ def _is_row(line: Mapping[str, Any]) -> bool:
 
 
 def _are_numbers(values: Collection[Any]) -> bool:
-    try:  # a Python loop takes a second for a quarter of a million rows
+    try:  # min and sum are fast: a Python loop takes a second for a quarter of a million rows
         return not values or bool(min(values) >= 0 and math.isfinite(sum(values)))
     except (TypeError, OverflowError):
         return False

@@ -19,7 +19,7 @@ _Nights = list[tuple[str, list[dict[str, float]]]]
 
 @dataclass(frozen=True)
 class HistorySeries:
-    """One metric's values for one Cell and place, in order of nights."""
+    """Values of one metric for one Cell and place, in the order of nights."""
 
     cell: str
     metric: str
@@ -28,9 +28,9 @@ class HistorySeries:
     nights: list[str]
     """Dates, ascending."""
     values: list[float]
-    """Median of the passes of each night; for counted bytes and parameters, the maximum."""
+    """One value per night: the median of its passes; for counted bytes and parameters, their maximum."""
     passes: list[int]
-    """Number of passes per night."""
+    """Number of passes of each night."""
 
     @property
     def usual(self) -> float:
@@ -43,9 +43,9 @@ class HistorySeries:
 
 
 def series(history: History, only: Container[str] | None = None) -> list[HistorySeries]:
-    """Return the non-empty series of a history, or of its Cells in `only`. Each series starts at its last reset.
+    """Return the non-empty series of a history, or only those of the Cells in `only`.
 
-    A new place (another machine, driver or torch) starts a new series.
+    Each series starts at its last reset. A new place (another machine, driver or torch) starts a new series.
     """
     table: dict[tuple[str, str], _Nights] = {}
     for night in history.nights:
@@ -59,16 +59,16 @@ def series(history: History, only: Container[str] | None = None) -> list[History
         _since(one, history)
         for (cell, place), nights in sorted(table.items(), key=lambda item: item[0])
         for one in _of_cell(cell, place, nights)
-        if tracked_metrics.kind(one.metric)  # a newer harness may store more metrics
+        if tracked_metrics.kind(one.metric)  # a newer harness may store further metrics
     )
     return [one for one in found if one.nights]
 
 
 def _of_cell(cell: str, place: str, nights: _Nights) -> Iterator[HistorySeries]:
-    """Yield the series of a Cell at a place, by metric."""
+    """Yield the series of a Cell at a place, one per metric."""
     order = tuple(nights[0][1][0])
     if all(tuple(values) == order for _, passes in nights for values in passes):
-        # The usual case. There may be millions of values, so they are not looked up one by one.
+        # The usual case. There may be millions of values, so single look-ups would be slow.
         dates, counts = [night for night, _ in nights], [len(passes) for _, passes in nights]
         columns = dict(zip(order, zip(*(_medians(order, passes) for _, passes in nights), strict=True), strict=True))
         for metric in sorted(order):
@@ -81,14 +81,14 @@ def _of_cell(cell: str, place: str, nights: _Nights) -> Iterator[HistorySeries]:
 
 
 def _since(one: HistorySeries, history: History) -> HistorySeries:
-    """Return a series from its last reset on."""
+    """Return the part of a series since its last reset."""
     start = decisions.last_reset(history.resets, one.cell, one.metric)
     skip = bisect_left(one.nights, start)
     return replace(one, nights=one.nights[skip:], values=one.values[skip:], passes=one.passes[skip:]) if skip else one
 
 
 def _medians(order: Sequence[str], passes: list[dict[str, float]]) -> list[float]:
-    """Return the values of a night, one per metric in `order`. passes: values by metric, in the same order."""
+    """Return the values of a night, one per metric in `order`. passes: values by metric, in this order."""
     together = zip(order, zip(*(values.values() for values in passes), strict=True), strict=True)
     return [got[0] if got.count(got[0]) == len(got) else _median(metric, got) for metric, got in together]
 

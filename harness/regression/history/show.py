@@ -1,4 +1,4 @@
-"""`history show`: print the series of a history, without a judgement and without the libraries that judge."""
+"""`history show`: print the series of a history without a judgement, so that no library for judgements is imported."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from harness.regression.history.series import series
 
 
 def show(folder: Path, cell: str | None, metric: str | None, *, each_night: bool, as_json: bool) -> Exit:
-    """Print series and return the exit code: 4 if a file cannot be read, 5 if there is nothing to show.
+    """Print series and return the exit code.
 
-    cell: an expression, as of `--only`. metric: a name, or its part before the first `/`. Raises UsageError for a cell or
-    metric that selects nothing.
+    cell: an expression, as for `--only`. metric: a name, or the part of a name before the first `/`. Returns
+    NOTHING_COMPARED if there is nothing to show, INFRASTRUCTURE if a file cannot be read. Raises UsageError if `cell`
+    selects nothing, or if `metric` is no metric.
     """
     history = night_files.read(folder)
     if metric is not None and not (tracked_metrics.kind(metric) or metric == tracked_metrics.LATENCY):

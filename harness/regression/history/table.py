@@ -14,7 +14,7 @@ from harness.regression.history.night_files import EVERY, PASSES
 from harness.regression.history.series import HistorySeries
 
 _SHOWN = 6
-"""Largest number of nights that a sentence names; there may be hundreds."""
+"""Largest number of nights that a sentence names; a history may have hundreds."""
 _HEAD = ("since", "cell", "metric", "before", "after", "change", "")
 
 
@@ -40,7 +40,10 @@ def detection_text(found: Detection) -> str:
 
 
 def series_text(found: Sequence[HistorySeries], names: Mapping[str, str], *, each_night: bool) -> str:
-    """Return the text of `show`: one line per series or, with `each_night`, per night of each series. names: by cell_id."""
+    """Return the text of `show`: a line per series, or with `each_night` a line per night of each series.
+
+    names: names of Cells, by cell_id.
+    """
     head: tuple[str, ...]
     rows: list[tuple[str, ...]] = []
     if each_night:
@@ -61,7 +64,7 @@ def series_text(found: Sequence[HistorySeries], names: Mapping[str, str], *, eac
 
 
 def _value(metric: str, number: float) -> str:
-    """Format a value with a unit for people."""
+    """Format a value for people, with its unit."""
     kind = tracked_metrics.kind(metric)
     if kind == "timed":
         return f"{1000 * number:.4g} ms"
@@ -134,7 +137,7 @@ def _machine(change: Change) -> str:
 
 
 def _missing(gone: Sequence[MissingSeries]) -> Iterator[str]:
-    """Yield each kind of missing data once, then its Cells."""
+    """Yield a title for each kind of missing data, followed by the Cells that lack it."""
     groups: dict[str, list[str]] = {}
     for one in gone:
         what = f"{', '.join(one.metrics)} of" if one.status == "ok" else f"{one.status} of"

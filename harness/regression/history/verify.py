@@ -25,10 +25,10 @@ def verify(
 ) -> Exit:
     """Run the pairs, print one line per change and return the exit code; see the help of the command.
 
-    suite: the file of the nightly suite, if it does not ship. Only the first pairs have a canary. Raises UsageError
-    for a cell that selects nothing, and if there is no author.
+    suite: the file of the nightly suite, if the suite is not part of the harness. Only the first pairs have a canary.
+    Raises UsageError if `cell` selects nothing or if there is no author.
     """
-    author = decisions.find_author(author)  # before anything runs: without an author, no verdict could be stored
+    author = decisions.find_author(author)  # first, since no verdict could be stored without an author
     history = night_files.read(folder)
     found = detection(history, only=cell_names.select(history, cell) if cell else None)
     unconfirmed = [c for c in (*found.suspects, *found.candidates) if c.is_open]
@@ -61,7 +61,7 @@ def verify(
 def _store_verdict(
     folder: Path, change: JudgedChange, place: Mapping[str, str], result: PairsResult, author: str
 ) -> Exit:
-    """Store a clear verdict on a change, print it and return the exit code."""
+    """Store the verdict on a change if it is clear; print it or the reason, and return the exit code."""
     verdict, reason = _verdict(change, place, result)
     if verdict is None:
         echo(f"{change.name}: still open: {reason}")
@@ -83,7 +83,7 @@ def _timed(change: JudgedChange, result: PairsResult) -> PairVerdict | None:
 def _verdict(
     change: JudgedChange, place: Mapping[str, str], result: PairsResult
 ) -> tuple[ConfirmationVerdict | None, str]:
-    """Return the verdict on a change, or None if no verdict is clear, and the reason."""
+    """Return the verdict on a change and the reason; None instead of the verdict if it is not clear."""
     timed, canaries = _timed(change, result), result.judged.canaries
     if timed is None:
         return None, result.judged.verdict.reason
@@ -106,7 +106,7 @@ def _verdict(
 
 
 def _other_place(place: Mapping[str, str], result: PairsResult) -> list[str]:
-    """List the differences between a place and the place of the runs, except for Cells that ran at the same time."""
+    """List the differences between a place and the place of the runs. Cells that ran at the same time are no difference."""
     records = [record for one in result.runner.found for pair in one.records for record in pair]
     shared = {key: value for key, value in place.items() if key == tracked_metrics.CONCURRENT}
     places = [tracked_metrics.place(record) | shared for record in records]

@@ -1,1 +1,1 @@
-"""Renderers of a comparison: terminal, Markdown, JUnit, GitHub annotations, JSON."""
+"""Renderers of a comparison: for the terminal, Markdown, JUnit, GitHub annotations and JSON."""

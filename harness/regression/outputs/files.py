@@ -1,4 +1,4 @@
-"""Further outputs of a gate: a JUnit file, Markdown for the summary of a CI job, annotations of GitHub."""
+"""Further outputs of a gate: a JUnit file, Markdown for the summary of a CI job, and annotations for GitHub."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from harness.regression.outputs import github, junit, markdown
 
 @dataclass(frozen=True)
 class Outputs:
-    """The requested outputs."""
+    """The requested outputs. None for a file: not requested."""
 
     junit: Path | None = None
     markdown: Path | None = None
     annotations: bool = False
-    """Print annotations also outside GitHub jobs."""
+    """True to print annotations outside GitHub jobs too."""
 
     def refuse(self) -> None:
-        """Raise UsageError for files that could not be written, before anything is compared."""
+        """Raise UsageError if a requested file could not be written. Call this before the comparison."""
         given = {"--junit": self.junit, "--markdown": self.markdown}
         problems = {option: why for option, file in given.items() if file and (why := files.unwritable(file))}
         if self.junit and self.markdown and self.junit.absolute() == self.markdown.absolute():

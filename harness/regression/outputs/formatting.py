@@ -10,9 +10,9 @@ from harness.report.formatting import DASH, MIB, MINUS, milliseconds, percent
 
 HEAD = ("Cell", "what", "base", "new", "delta", "interval", "verdict")
 _SHOWN = 20
-"""Rows of each kind that are shown although they neither fail nor stay undecided; further ones are counted."""
+"""Number of passing or unjudged rows of each kind that are shown. Further such rows are only counted."""
 _KERNEL_S = 1e-3
-"""Shorter times are shown in µs."""
+"""Times below this many seconds are shown in µs."""
 ORDER = (VerdictKind.FAIL, VerdictKind.NOT_RUN, VerdictKind.INCONCLUSIVE, VerdictKind.PASS)
 
 
@@ -23,21 +23,21 @@ def fields(row: ComparisonRow) -> tuple[str, ...]:
 
 
 def needs_attention(row: ComparisonRow) -> bool:
-    """Return whether a row is always shown."""
+    """Return whether a row is always shown: it is judged and does not pass."""
     return row.judged and row.word is not VerdictKind.PASS
 
 
 def by_severity(rows: Iterable[ComparisonRow]) -> list[ComparisonRow]:
-    """Return rows with the most serious verdict first."""
+    """Return the rows, the most serious verdicts first."""
     return sorted(rows, key=lambda row: ORDER.index(row.word))
 
 
 def shown_rows(
     rows: Sequence[ComparisonRow], kind: FindingKind, *, all_rows: bool = False
 ) -> tuple[list[ComparisonRow], int, int]:
-    """Return the rows of a kind to show, the most serious first; the number left out; the number equal in both runs.
+    """Return the rows of a kind to show (the most serious first), the number left out, and the number of equal rows.
 
-    all_rows: leave nothing out, rows that are equal in both runs included.
+    A row is equal if it has the same value in both runs. all_rows: leave out no row, not even equal rows.
     """
     of_kind = [row for row in rows if row.kind is kind]
     different = by_severity(row for row in of_kind if all_rows or not row.same)
@@ -61,9 +61,9 @@ def value(v: Value, unit: Unit) -> str:
 
 
 def sentence(row: ComparisonRow, separator: str = ": ") -> str:
-    """Format a row as a sentence: both values, their difference if both look equal, and the reason.
+    """Format a row as a sentence with both values and the reason. If both values look equal, add their difference.
 
-    separator: between the quantity and its values.
+    separator: text between the quantity and its values.
     """
     text = row.what
     if row.valued:
@@ -74,7 +74,7 @@ def sentence(row: ComparisonRow, separator: str = ": ") -> str:
 
 
 def delta(row: ComparisonRow) -> str:
-    """Format new - base: bytes and counts exactly, shares in points, both with per cent."""
+    """Format new - base. Bytes and counts are exact, with per cent; times have per cent; shares are in points."""
     d = row.delta
     if d is None or row.base == row.new:
         return "=" if row.base == row.new and row.base is not None else ""
@@ -90,7 +90,7 @@ def delta(row: ComparisonRow) -> str:
 
 
 def interval(row: ComparisonRow) -> str:
-    """Format the interval of the difference in points, or for a time in per cent."""
+    """Format the interval of a row: for a time in per cent, otherwise in points."""
     if row.interval is None:
         return ""
     low, high = (f"{MINUS if x < 0 else '+'}{100 * abs(x):.1f}" for x in row.interval)
@@ -105,5 +105,5 @@ def verdict(row: ComparisonRow) -> str:
 
 
 def _time(s: float) -> str:
-    """Format seconds in ms, short times in µs."""
+    """Format seconds in ms, or in µs if they are short."""
     return f"{milliseconds(s)} ms" if s >= _KERNEL_S or not s else f"{milliseconds(1000 * s)} µs"

@@ -1,4 +1,4 @@
-"""Format a gate as annotations of GitHub: workflow commands, one per line."""
+"""Format a gate as annotations for GitHub: workflow commands, one per line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from harness.analysis.verdict_kind import VerdictKind
 from harness.regression.outputs import formatting
 
 _SHOWN = 10
-"""GitHub shows this many of each level per step, and drops the rest silently."""
+"""Number of annotations of each level that GitHub shows per step. GitHub drops the rest silently."""
 
 
 def is_job() -> bool:
@@ -19,7 +19,10 @@ def is_job() -> bool:
 
 
 def lines(findings: Findings) -> list[str]:
-    """Return the commands: one error per finding, one warning per undecided row; the last has the number of the rest."""
+    """Return the commands: one error per failed row, and one warning per undecided row.
+
+    If a level has too many, its last command has the number of the rest.
+    """
     failed, open_ = findings.of(VerdictKind.FAIL), findings.of(VerdictKind.NOT_RUN, VerdictKind.INCONCLUSIVE)
     found = _level("error", failed, [f"changed since its run: {what}" for what in findings.changed])
     return found + _level("warning", open_, [f"unreadable: {why}" for why in findings.unreadable])

@@ -1,4 +1,4 @@
-"""Format a gate as JUnit XML: one case per Cell and kind of finding. No torch."""
+"""Format a gate as JUnit XML: one case for each Cell and kind of finding. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _TAGS = {
 
 
 def render(findings: Findings) -> bytes:
-    """Return one test suite per kind, and one for files that cannot be read or were changed.
+    """Return one test suite per kind of finding, and one for unreadable or changed files.
 
-    A Cell that was not run, or has an unreadable Record, is an error; an undecided row is a skipped test; all rows that are
-    not judged are one skipped test.
+    A Cell that was not run, or has an unreadable Record, is an error. An undecided row is a skipped test. All rows of a
+    kind that is not judged are one skipped test.
     """
     root = ET.Element("testsuites", name="peft-harness gate")
     for kind in FindingKind:
@@ -43,7 +43,7 @@ def render(findings: Findings) -> bytes:
     files = junit_xml.suite(root, "files")
     for what in findings.changed:
         junit_xml.case(files, "files", what, "failure", what)
-    for why in findings.unreadable:  # a Cell that it leaves without a Record is an error above
+    for why in findings.unreadable:  # if a Cell has no other Record, it is an error above
         junit_xml.case(files, "files", why, "skipped", why)
     junit_xml.case(files, "gate", "compared", "" if findings.compared else "error", findings.verdict.reason)
     return junit_xml.document(root)

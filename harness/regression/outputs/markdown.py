@@ -1,4 +1,7 @@
-"""Format a gate as Markdown for the summary of a CI job: the verdict, then the worst rows, up to the limit of GitHub."""
+"""Format a gate as Markdown for the summary of a CI job: the verdict, then rows in order of importance.
+
+Rows beyond the size limit of GitHub are left out.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,16 @@ from harness.regression.outputs.formatting import HEAD
 from harness.report.tones import icon
 
 LIMIT_B = 1024 * 1024
-"""Size limit of GitHub; a larger summary is not shown at all."""
+"""Size limit of GitHub. GitHub does not show a larger summary at all."""
 _ROOM_B = 1024
 """Space reserved for the sentence about omitted rows."""
 _LONGEST = 20_000
-"""Characters of one field: a reason may name hundreds of files."""
+"""Largest number of characters in one field. A reason may name hundreds of files."""
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~#])")
 
 
 def render(findings: Findings, title: str, limit_B: int = LIMIT_B) -> bytes:  # B is the unit
-    """Return the summary in UTF-8, smaller than `limit_B` bytes; its last line has the number of rows left out."""
+    """Return the summary in UTF-8, smaller than `limit_B` bytes. If rows are left out, its last line has their number."""
     v = findings.verdict
     text = [f"## {icon(v.word)} {_clean(title)}: {v.word.value}\n\n{_clean(v.reason)}\n\n"]
     used, left_out, total, open_table = len(text[0].encode()), 0, 0, ""
@@ -28,7 +31,7 @@ def render(findings: Findings, title: str, limit_B: int = LIMIT_B) -> bytes:  # 
         total += 1
         head = f"\n### {table}\n\n{_line(HEAD)}{_line(['---'] * len(HEAD))}" if table not in ("", open_table) else ""
         size = len(f"{head}{line}".encode())
-        if left_out or used + size > limit_B - _ROOM_B:  # sorted by importance: after one omission, omit all
+        if left_out or used + size > limit_B - _ROOM_B:  # rows are in order of importance: after one omission, omit all
             left_out += 1
             continue
         text.append(head + line)
@@ -39,9 +42,10 @@ def render(findings: Findings, title: str, limit_B: int = LIMIT_B) -> bytes:  # 
 
 
 def _lines(findings: Findings) -> Iterator[tuple[str, str]]:
-    """Yield the title of a table and one of its lines: rows of all kinds that need attention, then other differences.
+    """Yield pairs (title of a table, one of its lines).
 
-    Lines about files come last; their title is empty.
+    Rows that need attention come first, for all kinds; then other different rows. Lines about files come last, with an
+    empty title.
     """
     rows = formatting.by_severity(row for row in findings.rows if not row.same)
     for attention in (True, False):
@@ -59,6 +63,6 @@ def _line(fields: Iterable[str]) -> str:
 
 
 def _clean(text: str) -> str:
-    """Escape text so that Markdown shows it unchanged, on one line."""
+    """Escape a text so that Markdown shows it unchanged and on one line; cut it if it is too long."""
     short = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
     return _SPECIAL.sub(r"\\\1", " ".join(short.split()))

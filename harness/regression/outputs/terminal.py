@@ -1,4 +1,4 @@
-"""Format a gate for the terminal: one table per kind of finding, the verdict last."""
+"""Format a gate for the terminal: one table per kind of finding, then the verdict."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from harness.report.tones import icon
 
 _NOT_JUDGED = (FindingKind.TIME, FindingKind.NEW)
 _ORDER = (*_NOT_JUDGED, *(kind for kind in FindingKind if kind not in _NOT_JUDGED))
-"""A terminal shows the end, so that kinds that are judged come last."""
+"""Order of the kinds. Judged kinds come last, since a terminal shows the end of a text."""
 _GROUPED = (FindingKind.ENVIRONMENT, FindingKind.ASSETS)
 _WORDS = ("what", "verdict")
 """Columns that are aligned to the left, like the first column."""
 
 
 def lines(findings: Findings, *, all_rows: bool = False, first: str = HEAD[0]) -> list[str]:
-    """Return the lines to print. all_rows: also rows that are equal or pass. first: heading of the first column."""
+    """Return the lines to print. all_rows: include rows that are equal or pass. first: heading of the first column."""
     found: list[str] = []
     same: list[str] = []
     for kind in _ORDER:
@@ -29,7 +29,7 @@ def lines(findings: Findings, *, all_rows: bool = False, first: str = HEAD[0]) -
             found += [f"{kind.value} not the same, {row.name}: {row.reason}" for row in rows]
         elif rows:
             title, fields = kind.value, [formatting.fields(row) for row in rows]
-            if kind is FindingKind.TIME:  # the title has the reason that is common to most rows
+            if kind is FindingKind.TIME:  # the title has the reason that most rows share
                 title = f"{title} ({TIMES})"
                 fields = [(*line[:-1], "" if line[-1] == TIMES else line[-1]) for line in fields]
             found += [title, *_aligned((first, *HEAD[1:]), fields)]
@@ -43,7 +43,7 @@ def lines(findings: Findings, *, all_rows: bool = False, first: str = HEAD[0]) -
 
 
 def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align columns, words to the left and numbers to the right; a column without values is left out."""
+    """Align columns: words to the left, numbers to the right. A column without values is left out."""
     used = [i for i in range(len(head)) if not i or any(row[i] for row in rows)]
     numbers = {column for column, i in enumerate(used) if i and head[i] not in _WORDS}
     return align_columns([[row[i] for i in used] for row in (head, *rows)], right=numbers)

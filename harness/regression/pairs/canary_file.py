@@ -1,4 +1,4 @@
-"""File with the canaries of this machine, comparisons of a revision with itself, one per line."""
+"""File with the canaries of this machine. A line holds one canary: a comparison of a revision with itself."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from harness.records import store
 FILE = Path("results") / "canaries.jsonl"
 SCHEMA = 1
 LAST = 200
-"""Number of the newest canaries of a machine that count."""
+"""Largest number of canaries of a place that count; the newest count."""
 
 
 def add(path: Path, place: str, cell_id: str, log_ratios: Sequence[float]) -> None:
-    """Add a canary. place: the environment id of its Records, and canaries of one place are counted together."""
+    """Add a canary. place: the environment id of its Records. Canaries with the same place are counted together."""
     facts = {"schema": SCHEMA, "at": store.now(), "place": place, "cell_id": cell_id, "log_ratios": list(log_ratios)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab", buffering=0) as file:  # one write per line, so that two gates can append to one file
+        with path.open("ab", buffering=0) as file:  # one write per line, so that two gates can append to the same file
             file.write(f"{json.dumps(facts)}\n".encode())
     except OSError as error:
         what, hint = f"the canary cannot be written: {error}", "make it a file that can be written to"
@@ -29,7 +29,7 @@ def add(path: Path, place: str, cell_id: str, log_ratios: Sequence[float]) -> No
 
 
 def read(path: Path, place: str, trim: float) -> tuple[Canaries, list[str]]:
-    """Return the judgement on the newest canaries of a place, and the unreadable lines with their reasons."""
+    """Return the counts for the newest canaries of a place, and the unreadable lines with their reasons."""
     found, broken = [], []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     for number, line in enumerate(lines, start=1):

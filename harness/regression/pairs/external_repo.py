@@ -1,6 +1,7 @@
 """Revisions of a repository other than the harness's: its packages, and the Cells that run them.
 
-Only the Python code of the plug-in's package is switched; each side must find compiled code and other packages itself.
+Only the Python code of the plug-in's package differs between the sides. Each side must find compiled code and other
+packages itself.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ class ExternalRepo:
     top: Path
     """Top folder of the checkout."""
     inside: Path
-    """The folder, relative to `top`."""
+    """The folder, as a path relative to `top`."""
 
     def code(self, tree: Path) -> Path:
-        """Return the folder to put on Python's path for a checkout at `tree`: `inside`, or its `src`."""
+        """Return the folder to put on Python's path for a checkout at `tree`: `inside`, or `inside`/src if it exists."""
         folder = tree / self.inside
         return folder / "src" if (folder / "src").is_dir() else folder
 
 
 def find(folder: Path) -> ExternalRepo:
-    """Return the repository of a folder. Raises UsageError for a folder that is in no git checkout."""
+    """Return the repository of a folder. Raises UsageError if the folder is in no git checkout."""
     try:
         done = git.run(folder, "rev-parse", "--show-toplevel")
     except OSError as error:
@@ -62,8 +63,8 @@ def find(folder: Path) -> ExternalRepo:
 def packages(label: str, code: Path, variables: Mapping[str, str]) -> frozenset[str]:
     """Return the packages of plug-ins that are imported from `code`.
 
-    label: names the side in messages. variables: environment of the processes that will run it. Raises HarnessError if there
-    is no such package, since both sides would then run the installed package.
+    label: names the side in messages. variables: environment of the processes that will run the side. Raises
+    HarnessError if there is no such package, since both sides would then run the installed package.
     """
     done = subprocess.run(
         [sys.executable, "-P", "-c", _PROBE, GROUP], env=dict(variables), capture_output=True, text=True, check=False,
@@ -86,7 +87,7 @@ def packages(label: str, code: Path, variables: Mapping[str, str]) -> frozenset[
 
 
 def uses(cell: Cell, registry: Registry, packages: frozenset[str]) -> bool:
-    """Return whether the implementation of a Cell's Method or base is in one of these packages."""
+    """Return whether one of these packages implements the Method or the base of a Cell."""
     keys = [("method", cell.method, cell.implementation), ("base", cell.base.quantization, cell.base.implementation)]
     points = {(i.kind, i.target, i.name): i.point for i in registry.implementations}
     entry_points = entry_points_by_name()

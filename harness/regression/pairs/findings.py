@@ -1,4 +1,4 @@
-"""Convert the verdict on pairs to rows, for the outputs shared with `gate RUN --baseline`."""
+"""Convert the verdict on pairs to rows, for the outputs that `gate RUN --baseline` has too."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KINDS = {
 
 
 def findings(judged: JudgedPairs, interrupted: str = "") -> Findings:
-    """Return one row per time of a Cell, and the other rows. interrupted: how the pairs were interrupted, if they were."""
+    """Return one row for each time of a Cell, and the other rows. interrupted: how the pairs were interrupted, or empty."""
     verdict = judged.verdict
     rows = [*judged.rows, *(_speed(cell, metric, judged) for cell in judged.cells for metric in cell.timed or (STEP,))]
     reason = f"{verdict.reason}; {judged.canaries.sentence}"

@@ -36,16 +36,16 @@ class PairsResult:
     runner: PairsRunner
     """The process runs."""
     cores: list[int]
-    """The CPU cores of both sides; empty: any."""
+    """CPU cores that both sides use; an empty list means any core."""
     canary: list[float] | None
-    """Log ratios of the canary of this gate, if it has one."""
+    """Log ratios of this gate's canary; None if it has no canary."""
     interrupted: str
     """How the pairs were interrupted; empty if they were not."""
     judged: JudgedPairs
 
     @property
     def exit(self) -> Exit:
-        """The exit code: findings of interrupted pairs count, but such pairs are no success."""
+        """Exit code. Interrupted pairs fail if they have a finding; otherwise they return INFRASTRUCTURE."""
         code = self.judged.exit
         return Exit.INFRASTRUCTURE if self.interrupted and code is not Exit.FAIL else code
 
@@ -83,7 +83,7 @@ class PairsResult:
 def gate(request: PairsRequest, as_json: bool, design: Design | None = None) -> PairsResult:
     """Compare two sides by interleaved pairs, print a table or the document, and return the result.
 
-    Raises UsageError for sides or Cells that cannot be compared, HarnessError if a side gives no Record at all.
+    Raises UsageError if the sides or Cells cannot be compared, HarnessError if no process of a side leaves a Record.
     """
     request.outputs.refuse()
     result = _measure(request, design or Design())
@@ -130,7 +130,7 @@ def _measure(request: PairsRequest, design: Design) -> PairsResult:
     except (HarnessError, KeyboardInterrupt) as error:
         if runner is None:
             with contextlib.suppress(OSError):
-                folder.rmdir()  # nothing was run in it
+                folder.rmdir()  # nothing was run, so the folder is empty
         if runner is None or isinstance(error, HarnessError):
             raise
         interrupted = f"ended by {str(error) or 'Ctrl-C'}"
@@ -150,7 +150,7 @@ def _measure(request: PairsRequest, design: Design) -> PairsResult:
 
 
 def _canary(request: PairsRequest, runner: PairsRunner) -> tuple[list[float] | None, str]:
-    """Run one Cell of the old side against itself; return and store its log ratios, or return None and the reason."""
+    """Run one Cell of the old side against itself. Return and store its log ratios, or return None and the reason."""
     watched = runner.found[runner.seed % len(runner.found)]
     if watched.broken:
         return None, watched.broken
@@ -165,7 +165,7 @@ def _log(line: str) -> None:
 
 
 def _trained(plan: Plan, only: str | None, suite: str = "") -> Plan:
-    """Return the plan's Cells that train; others have no step to time."""
+    """Return the plan with only those Cells that train, since other Cells have no step to time."""
     tries = {cell_id for tuning in plan.tuning for cell_id in tuning.sweep}
     cells = tuple(cell for cell in plan.cells if cell.training.steps and cell.cell_id not in tries)
     if not cells:
@@ -176,10 +176,10 @@ def _trained(plan: Plan, only: str | None, suite: str = "") -> Plan:
 
 
 def _cores(request: PairsRequest) -> int | None:
-    """Return the requested cores, else one on a CPU and None on a GPU, where a process needs its threads.
+    """Return the requested number of cores; by default one on a CPU, and None on a GPU.
 
-    Threads on a CPU wait for each other, and for other work on their cores: the times of equal processes with two threads
-    spread at least twice as widely.
+    A process on a GPU needs its threads. Threads on a CPU wait for each other, and for other work on their cores: with two
+    threads, the times of equal processes spread at least twice as widely as with one.
     """
     if request.cores is None and (request.device == "cuda" or (request.device == "auto" and environment.gpus())):
         return None

@@ -1,4 +1,4 @@
-"""A request to compare two sides by pairs of runs, and the command that makes it."""
+"""A request to compare two sides by pairs of runs, and the shell commands for it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harness.regression.pairs import canary_file
 
 @dataclass(frozen=True)
 class PairsRequest:
-    """Sides and Cells to compare, and the options of the comparison."""
+    """The sides and Cells to compare, and the options of the comparison."""
 
     old: str
     new: str
@@ -21,30 +21,31 @@ class PairsRequest:
     only: str | None = None
     """Expression that selects Cells of the suite."""
     out: Path | None = None
-    """Folder for run folders and the document; None: a new one in results/runs."""
+    """Folder for the run folders and the document; None stands for a new folder in results/runs."""
     repo: Path | None = None
-    """Checkout with the revisions `old` and `new`; None: the harness's checkout, or `old` and `new` are implementations."""
+    """Checkout with the revisions `old` and `new`. None: they are revisions of the harness's checkout, or
+    implementations."""
     device: str = "auto"
     cores: int | None = None
-    """CPU cores for each side; None: one on a CPU, all on a GPU."""
+    """Number of CPU cores for each side. None: one for Cells on a CPU, all for Cells on a GPU."""
     seed: int | None = None
-    """Seed of the order of the runs; None: random."""
+    """Seed for the order of the runs; None stands for a random seed."""
     metric: str = ""
-    """The only time to judge, named as in a history; empty: all times of a Cell."""
+    """The only time to judge, named as in a history. If empty, all times of a Cell are judged."""
     canary: bool = True
-    """Also run a Cell of the old side against itself."""
+    """True to run a Cell of the old side against itself too."""
     canaries: Path = canary_file.FILE
     """File with the results of canaries."""
     strict: bool = False
     outputs: Outputs = field(default_factory=Outputs)
 
     def command(self) -> str:
-        """Return the shell command that makes this request."""
+        """Return the shell command that starts this comparison."""
         words = ["peft-harness", "gate", "--pairs", self.old, self.new, "--suite", self.suite, *self._selection()]
         return shlex.join(words + (["--cores", str(self.cores)] if self.cores is not None else []))
 
     def rerun_command(self) -> str:
-        """Return the shell command that runs the Cells of this request again."""
+        """Return the shell command that runs the same Cells once more by `peft-harness run`."""
         return shlex.join(["peft-harness", "run", self.suite, *self._selection()])
 
     def _selection(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Run pairs of processes: both sides run each Cell, interleaved in an order fixed beforehand."""
+"""Run pairs of processes: both sides run each Cell, interleaved in an order that is fixed beforehand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from harness.regression.pairs.sides import CellPair, Side
 
 @dataclass
 class Measured:
-    """Records of both sides of one Cell so far."""
+    """Records of one Cell from both sides, so far."""
 
     pair: CellPair
     first: list[tuple[Record, Record]] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Measured:
 
     @property
     def broken(self) -> str:
-        """Reason why the Cell cannot be timed: a process did not end ok, or has no step times; otherwise empty."""
+        """Reason why the Cell cannot be timed, if a process did not end ok or has no step times; otherwise empty."""
         for pair in self.records:
             for side, record in zip(("old", "new"), pair, strict=True):
                 if record.status is not Status.OK:
@@ -46,7 +46,7 @@ class Measured:
         return self.no_record
 
     def verdicts(self, design: Design, only: str = "") -> dict[str, PairVerdict]:
-        """Return a verdict for each time that all Records have, by metric. only: the one metric to judge."""
+        """Return a verdict for each time that all Records have, by metric. only: judge no other metric."""
         if self.broken or len(self.first) < design.first:
             return {}
         shared = set.intersection(*(set(times(record)) for pair in self.records for record in pair))
@@ -56,13 +56,13 @@ class Measured:
 
 @dataclass
 class PairsRunner:
-    """Runs the pairs of all Cells."""
+    """Runs the pairs of all Cells, and keeps their Records."""
 
     sides: tuple[Side, Side]
-    """Old and new."""
+    """The old and the new side."""
     suite: Path
     folder: Path
-    """Folder of the run folders, one per process."""
+    """Folder that holds the run folders, one per process."""
     design: Design
     seed: int
     options: Sequence[str] = ()
@@ -70,14 +70,15 @@ class PairsRunner:
     log: Callable[[str], None] = print
     """Prints a line of progress for each pair."""
     only: str = ""
-    """The one metric to judge; empty: all."""
+    """The only metric to judge; if empty, all are judged."""
     found: list[Measured] = field(default_factory=list)
-    """Results so far, also after an interruption."""
+    """Results so far; they remain after an interruption."""
 
     def measure(self, pairs: Sequence[CellPair]) -> None:
         """Run the first pairs of all Cells, then the planned fresh pairs of undecided Cells.
 
-        A Cell with a side that does not end ok gets no further pairs: such a Cell is a finding already, or cannot be timed.
+        If a process of a Cell does not end ok, the Cell gets no further pairs: it is a finding already, or cannot be
+        timed.
         """
         self.found = [Measured(pair) for pair in pairs]
         for one in self.found:
@@ -87,7 +88,7 @@ class PairsRunner:
                 self._run(one, one.fresh, more, f"fresh-{len(one.fresh)}")
 
     def canary(self, pair: CellPair) -> tuple[list[float] | None, str]:
-        """Run the first pairs of the old side against itself; return their log ratios, or None and the reason."""
+        """Run the first pairs of the old side against itself. Return their log ratios, or None and the reason."""
         twin = replace(self, sides=(self.sides[0], self.sides[0]))
         one = Measured(CellPair(f"canary {pair.name}", pair.old, pair.old))
         twin._run(one, one.first, self.design.first, "canary")
@@ -103,7 +104,7 @@ class PairsRunner:
         for turn in range(count):
             try:
                 records = {side: self._side(pair, side, stage, turn) for side in turns[2 * turn : 2 * turn + 2]}
-            except HarnessError as error:  # the other Cells may well run
+            except HarnessError as error:  # the other Cells may still run
                 one.no_record = error.what
                 self.log(f"{pair.name}: {error}")
                 return

@@ -1,4 +1,4 @@
-"""Sides of a comparison (two revisions of a checkout, or two implementations), and the runs of a Cell by each side."""
+"""Sides of a comparison (two revisions of a checkout, or two implementations), and how a side runs a Cell."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from harness.regression.pairs import external_repo
 from harness.suites.expand import Plan
 
 _PATIENCE_S = 15.0
-"""Time for a terminated run to kill its worker and write its footer."""
+"""Seconds for a terminated run to kill its worker and write its footer."""
 HERE = "."
-"""Name of the checkout with its uncommitted changes."""
+"""Name that stands for the checkout as it is, with its uncommitted changes."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,18 @@ class Side:
     label: str
     """Name of the side in sentences."""
     code: Path | None = None
-    """First entry of Python's path: a folder with another `harness`, or with a plug-in's package; None: as installed."""
+    """First entry of Python's path: a folder with another `harness` or a plug-in's package. None: the code as installed."""
     metadata: Path | None = None
-    """Folder with the revision's own entry points: the installed entry points may name modules that the revision lacks."""
+    """Folder with the entry points of the revision. The installed entry points may name modules that the revision lacks."""
     implementation: str | None = None
-    """Only Cells of this implementation run, if the sides are implementations."""
+    """Implementation of the Cells to run, if the sides are implementations."""
     packages: frozenset[str] | None = None
-    """Only Cells that these packages implement run, if the sides are revisions of a plug-in."""
+    """Packages that implement the Cells to run, if the sides are revisions of a plug-in."""
 
 
 @dataclass(frozen=True)
 class CellPair:
-    """Two Cells to compare, one of each side."""
+    """Two Cells to compare, one from each side."""
 
     name: str
     """Common name of both Cells."""
@@ -56,12 +56,12 @@ class CellPair:
 
 @contextlib.contextmanager
 def opened(old: str, new: str, plan: Plan, repo: Path | None = None) -> Iterator[tuple[Side, Side]]:
-    """Yield the two sides; revisions are checked out until the context ends.
+    """Yield the two sides. Checked-out revisions are removed when the context ends.
 
     old, new: implementations of the suite's Cells, or else revisions. repo: a folder in the checkout of a plug-in; the
-    names are then revisions of the plug-in, and the harness is the running one. Raises UsageError for an unknown name,
-    for an implementation compared with a revision, and for a folder in no checkout; HarnessError if a revision has no
-    package of a plug-in.
+    names are then revisions of the plug-in, and the installed harness runs them. Raises UsageError if a name is
+    unknown, if an implementation is compared with a revision, or if the folder is in no checkout; HarnessError if a
+    revision has no package of a plug-in.
     """
     if repo is not None:
         external = external_repo.find(repo)
@@ -91,9 +91,9 @@ def opened(old: str, new: str, plan: Plan, repo: Path | None = None) -> Iterator
 def _revisions(
     top: Path, old: str, new: str, code: Callable[[Path], Path] = Path, known: Sequence[str] = ()
 ) -> Iterator[tuple[Side, Side]]:
-    """Check two revisions out, and yield them as sides.
+    """Check out two revisions, and yield them as sides.
 
-    code: returns the folder to put on Python's path for a checkout. known: implementations, for the hint.
+    code: returns the folder to put on Python's path for a checkout. known: implementations, to be named in hints.
     """
     trees: dict[str, Path] = {HERE: top}
     commits = [name if name == HERE else _commit(top, name, known) for name in (old, new)]
@@ -106,9 +106,10 @@ def _revisions(
 
 
 def pairs(plan: Plan, names: dict[str, str], sides: tuple[Side, Side]) -> list[CellPair]:
-    """Match the Cells of the plan: each with itself, or with the otherwise equal Cell of the other implementation.
+    """Return the pairs of Cells to compare.
 
-    names: by cell_id. Raises UsageError if nothing matches.
+    If the sides are implementations, each Cell of one is paired with the otherwise equal Cell of the other; otherwise
+    each Cell is paired with itself. names: by cell_id. Raises UsageError if no Cell has a partner.
     """
     old, new = (side.implementation for side in sides)
     if (packages := sides[0].packages) is not None:
@@ -130,9 +131,10 @@ def pairs(plan: Plan, names: dict[str, str], sides: tuple[Side, Side]) -> list[C
 
 
 def run(side: Side, suite: Path, cell: Cell, folder: Path, options: Sequence[str] = ()) -> Record:
-    """Run one Cell by the `peft-harness run` of a side, in its own process, and return its Record.
+    """Run one Cell by the `peft-harness run` of a side, in a process of its own, and return its Record.
 
-    folder: becomes the run folder. options: further options of the command. Raises HarnessError if there is no Record.
+    folder: the run folder to create. options: further options of the command. Raises HarnessError if there is no
+    Record.
     """
     command = [
         sys.executable, "-P", "-m", "harness.cli", "run", str(suite.resolve()), "--only", cell.cell_id, "--out",
@@ -140,7 +142,7 @@ def run(side: Side, suite: Path, cell: Cell, folder: Path, options: Sequence[str
     ]  # fmt: skip
     variables = _variables(side)
     if options[:2] != ("--device", "cpu") and "CUDA_VISIBLE_DEVICES" not in variables and (cards := environment.gpus()):
-        variables["CUDA_VISIBLE_DEVICES"] = cards[0].partition(",")[0]  # both sides on one card
+        variables["CUDA_VISIBLE_DEVICES"] = cards[0].partition(",")[0]  # both sides must use the same card
     code, error = _ran(command, variables)
     records = store.read_run(folder).records if (folder / "run.json").is_file() else []
     if not records:
@@ -159,7 +161,7 @@ def _variables(side: Side) -> dict[str, str]:
 
 
 def _ran(command: Sequence[str], variables: dict[str, str]) -> tuple[int | None, str]:
-    """Run a command and return its exit code and stderr; if this process is ended, give the command time to end cleanly."""
+    """Run a command and return its exit code and stderr. If this process is ended, the command gets time to end cleanly."""
     with Subprocess(command, environment=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as child:
         try:
             code = child.wait()
@@ -170,12 +172,12 @@ def _ran(command: Sequence[str], variables: dict[str, str]) -> tuple[int | None,
 
 
 def _rest(cell: Cell) -> str:
-    """Return an id of all fields of a Cell except its implementation."""
+    """Return an id for all fields of a Cell except its implementation."""
     return cell.model_copy(update={"implementation": ""}).cell_id
 
 
 def _commit(top: Path, name: str, known: Sequence[str]) -> str:
-    # `--end-of-options`: otherwise git would read a name that begins with a dash as an option.
+    # Without `--end-of-options`, git would read a name that begins with a dash as an option.
     found = git.run(top, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
     if found.returncode:
         what, hint = f"`{name}` is not a revision of {top}", "name "
@@ -217,7 +219,7 @@ def _metadata(tree: Path) -> Path | None:
 
 
 def _write_metadata(tree: Path) -> None:
-    """Write the distribution metadata of a checked-out revision next to it, if its pyproject.toml declares entry points."""
+    """Write the metadata of a checked-out revision next to it, if its pyproject.toml declares entry points."""
     file = tree / "pyproject.toml"
     project = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {}) if file.is_file() else {}
     name, groups = project.get("name", ""), project.get("entry-points", {})

@@ -1,4 +1,4 @@
-"""Text of the verdict on pairs: one row per time of a Cell, then other findings, the canaries and the verdict."""
+"""Text of the verdict on pairs: one row for each time of a Cell, then other findings, the canaries and the verdict."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _HEAD = ["Cell", "verdict", "old ms", "new ms", "change", "95 % interval", "adju
 
 
 def lines(judged: JudgedPairs) -> list[str]:
-    """Return the lines. Column `finds`: the smallest slow-down that the planned pairs find with 80 % power."""
+    """Return the lines of the text. Column `finds`: smallest slow-down that the planned pairs find with 80 % power."""
     rows = [_row(cell, metric, judged) for cell in judged.cells for metric in cell.timed or (STEP,)]
     found = [*align_columns([_HEAD, *rows], right=range(2, len(_HEAD)), indent=""), ""]
     untimed = [cell for cell in judged.cells if not cell.timed]

@@ -1,8 +1,8 @@
-"""Columns of the export tables: dtype, unit and meaning of each.
+"""Columns of the export tables: the dtype, unit and meaning of each column.
 
-Meanings come from the metrics and from the docstrings of Record fields; this module describes the other columns. Units are
-base units: `s`, `B` (bytes), `J`, `W`, `Hz`, `°C`, `1` (a number, a share, a count); empty for a column that is no quantity.
-A missing value is NA, never 0 and never an empty text.
+The meanings come from the metrics and from the docstrings of Record fields; this module describes the other columns.
+Units are base units: `s`, `B` (bytes), `J`, `W`, `Hz`, `°C`, or `1` (a number, a share, a count). The unit is empty for
+a column that is no quantity. A missing value is NA, never 0 and never an empty text.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TABLES = ("cells", "samples", "items", "checks")
 TEXT, INTEGER, FLOAT, BOOLEAN, TIME = "string", "Int64", "Float64", "boolean", "datetime64[us, UTC]"
 _DTYPES = {bool: BOOLEAN, int: INTEGER, float: FLOAT}
 _UNITS = {"B": "B", "J": "J", "W": "W", "Hz": "Hz", "C": "°C", "s": "s"}
-"""Units by the last part of a field's name."""
+"""Units of fields, by the last part of the field's name."""
 GPU_EDGES = ("start", "end")
 GPU_PHASE = ("reserved_B", "driver_B", "alloc_retries", "ooms")
 GPU_STATE = tuple(GpuState.model_fields)
@@ -54,7 +54,7 @@ class Column:
     """A column of a table."""
 
     name: str
-    """Name; a name that ends in `.*` stands for many columns: `config.*` for every key of a method's config."""
+    """Name. A name that ends in `.*` stands for many columns: `config.*` for one column per key of a method's config."""
     dtype: str
     """The dtype in pandas."""
     unit: str
@@ -96,14 +96,14 @@ _KEY = (
 
 
 def _cells() -> tuple[Column, ...]:
-    """Return the columns of the table `cells`, with further metrics after the named columns."""
+    """Return the columns of the table `cells`. Metrics that are not named here follow after the named columns."""
     exported = {metric.column: _metric(metric) for metric in metrics.METRICS if metric.column}
 
     def measured(*names: str) -> tuple[Column, ...]:
         return tuple(exported.pop(name) for name in names)
 
     def part(prefix: str, model: type[BaseModel], fields: Iterable[str]) -> tuple[Column, ...]:
-        """Return the columns of a part of the measurements, including those of metrics."""
+        """Return the columns of one part of the measurements. A field that is a metric has the column of the metric."""
         return tuple(measured(n)[0] if (n := f"{prefix}{f}") in exported else _field(n, model, f) for f in fields)
 
     gpu = _fields("gpu.", GpuPhase, GPU_PHASE)
@@ -198,7 +198,7 @@ _ITEMS = (
 
 
 def declared(table: str) -> tuple[Column, ...]:
-    """Return the declared columns of a table."""
+    """Return the declared columns of a table; a declared name may end in `.*`."""
     if table == "cells":
         return _cells()
     return {
@@ -209,7 +209,7 @@ def declared(table: str) -> tuple[Column, ...]:
 
 
 def columns(table: str, found: list[str]) -> list[Column]:
-    """Return the columns of a table, in order, with every `.*` expanded to the names `found` in its rows.
+    """Return the columns of a table, in order. Every `.*` is expanded to the names `found` in the rows of the table.
 
     Raises KeyError for an undeclared name: it would have neither unit nor meaning.
     """

@@ -23,20 +23,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Numbers:
-    """Numbers of one or several runs. `run`, `cell_id` and `attempt` join the rows of all tables. Missing values are NA."""
+    """Numbers of one or several runs. Join the tables on `run`, `cell_id` and `attempt`. Missing values are NA."""
 
     cells: DataFrame
-    """A row per attempt at a Cell; `latest` marks the attempts that count."""
+    """One row per attempt at a Cell; `latest` marks the attempts that count."""
     samples: DataFrame
-    """A row per raw sample of training and of latency."""
+    """One row per raw sample of training or latency."""
     items: DataFrame
-    """A row per scored test item."""
+    """One row per scored test item."""
     checks: DataFrame
-    """A row per check."""
+    """One row per check."""
     columns: DataFrame
-    """Table, column, dtype, unit (`s`, `B`, `1`) and meaning of each column."""
+    """One row per column of each table: its dtype, unit (`s`, `B`, `1`) and meaning."""
     left_out: tuple[str, ...] = ()
-    """One sentence for each unreadable file, each file that was changed after the run, and each Cell without a Record."""
+    """One sentence for each unreadable file, for each file that was changed after the run, and for each Cell without a
+    Record."""
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(getattr(self, name))} {name}" for name in TABLES)
@@ -44,10 +45,10 @@ class Numbers:
 
 
 def load(run: str | Path, *more: str | Path) -> Numbers:
-    """Load the numbers of one or several runs: each a folder, an id, the start of an id, or `latest`.
+    """Load the numbers of one or several runs. A run is given as a folder, an id, the start of an id, or `latest`.
 
-    Files that are torn or were changed after the run are omitted with a warning, and listed in `left_out`. Raises UsageError
-    if there is no run of that name, StoreError for an unreadable run.json.
+    A file that is torn or was changed after the run is omitted with a warning, and is listed in `left_out`. Raises
+    UsageError if a run does not exist, StoreError if a run.json is unreadable.
     """
     numbers = of([store.read_run(store.find_run(str(name))) for name in (run, *more)])
     for what in numbers.left_out:
@@ -101,13 +102,13 @@ def _left_out(run: store.Run) -> list[str]:
 
 
 def _place(run: store.Run) -> Callable[[Record], tuple[int, int]]:
-    """Return a sort key for Records: the order of the suite, then the attempt."""
+    """Return a sort key for Records: the order of the Cells in the suite, then the attempt."""
     places = {cell.cell_id: place for place, cell in enumerate(run.manifest.cells)}
     return lambda record: (places.get(record.cell_id, len(places)), record.attempt)
 
 
 def _frame(table: str, made: Sequence[ExportRow]) -> tuple[DataFrame, list[Column]]:
-    """Return a frame and the descriptions of its columns."""
+    """Return the frame of a table, and its columns. made: the rows."""
     names = list(dict.fromkeys(name for row in made for name in row))
     declared = columns(table, names)
     arrays = {c.name: _array([row.get(c.name) for row in made], c.dtype) for c in declared}
@@ -115,20 +116,20 @@ def _frame(table: str, made: Sequence[ExportRow]) -> tuple[DataFrame, list[Colum
 
 
 def _array(values: list[Value], dtype: str) -> Any:
-    """Return an array with NA for None and for an empty text: Records have empty texts where a text does not apply."""
+    """Return an array with NA for None and for an empty text, since a Record has an empty text where no text applies."""
     given = [None if value == "" else value for value in values]
     if dtype == TIME:
         return pd.to_datetime(pd.Series(given, dtype=TEXT), utc=True, errors="coerce", format="ISO8601").astype(TIME)
     dtype = dtype or _kind(given)
     if dtype == INTEGER and any(isinstance(value, int) and value.bit_length() > 63 for value in given):
-        dtype = TEXT  # 64 bits cannot hold the number, e.g. a seed; as text it remains exact
+        dtype = TEXT  # 64 bits cannot hold the number, e.g. a seed; a text keeps it exact
     if dtype == TEXT:
         given = [value if value is None or isinstance(value, str) else json.dumps(value) for value in given]
     return pd.array(given, dtype=dtype)
 
 
 def _kind(given: Iterable[Value]) -> str:
-    """Return the narrowest dtype that holds the values of a config key exactly; text for mixed types."""
+    """Return the narrowest dtype that holds all values of one config key exactly; text for values of mixed types."""
     types = {type(value) for value in given if value is not None}
     if types == {bool}:
         return BOOLEAN

@@ -1,4 +1,4 @@
-"""Rows of the four export tables for one Record: plain values, None where missing."""
+"""Rows of the four export tables for one Record, as plain values. A missing value is None."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ ExportRow = dict[str, Value]
 
 
 def key(record: Record) -> ExportRow:
-    """Return the key columns of the rows of one attempt."""
+    """Return the key columns, which all rows of one attempt share."""
     return {"run": record.run, "cell_id": record.cell_id, "attempt": record.attempt}
 
 
 def cell(record: Record, label: str, *, latest: bool) -> ExportRow:
-    """Return the one row of an attempt."""
+    """Return the row of one attempt for the table `cells`."""
     it = record.cell
     keys = it.config.get(ADAPTER_CONFIG)
     rank = keys.get("r") if isinstance(keys, dict) else it.config.get("rank")
@@ -54,12 +54,12 @@ def cell(record: Record, label: str, *, latest: bool) -> ExportRow:
 
 
 def _fields(prefix: str, part: object, names: Iterable[str]) -> ExportRow:
-    """Return the columns of the fields of a part of the Record; None for a missing part."""
+    """Return the columns for the named fields of a part of the Record; None for all of them if the part is missing."""
     return {f"{prefix}{name}": getattr(part, name, None) for name in names}
 
 
 def samples(record: Record) -> Iterator[ExportRow]:
-    """Yield a row per raw sample: of training, then of latency."""
+    """Yield one row per raw sample: first of training, then of latency."""
     m = record.measurements
     if m is None:
         return
@@ -88,13 +88,13 @@ def samples(record: Record) -> Iterator[ExportRow]:
 
 
 def items(record: Record) -> Iterator[ExportRow]:
-    """Yield a row per scored test item."""
+    """Yield one row per scored test item."""
     for index, item in enumerate(record.accuracy.items if record.accuracy else ()):
         yield {**key(record), "task": record.cell.task, "index": index, "item": item.id, "correct": item.correct}
 
 
 def checks(record: Record) -> Iterator[ExportRow]:
-    """Yield a row per check."""
+    """Yield one row per check."""
     for check in record.checks:
         yield {**key(record), **check.model_dump(mode="json")}
 
@@ -104,7 +104,7 @@ def _plain(value: Json) -> Value:
 
 
 def _measured(record: Record) -> ExportRow:
-    """Return accuracy, memory, files, energy and the details of the training; no times if a check failed."""
+    """Return the columns of accuracy, memory, files, energy and training details; no times if a check failed."""
     m, a = record.measurements, record.accuracy
     no_speed = failed_checks.no_speed(record)
     timed = measurements.timed_training(record) if not no_speed else None
@@ -127,7 +127,7 @@ def _measured(record: Record) -> ExportRow:
 
 
 def _phases(record: Record) -> ExportRow:
-    """Return time, peak and own joules of every phase; for a repeated phase the sums and the higher peak."""
+    """Return the time, peak and own energy of every phase; for a repeated phase, both sums and the highest peak."""
     found: dict[str, float] = {}
     own_energy = not measurements.not_its_own_energy(record)
     for phase in record.phases:

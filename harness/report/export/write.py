@@ -1,4 +1,4 @@
-"""Write the tables of runs to files, one per table. No torch."""
+"""Write the tables of runs to files, one file per table. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ Format = Literal["parquet", "csv"]
 
 
 def export(names: Sequence[str], form: Format, out: Path | None = None) -> Exit:
-    """Write the tables of runs into a folder, print the files, return the exit code.
+    """Write the tables of runs into a folder, print the names of the files, and return the exit code.
 
-    out: `export-<form>` in the folder of the first run if None. Returns 1 if a file was changed after its run, 5 if there is
-    nothing to export, 4 if a Record cannot be read or is missing. Raises UsageError for a folder that is not empty, a name
-    without a run, and a format that no installed library can write; StoreError if a file cannot be written.
+    out: the folder; None stands for `export-<form>` in the folder of the first run. Returns FAIL if a file was changed
+    after its run, NOTHING_COMPARED if there is nothing to export, INFRASTRUCTURE if a Record is unreadable or missing.
+    Raises UsageError if the folder is not empty, if a run does not exist, or if no installed library can write the
+    format; StoreError if a file cannot be written.
     """
     if form == "parquet":
         _require_pyarrow()
@@ -31,7 +32,7 @@ def export(names: Sequence[str], form: Format, out: Path | None = None) -> Exit:
     folder = out or paths[0] / f"export-{form}"
     _require_empty(folder)
 
-    from harness.report.export import frames  # pandas is slow to import: check the folder first
+    from harness.report.export import frames  # slow, since it imports pandas: the folder is checked first
 
     runs = [store.read_run(path) for path in paths]
     numbers = frames.of(runs)

@@ -1,1 +1,1 @@
-"""SVG charts as geometry: scales, marks, labels that do not overlap."""
+"""SVG charts as geometry: scales, marks, and labels that do not overlap."""

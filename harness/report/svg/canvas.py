@@ -1,4 +1,4 @@
-"""Drawing as plain data: the template writes each mark as one SVG element and computes nothing."""
+"""Drawing as plain data. The template writes each mark as one SVG element and computes nothing."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Canvas:
         self._add("rect", box, tip=tip)
 
     def dot(self, x: float, y: float, kind: str, tip: str, href: str) -> None:
-        """Draw a point that links to its row."""
+        """Draw a point that links to a row of a table."""
         self._add("circle", {"cx": _r(x), "cy": _r(y), "r": 5, "class": kind}, tip=tip, href=href)
 
     def text(self, x: float, y: float, text: str, kind: str = "", anchor: str = "start", tip: str = "") -> None:
-        """Write one line."""
+        """Write one line of text."""
         attributes = {"x": _r(x), "y": _r(y), "class": kind, "text-anchor": anchor}
         self._add("text", attributes, text, tip)
 

@@ -1,4 +1,4 @@
-"""The four charts of a report, as geometry: cost against accuracy, learning curves, trajectory errors, phases."""
+"""The four charts of a report, as geometry: accuracy against a cost, learning curves, trajectory errors, phases."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from harness.report.svg.scales import Scale, linear, logarithmic
 _HUES = 8  # colour classes c0..c7 in the style sheet, each with its own dash pattern
 _FILLS = 9  # f0..f8
 _NAMES = 420.0
-"""Largest width of names in a drawing; a longer name is cut, and the tooltip shows all of it."""
+"""Largest width of names in a drawing. A longer name is cut, and its tooltip shows the whole name."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Level:
-    """An accuracy without a cost, of an untrained Cell: a line across the chart."""
+    """Accuracy of an untrained Cell, which has no cost: a line across the chart."""
 
     label: str
     value: float
@@ -47,7 +47,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Stopped:
-    """A Cell that reached this cost and has no accuracy, e.g. out of memory."""
+    """A Cell that has a cost but no accuracy, since it stopped there, e.g. out of memory."""
 
     label: str
     cost: float
@@ -62,7 +62,7 @@ def cost(
     *,
     log: bool,
 ) -> Drawing:
-    """Draw accuracy against a cost with intervals, the Pareto front and a name next to every point."""
+    """Draw accuracies with their intervals against a cost, the Pareto front, and a name next to each point."""
     front = pareto([(p.cost, p.value) for p in points])
     description = (
         f"{len(points)} Cells. On the Pareto front (cheaper and better than all others): "
@@ -126,13 +126,13 @@ class _Plot:
     bottom: float
 
     def y_axis(self, y: Scale, ticks: Iterable[tuple[float, str]]) -> None:
-        """Draw a line across the plot for each tick, with its text at the left."""
+        """Draw a line across the plot for each tick, with its text on the left."""
         for tick, text in ticks:
             self.canvas.line(self.left, y.at(tick), self.right, y.at(tick), "grid")
             self.canvas.text(self.left - 7, y.at(tick) + 4, text, "tick", "end")
 
     def x_axis(self, x: Scale, name: str, ticks: Iterable[tuple[float, str]]) -> None:
-        """Draw the axis at the bottom, with ticks and its name."""
+        """Draw the axis at the bottom, with its ticks and its name."""
         c = self.canvas
         for tick, text in ticks:
             c.line(x.at(tick), self.bottom, x.at(tick), self.bottom + 4, "axis")
@@ -142,7 +142,7 @@ class _Plot:
 
 
 def _label(c: Canvas, text: str, x: float, box: Box) -> None:
-    """Write a name into its box, aligned to the side that faces its point: the box is wider than most fonts need."""
+    """Write a name into its box. Most fonts need less than the box, so the text is aligned to the side near the point."""
     y = box.y + box.height - 3.5
     if box.x >= x:
         c.text(box.x + 1, y, text, "label")
@@ -153,7 +153,10 @@ def _label(c: Canvas, text: str, x: float, box: Box) -> None:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the points that no other point beats in both x (lower) and y (higher), by rising x; of equals, the first."""
+    """Return the indices of the points that no other point beats in both x (lower) and y (higher), by rising x.
+
+    Of equal points, only the first is returned.
+    """
     front: list[int] = []
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
         if not front or points[i][1] > points[front[-1]][1]:
@@ -170,13 +173,13 @@ class ChartSeries:
 
 
 def smooth(values: Sequence[float], reach: int = 2) -> list[float]:
-    """Return the mean over `reach` steps to either side, fewer at the ends."""
+    """Return the moving mean over `reach` steps to either side; near the ends, over fewer steps."""
     windows = (values[max(0, t - reach) : t + reach + 1] for t in range(len(values)))
     return [sum(window) / len(window) for window in windows]
 
 
 def learning(title: str, series: Sequence[ChartSeries]) -> Drawing:
-    """Draw the training loss of every step, faint, and its moving mean, each named at its end."""
+    """Draw the training loss of every step as a faint line, and its moving mean as a line with a name at its end."""
     description = f"Training loss of {len(series)} Cells, step by step: the mean of five steps over the raw values."
     plot, x = _over_steps(title, description, series)
     y = linear([v for s in series for v in s.values], plot.bottom, plot.top)
@@ -188,7 +191,7 @@ def learning(title: str, series: Sequence[ChartSeries]) -> Drawing:
 
 
 def errors(title: str, series: Sequence[ChartSeries], allowed: ChartSeries) -> Drawing:
-    """Draw |loss - float64 loss| of every step on a logarithmic axis, with the allowance.
+    """Draw |loss - float64 loss| of every step and its allowance, on a logarithmic axis.
 
     Errors of 0, and errors too small for the axis, lie on its lower edge.
     """
@@ -206,7 +209,7 @@ def errors(title: str, series: Sequence[ChartSeries], allowed: ChartSeries) -> D
 
 
 def _over_steps(title: str, description: str, series: Sequence[ChartSeries]) -> tuple[_Plot, Scale]:
-    """Start a chart over training steps, with room for names at the right; return it and its x scale."""
+    """Start a chart over training steps, with room for names on the right; return its plot and its x scale."""
     longest = max((labels.text_width(s.label) for s in series), default=0.0)
     width = 880
     plot = _Plot(Canvas(title, description, width, 320), 56, width - min(_NAMES, longest) - 24, 10, 276)
@@ -216,7 +219,7 @@ def _over_steps(title: str, description: str, series: Sequence[ChartSeries]) -> 
 
 
 def _named(plot: _Plot, x: Scale, y: Scale, series: Sequence[ChartSeries], bound: int | None = None) -> None:
-    """Draw lines with their names at the right end, spread so that they do not overlap. bound: index of the allowance."""
+    """Draw lines with names at their right ends, spread so that no names overlap. bound: index of the allowance."""
     lines = [[(x.at(t), y.at(v)) for t, v in enumerate(s.values)] for s in series]
     heights = labels.spread([line[-1][1] for line in lines], plot.top + 6, plot.bottom)
     c, right = plot.canvas, plot.right
@@ -235,9 +238,9 @@ class PhaseBars:
 
     label: str
     startup: float
-    """Time before the Cell's own work."""
+    """Seconds before the Cell's own work."""
     phases: Sequence[tuple[str, float]]
-    """Names and times of the phases."""
+    """Names and seconds of the phases."""
 
 
 def phases(title: str, cells: Sequence[PhaseBars]) -> Drawing:

@@ -21,7 +21,7 @@ class Box:
     height: float
 
     def overlaps(self, other: Box) -> bool:
-        """Return whether two rectangles share more than an edge."""
+        """Return whether two rectangles share an area. A common edge is none."""
         return (
             self.x < other.x + other.width
             and other.x < self.x + self.width
@@ -40,12 +40,12 @@ class Box:
 
 
 def text_width(text: str) -> float:
-    """Return an upper estimate of the width of a label: the font of the reader is unknown."""
+    """Return an upper estimate of the width of a label, since the font of the reader is unknown."""
     return 0.6 * SIZE * len(text) + 2
 
 
 def fitted(text: str, width: float) -> str:
-    """Return a label no wider than `width`, cut at its start, since labels differ at their ends."""
+    """Return a label that is no wider than `width`. A long label loses its start, since labels differ at their ends."""
     room = int((width - 2) / (0.6 * SIZE))
     return text if len(text) <= room else f"…{text[len(text) - room + 1 :]}"
 
@@ -53,14 +53,14 @@ def fitted(text: str, width: float) -> str:
 def place(
     points: Sequence[tuple[float, float]], texts: Sequence[str], bounds: Box, avoid: Sequence[Box] = ()
 ) -> list[Box | None]:
-    """Return a box near its point for each text, covering no dot and no other text; None if there is no room.
+    """Return one box per text: near the text's point, over no dot and no other text. A text without room gets None.
 
-    avoid: boxes that texts cover only if there is no better place, e.g. interval bars.
+    avoid: boxes that a text covers only if there is no better place for it, e.g. interval bars.
     """
     dots = [Box(x - _DOT, y - _DOT, 2 * _DOT, 2 * _DOT) for x, y in points]
     placed: list[Box | None] = [None] * len(points)
     taken: list[Box] = list(dots)
-    # Start at the right, where there is least room.
+    # Start on the right, where there is least room.
     for i in sorted(range(len(points)), key=lambda i: (-points[i][0], points[i][1])):
         width = text_width(texts[i])
         best: tuple[float, Box] | None = None
@@ -69,7 +69,7 @@ def place(
                 continue
             total = cost + 18 * sum(box.overlaps(other) for other in avoid)
             total += 12 * sum(_crosses(points[i], box, other) for other in taken if other is not dots[i])
-            # A name nearer to another point would seem to belong to that point.
+            # If a name is nearer to another point, it seems to belong to that point.
             own = _distance(points[i], box)
             total += 40 * sum(_distance(other, box) <= own for k, other in enumerate(points) if k != i)
             if best is None or total < best[0]:
@@ -89,14 +89,14 @@ def _candidates(point: tuple[float, float], width: float) -> list[tuple[Box, flo
             left = x + dx if dx > 1e-6 else x + dx - width
             if angle in (80, 100, 260, 280):
                 left = x + dx - width / 2
-            # The cost is slightly higher to the left and below, so that similar neighbours get similar places.
+            # Places to the left and below cost slightly more, so that neighbours with similar room get similar places.
             cost = radius + (3 if dx < 0 else 0) + (1 if dy > 0 else 0)
             found.append((Box(left, y + dy - _LINE / 2, width, _LINE), cost))
     return found
 
 
 def anchor(point: tuple[float, float], box: Box) -> tuple[float, float]:
-    """Return the place on a label's edge that is nearest to its point: where a leader line ends."""
+    """Return the end of a label's leader line: the place on the label's edge that is nearest to its point."""
     return min(max(point[0], box.x), box.x + box.width), min(max(point[1], box.y), box.y + box.height)
 
 
@@ -105,7 +105,7 @@ def _distance(point: tuple[float, float], box: Box) -> float:
 
 
 def _crosses(point: tuple[float, float], box: Box, other: Box) -> bool:
-    """Return whether the leader line from `point` to `box` crosses `other` (sampled, not exact)."""
+    """Return whether the leader line from `point` to `box` crosses `other`, judged by three points of the line."""
     end = anchor(point, box)
     for share in (0.25, 0.5, 0.75):
         x, y = point[0] + share * (end[0] - point[0]), point[1] + share * (end[1] - point[1])
@@ -115,9 +115,9 @@ def _crosses(point: tuple[float, float], box: Box, other: Box) -> bool:
 
 
 def spread(wanted: Sequence[float], low: float, high: float, gap: float = _LINE) -> list[float]:
-    """Return heights near the `wanted` ones with a distance of at least `gap`, for names at the ends of lines.
+    """Return heights near the `wanted` ones, at least `gap` apart, for names at the ends of lines.
 
-    Preserves the order; heights that do not fit between low and high exceed `high`.
+    The order is kept. If there is not enough room between `low` and `high`, the last heights exceed `high`.
     """
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     heights = [min(max(w, low), high) for w in wanted]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps low..high to start..end, linearly or by the logarithm."""
+    """Map from low..high to start..end, linear or logarithmic."""
 
     low: float
     high: float

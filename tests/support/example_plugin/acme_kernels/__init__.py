@@ -1,1 +1,1 @@
-"""Somebody's kernels: a LoRA layer and a decoder of NF4. `door.py` is all that is there for peft-harness."""
+"""Example of a third-party package: a LoRA layer and a decoder of NF4. Only `door.py` refers to peft-harness."""

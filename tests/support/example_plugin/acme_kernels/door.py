@@ -1,4 +1,4 @@
-"""The door to peft-harness: `peft-harness check acme`."""
+"""Entry point for peft-harness, used by `peft-harness check acme`."""
 
 from harness import Unsupported, implements
 

@@ -1,4 +1,4 @@
-"""A LoRA layer as its author wrote it, knowing nothing of peft-harness: scaled in the sum."""
+"""LoRA layer that does not depend on peft-harness. It applies the scaling where it adds the update to the base."""
 
 import torch
 from torch import nn

@@ -1,8 +1,8 @@
-"""NF4 decoded through a table of byte -> two levels, knowing nothing of peft-harness."""
+"""Decoder of NF4 that does not depend on peft-harness. Its table maps a byte to two levels."""
 
 import torch
 
-# The table that QLoRA's authors published, in the order of the codes.
+# The levels that the authors of QLoRA published, in the order of the codes.
 LEVELS = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
