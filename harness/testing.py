@@ -51,14 +51,20 @@ class Conforming:
         from harness.conformance.drawing.search import search
 
         name = f"{self.implementation.name}-{self.implementation.target}"
-        return search(plan, self.breadth, self.implementation.dtypes, lambda case: self._run(plan, case), name)
+        outcomes: list[CheckOutcome] = []
+        search(
+            plan, self.breadth, self.implementation.dtypes, lambda case: self._run(plan, case), outcomes.append, name
+        )
+        return outcomes
 
     def _run(
         self, plan: parity_suite.ParitySuite, case: parity_suite.MethodCase | parity_suite.OperationCase
     ) -> list[CheckOutcome]:
         from harness.conformance.execution import suite_run
 
-        return list(suite_run.run_case(self.implementation, plan, case, wide=self.breadth.is_wide))
+        return list(
+            suite_run.run_case(self.implementation, plan, case, wide=self.breadth.is_wide, seed=self.breadth.seed)
+        )
 
 
 def verdict(tried: Iterable[CheckOutcome]) -> tuple[str, str]:

@@ -49,6 +49,8 @@ class Case:
     """Returns the `forward` of another model, one that `fresh` made."""
     walks: int = 0
     """Number of random walks. With 0, the case also skips other long checks, which need not run in every case."""
+    walk_seed: int = 0
+    """Decides the rules of the walks."""
     fresh: Attach | None = None
     """Attaches the implementation again, to the same weights; None if the case cannot (a Cell's own model)."""
     factors: Mapping[str, float] = field(default_factory=dict)

@@ -71,6 +71,9 @@ TRAJECTORY_FACTOR = 4.0
 # happen to round to the exact value, and a factor times zero would then demand bitwise equality.
 TRAJECTORY_FLOOR_EPS = 8.0
 
+# Smallest learning rate of a check, in units of eps: a step then moves a weight of 1 by about 10 units in its last place.
+LEARNING_RATE_EPS = 32.0
+
 # The reference defines the noise, so the noise cannot judge the reference. The reference's distance from float64 may grow
 # by this many eps per step, times the largest loss so far: rounding errors accumulate, but a wrong gradient departs faster.
 REFERENCE_GROWTH_EPS = 16.0

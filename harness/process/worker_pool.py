@@ -89,18 +89,56 @@ def _start(module: str, task: Mapping[str, Any], token: str) -> Subprocess:
     return Subprocess(command, [json.dumps(task)], environment=environment, events=True, lifeline=True)
 
 
+class _Clock:
+    """Seconds that a process could use: its CPU time while it runs, and wall time while it sleeps.
+
+    A process that waits for a processor, on a busy machine, does not hang.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from zero."""
+        self.seconds = 0.0
+        self._wall, self._cpu = time.monotonic(), self._cpu_s()
+
+    def tick(self) -> None:
+        """Add what passed since the last tick."""
+        wall, cpu = time.monotonic(), self._cpu_s()
+        self.seconds += cpu - self._cpu if self._runs() else wall - self._wall
+        self._wall, self._cpu = wall, cpu
+
+    def _cpu_s(self) -> float:
+        try:
+            times = psutil.Process(self._pid).cpu_times()
+        except psutil.Error:
+            return 0.0
+        return float(times.user + times.system)
+
+    def _runs(self) -> bool:
+        try:
+            return psutil.Process(self._pid).status() in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
+        except psutil.Error:
+            return False
+
+
 def _events(worker: Subprocess, patience: float) -> Iterator[Any]:
-    """Yield the worker's events until it ends. Yield None after `patience` seconds without an event."""
-    last, allowed = time.monotonic(), max(patience, _START_S)
+    """Yield the worker's events until it ends. Yield None after `patience` seconds of a _Clock without an event."""
+    clock, allowed = _Clock(worker.pid), max(patience, _START_S)
     while not worker.is_over:
         if worker.events.readable(min(_TICK_S, patience)):
-            last, allowed = time.monotonic(), patience
+            allowed = patience
             for line in worker.events.lines():
                 try:
                     yield json.loads(line)
                 except ValueError:  # a plug-in has written to the pipe
                     yield line[:40]
-        elif time.monotonic() - last >= allowed:
+            clock.restart()
+            continue
+        clock.tick()
+        if clock.seconds >= allowed:
             yield None
             return
 
@@ -108,6 +146,9 @@ def _events(worker: Subprocess, patience: float) -> Iterator[Any]:
 def _failure(worker: Subprocess, *, done: bool) -> str:
     """Describe the failure of a worker after its last event; return an empty string if the worker has succeeded."""
     code = worker.wait(_GRACE_S)
+    if code is None and done:  # it has reported everything, and the end of a library may take long
+        print(f"note: a process did not end within {_GRACE_S:g} s of its last result; killed", file=sys.stderr)
+        return ""
     if code is None:
         return f"the process did not end within {_GRACE_S:g} s of its last event; killed"
     if name := signal_name(code):

@@ -82,7 +82,7 @@ def test_an_implementation_that_is_wrong_at_other_ranks_only_fails_a_drawn_case(
     drawn = [one for one in suite_run.run(mine, breadth=DRAWN) if one.status.value == "fail"]
     assert "fail" not in usual
     assert {one.check for one in drawn} & {"forward", "gradient"}
-    assert {one.case for one in drawn} == {"rank=65 9x24x40"}  # shrunk to the smallest
+    assert drawn[-1].case == "rank=65 9x24x40"  # shrunk to the smallest
 
 
 def test_an_operation_that_is_wrong_beyond_130_tokens_only_fails(

@@ -121,7 +121,7 @@ def check_step(subject: Subject, case: Case) -> CheckResult:
     found = []
     for index, path in enumerate(subject.adapted.layers):
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
-        mine = _moved(subject.adapted.layers[path], subject.tensors_of(path), subject.adapted, x, dy)
+        mine = _moved(subject.adapted.layers[path], subject.tensors_of(path), subject.adapted, x, dy, subject.dtype)
         truth = _moved_reference(subject, path, "float64", x, dy)
         if truth:
             draws = _moved_draws(subject, path, x, dy)
@@ -132,15 +132,15 @@ def check_step(subject: Subject, case: Case) -> CheckResult:
 
 
 def _moved(
-    layer: nn.Module, tensors: Mapping[str, Tensor], adapted: Adapted, x: Tensor, dy: Tensor
+    layer: nn.Module, tensors: Mapping[str, Tensor], adapted: Adapted, x: Tensor, dy: Tensor, dtype: str
 ) -> dict[str, Tensor]:
-    """Return the tensors after one optimizer step; the layer's own tensors are restored."""
+    """Return the tensors after one optimizer step; the layer's own tensors are restored. dtype: the subject's."""
     before = {n: t.detach().clone() for n, t in tensors.items()}
     gradients = observe(layer, tensors, x, dy)
     for name, tensor in tensors.items():
         tensor.grad = gradients.get(f"grad {name}")
     if before:
-        optimizer_of(adapted, tensors.values()).step()
+        optimizer_of(adapted, tensors.values(), dtype).step()
     moved = {n: t.detach().clone() for n, t in tensors.items()}
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -151,7 +151,7 @@ def _moved(
 
 def _moved_reference(subject: Subject, path: str, dtype: str, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     twin = subject.reference(path, dtype)
-    return _moved(twin.layer, twin.tensors, twin.adapted, cast(x, dtype), dy.to(DTYPES[dtype]))
+    return _moved(twin.layer, twin.tensors, twin.adapted, cast(x, dtype), dy.to(DTYPES[dtype]), subject.dtype)
 
 
 def _moved_draws(subject: Subject, path: str, x: Tensor, dy: Tensor) -> Iterator[dict[str, Tensor]]:

@@ -43,7 +43,7 @@ def check_trajectory(subject: Subject, case: Case) -> CheckResult:
         model.eval()
         for path in adapted.layers:
             model.get_submodule(path).train(subject.trains_plainly)
-        return _trained(model, adapted, forward, case)
+        return _trained(model, adapted, forward, case, subject.dtype)
 
     def end_of_reference(dtype: str, seed: int | None = None) -> dict[str, Tensor]:
         """Train the reference and return its tensors. With a seed, it starts from tensors moved within their last place."""
@@ -67,13 +67,13 @@ def check_trajectory(subject: Subject, case: Case) -> CheckResult:
 
 
 def _trained(
-    model: nn.Module, adapted: Adapted, forward: Callable[[nn.Module], Tensor], case: Case
+    model: nn.Module, adapted: Adapted, forward: Callable[[nn.Module], Tensor], case: Case, dtype: str
 ) -> dict[str, Tensor]:
-    """Train a few steps and return the trainable tensors."""
+    """Train a few steps and return the trainable tensors. dtype: the subject's."""
     parameters = list(dict.fromkeys(adapted.parameters()))  # the check `parameters` reports duplicates
     if not parameters:
         return {}
-    optimizer = optimizer_of(adapted, parameters)
+    optimizer = optimizer_of(adapted, parameters, dtype)
     for step in range(1, STEPS + 1):
         optimizer.zero_grad()
         y = forward(model)

@@ -39,7 +39,7 @@ def check_walk(subject: Subject, case: Case) -> CheckResult:
     if start is None:
         return skipped(subject, case, "walk", "the case cannot attach again")
     warm(start.added(), case.generator(salt=1))
-    failure = walk(lambda: _worlds(start, case, forward), case.walks, case.seed)
+    failure = walk(lambda: _worlds(start, case, forward), case.walks, case.walk_seed)
     if failure is None:
         return listed(subject, case, "walk", [], f"{case.walks} walks")
     return judged(subject, case, "walk", failure.judgement, "; ".join(["attach()", *failure.rules]))
@@ -63,12 +63,14 @@ def _worlds(start: Subject, case: Case, forward: Forward) -> Worlds:
         other = case.attach_again(square=True)
         if other is None or case.forward_of is None:
             raise ValueError("the case cannot attach again")
-        return World(other.model, other.adapted, subject, case.forward_of(other.model), start.trains_plainly)
+        return World(
+            other.model, other.adapted, subject, case.forward_of(other.model), start.trains_plainly, start.dtype
+        )
 
     made = []
     for attach in (subject, lambda: reference("float64"), lambda: reference(start.dtype)):
         model, adapted = attach()
         load(adapted, start.adapted.tensors(), start.state())
-        made.append(World(model, adapted, attach, forward, start.trains_plainly))
+        made.append(World(model, adapted, attach, forward, start.trains_plainly, start.dtype))
     factor = case.factors.get("walk", TRAJECTORY_FACTOR)
     return Worlds(made[0], made[1], made[2], start.dtype, factor, another)

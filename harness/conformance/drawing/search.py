@@ -46,16 +46,21 @@ def search(
     wanted: CaseSelection,
     dtypes: Sequence[str],
     run_case: Callable[[AnyCase], Iterable[CheckOutcome]],
+    report: Callable[[CheckOutcome], object],
     name: str,
-) -> list[CheckOutcome]:
+) -> None:
     """Try `wanted.drawn` random cases, and shrink each failure to its smallest case.
 
-    Returns the outcomes of all cases before the first failure, and of the smallest cases. `wanted.seed` decides the cases.
-    Earlier failures, stored in the cache under `name`, are tried first. A failure that a known defect explains is not
-    shrunk, and the search goes on.
+    Reports the outcomes of all cases before the first failure, of the first case in which a check fails, and of the smallest
+    such case. `wanted.seed` decides the cases. Earlier failures, stored in the cache under `name`, are tried first. A
+    failure that a known defect explains is not shrunk, and the search goes on.
     """
-    outcomes: list[CheckOutcome] = []
     smallest: dict[str, list[CheckOutcome]] = {}
+    reported: set[str] = set()
+
+    def report_all(outcomes: Iterable[CheckOutcome]) -> None:
+        for outcome in outcomes:
+            report(outcome)
 
     @seed(wanted.seed)
     @settings(
@@ -73,10 +78,13 @@ def search(
         tried, _ = defects.explained(run_case(case), defects.known())
         failed = [one for one in tried if one.status is CheckStatus.FAIL]
         if failed:
+            if failed[0].check not in smallest:
+                report_all(tried)  # now, because a later case may crash the process
+                reported.add(tried[0].case)
             smallest[failed[0].check] = tried
             raise _failure_of(failed[0].check)(str(case))
         if not smallest:  # after a failure, cases may be steps of the shrinking
-            outcomes.extend(tried)
+            report_all(tried)
 
     try:
         try_case()
@@ -84,8 +92,10 @@ def search(
         if not smallest:
             raise
     except Unsatisfiable:
-        return []
-    return [*outcomes, *(one for several in smallest.values() for one in several)]
+        return
+    for outcomes in smallest.values():
+        if outcomes[0].case not in reported:
+            report_all(outcomes)
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import traceback
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -46,13 +47,23 @@ _T = TypeVar("_T")
 
 
 def run(
+    implementation: Implementation, *, breadth: CaseSelection = FEW, dtypes: tuple[str, ...] = ()
+) -> list[CheckOutcome]:
+    """Return the outcome of every check of every case, as `stream` reports them."""
+    outcomes: list[CheckOutcome] = []
+    stream(implementation, outcomes.append, breadth=breadth, dtypes=dtypes)
+    return outcomes
+
+
+def stream(
     implementation: Implementation,
+    report: Callable[[CheckOutcome], object],
     *,
     breadth: CaseSelection = FEW,
     dtypes: tuple[str, ...] = (),
     begin: Callable[[str], None] | None = None,
-) -> Iterator[CheckOutcome]:
-    """Yield the outcome of every check of every case.
+) -> None:
+    """Report the outcome of every check of every case as soon as it is known.
 
     dtypes: restricts the cases to these dtypes, if any are given. begin: called with the name of each case at its
     start. An exception in a check or in the implementation is a failure of that check or of `attach`; a
@@ -64,14 +75,15 @@ def run(
     def tried(case: AnyCase) -> Iterator[CheckOutcome]:
         if begin is not None:
             begin(f"{case} {case.dtype}")
-        yield from run_case(implementation, plan, case, wide=breadth.is_wide)
+        yield from run_case(implementation, plan, case, wide=breadth.is_wide, seed=breadth.seed)
 
     for case in sample.fixed(plan, breadth, wanted):
-        yield from tried(case)
+        for outcome in tried(case):
+            report(outcome)
     if breadth.drawn:
         from harness.conformance.drawing.search import search  # imports Hypothesis
 
-        yield from search(plan, breadth, wanted, tried, f"{implementation.name}-{implementation.target}")
+        search(plan, breadth, wanted, tried, report, f"{implementation.name}-{implementation.target}")
 
 
 def run_case(
@@ -81,11 +93,12 @@ def run_case(
     device: torch.device = CPU,
     *,
     wide: bool = False,
+    seed: int = 0,
 ) -> Iterator[CheckOutcome]:
     """Yield the outcome of every check of one case.
 
     device: device of a Method's case; an Operation's case runs on the CPU. wide: try also the checks that only a wide
-    selection tries.
+    selection tries. seed: decides, with the case, the random walks.
     """
     runner = CaseRunner(implementation, str(of), of.dtype)
     every = {name: checks.every()[name] for name in plan.checks}
@@ -93,7 +106,7 @@ def run_case(
     if isinstance(plan, OperationSuite) and isinstance(of, OperationCase):
         yield from _run_operation(runner, plan, of, tried)
     elif isinstance(plan, MethodSuite) and isinstance(of, MethodCase):
-        yield from _run_method(runner, plan, of, device, tried)
+        yield from _run_method(runner, plan, of, device, tried, seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,12 +149,12 @@ class CaseRunner:
 
 
 def _run_method(
-    runner: CaseRunner, plan: MethodSuite, of: MethodCase, device: torch.device, tried: Sequence[str]
+    runner: CaseRunner, plan: MethodSuite, of: MethodCase, device: torch.device, tried: Sequence[str], seed: int
 ) -> Iterator[CheckOutcome]:
     """Run a case of a Method or of a quantised base; each check runs in the states that it declares."""
     attaching = CheckId(plan.method, "attach", of.dtype, "init")
     with process_settings.restored() as disturbed:  # the imports of the first attaching may disturb settings too
-        made = runner.attempt(attaching, lambda: attach(runner.implementation, plan, of, device))
+        made = runner.attempt(attaching, lambda: attach(runner.implementation, plan, of, device, seed))
     if isinstance(made, CheckOutcome):
         yield made
         return
@@ -189,8 +202,12 @@ def attach(
     plan: MethodSuite,
     of: MethodCase,
     device: torch.device = CPU,
+    seed: int = 0,
 ) -> tuple[Subject, Case]:
-    """Attach an implementation to a fresh parity model on `device`; return the subject and its case in state `init`."""
+    """Attach an implementation to a fresh parity model on `device`; return the subject and its case in state `init`.
+
+    seed: decides, with the case, the random walks.
+    """
     method = plan.method
 
     def built(shape: parity_suite.CaseShape) -> ParityModel:
@@ -231,7 +248,8 @@ def attach(
     assert original is not None  # noqa: S101  # a parity model is small enough to be copied
     case = Case(
         "init", tokens=of.shape.tokens, magnitude=of.magnitude, seed=SEED, inputs=run_model,
-        base_output=whole(original)[0](), walks=0 if of.sampled and of.shape.tokens > 1 else WALKS, forward=forward,
+        base_output=whole(original)[0](), walks=0 if of.sampled and of.shape.tokens > 1 else WALKS,
+        walk_seed=seed + zlib.crc32(f"{plan.method} {of} {of.dtype}".encode()), forward=forward,
         forward_of=lambda model: whole(model)[1], fresh=fresh, factors=plan.factors(),
     )  # fmt: skip
     return subject, case
@@ -245,4 +263,5 @@ def _adaptable(model: ParityModel, config: Any) -> dict[str, nn.Module]:
 
 def _raised(error: BaseException) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"raised {type(error).__name__}: {error} ({last.filename.rpartition('/')[2]}:{last.lineno})"
+    where = f"{last.filename.rpartition('/')[2]}:{last.lineno}"
+    return "; ".join([f"raised {type(error).__name__}: {error} ({where})", *getattr(error, "__notes__", [])])

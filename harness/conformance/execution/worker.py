@@ -74,8 +74,7 @@ def _run(
             process_settings.restore(before)
             why = f"importing it: {'; '.join(changed)}"
             report(CheckOutcome.of_whole_target(*target, check="settings", case="import", detail=why))
-        for outcome in suite_run.run(implementation, breadth=task.breadth, dtypes=task.dtypes, begin=begin):
-            report(outcome)
+        suite_run.stream(implementation, report, breadth=task.breadth, dtypes=task.dtypes, begin=begin)
     except Exception as error:  # noqa: BLE001  # an implementation may raise anything: it is a finding about it
         why = f"raised {format_error(error)}; the remaining checks were not tried"
         raised = Execution.RAISED

@@ -38,13 +38,15 @@ class CheckFindings:
     tried: list[CheckOutcome] = field(default_factory=list)
     missing: dict[Target, str] = field(default_factory=dict)
     """Target -> reason why it cannot run here: a module is not installed."""
+    cut_short: list[Target] = field(default_factory=list)
+    """Targets whose process died before their last check."""
     left: list[Target] = field(default_factory=list)
     """Targets that have not ended, because the run was interrupted."""
 
     @property
     def not_tried(self) -> set[Target]:
         """The targets that could not run here, or had not ended when the run was interrupted."""
-        return {*self.missing, *self.left}
+        return {*self.missing, *self.cut_short, *self.left}
 
 
 def discover(patience: float = PATIENCE) -> Registry:
@@ -119,6 +121,7 @@ class _Run:
                     findings.tried.append(failure)
                     if current in findings.left:
                         findings.left.remove(current)
+                        findings.cut_short.append(current)
                     self.progress(f"{current[2]} by {current[0]}: {how}")
                     # A target that kills the process before it begins must not be retried forever.
                     remaining = [one for one in remaining if one != current]

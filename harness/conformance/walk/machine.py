@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
+from hypothesis import HealthCheck, Phase, Verbosity, reject, seed, settings
 from hypothesis import strategies as st
-from hypothesis.errors import FlakyFailure
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from hypothesis.errors import Flaky
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from torch import Tensor
 
 from harness.conformance.comparison.tolerance_policies import Judgement, carried_noise
@@ -16,6 +16,8 @@ from harness.conformance.walk.world import LOOKS, World
 
 RULES = 20
 """Largest number of rules in one walk."""
+REPEATS = 100
+"""Number of walks in which Hypothesis may look for a shorter one that fails: the search takes seconds, not minutes."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,14 @@ class WalkFailedError(AssertionError):
 def walk(make: Callable[[], Worlds], walks: int, number: int) -> WalkFailedError | None:
     """Take `walks` random walks; return the failure of the shortest walk that fails, or None.
 
-    make: makes the worlds of a walk, all in the same state. number: seed of the walks.
+    make: makes the worlds of a walk, all in the same state. number: seed of the walks. An exception that a rule raises gets
+    a note with the rules of its walk.
     """
 
     class Walk(AdapterWalk):
         start = staticmethod(make)
+        shortest = None
+        repeats = 0
 
     chosen = settings(
         max_examples=walks,
@@ -68,31 +73,48 @@ def walk(make: Callable[[], Worlds], walks: int, number: int) -> WalkFailedError
     )
     try:
         run_state_machine_as_test(seed(number)(Walk), settings=chosen)
-    except WalkFailedError as failure:
-        return failure
-    except FlakyFailure as flaky:  # a rule fails at only some calls
-        failed = [one for one in flaky.exceptions if isinstance(one, WalkFailedError)]
-        if not failed:
+    except (WalkFailedError, Flaky):  # flaky: a rule fails at only some calls, or no walk is left for the last repeat
+        if Walk.shortest is None:
             raise
-        return failed[0]
-    return None
+    return Walk.shortest
 
 
 class AdapterWalk(RuleBasedStateMachine):
     """One walk: every rule does the same in every world; some rules then compare the worlds."""
 
     start: Callable[[], Worlds]
+    shortest: WalkFailedError | None
+    """The failure of the shortest walk so far."""
+    repeats: int
+    """Number of walks since the first failure."""
 
     def __init__(self) -> None:
         super().__init__()
+        if self.shortest is not None:
+            type(self).repeats += 1
+            if self.repeats > REPEATS:
+                reject()
         self.worlds = type(self).start()
         self.taken: list[str] = []
-        self.merged = self.frozen = False
+        self.merged = self.frozen = self.interrupted = False
+
+    @invariant()
+    def end_of_rule(self) -> None:
+        """Note that the latest rule did not raise."""
+        self.interrupted = False
+
+    def _take(self, name: str) -> None:
+        self.taken.append(name)
+        self.interrupted = True
 
     def _all(self, name: str, act: Callable[[World], None]) -> None:
-        self.taken.append(name)
+        self._take(name)
         for world in self.worlds.every():
-            act(world)
+            try:
+                act(world)
+            except Exception as error:
+                error.add_note("; ".join(["attach()", *self.taken]))
+                raise
 
     def _compare(self, look: str) -> None:
         """Compare outputs and gradients."""
@@ -101,14 +123,17 @@ class AdapterWalk(RuleBasedStateMachine):
 
     def _judge(self, mine: dict[str, Tensor], truth: dict[str, Tensor], rounded: dict[str, Tensor]) -> None:
         judgement = carried_noise(mine, truth, rounded, self.worlds.dtype, self.worlds.factor)
-        if not judgement.passed:
-            raise WalkFailedError(judgement, self.taken)
+        if judgement.decided and not judgement.passed:
+            failure = WalkFailedError(judgement, list(self.taken))
+            if self.shortest is None or len(self.taken) <= len(self.shortest.rules):
+                type(self).shortest = failure
+            raise failure
 
     @rule(look=st.sampled_from(list(LOOKS)))
     @precondition(lambda self: not self.merged)
     def compare(self, look: str) -> None:
         """Run the model in its present state, in one of the ways of LOOKS, and compare."""
-        self.taken.append(f"compare({look!r})")
+        self._take(f"compare({look!r})")
         self._compare(look)
 
     @rule(number=st.integers(1, 9))
@@ -188,12 +213,12 @@ class AdapterWalk(RuleBasedStateMachine):
     @rule()
     def second_model(self) -> None:
         """Attach to another model with other shapes, and train that one for a step."""
-        self.taken.append("second_model()")
+        self._take("second_model()")
         other = self.worlds.another()
         other.backward(1)
         other.step()
 
     def teardown(self) -> None:
         """Compare the worlds once more at the end."""
-        if not self.merged:
+        if not self.merged and not self.interrupted:
             self._compare("backward")

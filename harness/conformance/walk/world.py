@@ -33,6 +33,8 @@ class World:
     """Runs a model on the inputs of the walk."""
     may_train: bool
     """Whether the model may be in training mode: without dropout, it computes the same as in eval mode."""
+    dtype: str
+    """The subject's dtype."""
 
     def __post_init__(self) -> None:
         self.optimizer = self._new_optimizer()
@@ -119,7 +121,7 @@ class World:
         )
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        return optimizer_of(self.adapted, list(dict.fromkeys(self.adapted.parameters())))
+        return optimizer_of(self.adapted, list(dict.fromkeys(self.adapted.parameters())), self.dtype)
 
 
 def incoming(y: Tensor, seed: int) -> Tensor:
