@@ -69,8 +69,7 @@ def _topics() -> Iterator[Topic]:
     yield from _of_checks()
     for file in sorted(_OPERATIONS.glob("[!_]*.py")):
         about = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-        text = f"{about}\n\nto check who offers it:\n  peft-harness check --op {file.stem}"
-        yield file.stem, partial(_titled, f"operation {file.stem}", text)
+        yield file.stem, partial(_operation, file.stem, about)
     kinds = "\n".join(line for kind, text in MEANING.items() for line in _wrapped(f"{kind.value}: {text}.", "  "))
     yield "gate", partial(_titled, "gate: kinds of findings", kinds)
     yield "fit", partial(_titled, "fit", inspect.getdoc(fit) or "")
@@ -189,12 +188,31 @@ def _titled(title: str, text: str) -> str:
     return f"{title}\n{textwrap.indent(text, '  ')}"
 
 
+def _operation(name: str, about: str) -> str:
+    from harness.cli import interfaces  # imports torch
+
+    command = ["", "to check who offers it:", f"  peft-harness check --op {name}"]
+    return _titled(f"operation {name}", "\n".join([about, "", *_folded(interfaces.of_operation(name)), *command]))
+
+
+def _folded(lines: Iterable[str]) -> Iterator[str]:
+    for line in lines:
+        indent = " " * (len(line) - len(line.lstrip()))
+        yield from textwrap.wrap(line, 100, subsequent_indent=f"{indent}  ") or [""]
+
+
 def _method(info: MethodInfo) -> str:
-    lines = [info.summary, f"paper: {info.spec.paper}"]
+    referenced = info.name not in UNREFERENCED
+    about = ast.get_docstring(ast.parse(info.path.read_text(encoding="utf-8"))) if referenced else ""
+    lines = [about or info.summary, f"paper: {info.spec.paper}"]
     if info.fields:
         lines += ["", "config:"]
         for key, field in info.fields.items():
             lines += [f"  {key}: {_field(field)}", *_indented(field.about)]
+    if referenced:
+        from harness.cli import interfaces  # imports torch
+
+        lines += ["", *_folded(interfaces.of_method(info.name))]
     if info.spec.deviations:
         lines += ["", "differences from the paper:"]
     for one in info.spec.deviations:

@@ -47,11 +47,11 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     yield from plan.cases(wanted, dtypes)
     if not wanted.is_wide:
         return
-    factors = _factors(plan, dtypes)
-    if not factors["dtype"].levels:
+    there = factors(plan, dtypes)
+    if not there["dtype"].levels:
         return
-    levels = {name: factor.levels for name, factor in factors.items()}
-    plain = {name: levels[name][:1] if factor.optional else levels[name] for name, factor in factors.items()}
+    levels = {name: factor.levels for name, factor in there.items()}
+    plain = {name: levels[name][:1] if factor.optional else levels[name] for name, factor in there.items()}
 
     def valid(chosen: dict[str, Any]) -> bool:
         return is_accepted(plan, case_of(plan, chosen))
@@ -65,7 +65,7 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
 
 def random(plan: ParitySuite, dtypes: Collection[str]) -> st.SearchStrategy[AnyCase]:
     """Return a Hypothesis strategy for those cases of the suite that the reference accepts."""
-    drawn = strategies.case_values(_factors(plan, dtypes))
+    drawn = strategies.case_values(factors(plan, dtypes))
     return drawn.map(lambda chosen: case_of(plan, chosen)).filter(lambda case: is_accepted(plan, case))
 
 
@@ -83,7 +83,8 @@ def case_of(plan: ParitySuite, chosen: Mapping[str, Any]) -> AnyCase:
     return MethodCase(config, chosen["kind"], shape, chosen["dtype"], chosen["model"], chosen["magnitude"])
 
 
-def _factors(plan: ParitySuite, dtypes: Collection[str]) -> dict[str, Factor]:
+def factors(plan: ParitySuite, dtypes: Collection[str]) -> dict[str, Factor]:
+    """Map the names of all factors of a suite's cases to the factors."""
     there = sorted((dtype for dtype in plan.dtypes if dtype in dtypes), key=lambda dtype: dtype != "float32")
     if isinstance(plan, OperationSuite):
         operation = operations.every()[plan.operation]

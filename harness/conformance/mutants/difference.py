@@ -29,19 +29,20 @@ CASES = 40
 def digests(implementation: Implementation) -> list[str]:
     """Return one digest per random case: of all outputs, gradients, tensors and states, or of the exception."""
     plan = parity_suite.load_plan(implementation.target)
-    return [_digest(_observed(implementation, plan, case)) for case in cases(plan, implementation.dtypes, CASES, SEED)]
+    return [digest(implementation, plan, case) for case in cases(plan, implementation.dtypes, CASES, SEED)]
 
 
-def _digest(observed: Iterator[Mapping[str, object]]) -> str:
-    digest = hashlib.sha256()
+def digest(implementation: Implementation, plan: parity_suite.ParitySuite, case: MethodCase | OperationCase) -> str:
+    """Return a digest of what the implementation computes in a case."""
+    found = hashlib.sha256()
     try:
-        for named in observed:
+        for named in _observed(implementation, plan, case):
             for name, value in named.items():
-                digest.update(name.encode())
-                digest.update(_bytes(value) if isinstance(value, Tensor) else repr(value).encode())
+                found.update(name.encode())
+                found.update(_bytes(value) if isinstance(value, Tensor) else repr(value).encode())
     except Exception as error:  # noqa: BLE001  # that a mutant raises is what the digest must show
-        digest.update(f"{type(error).__name__}: {error}".encode())
-    return digest.hexdigest()
+        found.update(f"{type(error).__name__}: {error}".encode())
+    return found.hexdigest()
 
 
 def _bytes(tensor: Tensor) -> bytes:

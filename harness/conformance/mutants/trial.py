@@ -20,6 +20,7 @@ from harness.conformance.drawing import sample
 from harness.conformance.execution import suite_run
 from harness.conformance.faults.patched_copy import PatchedCopy
 from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus, Execution
+from harness.conformance.mutants import difference
 from harness.conformance.mutants.mutant import Mutant
 from harness.methods.implementations import fused
 from harness.methods.registry import Implementation
@@ -72,7 +73,7 @@ def targets(of: Owner) -> list[str]:
 
 
 def called_functions(target: str, of: Owner) -> set[tuple[str, str]]:
-    """Run the default cases of a target; return (module, qualified name) of the functions of `of` that they call.
+    """Run a target in every float32 case of the wide sample; return (module, qualified name) of the functions it calls.
 
     The name of a nested function is that of the function around it. A module's own code has an empty name.
     """
@@ -87,25 +88,19 @@ def called_functions(target: str, of: Owner) -> set[tuple[str, str]]:
 
     sys.setprofile(trace)
     try:
-        for _ in outcomes(implementation(target, of, None), WIDE, limit=1):
-            pass
-        for _ in outcomes(implementation(target, of, None), DEFAULT):
-            pass
+        plan, traced = parity_suite.load_plan(target), implementation(target, of, None)
+        for case in sample.fixed(plan, CaseSelection(wide=True), ["float32"]):
+            difference.digest(traced, plan, case)
     finally:
         sys.setprofile(None)
     return called
 
 
-def outcomes(of: Implementation, form: str, limit: int | None = None) -> Iterator[CheckOutcome]:
-    """Yield the outcome of every check of the default cases, or of those that only `check --wide` tries.
-
-    limit: number of cases; None for all.
-    """
+def outcomes(of: Implementation, form: str) -> Iterator[CheckOutcome]:
+    """Yield the outcome of every check of the cases that `check` tries by default, or with `--wide`."""
     plan = parity_suite.load_plan(of.target)
     wanted = CaseSelection(wide=form == WIDE)
-    for number, case in enumerate(sample.fixed(plan, wanted, of.dtypes)):
-        if limit is not None and number >= limit:
-            return
+    for case in sample.fixed(plan, wanted, of.dtypes):
         yield from suite_run.run_case(of, plan, case, wide=wanted.is_wide)
 
 

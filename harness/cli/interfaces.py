@@ -1,0 +1,115 @@
+"""Texts of `explain` on what an implementation is called with and what it returns. They come from example calls.
+
+Imports torch; `topics` imports this module only for a Method or an Operation.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.conformance import operations, parity_suite
+from harness.conformance.drawing import sample
+from harness.conformance.drawing.factors import Factor
+from harness.conformance.execution import suite_run
+from harness.conformance.operation import Arguments, Operation
+from harness.conformance.parity_suite import MethodSuite, OperationSuite
+from harness.conformance.subject import DTYPES
+from harness.methods.registry import discover
+from harness.methods.spec import Adapted
+from reference.shared.adapted import AdaptedModel
+
+
+def of_operation(name: str) -> Iterator[str]:
+    """Yield lines on the arguments, the outputs, the gradients and the settings of an Operation."""
+    operation, plan = operations.every()[name], parity_suite.load_operation(name)
+    case = parity_suite.OperationCase(max(plan.values, key=lambda values: len(str(values))), "float32")
+    arguments = operation.arguments(DTYPES[case.dtype], torch.Generator().manual_seed(0), **case.values)
+    yield from _wrapped_doc(operation.arguments, "the arguments")
+    yield f"an implementation is called with keywords, for example in {case.dtype} and the case {case}:"
+    yield from (f"  {key}: {_form(value)}" for key, value in arguments.items())
+    yield from _returned(operation, arguments)
+    if operation.differentiable:
+        yield f"compared gradients: of {', '.join(operation.differentiable)}"
+    yield ""
+    yield from _settings(plan)
+
+
+def of_method(name: str) -> Iterator[str]:
+    """Yield lines on the tensors, the state and the steps of a Method, as its reference has them."""
+    plan = parity_suite.load(name)
+    reference = discover(only=["reference"]).find("method", name, "reference")
+    config = max(plan.configs, key=lambda config: int(config.get("rank", 0)))
+    shape = next((shape for shape in plan.shapes if shape.inputs != shape.outputs), plan.shapes[0])
+    subject, _ = suite_run.attach(reference, plan, parity_suite.MethodCase(config, plan.layers[0], shape, "float32"))
+    sides = f"{shape.inputs} inputs and {shape.outputs} outputs"
+    yield f"after `attach` with {parity_suite.in_words(config) or 'the defaults'}, a layer `first` with {sides} has:"
+    adapted = subject.adapted
+    for title, named in (("trained", adapted.tensors()), ("in `state()`", adapted.state())):
+        there = {key: value for key, value in named.items() if key.startswith("first")}
+        yield from (f"  {key}: {_form(value)}, {_start(value)}; {title}" for key, value in there.items())
+    yield from _work(adapted)
+    yield ""
+    yield from _settings(plan)
+
+
+def _returned(operation: Operation, arguments: Arguments) -> Iterator[str]:
+    yield f"and returns {'a tensor' if len(operation.outputs) == 1 else 'a tuple of tensors, in this order'}:"
+    outputs = operation.named(operation.reference(**arguments))
+    yield from (f"  {key}: {_form(value)}" for key, value in outputs.items())
+    yield from _wrapped_doc(operation.reference, "the reference")
+
+
+def _work(adapted: Adapted) -> Iterator[str]:
+    """Yield a line for each of the reference's functions that does something for this Method."""
+    for name in ("regularizer", "optimizer", "after_step", "merge", "unmerge"):
+        function = getattr(type(adapted), name)
+        if function is not getattr(AdaptedModel, name):
+            doc = " ".join((inspect.getdoc(function) or "").split())
+            yield f"  {name}: {doc}"
+
+
+def _settings(plan: MethodSuite | OperationSuite) -> Iterator[str]:
+    yield "settings that --wide and --drawn vary:"
+    for name, factor in sample.factors(plan, plan.dtypes).items():
+        levels = ", ".join(map(_shown, factor.levels))
+        yield f"  {name}: {levels}{_bounds(factor)}"
+
+
+def _bounds(factor: Factor) -> str:
+    if factor.dimensions and factor.least is None:
+        return "; drawn: other sizes"
+    if factor.least is None or factor.most is None:
+        return ""
+    return f"; drawn: {factor.least:g} to {factor.most:g}{' each' if factor.dimensions else ''}"
+
+
+def _shown(value: Any) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+
+
+def _form(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {_shown(tuple(value.shape))}"
+    if isinstance(value, list | tuple) and value and isinstance(value[0], Tensor | list | tuple):
+        return f"a list of {len(value)}: {'; '.join(map(_form, value))}"
+    return str(value)
+
+
+def _start(tensor: Tensor) -> str:
+    values = tensor.detach().double()
+    if not tensor.is_floating_point():
+        return "integers"
+    if bool((values == values.flatten()[0]).all()):
+        return f"all {float(values.flatten()[0]):g} at the start"
+    return f"root mean square {float(values.square().mean().sqrt()):.3g} at the start"
+
+
+def _wrapped_doc(function: object, subject: str) -> Iterator[str]:
+    doc = inspect.getdoc(function)
+    if doc:
+        yield f"{subject}: {' '.join(doc.split())}"
