@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -45,9 +46,12 @@ def check_backward(subject: OperationSubject, case: Case) -> CheckResult:
         return skipped(subject, case, "backward", "this Operation has no gradient")
     mine = operation_call.gradients(subject, subject.function, DTYPES[subject.dtype], case)
     truth = operation_call.gradients(subject, subject.operation.reference, torch.float64, case)
-    rounded = operation_call.gradients(subject, subject.operation.reference, DTYPES[subject.dtype], case)
+    reference = subject.operation.reference
+    rounded = operation_call.gradients(subject, reference, DTYPES[subject.dtype], case)
+    near = operation_call.perturbed_subjects(subject, case)
+    draws = chain([rounded], (operation_call.gradients(one, reference, dtype, case) for one, dtype in near))
     verdict = operation_call.ill_formed(mine, rounded) or noise_floor(
-        mine, truth, rounded, subject.dtype, case.factor("backward")
+        mine, truth, draws, subject.dtype, case.factor("backward")
     )
     return judged(subject, case, "backward", verdict)
 

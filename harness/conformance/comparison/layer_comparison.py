@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from harness.conformance.comparison.inputs import cast
 from harness.conformance.comparison.observations import observe
-from harness.conformance.comparison.tolerance_policies import perturbed
+from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, perturbed
 from harness.conformance.subject import ReferenceLayer, Subject
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 
@@ -58,21 +58,24 @@ def runs_of(
 ) -> tuple[dict[str, Tensor], Draws]:
     """Return an observation of `wide`, the reference in float64, and draws of the rounding errors of a program in `dtype`.
 
-    The first draw is `own`, the reference in that dtype, which may happen to have almost no rounding error. The other
-    draws are the reference in float64 with every input moved by up to half a unit in the last place of `dtype`, as
-    rounding might move it. Afterwards `wide` holds the moved tensors. look: may change the layer that it observes.
+    The first draw is `own`, the reference in that dtype, which may happen to have almost no rounding error. For the other
+    draws every input is moved by up to half a unit in the last place of `dtype`, as rounding might move it. In 16 bits
+    they run in float64; otherwise in `dtype`, so that each of them rounds the sums differently, too. Afterwards the
+    layers hold moved tensors. look: may change the layer that it observes.
     """
-    held = [(t, t.detach().clone()) for t in (*wide.layer.parameters(), *wide.layer.buffers()) if t.is_floating_point()]
     exactly = cast(x, "float64"), dy.double()
     truth = look(wide.layer, wide.tensors, *exactly)
+    moved, given = (own, (x, dy)) if dtype in ROUNDED_SUMS else (wide, exactly)
 
     def drawn() -> Iterator[dict[str, Tensor]]:
         yield look(own.layer, own.tensors, x, dy)
+        there = (*moved.layer.parameters(), *moved.layer.buffers())
+        held = [(t, t.detach().clone()) for t in there if t.is_floating_point()]
         for seed in range(PERTURBED_DRAWS):
             generator = torch.Generator().manual_seed(seed)
             with torch.no_grad():
                 for tensor, value in held:
                     tensor.copy_(perturbed(value, dtype, generator))
-            yield look(wide.layer, wide.tensors, *(perturbed(t, dtype, generator) for t in exactly))
+            yield look(moved.layer, moved.tensors, *(perturbed(t, dtype, generator) for t in given))
 
     return truth, Draws(drawn())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from harness.conformance.case import Case
-from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, perturbed
+from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, Judgement, noise_floor, perturbed
 from harness.conformance.operation import Arguments, OperationSubject, cloned, mapped
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
@@ -31,8 +32,7 @@ def judge(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> tup
 
     def draws() -> Iterator[dict[str, Tensor]]:
         yield own
-        for salt in range(PERTURBED_DRAWS):
-            yield _reference(subject, _perturbed(exactly, subject.dtype, case.generator(salt=70 + salt)))
+        yield from (_reference(subject, near.arguments) for near, _ in perturbed_subjects(subject, case))
 
     return noise_floor(mine, _reference(subject, exactly), draws(), subject.dtype, case.factor("outputs")), ""
 
@@ -107,9 +107,21 @@ def flatten(value: object, name: str = "") -> dict[str, Tensor]:
     return found
 
 
-def _perturbed(exactly: Arguments, dtype: str, generator: torch.Generator) -> Arguments:
-    """Return `exactly` with the elements of its float64 tensors moved by up to the rounding error of `dtype`."""
-    return map_floats(exactly, lambda t: perturbed(t, dtype, generator) if t.dtype == torch.float64 else t)
+def perturbed_subjects(subject: OperationSubject, case: Case) -> Iterator[tuple[OperationSubject, torch.dtype]]:
+    """Yield the subject with arguments moved by up to the rounding error of its dtype, and the dtype to compute in.
+
+    In 16 bits that is float64. Otherwise it is the own dtype, so that the sums round differently, too.
+    """
+    own = DTYPES[subject.dtype]
+    dtype = own if subject.dtype in ROUNDED_SUMS else torch.float64
+    given = cloned(subject.arguments, {own: dtype})
+    for salt in range(PERTURBED_DRAWS):
+        generator = case.generator(salt=70 + salt)
+
+        def move(t: Tensor, generator: torch.Generator = generator) -> Tensor:
+            return perturbed(t, subject.dtype, generator) if t.dtype == dtype else t
+
+        yield replace(subject, arguments=map_floats(given, move)), dtype
 
 
 def _reference(subject: OperationSubject, arguments: Arguments) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from harness.conformance.tolerance_constants import (
     NOISE_FLOOR_EPS,
 )
 
-_ROUNDED_SUMS = ("float32", "float64")
+ROUNDED_SUMS = ("float32", "float64")
 """Dtypes in which a sum is rounded at every term. Numbers of 16 bits are summed in float32."""
 
 
@@ -116,7 +116,7 @@ def _within_noise(
         for error, allowed, measure in (
             (have.norm, min(wide * own.norm + floor * eps, CEILING), ""),
             (have.largest, LARGEST_FACTOR * (wide * own.largest + LARGEST_EPS * floor * eps), ", largest element"),
-            (have.share, bias + (floor * eps if dtype in _ROUNDED_SUMS else 0.0), ", share of the truth"),
+            (have.share, bias + (floor * eps if dtype in ROUNDED_SUMS else 0.0), ", share of the truth"),
         ):
             judged.append(Judgement(error <= allowed, error, allowed, name, "", policy + measure, 0))
     return (
@@ -215,7 +215,7 @@ def perturbed(value: Tensor, dtype: str, generator: torch.Generator) -> Tensor:
     if not value.is_floating_point():
         return value
     moves = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.device) - 0.5
-    return value * (1 + EPSILON[dtype] * moves.to(value.dtype))
+    return (value.double() * (1 + EPSILON[dtype] * moves)).to(value.dtype)
 
 
 def rows_within(value: Tensor, truth: Tensor, draws: Iterable[Tensor], dtype: str) -> Tensor:

@@ -19,6 +19,13 @@ def attach(model, config, generator):
     )
 
 
+@implements("adalora", name="acme")
+def attach_adalora(model, config, generator):
+    from acme_kernels.adalora import adapt
+
+    return adapt(model, config, generator)
+
+
 @implements("nf4_dequantize", name="acme", kind="operation")
 def dequantize(packed, absmax, block, shape, dtype):
     from acme_kernels.nf4 import decode
@@ -27,4 +34,4 @@ def dequantize(packed, absmax, block, shape, dtype):
 
 
 def implementations():
-    return [attach, dequantize]
+    return [attach, attach_adalora, dequantize]
