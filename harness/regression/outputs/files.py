@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.analysis.comparison.baseline_rows import Findings
-from harness.errors import UsageError
 from harness.records import files
 from harness.regression.outputs import github, junit, markdown
 
@@ -23,13 +22,7 @@ class Outputs:
 
     def refuse(self) -> None:
         """Raise UsageError for files that could not be written, before anything is compared."""
-        given = {"--junit": self.junit, "--markdown": self.markdown}
-        problems = {option: why for option, file in given.items() if file and (why := files.unwritable(file))}
-        if self.junit and self.markdown and self.junit.absolute() == self.markdown.absolute():
-            problems = {"--junit, --markdown": f"both name {self.junit}"}
-        if problems:
-            hint = "name a file in a folder that can be written"
-            raise UsageError("; ".join(problems.values()), where=", ".join(problems), hint=hint)
+        files.refuse_unwritable({"--junit": self.junit, "--markdown": self.markdown})
 
     def write(self, findings: Findings, title: str) -> None:
         """Write the requested files."""
