@@ -26,8 +26,8 @@ from harness.analysis.statistics.paired import decide
 from harness.analysis.tracked_metrics import STEP
 from harness.analysis.verdict_kind import VerdictKind
 from harness.cli import main
-from harness.errors import Exit, HarnessError, UsageError
-from harness.records import environment, naming
+from harness.errors import Exit, HarnessError, StoreError, UsageError
+from harness.records import environment, files, naming
 from harness.records.cost import GpuPhase, GpuState
 from harness.records.memory import ALLOCATED
 from harness.records.record import Cell, Record, Status
@@ -430,6 +430,20 @@ def test_a_failed_new_side_is_a_finding_and_gets_no_more_pairs(gated, status: St
     assert f"the new side is {status.value}" in output
 
 
+def test_a_canary_that_cannot_be_written_is_refused_first_and_loses_no_pairs(
+    gated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeRuns()
+    with pytest.raises(StoreError, match="the canary cannot be written: Is a directory"):
+        gated(fake, canaries=tmp_path)
+    assert not fake.ran
+    add = canary_file.add
+    monkeypatch.setattr(canary_file, "add", lambda path, *facts: add(tmp_path, *facts))  # it has become a folder
+    code, output, document = gated(FakeRuns(slower=1.2))
+    assert (code, document["canary"]) == (Exit.FAIL, None)
+    assert "slower" in output
+
+
 def test_too_many_alarms_of_canaries_close_the_gate(gated, tmp_path: Path) -> None:
     place = recorded_run.environment().id
     for number in range(40):
@@ -645,4 +659,27 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(gated) ->
     fake = FakeRuns()
     with pytest.raises(UsageError, match="there is no folder nowhere"):
         gated(fake, outputs=Outputs(junit=Path("nowhere") / "a.xml"))
+    with pytest.raises(UsageError, match="both name a"):
+        gated(fake, outputs=Outputs(junit=Path("a"), markdown=Path("a")))
     assert not fake.ran
+
+
+@pytest.mark.parametrize("lost", ["pairs.json", "a.xml", "a.md"])
+def test_a_file_that_cannot_be_written_after_all_loses_neither_the_verdict_nor_the_others(
+    lost: str, gated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = files.write_atomic
+
+    def written(path: Path, data: bytes) -> None:
+        if path.name == lost:
+            raise StoreError("the disk is full", where=str(path))
+        write(path, data)
+
+    monkeypatch.setattr(files, "write_atomic", written)
+    monkeypatch.setattr(gate_pairs, "write_atomic", written)
+    out, outputs = tmp_path / "out", Outputs(tmp_path / "a.xml", tmp_path / "a.md")
+    with pytest.raises(StoreError, match="the disk is full"):
+        gated(FakeRuns(), out=out, outputs=outputs)
+    assert "pass: none of 1 Cells is slower" in capsys.readouterr().out
+    found = [file.name for file in (out / "pairs.json", tmp_path / "a.xml", tmp_path / "a.md") if file.is_file()]
+    assert found == [name for name in ("pairs.json", "a.xml", "a.md") if name != lost]

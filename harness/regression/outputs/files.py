@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +26,12 @@ class Outputs:
         files.refuse_unwritable({"--junit": self.junit, "--markdown": self.markdown})
 
     def write(self, findings: Findings, title: str) -> None:
-        """Write the requested files."""
-        if self.junit is not None:
-            files.write_atomic(self.junit, junit.render(findings))
-        if self.markdown is not None:
-            files.write_atomic(self.markdown, markdown.render(findings, title))
-
-    def annotate(self, findings: Findings) -> None:
-        """Print the annotations to stderr, after the table."""
+        """Print the annotations to stderr, and write the requested files; one that fails does not prevent the other."""
         if self.annotations or github.is_job():
             for line in github.lines(findings):
                 print(line, file=sys.stderr)
+        with contextlib.ExitStack() as afterwards:
+            if self.markdown is not None:
+                afterwards.callback(files.write_atomic, self.markdown, markdown.render(findings, title))
+            if self.junit is not None:
+                files.write_atomic(self.junit, junit.render(findings))
