@@ -31,6 +31,7 @@ from harness.records import environment, files, naming
 from harness.records.cost import GpuPhase, GpuState
 from harness.records.memory import ALLOCATED
 from harness.records.record import Cell, Record, Status
+from harness.regression import git
 from harness.regression.outputs.files import Outputs
 from harness.regression.pairs import canary_file
 from harness.regression.pairs import gate as gate_pairs
@@ -507,6 +508,24 @@ def test_revisions_are_checked_out_and_removed(tmp_path: Path, monkeypatch: pyte
             pass
     with pytest.raises(UsageError, match="is an implementation"), pair_sides.opened("fused", "HEAD", plan):
         pass
+
+
+def test_git_that_is_missing_or_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair_sides.resources, "checkout", lambda: tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for repo in (None, tmp_path):
+        with (
+            pytest.raises(HarnessError, match=r"git cannot be run: ") as raised,
+            pair_sides.opened("HEAD", pair_sides.HERE, loader.load("smoke").plan, repo),
+        ):
+            pass
+        assert (raised.value.where, raised.value.hint) == (str(tmp_path), "install git")
+    assert git.user() == ""
+    (tmp_path / "git").write_text(f"#!{sys.executable}\nimport time; time.sleep(600)")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setattr(git, "_PATIENCE_S", 0.1)
+    with pytest.raises(HarnessError, match=r"`git status` did not end within"):
+        git.run(tmp_path, "status")
 
 
 def test_a_revision_runs_with_its_own_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

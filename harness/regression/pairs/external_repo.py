@@ -48,10 +48,7 @@ class ExternalRepo:
 
 def find(folder: Path) -> ExternalRepo:
     """Return the repository of a folder. Raises UsageError for a folder that is in no git checkout."""
-    try:
-        done = git.run(folder, "rev-parse", "--show-toplevel")
-    except OSError as error:
-        raise UsageError(f"git cannot be run: {error}", where="--repo", hint="install git") from error
+    done = git.run(folder, "rev-parse", "--show-toplevel")
     if done.returncode:
         what = f"{folder} is in no git checkout" if folder.is_dir() else f"{folder} is no folder"
         raise UsageError(what, where="--repo", hint="name the folder that holds your package, or its `src`")
