@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -40,6 +41,7 @@ from harness.regression.pairs.request import PairsRequest
 from harness.regression.pairs.sides import Side
 from harness.suites import loader
 from support import recorded_run
+from support.processes import eventually, gone
 from support.sandbox import Sandbox
 
 SUITE = """
@@ -508,6 +510,19 @@ def test_revisions_are_checked_out_and_removed(tmp_path: Path, monkeypatch: pyte
             pass
     with pytest.raises(UsageError, match="is an implementation"), pair_sides.opened("fused", "HEAD", plan):
         pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork, which a lifeline needs")
+def test_the_run_of_a_side_ends_with_a_gate_that_is_killed(tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    run = f"import os, pathlib, time; pathlib.Path({str(file)!r}).write_text(f'{{os.getpid()}}.'); time.sleep(600)"
+    gate = f"import os, sys; from harness.regression.pairs import sides; sides._ran([sys.executable, '-c', {run!r}], os.environ)"
+    with subprocess.Popen([sys.executable, "-c", gate]) as process:
+        eventually(lambda: file.is_file() and file.read_text().endswith("."), "the side runs")
+        pid = int(file.read_text().rstrip("."))
+        assert not gone(pid)
+        process.kill()
+    eventually(lambda: gone(pid), "the run of the side is gone")
 
 
 def test_git_that_is_missing_or_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from harness import resources
 from harness.errors import HarnessError, UsageError, did_you_mean
 from harness.methods.registry import discover
+from harness.process import lifeline
 from harness.process.supervisor import Subprocess
 from harness.records import environment, store
 from harness.records.record import Cell, Record
@@ -159,8 +160,14 @@ def _variables(side: Side) -> dict[str, str]:
 
 
 def _ran(command: Sequence[str], variables: dict[str, str]) -> tuple[int | None, str]:
-    """Run a command and return its exit code and stderr; if this process is ended, give the command time to end cleanly."""
-    with Subprocess(command, environment=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as child:
+    """Run a command and return its exit code and stderr; if this process is ended, give the command time to end cleanly.
+
+    If this process is killed, so is the command. The script that does so is this harness's: an old revision may have none.
+    """
+    script = [sys.executable, "-I", "-S", lifeline.__file__]
+    with Subprocess(
+        script, command, environment=variables, lifeline=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as child:
         try:
             code = child.wait()
         except BaseException:
