@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import os
@@ -34,7 +35,7 @@ from harness.records.memory import ALLOCATED
 from harness.records.record import Cell, Record, Status
 from harness.regression import git
 from harness.regression.outputs.files import Outputs
-from harness.regression.pairs import canary_file
+from harness.regression.pairs import canary_file, external_repo
 from harness.regression.pairs import gate as gate_pairs
 from harness.regression.pairs import sides as pair_sides
 from harness.regression.pairs.request import PairsRequest
@@ -563,6 +564,50 @@ def test_a_revision_runs_with_its_own_entry_points(tmp_path: Path, monkeypatch: 
         command = [sys.executable, "-P", "-c", points]
         done = subprocess.run(command, env=pair_sides._variables(old), capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "['before']"
+
+
+def test_a_revision_without_a_version_has_the_installed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = '[project.entry-points."harness.implementations"]\nours = "a"\n'
+    for name, version in (("pytest", importlib.metadata.version("pytest")), ("installed-nowhere", "0")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pyproject.toml").write_text(f'[project]\nname = "{name}"\ndynamic = ["version"]\n{points}')
+        pair_sides._write_metadata(tmp_path / name)
+        (found,) = importlib.metadata.distributions(path=[f"{tmp_path / name}.metadata"])
+        assert (found.name, found.version) == (name, version)
+
+
+def test_a_revision_whose_metadata_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text("[project")
+    with pytest.raises(HarnessError, match="pyproject.toml of revision .* is no valid TOML: ") as raised:
+        pair_sides._write_metadata(tmp_path)
+    assert "correct the file" in raised.value.hint
+
+
+def test_other_output_does_not_hide_the_packages_of_a_side_and_a_failure_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "guest").mkdir()
+    (tmp_path / "guest" / "__init__.py").touch()
+    info = tmp_path / "guest-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: guest\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[harness.implementations]\nguest = guest\n")
+
+    def packages(at_start: str) -> frozenset[str]:
+        (tmp_path / "sitecustomize.py").write_text(f"import os, sys, time; {at_start}")
+        return external_repo.packages("a side", tmp_path, {**os.environ, "PYTHONPATH": str(tmp_path)})
+
+    assert packages("print('hello')") == {"guest"}
+    failed = "the plug-ins of a side cannot be listed: "
+    with pytest.raises(HarnessError, match=f"{failed}no driver"):
+        packages("print('hello'); print('first\\nno driver', file=sys.stderr, flush=True); os._exit(3)")
+    with pytest.raises(HarnessError, match=f"{failed}no answer, exit code 3"):
+        packages("os._exit(3)")
+    monkeypatch.setattr(external_repo, "_PATIENCE_S", 0.1)
+    with pytest.raises(HarnessError, match=f"{failed}no answer within 0.1 s"):
+        packages("time.sleep(600)")
 
 
 _PLUGIN = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -224,14 +225,26 @@ def _metadata(tree: Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def _installed(distribution: str) -> str:
+    """Return the installed version of a distribution whose pyproject.toml has none (`dynamic`); "0" without one."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "0"
+
+
 def _write_metadata(tree: Path) -> None:
     """Write the distribution metadata of a checked-out revision next to it, if its pyproject.toml declares entry points."""
     file = tree / "pyproject.toml"
-    project = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {}) if file.is_file() else {}
+    try:
+        project = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {}) if file.is_file() else {}
+    except ValueError as error:
+        what = f"pyproject.toml of revision {tree.name} is no valid TOML: {error}"
+        raise HarnessError(what, where="--pairs", hint="name another revision, or correct the file and commit it") from error
     name, groups = project.get("name", ""), project.get("entry-points", {})
     if not name or not groups:
         return
-    version = project.get("version", "0")
+    version = project.get("version") or _installed(name)
     info = tree.with_name(f"{tree.name}.metadata") / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
