@@ -27,6 +27,14 @@ def combined_sha256(paths: Sequence[Path]) -> str:
     return hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in paths).encode()).hexdigest()
 
 
+def whole_lines(path: Path) -> list[str]:
+    """Return the lines of a file that another process writes, without a last line that it has not finished.
+
+    Returns no lines if there is no file.
+    """
+    return path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines() if path.exists() else []
+
+
 def unwritable(file: Path) -> str:
     """Return the reason why a file cannot be written; empty if it can be written."""
     if file.exists() and not file.is_file():  # e.g. /dev/null, which all processes share, must not be replaced
