@@ -58,7 +58,7 @@ class AnsweredMetadata(Metadata):
 
 
 class LabelledFile(BaseModel):
-    """Top level of the file of a task with classes. lm-eval's own keys are checked by `task_schema`."""
+    """Top level of the file of a task with classes. lm-eval's own keys are checked by `lm_eval_keys`."""
 
     model_config = Metadata.model_config
 
@@ -98,7 +98,7 @@ class Task(TaskSpec):
     train: Source | None = None
     """Separate training set; if None, training uses the rows of `data` that do not test."""
     upstream: lm_eval_files.TaskFile | None = None
-    """True for one of lm-eval's own tasks, which have their own splits."""
+    """The file of one of lm-eval's own tasks, which have their own splits; None for any other task."""
 
     @property
     def trains(self) -> bool:
