@@ -1,6 +1,6 @@
 """Answer requests of one parent process: `python -m harness.memory_model.counting_worker LIFELINE REQUESTS ANSWERS`.
 
-REQUESTS is a file with a JSON list of requests (`harness.memory_model.messages`). ANSWERS becomes a JSON Lines file with their
+REQUESTS is a file with a JSON list of requests (`harness.memory_model.messages`). ANSWERS becomes a JSON Lines file with the
 answers, in order.
 """
 

@@ -212,8 +212,8 @@ class RunFolder:
     def close(self, run: Run, footer: Footer) -> Run:
         """Write footer.json with the hashes of run.json and of all Records, and return the complete run.
 
-        run: the run as it was just read; a Record that a worker has written since then gets its hash too. Hashes of an earlier footer stay, except for Records that the user moved away so
-        that their Cells are measured again.
+        run: the run as it was just read; a Record that a worker has written since then gets its hash too. Hashes of an
+        earlier footer stay, except for Records that the user moved away so that their Cells are measured again.
         """
         known = _sealed(self.path)
         names = ["run.json", *run.changed]

@@ -769,7 +769,10 @@ def test_a_dead_process_is_one_row_and_the_other_sizes_continue(monkeypatch: pyt
     [
         ([row()], Exit.PASS),
         ([row(), row(outcome="failed", samples=None)], Exit.INFRASTRUCTURE),
-        ([row(outcome="not-run", samples=None, because="a reason", cause="no-gpu", device="cuda")], Exit.INFRASTRUCTURE),
+        (
+            [row(outcome="not-run", samples=None, because="a reason", cause="no-gpu", device="cuda")],
+            Exit.INFRASTRUCTURE,
+        ),
         (
             [
                 row(outcome="not-run", samples=None, because=why, cause=cause, device="cuda")

@@ -517,8 +517,8 @@ def test_revisions_are_checked_out_and_removed(tmp_path: Path, monkeypatch: pyte
 def test_the_run_of_a_side_ends_with_a_gate_that_is_killed(tmp_path: Path) -> None:
     file = tmp_path / "pid"
     run = f"import os, pathlib, time; pathlib.Path({str(file)!r}).write_text(f'{{os.getpid()}}.'); time.sleep(600)"
-    gate = f"import os, sys; from harness.regression.pairs import sides; sides._ran([sys.executable, '-c', {run!r}], os.environ)"
-    with subprocess.Popen([sys.executable, "-c", gate]) as process:
+    gate = "import os, sys; from harness.regression.pairs import sides; sides._ran(sys.argv[1:], os.environ)"
+    with subprocess.Popen([sys.executable, "-c", gate, sys.executable, "-c", run]) as process:
         eventually(lambda: file.is_file() and file.read_text().endswith("."), "the side runs")
         pid = int(file.read_text().rstrip("."))
         assert not gone(pid)
@@ -566,9 +566,7 @@ def test_a_revision_runs_with_its_own_entry_points(tmp_path: Path, monkeypatch: 
         assert done.stdout.strip() == "['before']"
 
 
-def test_a_revision_without_a_version_has_the_installed_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_revision_without_a_version_has_the_installed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     points = '[project.entry-points."harness.implementations"]\nours = "a"\n'
     for name, version in (("pytest", importlib.metadata.version("pytest")), ("installed-nowhere", "0")):
         (tmp_path / name).mkdir()
@@ -580,7 +578,7 @@ def test_a_revision_without_a_version_has_the_installed_one(
 
 def test_a_revision_whose_metadata_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text("[project")
-    with pytest.raises(HarnessError, match="pyproject.toml of revision .* is no valid TOML: ") as raised:
+    with pytest.raises(HarnessError, match=r"pyproject.toml of revision .* is no valid TOML: ") as raised:
         pair_sides._write_metadata(tmp_path)
     assert "correct the file" in raised.value.hint
 

@@ -240,7 +240,9 @@ def _write_metadata(tree: Path) -> None:
         project = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {}) if file.is_file() else {}
     except ValueError as error:
         what = f"pyproject.toml of revision {tree.name} is no valid TOML: {error}"
-        raise HarnessError(what, where="--pairs", hint="name another revision, or correct the file and commit it") from error
+        raise HarnessError(
+            what, where="--pairs", hint="name another revision, or correct the file and commit it"
+        ) from error
     name, groups = project.get("name", ""), project.get("entry-points", {})
     if not name or not groups:
         return
