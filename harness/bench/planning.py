@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from harness.bench import operations as timed_operations
-from harness.bench.results import BenchRow
+from harness.bench.results import BenchRow, Cause
 from harness.bench.sizes import BenchSize, sizes
 from harness.bench.steps import STEPS, Backbone
 from harness.conformance import parity_suite
@@ -80,12 +80,14 @@ class BenchTask:
         """Return the same task for only the implementation at `index`, to measure its memory."""
         return replace(self, names=self.names[index : index + 1], packers=self.packers[index : index + 1])
 
-    def row(self, outcome: Literal["not-run", "failed"], because: str, number: int = 0) -> BenchRow:
-        """Return the row of a benchmark without samples. because: why it has none. number: index of its size."""
+    def row(
+        self, outcome: Literal["not-run", "failed"], because: str, number: int = 0, cause: Cause | None = None
+    ) -> BenchRow:
+        """Return the row of a benchmark without samples. because: the reason. number: index of its size."""
         shape = f"{self.sizes[number].layer} {self.sizes[number].E}x{self.sizes[number].D}" if self.sizes else "-"
         return BenchRow(
             name=self.name, shape=shape, dtype=self.dtype, device=self.device, ours=self.names[0], other=self.names[-1],
-            outcome=outcome, because=because,
+            outcome=outcome, because=because, cause=cause,
         )  # fmt: skip
 
 
@@ -98,9 +100,9 @@ def plan(request: BenchRequest, registry: Registry, no_gpu: str) -> tuple[list[B
     device = request.device if request.device != "auto" else "cpu" if no_gpu else "cuda"
     planned = _Plan(request, registry, device)
     if device == "cuda" and no_gpu:
-        return [], [*planned.rows, *(task.row("not-run", no_gpu) for task in planned.tasks)]
+        return [], [*planned.rows, *(task.row("not-run", no_gpu, cause="no-gpu") for task in planned.tasks)]
     on_gpu = _Plan(request, registry, "cuda").tasks if request.device == "auto" and no_gpu else []
-    return planned.tasks, [*planned.rows, *(task.row("not-run", no_gpu) for task in on_gpu)]
+    return planned.tasks, [*planned.rows, *(task.row("not-run", no_gpu, cause="no-gpu") for task in on_gpu)]
 
 
 class _Plan:

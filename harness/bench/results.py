@@ -14,8 +14,7 @@ from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 from harness.records.record import FrozenModel, Json, Seconds
 
 Outcome = Literal["measured", "refused", "not-run", "failed"]
-NO_GPU, INTERRUPTED = "no GPU", "interrupted"
-"""Beginnings of two reasons why a row was not run."""
+Cause = Literal["no-gpu", "interrupted"]
 MOSTLY_CALL = 0.2
 """Largest share of call overhead in a time. Above this share, a ratio of times compares overheads rather than work."""
 FEWEST = next(n for n in count(1) if median_interval([0.0] * n).low is not None)
@@ -70,6 +69,8 @@ class BenchRow(FrozenModel):
     outcome: Outcome
     because: str = ""
     """Reason why the row was not measured."""
+    cause: Cause | None = None
+    """The reason as far as exit codes and notes depend on it."""
     differs: str = ""
     """Differences between the two computations, if there are any."""
     judged: str = ""

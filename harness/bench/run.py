@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.bench import files, planning, pytest_benchmark, table
 from harness.bench.planning import BenchRequest, BenchTask
-from harness.bench.results import INTERRUPTED, NO_GPU, BenchRow
+from harness.bench.results import BenchRow
 from harness.conformance.execution import worker_processes
 from harness.errors import Exit, UsageError
 from harness.process.termination import handle_termination
@@ -24,6 +24,7 @@ from harness.records.record import Environment
 
 PATIENCE_S = 900.0
 """Seconds without an event after which a worker is killed. The reference takes minutes of CPU at the largest sizes."""
+_NO_GPU = "no GPU"
 
 
 @dataclass
@@ -50,7 +51,7 @@ class BenchReport:
             return Exit.INFRASTRUCTURE
         if any(row.outcome == "measured" for row in self.rows):
             return Exit.PASS
-        no_gpu = any(row.because.startswith(NO_GPU) for row in self.rows)
+        no_gpu = any(row.cause == "no-gpu" for row in self.rows)
         only_gpu = all(row.device == "cuda" for row in self.rows)
         return Exit.INFRASTRUCTURE if no_gpu and only_gpu else Exit.NOTHING_COMPARED
 
@@ -101,7 +102,7 @@ def measure(request: BenchRequest, threads: int, report: BenchReport, save: Call
     report.broken = registry.broken
     for name, why in registry.broken.items():
         print(f"plug-in {name} could not be loaded: {why}", file=sys.stderr)
-    tasks, not_run = planning.plan(request, registry, no_gpu() if request.device != "cpu" else NO_GPU)
+    tasks, not_run = planning.plan(request, registry, no_gpu() if request.device != "cpu" else _NO_GPU)
     processes, remaining, done = TaskRunner(request, threads, WorkerPool()), list(tasks), 0
     try:
         while remaining:
@@ -117,7 +118,8 @@ def measure(request: BenchRequest, threads: int, report: BenchReport, save: Call
         report.interrupted = True
         after = f" after the {'row' if done == 1 else f'{done} rows'} above" if done else ""
         for number, task in enumerate(remaining):
-            add(replace(task, sizes=()).row("not-run", INTERRUPTED + after * (number == 0)))
+            because = f"interrupted{after if number == 0 else ''}"
+            add(replace(task, sizes=()).row("not-run", because, cause="interrupted"))
     for row in not_run:
         add(row)
 
@@ -128,10 +130,10 @@ def no_gpu() -> str:
     A separate process queries torch, which may be built without CUDA although the driver shows a GPU.
     """
     if not gpus():
-        return NO_GPU
+        return _NO_GPU
     first, *_ = WorkerPool().events("harness.bench.gpu_probe", {}, PATIENCE_S)
     why = first.get("unusable", first.get("died"))
-    return f"{NO_GPU}: nvidia-smi shows one, but {why}" if why else ""
+    return f"{_NO_GPU}: nvidia-smi shows one, but {why}" if why else ""
 
 
 @dataclass

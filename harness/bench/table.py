@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median
 
-from harness.bench.results import FEWEST, INTERRUPTED, NO_GPU, BenchRow, Ceilings
+from harness.bench.results import FEWEST, BenchRow, Ceilings
 from harness.bench.steps import PRODUCTS
 from harness.conformance.findings.outcomes import CheckStatus
 from harness.console import align_columns
@@ -23,8 +23,7 @@ def as_text(rows: Sequence[BenchRow]) -> str:
 def _fields(row: BenchRow) -> tuple[str, ...]:
     start = (row.name, row.shape, row.dtype, row.device)
     if row.outcome != "measured" or row.samples is None:  # a step is `failed`, with samples, if its memory is unknown
-        reason = f"{row.outcome}: {row.because}".replace(f"not-run: {NO_GPU}", f"not-run ({NO_GPU})")
-        return (*start, "-", row.other, "-", "-", "-", "-", reason)
+        return (*start, "-", row.other, "-", "-", "-", "-", f"{row.outcome}: {row.because}")
     ours, other = median(row.samples.ours), median(row.samples.other)
     return (
         *start, _time(ours) + _mark(row, "ours"), row.other, _time(other) + _mark(row, "other"), _ratio(row), _limit(row),
@@ -112,7 +111,7 @@ def _notes(rows: Sequence[BenchRow]) -> list[str]:
         notes += ["different computations, each judged against its own reference:", *differing]
     if judged := dict.fromkeys(f"  {row.name} {row.shape}: {row.judged}" for row in measured if row.judged):
         notes += ["parity judged on a smaller size than was timed:", *judged]
-    if missing := sum(row.because.startswith(INTERRUPTED) for row in rows):
+    if missing := sum(row.cause == "interrupted" for row in rows):
         notes.append(f"interrupted: {missing} of these did not finish, marked `not-run: interrupted`")
     return notes
 

@@ -15,6 +15,7 @@ from harness.claims.claim import Claim, MeasureRequest
 from harness.claims.judge import JudgedClaim, Missing, judge, plain
 from harness.claims.measure import MeasureResult
 from harness.process.supervisor import Subprocess, python_module
+from harness.records.files import whole_lines
 
 _PATIENCE_S = 1800.0
 """Seconds after which a worker is killed."""
@@ -41,9 +42,7 @@ def judged(claims: Sequence[Claim], jobs: int | None = None, runs: Sequence[Path
             workers.append((share, answers, worker))
         for share, answers, worker in workers:
             died = _wait(worker)
-            read = (
-                [_read(line) for line in answers.read_text(encoding="utf-8").splitlines()] if answers.exists() else []
-            )
+            read = [_read(line) for line in whole_lines(answers)]
             for claim in share:
                 count = len(_requests(claim))
                 found[claim.id] = read[:count] + [Missing(died, failed=True)] * max(0, count - len(read))
@@ -55,6 +54,7 @@ def _wait(worker: Subprocess) -> str:
     """Wait until a worker ends, and return the reason why measures may be missing."""
     if worker.wait(_PATIENCE_S) is None:
         return f"not computed within {_PATIENCE_S:.0f} s"
+    worker.close()  # so that all its output is read
     output = worker.output.strip().splitlines()
     return f"its worker process ended: {output[-1] if output else 'without output'}"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from harness.bench.sizes import SHAPES
 from harness.cli import options
 from harness.errors import Exit
 
@@ -22,7 +23,7 @@ from harness.errors import Exit
     help=f"Compare with this implementation only. {options.AGAIN}  [default: all others]",
 )  # fmt: skip
 @click.option(
-    "--shapes", type=click.Choice(["small", "8b", "70b"]), default="small", show_default=True,
+    "--shapes", type=click.Choice(SHAPES), default="small", show_default=True,
     help="Sizes of the linear layers: small ones, or those of Llama-3-8B or Llama-3-70B.",
 )  # fmt: skip
 @click.option(

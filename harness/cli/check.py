@@ -26,7 +26,7 @@ from harness.methods.peft_config import NO_REFERENCE, UNREFERENCED
 from harness.methods.registry import DTYPES, GROUP, Implementation, Registry, TargetKind, targets
 from harness.process.termination import handle_termination
 from harness.records.check import CheckId
-from harness.records.files import unwritable
+from harness.records.files import refuse_unwritable
 from harness.report import check_terminal
 
 
@@ -47,7 +47,7 @@ class CheckRequest:
 
 def check(request: CheckRequest, as_json: bool, junit: Path | None = None, html: Path | None = None) -> Exit:
     """Run the checks, print the report, write the requested files, and return the exit code."""
-    _check_writable({"--junit": junit, "--html": html})
+    refuse_unwritable({"--junit": junit, "--html": html})
     with handle_termination():
         report = judge(request)
     # Printing and each file are independent: a full disk or a closed stdout does not prevent the other outputs.
@@ -65,17 +65,6 @@ def check(request: CheckRequest, as_json: bool, junit: Path | None = None, html:
         else:
             check_terminal.print_matrix(report)
     return report.exit
-
-
-def _check_writable(files: dict[str, Path | None]) -> None:
-    """Raise UsageError if a file cannot be written, before the checks run for minutes."""
-    given = {option: file for option, file in files.items() if file is not None}
-    problems = {option: why for option, file in given.items() if (why := unwritable(file))}
-    if len({file.absolute() for file in given.values()}) < len(given):
-        problems = {"--junit, --html": f"both name {given['--junit']}"}
-    if problems:
-        hint = "name files in a writable folder"
-        raise UsageError("; ".join(problems.values()), where=", ".join(problems), hint=hint)
 
 
 def judge(request: CheckRequest) -> CheckReport:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.process.supervisor import python_module
+from harness.records.files import whole_lines
 
 TIMEOUT_S = 600.0
 """Time limit for all requests together."""
@@ -22,11 +23,12 @@ def run_requests(requests: Sequence[Mapping[str, Any]]) -> list[Any] | str:
     if not requests:
         return []
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "requests.json"  # the requests are too long for a command line
+        file, answered = Path(folder) / "requests.json", Path(folder) / "answers"  # too long for a command line
         file.write_text(json.dumps(requests), encoding="utf-8")
-        with python_module("harness.memory_model.counting_worker", [str(file)], {"HF_HUB_OFFLINE": "1"}) as child:
+        arguments = [str(file), str(answered)]
+        with python_module("harness.memory_model.counting_worker", arguments, {"HF_HUB_OFFLINE": "1"}) as child:
             code = child.wait(TIMEOUT_S)
-    answers = [json.loads(line) for line in child.output.splitlines() if line.startswith("{")]
+        answers = [json.loads(line) for line in whole_lines(answered)]
     if code is None and len(answers) < sum("cell" not in one for one in requests):
         return f"counting took more than {TIMEOUT_S:.0f} s"
     if code:

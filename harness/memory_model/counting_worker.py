@@ -1,6 +1,7 @@
-"""Answer requests of one parent process: `python -m harness.memory_model.counting_worker LIFELINE FILE`.
+"""Answer requests of one parent process: `python -m harness.memory_model.counting_worker LIFELINE REQUESTS ANSWERS`.
 
-FILE has a JSON list of requests (`harness.memory_model.messages`). Each answer is one line of JSON on stdout, in order.
+REQUESTS is a file with a JSON list of requests (`harness.memory_model.messages`). ANSWERS becomes a JSON Lines file with the
+answers, in order.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ def main(argv: list[str]) -> None:
     """Answer every request of the file named on the command line."""
     if hasattr(os, "fork"):
         die_with_parent(int(argv[1]))
-    for request in json.loads(Path(argv[2]).read_bytes()):
-        print(json.dumps(_answer(request)), flush=True)
+    with Path(argv[3]).open("w", encoding="utf-8") as answers:
+        for request in json.loads(Path(argv[2]).read_bytes()):
+            print(json.dumps(_answer(request)), file=answers, flush=True)
 
 
 def _answer(request: Any) -> ModelCount | StepAnswer:

@@ -1,9 +1,13 @@
-"""Kill a worker and its children when the worker's parent ends. A pipe between parent and worker reveals this end."""
+"""A pipe that lets a worker and its children end when the worker's parent has ended.
+
+As a script, `lifeline.py DESCRIPTOR COMMAND...`, it becomes a command that knows nothing of the pipe.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 
 
 def die_with_parent(lifeline: int, *others: int) -> int:
@@ -22,3 +26,8 @@ def die_with_parent(lifeline: int, *others: int) -> int:
     finally:
         os.killpg(0, signal.SIGKILL)
     raise SystemExit  # unreachable: the process has killed itself
+
+
+if __name__ == "__main__":
+    die_with_parent(int(sys.argv[1]))
+    os.execv(sys.argv[2], sys.argv[2:])  # noqa: S606  # the command of this process's parent

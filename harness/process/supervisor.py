@@ -93,6 +93,8 @@ class Subprocess:
             )  # fmt: skip
             self._ours = ours.pop_all()
         self.pid = self._process.pid
+        self._is_reaped = False
+        """Whether the group was killed and the process's exit code was read."""
         self._lines: deque[str] = deque(maxlen=_OUTPUT_LINES)
         # Lines are stored in memory: on a full disk, a file would lack the line that reports the full disk. A thread reads
         # them, because a child with a full pipe would wait forever for a reader.
@@ -148,6 +150,8 @@ class Subprocess:
 
     def kill_group(self) -> None:
         """Kill the process group: the process and its children, even if the process itself has ended."""
+        if self._is_reaped:  # the id may belong to other processes by now
+            return
         # The group may have ended. For a group of zombies macOS raises PermissionError.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
@@ -156,6 +160,7 @@ class Subprocess:
         """Kill the whole process group, and close the pipes. A second call does nothing."""
         self.kill_group()
         self._process.wait()
+        self._is_reaped = True
         for listener in self._listeners:
             listener.join(timeout=2)  # the pipe ends when the last process that holds it has ended
         self._ours.close()

@@ -7,10 +7,10 @@ import errno
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from harness.errors import StoreError
+from harness.errors import StoreError, UsageError
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 """Errors of file systems without hard links."""
@@ -27,6 +27,14 @@ def combined_sha256(paths: Sequence[Path]) -> str:
     return hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in paths).encode()).hexdigest()
 
 
+def whole_lines(path: Path) -> list[str]:
+    """Return the lines of a file that another process writes, without a last line that it has not finished.
+
+    Returns no lines if there is no file.
+    """
+    return path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines() if path.exists() else []
+
+
 def unwritable(file: Path) -> str:
     """Return the reason why a file cannot be written; empty if it can be written."""
     if file.exists() and not file.is_file():  # e.g. /dev/null, which all processes share, must not be replaced
@@ -38,6 +46,20 @@ def unwritable(file: Path) -> str:
             return ""
     except OSError as error:
         return f"{file}: cannot write in {file.parent}: {error.strerror}"
+
+
+def refuse_unwritable(files: Mapping[str, Path | None]) -> None:
+    """Raise UsageError for files that cannot be written, before a command works for minutes.
+
+    files: by option; None for a file that is not requested.
+    """
+    given = {option: file for option, file in files.items() if file is not None}
+    problems = {option: why for option, file in given.items() if (why := unwritable(file))}
+    if len({file.absolute() for file in given.values()}) < len(given):
+        problems = {", ".join(given): f"both name {next(iter(given.values()))}"}
+    if problems:
+        hint = "name files in a writable folder"
+        raise UsageError("; ".join(problems.values()), where=", ".join(problems), hint=hint)
 
 
 def write_atomic(path: Path, data: bytes, *, new: bool = False) -> None:

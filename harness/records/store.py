@@ -213,13 +213,14 @@ class RunFolder:
             raise StoreError(f"cannot write to this run: {error.strerror}", where=str(path)) from error
 
     def close(self, run: Run, footer: Footer) -> Run:
-        """Write footer.json with the hashes of run.json and of all Records of `run`, and return the complete run.
+        """Write footer.json with the hashes of run.json and of all Records, and return the complete run.
 
-        run: the run as it was just read. Hashes of an earlier footer stay, except those of Records that the user moved away
-        so that their Cells are measured again.
+        run: the run as it was just read; a Record that a worker has written since then gets its hash too. Hashes of an
+        earlier footer stay, except for Records that the user moved away so that their Cells are measured again.
         """
         known = _sealed(self.path)
-        names = ["run.json", *run.changed, *(f"cells/{record.id}.json" for record in run.records)]
+        names = ["run.json", *run.changed]
+        names += [f"cells/{file.name}" for file in _record_files(self.path) if file.name not in run.broken]
         there = {name: self.path / name for name in names if (self.path / name).is_file()}
         sealed = {name: known.get(name) or sha256(path) for name, path in there.items()}
         closed = footer.model_copy(update={"sha256": sealed})
@@ -274,9 +275,7 @@ def read_run(path: Path) -> Run:
     """Read a finished or unfinished run folder, and return the run. `Run.broken` lists the files that cannot be read."""
     manifest = read_manifest(path)
     records, broken = [], {}
-    for file in sorted((path / "cells").glob("*.json")):
-        if file.name.startswith("."):
-            continue
+    for file in _record_files(path):
         try:
             record = read_record(file)
         except StoreError as error:
@@ -295,6 +294,11 @@ def read_run(path: Path) -> Run:
     changed = _changed(path, records, broken, complete=footer is not None)
     whole = tuple(record for record in records if f"cells/{record.id}.json" not in changed)
     return Run(path, manifest, whole, footer, broken, changed)
+
+
+def _record_files(path: Path) -> list[Path]:
+    """List the files of a run's Records, without those that are being written."""
+    return [file for file in sorted((path / "cells").glob("*.json")) if not file.name.startswith(".")]
 
 
 def _changed(path: Path, records: Sequence[Record], broken: Mapping[str, str], *, complete: bool) -> dict[str, str]:

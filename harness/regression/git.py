@@ -5,16 +5,28 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+from harness.errors import HarnessError
+
+_PATIENCE_S = 600.0
+"""Seconds after which git is killed. A large revision may take minutes to check out on a network drive."""
+
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run git in a folder and capture its output. Raises OSError if git is not installed."""
-    return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+    """Run git in a folder and capture its output. Raises HarnessError if git is not installed or does not end."""
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE_S)
+    except OSError as error:
+        raise HarnessError(f"git cannot be run: {error}", where=str(folder), hint="install git") from error
+    except subprocess.TimeoutExpired as error:
+        what = f"`git {' '.join(arguments)}` did not end within {_PATIENCE_S:.0f} s"
+        raise HarnessError(what, where=str(folder), hint="run it there yourself to see what it waits for") from error
 
 
 def user() -> str:
     """Return git's user as `NAME <EMAIL>`, or only the name; an empty string if git has no user.name here."""
     try:
         name, email = (run(Path(), "config", key).stdout.strip() for key in ("user.name", "user.email"))
-    except OSError:
+    except HarnessError:
         return ""
     return f"{name} <{email}>" if name and email else name

@@ -204,8 +204,8 @@ def _fetch(suite: Suite, plan: Plan, progress: Progress) -> CellAssets:
     return {cell.cell_id: (asset(resolve(cell.model, suite.sources, base)), *tasks[cell.task]) for cell in plan.cells}
 
 
-def _find_old(plan: Plan, out: Path | None, resume: str | None, stack: contextlib.ExitStack) -> store.Run | None:
-    """Return the run to resume, locked until `stack` is closed; None for a new run.
+def _find_old(plan: Plan, out: Path | None, resume: str | None, stack: contextlib.ExitStack) -> Path | None:
+    """Return the folder of the run to resume, locked until `stack` ends and without other runners' Cells, or None.
 
     Raises UsageError or StoreError if the run's folder cannot be used. This happens before anything is fetched.
     """
@@ -224,19 +224,20 @@ def _find_old(plan: Plan, out: Path | None, resume: str | None, stack: contextli
         hint = "resume with the suite it was started with, or start a new run"
         raise UsageError(what, where=f"--resume {manifest.run}", hint=hint)
     stack.callback(store.RunFolder.take(path).release)
-    return store.read_run(path)  # after locking, because another runner may have been writing to it
+    executors.recall(path)  # they end while models are fetched, and their last Records count
+    return path
 
 
 def _reopen(
-    old: store.Run, here: Environment, assets: CellAssets, device: str, progress: Progress, *, is_remote: bool
+    path: Path, here: Environment, assets: CellAssets, device: str, progress: Progress, *, is_remote: bool
 ) -> tuple[store.RunFolder, str, set[str]]:
     """Return an old run's folder, its id, and the ids of the Cells that need not run again.
 
     A Cell need not run again if its newest Record is `ok`, and comes from the same machine, code, device, data and plug-in.
     is_remote: whether Cells run on other machines than the runner; then only the software is compared, not the machine.
     """
-    folder = store.RunFolder(old.path)
-    executors.recall(old.path)
+    # Another runner, or the Cells that it left running, may have written until now.
+    folder, old = store.RunFolder(path), store.read_run(path)
     if old.footer is None:
         why = "its footer.json cannot be read" if "footer.json" in old.broken else "it has no footer.json"
         progress.print(f"run {old.manifest.run} is incomplete: {why}; it is resumed from its Cells' Records")

@@ -58,7 +58,7 @@ class AnsweredMetadata(Metadata):
 
 
 class LabelledFile(BaseModel):
-    """Top level of the file of a task with classes. `lm_eval_keys` checks the keys of lm-eval."""
+    """Top level of the file of a task with classes. lm-eval's own keys are checked by `lm_eval_keys`."""
 
     model_config = Metadata.model_config
 
@@ -98,7 +98,7 @@ class Task(TaskSpec):
     train: Source | None = None
     """Separate training set; if None, training uses the rows of `data` that are not test rows."""
     upstream: lm_eval_files.TaskFile | None = None
-    """File of one of lm-eval's own tasks, which have their own splits; None for other tasks."""
+    """The file of one of lm-eval's own tasks, which have their own splits; None for any other task."""
 
     @property
     def trains(self) -> bool:

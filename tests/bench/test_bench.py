@@ -502,7 +502,7 @@ def test_a_bench_writes_a_file_per_benchmark_with_raw_samples(
     assert command.bench(requested, False, out, export) is Exit.PASS
     shown = capsys.readouterr().out
     assert "galore_step/outputs/float32/call" in shown
-    assert "not-run (no GPU)" in shown
+    assert "not-run: no GPU" in shown
     measured, absent = (json.loads(file.read_text()) for file in sorted(out.iterdir()))
     assert (measured["outcome"], absent["outcome"]) == ("measured", "not-run")
     assert len(measured["samples"]["ours"]) == len(measured["samples"]["other"]) == 6
@@ -596,6 +596,7 @@ def test_ctrl_c_keeps_the_measured_rows_and_lists_the_missing_ones(
     shown = capsys.readouterr().out
     files = [json.loads(file.read_text()) for file in sorted(tmp_path.iterdir())]
     assert [one["because"] for one in files] == ["", "interrupted after the row above", "interrupted"]
+    assert [one["cause"] for one in files] == [None, "interrupted", "interrupted"]
     assert [one["other"] for one in files] == ["bitsandbytes", "bitsandbytes", "torchao"]
     if as_json:
         document = json.loads(shown)
@@ -712,7 +713,7 @@ def test_without_a_gpu_only_the_cpu_is_timed(registry: Registry) -> None:
     requested = BenchRequest(["galore_step"], ["galore-torch"], ours="reference")
     tasks, later = planning.plan(requested, registry, no_gpu="no GPU")
     assert [task.device for task in tasks] == ["cpu"]
-    assert [(one.device, one.because) for one in later] == [("cuda", "no GPU")]
+    assert [(one.device, one.because, one.cause) for one in later] == [("cuda", "no GPU", "no-gpu")]
     tasks, later = planning.plan(requested, registry, no_gpu="")
     assert ([task.device for task in tasks], later) == (["cuda"], [])
 
@@ -734,7 +735,7 @@ def test_a_gpu_that_torch_cannot_use_is_not_used(
     monkeypatch.setattr(command, "gpus", lambda: ("GPU-0, one that the driver shows",))
     assert main(["bench", "--op", "nf4_quantize", "--device", "cuda"]) == Exit.INFRASTRUCTURE
     why = f"nvidia-smi shows one, but torch {torch.__version__} is built without CUDA"
-    assert f"not-run (no GPU): {why}" in capsys.readouterr().out
+    assert f"not-run: no GPU: {why}" in capsys.readouterr().out
     requested = BenchRequest(["galore_step"], ["galore-torch"], ours="reference")
     assert [task.device for task in planning.plan(requested, registry, command.no_gpu())[0]] == ["cpu"]
 
@@ -768,18 +769,21 @@ def test_a_dead_process_is_one_row_and_the_other_sizes_continue(monkeypatch: pyt
     [
         ([row()], Exit.PASS),
         ([row(), row(outcome="failed", samples=None)], Exit.INFRASTRUCTURE),
-        ([row(outcome="not-run", samples=None, because="no GPU", device="cuda")], Exit.INFRASTRUCTURE),
         (
-            [
-                row(outcome="not-run", samples=None, because=f"no GPU{why}", device="cuda")
-                for why in ("", ": of torch's")
-            ]
-            + [row(outcome="not-run", samples=None, because="no implementation", device="cuda")],
+            [row(outcome="not-run", samples=None, because="a reason", cause="no-gpu", device="cuda")],
             Exit.INFRASTRUCTURE,
         ),
         (
             [
-                row(outcome="not-run", samples=None, because="no GPU", device="cuda"),
+                row(outcome="not-run", samples=None, because=why, cause=cause, device="cuda")
+                for why, cause in (("a reason", "no-gpu"), ("no implementation", None))
+            ],
+            Exit.INFRASTRUCTURE,
+        ),
+        ([row(outcome="not-run", samples=None, because="no GPU offers this", device="cuda")], Exit.NOTHING_COMPARED),
+        (
+            [
+                row(outcome="not-run", samples=None, because="a reason", cause="no-gpu", device="cuda"),
                 row(outcome="not-run", samples=None, because="no implementation"),
             ],
             Exit.NOTHING_COMPARED,

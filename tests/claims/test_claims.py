@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from harness.claims import claim_file, explain, selection, table, worker
+from harness.claims import claim_file, compute, explain, selection, table, worker
 from harness.claims.judge import ClaimVerdict, JudgedClaim, Missing, judge
 from harness.claims.measure import MeasureResult
 from harness.claims.measures.conformance import conforms
@@ -23,6 +23,7 @@ from harness.claims.printed_number import Rounding, agrees, parse
 from harness.cli import main
 from harness.errors import Exit, SuiteError
 from harness.methods.registry import Registry, implements
+from harness.process.supervisor import Subprocess, python
 from reference import lora
 from support.processes import eventually, gone
 from support.sandbox import ForkSandbox
@@ -459,6 +460,23 @@ def test_a_reading_that_was_not_computed_might_have_come_out(tmp_path: Path) -> 
     assert (row.verdict, row.failed) == (ClaimVerdict.INCONCLUSIVE, True)
     assert f"not computed under rank 3: {tmp_path / 'mine.yaml'}:5: the process ended" in row.why
     assert judge(claim, [MeasureResult(112, ""), MeasureResult(168, "")]).verdict is ClaimVerdict.NOT_REPRODUCED
+
+
+def test_a_torn_answer_of_a_worker_that_died_takes_no_other_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "import os, pathlib, sys; pathlib.Path(sys.argv[3]).write_text("
+        """'{"how": "", "value": "112", "most": null, "within": null}\\n{"how": "", "val'); """
+        "print('no memory', flush=True); os.kill(os.getpid(), 9)"
+    )
+    listen = Subprocess._listen
+    monkeypatch.setattr(Subprocess, "_listen", lambda *both: time.sleep(0.2) or listen(*both))  # a slow reader
+    monkeypatch.setattr(compute, "python_module", lambda _, words, env: python(["-c", code], env, words, lifeline=True))
+    text = line(tmp_path, "112") + line(tmp_path, "224", rank=4).replace("id: one", "id: two")
+    one, two = compute.judged(claim_file.load([write(tmp_path, text)]))
+    assert (one.verdict, two.verdict) == (ClaimVerdict.REPRODUCED, ClaimVerdict.NOT_RUN)
+    assert "its worker process ended: no memory" in two.why
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 
 from harness.assets import fetch, table
-from harness.records import store
+from harness.records import environment, store
 from harness.records.record import Status
+from harness.runner import executors, run
+from harness.runner.executors.local import Local
 from harness.suites import loader
+from support import stub_attempts
 from support.repository import TESTS
 from support.sandbox import Sandbox
 
@@ -74,6 +77,24 @@ def assets(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFT_HARNESS_CACHE", sandbox.environment["PEFT_HARNESS_CACHE"])
     for name in ("tiny-llama", "toy-sentiment"):
         fetch.ensure(table.resolve(name, loader.load("smoke").sources, Path()))
+
+
+@pytest.mark.usefixtures("assets")
+def test_cells_that_end_while_the_run_is_taken_over_are_not_measured_again(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed runner leaves a Slurm array, whose elements end when they are recalled; one has just finished its Cell."""
+    monkeypatch.chdir(sandbox.folder)
+    suite = sandbox.suite("{implementation: reference, seed: [0, 1]}")
+    cells = loader.load(suite).plan.cells
+    command = stub_attempts.stub(Path(), cells, environment.describe(environment.threads()))
+    run.run_suite(suite, out=Path("run"), device="cpu", executor=Local(1, command))
+    late = store.RunFolder(Path("run")).record_path(cells[1].cell_id, 1)
+    late.rename("late.json")
+    Path("run", "footer.json").unlink()
+    monkeypatch.setattr(executors, "recall", lambda folder: Path("late.json").rename(late))
+    run.run_suite(suite, resume="run", device="cpu", executor=Local(1, command))
+    assert [record.attempt for record in store.read_run(Path("run")).records] == [1, 1]
 
 
 @pytest.mark.usefixtures("assets")

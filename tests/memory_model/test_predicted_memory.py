@@ -14,6 +14,8 @@ import pytest
 
 from harness.analysis.run_facts import analyse
 from harness.memory_model import counting_client, plan_prediction
+from harness.process.supervisor import python
+from harness.records.files import whole_lines
 from harness.records.record import Evaluation, Predicted, Record
 from harness.report import plan_table, tables
 from harness.suites import loader
@@ -255,6 +257,23 @@ def test_who_counts_ends_with_a_command_that_is_killed(sandbox: Sandbox) -> None
     eventually(lambda: not any(c.is_running() and c.status() != "zombie" for c in found), "nobody counts any more")
 
 
+def test_answers_are_told_from_output_and_a_torn_one_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import pathlib, sys, time; print('{}\\n' * 2000, flush=True); "
+        """pathlib.Path(sys.argv[3]).write_text('{"peak_B": 1}\\n{"peak_B": 2}\\n{"pea'); time.sleep(600)"""
+    )
+
+    @contextlib.contextmanager
+    def late(module: str, words: list[str], environment: dict[str, str]) -> Iterator[Any]:
+        with python(["-c", code], environment, words, lifeline=True) as child:
+            eventually(lambda: len(whole_lines(Path(words[1]))) == 2, "two are answered")
+            yield child
+
+    monkeypatch.setattr(counting_client, "python_module", late)
+    monkeypatch.setattr(counting_client, "TIMEOUT_S", 0.01)
+    assert counting_client.run_requests([{"cell": n} for n in range(3)]) == [{"peak_B": 1}, {"peak_B": 2}]
+
+
 @pytest.mark.slow
 def test_steps_that_take_too_long_take_no_formula_along(monkeypatch: pytest.MonkeyPatch) -> None:
     """The child is ended while it takes the first step; the counts of models were there before."""
@@ -264,7 +283,7 @@ def test_steps_that_take_too_long_take_no_formula_along(monkeypatch: pytest.Monk
     @contextlib.contextmanager
     def ended(*words: Any) -> Iterator[Any]:
         with start(*words) as child:
-            eventually(lambda: "{" in child.output, "the models are counted")
+            eventually(lambda: bool(whole_lines(Path(words[1][1]))), "the models are counted")
             wait = child.wait
             brief = {60.0: 0.01}
             monkeypatch.setattr(child, "wait", lambda limit=None: wait(brief.get(limit, limit)))

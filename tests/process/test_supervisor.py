@@ -38,6 +38,14 @@ def test_the_end_of_a_block_kills_the_whole_group() -> None:
     eventually(lambda: gone(int(child.output)), "the grandchild is gone")
 
 
+def test_a_closed_process_is_not_killed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Subprocess([*PYTHON, ""]) as child:
+        pass
+    monkeypatch.setattr(os, "killpg", lambda *_: pytest.fail("the id may belong to another group"))
+    child.close()
+    child.kill_group()
+
+
 def test_a_process_that_is_asked_to_end_may_end_cleanly() -> None:
     code = "import signal, sys, time\nsignal.signal(15, lambda *_: sys.exit(3))\nprint('ready', flush=True)\ntime.sleep(600)"
     with Subprocess([*PYTHON, code], stdout=subprocess.PIPE) as child:

@@ -143,6 +143,18 @@ def test_a_record_that_was_moved_away_is_measured_again_and_forgotten(run: store
     assert verdict.judge(again).exit is Exit.PASS
 
 
+def test_a_record_that_is_written_while_the_run_is_closed_counts(run: store.Run) -> None:
+    late = record_path(run)
+    late.rename(run.path / "late.json")
+    (run.path / "footer.json").unlink()
+    unfinished = store.read_run(run.path)
+    (run.path / "late.json").rename(late)
+    assert run.footer is not None
+    store.RunFolder(run.path).close(unfinished, run.footer)
+    again = store.read_run(run.path)
+    assert (again.changed, len(again.records)) == ({}, 10)
+
+
 def test_runs_from_before_hashes_were_kept_are_read_without_a_word(run: store.Run) -> None:
     footer = json.loads((run.path / "footer.json").read_text())
     del footer["sha256"]

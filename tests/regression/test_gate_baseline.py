@@ -636,6 +636,15 @@ def test_every_output_has_the_regression(worse: Path, capsys: pytest.CaptureFixt
     assert "| fail: grew |" in Path("a.md").read_text(encoding="utf-8")
 
 
+def test_a_file_that_cannot_be_written_after_all_loses_no_finding(
+    worse: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(junit, "render", lambda findings: Path("a.xml").mkdir() or b"")
+    assert main(["gate", "new", "--baseline", "quick", "--junit", "a.xml", "--markdown", "a.md"]) == Exit.INFRASTRUCTURE
+    assert "fail: grew" in capsys.readouterr().out
+    assert "| fail: grew |" in Path("a.md").read_text(encoding="utf-8")
+
+
 def test_a_difference_below_the_shown_digits_is_written_in_bytes() -> None:
     row = ComparisonRow(FindingKind.MEMORY, VerdictKind.FAIL, "a", ("0",), "adapter", "grew", 1_400_000, 1_400_001, "B")
     reported = Findings(verdict=Verdict(VerdictKind.FAIL, ""), rows=(row,), compared=1)

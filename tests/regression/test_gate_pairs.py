@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -26,19 +28,21 @@ from harness.analysis.statistics.paired import decide
 from harness.analysis.tracked_metrics import STEP
 from harness.analysis.verdict_kind import VerdictKind
 from harness.cli import main
-from harness.errors import Exit, HarnessError, UsageError
-from harness.records import environment, naming
+from harness.errors import Exit, HarnessError, StoreError, UsageError
+from harness.records import environment, files, naming
 from harness.records.cost import GpuPhase, GpuState
 from harness.records.memory import ALLOCATED
 from harness.records.record import Cell, Record, Status
+from harness.regression import git
 from harness.regression.outputs.files import Outputs
-from harness.regression.pairs import canary_file
+from harness.regression.pairs import canary_file, external_repo
 from harness.regression.pairs import gate as gate_pairs
 from harness.regression.pairs import sides as pair_sides
 from harness.regression.pairs.request import PairsRequest
 from harness.regression.pairs.sides import Side
 from harness.suites import loader
 from support import recorded_run
+from support.processes import eventually, gone
 from support.sandbox import Sandbox
 
 SUITE = """
@@ -430,6 +434,20 @@ def test_a_failed_new_side_is_a_finding_and_gets_no_more_pairs(gated, status: St
     assert f"the new side is {status.value}" in output
 
 
+def test_a_canary_that_cannot_be_written_is_refused_first_and_loses_no_pairs(
+    gated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeRuns()
+    with pytest.raises(StoreError, match="the canary cannot be written: Is a directory"):
+        gated(fake, canaries=tmp_path)
+    assert not fake.ran
+    add = canary_file.add
+    monkeypatch.setattr(canary_file, "add", lambda path, *facts: add(tmp_path, *facts))  # it has become a folder
+    code, output, document = gated(FakeRuns(slower=1.2))
+    assert (code, document["canary"]) == (Exit.FAIL, None)
+    assert "slower" in output
+
+
 def test_too_many_alarms_of_canaries_close_the_gate(gated, tmp_path: Path) -> None:
     place = recorded_run.environment().id
     for number in range(40):
@@ -495,6 +513,37 @@ def test_revisions_are_checked_out_and_removed(tmp_path: Path, monkeypatch: pyte
         pass
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork, which a lifeline needs")
+def test_the_run_of_a_side_ends_with_a_gate_that_is_killed(tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    run = f"import os, pathlib, time; pathlib.Path({str(file)!r}).write_text(f'{{os.getpid()}}.'); time.sleep(600)"
+    gate = "import os, sys; from harness.regression.pairs import sides; sides._ran(sys.argv[1:], os.environ)"
+    with subprocess.Popen([sys.executable, "-c", gate, sys.executable, "-c", run]) as process:
+        eventually(lambda: file.is_file() and file.read_text().endswith("."), "the side runs")
+        pid = int(file.read_text().rstrip("."))
+        assert not gone(pid)
+        process.kill()
+    eventually(lambda: gone(pid), "the run of the side is gone")
+
+
+def test_git_that_is_missing_or_hangs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair_sides.resources, "checkout", lambda: tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for repo in (None, tmp_path):
+        with (
+            pytest.raises(HarnessError, match=r"git cannot be run: ") as raised,
+            pair_sides.opened("HEAD", pair_sides.HERE, loader.load("smoke").plan, repo),
+        ):
+            pass
+        assert (raised.value.where, raised.value.hint) == (str(tmp_path), "install git")
+    assert git.user() == ""
+    (tmp_path / "git").write_text(f"#!{sys.executable}\nimport time; time.sleep(600)")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setattr(git, "_PATIENCE_S", 0.1)
+    with pytest.raises(HarnessError, match=r"`git status` did not end within"):
+        git.run(tmp_path, "status")
+
+
 def test_a_revision_runs_with_its_own_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     top = tmp_path / "checkout"
     top.mkdir()
@@ -515,6 +564,48 @@ def test_a_revision_runs_with_its_own_entry_points(tmp_path: Path, monkeypatch: 
         command = [sys.executable, "-P", "-c", points]
         done = subprocess.run(command, env=pair_sides._variables(old), capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "['before']"
+
+
+def test_a_revision_without_a_version_has_the_installed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = '[project.entry-points."harness.implementations"]\nours = "a"\n'
+    for name, version in (("pytest", importlib.metadata.version("pytest")), ("installed-nowhere", "0")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pyproject.toml").write_text(f'[project]\nname = "{name}"\ndynamic = ["version"]\n{points}')
+        pair_sides._write_metadata(tmp_path / name)
+        (found,) = importlib.metadata.distributions(path=[f"{tmp_path / name}.metadata"])
+        assert (found.name, found.version) == (name, version)
+
+
+def test_a_revision_whose_metadata_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text("[project")
+    with pytest.raises(HarnessError, match=r"pyproject.toml of revision .* is no valid TOML: ") as raised:
+        pair_sides._write_metadata(tmp_path)
+    assert "correct the file" in raised.value.hint
+
+
+def test_other_output_does_not_hide_the_packages_of_a_side_and_a_failure_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "guest").mkdir()
+    (tmp_path / "guest" / "__init__.py").touch()
+    info = tmp_path / "guest-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: guest\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[harness.implementations]\nguest = guest\n")
+
+    def packages(at_start: str) -> frozenset[str]:
+        (tmp_path / "sitecustomize.py").write_text(f"import os, sys, time; {at_start}")
+        return external_repo.packages("a side", tmp_path, {**os.environ, "PYTHONPATH": str(tmp_path)})
+
+    assert packages("print('hello')") == {"guest"}
+    failed = "the plug-ins of a side cannot be listed: "
+    with pytest.raises(HarnessError, match=f"{failed}no driver"):
+        packages("print('hello'); print('first\\nno driver', file=sys.stderr, flush=True); os._exit(3)")
+    with pytest.raises(HarnessError, match=f"{failed}no answer, exit code 3"):
+        packages("os._exit(3)")
+    monkeypatch.setattr(external_repo, "_PATIENCE_S", 0.1)
+    with pytest.raises(HarnessError, match=f"{failed}no answer within 0.1 s"):
+        packages("time.sleep(600)")
 
 
 _PLUGIN = """
@@ -645,4 +736,27 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(gated) ->
     fake = FakeRuns()
     with pytest.raises(UsageError, match="there is no folder nowhere"):
         gated(fake, outputs=Outputs(junit=Path("nowhere") / "a.xml"))
+    with pytest.raises(UsageError, match="both name a"):
+        gated(fake, outputs=Outputs(junit=Path("a"), markdown=Path("a")))
     assert not fake.ran
+
+
+@pytest.mark.parametrize("lost", ["pairs.json", "a.xml", "a.md"])
+def test_a_file_that_cannot_be_written_after_all_loses_neither_the_verdict_nor_the_others(
+    lost: str, gated, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = files.write_atomic
+
+    def written(path: Path, data: bytes) -> None:
+        if path.name == lost:
+            raise StoreError("the disk is full", where=str(path))
+        write(path, data)
+
+    monkeypatch.setattr(files, "write_atomic", written)
+    monkeypatch.setattr(gate_pairs, "write_atomic", written)
+    out, outputs = tmp_path / "out", Outputs(tmp_path / "a.xml", tmp_path / "a.md")
+    with pytest.raises(StoreError, match="the disk is full"):
+        gated(FakeRuns(), out=out, outputs=outputs)
+    assert "pass: none of 1 Cells is slower" in capsys.readouterr().out
+    found = [file.name for file in (out / "pairs.json", tmp_path / "a.xml", tmp_path / "a.md") if file.is_file()]
+    assert found == [name for name in ("pairs.json", "a.xml", "a.md") if name != lost]

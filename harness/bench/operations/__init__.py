@@ -1,8 +1,8 @@
 """The Operations that `bench` times: how their arguments are drawn, and their least bytes and FLOPs. No torch.
 
-Every module of this package may have a dict `TIMED` that maps names of Operations to `TimedOperation`; nothing else lists
-them. The bytes of a call are those of every input, read once, and of every output, written once, in its own dtype. A
-multiplication and an addition are two FLOPs, a comparison is none.
+Every module of this package has a dict `TIMED` that maps names of Operations to `TimedOperation`; nothing else lists
+them. Bytes: every input read once and every output written once, in its own dtype. FLOPs: a multiplication and an addition
+are two, a comparison is none.
 """
 
 from __future__ import annotations

@@ -33,12 +33,11 @@ def gate(
         against = against_baseline.judge(analyse(base), analyse(new), margins=margins, strict=strict)
         title = f"{new.manifest.run} against {found.name}"
         title += ", which is the same run" if new.manifest.run == base.manifest.run else ""
-        outputs.write(against, title)
         if as_json:
             echo(json.dumps(document.document(against, found, new), indent=1))
         else:
             echo("\n".join([f"{title}: {found.origin}", "", *terminal.lines(against, all_rows=all_rows)]))
-        outputs.annotate(against)
+        outputs.write(against, title)
     return against.exit
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.analysis.comparison.baseline_rows import Findings
-from harness.errors import UsageError
 from harness.records import files
 from harness.regression.outputs import github, junit, markdown
 
@@ -22,24 +22,16 @@ class Outputs:
     """True to print annotations outside GitHub jobs too."""
 
     def refuse(self) -> None:
-        """Raise UsageError if a requested file could not be written. Call this before the comparison."""
-        given = {"--junit": self.junit, "--markdown": self.markdown}
-        problems = {option: why for option, file in given.items() if file and (why := files.unwritable(file))}
-        if self.junit and self.markdown and self.junit.absolute() == self.markdown.absolute():
-            problems = {"--junit, --markdown": f"both name {self.junit}"}
-        if problems:
-            hint = "name a file in a folder that can be written"
-            raise UsageError("; ".join(problems.values()), where=", ".join(problems), hint=hint)
+        """Raise UsageError for files that could not be written, before anything is compared."""
+        files.refuse_unwritable({"--junit": self.junit, "--markdown": self.markdown})
 
     def write(self, findings: Findings, title: str) -> None:
-        """Write the requested files."""
-        if self.junit is not None:
-            files.write_atomic(self.junit, junit.render(findings))
-        if self.markdown is not None:
-            files.write_atomic(self.markdown, markdown.render(findings, title))
-
-    def annotate(self, findings: Findings) -> None:
-        """Print the annotations to stderr, after the table."""
+        """Print the annotations to stderr, and write the requested files; one that fails does not prevent the other."""
         if self.annotations or github.is_job():
             for line in github.lines(findings):
                 print(line, file=sys.stderr)
+        with contextlib.ExitStack() as afterwards:
+            if self.markdown is not None:
+                afterwards.callback(files.write_atomic, self.markdown, markdown.render(findings, title))
+            if self.junit is not None:
+                files.write_atomic(self.junit, junit.render(findings))

@@ -16,15 +16,25 @@ LAST = 200
 """Largest number of canaries of a place that count; the newest count."""
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Raise StoreError for a file to which no canary can be added, before the pairs run for minutes."""
+    _append(path, "")
+
+
 def add(path: Path, place: str, cell_id: str, log_ratios: Sequence[float]) -> None:
     """Add a canary. place: the environment id of its Records. Canaries with the same place are counted together."""
     facts = {"schema": SCHEMA, "at": store.now(), "place": place, "cell_id": cell_id, "log_ratios": list(log_ratios)}
+    _append(path, f"{json.dumps(facts)}\n")
+
+
+def _append(path: Path, line: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab", buffering=0) as file:  # one write per line, so that two gates can append to the same file
-            file.write(f"{json.dumps(facts)}\n".encode())
+        with path.open("ab", buffering=0) as file:  # one write per line, so that two gates can append to one file
+            file.write(line.encode())
     except OSError as error:
-        what, hint = f"the canary cannot be written: {error}", "make it a file that can be written to"
+        what = f"the canary cannot be written: {error.strerror}"
+        hint = "make it a file that can be written to, or run `gate` with --no-canary"
         raise StoreError(what, where=str(path), hint=hint) from error
 
 

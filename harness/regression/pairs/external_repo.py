@@ -6,6 +6,7 @@ packages itself.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -48,11 +49,8 @@ class ExternalRepo:
 
 
 def find(folder: Path) -> ExternalRepo:
-    """Return the repository of a folder. Raises UsageError if the folder is in no git checkout."""
-    try:
-        done = git.run(folder, "rev-parse", "--show-toplevel")
-    except OSError as error:
-        raise UsageError(f"git cannot be run: {error}", where="--repo", hint="install git") from error
+    """Return the repository of a folder. Raises UsageError for a folder that is in no git checkout."""
+    done = git.run(folder, "rev-parse", "--show-toplevel")
     if done.returncode:
         what = f"{folder} is in no git checkout" if folder.is_dir() else f"{folder} is no folder"
         raise UsageError(what, where="--repo", hint="name the folder that holds your package, or its `src`")
@@ -66,12 +64,7 @@ def packages(label: str, code: Path, variables: Mapping[str, str]) -> frozenset[
     label: names the side in messages. variables: environment of the processes that will run the side. Raises
     HarnessError if there is no such package, since both sides would then run the installed package.
     """
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", _PROBE, GROUP], env=dict(variables), capture_output=True, text=True, check=False,
-        timeout=_PATIENCE_S,
-    )  # fmt: skip
-    found: dict[str, list[str]] = json.loads(done.stdout) if done.returncode == 0 else {}
-    found.pop("harness", None)
+    found = _imported(label, code, variables)
     top = code.resolve()
     inside = {
         name
@@ -84,6 +77,21 @@ def packages(label: str, code: Path, variables: Mapping[str, str]) -> frozenset[
     what = f"{label} holds no package of an installed plug-in; imported would be: {others or 'none'}"
     hint = f"name the folder that holds the package, and install its entry point (`{GROUP}`), e.g. by `pip install -e`"
     raise HarnessError(what, where=f"--repo, {code}", hint=hint)
+
+
+def _imported(label: str, code: Path, variables: Mapping[str, str]) -> dict[str, list[str]]:
+    """Map each package of a plug-in except `harness` to the folders it is imported from. Arguments as in `packages`."""
+    command, why = [sys.executable, "-P", "-c", _PROBE, GROUP], f"no answer within {_PATIENCE_S} s"
+    with contextlib.suppress(subprocess.TimeoutExpired, ValueError, IndexError):
+        done = subprocess.run(
+            command, env=dict(variables), capture_output=True, text=True, check=False, timeout=_PATIENCE_S
+        )
+        why = [f"no answer, exit code {done.returncode}", *done.stderr.strip().splitlines()][-1]
+        found: dict[str, list[str]] = json.loads(done.stdout.splitlines()[-1])  # other code may have printed before
+        found.pop("harness", None)
+        return found
+    hint = f"start Python with {code} first in PYTHONPATH, and list `importlib.metadata.entry_points()`"
+    raise HarnessError(f"the plug-ins of {label} cannot be listed: {why}", where=f"--repo, {code}", hint=hint)
 
 
 def uses(cell: Cell, registry: Registry, packages: frozenset[str]) -> bool:

@@ -14,7 +14,7 @@ from harness.analysis.comparison.pair_verdict import CellComparison, JudgedPairs
 from harness.analysis.statistics.pair_design import Design
 from harness.analysis.tracked_metrics import STEP
 from harness.cell.measure import cores
-from harness.errors import Exit, HarnessError, UsageError
+from harness.errors import Exit, HarnessError, StoreError, UsageError
 from harness.process.termination import handle_termination
 from harness.records import environment, naming, store
 from harness.records.files import write_atomic
@@ -88,12 +88,14 @@ def gate(request: PairsRequest, as_json: bool, design: Design | None = None) -> 
     request.outputs.refuse()
     result = _measure(request, design or Design())
     document = result.document()
-    write_atomic(result.runner.folder / DOCUMENT, json.dumps(document, indent=1, allow_nan=False).encode())
+    data = json.dumps(document, indent=1, allow_nan=False)
     old, new = (side.label for side in result.runner.sides)
     rows = findings.findings(result.judged, result.interrupted)
-    request.outputs.write(rows, f"{new} against {old}")
-    print(json.dumps(document, indent=1) if as_json else "\n".join(table.lines(result.judged)))
-    request.outputs.annotate(rows)
+    # Print and write independently: either may fail, by a full disk or a closed stdout.
+    with contextlib.ExitStack() as afterwards:
+        afterwards.callback(request.outputs.write, rows, f"{new} against {old}")
+        afterwards.callback(write_atomic, result.runner.folder / DOCUMENT, data.encode())
+        print(data if as_json else "\n".join(table.lines(result.judged)))
     return result
 
 
@@ -105,6 +107,8 @@ def _measure(request: PairsRequest, design: Design) -> PairsResult:
     if wanted is not None and wanted > (available := cores.available_cores()):
         what = f"{wanted} cores requested, but this process may use only {available}"
         raise UsageError(what, where="--cores", hint=f"give at most {available}")
+    if request.canary:
+        canary_file.refuse_unwritable(request.canaries)
     folder = _folder(request)
     seed = secrets.randbits(32) if request.seed is None else request.seed
     runner: PairsRunner | None = None
@@ -156,7 +160,10 @@ def _canary(request: PairsRequest, runner: PairsRunner) -> tuple[list[float] | N
         return None, watched.broken
     canary, reason = runner.canary(watched.pair)
     if canary:
-        canary_file.add(request.canaries, watched.first[0][0].environment.id, watched.pair.old.cell_id, canary)
+        try:
+            canary_file.add(request.canaries, watched.first[0][0].environment.id, watched.pair.old.cell_id, canary)
+        except StoreError as error:  # the pairs are measured: they must be judged
+            return None, str(error)
     return canary, reason
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from harness import resources
 from harness.errors import HarnessError, UsageError, did_you_mean
 from harness.methods.registry import discover
+from harness.process import lifeline
 from harness.process.supervisor import Subprocess
 from harness.records import environment, store
 from harness.records.record import Cell, Record
@@ -161,8 +163,14 @@ def _variables(side: Side) -> dict[str, str]:
 
 
 def _ran(command: Sequence[str], variables: dict[str, str]) -> tuple[int | None, str]:
-    """Run a command and return its exit code and stderr. If this process is ended, the command gets time to end cleanly."""
-    with Subprocess(command, environment=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as child:
+    """Run a command and return its exit code and stderr; if this process is ended, give the command time to end cleanly.
+
+    If this process is killed, so is the command. The script that does so is this harness's: an old revision may have none.
+    """
+    script = [sys.executable, "-I", "-S", lifeline.__file__]
+    with Subprocess(
+        script, command, environment=variables, lifeline=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as child:
         try:
             code = child.wait()
         except BaseException:
@@ -210,7 +218,8 @@ def _checked_out(top: Path, commit: str) -> Iterator[Path]:
             _write_metadata(tree)
             yield tree
         finally:
-            git.run(top, "worktree", "remove", "--force", str(tree))
+            with contextlib.suppress(HarnessError):  # the pairs are measured; git forgets a missing worktree by itself
+                git.run(top, "worktree", "remove", "--force", str(tree))
 
 
 def _metadata(tree: Path) -> Path | None:
@@ -218,14 +227,28 @@ def _metadata(tree: Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def _installed(distribution: str) -> str:
+    """Return the installed version of a distribution whose pyproject.toml has none (`dynamic`); "0" without one."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "0"
+
+
 def _write_metadata(tree: Path) -> None:
     """Write the metadata of a checked-out revision next to it, if its pyproject.toml declares entry points."""
     file = tree / "pyproject.toml"
-    project = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {}) if file.is_file() else {}
+    try:
+        project = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {}) if file.is_file() else {}
+    except ValueError as error:
+        what = f"pyproject.toml of revision {tree.name} is no valid TOML: {error}"
+        raise HarnessError(
+            what, where="--pairs", hint="name another revision, or correct the file and commit it"
+        ) from error
     name, groups = project.get("name", ""), project.get("entry-points", {})
     if not name or not groups:
         return
-    version = project.get("version", "0")
+    version = project.get("version") or _installed(name)
     info = tree.with_name(f"{tree.name}.metadata") / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
