@@ -15,9 +15,12 @@ NOISE_FACTOR = 2.0
 FEW_NUMBERS = 4.0
 
 # Number of draws of rounding errors in addition to the first draw, which is the reference in the dtype. Each further draw
-# moves the inputs within their last place. The first draw may happen to have almost no error; judged by this draw alone, a
-# correct program could fail.
-PERTURBED_DRAWS = 2
+# moves the inputs within their last place. They are made only if the first draw does not explain the subject's error: it
+# may happen to have almost no error. An error that few numbers decide (the gradient of four lambdas, or a model of 30 blocks
+# that carries all roundings into one direction) is like a single normal number. In 16 % of all pairs of normal numbers, the
+# first is at least 4 times as far from zero as the second. It is 4 times as far as each of eight others only once in 7,000
+# cases.
+PERTURBED_DRAWS = 7
 
 # Floor added to the allowance, in units of eps. Where the reference happens to be exact (one product, a copy), a factor
 # times zero would demand bitwise equality, although the relative Frobenius error of one rounding is about 0.3 eps. In
@@ -55,13 +58,6 @@ CEILING = 0.5
 # Largest error through a whole model, as a multiple of the reference's own: over the 72 gradients of a six-layer encoder in
 # 16 bits, the errors of correct programs were up to 3.9 times as large in one tensor, and 1.5 times in the median.
 CARRIED_FACTOR = 4.0
-
-# Number of further draws of a whole model's errors, made if the first draw does not explain the subject's error. In a model
-# of 30 blocks with large random VeRA vectors, the gradient errors of one correct float32 run were 5 to 15 times those of
-# another. Such a model carries all roundings into one direction, like a single normal number. In 16 % of all pairs of normal
-# numbers, the first is at least 4 times as far from zero as the second. It is 4 times as far as each of eight others only
-# once in 7,000 cases.
-CARRIED_DRAWS = 7
 
 # Largest error of the losses of a training run, as a multiple of the reference's largest error so far. It exceeds the factor
 # of one operation because both runs are single draws of a noise that each optimizer step carries on and amplifies.

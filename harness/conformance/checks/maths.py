@@ -26,7 +26,7 @@ from harness.conformance.comparison.tolerance_policies import (
     worst_of,
 )
 from harness.conformance.subject import DTYPES, LARGEST_COPY, Subject
-from harness.conformance.tolerance_constants import CARRIED_DRAWS, CARRIED_FACTOR, PERTURBED_DRAWS
+from harness.conformance.tolerance_constants import CARRIED_FACTOR, PERTURBED_DRAWS
 from harness.methods.spec import Adapted
 from harness.records.record import CheckResult
 
@@ -196,7 +196,7 @@ def _carried(subject: Subject, case: Case) -> Iterator[Mapping[str, Tensor]]:
     if forward is None:
         return
     yield whole_model.observe(*whole_model.reference(subject, subject.dtype), subject, forward)
-    for seed in range(CARRIED_DRAWS):
+    for seed in range(PERTURBED_DRAWS):
         model, tensors = whole_model.reference(subject, subject.dtype)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
