@@ -70,7 +70,8 @@ def _logic(node: ast.BoolOp) -> Iterator[Change]:
     yield Change("branch", node, f"({other.join(map(_operand, node.values))})")
     for left_out in range(len(node.values)):
         kept = [_operand(value) for index, value in enumerate(node.values) if index != left_out]
-        yield Change("branch", node, f"({(' and ' if isinstance(node.op, ast.And) else ' or ').join(kept)})")
+        joined = (" and " if isinstance(node.op, ast.And) else " or ").join(kept)
+        yield Change("branch", node, joined if len(kept) == 1 else f"({joined})")
 
 
 def _sign(node: ast.UnaryOp) -> Iterator[Change]:

@@ -145,13 +145,13 @@ def _run(
 ) -> MutantReport:
     checks.every(), operations.every(), methods()  # imported once, before the forks
     callers = _callers(jobs, only)
-    chosen = [mutant for module in _modules() for mutant in mutants(module)]
+    chosen = [mutant for module in modules() for mutant in mutants(module)]
     if only:
         chosen = [one for one in chosen if callers[one.module, one.function]]
     if number is not None:
         drawn = random.Random(seed).sample(chosen, min(number, len(chosen)))  # noqa: S311
         chosen = sorted(drawn, key=lambda mutant: (mutant.module, mutant.start))
-    reasons = _equivalent()
+    reasons = equivalent()
     tasks: list[Mutant] = []
     verdicts: dict[Mutant, Verdict] = {}
     for mutant in chosen:
@@ -220,7 +220,7 @@ def _callers(jobs: int, only: Collection[str]) -> dict[tuple[str, str], list[str
     return found
 
 
-def _modules() -> list[str]:
+def modules() -> list[str]:
     """List the modules that have mutants. `reference.shared.layers` has none, because no copy of it can be tried."""
     found = []
     for package in PACKAGES:
@@ -229,7 +229,7 @@ def _modules() -> list[str]:
     return [name for name in found if name not in ("reference.shared.layers", "reference.spec")]
 
 
-def _equivalent() -> dict[str, str]:
+def equivalent() -> dict[str, str]:
     """Map names of mutants, or of modules, to the reason why a change there is no mistake."""
     file = data_folder("suites") / "equivalent_mutants.yaml"
     listed = yaml_lines.load(file).data
