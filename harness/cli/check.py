@@ -78,8 +78,8 @@ def judge(request: CheckRequest) -> CheckReport:
     _require_known_names(request, registry)
     wanted = [i for i in registry.implementations if _is_requested(i, request)]
     plans, known = _read(wanted)
-    tasks, skipped = _tasks(wanted, request, plans)
     jobs = request.jobs or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    tasks, skipped = _tasks(wanted, request, plans, jobs)
     findings, interrupted = worker_processes.run(
         tasks, jobs, lambda line: print(line, file=sys.stderr), request.patience
     )
@@ -156,11 +156,12 @@ def _is_requested(implementation: Implementation, request: CheckRequest) -> bool
 
 
 def _tasks(
-    wanted: Sequence[Implementation], request: CheckRequest, plans: dict[str, ParitySuite]
+    wanted: Sequence[Implementation], request: CheckRequest, plans: dict[str, ParitySuite], jobs: int
 ) -> tuple[list[WorkerTask], dict[str, str]]:
-    """Return one task per entry point, and the reasons for the targets that are skipped.
+    """Return the tasks of all entry points, and the reasons for the targets that are skipped.
 
-    A task has all targets of its entry point, so that a process imports the entry point once.
+    A task has all targets of its entry point, so that a process imports the entry point once. If there are fewer entry
+    points than `jobs`, each has several tasks of similar size.
     """
     grouped: dict[str, list[Implementation]] = {}
     skipped = {}
@@ -172,17 +173,27 @@ def _tasks(
             skipped[f"{one.name} {one.target}"] = why
         else:
             grouped.setdefault(one.point, []).append(one)
+    sizes = {target: _size(plan) for target, plan in plans.items()}
     tasks = [
         WorkerTask(
             point=point,
-            targets=[(i.name, i.kind, i.target) for i in several],
+            targets=[(i.name, i.kind, i.target) for i in part],
             breadth=request.breadth,
             dtypes=tuple(request.dtypes),
         )
         for point, several in grouped.items()
+        for part in _parts(several, max(1, jobs // len(grouped)), sizes)
     ]
     # The longest tasks come first, so that no core is idle for long at the end.
-    return sorted(tasks, key=lambda task: -sum(_size(plans[target]) for *_, target in task.targets)), skipped
+    return sorted(tasks, key=lambda task: -sum(sizes[target] for *_, target in task.targets)), skipped
+
+
+def _parts(several: Sequence[Implementation], number: int, sizes: dict[str, int]) -> list[list[Implementation]]:
+    """Return at most `number` parts of similar size; none is empty."""
+    parts: list[list[Implementation]] = [[] for _ in range(min(number, len(several)))]
+    for one in sorted(several, key=lambda one: -sizes[one.target]):
+        min(parts, key=lambda part: sum(sizes[i.target] for i in part)).append(one)
+    return parts
 
 
 def _why_no_case(one: Implementation, plan: ParitySuite, request: CheckRequest) -> str:

@@ -281,7 +281,11 @@ def read_run(path: Path) -> Run:
         except StoreError as error:
             broken[file.name] = error.what
             continue
-        if file.name == f"{record.id}.json":
+        if record.run != manifest.run:
+            broken[file.name] = (
+                f"a Record of another run, {record.run}: move the file to that run's folder, or delete it"
+            )
+        elif file.name == f"{record.id}.json":
             records.append(record)
         else:
             broken[file.name] = f"a copy or a renamed file: it holds Record {record.id}"

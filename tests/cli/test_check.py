@@ -249,6 +249,16 @@ def test_why_no_dtype_is_left_to_try(
     assert f"not checked: acme double_dequantize: {said}\n" in capsys.readouterr().out
 
 
+def test_the_targets_of_one_entry_point_are_shared_out_among_the_jobs() -> None:
+    several = [Implementation("acme", "method", name, print) for name in ("lora", "dora", "vera", "pissa")]
+    sizes = {"lora": 9, "dora": 4, "vera": 3, "pissa": 2}
+    assert [[one.target for one in part] for part in command._parts(several, 2, sizes)] == [
+        ["lora"], ["dora", "vera", "pissa"],
+    ]  # fmt: skip
+    assert [len(part) for part in command._parts(several, 9, sizes)] == [1, 1, 1, 1]
+    assert len(command._parts(several, 1, sizes)) == 1
+
+
 @pytest.mark.parametrize(
     ("asked", "said"),
     [

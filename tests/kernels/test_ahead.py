@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from support.processes import eventually, gone
 from support.repository import TOP
 
 pytest.importorskip("triton", reason="there is no Triton for this system")
@@ -128,3 +129,14 @@ def test_each_check_of_the_machine_code(
     wrong = list(faults)
     assert len(wrong) == (says is not None)
     assert not says or says in wrong[0]
+
+
+def test_a_compiler_ends_with_a_parent_that_is_killed() -> None:
+    code = "import os, time; from harness.kernels.compile import ahead; ahead._end_with(os.getppid()); "
+    code += "print(os.getpid(), flush=True); time.sleep(600)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as killed:
+        assert killed.stdout is not None
+        compiler = int(killed.stdout.readline())
+        killed.kill()
+    eventually(lambda: gone(compiler), "the compiler ends")

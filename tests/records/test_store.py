@@ -64,6 +64,15 @@ def test_a_copy_of_a_record_is_no_second_record(run: store.Run) -> None:
     assert first.id in again.broken[_path(run, second).name]
 
 
+def test_a_record_of_another_run_does_not_count(run: store.Run) -> None:
+    first, second = run.records
+    path = _path(run, second)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "run": "20261101-another"}))
+    again = store.read_run(run.path)
+    assert again.records == (first,)
+    assert "another run, 20261101-another" in again.broken[path.name]
+
+
 def test_a_newer_schema_is_refused(run: store.Run) -> None:
     path = _path(run, run.records[0])
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema": store.SCHEMA + 1}))

@@ -27,6 +27,8 @@ from harness.resources import data_folder
 
 PACKAGES = ("reference", "harness.kernels.torch", "harness.methods.implementations.fused.methods")
 """Packages whose modules have mutants."""
+_TARGETS = 3
+"""Largest number of targets whose checks try one mutant; shared code may have twenty callers."""
 _LIMITS = forks.Limits(cpu_s=300, memory_b=8 << 30)
 
 
@@ -156,7 +158,7 @@ def _run(
     verdicts: dict[Mutant, Verdict] = {}
     for mutant in chosen:
         reason = reasons.get(mutant.name, reasons.get(mutant.module, ""))
-        verdicts[mutant] = Verdict(mutant, tuple(callers[mutant.module, mutant.function]), equivalent=reason)
+        verdicts[mutant] = Verdict(mutant, tuple(_chosen(mutant, callers)), equivalent=reason)
         if verdicts[mutant].targets and not reason:
             tasks.append(mutant)
 
@@ -175,6 +177,12 @@ def _run(
     for mutant in _same_bits(survivors, verdicts, jobs):
         verdicts[mutant] = replace(verdicts[mutant], same_bits=True)
     return MutantReport([verdicts[mutant] for mutant in chosen])
+
+
+def _chosen(mutant: Mutant, callers: Mapping[tuple[str, str], list[str]]) -> list[str]:
+    """Return at most _TARGETS targets that call the changed function; a target with the module's name comes first."""
+    name = mutant.module.rpartition(".")[2]
+    return sorted(callers.get((mutant.module, mutant.function), ()), key=lambda target: target != name)[:_TARGETS]
 
 
 def _same_bits(survivors: Sequence[Mutant], verdicts: Mapping[Mutant, Verdict], jobs: int) -> Iterator[Mutant]:

@@ -18,6 +18,8 @@ import multiprocessing
 import os
 import pkgutil
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -127,7 +129,8 @@ def judge_all(chosen: list[str], architectures: list[int], table: Table, version
     """Judge the specimens of the chosen modules (dotted paths) for all architectures, in two processes."""
     limits = {architecture: table.get(version, {}).get(f"sm_{architecture}", {}) for architecture in architectures}
     # Compilers and threads of torch do not survive a fork, hence spawn.
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
         jobs = [pool.submit(judge, module, one, limits[one]) for module in chosen for one in architectures]
         verdicts = [verdict for job in jobs for verdict in job.result()]
     counts = Counter((one.name, one.architecture) for one in verdicts)
@@ -137,6 +140,17 @@ def judge_all(chosen: list[str], architectures: list[int], table: Table, version
         else one
         for one in verdicts
     ]
+
+
+def _end_with(parent: int) -> None:
+    """End this process soon after its parent, which may have been killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def enter(table: Table, verdicts: list[KernelVerdict], version: str, architecture: int, *, replace_all: bool) -> None:
