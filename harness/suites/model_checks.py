@@ -127,7 +127,7 @@ def _misfits(requests: tuple[tuple[Path, str, tuple[str, ...]], ...]) -> list[di
         request = json.dumps([[str(folder), kind, names] for folder, kind, names in left])
         with supervisor.python(["-P", "-m", "harness.assets.structure", request], {"HF_HUB_OFFLINE": "1"}) as child:
             child.wait(_TIMEOUT_S * len(left))
-        lines = child.output.splitlines()
+        lines = [line for line in child.output.splitlines() if line.endswith("}")]  # a kill may leave a torn line
         answers = [line.removeprefix(supervisor.ANSWER) for line in lines if line.startswith(supervisor.ANSWER)]
         found += map(json.loads, answers)
         if len(answers) < len(left):
