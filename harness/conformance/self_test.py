@@ -101,11 +101,12 @@ def run(planted: Iterable[Fault] | None = None) -> SelfTestReport:
 def _run(every: Sequence[Fault], complete: bool) -> SelfTestReport:
     verdicts = [FaultVerdict(fault, _caught(fault)) for fault in every]
     cases = {(fault.target, str(fault.case), _needs_wide(fault)): fault for fault in every}
-    wrong = [
+    accusations = (
         f"{fault.target}/{failure.check} ({fault.case})"
         for fault in cases.values()
         for failure in _failures(implementation(fault.target, PatchedCopy(source_module(fault.target))), fault)
-    ]
+    )
+    wrong = [*dict.fromkeys(accusations)]
     useful = {name for verdict in verdicts for name in verdict.caught}
     idle = (
         []

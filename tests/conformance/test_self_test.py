@@ -116,4 +116,4 @@ def test_a_planted_fault_never_touches_the_reference() -> None:
 
 def test_the_self_test_takes_no_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "reference", "--self-test"]) == Exit.USAGE
-    assert "takes no option but --json" in capsys.readouterr().err
+    assert "tests the checks, not an implementation" in capsys.readouterr().err

@@ -93,19 +93,26 @@ def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Te
 
 @check(States.INIT, of_sizes=False)
 def check_detach(subject: Subject, case: Case) -> CheckResult:
-    """Detaching restores the base layers themselves, with their weights and outputs."""
+    """Detaching restores the base layers themselves and their outputs, and every parameter and buffer of the model.
+
+    A parameter that the Method froze may stay frozen; detaching freezes no other.
+    """
     fresh = case.attach_again()
     if fresh is None or fresh.original.model is None:
         return skipped(subject, case, "detach", "the case cannot attach again")
     xs = _inputs(fresh, case)
+    trained = {id(p) for p in fresh.model.parameters() if p.requires_grad}
     fresh.adapted.detach()
-    others = [f"{p} is not the base layer" for p, b in fresh.bases.items() if fresh.model.get_submodule(p) is not b]
-    if others:
-        return listed(subject, case, "detach", others)
+    odd = [f"{p} is not the base layer" for p, b in fresh.bases.items() if fresh.model.get_submodule(p) is not b]
+    odd += [f"{n} is frozen" for n, p in fresh.model.named_parameters() if id(p) in trained and not p.requires_grad]
+    if odd:
+        return listed(subject, case, "detach", odd)
     with torch.no_grad():
-        mine = _outputs(fresh, xs)
-        base = {path: fresh.original_base(path)(x) for path, x in xs.items()}
-    return judged(subject, case, "detach", exact(mine, base))
+        outputs = exact(_outputs(fresh, xs), {path: fresh.original_base(path)(x) for path, x in xs.items()})
+    weights = exact(
+        *({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (fresh.model, fresh.original.model))
+    )
+    return judged(subject, case, "detach", worst_of([outputs, weights], "exact"))
 
 
 @check(States.WARM, of_sizes=False)
