@@ -119,7 +119,8 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
 def check_save(subject: Subject, case: Case) -> CheckResult:
     """`tensors()` and `state()` are the whole state of an adapter.
 
-    Copied into a freshly attached model they give the same outputs and gradients, to the last bit.
+    Copied into a freshly attached model they give the same outputs and gradients, to the last bit. `state()` returns the
+    adapter's own tensors: values that are copied into them are there at the next call.
     """
     fresh = case.attach_again()
     if fresh is None:
@@ -128,8 +129,14 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
     if saved != places:
         names = [f"only one of the two adapters has {name}" for name in sorted(saved ^ places)]
         return listed(subject, case, "save", names)
-    load(fresh.adapted, subject.adapted.tensors(), subject.state())
+    load(fresh.adapted, subject.adapted.tensors())
+    state = {name: t.detach().clone() for name, t in subject.state().items()}
+    # The fresh adapter starts with the same state. Load another one first; otherwise loading this one shows nothing.
+    other = {name: (t == 0).to(t.dtype) for name, t in state.items()}
     found = []
+    for values in (other, state) if state else ():
+        load(fresh.adapted, {}, values)
+        found.append(exact(fresh.state(), values))
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
         before = observe(layer, subject.tensors_of(path), x, dy)

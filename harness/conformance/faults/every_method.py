@@ -58,6 +58,15 @@ def computes_differently_at_its_first_use(copy: PatchedCopy) -> None:
     copy.replace_forward(forward)
 
 
+@planted_in_methods("save", only=["adalora", "pissa", "qlora", "vera"])
+def shows_copies_of_its_state(copy: PatchedCopy) -> None:
+    def change(adapted: Any) -> None:
+        state = adapted.state
+        adapted.state = lambda: {name: tensor.clone() for name, tensor in state().items()}
+
+    copy.change_adapted(change)
+
+
 @planted_in_methods("detach", adds_layers=True)
 def leaves_its_layers_behind(copy: PatchedCopy) -> None:
     copy.change_adapted(lambda adapted: setattr(adapted, "detach", lambda: None))
