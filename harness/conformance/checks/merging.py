@@ -14,7 +14,7 @@ from harness.conformance.comparison.check_results import judged, listed, prefix_
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.layer_comparison import runs_of
 from harness.conformance.comparison.observations import observe
-from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, worst_of
+from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, unchanged, worst_of
 from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load
 from harness.records.record import CheckResult
 
@@ -109,7 +109,7 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
         return listed(subject, case, "detach", odd)
     with torch.no_grad():
         outputs = exact(_outputs(fresh, xs), {path: fresh.original_base(path)(x) for path, x in xs.items()})
-    weights = exact(
+    weights = unchanged(
         *({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (fresh.model, fresh.original.model))
     )
     return judged(subject, case, "detach", worst_of([outputs, weights], "exact"))

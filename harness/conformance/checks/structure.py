@@ -10,7 +10,7 @@ from harness.conformance.checks import CellStage, Reference, States, check
 from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.observations import observe
-from harness.conformance.comparison.tolerance_policies import exact, worst_of
+from harness.conformance.comparison.tolerance_policies import exact, unchanged, worst_of
 from harness.conformance.poisoned_memory import poisoned_memory
 from harness.conformance.subject import DTYPES, Subject, initial_shapes
 from harness.methods import checksums
@@ -89,7 +89,7 @@ def check_base(subject: Subject, case: Case) -> CheckResult:
         changed = [f"{n} has changed" for n in before if checksums.crc32(now[n]) != crc32[n]]
         return listed(subject, case, "base", changed, f"{len(before)} tensors, by their checksums")
     then: dict[str, Tensor] = {**dict(original.named_parameters()), **dict(original.named_buffers())}
-    return judged(subject, case, "base", exact({n: now[n].detach() for n in before}, {n: then[n] for n in before}))
+    return judged(subject, case, "base", unchanged({n: now[n].detach() for n in before}, {n: then[n] for n in before}))
 
 
 @check(States.WARM, of_sizes=False)

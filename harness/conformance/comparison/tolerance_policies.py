@@ -186,18 +186,26 @@ def _within_carried(
 
 
 def exact(subject: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Judgement:
-    """Judge bitwise equality (0.0 and -0.0 are equal, NaN is not); equal values of another dtype fail too."""
+    """Judge bitwise equality of values (0.0 and -0.0 are equal, NaN is not)."""
     if odd := sorted(set(subject) ^ set(expected)):
         return Judgement(False, None, None, odd[0], "present on one side only", "exact", 0)
     judged = []
     for name, want in expected.items():
         refused = _incomparable(name, subject[name], want, "exact")
-        if refused is None and subject[name].dtype != want.dtype:
-            refused = Judgement(False, None, None, name, f"{subject[name].dtype}, should be {want.dtype}", "exact", 0)
         error = 0.0 if refused else _Error.of(subject[name], want).norm
-        same = refused is None and bool((subject[name] == want).all())  # the norm of a tiny difference may underflow
+        # The norm of a tiny difference may underflow, and a dtype may differ where the values do not.
+        same = refused is None and bool((subject[name].detach().double() == want.detach().double()).all())
         judged.append(refused or Judgement(same, error, 0.0, name, "", "exact", 0))
     return _with_worst_element(worst_of(judged, "exact"), subject, expected)
+
+
+def unchanged(now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Judgement:
+    """Judge bitwise equality as `exact` does, and equal dtypes."""
+    for name in now.keys() & before.keys():
+        if now[name].dtype != before[name].dtype:
+            dtypes = f"{now[name].dtype}, should be {before[name].dtype}"
+            return Judgement(False, None, None, name, dtypes, "exact", 0)
+    return exact(now, before)
 
 
 def worst_of(judged: list[Judgement], policy: str) -> Judgement:
