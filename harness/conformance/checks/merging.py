@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from harness.conformance.case import Case
 from harness.conformance.checks import CellStage, States, check
+from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.layer_comparison import runs_of
@@ -109,9 +110,7 @@ def check_detach(subject: Subject, case: Case) -> CheckResult:
         return listed(subject, case, "detach", odd)
     with torch.no_grad():
         outputs = exact(_outputs(fresh, xs), {path: fresh.original_base(path)(x) for path, x in xs.items()})
-    weights = unchanged(
-        *({**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (fresh.model, fresh.original.model))
-    )
+    weights = unchanged(whole_model.tensors(fresh.model), whole_model.tensors(fresh.original.model))
     return judged(subject, case, "detach", worst_of([outputs, weights], "exact"))
 
 
