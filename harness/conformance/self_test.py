@@ -19,6 +19,7 @@ from harness.conformance.execution import suite_run
 from harness.conformance.faults import Fault
 from harness.conformance.faults.packed import pack
 from harness.conformance.faults.patched_copy import PatchedCopy
+from harness.conformance.findings.outcomes import CheckOutcome, Execution
 from harness.errors import Exit
 from harness.methods.registry import Implementation, TargetKind
 from harness.methods.spec import methods
@@ -31,7 +32,7 @@ class FaultVerdict:
 
     fault: Fault
     caught: tuple[str, ...]
-    """The checks that failed."""
+    """The checks that failed, without those that only raised an exception."""
 
     @property
     def missed(self) -> tuple[str, ...]:
@@ -98,13 +99,14 @@ def run(planted: Iterable[Fault] | None = None) -> SelfTestReport:
 
 
 def _run(every: Sequence[Fault], complete: bool) -> SelfTestReport:
-    verdicts = [FaultVerdict(fault, _failed(_spoilt(fault), fault)) for fault in every]
+    verdicts = [FaultVerdict(fault, _caught(fault)) for fault in every]
     cases = {(fault.target, str(fault.case), _needs_wide(fault)): fault for fault in every}
-    wrong = [
-        f"{fault.target}/{check} ({fault.case})"
+    accusations = (
+        f"{fault.target}/{failure.check} ({fault.case})"
         for fault in cases.values()
-        for check in _failed(implementation(fault.target, PatchedCopy(source_module(fault.target))), fault)
-    ]
+        for failure in _failures(implementation(fault.target, PatchedCopy(source_module(fault.target))), fault)
+    )
+    wrong = [*dict.fromkeys(accusations)]
     useful = {name for verdict in verdicts for name in verdict.caught}
     idle = (
         []
@@ -130,11 +132,20 @@ def check(as_json: bool) -> Exit:
     return report.exit
 
 
-def _failed(implementation: Implementation, fault: Fault) -> tuple[str, ...]:
-    """Return the names of the checks that fail in the fault's case, each once, in the suite's order."""
+def _caught(fault: Fault) -> tuple[str, ...]:
+    """Return the names of the checks that catch a fault, each once, in the suite's order.
+
+    An exception is no catch, because a mistyped fault raises one in every check.
+    """
+    failures = _failures(_spoilt(fault), fault)
+    return tuple(dict.fromkeys(f.check for f in failures if f.execution is not Execution.RAISED))
+
+
+def _failures(implementation: Implementation, fault: Fault) -> Iterator[CheckOutcome]:
+    """Yield the failures of an implementation in the fault's case."""
     case = fault.case.of_operation() if implementation.kind == "operation" else fault.case.of_method()
     outcomes = suite_run.run_case(implementation, _plan(implementation.target), case, wide=_needs_wide(fault))
-    return tuple(dict.fromkeys(one.check for one in outcomes if one.result.outcome is Outcome.FAIL))
+    return (one for one in outcomes if one.result.outcome is Outcome.FAIL)
 
 
 def _needs_wide(fault: Fault) -> bool:

@@ -53,10 +53,10 @@ class ExpectedCodes:
     bias: Tensor | None
 
     @classmethod
-    def of(cls, layer: nn.Linear) -> ExpectedCodes:
+    def of(cls, layer: nn.Linear, block: int = 64) -> ExpectedCodes:
         """Quantise the weight of `layer` by the reference; return its codes and absmax with the unchanged bias."""
         bias = None if layer.bias is None else layer.bias.detach().clone()
-        return cls(*nf4.quantize(layer.weight), nf4.near_tie(layer.weight), bias)
+        return cls(*nf4.quantize(layer.weight, block), nf4.near_tie(layer.weight, block), bias)
 
 
 LARGEST_COPY = 300_000_000
@@ -117,6 +117,8 @@ class Subject:
     own: list[nn.Parameter] = field(default_factory=list)
     """The model's parameters before attaching."""
     original: Original = field(default_factory=lambda: Original(None))
+    unpacked: nn.Module | None = field(default=None, kw_only=True)
+    """A copy of the model before its base was packed; None if the base is not packed, or if nothing compares the copy."""
     packed: dict[str, PackedLayer] = field(default_factory=dict)
     """Path -> 4-bit form of the base weight, where it is quantised."""
     expected_codes: dict[str, ExpectedCodes] = field(default_factory=dict)

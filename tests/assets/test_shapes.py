@@ -435,11 +435,16 @@ def test_codes_judged_in_pieces_are_judged_as_a_whole(double: bool, monkeypatch:
     (form,) = discover().find("base", "nf4-dq" if double else "nf4", "fused")(root, ["0"], torch.float32).values()
     packed, bias = PackedLayer(*form), dense.bias
 
-    def verdicts() -> set[bool]:
+    def verdicts(bias: torch.Tensor | None = bias) -> set[bool]:
         whole = packed_codes.judge(packed, ExpectedCodes.of(dense), bias)[0]
         return {whole.passed, packed_codes.judge_in_pieces(packed, dense, bias)[0].passed}
 
     assert verdicts() == {True}
+    assert verdicts(bias=None) == {False}
+    dense.bias = None
+    assert verdicts(bias=None) == {True}
+    assert verdicts() == {False}
+    dense.bias = bias
     packed.data.view(-1)[-3] ^= 0x10  # one code in the last piece
     assert verdicts() == {False}
     packed.data.view(-1)[-3] ^= 0x10

@@ -31,6 +31,11 @@ def is_caught_by_another_check(copy: PatchedCopy) -> None:
 
 
 @planted("lora", "forward", values=PLAIN)
+def raises_an_exception(copy: PatchedCopy) -> None:
+    copy.replace_line("self.scaling * (h_TR @ self.B.T)", "a_name_that_is_mistyped * (h_TR @ self.B.T)")
+
+
+@planted("lora", "forward", values=PLAIN)
 def changes_what_is_no_longer_there(copy: PatchedCopy) -> None:
     copy.replace_line("a line that nobody wrote", "")
 
@@ -54,7 +59,9 @@ def test_every_fault_has_a_name_of_its_own_and_an_expected_check_that_exists() -
     assert all(fault.expected for fault in faults.every())
 
 
-@pytest.mark.parametrize("fault", [changes_nothing, is_caught_by_another_check], ids=lambda fault: fault.name)
+@pytest.mark.parametrize(
+    "fault", [changes_nothing, is_caught_by_another_check, raises_an_exception], ids=lambda fault: fault.name
+)
 def test_a_fault_that_its_check_does_not_catch_fails(
     fault: Fault, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,4 +116,4 @@ def test_a_planted_fault_never_touches_the_reference() -> None:
 
 def test_the_self_test_takes_no_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "reference", "--self-test"]) == Exit.USAGE
-    assert "takes no option but --json" in capsys.readouterr().err
+    assert "tests the checks, not an implementation" in capsys.readouterr().err

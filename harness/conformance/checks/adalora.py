@@ -11,7 +11,7 @@ from torch import Tensor
 from harness.conformance.case import Case
 from harness.conformance.checks import check
 from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
-from harness.conformance.comparison.tolerance_policies import noise_floor, perturbed, worst_of
+from harness.conformance.comparison.tolerance_policies import exact, noise_floor, perturbed, worst_of
 from harness.conformance.subject import DTYPES, Subject, load
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 from harness.methods.spec import Adapted
@@ -85,11 +85,15 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
 def check_regularizer(subject: Subject, case: Case) -> CheckResult:
     """The term that AdaLoRA adds to the loss equals the reference's, with its gradients.
 
-    gamma R(P, Q), where R is made of ||P^T P - I|| and ||Q Q^T - I|| over all layers  (eq. 4).
+    gamma R(P, Q), where R is made of ||P^T P - I|| and ||Q Q^T - I|| over all layers  (eq. 4). If gamma is 0, there is no
+    term, or all its numbers are 0.
     """
     mine, truth = (_regularizer(adapted) for adapted in (subject.adapted, _reference(subject, "float64")))
-    if not truth:
+    if not truth and not mine:
         return skipped(subject, case, "regularizer", "gamma is 0")
+    if not truth:
+        zeros = {name: torch.zeros_like(t) for name, t in mine.items()}
+        return judged(subject, case, "regularizer", exact(mine, zeros))
     verdict = noise_floor(mine, truth, _regularizers_in_dtype(subject), subject.dtype, case.factor("regularizer"))
     return judged(subject, case, "regularizer", verdict)
 

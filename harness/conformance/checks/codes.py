@@ -1,41 +1,60 @@
-"""Check of the codes of a packed base."""
+"""Checks of the codes of a packed weight."""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
 from harness.conformance.case import Case
-from harness.conformance.checks import CellStage, check
-from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
+from harness.conformance.checks import CellStage, States, check
+from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
 from harness.conformance.comparison.packed_codes import judge
 from harness.conformance.comparison.tolerance_policies import worst_of
-from harness.conformance.subject import Subject
+from harness.conformance.subject import DTYPES, ExpectedCodes, PackedLayer, Subject
 from harness.records.record import CheckResult
+from reference.operations import double_quant
 
 
 @check(in_cell=[CellStage.START])
 def check_codes(subject: Subject, case: Case) -> CheckResult:
     """The packed base holds the reference's NF4 codes and absmax of the original weights, and the original biases.
 
-    A code may be one level off only where the element lies within two float32 units of the middle of two levels.
-    Libraries divide by absmax or multiply by its reciprocal, which may differ there. A block of zeros may have any
-    codes and any absmax that decode to zero, since bitsandbytes' back ends differ.
+    Exactly the adapted layers are packed. A code may be one level off only where the element lies within two float32
+    units of the middle of two levels. Libraries divide by absmax or multiply by its reciprocal, which may differ there.
+    A block of zeros may have any codes and any absmax that decode to zero, since bitsandbytes' back ends differ.
 
     If absmax is quantised too, its decoded values must equal those of the reference's double quantisation, up to the
     rounding of the mean that is added back. The codes of a large model are judged in pieces, as each layer is packed.
     """
-    if not subject.packed:
+    wanted = subject.expected_codes.keys() | subject.judged_codes.keys()
+    if not wanted:
         return skipped(subject, case, "codes", "the base is not quantised")
+    odd = [f"{path} is not packed" for path in sorted(wanted - subject.packed.keys())]
+    odd += [f"{path} should not be packed" for path in sorted(subject.packed.keys() - wanted)]
+    if odd:
+        return listed(subject, case, "codes", odd)
     found, ties = [], 0
     for path, form in subject.packed.items():
-        verdict, tied = subject.judged_codes.get(path) or judge(
-            form, subject.expected_codes[path], _bias(subject, path)
-        )
+        bias = getattr(subject.bases[path], "bias", None)
+        verdict, tied = subject.judged_codes.get(path) or judge(form, subject.expected_codes[path], bias)
         ties += tied
         found.append(prefix_tensor(path, verdict))
     return judged(subject, case, "codes", worst_of(found, "exact"), f"{ties} codes on the other side of a tie")
 
 
-def _bias(subject: Subject, path: str) -> torch.Tensor | None:
-    bias = subject.bases[path].bias
-    return bias if isinstance(bias, torch.Tensor) else None
+@check(States.INIT)
+def check_packing(subject: Subject, case: Case) -> CheckResult:
+    """QLoRA's `state()` has the reference's NF4 codes and absmax of the original weight, by the rules of the check `codes`.
+
+    All other checks compute with the codes that `state()` shows. Codes that it does not show are not judged here: the
+    other checks then compute with the reference's own.
+    """
+    found = []
+    block, double = subject.config.block, subject.config.double_quant
+    for path in subject.bases:
+        layer: Any = subject.reference(path, subject.dtype).layer  # with the subject's codes
+        absmax = double_quant.dequantize(layer.absmax, layer.absmax2, layer.offset) if double else layer.absmax
+        dense: Any = subject.dense_base(path, DTYPES[subject.dtype])
+        want = ExpectedCodes.of(dense, block)
+        verdict, _ = judge(PackedLayer(layer.codes, absmax, block, double), want, dense.bias)
+        found.append(prefix_tensor(path, verdict))
+    return judged(subject, case, "packing", worst_of(found, "exact"))

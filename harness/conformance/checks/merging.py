@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from harness.conformance.case import Case
 from harness.conformance.checks import CellStage, States, check
+from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.layer_comparison import runs_of
 from harness.conformance.comparison.observations import observe
-from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, worst_of
+from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, unchanged, worst_of
 from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load
 from harness.records.record import CheckResult
 
@@ -93,26 +94,32 @@ def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Te
 
 @check(States.INIT, of_sizes=False)
 def check_detach(subject: Subject, case: Case) -> CheckResult:
-    """Detaching restores the base layers themselves, with their weights and outputs."""
+    """Detaching restores the base layers themselves and their outputs, and every parameter and buffer of the model.
+
+    A parameter that the Method froze may stay frozen; detaching freezes no other.
+    """
     fresh = case.attach_again()
     if fresh is None or fresh.original.model is None:
         return skipped(subject, case, "detach", "the case cannot attach again")
     xs = _inputs(fresh, case)
+    trained = {id(p) for p in fresh.model.parameters() if p.requires_grad}
     fresh.adapted.detach()
-    others = [f"{p} is not the base layer" for p, b in fresh.bases.items() if fresh.model.get_submodule(p) is not b]
-    if others:
-        return listed(subject, case, "detach", others)
+    odd = [f"{p} is not the base layer" for p, b in fresh.bases.items() if fresh.model.get_submodule(p) is not b]
+    odd += [f"{n} is frozen" for n, p in fresh.model.named_parameters() if id(p) in trained and not p.requires_grad]
+    if odd:
+        return listed(subject, case, "detach", odd)
     with torch.no_grad():
-        mine = _outputs(fresh, xs)
-        base = {path: fresh.original_base(path)(x) for path, x in xs.items()}
-    return judged(subject, case, "detach", exact(mine, base))
+        outputs = exact(_outputs(fresh, xs), {path: fresh.original_base(path)(x) for path, x in xs.items()})
+    weights = unchanged(whole_model.tensors(fresh.model), whole_model.tensors(fresh.original.model))
+    return judged(subject, case, "detach", worst_of([outputs, weights], "exact"))
 
 
 @check(States.WARM, of_sizes=False)
 def check_save(subject: Subject, case: Case) -> CheckResult:
     """`tensors()` and `state()` are the whole state of an adapter.
 
-    Copied into a freshly attached model they give the same outputs and gradients, to the last bit.
+    Copied into a freshly attached model they give the same outputs and gradients, to the last bit. `state()` returns the
+    adapter's own tensors: values that are copied into them are there at the next call.
     """
     fresh = case.attach_again()
     if fresh is None:
@@ -121,8 +128,14 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
     if saved != places:
         names = [f"only one of the two adapters has {name}" for name in sorted(saved ^ places)]
         return listed(subject, case, "save", names)
-    load(fresh.adapted, subject.adapted.tensors(), subject.state())
+    load(fresh.adapted, subject.adapted.tensors())
+    state = {name: t.detach().clone() for name, t in subject.state().items()}
+    # The fresh adapter starts with the same state. Load another one first; otherwise loading this one shows nothing.
+    other = {name: (t == 0).to(t.dtype) for name, t in state.items()}
     found = []
+    for values in (other, state) if state else ():
+        load(fresh.adapted, {}, values)
+        found.append(exact(fresh.state(), values))
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         x, dy = inputs(subject.original_base(path), case.tokens, DTYPES[subject.dtype], case.generator(index))
         before = observe(layer, subject.tensors_of(path), x, dy)

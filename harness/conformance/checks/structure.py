@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.conformance.case import Case
 from harness.conformance.checks import CellStage, Reference, States, check
+from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.observations import observe
-from harness.conformance.comparison.tolerance_policies import exact, worst_of
+from harness.conformance.comparison.tolerance_policies import exact, unchanged, worst_of
 from harness.conformance.poisoned_memory import poisoned_memory
 from harness.conformance.subject import DTYPES, Subject, initial_shapes
 from harness.methods import checksums
@@ -66,6 +67,7 @@ def check_parameters(subject: Subject, case: Case) -> CheckResult:
 def check_base(subject: Subject, case: Case) -> CheckResult:
     """Attaching changes no parameter and no buffer of the model, not by one bit.
 
+    Packing a base changes none outside the packed layers; the check `codes` judges these.
     For `method: peft` the adapted weights are left out where the method's start rewrites them (OLoRA, PiSSA, LoftQ).
     """
     if subject.original.model is None and not subject.original.crc32:
@@ -88,8 +90,17 @@ def check_base(subject: Subject, case: Case) -> CheckResult:
     if original is None:
         changed = [f"{n} has changed" for n in before if checksums.crc32(now[n]) != crc32[n]]
         return listed(subject, case, "base", changed, f"{len(before)} tensors, by their checksums")
-    then: dict[str, Tensor] = {**dict(original.named_parameters()), **dict(original.named_buffers())}
-    return judged(subject, case, "base", exact({n: now[n].detach() for n in before}, {n: then[n] for n in before}))
+    then = whole_model.tensors(original)
+    found = [unchanged({n: now[n].detach() for n in before}, {n: then[n] for n in before})]
+    if subject.unpacked is not None:
+        found.append(unchanged(_unpacked(subject, original), _unpacked(subject, subject.unpacked)))
+    return judged(subject, case, "base", worst_of(found, "exact"))
+
+
+def _unpacked(subject: Subject, model: nn.Module) -> dict[str, Tensor]:
+    """Map names to the parameters and buffers of `model` outside the layers that are packed."""
+    packed = tuple(f"{path}." for path in subject.bases)
+    return {name: tensor for name, tensor in whole_model.tensors(model).items() if not name.startswith(packed)}
 
 
 @check(States.WARM, of_sizes=False)

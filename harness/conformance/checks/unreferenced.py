@@ -88,9 +88,9 @@ def check_repeats(subject: Subject, case: Case) -> CheckResult:
 @check(in_cell=[CellStage.WARM], reference=Reference.ABSENT)
 def check_untouched(subject: Subject, case: Case) -> CheckResult:
     """A forward and a backward pass of the whole model change no weight and no buffer."""
-    before = {name: t.detach().clone() for name, t in _weights(subject.model).items()}
+    before = {name: t.detach().clone() for name, t in whole_model.tensors(subject.model).items()}
     _observed(subject, case)
-    return judged(subject, case, "untouched", exact(_weights(subject.model), before))
+    return judged(subject, case, "untouched", exact(whole_model.tensors(subject.model), before))
 
 
 @check(in_cell=[CellStage.WARM], reference=Reference.ABSENT)
@@ -233,10 +233,6 @@ def _observed(subject: Subject, case: Case) -> dict[str, Tensor]:
     gradients = torch.autograd.grad(logits, list(tensors.values()), dy, allow_unused=True)
     seen = {f"grad {name}": g for name, g in zip(tensors, gradients, strict=True) if g is not None}
     return {"logits": logits.detach(), **seen}
-
-
-def _weights(model: nn.Module) -> Mapping[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _forward(case: Case, model: nn.Module) -> Tensor:

@@ -20,10 +20,7 @@ _SAME = Judgement(True, 0.0, 0.0, "codes", "", "exact", 0)
 def judge(form: PackedLayer, want: ExpectedCodes, bias: Tensor | None) -> tuple[Judgement, int]:
     """Judge a packed weight and its bias; return the judgement and the number of ties (see the check `codes`)."""
     have, expected, ties = _comparable(form, want)
-    if want.bias is not None:
-        expected["bias"] = want.bias
-        have |= {"bias": bias.detach()} if isinstance(bias, Tensor) else {}
-    found = [exact(have, expected)]
+    found = [exact(have | _named(bias), expected | _named(want.bias))]
     if form.double:
         found.append(_judge_double_quantised(form.absmax, want.absmax))
     return worst_of(found, "exact"), ties
@@ -57,9 +54,13 @@ def judge_in_pieces(form: PackedLayer, layer: nn.Linear, bias: Tensor | None) ->
         ties += tied
     if form.double:
         found.append(_judge_double_quantised(form.absmax, torch.cat(absmax)))
-    if layer.bias is not None:
-        found.append(exact({} if bias is None else {"bias": bias.detach()}, {"bias": layer.bias.detach()}))
+    if bias is not None or layer.bias is not None:
+        found.append(exact(_named(bias), _named(layer.bias)))
     return worst_of(found, "exact"), ties
+
+
+def _named(bias: Tensor | None) -> dict[str, Tensor]:
+    return {} if bias is None else {"bias": bias.detach()}
 
 
 def _near_tie(W: Tensor, requested: Tensor) -> Tensor:

@@ -199,6 +199,15 @@ def exact(subject: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Judg
     return _with_worst_element(worst_of(judged, "exact"), subject, expected)
 
 
+def unchanged(now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Judgement:
+    """Judge bitwise equality as `exact` does, and equal dtypes."""
+    for name in now.keys() & before.keys():
+        if now[name].dtype != before[name].dtype:
+            dtypes = f"{now[name].dtype}, should be {before[name].dtype}"
+            return Judgement(False, None, None, name, dtypes, "exact", 0)
+    return exact(now, before)
+
+
 def worst_of(judged: list[Judgement], policy: str) -> Judgement:
     """Return the judgement that uses most of its allowance, with the total of non-finite elements.
 

@@ -26,6 +26,11 @@ def one_by_one(model: Any, dtype: torch.dtype) -> None:
         model.set_experts_implementation("eager")
 
 
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Map names to all parameters and buffers of a model."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 def reference(subject: Subject, dtype: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """Return a copy of the original model in `dtype` with the reference's layers, and its trainable tensors by name.
 

@@ -225,6 +225,7 @@ def attach(
         bases = _adaptable(model, resolved)
         packed: dict[str, PackedLayer] = {}
         expected: dict[str, ExpectedCodes] = {}
+        unpacked = copy.deepcopy(model) if plan.base else None
         if plan.base:
             expected = {p: ExpectedCodes.of(layer) for p, layer in bases.items() if isinstance(layer, nn.Linear)}
             packed_forms = implementation(model, list(bases), DTYPES[of.dtype])
@@ -239,8 +240,9 @@ def attach(
         # Other configs or weights need another reference, and an implementation may pack its base differently each time.
         shared = {} if changed or square or plan.base else cache
         return Subject(
-            method, resolved, of.dtype, model, adapted, bases, own, original, packed, expected, reference_cache=shared
-        )
+            method, resolved, of.dtype, model, adapted, bases, own, original, packed, expected,
+            unpacked=unpacked, reference_cache=shared,
+        )  # fmt: skip
 
     subject = fresh()
     run_model, forward = whole(subject.model)

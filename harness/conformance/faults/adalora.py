@@ -49,6 +49,10 @@ FAULTS = [
         "for gram in (layer.B.T @ layer.B, layer.A @ layer.A.T)", "for gram in (layer.B.T @ layer.B,)"),
     _adalora("forgets_gamma", ["regularizer"],
         "return self.config.orthogonality * orthogonality(", "return 1.0 * orthogonality("),
+    _adalora("adds_a_term_where_gamma_is_zero", ["regularizer"],
+        "        if self.config.orthogonality == 0:", "        if False:",
+        "return self.config.orthogonality * orthogonality(", "return 0.1 * orthogonality(",
+        values={**_USUAL, "orthogonality": 0.0}),
     _adalora("takes_the_mean_of_norms_for_the_sum_of_squares", ["regularizer"],
         'if form == "squared-sum":', 'if form == "":', values={**_USUAL, "regularization": "squared-sum"}),
 ]

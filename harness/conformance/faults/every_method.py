@@ -58,6 +58,15 @@ def computes_differently_at_its_first_use(copy: PatchedCopy) -> None:
     copy.replace_forward(forward)
 
 
+@planted_in_methods("save", only=["adalora", "pissa", "qlora", "vera"])
+def shows_copies_of_its_state(copy: PatchedCopy) -> None:
+    def change(adapted: Any) -> None:
+        state = adapted.state
+        adapted.state = lambda: {name: tensor.clone() for name, tensor in state().items()}
+
+    copy.change_adapted(change)
+
+
 @planted_in_methods("detach", adds_layers=True)
 def leaves_its_layers_behind(copy: PatchedCopy) -> None:
     copy.change_adapted(lambda adapted: setattr(adapted, "detach", lambda: None))
@@ -80,3 +89,31 @@ def rounds_a_weight_that_it_does_not_adapt(copy: PatchedCopy) -> None:
         weight.data = weight.data.bfloat16().to(weight.dtype)
 
     copy.change_adapted(change)
+
+
+@planted_in_methods("base", adds_layers=True)
+def widens_a_weight_that_it_does_not_adapt(copy: PatchedCopy) -> None:
+    def change(adapted: Any) -> None:
+        weight = adapted.model.other.weight
+        weight.data = weight.data.double()
+
+    copy.change_adapted(change)
+
+
+@planted_in_methods("detach")
+def detaches_more_than_its_layers(copy: PatchedCopy) -> None:
+    def change(adapted: Any) -> None:
+        detach = adapted.detach
+
+        def detach_and_scale() -> None:
+            detach()
+            adapted.model.other.weight.data.mul_(2)
+
+        adapted.detach = detach_and_scale
+
+    copy.change_adapted(change)
+
+
+@planted_in_methods("detach", adds_layers=False)
+def freezes_the_model_when_it_is_detached(copy: PatchedCopy) -> None:
+    copy.change_adapted(lambda adapted: setattr(adapted, "detach", lambda: adapted.model.requires_grad_(False)))

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
-from harness.conformance.faults import line_fault
+import torch
+from torch import nn
+
+from harness.conformance.faults import line_fault, planted
+from harness.conformance.faults.patched_copy import Pack, PackedForm, PatchedCopy
 
 _USUAL = {"rank": 3, "alpha": 8.0}
 
 _nf4 = partial(line_fault, "nf4", values=_USUAL, inputs=64, outputs=128)
 _nf4_dq = partial(line_fault, "nf4-dq", file="double_quant", values=_USUAL, inputs=64, outputs=128)
+_planted = partial(planted, "nf4", values=_USUAL, inputs=64, outputs=128)
 
 # fmt: off
 FAULTS = [
@@ -34,3 +40,33 @@ FAULTS = [
         "dequantize_blockwise(codes, absmax, torch.linspace(-1, 1, 16), block)", file=""),
 ]
 # fmt: on
+
+
+@_planted("codes")
+def packs_nothing(copy: PatchedCopy) -> None:
+    copy.replace_packing(lambda right, model, _: right(model, []))
+
+
+@_planted("codes")
+def packs_only_the_first_layer(copy: PatchedCopy) -> None:
+    copy.replace_packing(lambda right, model, paths: right(model, paths[:1]))
+
+
+@_planted("codes")
+def adds_a_bias_to_a_layer_without_one(copy: PatchedCopy) -> None:
+    def wrong(right: Pack, model: nn.Module, paths: list[str]) -> dict[str, PackedForm]:
+        forms = right(model, paths)
+        layer: Any = model.get_submodule("second")
+        layer.bias = nn.Parameter(torch.ones(layer.out_features), requires_grad=False)
+        return forms
+
+    copy.replace_packing(wrong)
+
+
+@_planted("base")
+def changes_a_layer_that_it_does_not_pack(copy: PatchedCopy) -> None:
+    def wrong(right: Pack, model: nn.Module, paths: list[str]) -> dict[str, PackedForm]:
+        model.get_parameter("other.weight").data.mul_(1.5)
+        return right(model, paths)
+
+    copy.replace_packing(wrong)

@@ -111,7 +111,8 @@ FAULTS = [
     _nf4_linear("adds_an_unwritten_buffer", ["written"],
         "return linear(x, ", "x = x + torch.where((e := torch.empty_like(x)).isnan(), e, 0.0)\n    return linear(x, "),
     # Return the right codes unless torch fills fresh memory with the largest integer; then return those integers.
-    _double_quantize("leaves_its_codes_unwritten", ["written"], "return codes, constants, offset",
+    _double_quantize("leaves_its_codes_unwritten", ["written"],
+        "from torch import Tensor", "import torch\nfrom torch import Tensor", "return codes, constants, offset",
         "fresh = torch.empty_like(codes)\n    return torch.where(fresh.min() == 255, fresh, codes), constants, offset"),
     _adamw("changes_its_parameter_in_place", ["arguments"], "    p = p.clone()\n", "", file=""),
     _galore("changes_its_weight_in_place", ["arguments"], "    W = W.clone()\n", "", file=""),

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from harness.conformance.faults.patched_copy import PatchedCopy
+from harness.conformance.faults.patched_copy import PackedForm, PatchedCopy
 from reference.shared.layers import replace
 
 _BLOCK = 64
@@ -36,15 +36,19 @@ class PackedLinear(nn.Linear):
 
 def pack(
     copy: PatchedCopy, double: bool, model: nn.Module, paths: list[str], dtype: torch.dtype
-) -> dict[str, tuple[Tensor, Tensor, int, bool]]:
-    """Replace the layers at `paths`, as an implementation of a base does; return path -> (bytes, absmax, block, double).
+) -> dict[str, PackedForm]:
+    """Replace the layers at `paths`, as an implementation of a base does; return their packed forms.
 
-    double: quantise absmax as well; the absmax that is returned is then the decoded one.
+    double: quantise absmax as well.
     """
-    forms = {}
     double_quant = copy.module("reference.operations.double_quant") if double else None
-    for path in paths:
-        packed = PackedLinear(cast("nn.Linear", model.get_submodule(path)), copy.module(), double_quant, dtype)
-        replace(model, path, packed)
-        forms[path] = (packed.weight.data, packed.get_buffer("absmax"), _BLOCK, double)
-    return forms
+
+    def right(model: nn.Module, paths: list[str]) -> dict[str, PackedForm]:
+        forms = {}
+        for path in paths:
+            packed = PackedLinear(cast("nn.Linear", model.get_submodule(path)), copy.module(), double_quant, dtype)
+            replace(model, path, packed)
+            forms[path] = (packed.weight.data, packed.get_buffer("absmax"), _BLOCK, double)
+        return forms
+
+    return copy.packing(right)(model, paths)

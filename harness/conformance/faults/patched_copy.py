@@ -24,6 +24,10 @@ Right = Callable[[Tensor], Tensor]
 """The right forward pass of a layer: x -> y."""
 Forward = Callable[[Any, Tensor, Right], Tensor]
 """A wrong forward pass: (layer, x, the right one) -> y."""
+PackedForm = tuple[Tensor, Tensor, int, bool]
+"""A packed weight: bytes, absmax, size of a block, and whether absmax is quantised too; absmax is then the decoded one."""
+Pack = Callable[[nn.Module, list[str]], dict[str, PackedForm]]
+"""The right packing of a base: it replaces the layers at the given paths of a model."""
 _PACKAGES = ("reference", "reference.operations", "reference.shared")
 
 
@@ -36,6 +40,7 @@ class PatchedCopy:
         self._sources: dict[str, str] = {}
         self._changes: list[Callable[[Any], object]] = []
         self._made: dict[str, ModuleType] = {}
+        self._packing: Callable[[Pack, nn.Module, list[str]], dict[str, PackedForm]] | None = None
 
     def replace_line(self, right: str, wrong: str, file: str = "") -> None:
         """Replace the one occurrence of `right` by `wrong`.
@@ -68,6 +73,14 @@ class PatchedCopy:
             layer.forward = partial(_call_wrong, wrong, layer, layer.forward)  # unlike a closure, follows copy.deepcopy
 
         self.change_layers(change)
+
+    def replace_packing(self, wrong: Callable[[Pack, nn.Module, list[str]], dict[str, PackedForm]]) -> None:
+        """Make a base pack by wrong(its right packing, model, paths)."""
+        self._packing = wrong
+
+    def packing(self, right: Pack) -> Pack:
+        """Return the wrong packing if there is one, else `right`."""
+        return right if self._packing is None else partial(self._packing, right)
 
     def attach(self, model: nn.Module, config: Any, generator: torch.Generator) -> Adapted:
         """Attach as the copy does, make the registered changes, and return the Adapted."""
