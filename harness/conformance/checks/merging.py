@@ -68,10 +68,29 @@ def check_merge(subject: Subject, case: Case) -> CheckResult:
             truth, draws = expected[path][when == _CHANGED]
             found.append(prefix_tensor(path, noise_floor({"y": y}, truth, draws, subject.dtype, case.factor("merge"))))
         verdicts[when] = worst_of(found, found[0].policy if found else "noise-floor")
-    failures = [when for when, verdict in verdicts.items() if not verdict.passed]
+    failures = [when for when, verdict in verdicts.items() if verdict.decided and not verdict.passed]
     if failures:
         return judged(subject, case, "merge", verdicts[failures[0]], failures[0])
     return judged(subject, case, "merge", worst_of([*verdicts.values()], verdicts[_CHANGED].policy))
+
+
+@check(States.WARM, of_sizes=False, only_wide=True)
+def check_unmerge(subject: Subject, case: Case) -> CheckResult:
+    """Merging and unmerging restores every parameter and buffer of the model, to the last bit.
+
+    A library that adds the update to the weight and subtracts it again loses low bits each time; a server that changes
+    adapters by merging would drift.
+    """
+    if not subject.adapted.can_merge:
+        return skipped(subject, case, "unmerge", "this Method has nothing to merge")
+    fresh = case.attach_again()
+    if fresh is None:
+        return skipped(subject, case, "unmerge", "the case cannot attach again")
+    load(fresh.adapted, subject.adapted.tensors(), subject.state())
+    before = {name: t.detach().clone() for name, t in whole_model.tensors(fresh.model).items()}
+    fresh.adapted.merge()
+    fresh.adapted.unmerge()
+    return judged(subject, case, "unmerge", unchanged(whole_model.tensors(fresh.model), before))
 
 
 def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Tensor], list[dict[str, Tensor]]]]:

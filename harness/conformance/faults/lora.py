@@ -95,6 +95,20 @@ def drops_the_inputs_of_the_base_too(copy: PatchedCopy) -> None:
     copy.replace_forward(lambda layer, x, right: right(nn.functional.dropout(x, 0.25, layer.training)))
 
 
+@planted("lora", "unmerge", values=_USUAL, dtype="bfloat16")
+def merges_into_the_base_and_subtracts_again(copy: PatchedCopy) -> None:
+    def change(adapted: Any) -> None:
+        def add(sign: float) -> None:
+            for layer in adapted.layers.values():
+                layer.base.weight.data += sign * layer.delta().data
+                layer.merged_in = sign > 0
+
+        adapted.merge, adapted.unmerge = partial(add, 1.0), partial(add, -1.0)
+
+    copy.change_adapted(change)
+    copy.replace_forward(lambda layer, x, right: layer.base(x) if getattr(layer, "merged_in", False) else right(x))
+
+
 @planted("lora", "inputs", values=_USUAL)
 def writes_into_its_input(copy: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:

@@ -8,7 +8,7 @@ import os
 import random
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pkgutil import walk_packages
 from typing import Any
@@ -32,6 +32,10 @@ _TARGETS = 3
 _LIMITS = forks.Limits(cpu_s=300, memory_b=8 << 30)
 
 
+Run = tuple[Owner, str]
+"""Whose implementation, and of which target."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The result of one mutant."""
@@ -46,6 +50,10 @@ class Verdict:
     """Why the mutant is no mistake, from the list of equivalent mutants."""
     same_bits: bool = False
     """True if no check caught it, and it computes the same bits as the original in random cases."""
+
+    def runs(self) -> list[Run]:
+        """List the implementations whose checks are run."""
+        return [(trial.owner(self.mutant.module), target) for target in self.targets]
 
     @property
     def survives(self) -> bool:
@@ -162,46 +170,44 @@ def _run(
         if verdicts[mutant].targets and not reason:
             tasks.append(mutant)
 
-    def act(mutant: Mutant) -> dict[str, Any] | bool:
-        catch = trial.try_mutant(mutant, verdicts[mutant].targets)
-        return catch if isinstance(catch, bool) else vars(catch)
+    right = _original_digests([one for mutant in tasks for one in verdicts[mutant].runs()], jobs)
+
+    def act(mutant: Mutant) -> dict[str, Any] | str:
+        end = trial.try_mutant(mutant, {target: right[of, target] for of, target in verdicts[mutant].runs()})
+        return vars(end) if isinstance(end, Catch) else end
 
     for count, ended in enumerate(forks.run(tasks, act, jobs, _LIMITS), start=1):
-        catch = Catch(**ended.returned) if isinstance(ended.returned, dict) else None
-        targets: tuple[str, ...] = () if ended.returned is False else verdicts[ended.task].targets
-        verdicts[ended.task] = Verdict(ended.task, targets, catch, ended.died)
+        before = verdicts[ended.task]
+        if isinstance(ended.returned, dict):
+            verdicts[ended.task] = replace(before, catch=Catch(**ended.returned))
+        elif ended.returned == "not run":
+            verdicts[ended.task] = replace(before, targets=())
+        else:
+            verdicts[ended.task] = replace(before, died=ended.died, same_bits=ended.returned == "same bits")
         if count % 50 == 0:
             alive = sum(one.survives for one in verdicts.values()) - (len(tasks) - count)
             progress(f"{count} of {len(tasks)} mutants tried, {alive} survived")
-    survivors = [mutant for mutant, one in verdicts.items() if one.survives]
-    for mutant in _same_bits(survivors, verdicts, jobs):
-        verdicts[mutant] = replace(verdicts[mutant], same_bits=True)
     return MutantReport([verdicts[mutant] for mutant in chosen])
+
+
+def _original_digests(wanted: Iterable[Run], jobs: int) -> dict[Run, list[str]]:
+    """Return the digests that `difference` computes of the originals."""
+
+    def act(run: Run) -> list[str]:
+        return difference.digests(trial.implementation(run[1], run[0], None))
+
+    found = {}
+    for ended in forks.run(sorted(set(wanted)), act, jobs, _LIMITS):
+        if ended.died:
+            raise RuntimeError(f"{ended.task[1]} by {ended.task[0]} did not run: {ended.died}")
+        found[ended.task] = ended.returned
+    return found
 
 
 def _chosen(mutant: Mutant, callers: Mapping[tuple[str, str], list[str]]) -> list[str]:
     """Return at most _TARGETS targets that call the changed function; a target with the module's name comes first."""
     name = mutant.module.rpartition(".")[2]
     return sorted(callers.get((mutant.module, mutant.function), ()), key=lambda target: target != name)[:_TARGETS]
-
-
-def _same_bits(survivors: Sequence[Mutant], verdicts: Mapping[Mutant, Verdict], jobs: int) -> Iterator[Mutant]:
-    """Yield those survivors that compute the same bits as the original in random cases of all their targets."""
-    wanted = {(trial.owner(one.module), target) for one in survivors for target in verdicts[one].targets}
-
-    def original(task: tuple[Owner, str]) -> list[str]:
-        return difference.digests(trial.implementation(task[1], task[0], None))
-
-    right = {ended.task: ended.returned for ended in forks.run(sorted(wanted), original, jobs, _LIMITS)}
-
-    def is_same(mutant: Mutant) -> bool:
-        of = trial.owner(mutant.module)
-        return all(
-            difference.digests(trial.implementation(target, of, mutant)) == right[of, target]
-            for target in verdicts[mutant].targets
-        )
-
-    yield from (ended.task for ended in forks.run(survivors, is_same, jobs, _LIMITS) if ended.returned)
 
 
 def _callers(jobs: int, only: Collection[str]) -> dict[tuple[str, str], list[str]]:
