@@ -26,7 +26,7 @@ from harness.methods.implementations import fused
 from harness.methods.registry import Implementation
 
 Unharmed = Literal["not run", "same bits", "survives"]
-"""Why no check caught a mutant: no case runs the changed statement; it computes the original's bits; or a check is missing."""
+"""Why no check caught a mutant: no case runs its statement, it computes the bits of the original, or a check is missing."""
 Owner = Literal["reference", "fused"]
 """Whose code a module is."""
 _CODE = {"reference": ("reference.",), "fused": ("harness.kernels.torch.", f"{fused.methods.__name__}.")}
