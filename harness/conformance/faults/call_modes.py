@@ -66,6 +66,13 @@ def flattens_four_dimensions(copy: PatchedCopy) -> None:
 
 
 @planted_in_methods("calls", only=_ADAPTERS)
+def skips_the_update_of_rows_with_gaps(copy: PatchedCopy) -> None:
+    copy.replace_forward(
+        lambda layer, x, right: layer.base(x) if len(x) > 1 and x.stride()[0] > x[0].numel() else right(x)
+    )
+
+
+@planted_in_methods("calls", only=_ADAPTERS)
 def is_wrong_at_every_fiftieth_call(copy: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         vars(layer)["calls"] = vars(layer).get("calls", 0) + 1
