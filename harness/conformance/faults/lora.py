@@ -37,6 +37,12 @@ FAULTS = [
     _lora("does_not_drop", ["dropout"], _INPUT, "x_TD @ self.A.T", values=_DROP),
     _lora("drops_without_scaling_up", ["dropout"],
         _INPUT, "(self.dropout(x_TD) * (1 - self.dropout.p * self.training)) @ self.A.T", values=_DROP),
+    _lora("does_not_drop_before_a_convolution", ["dropout"],
+        "convolve(self.base, self.dropout(x), self.A, groups=1)", "convolve(self.base, x, self.A, groups=1)",
+        file="lora_layers", values=_DROP, layer="conv2d"),
+    _lora("drops_whole_images", ["dropout"], "convolve(self.base, self.dropout(x), self.A, groups=1)",
+        "convolve(self.base, x * self.dropout(x.new_ones(len(x), 1, 1, 1)), self.A, groups=1)",
+        file="lora_layers", values=_DROP, layer="conv2d"),
     _lora("computes_in_bfloat16", ["forward", "gradient"],
         _PRODUCT, "self.scaling * (h_TR.bfloat16() @ self.B.bfloat16().T).to(x_TD.dtype)"),
     _lora("adapts_the_wrong_layer", ["layers"],
@@ -93,6 +99,15 @@ def detaches_its_output(copy: PatchedCopy) -> None:
 @planted("lora", "dropout", values=_DROP)
 def drops_the_inputs_of_the_base_too(copy: PatchedCopy) -> None:
     copy.replace_forward(lambda layer, x, right: right(nn.functional.dropout(x, 0.25, layer.training)))
+
+
+@planted("lora", "dropout", values=_DROP, layer="embedding")
+def drops_in_an_embedding(copy: PatchedCopy) -> None:
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        base: Tensor = layer.base(x)
+        return base + nn.functional.dropout(right(x) - base, 0.25, layer.training)
+
+    copy.replace_forward(forward)
 
 
 @planted("lora", "inputs", values=_USUAL)
