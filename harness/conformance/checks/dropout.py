@@ -141,7 +141,7 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterato
 def _masked(
     mask: Tensor | float, layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor
 ) -> dict[str, Tensor]:
-    """Observe the reference's layer in training mode with a known mask of the tokens, or a factor, instead of its dropout."""
+    """Observe the reference's layer in training mode with a known mask or factor instead of its dropout."""
     for name, child in list(layer.named_modules()):
         if isinstance(child, nn.Dropout):
             parent, _, last = name.rpartition(".")

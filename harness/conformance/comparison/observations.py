@@ -21,9 +21,9 @@ def observe(
 ) -> dict[str, Tensor]:
     """Run `layer` forward on x (..., D), or on token numbers, and backward from dy (..., E), in training mode or eval mode.
 
-    tensors: canonical short name -> trainable tensor of the layer. call: (layer, x) -> y. Returns `y`, `grad x` and `grad <name>`. If a tensor
-    has no gradient, its entry is missing, which a comparison notices; if dy does not fit y, all gradients are missing.
-    The layer's own gradients are restored.
+    tensors: canonical short name -> trainable tensor of the layer. call: (layer, x) -> y. Returns `y`, `grad x` and
+    `grad <name>`. If a tensor has no gradient, its entry is missing, which a comparison notices; if dy does not fit y, all
+    gradients are missing. The layer's own gradients are restored.
     """
     leaf = strided_copy(x).requires_grad_(x.is_floating_point())
     with preserved_state(layer, tensors, training):

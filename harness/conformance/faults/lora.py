@@ -151,6 +151,18 @@ def is_wrong_in_the_last_row(copy: PatchedCopy) -> None:
     copy.replace_forward(lambda layer, x, right: torch.cat([right(x)[:-1], layer.base(x[-1:])]) if len(x) else right(x))
 
 
+@planted("lora", "forward", "gradient", values=_USUAL, magnitude="large")
+def skips_the_update_of_several_large_rows(copy: PatchedCopy) -> None:
+    copy.replace_forward(
+        lambda layer, x, right: layer.base(x) if x.numel() > 4 * x.shape[-1] and x.abs().max() > 1e4 else right(x)
+    )
+
+
+@planted("lora", "forward", "gradient", values=_USUAL, magnitude="small")
+def takes_small_inputs_for_zero(copy: PatchedCopy) -> None:
+    copy.replace_forward(lambda layer, x, right: right(x) if not x.numel() or x.abs().max() > 1e-9 else layer.base(x))
+
+
 @planted("lora", "layers", values=_USUAL)
 def trains_the_base_too(copy: PatchedCopy) -> None:
     copy.change_layers(lambda layer: layer.base.weight.requires_grad_(True))

@@ -86,7 +86,10 @@ def judge_codes_of_moments(outputs: Mapping[str, Tensor], given: Arguments) -> t
         codes, absmax = quantize_blockwise(value, levels)
         in_block = _repeat_blocks(largest_of_blocks(bound, adamw8bit.BLOCK), value)
         reach = CODE_TIE_EPS * (EPSILON["float32"] * (decayed.abs() + new.abs()) + eps * in_block)
-        scale, middles = _repeat_blocks(largest_of_blocks(value, adamw8bit.BLOCK), value), (levels[1:] + levels[:-1]).double() / 2
+        scale, middles = (
+            _repeat_blocks(largest_of_blocks(value, adamw8bit.BLOCK), value),
+            (levels[1:] + levels[:-1]).double() / 2,
+        )
         least, most = (torch.bucketize((value + sign * reach) / scale, middles) for sign in (-1, 1))
         within = (outputs[name] >= least) & (outputs[name] <= most)
         # `judge` compares the absmax. Here it marks the blocks of zeros.
