@@ -208,12 +208,17 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
             wanted = {n: t for n, t in truth.items() if n not in missing}
             own = ({n: t for n, t in draw.items() if n in wanted} for draw in draws)
             yield _named(path, name, noise_floor(form(call), wanted, own, subject.dtype, case.factor("calls")))
-
+        if subject.dtype == "float32":
+            with torch.autocast(x.device.type, torch.bfloat16):
+                # dy[:0] fits no output, so that no gradients are computed.
+                mine, rounded = (observe(of, {}, x, dy[:0]) for of in (layer, subject.reference(path, "float32").layer))
+            verdict = noise_floor(mine, {"y": truth["y"]}, rounded, "bfloat16", case.factor("calls"))
+            yield _named(path, "under autocast", verdict)
     yield from _in_other_precisions(subject, case)
 
 
 def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
-    """Yield judgements of the first layer: the gradient of a gradient, a copy in another dtype, a call under autocast."""
+    """Yield judgements of the first layer: the gradient of a gradient, and a copy in another dtype."""
     path = next(iter(subject.adapted.layers), None)
     if path is None:
         return
@@ -225,12 +230,6 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
         truth = _second(wide.layer, wide.tensors, x.double(), dy.double())
         verdict = noise_floor(_second(layer, tensors, x, dy), truth, rounded, subject.dtype, factor)
         yield _named(path, "the gradient of a gradient", verdict)
-    if subject.dtype == "float32":
-        with torch.autocast(x.device.type, torch.bfloat16):
-            # dy[:0] fits no output, so that no gradients are computed.
-            mine, rounded = ({"y": observe(of, {}, x, dy[:0])["y"]} for of in (layer, own.layer))
-        truth = {"y": observe(subject.reference(path, "float64").layer, {}, cast(x, "float64"), dy[:0])["y"]}
-        yield _named(path, "under autocast", noise_floor(mine, truth, rounded, "bfloat16", factor))
     rounded_alike = {t.dtype for t in tensors.values()} <= {
         DTYPES[subject.dtype]
     }  # False if an adapter stays in float32
