@@ -9,9 +9,9 @@ from typing import Any
 
 Row = dict[str, int]
 """Factor -> index of its level."""
+Pair = tuple[tuple[str, int], tuple[str, int]]
 TRIES = 20
 """Number of random rows that are tried for a pair of levels."""
-Pair = tuple[tuple[str, int], tuple[str, int]]
 
 
 def every_pair(levels: Mapping[str, Sequence[Any]]) -> list[Pair]:
@@ -52,14 +52,14 @@ def covering(
         _cover(missing, row, levels)
     while missing:
         pair = next(iter(missing))
-        row = _filled(pair, missing, levels, lambda _: True)
+        row = _filled(pair, missing, levels, {}, lambda _: True)
         if not fits(row):
             starts = itertools.chain([dict.fromkeys(levels, 0)], known, rows, _at_random(levels))
-            start = next((row for row in (one | dict(pair) for one in starts) if fits(row)), None)
+            start = next(filter(fits, (one | dict(pair) for one in starts)), None)
             if start is None:
                 del missing[pair]
                 continue
-            row = _filled(pair, missing, levels, lambda chosen, start=start: fits(start | chosen))
+            row = _filled(pair, missing, levels, start, fits)
         _cover(missing, row, levels)
         rows.append(row)
     return rows
@@ -71,18 +71,24 @@ def _at_random(levels: Mapping[str, Sequence[Any]]) -> Iterator[Row]:
 
 
 def _filled(
-    pair: Pair, missing: Mapping[Pair, None], levels: Mapping[str, Sequence[Any]], fits: Callable[[Row], bool]
+    pair: Pair,
+    missing: Mapping[Pair, None],
+    levels: Mapping[str, Sequence[Any]],
+    start: Row,
+    fits: Callable[[Row], bool],
 ) -> Row:
-    """Return a row with `pair` and, for every other factor, the level that adds most missing pairs among those that fit."""
+    """Return a row with `pair`. Every other factor in turn takes the level that adds most missing pairs, among the levels
+    for which the row fits; factors whose turn comes later then have the levels of `start`.
+    """
     row = dict(pair)
     for name in levels:
         if name not in row:
             gains = [
-                sum(_key(levels, (name, level), at) in missing for at in row.items())
+                sum(_key(levels, (name, level), other) in missing for other in row.items())
                 for level in range(len(levels[name]))
             ]
             best_first = sorted(range(len(gains)), key=lambda level: -gains[level])
-            row[name] = next(level for level in best_first if fits(row | {name: level}))
+            row[name] = next(level for level in best_first if fits(start | row | {name: level}))
     return row
 
 
