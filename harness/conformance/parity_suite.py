@@ -23,7 +23,7 @@ Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Kind = Literal["linear", "conv1d", "embedding", "conv2d", "conv2d-dilated", "conv2d-reflect"]
 ModelForm = Literal["plain", "wide", "deep"]
 """Forms of the ParityModel: `plain` has two targets, `wide` also a larger layer to leave alone, `deep` ten targets."""
-Magnitude = Literal["normal", "large", "outlier", "zero-rows", "small", "integers"]
+Magnitude = Literal["normal", "large", "outlier", "zero-rows", "small"]
 """The values of a drawn input; see `harness.conformance.comparison.magnitudes`."""
 
 

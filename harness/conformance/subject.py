@@ -340,5 +340,12 @@ def warm(tensors: dict[str, Tensor], generator: torch.Generator) -> None:
     At LoRA's own start B is zero, so that the gradient of A is zero in wrong code too: a check there would see nothing.
     """
     for tensor in tensors.values():
-        spread = (tensor.numel() / tensor.shape[0]) ** -0.5 if tensor.dim() > 1 else 1.0  # 1 / sqrt(fan in)
-        tensor.copy_(torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * spread)
+        tensor.copy_(noise_for(tensor, generator))
+
+
+def noise_for(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Return normal noise in float64 and the tensor's shape, scaled by 1 / sqrt(fan in) so that a matrix about preserves
+    lengths.
+    """
+    spread = (tensor.numel() / tensor.shape[0]) ** -0.5 if tensor.dim() > 1 else 1.0
+    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * spread

@@ -46,6 +46,22 @@ def test_a_covering_sample_has_every_pair_of_levels_that_is_valid() -> None:
     assert len(rows) < 24 < 48
 
 
+def test_a_covering_sample_has_every_pair_that_is_possible_when_most_rows_are_not() -> None:
+    sizes = [12, 1, 3, 130]
+    levels = {"rank": sizes, "least": sizes, "steps": sizes, "first": sizes, "last": [0, 3], "other": [1, 2, 3]}
+
+    def valid(row: dict[str, Any]) -> bool:
+        return bool(row["least"] <= row["rank"] and row["first"] + row["last"] < row["steps"])
+
+    def pairs(rows: Iterable[dict[str, Any]]) -> set[Any]:
+        return {pair for row in rows for pair in itertools.combinations(row.items(), 2)}
+
+    rows = [values(row, levels) for row in covering(levels, every_pair(levels), valid)]
+    every = (dict(zip(levels, row, strict=True)) for row in itertools.product(*levels.values()))
+    assert all(map(valid, rows))
+    assert pairs(rows) == pairs(filter(valid, every))
+
+
 @pytest.mark.parametrize("target", ["lora", "galore", "lora_linear", "multi_lora_linear", "adamw8bit_step"])
 def test_the_fixed_sample_is_always_the_same_and_has_every_setting(target: str) -> None:
     plan = parity_suite.load_plan(target)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.conformance import parity_suite
+from harness.conformance.case_selection import FEW
 from harness.conformance.execution import suite_run
 from harness.errors import Unsupported
 from harness.methods.registry import Implementation, implements
@@ -110,3 +111,23 @@ def test_lora_by_hooks_conforms() -> None:
 
 def test_a_hook_with_a_slightly_wrong_scaling_does_not_conform_even_in_bfloat16() -> None:
     assert {"gradient", "strides"} <= failed(by_hooks(1.01), "bfloat16")
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_hook_is_called_under_autocast_too(wrong: bool) -> None:
+    right = by_hooks(1.0)
+
+    def attach(model: Any, config: Any, generator: torch.Generator) -> Any:
+        adapted = right(model, config, generator)
+        add = adapted.add
+        adapted.add = lambda layer, x, out, path: (
+            out if wrong and torch.is_autocast_enabled("cpu") else add(layer, x, out, path)
+        )
+        return adapted
+
+    plan = parity_suite.load("lora").model_copy(update={"checks": ["calls"]})
+    mine = Implementation("hooked", "method", "lora", attach, dtypes=("float32",))
+    case = next(case for case in plan.cases(FEW, ["float32"]) if "init" not in case.config)
+    (outcome,) = suite_run.run_case(mine, plan, case, wide=True)
+    assert (outcome.result.outcome is Outcome.FAIL) == wrong
+    assert not wrong or "under autocast" in outcome.result.tensor

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
 from harness.conformance.comparison.check_results import listed, skipped
-from harness.conformance.comparison.inputs import inputs, takes_rows
+from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.layer_comparison import observe_with_reference, reference_runs
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import noise_floor, rows_within
@@ -22,6 +22,8 @@ from harness.records.record import CheckResult
 
 FEATURES = 32
 """With this number of features or more, nearly every token drops at least one of them and retains at least one."""
+TOKENS = 64
+"""Smallest number of tokens, or of a convolution's images."""
 
 
 @check(States.WARM)
@@ -34,22 +36,23 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
 
     Every token has only one feature that is not zero. Its output must equal the reference's, with that feature retained
     or dropped, which reveals the mask. The gradients are compared with those of the reference with this mask. The
-    binomial distribution bounds the number of dropped features.
+    binomial distribution bounds the number of dropped features. For a convolution, an image is a token, and the middle
+    pixel of a channel is the feature. An embedding drops nothing: training mode gives what eval mode gives.
     """
     p = getattr(subject.config, "dropout", 0.0)
     if not p:
         return skipped(subject, case, "dropout", "the config has no dropout")
     problems: list[str] = []
-    dropped = total = 0
+    dropped, total, drops = 0, 0, False
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
-        base = subject.original_base(path)
-        if not takes_rows(base):
+        base, tokens = subject.original_base(path), max(case.tokens, TOKENS)
+        x, dy = inputs(base, tokens, DTYPES[subject.dtype], case.generator(index), images=TOKENS)
+        problems += _changes(subject, path, layer, x, dy, case, training=False)
+        if isinstance(base, nn.Embedding):
+            problems += _changes(subject, path, layer, x, dy, case, training=True)
             continue
-        x, dy = inputs(base, max(case.tokens, 64), DTYPES[subject.dtype], case.generator(index))
-        only = torch.zeros_like(x)
-        rows = torch.arange(len(x), device=x.device)
-        where = torch.randint(0, x.shape[-1], (len(x),), generator=case.generator(index + 1)).to(x.device)
-        only[rows, where] = 1 + x.abs().amax(-1)
+        drops = True
+        only, where = _single(x, torch.randint(0, x.shape[1], (len(x),), generator=case.generator(index + 1)))
         mine = observe(layer, subject.tensors_of(path), only, dy, training=True)
         is_retained, is_dropped = (_rows_as(subject, path, mine["y"], only, dy, mask) for mask in (1 / (1 - p), 0.0))
         if neither := int((~(is_retained | is_dropped)).sum()):
@@ -58,35 +61,57 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
         total += int((is_retained ^ is_dropped).sum())
         dropped += int((is_dropped & ~is_retained).sum())
         if bool((is_retained ^ is_dropped).all()):
-            masked = partial(_masked, is_retained.double()[:, None] / (1 - p))
+            masked = partial(_masked, is_retained.double().view(-1, *(1,) * (x.dim() - 1)) / (1 - p))
             truth, draws = reference_runs(subject, path, only, dy, look=masked)
 
-            def known(seen: dict[str, Tensor], rows: Tensor = rows, where: Tensor = where) -> dict[str, Tensor]:
+            def known(seen: dict[str, Tensor], where: Tensor = where) -> dict[str, Tensor]:
                 """Return the observation without the gradients of features with an unknown mask."""
-                return {**seen, "grad x": seen["grad x"][rows, where]}
+                return {**seen, "grad x": seen["grad x"].flatten(1).gather(1, where)}
 
             factor = case.factor("gradient")
             verdict = noise_floor(known(mine), known(truth), map(known, draws), subject.dtype, factor)
             if not verdict.passed:
                 problems.append(f"{path}: with the forward pass's mask {verdict.tensor} is off by {verdict.error}")
-            if x.shape[-1] >= FEATURES and (whole := _whole_tokens(subject, path, layer, x, dy, p)) > len(x) // 2:
+            if x[0].numel() >= FEATURES and (whole := _whole_tokens(subject, path, layer, x, dy, p)) > len(x) // 2:
                 problems.append(f"{path}: {whole} of {len(x)} tokens are retained or dropped as a whole")
             problems += [f"{path}: {problem}" for problem in _repeats(subject, path, layer, p)]
-        again = noise_floor(*observe_with_reference(subject, path, layer, x, dy), subject.dtype, case.factor("forward"))
-        if not again.passed:
-            problems.append(f"{path}: in eval mode {again.tensor} is off by {again.error} of {again.allowed}")
     spread = DROPOUT_SIGMAS * (total * p * (1 - p)) ** 0.5
-    if not total and not problems:
+    if drops and not total and not problems:
         return skipped(subject, case, "dropout", "in this state the adapter adds nothing")
     if not problems and abs(dropped - p * total) > spread + 1:
         problems.append(f"{dropped} of {total} features were dropped, should be {p * total:.0f} +- {spread:.0f}")
-    return listed(subject, case, "dropout", problems, f"{dropped} of {total} features dropped at p = {p:g}")
+    detail = f"{dropped} of {total} features dropped at p = {p:g}" if drops else "an embedding drops nothing"
+    return listed(subject, case, "dropout", problems, detail)
+
+
+def _changes(
+    subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: Tensor, case: Case, *, training: bool
+) -> Iterator[str]:
+    """Yield a description of a layer that, in this mode, differs from the reference without dropout."""
+    runs = observe_with_reference(subject, path, layer, x, dy, training=training)
+    found = noise_floor(*runs, subject.dtype, case.factor("forward"))
+    if not found.passed:
+        mode = "training" if training else "eval"
+        yield f"{path}: in {mode} mode {found.tensor} is off by {found.error} of {found.allowed}"
+
+
+def _single(x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x with zeros except in one feature of every token, and the index (T, 1) of this feature in the flat token.
+
+    In an image, the feature is the middle pixel of a channel, because a convolution may skip other pixels.
+    """
+    size = x[0, 0].numel()
+    where = (features * size + size // 2).view(-1, 1).to(x.device)
+    flat = x.flatten(1)
+    only = torch.zeros_like(flat).scatter(1, where, 1 + flat.abs().amax(1, keepdim=True))
+    return only.view(x.shape), where
 
 
 def _rows_as(subject: Subject, path: str, y: Tensor, x: Tensor, dy: Tensor, mask: float) -> Tensor:
     """Return a mask of the rows of `y` that equal the reference's output with `mask` in place of its dropout."""
     truth, draws = reference_runs(subject, path, x, dy, look=partial(_masked, mask))
-    return rows_within(y, truth["y"], [draw["y"] for draw in draws], subject.dtype)
+    own = [draw["y"].flatten(1) for draw in draws]
+    return rows_within(y.flatten(1), truth["y"].flatten(1), own, subject.dtype)
 
 
 def _whole_tokens(subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: Tensor, p: float) -> int:
@@ -102,9 +127,9 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterato
     The check gives every token the same single feature.
     """
     tokens = math.ceil(DROPOUT_SURE_BITS / -math.log2(max(p, 1 - p)))
-    x, dy = inputs(subject.original_base(path), tokens, DTYPES[subject.dtype], torch.Generator().manual_seed(0))
-    only = torch.zeros_like(x)
-    only[:, 0] = 1 + x.abs().amax()
+    dtype, generator = DTYPES[subject.dtype], torch.Generator().manual_seed(0)
+    x, dy = inputs(subject.original_base(path), tokens, dtype, generator, images=tokens)
+    only, _ = _single(x, torch.zeros(len(x), dtype=torch.long))
     ys = [observe(layer, {}, only, dy, training=True)["y"] for _ in range(2)]
     retained = [_rows_as(subject, path, y, only, dy, 1 / (1 - p)) for y in ys]
     if bool(retained[0].all()) or not bool(retained[0].any()):
@@ -116,7 +141,7 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterato
 def _masked(
     mask: Tensor | float, layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor
 ) -> dict[str, Tensor]:
-    """Observe the reference's layer in training mode with a known mask (T, 1), or a factor, instead of its dropout."""
+    """Observe the reference's layer in training mode with a known mask or factor instead of its dropout."""
     for name, child in list(layer.named_modules()):
         if isinstance(child, nn.Dropout):
             parent, _, last = name.rpartition(".")

@@ -226,7 +226,7 @@ def _judge_layers(subject: Subject, case: Case) -> _LayerJudgements:
     gradients: list[Judgement] = []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         base = subject.original_base(path)
-        x, dy = inputs(base, case.tokens, DTYPES[subject.dtype], case.generator(index))
+        x, dy = inputs(base, case.tokens, DTYPES[subject.dtype], case.generator(index), case.magnitude)
         if takes_rows(base) and len(x) % 2 == 0:
             x, dy = (t.view(2, -1, t.shape[-1]) for t in (x, dy))  # a batch of sequences, as models send it
         mine, truth, draws = observe_with_reference(subject, path, layer, x, dy, training=subject.trains_plainly)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from threading import Barrier
 from typing import Any
@@ -50,10 +50,10 @@ class Call:
     training: bool
     """True if the layer may be in training mode: without dropout it computes the same as eval mode."""
 
-    def observe(self, x: Tensor, dy: Tensor, layer: nn.Module | None = None) -> dict[str, Tensor]:
+    def observe(self, x: Tensor, dy: Tensor, layer: nn.Module | None = None, **how: Any) -> dict[str, Tensor]:
         """Run the layer forward and backward; return outputs and gradients in the shapes of `self.x` and `self.dy`."""
         tensors = self.tensors if layer is None else _tensors_of_copy(self.layer, layer, self.tensors)
-        seen = observe(layer or self.layer, tensors, x, dy, training=self.training)
+        seen = observe(layer or self.layer, tensors, x, dy, training=self.training, **how)
         if seen["y"].shape == dy.shape:
             seen["y"] = seen["y"].reshape(self.dy.shape)
         if "grad x" in seen:
@@ -97,12 +97,7 @@ def _inference(call: Call) -> dict[str, Tensor]:
 
 def _constant_input(call: Call) -> dict[str, Tensor]:
     """Call with an input that needs no gradient, as the first layer of a model is called."""
-    with preserved_state(call.layer, call.tensors, call.training):
-        y = call.layer(call.x)
-        if y.requires_grad:
-            y.backward(call.dy)
-        gradients = {f"grad {n}": t.grad.detach().clone() for n, t in call.tensors.items() if t.grad is not None}
-        return {"y": y.detach().clone()} | gradients
+    return call.observe(call.x, call.dy, call=lambda layer, x: layer(x.detach()))
 
 
 def _frozen(call: Call) -> dict[str, Tensor]:
@@ -117,14 +112,7 @@ def _frozen(call: Call) -> dict[str, Tensor]:
 
 
 def _checkpointed(call: Call) -> dict[str, Tensor]:
-    layer = partial(checkpoint, call.layer, use_reentrant=False)
-    leaf = call.x.detach().clone().requires_grad_(call.x.is_floating_point())
-    with preserved_state(call.layer, call.tensors, call.training):
-        y = layer(leaf)
-        if y.requires_grad:
-            y.backward(call.dy)
-        seen = {"y": y.detach().clone()} | ({} if leaf.grad is None else {"grad x": leaf.grad})
-        return seen | {f"grad {n}": t.grad.detach().clone() for n, t in call.tensors.items() if t.grad is not None}
+    return call.observe(call.x, call.dy, call=partial(checkpoint, use_reentrant=False))
 
 
 def _copied(call: Call) -> dict[str, Tensor]:
@@ -220,12 +208,17 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
             wanted = {n: t for n, t in truth.items() if n not in missing}
             own = ({n: t for n, t in draw.items() if n in wanted} for draw in draws)
             yield _named(path, name, noise_floor(form(call), wanted, own, subject.dtype, case.factor("calls")))
-
+        if subject.dtype == "float32":
+            with torch.autocast(x.device.type, torch.bfloat16):
+                # dy[:0] fits no output, so that no gradients are computed.
+                mine, rounded = (observe(of, {}, x, dy[:0]) for of in (layer, subject.reference(path, "float32").layer))
+            verdict = noise_floor(mine, {"y": truth["y"]}, rounded, "bfloat16", case.factor("calls"))
+            yield _named(path, "under autocast", verdict)
     yield from _in_other_precisions(subject, case)
 
 
 def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
-    """Yield judgements of the first layer: the gradient of a gradient, a copy in another dtype, a call under autocast."""
+    """Yield judgements of the first layer: the gradient of a gradient, and a copy in another dtype."""
     path = next(iter(subject.adapted.layers), None)
     if path is None:
         return
@@ -255,12 +248,6 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
     yield _named(
         path, f"by a copy in {other}", noise_floor(moved(layer, tensors, other), truth, rounded, other, factor)
     )
-    if subject.dtype == "float32":
-        with torch.autocast(x.device.type, torch.bfloat16):
-            # dy[:0] fits no output, so that no gradients are computed.
-            mine, rounded = ({"y": observe(of, {}, x, dy[:0])["y"]} for of in (layer, own.layer))
-        truth = {"y": observe(subject.reference(path, "float64").layer, {}, cast(x, "float64"), dy[:0])["y"]}
-        yield _named(path, "under autocast", noise_floor(mine, truth, rounded, "bfloat16", factor))
 
 
 def _second(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
@@ -297,21 +284,17 @@ def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     plain = {name: t.detach().clone() for name, t in subject.call().items()}
 
     def judge(form: str, mine: dict[str, Tensor]) -> Judgement:
-        verdict = operation_call.ill_formed(mine, plain) or exact(
-            operation_call.finite(mine), operation_call.finite(plain)
-        )
-        if not verdict.passed:
-            verdict = worst_of([one for one, _ in operation_call.judgements(subject, mine, case)], "as outputs")
-        return replace(verdict, tensor=f"{form}: {verdict.tensor}")
+        return operation_call.judge_form(form, subject, mine, plain, case)
 
     with torch.no_grad():
         yield judge("under no_grad", subject.call())
     with torch.inference_mode():
         yield judge("under inference_mode", subject.call())
     yield judge("with arguments that need a gradient", _detached(subject.call(**_leaves(subject.arguments))))
-    calls = (subject.call() for _ in range(REPEATS if _is_small(subject.arguments) else 2))
+    times = REPEATS if _is_small(subject.arguments) else 2
+    calls = (subject.call() for _ in range(times))
     different = (one for one in calls if not exact(operation_call.finite(one), operation_call.finite(plain)).passed)
-    yield judge(f"{REPEATS} times", next(different, plain))
+    yield judge(f"{times} times", next(different, plain))
 
 
 def _detached(named: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -93,12 +92,7 @@ def check_layouts(subject: OperationSubject, case: Case) -> CheckResult:
     for name, change in (("every second element", _gapped), ("transposed", _transposed)):
         given = operation_call.map_tensors(cloned(subject.arguments), change)
         mine = subject.operation.named(subject.function(**given))
-        verdict = operation_call.ill_formed(mine, plain) or exact(
-            operation_call.finite(mine), operation_call.finite(plain)
-        )
-        if not verdict.passed:
-            verdict = worst_of([one for one, _ in operation_call.judgements(subject, mine, case)], "as outputs")
-        found.append(replace(verdict, tensor=f"{name}: {verdict.tensor}"))
+        found.append(operation_call.judge_form(name, subject, mine, plain, case))
     return judged(subject, case, "layouts", worst_of(found, "exact"))
 
 

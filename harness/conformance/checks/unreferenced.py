@@ -15,7 +15,7 @@ from harness.conformance.checks import CellStage, Reference, check
 from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.check_results import judged, listed, skipped
 from harness.conformance.comparison.tolerance_policies import exact, noise_floor, perturbed
-from harness.conformance.subject import Subject, is_small
+from harness.conformance.subject import Subject, is_small, noise_for
 from harness.errors import UsageError
 from harness.methods.peft_config import NO_REFERENCE
 from harness.methods.spec import Adapted
@@ -45,9 +45,7 @@ def nudged(subject: Subject, generator: torch.Generator) -> Subject:
     adapted = copy.deepcopy(cast("Unreferenced", subject.adapted))
     with torch.no_grad():
         for tensor in adapted.tensors().values():
-            spread = (tensor.numel() / tensor.shape[0]) ** -0.5 if tensor.dim() > 1 else 1.0
-            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * spread * _NUDGE
-            tensor.add_(noise.to(tensor))
+            tensor.add_((noise_for(tensor, generator) * _NUDGE).to(tensor))
     return replace(subject, model=adapted.model, adapted=adapted)
 
 

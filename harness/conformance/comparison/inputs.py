@@ -12,16 +12,21 @@ from harness.conformance.subject import DTYPES
 
 SIDE = 5
 IMAGES = 2
-"""SIDE: height and width of a convolution's input images. IMAGES: their number. Each pixel is a token."""
+"""SIDE: height and width of a convolution's input images. IMAGES: their usual number. Each pixel is a token."""
 
 
 def inputs(
-    base: nn.Module, tokens: int, dtype: torch.dtype, generator: torch.Generator, magnitude: str = "normal"
+    base: nn.Module,
+    tokens: int,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    magnitude: str = "normal",
+    images: int = IMAGES,
 ) -> tuple[Tensor, Tensor]:
     """Return an input x and an incoming gradient dy for `base`, drawn in float64 so that every dtype sees the same numbers.
 
-    Linear: (T, D) and (T, E). Embedding: token numbers (T,) and (T, dim). Conv2d: a few images (N, C, H, W). magnitude:
-    magnitude of x, see `magnitudes.vary`.
+    Linear: (T, D) and (T, E). Embedding: token numbers (T,) and (T, dim). Conv2d: at most `images` images (N, C, H, W).
+    magnitude: magnitude of x, see `magnitudes.vary`.
     """
     layer: Any = base
     if isinstance(base, nn.Embedding):
@@ -29,7 +34,7 @@ def inputs(
         dy = torch.randn(tokens, layer.embedding_dim, generator=generator, dtype=torch.float64)
         return x.to(layer.weight.device), dy.to(layer.weight.device, dtype)
     if isinstance(base, nn.Conv2d):
-        x = torch.randn(min(tokens, IMAGES), layer.in_channels, SIDE, SIDE, generator=generator, dtype=torch.float64)
+        x = torch.randn(min(tokens, images), layer.in_channels, SIDE, SIDE, generator=generator, dtype=torch.float64)
         with torch.no_grad():
             shape = base(x[:1].to(layer.weight.device, layer.weight.dtype)).shape
         dy = torch.randn(len(x), *shape[1:], generator=generator, dtype=torch.float64)

@@ -16,16 +16,13 @@ def vary(drawn: Tensor, magnitude: str, dtype: torch.dtype) -> Tensor:
 
     dtype: the dtype to which the inputs will be cast. magnitude: `normal` changes nothing; `large` and `small` multiply
     and divide by a power of two (small enough in float16 not to overflow); `outlier` makes one feature large;
-    `zero-rows` sets every second row to zero; `integers` gives integers, many of them beyond 2^11, which a cast to 16
-    bits rounds.
+    `zero-rows` sets every second row to zero.
     """
     factor = _LARGE.get(dtype, _LARGE_ELSEWHERE)
     if magnitude == "large":
         return drawn * factor
     if magnitude == "small":
         return drawn / factor
-    if magnitude == "integers":
-        return (drawn * 3000).round()
     varied = drawn.clone()
     if magnitude == "outlier" and varied.numel():
         varied[..., varied.shape[-1] // 2] *= _OUTLIER

@@ -11,17 +11,23 @@ from torch import Tensor, nn
 
 
 def observe(
-    layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor, *, training: bool = False
+    layer: nn.Module,
+    tensors: Mapping[str, Tensor],
+    x: Tensor,
+    dy: Tensor,
+    *,
+    training: bool = False,
+    call: Callable[..., Tensor] = nn.Module.__call__,
 ) -> dict[str, Tensor]:
     """Run `layer` forward on x (..., D), or on token numbers, and backward from dy (..., E), in training mode or eval mode.
 
-    tensors: canonical short name -> trainable tensor of the layer. Returns `y`, `grad x` and `grad <name>`. If a tensor
-    has no gradient, its entry is missing, which a comparison notices; if dy does not fit y, all gradients are missing.
-    The layer's own gradients are restored.
+    tensors: canonical short name -> trainable tensor of the layer. call: (layer, x) -> y. Returns `y`, `grad x` and
+    `grad <name>`. If a tensor has no gradient, its entry is missing, which a comparison notices; if dy does not fit y, all
+    gradients are missing. The layer's own gradients are restored.
     """
-    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(x.is_floating_point())
+    leaf = strided_copy(x).requires_grad_(x.is_floating_point())
     with preserved_state(layer, tensors, training):
-        y = layer(leaf)
+        y = call(layer, leaf)
         if y.requires_grad and y.shape == dy.shape:
             y.backward(dy)
         seen = {"y": y.detach().clone()}
@@ -31,6 +37,11 @@ def observe(
             if tensor.grad is not None:
                 seen[f"grad {name}"] = tensor.grad.detach().clone()
         return seen
+
+
+def strided_copy(x: Tensor) -> Tensor:
+    """Return a copy of x with the same strides. `clone` would close gaps between the rows."""
+    return x.new_empty(0).set_(x.untyped_storage().clone(), x.storage_offset(), x.size(), x.stride())
 
 
 @contextmanager

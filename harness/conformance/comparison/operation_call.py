@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from harness.conformance.case import Case
-from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, Judgement, noise_floor, perturbed
+from harness.conformance.comparison.check_results import prefix_tensor
+from harness.conformance.comparison.tolerance_policies import (
+    ROUNDED_SUMS,
+    Judgement,
+    exact,
+    noise_floor,
+    perturbed,
+    worst_of,
+)
 from harness.conformance.operation import Arguments, OperationSubject, cloned, mapped
 from harness.conformance.subject import DTYPES
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
@@ -52,6 +60,18 @@ def judgements(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -
     yield judge(subject, mine, case)
     if subject.operation.codes is not None:
         yield subject.operation.codes(mine, subject.arguments)
+
+
+def judge_form(
+    form: str, subject: OperationSubject, mine: dict[str, Tensor], plain: dict[str, Tensor], case: Case
+) -> Judgement:
+    """Judge the outputs of another form of a call: they equal those of the plain call to the last bit or, since the form
+    may take another path, they are as right as the Operation demands.
+    """
+    verdict = ill_formed(mine, plain) or exact(finite(mine), finite(plain))
+    if not verdict.passed:
+        verdict = worst_of([one for one, _ in judgements(subject, mine, case)], "as outputs")
+    return prefix_tensor(form, verdict)
 
 
 def forward(

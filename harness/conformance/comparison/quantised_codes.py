@@ -54,6 +54,12 @@ def values(
     return flat.view(drawn.shape).to(dtype)
 
 
+def largest_of_blocks(value: Tensor, block: int) -> Tensor:
+    """Return the largest magnitude of every block of `block` elements."""
+    blocks = value.abs().split(block) if value.numel() else ()
+    return torch.stack([one.amax() for one in blocks]) if blocks else value.new_zeros(0)
+
+
 def judge_codes(
     mine: Mapping[str, Tensor], want: tuple[Tensor, Tensor], near_tie: Tensor, block: int, levels: Tensor
 ) -> tuple[Judgement, str]:

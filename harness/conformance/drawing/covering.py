@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 Row = dict[str, int]
 """Factor -> index of its level."""
 Pair = tuple[tuple[str, int], tuple[str, int]]
+TRIES = 20
+"""Number of random rows that are tried for a pair of levels."""
 
 
 def every_pair(levels: Mapping[str, Sequence[Any]]) -> list[Pair]:
@@ -35,49 +38,62 @@ def covering(
     """Return rows that contain the wanted pairs of levels, as far as valid rows contain these pairs.
 
     The result is deterministic. Each row begins with a pair that is still missing. For every other factor, the row takes
-    the level that adds most missing pairs. valid: returns whether the values of a row can be tried. given: rows that exist
-    already, so that the result need not contain their pairs.
+    the level that adds most missing pairs. If this row is not valid, it begins as another valid row with the pair: the
+    plainest, an earlier or a random row, with the levels of the pair. Every other factor then takes the level that adds
+    most missing pairs and leaves the row valid. valid: returns whether the values of a row can be tried. given: rows
+    that exist already, so that the result need not contain their pairs.
     """
-    names = list(levels)
-    missing = dict.fromkeys(wanted)
-    for row in given:
-        _cover(missing, row, names)
-    rows: list[Row] = []
+
+    def fits(row: Row) -> bool:
+        return valid(values(row, levels))
+
+    known, rows, missing = list(given), list[Row](), dict.fromkeys(wanted)
+    for row in known:
+        _cover(missing, row, levels)
     while missing:
         pair = next(iter(missing))
-        found = next((row for row in _completed(pair, missing, levels) if valid(values(row, levels))), None)
-        if found is None:
-            del missing[pair]
-            continue
-        _cover(missing, found, names)
-        rows.append(found)
+        row = _filled(pair, missing, levels, {}, lambda _: True)
+        if not fits(row):
+            starts = itertools.chain([dict.fromkeys(levels, 0)], known, rows, _at_random(levels))
+            start = next(filter(fits, (one | dict(pair) for one in starts)), None)
+            if start is None:
+                del missing[pair]
+                continue
+            row = _filled(pair, missing, levels, start, fits)
+        _cover(missing, row, levels)
+        rows.append(row)
     return rows
 
 
-def _completed(pair: Pair, missing: Mapping[Pair, None], levels: Mapping[str, Sequence[Any]]) -> Iterator[Row]:
-    """Yield rows with `pair`: first the row that covers most missing pairs, then this row with one factor changed, then
-    ever plainer rows.
+def _at_random(levels: Mapping[str, Sequence[Any]]) -> Iterator[Row]:
+    chance = random.Random(0)  # noqa: S311
+    return ({name: chance.randrange(len(levels[name])) for name in levels} for _ in range(TRIES))
+
+
+def _filled(
+    pair: Pair,
+    missing: Mapping[Pair, None],
+    levels: Mapping[str, Sequence[Any]],
+    start: Row,
+    fits: Callable[[Row], bool],
+) -> Row:
+    """Return a row with `pair`. Every other factor in turn takes the level that adds most missing pairs, among the levels
+    for which the row fits; factors whose turn comes later then have the levels of `start`.
     """
     row = dict(pair)
     for name in levels:
         if name not in row:
-            row[name] = max(
-                range(len(levels[name])),
-                key=lambda level: sum(_key(levels, (name, level), at) in missing for at in row.items()),
-            )
-    yield row
-    changeable = [name for name in levels if name not in dict(pair)]
-    for name in changeable:
-        for level in range(len(levels[name])):
-            yield row | {name: level}
-    plain = dict(row)
-    for name in changeable:
-        plain[name] = 0
-        yield dict(plain)
+            gains = [
+                sum(_key(levels, (name, level), other) in missing for other in row.items())
+                for level in range(len(levels[name]))
+            ]
+            best_first = sorted(range(len(gains)), key=lambda level: -gains[level])
+            row[name] = next(level for level in best_first if fits(start | row | {name: level}))
+    return row
 
 
-def _cover(missing: dict[Pair, None], row: Row, names: Sequence[str]) -> None:
-    for one, other in itertools.combinations([name for name in names if name in row], 2):
+def _cover(missing: dict[Pair, None], row: Row, levels: Iterable[str]) -> None:
+    for one, other in itertools.combinations([name for name in levels if name in row], 2):
         missing.pop(((one, row[one]), (other, row[other])), None)
 
 

@@ -31,7 +31,7 @@ _SIDES = Factor(((24, 40), (32, 32), (12, 1030), (520, 16), (260, 270)), dimensi
 """Input and output features of the first adapted layer."""
 _LEAST_SIDE = 8
 _TOKENS = Factor((9, 1, 515), least=1, most=600)
-_MAGNITUDES = Factor(get_args(Magnitude)[:4])
+_MAGNITUDES = Factor(get_args(Magnitude))
 _SIZES = ("sides", "tokens", "model", "magnitude")
 """Factors of a layer's size and input. An implementation must support every level of them."""
 

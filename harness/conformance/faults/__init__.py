@@ -45,17 +45,18 @@ class FaultCase:
     inputs: int = 40
     """Input features of the first layer of the ParityModel; its second layer maps back."""
     outputs: int = 24
+    magnitude: parity_suite.Magnitude = "normal"
 
     def __str__(self) -> str:
         shape = f"{self.tokens}x{self.inputs}x{self.outputs}"
-        return " ".join(filter(None, [parity_suite.in_words(self.values), self.layer, shape, self.dtype]))
+        magnitude = "" if self.magnitude == "normal" else f"magnitude={self.magnitude}"
+        return " ".join(filter(None, [parity_suite.in_words(self.values), self.layer, shape, magnitude, self.dtype]))
 
     def of_method(self) -> parity_suite.MethodCase:
         """Return this case as the MethodCase of a Method or a base."""
         shape = {"tokens": self.tokens, "in": self.inputs, "out": self.outputs}
-        return parity_suite.MethodCase(
-            self.values, self.layer, parity_suite.CaseShape.model_validate(shape), self.dtype
-        )
+        of = parity_suite.CaseShape.model_validate(shape)
+        return parity_suite.MethodCase(self.values, self.layer, of, self.dtype, magnitude=self.magnitude)
 
     def of_operation(self) -> parity_suite.OperationCase:
         """Return this case as an OperationCase."""

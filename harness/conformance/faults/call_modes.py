@@ -61,8 +61,23 @@ def skips_the_update_under_autocast(copy: PatchedCopy) -> None:
 
 
 @planted_in_methods("calls", only=_ADAPTERS)
+def skips_the_update_under_autocast_without_a_bias(copy: PatchedCopy) -> None:
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        return layer.base(x) if layer.base.bias is None and torch.is_autocast_enabled("cpu") else right(x)
+
+    copy.replace_forward(forward)
+
+
+@planted_in_methods("calls", only=_ADAPTERS)
 def flattens_four_dimensions(copy: PatchedCopy) -> None:
     copy.replace_forward(lambda _, x, right: right(x.flatten(0, 1)) if x.dim() == 4 else right(x))
+
+
+@planted_in_methods("calls", only=_ADAPTERS)
+def skips_the_update_of_rows_with_gaps(copy: PatchedCopy) -> None:
+    copy.replace_forward(
+        lambda layer, x, right: layer.base(x) if len(x) > 1 and x.stride()[0] > x[0].numel() else right(x)
+    )
 
 
 @planted_in_methods("calls", only=_ADAPTERS)

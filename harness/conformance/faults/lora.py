@@ -37,6 +37,12 @@ FAULTS = [
     _lora("does_not_drop", ["dropout"], _INPUT, "x_TD @ self.A.T", values=_DROP),
     _lora("drops_without_scaling_up", ["dropout"],
         _INPUT, "(self.dropout(x_TD) * (1 - self.dropout.p * self.training)) @ self.A.T", values=_DROP),
+    _lora("does_not_drop_before_a_convolution", ["dropout"],
+        "convolve(self.base, self.dropout(x), self.A, groups=1)", "convolve(self.base, x, self.A, groups=1)",
+        file="lora_layers", values=_DROP, layer="conv2d"),
+    _lora("drops_whole_images", ["dropout"], "convolve(self.base, self.dropout(x), self.A, groups=1)",
+        "convolve(self.base, x * self.dropout(x.new_ones(len(x), 1, 1, 1)), self.A, groups=1)",
+        file="lora_layers", values=_DROP, layer="conv2d"),
     _lora("computes_in_bfloat16", ["forward", "gradient"],
         _PRODUCT, "self.scaling * (h_TR.bfloat16() @ self.B.bfloat16().T).to(x_TD.dtype)"),
     _lora("adapts_the_wrong_layer", ["layers"],
@@ -109,6 +115,15 @@ def merges_into_the_base_and_subtracts_again(copy: PatchedCopy) -> None:
     copy.replace_forward(lambda layer, x, right: layer.base(x) if getattr(layer, "merged_in", False) else right(x))
 
 
+@planted("lora", "dropout", values=_DROP, layer="embedding")
+def drops_in_an_embedding(copy: PatchedCopy) -> None:
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        base: Tensor = layer.base(x)
+        return base + nn.functional.dropout(right(x) - base, 0.25, layer.training)
+
+    copy.replace_forward(forward)
+
+
 @planted("lora", "inputs", values=_USUAL)
 def writes_into_its_input(copy: PatchedCopy) -> None:
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
@@ -148,6 +163,18 @@ def adds_noise_below_any_tolerance(copy: PatchedCopy) -> None:
 @planted("lora", "forward", values=_USUAL)
 def is_wrong_in_the_last_row(copy: PatchedCopy) -> None:
     copy.replace_forward(lambda layer, x, right: torch.cat([right(x)[:-1], layer.base(x[-1:])]) if len(x) else right(x))
+
+
+@planted("lora", "forward", "gradient", values=_USUAL, magnitude="large")
+def skips_the_update_of_several_large_rows(copy: PatchedCopy) -> None:
+    copy.replace_forward(
+        lambda layer, x, right: layer.base(x) if x.numel() > 4 * x.shape[-1] and x.abs().max() > 1e4 else right(x)
+    )
+
+
+@planted("lora", "forward", "gradient", values=_USUAL, magnitude="small")
+def takes_small_inputs_for_zero(copy: PatchedCopy) -> None:
+    copy.replace_forward(lambda layer, x, right: right(x) if not x.numel() or x.abs().max() > 1e-9 else layer.base(x))
 
 
 @planted("lora", "layers", values=_USUAL)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from harness.conformance.comparison.quantised_codes import judge_codes
+from harness.conformance.comparison.quantised_codes import judge_codes, largest_of_blocks
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
 from harness.conformance.drawing.factors import Beta, Eps, FirstStep, Shape, WeightDecay
 from harness.conformance.operation import Arguments, Operation, cloned, draw
@@ -71,7 +71,7 @@ def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, s
     for name in _CODES:
         constants, value = f"{name}_absmax", torch.stack(_parts(given, name)).sum(0)
         rounded = quantize_blockwise(value, dynamic_map())[1]
-        have, truth = {constants: outputs[constants]}, {constants: _largest(value)}
+        have, truth = {constants: outputs[constants]}, {constants: largest_of_blocks(value, adamw8bit.BLOCK)}
         judged.append(noise_floor(have, truth, {constants: rounded}, "float32"))
     return worst_of(judged, "noise-floor"), ""
 
@@ -86,19 +86,13 @@ def judge_both(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgeme
         value, levels = decayed + new, dynamic_map(signed).to(new.device)
         codes, absmax = quantize_blockwise(value, levels)
         reach = CODE_TIE_EPS * EPSILON["float32"] * (decayed.abs() + new.abs())
-        near = near_middle(value, _largest(value), reach, levels.double())
+        near = near_middle(value, largest_of_blocks(value, adamw8bit.BLOCK), reach, levels.double())
         # The absmax is judged by `judge`; here it marks the blocks of zeros.
         mine = {"codes": outputs[name], "absmax": torch.where(absmax == 0, outputs[f"{name}_absmax"], absmax)}
         one, detail = judge_codes(mine, (codes, absmax), near, adamw8bit.BLOCK, levels)
         judged.append(replace(one, tensor=f"{name}: {one.tensor}"))
         details.append(f"{name}: {detail}")
     return worst_of(judged, "exact"), "; ".join(details)
-
-
-def _largest(value: Tensor) -> Tensor:
-    """Return the largest magnitude of every block."""
-    blocks = value.abs().split(adamw8bit.BLOCK) if value.numel() else ()
-    return torch.stack([block.amax() for block in blocks]) if blocks else value.new_zeros(0)
 
 
 def near_middle(value: Tensor, absmax: Tensor, reach: Tensor, levels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.conformance.comparison.quantised_codes import judge_codes
+from harness.conformance.comparison.quantised_codes import judge_codes, largest_of_blocks
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
 from harness.conformance.operation import Arguments, Operation, cloned
 from harness.conformance.operations import galore_step
@@ -65,7 +65,7 @@ def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, s
     for name in _SIGNED:
         absmax = f"{name}_absmax"
         decayed, new, _ = _parts(given, name)
-        truth = {absmax: _largest(decayed + new)}
+        truth = {absmax: largest_of_blocks(decayed + new, adamw8bit.BLOCK)}
         narrow = "float32" if own == "float64" else own
         judged.append(noise_floor({absmax: outputs[absmax]}, truth, {absmax: roundly[absmax]}, narrow))
     return worst_of(judged, "noise-floor"), ""
@@ -84,9 +84,12 @@ def judge_codes_of_moments(outputs: Mapping[str, Tensor], given: Arguments) -> t
         decayed, new, bound = _parts(given, name)
         value, levels = decayed + new, dynamic_map(signed).to(new.device)
         codes, absmax = quantize_blockwise(value, levels)
-        in_block = _repeat_blocks(_largest(bound), value)
+        in_block = _repeat_blocks(largest_of_blocks(bound, adamw8bit.BLOCK), value)
         reach = CODE_TIE_EPS * (EPSILON["float32"] * (decayed.abs() + new.abs()) + eps * in_block)
-        scale, middles = _repeat_blocks(_largest(value), value), (levels[1:] + levels[:-1]).double() / 2
+        scale, middles = (
+            _repeat_blocks(largest_of_blocks(value, adamw8bit.BLOCK), value),
+            (levels[1:] + levels[:-1]).double() / 2,
+        )
         least, most = (torch.bucketize((value + sign * reach) / scale, middles) for sign in (-1, 1))
         within = (outputs[name] >= least) & (outputs[name] <= most)
         # `judge` compares the absmax. Here it marks the blocks of zeros.
@@ -103,11 +106,6 @@ def judge_codes_of_moments(outputs: Mapping[str, Tensor], given: Arguments) -> t
 def _repeat_blocks(numbers: Tensor, value: Tensor) -> Tensor:
     """Return `numbers`, one per block, with each repeated for the elements of its block in `value`."""
     return numbers.repeat_interleave(adamw8bit.BLOCK)[: value.numel()]
-
-
-def _largest(value: Tensor) -> Tensor:
-    """Return the largest magnitude of every block."""
-    return torch.stack([block.amax() for block in value.abs().split(adamw8bit.BLOCK)])
 
 
 def _parts(given: Arguments, name: str) -> tuple[Tensor, Tensor, Tensor]:
