@@ -225,11 +225,11 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
     layer, tensors = subject.adapted.layers[path], subject.tensors_of(path)
     x, dy = inputs(subject.original_base(path), ROWS, DTYPES[subject.dtype], case.generator(720))
     own, factor = subject.reference(path, subject.dtype), case.factor("calls")
-    if x.is_floating_point() and (rounded := _second(own.layer, own.tensors, x, dy)):
-        wide = subject.reference(path, "float64")
-        truth = _second(wide.layer, wide.tensors, x.double(), dy.double())
-        verdict = noise_floor(_second(layer, tensors, x, dy), truth, rounded, subject.dtype, factor)
+    if x.is_floating_point() and _second(own.layer, own.tensors, x, dy):
+        truth, draws = reference_runs(subject, path, x, dy, look=_second)
+        verdict = noise_floor(_second(layer, tensors, x, dy), truth, draws, subject.dtype, factor)
         yield _named(path, "the gradient of a gradient", verdict)
+        own = subject.reference(path, subject.dtype)  # the draws may have moved its tensors
     rounded_alike = {t.dtype for t in tensors.values()} <= {
         DTYPES[subject.dtype]
     }  # False if an adapter stays in float32
