@@ -142,3 +142,12 @@ def test_no_more_noise_is_drawn_than_is_needed(policy: Any) -> None:
         raise AssertionError("a second draw")
 
     assert policy({"y": RIGHT.float()}, {"y": RIGHT.double()}, draws(), "float32").passed
+
+
+def test_equal_infinities_are_equal_and_a_tiny_truth_divides_nothing_by_zero() -> None:
+    infinite = {"A": torch.tensor([1.0, torch.inf, -torch.inf])}
+    assert exact(infinite, {"A": infinite["A"].clone()}).passed
+    assert not exact(infinite, {"A": infinite["A"].abs()}).passed
+    tiny = {"A": torch.full((3,), 1e-170, dtype=torch.float64)}
+    assert noise_floor(tiny, tiny, tiny, "float64").passed
+    assert not noise_floor({"A": 2 * tiny["A"]}, tiny, tiny, "float64").passed

@@ -186,16 +186,18 @@ def _within_carried(
 
 
 def exact(subject: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Judgement:
-    """Judge bitwise equality of values (0.0 and -0.0 are equal, NaN is not)."""
+    """Judge bitwise equality of values (0.0 and -0.0 are equal, so are equal infinities; NaN is not)."""
     if odd := sorted(set(subject) ^ set(expected)):
         return Judgement(False, None, None, odd[0], "present on one side only", "exact", 0)
     judged = []
     for name, want in expected.items():
-        refused = _incomparable(name, subject[name], want, "exact")
-        error = 0.0 if refused else _Error.of(subject[name], want).norm
-        # The norm of a tiny difference may underflow, and a dtype may differ where the values do not.
-        same = refused is None and bool((subject[name].detach().double() == want.detach().double()).all())
-        judged.append(refused or Judgement(same, error, 0.0, name, "", "exact", 0))
+        have = subject[name]
+        # Not decided by the norm: that of a tiny difference may underflow.
+        if have.shape == want.shape and bool((have.detach().double() == want.detach().double()).all()):
+            judged.append(Judgement(True, 0.0, 0.0, name, "", "exact", 0))
+            continue
+        refused = _incomparable(name, have, want, "exact")
+        judged.append(refused or Judgement(False, _Error.of(have, want).norm, 0.0, name, "", "exact", 0))
     return _with_worst_element(worst_of(judged, "exact"), subject, expected)
 
 
@@ -276,7 +278,7 @@ class _Error:
         return cls(
             norm=float(torch.linalg.vector_norm(difference)) / scale,
             largest=float(difference.abs().max()) * want.numel() ** 0.5 / scale,
-            share=abs(float((difference * want).sum())) / scale**2,
+            share=abs(float((difference / scale * (want / scale)).sum())),  # scale**2 may underflow
         )
 
 
