@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -271,14 +272,16 @@ class _Error:
     @classmethod
     def of(cls, value: Tensor, truth: Tensor) -> _Error:
         want = truth.detach().double()
-        difference = value.detach().double() - want
-        scale = float(torch.linalg.vector_norm(want)) or 1.0
-        if not difference.numel():
+        if not want.numel():
             return cls(0.0, 0.0, 0.0)
+        top = float(want.abs().max())
+        unit = top if 0 < top < math.inf else 1.0  # squares of numbers below 1e-154 are 0
+        difference, want = (value.detach().double() - want) / unit, want / unit
+        scale = float(torch.linalg.vector_norm(want)) or 1.0
         return cls(
             norm=float(torch.linalg.vector_norm(difference)) / scale,
             largest=float(difference.abs().max()) * want.numel() ** 0.5 / scale,
-            share=abs(float((difference / scale * (want / scale)).sum())),  # scale**2 may underflow
+            share=abs(float((difference * want).sum())) / scale**2,
         )
 
 

@@ -1,7 +1,6 @@
 """bitsandbytes' CPU dequantiser reads the packed codes as if they were contiguous, whatever their strides.
 
-The same bytes as every second element of a larger tensor, as a slice of a fused q, k, v weight may be, decode to other values,
-silently. Seen in 0.50.2.
+The same bytes as every second element of a larger tensor decode to other values, silently. Seen in 0.50.2.
 """
 
 import torch
