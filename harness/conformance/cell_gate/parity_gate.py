@@ -114,11 +114,12 @@ def after_training(
 ) -> list[CheckResult]:
     """Run the checks that must wait until training ends, because some libraries merge into the base weight.
 
-    Return the results, or only a skip of the check `merge` if memory is too small to merge. forward: as in `gate`, for
-    adapters without a reference.
+    Return the results, or only a skip of the check of merging if memory is too small to merge. forward: as in `gate`,
+    for adapters without a reference.
     """
     if why := memory_headroom.merge_shortage(subject):
-        return [skipped(subject, Case("trained", seed=seed), "merge", why)]
+        name = "merge_itself" if subject.method in UNREFERENCED else "merge"
+        return [skipped(subject, Case("trained", seed=seed), name, why)]
     if subject.method in UNREFERENCED:
         case = Case("trained", seed=seed, forward=forward)
         return [check(subject, case) for check in checks.of_cell(CellStage.TRAINED, checks.without_reference())]
