@@ -10,6 +10,7 @@ import torch
 
 from harness.conformance import operations, parity_suite
 from harness.conformance.case_selection import FEW
+from harness.conformance.checks.modes import REPEATS
 from harness.conformance.execution import suite_run
 from harness.methods.registry import Implementation
 from harness.records.record import Outcome
@@ -254,3 +255,18 @@ def test_an_operation_that_returns_something_else_is_told_what_it_should_return(
     first = next(iter(results))
     assert first.status.value == "fail"
     assert "nf4_quantize should return packed, absmax" in first.result.detail
+
+
+def test_a_fault_of_later_calls_is_reported_with_the_number_of_calls() -> None:
+    plan = parity_suite.load_operation("lora_linear").model_copy(update={"checks": ["calls"]})
+    for shape, times in (([8, 16], REPEATS), ([64, 96], 2)):
+        calls: list[int] = []
+
+        def later(calls: list[int] = calls, **given: Any) -> Any:
+            calls.append(1)
+            return right("lora_linear")(**given) * (2.0 if len(calls) > 5 else 1.0)
+
+        mine = Implementation("mine", "operation", "lora_linear", later, dtypes=("float32",))
+        case = parity_suite.OperationCase({"shape": shape, "rows": [3], "rank": 4}, "float32")
+        (outcome,) = suite_run.run_case(mine, plan, case, wide=True)
+        assert outcome.result.tensor.startswith(f"{times} times")

@@ -47,12 +47,13 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
         base, tokens = subject.original_base(path), max(case.tokens, TOKENS)
         x, dy = inputs(base, tokens, DTYPES[subject.dtype], case.generator(index), images=TOKENS)
-        problems += _changes(subject, path, layer, x, dy, case, training=False)
         if isinstance(base, nn.Embedding):
             problems += _changes(subject, path, layer, x, dy, case, training=True)
             continue
         drops = True
         only, where = _single(x, torch.randint(0, x.shape[1], (len(x),), generator=case.generator(index + 1)))
+        # dy[:0] fits no output, so that no gradients are computed: `gradient` compares them in eval mode.
+        problems += _changes(subject, path, layer, only, dy[:0], case, training=False)
         mine = observe(layer, subject.tensors_of(path), only, dy, training=True)
         is_retained, is_dropped = (_rows_as(subject, path, mine["y"], only, dy, mask) for mask in (1 / (1 - p), 0.0))
         if neither := int((~(is_retained | is_dropped)).sum()):

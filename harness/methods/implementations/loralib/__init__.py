@@ -18,7 +18,8 @@ def lora(model: nn.Module, config: Config, generator: Generator) -> Adapted:
     """Replace the targets by loralib's Linear, Embedding or Conv2d.
 
     A Conv1D becomes a Linear with fan_in_fan_out. loralib draws from torch's global generator, which is seeded here.
-    Raises Unsupported for rslora, conv=peft, packed weights, and subclasses with another forward pass.
+    Raises Unsupported for rslora, conv=peft, dropout before a convolution, packed weights, and subclasses with another
+    forward pass.
     """
     from harness.methods.implementations.loralib.layers import attach
 

@@ -56,6 +56,8 @@ def _layer(path: str, base: Any, config: Config) -> Any:
             raise Unsupported(f"{path}: loralib's LoRA of a convolution is conv=loralib, not conv={config.conv}")
         if base.kernel_size[0] != base.kernel_size[1]:
             raise Unsupported(f"{path}: loralib takes square kernels only, and this one is {base.kernel_size}")
+        if config.dropout:
+            raise Unsupported(f"{path}: loralib's Conv2d takes a dropout and ignores it")
         shared = ("stride", "padding", "dilation", "groups", "padding_mode")
         options |= {name: getattr(base, name) for name in shared}
         layer = loralib.Conv2d(base.in_channels, base.out_channels, base.kernel_size[0], **options)
