@@ -35,7 +35,7 @@ class ParityModel(nn.Module):
         self.kind, D, E = kind, shape.inputs, shape.outputs
         self.first, self.other, self.second = _layers(kind, D, E)
         self.wide = nn.Linear(D + E, D + E) if form == "wide" else None
-        pairs = [_layers(kind, D, E) for _ in range(_PAIRS if form == "deep" else 0)]
+        pairs = [_layers(kind, D, E, swapped=n % 2 == 1) for n in range(_PAIRS if form == "deep" else 0)]
         self.more = nn.ModuleList(layer for there, _, back in pairs for layer in (there, back))
         self.targets = ("first", "second", *(f"more.{index}" for index in range(len(self.more))))
         generator = torch.Generator().manual_seed(seed)
@@ -65,9 +65,10 @@ def is_built(kind: Kind, form: ModelForm) -> bool:
     return form == "plain" or kind in ("linear", "conv1d")
 
 
-def _layers(kind: Kind, D: int, E: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+def _layers(kind: Kind, D: int, E: int, *, swapped: bool = False) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Return the layers there, in between and back. swapped: the linear layer back has the bias, and not the one there."""
     if kind == "linear":
-        return nn.Linear(D, E), nn.Linear(E, E), nn.Linear(E, D, bias=False)
+        return nn.Linear(D, E, bias=not swapped), nn.Linear(E, E), nn.Linear(E, D, bias=swapped)
     if kind == "embedding":
         return nn.Embedding(D, E), nn.Linear(E, E), nn.Embedding(D, E)
     if kind.startswith("conv2d"):
