@@ -86,14 +86,11 @@ def test_a_cell_whose_newest_attempt_failed_is_measured_again(tmp_path: Path) ->
     works = {work.cell.cell_id: (work.model, work.data, work.task) for work in run.works()}
 
     def done() -> set[str]:
-        old, progress = store.read_run(run.folder.path), Progress(run.cells)
-        return _reopen(old, run.here, works, "cpu", progress, is_remote=False)[2]
+        path, progress = run.folder.path, Progress(run.cells)
+        return _reopen(path, run.here, works, "cpu", progress, is_remote=False)[2]
 
     first = run.run(Local(1, run.command()))[0]
-    (wanted := run.folder.path / "slurm" / "wanted-1").parent.mkdir()
-    wanted.touch()
     assert done() == works.keys()
-    assert not wanted.exists()  # what a killed runner left with Slurm is called back
     run.folder.write_record(recorded_run.failed(first, Status.OOM, attempt=2))
     assert done() == works.keys() - {first.cell_id}
     # So is one whose plug-in is another one by now, or gone.

@@ -333,7 +333,7 @@ def write_run(
     target = store.RunFolder.create(folder, Manifest(**{**fields, **manifest}))
     written = [r for name, cell in expected.items() if (r := change(name, record(name, cell, run))) is not None]
     for r in [*written, *extra]:
-        target.write_record(r)
+        target.write_record(r.model_copy(update={"run": run}))
     if footer:
         inside = sum(r.duration_s for r in written)
         done = {r.cell_id for r in written}
