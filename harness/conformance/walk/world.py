@@ -33,8 +33,6 @@ class World:
     """Runs a model on the inputs of the walk."""
     may_train: bool
     """Whether the model may be in training mode: without dropout, it computes the same as in eval mode."""
-    dtype: str
-    """The subject's dtype."""
 
     def __post_init__(self) -> None:
         self.optimizer = self._new_optimizer()
@@ -121,7 +119,8 @@ class World:
         )
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        return optimizer_of(self.adapted, list(dict.fromkeys(self.adapted.parameters())), self.dtype)
+        # The learning rate of float32: a large step in 16 bits turns the noise of a large gradient into another sign.
+        return optimizer_of(self.adapted, list(dict.fromkeys(self.adapted.parameters())), "float32")
 
 
 def incoming(y: Tensor, seed: int) -> Tensor:
