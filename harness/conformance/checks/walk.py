@@ -71,6 +71,6 @@ def _worlds(start: Subject, case: Case, forward: Forward) -> Worlds:
     for attach in (subject, lambda: reference("float64"), lambda: reference(start.dtype)):
         model, adapted = attach()
         load(adapted, start.adapted.tensors(), start.state())
-        made.append(World(model, adapted, attach, forward, start.trains_plainly, start.dtype))
+        made.append(World(model, adapted, attach, forward, start.trains_plainly))
     factor = case.factors.get("walk", TRAJECTORY_FACTOR)
     return Worlds(made[0], made[1], made[2], start.dtype, factor, another)

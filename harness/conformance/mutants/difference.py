@@ -69,7 +69,7 @@ def _life(implementation: Implementation, plan: MethodSuite, of: MethodCase) -> 
     if case.forward is None:
         return
     model, adapted = subject.model, subject.adapted
-    world = World(model, adapted, lambda: (model, adapted), case.forward, may_train=True, dtype=of.dtype)
+    world = World(model, adapted, lambda: (model, adapted), case.forward, may_train=True)
     yield dict(adapted.tensors()) | dict(adapted.state())
     warm(subject.added(), case.generator(salt=1))
     for look in LOOKS.values():
