@@ -63,9 +63,7 @@ def _worlds(start: Subject, case: Case, forward: Forward) -> Worlds:
         other = case.attach_again(square=True)
         if other is None or case.forward_of is None:
             raise ValueError("the case cannot attach again")
-        return World(
-            other.model, other.adapted, subject, case.forward_of(other.model), start.trains_plainly, start.dtype
-        )
+        return World(other.model, other.adapted, subject, case.forward_of(other.model), start.trains_plainly)
 
     made = []
     for attach in (subject, lambda: reference("float64"), lambda: reference(start.dtype)):
