@@ -5,6 +5,7 @@ Imports torch; `topics` imports this module only for a Method or an Operation.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -37,6 +38,7 @@ def of_operation(name: str) -> Iterator[str]:
         yield f"compared gradients: of {', '.join(operation.differentiable)}"
     yield ""
     yield from _settings(plan)
+    yield from _arithmetic(name)
 
 
 def of_method(name: str) -> Iterator[str]:
@@ -62,6 +64,20 @@ def _returned(operation: Operation, arguments: Arguments) -> Iterator[str]:
     outputs = operation.named(operation.reference(**arguments))
     yield from (f"  {key}: {_form(value)}" for key, value in outputs.items())
     yield from _wrapped_doc(operation.reference, "the reference")
+
+
+def _arithmetic(name: str) -> Iterator[str]:
+    """Yield the docstrings of the files in reference/operations/ from which the Operation imports."""
+    used = vars(importlib.import_module(f"{operations.__name__}.{name}")).values()
+    found = {one.__name__ if inspect.ismodule(one) else getattr(one, "__module__", "") for one in used}
+    for file in sorted(one for one in found if one.startswith("reference.operations.")):
+        module = importlib.import_module(file)
+        yield from ("", f"{file.replace('.', '/')}.py:")
+        yield from (f"  {line}" for line in (inspect.getdoc(module) or "").splitlines())
+        for key, function in vars(module).items():
+            if inspect.isfunction(function) and function.__module__ == file and not key.startswith("_"):
+                yield f"  {key}({', '.join(inspect.signature(function).parameters)})"
+                yield from (f"    {line}" for line in (inspect.getdoc(function) or "").splitlines())
 
 
 def _work(adapted: Adapted) -> Iterator[str]:

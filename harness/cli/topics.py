@@ -198,7 +198,7 @@ def _operation(name: str, about: str) -> str:
 def _folded(lines: Iterable[str]) -> Iterator[str]:
     for line in lines:
         indent = " " * (len(line) - len(line.lstrip()))
-        yield from textwrap.wrap(line, 100, subsequent_indent=f"{indent}  ") or [""]
+        yield from textwrap.wrap(line, 126, subsequent_indent=f"{indent}  ") or [""]
 
 
 def _method(info: MethodInfo) -> str:
