@@ -26,6 +26,12 @@ def user_path(path: str) -> Path:
         raise UsageError(f"{path!r} is no path: {error}", hint=hint) from error
 
 
+def published_runs() -> Path | None:
+    """Return the folder of published runs of a checkout or an unpacked copy of it, or None for an installed wheel."""
+    folder = _PACKAGE.parent / "results" / "published"
+    return folder if folder.is_dir() and (_PACKAGE.parent / "pyproject.toml").is_file() else None
+
+
 def checkout() -> Path | None:
     """Return the top folder of the checkout that this package runs from, or None for an installed wheel."""
     top = _PACKAGE.parent

@@ -128,8 +128,8 @@ def wrap_layers(
 
     make_layer: takes the base nn.Linear and returns the module that replaces it and has the trainable Parameters. names: the
     paper's letter -> the attribute (`{"A": "lora_A"}`); by default, the names of the Parameters. update: takes such a module
-    and returns the change of the base weight for merging; without it, layers do not merge. If LoRA's config has another
-    `init` than the default, A and B are overwritten afterwards.
+    and returns the change of the base weight for merging; without it, layers do not merge. The layers must do all that
+    `config` says; raise `harness.Unsupported` for a config that they do not offer.
     """
     from harness.methods.wrap import wrap
 

@@ -12,7 +12,7 @@ from harness.errors import did_you_mean
 from harness.records import store
 from harness.records.notes import concurrent_cells
 from harness.records.record import Cell, Record, Status
-from harness.resources import checkout
+from harness.resources import published_runs
 from harness.suites import loader
 from harness.suites.expand import Plan
 from harness.suites.suite import Suite
@@ -30,8 +30,8 @@ def look_in(runs: Iterable[Path]) -> None:
 @cache
 def runs_of(suite: str) -> tuple[store.Run, ...]:
     """Return the complete runs of a suite (name or file): preferred runs, then published ones, the newest first."""
-    top = checkout()  # a wheel has no published runs
-    published = sorted(path.parent for path in (top / "results" / "published").glob("*/run.json")) if top else []
+    folder = published_runs()
+    published = sorted(path.parent for path in folder.glob("*/run.json")) if folder else []
     found: list[store.Run] = []
     name = _read(suite).name if suite.endswith(".yaml") else suite
     for folders in (_named, published):

@@ -22,6 +22,9 @@ FEW_NUMBERS = 4.0
 # cases.
 PERTURBED_DRAWS = 7
 
+# Number of draws, the first included, where they cannot be made on demand.
+DRAWS_AT_ONCE = 3
+
 # Floor added to the allowance, in units of eps. Where the reference happens to be exact (one product, a copy), a factor
 # times zero would demand bitwise equality, although the relative Frobenius error of one rounding is about 0.3 eps. In
 # float32 and float64 every term of a sum is rounded too: n terms in sequence lose sqrt(n / 24) eps, sums in blocks a tenth

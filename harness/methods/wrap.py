@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import Unsupported
-from harness.methods import checksums
 from reference.shared.adapted import AdaptedLayers
 from reference.shared.layers import KINDS, dense_copy, kind_of, replace, targets
-from reference.shared.lora_start import write_initial_factors
 
 
 def wrap(
@@ -34,15 +32,7 @@ def wrap(
     layers = {path: make_layer(base) for path, base in bases.items()}
     for path, layer in layers.items():
         replace(model, path, layer.train(bases[path].training))
-    wrapped = WrappedLayers(model, bases, layers, names, update)
-    if getattr(config, "init", "kaiming") != "kaiming":  # the layers draw LoRA's default start themselves, and no other
-        tensors = wrapped.tensors()
-        for path in bases:
-            if {f"{path}.A", f"{path}.B"} <= tensors.keys():  # otherwise check `parameters` fails
-                # The layer drew A from the generator of `attach`. A seeds this start, which thus depends on it too.
-                generator = torch.Generator().manual_seed(checksums.crc32(tensors[f"{path}.A"]))
-                write_initial_factors(config.init, tensors[f"{path}.A"], tensors[f"{path}.B"], generator)
-    return wrapped
+    return WrappedLayers(model, bases, layers, names, update)
 
 
 class WrappedLayers(AdaptedLayers):

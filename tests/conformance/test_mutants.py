@@ -103,7 +103,7 @@ def test_a_mutant_that_is_no_mistake_is_not_counted() -> None:
     assert [len(report.tried()), report.survivors()] == [1, []]
     survivor = run.MutantReport([*verdicts, run.Verdict(one, ("vera",))])
     assert survivor.exit is Exit.FAIL
-    assert "1 of 2 mutants caught (50.0 %)" in "\n".join(survivor.lines())
+    assert "1 of 2 counted mutants caught (50.0 %)" in "\n".join(survivor.lines())
     assert one.diff().splitlines()[1] in "\n".join(survivor.lines())
 
 

@@ -106,11 +106,12 @@ class MutantReport:
 
     def lines(self) -> Iterator[str]:
         """Yield the survivors with their diffs, the rates by module and by class, and the rate of all."""
+        tried = self.tried()
         for one in self.survivors():
             yield f"SURVIVES {one.mutant.name} ({one.mutant.kind}; checked: {', '.join(one.targets)})"
             yield from (f"    {line}" for line in one.mutant.diff().splitlines())
-        yield from _table("file", self.tried(), lambda one: one.mutant.module)
-        yield from _table("class", self.tried(), lambda one: one.mutant.kind)
+        yield from _table("file", tried, lambda one: one.mutant.module)
+        yield from _table("kind", tried, lambda one: one.mutant.kind)
         if idle := Counter(one.mutant.module for one in self.verdicts if not one.targets):
             files = ", ".join(f"{module} {count}" for module, count in idle.most_common())
             yield f"not counted, because no case on the CPU runs the statement: {idle.total()} ({files})"
@@ -118,7 +119,12 @@ class MutantReport:
             yield f"not counted, because they are no mistake (suites/equivalent_mutants.yaml): {equivalent}"
         if same := sum(one.same_bits for one in self.verdicts):
             yield f"not counted, because they compute the same bits in {difference.CASES} random cases: {same}"
-        yield _rate("all", self.tried(), width=0)
+        caught, raised = len(tried) - len(self.survivors()), sum(bool(one.catch and one.catch.raised) for one in tried)
+        yield (
+            f"{caught} of {len(tried)} counted mutants caught ({100 * caught / max(1, len(tried)):.1f} %), "
+            f"{sum(map(_by_default, tried))} of them by the default check; {raised} raised an exception; "
+            f"{len(self.verdicts)} were chosen"
+        )
 
 
 def check(number: int | None, seed: int, jobs: int | None, only: Sequence[str], as_json: bool) -> Exit:
@@ -156,7 +162,7 @@ def _run(
     checks.every(), operations.every(), methods()  # imported once, before the forks
     callers = _callers(jobs, only)
     chosen = [mutant for module in modules() for mutant in mutants(module)]
-    if only:
+    if only or number is not None:
         chosen = [one for one in chosen if callers[one.module, one.function]]
     if number is not None:
         drawn = random.Random(seed).sample(chosen, min(number, len(chosen)))  # noqa: S311
@@ -264,12 +270,5 @@ def _table(title: str, tried: Sequence[Verdict], key: Callable[[Verdict], str]) 
 
 
 def _rate(name: str, tried: Sequence[Verdict], width: int) -> str:
-    caught, early = sum(not one.survives for one in tried), sum(map(_by_default, tried))
-    if not width:
-        raised = sum(bool(one.catch and one.catch.raised) for one in tried)
-        return (
-            f"{caught} of {len(tried)} mutants caught ({100 * caught / max(1, len(tried)):.1f} %), {early} of them by the "
-            f"default check; {raised} raised an exception"
-        )
-    count = max(1, len(tried))
+    caught, early, count = sum(not one.survives for one in tried), sum(map(_by_default, tried)), max(1, len(tried))
     return f"{name:<{width}}  {len(tried):7}  {100 * early / count:15.1f} %  {100 * caught / count:9.1f} %"

@@ -8,8 +8,8 @@ def attach(model, config, generator):
     from acme_kernels.layer import AcmeLinear
     from harness.testing import wrap_layers
 
-    if config.dropout:
-        raise Unsupported("no dropout")
+    if config.dropout or config.init != "kaiming":
+        raise Unsupported("no dropout, and only the default start")
     return wrap_layers(
         model,
         config,
