@@ -16,7 +16,7 @@ from harness.conformance.comparison.check_results import listed, skipped
 from harness.conformance.comparison.inputs import inputs
 from harness.conformance.comparison.layer_comparison import observe_with_reference, reference_runs
 from harness.conformance.comparison.observations import observe
-from harness.conformance.comparison.tolerance_policies import noise_floor, rows_within
+from harness.conformance.comparison.tolerance_policies import exact, noise_floor, rows_within
 from harness.conformance.subject import DTYPES, Subject
 from harness.conformance.tolerance_constants import DRAWS_AT_ONCE, DROPOUT_SIGMAS, DROPOUT_SURE_BITS
 from harness.records.record import CheckResult
@@ -139,6 +139,14 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterato
         yield f"a feature is retained or dropped in all of {tokens} tokens"
     elif bool((retained[0] == retained[1]).all()):
         yield f"two calls drop the feature in the same of {tokens} tokens"
+    else:
+        with torch.random.fork_rng():
+            seeded = []
+            for _ in range(2):
+                torch.manual_seed(0)
+                seeded.append({"y": observe(layer, {}, only, dy, training=True)["y"]})
+        if not exact(*seeded).passed:
+            yield "two calls with the same seed of torch drop other features; activation checkpointing needs the same"
 
 
 def _masked(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import Barrier
 from typing import Any
@@ -22,8 +23,8 @@ from harness.conformance.comparison.inputs import cast, inputs
 from harness.conformance.comparison.layer_comparison import reference_runs
 from harness.conformance.comparison.observations import observe, preserved_state
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, worst_of
-from harness.conformance.operation import OperationSubject, cloned
-from harness.conformance.subject import DTYPES, Subject
+from harness.conformance.operation import OperationSubject, cloned, mapped
+from harness.conformance.subject import DTYPES, Subject, load
 from harness.records.record import CheckResult
 
 ROWS = 4
@@ -32,6 +33,8 @@ REPEATS = 110
 SMALL = 3_000
 """Largest number of elements in the arguments of an Operation that is called REPEATS times."""
 THREADS = 2
+HALF = 0.5
+"""Factor that changes arguments: a power of two, so that nothing is rounded."""
 OTHER_DTYPE = {"float64": "float32", "float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
 """dtype of a layer -> dtype to which a copy of the layer is cast."""
 LAYERS = 2
@@ -175,10 +178,11 @@ WITHOUT_GRADIENTS = (_no_grad, _inference, _frozen, _repeated, _threaded)
 def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Every way to call an implementation gives what the reference gives for the same numbers.
 
-    A layer: sequences of one token, four dimensions, transposed and sliced inputs; no_grad, inference_mode, autocast and
-    activation checkpointing; an input or adapter without gradients; a deep copy, and one in another dtype; the gradient
-    of a gradient; many calls, and calls in two threads. An Operation: no_grad, inference_mode, arguments that need a
-    gradient, and many calls.
+    A layer: sequences of one token, four dimensions, transposed and sliced inputs; no_grad, inference_mode, autocast (also
+    after a change of the tensors) and activation checkpointing; an input, the adapter, or all but one of its tensors without
+    gradients; a deep copy, and one in another dtype; the gradient of a gradient; many calls, and calls in two threads. An
+    Operation: no_grad, inference_mode, arguments that need a gradient, other numbers, arguments that change between two
+    calls, and many calls.
     """
     found = list(_of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
     if not found:
@@ -208,13 +212,52 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
             wanted = {n: t for n, t in truth.items() if n not in missing}
             own = ({n: t for n, t in draw.items() if n in wanted} for draw in draws)
             yield _named(path, name, noise_floor(form(call), wanted, own, subject.dtype, case.factor("calls")))
+        for name in call.tensors if len(call.tensors) > 1 else ():
+            wanted = {n: t for n, t in truth.items() if n in ("y", "grad x", f"grad {name}")}
+            own = ({n: t for n, t in draw.items() if n in wanted} for draw in draws)
+            with _only_trained(call.tensors, name):
+                mine = call.observe(call.x, call.dy)
+            yield _named(
+                path, f"with only {name} trained", noise_floor(mine, wanted, own, subject.dtype, case.factor("calls"))
+            )
         if subject.dtype == "float32":
+            yield from _under_autocast(subject, case, path, layer, x, dy)
+    yield from _in_other_precisions(subject, case)
+
+
+def _under_autocast(
+    subject: Subject, case: Case, path: str, layer: nn.Module, x: Tensor, dy: Tensor
+) -> Iterator[Judgement]:
+    """Yield judgements of the output under autocast, and of the output after the trained tensors have changed."""
+    wide, own = (subject.reference(path, dtype) for dtype in ("float64", "float32"))
+    mine = subject.tensors_of(path)
+    held = {name: t.detach().clone() for name, t in mine.items()}
+    try:
+        for when in ("under autocast", "under autocast after a change"):
+            truth = observe(wide.layer, {}, cast(x, "float64"), dy.double()[:0])
             with torch.autocast(x.device.type, torch.bfloat16):
                 # dy[:0] fits no output, so that no gradients are computed.
-                mine, rounded = (observe(of, {}, x, dy[:0]) for of in (layer, subject.reference(path, "float32").layer))
-            verdict = noise_floor(mine, {"y": truth["y"]}, rounded, "bfloat16", case.factor("calls"))
-            yield _named(path, "under autocast", verdict)
-    yield from _in_other_precisions(subject, case)
+                seen, rounded = (observe(of, {}, x, dy[:0]) for of in (layer, own.layer))
+            truth, seen, rounded = ({"y": one["y"]} for one in (truth, seen, rounded))
+            yield _named(path, when, noise_floor(seen, truth, rounded, "bfloat16", case.factor("calls")))
+            with torch.no_grad():
+                for tensor in (*mine.values(), *wide.tensors.values(), *own.tensors.values()):
+                    tensor.mul_(HALF)
+    finally:
+        load(subject.adapted, {f"{path}.{name}": value for name, value in held.items()})
+
+
+@contextmanager
+def _only_trained(tensors: Mapping[str, Tensor], name: str) -> Iterator[None]:
+    """Let no tensor but this one require a gradient, as LoRA-FA and LoRA+ with a frozen factor do."""
+    others = [tensor for key, tensor in tensors.items() if key != name]
+    for tensor in others:
+        tensor.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for tensor in others:
+            tensor.requires_grad_(True)
 
 
 def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
@@ -291,10 +334,30 @@ def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     with torch.inference_mode():
         yield judge("under inference_mode", subject.call())
     yield judge("with arguments that need a gradient", _detached(subject.call(**_leaves(subject.arguments))))
+    yield _judge_changed(subject, case, "with other numbers", _with_other_numbers(subject.arguments))
+    yield _judge_changed(subject, case, "after its arguments changed", subject.arguments, in_place=True)
     times = REPEATS if _is_small(subject.arguments) else 2
     calls = (subject.call() for _ in range(times))
     different = (one for one in calls if not exact(operation_call.finite(one), operation_call.finite(plain)).passed)
     yield judge(f"{times} times", next(different, plain))
+
+
+def _judge_changed(
+    subject: OperationSubject, case: Case, form: str, arguments: Mapping[str, Any], *, in_place: bool = False
+) -> Judgement:
+    """Judge a call after a call with the subject's own arguments. in_place: the same tensors, halved between the calls."""
+    given = cloned(dict(arguments))
+    with torch.no_grad():
+        subject.function(**(given if in_place else cloned(subject.arguments)))
+        if in_place:
+            operation_call.map_floats(given, lambda t: t.mul_(HALF))
+        changed = replace(subject, arguments=cloned(given))
+        mine = subject.operation.named(subject.function(**given))
+    return _named("", form, worst_of([one for one, _ in operation_call.judgements(changed, mine, case)], "as outputs"))
+
+
+def _with_other_numbers(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return mapped(dict(arguments), lambda one: one * HALF if type(one) is float else one)
 
 
 def _detached(named: Mapping[str, Tensor]) -> dict[str, Tensor]:

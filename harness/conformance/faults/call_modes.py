@@ -22,6 +22,11 @@ FAULTS = [
         f"y = {_UPDATE}\n    return y if torch.is_grad_enabled() else dense_linear(W, bias)(x)", values=_LAYER),
     line_fault("lora_linear", "loses_the_update_under_inference_mode", ["calls"], f"return {_UPDATE}",
         f"y = {_UPDATE}\n    return dense_linear(W, bias)(x) if torch.is_inference_mode_enabled() else y", values=_LAYER),
+    line_fault("lora_linear", "keeps_the_scaling_of_the_first_call", ["calls"], f"return {_UPDATE}",
+        "scaling = globals().setdefault('_first_scaling', scaling)\n    return " + _UPDATE, values=_LAYER),
+    line_fault("lora_linear", "keeps_the_update_of_tensors_that_change", ["calls"], f"return {_UPDATE}",
+        "A, B = globals().setdefault(f'_kept{id(A)}', (A.clone(), B.clone())) if not torch.is_grad_enabled() else (A, B)\n"
+        "    return " + _UPDATE, values=_LAYER),
     line_fault("lora_linear", "turns_a_nan_of_the_input_into_zero", ["nonfinite"], f"return {_UPDATE}",
         f"x = x.nan_to_num(0.0)\n    return {_UPDATE}", values=_LAYER),
     line_fault("nf4_quantize", "quantises_a_tensor_with_a_gradient_from_its_magnitudes", ["calls"],
@@ -66,6 +71,26 @@ def skips_the_update_under_autocast_without_a_bias(copy: PatchedCopy) -> None:
         return layer.base(x) if layer.base.bias is None and torch.is_autocast_enabled("cpu") else right(x)
 
     copy.replace_forward(forward)
+
+
+@planted_in_methods("calls", only=_ADAPTERS)
+def keeps_the_first_update_under_autocast(copy: PatchedCopy) -> None:
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        y = right(x)
+        if not torch.is_autocast_enabled("cpu"):
+            return y
+        base: Tensor = layer.base(x)
+        kept: Tensor | None = getattr(layer, "first_update", None)
+        if kept is None or kept.shape != y.shape:
+            layer.first_update = kept = (y - base).detach()
+        return base + kept
+
+    copy.replace_forward(forward)
+
+
+@planted_in_methods("calls", only=["lora", "dora", "adalora"])
+def passes_no_gradient_if_a_is_frozen(copy: PatchedCopy) -> None:
+    copy.replace_forward(lambda layer, x, right: right(x) if layer.A.requires_grad else right(x).detach())
 
 
 @planted_in_methods("calls", only=_ADAPTERS)

@@ -97,6 +97,21 @@ def detaches_its_output(copy: PatchedCopy) -> None:
 
 
 @planted("lora", "dropout", values=_DROP)
+def drops_by_a_generator_of_its_own(copy: PatchedCopy) -> None:
+    generator = torch.Generator().manual_seed(5)
+
+    def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
+        if not layer.training:
+            return right(x)
+        mask = (torch.rand(x.shape, generator=generator) >= layer.dropout.p).to(x.dtype) / (1 - layer.dropout.p)
+        update = layer.scaling * ((x * mask) @ layer.A.T @ layer.B.T)
+        y: Tensor = layer.base(x) + update
+        return y
+
+    copy.replace_forward(forward)
+
+
+@planted("lora", "dropout", values=_DROP)
 def drops_the_inputs_of_the_base_too(copy: PatchedCopy) -> None:
     copy.replace_forward(lambda layer, x, right: right(nn.functional.dropout(x, 0.25, layer.training)))
 
