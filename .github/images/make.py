@@ -35,7 +35,7 @@ PICTURES = (
         "report.png", PUBLISHED / "2026-11-26-quick-cpu" / "report.html", 1180, 875,
         "article > section:not(#ranking):not(#verdict), nav, .about, #ranking h2",
     ),
-    Picture("check.png", PUBLISHED / "2026-11-25-check-cpu" / "check.html", 1180, 900, ".about"),
+    Picture("check.png", PUBLISHED / "2026-11-28-check-cpu" / "check.html", 1180, 900, ".about"),
 )  # fmt: skip
 
 
