@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from types import FrameType, ModuleType
 from typing import Literal
 
+import torch
+
 from harness.conformance import parity_suite, self_test
 from harness.conformance.case_selection import CaseSelection
 from harness.conformance.drawing import sample
@@ -57,6 +59,7 @@ def implementation(target: str, of: Owner, mutant: Mutant | None) -> Implementat
 
     A process must not ask for another mutant of `fused` later: its modules stay imported.
     """
+    torch.set_num_threads(1)  # makes torch's pool anew in a fork; two new threads that did so at once would raise
     if of == "reference":
         copy = PatchedCopy(self_test.source_module(target))
         if mutant is not None:
