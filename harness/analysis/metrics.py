@@ -38,7 +38,7 @@ class Metric:
     why_missing: Callable[[Record], str] = lambda _: "not measured"
     """Returns the reason why the value is missing."""
     kind: MetricKind | None = None
-    """How two values are compared: `timed` by statistics, `counted` exactly or within the slack, `peak` within the
+    """Rule by which two values are compared: `timed` by statistics, `counted` exactly or within the slack, `peak` within the
     slack, `score` by paired items; None for a number that is only shown."""
     better: Literal["lower", "higher"] | None = None
     """The better direction; None if any difference is a regression."""

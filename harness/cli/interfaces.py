@@ -30,7 +30,7 @@ def of_operation(name: str) -> Iterator[str]:
     operation, plan = operations.every()[name], parity_suite.load_operation(name)
     case = parity_suite.OperationCase(max(plan.values, key=lambda values: len(str(values))), "float32")
     arguments = operation.arguments(DTYPES[case.dtype], torch.Generator().manual_seed(0), **case.values)
-    yield from _wrapped_doc(operation.arguments, "the arguments")
+    yield from _wrapped_doc(operation.arguments, "what a case draws")
     yield f"an implementation is called with keywords, for example in {case.dtype} and the case {case}:"
     yield from (f"  {key}: {_form(value)}" for key, value in arguments.items())
     yield from _returned(operation, arguments)

@@ -181,7 +181,7 @@ class OperationCase:
     dtype: Dtype
     magnitude: Magnitude = "normal"
     sampled: bool = False
-    """Whether the case is part of the sample, as in MethodCase."""
+    """True if the case is part of the sample, as in MethodCase."""
 
     def __str__(self) -> str:
         magnitude = "" if self.magnitude == "normal" else f"magnitude={self.magnitude}"

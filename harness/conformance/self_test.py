@@ -28,7 +28,7 @@ from harness.records.record import Outcome
 
 @dataclass(frozen=True)
 class FaultVerdict:
-    """Whether the checks caught one fault."""
+    """One fault, and the checks that caught it."""
 
     fault: Fault
     caught: tuple[str, ...]

@@ -37,7 +37,9 @@ class Ended(Generic[_T]):
     returned: Any
     """The JSON value that the function returned; None if it returned none."""
     died: str
-    """How the fork ended without a value, e.g. `SIGXCPU` or the last line of a traceback; empty if it returned."""
+    """Signal or exit code that ended the fork before the function returned, e.g. `SIGXCPU`; empty if none did."""
+    error: str
+    """Last line of the traceback of an exception in the function; empty if it raised none."""
 
 
 def run(tasks: Iterable[_T], act: Callable[[_T], Any], jobs: int, limits: Limits) -> Iterator[Ended[_T]]:
@@ -103,7 +105,7 @@ def _become(task: _T, act: Callable[[_T], Any], limits: Limits, pipe: IO[str]) -
             _limit(limits)
             text = json.dumps({"returned": act(task)})
         except BaseException:  # noqa: BLE001  # the parent reports it
-            text = json.dumps({"died": traceback.format_exc().strip().splitlines()[-1]})
+            text = json.dumps({"error": traceback.format_exc().strip().splitlines()[-1]})
         pipe.write(text)
         pipe.flush()
         code = 0
@@ -129,5 +131,5 @@ def _end(task: _T, code: int, received: bytes) -> Ended[_T]:
     try:
         message = json.loads(received)
     except ValueError:
-        return Ended(task, None, signal.Signals(-code).name if code < 0 else f"exit code {code}")
-    return Ended(task, message.get("returned"), message.get("died", ""))
+        return Ended(task, None, signal.Signals(-code).name if code < 0 else f"exit code {code}", "")
+    return Ended(task, message.get("returned"), "", message.get("error", ""))

@@ -31,10 +31,11 @@ def act(task: str) -> Any:
 
 def test_every_task_ends_with_a_value_or_a_reason(capfd: pytest.CaptureFixture[str]) -> None:
     tasks = ["one", "raises", "spins", "exits", "odd", "two", *(["grows"] if sys.platform == "linux" else [])]
-    ends = {one.task: (one.returned, one.died) for one in forks.run(tasks, act, 2, LIMITS)}
+    ends = {one.task: (one.returned, one.died or one.error) for one in forks.run(tasks, act, 2, LIMITS)}
     assert ends["one"] == ({"task": "one"}, "")
     assert ends["two"] == ({"task": "two"}, "")
     assert ends["raises"] == (None, "ValueError: no such rank")
+    assert all(not (one[0] and one[1]) for one in ends.values())
     assert ends["spins"] == (None, "SIGXCPU")
     assert ends["exits"] == (None, "exit code 3")
     assert "JSON serializable" in ends["odd"][1]

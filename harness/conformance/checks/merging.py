@@ -13,7 +13,7 @@ from harness.conformance.case import Case
 from harness.conformance.checks import CellStage, States, check
 from harness.conformance.comparison import whole_model
 from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
-from harness.conformance.comparison.inputs import inputs
+from harness.conformance.comparison.inputs import HALF, inputs
 from harness.conformance.comparison.layer_comparison import runs_of
 from harness.conformance.comparison.observations import observe
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, unchanged, worst_of
@@ -21,8 +21,6 @@ from harness.conformance.subject import DTYPES, ReferenceLayer, Subject, load
 from harness.conformance.tolerance_constants import DRAWS_AT_ONCE
 from harness.records.record import CheckResult
 
-HALF = 0.5
-"""Factor that changes an adapter: a power of two, so that nothing is rounded."""
 _CHANGED = "unmerged, with another adapter"
 
 

@@ -19,7 +19,7 @@ from harness.conformance.case import Case
 from harness.conformance.checks import States, check
 from harness.conformance.comparison import operation_call
 from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
-from harness.conformance.comparison.inputs import cast, inputs
+from harness.conformance.comparison.inputs import HALF, cast, inputs
 from harness.conformance.comparison.layer_comparison import reference_runs
 from harness.conformance.comparison.observations import observe, preserved_state
 from harness.conformance.comparison.tolerance_policies import Judgement, exact, noise_floor, worst_of
@@ -33,8 +33,6 @@ REPEATS = 110
 SMALL = 3_000
 """Largest number of elements in the arguments of an Operation that is called REPEATS times."""
 THREADS = 2
-HALF = 0.5
-"""Factor that changes arguments: a power of two, so that nothing is rounded."""
 OTHER_DTYPE = {"float64": "float32", "float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
 """dtype of a layer -> dtype to which a copy of the layer is cast."""
 LAYERS = 2

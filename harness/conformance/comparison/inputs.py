@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from harness.conformance.comparison.magnitudes import vary
 from harness.conformance.subject import DTYPES
 
+HALF = 0.5
+"""Factor that changes an adapter or an argument: a power of two, so that nothing is rounded."""
 SIDE = 5
 IMAGES = 2
 """SIDE: height and width of a convolution's input images. IMAGES: their usual number. Each pixel is a token."""

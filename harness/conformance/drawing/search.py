@@ -56,7 +56,7 @@ def search(
     failure that a known defect explains is not shrunk, and the search goes on.
     """
     smallest: dict[str, list[CheckOutcome]] = {}
-    reported: set[str] = set()
+    reported: set[tuple[str, str]] = set()
 
     def report_all(outcomes: Iterable[CheckOutcome]) -> None:
         for outcome in outcomes:
@@ -80,7 +80,7 @@ def search(
         if failed:
             if failed[0].check not in smallest:
                 report_all(tried)  # now, because a later case may crash the process
-                reported.add(tried[0].case)
+                reported.add((tried[0].case, tried[0].dtype))
             smallest[failed[0].check] = tried
             raise _failure_of(failed[0].check)(str(case))
         if not smallest:  # after a failure, cases may be steps of the shrinking
@@ -94,7 +94,7 @@ def search(
     except Unsatisfiable:
         return
     for outcomes in smallest.values():
-        if outcomes[0].case not in reported:
+        if (outcomes[0].case, outcomes[0].dtype) not in reported:
             report_all(outcomes)
 
 

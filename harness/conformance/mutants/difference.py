@@ -24,6 +24,7 @@ from harness.methods.registry import Implementation
 
 SEED = 7919
 CASES = 24
+"""Number of random cases of a target."""
 
 
 def digests(implementation: Implementation) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import random
 import sys
 from collections import Counter, defaultdict
@@ -23,6 +22,7 @@ from harness.conformance.mutants.trial import Catch, Owner
 from harness.errors import Exit, UsageError, did_you_mean
 from harness.methods.spec import methods
 from harness.process import forks
+from harness.records.environment import physical_cores
 from harness.resources import data_folder
 
 PACKAGES = ("reference", "harness.kernels.torch", "harness.methods.implementations.fused.methods")
@@ -33,7 +33,7 @@ _LIMITS = forks.Limits(cpu_s=300, memory_b=8 << 30)
 
 
 Run = tuple[Owner, str]
-"""Whose implementation, and of which target."""
+"""Owner and target of an implementation."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Verdict:
     """The targets that call the changed function; empty if no case runs the changed statement."""
     catch: Catch | None = None
     died: str = ""
-    """How the process of the mutant ended before it had a result; this counts as caught, too."""
+    """Signal or exit code that ended the process of the mutant before it had a result; this counts as caught, too."""
     equivalent: str = ""
     """Why the mutant is no mistake, from the list of equivalent mutants."""
     same_bits: bool = False
@@ -105,7 +105,7 @@ class MutantReport:
         }  # fmt: skip
 
     def lines(self) -> Iterator[str]:
-        """Yield the survivors with their diffs, the rates by module and by class, and the rate of all."""
+        """Yield the survivors with their diffs, the rates by file and by kind, and the rate of all."""
         tried = self.tried()
         for one in self.survivors():
             yield f"SURVIVES {one.mutant.name} ({one.mutant.kind}; checked: {', '.join(one.targets)})"
@@ -128,15 +128,14 @@ class MutantReport:
 
 
 def check(number: int | None, seed: int, jobs: int | None, only: Sequence[str], as_json: bool) -> Exit:
-    """Try mutants, print the report as text or JSON, and return the exit code. jobs: by default one per processor.
+    """Try mutants, print the report as text or JSON, and return the exit code. jobs: by default one per physical core.
 
     Raises UsageError for a name in `only` that has no parity suite.
     """
     for name in only:
         if name not in parity_suite.names():
             raise UsageError(f"no parity suite for {name!r}", hint=did_you_mean(name, parity_suite.names(), "targets"))
-    jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
-    report = run(number, seed, jobs, only, lambda line: print(line, file=sys.stderr))
+    report = run(number, seed, jobs or physical_cores(), only, lambda line: print(line, file=sys.stderr))
     print(json.dumps(report.document(), indent=1) if as_json else "\n".join(report.lines()))
     return report.exit
 
@@ -184,6 +183,8 @@ def _run(
 
     for count, ended in enumerate(forks.run(tasks, act, jobs, _LIMITS), start=1):
         before = verdicts[ended.task]
+        if ended.error:  # of the trial, not of the mutant: it is no catch
+            progress(f"{ended.task.name} could not be tried to the end: {ended.error}")
         if isinstance(ended.returned, dict):
             verdicts[ended.task] = replace(before, catch=Catch(**ended.returned))
         elif ended.returned == "not run":
@@ -204,8 +205,8 @@ def _original_digests(wanted: Iterable[Run], jobs: int) -> dict[Run, list[str]]:
 
     found = {}
     for ended in forks.run(sorted(set(wanted)), act, jobs, _LIMITS):
-        if ended.died:
-            raise RuntimeError(f"{ended.task[1]} by {ended.task[0]} did not run: {ended.died}")
+        if why := ended.died or ended.error:
+            raise RuntimeError(f"{ended.task[1]} by {ended.task[0]} did not run: {why}")
         found[ended.task] = ended.returned
     return found
 
@@ -230,8 +231,8 @@ def _callers(jobs: int, only: Collection[str]) -> dict[tuple[str, str], list[str
     found: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     ends = list(forks.run(asked, act, jobs, _LIMITS))
     for ended in sorted(ends, key=lambda one: (len(one.returned or ()), one.task)):
-        if ended.died:
-            raise RuntimeError(f"the checks of {ended.task[0]} by {ended.task[1]} did not run: {ended.died}")
+        if why := ended.died or ended.error:
+            raise RuntimeError(f"{ended.task[0]} by {ended.task[1]} did not run: {why}")
         for module, function in ended.returned:
             found[module, function].append(ended.task[0])
     for module, function in list(found):

@@ -30,16 +30,22 @@ from harness.methods.registry import Implementation
 Unharmed = Literal["not run", "same bits", "survives"]
 """Why no check caught a mutant: no case runs its statement, it computes the bits of the original, or a check is missing."""
 Owner = Literal["reference", "fused"]
-"""Whose code a module is."""
+"""Owner of a module's code."""
 _CODE = {"reference": ("reference.",), "fused": ("harness.kernels.torch.", f"{fused.methods.__name__}.")}
 PROBE = "_mutant_is_reached"
 """Built-in function, in the process of a trial, that the changed statement calls."""
+_MUTANT = "_mutant_name"
+"""Attribute of a changed module."""
 DEFAULT, WIDE = "default", "wide"
+
+
+class AlreadyImportedError(RuntimeError):
+    """A module was imported before its mutant, so that the mutant would not be tried."""
 
 
 @dataclass(frozen=True)
 class Catch:
-    """How a mutant was caught."""
+    """A mutant that was caught, and the check that failed."""
 
     form: str
     """The form of `check` that catches it: `default`, or `wide` if only `check --wide` does."""
@@ -119,6 +125,8 @@ def try_mutant(mutant: Mutant, right: Mapping[str, Sequence[str]]) -> Catch | Un
     setattr(builtins, PROBE, lambda: reached.__setitem__(0, True))
     try:
         made = [implementation(target, of, mutant) for target in right]
+    except AlreadyImportedError:
+        raise
     except Exception as error:  # noqa: BLE001  # the changed module may raise anything while it is imported
         return Catch(DEFAULT, f"import: {type(error).__name__}", True)
     for form in (DEFAULT, WIDE):
@@ -132,12 +140,16 @@ def try_mutant(mutant: Mutant, right: Mapping[str, Sequence[str]]) -> Catch | Un
 
 
 def _import_changed(mutant: Mutant) -> None:
-    """Import the changed source under the module's name, before anything else in this process imports it."""
-    if mutant.module in sys.modules:
+    """Import the changed source under the module's name, once, before anything else in this process imports it."""
+    there = sys.modules.get(mutant.module)
+    if there is not None and getattr(there, _MUTANT, None) == mutant.name:
         return
+    if there is not None:
+        raise AlreadyImportedError(f"{mutant.module} was imported before its mutant, which would not be tried")
     spec = importlib.util.find_spec(mutant.module)
     assert spec is not None  # noqa: S101
     module: ModuleType = importlib.util.module_from_spec(spec)
+    setattr(module, _MUTANT, mutant.name)
     sys.modules[mutant.module] = module
     exec(compile(mutant.source(PROBE), spec.origin or mutant.module, "exec"), vars(module))  # noqa: S102  # our own source
     package, _, name = mutant.module.rpartition(".")

@@ -32,7 +32,7 @@ class World:
     forward: Forward
     """Runs a model on the inputs of the walk."""
     may_train: bool
-    """Whether the model may be in training mode: without dropout, it computes the same as in eval mode."""
+    """True if the model may be in training mode: without dropout, it computes the same as in eval mode."""
 
     def __post_init__(self) -> None:
         self.optimizer = self._new_optimizer()

@@ -28,7 +28,7 @@ class Specimen:
     num_warps: int = 4
     num_stages: int = 3
     fused_multiply_add: bool = False
-    """Whether to allow fused multiply-adds, which round a * b + c once."""
+    """True to allow fused multiply-adds, which round a * b + c once."""
     separate_roundings: bool = False
     """Whether any fused multiply-add is a fault. Kernels that divide need False, because a division takes some."""
     narrow_loads: int = 0
