@@ -17,6 +17,7 @@ from harness import resources
 from harness.cli import check as command
 from harness.cli import main
 from harness.conformance import parity_suite
+from harness.conformance.execution import worker_protocol as protocol
 from harness.conformance.findings import defects, summary
 from harness.conformance.findings.defects import Defect
 from harness.conformance.findings.outcomes import CheckOutcome, Execution
@@ -247,6 +248,20 @@ def test_why_no_dtype_is_left_to_try(
     asked = itertools.chain.from_iterable(("--dtype", dtype) for dtype in dtypes)
     assert main(["check", "acme", *asked]) == Exit.INFRASTRUCTURE
     assert f"not checked: acme double_dequantize: {said}\n" in capsys.readouterr().out
+
+
+def test_a_target_whose_process_died_was_not_tried_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = ("acme", "method", "lora")
+
+    def events(*_: object) -> list[object]:
+        return [protocol.TargetBegun(begin=target), protocol.Died(died="the process died of SIGSEGV")]
+
+    monkeypatch.setattr(command.worker_processes, "worker_events", events)
+    task = protocol.WorkerTask(point="acme", targets=[target])
+    (found,), interrupted = command.worker_processes.run([task], 1, lambda _: None)
+    assert not interrupted
+    assert found.not_tried == {target}
+    assert [one.check for one in found.tried] == ["alive"]
 
 
 def test_the_targets_of_one_entry_point_are_shared_out_among_the_jobs() -> None:

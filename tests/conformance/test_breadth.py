@@ -19,11 +19,13 @@ from harness.conformance.case_selection import FEW, CaseSelection
 from harness.conformance.drawing import sample
 from harness.conformance.drawing.covering import covering, every_pair, values
 from harness.conformance.drawing.factors import of_config, of_signature
+from harness.conformance.drawing.search import search
 from harness.conformance.execution import suite_run
+from harness.conformance.findings.outcomes import CheckOutcome
 from harness.errors import Exit
 from harness.methods.registry import DTYPES, Implementation
 from harness.methods.spec import methods
-from harness.records.record import Outcome
+from harness.records.record import CheckResult, Outcome
 from reference import lora
 from reference.operations import multi_lora
 
@@ -216,3 +218,47 @@ def test_dropout_is_tried_in_every_dtype(target: str, dtype: str) -> None:
         case for case in parity_suite.load(target).cases(FEW) if case.dtype == dtype and case.config.get("dropout")
     ]
     assert "dropout" in failing(changed(target, drops_when_evaluating), cases[:1])
+
+
+def test_drawn_outcomes_are_reported_before_a_later_case_ends_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEFT_HARNESS_CACHE", str(tmp_path))
+    reported: list[CheckOutcome] = []
+    tried: list[str] = []
+
+    def run_case(case: sample.AnyCase) -> list[CheckOutcome]:
+        tried.append(str(case))
+        if len(tried) == 3:
+            raise KeyboardInterrupt
+        result = CheckResult(check="lora/forward/float32/warm", outcome=Outcome.PASS)
+        return [
+            CheckOutcome(
+                implementation="mine", kind="method", target="lora", dtype=case.dtype, case=str(case), result=result
+            )
+        ]
+
+    with pytest.raises(KeyboardInterrupt):
+        search(parity_suite.load("lora"), DRAWN, ["float32"], run_case, reported.append, "mine-lora")
+    assert [one.case for one in reported] == tried[:2]
+
+
+def refuses_to_load(model: Any, config: lora.Config, generator: torch.Generator) -> Any:
+    adapted = lora.attach(model, config, generator)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Unexpected key first.A")
+
+    model.load_state_dict = refuse
+    return adapted
+
+
+def test_a_walk_names_the_exception_of_a_rule_and_the_rules_before_it() -> None:
+    mine = Implementation("mine", "method", "lora", refuses_to_load, dtypes=("float32",))
+    plan = parity_suite.load("lora").model_copy(update={"checks": ["walk"]})
+    shape = parity_suite.CaseShape.model_validate({"tokens": 1, "in": 24, "out": 40})
+    case = parity_suite.MethodCase({"rank": 3}, "linear", shape, "float32")
+    (outcome,) = suite_run.run_case(mine, plan, case, wide=True)
+    assert "Unexpected key first.A" in outcome.result.detail
+    assert outcome.result.detail.endswith("load_state_dict()")
+    assert "attach(); " in outcome.result.detail
