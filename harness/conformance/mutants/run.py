@@ -134,7 +134,8 @@ def check(number: int | None, seed: int, jobs: int | None, only: Sequence[str], 
     """
     for name in only:
         if name not in parity_suite.names():
-            raise UsageError(f"no parity suite for {name!r}", hint=did_you_mean(name, parity_suite.names(), "targets"))
+            hint = did_you_mean(name, parity_suite.names(), "targets")
+            raise UsageError(f"no method or operation is called {name!r}", where="--mutants", hint=hint)
     report = run(number, seed, jobs or physical_cores(), only, lambda line: print(line, file=sys.stderr))
     print(json.dumps(report.document(), indent=1) if as_json else "\n".join(report.lines()))
     return report.exit
