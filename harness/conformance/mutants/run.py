@@ -50,6 +50,8 @@ class Verdict:
     """Why the mutant is no mistake, from the list of equivalent mutants."""
     same_bits: bool = False
     """True if no check caught it, and it computes the same bits as the original in random cases."""
+    error: str = ""
+    """Why the mutant could not be tried; empty if it was tried."""
 
     def runs(self) -> list[Run]:
         """List the implementations whose checks are run."""
@@ -58,7 +60,12 @@ class Verdict:
     @property
     def survives(self) -> bool:
         """True if the mutant computes something else than the original, and no check failed."""
-        return bool(self.targets) and not (self.catch or self.died or self.equivalent or self.same_bits)
+        return self.counts and not (self.catch or self.died)
+
+    @property
+    def counts(self) -> bool:
+        """True if the mutant was tried and changes the results."""
+        return bool(self.targets) and not (self.equivalent or self.same_bits or self.error)
 
     def document(self) -> dict[str, Any]:
         """Return the JSON document."""
@@ -67,7 +74,7 @@ class Verdict:
             "mutant": self.mutant.name, "kind": self.mutant.kind, "of": list(self.targets), "diff": self.mutant.diff(),
             "caught": catch.form if catch else "died" if self.died else None, "check": catch.check if catch else self.died,
             "raised": bool(catch and catch.raised), "equivalent": self.equivalent or None,
-            "same_bits": self.same_bits,
+            "same_bits": self.same_bits, "error": self.error or None,
         }  # fmt: skip
 
 
@@ -79,7 +86,7 @@ class MutantReport:
 
     def tried(self) -> list[Verdict]:
         """List the mutants that count: those that were tried, and that change the results."""
-        return [one for one in self.verdicts if one.targets and not one.equivalent and not one.same_bits]
+        return [one for one in self.verdicts if one.counts]
 
     def survivors(self) -> list[Verdict]:
         """List the mutants that no check caught."""
@@ -87,7 +94,9 @@ class MutantReport:
 
     @property
     def exit(self) -> Exit:
-        """The exit code: 1 if a mutant survived, 5 if none was tried, else 0."""
+        """The exit code: 4 if a mutant could not be tried, 5 if none counts, 1 if a mutant survived, else 0."""
+        if any(one.error for one in self.verdicts):
+            return Exit.INFRASTRUCTURE
         if not self.tried():
             return Exit.NOTHING_COMPARED
         return Exit.FAIL if self.survivors() else Exit.PASS
@@ -101,6 +110,7 @@ class MutantReport:
             "equivalent": sum(bool(one.equivalent) for one in self.verdicts),
             "same_bits": sum(one.same_bits for one in self.verdicts),
             "not_run": sum(not one.targets for one in self.verdicts),
+            "errors": sum(bool(one.error) for one in self.verdicts),
             "mutants": [one.document() for one in self.verdicts],
         }  # fmt: skip
 
@@ -110,6 +120,9 @@ class MutantReport:
         for one in self.survivors():
             yield f"SURVIVES {one.mutant.name} ({one.mutant.kind}; checked: {', '.join(one.targets)})"
             yield from (f"    {line}" for line in one.mutant.diff().splitlines())
+        for one in self.verdicts:
+            if one.error:
+                yield f"COULD NOT BE TRIED {one.mutant.name}: {one.error}"
         yield from _table("file", tried, lambda one: one.mutant.module)
         yield from _table("kind", tried, lambda one: one.mutant.kind)
         if idle := Counter(one.mutant.module for one in self.verdicts if not one.targets):
@@ -185,8 +198,8 @@ def _run(
     for count, ended in enumerate(forks.run(tasks, act, jobs, _LIMITS), start=1):
         before = verdicts[ended.task]
         if ended.error:  # of the trial, not of the mutant: it is no catch
-            progress(f"{ended.task.name} could not be tried to the end: {ended.error}")
-        if isinstance(ended.returned, dict):
+            verdicts[ended.task] = replace(before, error=ended.error)
+        elif isinstance(ended.returned, dict):
             verdicts[ended.task] = replace(before, catch=Catch(**ended.returned))
         elif ended.returned == "not run":
             verdicts[ended.task] = replace(before, targets=())
