@@ -19,6 +19,8 @@ from harness.records.record import CheckResult
 
 # A complete schedule in 24 steps, with every kind of step. tfinal is no multiple of delta_t.
 _SHORT = {"total_steps": 24, "tinit": 4, "tfinal": 5, "delta_t": 3}
+_RESUMED = 13
+"""Step at which a fresh model continues, halfway between the first and the last pruning."""
 _LARGEST = 20_000
 """Largest number of elements of an adapter with which `check_budget` takes its 24 steps."""
 
@@ -55,7 +57,7 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
     b(t) = target + (start - target) (1 - (t - t_i) / (T - t_f - t_i))^3, rounded down  (eq. 12): at the end target_rank
     per layer on average. Between two prunings lambdas may grow back, as they do here at each step. In float32 and
     float64 the same lambdas are left as in the reference, by the scores of eq. 7. In half precision two lambdas with close
-    scores may change places.
+    scores may change places. Halfway a fresh model continues from `tensors()` and `state()`, as after an interruption.
     """
     if sum(t.numel() for t in subject.added().values()) > _LARGEST:
         return skipped(subject, case, "budget", "the schedule does not depend on the size of an adapter")
@@ -65,6 +67,9 @@ def check_budget(subject: Subject, case: Case) -> CheckResult:
     truth = _reference(fresh, "float64")
     problems = []
     for step in range(1, _SHORT["total_steps"] + 1):
+        if step == _RESUMED and any(".exp_avg_ipt_" in name for name in fresh.state()):
+            before, fresh = fresh, case.attach_again(**_SHORT) or fresh
+            load(fresh.adapted, before.adapted.tensors(), before.state())
         for adapted in (fresh.adapted, truth):
             _set_tensors(adapted, DTYPES[subject.dtype], case.generator(salt=100 + step))
             _set_gradients(adapted, case.generator(salt=200 + step), DTYPES[subject.dtype])

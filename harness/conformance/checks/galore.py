@@ -1,9 +1,11 @@
-"""Check of GaLore's optimizer across a refresh of the subspace."""
+"""Checks of GaLore's optimizer: across a refresh of the subspace, and in the hands of a training program."""
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from harness.conformance.case import Case
 from harness.conformance.checks import check
-from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
+from harness.conformance.comparison.check_results import judged, listed, prefix_tensor, skipped
 from harness.conformance.comparison.tolerance_policies import Judgement, noise_floor, worst_of
 from harness.conformance.subject import DTYPES, Subject
 from harness.records.record import CheckResult
@@ -20,8 +22,21 @@ from reference.galore import Projector, galore_step, projector
 _HISTORIES = ((5, 2, 2), (3, 1, 2))
 """Number of steps, update gap and rank of each run. Each run has two refreshes after the first step."""
 _LR, _DECAY = 0.1, 0.1
+_STEPS, _WITHOUT_GRADIENT, _CHANGED, _RESUMED = 12, 3, 5, 7
+"""Steps of `check_optimizer`, counted from 0: their number, the one without a gradient, the first one with another learning
+rate and weight decay, and the first one of an optimizer that has loaded the state of the first."""
 Signs = tuple[float, ...]
 """Signs of singular vectors, those of P first."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step of an optimizer."""
+
+    gradients: dict[str, Tensor]
+    """Float64 gradient of each tensor, by name; empty for a step in which no tensor has a gradient."""
+    lr: float = _LR
+    decay: float = _DECAY
 
 
 @check(of_sizes=False)
@@ -46,18 +61,49 @@ def check_refresh(subject: Subject, case: Case) -> CheckResult:
     return judged(subject, case, "refresh", worst_of(found, found[0].policy))
 
 
+@check(of_sizes=False)
+def check_optimizer(subject: Subject, case: Case) -> CheckResult:
+    """GaLore's own optimizer obeys a training program as the optimizers of torch do.
+
+    Twelve steps in one subspace. The learning rate and the weight decay are changed in `param_groups`; one step has no
+    gradient; between two steps the optimizer's state_dict is loaded into a new optimizer. No step changes the gradients.
+    """
+    fresh = case.attach_again(rank=2, update_gap=100)
+    if fresh is None:
+        return skipped(subject, case, "optimizer", "the case cannot attach again")
+    if fresh.adapted.optimizer(_LR, _DECAY) is None:
+        return skipped(subject, case, "optimizer", "the Method has no optimizer")
+    found = []
+    for index, path in enumerate(fresh.adapted.layers):
+        tensors = fresh.tensors_of(path)
+        steps = [
+            _Step(
+                {}
+                if step == _WITHOUT_GRADIENT
+                else {n: _gradient(t, case.generator(salt=50 * index + step), 0.5) for n, t in tensors.items()},
+                *((_LR / 2, _DECAY / 2) if step >= _CHANGED else ()),
+            )
+            for step in range(_STEPS)
+        ]
+        mine, changed = _steps_of_subject(fresh, tensors, steps, resumed=_RESUMED)
+        if changed:
+            return listed(subject, case, "optimizer", [f"{path}: {one}" for one in changed])
+        truth, rounded = (_steps_of_reference(fresh, tensors, steps, d, {}) for d in ("float64", fresh.dtype))
+        verdict = noise_floor(mine, truth, rounded, fresh.dtype, case.factor("optimizer"))
+        found.append(prefix_tensor(path, verdict))
+    return judged(subject, case, "optimizer", worst_of(found, found[0].policy))
+
+
 def _of_layers(fresh: Subject, case: Case, steps: int) -> Iterator[Judgement]:
     # Singular values that fall slowly distinguish a randomised SVD from the exact one.
     decay = 0.9 if fresh.config.niter else 0.5
     for index, path in enumerate(fresh.adapted.layers):
-        optimizer = fresh.adapted.optimizer(_LR, _DECAY)
-        assert optimizer is not None  # noqa: S101  # the caller has checked this
         tensors = fresh.tensors_of(path)
         gradients = [
-            {name: _gradient(t, case.generator(salt=50 * index + step), decay) for name, t in tensors.items()}
+            _Step({name: _gradient(t, case.generator(salt=50 * index + step), decay) for name, t in tensors.items()})
             for step in range(steps)
         ]
-        mine = _steps_of_subject(optimizer, tensors, gradients)
+        mine, _ = _steps_of_subject(fresh, tensors, gradients)
         best = min(_judgements(fresh, case, tensors, gradients, mine), key=lambda j: (not j.passed, j.ratio))
         yield prefix_tensor(f"{path}, update_gap {fresh.config.update_gap}", best)
 
@@ -75,32 +121,56 @@ def _gradient(weight: Tensor, generator: torch.Generator, decay: float) -> Tenso
 
 
 def _steps_of_subject(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], gradients: list[dict[str, Tensor]]
-) -> dict[str, Tensor]:
+    fresh: Subject, tensors: dict[str, Tensor], steps: Sequence[_Step], resumed: int | None = None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors after each step, each step taken from the same tensors, and a description of each gradient that a
+    step has changed.
+
+    resumed: the first step of a new optimizer, which loads the state of the first one.
+    """
+    optimizer = _optimizer(fresh)
     start = {name: t.detach().clone() for name, t in tensors.items()}
     seen: dict[str, Tensor] = {}
-    for step, gradient in enumerate(gradients):
+    changed: list[str] = []
+    for number, step in enumerate(steps):
+        if number == resumed:
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = _optimizer(fresh)
+            optimizer.load_state_dict(saved)
+        for group in optimizer.param_groups:
+            group["lr"], group["weight_decay"] = step.lr, step.decay
+        given = {name: gradient.to(tensors[name].dtype) for name, gradient in step.gradients.items()}
         for name, tensor in tensors.items():
             tensor.data.copy_(start[name])
-            tensor.grad = gradient[name].to(tensor.dtype)
+            tensor.grad = given[name].clone() if name in given else None
         optimizer.step()
-        seen |= {f"step {step + 1} {name}": t.detach().clone() for name, t in tensors.items()}
+        seen |= {f"step {number + 1} {name}": t.detach().clone() for name, t in tensors.items()}
+        for name, gradient in given.items():
+            after = tensors[name].grad
+            if after is not None and not torch.equal(after, gradient):
+                changed.append(f"step {number + 1} changes the gradient of {name}")
     for name, tensor in tensors.items():
         tensor.data.copy_(start[name])
         tensor.grad = None
-    return seen
+    return seen, changed
+
+
+def _optimizer(fresh: Subject) -> torch.optim.Optimizer:
+    optimizer = fresh.adapted.optimizer(_LR, _DECAY)
+    assert optimizer is not None  # noqa: S101  # the checks begin with this question
+    return optimizer
 
 
 def _judgements(
-    fresh: Subject, case: Case, tensors: dict[str, Tensor], gradients: list[dict[str, Tensor]], mine: dict[str, Tensor]
+    fresh: Subject, case: Case, tensors: dict[str, Tensor], steps: Sequence[_Step], mine: dict[str, Tensor]
 ) -> Iterator[Judgement]:
     """Yield a judgement for each choice of signs at the two refreshes of the reference, until one judgement passes."""
     rank = min(fresh.config.rank, *next(t for t in tensors.values() if t.dim() == 2).shape)
-    first, second = range(fresh.config.update_gap, len(gradients), fresh.config.update_gap)
+    first, second = range(fresh.config.update_gap, len(steps), fresh.config.update_gap)
     columns = 2 * rank if fresh.config.side == "full" else rank
     for signs in itertools.product((1.0, -1.0), repeat=2 * columns):
         chosen = {first: signs[:columns], second: signs[columns:]}
-        truth, rounded = (_steps_of_reference(fresh, tensors, gradients, d, chosen) for d in ("float64", fresh.dtype))
+        truth, rounded = (_steps_of_reference(fresh, tensors, steps, d, chosen) for d in ("float64", fresh.dtype))
         judgement = noise_floor(mine, truth, rounded, fresh.dtype, case.factor("refresh"))
         yield judgement
         if judgement.passed:
@@ -108,25 +178,31 @@ def _judgements(
 
 
 def _steps_of_reference(
-    fresh: Subject, tensors: dict[str, Tensor], gradients: list[dict[str, Tensor]], dtype: str, signs: dict[int, Signs]
+    fresh: Subject, tensors: dict[str, Tensor], steps: Sequence[_Step], dtype: str, signs: dict[int, Signs]
 ) -> dict[str, Tensor]:
+    """Return the tensors after each step of the reference, by the same names as `_steps_of_subject`.
+
+    signs: maps the steps with a new subspace to the signs of its vectors; by default those of an exact SVD.
+    """
     config, seen = fresh.config, {}
-    adam = {"beta1": config.beta1, "beta2": config.beta2, "eps": config.eps, "weight_decay": _DECAY}
+    adam = {"beta1": config.beta1, "beta2": config.beta2, "eps": config.eps}
     for name, tensor in tensors.items():
         low: dict[str, Any] = {"rank": 0}
         if name == "weight":
             low = {name: getattr(config, name) for name in ("rank", "update_gap", "scale", "side", "niter")}
         state: dict[str, Any] = {}
-        for step, gradient in enumerate(gradients):
-            G = gradient[name].to(DTYPES[fresh.dtype]).to(DTYPES[dtype])
+        for number, step in enumerate(steps):
             W = tensor.detach().to(DTYPES[dtype]).clone()
+            seen[f"step {number + 1} {name}"] = W
+            if name not in step.gradients:
+                continue
+            G = step.gradients[name].to(DTYPES[fresh.dtype]).to(DTYPES[dtype])
             basis = None
-            if low["rank"] and step % config.update_gap == 0:
+            if low["rank"] and number % config.update_gap == 0:
                 old = Projector(state.get("P"), state.get("Q"))
                 how = (config.rank, config.side, config.niter, old)
-                basis = _turned(projector(G, *how), projector(G.double(), *how), signs.get(step, ()))
-            galore_step(W, G, state, lr=_LR, given=basis, **low, **adam)
-            seen[f"step {step + 1} {name}"] = W
+                basis = _turned(projector(G, *how), projector(G.double(), *how), signs.get(number, ()))
+            galore_step(W, G, state, lr=step.lr, weight_decay=step.decay, given=basis, **low, **adam)
     return seen
 
 

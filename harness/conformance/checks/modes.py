@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from threading import Barrier
 from typing import Any
 
@@ -179,8 +180,8 @@ def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     A layer: sequences of one token, four dimensions, transposed and sliced inputs; no_grad, inference_mode, autocast (also
     after a change of the tensors) and activation checkpointing; an input, the adapter, or all but one of its tensors without
     gradients; a deep copy, and one in another dtype; the gradient of a gradient; many calls, and calls in two threads. An
-    Operation: no_grad, inference_mode, arguments that need a gradient, other numbers, arguments that change between two
-    calls, and many calls.
+    Operation: no_grad, inference_mode, arguments that need a gradient, all or one of them, other numbers, arguments that
+    change between two calls, and many calls.
     """
     found = list(_of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
     if not found:
@@ -338,6 +339,17 @@ def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     calls = (subject.call() for _ in range(times))
     different = (one for one in calls if not exact(operation_call.finite(one), operation_call.finite(plain)).passed)
     yield judge(f"{times} times", next(different, plain))
+    dtype, differentiable = DTYPES[subject.dtype], subject.operation.differentiable
+    for name in differentiable if len(differentiable) > 1 else ():
+        reference = subject.operation.reference
+        truth, rounded = (
+            operation_call.gradients(subject, reference, to, case, of=[name]) for to in (torch.float64, dtype)
+        )
+        near = operation_call.perturbed_subjects(subject, case)
+        draws = chain([rounded], (operation_call.gradients(one, reference, to, case, of=[name]) for one, to in near))
+        mine = operation_call.gradients(subject, subject.function, dtype, case, of=[name])
+        verdict = noise_floor(mine, truth, draws, subject.dtype, case.factor("calls"))
+        yield _named("", f"with only {name} needing a gradient", verdict)
 
 
 def _judge_changed(

@@ -16,7 +16,7 @@ from harness.conformance.tolerance_constants import INITIAL_SIGMAS
 from harness.records.record import CheckResult
 
 
-@check(States.INIT, of_sizes=False)
+@check(States.INIT)
 def check_initial(subject: Subject, case: Case) -> CheckResult:
     """The implementation's own start has the reference's distribution, and the same tensors are zero.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -65,10 +68,12 @@ def _worlds(start: Subject, case: Case, forward: Forward) -> Worlds:
             raise ValueError("the case cannot attach again")
         return World(other.model, other.adapted, subject, case.forward_of(other.model), start.trains_plainly)
 
-    made = []
-    for attach in (subject, lambda: reference("float64"), lambda: reference(start.dtype)):
+    def world(attach: Callable[[], tuple[nn.Module, Adapted]]) -> World:
         model, adapted = attach()
         load(adapted, start.adapted.tensors(), start.state())
-        made.append(World(model, adapted, attach, forward, start.trains_plainly))
-    factor = case.factors.get("walk", TRAJECTORY_FACTOR)
-    return Worlds(made[0], made[1], made[2], start.dtype, factor, another)
+        return World(model, adapted, attach, forward, start.trains_plainly)
+
+    wide, own, near = (world(partial(reference, dtype)) for dtype in ("float64", start.dtype, start.dtype))
+    worlds = Worlds(world(subject), wide, own, near, start.dtype, case.factors.get("walk", TRAJECTORY_FACTOR), another)
+    worlds.align()
+    return worlds

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -75,11 +75,15 @@ def judge_form(
 
 
 def forward(
-    subject: OperationSubject, function: Callable[..., object], dtype: torch.dtype
+    subject: OperationSubject, function: Callable[..., object], dtype: torch.dtype, of: Collection[str] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Call `function` on the arguments in `dtype`; return the first output, and the differentiable arguments by name."""
+    """Call `function` on the arguments in `dtype`; return the first output, and the arguments that need a gradient by name.
+
+    of: names of the arguments that need a gradient; by default all differentiable ones.
+    """
     given = cloned(subject.arguments, {DTYPES[subject.dtype]: dtype})
-    leaves = {n: t for n, t in flatten(given).items() if n.partition("[")[0] in subject.operation.differentiable}
+    wanted = subject.operation.differentiable if of is None else of
+    leaves = {n: t for n, t in flatten(given).items() if n.partition("[")[0] in wanted}
     for leaf in leaves.values():
         leaf.requires_grad_(True)
     return next(iter(subject.operation.named(function(**given)).values())), leaves
@@ -88,15 +92,23 @@ def forward(
 def backward(y: Tensor, leaves: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
     """Run backward from `y` with a random gradient. Map `grad <name>` to the gradient of each leaf, zeros if it has none."""
     dy = torch.randn(y.shape, generator=case.generator(salt=3), dtype=torch.float64)
-    y.backward(dy.to(y.device, y.dtype))
+    if y.requires_grad:
+        y.backward(dy.to(y.device, y.dtype))
     return {f"grad {n}": torch.zeros_like(t) if t.grad is None else t.grad for n, t in leaves.items()}
 
 
 def gradients(
-    subject: OperationSubject, function: Callable[..., object], dtype: torch.dtype, case: Case
+    subject: OperationSubject,
+    function: Callable[..., object],
+    dtype: torch.dtype,
+    case: Case,
+    of: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
-    """Map `grad <name>` to the gradient of each differentiable argument, computed in `dtype`."""
-    return backward(*forward(subject, function, dtype), case)
+    """Map `grad <name>` to the gradient of each argument in `of`, by default of each differentiable one.
+
+    The gradients are computed in `dtype`.
+    """
+    return backward(*forward(subject, function, dtype, of), case)
 
 
 def map_tensors(value: _T, change: Callable[[Tensor], Tensor]) -> _T:

@@ -29,6 +29,12 @@ def every_level(levels: Mapping[str, Sequence[Any]], beside: str) -> list[Pair]:
     return [((name, i), (beside, 0)) for name in levels if name != beside for i in range(len(levels[name]))]
 
 
+def one_at_a_time(levels: Mapping[str, Sequence[Any]], names: Iterable[str]) -> Iterator[Row]:
+    """Yield rows in which one of the named factors is not at its first level, and every other factor is."""
+    for name in names:
+        yield from (dict.fromkeys(levels, 0) | {name: level} for level in range(1, len(levels[name])))
+
+
 def covering(
     levels: Mapping[str, Sequence[Any]],
     wanted: Iterable[Pair],

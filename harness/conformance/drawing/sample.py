@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from harness.conformance import operations
 from harness.conformance.case_selection import CaseSelection
 from harness.conformance.drawing import strategies
-from harness.conformance.drawing.covering import covering, every_level, every_pair, values
+from harness.conformance.drawing.covering import covering, every_level, every_pair, one_at_a_time, values
 from harness.conformance.drawing.factors import Factor, of_config, of_signature
 from harness.conformance.execution.acceptance import is_accepted
 from harness.conformance.parity_suite import (
@@ -24,6 +24,7 @@ from harness.conformance.parity_suite import (
     OperationSuite,
     ParitySuite,
 )
+from harness.conformance.subject import DTYPES
 from harness.methods.spec import FieldInfo, methods
 
 AnyCase = MethodCase | OperationCase
@@ -42,9 +43,11 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     An optional factor is one that an implementation may lack, such as an option of the Method or another kind of layer.
     In the first part, optional factors are at their plainest level, and every pair of levels of two other factors
     occurs. In the second part, every other level of an optional factor occurs; with `wanted.full`, so does every pair
-    of settings, kinds of layers and dtypes.
+    of settings, kinds of layers and dtypes. Finally every such level occurs alone, because an implementation that lacks one
+    option would otherwise miss the others that share a case with it.
     """
-    yield from plan.cases(wanted, dtypes)
+    # 16 bits first, so that what a first call caches in its dtype shows in the wider ones.
+    yield from sorted(plan.cases(wanted, dtypes), key=lambda case: DTYPES[case.dtype].itemsize)
     if not wanted.is_wide:
         return
     there = factors(plan, dtypes)
@@ -59,7 +62,10 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     first = covering(plain, every_pair(plain), valid)
     settings = {name: levels[name] if name not in _SIZES else levels[name][:1] for name in levels}
     further = every_pair(settings) if wanted.full else every_level(settings, beside="dtype")
-    for row in [*first, *covering(settings, further, valid, given=first)]:
+    optional = [name for name, factor in there.items() if factor.optional]
+    alone = [row for row in one_at_a_time(levels, optional) if valid(values(row, levels))]
+    rows = [*first, *covering(settings, further, valid, given=first)]
+    for row in [*rows, *(row for row in alone if row not in rows)]:
         yield replace(case_of(plan, values(row, levels)), sampled=True)
 
 

@@ -37,6 +37,8 @@ FAULTS = [
         _LORA_DOWN, "h_TR = (x_TD + (self.dropout(x_TD) - x_TD).detach()) @ self.A.T"),
     _lora("scales_forward_only", ["backward"],
         _LORA_SUM, "self.base(x_TD) + (u := h_TR @ self.B.T) + (self.scaling - 1) * u.detach()"),
+    _lora("gives_no_gradient_if_its_input_needs_none", ["calls"],
+        _LORA_DOWN, "h_TR = self.dropout(x_TD) @ (self.A if x_TD.requires_grad else self.A.detach()).T"),
     _lora("forgets_the_bias", ["outputs"],
         "apply_layer(lora.LoraLinear(dense_linear(W, bias),", "apply_layer(lora.LoraLinear(dense_linear(W, None),",
         file=""),

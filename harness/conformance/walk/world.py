@@ -60,6 +60,11 @@ class World:
         self.adapted.after_step(self.steps)
         self.optimizer.zero_grad()
 
+    def tensors_and_state(self) -> dict[str, Tensor]:
+        """Map names to copies of the trained tensors and of the floating-point tensors of the state."""
+        state = {name: t for name, t in self.adapted.state().items() if t.is_floating_point()}
+        return {name: t.detach().clone() for name, t in (state | self.adapted.tensors()).items()}
+
     def scale_learning_rate(self, factor: float) -> None:
         """Change the learning rate, as a scheduler does."""
         for group in self.optimizer.param_groups:
