@@ -32,6 +32,8 @@ class Operation:
     """Names of the arguments whose gradients are compared."""
     inputs: tuple[str, ...] = ()
     """Names of the arguments that are also tried at other magnitudes, see `comparison.magnitudes`."""
+    rounded_once: tuple[str, ...] = ()
+    """Names of the outputs that are computed in float32 and rounded once; the check `rounded_once` judges them."""
     judge: Judge | None = None
     """(outputs of the subject, arguments) -> Judgement and a detail. If None, every output must be within the noise
     floor of the float64 reference.

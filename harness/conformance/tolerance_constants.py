@@ -39,6 +39,12 @@ LARGEST_EPS = 4.0
 # Factor on the whole allowance of the largest element: the largest elements of two samples differ more than their norms do.
 LARGEST_FACTOR = 2.0
 
+# Largest share of elements that are not the correctly rounded number after one rounding, in addition to one element.
+# Correct programs compute in float32 and round to 16 bits. A float32 error moves a number across the middle between two
+# float16 numbers once in about 4,000 times, and between two bfloat16 numbers once in 30,000. One more rounding to 16 bits
+# changes a quarter or more of all elements.
+DOUBLE_ROUNDED_SHARE = 2.0**-6
+
 # Rounding goes up as often as down, so its projection on the truth shrinks with the root of the number of independent
 # roundings. The projection of a wrong factor does not shrink. In a low-rank product, only sqrt(n) of n roundings may be
 # independent.

@@ -11,7 +11,7 @@ from harness.conformance.case import Case
 from harness.conformance.checks import check
 from harness.conformance.comparison import operation_call
 from harness.conformance.comparison.check_results import judged, listed, skipped
-from harness.conformance.comparison.tolerance_policies import exact, noise_floor, worst_of
+from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, exact, noise_floor, rounded_once, worst_of
 from harness.conformance.operation import OperationSubject, cloned
 from harness.conformance.poisoned_memory import poisoned_memory
 from harness.conformance.subject import DTYPES
@@ -33,6 +33,24 @@ def check_output_codes(subject: OperationSubject, case: Case) -> CheckResult:
     if subject.operation.codes is None:
         return skipped(subject, case, "output_codes", "this Operation returns no codes, or `outputs` judges them")
     return judged(subject, case, "output_codes", *subject.operation.codes(subject.call(), subject.arguments))
+
+
+@check()
+def check_rounded_once(subject: OperationSubject, case: Case) -> CheckResult:
+    """A 16-bit result that takes one rounding is the float64 result, correctly rounded, in nearly every element.
+
+    The noise floor of `outputs` would not notice a second rounding, such as that of a table of levels in bfloat16.
+    """
+    names = subject.operation.rounded_once
+    if not names or subject.dtype in ROUNDED_SUMS:
+        return skipped(subject, case, "rounded_once", "the rule is for results of one rounding to 16 bits")
+    seen = subject.call()
+    if not operation_call.judge(subject, seen, case)[0].passed:
+        return skipped(subject, case, "rounded_once", "the check `outputs` reports a larger error")
+    exactly = cloned(subject.arguments, {DTYPES[subject.dtype]: torch.float64})
+    truth = subject.operation.named(subject.operation.reference(**exactly))
+    mine = {name: tensor for name, tensor in seen.items() if name in names}
+    return judged(subject, case, "rounded_once", rounded_once(mine, truth))
 
 
 @check()

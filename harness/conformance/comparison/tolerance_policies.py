@@ -14,6 +14,7 @@ from harness.conformance.tolerance_constants import (
     BIAS_SIGMAS,
     CARRIED_FACTOR,
     CEILING,
+    DOUBLE_ROUNDED_SHARE,
     EPSILON,
     FEW_NUMBERS,
     LARGEST_EPS,
@@ -200,6 +201,20 @@ def exact(subject: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Judg
         refused = _incomparable(name, have, want, "exact")
         judged.append(refused or Judgement(False, _Error.of(have, want).norm, 0.0, name, "", "exact", 0))
     return _with_worst_element(worst_of(judged, "exact"), subject, expected)
+
+
+def rounded_once(subject: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Judgement:
+    """Judge 16-bit tensors by the share of their elements that are not the float64 truth, correctly rounded.
+
+    The error is this share. A program that rounds once more, or rounds in another way, may have a small Frobenius error.
+    """
+    policy, judged = f"rounded once: share of other elements at most {DOUBLE_ROUNDED_SHARE:g} + 1 / n", []
+    for name, value in subject.items():
+        expected = truth[name].to(value.dtype)
+        off = float((value != expected).double().mean()) if value.numel() else 0.0
+        allowed = DOUBLE_ROUNDED_SHARE + 1 / max(1, value.numel())
+        judged.append(Judgement(off <= allowed, off, allowed, name, "", policy, 0))
+    return _with_worst_element(worst_of(judged, policy), subject, truth)
 
 
 def unchanged(now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Judgement:

@@ -47,7 +47,8 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
     option would otherwise miss the others that share a case with it.
     """
     # 16 bits first, so that what a first call caches in its dtype shows in the wider ones.
-    yield from sorted(plan.cases(wanted, dtypes), key=lambda case: DTYPES[case.dtype].itemsize)
+    examples: list[AnyCase] = [*plan.cases(wanted, dtypes)]
+    yield from sorted(examples, key=lambda case: DTYPES[case.dtype].itemsize)
     if not wanted.is_wide:
         return
     there = factors(plan, dtypes)

@@ -54,6 +54,15 @@ FAULTS = [
         "return code.to(codes.device)[codes.flatten().long()] * scale",
         "values = code.to(codes.device)[codes.flatten().long()] * scale; out = torch.empty_like(values); "
         "out[:-1] = values[:-1]; return out"),
+    _dequantize("rounds_the_levels_to_16_bits", ["rounded_once"],
+        "return code.to(codes.device)[", "return code.to(codes.device).bfloat16().float()[", dtype="bfloat16"),
+    _dequantize("rounds_the_constants_to_16_bits", ["rounded_once"],
+        "scale = absmax.float()", "scale = absmax.half().float()", dtype="float16"),
+    _dequantize("truncates_the_product", ["rounded_once"],
+        "return code.to(codes.device)[codes.flatten().long()] * scale",
+        "y = code.to(codes.device)[codes.flatten().long()] * scale; "
+        "return (y.view(torch.int32) & -65536).view(torch.float32)",
+        dtype="bfloat16"),
     line_fault("fp4_quantize", "drops_the_sign", ["outputs"],
         "negative = (flat < 0)", "negative = (flat < -torch.inf)", file="fp4", values=_PLAIN),
     line_fault("fp4_dequantize", "has_no_subnormal", ["outputs"],

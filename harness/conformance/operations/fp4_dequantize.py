@@ -13,4 +13,5 @@ OPERATION = Operation(
     outputs=("W",),
     arguments=_FORM.packed_arguments,
     reference=_FORM.dequantize,
+    rounded_once=("W",),
 )
