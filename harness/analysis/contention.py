@@ -7,10 +7,12 @@ from harness.errors import plural
 from harness.records.record import Record
 
 ONE_CORE = 0.9
-"""Least CPU time of an undisturbed step, in seconds per second: at any moment of the step, at least one thread has work."""
+"""CPU seconds per second of wall time that an undisturbed step uses at least. At every moment of such a step, at least
+one thread has work."""
 ALL_THREADS = 0.8
 LOAD_ABOVE = 0.5
-"""If the load average exceeds the number of cores by more than this, other processes compete for the cores."""
+"""Largest excess of the load average over the number of cores. If the excess is larger, other processes compete for the
+cores."""
 
 RULE = (
     f"busy: the steps waited for a CPU. The process got less than {ONE_CORE:g} s of CPU time per second of its"
@@ -21,7 +23,10 @@ RULE = (
 
 
 def busy(record: Record) -> str:
-    """Return evidence that the steps of a Cell waited for a CPU; an empty string without evidence, and on a GPU."""
+    """Return evidence, as text, that the steps of a Cell waited for a CPU.
+
+    Without evidence, and on a GPU, return an empty string.
+    """
     training = record.training
     threads, wall = record.environment.threads, sum(training.step_seconds) if training else 0.0
     # The process may sleep while a GPU computes.
