@@ -7,12 +7,11 @@ from harness.errors import plural
 from harness.records.record import Record
 
 ONE_CORE = 0.9
-"""CPU seconds per second of wall time that an undisturbed step uses at least. At every moment of such a step, at least
-one thread has work."""
+"""Least CPU time, in seconds, that an undisturbed step uses per second of wall time. At every moment of such a step, at
+least one thread has work."""
 ALL_THREADS = 0.8
 LOAD_ABOVE = 0.5
-"""Largest excess of the load average over the number of cores. If the excess is larger, other processes compete for the
-cores."""
+"""If the load average exceeds the number of cores by more than this, other processes compete for the cores."""
 
 RULE = (
     f"busy: the steps waited for a CPU. The process got less than {ONE_CORE:g} s of CPU time per second of its"

@@ -38,10 +38,9 @@ def step_seconds(record: Record) -> float | None:
 
 
 def step_rate(training: TrainingMeasured) -> Median | None:
-    """Return the tokens per second of a steady step: the median over the steps, with its interval. Padding is not
-    counted.
+    """Return the tokens per second of a steady step: the median over the steps, with its interval.
 
-    If the clock did not move during a step, return None.
+    Padding is not counted. If the clock did not move during a step, return None.
     """
     seconds, tokens = training.step_seconds[steady(training)], training.tokens[steady(training)]
     return median_interval([t / s for t, s in zip(tokens, seconds, strict=True)]) if min(seconds) > 0 else None

@@ -72,7 +72,7 @@ class Score:
     low: float
     high: float
     means: str
-    """Kind of interval."""
+    """Kind of the interval, in words."""
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,12 @@ class RunFacts:
 
     @cached_property
     def latest(self) -> dict[str, Record]:
-        """The Records that count, by cell_id; see `Run.latest`."""
+        """The newest Record of each Cell, by cell_id. A Record that was changed after the run is left out."""
         return self.run.latest()
 
     @cached_property
     def doubtful(self) -> dict[str, str]:
-        """Changes made to the newest Records after the run, by cell_id; see `Run.doubtful`."""
+        """What was changed in the newest Record of a Cell after the run, by cell_id."""
         return self.run.doubtful()
 
     @cached_property
@@ -66,7 +66,7 @@ class RunFacts:
 
     @cached_property
     def recipes(self) -> dict[str, str]:
-        """Names of the recipes, by recipe_id. All seeds of a recipe share a name. Names are unique per model and task."""
+        """Names of the recipes, by recipe_id, unique within a model and task. All seeds of a recipe share its name."""
         return naming.recipes(self.run.manifest.cells, inside=True)
 
     def status(self, cell: Cell) -> str:

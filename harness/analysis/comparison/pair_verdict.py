@@ -63,7 +63,7 @@ class CellComparison:
 
 @dataclass(frozen=True)
 class JudgedPairs:
-    """Verdict on both sides."""
+    """Verdict on the comparison of the old and the new side."""
 
     verdict: Verdict
     """Verdict on all Cells together."""

@@ -26,7 +26,7 @@ FEWEST = 2 * LEVEL_NIGHTS
 """The fewest nights of a series in which a change can be seen."""
 PENALTY = 18.0
 """Penalty for a change, in units of the squared noise. In a series of pure noise with a hundred positions for a change,
-the best position reduces the squared deviations by slightly less."""
+the best position reduces the sum of the squared deviations by slightly less than this."""
 SUSPICIOUS = 3.0
 """Smallest suspicious distance of the last night from the level before it, in standard errors. Normal noise reaches
 this distance in one night of 700."""
@@ -72,7 +72,7 @@ def noise(values: Array) -> float:
 def steps(
     values: Array, *, least: float, shared: float = 0.0, floor: float = 1e-4, own: float | None = None
 ) -> tuple[LevelChange, ...]:
-    """Return the changes of level of a series (1-d, finite), oldest first. Fewer than FEWEST values have no change.
+    """Return the changes of level of a series (1-d, finite), oldest first. With fewer than FEWEST values, return none.
 
     least: smallest change to return. shared: noise of similar series; 0 if unknown. own: noise of this series; if None,
     it is estimated. floor: smallest assumed noise, since even a constant series is not infinitely exact. All four have

@@ -17,7 +17,7 @@ FEWEST = 6
 
 @dataclass(frozen=True)
 class Design:
-    """Numbers of pairs, times at which they are judged (looks), and levels of an alarm.
+    """Numbers of pairs, planned looks at the pairs, and levels of an alarm. At a look, the pairs so far are judged.
 
     The level limits the rate of false alarms under any symmetric noise. On steady machines, the pairs vary little
     compared with the margin, and false alarms are far rarer. On other machines, the rate comes near the level, e.g. if
