@@ -56,7 +56,7 @@ class Search:
     def better(self) -> tuple[float, ...]:
         """Learning rates whose interval lies completely above the interval of the chosen rate.
 
-        If there are any, the suite chose a poor rate.
+        If there are any, the suite has probably chosen a poor rate.
         """
         chosen = [t.score for t in self.tries if t.chosen and t.score]
         return tuple(lr for lr, found in self.scored if chosen and found.low > max(c.high for c in chosen))
