@@ -19,7 +19,7 @@ _MODULES = {
     "load": "harness.report.export.frames",
     "Unsupported": "harness.errors",
 }
-"""The module of each public name."""
+"""Public name -> module that defines it."""
 
 
 def __getattr__(name: str) -> object:

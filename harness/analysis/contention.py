@@ -7,7 +7,8 @@ from harness.errors import plural
 from harness.records.record import Record
 
 ONE_CORE = 0.9
-"""Least CPU time of an undisturbed step, in seconds per second: at any moment of the step, at least one thread has work."""
+"""Least CPU time, in seconds, that an undisturbed step uses per second of wall time. At every moment of such a step, at
+least one thread has work."""
 ALL_THREADS = 0.8
 LOAD_ABOVE = 0.5
 """If the load average exceeds the number of cores by more than this, other processes compete for the cores."""
@@ -21,7 +22,10 @@ RULE = (
 
 
 def busy(record: Record) -> str:
-    """Return evidence that the steps of a Cell waited for a CPU; an empty string without evidence, and on a GPU."""
+    """Return evidence, as text, that the steps of a Cell waited for a CPU.
+
+    Without evidence, and on a GPU, return an empty string.
+    """
     training = record.training
     threads, wall = record.environment.threads, sum(training.step_seconds) if training else 0.0
     # The process may sleep while a GPU computes.

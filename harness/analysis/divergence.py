@@ -1,4 +1,4 @@
-"""Detection of trainings that ended with a far higher loss than they began with, though every loss is finite."""
+"""Detect trainings that ended with a far higher loss than they began with, although every loss is finite."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from statistics import median
 from harness.records.record import Record
 
 FEW = 5
-"""Number of steps at either end of the training. Medians over them are compared, since a single batch may be hard."""
+"""Number of first steps and of last steps whose median losses are compared. Medians are used since a single batch may
+be hard."""
 TIMES = 2.0
 NATS = math.log(2)
-"""Training diverged if the loss rose by more than the factor TIMES and by more than NATS. Chance may double a loss near
-0, and may change a loss of 5 by log(2)."""
+"""Training diverged if the loss rose by more than the factor TIMES and by more than NATS. Either rise alone may be
+chance: a loss near 0 may double, and a loss of 5 may rise by log(2)."""
 
 
 def rose(losses: Sequence[float]) -> str:
-    """Return evidence that the loss ended far above its beginning; an empty string otherwise or for fewer than two steps."""
+    """Return evidence, as text, that the last losses are far above the first losses.
+
+    Without evidence, and for fewer than two steps, return an empty string.
+    """
     few = min(FEW, len(losses) // 2)
     if not few:
         return ""
@@ -29,5 +33,8 @@ def rose(losses: Sequence[float]) -> str:
 
 
 def diverging(record: Record) -> str:
-    """Return the evidence of `rose` for the losses of a Record; an empty string without training."""
+    """Return evidence, as text, that the training of a Record diverged although every loss is finite.
+
+    Without evidence, and without training, return an empty string.
+    """
     return rose(record.training.losses) if record.training else ""

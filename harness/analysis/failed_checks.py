@@ -1,8 +1,4 @@
-"""Failed checks of a Record, and the times that they hide: no speed is shown without parity.
-
-A Cell that fails the parity gate has no measurements. An `ok` Record may have a failed check too: merging is checked only
-after training, and another program may have written the Record.
-"""
+"""Find the failed checks of a Record, and the times that may not be shown because of them."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ def failed(record: Record) -> list[CheckResult]:
 
 
 def nonconforming(record: Record) -> bool:
-    """Return whether a Record departs from its Method: by its status, or by a failed check of an `ok` Record."""
+    """Return whether a Record departs from its Method: its status says so, or one of its checks failed."""
     return record.status is Status.NONCONFORMING or bool(failed(record))
 
 
@@ -25,23 +21,29 @@ def diverged(record: Record) -> bool:
 
 
 def unreferenced(record: Record) -> str:
-    """Return why no speed is shown for a Record that had no reference to compare with; an empty string if it had one."""
+    """If a Record had no reference to compare with, return the reason why no speed is shown.
+
+    Otherwise return an empty string.
+    """
     skipped = (c for c in record.checks if c.id.check == "reference" and c.outcome is Outcome.SKIPPED)
     return next((f"no speed without parity: {check.detail}" for check in skipped), "")
 
 
 def no_speed(record: Record) -> str:
-    """Return the reason why no time of this Cell may be shown, or an empty string."""
+    """Return the reason why no time of this Cell may be shown. If times may be shown, return an empty string."""
     return _refusal([c for c in failed(record) if not _of_merging(c) and not _of_mixing(c)]) or unreferenced(record)
 
 
 def no_merged_speed(record: Record) -> str:
-    """Return the reason why no time of the merged model may be shown, or an empty string."""
+    """Return the reason why no time of the merged model may be shown. If times may be shown, return an empty string."""
     return no_speed(record) or _refusal([c for c in failed(record) if _of_merging(c)])
 
 
 def no_mixed_speed(record: Record) -> str:
-    """Return the reason why no time of several adapters in one batch may be shown, or an empty string."""
+    """Return the reason why no time of a batch with several adapters may be shown.
+
+    If such times may be shown, return an empty string.
+    """
     return no_speed(record) or _refusal([c for c in failed(record) if _of_mixing(c)])
 
 

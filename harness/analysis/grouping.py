@@ -10,7 +10,7 @@ V = TypeVar("V")
 
 
 def group(pairs: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
-    """Return a list of values for each key; keys and values keep the order of the pairs."""
+    """Map each key to the list of its values. Keys and values keep the order of the pairs."""
     groups: dict[K, list[V]] = {}
     for key, value in pairs:
         groups.setdefault(key, []).append(value)

@@ -14,7 +14,10 @@ _WHOLE_MACHINE = "rapl"
 
 
 def steady(training: TrainingMeasured) -> slice:
-    """Return a slice of the steady steps; it selects all steps if the run was no longer than its warm-up."""
+    """Return a slice that selects the steady steps, which follow the warm-up.
+
+    If the run was no longer than its warm-up, the slice selects all steps.
+    """
     return slice(training.timing_warmup if training.timing_warmup < len(training.step_seconds) else 0, None)
 
 
@@ -35,30 +38,45 @@ def step_seconds(record: Record) -> float | None:
 
 
 def step_rate(training: TrainingMeasured) -> Median | None:
-    """Return the median tokens per second of a steady step, without padding; None if the clock did not move in a step."""
+    """Return the tokens per second of a steady step: the median over the steps, with its interval.
+
+    Padding is not counted. If the clock did not move during a step, return None.
+    """
     seconds, tokens = training.step_seconds[steady(training)], training.tokens[steady(training)]
     return median_interval([t / s for t, s in zip(tokens, seconds, strict=True)]) if min(seconds) > 0 else None
 
 
 def throughput(training: TrainingMeasured) -> float | None:
-    """Return the tokens per second over all steady steps, without padding; None if the clock did not move."""
+    """Return the tokens per second over all steady steps together. Padding is not counted.
+
+    If the clock did not move, return None.
+    """
     seconds = sum(training.step_seconds[steady(training)])
     return sum(training.tokens[steady(training)]) / seconds if seconds > 0 else None
 
 
 def timed_for_comparison(cell: Cell, latency: Latency) -> bool:
-    """Return whether a latency of one adapter, at the requested batch size, is only for comparison with several adapters."""
+    """Return whether a latency was measured only for comparison with the latencies of several adapters.
+
+    Such a latency has one adapter and the batch size that the suite requests.
+    """
     return latency.adapters == 1 and latency.batch == cell.evaluation.prompt_batch
 
 
 def training_peak(record: Record) -> int | None:
-    """Return the highest memory in the training phase, in bytes; None without training or measurement."""
+    """Return the highest memory in the training phase, in bytes.
+
+    If there was no training, or if memory was not measured, return None.
+    """
     peaks = [p.peak_memory_B for p in record.phases if p.name == TRAIN]
     return max((peak for peak in peaks if peak is not None), default=None)
 
 
 def training_energy(record: Record) -> float | None:
-    """Return the joules of the training phase; None without training or counter, or if they include those of other Cells."""
+    """Return the energy of the training phase, in joules.
+
+    Return None without training, without a counter, or if the counter includes the energy of other Cells.
+    """
     if not_its_own_energy(record):
         return None
     found = [p.energy_J for p in record.phases if p.name == TRAIN and p.energy_J is not None]
@@ -66,9 +84,9 @@ def training_energy(record: Record) -> float | None:
 
 
 def not_its_own_energy(record: Record) -> str:
-    """Return the reason why the joules of a Record include those of other Cells; an empty string if they do not.
+    """Return the reason why the joules of a Record include those of other Cells, or an empty string.
 
-    This is so if the counter covers the whole machine and several Cells ran at the same time.
+    They do so if the counter covers the whole machine and several Cells ran at the same time.
     """
     energy = record.measurements.energy if record.measurements else None
     # A failed Record does not name its counter; on a CPU there is only one.
@@ -84,7 +102,10 @@ def training_gpu(record: Record) -> GpuPhase | None:
 
 
 def above_imports(record: Record, memory: int) -> int:
-    """Return `memory` minus the memory of the imports, in bytes, at least 0. A library is no cost of the Method."""
+    """Return `memory` minus the memory of the process after its imports, in bytes. The result is at least 0.
+
+    The imported libraries are not a cost of the Method.
+    """
     if record.measurements is not None:
         return max(0, memory - record.measurements.memory.baseline_B)
     started = [p.end_memory_B for p in record.phases if p.name == STARTUP and p.end_memory_B is not None]

@@ -1,7 +1,8 @@
 """Metrics: one declaration for each number of a Record that the harness shows, exports, tracks or judges.
 
-`METRICS` feeds the comparison table (terminal and page), the export table `cells`, the history and the baseline gate. A new
-metric is one entry here. A latency is many samples, not one number: see `tracked_metrics.times`.
+`METRICS` feeds the comparison table (terminal and page), the export table `cells`, the history and the baseline gate.
+To add a metric, add one entry here. Latencies have no entry, because each latency has many samples instead of one
+number: see `tracked_metrics.times`.
 """
 
 from __future__ import annotations
@@ -25,46 +26,51 @@ Number = int | float
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """One number of a Record. Each consumer has its own name for the number; an empty name leaves the number out."""
+    """One number of a Record. Each table and file has its own name for the number.
+
+    If a name is empty, that table or file leaves the number out.
+    """
 
     name: str
-    """Key in the page's download."""
+    """Key of the metric in the file that the page offers for download."""
     unit: Unit
     """Base unit of the value."""
     meaning: str
-    """One sentence without a full stop: tooltip in the table, description of the export column."""
+    """Explanation in one sentence, without a full stop. It is the tooltip in the table and the description of the
+    export column."""
     read: Callable[[Record], Number | None]
-    """Returns the value; None if it was not measured."""
+    """Function that returns the value, or None if the value was not measured."""
     why_missing: Callable[[Record], str] = lambda _: "not measured"
-    """Returns the reason why the value is missing."""
+    """Function that returns the reason why the value is missing."""
     kind: MetricKind | None = None
-    """Rule by which two values are compared: `timed` by statistics, `counted` exactly or within the slack, `peak` within the
-    slack, `score` by paired items; None for a number that is only shown."""
+    """How two values are compared. `timed`: by statistics. `counted`: exactly, or within the slack if there is one.
+    `peak`: within the slack. `score`: item by item. None: the number is only shown."""
     better: Literal["lower", "higher"] | None = None
-    """The better direction; None if any difference is a regression."""
+    """The better direction. If None, any difference is a regression."""
     slack_B: int = 0
-    """Largest difference, in bytes, that is no change in the history."""
+    """Largest difference in bytes that the history does not report as a change."""
     slack_share: float = 0.0
-    """Largest difference that is no change in the history, as a share of the level. The larger of the two slacks counts."""
+    """Largest difference, as a share of the level, that the history does not report as a change. If `slack_B` allows
+    more, `slack_B` counts."""
     applies: Callable[[Record], bool] = lambda _: True
-    """Returns whether history and gate use the value of a Record."""
+    """Function that returns whether the history and the baseline gate use the value of a Record."""
     always_there: bool = True
-    """True if the history reports a night that lacks the metric."""
+    """True if the history reports each night that lacks the metric."""
     heading: str = ""
-    """Column of the comparison table on the page, with the unit."""
+    """Heading of the column in the comparison table on the page, with the unit."""
     terminal_heading: str = ""
-    """Column of the same table in the terminal."""
+    """Heading of the column in the comparison table in the terminal."""
     column: str = ""
-    """Column of the export table `cells`."""
+    """Name of the column in the export table `cells`."""
     history: str = ""
-    """Name in the history."""
+    """Name of the metric in the history."""
     quantity: str = ""
-    """Name in the baseline gate."""
+    """Name of the metric in the baseline gate."""
     finding: FindingKind = FindingKind.MEMORY
-    """Kind of the gate's finding."""
+    """Kind of the row that the baseline gate makes from the metric."""
 
     def value(self, record: Record) -> Number | None:
-        """Return the value to show; None for a missing value, and for a time that `no_speed` hides."""
+        """Return the value to show. Return None for a missing value, and for a time that `no_speed` hides."""
         return None if self.kind == "timed" and failed_checks.no_speed(record) else self.read(record)
 
     def got_worse(self, old: float, new: float) -> bool:
@@ -90,7 +96,7 @@ _PARTS: dict[str, tuple[type[BaseModel], FindingKind]] = {
 
 
 def _counted(part: str, field: str, **more: Any) -> Metric:
-    """Return the metric of the counted field `Measurements.<part>.<field>`, in scalars or bytes."""
+    """Return the metric of the field `Measurements.<part>.<field>`, which counts scalars or bytes."""
     model, finding = _PARTS[part]
     name = f"{part}.{field}"
     size: dict[str, Any] = {"unit": "B", "better": "lower"} if field.endswith("_B") else {"unit": "1"}
@@ -195,7 +201,7 @@ METRICS: tuple[Metric, ...] = (
 
 
 def in_history(name: str) -> Metric | None:
-    """Return the metric with this name in the history; None for another name."""
+    """Return the metric with this name in the history. If there is none, return None."""
     return next((metric for metric in METRICS if metric.history == name), None)
 
 

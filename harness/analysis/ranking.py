@@ -25,9 +25,9 @@ Priors = tuple[Prior | None, Prior | None]
 class Budget:
     """Settings that must be equal before two accuracies may be ranked.
 
-    Learning rates may differ: each method chooses its own. `accumulate`, `checkpointing`, `compile` and `layerwise`
-    change the cost of a step, not its result. Optimizers may differ too: names and reports show them, see
-    `Group.optimizers`.
+    Learning rates may differ, because each method chooses its own. `accumulate`, `checkpointing`, `compile` and
+    `layerwise` may differ, because they change the cost of a step, but not its result. Optimizers may differ, because
+    names and reports show them.
     """
 
     model: str
@@ -46,14 +46,14 @@ class Budget:
         return cls(cell.model, cell.task, cell.dtype, t.steps, t.batch, t.max_tokens, e.items, e.skip)
 
     def same_test(self, other: Budget) -> bool:
-        """Return whether both budgets score the same items in the same way; their steps and batches may differ."""
+        """Return whether both budgets score the same items in the same way. Only steps and batch may differ."""
         return replace(self, steps=other.steps, batch=other.batch) == other
 
 
 def why_not_comparable(left: Cell, right: Cell) -> str:
-    """Return the reason why two accuracies may not be compared, or an empty string.
+    """Return the reason why two accuracies may not be compared. If they may, return an empty string.
 
-    Steps and batch are ignored if a Cell is untrained.
+    If a Cell is untrained, its steps and batch are ignored.
     """
     a, b = Budget.of(left), Budget.of(right)
     untrained = 0 in (a.steps, b.steps)
@@ -72,28 +72,28 @@ class Score:
     low: float
     high: float
     means: str
-    """Kind of interval."""
+    """Kind of the interval, in words."""
 
 
 @dataclass(frozen=True)
 class RankingEntry:
-    """Place of one recipe in its group: one or more Cells that differ only in the seed."""
+    """Place of one recipe in its group. The Cells of a recipe differ only in the seed."""
 
     records: tuple[Record, ...]
-    """Records, by seed."""
+    """Records of the recipe, in the order of the seeds."""
     score: Score
     """Accuracy."""
     standing: Standing
-    """Place relative to the best."""
+    """Place relative to the best recipe."""
     difference: float = 0.0
     """Accuracy minus the accuracy of the best recipe."""
     p: float | None = None
-    """p value of the paired test against the best, adjusted for the number of tests in the group; None if the items differ,
-    so that only the intervals are compared."""
+    """p value of the paired test against the best recipe, adjusted for the number of tests in the group. If the items
+    differ, no paired test is possible. Then the p value is None, and only the intervals are compared."""
 
     @property
     def record(self) -> Record:
-        """The Record of the first seed; it stands for all seeds in facts that do not depend on the seed."""
+        """The Record of the first seed. Use it only for facts that are equal for all seeds."""
         return self.records[0]
 
 
@@ -108,17 +108,23 @@ class Group:
     untrained: tuple[RankingEntry, ...]
     """Untrained recipes."""
     seeds: tuple[int, ...]
-    """Seeds of each trained recipe."""
+    """Seeds with which the recipes were run."""
     tries: int
     """Number of learning rates tried and scored for each recipe."""
     detectable: float | None
-    """Smallest difference that one comparison in this group can detect; None if there is nothing to compare."""
+    """Smallest difference of accuracies that one comparison in this group can detect. None if there is nothing to
+    compare."""
     disagreement: float
-    """Share of items that two recipes answered differently; `detectable` follows from it. 0 if the basis is `seeds`."""
+    """Share of items that two recipes answered differently. `detectable` is computed from it, except if the basis is
+    `seeds`. Then this field is 0."""
     basis: Basis
-    """Source of `detectable`. `tied` and `all`: the answers of the best recipe and of the recipe that differs most from
-    it, among the tied recipes or among all. `independent`: the assumption that answers are independent. `seeds`, with
-    several seeds: the largest standard error of a difference from the best recipe."""
+    """How `detectable` was computed.
+
+    - `tied`: from the answers of the best recipe and of one tied recipe, the one that disagrees most with the best.
+    - `all`: from the answers of the best recipe and of that recipe in the whole group that disagrees most with the
+      best.
+    - `independent`: from the assumption that the answers of two recipes are independent.
+    - `seeds`: with several seeds, from the largest standard error of a difference from the best recipe."""
 
     @property
     def entries(self) -> tuple[RankingEntry, ...]:
@@ -144,15 +150,15 @@ class Group:
 
 
 _Recipe = tuple[Record, ...]
-"""Scored Records of one recipe, by seed."""
+"""Scored Records of one recipe, in the order of the seeds."""
 _Place = tuple[Budget, tuple[int, ...], int]
 
 
 def groups(run: Run) -> tuple[Group, ...]:
     """Return the scored recipes of a run in groups of equal budget, in the order of the manifest.
 
-    A recipe that lacks a seed is in a separate group: otherwise the seeds that worked would stand for the seeds that failed.
-    The tries of a search for a learning rate are not ranked.
+    A recipe that lacks a seed gets a separate group. Otherwise the seeds that worked would stand for the seeds that
+    failed. Cells that only searched for a learning rate are not ranked.
     """
     latest = run.latest()
     swept = {cell_id for tuning in run.manifest.tuning for cell_id in tuning.sweep}
@@ -188,9 +194,10 @@ def groups(run: Run) -> tuple[Group, ...]:
 
 
 def score(records: Sequence[Record], prior: Prior | None = None) -> Score:
-    """Return the accuracy of one Record, or the mean accuracy of several with an interval for new seeds and items.
+    """Return the accuracy of one Record, or the mean accuracy of several Records.
 
-    prior: the spread over seeds, estimated from all recipes of the group.
+    The interval of a mean is valid for new seeds and new items. prior: the spread over seeds, estimated from all
+    recipes of the group.
     """
     scored = accuracies(records)
     if len(scored) == 1:
@@ -256,7 +263,7 @@ class RecipePair:
     """Comparison of two recipes on the same items."""
 
     difference: float
-    """Difference of the accuracies."""
+    """Accuracy of the left recipe minus the accuracy of the right recipe."""
     interval: tuple[float, float]
     """Interval of the difference."""
     p: float
@@ -264,13 +271,13 @@ class RecipePair:
     detectable: float
     """Smallest difference that this pair can detect."""
     disagreement: float | None = None
-    """Share of items that exactly one of two runs answered correctly; None over several seeds."""
+    """Share of items that exactly one of two runs answered correctly. None if each recipe has several seeds."""
 
     @classmethod
     def of(cls, left: Sequence[Record], right: Sequence[Record], priors: Priors = (None, None)) -> RecipePair | None:
-        """Compare two recipes; return None if the items are not the same, or if only one side has several runs.
+        """Compare two recipes. Return None if their items differ, or if only one recipe has several runs.
 
-        priors: for each side, the spread over seeds, estimated from all recipes of the group.
+        priors: for each recipe, the spread over seeds, estimated from all recipes of the group.
         """
         a, b = accuracies(left), accuracies(right)
         if (len(a) > 1) != (len(b) > 1):
@@ -279,12 +286,12 @@ class RecipePair:
 
     @classmethod
     def of_spread(cls, spread: Spread | None) -> RecipePair | None:
-        """Return the comparison for an estimated difference over several seeds; None without an estimate."""
+        """Return the comparison of two recipes whose difference over several seeds is `spread`. None stays None."""
         return cls(spread.value, spread.interval, spread.p, spread.detectable) if spread else None
 
     @classmethod
     def of_runs(cls, left: Accuracy, right: Accuracy) -> RecipePair | None:
-        """Compare two runs; return None unless they scored the same items."""
+        """Compare two runs. If they did not score the same items, return None."""
         a, b, n = left.answers, right.answers, len(left.items)
         if not n or a.keys() != b.keys() or not len(a) == n == len(right.items):
             return None
@@ -299,10 +306,10 @@ class RecipePair:
 def _resolution(
     tied: Sequence[RecipePair | None], rivals: Sequence[RecipePair | None], best: _Recipe, top: Score
 ) -> tuple[float | None, Basis, float]:
-    """Return the smallest detectable difference, its basis, and the share of items answered differently.
+    """Return the smallest detectable difference, its basis, and the share of items that were answered differently.
 
-    The pair that disagrees most is the hardest to separate, so it represents the group. Pairs with tied recipes take
-    precedence: a pair with a large difference says little about close pairs.
+    The pair that disagrees most represents the group, because it is the hardest to separate. Pairs of tied recipes are
+    preferred, because a pair with a large difference says little about close pairs.
     """
     both: tuple[tuple[Basis, Sequence[RecipePair | None]], ...] = (("tied", tied), ("all", rivals))
     for basis, pairs in both:

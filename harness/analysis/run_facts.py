@@ -27,16 +27,16 @@ class RunFacts:
     run: Run
     """The loaded run."""
     prefix: str = ""
-    """Start of the run's anchors on a page that shows several runs."""
+    """Prefix of the run's HTML anchors. It keeps the anchors of several runs on one page apart."""
 
     @cached_property
     def latest(self) -> dict[str, Record]:
-        """The Records that count, by cell_id; see `Run.latest`."""
+        """The newest Record of each Cell, by cell_id. A Record that was changed after the run is left out."""
         return self.run.latest()
 
     @cached_property
     def doubtful(self) -> dict[str, str]:
-        """Changes made to the newest Records after the run, by cell_id; see `Run.doubtful`."""
+        """What was changed in the newest Record of a Cell after the run, by cell_id."""
         return self.run.doubtful()
 
     @cached_property
@@ -56,21 +56,24 @@ class RunFacts:
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """Names by cell_id, unique within their model and task."""
+        """Short names of the Cells, by cell_id. A name is unique within a model and task."""
         return naming.in_group(self.run.manifest.cells)
 
     @cached_property
     def titles(self) -> dict[str, str]:
-        """Names by cell_id, unique within the run."""
+        """Full names of the Cells, by cell_id. A name is unique within the run."""
         return naming.full(self.run.manifest.cells)
 
     @cached_property
     def recipes(self) -> dict[str, str]:
-        """Names by recipe_id, shared by the seeds of a recipe, unique within their model and task."""
+        """Names of the recipes, by recipe_id, unique within a model and task. All seeds of a recipe share its name."""
         return naming.recipes(self.run.manifest.cells, inside=True)
 
     def status(self, cell: Cell) -> str:
-        """Return a Cell's status, `missing`, or `changed` if its Record was changed after the run."""
+        """Return the status of a Cell.
+
+        It is `missing` without a Record, and `changed` if the Record was changed after the run.
+        """
         record = self.latest.get(cell.cell_id)
         return record.status.value if record else CHANGED if cell.cell_id in self.doubtful else MISSING
 
@@ -82,7 +85,7 @@ class RunFacts:
         return f"{record.status.value}: {record.because}"
 
     def unfinished(self) -> str:
-        """Return how an unfinished run ended, as the predicate of a sentence about the run."""
+        """Return how an unfinished run ended. The text continues a sentence about the run, e.g. `was interrupted`."""
         if self.run.footer is not None:
             return f"was {self.run.how}"
         if _FOOTER in self.run.broken:
@@ -90,7 +93,7 @@ class RunFacts:
         return "has no footer: it was cut off, or is still running"
 
     def entry_name(self, entry: RankingEntry) -> str:
-        """Return the name of an entry of a ranking, unique within its model and task."""
+        """Return the name of a ranking entry. The name is unique within a model and task."""
         first = entry.record
         return self.names[first.cell_id] if len(entry.records) == 1 else self.recipes[first.cell.recipe_id]
 
@@ -101,5 +104,5 @@ def analyse(run: Run) -> RunFacts:
 
 
 def analyse_all(runs: Sequence[Run]) -> list[RunFacts]:
-    """Return the facts about several runs that share a page, with anchors that do not collide."""
+    """Return the facts about several runs that share a page. Each run has its own prefix of HTML anchors."""
     return [RunFacts(run, f"run{i}-" if i else "") for i, run in enumerate(runs)]

@@ -1,7 +1,7 @@
 """Values of a Record that the history stores, and the place of the Record: its machine and software.
 
-The metrics are all of `metrics.METRICS` that have a name in the history, and the median latencies, named
-`latency_s/<variant>/<kind>/<batch>x<tokens>`.
+The history stores each metric of `metrics.METRICS` that has a name in the history. It also stores the median of each
+latency, under the name `latency_s/<variant>/<kind>/<batch>x<tokens>`.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from harness.records.record import Record, Status
 STEP, PEAK = metrics.STEP.history, metrics.TRAINING_PEAK.history
 LATENCY = "latency_s"
 SENTINEL = f"{LATENCY}/base/"
-"""Prefix of latencies of the bare base model. Every Cell with latencies measures them, and no adapter changes them."""
+"""Prefix of the names of latencies of the bare base model. No adapter changes these latencies. Every Cell that measures
+latencies measures them too."""
 CONCURRENT = "beside it"
-"""Key of a place, present if other Cells ran at the same time."""
+"""Key in the dict of a place. The key is present if other Cells ran at the same time."""
 
 
 @dataclass(frozen=True)
 class TrackedMetrics:
-    """Tracked values of one Record."""
+    """Values of one Record that the history stores."""
 
     values: dict[str, float]
-    """Values by metric."""
+    """Values by the name of the metric."""
     untimed: str = ""
     """Reason why `values` has no times; empty if times are allowed."""
 
 
 def kind(metric: str) -> MetricKind | None:
-    """Return how a metric is judged, or None for a name that is no metric."""
+    """Return the rule by which a metric is judged. If no metric has this name, return None."""
     if metric.startswith(f"{LATENCY}/"):
         return "timed"
     declared = metrics.in_history(metric)
@@ -44,7 +45,7 @@ def kind(metric: str) -> MetricKind | None:
 
 
 def names() -> list[str]:
-    """Return the names of all metrics; one name stands for all latencies."""
+    """Return the names of all metrics. The single name `latency_s` stands for all latencies."""
     return [LATENCY, *(metric.history for metric in metrics.METRICS if metric.history)]
 
 
@@ -61,9 +62,9 @@ def got_worse(metric: str, old: float, new: float) -> bool:
 
 
 def tracked(record: Record) -> TrackedMetrics:
-    """Return the values of an ok Record, without times if `no_speed` hides them or the Cell waited for a CPU.
+    """Return the values of a Record that the history stores. Only an ok Record has any.
 
-    A Record with another status has no values.
+    Times are left out if `no_speed` hides them, or if the steps waited for a CPU.
     """
     if record.measurements is None or record.status is not Status.OK:
         return TrackedMetrics({})
@@ -79,7 +80,10 @@ def tracked(record: Record) -> TrackedMetrics:
 
 
 def times(record: Record) -> dict[str, float]:
-    """Return the steady step and the latencies of a Record in seconds, by metric, except those that a failed check hides."""
+    """Return the time of a steady step and the latencies of a Record, in seconds, by the name of the metric.
+
+    Latencies that a failed check hides are left out.
+    """
     m = record.measurements
     if m is None:
         return {}
@@ -95,17 +99,20 @@ def times(record: Record) -> dict[str, float]:
 
 
 def _short(value: float) -> float:
-    """Round to six significant digits: smaller differences are no finding, and files stay small."""
+    """Round a value to six significant digits. Smaller differences are no finding, and files stay small."""
     return float(f"{value:.6g}")
 
 
 def sentinel(metric: str, quantization: str) -> bool:
-    """Return whether a metric is a time of the bare, unquantised base, which no Method or implementation can change."""
+    """Return whether a metric is a time of the bare, unquantised base model.
+
+    No Method and no implementation can change such a time.
+    """
     return metric.startswith(SENTINEL) and quantization == "none"
 
 
 def place(record: Record) -> dict[str, str]:
-    """Return the place of a Record: all facts that must be equal before its numbers are compared."""
+    """Return the place of a Record: all facts that must be equal before numbers of two Records are compared."""
     e = record.environment
     software = {name: e.software.get(name, "none") for name in ("torch", "triton")}
     shared = software | {"threads": str(e.threads or "unknown")}

@@ -1,10 +1,13 @@
-"""Comparison of training runs: the losses of each Cell against the losses of its float64 run, step by step.
+"""Compare the losses of training runs with the losses of the same training in float64, step by step.
 
-The error of a Cell at step t is err(t) = |loss(t) - loss64(t)|. The largest allowed error is
+The error of a run at step t is err(t) = |loss(t) - loss64(t)|, where loss64 is the loss in float64. The largest allowed
+error of a Cell at step t is
 
-    TRAJECTORY_FACTOR * (largest err of the reference run in the dtype of the Cell up to t)  +  floor(t)
+    TRAJECTORY_FACTOR * (largest err of the reference run at all steps up to t)  +  floor(t)
 
-The reference run cannot be judged by its own noise. Instead, its error may grow by a fixed number of eps at each step.
+The reference run is made by the reference implementation in the dtype of the Cell. floor(t) is a small number of eps of
+that dtype, times the largest loss so far. The reference run cannot be judged by its own errors. Instead, its error may
+grow by a fixed number of eps at each step. The same limit applies to each float64 run.
 """
 
 from __future__ import annotations
@@ -33,24 +36,24 @@ class JudgedTrajectory:
     verdict: Verdict
     """Verdict."""
     by: str = ""
-    """Source of the allowance: `noise` of the reference run in the same dtype, or `growth` for the run that defines the
-    noise."""
+    """Source of the allowed errors. `noise`: the errors of the reference run in the same dtype. `growth`: the growth of
+    rounding errors from step to step, which limits float64 runs and the reference run itself."""
     errors: tuple[float, ...] = ()
-    """Error of each step."""
+    """Error of each step: the distance of its loss from the loss in float64."""
     allowed: tuple[float, ...] = ()
-    """Allowance of each step."""
+    """Largest allowed error of each step."""
     ratio: float | None = None
-    """Largest ratio of an error to its allowance."""
+    """Largest ratio, over all steps, of the error to the allowed error."""
     step: int | None = None
-    """Step of the largest ratio, from 0."""
+    """Number of the step with the largest ratio, counted from 0."""
 
 
 def judge(
     comparison: Comparison, cells: Mapping[str, Cell], records: Mapping[str, Record]
 ) -> tuple[Verdict, tuple[JudgedTrajectory, ...]]:
-    """Judge a `same-losses` comparison: every Cell of `left` against its float64 counterpart in `right`.
+    """Judge a `same-losses` comparison: compare every Cell of `left` with its float64 counterpart in `right`.
 
-    cells, records: by cell_id. Returns the joint verdict, and the verdict on each Cell of `left`.
+    Return the joint verdict, and the verdict on each Cell of `left`. cells, records: by cell_id.
     """
     subjects = tuple(_judge_one(cells[i], comparison.right, cells, records) for i in comparison.left)
     names = naming.full(cells.values())
@@ -144,7 +147,7 @@ def _losses(record: Record) -> list[float]:
 
 
 def _other_batches(left: Record, right: Record) -> str:
-    """Return the reason why two runs saw different batches; empty if no difference is known."""
+    """Return the reason why two runs saw different batches. If no difference is known, return an empty string."""
     a, b = left.training, right.training
     if a is None or b is None or not a.losses or not b.losses:
         return "there are no losses to compare"
@@ -157,7 +160,11 @@ def _other_batches(left: Record, right: Record) -> str:
 
 
 def _training_settings(cell: Cell) -> dict[str, object]:
-    """Return the settings that determine the exact losses: all except implementation, dtype, scoring and micro-batches."""
+    """Return the settings of a Cell that determine its losses in exact arithmetic.
+
+    These are all settings except the implementation, the dtype, the evaluation, and how a step is computed
+    (`accumulate`, `checkpointing`, `compile`, `layerwise`).
+    """
     how = {"accumulate", "checkpointing", "compile", "layerwise"}
     return cell.model_dump(
         mode="json", exclude={"implementation": True, "dtype": True, "evaluation": True, "training": how}
@@ -165,7 +172,7 @@ def _training_settings(cell: Cell) -> dict[str, object]:
 
 
 def _differences(left: Cell, right: Cell) -> list[str]:
-    """Return the settings of `_training_settings` that differ between two Cells, with both values."""
+    """Return a text with both values for each of the `_training_settings` that differs between two Cells."""
     a, b = _training_settings(left), _training_settings(right)
     return [f"{key} {a[key]} against {b[key]}" for key in a if a[key] != b[key]]
 

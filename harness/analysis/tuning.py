@@ -1,4 +1,4 @@
-"""Declared searches for learning rates: the score of each rate, compared with the score of the chosen rate."""
+"""Searches for learning rates that a suite declares: the score of each rate, and of the chosen rate."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Try:
 
 @dataclass(frozen=True)
 class Search:
-    """One declared search, with its tries by rising learning rate."""
+    """One declared search and the learning rates that it tried."""
 
     tuning: Tuning
     """The declared search."""
     cells: tuple[Cell, ...]
-    """Tuned Cells that are in the run."""
+    """Cells of the run that use the chosen learning rate."""
     tries: tuple[Try, ...]
-    """Tried learning rates."""
+    """Tried learning rates with their scores, lowest rate first."""
 
     @property
     def scored(self) -> tuple[tuple[float, Score], ...]:
@@ -54,13 +54,16 @@ class Search:
 
     @property
     def better(self) -> tuple[float, ...]:
-        """Learning rates whose interval lies completely above the interval of the chosen rate: evidence of a poor choice."""
+        """Learning rates whose interval lies completely above the interval of the chosen rate.
+
+        If there are any, the suite has probably chosen a poor rate.
+        """
         chosen = [t.score for t in self.tries if t.chosen and t.score]
         return tuple(lr for lr, found in self.scored if chosen and found.low > max(c.high for c in chosen))
 
     @property
     def at_edge(self) -> bool:
-        """True if each best rate is the lowest or the highest rate tried: a better rate may lie beyond."""
+        """True if each of the best rates is the lowest or the highest rate tried. Then a better rate may lie beyond."""
         ends = {self.tries[0].lr, self.tries[-1].lr}
         return bool(self.best) and set(self.best) <= ends
 

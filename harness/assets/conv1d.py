@@ -1,4 +1,4 @@
-"""Convert transformers' Conv1D to `nn.Linear`. GPT-2 uses Conv1D, a linear layer with a transposed weight."""
+"""Convert transformers' Conv1D to `nn.Linear`. GPT-2 uses Conv1D, which is a linear layer with a transposed weight."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ NOTE = "{} Conv1D layers are linear layers here, with the same weights, so that 
 
 
 def as_linear(model: nn.Module) -> int:
-    """Replace each Conv1D by a linear layer, and return the number of replaced layers.
+    """Replace each Conv1D of a model by a linear layer, and return the number of replaced layers.
 
-    The linear layer has the same bias and the transposed weight, (out, in). Most Methods and libraries adapt only linear
-    layers. `check` also tests adapters of Conv1D layers, which it does not replace.
+    The linear layer has the same bias, and the transposed weight of shape (out, in). Most Methods and libraries adapt
+    only linear layers, so they cannot adapt a Conv1D. The command `check` does not replace Conv1D layers, because it
+    tests adapters of them too.
     """
     found = [(path, layer) for path, layer in model.named_modules(remove_duplicate=False) if kind_of(layer) == "Conv1D"]
     made: dict[int, nn.Linear] = {}  # a shared layer stays shared

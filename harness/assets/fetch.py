@@ -22,14 +22,15 @@ _LAST_LINES = 8
 
 
 def no_progress(what: str, done: int, total: int | None) -> None:
-    """Report no progress."""
+    """Do nothing. Pass this function if nobody wants to see the progress."""
 
 
 def ensure(source: Source, progress: Progress = no_progress) -> Path:
-    """Return a local path that is ready to load: a model's folder (config, safetensors, tokenizer) or a data file.
+    """Fetch the source if necessary. Return a local path that is ready to load.
 
-    The folder of a shape has only a config.json, because a Cell draws the weights. Raises AssetError if the asset cannot be
-    fetched or verified; the cache is then unchanged.
+    The path is a model's folder (config, safetensors, tokenizer) or a data file. The folder of a shape has only a
+    config.json, because a Cell draws the weights. Raises AssetError if the asset cannot be fetched or verified. The
+    cache is then unchanged.
     """
     if source.scheme == "folder":
         return model_folder.check(Path(source.address), source)
@@ -49,7 +50,7 @@ def ensure(source: Source, progress: Progress = no_progress) -> Path:
 
 
 def is_local(source: Source) -> bool:
-    """Return whether `ensure` needs neither network nor conversion for this source."""
+    """Return whether `ensure` can return the path of this source without a network and without a conversion."""
     if source.scheme in ("folder", "file"):
         return Path(source.address).exists()
     if source.scheme == "hub" and source.kind != "data":
@@ -62,15 +63,15 @@ def is_local(source: Source) -> bool:
 
 
 def local_folder(source: Source) -> Path | None:
-    """Return a model's folder if it is complete on this machine, else None. Fetches and converts nothing."""
+    """Return a model's folder if it is complete on this machine, otherwise None. Nothing is fetched or converted."""
     return ensure(source) if is_local(source) else None
 
 
 def asset_use(source: Source) -> AssetUse:
-    """Return an asset's entry in a Record.
+    """Return the entry of an asset in a Record.
 
-    The entry has the hash of the carrier. If there is no carrier, it has the hash of the weights, of a shape's config, or of
-    the data file; a hub model has its commit instead. Hashing a local folder reads all its files.
+    The entry has the SHA-256 of the carrier. Without a carrier, it has the SHA-256 of the data file, of the weights, or
+    of a shape's config. A hub model has its commit instead of a hash. To hash a local folder, all its files are read.
     """
     sha256 = source.sha256
     if not sha256 and (source.scheme != "hub" or source.kind == "data"):
@@ -100,7 +101,7 @@ def _config(source: Source) -> bytes:
 
 
 def _fill(made: Path, source: Source, staging: Path, progress: Progress) -> None:
-    """Fill the folder `made` with the asset."""
+    """Write the files of the asset into the folder `made`."""
     if source.scheme == "made":
         _in_child(_MAKER, source.address, str(made), label=f"{source.name}: making", progress=progress)
     elif source.scheme == "shape":
@@ -125,7 +126,7 @@ def _fill(made: Path, source: Source, staging: Path, progress: Progress) -> None
 
 
 def _in_child(script: Path, *arguments: str, label: str, progress: Progress) -> None:
-    """Run a script that imports torch in a separate process, so that this process does not import torch."""
+    """Run a script that imports torch in a separate process, so that this process need not import torch."""
     # -P: modules in this folder must not shadow other modules with the same name.
     with python(["-P", str(script), *arguments], {"HF_HUB_OFFLINE": "1"}) as child:
         while (code := child.exit_code) is None:

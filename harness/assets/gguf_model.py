@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def convert(source: Path, destination: Path) -> None:
-    """Write the dequantised weights as fp16 safetensors, with config and tokenizer."""
+    """Write the dequantised weights as fp16 safetensors into the folder `destination`, with config and tokenizer."""
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     quantized = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     # transformers cannot save a model that it has loaded from GGUF. The loaded weights are ordinary tensors, so they are

@@ -1,4 +1,4 @@
-"""Fetch hub repositories at a pinned commit into the hub's own cache. The hub's client obeys HF_HUB_OFFLINE."""
+"""Fetch hub repositories at a pinned commit into the hub's own cache. If HF_HUB_OFFLINE is set, nothing is fetched."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _NESTED = ["*/*"]
 
 
 def snapshot(source: Source, progress: Progress, local_only: bool = False) -> Path:
-    """Return the folder of a model repository in the hub's cache. Missing files are fetched, unless `local_only`."""
+    """Return the folder of a model repository in the hub's cache.
+
+    Missing files are fetched first, unless `local_only` is set.
+    """
     import huggingface_hub
 
     with hub_errors(source):
@@ -57,7 +60,10 @@ def write_rows(source: Source, path: Path, progress: Progress) -> None:
 
 @contextmanager
 def hub_errors(source: Source, *refusals: type[Exception]) -> Iterator[None]:
-    """Turn errors of the hub's clients into AssetErrors. refusals: further errors whose cause is not the network."""
+    """Turn errors of the hub's client libraries into AssetErrors.
+
+    refusals: further types of errors that do not come from the network, e.g. an unknown subset.
+    """
     import huggingface_hub.errors as hub
     from huggingface_hub import constants
 
@@ -95,7 +101,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _bar(label: str, progress: Progress) -> type[Any]:
-    """Return a tqdm class that draws nothing and reports bytes. The hub's client makes two bars, in several threads."""
+    """Return a tqdm class that draws nothing and reports the number of bytes to `progress`.
+
+    The hub's client makes two bars and uses them in several threads.
+    """
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     done = 0

@@ -26,7 +26,7 @@ from harness.records.files import sha256 as file_sha256
 
 PREFIX = "lm-eval:"
 LOCAL = ("json", "csv", "parquet", "text", "arrow")
-"""Names of the loaders in `datasets` that read local files. Local files have no revision."""
+"""Names of the loaders in `datasets` that read local files. Such files have no revision."""
 _TASK = re.compile(rb"""^["']?task["']?: *["']?([\w.+-]+)["']?[ \t\r]*(?:#.*)?$""", re.MULTILINE)
 _REGISTERED = re.compile(r"""^@register_filter\(["']([\w-]+)["']\)""", re.MULTILINE)
 _NAME = re.compile(r"lm-eval:(?P<task>[\w.+-]+)(?::(?P<filter>[\w.+-]+))?(?:@(?P<revision>[0-9a-f]{40}))?", re.ASCII)
@@ -34,18 +34,18 @@ _NAME = re.compile(r"lm-eval:(?P<task>[\w.+-]+)(?::(?P<filter>[\w.+-]+))?(?:@(?P
 
 @dataclass(frozen=True)
 class TaskFile:
-    """A task of lm-eval, called `lm-eval:TASK:FILTER@REVISION` in a suite. FILTER and REVISION may be empty."""
+    """A task of lm-eval. Suites call it `lm-eval:TASK:FILTER@REVISION`, and may leave out FILTER and REVISION."""
 
     task: str
     filter: str
     revision: str
     path: Path
     spec: dict[str, Any]
-    """Content of the YAML file and the files that it includes. Functions are represented by their names."""
+    """Content of the task's YAML file and of the files that it includes. Functions are represented by their names."""
 
     @property
     def splits(self) -> dict[str, str]:
-        """Use of a split -> its name. Uses are `test` and, if the task has such splits, `train` and `fewshot`."""
+        """Use of a split -> name of the split. Uses: `test`, and also `train` and `fewshot` if the task has them."""
         spec = self.spec
         test = spec.get("test_split") or spec.get("validation_split")
         shots = spec.get("fewshot_split") or (spec.get("fewshot_config") or {}).get("split")
@@ -62,9 +62,9 @@ class TaskFile:
 
 
 def find(text: str, folder: Path | None = None) -> TaskFile:
-    """Return the task that a suite names `text`. Raises UsageError for an unknown name.
+    """Return the task with the name `text`, as written in a suite. Raises UsageError for an unknown name.
 
-    folder: folder of lm-eval's tasks; None for the installed ones.
+    folder: folder of lm-eval's tasks; if None, that of the installed lm-eval.
     """
     match = _NAME.fullmatch(text)
     if match is None:
@@ -80,7 +80,7 @@ def find(text: str, folder: Path | None = None) -> TaskFile:
 
 
 def tasks_folder() -> Path:
-    """Return the folder of the tasks that come with lm-eval."""
+    """Return the folder of the tasks that come with the installed lm-eval."""
     if (package := _package()) is None:
         raise UsageError("lm-eval is not installed", hint="pip install lm-eval")
     return package / "tasks"
@@ -93,16 +93,17 @@ def _package() -> Path | None:
 
 @cache
 def filter_functions() -> tuple[str, ...]:
-    """Return the names of the filter functions of the installed lm-eval; empty if none are found."""
+    """Return the names of the filter functions of the installed lm-eval. If none are found, the tuple is empty."""
     files = package.glob("filters/*.py") if (package := _package()) else ()
     return tuple(sorted(name for file in files for name in _REGISTERED.findall(file.read_text(encoding="utf-8"))))
 
 
 def _path(folder: Path, name: str) -> tuple[Path | None, set[str]]:
-    """Return the file of a task or None, and the names of the tasks that the search has read.
+    """Find the file that defines a task. Return the file, and the names of all tasks that the search has seen.
 
-    The search reads the file with the task's name, then the files of its family, then all fourteen thousand. A similar name
-    does not end the search, because some names differ in one letter.
+    If no file defines the task, return None instead of a file. The search first reads the file with the task's name,
+    then the files of its family, then all fourteen thousand files. It does not stop at a similar name, because some
+    names differ in one letter only.
     """
     files = _files(folder)
     known = {path.stem for path in files}
@@ -120,7 +121,7 @@ def _path(folder: Path, name: str) -> tuple[Path | None, set[str]]:
 
 
 def _named(files: Iterable[Path]) -> dict[str, Path]:
-    """Map the name of each task to the first file that defines it."""
+    """Map the name of each task that the files define to the first file that defines it."""
     found: dict[str, Path] = {}
     for path in files:
         for name in _TASK.findall(path.read_bytes()):
@@ -147,7 +148,7 @@ def _read(path: Path, inside: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def write_splits(source: Source, folder: Path, progress: Progress) -> None:
-    """Write each split that the task of `source` uses into `folder`, as SPLIT.parquet."""
+    """Write each split that the task of `source` uses to the file SPLIT.parquet in `folder`."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -183,7 +184,7 @@ def _local_file_errors(source: Source, task: TaskFile) -> Iterator[None]:
 
 
 def count_rows(folder: Path, split: str) -> int:
-    """Return the number of rows of a split."""
+    """Return the number of rows of the file SPLIT.parquet in `folder`."""
     from pyarrow.parquet import read_metadata
 
     try:
@@ -195,12 +196,12 @@ def count_rows(folder: Path, split: str) -> int:
 
 
 def splits_sha256(folder: Path) -> str:
-    """Return one SHA-256 in hex digits over all splits in a folder."""
+    """Return one SHA-256, in hex digits, of all saved splits in a folder."""
     return combined_sha256(sorted(folder.glob("*.parquet")))
 
 
 def fingerprint(source: Source) -> str:
-    """Return a hash over the task's file and its local data files, because the saved data depend on them."""
+    """Return a hash of everything that the saved data depend on: the task's file and its local data files."""
     task = find(source.source)
     files = [file_sha256(path) for path in task.data_files if path.is_file()]
     return hashlib.sha256(repr([sorted(task.spec.items()), files]).encode()).hexdigest()

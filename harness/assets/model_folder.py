@@ -15,17 +15,20 @@ from harness.errors import AssetError
 from harness.records.files import combined_sha256, sha256
 
 _LONGEST_HEADER = 100_000_000
-"""Largest size of a header in bytes, which is the limit of safetensors."""
+"""Largest size of the header of a safetensors file, in bytes. It is the limit of the safetensors library."""
 _INDEX = "model.safetensors.index.json"
 _POSITIONS = ("max_position_embeddings", "n_positions")  # GPT-2 uses the second name
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TWO_SIDED = ("ForMaskedLM", "ForPreTraining")
-"""Suffixes of transformers' classes that predict a token from both sides."""
+"""Last parts of the names of those transformers classes that predict a token from the tokens on both sides."""
 
 
 def check(folder: Path, source: Source) -> Path:
-    """Return `folder`. Raises AssetError if it lacks a file, or if its model cannot be trained here."""
+    """Return `folder` if the model is complete and can be trained here.
+
+    Raises AssetError if a file is missing, or if no Cell can train this kind of model.
+    """
     if not folder.is_dir():
         raise AssetError(f"no folder for model {source.name}", where=str(folder), hint="correct its path")
     if not (folder / "config.json").is_file():
@@ -38,7 +41,7 @@ def check(folder: Path, source: Source) -> Path:
 
 
 def _refuse_incomplete(folder: Path, source: Source) -> None:
-    """Raise AssetError for missing weights or a missing tokenizer."""
+    """Raise AssetError if weights or the tokenizer are missing."""
     absent = [path.name for path in _weights(folder) if not path.is_file()]
     if absent:
         pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
@@ -54,15 +57,15 @@ def _refuse_incomplete(folder: Path, source: Source) -> None:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Return the SHA-256 in hex digits of the file of weights, or one combined hash if there are several files."""
+    """Return the SHA-256 of a model's weights in hex digits. If there are several files, it is one combined hash."""
     files = _weights(folder)
     return sha256(files[0]) if len(files) == 1 else combined_sha256(files)
 
 
 def layers(folder: Path) -> set[str]:
-    """Return the paths of the modules with weights in a model's folder, from the headers of its files.
+    """Return the paths of all modules with weights, as listed in the headers of the weight files.
 
-    Unreadable files are skipped; the later loading reports the reason.
+    Unreadable files are skipped. When the model is loaded later, the reason is reported.
     """
     paths = set()
     for file in _weights(folder):
@@ -77,16 +80,17 @@ def layers(folder: Path) -> set[str]:
 
 
 def positions(folder: Path) -> int | None:
-    """Return the maximum number of tokens that a model's config allows, or None if the config has no limit."""
+    """Return the largest number of tokens that a model's config allows. If the config has no limit, return None."""
     config = _config(folder)
     most = next((config[key] for key in _POSITIONS if key in config), None)
     return most if isinstance(most, int) and most > 0 else None
 
 
 def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: Path) -> None:
-    """Raise AssetError for an architecture that no Cell can score.
+    """Raise AssetError if the config has an architecture that no Cell can score.
 
-    An ambiguous config is accepted, because the Cell checks its model again. where: the file of the config.
+    A config that does not determine the architecture is accepted, because the Cell checks the model again. where: path
+    of the config, for the message.
     """
     model_type = config.get("model_type")
     if config.get("is_encoder_decoder") is True:
@@ -113,7 +117,10 @@ def refuse_architecture(config: Mapping[str, Any], name: str, kind: str, where: 
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """Return a model's config; empty if it cannot be read. The later loading reports the reason."""
+    """Return a model's config. If it cannot be read, return an empty dict.
+
+    When the model is loaded later, the reason is reported.
+    """
     try:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError):
@@ -122,7 +129,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _weights(folder: Path) -> list[Path]:
-    """List the weight files that transformers loads, sorted by name, whether they exist or not."""
+    """List the weight files that transformers would load, sorted by name. The files need not exist."""
     whole, index = folder / "model.safetensors", folder / _INDEX
     if whole.is_file() or not index.is_file():
         return [whole]
@@ -135,14 +142,16 @@ def _weights(folder: Path) -> list[Path]:
 
 _NAMES = {"causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "encoder": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"}
 CACHES = ("cache", "past_key_values", "cache_params")
-"""Names of the cache argument: since transformers 5.24; in older releases; in older releases for state-space models."""
+"""Possible names of the argument for the cache in transformers. `cache` is its name since release 5.24. In older
+releases it is `past_key_values`, or `cache_params` for state-space models."""
 _START, _END = " = OrderedDict(", "\n)\n"
 
 
 def lacks_type(kind: str, model_type: str) -> bool:
-    """Return whether the installed transformers knows this type but has no model of this kind (`causal`, `encoder`) for it.
+    """Return whether the installed transformers knows this model type, but has no model of this kind for it.
 
-    Returns False for an unknown type: the folder may contain its code, or the Cell may run with another release.
+    kind: `causal` or `encoder`. An unknown type returns False, because its code may be in the model's folder, or the
+    Cell may run with another release.
     """
     there = _types(kind)
     return bool(there) and model_type not in there and f'("{model_type}", ' in _source()
@@ -150,7 +159,10 @@ def lacks_type(kind: str, model_type: str) -> bool:
 
 @cache
 def _types(kind: str) -> frozenset[str]:
-    """Return the model types of a kind; empty if the source of transformers has an unknown form."""
+    """Return the model types that transformers has for a kind of model.
+
+    If the source code of transformers has an unknown form, the set is empty.
+    """
     _, found, rest = _source().partition(_NAMES[kind] + _START)
     return frozenset(dict(ast.literal_eval(rest.partition(_END)[0].strip()))) if found else frozenset()
 

@@ -17,11 +17,14 @@ from harness.assets.table import Rows, Source
 from harness.errors import AssetError, Problem, UsageError
 
 _BATCH = 1024
-"""Maximum number of rows of a parquet file in memory at the same time."""
+"""Largest number of rows of a parquet file that are in memory at the same time."""
 
 
 class UnreadableError(ValueError):
-    """The rest of a file cannot be read. line: number of the line, or of the row in a parquet file."""
+    """The rest of a file cannot be read.
+
+    line: number of the first unreadable line. In a parquet file, it is the number of the first unreadable row.
+    """
 
     def __init__(self, line: int, why: str) -> None:
         super().__init__(why)
@@ -29,7 +32,7 @@ class UnreadableError(ValueError):
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (number of the line from 1, text) of every line that is not blank."""
+    """Yield (number, text) of every line that is not blank. The first line has the number 1."""
     with path.open("rb") as file:
         # Split at \\n only: str.splitlines also splits at U+2028 and U+0085, which a sentence may hold.
         for number, raw in enumerate(file, 1):
@@ -39,7 +42,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def csv_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield (number of the line, columns) of every row. The first line of the file names the columns."""
+    """Yield (number of the line, row as a mapping) for every row. The first line of the file names the columns."""
     reader = csv.DictReader(io.StringIO(_decoded(path.read_bytes(), 1), newline=""), strict=True)
     line = 1
     try:
@@ -51,7 +54,7 @@ def csv_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def parquet_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield (number of the row from 1, columns) of every row."""
+    """Yield (number of the row, row as a mapping) for every row. The first row has the number 1."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -67,7 +70,10 @@ def parquet_records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _decoded(raw: bytes, line: int) -> str:
-    """Return the text of UTF-8 bytes, without a byte-order mark at the start of the file."""
+    """Return the text of UTF-8 bytes. If `line` is 1, a byte-order mark at the start is removed.
+
+    line: number of the line at which the bytes begin.
+    """
     try:
         return raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -80,12 +86,13 @@ FORMATS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
     "csv": csv_records,
     "parquet": parquet_records,
 }
-"""Value of `rows.format` -> its reader. The first two readers yield lines, the others columns."""
+"""Value of `rows.format` -> function that reads a file of this format. The functions for the first two formats yield
+lines; the others yield rows as mappings."""
 
 
 @dataclass(frozen=True)
 class LabelledRow:
-    """A text and its class."""
+    """A text and the number of its class."""
 
     id: str
     text: str
@@ -93,7 +100,7 @@ class LabelledRow:
 
     @property
     def overlap_key(self) -> str:
-        """Text that training and test rows must not share."""
+        """The text. No training row may have the same text as a test row."""
         return self.text
 
 
@@ -107,7 +114,7 @@ class AnsweredRow:
 
     @property
     def overlap_key(self) -> str:
-        """Text that training and test rows must not share."""
+        """The prompt. No training row may have the same prompt as a test row."""
         return self.prompt
 
 
@@ -120,7 +127,7 @@ class TextRow:
 
     @property
     def overlap_key(self) -> str:
-        """Text that training and test rows must not share."""
+        """The text. No training text may contain the `overlap_key` of a test row."""
         return self.text
 
 
@@ -140,8 +147,8 @@ def read(source: Source, path: Path) -> list[AnyRow]:
 def problems(source: Source, path: Path, labels: int = 0, test: int = 0, *, trains: bool = True) -> list[Problem]:
     """Return the first few different mistakes in a data file of a task.
 
-    labels: number of classes; 0 for a task without classes. test: number of test rows. trains: whether the file must also
-    have rows for training.
+    labels: number of classes, or 0 for a task without classes. test: number of test rows. trains: True if the file must
+    have training rows besides the test rows.
     """
     found, wrong = _examine(source, path)
     wrong_rows = [(line, f"cannot read {source.name}: {why}", _HINT) for line, why in wrong]
@@ -166,7 +173,7 @@ def problems(source: Source, path: Path, labels: int = 0, test: int = 0, *, trai
 
 
 def _examine(source: Source, path: Path) -> tuple[list[tuple[int, AnyRow]], list[tuple[int, str]]]:
-    """Return the rows and the mistakes of a file, each with its line."""
+    """Return the rows of a file, and its mistakes. Each row and each mistake comes with the number of its line."""
     if source.rows is None:
         raise UsageError(f"{source.name} is a model, not data", hint="name a source of kind data")
     rows = source.rows
@@ -198,10 +205,10 @@ def _examine(source: Source, path: Path) -> tuple[list[tuple[int, AnyRow]], list
 def split(
     rows: Sequence[AnyRow], test: int, seed: int, training: Sequence[AnyRow] | None = None
 ) -> tuple[list[AnyRow], list[AnyRow]]:
-    """Shuffle rows once, and return (training rows, test rows). The first `test` shuffled rows are the test set.
+    """Shuffle the rows and return (training rows, test rows). The first `test` shuffled rows are the test rows.
 
-    training: rows of a separate training set, in order; None to train on the remaining rows. Training rows that overlap with
-    the test set are removed, see `without_overlap`.
+    training: rows of a separate training set, in order. If None, all rows that are not test rows are training rows.
+    Training rows that overlap with test rows are removed (see `without_overlap`).
     """
     most = len(rows) - 1 if training is None else len(rows)
     if not 0 < test <= most:
@@ -213,10 +220,10 @@ def split(
 
 
 def without_overlap(trained: Sequence[_R], tested: Sequence[AnyRow]) -> list[_R]:
-    """Return the rows of `trained` that do not overlap with `tested`, ignoring case and white space.
+    """Return those rows of `trained` that do not overlap with any row of `tested`. Case and white space are ignored.
 
-    A LabelledRow or AnsweredRow overlaps if its key equals the key of a test row. A TextRow overlaps if its text contains
-    the key of a test row.
+    The rows are compared by their `overlap_key`. A LabelledRow or AnsweredRow overlaps if its key equals the key of a
+    test row. A TextRow overlaps if its text contains the key of a test row.
     """
     keys = {_plain(row.overlap_key) for row in tested}
     # Keys are grouped by their first characters, so that each text is searched only once.
@@ -247,7 +254,8 @@ def _plain(text: str) -> str:
 _KEY = 24
 _BEGIN = re.compile(r"\b\w|[^\w\s]")
 _INSIDE = re.compile(r"(?<=\w)\w")
-"""A key must begin and end at word boundaries: a text about parties does not contain `art`."""
+"""Matches a letter in the middle of a word. A key must end at the end of a word: a text about parties does not contain
+`part`."""
 _HINT = "look at source, member and rows in the table"
 _HINT_LABEL = "correct the row, or the task's `labels` and `doc_to_choice`"
 _SHOWN = 5
@@ -306,4 +314,4 @@ def _text(text: object, name: str) -> str:
 
 
 _PARSERS: dict[str, Callable[[Any, int, Rows], AnyRow | None]] = {"valence-tsv": _valence, "jsonl": _json}
-"""Format -> parser of its lines. `_columns` parses the records of all other formats."""
+"""Format -> function that parses one line. All other formats are parsed by `_columns`."""

@@ -1,4 +1,7 @@
-"""Model shapes: configurations without weights, from a preset of `shapes.yaml` or a config.json. Imports no torch."""
+"""Shapes: models without weights, given by a config. The config is a preset of `shapes.yaml` or a config.json.
+
+This module imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -14,37 +17,40 @@ from harness import resources, yaml_lines
 from harness.errors import UsageError, did_you_mean
 
 PREFIX = "shape:"
-"""Prefix of the name of a shape, e.g. `shape:llama-7b` or `shape:./config.json`."""
+"""Start of the name of a shape, e.g. `shape:llama-7b` or `shape:./config.json`."""
 PATH_STARTS = ("./", "../", "/", "~")
 _PRESETS = Path(__file__).with_name("shapes.yaml")
 _CUT = re.compile(r"(?P<name>[^/]+)/(?P<blocks>[1-9]\d*)-blocks?")
-"""Address of a model with only the first blocks of a preset, e.g. `llama-65b/2-blocks`."""
+"""Address of a preset that is cut to its first blocks, e.g. `llama-65b/2-blocks`."""
 DEPTHS = ("num_hidden_layers", "n_layer")
-"""Keys that configurations use for the number of blocks."""
+"""Keys for the number of blocks in a config. A config has one of them."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A shape that comes with the harness."""
+    """A shape that comes with the harness, in `shapes.yaml`."""
 
     name: str
     kind: Literal["encoder", "causal"]
     config: dict[str, Any]
     """Content of config.json."""
     source: str
-    """The publication that the numbers are from."""
+    """The publication from which the numbers are taken."""
 
 
 @functools.cache
 def presets() -> dict[str, Preset]:
-    """Return the shapes of `shapes.yaml` by name."""
+    """Return all shapes of `shapes.yaml` by name."""
     rows = yaml_lines.load(_PRESETS).data["shapes"]
     return {row["name"]: Preset(row["name"], row["kind"], row["config"], row["source"]) for row in rows}
 
 
 @functools.cache
 def preset(address: str) -> Preset | None:
-    """Return the preset `llama-65b`, or its first two blocks for `llama-65b/2-blocks`; None for other addresses."""
+    """Return the preset with an address such as `llama-65b`, or `llama-65b/2-blocks` for only its first two blocks.
+
+    For any other address, return None.
+    """
     cut = _CUT.fullmatch(address)
     if cut is None or cut["name"] not in presets():
         return presets().get(address)
@@ -56,18 +62,18 @@ def preset(address: str) -> Preset | None:
 
 
 def first_blocks(config: Mapping[str, Any], few: int) -> dict[str, Any]:
-    """Return the configuration with only its first `few` blocks."""
+    """Return a copy of the config in which the model has only its first `few` blocks."""
     depth = next(key for key in DEPTHS if key in config)
     return {**config, depth: few}
 
 
 def blocks(config: dict[str, Any]) -> int:
-    """Return the number of blocks of a configuration."""
+    """Return the number of blocks that a config states."""
     return int(next(config[key] for key in DEPTHS if key in config))
 
 
 def address_problem(address: str) -> str:
-    """Return "MISTAKE; HINT" for an address that is neither a path nor a preset; otherwise an empty string."""
+    """Return an empty string if an address is a path or names a preset. Otherwise return the text "MISTAKE; HINT"."""
     if address.startswith(PATH_STARTS) or preset(address):
         return ""
     cut = _CUT.fullmatch(address)
@@ -78,7 +84,7 @@ def address_problem(address: str) -> str:
 
 
 def config_of(address: str) -> dict[str, Any]:
-    """Return the configuration of an address: a preset or a file. Raises UsageError as `read_config` does."""
+    """Return the config of a shape's address: a preset or a file. Raises UsageError as `read_config` does."""
     found = preset(address)
     return found.config if found else read_config(resources.user_path(address))
 
@@ -104,5 +110,5 @@ def read_config(path: Path, name: str = "") -> dict[str, Any]:
 
 
 def with_classes(config: Mapping[str, Any], labels: int) -> dict[str, Any]:
-    """Return an encoder's configuration with a head of `labels` classes."""
+    """Return an encoder's config with a classification head for `labels` classes."""
     return {k: v for k, v in config.items() if k not in ("id2label", "label2id")} | {"num_labels": labels}

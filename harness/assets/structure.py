@@ -1,7 +1,7 @@
 """Build a model from its config on the meta device, without weights, and find names that match no layer.
 
-`python -m harness.assets.structure JSON` takes a list of [FOLDER, KIND, NAMES]. For each entry it prints a line: ANSWER,
-then a JSON object that maps each name without a layer to the reason.
+`python -m harness.assets.structure JSON` takes a list of [FOLDER, KIND, NAMES]. For each entry it prints one line. The
+line is ANSWER, followed by a JSON object that maps each name that matches no layer to the reason.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ BUILD_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, OSErr
 
 
 def build(config: Mapping[str, Any], kind: str, dtype: torch.dtype) -> Any:
-    """Return the model of a config.json on the meta device, in training mode.
+    """Return the model that a config describes, on the meta device and in training mode.
 
-    The model has every layer, but no weights. Linear layers replace each Conv1D. Raises ValueError for a type that
-    transformers does not have.
+    The model has every layer, but no weights. Each Conv1D is replaced by a linear layer. Raises ValueError for a model
+    type that transformers does not have.
     """
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -46,13 +46,13 @@ def build(config: Mapping[str, Any], kind: str, dtype: torch.dtype) -> Any:
 
 
 def without_padding(model: Any) -> None:
-    """Let a classifier on a decoder without a padding token accept batches of texts of equal length."""
+    """Let a classifier without a padding token accept batches whose texts have equal lengths."""
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = -1  # the id of no token
 
 
 def misfits(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:
-    """Map each name that matches no adaptable layer to the reason."""
+    """Return the names that match no adaptable layer of the model in `folder`, each with the reason."""
     import torch
 
     config = json.loads((Path(folder) / "config.json").read_bytes())
@@ -60,7 +60,7 @@ def misfits(folder: str, kind: str, names: Sequence[str]) -> dict[str, str]:
 
 
 def model_misfits(model: Any, names: Sequence[str]) -> dict[str, str]:
-    """Map each name that matches no adaptable layer of `model` to the reason."""
+    """Return the names that match no adaptable layer of `model`, each with the reason."""
     from reference.shared.layers import KINDS, targets
 
     found = {}

@@ -1,4 +1,4 @@
-"""The table of models and data sets. It resolves the names of a suite, and fetches nothing."""
+"""The table of models and data sets. It finds the source of a name in a suite, but fetches nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _HUB_NAME = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>.*))?",
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HOLDERS = {"prompt": ("answers",), "answer": ("answers",), "text": ("labels", "text"), "label": ("labels",)}
-"""Part of a row -> the kinds of rows (`holds`) that have this part."""
+"""Part of a row -> values of `Rows.holds` for which rows have this part."""
 
 
 class Rows(FrozenModel):
@@ -41,25 +41,27 @@ class Rows(FrozenModel):
 
     format: Literal["valence-tsv", "jsonl", "csv", "parquet", "hub", "splits"]
     holds: Literal["labels", "answers", "text"] = "labels"
-    """Keys of a row: {id, text, label}, {id, prompt, answer} or {id, text}."""
+    """Kind of the rows, which have these keys. labels: {id, text, label}. answers: {id, prompt, answer}. text: {id,
+    text}."""
     text: str = "text"
-    """Column of the text."""
+    """Name of the column with the text."""
     label: str = "label"
-    """Column of the label, an integer from 0."""
+    """Name of the column with the label, an integer from 0."""
     prompt: str = "prompt"
-    """Column of the prompt."""
+    """Name of the column with the prompt."""
     answer: str = "answer"
-    """Column of the expected answer."""
+    """Name of the column with the expected answer."""
     id: str = "id"
-    """Column of the row's name; without it, the row's number is its name."""
+    """Name of the column with the row's name. If the file lacks this column, the number of the row is its name."""
     least: float = Field(default=0.0, ge=0)
-    """valence-tsv: rows with a smaller absolute valence are dropped, because people disagree about them."""
+    """Only for the format valence-tsv: smallest absolute valence of a row. Rows with a smaller valence are dropped,
+    because people disagree about them."""
     longest: int | None = Field(default=None, ge=1)
-    """Rows with more characters, in prompt and answer or text, are dropped."""
+    """Largest number of characters of a row: of its text, or of prompt and answer together. Longer rows are dropped."""
     split: str = "train"
-    """hub: the split that contains training and test rows."""
+    """Only for the format hub: name of the split from which both training and test rows are taken."""
     subset: str = ""
-    """hub: the configuration, for a repository with several sets."""
+    """Only for the format hub: name of the configuration, if the repository has several data sets."""
 
     @model_validator(mode="after")
     def _columns_match_holds(self) -> Rows:
@@ -72,24 +74,25 @@ class Rows(FrozenModel):
 
     @property
     def columns(self) -> dict[str, str]:
-        """Name of a part of a row -> its column in the file, without the id."""
+        """Part of a row -> name of its column in the file. The id is left out."""
         return {name: getattr(self, name) for name, holders in _HOLDERS.items() if self.holds in holders}
 
 
 class Source(FrozenModel):
-    """One model or data set: its origin and its verification."""
+    """One model or data set: where it comes from, and how it is verified."""
 
     name: str = Field(min_length=1)
     kind: ModelKind
     source: str
     sha256: str = ""
-    """Hash of the carrier (wheel, sdist) or of a local data file."""
+    """SHA-256 of the carrier (wheel or sdist) or of a local data file."""
     bytes: Bytes | None = None
-    """Size of the carrier, for progress and the check of free space."""
+    """Size of the carrier in bytes. It is used for progress, and to check the free space."""
     member: str = ""
-    """Path in the carrier. It ends in `/` for a folder. In OUTER!INNER, INNER is a path in the archive OUTER."""
+    """Path of the model or data in the carrier. The path of a folder ends in `/`. In OUTER!INNER, OUTER is the path of
+    an archive in the carrier, and INNER is a path in this archive."""
     revision: str = ""
-    """Commit of a hub repository."""
+    """Commit of a hub repository, as 40 hex digits."""
     licence: str = ""
     rows: Rows | None = None
 
@@ -146,12 +149,12 @@ class Source(FrozenModel):
 
     @property
     def scheme(self) -> str:
-        """Kind of `source`, e.g. `pip`."""
+        """First part of `source`, before the colon, e.g. `pip`."""
         return self.source.partition(":")[0]
 
     @property
     def address(self) -> str:
-        """The part of `source` after the scheme, e.g. `NAME==VERSION`."""
+        """Second part of `source`, after the colon, e.g. `NAME==VERSION`."""
         return self.source.partition(":")[2]
 
 
@@ -162,7 +165,7 @@ class _Table(FrozenModel):
 
 
 def load_table(path: Path) -> dict[str, Source]:
-    """Read a table of sources; return each source under its name. Raises one SuiteError for all mistakes."""
+    """Read a table of sources, and return the sources by name. Raises one SuiteError that lists all mistakes."""
     document, table = yaml_lines.load_model(path, _Table)
     sources: dict[str, Source] = {}
     problems: list[Problem] = []
@@ -177,10 +180,11 @@ def load_table(path: Path) -> dict[str, Source]:
 
 
 def resolve(name: str, table: Mapping[str, Source], base: Path, kind: ModelKind = "causal") -> Source:
-    """Return the Source of a name in a suite: a row of the table, `org/name@revision`, `shape:NAME`, or a path from `base`.
+    """Return the Source that a name in a suite stands for.
 
-    kind: the kind of a source that is not in the table. A path names a model's folder; data need a row in the table.
-    Raises UsageError if the name is unknown or does not fit the kind.
+    The name is that of a row in the table, `org/name@revision`, `shape:NAME`, or a path of a model's folder that starts
+    from `base`. kind: kind of the source if it is not in the table. Data at a path need a row in the table. Raises
+    UsageError if the name is unknown or does not fit the kind.
     """
     if name in table:
         return with_absolute_path(table[name], base)
@@ -218,7 +222,7 @@ def resolve(name: str, table: Mapping[str, Source], base: Path, kind: ModelKind 
 
 
 def with_absolute_path(source: Source, base: Path) -> Source:
-    """Return the source. The path of a local source, which starts from `base`, is made absolute."""
+    """Return the source with an absolute path, if it is local. A relative path starts from `base`."""
     if source.scheme not in ("folder", "file", "shape") or shapes.preset(source.address):
         return source
     path = (base / resources.user_path(source.address)).resolve()

@@ -1,4 +1,4 @@
-"""A training step as in a user's program: a small Llama, a Method attached by an implementation, and its optimizer."""
+"""Training steps as in a user's program: a small Llama, an attached Method, and an optimizer."""
 
 from __future__ import annotations
 
@@ -36,11 +36,12 @@ from harness.records.record import Base, CheckResult
 SEED = 20
 LR, WEIGHT_DECAY = 1e-4, 0.0
 GATED_TOKENS = 16
-"""Number of tokens in the text of the parity gate. The loss and its gradients are judged on a whole batch instead."""
+"""Number of tokens in the text on which the parity gate judges the model. Loss and gradients are judged on a whole
+batch instead."""
 
 
 def llama(shape: Backbone, dtype: torch.dtype, device: torch.device) -> Any:
-    """Return a Llama with random weights that are equal at every call."""
+    """Return a Llama with random weights. The weights are equal at every call."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -55,13 +56,16 @@ def llama(shape: Backbone, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def batch(shape: Backbone, step: int, device: torch.device) -> Tensor:
-    """Return the int64 token ids of a step, shape (batch, tokens), equal for every implementation."""
+    """Return the int64 token ids of a step, shape (batch, tokens). They are equal for every implementation."""
     generator = torch.Generator().manual_seed(SEED + step)
     return torch.randint(0, shape.vocabulary, (shape.batch, shape.tokens), generator=generator).to(device)
 
 
 def loss_of(model: Any, ids: Tensor) -> Tensor:
-    """Return the mean cross-entropy of next-token prediction, a scalar: float64 for float64 logits, else float32."""
+    """Return the mean cross-entropy of next-token prediction, as a scalar.
+
+    The scalar is float64 if the logits are float64, otherwise float32.
+    """
     logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, :-1]
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return nn.functional.cross_entropy(wide.flatten(0, 1), ids[:, 1:].flatten())
@@ -69,7 +73,7 @@ def loss_of(model: Any, ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class StepSetting:
-    """A training step, with the model, dtype and device of its timing."""
+    """A training step to time, with its model, dtype and device."""
 
     name: str
     """Name in `STEPS`."""
@@ -134,7 +138,10 @@ class AdaptedLlama:
         self.adapted.after_step(len(self.losses))
 
     def parity(self) -> list[CheckResult]:
-        """Return the results of a Cell's parity gate. If none failed, also judge loss and gradients of a batch."""
+        """Judge the model by the parity gate that every Cell has to pass, and return the results.
+
+        If no check failed, the loss and the gradients of a batch are judged too.
+        """
         base = f"{self.base} by {self.packer}" if self.packer else ""
         run_model = inference(self.model, self._logits)
         found = parity_gate.gate(
@@ -148,7 +155,7 @@ class AdaptedLlama:
         return logits
 
     def _loss_and_gradients(self) -> CheckResult:
-        """Judge the loss and the gradients of one batch, with random adapter tensors and without dropout."""
+        """Judge the loss and the gradients of one batch. The adapter tensors are random, and dropout is off."""
         subject, case = self.subject, Case("warm", seed=SEED, factors=parity_suite.load(self.subject.method).factors())
         initial = {name: t.detach().clone() for name, t in subject.added().items()}
         warm(subject.added(), case.generator(salt=1))
@@ -165,10 +172,9 @@ class AdaptedLlama:
 
 
 def frozen_pass(shape: Backbone, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """Return a function whose time is a lower bound for a step.
+    """Return a function that does less work than any training step. Its time is a lower bound for the time of a step.
 
-    The function runs the dense backbone forward, and backward to the embeddings. It trains nothing, and every call uses
-    the batch of step 0.
+    The function runs the dense model forward on the batch of step 0, and backward to the embeddings. It trains nothing.
     """
     model, ids = llama(shape, dtype, device).requires_grad_(False).train(), batch(shape, 0, device)
     embedded = model.get_input_embeddings()

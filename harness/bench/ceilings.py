@@ -1,4 +1,4 @@
-"""Measure two rates of the machine: of a copy, and of a matrix product in a dtype."""
+"""Measure two rates of the machine: bytes per second of a copy, and FLOP/s of a matrix product."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from harness.bench.results import Ceilings
 from harness.bench.timing import Clock, Run
 
 REPEATS = 5
-"""Number of samples; the fastest counts."""
+"""Number of samples per rate. The fastest sample counts."""
 COPIED_B = {"cpu": 2**28, "cuda": 2**30}
-"""Bytes copied: more than any cache holds."""
+"""Device -> number of bytes to copy. It is more than any cache holds."""
 SIDE = {"cpu": 1536, "cuda": 8192}
-"""Number of rows and of columns of the multiplied matrices."""
+"""Device -> number of rows, and of columns, of the matrices to multiply."""
 
 
 def measure(clock: Clock, dtype: torch.dtype) -> Ceilings:
-    """Return the best rates over `REPEATS` copies and products of square matrices in `dtype`."""
+    """Measure both rates `REPEATS` times, and return the best of each. dtype: dtype of the multiplied matrices."""
     return Ceilings(copy_B_per_s=_copy(clock), gemm_FLOP_per_s=_product(clock, dtype))
 
 

@@ -1,4 +1,7 @@
-"""Least bytes and FLOPs of a call, and formulas shared by several Operations. No torch."""
+"""Least numbers of bytes and FLOPs that a call needs, and formulas that several Operations share.
+
+This module imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -9,40 +12,40 @@ from typing import Any
 from harness.bench.sizes import BenchSize
 
 BLOCK = 64
-"""Elements per absmax in NF4 and FP4: the default of bitsandbytes."""
+"""Number of elements that share one absmax in NF4 and FP4. 64 is the default of bitsandbytes."""
 BLOCK8 = 256
-"""Elements per absmax in 8 bits."""
+"""Number of elements that share one absmax in the 8-bit formats."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Least work of a call, as formulas of its size."""
+    """Least work of a call, as two functions of its size."""
 
     bytes: Callable[[BenchSize, int], float]
-    """(size, bytes per element of the case's dtype) -> bytes moved."""
+    """Function (size, bytes per element of the call's dtype) -> number of bytes that the call must move."""
     flops: Callable[[BenchSize], float]
-    """size -> floating-point operations."""
+    """Function (size) -> number of floating-point operations."""
 
 
 @dataclass(frozen=True)
 class TimedOperation:
-    """Arguments and least costs of a timed Operation."""
+    """How to draw the arguments of a timed Operation, and the least work of a call."""
 
     case: Callable[[BenchSize], dict[str, Any]]
-    """size -> keyword arguments for the Operation's function `arguments`, which draws the inputs."""
+    """Function (size) -> keyword arguments. The Operation's function `arguments` takes them and draws the inputs."""
     forward: Cost
-    """Cost of the call."""
+    """Least work of the forward pass."""
     backward: Cost | None = None
-    """Additional cost of the backward pass; None if only the call is timed."""
+    """Additional work of the backward pass. None if only the forward pass is timed."""
     per_token: bool = False
-    """True if the time depends on the number of tokens."""
+    """True if the time of a call depends on the number of tokens."""
 
 
 def packed_bytes(s: BenchSize) -> float:
-    """Return the bytes of the weight in 4 bits with a float32 absmax per block."""
+    """Return the number of bytes of a weight in 4 bits, including one float32 absmax per block."""
     return s.weights * (0.5 + 4 / BLOCK)
 
 
 def low_rank(s: BenchSize, rank: int) -> int:
-    """Return the number of elements of A and B together."""
+    """Return the number of elements of both low-rank factors, A and B, together."""
     return rank * (s.D + s.E)

@@ -1,4 +1,7 @@
-"""Write the files of a bench. Paths are checked before anything runs; rows are written one by one. No torch."""
+"""Write the files of a bench. This module imports no torch.
+
+Paths are checked before anything runs. Each row is written as soon as it is measured.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ _WRITABLE = "name a writable path"
 
 
 def check_writable(out: Path | None, export: Path | None) -> None:
-    """Raise UsageError for a folder that already holds a bench, and for paths that cannot be written."""
+    """Raise UsageError if a path cannot be written, or if the folder `out` already holds a bench."""
     if out is not None:
         where = f"--out {out}"
         if any(out.glob("[0-9][0-9][0-9]*-vs-*.json")):
@@ -39,7 +42,7 @@ def _check_file(file: Path, where: str) -> None:
 
 
 def write(path: Path, document: dict[str, Any]) -> None:
-    """Write a JSON document, whole or not at all. Raises StoreError if the file cannot be written."""
+    """Write a JSON document atomically. Raises StoreError if the file cannot be written."""
     try:
         files.write_atomic(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
     except StoreError as error:
@@ -48,7 +51,10 @@ def write(path: Path, document: dict[str, Any]) -> None:
 
 
 class Folder:
-    """Writer of the files in the folder of `--out`, or of nothing without `--out`. `finish` retries failed writes."""
+    """Writer that puts one file per row into the folder of `--out`. Without `--out`, it writes nothing.
+
+    `finish` retries the writes that failed.
+    """
 
     def __init__(self, path: Path | None, environment: Environment) -> None:
         self.path, self.environment = path, environment
@@ -56,7 +62,7 @@ class Folder:
         self._pending: dict[Path, dict[str, Any]] = {}
 
     def save(self, row: BenchRow) -> None:
-        """Write the file of the next row. On failure, print the error and return: later rows are still measured."""
+        """Write the file of the next row. If this fails, print the error and return: later rows are still measured."""
         if self.path is None:
             return
         file = self.path / f"{self._count:03d}-{_slug(row)}.json"
@@ -69,7 +75,7 @@ class Folder:
             print(f"{file}: {error.what}; will be retried at the end", file=sys.stderr)
 
     def finish(self) -> None:
-        """Write the pending files. Raises StoreError if that fails again."""
+        """Retry the writes that failed. Raises StoreError if a write fails again."""
         for file in list(self._pending):
             self._write(file)
 

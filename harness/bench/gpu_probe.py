@@ -8,7 +8,10 @@ from harness.process.event_pipe import event_writer
 
 
 def main(fd: int, line: int) -> None:
-    """Emit the event `unusable` with the reason why torch cannot use a GPU, or with an empty string if it can."""
+    """Emit the event `unusable` with the reason why torch cannot use a GPU.
+
+    If torch can use one, the reason is an empty string.
+    """
     with event_writer(fd, line) as emit:
         import torch
 

@@ -1,4 +1,4 @@
-"""FLOPs of the matrix products of a training step, forward and backward."""
+"""Count the FLOPs of the matrix products in a training step, forward and backward."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch.utils.flop_counter import flop_registry
 
 
 class _Counter(TorchDispatchMode):
-    """Sums torch's own FLOP formulas. torch's FlopCounterMode is not used: its module hooks change the computation."""
+    """Counter of the FLOPs of all products, by torch's own formulas.
+
+    torch's FlopCounterMode is not used, because its module hooks change the computation.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,9 +30,9 @@ class _Counter(TorchDispatchMode):
 
 
 def flops(step: Callable[[], Any]) -> int:
-    """Return the FLOPs of all products that torch runs in one call of `step`. A multiplication and an addition are two.
+    """Return the FLOPs of all matrix products that torch runs in one call of `step`.
 
-    Products inside Triton kernels are not counted.
+    Each multiplication and each addition counts as one FLOP. Products inside Triton kernels are not counted.
     """
     counter = _Counter()
     with counter:

@@ -28,16 +28,16 @@ from harness.errors import Unsupported, plural
 from harness.methods.registry import Implementation
 
 CHECKS = ("outputs", "output_codes")
-"""Names of the checks that a timed call must pass, if the Operation's parity suite has them."""
+"""Names of the checks that a timed call must pass. A check is run only if the Operation's parity suite contains it."""
 GRADIENT = "backward"
 """Name of the check that a timed backward pass must pass in addition."""
 OVERHEAD_CALLS = 5
-"""Number of calls of tiny size. Their median time is the overhead of a call."""
+"""Number of calls of tiny size. They do hardly any work. Their median time is the overhead of a call."""
 
 
 @dataclass
 class OperationBenchmark:
-    """One Operation by two implementations, in one dtype on one device."""
+    """Benchmark of one Operation: two implementations in one dtype on one device."""
 
     operation: str
     ours: Implementation
@@ -45,7 +45,7 @@ class OperationBenchmark:
     dtype: str
     device: torch.device
     pairs: int
-    """Pairs of samples per benchmark."""
+    """Number of pairs of samples per benchmark."""
     facts: dict[str, Any]
     """Facts about the machine, copied into every row."""
 
@@ -57,7 +57,10 @@ class OperationBenchmark:
         self.limits = ceilings.measure(self.clock, DTYPES[self.dtype])
 
     def rows(self, size: BenchSize) -> Iterator[BenchRow]:
-        """Yield the rows of one size: one for the call and, if it is differentiable, one for the call with its gradients."""
+        """Yield the rows of one size. The first row is for the forward pass alone.
+
+        If the Operation is differentiable, a second row is for the forward and the backward pass together.
+        """
         arguments = self._arguments(size)
         parity = [one for it in (self.ours, self.other) for one in self._parity(it, self._judged(size))]
         forward = [one for one in parity if one.check != GRADIENT]
@@ -77,7 +80,10 @@ class OperationBenchmark:
         parity: Sequence[CheckOutcome],
         costs: Sequence[Cost],
     ) -> BenchRow:
-        """Time the call if parity holds, and return its row. costs: the cost of each timed pass, forward first."""
+        """Time the call if all checks passed, and return its row.
+
+        costs: the cost of the forward pass and, if it is timed, of the backward pass.
+        """
         checks, outcome, because = judge_parity(parity)
         samples = None
         if outcome == "measured":
@@ -95,14 +101,14 @@ class OperationBenchmark:
         )  # fmt: skip
 
     def _arguments(self, size: BenchSize, seed: int = suite_run.SEED) -> dict[str, Any]:
-        """Return the arguments of a call on the device, drawn as the checks draw them."""
+        """Draw the arguments of a call in the same way as the checks do, and return them on the device."""
         generator = torch.Generator().manual_seed(seed)
         drawn = self.definition.arguments(DTYPES[self.dtype], generator, **self.timed.case(size))
         moved: dict[str, Any] = mapped(drawn, lambda one: one.to(self.device) if isinstance(one, Tensor) else one)
         return moved
 
     def _parity(self, implementation: Implementation, size: BenchSize) -> Iterator[CheckOutcome]:
-        """Yield the outcomes of the parity suite's checks on this call."""
+        """Run the checks of the parity suite on a call of this size, and yield their outcomes."""
         arguments, again = self._arguments(size), partial(self._arguments, size, suite_run.SEED + 1)
         subject = OperationSubject(self.definition, implementation, self.dtype, arguments, again)
         case = Case("call", seed=suite_run.SEED, factors=self.plan.factors())
@@ -112,7 +118,10 @@ class OperationBenchmark:
                 yield runner.check(name, subject, case)
 
     def _overhead(self, backward: bool) -> dict[str, float]:
-        """Map each side to the seconds of a call of tiny size, except a side that does not support this size."""
+        """Return the seconds of a call of tiny size for each side (`ours`, `other`).
+
+        A side that does not support this size is left out.
+        """
         arguments, found = self._arguments(TINY), {}
         for side, implementation in (("ours", self.ours), ("other", self.other)):
             run = self._call(implementation, arguments, backward)
@@ -124,7 +133,7 @@ class OperationBenchmark:
         return found
 
     def _call(self, implementation: Implementation, arguments: dict[str, Any], backward: bool) -> Callable[[], object]:
-        """Return the function to time: the call without gradients, or with `backward` the call and its gradients."""
+        """Return the function to time. It runs the forward pass and, if `backward` is set, also the backward pass."""
         function = implementation.function
         if not backward:
 
@@ -151,6 +160,6 @@ class OperationBenchmark:
 
 
 def in_words(size: BenchSize, per_token: bool) -> str:
-    """Describe a size by its layer, output x input features, and tokens: `k_proj 1024x4096, 64 tokens`."""
+    """Return a size in words: layer, output x input features, and tokens, e.g. `k_proj 1024x4096, 64 tokens`."""
     tokens = f", {plural(size.tokens, 'token')}" if per_token else ""
     return f"{size.layer} {size.E}x{size.D}{tokens}"

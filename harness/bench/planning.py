@@ -1,6 +1,7 @@
-"""Plan a bench: one worker process per Operation, dtype and compared implementation, or per training step. No torch.
+"""Plan a bench: make one task per benchmark, compared implementation and dtype. Each task runs in its own process.
 
-Implementations come from the installed plug-ins; none is listed here.
+A benchmark is an Operation or a training step. The implementations are those of the installed plug-ins. This module
+imports no torch.
 """
 
 from __future__ import annotations
@@ -20,32 +21,32 @@ from harness.methods.registry import DTYPES, Registry, targets
 OURS = "fused"
 REFERENCE = "reference"
 EVERY = "all"
-"""`--step all` times every step."""
+"""Value of `--step` that stands for all training steps."""
 _DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
-"""Device -> default dtype."""
+"""Device -> dtype that is used by default."""
 
 Device = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """The benchmarks to run. A request without operations and steps runs every timed Operation."""
+    """The benchmarks that the user requests. Without operations and steps, every timed Operation is requested."""
 
     operations: Sequence[str] = ()
     vs: Sequence[str] = ()
-    """Implementations to compare with. By default, all but the reference and variants of a library.
+    """Implementations to compare with. If empty, these are all except the reference and the variants of a library, e.g.
+    `bitsandbytes-paged`.
 
-    If the default leaves none, the reference is compared.
-    """
+    If there is no such implementation, the reference is compared."""
     steps: Sequence[str] = ()
     shapes: str = "small"
     dtypes: Sequence[str] = ()
     pairs: int = 12
-    """Pairs of samples per benchmark."""
+    """Number of pairs of samples per benchmark."""
     device: Device = "auto"
     ours: str = OURS
     backbone: Backbone = field(default_factory=Backbone)
-    """The model of the training steps."""
+    """Sizes of the model in the training steps."""
 
 
 @dataclass(frozen=True)
@@ -53,37 +54,40 @@ class BenchTask:
     """The work of one worker process."""
 
     name: str
-    """Name of its rows."""
+    """Name of the benchmark, which all its rows show."""
     kind: Literal["operation", "method"]
     target: str
-    """The Operation or Method that is implemented."""
+    """The Operation or Method that both implementations implement."""
     names: tuple[str, ...]
-    """The two implementations, ours first; only one of them if the task measures memory."""
+    """Names of the two implementations, ours first. A task that measures memory has only one of them."""
     points: tuple[str, ...]
-    """Entry points of the implementations."""
+    """Entry points that provide the implementations."""
     dtype: str
     device: str
     sizes: tuple[BenchSize, ...] = ()
-    """Sizes of an Operation."""
+    """Sizes of the calls. Empty for a training step."""
     step: str = ""
-    """Name of a training step in `STEPS`."""
+    """Name of the training step in `STEPS`. Empty for an Operation."""
     base: str = ""
-    """Quantisation of the frozen weights of a training step."""
+    """Quantisation of the frozen weights in a training step. Empty if they are not quantised."""
     packers: tuple[str, ...] = ()
-    """For each of `names`, the implementation that packs the base."""
+    """Names of the implementations that pack the frozen weights, one for each of `names`."""
 
     def document(self, request: BenchRequest, threads: int) -> dict[str, Any]:
-        """Return the task for JSON, as `harness.bench.worker` reads it."""
+        """Return the task as a dict for JSON. `harness.bench.worker` reads it."""
         return {**asdict(self), "backbone": asdict(request.backbone), "pairs": request.pairs, "threads": threads}
 
     def of_one(self, index: int) -> BenchTask:
-        """Return the same task for only the implementation at `index`, to measure its memory."""
+        """Return a copy of the task with only one of its implementations, to measure the memory of that one."""
         return replace(self, names=self.names[index : index + 1], packers=self.packers[index : index + 1])
 
     def row(
         self, outcome: Literal["not-run", "failed"], because: str, number: int = 0, cause: Cause | None = None
     ) -> BenchRow:
-        """Return the row of a benchmark without samples. because: the reason. number: index of its size."""
+        """Return the row of a benchmark that has no samples.
+
+        because: the reason why it has none. number: index of its size in `sizes`.
+        """
         shape = f"{self.sizes[number].layer} {self.sizes[number].E}x{self.sizes[number].D}" if self.sizes else "-"
         return BenchRow(
             name=self.name, shape=shape, dtype=self.dtype, device=self.device, ours=self.names[0], other=self.names[-1],
@@ -92,9 +96,9 @@ class BenchTask:
 
 
 def plan(request: BenchRequest, registry: Registry, no_gpu: str) -> tuple[list[BenchTask], list[BenchRow]]:
-    """Return the tasks, and rows for benchmarks that cannot run. Raises UsageError for unknown names.
+    """Return the tasks of a bench, and a row for each benchmark that cannot run.
 
-    no_gpu: why no GPU can be used; empty if one can.
+    no_gpu: the reason why no GPU can be used, or an empty string if one can. Raises UsageError for unknown names.
     """
     _check_names(request, registry)
     device = request.device if request.device != "auto" else "cpu" if no_gpu else "cuda"
@@ -106,7 +110,7 @@ def plan(request: BenchRequest, registry: Registry, no_gpu: str) -> tuple[list[B
 
 
 class _Plan:
-    """The tasks of a request on one device, and rows for benchmarks that cannot run there."""
+    """The tasks of a request on one device, and a row for each benchmark that cannot run there."""
 
     def __init__(self, request: BenchRequest, registry: Registry, device: str) -> None:
         self.request, self.registry, self.device = request, registry, device
@@ -156,7 +160,10 @@ class _Plan:
                 self._add(replace(task, packers=packers))
 
     def _others(self, name: str, kind: str, target: str) -> list[str]:
-        """Return the implementations to compare with. For each that cannot be compared, add a row with the reason."""
+        """Return the implementations that are compared with ours.
+
+        For each requested implementation that cannot be compared, add a row with the reason.
+        """
         ours = self.request.ours
         offering = self.registry.names(kind, target)
         others = [other for other in offering if other != ours]
@@ -179,7 +186,10 @@ class _Plan:
         return tuple(dict.fromkeys(self.registry.find(kind, target, name).point for name in names))
 
     def _add(self, task: BenchTask, no_case: str = "") -> None:
-        """Add a task, or a row with the reason why it cannot run. no_case: why it has no case, or empty."""
+        """Add a task. If it cannot run, add a row with the reason instead.
+
+        no_case: the reason why the task has no case to check, or an empty string.
+        """
         if why_not := self._unsupported(task) or no_case:
             self.rows.append(task.row("not-run", why_not))
         else:
@@ -203,7 +213,7 @@ class _Plan:
 
 
 def _check_names(request: BenchRequest, registry: Registry) -> None:
-    """Raise one UsageError for all unknown names."""
+    """Raise one UsageError that lists all unknown names in a request."""
     operations = sorted(name for name, kind in targets().items() if kind == "operation")
     implementations = sorted({i.name for i in registry.implementations} - {request.ours})
     unknown = [

@@ -1,8 +1,8 @@
-"""Write and read the JSON of pytest-benchmark. No torch.
+"""Write and read JSON files in the format of pytest-benchmark. This module imports no torch.
 
-Other programs, such as `pytest-benchmark compare`, can read what this module writes: each timed program is one
-benchmark, and programs to be compared share a group. This module reads files of any version of pytest-benchmark, if
-they have the names of the benchmarks and their raw rounds.
+Programs such as `pytest-benchmark compare` can read the written files. In them, each timed implementation is one
+benchmark, and implementations to be compared are in one group. Files of any version of pytest-benchmark can be read, if
+they contain the names of the benchmarks and their raw rounds.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from harness.errors import UsageError
 from harness.records.record import Environment
 
 VERSION = "5.0.0"
-"""Version of pytest-benchmark that defines the format."""
+"""Version of pytest-benchmark whose file format is written."""
 _TIMER = {"cpu": "perf_counter", "cuda": "torch.cuda.Event"}
 
 
 def document(rows: Sequence[BenchRow], environment: Environment) -> dict[str, Any]:
-    """Return the document that pytest-benchmark would have saved for the measured rows."""
+    """Return, as a dict for JSON, what pytest-benchmark would have saved for the measured rows."""
     return {
         "machine_info": {
             "node": platform.node(), "processor": platform.processor(), "machine": platform.machine(),
@@ -76,7 +76,7 @@ def _benchmarks(row: BenchRow) -> list[dict[str, Any]]:
 
 
 def _stats(times: Sequence[float], iterations: int) -> dict[str, Any]:
-    """Return pytest-benchmark's statistics of these times, in seconds."""
+    """Return the statistics of these times under the names that pytest-benchmark uses. Times are in seconds."""
     ordered, mean = sorted(times), statistics.fmean(times)
     q1, middle, q3 = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
     spread = statistics.stdev(times) if len(times) > 1 else 0.0
@@ -96,11 +96,11 @@ _MAKE = "`pytest --benchmark-json=FILE` writes one"
 
 @dataclass(frozen=True)
 class Saved:
-    """Content of a file of pytest-benchmark, which has the times of one process run."""
+    """Content of a file of pytest-benchmark. It holds the times of one process run."""
 
     path: Path
     place: Mapping[str, str]
-    """Facts about the machine that must agree for times to be compared."""
+    """Facts about the machine. Times may be compared only if these facts are equal."""
     rounds: Mapping[str, Sequence[float]]
     """Full name of a benchmark -> seconds of each round."""
 
@@ -108,7 +108,7 @@ class Saved:
 def read(paths: Sequence[Path]) -> list[Saved]:
     """Read files of pytest-benchmark, and return their contents. A folder stands for all `*.json` files below it.
 
-    Raises UsageError for missing or invalid files, and for copies: one process run must not count twice.
+    Raises UsageError if a file is missing, invalid or a copy of another file. A copy would count one process run twice.
     """
     files: list[Path] = []
     for path in paths:
@@ -128,9 +128,9 @@ def read(paths: Sequence[Path]) -> list[Saved]:
 
 
 def place(machine_info: Mapping[str, Any]) -> dict[str, str]:
-    """Return the facts of a `machine_info` that must agree for times to be compared; missing facts are left out.
+    """Return the facts of a `machine_info` that must be equal before times are compared. Missing facts are left out.
 
-    Host name and kernel need not agree, because a container gets a new host name each time it starts.
+    Host name and kernel need not be equal, because a container gets a new host name each time it starts.
     """
     cpu = machine_info.get("cpu")
     cpu = cpu if isinstance(cpu, Mapping) else {}

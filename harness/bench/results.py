@@ -1,4 +1,7 @@
-"""Results of a benchmark: raw samples, and medians, ratios and shares of a limit computed from them. No torch."""
+"""Results of a benchmark: raw samples, and the medians, ratios and shares of a limit that are computed from them.
+
+This module imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -16,41 +19,45 @@ from harness.records.record import FrozenModel, Json, Seconds
 Outcome = Literal["measured", "refused", "not-run", "failed"]
 Cause = Literal["no-gpu", "interrupted"]
 MOSTLY_CALL = 0.2
-"""Largest share of call overhead in a time. Above this share, a ratio of times compares overheads rather than work."""
+"""Largest share of a time that the overhead of a call may have. Above it, a ratio of times compares overheads rather
+than work."""
 FEWEST = next(n for n in count(1) if median_interval([0.0] * n).low is not None)
-"""Fewest pairs for which the ratio has an interval."""
+"""Fewest pairs from which an interval of the ratio can be computed."""
 
 
 class Samples(FrozenModel):
-    """Times of two programs that alternate: the n-th times of both are one pair."""
+    """Times of two programs that run alternately. The n-th times of both programs are one pair."""
 
     ours: list[Seconds] = Field(min_length=1)
     other: list[Seconds] = Field(min_length=1)
     limit: list[Seconds] = Field(default=[])
-    """Times of a third program, if there is one. They are a lower bound for both."""
+    """Times of a third program, which are a lower bound for both. Empty if there is no such program."""
     first: list[Literal["ours", "other"]]
-    """The side that began each pair."""
+    """For each pair, the side that ran first."""
     warmup: dict[str, list[Seconds]] = Field(default={})
-    """Side -> times before the samples."""
+    """Side -> times of the warm-up before the samples."""
     calls: dict[str, int] = Field(default={})
-    """Side -> calls per sample; a sample is the mean time of these calls."""
+    """Side -> number of calls per sample. A sample is the mean time of these calls."""
     overhead: dict[str, Seconds] = Field(default={})
-    """Side -> time of a call of tiny size."""
+    """Side -> time of a call of tiny size, which does hardly any work."""
     parts: dict[str, list[list[Seconds]]] = Field(default={})
-    """Side -> for each sample, the times from which it was computed; empty if samples were timed directly."""
+    """Side -> for each sample, the times from which it was computed. Empty if the samples were timed directly."""
 
 
 class Ceilings(FrozenModel):
-    """Rates of the machine, measured in the process of the benchmark."""
+    """Highest rates of the machine, measured in the process of the benchmark."""
 
     copy_B_per_s: float
-    """Bytes read and written per second by a copy."""
+    """Bytes per second that a copy reads and writes."""
     gemm_FLOP_per_s: float
     """FLOP/s of a matrix product in the dtype of the row."""
 
 
 class Products(FrozenModel):
-    """FLOPs of the matrix products of a training step by each side, and of the frozen pass, as torch counts them."""
+    """FLOPs of matrix products, as torch counts them: of a training step by each side, and of the frozen pass.
+
+    The frozen pass runs forward and backward, but trains nothing.
+    """
 
     ours: int
     other: int
@@ -70,71 +77,82 @@ class BenchRow(FrozenModel):
     because: str = ""
     """Reason why the row was not measured."""
     cause: Cause | None = None
-    """The reason as far as exit codes and notes depend on it."""
+    """Kind of the reason, if exit codes or notes depend on it. None for any other reason."""
     differs: str = ""
-    """Differences between the two computations, if there are any."""
+    """Text about the differences between the two computations. Empty if there are none."""
     judged: str = ""
-    """The size on which parity was judged, if smaller than the timed size."""
+    """The size on which parity was judged. Empty if it is the timed size."""
     parity: list[CheckOutcome] = Field(default=[])
     """Results of all checks that had to pass."""
     samples: Samples | None = None
     ceilings: Ceilings | None = None
     bytes: float | None = None
-    """Least bytes moved, by formula."""
+    """Least number of bytes that the call must move, computed by formula."""
     flops: float | None = None
-    """Least floating-point operations, by formula."""
+    """Least number of floating-point operations of the call, computed by formula."""
     limit: str = "frozen pass"
-    """Name of the lower bound in `samples.limit`."""
+    """Name of the program whose times are in `samples.limit`."""
     products: Products | None = None
-    """FLOPs of a training step; None on a GPU and with a quantised base: torch does not count all of them."""
+    """FLOPs of the matrix products of a training step. None on a GPU and with a quantised base, because torch does not
+    count all products there."""
     memory: dict[str, dict[str, int]] = Field(default={})
-    """Implementation -> memory of its process: `peak_B` during steps, `rest_B` before, `bare_B` without a model."""
+    """Implementation -> memory of its process, in bytes. `peak_B` is the peak during a few steps, `rest_B` is the
+    memory before these steps, and `bare_B` is the memory without a model."""
     losses: dict[str, list[float]] = Field(default={})
     """Implementation -> loss of each step."""
     facts: dict[str, Json] = Field(default={})
-    """Threads, load of the machine before the benchmark, GPU, packers of the base."""
+    """Threads, load of the machine before the benchmark, GPU, and the implementations that packed the base."""
 
     @property
     def red(self) -> bool:
-        """True if a check failed without a known defect."""
+        """True if a check failed, and no known defect explains the failure."""
         return any(one.status is CheckStatus.FAIL for one in self.parity)
 
     @property
     def ratio(self) -> Median | None:
-        """Median of the other's time / our time over all pairs, with its interval. Above 1, ours is faster."""
+        """The other's time divided by our time: the median over all pairs, with its interval.
+
+        If it is above 1, ours is faster. None if there are no samples.
+        """
         if self.samples is None:
             return None
         return median_interval([b / a for a, b in zip(self.samples.ours, self.samples.other, strict=True)])
 
     @property
     def limit_ratio(self) -> float | None:
-        """Median of our time / the time of the limit over all pairs; None without a limit."""
+        """Our time divided by the time of the lower bound: the median over all pairs. None without a lower bound."""
         if self.samples is None or not self.samples.limit:
             return None
         return median(a / least for a, least in zip(self.samples.ours, self.samples.limit, strict=True))
 
     @property
     def products_ratio(self) -> float | None:
-        """Ratio of the FLOPs of our matrix products to those of the frozen pass; None if they were not counted.
+        """FLOPs of our matrix products divided by those of the frozen pass. None if the FLOPs were not counted.
 
-        `limit_ratio` would equal it if all other work took no time.
+        If all other work took no time, `limit_ratio` would have the same value.
         """
         return None if self.products is None else self.products.ours / self.products.frozen
 
     @property
     def least_s(self) -> float | None:
-        """Least time by the roofline, in seconds: the longer of the time for the bytes and the time for the FLOPs."""
+        """Least possible time in seconds, by the roofline model. None if it is unknown.
+
+        It is the time to move the bytes or the time to compute the FLOPs, whichever is longer.
+        """
         if self.ceilings is None or self.bytes is None or self.flops is None:
             return None
         return max(self.bytes / self.ceilings.copy_B_per_s, self.flops / self.ceilings.gemm_FLOP_per_s)
 
     def share(self, seconds: Sequence[float]) -> float | None:
-        """Return the least time / the median of these times; None if unknown. Above 1 if a cache holds all data."""
+        """Return the least possible time divided by the median of these times.
+
+        If the least possible time is unknown, return None. The share exceeds 1 if a cache holds all data.
+        """
         return None if self.least_s is None else self.least_s / median(seconds)
 
     @property
     def mostly_call(self) -> list[str]:
-        """Sides (`ours`, `other`) for which call overhead exceeds the share `MOSTLY_CALL` of the median time."""
+        """Sides (`ours`, `other`) whose call overhead exceeds the share `MOSTLY_CALL` of their median time."""
         if self.samples is None:
             return []
         times = {"ours": self.samples.ours, "other": self.samples.other}
@@ -143,17 +161,20 @@ class BenchRow(FrozenModel):
 
     @property
     def memory_ratio(self) -> float | None:
-        """The other's `step_memory` / our `step_memory`; None if either is unknown."""
+        """The other's `step_memory` divided by ours. None if one of them is unknown."""
         ours, other = self.step_memory(self.ours), self.step_memory(self.other)
         return None if not ours or not other else other / ours
 
     def step_memory(self, implementation: str) -> int | None:
-        """Return the peak of a process minus its memory without a model, in bytes; None if unknown."""
+        """Return the memory that training steps need, in bytes. If it is unknown, return None.
+
+        It is the peak of the process minus its memory without a model.
+        """
         found = self.memory.get(implementation)
         return None if found is None else found["peak_B"] - found["bare_B"]
 
     def document(self) -> dict[str, Any]:
-        """Return a document for JSON with all fields and with the numbers computed from the samples."""
+        """Return a dict for JSON. It has all fields, and the numbers that are computed from the samples."""
         made: dict[str, Any] = {}
         if self.samples is not None:
             ratio = self.ratio

@@ -28,11 +28,11 @@ class Against(Findings):
     """Verdict on a run compared with a baseline."""
 
     exit: Exit
-    """Exit code of the gate."""
+    """Exit code of the command."""
     cells: int
     """Number of Cells in the baseline."""
     margins: Margins
-    """Margins of the comparison."""
+    """Largest differences that are no finding."""
     notes: tuple[str, ...]
     """Further reasons for the verdict."""
 
@@ -40,10 +40,14 @@ class Against(Findings):
 def judge(base: RunFacts, new: RunFacts, *, margins: Margins | None = None, strict: bool = False) -> Against:
     """Compare each Cell of the baseline with its Record in the run; return the verdict, the exit code and all rows.
 
-    The exit code is the first that applies. NOTHING_COMPARED: no Cell has a Record on both sides. FAIL: a row failed,
-    or a file was changed after its run. INFRASTRUCTURE: a Cell was not reached or its Record is unreadable, the run did
-    not finish, or a side has no hashes of its files. INCONCLUSIVE, only with `strict`: a row is inconclusive. Otherwise
-    PASS.
+    The exit code is the first in this list whose condition holds:
+
+    - NOTHING_COMPARED: no Cell has a Record both in the baseline and in the run.
+    - FAIL: a row failed, or a file was changed after its run.
+    - INFRASTRUCTURE: a Cell was not reached, its Record is unreadable, the run did not finish, or the baseline or the
+      run has no hashes of its files.
+    - INCONCLUSIVE: a row is inconclusive. This code is returned only if `strict` is set.
+    - PASS: otherwise.
     """
     margins = margins or Margins()
     cells = {cell.cell_id: cell for side in (base, new) for cell in side.run.manifest.cells}
@@ -72,7 +76,7 @@ def judge(base: RunFacts, new: RunFacts, *, margins: Margins | None = None, stri
 
 
 def _matched(base: RunFacts, new: RunFacts, names: Mapping[str, str]) -> tuple[list[CellPair], list[ComparisonRow]]:
-    """Return the two Records of each Cell that can be compared, and a row for each other Cell of either side."""
+    """Pair the Records of each Cell that can be compared. Return the pairs, and a row for every other Cell."""
     expected, planned = ({cell.cell_id for cell in side.run.manifest.cells} for side in (base, new))
     sides = {"baseline": base, "run": new}
     torn = {side: _torn(facts) for side, facts in sides.items()}
@@ -113,9 +117,9 @@ def _status(record: Record | None) -> str | None:
 
 
 def _torn(side: RunFacts) -> dict[str, str]:
-    """Return the file and the reason, by cell_id, for each Cell whose newest attempt is unreadable.
+    """Return the cell_id of each Cell whose newest attempt is unreadable, with the name of the file and the reason.
 
-    An older attempt must not replace it.
+    Such a Cell is not compared, because an older attempt must not replace the newest.
     """
     found = {}
     for name, why in side.run.broken.items():
@@ -148,7 +152,10 @@ def _conformance(pair: CellPair) -> ComparisonRow:
 
 
 def _looser(base: Record, new: Record) -> list[str]:
-    """List the checks whose allowance grew by more than the factor LOOSER, each with its factor, the largest first."""
+    """List the checks that now allow an error more than LOOSER times as large as in the baseline.
+
+    Each text holds the name of a check and the factor. The largest factor comes first.
+    """
     before = {c.check: c.allowed for c in base.checks if c.outcome is Outcome.PASS and c.allowed}
     times = {c.check: c.allowed / before[c.check] for c in new.checks if c.allowed and c.check in before}
     found = sorted((x for x in times.items() if x[1] > LOOSER), key=lambda x: -x[1])
@@ -191,6 +198,6 @@ def _whole(against: Against, strict: bool) -> tuple[Verdict, Exit]:
 
 
 def _counted(rows: Sequence[ComparisonRow]) -> list[str]:
-    """Describe each kind of finding in `rows`: its first Cells, and the number of others."""
+    """Return one text for each kind of finding in `rows`: the first few Cells, and how many others there are."""
     kinds = group(dict.fromkeys((row.kind, row.name) for row in rows))
     return [f"{kind.value}: {first_names(kinds[kind])}" for kind in FindingKind if kind in kinds]

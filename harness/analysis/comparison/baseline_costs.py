@@ -1,4 +1,4 @@
-"""Costs and training loss of a Cell compared with the baseline. Times are shown, not judged."""
+"""Compare the costs and the training loss of a Cell with the baseline. Times are shown, but not judged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PEAK = "training peak above imports"
 
 
 def rows(pair: CellPair, margins: Margins) -> Iterator[ComparisonRow]:
-    """Yield rows that compare two ok Records of one Cell: by every metric of the gate, and by the training loss."""
+    """Yield all rows on the costs and the training loss of one Cell. Both of its Records must have measurements."""
     yield from counted(pair)
     for metric in metrics.METRICS:
         if metric is TRAINING_PEAK:
@@ -51,7 +51,7 @@ def rows(pair: CellPair, margins: Margins) -> Iterator[ComparisonRow]:
 def counted(pair: CellPair) -> Iterator[ComparisonRow]:
     """Yield a row for each metric that is counted exactly: numbers of parameters, bytes of tensors, sizes of files.
 
-    A smaller number of parameters is a regression too, since the recipe has other parameters then.
+    A smaller number of parameters is a regression too, since an unchanged recipe has as many parameters as before.
     """
     for metric in metrics.METRICS:
         if not metric.quantity or metric.kind != "counted" or metric.slack_B:
@@ -66,7 +66,7 @@ def counted(pair: CellPair) -> Iterator[ComparisonRow]:
 
 
 def _peak(pair: CellPair, margins: Margins) -> Iterator[ComparisonRow]:
-    """Yield a row on the training peaks; it is inconclusive if the two peaks were measured in different ways."""
+    """Yield a row on the training peaks. The row is inconclusive if the two peaks were measured in different ways."""
     a, b = training_peak(pair.base), training_peak(pair.new)
     before, now = (r.measurements.memory.source if r.measurements else "" for r in (pair.base, pair.new))
     what, limit = TRAINING_PEAK.quantity, 0
@@ -84,7 +84,10 @@ def _peak(pair: CellPair, margins: Margins) -> Iterator[ComparisonRow]:
 def _growth(
     pair: CellPair, what: str, a: Number | None, b: Number | None, limit: int, method: str
 ) -> Iterator[ComparisonRow]:
-    """Yield a row on a number of bytes that may grow by at most `limit`. method: how the bytes were measured."""
+    """Yield a row on two numbers of bytes, `a` and `b`. The row fails if b - a exceeds `limit`.
+
+    method: how the bytes were measured.
+    """
     if a is None or b is None:
         yield from _one_sided(pair, what, a, b, "B")
         return
@@ -95,7 +98,7 @@ def _growth(
 
 
 def _one_sided(pair: CellPair, what: str, a: Number | None, b: Number | None, unit: Unit) -> Iterator[ComparisonRow]:
-    """Yield a row for a value that one side lacks; no row if both sides lack the value."""
+    """Yield a row if only one of the values `a` and `b` is known. If both are None, yield nothing."""
     if b is not None:
         yield pair.row(FindingKind.NEW, VerdictKind.NOT_RUN, what, "was not measured in the baseline", a, b, unit)
     elif a is not None:
@@ -104,7 +107,7 @@ def _one_sided(pair: CellPair, what: str, a: Number | None, b: Number | None, un
 
 
 def _times(record: Record) -> dict[str, float]:
-    """Return the median times of a Record in seconds, by quantity; none if `no_speed` hides them."""
+    """Return the median times of a Record in seconds, by name. If `no_speed` hides the times, the dict is empty."""
     m = record.measurements
     if m is None or failed_checks.no_speed(record):
         return {}
@@ -120,7 +123,7 @@ def _latency(cell: Cell, latency: Latency) -> str:
 
 
 def _loss(pair: CellPair) -> Iterator[ComparisonRow]:
-    """Yield a row on the training losses; no row if a side did not train, or trained on other batches."""
+    """Yield a row on the training losses. Yield nothing if a Record has no training, or if the batches differ."""
     a, b = pair.base.training, pair.new.training
     if a is None or b is None or a.data_order_sha256 != b.data_order_sha256:
         return

@@ -1,4 +1,4 @@
-"""Findings of a comparison with a baseline: their kinds, and a row for each compared quantity."""
+"""Rows of a comparison with a baseline: one row for each compared quantity. The kind of a row sets its rule."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from harness.analysis.verdict_kind import Verdict, VerdictKind
 from harness.records.record import Record
 
 PROCESS_PEAK_B = 16 * 2**20
-"""Largest growth of the memory of a process (VmHWM, or sampled) that is no finding.
+"""Largest growth of the memory of a process, in bytes, that is no finding. The memory is VmHWM or a sampled value.
 
-The limit rests on results/published/2026-11-25-tune-small-cpu, where three Cells of each of nine methods differ only in
-the learning rate. Their training peak above the imports varies between processes with a standard deviation of 1.7 MiB
-(at most 2.4 MiB: 95 % bound, 18 degrees of freedom). Even at 2.4 MiB, the second of two processes takes 16 MiB more
-than the first in only one of a million pairs."""
+The limit rests on results/published/2026-11-25-tune-small-cpu. There, three Cells of each of nine methods differ only
+in the learning rate. Their training peak above the imports varies between processes, with a standard deviation of 1.7
+MiB. The upper 95 % bound of this deviation is 2.4 MiB (18 degrees of freedom). Even with 2.4 MiB, a process exceeds
+another process by 16 MiB in only one of a million pairs."""
 PROCESS_SHARE = 0.05
-"""Largest growth of a process peak that is no finding, as a share of the peak. Two runs of SmolLM2 differed by 2.7 % of
-1.4 GiB although the tensors of their steps had equal sizes: the overhead of an allocator grows with the requested
-memory."""
+"""Largest growth of the memory of a process that is no finding, as a share of the peak. The overhead of an allocator
+grows with the requested memory: two runs of SmolLM2 had peaks of 1.4 GiB that differed by 2.7 %, although the tensors
+of their steps had equal sizes."""
 COUNTED_PEAK_B = 64 * 2**10
-"""Largest growth of the counted peak (the bytes of all tensors at one time in a step, on a CPU) that is no finding. It
-has room for some scalars or a short vector. The limit is chosen, not measured. Thirty Cells of a small Llama (six
-methods, packed bases, four providers, 32 and 16 bits, 8-bit and paged optimizers, checkpointing, torch.compile) had
-equal peaks in two processes."""
+"""Largest growth of the counted peak, in bytes, that is no finding. The counted peak is the number of bytes of all
+tensors that exist at the same time in a step on a CPU. The limit has room for some scalars or a short vector. It was
+chosen, not measured. In two processes, thirty Cells of a small Llama had equal counted peaks. These Cells cover six
+methods, packed bases, four providers, 32 and 16 bits, 8-bit and paged optimizers, checkpointing, and torch.compile."""
 ACCURACY = 0.02
-"""Largest drop of an accuracy that is no finding."""
+"""Largest drop of an accuracy that is no finding: two percentage points."""
 LOOSER = 10.0
-"""Largest factor by which the allowance of a check may grow without a finding. Allowances follow the noise that each
-run measures, and this noise differs between machines."""
+"""Largest factor by which the error that a check allows may grow without a finding. The allowed error follows the noise
+that each run measures, and this noise differs between machines."""
 LOSS_SHARE, LOSS = 0.1, 0.05
-"""Largest growth of a training loss that is no finding: a share of the loss plus a number of nats. The limits are
-chosen, not measured. Both runs see the same batches in the same order, so they differ only by rounding, whose effect
-may grow during training."""
+"""Largest rise of a training loss that is no finding: LOSS_SHARE times the loss of the baseline, plus LOSS nats. Both
+numbers were chosen, not measured. Both runs see the same batches in the same order, so their losses differ only by
+rounding errors. These errors may grow during training."""
 ONE_SEED = "one seed: valid for this checkpoint, not for the method"
 TIMES = "not judged here: `peft-harness gate --pairs` judges times"
 
 
 class FindingKind(StrEnum):
-    """Kinds of rows. `MEANING` gives the rule of each."""
+    """Kinds of rows. `MEANING` says what the rows of each kind compare, and when they fail."""
 
     PARITY = "parity"
     OUTCOME = "outcome"
@@ -116,11 +116,11 @@ class ComparisonRow:
     word: VerdictKind
     """Verdict."""
     name: str
-    """Name of the Cell or recipe, or number of Cells."""
+    """Name of the compared Cell or recipe. If the row is about several Cells, their number as text, e.g. `3 Cells`."""
     cells: tuple[str, ...]
     """cell_ids of the compared Cells."""
     what: str
-    """Quantity."""
+    """Name of the compared quantity."""
     reason: str = ""
     """Reason for the verdict; may be empty."""
     base: Value = None
@@ -130,9 +130,9 @@ class ComparisonRow:
     unit: Unit = ""
     """Unit of the values; empty for words and for counts of checks."""
     interval: tuple[float, float] | None = None
-    """Interval of new - base; for the kind SPEED, of new / base - 1."""
+    """Interval of new - base. For a row of the kind SPEED, interval of new / base - 1."""
     records: tuple[str, ...] = ()
-    """Ids of the Records, in pairs: base, then new."""
+    """Ids of the compared Records. In each pair, the Record of the baseline comes first."""
 
     @property
     def judged(self) -> bool:
@@ -151,7 +151,7 @@ class ComparisonRow:
 
     @property
     def delta(self) -> float | None:
-        """`new` minus `base`; None unless both are numbers."""
+        """`new` minus `base`. None if one of them is not a number."""
         if isinstance(self.base, int | float) and isinstance(self.new, int | float):
             return self.new - self.base
         return None
@@ -159,7 +159,7 @@ class ComparisonRow:
 
 @dataclass(frozen=True)
 class CellPair:
-    """Two Records of one Cell: `base` from the baseline or the old side, `new` from the run or the new side."""
+    """Two Records of one Cell. `base` is from the baseline or the old code, `new` is from the run under test."""
 
     name: str
     """Name of the Cell."""
@@ -180,27 +180,27 @@ class Margins:
     """Largest differences that are no finding."""
 
     memory_B: int | None = None
-    """Growth of a training peak, in bytes. None chooses a limit by the kind of peak: 0 for allocated memory,
-    COUNTED_PEAK_B for tensors counted on a CPU, and for the memory of a process PROCESS_PEAK_B or PROCESS_SHARE of the
-    peak, the larger of both."""
+    """Allowed growth of a training peak, in bytes. If None, the allowed growth depends on how the peak was measured.
+    Memory that torch allocated on a GPU may not grow at all. Tensors counted on a CPU may grow by COUNTED_PEAK_B. The
+    memory of a process may grow by PROCESS_PEAK_B or by PROCESS_SHARE of the peak, whichever is larger."""
     accuracy: float = ACCURACY
-    """Drop of an accuracy."""
+    """Allowed drop of an accuracy."""
 
     def growth_limit(self, default: int) -> int:
-        """Return the largest growth of a peak that is no finding: `memory_B`, or `default` if `memory_B` is None."""
+        """Return the allowed growth of a peak in bytes: `memory_B`, or `default` if `memory_B` is None."""
         return default if self.memory_B is None else self.memory_B
 
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """All findings of one gate: the input of every output format."""
+    """All findings of one gate. Every output format is made from them."""
 
     verdict: Verdict
     """Verdict of the gate."""
     rows: tuple[ComparisonRow, ...]
     """All comparisons."""
     compared: int
-    """Number of Cells or benchmarks on both sides."""
+    """Number of Cells or benchmarks that were measured on both sides."""
     unreadable: tuple[str, ...] = ()
     """Unreadable files of both sides, with the reason."""
     changed: tuple[str, ...] = ()

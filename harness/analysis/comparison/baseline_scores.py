@@ -17,9 +17,9 @@ _Matched = tuple[Record, Record]
 
 
 def rows(pairs: Sequence[_Matched], names: Mapping[str, str], margins: Margins) -> list[ComparisonRow]:
-    """Compare the accuracies of Cells with two ok Records; Cells that differ only in the seed are compared together.
+    """Return rows that compare accuracies. Cells that differ only in the seed share one row.
 
-    pairs: the two Records of each Cell (baseline, run). names: names of recipes, by recipe_id.
+    pairs: for each Cell its Record in the baseline and its Record in the run. names: names of recipes, by recipe_id.
     """
     found = []
     pairs = sorted(pairs, key=lambda pair: pair[0].cell.seed)
@@ -47,7 +47,10 @@ def rows(pairs: Sequence[_Matched], names: Mapping[str, str], margins: Margins) 
 
 
 def _difference(pairs: Sequence[_Matched]) -> RecipePair | tuple[VerdictKind, str]:
-    """Return the comparison of new with base; if there is nothing to estimate, return a verdict and its reason instead."""
+    """Compare the accuracies of one recipe: run minus baseline.
+
+    If no difference can be estimated, return a verdict and its reason instead.
+    """
     base, new = (accuracies(side) for side in zip(*pairs, strict=True))
     metrics = dict.fromkeys(a.metric for a in (*base, *new))
     if len(metrics) > 1:

@@ -20,9 +20,9 @@ _Records = Sequence[tuple[Record, Record]]
 
 
 def rows(pairs: _Records) -> Iterator[ComparisonRow]:
-    """Yield a row for each set of differences in environment or assets, with the Cells that share it.
+    """Yield a row for each set of differences in environment or assets. The row names the Cells with these differences.
 
-    If the clocks of the GPUs, taken over all Cells, differ between the two sides, a last row shows them.
+    If the range of the GPU clocks, over all Cells, differs between baseline and run, a last row shows both ranges.
     """
     for kind, differences in (
         (FindingKind.ENVIRONMENT, _surroundings),
@@ -54,7 +54,7 @@ def _surroundings(base: Record, new: Record) -> list[Difference]:
 
 
 def throttling(base: Record, new: Record) -> list[Difference]:
-    """Return the difference between the causes of GPU throttling during training; an empty list if they are equal."""
+    """Compare what throttled the GPU during training. Return one Difference, or an empty list if nothing changed."""
     before, now = _throttle_reasons(base) or "nothing", _throttle_reasons(new) or "nothing"
     return [Difference("GPU throttled in training by", before, now)] if before != now else []
 
@@ -70,7 +70,10 @@ def _throttle_reasons(record: Record) -> str:
 
 
 def clocks_of(records: Sequence[Record]) -> str:
-    """Return the range of the GPU clocks at the end of training, as text in MHz; an empty string without a GPU."""
+    """Return the range of the GPU clocks at the end of training, e.g. `1,410 to 1,980 MHz`.
+
+    Without a GPU, return an empty string.
+    """
     gpus = [gpu for r in records if (gpu := training_gpu(r)) is not None]
     found = sorted({gpu.end.sm_clock_Hz // 10**6 for gpu in gpus if gpu.end and gpu.end.sm_clock_Hz})
     return "" if not found else f"{found[0]:,} MHz" if len(found) == 1 else f"{found[0]:,} to {found[-1]:,} MHz"

@@ -26,12 +26,14 @@ def metric_text(metric: str) -> str:
 
 
 def log_ratio(old: Record, new: Record, metric: str = STEP) -> float:
-    """Return log(new / old) of one of the `times`, by default of a steady step.
+    """Return log(new / old) of the time that `metric` names. The default metric is the time of a steady step.
 
-    If both sides trained on the same batches, the result is the median of the log ratios of the single steps. A ratio
-    of medians could compare steps on different batches, and a batch with twice the tokens takes twice the time. For
-    other times and other batches, the result is the log ratio of the two medians. Steps of one process are not
-    independent of each other, so they are no statistical units. Raises HarnessError if a side lacks that time.
+    If both sides trained on the same batches, the result is the median of the log ratios of the single steps. The ratio
+    of two medians would be worse: the medians may belong to different batches, and a batch with twice the tokens takes
+    twice the time. For other metrics, and for different batches, the result is the log ratio of the two medians.
+
+    The result is a single number because the steps of one process are not independent of each other. Raises
+    HarnessError if `old` or `new` lacks the time.
     """
     if metric == STEP and (matched := _matched(old.training, new.training)):
         return median(math.log(after) - math.log(before) for before, after in matched)
@@ -44,7 +46,10 @@ def log_ratio(old: Record, new: Record, metric: str = STEP) -> float:
 
 
 def _matched(old: TrainingMeasured | None, new: TrainingMeasured | None) -> list[tuple[float, float]]:
-    """Return the seconds (old, new) of each steady step; an empty list if the batches differ or a step took no time."""
+    """Return the seconds of each steady step as (old, new).
+
+    The list is empty if the batches differ or if a step took no time.
+    """
     if old is None or new is None:
         return []
     batches = [(side.data_order_sha256, side.padded_tokens, side.timing_warmup) for side in (old, new)]

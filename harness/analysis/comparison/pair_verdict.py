@@ -29,14 +29,15 @@ _INTENDED = (CODE_VERSION, PROVIDER)
 """Names of differences that are intended between the two sides."""
 _SIDES = ("old", "new")
 PEAK_B = 2**20
-"""Largest difference between the median process peaks of two sides, in bytes, that is no finding even if it is certain."""
+"""Largest difference, in bytes, between the median process peaks of the two sides that is no finding. A smaller
+difference is no finding even if it is statistically significant."""
 _PEAK_LEVEL = 0.0011
 """Level of the rank test on process peaks. Six process runs per side are just enough to reach it."""
 
 
 @dataclass(frozen=True)
 class CellComparison:
-    """One Cell on both sides."""
+    """Comparison of one Cell between the old and the new side."""
 
     name: str
     """Name of the Cell."""
@@ -48,47 +49,57 @@ class CellComparison:
     """Reason why `timed` is empty."""
 
     def title(self, metric: str) -> str:
-        """Return the name of the Cell, followed by the metric unless the metric is the step."""
+        """Return the name of the Cell. Unless the metric is the step, the name of the metric follows."""
         return self.name if metric == STEP else f"{self.name}, {metric_text(metric)}"
 
     def seconds(self, side: int, metric: str = STEP) -> float | None:
-        """Return the median of a time over all process runs of a side (0 old, 1 new); None if no run has this time."""
+        """Return one time of a side in seconds, as the median over all process runs. If no run has it, return None.
+
+        side: 0 for the old side, 1 for the new side.
+        """
         found = [s for pair in self.records if (s := times(pair[side]).get(metric)) is not None]
         return median(found) if found else None
 
 
 @dataclass(frozen=True)
 class JudgedPairs:
-    """Verdict on both sides."""
+    """Verdict on the comparison of the old and the new side."""
 
     verdict: Verdict
     """Verdict on all Cells together."""
     exit: Exit
-    """Exit code of the gate."""
+    """Exit code of the command."""
     cells: tuple[CellComparison, ...]
     """Comparisons of the Cells."""
     adjusted: Mapping[str, float]
-    """p value of each time after the Benjamini-Hochberg adjustment, by name."""
+    """Title of a time -> its p value after the Benjamini-Hochberg adjustment. `CellComparison.title` makes the
+    titles."""
     rows: tuple[ComparisonRow, ...]
     """All comparisons except those of times."""
     canaries: Canaries
     """Count of false alarms when the old side is compared with itself."""
     differences: tuple[str, ...]
-    """Unintended differences between the two sides, and the number of disturbed process runs."""
+    """Unintended differences between the two sides, as texts. If process runs waited for a CPU, the last text says how
+    many."""
 
 
 def judge(cells: Sequence[CellComparison], canaries: Canaries, *, strict: bool = False) -> JudgedPairs:
     """Judge all Cells of one comparison.
 
-    The exit code is the first that applies. NOTHING_COMPARED: no Cell could be timed, and none failed. FAIL: on the new
-    side, a Cell is slower, takes more memory, has other counts, or fails although the old side does not. INFRASTRUCTURE:
-    the canaries close the gate, which then judges no time, or a Cell could not be timed. INCONCLUSIVE, only with `strict`:
-    a time of a Cell is undecided, or only some of its process runs counted their memory. Otherwise PASS.
+    The exit code is the first in this list whose condition holds:
+
+    - NOTHING_COMPARED: no Cell could be timed, and none failed.
+    - FAIL: on the new side, a Cell is slower, takes more memory, has other counts, or fails although the old side does
+      not.
+    - INFRASTRUCTURE: the canaries had too many false alarms, so no time was judged; or a Cell could not be timed.
+    - INCONCLUSIVE: a time is undecided, or only some process runs of a Cell counted their memory. This code is returned
+      only if `strict` is set.
+    - PASS: otherwise.
 
     Each time (a step or a latency) is judged separately. The level of the Design is strict enough for 500 times. The
-    adjusted p values are shown but decide nothing, since ten or twenty pairs are too few for them. In simulated gates
-    with one Cell that is 3 % slower, adjusted p values find it in 83 % of the gates with 8 Cells, instead of 99 %, and
-    in 53 % of the gates with 50 Cells.
+    adjusted p values are shown, but decide nothing: ten or twenty pairs are too few for them. This was simulated with
+    gates in which one Cell is 3 % slower. With 8 Cells, 99 % of the gates find this Cell, but only 83 % would find it
+    by adjusted p values. With 50 Cells, only 53 % would.
     """
     rows = [row for cell in cells for row in _rows(cell)]
     verdicts = {cell.title(metric): timed for cell in cells for metric, timed in cell.timed.items()}
@@ -126,7 +137,7 @@ def judge(cells: Sequence[CellComparison], canaries: Canaries, *, strict: bool =
 
 
 def _differences(cells: Sequence[CellComparison]) -> tuple[str, ...]:
-    """List the unintended differences between the two sides, and the number of disturbed process runs."""
+    """List the unintended differences between the two sides, and how many process runs waited for a CPU."""
     pairs = [pair for cell in cells for pair in cell.records]
     counts = Counter(
         difference
@@ -159,9 +170,9 @@ def _rows(cell: CellComparison) -> list[ComparisonRow]:
 
 
 def _outcome(pair: CellPair) -> ComparisonRow | None:
-    """Return a row on the status and the checks of one pair.
+    """Return a row if a side is not ok, or if a check failed on the new side but not on the old side.
 
-    Returns None if both sides are ok and no check failed on the new side only.
+    Otherwise return None.
     """
     old, new = pair.base, pair.new
     if _ok((old, new)):
@@ -186,10 +197,11 @@ def _untimed(pair: CellPair) -> Iterator[ComparisonRow]:
 
 
 def _peaks(first: CellPair, whole: Records) -> Iterator[ComparisonRow]:
-    """Yield rows on the training peaks over all process runs of both sides: counted peaks, if known, and process peaks.
+    """Compare the training peaks over all process runs. Yield a row on counted peaks if they are known.
 
-    Counted peaks are equal in equal process runs, so a difference needs no test. A process peak also includes memory
-    other than tensors, e.g. a library's own allocations. On a GPU, both peaks are the same number.
+    Yield another row on the peaks of the processes. Equal programs have equal counted peaks, so a difference needs no
+    test. A process peak also includes memory other than tensors, e.g. a library's own allocations. On a GPU, both peaks
+    are the same number, so there is only one row.
     """
     allocated = any(m.memory.source == ALLOCATED for pair in whole for r in pair if (m := r.measurements) is not None)
     counted, of_process = _sides(whole, COUNTED_PEAK), _sides(whole, PEAK_ABOVE_IMPORTS)
@@ -202,16 +214,19 @@ def _peaks(first: CellPair, whole: Records) -> Iterator[ComparisonRow]:
 
 
 def _sides(whole: Records, metric: Metric) -> tuple[list[Number], list[Number]] | None:
-    """Return the values of a metric in all process runs, as (old, new); None if a process run lacks the metric."""
+    """Return the values of a metric on the old side and on the new side, one value per process run.
+
+    If the metric is missing in any process run, return None.
+    """
     old, new = ([metric.read(pair[side]) for pair in whole] for side in (0, 1))
     there = [n for n in old if n is not None], [n for n in new if n is not None]
     return there if len(there[0]) == len(there[1]) == len(whole) else None
 
 
 def _uncounted(whole: Records) -> str:
-    """Return how many process runs of each side lack a counted peak, as text; an empty string if all of them lack it.
+    """Say how many process runs of each side lack a counted peak. If all of them lack it, return an empty string.
 
-    A step that needs too much memory is not counted, so a side with missing counts has probably grown.
+    A step that needs too much memory is not counted. So if only one side lacks counts, its memory has probably grown.
     """
     without = [sum(COUNTED_PEAK.read(pair[side]) is None for pair in whole) for side in (0, 1)]
     parts = [f"{n} of {len(whole)} of the {side} side" for n, side in zip(without, _SIDES, strict=True) if n]
@@ -222,10 +237,10 @@ def _uncounted(whole: Records) -> str:
 def _grown(
     first: CellPair, what: str, sides: tuple[list[Number], list[Number]], allowed: int, *, exact: bool
 ) -> ComparisonRow:
-    """Compare one kind of memory peak between the old and the new side, over all process runs.
+    """Return a row that compares one kind of memory peak between the old and the new side, over all process runs.
 
-    If `exact` is set and the runs of each side differ by at most `allowed`, the medians alone decide. Otherwise a rank
-    test must agree, so that a single disturbed run decides nothing.
+    The row fails if the median grew by more than `allowed` and a rank test confirms it. So a single disturbed run
+    decides nothing. No test is needed if `exact` is set and the runs of each side differ by at most `allowed`.
     """
     old, new = sides
     a, b = int(median(old)), int(median(new))
@@ -245,7 +260,7 @@ def _span(values: Sequence[Number]) -> str:
 
 
 def _higher(left: Sequence[Number], right: Sequence[Number]) -> bool:
-    """Return whether the values of `left` rank higher than those of `right`, by an exact one-sided rank test."""
+    """Return whether the values of `left` are significantly higher than those of `right`, by an exact rank test."""
     from scipy.stats import mannwhitneyu
 
     return float(mannwhitneyu(left, right, alternative="greater", method="exact").pvalue) <= _PEAK_LEVEL

@@ -1,7 +1,8 @@
 """Reproducibility: compare the losses of reruns bitwise, and find the first differing step and the causes.
 
-A different machine, library, code, thread count, model or data explains a difference. The order of the data and the initial
-state follow from the seed, which is part of the Cell: a difference in them shows where two runs diverged, but not why.
+A different machine, library, code version, number of threads, model or data set can explain different losses. A
+different initial state or order of the data cannot, because both follow from the seed, which is part of the Cell. Such
+a difference only shows where two runs diverged.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from harness.records.store import Run
 _GPU = "on a GPU some kernels sum in an order that varies from run to run"
 _NOT_RECORDED = "not recorded"
 CODE_VERSION, PROVIDER = "code version", "implementation from"
-"""Names of differences in the code."""
+"""Names of the two differences that concern the code."""
 
 
 class Difference(NamedTuple):
@@ -35,7 +36,7 @@ class Difference(NamedTuple):
 
     @property
     def recorded(self) -> bool:
-        """True if both values are recorded; otherwise the difference is uncertain."""
+        """True if both Records hold the value. Otherwise it is uncertain whether they differ."""
         return _NOT_RECORDED not in (self.left, self.right)
 
 
@@ -48,31 +49,32 @@ class Rerun:
     label: str
     """Name of the Cell."""
     records: tuple[tuple[str, str], ...]
-    """Pairs (run, Record id)."""
+    """Pairs (name of the run, id of the Record)."""
     same_losses: bool | None
     """True if the losses are bitwise equal; None without training."""
     same_items: bool | None
-    """True if the answers are equal; None without scoring."""
+    """True if all Records answered the same items correctly; None without scoring."""
     first_step: int | None
-    """First differing step, from 0; None if no step differs."""
+    """Number of the first step whose losses differ, counted from 0; None if no step differs."""
     causes: tuple[str, ...]
-    """Differences in the circumstances of unequal Records."""
+    """Differences that may explain why Records have different results."""
     seeded: tuple[str, ...]
-    """Differences of unequal Records in facts that the seed determines."""
+    """Differences in the initial state or the order of the data. The seed should make both equal."""
     unexplained: bool
-    """True if the difference between two Records has no known cause."""
+    """True if two Records have different results without a known cause."""
 
     @property
     def equal(self) -> bool:
-        """True if no comparison found a difference."""
+        """True if all Records have the same losses and the same answers."""
         return self.same_losses is not False and self.same_items is not False
 
 
 def reruns(runs: Sequence[Run]) -> tuple[Rerun, ...]:
-    """Compare the ok Records of each Cell that has several; return one Rerun per Cell, in the order of the manifests.
+    """Compare the ok Records of each Cell that has several. Return one Rerun per Cell, in the order of the manifests.
 
-    Each Record is compared with an earlier one: the first from the same circumstances or, if there is none, the very
-    first. A copy of a Record (a run named twice, a copied folder) is no rerun.
+    Each Record is compared with the first earlier Record that was made in the same circumstances. If there is none, it
+    is compared with the very first Record. A copy of a Record is no rerun: a run may be named twice, or a folder
+    copied.
     """
     cells = {cell.cell_id: cell for run in runs for cell in run.manifest.cells}
     by_cell: dict[str, list[Record]] = {cell_id: [] for cell_id in cells}
@@ -87,15 +89,18 @@ def reruns(runs: Sequence[Run]) -> tuple[Rerun, ...]:
 
 
 def possible_reruns(runs: Sequence[Run]) -> tuple[Rerun, ...] | None:
-    """Return the `reruns`; None for a single run with one attempt at each Cell, since it cannot contain reruns."""
+    """Return the reruns in these runs. If no rerun is possible, return None.
+
+    No rerun is possible in a single run with one attempt at each Cell.
+    """
     repeated = len(runs) > 1 or any(len(run.records) > len(run.latest()) for run in runs)
     return reruns(runs) if repeated else None
 
 
 def judge(found: Sequence[Rerun], *, strict: bool = False) -> Exit:
-    """Return FAIL for an unexplained difference, and NOTHING_COMPARED without reruns.
+    """Return the exit code: FAIL for an unexplained difference, NOTHING_COMPARED without reruns, otherwise PASS.
 
-    With `strict`, an explained difference returns INCONCLUSIVE. Otherwise returns PASS.
+    With `strict`, an explained difference gives INCONCLUSIVE instead of PASS.
     """
     if any(r.unexplained for r in found):
         return Exit.FAIL
@@ -155,12 +160,12 @@ def _seeded_differences(left: Record, right: Record) -> list[Difference]:
 
 
 def circumstances(left: Record, right: Record) -> list[Difference]:
-    """List the differences in the inputs and surroundings of two Records of one Cell."""
+    """List what differs in the inputs and surroundings of two Records of one Cell and may explain their results."""
     return surroundings(left, right) + asset_differences(left, right)
 
 
 def surroundings(left: Record, right: Record) -> list[Difference]:
-    """List the differences in the surroundings of two Records: all of `circumstances` except model and data."""
+    """List what differs in the surroundings of two Records: environment, variables, device and code."""
     changed = environment_differences(left.environment, right.environment)
     a, b = (r.environment.extra.get("variables") for r in (left, right))
     if isinstance(a, dict) and isinstance(b, dict):
@@ -199,15 +204,19 @@ def environment_differences(left: Environment, right: Environment) -> list[Diffe
 def _unequal(
     left: Mapping[str, Any], right: Mapping[str, Any], missing: str = "none", prefix: str = ""
 ) -> list[Difference]:
-    """List the differences of two mappings, one per key. missing: text for a key that one side lacks."""
+    """List the differences between two mappings, one for each key whose values differ.
+
+    missing: text to show for a key that one mapping lacks.
+    """
     changed = [key for key in sorted(left.keys() | right.keys()) if left.get(key) != right.get(key)]
     return [Difference(f"{prefix}{key}", str(left.get(key, missing)), str(right.get(key, missing))) for key in changed]
 
 
 def usual_environment(run: Run) -> Environment:
-    """Return the most frequent environment of a run's ok Records; on a tie, the environment of the runner.
+    """Return the most frequent environment of a run's ok Records. On a tie, prefer the environment of the runner.
 
-    On a cluster, Cells may run on other machines than the runner. Several jobs share the threads of one machine.
+    The environment of the runner itself may be unusual. On a cluster, Cells may run on other machines. If several Cells
+    run at the same time, they share the threads of a machine.
     """
     ok = [record.environment for record in run.latest().values() if record.status is Status.OK]
     found = Counter(_key(e) for e in ok)
@@ -216,7 +225,10 @@ def usual_environment(run: Run) -> Environment:
 
 
 def strangers(run: Run) -> dict[str, list[Record]]:
-    """Return the newest Records from other environments than the usual one, grouped by a text that lists the differences."""
+    """Return the newest Records that were made in an unusual environment, grouped by their environment.
+
+    Each key is a text that lists the differences from the usual environment.
+    """
     usual = usual_environment(run)
     found: dict[str, list[Record]] = {}
     for record in run.latest().values():

@@ -1,8 +1,9 @@
 """Anchor of a night: the factor by which the whole machine was slower or faster than usual.
 
-The anchor is the median of value / usual value over all series. Every time of a night is divided by the anchor of the
-night, so a slow night of the whole machine is no change of any Cell. But this also hides a slow-down of every Cell. So
-the history also watches the anchor itself, and sentinels: times that no code under test can change.
+The anchor is the median over all series of (value in this night) / (usual value of the series). Every time of a night
+is divided by the anchor of the night. So a slow night of the whole machine does not look like a change of a Cell. But
+the division also hides a slow-down of every Cell. So the history also watches the anchor itself, and the sentinels:
+times that no code under test can change.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ if TYPE_CHECKING:
     from harness.analysis.statistics.change_points import Array
 
 FEWEST_SERIES = 5
-"""Fewest series for an anchor; a single series would be divided by itself."""
+"""Fewest series for an anchor. With a single series, each value would be divided by itself."""
 FEWEST_SENTINELS = 3
 
 
 def anchor(logs: Array, fewest: int = FEWEST_SERIES) -> Array:
-    """Return the log of each night's anchor, shape (nights,). logs: log times, shape (series, nights), NaN if missing.
+    """Return the logarithm of each night's anchor, shape (nights,).
 
-    The anchor is NaN on nights with fewer series than `fewest`. A series takes part only if it has values in at least
-    half of the nights: the usual value of a younger series would come from other nights.
+    logs: logarithms of times, shape (series, nights), NaN if missing. The anchor is NaN for a night with fewer series
+    than `fewest`. A series is used only if it has values in at least half of the nights. Otherwise its usual value
+    would come from other nights than the usual values of the other series.
     """
     import numpy as np
 
@@ -38,7 +40,7 @@ def anchor(logs: Array, fewest: int = FEWEST_SERIES) -> Array:
 
 
 def _median(values: Array, axis: int) -> Array:
-    """Return the median along `axis` without NaN; where all values are NaN, it is NaN, without a warning."""
+    """Return the median along `axis` without the NaN values. If all values are NaN, the median is NaN."""
     import numpy as np
 
     ordered = np.sort(values, axis=axis)  # NaN comes last

@@ -1,4 +1,7 @@
-"""A/A canaries: comparisons of one side with itself, which measure the rate of false alarms. A high rate closes the gate."""
+"""A/A canaries: comparisons of one side with itself. They measure how often the gate raises a false alarm.
+
+If the rate of false alarms is too high, the gate is closed: it judges no time.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ TIMES = 3.0
 
 @dataclass(frozen=True)
 class Canaries:
-    """False alarms of A/A runs."""
+    """Numbers of A/A runs and of their false alarms."""
 
     alarms: int
     """Number of A/A runs with an alarm."""
     runs: int
     """Number of A/A runs."""
     nominal: float = NOMINAL
-    """Expected share of alarms: the level of the test."""
+    """Expected share of runs with an alarm: the level of the test."""
 
     def __post_init__(self) -> None:
         """Raise UsageError for impossible counts."""
@@ -45,12 +48,12 @@ class Canaries:
 
     @property
     def closed(self) -> bool:
-        """True if the gate is closed: at the accepted rate, so many alarms have a probability of at most 1 - LEVEL."""
+        """True if the gate is closed: the rate of false alarms is significantly above the largest accepted rate."""
         return self._closes(self.alarms)
 
     @property
     def sentence(self) -> str:
-        """The rate and its consequence, as a sentence."""
+        """Sentence that states the rate of false alarms and its consequence."""
         if not self.runs:
             return "no A/A canaries: the rate of false alarms of this gate is unknown here"
         low, high = self.interval
@@ -73,9 +76,10 @@ class Canaries:
 
 
 def canaries(log_ratios: Iterable[Sequence[float]], trim: float, nominal: float = NOMINAL) -> Canaries:
-    """Count the A/A canaries and their alarms. A canary alarms if its log ratios differ from 0 at the level `nominal`.
+    """Count the A/A runs and their alarms. A run has an alarm if its log ratios differ from 0 at the level `nominal`.
 
-    The test is two-sided. Unlike the gate, it has no margin: a margin would hide noise of twice the expected size.
+    The test is two-sided. Unlike the gate, it has no margin, because a margin would hide noise of twice the expected
+    size. log_ratios: for each run, one value per pair. trim: share of the pairs that is trimmed at either end.
     """
     alarms = []
     for pairs in log_ratios:

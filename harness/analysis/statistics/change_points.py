@@ -1,9 +1,10 @@
-"""Changes of level in a series: an optimal segmentation by `ruptures`, without the changes that are too small.
+"""Find changes of level in a series of nights: an optimal segmentation by `ruptures`, without the small changes.
 
-The values are divided by their noise. The segmentation minimises the sum of the squared deviations from the levels plus
-a penalty for each change (ruptures.KernelCPD with the linear kernel). A level has at least three nights, so a single
-slow night is never a change. The median of its neighbours replaces such a night first, because it would shift the level
-next to it. Values are logarithms, so a relative change is the same at every level.
+The values are logarithms, so that a relative change is the same at every level. They are divided by their noise. The
+segmentation minimises the sum of the squared deviations from the levels, plus a penalty for each change
+(ruptures.KernelCPD with the linear kernel). A level has at least three nights, so a single slow night is never a
+change. But such a night would shift the level of the nights beside it, so the median of its neighbours replaces it
+first.
 """
 
 from __future__ import annotations
@@ -24,16 +25,18 @@ LEVEL_NIGHTS = 3
 FEWEST = 2 * LEVEL_NIGHTS
 """The fewest nights of a series in which a change can be seen."""
 PENALTY = 18.0
-"""Penalty for a change, in units of the squared noise. Pure noise gains slightly less at the best of a hundred positions."""
+"""Penalty for a change, in units of the squared noise. In a series of pure noise with a hundred positions for a change,
+the best position reduces the sum of the squared deviations by slightly less than this."""
 SUSPICIOUS = 3.0
-"""Distance of the last night from the level before it, in standard errors, that is suspicious. Normal noise reaches it
-in one night of 700."""
+"""Smallest suspicious distance of the last night from the level before it, in standard errors. Normal noise reaches
+this distance in one night of 700."""
 _SPIKE = 4.0
-"""Distance from its neighbours, in units of the noise, that makes a night an outlier."""
+"""Smallest distance of an outlier from the median of its neighbours, in units of the noise."""
 _TO_SIGMA = 1.4826
 """Ratio of the standard deviation to the median absolute deviation of a normal distribution."""
 _OWN_NIGHTS = 10
-"""Weight of the noise that all series share, as a number of nights of one series. Six nights alone estimate noise badly."""
+"""Weight of the noise that all series share, as a number of nights of one series. The shared noise is used because six
+nights alone estimate noise badly."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class LevelChange:
     """One change of level."""
 
     at: int
-    """Index of the first value of the new level."""
+    """Index of the first value at the new level."""
     before: float
     """Median of the old level."""
     after: float
@@ -54,10 +57,10 @@ class LevelChange:
 
 
 def noise(values: Array) -> float:
-    """Return the standard deviation of the values around their levels, estimated from differences of neighbours.
+    """Return the standard deviation of the values around their levels. For fewer than two values, return 0.
 
-    A change of level is one difference among many, so the median of the differences ignores it. Returns 0 for fewer
-    than two values.
+    It is estimated from the median of the differences between neighbours. A change of level affects only one of these
+    differences, so it hardly affects the median.
     """
     import numpy as np
 
@@ -69,11 +72,11 @@ def noise(values: Array) -> float:
 def steps(
     values: Array, *, least: float, shared: float = 0.0, floor: float = 1e-4, own: float | None = None
 ) -> tuple[LevelChange, ...]:
-    """Return the changes of level of a series (1-d, finite), oldest first; none for fewer than FEWEST values.
+    """Return the changes of level of a series (1-d, finite), oldest first. With fewer than FEWEST values, return none.
 
-    least: smallest change to return. shared: noise of similar series; 0 if unknown. own: noise of the series; estimated
-    if None. floor: smallest assumed noise, since even a constant series is not infinitely exact. All are in the unit of
-    the values.
+    least: smallest change to return. shared: noise of similar series; 0 if unknown. own: noise of this series; if None,
+    it is estimated. floor: smallest assumed noise, since even a constant series is not infinitely exact. All four have
+    the unit of the values.
     """
     if len(values) < FEWEST or values.max() - values.min() < least:
         return ()
@@ -90,12 +93,12 @@ def steps(
 def suspect(
     values: Array, *, since: int, least: float, shared: float = 0.0, floor: float = 1e-4, own: float | None = None
 ) -> LevelChange | None:
-    """Return a suspected change to a higher level in the last two values; None without suspicion.
+    """Return a suspected change to a higher level in the last two values. If there is none, return None.
 
-    `steps` cannot find this change, since two nights are no level. The old level is the median from the index `since`
-    on, without the last two values. A change is suspected if the last value exceeds the old level by `least`, and by
-    SUSPICIOUS times the joint uncertainty of both. Only new runs can confirm it. `at` of the change is the index of the
-    value before the last. See `steps` for the other arguments.
+    `steps` cannot find this change, because a level needs three nights. The old level is the median of the values from
+    the index `since` on, without the last two. A change is suspected if the last value exceeds the old level by at
+    least `least`, and by at least SUSPICIOUS standard errors of this difference. Only new runs can confirm it. The new
+    level is assumed to begin at the value before the last. For the other arguments, see `steps`.
     """
     import numpy as np
 
@@ -111,7 +114,7 @@ def suspect(
 
 
 def _pooled_noise(values: Array, shared: float, floor: float, own: float | None) -> float:
-    """Return the noise of a series, from its own nights and the noise shared by all series."""
+    """Return the noise of a series, estimated from its own nights and from the noise that all series share."""
     sigma = noise(values) if own is None else own
     if shared:
         nights = len(values) - 1
@@ -120,10 +123,10 @@ def _pooled_noise(values: Array, shared: float, floor: float, own: float | None)
 
 
 def _large_enough(values: Array, edges: Sequence[int], least: float) -> tuple[LevelChange, ...]:
-    """Merge neighbouring levels, the closest first, until all differ by `least` or more and enough nights support each.
+    """Merge neighbouring levels, the closest first, until all changes are large and well supported.
 
-    Medians do not show this support: two slow nights of three make the median slow, whatever the third night is.
-    Returns the remaining changes.
+    Return the remaining changes. A large change is at least `least`. `_supported` says whether a change is well
+    supported. The medians do not show this: two slow nights of three make the median slow, whatever the third night is.
     """
     bounds = [int(edge) for edge in edges]
     while True:
@@ -140,7 +143,10 @@ def _large_enough(values: Array, edges: Sequence[int], least: float) -> tuple[Le
 
 
 def _supported(step: LevelChange, left: Array, right: Array) -> bool:
-    """Return whether, on each side, at least LEVEL_NIGHTS values lie nearer to their own level than to the other."""
+    """Return whether enough values support a change.
+
+    On each side of the change, LEVEL_NIGHTS values or more must lie nearer to their own level than to the other level.
+    """
     sign, middle = (1 if step.change > 0 else -1), (step.before + step.after) / 2
     nearer = ((sign * (left - middle) < 0).sum(), (sign * (right - middle) > 0).sum())
     return bool(min(nearer) >= LEVEL_NIGHTS)

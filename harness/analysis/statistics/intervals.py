@@ -1,4 +1,4 @@
-"""Intervals, tests and percentiles based on counts: Wilson, order statistics, exact McNemar, Holm."""
+"""Intervals, tests and percentiles that are computed from counts: Wilson, order statistics, exact McNemar, Holm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ SHARES = (0.50, 0.95, 0.99)
 
 
 def wilson(correct: int, n: int, level: float = LEVEL) -> tuple[float, float]:
-    """Return the Wilson score interval of a proportion; (0, 1) for n = 0. Raises ValueError unless 0 <= correct <= n."""
+    """Return the Wilson score interval of a proportion. For n = 0, it is (0, 1).
+
+    Raises ValueError unless 0 <= correct <= n.
+    """
     if not 0 <= correct <= n:
         raise ValueError(f"{correct} correct of {n}")
     if n == 0:
@@ -30,7 +33,7 @@ def wilson(correct: int, n: int, level: float = LEVEL) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Median:
-    """A median and its interval from order statistics; `low` and `high` are None for too few samples."""
+    """A median, with its interval from order statistics. `low` and `high` are None if there are too few samples."""
 
     value: float
     low: float | None
@@ -39,7 +42,10 @@ class Median:
 
 
 def _half_cumulative(n: int) -> Iterator[tuple[int, int]]:
-    """Yield (i, sum of C(n, 0..i)): the numerators of P(Binomial(n, 1/2) <= i) over 2**n, in exact integers."""
+    """Yield (i, sum of the binomial coefficients C(n, 0) to C(n, i)) for i = 0 to n, as exact integers.
+
+    The sum divided by 2**n is P(Binomial(n, 1/2) <= i).
+    """
     term, total = 1, 1
     for i in range(n + 1):
         yield i, total
@@ -48,10 +54,11 @@ def _half_cumulative(n: int) -> Iterator[tuple[int, int]]:
 
 
 def median_interval(samples: Sequence[float], level: float = LEVEL) -> Median:
-    """Return the median, and the narrowest symmetric pair of order statistics that covers it with probability `level`.
+    """Return the median of the samples and its interval at `level`. Raises ValueError without samples.
 
-    The probability is at least `level` for independent samples of any distribution. Steps of one process are not
-    independent of each other, so the interval does not apply to another process. Raises ValueError without samples.
+    The ends of the interval are two samples at the same distance from either end of the sorted list. They are as close
+    together as `level` allows. The level holds for independent samples of any distribution. Steps of one process are
+    not independent of each other, so the interval does not hold for another process.
     """
     if not samples:
         raise ValueError("no samples")
@@ -80,10 +87,11 @@ def mcnemar(only_left: int, only_right: int) -> float:
 def paired_difference(
     both: int, only_left: int, only_right: int, neither: int, level: float = LEVEL
 ) -> tuple[float, float]:
-    """Return the interval of left - right for two shares of the same items (Newcombe 1998, paired, method 10).
+    """Return the interval of left - right, for two shares of the same items (Newcombe 1998, paired, method 10).
 
-    The interval combines two Wilson intervals and the correlation of the answers. So it is valid for few items, and for
-    equal answers, where an interval from the variance of the differences would have no width.
+    The arguments count the items that both sides, only one side, or neither side answered correctly. The interval
+    combines two Wilson intervals with the correlation of the answers. So it is valid for few items. It also has a width
+    if all answers are equal, where an interval from the variance of the differences would have none.
     """
     n = both + only_left + only_right + neither
     left, right = both + only_left, both + only_right
@@ -104,7 +112,8 @@ def paired_difference(
 def holm(p_values: Mapping[str, float], tests: int = 0) -> dict[str, float]:
     """Return p values adjusted for several tests (Holm's step-down), by name.
 
-    tests: number of all tests, if `p_values` holds only some of them; the other p values are assumed to be larger.
+    tests: number of all tests, if `p_values` holds only some of them. The p values of the other tests are assumed to be
+    larger.
     """
     tests = max(tests, len(p_values))
     ordered = sorted(p_values.items(), key=lambda pair: pair[1])
@@ -115,19 +124,23 @@ def holm(p_values: Mapping[str, float], tests: int = 0) -> dict[str, float]:
 def detectable(n: int, disagreement: float) -> float:
     """Return the smallest true difference of two accuracies that a two-sided test at 5 % finds with 80 % power.
 
-    disagreement: the share of items that exactly one side answers correctly; 2 p (1 - p) for independent answers.
+    n: number of items. disagreement: the share of items that exactly one side answers correctly. For independent
+    answers with the accuracy p, it is 2 p (1 - p).
     """
     z = NormalDist().inv_cdf(0.5 + LEVEL / 2) + NormalDist().inv_cdf(POWER)
     return z * math.sqrt(disagreement / n)
 
 
 def samples_needed(share: float) -> int:
-    """Return the smallest number of samples for a percentile: at least one sample must lie beyond it."""
+    """Return the fewest samples for the percentile `share`. At least one sample must lie beyond the percentile."""
     return math.ceil(1 / (1 - Fraction(str(share))))
 
 
 def percentile(samples: Sequence[float], share: float) -> float | None:
-    """Return the smallest sample that is at least as large as `share` of all; None for too few samples."""
+    """Return the smallest sample that is at least as large as the share `share` of all samples.
+
+    If there are too few samples, return None.
+    """
     if len(samples) < samples_needed(share):
         return None
     return sorted(samples)[math.ceil(Fraction(str(share)) * len(samples)) - 1]

@@ -1,8 +1,8 @@
 """Accuracy over several training runs that differ in the seed alone: intervals and tests for new seeds and new items.
 
-A repeated comparison would have new test items and new training runs. The squared standard error adds the contributions
-of both: a test over items alone would mistake favourable seeds for a better method. Items are paired, since every run
-scores the same items (Miller, arXiv:2411.00640).
+Whoever repeats a comparison has new test items and new training runs. So the squared standard error is a sum of two
+parts, one for the items and one for the seeds. A test over items alone would mistake favourable seeds for a better
+method. Items are paired, since every run scores the same items (Miller, arXiv:2411.00640).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Spread:
 
     @property
     def p(self) -> float:
-        """Two-sided p value for a true value of 0."""
+        """Two-sided p value of the hypothesis that the true value is 0."""
         if not self.error:
             return 1.0 if not self.value else 0.0
         from scipy.special import stdtr  # slow to import, and not needed for runs with one seed
@@ -48,14 +48,14 @@ class Spread:
 
     @property
     def detectable(self) -> float:
-        """The smallest true value that the test finds with 80 % power."""
+        """The smallest true value that differs from 0 in a two-sided test at LEVEL with 80 % power."""
         return (_quantile(0.5 + LEVEL / 2, self.df) + NormalDist().inv_cdf(POWER)) * self.error
 
 
 def mean(runs: Sequence[Accuracy], prior: Prior | None = None) -> Spread | None:
-    """Return the mean accuracy of two or more runs; None unless all of them scored the same items.
+    """Return the mean accuracy of two or more runs. If they did not score the same items, return None.
 
-    prior: the spread over seeds, estimated from all recipes of a group, if known.
+    prior: the spread over seeds, estimated from all recipes of a group; None if it is unknown.
     """
     if not same_items(runs):
         return None
@@ -66,10 +66,11 @@ def mean(runs: Sequence[Accuracy], prior: Prior | None = None) -> Spread | None:
 def difference(
     left: Sequence[Accuracy], right: Sequence[Accuracy], priors: tuple[Prior | None, Prior | None] = (None, None)
 ) -> Spread | None:
-    """Return mean(left) - mean(right); None unless all runs scored the same items.
+    """Return the difference of mean accuracies, left - right. If not all runs scored the same items, return None.
 
-    The squared error of the difference is var(per-item difference of the runs' means) / items, plus var(accuracies) /
-    runs of each side. priors: one per side, as in `mean`; a prior shared by both counts once.
+    The squared error of the difference has three parts. The first is var(difference of the mean answers to an item) /
+    items. The two others, one per side, are var(accuracies of the runs) / runs. priors: for each side, the spread over
+    seeds as in `mean`. If both sides have the same prior, its degrees of freedom count only once.
     """
     if not same_items((*left, *right)):
         return None
@@ -80,12 +81,13 @@ def difference(
 
 
 def paired(left: Sequence[Accuracy], right: Sequence[Accuracy]) -> Spread | None:
-    """Return mean(left) - mean(right), where left[i] and right[i] have the same seed; None unless all scored the same items.
+    """Return the difference of mean accuracies, left - right. left[i] and right[i] are runs with the same seed.
 
-    The squared error of the difference is var(per-item difference of the means) / items + var(per-seed difference) /
-    seeds. Effects of a seed on both sides cancel, so the comparison finds even small differences between two versions of
-    a program, and equal versions have no error at all. Raises ValueError for sides of unequal length, or of fewer than
-    two seeds.
+    If not all runs scored the same items, return None. The squared error of the difference has two parts:
+    var(difference of the mean answers to an item) / items, and var(difference of the accuracies of a seed) / seeds.
+    Effects that a seed has on both sides cancel. So even small differences between two versions of a program are found,
+    and equal versions have no error at all. Raises ValueError if the sides have unequal lengths, or fewer than two
+    seeds.
     """
     if len(left) != len(right) or len(left) < 2:
         raise ValueError(f"{len(left)} and {len(right)} runs cannot be paired by two or more seeds")
@@ -97,13 +99,16 @@ def paired(left: Sequence[Accuracy], right: Sequence[Accuracy]) -> Spread | None
 
 
 def same_items(runs: Sequence[Accuracy]) -> bool:
-    """Return whether all runs scored the same items, and at least one item."""
+    """Return whether all runs scored the same items. Runs without items return False."""
     scored = {frozenset(run.answers) for run in runs}
     return len(scored) == 1 and bool(*scored)
 
 
 def _spread(value: float, parts: Sequence[tuple[float, float]]) -> Spread:
-    """Return a Spread from a value and its squared errors, each with its degrees of freedom (Satterthwaite 1946)."""
+    """Return the Spread of a value whose squared error is a sum of parts (Satterthwaite 1946).
+
+    parts: the squared error and the degrees of freedom of each part.
+    """
     total = sum(square for square, _ in parts)
     if math.isinf(total):
         return Spread(value, math.inf, 1)
@@ -112,7 +117,7 @@ def _spread(value: float, parts: Sequence[tuple[float, float]]) -> Spread:
 
 
 def _mean_error(values: Sequence[float]) -> tuple[float, float]:
-    """Return the squared error of the mean of values, and its degrees of freedom."""
+    """Return the squared standard error of the mean of the values, and its degrees of freedom."""
     return (variance(values) / len(values), len(values) - 1) if len(values) > 1 else (math.inf, 1)
 
 
@@ -124,7 +129,7 @@ def _of_seeds(runs: Sequence[Accuracy], prior: Prior | None = None) -> tuple[flo
 
 
 def _means(runs: Sequence[Accuracy]) -> list[float]:
-    """Return each item's mean over the runs, in the order of the items' ids."""
+    """Return the mean answer to each item over all runs, in the order of the items' ids."""
     answers = [run.answers for run in runs]
     return [fmean(one[i] for one in answers) for i in sorted(answers[0])]
 

@@ -1,4 +1,4 @@
-"""Design of an A/B comparison: order of the process runs, numbers of pairs, looks at the pairs, levels of significance."""
+"""Design of an A/B comparison: the order of the process runs, and how many pairs are judged at which level."""
 
 from __future__ import annotations
 
@@ -12,36 +12,38 @@ from harness.errors import UsageError, plural
 Stage = Literal["first", "fresh"]
 BLOCKS = ("ABBA", "BAAB")
 FEWEST = 6
-"""Fewest pairs: five allow no interval at 95 %, neither from order statistics nor from signed ranks."""
+"""Fewest pairs. Five pairs allow no interval at 95 %, neither from order statistics nor from signed ranks."""
 
 
 @dataclass(frozen=True)
 class Design:
-    """Numbers of pairs, looks at them, and levels of an alarm.
+    """Numbers of pairs, planned looks at the pairs, and levels of an alarm. At a look, the pairs so far are judged.
 
-    The level bounds the rate of false alarms under any symmetric noise. On steady machines, where the pairs vary little
-    compared with the margin, false alarms are far rarer. Elsewhere, e.g. if a kernel runs at one of two speeds in each
-    process, the rate comes near the level; a large mde80 reveals such a Cell.
+    The level limits the rate of false alarms under any symmetric noise. On steady machines, the pairs vary little
+    compared with the margin, and false alarms are far rarer. On other machines, the rate comes near the level, e.g. if
+    a kernel runs at one of two speeds in each process. Such a Cell has a large `PairVerdict.mde80`.
     """
 
     first: int = 6
-    """Number of pairs that every Cell gets."""
+    """Number of pairs that every Cell gets in the first stage."""
     fresh: tuple[int, ...] = (10, 20)
-    """Total number of fresh pairs at each planned look."""
+    """Numbers of fresh pairs at which the second stage is judged. Later numbers include the earlier pairs."""
     levels: tuple[float, ...] = (0.001, 0.009)
-    """One-sided level of the alarm at each look at fresh pairs, in each direction. The first of these looks has few
-    degrees of freedom, so its level is stricter."""
+    """One-sided level of an alarm at each look at fresh pairs, for each direction. The first look has few degrees of
+    freedom, so its level is stricter."""
     slower_by: float = 0.01
-    """Largest slow-down that is no finding."""
+    """Largest slow-down, as a share, that is no finding."""
     same_within: float = 0.03
-    """Largest change of a Cell that counts as unchanged."""
+    """Largest change of a Cell, as a share, that counts as unchanged."""
     interval: float = 0.95
-    """Level of the interval that must lie within `same_within` to prove a Cell unchanged. If a Cell is slower by
-    `same_within`, each of up to three looks calls it unchanged with a probability of at most (1 - interval) / 2."""
+    """Level of an interval of the change. A Cell is proven unchanged if this interval lies within `same_within`. There
+    are up to three looks. If a Cell is slower by `same_within`, each look calls it unchanged with a probability of at
+    most (1 - interval) / 2."""
     suspect: float = 0.10
-    """Level of the test for a change of more than `suspect_by`. A significant change requires fresh pairs."""
+    """Level of the test for a change of more than `suspect_by`. If the change is significant, the Cell needs fresh
+    pairs."""
     suspect_by: float = 0.005
-    """Smallest suspicious change."""
+    """Smallest suspicious change, as a share."""
     trim: float = 0.25
     """Share of the pairs that is trimmed at either end."""
 
@@ -67,7 +69,7 @@ class Design:
 
     @property
     def level(self) -> float:
-        """The one-sided level of the alarm over all looks, in each direction."""
+        """The one-sided level of an alarm over all looks together, for each direction."""
         return sum(self.levels)
 
     def looks(self, stage: Stage) -> tuple[int, ...]:
@@ -80,7 +82,7 @@ def _bad(what: str, wanted: str) -> UsageError:
 
 
 def order(pairs: int, seed: int) -> str:
-    """Return the side of each process run, two runs per pair, in blocks of two pairs: "ABBABAAB...".
+    """Return the side (A or B) of each process run, in blocks of two pairs, e.g. "ABBABAAB". A pair has two runs.
 
     A linear drift cancels within every block. The numbers of blocks that begin with A and with B differ by at most one,
     so a quadratic drift cancels between blocks. The order of the blocks is random, so that periodic noise favours no

@@ -1,4 +1,4 @@
-"""Smallest slow-down that the planned looks at pairs detect, at the observed spread of the pairs."""
+"""Find the smallest slow-down that the planned looks at pairs detect, given the spread of the observed pairs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 _HALVINGS = 50
 FAR = 60
-"""Upper end of the search, in standard errors: a slow-down of this size is always detected."""
+"""Upper end of the search, in standard errors. A slow-down of this size is always detected."""
 
 
 def reach(scale: float, design: Design) -> float:
-    """Return the log ratio of the smallest slow-down that is found with the power POWER.
+    """Return the smallest slow-down that is detected with the power POWER, as a log ratio.
 
     scale: standard deviation of the log ratio of a pair.
     """
@@ -27,9 +27,9 @@ def reach(scale: float, design: Design) -> float:
 
 
 def least(found: Callable[[float], float], low: float, high: float) -> float:
-    """Return the smallest change between `low` and `high` that is found with the power POWER.
+    """Return the smallest change between `low` and `high` that is detected with the power POWER.
 
-    found: returns the power for a change, and must grow with the change.
+    found: function that returns the power for a change. It must grow with the change.
     """
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
@@ -38,11 +38,11 @@ def least(found: Callable[[float], float], low: float, high: float) -> float:
 
 
 def power(change: float, scale: float, design: Design) -> float:
-    """Return the probability that a Cell with the true log ratio `change` is called slower (noncentral t).
+    """Return the probability that a Cell is called slower, if its true log ratio is `change` (noncentral t).
 
-    The result multiplies two probabilities: that no look before the last calls the Cell unchanged, and that the last
-    look finds the change. The product treats the looks as independent, so it is too low rather than too high. Almost
-    all changes that an early look finds are found at the last look too.
+    The result is a product of probabilities. One is that the last look finds the change. The others are that no earlier
+    look calls the Cell unchanged. The product treats the looks as independent, so it is too low rather than too high.
+    Almost all changes that an early look finds are found at the last look too.
     """
     last = design.fresh[-1]
     chance = _found(change - math.log1p(design.slower_by), scale, last, design.trim, design.levels[-1])
@@ -53,7 +53,10 @@ def power(change: float, scale: float, design: Design) -> float:
 
 
 def found(errors: float, df: float, level: float) -> float:
-    """Return the probability that a one-sided t test at `level` finds an effect `errors` standard errors past its margin."""
+    """Return the probability that a one-sided t test at `level` finds an effect.
+
+    errors: distance of the effect from the margin, in standard errors. df: degrees of freedom.
+    """
     from scipy.special import nctdtr, stdtrit
 
     return 1.0 - float(nctdtr(df, errors, float(stdtrit(df, 1 - level))))
@@ -64,7 +67,7 @@ def _found(beyond: float, scale: float, n: int, share: float, level: float) -> f
 
 
 def _too_wide(scale: float, n: int, design: Design) -> float:
-    """Return the probability that the interval is too wide to prove a Cell unchanged."""
+    """Return the probability that the interval over `n` pairs is too wide to prove a Cell unchanged."""
     from scipy.special import chdtrc, stdtrit
 
     df = _df(n, design.trim)

@@ -1,11 +1,12 @@
 """Verdict on interleaved pairs of process runs, in two stages: B is slower than A, faster, the same, or undecided.
 
-Every Cell gets a few pairs. If they prove the Cell unchanged, that is the verdict. Every other Cell gets fresh pairs, and
-these alone decide, so the pairs that made a Cell conspicuous are not counted twice. The number of looks at the fresh pairs
-is planned, and the looks share the level of the alarm. An alarm must lie beyond a margin, in either direction: an unintended
-speed-up is a finding too.
+In the first stage, every Cell gets a few pairs. If they prove the Cell unchanged, that is the verdict. In the second
+stage, every other Cell gets fresh pairs, and these alone decide. So the pairs that made a Cell conspicuous are not
+counted twice. The number of looks at the fresh pairs is planned, and the looks share the level of the alarm. There is
+an alarm only if the change exceeds a margin. An unintended speed-up raises an alarm too.
 
-All computations use log ratios, so exchanging A and B exchanges `slower` and `faster` and changes nothing else.
+All computations use log ratios. So if A and B are exchanged, `slower` and `faster` are exchanged, and nothing else
+changes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from harness.analysis.statistics.trimmed import Array, Mask
 
 IMPLAUSIBLE = 0.3
-"""Speed-up, as a share, beyond which the sentence asks whether the code still does the same work."""
+"""Speed-up, as a share, beyond which the verdict asks whether the code still does the same work."""
 
 
 class PairFinding(StrEnum):
@@ -40,19 +41,20 @@ class PairFinding(StrEnum):
 
 @dataclass(frozen=True)
 class Look:
-    """Result of one look at n pairs of each Cell; each array has one value per Cell."""
+    """Result of one look at n pairs of each Cell. Each array has one value per Cell."""
 
     seen: Trimmed
-    """Trimmed means and their errors."""
+    """Trimmed means of the log ratios, and their errors."""
     p: Array
-    """One-sided p value of a change beyond `slower_by`, in the direction of the effect. At a look at fresh pairs, it is
-    multiplied by `Design.level` / level of this look, so that an alarm is always a p of at most `Design.level`."""
+    """One-sided p value of the hypothesis that the change is at most `slower_by`, in the direction of the effect. At a
+    look at fresh pairs, it is multiplied by `Design.level` / (level of this look). So an alarm always has a p value of
+    at most `Design.level`."""
     slower: Mask
-    """Cells that are slower."""
+    """True for each Cell that is slower."""
     faster: Mask
-    """Cells that are faster."""
+    """True for each Cell that is faster."""
     same: Mask
-    """Cells that are unchanged."""
+    """True for each Cell that is unchanged."""
 
     @property
     def decided(self) -> Mask:
@@ -61,10 +63,10 @@ class Look:
 
 
 def look(log_ratios: Any, design: Design, stage: Stage) -> Look:
-    """Judge log ratios at a planned look. Their shape is (..., n), with n pairs of each Cell.
+    """Judge the log ratios of all Cells at a planned look. The last axis of `log_ratios` holds the n pairs of a Cell.
 
-    The first stage calls no Cell slower or faster. Raises UsageError if no look at n pairs is planned, HarnessError if
-    a log ratio is not finite.
+    The first stage calls no Cell slower or faster. Raises UsageError if no look at n pairs is planned, and HarnessError
+    if a log ratio is not finite.
     """
     import numpy as np
 
@@ -100,21 +102,22 @@ class PairVerdict:
     word: PairFinding
     """Kind of verdict."""
     stage: Stage
-    """Stage that decided."""
+    """Stage that decided: `first` or `fresh`."""
     effect: float
-    """Hodges-Lehmann estimate of B / A - 1."""
+    """Hodges-Lehmann estimate of B / A - 1, the relative change of the time."""
     interval: tuple[float, float]
-    """Interval of B / A - 1 by the trimmed mean, on which the verdict rests."""
+    """Interval of B / A - 1 around the trimmed mean. The verdict rests on it."""
     rank_interval: tuple[float, float] | None
-    """Hodges-Lehmann interval, valid for any symmetric noise; None if n is too small."""
+    """Hodges-Lehmann interval of B / A - 1, which is valid for any symmetric noise. None if there are too few pairs."""
     p: float
     """p value, see `Look`."""
     n: int
     """Number of pairs of this stage."""
     mde80: float | None
-    """Smallest slow-down that all planned looks detect with 80 % power at this spread; None without a spread."""
+    """Smallest slow-down that all planned looks together detect with 80 % power, given the spread of these pairs. None
+    if the pairs have no spread."""
     more: int
-    """Fresh pairs to run before the next planned look; 0 without one."""
+    """Number of fresh pairs to run before the next planned look. 0 if no look is left."""
     sentence: str
     """Verdict as a sentence."""
 
@@ -140,7 +143,7 @@ def judge(log_ratios: Sequence[float], design: Design, stage: Stage) -> PairVerd
 
 
 def decide(first: Sequence[float], fresh: Sequence[float], design: Design) -> PairVerdict:
-    """Return the verdict of the first planned look that decides, or of the last one.
+    """Return the verdict of the first planned look that decides. If none decides, return the verdict of the last look.
 
     fresh: empty, or enough pairs for at least one planned look. Pairs after the deciding look are not read.
     """
@@ -153,9 +156,10 @@ def decide(first: Sequence[float], fresh: Sequence[float], design: Design) -> Pa
 
 
 def family(verdicts: Mapping[str, PairVerdict]) -> dict[str, float]:
-    """Return Benjamini-Hochberg adjusted p values of a change, in either direction, for the verdicts of one report.
+    """Return the p value of a change in either direction for each verdict, adjusted by Benjamini-Hochberg.
 
-    A Cell without fresh pairs counts with p = 1, since only fresh pairs can raise an alarm.
+    verdicts: all verdicts of one report, by name. A verdict without fresh pairs counts with p = 1, since only fresh
+    pairs can raise an alarm.
     """
     if not verdicts:
         return {}
@@ -166,7 +170,7 @@ def family(verdicts: Mapping[str, PairVerdict]) -> dict[str, float]:
 
 
 def _sentence(v: PairVerdict, design: Design) -> str:
-    """Return a verdict and its evidence as a sentence."""
+    """Return a sentence that states a verdict and its evidence."""
     pairs = f"{v.n} {'fresh ' if v.stage == 'fresh' else ''}pairs"
     if v.mde80 is None:
         return (

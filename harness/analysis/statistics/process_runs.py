@@ -1,15 +1,16 @@
-"""Verdict on a new process run of a benchmark, e.g. of pytest, against saved runs that are not interleaved with it.
+"""Verdict on a new process run of a benchmark, e.g. of pytest, compared with older saved runs.
 
-A run counts as one number, the median of its rounds: rounds of one process share its conditions (addresses, clocks,
-neighbours), so more rounds predict the next process no better. The new run is compared with the prediction interval of
-the saved runs, in log ratios: if nothing changed, this run is another sample from their distribution. Nothing is
-trimmed, since the new run may be disturbed too.
+Each run is reduced to one number, the median of its rounds. More rounds would not predict the next process better,
+because the rounds of one process share its conditions (addresses, clocks, neighbours). The new run is compared with the
+prediction interval of the saved runs, in log ratios: if nothing changed, the new run is another sample from their
+distribution. Nothing is trimmed, since the new run may be disturbed too.
 
-The level holds for normal noise. If each process runs at one of two speeds, e.g. because of its memory layout, a few
-saved runs may all have the same speed. But under any noise, an unchanged run lies beyond all n saved runs in only one
-of n + 1 sessions, and with up to ten saved runs only such a run raises an alarm. The saved runs are older, and the
-machine may have changed since: the margin allows for this, their spread does not. Smaller differences need interleaved
-runs of both sides (`paired`).
+The level of the verdict holds for normal noise. Noise may be different: a process may run at one of two speeds, e.g.
+because of its memory layout, and a few saved runs may all have the same speed. But under any noise, an unchanged run
+lies beyond all n saved runs in only one of n + 1 sessions. With up to ten saved runs, only such a run raises an alarm.
+
+The machine may have changed since the saved runs. Their spread does not show this, so the margin has to allow for it.
+To find smaller differences, run both sides interleaved (see `paired`).
 """
 
 from __future__ import annotations
@@ -27,25 +28,27 @@ from harness.analysis.statistics.trimmed import single, trimmed
 from harness.errors import plural
 
 MARGIN = 0.10
-"""Largest slow-down that is no finding: sessions on one machine differ by some per cent without a change."""
+"""Largest slow-down, as a share, that is no finding. Sessions on one machine differ by some per cent without a
+change."""
 ALARM = 0.01
-"""One-sided level of `slower`, and of `faster`, for each benchmark separately."""
+"""One-sided level of the verdicts `slower` and `faster`. It applies to each benchmark separately."""
 FEWEST = 3
-"""Fewest saved runs whose spread is estimated."""
+"""Fewest saved runs from which a spread is estimated."""
 ASSUMED = 0.05
-"""Standard deviation of process runs that is assumed if too few runs are saved or if they have no spread. The verdict
-states it.
+"""Assumed standard deviation of process runs, as a share. It is used if too few runs are saved, or if they have no
+spread. The verdict states it.
 
-Five small kernels (add, copy, matmul, softmax, a Python loop) had 0.9 % to 8.5 % in 14 process runs each on a shared
-machine with two cores; the root mean square was 5 %."""
+It was measured with five small kernels (add, copy, matmul, softmax, a Python loop) on a shared machine with two cores.
+Over 14 process runs, each kernel had a standard deviation between 0.9 % and 8.5 %; their root mean square was 5 %."""
 _ROUNDS = 0.9
-"""Level of the interval of one run's median, which is used if fewer than FEWEST runs are saved. Five rounds are enough."""
+"""Level of an interval of one run's median. The interval is used if fewer than FEWEST runs are saved. It needs at least
+five rounds."""
 _LARGEST = 700.0
-"""Largest log ratio with a finite exponential."""
+"""Largest log ratio whose exponential is a finite float."""
 
 
 class Pace(StrEnum):
-    """Verdicts on the timed code."""
+    """Verdicts on the speed of the timed code."""
 
     SLOWER = "slower"
     FASTER = "faster"
@@ -64,7 +67,7 @@ class JudgedBenchmark:
     new: float
     """Median of the new run, in seconds."""
     interval: tuple[float, float]
-    """Interval of new / base - 1, at LEVEL."""
+    """Interval of new / base - 1 at the level LEVEL."""
     runs: int
     """Number of saved runs."""
     mde80: float
@@ -74,10 +77,11 @@ class JudgedBenchmark:
 
 
 def judge(saved: Sequence[Sequence[float]], new: Sequence[float], margin: float = MARGIN) -> JudgedBenchmark:
-    """Judge a new process run by saved runs. saved, new: seconds of the rounds, above 0.
+    """Judge a new process run by comparing it with saved runs. saved, new: seconds of each round, above 0.
 
-    The verdict is `slower` if the ratio new / saved exceeds 1 + margin at the level ALARM, `faster` if the inverse
-    ratio does, and `not slower` if the whole interval at LEVEL lies below 1 + margin; otherwise it is inconclusive.
+    The verdict is `slower` if new / saved exceeds 1 + margin, and `faster` if saved / new exceeds it, each at the level
+    ALARM. It is `not slower` if the whole interval of new / saved at LEVEL lies below 1 + margin. Otherwise it is
+    `inconclusive`.
     """
     centres = [math.log(median(rounds)) for rounds in saved]
     n, limit, seconds, centre = len(saved), math.log1p(margin), median(new), fmean(centres)
@@ -101,7 +105,7 @@ class _Noise:
 
     error: float
     unbiased: float
-    """Estimate of the same error that is unbiased even for few runs."""
+    """Another estimate of the standard error, which is unbiased even for few runs."""
     df: float
     assumed: bool
 
@@ -119,7 +123,7 @@ def _noise(saved: Sequence[Sequence[float]], new: Sequence[float], centres: Sequ
 
 
 def _within(rounds: Sequence[float]) -> float:
-    """Return the standard error of the logarithm of one run's median; ASSUMED if the run has too few rounds."""
+    """Return the standard error of the logarithm of one run's median. If the run has too few rounds, return ASSUMED."""
     seen = median_interval(rounds, _ROUNDS)
     if seen.low is None or seen.high is None:
         return ASSUMED
@@ -137,7 +141,7 @@ def _verdict(pace: Pace, margin: float, p: float, change: float) -> str:
 
 
 def _evidence(n: int, assumed: bool, mde80: float) -> str:
-    """Return the evidence of a verdict, and the smallest detectable slow-down, as text."""
+    """Return a text that gives the evidence of a verdict and the smallest detectable slow-down."""
     runs = plural(n, "saved run")
     if assumed:
         why = f"{FEWEST} runs could show it" if n < FEWEST else "they show none"

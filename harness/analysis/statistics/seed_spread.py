@@ -1,10 +1,10 @@
-"""Spread of accuracies over seeds, moderated by all recipes of a group: three seeds alone give a poor estimate.
+"""Spread of accuracies over seeds, estimated with the help of all recipes of a group.
 
-The variances of the recipes are treated as samples of one distribution, whose mean and width are estimated from them.
-Each variance shrinks towards this mean, more strongly with fewer seeds (the moderated t of Smyth 2004,
-doi:10.2202/1544-6115.1027). Such shrinkage is too optimistic for the best of several recipes, so a variance above the
-moderated one is not shrunk, and the degrees of freedom of the other recipes count half. With every spread that the
-tests simulate, equal recipes are then called unequal in less than 5 % of cases.
+Three seeds of one recipe give a poor estimate of its variance. So the variances of the recipes are treated as samples
+of one distribution, whose mean and width are estimated from them. Each variance is moved towards this mean, more
+strongly with fewer seeds (the moderated t of Smyth 2004, doi:10.2202/1544-6115.1027). This is too optimistic for the
+best of several recipes. So a variance is never reduced, and the degrees of freedom of the other recipes count half. The
+tests simulate several spreads: in each, equal recipes are called unequal in less than 5 % of cases.
 """
 
 from __future__ import annotations
@@ -17,24 +17,27 @@ from statistics import fmean, variance
 from harness.records.record import Accuracy
 
 FEWEST, FEWEST_SEEDS = 5, 3
-"""Fewest recipes, and fewest seeds of each, for an estimate of the distribution of variances."""
+"""Fewest recipes for an estimate of the distribution of variances, and fewest seeds of each recipe."""
 _COUNTS = 0.5
-"""Weight of the degrees of freedom of the other recipes. It is below 1 because the distribution is only estimated, and
-because the best recipe was selected."""
+"""Weight of the degrees of freedom of the other recipes. It is below 1 for two reasons: the distribution is only
+estimated, and the best recipe was selected."""
 
 
 @dataclass(frozen=True)
 class Prior:
-    """Distribution of variances: a scaled inverse chi-squared."""
+    """Distribution of the recipes' variances over seeds: a scaled inverse chi-squared distribution."""
 
     variance: float
     df: float
-    """Degrees of freedom; infinite if the variances do not differ significantly."""
+    """Degrees of freedom. They are infinite if the variances of the recipes do not differ significantly."""
     most: float
-    """Degrees of freedom of all seeds together: the maximum for a moderated variance."""
+    """Degrees of freedom of all seeds of all recipes together. No moderated variance may have more."""
 
     def moderated(self, own: float, df: float) -> tuple[float, float]:
-        """Return the moderated variance of a recipe, and its degrees of freedom. own, df: both from its own seeds."""
+        """Return the moderated variance of a recipe and its degrees of freedom.
+
+        own, df: the variance of the recipe's own accuracies and its degrees of freedom.
+        """
         if math.isinf(self.df):
             return max(own, self.variance), self.most
         shrunk = (self.df * self.variance + df * own) / (self.df + df)
@@ -42,7 +45,10 @@ class Prior:
 
 
 def prior(recipes: Sequence[Sequence[Accuracy]]) -> Prior | None:
-    """Return the prior of recipes with the same number of seeds; None if there are too few recipes or seeds."""
+    """Estimate the distribution of the recipes' variances. Return None if there are too few recipes or seeds.
+
+    recipes: the accuracies of each recipe, one per seed. All recipes must have the same number of seeds.
+    """
     seeds = {len(runs) for runs in recipes}
     if len(recipes) < FEWEST or len(seeds) > 1 or min(seeds) < FEWEST_SEEDS:
         return None
@@ -64,12 +70,15 @@ def prior(recipes: Sequence[Sequence[Accuracy]]) -> Prior | None:
 
 
 def _least(runs: Sequence[Accuracy]) -> float:
-    """Return the variance that rounding to whole items gives an accuracy."""
+    """Return the variance of an accuracy that comes from rounding to whole items alone."""
     return 1 / (12 * max(1, len(runs[0].items)) ** 2)
 
 
 def _trigamma_inverse(value: float) -> float:
-    """Return x with trigamma(x) = value > 0, by Newton's method on 1 / trigamma, which is convex (Smyth 2004, appendix)."""
+    """Return the x for which trigamma(x) = value, by Newton's method. `value` must be above 0.
+
+    The method is applied to 1 / trigamma, which is convex (Smyth 2004, appendix).
+    """
     from scipy.special import polygamma
 
     x = 0.5 + 1 / value

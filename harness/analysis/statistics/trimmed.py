@@ -1,9 +1,9 @@
 """Trimmed t statistics and Hodges-Lehmann estimates of log ratios.
 
-The last axis of an array holds the pairs of a Cell; the leading axes hold the Cells. The mean of the n values of a Cell
-leaves out the `cut` highest and lowest; the variance replaces them by their neighbours (Yuen 1974). So a disturbed
-process run costs a pair, not the verdict. numpy and scipy are imported by the first computation, since code that only
-reads verdicts needs neither.
+The last axis of an array holds the pairs of a Cell; the other axes hold the Cells. The trimmed mean leaves out the
+highest and the lowest values of a Cell, `cut` values at either end. The variance replaces each of them by the nearest
+remaining value (Yuen 1974). So a disturbed process run costs a pair, but not the verdict. numpy and scipy are imported
+at the first computation, because code that only reads verdicts needs neither.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Mask = NDArray[np.bool_]
 
 STILL = 1e-9
-"""Largest standard error of a log ratio that counts as no spread: no two real processes are so equal."""
+"""Largest standard error of a log ratio that counts as no spread. Two real processes always differ by more."""
 
 
 def cut(n: int, share: float) -> int:
@@ -30,7 +30,7 @@ def cut(n: int, share: float) -> int:
 
 @dataclass(frozen=True)
 class Trimmed:
-    """The trimmed mean of n log ratios per Cell, its standard error and the degrees of freedom of its t."""
+    """The trimmed mean of n log ratios per Cell, its standard error, and the degrees of freedom of its t statistic."""
 
     mean: Array
     error: Array
@@ -39,11 +39,14 @@ class Trimmed:
 
     @property
     def still(self) -> Mask:
-        """True for each Cell without spread; such a Cell has no t."""
+        """True for each Cell without spread. Such a Cell has no t statistic."""
         return self.error <= STILL
 
     def beyond(self, margin: float) -> Array:
-        """Return the one-sided p value of each Cell for a true log ratio of at most `margin`; 1 without spread."""
+        """Return for each Cell the one-sided p value of the hypothesis that its true log ratio is at most `margin`.
+
+        A Cell without spread has the p value 1.
+        """
         import numpy as np
         from scipy.special import stdtr
 
@@ -53,11 +56,11 @@ class Trimmed:
 
     @property
     def mirrored(self) -> Trimmed:
-        """The same result with exchanged sides."""
+        """The result with the two sides exchanged."""
         return Trimmed(-self.mean, self.error, self.df, self.n)
 
     def interval(self, level: float) -> tuple[Array, Array]:
-        """Return the two-sided interval at `level`."""
+        """Return the two ends of the two-sided interval at `level`."""
         from scipy.special import stdtrit
 
         half = float(stdtrit(self.df, 0.5 + level / 2)) * self.error
@@ -65,13 +68,19 @@ class Trimmed:
 
     @property
     def scale(self) -> Array:
-        """Standard deviation of one pair, derived from the error under normal noise. It is unbiased for few pairs too."""
+        """Standard deviation of the log ratio of a pair, derived from the standard error.
+
+        Under normal noise it is unbiased, even for few pairs.
+        """
         shrunk = math.sqrt(2 / self.df) * math.exp(math.lgamma((self.df + 1) / 2) - math.lgamma(self.df / 2))
         return self.error * math.sqrt(self.n) / shrunk
 
 
 def trimmed(log_ratios: Any, share: float) -> Trimmed:
-    """Return the trimmed means of log ratios of shape (..., n), one per Cell. share: part trimmed at either end."""
+    """Return the trimmed mean of each Cell.
+
+    log_ratios: shape (..., n). share: part of the n values to trim at either end.
+    """
     import numpy as np
 
     ordered = np.sort(np.asarray(log_ratios, dtype=np.float64), axis=-1)
@@ -86,16 +95,20 @@ def trimmed(log_ratios: Any, share: float) -> Trimmed:
 
 
 def single(mean: float, error: float, df: float, n: int) -> Trimmed:
-    """Return the `Trimmed` of one Cell from a given mean and error. df: `math.inf` if the error is known."""
+    """Return the `Trimmed` of one Cell for a given mean and standard error.
+
+    df: degrees of freedom; `math.inf` if the error is known exactly.
+    """
     import numpy as np
 
     return Trimmed(np.asarray([mean]), np.asarray([error]), df, n)
 
 
 def hodges_lehmann(log_ratios: Any, level: float) -> tuple[float, tuple[float, float] | None]:
-    """Return the median of all pairwise means of n values, and its exact interval, or None if n is too small for one.
+    """Return the median of all pairwise means of n values, and its exact interval.
 
-    For any symmetric distribution, the level of the interval is at least `level` (inverted signed-rank test).
+    If n is too small for an interval, return None instead of it. For any symmetric distribution, the interval has at
+    least the level `level` (inverted signed-rank test).
     """
     import numpy as np
 
@@ -108,7 +121,10 @@ def hodges_lehmann(log_ratios: Any, level: float) -> tuple[float, tuple[float, f
 
 
 def _signed_rank(n: int, tail: float) -> int | None:
-    """Return the largest k with P(T <= k) <= tail for the signed-rank sum T of n values; None if there is no such k."""
+    """Return the largest k with P(T <= k) <= tail, where T is the signed-rank sum of n values.
+
+    If there is no such k, return None.
+    """
     ways = [1] + [0] * (n * (n + 1) // 2)  # ways[s]: number of subsets of the ranks with the sum s
     for rank in range(1, n + 1):
         for total in range(len(ways) - 1, rank - 1, -1):

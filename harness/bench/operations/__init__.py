@@ -1,8 +1,8 @@
-"""The Operations that `bench` times: how their arguments are drawn, and their least bytes and FLOPs. No torch.
+"""The Operations that `bench` times: how their arguments are drawn, and the least work of a call. Imports no torch.
 
-Every module of this package has a dict `TIMED` that maps names of Operations to `TimedOperation`; nothing else lists
-them. Bytes: every input read once and every output written once, in its own dtype. FLOPs: a multiplication and an addition
-are two, a comparison is none.
+Every module of this package has a dict `TIMED` that maps names of Operations to `TimedOperation`. A new module need not
+be listed anywhere. Bytes: every input is read once and every output is written once, in its own dtype. FLOPs: each
+multiplication and each addition counts as one, and a comparison as none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from harness.bench.costs import TimedOperation
 
 @cache
 def every() -> dict[str, TimedOperation]:
-    """Map the name of each timed Operation to its `TimedOperation`. Raises ValueError if two modules declare one."""
+    """Map the name of each timed Operation to its `TimedOperation`.
+
+    Raises ValueError if two modules declare the same name.
+    """
     found: dict[str, TimedOperation] = {}
     for module in pkgutil.iter_modules(__path__):
         timed = importlib.import_module(f"{__name__}.{module.name}").TIMED

@@ -1,4 +1,4 @@
-"""Linear layers with an adapter or a packed weight."""
+"""Timed Operations: linear layers with an adapter or a packed weight."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from harness.bench.costs import BLOCK, Cost, TimedOperation, low_rank, packed_by
 from harness.bench.sizes import BenchSize
 
 VERA = 16
-"""VeRA's rank as a multiple of LoRA's: 256."""
+"""VeRA's rank divided by LoRA's rank. If LoRA has the rank 16, VeRA has the rank 256."""
 SEQUENCES, ADAPTERS = 8, 4
-"""The batch of multi_lora_linear: eight sequences that share four adapters. A single token is one sequence."""
+"""The batch of multi_lora_linear: the number of sequences, and the number of adapters that they share. A batch with a
+single token has a single sequence."""
 
 
 def _linear_case(s: BenchSize, **more: Any) -> dict[str, Any]:
@@ -25,9 +26,10 @@ def _packed_linear() -> TimedOperation:
 def _adapted_linear(*, times: int = 1, trains: str = "AB", norm: bool = False, packed: bool = False) -> TimedOperation:
     """Return the TimedOperation of a layer that computes x W^T plus a low-rank product.
 
-    times: the rank as a multiple of LoRA's. trains: `AB`, or the names of trained vectors. norm: whether the layer
-    computes the row norms of W + s B A, for which it needs the product W A^T (E D R multiplications). packed: whether W
-    is in 4 bits, so that decoding costs one more multiplication per element.
+    times: rank of the product divided by LoRA's rank. trains: `AB` if the factors A and B are trained, otherwise the
+    names of the trained vectors. norm: True if the layer computes the row norms of W + s B A. They need the product W
+    A^T, which takes as many multiplications as W has elements, times the rank. packed: True if W is in 4 bits. Then
+    decoding takes one more multiplication per element.
     """
 
     def case(s: BenchSize) -> dict[str, Any]:

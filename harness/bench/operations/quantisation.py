@@ -1,4 +1,4 @@
-"""Quantisation to 4 and 8 bits and back."""
+"""Timed Operations: quantisation to 4 and 8 bits, and back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ def _constants(s: BenchSize) -> int:
 
 
 def _double(flops: int) -> TimedOperation:
-    """Return the TimedOperation that quantises or decodes the absmax of a weight. flops: FLOPs per absmax value."""
+    """Return the TimedOperation that quantises or decodes the absmax values of a weight.
+
+    flops: number of FLOPs per absmax value.
+    """
     return TimedOperation(
         lambda s: {"blocks": _constants(s), "block": BLOCK8, "spread": 0.05},
         Cost(lambda s, _: _constants(s) * (5 + 4 / BLOCK8), lambda s: flops * _constants(s)),

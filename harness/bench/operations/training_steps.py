@@ -1,4 +1,4 @@
-"""Steps of optimizers, and AdaLoRA's importance scores."""
+"""Timed Operations: steps of optimizers, and AdaLoRA's importance scores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from harness.bench.costs import BLOCK8, Cost, TimedOperation, low_rank
 from harness.bench.sizes import BenchSize
 
 GALORE = 8
-"""GaLore's rank as a multiple of LoRA's: 128."""
+"""GaLore's rank divided by LoRA's rank. If LoRA has the rank 16, GaLore has the rank 128."""
 
 
 def _galore_step() -> TimedOperation:
