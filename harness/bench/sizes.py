@@ -21,9 +21,9 @@ class BenchSize:
 
     layer: str
     E: int
-    """Output features."""
+    """Number of output features."""
     D: int
-    """Input features."""
+    """Number of input features."""
     tokens: int = 1
     """Number of rows of the input x."""
     rank: int = 16
@@ -67,8 +67,7 @@ SHAPES = tuple(_LAYERS)
 def sizes(shapes: str, per_token: bool) -> list[BenchSize]:
     """Return the sizes of one set of layers: `small`, `8b` or `70b`.
 
-    per_token: if true, each layer occurs once with each of its numbers of tokens; if false, each layer occurs only
-    once.
+    per_token: if true, a layer occurs once for each number of tokens; if false, it occurs only once.
     """
     layers = _LAYERS[shapes]
     if not per_token:

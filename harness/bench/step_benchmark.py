@@ -28,7 +28,7 @@ from harness.methods.registry import Implementation
 from reference.galore import project, projector
 
 JUDGED_FEATURES, JUDGED_RANK = 128, 16
-"""Number of input and output features, and rank, of the layers on which GaLore's parity is checked."""
+"""GaLore's parity is checked on layers with this number of inputs and of outputs, and at this rank."""
 MEASURED_STEPS = 3
 """Number of steps during which the memory peak is measured."""
 
@@ -157,7 +157,7 @@ def _galore(setting: StepSetting, both: Sequence[Implementation], pairs: int, fa
     """Check the parity of two implementations of GaLore, time their steps, and return the row of the bench.
 
     The steps are timed in cycles. A cycle is one step that refreshes the projector, and some ordinary steps. Each cycle
-    gives one sample: the mean time of a step, if one step of `GALORE_GAP` is a refresh. For parity, both
+    gives one sample: the mean time of a step, if one in `GALORE_GAP` steps is a refresh. For parity, both
     implementations must pass all checks of the Method's parity suite on the timed device. The layers of these checks
     are smaller than the timed weight.
     """
@@ -224,7 +224,7 @@ def _cycles(both: Sequence[_Galore], pairs: int, device: torch.device) -> Sample
 
 
 def _per_step(times: list[float]) -> float:
-    """Return the mean seconds of a step, if one step of `GALORE_GAP` is a refresh.
+    """Return the mean seconds of a step, if one in `GALORE_GAP` steps is a refresh.
 
     times: the seconds of each step of one cycle.
     """

@@ -31,8 +31,8 @@ FLUSH_B = 256 * 2**20
 """Bytes written to flush the L2 cache: more than any L2 cache holds."""
 HEAD_START = 2_000_000
 """Number of clock cycles that the GPU waits before a timed call: about a millisecond. The host queues the call during
-this wait, which takes up to half of it. Without the wait, the measured time of a small call would be the time in which
-the host queues it."""
+this wait. Queueing takes up to half of the wait. Without the wait, the measured time of a small call would be the time
+in which the host queues it."""
 
 
 class Clock:

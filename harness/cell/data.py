@@ -93,7 +93,7 @@ class CellData:
         self.probe = collate(probe, self.pad, side).to(device)
 
     def logits(self, model: nn.Module) -> Tensor:
-        """Return the model's logits on the probe texts. They are differentiable.
+        """Return the model's logits on the probe texts. The logits are differentiable.
 
         For a causal model, only the logits of the last position are computed.
         """
@@ -229,7 +229,7 @@ class RandomData:
         self.order_sha256 = drawn.hexdigest()
 
     def logits(self, model: nn.Module) -> Tensor:
-        """Return the model's logits on two random texts. They are differentiable.
+        """Return the model's logits on two random texts. The logits are differentiable.
 
         For a causal model, only the logits of the last position are computed.
         """

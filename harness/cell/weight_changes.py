@@ -36,8 +36,8 @@ def state_sha256(tensors: Mapping[str, Tensor]) -> str:
 def check_of_names(cell: Cell, name: str, violations: list[str], what: str) -> CheckResult:
     """Return a check that passes if `violations` is empty.
 
-    violations: names of tensors. what: what they did wrong, e.g. `changed`. If the check fails, its message consists of
-    the names and this text.
+    violations: names of tensors. what: what these tensors did wrong, e.g. `changed`. If the check fails, the message
+    consists of the names and this text.
     """
     return CheckResult(
         check=f"{cell.method}/{name}/{cell.dtype}/trained",

@@ -42,7 +42,7 @@ class Arguments:
     def request(
         self, measure: Measure, arguments: Mapping[str, Any], at: KeyPath, also: list[KeyPath]
     ) -> MeasureRequest | None:
-        """Check the arguments of a measure, and return a request for the measure with them.
+        """Check the arguments of a measure. Return the measure and its arguments as a MeasureRequest.
 
         If the arguments have problems, add the problems and return None. at: place of the arguments in the file. also:
         further places where an argument may stand, because a row inherits arguments from its table.

@@ -1,6 +1,6 @@
 """Attach a Method's reference to a model on the meta device, to count its tensors without data.
 
-Imports torch only when a model is built.
+The model is built from a shape, which is a preset or a config.json. Imports torch only when a model is built.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def config_and_kind(name: str) -> tuple[dict[str, Any], str]:
-    """Return the config.json of a shape, and the kind of its model: `causal` or `encoder`."""
+    """Return the config.json of a model, and the kind of the model: `causal` or `encoder`.
+
+    name: a preset, or the path of a config.json.
+    """
     from harness.memory_model import model_shapes
 
     config, preset = shapes.config_of(name), shapes.preset(name)
@@ -30,9 +33,9 @@ def config_and_kind(name: str) -> tuple[dict[str, Any], str]:
 
 @lru_cache(maxsize=4)
 def model(name: str, split: str = "{}") -> Any:
-    """Build the model of a shape on the meta device and return it.
+    """Build a model on the meta device and return it.
 
-    name: the shape. split: the argument `parts` of `split_layers`, as JSON.
+    name: a preset, or the path of a config.json. split: the argument `parts` of `split_layers`, as JSON.
     """
     import torch
 

@@ -149,7 +149,7 @@ def judge(claim: Claim, answers: Sequence[MeasureResult | Missing]) -> JudgedCla
 
 
 def _placed(claim: Claim, answer: MeasureResult | Missing) -> MeasureResult | Missing:
-    """Return the answer. If an error prevented it, put the claim's place in the file before the reason."""
+    """Return the answer. If an error prevented a result, add the place of the claim, `file:line`, to the reason."""
     if isinstance(answer, MeasureResult) or not answer.failed:
         return answer
     return replace(answer, why=f"{claim.where}: {answer.why}")
@@ -169,8 +169,7 @@ def _reproduces(claim: Claim, found: MeasureResult) -> str | None:
 def _open(claim: Claim, found: MeasureResult) -> bool:
     """Return whether a result leaves the claim undecided.
 
-    A number does so if it is a range, and only a part of the range agrees with the claim. A property does so if
-    `found.most` is true.
+    A range does so if only a part of it agrees with the claim. A property does so if `found.most` is true.
     """
     if claim.figure is None or found.most is None:
         return bool(found.most)

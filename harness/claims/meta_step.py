@@ -1,6 +1,6 @@
-"""Count the operations of a training step on the meta device, or the bytes that it saves for the backward pass.
+"""Count the operations of a training step on the meta device, or the bytes that the step saves for the backward pass.
 
-A Method's reference is attached to the model of a shape. The step runs forward and backward as in
+A Method's reference is attached to a model without weights. The step runs forward and backward as in
 `harness.cell.training.loop`. Gradients are computed only where a trainable tensor needs them: not for frozen weights,
 and not before the first trainable layer. A deep model is counted with two and with three blocks. The difference between
 these two counts is then added once for each further block.
@@ -76,7 +76,7 @@ class StepCounts:
         return self.few + self.further * self.each
 
     def in_words(self, unit: str = "") -> str:
-        """Return the sum that gives `whole` as text."""
+        """Return the sum as text, e.g. `100 + 30 x 40`."""
         more = f" + {self.further} x {self.each:,}" if self.further else ""
         return f"{self.few:,}{more}{unit}"
 

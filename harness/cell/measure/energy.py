@@ -15,8 +15,8 @@ LEAST_S = 2.0
 energy of a shorter window may be wrong by many per cent."""
 RAPL = Path("/sys/class/powercap")
 _MOST_W = 1000.0
-"""Upper bound of the power of a CPU package, in watts. RAPL's counter starts again at zero after about 262 kJ. At this
-power, a window must be too short for the counter to do so twice; a longer window is refused."""
+"""Upper bound of the power of a CPU package, in watts. RAPL's counter starts again at zero after about 262 kJ. A window
+is refused if, at this power, the counter could have started again twice."""
 
 
 @dataclass
@@ -93,9 +93,9 @@ def meter(gpu: NvmlGpu | None, because: str = "", *, cuda: bool = False, root: P
 
 
 def _is_package(zone: Path) -> bool:
-    """Return whether a folder of the kernel's energy counters is that of a whole CPU package.
+    """Return whether a folder with one of the kernel's energy counters belongs to a whole CPU package.
 
-    Other folders are those of a part of a package (`intel-rapl:0:0`) or of the platform (`psys`).
+    Other folders belong to a part of a package (`intel-rapl:0:0`), or to the platform (`psys`).
     """
     try:
         return (zone / "name").read_text().startswith("package")

@@ -50,7 +50,7 @@ def measure(
 
     evaluation: number and length of prompts, and number of passes. By default there are twelve passes, or eight if they
     are slow. merged_refused: the reason why the merged model is not timed; empty if it is. layers: path -> adapted
-    layer. They are needed if `detach` was called before, because it may have emptied `Adapted.layers`; otherwise None.
+    layer. If `detach` was called before, the layers must be given, because `detach` may have emptied `Adapted.layers`.
     """
     timed = Prompt(adapted.model, causal, vocabulary, evaluation)
     block = timed.block

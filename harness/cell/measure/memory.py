@@ -140,8 +140,8 @@ def _trim() -> None:
 def peak_while(run: Callable[[], object]) -> int | None:
     """Call `run`. Return the peak bytes of all CPU tensors during the call, or None if torch has no profiler.
 
-    Tensors that existed before the call count too. The peak is equal to the byte in equal runs, because it adds up the
-    requests to torch's allocator. VmHWM, the peak of the process, would differ by megabytes.
+    Tensors that existed before the call count too. Equal runs give the same peak, to the byte, because the peak adds up
+    the requests to torch's allocator. VmHWM, the peak of the process, would differ by megabytes.
 
     Some memory does not count. Tensors that were made during imports are missing, because the garbage collector does
     not list them (see `harness/runner/worker.py`). Allocations by other libraries and by Python threads are missing.

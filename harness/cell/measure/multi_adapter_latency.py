@@ -42,12 +42,13 @@ def measure(
 ) -> tuple[list[Latency], list[CheckResult]]:
     """Check and time a batch in which each row has its own adapter. Return the latencies and the result of the check.
 
-    For comparison, the batch is also timed with one adapter for all rows; the two alternate in blocks. If the
-    implementation cannot mix adapters, or the check fails, the latencies have a reason instead of times.
+    For comparison, the same batch is also timed with one adapter for all rows. Blocks with several adapters and with
+    one adapter alternate. If the implementation cannot mix adapters, or the check fails, the latencies have a reason
+    instead of times.
 
-    An implementation can mix adapters in one of two ways. It has the Operation `multi_lora_linear`, or its Adapted has
-    a method `mixed`. This method takes several adapters, each in the form of `tensors()`, and returns a context
-    manager.
+    An implementation can mix adapters in one of two ways. It has the Operation `multi_lora_linear`, or its adapted
+    model (`Adapted`) has a method `mixed`. This method takes several adapters, each in the form of `tensors()`, and
+    returns a context manager.
     """
     prompt = Prompt(subject.model, causal, vocabulary, cell.evaluation, ADAPTERS)
     try:
@@ -76,7 +77,7 @@ def measure(
 def _failed(
     prompt: Prompt, subject: Subject, cell: Cell, error: BaseException
 ) -> tuple[list[Latency], list[CheckResult]]:
-    """Return latencies without times, and a skipped check. Their reason is the error. The Cell does not fail."""
+    """Return latencies without times, and a skipped check. The error is the reason of both. The Cell does not fail."""
     because = f"could not be tried: {type(error).__name__}: {error}".partition("\n")[0]
     case = Case("trained", seed=cell.seed)
     return _untimed(prompt, because), [skipped(subject, case, multi_adapter.NAME, because)]

@@ -25,7 +25,7 @@ def step_peak(
 ) -> int | None:
     """Take one more training step. Return its peak bytes of CPU tensors, or None if torch cannot count them.
 
-    The step uses the batch of which the most tokens are in the model at once. The optimizer already has its states. The
+    The step uses the batch that puts the most tokens into the model at once. The optimizer already has its states. The
     step is not timed, because counting slows it down. Some optimizers do extra work in certain steps, such as GaLore's
     SVD. This work is counted only if it is due in this step, the first one after the training. The Method's
     `after_step` is not called.

@@ -22,8 +22,8 @@ from reference.shared.layerwise import Layerwise
 
 MAX_STEP_SEED = 2**31
 ZERO_GRADIENT_STEPS = 5
-"""If the gradient is zero in each of the first steps, as many as this number, nothing trains. In a later step, a
-gradient of zero may be valid: in 16 bits, the loss of a batch that the model already predicts is exactly zero."""
+"""Number of first steps to examine. If the gradient is zero in all of them, nothing trains. In a later step, a gradient
+of zero may be valid: in 16 bits, the loss of a batch that the model already predicts is exactly zero."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Move weights out of memory that no matrix product uses while a Method trains.
+"""Take weights that no matrix product uses out of memory, while a Method trains.
 
 For example, QLoRA multiplies by its 4-bit codes and PiSSA by its residual, not by the original weights. The original
 weights are needed only by `detach`, which restores the model, and by the check of `detach`. The papers do not count

@@ -20,7 +20,8 @@ from harness.assets import shapes, structure
 from harness.errors import AssetError
 
 SEED = 0
-"""Seed of the weights. It does not depend on the Cell's seed, so all Cells of a shape start with equal weights."""
+"""Seed of the weights. It does not depend on the Cell's seed, so that Cells with the same model start with equal
+weights."""
 NOTE = (
     f"the weights are random (seed {SEED}, the spread of the model's own initialiser), because only a shape was named: "
     "memory and speed are those of the shape, losses and texts mean nothing, and no accuracy was measured"

@@ -119,8 +119,8 @@ def mean(of: Quantities, last: Quantity = Fraction(0)) -> MeasureResult:
 def mean_score(of: list[Any], last: Quantity) -> MeasureResult:
     """The mean of printed scores.
 
-    A task may have several scores, e.g. accuracy and F1. Written as a list inside the list, they count as one score,
-    which is their mean. last: one unit of the scores' last digit, e.g. 0.1.
+    A task may have several scores, e.g. accuracy and F1. If they are written as a list inside the list, their mean
+    counts as one score. last: one unit of the scores' last digit, e.g. 0.1.
     """
     tasks = [one if isinstance(one, list) else [one] for one in of]
     scores = [sum((Fraction(str(score)) for score in task), Fraction(0)) / len(task) for task in tasks]

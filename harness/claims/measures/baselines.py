@@ -52,8 +52,8 @@ def bottlenecks(
     """Parameters of adapters: two linear layers with `size` features between them.
 
     after: layers with an adapter on their output. The adapter has the width of this output. beside: layers with an
-    adapter parallel to them, from their inputs to their outputs. A layer is named by its path, or by the last part of
-    its path. bias: whether the two layers of an adapter have biases.
+    adapter in parallel, from the layer's inputs to the layer's outputs. A layer is named by its path, or by the last
+    part of its path. bias: whether the two layers of an adapter have biases.
     """
     if not after and not beside:
         raise ValueError("`bottlenecks` needs `after` or `beside`")

@@ -47,7 +47,7 @@ def adapters_of_some_rank(
 ) -> MeasureResult:
     """Parameters of adapters, if the paper prints their number but not the rank.
 
-    The result and the arguments are those of `at_some_rank`, with `printed` instead of `to`.
+    printed: the printed number. The result, `last` and `fitted` are explained in `at_some_rank`.
     """
     d, depth = _width_and_depth(model)
     number, norms = (depth * each for each in _PER_BLOCK[design])
@@ -79,8 +79,8 @@ def prefix_layer(model: Model, prefix: Tokens, infix: Tokens) -> MeasureResult:
 def prefix_layer_of_some_length(model: Model, printed: Quantity, last: Quantity, fitted: bool = False) -> MeasureResult:
     """Parameters of prefix-layer tuning, if the paper prints their number but not the number of virtual tokens.
 
-    The result and the arguments are those of `at_some_rank`, with `printed` instead of `to`, and tokens instead of
-    ranks.
+    printed: the printed number. The result, `last` and `fitted` are explained in `at_some_rank`, for ranks instead of
+    tokens.
     """
     d, depth = _width_and_depth(model)
     return of_some(Fraction(0), Fraction(depth * d), printed, last, fitted, "token")

@@ -21,7 +21,7 @@ _SEED, _LR = 0, 1e-3
 def paging_survives_a_spike(
     spike: Part = 0.75, matrices: Positive = 6, rows: Positive = 400, columns: Positive = 300, steps: Positive = 5
 ) -> MeasureResult:
-    """Check whether a step with a memory spike succeeds by paging, without a change of the training.
+    """Check whether, with paging, a step with a memory spike succeeds, and the training gives the same weights.
 
     AdamW trains `matrices` matrices on a simulated device that is full of their states. In the middle step, a long text
     takes the fraction `spike` of the device. Paging must then move states to the host, and the step must not exceed the

@@ -41,9 +41,9 @@ def pissa_takes_the_principal_part(
 ) -> MeasureResult:
     """Check whether PiSSA's s B A consists of the weight's largest singular values and their vectors.
 
-    s is the scaling of the factors A and B. The weight is made from known values S and vectors U and V, so that the
-    result must be s B A = U_r S_r V_r^T for the first r of them. Each factor must have the square roots of the values:
-    s A A^T = s B^T B = S_r. decay: the k-th singular value of the weight is k^-decay.
+    s is the scaling of the factors A and B. The weight is made from known singular values S and vectors U and V. With
+    the largest r of them, the result must be s B A = U_r S_r V_r^T. Each factor must have the square roots of the
+    values: s A A^T = s B^T B = S_r. decay: the k-th singular value of the weight is k^-decay.
     """
     import torch
 
@@ -126,11 +126,11 @@ def quantisation_error_reduced(
 ) -> MeasureResult:
     """Relative reduction of QLoRA's quantisation error by LoftQ or QPiSSA, before training (eqs. 6 to 8).
 
-    The error is the nuclear norm of W - (Q + B A), where W is the weight and Q is what remains of it in 4 bits. In
-    QLoRA, Q is nf4(W), and B A is 0. by: `loftq` begins in the same way; it takes A and B from the SVD of W - Q,
-    quantises W - B A to a new Q, and repeats both. `qpissa` takes A and B from the SVD of W, and quantises the residual
-    to Q; in each further iteration, it takes A and B from the SVD of W - Q. residual_of: whether the residual is
-    updated with the A and B of this step or of the step before (Algorithm 1, line 5).
+    The error is the nuclear norm of W - (Q + B A), where W is the weight and Q is stored in 4 bits. In QLoRA, Q is
+    nf4(W), and B A is 0. by: `loftq` begins with B A = 0. Each iteration sets Q to nf4(W - B A), and then takes A and B
+    from the SVD of W - Q. `qpissa` begins with A and B from the SVD of W, and Q is nf4(residual). Each further
+    iteration takes A and B from the SVD of W - Q, and then updates the residual. residual_of: whether this uses the A
+    and B of this step or of the step before (Algorithm 1, line 5).
     """
     W = _weight(size, size, decay)
     plain = _nuclear(W - _nf4(W))

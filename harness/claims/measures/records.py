@@ -47,12 +47,12 @@ def _entry(name: str, info: ValidationInfo) -> str:
 
 
 Suite = Annotated[str, AfterValidator(_suite)]
-"""A parameter that names a suite, or its path relative to the claim file."""
+"""A parameter that is the name of a suite, or the path of a suite file relative to the claim file."""
 Entry = Annotated[str, AfterValidator(_entry)]
-"""A parameter that names an entry by its id. The entry is one of the parameter `suite`. If the parameter is called
-`whole`, the entry is one of `whole_suite`."""
+"""A parameter that is the id of an entry of `suite`. If the parameter is called `whole`, it is the id of an entry of
+`whole_suite`."""
 Depths = Annotated[list[Entry], Field(min_length=2)]
-"""A parameter that names several entries. They differ only in the number of blocks of their model."""
+"""A parameter that lists the ids of entries. The entries differ only in the number of blocks of their model."""
 LABELS = 2
 """Number of classes of an encoder's new head, as in tasks with random labels."""
 _RECIPE = ("method", "base", "dtype", "optimizer")
@@ -107,7 +107,7 @@ def memory_less(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
 
 @measure("bytes")
 def memory_more(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
-    """Peak memory in training of `of` minus that of `than`, in bytes."""
+    """Peak memory in training, in bytes: that of `of` minus that of `than`."""
     a, b = pair(suite, of, than)
     return (_peak(a) - _peak(b)).measured(f"{_peaks(a)} - {_peaks(b)}; {record_sources.place(a[0])}")
 
@@ -135,10 +135,10 @@ def extrapolated_memory_ratio(suite: Suite, of: Depths, to: Depths) -> MeasureRe
 def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: Entry) -> MeasureResult:
     """Memory of a Cell, scaled up from Cells with a narrower model.
 
-    cells: two entries with the narrower model, one with its first block and one with two blocks. Their ranks are
-    smaller in proportion. The measure counts the bytes of weights, adapter, gradients, the optimizer's states and the
-    temporary tensors of the optimizer's step. These bytes grow in proportion to the parameters, separately inside and
-    outside of the blocks.
+    cells: two entries with the narrower model, one with a single block and one with two blocks. Their ranks are smaller
+    in proportion. The measure counts the bytes of weights, adapter, gradients, the optimizer's states and the temporary
+    tensors of the optimizer's step. These bytes grow in proportion to the parameters, separately inside and outside of
+    the blocks.
 
     `harness.memory_model` predicts the rest: activations, logits, and the states that a paged optimizer leaves on the
     GPU because they are small. The result is a range. The least value is without activations and logits, and the

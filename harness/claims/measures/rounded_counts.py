@@ -18,7 +18,7 @@ def whole_multiple(of: Quantity, to: Quantity, cut: bool = False) -> MeasureResu
 
 @measure("count")
 def in_binary_millions(of: Quantity) -> MeasureResult:
-    """A count in units of 2^20, but written as if they were millions.
+    """A count in units of 2^20, written as if these units were millions.
 
     Some tables print counts in this way.
     """
@@ -27,7 +27,7 @@ def in_binary_millions(of: Quantity) -> MeasureResult:
 
 @measure("bytes")
 def in_gigabytes_of_1024_million(of: Quantity) -> MeasureResult:
-    """Bytes in units of 1,024 x 10^6, but written as if they were gigabytes.
+    """Bytes in units of 1,024 x 10^6, written as if these units were gigabytes.
 
     Some tables print such sizes: they divide by 1,000 twice and by 1,024 once.
     """

@@ -182,9 +182,10 @@ def _seconds(x: Interval) -> str:
 
 
 def _between_processes(found: Interval, *sides: Sequence[Record]) -> tuple[Interval, str]:
-    """Return `found`, a time or a ratio, and a text with the number of processes.
+    """Return an interval that covers the variation between processes, and a text with the number of processes.
 
-    If there are too few processes to show the variation between them, the interval is widened, and the text explains it.
+    found: a time or a ratio, with the interval that the processes give. If there are too few processes to show the
+    variation between them, this interval is widened, and the text says so.
     """
     counts = [len(side) for side in sides]
     count = "one process" if max(counts) == 1 else f"{min(counts)} processes"

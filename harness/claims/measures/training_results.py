@@ -1,4 +1,4 @@
-"""Measures: scores and losses of training, from the Records of a run with several seeds. No torch.
+"""Measures: scores and losses of training, from the Records of a run with several seeds. Imports no torch.
 
 These runs are small: a difference that they do not show may exist at the paper's scale.
 """

@@ -31,7 +31,7 @@ def counts_by_formula(model: Model, targets: list[str], ranks: list[Positive], s
 
 @measure("property")
 def is_kaiming_uniform(inputs: Positive, outputs: Positive, rank: Positive) -> MeasureResult:
-    """Check whether VeRA's A and B equal, bit by bit, draws of PyTorch's `kaiming_uniform_` with its default arguments.
+    """Check whether VeRA's A and B equal, bit by bit, what PyTorch's `kaiming_uniform_` draws by default.
 
     These draws are uniform between -sqrt(6 / fan_in) and sqrt(6 / fan_in). PyTorch initialises an nn.Linear between
     -sqrt(1 / fan_in) and sqrt(1 / fan_in) instead.
