@@ -1,4 +1,4 @@
-"""Run benchmarks one after the other, each in its own process; print and write the results. No torch."""
+"""Run benchmarks one after the other, each in its own process. Print and write the results. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,25 +23,28 @@ from harness.records.environment import threads as usable
 from harness.records.record import Environment
 
 PATIENCE_S = 900.0
-"""Seconds without an event after which a worker is killed. The reference takes minutes of CPU at the largest sizes."""
+"""A worker is killed if it sends no event for this many seconds. The slowest event comes after minutes, because the
+reference is slow on a CPU at the largest sizes."""
 _NO_GPU = "no GPU"
 
 
 @dataclass
 class BenchReport:
-    """The rows of a bench."""
+    """The result of one `bench` command: a row for each benchmark, and facts about the machine."""
 
     environment: Environment
     rows: list[BenchRow] = field(default_factory=list)
     broken: dict[str, str] = field(default_factory=dict)
-    """Plug-in that could not be loaded -> reason."""
+    """Name of each plug-in that could not be loaded -> the reason."""
     interrupted: bool = False
 
     @property
     def exit(self) -> Exit:
-        """The exit code: 4 if interrupted, 1 if a check failed, 4 if a worker failed, 0 if anything was measured, else 5.
+        """The exit code of the command.
 
-        The code is also 4 if nothing was measured because only a GPU was requested and none exists.
+        The first condition that holds decides: 4 if the command was interrupted, 1 if a check failed, 4 if a worker
+        failed, 0 if anything was measured. If none of them holds, the code is 5. There is one exception: the code is 4
+        if the user requested only a GPU and the machine has none.
         """
         if self.interrupted:
             return Exit.INFRASTRUCTURE
@@ -67,7 +70,8 @@ class BenchReport:
 def bench(request: BenchRequest, as_json: bool, out: Path | None = None, export: Path | None = None) -> Exit:
     """Run the benchmarks, print the table, write the requested files, and return the exit code.
 
-    Raises UsageError for an unusable request or under Triton's interpreter; StoreError if a file cannot be written.
+    Raises UsageError for an unusable request, and under Triton's interpreter. Raises StoreError if a file cannot be
+    written.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         what = "Triton's interpreter is on: times would be meaningless"
@@ -89,9 +93,10 @@ def bench(request: BenchRequest, as_json: bool, out: Path | None = None, export:
 
 
 def measure(request: BenchRequest, threads: int, report: BenchReport, save: Callable[[BenchRow], None]) -> None:
-    """Add each row to `report` and pass it to `save` when it is measured; after Ctrl-C, add rows for missing benchmarks.
+    """Run the benchmarks. As soon as a row is measured, add it to `report` and pass it to `save`.
 
-    Raises UsageError for unknown names.
+    After Ctrl-C, each unfinished task gets a row that says so. At the end, each benchmark that cannot run gets a row
+    with the reason. Raises UsageError for unknown names.
     """
 
     def add(row: BenchRow) -> None:
@@ -125,9 +130,9 @@ def measure(request: BenchRequest, threads: int, report: BenchReport, save: Call
 
 
 def no_gpu() -> str:
-    """Return why no GPU can be used; empty if one can.
+    """Return the reason why no GPU can be used, or an empty string if one can.
 
-    A separate process queries torch, which may be built without CUDA although the driver shows a GPU.
+    torch may be built without CUDA although the driver shows a GPU. A separate process therefore asks torch.
     """
     if not gpus():
         return _NO_GPU
@@ -145,7 +150,7 @@ class TaskRunner:
     workers: WorkerPool
 
     def rows(self, task: BenchTask) -> Iterator[BenchRow]:
-        """Yield the rows of a task. A failure becomes a row."""
+        """Yield the rows of a task. If a benchmark fails, its row reports the failure."""
         if task.kind == "operation":
             yield from self._operation(task)
             return
@@ -157,7 +162,10 @@ class TaskRunner:
             yield from found
 
     def _operation(self, task: BenchTask) -> Iterator[BenchRow]:
-        """Yield the rows of every size, each as soon as it is measured. After a failure, continue in a new process."""
+        """Yield the rows of an Operation, each as soon as it is measured.
+
+        If the process fails at one size, a new process continues with the next size.
+        """
         remaining = task.sizes
         while remaining and not self.workers.stopped:
             at = 0
@@ -175,7 +183,10 @@ class TaskRunner:
             remaining = remaining[at + 1 :]
 
     def _events(self, task: BenchTask) -> Iterator[tuple[str, Any]]:
-        """Yield (`begin`, number), (`row`, BenchRow) and (`memory`, bytes) of one process. A failure becomes a row."""
+        """Run a task in a process. Yield (`begin`, number), (`row`, BenchRow) and (`memory`, bytes by name).
+
+        The number is the position of a size in `task.sizes`. If the process fails, the last row reports the failure.
+        """
         at, error, complete = 0, "", False
         for event in self.workers.events("harness.bench.worker", task.document(self.request, self.threads), PATIENCE_S):
             if "begin" in event:
@@ -198,7 +209,10 @@ class TaskRunner:
                 yield "row", task.row("failed", error or event["died"], at)
 
     def _with_memory(self, row: BenchRow, task: BenchTask) -> BenchRow:
-        """Add the memory of the step by each implementation, measured in a separate process."""
+        """Measure the memory of a training step by each implementation. Return the row with these numbers.
+
+        Each implementation runs in a process of its own. If the row has no times, it is returned unchanged.
+        """
         if row.samples is None:
             return row
         found: dict[str, dict[str, int]] = {}

@@ -1,14 +1,18 @@
-"""Sizes of timed calls (layers of Llama-3-8B and 70B, and small layers), and smaller sizes for parity. No torch."""
+"""Sizes of the layers that a bench times, and smaller sizes for the parity checks. Imports no torch.
+
+The layers are those of Llama-3-8B and Llama-3-70B, and some small ones.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 MOST_WEIGHTS = {"cpu": 2**24, "cuda": 2**26}
-"""Largest number of elements of a weight for parity. The float64 reference holds about ten copies of the weight."""
+"""Device -> largest number of elements that a weight may have in a parity check. The float64 reference holds about ten
+copies of the weight."""
 MOST_PRODUCTS = {"cpu": 2**31, "cuda": 2**40}
-"""Largest number of multiplications per product for parity. The float64 reference computes about ten products, and each
-takes seconds on a CPU."""
+"""Device -> largest number of multiplications that a matrix product may have in a parity check. The float64 reference
+computes about ten such products. Each of them takes seconds on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -17,13 +21,13 @@ class BenchSize:
 
     layer: str
     E: int
-    """Output features."""
+    """Number of output features."""
     D: int
-    """Input features."""
+    """Number of input features."""
     tokens: int = 1
-    """Rows of x."""
+    """Number of rows of the input x."""
     rank: int = 16
-    """Rank of LoRA; other methods use a multiple of it."""
+    """Rank of a LoRA adapter. For other Methods, the rank is a multiple of this number."""
 
     @property
     def weights(self) -> int:
@@ -31,9 +35,10 @@ class BenchSize:
         return self.E * self.D
 
     def judged(self, device: str, per_token: bool) -> BenchSize:
-        """Return the size for parity: this size, or fewer rows of x or of the weight if the reference is too slow.
+        """Return the size on which parity is checked: this size, or a smaller one if the reference would be too slow.
 
-        The longer side of the weight stays the longer one.
+        A smaller size has fewer rows of the weight, or fewer rows of x. The longer side of the weight stays the longer
+        one. per_token: whether the timed call has an input x.
         """
         size = self
         if size.weights > MOST_WEIGHTS[device]:
@@ -45,7 +50,7 @@ class BenchSize:
 
 
 TINY = BenchSize("tiny", 128, 128, 1, 4)
-"""A call of this size does hardly any work, so that its time is the overhead of a call."""
+"""A size at which a call does hardly any work. The time of such a call is its overhead."""
 
 _LAYERS = {
     "small": (("square", 512, 512), ("wide", 1536, 576)),
@@ -53,13 +58,17 @@ _LAYERS = {
     "70b": (("q_proj", 8192, 8192), ("k_proj", 1024, 8192), ("gate_proj", 28672, 8192), ("down_proj", 8192, 28672)),
 }
 _TOKENS = {"small": (128,), "8b": (1, 64, 4096), "70b": (1, 64, 4096)}
-"""Decoding of one token, decoding of a batch, and a training step."""
+"""Name of a set of layers -> numbers of rows of x with which each layer is timed. In `8b` and `70b`, 1 row is the
+decoding of one token, 64 rows are the decoding of a batch, and 4096 rows are a training step."""
 
 SHAPES = tuple(_LAYERS)
 
 
 def sizes(shapes: str, per_token: bool) -> list[BenchSize]:
-    """List the sizes of `small`, `8b` or `70b`; if `per_token`, each layer with every number of tokens."""
+    """Return the sizes of one set of layers: `small`, `8b` or `70b`.
+
+    per_token: if true, a layer occurs once for each number of tokens; if false, it occurs only once.
+    """
     layers = _LAYERS[shapes]
     if not per_token:
         return [BenchSize(*layer) for layer in layers]

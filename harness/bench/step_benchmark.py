@@ -1,4 +1,7 @@
-"""Benchmark a training step: two implementations pass the parity gate of a Cell, then alternate steps."""
+"""Benchmark the training steps of two implementations.
+
+Both must first pass the parity gate of a Cell. Then the steps of the two alternate.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from harness.methods.registry import Implementation
 from reference.galore import project, projector
 
 JUDGED_FEATURES, JUDGED_RANK = 128, 16
-"""Size of the layers on which GaLore is judged."""
+"""GaLore's parity is checked on layers with this number of inputs and of outputs, and at this rank."""
 MEASURED_STEPS = 3
 """Number of steps during which the memory peak is measured."""
 
@@ -33,7 +36,10 @@ MEASURED_STEPS = 3
 def row(
     setting: StepSetting, both: Sequence[Implementation], packers: Sequence[str], pairs: int, facts: dict[str, Any]
 ) -> BenchRow:
-    """Return the row of one step by two implementations."""
+    """Check the parity of two implementations, time their training steps, and return the row of the bench.
+
+    packers: for each implementation, the name of the implementation that packs its base. facts: copied into the row.
+    """
     if setting.step.method == "galore":
         return _galore(setting, both, pairs, facts)
     step, shape = setting.step, setting.shape
@@ -68,9 +74,9 @@ def row(
 
 
 def memory(setting: StepSetting, implementation: Implementation, packer: str = "") -> dict[str, int]:
-    """Return the memory of this process in bytes, by name.
+    """Take a few training steps. Return the memory of this process in bytes, by name.
 
-    `peak_B` is the peak during a few steps, `rest_B` the memory before these steps, and `bare_B` the memory that
+    `peak_B` is the peak during the steps. `rest_B` is the memory just before the steps. `bare_B` is the memory that the
     imported libraries use before the model is built.
     """
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -94,7 +100,7 @@ def memory(setting: StepSetting, implementation: Implementation, packer: str = "
 
 
 class _Galore:
-    """One weight with GaLore's optimizer. The gradients are the same for every implementation."""
+    """One weight that GaLore's optimizer trains. The gradients are random, but equal for all implementations."""
 
     def __init__(self, setting: StepSetting, implementation: Implementation, weight: Tensor) -> None:
         step = setting.step
@@ -117,7 +123,7 @@ class _Galore:
         return implementation(model, config, torch.Generator().manual_seed(SEED))
 
     def draw(self) -> None:
-        """Draw the next gradient, outside of the timed step."""
+        """Draw the next gradient. The time of a step does not include this."""
         shape = self.weight.shape
         self.weight.grad = torch.randn(shape, generator=self.generator).to(self.weight.device, self.weight.dtype)
 
@@ -128,7 +134,10 @@ class _Galore:
 
 
 class _Products:
-    """Computes only the two products that every GaLore step on a square weight needs, from the same gradients."""
+    """A program that computes only the two matrix products that every GaLore step on a square weight needs.
+
+    Its time is a lower bound for the time of GaLore's step. It uses the gradients that `like` draws.
+    """
 
     def __init__(self, like: _Galore) -> None:
         self.weight, self.like = like.weight.detach().clone(), like
@@ -145,10 +154,12 @@ class _Products:
 
 
 def _galore(setting: StepSetting, both: Sequence[Implementation], pairs: int, facts: dict[str, Any]) -> BenchRow:
-    """Return the row of GaLore's step, timed in whole cycles of one refresh and some ordinary steps.
+    """Check the parity of two implementations of GaLore, time their steps, and return the row of the bench.
 
-    A sample is the mean time of a step if one of `GALORE_GAP` steps is a refresh. Parity requires the whole parity
-    suite of the Method, on layers of fewer features, on the timed device.
+    The steps are timed in cycles. A cycle is one step that refreshes the projector, and some ordinary steps. Each cycle
+    gives one sample: the mean time of a step, if one in `GALORE_GAP` steps is a refresh. For parity, both
+    implementations must pass all checks of the Method's parity suite on the timed device. The layers of these checks
+    are smaller than the timed weight.
     """
     plan, features = parity_suite.load(setting.step.method), setting.shape.features
     small = parity_suite.CaseShape.model_validate({"tokens": 16, "in": JUDGED_FEATURES, "out": JUDGED_FEATURES})
@@ -171,7 +182,10 @@ def _galore(setting: StepSetting, both: Sequence[Implementation], pairs: int, fa
 
 
 def _differs(both: Sequence[Implementation], runs: Sequence[_Galore]) -> str:
-    """Describe how two refreshes differ and how much of the gradient each retains; empty if both configs are equal."""
+    """Describe in a sentence how the SVDs of two implementations differ. Return an empty string if they are equal.
+
+    The sentence also compares how much of a random gradient each of the two projections retains.
+    """
     niters = [one.config.get("niter", 0) for one in runs]
     if niters[0] == niters[1]:
         return ""
@@ -210,7 +224,10 @@ def _cycles(both: Sequence[_Galore], pairs: int, device: torch.device) -> Sample
 
 
 def _per_step(times: list[float]) -> float:
-    """Return the mean time of a step with one refresh per `GALORE_GAP` steps. times: of the steps of a cycle."""
+    """Return the mean seconds of a step, if one in `GALORE_GAP` steps is a refresh.
+
+    times: the seconds of each step of one cycle.
+    """
     ordinary = median(times)
     refresh = max(sum(times) - (len(times) - 1) * ordinary, ordinary)
     return ((GALORE_GAP - 1) * ordinary + refresh) / GALORE_GAP

@@ -1,4 +1,4 @@
-"""Training steps that are timed: Methods with their configs, and the model around them. No torch."""
+"""The training steps that a bench can time: their Methods, configs, and model. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 GALORE_GAP = 200
 """Steps between two refreshes of GaLore's projector (arXiv:2403.03507)."""
 PRODUCTS = "its two products"
-"""Name of the lower bound for GaLore's step. Apart from the refresh, all other work is as small as the subspace."""
+"""Name of the lower bound for GaLore's step: the time of the two matrix products that every step needs. Without a
+refresh, the rest of the step works in the small subspace."""
 CYCLE = 11
-"""Steps per cycle while timing: one refresh and ten ordinary steps. Their times are scaled to `GALORE_GAP` steps."""
+"""Number of steps in a timed cycle: one refresh and ten ordinary steps. Training has one refresh in `GALORE_GAP` steps,
+so the times are weighted accordingly."""
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A small Llama and its batch."""
+    """Sizes of the small Llama that a benchmark trains, and of its batch."""
 
     layers: int = 10
     width: int = 576
@@ -27,7 +29,7 @@ class Backbone:
     batch: int = 4
     tokens: int = 128
     features: int = 2048
-    """Input and output features of the single weight in GaLore's benchmark."""
+    """Number of input features, and also of output features, of the single weight in GaLore's benchmark."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,10 @@ class StepBenchmark:
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the Method's Config."""
     base: str = ""
-    """Quantisation of the frozen weights; empty if dense."""
+    """Quantisation of the frozen weights, e.g. `nf4`; empty if they are not quantised."""
     fallback: dict[str, Any] | None = None
-    """Config for an implementation that does not support `config`; the row then reports the difference."""
+    """Config for an implementation that does not support `config`. If it is used, the row says how the computations
+    differ."""
 
 
 _LORA: dict[str, Any] = {"rank": 16, "alpha": 32.0, "targets": LINEAR}
@@ -60,4 +63,4 @@ STEPS: dict[str, StepBenchmark] = {
     "galore": StepBenchmark("galore", _GALORE | {"niter": 2}, fallback=_GALORE),
     "galore-exact": StepBenchmark("galore", _GALORE),
 }
-"""Name for `--step` -> step."""
+"""Name of a step, as written after `--step` -> the step."""

@@ -1,4 +1,4 @@
-"""The table of a bench as aligned text: a line per benchmark, and notes below. No torch."""
+"""Write the results of a bench as a table of aligned text. Notes follow below it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HEAD = ("benchmark", "shape", "dtype", "on", "{0}", "other", "", "other/{0}", "
 
 
 def as_text(rows: Sequence[BenchRow]) -> str:
-    """Return the table and its notes."""
+    """Return the table and the notes below it as text."""
     ours = rows[0].ours if rows else "ours"
     lines = [tuple(head.format(ours) for head in _HEAD), *(_fields(row) for row in rows)]
     return "\n".join([*align_columns(lines, indent=""), "", *_notes(rows)]).rstrip()
@@ -58,7 +58,11 @@ def _memory(row: BenchRow) -> str:
 
 
 def _parity(row: BenchRow) -> str:
-    """Show the last passed check, the number of others, the largest error / its allowance, and known defects."""
+    """Return the text of the column `parity`.
+
+    It names the last passed check and the number of other passed checks. Then come the largest error, as a share of its
+    tolerance, and the known defects.
+    """
     passed = [one for one in row.parity if one.status is CheckStatus.PASS]
     in_order = sorted(passed, key=lambda one: one.implementation == row.ours)
     ids = list(dict.fromkeys(one.result.check for one in in_order))

@@ -1,4 +1,7 @@
-"""Time two alternating programs, A B, B A, A B ..., so that a slow phase of the machine affects both alike."""
+"""Time two programs in alternating order: A B, B A, A B ...
+
+A slow phase of the machine then affects both programs alike.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +21,25 @@ Side = Literal["ours", "other"]
 SIDES: tuple[Side, Side] = ("ours", "other")
 
 WARMUP = 3
-"""Calls before the samples."""
+"""Number of calls of each program before its first sample."""
 LEAST_S = 0.005
-"""Shortest duration of a sample on a CPU. A sample repeats a short call, and is the mean time of the calls."""
+"""Shortest duration of a sample on a CPU, in seconds. If a call is shorter, it is repeated, and the sample is the mean
+time of these calls."""
 MOST_CALLS = 1000
 """Largest number of calls in a sample."""
 FLUSH_B = 256 * 2**20
 """Bytes written to flush the L2 cache: more than any L2 cache holds."""
 HEAD_START = 2_000_000
-"""Cycles, about a millisecond, that the GPU waits before a timed call while the host queues it. Queueing takes up to
-half of this time, which is longer than flushing the cache. Without it, a small call would take the host's time."""
+"""Number of clock cycles that the GPU waits before a timed call: about a millisecond. The host queues the call during
+this wait. Queueing takes up to half of the wait. Without the wait, the measured time of a small call would be the time
+in which the host queues it."""
 
 
 class Clock:
-    """Timer of calls. On a GPU, CUDA events time each call with a cold L2 cache. On a CPU, the wall clock is used."""
+    """Measures the time of calls. On a CPU, it reads the wall clock.
+
+    On a GPU, CUDA events measure each call, and the L2 cache is flushed before each call.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -39,7 +47,7 @@ class Clock:
         self._flush = torch.empty(FLUSH_B // 4, dtype=torch.int32, device=device) if self.on_gpu else None
 
     def sample(self, run: Run, calls: int = 1) -> float:
-        """Return the seconds per call, the mean over `calls`."""
+        """Call `run` as many times as `calls` says. Return the mean seconds of a call."""
         if self._flush is not None:
             return sum(self._event(run, self._flush) for _ in range(calls)) / calls
         started = time.perf_counter()
@@ -48,7 +56,7 @@ class Clock:
         return (time.perf_counter() - started) / calls
 
     def calls(self, seconds: float) -> int:
-        """Return the number of calls per sample for a call that takes `seconds`."""
+        """Return how many calls a sample needs, if one call takes `seconds`."""
         return 1 if self.on_gpu else max(1, min(MOST_CALLS, math.ceil(LEAST_S / max(seconds, 1e-9))))
 
     def _event(self, run: Run, flush: torch.Tensor) -> float:
@@ -64,9 +72,9 @@ class Clock:
 
 
 def alternate(count: int) -> Iterator[tuple[Side, Side]]:
-    """Yield the order of the sides in each pair: A B, B A, A B ... Which side is A is random.
+    """Yield the order of `ours` and `other` for each of `count` pairs. The order is reversed from pair to pair.
 
-    Python's garbage collector is off until the last pair is done.
+    The order of the first pair is random. Python's garbage collector is off until the last pair is done.
     """
     order = SIDES if random.random() < 0.5 else SIDES[::-1]  # noqa: S311
     gc.collect()
@@ -83,10 +91,10 @@ def pairs(
     clock: Clock, ours: Run, other: Run, count: int, *, limit: Run | None = None,
     overhead: Mapping[str, float] | None = None, single: bool = False,
 ) -> Samples:  # fmt: skip
-    """Return `count` pairs of samples, in seconds per call, timed in alternating order.
+    """Time two programs in `count` pairs of alternating order. Return the samples in seconds per call.
 
-    limit: a program timed once per pair, after both. overhead: copied into the result. single: whether a sample is
-    one call even if the call is short.
+    limit: a third program, timed once after each pair. overhead: copied into the result. single: if true, a sample is
+    always one call, even a short one.
     """
     runs = {"ours": ours, "other": other} | ({"limit": limit} if limit is not None else {})
     warmup = {name: [clock.sample(run) for _ in range(WARMUP)] for name, run in runs.items()}

@@ -1,4 +1,4 @@
-"""Decide from the checks of two implementations whether their times may be reported. No torch."""
+"""Decide from the checks of two implementations whether their times may be reported. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from harness.conformance.findings.outcomes import CheckOutcome, CheckStatus
 
 
 def judge_parity(parity: Sequence[CheckOutcome]) -> tuple[list[CheckOutcome], Outcome, str]:
-    """Return the results with known defects marked, the outcome of the benchmark, and the reason if it is not measured.
+    """Decide whether a benchmark may be measured. Return its checks, its outcome, and the reason if it may not.
 
-    Every check must pass. One exception: if 8-bit codes of a library are not the nearest codes and this is a known defect,
-    the time is reported with the defect. Skipped checks are ignored, but an implementation needs at least one passed check.
+    In the returned checks, known defects are marked. Each implementation must pass at least one check and fail none;
+    skipped checks do not count. There is one exception. Some libraries compute 8-bit codes that are not the nearest
+    codes. If this is a known defect, the benchmark is measured all the same, and the row names the defect.
     """
     marked = defects.explained(parity, defects.known())[0]
     for one in marked:

@@ -1,8 +1,9 @@
 """Worker process that benchmarks two implementations: `python -m harness.bench.worker FD LINE TASK`.
 
-The worker writes one JSON line per event to the file descriptor FD. The events are `begin` and `end` with the number of
-a benchmark, `row`, `memory`, `missing` with the reason, `failed` with the error that ends the process, and `done`.
-Output of plug-ins goes to stderr. The worker is killed when the other end of the pipe LINE closes.
+FD is a file descriptor. The worker writes one JSON line per event to it. LINE is the file descriptor of a pipe. The
+worker is killed when the other end of this pipe closes. TASK is a `BenchTask` in JSON. The events `begin` and `end`
+have the number of a benchmark, `row` and `memory` have a result, `missing` has the reason why nothing was measured,
+`failed` has the error that ends the process, and `done` is the last event. Output of plug-ins goes to stderr.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from harness.process.event_pipe import Emit, event_writer
 
 
 def main(fd: int, line: int, task: dict[str, Any]) -> None:
-    """Run one task, a document of `harness.bench.planning.BenchTask`, and emit its events."""
+    """Run one task and write its events. task: the document of a `harness.bench.planning.BenchTask`."""
     # Before torch is imported: torch.set_num_threads does not reach every copy of OpenMP.
     os.environ["OMP_NUM_THREADS"] = str(task["threads"])
     with event_writer(fd, line) as emit:
@@ -73,7 +74,10 @@ def _run(task: dict[str, Any], emit: Emit) -> None:
 
 
 def _missing(implementations: list[Implementation]) -> str:
-    """Import the required modules; return a sentence about the first that is not installed, or an empty string."""
+    """Import the modules that the implementations require.
+
+    If one is not installed, return a sentence that names it. Otherwise, return an empty string.
+    """
     for one in implementations:
         for module in one.requires:
             try:

@@ -1,4 +1,4 @@
-"""Pack a Cell's base in 4 bits. For the parity gate, store the expected codes, or the verdicts on the actual codes."""
+"""Pack a Cell's base in 4 bits, and keep what the parity gate needs to judge the packed codes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ class PackedBase:
 
     forms: dict[str, PackedLayer] = field(default_factory=dict)
     expected: dict[str, ExpectedCodes] = field(default_factory=dict)
-    """For small models: the codes of the reference quantiser, which take half the memory of 16-bit weights."""
+    """The codes and constants that the reference quantiser gives for each layer; empty for a large model."""
     judged: dict[str, tuple[Judgement, int]] = field(default_factory=dict)
-    """For large models: the verdict on each layer's codes, and the number of ties. Both are computed while packing."""
+    """For each layer of a large model, the verdict on its codes, and the number of codes that depend on rounding
+    (ties). Both are computed while the layer is packed. Empty for a small model."""
     note: str = ""
-    """A sentence for the Record."""
+    """A sentence for the Record: how many layers and weights are packed."""
 
 
 def pack(
@@ -41,9 +42,10 @@ def pack(
 ) -> PackedBase:
     """Pack the layers at `paths` in place and return their packed forms.
 
-    Layers are packed one by one, so that at most one exists in both forms. ready: yields sets of paths of modules that
-    have just received their weights; None if all modules have weights already. Raises UsageError before packing starts if
-    a layer is not linear.
+    The layers are packed one by one, so that at most one of them is in memory both as a dense and as a packed layer.
+    ready: an iterator that gives some modules their weights and then yields the paths of these modules. It is None if
+    all modules already have weights. Raises UsageError if a layer is not linear. This happens before any layer is
+    packed.
     """
     paths = list(paths)
     for path in paths:

@@ -1,4 +1,4 @@
-"""The state of a running Cell. Its Record contains this state even if the Cell fails."""
+"""The state of a running Cell. If the Cell fails, its Record still contains this state."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class CellRun:
     clock: PhaseClock
     meter: PeakMeter
     emit: Emit
-    """Reports progress to the runner."""
+    """Function that reports progress to the runner."""
     baseline_B: int
-    """Memory in bytes that the process has before it loads the model."""
+    """Memory of the process before it loads the model, in bytes."""
     checks: list[CheckResult] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     typed_notes: list[Note] = field(default_factory=list)
     layers: list[str] = field(default_factory=list)
     """Paths of the adapted layers."""
     adapted: Mapping[str, object] = field(default_factory=dict)
-    """Path of each adapted layer -> the module that the implementation has put there."""
+    """Path of each adapted layer -> the module that the implementation put there."""
 
     @property
     def cell(self) -> Cell:

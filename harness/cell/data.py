@@ -34,12 +34,13 @@ from harness.records.record import Accuracy, Cell
 from harness.suites.lm_eval_keys import max_answer_tokens, too_long
 
 _PROBED, _PROBED_CAUSAL = 8, 4
-"""Numbers of probe texts for an encoder and for a causal model, which returns more logits per text."""
+"""Number of probe texts for an encoder, and for a causal model. A causal model gets fewer, because it returns more
+logits per text."""
 _PROBED_RANDOM, _PROBED_TOKENS = 2, 32
 
 
 class CellData:
-    """The batches, the probe texts and the scorer that a Cell's task defines."""
+    """The data of a Cell's task: the training batches, the texts for the parity gate (probe texts), and the scorer."""
 
     def __init__(self, job: Job, loaded: models.Loaded, emit: Emit) -> None:
         cell, task = job.cell, job.task
@@ -92,7 +93,10 @@ class CellData:
         self.probe = collate(probe, self.pad, side).to(device)
 
     def logits(self, model: nn.Module) -> Tensor:
-        """Return differentiable logits of a few test texts; a causal model computes only those of the last position."""
+        """Return the model's logits on the probe texts. The logits are differentiable.
+
+        For a causal model, only the logits of the last position are computed.
+        """
         if any(self.probe.answers):
             return loop.last_logits(model, self.probe.inputs, 1)
         return model(**self.probe.inputs).logits  # type: ignore[no-any-return]
@@ -116,7 +120,10 @@ class CellData:
 
 
 def refuse_long(model: nn.Module, cell: Cell, answer: int = 0) -> None:
-    """Raise UsageError if a Cell's texts, or a prompt and an answer of `answer` tokens, exceed its model's positions."""
+    """Raise UsageError if the texts of a Cell have more tokens than its model has positions.
+
+    answer: number of tokens that may be generated after a prompt; 0 if the task does not generate text.
+    """
     # The model knows its positions; the config does not show that RoBERTa reserves two of them for padding.
     if problem := too_long(cell, positions(model), answer):
         raise UsageError(problem[0], hint=problem[1])
@@ -125,7 +132,8 @@ def refuse_long(model: nn.Module, cell: Cell, answer: int = 0) -> None:
 def refuse_tokenless(examples: Sequence[Example], folder: str, special: int = 0) -> None:
     """Raise UsageError if every text consists of special tokens only.
 
-    special: number of special tokens that the tokenizer in `folder` adds to a text.
+    folder: the model's folder, named in the message. special: number of special tokens that the tokenizer adds to a
+    text.
     """
     if examples and all(len(example.tokens) <= special for example in examples):
         what = "the texts have no tokens: the tokenizer knows none of their characters"
@@ -143,7 +151,7 @@ def _split(job: Job, data: Asset) -> tuple[list[rows.AnyRow], list[rows.AnyRow]]
 
 
 def _own(job: Job, data: Asset) -> tuple[Any, list[Any], list[Any]]:
-    """Return lm-eval's own task, its training rows and its test rows."""
+    """Return a task that lm-eval defines, its training rows and its test rows."""
     from harness.cell.evaluation.lm_eval_task import OwnTask
 
     evaluation = job.cell.evaluation
@@ -153,7 +161,10 @@ def _own(job: Job, data: Asset) -> tuple[Any, list[Any], list[Any]]:
 
 
 class _Tokenised(Sequence[Example]):
-    """A sequence of examples made from rows. A row is tokenised at its first use: a short training uses few rows."""
+    """The examples of some rows. Each row is tokenised when its example is first read.
+
+    A short training reads few rows, so that most rows are never tokenised.
+    """
 
     def __init__(
         self, texts: Sequence[rows.AnyRow], tokenise: Callable[[Sequence[rows.AnyRow]], list[Example]]
@@ -177,10 +188,11 @@ class _Tokenised(Sequence[Example]):
 
 
 class RandomData:
-    """Batches of random tokens for the task `synthetic`. Every text has `max_tokens` tokens; nothing is scored.
+    """The data of the task `synthetic`: batches of random tokens. Nothing is scored.
 
-    The tokens depend on the seed, not on the Method. A causal model has a loss on every token except the first; an encoder
-    has random labels. The constructor raises UsageError if `max_tokens` exceeds the model's positions.
+    Every text has `max_tokens` tokens. The tokens depend on the seed, not on the Method. In a causal model, every token
+    except the first has a loss. For an encoder, the labels are random too. The constructor raises UsageError if
+    `max_tokens` exceeds the model's positions.
     """
 
     cut_examples = None
@@ -217,7 +229,10 @@ class RandomData:
         self.order_sha256 = drawn.hexdigest()
 
     def logits(self, model: nn.Module) -> Tensor:
-        """Return differentiable logits of two sequences; a causal model computes only those of the last position."""
+        """Return the model's logits on two random texts. The logits are differentiable.
+
+        For a causal model, only the logits of the last position are computed.
+        """
         if self._encoder:
             return model(**self.probe.inputs).logits  # type: ignore[no-any-return]
         return loop.last_logits(model, self.probe.inputs, 1)

@@ -12,10 +12,10 @@ from harness.suites.tasks import TaskSpec
 
 
 class Emit(Protocol):
-    """Reports progress to the runner."""
+    """A function that reports progress to the runner."""
 
     def __call__(self, event: str, /, **facts: Json) -> None:
-        """Report an event with its facts."""
+        """Report the event of this name, with facts about it."""
 
 
 class Asset(FrozenModel):
@@ -32,7 +32,7 @@ class JobTask(TaskSpec):
     use: AssetUse
     train: Asset | None = None
     file: str = ""
-    """Path of the YAML file of lm-eval's own task; empty for other tasks."""
+    """Path of the task's YAML file if lm-eval defines the task; otherwise empty."""
 
 
 class Job(FrozenModel):
@@ -44,13 +44,13 @@ class Job(FrozenModel):
     cell: Cell
     model: Asset
     data: Asset | None
-    """None for the task `synthetic`."""
+    """The data set; None for the task `synthetic`, which has random tokens."""
     task: JobTask
     device: Literal["cpu", "cuda"]
     launched: float = 0.0
-    """time.time() at the start of the process, when the start-up phase begins."""
+    """The value of time.time() when the process was started. The start-up phase begins at this time."""
     threads: int | None = None
-    """Number of threads; None for all available cores."""
+    """Number of CPU threads that the Cell may use; None for one per available core."""
     at_once: int = 1
     """Number of Cells, this one included, that may run on the same machine at the same time."""
     gpu: str = ""
@@ -66,5 +66,5 @@ class Job(FrozenModel):
 
 
 def used(model: Asset, data: Asset | None, task: JobTask) -> list[AssetUse]:
-    """Return the Record's entries for the assets that a Cell uses."""
+    """Return the Record's entries: one for each model, data set and task that a Cell uses."""
     return [model.use, *(asset.use for asset in (data, task.train) if asset), task.use]

@@ -33,7 +33,8 @@ from harness.records.cost import Checkpoint, Energy
 from harness.records.record import Latency, Measurements, Note, NoteKind, Outcome, Predicted
 
 Predict = Callable[[Job, list[Batch]], Predicted | str]
-"""Returns the predicted memory of a Cell whose training uses these batches, or the reason why there is no prediction."""
+"""A function that predicts the memory of a Cell from its job and its training batches. It returns the prediction, or
+the reason why there is none."""
 Data = CellData | RandomData
 
 
@@ -43,11 +44,11 @@ class Attached:
 
     subject: Subject
     logits: Callable[[], Tensor]
-    """Returns the logits of the probe texts, in inference mode."""
+    """Function that returns the adapted model's logits on the probe texts, in inference mode."""
     base_logits: Tensor
-    """The logits of the model before attaching. The parity gate deletes them after the comparison."""
+    """The logits of the same texts before the adapter was attached. They are deleted after the parity gate."""
     start: dict[str, Tensor]
-    """Name -> copy of a trained tensor's initial value."""
+    """Name of each trained tensor -> copy of its initial value."""
 
 
 def measure(run: CellRun, predict: Predict) -> Measurements:
@@ -103,7 +104,11 @@ def measure(run: CellRun, predict: Predict) -> Measurements:
 
 
 def _load(run: CellRun) -> models.Loaded:
-    """Load and return the model. A shape gets random weights; if the base is quantised, `_quantise` draws them later."""
+    """Load and return the model.
+
+    If the job names a shape, there is no checkpoint and the weights are random. If the base of such a model is
+    quantised, `_quantise` draws the weights later.
+    """
     with run.clock.phase("load"):
         job, path, kind = run.job, Path(run.job.model.path), run.job.model.source.kind
         if job.model.source.scheme != "shape":
@@ -120,7 +125,7 @@ def _load(run: CellRun) -> models.Loaded:
 
 
 def _quantise(run: CellRun, loaded: models.Loaded, paths: list[str]) -> base_quantisation.PackedBase:
-    """If the Cell's base is quantised, pack the layers at `paths` in place; return the packed layers."""
+    """If the Cell's base is quantised, pack the layers at `paths` in place. Return the packed layers."""
     base, model = run.cell.base, loaded.model
     if base.quantization == "none":
         return base_quantisation.PackedBase()
@@ -162,9 +167,9 @@ def _attach(
 
 
 def _check_parity(run: CellRun, attached: Attached, data: Data) -> None:
-    """Compare the adapted model with the reference, and then release the data of the comparison.
+    """Compare the adapted model with the reference. Then free the data that only this comparison needs.
 
-    Raises NonconformingError if they differ.
+    Raises NonconformingError if model and reference differ.
     """
     subject, base = attached.subject, run.cell.base
     provider = f"{base.quantization} by {base.implementation}" if base.quantization != "none" else ""
@@ -182,7 +187,10 @@ def _check_parity(run: CellRun, attached: Attached, data: Data) -> None:
 
 
 def _offload(run: CellRun, subject: Subject) -> OffloadedWeights:
-    """Release weights that no product uses, until latencies are measured; return the object that restores them."""
+    """Free the weights that no matrix product of the adapted model uses. Return the object that restores them.
+
+    They are restored before the latencies are measured. If they cannot be saved elsewhere, they stay in memory.
+    """
     folder = Path(run.job.folder)
     try:
         return OffloadedWeights(unused(subject.method, subject.adapted, subject.bases), folder)
@@ -202,7 +210,10 @@ def _save(run: CellRun, subject: Subject, loaded: models.Loaded, model_B: int) -
 
 
 def _time(run: CellRun, subject: Subject, data: Data, offloaded: OffloadedWeights) -> list[Latency]:
-    """Return latencies. If memory runs out, they have the reason instead of times, and the Cell does not fail."""
+    """Measure and return the latencies.
+
+    If memory runs out, the Cell does not fail. The returned latencies then have a reason instead of times.
+    """
     model: Any = subject.model
     cell = run.cell
     causal = run.job.model.source.kind == "causal"
@@ -223,7 +234,7 @@ def _time(run: CellRun, subject: Subject, data: Data, offloaded: OffloadedWeight
 def _latencies(
     run: CellRun, subject: Subject, causal: bool, vocabulary: int, forward: Callable[..., Tensor]
 ) -> list[Latency]:
-    """Return latencies with one adapter and with several adapters, and check the merged model."""
+    """Check the merged model. Return the latencies with one adapter and with several adapters."""
     evaluation, mixed = run.cell.evaluation, list[Latency]()
     if evaluation.latency:
         # Before merging: some libraries merge into the base weight, which then changes a little.

@@ -8,7 +8,7 @@ from harness.records.record import Status
 
 
 class CellOutcomeError(Exception):
-    """Ends a Cell. Its text is one line."""
+    """Ends a Cell with a status. The message is one line."""
 
     status: ClassVar[Status]
     """The status of the Cell's Record."""
@@ -27,6 +27,6 @@ class Diverged(CellOutcomeError):  # noqa: N818  # Records store this name
 
 
 class Untrained(CellOutcomeError):  # noqa: N818  # Records store this name
-    """Training gave no gradient at all."""
+    """Training gave gradients that are all exactly zero."""
 
     status = Status.NONCONFORMING

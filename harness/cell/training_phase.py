@@ -47,8 +47,9 @@ def train(
 ) -> Trained:
     """Train adapter and head on the batches of `data`, and return the results.
 
-    start: name -> copy of a tensor's initial value; the function empties this dict. Raises NonconformingError if a frozen
-    tensor changed or a trained one did not, and the errors of `loop.train`.
+    start: name of each trained tensor -> copy of its initial value. The function empties this dict, which frees the
+    copies. Raises NonconformingError if a frozen tensor changed, or if a trained tensor did not change. Also raises the
+    errors of `loop.train`.
     """
     cell, model, batches, adapted = run.cell, subject.model, data.batches, subject.adapted
     parameters = list(head.values())

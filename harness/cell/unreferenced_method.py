@@ -13,7 +13,7 @@ from harness.methods.peft_config import NO_REFERENCE
 
 
 def attached_layers(adapted: Any, head: Collection[str]) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
-    """Return the base layers under the adapted ones, by path, and copies of the trained tensors, by name.
+    """Return two dicts: path -> base layer under each adapted layer, and name -> copy of each trained tensor.
 
     head: names of the head's parameters. Raises UsageError if the adapter adapts the head.
     """

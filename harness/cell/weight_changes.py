@@ -19,13 +19,13 @@ def fingerprints(model: nn.Module) -> dict[str, int]:
 
 
 def base_weights(subject: Subject) -> dict[str, Tensor]:
-    """Return the trained tensors, by name, that are weights of the adapted layers themselves."""
+    """Return, by name, those trained tensors that are the adapted layers' own weights."""
     own = {id(p) for base in subject.bases.values() for p in base.parameters()}
     return {name: t for name, t in subject.adapted.tensors().items() if id(t) in own}
 
 
 def state_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 in hex digits over names, dtypes, shapes and bytes, in the order of names."""
+    """Return the SHA-256 of tensors in hex digits. It covers their names, dtypes, shapes and bytes, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -34,9 +34,10 @@ def state_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def check_of_names(cell: Cell, name: str, violations: list[str], what: str) -> CheckResult:
-    """Return a check that passes if `violations`, a list of names of tensors, is empty.
+    """Return a check that passes if `violations` is empty.
 
-    what: predicate of the message, e.g. `changed`. The names are its subject.
+    violations: names of tensors. what: what these tensors did wrong, e.g. `changed`. If the check fails, the message
+    consists of the names and this text.
     """
     return CheckResult(
         check=f"{cell.method}/{name}/{cell.dtype}/trained",
@@ -55,7 +56,10 @@ class UpdateTracker:
     """
 
     def __init__(self, start: Mapping[str, Tensor], look: Callable[[Tensor], Tensor]) -> None:
-        """Copy `start` (name -> initial value). look: returns the part of a tensor to compare with its initial value."""
+        """Copy the dict `start`, which maps names to initial values.
+
+        look: function that takes a tensor, and returns the part of it to compare with the initial value.
+        """
         self._start, self._look = dict(start), look
 
     def observe(self, tensors: Callable[[], Mapping[str, Tensor]]) -> None:

@@ -1,4 +1,4 @@
-"""Check the measure names and arguments of a claim file. Each error has its line. No torch."""
+"""Check the measure names and arguments of a claim file. Each error has its line. Imports no torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ class Arguments:
             self.problems.append(one)
 
     def measure(self, name: str | None, way: KeyPath) -> Measure | None:
-        """Return the measure `name`; for a misspelt name add a problem, and return the closest measure, if any."""
+        """Return the measure called `name`.
+
+        If no measure has this name, add a problem. Then return the measure with the closest name, or None if no name is
+        close.
+        """
         if name and name not in measures():
             self.problem(way, f"unknown measure `{name}`", did_you_mean(name, measures()))
             name = closest_match(name, measures())
@@ -38,9 +42,10 @@ class Arguments:
     def request(
         self, measure: Measure, arguments: Mapping[str, Any], at: KeyPath, also: list[KeyPath]
     ) -> MeasureRequest | None:
-        """Return the request of a measure. If its arguments have problems, add the problems and return None.
+        """Check the arguments of a measure. Return the measure and its arguments as a MeasureRequest.
 
-        at: place of the arguments. also: places to search for further arguments: a row inherits those of its table.
+        If the arguments have problems, add the problems and return None. at: place of the arguments in the file. also:
+        further places where an argument may stand, because a row inherits arguments from its table.
         """
         before = len(self.problems)
         plain = {key: value for key, value in arguments.items() if key not in measure.nested}
@@ -85,7 +90,7 @@ class Arguments:
             )
 
     def _nested(self, measure: Measure, key: str, written: Any, way: KeyPath) -> Any:
-        """Return an argument that is a quantity or a list of quantities."""
+        """Check an argument that must be a quantity or a list of quantities, and return it."""
         nested = measure.nested[key]
         if nested.is_list != isinstance(written, list):
             form = "a list of quantities: [a, b]" if nested.is_list else "one quantity, no list"
@@ -96,7 +101,10 @@ class Arguments:
         return [self._quantity(one, (*way, index), nested.dimensions) for index, one in enumerate(written)]
 
     def _quantity(self, written: Any, way: KeyPath, dimensions: tuple[Dimension, ...]) -> Any:
-        """Return a printed number, or the request of another measure. If it is neither, add a problem and return None."""
+        """Read a quantity, which is a printed number or a request for another measure. Return it.
+
+        If `written` is neither, add a problem and return None.
+        """
         if (number := exact(written)) is not None:
             return number
         name = written.get("measure") if isinstance(written, dict) and written.keys() <= {"measure", "with"} else None

@@ -1,6 +1,6 @@
 """Attach a Method's reference to a model on the meta device, to count its tensors without data.
 
-Imports torch only when a model is built.
+The model is built from a shape, which is a preset or a config.json. Imports torch only when a model is built.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Tensor name -> shape."""
+"""Name of a tensor -> its shape."""
 
 
 def config_and_kind(name: str) -> tuple[dict[str, Any], str]:
-    """Return the config.json of a shape, and the model kind."""
+    """Return the config.json of a model, and the kind of the model: `causal` or `encoder`.
+
+    name: a preset, or the path of a config.json.
+    """
     from harness.memory_model import model_shapes
 
     config, preset = shapes.config_of(name), shapes.preset(name)
@@ -30,7 +33,10 @@ def config_and_kind(name: str) -> tuple[dict[str, Any], str]:
 
 @lru_cache(maxsize=4)
 def model(name: str, split: str = "{}") -> Any:
-    """Return the model of a shape on the meta device. split: as in `split_layers`, in JSON."""
+    """Build a model on the meta device and return it.
+
+    name: a preset, or the path of a config.json. split: the argument `parts` of `split_layers`, as JSON.
+    """
     import torch
 
     from harness.assets import structure
@@ -42,10 +48,10 @@ def model(name: str, split: str = "{}") -> Any:
 
 
 def split_layers(built: nn.Module, parts: Mapping[str, Sequence[str]]) -> None:
-    """Replace each layer whose name is a key of `parts` by one layer per part, each with an equal share of the outputs.
+    """Replace each fused layer by one layer per part. Each part gets an equal share of the outputs.
 
-    GPT-2 computes query, key and value in one product; papers adapt them separately. Raises ValueError if the outputs cannot
-    be divided equally.
+    parts: name of a fused layer -> names of its parts. For example, GPT-2 computes query, key and value in one layer,
+    but papers adapt them separately. Raises ValueError if the outputs cannot be divided equally.
     """
     from torch import nn
 
@@ -63,13 +69,16 @@ def split_layers(built: nn.Module, parts: Mapping[str, Sequence[str]]) -> None:
 
 
 def sides(layer: Any) -> tuple[int, int]:
-    """Return the numbers of inputs and outputs of a linear layer, or of GPT-2's Conv1D."""
+    """Return the number of inputs and the number of outputs of a linear layer, or of GPT-2's Conv1D."""
     return (layer.nx, layer.nf) if hasattr(layer, "nf") else (layer.in_features, layer.out_features)
 
 
 @contextmanager
 def attached(built: Any, method: str, config: Mapping[str, Any]) -> Iterator[Any]:
-    """Attach a Method's reference, yield the result, and detach it. Raises ValueError for a config that does not fit."""
+    """Attach a Method's reference to a model and yield the adapted model. Detach it at the end of the context.
+
+    Raises ValueError for a config that does not fit the model.
+    """
     from harness.conformance.subject import configure
     from harness.memory_model import counting
 
@@ -89,7 +98,10 @@ def _tensors(name: str, split: str, method: str, config: str) -> tuple[Shapes, S
 
 
 def _storages(tensors: Mapping[str, Tensor]) -> Shapes:
-    """Return the shape of each storage, under the name of its first tensor. Layers may share a storage and slice it."""
+    """Return the shape of each storage, under the name of the first tensor that uses it.
+
+    Layers may share a storage, each with its own slice.
+    """
     found: dict[int, tuple[str, tuple[int, ...]]] = {}
     for name, t in tensors.items():
         whole = t if t._base is None else t._base
@@ -98,23 +110,30 @@ def _storages(tensors: Mapping[str, Tensor]) -> Shapes:
 
 
 def trained(name: str, method: str, config: Mapping[str, Any], split: Mapping[str, Sequence[str]]) -> Shapes:
-    """Attach the Method's reference to a shape, and return the shapes of its trainable tensors. A tied tensor occurs once.
+    """Return name -> shape for the tensors that a Method trains in a model. A tied tensor occurs once.
 
-    Raises ValueError for a config that does not fit the model.
+    name: the preset or config.json of the model. The Method's reference is attached to the model. Raises ValueError for
+    a config that does not fit the model.
     """
     return _tensors(name, json.dumps(split), method, json.dumps(config))[0]
 
 
 def frozen(name: str, method: str, config: Mapping[str, Any], split: Mapping[str, Sequence[str]]) -> Shapes:
-    """Return the shapes of the Method's frozen tensors. A tensor that layers share (VeRA's pair) occurs once."""
+    """Return name -> shape for the frozen tensors that a Method adds to a model.
+
+    A tensor that layers share occurs once, such as VeRA's pair of projections. The arguments are those of `trained`.
+    """
     return _tensors(name, json.dumps(split), method, json.dumps(config))[1]
 
 
 def parameters(name: str, split: Mapping[str, Sequence[str]] | None = None) -> dict[str, Tensor]:
-    """Map names to the parameters of a shape; a tied parameter has one name."""
+    """Return name -> parameter for a model without an adapter. A tied parameter occurs once.
+
+    name: the preset or config.json of the model.
+    """
     return dict(model(name, json.dumps(split or {})).named_parameters())
 
 
 def parameter_count(name: str) -> int:
-    """Return the number of parameters of a shape; tied parameters count once."""
+    """Return the number of parameters of a model without an adapter. Tied parameters count once."""
     return sum(p.numel() for p in parameters(name).values())

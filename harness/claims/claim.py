@@ -1,4 +1,4 @@
-"""A claim of a paper, its source, and the measure that decides it. No torch."""
+"""A claim of a paper, its source, and the measure that decides it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, Literal
 from harness.claims.printed_number import NEAREST, Dimension, Printed, Rounding
 
 Tier = Literal["exact", "gpu-synthetic", "trained"]
-"""Requirement of a claim: arithmetic or small tensors; a GPU with random weights; training on data."""
+"""What is needed to decide a claim. `exact`: only arithmetic or small tensors. `gpu-synthetic`: a GPU, with random
+weights. `trained`: training on data."""
 
 
 @dataclass(frozen=True)
@@ -18,15 +19,16 @@ class MeasureRequest:
 
     measure: str
     arguments: Mapping[str, Any]
-    """An argument may be a MeasureRequest or a list of them; the measure then gets their numbers."""
+    """Name of each argument -> its value. A value may be another MeasureRequest, or a list of them. The measure then
+    gets the numbers that these requests give."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A reading of the claim under another convention, rank or unit than the paper states."""
+    """Another way to read a claim: with a convention, rank or unit that differs from what the paper states."""
 
     under: str
-    """The convention, rank or unit."""
+    """The differing convention, rank or unit, in words."""
     request: MeasureRequest
 
 
@@ -38,11 +40,11 @@ class Claim:
     sentence: str
     """The claim in our words."""
     paper: str
-    """Name of the paper in its file, e.g. `lora`."""
+    """Short name of the paper, as in the claim file, e.g. `lora`."""
     version: str
-    """Version that was read, e.g. `arXiv:2106.09685v2`."""
+    """Version of the paper that was read, e.g. `arXiv:2106.09685v2`."""
     source: str
-    """Section or table."""
+    """The section or table of the paper that contains the claim."""
     tier: Tier
     printed: str
     dimension: Dimension
@@ -53,17 +55,21 @@ class Claim:
     otherwise: tuple[Reading, ...] = ()
     """Readings to try in this order if the paper's own reading does not reproduce the claim."""
     scale: str = ""
-    """Description of the measurement if its scale is smaller than the paper's: a different result then refutes nothing."""
+    """Description of our measurement if it is smaller than the paper's; otherwise empty. A different result at a
+    smaller scale does not refute the claim."""
     headline: str = ""
     """The headline to which the claim belongs, if any."""
     needs: str = ""
-    """Information that the paper leaves out, if the claim cannot be decided."""
+    """Information that the paper leaves out and that is needed to decide the claim; empty if nothing is left out."""
     note: str = ""
-    """Known explanation of a difference."""
+    """Known reason why our result differs from the paper's, if there is one."""
     where: str = ""
-    """`file:line`."""
+    """Place of the claim: `file:line`."""
 
     @property
     def rule(self) -> str:
-        """The looser rule of comparison in words; empty for plain rounding and for relations such as `<`."""
+        """The rule of comparison in words, if it is looser than rounding; otherwise empty.
+
+        It is also empty for a figure with a relation such as `<`.
+        """
         return "" if self.figure is None or self.figure.relation else self.rounding.words

@@ -1,4 +1,7 @@
-"""Read claim files, `suites/claims/PAPER.yaml` or a user's own; report all errors at once with their lines. No torch."""
+"""Read claim files, `suites/claims/PAPER.yaml` or a user's own. Imports no torch.
+
+All errors are reported at once, with their lines.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from harness.yaml_lines import Document, KeyPath
 
 
 def _text(written: Any) -> Any:
-    """Return the text of a YAML number, so that `printed: 0.10` has two digits."""
+    """Return the text of a YAML number, so that `printed: 0.10` keeps its two digits. Return other values unchanged."""
     is_number = isinstance(written, int | float) and not isinstance(written, bool)
     return getattr(written, "text", str(written)) if is_number else written
 
@@ -32,7 +35,7 @@ _PLACE = re.compile(r"\{\w+\}")
 _FILL = "use {printed}, or an argument or config key that every row has"
 _RULES = ("nearest", "cut", "magnitude")
 _MEASURED = "-measured"
-"""Suffix of a paper's second file, with the claims that need Records."""
+"""End of the file name of a paper's second claim file. This file has the claims that need Records."""
 _SMALL = "small scale"
 
 
@@ -76,7 +79,7 @@ class FileKeys(Keys):
     version: Word | None = None
     about: str = ""
     shared: Any = None
-    """A place for YAML anchors."""
+    """Not read. In a claim file, it is the place to define YAML anchors."""
     claims: list[ClaimKeys] | None = Field(default=None, min_length=1)
 
 
@@ -132,7 +135,7 @@ def load(paths: Iterable[Path]) -> list[Claim]:
 
 
 class _Reading:
-    """Reads one file, and collects its claims, its problems, and the ids of its claims with their places."""
+    """Reads one claim file. `problems` collects the errors. `ids` collects the place and the id of each claim."""
 
     def __init__(self, document: Document) -> None:
         self.document = document
@@ -158,7 +161,7 @@ class _Reading:
                 self.problem(way, f"`{name}` is missing", _MISSING[name.partition(" ")[0]])
 
     def _rows(self, table: ClaimKeys, way: KeyPath) -> list[tuple[RowKeys, KeyPath]]:
-        """Return the rows of a table with their places; an entry without rows is its own only row."""
+        """Return the rows of a table, each with its place in the file. An entry without rows counts as a row."""
         if table.rows is None:
             return [(table, way)]
         if table.printed:
@@ -166,7 +169,10 @@ class _Reading:
         return [(row, (*way, "rows", index)) for index, row in enumerate(table.rows)]
 
     def _claim(self, keys: FileKeys, table: ClaimKeys, row: RowKeys, way: KeyPath, at: KeyPath) -> Claim | None:
-        """Return the claim of a row of the table at `way`; if it has problems, collect them and return None."""
+        """Return the claim that a row of a table makes. If there are errors, add them to the problems and return None.
+
+        way: place of the table in the file. at: place of the row.
+        """
         before = len(self.problems)
         own = {key: value for key, value in row if value not in (None, {})}
         merged = table.model_copy(

@@ -1,4 +1,4 @@
-"""Compute and judge many claims in worker processes. No torch."""
+"""Compute and judge many claims in worker processes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _PATIENCE_S = 1800.0
 def judged(claims: Sequence[Claim], jobs: int | None = None, runs: Sequence[Path] = ()) -> list[JudgedClaim]:
     """Judge claims in `jobs` parallel processes [default: one per core, at most 8]. Return the judged claims in order.
 
-    Claims of one model share a process, which builds the model once. runs: run folders whose Records are preferred to
-    published ones.
+    Claims about one model share a process, which builds the model once. runs: folders of runs. Their Records are used
+    before published Records.
     """
     shares = _shares(claims, jobs or min(os.cpu_count() or 1, 8))
     found: dict[str, list[MeasureResult | Missing]] = {}
@@ -51,7 +51,7 @@ def judged(claims: Sequence[Claim], jobs: int | None = None, runs: Sequence[Path
 
 
 def _wait(worker: Subprocess) -> str:
-    """Wait until a worker ends, and return the reason why measures may be missing."""
+    """Wait until a worker ends. Return a reason, for the case that some measures have no result."""
     if worker.wait(_PATIENCE_S) is None:
         return f"not computed within {_PATIENCE_S:.0f} s"
     worker.close()  # so that all its output is read
@@ -64,7 +64,7 @@ def _requests(claim: Claim) -> list[MeasureRequest]:
 
 
 def _shares(claims: Sequence[Claim], jobs: int) -> list[list[Claim]]:
-    """Divide claims into shares of similar length; claims of one model stay together."""
+    """Divide claims into at most `jobs` shares of similar length. All claims about one model are in the same share."""
     of_model: dict[str, list[Claim]] = {}
     for claim in claims:
         of_model.setdefault(_model(plain(claim.request)), []).append(claim)
@@ -75,7 +75,10 @@ def _shares(claims: Sequence[Claim], jobs: int) -> list[list[Claim]]:
 
 
 def _model(request: Any) -> str:
-    """Return the model that a request, or a request in its arguments, names; empty if there is none."""
+    """Return the name of the model in a request, or in a request among its arguments.
+
+    Return an empty string if no model is named.
+    """
     if isinstance(request, dict):
         if isinstance(request.get("model"), str):
             return str(request["model"])

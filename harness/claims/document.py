@@ -1,4 +1,4 @@
-"""Write and read the claim ledger as a JSON document. No torch."""
+"""Write and read the claim ledger as a JSON document. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KIND = "claims"
 
 
 def document(rows: Sequence[JudgedClaim], software: Mapping[str, str]) -> dict[str, Any]:
-    """Return the ledger for JSON. software: library -> version used for the computation."""
+    """Return the ledger as a document for JSON. software: library -> version used for the computation."""
     claims = [row.model_dump(mode="json") for row in rows]
     return {"schema": SCHEMA, "kind": KIND, "software": dict(software), "claims": claims}
 

@@ -1,4 +1,7 @@
-"""Texts of `explain` about claims: the form of a claim file, and each measure, verdict and claim. No torch."""
+"""Texts of the command `explain` about claims. Imports no torch.
+
+There is a text about the form of a claim file, and about each measure, verdict and claim.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,8 @@ ROUNDING = {
     "{about: 5%}": "within that share of the figure, on either side. For measurements, and for figures that the paper "
     "mentions in passing",
 }
-"""`rounding` of a claim -> its explanation. The three looser rules are always shown next to our result."""
+"""Value of a claim's key `rounding` -> explanation of this rule. The three looser rules are always shown next to our
+result."""
 
 
 def topics() -> Iterator[tuple[str, Callable[[], str]]]:

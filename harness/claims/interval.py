@@ -1,4 +1,4 @@
-"""Uncertain numbers with an interval around them: repeated measurements, and rounded printed figures. No torch."""
+"""Numbers with an interval around them, such as repeated measurements and rounded figures. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ class Interval:
 
     @classmethod
     def printed(cls, value: Number, last: Number) -> Interval:
-        """Return the interval of numbers that round to a printed figure. last: a unit in its last digit; 0 if exact."""
+        """Return the interval of all numbers that round to a printed figure.
+
+        last: one unit of the figure's last digit; 0 if the figure is exact.
+        """
         exact, half = Fraction(value), Fraction(last) / 2
         return cls(exact, exact - half, exact + half)
 
@@ -38,11 +41,11 @@ class Interval:
         return Interval(self.value / other.value, self.least / other.most, self.most / other.least)
 
     def from_printed(self, how: str) -> MeasureResult:
-        """Return this interval as the result of arithmetic with printed figures. how: the arithmetic as text."""
+        """Return this interval as the result of a measure that uses printed figures. how: the arithmetic as text."""
         return MeasureResult(self.value, how, within=None if self.least == self.most else (self.least, self.most))
 
     def measured(self, how: str) -> MeasureResult:
-        """Return this interval as the result of a measurement. how: the arithmetic as text."""
+        """Return this interval as the result of a measure that uses measurements. how: the arithmetic as text."""
         return MeasureResult(self.least, how, most=None if self.least == self.most else self.most)
 
 

@@ -1,4 +1,4 @@
-"""Judge a claim by the results of its measures. No torch."""
+"""Judge a claim by the results of its measures. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from harness.records.base_model import FrozenModel
 
 
 class ClaimVerdict(StrEnum):
-    """Verdict on a claim; see `MEANING`."""
+    """Verdict on a claim. `MEANING` explains each verdict."""
 
     REPRODUCED = "reproduced"
     UNDER = "reproduced-under"
@@ -35,28 +35,28 @@ MEANING = {
 
 
 STAND_IN = "by a stand-in: "
-"""Beginning of the reason if a claim was reproduced at a smaller scale."""
+"""First words of the reason of a verdict, if the claim was reproduced at a smaller scale."""
 
 
 @dataclass(frozen=True)
 class Missing:
-    """A measure without a result."""
+    """Takes the place of a measure's result if there is none."""
 
     why: str
-    """The reason."""
+    """The reason why there is no result."""
     failed: bool = False
-    """True if the measure should have had a result."""
+    """True if an error prevented the result. False if the measure cannot be computed here."""
 
 
 class MeasureOutcome(FrozenModel):
     """The result of one reading of a claim."""
 
     under: str
-    """Convention, rank or unit; empty for the paper's own reading."""
+    """Convention, rank or unit of this reading; empty for the paper's own reading."""
     measure: str
     arguments: dict[str, Any]
     value: float | bool | None = None
-    """None without a result."""
+    """The result: a number in base units, or whether a property holds. None without a result."""
     ours: str = ""
     how: str = ""
     missing: str = ""
@@ -77,16 +77,18 @@ class JudgedClaim(FrozenModel):
     under: str
     """The convention, rank or unit under which the claim was reproduced; empty for the paper's own."""
     ours: str
-    """Our result under the reading that decides."""
+    """Our result as text, under the reading that decides the verdict."""
     how: str
     """The arithmetic of our result."""
     why: str
     """Reason of the verdict."""
     note: str
     rule: str | None = None
-    """The looser rule of comparison in words; empty for plain rounding, None in ledgers of an older version."""
+    """The rule of comparison in words, if it is looser than rounding; otherwise empty. None in ledgers of an older
+    version."""
     scale: str = ""
-    """Description of the measurement if its scale is smaller than the paper's (a rehearsal, a small model)."""
+    """Description of our measurement if it is smaller than the paper's (a rehearsal, a small model); otherwise
+    empty."""
     tried: list[MeasureOutcome]
     failed: bool = False
     """True if the computation of the claim failed."""
@@ -98,14 +100,20 @@ class JudgedClaim(FrozenModel):
 
     @property
     def got(self) -> str:
-        """Our result as part of a sentence, with the rule if it is looser than rounding; empty without a result."""
+        """Our result as part of a sentence; empty without a result.
+
+        If the rule of comparison is looser than rounding, the sentence names the rule.
+        """
         is_property = any(isinstance(one.value, bool) for one in self.tried)
         rule = f" (rule: {self.rule})" if self.rule else ""
         return f"{'here it' if is_property else 'we get'} {self.ours}{rule}" if self.ours else ""
 
 
 def judge(claim: Claim, answers: Sequence[MeasureResult | Missing]) -> JudgedClaim:
-    """Return the judged claim. answers: the result for its own reading, then for each reading of `otherwise`."""
+    """Judge a claim by its results and return the judged claim.
+
+    answers: first the result under the paper's own reading, and then one result for each reading in `otherwise`.
+    """
     answers = [_placed(claim, one) for one in answers]
     readings = [("", claim.request), *((one.under, one.request) for one in claim.otherwise)]
     tried = [_tried(claim, under, request, found) for (under, request), found in zip(readings, answers, strict=True)]
@@ -141,14 +149,17 @@ def judge(claim: Claim, answers: Sequence[MeasureResult | Missing]) -> JudgedCla
 
 
 def _placed(claim: Claim, answer: MeasureResult | Missing) -> MeasureResult | Missing:
-    """Return the answer. If the measure failed, add the place of the claim to the reason."""
+    """Return the answer. If an error prevented a result, add the place of the claim, `file:line`, to the reason."""
     if isinstance(answer, MeasureResult) or not answer.failed:
         return answer
     return replace(answer, why=f"{claim.where}: {answer.why}")
 
 
 def _reproduces(claim: Claim, found: MeasureResult) -> str | None:
-    """Return the reading of the figure under which the result agrees: "" is the plain reading, None means no agreement."""
+    """Return how the printed figure must be read to agree with the result. If no reading agrees, return None.
+
+    An empty string is the plain reading. Other readings, for example, take MB for MiB.
+    """
     if claim.figure is None:
         return "" if found.value else None
     most = None if found.most is None else Fraction(found.most)
@@ -156,14 +167,20 @@ def _reproduces(claim: Claim, found: MeasureResult) -> str | None:
 
 
 def _open(claim: Claim, found: MeasureResult) -> bool:
-    """Return whether the range of a result leaves the claim undecided. A property is undecided if `found.most` is true."""
+    """Return whether a result leaves the claim undecided.
+
+    A range does so if only a part of it agrees with the claim. A property does so if `found.most` is true.
+    """
     if claim.figure is None or found.most is None:
         return bool(found.most)
     return undecided(claim.figure, Fraction(found.value), claim.rounding, Fraction(found.most))
 
 
 def _allowed(claim: Claim, found: MeasureResult) -> str:
-    """Return, as text, the range that rounded printed figures allow, if only a part of it agrees; else an empty text."""
+    """Return the range of results that rounded figures allow, as text, if only a part of it agrees with the claim.
+
+    Otherwise, return an empty string.
+    """
     if claim.figure is None or found.within is None:
         return ""
     least, most = Fraction(found.within[0]), Fraction(found.within[1])
@@ -190,7 +207,11 @@ def _tried(claim: Claim, under: str, request: MeasureRequest, found: MeasureResu
 
 
 def plain(value: Any) -> Any:
-    """Return a value for JSON. Requests, also nested ones, become dicts; fractions become numbers, or text if inexact."""
+    """Return a value in a form that JSON can store.
+
+    A request becomes a dict, and so does a request inside it. A fraction becomes a number, or text if no decimal number
+    is equal to it.
+    """
     if isinstance(value, MeasureRequest):
         return {"measure": value.measure, "with": {key: plain(one) for key, one in value.arguments.items()}}
     if isinstance(value, Fraction):

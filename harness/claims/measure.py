@@ -1,7 +1,8 @@
-"""Measures: functions that compute one quantity, or check one property, for claims. No torch here.
+"""Measures: functions that compute one quantity, or check one property, for claims. Imports no torch.
 
-A function in a module of `harness.claims.measures` is marked `@measure(dimension)`. Its parameters are the keys of a claim's
-`with:`, checked by their annotations. It imports torch inside, so that claim files are checked without torch.
+A function in a module of `harness.claims.measures` is marked `@measure(dimension)`. Its parameters are the keys under
+`with:` in a claim. Their annotations decide which values are allowed. The function imports torch in its body, so that a
+claim file can be checked without torch.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ class MeasureResult:
     how: str
     """The arithmetic, so that a reader can repeat it."""
     most: Number | None = None
-    """The largest possible value, if the paper omits something or the measurement is uncertain; `value` is the least."""
+    """The largest possible value, if the paper omits something or the measurement is uncertain. `value` is then the
+    least possible value. For a property, True means that it is undecided."""
     within: tuple[Number, Number] | None = None
-    """The range that rounded, printed figures allow, if the value is computed from such figures."""
+    """If the value is computed from rounded figures of a paper, the range of values that the rounding allows; otherwise
+    None."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Nested:
     """Marks a parameter that is a number, or the result of another measure."""
 
     dimensions: tuple[Dimension, ...] = ()
-    """Allowed dimensions of the other measure. Empty: all dimensions except properties."""
+    """Allowed dimensions of the other measure. If empty, all dimensions except `property` are allowed."""
     is_list: bool = False
 
 
@@ -55,10 +58,10 @@ class Measure:
     name: str
     dimension: Dimension
     arguments: type[BaseModel]
-    """Model of the keys of `with:`."""
+    """Pydantic model that checks what a claim writes under `with:`."""
     function: Callable[..., MeasureResult]
     nested: Mapping[str, Nested] = field(default_factory=dict)
-    """Parameters that may be results of other measures."""
+    """Name of each parameter that may be the result of another measure -> which measures are allowed."""
 
     @property
     def about(self) -> str:
@@ -67,7 +70,8 @@ class Measure:
 
 
 Quantity = Annotated[Any, Nested()]
-"""A parameter that is a number the paper prints, or `{measure: NAME, with: {...}}`; the function gets a Fraction."""
+"""A parameter that a claim writes as a printed number, or as `{measure: NAME, with: {...}}`. In both cases, the
+function gets a Fraction."""
 Quantities = Annotated[list[Any], Nested(is_list=True)]
 """A parameter that is a list of Quantities."""
 Count = Annotated[Any, Nested(("count", "number", "ratio"))]
@@ -83,7 +87,8 @@ class NotRunError(Exception):
 
 
 FOLDER = "folder"
-"""Key of the validation context: the folder to which paths of a claim file are relative."""
+"""Key of pydantic's validation context. Its value is the folder of the claim file, to which paths in the file are
+relative."""
 
 
 def _shape(address: str, info: ValidationInfo) -> str:
@@ -115,7 +120,7 @@ def _method(name: str) -> str:
 Model = Annotated[str, AfterValidator(_shape)]
 """A parameter that names a shape: a preset, or the path of a config.json."""
 Method = Annotated[str, AfterValidator(_method)]
-"""A parameter that names a Method; a parameter `config` is checked against it."""
+"""A parameter that names a Method. If the measure also has a parameter `config`, it must be a config of this Method."""
 Config = dict[str, Any]
 """A Method's config, as in a suite."""
 Positive = Annotated[int, Field(ge=1)]
@@ -133,7 +138,7 @@ def measure(dimension: Dimension) -> Callable[[Callable[..., MeasureResult]], Ca
 
 @cache
 def measures() -> Mapping[str, Measure]:
-    """Map names to measures: the marked functions in the modules of `harness.claims.measures`."""
+    """Return name -> Measure for all marked functions in the modules of `harness.claims.measures`."""
     from harness.claims import measures as package
 
     found: dict[str, Measure] = {}

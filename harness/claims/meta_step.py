@@ -1,8 +1,9 @@
-"""Count the operations and saved bytes of a training step on the meta device, with a Method's reference on a shape.
+"""Count the operations of a training step on the meta device, or the bytes that the step saves for the backward pass.
 
-The step runs forward and backward as in `harness.cell.training.loop`: gradients are computed only where a trainable tensor
-needs them, not for frozen weights, and not before the first trainable layer. A deep model is counted with two and with
-three blocks. Each further block adds the difference between these two counts again.
+A Method's reference is attached to a model without weights. The step runs forward and backward as in
+`harness.cell.training.loop`. Gradients are computed only where a trainable tensor needs them: not for frozen weights,
+and not before the first trainable layer. A deep model is counted with two and with three blocks. The difference between
+these two counts is then added once for each further block.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ from harness.claims import attached_model
 from harness.conformance.subject import DTYPES
 
 _FEW = 2
-"""Number of first blocks, after which all blocks have equal counts. The very first may need no gradient of its input."""
+"""Number of blocks after which every further block has the same count. The first block may differ, because nothing may
+need the gradient of its input."""
 _FLAT_MASK = ("deberta", "deberta-v2")
 """Model types whose attention mask has one number per token; other masks have one number per pair of tokens."""
 
 
 @dataclass(frozen=True)
 class MetaStep:
-    """The step to count."""
+    """A training step of which the operations or the saved bytes are counted."""
 
     model: str
     method: str
@@ -51,7 +53,7 @@ class MetaStep:
 class _Saved:
     """The storage of a tensor that autograd saves.
 
-    The tensor itself is not stored, because a detached tensor refers to the tensor that it comes from.
+    Only the storage is kept here. Even a detached tensor would refer to the tensor from which it comes.
     """
 
     storage: Any
@@ -59,7 +61,7 @@ class _Saved:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """A count for the first blocks and for each further one."""
+    """The count of a whole step, as a sum over the first blocks and each further block."""
 
     few: int
     """Count of the first blocks and of everything outside of blocks."""
@@ -70,11 +72,11 @@ class StepCounts:
 
     @property
     def whole(self) -> int:
-        """Count of all blocks."""
+        """Count of the whole step."""
         return self.few + self.further * self.each
 
     def in_words(self, unit: str = "") -> str:
-        """Return the sum as text."""
+        """Return the sum as text, e.g. `100 + 30 x 40`."""
         more = f" + {self.further} x {self.each:,}" if self.further else ""
         return f"{self.few:,}{more}{unit}"
 
@@ -88,7 +90,8 @@ def step(model: str, method: str, config: Mapping[str, Any], tokens: int, batch:
 def operations(request: MetaStep) -> StepCounts:
     """Count the operations (multiplications and additions) of all matrix products with torch's FlopCounterMode.
 
-    Raises ValueError for a config that does not fit the model, or texts longer than its positions.
+    Raises ValueError for a config that does not fit the model. Raises ValueError, too, for texts with more tokens than
+    the model has positions.
     """
     return _of_all_blocks(request, _operations)
 

@@ -1,4 +1,4 @@
-"""Score an encoder with a classification head: its prediction is the class with the largest logit."""
+"""Score an encoder with a classification head. The prediction is the class with the largest logit."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def score(
 ) -> list[Item]:
     """Return one Item per example, in the order of the examples.
 
-    pad: id of the padding token. batch: texts per forward pass; texts of similar length share a batch. report: receives
-    the number of scored examples and the number of all examples after each batch.
+    pad: id of the padding token. batch: texts per forward pass; texts of similar length share a batch. report: called
+    after each batch with two numbers, the scored examples so far and all examples.
     """
     model.eval()
     device = next(model.parameters()).device

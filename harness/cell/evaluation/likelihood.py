@@ -1,4 +1,7 @@
-"""Adapt a causal language model to lm-eval: likelihoods of answers from few logits, and greedy generation in batches."""
+"""Adapt a causal language model to lm-eval, so that lm-eval can score it.
+
+To score a given answer, the model computes only the logits of the answer's tokens. Generation is greedy and in batches.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,11 @@ from harness.suites.lm_eval_keys import MAX_GEN_TOKS
 
 
 class CausalScorer(TemplateLM):  # type: ignore[misc]
-    """Answers log-likelihood and generation requests for `model`.
+    """Answers lm-eval's two kinds of requests with `model`: for the log-likelihood of a text, and for a generated text.
 
-    Requests with equal inputs share a forward pass. So all choices of a single token together cost one pass over the
-    prompt. max_tokens: a longer sequence loses its beginning. `cut` contains lm-eval's numbers of the items that were cut.
+    Requests with equal inputs share a forward pass. For example, if all choices of a question have a single token, one
+    pass over the prompt scores all of them. max_tokens: a longer sequence loses its beginning. `cut` holds lm-eval's
+    numbers of the items for which this happened.
     """
 
     def __init__(
@@ -41,12 +45,15 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
         return list(self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Return (context ids, continuation ids). Training and scoring use the same tokens."""
+        """Return the token ids of the context and of the continuation. Training and scoring both use these ids."""
         context_ids, continuation_ids = self._encode_pair(context, continuation)
         return list(context_ids), list(continuation_ids)
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return (log-likelihood, whether the answer is the greedy one) for each request, in the order of the requests."""
+        """Return a pair for each request, in the order of the requests.
+
+        The pair is the log-likelihood of the answer, and whether greedy decoding would give this answer.
+        """
         self._too_long = []
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
         self.cut |= {request.doc_id for request, cut in zip(requests, self._too_long, strict=False) if cut}
@@ -89,7 +96,10 @@ class CausalScorer(TemplateLM):  # type: ignore[misc]
         )
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """Return the greedy answer to each request. A prompt may fill all of `max_tokens`; a longer one is cut."""
+        """Return the greedy answer to each request.
+
+        A prompt alone, without the answer, may have `max_tokens` tokens. A longer prompt loses its beginning.
+        """
         prompts = Prompts(self.tokenizer, self.max_tokens)
         # All requests of a task have the same options.
         options = requests[0].args[1]
@@ -111,10 +121,10 @@ def generate(
     batch: int,
     report: Callable[[int, int], None],
 ) -> list[str]:
-    """Return the model's answers in the order of the prompts.
+    """Return the model's greedy answers in the order of the prompts.
 
-    until: texts that end an answer; the answer does not include them. most: maximum number of tokens of an answer. Prompts
-    of similar length share a batch, which is padded on the left.
+    until: texts that end an answer; the answer does not include them. most: largest number of tokens of an answer.
+    Prompts of similar length share a batch, which is padded on the left.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -135,7 +145,10 @@ def generate(
 
 
 def _greedy(model: nn.Module, tokenizer: Any, most: int) -> GenerationConfig:
-    """Return a config that selects the likeliest token. It overrides all options in the model's generation_config.json."""
+    """Return a config that always selects the likeliest token. `most` is the largest number of tokens.
+
+    Of the model's own generation_config.json, only the end tokens have an effect.
+    """
     # An instruction-tuned Llama ends its turns with another token than the end token of the tokenizer.
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}

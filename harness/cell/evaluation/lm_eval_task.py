@@ -1,4 +1,7 @@
-"""Tasks that lm-eval runs: local tasks, whose rows are in memory, and lm-eval's own tasks, whose splits were fetched."""
+"""Tasks that lm-eval scores: local tasks, and tasks that lm-eval itself defines.
+
+The rows of a local task are in memory. The splits of a task that lm-eval defines were fetched to a folder.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,11 @@ from harness.suites.lm_eval_keys import METRICS
 
 
 class LmEvalTask:
-    """A local task. config: the keys of its file. test: the rows to score. judge: the filter that decides exact match."""
+    """A task from a local file, scored by lm-eval.
+
+    config: the keys of the file. test: the rows to score. judge: name of the lm-eval filter whose output must equal the
+    right answer.
+    """
 
     def __init__(self, config: dict[str, Any], test: Sequence[AnyRow], judge: str = "none") -> None:
         import datasets
@@ -27,7 +34,7 @@ class LmEvalTask:
         self._places = range(len(test))
 
     _places: range
-    """Positions of the tested documents in the task, one for each of `ids`."""
+    """For each of `ids`, the position of its document among the task's documents."""
 
     def _take(self, config: dict[str, Any], data: Any, judge: str) -> None:
         from lm_eval.api.task import ConfigurableTask
@@ -42,26 +49,29 @@ class LmEvalTask:
 
     @property
     def scored_by(self) -> str:
-        """The text `lm-eval VERSION`."""
+        """The program that scores, as the text `lm-eval VERSION`."""
         return f"lm-eval {version('lm-eval')}"
 
     @property
     def metric(self) -> str:
-        """The name of the metric."""
+        """The name of the metric, e.g. `accuracy`."""
         if self._chooses:
             return "accuracy"
         return "exact match" if self._judge == "none" else f"exact match ({self._judge})"
 
     def prompt(self, row: AnyRow) -> str:
-        """Return the text before the answer, as lm-eval builds it, without the delimiter."""
+        """Return the prompt of a row as lm-eval builds it. It does not include the delimiter before the answer."""
         return str(self.task.doc_to_text(asdict(row)))
 
     def pair(self, row: AnyRow) -> tuple[str, str]:
-        """Return prompt and answer of a task with text answers; the answer begins with the delimiter."""
+        """Return the prompt and the answer of a row. The answer begins with the delimiter.
+
+        The answers of the task must be texts.
+        """
         return self.prompt(row), f"{self.task.config.target_delimiter}{self.task.doc_to_target(asdict(row))}"
 
     def answers(self, row: LabelledRow) -> list[str]:
-        """Return the choices that lm-eval scores. Each begins with the delimiter."""
+        """Return the choices that lm-eval scores for a row. Each choice begins with the delimiter."""
         return self._choices(asdict(row))
 
     def _choices(self, doc: Any) -> list[str]:
@@ -91,10 +101,11 @@ _SHOTS_SEED = 1234
 
 
 class OwnTask(LmEvalTask):
-    """A task of lm-eval. Training prompts lack the few-shot examples and the description that a test prompt may have.
+    """A task that lm-eval defines.
 
-    file: its YAML file. folder: folder with its splits. tested: positions of the test items to score. judge: the filter
-    that decides exact match.
+    A test prompt may contain few-shot examples and a description. A training prompt contains neither. file: the task's
+    YAML file. folder: the folder with the task's splits. tested: positions of the test items to score. judge: name of
+    the lm-eval filter whose output must equal the right answer.
     """
 
     def __init__(self, file: Path, folder: Path, tested: range, judge: str) -> None:
@@ -129,15 +140,15 @@ class OwnTask(LmEvalTask):
         return without_overlap([self._row(name, doc) for name, doc in docs.items()], self.tested())
 
     def prompt(self, row: Any) -> str:
-        """Return the text before the answer."""
+        """Return the prompt of a row."""
         return str(row.overlap_key)
 
     def answers(self, row: Any) -> list[str]:
-        """Return the choices that lm-eval scores. Each begins with the delimiter."""
+        """Return the choices that lm-eval scores for a row. Each choice begins with the delimiter."""
         return self._choices(self._docs[row.id])
 
     def pair(self, row: Any) -> tuple[str, str]:
-        """Return prompt and answer; the answer begins with the delimiter."""
+        """Return the prompt and the answer of a row. The answer begins with the delimiter."""
         return row.prompt, f"{self.task.config.target_delimiter}{row.answer}"
 
     @property

@@ -1,4 +1,7 @@
-"""Measure checkpoint sizes: write the adapter's file, and sum up the tensors of the whole model."""
+"""Measure the sizes of the files that a user would save.
+
+The adapter's file is written and measured. The size of the whole model's file is only calculated.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ from harness.records.cost import Checkpoint
 
 
 def model_bytes(model: torch.nn.Module) -> int:
-    """Return the bytes of the tensors that a checkpoint of `model` contains; a shared tensor counts once.
+    """Return the bytes of all tensors that a checkpoint of `model` contains. A shared tensor counts once.
 
-    Call this function before the model is packed or adapted: a merged and unpacked model, or a fully trained one, has the
-    same shapes. The model may still be on the meta device.
+    Call this function before the model is packed or adapted. The size is the same after training, because merging and
+    unpacking restore the original shapes. The model may still be on the meta device.
     """
     return storage_bytes(model.state_dict().values())
 
@@ -29,8 +32,9 @@ def measure(
 ) -> Checkpoint:
     """Write adapter and head as one safetensors file into `folder`, and return the sizes.
 
-    trains_base: whether the model's own weights are trained, so that all of them must be saved. The file has no name, so
-    that no file remains even if the process is killed. If the disk is full, the result has the reason; no error is raised.
+    trains_base: whether the Method trains the model's own weights. If so, a user must save the whole model, and no
+    adapter file is written. The file has no name, so that nothing remains in the folder even if the process is killed.
+    If the file cannot be written, e.g. to a full disk, no error is raised, and the result has the reason.
     """
     if trains_base or not (adapter or head):
         because = "the model's own weights are trained: all of them are saved" if trains_base else "nothing is trained"

@@ -16,10 +16,10 @@ def available_cores() -> int:
 
 @contextmanager
 def limit_cores(count: int | None) -> Iterator[list[int]]:
-    """Limit this process and its future children to `count` of its cores (None: all), and yield the cores' numbers.
+    """Limit this process and its future children to `count` of its cores. Yield the numbers of these cores.
 
-    The function selects the cores with the highest numbers, because the lowest handle most interrupts. On a system
-    without affinities (macOS) it limits nothing and yields an empty list.
+    count: None for all cores. The function selects the cores with the highest numbers, because those with the lowest
+    numbers handle most interrupts. On a system that cannot do this (macOS), it limits nothing and yields an empty list.
     """
     process = psutil.Process()
     if not hasattr(process, "cpu_affinity"):

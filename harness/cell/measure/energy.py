@@ -11,12 +11,12 @@ from pathlib import Path
 from harness.cell.measure.gpu import NvmlGpu
 
 LEAST_S = 2.0
-"""Shortest window to measure, in seconds. NVML updates its counter only every 20 to 100 ms, so that the energy of a shorter
-window may be wrong by many per cent."""
+"""Shortest window of time that is measured, in seconds. NVML updates its counter only every 20 to 100 ms, so that the
+energy of a shorter window may be wrong by many per cent."""
 RAPL = Path("/sys/class/powercap")
 _MOST_W = 1000.0
-"""Upper bound of a package's power, in watts. With it, a window is refused if RAPL's counter, which wraps at about 262 kJ,
-may have wrapped twice."""
+"""Upper bound of the power of a CPU package, in watts. RAPL's counter starts again at zero after about 262 kJ. A window
+is refused if, at this power, the counter could have started again twice."""
 
 
 @dataclass
@@ -24,14 +24,17 @@ class Counter:
     """A source of energy readings: one GPU, or all CPU packages (Intel's and AMD's)."""
 
     source: str
-    """`nvml` or `rapl`."""
+    """Name of the source: `nvml` or `rapl`."""
     read: Callable[[], list[float] | None]
-    """Returns joules, one number per device; None if a counter cannot be read."""
+    """Function that returns the counted joules of each device. It returns None if a counter cannot be read."""
     maxima: list[float]
-    """Joules at which each number wraps to zero; infinity for a number that does not wrap."""
+    """For each device, the joules at which its counter starts again at zero; infinity if it never does."""
 
     def between(self, before: list[float], after: list[float], seconds: float) -> float | None:
-        """Return the joules between two readings; None if a number may have wrapped twice, or has restarted."""
+        """Return the joules that all devices used between two readings.
+
+        seconds: time between the readings. Return None if a counter may have started again at zero twice, or was reset.
+        """
         if seconds * _MOST_W > min(self.maxima):
             return None
         total = sum((end - start) % most for start, end, most in zip(before, after, self.maxima, strict=True))
@@ -44,7 +47,7 @@ class EnergyMeter:
 
     counter: Counter | None
     because: str = ""
-    """Reason why there is no counter; else empty."""
+    """Reason why there is no counter; empty if there is one."""
 
     @property
     def source(self) -> str:
@@ -57,7 +60,10 @@ class EnergyMeter:
         self._began = time.monotonic()
 
     def joules(self) -> float | None:
-        """Return the joules since `start`; None without a counter, or in a window shorter than LEAST_S seconds."""
+        """Return the joules used since `start`, or None if they are unknown.
+
+        They are unknown without a counter, and within the first LEAST_S seconds after `start`.
+        """
         seconds = time.monotonic() - self._began
         if self.counter is None or self._before is None or seconds < LEAST_S:
             return None
@@ -66,7 +72,10 @@ class EnergyMeter:
 
 
 def meter(gpu: NvmlGpu | None, because: str = "", *, cuda: bool = False, root: Path = RAPL) -> EnergyMeter:
-    """Return a meter of the GPU, or of the CPU packages unless `cuda`. because: the reason why `gpu` is None."""
+    """Return an energy meter: of `gpu` if `cuda` is true, otherwise of the CPU packages.
+
+    because: the reason why `gpu` is None. root: the folder with the kernel's counters.
+    """
     if cuda:
         if gpu is None:
             return EnergyMeter(None, because)
@@ -84,7 +93,10 @@ def meter(gpu: NvmlGpu | None, because: str = "", *, cuda: bool = False, root: P
 
 
 def _is_package(zone: Path) -> bool:
-    """Return whether a zone is a package. Other zones are parts of packages (`intel-rapl:0:0`) or the platform (`psys`)."""
+    """Return whether a folder with one of the kernel's energy counters belongs to a whole CPU package.
+
+    Other folders belong to a part of a package (`intel-rapl:0:0`), or to the platform (`psys`).
+    """
     try:
         return (zone / "name").read_text().startswith("package")
     except OSError:
@@ -92,7 +104,7 @@ def _is_package(zone: Path) -> bool:
 
 
 def _joules(files: Sequence[Path]) -> list[float] | None:
-    """Read files, each with a number in microjoules. Return joules, or None if a file cannot be read."""
+    """Read files that each hold a number of microjoules. Return joules, or None if a file cannot be read."""
     try:
         return [int(file.read_text()) / 1e6 for file in files]
     except (OSError, ValueError):

@@ -23,18 +23,18 @@ _REASONS: dict[int, Throttle] = {
     0x080: "power-brake",
     0x100: "display-clocks",
 }
-"""Reasons for reduced clocks, by NVML's bits `nvmlClocksEventReason*`."""
+"""NVML's bit for a reason of reduced clocks (`nvmlClocksEventReason*`) -> the name of this reason in a Record."""
 _SAMPLE_S = 0.1
 
 
 class NvmlGpu:
-    """One GPU, read through `nvidia-ml-py`, which is optional. Values that its driver does not return are None."""
+    """One GPU, read through the optional package `nvidia-ml-py`. A value that the driver does not return is None."""
 
     def __init__(self, nvml: Any, handle: Any, uuid: str) -> None:
         self._nvml, self._handle, self.uuid = nvml, handle, uuid
 
     def energy(self) -> float | None:
-        """Return the joules since the driver was loaded. GPUs support this query since Volta."""
+        """Return the joules that the GPU has used since its driver was loaded. GPUs older than Volta cannot tell."""
         spent = self._read(self._nvml.nvmlDeviceGetTotalEnergyConsumption)
         return None if spent is None else spent / 1000  # from mJ
 
@@ -75,7 +75,10 @@ def _named(bits: int) -> list[Throttle]:
 
 
 def find(uuid: str) -> tuple[NvmlGpu | None, str]:
-    """Return the GPU of this UUID (`GPU-...`), or the reason why NVML cannot read it."""
+    """Return the GPU with this UUID (`GPU-...`), or the reason why NVML cannot read it.
+
+    The result is a pair: the GPU and an empty text, or None and the reason.
+    """
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError:
@@ -89,7 +92,10 @@ def find(uuid: str) -> tuple[NvmlGpu | None, str]:
 
 
 class GpuWatch:
-    """Watches one GPU, one phase at a time. gpu: None without NVML; then only torch's numbers are read."""
+    """Reads the state and the memory of a GPU, one phase at a time.
+
+    gpu: None if NVML cannot be used. Then only torch's numbers are read.
+    """
 
     def __init__(self, device: torch.device, gpu: NvmlGpu | None) -> None:
         self.device, self.gpu = device, gpu
@@ -98,14 +104,14 @@ class GpuWatch:
             threading.Thread(target=self._sample_on, daemon=True).start()
 
     def begin(self) -> None:
-        """Begin a phase. `PeakMeter.reset` must have reset the peak of torch's allocator."""
+        """Begin a phase. Call `PeakMeter.reset` before, so that the peak of torch's allocator is that of this phase."""
         self._before = self._counts()
         self._start = self.gpu.state() if self.gpu else None
         self._driver = 0
         self._sample()
 
     def end(self) -> GpuPhase:
-        """Return the numbers since `begin`."""
+        """End the phase. Return its memory, and the state of the GPU at its beginning and at its end."""
         self._sample()
         now = self._counts()
         return GpuPhase(

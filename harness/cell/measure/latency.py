@@ -23,11 +23,12 @@ Variant = Literal["base", "unmerged", "merged", "multi-adapter"]
 PassKind = Literal["forward", "prefill", "decode"]
 WARMUP = 1
 BLOCKS = 4
-"""Number of blocks; even, so that all variants have the same average position."""
+"""Number of blocks. In each block, every variant is timed once. The number is even, so that all variants have the same
+average position in time."""
 PER_BLOCK = 3
 SLOW_S, FEWER = 0.1, 2
-"""If a forward pass takes more than SLOW_S seconds, a block has only FEWER passes: eight in total. A 95 % interval needs
-six."""
+"""If a forward pass takes more than SLOW_S seconds, each block times only FEWER passes of a variant. This gives eight
+passes in total. A 95 % interval needs at least six."""
 _ORDER: tuple[Variant, ...] = ("base", "unmerged", "merged")
 
 
@@ -43,13 +44,13 @@ def measure(
 ) -> list[Latency]:
     """Return the times of every variant: forward times for an encoder, prefill and decode times for a causal model.
 
-    Variants alternate in blocks, and each block reverses the order of the block before. So a slow period of the machine
-    affects all variants, and a drift affects them equally. The first runs after each change of variant are discarded. At
-    the end the model is in its previous state. Raises ImplementationError if the adapter's own methods fail.
+    Each block times all variants, in the reverse order of the block before. So a slow period of the machine affects all
+    variants, and a slow drift affects them equally. The first runs after each change of variant are discarded. At the
+    end the model is in its previous state. Raises ImplementationError if the adapter's own methods fail.
 
-    evaluation: number and length of prompts, and number of passes (default: twelve, or eight if they are slow).
-    merged_refused: the reason for not merging, or empty. layers: path -> adapted layer, saved before a call of `detach`
-    which may have emptied `Adapted.layers`; None if `detach` was not called.
+    evaluation: number and length of prompts, and number of passes. By default there are twelve passes, or eight if they
+    are slow. merged_refused: the reason why the merged model is not timed; empty if it is. layers: path -> adapted
+    layer. If `detach` was called before, the layers must be given, because `detach` may have emptied `Adapted.layers`.
     """
     timed = Prompt(adapted.model, causal, vocabulary, evaluation)
     block = timed.block
@@ -82,7 +83,7 @@ def unmeasured(model: nn.Module, causal: bool, vocabulary: int, because: str, ev
 
 
 class Prompt:
-    """A batch of prompts of equal length for one model, and its times so far.
+    """A batch of prompts of equal length, and the times that a model has taken for this batch so far.
 
     batch: number of prompts; None for the number in `evaluation`.
     """
@@ -99,7 +100,10 @@ class Prompt:
 
     @cached_property
     def ids(self) -> Tensor:
-        """The prompts, int64 (N, L). They are made at first use, because `unmeasured` needs none when memory is short."""
+        """The token ids of the prompts, int64 (N, L). They are drawn when they are first read.
+
+        `unmeasured` is called when memory is short, and never reads them.
+        """
         drawn = torch.randint(0, self.vocabulary, self.shape, generator=torch.Generator().manual_seed(0))
         return drawn.to(next(self.model.parameters()).device)
 
@@ -153,7 +157,10 @@ def _prompt(model: nn.Module, causal: bool, tokens: int) -> tuple[int, str]:
 
 
 def _cache(model: nn.Module) -> str:
-    """Return the name that a model's key-value cache has as argument and in the output; empty without a cache."""
+    """Return the name of a model's key-value cache, or an empty string if the model has none.
+
+    The cache has this name both as an argument of the model and in the model's output.
+    """
     takes = inspect.signature(model.forward).parameters
     return next((name for name in CACHES if name in takes), "")
 
@@ -166,7 +173,7 @@ class _Variants:
         self.attach()
 
     def attach(self) -> None:
-        """Restore the adapted layers, also in `Adapted.layers`, which `detach` may have emptied."""
+        """Put the adapted layers back into the model, and into `Adapted.layers`, which `detach` may have emptied."""
         for path, layer in self._layers.items():
             replace(self._adapted.model, path, layer)
         with self._guarded("layers"):
@@ -201,7 +208,10 @@ class _Variants:
             raise self._fault("unmerge()", f"did not restore {gone[0]} and {len(gone) - 1} other layers")
 
     def detach(self) -> None:
-        """Detach the adapter. Raises ImplementationError if a layer is still adapted: its time would count as the base's."""
+        """Detach the adapter. Raises ImplementationError if a layer is still adapted.
+
+        Without this check, the time of an adapted layer could count as time of the base.
+        """
         with self._guarded("detach()"):
             self._adapted.detach()
         self._off = True
@@ -251,7 +261,10 @@ def _forward(model: nn.Module, ids: Tensor, causal: bool, passes: int | None) ->
 
 @torch.inference_mode()
 def _decode(model: nn.Module, ids: Tensor, causal: bool, passes: int | None) -> list[float]:
-    """Decode greedily with a key-value cache, and return the seconds of each token. passes: minimum number of tokens."""
+    """Decode greedily with a key-value cache. Return the seconds that each token took.
+
+    passes: least number of tokens to time.
+    """
     times: list[float] = []
     while len(times) < (passes or 1):
         times += _decoded(model, ids)
@@ -259,7 +272,7 @@ def _decode(model: nn.Module, ids: Tensor, causal: bool, passes: int | None) -> 
 
 
 def _decoded(model: nn.Module, ids: Tensor) -> list[float]:
-    """Return the seconds of each token after one prompt, without the first token, which warms up."""
+    """Decode a few tokens after the prompts. Return the seconds of each token except the first, which is a warm-up."""
     name, output = _cache(model), model(input_ids=ids, use_cache=True)
     times = []
     for _ in range(DECODED):

@@ -28,8 +28,9 @@ _SAMPLE_S = 0.02
 class PeakMeter:
     """Measures the peak memory since the last `reset`, in bytes.
 
-    On a GPU this is the peak of allocated bytes. On Linux it is VmHWM, which the kernel resets on demand. (ru_maxrss of a
-    child would include its parent's peak.) Elsewhere a thread samples the resident size, so that short peaks are missed.
+    On a GPU, the peak is that of the bytes that torch has allocated. On a CPU under Linux, it is VmHWM, the peak of the
+    process, which the kernel can reset. (ru_maxrss would include the peak of the parent process.) On other systems, a
+    thread samples the resident size, so that short peaks are missed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -56,7 +57,7 @@ class PeakMeter:
             self._sampled = self.now()
 
     def synchronize(self) -> None:
-        """Wait for the GPU's queued work: it belongs to the phase that queued it."""
+        """Wait until the GPU has done all queued work. This work belongs to the phase that queued it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -93,7 +94,7 @@ class PeakMeter:
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the storages of `tensors` outside the meta device. A storage of tied weights counts once."""
+    """Return the bytes of the storages of `tensors`, without those on the meta device. A shared storage counts once."""
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.device.type != "meta"
     }
@@ -115,7 +116,10 @@ def model_tensors(model: torch.nn.Module) -> list[Tensor]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """List the tensors in an optimizer's state and in objects of the state, where galore-torch stores its projectors."""
+    """List the tensors in an optimizer's state, including those inside other objects.
+
+    galore-torch, for example, keeps a projector object with tensors in the state.
+    """
     return [t for state in optimizer.state.values() for value in state.values() for t in tensors_in(value)]
 
 
@@ -127,21 +131,22 @@ def _status_bytes(key: str) -> int:
 
 
 def _trim() -> None:
-    """Release free pages of the C heap, so that a phase's garbage does not count in the next peak. Needs glibc."""
+    """Return free pages of the C heap to the system, so that they do not count in the next peak. Needs glibc."""
     libc: Any = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def peak_while(run: Callable[[], object]) -> int | None:
-    """Call `run`, and return the peak bytes of CPU tensors, earlier tensors included; None if torch has no profiler.
+    """Call `run`. Return the peak bytes of all CPU tensors during the call, or None if torch has no profiler.
 
-    The peak of the process (VmHWM) differs by megabytes between equal runs. This peak is the same to the byte, because it
-    adds up the sizes of requests to torch's allocator.
+    Tensors that existed before the call count too. Equal runs give the same peak, to the byte, because the peak adds up
+    the requests to torch's allocator. VmHWM, the peak of the process, would differ by megabytes.
 
-    Not counted: tensors that imports made (the garbage collector does not list them, see `harness/runner/worker.py`),
-    allocations of other libraries and of Python threads, and earlier tensors without a storage (sparse ones, and remains of
-    a transform such as vmap). An earlier tensor that `run` frees still counts until the end.
+    Some memory does not count. Tensors that were made during imports are missing, because the garbage collector does
+    not list them (see `harness/runner/worker.py`). Allocations by other libraries and by Python threads are missing.
+    Earlier tensors without a storage are missing, such as sparse tensors and remains of a transform like vmap. If `run`
+    frees an earlier tensor, this tensor still counts until the end.
     """
     if not kineto_available():
         return None
@@ -164,7 +169,7 @@ def peak_while(run: Callable[[], object]) -> int | None:
 
 
 def _existing() -> list[Tensor]:
-    """List the tensors in CPU memory. Wrappers are left out; the tensors inside them are listed."""
+    """List the tensors in CPU memory. For a tensor that wraps other tensors, only the inner tensors are listed."""
     gc.collect()
     # `isinstance` would load lazy modules and proxies.
     tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]

@@ -22,7 +22,7 @@ from harness.records.record import Cell, CheckResult, Latency, Outcome
 from reference.shared.layers import replace
 
 ADAPTERS = 4
-"""Rows of the batch, each with its own adapter."""
+"""Number of rows of the batch. Each row has its own adapter."""
 _ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -40,11 +40,15 @@ OPERATION, METHOD = "multi_lora_linear", "lora"
 def measure(
     subject: Subject, cell: Cell, causal: bool, vocabulary: int, registry: Registry
 ) -> tuple[list[Latency], list[CheckResult]]:
-    """Return the times of a batch with ADAPTERS adapters and with one adapter, and the check of mixed adapters.
+    """Check and time a batch in which each row has its own adapter. Return the latencies and the result of the check.
 
-    The two batches alternate in blocks. If the implementation cannot mix adapters, or the check fails, the result has the
-    reason instead of times. An implementation mixes adapters by its Operation `multi_lora_linear`, or by a method `mixed` of
-    its Adapted, which takes several adapters (each in the form of `tensors()`) and returns a context manager.
+    For comparison, the same batch is also timed with one adapter for all rows. Blocks with several adapters and with
+    one adapter alternate. If the implementation cannot mix adapters, or the check fails, the latencies have a reason
+    instead of times.
+
+    An implementation can mix adapters in one of two ways. It has the Operation `multi_lora_linear`, or its adapted
+    model (`Adapted`) has a method `mixed`. This method takes several adapters, each in the form of `tensors()`, and
+    returns a context manager.
     """
     prompt = Prompt(subject.model, causal, vocabulary, cell.evaluation, ADAPTERS)
     try:
@@ -73,16 +77,17 @@ def measure(
 def _failed(
     prompt: Prompt, subject: Subject, cell: Cell, error: BaseException
 ) -> tuple[list[Latency], list[CheckResult]]:
-    """Return latencies without times and a skipped check, with the error as the reason. The Cell does not fail."""
+    """Return latencies without times, and a skipped check. The error is the reason of both. The Cell does not fail."""
     because = f"could not be tried: {type(error).__name__}: {error}".partition("\n")[0]
     case = Case("trained", seed=cell.seed)
     return _untimed(prompt, because), [skipped(subject, case, multi_adapter.NAME, because)]
 
 
 def _untimed(prompt: Prompt, because: str) -> list[Latency]:
-    """Return latencies without times.
+    """Return latencies without times, for one adapter and for several adapters. because: the reason.
 
-    Their field `adapters` distinguishes them from latencies of an equal batch that a suite requests.
+    Their field `adapters` is set. It is not set in latencies that a suite requests, even if the batch has the same
+    size.
     """
     return prompt.latencies("unmerged", because, 1) + prompt.latencies("multi-adapter", because, ADAPTERS)
 
@@ -137,6 +142,6 @@ class _MixedLinear(nn.Module):
         self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W x plus the update of each row's own adapter plus the bias. x: (N, ..., D)."""
+        """Return W x plus the bias, plus the update of each row by the row's own adapter. x: (N, ..., D)."""
         y: Tensor = self.call(x=x, W=self.base.weight, As=self.As, Bs=self.Bs, scalings=self.scalings, ids=self.ids)
         return y if self.base.bias is None else y + self.base.bias

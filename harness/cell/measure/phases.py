@@ -14,9 +14,10 @@ from harness.records.record import Phase
 
 
 class PhaseClock:
-    """Measures phases one after the other. `done` lists them, including one that failed.
+    """Measures the phases of a Cell one after the other. `done` lists the results, also that of a phase that failed.
 
-    energy, gpu: meters; None if the machine has no such meter.
+    announce: called with the name of each phase when it begins. energy, gpu: meters; None if the machine has no such
+    meter.
     """
 
     def __init__(

@@ -26,7 +26,8 @@ class Example:
     answer: int = 0
     """For causal models, the number of tokens at the end that have a loss."""
     cut: bool = False
-    """True if the text was too long and was cut; always False for labelled texts of causal models."""
+    """True if the text was too long and lost tokens. It is always False for texts of causal models that have a
+    label."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,14 @@ class Batch:
 
     @property
     def scored(self) -> int:
-        """The number of terms in the mean loss of the batch: the tokens of answers, or the texts for an encoder."""
+        """Number of terms in the mean loss of the batch: the tokens of all answers, or for an encoder the texts."""
         return sum(self.answers) or len(self.answers)
 
     def parts(self, count: int) -> list[Batch]:
-        """Divide the batch into `count` batches of neighbouring texts, each padded to its longest text, and return them."""
+        """Divide the batch into `count` smaller batches of neighbouring texts, and return them.
+
+        Each of them is padded to its own longest text.
+        """
         if count == 1:
             return [self]
         size = -(-len(self.answers) // count)
@@ -73,10 +77,11 @@ def order(examples: Sequence[Example], steps: int, batch: int, seed: int) -> lis
 
 
 def order_indices(examples: Sequence[Example], steps: int, batch: int, seed: int) -> list[list[int]]:
-    """Return `steps` lists of `batch` positions in `examples`. This data order depends on the seed, not on the Method.
+    """Return the data order: `steps` lists of `batch` positions in `examples`.
 
-    Each epoch is shuffled. To save padding, the examples of each pool of eight batches are sorted by length; then the
-    batches of the pool are shuffled. Raises UsageError if there is no example.
+    The order depends on the seed, not on the Method. Each epoch is shuffled. The epochs follow one another, and are
+    divided into pools of eight batches. To save padding, each pool is sorted by length and then divided into batches.
+    The batches of a pool are then shuffled. Raises UsageError if there is no example.
     """
     if not examples:
         hint = "add rows to the data, or lower the task's `test`"
@@ -99,7 +104,8 @@ def order_indices(examples: Sequence[Example], steps: int, batch: int, seed: int
 def collate(examples: Sequence[Example], pad: int, side: str) -> Batch:
     """Return a Batch of the examples, padded to the longest one with the token `pad`.
 
-    side: `right` for encoders; `left` for causal models, so that all answers end at the same position.
+    side: where the padding is. It is `right` for encoders, and `left` for causal models, so that all answers end at the
+    same position.
     """
     length = max(len(e.tokens) for e in examples)
     ids = torch.full((len(examples), length), pad, dtype=torch.long)
@@ -174,9 +180,10 @@ def refuse_long_answers(longest: int, max_tokens: int) -> None:
 class Prompts:
     """Tokenises prompts and answers, for training and for generation.
 
-    A prompt begins with the beginning-of-sequence token, if the tokenizer adds this token. A prompt that is too long loses
-    its beginning, but not this token. An answer that is longer than the limit loses its end and the end-of-sequence token.
-    max_tokens: limit of prompt and answer together in training, and of the prompt in generation.
+    A prompt begins with the beginning-of-sequence token, if the tokenizer adds this token. A prompt that is too long
+    loses its beginning, but not this token. An answer that is too long loses its end, and also the end-of-sequence
+    token. max_tokens: in training, the limit of prompt and answer together; in generation, the limit of the prompt
+    alone.
     """
 
     def __init__(self, tokenizer: Any, max_tokens: int) -> None:
@@ -185,23 +192,27 @@ class Prompts:
         self._start = [bos] if bos is not None and tokenizer.encode("a")[:1] == [bos] else []
 
     def open(self, name: str, prompt: str) -> Example:
-        """Return an example with a prompt for generation and no answer."""
+        """Return an example that contains only a prompt, for generation."""
         plain = self._plain(prompt)
         tokens = self._cut(plain, self._limit)
         return Example(name, tuple(tokens), 0, cut=len(tokens) < len(self._start) + len(plain))
 
     def pair(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-        """Return the tokens of a prompt and those of its answer, both uncut.
+        """Return the tokens of a prompt and those of its answer. Neither is cut.
 
-        Both are tokenised together. If a token spans prompt and answer, they are tokenised separately, because a generating
-        model reads the tokens of the prompt alone.
+        Both are tokenised together. But if a token would span the end of the prompt and the start of the answer, each
+        is tokenised separately, because a generating model reads only the prompt.
         """
         before, whole = self._plain(prompt), self._plain(prompt + answer)
         together = whole[: len(before)] == before
         return before, whole[len(before) :] if together else self._plain(answer)
 
     def example(self, name: str, prompt: str, answer: str, loss: str, eos: bool) -> Example:
-        """Return one example. loss: `answer`, or `all` for every token except the first."""
+        """Return one example of a prompt and an answer.
+
+        loss: `answer` if only the tokens of the answer have a loss, or `all` if every token except the first has a
+        loss. eos: whether an end-of-sequence token follows the answer.
+        """
         before, behind = self.pair(prompt, answer)
         # A model predicts a token only from earlier tokens, so an answer needs a token before it.
         start = self._start if prompt or self._start else [self._tokenizer.eos_token_id]
@@ -224,9 +235,10 @@ class Prompts:
 def answered_examples(
     some: Sequence[AnyRow], prompts: Prompts, parts: Callable[[AnyRow], tuple[str, str]], answers: Answers
 ) -> list[Example]:
-    """Tokenise rows and return the examples. parts: returns prompt and answer of a row.
+    """Tokenise rows and return the examples.
 
-    In a TextRow every token except the first has a loss.
+    parts: function that returns the prompt and the answer of a row. A TextRow has neither: every token of the text
+    except the first has a loss.
     """
     return [
         prompts.example(row.id, "", row.text, "all", answers.eos)

@@ -1,4 +1,4 @@
-"""Count the memory of one more training step, tensor by tensor, and undo its changes."""
+"""Take one more training step to count its memory, tensor by tensor. Undo its changes."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ def step_peak(
     optimizer: torch.optim.Optimizer,
     accumulate: int = 1,
 ) -> int | None:
-    """Return the peak bytes of CPU tensors in a training step; None if torch cannot count them.
+    """Take one more training step. Return its peak bytes of CPU tensors, or None if torch cannot count them.
 
-    The step uses the batch with the most tokens in the model at once, and the optimizer already has its states. The step is
-    not timed, because counting slows it down. It comes after the last step T of the training: it includes periodic work of
-    an optimizer (GaLore's SVD) only if this work is due in step T + 1. The Method's `after_step` is not called.
+    The step uses the batch that puts the most tokens into the model at once. The optimizer already has its states. The
+    step is not timed, because counting slows it down. Some optimizers do extra work in certain steps, such as GaLore's
+    SVD. This work is counted only if it is due in this step, the first one after the training. The Method's
+    `after_step` is not called.
 
-    The function restores, also if the step fails: trained parameters; the model's buffers (a BatchNorm's statistics), except
-    untrained buffers of the Method, which may be as large as the weights; and the random states of torch, Python, numpy and
-    the generators that are attributes of modules. It does not restore the optimizer, the gradients (they are dropped) or
-    other state, e.g. a counter, a cache that is no buffer, or a generator in a closure.
+    At the end, even after an error, the function restores three things: the trained parameters; the model's buffers,
+    such as the statistics of a BatchNorm; and the random states of torch, Python, numpy and the generators that are
+    attributes of modules. It does not restore untrained buffers of the Method, which may be as large as the weights.
+    Nor does it restore the optimizer or other state, such as a counter or a generator in a closure. The gradients are
+    dropped.
     """
     parts = most_tokens(batches, accumulate)
     optimizer.zero_grad(set_to_none=True)
@@ -45,18 +47,21 @@ def step_peak(
 
 
 def most_tokens(batches: Sequence[Batch], accumulate: int) -> list[Batch]:
-    """Return the parts of the batch that contains the largest part, by number of tokens with padding."""
+    """Divide each batch into `accumulate` parts. Return the parts of the batch that has the largest part.
+
+    The size of a part is its number of tokens, with padding.
+    """
     return max((batch.parts(accumulate) for batch in batches), key=lambda p: max(part.padded_tokens for part in p))
 
 
 def copied_B(adapted: Adapted, head: Sequence[nn.Parameter]) -> int:  # noqa: N802  # a unit
-    """Return how many bytes `step_peak` copies: trained parameters and buffers."""
+    """Return how many bytes `step_peak` copies to restore the trained parameters and the buffers."""
     return tensor_bytes([*loop.trainable(adapted, head), *_buffers(adapted)])
 
 
 @contextmanager
 def _restored(adapted: Adapted, trainable: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
-    """Undo the changes of a step at the end of the context. Yield the copies that restore the state."""
+    """Copy the state that a step may change. Yield the copies, and restore the state at the end of the context."""
     saved = [*trainable, *_buffers(adapted)]
     # A module may replace its buffer by a new tensor.
     places = [
@@ -86,6 +91,6 @@ def _restored(adapted: Adapted, trainable: Sequence[nn.Parameter]) -> Iterator[l
 
 
 def _buffers(adapted: Adapted) -> list[Tensor]:
-    """List the buffers that a step may change. Packed constants and PiSSA's residual, for example, are not among them."""
+    """List the buffers that a step may change. The Method's untrained buffers, such as a residual, are left out."""
     frozen = {t.untyped_storage().data_ptr() for t in adapted.state().values()}
     return [b for b in adapted.model.buffers() if has_storage(b) and b.untyped_storage().data_ptr() not in frozen]

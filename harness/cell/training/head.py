@@ -20,9 +20,9 @@ _SPREAD = 0.02
 def head_of(model: nn.Module, kind: str, lacks: Collection[str] = ()) -> dict[str, nn.Parameter]:
     """Return the parameters of an encoder's head by name. They may be new, or come from a checkpoint.
 
-    The head consists of the parameters outside the encoder itself, and of the parameters in `lacks`.
-    lacks: names of the parameters that the checkpoint lacks, such as the pooler of a masked language model. They start at
-    random, and must train.
+    The head consists of the parameters outside the encoder itself, and of the parameters in `lacks`. lacks: names of
+    the parameters that the checkpoint lacks, such as those of the pooler of a masked language model. These parameters
+    start at random, so that they must train.
     """
     if kind != "encoder":
         return {}
@@ -34,8 +34,8 @@ def head_of(model: nn.Module, kind: str, lacks: Collection[str] = ()) -> dict[st
 def draw(model: nn.Module, names: Collection[str], seed: int) -> dict[str, nn.Parameter]:
     """Initialise these parameters of the head in place, from the Cell's seed alone, and return them by name.
 
-    Matrices become random, and biases of linear layers zero. Other parameters keep the values of the model's initialiser: a
-    norm whose weight starts at zero would have an output and a gradient of zero.
+    Matrices get random values. Biases of linear layers get zeros. Other parameters keep the values of the model's
+    initialiser. For example, if the weight of a norm were zero, the norm's output and gradient would be zero.
     """
     generator = torch.Generator().manual_seed(seed)
     head = {name: model.get_parameter(name) for name in names}
@@ -52,10 +52,10 @@ def draw(model: nn.Module, names: Collection[str], seed: int) -> dict[str, nn.Pa
 def adapted_layers(
     model: nn.Module, method: str, config: dict[str, Any], head: Collection[str]
 ) -> tuple[Any, list[str]]:
-    """Return a Method's config and the paths of the layers that it adapts, both without layers of the head.
+    """Return a Method's config, and the paths of the layers that the Method adapts. Both leave out layers of the head.
 
-    The targets in the returned config may be paths, e.g. instead of `all-linear`, which only the model can resolve. Raises
-    UsageError if all targets are in the head.
+    In the returned config, paths may replace the targets. For example, they replace `all-linear`, because only the
+    model shows which layers this means. Raises UsageError if all targets are in the head.
     """
     chosen = configure(method, config)
     matched = list(adaptable_layers(model, chosen))
@@ -69,5 +69,5 @@ def adapted_layers(
 
 
 def in_head(path: str, head: Collection[str]) -> bool:
-    """Return whether the layer at `path` is part of the head. head: names of its parameters."""
+    """Return whether the layer at `path` is part of the head. head: names of the head's parameters."""
     return any(name.startswith(f"{path}.") for name in head)

@@ -22,8 +22,8 @@ from reference.shared.layerwise import Layerwise
 
 MAX_STEP_SEED = 2**31
 ZERO_GRADIENT_STEPS = 5
-"""If this many first steps have a zero gradient, nothing trains. A later zero may be valid: in 16 bits, the loss of a batch
-that the model already predicts is exactly zero."""
+"""Number of first steps to examine. If the gradient is zero in all of them, nothing trains. In a later step, a gradient
+of zero may be valid: in 16 bits, the loss of a batch that the model already predicts is exactly zero."""
 
 
 @dataclass
@@ -59,7 +59,10 @@ def last_logits(model: nn.Module, inputs: dict[str, Tensor], count: int) -> Tens
 
 @contextmanager
 def drop_gradients(tensors: Iterable[Tensor], wanted: bool) -> Iterator[None]:
-    """If `wanted`, drop each gradient as soon as it is computed: layer-wise training must not store all gradients."""
+    """Inside the context, drop each gradient as soon as it is computed, if `wanted`.
+
+    Layer-wise training needs this, because it must never store all gradients at once.
+    """
     hooks = [t.register_post_accumulate_grad_hook(_drop) for t in tensors] if wanted else []
     try:
         yield
@@ -73,7 +76,7 @@ def _drop(tensor: Tensor) -> None:
 
 
 def notes(optimizer: torch.optim.Optimizer, losses: Sequence[float] = ()) -> list[str]:
-    """Return sentences for the Record about the optimizer and a rising loss."""
+    """Return sentences for the Record about the optimizer, and about the losses if they rise."""
     return [sentence for sentence in (*optimizers.notes(optimizer), divergence.rose(losses)) if sentence]
 
 
@@ -88,15 +91,16 @@ def train(
     accumulate: int = 1,
     layerwise: Layerwise | None = None,
 ) -> StepSamples:
-    """Take one optimizer step for each batch, and call report(step, loss) after it, outside the timed region.
+    """Take one optimizer step for each batch, and return the measured numbers of all steps.
 
-    A batch goes through the model in `accumulate` parts; with dropout each part draws different masks. layerwise: steps the
-    weights within the backward pass; None if the optimizer steps them.
+    After each step, report(step, loss) is called; this time is not measured. A batch goes through the model in
+    `accumulate` parts. With dropout, each part draws different masks. layerwise: the object that steps the weights
+    within the backward pass; None if the optimizer steps them.
 
-    Before every step the global random state is set from (seed, step), so that the dropout masks do not depend on the number
-    of random numbers that an implementation draws. If float16 gradients overflow, the same batch is used again with half
-    the loss scale: no step is skipped, and the time of the first attempt counts. Raises Diverged if a loss or gradient is
-    NaN or infinite, and Untrained if the first steps, at most `ZERO_GRADIENT_STEPS`, all have a gradient of exactly zero.
+    Before every step, the global random state is set from (seed, step). So the dropout masks do not depend on how many
+    random numbers an implementation draws. If float16 gradients overflow, the same batch is used again with half the
+    loss scale. No step is skipped, and the time of every attempt counts. Raises Diverged if a loss or gradient is NaN
+    or infinite. Raises Untrained if the gradients of the first `ZERO_GRADIENT_STEPS` steps are all exactly zero.
     """
     model, samples, trained = adapted.model, StepSamples(), trainable(adapted, head)
     model.train()
@@ -127,14 +131,17 @@ def train(
 
 
 def trainable(adapted: Adapted, head: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """Return each trained parameter once. The head and an adapter that trains all biases may share some."""
+    """Return all trained parameters, each of them once.
+
+    If an adapter trains all biases, some of them may also belong to the head.
+    """
     return list({id(p): p for p in (*adapted.parameters(), *head)}.values())
 
 
 def step(adapted: Adapted, parts: Sequence[Batch], optimizer: torch.optim.Optimizer, seed: int) -> Tensor:
-    """Take one step over the parts of a batch, and return its loss, a scalar tensor.
+    """Take one optimizer step over the parts of a batch. Return the loss of the batch, a scalar tensor.
 
-    seed: seed of the global random state, set again for each further attempt in float16.
+    seed: the seed for the global random state, which is set again before each further attempt in float16.
     """
     loss = _backward(adapted, parts, optimizer)
     while isinstance(optimizer, MasterWeights) and bool(loss.isfinite()) and optimizer.lower_loss_scale():

@@ -1,4 +1,4 @@
-"""Load a model for a task. An encoder has the classification head of its checkpoint, or a new one from the seed."""
+"""Load a model for a task. An encoder has the classification head of its checkpoint, or a random new head."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from harness.process.out_of_memory import shortage
 
 _COMPILER = ("torch._dynamo", "torch._inductor")
 _PROBED_TOKENS = 4
-"""Tokens of a probe text: the smallest `max_tokens` that a suite may have."""
+"""Number of tokens of the text that `foresight` reads. A suite's `max_tokens` cannot be smaller."""
 _NAMED = 6
 """Maximum number of weights that a note names. A usual head has no more."""
 
@@ -32,7 +32,7 @@ class Loaded:
     model: Any
     tokenizer: Any
     head: dict[str, nn.Parameter]
-    """Path -> parameter of an encoder's head. Every Method trains the head."""
+    """Path of each parameter of an encoder's head -> the parameter. Every Method trains the head."""
     notes: list[str] = field(default_factory=list)
     """Sentences for the Record."""
 
@@ -40,9 +40,9 @@ class Loaded:
 def load(path: Path, kind: str, labels: int, dtype: torch.dtype, device: torch.device, seed: int) -> Loaded:
     """Load an encoder with a classification head of `labels` classes, or a causal model, from a local folder.
 
-    A new head replaces a head with another number of classes, as with transformers' `ignore_mismatched_sizes`. Raises
-    AssetError if the folder cannot be read, lacks weights of a causal model or does not match its config.json, or if the
-    output of a causal model depends on later tokens.
+    If the checkpoint's head has another number of classes, a new head replaces it. Raises AssetError if the folder
+    cannot be read, or if its weights do not match its config.json. For a causal model, also raises AssetError if
+    weights are missing, or if the output depends on later tokens.
     """
     from transformers import AutoTokenizer
 
@@ -100,25 +100,26 @@ def _read(path: Path, kind: str, **options: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _some(names: list[str]) -> str:
-    """Return a text with the first names of weights and the number of all."""
+    """Return a text with the first of these names, and with the number of all names if there are more."""
     return ", ".join(names[:_NAMED]) + (f" ... ({len(names)} in all)" if len(names) > _NAMED else "")
 
 
 @cache
 def lacks(checkpoint: str) -> frozenset[str]:
-    """Return the names of the weights that an encoder's checkpoint lacks; empty for a shape, which has no checkpoint.
+    """Return the names of the weights that an encoder's checkpoint lacks.
 
-    No weight is read, because the model is loaded onto the meta device. Raises AssetError like `load`.
+    checkpoint: path of its folder. For a shape, which has no checkpoint, the path is empty, and the result is empty
+    too. No weight is read, because the model is loaded onto the meta device. Raises AssetError like `load`.
     """
     return frozenset(_read(Path(checkpoint), "encoder", device_map="meta")[1]["missing_keys"] if checkpoint else ())
 
 
 @contextmanager
 def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """If `wanted`, use gradient checkpointing per block of a transformers model inside the context.
+    """Inside the context, use gradient checkpointing for each block of a transformers model, if `wanted`.
 
-    Checkpointing is not reentrant: with reentrance, adapters in the first block would get no gradient. Raises UsageError
-    for a model that does not support checkpointing.
+    The checkpointing is not of torch's reentrant kind, which would give adapters in the first block no gradient. Raises
+    UsageError for a model that does not support checkpointing.
     """
     if not wanted:
         yield
@@ -138,9 +139,10 @@ def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def compiled(model: nn.Module, wanted: bool, notes: list[str]) -> Iterator[None]:
-    """If `wanted`, compile the calls of a model by torch.compile inside the context, and add a note about the result.
+    """Inside the context, run the model as torch.compile has compiled it, if `wanted`.
 
-    The modules and their names stay the same. Raises UsageError if the compiler fails.
+    At the end, a sentence about the compilation is added to `notes`. The modules and their names stay the same. Raises
+    UsageError if the compiler fails.
     """
     if not wanted:
         yield
@@ -179,11 +181,11 @@ def graphs() -> int:
 
 
 def foresight(model: Any) -> float:
-    """Return how much the logits at the first positions depend on the last token: 0 for a causal model.
+    """Return how much the logits at all earlier positions depend on the last token: 0 for a causal model.
 
     The number is the norm of the gradient at the last token's embedding, divided by the norm of the gradient at all
-    embeddings. If the logits do not depend on the token, its gradient is exactly zero in every dtype. Comparing the logits
-    of two different last tokens would be weaker: rounding in 16 bits could hide the difference.
+    embeddings. If the logits do not depend on the last token, the gradient is exactly zero in every dtype. Another way
+    would be to change the last token and to compare the logits, but rounding in 16 bits could hide the difference.
     """
     found: list[Tensor] = []
 

@@ -1,7 +1,8 @@
-"""Offload weights that no product uses while a Method trains.
+"""Take weights that no matrix product uses out of memory, while a Method trains.
 
-QLoRA multiplies by its codes and PiSSA by its residual. Only `detach`, which restores the model, and the check of `detach`
-need the original weights. The papers do not include these weights in the memory, so this measurement does not either.
+For example, QLoRA multiplies by its 4-bit codes and PiSSA by its residual, not by the original weights. The original
+weights are needed only by `detach`, which restores the model, and by the check of `detach`. The papers do not count
+them as memory, so this measurement does not either.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from harness.methods.spec import Adapted, methods
 
 
 def unused(method: str, adapted: Adapted, bases: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Map paths of adapted layers to weights that the Method has replaced by another form.
+    """Return path -> weight for those adapted layers whose weight the Method has replaced by another form.
 
-    bases: path -> the layer under the adapter. The map excludes weights that another module also uses (a tied embedding),
-    and weights that share their storage with the new form.
+    bases: path -> the layer under the adapter. The result leaves out weights that another module also uses (a tied
+    embedding), and weights that share their storage with the new form.
     """
     info = methods().get(method)
     if info is None or not (instead := info.spec.replaces_weight):
@@ -50,8 +51,8 @@ def release(weights: Mapping[str, nn.Parameter]) -> None:
 class OffloadedWeights:
     """Weights that were moved out of the measured memory: from a CPU to a file, or from a GPU to the host's memory.
 
-    folder: folder of the file. The file has no name, and vanishes with this process. If it cannot be written, no weight is
-    released, and the constructor raises OSError or RuntimeError.
+    folder: where the file is written. The file has no name, and vanishes with this process. If it cannot be written, no
+    weight is released, and the constructor raises OSError or RuntimeError.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], folder: Path) -> None:
@@ -67,7 +68,7 @@ class OffloadedWeights:
         release(weights)
 
     def restore(self) -> None:
-        """Load every weight again."""
+        """Move every weight back to its device."""
         if self._file is not None:
             self._file.seek(0)
             self._copies = torch.load(self._file, weights_only=True)

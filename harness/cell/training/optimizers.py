@@ -20,20 +20,21 @@ from reference.shared.layerwise import Layerwise
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 FIRST_LOSS_SCALE = 2.0**10
-"""A power of two, so that scaling does not round. With it, float16 represents gradients down to 6e-11."""
+"""First value of the factor by which the loss is multiplied in float16. It is a power of two, so that scaling does not
+round. With this factor, float16 represents gradients down to 6e-11."""
 
 
 class MasterWeights(torch.optim.Optimizer):
-    """An optimizer over float32 copies (masters) of its parameters. After each step the parameters are the rounded masters.
+    """An optimizer over float32 copies (masters) of its parameters.
 
-    In float16, AdamW's eps of 1e-8 and the square of a small gradient become 0. In bfloat16, a step of a thousandth of a
-    weight is lost to rounding. Float32 masters, as in mixed-precision training, avoid both errors. If other code writes to
-    a parameter between two steps, the master adopts the new value. `state` includes the masters, so that the memory ledger
-    counts them.
+    A step changes the masters. It then sets the parameters to the rounded masters. In float16, AdamW's eps of 1e-8 and
+    the square of a small gradient become 0. In bfloat16, a step of a thousandth of a weight is lost to rounding.
+    Float32 masters, as in mixed-precision training, avoid both errors. If other code writes to a parameter between two
+    steps, the master adopts the new value. `state` includes the masters, so that the memory ledger counts them.
 
-    inner: a new optimizer over the parameters; it steps the masters from now on. `loss_scale` multiplies the loss before
-    its backward pass and divides gradients; it is 1 if no parameter is float16 (`scales` is False). `lower_loss_scale`
-    halves the scale, which never grows again.
+    inner: a new optimizer over the parameters. From now on, it steps the masters instead. `loss_scale` is the factor by
+    which the loss is multiplied before its backward pass; the gradients are divided by it again. If no parameter is
+    float16, the factor is 1, and `scales` is False. `lower_loss_scale` halves the factor, which never grows again.
     """
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
@@ -51,7 +52,10 @@ class MasterWeights(torch.optim.Optimizer):
         return next((m.detach() for p, m in self._pairs if p is parameter), parameter.detach())
 
     def lower_loss_scale(self) -> bool:
-        """If a gradient is infinite or NaN and the loss scale is above 1, halve the scale and return True; else False."""
+        """Halve the loss scale if a gradient is infinite or NaN. Return whether it was halved.
+
+        A loss scale of 1 is not halved.
+        """
         finite = [p.grad.isfinite().all() for p, _ in self._pairs if p.grad is not None]
         if self.loss_scale == 1.0 or not finite or bool(torch.stack(finite).all()):  # waits once for a GPU
             return False
@@ -59,7 +63,7 @@ class MasterWeights(torch.optim.Optimizer):
         return True
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
-        """Return a parameter's gradient in float32, divided by the loss scale; None without a gradient."""
+        """Return a parameter's gradient in float32, divided by the loss scale. If it has no gradient, return None."""
         return None if parameter.grad is None else _wide(parameter.grad) / self.loss_scale
 
     @torch.no_grad()
@@ -88,7 +92,8 @@ def _master(parameter: Tensor) -> Tensor:
 
 
 BETAS, EPS = (0.9, 0.999), 1e-8
-"""The values of AdamW's paper and torch's defaults. They are set here, because torch may change its defaults."""
+"""Betas and eps of AdamW, as in its paper and in torch today. They are set here, because torch may change its
+defaults."""
 PAGE_BUDGET_B = 0
 """Bytes of paged states that stay on the device between two steps. With 0, paging saves the most memory and is slowest."""
 _OURS = (harness.kernels.torch.optimizers.adamw8bit.AdamW8bit, harness.kernels.torch.optimizers.paged.Paged)
@@ -104,10 +109,12 @@ def make(
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     """Return the optimizer over adapter and head, and its schedule: linear warm-up, then a linear decrease to zero.
 
-    If the Method has no optimizer of its own, `build` makes the optimizer; it has float32 master weights if a trained
-    tensor is float16 or bfloat16. A Method's own optimizer also steps the head, and has moments in 8 bits for `adamw-8bit`.
-    It steps bfloat16 weights directly, as GaLore's paper does to save memory, but has float32 masters of float16 weights,
-    because float16 cannot represent second moments.
+    If the Method has no optimizer of its own, `build` makes one. It has float32 master weights if a trained tensor is
+    float16 or bfloat16.
+
+    If the Method has its own optimizer, this optimizer also steps the head. Its moments have 8 bits if `name` is
+    `adamw-8bit`. It steps bfloat16 weights directly, as GaLore's paper does to save memory. For float16 weights it has
+    float32 masters, because float16 cannot represent second moments.
 
     Raises UsageError if nothing trains, or if the Method cannot use `name` or `lr_ratio`. Raises Unsupported if an
     implementation's own optimizer has no moments in 8 bits.
@@ -159,8 +166,8 @@ def _own(adapted: Adapted, recipe: Training, name: Optimizer) -> torch.optim.Opt
 def layerwise(optimizer: torch.optim.Optimizer, recipe: Training) -> Layerwise | None:
     """If the recipe has layer-wise updates, step every weight within the backward pass from now on.
 
-    Returns the object that does this; None without layer-wise updates. Raises UsageError if a step needs several backward
-    passes, or all gradients at once.
+    Returns the object that takes these steps, or None without layer-wise updates. Raises UsageError if a step needs
+    several backward passes, or all gradients at once.
     """
     if not recipe.layerwise:
         return None
@@ -183,10 +190,10 @@ def gradient_of(optimizer: torch.optim.Optimizer) -> Callable[[Tensor], Tensor |
 def build(name: Optimizer, implementation: str, groups: Any, lr: float, weight_decay: float) -> torch.optim.Optimizer:
     """Return a new optimizer over `groups`.
 
-    `adamw` is always torch's optimizer. With 8-bit moments or paged states, Cells of `reference` use the reference's
-    optimizer, and all other Cells use the one in harness/kernels: if each implementation provided its own optimizer, two
-    implementations would differ in more than their layers. So bitsandbytes' optimizers are checked as Operations, but no
-    Cell uses them.
+    `adamw` is always torch's optimizer. Optimizers with 8-bit moments or paged states come from the reference in Cells
+    of `reference`, and from harness/kernels in all other Cells. If each implementation provided its own optimizer, two
+    implementations would differ in more than their layers. So no Cell uses bitsandbytes' optimizers; they are checked
+    as Operations.
     """
     AdamW8bit, Paged = _REFERENCES if implementation == "reference" else _OURS
     kind = AdamW8bit if name.endswith("-8bit") else torch.optim.AdamW
@@ -207,7 +214,7 @@ def _of_body(adapted: Adapted, body: Sequence[nn.Parameter], recipe: Training) -
 
 
 def facts(optimizer: torch.optim.Optimizer) -> dict[str, Json]:
-    """Return an optimizer's class, its paging and its groups, as JSON. `lr` is the peak of the schedule."""
+    """Return an optimizer's class, its paging and its parameter groups, as JSON. `lr` is the peak of the schedule."""
     groups: list[Any] = []
     for group in optimizer.param_groups:
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in group.items() if k != "params"}

@@ -20,7 +20,8 @@ from harness.assets import shapes, structure
 from harness.errors import AssetError
 
 SEED = 0
-"""Seed of the weights. It does not depend on the Cell's seed, so all Cells of a shape start with equal weights."""
+"""Seed of the weights. It does not depend on the Cell's seed, so that Cells with the same model start with equal
+weights."""
 NOTE = (
     f"the weights are random (seed {SEED}, the spread of the model's own initialiser), because only a shape was named: "
     "memory and speed are those of the shape, losses and texts mean nothing, and no accuracy was measured"
@@ -44,11 +45,11 @@ def build(folder: Path, dtype: torch.dtype, kind: str = "causal", labels: int = 
 
 
 def drawn(model: Any, device: torch.device) -> Iterator[set[str]]:
-    """Draw the weights of a model on the meta device, part by part, and yield the paths of the modules of each part.
+    """Draw the weights of a model that is on the meta device, part by part. Yield the module paths of each part.
 
-    The first part has the modules outside the blocks; every further part is a block. Each part has its own seed. The model's
-    initialiser for training from scratch draws the weights on `device`, because its standard deviations avoid overflow in
-    16 bits. Raises AssetError for a weight that the initialiser does not set.
+    The first part has the modules outside the blocks; every further part is a block. Each part has its own seed. The
+    weights are drawn on `device` by the initialiser with which the model would be trained from scratch. Its standard
+    deviations avoid overflow in 16 bits. Raises AssetError for a weight that the initialiser does not set.
     """
     parts: dict[str, dict[str, nn.Module]] = {_REST: {}}
     blocks = [f"{path}.{name}" for path, m in outermost_lists(model).items() for name, _ in m.named_children()]
@@ -64,7 +65,7 @@ def drawn(model: Any, device: torch.device) -> Iterator[set[str]]:
 
 
 def draw(model: Any, device: torch.device) -> None:
-    """Draw all weights of a model on the meta device. Raises AssetError like `drawn`."""
+    """Draw all weights of a model that is on the meta device. Raises AssetError like `drawn`."""
     for _ in drawn(model, device):
         pass
 
@@ -73,7 +74,10 @@ def draw(model: Any, device: torch.device) -> None:
 def _draw(
     model: Any, part: str, modules: dict[str, nn.Module], device: torch.device, homes: dict[int, nn.Parameter | None]
 ) -> None:
-    """Draw the modules of one part. homes: id of a tied weight on the meta device -> the drawn weight."""
+    """Draw the weights of one part's modules.
+
+    homes: id of a tied weight on the meta device -> the weight drawn for it, or None if it is not drawn yet.
+    """
     for module in modules.values():
         for name, parameter in module.named_parameters(recurse=False):
             home = homes.get(id(parameter))
@@ -96,11 +100,14 @@ def _draw(
 
 
 def _unset(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a tensor of the same shape on `device`, filled with NaN to reveal a missing initialisation; integers are 0."""
+    """Return a tensor of the same shape on `device`. It holds NaN, or 0 if the dtype is an integer.
+
+    If a NaN remains later, the initialiser has left the tensor out.
+    """
     return torch.full_like(tensor, torch.nan if tensor.is_floating_point() else 0, device=device)
 
 
 def outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Map paths to those ModuleLists of a model that are not inside another ModuleList."""
+    """Return path -> ModuleList for those ModuleLists of a model that are not inside another ModuleList."""
     lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     return {path: m for path, m in lists.items() if not any(path.startswith(f"{other}.") for other in lists)}

@@ -1,4 +1,5 @@
 """Measures: the functions of this package that are marked `@measure`. No other file lists them.
 
-The command `explain` prints a measure's docstring: a phrase that names the quantity, or `Check whether ...` for a property.
+The command `explain` prints the docstring of a measure. The docstring names the quantity, or it begins with `Check
+whether` if the measure checks a property.
 """

@@ -13,9 +13,11 @@ from harness.claims.measure import MeasureResult, Model, Positive, measure
 
 @measure("count")
 def kept_parameters(model: Model, targets: list[str], rank: Positive, budget: Positive) -> MeasureResult:
-    """Parameters of the triplets that remain after pruning to `budget`, as a range over all choices of triplets.
+    """Parameters of the triplets that remain after pruning.
 
-    rank: triplets of a layer before pruning. A triplet consists of its lambda and two vectors.
+    A triplet is one singular value (lambda) with its two vectors. rank: number of triplets of each layer before
+    pruning. budget: number of triplets of the whole model after pruning. The result is a range, because the layers may
+    differ in size: it covers every choice of the remaining triplets.
     """
     config = {"rank": 1, "target_rank": 1, "targets": targets}
     sizes: Counter[str] = Counter()
@@ -43,10 +45,10 @@ def budget_at(
     target_rank: Positive,
     layers: Positive,
 ) -> MeasureResult:
-    """The budget b(t) at the first or the last step of the cubic phase.
+    """The budget b(t), a number of triplets, at the first or the last step t of the cubic phase.
 
-    equation: eq. 12 as printed, with t - t_i - t_f, or the formula of the reference. T counts the steps of all epochs over
-    `examples`; the last batch of an epoch may be smaller.
+    equation: `printed` is eq. 12 as printed, with t - t_i - t_f; `reference` is the formula of the reference. T is the
+    number of steps of all epochs over `examples` examples. The last batch of an epoch may be smaller.
     """
     from reference.adalora import budget
 
@@ -72,7 +74,10 @@ def budget_only_falls(
     target_rank: Positive,
     layers: Positive,
 ) -> MeasureResult:
-    """Check whether the reference's budget is b(0) until t_i, then never rises, and is b(T) for the last t_f steps."""
+    """Check whether the reference's budget b(t) stays constant, then never rises, and then stays constant again.
+
+    It must be b(0) up to step t_i, and b(T) in the last t_f steps, where T is the last step.
+    """
     from reference.adalora import budget
 
     config = _config(examples, batch, epochs, t_i, t_f, rank, target_rank)
@@ -85,9 +90,10 @@ def budget_only_falls(
 
 @measure("property")
 def regularizer_is_eq_4(form: Literal["mean-norm", "squared-sum"]) -> MeasureResult:
-    """Check whether R over two layers is the sum of |P^T P - I|^2 and |Q Q^T - I|^2, within float32 rounding.
+    """Check whether the regularizer R is the sum of |P^T P - I|^2 and |Q Q^T - I|^2 over layers (eq. 4).
 
-    form: value of `regularization` for the reference. The authors' code and HF peft compute `mean-norm`.
+    R is computed for two layers by the reference. It may differ by float32 rounding. form: the reference's option
+    `regularization`. The authors' code and HF peft compute `mean-norm`.
     """
     import torch
 
@@ -112,7 +118,10 @@ def regularizer_is_eq_4(form: Literal["mean-norm", "squared-sum"]) -> MeasureRes
 
 @measure("property")
 def scored_weights_are(weights: Literal["before", "after"]) -> MeasureResult:
-    """Check whether a training step computes the sensitivity |w dL/dw| with the weights before or after the update."""
+    """Check whether the sensitivity |w dL/dw| is computed with the weights w before, or after, the update of a step.
+
+    weights: which of the two the claim states.
+    """
     import torch
 
     adapted, layer = _adapted(target_rank=2)
@@ -130,7 +139,7 @@ def scored_weights_are(weights: Literal["before", "after"]) -> MeasureResult:
 
 @measure("property")
 def pruned_triplets_recover() -> MeasureResult:
-    """Check whether pruning zeroes only lambdas, and a pruned lambda grows again before the next pruning."""
+    """Check whether pruning sets only lambdas to zero, and whether they grow again before the next pruning."""
     import torch
 
     adapted, layer = _adapted(target_rank=2)
@@ -150,9 +159,10 @@ def pruned_triplets_recover() -> MeasureResult:
 
 @measure("property")
 def keeps_exactly(rule: Literal["reference", "kthvalue"]) -> MeasureResult:
-    """Check whether exactly `budget` triplets remain if scores are equal.
+    """Check whether pruning keeps exactly as many triplets as the budget allows, if some scores are equal.
 
-    rule: the rule of the reference, or torch.kthvalue with <=, as in the authors' code and HF peft.
+    rule: `reference` is the rule of the reference. `kthvalue` keeps the scores above torch.kthvalue, as the authors'
+    code and HF peft do.
     """
     import torch
 
@@ -188,7 +198,7 @@ def _layer(seed: int, dtype: str) -> Any:
 
 
 def _adapted(target_rank: int) -> tuple[Any, Any]:
-    """Attach AdaLoRA to a model of one layer with nonzero lambdas."""
+    """Attach AdaLoRA to a model with a single layer, and set random lambdas. Return the result and the layer."""
     import torch
 
     from reference.adalora import Config, attach

@@ -1,6 +1,6 @@
-"""Measures: arithmetic with printed numbers or results of other measures. No torch.
+"""Measures: arithmetic with printed numbers or results of other measures. Imports no torch.
 
-`last` is a unit in the last digit of the coarsest printed figure among the arguments; 0 if they are exact.
+The parameter `last` is one unit of the last digit of the coarsest figure among the arguments. It is 0 if all are exact.
 """
 
 from __future__ import annotations
@@ -15,33 +15,46 @@ from harness.claims.measure import Count, Counts, MeasureResult, Quantities, Qua
 
 @measure("ratio")
 def ratio(of: Quantity, to: Quantity, last: Quantity = Fraction(0)) -> MeasureResult:
-    """The ratio `of` / `to`. last: for printed figures, a unit in the last digit of the coarser one."""
+    """The ratio `of` / `to`.
+
+    last: one unit of the last digit of the coarser figure; 0 if both are exact.
+    """
     return quotient(of, to, last).from_printed(f"{written(of)} / {written(to)}")
 
 
 @measure("share")
 def share(of: Quantity, to: Quantity, last: Quantity = Fraction(0)) -> MeasureResult:
-    """`of` as a share of `to`. last: for printed figures, a unit in the last digit of the coarser one."""
+    """`of` as a share of `to`.
+
+    last: one unit of the last digit of the coarser figure; 0 if both are exact.
+    """
     return ratio(of, to, last)
 
 
 @measure("share")
 def share_less(of: Quantity, than: Quantity, last: Quantity = Fraction(0)) -> MeasureResult:
-    """Relative reduction: 1 - `of` / `than`. last: for printed figures, a unit in the last digit of the coarser one."""
+    """Relative reduction: 1 - `of` / `than`.
+
+    last: one unit of the last digit of the coarser figure; 0 if both are exact.
+    """
     return (ONE - quotient(of, than, last)).from_printed(f"1 - {written(of)} / {written(than)}")
 
 
 @measure("share")
 def share_more(of: Quantity, than: Quantity, last: Quantity = Fraction(0)) -> MeasureResult:
-    """Relative increase: `of` / `than` - 1. last: for printed figures, a unit in the last digit of the coarser one."""
+    """Relative increase: `of` / `than` - 1.
+
+    last: one unit of the last digit of the coarser figure; 0 if both are exact.
+    """
     return (quotient(of, than, last) - ONE).from_printed(f"{written(of)} / {written(than)} - 1")
 
 
 @measure("share")
 def most_share_less(of: Quantities, than: Quantities, last: Quantity = Fraction(0)) -> MeasureResult:
-    """Largest relative reduction, 1 - `of` / `than`, over the positions of two lists, for a claim with `up to`.
+    """Largest relative reduction: the largest of 1 - `of` / `than` over the positions of two lists.
 
-    last: for printed figures, a unit in the last digit of the coarsest one; for sums, this unit times the number of terms.
+    This measure suits a claim with `up to`. last: one unit of the last digit of the coarsest figure; 0 if all are
+    exact. For sums of printed figures, it is this unit times the number of terms.
     """
     shares = [ONE - quotient(one, other, last) for one, other in zip(of, than, strict=True)]
     largest = Interval(*(max(getattr(one, end) for one in shares) for end in ("value", "least", "most")))
@@ -62,14 +75,17 @@ def count_product(of: Counts) -> MeasureResult:
 
 @measure("bytes")
 def bytes_sum(of: Sizes, last: Quantity = Fraction(0)) -> MeasureResult:
-    """The sum of bytes. last: for printed figures, a unit in the last digit of the coarsest one."""
+    """The sum of bytes.
+
+    last: one unit of the last digit of the coarsest figure; 0 if all are exact.
+    """
     found = sum((Interval.printed(one, last) for one in of), ZERO)
     return found.from_printed(" + ".join(f"{written(one)} B" for one in of))
 
 
 @measure("bytes")
 def bytes_of(count: Count, each: Quantity) -> MeasureResult:
-    """Bytes of `count` numbers. each: bytes per number, e.g. 2 in 16 bits, or 12 with a gradient and Adam's moments."""
+    """Bytes of `count` numbers. each: bytes per number, e.g. 2 for a number in 16 bits."""
     return MeasureResult(count * each, f"{written(count)} x {written(each)} B")
 
 
@@ -81,23 +97,30 @@ def bytes_saved(of: Quantity, than: Quantity) -> MeasureResult:
 
 @measure("number")
 def difference(of: Quantity, less: Quantity, last: Quantity = Fraction(0)) -> MeasureResult:
-    """`of` - `less`. last: for printed figures, a unit in the last digit of the coarser one."""
+    """The difference `of` - `less`.
+
+    last: one unit of the last digit of the coarser figure; 0 if both are exact.
+    """
     found = Interval.printed(of, last) - Interval.printed(less, last)
     return found.from_printed(f"{written(of)} - {written(less)}")
 
 
 @measure("number")
 def mean(of: Quantities, last: Quantity = Fraction(0)) -> MeasureResult:
-    """The unweighted mean of numbers. last: for printed figures, a unit in the last digit of the coarsest one."""
+    """The unweighted mean of numbers.
+
+    last: one unit of the last digit of the coarsest figure; 0 if all are exact.
+    """
     found = Interval.printed(sum(of, Fraction(0)) / len(of), last)
     return found.from_printed(f"({' + '.join(map(written, of))}) / {len(of)}")
 
 
 @measure("number")
 def mean_score(of: list[Any], last: Quantity) -> MeasureResult:
-    """The mean of printed scores. A list among them, e.g. accuracy and F1 of one task, counts as one score, its mean.
+    """The mean of printed scores.
 
-    last: a unit in the last digit of the scores, e.g. 0.1.
+    A task may have several scores, e.g. accuracy and F1. If they are written as a list inside the list, their mean
+    counts as one score. last: one unit of the scores' last digit, e.g. 0.1.
     """
     tasks = [one if isinstance(one, list) else [one] for one in of]
     scores = [sum((Fraction(str(score)) for score in task), Fraction(0)) / len(task) for task in tasks]
@@ -106,7 +129,7 @@ def mean_score(of: list[Any], last: Quantity) -> MeasureResult:
 
 
 def quotient(of: Fraction, to: Fraction, last: Fraction) -> Interval:
-    """Return the interval of `of / to`, two positive numbers that are rounded to `last`."""
+    """Return the interval of possible values of `of / to`, if both are rounded to `last`. Both must be positive."""
     return Interval.printed(of, last) / Interval.printed(to, last)
 
 

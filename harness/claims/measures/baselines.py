@@ -1,4 +1,7 @@
-"""Measures: closed forms of baselines that no Method implements: adapters, prefixes, projectors. No torch."""
+"""Measures: parameters, by formula, of baselines that no Method implements. Imports no torch.
+
+These are adapters, prefixes and projectors.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,19 @@ from harness.claims.measures.arithmetic import written
 from harness.claims.sums import summed
 
 Sides = Annotated[list[Positive], Field(min_length=2, max_length=2)]
-"""The sides of a matrix, e.g. `[1024, 4096]`."""
+"""The number of inputs and the number of outputs of a layer, e.g. `[1024, 4096]`."""
 _MIN_STEP = 5
-"""A rank is fitted only if one more rank changes a figure by at least this many units of its last digit."""
+"""A rank may be chosen to fit a printed figure only if each further rank adds at least this many units of the figure's
+last digit."""
 
 
 @measure("share")
 def added_share(of: Quantity, model: Model, whole: Literal["base", "base+adapter"] = "base+adapter") -> MeasureResult:
-    """Parameters added to a model, as a share of the model (`base`), or of the model with them (`base+adapter`)."""
+    """Parameters that are added to a model, as a share of the model's parameters.
+
+    of: number of added parameters. whole: if it is `base+adapter`, the model's parameters include the added ones; if it
+    is `base`, they do not.
+    """
     base = attached_model.parameter_count(model)
     if whole == "base":
         return MeasureResult(of / base, f"{written(of)} / {base:,}")
@@ -29,9 +37,10 @@ def added_share(of: Quantity, model: Model, whole: Literal["base", "base+adapter
 
 @measure("count")
 def prefixes(model: Model, tokens: Positive, before: list[str] = ["k_proj", "v_proj"]) -> MeasureResult:
-    """Parameters of prefix tuning: `tokens` trained vectors before the keys and the values of every layer.
+    """Parameters of prefix tuning, which trains `tokens` vectors before the keys and before the values of every layer.
 
-    before: layers that compute keys and values, by the last parts of their paths. A vector is as long as their outputs.
+    before: names of the layers that compute keys and values: the last parts of their paths. The vectors of a layer have
+    the length of the layer's output.
     """
     return summed((tokens, layer.out_features) for layer in _layers(model, before))
 
@@ -40,11 +49,11 @@ def prefixes(model: Model, tokens: Positive, before: list[str] = ["k_proj", "v_p
 def bottlenecks(
     model: Model, size: Positive, after: list[str] | None = None, beside: list[str] | None = None, bias: bool = False
 ) -> MeasureResult:
-    """Parameters of adapters with an inner width of `size`.
+    """Parameters of adapters: two linear layers with `size` features between them.
 
-    after: layers with an adapter on their output; it has the width of this output. beside: layers with a parallel adapter
-    from their inputs to their outputs. Both name layers by paths or by last parts of paths. bias: whether the two layers of
-    an adapter have biases.
+    after: layers with an adapter on their output. The adapter has the width of this output. beside: layers with an
+    adapter in parallel, from the layer's inputs to the layer's outputs. A layer is named by its path, or by the last
+    part of its path. bias: whether the two layers of an adapter have biases.
     """
     if not after and not beside:
         raise ValueError("`bottlenecks` needs `after` or `beside`")
@@ -56,7 +65,7 @@ def bottlenecks(
 
 @measure("count")
 def linear_layers(sides: list[Sides], bias: bool = True) -> MeasureResult:
-    """Parameters of linear layers with these sides (in, out), with or without biases."""
+    """Parameters of linear layers with these numbers of inputs and outputs, with or without biases."""
     weights = [(inputs, outputs) for inputs, outputs in sides]
     return summed([*weights, *((outputs,) for _, outputs in weights if bias)])
 
@@ -65,7 +74,10 @@ def linear_layers(sides: list[Sides], bias: bool = True) -> MeasureResult:
 def vision_transformer(
     width: Positive, mlp: Positive, layers: Positive, patch: Positive, image: Positive
 ) -> MeasureResult:
-    """Parameters of CLIP's vision tower, without its projection to the text: patches, positions, blocks and three norms."""
+    """Parameters of CLIP's vision tower: patches, positions, blocks and norms, without the projection to the text.
+
+    patch, image: side of a patch, and of the image, in pixels.
+    """
     tokens = (image // patch) ** 2 + 1
     block = 4 * (width**2 + width) + 2 * width * mlp + mlp + width + 4 * width
     ends = 3 * patch**2 * width + width + tokens * width + 4 * width
@@ -74,25 +86,32 @@ def vision_transformer(
 
 @measure("count")
 def at_some_rank(of_rank_1: Quantity, to: Quantity, last: Quantity, fitted: bool = False) -> MeasureResult:
-    """Parameters if the rank is not printed: a range over ranks if a whole rank gives `to`, else those of the nearest rank.
+    """A number of parameters that depends on the rank, if the paper prints the number `to` but not the rank.
 
-    last: a unit in the last digit of `to`. fitted: take the nearest rank as if it were printed; raises ValueError if one
-    more rank adds less than 5 units of the last digit, because nearly any figure would then fit.
+    of_rank_1: the number at rank 1. last: one unit of the last digit of `to`. If some rank gives `to`, the result is a
+    range over ranks, because a rank that is chosen to fit cannot confirm the figure. If no rank gives `to`, the result
+    is the number at the nearest rank. fitted: return the number at the nearest rank in both cases. This raises
+    ValueError if one more rank adds less than 5 units of the last digit, because nearly any figure would then fit.
     """
     return of_some(Fraction(0), of_rank_1, to, last, fitted, "rank")
 
 
 @measure("share")
 def share_at_some_rank(of_rank_1: Quantity, to: Quantity, last: Quantity, fitted: bool = False) -> MeasureResult:
-    """A share, e.g. of a model's parameters, if the rank is not printed; see `at_some_rank`."""
+    """A share, e.g. of a model's parameters, if the paper prints the share but not the rank.
+
+    The arguments are those of `at_some_rank`.
+    """
     return of_some(Fraction(0), of_rank_1, to, last, fitted, "rank")
 
 
 def of_some(start: Fraction, step: Fraction, to: Fraction, last: Fraction, fitted: bool, what: str) -> MeasureResult:
-    """Return the value among `start + n * step` (n = 1, 2, ...) that is nearest to `to`.
+    """Find the n among 1, 2, ... for which `start + n * step` is nearest to the printed figure `to`. Return the result.
 
-    If this value gives the figure `to`, return a range of values, because an n that is fitted to the figure cannot confirm
-    it. If no n gives the figure, the figure is wrong. fitted, ValueError: as in `at_some_rank`. what: name of a step.
+    If the nearest value gives the figure, return a range of values, because an n that is chosen to fit cannot confirm
+    the figure. If it does not, no n gives the figure, and the nearest value is returned. fitted: return the nearest
+    value in both cases; this raises ValueError as in `at_some_rank`. last: one unit of the figure's last digit. what:
+    the word for one step, e.g. `rank`.
     """
     nearest = max(1, round((to - start) / step))
     value = start + nearest * step

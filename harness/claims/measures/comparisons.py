@@ -1,4 +1,4 @@
-"""Measures: comparisons of printed numbers or results of other measures. No torch."""
+"""Measures: comparisons of printed numbers or results of other measures. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from harness.claims.measures.arithmetic import written
 
 @measure("count")
 def wins(of: Quantities, over: Quantities) -> MeasureResult:
-    """Number of positions at which `of` is larger than `over`.
+    """Number of positions in two lists at which `of` is larger than `over`.
 
     Raises ValueError for lists of different lengths.
     """

@@ -1,4 +1,4 @@
-"""Measures: checks of the conformance suite, on small tensors against float64."""
+"""Measures: results of the conformance suite, which compares small tensors with a reference in float64."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ Check = Annotated[str, AfterValidator(_check)]
 def conforms(method: Method, check: Check, implementation: str = "reference") -> MeasureResult:
     """Check whether an implementation passes one check in every float32 case of the Method's parity suite.
 
-    The reference in float64 judges, with the tolerances of `peft-harness check IMPLEMENTATION --method METHOD`.
+    The results are compared with those of the reference in float64. The tolerances are those of `peft-harness check
+    IMPLEMENTATION --method METHOD`.
     """
     from harness.conformance import parity_suite
     from harness.conformance.case_selection import FEW

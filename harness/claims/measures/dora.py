@@ -1,4 +1,4 @@
-"""Measures: DoRA's magnitudes, and its gradient with and without the norm."""
+"""Measures: DoRA's magnitudes, and its gradients, with the norm as a variable or as a constant."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _OUT, _IN, _RANK, _TOKENS = 24, 40, 4, 64
 
 @measure("count")
 def with_magnitudes(model: Model, method: Method, config: Config, magnitudes: list[str]) -> MeasureResult:
-    """Trainable parameters of DoRA with another Method for the directions: `lora` gives DoRA itself, `vera` gives DVoRA.
+    """Trainable parameters of DoRA, if a Method of your choice trains the directions.
 
-    magnitudes: layers with magnitudes, by the last parts of their paths.
+    `lora` gives DoRA itself, and `vera` gives DVoRA. magnitudes: names of the layers with magnitudes: the last parts of
+    their paths.
     """
     directions = attached_model.trained(model, method, config, {}).values()
     every = attached_model.trained(model, "dora", {"rank": 1, "targets": magnitudes}, {})
@@ -33,10 +34,12 @@ def one_magnitude_per(axis: Literal["input", "output"]) -> MeasureResult:
 
 @measure("property")
 def gradient_is(equation: Literal["eq. 6", "eq. 11"], detach_norm: bool) -> MeasureResult:
-    """Check whether autograd's gradients agree with an equation (for A and B) and with eq. 7 (for m).
+    """Check whether DoRA's gradients by autograd agree with the equations of the paper.
 
-    eq. 6: m / |V'| (I - V' V'^T / |V'|^2) dL/dW'; eq. 11: m / |V'| dL/dW'. detach_norm: whether the norm is a constant. The
-    gradients are in float32, the equations in float64. The tolerance is that of the conformance suite for gradients.
+    The gradient of m must agree with eq. 7, and the gradients of A and B with `equation`. This equation gives the
+    gradient of V' = W0 + B A, from which those of A and B follow. Eq. 6 is m / |V'| (I - V' V'^T / |V'|^2) dL/dW', and
+    eq. 11 is m / |V'| dL/dW'. detach_norm: whether the norm |V'| is a constant in the backward pass. Autograd computes
+    in float32, and the equations are computed in float64. The tolerance is that of the conformance suite for gradients.
     """
     drawn = _drawn("float32")
     layer = _layer(drawn, detach_norm)
@@ -48,7 +51,11 @@ def gradient_is(equation: Literal["eq. 6", "eq. 11"], detach_norm: bool) -> Meas
 
 @measure("property")
 def gradient_leaves_direction(detach_norm: bool) -> MeasureResult:
-    """Check whether the gradient of V' is orthogonal to V' in every row: removing the part along V' changes nothing."""
+    """Check whether the gradient of V' = W0 + B A is orthogonal to V' in every row.
+
+    If it is, removing the part along V' does not change the gradient. detach_norm: whether the norm |V'| is a constant
+    in the backward pass.
+    """
     import torch
 
     from reference.dora import gain, norms
@@ -68,7 +75,7 @@ def gradient_leaves_direction(detach_norm: bool) -> MeasureResult:
 
 
 def _by_equation(drawn: dict[str, Any], equation: str) -> dict[str, Any]:
-    """Return the gradients of A, B and m, computed from the gradient of W' (out, in) by an equation."""
+    """Return the gradients of A, B and m by name. They are computed by an equation of the paper, without autograd."""
     A, B, m = drawn["A"], drawn["B"], drawn["m"]
     V = drawn["W0"] + B @ A
     norm = V.square().sum(1, keepdim=True).sqrt()
@@ -79,7 +86,7 @@ def _by_equation(drawn: dict[str, Any], equation: str) -> dict[str, Any]:
 
 
 def _drawn(dtype: str) -> dict[str, Any]:
-    """Return random tensors by name: a trained layer, its inputs, and the gradient of its outputs.
+    """Return random tensors by name: those of a trained layer, its inputs, and the gradient of its outputs.
 
     All dtypes get the same numbers.
     """

@@ -1,4 +1,7 @@
-"""Measures: the peak of a Cell's training step at full shape, on fake tensors. Imports torch only when computed."""
+"""Measures: peak memory of a Cell's training step with the full-sized model, on fake tensors without data.
+
+Imports torch only when a measure is computed.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,11 @@ from harness.claims.measures.records import Entry, Suite, predicted, shape_of
 
 @measure("bytes")
 def step_peak(suite: Suite, cell: Entry) -> MeasureResult:
-    """Peak memory of tensors in a training step of a Cell, by running the step's CPU code on fake tensors.
+    """Peak memory of tensors in a training step of a Cell.
 
-    Tensors have no data, so that a model of any size works. Texts have their maximum length. The peak does not include
-    paged states (they are in host memory), workspaces, allocator overhead and CUDA's context.
+    The step's CPU code runs on fake tensors, which have no data, so that a model of any size works. Texts have their
+    maximum length. The peak does not include paged states, which are in host memory. Nor does it include workspaces,
+    the overhead of the allocator, or CUDA's context.
     """
     own = record_sources.cell(suite, cell)
     peak, by = _peak(suite, cell)

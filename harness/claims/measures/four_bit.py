@@ -1,4 +1,7 @@
-"""Measures: levels of 4-bit data types, and their errors on normal weights, by QLoRA's references."""
+"""Measures: the values (levels) of 4-bit types, and the errors of these types on weights from a normal distribution.
+
+NF4, FP4 and the 8-bit type of the block constants come from the references.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Type = Literal["nf4", "fp4", "e2m1", "e3m0", "int4", "int4-both-ends"]
-"""A 4-bit type. fp4: bitsandbytes' float; e2m1, e3m0: floats with these bits of exponent and mantissa; int4: -7 .. 7 divided
-by 7, like eq. 1 for 8 bits; int4-both-ends: -8 .. 7 divided by 8."""
+"""A 4-bit type. `fp4` is bitsandbytes' float. `e2m1` and `e3m0` are floats with as many bits of exponent (e) and
+mantissa (m) as the name says. `int4` has the values -7 .. 7 divided by 7, like eq. 1 for 8 bits. `int4-both-ends` has
+the values -8 .. 7 divided by 8."""
 _DRAWN = 2**18
-"""Number of normal weights. With this number the error of NF4 is known to a third of a percent."""
+"""Number of weights that are drawn from a normal distribution. With so many, the error of NF4 is known to a third of a
+percent."""
 
 
 @measure("count")
 def levels(type: Type, side: Literal["both", "negative", "positive"] = "both", zero: bool = True) -> MeasureResult:
-    """Number of levels of a 4-bit type, on one or both sides of zero, with or without zero. Equal levels count once."""
+    """Number of different values (levels) of a 4-bit type.
+
+    side: count the levels on one or both sides of zero. zero: whether zero itself counts.
+    """
     values = _levels(type).unique()
     chosen = {"both": values.isfinite(), "negative": values <= 0, "positive": values >= 0}[side]
     found = values[chosen & ((values != 0) | zero)].tolist()
@@ -29,7 +37,10 @@ def levels(type: Type, side: Literal["both", "negative", "positive"] = "both", z
 
 @measure("property")
 def nf4_has(printed: list[float]) -> MeasureResult:
-    """Check whether the levels of NF4's reference, built from quantiles, equal the printed ones in every bit of float32."""
+    """Check whether the levels of NF4 equal the printed ones in every bit of float32.
+
+    The reference computes the levels from quantiles.
+    """
     import torch
 
     return _same(torch.tensor(printed), _levels("nf4"))
@@ -37,9 +48,10 @@ def nf4_has(printed: list[float]) -> MeasureResult:
 
 @measure("property")
 def equation_4_gives(printed: list[float], ends: Literal["as printed", "left out"] = "as printed") -> MeasureResult:
-    """Check whether the levels of eq. 4, divided by the largest one, are the printed levels.
+    """Check whether the levels of eq. 4, divided by the largest magnitude, are the printed levels.
 
-    Eq. 4 is q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2. ends: include or leave out levels that are not finite.
+    Eq. 4 is q_i = (Q(i / (2^k + 1)) + Q((i + 1) / (2^k + 1))) / 2, where Q is the quantile function of the normal
+    distribution. ends: whether levels that are not finite are kept (`as printed`) or left out.
     """
     import torch
 
@@ -56,7 +68,10 @@ def equation_4_gives(printed: list[float], ends: Literal["as printed", "left out
 
 @measure("property")
 def equally_full_bins(type: Type, block: Positive = 64) -> MeasureResult:
-    """Check whether each level of a type gets an equal share of normal weights, within sampling error."""
+    """Check whether each level of a 4-bit type gets an equal share of normally distributed weights.
+
+    A deviation by sampling error is allowed. block: number of weights that share a constant.
+    """
     from harness.conformance.tolerance_constants import INITIAL_SIGMAS
 
     table = _levels(type).unique()
@@ -73,10 +88,11 @@ def equally_full_bins(type: Type, block: Positive = 64) -> MeasureResult:
 
 @measure("number")
 def squared_error(type: Type, block: Positive = 64, double: bool = False) -> MeasureResult:
-    """Mean squared error of standard normal weights (2^18 of them, seed 0) in a 4-bit type.
+    """Mean squared error of weights from a standard normal distribution, if they are stored in a 4-bit type.
 
-    type: nf4, fp4 (bitsandbytes' float), e2m1, e3m0 (floats with these bits of exponent and mantissa), int4 (-7 .. 7) or
-    int4-both-ends (-8 .. 7). block: weights that share a constant. double: whether the constants are in 8 bits.
+    The 2^18 weights are drawn with seed 0. type: `nf4`; `fp4`, which is bitsandbytes' float; `e2m1` or `e3m0`, floats
+    with as many bits of exponent (e) and mantissa (m) as the name says; `int4` (-7 .. 7); or `int4-both-ends` (-8 ..
+    7). block: number of weights that share a constant. double: whether the constants are stored in 8 bits.
     """
     from reference.operations import double_quant
     from reference.operations.dynamic_map import dequantize_blockwise
@@ -92,9 +108,10 @@ def squared_error(type: Type, block: Positive = 64, double: bool = False) -> Mea
 
 @measure("number")
 def constants_error(centred: bool = True, block: Positive = 64) -> MeasureResult:
-    """Mean relative error of the block constants of normal weights, stored in 8 bits.
+    """Mean relative error of block constants, if they are stored in 8 bits.
 
-    centred: whether the mean of the constants is subtracted first.
+    A block constant is the largest magnitude among `block` normally distributed weights. centred: whether the mean of
+    the constants is subtracted first.
     """
     from reference.operations import double_quant
     from reference.operations.dynamic_map import dequantize_blockwise, dynamic_map, quantize_blockwise
@@ -113,7 +130,7 @@ def constants_error(centred: bool = True, block: Positive = 64) -> MeasureResult
 
 @measure("property")
 def constants_are(type: Literal["e4m3", "e5m2"]) -> MeasureResult:
-    """Check whether the 8-bit type of the constants is an 8-bit float of this format, with its largest value scaled to 1."""
+    """Check whether the 8-bit type of the block constants is a float of this format, scaled to a largest value of 1."""
     import torch
 
     from reference.operations.dynamic_map import dynamic_map
@@ -130,7 +147,10 @@ def constants_are(type: Literal["e4m3", "e5m2"]) -> MeasureResult:
 
 @measure("property")
 def blocks_run_over_rows(rows: Positive, columns: Positive, block: Positive = 64) -> MeasureResult:
-    """Check whether each constant of a matrix is the largest magnitude in a run of `block` flattened elements."""
+    """Check whether the blocks of a quantised matrix continue from one row to the next.
+
+    If they do, each block constant is the largest magnitude in a run of `block` elements of the flattened matrix.
+    """
     from reference.operations import nf4
 
     weights = _normal()[: rows * columns].view(rows, columns)
@@ -160,7 +180,7 @@ def _levels(type: Type) -> Tensor:
 
 
 def _float(exponent: int, mantissa: int) -> Tensor:
-    """Return the values of a float with these bits of exponent and mantissa, scaled so that the largest is 1.
+    """Return the values of a float with these numbers of exponent and mantissa bits, scaled so that the largest is 1.
 
     The float has a sign and gradual underflow, but no infinities.
     """

@@ -1,4 +1,4 @@
-"""Measures: bits and bytes of a model with linear layers in 4 bits and constants per block (QLoRA)."""
+"""Measures: bits and bytes of a QLoRA model, whose linear layers have 4-bit weights and block constants."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from harness.claims.measure import Config, MeasureResult, Method, Model, Positiv
 def constant_bits(
     model: Model, double: bool = True, block: Positive = 64, second_block: Positive = 256
 ) -> MeasureResult:
-    """Bits of the block constants per weight, over all layers of a model that QLoRA quantises.
+    """Bits per weight that the block constants take, as a mean over all layers that QLoRA quantises.
 
-    double: whether the constants are quantised too. Each constant (one per `block` weights) then has 8 bits instead of 32,
-    with 32 further bits per `second_block` constants, and 32 per layer for their mean.
+    There is one constant per `block` weights. double: whether the constants are quantised too. If not, a constant has
+    32 bits. If so, it has 8 bits, and there are 32 further bits per `second_block` constants, and 32 per layer for the
+    mean of the constants.
     """
     bits, weights = _constants(model, double, block, second_block)
     return MeasureResult(Fraction(bits, weights), f"{_in_words(double, block, second_block)}: {bits:,} / {weights:,}")
@@ -24,7 +25,11 @@ def constant_bits(
 
 @measure("bytes")
 def double_quantisation_saves(model: Model, block: Positive = 64, second_block: Positive = 256) -> MeasureResult:
-    """Bytes that double quantisation of the constants saves, over all layers of a model that QLoRA quantises."""
+    """Bytes that a model saves by double quantisation, which quantises the block constants too.
+
+    All layers that QLoRA quantises count. block: weights per constant. second_block: constants per constant of the
+    second quantisation.
+    """
     one, weights = _constants(model, False, block, second_block)
     two, _ = _constants(model, True, block, second_block)
     each = float(Fraction(one - two, weights))
@@ -39,11 +44,11 @@ def four_bit_bytes(
     rest: Literal[0, 2, 4] = 2,
     adapters: int = 0,
 ) -> MeasureResult:
-    """Bytes of a model with QLoRA attached: 4-bit codes and constants, in the sizes that `attach` makes.
+    """Bytes of a model with QLoRA attached: 4-bit weights, their constants, other parameters, and trainable numbers.
 
-    rest: bytes per parameter that is not quantised (embeddings, output, norms). adapters: bytes per trainable number: 2
-    in 16 bits, 12 with its gradient in 16 bits and Adam's moments in 32. Raises ValueError for a Method without
-    quantisation.
+    rest: bytes per parameter that is not quantised (embeddings, output, norms). adapters: bytes per trainable number,
+    e.g. 2 for a number in 16 bits, or 12 with its gradient in 16 bits and Adam's moments in 32 bits. Raises ValueError
+    for a Method without quantisation.
     """
     from harness.conformance.subject import configure
     from reference.operations.double_quant import BLOCK

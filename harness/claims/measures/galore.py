@@ -24,9 +24,10 @@ def optimizer_bytes(
     projectors: Quantity = 2,
     also: list[str] | None = None,
 ) -> MeasureResult:
-    """Bytes of Adam's states: two moments per trainable number. GaLore's projection has smaller moments, and a basis.
+    """Bytes of the optimizer's states: Adam's two moments per trainable number, and GaLore's projectors.
 
-    moments, projectors: bytes per number. also: regular expressions of further trainable parameters of the model.
+    If GaLore projects a matrix, the moments are smaller. moments, projectors: bytes per number. also: regular
+    expressions; parameters of the model whose names match one of them train too.
     """
     states = _states(model, method, config, also)
     in_moments = sum(number * moments_of_one for (_, moments_of_one, _), number in states.items())
@@ -40,7 +41,7 @@ def optimizer_bytes(
 
 @measure("count")
 def matrix_states(rows: Positive, columns: Positive, rank: Positive, side: Side = "paper") -> MeasureResult:
-    """Numbers in GaLore's state of one matrix: its projector and two moments."""
+    """How many numbers GaLore's state of one matrix has: the projector and two moments."""
     from reference.galore import state_elements
 
     count = state_elements(rows, columns, rank, side)
@@ -49,10 +50,10 @@ def matrix_states(rows: Positive, columns: Positive, rank: Positive, side: Side 
 
 @measure("count")
 def refresh_operations(model: Model, method: Method, config: Config = {}) -> MeasureResult:
-    """Operations of one refresh of all projectors: a singular value decomposition of the gradient of each matrix.
+    """Operations to refresh all of GaLore's projectors once.
 
-    A matrix of m x n, m >= n, takes 6 m n^2 + 20 n^3 operations with both bases (R-SVD; Golub and Van Loan, Matrix
-    Computations, section 8.6).
+    A refresh computes the singular value decomposition of each matrix's gradient, with both bases. For a gradient of m
+    x n, m >= n, this takes 6 m n^2 + 20 n^3 operations (R-SVD; Golub and Van Loan, Matrix Computations, section 8.6).
     """
     shapes: Counter[tuple[int, int]] = Counter()
     for (shape, _, projector), number in _states(model, method, config, None).items():
@@ -66,9 +67,10 @@ def refresh_operations(model: Model, method: Method, config: Config = {}) -> Mea
 
 @measure("share")
 def refresh_share_by_operations(refresh: Count, step: Count, gap: Positive) -> MeasureResult:
-    """Time share of a refresh every `gap` steps, if time is proportional to operations. refresh, step: their operations.
+    """Time of GaLore's refreshes as a share of the time of all steps, if time is proportional to operations.
 
-    An operation of a decomposition takes longer than one of a matrix product; no time is measured.
+    refresh, step: operations of a refresh, and of a step. gap: steps from one refresh to the next. No time is measured.
+    The true share is larger, because an operation of a decomposition takes longer than one of a matrix product.
     """
     share = refresh / (gap * step)
     how = (
@@ -80,7 +82,7 @@ def refresh_share_by_operations(refresh: Count, step: Count, gap: Positive) -> M
 
 @measure("bytes")
 def left_after_saving(saved: Quantity, share: Quantity) -> MeasureResult:
-    """Bytes that remain after saving `saved` bytes, if these were the share `share` of the whole."""
+    """Bytes that remain after a saving of `saved` bytes, which were the share `share` of the bytes before."""
     return MeasureResult(saved / share - saved, f"{written(saved)} B / {written(100 * share)}% - {written(saved)} B")
 
 
@@ -99,7 +101,11 @@ def heads_divide(width: Positive, heads: Positive) -> MeasureResult:
 
 @measure("property")
 def states_by_formula(rows: Positive, columns: Positive, ranks: list[Positive]) -> MeasureResult:
-    """Check whether, after a step of Adam, GaLore has mn + mr + 2nr numbers and LoRA mn + 3mr + 3nr, m <= n (Table 1)."""
+    """Check whether weight and optimizer states together have as many numbers as Table 1 says.
+
+    For a weight of m x n, m <= n, and rank r, these are mn + mr + 2nr numbers with GaLore, and mn + 3mr + 3nr with
+    LoRA. They are counted after a step of Adam.
+    """
     m, n = min(rows, columns), max(rows, columns)
     shown, holds = [], True
     for rank in ranks:
@@ -111,7 +117,10 @@ def states_by_formula(rows: Positive, columns: Positive, ranks: list[Positive]) 
 
 @measure("property")
 def full_rank_keeps_gradient(rows: Positive, columns: Positive, side: Side) -> MeasureResult:
-    """Check whether, at r = min(m, n), projecting a gradient and projecting the result back restores it (section 3.3)."""
+    """Check whether a gradient that is projected at full rank, and then projected back, is restored (section 3.3).
+
+    The full rank is the smaller side of the matrix.
+    """
     from harness.conformance.comparison.tolerance_policies import noise_floor
     from reference.galore import project, project_back, projector
 
@@ -124,7 +133,10 @@ def full_rank_keeps_gradient(rows: Positive, columns: Positive, side: Side) -> M
 
 @measure("property")
 def scale_ignores_rank(rows: Positive, columns: Positive, ranks: list[Positive], scale: Quantity) -> MeasureResult:
-    """Check whether, at every rank, the step with scale `scale` is `scale` times the step with scale 1 (section 4.4)."""
+    """Check whether GaLore's scale has the same effect at every rank (section 4.4).
+
+    The step with scale `scale` must be `scale` times the step with scale 1.
+    """
     from harness.conformance.comparison.tolerance_policies import noise_floor
 
     G = _gradient(rows, columns, 0)
@@ -139,7 +151,7 @@ def scale_ignores_rank(rows: Positive, columns: Positive, ranks: list[Positive],
 
 @measure("property")
 def projects(rows: Positive, columns: Positive, on: Literal["left", "right"], side: Side = "std") -> MeasureResult:
-    """Check whether a step projects a gradient of this shape on the left (P^T G) or on the right (G Q)."""
+    """Check whether a step projects a gradient G of this shape on the side `on`: left (P^T G) or right (G Q)."""
     state = _step(_gradient(rows, columns, 0), rank=2, side=side)[1]
     found = [name for letter, name in (("P", "left"), ("Q", "right")) if letter in state]
     return MeasureResult(found == [on], f"side `{side}` projects {rows}x{columns} on the {' and the '.join(found)}")
@@ -147,14 +159,14 @@ def projects(rows: Positive, columns: Positive, on: Literal["left", "right"], si
 
 @measure("property")
 def moments_are(rows: Positive, columns: Positive, rank: Positive, shape: list[Positive]) -> MeasureResult:
-    """Check whether Adam's moments have this shape if a gradient is projected on the paper's side."""
+    """Check whether Adam's moments have this shape, if the paper's rule selects the projected side of the gradient."""
     M = _step(_gradient(rows, columns, 0), rank=rank, side="paper")[1]["M"]
     return MeasureResult(list(M.shape) == shape, f"W is {rows}x{columns}, M and V are {'x'.join(map(str, M.shape))}")
 
 
 @measure("property")
 def refreshes_every(gap: Positive, steps: Positive, side: Side = "std") -> MeasureResult:
-    """Check whether the projector is refreshed exactly at steps t with t mod gap = 0, counted from 0."""
+    """Check whether GaLore refreshes its projector exactly in the steps t with t mod gap = 0, counted from 0."""
     import torch
 
     from reference.galore import galore_step
@@ -173,7 +185,10 @@ def refreshes_every(gap: Positive, steps: Positive, side: Side = "std") -> Measu
 
 
 def _states(model: str, method: str, config: Config, also: list[str] | None) -> Counter[tuple[str, int, int]]:
-    """Count the trainable tensors for each (shape, elements of both moments, elements of the projector)."""
+    """Count the trainable tensors by size.
+
+    The result maps (shape, elements of both moments, elements of the projector) to the number of such tensors.
+    """
     from reference.galore import sides, state_elements
 
     built = attached_model.model(model)
@@ -203,7 +218,7 @@ def _gradient(rows: int, columns: int, seed: int) -> Any:
 
 
 def _step(G: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """Take one step from a zero weight, and return the new weight and the state."""
+    """Take one step of GaLore from a zero weight. Return the new weight and the optimizer's state. G: the gradient."""
     import torch
 
     from reference.galore import galore_step

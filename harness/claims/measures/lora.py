@@ -1,7 +1,7 @@
-"""Measures: properties of LoRA by construction (arXiv:2106.09685, section 4.1), checked on its reference.
+"""Measures: properties that LoRA has by construction (arXiv:2106.09685, section 4.1), checked on its reference.
 
-Small tensors of integers in float64 have exact products and sums, so that equality is checked to the bit.
-Imports torch only when a measure is computed.
+The tensors are small and hold integers in float64. Their products and sums are exact, so that equality is checked to
+the bit. Imports torch only when a measure is computed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ _INPUTS, _OUTPUTS, _TOKENS = 12, 20, 7
 
 @measure("property")
 def rank_times_sides(model: Model, method: Method, config: Config = {}, split: Split = {}) -> MeasureResult:
-    """Check whether a Method trains r (in + out) numbers per adapted layer (2 d r if the layer is square), and no bias."""
+    """Check whether a Method trains r (in + out) numbers per adapted layer, and no bias.
+
+    r is the rank, and the layer's weight has the sides in and out. For a square layer of side d, these are 2 d r
+    numbers.
+    """
     from harness.conformance.subject import configure
 
     layers = dict(attached_model.model(model, json.dumps(split)).named_modules())
@@ -39,7 +43,7 @@ def rank_times_sides(model: Model, method: Method, config: Config = {}, split: S
 
 @measure("property")
 def only_b_learns_at_first() -> MeasureResult:
-    """Check whether, before the first step, with B = 0, the gradient of A is zero and that of B is not."""
+    """Check whether, while B is still zero, the gradient of A is zero and the gradient of B is not."""
     import torch
 
     adapted = _attach(_plain(), rank=4, alpha=8)
@@ -55,7 +59,10 @@ def only_b_learns_at_first() -> MeasureResult:
 def update_is_scaled_by(
     factor: Literal["alpha/r", "alpha/sqrt(r)"], alpha: Positive, ranks: list[Positive]
 ) -> MeasureResult:
-    """Check whether the update is this multiple of B A x at every rank. `alpha/sqrt(r)` is the factor with rslora."""
+    """Check whether LoRA adds `factor` times B A x to the output of a layer, at every one of these ranks.
+
+    x is the layer's input. The factor `alpha/sqrt(r)` is that of LoRA with rslora.
+    """
     import torch
 
     for rank in ranks:
@@ -74,7 +81,7 @@ def update_is_scaled_by(
 
 @measure("property")
 def subtracting_restores_the_base() -> MeasureResult:
-    """Check whether subtracting alpha/r B A from the merged weight restores W0."""
+    """Check whether subtracting alpha/r B A from the merged weight restores the original weight."""
     import torch
 
     layer = _attach(_plain(), rank=4, alpha=8).layers["layer"]

@@ -1,6 +1,6 @@
 """Measures: trainable parameters of LoRA's baselines, by the formulas of arXiv:2106.09685, section 5.1.
 
-Width d and depth L are those of the model.
+In these formulas, d is the width of the model, and L is its number of blocks.
 """
 
 from __future__ import annotations
@@ -19,16 +19,21 @@ from harness.claims.sums import Shape, in_words, total
 Tokens = Annotated[int, Field(ge=0)]
 """A parameter that is a number of virtual tokens."""
 Design = Literal["houlsby", "lin", "pfeiffer"]
-"""A parameter that is a design of adapters: `AdapterH`, `AdapterL` and `AdapterP` of the paper."""
+"""A parameter that names a design of adapters: `houlsby`, `lin` and `pfeiffer` are the paper's `AdapterH`, `AdapterL`
+and `AdapterP`."""
 
 _PER_BLOCK = {"houlsby": (2, 0), "lin": (1, 1), "pfeiffer": (1, 0)}
-"""Design -> (adapters, trained layer norms) per block. The adapters are after attention and MLP (`houlsby`), after MLP and
-norm (`lin`), or after the MLP (`pfeiffer`)."""
+"""Design -> number of adapters, and number of trained layer norms, in each block. `houlsby` has an adapter after the
+attention and one after the MLP. `lin` has one after the MLP and the norm. `pfeiffer` has one after the MLP."""
 
 
 @measure("count")
 def adapters(model: Model, design: Design, rank: Positive) -> MeasureResult:
-    """Parameters of adapters of width `rank`: L_Adpt (2 d r + r + d) + 2 L_LN d. An adapter is two layers with biases."""
+    """Parameters of adapters: L_Adpt (2 d r + r + d) + 2 L_LN d.
+
+    L_Adpt is the number of adapters, and L_LN the number of trained layer norms. d is the width of the model, and r is
+    `rank`, the inner width of an adapter. An adapter is two linear layers with biases.
+    """
     d, depth = _width_and_depth(model)
     number, norms = (depth * each for each in _PER_BLOCK[design])
     count = number * (2 * d * rank + rank + d) + 2 * norms * d
@@ -40,7 +45,10 @@ def adapters(model: Model, design: Design, rank: Positive) -> MeasureResult:
 def adapters_of_some_rank(
     model: Model, design: Design, printed: Quantity, last: Quantity, fitted: bool = False
 ) -> MeasureResult:
-    """Parameters of adapters if the rank is not printed; see `at_some_rank`."""
+    """Parameters of adapters, if the paper prints their number but not the rank.
+
+    printed: the printed number. The result, `last` and `fitted` are explained in `at_some_rank`.
+    """
     d, depth = _width_and_depth(model)
     number, norms = (depth * each for each in _PER_BLOCK[design])
     return of_some(Fraction(number * d + 2 * norms * d), Fraction(number * (2 * d + 1)), printed, last, fitted, "rank")
@@ -48,28 +56,39 @@ def adapters_of_some_rank(
 
 @measure("count")
 def prefix_embedding(model: Model, prefix: Tokens, infix: Tokens) -> MeasureResult:
-    """Parameters of prefix-embedding tuning, which trains embeddings of virtual tokens: d (l_p + l_i)."""
+    """Parameters of prefix-embedding tuning, which trains the embeddings of virtual tokens: d (l_p + l_i).
+
+    d is the width of the model, l_p is `prefix`, and l_i is `infix`.
+    """
     d, _ = _width_and_depth(model)
     return MeasureResult(d * (prefix + infix), f"{d:,} x ({prefix} + {infix})")
 
 
 @measure("count")
 def prefix_layer(model: Model, prefix: Tokens, infix: Tokens) -> MeasureResult:
-    """Parameters of prefix-layer tuning, which trains activations of virtual tokens after every block: L d (l_p + l_i)."""
+    """Parameters of prefix-layer tuning: L d (l_p + l_i).
+
+    It trains the activations of virtual tokens after every block. L is the number of blocks, d is the width of the
+    model, l_p is `prefix`, and l_i is `infix`.
+    """
     d, depth = _width_and_depth(model)
     return MeasureResult(depth * d * (prefix + infix), f"{depth} x {d:,} x ({prefix} + {infix})")
 
 
 @measure("count")
 def prefix_layer_of_some_length(model: Model, printed: Quantity, last: Quantity, fitted: bool = False) -> MeasureResult:
-    """Parameters of prefix-layer tuning if the lengths are not printed; see `at_some_rank`, with tokens for ranks."""
+    """Parameters of prefix-layer tuning, if the paper prints their number but not the number of virtual tokens.
+
+    printed: the printed number. The result, `last` and `fitted` are explained in `at_some_rank`, for ranks instead of
+    tokens.
+    """
     d, depth = _width_and_depth(model)
     return of_some(Fraction(0), Fraction(depth * d), printed, last, fitted, "token")
 
 
 @measure("count")
 def last_blocks(model: Model, blocks: Positive) -> MeasureResult:
-    """Parameters of the last blocks of a model."""
+    """Parameters of the last `blocks` blocks of a model."""
     of_block: dict[int, list[Shape]] = {}
     for name, tensor in attached_model.parameters(model).items():
         if index := re.search(r"\.(\d+)\.", name):

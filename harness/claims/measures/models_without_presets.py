@@ -14,7 +14,10 @@ Shape = dict[str, int]
 
 @measure("count")
 def bart_parameters(shape: Shape, only: list[str] | None = None) -> MeasureResult:
-    """Parameters of BART without a head; tied ones count once. only: substrings of the names of counted parameters."""
+    """Parameters of BART without a head. Tied parameters count once.
+
+    only: count only parameters whose names contain one of these texts.
+    """
     named = _bart(shape).named_parameters()
     count = sum(p.numel() for name, p in named if not only or any(part in name for part in only))
     return MeasureResult(count, f"{count:,} parameters on the meta device")
@@ -30,7 +33,10 @@ def bart_trainable_parameters(shape: Shape, method: Method, config: Config) -> M
 def vision_parameters(
     width: Positive, blocks: Positive, heads: Positive, mlp: Positive, patch: Positive, pixels: Positive
 ) -> MeasureResult:
-    """Parameters of a vision transformer without its head. patch, pixels: the side of a patch and of the image."""
+    """Parameters of a vision transformer without its head.
+
+    patch, pixels: side of a patch, and of the image, in pixels.
+    """
     return summed(p.shape for p in _vision(width, blocks, heads, mlp, patch, pixels).parameters())
 
 

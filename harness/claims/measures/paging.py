@@ -1,7 +1,7 @@
-"""Measures: paging of optimizer states, by its reference on a CPU. Imports torch only when computed.
+"""Measures: paging of optimizer states, by the reference on a CPU. Imports torch only when a measure is computed.
 
-A simulated device of a given size holds the states and the memory of a batch; a long text needs more memory for one step.
-The measure counts moved bytes, but not the time of the moves on a GPU.
+A simulated device has a limited size. It holds the states, and the memory that a batch needs. A long text needs more
+memory for one step. The measure counts the bytes that move, but not the time that this would take on a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import Field
 from harness.claims.measure import MeasureResult, Positive, measure
 
 Part = Annotated[float, Field(gt=0, lt=1)]
-"""A parameter that is a fraction of all states."""
+"""A parameter that is a fraction of the bytes of all states."""
 _SEED, _LR = 0, 1e-3
 
 
@@ -21,11 +21,11 @@ _SEED, _LR = 0, 1e-3
 def paging_survives_a_spike(
     spike: Part = 0.75, matrices: Positive = 6, rows: Positive = 400, columns: Positive = 300, steps: Positive = 5
 ) -> MeasureResult:
-    """Check whether paging lets a step with a memory spike succeed, without changing the training.
+    """Check whether, with paging, a step with a memory spike succeeds, and the training gives the same weights.
 
-    AdamW trains `matrices` matrices on a device that their states fill. In the middle step a long text takes the fraction
-    `spike` of the device: states must leave, and the step must not exceed the device. In the end all weights must equal,
-    to the last bit, the weights of AdamW on a large enough device.
+    AdamW trains `matrices` matrices on a simulated device that is full of their states. In the middle step, a long text
+    takes the fraction `spike` of the device. Paging must then move states to the host, and the step must not exceed the
+    device. At the end, all weights must equal the weights of AdamW on a large enough device, to the last bit.
     """
     import torch
 

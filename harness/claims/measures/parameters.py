@@ -13,15 +13,16 @@ from harness.claims.measure import Config, MeasureResult, Method, Model, measure
 from harness.claims.sums import Shape, in_words, summed, total
 
 Split = dict[str, list[str]]
-"""Fused layers and their parts, e.g. `{c_attn: [q, k, v]}` of GPT-2; then `q` and `v` can be targets."""
+"""Name of a fused layer -> names of its parts, e.g. `{c_attn: [q, k, v]}` for GPT-2. The parts can then be targets."""
 
 
 @measure("count")
 def parameters(model: Model, without: list[str] | None = None, only: list[str] | None = None) -> MeasureResult:
-    """Parameters of a model; tied ones count once.
+    """Parameters of a model. Tied parameters count once.
 
-    without, only: regular expressions. Parameters whose names match `without`, or do not match `only`, do not count.
-    Raises ValueError for an expression that matches no name.
+    without: regular expressions; a parameter whose name matches one of them does not count. only: regular expressions;
+    a parameter whose name matches none of them does not count. Raises ValueError for an expression that matches no
+    name.
     """
     every = attached_model.parameters(model)
     left_out = fitting(every, without) if without else []
@@ -39,8 +40,9 @@ def trainable_parameters(
 ) -> MeasureResult:
     """Trainable parameters of a Method attached to a model, without a classifier's new head.
 
-    only: regular expressions; of the Method's tensors, only matching ones count. also: regular expressions of further
-    trainable parameters, e.g. `classifier` or `embed_tokens`; if the Method trains them too, they count once.
+    only: regular expressions; a tensor of the Method counts only if its name matches one of them. also: regular
+    expressions; a parameter of the model counts as trainable, too, if its name matches one of them, e.g. `classifier`
+    or `embed_tokens`. If the Method trains this parameter anyway, it counts once.
     """
     return summed(_trained(model, method, config, split, only, also))
 
@@ -53,7 +55,10 @@ def frozen_tensors_of_the_method(
     split: Split = {},
     only: list[str] | None = None,
 ) -> MeasureResult:
-    """Elements of a Method's frozen tensors (VeRA's projections); shared tensors count once."""
+    """Elements of the tensors that a Method adds but does not train, such as VeRA's projections.
+
+    A tensor that several layers share counts once.
+    """
     every = attached_model.frozen(model, method, config, split)
     return summed(every[name] for name in fitting(every, only))
 
@@ -68,7 +73,11 @@ def trainable_share(
     only: list[str] | None = None,
     also: list[str] | None = None,
 ) -> MeasureResult:
-    """Trainable parameters as a share of the model (`base`), or of the model together with them (`base+adapter`)."""
+    """Trainable parameters of a Method, as a share of the model's parameters.
+
+    of: if it is `base+adapter`, the model's parameters include the trainable ones of the Method; if it is `base`, they
+    do not.
+    """
     trained = _trained(model, method, config, split, only, also)
     top, base = total(trained), attached_model.parameter_count(model)
     bottom = base + top if of == "base+adapter" else base
@@ -95,9 +104,9 @@ def _trained(
 
 
 def fitting(names: Iterable[str], patterns: list[str] | None) -> list[str]:
-    """Return the names that match a regular expression; all names for None.
+    """Return the names that match at least one of the regular expressions; all names if `patterns` is None.
 
-    Raises ValueError for an expression without a match, which would silently count nothing.
+    Raises ValueError for an expression that matches no name, because it would silently count nothing.
     """
     every = list(names)
     if patterns is None:

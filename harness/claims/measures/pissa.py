@@ -1,4 +1,4 @@
-"""Measures: PiSSA's start, its fast SVD, its conversion to LoRA and QPiSSA's error, by the reference (arXiv:2404.02948).
+"""Measures: properties of PiSSA and QPiSSA (arXiv:2404.02948), checked on the reference of PiSSA.
 
 The weights are synthetic: their singular vectors are random, and their singular values fall as a power of the index.
 """
@@ -24,9 +24,10 @@ def pissa_splits_the_weight(
     rank: Positive, rows: Positive = 96, columns: Positive = 128, decay: float = 0.5, niter: int = 0,
     dtype: Dtype = "float32",
 ) -> MeasureResult:  # fmt: skip
-    """Check whether residual + s B A is the weight, within the error of rounding the weight to the dtype.
+    """Check whether PiSSA's residual plus s B A is the original weight. s is the scaling of the factors A and B.
 
-    niter: iterations of the randomised SVD, 0 for the exact one. dtype: of A, B and the residual.
+    The allowed error is that of rounding the weight to `dtype`, the dtype of A, B and the residual. niter: iterations
+    of the randomised SVD; 0 for the exact SVD. decay: the k-th singular value of the weight is k^-decay.
     """
     W = _weight(rows, columns, decay)
     A, B, residual, scaling = _split(W, rank, niter, dtype)
@@ -38,9 +39,11 @@ def pissa_splits_the_weight(
 def pissa_takes_the_principal_part(
     rank: Positive, rows: Positive = 96, columns: Positive = 128, decay: float = 0.5, dtype: Dtype = "float64"
 ) -> MeasureResult:
-    """Check whether s B A has the largest singular values and vectors, and each factor the square root of each value.
+    """Check whether PiSSA's s B A consists of the weight's largest singular values and their vectors.
 
-    The measure knows the values and vectors of the synthetic weight: s B A = U_r S_r V_r^T, s A A^T = s B^T B = S_r.
+    s is the scaling of the factors A and B. The weight is made from known singular values S and vectors U and V. With
+    the largest r of them, the result must be s B A = U_r S_r V_r^T. Each factor must have the square roots of the
+    values: s A A^T = s B^T B = S_r. decay: the k-th singular value of the weight is k^-decay.
     """
     import torch
 
@@ -56,7 +59,10 @@ def pissa_takes_the_principal_part(
 def fast_svd_error(
     rank: Positive, niter: Positive, rows: Positive = 192, columns: Positive = 256, decay: float = 0.5
 ) -> MeasureResult:
-    """Sum of the absolute differences between the principal part by the fast SVD and by the exact one, in float64."""
+    """Sum of the absolute differences between two principal parts of a weight: by the fast SVD, and by the exact SVD.
+
+    Both are computed in float64. niter: iterations of the fast SVD.
+    """
     import torch
 
     from reference import pissa
@@ -69,7 +75,10 @@ def fast_svd_error(
 
 @measure("property")
 def pissa_is_a_lora(rank: Positive, lora_rank: Positive, rows: Positive = 96, columns: Positive = 128) -> MeasureResult:
-    """Check whether a trained PiSSA is a LoRA of `lora_rank` on W: W + s B' A' = W_res + s B A, in float64."""
+    """Check whether a trained PiSSA equals a LoRA of rank `lora_rank` on the original weight W, in float64.
+
+    The equation is W + s B' A' = W_res + s B A, where W_res is PiSSA's residual and s is the scaling.
+    """
     from reference import pissa
 
     W = _weight(rows, columns, 0.5)
@@ -86,9 +95,9 @@ def pissa_is_a_lora(rank: Positive, lora_rank: Positive, rows: Positive = 96, co
 def pissa_starts_at_the_model(
     rank: Positive, dropout: float, rows: Positive = 96, columns: Positive = 128
 ) -> MeasureResult:
-    """Check whether PiSSA preserves the output of a layer in training mode, with LoRA's dropout on the adapter's input.
+    """Check whether attaching PiSSA preserves the output of a layer in training mode.
 
-    Raises ValueError for a dropout that is not a probability.
+    dropout: probability of LoRA's dropout on the adapter's input. Raises ValueError if it is not a probability.
     """
     import torch
     from torch import nn
@@ -115,11 +124,13 @@ def quantisation_error_reduced(
     size: Positive = 256,
     decay: float = 0.5,
 ) -> MeasureResult:
-    """Relative reduction of the nuclear norm of W - (nf4(.) + B A) from that of W - nf4(W) (eqs. 6 to 8), before training.
+    """Relative reduction of QLoRA's quantisation error by LoftQ or QPiSSA, before training (eqs. 6 to 8).
 
-    W - nf4(W) is the error of QLoRA, since B A = 0. by: `loftq` takes A and B from the SVD of W - nf4(W), then alternates;
-    `qpissa` quantises the residual of the principal part, and after the first iteration takes A and B from the SVD of
-    W - nf4(residual). residual_of: the step whose A and B update the residual (Algorithm 1, line 5).
+    The error is the nuclear norm of W - (Q + B A), where W is the weight and Q is stored in 4 bits. In QLoRA, Q is
+    nf4(W), and B A is 0. by: `loftq` begins with B A = 0. Each iteration sets Q to nf4(W - B A), and then takes A and B
+    from the SVD of W - Q. `qpissa` begins with A and B from the SVD of W, and Q is nf4(residual). Each further
+    iteration takes A and B from the SVD of W - Q, and then updates the residual. residual_of: whether this uses the A
+    and B of this step or of the step before (Algorithm 1, line 5).
     """
     W = _weight(size, size, decay)
     plain = _nuclear(W - _nf4(W))
@@ -135,9 +146,9 @@ def quantisation_error_reduced(
 def each_turn_is_another(
     rank: Positive, iterations: Positive, residual_of: ResidualOf, size: Positive = 128, decay: float = 0.5
 ) -> MeasureResult:
-    """Check whether each iteration of Algorithm 1 changes A and B.
+    """Check whether each iteration of QPiSSA's Algorithm 1 changes A and B.
 
-    residual_of: the step whose A and B update the residual (line 5).
+    residual_of: whether line 5 updates the residual with the A and B of this step or of the step before.
     """
     import torch
 
@@ -148,9 +159,9 @@ def each_turn_is_another(
 
 
 def _iterate(W: Tensor, rank: int, iterations: int, residual_of: ResidualOf) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (W_res, B A) after each iteration of Algorithm 1; PiSSA's initialisation is the first.
+    """Yield the residual and B A after each iteration of Algorithm 1. PiSSA's initialisation is the first iteration.
 
-    Line 5 reads A_1 and B_1 at t = 2, but no printed line sets them; the initial A and B are used instead.
+    In the second iteration, line 5 reads A_1 and B_1, but no printed line sets them. Here they are the initial A and B.
     """
     product = before = _principal(W, rank)
     residual = W - product
@@ -163,7 +174,10 @@ def _iterate(W: Tensor, rank: int, iterations: int, residual_of: ResidualOf) -> 
 
 
 def _loftq(W: Tensor, rank: int, iterations: int) -> Tensor:
-    """Return Q + B A after LoftQ's alternating quantisation and SVD, beginning with B A = 0 (eq. 11)."""
+    """Return Q + B A by LoftQ, where Q is the quantised weight (eq. 11).
+
+    LoftQ begins with B A = 0, and alternates between quantisation and SVD.
+    """
     product = W * 0
     for _ in range(iterations):
         quantised = _nf4(W - product)
@@ -194,7 +208,10 @@ def _product(U: Tensor, S: Tensor, Vt: Tensor) -> Tensor:
 
 
 def _split(W: Tensor, rank: int, niter: int, dtype: str) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Return (A, B, residual, s) of the reference, with alpha != rank, so that s matters."""
+    """Split a weight by PiSSA's reference. Return A, B, the residual and the scaling.
+
+    alpha differs from the rank, so that the scaling is not 1.
+    """
     import torch
 
     from harness.conformance.subject import DTYPES
@@ -213,7 +230,10 @@ def _weight(rows: int, columns: int, decay: float) -> Tensor:
 
 
 def _parts(rows: int, columns: int, decay: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (U, S, V), float64, of a weight with singular values k^-decay."""
+    """Return the singular vectors and values (U, S, V) of a random weight, in float64.
+
+    The k-th singular value is k^-decay.
+    """
     import torch
 
     few = min(rows, columns)

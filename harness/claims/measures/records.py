@@ -47,15 +47,16 @@ def _entry(name: str, info: ValidationInfo) -> str:
 
 
 Suite = Annotated[str, AfterValidator(_suite)]
-"""A parameter that names a suite, or its path relative to the claim file."""
+"""A parameter that is the name of a suite, or the path of a suite file relative to the claim file."""
 Entry = Annotated[str, AfterValidator(_entry)]
-"""A parameter that names an entry of `suite` by its id; a parameter `whole` names an entry of `whole_suite`."""
+"""A parameter that is the id of an entry of `suite`. If the parameter is called `whole`, it is the id of an entry of
+`whole_suite`."""
 Depths = Annotated[list[Entry], Field(min_length=2)]
-"""Entries that differ only in the number of the model's blocks."""
+"""A parameter that lists the ids of entries. The entries differ only in the number of blocks of their model."""
 LABELS = 2
-"""Labels of an encoder's new head, as in tasks with random labels."""
+"""Number of classes of an encoder's new head, as in tasks with random labels."""
 _RECIPE = ("method", "base", "dtype", "optimizer")
-"""Fields of a Cell that its rehearsal at a smaller size must share."""
+"""Fields in which a Cell must agree with its rehearsal at a smaller size."""
 _LEFT_OUT = "without CUDA's context and memory that the allocator holds beyond tensors"
 
 
@@ -63,8 +64,8 @@ _LEFT_OUT = "without CUDA's context and memory that the allocator holds beyond t
 def peak_memory(suite: Suite, cell: Entry) -> MeasureResult:
     """Peak memory of a Cell's training, as a range over seeds.
 
-    On a GPU, the peak of the tensors, without CUDA's context. On a CPU, the peak of the process, minus its memory after
-    imports.
+    On a GPU, this is the peak of the tensors, without CUDA's context. On a CPU, it is the peak of the process, minus
+    the memory that the process had after its imports.
     """
     (own,) = record_sources.records(suite, cell)
     return _peak(own).measured(f"{_peaks(own)}; {record_sources.place(own[0])}")
@@ -72,10 +73,11 @@ def peak_memory(suite: Suite, cell: Entry) -> MeasureResult:
 
 @measure("bytes")
 def device_memory(suite: Suite, cell: Entry) -> MeasureResult:
-    """GPU memory that a Cell's training needs: a range from the peak of tensors to the allocator's or driver's total.
+    """GPU memory that a Cell's training needs, as a range.
 
-    The larger total counts. The driver's total includes CUDA's context and other processes. On a CPU, and if the Record
-    has neither total, the result is that of `peak_memory`.
+    The least value is the peak of the tensors. The largest value is the memory that torch's allocator held, or the
+    memory that the driver counted, whichever is larger. The driver also counts CUDA's context and other processes. On a
+    CPU, and if the Record has neither of the two, the result is that of `peak_memory`.
     """
     (own,) = record_sources.records(suite, cell)
     peak, seen = _peak(own), [gpu for record in own if (gpu := measurements.training_gpu(record))]
@@ -105,16 +107,16 @@ def memory_less(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
 
 @measure("bytes")
 def memory_more(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
-    """Peak memory in training of `of` minus that of `than`, in bytes."""
+    """Peak memory in training, in bytes: that of `of` minus that of `than`."""
     a, b = pair(suite, of, than)
     return (_peak(a) - _peak(b)).measured(f"{_peaks(a)} - {_peaks(b)}; {record_sources.place(a[0])}")
 
 
 @measure("bytes")
 def extrapolated_memory(suite: Suite, cells: Depths) -> MeasureResult:
-    """Peak memory of training a whole model, extrapolated linearly from Cells with its first blocks.
+    """Peak memory of training a whole model, extrapolated linearly from Cells with only its first blocks.
 
-    With three or more Cells, each pair of neighbouring depths gives a line; the result is the range of all lines.
+    Each pair of Cells with neighbouring depths gives a line. If there are several lines, the result is a range.
     """
     value, how, own = _extrapolated(suite, cells)
     return value.measured(f"{how}; {record_sources.place(own)}")
@@ -122,7 +124,7 @@ def extrapolated_memory(suite: Suite, cells: Depths) -> MeasureResult:
 
 @measure("ratio")
 def extrapolated_memory_ratio(suite: Suite, of: Depths, to: Depths) -> MeasureResult:
-    """Ratio `of` / `to` of two memories as in `extrapolated_memory`."""
+    """Ratio `of` / `to` of two peak memories, each extrapolated as in `extrapolated_memory`."""
     for a, b in zip(of, to, strict=True):
         pair(suite, a, b)
     (x, above, own), (y, below, _) = _extrapolated(suite, of), _extrapolated(suite, to)
@@ -131,12 +133,16 @@ def extrapolated_memory_ratio(suite: Suite, of: Depths, to: Depths) -> MeasureRe
 
 @measure("bytes")
 def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: Entry) -> MeasureResult:
-    """Memory of a Cell, scaled from a narrower model in proportion to the parameters, separately in and outside of blocks.
+    """Memory of a Cell, scaled up from Cells with a narrower model.
 
-    cells: entries of a narrower model with one and with two blocks; their ranks are smaller in proportion. The measure
-    scales the counted tensors: weights, adapter, gradients, the optimizer's states and the temporaries of its step.
-    `harness.memory_model` predicts activations, logits, and the states of a paged optimizer on the GPU (small tensors are
-    not paged). The result is a range: the least value has no activations and logits, the largest has all of them.
+    cells: two entries with the narrower model, one with a single block and one with two blocks. Their ranks are smaller
+    in proportion. The measure counts the bytes of weights, adapter, gradients, the optimizer's states and the temporary
+    tensors of the optimizer's step. These bytes grow in proportion to the parameters, separately inside and outside of
+    the blocks.
+
+    `harness.memory_model` predicts the rest: activations, logits, and the states that a paged optimizer leaves on the
+    GPU because they are small. The result is a range. The least value is without activations and logits, and the
+    largest value is with all of them.
     """
     at = record_sources.cell(whole_suite, whole)
     prediction = predicted(at)
@@ -154,7 +160,7 @@ def scaled_memory(suite: Suite, cells: Depths, whole_suite: Suite, whole: Entry)
 
 @measure("ratio")
 def scaled_memory_ratio(suite: Suite, of: Depths, to: Depths, model: Model) -> MeasureResult:
-    """Ratio `of` / `to` of two memories as in `scaled_memory`, without activations."""
+    """Ratio `of` / `to` of two memories, each scaled up as in `scaled_memory`, but without activations and logits."""
     for a, b in zip(of, to, strict=True):
         pair(suite, a, b)
     (x, above, own), (y, below, _) = _scaled(suite, of, model), _scaled(suite, to, model)
@@ -190,9 +196,10 @@ def pair(suite: str, of: str, to: str) -> tuple[list[Record], list[Record]]:
 
 
 def _depths(suite: str, cells: Sequence[str]) -> tuple[str, dict[int, list[Record]]]:
-    """Return the model's name without its depth, and number of blocks -> Records, in ascending order.
+    """Return the name of the model, and number of blocks -> Records.
 
-    Raises ValueError if the Cells differ in anything but the number of blocks.
+    The name does not include the number of blocks. The dict is in ascending order. Raises ValueError if the Cells
+    differ in anything but the number of blocks.
     """
     sides = record_sources.records(suite, *cells)
     names = {own[0].cell.model.removeprefix(shapes.PREFIX).partition("/")[0] for own in sides}
@@ -216,9 +223,9 @@ def _extrapolated(suite: str, cells: Sequence[str]) -> tuple[Interval, str, Reco
 
 
 def _scaled(suite: str, cells: Sequence[str], model: str, paged: int | None = None) -> tuple[Interval, str, Record]:
-    """Scale the counted bytes of Cells to a model. Return the result, the arithmetic as text, and a Record of the Cells.
+    """Scale the counted bytes of Cells to `model`. Return the bytes, the arithmetic as text, and one Record.
 
-    paged: bytes of the states that a paged optimizer of that model leaves on the GPU.
+    paged: bytes of the states that a paged optimizer leaves on the GPU when it trains `model`.
     """
     narrow, at = _depths(suite, cells)
     if [*at] != [1, 2]:
@@ -274,7 +281,7 @@ def predicted(cell: Cell) -> Predicted:
 
 
 def shape_of(cell: Cell) -> tuple[dict[str, Any], str]:
-    """Return the config.json of the Cell's model, and the model kind."""
+    """Return the config.json of the Cell's model, and the kind of the model: `causal` or `encoder`."""
     config, kind = attached_model.config_and_kind(cell.model.removeprefix(shapes.PREFIX))
     return (shapes.with_classes(config, LABELS) if kind == "encoder" else config), kind
 

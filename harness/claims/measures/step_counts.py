@@ -1,9 +1,9 @@
-"""Measures: operations and bytes of one training step, counted on a shape without weights. Imports torch only when computed.
+"""Measures: operations and bytes of one training step, counted on a model without weights.
 
 These counts stand in for measurements of speed on a GPU. If matrix products dominate, time is proportional to their
-operations. With N weights, a token takes 2 N operations in the forward pass and 4 N in the backward pass; half of the 4 N
-compute gradients of weights, which frozen weights do not need. Other operations (norms, dequantisation, an optimizer's step)
-and data movement are not counted.
+operations. With N weights, a token takes 2 N operations in the forward pass and 4 N in the backward pass. Of the 4 N,
+half compute the gradients of weights, which frozen weights do not need. Other operations (norms, dequantisation, an
+optimizer's step) and data movement are not counted. Imports torch only when a measure is computed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def training_operations(
 ) -> MeasureResult:
     """Operations (multiplications and additions) of all matrix products in one training step.
 
-    The step is a forward and a backward pass of `batch` texts of `tokens` tokens, with the Method's reference attached,
-    full attention, a loss of every token, and the Method's own loss term (AdaLoRA's), but without the optimizer's step.
-    checkpointing: whether the backward pass computes each block again.
+    The step is a forward and a backward pass over `batch` texts of `tokens` tokens, with the Method's reference
+    attached. The attention is full, and every token has a loss. The loss includes the Method's own term, as in AdaLoRA.
+    The optimizer's step does not count. checkpointing: whether the backward pass computes each block again.
     """
     from harness.claims import meta_step
 
@@ -42,9 +42,9 @@ def training_operations(
 def time_more_by_operations(of: Count, than: Count) -> MeasureResult:
     """Relative increase in time, `of` / `than` - 1, if time is proportional to operations. of, than: operations.
 
-    The result is a range: 0 if both spend all time on the same other work, and the increase in operations if matrix
-    products take all the time. The range is no bound: an optimizer's step, norms, dequantisation and communication are not
-    included, and no time is measured.
+    The result is a range. One end is the increase in operations, as if matrix products took all the time. The other end
+    is 0, as if both spent all their time on the same other work. The true increase may lie outside of the range: an
+    optimizer's step, norms, dequantisation and communication are not included, and no time is measured.
     """
     more = of / than - 1
     ends = sorted((Fraction(0), more))
@@ -58,8 +58,8 @@ def kept_for_backward(
 ) -> MeasureResult:
     """Bytes of tensors that autograd saves for the backward pass, without the model's parameters.
 
-    The step has `batch` texts of `tokens` tokens, explicit attention, no gradient checkpointing, and the Method's
-    reference attached.
+    The step has `batch` texts of `tokens` tokens, with the Method's reference attached. Attention is computed by
+    explicit matrix products. There is no gradient checkpointing.
     """
     from harness.claims import meta_step
 

@@ -1,4 +1,4 @@
-"""Measures: times of Cells, from the Records of a run. No torch."""
+"""Measures: times of Cells, from the Records of a run. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Kind = Literal["forward", "prefill", "decode"]
 
 @measure("seconds")
 def step_time(suite: Suite, cell: Entry) -> MeasureResult:
-    """Median time of a training step of a Cell, in an interval that covers the variation between processes.
+    """Median time of a training step of a Cell, with an interval.
 
-    Times hold for the machine of the Records only.
+    The interval covers the variation between processes. The times hold only for the machine of the Records.
     """
     (own,) = record_sources.records(suite, cell)
     seconds, processes = _between_processes(_steps(own), own)
@@ -34,9 +34,10 @@ def step_time(suite: Suite, cell: Entry) -> MeasureResult:
 
 @measure("rate")
 def throughput(suite: Suite, cell: Entry) -> MeasureResult:
-    """Tokens per second without padding: the median of the steps' rates, with an interval as for `step_time`.
+    """Tokens per second in training, without padding: the median over the steps, with an interval as for `step_time`.
 
-    Reports divide all tokens by all seconds instead, which gives no interval. The two differ if texts differ in length.
+    Reports show another number, which is all tokens divided by all seconds, and which has no interval. The two numbers
+    differ if the texts differ in length.
     """
     (own,) = record_sources.records(suite, cell)
     rate, processes = _between_processes(_merge([_rate(record) for record in own]), own)
@@ -45,9 +46,10 @@ def throughput(suite: Suite, cell: Entry) -> MeasureResult:
 
 @measure("ratio")
 def step_time_ratio(suite: Suite, of: Entry, to: Entry) -> MeasureResult:
-    """Ratio of the step times, `of` / `to`: a ratio of medians, with an interval from order statistics.
+    """Ratio `of` / `to` of the median times of a training step, with an interval.
 
-    With few processes, an assumed deviation between processes widens the interval.
+    The interval comes from order statistics. With few processes, it is widened by an assumed deviation between
+    processes.
     """
     ratio, times, how = _compared(suite, of, to, _steps)
     return ratio.measured(f"{times} per step; {how}")
@@ -72,17 +74,21 @@ def latency_ratio(suite: Suite, cell: Entry, of: Variant, to: Variant, at: Kind)
 
 @measure("ratio")
 def phase_ratio(suite: Suite, phase: str, of: Entry, to: Entry) -> MeasureResult:
-    """Ratio `of` / `to` of the times of a phase, e.g. `attach`. The interval covers the variation between processes."""
+    """Ratio `of` / `to` of the times that two Cells take for a phase, e.g. `attach`.
+
+    The interval covers the variation between processes.
+    """
     ratio, times, how = _compared(suite, of, to, lambda own: _merge([_phase(record, phase) for record in own]))
     return ratio.measured(f"{times} for {phase}; {how}")
 
 
 @measure("share")
 def refresh_share(suite: Suite, cell: Entry) -> MeasureResult:
-    """Time share of GaLore's projector refreshes in training.
+    """Share of the training time that GaLore's projector refreshes take.
 
-    The first step has a refresh. Its excess over a median step, spread over the steps between two refreshes, is the
-    largest possible share. Since the first step also warms up, the result is a range from 0 to that share.
+    The first step has a refresh, and takes longer than a median step. This extra time, as a share of the time of all
+    steps until the next refresh, is the largest possible value. But the first step also takes longer because it warms
+    up. So the result is a range from 0 to that value.
     """
     (own,) = record_sources.records(suite, cell)
     training, gap = own[0].measurements and own[0].measurements.training, own[0].cell.config.get("update_gap")
@@ -95,7 +101,10 @@ def refresh_share(suite: Suite, cell: Entry) -> MeasureResult:
 
 
 def _compared(suite: str, of: str, to: str, time: Callable[[Sequence[Record]], Interval]) -> tuple[Interval, str, str]:
-    """Return the ratio of two times, a text with the two times, and a text with the processes and the place."""
+    """Return the ratio of two times, a text with both times, and a text with the number of processes and the machine.
+
+    time: function that returns the time of a Cell from its Records.
+    """
     a, b = pair(suite, of, to)
     x, y = time(a), time(b)
     ratio, processes = _between_processes(over(x, y), a, b)
@@ -103,7 +112,7 @@ def _compared(suite: str, of: str, to: str, time: Callable[[Sequence[Record]], I
 
 
 def _merge(intervals: Sequence[Interval]) -> Interval:
-    """Return the interval that covers the intervals of all processes."""
+    """Return the interval that covers the intervals of all processes. Its value is the median of their values."""
     values = sorted(x.value for x in intervals)
     return Interval(values[len(values) // 2], min(x.least for x in intervals), max(x.most for x in intervals))
 
@@ -173,9 +182,10 @@ def _seconds(x: Interval) -> str:
 
 
 def _between_processes(found: Interval, *sides: Sequence[Record]) -> tuple[Interval, str]:
-    """Return `found`, a time or a ratio, and a text with the number of processes.
+    """Return an interval that covers the variation between processes, and a text with the number of processes.
 
-    If there are too few processes to show the variation between them, the interval is widened, and the text explains it.
+    found: a time or a ratio, with the interval that the processes give. If there are too few processes to show the
+    variation between them, this interval is widened, and the text says so.
     """
     counts = [len(side) for side in sides]
     count = "one process" if max(counts) == 1 else f"{min(counts)} processes"

@@ -1,4 +1,4 @@
-"""Measures: scores and losses of training, from the Records of a run with several seeds. No torch.
+"""Measures: scores and losses of training, from the Records of a run with several seeds. Imports no torch.
 
 These runs are small: a difference that they do not show may exist at the paper's scale.
 """
@@ -20,21 +20,30 @@ from harness.records.record import Accuracy, Record
 
 @measure("property")
 def scores_higher(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
-    """Check whether the mean accuracy of `of` is above that of `than`; undecided if the difference may be 0."""
+    """Check whether the mean accuracy of `of` is above that of `than`.
+
+    The result is undecided if the interval of the difference contains 0.
+    """
     spread, how = _scores(suite, of, than)
     return _above(spread, 0.0, how)
 
 
 @measure("property")
 def scores_no_lower(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
-    """Check whether the mean accuracy of `of` is above that of `than` minus 2 points, the margin of `gate`."""
+    """Check whether the mean accuracy of `of` is less than 2 points below that of `than`, or above it.
+
+    The 2 points are the margin of the command `gate`.
+    """
     spread, how = _scores(suite, of, than)
     return _above(spread, -ACCURACY, f"{how}; margin {100 * ACCURACY:g} points")
 
 
 @measure("property")
 def loss_falls_faster(suite: Suite, of: Entry, than: Entry) -> MeasureResult:
-    """Check whether the mean training loss of `of` is below that of `than`, paired by seed, on the same batches."""
+    """Check whether `of` has a lower training loss than `than`, as a mean over all steps.
+
+    Runs with the same seed are compared. They train on the same batches.
+    """
     a, b = _seeds(suite, of, than)
     means = [[fmean(_losses(record)) for record in side] for side in (a, b)]
     differences = [right - left for left, right in zip(*means, strict=True)]

@@ -25,9 +25,9 @@ def adam_training(
     gradient: Each = 2,
     moment: Each = 2,
 ) -> MeasureResult:
-    """Bytes of a model's weights, plus those of gradients and two moments of the parameters that a Method trains.
+    """Bytes of a model's weights, and of gradients and two moments of the parameters that a Method trains.
 
-    `full` trains all parameters, `frozen` none.
+    weight, gradient, moment: bytes per number. The Method `full` trains all parameters, and `frozen` trains none.
     """
     own = attached_model.parameters(model)
     trained = attached_model.trained(model, method, config, split)
@@ -41,8 +41,9 @@ def adam_training(
 def full_finetuning_of_unknown_precision(model: Model) -> MeasureResult:
     """Bytes of weights, gradients and Adam's moments in full fine-tuning, if the paper does not state the precision.
 
-    The range is from 6 bytes per parameter (weights and moments in 16 bits, gradients freed after use) to 16 bytes in mixed
-    precision (arXiv:1910.02054, section 3.1: weights and gradients in 16 bits; master weights and both moments in 32).
+    The result is a range. The least value is 6 bytes per parameter: weights and two moments in 16 bits, and gradients
+    that are freed after use. The largest value is 16 bytes per parameter, as in mixed precision: weights and gradients
+    in 16 bits; master weights and two moments in 32 bits (arXiv:1910.02054, section 3.1).
     """
     count = attached_model.parameter_count(model)
     least, most = 2 + 2 * 2, 2 + 2 + 4 + 2 * 4

@@ -10,7 +10,10 @@ from harness.claims.sums import total
 
 @measure("property")
 def counts_by_formula(model: Model, targets: list[str], ranks: list[Positive], split: Split = {}) -> MeasureResult:
-    """Check whether VeRA trains L (d + r) numbers and LoRA 2 L d r, attached to L square layers of width d (section 3.2)."""
+    """Check whether VeRA trains L (d + r) numbers, and LoRA 2 L d r numbers (section 3.2).
+
+    L is the number of adapted layers, which are square and have the width d. r is the rank.
+    """
     shown, holds = [], True
     for rank in ranks:
         config = {"rank": rank, "targets": targets}
@@ -28,9 +31,10 @@ def counts_by_formula(model: Model, targets: list[str], ranks: list[Positive], s
 
 @measure("property")
 def is_kaiming_uniform(inputs: Positive, outputs: Positive, rank: Positive) -> MeasureResult:
-    """Check whether A (r, in) and B (out, r) equal, bit by bit, draws of PyTorch's `kaiming_uniform_` with its defaults.
+    """Check whether VeRA's A and B equal, bit by bit, what PyTorch's `kaiming_uniform_` draws by default.
 
-    These draws are uniform in +-sqrt(6 / fan_in). PyTorch initialises an nn.Linear in +-sqrt(1 / fan_in) instead.
+    These draws are uniform between -sqrt(6 / fan_in) and sqrt(6 / fan_in). PyTorch initialises an nn.Linear between
+    -sqrt(1 / fan_in) and sqrt(1 / fan_in) instead.
     """
     import torch
 
@@ -46,10 +50,10 @@ def is_kaiming_uniform(inputs: Positive, outputs: Positive, rank: Positive) -> M
 
 @measure("property")
 def product_keeps_variance(inputs: Positive, outputs: Positive, ranks: list[Positive]) -> MeasureResult:
-    """Check whether the elements of B A have the variance 4 / in at every rank, over 64 draws, within their standard error.
+    """Check whether the elements of VeRA's product B A have the variance 4 / in at every rank r. in: number of inputs.
 
-    Kaiming's variance is 2 / fan_in: 2 / in for A, 2 / r for B. An element of B A sums r products, so that its variance is
-    r (2 / in) (2 / r) = 4 / in.
+    The mean variance over 64 draws may differ by its standard error. Kaiming's variance is 2 / fan_in: 2 / in for A,
+    and 2 / r for B. An element of B A sums r products, so that its variance is r (2 / in) (2 / r) = 4 / in.
     """
     import torch
 
