@@ -1,4 +1,4 @@
-"""The claim ledger as text for a terminal. No torch."""
+"""Format the claim ledger as text for a terminal. No torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from harness.claims.judge import ClaimVerdict, JudgedClaim
 from harness.errors import plural
 
 _WIDEST_HOW = 160
-"""Maximum number of characters of arithmetic in a line. The JSON document and the page have the whole arithmetic."""
+"""Number of characters after which a line cuts off a calculation. The JSON document and the page show it in full."""
 
 NO_RULES = "This ledger is from an older version, which does not show rules looser than rounding."
 
 
 def as_text(rows: Sequence[JudgedClaim]) -> str:
-    """Return the ledger as text: one line per claim, with details of claims that are not plainly reproduced."""
+    """Return the ledger as text, with one line per claim. Details follow if the verdict is not `reproduced`."""
     lines: list[str] = []
     paper = ""
     for row in rows:
@@ -28,7 +28,7 @@ def as_text(rows: Sequence[JudgedClaim]) -> str:
 
 
 def summary(rows: Sequence[JudgedClaim]) -> str:
-    """Return the number of claims per verdict, as text."""
+    """Return text with the number of claims for each verdict."""
     counts = Counter(row.verdict for row in rows)
     stand_ins = Counter(row.verdict for row in rows if row.stood_in)
     parts = ", ".join(

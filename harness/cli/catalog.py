@@ -1,4 +1,4 @@
-"""Names that `list` shows, from the registry, the suites and the claim files."""
+"""Collect the names that `list` shows, from the registry, the suites and the claim files."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from harness.suites import loader, tasks
 ListRow = dict[str, Any]
 _WIDTH = 100
 _SHOWN = 20
-"""Largest number of names of a kind in the overview."""
+"""Maximum number of names per kind in the overview."""
 
 
 def listing(kinds: Sequence[str] = ()) -> dict[str, Any]:
-    """Return a JSON document with the rows of these kinds, or of all kinds if none is given."""
+    """Return a JSON document with one row per name of each kind, such as `methods`. No kinds means all kinds."""
     registry = discover()
     document: dict[str, Any] = {"schema": SCHEMA}
     for kind in kinds or KINDS:
@@ -52,7 +52,7 @@ def overview_text(document: Mapping[str, Any]) -> str:
 
 
 def as_text(document: Mapping[str, Any]) -> str:
-    """Return the rows of each kind in aligned columns."""
+    """Return the rows of each kind as text in aligned columns."""
     blocks = []
     for kind, rows in document.items():
         if kind == "schema" or (kind == "broken" and not rows):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Values = dict[str, Any]
-"""Values of a Method's config, or of an Operation's case: key -> number, word or list."""
+"""Values of a Method's config or of an Operation's case: key -> number, word or list."""
 
 
 @dataclass(frozen=True)
@@ -14,17 +14,22 @@ class CaseSelection:
     """Settings that select cases of a target."""
 
     full: bool = False
-    """True selects every combination of the parity suite's configs, shapes, layers and dtypes. False selects few."""
+    """True selects every combination of the configs, shapes, layers and dtypes of the parity suite. False selects
+    few."""
     drawn: int = 0
-    """Number of random cases in addition to the fixed sample."""
+    """Number of random cases to try after the fixed sample."""
     seed: int = 0
     """Seed of the random cases."""
     wide: bool = False
-    """True adds a fixed sample of all settings, and the checks of calls, walks and NaN; see `is_wide`."""
+    """True adds a fixed sample of all settings. It also adds the checks of calls, random walks and NaN. See
+    `is_wide`."""
 
     @property
     def is_wide(self) -> bool:
-        """True if the sample and the checks of calls, walks and NaN are tried; `full` and `drawn` imply this."""
+        """Whether the fixed sample and the checks of calls, random walks and NaN are tried.
+
+        `full` and `drawn` imply this.
+        """
         return self.wide or self.full or self.drawn > 0
 
 
