@@ -1,4 +1,4 @@
-"""Outcome of one check of one case, with the known defects taken into account. No torch."""
+"""Outcome of one check in one case. It takes known defects into account. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from harness.records.check import CheckId, CheckResult, Outcome
 
 
 class CheckStatus(StrEnum):
-    """Status of an outcome; `KNOWN_DEFECT` is a failure that a known defect explains."""
+    """Status of an outcome. `KNOWN_DEFECT` is a failure that a known defect explains."""
 
     PASS = "pass"  # noqa: S105
     KNOWN_DEFECT = "known defect"
@@ -20,27 +20,27 @@ class CheckStatus(StrEnum):
 
 
 class Execution(StrEnum):
-    """End of the run of a check."""
+    """How the run of a check ended."""
 
     COMPLETED = "completed"
     UNSUPPORTED = "unsupported"
-    """The implementation does not offer the case: it raised harness.Unsupported."""
+    """The implementation raised harness.Unsupported, because it does not offer the case."""
     RAISED = "raised"
-    """The implementation or the check raised another exception; `result.detail` names it."""
+    """The implementation or the check raised another exception, which `result.detail` names."""
 
 
 class CheckOutcome(FrozenModel):
-    """Outcome of one check of one case."""
+    """Outcome of one check in one case."""
 
     implementation: str
     kind: TargetKind
     target: str
     dtype: str
     case: str
-    """Config and shape in words."""
+    """The case in words: config and shape."""
     result: CheckResult
     defect: str = ""
-    """Id of the known defect that explains the failure; empty if none does."""
+    """Id of the known defect that explains the failure. Empty if no known defect explains it."""
     execution: Execution = Execution.COMPLETED
 
     @classmethod
@@ -55,7 +55,7 @@ class CheckOutcome(FrozenModel):
         detail: str,
         execution: Execution = Execution.COMPLETED,
     ) -> CheckOutcome:
-        """Return a failure of the implementation as a whole, which has no dtype and no state."""
+        """Return a failure of the implementation as a whole. For its dtype and its state, it has `-`."""
         result = CheckResult(check=str(CheckId(target, check, "-", "-")), outcome=Outcome.FAIL, detail=detail)
         return cls(
             implementation=implementation, kind=kind, target=target, dtype="-", case=case, result=result, execution=execution
@@ -68,7 +68,7 @@ class CheckOutcome(FrozenModel):
 
     @property
     def status(self) -> CheckStatus:
-        """The status of the result."""
+        """Status by the result, the known defect and the way in which the run ended."""
         if self.result.outcome is Outcome.FAIL:
             return CheckStatus.KNOWN_DEFECT if self.defect else CheckStatus.FAIL
         if self.result.outcome is Outcome.PASS:
@@ -77,5 +77,5 @@ class CheckOutcome(FrozenModel):
 
     @property
     def share(self) -> float | None:
-        """The error as a share of the allowance; None if nothing was measured or allowed."""
+        """The error divided by the allowed error. None if no error was measured or allowed."""
         return self.result.share
