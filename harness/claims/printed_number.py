@@ -122,7 +122,7 @@ def exact(written: Any) -> Fraction | None:
 
 
 def shortly(written: Any) -> str:
-    """Return a value as text for a message. Long text is cut off."""
+    """Return a value as text for a message, cut if it is long."""
     text = repr(written)
     return text if len(text) <= _QUOTED else f"{text[: _QUOTED - 4]} ..."
 

@@ -32,7 +32,7 @@ class Quantised:
 
     @property
     def elements(self) -> int:
-        """Number of elements that are stored in 4 bits."""
+        """Number of elements in 4 bits."""
         return sum(numel * number for numel, number in self.weights.items())
 
     @property
@@ -43,8 +43,8 @@ class Quantised:
     def bits(self, block: int, double: bool, second_block: int) -> int:
         """Return the number of bits of all 4-bit codes and quantisation constants, as the reference counts them.
 
-        block: elements per constant. double: whether the constants are quantised too. second_block: constants per
-        constant of the second quantisation.
+        block: number of elements that share a constant. double: whether the constants are quantised too. second_block:
+        number of constants that are quantised together.
         """
         from reference.operations.double_quant import bits_per_parameter
 

@@ -81,7 +81,7 @@ def comparable(*sides: Sequence[Record]) -> None:
 
 
 def place(record: Record) -> str:
-    """Return text that names the machine and the run of a Record."""
+    """Return the machine and the run of a Record as text."""
     machine = record.environment.machine
     gpu = machine.get("gpu0", "").split(",")
     name = gpu[1].strip() if record.device == "cuda" and len(gpu) > 1 else machine.get("cpu", "an unknown machine")
@@ -96,7 +96,7 @@ def shared(record: Record) -> str:
 
 
 def entries(suite: str) -> list[str]:
-    """Return the entry ids of a suite, given by name or file. Raises SuiteError for an invalid suite."""
+    """Return the entry ids of a suite (name or file). Raises SuiteError for an invalid suite."""
     return [entry.id for entry in _read(suite).entries]
 
 

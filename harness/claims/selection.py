@@ -53,7 +53,7 @@ def _hint(start: str, known: Sequence[str]) -> str:
 
 
 def exit_of(rows: Sequence[JudgedClaim], *, strict: bool) -> Exit:
-    """Return the exit code for judged claims. If any claim is not reproduced, this code is FAIL."""
+    """Return the exit code for judged claims. If any claim is not reproduced, the code is FAIL."""
     verdicts = {row.verdict for row in rows}
     if ClaimVerdict.NOT_REPRODUCED in verdicts:
         return Exit.FAIL

@@ -1,4 +1,4 @@
-"""Format the claim ledger as text for a terminal. No torch."""
+"""The claim ledger as text for a terminal. No torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def as_text(rows: Sequence[JudgedClaim]) -> str:
 
 
 def summary(rows: Sequence[JudgedClaim]) -> str:
-    """Return text with the number of claims for each verdict."""
+    """Return the number of claims per verdict, as text."""
     counts = Counter(row.verdict for row in rows)
     stand_ins = Counter(row.verdict for row in rows if row.stood_in)
     parts = ", ".join(

@@ -33,7 +33,7 @@ _LARGEST = 1e300
 def find(request: dict[str, Any]) -> MeasureResult:
     """Compute the measure that a request names, and return the result.
 
-    If an argument of the measure is a measure too, that one is computed first.
+    If an argument of the measure is itself a measure, compute the argument first.
     """
     measure = measures()[request["measure"]]
     arguments = {k: _quantity(v) if k in measure.nested else v for k, v in request["with"].items()}

@@ -1,4 +1,4 @@
-"""Collect the names that `list` shows, from the registry, the suites and the claim files."""
+"""Names that `list` shows, from the registry, the suites and the claim files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def overview_text(document: Mapping[str, Any]) -> str:
 
 
 def as_text(document: Mapping[str, Any]) -> str:
-    """Return the rows of each kind as text in aligned columns."""
+    """Return the rows of each kind in aligned columns."""
     blocks = []
     for kind, rows in document.items():
         if kind == "schema" or (kind == "broken" and not rows):

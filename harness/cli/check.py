@@ -32,7 +32,7 @@ from harness.report import check_terminal
 
 @dataclass(frozen=True)
 class CheckRequest:
-    """What to check, and how. An empty sequence of names stands for all names."""
+    """Targets and options of a check. An empty sequence of names stands for all names."""
 
     implementations: Sequence[str] = ()
     methods: Sequence[str] = ()
@@ -107,7 +107,7 @@ def _was_fully_tried(
 ) -> bool:
     """Return whether all checks that could show a known defect were tried.
 
-    Only if all were tried, a defect that did not show is a finding.
+    If a defect did not show, this is a finding only if all these checks were tried.
     """
     by_dtype = all(
         dtype in request.dtypes
@@ -124,8 +124,8 @@ def _was_fully_tried(
 def _may_show(defect: Defect, implementation: Implementation) -> bool:
     """Return whether the checks of an implementation could show a known defect.
 
-    If the defect names no target, its check ids decide. For an implementation of a base they do not, because they name
-    a Method.
+    If the defect names a target, the target decides. Otherwise its check ids decide, except for an implementation of a
+    base: there, check ids name a Method instead of the base.
     """
     if defect.target or implementation.kind == "base":
         return defect.target in ("", implementation.target)
@@ -218,7 +218,7 @@ def _why_no_case(one: Implementation, plan: ParitySuite, request: CheckRequest) 
 
 
 def _size(plan: ParitySuite) -> int:
-    """Return the approximate number of checks that a parity suite runs."""
+    """Return the approximate number of checks of a suite."""
     return len(list(plan.cases(FEW))) * len(plan.checks)
 
 

@@ -34,7 +34,7 @@ class Diagnosis:
     """Heading of the finding in the summary."""
     subject: str
     state: Literal["ok", "note", "no"]
-    """`no`: something cannot run. `note`: the user should know this, but all can run. `ok`: all is well."""
+    """`no`: something cannot run. `note`: worth knowing, but everything can run. `ok`: all is well."""
     detail: str
     summary: str = ""
     """Text that several findings of one group and state can have in common. The summary shows them in one line, as
@@ -61,7 +61,7 @@ def _every_finding(findings: Sequence[Diagnosis]) -> str:
 
 
 def summary_text(findings: Sequence[Diagnosis]) -> str:
-    """Return text with the most serious findings first. Findings with the same `summary` share one line."""
+    """Return one line per finding, the most serious first. Findings with the same `summary` share a line."""
     lines: dict[tuple[int, str, str], list[Diagnosis]] = {}
     for f in findings:
         lines.setdefault((_STATES.index(f.state), f.group, f.summary or f.subject), []).append(f)

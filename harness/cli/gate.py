@@ -32,7 +32,10 @@ def _option(form: str, *names: str, **settings: Any) -> Callable[[_C], _C]:
 
 
 def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
-    """Return a size in bytes, or None for None. value: a number of bytes, or a number with a unit."""
+    """Return the size that an option gives, in bytes. Without a value, return None.
+
+    value: a number of bytes, or a number with a unit.
+    """
     if value is None:
         return None
     from harness.memory_model import size_units

@@ -1,6 +1,6 @@
 """Options and output functions that several commands share.
 
-Because it is shared, an option has the same name, meaning and help in all commands.
+Sharing gives an option the same name, meaning and help in all commands.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def join(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> str 
 
 
 def cells(name: str, help_: str) -> Callable[[_C], _C]:
-    """Return an option whose value is an expression that selects Cells (see `suites.expand.select`)."""
+    """Return an option that selects Cells by an expression (see `suites.expand.select`)."""
     return click.option(name, multiple=True, callback=join, metavar="EXPR", help=help_)
 
 

@@ -1,4 +1,4 @@
-"""Texts that `explain` prints. Each text comes from the file that defines the name."""
+"""Texts that `explain` prints. Each text comes from the place that defines the name."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def explain(name: str) -> str:
 
 
 def glossary() -> dict[str, dict[str, str]]:
-    """Return the texts of glossary.yaml: kind of name -> name -> text."""
+    """Return the definitions in glossary.yaml: kind -> name -> text."""
     data: dict[str, dict[str, str]] = yaml_lines.load(Path(__file__).with_name("glossary.yaml")).data
     data["term"]["busy"] = contention.RULE
     return data
@@ -125,7 +125,7 @@ def _of_checks() -> Iterator[Topic]:
 
 
 def _check(name: str, rule: str) -> str:
-    """Return a text about a check: its rule, and a command that runs it in few cases."""
+    """Return a text with the rule of a check, and a command that runs the check in few cases."""
     example = _example(name)
     command = [f"to see it at work, on {example[0]} in one dtype:", f"  {example[1]}"] if example else []
     return _titled(f"check {name}", "\n".join([rule, *(["", *command] if command else [])]))

@@ -48,8 +48,8 @@ class Case:
     base_output: Tensor | None = None
     """Output of the model for the inputs of `inputs`, computed before attaching."""
     forward: Callable[[nn.Module], Tensor] | None = None
-    """Function that runs a given model on the inputs of `inputs` and returns the output, with its graph for
-    backward."""
+    """Function that runs a given model on the inputs of `inputs`, and returns an output from which gradients can be
+    computed."""
     forward_of: Callable[[nn.Module], Callable[[nn.Module], Tensor]] | None = None
     """Function that returns the `forward` of another model, which `fresh` made."""
     walks: int = 0
@@ -60,12 +60,12 @@ class Case:
     """Function that attaches the implementation again, to the same weights. None if this is impossible, as with the
     model of a Cell."""
     factors: Mapping[str, float] = field(default_factory=dict)
-    """Check name -> largest error, as a multiple of the reference's own rounding error. For other checks, NOISE_FACTOR
-    is this multiple."""
+    """Check name -> largest error, as a multiple of the reference's own rounding error. For a check without an entry,
+    NOISE_FACTOR is used."""
     _computed: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def generator(self, salt: int = 0) -> torch.Generator:
-        """Return a new random generator. Its seed depends on the case's seed and on `salt`."""
+        """Return a fresh generator, seeded by the case's seed and by `salt`."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + salt)
 
     def factor(self, check: str) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Values = dict[str, Any]
-"""Values of a Method's config or of an Operation's case: key -> number, word or list."""
+"""Values of a Method's config, or of an Operation's case: key -> number, word or list."""
 
 
 @dataclass(frozen=True)
@@ -14,10 +14,9 @@ class CaseSelection:
     """Settings that select cases of a target."""
 
     full: bool = False
-    """True selects every combination of the configs, shapes, layers and dtypes of the parity suite. False selects
-    few."""
+    """True selects every combination of the parity suite's configs, shapes, layers and dtypes. False selects few."""
     drawn: int = 0
-    """Number of random cases to try after the fixed sample."""
+    """Number of random cases in addition to the fixed sample."""
     seed: int = 0
     """Seed of the random cases."""
     wide: bool = False

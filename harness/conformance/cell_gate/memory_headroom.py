@@ -13,15 +13,16 @@ import torch
 from harness.conformance.subject import DTYPES, Subject
 
 _CHECK_B = 32
-"""Bytes that the check `merge` needs for each weight of the largest layer. It copies one layer at a time to float64."""
+"""Bytes that the check `merge` needs for each weight of the largest layer. The check copies one layer at a time to
+float64."""
 
 
 def merge_shortage(subject: Subject) -> str:
     """Return a message if memory is too small to merge the layers of a packed base, otherwise an empty string.
 
-    The estimate is too high for a library that packs each merged weight again. Its merge may be skipped although memory
-    would suffice. The opposite mistake would be worse: if memory ran out, the system might kill the process, and all
-    measurements of the Cell would be lost.
+    The estimate is too high for a library that packs each merged weight again. A merge by such a library may be skipped
+    although memory would suffice. The opposite mistake would be worse: if memory ran out, the system might kill the
+    process, and all measurements of the Cell would be lost.
     """
     sizes = [_weights(subject.original_base(path)) for path in subject.packed]
     if not sizes:

@@ -19,7 +19,7 @@ from harness.errors import Unsupported
 from harness.records.record import CheckResult
 
 Adapters = Sequence[Mapping[str, Tensor]]
-"""The tensors of each adapter. Their names are those of `Adapted.tensors()`."""
+"""The tensors of each adapter, by the names of `Adapted.tensors()`."""
 Mixed = Callable[[Adapters], AbstractContextManager[None]]
 """Function that returns a context. In this context, row n of every batch goes through adapter n."""
 
@@ -74,7 +74,7 @@ def _observe_layers(subject: Subject, forward: Callable[[], object]) -> dict[str
 
 
 def draw_adapters(subject: Subject, count: int, seed: int) -> list[dict[str, Tensor]]:
-    """Return `count` adapters. The first is the subject's own; the others are random, of equal shapes and magnitude."""
+    """Return `count` adapters: the subject's own, then random ones of the same shapes and magnitude."""
     own = {name: t.detach().clone() for name, t in subject.adapted.tensors().items()}
     generator = torch.Generator().manual_seed(seed)
 

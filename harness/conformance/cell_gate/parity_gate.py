@@ -43,8 +43,8 @@ def gate(
     reference's.
 
     run_model: runs the whole model on fixed inputs. base_output: output of the model before attaching. start: the
-    initial tensors; None means the subject's own. forward: runs a given model on the same inputs, with a graph for
-    backward. base: the quantisation of the base, such as `nf4 by bitsandbytes`.
+    initial tensors. None means the subject's own. forward: runs a given model on the same inputs, so that gradients can
+    be computed. base: the quantisation of the base, such as `nf4 by bitsandbytes`.
     """
     case = Case("init", seed=seed, inputs=run_model, base_output=base_output, forward=forward)
     if subject.method in UNREFERENCED:

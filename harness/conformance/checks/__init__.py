@@ -56,11 +56,11 @@ class CellStage(Enum):
     ATTACHED = auto()
     """Before all other stages. If a check fails at this stage, the gate tries no check of another stage."""
     START = auto()
-    """When the adapter is in the state from which training starts."""
+    """In the state from which training starts."""
     WARM = auto()
-    """When the adapter has random tensors."""
+    """With random adapter tensors."""
     TRAINED = auto()
-    """After training and after all measurements."""
+    """After training and all measurements."""
 
 
 class Reference(Enum):
@@ -137,7 +137,7 @@ def of_cell(stage: CellStage, names: Iterable[str]) -> list[AnyCheck]:
 
 
 def without_reference() -> list[str]:
-    """Return the names of the checks that are tried for adapters without a reference."""
+    """List the names of the checks that are tried for adapters without a reference."""
     return [name for name, one in every().items() if one.reference is not Reference.REQUIRED]
 
 

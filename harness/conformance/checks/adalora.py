@@ -107,8 +107,8 @@ def _regularizers_in_dtype(subject: Subject) -> Iterator[dict[str, Tensor]]:
     """Yield the regularizer and its gradients as correct programs with other rounding errors might compute them.
 
     The first result is that of the reference in the subject's dtype. It may happen to be exact, because the regularizer
-    is a single number. The other results are computed in float64, from tensors that are moved by rounding-sized
-    amounts.
+    is a single number. For the other results, each tensor is moved by up to half a unit in the last place, and the
+    reference computes in float64.
     """
     yield _regularizer(_reference(subject, subject.dtype))
     for seed in range(PERTURBED_DRAWS):

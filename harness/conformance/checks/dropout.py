@@ -131,8 +131,8 @@ def _whole_tokens(subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: 
 def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterator[str]:
     """Yield a message if dropout uses the same mask for all tokens or for two calls.
 
-    Also yield a message if two calls with the same seed of torch use different masks. All tokens have the same single
-    feature.
+    Also yield a message if two calls with the same seed of torch use different masks. For this test, every token has
+    one nonzero feature, the same in all tokens.
     """
     tokens = math.ceil(DROPOUT_SURE_BITS / -math.log2(max(p, 1 - p)))
     dtype, generator = DTYPES[subject.dtype], torch.Generator().manual_seed(0)

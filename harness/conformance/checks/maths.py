@@ -160,9 +160,9 @@ def _moved_reference(subject: Subject, path: str, dtype: str, x: Tensor, dy: Ten
 def _moved_draws(subject: Subject, path: str, x: Tensor, dy: Tensor) -> Iterator[dict[str, Tensor]]:
     """Yield the moved tensors as correct programs with other rounding errors might compute them.
 
-    The first result is that of the reference in the subject's dtype. The other results are those of the reference in
-    float64, from inputs that are moved by rounding-sized amounts. They show how much the step amplifies rounding
-    errors, even for a float64 subject. GaLore's SVD amplifies them, for example.
+    The first result is that of the reference in the subject's dtype. For the other results, the inputs are moved by up
+    to half a unit in the last place, and the reference computes in float64. These results show how much the step
+    amplifies rounding errors, even for a float64 subject. GaLore's SVD amplifies them, for example.
     """
     yield _moved_reference(subject, path, subject.dtype, x, dy)
     for seed in range(PERTURBED_DRAWS):
@@ -214,7 +214,7 @@ def _carried(subject: Subject, case: Case) -> Iterator[Mapping[str, Tensor]]:
 
 
 def _only(run: dict[str, Tensor], output: bool) -> dict[str, Tensor]:
-    """If `output` is true, return only the output of a run, otherwise only its gradients."""
+    """Return only the output of a run if `output`, else only its gradients."""
     return {name: t for name, t in run.items() if (name == "y") == output}
 
 

@@ -42,7 +42,7 @@ LAYERS = 2
 
 @dataclass(frozen=True)
 class Call:
-    """One layer, an input for it and the incoming gradient."""
+    """One layer, and an input for it with its incoming gradient."""
 
     layer: nn.Module
     tensors: Mapping[str, Tensor]
@@ -177,9 +177,9 @@ LONG_FORMS: dict[str, Form] = {
     f"{REPEATS} times": _repeated,
     f"in {THREADS} threads": _threaded,
 }
-"""Name -> function that calls a layer on its input many times. It is tried only for the first layer of a model."""
+"""Name -> function that calls a layer on its input many times. Only the first layer of a model is called so."""
 WITHOUT_GRADIENTS = (_no_grad, _inference, _frozen, _repeated, _threaded)
-"""Functions of the tables above that return only an output, without gradients."""
+"""Functions of FORMS and LONG_FORMS that return only an output, without gradients."""
 
 
 @check(States.WARM, only_wide=True)

@@ -74,8 +74,8 @@ def _best(U: Tensor, S: Tensor, Vt: Tensor, config: Any) -> dict[str, Tensor]:
 def _perturbed(W: Tensor, subject: Subject) -> Iterator[dict[str, Tensor]]:
     """Yield the results of `_principal` as correct programs with other rounding errors might compute them.
 
-    They can differ much, because rounding turns the singular vectors of close singular values. Each result comes from
-    an SVD of W^T, after W was moved by up to half a unit in the last place.
+    The results can differ much, because rounding turns the singular vectors of close singular values. Each result comes
+    from an SVD of W^T, after W was moved by up to half a unit in the last place.
     """
     for seed in range(PERTURBED_DRAWS):
         near = perturbed(W, subject.dtype, torch.Generator().manual_seed(seed))

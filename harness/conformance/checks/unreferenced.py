@@ -203,7 +203,7 @@ def _scale(tensors: Iterable[Tensor], factor: float) -> None:
 def _round_once_more(adapted: Unreferenced, dtype: str, generator: torch.Generator) -> None:
     """Move every frozen weight under the adapter by up to half a unit in the last place.
 
-    This has the size of the rounding after a merge.
+    The rounding after a merge moves weights by such amounts.
     """
     trains = {id(t) for t in adapted.tensors().values()}
     for base in adapted.bases().values():

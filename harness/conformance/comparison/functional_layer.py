@@ -59,8 +59,8 @@ def draw_inputs(
 ) -> Arguments:
     """Return random inputs of a linear layer with dropout: `x` (*rows, D), `bias` (E,) and `mask` (shape of x).
 
-    shape: (E, D). bias: whether there is a bias; otherwise it is None. dropout: the probability that an element of x is
-    dropped. With 0, the mask is None.
+    shape: (E, D). bias: if False, the returned bias is None. dropout: the probability that an element of x is dropped.
+    If it is 0, the returned mask is None.
     """
     E, D = shape
     x = draw(generator, dtype, *rows, D)

@@ -17,8 +17,7 @@ from harness.conformance.subject import ReferenceLayer, Subject
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 
 Look = Callable[..., dict[str, Tensor]]
-"""Function that runs a layer and returns its output and gradients by name. It is `observe`, or has the same
-parameters."""
+"""Function that runs a layer and returns its output and gradients by name. It takes the parameters of `observe`."""
 
 
 class Draws:

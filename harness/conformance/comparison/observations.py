@@ -43,7 +43,7 @@ def observe(
 
 
 def strided_copy(x: Tensor) -> Tensor:
-    """Return a copy of x with the same strides. `clone` would close the gaps between the rows."""
+    """Return a copy of x with the same strides. `clone` would close gaps between the rows."""
     return x.new_empty(0).set_(x.untyped_storage().clone(), x.storage_offset(), x.size(), x.stride())
 
 

@@ -1,4 +1,4 @@
-"""Judge the codes of a packed weight, all at once or in pieces to save memory."""
+"""Judgement of a packed weight's codes: of all codes at once, or in pieces to save memory."""
 
 from __future__ import annotations
 

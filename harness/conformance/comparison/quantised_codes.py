@@ -94,8 +94,8 @@ def judge_codes(
 class FourBit:
     """What two Operations on a 4-bit format need, one to quantise and one to decode.
 
-    For each of them there are functions that draw arguments and that compute the reference. form: module of the format,
-    reference.operations.nf4 or fp4.
+    For each Operation, there is a function that draws arguments and a function that computes the expected result. form:
+    module of the format, reference.operations.nf4 or fp4.
     """
 
     def __init__(self, form: Any) -> None:

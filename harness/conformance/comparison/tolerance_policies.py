@@ -26,12 +26,12 @@ from harness.conformance.tolerance_constants import (
 )
 
 ROUNDED_SUMS = ("float32", "float64")
-"""Dtypes in which the sum is rounded after every term. Numbers of 16 bits are summed in float32 instead."""
+"""Dtypes in which a sum is rounded at every term. Numbers of 16 bits are summed in float32."""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Result of a comparison of tensors: whether all passed, and details of the one that uses most of its allowance."""
+    """Result of a comparison: whether all tensors passed, and details of the tensor that uses most of its allowance."""
 
     passed: bool
     error: float | None
@@ -45,7 +45,7 @@ class Judgement:
     nonfinite: int
     """Number of elements that are NaN or infinite."""
     decided: bool = True
-    """False if the reference itself is too inaccurate to judge by. In this case `worst` has the reason."""
+    """False if the reference itself is too inaccurate to judge by; `worst` then has the reason."""
 
     @property
     def ratio(self) -> float:
@@ -65,8 +65,8 @@ def noise_floor(
     """Judge the subject's errors by the errors that the reference makes in the subject's dtype.
 
     truth: tensors of the reference in float64. rounded: tensors of the reference in `dtype`, or several such dicts that
-    correct programs might give. Of several, the largest error counts. No further dicts are computed once the judgement
-    passes.
+    correct programs might give. If there are several, the largest error among them counts, and no further dicts are
+    computed once the judgement passes.
 
     Three errors of each tensor are judged. Each may be a multiple of the reference's own error plus a floor in units of
     eps. The first error is the relative Frobenius norm of the difference. The second is the largest element of the
@@ -282,7 +282,7 @@ def _largest(errors: Sequence[_Error]) -> _Error:
 
 @dataclass(frozen=True)
 class _Error:
-    """Distance of a tensor from the truth, divided by the norm of the truth."""
+    """Distance of a tensor from the truth, relative to the truth's norm."""
 
     norm: float
     """Norm of the difference."""
@@ -310,8 +310,8 @@ class _Error:
 def _incomparable(name: str, value: Tensor, truth: Tensor, policy: str, undecided: bool = False) -> Judgement | None:
     """Return a failure for a tensor with a wrong shape or with elements that are not finite.
 
-    Otherwise return None. undecided: True if the reference itself is too inaccurate in this dtype. It may have
-    overflowed, so that the subject may be infinite, too.
+    Otherwise return None. undecided: True if the reference itself is too inaccurate in this dtype. Then elements that
+    are not finite are allowed, because the reference may have overflowed.
     """
     if value.shape != truth.shape:
         shapes = f"shape {tuple(value.shape)}, should be {tuple(truth.shape)}"

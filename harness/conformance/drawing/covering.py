@@ -91,10 +91,10 @@ def _filled(
     start: Row,
     fits: Callable[[Row], bool],
 ) -> Row:
-    """Return a row that contains `pair` and as many missing pairs as possible.
+    """Return a row that contains `pair` and many of the missing pairs.
 
-    The other factors choose one after the other. Each takes the level that adds most missing pairs, among the levels
-    that `fits` accepts. For this test, factors that have not chosen yet have the levels of `start`.
+    The other factors get their levels in turn. Each gets the level that adds most missing pairs, among the levels that
+    `fits` accepts. For this test, factors without a level have their level of `start`.
     """
     row = dict(pair)
     for name in levels:

@@ -25,7 +25,7 @@ kernels' tiles."""
 LENGTHS = tuple(range(1, 13))
 """Possible lengths of drawn lists, such as lists of sequences or of adapters."""
 _KEY = 2**31
-"""If the maximum of an integer setting is at least this number, the setting is a key or a seed, not a size."""
+"""An integer setting with a maximum of at least this number is a key or a seed, not a size."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Factor:
     """A setting of a case, with the values that cases try."""
 
     levels: tuple[Any, ...]
-    """Representative values, the plainest first. In the fixed sample, every pair of levels of two factors occurs."""
+    """Representative values, the plainest first. The fixed sample covers every pair of levels of two factors."""
     least: float | None = None
     """Smallest number that is drawn at random. None if only levels are drawn."""
     most: float | None = None

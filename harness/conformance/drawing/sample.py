@@ -74,7 +74,7 @@ def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> 
 
 
 def random(plan: ParitySuite, dtypes: Collection[str]) -> st.SearchStrategy[AnyCase]:
-    """Return a Hypothesis strategy for random cases of the suite. It draws only cases that the reference accepts."""
+    """Return a Hypothesis strategy for those cases of the suite that the reference accepts."""
     drawn = strategies.case_values(factors(plan, dtypes))
     return drawn.map(lambda chosen: case_of(plan, chosen)).filter(lambda case: is_accepted(plan, case))
 

@@ -35,7 +35,7 @@ def of_factor(factor: Factor) -> st.SearchStrategy[Any]:
 
 
 def case_values(factors: dict[str, Factor]) -> st.SearchStrategy[dict[str, Any]]:
-    """Return a Hypothesis strategy for dicts that hold one value of every factor."""
+    """Return a strategy for dicts with one value of every factor."""
     return st.fixed_dictionaries({name: of_factor(factor) for name, factor in factors.items()})
 
 

@@ -1,9 +1,9 @@
 """Worker process that loads plug-ins and reports what they offer.
 
 The command is `python -m harness.conformance.execution.discovery_worker FD LINE TASK`. TASK is `{"points": [...]}` with
-the names of entry points. The worker writes the events of `worker_protocol` to the file descriptor FD. It dies when the
-other end of the pipe LINE closes. If a plug-in prints to stdout, the output goes to stderr. The worker imports torch
-only if a plug-in does.
+the names of entry points. The worker writes the events of `worker_protocol` to the file descriptor FD. The worker dies
+when the other end of the pipe LINE closes. If a plug-in prints to stdout, the output goes to stderr. The worker imports
+torch only if a plug-in does.
 """
 
 from __future__ import annotations

@@ -62,10 +62,7 @@ class ParityModel(nn.Module):
 
 
 def is_built(kind: Kind, form: ModelForm) -> bool:
-    """Return whether the model can be built in this form with this kind of layer.
-
-    Only linear layers and Conv1D have all forms.
-    """
+    """Return whether a model of this form exists for this kind of layer. Only linear layers and Conv1D have all forms."""
     return form == "plain" or kind in ("linear", "conv1d")
 
 

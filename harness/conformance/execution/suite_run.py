@@ -122,7 +122,7 @@ class CaseRunner:
     dtype: str
 
     def check(self, name: str, subject: Subject | OperationSubject, case: Case) -> CheckOutcome:
-        """Run one check and return its outcome. If the check changed process-wide settings, they are restored."""
+        """Run one check and return its outcome. Its changes to process-wide settings are undone."""
 
         def run() -> CheckResult:
             with torch.random.fork_rng(), process_settings.restored():

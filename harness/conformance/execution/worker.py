@@ -1,8 +1,8 @@
 """Worker process of `check`: runs the parity suites of one entry point's implementations.
 
 The command is `python -m harness.conformance.execution.worker FD LINE TASK`. TASK is a WorkerTask as JSON. The worker
-writes the events of `worker_protocol` to the file descriptor FD. It dies when the other end of the pipe LINE closes. If
-a plug-in prints to stdout, the output goes to stderr.
+writes the events of `worker_protocol` to the file descriptor FD. The worker dies when the other end of the pipe LINE
+closes. If a plug-in prints to stdout, the output goes to stderr.
 """
 
 from __future__ import annotations

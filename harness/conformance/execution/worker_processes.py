@@ -1,6 +1,6 @@
 """Run checks in worker processes. No torch.
 
-So if an implementation crashes or hangs, this is a finding about the implementation.
+A crash or a hang of an implementation thus becomes a finding about this implementation.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class CheckFindings:
     cut_short: list[Target] = field(default_factory=list)
     """Targets whose process died before their last check."""
     left: list[Target] = field(default_factory=list)
-    """Targets that had not ended when the run was interrupted."""
+    """Targets that have not ended, because the run was interrupted."""
 
     @property
     def not_tried(self) -> set[Target]:
@@ -102,7 +102,7 @@ class _Run:
             remaining = self._run_in_one_process(task, remaining, findings)
 
     def _run_in_one_process(self, task: WorkerTask, targets: list[Target], findings: CheckFindings) -> list[Target]:
-        """Run `targets` in one process, and return the targets that did not begin."""
+        """Run `targets` in one process; return those that did not begin."""
         remaining, current, case = list(targets), targets[0], "start-up"
         began, before = time.monotonic(), len(findings.tried)
         for event in worker_events(self.pool, task.model_copy(update={"targets": targets}), self.patience):

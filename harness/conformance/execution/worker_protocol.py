@@ -78,7 +78,7 @@ class CheckEnded(FrozenModel):
 
 
 class Died(FrozenModel):
-    """The worker ended, or was killed, before its work was done. This is its last event."""
+    """The process ended, or was killed, before its work was done. This is the last event."""
 
     died: str
 

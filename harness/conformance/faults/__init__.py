@@ -131,8 +131,8 @@ def planted_in_methods(
     """Return a decorator that makes a function a fault of every Method whose parity suite has the expected checks.
 
     only: Methods to which the fault is restricted. If empty, there is no restriction. adds_layers: True restricts the
-    fault to Methods that wrap the base's layers in their own, False to the other Methods. values: added to the values
-    of the Method's config in its CASE.
+    fault to Methods that wrap the base's layers in their own, False to the other Methods. values: values of the
+    Method's config, added to those of the Method's CASE.
     """
 
     def wrap(spoil: Spoil) -> MethodsFault:
@@ -143,7 +143,7 @@ def planted_in_methods(
 
 @cache
 def every() -> tuple[Fault, ...]:
-    """Return all planted faults, file by file."""
+    """Return all faults, file by file."""
     modules = {m.name: vars(importlib.import_module(f"{__name__}.{m.name}")) for m in pkgutil.iter_modules(__path__)}
     cases = {name: found["CASE"] for name, found in modules.items() if isinstance(found.get("CASE"), FaultCase)}
     faults: list[Fault] = []

@@ -28,7 +28,7 @@ class PackedLinear(nn.Linear):
         self.unpack, self.dequantize, self.compute_dtype = nf4.unpack, nf4.dequantize, dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x W^T + b, where W is the decoded weight."""
+        """Return x W^T + b with the decoded W."""
         codes = self.unpack(self.weight, self.in_features * self.out_features)
         W = self.dequantize(codes, self.get_buffer("absmax"), _BLOCK).view(self.out_features, self.in_features)
         return nn.functional.linear(x, W.to(x.dtype), self.bias)

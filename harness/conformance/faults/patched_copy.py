@@ -57,7 +57,7 @@ class PatchedCopy:
         self._lines.setdefault(name, []).append((right, wrong))
 
     def replace_source(self, module: str, source: str) -> None:
-        """Replace the whole source of a module of the reference. module: the module's dotted name."""
+        """Replace the whole source of a module of the reference, given by its dotted name."""
         self._sources[module] = source
 
     def change_adapted(self, change: Callable[[Any], object]) -> None:

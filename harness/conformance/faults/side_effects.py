@@ -72,7 +72,7 @@ def _write_into_buffer(layer: Any, name: str, value: Tensor) -> Tensor:
 
 @planted("lora", "overlap", values=_LORA)
 def overwrites_the_previous_gradient(copy: PatchedCopy) -> None:
-    """Overwrite a tensor's gradient, where the new gradient should be added to it."""
+    """Overwrite the gradient instead of adding to it."""
 
     def change(adapted: Any) -> None:
         for tensor in adapted.tensors().values():

@@ -36,7 +36,7 @@ class Defect(FrozenModel):
     library: str
     """Name of the distribution that has the defect."""
     versions: str
-    """Range of affected versions of the library, e.g. `>=0.19`."""
+    """Range of affected versions, e.g. `>=0.19`."""
     implementation: str
     """Name of the implementation that shows the defect."""
     target: str = ""
@@ -46,14 +46,14 @@ class Defect(FrozenModel):
     cases: list[str] = Field(default=["*"], min_length=1)
     """Patterns of the names of affected cases."""
     shows: list[str] = Field(default=[])
-    """Regular expressions. One of them must match the tensor, worst element, policy or detail of the failure. If there
-    are none, every failure matches, except one by an exception. A failure by an exception needs an expression that
-    begins with `raised`."""
+    """Regular expressions. One of them must match the tensor, worst element, policy or detail of the failure. If the
+    list is empty, every failed comparison matches. An exception matches only an expression that begins with
+    `raised`."""
     at_most: float | None = Field(default=None, gt=0)
     """Largest error that the defect explains. None if it explains an error of any size."""
     summary: str = Field(min_length=10)
     reproduction: str
-    """Name of a script next to the file of defects. The script needs only this library and torch."""
+    """Name of a script next to the file of defects; the script needs only this library and torch."""
     link: str = ""
     sometimes: str = ""
     """Reason why the defect shows only by chance or on some machines. If a reason is given, only the reproduction must

@@ -1,4 +1,4 @@
-"""Outcome of one check in one case. It takes known defects into account. No torch."""
+"""Outcome of one check of one case, with the known defects taken into account. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from harness.records.check import CheckId, CheckResult, Outcome
 
 
 class CheckStatus(StrEnum):
-    """Status of an outcome. `KNOWN_DEFECT` is a failure that a known defect explains."""
+    """Status of an outcome; `KNOWN_DEFECT` is a failure that a known defect explains."""
 
     PASS = "pass"  # noqa: S105
     KNOWN_DEFECT = "known defect"
@@ -26,11 +26,11 @@ class Execution(StrEnum):
     UNSUPPORTED = "unsupported"
     """The implementation raised harness.Unsupported, because it does not offer the case."""
     RAISED = "raised"
-    """The implementation or the check raised another exception, which `result.detail` names."""
+    """The implementation or the check raised another exception; `result.detail` names it."""
 
 
 class CheckOutcome(FrozenModel):
-    """Outcome of one check in one case."""
+    """Outcome of one check of one case."""
 
     implementation: str
     kind: TargetKind
@@ -55,7 +55,7 @@ class CheckOutcome(FrozenModel):
         detail: str,
         execution: Execution = Execution.COMPLETED,
     ) -> CheckOutcome:
-        """Return a failure of the implementation as a whole. For its dtype and its state, it has `-`."""
+        """Return a failure of the implementation as a whole. Its dtype and its state are written as `-`."""
         result = CheckResult(check=str(CheckId(target, check, "-", "-")), outcome=Outcome.FAIL, detail=detail)
         return cls(
             implementation=implementation, kind=kind, target=target, dtype="-", case=case, result=result, execution=execution
@@ -68,7 +68,7 @@ class CheckOutcome(FrozenModel):
 
     @property
     def status(self) -> CheckStatus:
-        """Status by the result, the known defect and the way in which the run ended."""
+        """The status: `pass`, `fail`, `known defect`, `unsupported` or `skipped`."""
         if self.result.outcome is Outcome.FAIL:
             return CheckStatus.KNOWN_DEFECT if self.defect else CheckStatus.FAIL
         if self.result.outcome is Outcome.PASS:

@@ -46,7 +46,7 @@ def dtypes(tried: Iterable[CheckOutcome]) -> list[str]:
 
 
 def sort_dtypes(names: Iterable[str]) -> list[str]:
-    """Return each of the dtypes once, widest first."""
+    """List each dtype once, widest first."""
     found = set(names)
     return [dtype for dtype in DTYPES if dtype in found]
 

@@ -25,7 +25,7 @@ from harness.methods.registry import Implementation
 
 SEED = 7919
 CASES = 24
-"""Number of random cases for each target."""
+"""Number of random cases of a target."""
 
 
 def digests(implementation: Implementation) -> list[str]:
@@ -38,7 +38,7 @@ def digests(implementation: Implementation) -> list[str]:
 
 
 def digest(implementation: Implementation, plan: parity_suite.ParitySuite, case: MethodCase | OperationCase) -> str:
-    """Return a digest of all that the implementation computes in a case."""
+    """Return a digest of what the implementation computes in a case."""
     found = hashlib.sha256()
     try:
         for named in _observed(implementation, plan, case):
