@@ -36,7 +36,7 @@ def listing(kinds: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def overview_text(document: Mapping[str, Any]) -> str:
-    """Return one paragraph per kind, with the number of its rows and their names."""
+    """Return one paragraph for each kind, with the number and the names of its entries."""
     lines = []
     for kind, rows in document.items():
         if kind == "schema" or (kind == "broken" and not rows):

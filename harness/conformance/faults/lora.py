@@ -1,4 +1,7 @@
-"""Faults of LoRA. Some could occur in any Method with adapted layers; LoRA stands for them."""
+"""Faults of LoRA.
+
+Some of them could occur in any Method with adapted layers. They are planted only in LoRA, as an example.
+"""
 
 from __future__ import annotations
 

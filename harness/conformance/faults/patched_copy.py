@@ -34,7 +34,10 @@ _PACKAGES = ("reference", "reference.operations", "reference.shared")
 
 
 class PatchedCopy:
-    """A copy of the module `name` and of the reference's modules that this module imports. The originals do not change."""
+    """A copy of the reference's module `name`, whose code can be changed.
+
+    Modules of the reference that it imports are copied, too. The originals do not change.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
