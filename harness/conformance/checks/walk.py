@@ -52,7 +52,8 @@ def check_walk(subject: Subject, case: Case) -> CheckResult:
 def _worlds(start: Subject, case: Case, forward: Forward) -> Worlds:
     """Return the models that take a walk together, all in the state of `start`.
 
-    They are the subject, the float64 reference, and the reference in the subject's dtype.
+    They are the subject, the float64 reference, and two references in the subject's dtype. The second of the two starts
+    from slightly moved tensors.
     """
 
     def subject() -> tuple[nn.Module, Adapted]:

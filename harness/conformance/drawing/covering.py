@@ -36,7 +36,10 @@ def every_level(levels: Mapping[str, Sequence[Any]], beside: str) -> list[Pair]:
 
 
 def one_at_a_time(levels: Mapping[str, Sequence[Any]], names: Iterable[str]) -> Iterator[Row]:
-    """Yield rows in which one of the named factors is not at its first level, and every other factor is."""
+    """Yield rows in which one of the named factors has another level than its first.
+
+    All other factors have their first level.
+    """
     for name in names:
         yield from (dict.fromkeys(levels, 0) | {name: level} for level in range(1, len(levels[name])))
 
