@@ -1,4 +1,4 @@
-"""Printed figures, and their comparison with computed numbers. Exact fractions, no torch."""
+"""Parse figures that papers print, and compare them with computed numbers. Uses exact fractions. No torch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any, Literal
 from harness.errors import did_you_mean
 
 Dimension = Literal["count", "bytes", "bits", "share", "ratio", "seconds", "rate", "number", "property"]
-"""Dimension of a measure. count: number of things; share: part of a whole; rate: tokens per second; property: true or false,
-without a figure."""
+"""Kind of quantity of a measure. A `count` is a number of things. A `share` is a part of a whole. A `rate` is in tokens
+per second. A `property` is true or false and has no figure."""
 
 _THOUSANDS: dict[str, Fraction] = {"K": Fraction(10**3), "M": Fraction(10**6), "B": Fraction(10**9)}
 _BYTES: dict[str, Fraction] = {
@@ -35,39 +35,41 @@ UNITS: dict[Dimension, dict[str, Fraction]] = {
 }
 _QUOTED = 60
 _DIGITS = r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30})(?:\.[0-9]{1,30})?(?:e[+-]?[0-9]{1,2})?"
-"""Form of a number, with few enough digits that parsing is fast."""
+"""Regular expression for a number. It limits the number of digits, so that parsing is fast."""
 _FORM = re.compile(rf"(?P<relation><=|>=|<|>)?\s*(?P<digits>{_DIGITS})\s*(?P<unit>[A-Za-z%/]*)")
 _NUMBER = re.compile(rf"{_DIGITS}(?:/[0-9]{{1,30}})?%?")
 
 
 @dataclass(frozen=True)
 class Printed:
-    """A printed figure."""
+    """A figure as a paper prints it, such as `< 48 GB`."""
 
     text: str
     number: Fraction
     """The figure in base units (1, byte, second)."""
     last: Fraction
-    """One unit of the last digit, in base units."""
+    """Value of one step of the last printed digit, in base units: 100,000 for `0.3M`."""
     unit: str
-    """The unit as printed; empty without a unit."""
+    """The unit as printed. Empty if the figure has no unit."""
     relation: str = ""
-    """The relation that our number must have to the figure (`<`, `<=`, `>`, `>=`), if any."""
+    """The relation that the computed number must have to the figure: `<`, `<=`, `>` or `>=`. Empty if none is
+    printed."""
     dimension: Dimension = "number"
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """The rule by which a computed number agrees with a printed figure."""
+    """The rule that decides whether a computed number agrees with a printed figure."""
 
     rule: Literal["nearest", "cut", "magnitude", "about"] = "nearest"
-    """`cut`: the figure drops further digits; `magnitude`: only the power of ten counts; `about`: within a share."""
+    """`nearest`: the number rounds to the figure. `cut`: the number, cut off after the printed digits, is the figure.
+    `magnitude`: the nearest power of ten is the same. `about`: the difference is at most `within`."""
     within: Fraction = Fraction(0)
-    """Largest difference for `about`, as a share of the printed figure."""
+    """Largest allowed difference for the rule `about`, as a share of the printed figure."""
 
     @property
     def words(self) -> str:
-        """The rule in words; empty for `nearest`."""
+        """The rule in words. Empty for `nearest`."""
         if self.rule == "about" and self.within:
             return f"within {shown(self.within, 'share')} of the printed figure"
         return RULES[self.rule]
@@ -78,12 +80,15 @@ RULES = {
     "nearest": "", "cut": _CUT, "magnitude": "of the same order of magnitude, by the nearest power of ten",
     "about": "equal to the printed figure",
 }  # fmt: skip
-"""Rule -> the rule in words. The words for `about` are those for a share of 0%."""
+"""Maps each rule to its words. The words for `about` are right only for a difference of 0."""
 NEAREST = Rounding()
 
 
 def parse(text: str, dimension: Dimension) -> Printed:
-    """Read a figure such as `0.3M`, `< 48 GB` or `10,000x`. Raises ValueError, with a hint after `;`."""
+    """Parse a figure such as `0.3M`, `< 48 GB` or `10,000x`, and return it.
+
+    Raises ValueError for any other text. In its message, the part after `;` is a hint.
+    """
     units = UNITS[dimension]
     found = _FORM.fullmatch(text.strip())
     if found is None:
@@ -104,7 +109,7 @@ def _example(dimension: Dimension) -> str:
 
 
 def exact(written: Any) -> Fraction | None:
-    """Return a written number, such as `1.5e6`, `2/3` or `20%`, as an exact fraction; None for anything else."""
+    """Return a written number, such as `1.5e6`, `2/3` or `20%`, as an exact fraction. Otherwise return None."""
     if isinstance(written, bool) or not isinstance(written, int | float | str):
         return None
     text = getattr(written, "text", str(written)).strip()
@@ -123,10 +128,11 @@ def shortly(written: Any) -> str:
 
 
 def agrees(printed: Printed, value: Fraction, rounding: Rounding, most: Fraction | None = None) -> str | None:
-    """Return the reading of the figure under which a number agrees: "" is the plain reading, None means no agreement.
+    """Return, in words, the reading under which the figure agrees with a computed number.
 
-    Other readings take MB for MiB, or digits as cut off instead of rounded. most: if given, the number is only known to be
-    in value..most, and all of this range must agree under one reading.
+    The empty string stands for the plain reading. Other readings take MB for MiB, or take the digits as cut off instead
+    of rounded. If the figure agrees under no reading, return None. most: if given, the number is known only to lie
+    between `value` and `most`. Then one reading must agree with all numbers in this range.
     """
     ends = [value, value if most is None else most]  # agreeing numbers form an interval, so its ends suffice
     for words, one, rule in _readings(printed, rounding):
@@ -136,7 +142,10 @@ def agrees(printed: Printed, value: Fraction, rounding: Rounding, most: Fraction
 
 
 def undecided(printed: Printed, value: Fraction, rounding: Rounding, most: Fraction) -> bool:
-    """Return whether only a part of value..most agrees with the figure, under some reading."""
+    """Return whether the figure agrees with some numbers between `value` and `most`, but not with all of them.
+
+    The readings are those of `agrees`.
+    """
     if agrees(printed, value, rounding, most) is not None:
         return False
     return any(
@@ -182,12 +191,15 @@ def _matches(printed: Printed, value: Fraction, rounding: Rounding) -> bool:
 
 
 def _power(value: Fraction) -> int:
-    """Return the exponent of the nearest power of ten on a logarithmic scale."""
+    """Return the exponent of the power of ten that is nearest on a logarithmic scale."""
     return round(math.log10(value))
 
 
 def shown(value: Fraction, dimension: Dimension, unit: str = "") -> str:
-    """Return a computed number as text. unit: the unit of the printed figure, which counts and times show."""
+    """Return a computed number as text.
+
+    unit: the unit of the printed figure. Only the text of counts and times uses it.
+    """
     exact = f"{int(value):,}" if value.denominator == 1 else f"{float(value):.6g}"
     if dimension == "bytes":
         one = next((u for u in ("TB", "GB", "MB", "KB") if abs(value) >= _BYTES[u]), "B")

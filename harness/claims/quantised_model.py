@@ -1,6 +1,6 @@
-"""Attach QLoRA's reference to a shape on the meta device, to count its 4-bit weights and their bits.
+"""Count the 4-bit weights of a model under QLoRA, and their bits.
 
-Imports torch only when a model is built.
+To count them, attaches the reference's QLoRA to the model on the meta device. Imports torch only when a model is built.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from harness.claims import attached_model
 
 @dataclass(frozen=True)
 class Quantised:
-    """Counts of a quantised model."""
+    """Counts of a model under QLoRA."""
 
     weights: Counter[int]
-    """Elements of a 4-bit weight -> number of such weights."""
+    """Maps a size, in elements, to the number of 4-bit weights of that size."""
     adapters: int
-    """Number of trainable elements."""
+    """Number of trainable elements in the adapters."""
     rest: int
-    """Number of elements of other parameters: embeddings, output, norms."""
+    """Number of elements in all other parameters, such as the embeddings, the output layer and the norms."""
     inside: tuple[str, ...]
-    """Paths of linear layers in 4 bits."""
+    """Paths of the linear layers that are stored in 4 bits."""
     outside: tuple[str, ...]
-    """Paths of other linear layers."""
+    """Paths of the linear layers that are not stored in 4 bits."""
 
     @property
     def elements(self) -> int:
@@ -37,11 +37,15 @@ class Quantised:
 
     @property
     def code_bits(self) -> int:
-        """Bits of all codes. The codes of each weight take whole bytes."""
+        """Number of bits of all 4-bit codes. The codes of each weight are padded to whole bytes."""
         return 8 * sum(-(-numel // 2) * number for numel, number in self.weights.items())
 
     def bits(self, block: int, double: bool, second_block: int) -> int:
-        """Return the bits of all codes and constants, as the reference counts them."""
+        """Return the number of bits of all 4-bit codes and quantisation constants, as the reference counts them.
+
+        block: number of elements that share a constant. double: whether the constants are quantised too. second_block:
+        number of constants that are quantised together.
+        """
         from reference.operations.double_quant import bits_per_parameter
 
         of_each = {n: bits_per_parameter(n, block, double, second_block) * n for n in self.weights}
@@ -49,7 +53,10 @@ class Quantised:
 
 
 def of(name: str, config: Mapping[str, Any]) -> Quantised:
-    """Attach QLoRA to a shape and return the counts. Raises ValueError for a config that does not fit the model."""
+    """Attach QLoRA to the model `name` on the meta device, and return the counts.
+
+    Raises ValueError for a config that does not fit the model.
+    """
     # Block size and double quantisation change no layer, so that one attached model serves all of them.
     return _of(name, json.dumps({key: value for key, value in config.items() if key not in ("block", "double_quant")}))
 

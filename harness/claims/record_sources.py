@@ -1,4 +1,7 @@
-"""Find the Records that decide a claim: from a given run, else from the newest published run of its suite. No torch."""
+"""Find the Records that decide a claim. No torch.
+
+Runs that the caller names come first. If none of them is suitable, the newest suitable published run is used.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +21,21 @@ from harness.suites.expand import Plan
 from harness.suites.suite import Suite
 
 _named: list[Path] = []
-"""Run folders that are preferred to published ones."""
+"""Run folders that are searched before the published ones."""
 
 
 def look_in(runs: Iterable[Path]) -> None:
-    """Prefer the Records of these run folders to published ones."""
+    """Search these run folders before the published ones."""
     _named[:] = runs
     runs_of.cache_clear()
 
 
 @cache
 def runs_of(suite: str) -> tuple[store.Run, ...]:
-    """Return the complete runs of a suite (name or file): preferred runs, then published ones, the newest first."""
+    """Return the complete runs of a suite. `suite` is its name or file.
+
+    The runs given to `look_in` come first, then the published ones. Each of these groups has the newest run first.
+    """
     folder = published_runs()
     published = sorted(path.parent for path in folder.glob("*/run.json")) if folder else []
     found: list[store.Run] = []
@@ -44,8 +50,8 @@ def runs_of(suite: str) -> tuple[store.Run, ...]:
 def records(suite: str, *entries: str) -> list[list[Record]]:
     """Return, for each entry id of a suite, the Records of its Cells, one per seed. All Records are from one run.
 
-    Raises NotRunError with the needed command if no complete run has all these Records with status `ok`, and ValueError
-    for an unknown entry.
+    Raises NotRunError if no complete run has these Cells, or if a Record is missing or has a status other than `ok`.
+    Raises ValueError for an unknown entry.
     """
     wanted = [_cells(suite, entry) for entry in entries]
     cells = [cell_id for ids in wanted for cell_id in ids]
@@ -61,7 +67,7 @@ def records(suite: str, *entries: str) -> list[list[Record]]:
 
 
 def cell(suite: str, entry: str) -> Cell:
-    """Return the Cell of an entry, with its first seed. Raises ValueError for an unknown entry."""
+    """Return the Cell that an entry has for its first seed. Raises ValueError for an unknown entry."""
     first = _cells(suite, entry)[0]
     return next(one for one in _plan(suite).cells if one.cell_id == first)
 
@@ -83,7 +89,7 @@ def place(record: Record) -> str:
 
 
 def shared(record: Record) -> str:
-    """Return a sentence about other work that affected the times of a Record; empty if there was none."""
+    """Return a warning if other work affected the times of a Record, otherwise an empty string."""
     why = "other Cells ran at the same time" if concurrent_cells(record) > 1 else contention.busy(record)
     hint = "run the suite again with --jobs 1 on an idle machine"
     return f"other work affected its times ({why}); {hint}" if why else ""
@@ -95,7 +101,7 @@ def entries(suite: str) -> list[str]:
 
 
 def unknown(suite: str, entry: str, there: Sequence[str]) -> str:
-    """Return the message for an unknown entry of a suite."""
+    """Return the error message for an unknown entry of a suite. there: the ids of the suite's entries."""
     return f"the suite {suite} has no entry `{entry}`; {did_you_mean(entry, sorted(there))}"
 
 

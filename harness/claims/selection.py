@@ -19,9 +19,10 @@ _Claim = TypeVar("_Claim", Claim, JudgedClaim)
 def chosen(
     claims: Sequence[_Claim], tiers: Sequence[str], ids: Sequence[str], *, headlines: bool = False
 ) -> list[_Claim]:
-    """Return the claims of these tiers with these id prefixes. Raises UsageError for a prefix without claims.
+    """Return the claims that are in one of these tiers and have one of these id prefixes.
 
-    headlines: return only claims that belong to a headline. Raises UsageError if none of them does.
+    An empty sequence allows every tier or every id. headlines: return only claims that belong to a headline. Raises
+    UsageError for a prefix without claims, and if no claim belongs to a headline.
     """
     known = [claim.id for claim in claims]
     wrong = [start for start in ids if not any(name.startswith(start) for name in known)]
@@ -39,7 +40,10 @@ def chosen(
 
 
 def _hint(start: str, known: Sequence[str]) -> str:
-    """Return a hint for an unknown id prefix: papers with claims that begin with it, else the closest ids."""
+    """Return a hint for an id prefix that matches none of the known ids.
+
+    The hint names the papers whose claims have this prefix. If there are none, it names the most similar ids.
+    """
     every = claim_file.load(claim_file.paths(claim_file.names()))
     if papers := sorted({claim.paper for claim in every if claim.id.startswith(start)} if start else ()):
         return f"claims of {' and '.join(papers)} match: `peft-harness claims {' '.join(papers)} --id {start}`"
@@ -49,7 +53,7 @@ def _hint(start: str, known: Sequence[str]) -> str:
 
 
 def exit_of(rows: Sequence[JudgedClaim], *, strict: bool) -> Exit:
-    """Return the exit code; a claim that is not reproduced takes precedence."""
+    """Return the exit code for judged claims. If any claim is not reproduced, the code is FAIL."""
     verdicts = {row.verdict for row in rows}
     if ClaimVerdict.NOT_REPRODUCED in verdicts:
         return Exit.FAIL

@@ -1,4 +1,4 @@
-"""Sums of tensor sizes, with the arithmetic as text. No torch."""
+"""Add up tensor sizes, and write the addition as text. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Shape = tuple[int, ...]
 
 
 def in_words(shapes: Iterable[Shape]) -> str:
-    """Return a sum of sizes as text: `24 of 8x768 + 24 of 768x8 = 294,912`."""
+    """Return the sum of the sizes of tensors as text, such as `24 of 8x768 + 24 of 768x8 = 294,912`."""
     counts = Counter(map(tuple, shapes))
     terms = [
         f"{number:,} of {'x'.join(map(str, shape)) or '1'}" if number > 1 else "x".join(map(str, shape))

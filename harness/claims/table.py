@@ -9,13 +9,13 @@ from harness.claims.judge import ClaimVerdict, JudgedClaim
 from harness.errors import plural
 
 _WIDEST_HOW = 160
-"""Maximum number of characters of arithmetic in a line. The JSON document and the page have the whole arithmetic."""
+"""Number of characters after which a line cuts off a calculation. The JSON document and the page show it in full."""
 
 NO_RULES = "This ledger is from an older version, which does not show rules looser than rounding."
 
 
 def as_text(rows: Sequence[JudgedClaim]) -> str:
-    """Return the ledger as text: one line per claim, with details of claims that are not plainly reproduced."""
+    """Return the ledger as text, with one line per claim. Details follow if the verdict is not `reproduced`."""
     lines: list[str] = []
     paper = ""
     for row in rows:

@@ -1,7 +1,7 @@
 """Worker process that computes measures: `python -m harness.claims.worker LINE REQUESTS ANSWERS [RUN]...`.
 
-LINE is a file descriptor; the process ends when its other end closes. REQUESTS and ANSWERS are JSON Lines files. Records of
-the RUN folders are preferred to published ones.
+LINE is the file descriptor of a pipe. The worker dies when the other end of the pipe closes. REQUESTS and ANSWERS are
+JSON Lines files. RUN is a run folder, whose Records are preferred to published ones.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, StopIteration,
     TypeError, ValueError, re.error,
 )  # fmt: skip
-"""Errors that transformers and the references raise if a shape or a config does not fit. Each fails only its claim."""
+"""Errors that transformers and the references raise if a model or a config does not fit. Each error fails only its own
+claim."""
 
 
 _LARGEST = 1e300
@@ -30,7 +31,10 @@ _LARGEST = 1e300
 
 
 def find(request: dict[str, Any]) -> MeasureResult:
-    """Compute one measure, after the measures in its arguments."""
+    """Compute the measure that a request names, and return the result.
+
+    If an argument of the measure is itself a measure, compute the argument first.
+    """
     measure = measures()[request["measure"]]
     arguments = {k: _quantity(v) if k in measure.nested else v for k, v in request["with"].items()}
     return measure.function(**arguments)
@@ -48,7 +52,10 @@ def _quantity(value: Any) -> Any:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Return the result of a measure for JSON. If there is none, return the reason, and whether it is a failure."""
+    """Compute the measure that a request names, and return the answer for JSON.
+
+    If there is no result, the answer has the reason, and `failed` says whether the reason is a failure.
+    """
     try:
         found = find(request)
         numbers = {name: _written(value) for name, value in (("value", found.value), ("most", found.most))}
@@ -62,14 +69,20 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """Return an error as part of a sentence. Its type is added if its message is not for users, e.g. for a KeyError."""
+    """Return an error's message as part of a sentence.
+
+    If the message is not written for users, as that of a KeyError, the type of the error comes first.
+    """
     if isinstance(error, HarnessError):
         return f"{error.what} ({error.where})" if error.where else error.what
     return str(error) if isinstance(error, ValueError) and str(error) else f"{type(error).__name__}: {error}"
 
 
 def _written(value: Any) -> bool | str | None:
-    """Return a number as exact text. Raises ValueError and OverflowError for NaN, infinity and numbers above `_LARGEST`."""
+    """Return a number as exact text. Return a bool or None unchanged.
+
+    Raises ValueError or OverflowError for NaN, infinity and numbers above `_LARGEST`.
+    """
     if isinstance(value, bool | None):
         return value
     if abs(value) > _LARGEST:

@@ -1,7 +1,7 @@
 """The command group `peft-harness`, its entry point and its error handling.
 
-Each command is a module of this package. It imports its implementation only when it runs, so that `--help` answers at once.
-Results go to stdout; progress and diagnostics go to stderr.
+Each command is a module of this package. The module imports the command's implementation only when the command runs, so
+that `--help` answers at once. Results go to stdout. Progress and diagnostics go to stderr.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command and return its exit code.
 
-        If the reader of stdout has closed it, the exit code is INFRASTRUCTURE, not click's 1.
+        If stdout was closed by its reader, return INFRASTRUCTURE, where click would return 1.
         """
         try:
             return super().invoke(ctx)

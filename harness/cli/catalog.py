@@ -21,11 +21,11 @@ from harness.suites import loader, tasks
 ListRow = dict[str, Any]
 _WIDTH = 100
 _SHOWN = 20
-"""Largest number of names of a kind in the overview."""
+"""Maximum number of names per kind in the overview."""
 
 
 def listing(kinds: Sequence[str] = ()) -> dict[str, Any]:
-    """Return a JSON document with the rows of these kinds, or of all kinds if none is given."""
+    """Return a JSON document with one row per name of each kind, such as `methods`. No kinds means all kinds."""
     registry = discover()
     document: dict[str, Any] = {"schema": SCHEMA}
     for kind in kinds or KINDS:
@@ -36,7 +36,7 @@ def listing(kinds: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def overview_text(document: Mapping[str, Any]) -> str:
-    """Return one paragraph per kind, with the number of its rows and their names."""
+    """Return one paragraph for each kind, with the number and the names of its entries."""
     lines = []
     for kind, rows in document.items():
         if kind == "schema" or (kind == "broken" and not rows):

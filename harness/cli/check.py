@@ -39,7 +39,7 @@ class CheckRequest:
     operations: Sequence[str] = ()
     dtypes: Sequence[str] = ()
     breadth: CaseSelection = FEW
-    """Selection of cases from every parity suite."""
+    """Which cases of each parity suite to try."""
     jobs: int | None = None
     patience: float = worker_processes.PATIENCE
     """Seconds without a result after which an implementation counts as hanging."""
@@ -68,7 +68,7 @@ def check(request: CheckRequest, as_json: bool, junit: Path | None = None, html:
 
 
 def judge(request: CheckRequest) -> CheckReport:
-    """Run the requested checks, with one process per entry point, and return the report.
+    """Run the requested checks in worker processes, and return the report.
 
     Raises UsageError for unknown names.
     """
@@ -105,7 +105,10 @@ def judge(request: CheckRequest) -> CheckReport:
 def _was_fully_tried(
     defect: Defect, request: CheckRequest, registry: Registry, done: set[tuple[str, TargetKind, str]]
 ) -> bool:
-    """Return whether all checks that could show a defect were tried. Only then a defect that did not show is a finding."""
+    """Return whether all checks that could show a known defect were tried.
+
+    If a defect did not show, this is a finding only if all these checks were tried.
+    """
     by_dtype = all(
         dtype in request.dtypes
         or not any(fnmatchcase(dtype, CheckId.parse(pattern).dtype) for pattern in defect.checks)
@@ -119,16 +122,20 @@ def _was_fully_tried(
 
 
 def _may_show(defect: Defect, implementation: Implementation) -> bool:
-    """Return whether checks of an implementation could show a defect. The check ids of a base name a Method instead."""
+    """Return whether the checks of an implementation could show a known defect.
+
+    If the defect names a target, the target decides. Otherwise its check ids decide, except for an implementation of a
+    base: there, check ids name a Method instead of the base.
+    """
     if defect.target or implementation.kind == "base":
         return defect.target in ("", implementation.target)
     return any(fnmatchcase(implementation.target, CheckId.parse(pattern).target) for pattern in defect.checks)
 
 
 def _read(wanted: Sequence[Implementation]) -> tuple[dict[str, ParitySuite], Sequence[Defect]]:
-    """Return the parity suites of the implementations, by target, and the known defects.
+    """Read and return the parity suites of the implementations, by target, and the known defects.
 
-    Raises SuiteError with the mistakes of all files.
+    Raises one SuiteError with the mistakes in all files.
     """
     plans: dict[str, ParitySuite] = {}
     known: Sequence[Defect] = ()
@@ -158,10 +165,10 @@ def _is_requested(implementation: Implementation, request: CheckRequest) -> bool
 def _tasks(
     wanted: Sequence[Implementation], request: CheckRequest, plans: dict[str, ParitySuite], jobs: int
 ) -> tuple[list[WorkerTask], dict[str, str]]:
-    """Return the tasks of all entry points, and the reasons for the targets that are skipped.
+    """Return the worker tasks, and the reason for each target that is skipped.
 
-    A task has all targets of its entry point, so that a process imports the entry point once. If there are fewer entry
-    points than `jobs`, each has several tasks of similar size.
+    All targets of a task belong to one entry point, which a process needs to import only once. If there are fewer entry
+    points than `jobs`, the targets of each entry point are divided into several tasks of similar size.
     """
     grouped: dict[str, list[Implementation]] = {}
     skipped = {}
@@ -189,7 +196,7 @@ def _tasks(
 
 
 def _parts(several: Sequence[Implementation], number: int, sizes: dict[str, int]) -> list[list[Implementation]]:
-    """Return at most `number` parts of similar size; none is empty."""
+    """Divide implementations into at most `number` lists of similar size, and return the lists. No list is empty."""
     parts: list[list[Implementation]] = [[] for _ in range(min(number, len(several)))]
     for one in sorted(several, key=lambda one: -sizes[one.target]):
         min(parts, key=lambda part: sum(sizes[i.target] for i in part)).append(one)
@@ -197,7 +204,10 @@ def _parts(several: Sequence[Implementation], number: int, sizes: dict[str, int]
 
 
 def _why_no_case(one: Implementation, plan: ParitySuite, request: CheckRequest) -> str:
-    """Return why the request leaves no case of its parity suite for an implementation; empty if there is a case."""
+    """Return why an implementation has no case in its parity suite for the requested dtypes.
+
+    If there is such a case, return an empty string.
+    """
     possible = [dtype for dtype in plan.dtypes if dtype in (request.dtypes or DTYPES)]
     if set(one.dtypes) & set(possible):
         return ""
@@ -245,7 +255,7 @@ def _unknown(request: CheckRequest, registry: Registry) -> Iterator[str]:
 
 
 def _not_offered(request: CheckRequest, registry: Registry) -> Iterator[str]:
-    """Describe each requested implementation that offers none of the requested targets."""
+    """Yield a message for each requested implementation that offers none of the requested targets."""
     for name in request.implementations:
         offers = [i for i in registry.implementations if i.name == name]
         if offers and not any(_is_requested(i, request) for i in offers):

@@ -34,17 +34,21 @@ class Diagnosis:
     """Heading of the finding in the summary."""
     subject: str
     state: Literal["ok", "note", "no"]
-    """`no`: something cannot run. `note`: worth knowing. `ok`: neither."""
+    """`no`: something cannot run. `note`: worth knowing, but everything can run. `ok`: all is well."""
     detail: str
     summary: str = ""
-    """Text that several findings of one group and state share. The summary joins these findings to one line with their
-    number."""
+    """Text that several findings of one group and state can have in common. The summary shows them in one line, as
+    their number and this text."""
     shown: str = ""
-    """Name of the finding in the joint line; if empty, the line only counts the finding."""
+    """Name of the finding in a line that it shares with others. If empty, the line counts the finding but does not name
+    it."""
 
 
 def report(as_json: bool, verbose: bool = False) -> Exit:
-    """Print the findings. Return INFRASTRUCTURE if something that the suite quick needs cannot run here, otherwise PASS."""
+    """Print the findings and return an exit code.
+
+    The code is INFRASTRUCTURE if something that the suite `quick` needs cannot run here, otherwise PASS.
+    """
     findings = [*_machine(), *_implementations(), *_assets(), *_disk()]
     rows = [{"subject": f.subject, "state": f.state, "detail": f.detail} for f in findings]
     text = _every_finding if verbose else summary_text

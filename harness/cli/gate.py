@@ -16,7 +16,10 @@ _C = TypeVar("_C", bound=Callable[..., Any])
 
 
 class _OptionOf(click.Option):
-    """An option for one form of the command. form: the option that selects this form, `--baseline` or `--pairs`."""
+    """An option that belongs to one form of the command `gate`.
+
+    form: the option that selects this form, `--baseline` or `--pairs`.
+    """
 
     def __init__(self, *args: Any, form: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -29,7 +32,10 @@ def _option(form: str, *names: str, **settings: Any) -> Callable[[_C], _C]:
 
 
 def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
-    """Return a size in bytes. value: a number of bytes, or a number with a unit; None gives None."""
+    """Return the size that an option gives, in bytes. Without a value, return None.
+
+    value: a number of bytes, or a number with a unit.
+    """
     if value is None:
         return None
     from harness.memory_model import size_units

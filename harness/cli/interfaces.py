@@ -1,6 +1,6 @@
-"""Texts of `explain` on what an implementation is called with and what it returns. They come from example calls.
+"""Describe, for `explain`, how an implementation is called and what it returns. Example calls give the facts.
 
-Imports torch; `topics` imports this module only for a Method or an Operation.
+Imports torch. `topics` imports this module only to explain a Method or an Operation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from reference.shared.adapted import AdaptedModel
 
 
 def of_operation(name: str) -> Iterator[str]:
-    """Yield lines on the arguments, the outputs, the gradients and the settings of an Operation."""
+    """Yield lines of text about the arguments, the outputs, the gradients and the settings of an Operation."""
     operation, plan = operations.every()[name], parity_suite.load_operation(name)
     case = parity_suite.OperationCase(max(plan.values, key=lambda values: len(str(values))), "float32")
     arguments = operation.arguments(DTYPES[case.dtype], torch.Generator().manual_seed(0), **case.values)
@@ -42,7 +42,7 @@ def of_operation(name: str) -> Iterator[str]:
 
 
 def of_method(name: str) -> Iterator[str]:
-    """Yield lines on the tensors, the state and the steps of a Method, as its reference has them."""
+    """Yield lines of text about the tensors, the state and the optional functions of a Method's reference."""
     plan = parity_suite.load(name)
     reference = discover(only=["reference"]).find("method", name, "reference")
     config = next((config for config in plan.configs if 1 < config.get("rank", 0) < 32), plan.configs[0])
@@ -67,7 +67,10 @@ def _returned(operation: Operation, arguments: Arguments) -> Iterator[str]:
 
 
 def _arithmetic(name: str) -> Iterator[str]:
-    """Yield the docstrings of the files in reference/operations/ from which the Operation imports."""
+    """Yield the docstrings of the reference code that an Operation uses.
+
+    This code is in the files of reference/operations/ from which the module of the Operation imports.
+    """
     used = vars(importlib.import_module(f"{operations.__name__}.{name}")).values()
     found = {one.__name__ if inspect.ismodule(one) else getattr(one, "__module__", "") for one in used}
     for file in sorted(one for one in found if one.startswith("reference.operations.")):
@@ -81,7 +84,7 @@ def _arithmetic(name: str) -> Iterator[str]:
 
 
 def _work(adapted: Adapted) -> Iterator[str]:
-    """Yield a line for each of the reference's functions that does something for this Method."""
+    """Yield a line for each optional function, such as `regularizer`, that the Method's reference defines."""
     for name in ("regularizer", "optimizer", "after_step", "merge", "unmerge"):
         function = getattr(type(adapted), name)
         if function is not getattr(AdaptedModel, name):

@@ -1,4 +1,7 @@
-"""Options and output that several commands share. So an option has the same name, meaning and help in all of them."""
+"""Options and output functions that several commands share.
+
+Sharing gives an option the same name, meaning and help in all commands.
+"""
 
 from __future__ import annotations
 
@@ -58,9 +61,9 @@ def print_document(document: Any, as_json: bool, as_text: Callable[[Any], str]) 
 
 
 def finite_seconds(_: click.Context, __: click.Parameter, value: float) -> float:
-    """Return the value. Raises BadParameter for NaN, infinity and values of at most 0.
+    """Check a number of seconds that the user gave, and return it unchanged.
 
-    click's FloatRange would accept NaN and infinity.
+    Raises BadParameter unless the number is finite and above 0. click's FloatRange would accept NaN and infinity.
     """
     if not 0 < value < math.inf:
         raise click.BadParameter(f"{value:g} is not a number of seconds above 0, e.g. 3600")
@@ -68,7 +71,7 @@ def finite_seconds(_: click.Context, __: click.Parameter, value: float) -> float
 
 
 def join(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> str | None:
-    """Return the expressions of a repeated option, joined to one expression; None if the option is not given."""
+    """Return the values of a repeated option, joined by commas. If the option is not given, return None."""
     return ",".join(values) if values else None
 
 
@@ -78,6 +81,9 @@ def cells(name: str, help_: str) -> Callable[[_C], _C]:
 
 
 def only(command: click.Command) -> click.Command:
-    """Add the option `--only` to a command, and the grammar of its expressions to the command's help."""
+    """Add the option `--only` to a command, and return the command.
+
+    The command's help then also explains the expressions that `--only` takes.
+    """
     command.help = (command.help or "") + _GRAMMAR
     return cells("--only", "Use only these Cells, e.g. `method=lora,rank=8`. See below.")(command)

@@ -11,7 +11,7 @@ from harness.console import echo
 from harness.errors import Exit
 
 _MOST_SERIOUS_FIRST = (Exit.FAIL, Exit.NOTHING_COMPARED, Exit.INFRASTRUCTURE, Exit.INCONCLUSIVE, Exit.PASS)
-"""Order in which exit codes take precedence. A finding precedes missing Cells; see `analysis.verdict`."""
+"""Exit codes, the most serious first. A finding is more serious than a missing Cell; see `analysis.verdict`."""
 
 
 @click.command()

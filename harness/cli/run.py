@@ -12,7 +12,7 @@ from harness.errors import Exit
 
 
 class _RunCommand(click.Command):
-    """The command `run`. It adds the options of the executors when it is parsed, not on import."""
+    """The command `run`. The options of the executors are added when the command line is parsed, not on import."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Return the options of the command, including those of all executors."""

@@ -30,9 +30,10 @@ _OPERATIONS = Path(__file__).resolve().parents[1] / "conformance" / "operations"
 
 
 def explain(name: str) -> str:
-    """Return the texts about a name, or about the check in a check id such as `lora/gradient/float32/warm`.
+    """Return the texts that explain a name.
 
-    Upper and lower case are the same. Raises UsageError for an unknown name.
+    A check id, such as `lora/gradient/float32/warm`, stands for the check that it contains. Upper and lower case do not
+    matter. Raises UsageError for an unknown name.
     """
     parts = name.split("/")
     wanted = (parts[1] if len(parts) == 4 else name).lower()
@@ -57,7 +58,7 @@ def explain(name: str) -> str:
 
 
 def glossary() -> dict[str, dict[str, str]]:
-    """Return the definitions in glossary.yaml, as texts by kind and name."""
+    """Return the definitions in glossary.yaml: kind -> name -> text."""
     data: dict[str, dict[str, str]] = yaml_lines.load(Path(__file__).with_name("glossary.yaml")).data
     data["term"]["busy"] = contention.RULE
     return data
@@ -107,7 +108,7 @@ def _definition(title: str, text: str) -> str:
 
 
 def _of_configs() -> Iterator[Topic]:
-    """Yield one topic per key of a `config:`, with the meaning of the key for each Method."""
+    """Yield one topic per key of a `config:`. The text gives the meaning of the key for each Method that has it."""
     of_key: dict[str, list[str]] = {}
     for info in methods().values():
         for key, field in info.fields.items():
@@ -131,7 +132,10 @@ def _check(name: str, rule: str) -> str:
 
 
 def _example(check: str) -> tuple[str, str] | None:
-    """Return an example of a check, as (target, command); None if no parity suite names the check."""
+    """Return a target whose parity suite has the check, and a command that checks this target.
+
+    If no parity suite has the check, return None.
+    """
     for file in sorted(
         (data_folder("suites") / "parity").glob("*.yaml"), key=lambda file: (file.stem != "lora", file.stem)
     ):
@@ -173,7 +177,10 @@ def _defect(defect: Defect, reproduction: Path) -> str:
 
 
 def _narrowed(patterns: Iterable[str]) -> str:
-    """Return command-line options that select the targets in these patterns of check ids; empty if a target is a pattern."""
+    """Return command-line options that select the targets of these patterns of check ids.
+
+    If a target contains a wildcard, return an empty string.
+    """
     targets = sorted({pattern.partition("/")[0] for pattern in patterns})
     if any(set(target) & set("*?[") for target in targets):
         return ""

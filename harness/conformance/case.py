@@ -21,40 +21,47 @@ class Attach(Protocol):
     """A function that attaches the implementation again."""
 
     def __call__(self, *, seed: int = ..., square: bool = ..., **config: Any) -> Subject:
-        """Return a freshly attached subject.
+        """Attach the implementation again, and return the subject.
 
-        seed: seed of the generator passed to `attach`. square: attach to a model with two layers of one shape. config:
-        values of the Method's config that differ from the case's.
+        seed: seed of the generator that `attach` gets. square: attach to a model with two layers of one shape. config:
+        values of the Method's config that replace those of the case.
         """
 
 
 @dataclass(frozen=True)
 class Case:
-    """One seeded input for the checks, in one state of the subject."""
+    """One seeded input for the checks, in one state of the subject.
+
+    The subject is the implementation under test, attached to a model.
+    """
 
     state: str
-    """The subject's state: `init` (as attached), `warm` (random adapter tensors), `trained`, `call` for an Operation."""
+    """State of the implementation under test: `init` (as attached), `warm` (with random adapter tensors) or `trained`.
+    An Operation has the state `call`."""
     tokens: int = 16
-    """Rows of a layer's input."""
+    """Number of rows in a layer's input."""
     magnitude: str = "normal"
-    """Magnitude of a layer's input, see `comparison.magnitudes`."""
+    """Magnitude of the numbers in a layer's input, by a name from `comparison.magnitudes`."""
     seed: int = 0
     inputs: Callable[[], Tensor] | None = None
-    """Runs the whole model on fixed inputs and returns its output; None where only layers are run."""
+    """Function that runs the whole model on fixed inputs and returns the output. None if only single layers are run."""
     base_output: Tensor | None = None
-    """Output of the model before attaching, on the same inputs as `inputs`."""
+    """Output of the model for the inputs of `inputs`, computed before attaching."""
     forward: Callable[[nn.Module], Tensor] | None = None
-    """Runs a given model on the same inputs, differentiably."""
+    """Function that runs a given model on the inputs of `inputs`, and returns an output from which gradients can be
+    computed."""
     forward_of: Callable[[nn.Module], Callable[[nn.Module], Tensor]] | None = None
-    """Returns the `forward` of another model, one that `fresh` made."""
+    """Function that returns the `forward` of another model, which `fresh` made."""
     walks: int = 0
-    """Number of random walks. With 0, the case also skips other long checks, which need not run in every case."""
+    """Number of random walks, which are sequences of calls. With 0, the case also skips other long checks."""
     walk_seed: int = 0
-    """Decides the rules of the walks."""
+    """Seed that decides the calls in the random walks."""
     fresh: Attach | None = None
-    """Attaches the implementation again, to the same weights; None if the case cannot (a Cell's own model)."""
+    """Function that attaches the implementation again, to the same weights. None if this is impossible, as with the
+    model of a Cell."""
     factors: Mapping[str, float] = field(default_factory=dict)
-    """Check name -> factor on the noise floor, for checks that do not use NOISE_FACTOR."""
+    """Check name -> largest error, as a multiple of the reference's own rounding error. For a check without an entry,
+    NOISE_FACTOR is used."""
     _computed: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def generator(self, salt: int = 0) -> torch.Generator:
@@ -66,13 +73,13 @@ class Case:
         return self.factors.get(check, NOISE_FACTOR)
 
     def attach_again(self, **config: Any) -> Subject | None:
-        """Return a freshly attached subject, or None where the case cannot make one; see `Attach`."""
+        """Attach the implementation again, and return the subject. If `fresh` is None, return None. See `Attach`."""
         return None if self.fresh is None else self.fresh(**config)
 
     def once(self, compute: Callable[[Subject, Case], _T], subject: Subject) -> _T:
-        """Return `compute(subject, self)`, computed at the first request and shared by the checks that need it.
+        """Return `compute(subject, self)`. The result is computed only once, for all checks that need it.
 
-        A Case stands for one state of the subject. A copy by `dataclasses.replace` computes again.
+        A Case stands for one state of the subject. A copy made by `dataclasses.replace` computes again.
         """
         key = compute, id(subject)
         if key not in self._computed:

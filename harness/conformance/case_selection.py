@@ -20,11 +20,15 @@ class CaseSelection:
     seed: int = 0
     """Seed of the random cases."""
     wide: bool = False
-    """True adds a fixed sample of all settings, and the checks of calls, walks and NaN; see `is_wide`."""
+    """True adds a fixed sample of all settings. It also adds the checks of calls, random walks and NaN. See
+    `is_wide`."""
 
     @property
     def is_wide(self) -> bool:
-        """True if the sample and the checks of calls, walks and NaN are tried; `full` and `drawn` imply this."""
+        """Whether the fixed sample and the checks of calls, random walks and NaN are tried.
+
+        `full` and `drawn` imply this.
+        """
         return self.wide or self.full or self.drawn > 0
 
 

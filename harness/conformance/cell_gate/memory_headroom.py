@@ -1,4 +1,7 @@
-"""Memory headroom for merging a packed base, during which dense and packed weights are in memory at the same time."""
+"""Find out whether memory suffices to merge adapters into a packed base.
+
+During the merge, dense and packed weights are in memory at the same time.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,16 @@ import torch
 from harness.conformance.subject import DTYPES, Subject
 
 _CHECK_B = 32
-"""Bytes that the check `merge` needs for each weight of the largest layer; it copies one layer at a time in float64."""
+"""Bytes that the check `merge` needs for each weight of the largest layer. The check copies one layer at a time to
+float64."""
 
 
 def merge_shortage(subject: Subject) -> str:
-    """Return a message if there is too little memory to merge the layers of a packed base, else an empty string.
+    """Return a message if memory is too small to merge the layers of a packed base, otherwise an empty string.
 
-    The estimate is too high for a library that packs each merged weight again. Such a merge is skipped too: if memory ran
-    out, the system might kill the process, and all measurements of the Cell would be lost.
+    The estimate is too high for a library that packs each merged weight again. A merge by such a library may be skipped
+    although memory would suffice. The opposite mistake would be worse: if memory ran out, the system might kill the
+    process, and all measurements of the Cell would be lost.
     """
     sizes = [_weights(subject.original_base(path)) for path in subject.packed]
     if not sizes:
@@ -33,7 +38,10 @@ def merge_shortage(subject: Subject) -> str:
 
 
 def free_B(device: torch.device) -> int:  # noqa: N802  # a unit
-    """Return the bytes that can still be allocated on a device, including unused memory that torch has reserved on a GPU."""
+    """Return the number of bytes that can still be allocated on a device.
+
+    On a GPU, this includes unused memory that torch has reserved.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused

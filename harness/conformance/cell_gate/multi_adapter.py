@@ -21,7 +21,7 @@ from harness.records.record import CheckResult
 Adapters = Sequence[Mapping[str, Tensor]]
 """The tensors of each adapter, by the names of `Adapted.tensors()`."""
 Mixed = Callable[[Adapters], AbstractContextManager[None]]
-"""Returns a context in which row n of every batch goes through adapter n."""
+"""Function that returns a context. In this context, row n of every batch goes through adapter n."""
 
 NAME = "multi-adapter"
 
@@ -29,10 +29,10 @@ NAME = "multi-adapter"
 def check_rows(
     subject: Subject, adapters: Adapters, mixed: Mixed, forward: Callable[[], object], seed: int
 ) -> CheckResult:
-    """Judge the output of every adapted layer inside the model, row by row; return the result of the check.
+    """Compare the output of every adapted layer inside the model with the reference; return the result of the check.
 
-    Row n of a layer's output must equal the output of the float64 reference with adapter n, within the noise floor of a
-    single adapter. forward: runs the model on a batch of one row per adapter.
+    Row n of a layer's output must equal the output of the float64 reference with adapter n. The allowed error is that
+    of a single adapter. forward: runs the model on a batch with one row per adapter.
     """
     case = Case("trained", seed=seed, factors=parity_suite.load(subject.method).factors())
     with mixed(adapters):
@@ -47,14 +47,14 @@ def check_rows(
 
 
 def rows_must_reach(subject: Subject, count: int, forward: Callable[[], object]) -> None:
-    """Run the model and raise Unsupported if the input of an adapted layer has more or fewer than `count` rows."""
+    """Run the model, and raise Unsupported unless the input of every adapted layer has `count` rows."""
     for path, (x, _) in _observe_layers(subject, forward).items():
         if len(x) != count:
             raise Unsupported(f"{path} gets {len(x)} rows for a batch of {count}, which cannot be assigned to adapters")
 
 
 def _observe_layers(subject: Subject, forward: Callable[[], object]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Run the model and map each adapted path to the layer's input and output.
+    """Run the model, and return the input and the output of each adapted layer, by path.
 
     Raises Unsupported for a layer that is called by keyword.
     """
@@ -88,7 +88,10 @@ def draw_adapters(subject: Subject, count: int, seed: int) -> list[dict[str, Ten
 
 
 def _row_by_row(path: str, adapters: Adapters) -> Callable[..., dict[str, Tensor]]:
-    """Return a function that runs the reference's layer with adapter n for row n, and returns the output."""
+    """Return a function that runs the reference's layer on each row of x, and returns all outputs.
+
+    Row n goes through adapter n.
+    """
     start = f"{path}."
 
     def look(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, _: Tensor) -> dict[str, Tensor]:

@@ -36,13 +36,15 @@ def gate(
     forward: Callable[[nn.Module], Tensor] | None = None,
     base: str = "",
 ) -> list[CheckResult]:
-    """Check a freshly attached subject at its start and at `warm`, restore its start, and return the results.
+    """Check a freshly attached subject at its start and with random adapter tensors, and return the results.
+
+    Afterwards the subject is at its start again. The Method's parity suite and the declarations of the checks decide
+    which checks apply. The gate stops early if a packed base is wrong, or if the layers or their tensors are not the
+    reference's.
 
     run_model: runs the whole model on fixed inputs. base_output: output of the model before attaching. start: the
-    initial tensors (None: the subject's own). forward: runs a given model on the same inputs, differentiably. base: the
-    quantisation of the base, such as `nf4 by bitsandbytes`. The Method's parity suite and the declarations of the
-    checks decide which checks apply. The gate stops early if a packed base is wrong, or if the layers or their tensors
-    are not the reference's.
+    initial tensors. None means the subject's own. forward: runs a given model on the same inputs, so that gradients can
+    be computed. base: the quantisation of the base, such as `nf4 by bitsandbytes`.
     """
     case = Case("init", seed=seed, inputs=run_model, base_output=base_output, forward=forward)
     if subject.method in UNREFERENCED:
@@ -70,7 +72,7 @@ def gate(
 
 
 def _without_reference(subject: Subject, case: Case) -> list[CheckResult]:
-    """Run the checks that need no reference, leave the subject at its start, and return the results."""
+    """Run the checks that need no reference, and return the results. The subject stays at its start."""
     names = checks.without_reference()
     warmed, in_state = nudged(subject, case.generator(salt=1)), replace(case, state="warm")
     at_the_start = [*checks.of_cell(CellStage.ATTACHED, names), *checks.of_cell(CellStage.START, names)]
@@ -80,7 +82,7 @@ def _without_reference(subject: Subject, case: Case) -> list[CheckResult]:
 
 @dataclass(frozen=True)
 class _Base:
-    """A base without a Method, as the subject of a check."""
+    """A base to which no Method is attached, as the thing that a check judges."""
 
     method: str
     dtype: str
@@ -89,7 +91,8 @@ class _Base:
 def _packed_base(subject: Subject, case: Case, base: str) -> CheckResult:
     """Compare every packed layer, without its adapter, with a plain layer that has the decoded weight.
 
-    If a packed layer multiplied wrongly, every Method on top of it would be wrong.
+    Return the worst judgement as the result of a check. If a packed layer multiplied wrongly, every Method with this
+    layer as its base would be wrong.
     """
     config = configure(_NO_ADAPTER, {})
     none = attach_reference(_NO_ADAPTER, nn.Module(), config, None, case.generator())
@@ -112,10 +115,10 @@ def _packed_base(subject: Subject, case: Case, base: str) -> CheckResult:
 def after_training(
     subject: Subject, seed: int, forward: Callable[[nn.Module], Tensor] | None = None
 ) -> list[CheckResult]:
-    """Run the checks that must wait until training ends, because some libraries merge into the base weight.
+    """Run the checks that must wait until training has ended, and return their results.
 
-    Return the results, or only a skip of the check of merging if memory is too small to merge. forward: as in `gate`,
-    for adapters without a reference.
+    They must wait because some libraries merge into the base weight. If memory is too small to merge, run no check, and
+    return a skip of the check of merging instead. forward: as in `gate`; only for adapters without a reference.
     """
     if why := memory_headroom.merge_shortage(subject):
         name = "merge_itself" if subject.method in UNREFERENCED else "merge"

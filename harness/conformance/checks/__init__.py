@@ -1,4 +1,4 @@
-"""The checks: each tests one property that an implementation can violate, and returns numbers.
+"""The checks. Each tests one property that an implementation can violate, and returns numbers.
 
 There is one file per topic. A check is a function with this decorator, which also declares when the check is tried:
 
@@ -6,9 +6,9 @@ There is one file per topic. A check is a function with this decorator, which al
     def check_strides(subject: Subject, case: Case) -> CheckResult:
         ...
 
-The harness finds checks by this decorator. A check's name is its function's name without `check_`: parity suites
-(`suites/parity/*.yaml`) refer to a check by its name, and `peft-harness explain strides` prints its docstring. A check
-restores the subject's state before it returns.
+The harness finds checks by this decorator. A check has the name of its function without `check_`. Parity suites
+(`suites/parity/*.yaml`) refer to the check by this name, and `peft-harness explain strides` prints the function's
+docstring. A check restores the subject's state before it returns.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class States(Enum):
     """The states of an adapter in which a parity suite tries a check."""
 
     ALL = auto()
-    """Every state that the suite lists."""
+    """Every state that the parity suite lists."""
     INIT = auto()
-    """As attached."""
+    """Only `init`, the state right after attaching."""
     WARM = auto()
-    """Only `warm` if the suite lists `warm`, else every state that the suite lists. Such a check shows nothing new at the
-    start, where most updates are zero."""
+    """Only `warm` (random adapter tensors) if the parity suite lists `warm`, otherwise every state that it lists. This
+    is for checks that show nothing new at the start, where most updates are zero."""
 
     def include(self, state: str, listed: Iterable[str]) -> bool:
-        """Return whether the check is tried in `state` by a suite that lists the states `listed`."""
+        """Return whether the check is tried in `state`. listed: the states that the parity suite lists."""
         if self is States.INIT:
             return state == "init"
         return self is States.ALL or state == "warm" or "warm" not in listed
@@ -54,7 +54,7 @@ class CellStage(Enum):
     """The stages of a Cell at which the parity gate tries a check."""
 
     ATTACHED = auto()
-    """Before all other checks. If such a check fails, the gate tries no other."""
+    """Before all other stages. If a check fails at this stage, the gate tries no check of another stage."""
     START = auto()
     """In the state from which training starts."""
     WARM = auto()
@@ -64,11 +64,11 @@ class CellStage(Enum):
 
 
 class Reference(Enum):
-    """A check's need for a reference of the Method."""
+    """Whether a check needs a reference of the Method."""
 
     REQUIRED = auto()
     UNUSED = auto()
-    """The check is tried with and without a reference."""
+    """The check needs no reference. It is tried whether there is a reference or not."""
     ABSENT = auto()
     """The check is tried only for adapters without a reference (`method: peft`)."""
 
@@ -83,9 +83,10 @@ class Check(Generic[_Subject]):
     in_cell: tuple[CellStage, ...]
     reference: Reference
     of_sizes: bool
-    """True if the property depends on sizes and settings. If not, the check is tried only with the suite's examples."""
+    """True if the checked property depends on sizes and settings. Otherwise the check is tried only in the examples
+    that the parity suite lists."""
     only_wide: bool
-    """True if the check is tried only with `CaseSelection.is_wide`."""
+    """True if the check is tried only when `CaseSelection.is_wide` is true."""
 
     def __call__(self, subject: _Subject, case: Case) -> CheckResult:
         """Run the check and return its result."""
@@ -100,8 +101,11 @@ def check(
     of_sizes: bool = True,
     only_wide: bool = False,
 ) -> Callable[[Callable[[_Subject, Case], CheckResult]], Check[_Subject]]:
-    """Return a decorator that makes the function `check_NAME` the check NAME. in_cell: stages at which the parity gate of
-    a Cell also tries the check. Other parameters: see `Check`. Raises TypeError for a function of another name."""
+    """Return a decorator that makes the function `check_NAME` the check NAME.
+
+    in_cell: stages at which the parity gate of a Cell also tries the check. The other parameters become fields of
+    `Check`. Raises TypeError if the name of the function does not begin with `check_`.
+    """
 
     def declare(function: Callable[[_Subject, Case], CheckResult]) -> Check[_Subject]:
         if not function.__name__.startswith(_PREFIX):
@@ -118,7 +122,7 @@ AnyCheck = Check[Any]
 
 @cache
 def every() -> dict[str, AnyCheck]:
-    """Map the names of all checks to the checks, in the order of the files."""
+    """Return all checks by name, in the order of the files."""
     return {
         one.name: one
         for module in pkgutil.iter_modules(__path__)
@@ -128,7 +132,7 @@ def every() -> dict[str, AnyCheck]:
 
 
 def of_cell(stage: CellStage, names: Iterable[str]) -> list[AnyCheck]:
-    """List the checks among `names` that a Cell's parity gate tries at `stage`, in the order of the names."""
+    """Return those of the checks `names` that a Cell's parity gate tries at `stage`, in the same order."""
     return [every()[name] for name in names if stage in every()[name].in_cell]
 
 
@@ -138,7 +142,10 @@ def without_reference() -> list[str]:
 
 
 def docstrings() -> dict[str, str]:
-    """Map the name of every check to its docstring, read from the source without importing torch."""
+    """Return the docstring of every check, by the check's name.
+
+    The docstrings are read from the source, without importing torch.
+    """
     return {
         node.name.removeprefix(_PREFIX): ast.get_docstring(node) or ""
         for folder in __path__

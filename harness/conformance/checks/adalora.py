@@ -22,7 +22,7 @@ _SHORT = {"total_steps": 24, "tinit": 4, "tfinal": 5, "delta_t": 3}
 _RESUMED = 13
 """Step at which a fresh model continues, halfway between the first and the last pruning."""
 _LARGEST = 20_000
-"""Largest number of elements of an adapter with which `check_budget` takes its 24 steps."""
+"""Adapters with more elements than this are too large for the 24 steps of `check_budget`, which skips them."""
 
 
 @check()
@@ -104,9 +104,11 @@ def check_regularizer(subject: Subject, case: Case) -> CheckResult:
 
 
 def _regularizers_in_dtype(subject: Subject) -> Iterator[dict[str, Tensor]]:
-    """Yield draws of rounding errors: the reference in the subject's dtype, then in float64 with perturbed tensors.
+    """Yield the regularizer and its gradients as correct programs with other rounding errors might compute them.
 
-    The term is a single number, which the first draw may happen to compute exactly.
+    The first result is that of the reference in the subject's dtype. It may happen to be exact, because the regularizer
+    is a single number. For the other results, each tensor is moved by up to half a unit in the last place, and the
+    reference computes in float64.
     """
     yield _regularizer(_reference(subject, subject.dtype))
     for seed in range(PERTURBED_DRAWS):
@@ -118,7 +120,10 @@ def _regularizers_in_dtype(subject: Subject) -> Iterator[dict[str, Tensor]]:
 
 
 def _reference(subject: Subject, dtype: str) -> Adapted:
-    """Attach the reference to all layers together, since they share a budget; return it in the subject's present state."""
+    """Attach the reference to all layers together, and return it in the subject's present state.
+
+    All layers belong together because they share a budget.
+    """
     adapted = subject.fresh_reference(dtype)
     places: dict[str, Any] = {**adapted.tensors(), **adapted.state()}
     with torch.no_grad():
@@ -133,7 +138,10 @@ def _averages(adapted: Adapted) -> dict[str, Tensor]:
 
 
 def _set_gradients(adapted: Adapted, generator: torch.Generator, rounded: torch.dtype | None = None) -> None:
-    """Give every tensor a random gradient, the same in every dtype up to rounding. rounded: dtype to round to first."""
+    """Give every tensor a random gradient, which is the same in every dtype up to rounding.
+
+    rounded: dtype to which the gradients are rounded first.
+    """
     for _, tensor in sorted(adapted.tensors().items()):
         drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
         tensor.grad = drawn.to(rounded or torch.float64).to(tensor.device, tensor.dtype)
@@ -141,20 +149,23 @@ def _set_gradients(adapted: Adapted, generator: torch.Generator, rounded: torch.
 
 @torch.no_grad()
 def _set_tensors(adapted: Adapted, rounded: torch.dtype, generator: torch.Generator) -> None:
-    """Fill every tensor with random values other than zero, as an optimizer might."""
+    """Fill every tensor with random values. None of the values is zero, as is usual after an optimizer step."""
     for _, tensor in sorted(adapted.tensors().items()):
         drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(rounded)
         tensor.copy_(torch.where(drawn == 0, torch.ones_like(drawn), drawn))
 
 
 def _unmasked(adapted: Adapted) -> Tensor:
-    """Return the mask of the lambdas that are not zero, layer after layer."""
+    """Return a mask over the lambdas of all layers, layer after layer. It is True where a lambda is not zero."""
     named = sorted(adapted.tensors().items())
     return torch.cat([tensor.detach().flatten() != 0 for name, tensor in named if name.endswith(".E")])
 
 
 def _regularizer(adapted: Adapted) -> dict[str, Tensor]:
-    """Return the term of the loss as `term` and its gradients by name; empty if the loss has no such term."""
+    """Return AdaLoRA's term of the loss as `term`, and its gradients as `grad <name>`.
+
+    If the loss has no such term, return an empty dict.
+    """
     term = adapted.regularizer()
     if term is None:
         return {}

@@ -1,4 +1,4 @@
-"""Check of calls that are under way at the same time."""
+"""Check that two calls of an implementation do not disturb each other while both are under way."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
 def _both(
     layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor, *, training: bool = False
 ) -> dict[str, Tensor]:
-    """Observe `layer` on x[0] and x[1]: forward, forward, backward, backward. Its tensors accumulate both gradients."""
+    """Run `layer` on the inputs x[0] and x[1], and return the outputs and gradients of both calls.
+
+    The order is forward, forward, backward, backward. The layer's tensors accumulate the gradients of both calls.
+    """
     with preserved_state(layer, tensors, training):
         leaves = [one.detach().clone().requires_grad_(one.is_floating_point()) for one in x]
         ys = [layer(leaf) for leaf in leaves]

@@ -68,7 +68,10 @@ def check_zero_rows(subject: Subject, case: Case) -> CheckResult:
 
 @torch.no_grad()
 def _matrix(layer: nn.Module) -> Tensor:
-    """Return the matrix (E, D) of a layer of any kind: its outputs for the unit vectors, minus its output for zero."""
+    """Return the matrix (E, D) by which a linear layer of any class multiplies.
+
+    Its columns are the outputs for the unit vectors, minus the output for the zero vector.
+    """
     layer.eval()
     features = getattr(layer, "in_features", None) or layer.get_parameter("weight").shape[0]
     unit = torch.eye(int(features), dtype=floating_dtype(layer), device=next(layer.parameters()).device)

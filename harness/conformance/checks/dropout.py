@@ -22,9 +22,9 @@ from harness.conformance.tolerance_constants import DRAWS_AT_ONCE, DROPOUT_SIGMA
 from harness.records.record import CheckResult
 
 FEATURES = 32
-"""With this number of features or more, nearly every token drops at least one of them and retains at least one."""
+"""With at least this number of features, nearly every token has both dropped and retained features."""
 TOKENS = 64
-"""Smallest number of tokens, or of a convolution's images."""
+"""Smallest number of tokens that the check uses. For a convolution, smallest number of images."""
 
 
 @check(States.WARM)
@@ -89,7 +89,7 @@ def check_dropout(subject: Subject, case: Case) -> CheckResult:
 def _changes(
     subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: Tensor, case: Case, *, training: bool
 ) -> Iterator[str]:
-    """Yield a description of a layer that, in this mode, differs from the reference without dropout."""
+    """Yield a message if a layer, in training or eval mode, differs from the reference without dropout."""
     runs = observe_with_reference(subject, path, layer, x, dy, training=training)
     found = noise_floor(*runs, subject.dtype, case.factor("forward"))
     if found.decided and not found.passed:
@@ -99,9 +99,10 @@ def _changes(
 
 
 def _single(x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x with zeros except in one feature of every token, and the index (T, 1) of this feature in the flat token.
+    """Return a copy of x with a single nonzero feature per token, and the positions (T, 1) of these features.
 
-    In an image, the feature is the middle pixel of a channel, because a convolution may skip other pixels.
+    A position is an index into the flattened token. In an image, the feature is the middle pixel of a channel, because
+    a convolution may skip other pixels.
     """
     size = x[0, 0].numel()
     where = (features * size + size // 2).view(-1, 1).to(x.device)
@@ -111,23 +112,27 @@ def _single(x: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rows_as(subject: Subject, path: str, y: Tensor, x: Tensor, dy: Tensor, mask: float) -> Tensor:
-    """Return a mask of the rows of `y` that equal the reference's output with `mask` in place of its dropout."""
+    """Return a mask that is True for the rows of `y` that agree with the reference's output.
+
+    The reference multiplies by `mask` instead of dropping features.
+    """
     truth, draws = reference_runs(subject, path, x, dy, look=partial(_masked, mask))
     own = [draw["y"].flatten(1) for draw in islice(draws, DRAWS_AT_ONCE)]
     return rows_within(y.flatten(1), truth["y"].flatten(1), own, subject.dtype)
 
 
 def _whole_tokens(subject: Subject, path: str, layer: nn.Module, x: Tensor, dy: Tensor, p: float) -> int:
-    """Count the tokens of many features that training mode retains or drops as a whole."""
+    """Return how many tokens training mode retains or drops as a whole. Each token has many features."""
     y = observe(layer, {}, x, dy, training=True)["y"]
     retained, dropped = (_rows_as(subject, path, y, x, dy, mask) for mask in (1 / (1 - p), 0.0))
     return int((retained | dropped).sum())
 
 
 def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterator[str]:
-    """Yield a description of a mask that is the same for all tokens or for two calls.
+    """Yield a message if dropout uses the same mask for all tokens or for two calls.
 
-    The check gives every token the same single feature.
+    Also yield a message if two calls with the same seed of torch use different masks. For this test, every token has
+    one nonzero feature, the same in all tokens.
     """
     tokens = math.ceil(DROPOUT_SURE_BITS / -math.log2(max(p, 1 - p)))
     dtype, generator = DTYPES[subject.dtype], torch.Generator().manual_seed(0)
@@ -152,7 +157,10 @@ def _repeats(subject: Subject, path: str, layer: nn.Module, p: float) -> Iterato
 def _masked(
     mask: Tensor | float, layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor
 ) -> dict[str, Tensor]:
-    """Observe the reference's layer in training mode with a known mask or factor instead of its dropout."""
+    """Run the reference's layer in training mode, and return its output and gradients.
+
+    The layer multiplies by `mask` instead of dropping features.
+    """
     for name, child in list(layer.named_modules()):
         if isinstance(child, nn.Dropout):
             parent, _, last = name.rpartition(".")
@@ -161,7 +169,7 @@ def _masked(
 
 
 class _Times(nn.Module):
-    """Multiplication by a known mask instead of dropout."""
+    """Layer that multiplies by a known mask. It stands in the place of dropout."""
 
     def __init__(self, mask: Tensor | float) -> None:
         super().__init__()

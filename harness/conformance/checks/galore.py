@@ -20,13 +20,14 @@ from harness.records.record import CheckResult
 from reference.galore import Projector, galore_step, projector
 
 _HISTORIES = ((5, 2, 2), (3, 1, 2))
-"""Number of steps, update gap and rank of each run. Each run has two refreshes after the first step."""
+"""Number of steps, update gap and rank of each run. In each run, the subspace is refreshed twice after the first
+step."""
 _LR, _DECAY = 0.1, 0.1
 _STEPS, _WITHOUT_GRADIENT, _CHANGED, _RESUMED = 12, 3, 5, 7
 """Steps of `check_optimizer`, counted from 0: their number, the one without a gradient, the first one with another learning
 rate and weight decay, and the first one of an optimizer that has loaded the state of the first."""
 Signs = tuple[float, ...]
-"""Signs of singular vectors, those of P first."""
+"""Sign (1 or -1) of each singular vector. The vectors of P come first, then those of Q."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,10 @@ def _of_layers(fresh: Subject, case: Case, steps: int) -> Iterator[Judgement]:
 
 
 def _gradient(weight: Tensor, generator: torch.Generator, decay: float) -> Tensor:
-    """Draw a gradient in float64. Each singular value of a matrix is `decay` times the previous one, so that subspaces
-    are unique.
+    """Draw a gradient in float64.
+
+    If the gradient is a matrix, each of its singular values is `decay` times the previous one. So the subspaces are
+    unique.
     """
     drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
     if drawn.dim() != 2:
@@ -164,7 +167,11 @@ def _optimizer(fresh: Subject) -> torch.optim.Optimizer:
 def _judgements(
     fresh: Subject, case: Case, tensors: dict[str, Tensor], steps: Sequence[_Step], mine: dict[str, Tensor]
 ) -> Iterator[Judgement]:
-    """Yield a judgement for each choice of signs at the two refreshes of the reference, until one judgement passes."""
+    """Compare the subject with the reference, and yield a judgement for each choice of signs.
+
+    The signs are those of the reference's singular vectors at both refreshes. Stop after the first judgement that
+    passes.
+    """
     rank = min(fresh.config.rank, *next(t for t in tensors.values() if t.dim() == 2).shape)
     first, second = range(fresh.config.update_gap, len(steps), fresh.config.update_gap)
     columns = 2 * rank if fresh.config.side == "full" else rank
@@ -207,7 +214,10 @@ def _steps_of_reference(
 
 
 def _turned(basis: Projector, exactly: Projector, signs: Signs) -> Projector:
-    """Return `basis` with the sign of each column chosen as in `exactly`, then multiplied by `signs`, if any."""
+    """Return `basis`, with each column turned so that its sign agrees with the same column of `exactly`.
+
+    If `signs` are given, each column is then multiplied by its sign.
+    """
     columns = 0 if basis.P is None else basis.P.shape[1]
     return Projector(_with_signs(basis.P, exactly.P, signs[:columns]), _with_signs(basis.Q, exactly.Q, signs[columns:]))
 

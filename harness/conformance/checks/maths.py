@@ -134,7 +134,10 @@ def check_step(subject: Subject, case: Case) -> CheckResult:
 def _moved(
     layer: nn.Module, tensors: Mapping[str, Tensor], adapted: Adapted, x: Tensor, dy: Tensor, dtype: str
 ) -> dict[str, Tensor]:
-    """Return the tensors after one optimizer step; the layer's own tensors are restored. dtype: the subject's."""
+    """Take one optimizer step, and return the moved tensors. Then restore the layer's own tensors.
+
+    dtype: dtype of the subject, also if the layer is the reference's layer in float64.
+    """
     before = {n: t.detach().clone() for n, t in tensors.items()}
     gradients = observe(layer, tensors, x, dy)
     for name, tensor in tensors.items():
@@ -155,9 +158,11 @@ def _moved_reference(subject: Subject, path: str, dtype: str, x: Tensor, dy: Ten
 
 
 def _moved_draws(subject: Subject, path: str, x: Tensor, dy: Tensor) -> Iterator[dict[str, Tensor]]:
-    """Yield draws of rounding errors: the reference in the subject's dtype, then in float64 with perturbed inputs.
+    """Yield the moved tensors as correct programs with other rounding errors might compute them.
 
-    The second draw shows how much the step amplifies rounding errors (GaLore's SVD does), even for a float64 subject.
+    The first result is that of the reference in the subject's dtype. For the other results, the inputs are moved by up
+    to half a unit in the last place, and the reference computes in float64. These results show how much the step
+    amplifies rounding errors, even for a float64 subject. GaLore's SVD amplifies them, for example.
     """
     yield _moved_reference(subject, path, subject.dtype, x, dy)
     for seed in range(PERTURBED_DRAWS):
@@ -186,11 +191,12 @@ def check_model(subject: Subject, case: Case) -> CheckResult:
 
 
 def _carried(subject: Subject, case: Case) -> Iterator[Mapping[str, Tensor]]:
-    """Yield draws of the whole model's rounding errors: the reference in the subject's dtype, then with perturbed weights.
+    """Yield the whole model's logits and gradients as correct programs with other rounding errors might compute them.
 
-    A sensitive model carries all roundings into one direction, so that a single draw may be almost zero in every tensor
-    at once. A perturbed weight may become a neighbouring number of the dtype. This stands for the rounding of intermediate
-    results, where a model loses most.
+    The first result is that of the reference in the subject's dtype. For each other result, every weight is moved at
+    random, at most to a neighbouring number of the dtype. This stands for the rounding of intermediate results, where a
+    model loses most accuracy. Several results are needed because a sensitive model carries all roundings into one
+    direction, so that one result may have almost no error in any tensor.
     """
     forward = case.forward
     if forward is None:
@@ -214,14 +220,17 @@ def _only(run: dict[str, Tensor], output: bool) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _LayerJudgements:
-    """The worst judgements over all adapted layers."""
+    """The worst judgement of an output and the worst judgement of a gradient, over all adapted layers."""
 
     outputs: Judgement
     gradients: Judgement
 
 
 def _judge_layers(subject: Subject, case: Case) -> _LayerJudgements:
-    """Judge the outputs and the gradients of every layer, observed in one pass as in training."""
+    """Judge the output and the gradients of every adapted layer, and return the worst judgements.
+
+    Each layer is run forward and backward together, as in training.
+    """
     outputs: list[Judgement] = []
     gradients: list[Judgement] = []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):

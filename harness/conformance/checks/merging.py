@@ -94,9 +94,11 @@ def check_unmerge(subject: Subject, case: Case) -> CheckResult:
 
 
 def _expected(subject: Subject, path: str, x: Tensor) -> list[tuple[dict[str, Tensor], list[dict[str, Tensor]]]]:
-    """Return two pairs (truth, draws of rounding errors) of a layer's output: with its adapter, and with HALF times it.
+    """Return what a layer should output, first with its adapter, then with HALF times its adapter.
 
-    The check calls this for one layer at a time, because all reference layers of a large model would not fit into memory.
+    Each of the two items is a pair: the output of the float64 reference, and a list of outputs that correct programs
+    with other rounding errors might give. The check calls this function for one layer at a time, because all reference
+    layers of a large model would not fit into memory.
     """
     whole = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
     half = copy.deepcopy(whole)
@@ -164,7 +166,7 @@ def check_save(subject: Subject, case: Case) -> CheckResult:
 
 
 def _merged(reference: ReferenceLayer, x: Tensor) -> dict[str, Tensor]:
-    """Return the output of the reference after merging in its dtype, which rounds the weight once more."""
+    """Return the output of the merged reference. Merging in the reference's dtype rounds the weight once more."""
     merged = copy.deepcopy(reference)
     merged.adapted.merge()
     return {"y": merged.adapted.model.get_submodule("layer").eval()(x)}
@@ -175,7 +177,7 @@ def _output(layer: nn.Module, _: Mapping[str, Tensor], x: Tensor, __: Tensor) ->
 
 
 def _outputs(subject: Subject, xs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Map each path to the output of the model's layer there, for its input in `xs`."""
+    """Run the model's layer at each path on its input in `xs`, and return the outputs by path."""
     return {path: subject.model.get_submodule(path)(x) for path, x in xs.items()}
 
 

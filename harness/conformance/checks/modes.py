@@ -30,14 +30,14 @@ from harness.records.record import CheckResult
 
 ROWS = 4
 REPEATS = 110
-"""Number of calls of one layer, enough to find a fault in every 100th call."""
+"""Number of calls of one layer. This is enough to find a fault that shows in every 100th call."""
 SMALL = 3_000
-"""Largest number of elements in the arguments of an Operation that is called REPEATS times."""
+"""An Operation is called REPEATS times only if its arguments have fewer elements than this."""
 THREADS = 2
 OTHER_DTYPE = {"float64": "float32", "float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
 """dtype of a layer -> dtype to which a copy of the layer is cast."""
 LAYERS = 2
-"""Number of layers that are tried. All layers of a model are of one class."""
+"""Number of layers to try. More layers would show little, because all layers of a model are of one class."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,17 @@ class Call:
     layer: nn.Module
     tensors: Mapping[str, Tensor]
     x: Tensor
-    """(ROWS, D), token numbers (ROWS,), or a few images."""
+    """The input: rows of features (ROWS, D), token numbers (ROWS,), or a few images."""
     dy: Tensor
     training: bool
-    """True if the layer may be in training mode: without dropout it computes the same as eval mode."""
+    """True if the layer may be run in training mode. Without dropout, this mode computes the same as eval mode."""
 
     def observe(self, x: Tensor, dy: Tensor, layer: nn.Module | None = None, **how: Any) -> dict[str, Tensor]:
-        """Run the layer forward and backward; return outputs and gradients in the shapes of `self.x` and `self.dy`."""
+        """Run the layer forward from `x` and backward from `dy`, and return the output and the gradients.
+
+        The output has the shape of `self.dy`, and the gradient of the input has the shape of `self.x`. layer: if given,
+        the copy of the layer that is run instead.
+        """
         tensors = self.tensors if layer is None else _tensors_of_copy(self.layer, layer, self.tensors)
         seen = observe(layer or self.layer, tensors, x, dy, training=self.training, **how)
         if seen["y"].shape == dy.shape:
@@ -63,7 +67,7 @@ class Call:
         return seen
 
     def output(self, training: bool) -> dict[str, Tensor]:
-        """Return only the output, computed in training mode or eval mode."""
+        """Run the layer in training mode or eval mode, and return only the output."""
         with preserved_state(self.layer, self.tensors, training):
             return {"y": self.layer(self.x).detach().clone()}
 
@@ -76,13 +80,13 @@ def _reshaped(*shape: int) -> Form:
 
 
 def _swapped(call: Call) -> dict[str, Tensor]:
-    """Call with batch and tokens swapped in memory: a transposed view of three dimensions."""
+    """Call the layer with an input of three dimensions whose batch and tokens are swapped in memory."""
     x, dy = (t.reshape(2, 2, -1).transpose(0, 1).contiguous().transpose(0, 1) for t in (call.x, call.dy))
     return call.observe(x, dy)
 
 
 def _sliced(call: Call) -> dict[str, Tensor]:
-    """Call with every second row of a larger tensor."""
+    """Call the layer with an input that is every second row of a larger tensor."""
     wide = torch.stack([call.x, torch.full_like(call.x, torch.nan)], dim=1).flatten(0, 1)
     return call.observe(wide[::2], call.dy)
 
@@ -98,12 +102,12 @@ def _inference(call: Call) -> dict[str, Tensor]:
 
 
 def _constant_input(call: Call) -> dict[str, Tensor]:
-    """Call with an input that needs no gradient, as the first layer of a model is called."""
+    """Call the layer with an input that needs no gradient, as the first layer of a model gets it."""
     return call.observe(call.x, call.dy, call=lambda layer, x: layer(x.detach()))
 
 
 def _frozen(call: Call) -> dict[str, Tensor]:
-    """Call while the trained tensors require no gradient."""
+    """Call the layer while its trained tensors require no gradient."""
     for tensor in call.tensors.values():
         tensor.requires_grad_(False)
     try:
@@ -122,15 +126,20 @@ def _copied(call: Call) -> dict[str, Tensor]:
 
 
 def _repeated(call: Call) -> dict[str, Tensor]:
-    """Call many times in training mode; return an output that differs from the first, or the first if none differs."""
+    """Call the layer many times in its mode, and return an output that differs from the first output.
+
+    If no output differs, return the first.
+    """
     first = call.output(call.training)
     later = (call.output(call.training) for _ in range(REPEATS))
     return next((one for one in later if not torch.equal(one["y"], first["y"])), first)
 
 
 def _threaded(call: Call) -> dict[str, Tensor]:
-    """Call with different inputs in several threads at once. Return an output for `call.x` that differs from the output
-    without threads, or the latter if none differs.
+    """Call the layer in several threads at once, and return an output that differs from a call without threads.
+
+    Each thread has its own input. Only outputs for `call.x` are returned. If none differs, return the output without
+    threads.
     """
     gate = Barrier(THREADS)
 
@@ -154,7 +163,7 @@ FORMS_OF_ROWS: dict[str, Form] = {
     "batch and tokens transposed": _swapped,
     "every second row of a tensor": _sliced,
 }
-"""Name -> a call with rows of features in another shape or layout."""
+"""Name -> function that calls a layer on its rows of features in another shape or memory layout."""
 FORMS: dict[str, Form] = {
     "under no_grad in training mode": _no_grad,
     "under inference_mode": _inference,
@@ -163,14 +172,14 @@ FORMS: dict[str, Form] = {
     "under activation checkpointing": _checkpointed,
     "by a deep copy": _copied,
 }
-"""Name -> a call with the same input in another mode."""
+"""Name -> function that calls a layer on its input in another mode."""
 LONG_FORMS: dict[str, Form] = {
     f"{REPEATS} times": _repeated,
     f"in {THREADS} threads": _threaded,
 }
-"""Name -> many calls with the same input; tried for one layer of a case."""
+"""Name -> function that calls a layer on its input many times. Only the first layer of a model is called so."""
 WITHOUT_GRADIENTS = (_no_grad, _inference, _frozen, _repeated, _threaded)
-"""Forms that observe the output alone."""
+"""Functions of FORMS and LONG_FORMS that return only an output, without gradients."""
 
 
 @check(States.WARM, only_wide=True)
@@ -227,7 +236,7 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
 def _under_autocast(
     subject: Subject, case: Case, path: str, layer: nn.Module, x: Tensor, dy: Tensor
 ) -> Iterator[Judgement]:
-    """Yield judgements of the output under autocast, and of the output after the trained tensors have changed."""
+    """Yield two judgements of the output under autocast: before and after the trained tensors change."""
     wide, own = (subject.reference(path, dtype) for dtype in ("float64", "float32"))
     mine = subject.tensors_of(path)
     held = {name: t.detach().clone() for name, t in mine.items()}
@@ -248,7 +257,7 @@ def _under_autocast(
 
 @contextmanager
 def _only_trained(tensors: Mapping[str, Tensor], name: str) -> Iterator[None]:
-    """Let no tensor but this one require a gradient, as LoRA-FA and LoRA+ with a frozen factor do."""
+    """Within this context, only the tensor `name` requires a gradient. LoRA-FA, for example, trains only one factor."""
     others = [tensor for key, tensor in tensors.items() if key != name]
     for tensor in others:
         tensor.requires_grad_(False)
@@ -260,7 +269,10 @@ def _only_trained(tensors: Mapping[str, Tensor], name: str) -> Iterator[None]:
 
 
 def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
-    """Yield judgements of the first layer: the gradient of a gradient, and a copy in another dtype."""
+    """Yield two judgements of the first adapted layer.
+
+    The first judges the gradient of a gradient. The second judges a copy of the layer in another dtype.
+    """
     path = next(iter(subject.adapted.layers), None)
     if path is None:
         return
@@ -281,7 +293,7 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
     x_other, dy_other = cast(x, other), dy.to(DTYPES[other])
 
     def moved(of: nn.Module, named: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-        """Observe a copy of the layer in `dtype`, after rounding its values to `other`."""
+        """Run a copy of the layer in `dtype`, after rounding its values to `other`, and return the observation."""
         made = copy.deepcopy(of).to(DTYPES[other]).to(DTYPES[dtype])
         named = _tensors_of_copy(of, made, named)
         return observe(made, named, cast(x_other, dtype), dy_other.to(DTYPES[dtype]), training=subject.trains_plainly)
@@ -293,7 +305,10 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
 
 
 def _second(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """Return the gradients, by name, of sum(x * dL/dx) with respect to `tensors`; empty if dL/dx has no graph."""
+    """Return the gradients of sum(x * dL/dx) with respect to `tensors`, by name.
+
+    dL/dx is the gradient of the input x for the incoming gradient dy. If dL/dx has no graph, return an empty dict.
+    """
     leaf = x.detach().clone().requires_grad_(True)
     with preserved_state(layer, tensors, training=False):
         y = layer(leaf)
@@ -311,12 +326,15 @@ def _named(path: str, form: str, judgement: Judgement) -> Judgement:
 
 
 def _owns(layer: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether `tensors` are parameters of the layer. Only then does a copy of the layer have copies of them."""
+    """Return whether all of `tensors` are parameters of the layer. If not, a copy of the layer does not copy them."""
     return {id(t) for t in tensors.values()} <= {id(p) for p in layer.parameters()}
 
 
 def _tensors_of_copy(layer: nn.Module, other: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Map the names in `tensors` to the same parameters of `other`, a copy of `layer`."""
+    """Return the parameters of `other` that correspond to `tensors`, by the same names.
+
+    `tensors` are parameters of `layer`, and `other` is a copy of `layer`.
+    """
     names = {id(t): name for name, t in layer.named_parameters(remove_duplicate=False)}
     copies: dict[str, Tensor] = dict(other.named_parameters(remove_duplicate=False))
     return {name: copies[names[id(t)]] for name, t in tensors.items() if id(t) in names}
@@ -355,7 +373,11 @@ def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
 def _judge_changed(
     subject: OperationSubject, case: Case, form: str, arguments: Mapping[str, Any], *, in_place: bool = False
 ) -> Judgement:
-    """Judge a call after a call with the subject's own arguments. in_place: the same tensors, halved between the calls."""
+    """Call the Operation twice with different numbers, and judge the second call.
+
+    The first call gets the subject's own arguments, and the second call gets `arguments`. in_place: both calls get the
+    same tensors, which are halved between the calls.
+    """
     given = cloned(dict(arguments))
     with torch.no_grad():
         subject.function(**(given if in_place else cloned(subject.arguments)))

@@ -163,7 +163,10 @@ def check_written(subject: OperationSubject, case: Case) -> CheckResult:
 
 
 def _gapped(tensor: Tensor) -> Tensor:
-    """Return the tensor as every second element of a buffer with NaN, or the largest integer, in the gaps."""
+    """Return an equal tensor that has a gap after each element in memory.
+
+    The gaps hold NaN or, if the tensor holds integers, the largest integer.
+    """
     floating = tensor.is_floating_point()
     wide = tensor.new_full((*tensor.shape, 2), torch.nan if floating else torch.iinfo(tensor.dtype).max)
     wide[..., 0] = tensor
@@ -171,5 +174,5 @@ def _gapped(tensor: Tensor) -> Tensor:
 
 
 def _transposed(tensor: Tensor) -> Tensor:
-    """Return the tensor with the first and last dimensions swapped in memory; a vector is unchanged."""
+    """Return an equal tensor whose first and last dimensions are swapped in memory. A vector stays as it is."""
     return tensor.transpose(0, -1).contiguous().transpose(0, -1)

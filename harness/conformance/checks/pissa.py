@@ -72,9 +72,10 @@ def _best(U: Tensor, S: Tensor, Vt: Tensor, config: Any) -> dict[str, Tensor]:
 
 
 def _perturbed(W: Tensor, subject: Subject) -> Iterator[dict[str, Tensor]]:
-    """Yield results that other correct programs might give, since rounding turns the vectors of close singular values.
+    """Yield the results of `_principal` as correct programs with other rounding errors might compute them.
 
-    Each result comes from an SVD of W^T, with W moved by up to half a unit in the last place.
+    The results can differ much, because rounding turns the singular vectors of close singular values. Each result comes
+    from an SVD of W^T, after W was moved by up to half a unit in the last place.
     """
     for seed in range(PERTURBED_DRAWS):
         near = perturbed(W, subject.dtype, torch.Generator().manual_seed(seed))
@@ -83,6 +84,6 @@ def _perturbed(W: Tensor, subject: Subject) -> Iterator[dict[str, Tensor]]:
 
 
 def _principal(subject: Subject, adapted: Adapted, path: str) -> dict[str, Tensor]:
-    """Return s B A and the products of each factor with itself, in float64."""
+    """Return `s B A`, `A A^T` and `B^T B` of a layer in float64. s is the scaling alpha / rank."""
     A, B = (adapted.tensors()[f"{path}.{letter}"].detach().double() for letter in "AB")
     return {"s B A": subject.config.alpha / subject.config.rank * (B @ A), "A A^T": A @ A.T, "B^T B": B.T @ B}

@@ -33,7 +33,10 @@ def check_settings(subject: Subject | OperationSubject, case: Case) -> CheckResu
 
 
 def _use(subject: Subject | None, case: Case) -> None:
-    """Run every layer of a freshly attached subject forward and backward in both modes, then merge and unmerge it."""
+    """Run every layer of a freshly attached subject forward and backward, in training mode and in eval mode.
+
+    Then merge and unmerge the subject.
+    """
     if subject is None:
         return
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):

@@ -98,7 +98,7 @@ def check_base(subject: Subject, case: Case) -> CheckResult:
 
 
 def _unpacked(subject: Subject, model: nn.Module) -> dict[str, Tensor]:
-    """Map names to the parameters and buffers of `model` outside the layers that are packed."""
+    """Return the parameters and buffers of `model` that lie outside the packed layers, by name."""
     packed = tuple(f"{path}." for path in subject.bases)
     return {name: tensor for name, tensor in whole_model.tensors(model).items() if not name.startswith(packed)}
 

@@ -46,7 +46,10 @@ def check_trajectory(subject: Subject, case: Case) -> CheckResult:
         return _trained(model, adapted, forward, case, subject.dtype)
 
     def end_of_reference(dtype: str, seed: int | None = None) -> dict[str, Tensor]:
-        """Train the reference and return its tensors. With a seed, it starts from tensors moved within their last place."""
+        """Train the reference in `dtype`, and return the trained tensors.
+
+        seed: if given, every number at the start is moved at random by up to half a unit in the last place.
+        """
         model = whole_model.base(fresh, dtype)
         adapted = attach_reference(fresh.method, model, fresh.config, None, torch.Generator().manual_seed(0))
         moved = start
@@ -69,7 +72,7 @@ def check_trajectory(subject: Subject, case: Case) -> CheckResult:
 def _trained(
     model: nn.Module, adapted: Adapted, forward: Callable[[nn.Module], Tensor], case: Case, dtype: str
 ) -> dict[str, Tensor]:
-    """Train a few steps and return the trainable tensors. dtype: the subject's."""
+    """Train for STEPS steps, and return the trainable tensors. dtype: dtype of the subject."""
     parameters = list(dict.fromkeys(adapted.parameters()))  # the check `parameters` reports duplicates
     if not parameters:
         return {}

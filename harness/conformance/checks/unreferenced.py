@@ -23,25 +23,27 @@ from harness.process.out_of_memory import shortage
 from harness.records.record import CheckResult
 
 _NUDGE = 0.05
-"""Size of the noise added to a tensor, relative to a random matrix that preserves lengths. Training moves a tensor about as
-far.
-"""
+"""Size of the noise that is added to a tensor. A random matrix that preserves lengths would have the size 1. Training
+moves a tensor about as far as this noise."""
 _TOO_LARGE = "the model is too large to be copied"
 
 
 class Unreferenced(Adapted, Protocol):
-    """An adapter that `method: peft` attaches, of any kind that its library has."""
+    """An adapter that `method: peft` attaches. It may be of any kind that its library offers."""
 
     starts_as_base: bool
-    """True if the library promises an initial output equal to the base model's."""
+    """True if the library promises that the output at the start equals that of the base model."""
     bases: Callable[[], Mapping[str, nn.Module]]
-    """Maps paths to the layers under the adapter."""
+    """Function that returns the layers under the adapter, by path."""
     reloaded: Callable[[nn.Module], nn.Module]
-    """Saves the adapter, loads it into the given base model, and returns this model."""
+    """Function that saves the adapter, loads it into a given base model, and returns this model."""
 
 
 def nudged(subject: Subject, generator: torch.Generator) -> Subject:
-    """Return a copy of the subject with noise on every trainable tensor. No gradient is then zero because of the start."""
+    """Return a copy of the subject with noise added to every trainable tensor.
+
+    Without the noise, the start could make a gradient zero.
+    """
     adapted = copy.deepcopy(cast("Unreferenced", subject.adapted))
     with torch.no_grad():
         for tensor in adapted.tensors().values():
@@ -109,7 +111,7 @@ def check_reached(subject: Subject, case: Case) -> CheckResult:
 
 
 def _unreached(subject: Subject, case: Case) -> dict[str, str]:
-    """Map each trainable tensor without a usable gradient to a description."""
+    """Return a message for each trainable tensor without a usable gradient, by the tensor's name."""
     seen, problems = _observed(subject, case), {}
     for name in subject.adapted.tensors():
         gradient = seen.get(f"grad {name}")
@@ -199,7 +201,10 @@ def _scale(tensors: Iterable[Tensor], factor: float) -> None:
 
 @torch.no_grad()
 def _round_once_more(adapted: Unreferenced, dtype: str, generator: torch.Generator) -> None:
-    """Change every weight under the adapter by up to half a unit in the last place, as rounding after a merge would."""
+    """Move every frozen weight under the adapter by up to half a unit in the last place.
+
+    The rounding after a merge moves weights by such amounts.
+    """
     trains = {id(t) for t in adapted.tensors().values()}
     for base in adapted.bases().values():
         for weight in base.parameters():
@@ -208,7 +213,10 @@ def _round_once_more(adapted: Unreferenced, dtype: str, generator: torch.Generat
 
 
 def _added(adapted: Unreferenced) -> list[Tensor]:
-    """List the trainable tensors that do not belong to the base layers. Those of merged LayerNorm tuning belong to them."""
+    """Return the trainable tensors that do not belong to the base layers.
+
+    For example, the tensors of LayerNorm tuning belong to the base layers once they are merged.
+    """
     own = {id(p) for base in adapted.bases().values() for p in base.parameters()}
     return [t for t in adapted.tensors().values() if id(t) not in own]
 

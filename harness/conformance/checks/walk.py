@@ -20,7 +20,8 @@ from harness.methods.spec import Adapted
 from harness.records.record import CheckResult
 
 LARGEST = 2_000
-"""Largest number of elements of a model's first weight in a walk, which attaches to many copies of the model."""
+"""Walks are taken only if the first adapted weight has at most this number of elements, because a walk attaches to many
+copies of the model."""
 
 
 @check(States.INIT, only_wide=True)
@@ -49,7 +50,11 @@ def check_walk(subject: Subject, case: Case) -> CheckResult:
 
 
 def _worlds(start: Subject, case: Case, forward: Forward) -> Worlds:
-    """Return the worlds of a walk, all in the state of `start`."""
+    """Return the models that take a walk together, all in the state of `start`.
+
+    They are the subject, the float64 reference, and two references in the subject's dtype. The second of the two starts
+    from slightly moved tensors.
+    """
 
     def subject() -> tuple[nn.Module, Adapted]:
         again = case.attach_again()

@@ -1,4 +1,4 @@
-"""Results of checks."""
+"""Make the results of checks from judgements, lists of mistakes and reasons to skip."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness.records.record import CheckResult, Outcome
 
 
 class Named(Protocol):
-    """A subject: an implementation of a Method or of an Operation, in one dtype."""
+    """What a check judges: an implementation of a Method or of an Operation, in one dtype."""
 
     @property
     def method(self) -> str:
@@ -25,7 +25,10 @@ class Named(Protocol):
 
 
 def judged(subject: Named, case: Case, name: str, judgement: Judgement, detail: str = "") -> CheckResult:
-    """Return a judgement as the result of the check `name`. If `decided` is False, the result is a skip with a reason."""
+    """Return the result of the check `name` for a judgement.
+
+    If the judgement is not decided, the result is a skip. Its reason is `judgement.worst`.
+    """
     if not judgement.decided:
         return skipped(subject, case, name, judgement.worst)
     return CheckResult(
@@ -42,7 +45,10 @@ def judged(subject: Named, case: Case, name: str, judgement: Judgement, detail: 
 
 
 def listed(subject: Named, case: Case, name: str, odd: Sequence[str], otherwise: str = "") -> CheckResult:
-    """Return a pass if `odd` is empty, else a failure that names the first five items. otherwise: the detail of a pass."""
+    """Return the result of the check `name`: a pass if `odd` is empty, otherwise a failure.
+
+    odd: descriptions of what is wrong. The failure shows the first five. otherwise: the detail of a pass.
+    """
     return CheckResult(
         check=identifier(subject, case, name),
         outcome=Outcome.FAIL if odd else Outcome.PASS,
@@ -54,15 +60,18 @@ def listed(subject: Named, case: Case, name: str, odd: Sequence[str], otherwise:
 
 
 def skipped(subject: Named, case: Case, name: str, because: str) -> CheckResult:
-    """Return a skip of the check `name`. because: its reason."""
+    """Return a skip as the result of the check `name`. because: the reason."""
     return CheckResult(check=identifier(subject, case, name), outcome=Outcome.SKIPPED, detail=because)
 
 
 def identifier(subject: Named, case: Case, name: str) -> str:
-    """Return `method/check/dtype/state`."""
+    """Return the check id `method/check/dtype/state`."""
     return str(CheckId(subject.method, name, subject.dtype, case.state))
 
 
 def prefix_tensor(path: str, judgement: Judgement) -> Judgement:
-    """Return the judgement with `path`, the name of a layer or a call, in front of its tensor's name."""
+    """Return the judgement with `path` in front of the name of its tensor.
+
+    path: name of a layer or of a call.
+    """
     return replace(judgement, tensor=f"{path}: {judgement.tensor}")

@@ -1,4 +1,7 @@
-"""A layer of the reference as a function of its tensors, for Operations that compute a layer's forward pass."""
+"""Run a layer of the reference as a function of its tensors.
+
+Operations that compute the forward pass of a layer need this.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,25 @@ from harness.conformance.operation import Arguments, draw
 
 
 class Masked(nn.Module):
-    """Dropout by a given mask of the shape of x, with elements 0 or 1 / (1 - p). Without a mask, nothing is dropped."""
+    """Layer that multiplies by a given mask, in place of dropout.
+
+    The mask has the shape of the input x. Its elements are 0 or 1 / (1 - p). Without a mask, nothing is dropped.
+    """
 
     def __init__(self, mask: Tensor | None) -> None:
         super().__init__()
         self.mask = mask
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x times the mask."""
+        """Return x times the mask. Without a mask, return x."""
         return x if self.mask is None else x * self.mask
 
 
 def apply_layer(layer: nn.Module, x: Tensor, mask: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return layer(x), computed with `tensors` instead of the layer's own tensors and with `mask` instead of its dropout.
+    """Return layer(x), with `tensors` as the layer's own tensors and with `mask` in place of its dropout.
 
-    Gradients reach `tensors`. The layer's own tensors are leaves, which would pass no gradients on.
+    Gradients reach `tensors`. This would not work with the layer's own tensors: they are leaves, which pass no
+    gradients on.
     """
     layer.dropout = Masked(mask)
     y: Tensor = torch.func.functional_call(layer, dict(tensors), (x,))
@@ -33,7 +40,7 @@ def apply_layer(layer: nn.Module, x: Tensor, mask: Tensor | None, tensors: Mappi
 
 
 def dense_linear(W: Tensor, bias: Tensor | None) -> nn.Linear:
-    """Return the frozen linear layer of W (E, D) and bias (E,)."""
+    """Return a frozen linear layer with the weight W (E, D) and the bias (E,)."""
     base = nn.Linear(W.shape[1], W.shape[0], bias=bias is not None, device="meta")
     base.weight = nn.Parameter(W, requires_grad=False)
     if bias is not None:
@@ -50,9 +57,10 @@ def draw_inputs(
     bias: bool,
     dropout: float,
 ) -> Arguments:
-    """Draw the inputs of a linear layer with dropout: x (*rows, D), bias (E,) or None, mask (like x) or None.
+    """Return random inputs of a linear layer with dropout: `x` (*rows, D), `bias` (E,) and `mask` (shape of x).
 
-    shape: (E, D). dropout: the probability that an element of x is dropped; 0 gives no mask.
+    shape: (E, D). bias: if False, the returned bias is None. dropout: the probability that an element of x is dropped.
+    If it is 0, the returned mask is None.
     """
     E, D = shape
     x = draw(generator, dtype, *rows, D)
@@ -65,7 +73,10 @@ def draw_inputs(
 
 
 def draw_low_rank(dtype: torch.dtype, generator: torch.Generator, shape: Sequence[int], rank: int) -> dict[str, Tensor]:
-    """Draw A (R, D) and B (E, R), neither of them zero. If x is noise of size 1, so is B A x."""
+    """Return random matrices A (R, D) and B (E, R). Neither of them is zero.
+
+    Their scale is such that B A x is about as large as a random x.
+    """
     E, D = shape
     return {
         "A": draw(generator, dtype, rank, D, spread=D**-0.5),

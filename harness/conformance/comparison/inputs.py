@@ -11,10 +11,11 @@ from harness.conformance.comparison.magnitudes import vary
 from harness.conformance.subject import DTYPES
 
 HALF = 0.5
-"""Factor that changes an adapter or an argument: a power of two, so that nothing is rounded."""
+"""Factor by which checks change an adapter or an argument. It is a power of two, so that nothing is rounded."""
 SIDE = 5
 IMAGES = 2
-"""SIDE: height and width of a convolution's input images. IMAGES: their usual number. Each pixel is a token."""
+"""SIDE is the height and the width of the images that a convolution gets. IMAGES is the usual number of images. Each
+pixel counts as a token."""
 
 
 def inputs(
@@ -25,10 +26,11 @@ def inputs(
     magnitude: str = "normal",
     images: int = IMAGES,
 ) -> tuple[Tensor, Tensor]:
-    """Return an input x and an incoming gradient dy for `base`, drawn in float64 so that every dtype sees the same numbers.
+    """Return an input x and an incoming gradient dy for the layer `base`.
 
-    Linear: (T, D) and (T, E). Embedding: token numbers (T,) and (T, dim). Conv2d: at most `images` images (N, C, H, W).
-    magnitude: magnitude of x, see `magnitudes.vary`.
+    Both are drawn in float64, so that every dtype sees the same numbers. A linear layer gets x (T, D) and dy (T, E). An
+    embedding gets token numbers (T,) and dy (T, dim). A Conv2d gets at most `images` images (N, C, H, W). magnitude:
+    magnitude of x, see `magnitudes.vary`.
     """
     layer: Any = base
     if isinstance(base, nn.Embedding):
@@ -49,12 +51,15 @@ def inputs(
 
 
 def cast(x: Tensor, dtype: str) -> Tensor:
-    """Return x in `dtype`, or x itself if it holds token numbers."""
+    """Return x in `dtype`. If x holds token numbers, return x itself."""
     return x.to(DTYPES[dtype]) if x.is_floating_point() else x
 
 
 def features(base: nn.Module) -> tuple[int, int]:
-    """Return (D, E) of a linear layer. transformers' Conv1D stores the transposed weight."""
+    """Return the numbers of input features and output features of a linear layer.
+
+    The layer may also be transformers' Conv1D, which stores the transposed weight.
+    """
     layer: Any = base
     if isinstance(base, nn.Linear):
         return layer.in_features, layer.out_features
@@ -62,5 +67,5 @@ def features(base: nn.Module) -> tuple[int, int]:
 
 
 def takes_rows(base: nn.Module) -> bool:
-    """Return whether the layer maps rows of features to rows of features, with any leading dimensions."""
+    """Return whether the layer maps rows of features to rows of features. There may be any leading dimensions."""
     return not isinstance(base, nn.Embedding | nn.Conv2d)

@@ -1,4 +1,7 @@
-"""Comparison of the subject's layer with the reference's layer in float64, and with draws of rounding errors."""
+"""Run the subject's layer and the reference's layer on the same input, to compare the results.
+
+The reference runs in float64. Further runs show how large the rounding errors of correct programs can be.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,14 @@ from harness.conformance.subject import ReferenceLayer, Subject
 from harness.conformance.tolerance_constants import PERTURBED_DRAWS
 
 Look = Callable[..., dict[str, Tensor]]
-"""`observe`, or another function with the parameters of `observe`."""
+"""Function that runs a layer and returns its output and gradients by name. It takes the parameters of `observe`."""
 
 
 class Draws:
-    """Draws of rounding errors: observations that correct programs might give. Each is made on demand and stored."""
+    """Observations of a layer that correct programs with other rounding errors might make.
+
+    Each observation is made when it is first needed, and then stored.
+    """
 
     def __init__(self, make: Iterator[dict[str, Tensor]]) -> None:
         self._make, self._made = make, list[dict[str, Tensor]]()
@@ -40,7 +46,10 @@ def observe_with_reference(
     training: bool = False,
     look: Look = observe,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Draws]:
-    """Observe the subject's layer. Return the observation, and both results of `reference_runs` on the same input."""
+    """Observe the subject's layer and the reference's layer on the same input.
+
+    Return the observation of the subject's layer, followed by both results of `reference_runs`.
+    """
     mine = look(layer, subject.tensors_of(path), x, dy, training=training)
     return mine, *reference_runs(subject, path, x, dy, look=look)
 
@@ -48,7 +57,11 @@ def observe_with_reference(
 def reference_runs(
     subject: Subject, path: str, x: Tensor, dy: Tensor, *, look: Look = observe
 ) -> tuple[dict[str, Tensor], Draws]:
-    """Return the result of `runs_of` for the reference's layer at `path`, in float64 and in the subject's dtype."""
+    """Observe the reference's layer at `path`.
+
+    Return its observation in float64, and observations that correct programs in the subject's dtype might make. See
+    `runs_of`.
+    """
     wide, own = subject.reference(path, "float64"), subject.reference(path, subject.dtype)
     return runs_of(wide, own, subject.dtype, x, dy, look=look)
 
@@ -56,12 +69,15 @@ def reference_runs(
 def runs_of(
     wide: ReferenceLayer, own: ReferenceLayer, dtype: str, x: Tensor, dy: Tensor, *, look: Look = observe
 ) -> tuple[dict[str, Tensor], Draws]:
-    """Return an observation of `wide`, the reference in float64, and draws of the rounding errors of a program in `dtype`.
+    """Return an observation of the float64 reference, and observations that correct programs in `dtype` might make.
 
-    The first draw is `own`, the reference in that dtype, which may happen to have almost no rounding error. For the other
-    draws every input is moved by up to half a unit in the last place of `dtype`, as rounding might move it. In 16 bits
-    they run in float64; otherwise in `dtype`, so that each of them rounds the sums differently, too. Afterwards the
-    layers hold moved tensors. look: may change the layer that it observes.
+    wide: the reference in float64. own: the reference in `dtype`. look: function that observes a layer, and that may
+    change it.
+
+    The first observation in `dtype` is that of `own`, which may happen to have almost no rounding error. For the
+    others, every number in the input and in the layer is moved by up to half a unit in the last place of `dtype`, as
+    rounding might move it. If `dtype` has 16 bits, these run in float64. Otherwise they run in `dtype`, so that each
+    also rounds its sums differently. Afterwards the layers hold moved numbers.
     """
     exactly = cast(x, "float64"), dy.double()
     truth = look(wide.layer, wide.tensors, *exactly)

@@ -1,4 +1,7 @@
-"""Magnitudes of drawn inputs. Some reveal errors of rounding, an overflow or a wrong mean that normal noise hides."""
+"""Give drawn inputs other magnitudes.
+
+Some magnitudes reveal errors of rounding, an overflow or a wrong mean, which normal noise would hide.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,18 @@ import torch
 from torch import Tensor
 
 _LARGE = {torch.float16: 2.0**7}
-"""dtype -> factor of large and small inputs, for dtypes with a small range: sums of products must stay finite."""
+"""dtype -> factor between normal inputs and `large` or `small` ones, for dtypes with a small range. With this factor,
+sums of products stay finite."""
 _LARGE_ELSEWHERE = 2.0**60
 _OUTLIER = 2.0**6
 
 
 def vary(drawn: Tensor, magnitude: str, dtype: torch.dtype) -> Tensor:
-    """Return inputs of another magnitude, made from the normal noise `drawn` (..., D), with its shape and dtype.
+    """Return inputs of another magnitude, with the shape and dtype of the normal noise `drawn` (..., D).
 
-    dtype: the dtype to which the inputs will be cast. magnitude: `normal` changes nothing; `large` and `small` multiply
-    and divide by a power of two (small enough in float16 not to overflow); `outlier` makes one feature large;
-    `zero-rows` sets every second row to zero.
+    dtype: the dtype to which the inputs will be cast. magnitude: `normal` changes nothing. `large` multiplies by a
+    power of two, and `small` divides by it. In float16 this power is small enough not to overflow. `outlier` makes one
+    feature large. `zero-rows` sets every second row to zero.
     """
     factor = _LARGE.get(dtype, _LARGE_ELSEWHERE)
     if magnitude == "large":

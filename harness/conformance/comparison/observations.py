@@ -19,11 +19,14 @@ def observe(
     training: bool = False,
     call: Callable[..., Tensor] = nn.Module.__call__,
 ) -> dict[str, Tensor]:
-    """Run `layer` forward on x (..., D), or on token numbers, and backward from dy (..., E), in training mode or eval mode.
+    """Run `layer` forward on x and backward from dy, and return the output and the gradients.
 
-    tensors: canonical short name -> trainable tensor of the layer. call: (layer, x) -> y. Returns `y`, `grad x` and
-    `grad <name>`. If a tensor has no gradient, its entry is missing, which a comparison notices; if dy does not fit y, all
-    gradients are missing. The layer's own gradients are restored.
+    The output is `y`. The gradients are `grad x` and, for each of `tensors`, `grad <name>`. A gradient that does not
+    exist is missing from the result, and a comparison then fails. If dy does not have the shape of y, all gradients are
+    missing. The gradients that the layer's tensors had before are restored.
+
+    x: (..., D), or token numbers. dy: (..., E). training: run in training mode, otherwise in eval mode. tensors: short
+    name -> trainable tensor of the layer. call: function that gets the layer and x, and returns y.
     """
     leaf = strided_copy(x).requires_grad_(x.is_floating_point())
     with preserved_state(layer, tensors, training):
@@ -46,7 +49,10 @@ def strided_copy(x: Tensor) -> Tensor:
 
 @contextmanager
 def preserved_state(layer: nn.Module, tensors: Mapping[str, Tensor], training: bool) -> Iterator[None]:
-    """Set the training mode of `layer` and remove the gradients of its tensors; restore both afterwards."""
+    """Within this context, `layer` is in the given training mode, and its tensors have no gradients.
+
+    Afterwards the old mode and the old gradients are restored.
+    """
     held, was_training = {name: t.grad for name, t in tensors.items()}, layer.training
     layer.train(training)
     for tensor in tensors.values():
@@ -60,10 +66,10 @@ def preserved_state(layer: nn.Module, tensors: Mapping[str, Tensor], training: b
 
 
 def inference(model: nn.Module, forward: Callable[[Any], Tensor]) -> Callable[[], Tensor]:
-    """Return a function that runs `forward(model)` while no parameter requires a gradient, and returns the output.
+    """Return a function that runs `forward(model)` in inference mode, and returns the output.
 
-    If a parameter requires a gradient, torch may choose another matrix product, even in inference mode. Its rounding
-    would differ for a reason other than the adapter.
+    While it runs, no parameter requires a gradient. Otherwise torch may choose another matrix product, even in
+    inference mode. Then the output would be rounded differently for a reason other than the adapter.
     """
 
     def run() -> Tensor:

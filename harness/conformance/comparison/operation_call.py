@@ -1,4 +1,4 @@
-"""Call of an Operation: forward, backward, and the judgement of its outputs."""
+"""Call an Operation forward and backward, and judge its outputs."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ _T = TypeVar("_T")
 
 
 def judge(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> tuple[Judgement, str]:
-    """Judge dtype, shape and device of the outputs, then their values by the Operation's own rule or the noise floor.
+    """Judge the outputs `mine` of a call. Return the judgement, and a detail as text.
 
-    Returns the judgement and a detail.
+    First, dtype, shape and device must be those of the reference. Then the values are judged by the Operation's own
+    rule. If the Operation has no rule, they must be within the noise floor of the reference.
     """
     own = _reference(subject, subject.arguments)
     if (odd := ill_formed(mine, own)) is not None:
@@ -46,7 +47,10 @@ def judge(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> tup
 
 
 def ill_formed(mine: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Judgement | None:
-    """Return a failure for the first tensor whose dtype, shape or device differs from the reference's, or None."""
+    """Return a failure for the first tensor whose dtype, shape or device is not that of the reference.
+
+    If there is no such tensor, return None.
+    """
     for name in mine.keys() & own.keys():
         forms = ({"dtype": t.dtype, "shape": tuple(t.shape), "device": t.device} for t in (mine[name], own[name]))
         for (part, have), want in zip(next(forms).items(), next(forms).values(), strict=True):
@@ -56,7 +60,7 @@ def ill_formed(mine: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Judgeme
 
 
 def judgements(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -> Iterator[tuple[Judgement, str]]:
-    """Yield a judgement of the outputs, with its detail, for every rule of the Operation."""
+    """Judge the outputs `mine` by each rule of the Operation. Yield each judgement with its detail."""
     yield judge(subject, mine, case)
     if subject.operation.codes is not None:
         yield subject.operation.codes(mine, subject.arguments)
@@ -65,8 +69,10 @@ def judgements(subject: OperationSubject, mine: dict[str, Tensor], case: Case) -
 def judge_form(
     form: str, subject: OperationSubject, mine: dict[str, Tensor], plain: dict[str, Tensor], case: Case
 ) -> Judgement:
-    """Judge the outputs of another form of a call: they equal those of the plain call to the last bit or, since the form
-    may take another path, they are as right as the Operation demands.
+    """Judge the outputs `mine` of a call in another form, such as another memory layout; return the judgement.
+
+    If they equal the outputs `plain` of the plain call to the last bit, they pass. Otherwise they must be as right as
+    the Operation demands, since the form may take another path through the code. form: name of the form.
     """
     verdict = ill_formed(mine, plain) or exact(finite(mine), finite(plain))
     if not verdict.passed:
@@ -77,9 +83,10 @@ def judge_form(
 def forward(
     subject: OperationSubject, function: Callable[..., object], dtype: torch.dtype, of: Collection[str] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Call `function` on the arguments in `dtype`; return the first output, and the arguments that need a gradient by name.
+    """Call `function` on the arguments, cast to `dtype`.
 
-    of: names of the arguments that need a gradient; by default all differentiable ones.
+    Return the first output, and the arguments that need a gradient, by name. of: names of the arguments that need a
+    gradient; by default all differentiable ones.
     """
     given = cloned(subject.arguments, {DTYPES[subject.dtype]: dtype})
     wanted = subject.operation.differentiable if of is None else of
@@ -90,7 +97,10 @@ def forward(
 
 
 def backward(y: Tensor, leaves: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
-    """Run backward from `y` with a random gradient. Map `grad <name>` to the gradient of each leaf, zeros if it has none."""
+    """Run backward from `y` with a random gradient. Return the gradient of each leaf as `grad <name>`.
+
+    A leaf that gets no gradient has zeros.
+    """
     dy = torch.randn(y.shape, generator=case.generator(salt=3), dtype=torch.float64)
     if y.requires_grad:
         y.backward(dy.to(y.device, y.dtype))
@@ -104,9 +114,9 @@ def gradients(
     case: Case,
     of: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
-    """Map `grad <name>` to the gradient of each argument in `of`, by default of each differentiable one.
+    """Compute the gradient of each argument in `of`, and return it as `grad <name>`.
 
-    The gradients are computed in `dtype`.
+    By default these are all differentiable arguments. The gradients are computed in `dtype`.
     """
     return backward(*forward(subject, function, dtype, of), case)
 
@@ -126,7 +136,7 @@ def map_floats(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
 
 
 def flatten(value: object, name: str = "") -> dict[str, Tensor]:
-    """Map names such as `x` and `As[0]` to the tensors inside arguments."""
+    """Return the tensors inside arguments by names that tell where they are, such as `x` and `As[0]`."""
     if isinstance(value, Tensor):
         return {name: value}
     found: dict[str, Tensor] = {}
@@ -140,9 +150,10 @@ def flatten(value: object, name: str = "") -> dict[str, Tensor]:
 
 
 def perturbed_subjects(subject: OperationSubject, case: Case) -> Iterator[tuple[OperationSubject, torch.dtype]]:
-    """Yield the subject with arguments moved by up to the rounding error of its dtype, and the dtype to compute in.
+    """Yield copies of the subject with slightly moved arguments, each with the dtype to compute in.
 
-    In 16 bits that is float64. Otherwise it is the own dtype, so that the sums round differently, too.
+    Each argument is moved by up to half a unit in the last place of the subject's dtype. A subject in 16 bits must be
+    computed in float64. Any other subject is computed in its own dtype, so that its sums are rounded differently, too.
     """
     own = DTYPES[subject.dtype]
     dtype = own if subject.dtype in ROUNDED_SUMS else torch.float64
@@ -161,7 +172,10 @@ def _reference(subject: OperationSubject, arguments: Arguments) -> dict[str, Ten
 
 
 def finite(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replace NaN and infinity by 0 and add tensors that mark their places, so that NaN compares as equal to NaN."""
+    """Replace NaN and infinity by 0, and add tensors that mark the replaced elements. Return all these tensors.
+
+    So a comparison counts NaN as equal to NaN.
+    """
     finite = {name: t.detach().nan_to_num(0.0, 0.0, 0.0) for name, t in named.items()}
     how = {f"{n}, NaN or infinite": t.isnan() + 2 * t.isposinf() + 3 * t.isneginf() for n, t in named.items()}
     return finite | how

@@ -12,13 +12,16 @@ from harness.conformance.subject import ExpectedCodes, PackedLayer
 from reference.operations import double_quant, nf4
 
 PIECE = 2**22
-"""Number of weights that are judged at a time, in float64; a multiple of the block size."""
+"""Number of elements of a weight that are judged at a time. It is a multiple of the block size."""
 _BLOCK = 64
 _SAME = Judgement(True, 0.0, 0.0, "codes", "", "exact", 0)
 
 
 def judge(form: PackedLayer, want: ExpectedCodes, bias: Tensor | None) -> tuple[Judgement, int]:
-    """Judge a packed weight and its bias; return the judgement and the number of ties (see the check `codes`)."""
+    """Judge a packed weight and its bias.
+
+    Return the judgement, and the number of codes that differ only because of a tie (see the check `codes`).
+    """
     have, expected, ties = _comparable(form, want)
     found = [exact(have | _named(bias), expected | _named(want.bias))]
     if form.double:
@@ -27,9 +30,9 @@ def judge(form: PackedLayer, want: ExpectedCodes, bias: Tensor | None) -> tuple[
 
 
 def judge_in_pieces(form: PackedLayer, layer: nn.Linear, bias: Tensor | None) -> tuple[Judgement, int]:
-    """Judge as `judge` does, but hold the expected codes of at most `PIECE` weights in memory.
+    """Do the same as `judge`, but hold the expected codes of at most `PIECE` elements in memory.
 
-    layer: the dense layer. bias: bias of the packed layer.
+    layer: the dense layer that was packed. bias: bias of the packed layer.
     """
     flat = layer.weight.detach().flatten()
     n = flat.numel()
@@ -64,7 +67,10 @@ def _named(bias: Tensor | None) -> dict[str, Tensor]:
 
 
 def _near_tie(W: Tensor, requested: Tensor) -> Tensor:
-    """Return the mask of `nf4.near_tie` for blocks with a requested element; it is False in all other blocks."""
+    """Compute the mask of `nf4.near_tie` for those blocks that contain a requested element, and return it.
+
+    In all other blocks the mask is False.
+    """
     rows, requested = (torch.nn.functional.pad(t, (0, -len(W) % _BLOCK)).view(-1, _BLOCK) for t in (W, requested))
     mask = torch.zeros_like(requested)
     blocks = requested.any(1)
@@ -73,9 +79,10 @@ def _near_tie(W: Tensor, requested: Tensor) -> Tensor:
 
 
 def _comparable(form: PackedLayer, want: ExpectedCodes) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
-    """Return the subject's tensors, the expected tensors and the number of ties.
+    """Return the subject's tensors, the expected tensors, and the number of codes that differ only because of a tie.
 
-    For correct codes the tensors are equal. They do not include an absmax that is quantised too.
+    Allowed differences are removed, so that the tensors are equal if the codes are correct. An absmax that is itself
+    quantised is left out.
     """
     codes = nf4.unpack(form.data, want.codes.numel())
     tied = want.near_tie & ((codes.int() - want.codes.int()).abs() == 1)
@@ -89,6 +96,6 @@ def _comparable(form: PackedLayer, want: ExpectedCodes) -> tuple[dict[str, Tenso
 
 
 def _judge_double_quantised(absmax: Tensor, want: Tensor) -> Judgement:
-    """Judge the decoded values of a double-quantised absmax."""
+    """Judge an absmax that is itself quantised, by its decoded values."""
     expected = {"absmax": double_quant.dequantize(*double_quant.quantize(want))}
     return noise_floor({"absmax": absmax}, expected, expected, "float32")

@@ -1,4 +1,4 @@
-"""Codes and absmax of quantised blocks: input values, and the judgement of the result."""
+"""Draw values to quantise in blocks, and judge the codes and absmax that result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ Kind = Literal["normal", "levels", "ties", "zeros", "zero-blocks", "scales", "ti
 FiniteKind = Literal["normal", "levels", "zeros", "zero-blocks", "scales"]
 """Kinds of values that every dtype can represent after decoding."""
 UNCOMPARED = -1.0
-"""Value that replaces, on both sides, an absmax that is not compared. A real absmax is never negative."""
+"""Value that replaces an absmax which is not compared, in the result and in the reference. A real absmax is never
+negative."""
 
 
 def values(
@@ -25,10 +26,10 @@ def values(
 ) -> Tensor:
     """Return a tensor to quantise, of `shape` and `dtype`.
 
-    levels: the values of the codes. The kind `levels` consists of these values and `ties` of values halfway between two
-    neighbours, both with an absmax of 1, so that every division is exact. The kind `scales` has blocks of very
-    different magnitudes, and `tiny` has values below the smallest normal float32. `nan` and `infinity` have one such
-    element, in the second block if there is one.
+    levels: the values that the codes stand for. kind: what the elements are. `levels`: the levels. `ties`: values
+    halfway between two neighbouring levels. Both of these kinds have an absmax of 1, so that every division is exact.
+    `scales`: blocks of very different magnitudes. `tiny`: values below the smallest normal float32. `nan` and
+    `infinity`: one such element, in the second block if there is one.
     """
     drawn = torch.randn(*shape, generator=generator, dtype=torch.float64)
     if not drawn.numel():
@@ -63,12 +64,12 @@ def largest_of_blocks(value: Tensor, block: int) -> Tensor:
 def judge_codes(
     mine: Mapping[str, Tensor], want: tuple[Tensor, Tensor], near_tie: Tensor, block: int, levels: Tensor
 ) -> tuple[Judgement, str]:
-    """Compare `codes` and `absmax` with the reference's; return the judgement and the number of ties in words.
+    """Compare `codes` and `absmax` with the reference's. Return the judgement, and text with the number of ties.
 
     Two codes with the same value count as equal: FP4's 0 and 8 are both zero. For an element near a tie, the
-    neighbouring code is right too. A block of zeros may have any codes and absmax that decode to zeros, and a block
-    with NaN or infinity may have any codes with an absmax that is not finite, since bitsandbytes' back ends differ for
-    such blocks.
+    neighbouring code is right too. A block of zeros may have any codes and absmax that decode to zeros. A block with
+    NaN or infinity may have any codes, with an absmax that is not finite. bitsandbytes' back ends differ for such
+    blocks.
     """
     codes, absmax = want
     levels = levels.to(codes.device)
@@ -91,9 +92,10 @@ def judge_codes(
 
 
 class FourBit:
-    """Arguments, references and judgement of codes for both Operations of a 4-bit format: to quantise, and to decode.
+    """What two Operations on a 4-bit format need, one to quantise and one to decode.
 
-    form: the module reference.operations.nf4 or fp4.
+    For each Operation, there is a function that draws arguments and a function that computes the expected result. form:
+    module of the format, reference.operations.nf4 or fp4.
     """
 
     def __init__(self, form: Any) -> None:
@@ -106,12 +108,15 @@ class FourBit:
         return {"W": values(kind, shape, block, self.form.codebook(), dtype, generator), "block": block}
 
     def quantize(self, W: Tensor, block: int) -> tuple[Tensor, Tensor]:
-        """Return (packed, absmax): two codes in a byte, the first in the high nibble; one float32 for each block."""
+        """Quantise W and return (packed, absmax).
+
+        Each byte of `packed` holds two codes, the first in the high nibble. `absmax` has one float32 for each block.
+        """
         codes, absmax = self.form.quantize(W, block)
         return self.form.pack(codes), absmax
 
     def judge(self, outputs: Mapping[str, Tensor], arguments: Arguments) -> tuple[Judgement, str]:
-        """Judge packed codes and absmax; return the judgement and the number of ties in words."""
+        """Judge packed codes and absmax. Return the judgement, and text with the number of ties."""
         W, block = arguments["W"], arguments["block"]
         packed, absmax = self.quantize(W, block)
         if outputs["packed"].shape != packed.shape:
@@ -124,7 +129,7 @@ class FourBit:
     def packed_arguments(
         self, dtype: torch.dtype, generator: torch.Generator, *, shape: Shape, block: Block, kind: FiniteKind = "normal"
     ) -> Arguments:
-        """Draw a packed weight, in which every code occurs if it is long enough."""
+        """Draw a packed weight. If it has enough elements, every code occurs."""
         given = self.arguments(torch.float32, generator, shape=shape, block=block, kind=kind)
         packed, absmax = self.quantize(**given)
         return {"packed": packed, "absmax": absmax, "block": block, "shape": tuple(shape), "dtype": dtype}
@@ -132,7 +137,10 @@ class FourBit:
     def dequantize(
         self, packed: Tensor, absmax: Tensor, block: int, shape: Sequence[int], dtype: torch.dtype
     ) -> Tensor:
-        """Return level x absmax, computed in float32, as a tensor of `shape` and `dtype`."""
+        """Decode a packed weight, and return it as a tensor of `shape` and `dtype`.
+
+        Each element is the level of its code times the absmax of its block, computed in float32.
+        """
         numel = torch.Size(shape).numel()
         flat: Tensor = self.form.dequantize(nf4.unpack(packed, numel), absmax, block)
         return flat.view(tuple(shape)).to(dtype)

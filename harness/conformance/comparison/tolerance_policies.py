@@ -1,4 +1,7 @@
-"""Tolerance policies: how far a tensor may be from the float64 reference, by the numbers of `tolerance_constants`."""
+"""Rules that decide how far a tensor may be from the float64 reference.
+
+The numbers in these rules are in `tolerance_constants`.
+"""
 
 from __future__ import annotations
 
@@ -29,15 +32,16 @@ ROUNDED_SUMS = ("float32", "float64")
 
 @dataclass(frozen=True)
 class Judgement:
-    """Result of a comparison: whether all tensors passed, and the tensor that uses most of its allowance."""
+    """Result of a comparison: whether all tensors passed, and details of the tensor that uses most of its allowance."""
 
     passed: bool
     error: float | None
-    """Error in the norm that `policy` names; None if the error is not finite or nothing could be compared."""
+    """Error of `tensor`, in the norm that `policy` names. None if the error is not finite or nothing could be
+    compared."""
     allowed: float | None
     tensor: str
     worst: str
-    """The worst element, or the reason why the tensor cannot be compared."""
+    """Description of the worst element of `tensor`, or the reason why the tensor cannot be compared."""
     policy: str
     nonfinite: int
     """Number of elements that are NaN or infinite."""
@@ -46,7 +50,7 @@ class Judgement:
 
     @property
     def ratio(self) -> float:
-        """The error as a share of the allowance; infinite for a non-finite error."""
+        """The error divided by the allowed error. Infinite if the error is not finite."""
         if self.error is None:
             return float("inf")
         return self.error / self.allowed if self.allowed else (0.0 if self.passed else float("inf"))
@@ -59,15 +63,19 @@ def noise_floor(
     dtype: str,
     factor: float = NOISE_FACTOR,
 ) -> Judgement:
-    """Judge the subject's errors by the errors of the reference itself in the subject's dtype.
+    """Judge the subject's errors by the errors that the reference makes in the subject's dtype.
 
-    truth: the reference in float64. rounded: the reference in `dtype`, or several draws of its error. The largest draw
-    counts, and no more draws are made once the judgement passes. Three errors of each tensor must stay within a
-    multiple of the reference's own errors plus a floor in units of eps: the relative Frobenius norm of the difference;
-    the largest element of the difference, relative to the root mean square, which reveals one wrong element among many;
-    and the projection of the difference on the truth, which reveals a slightly wrong factor, because rounding hardly
-    changes it. Missing or surplus tensors fail. A tensor is not judged if the reference's own error may exceed the share
-    CEILING of the tensor.
+    truth: tensors of the reference in float64. rounded: tensors of the reference in `dtype`, or several such dicts that
+    correct programs might give. If there are several, the largest error among them counts, and no further dicts are
+    computed once the judgement passes.
+
+    Three errors of each tensor are judged. Each may be a multiple of the reference's own error plus a floor in units of
+    eps. The first error is the relative Frobenius norm of the difference. The second is the largest element of the
+    difference, relative to the root mean square: it reveals one wrong element among many. The third is the projection
+    of the difference on the truth: it reveals a slightly wrong factor, because rounding hardly changes this projection.
+
+    A missing or surplus tensor fails. A tensor is not judged if the reference's own error may exceed the share CEILING
+    of the tensor.
     """
     policy = f"noise-floor: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
     if odd := sorted(set(subject) ^ set(truth)):
@@ -81,7 +89,11 @@ def _by_draws(
     policy: str,
     judge: Callable[[Sequence[Mapping[str, _Error]]], Judgement],
 ) -> Judgement:
-    """Judge after each draw, by the errors of all draws so far, and make no more draws once the judgement passes."""
+    """Judge by the errors of more and more draws, and return the first judgement that passes.
+
+    A draw is a result that a correct program with other rounding errors might give. Each judgement uses all draws so
+    far. If none passes, return the last.
+    """
     drawn: list[dict[str, _Error]] = []
     verdict = worst_of([], policy)
     for draw in [rounded] if isinstance(rounded, Mapping) else rounded:
@@ -135,11 +147,11 @@ def carried_noise(
     dtype: str,
     factor: float = CARRIED_FACTOR,
 ) -> Judgement:
-    """Judge tensors that passed through many layers, as `noise_floor` judges those of one layer.
+    """Judge tensors that passed through many layers. The rule is that of `noise_floor`, with two exceptions.
 
-    All following layers carry and amplify the rounding of one layer, and a whole tensor grows or shrinks with it. So the
-    projection on the truth is not judged. Also, the reference's error of one tensor is a single draw of noise: if the
-    median over all tensors is larger, the median replaces it. rounded: as in `noise_floor`.
+    First, the projection on the truth is not judged, because later layers amplify rounding errors so that a whole
+    tensor may grow or shrink. Second, the reference's error in a single tensor may happen to be small. If the median of
+    the errors over all tensors is larger, the median counts instead. rounded: as in `noise_floor`.
     """
     policy = f"carried-noise: {factor:g} x reference in {dtype} + {NOISE_FLOOR_EPS[dtype]:g} eps"
     if odd := sorted(set(subject) ^ set(truth)):
@@ -188,7 +200,7 @@ def _within_carried(
 
 
 def exact(subject: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Judgement:
-    """Judge bitwise equality of values (0.0 and -0.0 are equal, so are equal infinities; NaN is not)."""
+    """Judge whether all values are exactly equal. 0.0 equals -0.0, infinity equals infinity, NaN equals nothing."""
     if odd := sorted(set(subject) ^ set(expected)):
         return Judgement(False, None, None, odd[0], "present on one side only", "exact", 0)
     judged = []
@@ -218,7 +230,7 @@ def rounded_once(subject: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> 
 
 
 def unchanged(now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Judgement:
-    """Judge bitwise equality as `exact` does, and equal dtypes."""
+    """Judge whether all values are exactly equal, as `exact` does, and whether the dtypes are equal."""
     for name in now.keys() & before.keys():
         if now[name].dtype != before[name].dtype:
             dtypes = f"{now[name].dtype}, should be {before[name].dtype}"
@@ -227,9 +239,10 @@ def unchanged(now: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Judgem
 
 
 def worst_of(judged: list[Judgement], policy: str) -> Judgement:
-    """Return the judgement that uses most of its allowance, with the total of non-finite elements.
+    """Return the judgement that uses most of its allowance.
 
-    An undecided judgement counts only if all are undecided. Without any judgement, the result is a failure.
+    Its `nonfinite` is the total over all judgements. Undecided judgements count only if all are undecided. If there is
+    no judgement at all, return a failure.
     """
     if not judged:
         return Judgement(False, None, None, "", "nothing was observed", policy, 0)
@@ -238,7 +251,10 @@ def worst_of(judged: list[Judgement], policy: str) -> Judgement:
 
 
 def perturbed(value: Tensor, dtype: str, generator: torch.Generator) -> Tensor:
-    """Return `value` with each element moved by up to half a unit in the last place of `dtype`; integers are unchanged."""
+    """Return `value` with each element moved at random by up to half a unit in the last place of `dtype`.
+
+    Integers do not change.
+    """
     if not value.is_floating_point():
         return value
     moves = torch.rand(value.shape, generator=generator, dtype=torch.float64).to(value.device) - 0.5
@@ -246,7 +262,10 @@ def perturbed(value: Tensor, dtype: str, generator: torch.Generator) -> Tensor:
 
 
 def rows_within(value: Tensor, truth: Tensor, draws: Iterable[Tensor], dtype: str) -> Tensor:
-    """Return a mask (T,) of the rows of `value` (T, E) within the noise floor of `truth`. draws: see `noise_floor`."""
+    """Return a mask (T,) that is True for the rows of `value` (T, E) that agree with `truth`.
+
+    draws: results that correct programs with other rounding errors might give. They decide how far a row may be off.
+    """
 
     def off(some: Tensor) -> Tensor:
         difference: Tensor = torch.linalg.vector_norm(some.detach().double() - truth.double(), dim=-1)
@@ -265,7 +284,10 @@ def _undecidable(lost: Sequence[str], dtype: str, policy: str) -> Judgement:
 
 
 def _factor(factor: float, tensor: Tensor) -> float:
-    """Return the factor on the reference's own error for `tensor`; it is larger for a tensor of few numbers."""
+    """Return how many times as large as the reference's own error the error of `tensor` may be.
+
+    This is `factor`, or more for a tensor with few elements.
+    """
     return factor * (1 + FEW_NUMBERS / max(1, tensor.numel()))
 
 
@@ -280,9 +302,9 @@ class _Error:
     norm: float
     """Norm of the difference."""
     largest: float
-    """Largest element of the difference, times the root of the number of elements."""
+    """Largest element of the difference, times the square root of the number of elements."""
     share: float
-    """Projection of the difference on the truth."""
+    """Length of the projection of the difference on the truth."""
 
     @classmethod
     def of(cls, value: Tensor, truth: Tensor) -> _Error:
@@ -301,9 +323,10 @@ class _Error:
 
 
 def _incomparable(name: str, value: Tensor, truth: Tensor, policy: str, undecided: bool = False) -> Judgement | None:
-    """Return a failure for a tensor with a wrong shape or with elements that are not finite; otherwise None.
+    """Return a failure for a tensor with a wrong shape or with elements that are not finite.
 
-    undecided: True if the reference itself is too inaccurate in this dtype. If it overflows, the subject may be infinite.
+    Otherwise return None. undecided: True if the reference itself is too inaccurate in this dtype. Then elements that
+    are not finite are allowed, because the reference may have overflowed.
     """
     if value.shape != truth.shape:
         shapes = f"shape {tuple(value.shape)}, should be {tuple(truth.shape)}"
@@ -315,9 +338,9 @@ def _incomparable(name: str, value: Tensor, truth: Tensor, policy: str, undecide
 
 
 def _with_worst_element(judgement: Judgement, subject: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Judgement:
-    """Describe the worst element of the judgement's tensor in the judgement, and return it.
+    """Return the judgement with a description of the worst element of its tensor.
 
-    Describing the worst element of every tensor would take too long.
+    Only this tensor is described, because describing every tensor would take too long.
     """
     if judgement.worst or judgement.tensor not in truth:
         return judgement
@@ -325,7 +348,10 @@ def _with_worst_element(judgement: Judgement, subject: Mapping[str, Tensor], tru
 
 
 def _describe_worst_element(value: Tensor, truth: Tensor) -> str:
-    """Return the index of the element with the largest difference, its value and its expected value."""
+    """Return text about the element with the largest difference.
+
+    It gives the element's index, its value and the expected value.
+    """
     difference = (value.detach().double() - truth.detach().double()).abs().nan_to_num(nan=torch.inf)
     if not difference.numel():
         return ""

@@ -1,4 +1,4 @@
-"""The whole model as it trains, and a copy of it with the reference's layers."""
+"""Run the whole model as it trains, and make copies of it with the reference's layers."""
 
 from __future__ import annotations
 
@@ -14,28 +14,31 @@ from reference.shared.layers import replace
 
 
 def copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a copy of a model in `dtype`; see `one_by_one`."""
+    """Return a copy of a model in `dtype`. In float64, the copy multiplies its experts one by one."""
     made = copy.deepcopy(model).to(dtype)
     one_by_one(made, dtype)
     return made
 
 
 def one_by_one(model: Any, dtype: torch.dtype) -> None:
-    """If `dtype` is float64, let `model` multiply its experts one by one: float64 has no grouped products."""
+    """If `dtype` is float64, let a mixture-of-experts model multiply its experts one by one.
+
+    torch has no grouped products in float64.
+    """
     if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Map names to all parameters and buffers of a model."""
+    """Return all parameters and buffers of a model, by name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def reference(subject: Subject, dtype: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return a copy of the original model in `dtype` with the reference's layers, and its trainable tensors by name.
+    """Return a copy of the original model with the reference's layers, and the copy's trainable tensors by name.
 
-    A comparison with this copy also reveals changes that the implementation makes outside its layers. Raises ValueError
-    if there is no copy of the original.
+    The copy is in `dtype`. A comparison with it also reveals changes that the implementation makes outside its layers.
+    Raises ValueError if no copy of the original model was kept.
     """
     if subject.original.model is None:
         raise ValueError("the model was too large to be copied before attaching")
@@ -56,9 +59,9 @@ def reference(subject: Subject, dtype: str) -> tuple[nn.Module, dict[str, Tensor
 
 
 def base(subject: Subject, dtype: str) -> nn.Module:
-    """Return a copy of the model before attaching, in `dtype` and in eval mode, with a packed base decoded.
+    """Return a copy of the model as it was before attaching, in `dtype` and in eval mode.
 
-    Raises ValueError if there is no copy of the original.
+    A packed base is decoded. Raises ValueError if no copy of the original model was kept.
     """
     if subject.original.model is None:
         raise ValueError("the model was too large to be copied before attaching")
@@ -69,7 +72,7 @@ def base(subject: Subject, dtype: str) -> nn.Module:
 
 
 def start(subject: Subject, dtype: str) -> nn.Module:
-    """Return the result of `base` with the reference attached, at the reference's own start."""
+    """Return a model like that of `base`, with the reference attached at the reference's own start."""
     model = base(subject, dtype)
     attach_reference(subject.method, model, subject.config, None, torch.Generator().manual_seed(0))
     return model.eval()
@@ -78,7 +81,10 @@ def start(subject: Subject, dtype: str) -> nn.Module:
 def observe(
     model: nn.Module, tensors: Mapping[str, Tensor], subject: Subject, forward: Callable[[nn.Module], Tensor]
 ) -> dict[str, Tensor]:
-    """Run the model forward and backward; return `logits` and `grad <name>`. The model's own dropout is off meanwhile."""
+    """Run the model forward and backward. Return `logits`, and the gradient of each tensor as `grad <name>`.
+
+    Meanwhile, the model's own dropout is off.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     for path in subject.adapted.layers:

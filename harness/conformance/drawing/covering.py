@@ -1,4 +1,7 @@
-"""A small sample of cases in which every pair of levels of two factors occurs. No torch."""
+"""A small sample of cases in which every pair of levels of two factors occurs. No torch.
+
+A factor is a setting of a case. Its levels are the values to try.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 Row = dict[str, int]
-"""Factor -> index of its level."""
+"""One case: maps each factor to the index of its level."""
 Pair = tuple[tuple[str, int], tuple[str, int]]
 TRIES = 20
-"""Number of random rows that are tried for a pair of levels."""
+"""Number of random rows in which `covering` puts a pair of levels, in search of a valid row."""
 
 
 def every_pair(levels: Mapping[str, Sequence[Any]]) -> list[Pair]:
-    """List every pair of levels of two different factors."""
+    """Return every pair of levels of two different factors."""
     return [
         ((one, i), (other, j))
         for one, other in itertools.combinations(levels, 2)
@@ -25,12 +28,18 @@ def every_pair(levels: Mapping[str, Sequence[Any]]) -> list[Pair]:
 
 
 def every_level(levels: Mapping[str, Sequence[Any]], beside: str) -> list[Pair]:
-    """Pair every level of every other factor with the first level of `beside`, the last factor; list the pairs."""
+    """Return one pair for each level of each factor except `beside`.
+
+    The other half of each pair is the first level of `beside`, which is the last factor.
+    """
     return [((name, i), (beside, 0)) for name in levels if name != beside for i in range(len(levels[name]))]
 
 
 def one_at_a_time(levels: Mapping[str, Sequence[Any]], names: Iterable[str]) -> Iterator[Row]:
-    """Yield rows in which one of the named factors is not at its first level, and every other factor is."""
+    """Yield rows in which one of the named factors has another level than its first.
+
+    All other factors have their first level.
+    """
     for name in names:
         yield from (dict.fromkeys(levels, 0) | {name: level} for level in range(1, len(levels[name])))
 
@@ -41,13 +50,15 @@ def covering(
     valid: Callable[[dict[str, Any]], bool],
     given: Iterable[Row] = (),
 ) -> list[Row]:
-    """Return rows that contain the wanted pairs of levels, as far as valid rows contain these pairs.
+    """Return rows that contain the wanted pairs of levels. A pair is left out if no valid row is found for it.
 
-    The result is deterministic. Each row begins with a pair that is still missing. For every other factor, the row takes
-    the level that adds most missing pairs. If this row is not valid, it begins as another valid row with the pair: the
-    plainest, an earlier or a random row, with the levels of the pair. Every other factor then takes the level that adds
-    most missing pairs and leaves the row valid. valid: returns whether the values of a row can be tried. given: rows
-    that exist already, so that the result need not contain their pairs.
+    valid: returns whether the values of a row can be tried. given: rows that exist already. The result need not contain
+    their pairs.
+
+    The result is deterministic. Each row begins with a pair that is still missing. For every other factor, the row
+    takes the level that adds most missing pairs. If this row is not valid, another row is made for the pair. It begins
+    as a valid row: the row of all first levels, an earlier row or a random row, in each case with the levels of the
+    pair put in. Then every other factor takes the level that adds most missing pairs and leaves the row valid.
     """
 
     def fits(row: Row) -> bool:
@@ -83,8 +94,10 @@ def _filled(
     start: Row,
     fits: Callable[[Row], bool],
 ) -> Row:
-    """Return a row with `pair`. Every other factor in turn takes the level that adds most missing pairs, among the levels
-    for which the row fits; factors whose turn comes later then have the levels of `start`.
+    """Return a row that contains `pair` and many of the missing pairs.
+
+    The other factors get their levels in turn. Each gets the level that adds most missing pairs, among the levels that
+    `fits` accepts. For this test, factors without a level have their level of `start`.
     """
     row = dict(pair)
     for name in levels:
@@ -109,5 +122,5 @@ def _key(levels: Mapping[str, Sequence[Any]], one: tuple[str, int], other: tuple
 
 
 def values(row: Row, levels: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """Map the names of factors to the levels in a row."""
+    """Return the level of each factor in a row, by the factor's name."""
     return {name: levels[name][row[name]] for name in levels}

@@ -17,10 +17,11 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from harness.methods.spec import FieldInfo
 
 ELEMENTS = 80_000
-"""Largest number of elements of a drawn tensor: more than the 65,536 at which some kernels begin another block, and few
-enough for a tenth of a second per case."""
+"""Largest number of elements of a drawn tensor. It exceeds 65,536, where some kernels begin another block. It is small
+enough that a case takes a tenth of a second."""
 LARGEST_SIZE = 160
-"""Largest drawn rank or block, if its setting has no smaller maximum: larger than the kernels' tiles of 128."""
+"""Largest rank or block that is drawn, unless the setting has a smaller maximum. It exceeds 128, the size of the
+kernels' tiles."""
 LENGTHS = tuple(range(1, 13))
 """Possible lengths of drawn lists, such as lists of sequences or of adapters."""
 _KEY = 2**31
@@ -29,22 +30,22 @@ _KEY = 2**31
 
 @dataclass(frozen=True)
 class Factor:
-    """A setting of a case."""
+    """A setting of a case, with the values that cases try."""
 
     levels: tuple[Any, ...]
     """Representative values, the plainest first. The fixed sample covers every pair of levels of two factors."""
     least: float | None = None
-    """Smallest drawn number; None if only levels are drawn."""
+    """Smallest number that is drawn at random. None if only levels are drawn."""
     most: float | None = None
-    """Largest drawn number, or largest number of elements of drawn sizes."""
+    """Largest number that is drawn at random. If sizes of a tensor are drawn, the largest number of elements."""
     dimensions: tuple[int, ...] = ()
-    """Possible lengths of a drawn list; empty for a setting that is no list. If `least` is None, the items are the
-    sizes of a tensor with at most ELEMENTS elements; otherwise they are numbers within the bounds."""
+    """Possible lengths of a drawn list. Empty if the setting is not a list. If `least` is None, the list holds the
+    sizes of a tensor. Otherwise it holds numbers from `least` to `most`."""
     optional: bool = False
-    """True if an implementation may support the first level only."""
+    """True if an implementation need not support any level except the first."""
 
     def within(self, least: float | None, most: float | None) -> Factor:
-        """Return the factor with narrower bounds; a level outside them is replaced by the nearest bound."""
+        """Return the factor with narrower bounds. A level outside the bounds is replaced by the nearest bound."""
         low = self.least if least is None else least
         high = self.most if most is None else most
         levels = dict.fromkeys(type(v)(min(max(v, low or 0), math.inf if high is None else high)) for v in self.levels)
@@ -74,7 +75,7 @@ Rows = Annotated[Sequence[int], Factor(((17,), (1,), (), (0,), (2, 3, 4), (515,)
 
 
 def of_field(field: FieldInfo) -> Factor | None:
-    """Return the factor of a field of a Config, or None for a list of layers."""
+    """Return the factor for a field of a Config. If the field is a list of layers, return None."""
     if field.is_list:
         return None
     if field.type == "bool":
@@ -105,13 +106,13 @@ def _of_whole_number(field: FieldInfo) -> Factor:
 
 
 def of_config(fields: Mapping[str, FieldInfo]) -> dict[str, Factor]:
-    """Map the fields of a Config to their factors."""
+    """Return the factors for the fields of a Config, by name. Lists of layers are left out."""
     found = {name: of_field(field) for name, field in fields.items()}
     return {name: factor for name, factor in found.items() if factor is not None}
 
 
 def of_signature(function: Callable[..., object]) -> dict[str, Factor]:
-    """Map the keyword-only parameters of a function to their factors, in order.
+    """Return the factors for the keyword-only parameters of a function, by name and in order.
 
     Raises TypeError for a parameter whose annotation has no Factor and is neither a bool nor a Literal.
     """

@@ -29,22 +29,26 @@ from harness.methods.spec import FieldInfo, methods
 
 AnyCase = MethodCase | OperationCase
 _SIDES = Factor(((24, 40), (32, 32), (12, 1030), (520, 16), (260, 270)), dimensions=(2,))
-"""Input and output features of the first adapted layer."""
+"""Numbers of input features and output features of the first adapted layer."""
 _LEAST_SIDE = 8
 _TOKENS = Factor((9, 1, 515), least=1, most=600)
 _MAGNITUDES = Factor(get_args(Magnitude))
 _SIZES = ("sides", "tokens", "model", "magnitude")
-"""Factors of a layer's size and input. An implementation must support every level of them."""
+"""Names of the factors that set a layer's size and input. An implementation must support every level of these
+factors."""
 
 
 def fixed(plan: ParitySuite, wanted: CaseSelection, dtypes: Collection[str]) -> Iterator[AnyCase]:
-    """Yield the suite's examples and, with `wanted.is_wide`, a sample in two parts that covers pairs of levels.
+    """Yield the examples of the parity suite. If `wanted.is_wide`, also yield a sample that covers pairs of levels.
 
-    An optional factor is one that an implementation may lack, such as an option of the Method or another kind of layer.
-    In the first part, optional factors are at their plainest level, and every pair of levels of two other factors
-    occurs. In the second part, every other level of an optional factor occurs; with `wanted.full`, so does every pair
-    of settings, kinds of layers and dtypes. Finally every such level occurs alone, because an implementation that lacks one
-    option would otherwise miss the others that share a case with it.
+    A factor is a setting of a case, and its levels are the values to try. A factor is optional if an implementation may
+    lack it, such as an option of the Method or another kind of layer.
+
+    The sample has three parts. In the first part, optional factors have their plainest level, and every pair of levels
+    of two other factors occurs. In the second part, every other level of each optional factor occurs. With
+    `wanted.full`, every pair of settings, kinds of layers and dtypes occurs, too. In the third part, each of these
+    levels occurs without another option. Otherwise an implementation that lacks one option would miss the options that
+    share its cases.
     """
     # 16 bits first, so that what a first call caches in its dtype shows in the wider ones.
     examples: list[AnyCase] = [*plan.cases(wanted, dtypes)]
@@ -77,7 +81,7 @@ def random(plan: ParitySuite, dtypes: Collection[str]) -> st.SearchStrategy[AnyC
 
 
 def case_of(plan: ParitySuite, chosen: Mapping[str, Any]) -> AnyCase:
-    """Return the case with these values of its factors. Settings at a Config's default are left out."""
+    """Return the case in which the factors have these values. A setting equal to the Config's default is left out."""
     if isinstance(plan, OperationSuite):
         settings = {
             n: list(v) if isinstance(v, tuple) else v for n, v in chosen.items() if n not in ("dtype", "magnitude")
@@ -91,7 +95,7 @@ def case_of(plan: ParitySuite, chosen: Mapping[str, Any]) -> AnyCase:
 
 
 def factors(plan: ParitySuite, dtypes: Collection[str]) -> dict[str, Factor]:
-    """Map the names of all factors of a suite's cases to the factors."""
+    """Return all factors of a suite's cases, by name."""
     there = sorted((dtype for dtype in plan.dtypes if dtype in dtypes), key=lambda dtype: dtype != "float32")
     if isinstance(plan, OperationSuite):
         operation = operations.every()[plan.operation]

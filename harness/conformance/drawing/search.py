@@ -21,7 +21,7 @@ from harness.conformance.parity_suite import ParitySuite
 
 
 def cases(plan: ParitySuite, dtypes: Sequence[str], number: int, first_seed: int) -> list[AnyCase]:
-    """Return `number` random cases, or fewer if the suite has fewer. first_seed: decides the cases."""
+    """Return `number` random cases. If the suite has fewer, return fewer. first_seed: the seed of the cases."""
     drawn: list[AnyCase] = []
 
     @seed(first_seed)
@@ -49,11 +49,12 @@ def search(
     report: Callable[[CheckOutcome], object],
     name: str,
 ) -> None:
-    """Try `wanted.drawn` random cases, and shrink each failure to its smallest case.
+    """Try `wanted.drawn` random cases, and shrink each failure to the smallest case that still fails.
 
-    Reports the outcomes of all cases before the first failure, of the first case in which a check fails, and of the smallest
-    such case. `wanted.seed` decides the cases. Earlier failures, stored in the cache under `name`, are tried first. A
-    failure that a known defect explains is not shrunk, and the search goes on.
+    Call `report` with the outcomes of each case until a check fails. For each check that fails, call `report` with the
+    outcomes of the first failing case and of the smallest failing case. `wanted.seed` decides the random cases.
+    Failures of earlier searches are stored in the cache under `name`, and are tried first. A failure that a known
+    defect explains is not shrunk, and the search goes on.
     """
     smallest: dict[str, list[CheckOutcome]] = {}
     reported: set[tuple[str, str]] = set()
@@ -100,7 +101,10 @@ def search(
 
 @cache
 def _failure_of(check: str) -> type[AssertionError]:
-    """Return the exception type for failures of a check: Hypothesis treats failures of one type as the same failure."""
+    """Return the exception type for failures of a check.
+
+    Each check needs its own type, because Hypothesis takes failures of one type for the same failure.
+    """
     return type(f"{check}Failed", (AssertionError,), {})
 
 

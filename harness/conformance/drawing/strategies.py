@@ -13,7 +13,10 @@ LARGEST_SIDE = 4096
 
 
 def of_factor(factor: Factor) -> st.SearchStrategy[Any]:
-    """Return a strategy for the values of one factor. Half of them are levels; failures shrink to the first level."""
+    """Return a Hypothesis strategy for the values of one factor.
+
+    Half of the drawn values are levels of the factor. A failure shrinks to the first level.
+    """
     levels = st.sampled_from(factor.levels)
     drawn: st.SearchStrategy[Any]
     if factor.dimensions and factor.least is not None and factor.most is not None:
@@ -38,7 +41,7 @@ def case_values(factors: dict[str, Factor]) -> st.SearchStrategy[dict[str, Any]]
 
 @st.composite
 def sizes(draw: st.DrawFn, dimensions: int, elements: int) -> tuple[int, ...]:
-    """Draw the sides of a tensor of at most `elements` elements. Small sides are as likely as large ones."""
+    """Draw the sizes of a tensor with at most `elements` elements. Small sizes are as likely as large ones."""
     sides: list[int] = []
     left = elements
     for _ in range(dimensions):
@@ -48,7 +51,7 @@ def sizes(draw: st.DrawFn, dimensions: int, elements: int) -> tuple[int, ...]:
 
 
 def _whole(least: int, most: int) -> st.SearchStrategy[int]:
-    """Return a strategy for whole numbers in which every power of two is as likely as any other."""
+    """Return a Hypothesis strategy for whole numbers. Each range from a power of two to the next is equally likely."""
     low = max(1, least)
     exponents = st.integers(0, max(0, math.floor(math.log2(most / low))) if most > low else 0)
     return exponents.flatmap(lambda e: st.integers(low << e, min(most, (low << (e + 1)) - 1)))

@@ -1,4 +1,7 @@
-"""Acceptance of cases by the reference: some settings contradict each other, or do not fit a kind of layer."""
+"""Find out which cases the reference accepts.
+
+Some settings contradict each other, and some do not fit a kind of layer.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,16 @@ from harness.conformance.subject import attach_reference, configure
 from harness.methods.spec import methods
 
 _LARGEST_DEEP = 4096
-"""Largest number of elements of a weight in a model with many targets, where a check does its work once per target."""
+"""Largest number of elements in a weight of a `deep` model. Such a model has many targets, and a check does its work
+once for each of them."""
 
 
 def is_accepted(plan: ParitySuite, case: MethodCase | OperationCase) -> bool:
-    """Return whether the reference can be attached with the settings of a case; True for every case of an Operation."""
+    """Return whether a case can be tried with the reference.
+
+    For a Method, the parity model must exist in this form, and the reference must accept the settings. Every case of an
+    Operation can be tried.
+    """
     if not isinstance(case, MethodCase) or not isinstance(plan, MethodSuite):
         return True
     if not is_built(case.kind, case.model):

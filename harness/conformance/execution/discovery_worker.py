@@ -1,8 +1,9 @@
-"""Worker that loads plug-ins and reports what they offer.
+"""Worker process that loads plug-ins and reports what they offer.
 
-`python -m harness.conformance.execution.discovery_worker FD LINE TASK`, where TASK is `{"points": [...]}`, the names of
-entry points. It writes the events of `worker_protocol` to the file descriptor FD. The output of a plug-in to stdout goes to
-stderr. No torch, unless a plug-in imports it.
+The command is `python -m harness.conformance.execution.discovery_worker FD LINE TASK`. TASK is `{"points": [...]}` with
+the names of entry points. The worker writes the events of `worker_protocol` to the file descriptor FD. The worker dies
+when the other end of the pipe LINE closes. If a plug-in prints to stdout, the output goes to stderr. The worker imports
+torch only if a plug-in does.
 """
 
 from __future__ import annotations

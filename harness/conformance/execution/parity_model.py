@@ -1,4 +1,4 @@
-"""Small model of the parity suites, with layers to adapt and layers that must not be adapted."""
+"""Small model on which parity suites run. It has layers to adapt and layers that must not be adapted."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from harness.conformance.comparison.observations import inference
 from harness.conformance.parity_suite import CaseShape, Kind, ModelForm
 
 _PAIRS = 4
-"""Number of pairs of targets that a `deep` model has in addition to `first` and `second`."""
+"""A `deep` model has this number of pairs of targets in addition to `first` and `second`."""
 _GEOMETRIES: dict[str, dict[str, Any]] = {
     "conv2d": {"padding": 1},
     "conv2d-dilated": {"padding": 2, "dilation": 2},
     "conv2d-reflect": {"padding": 1, "padding_mode": "reflect"},
 }
-"""Kind -> options of both adapted convolutions, without the kernel size."""
+"""Kind of layer -> options of the two adapted convolutions, except the kernel size."""
 
 
 class ParityModel(nn.Module):
-    """A model of three layers: `first` (D to E, with bias), `other` (E to E, never adapted) and `second` (E to D).
+    """A model of three layers: `first` (D to E features), `other` (E to E) and `second` (E to D).
 
-    `second` has no bias if its kind allows that. The form `wide` adds a layer `wide` (D + E to D + E, never adapted),
-    which is larger than every target in both dimensions. The form `deep` adds the targets `more.0` to `more.7`. Weights
-    are normal with standard deviation 1/sqrt(in), drawn in float64.
+    `first` and `second` are the targets, which a Method adapts. `other` is never adapted. `second` has no bias if its
+    kind of layer allows that. The form `wide` adds the layer `wide` (D + E to D + E features), which is never adapted,
+    and which is larger than every target in both dimensions. The form `deep` adds the targets `more.0` to `more.7`.
+    Weights are normal with standard deviation 1/sqrt(inputs), drawn in float64.
     """
 
     def __init__(self, kind: Kind, shape: CaseShape, dtype: torch.dtype, seed: int, form: ModelForm = "plain") -> None:
@@ -66,7 +67,10 @@ def is_built(kind: Kind, form: ModelForm) -> bool:
 
 
 def _layers(kind: Kind, D: int, E: int, *, swapped: bool = False) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Return the layers there, in between and back. swapped: the linear layer back has the bias, and not the one there."""
+    """Return three layers: from D to E features, from E to E features, and from E back to D features.
+
+    swapped: of the linear layers, the third has a bias and the first has none. By default it is the other way round.
+    """
     if kind == "linear":
         return nn.Linear(D, E, bias=not swapped), nn.Linear(E, E), nn.Linear(E, D, bias=swapped)
     if kind == "embedding":
@@ -81,7 +85,7 @@ def _layers(kind: Kind, D: int, E: int, *, swapped: bool = False) -> tuple[nn.Mo
 
 
 def _channels(features: int) -> int:
-    """Return the number of channels that replaces `features`: a 3 x 3 kernel then reads about `features` numbers."""
+    """Return the number of channels with which a 3 x 3 kernel reads about `features` numbers."""
     return max(2, features // 9)
 
 
@@ -93,7 +97,11 @@ def _input(kind: Kind, D: int, generator: torch.Generator, dtype: torch.dtype) -
 
 
 def whole(model: nn.Module) -> tuple[Callable[[], Tensor], Callable[[nn.Module], Tensor]]:
-    """Return two functions: the first runs `model` in eval mode, the second runs a given model, differentiably."""
+    """Return two functions that run a model and return its output.
+
+    The first function runs `model` in eval mode, without gradients. The second runs the model that it is given, so that
+    gradients can be computed.
+    """
 
     def forward(some: nn.Module) -> Tensor:
         weight = some.get_parameter("other.weight")

@@ -1,4 +1,4 @@
-"""Run of a parity suite: tries every check in every case of an implementation, in this process."""
+"""Run a parity suite in this process: try every check in every case of an implementation."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from harness.records.check import CheckId, CheckResult, Outcome
 
 SEED = 20
 WALKS = 8
-"""Number of random walks in a case."""
+"""Number of random walks (sequences of calls) in a case."""
 CPU = torch.device("cpu")
 _T = TypeVar("_T")
 
@@ -49,7 +49,7 @@ _T = TypeVar("_T")
 def run(
     implementation: Implementation, *, breadth: CaseSelection = FEW, dtypes: tuple[str, ...] = ()
 ) -> list[CheckOutcome]:
-    """Return the outcome of every check of every case, as `stream` reports them."""
+    """Run every check in every case, and return the outcomes. See `stream`."""
     outcomes: list[CheckOutcome] = []
     stream(implementation, outcomes.append, breadth=breadth, dtypes=dtypes)
     return outcomes
@@ -63,11 +63,11 @@ def stream(
     dtypes: tuple[str, ...] = (),
     begin: Callable[[str], None] | None = None,
 ) -> None:
-    """Report the outcome of every check of every case as soon as it is known.
+    """Run every check in every case, and report each outcome as soon as it is known.
 
-    dtypes: restricts the cases to these dtypes, if any are given. begin: called with the name of each case at its
-    start. An exception in a check or in the implementation is a failure of that check or of `attach`; a
-    harness.Unsupported from the implementation means that it does not offer the case.
+    dtypes: the dtypes to try. If empty, all dtypes of the implementation are tried. begin: called with the name of each
+    case before it starts. An exception during a check is a failure of this check, and an exception during attaching is
+    a failure of `attach`. If the implementation raises harness.Unsupported, it does not offer the case.
     """
     wanted = [dtype for dtype in implementation.dtypes if dtype in (dtypes or implementation.dtypes)]
     plan = parity_suite.load_plan(implementation.target)
@@ -95,10 +95,10 @@ def run_case(
     wide: bool = False,
     seed: int = 0,
 ) -> Iterator[CheckOutcome]:
-    """Yield the outcome of every check of one case.
+    """Run every check in one case, and yield the outcomes.
 
-    device: device of a Method's case; an Operation's case runs on the CPU. wide: try also the checks that only a wide
-    selection tries. seed: decides, with the case, the random walks.
+    device: device of a Method's case. An Operation's case runs on the CPU. wide: also try the checks that only a wide
+    selection tries. seed: decides the random walks, together with the case.
     """
     runner = CaseRunner(implementation, str(of), of.dtype)
     every = {name: checks.every()[name] for name in plan.checks}
@@ -111,11 +111,14 @@ def run_case(
 
 @dataclasses.dataclass(frozen=True)
 class CaseRunner:
-    """Runs the checks of one case of an implementation; an exception in a check is a finding about the implementation."""
+    """Runs the checks of one case of an implementation.
+
+    An exception in a check is a finding about the implementation.
+    """
 
     implementation: Implementation
     case: str
-    """The case's name."""
+    """Name of the case."""
     dtype: str
 
     def check(self, name: str, subject: Subject | OperationSubject, case: Case) -> CheckOutcome:
@@ -130,7 +133,7 @@ class CaseRunner:
         return found if isinstance(found, CheckOutcome) else self._outcome(found)
 
     def attempt(self, check: CheckId, act: Callable[[], _T]) -> _T | CheckOutcome:
-        """Return the result of `act`; if `act` raises an exception, return it as an outcome of `check`."""
+        """Call `act` and return its result. If `act` raises an exception, return an outcome of `check` instead."""
         try:
             return act()
         except Unsupported as error:
@@ -151,7 +154,10 @@ class CaseRunner:
 def _run_method(
     runner: CaseRunner, plan: MethodSuite, of: MethodCase, device: torch.device, tried: Sequence[str], seed: int
 ) -> Iterator[CheckOutcome]:
-    """Run a case of a Method or of a quantised base; each check runs in the states that it declares."""
+    """Run the checks in a case of a Method or of a quantised base, and yield the outcomes.
+
+    Each check runs in the states that it declares.
+    """
     attaching = CheckId(plan.method, "attach", of.dtype, "init")
     with process_settings.restored() as disturbed:  # the imports of the first attaching may disturb settings too
         made = runner.attempt(attaching, lambda: attach(runner.implementation, plan, of, device, seed))
@@ -184,7 +190,7 @@ def _run_operation(
 
 
 def call(implementation: Implementation, plan: OperationSuite, of: OperationCase) -> tuple[OperationSubject, Case]:
-    """Draw the arguments of a case of an Operation; return the subject with them, and the case."""
+    """Draw the arguments for an Operation's case. Return the subject with these arguments, and the Case."""
     operation = operations.every()[plan.operation]
 
     def draw(seed: int) -> Arguments:
@@ -204,9 +210,9 @@ def attach(
     device: torch.device = CPU,
     seed: int = 0,
 ) -> tuple[Subject, Case]:
-    """Attach an implementation to a fresh parity model on `device`; return the subject and its case in state `init`.
+    """Attach an implementation to a fresh parity model on `device`. Return the subject and its Case in state `init`.
 
-    seed: decides, with the case, the random walks.
+    seed: decides the random walks, together with the case.
     """
     method = plan.method
 

@@ -1,8 +1,8 @@
-"""Worker of `check`: runs the parity suites of one entry point's implementations.
+"""Worker process of `check`: runs the parity suites of one entry point's implementations.
 
-`python -m harness.conformance.execution.worker FD LINE TASK`, where TASK is a WorkerTask as JSON. It writes the events of
-`worker_protocol` to the file descriptor FD. The output of a plug-in to stdout goes to stderr. The worker dies when the other
-end of the pipe LINE closes.
+The command is `python -m harness.conformance.execution.worker FD LINE TASK`. TASK is a WorkerTask as JSON. The worker
+writes the events of `worker_protocol` to the file descriptor FD. The worker dies when the other end of the pipe LINE
+closes. If a plug-in prints to stdout, the output goes to stderr.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ def main(fd: int, line: int, task: WorkerTask) -> None:
 def _run(
     target: Target, implementation: Implementation, task: WorkerTask, before: dict[str, object], emit: Emit
 ) -> None:
-    """Report the outcome of every check. An exception outside a check counts as a failure and ends only this target.
+    """Run the parity suite of one target, and report the outcome of every check.
 
-    before: snapshot of the process-wide settings.
+    An exception outside a check is reported as a failure, and ends only this target. before: process-wide settings
+    before the entry point was imported.
     """
     current = "start-up"
 

@@ -1,4 +1,7 @@
-"""Worker processes of `check`, so that a crash or a hang of an implementation is a finding about it. No torch."""
+"""Run checks in worker processes. No torch.
+
+A crash or a hang of an implementation thus becomes a finding about this implementation.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ class CheckFindings:
 
     tried: list[CheckOutcome] = field(default_factory=list)
     missing: dict[Target, str] = field(default_factory=dict)
-    """Target -> reason why it cannot run here: a module is not installed."""
+    """Target -> reason why the target cannot run here. The reason names a module that is not installed."""
     cut_short: list[Target] = field(default_factory=list)
     """Targets whose process died before their last check."""
     left: list[Target] = field(default_factory=list)
@@ -45,15 +48,15 @@ class CheckFindings:
 
     @property
     def not_tried(self) -> set[Target]:
-        """The targets that could not run here, or had not ended when the run was interrupted."""
+        """The targets that were not fully tried: those that cannot run here, were cut short or were left."""
         return {*self.missing, *self.cut_short, *self.left}
 
 
 def discover(patience: float = PATIENCE) -> Registry:
-    """Return the Registry of the installed distributions; the functions of its Implementations cannot be called.
+    """Return the Registry of the installed distributions. The functions of its Implementations cannot be called.
 
-    Another process imports the entry points, because a plug-in may hang or crash on import. Raises HarnessError if that
-    process dies before its first import.
+    Another process imports the entry points, because a plug-in may hang or crash on import. Raises HarnessError if this
+    process dies before it begins to import an entry point.
     """
     pool, points = WorkerPool(), list(entry_points_by_name())
     broken: dict[str, str] = {}
@@ -90,7 +93,10 @@ class _Run:
     patience: float
 
     def task(self, task: WorkerTask, findings: CheckFindings) -> None:
-        """Run the targets of a task. After a crash or a hang, a new process runs the targets that had not begun."""
+        """Run the targets of a task, and add what is found to `findings`.
+
+        After a crash or a hang, a new process runs the targets that had not begun.
+        """
         remaining = list(task.targets)
         while remaining and not self.pool.stopped:
             remaining = self._run_in_one_process(task, remaining, findings)
@@ -133,9 +139,9 @@ def run(
 ) -> tuple[list[CheckFindings], bool]:
     """Run all tasks in at most `jobs` processes at a time.
 
-    Return the findings of the tasks, in order, and whether Ctrl-C interrupted the run.
+    Return the findings of each task, in the order of the tasks, and whether Ctrl-C interrupted the run.
 
-    progress: called with a line when a target begins and when it ends. patience: see PATIENCE.
+    progress: called with a line of text when a target begins and when it ends. patience: see PATIENCE.
     """
     workers = _Run(WorkerPool(), progress, patience)
     findings = [CheckFindings(left=list(task.targets)) for task in tasks]

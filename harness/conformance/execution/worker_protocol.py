@@ -1,6 +1,6 @@
-"""Messages between `check` and its workers: the task of a worker, and the events that it reports. No torch.
+"""Messages between `check` and its workers: the task of a worker, and the events that a worker reports. No torch.
 
-An event is one JSON object on the worker's pipe; its keys identify it.
+An event is one JSON object on the worker's pipe. Its keys tell which event it is.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from harness.process.worker_pool import WorkerPool
 from harness.records.base_model import FrozenModel
 
 Target = tuple[str, TargetKind, str]
-"""Name of an implementation, and kind and name of its target."""
+"""(name of an implementation, kind of its target, name of its target)"""
 
 
 class WorkerTask(FrozenModel):
-    """The targets of one entry point. One process runs them, so that it imports the entry point only once."""
+    """Targets that one process runs. All belong to one entry point, which the process imports only once."""
 
     point: str
     targets: list[Target]
     breadth: CaseSelection = FEW
     dtypes: tuple[str, ...] = ()
-    """The dtypes to try; all if empty."""
+    """The dtypes to try. Empty for all dtypes."""
 
 
 class PointBegun(FrozenModel):
@@ -38,7 +38,7 @@ class PointBegun(FrozenModel):
 
 
 class Offered(FrozenModel):
-    """All entry points are imported."""
+    """All entry points are imported. The event lists what they offer."""
 
     offered: list[dict[str, Any]]
     """Fields of the Implementations, without their functions."""
@@ -47,13 +47,13 @@ class Offered(FrozenModel):
 
 
 class TargetBegun(FrozenModel):
-    """The run of one implementation of a target begins."""
+    """The checks of a target, for one implementation, begin."""
 
     begin: Target
 
 
 class TargetEnded(FrozenModel):
-    """The run of one implementation of a target has ended."""
+    """The checks of a target, for one implementation, have ended."""
 
     end: Target
 
@@ -65,10 +65,10 @@ class CaseBegun(FrozenModel):
 
 
 class ModuleMissing(FrozenModel):
-    """The implementation cannot run here."""
+    """The implementation cannot run here, because a module is not installed."""
 
     missing: str
-    """The reason: a module that is not installed."""
+    """Text that names the missing module."""
 
 
 class CheckEnded(FrozenModel):
@@ -97,13 +97,13 @@ def send(emit: Emit, event: FrozenModel) -> None:
 
 
 def discovery_events(pool: WorkerPool, points: list[str], patience: float) -> Iterator[DiscoveryEvent]:
-    """Import the entry points in a worker and yield its events."""
+    """Import the entry points in a worker, and yield the events that the worker reports."""
     module = "harness.conformance.execution.discovery_worker"
     yield from _parsed(pool.events(module, {"points": points}, patience), _DISCOVERY)
 
 
 def worker_events(pool: WorkerPool, task: WorkerTask, patience: float) -> Iterator[WorkerEvent]:
-    """Run a task in a worker and yield its events."""
+    """Run a task in a worker, and yield the events that the worker reports."""
     module = "harness.conformance.execution.worker"
     yield from _parsed(pool.events(module, task.model_dump(mode="json"), patience), _WORKER)
 

@@ -43,7 +43,7 @@ class FaultCase:
     layer: parity_suite.Kind = "linear"
     tokens: int = 9
     inputs: int = 40
-    """Input features of the first layer of the ParityModel; its second layer maps back."""
+    """Number of input features of the parity model's first layer. The second layer has as many output features."""
     outputs: int = 24
     magnitude: parity_suite.Magnitude = "normal"
 
@@ -70,7 +70,7 @@ class Fault:
     name: str
     target: str
     spoil: Spoil
-    """Makes the mistake in a copy of the target's source."""
+    """Function that makes the mistake in a copy of the target's source."""
     expected: tuple[str, ...]
     """Checks that must catch the fault."""
     case: FaultCase
@@ -88,7 +88,7 @@ class MethodsFault:
     values: Mapping[str, Any]
 
     def planted(self, cases: Mapping[str, FaultCase]) -> Iterator[Fault]:
-        """Yield the fault for each Method. cases: Method -> the case in which to plant it."""
+        """Yield the fault for each Method to which it applies. cases: Method -> case in which the fault shows."""
         for method, case in cases.items():
             checks = parity_suite.load_plan(method).checks
             applies = not self.only or method in self.only
@@ -100,10 +100,10 @@ class MethodsFault:
 
 
 def line_fault(target: str, name: str, expected: Collection[str], *lines: str, file: str = "", **case: Any) -> Fault:
-    """Return the fault of `target` that replaces code lines.
+    """Return a fault of `target` that replaces lines of code.
 
-    lines: pairs of the right code and the wrong code that replaces it. file: see `PatchedCopy.replace_line`. case: fields of
-    the FaultCase that differ from the default.
+    lines: the right code, then the wrong code that replaces it; more such pairs may follow. file: see
+    `PatchedCopy.replace_line`. case: fields of the FaultCase that differ from the default.
     """
 
     def spoil(copy: PatchedCopy) -> None:
@@ -130,9 +130,9 @@ def planted_in_methods(
 ) -> Callable[[Spoil], MethodsFault]:
     """Return a decorator that makes a function a fault of every Method whose parity suite has the expected checks.
 
-    only: restricts the fault to these Methods, if any are given. adds_layers: restricts it to Methods that wrap the
-    base's layers in their own (True) or do not (False). values: values of the Method's config in addition to those of
-    its CASE.
+    only: Methods to which the fault is restricted. If empty, there is no restriction. adds_layers: True restricts the
+    fault to Methods that wrap the base's layers in their own, False to the other Methods. values: values of the
+    Method's config, added to those of the Method's CASE.
     """
 
     def wrap(spoil: Spoil) -> MethodsFault:

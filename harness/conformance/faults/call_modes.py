@@ -138,7 +138,7 @@ def has_no_second_derivative(copy: PatchedCopy) -> None:
 
 
 class _Forgetful(nn.Module):
-    """A mixin for layers whose copies forget their scaling."""
+    """A mixin for layers. A deep copy of such a layer forgets its scaling."""
 
     scaling: float
 
@@ -176,7 +176,7 @@ def loses_the_scaling_in_another_dtype(copy: PatchedCopy) -> None:
 
 @planted_in_methods("walk", only=["lora", "adalora"])
 def merges_into_the_base_and_stays_there(copy: PatchedCopy) -> None:
-    """Merge in place and forget to subtract when unmerging."""
+    """Merge into the base weight, but do not subtract the update when unmerging."""
 
     def change(adapted: Any) -> None:
         unmerge = adapted.unmerge
@@ -219,7 +219,7 @@ def resumes_without_its_projectors(copy: PatchedCopy) -> None:
 
 @planted_in_methods("walk", only=["lora", "dora", "adalora"])
 def keeps_the_weight_of_its_first_model(copy: PatchedCopy) -> None:
-    """Cache A by its shape and dtype, over all models of the process."""
+    """Cache A by its shape and dtype. All models of the process share the cache, so a second model gets a wrong A."""
     held: dict[Any, Tensor] = {}
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:

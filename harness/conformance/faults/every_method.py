@@ -1,4 +1,4 @@
-"""Faults of every Method whose parity suite has the check that must catch them."""
+"""Faults that are planted in every Method whose parity suite has the check that must catch them."""
 
 from __future__ import annotations
 
@@ -31,14 +31,21 @@ def leaves_a_column_unwritten(copy: PatchedCopy) -> None:
 
 
 def unwritten(like: Tensor) -> Tensor:
-    """Return zeros, or NaN while torch fills fresh memory with NaN, as a buffer that is never written would have."""
+    """Return what a buffer that is never written would hold.
+
+    This is NaN while torch fills fresh memory with NaN. At other times it is zeros.
+    """
     fresh = torch.empty_like(like)
     return torch.where(fresh.isnan(), fresh, 0.0)
 
 
 @planted_in_methods("model")
 def passes_a_gradient_only_behind_another_layer(copy: PatchedCopy) -> None:
-    """Treat an input that needs no gradient as a sign of inference. In training, the first layer gets such an input."""
+    """Compute gradients only if the input needs a gradient.
+
+    This takes an input that needs no gradient as a sign of inference. But in training, the first layer gets such an
+    input.
+    """
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         with torch.set_grad_enabled(x.requires_grad):
@@ -49,7 +56,7 @@ def passes_a_gradient_only_behind_another_layer(copy: PatchedCopy) -> None:
 
 @planted_in_methods("save")
 def computes_differently_at_its_first_use(copy: PatchedCopy) -> None:
-    """Compute something else at the first call. No checkpoint contains the number of calls."""
+    """Return a wrong output at the first call. The number of calls is state that no checkpoint contains."""
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         layer.used = getattr(layer, "used", 0) + 1

@@ -1,4 +1,4 @@
-"""Faults of the adapted linear layers as Operations, and of AdaLoRA's scores."""
+"""Faults of two groups of Operations: the adapted linear layers, and the scores of AdaLoRA."""
 
 from __future__ import annotations
 

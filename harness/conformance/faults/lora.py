@@ -1,4 +1,7 @@
-"""Faults of LoRA. Some could occur in any Method with adapted layers; LoRA stands for them."""
+"""Faults of LoRA.
+
+Some of them could occur in any Method with adapted layers. They are planted only in LoRA, as an example.
+"""
 
 from __future__ import annotations
 
@@ -222,7 +225,10 @@ def forgets_to_unmerge(copy: PatchedCopy) -> None:
 
 @planted("lora", "save", values=_USUAL)
 def has_state_that_is_not_saved(copy: PatchedCopy) -> None:
-    """Leave out the update at the first call, unless B is zero. No checkpoint contains the number of calls."""
+    """Leave out the update at the first call, unless B is zero.
+
+    So the number of calls is state, which no checkpoint contains.
+    """
 
     def forward(layer: Any, x: Tensor, right: Right) -> Tensor:
         layer.calls = getattr(layer, "calls", 0) + 1

@@ -1,4 +1,4 @@
-"""Faults of a base in NF4, under the reference's LoRA."""
+"""Faults of NF4 bases. In their cases, the base carries the reference's LoRA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NF4 base that a copy of the reference quantiser packs, for faults of a base."""
+"""An NF4 base in which faults are planted. A copy of the reference's quantiser packs its weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BLOCK = 64
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer that stores its weight in 4 bits and decodes it for each product."""
+    """A linear layer that stores its weight in 4 bits, and decodes the weight in each forward pass."""
 
     def __init__(self, dense: nn.Linear, nf4: Any, double_quant: Any, dtype: torch.dtype) -> None:
         super().__init__(dense.in_features, dense.out_features, bias=dense.bias is not None, device="meta")
@@ -37,9 +37,9 @@ class PackedLinear(nn.Linear):
 def pack(
     copy: PatchedCopy, double: bool, model: nn.Module, paths: list[str], dtype: torch.dtype
 ) -> dict[str, PackedForm]:
-    """Replace the layers at `paths`, as an implementation of a base does; return their packed forms.
+    """Replace the layers at `paths` by packed layers, as an implementation of a base does. Return the packed weights.
 
-    double: quantise absmax as well.
+    double: quantise absmax, too.
     """
     double_quant = copy.module("reference.operations.double_quant") if double else None
 

@@ -1,4 +1,4 @@
-"""Private copy of a module of the reference, with changed lines."""
+"""A private copy of a module of the reference, in which code can be replaced by wrong code."""
 
 from __future__ import annotations
 
@@ -21,18 +21,23 @@ from harness.methods.spec import Adapted
 _NOT_COPIED = ("reference.shared.layers",)
 
 Right = Callable[[Tensor], Tensor]
-"""The right forward pass of a layer: x -> y."""
+"""Function x -> y: the right forward pass of a layer."""
 Forward = Callable[[Any, Tensor, Right], Tensor]
-"""A wrong forward pass: (layer, x, the right one) -> y."""
+"""Function (layer, x, right) -> y: a wrong forward pass. `right` is the right forward pass."""
 PackedForm = tuple[Tensor, Tensor, int, bool]
-"""A packed weight: bytes, absmax, size of a block, and whether absmax is quantised too; absmax is then the decoded one."""
+"""A packed weight: its bytes, its absmax, the block size, and whether absmax is quantised too. If it is quantised, the
+absmax given here is the decoded one."""
 Pack = Callable[[nn.Module, list[str]], dict[str, PackedForm]]
-"""The right packing of a base: it replaces the layers at the given paths of a model."""
+"""Function (model, paths) -> packed weights: the right packing of a base. It replaces the layers at these paths by
+packed layers."""
 _PACKAGES = ("reference", "reference.operations", "reference.shared")
 
 
 class PatchedCopy:
-    """A copy of the module `name` and of the reference's modules that this module imports. The originals do not change."""
+    """A copy of the reference's module `name`, whose code can be changed.
+
+    Modules of the reference that it imports are copied, too. The originals do not change.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -43,10 +48,10 @@ class PatchedCopy:
         self._packing: Callable[[Pack, nn.Module, list[str]], dict[str, PackedForm]] | None = None
 
     def replace_line(self, right: str, wrong: str, file: str = "") -> None:
-        """Replace the one occurrence of `right` by `wrong`.
+        """Replace the code `right`, which must occur exactly once, by the code `wrong`.
 
-        file: e.g. `nf4` for reference/operations/nf4.py; by default the module itself. Raises LookupError if the code does
-        not occur exactly once, since a fault that no longer changes the reference proves nothing.
+        file: e.g. `nf4` for reference/operations/nf4.py; by default the copied module itself. Raises LookupError if
+        `right` does not occur exactly once. A fault that no longer changes the reference would prove nothing.
         """
         name = _module(file) if file else self.name
         count = _source(name).count(right)
@@ -59,15 +64,15 @@ class PatchedCopy:
         self._sources[module] = source
 
     def change_adapted(self, change: Callable[[Any], object]) -> None:
-        """Register a change of the Adapted that `attach` returns."""
+        """Register a function that changes each Adapted before `attach` returns it."""
         self._changes.append(change)
 
     def change_layers(self, change: Callable[[Any], object]) -> None:
-        """Register a change of every adapted layer."""
+        """Register a function that changes each adapted layer before `attach` returns."""
         self.change_adapted(lambda adapted: [change(layer) for layer in adapted.layers.values()])
 
     def replace_forward(self, wrong: Forward) -> None:
-        """Register a change after which every adapted layer computes wrong(layer, x, its right forward)."""
+        """Make each adapted layer compute `wrong(layer, x, right)`, where `right` is its right forward pass."""
 
         def change(layer: Any) -> None:
             layer.forward = partial(_call_wrong, wrong, layer, layer.forward)  # unlike a closure, follows copy.deepcopy
@@ -75,22 +80,22 @@ class PatchedCopy:
         self.change_layers(change)
 
     def replace_packing(self, wrong: Callable[[Pack, nn.Module, list[str]], dict[str, PackedForm]]) -> None:
-        """Make a base pack by wrong(its right packing, model, paths)."""
+        """Make the base pack its layers by `wrong(right, model, paths)`, where `right` is its right packing."""
         self._packing = wrong
 
     def packing(self, right: Pack) -> Pack:
-        """Return the wrong packing if there is one, else `right`."""
+        """Return the wrong packing if one was registered, otherwise `right`."""
         return right if self._packing is None else partial(self._packing, right)
 
     def attach(self, model: nn.Module, config: Any, generator: torch.Generator) -> Adapted:
-        """Attach as the copy does, make the registered changes, and return the Adapted."""
+        """Attach by the copied module, apply the registered changes, and return the Adapted."""
         adapted: Adapted = self.module().attach(model, config, generator)
         for change in self._changes:
             change(adapted)
         return adapted
 
     def module(self, name: str = "") -> Any:
-        """Return the copy, or the copy of another module of the reference."""
+        """Return the copied module. name: if given, return a copy of this module of the reference instead."""
         name = name or self.name
         if name not in self._made:
             text = self._sources.get(name) or _source(name)
@@ -105,7 +110,7 @@ class PatchedCopy:
     def _import(
         self, name: str, scope: Any = None, local: Any = None, names: Sequence[str] | None = (), level: int = 0
     ) -> object:
-        """Import as Python does, but return copies of the reference's modules."""
+        """Do what Python's `import` does, but return copies of the reference's modules."""
         real = builtins.__import__(name, scope, local, names, level)
         if name in _PACKAGES and names:
             return SimpleNamespace(**{n: self._copied(f"{name}.{n}") for n in names})

@@ -1,8 +1,10 @@
 """Known defects of libraries, read from a file. No torch.
 
-An entry explains a failure if it names the check and the case, and the failure looks as the entry describes. Such a
-failure counts as a known defect. If the cases of an entry were tried with a version in its range, but the defect did not
-show, the run fails: the library was fixed, or the check no longer sees the defect. The same applies to each check that an
+Each entry of the file describes one defect. The entry explains a failure if it names the check and the case, and if the
+failure looks as described. Such a failure counts as a known defect.
+
+A defect must still show when its cases are tried with an affected version of the library. If it does not show, the run
+fails, because the library was fixed or the check no longer sees the defect. The same applies to each check that an
 entry names.
 """
 
@@ -32,29 +34,30 @@ class Defect(FrozenModel):
 
     id: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
     library: str
-    """Distribution that has the defect."""
+    """Name of the distribution that has the defect."""
     versions: str
     """Range of affected versions, e.g. `>=0.19`."""
     implementation: str
-    """Implementation that shows the defect here."""
+    """Name of the implementation that shows the defect."""
     target: str = ""
-    """Affected target of the implementation; empty for all its targets."""
+    """Target of the implementation that is affected. Empty if all its targets are affected."""
     checks: list[str] = Field(min_length=1)
-    """Patterns of check ids, e.g. `dora/zero_rows/*/*`."""
+    """Patterns of the ids of checks that show the defect, e.g. `dora/zero_rows/*/*`."""
     cases: list[str] = Field(default=["*"], min_length=1)
     """Patterns of the names of affected cases."""
     shows: list[str] = Field(default=[])
-    """Regular expressions, one of which must match in the tensor, worst element, policy or detail of the failure. If
-    the list is empty, every failure matches except an exception, which needs an expression that begins with `raised`.
-    """
+    """Regular expressions. One of them must match the tensor, worst element, policy or detail of the failure. If the
+    list is empty, every failed comparison matches. An exception matches only an expression that begins with
+    `raised`."""
     at_most: float | None = Field(default=None, gt=0)
-    """Largest error of the defect; None if any error matches."""
+    """Largest error that the defect explains. None if it explains an error of any size."""
     summary: str = Field(min_length=10)
     reproduction: str
     """Name of a script next to the file of defects; the script needs only this library and torch."""
     link: str = ""
     sometimes: str = ""
-    """Reason why the defect shows only by chance or on some machines. If given, only the reproduction must show it."""
+    """Reason why the defect shows only by chance or on some machines. If a reason is given, only the reproduction must
+    show the defect."""
 
     @field_validator("versions")
     @classmethod
@@ -76,7 +79,10 @@ class Defect(FrozenModel):
         return value
 
     def matches(self, tried: CheckOutcome, pattern: str = "") -> bool:
-        """Return whether the defect should show in this outcome. pattern: the one of `checks` to match; by default any."""
+        """Return whether the defect should show in this outcome.
+
+        pattern: pattern that the check id must match. By default, any pattern in `checks` will do.
+        """
         return (
             tried.implementation == self.implementation
             and self.target in ("", tried.target)
@@ -95,7 +101,7 @@ class Defect(FrozenModel):
         return small and (not self.shows or any(re.search(one, description) for one in self.shows))
 
     def applies(self) -> bool:
-        """Return whether the library is installed in a version in the range."""
+        """Return whether an affected version of the library is installed."""
         try:
             return version(self.library) in SpecifierSet(self.versions, prereleases=True)
         except PackageNotFoundError:
@@ -103,7 +109,7 @@ class Defect(FrozenModel):
 
 
 def _description(result: CheckResult) -> str:
-    """Return the text that `Defect.shows` must match: the tensor, its worst element, the policy and the detail."""
+    """Return the text that `Defect.shows` must match: tensor, worst element, policy and detail of the result."""
     return "; ".join(part for part in (result.tensor, result.worst, result.policy, result.detail) if part)
 
 
@@ -118,9 +124,9 @@ def path() -> Path:
 
 @cache
 def known() -> tuple[Defect, ...]:
-    """Read the known defects.
+    """Read and return the known defects.
 
-    Raises SuiteError with every unknown check, duplicate id and missing reproduction.
+    Raises one SuiteError that names every unknown check, duplicate id and missing reproduction.
     """
     file = path()
     document, keys = yaml_lines.load_model(file, _File)
@@ -143,10 +149,11 @@ def known() -> tuple[Defect, ...]:
 
 
 def explained(tried: Iterable[CheckOutcome], defects: Sequence[Defect]) -> tuple[list[CheckOutcome], list[str]]:
-    """Return (outcomes, complaints); each failed outcome has the id of the first defect that explains it.
+    """Return the outcomes, and complaints about known defects that did not show.
 
-    A complaint names a defect, or some of its checks, that showed in none of the cases that were tried. A defect shows in a
-    failure even if an earlier defect explains the failure as well.
+    In the returned outcomes, each failure has the id of the first known defect that explains it. A complaint names a
+    defect whose cases were tried, but which showed in none of them. If only some of the defect's checks did not show
+    it, the complaint names these checks. A defect counts as shown even if an earlier defect explains the same failure.
     """
     active = [defect for defect in defects if defect.applies()]
     marked = []

@@ -20,11 +20,11 @@ class CheckStatus(StrEnum):
 
 
 class Execution(StrEnum):
-    """End of the run of a check."""
+    """How the run of a check ended."""
 
     COMPLETED = "completed"
     UNSUPPORTED = "unsupported"
-    """The implementation does not offer the case: it raised harness.Unsupported."""
+    """The implementation raised harness.Unsupported, because it does not offer the case."""
     RAISED = "raised"
     """The implementation or the check raised another exception; `result.detail` names it."""
 
@@ -37,10 +37,10 @@ class CheckOutcome(FrozenModel):
     target: str
     dtype: str
     case: str
-    """Config and shape in words."""
+    """The case in words: config and shape."""
     result: CheckResult
     defect: str = ""
-    """Id of the known defect that explains the failure; empty if none does."""
+    """Id of the known defect that explains the failure. Empty if no known defect explains it."""
     execution: Execution = Execution.COMPLETED
 
     @classmethod
@@ -55,7 +55,7 @@ class CheckOutcome(FrozenModel):
         detail: str,
         execution: Execution = Execution.COMPLETED,
     ) -> CheckOutcome:
-        """Return a failure of the implementation as a whole, which has no dtype and no state."""
+        """Return a failure of the implementation as a whole. Its dtype and its state are written as `-`."""
         result = CheckResult(check=str(CheckId(target, check, "-", "-")), outcome=Outcome.FAIL, detail=detail)
         return cls(
             implementation=implementation, kind=kind, target=target, dtype="-", case=case, result=result, execution=execution
@@ -68,7 +68,7 @@ class CheckOutcome(FrozenModel):
 
     @property
     def status(self) -> CheckStatus:
-        """The status of the result."""
+        """The status: `pass`, `fail`, `known defect`, `unsupported` or `skipped`."""
         if self.result.outcome is Outcome.FAIL:
             return CheckStatus.KNOWN_DEFECT if self.defect else CheckStatus.FAIL
         if self.result.outcome is Outcome.PASS:
@@ -77,5 +77,5 @@ class CheckOutcome(FrozenModel):
 
     @property
     def share(self) -> float | None:
-        """The error as a share of the allowance; None if nothing was measured or allowed."""
+        """The error divided by the allowed error. None if no error was measured or allowed."""
         return self.result.share

@@ -1,4 +1,4 @@
-"""Report of one run of `check`: outcomes, skips with reasons, exit code and JSON document. No torch."""
+"""Report of one run of `check`: outcomes, skipped targets with reasons, exit code and JSON document. No torch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class CheckReport:
 
     tried: list[CheckOutcome]
     skipped: dict[str, str] = field(default_factory=dict)
-    """"implementation target" -> reason why it was not tried."""
+    """"implementation target" -> reason why the target was not tried."""
     complaints: list[str] = field(default_factory=list)
-    """Descriptions of known defects that did not show."""
+    """Messages about known defects that did not show, although they should have."""
     broken: dict[str, str] = field(default_factory=dict)
     """Entry point -> reason why it cannot be loaded."""
     defects: Sequence[Defect] = ()
@@ -37,17 +37,18 @@ class CheckReport:
         return sum(one.status is status for one in self.tried)
 
     def shown_defects(self) -> list[Defect]:
-        """List the known defects that explain a failure here."""
+        """Return the known defects that explain a failure of this run."""
         ids = {one.defect for one in self.tried}
         return [defect for defect in self.defects if defect.id in ids]
 
     @property
     def exit(self) -> Exit:
-        """The exit code, by the first rule that applies: 4 if interrupted; 1 for a failure, a broken plug-in or a known
-        defect that did not show; 4 if an implementation that was requested by name was not compared; 5 if nothing was
-        compared; 0 otherwise.
+        """The exit code of the run. The first of these rules that applies decides.
 
-        A known defect counts as compared.
+        4: the run was interrupted. 1: a check failed, a plug-in is broken, or a known defect did not show. 4: an
+        implementation that was requested by name was not compared. 5: nothing was compared. 0: otherwise.
+
+        A failure that a known defect explains counts as compared, not as failed.
         """
         if self.interrupted:
             return Exit.INFRASTRUCTURE

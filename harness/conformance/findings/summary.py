@@ -1,4 +1,4 @@
-"""Summary of outcomes: the fields of the matrix of `check`, and the description of a failure. No torch."""
+"""Summarise outcomes for the matrix that `check` prints, and describe failures. No torch."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _WORST_FIRST = (
 
 @dataclass(frozen=True)
 class MatrixField:
-    """One field of the matrix."""
+    """One field of the matrix that `check` prints: the outcomes of one implementation of a target in one dtype."""
 
     status: CheckStatus
     """The worst status in the field."""
     count: int
-    """Number of outcomes with that status."""
+    """Number of outcomes with the worst status."""
     total: int
-    """Number of outcomes that were compared; number of all outcomes if none was compared."""
+    """Number of outcomes that were compared. If none was compared, number of all outcomes."""
     share: float | None
-    """Largest error of the checks that passed, as a share of the allowance; None if nothing was measured."""
+    """Largest error of the checks that passed, divided by the allowed error. None if no error was measured."""
 
 
 def rows(tried: Iterable[CheckOutcome]) -> dict[tuple[str, str], list[CheckOutcome]]:
-    """Group outcomes by (target, implementation); the groups are sorted."""
+    """Group outcomes by (target, implementation), and return the groups in sorted order."""
     found: dict[tuple[str, str], list[CheckOutcome]] = {}
     for one in tried:
         found.setdefault((one.target, one.implementation), []).append(one)
@@ -41,7 +41,7 @@ def rows(tried: Iterable[CheckOutcome]) -> dict[tuple[str, str], list[CheckOutco
 
 
 def dtypes(tried: Iterable[CheckOutcome]) -> list[str]:
-    """List the dtypes of the outcomes, widest first; all dtypes if no outcome has one."""
+    """Return the dtypes of the outcomes, widest first. If no outcome has a dtype, return all dtypes."""
     return sort_dtypes(one.dtype for one in tried) or list(DTYPES)
 
 
@@ -52,12 +52,15 @@ def sort_dtypes(names: Iterable[str]) -> list[str]:
 
 
 def select_dtype(tried: Iterable[CheckOutcome], dtype: str) -> list[CheckOutcome]:
-    """Return the outcomes in a dtype, and the outcomes without a dtype: a crash counts in every field of its row."""
+    """Return the outcomes with this dtype, and the outcomes without a dtype.
+
+    A crash has no dtype, and counts for every dtype.
+    """
     return [one for one in tried if one.dtype in (dtype, "-")]
 
 
 def summarise(tried: Sequence[CheckOutcome]) -> MatrixField | None:
-    """Return the summary of one field; None if nothing was tried."""
+    """Return the field of the matrix that summarises these outcomes. If there are none, return None."""
     statuses = [one.status for one in tried]
     worst = next((status for status in _WORST_FIRST if status in statuses), None)
     if worst is None:
@@ -69,7 +72,10 @@ def summarise(tried: Sequence[CheckOutcome]) -> MatrixField | None:
 
 
 def format_field(field: MatrixField | None) -> str:
-    """Format a field as its status with the number of failures, or with the largest error as a share of the allowance."""
+    """Return the text of a field: its status, and a number.
+
+    For failures, this is the number of failures. For a pass, it is the largest error divided by the allowed error.
+    """
     if field is None:
         return "-"
     if field.status is CheckStatus.FAIL:
@@ -82,14 +88,14 @@ def format_field(field: MatrixField | None) -> str:
 
 
 def describe_failure(one: CheckOutcome) -> str:
-    """Describe a failure in one line: check, case, error, place."""
+    """Return one line about a failure: implementation, check id, case, error and place."""
     # The id of a check of a base names the Method on the base, not the base.
     base = f" {one.target}" if one.kind == "base" else ""
     return f"FAIL {one.implementation}{base} {one.result.check} ({one.case}): {' '.join(describe(one.result).split())}"
 
 
 def describe(result: CheckResult) -> str:
-    """Describe a result in one line: error and allowance, tensor, worst element, detail, policy."""
+    """Return one line about a result: error and allowed error, tensor, worst element, detail and policy."""
     measured = result.error is not None and result.allowed is not None
     size = f"error {result.error:.3g}, allowed {result.allowed:.3g}" if measured else ""
     place = " ".join(filter(None, [result.tensor, result.worst]))

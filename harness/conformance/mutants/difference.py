@@ -1,7 +1,8 @@
-"""Differential execution: digests of what an implementation computes in random cases, to compare a mutant with the original.
+"""Compare a mutant with the original, by digests of what both compute in random cases.
 
-A mutant that no check catches is either a hole in the checks or no mistake at all, such as another size of a buffer. If it
-computes the same bits as the original in random cases of other sizes and settings, it is probably no mistake.
+If no check catches a mutant, the checks may have a hole. Or the mutant is no mistake at all, such as another size of a
+buffer. If the mutant computes the same bits as the original in random cases of other sizes and settings, it is probably
+no mistake.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ CASES = 24
 
 
 def digests(implementation: Implementation) -> list[str]:
-    """Return one digest per random case: of all outputs, gradients, tensors and states, or of the exception."""
+    """Return one digest for each random case.
+
+    The digest covers all outputs, gradients, tensors and states. If an exception is raised, the digest covers it, too.
+    """
     plan = parity_suite.load_plan(implementation.target)
     return [digest(implementation, plan, case) for case in cases(plan, implementation.dtypes, CASES, SEED)]
 
@@ -65,7 +69,10 @@ def _observed(
 
 
 def _life(implementation: Implementation, plan: MethodSuite, of: MethodCase) -> Iterator[Mapping[str, object]]:
-    """Yield what a training program sees: of a fresh adapter, of training steps with dropout, of merging and detaching."""
+    """Yield what a training program sees of an adapter.
+
+    This covers a fresh adapter, training steps with dropout, merging, unmerging and detaching.
+    """
     subject, case = suite_run.attach(implementation, plan, of)
     if case.forward is None:
         return

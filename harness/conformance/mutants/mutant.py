@@ -1,4 +1,4 @@
-"""Mutants of a source file."""
+"""Find the changes that can be made to a source file, each of which gives a mutant."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from harness.conformance.mutants.operators import changes, only_raises
 
 _NOT_BEHAVIOUR = ("SPEC",)
-"""Module constants that describe a reference and take no part in its arithmetic."""
+"""Names of module constants that only describe a reference. The reference's arithmetic does not use them."""
 
 
 @dataclass(frozen=True)
@@ -24,27 +24,35 @@ class Mutant:
     module: str
     """Dotted name of the module."""
     function: str
-    """Qualified name of the function with the change; empty at module level."""
+    """Qualified name of the changed function. Empty if the change is not in a function."""
     kind: str
-    """Class of the mistake, as `Change.kind`."""
+    """Kind of mistake, as in `Change.kind`."""
     line: int
     start: int
     end: int
-    """The change replaces the characters from `start` to `end` of the source."""
+    """End of the changed part. The characters of the source from `start` up to `end` are replaced."""
     text: str
     probe: tuple[int, int]
-    """The expression of a compound statement, or the start of a simple statement twice: where `source` puts the probe."""
+    """Two positions in the source, between which `source` puts the probe. For a compound statement, they enclose its
+    head expression. For a simple statement, both are its start."""
 
     @property
     def name(self) -> str:
-        """An identifier that stays the same while the changed line and its surroundings do: module, function, digest."""
+        """An identifier that consists of the module, the function and a digest.
+
+        It does not change when the file changes elsewhere, because the digest covers only the change and the text just
+        before it.
+        """
         source = source_of(self.module)
         changed = f"{source[self.start - 40 : self.start]}|{source[self.start : self.end]}|{self.text}"
         digest = hashlib.sha256(changed.encode()).hexdigest()[:8]
         return f"{self.module}:{self.function or 'module'}:{digest}"
 
     def source(self, probe: str = "") -> str:
-        """Return the changed source. probe: a function to be called whenever the changed statement is about to run."""
+        """Return the changed source.
+
+        probe: name of a function. If given, the source calls this function each time before the changed statement runs.
+        """
         source = source_of(self.module)
         changed = source[: self.start] + self.text + source[self.end :]
         first, last = self.probe
@@ -56,7 +64,7 @@ class Mutant:
         return f"{changed[:first]}({probe}(), ({changed[first:last]}))[1]{changed[last:]}"
 
     def diff(self) -> str:
-        """Return the changed lines, before and after, with the file and its line number."""
+        """Return text with the changed lines before and after the change, the file and the line number."""
         before, after = source_of(self.module), self.source()
         first = before.rfind("\n", 0, self.start) + 1
         old = before[first : before.find("\n", self.end)]
@@ -67,7 +75,7 @@ class Mutant:
 
 @cache
 def source_of(module: str) -> str:
-    """Return the source of a module, which is not imported."""
+    """Return the source of a module, without importing the module."""
     spec = find_spec(module)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"{module} has no source file")
@@ -77,9 +85,9 @@ def source_of(module: str) -> str:
 def mutants(module: str) -> Iterator[Mutant]:
     """Yield every mutant of a module, in the order of its lines.
 
-    Changed are the bodies of functions and the constants of the module. Left alone are docstrings, annotations, defaults
-    of arguments, assertions, error messages and the conditions of errors: a check gives an implementation only arguments
-    that the reference accepts.
+    Changes are made in the bodies of functions and in the constants of the module. Docstrings, annotations, defaults of
+    arguments, assertions and error messages are not changed. The conditions of errors are not changed either, because a
+    check gives an implementation only arguments that the reference accepts.
     """
     source = source_of(module)
     if not source.isascii():
@@ -114,7 +122,7 @@ def _probe(statement: ast.stmt | None, span: Callable[[ast.AST], tuple[int, int]
 
 
 def _same(before: str, after: str) -> bool:
-    """Return whether both expressions have the same syntax tree."""
+    """Return whether two pieces of code have the same syntax tree."""
     try:
         return ast.dump(ast.parse(before.strip())) == ast.dump(ast.parse(after.strip()))
     except SyntaxError:  # a slice
@@ -122,11 +130,11 @@ def _same(before: str, after: str) -> bool:
 
 
 _Found = tuple[str, ast.stmt | None, ast.AST]
-"""Qualified name of the function, innermost statement in it, node."""
+"""(qualified name of the function, innermost statement around the node, node)"""
 
 
 def _nodes(tree: ast.Module) -> Iterator[_Found]:
-    """Yield the nodes that may be changed."""
+    """Yield each node that may be changed, with its function and its statement."""
     for statement in tree.body:
         if isinstance(statement, ast.Assign | ast.AnnAssign):
             target = statement.targets[0] if isinstance(statement, ast.Assign) else statement.target
@@ -152,7 +160,10 @@ def _is_type(node: ast.expr) -> bool:
 
 
 def _within(node: ast.AST, statement: ast.stmt | None) -> Iterator[tuple[ast.stmt | None, ast.AST]]:
-    """Yield a node and its descendants in the order of the source, without those that are no behaviour."""
+    """Yield a node and its descendants, each with the innermost statement around it, in the order of the source.
+
+    Leave out nodes that do not affect behaviour, such as annotations and error messages.
+    """
     if isinstance(node, ast.Raise | ast.Assert | ast.JoinedStr | ast.Import | ast.ImportFrom):
         return
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
