@@ -35,10 +35,10 @@ class LoraFactors:
 
 
 class _LoraLinears(torch.autograd.Function):
-    """Stacks the scaled A of all layers to As (ranks, D). Then S = x As^T, dx += dS As and dAs = dS^T x need one
-    product each.
+    """Stacks the scaled A of all layers to As (ranks, D).
 
-    As includes the scaling, so that no tensor with a row per token is scaled. The Function saves x and S (T, ranks).
+    S = x As^T, dx += dS As and dAs = dS^T x are then one product each. As includes the scaling, so that no tensor with
+    a row per token is scaled. The Function saves x and S (T, ranks).
     """
 
     @staticmethod

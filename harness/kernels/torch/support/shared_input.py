@@ -53,8 +53,7 @@ class SharedInputLayer(nn.Module):
 
 
 class InputGroup:
-    """Layers with the same input. A call of one layer also computes the others, and saves their outputs for later
-    calls.
+    """Layers with the same input. A call of one layer also computes the others, and saves their outputs.
 
     A saved output is used if the same thread calls the layer with the same tensor. Neither this tensor nor the layer's
     own tensors may have been modified, and no backward pass may have freed the saved tensors. Any other call computes.
