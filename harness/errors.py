@@ -44,7 +44,7 @@ class HarnessError(Exception):
     exit_code = Exit.INFRASTRUCTURE
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
-        """what: the error in one sentence. where: a file and line, a Cell or an option. hint: a way to fix the error."""
+        """what: the error in one sentence. where: a file and line, a Cell or an option. hint: a way to fix it."""
         super().__init__(what)
         self.what, self.where, self.hint = what, where, hint
 

@@ -81,7 +81,7 @@ def cloned(value: _T, dtypes: Mapping[torch.dtype, torch.dtype] | None = None) -
     """Return a copy of the arguments in which every tensor is cloned.
 
     dtypes: maps a dtype to its replacement, for tensors and for arguments that are dtypes. Tensors of other dtypes keep
-    theirs: in a bfloat16 case the absmax stays float32, because an absmax is float32 by definition.
+    their dtype. For example, in a bfloat16 case the absmax stays float32, because an absmax is float32 by definition.
     """
     become = dtypes or {}
 

@@ -91,7 +91,10 @@ class SelfTestReport:
 
 
 def run(planted: Iterable[Fault] | None = None) -> SelfTestReport:
-    """Try all faults, or only `planted`, and return the report. If `planted` is given, the report lists no idle checks."""
+    """Try all faults, or only `planted`, and return the report.
+
+    If `planted` is given, the report lists no idle checks.
+    """
     every = list(faults.every() if planted is None else planted)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are tiny, and threads would wait for each other

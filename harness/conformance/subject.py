@@ -136,9 +136,9 @@ class Subject:
     disturbed: list[str] = field(default_factory=list)
     """Descriptions of the process-wide settings that attaching changed."""
     reference_cache: dict[tuple[str, str], ReferenceLayer] | None = None
-    """(path, dtype) -> the reference's layer.
+    """(path, dtype) -> the reference's layer. None for large models.
 
-    The cache saves decomposing or quantising W again. It is None for large models.
+    With this cache, W is decomposed or quantised only once.
     """
 
     def tensors_of(self, path: str) -> dict[str, Tensor]:
@@ -170,9 +170,7 @@ class Subject:
         return self.bases[path] if self.original.model is None else self.original.model.get_submodule(path)
 
     def dense_base(self, path: str, dtype: torch.dtype) -> nn.Module:
-        """Return a copy of the base layer at `path` in `dtype`. If its weight is packed, the reference decodes the
-        weight.
-        """
+        """Return a plain copy of the base layer at `path` in `dtype`. The reference decodes a weight that is packed."""
         base: Any = self.original_base(path)
         if path not in self.packed:
             return copy.deepcopy(base).to(dtype)  # type: ignore[no-any-return]
@@ -195,8 +193,9 @@ class Subject:
         return attach_reference(self.method, model, self.config, list(self.bases), torch.Generator().manual_seed(0))
 
     def reference(self, path: str, dtype: str) -> ReferenceLayer:
-        """Return the reference's layer over the base weight at `path`, in `dtype`, with the present values of the
-        subject.
+        """Return the reference's layer over the base weight at `path`, in `dtype`.
+
+        The layer's tensors have the values that the subject's tensors have now.
         """
         if self.reference_cache is None:
             reference = self._build_reference(path, dtype)
@@ -351,7 +350,7 @@ def load(adapted: Adapted, values: Mapping[str, Tensor], state: Mapping[str, Ten
 
 
 def load_start(adapted: Adapted, start: Mapping[str, Tensor]) -> None:
-    """Load a result of `initial_tensors` into `adapted`. If `adapted` lacks one of the tensors, load nothing."""
+    """Load a result of `initial_tensors` into `adapted`. If `adapted` lacks one of the tensors, nothing is loaded."""
     state = adapted.state()
     rest = {name: value for name, value in start.items() if name in state}
     tensors = {name: value for name, value in start.items() if name not in rest}

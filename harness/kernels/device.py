@@ -1,4 +1,4 @@
-"""Dispatch of Operations: Triton on a GPU or, if it is on, in Triton's interpreter; otherwise torch."""
+"""Dispatch of Operations: to Triton on a GPU, to Triton's interpreter if this is on, and otherwise to torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def interpreted() -> bool:
     """Return whether Triton's interpreter is on. The interpreter runs kernels on CPU tensors.
 
-    TRITON_INTERPRET=1 turns it on, if this is set before Triton is imported.
+    The environment variable TRITON_INTERPRET=1 turns the interpreter on. It must be set before Triton is imported.
     """
     return os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 

@@ -28,8 +28,7 @@ from harness.resources import data_folder
 PACKAGES = ("reference", "harness.kernels.torch", "harness.methods.implementations.fused.methods")
 """Packages whose modules have mutants."""
 _TARGETS = 3
-"""Largest number of targets whose checks try one mutant. Without a limit, shared code would be tried by twenty targets.
-"""
+"""Largest number of targets whose checks try one mutant. Without this limit, there may be twenty for shared code."""
 _LIMITS = forks.Limits(cpu_s=300, memory_b=8 << 30)
 
 

@@ -33,7 +33,7 @@ def arguments(
     dropout: Dropout = 0.0,
     kind: Kind = "normal",
 ) -> Arguments:
-    """Draw the arguments of one call. shape: (E, D) of W. rows: the leading dimensions of x. dropout: 0 gives no mask.
+    """Draw the arguments of one call. shape: (E, D) of W. rows: leading dimensions of x. dropout: 0 gives no mask.
 
     kind: what every fourth row of V = W + scaling B A is like. `normal`: like the other rows. `zero-rows`: W and B are
     zero there, as in published weights. `cancelled`: W cancels all but a sixteenth of the update. The magnitudes m are

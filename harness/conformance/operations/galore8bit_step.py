@@ -56,7 +56,10 @@ def reference(
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge W and every absmax by the noise floor of the gradient's dtype. The projected gradient has the same dtype."""
+    """Judge W and every absmax by the noise floor of the gradient's dtype.
+
+    The projected gradient has the same dtype.
+    """
     dtype = given["W"].dtype
     own = next(name for name, one in DTYPES.items() if one == dtype)
     # A float64 step also stores its constants in float32.
@@ -104,15 +107,15 @@ def judge_codes_of_moments(outputs: Mapping[str, Tensor], given: Arguments) -> t
 
 
 def _repeat_blocks(numbers: Tensor, value: Tensor) -> Tensor:
-    """Return one number per element of `value`: the number of its block. numbers: one per block."""
+    """Return `numbers`, which has one entry per block, expanded to one entry per element of `value`."""
     return numbers.repeat_interleave(adamw8bit.BLOCK)[: value.numel()]
 
 
 def _parts(given: Arguments, name: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return three flat float64 tensors: beta x the old moment, (1 - beta) x R (R^2 for V), and a bound.
 
-    R is the projected gradient. The bound limits the rounding error of the second tensor, in units of eps. It is (1 -
-    beta) times |P|^T |G| |Q|, which limits the error of R, and for V also times 2 |R|.
+    R is the projected gradient. The bound limits the rounding error of the second tensor, in units of eps. For M, the
+    bound is (1 - beta) |P|^T |G| |Q|. For V, it is 2 |R| times as large.
     """
     power, signed = (1, True) if name == "M" else (2, False)
     beta = given["betas"][power - 1]

@@ -29,7 +29,7 @@ def arguments(
     bias: bool = True,
     dropout: Dropout = 0.0,
 ) -> Arguments:
-    """Draw the arguments of one call. shape: (E, D) of W. rows: the leading dimensions of x. dropout: 0 gives no mask."""
+    """Draw the arguments of one call. shape: (E, D) of W. rows: leading dimensions of x. dropout: 0 gives no mask."""
     packed = _FORM.packed_arguments(dtype, generator, shape=shape, block=block)
     return {
         **{name: packed[name] for name in ("packed", "block", "shape")},

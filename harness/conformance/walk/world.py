@@ -32,7 +32,9 @@ class World:
     forward: Forward
     """Runs a model on the inputs of the walk."""
     may_train: bool
-    """True if the model may be in training mode. Walks allow this without dropout, where both modes compute the same.
+    """True if the model may be in training mode.
+
+    A walk allows training mode only without dropout, because both modes then compute the same.
     """
 
     def __post_init__(self) -> None:

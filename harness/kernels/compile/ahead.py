@@ -2,11 +2,12 @@
 
     python -m harness.kernels.compile.ahead --arch 80 --arch 90 --arch 100 [--module nf4] [--json] [--write]
 
-A module below `harness.kernels.triton` may define a list SPECIMENS. Each specimen is one instance of a kernel. It fails if
-it spills registers, or needs more shared memory than the architecture has. It also fails if it needs more registers than
-`registers.json` allows for this specimen, architecture and minor version of Triton. `--write` enters the measured numbers.
-Streaming kernels must load and store 128 bits at a time, and matrix products must use matrix instructions. The command
-prints one line per specimen and architecture. It exits with 1 if a specimen fails, and with 2 if there is nothing to judge.
+A module below `harness.kernels.triton` may define a list SPECIMENS. Each specimen is one instance of a kernel. It fails
+if it spills registers, or needs more shared memory than the architecture has. It also fails if it needs more registers
+than `registers.json` allows for this specimen, architecture and minor version of Triton. `--write` enters the measured
+numbers. Streaming kernels must load and store 128 bits at a time, and matrix products must use matrix instructions. The
+command prints one line per specimen and architecture. It exits with 1 if a specimen fails, and with 2 if there is
+nothing to judge.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A specimen is one instance of a kernel. It is compiled ahead of time, and its machine code is judged without a GPU."""
+"""A specimen is one instance of a kernel.
+
+It is compiled ahead of time, and its machine code is judged without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ class Specimen:
     constants: Mapping[str, Any]
     """Name of a constexpr argument -> its value."""
     divisible: tuple[str, ...] = ()
-    """Names of the arguments that are multiples of 16. Pointers to torch's memory are."""
+    """Names of the arguments that are multiples of 16. Pointers to the memory of torch tensors are among them."""
     kind: Kind = "other"
     num_warps: int = 4
     num_stages: int = 3
@@ -37,7 +40,10 @@ class Specimen:
     A kernel that divides needs False, because a division takes some fused multiply-adds.
     """
     narrow_loads: int = 0
-    """Largest number of single-byte loads in a streaming kernel. They may load tables, constants or a ragged end."""
+    """Largest number of single-byte loads in a streaming kernel.
+
+    Such loads read tables, constants or a ragged end.
+    """
     oldest: int = 80
     """Oldest architecture for which this specimen is compiled."""
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -25,7 +25,10 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 
 class _Gained(torch.autograd.Function):
-    """Computes g z + onto, where g is m / norm, z is (T, E), and onto is (E,) or (T, E). Saves z for the backward pass."""
+    """Computes g z + onto, where g is m / norm, z is (T, E), and onto is (E,) or (T, E).
+
+    The Function saves z for the backward pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, onto: Tensor | None, m: Tensor, norm: Tensor) -> Tensor:

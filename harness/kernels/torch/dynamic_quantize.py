@@ -37,7 +37,7 @@ class Tables(NamedTuple):
 
 @cache
 def tables(device: torch.device, signed: bool) -> Tables:
-    """Return the tables of the signed or of the unsigned map on a device. They are cached."""
+    """Return the tables of the signed or of the unsigned map on a device. The result is cached."""
     with torch.inference_mode(False):
         values = dynamic_map(torch.device("cpu"), signed)
         midpoints = (values[:-1] + values[1:]) / 2

@@ -49,8 +49,9 @@ def refreshed(
     """Return (P, Q): the first `rank` left and the first `rank` right singular vectors of G, in G's dtype.
 
     On a side that is not projected, the result is None. niter: 0 for an exact SVD in float32 (in float64 if G is
-    float64). Otherwise niter is the number of subspace iterations of a randomised SVD. It starts from the previous P or
-    Q, if given, and from random vectors that are the same in every call. Raises ValueError if G is not finite.
+    float64). Otherwise niter is the number of subspace iterations of a randomised SVD. The randomised SVD starts from
+    the previous P or Q, if given, and from random vectors that are the same in every call. Raises ValueError if G is
+    not finite.
     """
     if not G.isfinite().all():
         raise ValueError(

@@ -1,4 +1,7 @@
-"""LoRA linear layer, y = x W^T + bias + s ((x mask) A^T) B^T. Low-rank terms are added to the large products in place."""
+"""LoRA linear layer, y = x W^T + bias + s ((x mask) A^T) B^T.
+
+Low-rank terms are added to the large products in place.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ from harness.kernels.torch.support.autocast import outside_autocast
 class _LoraLinear(torch.autograd.Function):
     """Computes a LoRA layer. Forward and backward, addmm adds the low-rank terms to the large products in place.
 
-    The Function saves x and S = (x mask) A^T, shape (T, R). Compared with the plain expression, the forward pass saves
-    the memory of the update (T, E) and its scaled copy. The backward pass saves a scaled copy of dy, and the addition
-    of two gradients of x.
+    The Function saves x and S = (x mask) A^T, shape (T, R). Compared with the plain expression, the forward pass does
+    not allocate the update (T, E) and its scaled copy. The backward pass does not allocate a scaled copy of dy, and
+    does not add two gradients of x.
     """
 
     @staticmethod

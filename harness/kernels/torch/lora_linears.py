@@ -150,7 +150,8 @@ def lora_linears(x: Tensor, layers: Sequence[LoraFactors], precomputed: dict[Any
 def factors_over(base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> LoraFactors | None:
     """Return the factors of LoRA over this base. If the base itself must be called, return None.
 
-    The result is also None for a base in NF4 where Triton multiplies. Another kernel then decodes, multiplies and adds.
+    The result is also None if the base is in NF4 and Triton multiplies. Another kernel then decodes, multiplies and
+    adds.
     """
     inner: Any = base
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():

@@ -2,9 +2,9 @@
 
     y_n = W x_n + s_i B_i A_i x_n   with i = ids[n]      Punica, arXiv:2310.18547, section 4; S-LoRA, arXiv:2311.03285
 
-There is one product with W for all sequences, and one pair of thin products per adapter. If the sequences of an adapter are
-adjacent in the batch, as in a batch sorted by adapter, no token is copied and the update is added to y in place. In shapes,
-N is the number of sequences, D and E are the input and output features, and R is the rank.
+There is one product with W for all sequences, and one pair of thin products per adapter. If the sequences of an adapter
+are adjacent in the batch, as in a batch sorted by adapter, no token is copied and the update is added to y in place. In
+shapes, N is the number of sequences, D and E are the input and output features, and R is the rank.
 """
 
 from __future__ import annotations

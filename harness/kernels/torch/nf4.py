@@ -85,7 +85,10 @@ def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 def _encode(values: Tensor, packed: Tensor, absmax: Tensor, block: int) -> None:
-    """Write the codes of `values` to `packed`, and the absmax of every block to `absmax`. The last block may be short."""
+    """Write the codes of `values` to `packed`, and the absmax of each block to `absmax`.
+
+    The last block may be short.
+    """
     rest = -values.numel() % (2 * block)
     blocks = (pad(values, (0, rest)) if rest else values).float().view(-1, block)
     largest = blocks.abs().amax(dim=1)
@@ -124,7 +127,7 @@ def dequantize(
 
 
 def _decode(table: Tensor, packed: Tensor, absmax: Tensor, out: Tensor, block: int) -> None:
-    """Write the decoded values of consecutive blocks to `out`. The last block may be short. table: result of `_words`."""
+    """Write the values of consecutive blocks to `out`. The last block may be short. table: the result of `_words`."""
     pairs = table.index_select(0, packed.to(torch.int32)).view(torch.float32)
     _times_absmax(pairs[: out.numel()], absmax, block, out)
 

@@ -200,7 +200,7 @@ def _group(
 
 
 def _uploaded(table: Tensor, device: torch.device) -> Tensor:
-    """Return a copy of the table on the device. The host does not wait until it is copied."""
+    """Return a copy of the table on the device. The host does not wait for the copy."""
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 

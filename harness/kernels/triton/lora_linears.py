@@ -70,8 +70,9 @@ def lora_linears(x: Tensor, layers: Sequence[Layer], precomputed: dict[Any, Any]
     """Return x W^T + bias + scaling (x A^T) B^T, shape (..., E), for each layer.
 
     x is (..., D). All tensors have one dtype: float32, bfloat16 or float16. The results are differentiable once, in x
-    and every A and B. All outputs belong to one node of the graph. precomputed: a dict that a backward pass clears.
-    Raises ValueError for wrong shapes or dtypes, and if a W or a bias requires a gradient.
+    and every A and B. All outputs belong to one node of the graph. precomputed: a dict that holds outputs which are not
+    used yet. A backward pass clears this dict. Raises ValueError for wrong shapes or dtypes, and if a W or a bias
+    requires a gradient.
     """
     factors: list[Tensor | None] = []
     for W, bias, A, B, _ in layers:

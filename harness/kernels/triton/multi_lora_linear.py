@@ -1,4 +1,7 @@
-"""A linear layer in which every sequence has its own LoRA adapter (Punica, arXiv:2310.18547; S-LoRA, arXiv:2311.03285)."""
+"""A linear layer in which every sequence has its own LoRA adapter.
+
+The layer is that of Punica (arXiv:2310.18547) and S-LoRA (arXiv:2311.03285).
+"""
 
 from __future__ import annotations
 

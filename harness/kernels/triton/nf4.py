@@ -1,8 +1,8 @@
 """NF4 on a GPU (arXiv:2305.14314): quantise, dequantise, and dequantise double-quantised weights, one launch each.
 
 Each program has a tile of whole blocks. Bytes and values move 128 bits at a time, also at the end of a tensor, because
-the mask is constant over 32 values. Only if the number of values is not a multiple of 32, the last program masks each
-value.
+the mask is constant over 32 values. If the number of values is not a multiple of 32, the last program masks each value
+instead.
 """
 
 from __future__ import annotations

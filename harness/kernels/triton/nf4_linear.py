@@ -1,10 +1,10 @@
 """Multiply by a packed NF4 weight. For few tokens, one launch decodes and multiplies. For many, decoding comes first.
 
 With few tokens, reading the weight takes nearly all the time, and in NF4 this takes a quarter as long as in 16 bits.
-With many tokens it is faster to decode once and let torch multiply. `crossover.json` has the number of tokens that
-separates the two. The fused kernel, which decodes and multiplies, computes y^T = W x^T. Decoded values go from
-registers into matrix instructions without passing through shared memory, and a tile may have as few as 16 tokens. A
-byte holds the codes of two neighbouring columns. The kernel therefore computes two products, one for the even and one
+With many tokens it is faster to decode once and let torch multiply. The file `crossover.json` has the number of tokens
+at which the faster way changes. The fused kernel, which decodes and multiplies, computes y^T = W x^T. Decoded values go
+from registers into matrix instructions without passing through shared memory, and a tile may have as few as 16 tokens.
+A byte holds the codes of two neighbouring columns. The kernel therefore computes two products, one for the even and one
 for the odd columns.
 """
 

@@ -32,7 +32,10 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Step every parameter that has a gradient. Return the loss that `closure` returns, or None without a closure."""
+        """Step every parameter that has a gradient.
+
+        Return the loss that `closure` returns, or None without a closure.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -33,7 +33,10 @@ def _large(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 class Lane:
-    """A queue of copies that run parallel to the computation. On CUDA it is a stream. Elsewhere copies are synchronous."""
+    """A queue of copies that run parallel to the computation.
+
+    On CUDA the queue is a stream. Elsewhere copies are synchronous.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -157,7 +160,10 @@ class Paged(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a `state_dict` of this or of the inner optimizer. States that do not fit into the budget go to the host."""
+        """Load a `state_dict` of this or of the inner optimizer.
+
+        States that do not fit into the budget go to the host.
+        """
         states = state_dict["state"]
         pages = {key: state for key, state in states.items() if _large(state)}
         self.inner.load_state_dict({**state_dict, "state": {k: s for k, s in states.items() if k not in pages}})

@@ -32,7 +32,7 @@ def size(values: int, device: torch.device) -> int:
 
 
 def for_each(work: Callable[..., None], pieces: Sequence[tuple[Any, ...]], values: int) -> None:
-    """Call work(*piece) for each piece, in order or in several threads. values: total number of values in all pieces."""
+    """Call work(*piece) for each piece, in order or in several threads. values: number of values in all pieces."""
     threads = min(torch.get_num_threads(), _THREADS, len(pieces)) if values >= _LARGE else 1
     if threads < 2:
         _run_all(work, pieces, torch.is_inference_mode_enabled())

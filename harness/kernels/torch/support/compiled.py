@@ -82,7 +82,7 @@ class Compiled:
         self._failed = False
 
     def wanted(self, values: int, *tensors: Tensor) -> bool:
-        """Return whether to call the compiled function for `tensors`. values: their number of values.
+        """Return whether to call the compiled function for `tensors`. values: number of values to be processed.
 
         The tensors must be plain and on the CPU, the CPU must have wide vectors, and no torch mode may observe
         operations.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _COARSE = 1 / 256
-"""If a probability is closer to 0 or 1 than this, 16 random bits are too coarse for it."""
+"""Distance from 0 and from 1. For a probability closer to 0 or 1 than this, 16 random bits are too coarse."""
 
 
 def keep_mask(x: Tensor, p: float) -> tuple[Tensor, float]:

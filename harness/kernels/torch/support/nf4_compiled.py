@@ -24,8 +24,8 @@ def encode(values: Tensor, packed: Tensor, absmax: Tensor, block: int, levels: t
     """Write the packed codes and the absmax of all whole blocks of `values`. Return the number of values encoded.
 
     values: (n,), any floating dtype, copied to float32. packed: uint8 (ceil(n / 2),). absmax: float32 (ceil(n /
-    block),). levels: the 16 levels of NF4. The result is 0 if compiled code is not used. `packed` and `absmax` are
-    undefined after the encoded blocks.
+    block),). levels: the 16 levels of NF4. The result is 0 if compiled code is not used. Beyond the encoded blocks,
+    `packed` and `absmax` are undefined.
     """
     blocks = values.numel() // block
     count = blocks * block
@@ -48,8 +48,8 @@ def decode(packed: Tensor, absmax: Tensor, out: Tensor, block: int, levels: tupl
     """Write the values of all whole blocks to `out`. Return the number of values decoded.
 
     packed: uint8 (ceil(n / 2),). absmax: float32 (ceil(n / block),). levels: the 16 levels of NF4. out: (n,), float32.
-    The result is 0 if compiled code is not used. It is never used for another dtype of `out`, because a float32 copy
-    costs as much as compilation gains. `out` is undefined after the decoded blocks.
+    The result is 0 if compiled code is not used. For another dtype of `out` compiled code is never used, because a
+    float32 copy costs as much as compilation gains. Beyond the decoded blocks, `out` is undefined.
     """
     blocks = out.numel() // block
     count = blocks * block

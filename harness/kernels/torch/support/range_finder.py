@@ -1,4 +1,4 @@
-"""Leading singular vectors of a matrix without a full SVD: by its smaller Gram matrix, or by a random range finder.
+"""Leading singular vectors of a matrix without a full SVD: from a smaller Gram matrix, or by a random range finder.
 
 The algorithms are those of Halko, Martinsson and Tropp, arXiv:0909.4061. Algorithm 4.4 finds an orthonormal basis of
 the range by power iterations on a random sketch. Algorithm 5.1 turns this basis into an SVD. Shapes: W is (E, D), and R
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 SURE = 2.0**-12
-"""If the ratio of two singular values is above this, squaring them in float64 loses less than the precision of float32.
+"""Ratio of the smallest singular value to the largest.
+
+Above this ratio, squaring singular values in float64 loses less than the precision of float32.
 """
 
 
@@ -35,8 +37,8 @@ def orthonormal(Y: Tensor) -> Tensor:
 def range_finder(W: Tensor, sketch: Tensor, niter: int) -> Tensor:
     """Return an orthonormal basis (E, R) that approximately contains the R leading left singular vectors of W (E, D).
 
-    sketch: normal noise (D, R). niter: number of power iterations. Each iteration multiplies by W^T and then by W. It
-    reduces the error of a singular vector by the square of the ratio of the singular values.
+    sketch: normal noise (D, R). niter: number of power iterations. Each iteration multiplies by W^T and then by W. Each
+    iteration reduces the error of a singular vector by the square of the ratio of the singular values.
     """
     Q = orthonormal(W @ sketch)
     for _ in range(niter):

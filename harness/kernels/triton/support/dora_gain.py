@@ -2,8 +2,8 @@
 
 The kernel computes the norm n of a row from the sum W + s B A itself. The expansion n^2 = ||W||^2 + 2 s <B, W A^T> +
 s^2 <B, B (A A^T)> also does without B A. But let N be ||W|| + ||s B A||. The expansion has an error of eps N^2 / n^2,
-and the sum only of eps N / n. For a row in which B A cancels W, the expansion is useless. It would not be faster,
-either. W A^T reads all of W and takes E D R multiplications. The sum does the same, tile by tile, with B A in the
+and the sum only of eps N / n. For a row in which B A cancels W, the expansion is useless. Nor would the expansion be
+faster. W A^T reads all of W and takes E D R multiplications. The sum does the same, tile by tile, with B A in the
 accumulator.
 """
 

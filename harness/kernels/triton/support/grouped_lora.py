@@ -1,7 +1,8 @@
 """Kernels that compute several LoRA adapters in one launch.
 
 A table holds the addresses of the adapters. Each sequence has an adapter's id, which is the adapter's place in the
-table. `shrink` sums over features and computes S = s x A^T or s dy B. `expand` adds S B^T or S A to the product with W,
+table. For an adapter with the factors A and B and the scaling s, x is the input and dy is the gradient of the output.
+`shrink` sums over features and computes S = s x A^T or S = s dy B. `expand` adds S B^T or S A to the product with W,
 which cuBLAS computes. `outer` sums over tokens and computes S^T x or S^T dy. The host neither waits nor sorts. Each sum
 has a fixed order and uses no atomics.
 """
@@ -75,7 +76,10 @@ def shrink(
 
 @triton.jit
 def _low(S, line, here, r, plane, width, pieces, rows: tl.constexpr, ranks: tl.constexpr):
-    """Return the sum of the pieces of S for these tokens and ranks, float32 (rows, ranks). line: the tokens' rows in S."""
+    """Return the sum of the pieces of S for these tokens and ranks, float32 (rows, ranks).
+
+    line: the tokens' rows in S.
+    """
     low = tl.zeros([rows, ranks], tl.float32)
     place = S + line[:, None] * width + r[None, :]
     for _ in range(pieces):
@@ -89,7 +93,10 @@ def expand(
     out, S, table, ids, tokens, features, plane, width, pieces,
     which: tl.constexpr, aligned: tl.constexpr, rows: tl.constexpr, ranks: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """Add S B^T or S A, as `which` says, to one tile of `out`: some tokens of a sequence and some features."""
+    """Add S B^T or S A, as `which` says, to one tile of `out`.
+
+    A tile consists of some tokens of a sequence and some features.
+    """
     tiles = tl.cdiv(tokens, rows)
     sequence = (tl.program_id(0) // tiles).to(tl.int64)
     adapter = tl.load(ids + sequence).to(tl.int64)
