@@ -30,7 +30,7 @@ def align_columns(rows: Sequence[Sequence[str]], *, right: Container[int] = (), 
 
 
 def discard_stdout() -> None:
-    """Discard buffered output of a closed stdout; otherwise Python reports an error at exit."""
+    """Discard the buffered output of a closed stdout. Without this, Python would report an error at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

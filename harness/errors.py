@@ -44,7 +44,7 @@ class HarnessError(Exception):
     exit_code = Exit.INFRASTRUCTURE
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
-        """what: the error in one sentence. where: its file and line, its Cell or its option. hint: a way to fix it."""
+        """what: the error in one sentence. where: a file and line, a Cell or an option. hint: a way to fix it."""
         super().__init__(what)
         self.what, self.where, self.hint = what, where, hint
 
@@ -110,7 +110,7 @@ class SuiteError(UsageError):
     code = "suite"
 
     def __init__(self, problems: Sequence[Problem], file: str = "suite") -> None:
-        """file: kind of the file, as the message names it."""
+        """file: what the message calls the file."""
         super().__init__(_listed(f"{plural(len(problems), 'mistake')} in the {file}", problems))
         self.problems = tuple(problems)
 
@@ -153,9 +153,10 @@ class ImplementationError(HarnessError):
 
 
 def import_extra(module: str, where: str) -> ModuleType:
-    """Import and return an optional dependency. where: the option that needs it; its last word names the extra.
+    """Import and return an optional dependency.
 
-    Raises HarnessError with a hint to install the extra if the import fails.
+    where: the option that needs the dependency. The last word of the option is the name of the extra. Raises
+    HarnessError, with a hint to install the extra, if the import fails.
     """
     try:
         return import_module(module)
@@ -171,7 +172,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def first_names(names: Sequence[str], most: int = 3) -> str:
-    """Return a text with at most `most` of the names, and the number of the others."""
+    """Return a text that lists at most `most` of the names and says how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"{', '.join(names[:most])}{more}"
 
@@ -182,7 +183,10 @@ def closest_match(name: str, known: Iterable[str]) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "known") -> str:
-    """Return "did you mean `NAME`?" with the closest known name; `otherwise` and all known names if none is close."""
+    """Return the hint "did you mean `NAME`?" with the closest known name.
+
+    If no known name is close, return `otherwise` and all known names.
+    """
     names = list(known)
     close = closest_match(name, names)
     return f"did you mean `{close}`?" if close else f"{otherwise}: {', '.join(names) or 'none'}"

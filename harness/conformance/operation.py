@@ -25,24 +25,28 @@ class Operation:
     outputs: tuple[str, ...]
     """Names of the outputs, in order."""
     arguments: Callable[..., Arguments]
-    """(dtype, generator, **case) -> keyword arguments of a call."""
+    """Draws the arguments of one case: (dtype, generator, **case) -> keyword arguments of a call."""
     reference: Callable[..., object]
-    """The correct function. The harness calls it in the case's dtype, and with float64 everywhere in place of that dtype."""
+    """The correct function. The harness calls it in the case's dtype, and also with float64 instead of that dtype."""
     differentiable: tuple[str, ...] = ()
     """Names of the arguments whose gradients are compared."""
     inputs: tuple[str, ...] = ()
-    """Names of the arguments that are also tried at other magnitudes, see `comparison.magnitudes`."""
+    """Names of the arguments that are also tried at other magnitudes; see `comparison.magnitudes`."""
     rounded_once: tuple[str, ...] = ()
     """Names of the outputs that are computed in float32 and rounded once; the check `rounded_once` judges them."""
     judge: Judge | None = None
-    """(outputs of the subject, arguments) -> Judgement and a detail. If None, every output must be within the noise
-    floor of the float64 reference.
+    """Judges the outputs: (outputs of the subject, arguments) -> Judgement and a text with details.
+
+    If None, every output must be within the noise floor around the float64 reference.
     """
     codes: Judge | None = None
-    """Judges the outputs that are codes, for the check `output_codes`; a function like `judge`."""
+    """A function like `judge` that judges only outputs that are codes. The check `output_codes` calls it."""
 
     def named(self, returned: object) -> dict[str, Tensor]:
-        """Map names to the outputs of a call. Raises TypeError if their number is wrong, or if one of them is no tensor."""
+        """Map the names of the outputs to the tensors that a call returned.
+
+        Raises TypeError if the number of outputs is wrong, or if an output is no tensor.
+        """
         several = (returned,) if isinstance(returned, Tensor) else returned
         if not isinstance(several, tuple | list) or len(several) != len(self.outputs):
             raise TypeError(f"{self.name} should return {', '.join(self.outputs)}; got {type(returned).__name__}")
@@ -64,19 +68,22 @@ class OperationSubject:
 
     @property
     def method(self) -> str:
-        """The Operation's name, which stands in check ids where a Method's name would."""
+        """The Operation's name. Check ids contain it in the place of a Method's name."""
         return self.operation.name
 
     def call(self, **changed: Any) -> dict[str, Tensor]:
-        """Call the implementation on clones of the arguments; map names to its outputs. changed: other arguments."""
+        """Call the implementation on clones of the arguments, and map the names of the outputs to the results.
+
+        changed: arguments that replace those of the case.
+        """
         return self.operation.named(self.function(**{**cloned(self.arguments), **changed}))
 
 
 def cloned(value: _T, dtypes: Mapping[torch.dtype, torch.dtype] | None = None) -> _T:
-    """Return a copy of arguments with every tensor cloned.
+    """Return a copy of the arguments in which every tensor is cloned.
 
-    dtypes: dtype -> the dtype that replaces it, in tensors and among the arguments. A float32 absmax in a bfloat16 case
-    stays float32, since an absmax is float32 by definition.
+    dtypes: maps a dtype to its replacement, for tensors and for arguments that are dtypes. Tensors of other dtypes keep
+    their dtype. For example, in a bfloat16 case the absmax stays float32, because an absmax is float32 by definition.
     """
     become = dtypes or {}
 
@@ -92,7 +99,7 @@ def cloned(value: _T, dtypes: Mapping[torch.dtype, torch.dtype] | None = None) -
 
 
 def mapped(value: _T, change: Callable[[object], object]) -> _T:
-    """Return arguments with `change` applied to every item, at any depth of dicts, lists and tuples."""
+    """Return the same structure of dicts, lists and tuples, with `change` applied to every item in it."""
     changed: object
     if isinstance(value, dict):
         changed = {key: mapped(one, change) for key, one in value.items()}
@@ -104,5 +111,7 @@ def mapped(value: _T, change: Callable[[object], object]) -> _T:
 
 
 def draw(generator: torch.Generator, dtype: torch.dtype, *shape: int, spread: float = 1.0) -> Tensor:
-    """Return normal noise in `dtype`, drawn in float64 so that every dtype sees the same numbers."""
+    """Return normal noise of this shape, with standard deviation `spread`. It is drawn in float64, so that every dtype
+    sees the same numbers.
+    """
     return (torch.randn(*shape, generator=generator, dtype=torch.float64) * spread).to(dtype)

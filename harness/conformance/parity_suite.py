@@ -1,4 +1,6 @@
-"""Parity suites: the cases that `check` tries for a Method or an Operation. One YAML each in suites/parity/."""
+"""Parity suites: the cases that `check` tries for a Method or an Operation. Each suite is a YAML file in
+suites/parity/.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +24,27 @@ from harness.resources import data_folder
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Kind = Literal["linear", "conv1d", "embedding", "conv2d", "conv2d-dilated", "conv2d-reflect"]
 ModelForm = Literal["plain", "wide", "deep"]
-"""Forms of the ParityModel: `plain` has two targets, `wide` also a larger layer to leave alone, `deep` ten targets."""
+"""Forms of the ParityModel. `plain` has two target layers. `wide` also has a larger layer that must not be adapted.
+`deep` has ten target layers.
+"""
 Magnitude = Literal["normal", "large", "outlier", "zero-rows", "small"]
-"""The values of a drawn input; see `harness.conformance.comparison.magnitudes`."""
+"""How large the values of a drawn input are; see `harness.conformance.comparison.magnitudes`."""
 
 
 class CaseShape(FrozenModel):
-    """Rows of the input, and input and output features of the first adapted layer; the second layer maps back."""
+    """The rows of the input, and the input and output features of the first adapted layer.
+
+    The second layer maps the output features back to the input features.
+    """
 
     tokens: int = Field(ge=1)
     inputs: int = Field(ge=1, alias="in")
     outputs: int = Field(ge=1, alias="out")
 
     def square(self) -> CaseShape:
-        """Return the shape with the smaller number of features as input and output, so that both layers have one size."""
+        """Return a shape whose input and output features are the smaller of both numbers. Both layers then have one
+        size.
+        """
         side = min(self.inputs, self.outputs)
         return CaseShape.model_validate({"tokens": self.tokens, "in": side, "out": side})
 
@@ -44,7 +53,7 @@ class CaseShape(FrozenModel):
 
 
 class Tolerance(FrozenModel):
-    """A factor that replaces the usual factor on the noise floor, with a reason that the report shows."""
+    """A factor by which the noise floor is multiplied instead of the usual factor. The report shows the reason."""
 
     factor: float = Field(gt=0, le=1000)
     because: str = Field(min_length=10)
@@ -52,7 +61,9 @@ class Tolerance(FrozenModel):
 
 
 class SettingRange(FrozenModel):
-    """Bounds of a setting that are narrower than the bounds in the Config, with their reason."""
+    """The bounds within which a setting is drawn, if they are narrower than those in the Config. `because` is the
+    reason.
+    """
 
     least: float | None = None
     most: float | None = None
@@ -60,36 +71,40 @@ class SettingRange(FrozenModel):
 
 
 class MethodSuite(FrozenModel):
-    """The cases of one Method: every config x kind of layer x shape x dtype, and the checks in every state."""
+    """The cases of one Method: combinations of its configs, kinds of layers, shapes and dtypes, and the checks that try
+    them.
+    """
 
     method: str
     base: str = ""
-    """The quantisation of the base weights that the suite judges, under the reference's adapter; empty if the suite
-    judges the Method.
+    """The quantisation of the base weights that this suite judges, under the reference's adapter.
+
+    Empty if the suite judges the Method.
     """
     follows: str = "the paper"
-    """The interpretation of the paper that the cases follow where interpretations differ."""
+    """The interpretation of the paper that the cases follow. It matters only where interpretations differ."""
     checks: list[str] = Field(min_length=1)
     states: list[Literal["init", "warm"]] = Field(min_length=1)
     configs: list[Values] = Field(min_length=1)
     layers: list[Kind] = Field(default=["linear"], min_length=1)
     shapes: list[CaseShape] = Field(min_length=1)
     settings: dict[str, SettingRange] = Field(default={})
-    """Setting -> the narrower range from which it is drawn."""
+    """Name of a setting -> the range from which the setting is drawn, if the range in the Config is too wide."""
     dtypes: list[Dtype] = Field(min_length=1)
     tolerances: dict[str, Tolerance] = Field(default={})
 
     def factors(self) -> dict[str, float]:
-        """Map checks to their own factor on the noise floor."""
+        """Map names of checks to the factor by which this suite multiplies their noise floor."""
         return {check: looser.factor for check, looser in self.tolerances.items()}
 
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[MethodCase]:
-        """Yield the suite's examples in those of `dtypes` that it has: with `wanted.full` every combination, else few.
+        """Yield the suite's cases in those of `dtypes` that the suite has.
 
-        For the first kind of layer (the only one that many implementations support), the few cover every config and every
-        shape in one dtype: float32 or, if float32 is not requested, the first requested dtype. The other dtypes share the
-        configs and shapes out among them. Each dtype tries a config with dropout, if the suite has one. Every other kind of
-        layer occurs in that one dtype and in one of the others, with one config and one shape.
+        With `wanted.full` these are all combinations. Otherwise they are few. For the first kind of layer, which is the
+        only one that many implementations support, they cover every config and every shape in one main dtype. The main
+        dtype is float32 or, if float32 is not requested, the first requested dtype. The other dtypes share the configs
+        and shapes out among them. Each dtype tries a config with dropout, if the suite has one. Every other kind of
+        layer occurs in the main dtype and in one other dtype, with one config and one shape.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:
@@ -118,7 +133,7 @@ class MethodSuite(FrozenModel):
 
 @dataclass(frozen=True)
 class MethodCase:
-    """One point of a Method's parity suite."""
+    """One case of a Method's parity suite."""
 
     config: Values
     kind: Kind
@@ -127,8 +142,10 @@ class MethodCase:
     model: ModelForm = "plain"
     magnitude: Magnitude = "normal"
     sampled: bool = False
-    """True if the case is part of the sample. Such a case tries only the checks that depend on sizes and settings. It tries
-    a check with `States.ALL` only in the suite's last state, where the check sees most.
+    """True if `harness.conformance.drawing.sample` made the case by varying sizes and settings.
+
+    Such a case tries only the checks that depend on sizes and settings. It tries a check with `States.ALL` only in the
+    suite's last state, where the check sees most.
     """
 
     def __str__(self) -> str:
@@ -141,25 +158,26 @@ class MethodCase:
 
 
 class OperationSuite(FrozenModel):
-    """The cases of one Operation: every case x dtype."""
+    """The cases of one Operation: each of `values` in each of `dtypes`."""
 
     operation: str
     follows: str = "the paper"
     checks: list[str] = Field(min_length=1)
     values: list[Values] = Field(min_length=1, alias="cases")
-    """The cases, as keyword arguments of the function that draws the Operation's arguments."""
+    """One entry per case: keyword arguments for the function that draws the Operation's arguments."""
     dtypes: list[Dtype] = Field(min_length=1)
     tolerances: dict[str, Tolerance] = Field(default={})
 
     def factors(self) -> dict[str, float]:
-        """Map checks to their own factor on the noise floor."""
+        """Map names of checks to the factor by which this suite multiplies their noise floor."""
         return {check: looser.factor for check, looser in self.tolerances.items()}
 
     def cases(self, wanted: CaseSelection, dtypes: Collection[str] = DTYPES) -> Iterator[OperationCase]:
-        """Yield the suite's examples: with `wanted.full` every case in every requested dtype, else few.
+        """Yield the suite's cases in those of `dtypes` that the suite has.
 
-        The few cover every case in one dtype: float32 or, if float32 is not requested, the first requested dtype. The other
-        dtypes share the cases out among them.
+        With `wanted.full`, each of `values` is tried in each dtype. Otherwise each of `values` is tried in one main
+        dtype: float32 or, if float32 is not requested, the first requested dtype. The other dtypes share `values` out
+        among them.
         """
         there = [dtype for dtype in self.dtypes if dtype in dtypes]
         if not there:
@@ -174,14 +192,14 @@ ParitySuite = MethodSuite | OperationSuite
 
 @dataclass(frozen=True)
 class OperationCase:
-    """One point of an Operation's parity suite."""
+    """One case of an Operation's parity suite."""
 
     values: Values
-    """Keyword arguments of the function that draws the Operation's arguments."""
+    """Keyword arguments for the function that draws the Operation's arguments."""
     dtype: Dtype
     magnitude: Magnitude = "normal"
     sampled: bool = False
-    """True if the case is part of the sample, as in MethodCase."""
+    """True if `harness.conformance.drawing.sample` made the case by varying sizes and settings."""
 
     def __str__(self) -> str:
         magnitude = "" if self.magnitude == "normal" else f"magnitude={self.magnitude}"
@@ -193,10 +211,10 @@ def _drops(config: Values) -> bool:
 
 
 def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype) -> tuple[int, slice]:
-    """Return an index of `dtype`, and the slice of a list of examples that are tried in this dtype.
+    """Return the index of `dtype`, and the slice of a list of examples that is tried in `dtype`.
 
-    In float32 (or, if float32 is not requested, in the first requested dtype) all are tried. In each of the suite's n other
-    dtypes, every n-th example is tried, beginning at the index of the dtype.
+    The main dtype is float32 or, if float32 is not requested, the first requested dtype. It tries all examples, and its
+    index comes last. Each of the suite's n other dtypes tries every n-th example, starting at its own index.
     """
     whole = "float32" if "float32" in wanted else wanted[0]
     others = [one for one in there if one != whole]
@@ -206,7 +224,7 @@ def _share(there: Sequence[Dtype], wanted: Sequence[Dtype], dtype: Dtype) -> tup
 
 
 def path_of(name: str) -> Path:
-    """Return the path of the parity suite of a Method, an Operation or a base."""
+    """Return the path of the parity suite of a Method, an Operation or a quantisation of the base."""
     return data_folder("suites") / "parity" / f"{name}.yaml"
 
 
@@ -216,7 +234,7 @@ def names() -> list[str]:
 
 
 def kind_of(name: str) -> Literal["method", "operation", "base"]:
-    """Return the kind of target of a parity suite."""
+    """Return what the parity suite of this name judges: a Method, an Operation, or a quantisation of the base."""
     data = yaml_lines.load(_existing(name)).data
     if isinstance(data, dict) and "operation" in data:
         return "operation"
@@ -224,7 +242,7 @@ def kind_of(name: str) -> Literal["method", "operation", "base"]:
 
 
 def load_plan(name: str) -> ParitySuite:
-    """Read the parity suite of a Method, a base or an Operation. Raises the errors of `load`."""
+    """Read the parity suite of a Method, an Operation or a quantisation of the base. Raises the errors of `load`."""
     return load_operation(name) if kind_of(name) == "operation" else load(name)
 
 
@@ -236,7 +254,7 @@ def in_words(values: Values) -> str:
 def load(method: str) -> MethodSuite:
     """Read the parity suite of a Method, or of a quantisation of the base.
 
-    Raises UsageError if there is no such suite, and SuiteError with every mistake in it.
+    Raises UsageError if there is no such suite. Raises SuiteError, which lists all mistakes, if the suite has any.
     """
     document, plan = yaml_lines.load_model(_existing(method), MethodSuite)
     problems: list[Problem] = []
@@ -252,7 +270,7 @@ def load(method: str) -> MethodSuite:
 def load_operation(name: str) -> OperationSuite:
     """Read an Operation's parity suite.
 
-    Raises UsageError if there is no such suite, and SuiteError with every mistake in it.
+    Raises UsageError if there is no such suite. Raises SuiteError, which lists all mistakes, if the suite has any.
     """
     document, plan = yaml_lines.load_model(_existing(name), OperationSuite)
     if problems := list(_of_checks(document, plan)):

@@ -15,7 +15,7 @@ _SWITCH: Any = torch.utils.deterministic
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Turn on torch's switch that fills every fresh buffer; restore the switch afterwards."""
+    """Let torch fill every fresh buffer inside the context. Restore torch's settings afterwards."""
     with process_settings.restored():
         torch.use_deterministic_algorithms(True, warn_only=True)
         _SWITCH.fill_uninitialized_memory = True

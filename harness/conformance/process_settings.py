@@ -59,13 +59,13 @@ def snapshot() -> dict[str, object]:
 
 
 def list_changes(before: dict[str, object]) -> list[str]:
-    """List a description of each setting that differs from `before`, a result of `snapshot`."""
+    """Describe each setting that differs from `before`, which is a result of `snapshot`."""
     return [f"{name} is {value}, was {before[name]}" for name, value in snapshot().items() if value != before[name]]
 
 
 @contextmanager
 def restored() -> Iterator[list[str]]:
-    """Restore all settings at the end. The list is then filled with descriptions of the changes."""
+    """Restore all settings at the end of the context. The yielded list then gets a description of each change."""
     before, changes = snapshot(), list[str]()
     try:
         yield changes
@@ -82,17 +82,19 @@ def restore(before: dict[str, object]) -> None:
 
 
 def seed(value: int) -> None:
-    """Seed torch faster than torch.manual_seed does, which records the call stack for a GPU that is initialised later."""
+    """Seed torch without the delay of torch.manual_seed, which records the call stack for a GPU that is initialised
+    later.
+    """
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(value)
 
 
 def find_seeding(act: Callable[[], object]) -> list[str]:
-    """List a description of each random number generator that `act` seeds. The states of all generators are restored.
+    """Describe each random number generator that `act` seeds. Restore the states of all generators.
 
-    A generator counts as seeded if it returns the same next number after two calls of `act` from different states,
-    which drawing alone does not cause.
+    `act` is called twice, from different states of the generators. A generator that returns the same next number both
+    times was seeded, because drawing alone would keep the states different.
     """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     python, numpy = random.getstate(), np.random.get_state()
@@ -106,7 +108,9 @@ def find_seeding(act: Callable[[], object]) -> list[str]:
 
 
 def _draw_after(act: Callable[[], object], value: int) -> dict[str, float]:
-    """Seed every generator with `value`, call `act`, and map each generator's name to its next number."""
+    """Seed every generator with `value`, call `act`, and map the name of each generator to the number that it returns
+    next.
+    """
     seed(value)
     random.seed(value)
     np.random.seed(value)  # the generator that older code draws from

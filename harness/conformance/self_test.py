@@ -1,6 +1,7 @@
 """Self-test: check, in this process, that the expected checks catch the planted faults.
 
-Each faulty copy of the reference runs through the fault's case, and the correct reference runs through the same case.
+Each fault is planted in a copy of the reference, and the checks try this copy in one case. The checks also try the
+correct reference in the same case, and must not fail there.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ class FaultVerdict:
 
     fault: Fault
     caught: tuple[str, ...]
-    """The checks that failed, without those that only raised an exception."""
+    """Names of the checks that failed. A check that only raised an exception is left out."""
 
     @property
     def missed(self) -> tuple[str, ...]:
-        """The checks that should have failed and did not."""
+        """Names of the checks that should have failed and did not."""
         return tuple(name for name in self.fault.expected if name not in self.caught)
 
     def document(self) -> dict[str, object]:
@@ -53,9 +54,9 @@ class SelfTestReport:
 
     verdicts: Sequence[FaultVerdict]
     wrong: Sequence[str] = field(default=())
-    """Failures of the correct reference."""
+    """Failures of the correct reference, as `target/check (case)`."""
     idle: Sequence[str] = field(default=())
-    """Checks that catch no fault."""
+    """Names of the checks that catch no fault."""
 
     @property
     def caught(self) -> int:
@@ -64,15 +65,17 @@ class SelfTestReport:
 
     @property
     def exit(self) -> Exit:
-        """The exit code: 1 if an expected check missed a fault, the correct reference failed, or a check caught no
-        fault; 5 without faults; otherwise 0.
+        """The exit code.
+
+        It is 1 if an expected check missed a fault, if the correct reference failed, or if a check caught no fault.
+        Otherwise it is 5 if there are no faults, else 0.
         """
         if self.caught < len(self.verdicts) or self.wrong or self.idle:
             return Exit.FAIL
         return Exit.PASS if self.verdicts else Exit.NOTHING_COMPARED
 
     def lines(self) -> Iterator[str]:
-        """Yield one line per fault, then the failures, then the catch rate."""
+        """Yield the printed report: one line per fault, then the failures, then the number of faults caught."""
         width = max((len(f"{v.fault.target} {v.fault.name}") for v in self.verdicts), default=0)
         for verdict in self.verdicts:
             others = [name for name in verdict.caught if name not in verdict.fault.expected]
@@ -88,7 +91,10 @@ class SelfTestReport:
 
 
 def run(planted: Iterable[Fault] | None = None) -> SelfTestReport:
-    """Try all faults, or only `planted`, and return the report. With `planted` given, no check counts as idle."""
+    """Try all faults, or only `planted`, and return the report.
+
+    If `planted` is given, the report lists no idle checks.
+    """
     every = list(faults.every() if planted is None else planted)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are tiny, and threads would wait for each other
@@ -142,14 +148,14 @@ def _caught(fault: Fault) -> tuple[str, ...]:
 
 
 def _failures(implementation: Implementation, fault: Fault) -> Iterator[CheckOutcome]:
-    """Yield the failures of an implementation in the fault's case."""
+    """Try an implementation in the fault's case, and yield the outcome of every check that fails."""
     case = fault.case.of_operation() if implementation.kind == "operation" else fault.case.of_method()
     outcomes = suite_run.run_case(implementation, _plan(implementation.target), case, wide=_needs_wide(fault))
     return (one for one in outcomes if one.result.outcome is Outcome.FAIL)
 
 
 def _needs_wide(fault: Fault) -> bool:
-    """Return whether an expected check is tried only by a wide selection, as checks that take long are."""
+    """Return whether an expected check is one that only `--wide` tries, because the check takes long."""
     return any(checks.every()[name].only_wide for name in fault.expected)
 
 
@@ -172,14 +178,14 @@ def _kind(target: str) -> TargetKind:
 
 
 def source_module(target: str) -> str:
-    """Return the module whose copy implements a target."""
+    """Return the dotted name of the module that implements a target. The self-test changes a copy of this module."""
     if _kind(target) == "base":
         return "reference.operations.nf4"
     return f"harness.conformance.operations.{target}" if _kind(target) == "operation" else f"reference.{target}"
 
 
 def implementation(target: str, copy: PatchedCopy) -> Implementation:
-    """Return the Implementation of a target by a copy of its source module."""
+    """Return an Implementation of the target that calls this copy of the target's source module."""
     kind = _kind(target)
     function: Any = {"method": copy.attach, "base": partial(pack, copy, target == "nf4-dq")}.get(kind)
     if kind == "operation":

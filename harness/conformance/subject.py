@@ -31,15 +31,15 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """A weight in NF4 as its implementation stores it."""
+    """A weight in NF4, in the form in which the implementation stores it."""
 
     data: Tensor
-    """Bytes of two codes each."""
+    """The packed weight: bytes that hold two codes each."""
     absmax: Tensor
-    """float32, one per block; decoded if `double`."""
+    """One float32 number per block. If `double` is true, these numbers are already decoded."""
     block: int
     double: bool = False
-    """True if absmax is quantised too."""
+    """True if the implementation stores absmax in 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -49,41 +49,43 @@ class ExpectedCodes:
     codes: Tensor
     absmax: Tensor
     near_tie: Tensor
-    """Mask of the elements for which the last bit of a division decides the code."""
+    """Mask of the elements so close to the middle of two levels that the last bit of a division decides the code."""
     bias: Tensor | None
 
     @classmethod
     def of(cls, layer: nn.Linear, block: int = 64) -> ExpectedCodes:
-        """Quantise the weight of `layer` by the reference; return its codes and absmax with the unchanged bias."""
+        """Return the reference quantiser's codes and absmax for the weight of `layer`, with a copy of the bias."""
         bias = None if layer.bias is None else layer.bias.detach().clone()
         return cls(*nf4.quantize(layer.weight, block), nf4.near_tie(layer.weight, block), bias)
 
 
 LARGEST_COPY = 300_000_000
-"""Largest number of parameters of a model that is copied. A small machine cannot hold two copies of a larger one, one
-of them in float64.
+"""Largest number of parameters of a model that is copied.
+
+A small machine cannot hold two copies of a larger model, one of them in float64.
 """
 
 
 def is_small(model: nn.Module) -> bool:
-    """Return whether a model has few enough parameters to be copied, also to float64."""
+    """Return whether a model has few enough parameters to be copied, even to float64."""
     return sum(p.numel() for p in model.parameters()) <= LARGEST_COPY
 
 
 @dataclass(frozen=True)
 class Original:
-    """The model before attaching. It is a copy, since an implementation may write into the weights that it adapts."""
+    """The model before attaching. It is a copy, because an implementation may write into the weights that it adapts."""
 
     model: nn.Module | None
-    """The copy; None if the model is too large. The subject's base layers then stand for the original, once `crc32`
-    shows that none of them changed.
+    """The copy. None if the model is too large to be copied.
+
+    Without a copy, the subject's base layers stand for the original, after `crc32` has shown that they did not change.
     """
     crc32: dict[str, int] = field(default_factory=dict)
-    """Checksums of every parameter, of its quantisation state, and of every buffer."""
+    """Name -> checksum of every parameter, quantisation state and buffer. Empty if `model` is a copy."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Original:
-        """Return a copy of `model`, or only its checksums if it is too large to be copied."""
+        """Return an Original with a copy of `model`, or only with checksums if `model` is too large to be copied."""
         if is_small(model):
             return cls(copy.deepcopy(model))
         named = dict(model.named_parameters())
@@ -95,7 +97,7 @@ class Original:
 
 @dataclass
 class ReferenceLayer:
-    """The reference's layer that corresponds to one layer of the subject, in the subject's present state."""
+    """The reference's counterpart of one adapted layer, with the values that the subject's tensors have now."""
 
     layer: nn.Module
     tensors: dict[str, Tensor]
@@ -108,30 +110,39 @@ class Subject:
 
     method: str
     config: Any
-    """The Method's Config, or an AdapterConfig where there is no reference."""
+    """The Method's Config, or an AdapterConfig if the Method has no reference."""
     dtype: str
     model: nn.Module
     adapted: Adapted
     bases: dict[str, nn.Module]
-    """Path -> the layer under the adapter, as it was before attaching."""
+    """Path of an adapted layer -> the layer that was there before attaching."""
     own: list[nn.Parameter] = field(default_factory=list)
     """The model's parameters before attaching."""
     original: Original = field(default_factory=lambda: Original(None))
     unpacked: nn.Module | None = field(default=None, kw_only=True)
-    """A copy of the model before its base was packed; None if the base is not packed, or if nothing compares the copy."""
+    """A copy of the model before its base weights were packed.
+
+    None if the base weights are not packed, or if no check compares the copy.
+    """
     packed: dict[str, PackedLayer] = field(default_factory=dict)
-    """Path -> 4-bit form of the base weight, where it is quantised."""
+    """Path of a layer whose base weight is quantised -> the weight in 4 bits."""
     expected_codes: dict[str, ExpectedCodes] = field(default_factory=dict)
-    """Path -> the reference quantiser's codes of the original weight."""
+    """Path -> the codes that the reference quantiser gives for the original weight."""
     judged_codes: dict[str, tuple[Judgement, int]] = field(default_factory=dict)
-    """Path -> (judgement of its codes, number of ties), for models too large to hold all expected codes at once."""
+    """Path -> (judgement of the layer's codes, number of ties).
+
+    Used for models that are too large to hold all expected codes at once.
+    """
     disturbed: list[str] = field(default_factory=list)
     """Descriptions of the process-wide settings that attaching changed."""
     reference_cache: dict[tuple[str, str], ReferenceLayer] | None = None
-    """(path, dtype) -> the reference's layer, for small models, so that W is decomposed or quantised only once."""
+    """(path, dtype) -> the reference's layer. None for large models.
+
+    With this cache, W is decomposed or quantised only once.
+    """
 
     def tensors_of(self, path: str) -> dict[str, Tensor]:
-        """Map short names to the trainable tensors of the layer at `path`."""
+        """Map names, relative to `path`, to the trainable tensors of the layer at `path`."""
         return _select(path, self.adapted.tensors())
 
     def state(self) -> dict[str, Tensor]:
@@ -140,23 +151,26 @@ class Subject:
 
     @property
     def trains_plainly(self) -> bool:
-        """True if the config has no dropout, so that outputs in training mode are not random and can be compared."""
+        """True if the config has no dropout. Outputs in training mode are then not random and can be compared."""
         return not getattr(self.config, "dropout", 0.0)
 
     def added(self) -> dict[str, Tensor]:
-        """Map canonical names to the trainable tensors that the Method added, without the model's own parameters, which
-        train in full fine-tuning.
+        """Map canonical names to the trainable tensors that the Method added.
+
+        The model's own parameters, which train in full fine-tuning, are left out.
         """
         own = {id(p) for base in self.bases.values() for p in base.parameters()}
         own |= {id(p) for p in self.own}
         return {name: t for name, t in self.adapted.tensors().items() if id(t) not in own}
 
     def original_base(self, path: str) -> nn.Module:
-        """Return the layer of `original` at `path`, or the subject's own base layer if `original` is no copy."""
+        """Return the layer at `path` in the original model, or the subject's own base layer if there is no copy of the
+        original.
+        """
         return self.bases[path] if self.original.model is None else self.original.model.get_submodule(path)
 
     def dense_base(self, path: str, dtype: torch.dtype) -> nn.Module:
-        """Return a plain copy of the base layer at `path` in `dtype`. The reference decodes a packed weight."""
+        """Return a plain copy of the base layer at `path` in `dtype`. The reference decodes a weight that is packed."""
         base: Any = self.original_base(path)
         if path not in self.packed:
             return copy.deepcopy(base).to(dtype)  # type: ignore[no-any-return]
@@ -174,12 +188,15 @@ class Subject:
         return dense_weight(base)
 
     def fresh_reference(self, dtype: str) -> Adapted:
-        """Attach the reference to plain copies of all base layers in `dtype`; return it at its own start."""
+        """Attach the reference to plain copies of all base layers in `dtype`. Return it with its own initial values."""
         model = skeleton({path: self.dense_base(path, DTYPES[dtype]) for path in self.bases})
         return attach_reference(self.method, model, self.config, list(self.bases), torch.Generator().manual_seed(0))
 
     def reference(self, path: str, dtype: str) -> ReferenceLayer:
-        """Return the reference's layer over the base weight at `path` in `dtype`, in the subject's present state."""
+        """Return the reference's layer over the base weight at `path`, in `dtype`.
+
+        The layer's tensors have the values that the subject's tensors have now.
+        """
         if self.reference_cache is None:
             reference = self._build_reference(path, dtype)
         else:
@@ -207,7 +224,7 @@ def _select(path: str, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def configure(method: str, config: dict[str, Any]) -> Any:
-    """Return the Method's Config with these values; lists become tuples. Raises TypeError for an unknown key."""
+    """Return the Method's Config with these values. Lists become tuples. Raises TypeError for an unknown key."""
     if method in UNREFERENCED:
         return AdapterConfig(**config)
     kind = importlib.import_module(f"reference.{method}").Config
@@ -217,21 +234,26 @@ def configure(method: str, config: dict[str, Any]) -> Any:
 def attach_reference(
     method: str, model: nn.Module, config: Any, names: Iterable[str] | None, generator: torch.Generator
 ) -> Adapted:
-    """Attach the reference and return it. If `names` is given and the config has targets, `names` replaces them."""
+    """Attach the reference to `model` and return the result.
+
+    If `names` is given, these layers replace the config's targets. A config without targets ignores `names`.
+    """
     if names is not None and any(f.name == "targets" for f in fields(config)):
         config = replace(config, targets=tuple(names))
     return importlib.import_module(f"reference.{method}").attach(model, config, generator)  # type: ignore[no-any-return]
 
 
 def adaptable_layers(model: nn.Module, config: Any) -> dict[str, nn.Module]:
-    """Map paths to layers: the config's targets, or every linear layer if the config has no targets."""
+    """Map paths to the layers that the config adapts: its targets, or every linear layer if it has no targets."""
     if hasattr(config, "targets"):
         return targets(model, config.targets, KINDS)
     return {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
 def skeleton(layers: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a module that has only these layers, at their paths. Attaching to it leaves the real model unchanged."""
+    """Return a module that has only these layers, at their paths. Attaching to this module leaves the real model
+    unchanged.
+    """
     root = nn.Module()
     for path, layer in layers.items():
         parent = root
@@ -247,12 +269,12 @@ def skeleton(layers: Mapping[str, nn.Module]) -> nn.Module:
 def initial_tensors(
     method: str, bases: Mapping[str, nn.Module], config: Any, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Return the reference's initial adapter tensors over `bases`, drawn from `generator`; empty without an adapter.
+    """Return the reference's initial adapter tensors over `bases`, by name. If the config has no targets, return {}.
 
-    Every implementation starts from these tensors, so that training runs can be compared step by step (see
-    `load_start`). They include a residual that the start computes from the weight (PiSSA), because the factors of
-    another program's SVD do not fit it. To save memory, the result for a large model omits base weights that train
-    (GaLore), and is empty if the start has a residual.
+    Random tensors are drawn from `generator`. Every implementation starts from the result, so that training runs can be
+    compared step by step (see `load_start`). PiSSA's start also computes a residual from the weight. The result then
+    includes the residual, because the factors of another program's SVD do not fit it. To save memory, the result for a
+    large model omits base weights that train (GaLore), and it is empty if the start has a residual.
     """
     started = _attach_to_skeleton(method, bases, config, generator)
     if started is None:
@@ -284,13 +306,16 @@ def drawn_tensors(method: str, bases: Mapping[str, nn.Module], config: Any) -> s
 def initial_shapes(
     method: str, bases: Mapping[str, nn.Module], config: Any, generator: torch.Generator
 ) -> dict[str, tuple[int, ...]]:
-    """Map the names of the reference's trainable tensors on `bases` to their shapes; empty without an adapter."""
+    """Map the names of the reference's trainable tensors over `bases` to their shapes.
+
+    If the config has no targets, the result is empty.
+    """
     started = _attach_to_skeleton(method, bases, _quick_start(method, config), generator)
     return {name: tuple(t.shape) for name, t in started.tensors().items()} if started else {}
 
 
 def _quick_start(method: str, config: Any) -> Any:
-    """Return a config with which the reference attaches quickly: only its initial values differ, not its shapes."""
+    """Return a config with which the reference attaches quickly. The initial values differ, but not the shapes."""
     return replace(config, **methods()[method].spec.quick_start)
 
 
@@ -325,7 +350,7 @@ def load(adapted: Adapted, values: Mapping[str, Tensor], state: Mapping[str, Ten
 
 
 def load_start(adapted: Adapted, start: Mapping[str, Tensor]) -> None:
-    """Load a result of `initial_tensors`. If `adapted` lacks one of the tensors, load nothing: it keeps its own start."""
+    """Load a result of `initial_tensors` into `adapted`. If `adapted` lacks one of the tensors, nothing is loaded."""
     state = adapted.state()
     rest = {name: value for name, value in start.items() if name in state}
     tensors = {name: value for name, value in start.items() if name not in rest}
@@ -337,15 +362,17 @@ def load_start(adapted: Adapted, start: Mapping[str, Tensor]) -> None:
 def warm(tensors: dict[str, Tensor], generator: torch.Generator) -> None:
     """Fill every tensor with noise, scaled so that the update is about as large as the weight.
 
-    At LoRA's own start B is zero, so that the gradient of A is zero in wrong code too: a check there would see nothing.
+    At LoRA's own start B is zero. The gradient of A is then zero even in wrong code, so that a check would see nothing.
     """
     for tensor in tensors.values():
         tensor.copy_(noise_for(tensor, generator))
 
 
 def noise_for(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Return normal noise in float64 and the tensor's shape, scaled by 1 / sqrt(fan in) so that a matrix about preserves
-    lengths.
+    """Return normal noise in float64, in the tensor's shape.
+
+    For a matrix, the noise is scaled by 1 / sqrt(fan in). Multiplying a vector by the matrix then roughly keeps its
+    length.
     """
     spread = (tensor.numel() / tensor.shape[0]) ** -0.5 if tensor.dim() > 1 else 1.0
     return torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * spread

@@ -1,4 +1,4 @@
-"""Tolerance constants: the numbers that decide pass or fail, each with its reason. No torch."""
+"""Tolerance constants: the numbers that decide pass or fail, each with its reason. The module does not import torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dispatch of Operations: Triton on a GPU, Triton's interpreter if it is on, else torch."""
+"""Dispatch of Operations: to Triton on a GPU, to Triton's interpreter if this is on, and otherwise to torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @cache
 def interpreted() -> bool:
-    """Return whether Triton's interpreter is on (TRITON_INTERPRET=1 before Triton's import). It takes CPU tensors."""
+    """Return whether Triton's interpreter is on. The interpreter runs kernels on CPU tensors.
+
+    The environment variable TRITON_INTERPRET=1 turns the interpreter on. It must be set before Triton is imported.
+    """
     return os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 
 
@@ -34,14 +37,18 @@ def by_triton(*tensors: Tensor) -> bool:
 
 
 def multiplied_by_triton(*tensors: Tensor) -> bool:
-    """Return whether Triton multiplies these tensors: where `by_triton` is true, except for float32 on a GPU.
+    """Return whether Triton multiplies matrices of these tensors.
 
-    Without TF32 no matrix unit multiplies float32, and cuBLAS is faster. Only torch knows whether the user allows TF32.
-    The interpreter takes float32 too, so that tests cover these kernels in every dtype.
+    Triton does so where `by_triton` is true, except for float32 on a GPU. Without TF32 no matrix unit multiplies
+    float32, and cuBLAS is faster. Only torch knows whether the user allows TF32. The interpreter also multiplies
+    float32, so that tests cover these kernels in every dtype.
     """
     return by_triton(*tensors) and (interpreted() or not any(t.dtype == torch.float32 for t in tensors))
 
 
 def frozen(*tensors: Tensor | None) -> bool:
-    """Return whether no tensor requires a gradient: kernels of adapted layers compute no gradients of the base."""
+    """Return whether no tensor requires a gradient.
+
+    The kernels of adapted layers require a frozen base, because they compute no gradients of the base.
+    """
     return not any(t is not None and t.requires_grad for t in tensors)

@@ -10,11 +10,12 @@ from torch import Tensor
 
 @cache
 def dynamic_map(device: torch.device, signed: bool = True) -> Tensor:
-    """Return the 256 values, ascending, float32: -0.993 .. 1 if signed, else 0 .. 1. Cached: do not write to it.
+    """Return the 256 values in ascending order, float32. The result is cached: do not write to it.
 
-    Decade i of seven, 10^(i - 7) to 10^(i - 6), is divided into 2^i equal cells (2^(i + 1) if unsigned). The values are
-    the centres of the cells, 0 and 1, and if signed the negative centres. The result does not depend on torch's default
-    dtype, device and mode.
+    The values run from -0.993 to 1 if `signed`, else from 0 to 1. They lie in seven decades, i = 0 to 6. Decade i runs
+    from 10^(i - 7) to 10^(i - 6). It is divided into 2^i equal cells if `signed`, else into 2^(i + 1). The values are
+    the centres of the cells, 0 and 1. If `signed`, the negative centres are values, too. The result does not depend on
+    torch's default dtype, device and mode.
     """
     with torch.inference_mode(False):
         sizes = [2 ** (i + (not signed)) for i in range(7)]

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 BLOCK2 = 256
-"""Absmax values per block of double quantisation."""
+"""Number of absmax values per block of double quantisation."""
 ZERO = 7
-"""Code of 0, which also pads an odd length."""
+"""Code of the value 0. This code also pads an odd number of codes to whole bytes."""
 
 
 @cache
 def levels() -> Tensor:
-    """Return the 16 levels, ascending from -1 to 1, float32 (16,), on the CPU. Cached: do not write to it.
+    """Return the 16 levels, ascending from -1 to 1, float32 (16,), on the CPU.
 
-    The levels are zero and quantiles of the normal distribution: eight above zero and seven below. Their probabilities
-    are evenly spaced in float32 from 0.9677083, which is 1 - (1/30 + 1/32) / 2, down to 1/2.
+    The result is cached: do not write to it. The levels are zero and quantiles of the normal distribution: eight above
+    zero and seven below. On each side, the probabilities are evenly spaced in float32 from 0.9677083 down to 1/2, which
+    is excluded. 0.9677083 is 1 - (1/30 + 1/32) / 2.
     """
 
     def upper(count: int) -> list[float]:

@@ -1,4 +1,6 @@
-"""Mutation operators: for a node of the syntax tree, the changed code that a careless author might have written."""
+"""Mutation operators. Each one takes a node of the syntax tree and yields mistakes that a careless author might make
+there.
+"""
 
 from __future__ import annotations
 
@@ -25,22 +27,22 @@ _TWINS = {a: b for pair in _PAIRS for a, b in (pair, pair[::-1])} | {
     "float32": "bfloat16", "float64": "float32", "bfloat16": "float16", "float16": "bfloat16",
     "uint8": "int16", "int8": "int16", "int32": "int64", "int64": "int32",
 }  # fmt: skip
-"""Attribute -> the attribute that a mutant has in its place."""
+"""Name of an attribute -> the name that a mutant puts there instead."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change of one node."""
+    """One possible change of the source code: the text of one node of the syntax tree is replaced."""
 
     kind: str
     """Class of the mistake, e.g. `arithmetic`."""
     node: ast.AST
-    """The node whose source text is replaced; it has a position."""
+    """The node whose source text is replaced. The node knows its line and column."""
     text: str
 
 
 def changes(node: ast.AST) -> Iterator[Change]:
-    """Yield every change of one node, without those of its children."""
+    """Yield every change of this node. Changes of the nodes below it are not included."""
     operator = _OPERATORS.get(type(node))
     if operator is not None:
         yield from operator(node)
@@ -176,7 +178,7 @@ def only_raises(body: list[ast.stmt]) -> bool:
 
 
 def _is_module(node: ast.expr) -> bool:
-    """Return whether the expression is a module, as `torch` in `torch.sqrt`."""
+    """Return whether the expression names a module. Example: `torch` in `torch.sqrt`."""
     return ast.unparse(node) in ("torch", "math", "nn", "nn.functional", "torch.linalg", "F")
 
 

@@ -1,4 +1,4 @@
-"""Run of the mutants: choose them, try each in a fork, and report the rate and the survivors."""
+"""Try the mutants: choose some, run the checks on each in a forked process, and report which mutants survived."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from harness.resources import data_folder
 PACKAGES = ("reference", "harness.kernels.torch", "harness.methods.implementations.fused.methods")
 """Packages whose modules have mutants."""
 _TARGETS = 3
-"""Largest number of targets whose checks try one mutant; shared code may have twenty callers."""
+"""Largest number of targets whose checks try one mutant. Without this limit, there may be twenty for shared code."""
 _LIMITS = forks.Limits(cpu_s=300, memory_b=8 << 30)
 
 
 Run = tuple[Owner, str]
-"""Owner and target of an implementation."""
+"""The owner of an implementation's code, and the target that the code implements."""
 
 
 @dataclass(frozen=True)
@@ -42,24 +42,24 @@ class Verdict:
 
     mutant: Mutant
     targets: tuple[str, ...]
-    """The targets that call the changed function; empty if no case runs the changed statement."""
+    """The targets whose checks try the mutant. Empty if no case runs the changed statement."""
     catch: Catch | None = None
     died: str = ""
-    """Signal or exit code that ended the process of the mutant before it had a result; this counts as caught, too."""
+    """Signal or exit code that ended the mutant's process before there was a result. Such a mutant counts as caught."""
     equivalent: str = ""
-    """Why the mutant is no mistake, from the list of equivalent mutants."""
+    """Why this mutant is no mistake, from suites/equivalent_mutants.yaml. Empty if the mutant is not listed there."""
     same_bits: bool = False
-    """True if no check caught it, and it computes the same bits as the original in random cases."""
+    """True if no check caught the mutant, and the mutant computes the same bits as the original in random cases."""
     error: str = ""
-    """Why the mutant could not be tried; empty if it was tried."""
+    """Why the mutant could not be tried. Empty if it was tried."""
 
     def runs(self) -> list[Run]:
-        """List the implementations whose checks are run."""
+        """List the implementations whose checks try the mutant, each as its owner and its target."""
         return [(trial.owner(self.mutant.module), target) for target in self.targets]
 
     @property
     def survives(self) -> bool:
-        """True if the mutant computes something else than the original, and no check failed."""
+        """True if the mutant counts, no check caught it, and its process did not die."""
         return self.counts and not (self.catch or self.died)
 
     @property
@@ -94,7 +94,9 @@ class MutantReport:
 
     @property
     def exit(self) -> Exit:
-        """The exit code: 4 if a mutant could not be tried, 5 if none counts, 1 if a mutant survived, else 0."""
+        """The exit code: 4 if a mutant could not be tried; else 5 if no mutant counts; else 1 if a mutant survived;
+        else 0.
+        """
         if any(one.error for one in self.verdicts):
             return Exit.INFRASTRUCTURE
         if not self.tried():
@@ -115,7 +117,9 @@ class MutantReport:
         }  # fmt: skip
 
     def lines(self) -> Iterator[str]:
-        """Yield the survivors with their diffs, the rates by file and by kind, and the rate of all."""
+        """Yield the printed report: every survivor with its diff, and the share of mutants caught by file, by kind and
+        in total.
+        """
         tried = self.tried()
         for one in self.survivors():
             yield f"SURVIVES {one.mutant.name} ({one.mutant.kind}; checked: {', '.join(one.targets)})"
@@ -141,9 +145,10 @@ class MutantReport:
 
 
 def check(number: int | None, seed: int, jobs: int | None, only: Sequence[str], as_json: bool) -> Exit:
-    """Try mutants, print the report as text or JSON, and return the exit code. jobs: by default one per physical core.
+    """Try mutants, print the report as text or JSON, and return the exit code.
 
-    Raises UsageError for a name in `only` that has no parity suite.
+    jobs: number of processes. If it is None, there is one process per physical core. Raises UsageError if a name in
+    `only` has no parity suite.
     """
     for name in only:
         if name not in parity_suite.names():
@@ -159,7 +164,8 @@ def run(
 ) -> MutantReport:
     """Try `number` random mutants, or all if it is None, and return the report.
 
-    only: names of the targets whose checks are run; empty for all. progress: called with a line after every 50 mutants.
+    only: names of the targets whose checks are run. If it is empty, the checks of all targets are run. progress: a
+    function that is called with a line of text after every 50 mutants.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a fork of a process with several threads may hang
@@ -212,7 +218,9 @@ def _run(
 
 
 def _original_digests(wanted: Iterable[Run], jobs: int) -> dict[Run, list[str]]:
-    """Return the digests that `difference` computes of the originals."""
+    """Map each wanted (owner, target) to the digests of what the unchanged code computes, as `difference.digests`
+    returns them.
+    """
 
     def act(run: Run) -> list[str]:
         return difference.digests(trial.implementation(run[1], run[0], None))
@@ -226,7 +234,9 @@ def _original_digests(wanted: Iterable[Run], jobs: int) -> dict[Run, list[str]]:
 
 
 def _chosen(mutant: Mutant, callers: Mapping[tuple[str, str], list[str]]) -> list[str]:
-    """Return at most _TARGETS targets that call the changed function; a target with the module's name comes first."""
+    """Return the targets that call the changed function, at most _TARGETS. A target with the name of the module comes
+    first.
+    """
     name = mutant.module.rpartition(".")[2]
     return sorted(callers.get((mutant.module, mutant.function), ()), key=lambda target: target != name)[:_TARGETS]
 
@@ -265,7 +275,9 @@ def modules() -> list[str]:
 
 
 def equivalent() -> dict[str, str]:
-    """Map names of mutants, or of modules, to the reason why a change there is no mistake."""
+    """Map the name of each mutant that is no mistake to the reason. The name of a module stands for all mutants of the
+    module.
+    """
     file = data_folder("suites") / "equivalent_mutants.yaml"
     listed = yaml_lines.load(file).data
     return {name: reason for reason, names in listed.items() for name in names}

@@ -1,6 +1,6 @@
-"""Trial of a mutant: run the checks of every target that calls the changed function until one fails.
+"""Trial of one mutant: run the checks of the targets that call the changed function, until a check fails.
 
-A trial runs in a process of its own, made by a fork, because a mutant may hang, crash or leave the process changed.
+Every trial runs in its own forked process, because a mutant may hang, crash or leave the process changed.
 """
 
 from __future__ import annotations
@@ -28,19 +28,23 @@ from harness.methods.implementations import fused
 from harness.methods.registry import Implementation
 
 Unharmed = Literal["not run", "same bits", "survives"]
-"""Why no check caught a mutant: no case runs its statement, it computes the bits of the original, or a check is missing."""
+"""Why no check caught a mutant. `not run`: no case runs the changed statement. `same bits`: the mutant computes the
+same bits as the original. `survives`: the checks have a hole.
+"""
 Owner = Literal["reference", "fused"]
-"""Owner of a module's code."""
+"""Whose code a module is: the reference's, or that of the implementation `fused`."""
 _CODE = {"reference": ("reference.",), "fused": ("harness.kernels.torch.", f"{fused.methods.__name__}.")}
 PROBE = "_mutant_is_reached"
-"""Built-in function, in the process of a trial, that the changed statement calls."""
+"""Name of a built-in function that exists only in the process of a trial. A mutant calls it just before the changed
+statement runs.
+"""
 _MUTANT = "_mutant_name"
-"""Attribute of a changed module."""
+"""Name of the attribute in which a changed module stores the name of its mutant."""
 DEFAULT, WIDE = "default", "wide"
 
 
 class AlreadyImportedError(RuntimeError):
-    """A module was imported before its mutant, so that the mutant would not be tried."""
+    """A module was imported before its mutant. The checks would therefore try the unchanged module."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Catch:
     """A mutant that was caught, and the check that failed."""
 
     form: str
-    """The form of `check` that catches it: `default`, or `wide` if only `check --wide` does."""
+    """How `check` must be called to catch the mutant: `default` for plain `check`, or `wide` for `check --wide`."""
     check: str
     """Id of the check that failed."""
     raised: bool
@@ -56,14 +60,15 @@ class Catch:
 
 
 def owner(module: str) -> Owner:
-    """Return whose code a module is."""
+    """Return `reference` for a module of the reference, and `fused` for every other module."""
     return "reference" if module.startswith("reference.") else "fused"
 
 
 def implementation(target: str, of: Owner, mutant: Mutant | None) -> Implementation:
-    """Return the implementation of a target by a copy of the reference, or by `fused`, with the mutant's change.
+    """Return an implementation of a target, with the mutant's change in its code.
 
-    A process must not ask for another mutant of `fused` later: its modules stay imported.
+    The implementation is a copy of the reference, or `fused` itself, as `of` says. If `mutant` is None, nothing is
+    changed. A process can try only one mutant of `fused`, because the changed module stays imported.
     """
     torch.set_num_threads(1)  # makes torch's pool anew in a fork; two new threads that did so at once would raise
     if of == "reference":
@@ -84,9 +89,10 @@ def targets(of: Owner) -> list[str]:
 
 
 def called_functions(target: str, of: Owner) -> set[tuple[str, str]]:
-    """Run a target in every float32 case of the wide sample; return (module, qualified name) of the functions it calls.
+    """Run a target in every float32 case of the wide sample, and return the functions that the target calls.
 
-    The name of a nested function is that of the function around it. A module's own code has an empty name.
+    Each function is a pair (module, qualified name). A nested function counts under the name of the function around it.
+    Code at module level has an empty name.
     """
     called: set[tuple[str, str]] = set()
     inside = _CODE[of]
@@ -108,7 +114,10 @@ def called_functions(target: str, of: Owner) -> set[tuple[str, str]]:
 
 
 def outcomes(of: Implementation, form: str) -> Iterator[CheckOutcome]:
-    """Yield the outcome of every check of the cases that `check` tries by default, or with `--wide`."""
+    """Yield the outcome of every check of this implementation.
+
+    form: `default` for the cases that plain `check` tries, `wide` for the cases of `check --wide`.
+    """
     plan = parity_suite.load_plan(of.target)
     wanted = CaseSelection(wide=form == WIDE)
     for case in sample.fixed(plan, wanted, of.dtypes):
@@ -116,10 +125,10 @@ def outcomes(of: Implementation, form: str) -> Iterator[CheckOutcome]:
 
 
 def try_mutant(mutant: Mutant, right: Mapping[str, Sequence[str]]) -> Catch | Unharmed:
-    """Return how the checks catch a mutant, or why none did.
+    """Return the catch by the first check that fails, or why no check failed.
 
-    right: target -> the original's digests; the checks of these targets are run. The checks that only `--wide` runs take
-    long. They are left out for a mutant that computes the same bits as the original.
+    right: maps every target whose checks are run to the digests of the original. The checks that only `--wide` runs
+    take long. They are left out for a mutant that computes the same bits as the original.
     """
     of, reached = owner(mutant.module), [mutant.probe[0] < 0]
     setattr(builtins, PROBE, lambda: reached.__setitem__(0, True))
@@ -140,7 +149,9 @@ def try_mutant(mutant: Mutant, right: Mapping[str, Sequence[str]]) -> Catch | Un
 
 
 def _import_changed(mutant: Mutant) -> None:
-    """Import the changed source under the module's name, once, before anything else in this process imports it."""
+    """Import the changed source under the module's name. Raises AlreadyImportedError if the original is already
+    imported.
+    """
     there = sys.modules.get(mutant.module)
     if there is not None and getattr(there, _MUTANT, None) == mutant.name:
         return

@@ -31,8 +31,8 @@ def arguments(
 ) -> Arguments:
     """Draw the arguments of one call. shape: (out, in) of the layer.
 
-    The previous averages are as large as their updates, and are float32 or float64: a score is about a millionth, which
-    float16 cannot represent.
+    The previous averages are as large as their updates. They are in float32 or float64, because a score is about a
+    millionth, which is too small for float16.
     """
     shapes = {"A": (rank, shape[1]), "E": (rank, 1), "B": (shape[0], rank)}
     given: Arguments = {"beta1": beta1, "beta2": beta2}
@@ -48,8 +48,9 @@ def arguments(
 def reference(A: Tensor, E: Tensor, B: Tensor, beta1: float, beta2: float, **given: Tensor) -> tuple[Tensor, ...]:
     """Return I_A, U_A, I_E, U_E, I_B, U_B after the step, and the scores (R,), all in float32 or float64.
 
-    A (R, D), E (R, 1), B (out, R). given: grad_A, and the previous averages I_A of the sensitivity |w grad| and U_A of the
-    uncertainty, in the shape of A; likewise for E and B  (arXiv:2303.10512, eqs. 7 to 11).
+    A is (R, D), E (R, 1) and B (out, R). I is the average of the sensitivity |w grad|, and U the average of the
+    uncertainty (arXiv:2303.10512, eqs. 7 to 11). given: grad_A and the previous I_A and U_A, in the shape of A;
+    likewise for E and B.
     """
     layer = adalora.AdaLoraLinear(
         dense_linear(A.new_zeros(len(B), A.shape[1]), None), A, E, B, scaling=1.0, dropout=0.0
@@ -65,7 +66,7 @@ def reference(A: Tensor, E: Tensor, B: Tensor, beta1: float, beta2: float, **giv
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge all outputs by the noise floor of the averages' dtype, which is float32 for weights of 16 bits."""
+    """Judge all outputs by the noise floor of the averages' dtype: float64 for float64 weights, otherwise float32."""
     dtype = "float64" if given["A"].dtype == torch.float64 else "float32"
     wide = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float64)
     exactly = cloned(dict(given), wide)

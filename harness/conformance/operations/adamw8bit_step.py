@@ -33,10 +33,10 @@ def arguments(
     eps: Eps = 1e-8,
     gradient: Literal["dense", "sparse"] = "dense",
 ) -> Arguments:
-    """Draw a parameter, its gradient and its state. For step 1 the state is all zero, as before the first step.
+    """Draw a parameter, its gradient and the state of its moments. For step 1 the state is all zero.
 
-    gradient: with `sparse`, half the elements of every block, and all elements of every second block, never had a
-    gradient. lr is so large that the step is as large as the parameter.
+    gradient: `sparse` makes gradient and moments zero in every second block, and at every second element of the other
+    blocks. lr is so large that the step is as large as the parameter.
     """
     p, g = (draw(generator, dtype, *shape) for _ in range(2))
     m, v = (draw(generator, torch.float32, g.numel(), spread=0.1) for _ in range(2))
@@ -55,7 +55,7 @@ def arguments(
 def reference(
     p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, **how: Any
 ) -> tuple[Tensor, ...]:
-    """Return p, m, m_absmax, v, v_absmax after the step; `how` is step, lr, betas, eps and weight_decay."""
+    """Return p, m, m_absmax, v and v_absmax after the step. how: step, lr, betas, eps and weight_decay."""
     state = {"m": m.clone(), "m_absmax": m_absmax.clone(), "v": v.clone(), "v_absmax": v_absmax.clone()}
     p = p.clone()
     adamw8bit.adamw8bit_step(p, g, state, **how)
@@ -63,7 +63,9 @@ def reference(
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge p by the noise floor of its dtype, and every absmax by that of float32, the dtype of the moments."""
+    """Judge p by the noise floor of its dtype. Judge every absmax by the noise floor of float32, the dtype of the
+    moments.
+    """
     dtype = given["p"].dtype
     own = next(name for name, one in DTYPES.items() if one == dtype)
     exactly, roundly = (OPERATION.named(reference(**cloned(given, {dtype: to}))) for to in (torch.float64, dtype))
@@ -77,8 +79,9 @@ def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, s
 
 
 def judge_both(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge every code by the float64 moment. If the moment is within a few roundings of the middle of two levels, both
-    levels are right.
+    """Judge every code of m and v: it must be the code of the moment computed in float64.
+
+    If this moment is within a few roundings of the middle between two levels, the codes of both levels are right.
     """
     judged, details = [], []
     for name, signed in (("m", True), ("v", False)):
@@ -96,7 +99,10 @@ def judge_both(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgeme
 
 
 def near_middle(value: Tensor, absmax: Tensor, reach: Tensor, levels: Tensor) -> Tensor:
-    """Return a mask of the elements within `reach` of the middle of two levels. Levels are scaled by the block's absmax."""
+    """Return a mask of the elements of `value` within `reach` of the middle between two levels.
+
+    absmax: one per block. The levels of a block are multiplied by the absmax of the block.
+    """
     scale = absmax.repeat_interleave(adamw8bit.BLOCK)[: value.numel()]
     middles = (levels[:-1] + levels[1:]) / 2
     scaled = torch.where(scale == 0, 0.0, value / scale)
@@ -106,7 +112,7 @@ def near_middle(value: Tensor, absmax: Tensor, reach: Tensor, levels: Tensor) ->
 
 
 def _parts(given: Arguments, name: str) -> tuple[Tensor, Tensor]:
-    """Return beta x the moment, and (1 - beta) x g (for m) or g^2 (for v), both float64 and flat."""
+    """Return the two terms of the new moment, flat in float64: beta x old moment, and (1 - beta) x g (g^2 for v)."""
     which = _CODES.index(name)
     state = {key: given[key] for key in ("m", "m_absmax", "v", "v_absmax")}
     beta, g = given["betas"][which], given["g"].double().flatten()

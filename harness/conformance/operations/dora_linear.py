@@ -14,8 +14,11 @@ from reference import dora
 
 Kind = Literal["normal", "zero-rows", "cancelled"]
 _LEFT = 1 / 16
-"""Share of the update that remains where W almost cancels it. A smaller remainder has no direction after rounding to 16
-bits. With a larger one, an inaccurate norm (from products of W, A and B instead of V) would pass."""
+"""Share of the update that remains in V = W + scaling B A where W almost cancels the update.
+
+A smaller remainder would consist of rounding errors in 16 bits. With a larger remainder, a norm computed inaccurately
+from products of W, A and B would pass.
+"""
 
 
 def arguments(
@@ -30,11 +33,11 @@ def arguments(
     dropout: Dropout = 0.0,
     kind: Kind = "normal",
 ) -> Arguments:
-    """Draw the arguments of one call. shape: (E, D); rows: the leading dimensions of x; dropout: 0 gives no mask.
+    """Draw the arguments of one call. shape: (E, D) of W. rows: leading dimensions of x. dropout: 0 gives no mask.
 
-    kind: form of every fourth row of V = W + scaling B A. `normal`: like the other rows. `zero-rows`: zero in W and B, as
-    in published weights. `cancelled`: W cancels all but a sixteenth of the update. Unlike at DoRA's start, m is noise of
-    either sign.
+    kind: what every fourth row of V = W + scaling B A is like. `normal`: like the other rows. `zero-rows`: W and B are
+    zero there, as in published weights. `cancelled`: W cancels all but a sixteenth of the update. The magnitudes m are
+    noise of either sign, unlike the norms with which DoRA starts.
     """
     W = draw(generator, torch.float64, *shape, spread=shape[1] ** -0.5)
     A, B = draw_low_rank(torch.float64, generator, shape, rank).values()
@@ -58,9 +61,10 @@ def arguments(
 def reference(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, m: Tensor, scaling: float, mask: Tensor | None
 ) -> Tensor:
-    """Return x W^T + bias + (g - 1) ((x mask) W^T) + g scaling ((x mask) A^T) B^T, shape (..., E), g = m / ||V||.
+    """Return x W^T + bias + (g - 1) ((x mask) W^T) + g scaling ((x mask) A^T) B^T, shape (..., E).
 
-    V = W + scaling B A. The norm is taken per row and is a constant in the backward pass; g is 0 where the norm is 0.
+    The gain g of a row is m / ||V|| with V = W + scaling B A. The norm is taken per row and is a constant in the
+    backward pass. g is 0 where the norm is 0.
     """
     layer = dora.DoraLinear(dense_linear(W, bias), A, B, dora.Config(rank=len(A), alpha=scaling * len(A)))
     return apply_layer(layer, x, mask, {"A": A, "B": B, "m": m})

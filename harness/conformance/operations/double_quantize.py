@@ -22,12 +22,14 @@ Spread = Annotated[float, Factor((1.0, 0.0, 0.05, 2.0), least=0.0, most=3.0)]
 def arguments(
     dtype: torch.dtype, generator: torch.Generator, *, blocks: Blocks, block: Literal[256] = 256, spread: Spread = 1.0
 ) -> Arguments:
-    """Draw the absmax of a weight with block magnitudes of 10^(normal x spread)."""
+    """Draw the absmax of a weight's blocks: powers of ten with normal exponents of standard deviation `spread`."""
     return {"absmax": 10.0 ** draw(generator, dtype, blocks, spread=spread), "block": block}
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge the mean by the noise floor of a sum, and the codes by the reference's codes for the subject's own mean."""
+    """Judge the mean by the noise floor of a sum. The codes must be those that the reference gives for the subject's
+    own mean.
+    """
     absmax, block, levels = given["absmax"], given["block"], dynamic_map(signed=True)
     truth, rounded = {"offset": absmax.double().mean()}, {"offset": absmax.mean()}
     mean = noise_floor({"offset": outputs["offset"]}, truth, rounded, "float32")

@@ -38,7 +38,9 @@ def reference(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge the codes: each must be the nearest one, unless rounding decides between two."""
+    """Judge the codes: each must be that of the nearest level. Where rounding decides between two levels, both are
+    right.
+    """
     x, block, levels = given["x"], given["block"], dynamic_map(given["signed"])
     return judge_codes(outputs, reference(**given), nf4.near_tie(x, block, levels), block, levels)
 

@@ -56,7 +56,10 @@ def reference(
 
 
 def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
-    """Judge W and every absmax by the noise floor of the gradient's dtype, which is also the dtype of the projected one."""
+    """Judge W and every absmax by the noise floor of the gradient's dtype.
+
+    The projected gradient has the same dtype.
+    """
     dtype = given["W"].dtype
     own = next(name for name, one in DTYPES.items() if one == dtype)
     # A float64 step also stores its constants in float32.
@@ -74,9 +77,9 @@ def judge(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, s
 def judge_codes_of_moments(outputs: Mapping[str, Tensor], given: Arguments) -> tuple[Judgement, str]:
     """Judge every code: it must be the code of a number within some rounding errors of the float64 moment.
 
-    This differs from `adamw8bit_step` in that the new part of a moment comes from a product. The product, and with it
-    the absmax of the block, is rounded in the gradient's dtype. Near zero, where codes are dense, several codes may be
-    right.
+    Unlike in `adamw8bit_step`, the new part of a moment comes from a matrix product. The product is rounded in the
+    gradient's dtype, and therefore the absmax of the block is, too. Near zero, where levels are dense, several codes
+    may be right.
     """
     eps = max(torch.finfo(given["W"].dtype).eps, EPSILON["float32"])
     judged, details = [], []
@@ -104,16 +107,15 @@ def judge_codes_of_moments(outputs: Mapping[str, Tensor], given: Arguments) -> t
 
 
 def _repeat_blocks(numbers: Tensor, value: Tensor) -> Tensor:
-    """Return `numbers`, one per block, with each repeated for the elements of its block in `value`."""
+    """Return `numbers`, which has one entry per block, expanded to one entry per element of `value`."""
     return numbers.repeat_interleave(adamw8bit.BLOCK)[: value.numel()]
 
 
 def _parts(given: Arguments, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return beta x the moment, (1 - beta) x R (or R^2 for V), and a bound on the latter's rounding error in units of eps.
+    """Return three flat float64 tensors: beta x the old moment, (1 - beta) x R (R^2 for V), and a bound.
 
-    All three are flat and in float64.
-
-    |P|^T |G| |Q| bounds the rounding error of R, and 2 |R| times this bounds the rounding error of R^2.
+    R is the projected gradient. The bound limits the rounding error of the second tensor, in units of eps. For M, the
+    bound is (1 - beta) |P|^T |G| |Q|. For V, it is 2 |R| times as large.
     """
     power, signed = (1, True) if name == "M" else (2, False)
     beta = given["betas"][power - 1]

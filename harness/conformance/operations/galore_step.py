@@ -14,7 +14,8 @@ from reference import galore
 Side = Literal["std", "reverse_std", "paper", "left", "right", "full"]
 Scale = Annotated[float, Factor((0.25, 1.0, 4.0), least=0.01, most=8.0)]
 NEVER = 1_000_000
-"""Steps between two refreshes: more than in any case, so that the subspace never changes."""
+"""Number of steps between two refreshes of the subspace. No case has so many steps, so that the subspace never changes.
+"""
 
 
 def arguments(
@@ -31,10 +32,10 @@ def arguments(
     beta1: Beta = 0.9,
     beta2: Beta = 0.999,
 ) -> Arguments:
-    """Draw a weight, its gradient, moments of R's shape, and orthonormal P (m, r), Q (n, r) or both.
+    """Draw a weight (m, n), its gradient, its moments, and orthonormal bases: P (m, r), Q (n, r) or both.
 
-    side: decides which of P and Q exist. step: number of this step, at least 2. lr is so large that the step is as
-    large as the weight.
+    The moments have the shape of the projected gradient. side: decides which of P and Q exist. step: number of this
+    step, at least 2. lr is so large that the step is as large as the weight.
     """
     m, n = shape
     left, right = galore.sides(m, n, side)

@@ -22,7 +22,7 @@ def arguments(
     bias: bool = True,
     dropout: Dropout = 0.0,
 ) -> Arguments:
-    """Draw the arguments of one call. shape: (E, D); rows: the leading dimensions of x; dropout: 0 gives no mask."""
+    """Draw the arguments of a call. shape: (E, D) of W. rows: the leading dimensions of x. dropout: 0 gives no mask."""
     return {
         "W": draw(generator, dtype, *shape, spread=shape[1] ** -0.5),
         **draw_low_rank(dtype, generator, shape, rank),

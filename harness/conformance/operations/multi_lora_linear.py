@@ -40,8 +40,8 @@ def arguments(
 ) -> Arguments:
     """Draw the arguments of one call.
 
-    ids: the adapter of each sequence, or -1 for none; an id beyond the adapters is taken modulo their number. ranks:
-    one per adapter. shape: (D, E). index: the dtype of ids.
+    ids: the adapter of each sequence, or -1 for none. Too large an id is taken modulo the number of adapters. ranks:
+    the rank of each adapter. shape: (D, E), the input and output features. index: the dtype of the ids.
     """
     D, E = shape
     return {
@@ -57,7 +57,10 @@ def arguments(
 def reference(
     x: Tensor, W: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], scalings: Sequence[float], ids: Tensor
 ) -> Tensor:
-    """Return x W^T + scalings[i] x As[i]^T Bs[i]^T with i = ids[n] for each sequence n, shape (N, T, E)."""
+    """Return x W^T + scalings[i] x As[i]^T Bs[i]^T, shape (N, T, E). Here i = ids[n] is the adapter of sequence n.
+
+    If ids[n] is -1, the sequence gets only x W^T.
+    """
     return multi_lora.multi_lora_linear(x, linear(x, W), As, Bs, scalings, ids)
 
 

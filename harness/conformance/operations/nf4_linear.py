@@ -26,7 +26,7 @@ def arguments(
     bias: bool = True,
     training: bool = True,
 ) -> Arguments:
-    """Draw the arguments of one call. shape: (E, D) of the weight; rows: the leading dimensions of x."""
+    """Draw the arguments of one call. shape: (E, D) of the weight. rows: the leading dimensions of x."""
     packed = _FORM.packed_arguments(dtype, generator, shape=shape, block=block)
     E, D = shape
     return {
@@ -46,7 +46,7 @@ def reference(
     bias: Tensor | None,
     training: bool,
 ) -> Tensor:
-    """Return x W^T + bias, shape (..., E), with W decoded and cast to the dtype of x. training: changes nothing here."""
+    """Return x W^T + bias, shape (..., E), with W decoded and cast to the dtype of x. training: ignored."""
     return linear(x, _FORM.dequantize(packed, absmax, block, shape, x.dtype), bias)
 
 

@@ -29,7 +29,7 @@ def arguments(
     bias: bool = True,
     dropout: Dropout = 0.0,
 ) -> Arguments:
-    """Draw the arguments of one call. shape: (E, D); rows: the leading dimensions of x; dropout: 0 gives no mask."""
+    """Draw the arguments of one call. shape: (E, D) of W. rows: leading dimensions of x. dropout: 0 gives no mask."""
     packed = _FORM.packed_arguments(dtype, generator, shape=shape, block=block)
     return {
         **{name: packed[name] for name in ("packed", "block", "shape")},
@@ -54,8 +54,8 @@ def reference(
 ) -> Tensor:
     """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E), with W decoded and cast to the dtype of x.
 
-    QLoRA's forward pass (arXiv:2305.14314, eq. 5) is LoRA's on the decoded weight. The layer of reference/qlora.py does
-    not fit here, since it encodes a dense weight itself.
+    QLoRA's forward pass (arXiv:2305.14314, eq. 5) is LoRA's forward pass on the decoded weight. The layer in
+    reference/qlora.py cannot serve here, because it takes a dense weight and encodes it itself.
     """
     base = dense_linear(_FORM.dequantize(packed, absmax, block, shape, x.dtype), bias)
     return apply_layer(lora.LoraLinear(base, A, B, scaling, dropout=0.0), x, mask, {"A": A, "B": B})

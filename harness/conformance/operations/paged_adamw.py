@@ -19,10 +19,10 @@ Steps = Annotated[int, Factor((3, 1, 5), least=1, most=6)]
 def arguments(
     dtype: torch.dtype, generator: torch.Generator, *, sizes: Sizes, steps: Steps = 3, weight_decay: WeightDecay = 0.0
 ) -> Arguments:
-    """Draw two parameters of these sizes, and gradients of three magnitudes for the steps.
+    """Draw two parameters of these sizes, and their gradients for every step. Magnitudes change from step to step.
 
     torch stores moments in the parameter's dtype, and float16 cannot represent small second moments. eps is so large
-    that these do not matter.
+    that small second moments do not matter.
     """
     return {
         "params": [draw(generator, dtype, size) for size in sizes],
@@ -32,7 +32,7 @@ def arguments(
 
 
 def steps(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]]) -> None:
-    """Take one step with each list of gradients."""
+    """Take one optimizer step with each list of gradients. A list has one gradient per parameter."""
     for several in grads:
         for p, g in zip(params, several, strict=True):
             p.grad = g

@@ -21,9 +21,9 @@ def arguments(
     bias: bool = True,
     dropout: Dropout = 0.0,
 ) -> Arguments:
-    """Draw the arguments of one call. shape: (E, D); rows: the leading dimensions of x; dropout: 0 gives no mask.
+    """Draw the arguments of one call. shape: (E, D) of W. rows: leading dimensions of x. dropout: 0 gives no mask.
 
-    A and B are noise of the layer's own shape. In a model, `attach` takes them as slices of a larger pair.
+    A and B are noise of the layer's own shape. In a model, `attach` slices them from a larger pair.
     """
     return {
         "W": draw(generator, dtype, *shape, spread=shape[1] ** -0.5),

@@ -1,4 +1,4 @@
-"""The rules of a walk: a Hypothesis state machine that treats an implementation and the reference alike."""
+"""The rules of a walk: a Hypothesis state machine that does the same to an implementation and to the reference."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from harness.conformance.walk.world import LOOKS, World
 RULES = 20
 """Largest number of rules in one walk."""
 REPEATS = 100
-"""Number of walks in which Hypothesis may look for a shorter one that fails: the search takes seconds, not minutes."""
+"""Number of walks in which Hypothesis may look for a shorter walk that fails. This limits the search to seconds."""
 
 
 @dataclass(frozen=True)
 class Worlds:
-    """The programs that take the same walk."""
+    """The three programs that take the same walk: the subject, and the reference in two dtypes."""
 
     subject: World
     wide: World
@@ -34,9 +34,9 @@ class Worlds:
     """The reference in the subject's dtype, from tensors moved within their last place: another draw of rounding errors."""
     dtype: str
     factor: float
-    """Largest error of the subject, as a multiple of the reference's own error."""
+    """Largest allowed error of the subject, as a multiple of the reference's own error."""
     another: Callable[[], World]
-    """Attaches the subject to another model."""
+    """Attaches the subject's implementation to another model, and returns the new World."""
 
     def every(self) -> tuple[World, World, World, World]:
         """Return the worlds, the subject's first."""
@@ -53,7 +53,7 @@ class Worlds:
 
 
 class WalkFailedError(AssertionError):
-    """The implementation departed from the reference. rules: the rules of the walk so far."""
+    """The implementation departed from the reference. rules: the rules of the walk up to the failure."""
 
     def __init__(self, judgement: Judgement, rules: list[str]) -> None:
         super().__init__(judgement.tensor)
@@ -61,10 +61,10 @@ class WalkFailedError(AssertionError):
 
 
 def walk(make: Callable[[], Worlds], walks: int, number: int) -> WalkFailedError | None:
-    """Take `walks` random walks; return the failure of the shortest walk that fails, or None.
+    """Take `walks` random walks. Return the failure of the shortest walk that fails. If none fails, return None.
 
-    make: makes the worlds of a walk, all in the same state. number: seed of the walks. An exception that a rule raises gets
-    a note with the rules of its walk.
+    make: makes the worlds of a walk, all in the same state. number: seed of the walks. If a rule raises another
+    exception, a note with the rules of the walk is added to the exception.
     """
 
     class Walk(AdapterWalk):
@@ -92,7 +92,7 @@ def walk(make: Callable[[], Worlds], walks: int, number: int) -> WalkFailedError
 
 
 class AdapterWalk(RuleBasedStateMachine):
-    """One walk: every rule does the same in every world; some rules then compare the worlds."""
+    """One random walk. Every rule does the same in every world. Some rules then compare the worlds."""
 
     start: Callable[[], Worlds]
     shortest: WalkFailedError | None
@@ -112,7 +112,7 @@ class AdapterWalk(RuleBasedStateMachine):
 
     @invariant()
     def end_of_rule(self) -> None:
-        """Note that the latest rule did not raise."""
+        """Record that the latest rule ended without an exception."""
         self.interrupted = False
 
     def _take(self, name: str) -> None:
@@ -129,7 +129,7 @@ class AdapterWalk(RuleBasedStateMachine):
                 raise
 
     def _compare(self, look: str) -> None:
-        """Compare outputs and gradients."""
+        """Compare what `World.look` returns in every world: outputs and gradients."""
         self._judge(*(world.look(look) for world in self.worlds.every()))
 
     def _judge(self, mine: dict[str, Tensor], truth: dict[str, Tensor], *rounded: dict[str, Tensor]) -> None:
@@ -143,7 +143,7 @@ class AdapterWalk(RuleBasedStateMachine):
     @rule(look=st.sampled_from(list(LOOKS)))
     @precondition(lambda self: not self.merged)
     def compare(self, look: str) -> None:
-        """Run the model in its present state, in one of the ways of LOOKS, and compare."""
+        """Run the model of every world in one of the ways of LOOKS, and compare outputs and gradients."""
         self._take(f"compare({look!r})")
         self._compare(look)
 
@@ -156,7 +156,7 @@ class AdapterWalk(RuleBasedStateMachine):
     @rule(number=st.integers(1, 9))
     @precondition(lambda self: not self.merged and not self.frozen)
     def step(self, number: int) -> None:
-        """Add one more micro-batch, take an optimizer step, and compare the resulting tensors and state."""
+        """Add the gradients of one more micro-batch, take an optimizer step, and compare the tensors and the state."""
         self._all(f"step({number})", lambda world: world.backward(number))
         for world in self.worlds.every():
             world.step()
@@ -222,7 +222,7 @@ class AdapterWalk(RuleBasedStateMachine):
 
     @rule()
     def second_model(self) -> None:
-        """Attach to another model with other shapes, and train that one for a step."""
+        """Attach the implementation to a second model with other shapes, and train the second model for one step."""
         self._take("second_model()")
         other = self.worlds.another()
         other.backward(1)

@@ -1,4 +1,4 @@
-"""A world of a walk: one model with an attached implementation or reference, and what a training program does with them."""
+"""A world of a walk: one model, what is attached to the model, and the actions of a training program."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ class World:
     model: nn.Module
     adapted: Adapted
     attach: Callable[[], tuple[nn.Module, Adapted]]
-    """Attaches to a fresh copy of the same model."""
+    """Attaches again, to a fresh copy of the model, and returns the copy and what is attached."""
     forward: Forward
     """Runs a model on the inputs of the walk."""
     may_train: bool
-    """True if the model may be in training mode: without dropout, it computes the same as in eval mode."""
+    """True if the model may be in training mode.
+
+    A walk allows training mode only without dropout, because both modes then compute the same.
+    """
 
     def __post_init__(self) -> None:
         self.optimizer = self._new_optimizer()
@@ -51,7 +54,9 @@ class World:
             y.backward(incoming(y, seed))
 
     def step(self) -> None:
-        """Add the gradients of the Method's own loss term, take an optimizer step, and do the Method's work after it."""
+        """Add the gradients of the Method's own loss term, take an optimizer step, and do what the Method does after a
+        step.
+        """
         term = self.adapted.regularizer()
         if term is not None:
             term.backward()
@@ -115,7 +120,7 @@ class World:
         return LOOKS[how](self)
 
     def sync(self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """Load these tensors and this state, so that the next comparison does not judge old rounding errors again."""
+        """Load these tensors and this state. The next comparison then does not judge earlier rounding errors again."""
         mine, held = self.adapted.tensors(), self.adapted.state()
         load(
             self.adapted,
@@ -163,7 +168,7 @@ def _checkpointed(world: World) -> dict[str, Tensor]:
 
 
 def _hooked(world: World) -> dict[str, Tensor]:
-    """Run with a forward hook on every adapted layer; also return how often each hook was called."""
+    """Run with a forward hook on every adapted layer. Also return how often each hook was called."""
     calls: list[str] = []
     handles = [
         world.model.get_submodule(path).register_forward_hook(lambda *_, path=path: calls.append(path))

@@ -2,11 +2,12 @@
 
     python -m harness.kernels.compile.ahead --arch 80 --arch 90 --arch 100 [--module nf4] [--json] [--write]
 
-A module below `harness.kernels.triton` may define a list SPECIMENS; no other file lists specimens. A kernel fails if it
-spills registers, needs more shared memory than the architecture has, or needs more registers than `registers.json` allows
-for this specimen, architecture and minor version of Triton (`--write` enters the measured numbers). Streaming kernels
-must load and store 128 bits at a time; matrix products must use matrix instructions. The command prints one line per
-specimen and architecture. It exits with 1 if a specimen fails, and with 2 if there is nothing to judge.
+A module below `harness.kernels.triton` may define a list SPECIMENS. Each specimen is one instance of a kernel. It fails
+if it spills registers, or needs more shared memory than the architecture has. It also fails if it needs more registers
+than `registers.json` allows for this specimen, architecture and minor version of Triton. `--write` enters the measured
+numbers. Streaming kernels must load and store 128 bits at a time, and matrix products must use matrix instructions. The
+command prints one line per specimen and architecture. It exits with 1 if a specimen fails, and with 2 if there is
+nothing to judge.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ if TYPE_CHECKING:
     from harness.kernels.compile.specimen import Specimen
 
 KERNELS = "harness.kernels.triton"
-"""Package in which kernels are searched, subpackages included."""
+"""Package that is searched for kernels, with its subpackages."""
 REGISTERS = Path(__file__).with_name("registers.json")
-"""Allowed registers per thread; see `Table`."""
+"""File with the allowed numbers of registers per thread. `Table` describes its content."""
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Architecture -> bytes of shared memory available to one program (CUDA C++ programming guide, compute capabilities)."""
 Table = dict[str, dict[str, dict[str, int]]]
-"""Minor version of Triton -> architecture (`sm_90`) -> specimen -> registers per thread."""
+"""Minor version of Triton (`3.6`) -> architecture (`sm_90`) -> name of a specimen -> allowed registers per thread."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,12 @@ class KernelVerdict:
     name: str
     architecture: int
     found: MachineCode | None
-    """Counts of the machine code; None if the specimen did not compile."""
+    """What was counted in the machine code. None if the specimen did not compile."""
     faults: tuple[str, ...]
-    """Reasons why the specimen fails; empty if it passes."""
+    """Reasons why the specimen fails. Empty if it passes."""
 
     def line(self) -> str:
-        """Return one line for the terminal."""
+        """Return the line that the command prints for this verdict."""
         status = f"FAIL: {'; '.join(self.faults)}" if self.faults else "ok"
         code = self.found
         if code is None:
@@ -67,14 +68,17 @@ class KernelVerdict:
 
 
 def modules() -> dict[str, str]:
-    """Map the name of each module that may have kernels to its dotted path; `--module` takes these names."""
+    """Map short names to the dotted paths of all modules that may have kernels. `--module` takes the short names."""
     package = importlib.import_module(KERNELS)
     found = pkgutil.walk_packages(package.__path__, f"{KERNELS}.")
     return {one.name.rpartition(".")[2]: one.name for one in found if not one.ispkg}
 
 
 def faults(specimen: Specimen, found: MachineCode, architecture: int, limit: int | None) -> Iterator[str]:
-    """Yield the faults of compiled code. limit: allowed registers per thread; None if the table has no entry."""
+    """Yield a text for each fault of the compiled code.
+
+    limit: allowed registers per thread. None if the table has no entry for this specimen.
+    """
     if found.stack:
         yield f"{found.stack} B of stack: registers are spilled"
     if found.shared > SHARED[architecture]:
@@ -99,7 +103,10 @@ def faults(specimen: Specimen, found: MachineCode, architecture: int, limit: int
 
 
 def judge(module: str, architecture: int, limits: dict[str, int]) -> list[KernelVerdict]:
-    """Compile and judge the specimens of one module (dotted path). Errors of import and compilation become faults."""
+    """Compile and judge the specimens of the module at this dotted path.
+
+    Errors of import and compilation become faults. limits: name of a specimen -> allowed registers per thread.
+    """
     from harness.kernels.compile.machine_code import machine_code
 
     try:
@@ -126,7 +133,7 @@ def _short(error: Exception) -> str:
 
 
 def judge_all(chosen: list[str], architectures: list[int], table: Table, version: str) -> list[KernelVerdict]:
-    """Judge the specimens of the chosen modules (dotted paths) for all architectures, in two processes."""
+    """Judge the specimens of the chosen modules for all architectures, in two processes. chosen: dotted paths."""
     limits = {architecture: table.get(version, {}).get(f"sm_{architecture}", {}) for architecture in architectures}
     # Compilers and threads of torch do not survive a fork, hence spawn.
     context = multiprocessing.get_context("spawn")
@@ -143,7 +150,7 @@ def judge_all(chosen: list[str], architectures: list[int], table: Table, version
 
 
 def _end_with(parent: int) -> None:
-    """End this process soon after its parent, which may have been killed."""
+    """End this process soon after the process with the id `parent` has ended or was killed."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -154,7 +161,10 @@ def _end_with(parent: int) -> None:
 
 
 def enter(table: Table, verdicts: list[KernelVerdict], version: str, architecture: int, *, replace_all: bool) -> None:
-    """Enter the measured registers in the table. replace_all: whether to drop the entries of specimens that are gone."""
+    """Write the measured numbers of registers into `table`.
+
+    replace_all: True to drop the entries of specimens that no longer exist.
+    """
     measured = {one.name: one.found.registers for one in verdicts if one.found and one.architecture == architecture}
     row = table.setdefault(version, {})
     before = {} if replace_all else row.get(f"sm_{architecture}", {})

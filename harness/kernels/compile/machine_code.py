@@ -1,4 +1,4 @@
-"""Compile a Specimen for an architecture without a GPU, and count the instructions of its machine code."""
+"""Compile a Specimen for an architecture, and count the instructions of its machine code. This needs no GPU."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class MachineCode:
     registers: int
     """Registers per thread."""
     stack: int
-    """Bytes of local memory per thread, where spilled registers go."""
+    """Bytes of local memory per thread. Spilled registers are stored there."""
     shared: int
     """Bytes of shared memory per program."""
     instructions: int
     wide_loads: int
-    """Number of instructions that load 128 bits per thread from global memory, asynchronous copies included."""
+    """Number of instructions that load 128 bits per thread from global memory. Asynchronous copies count, too."""
     wide_stores: int
     """Number of instructions that store 128 bits per thread to global memory."""
     narrow_loads: int
@@ -40,19 +40,19 @@ class MachineCode:
     matrix: dict[str, int]
     """Name of a matrix instruction -> number of its occurrences."""
     fused_multiply_adds: int
-    """Number of FFMA instructions."""
+    """Number of instructions that multiply and add with one rounding (FFMA)."""
 
 
 def version() -> str:
-    """Return the minor version of Triton, such as `3.6`: the generated code depends on it."""
+    """Return the minor version of Triton, such as `3.6`. The generated code depends on it."""
     return ".".join(triton.__version__.split(".")[:2])
 
 
 def machine_code(specimen: Specimen, architecture: int) -> MachineCode:
-    """Compile `specimen` with the installed Triton for sm_`architecture`, and return cuobjdump's counts.
+    """Compile `specimen` for the architecture with the installed Triton, and return the counts of its machine code.
 
-    Does not catch Triton's errors. Raises RuntimeError if cuobjdump fails. Does not work in a process that runs Triton's
-    interpreter.
+    architecture: 90 stands for sm_90. Errors of Triton are not caught. Raises RuntimeError if cuobjdump fails. The
+    function does not work in a process that runs Triton's interpreter.
     """
     names = specimen.kernel.arg_names
     at = {name: (index,) for index, name in enumerate(names)}

@@ -1,4 +1,7 @@
-"""One instance of a kernel, to be compiled ahead of time and judged by its machine code without a GPU."""
+"""A specimen is one instance of a kernel.
+
+It is compiled ahead of time, and its machine code is judged without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Kind = Literal["streaming", "gemm", "other"]
-"""Streaming kernels must load and store 128 bits at a time; GEMMs must use matrix instructions; none may spill registers."""
+"""`streaming`: the kernel must load and store 128 bits at a time. `gemm`: the kernel must use matrix instructions. No
+kernel of any kind may spill registers.
+"""
 
 
 @dataclass(frozen=True)
@@ -19,20 +24,26 @@ class Specimen:
     kernel: Any
     """A function decorated by `triton.jit`."""
     signature: Mapping[str, str]
-    """Argument -> Triton's type (`*bf16`, `i32`), for arguments that are no constexpr."""
+    """Name of an argument -> its Triton type, such as `*bf16` or `i32`. constexpr arguments are not listed."""
     constants: Mapping[str, Any]
-    """Argument -> value of a constexpr."""
+    """Name of a constexpr argument -> its value."""
     divisible: tuple[str, ...] = ()
-    """Arguments that are multiples of 16, as torch's pointers are."""
+    """Names of the arguments that are multiples of 16. Pointers to the memory of torch tensors are among them."""
     kind: Kind = "other"
     num_warps: int = 4
     num_stages: int = 3
     fused_multiply_add: bool = False
     """True to allow fused multiply-adds, which round a * b + c once."""
     separate_roundings: bool = False
-    """Whether any fused multiply-add is a fault. Kernels that divide need False, because a division takes some."""
+    """True if every fused multiply-add is a fault.
+
+    A kernel that divides needs False, because a division takes some fused multiply-adds.
+    """
     narrow_loads: int = 0
-    """Number of single-byte loads that a streaming kernel may have: from tables, of constants, or at a ragged end."""
+    """Largest number of single-byte loads in a streaming kernel.
+
+    Such loads read tables, constants or a ragged end.
+    """
     oldest: int = 80
     """Oldest architecture for which this specimen is compiled."""
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -20,9 +20,9 @@ def adalora_importance_(
 ) -> None:  # fmt: skip
     """Update the averages of several layers by one step, in place (arXiv:2303.10512, eqs. 8 to 10).
 
-    Each layer has A (R, D), E (R, 1) and B (out, R), of one floating dtype, and their gradients; None is a gradient of
-    zeros. I and U are the averages of the sensitivity and uncertainty of each of the three. Their dtype, at least
-    float32, is that of the arithmetic.
+    Each layer has factors A (R, D), E (R, 1) and B (out, R) of one floating dtype. A gradient of None stands for zeros.
+    For each factor, I is the average of the sensitivity and U the average of the uncertainty. The arithmetic is in the
+    dtype of I and U, which is at least float32.
     """
     if by_triton(*A, *E, *B, *I_A, *I_E, *I_B):
         from harness.kernels.triton import adalora_importance as gpu
@@ -46,9 +46,10 @@ def adalora_importance(
     A: Tensor, E: Tensor, B: Tensor, grad_A: Tensor, grad_E: Tensor, grad_B: Tensor,
     I_A: Tensor, U_A: Tensor, I_E: Tensor, U_E: Tensor, I_B: Tensor, U_B: Tensor, beta1: float, beta2: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return I_A, U_A, I_E, U_E, I_B, U_B after one step, and the scores (R,) of one layer's triplets (eqs. 7 to 11).
+    """Return I_A, U_A, I_E, U_E, I_B, U_B after one step, and the scores (R,) of the layer's triplets.
 
-    Shapes and dtypes are those of `adalora_importance_`. The arguments are not modified.
+    The equations are 7 to 11 of arXiv:2303.10512. Shapes and dtypes are those of `adalora_importance_`, for one layer.
+    The arguments are not modified.
     """
     if by_triton(A, E, B, I_A, I_E, I_B):
         from harness.kernels.triton import adalora_importance as gpu

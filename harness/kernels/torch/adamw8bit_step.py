@@ -1,7 +1,8 @@
-"""One step of AdamW with 8-bit moments, which are decoded, updated and encoded again in chunks that fit the cache.
+"""One step of AdamW with 8-bit moments.
 
-As in Dettmers et al., arXiv:2110.02861, the first moment has codes of the signed dynamic map, the second codes of the
-unsigned map, and each block of 256 has a float32 absmax. On a GPU Triton does the whole step in one launch.
+The moments are decoded, updated and encoded again, in chunks that fit the cache. As in Dettmers et al.,
+arXiv:2110.02861, the first moment has codes of the signed dynamic map, and the second moment has codes of the unsigned
+map. Each block of 256 codes has a float32 absmax. On a GPU, Triton does the whole step in one launch.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ from harness.kernels.device import by_triton
 from harness.kernels.torch.dynamic_quantize import CHUNK, decode, encode, tables
 
 BLOCK = 256
-"""Elements per absmax."""
+"""Number of elements that share one absmax."""
 MIN_8BIT_SIZE = 4096
-"""Least number of elements of a tensor with 8-bit moments."""
+"""Smallest number of elements of a tensor whose moments are stored in 8 bits."""
 
 
 def init_state(p: Tensor, min_8bit_size: int = MIN_8BIT_SIZE) -> dict[str, Tensor]:
-    """Return zero moments for p, all flat: codes m, v (uint8), and m_absmax, v_absmax (float32, one per 256 elements).
+    """Return the moments of p before the first step, which are all zero.
 
-    A tensor of fewer than `min_8bit_size` elements gets only m and v, of its shape, in float32 (float64 for float64).
+    The result has uint8 codes m and v, one per element, and float32 numbers m_absmax and v_absmax, one per 256
+    elements. All are flat. A tensor of fewer than `min_8bit_size` elements gets only m and v, in its own shape. They
+    are float64 if p is float64, else float32.
     """
     if p.numel() < min_8bit_size:
         dtype = torch.promote_types(p.dtype, torch.float32)
@@ -38,7 +41,10 @@ def init_state(p: Tensor, min_8bit_size: int = MIN_8BIT_SIZE) -> dict[str, Tenso
 def adamw8bit_step(
     p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, **options: Any
 ) -> tuple[Tensor, ...]:
-    """Return new p, m, m_absmax, v, v_absmax after a step; arguments as for `adamw8bit_step_`, in any memory layout."""
+    """Return p, m, m_absmax, v and v_absmax after a step.
+
+    The arguments are those of `adamw8bit_step_`, in any memory layout. They are not modified.
+    """
     if by_triton(p, g):
         from harness.kernels.triton import adamw8bit_step as gpu
 
@@ -66,9 +72,9 @@ def adamw8bit_step_(
 ) -> None:
     """Take step number `step`, in place. The first step is 1.
 
-    p, g: of one shape and any floating dtype. m, v: uint8 codes, flat, one per element; m_absmax, v_absmax: float32,
-    one per block of 256. The step computes in float32 (float64 for float64) and rounds p once. Weight decay comes
-    before the update:
+    p, g: of one shape and any floating dtype. m, v: uint8 codes, flat, one per element. m_absmax, v_absmax: float32,
+    one per block of 256. The step computes in float64 if p is float64, else in float32, and rounds p once. t is the
+    number of the step. Weight decay comes before the update:
 
         m = beta1 m + (1 - beta1) g       v = beta2 v + (1 - beta2) g^2
         p = (1 - lr weight_decay) p - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
@@ -98,12 +104,15 @@ def adamw8bit_step_(
 
 
 def firsts(n: int, chunk: int) -> Sequence[int]:
-    """Return the first index of each chunk of n elements. The memory model replaces this function to run few chunks."""
+    """Return the index of the first element of each chunk. n: number of elements. chunk: elements per chunk.
+
+    The memory model replaces this function, so that few chunks run.
+    """
     return range(0, n, chunk)
 
 
 def working_dtype(p: Tensor) -> torch.dtype:
-    """Return the dtype of the arithmetic for p: float32, or float64 for float64."""
+    """Return the dtype in which a step on p computes: float64 for float64, else float32."""
     return torch.promote_types(p.dtype, torch.float32)
 
 
@@ -111,7 +120,7 @@ def update(
     p: Tensor, g: Tensor, M: Tensor, V: Tensor,
     *, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> Tensor:  # fmt: skip
-    """Return p after the step; M and V are updated in place. All have the dtype of the arithmetic."""
+    """Return p after the step, and update M and V in place. All tensors have the dtype of the arithmetic."""
     M.mul_(betas[0]).add_(g, alpha=1 - betas[0])
     V.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
     denominator = V.sqrt().div_(math.sqrt(1 - betas[1] ** step)).add_(eps)

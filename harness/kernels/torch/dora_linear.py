@@ -16,8 +16,8 @@ from harness.kernels.torch.support.autocast import outside_autocast
 def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """Return the norm of each row of W + scaling B A, shape (E,), without a gradient (arXiv:2402.09353, section 4.3).
 
-    The function forms the sum instead of combining the norms of its parts. On a CPU the sum takes a third longer, but it
-    is accurate where the parts cancel.
+    The function computes the sum itself, instead of combining the norms of W and B A. On a CPU this takes a third
+    longer, but is accurate where W and B A cancel each other.
     """
     with torch.no_grad():
         norm: Tensor = torch.linalg.vector_norm(torch.addmm(W, B, A, alpha=scaling), dim=1)
@@ -25,7 +25,10 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 
 class _Gained(torch.autograd.Function):
-    """Computes g z + onto with g = m / norm, for z (T, E) and onto (E,) or (T, E). Saves z for the backward pass."""
+    """Computes g z + onto, where g is m / norm, z is (T, E), and onto is (E,) or (T, E).
+
+    The Function saves z for the backward pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, onto: Tensor | None, m: Tensor, norm: Tensor) -> Tensor:
@@ -52,9 +55,10 @@ class _Gained(torch.autograd.Function):
 
 
 def gained(z: Tensor, onto: Tensor | None, m: Tensor, norm: Tensor) -> Tensor:
-    """Return (m / norm) z + onto, shape (..., E); the gain m / norm is 0 where the norm is 0.
+    """Return (m / norm) z + onto, shape (..., E). The gain m / norm is 0 where the norm is 0.
 
-    z (..., E); onto: (E,), the shape of z, or None; m, norm (E,). The result is differentiable in z, onto and m.
+    z is (..., E), and m and norm are (E,). onto is (E,), or has the shape of z, or is None. The result is
+    differentiable in z, onto and m.
     """
     flat = onto if onto is None or onto.dim() == 1 else onto.reshape(-1, onto.shape[-1])
     y: Tensor = _Gained.apply(z.reshape(-1, z.shape[-1]), flat, m, norm)
@@ -71,11 +75,12 @@ def dora_linear(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, m: Tensor, scaling: float,
     mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Return x W^T + bias + (g - 1) (x mask) W^T + g scaling ((x mask) A^T) B^T, shape (..., E) (eq. 5 with dropout).
+    """Return x W^T + bias + (g - 1) (x mask) W^T + g scaling ((x mask) A^T) B^T, shape (..., E).
 
-    g = m / ||W + scaling B A|| per row, 0 where the norm is 0. x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), m (E,),
-    mask like x or None, all of one dtype. The result is twice differentiable in all but the mask, with the norm as a
-    constant. In Triton it is differentiable once; a second derivative raises RuntimeError.
+    This is eq. 5 of arXiv:2402.09353 with dropout. The gain g of a row is m / ||W + scaling B A||, or 0 where this norm
+    is 0. Shapes: x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), m (E,). mask has the shape of x, or is None. All
+    tensors have one dtype. The result is twice differentiable in all tensors but the mask. The norm counts as a
+    constant. In Triton, the result is differentiable only once, and a second derivative raises RuntimeError.
     """
     if multiplied_by_triton(x, W, A, B, m) and frozen(W, bias):
         from harness.kernels.triton import dora_linear as gpu

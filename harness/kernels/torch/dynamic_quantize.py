@@ -1,9 +1,9 @@
 """Exact blockwise 8-bit codes of the dynamic map (arXiv:2110.02861, section 2) by two table look-ups, on any device.
 
-The upper half of a float32 (sign, exponent and seven bits of the fraction) selects one of 65,536 buckets. No bucket
-contains two midpoints between neighbouring values: a table gives the number of midpoints below the bucket, and one
-comparison with the next midpoint decides. A binary search would take eight dependent steps, and
-thirty times as long on a CPU.
+The upper half of a float32 (sign, exponent and seven bits of the fraction) selects one of 65,536 buckets. A bucket
+contains at most one midpoint between neighbouring values. A table gives the number of midpoints below the bucket. One
+comparison with the next midpoint then decides the code. A binary search would take eight dependent steps, and thirty
+times as long on a CPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from harness.kernels.device import by_triton
 from harness.kernels.dynamic_map_format import dynamic_map
 
 CHUNK = 1 << 15
-"""Elements processed at a time on a CPU: temporaries fit its cache, and torch starts no threads."""
+"""Number of elements processed at a time on a CPU.
+
+Temporaries of this size fit the CPU's cache, and torch starts no threads for them.
+"""
 
 
 class Tables(NamedTuple):
@@ -27,14 +30,14 @@ class Tables(NamedTuple):
     values: Tensor
     """Values of the map: float32 (256,), ascending."""
     midpoints: Tensor
-    """Midpoints between neighbouring values: float32 (256,); the last one is infinite."""
+    """Midpoints between neighbouring values: float32 (256,). The last one is infinite."""
     below: Tensor
-    """uint8 (65536,): number of midpoints below each bucket."""
+    """Number of midpoints below each bucket: uint8 (65536,)."""
 
 
 @cache
 def tables(device: torch.device, signed: bool) -> Tables:
-    """Return the tables on a device, cached."""
+    """Return the tables of the signed or of the unsigned map on a device. The result is cached."""
     with torch.inference_mode(False):
         values = dynamic_map(torch.device("cpu"), signed)
         midpoints = (values[:-1] + values[1:]) / 2
@@ -47,14 +50,20 @@ def tables(device: torch.device, signed: bool) -> Tables:
 
 
 def nearest(relative: Tensor, of: Tables) -> Tensor:
-    """Return the codes of the nearest values, uint8; ties go to the lower value. relative: float32, contiguous, 1-d."""
+    """Return the uint8 codes of the values nearest to `relative`. Ties go to the lower value.
+
+    relative: float32, contiguous, 1-d.
+    """
     bucket = (relative.view(torch.int32) >> 16).bitwise_and_(0xFFFF)
     codes = of.below.index_select(0, bucket)
     return codes.add_(relative > of.midpoints.index_select(0, codes.int()))
 
 
 def decode(codes: Tensor, absmax: Tensor, block: int, of: Tables) -> Tensor:
-    """Return values[codes] * absmax, float32, flat. codes: uint8, 1-d. absmax: one per block."""
+    """Return the values of the codes times the absmax of their blocks, as flat float32.
+
+    codes: uint8, 1-d. absmax: one per block. of: tables of the map.
+    """
     decoded = of.values.index_select(0, codes.int())
     whole = len(decoded) // block * block
     decoded[:whole].view(-1, block).mul_(absmax[: whole // block, None])
@@ -64,7 +73,10 @@ def decode(codes: Tensor, absmax: Tensor, block: int, of: Tables) -> Tensor:
 
 
 def encode(x: Tensor, block: int, of: Tables) -> tuple[Tensor, Tensor]:
-    """Return (codes, absmax) of x. x: float32, contiguous, 1-d. A block of zeros has absmax 0 and the code of 0."""
+    """Return the codes of x and the absmax of every block.
+
+    x: float32, contiguous, 1-d. of: tables of the map. A block of zeros has absmax 0 and the code of 0.
+    """
     rows = torch.nn.functional.pad(x, (0, -len(x) % block)).view(-1, block)
     absmax = rows.abs().amax(dim=1)
     divisor = torch.where(absmax == 0, 1.0, absmax)
@@ -72,10 +84,11 @@ def encode(x: Tensor, block: int, of: Tables) -> tuple[Tensor, Tensor]:
 
 
 def dynamic_quantize(x: Tensor, block: int = 256, signed: bool = True) -> tuple[Tensor, Tensor]:
-    """Return (codes, absmax): uint8 in the order of x.flatten(); float32, one per block. The last block may be short.
+    """Return (codes, absmax). codes: uint8, in the order of x.flatten(). absmax: float32, one per block.
 
-    x: any shape and floating dtype, read as float32. An element becomes the value nearest to x / absmax, the lower one at a
-    tie. A NaN or an infinity in a block is also its absmax. Raises ValueError for a block below 1.
+    x: any shape and floating dtype, read as float32. The last block may be short. The code of an element is that of the
+    value nearest to x / absmax. A tie goes to the lower value. A NaN or an infinity in a block is also the block's
+    absmax. Raises ValueError for a block below 1.
     """
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")

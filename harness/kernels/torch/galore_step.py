@@ -4,7 +4,8 @@
     -N = one step of AdamW from 0 with lr 1       torch's fused kernel: R, M and V are read once
     W = (1 - lr decay) (W - lr scale P N Q^T)     one product that accumulates in W's memory
 
-No temporary has the size of W. Shapes: W and G (m, n), P (m, r), Q (n, r); R, M and V like P^T G Q.
+G is the gradient of W, P and Q span the subspace, and M and V are the moments. No temporary has the size of W. Shapes:
+W and G are (m, n), P is (m, r), and Q is (n, r). R, M and V have the shape of P^T G Q.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from harness.kernels.torch.adamw8bit_step import adamw8bit_step_
 from harness.kernels.torch.support.range_finder import leading_vectors, randomised_svd
 
 OVERSAMPLE = 10
-"""Columns of the randomised SVD's sketch in addition to the rank."""
+"""Number of columns by which the randomised SVD's sketch exceeds the rank."""
 
 
 def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
-    """Return two bools: whether an (m, n) matrix is projected on the left, and on the right.
+    """Return two bools: whether an (m, n) matrix is projected on the left, and whether it is projected on the right.
 
     Raises ValueError for an unknown side.
     """
@@ -45,11 +46,12 @@ def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
 def refreshed(
     G: Tensor, rank: int, side: str, niter: int = 0, P: Tensor | None = None, Q: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return (P, Q), the first `rank` singular vectors of G on the projected sides, in G's dtype; None on the other side.
+    """Return (P, Q): the first `rank` left and the first `rank` right singular vectors of G, in G's dtype.
 
-    niter: 0 for an exact SVD in float32 (float64 for float64); else the subspace iterations of a randomised SVD, which
-    starts from the previous P or Q, if given, and from random vectors that are the same in every call. Raises ValueError
-    if G is not finite.
+    On a side that is not projected, the result is None. niter: 0 for an exact SVD in float32 (in float64 if G is
+    float64). Otherwise niter is the number of subspace iterations of a randomised SVD. The randomised SVD starts from
+    the previous P or Q, if given, and from random vectors that are the same in every call. Raises ValueError if G is
+    not finite.
     """
     if not G.isfinite().all():
         raise ValueError(
@@ -69,7 +71,10 @@ def refreshed(
 
 
 def _sketch(W: Tensor, rank: int, P: Tensor | None, Q: Tensor | None) -> Tensor:
-    """Return a sketch, (smaller side, at most rank + OVERSAMPLE): the previous vectors, padded with random ones."""
+    """Return a sketch for a randomised SVD of W: the previous singular vectors, padded with random vectors.
+
+    The shape is (smaller side of W, at most rank + OVERSAMPLE). P, Q: the previous vectors, if there are any.
+    """
     m, n = W.shape
     smaller, larger = (Q, P) if m >= n else (P, Q)
     if smaller is None and larger is not None:
@@ -84,7 +89,7 @@ def _sketch(W: Tensor, rank: int, P: Tensor | None, Q: Tensor | None) -> Tensor:
 def galore_step(
     W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, V: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return new W, M and V after a step; arguments as for `galore_step_`, in any memory layout."""
+    """Return W, M and V after a step. The arguments are those of `galore_step_`, in any memory layout."""
     if by_triton(W, G):
         from harness.kernels.triton import galore_step as gpu
 
@@ -98,7 +103,10 @@ def galore8bit_step(
     W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, M_absmax: Tensor, V: Tensor, V_absmax: Tensor,
     **options: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return new W, M, M_absmax, V and V_absmax after a step; arguments as for `galore_step_`, in any memory layout."""
+    """Return W, M, M_absmax, V and V_absmax after a step.
+
+    The arguments are those of `galore_step_`, in any memory layout.
+    """
     W, M, M_absmax, V, V_absmax = (
         t.detach().clone(memory_format=torch.contiguous_format) for t in (W, M, M_absmax, V, V_absmax)
     )
@@ -125,11 +133,12 @@ def galore_step_(
     V_absmax: Tensor | None = None,
     side: str = "",
 ) -> None:
-    """Take step number `step` (the first is 1) in the subspace of P and/or Q, and update W, M and V in place.
+    """Take step number `step` in the subspace of P, Q or both, and update W, M and V in place. The first step is 1.
 
-    All tensors have one floating dtype, except that M and V, which are contiguous, may be float32. With M_absmax and
-    V_absmax, M and V are 8-bit codes as in `adamw8bit_step_`. As in the authors' code, eps is added to sqrt(V), the bias
-    corrections are part of the step size, and weight decay comes last, by the full lr. side: ignored; P and Q imply it.
+    All tensors have one floating dtype, but M and V may also be float32. M and V are contiguous. If M_absmax and
+    V_absmax are given, M and V are 8-bit codes as in `adamw8bit_step_`. As in the authors' code, eps is added to
+    sqrt(V), the bias corrections are part of the step size, and weight decay comes last, by the full lr. side: ignored,
+    because P and Q show which sides are projected.
     """
     if M.dtype == W.dtype and W.is_contiguous() and by_triton(W, G):
         from harness.kernels.triton import galore_step as gpu
@@ -155,7 +164,10 @@ def adam_step_(
     p: Tensor, g: Tensor, M: Tensor, V: Tensor, *, step: int, lr: float, betas: tuple[float, float], eps: float,
     weight_decay: float, M_absmax: Tensor | None = None, V_absmax: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Take the step of `galore_step_` without a subspace, in place. p: any shape; M, V: contiguous, or 8-bit codes."""
+    """Take the step of `galore_step_` without a subspace, in place.
+
+    p: any shape. M, V: contiguous moments, or 8-bit codes if M_absmax and V_absmax are given.
+    """
     # torch's AdamW, and ours in 8 bits, add eps to sqrt(V / (1 - beta2^t)), and apply weight decay before the update.
     decay, eps = 1 - lr * weight_decay, eps / math.sqrt(1 - betas[1] ** step)
     if weight_decay:

@@ -1,4 +1,7 @@
-"""LoRA linear layer, y = x W^T + bias + s ((x mask) A^T) B^T; low-rank terms are added in the memory of large products."""
+"""LoRA linear layer, y = x W^T + bias + s ((x mask) A^T) B^T.
+
+Low-rank terms are added to the large products in place.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,11 @@ from harness.kernels.torch.support.autocast import outside_autocast
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Adds low-rank terms by addmm into the memory of the large products, forward and backward.
+    """Computes a LoRA layer. Forward and backward, addmm adds the low-rank terms to the large products in place.
 
-    The Function saves x and S = (x mask) A^T (T, R). Compared with the plain expression, the forward pass avoids the update
-    (T, E) and its scaled copy; the backward pass avoids a scaled copy of dy and a sum of two gradients of x.
+    The Function saves x and S = (x mask) A^T, shape (T, R). Compared with the plain expression, the forward pass does
+    not allocate the update (T, E) and its scaled copy. The backward pass does not allocate a scaled copy of dy, and
+    does not add two gradients of x.
     """
 
     @staticmethod
@@ -61,8 +65,9 @@ def lora_linear(
 ) -> Tensor:
     """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E) (arXiv:2106.09685, section 4.1).
 
-    x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), mask like x or None, all of one dtype. The result is twice
-    differentiable in all but the mask. In Triton it is differentiable once; a second derivative raises RuntimeError.
+    Shapes: x (..., D), W (E, D), bias (E,), A (R, D), B (E, R). mask has the shape of x, or is None. All tensors have
+    one dtype. The result is twice differentiable in all tensors but the mask. In Triton, the result is differentiable
+    only once, and a second derivative raises RuntimeError.
     """
     if multiplied_by_triton(x, W, A, B) and frozen(W, bias):
         from harness.kernels.triton import lora_linear as gpu
@@ -74,7 +79,7 @@ def lora_linear(
 
 
 def is_plain(base: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
-    """Return whether `base` has exactly this type and no hooks, so that its weight may be used without calling it."""
+    """Return whether `base` has exactly this type and no hooks. Its weight may then be used without calling `base`."""
     hooked = (
         base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         or "forward" in base.__dict__ or _has_any_global_hook()
@@ -87,9 +92,10 @@ def lora_linear_over(
 ) -> Tensor:
     """Return base(x) + scaling ((x mask) A^T) B^T, shape (..., E).
 
-    `lora_linear` computes an nn.Linear without hooks, `packed_lora_linear` an `Nf4Linear`. Any other base is called. Its
-    output is not modified, since the output may be the input or a tensor that the base holds. The base is also called
-    under autocast and under torch.compile, which then fuses better.
+    If the base is an nn.Linear without hooks, `lora_linear` computes the result. If it is an `Nf4Linear` without hooks,
+    `packed_lora_linear` does. Any other base is called. The base's output is then not modified, because it may be the
+    input or a tensor that the base holds. Under autocast and under torch.compile, every base is called. torch.compile
+    then fuses better.
     """
     inner: Any = base
     if not (torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling()):

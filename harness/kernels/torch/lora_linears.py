@@ -1,4 +1,7 @@
-"""Several LoRA linear layers of one input, such as q, k and v: x is read once for all As, and its gradient is one sum."""
+"""Several LoRA linear layers with the same input x, such as q, k and v.
+
+x is read once for the low-rank products of all layers, and the gradient of x is one sum.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,10 @@ class LoraFactors:
 
 
 class _LoraLinears(torch.autograd.Function):
-    """Stacks s A of all layers to As (ranks, D), so that S = x As^T, dx += dS As and dAs = dS^T x are one product each.
+    """Stacks the scaled A of all layers to As (ranks, D).
 
-    As includes the scaling, so that no tensor with a row per token is scaled. The Function saves x and S (T, ranks).
+    S = x As^T, dx += dS As and dAs = dS^T x are then one product each. As includes the scaling, so that no tensor with
+    a row per token is scaled. The Function saves x and S (T, ranks).
     """
 
     @staticmethod
@@ -103,12 +107,15 @@ class _LoraLinears(torch.autograd.Function):
 
 
 def _scaled(layers: Sequence[LoraFactors]) -> Tensor:
-    """Return s A of all layers, stacked: (ranks, D)."""
+    """Return scaling A of all layers, stacked: (ranks, D)."""
     return torch.cat([one.A if one.scaling == 1 else one.A * one.scaling for one in layers])
 
 
 def _product(x: Tensor, W: Tensor | PackedWeight, *, transposed: bool, onto: Tensor | None = None) -> Tensor:
-    """Return x W^T, or x W if `transposed`. With `onto`, return its sum with the product, in place where possible."""
+    """Return x W^T, or x W if `transposed`.
+
+    If `onto` is given, return the sum of onto and the product, computed in place where possible.
+    """
     if isinstance(W, PackedWeight):
         if torch.is_grad_enabled():
             y = product(x, W, transposed=transposed)
@@ -121,9 +128,10 @@ def _product(x: Tensor, W: Tensor | PackedWeight, *, transposed: bool, onto: Ten
 def lora_linears(x: Tensor, layers: Sequence[LoraFactors], precomputed: dict[Any, Any] | None = None) -> list[Tensor]:
     """Return x W^T + bias + scaling (x A^T) B^T, shape (..., E), for each layer.
 
-    x (..., D); all of one dtype. Results are twice differentiable in x, bias, A, B and every dense W; in Triton once. All
-    outputs belong to one node of the graph: a backward pass through one of them frees the saved tensors of all.
-    precomputed: a dict of outputs that are not used yet; a backward pass clears it.
+    x is (..., D). All tensors have one dtype. The results are twice differentiable in x, bias, A, B and every dense W.
+    In Triton they are differentiable once. All outputs belong to one node of the graph, so that a backward pass through
+    one of them frees the saved tensors of all. precomputed: a dict that holds outputs which are not used yet. A
+    backward pass clears this dict.
     """
     precomputed = {} if precomputed is None else precomputed
     dense = [(one.W, one.bias, one.A, one.B, one.scaling) for one in layers if isinstance(one.W, Tensor)]
@@ -140,9 +148,10 @@ def lora_linears(x: Tensor, layers: Sequence[LoraFactors], precomputed: dict[Any
 
 
 def factors_over(base: nn.Module, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> LoraFactors | None:
-    """Return the factors of LoRA over this base, or None if the base itself must be called.
+    """Return the factors of LoRA over this base. If the base itself must be called, return None.
 
-    The result is also None over NF4 with Triton, where another kernel decodes, multiplies and adds.
+    The result is also None if the base is in NF4 and Triton multiplies. Another kernel then decodes, multiplies and
+    adds.
     """
     inner: Any = base
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():

@@ -1,9 +1,10 @@
-"""A linear layer with a LoRA adapter per sequence: one product with W for all, one pair of thin products per adapter.
+"""A linear layer in which every sequence has its own LoRA adapter, or none.
 
     y_n = W x_n + s_i B_i A_i x_n   with i = ids[n]      Punica, arXiv:2310.18547, section 4; S-LoRA, arXiv:2311.03285
 
-Sequences of one adapter are computed together. If they are adjacent in the batch, as in a batch sorted by adapter, no token
-is copied and the update is added to y in place. Shapes: N sequences, D input and E output features, R rank.
+There is one product with W for all sequences, and one pair of thin products per adapter. If the sequences of an adapter
+are adjacent in the batch, as in a batch sorted by adapter, no token is copied and the update is added to y in place. In
+shapes, N is the number of sequences, D and E are the input and output features, and R is the rank.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ Rows = slice | Tensor
 
 
 def groups(ids: Tensor, adapters: int) -> dict[int, list[int]]:
-    """Map each used adapter to its sequences, ascending. Raises ValueError for an id that is neither an adapter nor -1."""
+    """Map each used adapter to the indices of its sequences, ascending.
+
+    Raises ValueError for an id that is neither an adapter nor -1.
+    """
     members: dict[int, list[int]] = {}
     for n, i in enumerate(ids.tolist()):
         if not -1 <= i < adapters:
@@ -34,19 +38,22 @@ def groups(ids: Tensor, adapters: int) -> dict[int, list[int]]:
 
 
 def _rows(members: list[int], device: torch.device) -> Rows:
-    """Return a slice if the sequences are adjacent, else an index."""
+    """Return a slice if the sequences are adjacent in the batch, else a tensor with their indices."""
     first, after = members[0], members[-1] + 1
     return slice(first, after) if after - first == len(members) else torch.tensor(members, device=device)
 
 
 def _of(t: Tensor, rows: Rows) -> Tensor:
-    """Return the tokens of some sequences of t (N, T, D) as a matrix: a view for a slice of a contiguous t, else a copy."""
+    """Return the tokens of some sequences of t (N, T, D) as a matrix.
+
+    The result is a view if `rows` is a slice and t is contiguous, else a copy.
+    """
     chosen = t[rows] if isinstance(rows, slice) else t.index_select(0, rows)
     return chosen.reshape(-1, t.shape[-1])
 
 
 def _add(to: Tensor, rows: Rows, low: Tensor, high: Tensor, scaling: float) -> None:
-    """Add scaling low @ high to the tokens of some sequences, in place. to: (N, T, E), contiguous."""
+    """Add scaling low @ high to the tokens of some sequences of `to`, in place. to: (N, T, E), contiguous."""
     if isinstance(rows, slice):
         to[rows].view(-1, to.shape[-1]).addmm_(low, high, alpha=scaling)
     else:
@@ -54,7 +61,10 @@ def _add(to: Tensor, rows: Rows, low: Tensor, high: Tensor, scaling: float) -> N
 
 
 class _MultiLora(torch.autograd.Function):
-    """Takes x (N, T, D), W (E, D), then the As and the Bs of the adapters in `members`."""
+    """Computes the layer from x (N, T, D), W (E, D), and the As and the Bs of the used adapters.
+
+    members: for each used adapter, its sequences.
+    """
 
     @staticmethod
     def forward(
@@ -103,11 +113,12 @@ def multi_lora_linear(
     scalings: Sequence[float],
     ids: Sequence[int] | Tensor,
 ) -> Tensor:
-    """Return x W^T + s_i x A_i^T B_i^T with i = ids[n] for each of N sequences, or only the first term if ids[n] is -1.
+    """Return x W^T + s_i x A_i^T B_i^T for each of N sequences. The adapter of sequence n is i = ids[n].
 
-    x (N, ..., D), W (E, D), As[i] (R_i, D), Bs[i] (E, R_i), all of one floating dtype; ids (N,), integers. The result is
-    differentiable in x, W, and the As and Bs in use; in torch twice. Raises ValueError if the lists differ in length, or
-    if an id is not an integer, or neither -1 nor an adapter. Without Triton, the host waits for ids on an accelerator.
+    If ids[n] is -1, the sequence gets only x W^T. Shapes: x (N, ..., D), W (E, D), As[i] (R_i, D), Bs[i] (E, R_i).
+    These tensors have one floating dtype. ids: N integers. The result is differentiable in x, W, and the As and Bs in
+    use: twice in torch, once in Triton. Raises ValueError if the lists differ in length, if the ids are not integers,
+    or if an id is neither -1 nor an adapter. Without Triton, the host waits for ids on an accelerator.
     """
     if not len(As) == len(Bs) == len(scalings):
         raise ValueError(f"each adapter needs an A, a B and a scaling, got {len(As)}, {len(Bs)} and {len(scalings)}")

@@ -1,8 +1,9 @@
-"""NF4 and double quantisation (arXiv:2305.14314): in torch, in pieces that fit the cache; on a GPU by Triton.
+"""NF4 and double quantisation (arXiv:2305.14314).
 
-Encoding divides the axis into cells with at most one midpoint each, looks up that midpoint and compares once. Decoding looks
-up both values of a byte as one 8-byte word. Whole blocks of a large tensor on a CPU go through compiled code instead
-(support/nf4_compiled.py), which gives the same bits.
+torch works in pieces that fit the cache. On a GPU, Triton does the work. Encoding divides the axis from -1 to 1 into
+cells. A cell has at most one midpoint between two levels. For each value, that midpoint is looked up and compared once.
+Decoding looks up both values of a byte as one 8-byte word. Whole blocks of a large tensor on a CPU go through compiled
+code instead (support/nf4_compiled.py), which gives the same bits.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from harness.kernels.torch.support.chunks import for_each, size
 from harness.kernels.torch.support.huge_pages import empty
 
 _CELLS = 32
-"""Cells per unit of the axis, a power of two so that multiplication by it is exact."""
+"""Number of cells per unit of the axis. It is a power of two, so that multiplying by it is exact."""
 
 
 @cache
@@ -33,7 +34,7 @@ def _numbers() -> tuple[float, ...]:
 
 @cache
 def _words(device: torch.device) -> Tensor:
-    """Return the two levels of each byte as adjacent float32 numbers in one word: int64 (256,)."""
+    """Return a table, int64 (256,). Entry i holds the two levels of byte i as adjacent float32 numbers."""
     with torch.inference_mode(False):
         byte = torch.arange(256, device="cpu")
         return torch.stack([levels()[byte >> 4], levels()[byte & 15]], dim=1).view(torch.int64).flatten().to(device)
@@ -41,11 +42,12 @@ def _words(device: torch.device) -> Tensor:
 
 @cache
 def _cells(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return (lower, border): for each cell of the axis the code at its lower end (uint8), and the next midpoint (float32).
+    """Return (lower, border), with one entry for each cell of the axis.
 
-    Cell i covers i / 32 - 1 to (i + 1) / 32 - 1. Levels are at least 0.079 apart, so a cell has at most one midpoint.
-    None is within 2^-12 of a cell's end, where rounding may put a value into the neighbouring cell: both cells then give
-    the same code. The last cell is for NaN, which gets the highest code.
+    lower: the code at the cell's lower end (uint8). border: the next midpoint above that end (float32). Cell i covers i
+    / 32 - 1 to (i + 1) / 32 - 1. Levels are at least 0.079 apart, so that a cell has at most one midpoint. Near a
+    cell's end, rounding may put a value into the neighbouring cell. Both cells then give the same code, because no
+    midpoint is within 2^-12 of a cell's end. The last cell is for NaN, which gets the highest code.
     """
     with torch.inference_mode(False):
         midpoints = (levels()[:-1] + levels()[1:]) / 2
@@ -56,12 +58,13 @@ def _cells(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Return (packed, absmax): uint8 (ceil(n / 2),), the first code of a pair in the high nibble; float32, one per block.
+    """Quantise W to NF4, and return (packed, absmax).
 
-    W: n values of any shape and floating dtype, read as float32. Blocks are consecutive in W.flatten(), may cross rows, and
-    the last may be short. A tie goes to the lower level. A block of zeros has absmax 0 and the code of 0. A block with a
-    NaN has absmax NaN; any other block with an infinity has absmax infinity. Raises ValueError for a block below 1 or a
-    W of integers.
+    packed: uint8 (ceil(n / 2),), with the first code of a pair in the high nibble. absmax: float32, one per block. W: n
+    values of any shape and floating dtype, read as float32. Blocks are consecutive in W.flatten() and may cross rows.
+    The last block may be short. A tie goes to the lower level. A block of zeros has absmax 0 and the code of 0. A block
+    with a NaN has absmax NaN. Any other block with an infinity has absmax infinity. Raises ValueError for a block below
+    1 or a W of integers.
     """
     if block < 1 or not W.is_floating_point():
         raise ValueError(f"needs a block of at least 1 and a floating dtype, got {block} and {W.dtype}")
@@ -82,7 +85,10 @@ def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 def _encode(values: Tensor, packed: Tensor, absmax: Tensor, block: int) -> None:
-    """Write the packed codes and the absmax of consecutive blocks. The last block may be short."""
+    """Write the codes of `values` to `packed`, and the absmax of each block to `absmax`.
+
+    The last block may be short.
+    """
     rest = -values.numel() % (2 * block)
     blocks = (pad(values, (0, rest)) if rest else values).float().view(-1, block)
     largest = blocks.abs().amax(dim=1)
@@ -99,10 +105,10 @@ def _encode(values: Tensor, packed: Tensor, absmax: Tensor, block: int) -> None:
 def dequantize(
     packed: Tensor, absmax: Tensor, block: int, shape: Sequence[int], dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
-    """Return level x absmax, formed in float32 and cast once, as a tensor of `shape` and `dtype`.
+    """Return level x absmax, computed in float32 and cast once, as a tensor of `shape` and `dtype`.
 
-    packed, absmax: as returned by `quantize`. out: contiguous memory for the result, with its number of values and dtype.
-    Raises ValueError if the length of `packed` or `absmax` does not fit `shape`.
+    packed, absmax: as returned by `quantize`. out: contiguous memory for the result, with the same number of elements
+    and the same dtype. Raises ValueError if the length of `packed` or `absmax` does not fit `shape`.
     """
     check_sizes(packed, absmax, block, shape)
     if by_triton(packed, absmax) and dtype in TRITON_DTYPES and triton_block(block):
@@ -121,17 +127,18 @@ def dequantize(
 
 
 def _decode(table: Tensor, packed: Tensor, absmax: Tensor, out: Tensor, block: int) -> None:
-    """Write the values of consecutive blocks to `out`. The last block may be short."""
+    """Write the values of consecutive blocks to `out`. The last block may be short. table: the result of `_words`."""
     pairs = table.index_select(0, packed.to(torch.int32)).view(torch.float32)
     _times_absmax(pairs[: out.numel()], absmax, block, out)
 
 
 def double_quantize(absmax: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (codes, absmax2, offset): uint8, one per number; float32, one per block; the float32 mean (0-d).
+    """Quantise absmax to 8 bits, and return (codes, absmax2, offset).
 
-    absmax: float32, not empty. The mean is subtracted; each block is divided by its largest magnitude and encoded by the
-    nearest value of the signed dynamic map, the lower one at a tie. A NaN or an infinity makes every result NaN through the
-    mean. Raises ValueError for an empty absmax or a block below 1.
+    codes: uint8, one per number. absmax2: float32, one per block. offset: the mean of absmax, float32 (0-d). absmax:
+    float32, not empty. The mean is subtracted, and each block is divided by its largest magnitude. The code is that of
+    the nearest value of the signed dynamic map. A tie goes to the lower value. A NaN or an infinity spreads to every
+    result through the mean. Raises ValueError for an empty absmax or a block below 1.
     """
     if block < 1 or not absmax.numel():
         raise ValueError(f"needs at least one absmax and a block of at least 1, got {absmax.numel()} and {block}")
@@ -146,9 +153,9 @@ def double_quantize(absmax: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, block: int) -> Tensor:
-    """Return the absmax that `double_quantize` encoded, float32, one per code: value x absmax2 + offset.
+    """Return the absmax that `double_quantize` encoded: value of the code x absmax2 + offset, float32, one per code.
 
-    Raises ValueError if the length of absmax2 does not fit `codes`, or offset is not one number.
+    Raises ValueError if the length of absmax2 does not fit `codes`, or if offset is not one number.
     """
     check_second_sizes(codes, absmax2, offset, block)
     absmax = dynamic_map(codes.device).index_select(0, codes.reshape(-1).to(torch.int32))
@@ -167,10 +174,10 @@ def dequantize_double(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Return the result of `dequantize` for an absmax in 8 bits: doubleDequant of QLoRA, arXiv:2305.14314, eq. 6.
+    """Return the result of `dequantize` for a weight whose absmax is in 8 bits (arXiv:2305.14314, eq. 6).
 
-    codes, absmax2, offset: as returned by `double_quantize`; block2: its block. Raises ValueError as `dequantize` and
-    `double_dequantize` do.
+    codes, absmax2, offset: as returned by `double_quantize` for the block `block2`. Raises ValueError as `dequantize`
+    and `double_dequantize` do.
     """
     if by_triton(packed, absmax2) and dtype in TRITON_DTYPES and triton_block(block):
         from harness.kernels.triton import nf4 as gpu
@@ -181,7 +188,7 @@ def dequantize_double(
 
 
 def _times_absmax(values: Tensor, absmax: Tensor, block: int, out: Tensor) -> None:
-    """Multiply values by the absmax of their blocks in float32, and write the products to `out`, in its dtype."""
+    """Multiply values by the absmax of their blocks in float32. Write the products to `out`, in the dtype of `out`."""
     blocks, rest = divmod(values.numel(), block)
     if not rest:
         torch.mul(values.view(-1, block), absmax[:, None], out=out.view(-1, block))
@@ -192,7 +199,7 @@ def _times_absmax(values: Tensor, absmax: Tensor, block: int, out: Tensor) -> No
 
 
 def _step(block: int, values: int, device: torch.device) -> int:
-    """Return the number of values per piece: an even number of blocks, so that no byte is split."""
+    """Return the number of values per piece. A piece has an even number of blocks, so that no byte is split."""
     return 2 * block * max(1, -(-size(values, device) // (2 * block)))
 
 

@@ -17,7 +17,9 @@ from harness.kernels.torch.support.packed_weight import PackedWeight
 
 
 class _Product(torch.autograd.Function):
-    """Computes x W^T + bias for x (T, D), or x W for x (T, E) if `transposed`. Its backward uses the other product."""
+    """Computes x W^T + bias for x (T, D) or, if `transposed`, x W for x (T, E). The backward pass computes the other
+    product.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: PackedWeight, transposed: bool) -> Tensor:
@@ -36,7 +38,10 @@ class _Product(torch.autograd.Function):
 
 
 def product(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
-    """Return x W^T + bias (T, E) for x (T, D), or if `transposed` x W (T, D) for x (T, E), with gradients of x and bias."""
+    """Return x W^T + bias, shape (T, E), for x (T, D). If `transposed`, return x W, shape (T, D), for x (T, E).
+
+    The result is differentiable in x and bias.
+    """
     y: Tensor = _Product.apply(x, bias, weight, transposed)
     return y
 
@@ -44,7 +49,8 @@ def product(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, tran
 def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """Return x W^T + bias, shape (..., E), for x (..., D), with W decoded and cast to the dtype of x.
 
-    The result is differentiable in x and bias, any number of times. Autocast and torch.compile get the plain expression.
+    The result is differentiable in x and bias, any number of times. Under autocast and under torch.compile, plain torch
+    operations compute it.
     """
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         return linear(x, weight.decoded(x.dtype), bias)
@@ -67,8 +73,8 @@ def nf4_linear(
 ) -> Tensor:
     """Return x W^T + bias, shape (..., E), for x (..., D) and W (E, D) packed as `nf4.quantize` does.
 
-    The result is differentiable in x and bias. training: ignored; other implementations need it. Raises ValueError if the
-    length of `packed` or `absmax` does not fit `shape`.
+    The result is differentiable in x and bias. training: ignored here, but other implementations need it. Raises
+    ValueError if the length of `packed` or `absmax` does not fit `shape`.
     """
     E, D = shape
     return packed_linear(x, PackedWeight(packed, absmax, block, (E, D)), bias)
@@ -77,20 +83,20 @@ def nf4_linear(
 class Nf4Linear(nn.Linear):
     """A linear layer with a frozen weight in NF4: `weight` holds the packed bytes.
 
-    The layer casts its input to `compute_dtype`, multiplies, and casts the output back. The constants are stored as
-    bytes, so that `model.to(torch.bfloat16)` does not round them, and code that looks for the dtype of the layer does
-    not find float32.
+    The layer casts its input to `compute_dtype`, multiplies, and casts the output back. The numbers absmax, absmax2 and
+    offset are stored as bytes. `model.to(torch.bfloat16)` therefore does not round these numbers, and code that looks
+    for the dtype of the layer does not find float32.
     """
 
     absmax: Tensor
-    """Bytes of the float32 absmax; with double quantisation, its 8-bit codes."""
+    """The absmax of every block: bytes of float32 numbers or, with double quantisation, 8-bit codes."""
     absmax2: Tensor | None
-    """Bytes of the float32 absmax per block of these codes."""
+    """The absmax of every block of 8-bit codes: bytes of float32 numbers. None without double quantisation."""
     offset: Tensor | None
-    """Bytes of the codes' float32 offset."""
+    """The offset of the 8-bit codes: bytes of one float32 number. None without double quantisation."""
 
     def __init__(self, dense: nn.Linear, compute_dtype: torch.dtype, block: int = 64, double: bool = False) -> None:
-        """Pack the weight of `dense` and copy its bias, both frozen. double: whether to quantise the absmax too."""
+        """Pack the weight of `dense` and copy its bias. Both are frozen. double: True to quantise the absmax, too."""
         super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")
         packed, absmax = nf4.quantize(dense.weight, block)
         constants = nf4.double_quantize(absmax, BLOCK2) if double else (absmax, None, None)

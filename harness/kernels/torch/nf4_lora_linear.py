@@ -67,9 +67,10 @@ def packed_lora_linear(
 ) -> Tensor:
     """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E), with W decoded and cast to the dtype of x.
 
-    x (..., D); A (R, D) and B (E, R) of x's dtype; mask: None, or 0 and 1 / (1 - p) in the shape of x. The result is
-    twice differentiable in x, A, B and bias. In Triton it is differentiable once; a second derivative raises
-    RuntimeError. Autocast and torch.compile get the plain expression.
+    Shapes: x (..., D), A (R, D), B (E, R), all of one dtype. mask: None, or a tensor in the shape of x with the values
+    0 and 1 / (1 - p). The result is twice differentiable in x, A, B and bias. In Triton, the result is differentiable
+    only once, and a second derivative raises RuntimeError. Under autocast and under torch.compile, plain torch
+    operations compute the result.
     """
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         masked = x if mask is None else x * mask
@@ -96,9 +97,10 @@ def nf4_lora_linear(
     scaling: float,
     mask: Tensor | None,
 ) -> Tensor:
-    """Return x W^T + bias + scaling ((x mask) A^T) B^T, for W (E, D) packed as `nf4.quantize` does: QLoRA's eq. 5.
+    """Return x W^T + bias + scaling ((x mask) A^T) B^T (QLoRA's eq. 5) for a packed W (E, D).
 
-    Other arguments are those of `packed_lora_linear`. Raises ValueError if `packed` or `absmax` does not fit `shape`.
+    packed, absmax: as returned by `nf4.quantize`. The other arguments are those of `packed_lora_linear`. Raises
+    ValueError if `packed` or `absmax` does not fit `shape`.
     """
     E, D = shape
     return packed_lora_linear(x, PackedWeight(packed, absmax, block, (E, D)), bias, A, B, scaling, mask)

@@ -1,4 +1,4 @@
-"""VeRA linear layer, y = x W^T + bias + b ((d u) B^T), u = (x mask) A^T; layers with the same x share u."""
+"""VeRA linear layer, y = x W^T + bias + b ((d u) B^T) with u = (x mask) A^T. Layers with the same x share u."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from harness.kernels.torch.support.autocast import outside_autocast
 class _Projection(torch.autograd.Function):
     """Computes u = (x mask) A^T, with A frozen.
 
-    A and the mask are attributes of the node instead of saved tensors. A backward pass frees saved tensors, but a node that
-    several layers share must survive the backward pass of one of them. Both tensors are alive anyway.
+    A and the mask are attributes of the graph's node instead of saved tensors. A backward pass frees saved tensors. But
+    several layers share this node, so that it must survive the backward pass of one of them. A and the mask stay alive
+    anyway.
     """
 
     @staticmethod
@@ -32,7 +33,7 @@ class _Projection(torch.autograd.Function):
 
 
 class _Scaled(torch.autograd.Function):
-    """Computes x W^T + bias + b P with P = (d u) B^T. Saves u (T, R), and P (T, E) for the gradient of b."""
+    """Computes x W^T + bias + b P, where P is (d u) B^T. Saves u (T, R), and P (T, E) for the gradient of b."""
 
     @staticmethod
     def forward(
@@ -69,21 +70,21 @@ class _Scaled(torch.autograd.Function):
 
 
 class SharedProjection:
-    """Cache of the last u = x A^T for the next layers with the same x and A, such as q, k and v.
+    """Cache of the last u = x A^T. The next layers with the same x and A, such as q, k and v, reuse u.
 
-    The cache serves only calls without a mask, since every layer draws its own mask. It keeps neither x nor u alive: u
-    lives in the graph of an output, so that layers without gradients share nothing.
+    The cache serves only calls without a mask, because every layer draws its own mask. The cache keeps neither x nor u
+    alive. u lives in the graph of an output, so that layers without gradients share nothing.
     """
 
     def __init__(self) -> None:
         self._last: tuple[Any, tuple[Any, ...], Any] | None = None  # one tuple, so that threads see a consistent state
 
     def __reduce__(self) -> Any:
-        """Copy as an empty cache."""
+        """Let a copy of the cache be empty."""
         return SharedProjection, ()
 
     def __call__(self, x: Tensor, A: Tensor) -> Tensor:
-        """Return x A^T, shape (T, R), for x (..., D) and A (R, D)."""
+        """Return x A^T, shape (T, R), for x (..., D) and A (R, D): from the cache if possible, else computed."""
         if x.is_inference() or A.is_inference():  # these have no version counter
             return _projection(x, A, None)
         key = A.data_ptr(), A.shape, A._version, x.data_ptr(), x._version, x.requires_grad
@@ -107,9 +108,9 @@ def vera_linear(
 ) -> Tensor:  # fmt: skip
     """Return x W^T + bias + b ((d ((x mask) A^T)) B^T), shape (..., E) (arXiv:2310.11454, eq. 2).
 
-    x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), b (E,), d (R,), mask like x or None, all of one dtype.
-    The result is differentiable in x, bias, b and d. shared: cache of the product with A. The backward pass raises
-    RuntimeError if W requires a gradient.
+    Shapes: x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), b (E,), d (R,). mask has the shape of x, or is None.
+    All tensors have one dtype. The result is differentiable in x, bias, b and d. shared: a cache for the product of x
+    and A. The backward pass raises RuntimeError if W requires a gradient.
     """
     if multiplied_by_triton(x, W, A, B, b, d) and frozen(W, bias):
         from harness.kernels.triton import vera_linear as gpu

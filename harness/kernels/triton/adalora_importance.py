@@ -1,8 +1,9 @@
 """AdaLoRA's importance scores (arXiv:2303.10512, eqs. 7 to 11) of all layers in two launches.
 
-The plain expressions launch some thirty kernels per layer. Here one launch reaches all tensors of any shape through a table
-of addresses, which is made at each call since gradients move. Every program updates one tile of averages and sums its
-importance; the second launch adds these sums, always in the same order, and updates the few lambdas.
+Plain torch expressions launch some thirty kernels per layer. Here one launch reaches all tensors, whatever their
+shapes, through a table of their addresses. The table is made at each call, because gradients move. In this launch,
+every program updates one tile of averages and sums the tile's importance. The second launch adds these sums, always in
+the same order, and updates the averages of E.
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ def _pointer(row, column, dtype: tl.constexpr, aligned: tl.constexpr):
 
 @triton.jit
 def _update(row, first: tl.constexpr, at, mask, beta1, rest1, beta2, rest2, dtype: tl.constexpr, aligned: tl.constexpr):
-    """Update I and U at `at`, and return I U. row + first has the addresses of w, its gradient (or 0), I and U."""
+    """Update the averages I and U of the elements at the offsets `at`, and return I U.
+
+    row points to the layer's line in the table of addresses. From the column `first` on, this line has the addresses of
+    a factor, of its gradient (0 for none), of I and of U.
+    """
     has_gradient = tl.broadcast_to(tl.load(row + first + 1), mask.shape) != 0
     w = load_as_float32(_pointer(row, first, dtype, aligned) + at, mask=mask, other=0.0)
     gradient = load_as_float32(_pointer(row, first + 1, dtype, aligned) + at, mask=mask & has_gradient, other=0.0)
@@ -59,9 +64,10 @@ def _weights(
     table, jobs, sums, beta1, rest1, beta2, rest2,
     dtype: tl.constexpr, rank: tl.constexpr, columns: tl.constexpr, tile: tl.constexpr, aligned: tl.constexpr,
 ):  # fmt: skip
-    """Update one tile of one A or B, and store sums of I U.
+    """Update one tile of the averages of one A or B, and store sums of I U.
 
-    jobs: three numbers per job: the layer; the row of A, or -1 for B; the number of the tile. sums: `columns` per job.
+    jobs: three numbers per program: the layer; the row of A, or -1 for B; the number of the tile. sums: `columns`
+    numbers per program.
     """
     job = tl.program_id(0).to(tl.int64)
     row = table + tl.load(jobs + 3 * job).to(tl.int64) * _COLUMNS
@@ -97,9 +103,10 @@ def _scores(
     rank: tl.constexpr,
     columns: tl.constexpr,
 ):
-    """Update the lambdas of one layer, and compute its scores.
+    """Update the averages of one layer's E, and compute the layer's scores.
 
-    layers: four numbers per layer: index of A's first job, tiles per row of A, index of B's first job, tiles of B.
+    layers: four numbers per layer: index of A's first job, tiles per row of A, index of B's first job, tiles of B. A
+    job is a program of `_weights`.
     """
     layer = tl.program_id(0).to(tl.int64)
     row, place = table + layer * _COLUMNS, layers + 4 * layer
@@ -120,7 +127,10 @@ def adalora_importance(
     A: Tensor, E: Tensor, B: Tensor, grad_A: Tensor | None, grad_E: Tensor | None, grad_B: Tensor | None,
     I_A: Tensor, U_A: Tensor, I_E: Tensor, U_E: Tensor, I_B: Tensor, U_B: Tensor, beta1: float, beta2: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return new I_A, U_A, I_E, U_E, I_B, U_B and the scores (R,) of one layer; see `adalora_importance_`."""
+    """Return I_A, U_A, I_E, U_E, I_B, U_B after one step, and the scores (R,), of one layer.
+
+    The arguments are those of `adalora_importance_` for one layer. They are not modified.
+    """
     states = [t.clone(memory_format=torch.contiguous_format) for t in (I_A, U_A, I_E, U_E, I_B, U_B)]
     averages = dict(zip(("I_A", "U_A", "I_E", "U_E", "I_B", "U_B"), ([t] for t in states), strict=True))
     (scores,) = adalora_importance_([A], [E], [B], [grad_A], [grad_E], [grad_B], beta1=beta1, beta2=beta2, **averages)
@@ -133,12 +143,12 @@ def adalora_importance_(
     I_A: Sequence[Tensor], U_A: Sequence[Tensor], I_E: Sequence[Tensor], U_E: Sequence[Tensor],
     I_B: Sequence[Tensor], U_B: Sequence[Tensor], beta1: float, beta2: float,
 ) -> list[Tensor]:  # fmt: skip
-    """Update the averages of several layers by one step, in place; return each layer's scores (R,), float32.
+    """Update the averages of several layers by one step, in place. Return each layer's scores (R,), float32.
 
-    Each layer has A (R, D), E (R, 1) and B (out, R), in one dtype of float32, bfloat16 and float16, and their
-    gradients; None is a gradient of zeros. I and U are the averages of the sensitivity and uncertainty of each of the
-    three, contiguous and always in float32. Layers of one rank, dtype and device share the launches. Raises ValueError
-    for other states, shapes or dtypes.
+    Each layer has factors A (R, D), E (R, 1) and B (out, R) of one dtype: float32, bfloat16 or float16. A gradient of
+    None stands for zeros. For each factor, I is the average of the sensitivity and U the average of the uncertainty. I
+    and U are contiguous and always float32. Layers of the same rank, dtype and device share the launches. Raises
+    ValueError for other averages, shapes or dtypes.
     """
     layers = list(
         zip(A, grad_A, I_A, U_A, E, grad_E, I_E, U_E, B, grad_B, I_B, U_B, strict=True)
@@ -190,7 +200,7 @@ def _group(
 
 
 def _uploaded(table: Tensor, device: torch.device) -> Tensor:
-    """Return a copy of the table on the device. The copy is asynchronous."""
+    """Return a copy of the table on the device. The host does not wait for the copy."""
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 
@@ -198,7 +208,10 @@ def _uploaded(table: Tensor, device: torch.device) -> Tensor:
 def _jobs(
     shapes: tuple[tuple[int, int], ...], rank: int, columns: int, tile: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return `jobs` of `_weights` and `layers` of `_scores`, int32, for layers of these shapes (D, out). Cached."""
+    """Return the arguments `jobs` of `_weights` and `layers` of `_scores`, int32. The result is cached.
+
+    shapes: (D, out) of each layer.
+    """
     jobs: list[tuple[int, int, int]] = []
     places = []
     for layer, (width, height) in enumerate(shapes):

@@ -1,7 +1,7 @@
 """One step of AdamW with blockwise 8-bit moments (arXiv:2110.02861) in one launch that writes only p, codes and absmax.
 
-Per element it reads p, g and two codes and writes p and two codes: 10 bytes in 16 bits, 16 in float32. Decoding, stepping
-and encoding one after the other moves some 70 bytes.
+For each element, the kernel reads p, g and two codes, and writes p and two codes. These are 10 bytes if p has 16 bits,
+and 16 bytes in float32. Decoding, stepping and encoding in separate kernels would move some 70 bytes.
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ def _step(
 def adamw8bit_step(
     p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, **options: Any
 ) -> tuple[Tensor, ...]:
-    """Return new p, m, m_absmax, v, v_absmax after a step; arguments as for `adamw8bit_step_`, in any memory layout."""
+    """Return p, m, m_absmax, v and v_absmax after a step.
+
+    The arguments are those of `adamw8bit_step_`, in any memory layout. They are not modified.
+    """
     state = [t.contiguous() for t in (m, m_absmax, v, v_absmax)]
     inputs = [p.contiguous(), *state]
     out = [torch.empty_like(t) for t in inputs]
@@ -76,10 +79,10 @@ def adamw8bit_step_(
 ) -> None:
     """Take step number `step`, in place. The first step is 1.
 
-    p, g: of one shape, in float32, bfloat16 or float16. m, v: uint8 codes of the signed and of the unsigned dynamic
-    map, one per element; m_absmax, v_absmax: float32, one per block of 256. options: step, lr, betas, eps,
-    weight_decay. The step computes in float32 and rounds p once; weight decay comes before the update. Raises
-    ValueError for wrong sizes, and unless p and the state are contiguous.
+    p, g: of one shape, in float32, bfloat16 or float16. m: uint8 codes of the signed dynamic map, one per element. v:
+    uint8 codes of the unsigned map, one per element. m_absmax, v_absmax: float32, one per block of 256. options: step,
+    lr, betas, eps, weight_decay. The step computes in float32 and rounds p once. Weight decay comes before the update.
+    Raises ValueError for wrong sizes, and if p or a moment is not contiguous.
     """
     state = [p, m, m_absmax, v, v_absmax]
     if not all(t.is_contiguous() for t in state):

@@ -1,4 +1,4 @@
-"""DoRA's linear layer on a GPU: the gain multiplies the accumulator of the product, which includes LoRA's update."""
+"""DoRA's linear layer on a GPU. The accumulator of the product includes LoRA's update before the gain multiplies it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from harness.kernels.triton.support.token_sums import outer_sum, product_sum
 
 
 class _DoraLinear(torch.autograd.Function):
-    """DoRA's product with its gradients. It saves q = (x mask) W^T + scaling S B^T for the gradient of m."""
+    """Computes the layer and its gradients. Saves q = (x mask) W^T + scaling S B^T for the gradient of m.
+
+    S is (x mask) A^T.
+    """
 
     @staticmethod
     def forward(
@@ -72,13 +75,14 @@ def dora_linear(
     scaling: float,
     mask: Tensor | None,
 ) -> Tensor:
-    """Return x W^T + bias + (g - 1) (x mask) W^T + g scaling ((x mask) A^T) B^T, (..., E), with g = m / ||W + scaling B A||.
+    """Return x W^T + bias + (g - 1) (x mask) W^T + g scaling ((x mask) A^T) B^T, shape (..., E).
 
-    DoRA, arXiv:2402.09353, section 4.3. The norm is per row and constant in the backward pass; g is 0 where the norm is
-    0. Dropout does not drop x W^T. Without a mask y = g (x W^T + scaling (x A^T) B^T) + bias. x (..., D), W (E, D),
-    bias (E,) or None, A (R, D), B (E, R), m (E,); mask: None, or 0 and 1 / (1 - p) in the shape of x. All are of one
-    dtype: float32, bfloat16 or float16. The result is differentiable once, in x, A, B and m. Raises ValueError for
-    wrong shapes or dtypes, and if W or bias requires a gradient.
+    The gain g of a row is m / ||W + scaling B A||, or 0 where this norm is 0 (DoRA, arXiv:2402.09353, section 4.3). The
+    norm is a constant in the backward pass. Dropout does not drop the first term, x W^T. Without a mask, the result is
+    g (x W^T + scaling (x A^T) B^T) + bias. Shapes: x (..., D), W (E, D), bias (E,) or None, A (R, D), B (E, R), m (E,).
+    mask: None, or a tensor in the shape of x with the values 0 and 1 / (1 - p). All tensors have one dtype: float32,
+    bfloat16 or float16. The result is differentiable once, in x, A, B and m. Raises ValueError for wrong shapes or
+    dtypes, and if W or bias requires a gradient.
     """
     checked(x, W, A, B, mask, bias=bias, m=m)
     y: Tensor = _DoraLinear.apply(matrix(x), W, contiguous(bias), A, B, m.contiguous(), scaling, matrix(mask))

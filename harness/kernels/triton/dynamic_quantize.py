@@ -1,4 +1,4 @@
-"""Blockwise 8-bit codes of the dynamic map (arXiv:2110.02861, section 2), exactly the nearest ones."""
+"""Blockwise 8-bit codes of the dynamic map (arXiv:2110.02861, section 2). Each code is exactly the nearest one."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ def _quantize(
 
 
 def dynamic_quantize(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """Return (codes, absmax): uint8 in the order of x.flatten(); float32, one per block. The last block may be short.
+    """Return (codes, absmax). codes: uint8, in the order of x.flatten(). absmax: float32, one per block.
 
-    x: any shape, float32, bfloat16 or float16. An element becomes the value nearest to x / absmax, the lower one at a tie.
-    A NaN or an infinity in a block is also its absmax. Raises ValueError for a block below 1.
+    x: any shape, float32, bfloat16 or float16. The last block may be short. The code of an element is that of the value
+    nearest to x / absmax. A tie goes to the lower value. A NaN or an infinity in a block is also the block's absmax.
+    Raises ValueError for a block below 1.
     """
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")

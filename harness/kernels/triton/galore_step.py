@@ -1,8 +1,9 @@
-"""One step of GaLore in a given subspace (arXiv:2403.03507, algorithm 2): project, Adam on the small matrix, project back.
+"""One step of GaLore in a given subspace (arXiv:2403.03507, algorithm 2).
 
-cuBLAS projects, since no kernel in published measurements is faster. Adam is one elementwise pass over R. The
-projection back is one product. Its epilogue subtracts from W, decays W and rounds once, so that the full-size update is
-never stored.
+The step projects the gradient, takes Adam's step on the small matrix, and projects the update back. cuBLAS projects the
+gradient, because no kernel in published measurements is faster. Adam is one elementwise pass over the projected
+gradient. Projecting back is one matrix product. At the end of this product, the kernel subtracts the update from W,
+decays W and rounds once, so that the update is never stored in full size.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ def _back(
     W, X, Y, W_out, m, n, r, stride_xm, stride_xr, stride_yr, stride_yn, step_size, decay,
     rows: tl.constexpr, columns: tl.constexpr, inner: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile of W_out = decay (W - step_size X Y). W, W_out (m, n) contiguous, X (m, r), Y (r, n)."""
+    """Compute one tile of W_out = decay (W - step_size X Y).
+
+    W and W_out are (m, n) and contiguous. X is (m, r), and Y is (r, n).
+    """
     tiles = tl.cdiv(n, columns)
     row = (tl.program_id(0) // tiles) * rows + tl.arange(0, rows)
     column = (tl.program_id(0) % tiles) * columns + tl.arange(0, columns)
@@ -63,7 +67,7 @@ def _back(
 def galore_step(
     W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, V: Tensor, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return new W, M and V after a step; arguments as for `galore_step_`, in any memory layout."""
+    """Return W, M and V after a step. The arguments are those of `galore_step_`, in any memory layout."""
     W, M, V = (t.contiguous() for t in (W, M, V))
     out = (torch.empty_like(W), torch.empty_like(M), torch.empty_like(V))
     _launch(W, G, P, Q, M, V, out, **options)
@@ -73,12 +77,13 @@ def galore_step(
 def galore_step_(
     W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, M: Tensor, V: Tensor, **options: Any
 ) -> None:
-    """Take step number `step`, in place. The first step is 1.
+    """Take step number `step`, and update W, M and V in place. The first step is 1.
 
-    W, G (m, n). P (m, r) and/or Q (n, r): the bases of the subspace, None for the identity. M, V: the moments of
-    R = P^T G Q, in R's shape. All in one dtype of float32, bfloat16 and float16. options: step, lr, scale (of the update,
-    not of the decay), betas, eps (added to sqrt(V), before the bias correction), weight_decay (after the update), side
-    (ignored: implied by P and Q). Raises ValueError unless W, M and V are contiguous and the shapes fit.
+    W is (m, n), and G is its gradient. P (m, r) and Q (n, r) are the bases of the subspace. One of them may be None,
+    which stands for the identity. M and V are the moments, in the shape of the projected gradient P^T G Q. All tensors
+    have one dtype: float32, bfloat16 or float16. options: step, lr, scale (of the update, not of the decay), betas, eps
+    (added to sqrt(V) before the bias correction), weight_decay (after the update), side (ignored, because P and Q imply
+    it). Raises ValueError if W, M or V is not contiguous, or if shapes do not fit.
     """
     if not (W.is_contiguous() and M.is_contiguous() and V.is_contiguous()):
         raise ValueError("W, M and V must be contiguous; hint: use `galore_step` for views")

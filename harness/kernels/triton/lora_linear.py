@@ -1,7 +1,8 @@
-"""LoRA's linear layer on a GPU: the update is added in the accumulator of the frozen product, forward and backward.
+"""LoRA's linear layer on a GPU. The update is added in the accumulator of the frozen product, forward and backward.
 
-Compared with the frozen layer, the forward pass reads x once more, and the backward pass reads x once and dy twice more.
-Apart from y, no tensor of y's size is written. S = (x mask) A^T, tokens x rank, is saved for the backward pass.
+Compared with the frozen layer, the forward pass reads x one more time. The backward pass reads x one more time and dy
+two more times. No tensor of y's size is written except y. S = (x mask) A^T, of shape (tokens, rank), is saved for the
+backward pass.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 def forward(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return (y, S): y = x W^T + bias + scaling S B^T, (T, E), and S = (x mask) A^T, (T, R); x, mask (T, D)."""
+    """Return (y, S). y is x W^T + bias + scaling S B^T, shape (T, E). S is (x mask) A^T, shape (T, R).
+
+    x and mask are (T, D).
+    """
     S = shrink(x, A.T, mask=mask)
     return low_rank_gemm(x, W.T, S, B.T, scale=scaling, bias=bias), S
 
@@ -39,9 +43,9 @@ def backward(
     mask: Tensor | None,
     needed: tuple[bool, bool, bool],
 ) -> Gradients:
-    """Return the gradients of x, A and B, each None if not `needed`. dy (T, E); S: as returned by `forward`.
+    """Return the gradients of x, A and B. A gradient that is not `needed` is None.
 
-    W may be None if the gradient of x is not needed.
+    dy is (T, E). S is as returned by `forward`. W may be None if the gradient of x is not needed.
     """
     need_x, need_A, need_B = needed
     dx = dA = dB = None
@@ -76,11 +80,11 @@ class _LoraLinear(torch.autograd.Function):
 def lora_linear(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, mask: Tensor | None
 ) -> Tensor:
-    """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E). LoRA, arXiv:2106.09685, eq. 3.
+    """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E) (LoRA, arXiv:2106.09685, eq. 3).
 
-    x (..., D), W (E, D), bias (E,) or None, A (R, D), B (E, R); mask: None, or 0 and 1 / (1 - p) in the
-    shape of x. All are of one dtype: float32, bfloat16 or float16. The result is differentiable once, in x, A and B.
-    Raises ValueError for wrong shapes or dtypes, and if W or bias requires a gradient.
+    Shapes: x (..., D), W (E, D), bias (E,) or None, A (R, D), B (E, R). mask: None, or a tensor in the shape of x with
+    the values 0 and 1 / (1 - p). All tensors have one dtype: float32, bfloat16 or float16. The result is differentiable
+    once, in x, A and B. Raises ValueError for wrong shapes or dtypes, and if W or bias requires a gradient.
     """
     checked(x, W, A, B, mask, bias=bias)
     y: Tensor = _LoraLinear.apply(matrix(x), W, contiguous(bias), A, B, scaling, matrix(mask))

@@ -1,7 +1,7 @@
-"""Several LoRA linear layers of one input on a GPU: one pass over x for all low-rank products, forward and backward.
+"""Several LoRA linear layers with the same input x on a GPU.
 
-The update of each layer is added in the accumulator of its frozen product, as in `lora_linear`; the gradient of x is one
-sum.
+Forward and backward, one pass over x computes the low-rank products of all layers. As in `lora_linear`, the update of
+each layer is added in the accumulator of its frozen product. The gradient of x is one sum.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from harness.kernels.triton.support.shrink import shrink
 from harness.kernels.triton.support.token_sums import outer_sum
 
 Layer = tuple[Tensor, Tensor | None, Tensor, Tensor, float]
-"""W (E, D), bias (E,), A (R, D), B (E, R), scaling."""
+"""The tensors W (E, D), bias (E,), A (R, D) and B (E, R) of a layer, and its scaling."""
 
 
 class _LoraLinears(torch.autograd.Function):
-    """The products with their gradients. Saves x and S = x As^T, (T, ranks), where As has the rows of all A."""
+    """Computes the layers and their gradients. Saves x and S = x As^T, shape (T, ranks). As has the rows of all A."""
 
     @staticmethod
     def forward(
@@ -67,11 +67,12 @@ class _LoraLinears(torch.autograd.Function):
 
 
 def lora_linears(x: Tensor, layers: Sequence[Layer], precomputed: dict[Any, Any]) -> list[Tensor]:
-    """Return x W^T + bias + scaling (x A^T) B^T, shape (..., E), for each layer. All outputs belong to one graph node.
+    """Return x W^T + bias + scaling (x A^T) B^T, shape (..., E), for each layer.
 
-    x (..., D); all of one dtype, float32, bfloat16 or float16. The result is differentiable once, in x and every A and
-    B. precomputed: a dict that a backward pass clears. Raises ValueError for wrong shapes or dtypes, and if a W or a
-    bias requires a gradient.
+    x is (..., D). All tensors have one dtype: float32, bfloat16 or float16. The results are differentiable once, in x
+    and every A and B. All outputs belong to one node of the graph. precomputed: a dict that holds outputs which are not
+    used yet. A backward pass clears this dict. Raises ValueError for wrong shapes or dtypes, and if a W or a bias
+    requires a gradient.
     """
     factors: list[Tensor | None] = []
     for W, bias, A, B, _ in layers:

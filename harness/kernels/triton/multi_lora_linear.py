@@ -1,4 +1,7 @@
-"""A linear layer with a LoRA adapter per sequence (Punica, arXiv:2310.18547; S-LoRA, arXiv:2311.03285)."""
+"""A linear layer in which every sequence has its own LoRA adapter.
+
+The layer is that of Punica (arXiv:2310.18547) and S-LoRA (arXiv:2311.03285).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ _A, _B = 0, 1
 
 
 class _AdapterGroup:
-    """The adapters of one call, and the launches of their products. W (E, D); x (N, T, D)."""
+    """The adapters of one call, and the launches of their products.
+
+    The weight W is (E, D), and the input x is (N, T, D), with N sequences of T tokens.
+    """
 
     def __init__(self, As: Sequence[Tensor], Bs: Sequence[Tensor], scalings: Sequence[float], x: Tensor) -> None:
         self.ranks = tuple(len(A) for A in As)
@@ -41,7 +47,10 @@ class _AdapterGroup:
         self.rank_tiles = triton.cdiv(max(self.ranks), self.tiles["ranks"])
 
     def shrink(self, x: Tensor, ids: Tensor, which: int) -> Tensor:
-        """Return S = s x A^T, or s dy B for `which` = _B, float32 (pieces, N T, ranks)."""
+        """Return the low-rank products S of all tokens, float32 (pieces, N T, ranks). S is the sum of the pieces.
+
+        If `which` is _A, S is scaling x A^T. If `which` is _B, x holds the gradient dy, and S is scaling dy B.
+        """
         features = x.shape[-1]
         wanted = min(_MOST_SPLITS, triton.cdiv(_BUSY, self.programs), triton.cdiv(features, 2 * INNER))
         span = triton.cdiv(triton.cdiv(features, wanted), INNER) * INNER
@@ -54,7 +63,7 @@ class _AdapterGroup:
         return S
 
     def expand(self, out: Tensor, S: Tensor, ids: Tensor, which: int) -> None:
-        """Add S B^T, or S A, to `out` (N, T, features)."""
+        """Add S B^T (if `which` is _B) or S A (if `which` is _A) to `out` (N, T, features)."""
         features = out.shape[-1]
         launch(
             expand, (self.programs, triton.cdiv(features, self.columns)),
@@ -63,7 +72,10 @@ class _AdapterGroup:
         )  # fmt: skip
 
     def outer(self, x: Tensor, S: Tensor, ids: Tensor, which: int) -> list[Tensor]:
-        """Return the gradients of all As (from x and s dy B) or Bs (from dy and s x A^T); zeros for unused adapters."""
+        """Return the gradients of all A or all B, as `which` says. The gradient of an unused adapter is zero.
+
+        For A, x is the layer's input, and S is scaling dy B. For B, x holds the gradient dy, and S is scaling x A^T.
+        """
         features = x.shape[-1]
         flat = torch.empty(sum(self.ranks) * features, dtype=x.dtype, device=x.device)
         launch(
@@ -81,7 +93,10 @@ def _table(
     addresses: tuple[tuple[int, int], ...], ranks: tuple[int, ...], scalings: tuple[float, ...], D: int, E: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the table and the scalings on the device. Cached: unmoved adapters cause no upload."""
+    """Return the table of addresses and the scalings on the device.
+
+    The result is cached, so that nothing is uploaded unless an adapter has moved.
+    """
     rows, before = [], 0
     for pair, rank in zip(addresses, ranks, strict=True):
         rows.append([*pair, rank, before * D, before * E])
@@ -134,12 +149,12 @@ def multi_lora_linear(
     scalings: Sequence[float],
     ids: Sequence[int] | Tensor,
 ) -> Tensor:
-    """Return x W^T + s_i x A_i^T B_i^T with i = ids[n] for each of N sequences, or only the first term if ids[n] is -1.
+    """Return x W^T + s_i x A_i^T B_i^T for each of N sequences. The adapter of sequence n is i = ids[n].
 
-    x (N, ..., D), W (E, D), As[i] (R_i, D), Bs[i] (E, R_i), all of one dtype of float32, bfloat16 and float16. The
-    result is differentiable once, in x, W, As and Bs; the gradient of an unused adapter is zero. Raises ValueError for
-    wrong shapes or dtypes, and for an id that is neither -1 nor an adapter; a wrong id on a GPU fails at the next
-    synchronisation.
+    If ids[n] is -1, the sequence gets only x W^T. Shapes: x (N, ..., D), W (E, D), As[i] (R_i, D), Bs[i] (E, R_i).
+    These tensors have one dtype: float32, bfloat16 or float16. The result is differentiable once, in x, W, As and Bs.
+    The gradient of an unused adapter is zero. Raises ValueError for wrong shapes or dtypes, and for an id that is
+    neither -1 nor an adapter. If the ids are on a GPU, a wrong id fails only at the next synchronisation.
     """
     count = len(As)
     if not count == len(Bs) == len(scalings):

@@ -1,7 +1,8 @@
 """NF4 on a GPU (arXiv:2305.14314): quantise, dequantise, and dequantise double-quantised weights, one launch each.
 
-A program has a tile of whole blocks. Bytes and values move 128 bits at a time, also at the end of a tensor: the mask is
-constant over 32 values. If the number of values is not a multiple of 32, the last program alone masks each value.
+Each program has a tile of whole blocks. Bytes and values move 128 bits at a time, also at the end of a tensor, because
+the mask is constant over 32 values. If the number of values is not a multiple of 32, the last program masks each value
+instead.
 """
 
 from __future__ import annotations
@@ -23,14 +24,21 @@ from harness.kernels.triton.support.rounding import load_as_float32, store_as
 
 _THREADS = 128
 _TILE, _QUANTIZED_TILE = 64 * _THREADS, 32 * _THREADS
-"""Values per program. A thread decodes two loads of 128 bits, but quantises less, since quantising takes more registers."""
+"""Number of values per program when decoding (`_TILE`) and when quantising (`_QUANTIZED_TILE`).
+
+When decoding, a thread handles two loads of 128 bits. When quantising, it handles less, because quantising takes more
+registers.
+"""
 _GRAIN = tl.constexpr(32)
 """Number of values whose codes take 16 bytes."""
 
 
 @triton.jit
 def _inside(index, count, GRAIN: tl.constexpr):
-    """Return index < count for a count that is a multiple of GRAIN, in a form that the compiler recognises."""
+    """Return index < count, in a form that the compiler recognises as constant over GRAIN values.
+
+    count must be a multiple of GRAIN.
+    """
     return index // GRAIN * GRAIN < count
 
 
@@ -70,7 +78,7 @@ def _quantize(W, packed, absmax, count, BLOCK: tl.constexpr, TILE: tl.constexpr,
 def _dequantize_tile(
     packed, levels, scale, out, first, left, BLOCK: tl.constexpr, TILE: tl.constexpr, GRAIN: tl.constexpr
 ):
-    """Decode one tile. scale: float32 (TILE // BLOCK,), one per block."""
+    """Decode one tile of values. scale: the absmax of each block in the tile, float32 (TILE // BLOCK,)."""
     at, byte = tl.arange(0, TILE), tl.arange(0, TILE // 2)
     codes = tl.load(packed + first // 2 + byte, mask=_inside(byte, (left + 1) // 2, (GRAIN + 1) // 2), other=0)
     high, low = tl.load(levels + (codes >> 4)), tl.load(levels + (codes & 15))
@@ -122,11 +130,13 @@ def _launch(kernel: Any, tile: int, count: int, block: int, *arguments: Any, **c
 
 
 def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Return (packed, absmax): uint8 (ceil(n / 2),), the first code of a pair in the high nibble; float32, one per block.
+    """Quantise W to NF4, and return (packed, absmax).
 
-    W: n values of any shape, float32, bfloat16 or float16; blocks are consecutive in W.flatten(), and the last may be short.
-    A tie goes to the lower level. A block of zeros has absmax 0; a NaN or an infinity in a block is also its absmax. An
-    odd length is padded with the code of 0. Raises ValueError for a block that is not a power of two of at least 32.
+    packed: uint8 (ceil(n / 2),), with the first code of a pair in the high nibble. absmax: float32, one per block. W: n
+    values of any shape, float32, bfloat16 or float16. Blocks are consecutive in W.flatten(). The last block may be
+    short. A tie goes to the lower level. A block of zeros has absmax 0. A NaN or an infinity in a block is also the
+    block's absmax. An odd number of codes is padded with the code of 0. Raises ValueError for a block that is not a
+    power of two of at least 32.
     """
     flat = W.detach().contiguous()
     packed = torch.empty(triton.cdiv(flat.numel(), 2), dtype=torch.uint8, device=W.device)
@@ -138,10 +148,10 @@ def quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
 def dequantize(
     packed: Tensor, absmax: Tensor, block: int, shape: Sequence[int], dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
-    """Return level x absmax, formed in float32 and rounded once, as a tensor of `shape` and `dtype`.
+    """Return level x absmax, computed in float32 and rounded once, as a tensor of `shape` and `dtype`.
 
-    packed, absmax: as returned by `quantize`. out: contiguous memory for the values of the result. Raises ValueError for
-    a block that is not a power of two of at least 32, and if the length of `packed` or `absmax` does not fit `shape`.
+    packed, absmax: as returned by `quantize`. out: contiguous memory for the result. Raises ValueError for a block that
+    is not a power of two of at least 32, and if the length of `packed` or `absmax` does not fit `shape`.
     """
     check_sizes(packed, absmax, block, shape)
     values, levels = _output(out, packed, shape, dtype), table(packed.device)
@@ -163,8 +173,8 @@ def double_dequantize(
 ) -> Tensor:
     """Return the result of `dequantize` for the absmax code[codes] x absmax2 + offset (arXiv:2305.14314, section 3).
 
-    codes: uint8, one per block. absmax2: float32, one per `second_block` codes. offset: float32, one number. code: float32
-    (256,), the values of the 8-bit type. Raises ValueError as `dequantize` does.
+    codes: uint8, one per block. absmax2: float32, one per `second_block` codes. offset: one float32 number. code: the
+    values of the 8-bit type, float32 (256,). Raises ValueError as `dequantize` does.
     """
     check_second_sizes(codes, absmax2, offset, second_block)
     check_sizes(packed, codes, block, shape)
@@ -185,7 +195,10 @@ _BYTES, _FLOATS = "*u8", "*fp32"
 
 
 def _specimens(values: str, block: int, ragged: bool = False) -> list[Specimen]:
-    """Return specimens of the three kernels for one type. ragged: whether to load a ragged end value by value."""
+    """Return specimens of the three kernels for one type of values.
+
+    ragged: True if the number of values is not a multiple of 32, so that the last program masks each value.
+    """
     packed = {"packed": _BYTES, "levels": _FLOATS}
     twice = {"codes": _BYTES, "absmax2": _FLOATS, "offset": _FLOATS, "code": _FLOATS}
     return [

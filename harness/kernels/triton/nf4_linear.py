@@ -1,10 +1,11 @@
-"""Multiply by a packed NF4 weight: one launch decodes and multiplies for few tokens; for many, decoding comes first.
+"""Multiply by a packed NF4 weight. For few tokens, one launch decodes and multiplies. For many, decoding comes first.
 
-With few tokens, reading the weight takes nearly all the time, and NF4 makes it a quarter as long. With many tokens it is
-faster to decode once and let torch multiply. `crossover.json` has the number of tokens that separates the two. The fused
-kernel computes y^T = W x^T: decoded values go from registers into matrix instructions without passing through shared
-memory, and a tile may have as few as 16 tokens. A byte holds two neighbours along D, so that a chunk is two products, one
-per parity of the columns.
+With few tokens, reading the weight takes nearly all the time, and in NF4 this takes a quarter as long as in 16 bits.
+With many tokens it is faster to decode once and let torch multiply. The file `crossover.json` has the number of tokens
+at which the faster way changes. The fused kernel, which decodes and multiplies, computes y^T = W x^T. Decoded values go
+from registers into matrix instructions without passing through shared memory, and a tile may have as few as 16 tokens.
+A byte holds the codes of two neighbouring columns. The kernel therefore computes two products, one for the even and one
+for the odd columns.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ def _fused(
     x, packed, absmax, bias, y, tokens, E, D, row_bytes,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile of y. D is a multiple of BLOCK, and BLOCK of CHUNK, so that a chunk of a row has one absmax."""
+    """Compute one tile of y.
+
+    D is a multiple of BLOCK, and BLOCK is a multiple of CHUNK, so that CHUNK values of a row have one absmax.
+    """
     dtype: tl.constexpr = x.dtype.element_ty
     row, token = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     # Beyond the end the last row and token are computed again, so that loads need no mask.
@@ -61,9 +65,10 @@ def _fused(
 
 
 def fused(x: Tensor, packed: Tensor, absmax: Tensor, block: int, shape: Sequence[int], bias: Tensor | None) -> Tensor:
-    """Return x W^T + bias, shape (T, E), for x (T, D), by the fused kernel: like `nf4_linear`, but without gradients.
+    """Return x W^T + bias, shape (T, E), for x (T, D), by the fused kernel.
 
-    Raises ValueError if the kernel does not support D, block and dtype.
+    Unlike `nf4_linear`, this computes no gradients. Raises ValueError if the kernel does not support D, block and
+    dtype.
     """
     E, D = shape
     if not fits(D, block, x.dtype):
@@ -84,8 +89,8 @@ def fused(x: Tensor, packed: Tensor, absmax: Tensor, block: int, shape: Sequence
 def fits(D: int, block: int, dtype: torch.dtype) -> bool:
     """Return whether the fused kernel supports rows of D values in blocks of this size, for x of this dtype.
 
-    A row must consist of whole blocks, and a block be a power of two of at least 32. float32 is left to torch: Triton 3.6
-    multiplies it as TF32 on sm_100 at every requested precision.
+    A row must consist of whole blocks. A block must be a power of two of at least 32. float32 is left to torch, because
+    Triton 3.6 multiplies float32 as TF32 on sm_100 at every requested precision.
     """
     whole = D > 0 and block >= 32 and block & (block - 1) == 0 and D % block == 0
     return whole and dtype in (torch.bfloat16, torch.float16)
@@ -98,13 +103,18 @@ def _tile(tokens: int, block: int) -> dict[str, int]:
 
 @cache
 def _crossover() -> list[tuple[int, int]]:
-    """Return (rows of the weight, most tokens for the fused kernel), by descending rows."""
+    """Return pairs (rows of a weight, largest number of tokens for which the fused kernel is faster), by descending
+    rows.
+    """
     table: dict[str, Any] = json.loads(Path(__file__).with_name("crossover.json").read_text())
     return sorted(((one["E"], one["tokens"]) for one in table["nf4_linear"]["rows"]), reverse=True)
 
 
 def is_fused_faster(tokens: int, E: int) -> bool:
-    """Return whether the fused kernel is expected to be faster for this many tokens, by `crossover.json`."""
+    """Return whether the fused kernel is expected to be faster for this many tokens and a weight of E rows.
+
+    The answer comes from `crossover.json`.
+    """
     return any(tokens <= most for rows, most in _crossover() if rows <= E)
 
 
@@ -137,12 +147,13 @@ def nf4_linear(
     bias: Tensor | None,
     training: bool = True,
 ) -> Tensor:
-    """Return x W^T + bias, shape (..., E), for x (..., D) and W (E, D) packed as `nf4.quantize` does, cast to x's dtype.
+    """Return x W^T + bias, shape (..., E), for x (..., D) and W (E, D) packed as `nf4.quantize` does.
 
-    The sum is in float32. The result is twice differentiable in x and bias; the backward pass decodes the weight again.
-    The decoded weight is in fresh memory and not in a buffer: torch's allocator knows which stream uses the memory, and
-    reserves the memory for a CUDA graph that is being captured. training: ignored. Raises ValueError for a block
-    that is not a power of two of at least 32, and if the length of `packed` or `absmax` does not fit `shape`.
+    W is cast to x's dtype, and the sum is in float32. The result is twice differentiable in x and bias. The backward
+    pass decodes the weight again. The decoded weight is in fresh memory and not in a buffer, because torch's allocator
+    knows which stream uses the memory, and reserves the memory for a CUDA graph that is being captured. training:
+    ignored. Raises ValueError for a block that is not a power of two of at least 32, and if the length of `packed` or
+    `absmax` does not fit `shape`.
     """
     check_sizes(packed, absmax, block, shape)
     E, D = shape

@@ -1,7 +1,8 @@
 """LoRA on a weight in NF4 (QLoRA, arXiv:2305.14314) on a GPU: decode the weight once per pass, then use `lora_linear`.
 
-A product that decodes while multiplying is slower at training sizes, since every tile of tokens would decode the weight
-again. The backward pass decodes the weight again too: saving the decoded weight would undo the saving of packing.
+A product that decodes while multiplying is slower at training sizes, because every tile of tokens would decode the
+weight again. The backward pass also decodes the weight. Saving the decoded weight instead would take the memory that
+packing saves.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from harness.kernels.triton import lora_linear, nf4
 from harness.kernels.triton.support.low_rank_arguments import checked, contiguous, matrix
 
 Packed = tuple[Tensor, Tensor, int, Sequence[int]]
-"""Bytes, absmax, block and shape (E, D) of a weight."""
+"""The packed bytes, the absmax, the size of a block and the shape (E, D) of a weight."""
 
 
 class _Nf4LoraLinear(torch.autograd.Function):
@@ -61,10 +62,10 @@ def nf4_lora_linear(
     scaling: float,
     mask: Tensor | None,
 ) -> Tensor:
-    """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E), with W decoded to the dtype of x. QLoRA, eq. 5.
+    """Return x W^T + bias + scaling ((x mask) A^T) B^T, shape (..., E) (QLoRA's eq. 5), for a packed W.
 
-    packed, absmax, block, shape = (E, D): W as packed by `nf4.quantize`. Other arguments are those of `lora_linear`. Raises
-    ValueError as `lora_linear` and `nf4.dequantize` do.
+    packed, absmax, block: W (E, D) as packed by `nf4.quantize`. shape: (E, D). W is decoded to the dtype of x. The
+    other arguments are those of `lora_linear`. Raises ValueError as `lora_linear` and `nf4.dequantize` do.
     """
     checked(x, shape, A, B, mask, bias=bias)
     weight = packed, absmax, block, tuple(shape)

@@ -13,9 +13,9 @@ from harness.kernels.torch.adamw8bit_step import MIN_8BIT_SIZE, adamw8bit_step_,
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW with 8-bit moments for tensors of at least `min_8bit_size` elements.
 
-    The state of a parameter is `step` and the result of `init_state`.
+    The state of a parameter holds `step` and the tensors that `init_state` returns.
 
-    params: tensors or groups; a group may set every option, as in torch's AdamW.
+    params: tensors or groups. As in torch's AdamW, a group may set every option.
     """
 
     def __init__(
@@ -32,7 +32,10 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Step every parameter that has a gradient; return the loss of `closure`, if given."""
+        """Step every parameter that has a gradient.
+
+        Return the loss that `closure` returns, or None without a closure.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -60,7 +63,9 @@ class AdamW8bit(torch.optim.Optimizer):
 
 
 def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Restore the saved dtypes of state tensors, which torch casts to the parameter's dtype when it loads them."""
+    """Give state tensors their saved dtypes again, because torch casts them to the parameter's dtype when it loads
+    them.
+    """
     saved = [index for group in state_dict["param_groups"] for index in group["params"]]
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for index, p in zip(saved, params, strict=True):

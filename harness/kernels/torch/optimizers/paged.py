@@ -1,9 +1,10 @@
 """A paged optimizer without managed memory: large states live on the host and pass through a few slots on the device.
 
-In QLoRA (Dettmers et al., arXiv:2305.14314, section 3) the driver moves memory pages when memory is short; here copies are
-planned. A page is the large states of one parameter. Pages that fit a budget stay on the device. Of the others, the page of
-the next parameter is copied in while the current one is updated, and copied out afterwards. On the CPU the same copies
-happen between buffers, one after the other, so that they can be tested.
+In QLoRA (Dettmers et al., arXiv:2305.14314, section 3) the driver moves memory pages when memory is short. Here the
+copies are planned. A page consists of the large states of one parameter. Pages that fit a budget stay on the device.
+The other pages are copied to the device in turn. While one parameter is updated, the page of the next parameter is
+already copied in. After the update, the page is copied out again. On the CPU the same copies happen between buffers,
+one after the other, so that they can be tested.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import torch
 from torch import Tensor
 
 MIN_PAGED_ELEMENTS = 100_000
-"""Least number of elements of a paged state: the rule of bitsandbytes."""
+"""Smallest number of elements of a state that is paged. bitsandbytes has the same rule."""
 MOST_SLOTS = 3
 _ALIGNMENT = 16
-"""Each state begins at a multiple of this number of bytes in a slot."""
+"""In a slot, each state begins at a multiple of this number of bytes."""
 
 
 def is_paged(state: Any) -> bool:
-    """Return whether a state is paged: a tensor of at least `MIN_PAGED_ELEMENTS`."""
+    """Return whether a state is paged. This is so for a tensor of at least `MIN_PAGED_ELEMENTS` elements."""
     return isinstance(state, Tensor) and state.numel() >= MIN_PAGED_ELEMENTS
 
 
@@ -32,13 +33,16 @@ def _large(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 class Lane:
-    """A queue of copies parallel to the computation: a stream on CUDA; elsewhere copies are synchronous."""
+    """A queue of copies that run parallel to the computation.
+
+    On CUDA the queue is a stream. Elsewhere copies are synchronous.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def after(self, event: torch.cuda.Event | None) -> AbstractContextManager[Any]:
-        """Return a context in which copies are queued after `event`."""
+        """Return a context. Copies that are queued in this context wait for `event`."""
         if self.stream is None:
             return nullcontext()
         if event is not None:
@@ -46,17 +50,17 @@ class Lane:
         return torch.cuda.stream(self.stream)
 
     def mark(self) -> torch.cuda.Event | None:
-        """Return an event that occurs after all copies queued so far; None without CUDA."""
+        """Return an event that occurs after all copies queued so far. Without CUDA, return None."""
         return None if self.stream is None else self.stream.record_event()
 
     def finish(self) -> None:
-        """Wait on the host for all copies."""
+        """Let the host wait until all copies are done."""
         if self.stream is not None:
             self.stream.synchronize()
 
 
 def _now(device: torch.device) -> torch.cuda.Event | None:
-    """Return an event that occurs after all computation queued so far; None without CUDA."""
+    """Return an event that occurs after all computation queued so far. Without CUDA, return None."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
@@ -66,10 +70,10 @@ class Slot:
     def __init__(self, size: int, device: torch.device) -> None:
         self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
         self.free = _now(device)
-        """Event that occurs after the previous page is copied to the host."""
+        """Event that occurs when the previous page has been copied to the host."""
 
     def views(self, page: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors in the buffer with the shapes and dtypes of the page."""
+        """Return tensors that lie in the buffer, with the names, shapes and dtypes of the page's states."""
         views, at = {}, 0
         for name, state in page.items():
             views[name] = self.buffer[at : at + state.nbytes].view(state.dtype).view(state.shape)
@@ -82,28 +86,31 @@ def _aligned(size: int) -> int:
 
 
 def bytes_of(page: dict[str, Tensor]) -> int:
-    """Return the bytes of a page in a slot."""
+    """Return the number of bytes that a page takes in a slot."""
     return sum(_aligned(state.nbytes) for state in page.values())
 
 
 def to_host(state: Tensor) -> Tensor:
-    """Return a contiguous copy on the host, pinned if it comes from CUDA."""
+    """Return a contiguous copy on the host. If the state is on a GPU, the copy is in pinned memory."""
     page = torch.empty(state.shape, dtype=state.dtype, device="cpu", pin_memory=state.is_cuda)
     return page.copy_(state)
 
 
 class Paged(torch.optim.Optimizer):
-    """Wrapper that pages the large states of an optimizer, and changes no result of its steps.
+    """Wrapper that pages the large states of another optimizer. The results of the steps stay the same.
 
-    inner: the optimizer. The wrapper shares its groups and its state, and its hooks run once per parameter. `inner`
-    must not store values in its groups or combine parameters (like LBFGS), and must have all parameters on one device.
-    budget: bytes of paged states on the device. Once all states exist, pages and slots take at most max(budget, largest
-    page). A state that is being made or loaded takes further memory, and states that `inner` already has stay on the
-    device until this wrapper takes them over. A budget below two pages allows one slot: copies and updates then do not
-    overlap. Raises ValueError for a negative budget.
+    inner: the other optimizer. The wrapper shares the groups and the state of `inner`. The step hooks of `inner` run
+    once per parameter. `inner` must not store values in its groups, and must not combine parameters, as LBFGS does. All
+    parameters must be on one device.
 
-    After each step that made states, the wrapper decides, in the order of the parameters, which pages stay on the
-    device.
+    budget: number of bytes that paged states may take on the device. Once all states exist, pages and slots take at
+    most the budget, or the size of the largest page if that is larger. A state takes further memory while it is made or
+    loaded. States that `inner` already has stay on the device until this wrapper takes them over. If the budget is
+    below two pages, there is only one slot, and copies do not overlap with updates. Raises ValueError for a negative
+    budget.
+
+    After each step that made states, the wrapper decides again which pages stay on the device. Earlier parameters have
+    priority.
     """
 
     def __init__(self, inner: torch.optim.Optimizer, budget: int) -> None:
@@ -112,9 +119,9 @@ class Paged(torch.optim.Optimizer):
         super().__init__(inner.param_groups, inner.defaults)
         self.inner, self.budget = inner, budget
         self.bytes_in = self.bytes_out = 0
-        """Bytes copied to the device and to the host so far."""
+        """Bytes copied so far: `bytes_in` to the device, and `bytes_out` to the host."""
         self.peak = 0
-        """Largest number of bytes of pages and slots on the device so far."""
+        """Largest number of bytes that pages and slots have taken on the device so far."""
         self._pages: dict[Tensor, dict[str, Tensor]] = {}  # on the host
         self._resident: dict[Tensor, int] = {}  # bytes
         self._slots: list[Slot] = []
@@ -128,15 +135,18 @@ class Paged(torch.optim.Optimizer):
 
     @property
     def resident(self) -> int:
-        """Bytes of pages and slots on the device now."""
+        """Number of bytes that pages and slots take on the device now."""
         return sum(self._resident.values()) + sum(slot.buffer.nbytes for slot in self._slots)
 
     def where(self) -> dict[Tensor, str]:
-        """Map every parameter with paged states to their place: `device` or `host`."""
+        """Map every parameter with paged states to the place of these states: `device` or `host`."""
         return dict.fromkeys(self._resident, "device") | dict.fromkeys(self._pages, "host")
 
     def step(self, closure: Any = None) -> Any:
-        """Step every parameter that has a gradient, one after the other; return the loss of `closure`, if given."""
+        """Step every parameter that has a gradient, one after the other.
+
+        Return the loss that `closure` returns, or None without a closure.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -150,7 +160,10 @@ class Paged(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a `state_dict` of this or of the inner optimizer; states that do not fit go to the host."""
+        """Load a `state_dict` of this or of the inner optimizer.
+
+        States that do not fit into the budget go to the host.
+        """
         states = state_dict["state"]
         pages = {key: state for key, state in states.items() if _large(state)}
         self.inner.load_state_dict({**state_dict, "state": {k: s for k, s in states.items() if k not in pages}})
@@ -168,7 +181,7 @@ class Paged(torch.optim.Optimizer):
         self._plan()
 
     def _steps(self, todo: list[tuple[dict[str, Any], Tensor]]) -> bool:
-        """Update the parameters one after the other; return whether new paged states were made."""
+        """Update the parameters one after the other. Return whether a parameter got new paged states."""
         made, staged = False, self._staged([p for _, p in todo if p in self._pages])
         try:
             for group, p in todo:
@@ -188,7 +201,10 @@ class Paged(torch.optim.Optimizer):
         return made
 
     def _staged(self, parameters: list[Tensor]) -> Iterator[Slot]:
-        """Yield the slot with each parameter's page. Advance only when the copy of the previous page has begun."""
+        """Yield, for each parameter in order, the slot that holds the parameter's page.
+
+        The caller may ask for the next slot only when the previous page is already being copied back.
+        """
         queue: list[tuple[Slot, dict[str, Tensor], torch.cuda.Event | None]] = []
         for k, p in enumerate(parameters):
             for follower in parameters[k + len(queue) : k + len(self._slots)]:
@@ -227,7 +243,7 @@ class Paged(torch.optim.Optimizer):
         self.bytes_out += bytes_of(large)
 
     def _plan(self) -> None:
-        """Decide which pages stay on the device, and the number of slots for the others, within the budget."""
+        """Decide within the budget which pages stay on the device, and how many slots serve the other pages."""
         for p in list(self._resident):
             self._evict(p)
         self._slots = []

@@ -1,4 +1,4 @@
-"""Backward passes without autocast, which should only cast the forward pass."""
+"""Run backward passes without autocast. Autocast should cast only the forward pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from torch.autograd.function import once_differentiable
 
 
 def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the backward of a Function, wrapped to run without autocast, since it writes into memory of a fixed dtype."""
+    """Return the backward of a Function, wrapped so that it runs without autocast.
+
+    The wrapped backward may then write into memory of a fixed dtype.
+    """
 
     @wraps(backward)
     def plain(ctx: Any, *dys: Tensor | None) -> Any:
@@ -26,5 +29,5 @@ def outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def once_outside_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a backward wrapped as by `outside_autocast`, for which a second derivative raises RuntimeError."""
+    """Return a backward, wrapped as by `outside_autocast`. A second derivative then raises RuntimeError."""
     return outside_autocast(once_differentiable(backward))

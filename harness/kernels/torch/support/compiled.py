@@ -1,10 +1,12 @@
 """Functions of CPU tensors compiled by torch.compile: when to compile, when to run, and what to do on failure.
 
-Compilation takes seconds, so it waits for the first large call. It happens once per `Compiled`, independent of sizes,
-threads and modes (inference, autocast, default device) of later calls. One thread compiles; calls of other threads run
-uncompiled meanwhile. Measured for NF4 on two cores: 11 s for the first function and 1.6 s for each further one with an empty
-inductor cache on disk; 3.5 s (the import of inductor) and 0.2 s with a warm one. PEFT_HARNESS_COMPILE=0 in the environment
-switches compilation off; PEFT_HARNESS_COMPILE=1 also compiles for smaller tensors.
+Compilation takes seconds, so that it waits for the first large call. It happens once per `Compiled`. Later calls with
+other sizes, threads or modes (inference, autocast, default device) do not compile again. One thread compiles. Calls of
+other threads run uncompiled meanwhile.
+
+Times for NF4 on two cores: with an empty inductor cache on disk, 11 s for the first function and 1.6 s for each further
+function; with a warm cache, 3.5 s (the import of inductor) and 0.2 s. PEFT_HARNESS_COMPILE=0 in the environment
+switches compilation off. PEFT_HARNESS_COMPILE=1 also compiles for smaller tensors.
 """
 
 from __future__ import annotations
@@ -23,13 +25,22 @@ import torch
 from torch import Tensor
 
 LARGE = 1 << 21
-"""Least number of values of a compiled call. A model with one such tensor has several, so that compilation pays. For
-smaller tensors, a call gains less than the time that threads wait for each other on a busy machine."""
+"""Smallest number of values for which a function is compiled.
+
+A model with one such tensor has several, so that compilation pays. For smaller tensors, a call gains less than the time
+that threads wait for each other on a busy machine.
+"""
 _SMALL = 1 << 16
-"""Least number of values with PEFT_HARNESS_COMPILE=1: a compiled call with fewer takes longer than eager torch."""
+"""Smallest number of values for which a function is compiled with PEFT_HARNESS_COMPILE=1.
+
+With fewer values, a compiled call takes longer than eager torch.
+"""
 
 _COMPILING = Lock()
-"""Held while compiling. All functions share this lock, since a thread would wait for dynamo's global lock anyway."""
+"""Lock that is held while compiling.
+
+All functions share this lock, because a thread would wait for dynamo's global lock anyway.
+"""
 
 _OPTIONS: dict[str, Any] = {
     # Otherwise the generated code has the number of threads of the first call.
@@ -47,18 +58,18 @@ class NotCompiled(Exception):  # noqa: N818 - control flow, not an error
 def only_compiled() -> None:
     """Raise NotCompiled if the calling function runs uncompiled.
 
-    torch.compile silently does so under set_stance("force_eager") or TORCH_COMPILE_DISABLE=1.
+    torch.compile silently runs it uncompiled under set_stance("force_eager") or with TORCH_COMPILE_DISABLE=1.
     """
     if not torch.compiler.is_compiling():
         raise NotCompiled
 
 
 class Compiled:
-    """A function that writes to some of its tensors and returns None, compiled once.
+    """A function that is compiled once. It writes to some of its tensors and returns None.
 
-    function: calls `only_compiled()` first. Its tensors are contiguous and share their first size, which may vary between
-    calls; other sizes and dtypes may not. Its result must not depend on torch's default dtype or device. Raises TypeError
-    unless it is written in Python.
+    function: calls `only_compiled()` first. Its tensors are contiguous and have the same first size. The first size may
+    vary between calls, but other sizes and dtypes may not. What the function writes must not depend on torch's default
+    dtype or device. Raises TypeError if the function is not written in Python.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
@@ -71,9 +82,10 @@ class Compiled:
         self._failed = False
 
     def wanted(self, values: int, *tensors: Tensor) -> bool:
-        """Return whether to call the compiled function for `tensors`, which have this many values.
+        """Return whether to call the compiled function for `tensors`. values: number of values to be processed.
 
-        The tensors must be plain CPU memory, the CPU must have wide vectors, and no torch mode may observe operations.
+        The tensors must be plain and on the CPU, the CPU must have wide vectors, and no torch mode may observe
+        operations.
         """
         setting = os.environ.get("PEFT_HARNESS_COMPILE")
         if setting == "0" or values < (_SMALL if setting == "1" else LARGE):
@@ -83,10 +95,11 @@ class Compiled:
         return _has_vectors() and all(map(_plain, tensors))
 
     def __call__(self, *tensors: tuple[Tensor, torch.dtype, Sequence[int]], out: Sequence[Tensor]) -> bool:
-        """Run the function on views of `tensors`, and return whether it ran. If False, the contents of `out` are undefined.
+        """Run the function on views of `tensors`, and return whether it ran.
 
-        tensors: each with the dtype and shape in which to view the beginning of its memory. out: the tensors written to.
-        Errors of the compiler or of compiled code become one RuntimeWarning.
+        If the result is False, the contents of `out` are undefined. tensors: triples of a tensor, a dtype and a shape.
+        The function gets the beginning of the tensor's memory as a view of this dtype and shape. out: the tensors that
+        the function writes to. Errors of the compiler or of compiled code become one RuntimeWarning.
         """
         failure, hint = "did not compile", "install a C++ compiler with OpenMP (g++), or "
         try:
@@ -158,9 +171,9 @@ def _plain(tensor: Tensor) -> bool:
 
 
 def _observed() -> bool:
-    """Return whether a torch mode or transform observes operations. It would not see compiled operations.
+    """Return whether a torch mode or transform observes operations. Such a mode would not see compiled operations.
 
-    True if this torch lacks the private names that show it.
+    If this torch lacks the private names that show modes, the result is True.
     """
     try:
         return (
@@ -174,12 +187,18 @@ def _observed() -> bool:
 
 @cache
 def _has_vectors() -> bool:
-    """Return whether inductor vectorises here. AVX also implies little-endian, which pairs of values rely on."""
+    """Return whether inductor vectorises on this machine.
+
+    AVX also implies little-endian byte order, on which words of two values rely.
+    """
     return sys.platform != "win32" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
 def _view(tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """Return the beginning of a tensor's memory as a plain tensor, independent of the mode that made the tensor."""
+    """Return a plain tensor over the beginning of a tensor's memory.
+
+    The result does not depend on the mode in which the tensor was made.
+    """
     first = tensor.storage_offset() * tensor.element_size()
     if first % dtype.itemsize:
         raise NotCompiled

@@ -1,4 +1,4 @@
-"""Dropout as a separate mask, so that a layer need not save the dropped input in addition to the input."""
+"""Dropout by a separate mask. A layer saves its input and the mask, and need not save the dropped input."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 _COARSE = 1 / 256
-"""16 random bits are too coarse for a probability that is nearer to 0 or 1 than this."""
+"""Distance from 0 and from 1. For a probability closer to 0 or 1 than this, 16 random bits are too coarse."""
 
 
 def keep_mask(x: Tensor, p: float) -> tuple[Tensor, float]:
-    """Return (mask, keep): a drawn dropout mask of zeros and ones like x, and the probability of a one.
+    """Return (mask, keep): a random mask of zeros and ones in the shape of x, and the probability of a one.
 
-    `keep` is 1 if p is 1, else 1 - p, which on a CPU is rounded to a multiple of 2^-16 (2^-32 if p is near 0 or 1). The
-    caller divides the remaining features by `keep`. On a CPU torch draws a double per element, which is most of the
-    cost of dropout; here one draw of 64 bits decides four elements, or two if p is near 0 or 1.
+    The caller divides the remaining features by `keep`, which is 1 - p. If p is 1, `keep` is 1. On a CPU, 1 - p is
+    rounded to a multiple of 2^-16, or of 2^-32 if p is near 0 or 1. torch would draw a double per element on a CPU,
+    which is most of the cost of dropout. Here one draw of 64 bits decides four elements, or two if p is near 0 or 1.
     """
     if p == 1:
         return torch.zeros_like(x, memory_format=torch.contiguous_format), 1.0

@@ -1,4 +1,7 @@
-"""Fresh memory for a large result, in huge pages where available: page faults cost more than filling the memory."""
+"""Fresh memory for a large result, in huge pages where these are available.
+
+With small pages, page faults cost more than filling the memory.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,15 @@ import torch
 from torch import Tensor
 
 _OWN_MAPPING = 32 << 20
-"""Bytes from which glibc gives every allocation its own mapping, so that advice affects only this allocation."""
+"""Number of bytes from which glibc gives every allocation its own mapping.
+
+Advice about the mapping then affects only this allocation.
+"""
 
 
 @cache
 def _advise() -> Callable[..., Any] | None:
-    """Return the C library's madvise, or None where transparent huge pages are not supported."""
+    """Return the C library's madvise. Where transparent huge pages are not supported, return None."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     function = ctypes.CDLL(None).madvise
@@ -28,8 +34,9 @@ def _advise() -> Callable[..., Any] | None:
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return an uninitialised contiguous tensor, as torch.empty does.
 
-    On a CPU the system allocates 64 MiB in 30 to 60 ms as 16384 pages, but in 11 to 15 ms as pages of 2 MiB. Decoding a
-    weight into this memory takes less time than either. If the system ignores the advice, the result is the same.
+    On a CPU the system takes 30 to 60 ms to allocate 64 MiB as 16384 small pages, but 11 to 15 ms as pages of 2 MiB.
+    Decoding a weight into this memory takes less time than either allocation. If the system ignores the advice to use
+    large pages, the result is the same.
     """
     out = torch.empty(tuple(shape), dtype=dtype, device=device)
     bytes_ = out.numel() * out.element_size()

@@ -15,16 +15,17 @@ from torch import Tensor
 from harness.kernels.torch.support.compiled import Compiled, only_compiled
 
 _MAKING = Lock()
-"""Held while a function is looked up, so that two threads do not compile it twice."""
+"""Lock that is held while a function is looked up, so that two threads do not compile one function twice."""
 _BLOCKS = tuple(1 << i for i in range(5, 13))
 """Supported block sizes, 32 to 4096. Each has its own compiled code, so that loops have constant bounds."""
 
 
 def encode(values: Tensor, packed: Tensor, absmax: Tensor, block: int, levels: tuple[float, ...]) -> int:
-    """Write the packed codes and the absmax of all whole blocks of `values`; return the number of values encoded.
+    """Write the packed codes and the absmax of all whole blocks of `values`. Return the number of values encoded.
 
-    values: (n,), any floating dtype, copied to float32. packed: uint8 (ceil(n / 2),). absmax: float32 (ceil(n / block),).
-    levels: the 16 levels of NF4. Returns 0 if compiled code is not used; memory after the encoded blocks is undefined.
+    values: (n,), any floating dtype, copied to float32. packed: uint8 (ceil(n / 2),). absmax: float32 (ceil(n /
+    block),). levels: the 16 levels of NF4. The result is 0 if compiled code is not used. Beyond the encoded blocks,
+    `packed` and `absmax` are undefined.
     """
     blocks = values.numel() // block
     count = blocks * block
@@ -44,10 +45,11 @@ def encode(values: Tensor, packed: Tensor, absmax: Tensor, block: int, levels: t
 
 
 def decode(packed: Tensor, absmax: Tensor, out: Tensor, block: int, levels: tuple[float, ...]) -> int:
-    """Write the values of all whole blocks to `out`; return the number of values decoded.
+    """Write the values of all whole blocks to `out`. Return the number of values decoded.
 
-    packed: uint8 (ceil(n / 2),). absmax: float32 (ceil(n / block),). out: (n,), float32; returns 0 for another dtype,
-    since a float32 copy costs as much as compilation gains. levels and the result: as for `encode`.
+    packed: uint8 (ceil(n / 2),). absmax: float32 (ceil(n / block),). levels: the 16 levels of NF4. out: (n,), float32.
+    The result is 0 if compiled code is not used. For another dtype of `out` compiled code is never used, because a
+    float32 copy costs as much as compilation gains. Beyond the decoded blocks, `out` is undefined.
     """
     blocks = out.numel() // block
     count = blocks * block
@@ -72,7 +74,10 @@ def _encoder(block: int, levels: tuple[float, ...]) -> Compiled:
     midpoints: list[float] = ((exact[:-1] + exact[1:]) / 2).tolist()
 
     def code(scaled: Tensor) -> Tensor:
-        """Return the code of each value as float32; NaN, for which every comparison is false, gets the highest."""
+        """Return the code of each value as float32.
+
+        A NaN gets the highest code, because every comparison with it is false.
+        """
         code = torch.full_like(scaled, 15.0)
         for below, midpoint in reversed(list(enumerate(midpoints))):
             code = torch.where(scaled <= midpoint, float(below), code)
@@ -93,7 +98,7 @@ def _encoder(block: int, levels: tuple[float, ...]) -> Compiled:
 @cache
 def _decoder(block: int, levels: tuple[float, ...]) -> Compiled:
     def level(code: Tensor) -> Tensor:
-        """Return the level of the lowest four bits: each bit halves the remaining table."""
+        """Return the level of the lowest four bits of each code. Each bit halves the table of the remaining levels."""
         bits = [code & 1 << i != 0 for i in range(4)]
         left = [torch.full_like(code, level, dtype=torch.float32) for level in levels]
         for bit in bits:
@@ -101,7 +106,7 @@ def _decoder(block: int, levels: tuple[float, ...]) -> Compiled:
         return left[0]
 
     def bits(x: Tensor) -> Tensor:
-        """Return words with the bits of float32 numbers in their lower halves."""
+        """Return int64 words whose lower halves hold the bits of the float32 numbers x."""
         return x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
 
     def nf4_decode(packed: Tensor, absmax: Tensor, pairs: Tensor) -> None:

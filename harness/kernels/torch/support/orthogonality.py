@@ -9,10 +9,11 @@ from torch import Tensor
 
 
 def orthogonality(P: Iterable[Tensor], Q: Iterable[Tensor], form: str) -> Tensor:
-    """Return R(P, Q), a scalar with a graph (arXiv:2303.10512, eq. 4).
+    """Return AdaLoRA's orthogonality term R(P, Q), a differentiable scalar (arXiv:2303.10512, eq. 4).
 
-    P: matrices (out, R) that should have orthonormal columns. Q: matrices (R, in) that should have orthonormal rows. form:
-    `squared-sum` adds the squared Frobenius norms of all P^T P - I and Q Q^T - I; `mean-norm` is the mean of the norms.
+    P: matrices (out, R) whose columns should be orthonormal. Q: matrices (R, in) whose rows should be orthonormal.
+    form: `squared-sum` adds the squared Frobenius norms of all P^T P - I and Q Q^T - I. `mean-norm` takes the mean of
+    these norms, not squared.
     """
     alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
     for wide in (*(p.T for p in P), *Q):

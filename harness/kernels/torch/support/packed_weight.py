@@ -1,4 +1,7 @@
-"""A weight in NF4, and one buffer per thread and dtype into which weights are decoded one after the other."""
+"""A weight in NF4, and buffers for decoded weights.
+
+Each thread has one buffer per dtype. The next decoded weight overwrites the previous one.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from harness.kernels.torch import nf4
 
 
 class Buffers:
-    """Memory for decoded weights, reused because fresh memory for every product is slow."""
+    """Memory for decoded weights. It is reused, because fresh memory for every product is slow."""
 
     def __init__(self) -> None:
         self.by_dtype: dict[torch.dtype, Tensor] = {}
@@ -36,7 +39,7 @@ _own = _OfThread()
 
 
 def forget() -> None:
-    """Free this thread's buffers; the next decoding allocates new ones."""
+    """Free this thread's buffers. The next decoding allocates new ones."""
     _own.buffers = Buffers()
 
 
@@ -45,32 +48,32 @@ class PackedWeight:
     """A matrix (E, D) in NF4."""
 
     packed: Tensor
-    """uint8 (ceil(E D / 2),)."""
+    """The packed codes: uint8 (ceil(E D / 2),)."""
     absmax: Tensor
-    """float32, one per block; or its 8-bit codes, if absmax2 and offset are given."""
+    """One float32 number per block. If absmax2 and offset are given, one 8-bit code per block instead."""
     block: int
     shape: tuple[int, int]
     absmax2: Tensor | None = None
-    """float32, one per `block2` codes."""
+    """One float32 number per `block2` codes of `absmax`."""
     offset: Tensor | None = None
-    """float32, one number."""
+    """One float32 number, added to the decoded codes of `absmax`."""
     block2: int = 256
 
     def constants(self) -> Tensor:
-        """Return the float32 absmax of every block, decoded if it is in 8 bits."""
+        """Return the float32 absmax of every block. If it is stored in 8 bits, decode it first."""
         if self.absmax2 is None or self.offset is None:
             return self.absmax
         return nf4.double_dequantize(self.absmax, self.absmax2, self.offset, self.block2)
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
-        """Return the decoded matrix (E, D) of this dtype in fresh memory."""
+        """Return the matrix (E, D) in fresh memory, decoded to this dtype."""
         return self._decoded(dtype, None)
 
     def in_buffer(self, dtype: torch.dtype) -> Tensor:
-        """Return the decoded matrix (E, D) in memory that this thread's next call overwrites: use it immediately.
+        """Return the matrix (E, D), decoded to this dtype, in memory that this thread's next call overwrites.
 
-        The buffer has the size of the largest matrix so far. On a GPU the memory is fresh, since torch's allocator caches
-        memory and knows about streams.
+        Use the result immediately. The buffer is as large as the largest matrix so far. On a GPU the memory is fresh
+        instead, because torch's allocator caches memory and knows about streams.
         """
         on_cpu = self.packed.device.type == "cpu"
         return self._decoded(dtype, _own.buffers.take(prod(self.shape), dtype) if on_cpu else None)

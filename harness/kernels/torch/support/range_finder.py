@@ -1,7 +1,8 @@
-"""Leading singular vectors of a matrix without a full SVD: by its smaller Gram matrix, or by a random range finder.
+"""Leading singular vectors of a matrix without a full SVD: from a smaller Gram matrix, or by a random range finder.
 
-Halko, Martinsson and Tropp, arXiv:0909.4061: algorithm 4.4 finds an orthonormal basis of the range by power iterations on
-a random sketch, 5.1 turns it into an SVD. Shapes: W (E, D), R requested singular values.
+The algorithms are those of Halko, Martinsson and Tropp, arXiv:0909.4061. Algorithm 4.4 finds an orthonormal basis of
+the range by power iterations on a random sketch. Algorithm 5.1 turns this basis into an SVD. Shapes: W is (E, D), and R
+is the number of requested singular values.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ import torch
 from torch import Tensor
 
 SURE = 2.0**-12
-"""Ratio of singular values above which squaring them in float64 loses less than the precision of float32."""
+"""Ratio of the smallest singular value to the largest.
+
+Above this ratio, squaring singular values in float64 loses less than the precision of float32.
+"""
 
 
 def orthonormal(Y: Tensor) -> Tensor:
-    """Return an orthonormal basis (E, R) of the range of Y (E, R), E >= R.
+    """Return an orthonormal basis (E, R) of the range of Y (E, R). E must be at least R.
 
-    float32 uses the Cholesky factor of Y^T Y in float64, which on a CPU is an order of magnitude faster than Householder
-    reflections. Nearly dependent columns and float64 use Householder reflections.
+    For float32, the basis comes from the Cholesky factor of Y^T Y in float64. On a CPU this is an order of magnitude
+    faster than Householder reflections. float64 and nearly dependent columns use Householder reflections.
     """
     if Y.dtype != torch.float64:
         wide = Y.double()
@@ -33,8 +37,8 @@ def orthonormal(Y: Tensor) -> Tensor:
 def range_finder(W: Tensor, sketch: Tensor, niter: int) -> Tensor:
     """Return an orthonormal basis (E, R) that approximately contains the R leading left singular vectors of W (E, D).
 
-    sketch: (D, R), normal. niter: power iterations, each a product with W^T and one with W; each reduces the error of a
-    singular vector by the square of the ratio of the singular values.
+    sketch: normal noise (D, R). niter: number of power iterations. Each iteration multiplies by W^T and then by W. Each
+    iteration reduces the error of a singular vector by the square of the ratio of the singular values.
     """
     Q = orthonormal(W @ sketch)
     for _ in range(niter):
@@ -43,9 +47,9 @@ def range_finder(W: Tensor, sketch: Tensor, niter: int) -> Tensor:
 
 
 def randomised_svd(W: Tensor, sketch: Tensor, niter: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return approximate (U (E, R), S (R,), V (D, R)), with arbitrary signs, of W (E, D) in float32 or float64.
+    """Return approximate U (E, R), S (R,) and V (D, R) of W (E, D), in float32 or float64. Signs are arbitrary.
 
-    sketch: (min(E, D), R), normal.
+    sketch: normal noise (min(E, D), R).
     """
     if W.shape[0] < W.shape[1]:
         V, S, U = randomised_svd(W.T, sketch, niter)
@@ -56,11 +60,12 @@ def randomised_svd(W: Tensor, sketch: Tensor, niter: int) -> tuple[Tensor, Tenso
 
 
 def leading_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (U (E, R), S (R,), V (D, R)) of the R largest singular values, exact, with arbitrary signs.
+    """Return U (E, R), S (R,) and V (D, R) for the R largest singular values, exactly. Signs are arbitrary.
 
-    W: float32 or float64. For float32, the vectors of the shorter side are eigenvectors of the smaller Gram matrix in
-    float64, which holds products of float32 exactly; the vectors of the other side are W's products with them, divided by
-    S. If W is float64, or the range of S is too large, LAPACK computes the SVD. Raises ValueError if W is not finite.
+    W: float32 or float64. For float32, the vectors of the shorter side are eigenvectors of the smaller Gram matrix.
+    This matrix is in float64, which holds products of float32 numbers exactly. The vectors of the other side are W's
+    products with these eigenvectors, divided by S. LAPACK computes the SVD if W is float64, or if the range of S is too
+    large. Raises ValueError if W is not finite.
     """
     if W.shape[0] < W.shape[1]:
         V, S, U = leading_svd(W.T, rank)
@@ -75,10 +80,10 @@ def leading_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def leading_vectors(W: Tensor, rank: int, left: bool, right: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Return (U (E, R) if `left` else None, V (D, R) if `right` else None) of `leading_svd`, contiguous.
+    """Return U (E, R) and V (D, R) of `leading_svd`, contiguous.
 
-    The vectors of the shorter side need no division, so that they are also right for a singular matrix. Raises ValueError
-    as `leading_svd` does.
+    U is None unless `left` is true, and V is None unless `right` is true. The vectors of the shorter side need no
+    division by S, so that they are also right for a singular matrix. Raises ValueError as `leading_svd` does.
     """
     shorter = right if W.shape[0] >= W.shape[1] else left
     if W.dtype != torch.float64 and shorter and left != right:
@@ -98,6 +103,6 @@ def _check_finite(W: Tensor) -> None:
 
 
 def _by_gram(tall: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return (S (R,), V (D, R)) of a tall float64 matrix W, by W^T W = V S^2 V^T."""
+    """Return S (R,) and V (D, R) of a tall float64 matrix W, from the eigenvectors of W^T W = V S^2 V^T."""
     squares, V = torch.linalg.eigh(tall.T @ tall)
     return squares.flip(0)[:rank].clamp(min=0).sqrt(), V.flip(1)[:, :rank].contiguous()

@@ -1,4 +1,4 @@
-"""LoRA layers of the same input, such as q, k and v: the first one that is called computes all of them."""
+"""LoRA layers with the same input, such as q, k and v. The layer that is called first computes the outputs of all."""
 
 from __future__ import annotations
 
@@ -18,46 +18,51 @@ GROUPS = (
     ("q_lin", "k_lin", "v_lin"), ("to_q", "to_k", "to_v"), ("q", "k", "v"),
     ("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"),
 )  # fmt: skip
-"""Names of layers with the same input. Names rather than observed calls form the groups, because the first step must
-round like later steps."""
+"""Names of layers that have the same input.
+
+Layers are grouped by name and not by observed calls, because the first step must round like later steps.
+"""
 PATIENCE = 8
-"""If a layer's unused outputs exceed its used ones by this number, as in cross-attention, it is no longer precomputed. It is
-then computed alone, which may round differently."""
+"""If this many more outputs of a layer were unused than used, the layer is no longer precomputed.
+
+This happens in cross-attention. The layer is then computed alone, which may round differently.
+"""
 
 
 class SharedInputLayer(nn.Module):
-    """A layer that can be computed alone or together with others of the same input."""
+    """A layer that can be computed alone, or together with other layers of the same input."""
 
     input_group: InputGroup
     place: int
-    """Position in the group."""
+    """Position of the layer in its group."""
     base: Any
     scaling: float
 
     def forward_alone(self, x: Tensor) -> Tensor:
-        """Return this layer's output without those of the other layers of its group."""
+        """Return this layer's output, without computing the other layers of its group."""
         raise NotImplementedError
 
     def factors(self, x: Tensor) -> LoraFactors | None:
-        """Return the factors of the output for this x, or None if only `forward_alone` can compute it."""
+        """Return the factors of the output for this x. If only `forward_alone` can compute the output, return None."""
         raise NotImplementedError
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy, which joins the group of the layers copied with it."""
+        """Restore a copied layer, and let it join the group of the layers that were copied with it."""
         super().__setstate__(state)
         self.input_group.join(self)
 
 
 class InputGroup:
-    """Layers of one input: a call of one computes the others too, and saves their outputs for their calls.
+    """Layers with the same input. A call of one layer also computes the others, and saves their outputs.
 
-    A saved output is used if the same thread calls the layer with the same, unmodified tensor, the layer's own tensors are
-    unmodified, and no backward pass has freed the saved tensors; any other call computes. Writes through `.data` are not
-    detected, as in autograd. Outputs are saved until the next call, or until x is freed. All outputs belong to one node of
-    the graph, so that only one backward pass can go through them unless it retains the graph.
+    A saved output is used if the same thread calls the layer with the same tensor. Neither this tensor nor the layer's
+    own tensors may have been modified, and no backward pass may have freed the saved tensors. Any other call computes.
+    As in autograd, writes through `.data` are not detected. Outputs are saved until the next call that computes, or
+    until the input is freed. All outputs belong to one node of the graph. Only one backward pass can therefore go
+    through them, unless it retains the graph.
 
-    Under saved-tensor hooks each layer is computed alone: checkpointing expects the recomputation to save exactly the same
-    tensors as the first pass, and may stop it early.
+    Under saved-tensor hooks each layer is computed alone, because of checkpointing. The recomputation in checkpointing
+    must save exactly the same tensors as the first pass, and may stop early.
     """
 
     def __init__(self) -> None:
@@ -66,16 +71,16 @@ class InputGroup:
         self._last = threading.local()
 
     def __reduce__(self) -> Any:
-        """Copy without members: copied layers join by themselves."""
+        """Let a copy of the group be empty. Copied layers join it by themselves."""
         return InputGroup, ()
 
     def join(self, layer: SharedInputLayer) -> None:
-        """Add a layer, by a weak reference."""
+        """Add a layer. The group holds only a weak reference to the layer."""
         self._members[layer.place] = weakref.ref(layer)
         self._unused[layer.place] = 0
 
     def __call__(self, layer: SharedInputLayer, x: Tensor) -> Tensor:
-        """Return the layer's output for x: a saved one if it is valid, else a computed one."""
+        """Return the layer's output for x: a saved output if a valid one exists, else a computed one."""
         if len(self._members) < 2 or torch.compiler.is_compiling():
             return layer.forward_alone(x)
         if x.is_inference() or _has_hooks():  # an inference tensor has no version counter
@@ -113,22 +118,25 @@ class InputGroup:
 
 
 class _Call:
-    """The last call that computed several layers."""
+    """One call that computed several layers."""
 
     def __init__(self, x: Tensor) -> None:
         self.precomputed: dict[int, tuple[Any, Tensor]] = {}
-        """Place of a layer -> its state and its output."""
+        """Place of a layer -> the layer's state and its output."""
         precomputed = self.precomputed
         self._x = weakref.ref(x, lambda _: precomputed.clear())
         self._context = _context(x)
 
     def is_of(self, x: Tensor) -> bool:
-        """Return whether this call had the input x in the current context, and x is not modified since."""
+        """Return whether this call had the input x in the current context, and x has not been modified since."""
         return self._x() is x and self._context == _context(x)
 
 
 def link(layers: Mapping[str, Any]) -> None:
-    """Group the layers that have one parent and names of one group in `GROUPS`. layers: path -> SharedInputLayer."""
+    """Group the layers that have the same parent and whose names are in one group of `GROUPS`.
+
+    layers: path -> SharedInputLayer.
+    """
     groups: dict[tuple[str, tuple[str, ...]], InputGroup] = {}
     for path, layer in layers.items():
         parent, _, name = path.rpartition(".")
@@ -147,9 +155,9 @@ def _context(x: Tensor) -> tuple[Any, ...]:
 
 
 def _state(layer: SharedInputLayer) -> tuple[Any, ...] | None:
-    """Return the state of a layer: its scaling, whether its base is plain, and its tensors; None if one has no version.
+    """Return the state of a layer: its scaling, whether its base is plain, and its tensors.
 
-    Each tensor comes with its version, address and requires_grad.
+    Each tensor comes with its version, address and requires_grad. If a tensor has no version, return None.
     """
     base = layer.base
     tensors = [
@@ -162,14 +170,17 @@ def _state(layer: SharedInputLayer) -> tuple[Any, ...] | None:
 
 
 def _same(one: tuple[Any, ...] | None, other: tuple[Any, ...] | None) -> bool:
-    """Return whether two states have the same unmodified tensors. Objects are compared, since Python reuses ids."""
+    """Return whether two states have the same tensors, and none of them was modified.
+
+    Tensors are compared as objects, because Python reuses ids.
+    """
     if one is None or other is None or one[:2] != other[:2] or len(one[2]) != len(other[2]):
         return False
     return all(t is u and before == now for (t, before), (u, now) in zip(one[2], other[2], strict=True))
 
 
 def _factors(layer: SharedInputLayer, x: Tensor) -> LoraFactors | None:
-    """Return the layer's factors if they fit x and allow a joint computation with other layers, else None."""
+    """Return the layer's factors for x. If they do not allow a joint computation with other layers, return None."""
     factors = layer.factors(x)
     if (
         factors is None
@@ -181,12 +192,12 @@ def _factors(layer: SharedInputLayer, x: Tensor) -> LoraFactors | None:
 
 
 def _trains(factors: LoraFactors, x: Tensor) -> bool:
-    """Return whether the output requires a gradient; outputs of one call must agree."""
+    """Return whether the output requires a gradient. All outputs of one call must agree in this."""
     dense = factors.W if isinstance(factors.W, Tensor) else None
     return any(t is not None and t.requires_grad for t in (x, dense, factors.bias, factors.A, factors.B))
 
 
 def _has_hooks() -> bool:
-    """Return whether saved-tensor hooks are set; True if this torch does not show it."""
+    """Return whether saved-tensor hooks are set. If this torch does not show hooks, return True."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(True) is not None

@@ -1,4 +1,7 @@
-"""DoRA under dropout, which does not drop x W^T: the products of W with plain and masked x share one accumulator."""
+"""Kernels for DoRA under dropout, which does not drop the term x W^T.
+
+The product of W with the plain x and the product of W with the masked x share one accumulator.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ def _forward(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Compute a tile of left @ right + less * product + t + bias; t = scale S @ T, product = (left * mask) @ right + t."""
+    """Compute a tile of out = left @ right + less * product + t + bias.
+
+    Here t is scale S @ T. product is (left * mask) @ right + t, and is stored, too.
+    """
     rows, columns = program_tile(M, N, BLOCK_M, BLOCK_N, WIDE)
     inside = (rows[:, None] < M) & (columns[None, :] < N)
     at = rows[:, None] * N + columns[None, :]
@@ -55,7 +61,7 @@ def _backward(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile of left @ right + mask * ((left * less) @ right + S @ T)."""
+    """Compute one tile of out = left @ right + mask * ((left * less) @ right + S @ T)."""
     rows, columns = program_tile(M, N, BLOCK_M, BLOCK_N, WIDE)
     inside = (rows[:, None] < M) & (columns[None, :] < N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -75,9 +81,10 @@ def _backward(
 def dropped_forward(
     x: Tensor, W: Tensor, bias: Tensor | None, B: Tensor, S: Tensor, scaling: float, mask: Tensor, less: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return (y, q), both (T, E): y = x W^T + bias + less q + t with q = (x mask) W^T + t and t = scaling S B^T.
+    """Return (y, q), both (T, E): y = x W^T + bias + less q + t, and q = (x mask) W^T + t.
 
-    x, mask (T, D), W (E, D), B (E, R), S (T, R), bias (E,), of one dtype; less (E,) float32: the gain minus one.
+    Here t is scaling S B^T. Shapes: x and mask (T, D), W (E, D), B (E, R), S (T, R), bias (E,), all of one dtype. less:
+    the gain minus one, float32 (E,).
     """
     y, q = (torch.empty((len(x), len(W)), dtype=x.dtype, device=x.device) for _ in range(2))
     if y.numel():
@@ -88,7 +95,10 @@ def dropped_forward(
 
 
 def dropped_backward(dy: Tensor, W: Tensor, A: Tensor, dS: Tensor, mask: Tensor, less: Tensor) -> Tensor:
-    """Return dy W + mask * ((dy * less) W + dS A), the gradient of x (T, D); dy (T, E), A (R, D), dS (T, R)."""
+    """Return dy W + mask * ((dy * less) W + dS A), which is the gradient of x (T, D).
+
+    Shapes: dy (T, E), W (E, D), A (R, D), dS (T, R), mask (T, D). less: the gain minus one, float32 (E,).
+    """
     dx = torch.empty((len(dy), W.shape[1]), dtype=dy.dtype, device=dy.device)
     if dx.numel():
         tile = gemm_tile(len(dy), W.shape[1], dy.dtype, dy.device, crowded=True).shallow()
@@ -102,7 +112,7 @@ def _launch(kernel: Any, tile: GemmTile, operands: Operands, mask: Tensor, **oth
 
 
 def _specimens() -> list[Specimen]:
-    """Return specimens of both products for a layer 4096 -> 14336 with 8192 tokens."""
+    """Return specimens of both kernels for a layer with 4096 inputs, 14336 outputs and 8192 tokens."""
     M, D, E = 8192, 4096, 14336
 
     def of(name: str, dtype: torch.dtype, tile: GemmTile, forward: bool, R: int = 16) -> Specimen:

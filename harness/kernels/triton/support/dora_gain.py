@@ -1,9 +1,10 @@
 """The gain of DoRA, m / ||W + s B A|| per row (arXiv:2402.09353), in one pass over W that never writes B A.
 
-The kernel computes the norm n from the sum itself. The expansion n^2 = ||W||^2 + 2 s <B, W A^T> + s^2 <B, B (A A^T)> needs
-no B A either. But with N = ||W|| + ||s B A|| the expansion has an error of eps N^2 / n^2, and the sum only eps N / n: the
-expansion is useless for a row that the update cancels. It would not be faster: W A^T reads all of W and takes E D R
-multiplications, and so does the sum, tile by tile, with B A in the accumulator.
+The kernel computes the norm n of a row from the sum W + s B A itself. The expansion n^2 = ||W||^2 + 2 s <B, W A^T> +
+s^2 <B, B (A A^T)> also does without B A. But let N be ||W|| + ||s B A||. The expansion has an error of eps N^2 / n^2,
+and the sum only of eps N / n. For a row in which B A cancels W, the expansion is useless. Nor would the expansion be
+faster. W A^T reads all of W and takes E D R multiplications. The sum does the same, tile by tile, with B A in the
+accumulator.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ def _gain(
     gain, norm, W, A, B, m, scaling, E, D, R, W_e, W_d, A_r, A_d, B_e, B_r,
     BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, WHOLE_RANK: tl.constexpr,
 ):  # fmt: skip
-    """Compute gain and norm of one block of rows. WHOLE_RANK: one block has all ranks, so that B is read once."""
+    """Compute gain and norm of one block of rows.
+
+    WHOLE_RANK: whether one block has all ranks, so that B is read only once.
+    """
     e = (tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)).to(tl.int64)
     r, d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     of_B = B + e[:, None] * B_e + r[None, :] * B_r
@@ -55,10 +59,11 @@ def _gain(
 
 
 def dora_gain(W: Tensor, A: Tensor, B: Tensor, m: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Return (gain, norm), both (E,): m / norm in float32, and the row norms of W + scaling B A in the dtype of m.
+    """Return (gain, norm), both (E,). norm: the norms of the rows of W + scaling B A, in the dtype of m.
 
-    The gain is 0 where the norm is 0. W (E, D), A (R, D), B (E, R), any strides, m (E,) contiguous. The norm is rounded
-    before the division: a layer that starts with this norm as m has a gain of exactly 1.
+    gain: m / norm in float32, or 0 where the norm is 0. Shapes: W (E, D), A (R, D), B (E, R), with any strides; m (E,),
+    contiguous. The norm is rounded before the division, so that a layer that starts with this norm as m has a gain of
+    exactly 1.
     """
     gain, norm = torch.empty(len(W), dtype=torch.float32, device=W.device), torch.empty_like(m)
     _launch(gain, norm, W, A, B, m, scaling).run()
@@ -77,7 +82,7 @@ def _launch(gain: Tensor, norm: Tensor, W: Tensor, A: Tensor, B: Tensor, m: Tens
 
 
 def _specimens() -> list[Specimen]:
-    """Return specimens for a weight 4096 -> 14336."""
+    """Return specimens for a weight with 4096 inputs and 14336 outputs."""
 
     def of(name: str, R: int, dtype: torch.dtype) -> Specimen:
         E, D = 14336, 4096

@@ -1,8 +1,9 @@
 """The dynamic 8-bit map (arXiv:2110.02861, section 2) for kernels: its tables, and the nearest code in two look-ups.
 
-The sign, the exponent and the first seven bits of the fraction of a float32 in [-1, 1] select a bucket. No bucket contains
-two midpoints of neighbouring values: a table gives the number of midpoints below the bucket, and one comparison with the
-next midpoint decides. This is exact; a binary search would take eight dependent look-ups.
+The sign, the exponent and the first seven bits of the fraction of a float32 in [-1, 1] select a bucket. A bucket
+contains at most one midpoint of neighbouring values. A table gives the number of midpoints below the bucket. One
+comparison with the next midpoint then decides the code. The result is exact. A binary search would take eight dependent
+look-ups.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ _BUCKETS = tl.constexpr((23 << 7) + 1)  # up to that of 1
 
 
 def midpoints(signed: bool) -> Tensor:
-    """Return the 255 midpoints of neighbouring values, and infinity: float32 (256,)."""
+    """Return the 255 midpoints of neighbouring values, and infinity after them: float32 (256,)."""
     ascending = dynamic_map(torch.device("cpu"), signed)
     return torch.cat([(ascending[:-1] + ascending[1:]) / 2, torch.tensor([torch.inf], dtype=torch.float32)])
 
 
 def buckets(signed: bool) -> Tensor:
-    """Return the number of midpoints below each bucket, uint8; buckets of negative numbers come last."""
+    """Return the number of midpoints below each bucket, uint8. The buckets of negative numbers come last."""
     edges = torch.arange(_FIRST.value, _FIRST.value + _BUCKETS.value + 1, dtype=torch.int32).bitwise_left_shift(
         _SHIFT.value
     )
@@ -45,15 +46,18 @@ def buckets(signed: bool) -> Tensor:
 
 @lru_cache(maxsize=32)
 def tables(device: torch.device, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return values, midpoints and buckets on a device, cached."""
+    """Return the values, the midpoints and the buckets of the signed or unsigned map on a device.
+
+    The result is cached.
+    """
     return dynamic_map(device, signed), midpoints(signed).to(device), buckets(signed).to(device)
 
 
 @triton.jit
 def nearest(x, midpoints_ptr, buckets_ptr, signed: tl.constexpr):
-    """Return the code of the value nearest to x, float32 in [-1, 1] or [0, 1], as int32; ties go to the lower value.
+    """Return the code (int32) of the value nearest to x. Ties go to the lower value.
 
-    A NaN gets the first or the last code.
+    x: float32 in [-1, 1], or in [0, 1] if not `signed`. A NaN gets the first or the last code.
     """
     bits = x.to(tl.int32, bitcast=True)
     bucket = ((bits & 0x7FFFFFFF) >> _SHIFT) - _FIRST
@@ -66,22 +70,29 @@ def nearest(x, midpoints_ptr, buckets_ptr, signed: tl.constexpr):
 
 @triton.jit
 def largest_magnitude(x, axis: tl.constexpr):
-    """Return the largest |x| along an axis, compared as bits, so that a NaN is larger than infinity."""
+    """Return the largest |x| along an axis.
+
+    Numbers are compared as bits, so that a NaN is larger than infinity.
+    """
     bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return tl.max(bits, axis=axis).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def relative(x, absmax):
-    """Return x / absmax, correctly rounded, since codes depend on it; 0 in a block of zeros."""
+    """Return x / absmax, or 0 in a block of zeros.
+
+    The quotient is correctly rounded, because the code depends on its last bit.
+    """
     return tl.where(absmax == 0, 0.0, tl.div_rn(x, tl.where(absmax == 0, 1.0, absmax)))
 
 
 @triton.jit
 def nearly_relative(x, absmax):
-    """Return x / absmax within two units in the last place, for a tenth of the work; 0 in a block of zeros.
+    """Return x / absmax within two units in the last place, or 0 in a block of zeros.
 
-    The reciprocal of a subnormal number overflows, so x and absmax are scaled up first if absmax is small.
+    This takes a tenth of the work of `relative`. The reciprocal of a subnormal number overflows, so that a small absmax
+    and its x are first scaled up.
     """
     boost = tl.where(absmax < 2.0**-60, 2.0**64, 1.0)
     reciprocal = tl.where(absmax == 0, 0.0, tl.div_rn(1.0, tl.where(absmax == 0, 1.0, absmax * boost)))

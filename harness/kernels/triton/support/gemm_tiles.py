@@ -1,4 +1,4 @@
-"""Choose the tile of a matrix product that each program computes, by shape, dtype and architecture."""
+"""Choose, by shape, dtype and architecture, which tile of a matrix product each program computes."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from harness.kernels.device import interpreted
 
 @dataclass(frozen=True)
 class GemmTile:
-    """The part of a product that one program computes, and compiler options."""
+    """The size of the part of a matrix product that one program computes, and compiler options."""
 
     m: int
-    """Rows of the output."""
+    """Number of rows of the output."""
     n: int
-    """Columns of the output."""
+    """Number of columns of the output."""
     k: int
-    """Terms of the sum per iteration."""
+    """Number of terms of the sum in one iteration."""
     warps: int
     stages: int
 
     def shallow(self) -> GemmTile:
-        """Return the tile with half the k and one more stage, for a kernel with more than two operands per iteration."""
+        """Return the tile with half the k and one more stage.
+
+        A kernel with more than two operands per iteration needs such a tile.
+        """
         return replace(self, k=self.k // 2, stages=self.stages + 1)
 
     def programs(self, M: int, N: int) -> int:
@@ -42,14 +45,14 @@ EXACT = GemmTile(64, 64, 32, warps=8, stages=3)
 """Tile for float32, which no matrix unit multiplies."""
 FEW_ROWS = (GemmTile(16, 32, 128, 4, 4), GemmTile(32, 64, 64, 4, 4), GemmTile(64, 64, 64, 4, 4))
 _INTERPRETED = GemmTile(128, 128, 128, 4, 1)
-"""Tile for the interpreter: large, since a program costs the interpreter more than its products."""
+"""Tile for the interpreter. It is large, because a program costs the interpreter more than the program's products."""
 
 
 def gemm_tile(M: int, N: int, dtype: torch.dtype, device: torch.device, *, crowded: bool = False) -> GemmTile:
     """Return the tile for an output (M, N).
 
-    crowded: whether registers hold another tile of the output's size, a factor or a second output. The tile is not
-    autotuned, so that a call rounds equally on every GPU of an architecture and in every process.
+    crowded: True if registers also hold another tile of the output's size, a factor or a second output. The tile is not
+    autotuned, so that a call rounds in the same way on every GPU of an architecture and in every process.
     """
     if interpreted():
         return _INTERPRETED
@@ -65,11 +68,17 @@ def gemm_tile(M: int, N: int, dtype: torch.dtype, device: torch.device, *, crowd
 
 
 def rank_block(R: int) -> int:
-    """Return the ranks per iteration: R rounded up to a power of two, from 16 (for matrix instructions) to 64."""
+    """Return how many ranks one iteration handles: R rounded up to a power of two, but at least 16 and at most 64.
+
+    Matrix instructions need at least 16.
+    """
     return min(max(16, 1 << (R - 1).bit_length()), 64)
 
 
 @cache
 def _multiplies_from_shared_memory(device: torch.device) -> bool:
-    """Return whether operands stay in shared memory, as on H100 and B200; elsewhere LARGEST takes too many registers."""
+    """Return whether matrix instructions read operands from shared memory, as on H100 and B200.
+
+    Elsewhere operands take registers, and LARGEST takes too many of them.
+    """
     return torch.cuda.get_device_capability(device)[0] in (9, 10)

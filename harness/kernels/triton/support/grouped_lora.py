@@ -1,7 +1,10 @@
-"""Grouped kernels of several LoRA adapters. The id of a sequence's adapter is its place in a table of addresses.
+"""Kernels that compute several LoRA adapters in one launch.
 
-`shrink` sums over features, S = s x A^T or s dy B; `expand` adds S B^T or S A to the product with W, which cuBLAS computes;
-`outer` sums over tokens, S^T x or S^T dy. The host neither waits nor sorts. Each sum has a fixed order, without atomics.
+A table holds the addresses of the adapters. Each sequence has an adapter's id, which is the adapter's place in the
+table. For an adapter with the factors A and B and the scaling s, x is the input and dy is the gradient of the output.
+`shrink` sums over features and computes S = s x A^T or S = s dy B. `expand` adds S B^T or S A to the product with W,
+which cuBLAS computes. `outer` sums over tokens and computes S^T x or S^T dy. The host neither waits nor sorts. Each sum
+has a fixed order and uses no atomics.
 """
 
 from __future__ import annotations
@@ -23,7 +26,10 @@ MOST_REGISTERS = 168  # of `expand` and `outer`; by default ptxas spills one to 
 
 @triton.jit
 def _weights(table, adapter, which: tl.constexpr, dtype: tl.constexpr, aligned: tl.constexpr):
-    """Return the address and rank of an adapter's A or B. aligned: whether 16 divides the address and 8 the rank."""
+    """Return the address of an adapter's A or B, as `which` says, and the adapter's rank.
+
+    aligned: whether 16 divides the address and 8 divides the rank.
+    """
     pointer = tl.load(table + adapter * FIELDS + which).to(tl.pointer_type(dtype))
     rank = tl.load(table + adapter * FIELDS + 2)
     if aligned:
@@ -36,9 +42,9 @@ def shrink(
     x, table, scalings, ids, S, tokens, features, span, plane, width,
     which: tl.constexpr, aligned: tl.constexpr, rows: tl.constexpr, ranks: tl.constexpr, inner: tl.constexpr,
 ):  # fmt: skip
-    """Compute some ranks of one piece of S for some tokens of a sequence.
+    """Compute some ranks of one piece of S, for some tokens of a sequence.
 
-    S: (pieces, all tokens, width); a piece is the sum over `span` features.
+    S is (pieces, all tokens, width). A piece is the sum over `span` features.
     """
     tiles = tl.cdiv(tokens, rows)
     sequence = (tl.program_id(0) // tiles).to(tl.int64)
@@ -70,7 +76,10 @@ def shrink(
 
 @triton.jit
 def _low(S, line, here, r, plane, width, pieces, rows: tl.constexpr, ranks: tl.constexpr):
-    """Return the sum of the pieces of S at these lines and ranks, (rows, ranks) in float32."""
+    """Return the sum of the pieces of S for these tokens and ranks, float32 (rows, ranks).
+
+    line: the tokens' rows in S.
+    """
     low = tl.zeros([rows, ranks], tl.float32)
     place = S + line[:, None] * width + r[None, :]
     for _ in range(pieces):
@@ -84,7 +93,10 @@ def expand(
     out, S, table, ids, tokens, features, plane, width, pieces,
     which: tl.constexpr, aligned: tl.constexpr, rows: tl.constexpr, ranks: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """Add S B^T or S A of some tokens of a sequence to one tile of `out`."""
+    """Add S B^T or S A, as `which` says, to one tile of `out`.
+
+    A tile consists of some tokens of a sequence and some features.
+    """
     tiles = tl.cdiv(tokens, rows)
     sequence = (tl.program_id(0) // tiles).to(tl.int64)
     adapter = tl.load(ids + sequence).to(tl.int64)
@@ -111,7 +123,10 @@ def outer(
     x, S, table, ids, out, sequences, tokens, features, plane, width, pieces,
     which: tl.constexpr, aligned: tl.constexpr, rows: tl.constexpr, ranks: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile of dA = S^T x, (rank, features), or of dB = (S^T dy)^T of one adapter, over its sequences."""
+    """Compute one tile of the gradient of one adapter's A or B, summed over all sequences of the adapter.
+
+    The gradient of A is S^T x, (rank, features). The gradient of B is (S^T dy)^T, where x holds dy.
+    """
     adapter = tl.program_id(0).to(tl.int64)
     _, rank = _weights(table, adapter, which, x.dtype.element_ty, aligned)
     r = tl.program_id(2) * ranks + tl.arange(0, ranks)
@@ -137,7 +152,10 @@ def outer(
 
 
 def tile(dtype: torch.dtype, tokens: int) -> dict[str, int]:
-    """Return the tile of a program: the largest one that spills no registers (smaller in float32)."""
+    """Return the size of the tile that a program computes: the largest one without spilled registers.
+
+    In float32 the tile is smaller.
+    """
     if dtype == torch.float32:
         return {"rows": 16 if tokens <= 16 else 32, "ranks": 16, "columns": 64}
     return {"rows": 16 if tokens <= 16 else 64, "ranks": 32, "columns": 128}

@@ -1,6 +1,7 @@
 """Launches of kernels: run them, or describe them so that the same instance can be compiled ahead of time.
 
-Every launch goes through `launch`, since Triton launches on the current device, which need not be that of the tensors.
+Every launch goes through `launch`. Triton itself launches on the current device, which need not be the device of the
+tensors.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ def launch(kernel: Any, grid: tuple[int, ...], /, *positional: Any, **named: Any
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that can be run or described."""
+    """A launch of a kernel with its arguments. It can be run, or described as a Specimen."""
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: Mapping[str, Any]
-    """Name -> tensor, integer, float or None."""
+    """Name of an argument -> tensor, integer, float or None."""
     constants: Mapping[str, Any]
-    """Name -> value of a constexpr."""
+    """Name of a constexpr argument -> its value."""
     num_warps: int = 4
     num_stages: int = 3
 
@@ -45,9 +46,10 @@ class Launch:
         )  # fmt: skip
 
     def specimen(self, name: str, kind: Kind | None = None, *, oldest: int = 80) -> Specimen:
-        """Return the Specimen that this launch compiles. Triton specialises on 1, None and multiples of 16.
+        """Return the Specimen that this launch would compile.
 
-        kind: by default `gemm` for a kernel with 16-bit tensors, else `other`, since no matrix unit multiplies float32.
+        Like Triton, this treats None and the integer 1 as constants, and marks multiples of 16. kind: by default `gemm`
+        for a kernel with 16-bit tensors, else `other`, because no matrix unit multiplies float32.
         """
         halves = any(isinstance(one, Tensor) and one.element_size() == 2 for one in self.arguments.values())
         fixed = {n: one for n, one in self.arguments.items() if one is None or (type(one) is int and one == 1)}
@@ -73,10 +75,13 @@ def _type(value: Any) -> str:
 
 
 def meta(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Return a tensor without memory, to describe a launch."""
+    """Return a tensor without memory, which serves to describe a launch."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def strides(names: str, matrix: Tensor | None) -> dict[str, int]:
-    """Return the strides of a matrix as arguments with these two names; zeros for None."""
+    """Return the two strides of a matrix as arguments with these names. For None, both are zero.
+
+    names: two names in one string, separated by a space.
+    """
     return dict(zip(names.split(), (0, 0) if matrix is None else matrix.stride(), strict=True))

@@ -1,4 +1,4 @@
-"""Check the arguments of adapted layers before a kernel reads out of bounds, and lay them out as matrices."""
+"""Check the arguments of adapted layers, so that no kernel reads out of bounds. Reshape them to matrices."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor
 def checked(
     x: Tensor, weight: Tensor | Sequence[int], A: Tensor, B: Tensor, mask: Tensor | None, **vectors: Tensor | None
 ) -> None:
-    """Raise ValueError unless x, mask (..., D), weight (E, D), A (R, D), B (E, R) have these shapes and one dtype.
+    """Raise ValueError unless the arguments of a layer have matching shapes and one dtype.
 
-    weight: a tensor, or the shape of a packed one. vectors: each of shape (E,), but `d` (R,); None is ignored. Also
-    raises ValueError if the weight or the bias requires a gradient, which these kernels do not compute.
+    Shapes: x and mask (..., D), weight (E, D), A (R, D), B (E, R). weight may be the shape of a packed weight instead
+    of a tensor. vectors: each of shape (E,), except that `d` has shape (R,). A vector may be None. Also raises
+    ValueError if the weight or the bias requires a gradient, because these kernels do not compute it.
     """
     (E, D), R = weight.shape if isinstance(weight, Tensor) else weight, len(A)
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
@@ -34,10 +35,10 @@ def checked(
 
 
 def matrix(x: Tensor | None) -> Tensor | None:
-    """Return x (..., D) as (tokens, D); None for None."""
+    """Return x (..., D) as a matrix (tokens, D). Return None for None."""
     return None if x is None else x.reshape(-1, x.shape[-1])
 
 
 def contiguous(vector: Tensor | None) -> Tensor | None:
-    """Return the vector, contiguous; None for None."""
+    """Return the vector in contiguous memory. Return None for None."""
     return None if vector is None else vector.contiguous()

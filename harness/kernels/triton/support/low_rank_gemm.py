@@ -1,4 +1,7 @@
-"""A matrix product with a low-rank term in its accumulator: left @ right + S @ T with factors and a bias, rounded once."""
+"""A matrix product with a low-rank term in its accumulator.
+
+The result is left @ right + S @ T, with factors and a bias, rounded once.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ def _low_rank_gemm(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile. The low-rank term comes first, so that the long loop adds to it. None disables an argument."""
+    """Compute one tile of `low_rank_gemm`. An optional argument that is None has no effect.
+
+    The low-rank term comes first, so that the long loop over K adds to it.
+    """
     rows, columns = program_tile(M, N, BLOCK_M, BLOCK_N, WIDE)
     inside = (rows[:, None] < M) & (columns[None, :] < N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -67,9 +73,9 @@ def low_rank_gemm(
 ) -> Tensor:
     """Return gain * ((left * left_scale) @ right + term_mask * (scale S @ T) * term_scale) + bias, shape (M, N).
 
-    left (M, K), right (K, N), S (M, R), T (R, N), term_mask (M, N), all of one dtype, with any strides; contiguous
-    vectors: term_scale, gain, bias (N,), left_scale (K,). The sum is in float32 and rounded once. product: a contiguous
-    (M, N) output for the value before the gain.
+    Shapes: left (M, K), right (K, N), S (M, R), T (R, N), term_mask (M, N), with any strides. These tensors have one
+    dtype. The vectors term_scale, gain and bias (N,) and left_scale (K,) are contiguous. The sum is in float32 and
+    rounded once. product: a contiguous output (M, N) for the value before gain and bias.
     """
     M, N = len(left), right.shape[1]
     out = torch.empty((M, N), dtype=left.dtype, device=left.device)
@@ -91,9 +97,10 @@ def _launch(tile: GemmTile, operands: Operands, **others: Any) -> Launch:
 def low_rank_launch(
     kernel: Any, tile: GemmTile, block_r: int, operands: Operands, mask: Tensor | None, /, **others: Any
 ) -> Launch:
-    """Return the launch of a product with a low-rank term. block_r: ranks per iteration; others: further arguments.
+    """Return the launch of a kernel for a product with a low-rank term.
 
-    mask: the mask for the strides mask_*; `others` also has it, under the name of the kernel's argument.
+    block_r: number of ranks per iteration. others: further arguments of the kernel. mask: the tensor whose strides the
+    kernel gets as mask_m and mask_n. `others` also holds this tensor, under the name of the kernel's argument.
     """
     out, left, right, S, T = operands
     (M, K), (R, N) = left.shape, T.shape
@@ -110,7 +117,7 @@ def low_rank_launch(
 
 
 def _specimens() -> list[Specimen]:
-    """Return specimens of the products in training of a layer 4096 -> 14336 with 8192 tokens."""
+    """Return specimens of the products in training, for a layer with 4096 inputs, 14336 outputs and 8192 tokens."""
     M, D, E, R = 8192, 4096, 14336, 16
 
     def of(name: str, tile: GemmTile, dtype: torch.dtype, N: int, K: int, backward: bool, *optional: str) -> Specimen:

@@ -13,7 +13,7 @@ INTERPRETED = tl.constexpr(interpreted())
 
 @triton.jit
 def product(left, right, acc):
-    """Return acc + left @ right, float32; float32 operands are never multiplied as TF32."""
+    """Return acc + left @ right in float32. float32 operands are never multiplied as TF32."""
     if INTERPRETED:  # the interpreter would multiply the bit patterns of 16-bit operands
         left, right = to_float32(left), to_float32(right)
     return tl.dot(left, right, acc, input_precision="ieee")
@@ -21,9 +21,10 @@ def product(left, right, acc):
 
 @triton.jit
 def program_tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr):
-    """Return the rows (int64) and columns of this program's tile. Consecutive programs find the same ones in L2.
+    """Return the rows (int64) and the columns of the output tile that this program computes.
 
-    WIDE: whether columns are int64 too, which takes registers; see `is_wide`.
+    The order of the tiles lets consecutive programs find the same rows and columns in the L2 cache. WIDE: whether
+    columns are int64, too, which takes registers; see `is_wide`.
     """
     GROUP: tl.constexpr = 8
     down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -49,8 +50,9 @@ def accumulate(
 ):  # fmt: skip
     """Return acc + ((left * mask) * scale) @ right for the rows and columns of one tile.
 
-    left, mask (M, K), right (K, N): pointers, with the strides of both dimensions. scale (K,): float32. mask and scale may
-    be None. EVEN_K: whether BLOCK_K divides K, so that loads need no mask along K.
+    left and mask (M, K) and right (K, N) are pointers, with the strides of both dimensions. scale is a pointer to K
+    float32 numbers. mask and scale may be None. EVEN_K: whether BLOCK_K divides K, so that loads need no bounds check
+    along K.
     """
     k = tl.arange(0, BLOCK_K)
     left += rows[:, None] * left_m + k[None, :] * left_k

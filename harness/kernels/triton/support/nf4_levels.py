@@ -1,4 +1,4 @@
-"""NF4's 16 levels for kernels: as a tree of selections, as a table in memory, and their midpoints."""
+"""NF4's 16 levels for kernels: as a tree of selections, as a table in memory, and as midpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ def table(device: torch.device) -> Tensor:
 
 @triton.jit
 def level_by_selection(code):
-    """Return the level of each 4-bit `code` by selecting constants, for loops in which a load would be pipelined."""
+    """Return the level of each 4-bit `code` by selecting among constants.
+
+    This serves loops in which Triton would pipeline a load from a table.
+    """
     bit0, bit1, bit2, bit3 = (code & 1) != 0, (code & 2) != 0, (code & 4) != 0, (code & 8) != 0
     a0, a1 = tl.where(bit0, _LEVEL[1], _LEVEL[0]), tl.where(bit0, _LEVEL[3], _LEVEL[2])
     a2, a3 = tl.where(bit0, _LEVEL[5], _LEVEL[4]), tl.where(bit0, _LEVEL[7], _LEVEL[6])
@@ -39,7 +42,10 @@ def level_by_selection(code):
 
 @triton.jit
 def nearest_code(scaled):
-    """Return the code of the level nearest to each of `scaled` in [-1, 1], int32; ties go down, a NaN gets 15."""
+    """Return the code (int32) of the level nearest to each of `scaled`, which is in [-1, 1].
+
+    Ties go to the lower level. A NaN gets the code 15.
+    """
     # A binary search by "not (scaled <= midpoint)", which is true for a NaN, unlike "scaled > midpoint".
     bit3 = (scaled <= _MIDPOINT[7]) == 0
     bit2 = (scaled <= tl.where(bit3, _MIDPOINT[11], _MIDPOINT[3])) == 0

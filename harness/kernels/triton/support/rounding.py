@@ -1,4 +1,7 @@
-"""Load and store 16-bit numbers in kernels that compute in float32 and round once, to nearest, ties to even."""
+"""Load and store 16-bit numbers in kernels that compute in float32.
+
+Numbers are rounded once, to nearest, with ties to even.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ _CASTS_ARE_WRONG = tl.constexpr(interpreted())
 
 @triton.jit
 def to_float32(value):
-    """Return `value` as float32, exactly. Call it first on every loaded bfloat16."""
+    """Return `value` as float32, exactly. Every loaded bfloat16 must first pass through this function."""
     if _CASTS_ARE_WRONG and value.dtype == tl.bfloat16:
         bits = value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
         exact = bits.to(tl.float32, bitcast=True)
@@ -25,7 +28,7 @@ def to_float32(value):
 
 @triton.jit
 def to_dtype(value, dtype: tl.constexpr):
-    """Return a float32 `value` rounded to nearest even in `dtype`; a NaN stays NaN."""
+    """Return a float32 `value` rounded to `dtype`, to nearest with ties to even. A NaN stays NaN."""
     if _CASTS_ARE_WRONG and dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -39,11 +42,11 @@ def to_dtype(value, dtype: tl.constexpr):
 
 @triton.jit
 def load_as_float32(pointer, mask=None, other=None):
-    """Return the loaded numbers, converted by `to_float32`."""
+    """Load numbers and return them as float32, converted by `to_float32`."""
     return to_float32(tl.load(pointer, mask=mask, other=other))
 
 
 @triton.jit
 def store_as(pointer, value, mask=None):
-    """Round a float32 `value` by `to_dtype` to the dtype of `pointer`, and store it."""
+    """Round a float32 `value` to the dtype of `pointer` by `to_dtype`, and store it."""
     tl.store(pointer, to_dtype(value, pointer.dtype.element_ty), mask=mask)
