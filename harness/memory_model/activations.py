@@ -84,7 +84,7 @@ class SavedActivations:
 
 
 def bytes_per_token(shape: LlamaShape, saved: SavedActivations, checkpointing: bool = False) -> int:
-    """Return the bytes saved per token of a batch, without logits."""
+    """Return the number of bytes that a Llama saves for each token of a batch. Logits are not counted."""
     s, norm = shape.size, _WIDE * shape.hidden + _WIDE
     parts = (norm, s * 2 * (shape.query + shape.key) + _WIDE * shape.heads, norm, s * 3 * shape.mlp)
     inputs = s * (shape.hidden * (saved.attention + saved.mlp + saved.norms) + shape.mlp * saved.down)
@@ -96,5 +96,8 @@ def bytes_per_token(shape: LlamaShape, saved: SavedActivations, checkpointing: b
 
 
 def logit_bytes_per_token(shape: LlamaShape) -> int:
-    """Return the bytes of a token with a loss: its logits, their logarithms, and the gradient of the logarithms."""
+    """Return the number of bytes for each token with a loss.
+
+    They hold the token's logits, the logarithms of the logits, and the gradient of these logarithms.
+    """
     return shape.vocabulary * (shape.size + 2 * max(shape.size, _WIDE))

@@ -12,7 +12,7 @@ from harness.process.supervisor import python_module
 from harness.records.files import whole_lines
 
 TIMEOUT_S = 600.0
-"""Time limit for all requests together."""
+"""Time limit for all requests together, in seconds."""
 
 
 def run_requests(requests: Sequence[Mapping[str, Any]]) -> list[Any] | str:

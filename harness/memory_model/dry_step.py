@@ -267,7 +267,7 @@ def _few_chunks() -> AbstractContextManager[None]:
 def _decoded_at_once() -> AbstractContextManager[None]:
     """Return a context in which one operation decodes a large 4-bit weight, as in compiled code.
 
-    The peak is the same as with decoding in thousands of pieces.
+    Other code decodes in thousands of pieces, with the same peak.
     """
 
     def decoded(self: PackedWeight, dtype: torch.dtype, out: Tensor | None) -> Tensor:

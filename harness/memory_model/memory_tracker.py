@@ -66,7 +66,7 @@ def cached_output(fake: FakeTensorMode, func: OpOverload, args: tuple[Any, ...],
 
 
 def _writes_only(func: OpOverload, args: tuple[Any, ...]) -> bool:
-    """Return whether an operation only writes values to its first argument, a fake tensor."""
+    """Return whether the first argument is a fake tensor, and the operation only writes values to it."""
     in_place = func._schema.name.endswith("_") and torch.Tag.inplace_view not in func.tags
     return in_place and isinstance(args[0], FakeTensor)
 

@@ -57,7 +57,7 @@ class ModelCount(TypedDict, total=False):
     """Requested targets that match no layer of any Method, with the reason."""
     parameters: int
     targets: list[str]
-    """Layers that configs without targets adapt."""
+    """Layers to adapt for configs without targets."""
     positions: int | None
     """Number of tokens of the longest text that the model reads. None if there is no limit."""
     logits: int | None

@@ -1,4 +1,4 @@
-"""Find a model's config.json by its name, in presets, the table of models, folders and the hub's cache.
+"""Find the config.json of a named model in the presets, the table of models, folders and the hub's cache.
 
 Imports no torch, and downloads nothing.
 """

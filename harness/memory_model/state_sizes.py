@@ -18,7 +18,7 @@ from reference.shared import galore_moments
 BLOCK = 64
 """Number of weights that share one quantisation constant in NF4, as in QLoRA and bitsandbytes."""
 _STEP_B = 4
-"""Bytes of the step count that torch's AdamW has for each tensor."""
+"""Bytes of the step count that torch's AdamW stores for each tensor."""
 
 
 def packed_bytes(numel: int, base: str) -> int:

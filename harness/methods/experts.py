@@ -33,7 +33,7 @@ def untouched(model: nn.Module) -> int:
 
 
 def means_all(cell: Cell) -> bool:
-    """Return whether a Cell adapts or packs all linear layers rather than named ones."""
+    """Return whether a Cell adapts or packs all linear layers. Otherwise the Cell names the layers."""
     if isinstance(keys := cell.config.get(KEY), dict):
         return keys.get("target_modules") == ALL_LINEAR
     targets = cell.config.get("targets")

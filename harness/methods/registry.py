@@ -114,7 +114,10 @@ def implements(
 
 
 def implementations_in(name: str) -> list[Implementation]:
-    """Return the Implementations in the module `name` (dotted), or in the modules directly in the package `name`."""
+    """Return the Implementations in a module, or in the modules directly in a package.
+
+    name: dotted name of the module or package.
+    """
     found = import_module(name)
     modules = [file.name for file in pkgutil.iter_modules(getattr(found, "__path__", ())) if not file.ispkg]
     namespaces = [vars(found), *(vars(import_module(f"{name}.{module}")) for module in modules)]

@@ -135,7 +135,10 @@ class FieldInfo:
         return not self.problem(value)
 
     def canonical(self, value: Any) -> Any:
-        """Return the JSON form of a valid value (`16` for a float becomes 16.0); None if a Cell leaves it out."""
+        """Return the JSON form of a valid value. For example, `16` for a float becomes 16.0.
+
+        If a Cell leaves the value out, return None.
+        """
         if self.omit_default and value == self.default:
             return None
         if self.is_list:

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import IO, Self
 
 ANSWER = "answer: "
-"""Prefix of answers on stdout. It distinguishes them from the output of libraries."""
+"""Prefix of answers on stdout. It distinguishes answers from the output of libraries."""
 
 _OUTPUT_LINES = 1000
 _CHUNK_B = 1 << 16
@@ -40,13 +40,13 @@ class Pipe:
         return bool(select.select([self.descriptor], [], [], max(0.0, timeout))[0])
 
     def read(self) -> bytes:
-        """Return the next bytes; b"" at the end of the pipe. Blocks until there are bytes."""
+        """Wait for bytes, and return them. At the end of the pipe, return b""."""
         chunk = os.read(self.descriptor, _CHUNK_B)
         self.is_closed = not chunk
         return chunk
 
     def lines(self) -> list[bytes]:
-        """Return the next complete lines, maybe none. Blocks until there are bytes."""
+        """Wait for bytes, and return the lines that are then complete. There may be none."""
         *lines, self._rest = (self._rest + self.read()).split(b"\n")
         return lines
 
@@ -54,10 +54,10 @@ class Pipe:
 class Subprocess:
     """A process in a separate session: Ctrl-C does not reach it, and `close` kills it together with its children.
 
-    The end of a `with` block calls `close`. `output` has the last lines of stdout and stderr if they are `PIPE`.
+    The end of a `with` block calls `close`. `output` has the last lines of stdout and stderr if these are `PIPE`.
 
-    events, lifeline: whether to open a pipe of this name. The process gets the descriptor of its end as a decimal
-    argument before `arguments`. The constructor raises OSError if the process cannot be started.
+    events, lifeline: whether to open a pipe of this name. For each pipe, the process gets the descriptor of its end as
+    a decimal argument before `arguments`. The constructor raises OSError if the process cannot be started.
     """
 
     def __init__(

@@ -170,7 +170,7 @@ def _failure(worker: Subprocess, *, done: bool) -> str:
 
 
 def _left_behind(worker: Subprocess, watcher: int, token: str) -> list[str]:
-    """Return the names of processes that a worker started and that still run `_GRACE_S` seconds after the worker's end."""
+    """Return the names of processes of a worker that still run `_GRACE_S` seconds after the worker's end."""
     deadline = time.monotonic() + _GRACE_S
     while names := [n for one in _marked(token) if one.pid not in (worker.pid, watcher) for n in _name(one)]:
         if time.monotonic() > deadline:

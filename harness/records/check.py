@@ -21,7 +21,7 @@ class CheckId(NamedTuple):
     """The check's name, e.g. `gradient`."""
     dtype: str = ""
     state: str = ""
-    """`init`, `warm`, `trained` or `call`; `-` for a check without a state."""
+    """State in which the check runs: `init`, `warm`, `trained` or `call`. `-` for a check without a state."""
 
     def __str__(self) -> str:
         return _SEPARATOR.join(self)

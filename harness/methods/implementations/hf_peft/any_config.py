@@ -107,7 +107,7 @@ class AnyPeft(PeftAdapted):
     """A model with any of peft's methods. Tensors have peft's names, because layers may share tensors."""
 
     starts_as_base: bool
-    """Whether the initial output equals the base model's."""
+    """Whether the initial output equals the output of the base model."""
     rewrites_base: bool
     """Whether `attach` changes the base weight."""
     notes: list[str]

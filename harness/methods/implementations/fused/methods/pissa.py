@@ -41,7 +41,10 @@ class FusedPissaLinear(SharedInputLayer, pissa.PissaLinear):
 
 
 def attach(model: nn.Module, config: pissa.Config, generator: torch.Generator) -> AdaptedLayers:
-    """Attach layers that compute by `lora_linear` over the residual. Raises ValueError as the reference does."""
+    """Attach layers that compute by `lora_linear` over the residual.
+
+    Raises ValueError in the same cases as the reference.
+    """
     adapted = pissa.attach(model, config, generator, split)
     linear = {path: layer for path, layer in adapted.layers.items() if isinstance(layer, pissa.PissaLinear)}
     for layer in linear.values():

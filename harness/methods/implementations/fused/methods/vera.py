@@ -21,7 +21,10 @@ class FusedVeraLinear(vera.VeraLinear):
     """Cache of an input's product with A. All layers of a model share it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W0 x + Lambda_b B Lambda_d A x, shape (..., E)."""
+        """Return W0 x + Lambda_b B Lambda_d A x, shape (..., E).
+
+        Lambda_b and Lambda_d are the diagonal matrices of the vectors b and d.
+        """
         if not is_plain(self.base) or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
             return super().forward(x)
         mask = None
