@@ -1,7 +1,7 @@
 """pytest plug-in: one test for each case of a parity suite (`harness.testing.conformance`), and `--harness-gate`.
 
-pytest loads this module in every environment with peft-harness, so it imports nothing of the harness before a test or an
-option uses it.
+pytest loads this module in every environment with peft-harness. So the module imports nothing of the harness before a
+test or an option uses it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set up the gate if `--harness-gate` is given, but not in a worker of xdist, and not if pytest only collects."""
+    """Set up the gate if `--harness-gate` is given.
+
+    A worker of xdist has no gate, and neither has a run that only collects.
+    """
     if config.getoption("harness_gate") and not hasattr(config, "workerinput") and not config.option.collectonly:
         from harness.regression.pytest_gate import Gate
 
@@ -53,7 +56,10 @@ def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
 
 
 def pytest_pycollect_makeitem(collector: Any, name: str, obj: Any) -> pytest.Collector | None:
-    """Return a collector for a function that `@conformance` decorates, whatever its name; None for other objects."""
+    """Return a collector for a function that `@conformance` decorates, whatever its name.
+
+    For other objects, return None.
+    """
     testing = sys.modules.get("harness.testing")
     if testing is None or not isinstance(obj, testing.Conforming):
         return None
@@ -81,7 +87,7 @@ class CaseItem(pytest.Item):
         self.tries = tries
 
     def runtest(self) -> None:
-        """Run the case; fail with a line for each failed check."""
+        """Run the case. Fail with a line for each failed check."""
         from harness.testing import verdict
 
         failed, skipped = verdict(self.tries())
@@ -91,7 +97,10 @@ class CaseItem(pytest.Item):
             pytest.skip(skipped)
 
     def reportinfo(self) -> tuple[Any, int | None, str]:
-        """Return path, line and name of the test. Without a line, a mark that skips (--benchmark-only) would fail."""
+        """Return the path, line and name of the test.
+
+        The line is never None, because a mark that skips the test (--benchmark-only) would then fail.
+        """
         suite = self.parent
         assert isinstance(suite, Suite)  # noqa: S101
         code = getattr(suite.conforming.implementation.function, "__code__", None)

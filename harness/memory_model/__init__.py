@@ -1,1 +1,1 @@
-"""Predict the memory of a training from a model's shape, without reading weights or training."""
+"""Predict how much memory a training needs, from the model's shape. No weights are read, and nothing is trained."""

@@ -1,4 +1,4 @@
-"""Closed-form estimate of the activations that a Llama saves for its backward pass. No torch.
+"""Estimate the activations that a Llama saves for its backward pass, in closed form. No torch.
 
 The estimate counts the bytes that autograd saves in transformers' Llama. Each block saves, per token:
 
@@ -6,8 +6,16 @@ The estimate counts the bytes that autograd saves in transformers' Llama. Each b
     attention      s (2 Q + 2 K) + 4 H    q, k, v, the output, and a logarithm per head; no T x T matrix
     MLP            3 s F                  gate, silu(gate), up
 
-A number in the model's dtype has s bytes. D, F, Q and K are the numbers of features of the residual stream, of the MLP,
-of all queries and of all keys; H is the number of heads, and V the size of the vocabulary.
+The symbols are:
+
+    s    bytes of a number in the model's dtype
+    D    features of the residual stream
+    F    features inside the MLP
+    Q    features of all query heads together
+    K    features of all key heads together
+    H    number of heads
+    T    number of tokens
+    V    size of the vocabulary
 
 A Method may add:
 
@@ -16,14 +24,14 @@ A Method may add:
     s D    for a norm's normalised input, if the norm's weight trains
 
 Adapted layers save further tensors, which `harness.memory_model.saved_activations` measures. Outside the blocks, the
-last norm saves its input. The logits, their logarithms and the gradient of the logarithms take V (s + 2 max(s, 4))
-bytes.
+last norm saves its input. For each token with a loss, the logits, their logarithms and the gradient of the logarithms
+take V (s + 2 max(s, 4)) bytes.
 
-Blocks before the first trained layer save nothing. With gradient checkpointing each block saves only its input, s D,
+Blocks before the first trained layer save nothing. With gradient checkpointing, each block saves only its input, s D,
 and one block at a time is recomputed. The sines and cosines of positions, which all blocks share, are not counted.
 
-By the same count, a block of GPT-2 in 16 bits saves 34 D bytes without the attention's matrix (Korthikanti et al. 2022,
-arXiv:2205.05198, eq. 1).
+For a block of GPT-2 in 16 bits, the same count gives 34 D bytes per token without the attention's matrix. This agrees
+with eq. 1 of Korthikanti et al. 2022, arXiv:2205.05198.
 """
 
 from __future__ import annotations
@@ -31,7 +39,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _WIDE = 4
-"""Bytes of a float32. A Llama's norms compute in float32, and a loss in float32 or wider."""
+"""Bytes of a number in float32. A Llama computes its norms in float32, and its loss in float32 or a wider dtype."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +48,13 @@ class LlamaShape:
 
     blocks: int
     hidden: int
-    """Features of the residual stream."""
+    """Number of features of the residual stream."""
     mlp: int
-    """Features inside the MLP."""
+    """Number of features inside the MLP."""
     query: int
-    """Features of all query heads."""
+    """Number of features of all query heads together."""
     key: int
-    """Features of all key heads."""
+    """Number of features of all key heads together."""
     heads: int
     vocabulary: int
     size: int
@@ -60,7 +68,7 @@ class SavedActivations:
     blocks: int
     """Number of blocks that a gradient reaches: the block with the first trained layer, and all later blocks."""
     before: int
-    """Number of parts (norm, attention, norm, MLP) before the first trained layer in its block."""
+    """Number of parts of a block (norm, attention, norm, MLP) that come before the first trained layer."""
     attention: int
     """Number of blocks in which q, k or v saves its input."""
     mlp: int
@@ -76,7 +84,7 @@ class SavedActivations:
 
 
 def bytes_per_token(shape: LlamaShape, saved: SavedActivations, checkpointing: bool = False) -> int:
-    """Return the bytes saved per token of a batch, without logits."""
+    """Return the number of bytes that a Llama saves for each token of a batch. Logits are not counted."""
     s, norm = shape.size, _WIDE * shape.hidden + _WIDE
     parts = (norm, s * 2 * (shape.query + shape.key) + _WIDE * shape.heads, norm, s * 3 * shape.mlp)
     inputs = s * (shape.hidden * (saved.attention + saved.mlp + saved.norms) + shape.mlp * saved.down)
@@ -88,5 +96,8 @@ def bytes_per_token(shape: LlamaShape, saved: SavedActivations, checkpointing: b
 
 
 def logit_bytes_per_token(shape: LlamaShape) -> int:
-    """Return the bytes of a token with a loss: its logits, their logarithms, and the gradient of the logarithms."""
+    """Return the number of bytes for each token with a loss.
+
+    They hold the token's logits, the logarithms of the logits, and the gradient of these logarithms.
+    """
     return shape.vocabulary * (shape.size + 2 * max(shape.size, _WIDE))

@@ -1,4 +1,4 @@
-"""Predict the memory of one Cell inside its worker, from its model's shape and its own batches."""
+"""Predict the memory of one Cell from its model's shape and its batches. The Cell's worker runs this code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from harness.records.record import Predicted
 
 
 def predict(work: Job, batches: list[Batch]) -> Predicted | str:
-    """Return a Cell's predicted memory with the peak of a step over `batches`, or why it cannot be predicted."""
+    """Predict the memory of a Cell, and the peak of its training step over `batches`.
+
+    Return the prediction, or the reason why there is none.
+    """
     try:
         config = shapes.read_config(Path(work.model.path) / "config.json", work.model.source.name)
     except HarnessError as error:

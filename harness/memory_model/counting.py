@@ -1,4 +1,4 @@
-"""Count the bytes of a training step on a model on the meta device, without weights.
+"""Count the bytes of a training step. The model is on the meta device, without weights.
 
 The module attaches the reference of each Method to count its trainable tensors, and calls each adapted layer to count
 the tensors that the layer saves. Nothing is computed. `counting_worker` runs this module in a separate process.
@@ -89,9 +89,9 @@ def count(
 
 
 def default_targets(model: nn.Module) -> list[str]:
-    """Return targets that match all linear layers except the output layer.
+    """Return the shortest names that match every linear layer except the output layer, and no other module.
 
-    Each target is the shortest end of a layer's path that matches no module outside these layers.
+    Each name is an end of a layer's dotted path, such as `q_proj` or `self_attn.q_proj`.
     """
     inner = surgery.targets(model, ("all-linear",), surgery.LINEAR)
     outside = {end for path, _ in model.named_modules() if path not in inner for end in _ends(path)}
@@ -106,9 +106,10 @@ def _ends(path: str) -> list[str]:
 
 @contextmanager
 def attached(model: nn.Module, method: str, config: object) -> Iterator[Adapted]:
-    """Attach the reference of a Method to a model on the meta device, without random draws, and detach it at the end.
+    """Attach the reference of a Method to a model on the meta device, and yield the adapted model.
 
-    Raises ValueError for a config that does not match the model.
+    No random numbers are drawn. The end of the `with` block detaches the Method. Raises ValueError for a config that
+    does not match the model.
     """
     adapted = _attach(model, method, config)
     try:
@@ -133,7 +134,7 @@ def count_method(
 ) -> MethodCount:
     """Attach the reference of a Method, count its bytes, detach it, and return the counts.
 
-    names: targets for a config that has none.
+    names: targets to use if the config has no targets.
     """
     rank = config.get("rank")
     if method in UNREFERENCED:
@@ -178,10 +179,11 @@ def count_method(
 
 
 def _weights(every: int, frozen: list[Tensor], calls: bool, dtype: torch.dtype) -> dict[str, int]:
-    """Map each base that the Method supports to the bytes of everything except the adapter.
+    """Return the number of bytes of everything except the adapter, for each base that the Method supports.
 
-    frozen: weights of the adapted layers. calls: whether the adapted layers call their base layers; otherwise the Method
-    has its own form of the weights.
+    every: bytes of everything except the adapter, with unpacked weights. frozen: weights of the adapted layers that a
+    4-bit base would pack. calls: whether the adapted layers call their base layers. If they do not, the Method stores
+    the weights in its own form.
     """
     if not calls:
         return {OWN: every - storage_bytes(frozen)}

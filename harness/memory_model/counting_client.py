@@ -12,13 +12,14 @@ from harness.process.supervisor import python_module
 from harness.records.files import whole_lines
 
 TIMEOUT_S = 600.0
-"""Time limit for all requests together."""
+"""Time limit for all requests together, in seconds."""
 
 
 def run_requests(requests: Sequence[Mapping[str, Any]]) -> list[Any] | str:
-    """Send all requests (`harness.memory_model.messages`) to one child process; return its answers, or why it failed.
+    """Send all requests to one child process. Return the list of its answers, or the reason why the process failed.
 
-    Answers are in the order of the requests. If time runs out, the answers to the last requests are missing.
+    `harness.memory_model.messages` has the types of requests and answers. Answers are in the order of the requests. If
+    time runs out, the answers to the last requests are missing.
     """
     if not requests:
         return []

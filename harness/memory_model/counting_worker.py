@@ -1,7 +1,9 @@
-"""Answer requests of one parent process: `python -m harness.memory_model.counting_worker LIFELINE REQUESTS ANSWERS`.
+"""Answer the requests of a parent process.
 
-REQUESTS is a file with a JSON list of requests (`harness.memory_model.messages`). ANSWERS becomes a JSON Lines file with the
-answers, in order.
+The command is `python -m harness.memory_model.counting_worker LIFELINE REQUESTS ANSWERS`. LIFELINE is the descriptor of
+a pipe that closes when the parent ends. REQUESTS is a file with a JSON list of requests (see
+`harness.memory_model.messages`). The answers are written to the file ANSWERS in the same order, one JSON value per
+line.
 """
 
 from __future__ import annotations

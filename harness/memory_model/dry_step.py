@@ -1,8 +1,8 @@
-"""Compute the peak of a training step by a dry step: run the Cell's loop on fake tensors and count their bytes.
+"""Compute the peak memory of a training step. A dry step runs the Cell's loop on fake tensors and counts their bytes.
 
-When the dry step begins, the optimizer has its states, and there are no gradients, as in
-`harness.cell.training.counted_step`. No weights are loaded, so the model may have any size. Run dry steps in a separate
-process (`harness.memory_model.isolated_step`), because libraries cache tensors.
+When the dry step begins, the optimizer has its states, and there are no gradients. `harness.cell.training.counted_step`
+begins in the same way. No weights are loaded, so the model may have any size. Run dry steps in a separate process
+(`harness.memory_model.isolated_step`), because libraries cache tensors.
 """
 
 from __future__ import annotations
@@ -42,32 +42,35 @@ from harness.records.record import Cell
 from reference.shared.layers import replace as replace_layer
 
 _FEW = (2, 3)
-"""Numbers of blocks of the two models from which the peak of a deeper model is extrapolated. A model with one block
-would not do, because this block would be both the first and the last."""
+"""Numbers of blocks of two small models. The peak of a deeper model is extrapolated from their peaks. One block would
+be too few, because it would be both the first and the last block."""
 
 
 @dataclass(frozen=True)
 class DryStep:
-    """A step to take."""
+    """A training step to run on fake tensors."""
 
     cell: Cell
     config: Mapping[str, Any]
-    """The model's config.json, as in `harness.memory_model.plan_prediction.count_request`."""
+    """Content of the model's config.json, as `harness.memory_model.plan_prediction.count_request` prepares it."""
     kind: str
-    """`causal` or `encoder`."""
+    """Kind of the model, `causal` or `encoder`."""
     lacks: frozenset[str] = frozenset()
-    """Names of an encoder's weights that its checkpoint lacks."""
+    """Names of the encoder's weights that are missing from its checkpoint."""
 
 
 class _DecodedAnew(PackedWeight):
-    """A 4-bit weight that is decoded into new memory each time, as libraries do."""
+    """A 4-bit weight that is decoded into new memory at every use, as in libraries."""
 
     def in_buffer(self, dtype: torch.dtype) -> Tensor:
         return self.decoded(dtype)
 
 
 class _Packed(Nf4Linear):
-    """A packed 4-bit layer. It is made without packing, because packing a large weight takes thousands of operations."""
+    """A stand-in for a packed 4-bit layer. It has the sizes of such a layer, but no values.
+
+    Packing a large weight would take thousands of operations.
+    """
 
     def __init__(self, dense: nn.Linear, compute_dtype: torch.dtype, double: bool) -> None:
         nn.Linear.__init__(self, dense.in_features, dense.out_features, bias=False, device="meta")
@@ -95,7 +98,7 @@ def registry() -> Registry:
 
 
 def longest_batches(cell: Cell, kind: str, answer: int) -> list[Batch]:
-    """Return the parts (micro-batches) of a batch in which every text has `max_tokens` tokens.
+    """Return a batch as a list of its micro-batches. Every text has the maximum length, `max_tokens` tokens.
 
     answer: number of tokens with a loss in each text of a causal model.
     """
@@ -108,10 +111,12 @@ def longest_batches(cell: Cell, kind: str, answer: int) -> list[Batch]:
 
 
 def peak(step: DryStep, parts: Sequence[Batch]) -> int:
-    """Return the peak memory of a step over `parts`, in bytes, without the memory of the batches themselves.
+    """Return the peak memory of a step over the micro-batches `parts`, in bytes.
 
-    For a model with many equal blocks, the peak is extrapolated from two models with few blocks, because the peak of each
-    stage is linear in the number of blocks. Does not catch the errors of libraries that do not support fake
+    The batches themselves are not counted.
+
+    The peak of each stage is linear in the number of blocks. So the peak of a model with many equal blocks is
+    extrapolated from two models with few blocks. Does not catch the errors of libraries that do not support fake
     tensors.
     """
     blocks = _depth(step.config)
@@ -128,14 +133,14 @@ def peak(step: DryStep, parts: Sequence[Batch]) -> int:
 
 
 def _depth(config: Mapping[str, Any]) -> int | None:
-    """Return the number of blocks, or None if the config describes blocks one by one."""
+    """Return the number of blocks. If the config lacks it, or has a list with an entry per block, return None."""
     number = next((config[key] for key in shapes.DEPTHS if key in config), None)
     listed = any(isinstance(value, list) and len(value) == number for value in config.values())
     return None if listed or not isinstance(number, int) else number
 
 
 def _stages(step: DryStep, parts: Sequence[Batch], uniform: bool = False) -> dict[str, int] | None:
-    """Take a step, and return the peak of each stage in bytes.
+    """Run the step on fake tensors, and return the peak of each stage in bytes. `_staged` defines the stages.
 
     uniform: whether to return None if the model's blocks are not equal, or if a target is not in this model.
     """
@@ -190,7 +195,11 @@ def _fill(model: nn.Module) -> None:
 
 
 def _attached(step: DryStep, model: nn.Module, head: Mapping[str, nn.Parameter]) -> tuple[Adapted, list[Tensor | None]]:
-    """Pack a 4-bit base, and attach the Method. Return the adapted model, and the constants that a worker stores."""
+    """Replace layers by 4-bit layers if the Cell has a 4-bit base, and attach the Method.
+
+    Return the adapted model, and a list of tensors to keep during the step. They are as large as the decoded constants
+    that a worker keeps.
+    """
     cell = step.cell
     config, paths = adapted_layers(model, cell.method, cell.config, head)
     forms: list[Tensor | None] = []
@@ -236,7 +245,7 @@ def _converting() -> AbstractContextManager[None]:
 
 
 def _stepped(adapted: Adapted, head: list[nn.Parameter], cell: Cell) -> torch.optim.Optimizer:
-    """Take one step so that the Cell's optimizer has its states; drop the gradients, and return the optimizer."""
+    """Take one step so that the Cell's optimizer has its states. Drop the gradients, and return the optimizer."""
     optimizer, _ = optimizers.make(adapted, head, cell.training, cell.optimizer, cell.implementation)
     for parameter in loop.trainable(adapted, head):
         parameter.grad = torch.empty_like(parameter)
@@ -246,10 +255,10 @@ def _stepped(adapted: Adapted, head: list[nn.Parameter], cell: Cell) -> torch.op
 
 
 def _few_chunks() -> AbstractContextManager[None]:
-    """Return a context in which a step with 8-bit moments runs three of thousands of chunks. The peak stays the same.
+    """Return a context in which a step with 8-bit moments runs only three chunks instead of thousands.
 
-    These three are the first, the second and the last chunk. The second chunk begins while the results of the first
-    exist. The chunks that are left out would begin in the same way.
+    The three are the first, the second and the last chunk. The peak stays the same: the second chunk begins while the
+    results of the first exist, and the omitted chunks would begin in the same way.
     """
     every = adamw8bit_step.firsts
     return _replaced(adamw8bit_step, "firsts", lambda n, chunk: sorted({*(found := every(n, chunk))[:2], *found[-1:]}))
@@ -258,7 +267,7 @@ def _few_chunks() -> AbstractContextManager[None]:
 def _decoded_at_once() -> AbstractContextManager[None]:
     """Return a context in which one operation decodes a large 4-bit weight, as in compiled code.
 
-    The peak is the same as with decoding in thousands of pieces.
+    Other code decodes in thousands of pieces, with the same peak.
     """
 
     def decoded(self: PackedWeight, dtype: torch.dtype, out: Tensor | None) -> Tensor:
@@ -272,7 +281,10 @@ def _decoded_at_once() -> AbstractContextManager[None]:
 
 
 def _is_uniform(model: nn.Module, blocks: int | None) -> bool:
-    """Return whether the model has one list of `blocks` blocks, equal in the names, shapes and dtypes of tensors."""
+    """Return whether the model has exactly one list of blocks, and this list has `blocks` equal blocks.
+
+    Equal blocks have tensors with the same names, shapes and dtypes.
+    """
     lists = list(outermost_lists(model).values())
     if len(lists) != 1 or len(lists[0]) != blocks:
         return False

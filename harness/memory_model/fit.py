@@ -1,10 +1,10 @@
-"""Find the largest training that fits into a given memory, for each Method, base and optimizer. No torch.
+"""For each Method, base and optimizer, find the largest training that fits into a given memory. No torch.
 
-A child process counts bytes (`harness.memory_model.counting`); the search itself is arithmetic. It maximises rank x
-batch for texts of a given length, and takes the smallest rank among equal products.
+A child process counts bytes (`harness.memory_model.counting`). The search itself is arithmetic. It maximises rank x
+batch for texts of a given length. Among equal products it takes the smallest rank.
 
-trainable: trainable parameters.
-longest: tokens of the longest single text at this rank, limited by what the model reads.
+trainable: number of trainable parameters.
+longest: number of tokens of the longest text that fits alone at this rank, and that the model can read.
 peak: largest number of bytes in tensors during a training step on fake tensors. The peak decides what fits. The step
   runs the CPU code of `fused`, or of `reference` for full fine-tuning; `--json` names this code. In tests, the peak
   differs by at most 3 % from measured steps of small models.
@@ -12,8 +12,8 @@ total: sum of the closed forms, without temporary tensors. The total chooses amo
 left: the given memory minus the peak, or minus the total with --formulas. It is negative if not even one text fits.
 
 In tests, weights, adapter, gradients and optimizer differ by at most 3 % from the ledgers of real Cells. Activations
-have a closed form for Llama-like models only; in tests, it differs by at most 2 % from what autograd saves in small
-Llamas.
+have a closed form for Llama-like models only. In tests, this form differs by at most 2 % from what autograd saves in
+small Llamas.
 
 The prediction leaves out waste of the allocator, workspaces of kernels, the CUDA context (hundreds of MiB) and other
 programs. Libraries may need more than the references: in 16 bits, hf-peft casts inputs of adapters to float32. Nothing
@@ -49,11 +49,11 @@ class FitRequest:
     model: ModelShape
     memory: size_units.MemorySize
     methods: dict[str, tuple[int | None, ...]]
-    """Method -> ranks to try; (None,) for a Method without a rank."""
+    """Ranks to try for each Method. A Method without a rank has (None,)."""
     bases: tuple[str, ...]
     optimizers: tuple[str, ...]
     targets: tuple[str, ...]
-    """Layers to adapt; empty for every linear layer except the output."""
+    """Names of layers to adapt. An empty tuple means every linear layer except the output layer."""
     tokens: int | None
     """Tokens per text. None means `TOKENS`, or the model's limit if this is lower."""
     dtype: str
@@ -71,20 +71,20 @@ class FitRow:
     base: str
     optimizer: str
     because: str = ""
-    """Reason why nothing fits; else empty."""
+    """Reason why nothing fits. Empty if something fits."""
     rank: int | None = None
     trainable: int = 0
-    """Trainable parameters."""
+    """Number of trainable parameters."""
     batch: int | None = None
-    """Largest batch; None if activations are unknown."""
+    """Largest number of texts in a batch that fits. None if the size of activations is unknown."""
     longest: int | None = None
-    """Tokens of the longest single text at this rank; None if activations are unknown."""
+    """Number of tokens of the longest text that fits alone at this rank. None if the size of activations is unknown."""
     ledger: Ledger | None = None
-    """Parts of the memory; None if nothing was counted."""
+    """Bytes of each part of the memory. None if nothing was counted."""
     left: int = 0
-    """Free bytes of the memory; negative if nothing fits."""
+    """Bytes that remain free. Negative if nothing fits."""
     untouched: str = ""
-    """Note about weights that neither an adapter nor a packed base reaches; empty if only named layers are adapted."""
+    """Note about weights that are neither adapted nor packed. Empty if the user named the layers to adapt."""
 
 
 def fit_request(
@@ -140,9 +140,10 @@ def fit_request(
 
 
 def document_by_formulas(request: FitRequest, counted: ModelCount) -> dict[str, Any]:
-    """Return the closed-form results as one document for JSON, with sizes in bytes. counted: result of `count_model`.
+    """Return the closed-form results as a document for JSON. Sizes are in bytes.
 
-    Raises UsageError for targets that match no layer, and for texts that are longer than the model reads.
+    counted: result of `count_model`. Raises UsageError for targets that match no layer, and for texts that are longer
+    than the model reads.
     """
     if misfits := counted.get("misfits"):
         hint = f"name layers of {request.model.name}"
@@ -234,8 +235,8 @@ def best_row(
 ) -> FitRow:
     """Return the row with the largest rank x batch that fits.
 
-    If activations are unknown, the row has the largest rank that fits. If nothing fits, the row says so, at the first
-    rank.
+    If the size of activations is unknown, return the row with the largest rank that fits. If nothing fits, return a row
+    that says so, with the first rank.
     """
     found: tuple[int, FitRow] | None = None
     room, logits, most = request.memory.number_B, counted["logits"], counted["positions"]

@@ -1,7 +1,9 @@
-"""Find what fits by the peaks of training steps on fake tensors, starting from the closed-form results. No torch.
+"""Find what fits from the peaks of training steps on fake tensors. The search starts from closed-form results.
 
-Closed-form estimates leave out temporary tensors; a step on fake tensors includes all of them. The step runs the code of
-`fused`, or of the reference if `fused` does not implement the Method.
+No torch.
+
+Closed-form estimates leave out temporary tensors. A step on fake tensors includes all of them. The step runs the code
+of `fused`, or of the reference if `fused` does not implement the Method.
 """
 
 from __future__ import annotations
@@ -28,18 +30,19 @@ _BATCH_PARTS = ("activations_B", "logits_B")
 _MAX_BATCH = 2**16
 """Largest batch to try."""
 _GRAIN = 0.01
-"""Relative distance between the longest text that fits and the shortest text that was found too long."""
+"""Relative tolerance of the longest text that fits. The search ends if a text that is longer by this share does not
+fit."""
 
 Row = dict[str, Any]
 
 
 def search_by_steps(request: FitRequest, counted: ModelCount, document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the closed-form document, with batch, longest text and peak of each row determined by steps.
+    """Return the closed-form document. In each row, batch, longest text and peak now come from steps on fake tensors.
 
-    peak_B: peak in bytes of the row's batch, or of one text if no text fits. If no step could be taken, peak_B is None,
-    `no_peak` has the reason, and the rest of the row is unchanged. peak_by: the code that took the step. A row changes
-    its rank only if steps and closed form disagree whether the rank fits: it gets the largest rank at which one text
-    fits.
+    peak_B: peak in bytes of a step with the row's batch, or with one text if no text fits. peak_by: the code that took
+    the step. If no step could be taken, peak_B is None, no_peak has the reason, and the rest of the row is unchanged. A
+    row changes its rank only if steps and closed form disagree about whether the rank fits. It then gets the largest
+    rank at which one text fits.
     """
     rows = [
         row | {"peak_B": None, "peak_by": _provider(row["method"]), "no_peak": "" if row["ledger"] else row["because"]}
@@ -88,17 +91,20 @@ class _Search:
         ]
 
     def other_ranks(self, row: Row, by_formulas: Row) -> list[int]:
-        """Return further ranks to try for a row, if steps and closed form disagree whether its rank fits."""
+        """Return other ranks to try for a row.
+
+        The list is empty if steps and closed form agree about whether the row's rank fits.
+        """
         tried = [one["rank"] for one in self._ranks(row) if one["rank"] is not None]
         if row["peak_B"] is None or bool(row["because"]) == bool(by_formulas["because"]):
             return []
         return [rank for rank in tried if (rank < row["rank"] if row["because"] else rank > row["rank"])]
 
     def reranked(self, rows: list[Row], ranks: list[list[int]]) -> list[Row]:
-        """Return each row at the largest of its `ranks` at which one text fits.
+        """Return the rows, each with the largest of its `ranks` at which one text fits.
 
-        If one text fits at none of them, a row that fits stays as it is, and any other row gets the smallest of its
-        ranks.
+        If one text fits at none of these ranks, the result depends on the row. A row that fits stays as it is. A row
+        that does not fit gets the smallest of these ranks.
         """
         pairs = [(n, self._at(rows[n], rank)) for n, of_row in enumerate(ranks) for rank in sorted(of_row)]
         answers = _answers([self._step(one, 1, self.tokens) for _, one in pairs])
@@ -133,7 +139,7 @@ class _Search:
         return {**self._step(row, 1, tokens), "largest": options}
 
     def _step(self, row: Row, batch: int, tokens: int) -> StepRequest:
-        """Return the request for a row's step. `fused` packs a 4-bit base, and every token has a loss."""
+        """Return the request for a row's step. Every token has a loss, and `fused` provides a 4-bit base."""
         info = methods()[row["method"]]
         targets = {"targets": self.document["targets"]} if "targets" in info.fields else {}
         packed = row["base"] not in ("none", OWN)
@@ -187,7 +193,10 @@ def _answers(requests: list[StepRequest]) -> list[StepAnswer]:
 
 
 def _tried(row: Row, found: StepAnswer) -> dict[int, int]:
-    """Map each tried batch or length to its peak on the device in bytes. In `found`, JSON has made the keys strings."""
+    """Map each batch or length that was tried to its peak in device memory, in bytes.
+
+    The keys in `found` are strings, because it comes from JSON.
+    """
     return {int(number): peak - row["ledger"]["host_B"] for number, peak in found.get("tried", {}).items()}
 
 

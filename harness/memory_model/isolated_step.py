@@ -1,4 +1,4 @@
-"""Take dry steps in separate processes, so that libraries' caches of fake tensors do not reach a run.
+"""Take dry steps in separate processes. Libraries cache fake tensors, and a real run must not find them.
 
 Each process is a fork of a process that has imported the libraries. A fork takes a hundredth of a second, and importing
 the libraries again would take ten seconds.
@@ -44,11 +44,12 @@ def peak(
     others_B: int = 0,
     lacks: frozenset[str] = frozenset(),
 ) -> StepAnswer:
-    """Return the peak of a step over `parts`, plus `others_B` bytes of other data.
+    """Return the peak of a step over the micro-batches `parts`, or the reason why there is none.
 
-    The answer is empty for a Cell without training. lacks: names of an encoder's weights that its checkpoint lacks.
-    Layers with the same sizes and the same decoding replace the layers of a 4-bit base. If a library does not support
-    fake tensors, the Method's reference takes the step.
+    others_B: bytes of other data, which are added to the peak. lacks: names of an encoder's weights that are missing
+    from its checkpoint. The answer is empty for a Cell without training. If the base is in 4 bits, stand-ins replace
+    its layers. They have the same sizes and decode in the same way. If a library does not support fake tensors, the
+    Method's reference takes the step.
     """
     if cell.training.steps == 0:
         return {}
@@ -67,7 +68,10 @@ def peak(
 
 
 def _attempts(step: dry_step.DryStep) -> dict[str, dry_step.DryStep]:
-    """Map a description of the replaced code to each step to try. The first step uses the Cell's own implementation."""
+    """Return the steps to try, in order. Each key says which code is replaced; an empty key means none.
+
+    The first step uses the Cell's own implementation.
+    """
     cell, base = step.cell, step.cell.base.quantization != "none"
     found = {"a stand-in for the base" * base: step}
     if cell.method not in UNREFERENCED and cell.implementation != "reference":
@@ -136,7 +140,7 @@ def _in_fork(run: Callable[[], int]) -> int | str:
 
 
 def _pickled_result(run: Callable[[], int]) -> bytes:
-    """Return a pickled pair: the result of `run`, or why it failed; and the entries that `run` added to the cache."""
+    """Return a pickled pair: the result of `run` or why it failed, and new entries of the cache of outputs."""
     os.environ["PEFT_HARNESS_COMPILE"] = "0"
     torch.set_num_threads(1)  # torch's pool of threads exists only in the parent
     before = len(memory_tracker.outputs)

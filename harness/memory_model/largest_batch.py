@@ -11,13 +11,14 @@ _MAX_STEPS = 24
 def search(
     peak: Callable[[int], int | str], room: int, first: int, lasting: int, most: int | None = None, grain: float = 0.0
 ) -> dict[int, int] | str:
-    """Try steps of several sizes, and map each size to the peak in bytes.
+    """Try steps of several sizes. Return the peak in bytes of each tried size.
 
     If a step fails before any size has fitted, return the reason instead.
 
-    peak: returns the peak of a step of a given size in bytes, which grows with the size, or the reason why the step
-    failed. room: bytes available. first: size to begin with. lasting: estimated bytes of an empty step. most: largest
-    size to try. grain: relative distance of the two bounds (see `_next`) at which the search ends.
+    peak: function that takes a size, and returns the peak of a step of this size in bytes, or the reason why the step
+    failed. A larger size must have a larger peak. room: available bytes. first: first size to try. lasting: estimated
+    bytes of a step of size 0. most: largest size to try. grain: relative distance between the two bounds of `_next` at
+    which the search ends.
     """
     tried: dict[int, int] = {}
     streak, last = 0, False
@@ -33,16 +34,16 @@ def search(
 
 
 def largest_fitting(tried: Mapping[int, int], room: int) -> int:
-    """Return the largest size that fits; 0 if none does."""
+    """Return the largest tried size with a peak of at most `room`. If there is none, return 0."""
     return max((n for n, peak in tried.items() if peak <= room), default=0)
 
 
 def _next(tried: Mapping[int, int], room: int, lasting: int, most: int | None, grain: float, streak: int) -> int | None:
-    """Return the next size to try, or None if the largest fitting size is known within the grain.
+    """Return the next size to try. If the largest fitting size is known to within `grain`, return None.
 
-    The bounds are the largest size that fits and the smallest that does not. The function interpolates linearly between
-    them, but bisects if several steps in a row (`streak`) have moved the same bound, because the peak is not quite
-    linear: it is a maximum over stages.
+    The lower bound is the largest size that fits, and the upper bound is the smallest size that does not fit. The
+    function interpolates linearly between the bounds. It bisects instead if several steps in a row (`streak`) have
+    moved the same bound. The peak is not quite linear, because it is a maximum over stages.
     """
     fits = largest_fitting(tried, room)
     fails = min((n for n, peak in tried.items() if peak > room), default=None)

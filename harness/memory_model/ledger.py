@@ -10,7 +10,7 @@ from harness.records.record import Dtype, Optimizer, Quantization
 
 BASES, DTYPES, OPTIMIZERS = get_args(Quantization), get_args(Dtype), get_args(Optimizer)
 OWN = "its own"
-"""Name of the base if a Method makes its own form of the weights: QLoRA's codes, PiSSA's residual."""
+"""Name of the base of a Method that stores the weights in its own form, such as QLoRA's codes or PiSSA's residual."""
 
 PARTS = {
     "weights": "the model's weights and buffers, in the base's format, and frozen tensors of the Method (VeRA's "
@@ -25,7 +25,7 @@ PARTS = {
     "logits": "the logits of every token, their logarithms in at least float32, and the gradient of these: an estimate",
     "step": "float32 gradients of the masters, which exist only during the optimizer's step, without activations",
 }
-"""Name of a part in `Ledger` -> its description."""
+"""Description of each part of a `Ledger`, by the part's name."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,10 @@ class Ledger:
         checkpointing: bool,
         layerwise: bool,
     ) -> Ledger:
-        """Return the ledger for a Method's counts. logits: bytes per token, if known. tokens: tokens of the whole batch."""
+        """Return the ledger of a Method with the counts `one`.
+
+        logits: bytes of logits per token; None if unknown. tokens: number of tokens in one forward pass.
+        """
         device, host = one["optimizer"][optimizer]
         return cls(
             weights=one["weights"][base],

@@ -1,8 +1,8 @@
-"""Count the bytes of existing tensors while a program runs on fake tensors.
+"""Count the bytes of all tensors that exist while a program runs on fake tensors.
 
-A step repeats the same operations for every block and every trainable tensor. So a cache stores descriptions of the
-outputs, because torch would take several times as long to compute each output again. The cache holds no tensors, so
-that no tensor lives longer than without the cache.
+A step repeats the same operations for every block and every trainable tensor. Torch would take several times as long to
+compute each output again, so a cache stores descriptions of the outputs. The cache holds no tensors, because cached
+tensors would never be freed.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ class _Output(NamedTuple):
     dtype: torch.dtype
     offset: int
     view_of: int | None
-    """Index of the input with the same storage; None for a new storage."""
+    """Index of the input whose storage the output shares. None if the output has a new storage."""
 
 
 class _NotCacheable(Exception):  # noqa: N818
-    """An argument that cannot be part of a key."""
+    """Raised for an argument that cannot be part of a key of the cache."""
 
 
 outputs: dict[Hashable, _Output] = {}
-"""The cache: call of an operation -> its output. It also has entries from child processes, and can be pickled."""
+"""The cache. It maps the call of an operation to a description of its output. It can be pickled, so that child
+processes can send their entries to the parent."""
 
 
 def cached_output(fake: FakeTensorMode, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -65,13 +66,16 @@ def cached_output(fake: FakeTensorMode, func: OpOverload, args: tuple[Any, ...],
 
 
 def _writes_only(func: OpOverload, args: tuple[Any, ...]) -> bool:
-    """Return whether an operation only writes values to its first argument, a fake tensor."""
+    """Return whether the first argument is a fake tensor, and the operation only writes values to it."""
     in_place = func._schema.name.endswith("_") and torch.Tag.inplace_view not in func.tags
     return in_place and isinstance(args[0], FakeTensor)
 
 
 def _key(value: object, given: list[Tensor]) -> Hashable:
-    """Return the key of an argument, and append its tensors to `given`. Raises _NotCacheable if it has no key."""
+    """Return a key for an argument of an operation, and append the argument's tensors to `given`.
+
+    Raises _NotCacheable for an argument without a key.
+    """
     if isinstance(value, Tensor):
         given.append(value)
         return isinstance(value, FakeTensor), value.shape, value.stride(), value.dtype, value.storage_offset()
@@ -112,16 +116,16 @@ _GROUPED = _aten._grouped_mm.default
 _UNSET = {_aten.empty, _aten.empty_strided}
 _FILLED = {_aten.zeros, _aten.ones, _aten.full, _aten.rand, _aten.randn}
 _REAL_B = 2**24
-"""Largest size in bytes of a tensor with data, such as a mask or positions. Programs branch on such data."""
+"""Largest size in bytes of a tensor that has data, such as a mask or positions. Programs branch on its values."""
 
 
 class MemoryTracker(TorchDispatchMode):
     """Counts the bytes of storages that operations allocate and free, like torch's CPU allocator.
 
     Weights, states and activations are fake tensors (`FakeTensor`), which have shapes, dtypes and strides, and no data.
-    Small tensors without fake inputs, such as the mask of a batch of real ids, have data, so that programs branch as in a
-    run. If a program reads the value of a fake tensor, it gets 1 or True, so that all values are finite. Memory that a
-    kernel allocates and frees internally is not counted.
+    A small tensor that is computed without fake inputs has data, such as the mask of a batch of token ids. So programs
+    branch as in a real run. If a program reads the value of a fake tensor, it gets 1 or True, so that all values are
+    finite. Memory that a kernel allocates and frees internally is not counted.
     """
 
     def __init__(self) -> None:
@@ -129,9 +133,10 @@ class MemoryTracker(TorchDispatchMode):
         self.fake, self._engine_refs = FakeTensorMode(allow_non_fake_inputs=True), _engine_refs()
         self.now, self.stage = 0, ""
         self.attaching = True
-        """True before the step. New filled tensors (`torch.zeros`) are then weights or states, so they are fake."""
+        """True until the step begins. New filled tensors (`torch.zeros`) are weights or states until then, so they are
+        fake."""
         self.peaks: dict[str, int] = defaultdict(int)
-        """Name of a stage -> its highest number of bytes."""
+        """Highest number of bytes in each stage, by the name of the stage."""
         self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def enter(self, stage: str) -> None:
@@ -189,7 +194,10 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def _of_experts(rows: Tensor, weights: Tensor, offsets: Tensor, *_: object, **__: object) -> Tensor:
-    """Return an empty output of a grouped product: rows times their experts' matrices, or the gradient of the matrices."""
+    """Return an empty tensor with the shape of a grouped product.
+
+    A grouped product multiplies each row by the matrix of its expert, or computes the gradient of these matrices.
+    """
     own = () if weights.dim() > 2 else (len(offsets),)
     return rows.new_empty(*own, rows.shape[-2], weights.shape[-1])
 
@@ -210,9 +218,10 @@ class _Watch(TorchDispatchMode):
 
 
 def _engine_refs() -> int:
-    """Return how many references a gradient has while autograd accumulates it and no other code holds it.
+    """Return the number of references to a gradient while autograd accumulates it and no other code holds it.
 
-    The number is measured, because it depends on the process. If other code holds the gradient, there is one more reference.
+    The number differs between processes, so it is measured. If other code holds the gradient, there is one more
+    reference.
     """
     watch = _Watch()
     with FakeTensorMode():

@@ -1,4 +1,4 @@
-"""Requests to the counting process and its answers, as JSON. Imports no torch."""
+"""Types of the JSON messages to and from the counting process. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,40 +10,42 @@ class CountRequest(TypedDict):
     """A request to count the bytes of one model for several Methods."""
 
     config: Mapping[str, Any]
-    """The model's config.json."""
+    """Content of the model's config.json."""
     kind: str
-    """`causal` or `encoder`."""
+    """Kind of the model, `causal` or `encoder`."""
     dtype: str
     methods: dict[str, list[dict[str, Any]]]
-    """Method -> configs to count."""
+    """Configs to count, by Method."""
     targets: list[str]
-    """Layers for configs without targets; empty for every linear layer except the output."""
+    """Layers to adapt for configs without targets. An empty list means every linear layer except the output layer."""
     checkpoint: NotRequired[str]
-    """Folder of an encoder's weights. Weights that it lacks train too. Empty for a shape, which lacks no weights."""
+    """Folder with an encoder's checkpoint. Weights that are missing from the checkpoint train, too. Empty for a model
+    without a checkpoint, which counts as complete."""
 
 
 class MethodCount(TypedDict, total=False):
-    """Bytes of one Method with one config. With an error, there are only `rank` and `error`."""
+    """Bytes of one Method with one config. If the config failed, there are only `rank` and `error`."""
 
     rank: Required[int | None]
     error: Required[str]
-    """Reason why the Method cannot be attached; else empty."""
+    """Reason why the Method cannot be attached. Empty if it can."""
     trainable: int
-    """Trainable parameters."""
+    """Number of trainable parameters."""
     untouched: int
     """Number of expert weights that do not train."""
     weights: dict[str, int]
-    """Base -> bytes of everything except the adapter."""
+    """Bytes of everything except the adapter, by base."""
     adapter: int
     gradients: int
     optimizer: dict[str, tuple[int, int]]
-    """Optimizer -> bytes of its states (on the device, in host memory)."""
+    """Bytes of the states of each optimizer, as a pair: on the device, in host memory."""
     step: int
     """Bytes that exist only while the optimizer steps."""
     layerwise: int
-    """Bytes of gradients and of `step` with layer-wise updates, for which only the largest tensor counts."""
+    """Bytes of `gradients` and `step` together with layer-wise updates. Only the largest tensor counts then."""
     activations: tuple[int, int] | None
-    """Bytes per token (without, with) gradient checkpointing; None for a model without a formula."""
+    """Bytes of saved activations per token, as a pair: without and with gradient checkpointing. None for a model
+    without a formula."""
 
 
 class ModelCount(TypedDict, total=False):
@@ -52,14 +54,14 @@ class ModelCount(TypedDict, total=False):
     error: str
     """Reason why the model cannot be built or counted."""
     misfits: dict[str, str]
-    """Requested target that matches no layer of any Method -> the reason."""
+    """Requested targets that match no layer of any Method, with the reason."""
     parameters: int
     targets: list[str]
-    """Layers that configs without targets adapt."""
+    """Layers to adapt for configs without targets."""
     positions: int | None
-    """Longest text that the model reads, in tokens; None without a limit."""
+    """Number of tokens of the longest text that the model reads. None if there is no limit."""
     logits: int | None
-    """Bytes of logits per token; None for a model without a formula."""
+    """Bytes per token of the logits and of what the loss computes from them. None for a model without a formula."""
     methods: dict[str, list[MethodCount]]
 
 
@@ -68,22 +70,22 @@ class StepRequest(TypedDict):
 
     cell: dict[str, Any]
     config: Mapping[str, Any]
-    """The model's config.json."""
+    """Content of the model's config.json."""
     kind: str
-    """`causal` or `encoder`."""
+    """Kind of the model, `causal` or `encoder`."""
     answer: int
     """Number of tokens with a loss in each text."""
     checkpoint: NotRequired[str]
     """See `CountRequest.checkpoint`."""
     largest: NotRequired[SearchOptions]
-    """Options of a search for the largest step that fits; without this key, the request is for one step."""
+    """Options of a search for the largest step that fits. Without this key, the request is for one step."""
 
 
 class SearchOptions(TypedDict):
-    """Arguments of `largest_batch.search`, and the field of a Cell's training that varies."""
+    """Arguments of `largest_batch.search`, and the name of the training option that the search varies."""
 
     of: str
-    """`batch` or `max_tokens`."""
+    """Training option that the search varies: `batch` or `max_tokens`."""
     room: int
     first: int
     lasting: int
@@ -96,8 +98,8 @@ class StepAnswer(TypedDict, total=False):
 
     peak_B: int
     peak_by: str
-    """Code that took the step, if it was not the Cell's own code."""
+    """Description of the code that took the step. Empty if it was the Cell's own code."""
     no_peak: str
     """Reason why there is no peak."""
     tried: dict[int, int]
-    """Batch or length of each step of a search -> its peak. JSON turns the keys into strings."""
+    """Peak in bytes of each step of a search, by its batch or length. JSON turns the keys into strings."""

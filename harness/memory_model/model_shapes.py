@@ -1,4 +1,4 @@
-"""Find a model's config.json by its name, in presets, the table of models, folders and the hub's cache.
+"""Find the config.json of a named model in the presets, the table of models, folders and the hub's cache.
 
 Imports no torch, and downloads nothing.
 """
@@ -25,9 +25,9 @@ class ModelShape:
 
     name: str
     config: dict[str, Any]
-    """Its config.json."""
+    """Content of the model's config.json."""
     kind: str
-    """`encoder` or `causal`."""
+    """Kind of the model, `encoder` or `causal`."""
     source: str
     """Origin of the config: a paper, a path or an address."""
 
@@ -81,6 +81,6 @@ def _of_file(file: Path, name: str, source: str) -> ModelShape:
 
 
 def model_kind(config: dict[str, Any]) -> str:
-    """Return `causal` or `encoder` by the class in a config.json."""
+    """Return the kind of a model, `causal` or `encoder`. The class name in its config.json decides."""
     names = config.get("architectures") or [_CAUSAL[0]]
     return "causal" if any(str(name).endswith(_CAUSAL) for name in names) else "encoder"

@@ -1,7 +1,8 @@
-"""Predict the memory of a plan's Cells from shapes. Imports no torch: one child process counts for all Cells.
+"""Predict the memory of a plan's Cells from the shapes of their models. Imports no torch.
 
-Cells with equal steps share one step on fake tensors (`harness.memory_model.isolated_step`). A Cell's worker counts in the
-same way before it loads its model (`harness.memory_model.counting`).
+One child process counts for all Cells. Cells with equal steps share one step on fake tensors
+(`harness.memory_model.isolated_step`). A Cell's worker counts in the same way before it loads its model
+(`harness.memory_model.counting`).
 """
 
 from __future__ import annotations
@@ -29,11 +30,14 @@ class PlannedMemory(Predicted):
     """Prediction for a Cell of a plan."""
 
     trainable: int
-    """Trainable parameters, counted with the reference of its Method attached."""
+    """Number of trainable parameters, counted with the reference of the Cell's Method."""
 
 
 def count_request(cell: Cell, config: Mapping[str, Any], kind: str, labels: int, checkpoint: str = "") -> CountRequest:
-    """Return the request for one Cell. labels: number of an encoder's labels; checkpoint: as in `CountRequest`."""
+    """Return the request for one Cell.
+
+    labels: number of an encoder's labels. checkpoint: as in `CountRequest`.
+    """
     facts = shapes.with_classes(config, labels) if kind == "encoder" else dict(config)
     return {
         "config": facts, "kind": kind, "dtype": cell.dtype, "methods": {cell.method: [cell.config]}, "targets": [],
@@ -42,13 +46,13 @@ def count_request(cell: Cell, config: Mapping[str, Any], kind: str, labels: int,
 
 
 def prediction(cell: Cell, counted: ModelCount, *, on_cpu: bool = False, every_token: bool = False) -> Predicted | str:
-    """Return the ledger of a Cell from its counts, or the reason why there is none.
+    """Return the predicted memory of a Cell from its counts, or the reason why there is none.
 
-    on_cpu: whether host memory is also the device's memory, so that paged states count too. every_token: whether every token
-    has a loss (`loss: all`), as in the task `synthetic`.
+    on_cpu: whether the device is the CPU. Paged states are then in the device's memory, too. every_token: whether every
+    token has a loss (`loss: all`), as in the task `synthetic`.
 
-    Activations and logits are those of texts with `max_tokens` tokens: an upper bound, which is exact for `synthetic`.
-    Both are None for a compiled model, and logits are None for a task with a loss on answers only.
+    Activations and logits are predicted for texts with `max_tokens` tokens. This is an upper bound, and exact for
+    `synthetic`. Both are None for a compiled model. Logits are None for a task with a loss on answers only.
     """
     if error := counted.get("error"):
         return str(error)
@@ -82,8 +86,8 @@ def predictions(
 ) -> dict[str, PlannedMemory | str]:
     """Map each cell_id to the prediction, or to the reason why there is none.
 
-    sources: models of the Cells, by name. labels: number of labels, by task. every_token: tasks with a loss on every token.
-    Nothing is downloaded: a model that is not on this machine has no prediction.
+    sources: models of the Cells, by name. labels: number of labels of each task. every_token: tasks with a loss on
+    every token. Nothing is downloaded, so there is no prediction for a model that is not on this machine.
     """
     found: dict[str, PlannedMemory | str] = {}
     requests: dict[str, tuple[Cell, CountRequest]] = {}
@@ -125,7 +129,10 @@ def predictions(
 
 
 def _step(cell: Cell, one: CountRequest, every_token: Collection[str]) -> StepRequest:
-    """Return the request for a Cell's training step, with fixed values for options that do not change its memory."""
+    """Return the request for a Cell's training step.
+
+    Options that do not change the memory of the step get fixed values.
+    """
     training = cell.training.model_copy(update=_SAME)
     same = {"seed": 0, "evaluation": Evaluation(items=0), "task": "", "training": training}
     whole = cell.task in every_token or cell.evaluation.items == 0
@@ -144,7 +151,10 @@ def _count_key(request: CountRequest) -> str:
 
 
 def _local_model(source: Source) -> tuple[dict[str, Any], str] | str:
-    """Return a model's config.json and the folder of its weights (empty for a shape), or why they cannot be read."""
+    """Return a model's config.json and the folder of its weights, or the reason why they cannot be read.
+
+    The folder is empty for a shape, which has no weights.
+    """
     try:
         if (here := fetch.local_folder(source)) is None:
             return f"{source.name} is not on this machine yet"

@@ -1,4 +1,4 @@
-"""Measure the tensors that a Method's layers save for their backward pass, by a call on the meta device."""
+"""Measure the tensors that a Method's layers save for their backward pass. The layers are called on the meta device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _PART = {
     "self_attn.q_proj": 1, "self_attn.k_proj": 1, "self_attn.v_proj": 1, "self_attn.o_proj": 2, "mlp.gate_proj": 3,
     "mlp.up_proj": 3, "mlp.down_proj": 4,
 }  # fmt: skip
-"""Layer -> number of parts of its block (norm, attention, norm, MLP) that come before it."""
+"""Number of parts of a block (norm, attention, norm, MLP) that are complete when a layer begins, by the layer's
+path."""
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
@@ -42,7 +43,10 @@ def llama_shape(model: Any, dtype: torch.dtype) -> LlamaShape | None:
 
 
 def sum_over_llama(model: Any, saved: Mapping[str, tuple[bool, int]], trains: Collection[str]) -> SavedActivations:
-    """Sum `saved_by_layers` over the blocks of a Llama with an attached Method. trains: paths of adapted layers."""
+    """Return what all blocks of a Llama with an attached Method save together.
+
+    saved: first result of `saved_by_layers`. trains: paths of the adapted layers.
+    """
     blocks = model.model.layers
 
     def number(part: str, *names: str) -> int:
@@ -72,8 +76,8 @@ def saved_by_layers(layers: Mapping[str, Any], dtype: torch.dtype) -> tuple[dict
     """Return what each linear layer saves, and whether every layer calls its base layer.
 
     The first result maps the path of each layer to a pair: whether the layer saves its input, and how many other bytes
-    it saves per token. A layer that does not call its base layer (PiSSA with its residual, QLoRA with its codes) has
-    the weight in another form, and a program that saves memory drops the original weight.
+    it saves per token. A layer that does not call its base layer has the weight in another form. Examples are PiSSA
+    with its residual and QLoRA with its codes. A program that saves memory then drops the original weight.
     """
     known: dict[tuple[type, int, int, bool], tuple[bool, int]] = {}
     saved, every = {}, True
@@ -98,8 +102,8 @@ def saved_by_layers(layers: Mapping[str, Any], dtype: torch.dtype) -> tuple[dict
 def _saved(layer: nn.Module, features: int, dtype: torch.dtype) -> tuple[bool, int]:
     """Return whether a layer saves its input for its backward pass, and how many other bytes it saves per token.
 
-    The bytes are the difference between calls with two lengths, because a saved tensor that does not grow with the number of
-    tokens, such as a decoded weight, is no activation.
+    The bytes are the difference between calls with two lengths. So a tensor whose size does not depend on the number of
+    tokens, such as a decoded weight, is not counted.
     """
 
     def measure(tokens: int) -> tuple[bool, int]:

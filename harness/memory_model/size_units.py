@@ -10,18 +10,21 @@ UNITS = {
 }  # fmt: skip
 _FORM = re.compile(r"\s*(?P<number>\d+(?:\.\d+)?|\.\d+)\s*(?P<unit>[A-Za-z]*)\s*", re.ASCII)
 DIGITS, _MAX_B = 20, 2**60
-"""Maximum number of digits of a valid size, and its maximum number of bytes."""
+"""Limits of a valid size: the number of digits, and the number of bytes."""
 
 
 @dataclass(frozen=True)
 class MemorySize:
-    """A number of bytes, and the unit in which to show it: the unit of the user, but GiB for TiB and GB for TB."""
+    """A number of bytes, and the unit in which to show it. This is the user's unit, but GiB for TiB and GB for TB."""
 
     number_B: int
     unit: str
 
     def shown(self, number_B: int) -> str:
-        """Format another number of bytes in this unit, without its name: three digits or two decimals."""
+        """Format another number of bytes in this unit, without the unit's name.
+
+        Smaller numbers get more decimals, up to two.
+        """
         value = number_B / UNITS[self.unit]
         return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
 

@@ -16,15 +16,16 @@ from reference.operations import adamw8bit, double_quant, paged
 from reference.shared import galore_moments
 
 BLOCK = 64
-"""Number of weights that share a constant of NF4, in QLoRA and bitsandbytes."""
+"""Number of weights that share one quantisation constant in NF4, as in QLoRA and bitsandbytes."""
 _STEP_B = 4
-"""Bytes of the step count that torch's AdamW has for each tensor."""
+"""Bytes of the step count that torch's AdamW stores for each tensor."""
 
 
 def packed_bytes(numel: int, base: str) -> int:
-    """Return the bytes of a weight in `nf4` or `nf4-dq`: codes and constants (QLoRA, arXiv:2305.14314, section 3).
+    """Return the number of bytes of a packed weight: its codes and its quantisation constants.
 
-    The table of 16 levels is the same for all weights, and is not counted.
+    base: `nf4` or `nf4-dq` (QLoRA, arXiv:2305.14314, section 3). The table of 16 levels is not counted, because all
+    weights share it.
     """
     return round(double_quant.bits_per_parameter(numel, BLOCK, double=base == "nf4-dq") * numel / 8)
 
@@ -34,9 +35,10 @@ def adamw_bytes(numels: Iterable[int], name: str, dtype: torch.dtype) -> tuple[i
 
     numels: number of elements of each trainable tensor.
 
-    Sizes follow the optimizers of Cells (`harness.cell.training.optimizers`): 16-bit weights have float32 master copies, and
-    moments are in the weight's dtype, at least float32, or in 8 bits (arXiv:2110.02861). Paged optimizers store moments in
-    host memory if the tensor has at least 100,000 elements (arXiv:2305.14314, section 3).
+    Sizes follow the optimizers of Cells (`harness.cell.training.optimizers`). 16-bit weights have float32 master
+    copies. Moments are in 8 bits (arXiv:2110.02861), or in the weight's dtype, but at least in float32. A paged
+    optimizer stores the moments of a tensor in host memory if the tensor has at least 100,000 elements
+    (arXiv:2305.14314, section 3).
     """
     device = host = 0
     for n in numels:
@@ -49,9 +51,9 @@ def adamw_bytes(numels: Iterable[int], name: str, dtype: torch.dtype) -> tuple[i
 
 
 def optimizer_bytes(adapted: Adapted, trains: Sequence[nn.Parameter], dtype: torch.dtype) -> dict[str, tuple[int, int]]:
-    """Map each optimizer that the Method supports to its bytes (on the device, in host memory).
+    """Return the bytes of each optimizer that the Method supports, as a pair: on the device, in host memory.
 
-    Raises TypeError if the Method has its own optimizer and its state is unknown.
+    Raises TypeError if the Method has its own optimizer and the state of this optimizer is unknown.
     """
     optimizer = adapted.optimizer(1e-3, 0.0)
     if optimizer is None:
@@ -68,7 +70,10 @@ def optimizer_bytes(adapted: Adapted, trains: Sequence[nn.Parameter], dtype: tor
 
 
 def _galore(p: nn.Parameter, group: dict[str, Any], itemsize: int, bits: int) -> int:
-    """Return the bytes of a parameter's GaLore state: a projector and small moments, or Adam's two moments."""
+    """Return the bytes of a parameter's state in GaLore.
+
+    A projected parameter has a projector and small moments. Any other parameter has Adam's two moments.
+    """
     if not group["rank"]:
         return galore_moments.stored_bytes(p.numel(), itemsize, bits)
     m, n = p.shape
@@ -79,13 +84,13 @@ def _galore(p: nn.Parameter, group: dict[str, Any], itemsize: int, bits: int) ->
 
 
 def has_masters(dtype: torch.dtype, *, own: bool) -> bool:
-    """Return whether weights of this dtype have float32 masters.
+    """Return whether weights of this dtype have float32 master copies.
 
-    own: whether the optimizer is the Method's own, which updates bfloat16 weights directly.
+    own: whether the Method has its own optimizer. Such an optimizer updates bfloat16 weights without master copies.
     """
     return dtype == torch.float16 if own else dtype in SIXTEEN_BIT
 
 
 def bytes_in_step(trains: Sequence[nn.Parameter], dtype: torch.dtype, *, own: bool) -> int:
-    """Return the bytes that exist only while an optimizer steps: float32 gradients of its masters."""
+    """Return the bytes that exist only while an optimizer steps: the float32 gradients of its master copies."""
     return 4 * sum(p.numel() for p in trains) if has_masters(dtype, own=own) else 0

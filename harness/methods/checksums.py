@@ -20,15 +20,18 @@ def crc32_by_name(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def quantisation_state(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Map `<name>.<index>` to the tensors in the `quant_state` of packed parameters (bitsandbytes)."""
+    """Return the tensors in the `quant_state` of bitsandbytes' packed parameters.
+
+    Their keys are `<name of the parameter>.<index>`.
+    """
     found = {name: tensors_in(getattr(parameter, "quant_state", None)) for name, parameter in named.items()}
     return {f"{name}.{index}": tensor for name, tensors in found.items() for index, tensor in enumerate(tensors)}
 
 
 def tensors_in(value: object, depth: int = 3) -> list[Tensor]:
-    """List the tensors in `value`, its items and its attributes, down to `depth` levels.
+    """List the tensors in `value`, in its items and in its attributes, down to `depth` levels.
 
-    bitsandbytes nests one quantisation state in another.
+    More than one level is needed, because bitsandbytes nests one quantisation state in another.
     """
     if isinstance(value, Tensor):
         return [value]

@@ -1,4 +1,7 @@
-"""Stacked expert weights. They are no linear layers, so `all-linear` and a 4-bit base do not reach them. No torch."""
+"""Expert weights that are stacked in one parameter, in mixture-of-experts models. Imports no torch.
+
+They are no linear layers, so `all-linear` and a 4-bit base do not reach them.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ ALL_LINEAR = "all-linear"
 
 
 def untouched(model: nn.Module) -> int:
-    """Return the number of expert weights that neither train nor have an adapter of HF peft.
+    """Return the number of expert weights that do not train and have no adapter of HF peft.
 
-    model: ready to train. Experts are modules with `Expert` in their class name, as in transformers. Such a module has
-    the matrices of all experts of a block as parameters.
+    `model` must be ready to train. Experts are modules with `Expert` in their class name, as in transformers. The
+    parameters of such a module are the stacked matrices of all experts in a block.
     """
     return sum(
         p.numel()
@@ -30,7 +33,7 @@ def untouched(model: nn.Module) -> int:
 
 
 def means_all(cell: Cell) -> bool:
-    """Return whether a Cell adapts or packs all linear layers rather than named ones."""
+    """Return whether a Cell adapts or packs all linear layers. Otherwise the Cell names the layers."""
     if isinstance(keys := cell.config.get(KEY), dict):
         return keys.get("target_modules") == ALL_LINEAR
     targets = cell.config.get("targets")
@@ -38,7 +41,10 @@ def means_all(cell: Cell) -> bool:
 
 
 def note(number: int, weights: int) -> str:
-    """Return a note about `number` untouched weights of a model with `weights` weights; empty for 0."""
+    """Return a note that `number` of a model's `weights` weights are neither adapted nor packed.
+
+    If `number` is 0, return an empty string.
+    """
     if not number:
         return ""
     return (
@@ -49,7 +55,7 @@ def note(number: int, weights: int) -> str:
 
 
 def notes(cell: Cell, model: nn.Module, weights: int) -> list[str]:
-    """Return the Record's notes on untouched experts of a model that is ready to train.
+    """Return the notes of a Record about untouched experts. `model` must be ready to train.
 
     weights: number of the model's weights without its adapter.
     """

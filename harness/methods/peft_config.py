@@ -44,17 +44,18 @@ _UNSUPPORTED_INITS = {
 }
 """Unsupported values of LoRA's `init_lora_weights`, with the reason. peft itself would silently train another method."""
 _VIRTUAL = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CARTRIDGE")
-"""Types with virtual tokens before every text."""
+"""Values of `peft_type` with virtual tokens before every text."""
 IN_THE_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
-"""Types whose virtual tokens are keys and values of every block. Virtual tokens of other types are embeddings."""
+"""Values of `peft_type` whose virtual tokens are keys and values of every block. Other virtual tokens are
+embeddings."""
 _CAUSAL_ONLY = dict.fromkeys(IN_THE_CACHE, "passes its tokens as a key-value cache, which no encoder has") | {
     "ADAPTION_PROMPT": "supports the attention of Llama, Mistral and GPT-2 only"
 }
-"""Types for causal models only, with the reason."""
+"""Values of `peft_type` for causal models only, with the reason."""
 _KINDS = {"CAUSAL_LM": "causal", "SEQ_CLS": "encoder"}
-"""peft's `task_type` -> kind of the model."""
+"""Kind of model for each `task_type` of peft."""
 _HEADS = {"classifier", "score"}
-"""Entries that peft adds to `modules_to_save` of a classifier; the harness trains every head anyway."""
+"""Entries that peft adds to the `modules_to_save` of a classifier. The harness trains every head anyway."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +63,21 @@ class AdapterConfig:
     """Config of the Method `peft`."""
 
     adapter_config: dict[str, Any]
-    """Keys of an adapter_config.json, unchanged."""
+    """Content of the adapter_config.json, unchanged."""
 
 
 @dataclass(frozen=True)
 class AdapterConfigField(FieldInfo):
-    """The field `adapter_config`: the path of an adapter_config.json or of its folder, or its keys.
+    """The field `adapter_config` of a suite.
+
+    Its value is the path of an adapter_config.json or of its folder, or its content.
 
     Hints contain text that is valid in JSON and in YAML.
     """
 
     @property
     def type_label(self) -> str:
-        """Name of the type for authors of suites."""
+        """Name of the field's type, for authors of suites."""
         return f"the path of an {FILE}, or its keys"
 
     @property
@@ -88,7 +91,7 @@ class AdapterConfigField(FieldInfo):
         return f"write `{KEY}: ./my-adapter/{FILE}`, as peft's `save_pretrained` makes it"
 
     def resolved(self, value: Any, folder: Path) -> Any:
-        """Return the content of the file that `value` names, relative to `folder`; return any other value unchanged.
+        """Return the content of the file at the path `value`, relative to `folder`. Return any other value unchanged.
 
         Raises UsageError if the file cannot be read or is not a JSON object.
         """
@@ -122,11 +125,11 @@ class AdapterConfigField(FieldInfo):
         return "; ".join(text for _, text, _ in self.problems(value))
 
     def is_legible(self, value: Any) -> bool:
-        """Return whether the config names its type."""
+        """Return whether the config has a `peft_type`, so that further checks are possible."""
         return isinstance(value, dict) and isinstance(value.get("peft_type"), str)
 
     def problems(self, value: Any) -> Iterator[FieldProblem]:
-        """Yield every problem of a config, with the path of its key."""
+        """Yield every problem of a config, with the path of the key that causes it."""
         if not isinstance(value, dict):
             problem = "is missing" if value is None else f"must be {self.type_label}, got {value!r}"
             yield (), problem, self.hint
@@ -196,7 +199,10 @@ def _type_problems(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
 
 
 def _unknown_keys(value: Mapping[str, Any]) -> Iterator[FieldProblem]:
-    """Yield a problem for every key that peft would ignore, except keys with null, which other versions of peft write."""
+    """Yield a problem for every key that peft would ignore.
+
+    Keys with the value null are no problem, because other versions of peft write them.
+    """
     kind = value.get("peft_type")
     known = peft_schema.keys_of(kind) if isinstance(kind, str) and kind not in _UNSUPPORTED_TYPES else frozenset()
     for key in value:
@@ -249,4 +255,4 @@ PEFT = MethodInfo(
     path=Path(__file__),
 )
 UNREFERENCED = {PEFT.name: PEFT}
-"""Name -> Method without a reference. Only checks that need no reference apply to it."""
+"""Methods without a reference, by name. Only checks that need no reference apply to them."""

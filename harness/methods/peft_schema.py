@@ -1,4 +1,7 @@
-"""The installed peft's `peft_type`s and their keys, read from the source because importing peft takes seconds. No torch."""
+"""Find the values of `peft_type` that the installed peft has, and their keys. No torch.
+
+They are read from peft's source, because importing peft takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,13 @@ from pathlib import Path
 
 @cache
 def peft_types() -> tuple[str, ...]:
-    """Return every `peft_type`; empty if peft is not installed or its source does not show them."""
+    """Return every `peft_type`. Return an empty tuple if peft is not installed or its source does not show them."""
     body = _classes("utils/peft_types.py").get("PeftType")
     return tuple(ast.literal_eval(line.value) for line in body.body if isinstance(line, ast.Assign)) if body else ()
 
 
 def keys_of(kind: str) -> frozenset[str]:
-    """Return the keys of a `peft_type`; empty if peft's source does not show them."""
+    """Return the keys of a `peft_type`. Return an empty set if peft's source does not show them."""
     configs = _configs()
     name = next((name for name, node in configs.items() if _kind(node) == kind), "")
     return frozenset(key for node in _lineage(name, configs) for key in _fields(node))

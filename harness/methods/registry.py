@@ -44,15 +44,15 @@ class Implementation:
     function: Callable[..., Any]
     """The code. For a Method, it takes (model, config, generator) and returns an Adapted."""
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
-    """Supported dtypes, a part of `DTYPES`."""
+    """Supported dtypes, a subset of `DTYPES`."""
     devices: tuple[str, ...] = ("cpu", "cuda")
     """Supported device types."""
     requires: tuple[str, ...] = ()
     """Modules that a Cell imports at its start-up, outside every measured phase. If one is missing, the Cell is skipped."""
     distribution: str = ""
-    """Distribution of the entry point."""
+    """Name of the Python distribution that has the entry point."""
     version: str = ""
-    """Version of the distribution."""
+    """Version of this distribution."""
     point: str = ""
     """Name of the entry point, as in `entry_points_by_name`."""
 
@@ -101,9 +101,9 @@ def implements(
     devices: Iterable[str] = ("cpu", "cuda"),
     requires: Iterable[str] = (),
 ) -> Callable[[Callable[..., Any]], Implementation]:
-    """Return a decorator that makes a function an Implementation of `target`. An entry point must offer the result.
+    """Return a decorator that makes a function an Implementation of `target`.
 
-    kind: by default, the kind of `target`.
+    The harness finds the Implementation only if an entry point offers it. kind: by default, the kind of `target`.
     """
 
     def wrap(function: Callable[..., Any]) -> Implementation:
@@ -114,7 +114,10 @@ def implements(
 
 
 def implementations_in(name: str) -> list[Implementation]:
-    """Return the Implementations in the module `name` (dotted), or in the modules directly in the package `name`."""
+    """Return the Implementations in a module, or in the modules directly in a package.
+
+    name: dotted name of the module or package.
+    """
     found = import_module(name)
     modules = [file.name for file in pkgutil.iter_modules(getattr(found, "__path__", ())) if not file.ispkg]
     namespaces = [vars(found), *(vars(import_module(f"{name}.{module}")) for module in modules)]
@@ -123,7 +126,10 @@ def implementations_in(name: str) -> list[Implementation]:
 
 @cache
 def targets() -> dict[str, TargetKind]:
-    """Map every possible target to its kind. Operations and bases have the names of files, which are not read."""
+    """Map every possible target to its kind.
+
+    The names of Operations and bases are names of files. The content of these files is not read.
+    """
     found: dict[str, TargetKind] = {file.stem: "base" for file in (data_folder("suites") / "parity").glob("*.yaml")}
     found |= {file.stem: "operation" for file in _OPERATIONS.glob("*.py") if not file.stem.startswith("_")}
     return found | dict.fromkeys([*methods(), *UNREFERENCED], "method")
@@ -135,14 +141,18 @@ class Registry:
 
     implementations: tuple[Implementation, ...] = ()
     broken: dict[str, str] = field(default_factory=dict)
-    """Name of an entry point that failed entirely or in part, as in `entry_points_by_name` -> the reason."""
+    """Entry points that failed entirely or in part, with the reason. The names are those of `entry_points_by_name`."""
 
     def names(self, kind: str, target: str) -> list[str]:
         """List the names of the Implementations of `target`, sorted."""
         return sorted(i.name for i in self.implementations if (i.kind, i.target) == (kind, target))
 
     def find(self, kind: str, target: str, name: str) -> Implementation:
-        """Return one Implementation, or raise ImplementationError with the nearest name or the plug-in's own error."""
+        """Return the Implementation with this name.
+
+        If there is none, raise ImplementationError with the nearest name, or with the error of the plug-in that should
+        have it.
+        """
         for implementation in self.implementations:
             if (implementation.kind, implementation.target, implementation.name) == (kind, target, name):
                 return implementation
@@ -171,9 +181,9 @@ def format_error(error: BaseException) -> str:
 
 
 def entry_points_by_name() -> dict[str, EntryPoint]:
-    """Map names to the group's entry points, the harness's own first, without loading any.
+    """Map names to the entry points of the group, without loading any. The harness's own come first.
 
-    If a name occurs again, the distribution's name is appended to it.
+    If two entry points have the same name, the name of the distribution is appended to that of the second.
     """
     found: dict[str, EntryPoint] = {}
     for point in sorted(entry_points(group=GROUP), key=_order):
@@ -185,9 +195,10 @@ def entry_points_by_name() -> dict[str, EntryPoint]:
 
 
 def discover(only: Collection[str] | None = None, begin: Callable[[str], None] | None = None) -> Registry:
-    """Load every entry point of the group, the harness's own first, so that no plug-in can take one of its names.
+    """Load every entry point of the group, and return the Registry.
 
-    only: names of the entry points to load, as in `entry_points_by_name`; begin: called with each name before loading.
+    The harness's own come first, so that no plug-in can take one of their names. only: names of the entry points to
+    load, as in `entry_points_by_name`. begin: called with each name before loading.
     """
     found: dict[tuple[str, str, str], Implementation] = {}
     broken: dict[str, str] = {}
@@ -221,7 +232,7 @@ def discover(only: Collection[str] | None = None, begin: Callable[[str], None] |
 
 
 def _misfit(implementation: Implementation, known: dict[str, TargetKind]) -> str:
-    """Describe an unknown target, or a kind that is not the target's; return an empty string if both are right."""
+    """Return an error message if the target is unknown or is of another kind. Otherwise return an empty string."""
     target, kind = implementation.target, implementation.kind
     if target not in known:
         return f"{implementation}: unknown target {target!r}; {did_you_mean(target, known, 'there are')}"
@@ -244,12 +255,15 @@ def _order(point: EntryPoint) -> tuple[bool, str, str]:
 
 
 def _provider(point: EntryPoint) -> tuple[str, str]:
-    """Return the distribution's name and version; either may be missing from its METADATA."""
+    """Return the name and the version of an entry point's distribution. Either may be missing from its METADATA."""
     return (point.dist.name or "unknown", point.dist.version or "") if point.dist is not None else ("unknown", "")
 
 
 def _offered(loaded: object) -> Iterator[Implementation]:
-    """Yield the Implementations of an entry point: one, several, or a function that returns either."""
+    """Yield the Implementations of an entry point.
+
+    `loaded` is one Implementation, several, or a function that returns either.
+    """
     if callable(loaded) and not isinstance(loaded, Implementation):
         loaded = loaded()
     offered = [loaded] if isinstance(loaded, Implementation) else loaded

@@ -1,6 +1,6 @@
-"""The Methods, read from the source of `reference/` without importing that package, and so without torch.
+"""Read the Methods from the source of `reference/`. This package is not imported, so torch is not needed.
 
-A file of `reference/` with `SPEC = ReferenceSpec(...)` is a Method; there is no other list of Methods.
+A file of `reference/` with `SPEC = ReferenceSpec(...)` is a Method. There is no other list of Methods.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _TYPES = {
     "str": (str, "a word"),
     "tuple[str, ...]": (tuple, "a list of words"),
 }
-"""Annotation of a field -> its type, and the name of the type for authors of suites."""
+"""Type for each annotation of a field, and the name of the type for authors of suites."""
 _SPEC_CLASSES = {kind.__name__: kind for kind in (ReferenceSpec, Deviation)}
 TARGET_WORDS = frozenset({"attention", "all-linear"})
 """Words that a suite may write instead of a list of layers; `reference.shared.layers.WORDS` defines them."""
 
 FieldProblem = tuple[tuple[str | int, ...], str, str]
-"""A problem of a value: the path of keys inside the value, a description, and a hint."""
+"""A problem of a value, as a tuple: the keys that lead to it inside the value, a description, and a hint."""
 
 
 class Adapted(Protocol):
-    """An adapted model: the result of `attach(model, config, generator)` of every Method and Implementation."""
+    """An adapted model. `attach(model, config, generator)` of every Method and Implementation returns one."""
 
     model: nn.Module
     """The model that was passed to `attach`."""
@@ -65,7 +65,7 @@ class Adapted(Protocol):
         """
 
     def after_step(self, step: int) -> None:
-        """Run the Method's work between optimizer steps; `step` counts from 1."""
+        """Do the Method's work after an optimizer step, such as pruning ranks. `step` counts from 1."""
 
     def merge(self) -> None:
         """Fold the adapter into the weights."""
@@ -85,15 +85,16 @@ class FieldInfo:
     """Annotation in the source: `int`, `float`, `bool`, `str` or `tuple[str, ...]`."""
     default: Any
     minimum: float | None = None
-    """Smallest valid value; None without a bound."""
+    """Smallest valid value. None means that there is no bound."""
     maximum: float | None = None
-    """Largest valid value; None without a bound."""
+    """Largest valid value. None means that there is no bound."""
     choices: tuple[Any, ...] | None = None
-    """Valid values; None without a restriction."""
+    """Valid values. None means that there is no restriction."""
     omit_default: bool = False
-    """Whether a Cell leaves the default out. A field younger than published Records must not change their cell_ids."""
+    """Whether a Cell leaves the field out if it has its default. Such a field was added after published Records, and
+    must not change their cell_ids."""
     about: str = ""
-    """Description, from the string below the field."""
+    """Description of the field. It is the string below the field in the source."""
 
     @property
     def is_list(self) -> bool:
@@ -102,7 +103,7 @@ class FieldInfo:
 
     @property
     def type_label(self) -> str:
-        """Name of the type for authors of suites."""
+        """Name of the field's type, for authors of suites."""
         return _TYPES[self.type][1]
 
     @property
@@ -119,7 +120,7 @@ class FieldInfo:
         return str(self.default).lower() if self.type == "bool" else str(self.default)
 
     def resolved(self, value: Any, folder: Path) -> Any:
-        """Return the value, with a file name replaced by the content of the file. This class returns it unchanged.
+        """Return the value. A subclass may replace a file name by the content of the file; this class does not.
 
         folder: folder of the suite, to which file names are relative.
         """
@@ -130,11 +131,14 @@ class FieldInfo:
         yield from ()
 
     def is_legible(self, value: Any) -> bool:
-        """Return whether a value is complete enough for further checks. For this class, only a valid value is."""
+        """Return whether a value is complete enough for further checks. In this class, the value must be valid."""
         return not self.problem(value)
 
     def canonical(self, value: Any) -> Any:
-        """Return the JSON form of a valid value (`16` for a float becomes 16.0); None if a Cell leaves it out."""
+        """Return the JSON form of a valid value. For example, `16` for a float becomes 16.0.
+
+        If a Cell leaves the value out, return None.
+        """
         if self.omit_default and value == self.default:
             return None
         if self.is_list:
@@ -172,14 +176,14 @@ class MethodInfo:
     """A Method as its file in `reference/` describes it."""
 
     name: str
-    """Name of the file without its suffix."""
+    """Name of the Method: the name of its file without the suffix."""
     summary: str
-    """First line of the file's docstring."""
+    """First line of the docstring of the Method's file."""
     spec: ReferenceSpec
     fields: dict[str, FieldInfo]
     """Fields of its `Config`, by name."""
     path: Path
-    """The file."""
+    """Path of the Method's file."""
 
 
 def methods(folder: Path = _REFERENCE) -> dict[str, MethodInfo]:
@@ -211,7 +215,10 @@ def _is_spec(node: ast.Assign) -> bool:
 
 
 def _evaluated(node: ast.expr) -> Any:
-    """Return the value of an expression of literals and calls of the classes in `reference/spec.py`, with no import."""
+    """Return the value of an expression in a Method's source, without importing this source.
+
+    The expression may have literals, and calls of the classes in `reference/spec.py`.
+    """
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _SPEC_CLASSES:
         arguments = {str(keyword.arg): _evaluated(keyword.value) for keyword in node.keywords}
         return _SPEC_CLASSES[node.func.id](*map(_evaluated, node.args), **arguments)

@@ -69,7 +69,10 @@ class WrappedLayers(AdaptedLayers):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Replace each layer by a plain one with the updated weight. Raises Unsupported without an `update` function."""
+        """Replace each layer by a plain one with the updated weight.
+
+        Raises Unsupported if there is no `update` function.
+        """
         if self.update is None:
             raise Unsupported("wrap_layers has no `update`, the function that returns what a layer adds to the weight")
         for path, layer in self.layers.items():

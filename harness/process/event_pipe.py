@@ -1,4 +1,4 @@
-"""The worker's end of the event pipe, which carries JSON lines. The output of plug-ins does not enter this pipe."""
+"""The end of the event pipe to which a worker writes JSON lines. The output of plug-ins does not enter this pipe."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Emit(Protocol):
 
 @contextmanager
 def event_writer(events: int, lifeline: int) -> Iterator[Emit]:
-    """Yield a function that writes events to the descriptor `events`, and redirect stdout to stderr, also for C libraries.
+    """Yield a function that writes events to the descriptor `events`. Redirect stdout to stderr, also for C libraries.
 
-    If a plug-in forks this process, the fork's events are dropped. This process is killed when the other end of
+    If a plug-in forks this process, the events of the fork are dropped. This process is killed when the other end of
     the pipe `lifeline` closes. The last event is `done`, with the id of the process that watches the lifeline.
     """
     watcher = die_with_parent(lifeline, events)

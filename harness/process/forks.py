@@ -16,7 +16,7 @@ from typing import IO, Any, Generic, NoReturn, TypeVar
 
 _T = TypeVar("_T")
 _WALL_FACTOR = 10
-"""Factor between the limit of CPU time and that of wall time, for a fork that sleeps or waits for a lock."""
+"""Limit of wall time divided by the limit of CPU time. Wall time limits a fork that sleeps or waits for a lock."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,19 @@ class Ended(Generic[_T]):
 
     task: _T
     returned: Any
-    """The JSON value that the function returned; None if it returned none."""
+    """The JSON value that the function returned. None if the function returned no value."""
     died: str
-    """Signal or exit code that ended the fork before the function returned, e.g. `SIGXCPU`; empty if none did."""
+    """Signal or exit code that ended the fork before the function returned, e.g. `SIGXCPU`. Empty if the function
+    returned or raised an exception."""
     error: str
-    """Last line of the traceback of an exception in the function; empty if it raised none."""
+    """Last line of the traceback if the function raised an exception. Otherwise empty."""
 
 
 def run(tasks: Iterable[_T], act: Callable[[_T], Any], jobs: int, limits: Limits) -> Iterator[Ended[_T]]:
-    """Yield the end of act(task) for every task, in the order in which they end, with at most `jobs` forks at a time.
+    """Call act(task) in a fork for every task, with at most `jobs` forks at a time. Yield the end of each fork.
 
-    `act` returns a JSON value. Its prints are dropped. If the caller stops early, the running forks are killed.
+    The forks are yielded in the order in which they end. `act` returns a JSON value, and what it prints is dropped. If
+    the caller stops early, the running forks are killed.
     """
     waiting = iter(tasks)
     running: dict[int, tuple[_T, int, bytearray]] = {}
@@ -80,7 +82,7 @@ def run(tasks: Iterable[_T], act: Callable[[_T], Any], jobs: int, limits: Limits
 
 
 def _start(task: _T, act: Callable[[_T], Any], limits: Limits) -> tuple[int, int]:
-    """Fork; return the descriptor from which the value can be read, and the fork's process id."""
+    """Start a fork. Return the descriptor from which the value can be read, and the fork's process id."""
     reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -94,7 +96,7 @@ def _start(task: _T, act: Callable[[_T], Any], limits: Limits) -> tuple[int, int
 
 
 def _become(task: _T, act: Callable[[_T], Any], limits: Limits, pipe: IO[str]) -> NoReturn:
-    """Act in the fork, and end it."""
+    """Call `act` in the fork, write its result to the pipe, and end the fork."""
     code = 1
     try:
         try:
@@ -114,7 +116,7 @@ def _become(task: _T, act: Callable[[_T], Any], limits: Limits, pipe: IO[str]) -
 
 
 def _limit(limits: Limits) -> None:
-    """Set the limits of this process; Ctrl-C and the limit of wall time end it at once."""
+    """Set the limits of this process. Ctrl-C and the limit of wall time end the process at once."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(limits.cpu_s * _WALL_FACTOR)

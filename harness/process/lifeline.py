@@ -1,6 +1,7 @@
-"""A pipe that lets a worker and its children end when the worker's parent has ended.
+"""A pipe that ends a worker and its children when the worker's parent has ended.
 
-As a script, `lifeline.py DESCRIPTOR COMMAND...`, it becomes a command that knows nothing of the pipe.
+As a script, `lifeline.py DESCRIPTOR COMMAND...` starts to watch the pipe, and then becomes the command. So the command
+itself need not know of the pipe.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ def die_with_parent(lifeline: int, *others: int) -> int:
     """Start a process that kills this process group when the other end of the pipe `lifeline` closes; return its id.
 
     The pipe closes when the parent ends in any way, even before this call. A thread of the worker could not watch the
-    pipe: it would not run while a library holds the interpreter, and if the worker were killed, it would end before it
-    could kill the worker's children. others: descriptors that the watching process must not hold open.
+    pipe. It would not run while a library holds the interpreter. And if the worker were killed, the thread would end
+    before it could kill the worker's children. others: descriptors that the watching process must not hold open.
     """
     if watcher := os.fork():
         return watcher

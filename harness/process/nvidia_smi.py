@@ -8,13 +8,14 @@ import subprocess
 from harness.errors import HarnessError
 
 _PATIENCE_S = 20.0
-"""Time limit for an answer. An idle driver first wakes up every GPU."""
+"""Time limit for an answer in seconds. It is long, because an idle driver first wakes up every GPU."""
 
 
 def lines(query: str, units: bool = True) -> list[str]:
-    """Return the lines that `nvidia-smi --query-QUERY` prints, one per GPU or process; none if it is not installed.
+    """Return the lines that `nvidia-smi --query-QUERY` prints, one per GPU or process.
 
-    units: whether each number has a unit. Raises HarnessError if nvidia-smi does not answer.
+    If nvidia-smi is not installed, return no lines. units: whether each number has a unit. Raises HarnessError if
+    nvidia-smi does not answer.
     """
     tool = shutil.which("nvidia-smi")
     if tool is None:

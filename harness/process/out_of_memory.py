@@ -45,6 +45,9 @@ def shortage(error: BaseException) -> Shortage | None:
 
 
 def _size(found: re.Match[str]) -> int | None:
-    """Return the size that a message names, in bytes, or None. The groups of `found` are pairs (number, unit)."""
+    """Return the size in bytes that an error message names. If it names none, return None.
+
+    The groups of `found` are pairs (number, unit).
+    """
     pairs = zip(found.groups()[::2], found.groups()[1::2], strict=True)
     return next((int(float(number) * _UNITS[unit or ""]) for number, unit in pairs if number), None)

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import IO, Self
 
 ANSWER = "answer: "
-"""Prefix of answers on stdout. It distinguishes them from the output of libraries."""
+"""Prefix of answers on stdout. It distinguishes answers from the output of libraries."""
 
 _OUTPUT_LINES = 1000
 _CHUNK_B = 1 << 16
@@ -40,13 +40,13 @@ class Pipe:
         return bool(select.select([self.descriptor], [], [], max(0.0, timeout))[0])
 
     def read(self) -> bytes:
-        """Return the next bytes; b"" at the end of the pipe. Blocks until there are bytes."""
+        """Wait for bytes, and return them. At the end of the pipe, return b""."""
         chunk = os.read(self.descriptor, _CHUNK_B)
         self.is_closed = not chunk
         return chunk
 
     def lines(self) -> list[bytes]:
-        """Return the next complete lines, maybe none. Blocks until there are bytes."""
+        """Wait for bytes, and return the lines that are then complete. There may be none."""
         *lines, self._rest = (self._rest + self.read()).split(b"\n")
         return lines
 
@@ -54,10 +54,10 @@ class Pipe:
 class Subprocess:
     """A process in a separate session: Ctrl-C does not reach it, and `close` kills it together with its children.
 
-    The end of a `with` block calls `close`. `output` has the last lines of stdout and stderr if they are `PIPE`.
+    The end of a `with` block calls `close`. `output` has the last lines of stdout and stderr if these are `PIPE`.
 
-    events, lifeline: whether to open a pipe of this name. The process gets the descriptor of its end as a decimal
-    argument before `arguments`. The constructor raises OSError if the process cannot be started.
+    events, lifeline: whether to open a pipe of this name. For each pipe, the process gets the descriptor of its end as
+    a decimal argument before `arguments`. The constructor raises OSError if the process cannot be started.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Subprocess:
             self._ours = ours.pop_all()
         self.pid = self._process.pid
         self._is_reaped = False
-        """Whether the group was killed and the process's exit code was read."""
+        """Whether the process group was killed and the exit code was read."""
         self._lines: deque[str] = deque(maxlen=_OUTPUT_LINES)
         # Lines are stored in memory: on a full disk, a file would lack the line that reports the full disk. A thread reads
         # them, because a child with a full pipe would wait forever for a reader.
@@ -121,24 +121,25 @@ class Subprocess:
 
     @property
     def reports_full_disk(self) -> bool:
-        """Whether the captured output mentions a full disk or an exceeded quota."""
+        """Whether the captured output mentions a full disk or an exceeded disk quota."""
         return any(sign in self.output for sign in _FULL_DISK)
 
     @property
     def exit_code(self) -> int | None:
-        """The exit code, negative after a signal; None while the process runs."""
+        """The exit code. Negative if a signal ended the process; None while the process runs."""
         return self._process.poll()
 
     @property
     def is_over(self) -> bool:
-        """Whether all events are read: the pipe is closed, or the process has ended and the pipe is empty.
+        """Whether all events have been read.
 
-        The first condition alone is not enough, because a child of the process may hold the pipe open forever.
+        Either the pipe is closed, or the process has ended and the pipe is empty. The first condition alone is not
+        enough, because a child of the process may hold the pipe open forever.
         """
         return self.events.is_closed or (self.exit_code is not None and not self.events.readable())
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Return the exit code, or None if the process still runs after `timeout` seconds."""
+        """Return the exit code. If the process still runs after `timeout` seconds, return None."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(timeout)
         return None
@@ -210,8 +211,8 @@ def signal_name(exit_code: int) -> str:
 def run_in_fork(function: Callable[[], bytes], timeout: float) -> bytes | None:
     """Run `function` in a fork of this process, and return the result.
 
-    The result is b"" if the fork died, and None if it took more than `timeout` seconds. The fork stays in the process
-    group of this process, so that both are killed together. Output of the fork is discarded.
+    If the fork dies, return b"". If the fork takes more than `timeout` seconds, return None. The fork stays in the
+    process group of this process, so that both are killed together. Output of the fork is discarded.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)

@@ -11,7 +11,7 @@ TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Terminated(KeyboardInterrupt):
-    """Raised when a signal requests the end of this process. The text is the name of the signal.
+    """Raised when a signal requests the end of this process. The exception's text is the name of the signal.
 
     The class is a KeyboardInterrupt, so that the same handlers catch Ctrl-C and signals.
     """
@@ -19,9 +19,10 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def handle_termination() -> Iterator[None]:
-    """Raise Terminated in the block on the first SIGTERM or SIGHUP; ignore further signals, so that cleanup completes.
+    """Raise Terminated inside the `with` block at the first SIGTERM or SIGHUP.
 
-    A signal that was ignored before the block stays ignored, as `nohup` requires.
+    Later signals are ignored, so that cleanup completes. A signal that was ignored before the block stays ignored, as
+    `nohup` requires.
     """
     terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
     handlers = {number: signal.getsignal(number) for number in TERMINATION_SIGNALS}

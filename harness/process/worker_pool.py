@@ -18,9 +18,11 @@ from harness.process.supervisor import Subprocess, module_arguments, signal_name
 
 _TOKEN = "PEFT_HARNESS_CHILD"  # noqa: S105
 _START_S = 120.0
-"""Least time that a worker gets before its first event, because it imports torch first."""
+"""Minimum time in seconds that a worker gets for its first event. It is long, because the worker imports torch
+first."""
 _GRACE_S = 20.0
-"""Time limit for the end of a worker after its last event. On a busy machine, the shutdown of torch takes seconds."""
+"""Time limit in seconds for the end of a worker after its last event. On a busy machine, the shutdown of torch takes
+seconds."""
 _TICK_S = 0.5
 
 
@@ -33,17 +35,18 @@ class WorkerPool:
         self._lock = threading.Lock()
 
     def stop(self) -> None:
-        """Kill all workers, and start no more."""
+        """Kill all workers, and let no more start."""
         with self._lock:
             self.stopped = True
             for worker in self._alive:
                 worker.kill_group()
 
     def events(self, module: str, task: Mapping[str, Any], patience: float) -> Iterator[dict[str, Any]]:
-        """Run `python -m MODULE EVENTS LIFELINE TASK`, and yield the events that it reports before `done`.
+        """Run `module` in a worker, and yield the events that the worker reports before `done`.
 
-        If the worker fails, the last event is `died`, with the reason: a crash, `patience` seconds without an event, or a
-        process that the worker leaves behind. No process remains, even if this process is killed.
+        The command is `python -m MODULE EVENTS LIFELINE TASK`. If the worker fails, the last event is `died`, with the
+        reason: a crash, `patience` seconds without an event, or a process that the worker leaves behind. No process
+        remains, even if this process is killed.
         """
         token = uuid.uuid4().hex
         with self._lock:
@@ -90,9 +93,11 @@ def _start(module: str, task: Mapping[str, Any], token: str) -> Subprocess:
 
 
 class _Clock:
-    """Seconds that a process could use: its CPU time while it runs, and wall time while it sleeps.
+    """A clock that shows whether a process hangs.
 
-    A process that waits for a processor, on a busy machine, does not hang.
+    It counts CPU time while the process runs, and wall time while it sleeps.
+
+    So a process that waits for a processor, on a busy machine, does not seem to hang.
     """
 
     def __init__(self, pid: int) -> None:
@@ -105,7 +110,7 @@ class _Clock:
         self._wall, self._cpu = time.monotonic(), self._cpu_s()
 
     def tick(self) -> None:
-        """Add what passed since the last tick."""
+        """Add the time since the last tick."""
         wall, cpu = time.monotonic(), self._cpu_s()
         self.seconds += cpu - self._cpu if self._runs() else wall - self._wall
         self._wall, self._cpu = wall, cpu
@@ -125,7 +130,10 @@ class _Clock:
 
 
 def _events(worker: Subprocess, patience: float) -> Iterator[Any]:
-    """Yield the worker's events until it ends. Yield None after `patience` seconds of a _Clock without an event."""
+    """Yield the worker's events until the worker ends.
+
+    If no event comes for `patience` seconds, as a `_Clock` counts them, yield None and end.
+    """
     clock, allowed = _Clock(worker.pid), max(patience, _START_S)
     while not worker.is_over:
         if worker.events.readable(min(_TICK_S, patience)):
@@ -144,7 +152,10 @@ def _events(worker: Subprocess, patience: float) -> Iterator[Any]:
 
 
 def _failure(worker: Subprocess, *, done: bool) -> str:
-    """Describe the failure of a worker after its last event; return an empty string if the worker has succeeded."""
+    """Wait for the end of a worker after its last event, and describe its failure.
+
+    If the worker has succeeded, return an empty string.
+    """
     code = worker.wait(_GRACE_S)
     if code is None and done:  # it has reported everything, and the end of a library may take long
         print(f"note: a process did not end within {_GRACE_S:g} s of its last result; killed", file=sys.stderr)
@@ -159,7 +170,7 @@ def _failure(worker: Subprocess, *, done: bool) -> str:
 
 
 def _left_behind(worker: Subprocess, watcher: int, token: str) -> list[str]:
-    """Name the processes that were started by a worker and still run `_GRACE_S` seconds after its end."""
+    """Return the names of processes of a worker that still run `_GRACE_S` seconds after the worker's end."""
     deadline = time.monotonic() + _GRACE_S
     while names := [n for one in _marked(token) if one.pid not in (worker.pid, watcher) for n in _name(one)]:
         if time.monotonic() > deadline:
@@ -169,7 +180,10 @@ def _left_behind(worker: Subprocess, watcher: int, token: str) -> list[str]:
 
 
 def _marked(token: str) -> Iterator[psutil.Process]:
-    """Yield the running processes with `token` in their environment: a worker and its descendants, which inherit it."""
+    """Yield the running processes with `token` in their environment.
+
+    These are a worker and its descendants, because descendants inherit the environment.
+    """
     for other in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if other.environ().get(_TOKEN) == token and other.status() != psutil.STATUS_ZOMBIE:

@@ -16,7 +16,7 @@ Json = Scalar | None | list[Any] | dict[str, Any]
 
 
 class FrozenModel(BaseModel):
-    """An immutable and strictly typed model without unknown keys, NaN and infinity."""
+    """An immutable and strictly typed model. It accepts no unknown keys, no NaN and no infinity."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -30,13 +30,13 @@ class ExtendedModel(FrozenModel):
     """Names of the added fields."""
 
     def later(self) -> dict[str, Scalar]:
-        """Return the names and values of those added fields that differ from their defaults."""
+        """Return those of the added fields that differ from their defaults, as values by name."""
         defaults = type(self).model_fields
         return {n: value for n in self.later_fields if (value := getattr(self, n)) != defaults[n].default}
 
 
 def mistake(problem: ValidationError | None) -> str:
-    """Return a text with the first validation error in a file, its location, and the number of further errors."""
+    """Describe the first validation error in a file, with its location and the number of further errors."""
     found = problem.errors(include_url=False, include_context=False, include_input=False) if problem else []
     if not found:
         return "nothing in it"

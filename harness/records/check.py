@@ -21,7 +21,7 @@ class CheckId(NamedTuple):
     """The check's name, e.g. `gradient`."""
     dtype: str = ""
     state: str = ""
-    """`init`, `warm`, `trained` or `call`; `-` for a check without a state."""
+    """State in which the check runs: `init`, `warm`, `trained` or `call`. `-` for a check without a state."""
 
     def __str__(self) -> str:
         return _SEPARATOR.join(self)
@@ -46,26 +46,26 @@ class Outcome(StrEnum):
 
 
 class CheckResult(FrozenModel):
-    """Result of one check: numbers, never only a verdict."""
+    """Result of one check. It has numbers, never only a verdict."""
 
     check: str
     """Identifier, `method/check/dtype/state`, e.g. `lora/gradient/float32/warm`; see `peft-harness explain CHECK`."""
     outcome: Outcome
     """Outcome: pass, fail or skipped."""
     error: float | None = None
-    """Worst error, in the norm that `policy` names; None if it was not finite or there is none."""
+    """Worst error, in the norm that `policy` names. None if the error was not finite or was not measured."""
     allowed: float | None = None
     """Largest error that passes."""
     tensor: str = ""
-    """Tensor with the worst ratio of error to allowance."""
+    """Name of the tensor with the largest ratio of error to allowed error."""
     worst: str = ""
-    """Worst element of that tensor: index, value, expected value."""
+    """Worst element of `tensor`, as text: its index, its value and the expected value."""
     policy: str = ""
-    """Tolerance policy."""
+    """Name of the tolerance policy."""
     nonfinite: int = 0
-    """Elements that are NaN or infinite where the reference is finite."""
+    """Number of elements that are NaN or infinite where the reference is finite."""
     detail: str = ""
-    """Reason of a failure or a skip, and other details."""
+    """Reason of a failure or of a skip, and other details."""
 
     @property
     def id(self) -> CheckId:
@@ -74,7 +74,7 @@ class CheckResult(FrozenModel):
 
     @property
     def share(self) -> float | None:
-        """The error divided by the allowed error; None if no error was measured or allowed."""
+        """The error divided by the allowed error. None if the error was not measured or no error is allowed."""
         return None if self.error is None or not self.allowed else self.error / self.allowed
 
     @model_validator(mode="after")

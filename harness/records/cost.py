@@ -14,25 +14,26 @@ class Checkpoint(FrozenModel):
     """Sizes of the files that a user would save, in safetensors format."""
 
     adapter_file_B: Bytes | None = None
-    """Size of one file with the adapter and the head: all tensors that train, without those that can be computed
-    again (VeRA's projections, PiSSA's residual). The file is written, measured and removed. None if there is neither
-    adapter nor head, see `because`."""
+    """Size of one file with the adapter and the head, which are all tensors that train. Tensors that can be computed
+    again are left out, such as VeRA's projections and PiSSA's residual. The file is written, measured and removed. None
+    if there is neither adapter nor head; `because` has the reason."""
     head_B: Bytes = 0
-    """Part of the adapter file: the tensors of the head."""
+    """Size of the head's tensors, which are a part of the adapter file."""
     model_B: Bytes
-    """Size of a file with the whole model, merged or fully trained: unpacked, in the Cell's dtype, each tied weight
-    once. The sizes of the tensors are summed; no such file is written."""
+    """Size of a file with the whole merged or fully trained model. Weights are unpacked and in the Cell's dtype, and
+    each tied weight counts once. The sizes of the tensors are summed; no such file is written."""
     because: str = ""
-    """Reason for no adapter file."""
+    """Reason why there is no adapter file."""
 
 
 class Energy(FrozenModel):
-    """Source of the energy of the phases."""
+    """Origin of the energy values of the phases."""
 
     source: str = ""
-    """Counter: `nvml` (one GPU, its memory included) or `rapl` (all CPU packages of the machine, all processes)."""
+    """Energy counter: `nvml` for one GPU with its memory, or `rapl` for all CPU packages and all processes of the
+    machine."""
     because: str = ""
-    """Reason for no energy."""
+    """Reason why no energy was measured."""
 
 
 Throttle = Literal[
@@ -66,11 +67,11 @@ class GpuPhase(FrozenModel):
     end: GpuState | None = None
     """State at the end of the phase."""
     reserved_B: Bytes | None = None
-    """Highest memory that torch's allocator held, used or not."""
+    """Largest memory that torch's allocator held, whether used or not."""
     driver_B: Bytes | None = None
-    """Highest memory in use on the whole device by its driver's count, with contexts, other libraries and other
-    processes. It is sampled ten times a second, so a short peak may be missed."""
+    """Largest memory in use on the whole device, as the driver counts it. This includes contexts, other libraries and
+    other processes. It is sampled ten times a second, so a short peak may be missed."""
     alloc_retries: int | None = None
     """Number of times that the allocator freed its cache and tried again."""
     ooms: int | None = None
-    """Number of failed allocations, also of those whose error was caught."""
+    """Number of failed allocations. An allocation counts even if its error was caught."""

@@ -27,7 +27,7 @@ _GPU_QUERY = "gpu=uuid,name,driver_version,memory.total"
 
 
 def describe(threads: int | None = None, extra: dict[str, object] | None = None) -> Environment:
-    """Return the environment of this process. Its id does not depend on `threads` and `extra`."""
+    """Return the environment of this process. The environment's id does not depend on `threads` and `extra`."""
     software = {"python": platform.python_version()} | _versions()
     machine = _machine()
     text = json.dumps([software, machine], sort_keys=True)
@@ -57,7 +57,10 @@ def code_version() -> str:
 
 @functools.cache
 def gpus() -> tuple[str, ...]:
-    """Return one line per NVIDIA GPU (uuid, name, driver, memory); empty if there is no driver or all are hidden."""
+    """Return one line per NVIDIA GPU with its uuid, name, driver and memory.
+
+    There are no lines if there is no driver or all GPUs are hidden.
+    """
     if _hidden(os.environ.get("CUDA_VISIBLE_DEVICES")):
         return ()
     try:
@@ -72,7 +75,10 @@ def _hidden(visible: str | None) -> bool:
 
 
 def physical_cores() -> int:
-    """Return the number of physical cores that this process may use, by its affinity and its cgroup's quota."""
+    """Return the number of physical cores that this process may use.
+
+    The process's CPU affinity and its cgroup's quota limit the number.
+    """
     import psutil
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -93,9 +99,9 @@ def threads() -> int:
 
 
 def cgroup_cpus(root: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Return the CPU seconds per second that the kernel grants to this process, or None without a limit.
+    """Return the CPU seconds per second that the kernel grants to this process. If there is no limit, return None.
 
-    The limits of all parent cgroups apply. Reads cgroups v2 and v1; in v1 the controller of CPU time has its own tree.
+    The limits of all parent cgroups apply. Reads cgroups v2 and v1. In v1, the controller of CPU time has its own tree.
     """
     try:
         lines = [line.split(":", 2) for line in of.read_text().splitlines()]

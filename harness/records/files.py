@@ -13,7 +13,7 @@ from pathlib import Path
 from harness.errors import StoreError, UsageError
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-"""Errors of file systems without hard links."""
+"""Error numbers that file systems without hard links raise."""
 
 
 def sha256(path: Path) -> str:
@@ -28,15 +28,15 @@ def combined_sha256(paths: Sequence[Path]) -> str:
 
 
 def whole_lines(path: Path) -> list[str]:
-    """Return the lines of a file that another process writes, without a last line that it has not finished.
+    """Return the complete lines of a file that another process still writes. An unfinished last line is left out.
 
-    Returns no lines if there is no file.
+    If there is no file, return no lines.
     """
     return path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines() if path.exists() else []
 
 
 def unwritable(file: Path) -> str:
-    """Return the reason why a file cannot be written; empty if it can be written."""
+    """Return the reason why a file cannot be written. If it can be written, return an empty string."""
     if file.exists() and not file.is_file():  # e.g. /dev/null, which all processes share, must not be replaced
         return f"{file} is no regular file"
     if not file.parent.is_dir():
@@ -49,9 +49,9 @@ def unwritable(file: Path) -> str:
 
 
 def refuse_unwritable(files: Mapping[str, Path | None]) -> None:
-    """Raise UsageError for files that cannot be written, before a command works for minutes.
+    """Raise UsageError if a file cannot be written. A command calls this function before it works for minutes.
 
-    files: by option; None for a file that is not requested.
+    files: path of the file for each option. None means that the file is not requested.
     """
     given = {option: file for option, file in files.items() if file is not None}
     problems = {option: why for option, file in given.items() if (why := unwritable(file))}
@@ -65,7 +65,7 @@ def refuse_unwritable(files: Mapping[str, Path | None]) -> None:
 def write_atomic(path: Path, data: bytes, *, new: bool = False) -> None:
     """Write `data` so that `path` has either the old content or the whole new content, even after a power cut.
 
-    new: raise FileExistsError instead of replacing an old file.
+    new: whether to raise FileExistsError if `path` exists, instead of replacing it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -96,7 +96,7 @@ def write_atomic(path: Path, data: bytes, *, new: bool = False) -> None:
 
 
 def _publish(temporary: Path, path: Path) -> None:
-    """Give a file the name `path`, atomically, because two machines may try at the same time.
+    """Rename the file `temporary` to `path`. This is atomic, because two machines may try at the same time.
 
     Raises FileExistsError if `path` exists.
     """

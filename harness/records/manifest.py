@@ -10,29 +10,32 @@ from harness.records.record import SCHEMA, Cell, Environment, FrozenModel, Secon
 
 
 class Comparison(FrozenModel):
-    """A question of the suite about its Records; `analysis` decides it."""
+    """A question of the suite about its Records. `harness.analysis` answers it."""
 
     kind: Literal["better", "same-losses"]
     """`better`: the accuracy interval of `left` lies above that of `right`. `same-losses`: every Cell of `left`
     follows the float64 trajectory of `right` as closely as the noise floor allows."""
     left: list[str]
-    """cell_ids of the one side."""
+    """cell_ids of the Cells on the left side of the comparison."""
     right: list[str]
-    """cell_ids of the other side."""
+    """cell_ids of the Cells on the right side of the comparison."""
     says: str
-    """Sentence that is judged."""
+    """The statement that is judged, as a sentence."""
 
 
 class Tuning(FrozenModel):
-    """A declared search for a learning rate. The Cells of `sweep` differ from those of `cells` in the learning
-    rate, the seed and the test items. They are not ranked; they show the effect of the choice."""
+    """A declared search for a learning rate.
+
+    The Cells of `sweep` differ from those of `cells` in the learning rate, the seed and the test items. The Cells of
+    `sweep` are not ranked; they show the effect of the learning rate.
+    """
 
     entry: str
     """Id of the entry in the suite."""
     cells: list[str]
     """cell_ids of the tuned Cells."""
     sweep: list[str]
-    """cell_ids of the search, one Cell per learning rate."""
+    """cell_ids of the Cells of the search, one per learning rate."""
 
 
 class Manifest(FrozenModel):
@@ -54,7 +57,7 @@ class Manifest(FrozenModel):
     suite_text: str = ""
     """Content of the suite's file, which may change later. Empty in older runs."""
     comparisons: list[Comparison] = Field(default=[])
-    """Questions of the suite."""
+    """Questions of the suite about its Records."""
     tuning: list[Tuning] = Field(default=[])
     """Searches for learning rates."""
     cells: list[Cell]
@@ -80,18 +83,19 @@ class Footer(FrozenModel):
     how: Literal["finished", "interrupted", "failed"]
     """How the run ended."""
     counts: dict[str, int]
-    """Records per status, of the last attempt at each Cell."""
+    """Number of Records of each status. Only the last attempt at each Cell counts."""
     missing: list[str]
-    """Expected Cells without any Record."""
+    """cell_ids of the expected Cells without any Record."""
     kept: int = 0
-    """Cells with a Record of an earlier invocation. The seconds below belong to the last invocation only."""
+    """Number of Cells with a Record of an earlier invocation. The fields in seconds belong to the last invocation
+    only."""
     seconds_total: Seconds
     """Wall time of the last invocation."""
     seconds_in_cells: Seconds
     """Time in which a Cell was running."""
     seconds_outside: dict[str, float]
-    """Other time, by activity: `startup`, `fetch`, `scheduling`. The page is made after the footer, in about half a
-    second."""
+    """Seconds in which no Cell was running, by activity: `startup`, `fetch`, `scheduling`. The page is made after the
+    footer, in about half a second."""
     sha256: dict[str, str] = Field(default={})
     """Hashes of run.json and of each Record, by path in the run's folder, so that later changes are detected.
     Empty in older runs."""

@@ -1,7 +1,10 @@
-"""VeRA's linear layer on a GPU: d scales the output of the first product, b the low-rank term of the second.
+"""VeRA's linear layer on a GPU, as two products. The first is scaled by d.
 
-The gradients need no temporary of the size of y: with u = (x mask) A^T, the gradient of d is the sum over tokens of
-u * ((dy b) B), and that of b the sum over ranks of B * (dy^T (d u)).
+The low-rank term of the second is scaled by b.
+
+The gradients of d and b need no temporary of the size of the output y. Let u = (x mask) A^T, and let dy be the gradient
+of y. The gradient of d is the sum of u * ((dy b) B) over the tokens. The gradient of b is the sum of B * (dy^T (d u))
+over the ranks.
 """
 
 from __future__ import annotations
@@ -63,10 +66,11 @@ def vera_linear(
 ) -> Tensor:
     """Return x W^T + bias + b * ((d * ((x mask) A^T)) B^T), shape (..., E). VeRA, arXiv:2310.11454, eq. 2.
 
-    x (..., D), W (E, D), bias (E,) or None, A (R, D), B (E, R), b (E,), d (R,); mask: None, or 0 and 1 / (1 - p) in the
-    shape of x. All are of one dtype: float32, bfloat16 or float16. A and B, which are frozen, may be slices of larger
-    matrices. The result is differentiable once, in x, b and d. Raises ValueError for wrong shapes or dtypes, and if W
-    or bias requires a gradient.
+    Shapes: x (..., D), W (E, D), bias (E,), A (R, D), B (E, R), b (E,), d (R,). `mask` has the shape of x. It holds 0
+    or 1 / (1 - p) for a dropout with probability p, or is None without dropout. All tensors have the same dtype:
+    float32, bfloat16 or float16. A and B are frozen, and may be slices of larger matrices. The result is differentiable
+    once, with respect to x, b and d. Raises ValueError for wrong shapes or dtypes, and if W or bias requires a
+    gradient.
     """
     checked(x, W, A, B, mask, bias=bias, b=b, d=d)
     y: Tensor = _VeraLinear.apply(matrix(x), W, contiguous(bias), A, B, b.contiguous(), d.contiguous(), matrix(mask))

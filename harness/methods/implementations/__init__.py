@@ -1,1 +1,4 @@
-"""Implementations, one file or package per provider. Functions import third-party libraries, so that listing is fast."""
+"""Implementations, one file or package per provider.
+
+Only functions import third-party libraries, so that the Implementations are listed fast.
+"""

@@ -1,8 +1,8 @@
 """`bitsandbytes-triton`: bitsandbytes' Triton kernels (for XPU and others), run by Triton's interpreter.
 
-The interpreter must be on before Triton is imported: `TRITON_INTERPRET=1 peft-harness check bitsandbytes-triton`. Each
-function allocates tensors and calls kernels as bitsandbytes.backends.triton.ops does, since that module itself requires
-an accelerator.
+The interpreter must be on before Triton is imported: `TRITON_INTERPRET=1 peft-harness check bitsandbytes-triton`. The
+module bitsandbytes.backends.triton.ops requires an accelerator. So each function here allocates tensors and calls
+kernels in the same way as that module.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _OPERATION: dict[str, Any] = {
     "requires": ["triton", "bitsandbytes"],
 }  # fmt: skip
 MAX_BLOCKS = 64
-"""Largest number of blocks of a case. The interpreter takes some milliseconds for each program of a kernel."""
+"""Largest number of quantisation blocks in a case. The interpreter takes some milliseconds for each program of a
+kernel."""
 
 
 def _require_interpreter(blocks: int, values: Tensor | None = None) -> None:
@@ -75,7 +76,7 @@ nf4_dequantize, fp4_dequantize = _dequantize("nf4"), _dequantize("fp4")
 
 @implements("dynamic_quantize", **_OPERATION)
 def dynamic_quantize(x: Tensor, block: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """Return the codes and absmax of the 8-bit kernel with the dynamic map."""
+    """Quantise x by the 8-bit kernel with the dynamic map. Return the codes, and the absmax of each block."""
     _require_interpreter(-(-x.numel() // block), x)
     from bitsandbytes.backends.triton import kernels_8bit_quant
     from bitsandbytes.functional import create_dynamic_map
@@ -91,7 +92,10 @@ def adamw8bit_step(
     p: Tensor, g: Tensor, m: Tensor, m_absmax: Tensor, v: Tensor, v_absmax: Tensor, step: int, lr: float,
     betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Take one step with the fused kernel; return p, m, m_absmax, v, v_absmax."""
+    """Take one step with the fused kernel. Return the new p, m, m_absmax, v and v_absmax.
+
+    p is the parameter. m and v are the 8-bit codes of its two moments, and each block of codes has one absmax.
+    """
     import torch
 
     _require_interpreter(len(m_absmax))

@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 def galore(model: nn.Module, config: Config, generator: Generator) -> Adapted:
     """Return a model whose optimizer is GaLoreAdamW, or GaLoreAdamW8bit for 8-bit moments.
 
-    The reference selects the layers and parameters.
-
-    Raises Unsupported for side=paper and for niter > 0, which the package does not have.
+    The reference selects the layers and parameters. Raises Unsupported for side=paper and for niter > 0, because the
+    package has neither.
     """
     from reference.galore import GaLoreModel, attach
 
@@ -34,7 +33,10 @@ def galore(model: nn.Module, config: Config, generator: Generator) -> Adapted:
 
     class ByGaloreTorch(GaLoreModel):
         def optimizer(self, lr: float, weight_decay: float, bits: int = 32) -> Any:
-            """Return GaLoreAdamW, or GaLoreAdamW8bit for 8 bits, with the groups of its README."""
+            """Return GaLoreAdamW, or GaLoreAdamW8bit for 8 bits.
+
+            The parameter groups are those of the package's README.
+            """
             c = self.config
             projected = {id(layer.weight): layer.weight for layer in self.layers.values()}
             rest = [p for p in self.parameters() if id(p) not in projected]
@@ -59,7 +61,10 @@ def galore(model: nn.Module, config: Config, generator: Generator) -> Adapted:
 
 @implements("galore_step", name="galore-torch", kind="operation", dtypes=DTYPES, requires=["galore_torch"])
 def galore_step(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Take one step of GaLoreAdamW with given projector and moments; return W, M, V. For arguments see `_optimizer`."""
+    """Take one step of GaLoreAdamW from a given projector and given moments. Return W, M and V.
+
+    W is the new weight, and M and V are its new moments. arguments: see `_optimizer`.
+    """
     from galore_torch import GaLoreAdamW
 
     p, optimizer, state = _optimizer(GaLoreAdamW, no_deprecation_warning=True, **arguments)
@@ -72,10 +77,10 @@ def galore_step(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple[Tens
     "galore_step", name="galore-torch-8bit", kind="operation", requires=["galore_torch", "bitsandbytes"]
 )  # fmt: skip
 def galore_step_8bit(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Take one step of GaLoreAdamW8bit with moments of fewer than 4096 elements, which GaLoreAdamW8bit stores in float32.
+    """Take one step of GaLoreAdamW8bit with moments of fewer than 4096 elements. Return W, M and V.
 
-    Returns W, M and V, each moment in the dtype of its argument. Raises Unsupported for larger moments, which
-    GaLoreAdamW8bit stores in 8 bits.
+    GaLoreAdamW8bit stores such small moments in float32. W is the new weight. M and V are its new moments, each in the
+    dtype of its argument. Raises Unsupported for larger moments, which GaLoreAdamW8bit stores in 8 bits.
     """
     import torch
     from galore_torch import GaLoreAdamW8bit
@@ -95,7 +100,10 @@ def galore_step_8bit(M: Tensor, V: Tensor, step: int, **arguments: Any) -> tuple
 
 
 def _without_cuda() -> Any:
-    """Return a context in which `torch.cuda.synchronize`, which GaLoreAdamW8bit calls, does not raise without CUDA."""
+    """Return a context in which `torch.cuda.synchronize` does nothing if there is no CUDA.
+
+    GaLoreAdamW8bit calls this function, which would otherwise raise an error.
+    """
     import torch
 
     return nullcontext() if torch.cuda.is_available() else patch("torch.cuda.synchronize")
@@ -107,7 +115,7 @@ def _in_8_bits(groups: list[dict[str, Any]], **options: Any) -> Any:
 
     class AnywhereGaLoreAdamW8bit(GaLoreAdamW8bit):  # type: ignore[misc]  # the package has no types
         def step(self, closure: Callable[[], float] | None = None) -> Any:
-            """Take a step, but skip the call that synchronises CUDA: it raises on a machine without CUDA."""
+            """Take a step. Without CUDA, skip the call that synchronises CUDA, because it would raise."""
             with _without_cuda():
                 return super().step(closure)
 
@@ -117,9 +125,10 @@ def _in_8_bits(groups: list[dict[str, Any]], **options: Any) -> Any:
 def _optimizer(
     kind: Any, W: Tensor, G: Tensor, P: Tensor | None, Q: Tensor | None, side: str, scale: float, **options: Any
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """Return a parameter with its gradient, its optimizer, and its state with a projector that is not due for a refresh.
+    """Return a parameter with a gradient, its optimizer, and its state in the optimizer.
 
-    options: options of the optimizer, such as lr.
+    The state has a projector with the bases P and Q. This projector is not due for a refresh. options: options of the
+    optimizer, such as lr.
     """
     import torch
     from galore_torch.galore_projector import GaLoreProjector

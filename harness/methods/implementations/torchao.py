@@ -16,9 +16,10 @@ BLOCK, SCALER_BLOCK = 64, 256
 
 @implements("nf4_quantize", **_OPERATION)
 def nf4_quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Return the bytes of `to_nf4` and the absmax by which it divides. (`to_nf4` then quantises the absmax, too.)
+    """Pack W by torchao's `to_nf4`. Return the packed bytes, and the absmax of each block.
 
-    Raises Unsupported for three dimensions and for sizes that torchao's blocks do not divide.
+    `to_nf4` divides by this absmax, and quantises it only later. Raises Unsupported for three dimensions and for sizes
+    that torchao's blocks do not divide.
     """
     from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
 
@@ -30,9 +31,10 @@ def nf4_quantize(W: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 @implements("nf4-dq", **_OPERATION | {"kind": "base"})
 def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, int, bool]]:
-    """Replace the linear layers at `paths` by layers on an NF4Tensor; return path -> (bytes, decoded absmax, block, True).
+    """Replace the linear layers at `paths` by layers with an NF4Tensor, in place.
 
-    Raises Unsupported for sizes that torchao's blocks do not divide.
+    Map each path to its packed bytes, the decoded absmax of each block, the block size, and True, which marks double
+    quantisation. Raises Unsupported for sizes that torchao's blocks do not divide.
     """
     import torch
     from torchao.quantization.quantize_.workflows.nf4 import nf4_tensor
@@ -40,7 +42,7 @@ def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, 
     from reference.shared.layers import replace
 
     class Nf4Linear(torch.nn.Linear):
-        """A layer on an NF4Tensor. Its `weight` has the bytes, because an NF4Tensor cannot be compared."""
+        """A layer with an NF4Tensor. Its `weight` holds the packed bytes, because an NF4Tensor cannot be compared."""
 
         def __init__(self, dense: torch.nn.Linear) -> None:
             super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")
@@ -69,10 +71,11 @@ def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, 
 
 @implements("adamw8bit_step", **_OPERATION)
 def adamw8bit_step(p: Tensor, g: Tensor, step: int, **options: Any) -> tuple[Tensor, ...]:
-    """Take one step of AdamW8bit from a given state; return p, m, m_absmax, v, v_absmax.
+    """Take one step of AdamW8bit from a given state. Return the new p, m, m_absmax, v and v_absmax.
 
-    options: m, m_absmax, v, v_absmax and the optimizer's options. Raises Unsupported for sizes for which torchao has
-    32-bit states.
+    p is the parameter. m and v are the 8-bit codes of its two moments, and each block of codes has one absmax. options:
+    the state (m, m_absmax, v, v_absmax), and the optimizer's options. Raises Unsupported for sizes at which torchao
+    keeps its states in 32 bits.
     """
     import torch
     from torchao.optim import AdamW8bit

@@ -1,4 +1,7 @@
-"""Products from many features to a rank, such as (x * mask) A^T: read the tokens once and write little."""
+"""Matrix products from many features to a low rank, such as (x * mask) A^T.
+
+A launch reads x once if the rank is at most 128.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,11 @@ def _shrink(
     left_m, left_k, right_k, right_r, mask_m, mask_k,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """Compute one tile. out, unscaled, times (M, R), sums (blocks of M, R): contiguous. None disables an argument."""
+    """Compute one tile of `out`. The arguments are documented in `shrink` and `shrink_and_sum`.
+
+    `out`, `unscaled` and `times` have shape (M, R). `sums` has one row for each block of rows, and R columns. All four
+    are contiguous. None means that an argument is not used.
+    """
     block = tl.program_id(0)
     rows = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -51,10 +58,11 @@ def shrink(
     column_scale: Tensor | None = None,
     unscaled: Tensor | None = None,
 ) -> Tensor:
-    """Return scale ((left * mask) @ right) * column_scale, shape (M, R), rounded once.
+    """Return scale * ((left * mask) @ right) * column_scale, shape (M, R), rounded once.
 
-    left, mask (M, K), right (K, R), of one dtype, with any strides; column_scale (R,) contiguous. unscaled: a contiguous
-    (M, R) output for the product without scales.
+    `left` and `mask` have shape (M, K), and `right` has shape (K, R). All three have the same dtype and any strides.
+    `column_scale` is contiguous and has shape (R,). `unscaled` is a contiguous tensor of shape (M, R). If it is given,
+    the product without `scale` and `column_scale` is written to it.
     """
     out = torch.empty((len(left), right.shape[1]), dtype=left.dtype, device=left.device)
     if out.numel():
@@ -63,10 +71,11 @@ def shrink(
 
 
 def shrink_and_sum(left: Tensor, right: Tensor, column_scale: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (P * column_scale, the sum of P * times over the rows) with P = left @ right, which is not rounded.
+    """Compute P = left @ right. Return P * column_scale, and the sum of P * times over the rows.
 
-    left (M, K), right (K, R); times (M, R) and column_scale (R,) contiguous. The results are (M, R), in the dtype of `left`,
-    and (R,), float32.
+    `left` has shape (M, K), and `right` has shape (K, R). `times` (M, R) and `column_scale` (R,) are contiguous. P is
+    not rounded before it is used. The first result has shape (M, R) and the dtype of `left`. The second result has
+    shape (R,) and is float32.
     """
     M, R = len(left), right.shape[1]
     out = torch.empty((M, R), dtype=left.dtype, device=left.device)
@@ -77,18 +86,19 @@ def shrink_and_sum(left: Tensor, right: Tensor, column_scale: Tensor, times: Ten
 
 
 _K_OF_RANKS = {16: 128, 32: 64, 64: 64, 128: 32}
-"""Block of ranks -> features per iteration, in 16 bits; more would spill registers with a mask."""
+"""Number of features per iteration in 16 bits, by the number of ranks in a block. With more features, a launch with a
+mask would spill registers."""
 
 
 def _rows(M: int) -> int:
-    """Return the number of rows per program: small enough that there are enough programs."""
+    """Return the number of rows per program. It is smaller for fewer tokens, so that there are enough programs."""
     if interpreted():
         return 128
     return 64 if M >= 8192 else 32 if M >= 2048 else 16
 
 
 def _launch(out: Tensor, left: Tensor, right: Tensor, scale: float, **optional: Tensor | None) -> Launch:
-    """Return the launch of `_shrink`. optional: mask, column_scale, unscaled, times, sums."""
+    """Return a launch of `_shrink`. `optional` may have mask, column_scale, unscaled, times and sums."""
     (M, K), R = left.shape, right.shape[1]
     block_m, block_r = _rows(M), min(max(16, triton.next_power_of_2(R)), 128)
     block_k = 128 if interpreted() else _K_OF_RANKS[block_r] if left.element_size() == 2 else 32
@@ -104,7 +114,10 @@ def _launch(out: Tensor, left: Tensor, right: Tensor, scale: float, **optional: 
 
 
 def _specimens() -> list[Specimen]:
-    """Return specimens of the products of a layer 4096 -> 14336 with 8192 tokens, of rank 16, and of VeRA's rank 256."""
+    """Return specimens of `_shrink` for ahead-of-time compilation.
+
+    They have the sizes of a layer with 4096 inputs and 14336 outputs. The ranks are 16 to 128, and 256 for VeRA.
+    """
 
     def of(name: str, M: int, K: int, R: int, dtype: torch.dtype, forward: bool, *, vera: bool = False) -> Specimen:
         right = meta(dtype, R, K).T if forward else meta(dtype, K, R)

@@ -1,4 +1,7 @@
-"""Sums over tokens, such as the gradients of an adapter, in a fixed order: by partial sums, without atomics."""
+"""Sums over tokens, such as the gradients of an adapter.
+
+Partial sums are added in a fixed order, without atomics.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,11 @@ def _outer_sum(
     wide_m, wide_n, mask_m, mask_n, narrow_m, narrow_r, against_n, against_r,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Sum one part of the tokens to out[part] (N, R), or with `against` (N, R) to out[part, block of R] (N,)."""
+    """Compute (wide * mask)^T @ narrow, shape (N, R), over one part of the tokens, and write it to out[part].
+
+    If `against` is given, shape (N, R), multiply the product by it. Then sum each row over one block of columns, and
+    write the N sums to out[part, block].
+    """
     part, block = tl.program_id(2).to(tl.int64), tl.program_id(1)
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     r = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -56,7 +63,7 @@ def _outer_sum(
 def _product_sum(
     out, a, b, M, N, per_part, a_m, a_n, b_m, b_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Sum one part of the tokens to out[part] (N,)."""
+    """Sum a * b over one part of the tokens, and write the N sums to out[part]."""
     part = tl.program_id(1).to(tl.int64)
     n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     end = tl.minimum((part + 1) * per_part, M)
@@ -70,21 +77,27 @@ def _product_sum(
 
 
 def outer_sum(wide: Tensor, narrow: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Return (wide * mask)^T @ narrow, float32 (N, R), for wide, mask (M, N), narrow (M, R) of one dtype, any strides."""
+    """Return (wide * mask)^T @ narrow, a sum over M tokens, in float32 with shape (N, R).
+
+    `wide` and `mask` have shape (M, N), and `narrow` has shape (M, R). All three have the same dtype and any strides.
+    """
     if not wide.shape[1] * narrow.shape[1]:
         return wide.new_zeros((wide.shape[1], narrow.shape[1]), dtype=torch.float32)
     return _outer(wide, narrow, mask, None).sum(0)
 
 
 def outer_sum_against(wide: Tensor, narrow: Tensor, against: Tensor) -> Tensor:
-    """Return the sums over R of (wide^T @ narrow) * against (N, R), float32 (N,), without a temporary of (N, R)."""
+    """Return the row sums of (wide^T @ narrow) * against in float32, shape (N,).
+
+    `against` has shape (N, R). The product of the same shape is never stored as a whole.
+    """
     if not against.numel():
         return wide.new_zeros(wide.shape[1], dtype=torch.float32)
     return _outer(wide, narrow, None, against).sum((0, 1))
 
 
 def product_sum(a: Tensor, b: Tensor) -> Tensor:
-    """Return the sums over the tokens of a * b, float32 (N,), for a, b (M, N)."""
+    """Return the column sums of a * b in float32, shape (N,). `a` and `b` have shape (M, N), with one row per token."""
     if not a.shape[1]:
         return a.new_zeros(0, dtype=torch.float32)
     parts, per_part = _parts(len(a), triton.cdiv(a.shape[1], 64), 32)
@@ -94,7 +107,10 @@ def product_sum(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _parts(M: int, programs: int, block: int) -> tuple[int, int]:
-    """Return the number of parts into which M tokens are divided, and the tokens per part, a multiple of `block`."""
+    """Divide M tokens into parts. Return the number of parts, and the number of tokens per part, a multiple of `block`.
+
+    programs: number of programs per part.
+    """
     wanted = min(triton.cdiv(_PROGRAMS, programs), triton.cdiv(M, 8 * block))
     per_part = triton.cdiv(triton.cdiv(max(M, 1), max(wanted, 1)), block) * block
     return triton.cdiv(max(M, 1), per_part), per_part
@@ -135,7 +151,10 @@ def _product_launch(out: Tensor, a: Tensor, b: Tensor, per_part: int) -> Launch:
 
 
 def _specimens() -> list[Specimen]:
-    """Return specimens of the gradients of a layer 4096 -> 14336 with 8192 tokens, of rank 16, and of VeRA's rank 256."""
+    """Return specimens of the kernels of this file for ahead-of-time compilation.
+
+    They have the sizes of a layer with 4096 inputs, 14336 outputs and 8192 tokens. The rank is 16, and 256 for VeRA.
+    """
 
     def of(name: str, N: int, R: int, dtype: torch.dtype, *optional: str) -> Specimen:
         mask = meta(dtype, 8192, N) if "mask" in optional else None

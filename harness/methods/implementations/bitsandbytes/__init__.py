@@ -1,4 +1,4 @@
-"""`bitsandbytes`: 4-bit base weights; also its quantisers, 4-bit layer and optimizers as Operations."""
+"""`bitsandbytes` as a base of 4-bit weights. Its quantisers, 4-bit layer and optimizers are Operations."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def nf4_linear(
     x: Tensor, packed: Tensor, absmax: Tensor, block: int, shape: tuple[int, int], bias: Tensor | None, training: bool
 ) -> Any:
-    """Return the output of a Linear4bit on x, with the dtype of x as its compute dtype."""
+    """Return the output of bitsandbytes' Linear4bit for the input x. The layer computes in the dtype of x."""
     import bitsandbytes
     import torch
 

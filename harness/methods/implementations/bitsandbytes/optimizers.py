@@ -18,9 +18,10 @@ _NAMES = {"state1": "m", "absmax1": "m_absmax", "state2": "v", "absmax2": "v_abs
 
 @implements("adamw8bit_step", **_OPERATION)
 def adamw8bit_step(p: Tensor, g: Tensor, step: int, **options: Any) -> tuple[Tensor, ...]:
-    """Take one step of AdamW8bit from a given state; return p, m, m_absmax, v, v_absmax.
+    """Take one step of AdamW8bit from a given state. Return the new p, m, m_absmax, v and v_absmax.
 
-    options: m, m_absmax, v, v_absmax and the optimizer's options.
+    p is the parameter. m and v are the 8-bit codes of its two moments, and each block of codes has one absmax. options:
+    the state (m, m_absmax, v, v_absmax), and the optimizer's options.
     """
     from bitsandbytes.optim import AdamW8bit
 
@@ -54,7 +55,7 @@ def _step8bit(kind: Any, p: Tensor, g: Tensor, step: int, **options: Any) -> tup
 
 @implements("paged_adamw", **_OPERATION)
 def paged_adamw(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **options: Any) -> tuple[Tensor, ...]:
-    """Take one step of PagedAdamW with each list of gradients; return the parameters."""
+    """Take one step of PagedAdamW for each list in `grads`. Return the new parameters."""
     from bitsandbytes.optim import PagedAdamW
 
     trained = _trained(params)
@@ -64,7 +65,10 @@ def paged_adamw(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **o
 
 @implements("paged_states", **_OPERATION)
 def paged_states(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
-    """Return a float tensor with one number per parameter: 1 if PagedAdamW marks its first moment as paged, else 0."""
+    """Return a float tensor with one number per parameter.
+
+    The number is 1 if PagedAdamW marks the parameter's first moment as paged, and 0 otherwise.
+    """
     from bitsandbytes.optim import PagedAdamW
 
     return _are_paged(PagedAdamW, params, grads)
@@ -72,7 +76,10 @@ def paged_states(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
 
 @implements("paged_states", **_PAGED)
 def paged_8bit_states(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
-    """Return a float tensor with one number per parameter: 1 if PagedAdamW8bit marks its first moment as paged, else 0."""
+    """Return a float tensor with one number per parameter.
+
+    The number is 1 if PagedAdamW8bit marks the parameter's first moment as paged, and 0 otherwise.
+    """
     from bitsandbytes.optim import PagedAdamW8bit
 
     return _are_paged(PagedAdamW8bit, params, grads)

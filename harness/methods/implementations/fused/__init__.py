@@ -1,6 +1,6 @@
-"""`fused`: implementations of Methods, packed bases and Operations by the optimised code of `harness/kernels`.
+"""`fused`: Methods, packed bases and Operations that run the optimised code of `harness/kernels`.
 
-Only the computation differs from the reference: adapted layers, initial state and merging are the reference's.
+Only the computation differs from the reference. Adapted layers, initial state and merging come from the reference.
 """
 
 from __future__ import annotations

@@ -14,17 +14,21 @@ if TYPE_CHECKING:
 
 @implements("nf4", name="fused", kind="base", dtypes=DTYPES)
 def nf4(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, int]]:
-    """Replace the linear layers at `paths` by packed ones, in place; return path -> (bytes, absmax, block).
+    """Replace the linear layers at `paths` by packed layers, in place.
 
-    The blocks have 64 weights, without double quantisation. Matrix products and biases are in `dtype`. Raises
-    Unsupported for other layers.
+    Map each path to its packed bytes, the absmax of each block, and the block size. A block has 64 weights. There is no
+    double quantisation. Matrix products and biases are in `dtype`. Raises Unsupported if a layer is not linear.
     """
     return _pack(model, paths, dtype, double=False)
 
 
 @implements("nf4-dq", name="fused", kind="base", dtypes=DTYPES)
 def nf4_dq(model: nn.Module, paths: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, int, bool]]:
-    """Replace layers as `nf4` does, with double quantisation; return path -> (bytes, decoded absmax, block, True)."""
+    """Replace layers as `nf4` does, but with double quantisation.
+
+    Map each path to its packed bytes, the decoded absmax of each block, the block size, and True, which marks double
+    quantisation.
+    """
     return {path: (*form, True) for path, form in _pack(model, paths, dtype, double=True).items()}
 
 

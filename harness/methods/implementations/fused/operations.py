@@ -22,7 +22,7 @@ _FUNCTIONS = {name: f"{name}.{name}" for name in _ALONE} | {
     "double_quantize": "nf4.double_quantize",
     "double_dequantize": "nf4.double_dequantize",
 }
-"""Operation -> module and function in `harness/kernels/torch`."""
+"""Module and function in `harness/kernels/torch` for each Operation, as `module.function`."""
 _OPERATION: dict[str, Any] = {"name": "fused", "kind": "operation", "dtypes": DTYPES}
 
 
@@ -43,16 +43,16 @@ def _operation(name: str, path: str) -> Implementation:
 
 @implements("paged_adamw", **_OPERATION)
 def paged_adamw(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], **options: Any) -> tuple[Tensor, ...]:
-    """Take one step of torch's AdamW with each list of gradients; return the parameters.
+    """Take one step of torch's AdamW for each list in `grads`. Return the new parameters.
 
-    Between steps, states of 100,000 elements or more are on the host.
+    Between steps, optimizer states with 100,000 elements or more are in host memory.
     """
     return tuple(p.detach() for p in _paged_steps(params, grads, **options)[1])
 
 
 @implements("paged_states", **_OPERATION)
 def paged_states(params: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
-    """Return a float tensor with one number per parameter: 1 if its states are paged, else 0."""
+    """Return a float tensor with one number per parameter: 1 if the parameter's states are paged, else 0."""
     import torch
 
     optimizer, trained = _paged_steps(params, [grads])

@@ -63,7 +63,11 @@ def _tensors(layer: Any) -> dict[str, Tensor]:
 
 
 class PeftAdaLora(PeftAdapted):
-    """A model with peft's AdaLoRA layers. peft's allocator owns the averages and the rank pattern, `mask` (R, 1)."""
+    """A model with peft's AdaLoRA layers.
+
+    peft's allocator holds the importance averages. `masks` has a mask of shape (R, 1) per layer, the layer's rank
+    pattern.
+    """
 
     def __init__(self, model: nn.Module, adalora_model: Any) -> None:
         import torch
@@ -75,7 +79,7 @@ class PeftAdaLora(PeftAdapted):
         }
 
     def state(self) -> dict[str, Tensor]:
-        """Map names to the averages of sensitivity and of uncertainty, and to the last pruning's mask."""
+        """Map names to the averages of sensitivity and of uncertainty, and to the masks of the last pruning."""
         import torch
 
         tensors, allocator = {}, self.tuner.rankallocator
@@ -94,7 +98,10 @@ class PeftAdaLora(PeftAdapted):
         return orthogonality(self.tuner, self.model)
 
     def after_step(self, step: int) -> None:
-        """Call peft's allocator with the current masks, which may have been loaded, and read the new masks."""
+        """Call peft's allocator, and copy its new rank pattern to the masks.
+
+        The allocator first gets the current masks, because they may have been loaded.
+        """
         import torch
 
         config, names = self.tuner.peft_config[ADAPTER], {path: f"{path}.lora_E.{ADAPTER}" for path in self.layers}

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 ADAPTER = "default"
-"""Name of the attached adapter in peft, and so a part of its parameters' names."""
+"""Name of the attached adapter in peft. It is a part of the names of the adapter's parameters."""
 
 NamedTensors = Callable[[Any], dict[str, Any]]
-"""A function that maps the paper's letters to the tensors of one of peft's layers."""
+"""A function that takes one of peft's layers, and maps letters of the paper to tensors of this layer."""
 
 
 def tuner(model: nn.Module, peft_config: Any, generator: Generator) -> Any:

@@ -1,4 +1,4 @@
-"""Any method of peft, configured by an adapter_config.json; it has no reference."""
+"""Any method of peft, configured by an adapter_config.json. There is no reference for such a method."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ _REWRITING = ("pissa", "olora", "loftq")
 _NEAR_THE_BASE = ("VBLORA", "UNILORA")
 """Methods that start near the base model, but not exactly at it."""
 _NAMED_STARTS = ("LORA", "LOKR")
-"""Methods that start at the base model even if the config names a start. (C3A's start `gaussian` is random.)"""
+"""Methods that start at the base model even if the config names an initialisation. In other methods, a named
+initialisation may be random, such as C3A's `gaussian`."""
 _ACT_BETWEEN_STEPS = ("ADALORA", "ADAMSS")
-"""Methods that act between steps."""
+"""Methods for which peft's `update_and_allocate` must be called between optimizer steps."""
 _STARTS = ("init_weights", "init_lora_weights", "init_ia3_weights")
 
 
 @implements("peft", name="hf-peft", dtypes=DTYPES, requires=["peft"])
 def any_method(model: nn.Module, config: AdapterConfig, generator: Generator) -> AnyPeft:
-    """Attach the adapter of `config.adapter_config`.
+    """Attach the adapter that `config.adapter_config` describes.
 
     Raises ImplementationError with peft's message if peft refuses the config, for example for unknown layers or values
     out of range. Raises Unsupported for LoftQ without a GPU, because peft quantises only on a GPU.
@@ -79,7 +80,7 @@ def _gpu() -> bool:
 
 
 def _check_forward(model: Any) -> None:
-    """Run the model on two tokens. Only then does peft raise an error if the model cannot use virtual tokens."""
+    """Run the model on two tokens. If the model cannot use virtual tokens, peft raises an error only then."""
     import torch
 
     with torch.no_grad():
@@ -87,7 +88,10 @@ def _check_forward(model: Any) -> None:
 
 
 def _select_task(model: nn.Module) -> None:
-    """Pass the task of each text to Poly's layers, as the forward pass of Poly's tuner does. A Cell has one task."""
+    """Add hooks that pass the task of each text to Poly's layers, as the forward pass of Poly's tuner does.
+
+    A Cell has one task, so every text has task 0.
+    """
     for module in model.modules():
         if hasattr(module, "poly_router"):
             module.register_forward_pre_hook(_with_first_task, with_kwargs=True)
@@ -103,7 +107,7 @@ class AnyPeft(PeftAdapted):
     """A model with any of peft's methods. Tensors have peft's names, because layers may share tensors."""
 
     starts_as_base: bool
-    """Whether the initial output equals the base model's."""
+    """Whether the initial output equals the output of the base model."""
     rewrites_base: bool
     """Whether `attach` changes the base weight."""
     notes: list[str]
@@ -143,7 +147,7 @@ class AnyPeft(PeftAdapted):
         return tensors
 
     def regularizer(self) -> Tensor | None:
-        """Return the scalar that AdaLoRA adds to the loss, or None for other methods, none of which adds one."""
+        """Return the scalar that AdaLoRA adds to the loss. For other methods return None, because they add nothing."""
         return orthogonality(self.wrapper.base_model, self.model) if self.kind == "ADALORA" else None
 
     def after_step(self, step: int) -> None:
@@ -152,7 +156,7 @@ class AnyPeft(PeftAdapted):
             self.wrapper.base_model.update_and_allocate(step)
 
     def merge(self) -> None:
-        """Merge as peft's `merge_adapter` does. Raises NotImplementedError where peft cannot."""
+        """Merge as peft's `merge_adapter` does. Raises NotImplementedError if peft cannot merge."""
         if not hasattr(self.wrapper.base_model, "merge_adapter"):
             raise NotImplementedError("it has no `merge_adapter`")
         try:
@@ -188,7 +192,7 @@ class AnyPeft(PeftAdapted):
 
 
 class PromptPeft(AnyPeft):
-    """A model with virtual tokens before its text. It has no adapted layers and nothing to merge."""
+    """A model with virtual tokens before every text. It has no adapted layers and nothing to merge."""
 
     def __init__(self, model: nn.Module, wrapper: Any, notes: list[str]) -> None:
         super().__init__(model, wrapper, notes)

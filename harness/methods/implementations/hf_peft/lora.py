@@ -56,10 +56,10 @@ class PeftLora(PeftAdapted):
 
     @contextmanager
     def mixed(self, adapters: Sequence[Mapping[str, Tensor]]) -> Iterator[None]:
-        """Send row n of each batch through adapter n by peft's `adapter_names`. An adapter has the form of `tensors()`.
+        """Send row n of each batch through adapter n while the context is open. An adapter is a dict like `tensors()`.
 
-        At every call of its wrapper, peft sets hooks that pass the names to the layers. The harness calls the inner
-        model, so this context sets such hooks itself.
+        peft calls this feature `adapter_names`. At every call, peft's wrapper sets hooks that pass the names to the
+        layers. The harness calls the inner model, so this context sets such hooks itself.
         """
         import torch
 
@@ -88,7 +88,7 @@ class PeftLora(PeftAdapted):
 
 @implements("dora", name="hf-peft", dtypes=DTYPES, requires=["peft"])
 def dora(model: nn.Module, config: reference_dora.Config, generator: Generator) -> PeftAdapted:
-    """Attach peft's DoRA to linear layers. Raises Unsupported for per=input and for a norm with a gradient."""
+    """Attach peft's DoRA to linear layers. Raises Unsupported for per=input, and if the norm has a gradient."""
     from reference.shared.layers import targets
 
     found = targets(model, config.targets)  # raises for other kinds of layers
@@ -117,7 +117,8 @@ def pissa(model: nn.Module, config: reference_pissa.Config, generator: Generator
 def reloaded_pissa(model: nn.Module, config: reference_pissa.Config, generator: Generator) -> PeftAdapted:
     """Attach peft's PiSSA, save the adapter, and load it into the original model, as another process would.
 
-    Raises Unsupported for embeddings, and without `niter`, because the exact SVD is the same every time.
+    Raises Unsupported for embeddings and without `niter`. In these cases, loading draws no random numbers, so there is
+    nothing to check.
     """
     from tempfile import TemporaryDirectory
 
@@ -158,16 +159,17 @@ def lora_config(config: Any, paths: Iterable[str], **options: Any) -> Any:
 
 
 def _residual(layer: Any) -> Tensor:
-    """Return the residual, shape (out, in); an embedding stores the transpose."""
+    """Return a layer's residual, shape (out, in). An embedding stores its residual transposed."""
     weight: Tensor = layer.base_layer.weight.data
     return weight.T if ADAPTER in layer.lora_embedding_A else weight
 
 
 def lora_tensors(layer: Any, name: str = ADAPTER) -> dict[str, Tensor]:
-    """Map A and B to peft's parameters of a LoRA layer of any kind, in the reference's layout.
+    """Return peft's parameters A and B of a LoRA layer of any kind. Their shapes are those of the reference.
 
-    Linear and Conv1D: A (R, D), B (E, R). Embedding: A (R, num), B (dim, R). Conv2d: A (R, in, k, k), B (out, R/groups, 1,
-    1).
+    Linear and Conv1D: A (R, D), B (E, R).
+    Embedding: A (R, num), B (dim, R).
+    Conv2d: A (R, in, k, k), B (out, R/groups, 1, 1).
     """
     if name in layer.lora_embedding_A:
         return {"A": layer.lora_embedding_A[name], "B": layer.lora_embedding_B[name]}

@@ -17,9 +17,10 @@ _NONE = "__base__"
 def multi_lora_linear(
     x: Tensor, W: Tensor, As: Sequence[Tensor], Bs: Sequence[Tensor], scalings: Sequence[float], ids: Tensor
 ) -> Any:
-    """Run one of peft's layers with several adapters on a batch that names one adapter per sequence; return its output.
+    """Run one of peft's LoRA layers with several adapters on a batch, and return the output.
 
-    Adapters in 16 bits are cast to float32, as peft casts them on loading.
+    ids: index of one adapter per sequence, or -1 for none. Adapters in 16 bits are cast to float32, as peft casts them
+    on loading.
     """
     import torch
     from peft import LoraConfig, get_peft_model

@@ -1,10 +1,12 @@
-"""peft's prompt learning in place: virtual tokens before every text, by the forward pass of peft's own model.
+"""peft's prompt learning, attached in place.
+
+The forward pass of peft's own model adds virtual tokens before every text.
 
 peft wraps a model for these methods, but the harness trains, scores and times the model itself. So the model gets a
 class whose forward pass calls peft's wrapper and returns the logits of the text alone. This forward pass corrects two
-errors. peft drops the position ids, so that padding before a text would shift positions. And peft 0.21 generates
-incorrectly with transformers from 5.24 on: it reads the cache under its old name, and repeats its virtual tokens before
-every new token.
+errors of peft. First, peft drops the position ids, so that padding before a text would shift positions. Second, peft
+0.21 generates incorrectly with transformers from 5.24 on. It reads the cache under its old name, and so repeats its
+virtual tokens before every new token.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ def attach(model: Any, config: Any, name: str) -> Any:
 
 
 def restore(model: Any, wrapper: Any) -> None:
-    """Let `model` run through peft's wrapper; this also undoes `remove`."""
+    """Let `model` run through peft's wrapper. A call after `remove` attaches the virtual tokens again."""
     model.__dict__["wrapper"] = wrapper  # no submodule, which would register all parameters twice
     model.__dict__["virtual_tokens"] = wrapper.active_peft_config.num_virtual_tokens
     model.prompt_encoder = wrapper.prompt_encoder
@@ -55,7 +57,7 @@ def remove(model: Any) -> None:
 
 
 def _running(kind: Any, run: Callable[..., Any]) -> Any:
-    """Return a subclass of `kind` with the forward pass `run(model, forward of kind, ...)`."""
+    """Return a subclass of `kind` whose forward pass calls `run(model, forward of kind, ...)`."""
     own = kind.forward
 
     @functools.wraps(own)  # preserves the model's signature
@@ -73,9 +75,10 @@ def _prompted(
     position_ids: Tensor | None = None,
     **options: Any,
 ) -> Any:
-    """Run peft's forward pass, or the model's own if the cache already has the virtual tokens; return the output.
+    """Run peft's forward pass, and return its output.
 
-    Raises UsageError if gradient checkpointing is on in training and the virtual tokens are passed as a cache.
+    If the cache already has the virtual tokens, run the model's own forward pass instead. Raises UsageError if gradient
+    checkpointing is on in training and the virtual tokens are passed as a cache.
     """
     import torch
 
@@ -107,9 +110,10 @@ def _prompted(
 
 
 def _numbered(model: Any, own: Any, **options: Any) -> Any:
-    """Run `own` and return its output. Padding between virtual tokens and text does not shift the position ids.
+    """Run the model's forward pass `own`, and return its output.
 
-    Pass peft's cache under the name that the model expects; otherwise transformers warns, and from 5.40 on raises an error.
+    Padding between virtual tokens and text does not shift the position ids. peft's cache is passed under the name that
+    the model expects. Under the old name, transformers warns, and from 5.40 on raises an error.
     """
     parameters = inspect.signature(own).parameters
     mask = options.get("attention_mask")

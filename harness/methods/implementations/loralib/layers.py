@@ -16,7 +16,10 @@ from reference.shared.lora_start import write_initial_factors
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> LoralibLayers:
-    """Replace the targets by loralib's layers and return the Adapted. Raises Unsupported for other configs and layers."""
+    """Replace the targets by loralib's layers and return the Adapted.
+
+    Raises Unsupported for configs and layers that loralib does not support.
+    """
     if config.rslora:
         raise Unsupported("loralib has no rslora: its scaling is alpha / r")
     bases = targets(model, config.targets, KINDS)
@@ -75,7 +78,9 @@ def _layer(path: str, base: Any, config: Config) -> Any:
 class LoralibLayers(WrappedLayers):
     """An Adapted with loralib's layers. Tensors are named `<path>.A` and `<path>.B`.
 
-    Linear, Conv1D: A (R, D), B (E, R). Embedding: A (R, num), B (dim, R). Conv2d: A (R k, in k), B (out/groups k, R k).
+    Linear and Conv1D: A (R, D), B (E, R).
+    Embedding: A (R, num), B (dim, R).
+    Conv2d with a kernel of k x k: A (R k, in k), B (out/groups k, R k).
     """
 
     def __init__(self, model: nn.Module, bases: dict[str, Any], layers: dict[str, Any]) -> None:

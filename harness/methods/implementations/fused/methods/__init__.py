@@ -1,4 +1,5 @@
-"""Methods of `fused`, one file each. A file has `attach`, and the reference's layers with another forward pass.
+"""Methods of `fused`, one file each. A file has `attach`, and subclasses of the reference's layers.
 
-The layer classes are defined at module level, so that a model can be pickled. The files import torch.
+A subclass has another forward pass. Layer classes are defined at module level, so that a model can be pickled. The
+files import torch.
 """

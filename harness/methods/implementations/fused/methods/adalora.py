@@ -1,4 +1,4 @@
-"""AdaLoRA as LoRA with A scaled by lambda; the averages of all layers are updated together."""
+"""AdaLoRA, computed as LoRA with A scaled by lambda. The importance averages of all layers are updated together."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from reference import adalora
 
 
 class FusedAdaLoraLinear(FusedLowRankLayer, adalora.AdaLoraLinear):
-    """AdaLoRA's layer, computed as the fused LoRA with A scaled by lambda."""
+    """AdaLoRA's layer, computed as a fused LoRA layer with A scaled by lambda."""
 
     def left_factor(self) -> Tensor:
-        """Return Lambda Q, shape (R, D)."""
+        """Return the matrix by which x is multiplied first: the singular values times Q, shape (R, D)."""
         return self.A * self.E
 
 
 class FusedAdaLora(adalora.AdaLoraAdapted):
-    """A model with AdaLoRA that updates the averages of all layers together."""
+    """A model with AdaLoRA that updates the importance averages of all layers together."""
 
     def observe(self) -> None:
         """Update every layer's importance with the current gradients."""
@@ -37,7 +37,7 @@ class FusedAdaLora(adalora.AdaLoraAdapted):
         adalora_importance_(**tensors, beta1=self.config.beta1, beta2=self.config.beta2)
 
     def regularizer(self) -> Tensor | None:
-        """Return gamma R(P, Q) over all layers (eq. 4), or None if gamma is 0."""
+        """Return the term gamma R(P, Q) of the loss over all layers (eq. 4 of AdaLoRA). If gamma is 0, return None."""
         if self.config.orthogonality == 0:
             return None
         P, Q = [layer.B for layer in self.adalora.values()], [layer.A for layer in self.adalora.values()]

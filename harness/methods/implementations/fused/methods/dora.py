@@ -1,9 +1,9 @@
-"""DoRA computed as one product with the low-rank term, and a gain per output.
+"""DoRA, computed as one product that includes the low-rank term, and a gain per output.
 
-Let d be x after dropout. The reference computes W0 x + b + (g - 1) W0 d + g s B A d; this file computes W0 (x - d) + b
-+ g (W0 d + s B A d). If W0 and s B A nearly cancel, they do so in the accumulator of one product. If g is 1 and B is 0,
-the output equals the base's output within rounding, but not to the last bit. A dropout near 1 makes d large, so that
-digits are lost.
+Let W0 and b be the base's weight and bias, s the scaling, g the gain, and d the input x after dropout. The reference
+computes W0 x + b + (g - 1) W0 d + g s B A d. This file computes W0 (x - d) + b + g (W0 d + s B A d). If W0 and s B A
+nearly cancel, they do so in the accumulator of one product. If g is 1 and B is 0, the output equals the base's output
+within rounding, but not to the last bit. A dropout near 1 makes d large, so that digits are lost.
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ from reference.shared.layers import dense_weight
 
 
 class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
-    """DoRA's layer, computed by `dora_linear` over a dense base, and by one product and `gained` over the fused NF4.
+    """DoRA's layer, computed by `dora_linear`, or by one product and `gained`.
 
     Unlike the reference, the layer saves no decoded copy of a 4-bit weight for the backward pass.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W0 x + b + (g - 1) W0 x + g s B A x with g = m / ||W0 + s B A||, shape (..., E)."""
+        """Return W0 x + b + (g - 1) W0 x + g s B A x with g = m / ||W0 + s B A||, shape (..., E).
+
+        W0 and b are the base's weight and bias, s is the scaling, and m has the magnitudes.
+        """
         base: Any = self.base
         plain, packed = is_plain(base), is_plain(base, Nf4Linear) and x.dtype == base.compute_dtype
         if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
@@ -62,7 +65,10 @@ class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
         return mask / share
 
     def _by_calls(self, x: Tensor) -> Tensor:
-        """Compute the output like the reference, but call the base layer for W0 d. Each call decodes the weight."""
+        """Compute the output by the reference's formula, but let the base layer multiply by its weight.
+
+        Each call of the base layer decodes the weight.
+        """
         base: Any = self.base
         g = dora.gain(self.m, row_norms(dense_weight(base), self.A, self.B, self.scaling))
         y: Tensor = base(x)
@@ -71,7 +77,7 @@ class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
         return y + (g - 1) * W0_d + g * self.scaling * linear(linear(dropped, self.A), self.B)
 
     def forward_alone(self, x: Tensor) -> Tensor:
-        """Return the product without gain and bias, without sharing work with other layers."""
+        """Return the product W0 x + s B A x, without gain and bias. No work is shared with other layers."""
         base: Any = self.base
         if (factors := self.factors(x)) is not None:
             return lora_linears(x, [factors])[0]
@@ -80,13 +86,16 @@ class FusedDoraLinear(SharedInputLayer, dora.DoraLinear):
         return lora_linear_over(base, x, self.A, self.B, self.scaling)
 
     def factors(self, x: Tensor) -> LoraFactors | None:
-        """Return the factors of the product without gain and bias, or None if the base layer must be called."""
+        """Return the matrices from which `forward_alone` computes its product.
+
+        If the base layer must be called, return None.
+        """
         factors = factors_over(self.base, x, self.A, self.B, self.scaling)
         return None if factors is None else replace(factors, bias=None)
 
 
 def _without_bias(base: Any, x: Tensor) -> Tensor:
-    """Return W0 x, computed without the bias: (W0 x + b) - b would round."""
+    """Return the base's product with x, computed without the bias. Subtracting the bias afterwards would round."""
     bias, base.bias = base.bias, None
     try:
         y: Tensor = base(x)
@@ -98,8 +107,8 @@ def _without_bias(base: Any, x: Tensor) -> Tensor:
 def attach(model: nn.Module, config: dora.Config, generator: torch.Generator) -> AdaptedLayers:
     """Attach layers that compute by `dora_linear` to `config.targets`.
 
-    Raises Unsupported for per=input and for a norm with a gradient. A layer over another quantised base computes as the
-    reference does, but calls the base instead of multiplying by its decoded weight.
+    Raises Unsupported for per=input, and if the norm has a gradient. Over a quantised base of another library, a layer
+    computes as the reference does, but calls the base layer instead of multiplying by the decoded weight.
     """
     if config.per != "output" or not config.detach_norm:
         raise Unsupported("the fused DoRA supports per=output with detach_norm=true only")

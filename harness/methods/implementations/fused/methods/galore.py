@@ -1,10 +1,12 @@
 """GaLore without temporaries of the weight's size and without a full SVD.
 
-The singular vectors of a gradient in float32 or less come from the eigenvectors of the smaller Gram matrix in float64,
-not from an SVD in float32. float64 holds the products of float32 numbers exactly, so that the squared singular values
-are as precise as the values of an SVD in float32. A float64 gradient gets an SVD. The randomised SVD (niter > 0)
-computes bases by Cholesky in float64 instead of Householder reflections if the columns are far enough from dependent;
-both span the same space. The sketch is the reference's.
+For a gradient in float32 or a narrower dtype, the singular vectors come from the eigenvectors of the smaller Gram
+matrix in float64. float64 holds the products of float32 numbers exactly. So the squared singular values are as precise
+as the values of an SVD in float32. A float64 gradient gets an SVD.
+
+The randomised SVD (niter > 0) begins with the same sketch as the reference. It computes bases by Cholesky factorisation
+in float64 if the columns are far enough from dependent. Otherwise it uses Householder reflections, like the reference.
+Both bases span the same space.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ from reference.shared import galore_moments
 
 
 class GaLore(galore.GaLore):
-    """The reference's optimizer with steps by `galore_step_` and `adam_step_`. A refresh does not change the moments."""
+    """The reference's optimizer, with steps by `galore_step_` and `adam_step_`.
+
+    A refresh of the projector does not change the moments.
+    """
 
     @torch.no_grad()
     def update(self, p: Tensor, G: Tensor, group: dict[str, Any]) -> None:
@@ -44,17 +49,17 @@ class GaLore(galore.GaLore):
 
 
 class FusedGaLoreModel(galore.GaLoreModel):
-    """A model with weights that train by the fused GaLore."""
+    """A model whose weights are trained by the fused GaLore."""
 
     def optimizer(self, lr: float, weight_decay: float, bits: int = 32) -> galore.GaLore:
-        """Return the fused optimizer with the reference's groups."""
+        """Return the fused optimizer with the parameter groups of the reference."""
         optimizer = super().optimizer(lr, weight_decay, bits)
         optimizer.__class__ = GaLore  # same state, other step
         return optimizer
 
 
 def attach(model: nn.Module, config: galore.Config, generator: torch.Generator) -> galore.GaLoreModel:
-    """Return the model as the reference prepares it, with the fused optimizer; the reference selects what trains."""
+    """Prepare the model as the reference does, and return it with the fused optimizer."""
     adapted = galore.attach(model, config, generator)
     adapted.__class__ = FusedGaLoreModel
     return adapted

@@ -15,14 +15,17 @@ from reference.shared.adapted import AdaptedLayers
 
 
 class FusedLowRankLayer(SharedInputLayer):
-    """A low-rank layer, computed by `lora_linear`. Without dropout, layers of the same input are computed at once."""
+    """A low-rank layer, computed by `lora_linear`.
+
+    Without dropout, layers with the same input are computed together.
+    """
 
     A: nn.Parameter
     B: nn.Parameter
     dropout: nn.Dropout
 
     def left_factor(self) -> Tensor:
-        """Return the factor (R, D) that x is multiplied by."""
+        """Return the matrix (R, D) by which x is multiplied first."""
         return self.A
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,7 +40,7 @@ class FusedLowRankLayer(SharedInputLayer):
         return lora_linear_over(self.base, x, self.left_factor(), self.B, self.scaling)
 
     def factors(self, x: Tensor) -> LoraFactors | None:
-        """Return the factors of the output, or None if the base layer must be called."""
+        """Return the matrices from which the output is computed, or None if the base layer must be called."""
         return factors_over(self.base, x, self.left_factor(), self.B, self.scaling)
 
 
@@ -46,7 +49,7 @@ class FusedLoraLinear(FusedLowRankLayer, lora.LoraLinear):
 
 
 def attach(model: nn.Module, config: lora.Config, generator: torch.Generator) -> AdaptedLayers:
-    """Attach layers that compute by `lora_linear` to `config.targets`. Raises Unsupported unless these are linear."""
+    """Attach layers that compute by `lora_linear` to `config.targets`. Raises Unsupported if a target is not linear."""
     adapted = lora.attach(model, config, generator)
     for path, layer in adapted.layers.items():
         if type(layer) is not lora.LoraLinear or not isinstance(layer.base, nn.Linear):

@@ -1,10 +1,12 @@
-"""PiSSA without a full SVD, and with the low-rank term added in place to the residual's product.
+"""PiSSA without a full SVD. The low-rank term is added in place to the residual's product.
 
-The exact SVD (niter = 0) of a weight in float32 or less comes from the eigenvectors of the smaller Gram matrix in
-float64, not from LAPACK's SVD in float32, unless the singular values span more than a factor of 2^12. Their squares
-in float64 are as precise as the values of an SVD in float32. A float64 weight gets an SVD. The randomised SVD (niter >
-0) computes bases by Cholesky in float64 instead of Householder reflections if the columns are far enough from
-dependent; both span the same space. The sketch is drawn as the reference draws it.
+For a weight in float32 or a narrower dtype, the exact SVD (niter = 0) comes from the eigenvectors of the smaller Gram
+matrix in float64. The squared singular values are then as precise as the values of an SVD in float32. LAPACK computes
+the SVD of a float64 weight, and of a weight whose singular values span more than a factor of 2^12.
+
+The randomised SVD (niter > 0) begins with the same sketch as the reference. It computes bases by Cholesky factorisation
+in float64 if the columns are far enough from dependent. Otherwise it uses Householder reflections, like the reference.
+Both bases span the same space.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ class FusedPissaLinear(SharedInputLayer, pissa.PissaLinear):
     """PiSSA's layer, computed by `lora_linear` over the residual."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W_res x + b + scaling B A x, shape (..., E)."""
+        """Return W_res x + b + scaling B A x with the residual W_res and the bias b, shape (..., E)."""
         if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
             return super().forward(x)
         return self.input_group(self, x)
@@ -34,12 +36,15 @@ class FusedPissaLinear(SharedInputLayer, pissa.PissaLinear):
         return lora_linear(x, self.get_buffer("residual"), self.base.bias, self.A, self.B, self.scaling)
 
     def factors(self, x: Tensor) -> LoraFactors | None:
-        """Return the factors of the output."""
+        """Return the matrices from which the output is computed."""
         return LoraFactors(self.get_buffer("residual"), self.base.bias, self.A, self.B, self.scaling)
 
 
 def attach(model: nn.Module, config: pissa.Config, generator: torch.Generator) -> AdaptedLayers:
-    """Attach layers that compute by `lora_linear` over the residual. Raises ValueError as the reference does."""
+    """Attach layers that compute by `lora_linear` over the residual.
+
+    Raises ValueError in the same cases as the reference.
+    """
     adapted = pissa.attach(model, config, generator, split)
     linear = {path: layer for path, layer in adapted.layers.items() if isinstance(layer, pissa.PissaLinear)}
     for layer in linear.values():

@@ -1,4 +1,4 @@
-"""QLoRA with the weight decoded into reused memory and the low-rank term added in place."""
+"""QLoRA. The weight is decoded into memory that is reused, and the low-rank term is added in place."""
 
 from __future__ import annotations
 

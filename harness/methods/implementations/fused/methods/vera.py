@@ -18,10 +18,13 @@ class FusedVeraLinear(vera.VeraLinear):
     """VeRA's layer, computed by `vera_linear`."""
 
     shared: SharedProjection
-    """Cache of the product with A, shared by the layers of a model."""
+    """Cache of an input's product with A. All layers of a model share it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W0 x + Lambda_b B Lambda_d A x, shape (..., E)."""
+        """Return W0 x + Lambda_b B Lambda_d A x, shape (..., E).
+
+        Lambda_b and Lambda_d are the diagonal matrices of the vectors b and d.
+        """
         if not is_plain(self.base) or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
             return super().forward(x)
         mask = None
@@ -32,7 +35,10 @@ class FusedVeraLinear(vera.VeraLinear):
 
 
 def attach(model: nn.Module, config: vera.Config, generator: torch.Generator) -> AdaptedLayers:
-    """Attach VeRA to `config.targets`. Layers compute by `vera_linear`; over a quantised base, like the reference."""
+    """Attach VeRA to `config.targets`.
+
+    Layers over a dense base compute by `vera_linear`. Layers over a quantised base compute like the reference.
+    """
     adapted = vera.attach(model, config, generator)
     shared = SharedProjection()
     layers: dict[str, Any] = adapted.layers
