@@ -14,53 +14,56 @@ from harness.records.memory import Memory
 
 
 class TrainingMeasured(FrozenModel):
-    """Raw training samples, one entry per optimizer step. Warm-up steps are real steps, only marked."""
+    """Raw samples of the training. Each list has one entry per optimizer step, warm-up steps included."""
 
     losses: list[float]
     """Training loss of each step, in nats."""
     step_seconds: list[Seconds]
-    """Wall time of each step: forward, backward, optimizer; no tokenising, no evaluation."""
+    """Wall time of each step: forward, backward and optimizer. Tokenising and evaluation are not included."""
     tokens: list[Count]
-    """Real tokens of each step, padding not counted."""
+    """Number of tokens in each step, without padding."""
     padded_tokens: list[Count]
-    """Tokens of each step, padding counted."""
+    """Number of tokens in each step, padding included."""
     gradient_norms: list[float]
-    """Gradient norm of each step."""
+    """Norm of the gradient in each step."""
     timing_warmup: int
-    """Number of first steps that do not count as steady state."""
+    """Number of warm-up steps at the start. Statistics of step times leave these steps out."""
     cpu_seconds: Seconds | None = None
-    """CPU time that all threads of the process spent during all `step_seconds`. If it is far less than the sum of
-    `step_seconds` multiplied by the number of threads, the threads waited, e.g. for other processes."""
+    """CPU seconds of all threads of the process, summed over all steps. Fully busy threads would spend the sum of
+    `step_seconds` times the number of threads. If the value is far less, the threads waited, e.g. for other
+    processes."""
     optimizer: dict[str, Json] = Field(default={})
-    """Optimizer: its class, the pager of its states, and the numbers of each of its groups."""
+    """Facts about the optimizer: the class, the settings of each parameter group, and how states are paged, if they
+    are."""
     text_rules: str = ""
-    """Rules by which texts became tokens, and which tokens carry loss."""
+    """Description of how texts became tokens, and of which tokens have a loss."""
     cut_examples: int | None = None
-    """Trained examples that were too long and were cut; None: not counted."""
+    """Number of training examples that were truncated because they were too long. None if they were not counted."""
     data_order_sha256: str = ""
-    """Hash over the ids of the examples of every batch, in order: equal for two Records that were trained on the
-    same data."""
+    """SHA-256 over the training examples of every batch, in order. Two Records have equal hashes if they were trained
+    on the same data in the same order."""
     initial_state_sha256: str = ""
-    """Hash over names, dtypes, shapes and bytes of all trained tensors, before the first step."""
+    """SHA-256 over the names, dtypes, shapes and values of all trained tensors, before the first step."""
 
 
 class Latency(FrozenModel):
-    """Raw forward times of one variant of the model."""
+    """Times of inference with one variant of the model, for one kind of pass."""
 
     variant: Literal["base", "unmerged", "merged", "multi-adapter"]
-    """Variant of the model. `multi-adapter`: each row of the batch has a different adapter."""
+    """Variant of the model. In `multi-adapter`, each row of the batch has a different adapter."""
     kind: Literal["forward", "prefill", "decode"]
     """Kind of pass. A pass of `decode` generates one token, with a key-value cache."""
     batch: int
-    """Prompts in the batch."""
+    """Number of prompts in the batch."""
     tokens: int
-    """Tokens of the prompt; for `decode`, generated tokens."""
+    """Number of tokens in each prompt. For `decode`, number of generated tokens."""
     seconds: list[Seconds]
-    """Seconds of each pass or token."""
+    """Seconds of each timed pass."""
     because: str = ""
-    """Reason for no samples."""
+    """Reason why `seconds` is empty. Empty if passes were timed."""
     adapters: int | None = None
-    """Adapters in the batch: one per row, or 1 for the same batch with a single adapter; None for other variants."""
+    """Number of different adapters in the batch. It is 1 for an equally large batch with a single adapter, which is
+    timed for comparison. None for all other latencies."""
 
 
 class Item(FrozenModel):
@@ -73,16 +76,17 @@ class Item(FrozenModel):
 
 
 class Accuracy(FrozenModel):
-    """Accuracy on `items`, with its interval for a new sample of items. The interval does not cover other seeds."""
+    """Accuracy on `items`, with a confidence interval that accounts for the choice of items but not for other seeds."""
 
     metric: str
-    """Metric of the task."""
+    """Name of the task's metric."""
     scored_by: str
     """Scorer: `lm-eval <version>` or `harness`."""
     value: float
-    """Share of the items that are right."""
+    """Share of items with a right answer, from 0 to 1."""
     low: float
-    """Lower end of the interval for a new sample of items; it does not cover other seeds."""
+    """Lower end of the confidence interval of the accuracy. The interval accounts for the choice of items, but not for
+    other seeds."""
     high: float
     """Upper end of the same interval."""
     interval: str
@@ -90,11 +94,11 @@ class Accuracy(FrozenModel):
     items: list[Item]
     """Scored items."""
     cut_items: int | None = None
-    """Scored items that were longer than `max_tokens` and were cut; None: not counted."""
+    """Number of scored items that were truncated to `max_tokens`. None if they were not counted."""
 
     @property
     def answers(self) -> dict[str, int]:
-        """Id of each item -> 1 if the answer is right, 0 if not."""
+        """Map from the id of each item to 1 for a right answer, or to 0 for a wrong answer."""
         return {item.id: item.correct for item in self.items}
 
     @model_validator(mode="after")
@@ -105,14 +109,14 @@ class Accuracy(FrozenModel):
 
 
 class Parameters(FrozenModel):
-    """Counts of scalars. `adapter` and `head` train; the rest of `total` is frozen. Full fine-tuning has no rest."""
+    """Numbers of scalars. `adapter` and `head` are trained. All other scalars in `total` are frozen."""
 
     adapter: Count
-    """Scalars that the Method trains."""
+    """Number of scalars that the Method trains."""
     head: Count
-    """Scalars of a new task head, trained too."""
+    """Number of scalars in a new task head, which is trained too."""
     total: Count
-    """Scalars of the whole model."""
+    """Number of scalars in the whole model."""
 
     @property
     def trainable(self) -> int:
@@ -121,19 +125,19 @@ class Parameters(FrozenModel):
 
 
 class Measurements(FrozenModel):
-    """Everything that was measured; exists only in an `ok` Record."""
+    """Everything that was measured. Only a Record with status `ok` has measurements."""
 
     parameters: Parameters
-    """Counts of scalars."""
+    """Numbers of trained scalars and of all scalars."""
     training: TrainingMeasured | None
-    """Samples of the training; None without training."""
+    """Samples of the training. None if the Cell was not trained."""
     memory: Memory
-    """Memory ledger."""
+    """Memory ledger: the bytes of each kind of tensor, as measured and as predicted."""
     latency: list[Latency]
-    """Latencies."""
+    """Times of inference, for each variant of the model and kind of pass."""
     accuracy: Accuracy | None
-    """Accuracy; None where nothing was scored."""
+    """Accuracy on the test items. None if nothing was scored."""
     checkpoint: Checkpoint | None = None
-    """Sizes of files; None in Records from before they were measured."""
+    """Sizes of checkpoint files. None in Records that are older than this field."""
     energy: Energy | None = None
-    """Source of the energy of the phases; None in Records from before it was measured."""
+    """Counter that measured the energy of the phases. None in Records that are older than this field."""

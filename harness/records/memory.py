@@ -5,83 +5,93 @@ from __future__ import annotations
 from harness.records.base_model import Bytes, FrozenModel
 
 ALLOCATED = "cuda allocated"
-"""The value of `Memory.source` if torch's allocator counted the peaks, which are then exact."""
+"""Value of `Memory.source` if torch's allocator counted the peaks. Such peaks are exact."""
 
 
 class Predicted(FrozenModel):
-    """Memory that the analytic model (`harness.memory_model`) predicts from a model's shape, before the Cell trains."""
+    """Memory that `harness.memory_model` predicts from the sizes of a model, before the Cell trains."""
 
     weights_B: Bytes
-    """Predicted `weights_B` of the ledger."""
+    """Prediction of `Memory.weights_B`."""
     adapter_B: Bytes
-    """Predicted `adapter_B`."""
+    """Prediction of `Memory.adapter_B`."""
     gradients_B: Bytes
-    """Predicted `gradients_B`."""
+    """Prediction of `Memory.gradients_B`."""
     optimizer_B: Bytes
-    """Predicted `optimizer_B`."""
+    """Prediction of `Memory.optimizer_B`."""
     optimizer_host_B: Bytes = 0
-    """Predicted `optimizer_host_B`."""
+    """Prediction of `Memory.optimizer_host_B`."""
     activations_B: Bytes | None = None
-    """Activations saved for the backward pass, with texts of `max_tokens`; None without training, or where no
-    formula is known."""
+    """Bytes of the activations that are saved for the backward pass, if every text has `max_tokens` tokens. None
+    without training, and where no formula is known."""
     logits_B: Bytes | None = None
-    """Logits and their gradient, with texts of `max_tokens`; None also where only answers have logits."""
+    """Bytes of the logits and of their gradient, if every text has `max_tokens` tokens. None without training, where no
+    formula is known, and where only the tokens of answers have logits."""
     step_B: Bytes = 0
-    """Memory that exists only during the optimizer's step, without activations and logits: float32 gradients of
-    its masters."""
+    """Bytes that exist only while the optimizer takes its step: float32 gradients of the master weights. Activations
+    and logits are not included."""
     peak_B: Bytes | None = None
-    """Predicted `counted_peak_B`: the peak of a step of the Cell's own loop on fake tensors
-    (`harness/memory_model/dry_step.py`). In a Record, the step has the batches that were trained on; in a plan, it has
-    the longest texts. None without training, and where `no_peak` gives the reason."""
+    """Prediction of `Memory.counted_peak_B`. To compute it, the Cell's own training loop takes one step on fake tensors
+    (`harness/memory_model/dry_step.py`). In a Record, the step uses the batches of the training. In a plan, it uses the
+    longest texts. None without training, and where `no_peak` gives a reason."""
     peak_by: str = ""
-    """Code that took that step, if the Cell's code, or its base, cannot run on fake tensors."""
+    """Code that replaced the Cell's own code or base in the step for `peak_B`, because the original cannot run on fake
+    tensors. Empty if nothing was replaced."""
     no_peak: str = ""
-    """Reason for no predicted peak."""
+    """Reason why a Cell with training has no `peak_B`. Otherwise empty."""
     untouched: str = ""
-    """Note on weights of experts that are neither adapted nor packed, although the Cell adapts or packs all linear
-    layers; empty if there are none."""
+    """Note on weights of experts that the Cell neither adapts nor packs into 4 bits, although it adapts or packs all
+    linear layers. Empty if the model has no such weights."""
 
     @property
     def passing_B(self) -> int:  # noqa: N802  # a unit, as of the fields
-        """Known bytes that each step allocates and frees: the larger of two parts that never exist at the same time."""
+        """Known bytes that each training step allocates and frees again.
+
+        Activations and logits are freed before `step_B` is allocated, so only the larger part counts.
+        """
         return max((self.activations_B or 0) + (self.logits_B or 0), self.step_B)
 
     @property
     def total_B(self) -> int:  # noqa: N802
-        """Highest known bytes on the device at one time: the larger one of two peaks, by formulas and by a step."""
+        """Highest known number of bytes on the device at one time.
+
+        This is the larger of two predictions: the sum of the predicted parts, and `peak_B`.
+        """
         by_formulas = self.weights_B + self.adapter_B + self.gradients_B + self.optimizer_B + self.passing_B
         # The step was on a CPU, where the device's memory is also the host's memory.
         return max(by_formulas, (self.peak_B or 0) - self.optimizer_host_B)
 
 
 class Memory(FrozenModel):
-    """Memory ledger: bytes of tensors, counted one by one, and memory of the process. `phases` has the peaks of
-    the phases."""
+    """Memory ledger: the bytes of tensors, counted one by one. The peak of each phase is in `Record.phases`."""
 
     source: str
-    """Source of the peaks: `VmHWM`, `cuda allocated`, or `sampled`."""
+    """Source of the peaks: `VmHWM` (Linux kernel), `cuda allocated` (torch's allocator), or `sampled` (a thread)."""
     baseline_B: Bytes
     """Resident memory of the process after its imports, before the model is loaded."""
     weights_B: Bytes
-    """Frozen weights, summed over tensors."""
+    """Bytes of the frozen weights."""
     adapter_B: Bytes
-    """Trainable tensors."""
+    """Bytes of the trainable tensors."""
     gradients_B: Bytes
-    """Gradients of all trained tensors; with layer-wise updates, the largest gradient: only one exists at a time."""
+    """Bytes of the gradients of all trained tensors. With layer-wise updates, only one gradient exists at a time, so
+    these are the bytes of the largest one."""
     optimizer_B: Bytes
-    """Optimizer states on the device."""
+    """Bytes of the optimizer's states on the device."""
     optimizer_host_B: Bytes = 0
-    """Optimizer states in the host's memory on a GPU run, e.g. paged ones; not in `optimizer_B`."""
+    """Bytes of the optimizer states that a run on a GPU keeps in the host's memory, e.g. paged states. `optimizer_B`
+    does not include these states."""
     counted_peak_B: Bytes | None = None
     """Highest memory of tensors at one time in a training step, the weights included.
 
-    On a CPU it is counted in one more step after the training, on the batch with the most tokens in one pass: existing
-    tensors plus every allocation and release, so that equal programs have equal numbers. It includes GaLore's SVD only if
-    that step has one; `harness/cell/measure/memory.py` lists the tensors that it misses. On a GPU it is the highest of
-    all steps by torch's allocator. None without training, if the memory did not suffice for the count (see `notes`), and in
-    older Records.
+    On a CPU, the tensors are counted in one more step after the training. This step uses the batch with the most tokens
+    in one pass. The count starts with the existing tensors and follows every allocation and release, so that equal
+    programs have equal numbers. The count includes GaLore's SVD only if this extra step computes one.
+    `harness/cell/measure/memory.py` lists the tensors that the count misses. On a GPU, torch's allocator reports the
+    highest value of all steps. None without training, in older Records, and if the memory did not suffice for the count
+    (see `Record.notes`).
     """
     predicted: Predicted | None = None
-    """Prediction from the model's shape."""
+    """Predicted memory. None if there is no prediction."""
     not_predicted: str = ""
-    """Reason for no prediction, where one was requested."""
+    """Reason why a requested prediction is missing."""

@@ -1,4 +1,4 @@
-"""Make unique names for the Cells of a run: their labels, and the differing coordinates if two Cells share a label."""
+"""Make unique names for the Cells of a run: a label, plus the differing settings if several Cells share the label."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def full(cells: Iterable[Cell]) -> dict[str, str]:
 
 
 def in_group(cells: Iterable[Cell]) -> dict[str, str]:
-    """Map each cell_id to a name without model and task. It is unique among the Cells with the same model and task."""
+    """Map each cell_id to a name without model and task. Cells with the same model and task have different names."""
     return _named(cells, short, lambda cell: (cell.model, cell.task, short(cell)))
 
 
 def recipes(cells: Iterable[Cell], *, inside: bool = False) -> dict[str, str]:
     """Map each recipe_id to one name for all Cells that differ only in the seed.
 
-    inside: whether to return names like those of `in_group` instead of names like those of `full`.
+    inside: whether the names leave out model and task, like the names of `in_group`.
     """
     seedless = [cell.recipe for cell in cells]
     return in_group(seedless) if inside else full(seedless)
@@ -41,9 +41,9 @@ def short(cell: Cell) -> str:
 
 
 def _named(cells: Iterable[Cell], name: Callable[[Cell], str], place: Callable[[Cell], Hashable]) -> dict[str, str]:
-    """Map each cell_id to `name(cell)`. If Cells have equal `place(cell)`, add their differing coordinates to the name.
+    """Map each cell_id to `name(cell)`, plus the settings that differ between Cells with the same `place(cell)`.
 
-    A name omits coordinates that its Cell does not set, unless two names would then be equal.
+    A name leaves out a setting that its Cell does not set, unless two names would then be equal.
     """
     sharing: dict[Hashable, dict[str, Cell]] = {}
     for cell in cells:

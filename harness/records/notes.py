@@ -8,11 +8,11 @@ from harness.records.record import NoteKind, Record
 
 _OLD_CONCURRENCY = re.compile(r"up to (\d+) Cells ran at once")
 _OLD_TEXTS = {NoteKind.UNREACHED_EXPERTS: "are neither adapted nor packed into 4 bits"}
-"""Kind of a note -> a part of its text, for Records without `typed_notes`."""
+"""Text that occurs in every note of a kind. It identifies the note in a Record without `typed_notes`."""
 
 
 def concurrency_note(cells: int) -> list[str]:
-    """Return a list with the note that `cells` Cells may run on a machine at the same time; empty for a single Cell."""
+    """Return a list with the note that up to `cells` Cells ran at once. For a single Cell, return an empty list."""
     return [f"up to {cells} Cells ran at once: its times share the machine"] if cells > 1 else []
 
 

@@ -1,7 +1,8 @@
-"""The Record of one attempt at a Cell: the request and the findings. Imports no torch, and computes nothing.
+"""The Record of one attempt at a Cell: what was requested, and what was found.
 
-Units are base units (seconds, bytes, 1); every number is finite. Fields may be added. `SCHEMA` counts removals and changes
-of meaning, so that an old reader refuses a file that it would misread.
+This module imports no torch and computes nothing. Units are base units (seconds, bytes, 1), and every number is finite.
+New versions may add fields. If a version removes a field or changes its meaning, it increases `SCHEMA`, so that an old
+reader refuses a file that it would misread.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from harness.records.training import Training as Training
 
 SCHEMA = 1
 ADAPTER_CONFIG = "adapter_config"
-"""Key of a Cell's config that holds the whole config of any adapter of PEFT (`method: peft`)."""
+"""Key in the config of a Cell with `method: peft`. The value is the complete config of a PEFT adapter of any type."""
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"]
@@ -59,37 +60,41 @@ class Base(FrozenModel):
     """The frozen weights under an adapter."""
 
     quantization: Quantization = "none"
-    """Quantisation of the frozen weights. `nf4-dq` is NF4 with double quantisation: the constants of its blocks
-    are stored in 8 bits."""
+    """Quantisation of the frozen weights. `nf4-dq` is NF4 with double quantisation: the scaling constants of the blocks
+    are also quantised, to 8 bits."""
     implementation: str = ""
-    """Implementation that quantises, e.g. `bitsandbytes`; empty when nothing is quantised."""
+    """Implementation that quantises, e.g. `bitsandbytes`. Empty if nothing is quantised."""
 
     def __str__(self) -> str:
         return self.quantization if not self.implementation else f"{self.quantization} ({self.implementation})"
 
 
 DECODED = 8
-"""Number of tokens decoded after the prompt of a latency. If more are requested, decoding is repeated. The tokens take
-positions of the model too."""
+"""Number of tokens that are decoded after each prompt, when latencies are measured. If more tokens are requested, the
+decoding starts again after the prompt. A prompt leaves this number of the model's positions free."""
 
 
 class Evaluation(ExtendedModel):
     """Settings for the scoring and for the latencies of a Cell."""
 
     items: int
-    """Test items: the first `items` of the task's test split (after `skip`), the same for every Cell."""
+    """Number of scored test items. They are the first items of the task's test split after the skipped ones, so all
+    Cells score the same items."""
     batch: int = 32
-    """Test items per forward pass."""
+    """Number of test items in a forward pass."""
     skip: int = 0
-    """Test items before the first scored one. Items that choose a learning rate must not also score ranked Cells."""
+    """Number of test items to skip before the first scored one. Only searches for a learning rate skip items, since
+    items that choose the rate must not also score ranked Cells."""
     latency: bool = True
-    """Whether latencies are measured. One of several Cells that differ only in the seed is enough."""
+    """Whether latencies are measured. If several Cells differ only in the seed, it is enough to measure one of them."""
     prompt_batch: int = 1
-    """Prompts in a forward pass of a latency."""
+    """Number of prompts in a batch, when latencies are measured."""
     prompt_tokens: int = 32
-    """Tokens of each prompt of a latency, limited to the model's positions."""
+    """Number of tokens in each prompt, when latencies are measured. A model with too few positions gets shorter
+    prompts."""
     passes: int | None = None
-    """Minimum of timed passes (when decoding, tokens) for each variant of a latency; None: a few."""
+    """Smallest number of timed passes for each variant of the model. When decoding, smallest number of timed tokens.
+    None stands for a few."""
 
     later_fields: ClassVar = ("skip", "latency", "prompt_batch", "prompt_tokens", "passes")
 
@@ -99,12 +104,15 @@ class Evaluation(ExtendedModel):
 
 
 class Cell(FrozenModel):
-    """One point of a matrix. `cell_id` hashes exactly these fields: never the machine, never the suite's name."""
+    """One experiment of a suite: a combination of model, task, Method, config and other settings.
+
+    `cell_id` is a hash of exactly these fields. It depends neither on the machine nor on the name of the suite.
+    """
 
     model: str
-    """Base model."""
+    """Name of the base model."""
     task: str
-    """Task that is trained and scored."""
+    """Name of the task for training and scoring."""
     method: str
     """Method, e.g. `lora`; see `peft-harness list methods`."""
     implementation: str
@@ -112,7 +120,7 @@ class Cell(FrozenModel):
     config: dict[str, Json] = {}
     """Config of the Method."""
     base: Base = Base()
-    """Frozen weights under the adapter."""
+    """Quantisation of the frozen weights under the adapter."""
     optimizer: Optimizer = "adamw"
     """Optimizer of all trained tensors."""
     dtype: Dtype = "float32"
@@ -122,10 +130,10 @@ class Cell(FrozenModel):
     training: Training
     """Training budget and recipe."""
     evaluation: Evaluation
-    """Scoring and latencies."""
+    """Settings for scoring and for latencies."""
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Cell:
-        """Return a copy. A changed copy has a different cell_id."""
+        """Return a copy with changed fields. update: the new values. A changed copy has a different cell_id."""
         copied = super().model_copy(update=update, deep=deep)
         copied.__dict__.pop("cell_id", None)
         return copied
@@ -134,8 +142,8 @@ class Cell(FrozenModel):
     def cell_id(self) -> str:
         """The first 16 hex digits of the SHA-256 over the Cell's canonical JSON.
 
-        The JSON includes later fields of Training and Evaluation only if they differ from their defaults, so that the ids
-        of older Cells stay the same.
+        Some fields of Training and Evaluation were added later. The JSON leaves such a field out if it has its default
+        value, so that the ids of older Cells stay the same.
         """
         parts: dict[str, ExtendedModel] = {"training": self.training, "evaluation": self.evaluation}
         absent = {name: {*part.later_fields} - part.later().keys() for name, part in parts.items()}
@@ -145,7 +153,7 @@ class Cell(FrozenModel):
 
     @property
     def recipe(self) -> Cell:
-        """This Cell with seed 0 and with latencies. Cells that differ only in these two points have equal recipes."""
+        """This Cell with seed 0 and with latencies. Cells that differ only in these two settings have equal recipes."""
         if self.seed == 0 and self.evaluation.latency:
             return self
         timed = self.evaluation.model_copy(update={"latency": True})
@@ -174,86 +182,88 @@ class Cell(FrozenModel):
 
 
 class Phase(FrozenModel):
-    """One phase of a Cell."""
+    """One phase of an attempt at a Cell."""
 
     name: str
     """Name of the phase, e.g. `train`."""
     seconds: Seconds
-    """Wall time."""
+    """Wall time of the phase."""
     peak_memory_B: Bytes | None = None
-    """Highest resident (CPU) or allocated (GPU) memory inside the phase; None if the system does not report it."""
+    """Highest memory during the phase: resident memory on a CPU, allocated memory on a GPU. None if the system does not
+    report it."""
     end_memory_B: Bytes | None = None
     """Memory at the end of the phase."""
     load_start: float | None = None
-    """Load average of the machine over one minute at the start of the phase; None where the system has none."""
+    """One-minute load average of the machine at the start of the phase. None if the system has no load average."""
     load_end: float | None = None
-    """Load average at the end of the phase."""
+    """One-minute load average of the machine at the end of the phase."""
     energy_J: Joules | None = None
-    """Energy by the counter `Energy.source`; None without a counter, and for phases of less than 2 s, which no counter
-    resolves."""
+    """Energy of the phase by the counter that `Energy.source` names. None without a counter. Also None if the phase
+    took less than 2 s, because no counter resolves so short a time."""
     gpu: GpuPhase | None = None
-    """State of the GPU; None on a CPU."""
+    """State of the GPU during the phase. None on a CPU."""
 
 
 class Failure(FrozenModel):
     """Cause of a failed attempt."""
 
     kind: str
-    """Exception class, signal name, or the runner's own term."""
+    """Class of the exception, name of the signal, or the runner's own term."""
     message: str
-    """Message of the exception or the runner."""
+    """Message of the exception. If the worker left no Record, the end of the worker's log."""
     traceback: str = ""
     phase: str = ""
-    """Phase in which it failed."""
+    """Name of the phase in which the attempt failed."""
     requested_B: Bytes | None = None
-    """Size of the allocation that ran out of memory."""
+    """Size of the allocation for which the memory did not suffice. None if unknown."""
     last_peak_B: Bytes | None = None
-    """Highest memory before it failed."""
+    """Highest memory in the phases that were completed before the failure. None if unknown."""
 
 
 class Environment(FrozenModel):
-    """Machine and software that a Record was made with."""
+    """Machine and software with which a Record was made."""
 
     id: str
-    """Hash of `software` and `machine`. Timings are comparable only if it is equal."""
+    """Hash of `software` and `machine`. Times of two Records are comparable only if their hashes are equal."""
     software: dict[str, str]
-    """Versions by library."""
+    """Version of each library, by name of the library."""
     machine: dict[str, str]
-    """CPU, cores, memory, system and GPUs."""
+    """Facts about the machine: CPU, cores, memory, system and GPUs."""
     code_version: str
-    """SHA-256 over the Python files of harness/ and reference/: exact also outside a checkout."""
+    """Start of the SHA-256 over the Python files of harness/ and reference/. It identifies the code even outside a git
+    checkout."""
     git_sha: str = ""
-    """Commit of the checkout; empty outside one."""
+    """Git commit of the checkout. Empty outside a checkout."""
     git_dirty: bool | None = None
     """Whether the checkout had uncommitted changes; None if unknown."""
     threads: int | None = None
-    """Threads that torch computes with."""
+    """Number of threads that torch computes with."""
     extra: dict[str, Json] = {}
-    """Further facts from the worker: variables, determinism, build of torch."""
+    """Further facts from the worker: environment variables, settings for determinism, and the build of torch."""
 
 
 class AssetUse(FrozenModel):
     """A model, data set or task that a Cell used."""
 
     name: str
-    """Name in the suite."""
+    """Name of the asset in the suite."""
     source: str
-    """Address, or the rule that generates it."""
+    """Address of the asset, or the rule that generates it."""
     sha256: str = ""
-    """Hash of its files."""
+    """SHA-256 of the asset's files."""
     revision: str = ""
-    """Commit of a hub repository."""
+    """Commit of the hub repository that holds the asset. Empty for other assets."""
     licence: str = ""
-    """Licence of its publisher."""
+    """Licence under which the asset was published."""
 
 
 class Provider(FrozenModel):
-    """Distribution that an implementation comes from."""
+    """Installed Python package that contains an implementation."""
 
     distribution: str
-    """Distribution that the implementation comes from."""
+    """Name of the Python package that contains the implementation."""
     version: str
-    """Version of the distribution."""
+    """Version of the package."""
 
 
 class NoteKind(StrEnum):
@@ -268,7 +278,7 @@ class Note(FrozenModel):
     kind: NoteKind
     """Kind of the note."""
     text: str
-    """Text, as in `notes`."""
+    """Text of the note. `Record.notes` has the same text."""
 
 
 class Record(FrozenModel):
@@ -288,35 +298,36 @@ class Record(FrozenModel):
     cell: Cell
     """The Cell that was attempted."""
     provider: Provider | None = None
-    """Distribution of the implementation; None if it was not loaded."""
+    """Python package that contains the implementation. None if the implementation was not loaded."""
     environment: Environment
-    """Machine and software."""
+    """Machine and software of the attempt."""
     device: str = ""
     """Device: `cpu` or `cuda`."""
     assets: list[AssetUse] = []
-    """Model, data and task with their hashes: a name does not identify the content."""
+    """Model, data and task of the Cell, each with a hash, because a name does not identify the content."""
     layers: list[str] = []
-    """Paths of the adapted layers (of all linear layers, for a Method without targets); empty if the attempt ended
-    earlier."""
+    """Paths of the adapted layers. For a Method without targets, paths of all linear layers. Empty if the attempt ended
+    before its layers were known."""
     started: str
     """Start of the attempt in UTC, ISO 8601."""
     duration_s: Seconds
     """Wall time of the attempt."""
     phases: list[Phase] = []
-    """Phases in order."""
+    """Phases of the attempt, in order."""
     checks: list[CheckResult] = []
     """Results of the checks."""
     measurements: Measurements | None = None
-    """Measurements; None unless the status is `ok`."""
+    """Everything that was measured. None unless the status is `ok`."""
     failure: Failure | None = None
-    """Failure of an attempt that raised, was killed, or was prevented from running."""
+    """Cause of the failure, if the attempt raised an exception, was killed, or was prevented from running. Otherwise
+    None."""
     notes: list[str] = []
     """Remarks for readers of the numbers, e.g. why a rerun would not be bitwise equal."""
     typed_notes: list[Note] = []
-    """Notes for programs, each also in `notes`; empty in older Records."""
+    """Notes that programs read. Each of them is also in `notes`. Empty in older Records."""
     concurrent_cells: int | None = None
-    """Number of Cells, this one included, that may have run on the machine at the same time; None in older Records, see
-    `harness.records.notes`."""
+    """Number of Cells, this one included, that may have run on the machine at the same time. None in older Records.
+    `harness.records.notes.concurrent_cells` also finds the number in these."""
 
     @model_validator(mode="after")
     def _status_decides_content(self) -> Record:
@@ -335,7 +346,7 @@ class Record(FrozenModel):
 
     @property
     def training(self) -> TrainingMeasured | None:
-        """Measurements of the training; None without a training."""
+        """Measurements of the training. None if there are none."""
         return self.measurements.training if self.measurements else None
 
     @property

@@ -44,7 +44,7 @@ _TORN: dict[type[BaseModel], str] = {
 
 
 def now() -> str:
-    """Return the time in UTC, ISO 8601 to the second."""
+    """Return the current time in UTC, as ISO 8601 text to the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -74,7 +74,7 @@ def _read(path: Path, kind: type[_Model]) -> _Model:
 
 
 def _schema(text: bytes) -> int:
-    """Return the schema number of a file that does not match this version's model; 0 if the file has no number."""
+    """Return the schema number in a file that is otherwise invalid. If the file has no number, return 0."""
     try:
         number = json.loads(text).get("schema", 0)
     except (ValueError, AttributeError, RecursionError):
@@ -91,29 +91,30 @@ class Run:
     manifest: Manifest
     """Content of run.json."""
     records: tuple[Record, ...]
-    """The readable Records of all attempts."""
+    """The Records of all attempts, except those whose files are unreadable or were changed after the run."""
     footer: Footer | None
     """Content of footer.json; None for an unfinished run."""
     broken: dict[str, str] = field(default_factory=dict)
-    """Name of an unreadable file -> the reason. Reports list these files."""
+    """Names of unreadable files, with the reason why each cannot be read. Reports list these files."""
     changed: dict[str, str] = field(default_factory=dict)
-    """Path of a file that was changed, removed or added after the run -> the change. Such Records do not count."""
+    """Paths of files that were changed, removed or added after the run, each with what happened to it. Records in such
+    files do not count."""
 
     @property
     def how(self) -> str:
-        """How the run ended: `finished`, `interrupted`, `failed`, or `incomplete` without a footer."""
+        """How the run ended: `finished`, `interrupted` or `failed`. A run without a footer is `incomplete`."""
         return self.footer.how if self.footer else "incomplete"
 
     def latest(self) -> dict[str, Record]:
-        """Map cell_ids to the Records of their newest attempts, in the manifest's order, without changed Records."""
+        """Map each cell_id to the newest attempt's Record, in the manifest's order, without Cells in `doubtful`."""
         newest, doubtful = self._newest, self.doubtful()
         ids = [cell.cell_id for cell in self.manifest.cells]
         return {i: newest[i] for i in ids if i in newest and i not in doubtful}
 
     def doubtful(self) -> dict[str, str]:
-        """Return cell_id -> change, for each Cell whose newest Record was changed, removed or added after the run.
+        """Return the Cells whose newest Record was changed, removed or added after the run: cell_id -> what happened.
 
-        No older Record may replace such a Record.
+        An older Record of such a Cell must not be used instead.
         """
         newest = self._newest
         found = {}
@@ -136,8 +137,8 @@ class Run:
 class RunFolder:
     """Writes one run folder.
 
-    `create` and `take` lock the folder until `release`, or until the object or the process ends, so that there is no other
-    writer. A worker, which writes one Record for the runner, needs no lock.
+    `create` and `take` lock the folder, so that no other process writes to it. The lock ends with `release`, or when
+    the object or the process ends. A worker needs no lock, because it writes only one Record for the runner.
     """
 
     def __init__(self, path: Path, lock: int | None = None) -> None:
@@ -146,7 +147,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, manifest: Manifest) -> RunFolder:
-        """Make the folder, lock it, write run.json, and return its RunFolder.
+        """Make a run folder, lock it, write run.json, and return the RunFolder.
 
         Raises UsageError for a folder that already holds a run.
         """
@@ -169,7 +170,7 @@ class RunFolder:
 
     @classmethod
     def take(cls, path: Path) -> RunFolder:
-        """Lock a run folder for writing, and return its RunFolder. Raises UsageError if another process has locked it."""
+        """Lock a folder for writing, and return its RunFolder. Raises UsageError if another process holds the lock."""
         return cls(path, _lock(path / "lock"))
 
     def release(self) -> None:
@@ -186,7 +187,7 @@ class RunFolder:
         return self.path / "logs" / f"{cell_id}.{attempt}.txt"
 
     def next_attempt(self, cell_id: str) -> int:
-        """Return the number of the next attempt, from 1. It is never the number of a broken or removed file."""
+        """Return the number for the next attempt at a Cell. Numbers of broken or removed files are not reused."""
         files = [*(self.path / "cells").glob(f"{cell_id}.*.json"), *(self.path / "logs").glob(f"{cell_id}.*.txt")]
         files += [Path(name) for name in _sealed(self.path) if name.startswith(f"cells/{cell_id}.")]
         # Not every name has a number: a user may have renamed a broken file to `.1.torn.json`.
@@ -202,7 +203,10 @@ class RunFolder:
             raise StoreError("this attempt has a Record already", where=str(path)) from error
 
     def reopen(self) -> None:
-        """Remove the footer before the run is resumed, but save its hashes: without them, changes would go unnoticed."""
+        """Prepare a finished run for being resumed: remove the footer, but save its hashes.
+
+        Without these hashes, changes of the existing files would go unnoticed.
+        """
         path = self.path / _FOOTER
         try:
             with contextlib.suppress(StoreError):
@@ -215,8 +219,9 @@ class RunFolder:
     def close(self, run: Run, footer: Footer) -> Run:
         """Write footer.json with the hashes of run.json and of all Records, and return the complete run.
 
-        run: the run as it was just read; a Record that a worker has written since then gets its hash too. Hashes of an
-        earlier footer stay, except for Records that the user moved away so that their Cells are measured again.
+        run: the run as it was just read. If a worker has written a Record since then, that Record gets a hash too.
+        Files that have a hash in an earlier footer keep that hash. The new footer leaves out Records that the user
+        moved away to measure their Cells again.
         """
         known = _sealed(self.path)
         names = ["run.json", *run.changed]
@@ -230,7 +235,7 @@ class RunFolder:
 
 
 def _lock(path: Path) -> int:
-    """Lock a file and return its descriptor. The kernel releases the lock when its process dies."""
+    """Lock a file and return its descriptor. When this process dies, the kernel releases the lock."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
@@ -265,7 +270,7 @@ def read_record(path: Path) -> Record:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read and return only run.json of a run folder. Raises UsageError if there is none."""
+    """Read only run.json of a run folder, and return its content. Raises UsageError if there is none."""
     if not (path / "run.json").is_file():
         raise UsageError("not a run folder (no run.json)", where=str(path), hint="name a run id or its folder")
     return _read(path / "run.json", Manifest)
@@ -306,9 +311,9 @@ def _record_files(path: Path) -> list[Path]:
 
 
 def _changed(path: Path, records: Sequence[Record], broken: Mapping[str, str], *, complete: bool) -> dict[str, str]:
-    """Return path -> change, for each file that was changed, removed or added after the run.
+    """Return the files that were changed, removed or added after the run: path -> what happened.
 
-    Files that cannot be read are left out. For a run without hashes the result is empty.
+    Files that cannot be read are left out. For a run without hashes, the result is empty.
     """
     known = _sealed(path)
     found = {}
@@ -325,7 +330,10 @@ def _changed(path: Path, records: Sequence[Record], broken: Mapping[str, str], *
 
 
 def _sealed(path: Path) -> dict[str, str]:
-    """Return the hashes in a run's footer, or in the previous footer of a resumed run; empty if there are none."""
+    """Return the hashes in a run's footer, by path. If a resumed run has no footer yet, use its previous footer.
+
+    Without any footer, the result is empty.
+    """
     for name in (_FOOTER, _REOPENED):
         with contextlib.suppress(StoreError):
             return _read(path / name, Footer).sha256

@@ -8,40 +8,45 @@ from harness.records.base_model import ExtendedModel
 
 
 class Training(ExtendedModel):
-    """Training budget and recipe. Compared Cells share it, except for the learning rates and for options that
-    change only the cost (`accumulate`, `checkpointing`, `compile`, `layerwise`)."""
+    """Training budget and recipe.
+
+    Cells that are compared have the same values, except for the learning rates and for options that change only the
+    cost (`accumulate`, `checkpointing`, `compile`, `layerwise`).
+    """
 
     steps: int
-    """Optimizer steps; 0: evaluation only (zero-shot)."""
+    """Number of optimizer steps. 0 stands for evaluation without training (zero-shot)."""
     batch: int = 16
-    """Examples per step."""
+    """Number of examples in each optimizer step."""
     lr: float = 1e-3
-    """Peak learning rate. It is reached by a linear warm-up; then the rate falls linearly to zero at the last step."""
+    """Peak learning rate. The rate rises linearly to the peak during the warm-up, then falls linearly to zero at the
+    last step."""
     head_lr: float | None = None
-    """Learning rate of a new task head; None for `lr`."""
+    """Learning rate of a new task head. None stands for `lr`."""
     warmup: int = 0
-    """Steps of linear learning-rate warm-up."""
+    """Number of steps in which the learning rate rises linearly."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of AdamW: a step reduces each weight by a share, this number times the learning rate."""
+    """Decoupled weight decay of AdamW. Each step reduces each weight by a share of itself: this number times the
+    learning rate."""
     max_tokens: int = 64
-    """Length at which texts are truncated, in training and in evaluation."""
+    """Number of tokens to which longer texts are truncated, in training and in evaluation."""
     accumulate: int = 1
-    """Micro-batches per optimizer step: the `batch` examples go through the model in this number of equal parts. Their
-    gradients are summed, each weighted by its labels (for a causal model: the tokens of its answers), so that loss
-    and gradient equal those of the whole batch up to rounding. Only the activations of one part are in memory at a
-    time."""
+    """Number of micro-batches in each optimizer step. The `batch` examples go through the model in this number of equal
+    parts, so that only the activations of one part are in memory at a time. The gradients of the parts are summed, each
+    in proportion to the number of labels in the part (for a causal model: of tokens in answers). So loss and gradient
+    equal those of the whole batch up to rounding."""
     checkpointing: bool = False
-    """Gradient checkpointing, by transformers: each block of the model saves only its input and is recomputed in
-    the backward pass. It takes time and saves memory; losses are the same up to rounding."""
+    """Whether to use the gradient checkpointing of transformers. Each block of the model saves only its input, and the
+    backward pass computes the block again. This saves memory but takes time. The losses are the same up to rounding."""
     lr_ratio: float = 1.0
-    """LoRA+ (arXiv:2402.12354): learning rate of every factor B, as a multiple of `lr`, which is the rate of A."""
+    """Learning rate of every factor B, divided by the rate `lr` of every factor A (LoRA+, arXiv:2402.12354)."""
     compile: bool = False
-    """torch.compile of the model's calls in the parity gate and in training, in place; scoring and latencies are
-    not compiled. Losses are the same up to rounding."""
+    """Whether to compile the model in place with torch.compile. The parity gate and the training call the compiled
+    model, but scoring and latencies do not. The losses are the same up to rounding."""
     layerwise: bool = False
-    """Layer-wise weight updates (GaLore, arXiv:2403.03507, section 4.3): each weight is updated within the
-    backward pass, as soon as its gradient is complete; then the gradient is freed. So the gradients take only the
-    memory of the largest one; losses are bitwise the same. It requires a method that trains the model's own weights,
-    one pass per step, and an unscaled loss (no float16)."""
+    """Whether to update the weights layer by layer (GaLore, arXiv:2403.03507, section 4.3). Each weight is updated
+    within the backward pass, as soon as its gradient is complete. Then the gradient is freed. So the gradients take
+    only the memory of the largest one, and the losses are bitwise the same. The option requires a Method that trains
+    the model's own weights, one pass per step, and an unscaled loss (no float16)."""
 
     later_fields: ClassVar = ("accumulate", "checkpointing", "lr_ratio", "compile", "layerwise")

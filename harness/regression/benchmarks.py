@@ -1,4 +1,4 @@
-"""Compare the benchmarks of a pytest session with saved process runs. Without parity, no benchmark passes."""
+"""Compare the benchmarks of a pytest session with saved runs. If a case of @conformance fails, no benchmark passes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ _KINDS = {
     Pace.INCONCLUSIVE: VerdictKind.INCONCLUSIVE,
 }
 _ALWAYS = ("torch", "gpu")
-"""Facts that a session records only while torch or a GPU is in use. A missing fact is therefore a difference too."""
+"""Facts that are recorded only if a session uses torch or a GPU. If only one of two sessions has such a fact, this is a
+difference between them."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Session:
     rounds: Mapping[str, Sequence[float]]
     """Seconds of each round, by full name of a benchmark."""
     absent: Mapping[str, str]
-    """Reason why a saved benchmark has no rounds here, by name. Benchmarks that this session need not run are left out."""
+    """Reason why this session did not time a saved benchmark, by full name of the benchmark. Benchmarks that the
+    session did not have to run are left out."""
     failed: frozenset[str] = frozenset()
     """Names of failed tests."""
     cases_passed: int = 0
@@ -40,11 +42,12 @@ class Session:
 
 
 def compare(saved_runs: Sequence[Saved], session: Session, margin: float = MARGIN) -> Findings:
-    """Judge each benchmark of the session by saved runs with the same full name, machine, Python and torch.
+    """Compare each benchmark of a session with saved runs, and return the rows and the verdict.
 
-    The verdict is the first that applies. FAIL: a benchmark is slower, or its test or a case of @conformance failed.
-    NOT_RUN: no benchmark was compared. INCONCLUSIVE: a benchmark is undecided, is missing, or was saved only on another
-    machine. Otherwise PASS.
+    A benchmark is compared only with saved runs of the same benchmark on the same machine, with the same Python and
+    torch. The verdict is the first that applies. FAIL: a benchmark is slower, its test failed, or a case of
+    @conformance failed. NOT_RUN: no benchmark was compared. INCONCLUSIVE: a benchmark is undecided, is missing, or was
+    saved only on another machine. PASS: none of these.
     """
     differences = {saved.path: _other_place(saved.place, session.place) for saved in saved_runs}
     names = dict.fromkeys(name for saved in saved_runs for name in saved.rounds)
@@ -96,10 +99,10 @@ def _speed(name: str, saved: Sequence[Sequence[float]], session: Session, margin
 
 
 def _other_place(saved: Mapping[str, str], here: Mapping[str, str]) -> str:
-    """Return the differences between the place of a saved run and this place, or an empty string.
+    """Return the differences between the machine of a saved run and this machine, as text; empty if there are none.
 
-    A fact is compared if both places have it. Torch and the GPU are compared even if only one place has them, since
-    sessions on a GPU and on a CPU do not compare.
+    A fact is compared if both machines have it. Torch and the GPU are compared even if only one machine has them, since
+    times on a GPU and on a CPU are not comparable.
     """
     none = "none in use"
     facts = [fact for fact in {**saved, **here} if fact in _ALWAYS or (fact in saved and fact in here)]

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 def paused() -> Iterator[None]:
     """Pause the garbage collector in this context.
 
-    It would scan millions of objects again and again, none of them in a cycle.
+    The collector would scan millions of objects again and again, although none of them is in a cycle.
     """
     was_enabled = gc.isenabled()
     gc.disable()

@@ -12,7 +12,10 @@ _PATIENCE_S = 600.0
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run git in a folder and capture its output. Raises HarnessError if git is not installed or does not end."""
+    """Run git in a folder, and return the completed process with its output.
+
+    Raises HarnessError if git is missing or does not end in time.
+    """
     command = ["git", "-C", str(folder), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE_S)

@@ -65,7 +65,10 @@ class Gate:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Judge the session. It fails with the verdict FAIL or NOT_RUN; with the strict option also with INCONCLUSIVE."""
+        """Judge the session, and set its exit status.
+
+        The verdicts FAIL and NOT_RUN make the session fail. With the strict option, INCONCLUSIVE does too.
+        """
         if session.exitstatus not in _JUDGED:
             return
         self.findings = benchmarks.compare(self.saved, self._session(), self.margin)
@@ -121,7 +124,10 @@ class Gate:
         return "this session has no such test"
 
     def _covers(self, argument: str, name: str) -> bool:
-        """Return whether an argument of pytest (a file, folder or test) or of `testpaths` includes this full name."""
+        """Return whether an argument of pytest includes the test with this full name.
+
+        argument: a file, folder or test, from the command line or from `testpaths`.
+        """
         (path, _, selected), (file, _, test) = argument.partition("::"), name.partition("::")
         start = (self.config.invocation_params.dir / path).resolve()
         inside = (self.config.rootpath / file).resolve().is_relative_to(start)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def render(report: CheckReport) -> bytes:
     """Return a JUnit file: one suite per implementation of a method or operation, and one for the other findings.
 
-    A known defect becomes a skipped test, as pytest does with an expected failure.
+    A known defect becomes a skipped test, like an expected failure in pytest.
     """
     root = ET.Element("testsuites", name="peft-harness check")
     for (target, implementation), tried in summary.rows(report.tried).items():
@@ -36,7 +36,7 @@ def render(report: CheckReport) -> bytes:
 
 
 def write_junit(report: CheckReport, out: Path) -> None:
-    """Write the JUnit file to `out`; after an error, `out` is as before."""
+    """Write the JUnit file to `out`. If this fails, `out` stays as it was."""
     files.write_atomic(out, render(report))
 
 

@@ -32,7 +32,7 @@ def render(report: CheckReport) -> str:
 
 
 def write_page(report: CheckReport, out: Path) -> None:
-    """Write the page to `out`; after an error, `out` is as before."""
+    """Write the page to `out`. If this fails, `out` stays as it was."""
     html.write_page(render(report), out)
 
 
@@ -145,7 +145,7 @@ def _defect(defect: Defect, report: CheckReport) -> dict[str, Any]:
 
 
 def _by_check(target: str, implementation: str, tried: list[CheckOutcome]) -> dict[str, Any]:
-    """Return the section on one implementation: a row per check, with its worst result over all cases in each dtype."""
+    """Return the section on one implementation. Each row is a check, with the worst result in each dtype."""
     dtypes = summary.dtypes(tried)
     checks = group((one.check, one) for one in tried)
     rows = [
@@ -161,7 +161,7 @@ def _by_check(target: str, implementation: str, tried: list[CheckOutcome]) -> di
 
 
 def _not_checked(report: CheckReport) -> list[dict[str, Any]]:
-    """List the targets that were not checked, one row for each reason."""
+    """List the methods and operations that were not checked. Each reason has a row of its own."""
     reasons = group(
         ((f"{one.implementation} {one.target}", one.status.value, f"{one.check}: {one.result.detail}"), one.dtype)
         for one in report.tried

@@ -21,7 +21,7 @@ _STYLES = {CheckStatus.FAIL: "bold red", CheckStatus.KNOWN_DEFECT: "yellow", Che
 
 
 def print_matrix(report: CheckReport) -> None:
-    """Print a table of results by target, implementation and dtype; below it, print `lines`."""
+    """Print a table of results by method or operation, implementation and dtype. Then print what `lines` returns."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, _PIPE_WIDTH)
@@ -44,7 +44,7 @@ def print_matrix(report: CheckReport) -> None:
 
 
 def lines(report: CheckReport) -> list[str]:
-    """Return the lines below the table: failures, each known defect once, counts, and targets that were not tried."""
+    """Return the lines below the table: failures, each known defect once, counts, and what was not tried."""
     failed = [one for one in report.tried if one.status is CheckStatus.FAIL]
     found = [summary.describe_failure(one) for one in failed[:_MOST_LINES]]
     if len(failed) > _MOST_LINES:

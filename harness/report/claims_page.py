@@ -1,4 +1,4 @@
-"""HTML page of the claim ledger, by paper or only the headlines, in the style of a run's report. It imports no torch."""
+"""HTML page of the claim ledger. It has all claims by paper, or only the headlines. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TONES = {ClaimVerdict.REPRODUCED: "good", ClaimVerdict.NOT_REPRODUCED: "bad", C
 
 
 def write_page(rows: Sequence[JudgedClaim], software: Mapping[str, str], out: Path, *, headlines: bool = False) -> None:
-    """Write the page to `out`; after an error, `out` is as before. headlines: only the headlines, not the whole ledger."""
+    """Write the page to `out`. If this fails, `out` stays as it was. headlines: write only the headlines."""
     html.write_page(html.fill(HEADLINES if headlines else LEDGER, build(rows, software)), out)
 
 

@@ -1,4 +1,4 @@
-"""Tables of other costs of a Cell: files, energy, state of the GPU."""
+"""Tables of three costs of a Cell: sizes of files, energy, and the state of the GPU."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _no_energy(record: Record, m: Measurements) -> str:
 
 
 def gpus(facts: RunFacts) -> Table:
-    """Return the table of the GPU's state in the training phase; it has no rows for Cells on a CPU."""
+    """Return the table of the GPU's state in the training phase. Cells on a CPU have no row."""
     columns = [
         column(
             "Reserved peak, MiB", "highest memory that torch's allocator reserved in the training phase, used or not"

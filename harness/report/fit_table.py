@@ -35,7 +35,7 @@ def as_text(document: Mapping[str, Any]) -> str:
 
 
 def _columns(document: Mapping[str, Any], rows: Sequence[_Row], size: MemorySize, several: bool) -> dict[str, _Write]:
-    """Return one function per column of the table, by heading. The function returns the text of the column in a row."""
+    """Return the columns of the table: heading -> function that returns the text of this column for a row."""
     checked, by_formula = document["checked"], document["activations_known"]
     parts = [part for part in _PARTS if by_formula or part not in ("activations", "logits", "total" * checked)]
     parts[-1:-1] = ["peak"] if checked else []
@@ -52,7 +52,7 @@ def _columns(document: Mapping[str, Any], rows: Sequence[_Row], size: MemorySize
 
 
 def _left_out(document: Mapping[str, Any]) -> list[str]:
-    """List the ranks that a Method does not support, for each Method that supports other ranks."""
+    """List the ranks that are not supported, one line for each Method that supports at least one rank."""
     there = {row["method"] for row in document["rows"] if row["rank"] is not None}
     found = group((one["method"], one) for one in document["left_out"] if one["method"] in there)
     return [
@@ -90,7 +90,7 @@ def _experts(rows: Sequence[_Row]) -> list[str]:
 
 
 def _without_step(rows: Sequence[_Row]) -> list[str]:
-    """List the rows whose step could not be simulated, by reason."""
+    """List the rows whose training step could not be simulated, one line for each reason."""
     found = group(
         (row["no_peak"], f"{row['method']} on {row['base']} by {row['optimizer']}")
         for row in rows

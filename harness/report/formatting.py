@@ -15,14 +15,14 @@ MIB = 1024 * 1024
 GIB = 1024 * MIB
 
 Field = dict[str, Any]
-"""Content of a table cell: its `text`, the `value` to sort by (None if missing), `small` print, the colour `tone`, a
-warning `flag`, and the tooltip `why`."""
+"""Content of a table cell. `text` is shown, with `small` print beside it, in the colour `tone`. The table sorts by
+`value`, which is None for a missing value. `flag` is a short warning, and `why` is the tooltip."""
 
 
 def field(
     text: str, value: float | str | None, *, small: str = "", why: str = "", tone: str = "", flag: str = ""
 ) -> Field:
-    """Return a field with these contents."""
+    """Return a field with these contents; see `Field`."""
     return {"text": text, "value": value, "small": small, "why": why, "tone": tone, "flag": flag}
 
 
@@ -38,7 +38,7 @@ def mebibytes(size: int) -> str:
 
 
 def short_count(n: float) -> str:
-    """Format a count with three digits and k, M or G."""
+    """Format a count with three significant digits, and k, M or G for large counts."""
     for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if n >= unit:
             return f"{n / unit:.3g}{name}"
@@ -75,7 +75,7 @@ def probability(p: float) -> str:
 
 
 def scientific(x: float | None) -> str:
-    """Format an error or a bound with three digits; None becomes a dash."""
+    """Format an error or a bound with three significant digits. None becomes a dash."""
     if x is None:
         return DASH
     return f"{x:.3g}" if x == 0 or 1e-3 <= abs(x) < 1000 else f"{x:.2e}"
@@ -105,7 +105,7 @@ def interval(a: Accuracy | Score) -> str:
 
 
 def median_ms(m: Median) -> str:
-    """Format the interval of a median in ms. With too few samples for an interval, format their number."""
+    """Format the interval of a median in ms. With too few samples for an interval, format the number of samples."""
     if m.low is None or m.high is None:
         return f"n = {m.count}"
     return f"[{milliseconds(m.low)}, {milliseconds(m.high)}]"

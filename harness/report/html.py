@@ -1,4 +1,4 @@
-"""Report of runs: one HTML file that needs no network and runs only its own script."""
+"""Report of runs: one HTML file that needs no network. It runs no script but its own."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TEMPLATE = "report.html.j2"
 
 
 def render(analysed: Sequence[RunFacts], again: Sequence[Rerun] | None = None) -> str:
-    """Return the page of one or several runs. again: reruns of their Cells; None if reruns are impossible."""
+    """Return the page of one or several runs. again: comparisons of reruns; None if there can be no rerun."""
     return fill(TEMPLATE, view.build(analysed, again))
 
 
 def fill(template: str, page: Mapping[str, Any]) -> str:
-    """Return a filled template. Everything is escaped, since names and messages are untrusted."""
+    """Return a template filled with `page`. Every value is escaped, since names and messages are untrusted."""
     # The import is late, so that `peft-harness --help` stays fast.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -66,12 +66,12 @@ def page_path(out: Path, option: str = "--out") -> Path:
 
 
 def write_page(page: str, out: Path) -> None:
-    """Write a page to `out`; after an error, `out` is as before."""
+    """Write a page to `out`. If this fails, `out` stays as it was."""
     files.write_atomic(out, page.encode(errors="backslashreplace"))
 
 
 def write_report(analysed: Sequence[RunFacts], out: Path, again: Sequence[Rerun] | None = None) -> None:
-    """Write the report of one or several runs to `out`; after an error, `out` is as before."""
+    """Write the report of one or several runs to `out`. If this fails, `out` stays as it was."""
     write_page(render(analysed, again), out)
 
 

@@ -10,7 +10,7 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def suite(root: ET.Element, name: str) -> ET.Element:
-    """Add a suite to `root`, and return it."""
+    """Add a test suite to `root`, and return the suite."""
     return ET.SubElement(root, "testsuite", name=_clean(name))
 
 
@@ -22,7 +22,7 @@ def case(suite: ET.Element, kind: str, name: str, tag: str, message: str) -> Non
 
 
 def document(root: ET.Element) -> bytes:
-    """Store the counts of cases in each suite, and return the file in UTF-8."""
+    """Write the counts of cases into the attributes of each suite. Return the file in UTF-8."""
     for found in root:
         for key, tag in (("tests", "testcase"), ("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
             found.set(key, str(len(list(found.iter(tag)))))

@@ -50,7 +50,7 @@ def _latency_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Field]]]:
 
 
 def several_adapters(facts: RunFacts) -> Table:
-    """Return a table that compares a batch with another adapter in each row to the same batch through one adapter."""
+    """Return the table that compares two kinds of batch: a different adapter in each row, or one adapter for all."""
     columns = [
         _PASS,
         column("Adapters", "number of adapters in the batch; always four"),
@@ -82,10 +82,10 @@ def _adapter_rows(facts: RunFacts) -> Iterator[tuple[Cell, list[Field]]]:
 
 
 def _mixed(found: Sequence[Latency]) -> list[Latency]:
-    """Return the batches of several adapters, and the batch of one adapter for comparison.
+    """Return the latencies of batches with several adapters, and of the one-adapter batches compared with them.
 
-    Records from before 2026-11-26T14:00Z do not mark the batch for comparison, but they have no other batch of its
-    size.
+    Records from before 2026-11-26T14:00Z do not mark these one-adapter batches. In such Records, every latency with the
+    same batch size belongs to the comparison.
     """
     batches = {x.batch for x in found if x.variant == "multi-adapter"}
     marked = any(x.adapters == 1 for x in found)
@@ -97,7 +97,7 @@ def _pass(kind: str, batch: int, tokens: int) -> Field:
 
 
 def _shown(latency: Latency | None, refused: str = "") -> Field:
-    """Return the field of a latency: its median with interval and percentiles. refused: reason not to show it."""
+    """Return the field of a latency: the median with interval and percentiles. refused: reason to hide them, if any."""
     if refused:
         return unmeasured(refused)
     if latency is None:
@@ -121,7 +121,7 @@ def _percentiles(latency: Latency) -> str:
 
 
 def _ratio(latency: Latency | None, base: Latency | None, refused: str) -> Field:
-    """Return the field with the ratio of two medians. refused: reason not to show it."""
+    """Return the field with the ratio of two medians. refused: reason to hide the ratio, if any."""
     if refused:
         return unmeasured(refused)
     if not latency or not base or not latency.seconds or not base.seconds or not median(base.seconds):

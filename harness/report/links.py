@@ -9,7 +9,7 @@ from harness.records.record import Cell
 
 
 def anchor(facts: RunFacts, cell_id: str) -> str:
-    """Return the id of a Cell's row in the comparison table."""
+    """Return the HTML id of a Cell's row in the comparison table."""
     return f"{facts.prefix}cell-{cell_id}"
 
 

@@ -13,7 +13,7 @@ from harness.report.formatting import Field, field, unmeasured
 
 
 def metric_field(metric: Metric, record: Record) -> Field:
-    """Return the field of a metric for one Record; a dash with the reason if the Record has no value."""
+    """Return the field of a metric for one Record. If the Record has no value, the field is a dash with the reason."""
     value = metric.value(record)
     if value is None:
         return unmeasured(metric.why_missing(record))

@@ -35,8 +35,8 @@ def planning(
 ) -> dict[str, Any]:
     """Return the plan as one document, ready for JSON.
 
-    Nothing is guessed. A Cell has an estimate of time only if its newest Record in `runs` is ok, and an estimate of
-    memory only if it is in `predicted`.
+    Nothing is guessed. A Cell has an estimate of time only if its newest Record in `runs` is ok. It has an estimate of
+    memory only if `predicted` contains the Cell.
     """
     named = naming.full(plan.cells)
     newest = _newest({cell.cell_id for cell in plan.cells}, runs)
@@ -73,7 +73,7 @@ def planning(
 
 
 def as_text(document: Mapping[str, Any]) -> str:
-    """Return the plan as a table: one line per Cell, then the comparisons and the meaning of the numbers."""
+    """Return the plan as text: a table with one line per Cell, then the comparisons and the meaning of the numbers."""
     rows = [
         _HEAD,
         *((c["cell_id"], c["id"], c["name"], *_sizes(c["predicted"]), _time(c["last"])) for c in document["cells"]),
@@ -91,14 +91,20 @@ def as_text(document: Mapping[str, Any]) -> str:
 
 
 def _predicted(found: PlannedMemory | str | None) -> dict[str, Any]:
-    """Return a Cell's prediction, or why it has none. total_B: highest known memory of the device at one time."""
+    """Return the fields `predicted` and `not_predicted` of a Cell: its predicted memory, or the reason why it has none.
+
+    total_B: highest known memory of the device at one time.
+    """
     if not isinstance(found, PlannedMemory):
         return {"predicted": None, "not_predicted": found or ""}
     return {"predicted": {**found.model_dump(), "total_B": found.total_B}, "not_predicted": ""}
 
 
 def _sizes(predicted: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """Return four texts: the trainable parameters; in MiB, the total, the weights, and activations plus logits."""
+    """Return four texts: the number of trainable parameters, and three sizes in MiB.
+
+    The sizes are the total, the weights, and the sum of activations and logits.
+    """
     if predicted is None:
         return ("-",) * 4
     activations = predicted["activations_B"]
@@ -108,7 +114,10 @@ def _sizes(predicted: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 
 def _notes(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield the scope of the predictions, then each reason for a missing or partial prediction, with its number of Cells."""
+    """Yield what the predictions leave out. Then yield each reason why predictions are missing or partial.
+
+    Each reason includes the number of Cells that it affects.
+    """
     predicted = [row["predicted"] for row in cells if row["predicted"]]
     if predicted:
         yield (
@@ -149,7 +158,7 @@ def _last(record: Record | None) -> dict[str, Any] | None:
 
 
 def _time(last: Mapping[str, Any] | None) -> str:
-    """Return the duration of the newest Record, with its status if it is not ok."""
+    """Return the duration of the newest Record as text. If the Record is not ok, the text also has the status."""
     if last is None:
         return "-"
     return f"{'' if last['status'] == Status.OK else last['status'] + ' after '}{seconds(last['duration_s'])}"

@@ -17,7 +17,10 @@ from harness.report.tables import standing_field
 
 
 def over_seeds(facts: RunFacts) -> Table | None:
-    """Return the table of recipes with several seeds, best first within an equal budget; None without such a recipe."""
+    """Return the table of recipes that were trained with several seeds. If there is no such recipe, return None.
+
+    Recipes with an equal budget form a group, in which the best recipe comes first.
+    """
     columns = [
         column("Seeds", "number of scored training runs", key="seeds"),
         column("Accuracy", f"mean over the seeds; brackets: {INTERVAL}", key="accuracy"),
@@ -80,7 +83,10 @@ def _over(
     refused: str = "",
     ends: bool = False,
 ) -> Field:
-    """Return the field with the median over seeds. missing: reason if no seed has a value. ends: also show the range."""
+    """Return the field with the median over seeds. ends: also show the range.
+
+    missing: reason to show if no seed has a value. refused: reason to hide the values, if any.
+    """
     values = [x for r in records if (x := value(r)) is not None]
     if refused or not values:
         return unmeasured(refused or missing)
@@ -89,7 +95,7 @@ def _over(
 
 
 def searched(facts: RunFacts) -> Table | None:
-    """Return the table of declared searches, with the accuracy of each learning rate; None without a search."""
+    """Return the table of declared searches, with the accuracy of each learning rate. Without a search, return None."""
     found = tuning.searches(facts.run)
     if not found:
         return None
@@ -141,7 +147,7 @@ def _choice(search: tuning.Search) -> str:
 
 
 def lines(facts: RunFacts) -> list[list[str]]:
-    """Return the table of means over seeds as rows of text for a terminal; an empty list without several seeds.
+    """Return the table of means over seeds as rows of text for a terminal. Without several seeds, return an empty list.
 
     Each group of recipes starts with a row of headings.
     """

@@ -15,7 +15,7 @@ _NO_CAUSE = "no named cause: same machine, software, code, threads, model and da
 
 
 def section(runs: Sequence[Run], found: Sequence[Rerun]) -> dict[str, Any]:
-    """Return the section on the reruns `found` in `runs`: equal and unequal Cells, with the causes of differences."""
+    """Return the section on the reruns `found` in `runs`: which Cells are bitwise equal, and why the others differ."""
     expected = {cell.cell_id for run in runs for cell in run.manifest.cells}
     word, sentence = _whole(found)
     lacking = len(expected - {r.cell_id for r in found})

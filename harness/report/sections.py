@@ -30,7 +30,10 @@ OUTSIDE_TARGET = 0.10
 
 
 def curves(facts: RunFacts) -> list[Section]:
-    """Return charts of the training losses, by model and task. A recipe with several seeds has one curve, of mean losses."""
+    """Return charts of the training losses, by model and task.
+
+    Each recipe has one curve. With several seeds, the curve shows mean losses.
+    """
     trained = [record for record in facts.latest.values() if record.training and record.training.losses]
     recipes = group((record.cell.recipe_id, record) for record in trained).values()
     series = group((f"{r[0].cell.model} · {r[0].cell.task}", _curve(facts, r)) for r in recipes)
@@ -85,7 +88,7 @@ def _subject(facts: RunFacts, s: JudgedTrajectory) -> Section:
 
 
 def checks(facts: RunFacts) -> list[Section]:
-    """Return the checks of each Cell. A Cell with a failed check is expanded."""
+    """Return the checks of each Cell. The page shows them expanded if a check of the Cell failed."""
     return [_checks(facts, record) for record in facts.latest.values()]
 
 
@@ -130,7 +133,7 @@ def duration(facts: RunFacts) -> str:
 
 
 def time(facts: RunFacts) -> Section:
-    """Return the section on time: the phases of each Cell, and the time outside the Cells."""
+    """Return the section on time: the phases of each Cell, and the time in which no Cell ran."""
     bars = []
     for record in facts.latest.values():
         spent = [(p.name, p.seconds) for p in record.phases if p.name != measurements.STARTUP]
@@ -164,7 +167,7 @@ def _outside(facts: RunFacts) -> Section:
 
 
 def environment(facts: RunFacts) -> Section:
-    """Return the usual environment of the run, its assets, and the Records from other environments."""
+    """Return the most frequent environment of the run, the run's assets, and the Records from other environments."""
     own = usual_environment(facts.run)
     blocks = {
         "Machine": _readable(own.machine) | {"threads": "not recorded" if own.threads is None else str(own.threads)},
@@ -199,7 +202,7 @@ def _code(facts: RunFacts, e: Environment) -> dict[str, str]:
 
 
 def _workers(facts: RunFacts) -> dict[str, str]:
-    """Return the facts that workers report about themselves. A fact has several values if the workers differ."""
+    """Return the facts that workers report about themselves. If workers differ in a fact, list all its values."""
     facts_of = (pair for record in facts.latest.values() for pair in _flat(record.environment.extra))
     return {key: " | ".join(found) for key, found in group(dict.fromkeys(facts_of)).items() if any(found)}
 
@@ -266,6 +269,6 @@ def rerun(facts: RunFacts) -> Section:
 
 
 def notes(facts: RunFacts) -> list[Section]:
-    """Return each different note of the Records, with links to the Records that have it."""
+    """Return each distinct note once, with links to the Records that have the note."""
     found = group((note, record.id) for record in facts.latest.values() for note in record.notes)
     return [{"text": text, "sources": links.sources(facts, ids)} for text, ids in found.items()]

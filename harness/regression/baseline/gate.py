@@ -23,8 +23,8 @@ def gate(
 ) -> Exit:  # fmt: skip
     """Compare a run with a baseline, print the result and return the exit code. all_rows: also print equal rows.
 
-    Raises UsageError if the run or the baseline does not exist or an output cannot be written, StoreError if a run.json
-    cannot be read.
+    Raises UsageError if the run or the baseline does not exist, or if an output cannot be written. Raises StoreError if
+    a run.json cannot be read.
     """
     outputs.refuse()
     found, path = baselines.find(baseline), store.find_run(name)
@@ -42,7 +42,7 @@ def gate(
 
 
 def promote(name: str, baseline: str, *, reason: str, author: str, replace: bool) -> Exit:
-    """Make a run a baseline, and print the git command that commits it. For errors, see `store.promote`."""
+    """Make a run a baseline, print the git command to commit it, and return PASS. For errors, see `store.promote`."""
     run = store.read_run(store.find_run(name))
     made = baselines.promote(run, baseline, reason=reason, author=author, replace=replace)
     echo(f"{made.path}: {len(run.latest())} Cells of {run.manifest.run}")
@@ -51,7 +51,7 @@ def promote(name: str, baseline: str, *, reason: str, author: str, replace: bool
 
 
 def list_(as_json: bool) -> Exit:
-    """Print the baselines, as text or as JSON."""
+    """Print the baselines, as text or as JSON, and return PASS."""
     known = baselines.known()
     if as_json:
         echo(json.dumps({"schema": document.SCHEMA, "baselines": [b.document() for b in known]}, indent=1))

@@ -47,7 +47,7 @@ class Provenance(FrozenModel):
     """Time of the promotion: UTC, ISO 8601."""
     reason: str
     replaces: str = ""
-    """Id of the run that was the baseline of this name before."""
+    """Id of the run that this baseline replaced. Empty if the name was new."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Baseline:
     name: str
     path: Path
     provenance: Provenance | None
-    """None if baseline.json is missing or cannot be read."""
+    """Content of baseline.json. None if the file is missing or cannot be read."""
     why: str = ""
-    """Reason why there is no provenance."""
+    """Reason why `provenance` is None. Otherwise empty."""
 
     @property
     def origin(self) -> str:
@@ -77,7 +77,7 @@ class Baseline:
 
 
 def known(baselines: Path = BASELINES) -> list[Baseline]:
-    """List the baselines by name."""
+    """Return all baselines, sorted by name."""
     return [_read(path.parent) for path in sorted(baselines.glob("[!.]*/run.json"))]
 
 
@@ -94,10 +94,10 @@ def find(name: str, baselines: Path = BASELINES) -> Baseline:
 def promote(
     run: Run, name: str, *, reason: str, author: str = "", replace: bool = False, baselines: Path = BASELINES
 ) -> Baseline:
-    """Make a run the baseline `name` by an atomic copy.
+    """Copy a run atomically to the baseline `name`, and return the baseline.
 
-    Raises RefusedError if the run is unfit to be a baseline or if the name is taken; StoreError if files cannot be
-    written.
+    Raises RefusedError if the run is unfit to be a baseline or if the name is taken. Raises StoreError if files cannot
+    be written.
     """
     target = baselines / name
     problems = [*_misnamed(name, reason), *_taken(target, replace), *_unfit(run)]
@@ -177,7 +177,7 @@ def _hint(status: Status) -> str:
 
 
 def _copy(run: Path, files: Iterable[str], target: Path, provenance: Provenance) -> None:
-    """Copy the files into a new folder next to the old one, then swap both.
+    """Copy `files` from the folder of a run to a new folder, then put the new folder in the place of `target`.
 
     The names of temporary folders start with a dot.
     """

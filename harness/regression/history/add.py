@@ -1,4 +1,4 @@
-"""`history add`: store the results of runs as passes of their nights."""
+"""`history add`: store the results of runs in a history. Each run becomes a pass of one night."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ class Added:
     """Result of one call of `add`."""
 
     left_out: list[str] = field(default_factory=list)
-    """One sentence with the reason for each part that was left out."""
+    """One sentence for each part that was left out, with the reason."""
     nights: dict[str, int] = field(default_factory=dict)
     """Number of new rows, by night."""
     rows: int = 0
-    """Number of rows from the runs, new or not."""
+    """Number of rows from the runs, whether new or stored before."""
     findings: set[Exit] = field(default_factory=set)
 
 
 def add(names: Sequence[str], folder: Path, night: str | None = None) -> Exit:
     """Add runs to a history, print what was added and return the exit code.
 
-    night: the night of all runs; if None, each run belongs to the UTC date of its start. Returns FAIL if a file was
-    changed after its run, NOTHING_COMPARED if there is nothing to add, INFRASTRUCTURE if a Record is missing or
-    unreadable or a footer has no hashes. Raises UsageError if a run does not exist, if the date is invalid, or if
-    another night already has a run.
+    night: the date under which all runs are stored. If None, each run is stored under the UTC date of its start.
+    Returns FAIL if a file was changed after its run. Returns NOTHING_COMPARED if there is nothing to add. Returns
+    INFRASTRUCTURE if a Record is missing or unreadable, or if a footer has no hashes. Raises UsageError if a run does
+    not exist, if the date is invalid, or if a run is already stored under another night.
     """
     if night is not None and not night_files.is_night(night):
         raise UsageError(f"not a date: {night!r}", where="--night", hint="write it as 2026-01-31")
@@ -59,7 +59,7 @@ def add(names: Sequence[str], folder: Path, night: str | None = None) -> Exit:
 
 
 def _add(run: Run, folder: Path, name: str, added: Added) -> None:
-    """Add one run to the night `name`, and write the files of the history if they change."""
+    """Add one run to the night `name`. If this changes the files of the history, write them."""
     if not night_files.is_night(name):
         raise UsageError(f"has no start date: {run.manifest.started!r}", where=str(run.path), hint="give its --night")
     _refuse_other_night(run, folder, name)
@@ -102,7 +102,7 @@ def _header(run: Run) -> RunHeader:
 
 
 def _rows(run: Run, night: Night, added: Added) -> Iterator[AttemptRow]:
-    """Yield a row for each Cell of a run that can run here, and add the place of the Cell to the night."""
+    """Yield a row for each Cell of a run, except skipped Cells. Add the places of the Cells to the night."""
     for record in run.latest().values():
         if record.status is Status.SKIPPED:
             continue  # this Cell cannot run here on any night
@@ -121,7 +121,7 @@ def _rows(run: Run, night: Night, added: Added) -> Iterator[AttemptRow]:
 
 
 def _note_problems(run: Run, added: Added) -> None:
-    """Add to `added` the parts of a run that do not count, with the reasons."""
+    """Note in `added` which parts of a run do not count, with the reasons."""
     problems = [f"{name}: {why}" for name, why in run.broken.items()]
     problems += [f"{name} {what}" for name, what in run.changed.items()]
     problems += [f"{cell_id} has no Record" for cell_id in run.missing()]
@@ -137,7 +137,7 @@ def _note_problems(run: Run, added: Added) -> None:
 
 
 def _refuse_other_night(run: Run, folder: Path, name: str) -> None:
-    """Raise UsageError if the run is already a pass of another night, since it would count twice."""
+    """Raise UsageError if the run is already stored under another night, since it would then count twice."""
     mark = f'{{"run":"{run.manifest.run}",'
     others = [path for path in sorted(folder.glob("*.jsonl")) if night_files.is_night(path.stem) and path.stem != name]
     for path in others:

@@ -13,7 +13,7 @@ COMMON = "all that this place measures"
 
 
 def cells(history: History) -> dict[str, Cell]:
-    """Return the Cells by cell_id. Cells of other versions of the harness are left out if this version cannot parse them."""
+    """Return the Cells of a history, by cell_id. Leave out Cells that this version of the harness cannot parse."""
     found = {}
     for cell_id, fields in history.cells.items():
         try:
@@ -26,12 +26,15 @@ def cells(history: History) -> dict[str, Cell]:
 
 
 def names(history: History) -> dict[str, str]:
-    """Return the names of the Cells, by cell_id; `*` has a name too."""
+    """Return the names of the Cells, by cell_id. The key `*`, which stands for all Cells of a place, has a name too."""
     return {**naming.full(cells(history).values()), EVERY: COMMON}
 
 
 def select(history: History, expr: str, option: str = "--cell") -> frozenset[str]:
-    """Return the cell_ids that an expression selects, as `--only` does. Raises UsageError if the expression selects none."""
+    """Return the cell_ids that an expression selects. Raises UsageError if it selects none.
+
+    expr: an expression in the syntax of `--only`. option: the name of the command's option, for messages.
+    """
     from harness.suites import expand
 
     known = cells(history)

@@ -1,4 +1,8 @@
-"""Find changes of level in a history: of times relative to their anchor, of the anchor itself, of bytes and of scores."""
+"""Find changes of level in the series of a history.
+
+The machine may be slower on some nights than on others. So each time is divided by the anchor of its night, i.e. by the
+factor that all series of one place share. Changes of the anchor itself, of bytes and of scores are found too.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,8 @@ if TYPE_CHECKING:
     from harness.analysis.statistics.change_points import Array
 
 TIMED_LEAST = 0.02
-"""Smallest change of a time that counts, as a share. Pairs of runs can confirm so small a change at a reasonable cost."""
+"""Smallest change of a time that counts, as a share. Pairs of runs can confirm a change of this size at a reasonable
+cost."""
 SCORE_LEAST = 0.01
 """Smallest change of an accuracy that counts: one percentage point."""
 _SCORE_FLOOR = SCORE_LEAST / 5
@@ -26,10 +31,10 @@ _SCORE_FLOOR = SCORE_LEAST / 5
 
 @dataclass(frozen=True)
 class Change:
-    """A change of level."""
+    """A change in the level of one series."""
 
     cell: str
-    """A cell_id, or `*` for the common part of all series of a place."""
+    """A cell_id, or `*` if the anchor has changed, i.e. the factor that all series of a place share."""
     metric: str
     place: str
     old_night: str
@@ -37,22 +42,26 @@ class Change:
     night: str
     """First night of the new level."""
     before: float
-    """Old level, in the unit of the metric. The level of a time is relative to its anchor; the level of an anchor is a
-    ratio."""
+    """Old level, in the unit of the metric. For a time, the level is divided by the anchor, i.e. by the factor that all
+    series of the place share. For the anchor itself, the level is this factor."""
     after: float
-    """New level, in the same unit."""
+    """New level, in the unit of `before`."""
     worse: bool
     settled: str | None = None
-    """Night on which the old level came back."""
+    """First night on which the old level was back. None if the new level lasts."""
     counted: bool = False
     """True for an exact count, which needs no confirmation."""
     recent: bool = False
-    """True if the new level has lasted one or two nights, so that the change is only a suspicion."""
+    """True if the new level has lasted only one or two nights. Such a change is only a suspicion."""
     note: str = ""
 
     @property
     def change(self) -> float | None:
-        """`after` - `before` of a score; `after` / `before` - 1 of another metric, or None if `before` is 0."""
+        """The size of the change.
+
+        For a score, this is `after` - `before`. For other metrics, it is `after` / `before` - 1, or None if `before` is
+        0.
+        """
         if tracked_metrics.kind(self.metric) == "score":
             return self.after - self.before
         return self.after / self.before - 1 if self.before else None
@@ -68,34 +77,38 @@ class Change:
 
 @dataclass(frozen=True)
 class Unanchored:
-    """Times of a place that have no anchor, because there are too few series."""
+    """One kind of time at a place with too few series to compute an anchor, i.e. the factor that all series share."""
 
     place: str
     metric: str
-    """Family of metrics: the part of their names before the first `/`."""
+    """Family of metrics: the part of a metric's name before the first `/`."""
     series: int
 
 
 @dataclass(frozen=True)
 class Unjudged:
-    """Nights of a place that have no anchor, so that their times are not judged."""
+    """Nights on which a place has too few series to compute an anchor, i.e. the factor that all series share.
+
+    The times of these nights are not judged.
+    """
 
     place: str
     metric: str
-    """Family of metrics: the part of their names before the first `/`."""
+    """Family of metrics: the part of a metric's name before the first `/`."""
     nights: list[str]
 
 
 @dataclass
 class FoundChanges:
-    """Changes of all series, and limits of the search."""
+    """Changes that were found in all series, and what could not be judged."""
 
     history: History
     last: str
-    """Last night of all series. Only a level that includes this night can be recent."""
+    """Last night that any series has. Only a level that includes this night can be recent."""
     changes: list[Change] = field(default_factory=list)
     machine: list[Change] = field(default_factory=list)
-    """Changes of an anchor that also appear in the sentinels, so that the machine has changed."""
+    """Changes that all series of a place share, even the sentinels, whose code does not change. So the machine has
+    changed."""
     unanchored: list[Unanchored] = field(default_factory=list)
     unjudged: list[Unjudged] = field(default_factory=list)
     compared: int = 0
@@ -103,10 +116,10 @@ class FoundChanges:
 
 
 def find_changes(history: History, series: Sequence[HistorySeries], sentinels: frozenset[str]) -> FoundChanges:
-    """Find the changes of all series of a history.
+    """Return the changes that are found in the series of a history.
 
-    sentinels: cell_ids of Cells that show changes of the machine. Their times, and those of the bare base models, are
-    never reported as changes.
+    sentinels: cell_ids of Cells whose code does not change. If the times of these Cells change, the machine has
+    changed. These times, and the times of bare base models, are never reported as changes.
     """
     found = FoundChanges(history, last=max((one.nights[-1] for one in series), default=""))
     kinds: dict[str | None, list[HistorySeries]] = {}
@@ -135,7 +148,7 @@ def _is_of_base(one: HistorySeries, cells: Mapping[str, Fields]) -> bool:
 
 
 def _counted(one: HistorySeries) -> Iterator[Change]:
-    """Yield a change for each night on which bytes or parameters leave their level."""
+    """Yield a change for each night on which a number of bytes or parameters leaves its level."""
     if min(one.values) == max(one.values):
         return
     levels = [("", one.nights[0], one.values[0])]  # (last night of the level before, first night, value) of each level
@@ -162,7 +175,10 @@ def _scores(scores: Sequence[HistorySeries], found: FoundChanges) -> None:
 
 
 def _timed(family: str, judged: Sequence[HistorySeries], guards: Sequence[HistorySeries], found: FoundChanges) -> None:
-    """Judge the times of one family at one place, divided by the anchor; then judge the anchor against the sentinels."""
+    """Judge the times of one family of metrics at one place, relative to the anchor. Then judge the anchor itself.
+
+    The anchor is the factor that all series share. guards: series of the sentinels. The changes are added to `found`.
+    """
     import numpy as np
 
     place = judged[0].place
@@ -197,7 +213,11 @@ def _timed(family: str, judged: Sequence[HistorySeries], guards: Sequence[Histor
 
 
 def _anchor(one: HistorySeries, common: Array, guards: Array, found: FoundChanges) -> None:
-    """Judge the anchor: if the sentinels change too, the machine has changed; otherwise the code under test has changed."""
+    """Judge the anchor, i.e. the factor that all series of a place share, and add its changes to `found`.
+
+    If the sentinels change too, the machine has changed. Otherwise the code under test has changed. common: the log of
+    the anchor on each night. guards: log times of the sentinels.
+    """
     import numpy as np
 
     def changes(logs: Array) -> list[Change]:
@@ -220,7 +240,7 @@ def _anchor(one: HistorySeries, common: Array, guards: Array, found: FoundChange
 def _log_changes(
     one: HistorySeries, nights: Sequence[str], logs: Array, shared: float, noise: float | None = None
 ) -> list[Change]:
-    """Return the changes of log times; the levels of a change are times again."""
+    """Return the changes in a series of log times. The levels of the returned changes are times, not logs."""
     least = math.log1p(TIMED_LEAST)
     steps = change_points.steps(logs, least=least, shared=shared, own=noise)
     changes = _changes(one, nights, steps, least)
@@ -228,7 +248,7 @@ def _log_changes(
 
 
 def _changes(one: HistorySeries, nights: Sequence[str], steps: Sequence[LevelChange], least: float) -> list[Change]:
-    """Return the changes of a series in which a lower level is worse."""
+    """Return the steps of a series as changes. A step to a lower level counts as worse."""
     found = []
     for number, step in enumerate(steps):
         # Nights on which a later change brings the level back to that before this change, or beyond.
@@ -241,7 +261,7 @@ def _changes(one: HistorySeries, nights: Sequence[str], steps: Sequence[LevelCha
 
 
 def _logs(series: Sequence[HistorySeries], nights: Sequence[str]) -> Array:
-    """Return log times of shape (series, nights), float64; NaN where missing."""
+    """Return the log times as a float64 array of shape (series, nights). A missing time is NaN."""
     import numpy as np
 
     column = {night: i for i, night in enumerate(nights)}

@@ -14,10 +14,10 @@ from harness.regression.history.night_files import NEAR, Decision
 def confirm(
     folder: Path, cell: str, metric: str, night: str, verdict: ConfirmationVerdict, evidence: str, author: str | None
 ) -> Decision:
-    """Store and return a verdict, and warn if no change is near.
+    """Store and return a person's verdict on a change. Print a warning if there is no change near this night.
 
-    If the verdict is on a change of exactly this series, the night and the levels of the change are stored with it, so
-    that the verdict applies on later nights too. Raises UsageError as `decisions.checked` does.
+    If there is a change in exactly this series, its night and its levels are stored with the verdict. So the verdict
+    still applies on later nights. For errors, see `decisions.checked`.
     """
     history, decision = decisions.checked(folder, cell, metric, night, evidence, author, "--evidence")
     changes = [c for c in all_changes(history) if decision.applies(c.cell, c.metric)]

@@ -23,14 +23,14 @@ _HINTS = {"--reason": "give the reason, e.g. the change that caused it", "--evid
 
 
 def reset(folder: Path, cell: str, metric: str, night: str, reason: str, author: str | None) -> Decision:
-    """Accept the level of a series from `night` on, and store the decision. For arguments and errors, see `checked`."""
+    """Accept the level of a series from `night` on. Store and return the decision. For arguments, see `checked`."""
     _, decision = checked(folder, cell, metric, night, reason, author, "--reason")
     night_files.append_decision(folder, night_files.RESETS, decision)
     return decision
 
 
 def confirm(folder: Path, decision: Decision, verdict: ConfirmationVerdict) -> Decision:
-    """Store a decision with its verdict on a change, and return the decision."""
+    """Add a verdict on a change to a decision. Store and return the result."""
     confirmed = decision.model_copy(update={"verdict": verdict})
     night_files.append_decision(folder, night_files.CONFIRMATIONS, confirmed)
     return confirmed
@@ -43,12 +43,12 @@ def print_decision(decision: Decision) -> Exit:
 
 
 def last_reset(resets: Iterable[Decision], cell: str, metric: str) -> str:
-    """Return the night of the last reset of a series, or an empty string."""
+    """Return the night of the last reset of a series. If there was no reset, return an empty string."""
     return max((decision.night for decision in resets if decision.applies(cell, metric)), default="")
 
 
 def new(cell: str, metric: str, night: str, reason: str, author: str) -> Decision:
-    """Return a decision that is made now."""
+    """Return a new decision with the current time."""
     reason = " ".join(reason.split())
     return Decision(cell=cell, metric=metric, night=night, reason=reason, author=author, made=store.now())
 
@@ -58,9 +58,9 @@ def checked(
 ) -> tuple[History, Decision]:
     """Return the history and a checked decision about it, without writing anything.
 
-    cell: the start of a cell_id, or `*`. metric: a name, or `*`. author: git's user if None. option: the name of the
-    option that gave `reason`. Raises UsageError with all mistakes: a Cell, metric or night that is not in the history,
-    an empty reason, no author.
+    cell: the start of a cell_id, or `*`. metric: a name, or `*`. author: if None, git's user is the author. option: the
+    name of the command's option that gave `reason`. Raises UsageError with all mistakes: a Cell, metric or night that
+    is not in the history, an empty reason, or no author.
     """
     problems: list[Problem] = []
     with collect_errors(problems):
@@ -91,7 +91,10 @@ def _nonempty_history(folder: Path) -> History:
 
 
 def _find_cell(cells: Iterable[str], start: str) -> str:
-    """Return the one cell_id that starts with `start`; `*` stands for itself. Raises UsageError for none or several."""
+    """Return the one cell_id that starts with `start`. If `start` is `*`, return `*`.
+
+    Raises UsageError if no cell_id or several start with `start`.
+    """
     found = [EVERY] if start == EVERY else [cell_id for cell_id in cells if start and cell_id.startswith(start)]
     if len(found) == 1:
         return found[0]
@@ -113,7 +116,7 @@ def _check_night(history: History, night: str) -> None:
 
 
 def find_author(author: str | None) -> str:
-    """Return the author, or git's user if there is none. Raises UsageError if git has no user."""
+    """Return the given author, or git's user if `author` is empty. Raises UsageError if git has no user."""
     if found := (author or "").strip() or git.user():
         return found
     hint = 'name the person who decides: --author "..."'

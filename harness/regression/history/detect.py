@@ -1,4 +1,4 @@
-"""`history detect`: find the changes of level, their states, and the differences between their nights."""
+"""`history detect`: find changes of level in a history, their states, and what else changed at the same time."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from harness.regression.history.series import HistorySeries, series
 def detect(folder: Path, cell: str | None, sentinel: str | None, as_json: bool, strict: bool) -> Exit:
     """Print the changes and return the exit code; see the help of the command.
 
-    cell, sentinel: expressions, as for `--only`. Raises UsageError for an expression that selects no Cell.
+    cell, sentinel: expressions in the syntax of `--only`. Raises UsageError for an expression that selects no Cell.
     """
     from harness.regression.history import table
 
@@ -49,7 +49,11 @@ def detect(folder: Path, cell: str | None, sentinel: str | None, as_json: bool, 
 def detection(
     history: History, *, only: frozenset[str] | None = None, sentinel: str | None = None, strict: bool = False
 ) -> Detection:
-    """Return all findings in a history. only: cell_ids to report; the anchors use all Cells."""
+    """Return all findings in a history.
+
+    only: cell_ids to report. The anchor, i.e. the factor that all times of a night share, is computed from all Cells
+    anyway. sentinel: an expression that selects Cells whose code does not change.
+    """
     known = series(history)
     sentinels = cell_names.select(history, sentinel, "--sentinel") if sentinel else frozenset()
     found = changes.find_changes(history, known, sentinels)
@@ -101,10 +105,10 @@ def _judge(history: History, change: Change, name: str) -> JudgedChange:
 
 
 def _confirmation(history: History, change: Change, revisions: tuple[str, str]) -> Decision | None:
-    """Return the last verdict on a change. A verdict on the same night takes precedence over one on a night nearby.
+    """Return the verdict that applies to a change, or None.
 
-    A verdict `refuted` applies only to the revisions that were compared, not to a change that came with a later
-    revision.
+    A verdict on the same night takes precedence over a verdict on a night nearby. Otherwise the last verdict applies. A
+    verdict `refuted` applies only to the revisions that were compared, not to a change that came with a later revision.
     """
     near = [
         line
@@ -118,7 +122,7 @@ def _confirmation(history: History, change: Change, revisions: tuple[str, str]) 
 
 
 def _place_changes(history: History, known: Iterable[HistorySeries]) -> Iterator[PlaceChange]:
-    """Yield each place that took over Cells from an earlier place."""
+    """Yield each place (machine and software) that took over Cells from an earlier place."""
     first: dict[str, str] = {}
     last: dict[str, str] = {}
     facts: dict[str, dict[str, str]] = {}
@@ -150,7 +154,7 @@ def _place_changes(history: History, known: Iterable[HistorySeries]) -> Iterator
 
 
 def _few_passes(history: History) -> dict[str, int]:
-    """Return the smallest number of passes of a Cell, for each night on which it is below PASSES."""
+    """Return the nights on which a Cell has fewer than PASSES passes: night -> smallest number of passes."""
     counts = {
         night.night: min(Counter(f"{row['cell']} {row['on']}" for row in night.rows).values(), default=0)
         for night in history.nights

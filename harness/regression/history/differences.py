@@ -1,4 +1,4 @@
-"""Differences between two nights (runs, code, libraries), and the request that confirms a change by pairs of runs."""
+"""What changed between two nights (code and libraries), and the request to confirm a change by pairs of runs."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from harness.regression.pairs.request import PairsRequest
 
 @dataclass(frozen=True)
 class Between:
-    """Differences from the last night of the old level to the first night of the new one."""
+    """What changed from the last night of the old level to the first night of the new one."""
 
     code: tuple[str, str]
-    """Code versions of the harness, (old, new)."""
+    """Code versions of the harness on the old night and on the new night."""
     revisions: tuple[str, str]
-    """Git revisions, (old, new); empty if not recorded."""
+    """Git revisions on the old night and on the new night. A revision that was not recorded is an empty string."""
     software: tuple[str, ...]
     """Libraries that changed, as `name old -> new`."""
     request: PairsRequest | None
-    """Request to compare the `paired` revisions; None if pairs cannot confirm the change."""
+    """Request to compare the `paired` revisions by pairs of runs. None if such pairs cannot confirm the change."""
     because: str
     """Reason why there is no request, or remarks on the request."""
     paired: tuple[str, str]
-    """Revisions (old, new) of two nights that are further apart, since the night of a change is uncertain."""
+    """Revisions to compare: (old, new). The exact night of a change is uncertain. So these revisions come from two
+    nights that are further apart than those of `revisions`."""
     libraries: tuple[str, ...]
     """Libraries that changed between the `paired` nights, as `name old -> new`."""
 
@@ -46,7 +47,10 @@ class Between:
 
 
 def between(history: History, change: Change) -> Between:
-    """Compare a Cell's last pass before a change with its first pass after it, at one place. `*`: passes of any Cell."""
+    """Return what differs between a Cell's last pass before a change and its first pass after the change.
+
+    Both passes ran at the place of the change. If the Cell is `*`, passes of any Cell count.
+    """
     old, new = _passes_around(history, change, change.old_night, change.night)
     code = (str(old.get("code_version", "")), str(new.get("code_version", "")))
     before, after = _passes_around(history, change, *_outer_nights(history, change))
@@ -72,7 +76,10 @@ def between(history: History, change: Change) -> Between:
 
 
 def _why_no_pairs(history: History, change: Change, before: RunHeader, after: RunHeader) -> str:
-    """Return the reason why pairs of the revisions of two passes cannot confirm a change; empty if they can."""
+    """Return the reason why pairs of runs cannot confirm a change; empty if they can.
+
+    before, after: headers of the two runs whose revisions the pairs would compare.
+    """
     revisions = (_revision(before), _revision(after))
     if change.counted:
         return "counted: there is nothing to confirm"
@@ -91,12 +98,15 @@ def _why_no_pairs(history: History, change: Change, before: RunHeader, after: Ru
 
 
 def _uncommitted(before: RunHeader, after: RunHeader) -> bool:
-    """Return whether a pass ran changes that are in no commit."""
+    """Return whether one of two runs had code with uncommitted changes."""
     return bool(before.get("git_dirty") or after.get("git_dirty"))
 
 
 def _request(change: Change, run: RunHeader, place: Mapping[str, str], paired: tuple[str, str]) -> PairsRequest:
-    """Return a request to compare two revisions by the suite of a run, with the device and the threads of its place."""
+    """Return a request to compare two revisions with the suite of a run.
+
+    place: facts that decide the device and the number of threads. paired: the two revisions.
+    """
     device, threads = str(place.get("device", "")).partition(":")[0], str(place.get("threads"))
     # The change may appear only with the number of threads of that night.
     cores = int(threads) if device == "cpu" and threads.isdecimal() else None
@@ -107,16 +117,17 @@ def _request(change: Change, run: RunHeader, place: Mapping[str, str], paired: t
 
 
 def _measured_by_pairs(metric: str) -> bool:
-    """Return whether pairs of runs judge a metric: a peak, or a time that code can change."""
+    """Return whether pairs of runs can judge a metric. They can judge peaks, and times that depend on the code."""
     kind = tracked_metrics.kind(metric)
     return kind == "peak" or (kind == "timed" and not metric.startswith(tracked_metrics.SENTINEL))
 
 
 def _outer_nights(history: History, change: Change) -> tuple[str, str]:
-    """Return the two nights to compare.
+    """Return the nights to compare, one before and one after a change.
 
-    Each is up to NEAR nights further from the change than `change` says, since that night is uncertain. The new level lasts
-    longer than NEAR nights, unless it is recent; then its first night is compared.
+    The night of a change is uncertain by NEAR nights. So both returned nights lie up to NEAR nights further from the
+    change than the nights in `change`. If the change is recent, the new level has hardly any later nights, so its first
+    night is returned.
     """
     begin = last_reset(history.resets, change.cell, change.metric)
     nights = [
@@ -129,7 +140,7 @@ def _outer_nights(history: History, change: Change) -> tuple[str, str]:
 
 
 def _ships(suite: str) -> bool:
-    """Return whether a suite is part of the harness."""
+    """Return whether a suite is part of the harness. suite: a name or a path."""
     return bool(re.fullmatch(r"[\w.-]+", suite)) and (resources.data_folder("suites") / f"{suite}.yaml").is_file()
 
 
@@ -151,7 +162,10 @@ def _passes_around(history: History, change: Change, old: str, new: str) -> tupl
 
 
 def _revision(run: RunHeader) -> str:
-    """Return the commit; an empty string if the value is no commit, since a revision becomes part of a shell command."""
+    """Return the commit of a run, or an empty string if the recorded value is no commit.
+
+    The check is necessary because a revision becomes part of a shell command.
+    """
     sha = str(run.get("git_sha", ""))
     return sha if re.fullmatch("[0-9a-f]{7,64}", sha) else ""
 

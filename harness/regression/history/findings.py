@@ -17,13 +17,13 @@ from harness.regression.history.differences import Between
 from harness.regression.history.night_files import EVERY, Decision, Evidence
 
 State = Literal["candidate", "suspect", "counted", "confirmed", "refuted", "unfounded"]
-"""State of a change. candidate: unconfirmed. suspect: seen only on the last nights. counted: an exact count changed.
-confirmed, refuted: by a verdict. unfounded: a refuted suspicion."""
+"""State of a change. A candidate is not confirmed yet. A suspect was seen only on the last nights. A counted change is
+a change of an exact count. A verdict makes a change confirmed or refuted. An unfounded change is a refuted suspect."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedChange(Change):
-    """A change of level with its state and the differences between its nights."""
+    """A change of level with its state, and with what else changed between its nights."""
 
     name: str
     """Name of the Cell."""
@@ -38,7 +38,7 @@ class JudgedChange(Change):
 
     @property
     def can_be_paired(self) -> bool:
-        """True if pairs of runs can confirm the change: a time of a single Cell."""
+        """True if pairs of runs can confirm the change. They can confirm only a time of a single Cell."""
         is_time = tracked_metrics.kind(self.metric) == "timed"
         return is_time and self.cell != EVERY and self.between.request is not None
 
@@ -67,24 +67,25 @@ class PlaceChange:
     """Differences between the places, as `key old -> new`."""
     cells: int
     step_ratio: float | None
-    """Median over Cells of the step time on the new place / on the old place; None if no Cell has both."""
+    """Step time at the new place divided by the step time at the old place: the median over the Cells that have both.
+    None if no Cell has both."""
 
 
 @dataclass(frozen=True)
 class StoppedCell:
-    """A Cell that once ended ok, but not on its last night."""
+    """A Cell that ended ok on an earlier night, but not on the last night that ran it."""
 
     cell: str
     name: str
     night: str
     status: str
     ok: str
-    """Last night on which it ended ok."""
+    """Last night on which the Cell ended ok."""
 
 
 @dataclass(frozen=True)
 class MissingSeries:
-    """Metrics of a Cell that an earlier night of a place has, and the last night of this place lacks."""
+    """Metrics of a Cell that were measured at a place on an earlier night, but not on the last night of this place."""
 
     cell: str
     name: str
@@ -108,23 +109,24 @@ class Detection:
     candidates: list[JudgedChange]
     suspects: list[JudgedChange]
     machine: list[Change]
-    """Changes of an anchor that also appear in the sentinels, so that the machine has changed."""
+    """Changes that all series of a place share, even the sentinels, whose code does not change. So the machine has
+    changed."""
     residue: list[PlaceChange]
     unanchored: list[Unanchored]
     loose: list[Unjudged]
     stopped: list[StoppedCell]
     gone: list[MissingSeries]
     few_passes: dict[str, int]
-    """Smallest number of passes of a Cell, for each night on which it is too small."""
+    """Smallest number of passes of a Cell, by night. Only nights with too few passes are included."""
     resets: Sequence[Decision]
     left_out: Mapping[str, str]
-    """Reason for each file or file:line that could not be used."""
+    """Reason why a file or a line could not be used, by `file` or `file:line`."""
     strict: bool
-    """True if an unconfirmed change is no pass."""
+    """True if an unconfirmed change makes the exit code INCONCLUSIVE."""
 
     @property
     def exit(self) -> Exit:
-        """The exit code."""
+        """The exit code of `history detect`."""
         present = [c for c in self.candidates if c.settled is None]
         if any(c.worse and c.standing in ("confirmed", "counted") for c in present):
             return Exit.FAIL

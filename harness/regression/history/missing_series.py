@@ -14,9 +14,10 @@ NO_RECORD = "no Record"
 
 
 def stopped_cells(history: History, names: Mapping[str, str]) -> Iterator[StoppedCell]:
-    """Yield the Cells that once ended ok, but not on the last night that ran them.
+    """Yield the Cells that ended ok on an earlier night, but not on the last night that ran them.
 
-    A Cell is left out as accepted if all its metrics were reset on a night after its last good night.
+    A user accepts the end of such a Cell by a reset of all its metrics, on a night after the last good one. Accepted
+    Cells are left out.
     """
     latest: dict[str, tuple[str, str]] = {}
     last_ok: dict[str, str] = {}
@@ -36,10 +37,10 @@ def stopped_cells(history: History, names: Mapping[str, str]) -> Iterator[Stoppe
 def missing_series(
     history: History, known: Sequence[HistorySeries], names: Mapping[str, str], stopped: Container[str]
 ) -> Iterator[MissingSeries]:
-    """Yield metrics of a Cell that an earlier night of a place has, and the last night of this place lacks.
+    """Yield metrics of a Cell that a place measured on an earlier night, but not on the last night of the place.
 
-    Metrics with the same last night are yielded together. known: series since their last reset, so that accepted series
-    are left out. stopped: the Cells that `stopped_cells` yields; they are left out too.
+    Metrics of a Cell with the same last night are yielded together. known: the series, each from its last reset on, so
+    that accepted series are left out. stopped: the Cells that `stopped_cells` yields; they are left out too.
     """
     last = {place: night for night in history.nights for place in night.places}
     missing: dict[tuple[str, str, str], list[str]] = {}
@@ -54,6 +55,6 @@ def missing_series(
 
 
 def _status(attempts: Iterable[AttemptRow]) -> str:
-    """Return `ok` if any attempt ended ok, otherwise the statuses of all attempts."""
+    """Return `ok` if any attempt ended ok, otherwise the statuses of all attempts, or NO_RECORD if there is none."""
     statuses = sorted({str(row.get("status", "ok")) for row in attempts})
     return "ok" if "ok" in statuses else " and ".join(statuses) or NO_RECORD

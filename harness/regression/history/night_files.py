@@ -5,7 +5,8 @@ results/history/<night>.jsonl        the night, its runs and places; then one ro
                 resets.jsonl         accepted levels; see `decisions`
                 confirmations.jsonl  verdicts on changes; see `decisions`
 
-The lines of a night are TypedDicts, used as parsed, since a history has up to a quarter of a million rows.
+The lines of a night are parsed to TypedDicts and used without conversion, since a history has up to a quarter of a
+million rows.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ from harness.records.base_model import FrozenModel
 
 SCHEMA = 1
 PASSES = 3
-"""Passes of a full night: the median of three ignores one disturbed pass."""
+"""Number of passes in a full night. The median of three ignores one disturbed pass."""
 CELLS, RESETS, CONFIRMATIONS = "cells.jsonl", "resets.jsonl", "confirmations.jsonl"
 EVERY = "*"
 """Stands for every Cell or every metric."""
 NEAR = 2
-"""Uncertainty of the night of a change: a decision also applies to a change that is up to this many nights away."""
+"""Number of nights by which the night of a change is uncertain. A decision also applies to a change that is up to this
+many nights away."""
 
 Fields = dict[str, Any]
 """Fields of a Cell as JSON, written by this or another version of the harness."""
@@ -51,7 +53,7 @@ class AttemptRow(TypedDict):
     run: str
     attempt: int
     on: str
-    """Id of the place."""
+    """Id of the place, i.e. of the machine and its software."""
     values: NotRequired[dict[str, float]]
     """Values by metric; present if the attempt ended ok."""
     status: NotRequired[str]
@@ -59,7 +61,7 @@ class AttemptRow(TypedDict):
 
 
 class RunHeader(TypedDict):
-    """Facts that all rows of a run share. They show how the run differs from that of the night before."""
+    """Facts that all rows of a run share. The facts show how the run differs from the run of the night before."""
 
     run: str
     started: NotRequired[str]
@@ -71,7 +73,7 @@ class RunHeader(TypedDict):
 
 
 class _Stored(FrozenModel):
-    """Part of a decision. Unknown keys, which newer versions write, are ignored."""
+    """Base class of the stored models. Keys that only newer versions know are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -86,7 +88,7 @@ class Evidence(_Stored):
 
 
 class Decision(_Stored):
-    """A line of resets.jsonl or confirmations.jsonl."""
+    """One line of resets.jsonl or confirmations.jsonl: the acceptance of a level, or a verdict on a change."""
 
     schema_: Literal[1] = Field(alias="schema", default=1)
     cell: _Word
@@ -99,7 +101,7 @@ class Decision(_Stored):
     verdict: str | None = None
     """Verdict of a confirmation: `regressed`, `improved` or `refuted`; None for a reset."""
     revisions: list[str] | None = None
-    """The two revisions that were compared, (old, new)."""
+    """The two revisions that were compared: old, then new. None if no revisions were compared."""
     seen: Evidence | None = None
 
     def applies(self, cell: str, metric: str) -> bool:
@@ -113,7 +115,7 @@ class Decision(_Stored):
 
 @dataclass
 class Night:
-    """One night."""
+    """Results of one night."""
 
     night: str
     """Date of the night, YYYY-MM-DD."""
@@ -124,7 +126,7 @@ class Night:
     rows: list[AttemptRow] = field(default_factory=list)
 
     def rows_of(self, cell: str, place: str) -> Iterator[AttemptRow]:
-        """Yield the attempts at a Cell (`*`: at every Cell) at a place."""
+        """Yield the attempts at a Cell that ran at a place. The Cell `*` stands for every Cell."""
         return (row for row in self.rows if cell in (EVERY, row["cell"]) and row["on"] == place)
 
 
@@ -140,11 +142,11 @@ class History:
     resets: tuple[Decision, ...]
     confirmations: tuple[Decision, ...]
     broken: dict[str, str]
-    """Reason for each file or file:line that could not be used. The rest of the history is used."""
+    """Reason why a file or a line could not be used, by `file` or `file:line`. The rest of the history is used."""
 
     @cached_property
     def index(self) -> dict[str, int]:
-        """Position of each night, by its date."""
+        """Position of each night in `nights`, by date."""
         return {night.night: number for number, night in enumerate(self.nights)}
 
     def distance(self, night: str, other: str) -> float:
@@ -158,7 +160,10 @@ class History:
 
 
 def read(folder: Path) -> History:
-    """Read a history; name the unreadable parts in `broken`. Raises UsageError if the folder does not exist."""
+    """Read and return a history. Its field `broken` names the unreadable parts.
+
+    Raises UsageError if the folder does not exist.
+    """
     if not folder.is_dir():
         hint = "`peft-harness history add RUN` starts one"
         raise UsageError("no history in this folder", where=str(folder), hint=hint)
@@ -170,7 +175,7 @@ def read(folder: Path) -> History:
 
 
 def read_night(path: Path, broken: dict[str, str]) -> Night | None:
-    """Read one night. If the file is not a night of this schema, return None and put the reason into `broken`."""
+    """Read and return one night. If the file is no night of this schema, return None, with the reason in `broken`."""
     lines = _lines(path, broken, _object)
     head = next(lines, None)
     if head is None or head.get("night") != path.stem:
@@ -202,7 +207,7 @@ def read_night(path: Path, broken: dict[str, str]) -> Night | None:
 
 
 def cells(folder: Path, broken: dict[str, str]) -> dict[str, Fields]:
-    """Read the fields of the Cells, by cell_id. For `broken`, see `_lines`."""
+    """Read and return the fields of the Cells, by cell_id. Invalid lines are named in `broken`."""
     return dict(_lines(folder / CELLS, broken, _cell))
 
 
@@ -218,7 +223,7 @@ def write_night(folder: Path, night: Night) -> None:
 
 
 def write_cells(folder: Path, cells: Mapping[str, Fields]) -> None:
-    """Write the fields of the Cells, by cell_id."""
+    """Write the file with the fields of the Cells. cells: the fields, by cell_id."""
     _write(folder / CELLS, [{"cell_id": cell_id, "cell": cells[cell_id]} for cell_id in sorted(cells)])
 
 
@@ -234,7 +239,7 @@ def append_decision(folder: Path, name: str, decision: Decision) -> None:
 
 
 def _write(path: Path, lines: Iterable[Mapping[str, object]], before: str = "") -> None:
-    """Write the text `before`, then one JSON object per line, atomically."""
+    """Write a file atomically: first the text `before`, then one JSON object per line."""
     text = "".join(f"{json.dumps(line, separators=(',', ':'), allow_nan=False)}\n" for line in lines)
     try:
         files.write_atomic(path, f"{before}{text}".encode())
@@ -281,9 +286,9 @@ def _names_night(path: Path, broken: dict[str, str]) -> bool:
 
 
 def _lines(path: Path, broken: dict[str, str], parse: Callable[[Any], _Line | None]) -> Iterator[_Line]:
-    """Yield the parsed lines of a file. Invalid lines, or an unreadable file, are named in `broken`.
+    """Yield the parsed lines of a file. If lines are invalid or the file is unreadable, put the reasons into `broken`.
 
-    parse: returns None for an invalid line.
+    parse: function that converts a line, and returns None for an invalid line.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -323,7 +328,7 @@ def _cell(line: Any) -> tuple[str, Fields] | None:
 
 
 def _decision(line: Any) -> Decision | None:
-    """Return the decision of a line; None if it is incomplete or of a newer schema, so that it has no effect."""
+    """Return the decision in a line. If the line is incomplete or has a newer schema, it has no effect: return None."""
     try:
         return Decision.model_validate(line)
     except ValidationError:

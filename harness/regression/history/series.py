@@ -14,7 +14,7 @@ from harness.regression.history import decisions
 from harness.regression.history.night_files import History
 
 _Nights = list[tuple[str, list[dict[str, float]]]]
-"""For each night, its date and the values of its passes."""
+"""One entry per night: the date, and for each pass the values by metric."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class HistorySeries:
     place: str
     """Id of the place."""
     nights: list[str]
-    """Dates, ascending."""
+    """Dates of the nights, ascending."""
     values: list[float]
-    """One value per night: the median of its passes; for counted bytes and parameters, their maximum."""
+    """One value per night: the median of the night's passes. Counted bytes and parameters have the maximum instead."""
     passes: list[int]
     """Number of passes of each night."""
 
@@ -43,7 +43,7 @@ class HistorySeries:
 
 
 def series(history: History, only: Container[str] | None = None) -> list[HistorySeries]:
-    """Return the non-empty series of a history, or only those of the Cells in `only`.
+    """Return all series of a history that have values. only: cell_ids of the Cells to include; None for all Cells.
 
     Each series starts at its last reset. A new place (another machine, driver or torch) starts a new series.
     """
@@ -88,7 +88,7 @@ def _since(one: HistorySeries, history: History) -> HistorySeries:
 
 
 def _medians(order: Sequence[str], passes: list[dict[str, float]]) -> list[float]:
-    """Return the values of a night, one per metric in `order`. passes: values by metric, in this order."""
+    """Return the value of each metric on one night, in the order `order`. passes: values by metric, in that order."""
     together = zip(order, zip(*(values.values() for values in passes), strict=True), strict=True)
     return [got[0] if got.count(got[0]) == len(got) else _median(metric, got) for metric, got in together]
 

@@ -1,4 +1,4 @@
-"""`history show`: print the series of a history without a judgement, so that no library for judgements is imported."""
+"""`history show`: print the series of a history. It judges nothing, so that it need not import slow libraries."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from harness.regression.history.series import series
 def show(folder: Path, cell: str | None, metric: str | None, *, each_night: bool, as_json: bool) -> Exit:
     """Print series and return the exit code.
 
-    cell: an expression, as for `--only`. metric: a name, or the part of a name before the first `/`. Returns
-    NOTHING_COMPARED if there is nothing to show, INFRASTRUCTURE if a file cannot be read. Raises UsageError if `cell`
-    selects nothing, or if `metric` is no metric.
+    cell: an expression in the syntax of `--only`. metric: a name, or the part of names before the first `/`. Returns
+    NOTHING_COMPARED if there is nothing to show. Returns INFRASTRUCTURE if a file cannot be read. Raises UsageError if
+    `cell` selects nothing, or if `metric` is no metric.
     """
     history = night_files.read(folder)
     if metric is not None and not (tracked_metrics.kind(metric) or metric == tracked_metrics.LATENCY):

@@ -14,7 +14,7 @@ from harness.regression.history.night_files import EVERY, PASSES
 from harness.regression.history.series import HistorySeries
 
 _SHOWN = 6
-"""Largest number of nights that a sentence names; a history may have hundreds."""
+"""Largest number of nights that a sentence lists, since a history may have hundreds."""
 _HEAD = ("since", "cell", "metric", "before", "after", "change", "")
 
 
@@ -40,9 +40,9 @@ def detection_text(found: Detection) -> str:
 
 
 def series_text(found: Sequence[HistorySeries], names: Mapping[str, str], *, each_night: bool) -> str:
-    """Return the text of `show`: a line per series, or with `each_night` a line per night of each series.
+    """Return the text of `show`, with one line per series. names: names of Cells, by cell_id.
 
-    names: names of Cells, by cell_id.
+    each_night: return one line per night of each series instead.
     """
     head: tuple[str, ...]
     rows: list[tuple[str, ...]] = []
@@ -92,7 +92,7 @@ def _standing(c: JudgedChange) -> str:
 
 
 def _differences(group: Sequence[JudgedChange]) -> Iterator[str]:
-    """Yield the differences between the nights of each change, and the command that confirms it."""
+    """Yield lines about each change: what differs between its nights, and which command confirms the change."""
     for c in group:
         b = c.between
         code = [f"code {b.code[0] or 'unknown'} -> {b.code[1] or 'unknown'}"] if b.code[0] != b.code[1] else []

@@ -23,10 +23,11 @@ from harness.regression.pairs.gate import PairsResult
 def verify(
     folder: Path, cell: str | None, most: int, author: str | None, out: Path | None, suite: Path | None = None
 ) -> Exit:
-    """Run the pairs, print one line per change and return the exit code; see the help of the command.
+    """Run pairs for suspected changes, print one line per change and return the exit code; see the help of the command.
 
-    suite: the file of the nightly suite, if the suite is not part of the harness. Only the first pairs have a canary.
-    Raises UsageError if `cell` selects nothing or if there is no author.
+    most: largest number of changes to try. suite: the file of the nightly suite, if the suite is not part of the
+    harness. Only the first comparison has a canary, i.e. also compares a revision with itself. Raises UsageError if
+    `cell` selects nothing or if there is no author.
     """
     author = decisions.find_author(author)  # first, since no verdict could be stored without an author
     history = night_files.read(folder)
@@ -61,7 +62,7 @@ def verify(
 def _store_verdict(
     folder: Path, change: JudgedChange, place: Mapping[str, str], result: PairsResult, author: str
 ) -> Exit:
-    """Store the verdict on a change if it is clear; print it or the reason, and return the exit code."""
+    """Store and print the verdict on a change, or print why there is no clear verdict. Return the exit code."""
     verdict, reason = _verdict(change, place, result)
     if verdict is None:
         echo(f"{change.name}: still open: {reason}")
@@ -76,14 +77,14 @@ def _store_verdict(
 
 
 def _timed(change: JudgedChange, result: PairsResult) -> PairVerdict | None:
-    """Return the verdict of the pairs on the time that changed; None if the pairs lack that time."""
+    """Return the verdict of the pairs on the metric that changed; None if the pairs have no times of that metric."""
     return next((cell.timed.get(change.metric) for cell in result.judged.cells), None)
 
 
 def _verdict(
     change: JudgedChange, place: Mapping[str, str], result: PairsResult
 ) -> tuple[ConfirmationVerdict | None, str]:
-    """Return the verdict on a change and the reason; None instead of the verdict if it is not clear."""
+    """Return the verdict on a change, and the reason for it. If the pairs do not decide, the verdict is None."""
     timed, canaries = _timed(change, result), result.judged.canaries
     if timed is None:
         return None, result.judged.verdict.reason
@@ -106,7 +107,10 @@ def _verdict(
 
 
 def _other_place(place: Mapping[str, str], result: PairsResult) -> list[str]:
-    """List the differences between a place and the place of the runs. Cells that ran at the same time are no difference."""
+    """List the differences between the place of a night and the places of the runs.
+
+    Whether other Cells ran at the same time is not compared.
+    """
     records = [record for one in result.runner.found for pair in one.records for record in pair]
     shared = {key: value for key, value in place.items() if key == tracked_metrics.CONCURRENT}
     places = [tracked_metrics.place(record) | shared for record in records]

@@ -1,4 +1,4 @@
-"""Format a gate as one JSON document. It also has the equal rows, and the meaning of each kind of row."""
+"""Format the result of a gate as one JSON document, with all rows and with the meaning of each kind of row."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from harness.regression.outputs import github, junit, markdown
 
 @dataclass(frozen=True)
 class Outputs:
-    """The requested outputs. None for a file: not requested."""
+    """The outputs that a user requests. A file that is not requested is None."""
 
     junit: Path | None = None
     markdown: Path | None = None
@@ -22,11 +22,11 @@ class Outputs:
     """True to print annotations outside GitHub jobs too."""
 
     def refuse(self) -> None:
-        """Raise UsageError for files that could not be written, before anything is compared."""
+        """Raise UsageError if a requested file cannot be written. This is called before anything is compared."""
         files.refuse_unwritable({"--junit": self.junit, "--markdown": self.markdown})
 
     def write(self, findings: Findings, title: str) -> None:
-        """Print the annotations to stderr, and write the requested files; one that fails does not prevent the other."""
+        """Print the annotations to stderr, and write the requested files. If one file fails, still write the other."""
         if self.annotations or github.is_job():
             for line in github.lines(findings):
                 print(line, file=sys.stderr)

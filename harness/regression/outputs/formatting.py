@@ -10,7 +10,7 @@ from harness.report.formatting import DASH, MIB, MINUS, milliseconds, percent
 
 HEAD = ("Cell", "what", "base", "new", "delta", "interval", "verdict")
 _SHOWN = 20
-"""Number of passing or unjudged rows of each kind that are shown. Further such rows are only counted."""
+"""Largest number of passing or unjudged rows of each kind that are shown. Further such rows are only counted."""
 _KERNEL_S = 1e-3
 """Times below this many seconds are shown in µs."""
 ORDER = (VerdictKind.FAIL, VerdictKind.NOT_RUN, VerdictKind.INCONCLUSIVE, VerdictKind.PASS)
@@ -35,9 +35,10 @@ def by_severity(rows: Iterable[ComparisonRow]) -> list[ComparisonRow]:
 def shown_rows(
     rows: Sequence[ComparisonRow], kind: FindingKind, *, all_rows: bool = False
 ) -> tuple[list[ComparisonRow], int, int]:
-    """Return the rows of a kind to show (the most serious first), the number left out, and the number of equal rows.
+    """Return the rows of a kind to show, the number of rows left out, and the number of equal rows.
 
-    A row is equal if it has the same value in both runs. all_rows: leave out no row, not even equal rows.
+    The most serious rows come first. A row is equal if it has the same value in both runs. all_rows: leave out no row,
+    not even equal rows.
     """
     of_kind = [row for row in rows if row.kind is kind]
     different = by_severity(row for row in of_kind if all_rows or not row.same)
@@ -74,7 +75,11 @@ def sentence(row: ComparisonRow, separator: str = ": ") -> str:
 
 
 def delta(row: ComparisonRow) -> str:
-    """Format new - base. Bytes and counts are exact, with per cent; times have per cent; shares are in points."""
+    """Format the difference new - base.
+
+    Bytes, counts and times also have the difference in per cent. Bytes and counts are exact. Shares are in percentage
+    points.
+    """
     d = row.delta
     if d is None or row.base == row.new:
         return "=" if row.base == row.new and row.base is not None else ""

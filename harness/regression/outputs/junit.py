@@ -18,10 +18,10 @@ _TAGS = {
 
 
 def render(findings: Findings) -> bytes:
-    """Return one test suite per kind of finding, and one for unreadable or changed files.
+    """Return a JUnit file: one test suite per kind of finding, and one for unreadable or changed files.
 
-    A Cell that was not run, or has an unreadable Record, is an error. An undecided row is a skipped test. All rows of a
-    kind that is not judged are one skipped test.
+    A Cell that was not run, or has an unreadable Record, is an error. An undecided row is a skipped test. If a kind is
+    not judged, all its rows together are one skipped test.
     """
     root = ET.Element("testsuites", name="peft-harness gate")
     for kind in FindingKind:

@@ -23,7 +23,7 @@ _SPECIAL = re.compile(r"([\\`*_\[\]<>|~#])")
 
 
 def render(findings: Findings, title: str, limit_B: int = LIMIT_B) -> bytes:  # B is the unit
-    """Return the summary in UTF-8, smaller than `limit_B` bytes. If rows are left out, its last line has their number."""
+    """Return the summary in UTF-8, smaller than `limit_B` bytes. If rows are left out, the last line counts them."""
     v = findings.verdict
     text = [f"## {icon(v.word)} {_clean(title)}: {v.word.value}\n\n{_clean(v.reason)}\n\n"]
     used, left_out, total, open_table = len(text[0].encode()), 0, 0, ""
@@ -42,10 +42,10 @@ def render(findings: Findings, title: str, limit_B: int = LIMIT_B) -> bytes:  # 
 
 
 def _lines(findings: Findings) -> Iterator[tuple[str, str]]:
-    """Yield pairs (title of a table, one of its lines).
+    """Yield pairs: the title of a table, and one line of this table.
 
-    Rows that need attention come first, for all kinds; then other different rows. Lines about files come last, with an
-    empty title.
+    Rows that need attention come first, for all kinds. Then come the other rows that differ between the runs. Lines
+    about files come last, with an empty title.
     """
     rows = formatting.by_severity(row for row in findings.rows if not row.same)
     for attention in (True, False):

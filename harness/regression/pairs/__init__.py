@@ -1,1 +1,1 @@
-"""Interleaved A/B pairs of process runs: `gate --pairs OLD NEW`."""
+"""`gate --pairs OLD NEW`: compare two sides by interleaved pairs of runs. Each run is a process of its own."""

@@ -13,16 +13,21 @@ from harness.records import store
 FILE = Path("results") / "canaries.jsonl"
 SCHEMA = 1
 LAST = 200
-"""Largest number of canaries of a place that count; the newest count."""
+"""Largest number of canaries (comparisons of a revision with itself) per place that count. If a place has more, only
+the newest count."""
 
 
 def refuse_unwritable(path: Path) -> None:
-    """Raise StoreError for a file to which no canary can be added, before the pairs run for minutes."""
+    """Raise StoreError if no canary can be added to a file. This is called early, because pairs run for minutes."""
     _append(path, "")
 
 
 def add(path: Path, place: str, cell_id: str, log_ratios: Sequence[float]) -> None:
-    """Add a canary. place: the environment id of its Records. Canaries with the same place are counted together."""
+    """Add a canary, i.e. a comparison of a revision with itself, to a file.
+
+    Canaries with the same place are counted together. place: the environment id of the canary's Records. log_ratios:
+    the log ratio of the times of each pair.
+    """
     facts = {"schema": SCHEMA, "at": store.now(), "place": place, "cell_id": cell_id, "log_ratios": list(log_ratios)}
     _append(path, f"{json.dumps(facts)}\n")
 
@@ -39,7 +44,10 @@ def _append(path: Path, line: str) -> None:
 
 
 def read(path: Path, place: str, trim: float) -> tuple[Canaries, list[str]]:
-    """Return the counts for the newest canaries of a place, and the unreadable lines with their reasons."""
+    """Return the numbers of canaries and alarms for one place, and a sentence about each unreadable line.
+
+    Only the newest canaries count. trim: the share of pairs that is trimmed at either end.
+    """
     found, broken = [], []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     for number, line in enumerate(lines, start=1):

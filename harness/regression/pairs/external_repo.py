@@ -1,7 +1,7 @@
-"""Revisions of a repository other than the harness's: its packages, and the Cells that run them.
+"""Find the packages in the repository of a plug-in, and the Cells that run these packages.
 
-Only the Python code of the plug-in's package differs between the sides. Each side must find compiled code and other
-packages itself.
+If two revisions of a plug-in are compared, they differ only in the Python code of the plug-in's package. Each revision
+must find compiled code and other packages by itself.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ExternalRepo:
     top: Path
     """Top folder of the checkout."""
     inside: Path
-    """The folder, as a path relative to `top`."""
+    """Path of the folder with the packages, relative to `top`."""
 
     def code(self, tree: Path) -> Path:
         """Return the folder to put on Python's path for a checkout at `tree`: `inside`, or `inside`/src if it exists."""
@@ -59,10 +59,10 @@ def find(folder: Path) -> ExternalRepo:
 
 
 def packages(label: str, code: Path, variables: Mapping[str, str]) -> frozenset[str]:
-    """Return the packages of plug-ins that are imported from `code`.
+    """Return the packages of plug-ins that Python imports from `code`.
 
-    label: names the side in messages. variables: environment of the processes that will run the side. Raises
-    HarnessError if there is no such package, since both sides would then run the installed package.
+    label: name of the side in messages. variables: environment variables of the processes that will run the side.
+    Raises HarnessError if there is no such package, since both sides would then run the installed package.
     """
     found = _imported(label, code, variables)
     top = code.resolve()
@@ -80,7 +80,10 @@ def packages(label: str, code: Path, variables: Mapping[str, str]) -> frozenset[
 
 
 def _imported(label: str, code: Path, variables: Mapping[str, str]) -> dict[str, list[str]]:
-    """Map each package of a plug-in except `harness` to the folders it is imported from. Arguments as in `packages`."""
+    """Map each package of a plug-in, except `harness`, to the folders that Python imports the package from.
+
+    For the arguments, see `packages`.
+    """
     command, why = [sys.executable, "-P", "-c", _PROBE, GROUP], f"no answer within {_PATIENCE_S} s"
     with contextlib.suppress(subprocess.TimeoutExpired, ValueError, IndexError):
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Convert the verdict on pairs to rows, for the outputs that `gate RUN --baseline` has too."""
+"""Convert the verdict on pairs to rows, so that pairs can have the same outputs as `gate RUN --baseline`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ _KINDS = {
 
 
 def findings(judged: JudgedPairs, interrupted: str = "") -> Findings:
-    """Return one row for each time of a Cell, and the other rows. interrupted: how the pairs were interrupted, or empty."""
+    """Return the verdict with its rows: one row for each time of a Cell, then all other rows.
+
+    interrupted: how the pairs were interrupted; empty if they were not.
+    """
     verdict = judged.verdict
     rows = [*judged.rows, *(_speed(cell, metric, judged) for cell in judged.cells for metric in cell.timed or (STEP,))]
     reason = f"{verdict.reason}; {judged.canaries.sentence}"

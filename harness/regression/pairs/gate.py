@@ -30,22 +30,25 @@ DOCUMENT, SCHEMA = "pairs.json", 1
 
 @dataclass(frozen=True)
 class PairsResult:
-    """Measured and judged pairs."""
+    """The pairs that were measured, and the verdict on them."""
 
     request: PairsRequest
     runner: PairsRunner
-    """The process runs."""
+    """Runner of the pairs, which holds their Records."""
     cores: list[int]
-    """CPU cores that both sides use; an empty list means any core."""
+    """Numbers of the CPU cores that both sides use. If the list is empty, the sides may use any core."""
     canary: list[float] | None
-    """Log ratios of this gate's canary; None if it has no canary."""
+    """Log ratio of each pair of this gate's canary, which compares the old side with itself. None without a canary."""
     interrupted: str
     """How the pairs were interrupted; empty if they were not."""
     judged: JudgedPairs
 
     @property
     def exit(self) -> Exit:
-        """Exit code. Interrupted pairs fail if they have a finding; otherwise they return INFRASTRUCTURE."""
+        """The exit code.
+
+        Interrupted pairs have the code FAIL if the pairs so far have a finding. Otherwise they have INFRASTRUCTURE.
+        """
         code = self.judged.exit
         return Exit.INFRASTRUCTURE if self.interrupted and code is not Exit.FAIL else code
 
@@ -83,7 +86,8 @@ class PairsResult:
 def gate(request: PairsRequest, as_json: bool, design: Design | None = None) -> PairsResult:
     """Compare two sides by interleaved pairs, print a table or the document, and return the result.
 
-    Raises UsageError if the sides or Cells cannot be compared, HarnessError if no process of a side leaves a Record.
+    Raises UsageError if the sides or Cells cannot be compared. Raises HarnessError if no process of a side leaves a
+    Record.
     """
     request.outputs.refuse()
     result = _measure(request, design or Design())
@@ -100,7 +104,7 @@ def gate(request: PairsRequest, as_json: bool, design: Design | None = None) -> 
 
 
 def _measure(request: PairsRequest, design: Design) -> PairsResult:
-    """Run and judge the pairs; after an interruption, judge those that were measured."""
+    """Run the pairs, judge them and return the result. After an interruption, judge the pairs that were measured."""
     path = loader.find(request.suite)
     plan = _trained(loader.load(path).plan, request.only, request.suite)
     wanted = _cores(request)
@@ -154,7 +158,10 @@ def _measure(request: PairsRequest, design: Design) -> PairsResult:
 
 
 def _canary(request: PairsRequest, runner: PairsRunner) -> tuple[list[float] | None, str]:
-    """Run one Cell of the old side against itself. Return and store its log ratios, or return None and the reason."""
+    """Compare the old side with itself on one Cell. Store the log ratios, and return (log ratios, "").
+
+    If this fails, return (None, reason).
+    """
     watched = runner.found[runner.seed % len(runner.found)]
     if watched.broken:
         return None, watched.broken
@@ -172,7 +179,10 @@ def _log(line: str) -> None:
 
 
 def _trained(plan: Plan, only: str | None, suite: str = "") -> Plan:
-    """Return the plan with only those Cells that train, since other Cells have no step to time."""
+    """Return a plan with only the Cells that have a training step to time. Leave out searches.
+
+    only: an expression that selects Cells; None for all.
+    """
     tries = {cell_id for tuning in plan.tuning for cell_id in tuning.sweep}
     cells = tuple(cell for cell in plan.cells if cell.training.steps and cell.cell_id not in tries)
     if not cells:
@@ -183,10 +193,10 @@ def _trained(plan: Plan, only: str | None, suite: str = "") -> Plan:
 
 
 def _cores(request: PairsRequest) -> int | None:
-    """Return the requested number of cores; by default one on a CPU, and None on a GPU.
+    """Return the number of cores to use. The default is one on a CPU, and None (no limit) on a GPU.
 
-    A process on a GPU needs its threads. Threads on a CPU wait for each other, and for other work on their cores: with two
-    threads, the times of equal processes spread at least twice as widely as with one.
+    A process on a GPU needs its threads. Threads on a CPU wait for each other, and for other work on their cores: with
+    two threads, the times of equal processes spread at least twice as widely as with one.
     """
     if request.cores is None and (request.device == "cuda" or (request.device == "auto" and environment.gpus())):
         return None

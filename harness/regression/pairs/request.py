@@ -23,19 +23,20 @@ class PairsRequest:
     out: Path | None = None
     """Folder for the run folders and the document; None stands for a new folder in results/runs."""
     repo: Path | None = None
-    """Checkout with the revisions `old` and `new`. None: they are revisions of the harness's checkout, or
-    implementations."""
+    """Checkout of a plug-in, to which the revisions `old` and `new` belong. If None, `old` and `new` are revisions of
+    the harness, or implementations."""
     device: str = "auto"
     cores: int | None = None
-    """Number of CPU cores for each side. None: one for Cells on a CPU, all for Cells on a GPU."""
+    """Number of CPU cores for each side. None stands for one core if the Cells run on a CPU, and for all cores if they
+    run on a GPU."""
     seed: int | None = None
     """Seed for the order of the runs; None stands for a random seed."""
     metric: str = ""
-    """The only time to judge, named as in a history. If empty, all times of a Cell are judged."""
+    """Name of the only time to judge, as in a history. If empty, all times of a Cell are judged."""
     canary: bool = True
-    """True to run a Cell of the old side against itself too."""
+    """True to also compare the old side with itself on one Cell, as a canary."""
     canaries: Path = canary_file.FILE
-    """File with the results of canaries."""
+    """File that stores the results of canaries, i.e. of comparisons of a revision with itself."""
     strict: bool = False
     outputs: Outputs = field(default_factory=Outputs)
 

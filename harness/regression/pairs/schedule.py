@@ -1,4 +1,4 @@
-"""Run pairs of processes: both sides run each Cell, interleaved in an order that is fixed beforehand."""
+"""Run each Cell on both sides, in pairs of processes. The order of the sides is fixed before the first process runs."""
 
 from __future__ import annotations
 
@@ -19,24 +19,27 @@ from harness.regression.pairs.sides import CellPair, Side
 
 @dataclass
 class Measured:
-    """Records of one Cell from both sides, so far."""
+    """Records of one Cell from both sides."""
 
     pair: CellPair
     first: list[tuple[Record, Record]] = field(default_factory=list)
-    """Pairs (old, new) of the first stage."""
+    """Pairs of Records (old, new) from the first stage, in which every Cell runs."""
     fresh: list[tuple[Record, Record]] = field(default_factory=list)
-    """Pairs (old, new) of the second stage."""
+    """Pairs of Records (old, new) from the second stage, in which only undecided Cells run."""
     no_record: str = ""
     """Reason why a process left no Record; empty if all did."""
 
     @property
     def records(self) -> list[tuple[Record, Record]]:
-        """The pairs of both stages."""
+        """Pairs of Records (old, new) from both stages."""
         return [*self.first, *self.fresh]
 
     @property
     def broken(self) -> str:
-        """Reason why the Cell cannot be timed, if a process did not end ok or has no step times; otherwise empty."""
+        """Reason why the Cell cannot be timed; empty if it can.
+
+        The reason is a process that did not end ok, left no Record, or has no step times.
+        """
         for pair in self.records:
             for side, record in zip(("old", "new"), pair, strict=True):
                 if record.status is not Status.OK:
@@ -46,7 +49,7 @@ class Measured:
         return self.no_record
 
     def verdicts(self, design: Design, only: str = "") -> dict[str, PairVerdict]:
-        """Return a verdict for each time that all Records have, by metric. only: judge no other metric."""
+        """Return a verdict for each time that all Records have, by metric. only: the only metric to judge, if given."""
         if self.broken or len(self.first) < design.first:
             return {}
         shared = set.intersection(*(set(times(record)) for pair in self.records for record in pair))
@@ -68,17 +71,16 @@ class PairsRunner:
     options: Sequence[str] = ()
     """Further options of `peft-harness run`."""
     log: Callable[[str], None] = print
-    """Prints a line of progress for each pair."""
+    """Function that prints a line of progress."""
     only: str = ""
-    """The only metric to judge; if empty, all are judged."""
+    """Name of the only metric to judge. If empty, all metrics are judged."""
     found: list[Measured] = field(default_factory=list)
-    """Results so far; they remain after an interruption."""
+    """Records of each Cell so far. They remain after an interruption."""
 
     def measure(self, pairs: Sequence[CellPair]) -> None:
         """Run the first pairs of all Cells, then the planned fresh pairs of undecided Cells.
 
-        If a process of a Cell does not end ok, the Cell gets no further pairs: it is a finding already, or cannot be
-        timed.
+        If a process does not end ok, its Cell gets no further pairs, because it can no longer be timed.
         """
         self.found = [Measured(pair) for pair in pairs]
         for one in self.found:
@@ -88,7 +90,10 @@ class PairsRunner:
                 self._run(one, one.fresh, more, f"fresh-{len(one.fresh)}")
 
     def canary(self, pair: CellPair) -> tuple[list[float] | None, str]:
-        """Run the first pairs of the old side against itself. Return their log ratios, or None and the reason."""
+        """Compare the old side with itself by the first pairs of a Cell. Return (log ratios, "").
+
+        If this fails, return (None, reason).
+        """
         twin = replace(self, sides=(self.sides[0], self.sides[0]))
         one = Measured(CellPair(f"canary {pair.name}", pair.old, pair.old))
         twin._run(one, one.first, self.design.first, "canary")

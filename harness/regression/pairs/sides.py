@@ -25,7 +25,7 @@ from harness.regression.pairs import external_repo
 from harness.suites.expand import Plan
 
 _PATIENCE_S = 15.0
-"""Seconds for a terminated run to kill its worker and write its footer."""
+"""Number of seconds in which a terminated run can kill its worker and write its footer."""
 HERE = "."
 """Name that stands for the checkout as it is, with its uncommitted changes."""
 
@@ -37,9 +37,11 @@ class Side:
     label: str
     """Name of the side in sentences."""
     code: Path | None = None
-    """First entry of Python's path: a folder with another `harness` or a plug-in's package. None: the code as installed."""
+    """Folder that comes first on Python's path, with another revision of `harness` or of a plug-in's package. None
+    stands for the installed code."""
     metadata: Path | None = None
-    """Folder with the entry points of the revision. The installed entry points may name modules that the revision lacks."""
+    """Folder with the entry points that the revision declares. The installed entry points may name modules that the
+    revision lacks. None if the revision declares none."""
     implementation: str | None = None
     """Implementation of the Cells to run, if the sides are implementations."""
     packages: frozenset[str] | None = None
@@ -60,10 +62,10 @@ class CellPair:
 def opened(old: str, new: str, plan: Plan, repo: Path | None = None) -> Iterator[tuple[Side, Side]]:
     """Yield the two sides. Checked-out revisions are removed when the context ends.
 
-    old, new: implementations of the suite's Cells, or else revisions. repo: a folder in the checkout of a plug-in; the
-    names are then revisions of the plug-in, and the installed harness runs them. Raises UsageError if a name is
-    unknown, if an implementation is compared with a revision, or if the folder is in no checkout; HarnessError if a
-    revision has no package of a plug-in.
+    old, new: two implementations of the suite's Cells, or two revisions. repo: a folder in the checkout of a plug-in.
+    With `repo`, `old` and `new` are revisions of the plug-in, and the installed harness runs them. Raises UsageError if
+    a name is unknown, if an implementation is compared with a revision, or if the folder is in no checkout. Raises
+    HarnessError if a revision has no package of a plug-in.
     """
     if repo is not None:
         external = external_repo.find(repo)
@@ -95,7 +97,8 @@ def _revisions(
 ) -> Iterator[tuple[Side, Side]]:
     """Check out two revisions, and yield them as sides.
 
-    code: returns the folder to put on Python's path for a checkout. known: implementations, to be named in hints.
+    code: function that maps the folder of a checkout to the folder to put on Python's path. known: names of
+    implementations for hints.
     """
     trees: dict[str, Path] = {HERE: top}
     commits = [name if name == HERE else _commit(top, name, known) for name in (old, new)]
@@ -110,8 +113,9 @@ def _revisions(
 def pairs(plan: Plan, names: dict[str, str], sides: tuple[Side, Side]) -> list[CellPair]:
     """Return the pairs of Cells to compare.
 
-    If the sides are implementations, each Cell of one is paired with the otherwise equal Cell of the other; otherwise
-    each Cell is paired with itself. names: by cell_id. Raises UsageError if no Cell has a partner.
+    If the sides are implementations, each Cell of the old one is paired with a Cell of the new one that is otherwise
+    equal. If the sides are revisions, each Cell is paired with itself. names: names of the Cells, by cell_id. Raises
+    UsageError if there is no pair.
     """
     old, new = (side.implementation for side in sides)
     if (packages := sides[0].packages) is not None:
@@ -133,10 +137,10 @@ def pairs(plan: Plan, names: dict[str, str], sides: tuple[Side, Side]) -> list[C
 
 
 def run(side: Side, suite: Path, cell: Cell, folder: Path, options: Sequence[str] = ()) -> Record:
-    """Run one Cell by the `peft-harness run` of a side, in a process of its own, and return its Record.
+    """Run one Cell with the code of a side, by `peft-harness run` in a new process, and return the Record.
 
-    folder: the run folder to create. options: further options of the command. Raises HarnessError if there is no
-    Record.
+    folder: the run folder to create. options: further options of the command. Raises HarnessError if the process leaves
+    no Record.
     """
     command = [
         sys.executable, "-P", "-m", "harness.cli", "run", str(suite.resolve()), "--only", cell.cell_id, "--out",
@@ -163,9 +167,10 @@ def _variables(side: Side) -> dict[str, str]:
 
 
 def _ran(command: Sequence[str], variables: dict[str, str]) -> tuple[int | None, str]:
-    """Run a command and return its exit code and stderr; if this process is ended, give the command time to end cleanly.
+    """Run a command, and return its exit code and stderr.
 
-    If this process is killed, so is the command. The script that does so is this harness's: an old revision may have none.
+    If this process is terminated, the command gets time to end cleanly. If this process is killed, the command is
+    killed too. The script for this comes from the installed harness, since an old revision may have no such script.
     """
     script = [sys.executable, "-I", "-S", lifeline.__file__]
     with Subprocess(
@@ -180,7 +185,7 @@ def _ran(command: Sequence[str], variables: dict[str, str]) -> tuple[int | None,
 
 
 def _rest(cell: Cell) -> str:
-    """Return an id for all fields of a Cell except its implementation."""
+    """Return a hash of all fields of a Cell except its implementation."""
     return cell.model_copy(update={"implementation": ""}).cell_id
 
 
@@ -228,7 +233,10 @@ def _metadata(tree: Path) -> Path | None:
 
 
 def _installed(distribution: str) -> str:
-    """Return the installed version of a distribution whose pyproject.toml has none (`dynamic`); "0" without one."""
+    """Return the installed version of a distribution, or "0" if it is not installed.
+
+    A pyproject.toml whose version is `dynamic` does not contain the version.
+    """
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -236,7 +244,10 @@ def _installed(distribution: str) -> str:
 
 
 def _write_metadata(tree: Path) -> None:
-    """Write the metadata of a checked-out revision next to it, if its pyproject.toml declares entry points."""
+    """Write the entry points that a checked-out revision declares to a metadata folder beside the revision.
+
+    If pyproject.toml declares none, write nothing.
+    """
     file = tree / "pyproject.toml"
     try:
         project = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {}) if file.is_file() else {}

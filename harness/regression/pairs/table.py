@@ -12,7 +12,10 @@ _HEAD = ["Cell", "verdict", "old ms", "new ms", "change", "95 % interval", "adju
 
 
 def lines(judged: JudgedPairs) -> list[str]:
-    """Return the lines of the text. Column `finds`: smallest slow-down that the planned pairs find with 80 % power."""
+    """Return the lines of the text.
+
+    Column `finds` has the smallest slow-down that the planned pairs find with a power of 80 %.
+    """
     rows = [_row(cell, metric, judged) for cell in judged.cells for metric in cell.timed or (STEP,)]
     found = [*align_columns([_HEAD, *rows], right=range(2, len(_HEAD)), indent=""), ""]
     untimed = [cell for cell in judged.cells if not cell.timed]

@@ -1,1 +1,1 @@
-"""Tables with the numbers of runs: frames for a notebook, Parquet and CSV for other programs. They import no torch."""
+"""Tables with the numbers of runs: frames for a notebook, Parquet and CSV for other programs. They need no torch."""

@@ -54,7 +54,8 @@ class Column:
     """A column of a table."""
 
     name: str
-    """Name. A name that ends in `.*` stands for many columns: `config.*` for one column per key of a method's config."""
+    """Name of the column. A name that ends in `.*` stands for several columns: `config.*` for one column per key of a
+    Method's config."""
     dtype: str
     """The dtype in pandas."""
     unit: str
@@ -96,14 +97,14 @@ _KEY = (
 
 
 def _cells() -> tuple[Column, ...]:
-    """Return the columns of the table `cells`. Metrics that are not named here follow after the named columns."""
+    """Return the columns of the table `cells`. Metrics that are not named here come before the column `no_speed`."""
     exported = {metric.column: _metric(metric) for metric in metrics.METRICS if metric.column}
 
     def measured(*names: str) -> tuple[Column, ...]:
         return tuple(exported.pop(name) for name in names)
 
     def part(prefix: str, model: type[BaseModel], fields: Iterable[str]) -> tuple[Column, ...]:
-        """Return the columns of one part of the measurements. A field that is a metric has the column of the metric."""
+        """Return the columns of one part of the measurements. If a field is a metric, use the column of the metric."""
         return tuple(measured(n)[0] if (n := f"{prefix}{f}") in exported else _field(n, model, f) for f in fields)
 
     gpu = _fields("gpu.", GpuPhase, GPU_PHASE)

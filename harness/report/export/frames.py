@@ -26,9 +26,9 @@ class Numbers:
     """Numbers of one or several runs. Join the tables on `run`, `cell_id` and `attempt`. Missing values are NA."""
 
     cells: DataFrame
-    """One row per attempt at a Cell; `latest` marks the attempts that count."""
+    """One row per attempt at a Cell. The column `latest` marks the attempts that count."""
     samples: DataFrame
-    """One row per raw sample of training or latency."""
+    """One row per raw sample of the training or of a latency."""
     items: DataFrame
     """One row per scored test item."""
     checks: DataFrame
@@ -47,8 +47,8 @@ class Numbers:
 def load(run: str | Path, *more: str | Path) -> Numbers:
     """Load the numbers of one or several runs. A run is given as a folder, an id, the start of an id, or `latest`.
 
-    A file that is torn or was changed after the run is omitted with a warning, and is listed in `left_out`. Raises
-    UsageError if a run does not exist, StoreError if a run.json is unreadable.
+    If a file is torn or was changed after the run, it is left out with a warning, and `left_out` names it. Raises
+    UsageError if a run does not exist. Raises StoreError if a run.json is unreadable.
     """
     numbers = of([store.read_run(store.find_run(str(name))) for name in (run, *more)])
     for what in numbers.left_out:
@@ -108,7 +108,7 @@ def _place(run: store.Run) -> Callable[[Record], tuple[int, int]]:
 
 
 def _frame(table: str, made: Sequence[ExportRow]) -> tuple[DataFrame, list[Column]]:
-    """Return the frame of a table, and its columns. made: the rows."""
+    """Return the frame of a table, and the columns of the frame. made: the rows of the table."""
     names = list(dict.fromkeys(name for row in made for name in row))
     declared = columns(table, names)
     arrays = {c.name: _array([row.get(c.name) for row in made], c.dtype) for c in declared}
@@ -116,7 +116,10 @@ def _frame(table: str, made: Sequence[ExportRow]) -> tuple[DataFrame, list[Colum
 
 
 def _array(values: list[Value], dtype: str) -> Any:
-    """Return an array with NA for None and for an empty text, since a Record has an empty text where no text applies."""
+    """Return an array of this dtype for pandas. None and an empty text become NA.
+
+    A Record has an empty text where no text applies.
+    """
     given = [None if value == "" else value for value in values]
     if dtype == TIME:
         return pd.to_datetime(pd.Series(given, dtype=TEXT), utc=True, errors="coerce", format="ISO8601").astype(TIME)

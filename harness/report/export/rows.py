@@ -54,7 +54,7 @@ def cell(record: Record, label: str, *, latest: bool) -> ExportRow:
 
 
 def _fields(prefix: str, part: object, names: Iterable[str]) -> ExportRow:
-    """Return the columns for the named fields of a part of the Record; None for all of them if the part is missing."""
+    """Return the named fields of a part of the Record as columns. If the part is missing, all values are None."""
     return {f"{prefix}{name}": getattr(part, name, None) for name in names}
 
 
@@ -104,7 +104,7 @@ def _plain(value: Json) -> Value:
 
 
 def _measured(record: Record) -> ExportRow:
-    """Return the columns of accuracy, memory, files, energy and training details; no times if a check failed."""
+    """Return the columns of accuracy, memory, files, energy and training details. If a check failed, times are None."""
     m, a = record.measurements, record.accuracy
     no_speed = failed_checks.no_speed(record)
     timed = measurements.timed_training(record) if not no_speed else None
@@ -127,7 +127,10 @@ def _measured(record: Record) -> ExportRow:
 
 
 def _phases(record: Record) -> ExportRow:
-    """Return the time, peak and own energy of every phase; for a repeated phase, both sums and the highest peak."""
+    """Return the time, the peak memory and the energy of every phase. Leave out energy that other Cells share.
+
+    If a phase is repeated, its times and its energies are summed, and its highest peak counts.
+    """
     found: dict[str, float] = {}
     own_energy = not measurements.not_its_own_energy(record)
     for phase in record.phases:
