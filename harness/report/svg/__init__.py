@@ -1,1 +1,1 @@
-"""SVG charts as geometry: scales, marks, and labels that do not overlap."""
+"""SVG charts: scales, the marks to draw, and places for names so that they do not overlap."""
