@@ -101,8 +101,8 @@ SPEC = ReferenceSpec(
 _EPS = 1e-5
 """A small number that the scaling adds to the rank, as in the authors' code."""
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
-"""Names in the state, from the authors' code: first of the average sensitivity I_bar, then of the average uncertainty
-U_bar."""
+"""Starts of the names in the state, as in the authors' code: for the average sensitivity I_bar, and for the average
+uncertainty U_bar."""
 _STD = 0.02
 """Standard deviation of the initial A and B, as in the authors' code and HF peft."""
 
@@ -188,7 +188,7 @@ def budget(step: int, config: Config, layers: int) -> int:
 
 
 def largest_mask(scores: Tensor, count: int) -> Tensor:
-    """Return a mask (N,) that is True at the `count` largest scores (eq. 6). Equal scores rank in order."""
+    """Return a mask (N,) that is True at the `count` largest scores (eq. 6). Of equal scores, the first wins."""
     order = torch.sort(scores, descending=True, stable=True).indices
     mask = torch.zeros_like(scores, dtype=torch.bool)
     mask[order[:count]] = True
@@ -320,8 +320,8 @@ def orthogonality(layers: list[AdaLoraLinear], form: str) -> Tensor:
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaLoraAdapted:
     """Freeze `model` and wrap every target in an AdaLoraLinear.
 
-    A, then B, is drawn from a normal distribution with standard deviation 0.02. E is 0. Raises ValueError if a target
-    names no linear layer, or if the ranks or the schedule are inconsistent.
+    A and B are drawn, in this order, from a normal distribution with standard deviation 0.02. E is 0. Raises ValueError
+    if a target names no linear layer, or if the ranks or the schedule are inconsistent.
     """
     _refuse_contradictions(config)
     found = targets(model, config.targets)

@@ -17,7 +17,7 @@ SPEC = ReferenceSpec(
 
 @dataclass(frozen=True)
 class Config:
-    """Frozen has no hyperparameters."""
+    """The Method has no hyperparameters."""
 
 
 class FrozenWeightsModel(AdaptedModel):

@@ -18,7 +18,7 @@ SPEC = ReferenceSpec(
 
 @dataclass(frozen=True)
 class Config:
-    """Full fine-tuning has no hyperparameters."""
+    """The Method has no hyperparameters."""
 
 
 class FullModel(AdaptedModel):

@@ -4,9 +4,9 @@
     N_t = Adam(R_t)                            with moments of R's small shape                   (algorithm 2)
     W_t = W_{t-1} - lr alpha P_t N_t Q_t^T     algorithm 2 has a plus, because its G is the negative gradient
 
-By default, only one of P (m, r) and Q (n, r) is used, and the other is the identity. It holds the first singular
-vectors of a gradient, and is recomputed every T steps. There is no adapter, because the weights W themselves train. W
-and G are (m, n).
+By default, only P (m, r) or Q (n, r) is used, and the other is the identity. The matrix in use holds the first singular
+vectors of a gradient, and is recomputed every T steps. There is no adapter, because the weights W themselves train.
+Shape letters: W and G are (m, n).
 """
 
 from __future__ import annotations
@@ -308,7 +308,7 @@ def check_group(group: dict[str, Any]) -> None:
 
 
 class GaLore(torch.optim.Optimizer):
-    """Adam. In parameter groups with a `rank`, it works in a subspace; in other groups, it is plain Adam.
+    """An optimizer: Adam in a subspace for parameter groups with a `rank`, and plain Adam for other groups.
 
     The state of a parameter holds only tensors and the number of steps. Options of a group: rank, update_gap, scale,
     side, niter, lr, weight_decay, beta1, beta2, eps, bits. With bits=8, moments of at least 4096 elements are stored as

@@ -148,7 +148,7 @@ def _group(f: RunFacts, g: Group) -> dict[str, Any]:
 
 
 def _alone(f: RunFacts, g: Group) -> dict[str, Any]:
-    """Return the content about the only entry of a group, which has nothing to be ranked with."""
+    """Return the content about a group with only one entry. Such an entry cannot be ranked."""
     (entry,) = g.entries
     cell, accuracy = entry.record.cell, formatting.accuracy(entry.score)
     title = f"{cell.model} {f.entry_name(entry)}"

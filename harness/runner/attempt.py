@@ -41,7 +41,7 @@ class RunContext:
 
 @dataclass(frozen=True)
 class Ending:
-    """The way in which an attempt ended that left no Record."""
+    """How an attempt ended. This is used only if the attempt left no Record."""
 
     status: Status
     kind: str

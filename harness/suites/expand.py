@@ -58,10 +58,7 @@ def expand(entries: Sequence[tuple[SuiteEntry, Sequence[Cell]]], comparisons: Se
 
 
 def count(entry: SuiteEntry) -> int:
-    """Return an upper bound for the number of Cells of an entry, including those of its searches.
-
-    No Cells are made for this.
-    """
+    """Return an upper bound for the number of Cells of an entry, including those of its searches. This makes no Cells."""
     axes = (entry.model, entry.task, entry.base, entry.implementation, entry.optimizer, entry.dtype)
     configs = sum(math.prod(len(values) for values in fields.values()) for fields in entry.config.values())
     searched = len(entry.tune.lr) if entry.tune else 0
@@ -69,7 +66,7 @@ def count(entry: SuiteEntry) -> int:
 
 
 def cells(entry: SuiteEntry) -> Iterator[Cell]:
-    """Yield the Cells of an entry. Successive Cells differ first in the seed, the last of the axes."""
+    """Yield the Cells of an entry. Of all axes, the seed varies fastest."""
     # Untimed seeds also have the prompts of the timed seed, so that all seeds have one recipe.
     evaluation = entry.evaluation.untimed() if entry.latency == "never" else entry.evaluation
     for model, task, base, (method, config), implementation, optimizer, dtype, training, seed in itertools.product(
@@ -98,8 +95,8 @@ def _of(entries: Sequence[str], cell_ids: Mapping[str, list[str]]) -> list[str]:
 def _searches(entry: SuiteEntry, cells: Sequence[Cell]) -> list[tuple[list[str], list[Cell]]]:
     """Return a pair (cell_ids, sweep) for each search of an entry.
 
-    cell_ids: ids of the Cells that use the result of the search. sweep: one Cell per learning rate. Cells that become
-    equal with the config of `tune` share a search.
+    cell_ids: ids of the Cells that use the result of the search. sweep: one Cell per learning rate. Some Cells become
+    equal when the config of `tune` replaces theirs. Such Cells share a search.
     """
     tune = entry.tune
     if tune is None:
@@ -130,8 +127,8 @@ def select(plan: Plan, expr: str) -> Plan:
     The terms of `expr` are separated by commas. A term `key=value` compares one key: id, model, task, method,
     implementation, base, optimizer, dtype, seed, lr, batch, max_tokens, accumulate, checkpointing, lr_ratio, compile,
     layerwise, tune (true for Cells of a search), or a key of the config. A term without a key is the start of a
-    cell_id, a part of the entry's id, or a part of the name that `plan` prints. A Cell must match at least one of the
-    terms with the same key, for every key.
+    cell_id, a part of the entry's id, or a part of the name that `plan` prints. For each key in `expr`, a Cell must
+    match at least one of the terms with this key.
 
     Raises UsageError if no Cell matches `expr` or one of its terms, or if a key is unknown.
     """

@@ -45,7 +45,7 @@ def find(name_or_path: str | Path) -> Path:
 def load(name_or_path: str | Path, *, registry: Registry | None = None) -> Suite:
     """Load a suite, given its name or path. registry: by default, the installed implementations.
 
-    Raises SuiteError with all mistakes of the first stage. If that finds none, with all mistakes of the second stage.
+    Raises SuiteError with all mistakes of the first stage or, if there are none, with all mistakes of the second stage.
     """
     document, keys = yaml_lines.load_model(find(name_or_path), SuiteKeys)
     context = SuiteContext(document, registry or discover(), methods() | UNREFERENCED)

@@ -38,7 +38,7 @@ class _Unseen:
     folder: Path
     kind: str
     wanted: dict[str, dict[str, str]]
-    """Target -> `file:line` of the target -> name of the model that the suite uses there."""
+    """Target -> every place where the suite names it. A place is a `file:line`, with the name of the model."""
 
 
 def check_models(suite: Suite, plan: Plan) -> None:

@@ -80,7 +80,7 @@ class TaskSpec(FrozenModel):
     spec: dict[str, Any]
     """All keys of the task's file, including `metadata`."""
     labels: int
-    """Number of classes. It is 0 for a task that only causal models can have."""
+    """Number of classes. It is 0 if only causal models can do the task."""
     test: int
     """Number of test rows: the first rows after a shuffle with `shuffle_seed`. It is 0 for a task that has its own test
     split."""

@@ -73,7 +73,7 @@ SPEC = ReferenceSpec(
 BLOCK = 256
 """Number of elements that share one absmax."""
 MIN_8BIT_SIZE = 4096
-"""A tensor with at least this many elements has 8-bit moments. A smaller tensor has moments of full precision."""
+"""A tensor with at least this many elements has 8-bit moments. A smaller tensor has moments in float32 or float64."""
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

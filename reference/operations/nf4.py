@@ -40,7 +40,7 @@ def codebook() -> Tensor:
     """Return the 16 levels in ascending order from -1 to 1, as float32. They are computed, not copied from a table.
 
     The levels are quantiles of the normal distribution. The outermost probability is 0.9677083 = 1 - (1/30 + 1/32) / 2.
-    It lies halfway between those for 15 and for 16 levels.
+    This is halfway between the outermost probabilities for 15 and for 16 levels.
     """
     quantile = NormalDist().inv_cdf
 

@@ -1,9 +1,9 @@
 """Paged optimizers. Dettmers et al., QLoRA, NeurIPS 2023, arXiv:2305.14314, section 3. An Operation, not a Method.
 
-Paged optimizer states are in memory that accelerator and host share. When the accelerator's memory runs short, they
-move to the host. They move back when they are updated. No value changes.
+Paged optimizer states are in memory that accelerator and host share. When the accelerator's memory runs short, states
+move to the host. They move back when their parameter is updated. No value changes.
 
-In the paper, a driver moves them. Here, the program moves them itself. A page consists of all large states of one
+In the paper, a driver moves the states. Here, the program moves them itself. A page consists of all large states of one
 parameter. A budget limits the bytes of the pages on the device. If it is exceeded, the least recently used pages move
 to the host.
 """
@@ -73,7 +73,7 @@ def to_device(page: Tensor, device: torch.device) -> Tensor:
 
 
 class Paged(torch.optim.Optimizer):
-    """Wrapper around an optimizer that pages its large states. The results stay the same.
+    """Wrapper that pages the large states of an optimizer. The results stay the same.
 
     inner: the optimizer. It must update each parameter independently, so that LBFGS is impossible, and its groups must
     hold no state. Its hooks run once per parameter. The wrapper shares the parameter groups and the state of `inner`.

@@ -76,7 +76,7 @@ class AdaptedLayer(nn.Module):
         return {}
 
     def delta(self) -> Tensor:
-        """Return the change of the base's weight by the Method, in the weight's shape."""
+        """Return the Method's change of the base's weight, in the weight's shape."""
         raise NotImplementedError
 
     def dense_base(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Layer-wise weight updates: during the backward pass, each gradient updates its weight when complete, and is then freed.
+"""Layer-wise weight updates: during the backward pass, each gradient updates its weight, and is then freed.
 
 LOMO (Lv et al., arXiv:2306.09782) introduced this method, and GaLore's per-layer weight updates (arXiv:2403.03507,
 section 4.3) use it. The gradients never exist all at once, so that they take only the memory of the largest one. The
@@ -39,7 +39,7 @@ class Layerwise:
         self._hooks = [p.register_post_accumulate_grad_hook(self._update) for p in trains]
 
     def norm(self, of: Iterable[Tensor]) -> float:
-        """Return the joint norm of the gradients of the parameters `of`, as steps have used them since the last call.
+        """Return the joint norm of the gradients that have updated the parameters `of` since the last call.
 
         If there were no gradients, return 0.
         """

@@ -56,7 +56,7 @@ class LoraConv2d(LowRankLayer):
     base: nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W0 * x + scaling B * (A * x) for x (..., C, H, W). The symbol * is a convolution."""
+        """Return W0 * x + scaling B * (A * x), shape (..., E, H', W'), for x (..., C, H, W). A star is a convolution."""
         h = convolve(self.base, self.dropout(x), self.A, groups=1)
         y: Tensor = self.base(x) + self.scaling * nn.functional.conv2d(h, self.B, groups=self.base.groups)
         return y
@@ -83,7 +83,7 @@ class LoraConv2dKernel(LowRankLayer):
     base: nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W0 * x + (scaling B A) * x for x (..., C, H, W). The symbol * is a convolution."""
+        """Return W0 * x + (scaling B A) * x, shape (..., E, H', W'), for x (..., C, H, W). A star is a convolution."""
         y: Tensor = self.base(x) + convolve(self.base, self.dropout(x), self.delta(), self.base.groups)
         return y
 
@@ -104,7 +104,7 @@ def convolve(base: nn.Conv2d, x: Tensor, kernel: Tensor, groups: int) -> Tensor:
 
 
 def ungrouped(base: nn.Conv2d) -> nn.Conv2d:
-    """Return a convolution with one group and the same output. Where an output ignored an input channel, its kernel is 0."""
+    """Return a convolution with one group and the same output. Its kernel is 0 for channels of other groups."""
     whole = dense_copy(base)
     assert isinstance(whole, nn.Conv2d)  # noqa: S101
     G, (E, c, *K) = base.groups, base.weight.shape

@@ -1,1 +1,1 @@
-"""SVG charts: scales, the marks to draw, and places for names so that they do not overlap."""
+"""SVG charts: scales, marks to draw, and places where names do not overlap."""

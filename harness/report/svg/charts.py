@@ -145,7 +145,7 @@ class _Plot:
 
 
 def _label(c: Canvas, text: str, x: float, box: Box) -> None:
-    """Write a name into its box. If the text is narrower than the box, it stays at the side near the point."""
+    """Write a name into its box. If the text is narrower than the box, write it at the side near the point."""
     y = box.y + box.height - 3.5
     if box.x >= x:
         c.text(box.x + 1, y, text, "label")

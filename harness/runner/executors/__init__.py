@@ -1,4 +1,4 @@
-"""Find executors by name. An executor runs attempts, and each module here with a constant EXECUTOR declares one."""
+"""Find executors by name. An executor runs attempts. Its module in this package declares it by a constant EXECUTOR."""
 
 from __future__ import annotations
 

@@ -210,8 +210,8 @@ class Ray:
     def _share(self) -> int:
         """Return the number of cores for each Cell, at least 1.
 
-        With GPUs, this is a node's cores divided by its GPUs. Without, it is all cores divided by `jobs`, but at most
-        those of the smallest node.
+        With GPUs, this is a node's cores divided by its GPUs. Without GPUs, it is all cores divided by `jobs`, but at
+        most the cores of the smallest node.
         """
         nodes = [one for one in self._nodes() if self._device == "cpu" or int(one.get("GPU", 0))]
         if self._device == "cuda":

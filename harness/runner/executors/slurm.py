@@ -40,8 +40,7 @@ _LOOK_S = 0.5
 _POLL_S = 15.0
 _GRACE_S = 10.0
 _CANCEL_S, _CANCEL_LOOK_S = 45.0, 1.0
-"""Seconds to wait until cancelled elements have ended, and seconds between two looks. Slurm kills an element after 30
-s."""
+"""Seconds to wait until cancelled elements have ended, and seconds between two looks. Slurm itself may take 30 s."""
 GONE = "GONE"
 _UNKNOWN_S = 600.0  # Slurm's accounting may be late by this time
 _QUERY_TIMEOUT_S = 30.0
@@ -245,7 +244,7 @@ def _option(text: str) -> tuple[str, str]:
 
 
 class States:
-    """Finds out which of submitit's jobs have ended. submitit itself is wrong about the states PREEMPTED and SUSPENDED.
+    """Finds out which of submitit's jobs have ended. submitit's own answer is wrong for the states PREEMPTED and SUSPENDED.
 
     here: whether the jobs are processes on this machine.
     """
