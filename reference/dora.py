@@ -139,7 +139,7 @@ class DoraLinear(LowRankLayer):
         return y_TE
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Map the paper's letters to the trainable parameters."""
+        """Map the names A, B and m to the trainable parameters."""
         return {**super().tensors(), "m": self.m}
 
     def merged(self) -> nn.Linear:

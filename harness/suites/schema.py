@@ -156,12 +156,12 @@ class ComparisonKeys(Keys):
 
     @property
     def left(self) -> list[str]:
-        """Ids of the entries on the left side."""
+        """Ids of the entries under `better:` or `same-losses:`."""
         return self.better or self.same_losses
 
     @property
     def right(self) -> list[str]:
-        """Ids of the entries on the right side."""
+        """Ids of the entries under `than:` or `as:`."""
         return self.than or self.as_
 
 

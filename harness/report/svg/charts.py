@@ -31,7 +31,7 @@ class Point:
     tied: bool
     """True if the Cell is the best or tied with the best."""
     tip: str
-    """Tooltip."""
+    """Text of the point's tooltip."""
     href: str
 
 
