@@ -1,4 +1,4 @@
-"""Find the suites and report templates of a checkout or a wheel, and read paths that users write."""
+"""Find the suites and the report templates, and read paths that users write."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def data_folder(name: str) -> Path:
-    """Return the folder `suites` or `report_templates`, from a checkout or from an installed wheel."""
+    """Return the folder `suites` or `report_templates`, in a checkout or in an installed wheel."""
     packed = _PACKAGE / "_data" / name
     return packed if packed.is_dir() else _PACKAGE.parent / name
 
@@ -27,12 +27,12 @@ def user_path(path: str) -> Path:
 
 
 def published_runs() -> Path | None:
-    """Return the folder of published runs of a checkout or an unpacked copy of it, or None for an installed wheel."""
+    """Return the folder of published runs. If this package is an installed wheel, which has none, return None."""
     folder = _PACKAGE.parent / "results" / "published"
     return folder if folder.is_dir() and (_PACKAGE.parent / "pyproject.toml").is_file() else None
 
 
 def checkout() -> Path | None:
-    """Return the top folder of the checkout that this package runs from, or None for an installed wheel."""
+    """Return the top folder of the git checkout that contains this package. If there is no checkout, return None."""
     top = _PACKAGE.parent
     return top if (top / ".git").exists() and (top / "pyproject.toml").is_file() else None

@@ -5,7 +5,7 @@
     @conformance("nf4_dequantize", dtypes=["float32", "bfloat16"])
     def dequantize(packed, absmax, block, shape, dtype): ...
 
-Each case of the parity suite becomes a test; nothing needs to be registered. Collecting the tests imports torch.
+Each case of the parity suite becomes a test. The function need not be registered. Collecting the tests imports torch.
 """
 
 from __future__ import annotations
@@ -28,17 +28,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Conforming:
-    """Wraps and calls a function that implements a Method, an Operation or a quantisation of the base."""
+    """A function under test. It implements a Method, an Operation or a quantisation of the base."""
 
     implementation: Implementation
     breadth: CaseSelection = FEW
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward to the function."""
+        """Call the function, and return its result."""
         return self.implementation.function(*args, **kwargs)
 
     def cases(self) -> Iterator[tuple[str, Callable[[], list[CheckOutcome]]]]:
-        """Yield (name, run) for each fixed case, and one pair for all drawn cases. `run` returns outcomes of checks."""
+        """Yield pairs (name, run): one for each fixed case, and one for all randomly drawn cases together.
+
+        `run` tests the case and returns the outcomes of its checks.
+        """
         from harness.conformance.drawing import sample
 
         plan = parity_suite.load_plan(self.implementation.target)
@@ -68,7 +71,7 @@ class Conforming:
 
 
 def verdict(tried: Iterable[CheckOutcome]) -> tuple[str, str]:
-    """Return a text with one line per failure, and the reason if nothing was compared. Either text may be empty."""
+    """Return two texts: one line per failed check, and the reason if nothing was compared. Either may be empty."""
     every = list(tried)
     failed = [describe_failure(one) for one in every if one.status is CheckStatus.FAIL]
     compared = any(one.status is CheckStatus.PASS for one in every)
@@ -87,12 +90,12 @@ def conformance(
 ) -> Callable[[Callable[..., Any]], Conforming]:
     """Return a decorator that makes pytest tests for a function.
 
-    target: the Method or Operation that the function implements; for a Method, the function is its `attach`. full: test
-    every combination of config, shape and layer in the suite, instead of each of them at least once. wide: also test a
-    fixed sample that covers pairs of settings, and check calls, walks and NaN. drawn: number of additional cases with
-    random ranks and shapes. seed: seed of the additional cases.
+    target: the Method or Operation that the function implements. For a Method, the function is its `attach`. full: test
+    every combination of config, shape and layer in the suite. By default, each config, shape and layer is tested at
+    least once. wide: also test a fixed sample that covers pairs of settings, and also test calls, walks and NaN. drawn:
+    number of additional cases with random ranks and shapes. seed: seed of the additional cases.
 
-    Raises UsageError if a name or dtype is unknown, or if the suite has no case in these dtypes: without tests,
+    Raises UsageError if a name or dtype is unknown, or if the suite has no case in these dtypes. Without cases,
     everything would pass.
     """
     if not isinstance(target, str):
@@ -126,10 +129,12 @@ def wrap_layers(
 ) -> AdaptedLayers:
     """Attach layers to a model: freeze the model, replace every target layer, and name the tensors.
 
-    make_layer: takes the base nn.Linear and returns the module that replaces it and has the trainable Parameters. names: the
-    paper's letter -> the attribute (`{"A": "lora_A"}`); by default, the names of the Parameters. update: takes such a module
-    and returns the change of the base weight for merging; without it, layers do not merge. The layers must do all that
-    `config` says; raise `harness.Unsupported` for a config that they do not offer.
+    make_layer: function that takes the base nn.Linear and returns its replacement, a module with the trainable
+    Parameters. names: letter of the paper -> attribute of the module, e.g. `{"A": "lora_A"}`. By default, a tensor has
+    the name of its Parameter. update: function that takes such a module and returns the change of the base weight.
+    Without it, the layers cannot be merged.
+
+    The layers must do all that `config` says. For a config that they do not support, raise `harness.Unsupported`.
     """
     from harness.methods.wrap import wrap
 

@@ -1,4 +1,4 @@
-"""Read YAML 1.2 files with the line of every value, and validate them against pydantic models."""
+"""Read YAML 1.2 files, remember the line of every value, and validate the values with pydantic models."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from harness.errors import Problem, SuiteError, did_you_mean, sort_problems
 
 KeyPath = tuple[str | int, ...]
-"""Keys and indices that lead to a value, e.g. `("matrix", 0, "cells", 2, "config", "rank")`."""
+"""The keys and indices on the way to a value, e.g. `("matrix", 0, "cells", 2, "config", "rank")`."""
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = {_TAG + kind for kind in ("null", "bool", "int", "float", "str")}
 _MAX_DEPTH = 100
-"""Maximum depth of nesting in a file. Python's recursion limit is no bound, because libraries increase it."""
+"""Maximum depth of nesting in a file. Python's own recursion limit is not enough, because libraries increase it."""
 _MAX_NODES = 200_000
-"""Maximum number of values in a file. Nested aliases multiply: a file of a few lines can stand for gigabytes."""
+"""Maximum number of values in a file, with all aliases followed. With nested aliases, a few lines can stand for
+gigabytes."""
 _START = "`suite: NAME`, or see suites/smoke.yaml"
 _SYNTAX_HINTS = {
     "\\t": "indent with spaces",
     "undefined alias": "write the value out, or define the anchor above this line",
 }
-"""Part of a message from ruamel -> the hint for this message."""
+"""Part of an error message of ruamel -> hint for the user."""
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 _TYPE_HINTS = {
     "int_type": "write a whole number, without quotes",
@@ -44,7 +45,7 @@ _TYPE_HINTS = {
     "dict_type": "write keys and values: {key: value}",
     "model_type": "write keys and values: {key: value}",
 }
-"""Type of an error in pydantic -> the hint for this error."""
+"""Type of an error of pydantic -> hint for the user."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,11 @@ class Document:
     raw: bytes
     data: dict[str, Any]
     lines: dict[KeyPath, int]
-    """Path of a value -> its line; for a merged key, the line at its anchor."""
+    """Path of a value -> its line. For a key merged from another mapping, this is its line in that mapping."""
     problems: list[Problem]
-    """Mistakes that leave the rest of the file readable, such as a duplicate key."""
+    """Mistakes that do not prevent reading the rest of the file, e.g. a duplicate key."""
     unreadable: set[KeyPath]
-    """Paths of unreadable values. `data` has None in their place."""
+    """Paths of the values that could not be read. In `data`, each of them is None."""
 
     def at(self, path: KeyPath) -> Any:
         """Return the value at `path`."""
@@ -69,14 +70,14 @@ class Document:
         return data
 
     def where(self, *path: str | int) -> str:
-        """Return `file:line` of a value, or of the nearest enclosing value that is in the file."""
+        """Return the `file:line` of a value. If it is not in the file, return that of the nearest enclosing value."""
         while path and path not in self.lines:
             path = path[:-1]
         return f"{self.path}:{self.lines.get(path, 1)}"
 
 
 class WrittenFloat(float):
-    """A float that also has its text in the file, because `0.10` shows two digits and `0.1` only one."""
+    """A float that remembers its text in the file, because `0.10` has two digits and `0.1` only one."""
 
     text: str
 
@@ -88,7 +89,7 @@ class WrittenFloat(float):
 
 
 def load(path: Path, *, tags: bool = False) -> Document:
-    """Read a file and return it. Raises SuiteError with every mistake in its YAML."""
+    """Read a YAML file. Raises SuiteError with every mistake in its YAML."""
     document = read(path, tags=tags)
     if document.problems:
         raise SuiteError(sort_problems(document.problems))
@@ -96,10 +97,11 @@ def load(path: Path, *, tags: bool = False) -> Document:
 
 
 def read(path: Path, *, tags: bool = False, texts: bool = False, start: str = _START) -> Document:
-    """Read a file and return it. Raises SuiteError if it is no YAML or no mapping.
+    """Read a YAML file. Raises SuiteError if it is not YAML, or if its top level is not a mapping.
 
-    Other mistakes are in `Document.problems`. tags: allow tags such as `!function f.g`; the value is then the text
-    after the tag. texts: read numbers with a fraction as `WrittenFloat`. start: the first key of such a file, for the hint.
+    Other mistakes are in `Document.problems`. tags: allow tags such as `!function f.g`; such a value becomes the text
+    after the tag. texts: read numbers with a fraction as `WrittenFloat`. start: an example of a first line, for the
+    hint.
     """
     raw = _bytes(path)
     root = _compose(path, _decode(path, raw))
@@ -117,7 +119,10 @@ def read(path: Path, *, tags: bool = False, texts: bool = False, start: str = _S
 
 
 def load_model(path: Path, model: type[_Model]) -> tuple[Document, _Model]:
-    """Read a file; return it and its validated keys. Raises SuiteError with every mistake in YAML, keys and values."""
+    """Read a YAML file. Return the document and its validated keys.
+
+    Raises SuiteError with every mistake in YAML, keys and values.
+    """
     document = read(path)
     return document, validate(document, model)
 
@@ -125,7 +130,7 @@ def load_model(path: Path, model: type[_Model]) -> tuple[Document, _Model]:
 def validate(document: Document, model: type[_Model]) -> _Model:
     """Validate a document and return its keys. Raises SuiteError with every mistake in YAML, keys and values.
 
-    The validators in `model` must raise ValueError("MISTAKE; HINT").
+    The validators in `model` must raise ValueError with a text of the form "MISTAKE; HINT".
     """
     problems = list(document.problems)
     try:
@@ -138,7 +143,7 @@ def validate(document: Document, model: type[_Model]) -> _Model:
 
 
 def shortened(text: str) -> str:
-    """Return `text`; if it has more than 60 characters, cut it and add `...`."""
+    """Return `text`. If it has more than 60 characters, replace its end by `...`."""
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -182,7 +187,7 @@ def _kind(data: object) -> str:
 
 
 class _Builder:
-    """Turns nodes into data, and collects lines and problems."""
+    """Turns the nodes of a parsed YAML file into data. It also collects the lines of the values and the problems."""
 
     def __init__(self, path: Path, tags: bool, texts: bool) -> None:
         self.path, self.tags, self.texts = path, tags, texts
@@ -194,7 +199,7 @@ class _Builder:
         self._visited = 0
 
     def build(self, node: Node, path: KeyPath) -> Any:
-        """Return the plain value of the node at `path`. Raises RecursionError for a node nested too deeply."""
+        """Return the plain value of the node at `path`. Raises RecursionError if the node is nested too deeply."""
         self._count(1)
         if len(path) > _MAX_DEPTH:
             raise RecursionError
@@ -213,7 +218,7 @@ class _Builder:
             self._open.remove(id(node))
 
     def _count(self, nodes: int) -> None:
-        """Add `nodes` to the number of visited nodes. Raises SuiteError if aliases make this number too large."""
+        """Add `nodes` to the number of visited nodes. Raises SuiteError if the sum is too large, because of aliases."""
         self._visited += nodes
         if self._visited > _MAX_NODES:
             what = f"more than {_MAX_NODES} values once aliases are followed"
@@ -273,7 +278,7 @@ class _Builder:
                 yield key, value
 
     def _merged(self, node: MappingNode, inside: tuple[int, ...] = ()) -> Iterator[tuple[ScalarNode, Node]]:
-        """Yield the (key, value) pairs of the mappings that `node` merges (`<<`), the nearest mapping first."""
+        """Yield pairs (key, value) from the mappings that `node` merges with `<<`. The nearest mapping comes first."""
         if id(node) in inside:
             self._problem(node, "an alias that contains itself", "write the value out")
             return
@@ -297,7 +302,7 @@ def _problems(error: ValidationError, model: type[BaseModel], document: Document
 
 
 def _sentence(detail: dict[str, Any], path: KeyPath, model: type[BaseModel]) -> tuple[str, str]:
-    """Return a sentence about one of pydantic's errors, and a hint."""
+    """Return a sentence that describes one of pydantic's errors, and a hint."""
     kind, given, limits = detail["type"], detail["input"], detail.get("ctx", {})
     name = next((part for part in reversed(detail["loc"]) if isinstance(part, str)), "")
     if kind == "extra_forbidden":
@@ -332,14 +337,17 @@ def _known_keys(model: type[BaseModel], loc: tuple[str | int, ...]) -> list[str]
 
 
 def _inner(annotation: Any) -> type[BaseModel] | None:
-    """Return the model inside an annotation such as `list[Model] | None`."""
+    """Return the pydantic model in a type such as `list[Model] | None`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((inner for part in get_args(annotation) if (inner := _inner(part))), None)
 
 
 def _data_path(data: Any, loc: tuple[str | int, ...]) -> KeyPath:
-    """Return the path in the file for pydantic's location. A scalar that stands for a list of one has no index 0."""
+    """Return the path in the file that belongs to pydantic's location `loc`.
+
+    If a single value stands for a list of one, pydantic's location has an index 0, and the path has none.
+    """
     path: KeyPath = ()
     for part in loc:
         if (isinstance(data, dict) and part in data) or (isinstance(data, list) and isinstance(part, int)):

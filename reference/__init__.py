@@ -1,1 +1,1 @@
-"""Reference implementations of the methods: one file per paper, torch and the standard library only."""
+"""Reference implementations of the Methods, one file per paper. They use only torch and the standard library."""

@@ -4,9 +4,9 @@
     loss + gamma R(P, Q),  R = ||P^T P - I||^2 + ||Q Q^T - I||^2    (eq. 4), so that P and Q stay near orthogonal
     every delta_t steps only the b(t) most important triplets of the whole model keep their lambda   (eqs. 6 to 12)
 
-Tensors have the names of the authors' code and of HF peft, not the paper's letters: A (R, D) is Q, E (R, 1) is the diagonal
-of Lambda, B (E, R) is P. Triplet i is (column i of P, lambda i, row i of Q).
-Shape letters: T tokens, D in, E out, R initial rank of a layer.
+Tensors have the names of the authors' code and of HF peft, not the paper's letters: A (R, D) is Q, E (R, 1) is the
+diagonal of Lambda, and B (E, R) is P. Triplet i consists of column i of P, lambda i and row i of Q. Shape letters: T
+tokens, D input features, E output features, R initial rank of a layer.
 """
 
 from __future__ import annotations
@@ -99,9 +99,10 @@ SPEC = ReferenceSpec(
 )
 
 _EPS = 1e-5
-"""Added to the rank in the scaling, as in the authors' code."""
+"""A small number that the scaling adds to the rank, as in the authors' code."""
 _AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
-"""Names of I_bar and U_bar in the authors' code."""
+"""Starts of the names in the state, as in the authors' code: for the average sensitivity I_bar, and for the average
+uncertainty U_bar."""
 _STD = 0.02
 """Standard deviation of the initial A and B, as in the authors' code and HF peft."""
 
@@ -162,18 +163,19 @@ def importance(I_bar: Tensor, U_bar: Tensor) -> Tensor:
 
 
 def triplet_scores(s_A: Tensor, s_E: Tensor, s_B: Tensor) -> Tensor:
-    """Return S (R,), the score of each triplet: s of lambda + mean s of the column of P + mean s of the row of Q (eq. 7).
+    """Return S (R,), the score of each triplet (eq. 7).
 
-    s_A (R, D), s_E (R, 1), s_B (E, R): the importance s of every weight.
+    The score of triplet i is the sum of three importances: that of lambda i, the mean over column i of P, and the mean
+    over row i of Q. s_A (R, D), s_E (R, 1), s_B (E, R): the importance s of every entry of Q, Lambda and P.
     """
     return s_E[:, 0] + s_B.mean(dim=0) + s_A.mean(dim=1)
 
 
 def budget(step: int, config: Config, layers: int) -> int:
-    """Return b(t), the number of triplets in `layers` adapted layers that may keep their lambda after step t (eq. 12).
+    """Return b(t) of eq. 12: how many triplets of the model may keep their lambda after step t.
 
-    The budget is rank * layers up to step tinit, then falls along a cubic curve, and is target_rank * layers from step
-    total_steps - tfinal on.
+    layers: number of adapted layers. The budget is rank * layers up to step tinit. It then falls along a cubic curve.
+    From step total_steps - tfinal on, it is target_rank * layers.
     """
     start, target = config.rank * layers, config.target_rank * layers
     end = config.total_steps - config.tfinal
@@ -186,7 +188,7 @@ def budget(step: int, config: Config, layers: int) -> int:
 
 
 def largest_mask(scores: Tensor, count: int) -> Tensor:
-    """Return a mask (N,), True at the `count` largest `scores` (N,); the first of equal scores wins (eq. 6)."""
+    """Return a mask (N,) that is True at the `count` largest scores (eq. 6). Of equal scores, the first wins."""
     order = torch.sort(scores, descending=True, stable=True).indices
     mask = torch.zeros_like(scores, dtype=torch.bool)
     mask[order[:count]] = True
@@ -196,7 +198,7 @@ def largest_mask(scores: Tensor, count: int) -> Tensor:
 class AdaLoraLinear(AdaptedLayer):
     """A frozen linear layer (..., D) -> (..., E) with an update in the form of an SVD.
 
-    A (R, D), E (R, 1), B (E, R). `base` is an nn.Linear or a quantised subclass.
+    A (R, D), E (R, 1) and B (E, R) train. `base` is an nn.Linear or a quantised subclass.
     """
 
     base: nn.Linear
@@ -223,17 +225,20 @@ class AdaLoraLinear(AdaptedLayer):
         return self.scaling * (self.B @ (self.A * self.E))
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Map the authors' names to the trainable parameters."""
+        """Map the names A, E and B to the trainable parameters."""
         return {"A": self.A, "E": self.E, "B": self.B}
 
     def state(self) -> dict[str, Tensor]:
-        """Map exp_avg_ipt_<tensor> to I_bar, exp_avg_unc_<tensor> to U_bar, and `mask` to the last pruning's mask (R, 1)."""
+        """Map names to the averages of A, E and B, and `mask` to the mask (R, 1) of the last pruning.
+
+        exp_avg_ipt_<name>: average sensitivity I_bar. exp_avg_unc_<name>: average uncertainty U_bar.
+        """
         averages = {f"{kind}_{n}": self.get_buffer(f"{kind}_{n}") for kind in _AVERAGES for n in self.tensors()}
         return averages | {"mask": self.get_buffer("mask")}
 
     @torch.no_grad()
     def observe(self, beta1: float, beta2: float) -> None:
-        """Update I_bar and U_bar of every weight (eqs. 8 to 10). A weight without a gradient gets I = 0."""
+        """Update I_bar and U_bar of every trained weight (eqs. 8 to 10). Without a gradient, the sensitivity I is 0."""
         for name, w in self.tensors().items():
             I_bar, U_bar = self.get_buffer(f"exp_avg_ipt_{name}"), self.get_buffer(f"exp_avg_unc_{name}")
             grad = torch.zeros_like(w) if w.grad is None else w.grad
@@ -251,29 +256,30 @@ class AdaLoraLinear(AdaptedLayer):
 
     @torch.no_grad()
     def prune(self) -> None:
-        """Zero the lambdas outside the mask (eq. 6)."""
+        """Set the lambdas outside the mask to zero (eq. 6)."""
         self.E.masked_fill_(~self.get_buffer("mask"), 0.0)
 
 
 class AdaLoraAdapted(AdaptedLayers):
-    """A model with AdaLoRA layers that share one budget."""
+    """A model with AdaLoRA layers. The layers share one budget of triplets."""
 
     def __init__(self, model: nn.Module, layers: Mapping[str, AdaLoraLinear], config: Config) -> None:
         super().__init__(model, layers)
         self.config, self.adalora = config, dict(layers)
 
     def regularizer(self) -> Tensor | None:
-        """Return gamma R(P, Q) over all layers (eq. 4 and the objective above it), or None if gamma is 0."""
+        """Return gamma R(P, Q) over all layers (eq. 4). If gamma is 0, return None."""
         if self.config.orthogonality == 0:
             return None
         return self.config.orthogonality * orthogonality(list(self.adalora.values()), self.config.regularization)
 
     def after_step(self, step: int) -> None:
-        """Update the averages, and prune to b(step) where the schedule requires it.
+        """Update the averages. If the schedule prunes at this step, prune to the budget b(step).
 
         Call this after optimizer step `step` (from 1) and before zero_grad. The averages are updated before step
-        total_steps - tfinal. Every delta_t-th step after tinit prunes; a pruned lambda may grow again until the next
-        pruning. Step total_steps - tfinal prunes for the last time, and its mask applies to all later steps.
+        total_steps - tfinal. Between tinit and that step, every delta_t-th step prunes. A pruned lambda may grow again
+        until the next pruning. Step total_steps - tfinal prunes for the last time, and its mask applies to all later
+        steps.
         """
         config, layers = self.config, list(self.adalora.values())
         end = config.total_steps - config.tfinal
@@ -289,7 +295,7 @@ class AdaLoraAdapted(AdaptedLayers):
                 layer.prune()
 
     def observe(self) -> None:
-        """Update the averages of all layers."""
+        """Update I_bar and U_bar of all layers."""
         for layer in self.adalora.values():
             layer.observe(self.config.beta1, self.config.beta2)
 
@@ -299,10 +305,10 @@ class AdaLoraAdapted(AdaptedLayers):
 
 
 def orthogonality(layers: list[AdaLoraLinear], form: str) -> Tensor:
-    """Return R(P, Q) over `layers`, a scalar with a graph.
+    """Return R(P, Q) over `layers` as a scalar that can be differentiated.
 
-    squared-sum: the sum of all ||P^T P - I||^2 and ||Q Q^T - I||^2 (Frobenius, eq. 4). mean-norm: the mean of the norms,
-    not squared.
+    form: `squared-sum` is the sum of ||P^T P - I||^2 and ||Q Q^T - I||^2 over all layers (Frobenius norms, eq. 4).
+    `mean-norm` is the mean of the same norms without squares.
     """
     grams = [gram for layer in layers for gram in (layer.B.T @ layer.B, layer.A @ layer.A.T)]
     gaps = [gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device) for gram in grams]
@@ -312,9 +318,10 @@ def orthogonality(layers: list[AdaLoraLinear], form: str) -> Tensor:
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaLoraAdapted:
-    """Freeze `model` and wrap every target in an AdaLoraLinear. Draw A, then B, from N(0, 0.02^2); set E to 0.
+    """Freeze `model` and wrap every target in an AdaLoraLinear.
 
-    Raises ValueError if a target names no linear layer, or if the ranks or the schedule are inconsistent.
+    A and B are drawn, in this order, from a normal distribution with standard deviation 0.02. E is 0. Raises ValueError
+    if a target names no linear layer, or if the ranks or the schedule are inconsistent.
     """
     _refuse_contradictions(config)
     found = targets(model, config.targets)

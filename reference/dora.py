@@ -2,8 +2,9 @@
 
     W' = m (W0 + s B A) / ||W0 + s B A||                                                    (paper, eq. 5; s = alpha / r)
 
-A frozen weight is split into direction and magnitude. LoRA moves the direction; m scales it and starts at ||W0||.
-A (R, D), B (E, R), m (E,) train; W0 (E, D) is frozen. Shape letters: T tokens, D in, E out, R rank.
+A frozen weight is split into direction and magnitude. LoRA moves the direction. The magnitude m starts at ||W0||. A (R,
+D), B (E, R) and m (E,) train, and W0 (E, D) is frozen. Shape letters: T tokens, D input features, E output features, R
+rank.
 """
 
 from __future__ import annotations
@@ -86,25 +87,25 @@ class Config:
 
 
 def norms(V_ED: Tensor, per: str = "output") -> Tensor:
-    """Return the Euclidean norms of a weight (E, D): for `output` those of the rows (E,), for `input` of the columns (D,).
+    """Return the Euclidean norms of a weight (E, D): of its rows (E,) for `output`, or of its columns (D,) for `input`.
 
-    If the entries are so small that their squares vanish, the norm is 0.
+    If all entries of a row or column are so small that their squares vanish, its norm is 0.
     """
     norm: Tensor = torch.linalg.vector_norm(V_ED, dim=1 if per == "output" else 0)
     return norm
 
 
 def gain(m: Tensor, norm: Tensor) -> Tensor:
-    """Return g = m / norm, and 0 where the norm is 0. Where m equals a norm that is not 0, g is exactly 1."""
+    """Return g = m / norm. Where the norm is 0, g is 0. Where m equals a norm other than 0, g is exactly 1."""
     some = norm > 0
     return torch.where(some, m, 0.0) / torch.where(some, norm, 1.0)
 
 
 class DoraLinear(LowRankLayer):
-    """A linear layer (..., D) -> (..., E) with the weight m V' / ||V'||, V' = W0 + s B A.
+    """A linear layer (..., D) -> (..., E) with the weight m V' / ||V'||, where V' = W0 + s B A.
 
-    A (R, D), B (E, R) and m train; m is (E,), or (D,) with one magnitude per input. The base's bias is added unscaled.
-    `base` is an nn.Linear or a quantised subclass.
+    A (R, D), B (E, R) and m train. m is (E,), or (D,) if each input feature has a magnitude. The base's bias is added
+    unscaled. `base` is an nn.Linear or a quantised subclass.
     """
 
     base: nn.Linear
@@ -120,11 +121,11 @@ class DoraLinear(LowRankLayer):
         return W0_ED + self.delta()
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """Return W' x + b = W0 x + b + (g - 1) W0 x + g s B A x with g = m / ||W0 + s B A||, shape (..., E).
+        """Return W' x + b, shape (..., E), as W0 x + b + (g - 1) W0 x + g s B A x with g = m / ||W0 + s B A||.
 
-        As in the authors' code and HF peft, the base's output W0 x + b is computed first, and the other terms are added.
-        The initial output therefore equals the base's to the last bit, and dropout does not apply to W0 x + b. With one
-        magnitude per input, g multiplies the features of x.
+        As in the authors' code and HF peft, the base's output W0 x + b is computed first, and the other terms are
+        added. Therefore the initial output equals the base's to the last bit, and dropout does not apply to W0 x + b.
+        If each input feature has a magnitude, g multiplies the features of x.
         """
         W0_ED = dense_weight(self.base)
         norm = norms(self.direction(W0_ED), self.per)
@@ -138,11 +139,14 @@ class DoraLinear(LowRankLayer):
         return y_TE
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Map the paper's letters to the trainable parameters."""
+        """Map the names A, B and m to the trainable parameters."""
         return {**super().tensors(), "m": self.m}
 
     def merged(self) -> nn.Linear:
-        """Return a linear layer with the weight W'. Its rows (with one magnitude per input: its columns) have norm |m|."""
+        """Return a linear layer with the weight W'.
+
+        The rows of W' have the norms |m|. If each input feature has a magnitude, the columns have them instead.
+        """
         dense = dense_copy(self.base)
         with torch.no_grad():
             V_ED = self.direction(dense.weight)
@@ -152,7 +156,7 @@ class DoraLinear(LowRankLayer):
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
-    """Freeze `model` and wrap every target in a DoraLinear; A is drawn from `generator` in order of the paths.
+    """Freeze `model` and wrap every target in a DoraLinear. `generator` draws the A of each layer, in the model's order.
 
     Raises ValueError if a target names no linear layer.
     """

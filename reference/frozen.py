@@ -1,4 +1,4 @@
-"""Frozen base model: no parameter trains. With a new task head, trained by the caller, this is linear probing."""
+"""Frozen base model: no parameter trains. If the caller adds a task head and trains it, this is linear probing."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ SPEC = ReferenceSpec(
 
 @dataclass(frozen=True)
 class Config:
-    """No hyperparameters."""
+    """The Method has no hyperparameters."""
 
 
 class FrozenWeightsModel(AdaptedModel):
-    """A model as it was loaded."""
+    """A model whose weights stay as they were loaded."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return an empty mapping, since the Method trains nothing, even if the caller trains a head."""
+        """Return an empty mapping, since the Method trains nothing. The caller may still train a head."""
         return {}
 
     def parameters(self) -> list[nn.Parameter]:
@@ -33,6 +33,6 @@ class FrozenWeightsModel(AdaptedModel):
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> FrozenWeightsModel:
-    """Freeze `model`. Nothing is drawn from `generator`."""
+    """Freeze `model`. `generator` is not used."""
     model.requires_grad_(False)
     return FrozenWeightsModel(model, linear_layers(model))

@@ -18,14 +18,14 @@ SPEC = ReferenceSpec(
 
 @dataclass(frozen=True)
 class Config:
-    """No hyperparameters."""
+    """The Method has no hyperparameters."""
 
 
 class FullModel(AdaptedModel):
-    """A model with every parameter trainable."""
+    """A model in which every parameter trains."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Map paths to the parameters; a parameter that two layers share (tied embeddings) has both paths."""
+        """Map paths to the parameters. If two layers share a parameter (tied embeddings), it has two paths."""
         return dict(self.model.named_parameters(remove_duplicate=False))
 
     def parameters(self) -> list[nn.Parameter]:
@@ -34,6 +34,6 @@ class FullModel(AdaptedModel):
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> FullModel:
-    """Make every parameter of `model` trainable. Nothing is drawn from `generator`."""
+    """Make every parameter of `model` trainable. `generator` is not used."""
     model.requires_grad_(True)
     return FullModel(model, linear_layers(model))

@@ -4,8 +4,9 @@
     N_t = Adam(R_t)                            with moments of R's small shape                   (algorithm 2)
     W_t = W_{t-1} - lr alpha P_t N_t Q_t^T     algorithm 2 has a plus, because its G is the negative gradient
 
-P (m, r) or Q (n, r) holds the first singular vectors of a gradient and is recomputed every T steps; the other is the
-identity. The weights themselves train: there is no adapter. Shape letters: W and G are (m, n).
+By default, only P (m, r) or Q (n, r) is used, and the other is the identity. The matrix in use holds the first singular
+vectors of a gradient, and is recomputed every T steps. There is no adapter, because the weights W themselves train.
+Shape letters: W and G are (m, n).
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ SPEC = ReferenceSpec(
     ),
 )
 OVERSAMPLE = 10
-"""Columns of the randomised SVD's sketch in addition to the rank."""
+"""Number of columns that the sketch of the randomised SVD has in addition to the rank."""
 
 
 @dataclass(frozen=True)
@@ -136,16 +137,19 @@ class Config:
 
 @dataclass(frozen=True)
 class Projector:
-    """Bases of the subspace, with orthonormal columns. None stands for the identity."""
+    """Two orthonormal bases of the subspace, P for the left side and Q for the right. None stands for the identity."""
 
     P: Tensor | None = None
-    """Left basis (m, r)."""
+    """Left basis (m, r), or None."""
     Q: Tensor | None = None
-    """Right basis (n, r)."""
+    """Right basis (n, r), or None."""
 
 
 def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
-    """Return (left, right): the sides on which an (m, n) matrix is projected. Raises ValueError for an unknown side."""
+    """Return (left, right): whether an (m, n) matrix is projected on its left side, and whether on its right side.
+
+    side: the setting `side` in Config. Raises ValueError if it is unknown.
+    """
     rules = {
         "std": (m < n, m >= n),
         "reverse_std": (m >= n, m < n),
@@ -160,11 +164,11 @@ def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
 
 
 def projector(G: Tensor, rank: int, side: str = "std", niter: int = 0, old: Projector | None = None) -> Projector:
-    """Return the first `rank` singular vectors of G on the sides that `side` selects, in G's dtype.
+    """Return the first `rank` singular vectors of G, for the sides that `side` selects, in G's dtype.
 
-    G = U S V^T; P = U[:, :r], Q = V[:, :r]  (eqs. 12 and 13). The signs of singular vectors are arbitrary; they cancel in
-    the update, where P and Q occur twice. niter: 0 for the exact SVD, else the number of subspace iterations of a randomised
-    SVD that starts from `old`. Raises ValueError if G is not finite.
+    With G = U S V^T, they are P = U[:, :r] and Q = V[:, :r] (eqs. 12 and 13). The signs of singular vectors are
+    arbitrary, but they cancel in the update, where P and Q occur twice. niter: number of subspace iterations of a
+    randomised SVD that starts from `old`; 0 for the exact SVD. Raises ValueError if G is not finite.
     """
     if not G.isfinite().all():
         raise ValueError(
@@ -185,7 +189,10 @@ def projector(G: Tensor, rank: int, side: str = "std", niter: int = 0, old: Proj
 
 
 def sketch(G: Tensor, rank: int, old: Projector) -> Tensor:
-    """Return a sketch (min(m, n), at most rank + OVERSAMPLE): the old basis, then random vectors from a fixed seed."""
+    """Return the start of a randomised SVD of G: the old basis, then random columns from a fixed seed.
+
+    Its shape is (min(m, n), K), where K is rank + OVERSAMPLE, but at most min(m, n).
+    """
     tall = G if G.shape[0] >= G.shape[1] else G.T
     smaller, larger = (old.Q, old.P) if tall is G else (old.P, old.Q)
     if smaller is None:
@@ -197,24 +204,24 @@ def sketch(G: Tensor, rank: int, old: Projector) -> Tensor:
 
 
 def project(G: Tensor, basis: Projector) -> Tensor:
-    """Return R = P^T G Q, of shape (r, n) with P only, (m, r) with Q only, (r, r) with both."""
+    """Return R = P^T G Q. Its shape is (r, n) if only P is used, (m, r) if only Q is used, and (r, r) with both."""
     R = G if basis.P is None else basis.P.T @ G
     return R if basis.Q is None else R @ basis.Q
 
 
 def project_back(N: Tensor, basis: Projector) -> Tensor:
-    """Return P N Q^T, shape (m, n), without the factor alpha."""
+    """Return P N Q^T, of shape (m, n). The factor alpha is not included."""
     full = N if basis.P is None else basis.P @ N
     return full if basis.Q is None else full @ basis.Q.T
 
 
 def adam(R: Tensor, state: dict[str, Any], beta1: float, beta2: float, eps: float, bits: int = 32) -> Tensor:
-    """Return N_t with bias corrections, in R's dtype; update the moments and `step` (t, from 1) in `state`.
+    """Return Adam's step N_t in R's dtype. Update the moments and the step number t (from 1) in `state`.
 
-    M_t = beta1 M_{t-1} + (1 - beta1) R_t          V_t = beta2 V_{t-1} + (1 - beta2) R_t^2           (algorithm 2)
-    N_t = sqrt(1 - beta2^t) / (1 - beta1^t) * M_t / (sqrt(V_t) + eps)
+        M_t = beta1 M_{t-1} + (1 - beta1) R_t          V_t = beta2 V_{t-1} + (1 - beta2) R_t^2           (algorithm 2)
+        N_t = sqrt(1 - beta2^t) / (1 - beta1^t) * M_t / (sqrt(V_t) + eps)
 
-    bits: format of a new state, see `galore_moments.zeros`. N is computed before the moments are quantised.
+    bits: format of a new state, see `galore_moments.zeros`. N_t is computed before the moments are quantised.
     """
     if "M" not in state:
         state |= {"step": 0, **galore_moments.zeros(R, bits)}
@@ -248,11 +255,12 @@ def galore_step(
     bits: int = 32,
     given: Projector | None = None,
 ) -> None:
-    """Take one step of W (m, n) with the gradient G (m, n); W and `state` change in place.
+    """Take one step of W (m, n) with the gradient G (m, n). W and `state` change in place.
 
-    rank 0 means plain Adam for any shape, without a projection. state: empty before the first step; then step (int, number
-    of steps), M and V (`galore_moments.zeros`), and P, Q or both. Steps 1, T + 1, 2 T + 1 and so on compute a new projector,
-    or use `given` instead if it is not None, so that two programs can be compared in one subspace.
+    state: empty before the first step. After it, `state` holds the number of steps, the moments M and V
+    (`galore_moments.zeros`), and P, Q or both. rank: 0 means plain Adam, without a projection, for any shape. The first
+    step, and then every update_gap-th step, computes a new projector. If `given` is not None, it replaces every new
+    projector, so that two programs can be compared in one subspace.
     """
     if rank and state.get("step", 0) % update_gap == 0:
         fresh = given or projector(G, rank, side, niter, Projector(state.get("P"), state.get("Q")))
@@ -265,9 +273,9 @@ def galore_step(
 
 
 def state_elements(m: int, n: int, rank: int, side: str = "std") -> int:
-    """Return the number of elements in the state of an (m, n) weight: those of the projector and of two moments.
+    """Return the number of elements in the state of an (m, n) weight: those of the projector and of both moments.
 
-    With a left projector this is mr + 2nr (table 1).
+    With a left projector of rank r, this is mr + 2nr (table 1).
     """
     r = min(rank, m, n)
     left, right = sides(m, n, side)
@@ -275,7 +283,10 @@ def state_elements(m: int, n: int, rank: int, side: str = "std") -> int:
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Raise ValueError if an option of a group is out of range, or if a projected parameter is no matrix."""
+    """Raise ValueError if an option of a parameter group is out of range.
+
+    Also raise it if the group has a rank, so that its parameters are projected, and one of them is no matrix.
+    """
     for name, least in (("rank", 0), ("update_gap", 1), ("niter", 0)):
         if not isinstance(group[name], Integral) or group[name] < least:
             raise ValueError(f"GaLore: {name} must be an integer of at least {least}, got {group[name]!r}")
@@ -297,11 +308,11 @@ def check_group(group: dict[str, Any]) -> None:
 
 
 class GaLore(torch.optim.Optimizer):
-    """Adam in a subspace for groups with a `rank`, plain Adam for other groups.
+    """An optimizer: Adam in a subspace for parameter groups with a `rank`, and plain Adam for other groups.
 
-    The state of a parameter holds only tensors and the number of steps. Options of a group: rank, update_gap, scale, side,
-    niter, lr, weight_decay, beta1, beta2, eps, bits. With bits=8, moments of at least 4096 elements, projected or not, are
-    stored as codes; smaller moments are float32 (float64 for float64 gradients).
+    The state of a parameter holds only tensors and the number of steps. Options of a group: rank, update_gap, scale,
+    side, niter, lr, weight_decay, beta1, beta2, eps, bits. With bits=8, moments of at least 4096 elements are stored as
+    8-bit codes. Smaller moments are float32, or float64 for float64 gradients.
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float = 0.0, eps: float = 1e-6) -> None:
@@ -311,10 +322,10 @@ class GaLore(torch.optim.Optimizer):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group. Parameters that are in another group move to the new one, e.g. for a head's own learning rate.
+        """Add a group. A parameter of another group moves to the new one, e.g. so that a head gets its own learning rate.
 
-        Raises ValueError, and changes nothing, if an option is out of range, or if a group with a rank has a parameter that
-        is no matrix.
+        Raises ValueError, and changes nothing, if an option is out of range, or if a group with a rank has a parameter
+        that is no matrix.
         """
         given = param_group["params"]
         param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
@@ -335,7 +346,7 @@ class GaLore(torch.optim.Optimizer):
         galore_step(p, G, self.state[p], **options)
 
     def step(self, closure: Any = None) -> Any:
-        """Take one step of every parameter with a gradient; return the loss of `closure`, if given."""
+        """Take one step of every parameter that has a gradient. Return the loss of `closure`, or None without a closure."""
         loss = loss_of(closure)
         for group in self.param_groups:
             for p in group["params"]:
@@ -344,23 +355,26 @@ class GaLore(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a result of the method `state_dict`; 8-bit codes keep their dtype."""
+        """Load a result of the method `state_dict`. 8-bit codes keep their dtype."""
         super().load_state_dict(state_dict)
         restore_dtypes(self, state_dict)
 
 
 class GaLoreModel(AdaptedModel):
-    """A model with weights that train by GaLore."""
+    """A model whose weights train by GaLore."""
 
     layers: dict[str, nn.Linear]
-    """Layers with projected gradients."""
+    """Layers whose gradients are projected, by path."""
 
     def __init__(self, model: nn.Module, layers: dict[str, nn.Linear], config: Config) -> None:
         super().__init__(model, layers)
         self.config = config
 
     def optimizer(self, lr: float, weight_decay: float, bits: int = 32) -> GaLore:
-        """Return GaLore for the targets' weights, with plain Adam for other parameters. Moments have 8 or 32 `bits`."""
+        """Return a GaLore optimizer. It projects the gradients of the targets' weights. Other parameters get plain Adam.
+
+        bits: 8 or 32, the bits of the moments.
+        """
         c = self.config
         betas = {"beta1": c.beta1, "beta2": c.beta2, "bits": bits}
         low = {"rank": c.rank, "update_gap": c.update_gap, "scale": c.scale, "side": c.side, "niter": c.niter}
@@ -372,9 +386,10 @@ class GaLoreModel(AdaptedModel):
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> GaLoreModel:
-    """Make the targets' weights trainable, and every other parameter if `train_rest`. Nothing is drawn from `generator`.
+    """Make the weights of the targets trainable and, with `train_rest`, every other parameter. `generator` is not used.
 
-    Raises ValueError if a target names no linear layer, or a layer with a packed weight (4 bits), which gets no gradient.
+    Raises ValueError if a target names no linear layer. Also raises it for a layer with a packed 4-bit weight, which
+    gets no gradient.
     """
     layers = targets(model, config.targets)
     for path, layer in layers.items():

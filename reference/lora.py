@@ -2,8 +2,9 @@
 
     h = W0 x + (alpha / r) B A x                                                      (paper, eq. 3 and section 4.1)
 
-A (r, in) is drawn at random, B (out, r) is zero, W0 (out, in) is frozen. Shape letters: T tokens, D in, E out, R rank.
-Embeddings and convolutions are in `lora_layers.py`. With `rslora`, h = W0 x + (alpha / sqrt(r)) B A x (arXiv:2312.03732).
+A (R, D) is drawn at random, B (E, R) is zero at the start, and W0 (E, D) is frozen. With `rslora`, the scaling is alpha
+/ sqrt(r) (arXiv:2312.03732). Embeddings and convolutions are in `lora_layers.py`. Shape letters: T tokens, D input
+features, E output features, R rank.
 """
 
 from __future__ import annotations
@@ -119,10 +120,10 @@ class Config:
 
 
 class LoraLinear(LowRankLayer):
-    """A frozen linear layer (..., D) -> (..., E) with a low-rank update, A (R, D), B (E, R).
+    """A frozen linear layer (..., D) -> (..., E) with a low-rank update from A (R, D) and B (E, R).
 
-    `base` is an nn.Linear, a quantised subclass, or transformers' Conv1D. Merging adds `delta` to the weight (section 4: no
-    additional inference latency).
+    `base` is an nn.Linear, a quantised subclass, or transformers' Conv1D. Merging adds `delta` to the weight, so that
+    inference has no additional latency (section 4).
     """
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -132,16 +133,16 @@ class LoraLinear(LowRankLayer):
         return y_TE
 
     def delta(self) -> Tensor:
-        """Return scaling B A in the layout of the base's weight: (E, D), or (D, E) for a Conv1D."""
+        """Return scaling B A in the layout of the base's weight. This is (E, D), or (D, E) for a Conv1D."""
         update_ED = super().delta()
         return update_ED.T if kind_of(self.base) == "Conv1D" else update_ED
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
-    """Freeze `model` and wrap every target in a LoRA layer. The layers draw from `generator` in the order of their paths.
+    """Freeze `model` and wrap every target in a LoRA layer. `generator` draws A and B, in the model's order of layers.
 
-    Raises ValueError, and leaves the model unchanged, if a target names no layer, or a layer that LoRA cannot adapt with
-    this config.
+    Raises ValueError if a target names no layer, or a layer that LoRA cannot adapt with this config. The model is then
+    unchanged.
     """
     layers: dict[str, AdaptedLayer] = {}
     for path, base in targets(model, config.targets, KINDS).items():
@@ -156,7 +157,7 @@ def attach(model: nn.Module, config: Config, generator: torch.Generator) -> Adap
 
 
 def _adapted(base: Any, config: Config, generator: torch.Generator) -> AdaptedLayer:
-    """Return the LoRA layer around `base` in its initial state."""
+    """Return a new LoRA layer around `base`, with its initial A and B."""
     like, kind = {"dtype": floating_dtype(base), "device": next(base.parameters()).device}, kind_of(base)
     R, s, p = config.rank, config.scaling, config.dropout
 

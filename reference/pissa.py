@@ -3,8 +3,8 @@
     W = U S V^T;  A, B from the r largest singular values (eqs. 2, 3);  W_res = the rest, frozen (eq. 4)
     h = W_res x + (alpha / r) B A x                                     (eq. 5)
 
-The form and the shapes are LoRA's, A (R, D), B (E, R). But A and B begin as the principal part of W, and W_res replaces W.
-Shape letters: T tokens, D in, E out, R rank.
+As in LoRA, A is (R, D) and B is (E, R). Unlike in LoRA, B A begins as the principal part of W, and W_res replaces W.
+Shape letters: T tokens, D input features, E output features, R rank.
 """
 
 from __future__ import annotations
@@ -105,23 +105,29 @@ class Config:
 
 
 def exact_svd(W_ED: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (U (E, R), S (R,), Vt (R, D)) of the `rank` largest singular values, with LAPACK's signs."""
+    """Return U (E, R), S (R,) and Vt (R, D) for the `rank` largest singular values. LAPACK chooses the signs."""
     U, S, Vt = torch.linalg.svd(W_ED, full_matrices=False)
     return U[:, :rank], S[:rank], Vt[:rank]
 
 
 def fast_svd(W_ED: Tensor, rank: int, niter: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Return approximations of (U (E, R), S (R,), Vt (R, D)) by a randomised SVD, with LAPACK's signs."""
+    """Return approximations of U (E, R), S (R,) and Vt (R, D) for the `rank` largest singular values, by a randomised SVD.
+
+    niter: number of subspace iterations. LAPACK chooses the signs.
+    """
     return randomised_svd(W_ED, sketch(W_ED, rank, generator), niter)
 
 
 def sketch(W_ED: Tensor, rank: int, generator: torch.Generator) -> Tensor:
-    """Return a standard normal sketch (min(E, D), R), drawn in float64 on the CPU from `generator`, then cast."""
+    """Return the random start (min(E, D), R) of a randomised SVD, from a standard normal distribution.
+
+    It is drawn in float64 on the CPU, and then converted to the dtype and device of W.
+    """
     return torch.randn(min(W_ED.shape), rank, generator=generator, dtype=torch.float64).to(W_ED)
 
 
 def signed(U_ER: Tensor, Vt_RD: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (U, Vt) with normalised signs: the first entry of largest magnitude in each row of Vt is positive."""
+    """Return U and Vt with unique signs. In each row of Vt, the entry of largest magnitude becomes positive."""
     largest = Vt_RD.abs().argmax(dim=1, keepdim=True)
     sign = torch.where(Vt_RD.gather(1, largest) < 0, -1.0, 1.0).to(Vt_RD.dtype)
     return U_ER * sign.T, Vt_RD * sign
@@ -130,9 +136,10 @@ def signed(U_ER: Tensor, Vt_RD: Tensor) -> tuple[Tensor, Tensor]:
 def split(
     W_ED: Tensor, config: Config, dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (A (R, D), B (E, R), residual (E, D)) in `dtype`, with residual + (alpha / r) B A = W (eqs. 2 to 4).
+    """Return A (R, D), B (E, R) and a residual (E, D) with residual + (alpha / r) B A = W (eqs. 2 to 4), in `dtype`.
 
-    The SVD and the subtraction run in float32, or in float64 for a float64 W. If niter > 0, the sketch uses `generator`.
+    The SVD and the subtraction run in float32, or in float64 for a float64 W. generator: used only if niter > 0, for a
+    randomised SVD.
     """
     W = W_ED.to(torch.promote_types(W_ED.dtype, torch.float32))
     scaling = config.alpha / config.rank
@@ -149,19 +156,19 @@ def split(
 
 
 def to_lora(A0: Tensor, B0: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the factors A' (2R, D), B' (E, 2R) of a LoRA on the original weight that equals a trained PiSSA (appendix).
+    """Return A' (2R, D) and B' (E, 2R) of a LoRA on the original weight that equals a trained PiSSA (appendix).
 
-    A0 (R, D), B0 (E, R): initial factors of the PiSSA; A, B: trained factors. W + s B' A' = W_res + s B A with the same s.
-    Since the LoRA has rank 2R, its alpha is twice that of the PiSSA.
+    A0 (R, D), B0 (E, R): initial factors of the PiSSA. A, B: its trained factors. With the same scaling s for both, W +
+    s B' A' = W_res + s B A. As the LoRA has rank 2R, its alpha must be twice that of the PiSSA.
     """
     # W = W_res + s B0 A0, so W_res + s B A = W + s (B A - B0 A0) = W + s [B, -B0] [A; A0].
     return torch.cat([A, A0], dim=0), torch.cat([B, -B0], dim=1)
 
 
 class PissaLinear(LowRankLayer):
-    """A linear layer with a trainable principal part, A (R, D), B (E, R), and a frozen residual (E, D).
+    """A linear layer with a trainable principal part from A (R, D) and B (E, R), and a frozen residual W_res (E, D).
 
-    `base` is the original layer, an nn.Linear or a quantised subclass; the output uses its bias only.
+    `base` is the original layer, an nn.Linear or a quantised subclass. Only its bias is used for the output.
     """
 
     base: nn.Linear
@@ -177,7 +184,7 @@ class PissaLinear(LowRankLayer):
         return y_TE
 
     def state(self) -> dict[str, Tensor]:
-        """Map `residual` to W_res (E, D)."""
+        """Map the name `residual` to W_res (E, D)."""
         return {"residual": self.get_buffer("residual")}
 
     def merged(self) -> nn.Linear:
@@ -189,9 +196,9 @@ class PissaLinear(LowRankLayer):
 
 
 class PissaEmbedding(AdaptedLayer):
-    """An embedding table (N, E) with a trainable principal part, A (R, N), B (E, R), and a frozen residual (E, N).
+    """An embedding table (N, E) with a trainable principal part from A (R, N) and B (E, R), and a frozen residual (E, N).
 
-    `base` is the original table, which the output does not use.
+    `base` is the original table. It is not used for the output.
     """
 
     base: nn.Embedding
@@ -204,16 +211,16 @@ class PissaEmbedding(AdaptedLayer):
         self.adapted = LoraEmbedding(rest, A, B, scaling)
 
     def forward(self, ids_T: Tensor) -> Tensor:
-        """Return (W_res + scaling B A)^T[ids], shape (..., E) (eq. 5)."""
+        """Return the entries `ids_T` of the table (W_res + scaling B A)^T, shape (..., E) (eq. 5)."""
         y_TE: Tensor = self.adapted(ids_T)
         return y_TE
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Map LoRA's letters to the trainable parameters."""
+        """Map the names A and B to the trainable parameters."""
         return self.adapted.tensors()
 
     def state(self) -> dict[str, Tensor]:
-        """Map `residual` to W_res (E, N)."""
+        """Map the name `residual` to W_res (E, N)."""
         return {"residual": self.adapted.base.weight.data.T}
 
     def merged(self) -> Any:
@@ -224,9 +231,9 @@ class PissaEmbedding(AdaptedLayer):
 def attach(
     model: nn.Module, config: Config, generator: torch.Generator, split: Callable[..., tuple[Tensor, ...]] = split
 ) -> AdaptedLayers:
-    """Freeze `model` and replace every target by a PissaLinear or a PissaEmbedding, in order of the paths.
+    """Freeze `model` and replace every target by a PissaLinear or a PissaEmbedding, in the model's order of layers.
 
-    split: another implementation of `split`, for a faster start. Raises ValueError if a target names no linear layer or
+    split: replaces the function `split`, e.g. by a faster one. Raises ValueError if a target names no linear layer or
     embedding, or if the rank exceeds the smaller side of a target's weight.
     """
     found = targets(model, config.targets, ("linear", "embedding"))
@@ -248,7 +255,7 @@ def attach(
 
 
 def _sides(base: Any) -> tuple[int, int]:
-    """Return (D, E) of a layer's weight."""
+    """Return D and E, the input and output sizes of a layer's weight."""
     if kind_of(base) == "embedding":
         return base.num_embeddings, base.embedding_dim
     return base.in_features, base.out_features

@@ -3,8 +3,8 @@
     Y = X doubleDequant(c1, c2, W_NF4) + s X L1 L2                                    (paper, eqs. 5 and 3)
     doubleDequant(c1, c2, W) = dequant(dequant(c1, c2), W)                            (eq. 6)
 
-LoRA on a frozen weight that is stored in 4 bits and decoded for every product. L1 is LoRA's A^T (D, R), L2 its B^T (R, E).
-Shape letters: T tokens, D in, E out, R rank.
+This is LoRA on a frozen weight that is stored in 4 bits and decoded for every product. L1 (D, R) is the transpose of
+LoRA's A, and L2 (R, E) that of B. Shape letters: T tokens, D input features, E output features, R rank.
 """
 
 from __future__ import annotations
@@ -111,18 +111,20 @@ class Config:
 
 
 class QloraLinear(LowRankLayer):
-    """A linear layer with a 4-bit weight and a low-rank update, A (R, D), B (E, R)."""
+    """A linear layer with a frozen 4-bit weight and a low-rank update from A (R, D) and B (E, R)."""
 
     base: nn.Linear
-    """The original layer, an nn.Linear or a quantised subclass; the output uses its bias only."""
+    """The original layer, an nn.Linear or a quantised subclass. Only its bias is used for the output."""
     codes: Tensor
-    """Packed NF4 codes, uint8, two per byte."""
+    """NF4 codes of the weight, packed as two codes per uint8."""
     absmax: Tensor
-    """Block constants: uint8 codes c2 with double quantisation, else float32."""
+    """One constant per block of the weight. With double quantisation, these are uint8 codes (c2 in the paper), else
+    float32."""
     absmax2: Tensor
-    """Constants c1 of the codes c2, float32; with double quantisation only."""
+    """Second constants (c1 in the paper), float32. Each scales a block of the codes in `absmax`. Only with double
+    quantisation."""
     offset: Tensor
-    """Mean of the block constants, float32, 0-d; with double quantisation only."""
+    """Mean of the constants before double quantisation, float32, 0-d. It exists only with double quantisation."""
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, config: Config) -> None:
         super().__init__(base, A, B, config.alpha / config.rank, config.dropout)
@@ -136,7 +138,7 @@ class QloraLinear(LowRankLayer):
         self.register_buffer("absmax", absmax)
 
     def weight(self) -> Tensor:
-        """Return the decoded weight (E, D), float32: doubleDequant of eq. 6, before its cast to the compute dtype."""
+        """Return the weight (E, D), decoded to float32 (doubleDequant of eq. 6)."""
         E, D = self.base.out_features, self.base.in_features
         absmax = self.absmax
         if self.two_levels:
@@ -150,12 +152,15 @@ class QloraLinear(LowRankLayer):
         return y_TE
 
     def state(self) -> dict[str, Tensor]:
-        """Map names to the tensors of the 4-bit weight: codes, absmax, and with double quantisation absmax2 and offset."""
+        """Map names to the tensors of the 4-bit weight: codes and absmax. Double quantisation adds absmax2 and offset."""
         names = ("codes", "absmax", "absmax2", "offset") if self.two_levels else ("codes", "absmax")
         return {name: getattr(self, name) for name in names}
 
     def merged(self) -> nn.Linear:
-        """Return a dense linear layer with the decoded weight + scaling B A, in the dtype of the original weight."""
+        """Return a dense linear layer with the weight W + scaling B A, where W is the decoded weight.
+
+        Its dtype is that of the original layer's weight.
+        """
         dense = dense_copy(self.base)
         with torch.no_grad():
             dense.weight.copy_(self.weight().to(dense.weight.dtype) + self.delta().to(dense.weight.dtype))
@@ -163,10 +168,10 @@ class QloraLinear(LowRankLayer):
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
-    """Freeze `model` and replace every target by a QloraLinear; A is drawn as LoRA's, in order of the paths.
+    """Freeze `model` and replace every target by a QloraLinear. A and B start as in LoRA. `generator` draws each A in turn.
 
-    A packed target is decoded and quantised again. Unlike with LoRA, quantisation makes the initial output differ from the
-    output of the base model. Raises ValueError if a target names no linear layer.
+    If the weight of a target is packed already, it is decoded and quantised again. Because of quantisation, the initial
+    output differs from that of the base model. Raises ValueError if a target names no linear layer.
     """
     model.requires_grad_(False)
     layers = {}

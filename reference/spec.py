@@ -1,7 +1,7 @@
-"""Facts about a reference that the harness reads from its source, without torch.
+"""What the harness reads from the source of a reference, without importing torch.
 
-The file of a Method has one `SPEC = ReferenceSpec(...)` of literals only, since `harness.methods.spec` evaluates it from
-the syntax tree. In the file of an Operation, `SPEC` only informs the reader.
+The file of a Method has one `SPEC = ReferenceSpec(...)`. `harness.methods.spec` evaluates it from the syntax tree, so
+it must contain only literals. In the file of an Operation, `SPEC` only informs the reader.
 """
 
 from __future__ import annotations
@@ -12,37 +12,38 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Deviation:
-    """A difference between a paper and the code here, with its reason."""
+    """A difference between a paper and the code of the reference, with its reason."""
 
     topic: str
     """Subject of the difference, in a few words."""
     paper: str
-    """Statement of the paper; for a deviation of an Implementation, what the reference computes."""
+    """What the paper states. For a deviation of an Implementation, this is what the reference computes."""
     here: str
-    """Behaviour of this code."""
+    """What this code does."""
     why: str
-    """Reason, with the libraries that do the same or differ."""
+    """The reason, and which libraries do the same or differ."""
 
 
 @dataclass(frozen=True)
 class ReferenceSpec:
-    """Description of a reference. Values are literals, so that they can be read without importing the file."""
+    """Facts about a reference. All values are literals, so that they can be read without importing the file."""
 
     paper: str
-    """arXiv number with version, and sections where they matter. If there is no paper, the reason."""
+    """arXiv number of the paper with its version, and the sections that matter. Without a paper, the reason why there
+    is none."""
     deviations: tuple[Deviation, ...] = ()
     """Differences from the paper."""
     factors: tuple[str, ...] = ()
-    """Letters of the trained low-rank factors. LoRA+ (`lr_ratio`) requires a B."""
+    """Letters of the low-rank factors that train. LoRA+ (`lr_ratio`) needs a factor B."""
     replaces_weight: str = ""
-    """Name in `state()` of the tensor that replaces the base weight in the product; empty if there is none."""
+    """Name in `state()` of the tensor that is used in place of the base weight. Empty if the base weight itself is used."""
     start_from_weight: tuple[str, ...] = ()
-    """Names in `state()` of tensors that `attach` computes from the weight together with the factors (PiSSA's residual)."""
+    """Names in `state()` of tensors that `attach` computes from the base weight, e.g. PiSSA's residual."""
     quick_start: Mapping[str, int] = field(default_factory=dict)
-    """Config values with which `attach` is much faster, for callers that overwrite the initial tensors."""
+    """Config values that make `attach` much faster. They are for callers that overwrite the initial tensors anyway."""
     optimizer: str = ""
-    """Name of the Method's own optimizer; empty if the suite chooses."""
+    """Name of the Method's own optimizer. Empty if the Method has none, so that the suite chooses."""
     optimizers: tuple[str, ...] = ("adamw",)
-    """Values of a suite's setting `optimizer` that the Method's own optimizer supports."""
+    """Values of a suite's setting `optimizer` that are possible with the Method's own optimizer."""
     trains_weights: bool = False
-    """Whether the model's own weights train, which excludes a quantised base."""
+    """Whether the model's own weights train. If so, the base cannot be quantised."""

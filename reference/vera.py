@@ -2,8 +2,9 @@
 
     h = W0 x + Lambda_b B Lambda_d A x                                                                  (paper, eq. 2)
 
-A (R, D) and B (E, R) are random, frozen and shared by all layers; only the diagonals b (E,) and d (R,) train, and W0
-(E, D) is frozen. Shape letters: T tokens, D in, E out, R rank.
+W0 (E, D) is frozen. A (R, D) and B (E, R) are random and frozen, and all layers share them. Only the vectors b (E,) and
+d (R,) train. They are the diagonals of Lambda_b and Lambda_d. Shape letters: T tokens, D input features, E output
+features, R rank.
 """
 
 from __future__ import annotations
@@ -82,10 +83,10 @@ class Config:
 
 
 def projections(key: int, rank: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
-    """Return the shared pair A (R, D), B (E, R), float32 on the CPU; D and E are those of the largest target.
+    """Return the shared matrices A (R, D) and B (E, R), float32 on the CPU. D and E are those of the largest target.
 
-    The four arguments determine the pair, so that a checkpoint need not store it. A pair of a smaller size is not a slice of
-    a larger pair. Global generator, default dtype and default device have no effect.
+    The four arguments determine A and B, so that a checkpoint need not store them. Smaller matrices are not slices of
+    larger ones. The global generator, the default dtype and the default device have no effect.
     """
     generator = torch.Generator("cpu").manual_seed(key)
 
@@ -98,14 +99,14 @@ def projections(key: int, rank: int, in_features: int, out_features: int) -> tup
 
 
 class VeraLinear(AdaptedLayer):
-    """A frozen linear layer (..., D) -> (..., E) with a random low-rank update, scaled by trained vectors b (E,), d (R,)."""
+    """A frozen linear layer (..., D) -> (..., E) with a random low-rank update. Trained vectors b (E,), d (R,) scale it."""
 
     base: nn.Linear
-    """An nn.Linear or a quantised subclass."""
+    """The original layer, an nn.Linear or a quantised subclass."""
     A: Tensor
-    """Frozen (R, D), may be a view of a tensor that layers share."""
+    """Frozen matrix (R, D). It may be a view of a tensor that layers share."""
     B: Tensor
-    """Frozen (E, R), may be a view of a tensor that layers share."""
+    """Frozen matrix (E, R). It may be a view of a tensor that layers share."""
 
     def __init__(self, base: nn.Linear, A: Tensor, B: Tensor, b: Tensor, d: Tensor, dropout: float) -> None:
         super().__init__()
@@ -117,7 +118,7 @@ class VeraLinear(AdaptedLayer):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """Return W0 x + Lambda_b B Lambda_d A x (eq. 2), shape (..., E)."""
+        """Return W0 x + Lambda_b B Lambda_d A x (eq. 2), shape (..., E). The diagonals of Lambda_b, Lambda_d are b, d."""
         h_TR = self.d * (self.dropout(x_TD) @ self.A.T)
         y_TE: Tensor = self.base(x_TD) + self.b * (h_TR @ self.B.T)
         return y_TE
@@ -127,18 +128,19 @@ class VeraLinear(AdaptedLayer):
         return (self.b[:, None] * self.B) @ (self.d[:, None] * self.A)
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Map the paper's letters to the trainable parameters."""
+        """Map the names b and d to the trainable parameters."""
         return {"b": self.b, "d": self.d}
 
     def state(self) -> dict[str, Tensor]:
-        """Map A and B to this layer's slices of the shared projections."""
+        """Map the names A and B to this layer's slices of the shared matrices."""
         return {"A": self.A, "B": self.B}
 
 
 def attach(model: nn.Module, config: Config, generator: torch.Generator) -> AdaptedLayers:
-    """Freeze `model` and wrap every target in a VeraLinear. All layers share one pair of projections, drawn from the key.
+    """Freeze `model` and wrap every target in a VeraLinear. All layers share A and B, drawn with the seed `projection_key`.
 
-    `generator` is not used: nothing depends on the run's seed. Raises ValueError if a target names no linear layer.
+    `generator` is not used, so the initial tensors do not depend on the run's seed. Raises ValueError if a target names
+    no linear layer.
     """
     model.requires_grad_(False)
     found = targets(model, config.targets)

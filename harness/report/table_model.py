@@ -1,4 +1,4 @@
-"""Tables of the report. A table has columns and groups of rows; sorting never mixes the groups."""
+"""Tables of the report. A table has columns and groups of rows. Sorting never moves a row to another group."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ Column = dict[str, Any]
 
 
 def column(label: str, title: str = "", *, number: bool = True, key: str = "") -> Column:
-    """Return the head of a column. title: its tooltip. key: its name for other renderers; may be empty."""
+    """Return the head of a column.
+
+    title: its tooltip. key: name by which other code finds the column's fields; empty if no code needs them.
+    """
     return {"label": label, "title": title, "number": number, "key": key}
 
 
@@ -29,7 +32,10 @@ def table(
     notes: Sequence[str] = (),
     anchored: bool = False,
 ) -> Table:
-    """Return a table of Cells, grouped by model and task in the order of `rows`. anchored: links to a Cell lead here."""
+    """Return a table of Cells, grouped by model and task. Groups and rows keep the order of `rows`.
+
+    anchored: whether each row is the target of the links to its Cell.
+    """
     groups: dict[str, list[Table]] = {}
     for cell, fields in rows:
         anchor = links.anchor(facts, cell.cell_id) if anchored else ""
@@ -47,13 +53,13 @@ def grouped(
     first: str = "Cell",
     notes: Sequence[str] = (),
 ) -> Table:
-    """Return a table. groups: titles with their rows. first: heading of the first column."""
+    """Return a table. groups: the title and the rows of each group. first: heading of the first column."""
     shown = [{"title": title, "rows": rows} for title, rows in groups]
     return {"id": key, "caption": caption, "first": first, "columns": columns, "groups": shown, "notes": list(notes)}
 
 
 def by_key(columns: Sequence[Column], fields: Sequence[Field]) -> dict[str, Field]:
-    """Return the fields of a row by the keys of their columns. Columns without a key are left out."""
+    """Map the key of each column to the field of a row in this column. Columns without a key are left out."""
     return {c["key"]: f for c, f in zip(columns, fields, strict=True) if c["key"]}
 
 

@@ -22,13 +22,16 @@ _EXPECTED = (
     f"{FOOTPRINT_SHOWN_B // formatting.MIB} MiB"
 )
 STATUS = "status"
-"""Key of the comparison table's first column; the key of a metric is its name."""
+"""Key of the status column in the comparison table. The key of any other column is the name of its metric."""
 _NAMED = 3
-"""Number of busy Cells that the note names. The row of every busy Cell has a flag."""
+"""Maximum number of busy Cells that a note names. A Cell is busy if other programs used the CPU during its training."""
 
 
 def comparison(facts: RunFacts) -> Table:
-    """Return the comparison table: for every expected Cell, measured or not, its status, metrics and Record."""
+    """Return the comparison table. It has a row for every expected Cell, measured or not.
+
+    A row shows the Cell's status, metrics and Record.
+    """
     columns = [column("Status", number=False, key=STATUS)]
     for metric in metrics.shown():
         columns.append(column(metric.heading, metric.meaning, key=metric.name))
@@ -57,26 +60,32 @@ def _fields(facts: RunFacts, cell: Cell) -> Iterator[Field]:
 
 
 def _busy(facts: RunFacts) -> list[tuple[str, str]]:
-    """Return the name of each busy Cell, with the evidence."""
+    """Return pairs (name, evidence) of the busy Cells, i.e. Cells whose training steps waited for a CPU."""
     return [(facts.titles[r.cell_id], why) for r in facts.latest.values() if (why := contention.busy(r))]
 
 
 def _unreferenced_note(facts: RunFacts) -> list[str]:
-    """Return a note that names the Cells without a reference, so that they do not seem checked."""
+    """Return a list with one note on the Cells that had no reference to compare with.
+
+    If there are no such Cells, return an empty list.
+    """
     found = [(facts.titles[r.cell_id], why) for r in facts.latest.values() if (why := failed_checks.unreferenced(r))]
     names = ", ".join(title for title, _ in found)
     return [f"{found[0][1]}, nor for the claims of their papers: {names}."] if found else []
 
 
 def short_notes(facts: RunFacts) -> list[str]:
-    """Return the notes on the comparison table for the terminal. The page also has the rule and the numbers."""
+    """Return the notes on the comparison table for the terminal. The notes on the page are longer."""
     names = first_names([name for name, _ in _busy(facts)], _NAMED)
     text = f"busy: other programs used the CPU, so these times are too high: {names}. Rule: peft-harness explain busy"
     return [*_unreferenced_note(facts), *([text] if names else [])]
 
 
 def _busy_note(facts: RunFacts) -> list[str]:
-    """Return a note with the rule for busy Cells; an empty list if no Cell was busy."""
+    """Return a list with one note on the busy Cells. The note states when a Cell counts as busy.
+
+    If no Cell was busy, return an empty list.
+    """
     found = [f"{name}, {why}" for name, why in _busy(facts)]
     more = f"; and {len(found) - _NAMED} more Cells" if len(found) > _NAMED else ""
     return [f"{contention.RULE}: {'; '.join(found[:_NAMED])}{more}."] if found else []
@@ -109,7 +118,7 @@ def _standing(facts: RunFacts, cell: Cell) -> Field:
 
 
 def standing_field(entry: RankingEntry) -> Field:
-    """Return the field with the place of an entry in its ranking."""
+    """Return the field that shows whether an entry is the best, tied with the best, or below it."""
     if entry.standing == "best":
         return field("best", 0.0, tone="good")
     why = "the test items are not the same, so only the intervals are compared"
@@ -121,7 +130,7 @@ def standing_field(entry: RankingEntry) -> Field:
 
 
 def memory(facts: RunFacts) -> Table:
-    """Return the memory table: the ledger (bytes counted by tensor), then the peak of the process in every phase."""
+    """Return the memory table. It shows, for each Cell, the bytes of its tensors and the peak memory in every phase."""
     names = list(dict.fromkeys(p.name for r in facts.latest.values() for p in r.phases))
     columns = [
         column("After imports", "memory of the process before the model was loaded"),
@@ -161,9 +170,9 @@ def _memory_rows(facts: RunFacts, phases: list[str]) -> Iterator[tuple[Cell, lis
 
 
 def _with_prediction(memory: Memory, part: str, counted: int | None = None) -> Field:
-    """Return the field of one part of the ledger, with its prediction in small print.
+    """Return the field for one kind of tensors, e.g. the weights. It shows the predicted size in small print.
 
-    counted: bytes of the part; `<part>_B` by default.
+    part: name of the kind in `Memory`. counted: size in bytes; by default, the attribute `<part>_B` of `memory`.
     """
     size: int = getattr(memory, f"{part}_B") if counted is None else counted
     if memory.predicted is None:
@@ -179,7 +188,7 @@ def _with_prediction(memory: Memory, part: str, counted: int | None = None) -> F
 
 
 def _in_step(memory: Memory) -> Field:
-    """Return the field with the counted memory of tensors in one step. Small print: the prediction on fake tensors."""
+    """Return the field for the largest memory of all tensors in a training step, with its prediction in small print."""
     if (counted := memory.counted_peak_B) is None:
         return unmeasured("not trained, or not counted")
     predicted = memory.predicted
@@ -190,7 +199,7 @@ def _in_step(memory: Memory) -> Field:
 
 
 def _with_host(memory: Memory) -> Field:
-    """Return the field of the optimizer. It also shows the state in the host's memory, which no other field includes."""
+    """Return the field for the optimizer's state. It also shows the bytes of the state in the host's memory, if any."""
     shown = _with_prediction(memory, "optimizer")
     expected = memory.predicted.optimizer_host_B if memory.predicted else 0
     if not (memory.optimizer_host_B or expected):
@@ -202,7 +211,7 @@ def _with_host(memory: Memory) -> Field:
 
 
 def _rest(record: Record, memory: Memory) -> Field:
-    """Return the field of the training peak minus the counted parts."""
+    """Return the field for the rest of the training peak, without the memory after imports and the counted tensors."""
     peak = measurements.training_peak(record)
     if peak is None:
         return unmeasured("no peak of a training phase")
@@ -223,7 +232,7 @@ def _bytes(size: int | None, missing: str = "") -> Field:
 
 
 def raw(facts: RunFacts) -> list[dict[str, Any]]:
-    """Return the numbers of the comparison table in base units, for download."""
+    """Return the numbers of the comparison table in base units, for download: one dict per expected Cell."""
     return [_raw(facts, cell, facts.latest.get(cell.cell_id)) for cell in facts.run.manifest.cells]
 
 

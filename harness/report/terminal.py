@@ -1,4 +1,4 @@
-"""Summary of a run for the terminal: aligned tables, then the verdicts."""
+"""Summary of a run for the terminal: aligned tables, notes, and the verdicts."""
 
 from __future__ import annotations
 
@@ -62,5 +62,5 @@ def _text(field: Field) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align columns of text: the first two (name, status) to the left, the numbers to the right."""
+    """Return rows of text as lines. The first two columns are aligned to the left, and all others to the right."""
     return align_columns(rows, right=range(2, len(rows[0])), indent="")

@@ -20,16 +20,16 @@ ICONS = {"good": "✓", "bad": "✗", "open": "?", "quiet": "–"}
 
 
 def tone(word: str) -> str:
-    """Return the colour of a verdict or status; `open` if it is neither good nor bad."""
+    """Return the name of the colour of a verdict or status. If it is neither good nor bad, return `open`."""
     return TONES.get(word, "open")
 
 
 def icon(word: str) -> str:
-    """Return the sign of a verdict or status, so that its meaning never depends on colour alone."""
+    """Return the sign of a verdict or status. The sign makes its meaning clear without colours."""
     return ICONS[tone(word)]
 
 
 def badge(word: str, colour: str = "") -> dict[str, str]:
-    """Return a verdict or status with its colour and sign, for a template. colour: by default that of `tone`."""
+    """Return a verdict or status with its colour and sign, for a template. colour: by default, the result of `tone`."""
     colour = colour or tone(word)
     return {"word": str(word), "tone": colour, "icon": ICONS[colour]}

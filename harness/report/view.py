@@ -1,4 +1,4 @@
-"""Content of the report page, as one dict of plain values. Templates look up and loop, but compute nothing."""
+"""Content of the report page, as one dict of plain values. The templates show these values and compute nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from harness.report.tones import badge
 
 
 def build(analysed: Sequence[RunFacts], again: Sequence[Rerun] | None = None) -> dict[str, Any]:
-    """Return the content of the page of one or several runs. again: reruns of their Cells; None if reruns are impossible."""
+    """Return the content of a page about one or several runs.
+
+    again: Cells that were measured more than once; None if the runs cannot contain such Cells.
+    """
     return {
         "title": " and ".join(dict.fromkeys(f.run.manifest.title or f.run.manifest.suite for f in analysed)),
         "runs": [_run(f) for f in analysed],
@@ -83,7 +86,7 @@ def _verdict(f: RunFacts) -> dict[str, Any]:
 
 
 def _alerts(f: RunFacts) -> list[dict[str, Any]]:
-    """Return the alerts, e.g. on an unfinished run, missing Cells, changed or torn files, and other environments."""
+    """Return the alerts of a run, e.g. that it is unfinished, that Cells are missing, or that a file has changed."""
     latest = f.latest.values()
     missing, broken = len(f.verdict.missing), len(f.run.broken)
     resume = f"peft-harness run SUITE --resume {f.run.manifest.run} measures the rest"
@@ -145,7 +148,7 @@ def _group(f: RunFacts, g: Group) -> dict[str, Any]:
 
 
 def _alone(f: RunFacts, g: Group) -> dict[str, Any]:
-    """Return the view of the only entry with its budget."""
+    """Return the content about a group with only one entry. Such an entry cannot be ranked."""
     (entry,) = g.entries
     cell, accuracy = entry.record.cell, formatting.accuracy(entry.score)
     title = f"{cell.model} {f.entry_name(entry)}"
@@ -165,7 +168,7 @@ def _budget(g: Group) -> str:
 
 
 def _sentences(f: RunFacts, g: Group) -> list[str]:
-    """Return the ranking as sentences: on the best entry, on the others compared with it, and on the scope of the tests."""
+    """Return sentences about the ranking of a group: the best entry, the tied ones, those below, and the tests."""
 
     def listed(entries: Sequence[RankingEntry]) -> str:
         return ", ".join(f"{f.entry_name(e)} ({_gap(e)})" for e in entries)
@@ -194,7 +197,7 @@ def _sentences(f: RunFacts, g: Group) -> list[str]:
 
 
 def _scope(g: Group) -> list[str]:
-    """Return sentences on the scope of a group's tests, and on the smallest difference that they can detect."""
+    """Return sentences about a group's statistical tests: what they are valid for, and what they can detect."""
     seeds = ", ".join(map(str, g.seeds))
     if len(g.ranked[0].records if g.ranked else ()) > 1:
         moderated = any(entry.score.means == MODERATED for entry in g.ranked)
@@ -247,7 +250,10 @@ def _records(e: RankingEntry) -> str:
 
 
 def _peak(e: RankingEntry) -> float | None:
-    """Return the training peak above the imports in MiB, the median over seeds; None if no seed has a peak."""
+    """Return the median over seeds of the training peak, in MiB above the memory after imports.
+
+    If no seed has a peak, return None.
+    """
     peaks = [peak / formatting.MIB for r in e.records if (peak := metrics.PEAK_ABOVE_IMPORTS.read(r)) is not None]
     return median(peaks) if peaks else None
 
@@ -267,7 +273,7 @@ def _memory_chart(f: RunFacts, g: Group, levels: Sequence[charts.Level]) -> dict
 
 
 def _last_peak(record: Record | None) -> int | None:
-    """Return the last peak of a Cell that ran out of memory, in bytes; None for another Cell."""
+    """Return the last peak of a Cell that ran out of memory, in bytes. For any other Cell, return None."""
     return record.failure.last_peak_B if record and record.status is Status.OOM and record.failure else None
 
 
@@ -281,7 +287,7 @@ def _size_chart(f: RunFacts, g: Group, levels: Sequence[charts.Level]) -> dict[s
 
 
 def _undrawn(f: RunFacts, g: Group) -> list[dict[str, str]]:
-    """Return the Cells with this budget that have no point in a chart, each with the reason."""
+    """Return the Cells that belong to this group but have no point in a chart, each with the reason."""
     found = []
     for cell in f.run.manifest.cells:
         if Budget.of(cell) == g.budget and cell.cell_id not in f.entries:

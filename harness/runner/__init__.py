@@ -1,1 +1,1 @@
-"""Run suites. An executor runs each Cell in a new process; finished Cells stay on disk even if a process dies."""
+"""Run suites. Each Cell runs in a new process, and its Record is on disk as soon as the Cell is finished."""

@@ -41,7 +41,7 @@ class RunContext:
 
 @dataclass(frozen=True)
 class Ending:
-    """Describes the end of an attempt that left no Record."""
+    """How an attempt ended. This is used only if the attempt left no Record."""
 
     status: Status
     kind: str
@@ -50,7 +50,7 @@ class Ending:
     """The cause in a sentence."""
     phase: str = ""
     peak_B: int | None = None
-    """Peak memory of the phases before `phase`, if the worker reported it."""
+    """Peak memory up to the start of `phase`, in bytes. None if the worker has not reported it."""
 
 
 class Attempt:
@@ -80,7 +80,7 @@ class Attempt:
         return self._worker.events.descriptor
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """Yield the events that the worker has written. Blocks until there is one."""
+        """Yield the events that the worker has written. If there are none yet, wait for one."""
         for line in self._worker.events.lines():
             with contextlib.suppress(ValueError):  # a line torn by a crash
                 event = json.loads(line)
@@ -90,11 +90,11 @@ class Attempt:
 
     @property
     def is_over(self) -> bool:
-        """True if the worker has ended or its time is up."""
+        """True if the worker has ended or its time has run out."""
         return time.monotonic() >= self.deadline or self._worker.is_over
 
     def end(self) -> Record:
-        """Kill remaining processes and return the Record. If the worker has written none, write one."""
+        """Kill the remaining processes and return the Record. If the worker has left none, write one."""
         late = not self._worker.events.is_closed and time.monotonic() >= self.deadline
         try:
             if not late:
@@ -131,9 +131,9 @@ class Attempt:
 
 
 def record_of(job: Job, context: RunContext, ending: Ending, started: str, begun: float) -> Record:
-    """Return the Record of an attempt that is over. If its worker wrote none, write one with the cause of the end.
+    """Return the Record of an attempt that is over. If its worker left none, write one with the cause of the end.
 
-    started: start of the attempt in UTC. begun: the same time by time.monotonic() of this process.
+    started: UTC time of the attempt's start. begun: time.monotonic() of this process at the attempt's start.
     """
     path = context.folder.record_path(job.cell.cell_id, job.attempt)
     if path.exists():

@@ -12,7 +12,7 @@ from harness.errors import HarnessError
 from harness.process import nvidia_smi
 
 _IDLE_MIB = 512
-"""Memory that the driver itself may use on an idle card."""
+"""Maximum memory in use on an idle GPU, in MiB. The driver itself uses some."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,14 @@ class GpuDevice:
     uuid: str
     used_mib: int
     processes: tuple[str, ...] = ()
-    """Descriptions of all users' processes on the GPU, e.g. `process 12 (python, 300 MiB)`."""
+    """Descriptions of the processes of all users on this GPU, e.g. `process 12 (python, 300 MiB)`."""
 
     @property
     def busy(self) -> str:
-        """A sentence about the users of the GPU; empty if it is idle.
+        """A sentence that says who uses the GPU. It is empty if the GPU is idle.
 
-        A container hides the processes of others, but not the memory that they use.
+        In a container, other processes may be invisible. A GPU therefore also counts as busy if much of its memory is
+        in use.
         """
         if self.processes:
             return f"GPU {self.index} ({self.uuid}) is in use by {', '.join(self.processes)}"
@@ -39,9 +40,9 @@ class GpuDevice:
 
 
 def probe(look: Callable[[], list[GpuDevice]]) -> Future[list[GpuDevice]]:
-    """Call `look` in a thread, so that a slow driver does not block the runner, and return a Future of the GPUs.
+    """Call `look` in a thread, and return a Future of its result. A slow driver therefore does not block the runner.
 
-    The Future's `result()` raises the HarnessError of `look`, if any.
+    If `look` raises HarnessError, the method `result()` of the Future raises it.
     """
     found: Future[list[GpuDevice]] = Future()
 
@@ -60,9 +61,9 @@ def probe(look: Callable[[], list[GpuDevice]]) -> Future[list[GpuDevice]]:
 
 
 def look() -> list[GpuDevice]:
-    """Return the GPUs that this process may use, in the order of CUDA_VISIBLE_DEVICES where that is set.
+    """Return the GPUs that this process may use. If CUDA_VISIBLE_DEVICES is set, its order is kept.
 
-    If CUDA_VISIBLE_DEVICES names a part of a GPU (MIG), the list is empty: the batch system has chosen the device.
+    If CUDA_VISIBLE_DEVICES names a part of a GPU (MIG), return an empty list.
     """
     processes: dict[str, list[str]] = {}
     for uuid, pid, used, name in nvidia_smi.rows("compute-apps=gpu_uuid,pid,used_memory,name"):

@@ -1,4 +1,4 @@
-"""Find out from the kernel's log or counters which processes it killed because memory ran out."""
+"""Find out, from the kernel's log or counters, whether it killed a process because memory ran out."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 
 _NAMED = re.compile(rb"Killed process (\d+)|oom-kill:[^\n]*,pid=(\d+)")
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"
-"""The namespace of the process ids in the kernel's log. In a container, the same id belongs to another process."""
+"""The namespace whose process ids the kernel's log uses. In a container, process ids differ from those in the log."""
 _COUNTERS = ("memory.events", "memory.oom_control")
-"""Files of a cgroup, in v2 and in v1."""
+"""Names of the files of a cgroup that count kills. The first is for cgroups v2, the second for v1."""
 _MACHINE = "vmstat"
-"""File in /proc with the counter of the whole machine."""
+"""Name of the file in /proc that counts the kills on the whole machine."""
 
 
 class KernelKills:
-    """Watches for processes that the kernel kills, from now on, because memory runs out.
+    """Watches for processes that the kernel kills because memory runs out. Kills before its creation do not count.
 
-    log: the kernel's log; proc, cgroups: folders of its virtual file systems.
+    log: the kernel's log. proc: the folder /proc. cgroups: the folder of the cgroups.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class KernelKills:
             self._log = -1
 
     def killed(self, pid: int, alone: bool) -> bool | None:
-        """Return whether the kernel killed the process because memory ran out; None if this is possible but not certain.
+        """Return whether the kernel killed the process `pid` because memory ran out. If this is uncertain, return None.
 
-        alone: whether no other worker of this runner was running; then a process killed in the worker's cgroup is this one.
-        If the kernel's log is readable, only the log decides.
+        If the kernel's log is readable, it decides. Otherwise the counters of kills decide. alone: whether the runner
+        had no other worker, so that a kill in the runner's cgroup must be the kill of this worker.
         """
         if self._log >= 0:
             return pid in set(self._named())
@@ -53,7 +53,7 @@ class KernelKills:
         return None if machine > self._machine else False
 
     def _named(self) -> Iterator[int]:
-        """Yield the ids of the processes that the kernel killed according to its log."""
+        """Yield the id of each process that the kernel killed, according to its log."""
         with contextlib.suppress(BlockingIOError):  # the end of the log
             while True:
                 try:
@@ -65,7 +65,7 @@ class KernelKills:
                 yield from (int(found[1] or found[2]) for found in _NAMED.finditer(lines))
 
     def _counts(self) -> tuple[int | None, int]:
-        """Return the number of processes killed in this cgroup (None if unknown), and the number on the machine."""
+        """Return two numbers of killed processes: in this cgroup, or None if unknown, and on the whole machine."""
         own = next(
             (n for folder in self._folders() for name in _COUNTERS if (n := _count(folder / name)) is not None), None
         )

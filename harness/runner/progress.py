@@ -1,6 +1,6 @@
-"""Show progress on stderr: phase, step and loss of each running Cell, and the time left.
+"""Show progress on stderr: the phase, step and loss of each running Cell, and the time left.
 
-If stderr is no terminal, the display consists of plain lines.
+If stderr is no terminal, only complete lines are printed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MOST_LINES = 8
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Stop printing. A closed stderr must not end the measurement."""
+        """Print nothing more. The run continues although stderr is closed."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
@@ -35,11 +35,12 @@ class _RunningCell:
     began: float
     doing: str = "start-up"
     queued: bool = False
-    """Whether the Cell is in a batch system. It may not run yet: batch systems do not report the start of a Cell."""
+    """Whether the Cell is in a batch system. Batch systems do not report the start of a Cell, so it may still be
+    waiting."""
 
 
 class Progress:
-    """The progress display of one run, and the Listener of its executor. Each finished Cell leaves one line."""
+    """The progress display of one run. It listens to the run's executor, and prints one line per finished Cell."""
 
     def __init__(self, cells: Sequence[Cell]) -> None:
         self.console = _Console(stderr=True, highlight=False)
@@ -56,18 +57,18 @@ class Progress:
             self._live.start()
 
     def fetching(self, what: str, done: int, total: int | None) -> None:
-        """Show a download or conversion. This is the callback for `assets.fetch.ensure`."""
+        """Show the progress of a download or conversion."""
         of = f" of {total / 2**20:.0f}" if total else ""
         size = f" {done / 2**20:.0f}{of} MiB" if done or total else ""
         self._draw(what + size, force=done in (0, total))
 
     def begin(self, cell: Cell) -> None:
-        """Start showing a Cell."""
+        """Add a Cell to the display."""
         self._running[cell.cell_id] = _RunningCell(time.monotonic())
         self._draw(force=True)
 
     def event(self, cell: Cell, event: dict[str, Any]) -> None:
-        """Show the event that a Cell's worker has reported."""
+        """Show what a Cell's worker has reported, e.g. a new phase or the loss of a step."""
         if event.get("event") == "phase":
             doing = str(event["name"])
         elif event.get("event") == "step":
@@ -85,7 +86,7 @@ class Progress:
         self._draw()
 
     def end(self, record: Record) -> None:
-        """Print the line of a finished Cell."""
+        """Remove a Cell from the display, and print its line."""
         self._running.pop(record.cell_id, None)
         self._seconds.append(record.duration_s)
         measured = record.measurements
@@ -100,7 +101,7 @@ class Progress:
         self._finished(record.cell_id, record.status.value, f"{first}  {record.duration_s:.1f} s{untimed}")
 
     def resumed(self, cell: Cell) -> None:
-        """Print the line of a Cell that the resumed run does not run again."""
+        """Print the line of a Cell that does not run again in a resumed run."""
         self._finished(cell.cell_id, "resumed", "has an ok Record")
 
     def _finished(self, cell_id: str, status: str, result: str) -> None:
@@ -149,9 +150,10 @@ class Progress:
         return lines
 
     def _left(self, now: float) -> str:
-        """Return the estimated time left as text.
+        """Return a text with the estimated time left.
 
-        The estimate assumes that Cells take the average time, and that the same number runs at a time as now.
+        The estimate assumes that every Cell takes the average time, and that the number of Cells at a time stays the
+        same.
         """
         mean = sum(self._seconds) / len(self._seconds)
         spent = sum(min(mean, now - one.began) for one in self._running.values())

@@ -1,4 +1,4 @@
-"""Make a whole run: resolve, fetch, write run.json, run the Cells, write the footer, make the report."""
+"""Make a whole run: read the suite, fetch assets, write run.json, run the Cells, write the footer and the report."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ from harness.suites.suite import Suite
 
 DEFAULT_TIMEOUT_S = 3600.0
 _IN_CELLS = "cells"
-"""Name of the activity in which a Cell is running."""
+"""Name of the activity "Cells are running"."""
 
 _How = Literal["finished", "interrupted", "failed"]
 CellAssets = dict[str, tuple[Asset, Asset | None, JobTask]]
-"""cell_id -> the model, the data and the task, on this machine."""
+"""cell_id -> model, data and task of the Cell. Their files are on this machine."""
 
 
 class _Times:
-    """A stopwatch for the activities of a run."""
+    """A stopwatch that measures how long each activity of a run takes."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -53,7 +53,7 @@ class _Times:
         self._lap = time.monotonic()
 
     def lap(self, activity: str) -> None:
-        """Add the seconds since the previous call of this method to those of `activity`."""
+        """Add the seconds since the previous call of this method to the total of `activity`."""
         now = time.monotonic()
         self.seconds[activity] += now - self._lap
         self._lap = now
@@ -73,7 +73,7 @@ def run_suite(
 ) -> Exit:
     """Run a suite, write its report, print the summary on stdout, and return the exit code.
 
-    executor: runs the Cells; None to run one Cell at a time on this machine.
+    executor: runs the Cells. By default, they run one at a time on this machine.
     """
     times = _Times()
     suite = loader.load(suite_name)
@@ -104,7 +104,7 @@ def run_suite(
 
 @dataclass
 class _Session:
-    """The Cells and the times of one invocation of `run`."""
+    """The plan, the assets and the stopwatch of one invocation of `run`."""
 
     plan: Plan
     assets: CellAssets
@@ -117,7 +117,7 @@ class _Session:
     progress: Progress
 
     def jobs(self) -> Iterator[Job]:
-        """Yield the jobs of the Cells that are not done. The executor takes a job when it can run another Cell."""
+        """Yield one job per Cell that is not done. The executor takes a job only when it can run another Cell."""
         for cell in self.plan.cells:
             self.times.lap(_IN_CELLS)
             if cell.cell_id in self.done:
@@ -135,7 +135,7 @@ class _Session:
 
 
 def _measure(session: _Session, executor: Executor, context: RunContext) -> store.Run:
-    """Run the Cells that are not done, write the footer (also after an error), and return the run as it is on disk."""
+    """Run the Cells that are not done, and write the footer, even after an error. Return the run as it is on disk."""
     progress = session.progress
     how: _How = "finished"
     measured: set[str] = set()
@@ -166,7 +166,7 @@ def _measure(session: _Session, executor: Executor, context: RunContext) -> stor
 
 @contextlib.contextmanager
 def _errors_name(folder: store.RunFolder) -> Iterator[None]:
-    """Add a note with the folder of the finished Cells to every error that is raised inside the context."""
+    """Add a note to every error that is raised inside the context. The note names the folder of the finished Cells."""
     try:
         yield
     except BaseException as error:
@@ -205,9 +205,10 @@ def _fetch(suite: Suite, plan: Plan, progress: Progress) -> CellAssets:
 
 
 def _find_old(plan: Plan, out: Path | None, resume: str | None, stack: contextlib.ExitStack) -> Path | None:
-    """Return the folder of the run to resume, locked until `stack` ends and without other runners' Cells, or None.
+    """Return the folder of the run to resume. If this is a new run, return None.
 
-    Raises UsageError or StoreError if the run's folder cannot be used. This happens before anything is fetched.
+    The folder is locked until `stack` ends, and Cells that an earlier runner left running are told to end. Raises
+    UsageError or StoreError if the folder cannot be used.
     """
     if resume is None:
         if out is not None:
@@ -231,10 +232,11 @@ def _find_old(plan: Plan, out: Path | None, resume: str | None, stack: contextli
 def _reopen(
     path: Path, here: Environment, assets: CellAssets, device: str, progress: Progress, *, is_remote: bool
 ) -> tuple[store.RunFolder, str, set[str]]:
-    """Return an old run's folder, its id, and the ids of the Cells that need not run again.
+    """Return the folder of an old run, its id, and the ids of the Cells that need not run again.
 
-    A Cell need not run again if its newest Record is `ok`, and comes from the same machine, code, device, data and plug-in.
-    is_remote: whether Cells run on other machines than the runner; then only the software is compared, not the machine.
+    A Cell need not run again if its newest Record is `ok` and was made under the same conditions: machine, code,
+    device, data and plug-in. is_remote: whether the Cells run on other machines. If so, the software must be the same,
+    but not the machine.
     """
     # Another runner, or the Cells that it left running, may have written until now.
     folder, old = store.RunFolder(path), store.read_run(path)
@@ -259,7 +261,7 @@ def _reopen(
 
 
 def _is_installed(provider: Provider) -> bool:
-    """Return whether the recorded version of the implementation's package is installed."""
+    """Return whether the package of a recorded implementation is installed here in the recorded version."""
     try:
         return (importlib.metadata.version(provider.distribution) or "") == provider.version
     except importlib.metadata.PackageNotFoundError:
@@ -269,7 +271,10 @@ def _is_installed(provider: Provider) -> bool:
 def _open(
     suite: Suite, plan: Plan, here: Environment, out: Path | None, progress: Progress, stack: contextlib.ExitStack
 ) -> tuple[store.RunFolder, str, set[str]]:
-    """Make the run folder, locked until `stack` is closed. Return it, the run's id, and an empty set of Cell ids."""
+    """Make the folder of a new run. Return the folder, the run's id, and an empty set, since no Cell is done.
+
+    The folder is locked until `stack` ends.
+    """
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     unique = hashlib.sha256(f"{stamp}{os.getpid()}{time.monotonic_ns()}".encode()).hexdigest()[:6]
     run_id = f"{stamp}-{suite.name}-{unique}"
@@ -296,7 +301,10 @@ def _open(
 
 
 def _finish(session: _Session, how: _How, measured: set[str]) -> tuple[store.Run, Footer]:
-    """Read the run, write its footer, and return run and footer. measured: ids of Cells that this invocation measured."""
+    """Read the run from its folder and write its footer. Return the run and the footer.
+
+    measured: ids of the Cells that this invocation measured.
+    """
     session.times.lap(_IN_CELLS)
     run = store.read_run(session.folder.path)
     session.times.lap("scheduling")

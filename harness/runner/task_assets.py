@@ -1,4 +1,4 @@
-"""Prepare a task for workers: fetch its data, and check them before any Cell runs."""
+"""Prepare a task for the workers: fetch its data and check them before any Cell runs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from harness.suites.tasks import Task, TaskSpec
 
 
 def ready(task: Task, items: int, where: str, fetched: Callable[[Source], Asset]) -> tuple[Asset | None, JobTask]:
-    """Return the task's data (None for `synthetic`) and its JobTask. Raises SuiteError if the data do not fit the task.
+    """Return the data of a task and its JobTask. For the task `synthetic`, the data are None.
 
-    items: number of the last test item that a Cell scores. where: `file:line` that sets `items`. fetched: fetches a source
-    and returns its asset.
+    Raises SuiteError if the data do not fit the task. items: least number of test items that the task must have. where:
+    `file:line` of the value that sets `items`. fetched: function that fetches a source and returns its asset.
     """
     data = fetched(task.data) if task.data else None
     train = fetched(task.train) if task.train else None

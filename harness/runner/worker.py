@@ -1,7 +1,8 @@
 """Run one Cell and write its Record: `python -m harness.runner.worker EVENTS LIFELINE < JOB.json`.
 
-JOB.json is a `Job`; EVENTS and LIFELINE are file descriptors. The worker writes JSON lines for the runner's progress display
-to EVENTS, and ends when the other end of LIFELINE closes. It writes the Record to the run folder.
+JOB.json is a `Job`. EVENTS and LIFELINE are numbers of file descriptors. The worker writes events to EVENTS, as JSON
+lines, for the runner's progress display. It ends when the other end of LIFELINE closes. It writes the Record to the
+run's folder.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _TRACEBACK_LINES = 40
 
 
 def main(argv: list[str]) -> int:
-    """Run the worker and return its exit code, which shows only whether a Record was written."""
+    """Run the worker and return 0. A result of 0 means only that a Record was written, not that the Cell succeeded."""
     events, lifeline = int(argv[1]), int(argv[2])
     # The runner handles these signals, and kills the whole group. A batch system signals all processes of a job, and a
     # worker that ended first would leave a `lost` Record.
@@ -95,7 +96,10 @@ def attempt(job: Job, emit: Emit) -> Record:
 
 
 def _import_all(implementation: Implementation, job: Job, registry: Registry) -> str:
-    """Import the Cell's modules during start-up, so that no later phase includes imports; return an error message or ""."""
+    """Import the modules that the Cell needs, so that no later phase includes the time of imports.
+
+    Return an error message if a module cannot be imported, and "" otherwise.
+    """
     needed = list(implementation.requires)
     if job.cell.base.quantization != "none":
         needed += registry.find("base", job.cell.base.quantization, job.cell.base.implementation).requires
@@ -110,9 +114,9 @@ def _import_all(implementation: Implementation, job: Job, registry: Registry) ->
 
 
 def _prepare(job: Job, registry: Registry, emit: Emit, threads: int) -> tuple[CellRun, dict[str, object]]:
-    """Import torch and the instruments, and set seed and threads.
+    """Import torch and the measuring code, and set the seed and the number of threads.
 
-    Returns the Cell's state, and facts for the environment of its Record.
+    Return the state of the Cell, and facts about torch for the Record's environment.
     """
     import torch
     import transformers
@@ -155,13 +159,13 @@ def _prepare(job: Job, registry: Registry, emit: Emit, threads: int) -> tuple[Ce
 
 
 def _build(shown: str) -> list[str]:
-    """Return the lines of torch's build report that name compiler, libraries and CPU instructions, without the flags."""
+    """Return the lines of torch's build report about compiler, libraries and CPU instructions, without the flags."""
     lines = [line.strip().removeprefix("- ") for line in shown.splitlines() if line.startswith("  - ")]
     return [line for line in lines if not line.startswith("Build settings")]
 
 
 def _classify(error: Exception, job: Job, run: CellRun | None) -> tuple[Status, str]:
-    """Return the status of a Cell that ended with `error`, and a reason of one line."""
+    """Return the status of a Cell that ended with `error`, and a reason, usually one line long."""
     text = _plain(str(error))
     first = text.splitlines()[0] if text else type(error).__name__
     if isinstance(error, Unsupported):
@@ -192,7 +196,7 @@ def _failure(error: BaseException, run: CellRun | None) -> Failure:
 
 
 def _plain(text: str) -> str:
-    """Return `text` in a form that UTF-8 can encode: a message may contain a file name that is not valid text."""
+    """Return `text` in a form that UTF-8 can encode. A message may contain a file name that is not valid text."""
     return text.encode(errors="backslashreplace").decode()
 
 

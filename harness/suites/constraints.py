@@ -1,4 +1,4 @@
-"""Check an entry for impossible combinations of values that are valid separately."""
+"""Check an entry for values that are valid separately but impossible together."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def combination_problems(
 ) -> Iterator[FieldProblem]:
     """Yield a problem for each combination of values with which every Cell would fail.
 
-    config: Method -> field -> values. steps: steps of the training.
+    config: Method -> field -> values. steps: number of training steps.
     """
     for name, fields in config.items():
         yield from _starts(name, fields)
@@ -43,7 +43,7 @@ def _starts(name: str, fields: Mapping[str, list[Any]]) -> Iterator[FieldProblem
 
 
 def _budgets(name: str, fields: Mapping[str, list[Any]]) -> Iterator[FieldProblem]:
-    """Yield the first problem of each kind in AdaLoRA's rank schedule."""
+    """Yield up to two problems of AdaLoRA's rank schedule: a rank that would have to rise, and no step for pruning."""
     ranks = itertools.product(fields.get("target_rank", ()), fields.get("rank", ()))
     for target, rank in ((target, rank) for target, rank in ranks if target > rank):
         what = f"`target_rank` of {name} is {target}, above its `rank` of {rank}, but pruning only lowers the rank"
@@ -57,7 +57,7 @@ def _budgets(name: str, fields: Mapping[str, list[Any]]) -> Iterator[FieldProble
 
 
 def _schedules(name: str, fields: Mapping[str, list[Any]], steps: int) -> Iterator[FieldProblem]:
-    """Yield a problem for each `total_steps` of a schedule that differs from the steps of the training."""
+    """Yield a problem for each `total_steps` in a Method's config that differs from the number of training steps."""
     for total in fields.get("total_steps", ()):
         if steps and total != steps:
             what = f"`total_steps` of {name} is {total}, but the training has {steps} steps"
@@ -102,7 +102,7 @@ def training_problems(
 ) -> Iterator[FieldProblem]:
     """Yield a problem for each value of `training` or `optimizer` that contradicts a Method or another value.
 
-    config, steps: as in `combination_problems`. training: key of `training` that the entry has -> values.
+    config, steps: as in `combination_problems`. training: the entry's lists of values, by their keys in `training`.
     """
     infos = [methods[name] for name in config]
     yield from _optimizers(infos, keys, steps)
@@ -115,7 +115,7 @@ def training_problems(
 
 
 def _optimizers(infos: list[MethodInfo], keys: CellKeys, steps: int) -> Iterator[FieldProblem]:
-    """Yield a problem for each optimizer that cannot be used: nothing trains, or a Method steps by its own optimizer."""
+    """Yield a problem for each optimizer that cannot be used, because nothing trains or a Method has its own."""
     for index, optimizer in enumerate(keys.optimizer):
         if optimizer == "adamw":
             continue
@@ -132,7 +132,7 @@ def _optimizers(infos: list[MethodInfo], keys: CellKeys, steps: int) -> Iterator
 def _checkpointing(
     config: Mapping[str, Mapping[str, list[Any]]], training: Mapping[str, list[Any]]
 ) -> Iterator[FieldProblem]:
-    """Yield a problem for checkpointing with adapters whose tokens are in the cache: recomputed blocks get no cache."""
+    """Yield a problem for checkpointing with adapters that need the cache. Checkpointing drops the cache."""
     adapters = {value["peft_type"] for fields in config.values() for value in fields.get(KEY, ())}
     for index, checkpointing in enumerate(training.get("checkpointing", ())):
         for kind in sorted(adapters & set(IN_THE_CACHE)) if checkpointing else ():
@@ -143,7 +143,10 @@ def _checkpointing(
 def _layerwise(
     infos: list[MethodInfo], able: str, keys: CellKeys, training: Mapping[str, list[Any]]
 ) -> Iterator[tuple[str, str]]:
-    """Yield (reason, hint) for each reason why `layerwise`, which frees each gradient in its pass, is impossible here."""
+    """Yield pairs (reason, hint): why the option `layerwise` is impossible here.
+
+    With `layerwise`, the backward pass frees each gradient as soon as it has updated its weight.
+    """
     for info in infos:
         if not info.spec.trains_weights:
             what = f"{info.name} does not train the model's own weights, so its gradients take little memory"

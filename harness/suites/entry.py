@@ -1,4 +1,4 @@
-"""Check one entry of a suite: merge it with its block's keys, look up its names, and check its values."""
+"""Check one entry of a suite: merge its keys with those of its block, look up the names in it, and check its values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from harness.suites.tuning import Tune
 from harness.yaml_lines import Document, KeyPath
 
 MAX_CELLS = 10_000
-"""Largest number of Cells. At a minute each, ten thousand Cells take a week; a larger number is a mistake."""
+"""Maximum number of Cells of a suite. More would take longer than a week at a minute each, so a mistake is likely."""
 _CHECKED_LATER = (
     ("config", "targets"),
     ("config", "adapter_config"),
@@ -36,16 +36,16 @@ _CHECKED_LATER = (
 
 @dataclass(frozen=True)
 class SuiteEntry:
-    """One entry of a suite, with a list for every axis. `expand` makes the Cells of all combinations."""
+    """One entry of a suite. Each axis is a list of values, and `expand` makes a Cell of every combination."""
 
     id: str
     where: str
-    """`file:line`."""
+    """Place of the entry in the suite, as `file:line`."""
     model: list[str]
     task: list[str]
     base: list[Base]
     config: dict[str, dict[str, list[Any]]]
-    """Method -> field -> values; fields that the entry omits have their default."""
+    """Method -> field -> values. A field that the entry omits has its default."""
     implementation: list[str]
     optimizer: list[Optimizer]
     dtype: list[Dtype]
@@ -55,12 +55,13 @@ class SuiteEntry:
     latency: Timed
     tune: Tune | None
     places: dict[str, str]
-    """Key -> `file:line`, for keys that are checked later against the model or the data."""
+    """Key -> its place in the suite, as `file:line`. It holds only keys whose values are checked later, against model
+    or data."""
 
 
 @dataclass
 class SuiteContext:
-    """The shared state of all checks of one suite: the file, the names that it may use, and the mistakes so far."""
+    """What all checks of one suite share: its file, the names that it may use, and the mistakes found so far."""
 
     document: Document
     registry: Registry
@@ -69,9 +70,10 @@ class SuiteContext:
     sources: dict[str, Source] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
     ids: dict[str, str] = field(default_factory=dict)
-    """Entry id -> `file:line`."""
+    """Id of an entry -> its place, as `file:line`."""
     entries: dict[str, CellKeys] = field(default_factory=dict)
-    """Entry id -> merged keys, for entries with all required keys. Their values may be invalid."""
+    """Id of an entry -> its keys and those of its block. Entries without a required key are left out. Values may be
+    invalid."""
 
     @property
     def folder(self) -> Path:
@@ -84,9 +86,9 @@ class SuiteContext:
 
     @contextmanager
     def problem_if_raised(self, path: KeyPath) -> Iterator[None]:
-        """Catch a HarnessError that is raised inside the context, and add a mistake at `path`.
+        """Catch a HarnessError that is raised inside the context, and add its text as a mistake at `path`.
 
-        For a SuiteError, add its own mistakes instead.
+        If it is a SuiteError, add the mistakes that it lists instead.
         """
         try:
             yield
@@ -97,9 +99,10 @@ class SuiteContext:
 
 
 def check_entry(context: SuiteContext, block: KeyPath, cell: KeyPath) -> SuiteEntry | None:
-    """Check the entry at `cell` in the block at `block`. Returns the entry, or None if it has a mistake.
+    """Check one entry and return it. If it has a mistake, return None.
 
-    If the entry lacks keys, only the missing keys are reported.
+    block, cell: paths of the entry's block and of the entry itself in the file. If keys are missing, nothing else is
+    checked.
     """
     return _EntryChecker(context, block, cell).check()
 
@@ -165,7 +168,10 @@ class _EntryChecker:
             self.context.problem(self._path(*path), what, hint)
 
     def _path(self, *rest: str | int) -> KeyPath:
-        """Return the path of a key in the entry, else in its block; if neither has the key, return the entry's path."""
+        """Return the path of a key in the entry or, failing that, in its block.
+
+        If neither has the key, return the path of the nearest enclosing key, or of the entry.
+        """
         lines = self.context.document.lines
         for n in range(len(rest), 0, -1):
             for start in (self.cell, self.block):
@@ -196,10 +202,10 @@ class _EntryChecker:
         return configs
 
     def _unknown_config_keys(self) -> None:
-        """Report each config key that none of its Methods has.
+        """Report each key of `config` that no Method has.
 
-        A key in the entry's own config must fit a Method of the entry; a key in the block's config must fit a Method of
-        any entry of the block.
+        For a key in the entry's own config, only the Methods of this entry count. For a key in the block's config, the
+        Methods of all entries of the block count.
         """
         block = self.context.document.at(self.block)
         own = self.context.document.at(self.cell).get("config", {}) if self.cell != self.block else {}
@@ -215,7 +221,10 @@ class _EntryChecker:
             self.context.problem(self._path("config", key), what, did_you_mean(key, known, "keys"))
 
     def _config(self, info: MethodInfo, kinds: dict[str, str]) -> dict[str, list[Any]]:
-        """Return the valid values of each field of a Method. kinds: name of each known model -> its kind."""
+        """Map each field of a Method to its values in the entry. Report invalid values, and leave out unreadable ones.
+
+        kinds: model -> its kind, e.g. `encoder`.
+        """
         values: dict[str, list[Any]] = {}
         for key, knob in info.fields.items():
             value = self.keys.config.get(key, knob.default)
@@ -328,7 +337,7 @@ class _EntryChecker:
         return found
 
     def _ratio(self, config: dict[str, dict[str, list[Any]]], ratio: float, path: KeyPath) -> None:
-        """Report each Method without a factor B if `ratio` is not 1, because LoRA+ multiplies the learning rate of B."""
+        """Report each Method without a factor B, unless `ratio` is 1. LoRA+ multiplies the learning rate of B by it."""
         for name in config:
             factors = self.context.methods[name].spec.factors
             if ratio != 1 and "B" not in factors:
@@ -338,9 +347,9 @@ class _EntryChecker:
 
 
 def _merged(block: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any]:
-    """Merge the keys of a cell into those of its block, also inside nested mappings, and return the result.
+    """Return the keys of a block with those of a cell added. A key of the cell replaces the same key of the block.
 
-    A key of the cell replaces the same key of the block.
+    If both values of a key are mappings, they are merged in the same way.
     """
     deeper = {
         key: _merged(block[key], value)

@@ -1,4 +1,4 @@
-"""Make the Cells of all combinations in the entries of a suite, and select Cells by an expression."""
+"""Make the Cells of a suite, one for each combination of the values in an entry, and select Cells by an expression."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """The Cells of a suite, and the comparisons and searches that its report evaluates."""
+    """The Cells of a suite, its comparisons, and its searches for learning rates."""
 
     cells: tuple[Cell, ...]
-    """Ranked Cells, then the Cells of the searches for learning rates."""
+    """The Cells that are ranked. After them come the Cells that the searches for learning rates need."""
     ids: dict[str, str]
     """cell_id -> id of the Cell's entry."""
     comparisons: tuple[Comparison, ...]
-    """All comparisons of the suite, also after `select`: a comparison without its Cells counts as not answered."""
+    """All comparisons of the suite, even those whose Cells `select` has removed."""
     tuning: tuple[Tuning, ...] = ()
-    """All searches of the suite, also after `select`."""
+    """All searches of the suite, even those whose Cells `select` has removed."""
 
 
 def expand(entries: Sequence[tuple[SuiteEntry, Sequence[Cell]]], comparisons: Sequence[ComparisonKeys]) -> Plan:
-    """Return the plan of a suite. entries: each entry with its Cells, in the order of the file."""
+    """Return the plan of a suite. entries: the entries in the order of the file, each with its Cells."""
     found = {cell.cell_id: cell for _, cells in entries for cell in cells}
     ids = {cell.cell_id: entry.id for entry, cells in entries for cell in cells}
     of_entry = {entry.id: [cell.cell_id for cell in cells] for entry, cells in entries}
@@ -58,7 +58,7 @@ def expand(entries: Sequence[tuple[SuiteEntry, Sequence[Cell]]], comparisons: Se
 
 
 def count(entry: SuiteEntry) -> int:
-    """Return the largest possible number of Cells of an entry, without making them."""
+    """Return an upper bound for the number of Cells of an entry, including those of its searches. This makes no Cells."""
     axes = (entry.model, entry.task, entry.base, entry.implementation, entry.optimizer, entry.dtype)
     configs = sum(math.prod(len(values) for values in fields.values()) for fields in entry.config.values())
     searched = len(entry.tune.lr) if entry.tune else 0
@@ -66,7 +66,7 @@ def count(entry: SuiteEntry) -> int:
 
 
 def cells(entry: SuiteEntry) -> Iterator[Cell]:
-    """Yield an entry's Cells; the last axis, the seed, varies fastest."""
+    """Yield the Cells of an entry. Of all axes, the seed varies fastest."""
     # Untimed seeds also have the prompts of the timed seed, so that all seeds have one recipe.
     evaluation = entry.evaluation.untimed() if entry.latency == "never" else entry.evaluation
     for model, task, base, (method, config), implementation, optimizer, dtype, training, seed in itertools.product(
@@ -93,9 +93,10 @@ def _of(entries: Sequence[str], cell_ids: Mapping[str, list[str]]) -> list[str]:
 
 
 def _searches(entry: SuiteEntry, cells: Sequence[Cell]) -> list[tuple[list[str], list[Cell]]]:
-    """Return (cell_ids, sweep) for each search of an entry: the ids of the tuned Cells, and one Cell per learning rate.
+    """Return a pair (cell_ids, sweep) for each search of an entry.
 
-    Cells that the config of `tune` makes equal share a search.
+    cell_ids: ids of the Cells that use the result of the search. sweep: one Cell per learning rate. Some Cells become
+    equal when the config of `tune` replaces theirs. Such Cells share a search.
     """
     tune = entry.tune
     if tune is None:
@@ -123,12 +124,13 @@ def _configs(fields: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
 def select(plan: Plan, expr: str) -> Plan:
     """Return the plan with only the Cells that `expr` selects.
 
-    Terms are separated by commas. `key=value` compares one key: id, model, task, method, implementation, base, optimizer,
-    dtype, seed, lr, batch, max_tokens, accumulate, checkpointing, lr_ratio, compile, layerwise, tune (true for Cells of a
-    search), or a key of the config. A bare word is the start of a cell_id, or any part of the entry's id or of the name
-    that `plan` prints. Terms of the same key are alternatives; different keys must all match.
+    The terms of `expr` are separated by commas. A term `key=value` compares one key: id, model, task, method,
+    implementation, base, optimizer, dtype, seed, lr, batch, max_tokens, accumulate, checkpointing, lr_ratio, compile,
+    layerwise, tune (true for Cells of a search), or a key of the config. A term without a key is the start of a
+    cell_id, a part of the entry's id, or a part of the name that `plan` prints. For each key in `expr`, a Cell must
+    match at least one of the terms with this key.
 
-    Raises UsageError if no Cell matches `expr` or one of its terms, and for an unknown key.
+    Raises UsageError if no Cell matches `expr` or one of its terms, or if a key is unknown.
     """
     wanted: dict[str, list[str]] = {}
     for term in filter(None, (part.strip() for part in expr.split(","))):

@@ -1,4 +1,4 @@
-"""Check the lm-eval keys of a task. Keys that training does not support are refused: scoring must match training."""
+"""Check the lm-eval keys of a task. Keys that training does not support are refused, as scoring must match training."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from harness.yaml_lines import Document, KeyPath
 
 LABELLED = ("id", "text", "label")
 ANSWERED = ("id", "prompt", "answer")
-"""Keys of a row; its file may have other names for them."""
+"""Keys of a row of a task with texts as answers. The data file may use other names for them."""
 
 MAX_GEN_TOKS = 256
-"""Default for the largest number of tokens of an answer, as in lm-eval."""
+"""Maximum number of tokens of a generated answer, if the task does not set it. lm-eval has the same default."""
 
 _NEEDED = ("task", "output_type", "doc_to_text", "doc_to_target")
 _OWN = {
     "multiple_choice": ("doc_to_choice", "metric_list"),
     "generate_until": ("generation_kwargs", "metric_list"),
 }
-"""Kind of task -> further required keys."""
+"""Kind of a task -> keys that only this kind requires."""
 _FREE = ("target_delimiter", "metadata", "tag", "task_alias")
 METRICS = {"multiple_choice": "acc", "generate_until": "exact_match"}
-"""Kind of task -> metric whose value for an item is 1 (right) or 0 (wrong)."""
+"""Kind of a task -> its metric, which is 1 for an item with the right answer and 0 for any other item."""
 _HARNESS_SETS = "remove it: data and splits come from `metadata`"
 _REFUSED = {
     "description": "put it into `doc_to_text`",
@@ -51,26 +51,27 @@ _Found = Iterator[tuple[KeyPath, str, str]]
 def problems(document: Document, labels: int | None) -> list[Problem]:
     """Return the problems of a task's file: missing keys, and keys that training or scoring does not support.
 
-    labels: number of classes; None for a task without classes.
+    labels: number of classes. None for a task without classes.
     """
     return [Problem(document.where(*path), what, hint) for path, what, hint in _found(document.data, labels)]
 
 
 def filters(data: dict[str, Any]) -> list[str]:
-    """Return the names of a task's filters; without filters, return `none`, the name of lm-eval's default filter."""
+    """Return the names of a task's filters. If it has none, return `none`, the name of lm-eval's default filter."""
     listed = data.get("filter_list") or [{"name": "none"}]
     return [str(f["name"]) for f in listed if isinstance(f, dict) and "name" in f] if isinstance(listed, list) else []
 
 
 def max_answer_tokens(spec: dict[str, Any]) -> int:
-    """Return the largest number of tokens of a generated answer."""
+    """Return the maximum number of tokens of a generated answer."""
     return int((spec.get("generation_kwargs") or {}).get("max_gen_toks", MAX_GEN_TOKS))
 
 
 def too_long(cell: Cell, positions: int | None, answer: int) -> tuple[str, str] | None:
-    """Return (reason, hint) if the texts of a Cell exceed the positions of its model, else None.
+    """Return a reason and a hint if the texts of a Cell are too long for its model. Otherwise return None.
 
-    positions: None if the model has no limit. answer: tokens of a generated answer; 0 for a task with classes.
+    positions: maximum length of a text for the model, or None without a limit. answer: maximum number of tokens of a
+    generated answer, or 0 for a task with classes.
     """
     limit, virtual = cell.training.max_tokens, virtual_tokens(cell.config)
     if positions is None or virtual + limit + answer <= positions:
@@ -145,7 +146,11 @@ def _templates(data: dict[str, Any], keys: tuple[str, ...], columns: tuple[str, 
 
 
 def _generation(given: Any) -> _Found:
-    """Check `generation_kwargs`. Answers are greedy, and end after `max_gen_toks` tokens or at a text of `until`."""
+    """Yield the problems of `generation_kwargs`.
+
+    Answers are always generated greedily. An answer ends after `max_gen_toks` tokens, or at one of the texts in
+    `until`.
+    """
     key = "generation_kwargs"
     if not isinstance(given, dict):
         yield (key,), f"`{key}` is {given!r}", 'write {until: ["\\n\\n"], max_gen_toks: 256}'
@@ -165,7 +170,7 @@ def _generation(given: Any) -> _Found:
 
 
 def _filters(listed: Any) -> _Found:
-    """Check `filter_list`: lm-eval's filters, which extract an answer from the generated text."""
+    """Yield the problems of `filter_list`. Its filters extract the answer from a generated text."""
     form = "write `- {name: NAME, filter: [{function: take_first}]}`"
     if not isinstance(listed, list):
         yield ("filter_list",), f"`filter_list` is {listed!r}", form

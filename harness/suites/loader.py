@@ -1,7 +1,7 @@
-"""Load suites. No torch.
+"""Load suites without torch.
 
-A suite is validated in two stages: the shape of the YAML (`schema`), then its meaning: names, combinations, duplicates.
-Each stage reports all its mistakes at once, with file, line and hint.
+A suite is validated in two stages. The first checks keys and types of the YAML (`schema`). The second checks what they
+mean: names, combinations and duplicates. Each stage reports all its mistakes at once, with file, line and hint.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from harness.yaml_lines import KeyPath
 
 
 def names() -> list[str]:
-    """List the suites that come with the harness: the files in `suites/` that have a matrix."""
+    """List the suites that come with the harness: the names of the files in `suites/` that have the key `matrix`."""
     files = sorted(data_folder("suites").glob("*.yaml"))
     return [path.stem for path in files if "\nmatrix:" in path.read_text(encoding="utf-8")]
 
 
 def find(name_or_path: str | Path) -> Path:
-    """Return the file of the suite with this name or path. Raises UsageError for an unknown name."""
+    """Return the file of a suite, given its name or path. Raises UsageError for an unknown name."""
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml"):
         return path
@@ -43,9 +43,9 @@ def find(name_or_path: str | Path) -> Path:
 
 
 def load(name_or_path: str | Path, *, registry: Registry | None = None) -> Suite:
-    """Load a suite by its name or its path. registry: by default, the installed implementations.
+    """Load a suite, given its name or path. registry: by default, the installed implementations.
 
-    Raises SuiteError with all mistakes of the first stage that finds mistakes.
+    Raises SuiteError with all mistakes of the first stage or, if there are none, with all mistakes of the second stage.
     """
     document, keys = yaml_lines.load_model(find(name_or_path), SuiteKeys)
     context = SuiteContext(document, registry or discover(), methods() | UNREFERENCED)
@@ -81,7 +81,10 @@ def _sources(context: SuiteContext, keys: SuiteKeys) -> dict[str, Source]:
 
 
 def _entry_paths(keys: SuiteKeys) -> Iterator[tuple[KeyPath, KeyPath]]:
-    """Yield the paths (block, cell) of every entry. A block without cells is an entry, with its own path as both paths."""
+    """Yield a pair (path of the block, path of the entry) for each entry.
+
+    A block without `cells` is itself an entry, so that both paths are the same.
+    """
     for i, block in enumerate(keys.matrix):
         if block.cells is None:
             yield ("matrix", i), ("matrix", i)
@@ -90,7 +93,7 @@ def _entry_paths(keys: SuiteKeys) -> Iterator[tuple[KeyPath, KeyPath]]:
 
 
 def _expand(context: SuiteContext, entries: list[SuiteEntry]) -> list[tuple[SuiteEntry, list[Cell]]]:
-    """Return each entry with its Cells; report entries that share a Cell, and too many Cells."""
+    """Return each entry with its Cells. Report entries that share a Cell, and too many Cells."""
     if (total := sum(map(expand.count, entries))) > MAX_CELLS:
         what = f"{total} Cells exceed the limit of {MAX_CELLS}"
         context.problem(("matrix",), what, "shorten a list, or split the suite")

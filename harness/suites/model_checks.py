@@ -1,8 +1,8 @@
-"""Check the layers and tokens of Cells against the models that are on this machine. No torch.
+"""Check whether Cells fit the models that are on this machine: their layers and the lengths of texts. No torch.
 
 The check runs before anything is fetched, and again when all models are here. The headers of the weight files show most
-targets. For other targets (a tied or new layer has no separate weights, a shape has no weights) one child process builds
-all models without weights.
+layers, but not layers without weights of their own, e.g. tied layers. If a target is not found in the headers, a child
+process builds the model without weights and looks for the layer there.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
     from harness.suites.suite import Suite
 
 _TIMEOUT_S = 120.0
-"""Seconds that building one model may take."""
+"""Maximum time to build one model, in seconds."""
 
 
 @dataclass(frozen=True)
 class _Unseen:
-    """Targets of a model that match none of its weights."""
+    """The targets of one model that match no layer in the headers of its weight files."""
 
     folder: Path
     kind: str
     wanted: dict[str, dict[str, str]]
-    """Target -> `file:line` of the target -> name of the model there."""
+    """Target -> every place where the suite names it. A place is a `file:line`, with the name of the model."""
 
 
 def check_models(suite: Suite, plan: Plan) -> None:
-    """Raise SuiteError for Cells of the plan that do not fit a model on this machine."""
+    """Raise SuiteError if a Cell of the plan does not fit its model. Only models on this machine are checked."""
     places = {entry.id: entry.places for entry in suite.entries}
     of_model: dict[str, list[tuple[Cell, dict[str, str]]]] = {}
     for cell in plan.cells:
@@ -98,7 +98,7 @@ def _no_layers(unseen: Sequence[_Unseen]) -> Iterator[Problem]:
 
 
 def _none_of_them(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Iterator[Problem]:
-    """Yield a problem for each adapter config in which no target_modules matches a layer. PEFT needs only one match."""
+    """Yield a problem for each adapter config whose target_modules match no layer at all. PEFT needs only one match."""
     paths = model_folder.layers(folder)
     for cell, places in cells:
         config = cell.config.get("adapter_config")
@@ -110,7 +110,7 @@ def _none_of_them(folder: Path, cells: list[tuple[Cell, dict[str, str]]]) -> Ite
 
 
 def _seen(name: str, paths: Collection[str]) -> bool:
-    """Return whether a name matches a layer; for a word such as `attention` a similar name is enough."""
+    """Return whether `name` matches a layer. A word such as `attention` matches layers with similar names."""
     if name in TARGET_WORDS:
         return name != "attention" or any("attn" in path or "attention" in path.lower() for path in paths)
     return any(path == name or path.endswith(f".{name}") for path in paths)
@@ -118,9 +118,10 @@ def _seen(name: str, paths: Collection[str]) -> bool:
 
 @functools.cache
 def _misfits(requests: tuple[tuple[Path, str, tuple[str, ...]], ...]) -> list[dict[str, str]]:
-    """Return one dict per request (folder, kind, names): each name that matches no layer -> the reason.
+    """Return one dict per request. It maps each name that matches no layer to the reason.
 
-    The dict is empty for a model that cannot be built here: its Cells report the failure with the full traceback.
+    requests: tuples (folder of a model, its kind, names of layers). If a model cannot be built here, its dict is empty,
+    and its Cells report the failure.
     """
     found: list[dict[str, str]] = []
     while left := requests[len(found) :]:

@@ -1,4 +1,4 @@
-"""Keys of a suite's YAML, with their types and plausible ranges. `loader` checks their meaning."""
+"""The keys of a suite's YAML, with their types and plausible ranges. `loader` checks what their values mean."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from harness.records.record import Dtype, FrozenModel, Optimizer, Quantization
 
 _T = TypeVar("_T")
 OneOrMany = Annotated[list[_T], BeforeValidator(lambda v: v if isinstance(v, list) else [v]), Field(min_length=1)]
-"""An axis of the matrix: a list of values, or one value."""
+"""Type of a key that is an axis: a list of values. A single value stands for a list of one."""
 Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 Word = Annotated[str, Field(min_length=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -20,7 +20,7 @@ Positive = Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 SYNTHETIC = "synthetic"
-"""Name of the task without texts; see `harness.suites.synthetic_task`."""
+"""Name of the task that has no texts. See `harness.suites.synthetic_task`."""
 
 
 class Keys(BaseModel):
@@ -30,14 +30,14 @@ class Keys(BaseModel):
 
 
 class BaseKeys(Keys):
-    """`base:` of an entry."""
+    """Values of the key `base:` of an entry."""
 
     quantization: Quantization = "none"
     implementation: str = ""
 
 
 class TrainingKeys(Keys):
-    """`training:` of an entry; the fields of `records.training.Training`."""
+    """Values of the key `training:` of an entry. They become fields of `records.training.Training`."""
 
     steps: Count | None = None
     batch: OneOrMany[Positive] | None = None
@@ -46,7 +46,7 @@ class TrainingKeys(Keys):
     warmup: Count | None = None
     weight_decay: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: OneOrMany[Annotated[int, Field(ge=4, le=1_000_000)]] | None = None
-    """At least 4: two special tokens of an encoder and two of text."""
+    """The minimum of 4 leaves room for the two special tokens of an encoder and two tokens of text."""
     accumulate: OneOrMany[Positive] | None = None
     checkpointing: OneOrMany[bool] | None = None
     lr_ratio: OneOrMany[Annotated[float, Field(gt=0, le=10_000)]] | None = None
@@ -55,23 +55,23 @@ class TrainingKeys(Keys):
 
 
 class EvaluationKeys(Keys):
-    """`evaluation:` of an entry; fields of `records.record.Evaluation`."""
+    """Values of the key `evaluation:` of an entry. They become fields of `records.record.Evaluation`."""
 
     items: Positive | None = None
     batch: Positive | None = None
 
 
 class PromptKeys(Keys):
-    """`prompts:` of an entry, for its latencies; fields of `records.record.Evaluation`."""
+    """Values of the key `prompts:` of an entry, for latencies. They become fields of `records.record.Evaluation`."""
 
     batch: Positive | None = Field(default=None, serialization_alias="prompt_batch")
     tokens: Positive | None = Field(default=None, serialization_alias="prompt_tokens")
     passes: Annotated[int, Field(ge=6, le=1_000_000)] | None = None
-    """At least 6, since fewer passes give no interval at 95 %."""
+    """The minimum is 6, because fewer passes give no 95 % interval."""
 
 
 class TuneKeys(Keys):
-    """`tune:` of an entry; see `harness.suites.tuning`."""
+    """Values of the key `tune:` of an entry. See `harness.suites.tuning`."""
 
     lr: OneOrMany[Rate] = []
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 100
@@ -80,13 +80,13 @@ class TuneKeys(Keys):
 
 
 Timed = Literal["every-seed", "first-seed", "never"]
-"""The Cells of an entry for which latencies are measured. Cells of `tune:` never have latencies."""
+"""Which Cells of an entry have measured latencies. The Cells of a search (`tune:`) never have any."""
 
 
 class CellKeys(Keys):
-    """One entry of `cells:`, or a block without `cells`. Lists are axes: every combination is a Cell.
+    """The keys of one entry. A list of values is an axis, and every combination of values is a Cell.
 
-    Every key is optional here, since an entry may inherit it from its block; see `missing`.
+    No key is required here, because the block of the entry may have it. See `missing`.
     """
 
     id: Id | None = None
@@ -127,7 +127,7 @@ class CellKeys(Keys):
 
 
 class BlockKeys(CellKeys):
-    """One entry of `matrix:`. Its keys are shared by its `cells`."""
+    """One block of `matrix:`. The entries in `cells` share its other keys. Without `cells`, the block is an entry."""
 
     cells: list[CellKeys] | None = Field(default=None, min_length=1)
 
@@ -151,22 +151,22 @@ class ComparisonKeys(Keys):
 
     @property
     def kind(self) -> Literal["better", "same-losses"]:
-        """The question; see `records.manifest.Comparison`."""
+        """The kind of the comparison. See `records.manifest.Comparison`."""
         return "better" if self.better else "same-losses"
 
     @property
     def left(self) -> list[str]:
-        """Ids of the entries on the left side."""
+        """Ids of the entries under `better:` or `same-losses:`."""
         return self.better or self.same_losses
 
     @property
     def right(self) -> list[str]:
-        """Ids of the entries on the right side."""
+        """Ids of the entries under `than:` or `as:`."""
         return self.than or self.as_
 
 
 class SuiteKeys(Keys):
-    """Top level of a suite."""
+    """The keys at the top level of a suite."""
 
     suite: Id
     title: str = ""

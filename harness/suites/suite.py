@@ -1,4 +1,4 @@
-"""A validated suite. No torch."""
+"""A validated suite, without torch."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from harness.suites.tasks import Task
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite without mistakes."""
+    """A suite that has passed all checks."""
 
     name: str
     title: str
     about: str
     path: Path
     sha256: str
-    """SHA-256 of the file."""
+    """SHA-256 of the suite's file."""
     text: str
-    """Content of the file."""
+    """Content of the suite's file."""
     entries: tuple[SuiteEntry, ...]
     plan: Plan
     sources: dict[str, Source]
-    """Built-in sources and those of the suite, by name."""
+    """Name -> source, for built-in sources and those of the suite."""
     tasks: dict[str, Task]
-    """The tasks of its entries, by name."""
+    """Name -> task, for each task of an entry."""

@@ -1,7 +1,7 @@
 """The task `synthetic`: random tokens instead of texts, to measure the cost of a Cell without a score. No torch.
 
-Every sequence has exactly `max_tokens` tokens. A causal model's loss covers all tokens but the first; an encoder's loss
-uses random labels. Nothing is scored, so the Records have no accuracy.
+Every sequence has exactly `max_tokens` tokens. The loss of a causal model covers all tokens except the first. The loss
+of an encoder uses random labels. Nothing is scored, so the Records have no accuracy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def problems(keys: CellKeys, models: Mapping[int, Source]) -> Iterator[FieldProblem]:
     """Yield a problem for each value of an entry that does not fit the entry's task.
 
-    models: the known models, by their index in the entry.
+    models: index in the entry's list of models -> source. Unknown models are left out.
     """
     if not keys.is_synthetic:
         for i, source in models.items():

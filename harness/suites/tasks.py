@@ -1,4 +1,4 @@
-"""Load tasks: lm-eval YAML files whose `metadata` names the data for scoring and training. No torch."""
+"""Load tasks without torch. A task is an lm-eval YAML file whose `metadata` names the data for scoring and training."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from harness.suites.schema import SYNTHETIC
 from harness.yaml_lines import Document
 
 Role = Literal["data", "train"]
-"""Role of a source in a task; one source may have both."""
+"""What a task uses a source for: `data` for scoring, `train` for training. One source may have both roles."""
 
 
 class Answers(FrozenModel):
-    """Rules for training on a task with texts as answers."""
+    """How to train on a task whose answers are texts."""
 
     loss: Literal["answer", "all"] = "answer"
-    """Tokens that have a loss: the tokens of the answer, or all tokens except the first."""
+    """Which tokens have a loss: those of the answer, or all except the first."""
     eos: bool = True
     """True if an answer ends with the tokenizer's end-of-sequence token."""
 
 
 class Metadata(BaseModel):
-    """The keys in `metadata` of a task that peft-harness reads. lm-eval stores further keys there."""
+    """The keys under `metadata` that peft-harness reads. lm-eval puts other keys there, which are ignored."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="allow")
 
@@ -43,14 +43,14 @@ class Metadata(BaseModel):
 
 
 class LabelledMetadata(Metadata):
-    """`metadata` of a task with classes."""
+    """The keys under `metadata` of a task with classes."""
 
     labels: Annotated[int, Field(ge=2, le=1000)]
     text: Annotated[str, Field(min_length=1)]
 
 
 class AnsweredMetadata(Metadata):
-    """`metadata` of a task with texts as answers; see `Answers`."""
+    """The keys under `metadata` of a task whose answers are texts. See `Answers`."""
 
     loss: Literal["answer", "all"] = "answer"
     eos: bool = True
@@ -58,7 +58,7 @@ class AnsweredMetadata(Metadata):
 
 
 class LabelledFile(BaseModel):
-    """Top level of the file of a task with classes. lm-eval's own keys are checked by `lm_eval_keys`."""
+    """The top level of the file of a task with classes. `lm_eval_keys` checks the keys of lm-eval."""
 
     model_config = Metadata.model_config
 
@@ -66,7 +66,7 @@ class LabelledFile(BaseModel):
 
 
 class AnsweredFile(BaseModel):
-    """Top level of the file of a task with texts as answers."""
+    """The top level of the file of a task whose answers are texts."""
 
     model_config = Metadata.model_config
 
@@ -74,31 +74,32 @@ class AnsweredFile(BaseModel):
 
 
 class TaskSpec(FrozenModel):
-    """The part of a task that a worker receives."""
+    """The part of a task that a worker needs."""
 
     name: str
     spec: dict[str, Any]
-    """All keys of the task's file, `metadata` included."""
+    """All keys of the task's file, including `metadata`."""
     labels: int
-    """Number of classes for an encoder; 0: for causal models only."""
+    """Number of classes. It is 0 if only causal models can do the task."""
     test: int
-    """Number of test rows: the first rows after a shuffle with `shuffle_seed`. 0 for lm-eval's own task: it has a split."""
+    """Number of test rows: the first rows after a shuffle with `shuffle_seed`. It is 0 for a task that has its own test
+    split."""
     shuffle_seed: int
     answers: Answers | None = None
-    """None for a task with classes."""
+    """How to train on the answers. None for a task with classes."""
     filter: str = "none"
-    """Name of lm-eval's filter that scores the task."""
+    """Name of the lm-eval filter whose result is scored."""
 
 
 class Task(TaskSpec):
-    """A task, with its sources. `synthetic` has none."""
+    """A task with its sources. The task `synthetic` has no sources."""
 
     path: Path
     data: Source | None
     train: Source | None = None
-    """Separate training set; if None, training uses the rows of `data` that are not test rows."""
+    """Source of the training rows. If it is None, the rows of `data` that are not test rows are used for training."""
     upstream: lm_eval_files.TaskFile | None = None
-    """The file of one of lm-eval's own tasks, which have their own splits; None for any other task."""
+    """File of a task that comes with lm-eval and has its own splits. None for any other task."""
 
     @property
     def trains(self) -> bool:
@@ -106,7 +107,10 @@ class Task(TaskSpec):
         return self.upstream is None or "train" in self.upstream.splits
 
     def problems(self, role: Role, source: Source, path: Path) -> list[Problem]:
-        """Return the mistakes in `path`, the file of `source`. role: the role of this source in the task."""
+        """Return the mistakes in a data file of the task.
+
+        role: what the task uses `source` for. path: the file of `source`.
+        """
         if self.upstream is not None:
             return []  # lm-eval reads it
         if role == "train":
@@ -115,15 +119,15 @@ class Task(TaskSpec):
 
 
 def names() -> list[str]:
-    """List the tasks that come with the harness."""
+    """List the names of the tasks that come with the harness."""
     return sorted([*(path.stem for path in (data_folder("suites") / "tasks").glob("*.yaml")), SYNTHETIC])
 
 
 def load(name: str, base: Path, sources: Mapping[str, Source]) -> Task:
-    """Load a task by its name, or by its path from `base`.
+    """Load a task by its name, or by its path relative to the folder `base`.
 
-    As in `loader.load`, there are two stages. Raises SuiteError with all mistakes of the first stage that finds any. The
-    second stage also reads local data files, so that their mistakes are found before anything runs.
+    As in `loader.load`, there are two stages. Raises SuiteError with all mistakes of the first stage that finds any.
+    The second stage also reads local data files, so that mistakes in them are found before anything runs.
     """
     if name == SYNTHETIC:
         return Task(name=name, path=Path(name), spec={}, data=None, labels=2, test=0, shuffle_seed=0)
@@ -165,7 +169,10 @@ def _task(
     problems: list[Problem],
     **fields: Any,
 ) -> Task:
-    """Return the task. Raises SuiteError with `problems` and the mistakes in its sources. fields: further fields of Task."""
+    """Return a task. fields: further fields of Task.
+
+    Raises SuiteError with the given `problems` and the mistakes in the task's sources, if there are any.
+    """
     data = _source(document, "data", metadata.data, sources, problems)
     train = _source(document, "train", metadata.train, sources, problems) if metadata.train else None
     task = Task(
@@ -189,7 +196,7 @@ def _find(name: str, base: Path) -> Path:
 
 
 def _upstream(name: str) -> Task:
-    """Return one of lm-eval's own tasks. Raises UsageError if it cannot run here."""
+    """Return a task that comes with lm-eval. Raises UsageError if it cannot be used here."""
     file = lm_eval_files.find(name)
     spec, filters = file.spec, lm_eval_keys.filters(file.spec)
     kind = spec.get("output_type", "generate_until")
@@ -227,7 +234,7 @@ def _upstream(name: str) -> Task:
 def _source(
     document: Document, key: str, name: str, sources: Mapping[str, Source], problems: list[Problem]
 ) -> Source | None:
-    """Return the source that `metadata` names at `key`. If it is unknown or no data, add a problem and return None."""
+    """Return the source that `metadata` names at `key`. If it is unknown or a model, add a problem and return None."""
     try:
         source = resolve(name, sources, document.path.parent, kind="data")
         if source.kind == "data":
@@ -239,7 +246,7 @@ def _source(
 
 
 def _unfit(document: Document, task: Task) -> list[Problem]:
-    """Return the mistakes in the task's sources: in the kind of their rows, and in each row of a local file."""
+    """Return the mistakes in a task's sources: rows of the wrong kind and, in local files, invalid rows."""
     problems: list[Problem] = []
     roles: tuple[tuple[Role, Source | None], ...] = (("data", task.data), ("train", task.train))
     for key, source in roles:

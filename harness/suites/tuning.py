@@ -1,4 +1,4 @@
-"""Check `tune:` of a suite's entry: a declared search for the learning rate, with a known number of trials."""
+"""Check the key `tune:` of an entry. It declares a search for the learning rate, with a known number of trials."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from harness.suites.tasks import Task
 
 @dataclass(frozen=True)
 class Tune:
-    """A search for the learning rate. Cells of the entry that differ only in `lr` share one trial of each learning rate."""
+    """A search for the learning rate, with one trial per rate. Cells that differ only in `lr` share these trials."""
 
     lr: tuple[float, ...]
     seed: int
     items: int
-    """Number of test items that score a trial; they follow those of the entry's Cells."""
+    """Number of test items that score a trial. They follow the test items that score the entry's Cells."""
     config: Mapping[str, Mapping[str, Any]]
-    """Method -> values that replace the entry's values, so that all ranks can share the trials of one rank.
+    """Method -> values for the trials. They replace the entry's values, so that e.g. all ranks share the trials of one
+    rank.
 
-    The value None stands for the default of a field that is newer than the first published Records; a Cell omits it.
+    A value of None means the default of a field that older Records do not have. The Cell of a trial omits such a field.
     """
 
     def axes(self, method: str) -> dict[str, list[Any]]:
-        """Return the config of a Method as axes: field -> list with the one value."""
+        """Return the config of a Method in the form of axes: field -> list of its one value."""
         return {key: [value] for key, value in self.config.get(method, {}).items()}
 
 
@@ -41,9 +42,10 @@ def read(
     scored: int,
     tasks: Sequence[Task],
 ) -> tuple[Tune | None, list[FieldProblem]]:
-    """Check `tune:`. Returns the search (None if it has mistakes) and the mistakes, with paths relative to `tune:`.
+    """Check `tune:`. Return the search and the mistakes. If there are mistakes, the search is None.
 
-    training, seeds: those of the entry's Cells. scored: number of test items that score these Cells.
+    The path of a mistake is relative to `tune:`. training, seeds: those of the entry's Cells. scored: number of test
+    items that score these Cells.
     """
     problems: list[FieldProblem] = []
     lr = tuple(dict.fromkeys(keys.lr))

@@ -1,1 +1,1 @@
-"""Reference implementations of Operations: quantisers, 8-bit states, paging, several adapters."""
+"""Reference implementations of Operations: quantisation, 8-bit optimizer states, paging, and batches of several adapters."""

@@ -71,21 +71,21 @@ SPEC = ReferenceSpec(
 )
 
 BLOCK = 256
-"""Elements per absmax."""
+"""Number of elements that share one absmax."""
 MIN_8BIT_SIZE = 4096
-"""Least number of elements of a tensor with 8-bit moments."""
+"""A tensor with at least this many elements has 8-bit moments. A smaller tensor has moments in float32 or float64."""
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of a step's arithmetic: float32, or float64 for float64 parameters."""
+    """Return the dtype in which a step computes: float64 for float64 parameters, and float32 for all others."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def init_state(p: Tensor, min_8bit_size: int = MIN_8BIT_SIZE) -> dict[str, Tensor]:
-    """Return the state before the first step: zero moments of p.numel() elements.
+    """Return the state of a parameter before the first step. Both moments are zero.
 
-    m, v: uint8 codes with m_absmax, v_absmax (float32, one per block). If p has fewer than `min_8bit_size` elements, the
-    state has only m and v, in the working dtype. Every absmax is 0, so that any code means 0.
+    m, v: uint8 codes of the moments, flat. m_absmax, v_absmax: one float32 number per block. Every absmax is 0, so that
+    any code means 0. If p has fewer than `min_8bit_size` elements, the state has only m and v, in the working dtype.
     """
     n = p.numel()
     if n < min_8bit_size:
@@ -97,12 +97,12 @@ def init_state(p: Tensor, min_8bit_size: int = MIN_8BIT_SIZE) -> dict[str, Tenso
 
 
 def state_bytes(numel: int, min_8bit_size: int = MIN_8BIT_SIZE) -> int:
-    """Return the bytes of both moments: 2 per element and 8 per block, or 8 per element of a small tensor (float32)."""
+    """Return the bytes of both moments: 2 per element plus 8 per block. For a small tensor, 8 per element (float32)."""
     return 8 * numel if numel < min_8bit_size else 2 * numel + 8 * -(-numel // BLOCK)
 
 
 def moments(state: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Return the first and the second moment of a state, decoded, flat, in `dtype`."""
+    """Return the first and the second moment of a state. They are decoded and flat, in `dtype`."""
     if state["m"].dtype != torch.uint8:
         return state["m"].to(dtype), state["v"].to(dtype)
     m = dequantize_blockwise(state["m"], state["m_absmax"], dynamic_map(signed=True), BLOCK)
@@ -121,12 +121,13 @@ def adamw8bit_step(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> None:
-    """Take step number `step` (from 1); change p and `state` in place. p and g have one shape, and any floating dtypes.
+    """Take step number `step` (from 1). Change p and `state` in place.
 
         m_t = beta1 m_{t-1} + (1 - beta1) g          v_t = beta2 v_{t-1} + (1 - beta2) g^2
         p_t = (1 - lr weight_decay) p_{t-1} - lr (m_t / (1 - beta1^t)) / (sqrt(v_t / (1 - beta2^t)) + eps)
 
-    The update of p uses the moments before they are encoded, and rounds p to its own dtype once.
+    p and g have the same shape, and any floating dtypes. The update uses the moments before they are encoded as 8-bit
+    codes. It rounds p to its own dtype only once.
     """
     dtype = working_dtype(p.dtype)
     wide, g = p.to(dtype, copy=True), g.to(dtype)
@@ -146,7 +147,7 @@ def adamw8bit_step(
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """AdamW with 8-bit states for large tensors. The state of a parameter is `step` and the result of `init_state`."""
+    """AdamW with 8-bit states for large tensors. The state of a parameter is the result of `init_state`, plus `step`."""
 
     def __init__(
         self,
@@ -161,7 +162,7 @@ class AdamW8bit(torch.optim.Optimizer):
         super().__init__(params, defaults | {"min_8bit_size": min_8bit_size})
 
     def step(self, closure: Any = None) -> Any:
-        """Take one step of every parameter with a gradient; return the loss of `closure`, if given."""
+        """Take one step of every parameter that has a gradient. Return the loss of `closure`, or None without a closure."""
         loss = loss_of(closure)
         for group in self.param_groups:
             options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
@@ -176,6 +177,6 @@ class AdamW8bit(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a result of the method `state_dict`; torch alone would cast the codes to the parameter's floating dtype."""
+        """Load a result of the method `state_dict`. The codes stay uint8, although torch alone would cast them to floats."""
         super().load_state_dict(state_dict)
         restore_dtypes(self, state_dict)

@@ -1,8 +1,8 @@
 """Double quantisation: the block constants of a 4-bit weight in 8 bits. QLoRA section 3, arXiv:2305.14314. An Operation.
 
-Each 4-bit block has a float32 absmax. The mean of all absmax is subtracted from each, and the differences are quantised to
-8-bit codes (c2), in blocks of 256 with one float32 constant (c1) each. The constants of a weight then take 0.127 bits per
-parameter instead of 0.5.
+Each block of a 4-bit weight has a constant, its float32 absmax. The mean of these constants is subtracted from each,
+and the differences are quantised to 8-bit codes (c2). Blocks of 256 differences share one float32 constant (c1). The
+constants of a weight then take 0.127 bits per parameter instead of 0.5.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ BLOCK = 256
 
 
 def quantize(absmax: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (c2, c1, offset): uint8 codes as long as `absmax`, the float32 constant of each block, the float32 mean (0-d).
+    """Return (c2, c1, offset) for the constants `absmax` (float32, 1-d, not empty) of a 4-bit weight.
 
-    absmax: float32, 1-d and not empty. With a NaN or an infinity in `absmax`, no result is finite after decoding.
+    c2: one uint8 code per constant. c1: one float32 number per block of codes. offset: the float32 mean of `absmax`,
+    0-d. If `absmax` holds a NaN or an infinity, no decoded result is finite.
     """
     flat = absmax.detach().flatten().float()
     offset = flat.mean()
@@ -51,15 +52,19 @@ def quantize(absmax: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor, Tensor
 
 
 def dequantize(c2: Tensor, c1: Tensor, offset: Tensor, block: int = BLOCK) -> Tensor:
-    """Return the block constants, float32, as long as `c2`: dequant(c1, c2) of eq. 6 plus the mean."""
+    """Return the decoded constants of a 4-bit weight, float32: dequant(c1, c2) of eq. 6 plus `offset`.
+
+    The result is as long as `c2`.
+    """
     return dequantize_blockwise(c2, c1, dynamic_map(signed=True), block) + offset.float()
 
 
 def bits_per_parameter(numel: int, block: int = 64, double: bool = True, second_block: int = BLOCK) -> float:
-    """Return the bits of a 4-bit weight of `numel` elements, divided by `numel`. Raises ValueError for an empty weight.
+    """Return the stored bits of a 4-bit weight, divided by its number of elements. Raises ValueError for an empty weight.
 
-    The packed codes count in whole bytes. Without double quantisation each block counts 32 bits; with it, each block counts
-    8 bits, each second block 32, and the mean 32. Code tables do not count, since they are constants of the type.
+    block: elements per constant. second_block: constants that share a second constant. The codes count in whole bytes.
+    Without double quantisation, each constant counts 32 bits. With it, each constant counts 8 bits, each second
+    constant 32, and the mean 32. Code tables do not count, because they are the same for all weights.
     """
     if numel < 1:
         raise ValueError("an empty weight has no bits per parameter")

@@ -1,9 +1,9 @@
 """The dynamic 8-bit code and blockwise quantisation with it. Dettmers et al., arXiv:2110.02861, section 2. An Operation.
 
-A code of 8 bits names one of 256 values in [-1, 1] (signed) or [0, 1]. The largest values are spread evenly over 0.1 .. 1,
-and each lower decade has half as many values: an indicator bit that moves right leaves fewer bits for the fraction. A
-flattened tensor is split into blocks of consecutive elements. Each block is divided by its largest magnitude and rounded to
-the nearest values. 8-bit optimizer states and QLoRA's double quantisation both use this code.
+A code of 8 bits stands for one of 256 values in [-1, 1] (signed) or [0, 1] (unsigned). The largest values are spread
+evenly over 0.1 .. 1, and each lower decade has half as many values, because its codes spend one more bit on the
+exponent. A flattened tensor is split into blocks of consecutive elements. Each block is divided by its largest
+magnitude and rounded to the nearest values. 8-bit optimizer states and QLoRA's double quantisation both use this code.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ SPEC = ReferenceSpec(
 
 
 def dynamic_map(signed: bool = True) -> Tensor:
-    """Return the 256 values, ascending, float32: -0.993 .. 1 if signed, else 0 .. 1. No table is copied."""
+    """Return the 256 values in ascending order, as float32. They span -0.993 .. 1 if signed, else 0 .. 1.
+
+    The values are computed, not copied from a published table.
+    """
     decades = []
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32)
@@ -54,11 +57,12 @@ def dynamic_map(signed: bool = True) -> Tensor:
 
 
 def quantize_blockwise(x: Tensor, code: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
-    """Return (codes, absmax): uint8 indices into `code` in the order of x.flatten(), float32 absmax of each block.
+    """Return (codes, absmax). codes: uint8 indices into `code`, in the order of x.flatten(). absmax: one float32 per block.
 
-    x: any shape and floating dtype, read as float32. code: ascending values. The last block may be short. A tie takes the
-    lower index. A block of zeros has absmax 0 and the index of 0. A NaN or an infinity in a block is also its absmax, so
-    that no element of the block is decoded to a finite value. Raises ValueError for a block below 1.
+    x: any shape and floating dtype, read as float32. code: ascending values. The last block may be short. An element
+    exactly between two values takes the lower index. A block of zeros has absmax 0, and its codes are the index of 0.
+    If a block holds a NaN or an infinity, this is also its absmax, so that none of its elements is decoded to a finite
+    value. Raises ValueError if `block` is below 1.
     """
     if block < 1:
         raise ValueError(f"a block must hold at least one element, got {block}")
@@ -72,6 +76,6 @@ def quantize_blockwise(x: Tensor, code: Tensor, block: int = 256) -> tuple[Tenso
 
 
 def dequantize_blockwise(codes: Tensor, absmax: Tensor, code: Tensor, block: int = 256) -> Tensor:
-    """Return code[codes] * absmax in float32, flat, as long as `codes`."""
+    """Return the decoded elements, code[codes] times the absmax of their block. They are flat float32, one per code."""
     scale = absmax.float().repeat_interleave(block)[: codes.numel()]
     return code.to(codes.device)[codes.flatten().long()] * scale

@@ -46,7 +46,10 @@ _SIGN = 8
 
 
 def codebook() -> Tensor:
-    """Return the 16 values in the order of their codes, float32. They are computed, not copied. Code 8 is minus zero."""
+    """Return the 16 values in the order of their codes, as float32. Code 8 is minus zero.
+
+    The values are computed, not copied from a published table.
+    """
     E, m = torch.meshgrid(torch.arange(4.0), torch.arange(2.0), indexing="ij")
     magnitudes = torch.where(E == 0, m / 16, (1 + m / 2) * 2 ** (4 - E)).flatten()
     magnitudes = magnitudes / magnitudes.max()
@@ -54,10 +57,11 @@ def codebook() -> Tensor:
 
 
 def quantize(W: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
-    """Return (codes, absmax): uint8 codes 0..15 in the order of W.flatten(), float32 absmax of each block.
+    """Return (codes, absmax). codes: uint8 from 0 to 15, in the order of W.flatten(). absmax: one float32 per block.
 
-    W: any shape and floating dtype, read as float32. A magnitude exactly between two values takes the smaller one. A block
-    of zeros has absmax 0 and codes 0. NaN and infinity: as in nf4.py. Raises ValueError for a block below 1.
+    W: any shape and floating dtype, read as float32. A magnitude exactly between two values takes the smaller one. A
+    block of zeros has absmax 0 and codes 0. NaN and infinity are treated as in nf4.py. Raises ValueError if `block` is
+    below 1.
     """
     magnitudes, order = codebook()[:_SIGN].sort()
     flat = W.detach().flatten().float()
@@ -68,18 +72,18 @@ def quantize(W: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def near_tie(W: Tensor, block: int = 64) -> Tensor:
-    """Return a flat mask: True if an element is so near the middle of two values that rounding may decide its code."""
+    """Return a flat mask: True where an element is so near a midpoint of two values that rounding may decide its code."""
     return _near_tie(W.abs(), block, codebook()[:_SIGN].sort().values)
 
 
 def dequantize(codes: Tensor, absmax: Tensor, block: int = 64) -> Tensor:
-    """Return value * absmax in float32, flat, as long as `codes`."""
+    """Return the decoded elements, each the value of its code times the absmax of its block. They are flat float32."""
     return dequantize_blockwise(codes, absmax, codebook(), block)
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Return uint8 bytes of two codes each, the first in the high nibble. The code of zero pads an odd number of codes.
+    """Return bytes (uint8) of two codes each. The first code is in the high 4 bits.
 
-    `nf4.unpack` is the inverse.
+    If the number of codes is odd, the code of zero is added. `nf4.unpack` is the inverse.
     """
     return pack_pairs(codes, fill=0)

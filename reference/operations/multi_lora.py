@@ -2,8 +2,8 @@
 
     y_n = W0 x_n + s_i B_i A_i x_n   with i = ids[n]          (Punica, section 4: y := y + x A_i B_i, row by row)
 
-The whole batch has one base product; every sequence adds the update of its own adapter. Shape letters: N sequences,
-T tokens, D in, E out, R rank (one per adapter).
+One product with W0 serves the whole batch, and every sequence adds the update of its own adapter. Shape letters: N
+sequences, T tokens, D input features, E output features, R rank (each adapter has its own).
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def multi_lora_linear(
     scalings: Sequence[float],
     ids: Sequence[int] | Tensor,
 ) -> Tensor:
-    """Return base_out plus each sequence's own update, (N, ..., E), in the dtype of `base_out`.
+    """Return `base_out` plus the update of each sequence's adapter. The result is (N, ..., E), in the dtype of `base_out`.
 
-    x: (N, ..., D). base_out: W0 x plus the bias, (N, ..., E). As[i]: (R_i, D). Bs[i]: (E, R_i). ids: for each sequence an
-    index into As and Bs, or -1. The result is differentiable in x, base_out and every A and B in use; an unused A or B gets
-    the gradient None. Raises ValueError if As, Bs and scalings differ in length, if ids are not one integer per sequence, or
-    if an id is neither -1 nor an index of an adapter.
+    x: (N, ..., D). base_out: W0 x plus the bias, (N, ..., E). As[i]: (R_i, D). Bs[i]: (E, R_i). ids: one integer per
+    sequence, an index into As and Bs, or -1 for no adapter. Gradients reach x, base_out and the A and B of every
+    adapter in use. The A and B of other adapters get None. Raises ValueError if As, Bs and scalings differ in length,
+    if ids are not one integer per sequence, or if an id is neither -1 nor an index of an adapter.
     """
     chosen = torch.as_tensor(ids, device=x.device)
     if not len(As) == len(Bs) == len(scalings):

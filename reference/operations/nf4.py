@@ -37,9 +37,10 @@ SPEC = ReferenceSpec(
 
 
 def codebook() -> Tensor:
-    """Return the 16 levels, ascending from -1 to 1, float32. They are computed, not copied.
+    """Return the 16 levels in ascending order from -1 to 1, as float32. They are computed, not copied from a table.
 
-    0.9677083 is 1 - (1/30 + 1/32) / 2, halfway between the outermost quantiles of 15 and of 16 levels.
+    The levels are quantiles of the normal distribution. The outermost probability is 0.9677083 = 1 - (1/30 + 1/32) / 2.
+    This is halfway between the outermost probabilities for 15 and for 16 levels.
     """
     quantile = NormalDist().inv_cdf
 
@@ -52,23 +53,23 @@ def codebook() -> Tensor:
 
 
 def quantize(W: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
-    """Return (codes, absmax): uint8 codes 0..15 in the order of W.flatten(), float32 absmax of each block.
+    """Return (codes, absmax). codes: uint8 from 0 to 15, in the order of W.flatten(). absmax: one float32 per block.
 
-    W: any shape and floating dtype, read as float32. block: at least 1 (bitsandbytes: 32, 64, 128 ... 4096); blocks cross
-    rows, and the last one may be short. An element exactly between two levels takes the lower one. A block of zeros has
-    absmax 0 and the code of zero (7). A NaN or an infinity in a block is also its absmax, so that no element of the block
-    is decoded to a finite value.
+    W: any shape and floating dtype, read as float32. block: at least 1 (bitsandbytes: 32, 64, 128 ... 4096). Blocks
+    cross rows, and the last block may be short. An element exactly between two levels takes the lower one. A block of
+    zeros has absmax 0 and the code of zero, 7. If a block holds a NaN or an infinity, this is also its absmax, so that
+    none of its elements is decoded to a finite value.
     """
     return quantize_blockwise(W, codebook(), block)
 
 
 def near_tie(W: Tensor, block: int = 64, levels: Tensor | None = None) -> Tensor:
-    """Return a flat mask: True if an element is so near the middle of two levels that rounding may decide its code.
+    """Return a flat mask: True where an element is so near a midpoint of two levels that rounding may decide its code.
 
-    Division by absmax and multiplication by its reciprocal differ by up to 1.5 units in the last place, so that correct
-    programs may give these elements codes one level apart. If absmax is a power of two, both operations are exact, and the
-    mask is False. If absmax exceeds 2^126, its reciprocal is subnormal and has two bits fewer. levels: ascending; by default
-    those of NF4.
+    An implementation may divide by absmax, or multiply by the reciprocal of absmax. The two results differ by up to 1.5
+    units in the last place, so that correct implementations may give such an element codes one level apart. If absmax
+    is a power of two, both are exact, and the mask is False. If absmax exceeds 2^126, its reciprocal is subnormal and
+    has two bits fewer. levels: ascending; by default those of NF4.
     """
     flat = W.detach().flatten().float()
     absmax = torch.nn.functional.pad(flat, (0, -flat.numel() % block)).view(-1, block).abs().amax(dim=1)
@@ -84,22 +85,28 @@ def near_tie(W: Tensor, block: int = 64, levels: Tensor | None = None) -> Tensor
 
 
 def dequantize(codes: Tensor, absmax: Tensor, block: int = 64) -> Tensor:
-    """Return level * absmax in float32, flat, as long as `codes`."""
+    """Return the decoded elements, each the level of its code times the absmax of its block. They are flat float32."""
     return dequantize_blockwise(codes, absmax, codebook(), block)
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Return uint8 bytes of two codes each, the first in the high nibble. The code of zero pads an odd number of codes."""
+    """Return bytes (uint8) of two codes each. The first code is in the high 4 bits.
+
+    If the number of codes is odd, the code of zero is added.
+    """
     return pack_pairs(codes, fill=7)
 
 
 def pack_pairs(codes: Tensor, fill: int) -> Tensor:
-    """Return uint8 bytes of two 4-bit codes each, the first in the high nibble. `fill` pads an odd number of codes."""
+    """Return bytes (uint8) of two 4-bit codes each. The first code is in the high 4 bits.
+
+    If the number of codes is odd, the code `fill` is added.
+    """
     padded = torch.nn.functional.pad(codes, (0, codes.numel() % 2), value=fill)
     return padded[0::2] << 4 | padded[1::2]
 
 
 def unpack(packed: Tensor, numel: int) -> Tensor:
-    """Return the first `numel` codes of `packed`; the inverse of `pack`."""
+    """Return the first `numel` codes of `packed`. This is the inverse of `pack`."""
     flat = packed.flatten()
     return torch.stack([flat >> 4, flat & 15], dim=1).flatten()[:numel]

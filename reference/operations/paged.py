@@ -1,10 +1,11 @@
 """Paged optimizers. Dettmers et al., QLoRA, NeurIPS 2023, arXiv:2305.14314, section 3. An Operation, not a Method.
 
-Optimizer states are in memory that accelerator and host share. They move to the host when the accelerator's memory runs
-short, and back for their update. No value changes.
+Paged optimizer states are in memory that accelerator and host share. When the accelerator's memory runs short, states
+move to the host. They move back when their parameter is updated. No value changes.
 
-Here the paging is explicit. A page consists of all large states of one parameter. Pages have a budget of bytes on the
-device; the least recently used pages move to the host.
+In the paper, a driver moves the states. Here, the program moves them itself. A page consists of all large states of one
+parameter. A budget limits the bytes of the pages on the device. If it is exceeded, the least recently used pages move
+to the host.
 """
 
 from __future__ import annotations
@@ -53,31 +54,34 @@ MIN_PAGED_ELEMENTS = 100_000
 
 
 def is_paged(numel: int) -> bool:
-    """Return whether a state of `numel` elements is paged."""
+    """Return whether a state of `numel` elements is large enough to be paged."""
     return numel >= MIN_PAGED_ELEMENTS
 
 
 def to_host(state: Tensor) -> Tensor:
-    """Return a copy of `state` on the host, pinned if `state` is on CUDA. The caller may free the original."""
+    """Return a copy of `state` on the host. If `state` is on CUDA, the copy is in pinned memory.
+
+    The copy is complete on return, so that the caller may free `state`.
+    """
     page = torch.empty(state.shape, dtype=state.dtype, device="cpu", pin_memory=state.is_cuda)
     return page.copy_(state)
 
 
 def to_device(page: Tensor, device: torch.device) -> Tensor:
-    """Return a copy of `page` on `device`."""
+    """Return a copy on `device` of a state that is on the host."""
     return torch.empty(page.shape, dtype=page.dtype, device=device).copy_(page)
 
 
 class Paged(torch.optim.Optimizer):
-    """Wrapper that pages the large states of `inner`, an optimizer with one state per parameter. No result changes.
+    """Wrapper that pages the large states of an optimizer. The results stay the same.
 
-    The wrapper shares groups and state with `inner`; hooks of `inner` run once per parameter. A learning rate schedule must
-    get this wrapper. An optimizer cannot be paged if its groups hold state, or if it reads several parameters at once
-    (LBFGS).
+    inner: the optimizer. It must update each parameter independently, so that LBFGS is impossible, and its groups must
+    hold no state. Its hooks run once per parameter. The wrapper shares the parameter groups and the state of `inner`.
+    Give a learning rate schedule this wrapper, not `inner`.
 
-    budget: bytes of paged states that may stay on the device. The states of the parameter that is being updated are always
-    on the device. Once all states exist, the peak is therefore the budget or the bytes of the largest page, whichever is
-    larger. Raises ValueError for a negative budget.
+    budget: bytes of paged states that may stay on the device. The states of the parameter that is being updated are
+    always on the device. Once all states exist, the peak is therefore the larger of two numbers: the budget and the
+    bytes of the largest page. Raises ValueError for a negative budget.
     """
 
     bytes_in: int
@@ -87,7 +91,7 @@ class Paged(torch.optim.Optimizer):
     resident: int
     """Bytes of paged states on the device now."""
     peak: int
-    """Most bytes of paged states on the device so far."""
+    """Largest value of `resident` so far, in bytes."""
 
     def __init__(self, inner: torch.optim.Optimizer, budget: int) -> None:
         if budget < 0:
@@ -99,7 +103,10 @@ class Paged(torch.optim.Optimizer):
         self._share()
 
     def step(self, closure: Any = None) -> Any:
-        """Take one step of every parameter with a gradient, one after the other; return the loss of `closure`."""
+        """Take one step of every parameter that has a gradient, one after the other.
+
+        Return the loss of `closure`, or None without a closure.
+        """
         loss = loss_of(closure)
         try:
             for group in self.param_groups:
@@ -123,11 +130,11 @@ class Paged(torch.optim.Optimizer):
             self.bytes_out += size
 
     def where(self) -> dict[Tensor, str]:
-        """Map every parameter with paged states to the place of these states, `device` or `host`."""
+        """Map every parameter with paged states to `device` or `host`, the place where these states are now."""
         return {p: "device" if p in self._on_device else "host" for p in self.state if self._names(p)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a `state_dict` of this or of the inner optimizer; states that do not fit move to the host."""
+        """Load a `state_dict` of this optimizer or of `inner`. States that exceed the budget move to the host."""
         self.inner.load_state_dict(state_dict)
         self._share()
 
@@ -156,7 +163,7 @@ class Paged(torch.optim.Optimizer):
         self._admit(p)
 
     def _admit(self, p: Tensor) -> None:
-        """Record that the states of `p` are on the device and were used last."""
+        """Record that the states of `p` are on the device, and that no other states were used more recently."""
         size = self._size(p)
         self.resident += size - self._on_device.pop(p, 0)
         self.peak = max(self.peak, self.resident)

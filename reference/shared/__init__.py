@@ -1,1 +1,1 @@
-"""Code that several reference Methods share: layer replacement, the Adapted protocol, starts."""
+"""Code that several reference Methods share: replacement of layers, results of `attach`, and initial values."""

@@ -1,4 +1,4 @@
-"""Results of `attach`: a model with adapted layers, or one that trains as it is. Not a Method."""
+"""Results of `attach`: a model with adapted layers, or a model whose own weights train. Not a Method."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from reference.shared.layers import dense_copy, replace
 
 
 class AdaptedModel:
-    """A model without adapter layers, which has nothing to merge or detach. Subclasses override what their Method does.
+    """A model without adapter layers. It has nothing to merge or detach. Subclasses override what their Method changes.
 
-    Names are the paths of the model's own parameters.
+    A tensor's name is the path of the parameter in the model.
     """
 
     can_merge = False
@@ -24,11 +24,11 @@ class AdaptedModel:
         self.layers: Mapping[str, nn.Module] = dict(layers)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Map names to the trainable tensors; a parameter that two layers share (tied embeddings) has both names."""
+        """Map names to the trainable tensors. If two layers share a parameter (tied embeddings), it has two names."""
         return {n: p for n, p in self.model.named_parameters(remove_duplicate=False) if p.requires_grad}
 
     def state(self) -> dict[str, Tensor]:
-        """Map names to tensors that the Method created and does not train; none here."""
+        """Map names to tensors that the Method has created but does not train. Here, there are none."""
         return {}
 
     def parameters(self) -> list[nn.Parameter]:
@@ -36,24 +36,24 @@ class AdaptedModel:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def regularizer(self) -> Tensor | None:
-        """Return a scalar that the Method adds to the loss; None here."""
+        """Return a scalar that the Method adds to the loss. Here, return None, because nothing is added."""
         return None
 
     def optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer | None:
-        """Return the Method's own optimizer; None here, so that the caller chooses."""
+        """Return the Method's own optimizer. Here, return None, so that the caller chooses one."""
         return None
 
     def after_step(self, step: int) -> None:
-        """Do the Method's work after optimizer step `step`; here there is none."""
+        """Do what the Method does after optimizer step number `step`. Here, do nothing."""
 
     def merge(self) -> None:
-        """Fold the adapter into the weights; here there is none."""
+        """Fold the adapter into the weights. Here, do nothing, because there is no adapter."""
 
     def unmerge(self) -> None:
-        """Undo `merge`; here there is nothing to undo."""
+        """Undo `merge`. Here, do nothing."""
 
     def detach(self) -> None:
-        """Restore the layers as they were before `attach`; here none was replaced."""
+        """Put back the layers that `attach` has replaced. Here, do nothing, because it has replaced none."""
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -62,29 +62,29 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 class AdaptedLayer(nn.Module):
-    """A layer that replaces `base` and adds a Method's update to it."""
+    """A layer that takes the place of `base` and adds a Method's update to it."""
 
     base: nn.Module
-    """The original layer, unchanged; `detach` restores it."""
+    """The original layer, which does not change. `detach` puts it back."""
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """Map the paper's letters to the trainable parameters."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
-        """Map names to tensors that the Method created and does not train; none here."""
+        """Map names to tensors that the Method has created but does not train. By default, there are none."""
         return {}
 
     def delta(self) -> Tensor:
-        """Return the update of the base's weight, in the weight's shape."""
+        """Return the Method's change of the base's weight, in the weight's shape."""
         raise NotImplementedError
 
     def dense_base(self) -> nn.Module:
-        """Return a dense copy of the base, for `merged`."""
+        """Return a dense copy of the base, to which `merged` adds the update."""
         return dense_copy(self.base)
 
     def merged(self) -> Any:
-        """Return a plain layer with the same output: the base with `delta()` added to its weight."""
+        """Return a plain layer with the same output as this one: the base with `delta()` added to its weight."""
         dense: Any = self.dense_base()
         with torch.no_grad():
             dense.weight += self.delta().to(dense.weight.dtype)
@@ -92,7 +92,7 @@ class AdaptedLayer(nn.Module):
 
 
 class LowRankLayer(AdaptedLayer):
-    """A layer with LoRA's update, scaling B A; A (R, D) and B (E, R) train."""
+    """A layer with the update of LoRA, scaling B A. The factors A (R, D) and B (E, R) train."""
 
     def __init__(self, base: nn.Module, A: Tensor, B: Tensor, scaling: float, dropout: float = 0.0) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class LowRankLayer(AdaptedLayer):
         self.scaling, self.dropout = scaling, nn.Dropout(dropout)
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Map LoRA's letters to the trainable parameters."""
+        """Map the names A and B to the trainable parameters."""
         return {"A": self.A, "B": self.B}
 
     def delta(self) -> Tensor:
@@ -110,7 +110,7 @@ class LowRankLayer(AdaptedLayer):
 
 
 class AdaptedLayers(AdaptedModel):
-    """A model with adapted layers in place of some layers. Names are `<path of the layer>.<letter of the paper>`."""
+    """A model in which adapted layers replace some layers. Tensors are named `<path of the layer>.<letter of the paper>`."""
 
     can_merge = True
     layers: dict[str, AdaptedLayer]
@@ -123,7 +123,7 @@ class AdaptedLayers(AdaptedModel):
         return {f"{path}.{name}": t for path, layer in self.layers.items() for name, t in layer.tensors().items()}
 
     def state(self) -> dict[str, Tensor]:
-        """Map names to tensors that the Method created and does not train."""
+        """Map names to tensors that the Method has created but does not train."""
         return {f"{path}.{name}": t for path, layer in self.layers.items() for name, t in layer.state().items()}
 
     def parameters(self) -> list[nn.Parameter]:
@@ -136,11 +136,11 @@ class AdaptedLayers(AdaptedModel):
             replace(self.model, path, layer.merged())
 
     def unmerge(self) -> None:
-        """Restore the adapted layers; exact, because `merge` leaves the base layers unchanged."""
+        """Put back the adapted layers. This is exact, because `merge` leaves the base layers unchanged."""
         for path, layer in self.layers.items():
             replace(self.model, path, layer)
 
     def detach(self) -> None:
-        """Restore the base layers."""
+        """Put back the base layers in place of the adapted layers."""
         for path, layer in self.layers.items():
             replace(self.model, path, layer.base)

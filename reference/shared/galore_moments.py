@@ -1,7 +1,7 @@
-"""GaLore's two moments of a projected gradient R, in R's dtype or in 8 bits (arXiv:2403.03507, section 4.3).
+"""Adam's moments M and V of a projected gradient R in GaLore, in R's dtype or 8 bits (arXiv:2403.03507, section 4.3).
 
-8-bit moments have the format of reference/operations/adamw8bit: codes of the dynamic map with an absmax per block of 256
-elements, decoded before a step and encoded after it. The names in the state are those of GaLore.
+8-bit moments have the format of reference/operations/adamw8bit: codes of the dynamic map, with an absmax per block of
+256 elements. They are decoded before a step and encoded after it. The state uses GaLore's names, e.g. M instead of m.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _SIGNED = {"M": True, "V": False}
 
 
 def zeros(R: Tensor, bits: int) -> dict[str, Tensor]:
-    """Return M and V before the first step. With 32 bits, both are zeros of R's shape and dtype.
+    """Return the moments M and V before the first step. With 32 bits, both are zeros of R's shape and dtype.
 
-    With 8 bits and at least 4096 elements, both are flat uint8 codes, with M_absmax and V_absmax, float32, one per block.
-    With 8 bits and fewer elements, both are zeros of R's shape in float32 (float64 for a float64 R).
+    With 8 bits and at least 4096 elements, both are flat uint8 codes. M_absmax and V_absmax then hold one float32 per
+    block. With 8 bits and fewer elements, both are zeros of R's shape in float32, or in float64 for a float64 R.
     """
     if bits == 32:
         return {name: torch.zeros_like(R) for name in _SIGNED}
@@ -32,7 +32,7 @@ def zeros(R: Tensor, bits: int) -> dict[str, Tensor]:
 
 
 def decode(state: Mapping[str, Any], R: Tensor) -> tuple[Tensor, Tensor]:
-    """Return M and V in R's shape: the tensors in the state themselves, or decoded copies if the state holds codes."""
+    """Return M and V in R's shape. If the state holds codes, return decoded copies, else the state's own tensors."""
     if state["M"].dtype != torch.uint8:
         return state["M"], state["V"]
     codes = {name: state[f"{name[0].upper()}{name[1:]}"] for name in ("m", "v", "m_absmax", "v_absmax")}
@@ -41,7 +41,7 @@ def decode(state: Mapping[str, Any], R: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encode(state: Mapping[str, Any], M: Tensor, V: Tensor) -> None:
-    """Encode M and V into the codes of a state, in place. Do nothing if the state holds M and V themselves."""
+    """Encode M and V into the 8-bit codes of a state, in place. If the state holds no codes, do nothing."""
     if state["M"].dtype != torch.uint8:
         return
     for name, value in (("M", M), ("V", V)):
@@ -51,5 +51,8 @@ def encode(state: Mapping[str, Any], M: Tensor, V: Tensor) -> None:
 
 
 def stored_bytes(numel: int, itemsize: int, bits: int) -> int:
-    """Return the bytes of both moments of `numel` elements; itemsize: bytes per element of the gradient."""
+    """Return the bytes of both moments of `numel` elements.
+
+    itemsize: bytes per element of the gradient. bits: 8 or 32.
+    """
     return adamw8bit.state_bytes(numel) if bits == 8 else 2 * numel * itemsize

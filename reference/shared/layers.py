@@ -1,4 +1,4 @@
-"""Find, replace and densify layers of a model. Not a Method."""
+"""Find layers of a model, replace them, and make dense copies of them. Not a Method."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import nn
 
 LINEAR = ("linear",)
 KINDS = ("linear", "Conv1D", "embedding", "Conv2d")
-"""Kinds of layers that a Method may adapt; every Method adapts the first."""
+"""Kinds of layers that a Method may adapt. Every Method adapts the first kind, `linear`."""
 
 
 def kind_of(module: nn.Module) -> str:
-    """Return the kind of a layer, one of `KINDS`, or "" for any other module.
+    """Return the kind of a layer, one of `KINDS`. For any other module, return "".
 
     linear: nn.Linear or a quantised subclass. Conv1D: transformers' linear layer with the weight stored as (in, out).
-    embedding, Conv2d: nn.Embedding, nn.Conv2d and subclasses with the same forward pass (an embedding may also multiply by
-    its `embed_scale`). Other subclasses transform their weight (a norm, quantisation), and would have to transform the
-    update of a Method too.
+    embedding, Conv2d: nn.Embedding, nn.Conv2d, and subclasses with the same forward pass; an embedding may also
+    multiply by its `embed_scale`. Other subclasses are excluded: they transform their weight, e.g. by a norm, and would
+    have to transform the update of a Method too.
     """
     layer: Any = module
     if isinstance(module, nn.Linear):
@@ -41,10 +41,11 @@ def targets(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Linear]: ...
 @overload
 def targets(model: nn.Module, names: Sequence[str], kinds: Sequence[str]) -> dict[str, Any]: ...
 def targets(model: nn.Module, names: Sequence[str], kinds: Sequence[str] = LINEAR) -> dict[str, Any]:
-    """Return the layers that `names` select, by path, in the model's order.
+    """Map paths to the layers that `names` select, in the model's order.
 
-    A name is a whole path, the end of paths, or one of `WORDS`. kinds: the `KINDS` that the Method adapts. Raises ValueError
-    if a name matches no layer, or if it matches a layer of another kind, which would silently stay unadapted.
+    A name is a whole path, the end of paths, or one of `WORDS`. kinds: the `KINDS` that the Method adapts. Raises
+    ValueError if a name matches no layer. Also raises it if a name matches a layer of another kind, because that layer
+    would not be adapted.
     """
     found: dict[str, Any] = {}
     for name in names:
@@ -65,9 +66,9 @@ def targets(model: nn.Module, names: Sequence[str], kinds: Sequence[str] = LINEA
 
 
 def _attention(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers inside the model's attention blocks: q, k, v and output, fused or not, and any others.
+    """Return the linear layers inside the model's attention blocks, e.g. those for q, k, v and the output.
 
-    A block is a module of a class named `...Attention`, as in transformers.
+    A block is a module whose class is named `...Attention`, as in transformers.
     """
     blocks = [path for path, module in model.named_modules() if type(module).__name__.endswith("Attention")]
     return {
@@ -78,9 +79,10 @@ def _attention(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _all_linear(model: nn.Module) -> dict[str, nn.Module]:
-    """Return all linear layers, except layers outside the model's trunk and the layer that computes the logits.
+    """Return all linear layers of the model's trunk, except the layer that computes the logits.
 
-    HF peft's `all-linear` selects the same layers, except in heads of several layers: peft leaves out only the last one.
+    HF peft's `all-linear` selects the same layers, with one exception. If a head has several layers, HF peft leaves out
+    only the last one.
     """
     get_output: Any = getattr(model, "get_output_embeddings", lambda: None)
     output, trunk = get_output(), getattr(model, "base_model_prefix", "")
@@ -93,7 +95,7 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 WORDS: Mapping[str, Callable[[nn.Module], dict[str, nn.Module]]] = {"attention": _attention, "all-linear": _all_linear}
-"""Words that `targets` accepts instead of names, with the layers that they select."""
+"""Word that `targets` accepts instead of a name -> function that returns the layers for this word."""
 
 
 def _layers_of_word(model: nn.Module, word: str, kinds: Sequence[str]) -> dict[str, nn.Module]:
@@ -117,13 +119,13 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Replace the module of `model` at `path` by `module`."""
+    """Put `module` in the place of the module of `model` at `path`."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
 
 
 def floating_dtype(base: nn.Module) -> torch.dtype:
-    """Return the dtype for an adapter of `base`: that of its weight, or its compute dtype if the weight is packed."""
+    """Return the dtype for an adapter of `base`: that of its weight or, if the weight is packed, its compute dtype."""
     for tensor in (*base.parameters(), *base.buffers()):
         if tensor.is_floating_point():
             return tensor.dtype
@@ -131,10 +133,10 @@ def floating_dtype(base: nn.Module) -> torch.dtype:
 
 
 def dense_weight(base: nn.Linear | nn.Embedding) -> torch.Tensor:
-    """Return the dense matrix (out, in) that `base` multiplies by.
+    """Return the dense matrix (out, in) by which `base` multiplies its inputs.
 
-    An embedding multiplies one-hot rows by its table, so that the matrix is the table's transpose. A packed layer gives its
-    matrix as the output for the unit vectors. This is exact, since each product is 1 w + 0 + 0 ...
+    An embedding multiplies one-hot rows by its table, so its matrix is the transpose of the table. The matrix of a
+    packed layer is computed as its output for the unit vectors. This is exact, since each product is 1 w + 0 + 0 ...
     """
     if isinstance(base, nn.Embedding):
         return base.weight.detach().T.contiguous()
@@ -160,7 +162,7 @@ def dense_copy(base: nn.Module) -> nn.Module: ...
 def dense_copy(base: nn.Module) -> nn.Module:
     """Return an independent frozen layer with the same output as `base`, in the floating dtype of `base`.
 
-    A linear layer, packed or not, gives an nn.Linear; any other layer gives a copy.
+    For a linear layer, packed or not, this is an nn.Linear. For any other layer, it is a copy.
     """
     if not isinstance(base, nn.Linear):
         return copy.deepcopy(base).requires_grad_(False)

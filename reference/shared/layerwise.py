@@ -1,8 +1,9 @@
-"""Layer-wise weight updates: the backward pass updates each weight and frees its gradient at once.
+"""Layer-wise weight updates: during the backward pass, each gradient updates its weight, and is then freed.
 
-LOMO (Lv et al., arXiv:2306.09782) introduced this method; GaLore's per-layer weight updates (arXiv:2403.03507, section 4.3)
-use it. The gradients never exist all at once, so that they take only the memory of the largest one. The results equal those
-of a whole step bit for bit: once the gradient of a weight is complete, no other gradient of the pass reads the weight.
+LOMO (Lv et al., arXiv:2306.09782) introduced this method, and GaLore's per-layer weight updates (arXiv:2403.03507,
+section 4.3) use it. The gradients never exist all at once, so that they take only the memory of the largest one. The
+results equal those of a usual step bit for bit: once the gradient of a weight is complete, the rest of the pass does
+not read the weight.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ def _gradient(p: Tensor) -> Tensor | None:
 
 
 class Layerwise:
-    """Hooks that step every parameter as soon as its gradient is complete; `optimizer.step()` then has nothing left to do.
+    """Hooks that step each parameter as soon as its gradient is complete. A later `optimizer.step()` then does nothing.
 
-    optimizer: must step each parameter independently, and skip parameters without a gradient. No parameter may have a
-    gradient yet. gradient: returns a parameter's gradient, of which `norm` is computed, or None to leave the parameter as
-    it is. Clipping by the global norm, loss scaling with retries and accumulation over several backward passes are not
-    possible.
+    optimizer: must step each parameter independently, and skip parameters without a gradient. When the hooks are set,
+    no parameter may have a gradient. gradient: function that returns the gradient of which `norm` is computed, or None
+    to leave the parameter as it is. Clipping by the global norm, loss scaling with retries, and accumulation over
+    several backward passes are not possible.
     """
 
     most_B: int
-    """Bytes of the largest gradient so far, plus those of the result of `gradient` if that is another tensor."""
+    """Bytes of the largest gradient so far. If `gradient` returned another tensor, the bytes of that tensor are included."""
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, gradient: Callable[[Tensor], Tensor | None] = _gradient
@@ -38,13 +39,16 @@ class Layerwise:
         self._hooks = [p.register_post_accumulate_grad_hook(self._update) for p in trains]
 
     def norm(self, of: Iterable[Tensor]) -> float:
-        """Return the joint norm of the gradients of the parameters `of` since the last call; 0 if there were none."""
+        """Return the joint norm of the gradients that have updated the parameters `of` since the last call.
+
+        If there were no gradients, return 0.
+        """
         norms = [norm for p in of if (norm := self._norms.get(p)) is not None]
         self._norms.clear()
         return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
     def remove(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks from the parameters."""
         for hook in self._hooks:
             hook.remove()
 

@@ -1,7 +1,7 @@
 """LoRA on layers other than linear ones: embedding tables and 2-d convolutions, for `reference/lora.py`.
 
-The paper adapts matrices; the layers here treat their weights as matrices. Shape letters: N entries, E out, R rank, C
-channels in, G groups, K kernel side.
+The paper adapts matrices, so the layers here treat their weights as matrices. Shape letters: N entries of a table, E
+outputs, R rank, C input channels, G groups, K side of a kernel.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from reference.shared.layers import dense_copy
 
 
 class LoraEmbedding(LowRankLayer):
-    """A frozen embedding table (N, E) with a low-rank update; LoRA on a linear layer whose inputs are one-hot rows.
+    """A frozen embedding table (N, E) with a low-rank update. This is LoRA on a linear layer whose inputs are one-hot rows.
 
-    A (R, N), B (E, R). If the base has an `embed_scale`, it multiplies the update too, as it would after merging. As in the
-    base, the entry at padding_idx has no gradient, and scale_grad_by_freq divides a gradient by the entry's count. Raises
-    ValueError for a base with max_norm, which rewrites the table in every forward pass.
+    A (R, N) and B (E, R) train. If the base has an `embed_scale`, it multiplies the update too, as it would after
+    merging. As in the base, the entry at padding_idx has no gradient, and scale_grad_by_freq divides a gradient by the
+    entry's count. Raises ValueError for a base with max_norm, which rewrites the table in every forward pass.
     """
 
     base: nn.Embedding
@@ -30,7 +30,7 @@ class LoraEmbedding(LowRankLayer):
         super().__init__(base, A, B, scaling)
 
     def forward(self, ids_T: Tensor) -> Tensor:
-        """Return W0[ids] + scaling (A^T B^T)[ids], shape (..., E), for ids (...,) of an integer dtype."""
+        """Return W0[ids] + scaling (A^T B^T)[ids], shape (..., E). The ids have shape (...,) and an integer dtype."""
         a_TR = nn.functional.embedding(
             ids_T, self.A.T, self.base.padding_idx, scale_grad_by_freq=self.base.scale_grad_by_freq
         )
@@ -46,43 +46,44 @@ class LoraEmbedding(LowRankLayer):
 
 
 class LoraConv2d(LowRankLayer):
-    """A frozen convolution (E, C/G, K, K) plus a K x K convolution A to R channels and a 1 x 1 convolution B (as HF peft).
+    """A frozen convolution (E, C/G, K, K) with an update in two parts, as in HF peft: a convolution A, then a convolution B.
 
-    A (R, C, K, K) reads all channels and has the base's stride, padding, padding mode and dilation; B (E, R/G, 1, 1) has
-    the base's groups. The update, as a matrix (E, C K K), has rank R. Raises ValueError if G does not divide R.
+    A (R, C, K, K) reads all C channels and has the stride, padding, padding mode and dilation of the base. B (E, R/G,
+    1, 1) has the groups of the base. Seen as a matrix (E, C K K), the update has rank R. Raises ValueError if G does
+    not divide R.
     """
 
     base: nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W0 * x + scaling B * (A * x), shape (..., E, H', W'), for x (..., C, H, W)."""
+        """Return W0 * x + scaling B * (A * x), shape (..., E, H', W'), for x (..., C, H, W). A star is a convolution."""
         h = convolve(self.base, self.dropout(x), self.A, groups=1)
         y: Tensor = self.base(x) + self.scaling * nn.functional.conv2d(h, self.B, groups=self.base.groups)
         return y
 
     def delta(self) -> Tensor:
-        """Return scaling B A as a kernel (E, C, K, K) without groups: each output sees every input channel."""
+        """Return scaling B A as a kernel (E, C, K, K). It has no groups, because each output sees every input channel."""
         G = self.base.groups
         R, C, *K = self.A.shape
         B_GER, A_GRD = self.B.reshape(G, -1, R // G), self.A.reshape(G, R // G, -1)
         return self.scaling * (B_GER @ A_GRD).reshape(-1, C, *K)
 
     def dense_base(self) -> nn.Module:
-        """Return a copy of the base without groups, because the update has none."""
+        """Return a copy of the base as a convolution without groups, because the update has none."""
         return ungrouped(self.base)
 
 
 class LoraConv2dKernel(LowRankLayer):
     """A frozen convolution (E, C/G, K, K) with a square kernel. Its update is B A, reshaped to the kernel as in loralib.
 
-    A (R K, C K), B (E/G K, R K); B A has a rank up to R K and is reshaped row by row. Raises ValueError for a kernel that
-    is not square.
+    A is (R K, C K) and B is (E/G K, R K). B A has a rank of up to R K, and is reshaped row by row. Raises ValueError
+    for a kernel that is not square.
     """
 
     base: nn.Conv2d
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return W0 * x + (scaling B A) * x, shape (..., E, H', W'), for x (..., C, H, W)."""
+        """Return W0 * x + (scaling B A) * x, shape (..., E, H', W'), for x (..., C, H, W). A star is a convolution."""
         y: Tensor = self.base(x) + convolve(self.base, self.dropout(x), self.delta(), self.base.groups)
         return y
 
@@ -92,7 +93,10 @@ class LoraConv2dKernel(LowRankLayer):
 
 
 def convolve(base: nn.Conv2d, x: Tensor, kernel: Tensor, groups: int) -> Tensor:
-    """Convolve x with `kernel`, with the base's stride, padding, padding mode and dilation, but without bias."""
+    """Return the convolution of x with `kernel`, without bias.
+
+    Stride, padding, padding mode and dilation are those of `base`.
+    """
     padding: Any = base.padding
     if base.padding_mode != "zeros":
         x, padding = nn.functional.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
@@ -100,7 +104,7 @@ def convolve(base: nn.Conv2d, x: Tensor, kernel: Tensor, groups: int) -> Tensor:
 
 
 def ungrouped(base: nn.Conv2d) -> nn.Conv2d:
-    """Return an equal convolution with one group: the kernel of each output is 0 for the channels of other groups."""
+    """Return a convolution with one group and the same output. Its kernel is 0 for channels of other groups."""
     whole = dense_copy(base)
     assert isinstance(whole, nn.Conv2d)  # noqa: S101
     G, (E, c, *K) = base.groups, base.weight.shape

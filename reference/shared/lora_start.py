@@ -1,9 +1,9 @@
 """Initial A and B of LoRA, selected by `init` in its Config. Not a Method.
 
-kaiming: A is uniform in +-1/sqrt(in), B is zero: the default of loralib and HF peft. gaussian: A is normal, B is zero, as
-in the paper (arXiv:2106.09685, section 4.1). The paper states no standard deviation; ours is 1/r, as in HF peft.
-orthogonal: A and B are not zero, but B A is (`init_lora_weights="orthogonal"` of HF peft, after
-datta0.github.io/posts/rethink-lora-init).
+kaiming: A is uniform in +-1/sqrt(in), and B is zero. This is the default of loralib and HF peft. gaussian: A is normal,
+and B is zero, as in the paper (arXiv:2106.09685, section 4.1). The paper states no standard deviation; ours is 1/r, as
+in HF peft. orthogonal: A and B are not zero, but their product B A is zero. This is `init_lora_weights="orthogonal"` of
+HF peft, after datta0.github.io/posts/rethink-lora-init.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from reference.shared.layers import floating_dtype
 
 _SPREAD = 10.0
-"""Divisor of both orthogonal factors in HF peft."""
+"""Number by which both orthogonal factors are divided, as in HF peft."""
 
 
 def initial_factors(
     init: str, rank: int, inputs: int, outputs: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Return A (rank, inputs) and B (outputs, rank), drawn in float64 so that every dtype starts from the same numbers.
+    """Return initial A (rank, inputs) and B (outputs, rank) in float64, so that every dtype starts from the same numbers.
 
-    Raises ValueError for an odd rank with `orthogonal`, which gives A and B half of the directions each.
+    Raises ValueError for an odd rank with `orthogonal`, which gives each of A and B half of the rank's directions.
     """
     if init == "orthogonal":
         return _orthogonal(rank, inputs, outputs, generator)
@@ -38,14 +38,14 @@ def initial_factors(
 
 
 def linear_factors(base: nn.Linear, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return LoRA's default A and B for a linear layer, in its floating dtype and on its device."""
+    """Return initial A and B for a linear layer, by LoRA's default `kaiming`. Dtype and device are those of the layer."""
     A, B = initial_factors("kaiming", rank, base.in_features, base.out_features, generator)
     dtype, device = floating_dtype(base), next(base.parameters()).device
     return A.to(device, dtype), B.to(device, dtype)
 
 
 def _orthogonal(rank: int, inputs: int, outputs: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return A and B with B A = 0: the columns of A and the rows of B lie in orthogonal halves of R^rank."""
+    """Return A and B with B A = 0. The columns of A and the rows of B lie in two orthogonal halves of the space R^rank."""
     if rank % 2:
         raise ValueError(f"rank {rank} is odd; init=orthogonal requires an even rank")
 
@@ -60,6 +60,6 @@ def _orthogonal(rank: int, inputs: int, outputs: int, generator: torch.Generator
 
 @torch.no_grad()
 def write_initial_factors(init: str, A: Tensor, B: Tensor, generator: torch.Generator) -> None:
-    """Overwrite A (R, D) and B (E, R) of an existing layer with initial values. Raises as `initial_factors` does."""
+    """Overwrite A (R, D) and B (E, R) of a layer with new initial values. Raises ValueError as `initial_factors` does."""
     for factor, drawn in zip((A, B), initial_factors(init, A.shape[0], A.shape[1], B.shape[0], generator), strict=True):
         factor.copy_(drawn)

@@ -1,4 +1,4 @@
-"""Parts of the optimizers: the closure of a step, and loading of states whose dtype is not the parameter's."""
+"""Two helpers for optimizers: calling the closure of a step, and loading states whose dtype is not that of the parameter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def loss_of(closure: Callable[[], Any] | None) -> Any:
-    """Call a step's closure, which computes loss and gradients, and return the loss. Without a closure, return None."""
+    """Call the closure of a step, which computes loss and gradients. Return the loss, or None without a closure."""
     if closure is None:
         return None
     with torch.enable_grad():
@@ -18,7 +18,7 @@ def loss_of(closure: Callable[[], Any] | None) -> Any:
 
 
 def restore_dtypes(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-    """Replace the tensors of a loaded optimizer state by those of `state_dict`, because torch has changed their dtypes."""
+    """Put the tensors of `state_dict` into the optimizer's state again. torch changed their dtypes when it loaded them."""
     saved = [index for group in state_dict["param_groups"] for index in group["params"]]
     for index, p in zip(saved, (p for group in optimizer.param_groups for p in group["params"]), strict=True):
         for name, value in state_dict["state"].get(index, {}).items():

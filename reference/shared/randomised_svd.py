@@ -1,7 +1,7 @@
 """Leading singular vectors by a random sketch. Halko, Martinsson and Tropp, 2011, arXiv:0909.4061.
 
-Algorithm 4.4 computes a basis of the range by subspace iterations on W times the sketch; algorithm 5.1 computes the SVD.
-Shape letters: W (E, D), K columns of the sketch.
+Algorithm 4.4 computes a basis of W's range, by subspace iterations that start from W times the sketch. Algorithm 5.1
+computes the SVD in this basis. Shape letters: W is (E, D), and the sketch has K columns.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from torch import Tensor
 
 
 def randomised_svd(W_ED: Tensor, sketch: Tensor, niter: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return approximations of (U (E, K), S (K,), Vt (K, D)) for the K largest singular values, with LAPACK's signs.
+    """Return approximations of U (E, K), S (K,) and Vt (K, D) for the K largest singular values. LAPACK chooses the signs.
 
-    sketch: (min(E, D), K). niter: subspace iterations; each multiplies the error of a singular vector by the square of
-    (largest singular value outside the sketch / its own singular value).
+    sketch: random start, (min(E, D), K). niter: number of subspace iterations. Each iteration reduces the error of a
+    singular vector by the factor (s' / s)^2, where s is its singular value and s' is the largest one outside the
+    sketch.
     """
     if W_ED.shape[0] < W_ED.shape[1]:
         U, S, Vt = randomised_svd(W_ED.T, sketch, niter)

@@ -1,1 +1,1 @@
-"""SVG charts as geometry: scales, marks, and labels that do not overlap."""
+"""SVG charts: scales, marks to draw, and places where names do not overlap."""

@@ -1,4 +1,4 @@
-"""Drawing as plain data. The template writes each mark as one SVG element and computes nothing."""
+"""A drawing as a list of plain dicts. The template of the report writes each mark as one SVG element."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Drawing = dict[str, Any]
 
 
 class Canvas:
-    """A list of marks. Colours are class names, so that one style sheet works for light, dark and print."""
+    """The marks of one drawing. Colours are class names, so that one style sheet works for light, dark and print."""
 
     def __init__(self, title: str, description: str, width: int, height: int) -> None:
         self.title, self.description, self.width, self.height = title, description, width, height
@@ -42,7 +42,7 @@ class Canvas:
         self._add("text", attributes, text, tip)
 
     def drawing(self, **extra: Any) -> Drawing:
-        """Return the drawing for the template."""
+        """Return the drawing as a dict for the template. The entries of `extra` are added to the dict."""
         return {
             "title": self.title,
             "description": self.description,

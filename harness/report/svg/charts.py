@@ -1,4 +1,4 @@
-"""The four charts of a report, as geometry: accuracy against a cost, learning curves, trajectory errors, phases."""
+"""The four charts of a report: accuracy against a cost, learning curves, errors of the loss, and time by phase."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from harness.report.svg.scales import Scale, linear, logarithmic
 _HUES = 8  # colour classes c0..c7 in the style sheet, each with its own dash pattern
 _FILLS = 9  # f0..f8
 _NAMES = 420.0
-"""Largest width of names in a drawing. A longer name is cut, and its tooltip shows the whole name."""
+"""Maximum width of a name in a drawing, in SVG units. A longer name is cut."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Point:
     tied: bool
     """True if the Cell is the best or tied with the best."""
     tip: str
-    """Tooltip."""
+    """Text of the point's tooltip."""
     href: str
 
 
 @dataclass(frozen=True)
 class Level:
-    """Accuracy of an untrained Cell, which has no cost: a line across the chart."""
+    """The accuracy of an untrained Cell. It is drawn as a horizontal line, because an untrained Cell has no cost."""
 
     label: str
     value: float
@@ -47,7 +47,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Stopped:
-    """A Cell that has a cost but no accuracy, since it stopped there, e.g. out of memory."""
+    """A Cell that stopped, e.g. out of memory, so that it has a cost but no accuracy."""
 
     label: str
     cost: float
@@ -62,7 +62,10 @@ def cost(
     *,
     log: bool,
 ) -> Drawing:
-    """Draw accuracies with their intervals against a cost, the Pareto front, and a name next to each point."""
+    """Draw a chart of accuracy against a cost, with the Pareto front.
+
+    Each point has an interval and a name. The drawing's `unnamed` lists the points whose names do not fit.
+    """
     front = pareto([(p.cost, p.value) for p in points])
     description = (
         f"{len(points)} Cells. On the Pareto front (cheaper and better than all others): "
@@ -142,7 +145,7 @@ class _Plot:
 
 
 def _label(c: Canvas, text: str, x: float, box: Box) -> None:
-    """Write a name into its box. Most fonts need less than the box, so the text is aligned to the side near the point."""
+    """Write a name into its box. If the text is narrower than the box, write it at the side near the point."""
     y = box.y + box.height - 3.5
     if box.x >= x:
         c.text(box.x + 1, y, text, "label")
@@ -153,7 +156,7 @@ def _label(c: Canvas, text: str, x: float, box: Box) -> None:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Return the indices of the points that no other point beats in both x (lower) and y (higher), by rising x.
+    """Return the indices of the points on the Pareto front, sorted by x. Lower x and higher y are better.
 
     Of equal points, only the first is returned.
     """
@@ -173,7 +176,7 @@ class ChartSeries:
 
 
 def smooth(values: Sequence[float], reach: int = 2) -> list[float]:
-    """Return the moving mean over `reach` steps to either side; near the ends, over fewer steps."""
+    """Return the moving mean of `values`. Each mean covers a value and up to `reach` neighbours on either side."""
     windows = (values[max(0, t - reach) : t + reach + 1] for t in range(len(values)))
     return [sum(window) / len(window) for window in windows]
 
@@ -191,9 +194,9 @@ def learning(title: str, series: Sequence[ChartSeries]) -> Drawing:
 
 
 def errors(title: str, series: Sequence[ChartSeries], allowed: ChartSeries) -> Drawing:
-    """Draw |loss - float64 loss| of every step and its allowance, on a logarithmic axis.
+    """Draw |loss - float64 loss| of every step on a logarithmic axis, and the largest allowed error.
 
-    Errors of 0, and errors too small for the axis, lie on its lower edge.
+    An error of 0 is drawn at the lower edge of the chart, and so is an error too small for the axis.
     """
     description = (
         "Distance of the loss of each Cell from the float64 loss, step by step, and the largest allowed distance."
@@ -209,7 +212,7 @@ def errors(title: str, series: Sequence[ChartSeries], allowed: ChartSeries) -> D
 
 
 def _over_steps(title: str, description: str, series: Sequence[ChartSeries]) -> tuple[_Plot, Scale]:
-    """Start a chart over training steps, with room for names on the right; return its plot and its x scale."""
+    """Start a chart over training steps, with room for names on the right. Return its plot and its x scale."""
     longest = max((labels.text_width(s.label) for s in series), default=0.0)
     width = 880
     plot = _Plot(Canvas(title, description, width, 320), 56, width - min(_NAMES, longest) - 24, 10, 276)
@@ -219,7 +222,10 @@ def _over_steps(title: str, description: str, series: Sequence[ChartSeries]) -> 
 
 
 def _named(plot: _Plot, x: Scale, y: Scale, series: Sequence[ChartSeries], bound: int | None = None) -> None:
-    """Draw lines with names at their right ends, spread so that no names overlap. bound: index of the allowance."""
+    """Draw each series as a line, with its name at the right end. Names do not overlap.
+
+    bound: index of the series that holds the largest allowed errors.
+    """
     lines = [[(x.at(t), y.at(v)) for t, v in enumerate(s.values)] for s in series]
     heights = labels.spread([line[-1][1] for line in lines], plot.top + 6, plot.bottom)
     c, right = plot.canvas, plot.right
@@ -234,13 +240,13 @@ NO_PHASE = "in no phase"
 
 @dataclass(frozen=True)
 class PhaseBars:
-    """Phases of one Cell in seconds."""
+    """The time of one Cell: its start-up, then its phases."""
 
     label: str
     startup: float
-    """Seconds before the Cell's own work."""
+    """Seconds before the first phase."""
     phases: Sequence[tuple[str, float]]
-    """Names and seconds of the phases."""
+    """Pairs (name of a phase, seconds)."""
 
 
 def phases(title: str, cells: Sequence[PhaseBars]) -> Drawing:

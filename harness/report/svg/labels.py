@@ -13,7 +13,7 @@ _DOT = 7.0
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle; y grows downwards."""
+    """A rectangle. y grows downwards."""
 
     x: float
     y: float
@@ -21,7 +21,7 @@ class Box:
     height: float
 
     def overlaps(self, other: Box) -> bool:
-        """Return whether two rectangles share an area. A common edge is none."""
+        """Return whether two rectangles share an area. Rectangles that only touch do not overlap."""
         return (
             self.x < other.x + other.width
             and other.x < self.x + self.width
@@ -40,7 +40,7 @@ class Box:
 
 
 def text_width(text: str) -> float:
-    """Return an upper estimate of the width of a label, since the font of the reader is unknown."""
+    """Return the estimated width of a text. The estimate is high, because the font of the reader is unknown."""
     return 0.6 * SIZE * len(text) + 2
 
 
@@ -53,9 +53,10 @@ def fitted(text: str, width: float) -> str:
 def place(
     points: Sequence[tuple[float, float]], texts: Sequence[str], bounds: Box, avoid: Sequence[Box] = ()
 ) -> list[Box | None]:
-    """Return one box per text: near the text's point, over no dot and no other text. A text without room gets None.
+    """Return one box per text, near the point of the text. The box covers no point and no other text.
 
-    avoid: boxes that a text covers only if there is no better place for it, e.g. interval bars.
+    The box is None if there is no room. avoid: boxes that a text covers only if there is no better place, e.g. interval
+    bars.
     """
     dots = [Box(x - _DOT, y - _DOT, 2 * _DOT, 2 * _DOT) for x, y in points]
     placed: list[Box | None] = [None] * len(points)
@@ -96,7 +97,7 @@ def _candidates(point: tuple[float, float], width: float) -> list[tuple[Box, flo
 
 
 def anchor(point: tuple[float, float], box: Box) -> tuple[float, float]:
-    """Return the end of a label's leader line: the place on the label's edge that is nearest to its point."""
+    """Return the place on the edge of `box` nearest to `point`. The line from a point to its name ends there."""
     return min(max(point[0], box.x), box.x + box.width), min(max(point[1], box.y), box.y + box.height)
 
 
@@ -105,7 +106,7 @@ def _distance(point: tuple[float, float], box: Box) -> float:
 
 
 def _crosses(point: tuple[float, float], box: Box, other: Box) -> bool:
-    """Return whether the leader line from `point` to `box` crosses `other`, judged by three points of the line."""
+    """Return whether the line from `point` to `box` crosses `other`. Only three points of the line are tested."""
     end = anchor(point, box)
     for share in (0.25, 0.5, 0.75):
         x, y = point[0] + share * (end[0] - point[0]), point[1] + share * (end[1] - point[1])
@@ -115,9 +116,10 @@ def _crosses(point: tuple[float, float], box: Box, other: Box) -> bool:
 
 
 def spread(wanted: Sequence[float], low: float, high: float, gap: float = _LINE) -> list[float]:
-    """Return heights near the `wanted` ones, at least `gap` apart, for names at the ends of lines.
+    """Return a height for each name, as near as possible to its wanted height. Heights differ by at least `gap`.
 
-    The order is kept. If there is not enough room between `low` and `high`, the last heights exceed `high`.
+    The order of the heights stays the same. If there is not enough room between `low` and `high`, the largest heights
+    exceed `high`.
     """
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     heights = [min(max(w, low), high) for w in wanted]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scale:
-    """Map from low..high to start..end, linear or logarithmic."""
+    """A linear or logarithmic axis. It maps values from `low` to `high` to coordinates from `start` to `end`."""
 
     low: float
     high: float
@@ -17,7 +17,7 @@ class Scale:
     log: bool = False
 
     def at(self, value: float) -> float:
-        """Return the coordinate of `value`, clipped to the range."""
+        """Return the coordinate of `value`. A value outside the range gets the coordinate of the nearer end."""
         share = (self._f(value) - self._f(self.low)) / (self._f(self.high) - self._f(self.low))
         return round(self.start + min(1.0, max(0.0, share)) * (self.end - self.start), 2)
 
@@ -25,7 +25,7 @@ class Scale:
         return math.log10(max(value, 5e-324)) if self.log else value
 
     def ticks(self, about: int = 5) -> list[float]:
-        """Return round values inside the range."""
+        """Return round values inside the range, roughly `about` of them."""
         if not self.log:
             step = _round_step((self.high - self.low) / about)
             first = math.ceil(self.low / step - 1e-9)
@@ -39,14 +39,14 @@ class Scale:
 
 
 def linear(values: list[float], start: float, end: float, pad: float = 0.06) -> Scale:
-    """Return a scale that shows all `values` with some padding."""
+    """Return a linear scale that shows all `values`, with some padding."""
     low, high = min(values), max(values)
     air = (high - low) * pad or abs(high) * 0.1 or 1.0
     return Scale(low - air, high + air, start, end)
 
 
 def logarithmic(values: list[float], start: float, end: float, pad: float = 0.06) -> Scale:
-    """Return a logarithmic scale that shows all `values`, which must be positive."""
+    """Return a logarithmic scale that shows all `values`. They must be positive."""
     low, high = math.log10(min(values)), math.log10(max(values))
     air = (high - low) * pad or 0.3
     return Scale(10 ** (low - air), 10 ** (high + air), start, end, log=True)

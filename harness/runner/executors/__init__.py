@@ -1,4 +1,4 @@
-"""Find executors by name. An executor starts a worker for each attempt; its module here declares a constant EXECUTOR."""
+"""Find executors by name. An executor runs attempts. Its module in this package declares it by a constant EXECUTOR."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from harness.errors import UsageError
 from harness.runner.executors.executor import Executor, ExecutorKind, ExecutorOption
 
 Summary = tuple[str, str, ExecutorOption | None]
-"""(name, help, option) of an executor."""
+"""Name, help text and option of an executor."""
 
 
 def kinds() -> dict[str, ExecutorKind]:
-    """Map the names of all executors to their declarations."""
+    """Map the name of each executor to its declaration."""
     modules = (import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__))
     declared = (getattr(module, "EXECUTOR", None) for module in modules)
     return {kind.name: kind for kind in declared if kind is not None}
@@ -35,7 +35,7 @@ def summaries() -> list[Summary]:
 
 
 def option_names() -> list[str]:
-    """Return the names of all executors' options."""
+    """Return the names of the options of all executors."""
     return [option.name for _, _, option in summaries() if option]
 
 
@@ -53,8 +53,8 @@ def _summary(declaration: ast.Call) -> Summary:
 def choose(name: str, jobs: int | None = None, options: Mapping[str, Sequence[str]] | None = None) -> Executor:
     """Return the executor called `name`.
 
-    jobs: number of Cells at a time; None for the executor's default. options: option name -> values. Raises UsageError if
-    an option belongs to another executor.
+    jobs: number of Cells that run at a time; None for the executor's default. options: option name -> values. Raises
+    UsageError if an option belongs to another executor.
     """
     found, given = kinds(), options or {}
     for kind in found.values():
@@ -66,7 +66,10 @@ def choose(name: str, jobs: int | None = None, options: Mapping[str, Sequence[st
 
 
 def recall(folder: Path) -> None:
-    """End the Cells that a killed runner of the run in `folder` has left running, whichever executor it used."""
+    """End Cells of the run in `folder` that still run although their runner was killed.
+
+    They may have been started by any executor.
+    """
     for kind in kinds().values():
         if kind.recall:
             kind.recall(folder)

@@ -1,4 +1,4 @@
-"""Protocols of an executor and of its listener, and the declaration of an executor."""
+"""The interfaces of executors and of their listeners, and the declaration of an executor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Listener(Protocol):
 
 
 class Executor(Protocol):
-    """Runs attempts. Entering the context finds the machines, or raises HarnessError; leaving it releases them."""
+    """Runs attempts. Entering the context finds machines, or raises HarnessError. Leaving the context releases them."""
 
     is_remote: bool
     """True if Cells run on other machines than the runner."""
@@ -45,9 +45,10 @@ class Executor(Protocol):
         """Return the device that Cells will run on. Raises HarnessError if the requested device is not available."""
 
     def run(self, queue: Iterator[Job], context: RunContext, listener: Listener) -> Generator[Record, None, None]:
-        """Yield the Record of each attempt as it ends, in any order. Closing the iterator kills running attempts.
+        """Yield the Record of each attempt when it ends, in any order. Closing the iterator kills running attempts.
 
-        The log of an attempt exists as soon as `queue` yields the job, so that no later attempt gets the same number.
+        The executor creates the log of an attempt before it takes the next job from `queue`. The number of an attempt
+        depends on the logs, so no two attempts get the same number.
         """
 
 
@@ -63,17 +64,19 @@ class ExecutorOption:
 
 @dataclass(frozen=True)
 class ExecutorKind:
-    """The declaration of an executor: the constant EXECUTOR of its module in this package.
+    """The declaration of an executor. Each executor's module has one, called EXECUTOR.
 
-    `--help` reads `name`, `help` and `option` from the source (`executors.summaries`), so they must be literals.
+    `--help` reads `name`, `help` and `option` from the source, without an import. They must therefore be literals.
     """
 
     name: str
     """The value of `--executor`."""
     make: Callable[[int | None, Sequence[str]], Executor]
-    """Makes an executor from the number of Cells at a time (None: its default) and the values of `option`."""
+    """Makes an executor from two arguments: the number of Cells at a time (None: its default), and the values of
+    `option`."""
     help: str = ""
     """A sentence for `--help` about the environment variables that the executor reads."""
     option: ExecutorOption | None = None
     recall: Callable[[Path], None] | None = None
-    """Ends the Cells that a killed runner of the run in this folder has left running; None if Cells end with the runner."""
+    """Ends Cells of the run in a folder that still run although their runner was killed. None if no Cell outlives its
+    runner."""

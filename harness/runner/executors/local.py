@@ -1,4 +1,4 @@
-"""Run up to `jobs` Cells at a time on this machine. Each Cell has its own process and, on GPUs, a GPU of its own."""
+"""Run up to `jobs` Cells at a time on this machine. Each has its own process and, if there are GPUs, its own GPU."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from harness.runner.executors.executor import Device, ExecutorKind, Listener
 
 GPU_PATIENCE_S = 60.0
 _PROBE_S = 2.0
-"""Seconds between two probes of the GPUs; nvidia-smi itself takes a third of a second."""
+"""Minimum seconds between two probes of the GPUs. A probe takes a third of a second."""
 _ANSWER_S = 0.1
-"""Seconds between two checks for the answer of a probe."""
+"""Seconds between two tests whether a probe is finished."""
 Probe = Future[list[gpus.GpuDevice]]
 
 
 class Local:
     """The executor `local`.
 
-    jobs: number of Cells at a time. command: starts a worker; two file descriptors are added as arguments. look: returns the
-    GPUs. patience: seconds that a Cell waits for other users of the GPUs, or for the driver, while this run uses no GPU.
+    jobs: number of Cells that run at a time. command: command that starts a worker; two file descriptors are appended
+    to it. look: function that returns the GPUs. patience: seconds that a Cell waits for a free GPU while this run uses
+    no GPU.
     """
 
     is_remote = False
@@ -49,7 +50,7 @@ class Local:
         pass
 
     def device(self, requested: Literal["auto", "cpu", "cuda"]) -> Device:
-        """Return `cuda` if there is a GPU, unless another device is requested."""
+        """Return `cuda` or `cpu`: the requested device, or for `auto`, `cuda` if there is a GPU."""
         found = environment.gpus() if requested != "cpu" else ()
         if requested == "cuda" and not found:
             hint = "run with --device cpu, or see `peft-harness doctor`"
@@ -60,7 +61,7 @@ class Local:
         return "cuda" if found else "cpu"
 
     def run(self, queue: Iterator[Job], context: RunContext, listener: Listener) -> Generator[Record, None, None]:
-        """Run the queue, and yield each Record; see Executor.run."""
+        """Run all jobs of `queue`, and yield each Record; see Executor.run."""
         running: list[Attempt] = []
         waiting: Job | None = None
         probe: Probe | None = None
@@ -106,7 +107,7 @@ class Local:
     def _follow(
         self, selector: selectors.BaseSelector, running: list[Attempt], listener: Listener, probe: Probe | None
     ) -> Iterator[Record]:
-        """Forward events of the workers for at most a second, and yield the Records of attempts that have ended."""
+        """Forward the workers' events for at most a second. Then yield the Records of attempts that have ended."""
         now = time.monotonic()
         left = min((attempt.deadline - now for attempt in running), default=1.0)
         if running:
@@ -124,9 +125,9 @@ class Local:
             yield attempt.end()
 
     def _place(self, job: Job, probe: Probe | None, used: Sequence[str]) -> tuple[Job | None, str]:
-        """Return (`job` with its share of this machine, ""), or (None, the reason why the job must wait).
+        """Return `job` with its threads and its GPU, and "". If the job must wait, return None and the reason.
 
-        probe: a finished probe of the GPUs. used: UUIDs of the GPUs of running Cells.
+        probe: a finished probe of the GPUs. used: UUIDs of the GPUs that running Cells use.
         """
         share: dict[str, object] = {}
         if self.jobs > 1:

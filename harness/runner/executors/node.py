@@ -1,4 +1,4 @@
-"""Run a share of the Cells on a machine of a cluster, one after the other, like `local`."""
+"""Run Cells on one machine of a cluster, one after the other."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from harness.runner.attempt import WORKER, Ending, RunContext, record_of
 from harness.runner.executors.local import Local
 
 VISIBLE_S = 60.0
-"""Seconds until a network file system shows a file from another machine."""
+"""Seconds to wait until a file that another machine wrote is visible on a network file system."""
 _BEGUN = "begun on "
 
 
 class RecalledError(HarnessError):
-    """Ends the Cells on this machine, because the run was ended or resumed elsewhere."""
+    """Ends the Cells on this machine, because another process has ended or resumed the run."""
 
 
 class MissingPathError(StoreError):
-    """A machine does not see a path that its Cells need."""
+    """A machine cannot see a path that its Cells need."""
 
     node: str
-    """The machine."""
+    """Name of the machine."""
 
 
 class _Listener:
@@ -53,9 +53,10 @@ class _Listener:
 def run_jobs(
     specs: Sequence[str], timeout: float, command: Sequence[str] | None = None, permit: str | None = None
 ) -> None:
-    """Run attempts (each a Job as JSON) on this machine, until all are done or the file `permit` is deleted.
+    """Run attempts on this machine, until all are done or the file `permit` is deleted.
 
-    Every attempt leaves its Record in the run's folder. Raises MissingPathError if this folder or an asset is missing.
+    specs: one Job per attempt, as JSON. Every attempt leaves its Record in the run's folder. Raises MissingPathError if
+    this folder or an asset is missing.
     """
     jobs = [Job.model_validate_json(spec) for spec in specs]
     folder, node = store.RunFolder(Path(jobs[0].folder)), os.uname().nodename
@@ -86,7 +87,7 @@ def _paths(job: Job) -> Iterator[str]:
 
 
 def _each(jobs: Sequence[Job], folder: store.RunFolder, node: str) -> Iterator[Job]:
-    """Yield each job when it can start, after writing machine and time into its log for `final_record`."""
+    """Yield each job. Before that, write the machine and the time into the job's log, for `final_record`."""
     for job in jobs:
         with contextlib.suppress(OSError):  # the worker reports errors of the folder
             folder.log_path(job.cell.cell_id, job.attempt).write_text(f"{_BEGUN}{node} at {store.now()}\n")
@@ -94,10 +95,10 @@ def _each(jobs: Sequence[Job], folder: store.RunFolder, node: str) -> Iterator[J
 
 
 def final_record(job: Job, context: RunContext, ending: Ending, submitted: str, over: float) -> Record:
-    """Return the Record of an attempt on another machine; if the attempt left none, write one.
+    """Return the Record of an attempt on another machine. If the attempt left none, write one.
 
-    over: end of the attempt, by time.monotonic(). The duration begins when a machine has started the attempt. An attempt
-    that was never started gets the status `lost`, whatever the cause of its end.
+    over: end of the attempt, by time.monotonic(). The Record's duration excludes the time before a machine started the
+    attempt. If no machine started it, the Record's status is `lost`.
     """
     started = _started(context.folder.log_path(job.cell.cell_id, job.attempt))
     if started is None:

@@ -1,7 +1,8 @@
-"""Run Cells as tasks of a Ray cluster. RAY_ADDRESS names the cluster; without it a Ray is started on this machine.
+"""Run Cells as tasks of a Ray cluster. RAY_ADDRESS names the cluster. If it is not set, Ray is started on this machine.
 
 A task starts the same worker command as `local`, and the worker dies with the task. Nothing is retried: if Ray loses a
-worker or a node, the Record is `lost`, and `--resume` makes a new attempt. Progress shows Cells, not their phases.
+worker or a node, the Record is `lost`, and `--resume` makes a new attempt. The progress display does not show the
+phases of a Cell.
 """
 
 from __future__ import annotations
@@ -26,25 +27,25 @@ JOIN_PATIENCE_S = 120.0
 _LOOK_S = 0.2
 _NO_RECORD = "no Record"
 _STORE_B = 80 * 2**20
-"""The smallest object store that Ray accepts; no Cell uses it."""
+"""Size of Ray's object store in bytes. It is the smallest size that Ray accepts, because no Cell uses the store."""
 
 
 @dataclass(frozen=True)
 class _Finished:
-    """An attempt whose task has ended. Its Record may become visible later."""
+    """An attempt whose task has ended. Its Record may not be visible on this machine yet."""
 
     job: Job
     ending: Ending
     submitted: str
     since: float
-    """Time by time.monotonic() at which the task ended."""
+    """Value of time.monotonic() when the task ended."""
     until: float
-    """Time by time.monotonic() until which the Record may become visible."""
+    """Value of time.monotonic() when the wait for the Record ends."""
 
     def is_known(self, context: RunContext) -> bool:
-        """Return whether the Record is visible here, or the wait for it is over.
+        """Return True if the Record is visible on this machine, or if the wait for it has ended.
 
-        Raises StoreError after the wait if another machine wrote the Record.
+        Raises StoreError if another machine wrote the Record, but it is not visible when the wait ends.
         """
         path = context.folder.record_path(self.job.cell.cell_id, self.job.attempt)
         if path.exists() or time.monotonic() < self.until:
@@ -59,8 +60,8 @@ class _Finished:
 class Ray:
     """The executor `ray`.
 
-    jobs: number of Cells at a time; None for as many as fit. command: replaces the usual command of the worker.
-    patience: seconds to wait for a node that can run one Cell, at the start and after nodes were lost.
+    jobs: maximum number of Cells that run at a time; by default, as many as fit. command: replaces the usual command of
+    the worker. patience: seconds to wait for a node on which a Cell fits, at the start and after the loss of all nodes.
     """
 
     is_remote = True
@@ -72,12 +73,13 @@ class Ray:
         self._device: Device = "cpu"
         self._ray: Any = None
         self._cpus = 1
-        """Cores of each Cell."""
+        """Cores for each Cell."""
         self._max_threads: int = 2**20
-        """Maximum number of threads per Cell if Ray runs only on this machine. In a cluster each node has its limit."""
+        """Maximum number of threads per Cell. It is set only for Ray on this machine; the nodes of a cluster set their
+        own."""
         self._visible_s = node.VISIBLE_S
         self._blind: set[str] = set()
-        """Nodes that do not see the run folder or an asset."""
+        """Names of the nodes that cannot see the run's folder or an asset."""
 
     def __enter__(self) -> Ray:
         address = os.environ.get("RAY_ADDRESS", "")
@@ -111,14 +113,14 @@ class Ray:
         self._ray.shutdown()
 
     def device(self, requested: Literal["auto", "cpu", "cuda"]) -> Device:
-        """Return `cuda` if the cluster has a GPU, unless another device is requested."""
+        """Return `cuda` or `cpu`: the requested device, or for `auto`, `cuda` if the cluster has a GPU."""
         self._device = "cuda" if requested == "cuda" or (requested == "auto" and self._gpus() > 0) else "cpu"
         self._wait_for_room()
         self._cpus = self._share()
         return self._device
 
     def run(self, queue: Iterator[Job], context: RunContext, listener: Listener) -> Generator[Record, None, None]:
-        """Run the queue, and yield each Record; see Executor.run."""
+        """Run all jobs of `queue`, and yield each Record; see Executor.run."""
         ray = self._ray
         task = ray.remote(
             num_cpus=self._cpus, num_gpus=int(self._device == "cuda"), max_retries=0, max_calls=1
@@ -164,7 +166,10 @@ class Ray:
                     ray.cancel(reference, force=True)
 
     def _ending(self, reference: Any) -> Ending:
-        """Return the Ending of an attempt whose task has ended without a Record."""
+        """Return how a task ended. The result is used only if the attempt left no Record.
+
+        Raises an error that the task itself raised, except if only some nodes lack a path that the Cell needs.
+        """
         errors = self._ray.exceptions
         try:
             self._ray.get(reference)
@@ -182,14 +187,14 @@ class Ray:
         return Ending(Status.LOST, _NO_RECORD, "its Record vanished")
 
     def _nodes(self) -> list[dict[str, float]]:
-        """Return the resources of each living node."""
+        """Return the resources of each living node, as a dict of resource names and amounts."""
         return [one["Resources"] for one in self._ray.nodes() if one["Alive"]]
 
     def _gpus(self) -> int:
         return sum(int(one.get("GPU", 0)) for one in self._nodes())
 
     def _room(self) -> list[int]:
-        """Return, for each node, the number of Cells that fit on it."""
+        """Return one number per node: how many Cells fit on it."""
         if self._device == "cuda":
             return [min(int(one.get("GPU", 0)), int(one.get("CPU", 0)) // self._cpus) for one in self._nodes()]
         return [int(one.get("CPU", 0)) // self._cpus for one in self._nodes()]
@@ -203,7 +208,11 @@ class Ray:
         return max(1, min(most, self.jobs or most))
 
     def _share(self) -> int:
-        """Return the cores of each Cell: a node's cores divided by its GPUs or by its share of `jobs`; at least 1."""
+        """Return the number of cores for each Cell, at least 1.
+
+        With GPUs, this is a node's cores divided by its GPUs. Without GPUs, it is all cores divided by `jobs`, but at
+        most the cores of the smallest node.
+        """
         nodes = [one for one in self._nodes() if self._device == "cpu" or int(one.get("GPU", 0))]
         if self._device == "cuda":
             return max(1, int(min(one.get("CPU", 0) // int(one["GPU"]) for one in nodes)))

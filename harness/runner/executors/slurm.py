@@ -1,7 +1,8 @@
-"""Run Cells as one Slurm array, through submitit. An element runs one Cell, or several if Slurm limits the array.
+"""Run Cells as one Slurm job array, with the library submitit. An element of the array runs one Cell.
 
-The array outlives its runner: a resumed run uses the Records that the array has finished, and ends the other elements. Slurm
-never restarts an element (`--no-requeue`): only `--resume` tries again, with a new attempt.
+If Slurm limits the size of the array, an element runs several Cells. The array continues after the end of its runner. A
+resumed run uses the Records that the array has written, and ends the remaining elements. Slurm never restarts an
+element (`--no-requeue`). Only `--resume` tries a Cell again, with a new attempt.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ from harness.runner.executors import node
 from harness.runner.executors.executor import Device, ExecutorKind, ExecutorOption, Listener
 
 LOCAL = "PEFT_HARNESS_SLURM"
-"""Environment variable. If its value is `local`, elements are processes on this machine."""
+"""Name of an environment variable. If its value is `local`, elements are processes on this machine."""
 _EXCHANGE = "slurm"
-"""Folder for submitit's files, in the run folder."""
+"""Name of the folder for submitit's files. It is in the run's folder."""
 _PERMIT = "wanted-"
-"""Prefix of a file name in the folder of submitit. Elements end when the file is deleted."""
+"""Start of the name of a file next to submitit's files. If the file is deleted, the elements end."""
 _MOST_ELEMENTS = 1000
-"""Slurm's MaxArraySize is 1001 unless its administrator changes it."""
+"""Maximum number of elements. Slurm's own limit, MaxArraySize, is 1001 unless an administrator has changed it."""
 _START_MIN = 5
-"""Minutes that an element may run in addition to the time of its Cells."""
+"""Minutes that an element may run in addition to the time limits of its Cells."""
 _LOOK_S = 0.5
 _POLL_S = 15.0
 _GRACE_S = 10.0
 _CANCEL_S, _CANCEL_LOOK_S = 45.0, 1.0
-"""Seconds to wait for the end of cancelled elements, and between two looks. Slurm itself waits 30 s (KillWait)."""
+"""Seconds to wait until cancelled elements have ended, and seconds between two looks. Slurm itself may take 30 s."""
 GONE = "GONE"
 _UNKNOWN_S = 600.0  # Slurm's accounting may be late by this time
 _QUERY_TIMEOUT_S = 30.0
@@ -51,12 +52,13 @@ _STATES = {"TIMEOUT": Status.TIMEOUT, "OUT_OF_MEMORY": Status.OOM}
 
 
 class Element:
-    """One element of the array. submitit calls it on the machine of the element."""
+    """One element of the array. submitit sends it to the machine of the element, and calls it there."""
 
     def __call__(self, specs: list[str], timeout: float, command: list[str] | None, permit: str) -> None:
         """Run the Cells of the element one after the other.
 
-        The element ignores Slurm's warning signal, because Slurm's accounting has the cause of the end.
+        The element ignores Slurm's warning before a time limit. The runner learns the cause of the end from Slurm's
+        accounting.
         """
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # submitit would requeue this element
         node.run_jobs(specs, timeout, command, permit)
@@ -65,8 +67,8 @@ class Element:
 class Slurm:
     """The executor `slurm`.
 
-    jobs: number of Cells at a time; None for as many as Slurm allows. options: options of sbatch, each KEY=VALUE.
-    command: replaces the usual command of the worker.
+    jobs: maximum number of Cells that run at a time; by default, as many as Slurm allows. options: options of sbatch,
+    each KEY=VALUE. command: replaces the usual command of the worker.
     """
 
     is_remote = True
@@ -94,7 +96,7 @@ class Slurm:
         pass
 
     def device(self, requested: Literal["auto", "cpu", "cuda"]) -> Device:
-        """Return `cuda` if the options request GPUs, unless another device is requested."""
+        """Return `cuda` or `cpu`: the requested device, or for `auto`, `cuda` if the options of sbatch request GPUs."""
         has_gpu = "gpu" in self._options.get("gres", "") or any(key.startswith("gpus") for key in self._options)
         if requested == "cuda" and not has_gpu and not self._here:
             hint = "add --slurm gres=gpu:1, or --slurm gpus-per-node=1"
@@ -102,7 +104,7 @@ class Slurm:
         return "cuda" if requested == "cuda" or (requested == "auto" and has_gpu) else "cpu"
 
     def run(self, queue: Iterator[Job], context: RunContext, listener: Listener) -> Generator[Record, None, None]:
-        """Submit the whole queue, and yield each Record; see Executor.run."""
+        """Submit all jobs of `queue`, and yield each Record; see Executor.run."""
         exchange = context.folder.path.resolve() / _EXCHANGE
         exchange.mkdir(exist_ok=True)
         jobs = list(queue)
@@ -160,9 +162,10 @@ class Slurm:
     def _gather(
         self, shares: dict[Any, list[Job]], context: RunContext, listener: Listener
     ) -> Generator[Record, None, None]:
-        """Yield each Record as it appears.
+        """Yield each Record as soon as it appears in the run's folder.
 
-        If an element has ended and one of its Cells has no Record, yield a Record with the cause of the element's end.
+        If an element has ended and one of its Cells has no Record, write and yield a Record with the cause of the
+        element's end.
         """
         left = {job.cell.cell_id: job for share in shares.values() for job in share}
         submitted = store.now()
@@ -195,13 +198,13 @@ class Slurm:
 
 
 def recall(folder: Path) -> None:
-    """End the elements of an array that a killed runner of this run has left. They end within seconds."""
+    """End elements of the run in `folder` that still run although their runner was killed. They end within seconds."""
     for permit in folder.glob(f"{_EXCHANGE}/{_PERMIT}*"):
         permit.unlink(missing_ok=True)
 
 
 def _ending(element: Any, state: str) -> Ending:
-    """Return the Ending of an element, with Slurm's state, and with the error that the element raised, if any is known."""
+    """Return how an element ended: Slurm's state and, if submitit has saved one, the error that the element raised."""
     raised = ""
     if element.paths.result_pickle.exists() and (error := element.exception()) is not None:
         lines = str(error).strip().splitlines()
@@ -213,7 +216,7 @@ def _ending(element: Any, state: str) -> Ending:
 
 
 def _await_cancelled(elements: Sequence[Any]) -> None:
-    """Wait briefly until cancelled elements are gone: Slurm cancels asynchronously."""
+    """Wait until cancelled elements have ended, but at most `_CANCEL_S` seconds. Slurm does not end them at once."""
     states, deadline, left = States(here=False), time.monotonic() + _CANCEL_S, set(elements)
     while left := left - {element for element, _ in states.ended([*left])}:
         if time.monotonic() >= deadline:
@@ -222,7 +225,7 @@ def _await_cancelled(elements: Sequence[Any]) -> None:
 
 
 def _await_local(elements: Sequence[Any]) -> None:
-    """Wait briefly for elements on this machine, and cancel those that do not end."""
+    """Wait a few seconds for elements on this machine to end. Then cancel those that still run."""
     deadline = time.monotonic() + _GRACE_S
     while any(not element.done() for element in elements) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -241,7 +244,7 @@ def _option(text: str) -> tuple[str, str]:
 
 
 class States:
-    """Determines the states of submitit's jobs. submitit itself treats PREEMPTED as running and SUSPENDED as ended.
+    """Finds out which of submitit's jobs have ended. submitit's own answer is wrong for the states PREEMPTED and SUSPENDED.
 
     here: whether the jobs are processes on this machine.
     """
@@ -251,7 +254,7 @@ class States:
         self._unknown: dict[str, float] = {}
 
     def ended(self, jobs: Sequence[Any]) -> list[tuple[Any, str]]:
-        """Return the jobs that have ended, each with Slurm's state. One query covers all jobs."""
+        """Return pairs (job, Slurm's state) of the jobs that have ended. One query to Slurm covers all jobs."""
         if self._here:
             return [(job, str(job.state)) for job in jobs if job.done()]
         if jobs:
@@ -274,7 +277,7 @@ class States:
 
 
 def _queue(arrays: set[str]) -> set[str] | None:
-    """Return the waiting and running elements of `arrays`, without Slurm's accounting; None if Slurm does not answer."""
+    """Return the ids of the waiting and running elements of `arrays`. If Slurm does not answer, return None."""
     command = ["squeue", "--noheader", "--array", "--format=%i", "--jobs", ",".join(sorted(arrays))]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_TIMEOUT_S, check=False)
