@@ -148,8 +148,7 @@ class Projector:
 def sides(m: int, n: int, side: str) -> tuple[bool, bool]:
     """Return (left, right): whether an (m, n) matrix is projected on its left side, and whether on its right side.
 
-    side: the setting `side` in Config. Raises ValueError if it is unknown.
-    """
+    Raises ValueError if `side` is unknown."""
     rules = {
         "std": (m < n, m >= n),
         "reverse_std": (m >= n, m < n),

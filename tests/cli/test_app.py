@@ -168,7 +168,7 @@ def test_plan_reads_the_newest_record_and_guesses_nothing(tmp_path: Path) -> Non
         ("error", "status error"),
         ("optimizer", "one of adamw, adamw-8bit, paged-adamw, paged-adamw-8bit"),
         ("paged-adamw", "arXiv:2305.14314"),
-        ("accumulate", "Micro-batches per optimizer step"),
+        ("accumulate", "micro-batches in each optimizer step"),
         ("checkpointing", "default: false"),
         ("lr_ratio", "arXiv:2402.12354"),
         ("compile", "torch.compile"),

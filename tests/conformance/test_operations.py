@@ -10,7 +10,7 @@ import torch
 
 from harness.conformance import operations, parity_suite
 from harness.conformance.case_selection import FEW
-from harness.conformance.checks.modes import REPEATS
+from harness.conformance.comparison.call_forms import REPEATS
 from harness.conformance.execution import suite_run
 from harness.methods.registry import Implementation
 from harness.records.record import Outcome

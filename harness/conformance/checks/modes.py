@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from itertools import chain
-from threading import Barrier
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from harness.conformance.case import Case
 from harness.conformance.checks import States, check
 from harness.conformance.comparison import operation_call
+from harness.conformance.comparison.call_forms import (
+    FORMS,
+    FORMS_OF_ROWS,
+    LONG_FORMS,
+    REPEATS,
+    ROWS,
+    WITHOUT_GRADIENTS,
+    Call,
+    constant_input,
+    copied,
+    owns,
+    tensors_of_copy,
+)
 from harness.conformance.comparison.check_results import judged, prefix_tensor, skipped
 from harness.conformance.comparison.inputs import HALF, cast, inputs
 from harness.conformance.comparison.layer_comparison import reference_runs
@@ -28,158 +37,12 @@ from harness.conformance.operation import OperationSubject, cloned, mapped
 from harness.conformance.subject import DTYPES, Subject, load
 from harness.records.record import CheckResult
 
-ROWS = 4
-REPEATS = 110
-"""Number of calls of one layer. This is enough to find a fault that shows in every 100th call."""
 SMALL = 3_000
 """An Operation is called REPEATS times only if its arguments have fewer elements than this."""
-THREADS = 2
 OTHER_DTYPE = {"float64": "float32", "float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
 """dtype of a layer -> dtype to which a copy of the layer is cast."""
 LAYERS = 2
 """Number of layers to try. More layers would show little, because all layers of a model are of one class."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """One layer, and an input for it with its incoming gradient."""
-
-    layer: nn.Module
-    tensors: Mapping[str, Tensor]
-    x: Tensor
-    """The input: rows of features (ROWS, D), token numbers (ROWS,), or a few images."""
-    dy: Tensor
-    training: bool
-    """True if the layer may be run in training mode. Without dropout, this mode computes the same as eval mode."""
-
-    def observe(self, x: Tensor, dy: Tensor, layer: nn.Module | None = None, **how: Any) -> dict[str, Tensor]:
-        """Run the layer forward from `x` and backward from `dy`, and return the output and the gradients.
-
-        The output has the shape of `self.dy`, and the gradient of the input has the shape of `self.x`. layer: if given,
-        the copy of the layer that is run instead.
-        """
-        tensors = self.tensors if layer is None else _tensors_of_copy(self.layer, layer, self.tensors)
-        seen = observe(layer or self.layer, tensors, x, dy, training=self.training, **how)
-        if seen["y"].shape == dy.shape:
-            seen["y"] = seen["y"].reshape(self.dy.shape)
-        if "grad x" in seen:
-            seen["grad x"] = seen["grad x"].reshape(self.x.shape)
-        return seen
-
-    def output(self, training: bool) -> dict[str, Tensor]:
-        """Run the layer in training mode or eval mode, and return only the output."""
-        with preserved_state(self.layer, self.tensors, training):
-            return {"y": self.layer(self.x).detach().clone()}
-
-
-Form = Callable[[Call], dict[str, Tensor]]
-
-
-def _reshaped(*shape: int) -> Form:
-    return lambda call: call.observe(call.x.reshape(*shape, -1), call.dy.reshape(*shape, -1))
-
-
-def _swapped(call: Call) -> dict[str, Tensor]:
-    """Call the layer with an input of three dimensions whose batch and tokens are swapped in memory."""
-    x, dy = (t.reshape(2, 2, -1).transpose(0, 1).contiguous().transpose(0, 1) for t in (call.x, call.dy))
-    return call.observe(x, dy)
-
-
-def _sliced(call: Call) -> dict[str, Tensor]:
-    """Call the layer with an input that is every second row of a larger tensor."""
-    wide = torch.stack([call.x, torch.full_like(call.x, torch.nan)], dim=1).flatten(0, 1)
-    return call.observe(wide[::2], call.dy)
-
-
-def _no_grad(call: Call) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return call.output(call.training)
-
-
-def _inference(call: Call) -> dict[str, Tensor]:
-    with torch.inference_mode():
-        return call.output(training=False)
-
-
-def _constant_input(call: Call) -> dict[str, Tensor]:
-    """Call the layer with an input that needs no gradient, as the first layer of a model gets it."""
-    return call.observe(call.x, call.dy, call=lambda layer, x: layer(x.detach()))
-
-
-def _frozen(call: Call) -> dict[str, Tensor]:
-    """Call the layer while its trained tensors require no gradient."""
-    for tensor in call.tensors.values():
-        tensor.requires_grad_(False)
-    try:
-        return call.output(call.training)
-    finally:
-        for tensor in call.tensors.values():
-            tensor.requires_grad_(True)
-
-
-def _checkpointed(call: Call) -> dict[str, Tensor]:
-    return call.observe(call.x, call.dy, call=partial(checkpoint, use_reentrant=False))
-
-
-def _copied(call: Call) -> dict[str, Tensor]:
-    return call.observe(call.x, call.dy, layer=copy.deepcopy(call.layer))
-
-
-def _repeated(call: Call) -> dict[str, Tensor]:
-    """Call the layer many times in its mode, and return an output that differs from the first output.
-
-    If no output differs, return the first.
-    """
-    first = call.output(call.training)
-    later = (call.output(call.training) for _ in range(REPEATS))
-    return next((one for one in later if not torch.equal(one["y"], first["y"])), first)
-
-
-def _threaded(call: Call) -> dict[str, Tensor]:
-    """Call the layer in several threads at once, and return an output that differs from a call without threads.
-
-    Each thread has its own input. Only outputs for `call.x` are returned. If none differs, return the output without
-    threads.
-    """
-    gate = Barrier(THREADS)
-
-    def run(x: Tensor) -> list[Tensor]:
-        gate.wait()
-        with torch.no_grad():
-            return [call.layer(x).clone() for _ in range(8)]
-
-    with preserved_state(call.layer, call.tensors, training=False):
-        with torch.no_grad():
-            alone = call.layer(call.x).clone()
-        others = [call.x, *(call.x.flip(0) for _ in range(THREADS - 1))]
-        with ThreadPoolExecutor(THREADS) as threads:
-            mine = next(iter(list(threads.map(run, others))))
-    return {"y": next((one for one in mine if not torch.equal(one, alone)), alone)}
-
-
-FORMS_OF_ROWS: dict[str, Form] = {
-    "one token per sequence": _reshaped(ROWS, 1),
-    "four dimensions": _reshaped(2, 1, 2),
-    "batch and tokens transposed": _swapped,
-    "every second row of a tensor": _sliced,
-}
-"""Name -> function that calls a layer on its rows of features in another shape or memory layout."""
-FORMS: dict[str, Form] = {
-    "under no_grad in training mode": _no_grad,
-    "under inference_mode": _inference,
-    "with an input that needs no gradient": _constant_input,
-    "with frozen tensors": _frozen,
-    "under activation checkpointing": _checkpointed,
-    "by a deep copy": _copied,
-}
-"""Name -> function that calls a layer on its input in another mode."""
-LONG_FORMS: dict[str, Form] = {
-    f"{REPEATS} times": _repeated,
-    f"in {THREADS} threads": _threaded,
-}
-"""Name -> function that calls a layer on its input many times. Only the first layer of a model is called so."""
-WITHOUT_GRADIENTS = (_no_grad, _inference, _frozen, _repeated, _threaded)
-"""Functions of FORMS and LONG_FORMS that return only an output, without gradients."""
 
 
 @check(States.WARM, only_wide=True)
@@ -212,10 +75,10 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
             | (LONG_FORMS if index == 0 and case.walks else {})
         )
         for name, form in forms.items():
-            if form is _copied and not _owns(layer, call.tensors):
+            if form is copied and not owns(layer, call.tensors):
                 continue
             missing = (
-                truth.keys() - {"y"} if form in WITHOUT_GRADIENTS else {"grad x"} if form is _constant_input else set()
+                truth.keys() - {"y"} if form in WITHOUT_GRADIENTS else {"grad x"} if form is constant_input else set()
             )
             wanted = {n: t for n, t in truth.items() if n not in missing}
             own = ({n: t for n, t in draw.items() if n in wanted} for draw in draws)
@@ -287,7 +150,7 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
     rounded_alike = {t.dtype for t in tensors.values()} <= {
         DTYPES[subject.dtype]
     }  # False if an adapter stays in float32
-    if path in subject.packed or not rounded_alike or not _owns(layer, tensors):
+    if path in subject.packed or not rounded_alike or not owns(layer, tensors):
         return
     other = OTHER_DTYPE[subject.dtype]
     x_other, dy_other = cast(x, other), dy.to(DTYPES[other])
@@ -295,7 +158,7 @@ def _in_other_precisions(subject: Subject, case: Case) -> Iterator[Judgement]:
     def moved(of: nn.Module, named: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
         """Run a copy of the layer in `dtype`, after rounding its values to `other`, and return the observation."""
         made = copy.deepcopy(of).to(DTYPES[other]).to(DTYPES[dtype])
-        named = _tensors_of_copy(of, made, named)
+        named = tensors_of_copy(of, made, named)
         return observe(made, named, cast(x_other, dtype), dy_other.to(DTYPES[dtype]), training=subject.trains_plainly)
 
     truth, rounded = (moved(own.layer, own.tensors, dtype) for dtype in ("float64", other))
@@ -323,21 +186,6 @@ def _second(layer: nn.Module, tensors: Mapping[str, Tensor], x: Tensor, dy: Tens
 
 def _named(path: str, form: str, judgement: Judgement) -> Judgement:
     return prefix_tensor(f"{path} {form}" if path else form, judgement)
-
-
-def _owns(layer: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether all of `tensors` are parameters of the layer. If not, a copy of the layer does not copy them."""
-    return {id(t) for t in tensors.values()} <= {id(p) for p in layer.parameters()}
-
-
-def _tensors_of_copy(layer: nn.Module, other: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the parameters of `other` that correspond to `tensors`, by the same names.
-
-    `tensors` are parameters of `layer`, and `other` is a copy of `layer`.
-    """
-    names = {id(t): name for name, t in layer.named_parameters(remove_duplicate=False)}
-    copies: dict[str, Tensor] = dict(other.named_parameters(remove_duplicate=False))
-    return {name: copies[names[id(t)]] for name, t in tensors.items() if id(t) in names}
 
 
 def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:

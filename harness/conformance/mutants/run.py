@@ -7,8 +7,8 @@ import json
 import random
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pkgutil import walk_packages
 from typing import Any
 
@@ -187,50 +187,85 @@ def _run(
         drawn = random.Random(seed).sample(chosen, min(number, len(chosen)))  # noqa: S311
         chosen = sorted(drawn, key=lambda mutant: (mutant.module, mutant.start))
     reasons = equivalent()
-    tasks: list[Mutant] = []
-    verdicts: dict[Mutant, Verdict] = {}
+    trials = _Trials({}, jobs, progress)
     for mutant in chosen:
         reason = reasons.get(mutant.name, reasons.get(mutant.module, ""))
-        verdicts[mutant] = Verdict(mutant, tuple(_chosen(mutant, callers)), equivalent=reason)
-        if verdicts[mutant].targets and not reason:
-            tasks.append(mutant)
-
-    right = _original_digests([one for mutant in tasks for one in verdicts[mutant].runs()], jobs)
-
-    def act(mutant: Mutant) -> dict[str, Any] | str:
-        end = trial.try_mutant(mutant, {target: right[of, target] for of, target in verdicts[mutant].runs()})
-        return vars(end) if isinstance(end, Catch) else end
-
-    for count, ended in enumerate(forks.run(tasks, act, jobs, _LIMITS), start=1):
-        before = verdicts[ended.task]
-        if ended.error:  # of the trial, not of the mutant: it is no catch
-            verdicts[ended.task] = replace(before, error=ended.error)
-        elif isinstance(ended.returned, dict):
-            verdicts[ended.task] = replace(before, catch=Catch(**ended.returned))
-        elif ended.returned == "not run":
-            verdicts[ended.task] = replace(before, targets=())
-        else:
-            verdicts[ended.task] = replace(before, died=ended.died, same_bits=ended.returned == "same bits")
-        if count % 50 == 0:
-            alive = sum(one.survives for one in verdicts.values()) - (len(tasks) - count)
-            progress(f"{count} of {len(tasks)} mutants tried, {alive} survived")
-    return MutantReport([verdicts[mutant] for mutant in chosen])
+        trials.verdicts[mutant] = Verdict(mutant, tuple(_chosen(mutant, callers)), equivalent=reason)
+    trials.run_checks(trial.DEFAULT)
+    trials.compare_bits()  # first, because the checks that only `--wide` runs take long
+    trials.run_checks(trial.WIDE)
+    return MutantReport([trials.verdicts[mutant] for mutant in chosen])
 
 
-def _original_digests(wanted: Iterable[Run], jobs: int) -> dict[Run, list[str]]:
-    """Map each wanted (owner, target) to the digests of what the unchanged code computes, as `difference.digests`
-    returns them.
-    """
+@dataclass
+class _Trials:
+    """The trials of the chosen mutants."""
 
-    def act(run: Run) -> list[str]:
-        return difference.digests(trial.implementation(run[1], run[0], None))
+    verdicts: dict[Mutant, Verdict]
+    """The verdict so far on each mutant. A mutant is tried further as long as its verdict is that it survives."""
+    jobs: int
+    progress: Callable[[str], None]
+    reached: set[Mutant] = field(default_factory=set)
+    """The mutants whose changed statement has run."""
 
-    found = {}
-    for ended in forks.run(sorted(set(wanted)), act, jobs, _LIMITS):
-        if why := ended.died or ended.error:
-            raise RuntimeError(f"{ended.task[1]} by {ended.task[0]} did not run: {why}")
-        found[ended.task] = ended.returned
-    return found
+    def run_checks(self, form: str) -> None:
+        """Run the checks of `form` on every mutant that survives so far."""
+        alive = self._alive()
+
+        def act(mutant: Mutant) -> tuple[dict[str, Any] | None, bool]:
+            catch = trial.caught(mutant, self.verdicts[mutant].targets, form)
+            return vars(catch) if catch else None, trial.is_reached()
+
+        for count, ended in enumerate(forks.run(alive, act, self.jobs, _LIMITS), start=1):
+            catch = self._note(ended.task, ended)
+            if catch is not None:
+                self._update(ended.task, catch=Catch(**catch))
+            if count % 50 == 0:
+                self.progress(f"{form} checks: {count} of {len(alive)} mutants tried")
+
+    def compare_bits(self) -> None:
+        """Compare every mutant that survives so far with the original, by what both compute in random cases."""
+        alive = self._alive()
+        self.progress(f"random cases: {len(alive)} mutants are compared with the original")
+
+        def act(task: tuple[Mutant | None, Run]) -> tuple[list[str], bool]:
+            mutant, (of, target) = task
+            return trial.digests(target, of, mutant), trial.is_reached()
+
+        pairs = [(mutant, run) for mutant in alive for run in self.verdicts[mutant].runs()]
+        originals: list[tuple[Mutant | None, Run]] = [(None, run) for run in dict.fromkeys(run for _, run in pairs)]
+        right: dict[Run, list[str]] = {}
+        for ended in forks.run(originals, act, self.jobs, _LIMITS):
+            if why := ended.died or ended.error:
+                raise RuntimeError(f"{ended.task[1]} did not run: {why}")
+            right[ended.task[1]] = ended.returned[0]
+        different: set[Mutant] = set()
+        for mutant_ended in forks.run(pairs, act, self.jobs, _LIMITS):
+            mutant, run = mutant_ended.task
+            if self._note(mutant, mutant_ended) != right[run]:
+                different.add(mutant)
+        for mutant in self._alive():
+            if mutant not in self.reached:
+                self._update(mutant, targets=())
+            elif mutant not in different:
+                self._update(mutant, same_bits=True)
+
+    def _alive(self) -> list[Mutant]:
+        return [mutant for mutant, verdict in self.verdicts.items() if verdict.survives]
+
+    def _note(self, mutant: Mutant, ended: forks.Ended[Any]) -> Any:
+        """Note how a fork ended and whether it ran the changed statement; return what else it found, or None."""
+        if ended.returned is None:
+            # An error is one of the trial, not of the mutant: it is no catch.
+            self._update(mutant, died=ended.died, error=ended.error)
+            return None
+        found, reached = ended.returned
+        if reached:
+            self.reached.add(mutant)
+        return found
+
+    def _update(self, mutant: Mutant, **changed: Any) -> None:
+        self.verdicts[mutant] = replace(self.verdicts[mutant], **changed)
 
 
 def _chosen(mutant: Mutant, callers: Mapping[tuple[str, str], list[str]]) -> list[str]:

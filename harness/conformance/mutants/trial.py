@@ -9,7 +9,7 @@ import builtins
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType, ModuleType
 from typing import Literal
@@ -27,7 +27,6 @@ from harness.conformance.mutants.mutant import Mutant
 from harness.methods.implementations import fused
 from harness.methods.registry import Implementation
 
-Unharmed = Literal["not run", "same bits", "survives"]
 """Why no check caught a mutant. `not run`: no case runs the changed statement. `same bits`: the mutant computes the
 same bits as the original. `survives`: the checks have a hole.
 """
@@ -38,6 +37,8 @@ PROBE = "_mutant_is_reached"
 """Name of a built-in function that exists only in the process of a trial. A mutant calls it just before the changed
 statement runs.
 """
+_REACHED = "_mutant_was_reached"
+"""Name of an attribute of `builtins` in the process of a trial: True once the changed statement has run."""
 _MUTANT = "_mutant_name"
 """Name of the attribute in which a changed module stores the name of its mutant."""
 DEFAULT, WIDE = "default", "wide"
@@ -124,28 +125,42 @@ def outcomes(of: Implementation, form: str) -> Iterator[CheckOutcome]:
         yield from suite_run.run_case(of, plan, case, wide=wanted.is_wide)
 
 
-def try_mutant(mutant: Mutant, right: Mapping[str, Sequence[str]]) -> Catch | Unharmed:
-    """Return the catch by the first check that fails, or why no check failed.
+def caught(mutant: Mutant, targets: Iterable[str], form: str) -> Catch | None:
+    """Run the checks of the targets on the mutant until one fails; return the catch, or None.
 
-    right: maps every target whose checks are run to the digests of the original. The checks that only `--wide` runs
-    take long. They are left out for a mutant that computes the same bits as the original.
+    form: DEFAULT or WIDE. The process must be a fork that has tried no other mutant.
     """
-    of, reached = owner(mutant.module), [mutant.probe[0] < 0]
-    setattr(builtins, PROBE, lambda: reached.__setitem__(0, True))
     try:
-        made = [implementation(target, of, mutant) for target in right]
+        made = [_changed(target, mutant) for target in targets]
     except AlreadyImportedError:
         raise
     except Exception as error:  # noqa: BLE001  # the changed module may raise anything while it is imported
-        return Catch(DEFAULT, f"import: {type(error).__name__}", True)
-    for form in (DEFAULT, WIDE):
-        for one in made:
-            for outcome in outcomes(one, form):
-                if outcome.status is CheckStatus.FAIL:
-                    return Catch(form, outcome.check, outcome.execution is Execution.RAISED)
-        if form == DEFAULT and all(difference.digests(one) == right[one.target] for one in made):
-            return "same bits" if reached[0] else "not run"
-    return "survives"
+        return Catch(form, f"import: {type(error).__name__}", True)
+    for one in made:
+        for outcome in outcomes(one, form):
+            if outcome.status is CheckStatus.FAIL:
+                return Catch(form, outcome.check, outcome.execution is Execution.RAISED)
+    return None
+
+
+def digests(target: str, of: Owner, mutant: Mutant | None) -> list[str]:
+    """Return the digests of what the mutant, or the original, computes in random cases.
+
+    Each call needs a fork of its own: what ran before in a process decides where buffers lie in memory, and the last bit of
+    a matrix product depends on that.
+    """
+    return difference.digests(implementation(target, of, None) if mutant is None else _changed(target, mutant))
+
+
+def is_reached() -> bool:
+    """Return whether this process has run the changed statement."""
+    return bool(getattr(builtins, _REACHED, False))
+
+
+def _changed(target: str, mutant: Mutant) -> Implementation:
+    setattr(builtins, _REACHED, is_reached() or mutant.probe[0] < 0)
+    setattr(builtins, PROBE, lambda: setattr(builtins, _REACHED, True))
+    return implementation(target, owner(mutant.module), mutant)
 
 
 def _import_changed(mutant: Mutant) -> None:
