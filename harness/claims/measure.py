@@ -127,7 +127,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 def measure(dimension: Dimension) -> Callable[[Callable[..., MeasureResult]], Callable[..., MeasureResult]]:
-    """Return a decorator that marks a function as a measure of this dimension."""
+    """Return a decorator that marks a function as a measure. dimension: of the measured quantity, e.g. bytes."""
 
     def mark(function: Callable[..., MeasureResult]) -> Callable[..., MeasureResult]:
         function.dimension = dimension  # type: ignore[attr-defined]

@@ -93,7 +93,7 @@ class SelfTestReport:
 def run(planted: Iterable[Fault] | None = None) -> SelfTestReport:
     """Try all faults, or only `planted`, and return the report.
 
-    If `planted` is given, the report lists no idle checks.
+    If `planted` is given, the report does not list the checks that caught no fault.
     """
     every = list(faults.every() if planted is None else planted)
     threads = torch.get_num_threads()

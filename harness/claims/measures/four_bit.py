@@ -180,9 +180,9 @@ def _levels(type: Type) -> Tensor:
 
 
 def _float(exponent: int, mantissa: int) -> Tensor:
-    """Return the values of a float with these numbers of exponent and mantissa bits, scaled so that the largest is 1.
+    """Return all numbers of a floating-point format with so many exponent and mantissa bits, divided by the largest.
 
-    The float has a sign and gradual underflow, but no infinities.
+    The format has a sign bit and subnormal numbers, but no infinities.
     """
     import torch
 

@@ -84,7 +84,7 @@ class PatchedCopy:
         self._packing = wrong
 
     def packing(self, right: Pack) -> Pack:
-        """Return the wrong packing if one was registered, otherwise `right`."""
+        """Return the packing that a fault has registered, which is wrong, or `right` if none has."""
         return right if self._packing is None else partial(self._packing, right)
 
     def attach(self, model: nn.Module, config: Any, generator: torch.Generator) -> Adapted:

@@ -96,7 +96,8 @@ class Nf4Linear(nn.Linear):
     """The offset of the 8-bit codes: bytes of one float32 number. None without double quantisation."""
 
     def __init__(self, dense: nn.Linear, compute_dtype: torch.dtype, block: int = 64, double: bool = False) -> None:
-        """Pack the weight of `dense` and copy its bias. Both are frozen. double: True to quantise the absmax, too."""
+        """Pack the weight of `dense` and copy its bias. Both are frozen. If `double` is True, the absmax is
+        quantised, too."""
         super().__init__(dense.in_features, dense.out_features, bias=False, device="meta")
         packed, absmax = nf4.quantize(dense.weight, block)
         constants = nf4.double_quantize(absmax, BLOCK2) if double else (absmax, None, None)
