@@ -80,7 +80,8 @@ def check_gradient(subject: Subject, case: Case) -> CheckResult:
 def check_strides(subject: Subject, case: Case) -> CheckResult:
     """Outputs and gradients equal the reference's for other memory layouts, and for an input without tokens.
 
-    The input is a transposed view, the gradient one row expanded (as `y.sum(0)` sends it).
+    The input is a transposed view. The gradient is one row expanded, as `y.sum(0)` sends it, or one number expanded, as
+    `y.sum()` sends it.
     """
     found = []
     for index, (path, layer) in enumerate(subject.adapted.layers.items()):
@@ -88,9 +89,9 @@ def check_strides(subject: Subject, case: Case) -> CheckResult:
         if not takes_rows(base):
             continue
         x, dy = inputs(base, case.tokens, DTYPES[subject.dtype], case.generator(index), case.magnitude)
-        x, dy = x.T.contiguous().T, dy[:1].expand(dy.shape)
-        for rows in (slice(None), slice(0, 0)):
-            runs = observe_with_reference(subject, path, layer, x[rows], dy[rows])
+        x, row, number = x.T.contiguous().T, dy[:1].expand(dy.shape), dy[:1, :1].expand(dy.shape)
+        for rows, expanded in ((slice(None), row), (slice(None), number), (slice(0, 0), row)):
+            runs = observe_with_reference(subject, path, layer, x[rows], expanded[rows])
             found.append(prefix_tensor(path, noise_floor(*runs, subject.dtype, case.factor("strides"))))
     if not found:
         return skipped(subject, case, "strides", "the layers do not map rows to rows")

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from harness.conformance.checks import States, check
 from harness.conformance.comparison import operation_call
 from harness.conformance.comparison.call_forms import (
     FORMS,
+    FORMS_OF_IMAGES,
     FORMS_OF_ROWS,
     LONG_FORMS,
     REPEATS,
@@ -49,11 +49,11 @@ LAYERS = 2
 def check_calls(subject: Subject | OperationSubject, case: Case) -> CheckResult:
     """Every way to call an implementation gives what the reference gives for the same numbers.
 
-    A layer: sequences of one token, four dimensions, transposed and sliced inputs; no_grad, inference_mode, autocast (also
-    after a change of the tensors) and activation checkpointing; an input, the adapter, or all but one of its tensors without
-    gradients; a deep copy, and one in another dtype; the gradient of a gradient; many calls, and calls in two threads. An
-    Operation: no_grad, inference_mode, arguments that need a gradient, all or one of them, other numbers, arguments that
-    change between two calls, and many calls.
+    A layer: sequences of one token, four dimensions, transposed and sliced inputs, images with channels last; no_grad,
+    inference_mode, autocast (also after a change of the tensors) and activation checkpointing; an input, the adapter, or
+    all but one of its tensors without gradients; a deep copy, and one in another dtype; the gradient of a gradient; many
+    calls, and calls in two threads. An Operation: no_grad, inference_mode, arguments that need a gradient, all or one of
+    them; the gradient of a sum; other numbers, arguments that change between two calls, and many calls.
     """
     found = list(_of_operation(subject, case) if isinstance(subject, OperationSubject) else _of_layers(subject, case))
     if not found:
@@ -71,6 +71,7 @@ def _of_layers(subject: Subject, case: Case) -> Iterator[Judgement]:
         # transformers' Conv1D itself takes no strided input.
         forms = (
             (FORMS_OF_ROWS if isinstance(base, nn.Linear) else {})
+            | (FORMS_OF_IMAGES if isinstance(base, nn.Conv2d) else {})
             | FORMS
             | (LONG_FORMS if index == 0 and case.walks else {})
         )
@@ -201,17 +202,13 @@ def _of_operation(subject: OperationSubject, case: Case) -> Iterator[Judgement]:
     yield judge("with arguments that need a gradient", _detached(subject.call(**_leaves(subject.arguments))))
     yield _judge_changed(subject, case, "with other numbers", _with_other_numbers(subject.arguments))
     yield _judge_changed(subject, case, "after its arguments changed", subject.arguments, in_place=True)
-    dtype, differentiable = DTYPES[subject.dtype], subject.operation.differentiable
+    differentiable, factor = subject.operation.differentiable, case.factor("calls")
     for name in differentiable if len(differentiable) > 1 else ():
-        reference = subject.operation.reference
-        truth, rounded = (
-            operation_call.gradients(subject, reference, to, case, of=[name]) for to in (torch.float64, dtype)
-        )
-        near = operation_call.perturbed_subjects(subject, case)
-        draws = chain([rounded], (operation_call.gradients(one, reference, to, case, of=[name]) for one, to in near))
-        mine = operation_call.gradients(subject, subject.function, dtype, case, of=[name])
-        verdict = noise_floor(mine, truth, draws, subject.dtype, case.factor("calls"))
+        verdict = operation_call.judge_gradients(subject, case, factor, of=[name])
         yield _named("", f"with only {name} needing a gradient", verdict)
+    if differentiable:
+        verdict = operation_call.judge_gradients(subject, case, factor, expanded=True)
+        yield _named("", "with the gradient of a sum", verdict)
     times = REPEATS if _is_small(subject.arguments) else 2
     calls = (subject.call() for _ in range(times))
     different = (one for one in calls if not exact(operation_call.finite(one), operation_call.finite(plain)).passed)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from harness.conformance.case import Case
 from harness.conformance.checks import check
 from harness.conformance.comparison import operation_call
 from harness.conformance.comparison.check_results import judged, listed, skipped
-from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, exact, noise_floor, rounded_once, worst_of
+from harness.conformance.comparison.tolerance_policies import ROUNDED_SUMS, exact, rounded_once, worst_of
 from harness.conformance.operation import OperationSubject, cloned
 from harness.conformance.poisoned_memory import poisoned_memory
 from harness.conformance.subject import DTYPES
@@ -61,15 +59,7 @@ def check_backward(subject: OperationSubject, case: Case) -> CheckResult:
     """
     if not subject.operation.differentiable:
         return skipped(subject, case, "backward", "this Operation has no gradient")
-    mine = operation_call.gradients(subject, subject.function, DTYPES[subject.dtype], case)
-    truth = operation_call.gradients(subject, subject.operation.reference, torch.float64, case)
-    reference = subject.operation.reference
-    rounded = operation_call.gradients(subject, reference, DTYPES[subject.dtype], case)
-    near = operation_call.perturbed_subjects(subject, case)
-    draws = chain([rounded], (operation_call.gradients(one, reference, dtype, case) for one, dtype in near))
-    verdict = operation_call.ill_formed(mine, rounded) or noise_floor(
-        mine, truth, draws, subject.dtype, case.factor("backward")
-    )
+    verdict = operation_call.judge_gradients(subject, case, case.factor("backward"))
     return judged(subject, case, "backward", verdict)
 
 

@@ -140,6 +140,13 @@ def _threaded(call: Call) -> dict[str, Tensor]:
     return {"y": next((one for one in mine if not torch.equal(one, alone)), alone)}
 
 
+def _channels_last(call: Call) -> dict[str, Tensor]:
+    x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (call.x, call.dy))
+    return call.observe(x, dy)
+
+
+FORMS_OF_IMAGES: dict[str, Form] = {"channels_last": _channels_last}
+"""Name -> function that calls a layer on its images in another memory layout."""
 FORMS_OF_ROWS: dict[str, Form] = {
     "one token per sequence": _reshaped(ROWS, 1),
     "four dimensions": _reshaped(2, 1, 2),

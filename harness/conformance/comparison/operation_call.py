@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -96,14 +97,15 @@ def forward(
     return next(iter(subject.operation.named(function(**given)).values())), leaves
 
 
-def backward(y: Tensor, leaves: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
+def backward(y: Tensor, leaves: dict[str, Tensor], case: Case, *, expanded: bool = False) -> dict[str, Tensor]:
     """Run backward from `y` with a random gradient. Return the gradient of each leaf as `grad <name>`.
 
-    A leaf that gets no gradient has zeros.
+    A leaf that gets no gradient has zeros. expanded: the gradient of `y` is one number expanded, as `y.sum()` sends it.
     """
-    dy = torch.randn(y.shape, generator=case.generator(salt=3), dtype=torch.float64)
+    drawn = (1,) * y.dim() if expanded else y.shape
+    dy = torch.randn(drawn, generator=case.generator(salt=3), dtype=torch.float64)
     if y.requires_grad:
-        y.backward(dy.to(y.device, y.dtype))
+        y.backward(dy.to(y.device, y.dtype).expand(y.shape))
     return {f"grad {n}": torch.zeros_like(t) if t.grad is None else t.grad for n, t in leaves.items()}
 
 
@@ -113,12 +115,29 @@ def gradients(
     dtype: torch.dtype,
     case: Case,
     of: Collection[str] | None = None,
+    *,
+    expanded: bool = False,
 ) -> dict[str, Tensor]:
     """Compute the gradient of each argument in `of`, and return it as `grad <name>`.
 
-    By default these are all differentiable arguments. The gradients are computed in `dtype`.
+    By default these are all differentiable arguments. The gradients are computed in `dtype`. expanded: see `backward`.
     """
-    return backward(*forward(subject, function, dtype, of), case)
+    return backward(*forward(subject, function, dtype, of), case, expanded=expanded)
+
+
+def judge_gradients(
+    subject: OperationSubject, case: Case, factor: float, of: Collection[str] | None = None, *, expanded: bool = False
+) -> Judgement:
+    """Judge the gradients of the arguments in `of`, dtype included. of, expanded: see `gradients`."""
+
+    def computed(one: OperationSubject, function: Callable[..., object], dtype: torch.dtype) -> dict[str, Tensor]:
+        return gradients(one, function, dtype, case, of, expanded=expanded)
+
+    reference, own = subject.operation.reference, DTYPES[subject.dtype]
+    mine, truth = computed(subject, subject.function, own), computed(subject, reference, torch.float64)
+    rounded = computed(subject, reference, own)
+    near = (computed(one, reference, dtype) for one, dtype in perturbed_subjects(subject, case))
+    return ill_formed(mine, rounded) or noise_floor(mine, truth, chain([rounded], near), subject.dtype, factor)
 
 
 def map_tensors(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
