@@ -40,11 +40,15 @@ from harness.errors import Exit, UsageError
     "--mutants", type=click.IntRange(0), is_flag=False, flag_value=0, metavar="[N]",
     help="With --self-test: try N random changes of the reference and of our kernels instead, or all of them without N.",
 )  # fmt: skip
+@click.option(
+    "--power", is_flag=True,
+    help="With --self-test: print the smallest wrong scaling and the fewest extra roundings that each check notices.",
+)  # fmt: skip
 @options.as_json
 def check(
     implementations: tuple[str, ...], methods: tuple[str, ...], operations: tuple[str, ...], dtypes: tuple[str, ...],
     full: bool, wide: bool, drawn: int, seed: int | None, jobs: int | None, patience: float, junit: Path | None,
-    html: Path | None, self_test: bool, mutants: int | None, as_json: bool,
+    html: Path | None, self_test: bool, mutants: int | None, power: bool, as_json: bool,
 ) -> Exit:  # fmt: skip
     """Check implementations against the reference.
 
@@ -53,27 +57,34 @@ def check(
     Ctrl-C or SIGTERM prints the results so far and exits with 4; the exit code is also 4 if a named IMPLEMENTATION cannot be
     tested.
     """
-    if mutants is not None and not self_test:
-        raise UsageError("changes nothing without --self-test", where="--mutants", hint="add --self-test")
+    for option, given in (("--mutants", mutants is not None), ("--power", power)):
+        if given and not self_test:
+            raise UsageError("changes nothing without --self-test", where=option, hint="add --self-test")
     if self_test:
         if implementations or dtypes or full or wide or drawn or junit or html:
             raise UsageError(
                 "tests the checks, not an implementation", where="--self-test",
-                hint="remove all options but --json; --mutants also takes --method, --op, --seed and --jobs",
+                hint="remove all options but --json; --mutants and --power also take --method, --op and --jobs",
             )  # fmt: skip
+        targets = (*methods, *operations)
+        if power:
+            if mutants is not None or seed is not None:
+                raise UsageError("draws nothing", where="--power", hint="remove --mutants and --seed")
+            from harness.conformance import power as measurement
+
+            return measurement.check(jobs, targets, as_json)
         if mutants is None:
-            if methods or operations or seed is not None:
+            if targets or seed is not None:
                 raise UsageError(
-                    "tries every planted fault",
-                    where="--self-test",
+                    "tries every planted fault", where="--self-test",
                     hint="add --mutants, or remove all options but --json",
-                )
+                )  # fmt: skip
             from harness.conformance import self_test as planted
 
             return planted.check(as_json)
         from harness.conformance.mutants import run
 
-        return run.check(mutants or None, seed or 0, jobs, (*methods, *operations), as_json)
+        return run.check(mutants or None, seed or 0, jobs, targets, as_json)
     from harness.cli import check as command
     from harness.conformance.case_selection import CaseSelection
 

@@ -21,7 +21,7 @@ from harness.conformance.faults import Fault
 from harness.conformance.faults.packed import pack
 from harness.conformance.faults.patched_copy import PatchedCopy
 from harness.conformance.findings.outcomes import CheckOutcome, Execution
-from harness.errors import Exit
+from harness.errors import Exit, UsageError, did_you_mean
 from harness.methods.registry import Implementation, TargetKind
 from harness.methods.spec import methods
 from harness.records.record import Outcome
@@ -171,6 +171,14 @@ def _plan(target: str) -> parity_suite.ParitySuite:
 
 
 @cache
+def require_targets(names: Iterable[str], option: str) -> None:
+    """Raise UsageError for a name that has no parity suite. option: the option that the error message blames."""
+    for name in names:
+        if name not in parity_suite.names():
+            hint = did_you_mean(name, parity_suite.names(), "targets")
+            raise UsageError(f"no method or operation is called {name!r}", where=option, hint=hint)
+
+
 def _kind(target: str) -> TargetKind:
     if target in methods():
         return "method"

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from harness import yaml_lines
-from harness.conformance import checks, operations, parity_suite
+from harness.conformance import checks, operations, self_test
 from harness.conformance.mutants import difference, trial
 from harness.conformance.mutants.mutant import Mutant, mutants
 from harness.conformance.mutants.trial import Catch, Owner
-from harness.errors import Exit, UsageError, did_you_mean
+from harness.errors import Exit
 from harness.methods.spec import methods
 from harness.process import forks
 from harness.records.environment import physical_cores
@@ -150,10 +150,7 @@ def check(number: int | None, seed: int, jobs: int | None, only: Sequence[str], 
     jobs: number of processes. If it is None, there is one process per physical core. Raises UsageError if a name in
     `only` has no parity suite.
     """
-    for name in only:
-        if name not in parity_suite.names():
-            hint = did_you_mean(name, parity_suite.names(), "targets")
-            raise UsageError(f"no method or operation is called {name!r}", where="--mutants", hint=hint)
+    self_test.require_targets(only, "--mutants")
     report = run(number, seed, jobs or physical_cores(), only, lambda line: print(line, file=sys.stderr))
     print(json.dumps(report.document(), indent=1) if as_json else "\n".join(report.lines()))
     return report.exit

@@ -1,0 +1,210 @@
+"""Power of the checks: the smallest wrong scaling and the fewest extra roundings that each check notices.
+
+`check --self-test --power` prints it, so that a user knows what a pass excludes.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from harness.conformance import checks, operations, parity_suite, self_test
+from harness.conformance.case_selection import FEW
+from harness.conformance.drawing import sample
+from harness.conformance.execution import suite_run
+from harness.conformance.faults.patched_copy import PatchedCopy
+from harness.conformance.findings.outcomes import CheckStatus
+from harness.conformance.operation import mapped
+from harness.conformance.subject import DTYPES
+from harness.errors import Exit
+from harness.methods.registry import Implementation
+from harness.methods.spec import methods
+from harness.process import forks
+from harness.records.environment import physical_cores
+
+CHECKS = ("outputs", "rounded_once", "backward", "forward", "gradient", "step", "trajectory", "model")
+"""Checks that compare numbers with a tolerance."""
+SCALINGS = ("scaling", "scale", "lr", "absmax2", "absmax", "b")
+"""Arguments of an Operation that scale its result; the first one that an Operation has is changed."""
+EXPONENTS = range(1, 41)
+"""The scalings that are tried are wrong by a factor of 1 + 2^-k, with k from here."""
+ROUNDINGS = range(1, 9)
+"""Numbers of extra roundings of the result that are tried."""
+_LIMITS = forks.Limits(cpu_s=600, memory_b=8 << 30)
+
+
+@dataclass(frozen=True)
+class Power:
+    """What one check notices in one dtype, over the cases that `check` tries by default."""
+
+    target: str
+    check: str
+    dtype: str
+    scaling: float | None
+    """Smallest relative error of the scaling that the check notices; None if it notices none, or nothing scales."""
+    roundings: int | None
+    """Fewest extra roundings of the result that the check notices; None if it notices none of ROUNDINGS."""
+
+    def __str__(self) -> str:
+        scaling = "-" if self.scaling is None else f"{self.scaling:.0e}"
+        return f"{scaling} / {'-' if self.roundings is None else self.roundings}"
+
+
+def check(jobs: int | None, only: Sequence[str], as_json: bool) -> Exit:
+    """Measure the power of every check, print a table or JSON, and return the exit code.
+
+    jobs: number of processes, by default one per physical core. only: names of targets; empty for all. Raises UsageError for
+    a name that has no parity suite.
+    """
+    self_test.require_targets(only, "--power")
+    found = list(measure(only or parity_suite.names(), jobs or physical_cores()))
+    if as_json:
+        print(json.dumps({"schema": 1, "power": [vars(one) for one in found]}, indent=1))
+    else:
+        print("\n".join(_lines(found)))
+    return Exit.PASS
+
+
+def measure(targets: Collection[str], jobs: int) -> Iterator[Power]:
+    """Yield the power of every check of CHECKS in every dtype of the targets."""
+    checks.every(), operations.every(), methods()  # imported once, before the forks
+    torch.set_num_threads(1)  # a fork of a process with several threads may hang
+    tasks = [
+        (target, name, dtype)
+        for target in targets
+        if target in methods() or target in operations.every()  # no base: its results are codes
+        for name in CHECKS
+        if name in parity_suite.load_plan(target).checks
+        for dtype in parity_suite.load_plan(target).dtypes
+    ]
+
+    def act(task: tuple[str, str, str]) -> tuple[float | None, int | None]:
+        torch.set_num_threads(1)
+        return _smallest_scaling(*task), _fewest_roundings(*task)
+
+    for ended in forks.run(tasks, act, jobs, _LIMITS):
+        if why := ended.died or ended.error:
+            print(f"{' '.join(ended.task)}: {why}", file=sys.stderr)
+        else:
+            yield Power(*ended.task, *ended.returned)
+
+
+def _lines(found: Sequence[Power]) -> Iterator[str]:
+    yield "smallest relative error of the scaling / fewest extra roundings of the result that a check notices; - : none"
+    dtypes = [dtype for dtype in DTYPES if any(one.dtype == dtype for one in found)]
+    rows: dict[tuple[str, str], dict[str, Power]] = {}
+    for one in found:
+        rows.setdefault((one.target, one.check), {})[one.dtype] = one
+    first = max(map(len, (target for target, _ in rows)), default=0)
+    second = max(map(len, (name for _, name in rows)), default=0)
+    yield f"{'target':<{first}}  {'check':<{second}}  " + "  ".join(f"{dtype:>9}" for dtype in dtypes)
+    for (target, name), cells in sorted(rows.items()):
+        yield f"{target:<{first}}  {name:<{second}}  " + "  ".join(f"{cells.get(d, '')!s:>9}" for d in dtypes)
+
+
+def _smallest_scaling(target: str, name: str, dtype: str) -> float | None:
+    if _scaled(target, 0.0) is None:
+        return None
+
+    def noticed(exponent: int) -> bool:
+        wrong = _scaled(target, 2.0**-exponent)
+        return wrong is not None and _notices(wrong, name, dtype)
+
+    below, above = EXPONENTS.start, EXPONENTS.stop
+    if not noticed(below):
+        return None
+    while above - below > 1:  # noticed at `below`, not at `above`
+        middle = (below + above) // 2
+        below, above = (middle, above) if noticed(middle) else (below, middle)
+    return float(2.0**-below)
+
+
+def _fewest_roundings(target: str, name: str, dtype: str) -> int | None:
+    if dtype == "float64":  # there is no wider dtype to round from
+        return None
+    return next((n for n in ROUNDINGS if _notices(_rounded(target, dtype, n), name, dtype)), None)
+
+
+def _notices(wrong: Implementation, name: str, dtype: str) -> bool:
+    plan = parity_suite.load_plan(wrong.target)
+    plan = plan.model_copy(update={"checks": [name]})
+    return any(
+        outcome.status is CheckStatus.FAIL
+        for case in sample.fixed(plan, FEW, [dtype])
+        for outcome in suite_run.run_case(wrong, plan, case)
+    )
+
+
+def _scaled(target: str, error: float) -> Implementation | None:
+    """Return the reference with a scaling that is wrong by a factor of 1 + error, or None if it has no scaling."""
+    right = self_test.implementation(target, PatchedCopy(self_test.source_module(target)))
+    if right.kind == "operation":
+        known = inspect.signature(right.function).parameters
+        name = next((name for name in SCALINGS if name in known), None)
+        if name is None:
+            return None
+        return replace(right, function=lambda **given: right.function(**given | {name: given[name] * (1 + error)}))
+    if "alpha" not in methods()[target].fields:
+        return None
+
+    def attach(model: nn.Module, config: Any, generator: torch.Generator) -> Any:
+        return right.function(model, replace(config, alpha=config.alpha * (1 + error)), generator)
+
+    return replace(right, function=attach)
+
+
+def _rounded(target: str, dtype: str, number: int) -> Implementation:
+    """Return the reference, computed in float64, with `number` roundings of every result before the one to `dtype`."""
+    right, own = self_test.implementation(target, PatchedCopy(self_test.source_module(target))), DTYPES[dtype]
+
+    def rounded(y: Any) -> Any:
+        return _round(y, own, number) if isinstance(y, Tensor) and y.dtype == torch.float64 else y
+
+    if right.kind == "operation":
+
+        def call(**given: Any) -> Any:
+            wide = mapped(given, lambda one: _wide(one, own))
+            returned = right.function(**wide)
+            return rounded(returned) if isinstance(returned, Tensor) else tuple(map(rounded, returned))
+
+        return replace(right, function=call)
+
+    def attach(model: nn.Module, config: Any, generator: torch.Generator) -> Any:
+        adapted = right.function(model, config, generator)
+        for layer in adapted.layers.values():
+            layer.forward = partial(_forward, layer, copy.deepcopy(layer).double(), rounded)
+        return adapted
+
+    return replace(right, function=attach)
+
+
+def _forward(layer: nn.Module, wide: nn.Module, rounded: Callable[[Any], Any], x: Tensor) -> Any:
+    """Compute `layer` by `wide`, its copy in float64, with the layer's own tensors; round the result."""
+    tensors = {name: _wide(t, t.dtype) for name, t in [*layer.named_parameters(), *layer.named_buffers()]}
+    wide.train(layer.training)
+    return rounded(functional_call(wide, tensors, (_wide(x, x.dtype),)))
+
+
+def _wide(one: Any, own: torch.dtype) -> Any:
+    """Return tensors of the dtype `own` in float64, `own` itself as float64, and anything else unchanged."""
+    if isinstance(one, Tensor):
+        return one.double() if one.dtype == own and one.is_floating_point() else one
+    return torch.float64 if one is own else one
+
+
+def _round(y: Tensor, dtype: torch.dtype, number: int) -> Tensor:
+    """Round y `number` times to other numbers than those of `dtype`, then to `dtype`."""
+    for index in range(number):
+        factor = 1.1 + 0.07 * index
+        y = (y * factor).to(dtype).double() / factor
+    return y.to(dtype)
