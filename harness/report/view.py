@@ -15,7 +15,7 @@ from harness.analysis.statistics.over_seeds import MODERATED
 from harness.analysis.verdict import QuestionVerdict
 from harness.errors import plural
 from harness.records.record import Record, Status
-from harness.report import costs, formatting, latencies, links, recipes, reruns, sections, tables
+from harness.report import costs, first_screen, formatting, latencies, links, recipes, reruns, sections, tables
 from harness.report.svg import charts
 from harness.report.tones import badge
 
@@ -50,6 +50,7 @@ def _run(f: RunFacts) -> dict[str, Any]:
         "started": m.started,
         "ended": footer.ended if footer else "",
         "duration": sections.duration(f),
+        "answers": first_screen.answers(f),
         "verdict": _verdict(f),
         "alerts": _alerts(f),
         "counts": [
