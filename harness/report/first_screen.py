@@ -103,7 +103,15 @@ def _share(share: float) -> str:
 
 def _trust(f: RunFacts, group: Group, chosen: Choice) -> dict[str, Any]:
     parity, others = f.verdict.parity, len(group.ranked) - 1
-    code = "no" if parity.failed else "unchecked" if parity.unchecked or not parity.passed else "yes"
+    code = (
+        "no"
+        if parity.failed
+        else "not checked"
+        if not parity.passed
+        else "partly checked"
+        if parity.unchecked
+        else "yes"
+    )
     ranking = "no" if 2 * chosen.undecided > others else "partly" if chosen.undecided else "yes"
     headline = f"Code: {code}." + (f" Ranking: {ranking}." if others else "")
     tone = "bad" if code == "no" else "good" if code == "yes" and ranking == "yes" else "open"
