@@ -173,10 +173,22 @@ def _table(f: RunFacts, names: Names, group: Group) -> dict[str, Any]:
             "standing": entry.standing,
             "why": _standing(entry),
             "costs": _costs(entry),
+            "recipe": _recipe(entry),
         }
         for entry in group.entries
     ]
     return {"best": best, "width": WIDTH, "height": HEIGHT, "rows": rows}
+
+
+def _recipe(entry: RankingEntry) -> dict[str, Any]:
+    """Return the numbers of a recipe in base units: shares of 1, bytes and seconds."""
+    score = entry.score
+    return {
+        "accuracy": score.value, "low": score.low, "high": score.high, "difference": entry.difference,
+        "standing": entry.standing, "trainable": typical(entry, metrics.TRAINABLE.read),
+        "peak_B": typical(entry, metrics.PEAK_ABOVE_IMPORTS.read), "step_s": typical(entry, metrics.STEP.value),
+        "busy": _busy(entry),
+    }  # fmt: skip
 
 
 def _short_names(f: RunFacts, entries: Sequence[RankingEntry]) -> list[str]:
