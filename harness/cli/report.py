@@ -43,7 +43,7 @@ def report(runs: tuple[str, ...], out: Path | None, form: str, strict: bool) -> 
     from harness.analysis.comparison import reproducibility
     from harness.analysis.run_facts import analyse_all
     from harness.records import files, store
-    from harness.report import html, reruns, terminal, text_formats
+    from harness.report import html, reruns, side_by_side, terminal, text_formats
 
     read = [store.read_run(store.find_run(name)) for name in runs]
     analysed, again = analyse_all(read), reproducibility.possible_reruns(read)
@@ -53,6 +53,8 @@ def report(runs: tuple[str, ...], out: Path | None, form: str, strict: bool) -> 
         for facts in analysed:
             echo("\n".join(terminal.summary(facts)))
     codes = [facts.verdict.exit_code(strict=strict) for facts in analysed]
+    if form == "html" and len(read) > 1:
+        echo("\n".join(side_by_side.lines(analysed)))
     if again is not None and form == "html":
         echo("\n".join(reruns.lines(read, again)))
     if again or len(read) > 1:

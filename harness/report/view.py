@@ -15,7 +15,18 @@ from harness.analysis.statistics.over_seeds import MODERATED
 from harness.analysis.verdict import QuestionVerdict
 from harness.errors import plural
 from harness.records.record import Record, Status
-from harness.report import costs, first_screen, formatting, latencies, links, recipes, reruns, sections, tables
+from harness.report import (
+    costs,
+    first_screen,
+    formatting,
+    latencies,
+    links,
+    recipes,
+    reruns,
+    sections,
+    side_by_side,
+    tables,
+)
 from harness.report.svg import charts
 from harness.report.tones import badge
 
@@ -28,6 +39,7 @@ def build(analysed: Sequence[RunFacts], again: Sequence[Rerun] | None = None) ->
     return {
         "title": " and ".join(dict.fromkeys(f.run.manifest.title or f.run.manifest.suite for f in analysed)),
         "runs": [_run(f) for f in analysed],
+        "pairs": side_by_side.section(analysed),
         "reproducibility": None if again is None else reruns.section([f.run for f in analysed], again),
         "data": [{"run": f.run.manifest.run, "suite": f.run.manifest.suite, "cells": tables.raw(f)} for f in analysed],
     }
