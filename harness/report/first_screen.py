@@ -12,7 +12,7 @@ from harness.analysis.ranking import Group, RankingEntry
 from harness.analysis.run_facts import RunFacts
 from harness.errors import plural
 from harness.records.record import Record
-from harness.report import formatting, links
+from harness.report import formatting, item_differences, links, sections
 from harness.report.formatting import Field, field, unmeasured
 
 Names = dict[int, str]
@@ -34,9 +34,18 @@ def answers(f: RunFacts) -> list[dict[str, Any]]:
             title, budget = _title(group), group.budget
             if titles[title] > 1:
                 title += f" · {budget.dtype}, {budget.steps} steps"
-            cards = [_which(names, group, chosen), _cost(names, chosen), _trust(f, group, chosen)]
-            table = _table(f, names, group)
-            found.append({"id": f"{f.prefix}answer-{number}", "title": title, "cards": cards, "table": table})
+            found.append(
+                {
+                    "id": f"{f.prefix}answer-{number}",
+                    "title": title,
+                    "cards": [_which(names, group, chosen), _cost(names, chosen), _trust(f, group, chosen)],
+                    "table": _table(f, names, group),
+                    "items": item_differences.rows(group, names),
+                    "highest": names[id(chosen.highest)],
+                    "recommended": names[id(chosen.pick)],
+                    "command": sections.rerun_command(f, chosen.pick.record.cell),
+                }
+            )
     return found
 
 
@@ -126,7 +135,11 @@ def _reasons(f: RunFacts, group: Group, chosen: Choice) -> list[str]:
         checked += f" {plural(len(parity.unchecked), 'Cell')} passed no check."
     reasons = [checked]
     if others and chosen.undecided:
-        sees = "" if group.detectable is None else f" shows only gaps above {100 * group.detectable:.0f} points, and"
+        sees = (
+            ""
+            if group.detectable is None
+            else f" usually shows only gaps above {100 * group.detectable:.2g} points, and"
+        )
         seeds = f"{plural(len(group.seeds), 'seed')} and {group.budget.items:,} test items"
         reasons.append(
             f"A comparison with {seeds}{sees} cannot tell {chosen.undecided} of {plural(others, 'other recipe')} from the"

@@ -117,3 +117,23 @@ def test_the_cards_stand_before_everything_else_on_the_page(tmp_path: Path) -> N
     places = [page.index(text) for text in ("Which method?", "At what cost?", "Can I trust it?", 'class="verdict')]
     assert places == sorted(places)
     assert page.index("Can I trust it?") < page.index("<nav")
+
+
+def test_items_that_only_one_recipe_answers_right_are_named(tmp_path: Path) -> None:
+    def answer(name: str, record: Record) -> Record:
+        """Let `reference` lose the first two items of `full`, and gain the third."""
+        assert record.measurements is not None
+        assert record.measurements.accuracy is not None
+        a = record.measurements.accuracy
+        first = {"full": (1, 1, 0), "reference": (0, 0, 1)}[name]
+        items = [item.model_copy(update={"correct": right}) for item, right in zip(a.items, first, strict=False)]
+        items += [item.model_copy(update={"correct": int(i % 5 > 0)}) for i, item in enumerate(a.items[3:])]
+        changed = a.model_copy(update={"items": items, "value": sum(i.correct for i in items) / len(items)})
+        return record.model_copy(update={"measurements": record.measurements.model_copy(update={"accuracy": changed})})
+
+    run = recorded_run.write_run(tmp_path / "r", only=["full", "reference"], change=answer)
+    facts = run_facts.analyse(run)
+    (row,) = first_screen.answers(facts)[0]["items"]
+    items = [item.id for item in next(r for r in facts.latest.values() if r.accuracy).accuracy.items]  # type: ignore[union-attr]
+    assert [row["name"], row["lost"], row["gained"]] == ["lora r=8", 2, 1]
+    assert [row["lost_ids"], row["gained_ids"]] == [", ".join(items[:2]), items[2]]
