@@ -351,4 +351,4 @@ def test_many_cells_are_summarised(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert all(one["word"] != "pass" for one in shown)
     assert "all checks passed; largest error:" in last["summary"]
     assert "3 slowest of" in sections.time(facts)["chart"]["title"]
-    assert sections.rerun(facts)["pattern"] == "peft-harness run quick --only CELL_ID"
+    assert sections.rerun(facts)["pattern"] == "peft-harness run suites/quick.yaml --only CELL_ID"
